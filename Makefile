@@ -1,0 +1,31 @@
+# Everything a fresh machine needs: `make demo`, `make test`. Override the torch to install with
+#   make test TORCH="torch==2.6.0"         (or a CUDA build from the index of your choice)
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check clean
+
+$(READY): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q -e ".[dev]"
+	touch $@
+
+demo: $(READY)  ## train on two ranks, export the average, look into the file
+	rm -rf runs/demo
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 launch/train.py --wrapper fsdp2 --epochs 6 --out runs/demo
+	$(BIN)/dist-ema inspect runs/demo/export
+
+check: $(READY)  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: check  ## the check and the whole suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,43 @@
+"""Weight averaging for distributed PyTorch: sharded, resumable, saved as safetensors.
+
+Names are imported when they are first used, so `import dist_ema` and the command line stay light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .artifact import load_file
+    from .ema import EMA
+    from .schedule import Constant, Cosine, Debiased, HalfLife, Power, Ramp, Ratio, Schedule, Uniform, Warmup
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EMA",
+    "Constant",
+    "Cosine",
+    "Debiased",
+    "HalfLife",
+    "Power",
+    "Ramp",
+    "Ratio",
+    "Schedule",
+    "Uniform",
+    "Warmup",
+    "load_file",
+]
+
+_ROOMS = {"EMA": "ema", "load_file": "artifact"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'dist_ema' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dist_ema.{_ROOMS.get(name, 'schedule')}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

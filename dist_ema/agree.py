@@ -1,0 +1,66 @@
+"""All ranks see the same weights, and what is called replicated is: compared by hash, named where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .layout import Slot, fingerprint
+from .ranks import Ranks
+
+__all__ = ["on_averages", "on_weights"]
+
+
+def on_weights(ranks: Ranks, slots: Sequence[Slot], averaged: Sequence[bool]) -> None:
+    """Raise ValueError on every rank if names, shapes or dtypes differ, or replicas do not hold the same bits.
+
+    *Collective*. *Cost*: one read of the replicated weights, 8 bytes per weight sent.
+    """
+    if ranks.size == 1:
+        return
+    weights: list[list[object]] = [
+        [slot.name, list(slot.shard.shape), str(slot.shard.dtype), chosen]
+        for slot, chosen in zip(slots, averaged, strict=True)
+        if slot.shard.kind != "buffer"
+    ]
+    replicas = [slot for slot in slots if slot.shard.replicas]
+    where = [[slot.name, *slot.shard.held.offsets, slot.shard.held.begin, slot.shard.held.end] for slot in replicas]
+    values = _fingerprints([slot.local for slot in replicas])
+    said = ranks.exchange("EMA", {"weights": weights, "where": where, "values": values})
+    for rank, other in zip(ranks.members, said, strict=True):
+        theirs = other["weights"]
+        if theirs != weights:
+            differ = [f"{a} here, {b} there" for a, b in zip(weights, theirs, strict=False) if a != b]
+            raise ValueError(
+                f"rank {ranks.members[ranks.rank]} and rank {rank} hold different models: "
+                f"{'; '.join(differ[:3]) or f'{len(weights)} weights and {len(theirs)}'}."
+            )
+        if where == other["where"]:  # else it holds another part
+            _refuse_odd([entry[0] for entry in where], values, other["values"], ranks.members[ranks.rank], rank)
+
+
+def _refuse_odd(names: list[str], mine: list[int], theirs: list[int], me: int, other: int) -> None:
+    odd = [name for name, a, b in zip(names, mine, theirs, strict=True) if a != b]
+    if odd:
+        raise ValueError(
+            f"{', '.join(odd[:5])} differ between ranks {me} and {other}, which should hold replicas. Broadcast the "
+            "weights before building the EMA, or tell DDP to ignore them."
+        )
+
+
+def on_averages(verb: str, ranks: Ranks, slots: Sequence[Slot]) -> None:
+    """Raise RuntimeError on every rank unless each holds the same complete average of a model that nobody wrapped."""
+    values = _fingerprints([slot.average for slot in slots])
+    said = ranks.exchange(verb, values)
+    odd = sorted({slots[i].name for other in said for i, value in enumerate(values) if other[i] != value})
+    if odd:
+        raise RuntimeError(
+            f"ema.{verb}(): the model is not wrapped, and {', '.join(odd[:3])} differ between the ranks of this job. Wrap "
+            "the model (DDP, fully_shard), or start one process."
+        )
+
+
+def _fingerprints(data: Sequence[torch.Tensor]) -> list[int]:
+    prints = [fingerprint(each).cpu() for each in data]
+    return torch.stack(prints).tolist() if prints else []  # type: ignore[no-any-return]

@@ -1,0 +1,400 @@
+"""The saved form, written and read by ranks.
+
+Ranks of one host write the bytes that they answer for straight into place: no gather, no copy of the model. Ranks of
+several hosts stream to the first rank, which writes: two NFS clients that write neighbouring bytes of one page can lose
+one of them. Either way the bytes are the same, and nothing is seen under its name before it is whole.
+
+[Note: one decides]  Disks and files can differ between ranks. What depends on them is decided on the first rank
+(`Ranks.decide`) or agreed on (`Ranks.attempt`) before the next collective, so an error is an error everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import commit, format
+from .layout import Box, Slot, kinds, parts, pieces, runs
+from .ranks import Ranks
+from .wire import Part, stream
+
+__all__ = ["DTYPES", "File", "Job", "check", "load", "load_file", "open_model", "verdict", "write"]
+
+WINDOW = 16 << 20  # bytes read at a time for check sums
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to write, and where. mode: 'direct', 'stream', or None to choose by whether all ranks share a host."""
+
+    verb: str  # save: a folder that is replaced as one; export: also a single file, or files put into a folder
+    path: Path
+    slots: list[Slot]
+    own_buffers: dict[str, Tensor]
+    meta: dict[str, Any]
+    max_shard_size: int | str = "5GB"
+    mode: str | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def one_file(self) -> bool:
+        return self.verb == "export" and self.path.suffix == ".safetensors"
+
+    @property
+    def aliases(self) -> dict[str, list[str]]:
+        return {slot.name: sorted(slot.shard.aliases) for slot in self.slots if slot.shard.aliases}
+
+    def plan(self) -> dict[str, format.File]:
+        """The files by name. Raises ValueError for a dtype that they cannot hold."""
+        if self.mode not in (None, "direct", "stream"):
+            raise ValueError(f"mode must be 'direct', 'stream' or None, got {self.mode!r}.")
+        table = {slot.name: format.Entry(self._kind(slot), slot.shard.shape) for slot in self.slots}
+        if not self.one_file:
+            return format.plan(table, self.max_shard_size)
+        names = {alias: name for name, aliases in self.aliases.items() for alias in aliases}
+        return {self.path.name: format.header(table, names)}
+
+    def _kind(self, slot: Slot) -> str:
+        """save: the average's dtype. export: the model's, or the one asked for where it floats."""
+        kind = slot.average.dtype if self.verb == "save" else slot.shard.dtype
+        if self.dtype is not None and kind.is_floating_point:
+            kind = self.dtype
+        if kind not in _NAMES:
+            raise ValueError(
+                f"{slot.name} is {kind}, which safetensors cannot hold. Pass dtype=, or leave it out with only=."
+            )
+        return _NAMES[kind]
+
+    def full_meta(self, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        return self.meta | {
+            "format": format.FORMAT,
+            "files": files,
+            "averaged": sorted(slot.name for slot in self.slots if slot.shadow is not None),
+            "own_buffers": sorted(self.own_buffers),
+            "aliases": self.aliases,
+            "dtypes": {slot.name: str(slot.shard.dtype).removeprefix("torch.") for slot in self.slots},
+            "versions": {"dist_ema": version("dist-ema"), "torch": torch.__version__},
+        }
+
+
+def write(ranks: Ranks, job: Job) -> None:
+    """Write the job's folder or file. *Collective*, atomic. *Cost*: one window of 16 MB at most."""
+    files = job.plan()
+    hosts = ranks.exchange(job.verb, socket.gethostname())
+    direct = job.mode == "direct" or (job.mode is None and len(set(hosts)) == 1)
+    folder = Path(ranks.decide(job.verb, lambda: str(_prepare(job, files))))
+    work = _Writer(folder, files, [slot.name for slot in job.slots])
+    mine = list(parts(job.slots, job.own_buffers))
+    try:
+        if direct:
+            _, sums = ranks.attempt(job.verb, lambda: work.all(mine))
+        else:
+            stream(ranks, *kinds(job.slots), mine, work.part_or_note)
+            _, sums = ranks.attempt(job.verb, work.close if ranks.first else dict)
+        ranks.decide(job.verb, lambda: _finish(job, folder, files, sums))
+    except BaseException:
+        work.abandon()
+        if ranks.first:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _prepare(job: Job, files: dict[str, format.File]) -> Path:
+    """Refuse a target that is not ours, then make the temporary folder with every file at its full size."""
+    path = job.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    commit.recover(path)
+    commit.sweep(path)
+    if job.one_file and path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
+    if not job.one_file and path.exists():
+        if not path.is_dir():
+            raise ValueError(f"{path} is a file. Give a folder, or let export write a name that ends in .safetensors.")
+        if job.verb == "save" and any(path.iterdir()) and not (path / format.META).exists():
+            raise ValueError(
+                f"{path} holds files but no {format.META}: it is not ours to replace. Choose another path."
+            )
+    folder = commit.temporary(path)
+    folder.mkdir()
+    try:
+        for name, file in files.items():
+            with open(folder / name, "wb") as handle:
+                commit.reserve(handle.fileno(), file.size)
+                commit.write_at(handle.fileno(), file.head, 0)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+class _Writer:
+    """Puts parts into their places and keeps the check sums of what it wrote."""
+
+    def __init__(self, folder: Path, files: dict[str, format.File], names: Sequence[str]) -> None:
+        self.where = {weight: name for name, file in files.items() for weight in file.entries}
+        self._folder, self._files, self._names = folder, files, names
+        self._open: dict[str, int] = {}
+        self._error: Exception | None = None
+        self._sums = {name: format.Sum(file.size) for name, file in files.items()}
+
+    def all(self, mine: Sequence[Part]) -> dict[str, int]:
+        for part in mine:
+            self.part(*part)
+        return self.close()
+
+    def part_or_note(self, number: int, offsets: tuple[int, ...], data: Tensor) -> None:
+        """`part`, but an error waits for `close`: the senders must get rid of what they send."""
+        if self._error is None:
+            try:
+                self.part(number, offsets, data)
+            except Exception as error:  # raised by close
+                self._error = error
+
+    def part(self, number: int, offsets: tuple[int, ...], data: Tensor) -> None:
+        name = self.where[self._names[number]]
+        file = self._files[name]
+        entry = file.entries[self._names[number]]
+        if name not in self._open:
+            self._open[name] = self._reach(self._folder / name)
+        dtype = DTYPES[entry.dtype]
+        raw = memoryview(data.to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        at, base = 0, len(file.head) + entry.begin
+        for start, n in runs(Box(offsets, tuple(data.shape)), entry.shape):
+            chunk = raw[at : at + n * dtype.itemsize]
+            commit.write_at(self._open[name], chunk, base + start * dtype.itemsize)
+            self._sums[name].add(base + start * dtype.itemsize, chunk)
+            at += n * dtype.itemsize
+
+    @staticmethod
+    def _reach(path: Path) -> int:
+        try:
+            return os.open(path, os.O_WRONLY)
+        except FileNotFoundError:
+            raise RuntimeError(
+                f"{path} is not visible here: ranks must share a file system, or pass mode='stream'."
+            ) from None
+
+    def close(self) -> dict[str, int]:
+        if self._error is not None:
+            raise self._error
+        for fd in self._open.values():
+            os.fsync(fd)
+        self.abandon()
+        return {name: sum_.contribution for name, sum_ in self._sums.items()}
+
+    def abandon(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def _finish(job: Job, folder: Path, files: dict[str, format.File], sums: list[dict[str, int]]) -> None:
+    """Seal the temporary folder and put it in place."""
+    if job.one_file:
+        alone = commit.temporary(job.path)
+        os.rename(folder / job.path.name, alone)
+        folder.rmdir()
+        return commit.publish(alone, job.path)
+    texts = {format.META: format.dump(job.full_meta(_table(files, sums)))}
+    if len(files) > 1:
+        texts[format.INDEX] = format.index(files)
+    for name, text in texts.items():
+        (folder / name).write_bytes(text)
+        commit.sync(folder / name)
+    commit.sync(folder)
+    if job.verb == "export" and job.path.exists():
+        return _merge(folder, job.path, [*files, *texts])
+    return commit.publish(folder, job.path)
+
+
+def _table(files: dict[str, format.File], sums: list[dict[str, int]]) -> dict[str, dict[str, Any]]:
+    """Size and check sum of every file, from what each rank wrote into it ([Note: check sums] in format)."""
+    table = {}
+    for name, file in files.items():
+        head = format.Sum(file.size)
+        head.add(0, file.head)
+        written = [said[name] for said in sums if said]
+        table[name] = {"size": file.size, "crc32": format.check_sum(file.size, [head.contribution, *written])}
+    return table
+
+
+def _merge(folder: Path, path: Path, names: list[str]) -> None:
+    """Replace one file after another, then drop the model files of an earlier export that are no longer named."""
+    for name in names:
+        os.replace(folder / name, path / name)
+    stale = [*path.glob("model-*-of-*.safetensors"), path / "model.safetensors", path / format.INDEX]
+    for old in stale:
+        if old.name not in names:
+            old.unlink(missing_ok=True)
+    commit.sync(path)
+    folder.rmdir()
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+class File:
+    """One safetensors file, mapped. *Aliases*: tensors read from it are pages of the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = format.read_header(path)
+        self.entries, self.metadata = self._file.entries, self._file.metadata
+        self._bytes = np.memmap(path, np.uint8, "c")
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self.entries[name]
+        start = len(self._file.head) + entry.begin
+        raw = torch.from_numpy(self._bytes[start : start + entry.nbytes])
+        dtype = DTYPES[entry.dtype]
+        # NOTE: files of other writers may be packed at any byte; views of a wider dtype need alignment.
+        raw = raw if start % dtype.itemsize == 0 else raw.clone()
+        return raw.view(dtype).view(entry.shape) if entry.nbytes else torch.empty(entry.shape, dtype=dtype)
+
+
+class Weight(NamedTuple):
+    """A weight in an open file, under the name that the file has for it."""
+
+    file: File
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.file.entries[self.name].shape
+
+    def read(self) -> Tensor:
+        return self.file[self.name]
+
+
+def open_model(folder: Path, aliases: dict[str, list[str]]) -> dict[str, Weight]:
+    """Every weight of a model folder, under its name and all aliases."""
+    opened = [File(folder / name) for name in format.read_model(folder)]
+    weights = {name: Weight(file, name) for file in opened for name in file.entries}
+    for name, others in aliases.items():
+        weights |= dict.fromkeys(others, weights[name]) if name in weights else {}
+    return weights
+
+
+def load(ranks: Ranks, path: Path, slots: Sequence[Slot], verify: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Fill the shadows among `slots` (all that the model persists). Returns ema.json and the own buffers. *Collective*.
+
+    Everything is checked before the first shadow is written.
+    """
+    meta = ranks.decide("load", lambda: _read_meta(path))
+    files: dict[str, Weight] = {}
+    ranks.attempt("load", lambda: files.update(_matching(path, meta, slots)))
+    if verify:
+        _, found = ranks.attempt("load", lambda: check(path, meta, ranks.rank, ranks.size))
+        verdict(path, meta, found)
+    own: dict[str, Tensor] = {}
+    ranks.attempt("load", lambda: own.update(_fill(files, slots, meta)))
+    return meta, own
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    commit.recover(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder with an average saved by ema.save().")
+    return format.read_meta(path)
+
+
+def _matching(path: Path, meta: dict[str, Any], slots: Sequence[Slot]) -> dict[str, Weight]:
+    """The weights under the model's names. Raises ValueError with every difference."""
+    files = open_model(path, meta.get("aliases", {}))
+    asked = {slot.name: slot for slot in slots if meta["weights"] == "all" or slot.shadow is not None}
+    known = set(asked) | {alias for slot in asked.values() for alias in slot.shard.aliases}
+    said = [f"{name} is missing" for name in asked if name not in files]
+    said += [f"{name} is not in the model" for name in sorted(files) if name not in known]
+    for name, slot in asked.items():
+        if name in files and files[name].shape != slot.shard.shape:
+            said.append(f"{name}: {files[name].shape} on disk, {slot.shard.shape} in the model")
+    if said:
+        more = f", and {len(said) - 10} more" if len(said) > 10 else ""
+        raise ValueError(f"{path} and the model disagree on {len(said)} weights: {'; '.join(said[:10])}{more}.")
+    return files
+
+
+def _fill(files: dict[str, Weight], slots: Sequence[Slot], meta: dict[str, Any]) -> dict[str, Tensor]:
+    own = {}
+    for slot in slots:
+        if slot.shadow is not None and slot.own.numel:
+            full = files[slot.name].read()
+            for box, view in pieces(slot.shard, slot.own, slot.shadow):
+                view.copy_(full[box.slices])
+        if slot.name in meta.get("own_buffers", []):
+            own[slot.name] = slot.local.clone()
+            for box, view in pieces(slot.shard, slot.shard.held, own[slot.name]):
+                view.copy_(files[slot.name].read()[box.slices])
+    return own
+
+
+def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The complete state_dict of a saved average or an exported model: a folder, or one .safetensors file.
+
+    Every alias is back, so `model.load_state_dict(load_file(path), strict=True)` passes. *Aliases*: pages of the file,
+    copied when written to.
+    """
+    path = Path(path)
+    commit.recover(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist.")
+    if path.is_dir():
+        meta = format.read_meta(path) if (path / format.META).exists() else {}
+        return {name: weight.read() for name, weight in open_model(path, meta.get("aliases", {})).items()}
+    file = File(path)
+    weights = {name: file[name] for name in file.entries}
+    aliases = {alias: name for alias, name in file.metadata.items() if name in weights}
+    if (path.parent / format.META).exists():
+        for name, others in format.read_meta(path.parent).get("aliases", {}).items():
+            aliases |= dict.fromkeys(others, name) if name in weights else {}
+    return weights | {alias: weights[name] for alias, name in aliases.items()}
+
+
+def check(folder: Path, meta: dict[str, Any], rank: int, size: int) -> dict[str, list[Any]]:
+    """This rank's part of the check sums: {file: [size on disk, contribution]}. Combine with `verdict`."""
+    result = {}
+    for name in meta["files"]:
+        n = os.path.getsize(folder / name)
+        begin, end = n * rank // size, n * (rank + 1) // size
+        total = format.Sum(n)
+        with open(folder / name, "rb") as file:
+            file.seek(begin)
+            while begin < end:
+                data = file.read(min(WINDOW, end - begin))
+                if not data:
+                    raise ValueError(f"{folder / name} was cut short while it was read.")
+                total.add(begin, data)
+                begin += len(data)
+        result[name] = [n, total.contribution]
+    return result
+
+
+def verdict(folder: Path, meta: dict[str, Any], found: list[dict[str, list[Any]]]) -> None:
+    """Raise ValueError for every file whose size or check sum is not what ema.json says."""
+    for name, said in meta["files"].items():
+        size = found[0][name][0]
+        crc = format.check_sum(size, [part[name][1] for part in found])
+        if (size, crc) != (said.get("size"), said.get("crc32")):
+            raise ValueError(
+                f"{folder / name} is damaged: {size} bytes with CRC-32 {crc}, "
+                f"{format.META} says {said.get('size')} bytes with {said.get('crc32')}."
+            )

@@ -1,0 +1,98 @@
+"""Hooks on optimizers: an update after every step that really happened.
+
+The pre-step hook fences (live weights are overwritten in the step and nowhere else); the post-step hook of the last-listed
+optimizer moves the clock. A post hook fires once per real step under gradient accumulation, closures and GradScaler skips
+alike, with one exception: a fused optimizer steps inside its kernel, so its hook also fires for a skipped step, and
+`found_inf` is there on the device to say so. It becomes a weight of 0; the host never waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .clock import Clock
+
+__all__ = ["Attachment", "Averager"]
+
+
+class Averager(Protocol):
+    """What an attachment drives."""
+
+    def before_step(self) -> None:
+        """Live weights are about to be overwritten."""
+
+    def begin(self) -> None:
+        """Averaging begins, seeded from live."""
+
+    def move(self, elapsed: float, skip: Tensor | None, guard: bool) -> None:
+        """Update; skip: not 0 on the device if nothing happened."""
+
+
+class Attachment:
+    """What `EMA.attach` returns; `remove()` takes the hooks off again."""
+
+    def __init__(
+        self,
+        averager: Averager,
+        clock: Clock,
+        optimizers: Sequence[Optimizer],
+        every: int,
+        start: int,
+        elapsed: float | Callable[[], float],
+        guard: bool,
+    ) -> None:
+        if not optimizers:
+            raise ValueError("ema.attach() needs the optimizers that step the model.")
+        if every < 1 or start < 0:
+            raise ValueError(f"every must be 1 or more and start 0 or more, got every={every}, start={start}.")
+        inner = [_inner(optimizer) for optimizer in optimizers]
+        self.every, self.start, self.guard = every, start, guard
+        self._averager, self._clock, self._elapsed = averager, clock, elapsed
+        self._skips: list[Tensor | None] = []  # of the steps since the last update; None: it happened
+        self._handles: list[Any] = []
+        for optimizer in inner:
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: averager.before_step()))
+            self._handles.append(optimizer.register_step_post_hook(self._note))
+        self._handles.append(inner[-1].register_step_post_hook(self._stepped))
+        if clock.updates == 0 and clock.steps < start:
+            clock.started = False
+
+    def remove(self) -> None:
+        """Take the hooks off. Twice is once."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @property
+    def active(self) -> bool:
+        return bool(self._handles)
+
+    def _note(self, optimizer: Optimizer, *_: Any) -> None:
+        self._skips.append(getattr(optimizer, "found_inf", None))
+
+    def _stepped(self, *_: Any) -> None:
+        clock = self._clock
+        clock.tick(self._elapsed() if callable(self._elapsed) else self._elapsed)
+        if not clock.started:
+            self._skips.clear()
+            if clock.steps >= self.start:
+                self._averager.begin()
+        elif (clock.steps - self.start) % self.every == 0:
+            skips, self._skips = self._skips, []
+            seen = [skip.reshape(()) for skip in skips if skip is not None]
+            # An update is void only if every step since the last one was skipped.
+            void = torch.stack(seen).amin() if seen and len(seen) == len(skips) else None
+            self._averager.move(clock.pending, void, self.guard)
+
+
+def _inner(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside accelerate's, whose own hooks cannot be registered. ZeRO's outer one is right."""
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"ema.attach() takes torch optimizers, got {type(optimizer).__name__}.")
+    return optimizer

@@ -1,0 +1,116 @@
+"""A new version of a folder or file appears whole or not at all.
+
+Everything is written to a hidden sibling (`.NAME.tmp-ID`), synced, and renamed. Over an existing path the two are
+exchanged in one system call where the file system can; elsewhere the old one steps aside (`.NAME.old-ID`), the new one
+steps in, and whoever comes next finishes what was interrupted (`recover`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+__all__ = ["publish", "recover", "reserve", "sweep", "sync", "temporary", "write_at"]
+
+_EXCHANGE = 2  # RENAME_EXCHANGE
+_HERE = -100  # AT_FDCWD
+
+
+def temporary(path: Path) -> Path:
+    """A hidden sibling that nobody else uses."""
+    return path.parent / f".{path.name}.tmp-{uuid.uuid4().hex}"
+
+
+def sweep(path: Path) -> None:
+    """Remove what writers that died left beside `path`. Nobody else may be writing it."""
+    for leftover in path.parent.glob(f".{_literal(path.name)}.tmp-*"):
+        _remove(leftover)
+
+
+def recover(path: Path) -> None:
+    """Finish or undo an exchange by two renames that was cut short. Readers call this too.
+
+    `.NAME.old-ID` exists only after `.NAME.tmp-ID` was complete and synced, so finishing is always right.
+    """
+    for old in path.parent.glob(f".{_literal(path.name)}.old-*"):
+        if not path.exists():
+            new = old.with_name(old.name.replace(".old-", ".tmp-"))
+            os.rename(new if new.exists() else old, path)
+            sync(path.parent)
+        if old.exists():
+            _remove(old)
+
+
+def publish(new: Path, path: Path) -> None:
+    """Put the synced `new` at `path`, and remove what was there."""
+    sync(path.parent)
+    if not path.exists():
+        os.rename(new, path)
+    elif _exchange(new, path):
+        sync(path.parent)
+        _remove(new)
+    else:
+        _rename_twice(new, path)
+    sync(path.parent)
+
+
+def _rename_twice(new: Path, path: Path) -> None:
+    old = new.with_name(new.name.replace(".tmp-", ".old-"))
+    os.rename(path, old)
+    sync(path.parent)
+    os.rename(new, path)
+    sync(path.parent)
+    _remove(old)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two paths atomically; False where the system or the file system cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):  # not Linux, or an old C library
+        return False
+    if call(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), os.fspath(b))
+
+
+def reserve(fd: int, size: int) -> None:
+    """Take `size` bytes of disk now, so that a full disk is found before anything is written."""
+    try:
+        os.posix_fallocate(fd, 0, max(size, 1))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+    os.ftruncate(fd, size)
+
+
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """All of `data`: one call moves at most 2 GiB, and may move less."""
+    view = memoryview(data).cast("B")
+    while view:
+        n = os.pwrite(fd, view, offset)
+        view, offset = view[n:], offset + n
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def _literal(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,0 +1,132 @@
+"""Regions as torch.distributed.checkpoint sees them.
+
+DCP asks a tensor in a state_dict which chunks of the whole it holds (the protocol that DTensor implements too). A range of
+a weight is a handful of boxes, so flat shards save and reshard like any other, with no communication of ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from .layout import Slot, pieces
+
+__all__ = ["FlatRange", "state", "take"]
+
+
+class FlatRange(Tensor):
+    """The boxes of a weight that this rank averages, as one entry of a state_dict. *Aliases* the shadow.
+
+    It is a handle for DCP, with the shape of the full weight and none of its memory; arithmetic on it raises.
+    """
+
+    blocks: list[tuple[tuple[int, ...], Tensor]]  # (offsets, elements in the block's shape)
+    writes: bool  # some other rank writes the same elements if not
+
+    @staticmethod
+    def __new__(
+        cls, shape: tuple[int, ...], like: Tensor, blocks: list[tuple[tuple[int, ...], Tensor]], writes: bool
+    ) -> FlatRange:
+        self: FlatRange = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+        self.blocks, self.writes = blocks, writes
+        return self
+
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size(offsets), i),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(torch.Size(offsets), view.size()),
+                    properties=TensorProperties.create_from_tensor(view),
+                    size=self.size(),
+                ),
+            )
+            for i, (offsets, view) in enumerate(self.blocks if self.writes else [])
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(offsets), view.size()) for offsets, view in self.blocks]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return next(view for offsets, view in self.blocks if torch.Size(offsets) == index.offset)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        held = sum(view.numel() for _, view in self.blocks)
+        return f"FlatRange({held} of {self.numel()} elements of {tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        # NOTE: async_save stages with new_empty and then copies the attributes.
+        if func is torch.ops.aten.new_empty.default:
+            return cls(tuple(args[0].shape), args[0], [], False)
+        if func is torch.ops.aten.detach.default:
+            return cls(tuple(args[0].shape), args[0], args[0].blocks, args[0].writes)
+        raise RuntimeError(f"{func} on a part of an average: a FlatRange is only for torch.distributed.checkpoint.")
+
+
+def _view(slot: Slot) -> Tensor:
+    """The slot's shadow for a state_dict: a plain tensor where this rank holds all of it, else a FlatRange."""
+    assert slot.shadow is not None
+    blocks = [(box.offsets, part) for box, part in pieces(slot.shard, slot.own, slot.shadow)]
+    if slot.own.numel == math.prod(slot.shard.shape):
+        return blocks[0][1] if blocks else slot.shadow.view(slot.shard.shape)
+    return FlatRange(slot.shard.shape, slot.shadow, blocks, slot.duty.numel > 0)
+
+
+def state(
+    averages: Sequence[Slot], buffers: Sequence[Slot], own: dict[str, Tensor], clock: dict[str, Any]
+) -> dict[str, Any]:
+    """Only tensors, because DCP pickles everything else: the weights, every floating buffer and which of them are the
+    average's own, and the clock as float64."""
+    held = {slot.name: own.get(slot.name, slot.local).clone() for slot in buffers}
+    shaped = {slot.name: block for slot in buffers for _, block in pieces(slot.shard, slot.shard.held, held[slot.name])}
+    return {
+        "weights": {slot.name: _view(slot) for slot in averages},
+        "buffers": shaped,
+        "own": torch.tensor([slot.name in own for slot in buffers], dtype=torch.uint8),
+        "clock": torch.tensor([float(value) for value in clock.values()], dtype=torch.float64),
+    }
+
+
+def take(
+    state: dict[str, Any], averages: Sequence[Slot], buffers: Sequence[Slot], clock: list[str]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Fill the shadows from `state`. Returns the own buffers and the clock. Raises ValueError for what is missing."""
+    missing = [key for key in ("weights", "buffers", "own", "clock") if key not in state]
+    missing = missing or [slot.name for slot in averages if slot.name not in state["weights"]]
+    if missing:
+        raise ValueError(f"the state_dict of the EMA lacks {', '.join(missing[:5])}.")
+    for slot in averages:
+        _take_weight(slot, state["weights"][slot.name])
+    own = {}
+    for slot, flag in zip(buffers, state["own"].tolist(), strict=True):
+        if flag:
+            own[slot.name] = slot.local.clone()
+            for _, block in pieces(slot.shard, slot.shard.held, own[slot.name]):
+                block.copy_(state["buffers"][slot.name])
+    return own, dict(zip(clock, state["clock"].tolist(), strict=True))
+
+
+def _take_weight(slot: Slot, value: Tensor) -> None:
+    """Fill the shadow from what `_view` gave (here or in a run cut alike), or from the full weight."""
+    assert slot.shadow is not None
+    if tuple(value.shape) != slot.shard.shape:
+        raise ValueError(f"{slot.name} is {tuple(value.shape)} in the state_dict, {slot.shard.shape} in the model.")
+    if not isinstance(value, FlatRange):
+        for box, part in pieces(slot.shard, slot.own, slot.shadow):
+            part.copy_(value[box.slices])
+        return
+    given = {(offsets, tuple(part.shape)): part for offsets, part in value.blocks}
+    for box, part in pieces(slot.shard, slot.own, slot.shadow):
+        if (box.offsets, box.sizes) not in given:
+            raise ValueError(f"{slot.name} in the state_dict is cut for another rank; load it through dcp.load.")
+        part.copy_(given[box.offsets, box.sizes])

@@ -1,0 +1,400 @@
+"""class EMA: the clock and the order of calls.
+
+Every verb does the same things in the same order: refuse what is not allowed now, enter together, follow weights that
+moved, let the engine settle, and only then hand over to the room that does the work.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import agree, artifact, dcp, gather, shards
+from .attach import Attachment
+from .average import Average
+from .clock import Clock
+from .ranks import FOREVER, Ranks
+from .schedule import Schedule, from_spec
+from .schedule import schedule as coerce
+from .swap import Loan, spread
+
+__all__ = ["EMA"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _aside(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA, P], T]:
+    """Run outside autograd and inference mode: a shadow made inside inference mode could never be updated outside."""
+
+    @wraps(method)
+    def run(self: EMA, *args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+class EMA:
+    """An exponential moving average of a model's weights, each rank keeping its own shard of it.
+
+    model: as it will be trained: plain, DDP, FSDP1, FSDP2, HSDP, tensor parallel, compiled, checkpointed. Wrap first.
+    decay: a float (`Constant`) or a schedule of `dist_ema`.
+    dtype: of the shadows: float32, float64, or bfloat16 (compact, rounded stochastically).
+    device: of the shadows; None keeps each beside its weight.
+    split: divide replicated weights (DDP, HSDP) among the ranks that hold them.
+    buffers: 'copy' takes them from the live model when the average is used, 'average' averages the floating ones.
+    only: a regex searched in names, or a predicate on them; the rest is treated like frozen weights.
+
+    *Collective*: construction and every verb but `update`, `attach`, `detach`, `metrics` and `state_dict`.
+    *Cost*: 4 bytes per element of this rank's shard (of 1/replicas of it), and 8 MB of scratch.
+
+    Raises ValueError where a weight cannot be averaged or nothing matches, naming the weights.
+    """
+
+    @_aside
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float | Schedule = 0.9999,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        split: bool = True,
+        buffers: Literal["copy", "average"] = "copy",
+        only: str | Callable[[str], bool] | None = None,
+    ) -> None:
+        if dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float32, float64 or bfloat16, got {dtype}.")
+        if buffers not in ("copy", "average"):
+            raise ValueError(f"buffers must be 'copy' or 'average', got {buffers!r}.")
+        self._dtype, self._device = dtype, None if device is None else torch.device(device)
+        self._split = split
+        self._average = Average(model, coerce(decay), only=only, buffers=buffers)
+        self._attachment: Attachment | None = None
+        found = shards.find(model)
+        self._ranks = Ranks(found.members, found.group, shards.side_store)
+        self._everyone: Ranks | None = None
+        self._adopt(found)
+
+    def _adopt(self, found: shards.Found) -> None:
+        average = self._average
+        average.adopt(found, self._split, self._dtype, self._device)
+        agree.on_weights(self._ranks, average.slots, [slot.shadow is not None for slot in average.slots])
+
+    def _enter(self, verb: str) -> None:
+        """What every collective verb begins with."""
+        self._average.refuse(f"ema.{verb}")
+        self._ranks.exchange(verb)
+        self._average.ready()
+
+    def _warn_if_idle(self, verb: str) -> None:
+        if self._average.idle:
+            warnings.warn(
+                f"ema.{verb}(): the weights were written since the last call, and no update came. Was ema.attach() given "
+                "the optimizer that steps, or ema.update() called? (A replayed CUDA graph runs no hooks.)",
+                stacklevel=5,
+            )
+
+    # --- update ------------------------------------------------------------------------------------------------
+
+    @_aside
+    def update(self, elapsed: float = 1.0) -> None:
+        """Move the average towards the live weights. elapsed: steps, images or tokens since the last update.
+
+        No collective, no host sync. Raises RuntimeError inside `swap`, ValueError for an elapsed that the schedule
+        cannot take ([Note: elapsed] in schedule).
+        """
+        self._average.refuse("ema.update")
+        self._average.move(elapsed)
+
+    def attach(
+        self,
+        *optimizers: Optimizer,
+        every: int = 1,
+        start: int = 0,
+        elapsed: float | Callable[[], float] = 1.0,
+        overlap: bool = True,
+        guard: bool = False,
+    ) -> Attachment:
+        """Update after every step that really happened; after the last-listed optimizer, if there are several.
+
+        every: steps between updates; the decay accounts for all of them. start: the step at which the shadow is seeded
+        from live and averaging begins. elapsed: units per step, a number or a callable. overlap: let an engine that can
+        run behind the next forward; False is the bit-identical reference. guard: keep the shadow, element by element,
+        where live is not finite. Returns a handle with `remove()`.
+        """
+        if self._attachment is not None and self._attachment.active:
+            raise RuntimeError(
+                "ema.attach() was called before. Call ema.detach() first, or list all optimizers in one call."
+            )
+        self._attachment = Attachment(self._average, self._average.clock, optimizers, every, start, elapsed, guard)
+        return self._attachment
+
+    def detach(self) -> None:
+        """Take off what `attach` put on the optimizers."""
+        if self._attachment is not None:
+            self._attachment.remove()
+
+    # --- the average in use ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def swap(self) -> Iterator[EMA]:
+        """Lend the average to the model: inside the block its weights and buffers are the average's. *Collective*.
+
+        Live weights, buffers and shadows are restored bit for bit, whatever the block raises. Floating buffers that the
+        block changed (recalibrated BatchNorm) become the average's own until `reset_buffers()`. *Cost*: 4 MB where shadow
+        and weight have one dtype, else a copy of this rank's shard. A rank that leaves by an exception makes the others
+        raise RuntimeError at their exit, after restoring.
+        """
+        loan = self._lend()
+        error: BaseException | None = None
+        try:
+            yield self
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            self._take_back(loan, error)
+
+    @_aside
+    def _lend(self) -> Loan:
+        if shards.frozen_by_inductor(self._average.model):
+            raise RuntimeError(
+                "ema.swap() cannot reach a model compiled with torch._inductor.config.freezing: turn it off."
+            )
+        self._enter("swap")
+        self._warn_if_idle("swap")
+        average = self._average
+        loan = Loan(average.slots, average.own)
+        try:
+            self._ranks.attempt("swap", loan.lend)
+            average.lent = True
+            spread(average.averages, self._split)
+        except BaseException:
+            loan.take_back()
+            average.lent = False
+            raise
+        average.reshard()
+        return loan
+
+    @_aside
+    def _take_back(self, loan: Loan, error: BaseException | None) -> None:
+        average = self._average
+        changed = loan.changed_buffers() if error is None else {}
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        try:
+            said = self._ranks.exchange("swap exit", {"error": text, "changed": sorted(changed)}, timeout=FOREVER)
+        finally:
+            average.reshard()
+            loan.take_back()
+            average.lent = False
+        spread(average.averages, self._split)
+        average.mark()
+        failed = [(rank, each["error"]) for rank, each in zip(self._ranks.members, said, strict=True) if each["error"]]
+        if failed and error is None:
+            raise RuntimeError(f"rank {failed[0][0]} left ema.swap() by an exception: {failed[0][1]}")
+        # NOTE: DDP rewrites the other ranks' buffers in every forward, so the first rank says which were recalibrated.
+        average.own |= {name: changed[name] for name in said[0]["changed"] if name in changed}
+
+    @_aside
+    def gather(self) -> dict[str, Tensor]:
+        """The complete state_dict, on the host of the first rank; {} elsewhere. *Collective*.
+
+        Averaged weights in the shadows' dtype, frozen weights and buffers from the live model, every alias: it passes
+        `load_state_dict(strict=True)`. *Cost*: the model on the first rank's host, 16 MB windows elsewhere.
+        """
+        self._enter("gather")
+        self._warn_if_idle("gather")
+        return gather.full(self._ranks, self._average.slots, self._average.own, torch.device("cpu"))
+
+    @_aside
+    def copy_to(self, module: nn.Module) -> None:
+        """Write the average, the frozen weights and the buffers into `module`, however it is wrapped. *Collective*.
+
+        Raises ValueError with the names if the two models do not hold the same weights.
+        """
+        self._enter("copy_to")
+        other = shards.find(module)
+        gather.copy_into(self._ranks, self._average.slots, self._average.own, other.shards)
+        shards.reshard(other.sharded)
+        self._average.mark()
+
+    # --- files -------------------------------------------------------------------------------------------------
+
+    @_aside
+    def save(
+        self,
+        path: str | Path,
+        *,
+        max_shard_size: int | str = "5GB",
+        mode: Literal["direct", "stream"] | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Write the average as a folder to resume from, itself a safetensors model. *Collective*, atomic.
+
+        With `only=` the folder holds the averaged weights alone. extra: JSON values to keep in ema.json. *Cost*: every
+        rank writes its own bytes into place, no gather; across hosts the first rank writes, unless mode='direct'.
+        """
+        average = self._average
+        slots = [slot for slot in average.persistent if average.only is None or slot.shadow is not None]
+        meta = {"kind": "ema", "weights": "all" if average.only is None else "averaged", "extra": extra or {}}
+        self._write(artifact.Job("save", Path(path), slots, average.own, self._meta() | meta, max_shard_size, mode))
+
+    @_aside
+    def export(
+        self,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
+        mode: Literal["direct", "stream"] | None = None,
+    ) -> None:
+        """Write the file to ship: the complete model, in the model's own dtypes or in `dtype`. *Collective*.
+
+        path: a folder (what else it holds, like config.json, stays), or one file ending in .safetensors.
+        """
+        meta = self._meta() | {"kind": "export", "weights": "all", "extra": {}}
+        slots = self._average.persistent
+        self._write(artifact.Job("export", Path(path), slots, self._average.own, meta, max_shard_size, mode, dtype))
+
+    def _write(self, job: artifact.Job) -> None:
+        self._enter(job.verb)
+        self._warn_if_idle(job.verb)
+        if self._ranks.size > 1 or not dist.is_initialized() or dist.get_world_size() == 1:
+            return artifact.write(self._ranks, job)
+        # A model that nobody wrapped, in a job of several ranks: the first one writes, if all hold the same.
+        if self._everyone is None:
+            self._everyone = Ranks(range(dist.get_world_size()), None, shards.side_store, self._ranks.timeout)
+        agree.on_averages(job.verb, self._everyone, job.slots)
+        return self._everyone.decide(job.verb, lambda: artifact.write(self._ranks, job))
+
+    def _meta(self) -> dict[str, Any]:
+        attached = self._attachment
+        return {
+            "clock": self._average.clock_spec(),
+            "attach": None if attached is None else {"every": attached.every, "start": attached.start},
+            "schedules": [self.schedule.spec()],
+            "rounding": {"seed": self._average.seed},
+        }
+
+    @_aside
+    def load(self, path: str | Path, *, verify: bool = True) -> None:
+        """Resume the average and its clock from `save`, of any world size and wrapper. *Collective*.
+
+        The live model is not touched. verify: compare the files' check sums first, each rank a part of every file.
+        Raises ValueError with the differences if the folder is damaged or belongs to another model; nothing has changed
+        then. *Cost*: only the slices that this rank keeps are read.
+        """
+        self._enter("load")
+        average = self._average
+        meta, own = artifact.load(self._ranks, Path(path), average.persistent, verify)
+        saved = from_spec(meta["schedules"][0])
+        if saved != self.schedule:
+            warnings.warn(f"{path} was averaged with {saved!r}; this EMA goes on with {self.schedule!r}.", stacklevel=3)
+        average.own = own
+        average.set_clock(meta["clock"])
+
+    # --- state_dict, for torch.distributed.checkpoint ----------------------------------------------------------
+
+    @_aside
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors for `dcp.save({"ema": ema})` and `dcp.load`, under any wrapper. *Aliases* the shadows.
+
+        Weights are plain tensors where this rank averages all of one, else `dcp.FlatRange`.
+        """
+        average = self._average
+        average.refuse("ema.state_dict")
+        average.ready()
+        return dcp.state(average.averages, average.floating_buffers, average.own, average.clock_spec())
+
+    @_aside
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave, after DCP filled it, or with full weights from elsewhere."""
+        average = self._average
+        average.refuse("ema.load_state_dict")
+        average.ready()
+        average.own, clock = dcp.take(state, average.averages, average.floating_buffers, list(average.clock_spec()))
+        average.set_clock(clock)
+
+    # --- the rest ----------------------------------------------------------------------------------------------
+
+    @_aside
+    def reset(self) -> None:
+        """Begin again: the shadow is the live model, the clock is 0, recalibrated buffers are forgotten. *Collective*."""
+        self._enter("reset")
+        self._average.copy_live()
+        self._average.own = {}
+        self._average.set_clock(Clock().spec() | {"accepted": 0})
+
+    def reset_buffers(self) -> None:
+        """Forget recalibrated buffers: the average takes the live model's again."""
+        self._average.refuse("ema.reset_buffers")
+        self._average.own = {}
+
+    @_aside
+    def rescan(self) -> None:
+        """Average weights that became trainable since, seeded from live. *Collective*."""
+        average = self._average
+        average.refuse("ema.rescan")
+        self._ranks.exchange("rescan")
+        average.engine.settle()
+        average.follow(replaced=True, newly_trainable=False)
+        self._adopt(shards.find(average.model))
+
+    def metrics(self) -> dict[str, float]:
+        """now, updates, decay (of the last update), half_life (in units of the clock, at that decay), bytes of shadows on
+        this rank, skipped (updates that the device refused; waits for the device)."""
+        average = self._average
+        return {
+            "now": average.clock.now,
+            "updates": average.clock.updates,
+            "decay": average.decay,
+            "half_life": average.half_life,
+            "bytes": sum(slot.shadow.nbytes for slot in average.averages if slot.shadow is not None),
+            "skipped": average.gate.count(),
+        }
+
+    @property
+    def now(self) -> float:
+        """The clock after the last update, in the user's units."""
+        return self._average.clock.now
+
+    @property
+    def schedule(self) -> Schedule:
+        return self._average.schedule
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a rank waits for the others to enter a verb (300)."""
+        return self._ranks.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._ranks.timeout = seconds
+
+    def names(self) -> list[str]:
+        """The canonical names of what is averaged."""
+        return [slot.name for slot in self._average.averages]
+
+    def __len__(self) -> int:
+        return len(self._average.averages)
+
+    def __repr__(self) -> str:
+        held = sum(slot.own.numel for slot in self._average.averages)
+        total = sum(math.prod(slot.shard.shape) for slot in self._average.averages)
+        device = next(str(slot.shadow.device) for slot in self._average.averages if slot.shadow is not None)
+        return (
+            f"EMA({self.schedule!r}, {len(self)} weights, {held:,} of {total:,} elements here, "
+            f"{str(self._dtype).removeprefix('torch.')}, {device}, now={self.now:g})"
+        )

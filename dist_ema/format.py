@@ -1,0 +1,297 @@
+"""The bytes of an artifact: safetensors header and index, ema.json, CRC-32. No torch.
+
+    ema-001000/
+      model.safetensors        or model-00001-of-00004.safetensors ... and model.safetensors.index.json
+      ema.json                 clock, schedules, aliases, check sums ...
+
+The header fixes where every weight lies before anything is written, so ranks write their own parts into place, and the
+bytes depend on the weights alone: keys by (dtype size descending, name), padded to 8 bytes.
+
+[Note: check sums]  CRC-32 is affine over GF(2), so the sum of a file is the XOR of what each part adds, shifted by the
+number of bytes behind it. Every rank sums its own ranges and posts one number per file, whatever the partition.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import zlib
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "FORMAT",
+    "INDEX",
+    "ITEMSIZE",
+    "META",
+    "Entry",
+    "File",
+    "Sum",
+    "check_sum",
+    "header",
+    "index",
+    "plan",
+    "read_header",
+    "read_meta",
+    "read_model",
+    "size_of",
+]
+
+FORMAT = 1
+META = "ema.json"
+INDEX = "model.safetensors.index.json"
+MOST_HEADER = 100_000_000  # bytes; what the safetensors library accepts
+
+ITEMSIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One weight in a file; begin and end are bytes behind the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int = 0
+    end: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return ITEMSIZE[self.dtype] * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class File:
+    """One safetensors file: its header bytes and where every weight lies behind them."""
+
+    head: bytes
+    entries: dict[str, Entry]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + max((entry.end for entry in self.entries.values()), default=0)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def header(entries: dict[str, Entry], metadata: dict[str, str] | None = None) -> File:
+    """Lay the weights out: the same file for the same weights, in whatever order they come."""
+    placed, at = {}, 0
+    for name in sorted(entries, key=lambda name: (-ITEMSIZE[entries[name].dtype], name)):
+        entry = entries[name]
+        placed[name] = Entry(entry.dtype, entry.shape, at, at + entry.nbytes)
+        at += entry.nbytes
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
+    for name, entry in placed.items():
+        table[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.begin, entry.end)}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return File(struct.pack("<Q", len(text)) + text, placed)
+
+
+def plan(
+    entries: dict[str, Entry], max_shard_size: int | str, metadata: dict[str, str] | None = None
+) -> dict[str, File]:
+    """The files of a model, by name: one, or as many as keep each under max_shard_size (bytes, or '5GB')."""
+    most = size_of(max_shard_size)
+    bins: list[dict[str, Entry]] = [{}]
+    filled = 0
+    for name in sorted(entries):
+        if bins[-1] and filled + entries[name].nbytes > most:
+            bins.append({})
+            filled = 0
+        bins[-1][name] = entries[name]
+        filled += entries[name].nbytes
+    if len(bins) == 1:
+        return {"model.safetensors": header(entries, metadata)}
+    names = [f"model-{i + 1:05}-of-{len(bins):05}.safetensors" for i in range(len(bins))]
+    return {name: header(chosen, metadata) for name, chosen in zip(names, bins, strict=True)}
+
+
+def index(files: dict[str, File]) -> bytes:
+    """model.safetensors.index.json, as Hugging Face writes it."""
+    where = {name: file for file, content in files.items() for name in content.entries}
+    total = sum(entry.nbytes for content in files.values() for entry in content.entries.values())
+    return dump({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+
+
+def dump(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def size_of(text: int | str) -> int:
+    """Bytes in 5_000_000, '5GB', '500MB', '2GiB'."""
+    if isinstance(text, int):
+        size = text
+    else:
+        units = {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
+        digits = text.strip().upper().rstrip("KMGIB")
+        try:
+            size = int(float(digits) * units[text.strip().upper()[len(digits) :].strip()])
+        except (KeyError, ValueError):
+            raise ValueError(f"max_shard_size must be bytes or a text like '5GB', got {text!r}.") from None
+    if size <= 0:
+        raise ValueError(f"max_shard_size must be positive, got {text!r}.")
+    return size
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_header(path: Path) -> File:
+    """The header of a safetensors file, checked against the file's size. Raises ValueError for anything unsound."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = struct.unpack("<Q", (file.read(8) + bytes(8))[:8])[0]
+        if size < 8 or length > min(MOST_HEADER, size - 8):
+            raise ValueError(f"{path} is no safetensors file, or is cut short: {size} bytes, header of {length}.")
+        text = file.read(length)
+    try:
+        table = json.loads(text)
+        metadata = dict(table.pop("__metadata__", None) or {})
+        entries = {name: _entry(value) for name, value in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} has a broken safetensors header: {type(error).__name__}: {error}.") from None
+    at = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != at or entry.end - entry.begin != entry.nbytes:
+            raise ValueError(
+                f"{path}: {name} lies at bytes {entry.begin} to {entry.end}, expected {entry.nbytes} from {at}."
+            )
+        at = entry.end
+    if size != 8 + length + at:
+        raise ValueError(
+            f"{path} holds {size} bytes, its header speaks of {8 + length + at}. It was cut short or damaged."
+        )
+    return File(struct.pack("<Q", length) + text, entries, metadata)
+
+
+def _entry(value: dict[str, Any]) -> Entry:
+    begin, end = value["data_offsets"]
+    shape = tuple(value["shape"])
+    if value["dtype"] not in ITEMSIZE:
+        raise ValueError(f"unknown dtype {value['dtype']}")
+    if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)):
+        raise ValueError(f"offsets and shape must be whole numbers, got {value}")
+    return Entry(value["dtype"], shape, begin, end)
+
+
+def read_model(folder: Path) -> dict[str, File]:
+    """The files of a model folder by name, each checked; the index must agree with them."""
+    where = folder / INDEX
+    if not where.exists():
+        if not (folder / "model.safetensors").exists():
+            raise ValueError(f"{folder} holds no model.safetensors and no {INDEX}.")
+        return {"model.safetensors": read_header(folder / "model.safetensors")}
+    weights = _read_json(where).get("weight_map")
+    if not isinstance(weights, dict) or not all(_is_file_name(name) for name in weights.values()):
+        raise ValueError(f"{where} has no sound weight_map: it must map weights to files beside it.")
+    files = {name: read_header(folder / name) for name in sorted(set(weights.values()))}
+    found = {weight: name for name, file in files.items() for weight in file.entries}
+    if found != weights:
+        odd = sorted(set(found.items()) ^ set(weights.items()))[:3]
+        raise ValueError(f"{where} and the files disagree on {odd}.")
+    return files
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """ema.json, its format checked. Raises ValueError."""
+    where = folder / META
+    if not where.exists():
+        raise ValueError(f"{folder} holds no {META}: it is no average saved by dist_ema.")
+    meta = _read_json(where)
+    version = meta.get("format")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"{where} names no format.")
+    if version > FORMAT:
+        raise ValueError(f"{folder} holds format {version}; this dist_ema reads up to {FORMAT}. Upgrade dist_ema.")
+    files = meta.get("files")
+    if not isinstance(files, dict) or not all(_is_file_name(name) for name in files):
+        raise ValueError(f"{where} lists no files.")
+    return meta
+
+
+def _is_file_name(name: Any) -> bool:
+    """A file beside the index, nothing that leads out of the folder."""
+    return isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold an object, found {type(value).__name__}.")
+    return value
+
+
+# --- [Note: check sums] ------------------------------------------------------------------------------------------
+
+_POLYNOMIAL = 0xEDB88320
+
+
+class Sum:
+    """What some byte ranges, added in any order, contribute to the CRC-32 of a file of `size` bytes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._at = 0
+        self._value = 0
+
+    def add(self, start: int, data: bytes | memoryview) -> None:
+        n = len(data)
+        self._value = _multiply(self._value, _power(start + n - self._at)) ^ zlib.crc32(data) ^ _zeros(n)
+        self._at = start + n
+
+    @property
+    def contribution(self) -> int:
+        return _multiply(self._value, _power(self._size - self._at))
+
+
+def check_sum(size: int, contributions: list[int]) -> str:
+    """The CRC-32 of the file, 8 hex digits."""
+    value = _zeros(size)
+    for contribution in contributions:
+        value ^= contribution
+    return f"{value:08x}"
+
+
+def _multiply(a: int, b: int) -> int:
+    """a * b modulo the CRC polynomial, bits reflected (x^0 is the top bit)."""
+    product = 0
+    while a:
+        if a & 0x80000000:
+            product ^= b
+        a = (a << 1) & 0xFFFFFFFF
+        b = (b >> 1) ^ _POLYNOMIAL if b & 1 else b >> 1
+    return product
+
+
+@lru_cache(maxsize=4096)
+def _power(n: int) -> int:
+    """x^(8n): what n further bytes do to a sum. A negative n undoes them (the order of x is 2^32 - 1)."""
+    n = (8 * n) % 0xFFFFFFFF
+    result, square = 0x80000000, 0x40000000
+    while n:
+        if n & 1:
+            result = _multiply(result, square)
+        square = _multiply(square, square)
+        n >>= 1
+    return result
+
+
+@lru_cache(maxsize=4096)
+def _zeros(n: int) -> int:
+    """The CRC-32 of n zero bytes."""
+    return _multiply(0xFFFFFFFF, _power(n)) ^ 0xFFFFFFFF

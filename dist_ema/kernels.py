@@ -1,0 +1,199 @@
+"""shadow += weight * (live - shadow), on lists of plain 1-D tensors.
+
+Always `lerp`: it is an exact fixed point, where `mul_` then `add_` moves constants and drifts. A `Plan` is made once per
+set of addresses and holds every view that an update needs, so that a step allocates and decides nothing:
+
+    long, same dtype         one lerp_ each, neighbours merged                 12 bytes per fp32 element
+    long, another dtype      cast through a 4 MB scratch, then lerp_           10 bytes per bf16 -> fp32 element
+    short                    torch.cat into the scratch, one lerp_ for many
+    bfloat16 shadow          fp32 arithmetic in the scratch, rounded stochastically ([Note: rounding])
+
+[Note: rounding]  A bf16 shadow at decay 0.999 never moves when it is rounded to nearest. Here the 16 bits that are cut off
+decide by chance: a hash of (seed, update, name, element number in the full weight) is added below the cut. There is no
+generator and no state, so the bits are the same on any world size, wrapper and device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+__all__ = ["SCRATCH", "Pair", "Plan", "noise", "round_to_bfloat16"]
+
+SCRATCH = 1 << 20  # elements in one chunk: 4 MB of fp32; 256 KB is slower than no chunks at all
+SHORT = 16 << 10  # elements below which tensors are packed
+_MASK = 0xFFFFFFFF
+
+
+@dataclass
+class Pair:
+    """A shadow and the live elements that it averages, both 1-D and of one length."""
+
+    name: str
+    shadow: Tensor
+    live: Tensor
+    indices: Callable[[int, int], Tensor]  # (start, stop) -> element numbers in the full weight, int64
+
+
+class Plan:
+    """The steps of one update over `pairs`. *Cost*: two scratches of at most 4 MB per dtype and device in use."""
+
+    def __init__(self, pairs: Sequence[Pair], seed: int = 0) -> None:
+        self._seed = seed
+        self._scratch: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
+        self._direct: list[tuple[Tensor, Tensor]] = []
+        self._through: list[tuple[Tensor, list[Tensor], Tensor, Tensor]] = []
+        self._rounded: list[tuple[Pair, Tensor, Tensor, int, Tensor]] = []
+        compact = [pair for pair in pairs if pair.shadow.dtype == torch.bfloat16]
+        plain = [pair for pair in pairs if pair.shadow.dtype != torch.bfloat16 and pair.shadow.numel()]
+        for group in _runs([(pair.shadow, pair.live) for pair in plain]):
+            self._add(group)
+        for pair in compact:
+            for start in range(0, pair.shadow.numel(), SCRATCH):
+                shadow, live = pair.shadow[start : start + SCRATCH], pair.live[start : start + SCRATCH]
+                self._rounded.append((pair, shadow, live, start, self._cut(torch.float32, shadow.device, len(shadow))))
+
+    def _add(self, group: list[tuple[Tensor, Tensor]]) -> None:
+        """One merged long pair, or a run of short ones whose shadows lie end to end."""
+        shadow, lives = _join([shadow for shadow, _ in group]), [live for _, live in group]
+        live = lives[0]
+        if len(lives) == 1 and live.dtype == shadow.dtype and live.device == shadow.device:
+            self._direct.append((shadow, live))
+            return
+        if len(lives) == 1:
+            for start in range(0, len(shadow), SCRATCH):
+                part = shadow[start : start + SCRATCH]
+                cast = self._cut(part.dtype, part.device, len(part))
+                self._through.append((part, [live[start : start + SCRATCH]], cast, cast))
+            return
+        packed = cast = self._cut(live.dtype, live.device, len(shadow), 1)
+        if (live.dtype, live.device) != (shadow.dtype, shadow.device):
+            cast = self._cut(shadow.dtype, shadow.device, len(shadow))
+        self._through.append((shadow, lives, packed, cast))
+
+    def _cut(self, dtype: torch.dtype, device: torch.device, n: int, number: int = 0) -> Tensor:
+        key = (dtype, device, number)
+        if key not in self._scratch:
+            self._scratch[key] = torch.empty(SCRATCH, dtype=dtype, device=device)
+        return self._scratch[key][:n]
+
+    @property
+    def scratch_bytes(self) -> int:
+        return sum(scratch.nbytes for scratch in self._scratch.values())
+
+    def run(self, weight: float | Tensor, update: int, guard: bool = False) -> None:
+        """Move every shadow towards live. weight: 1 - decay, a float or a 0-dim fp32 tensor on the shadows' device.
+
+        guard: keep the shadow, element by element, where live is not finite.
+        """
+        for shadow, live in self._guarded() if guard else self._direct:
+            shadow.lerp_(live, _of(weight, shadow))
+        for shadow, lives, packed, cast in self._through:
+            if len(lives) > 1:
+                torch.cat(lives, out=packed)
+                if cast is not packed:
+                    cast.copy_(packed)
+                live = cast
+            else:
+                live = cast.copy_(lives[0])
+            if guard:
+                live = torch.where(live.isfinite(), live, shadow, out=cast)
+            shadow.lerp_(live, _of(weight, shadow))
+        for pair, shadow, live, start, wide in self._rounded:
+            moved = live.to(wide.device, wide.dtype)
+            if guard:
+                moved = torch.where(moved.isfinite(), moved, shadow)
+            wide.copy_(shadow).lerp_(moved, weight)
+            bits = noise(self._seed, update, pair.name, pair.indices(start, start + len(shadow)))
+            shadow.copy_(round_to_bfloat16(wide, bits))
+
+    def _guarded(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for shadow, live in self._direct:
+            for a, b in zip(shadow.split(SCRATCH), live.split(SCRATCH), strict=True):
+                yield a, torch.where(b.isfinite(), b, a)
+
+
+def _of(weight: float | Tensor, shadow: Tensor) -> float | Tensor:
+    return weight.to(shadow.dtype) if isinstance(weight, Tensor) else weight
+
+
+def _runs(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Merge neighbours on both sides; then group short pairs whose shadows touch, up to one scratch."""
+    group: list[tuple[Tensor, Tensor]] = []
+    size = 0
+    for shadow, live in _merge(pairs):
+        short = len(shadow) < SHORT
+        if group and not (
+            short
+            and size + len(shadow) <= SCRATCH
+            and _touch(group[-1][0], shadow)
+            and (live.dtype, live.device) == (group[-1][1].dtype, group[-1][1].device)
+        ):
+            yield group
+            group, size = [], 0
+        if short:
+            group.append((shadow, live))
+            size += len(shadow)
+        else:
+            yield [(shadow, live)]
+    if group:
+        yield group
+
+
+def _merge(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    last: tuple[Tensor, Tensor] | None = None
+    for shadow, live in pairs:
+        if last and _touch(last[0], shadow) and _touch(last[1], live):
+            last = (_join([last[0], shadow]), _join([last[1], live]))
+            continue
+        if last:
+            yield last
+        last = (shadow, live)
+    if last:
+        yield last
+
+
+def _touch(a: Tensor, b: Tensor) -> bool:
+    """b begins where a ends, in the same storage."""
+    same = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.dtype == b.dtype
+    return same and a.storage_offset() + len(a) == b.storage_offset()
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """The one view over parts that lie end to end."""
+    return parts[0].as_strided((sum(map(len, parts)),), (1,))
+
+
+# --- [Note: rounding] --------------------------------------------------------------------------------------------
+
+
+def noise(seed: int, update: int, name: str, indices: Tensor) -> Tensor:
+    """32 hash bits per element, int64 in [0, 2^32), the same wherever the element lies."""
+    key = _key(seed, update, name)
+    x = (indices ^ (indices >> 32) * 0x9E3779B1) & _MASK
+    return _mix(_mix(x ^ key) ^ (key >> 7))
+
+
+@lru_cache(maxsize=4096)
+def _key(seed: int, update: int, name: str) -> int:
+    return crc32(f"{seed}/{update}/{name}".encode())
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32 bits in which every input bit reaches every output bit."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x46CA68B5) & _MASK
+    return x ^ (x >> 16)
+
+
+def round_to_bfloat16(wide: Tensor, bits: Tensor) -> Tensor:
+    """fp32 to the bfloat16 below or above, by chance in proportion to the distance. bits: see `noise`."""
+    low = (bits >> 16).to(torch.int32)
+    # NOTE: cut by bits, because a cast rounds to nearest; -65536 is 0xFFFF0000 as an int32.
+    cut = ((wide.view(torch.int32) + low) & -65536).view(torch.float32)
+    return torch.where(wide.isfinite(), cut, wide).to(torch.bfloat16)

@@ -1,0 +1,430 @@
+"""What PyTorch did to the model -> list[Shard].
+
+This is the one module that knows wrappers. DDP, FSDP1, FSDP2, HSDP, tensor parallel, torch.compile and activation
+checkpointing are dissolved here into plain records; nothing after this file asks who wrapped what.
+
+[Note: regions]  A rank holds one *region* of every weight: a box of the full weight, and a range [begin, end) of that
+box's row-major order.
+
+    DTensor, Shard(0)      FSDP1 flat, one process     HSDP: the box is split again over the replicas
+    +-----------+ rank 0   +-----+=====+ rank 0        +-----------+
+    |###########|          |     |#####|               |###########| rank 0 \\ the same box,
+    +-----------+          |#####|#####| rank 1        |-----------|         | two ranges
+    |           | rank 1   |#####|     |               |           | rank 2 /
+    +-----------+          +=====+-----+               +-----------+
+      a box, all of it       all of it, a range          a box, a range
+
+[Note: storage order]  A dense permuted weight (channels_last) is recorded in the order in which it lies in memory: its
+`order` lists the dimensions from slowest to fastest, and box and range speak of the permuted weight.
+
+[Note: stale roots]  After a forward without backward FSDP keeps weights unsharded, and the next forward reads that copy
+whatever the shards hold by then. Every verb that writes shards, or that must find them in `parameters()`, calls
+`reshard` first, and `swap` calls it on both sides.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import TrainingState
+from torch.distributed.fsdp._runtime_utils import _reshard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+__all__ = ["Found", "Region", "Shard", "blocker", "find", "frozen_by_inductor", "replaced", "reshard", "side_store"]
+
+Kind = Literal["trainable", "frozen", "buffer"]
+
+# The child under which each wrapper keeps the module that it wraps.
+_WRAPPED: tuple[tuple[type, str], ...] = (
+    (DistributedDataParallel, "module"),
+    (DataParallel, "module"),
+    (FullyShardedDataParallel, "_fsdp_wrapped_module"),
+    (CheckpointWrapper, "_checkpoint_wrapped_module"),
+)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of a weight and a range of the box's row-major order ([Note: regions])."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass
+class Shard:
+    """This rank's part of one named weight or buffer, found once and kept.
+
+    `held` is what the rank's memory holds, `read()` returns those elements as they lie in the model's storage.
+    *Aliases* the model.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]  # of the full weight, row-major
+    tensor: Tensor  # the Parameter (or buffer) that the model registers
+    place: tuple[nn.Module, str]  # where it is registered
+    held: Region  # in storage order
+    raw: Callable[[], Tensor]  # the tensor whose storage holds the elements, read afresh
+    first: int = 0  # where `held` begins in raw, in elements
+    order: tuple[int, ...] | None = None  # [Note: storage order]; None: row-major
+    replicas: tuple[dist.ProcessGroup, ...] = ()  # groups that hold `held` too, outermost first
+    flat: bool = False  # cut with its neighbours as one flat sequence over its replicas
+    primary: bool = True  # of several unmarked copies, the one that files are written from
+    persistent: bool = True  # part of state_dict()
+    aliases: list[str] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.raw().dtype
+
+    @property
+    def trainable(self) -> bool:
+        return self.kind != "buffer" and self.tensor.requires_grad
+
+    def read(self) -> Tensor:
+        """The held elements. Shape [held.numel]. *Aliases* the model's storage, shares its version counter."""
+        raw = self.raw().detach()
+        return raw.as_strided((self.held.numel,), (1,), raw.storage_offset() + self.first)
+
+
+@dataclass
+class Found:
+    """Every weight and buffer of a model as this rank holds it, and the ranks that hold the model together."""
+
+    shards: list[Shard]
+    members: list[int]  # global ranks; one entry: a world of one
+    group: dist.ProcessGroup | None  # of exactly those ranks, where the wrapper has one
+    sharded: list[nn.Module]  # the FSDP modules, for `reshard` and `blocker`
+
+
+def find(model: nn.Module) -> Found:
+    """Dissolve the wrappers of `model`. Names are canonical: no module., _orig_mod., _fsdp_wrapped_module. ...
+
+    Raises ValueError for what cannot be averaged by elements: meta tensors, strided or expanded weights, Partial
+    placements, FSDP1 over tensor parallel.
+    """
+    sharded: list[nn.Module] = [m for m in model.modules() if isinstance(m, (FSDPModule, FullyShardedDataParallel))]
+    reshard(sharded)
+    flats = dict(_flat_parameters(model))
+    seen: dict[Any, Shard] = {}
+    for prefix, module, ddp in _walk(model):
+        for name, tensor, flat in _parameters(module, flats):
+            key = id(tensor) if flat is None else flat.key
+            if key in seen:
+                seen[key].aliases.append(prefix + name)
+                continue
+            replicated = ddp if ddp and prefix + name not in ddp.parameters_to_ignore else None
+            seen[key] = (flat or _plain)(prefix + name, tensor, (module, name), replicated)
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            if id(buffer) in seen:
+                seen[id(buffer)].aliases.append(prefix + name)
+                continue
+            shard = _plain(prefix + name, buffer, (module, name), None)
+            shard.persistent = name not in module._non_persistent_buffers_set
+            seen[id(buffer)] = shard
+    shards = list(seen.values())
+    members, group = _members(model, shards, flats)
+    _choose_primaries(shards, members)
+    return Found(shards, members, group, sharded)
+
+
+def reshard(sharded: list[nn.Module]) -> None:
+    """Free every unsharded copy of the weights, so that the next forward reads the shards ([Note: stale roots])."""
+    for module in sharded:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        elif isinstance(module, FullyShardedDataParallel):
+            handle = module._handle
+            # NOTE: before the first forward there is nothing unsharded and no event queue yet.
+            if handle is not None and handle.uses_sharded_strategy and module._is_root is not None:
+                _reshard(module, handle, True)
+
+
+def blocker(sharded: list[nn.Module]) -> str | None:
+    """Why the shards may not be written or read now, or None."""
+    for module in sharded:
+        if isinstance(module, FullyShardedDataParallel) and module.training_state != TrainingState.IDLE:
+            return "inside FSDP.summon_full_params() or a forward: what is written to the shards there is lost"
+    return None
+
+
+def frozen_by_inductor(model: nn.Module) -> bool:
+    """Inductor copied the weights into its code (config.freezing), so a swap would not be seen."""
+    config = sys.modules.get("torch._inductor.config")
+    return bool(getattr(config, "freezing", False)) and any(_is_compiled(module) for module in model.modules())
+
+
+def replaced(shard: Shard) -> bool:
+    """The model registers another tensor object now (load_state_dict(assign=True), a new Parameter)."""
+    module, name = shard.place
+    if getattr(shard.tensor, "_is_flat_param", False):
+        return False
+    return shard.kind != "buffer" and module._parameters.get(name) is not shard.tensor
+
+
+def side_store(prefix: str) -> dist.Store:
+    """The store of the default process group, for messages that are no collectives."""
+    return dist.PrefixStore(prefix, _get_default_store())
+
+
+# --- walking -----------------------------------------------------------------------------------------------------
+
+
+def _walk(
+    module: nn.Module, prefix: str = "", ddp: _Replicated | None = None
+) -> Iterator[tuple[str, nn.Module, _Replicated | None]]:
+    """(canonical prefix, module, the DDP around it) in the order of named_modules(), shared modules at every path."""
+    inner = _wrapped_name(module)
+    if isinstance(module, DistributedDataParallel):
+        ignored = frozenset(prefix + _canonical(name) for name in module.parameters_to_ignore)
+        ddp = _Replicated(module.process_group, ignored)
+    yield prefix, module, ddp
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, prefix if name == inner else f"{prefix}{name}.", ddp)
+
+
+@dataclass(frozen=True)
+class _Replicated:
+    """What DDP says of the weights below it."""
+
+    group: dist.ProcessGroup
+    parameters_to_ignore: frozenset[str]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules and type(module).__name__ == "OptimizedModule"
+
+
+def _wrapped_name(module: nn.Module) -> str | None:
+    if _is_compiled(module):
+        return "_orig_mod"
+    return next((child for kind, child in _WRAPPED if isinstance(module, kind)), None)
+
+
+def _canonical(name: str) -> str:
+    inner = {child for _, child in _WRAPPED if child.startswith("_")} | {"_orig_mod"}
+    return ".".join(part for part in name.split(".") if part not in inner)
+
+
+def _parameters(
+    module: nn.Module, flats: dict[tuple[int, str], _FlatSlice]
+) -> Iterator[tuple[str, Tensor, _FlatSlice | None]]:
+    """(name, tensor, slice of an FSDP1 flat parameter or None) of the module's own parameters, in their order."""
+    own = [name for name, p in module._parameters.items() if p is not None and not getattr(p, "_is_flat_param", False)]
+    hidden = [name for owner, name in flats if owner == id(module) and name not in own]
+    for name in own + hidden:
+        flat = flats.get((id(module), name))
+        tensor = module._parameters[name] if flat is None else flat.tensor
+        assert tensor is not None
+        yield name, tensor, flat
+
+
+# --- one record --------------------------------------------------------------------------------------------------
+
+
+def _plain(name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: _Replicated | None) -> Shard:
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device. Materialise the model (to_empty, then load), then build the EMA."
+        )
+    kind: Kind = "buffer" if place[1] in place[0]._buffers else "trainable" if tensor.requires_grad else "frozen"
+    if isinstance(tensor, DTensor):
+        return _dtensor(name, kind, tensor, place)
+    order = _storage_order(name, tensor.shape, tensor.stride())
+    sizes = tuple(tensor.shape) if order is None else tuple(tensor.shape[i] for i in order)
+    whole = Region((0,) * len(sizes), sizes, 0, tensor.numel())
+    # NOTE: a buffer is never split by rank; BatchNorm's differ between DDP ranks even after broadcast_buffers=True.
+    groups = (ddp.group,) if ddp and kind != "buffer" else ()
+    # NOTE: modules may register a new tensor under a buffer's name at any time; a Parameter must stay the same object.
+    raw = partial(_registered, place) if kind == "buffer" else lambda: tensor
+    alone = not groups
+    return Shard(name, kind, tuple(tensor.shape), tensor, place, whole, raw, 0, order, groups, not alone, not alone)
+
+
+def _registered(place: tuple[nn.Module, str]) -> Tensor:
+    buffer = place[0]._buffers[place[1]]
+    assert buffer is not None
+    return buffer
+
+
+def _dtensor(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module, str]) -> Shard:
+    mesh, placements = tensor.device_mesh, tensor.placements
+    if any(p.is_partial() for p in placements):
+        raise ValueError(
+            f"{name} has placements {placements}: a Partial weight is a sum still to be made. Redistribute it."
+        )
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
+    # NOTE: FSDP2 over TP splits right to left: _StridedShard (on the left) cuts what Shard (on the right) left over.
+    shards = [i for i, p in enumerate(placements) if not p.is_replicate()]
+    strided = [i for i in shards if type(placements[i]).__name__ == "_StridedShard"]
+    for i in [i for i in shards if i not in strided] + strided[::-1]:
+        dim: int = placements[i].dim  # type: ignore[attr-defined]
+        step = -(-sizes[dim] // mesh.size(i))  # torch.chunk: full chunks first
+        start = min(step * coordinate[i], sizes[dim])
+        offsets[dim], sizes[dim] = offsets[dim] + start, min(step, sizes[dim] - start)
+    local = tensor._local_tensor
+    if tuple(local.shape) != tuple(sizes):
+        raise ValueError(
+            f"{name}: {placements} over {mesh} should leave {tuple(sizes)} here, found {tuple(local.shape)}."
+        )
+    order = _storage_order(name, local.shape, local.stride())
+    box = (
+        (tuple(offsets), tuple(sizes))
+        if order is None
+        else (tuple(offsets[i] for i in order), tuple(sizes[i] for i in order))
+    )
+    held = Region(*box, 0, local.numel())
+    groups = () if kind == "buffer" else tuple(mesh.get_group(i) for i, p in enumerate(placements) if p.is_replicate())
+    return Shard(name, kind, tuple(tensor.shape), tensor, place, held, lambda: tensor._local_tensor, 0, order, groups)
+
+
+def _storage_order(name: str, shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The dimensions from slowest to fastest, None if that is their own order; refuses what is not dense."""
+    order = sorted(range(len(shape)), key=lambda i: (-stride[i], i))
+    real = [i for i in order if shape[i] != 1]
+    if 0 not in shape:
+        step = 1
+        for i in reversed(real):
+            if stride[i] != step:
+                raise ValueError(
+                    f"{name} is not dense in memory (shape {tuple(shape)}, strides {tuple(stride)}): expanded and strided "
+                    "weights cannot be averaged in place. Make it contiguous before building the EMA, or leave it out "
+                    "with only=."
+                )
+            step *= shape[i]
+    return None if real == sorted(real) or 0 in shape else tuple(order)
+
+
+# --- FSDP1 -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _FlatSlice:
+    """One original parameter inside an FSDP1 flat parameter."""
+
+    owner: FullyShardedDataParallel
+    index: int
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return id(self._flat), self.index
+
+    @property
+    def _flat(self) -> Any:
+        return self.owner._handle.flat_param  # type: ignore[union-attr]
+
+    @property
+    def tensor(self) -> Tensor:
+        params = self._flat._params  # use_orig_params=True
+        return self._flat if params is None else params[self.index]  # type: ignore[no-any-return]
+
+    def __call__(self, name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: _Replicated | None) -> Shard:
+        flat, handle = self._flat, self.owner._handle
+        if flat.is_meta:
+            raise ValueError(f"{name} is on the meta device. Pass param_init_fn to FSDP, then build the EMA.")
+        if flat._param_extensions[self.index] is not None:
+            raise ValueError(f"{name} is a DTensor inside FSDP1. Use fully_shard for tensor parallel models.")
+        shape, info = tuple(flat._shapes[self.index]), flat._shard_param_infos[self.index]
+        order = _storage_order(name, flat._shapes[self.index], flat._strides[self.index])
+        sizes = shape if order is None else tuple(shape[i] for i in order)
+        begin, end = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
+        held = Region((0,) * len(shape), sizes, begin, max(begin, end))
+        groups = (getattr(self.owner, "_inter_node_pg", None),)
+        if not handle.uses_sharded_strategy:  # type: ignore[union-attr]
+            groups = (self.owner.process_group,)
+        kind: Kind = "trainable" if tensor.requires_grad else "frozen"
+        return Shard(
+            name, kind, shape, tensor, place, held,
+            # The shard outside forward and backward; before the first forward the flat parameter itself.
+            lambda: getattr(flat, "_local_shard", flat),
+            info.offset_in_shard or 0, order,
+            tuple(g for g in groups if g is not None), not handle.uses_sharded_strategy,  # type: ignore[union-attr]
+        )  # fmt: skip
+
+
+def _flat_parameters(model: nn.Module) -> Iterator[tuple[tuple[int, str], _FlatSlice]]:
+    """((id of the module, parameter name), slice) of all that FSDP1 flattened, tied names included."""
+    for module in model.modules():
+        if not isinstance(module, FullyShardedDataParallel) or module._handle is None:
+            continue
+        flat = module._handle.flat_param
+        index = {}
+        for i, info in enumerate(flat._param_infos):
+            index[info.module, info.param_name] = i
+            yield (id(info.module), info.param_name), _FlatSlice(module, i)
+        for shared in flat._shared_param_infos:
+            first = index[shared.prim_module, shared.prim_param_name]
+            yield (id(shared.module), shared.param_name), _FlatSlice(module, first)
+
+
+# --- who belongs together ----------------------------------------------------------------------------------------
+
+
+def _members(
+    model: nn.Module, shards: list[Shard], flats: dict[tuple[int, str], _FlatSlice]
+) -> tuple[list[int], dist.ProcessGroup | None]:
+    """The ranks that hold the model together: the widest mesh or group found, which must contain the others."""
+    found: list[tuple[list[int], dist.ProcessGroup | None]] = []
+    for shard in shards:
+        if isinstance(shard.tensor, DTensor):
+            mesh = shard.tensor.device_mesh
+            found.append((sorted(mesh.mesh.flatten().tolist()), mesh.get_group() if mesh.ndim == 1 else None))
+    found += [(dist.get_process_group_ranks(ddp.group), ddp.group) for _, _, ddp in _walk(model) if ddp]
+    found += [_fsdp1_members(owner) for owner in {slice_.owner for slice_ in flats.values()}]
+    if not found:
+        return [dist.get_rank() if dist.is_initialized() else 0], None
+    widest = max(found, key=lambda entry: len(entry[0]))
+    for members, _ in found:
+        if not set(members) <= set(widest[0]):
+            raise ValueError(
+                f"the model's weights live on ranks {widest[0]} and on ranks {members}; EMA needs one set of ranks that "
+                "holds the model together. Build one EMA per part with only=."
+            )
+    return widest
+
+
+def _fsdp1_members(owner: FullyShardedDataParallel) -> tuple[list[int], dist.ProcessGroup | None]:
+    inner = dist.get_process_group_ranks(owner.process_group)
+    outer = getattr(owner, "_inter_node_pg", None)
+    if outer is None:
+        return inner, owner.process_group
+    everyone: list[Any] = [None] * outer.size()
+    dist.all_gather_object(everyone, inner, group=outer)
+    return sorted(rank for ranks in everyone for rank in ranks), None
+
+
+def _choose_primaries(shards: list[Shard], members: list[int]) -> None:
+    """Mark which copy of a weight is written where the ranks hold copies that nobody calls replicas: buffers, weights
+    outside every wrapper or that DDP ignores, and weights on a part of the mesh."""
+    mine = dist.get_rank() if dist.is_initialized() else 0
+    for shard in shards:
+        tensor = shard.tensor
+        if not isinstance(tensor, DTensor):
+            shard.primary = shard.primary or members[0] == mine
+        elif shard.kind == "buffer" and all(p.is_replicate() for p in tensor.placements):
+            shard.primary = members[0] == mine
+        else:
+            shard.primary = members[0] in tensor.device_mesh.mesh
