@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -28,23 +29,30 @@ def on_weights(ranks: Ranks, slots: Sequence[Slot], averaged: Sequence[bool]) ->
     where = [[slot.name, *slot.shard.held.offsets, slot.shard.held.begin, slot.shard.held.end] for slot in replicas]
     values = _fingerprints([slot.local for slot in replicas])
     said = ranks.exchange("EMA", {"weights": weights, "where": where, "values": values})
-    for rank, other in zip(ranks.members, said, strict=True):
-        theirs = other["weights"]
-        if theirs != weights:
-            differ = [f"{a} here, {b} there" for a, b in zip(weights, theirs, strict=False) if a != b]
+    _compare(ranks.members, said)
+
+
+def _compare(members: Sequence[int], said: Sequence[dict[str, Any]]) -> None:
+    """Every rank compares all the others too, so that all of them raise or none."""
+    holders: dict[str, int] = {}
+    for i, other in enumerate(said):
+        if other["weights"] != said[0]["weights"]:
+            pairs = zip(said[0]["weights"], other["weights"], strict=False)
+            differ = [f"{a} and {b}" for a, b in pairs if a != b]
+            counts = f"{len(said[0]['weights'])} and {len(other['weights'])} weights"
             raise ValueError(
-                f"rank {ranks.members[ranks.rank]} and rank {rank} hold different models: "
-                f"{'; '.join(differ[:3]) or f'{len(weights)} weights and {len(theirs)}'}."
+                f"ranks {members[0]} and {members[i]} hold different models: {'; '.join(differ[:3]) or counts}."
             )
-        if where == other["where"]:  # else it holds another part
-            _refuse_odd([entry[0] for entry in where], values, other["values"], ranks.members[ranks.rank], rank)
+        first = holders.setdefault(str(other["where"]), i)
+        names = [entry[0] for entry in other["where"]]
+        _refuse_odd(names, said[first]["values"], other["values"], members[first], members[i])
 
 
-def _refuse_odd(names: list[str], mine: list[int], theirs: list[int], me: int, other: int) -> None:
-    odd = [name for name, a, b in zip(names, mine, theirs, strict=True) if a != b]
+def _refuse_odd(names: list[str], a: list[int], b: list[int], one: int, other: int) -> None:
+    odd = [name for name, x, y in zip(names, a, b, strict=True) if x != y]
     if odd:
         raise ValueError(
-            f"{', '.join(odd[:5])} differ between ranks {me} and {other}, which should hold replicas. Broadcast the "
+            f"{', '.join(odd[:5])} differ between ranks {one} and {other}, which should hold replicas. Broadcast the "
             "weights before building the EMA, or tell DDP to ignore them."
         )
 
