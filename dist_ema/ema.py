@@ -184,6 +184,7 @@ class EMA:
         except BaseException:
             loan.take_back()
             average.lent = False
+            average.mark()
             raise
         average.reshard()
         return loan
