@@ -49,7 +49,6 @@ def load_all_then_save(kind: str, folder: str, earlier: list[str]) -> None:
         ema.reset()
 
 
-@pytest.mark.xdist_group("dcp")
 def test_saved_and_resharded_under_every_wrapper(tmp_path: Path) -> None:
     """Each link of the chain loads what all earlier links saved, also with async_save, then saves its own."""
     earlier: list[str] = []
@@ -76,7 +75,9 @@ def refuse_arithmetic() -> None:
         whole = {name: torch.full(tuple(value.shape), 2.0) for name, value in state["weights"].items()}
         ema.load_state_dict(state | {"weights": whole})
     else:
-        ema.load_state_dict(state | {"weights": {n: torch.full(tuple(v.shape), 2.0) for n, v in state["weights"].items()}})
+        ema.load_state_dict(
+            state | {"weights": {n: torch.full(tuple(v.shape), 2.0) for n, v in state["weights"].items()}}
+        )
     full = ema.gather()
     assert all((full[name] == 2).all() for name in full if name in ema.names())
 
