@@ -91,7 +91,7 @@ class Job:
             "format": format.FORMAT,
             "files": files,
             "averaged": sorted(slot.name for slot in self.slots if slot.shadow is not None),
-            "own_buffers": sorted(self.own_buffers),
+            "own_buffers": sorted(slot.name for slot in self.slots if slot.name in self.own_buffers),
             "aliases": self.aliases,
             "dtypes": {slot.name: str(slot.shard.dtype).removeprefix("torch.") for slot in self.slots},
             "versions": {"dist_ema": version("dist-ema"), "torch": torch.__version__},

@@ -67,6 +67,10 @@ class Attachment:
         while self._handles:
             self._handles.pop().remove()
 
+    def spec(self) -> dict[str, Any]:
+        """What is worth keeping in a file; a callable elapsed is not."""
+        return {"every": self.every, "start": self.start, "elapsed": None if callable(self._elapsed) else self._elapsed}
+
     @property
     def active(self) -> bool:
         return bool(self._handles)

@@ -34,7 +34,8 @@ class Average:
         self.model, self.schedule, self.clock = model, schedule, Clock()
         self.only, self._buffers = only, buffers
         self.engine: Engine = Inline()
-        self.gate, self.seed, self.decay = Gate(), 0, math.nan
+        self.gate, self.seed = Gate(), 0
+        self._last: tuple[float, float] | None = None  # decay and elapsed of the last update
         self.own: dict[str, Tensor] = {}  # buffers that were recalibrated inside a swap
         self.lent = False
         self.slots: list[layout.Slot] = []  # every weight and buffer of the model
@@ -169,16 +170,18 @@ class Average:
         number = self.clock.updates
         if number < 2 or number % LOOK_EVERY == 0:
             self.follow()
-        self.decay, self._elapsed = self.clock.move(self.schedule, elapsed), elapsed
-        weight = self.gate.weigh(1 - self.decay, self.schedule.copies_first, skip)
+        decay = self.clock.move(self.schedule, elapsed)
+        self._last = decay, elapsed
+        weight = self.gate.weigh(1 - decay, self.schedule.copies_first, skip)
         self.engine.update(self._plan, weight, number, guard)
 
     @property
-    def half_life(self) -> float:
-        """In units of the clock: how far it moves until half of today's average is left, at the decay of the last update."""
-        if not 0 < self.decay < 1:
-            return 0.0 if self.decay == 0 else math.inf
-        return self._elapsed * math.log(0.5) / math.log(self.decay)
+    def pace(self) -> tuple[float, float]:
+        """(decay, half life in units of the clock) of the last update; before the first, of a step of one unit."""
+        decay, elapsed = self._last or (self.schedule(self.clock.now + 1.0, 1.0), 1.0)
+        if not 0 < decay < 1:
+            return decay, 0.0 if decay == 0 else math.inf
+        return decay, elapsed * math.log(0.5) / math.log(decay)
 
     def set_clock(self, spec: dict[str, Any]) -> None:
         """Go on from a saved clock."""

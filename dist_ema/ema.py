@@ -284,7 +284,7 @@ class EMA:
         attached = self._attachment
         return {
             "clock": self._average.clock_spec(),
-            "attach": None if attached is None else {"every": attached.every, "start": attached.start},
+            "attach": None if attached is None else attached.spec(),
             "schedules": [self.schedule.spec()],
             "rounding": {"seed": self._average.seed},
         }
@@ -357,11 +357,12 @@ class EMA:
         """now, updates, decay (of the last update), half_life (in units of the clock, at that decay), bytes of shadows on
         this rank, skipped (updates that the device refused; waits for the device)."""
         average = self._average
+        decay, half_life = average.pace
         return {
             "now": average.clock.now,
             "updates": average.clock.updates,
-            "decay": average.decay,
-            "half_life": average.half_life,
+            "decay": decay,
+            "half_life": half_life,
             "bytes": sum(slot.shadow.nbytes for slot in average.averages if slot.shadow is not None),
             "skipped": average.gate.count(),
         }

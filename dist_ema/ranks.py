@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["GRACE", "Ranks"]
+__all__ = ["FOREVER", "GRACE", "Ranks", "wire_device"]
 
 T = TypeVar("T")
 log = logging.getLogger("dist_ema")
@@ -82,9 +82,8 @@ class Ranks:
         self._await(verb, key, self.timeout if timeout is None else timeout)
         answer = json.loads(self._store.get(f"{key}/all"))
         self._previous = key
-        if answer == "late":
-            mine = self.members[self.rank]
-            raise RuntimeError(f"the other ranks gave up on ema.{verb}() before rank {mine} entered it.")
+        if isinstance(answer, dict):
+            raise RuntimeError(answer["given up"])
         return list(answer)
 
     def _await(self, verb: str, key: str, timeout: float) -> None:
@@ -92,17 +91,19 @@ class Ranks:
         while True:
             left = timeout - (time.monotonic() - started)
             try:
-                return self._store.wait([f"{key}/all"], timedelta(seconds=max(0.01, min(60.0, left))))
+                return self._store.wait([f"{key}/all"], timedelta(seconds=max(0.1, min(60.0, left))))
             except (dist.DistStoreError, RuntimeError):
-                missing = [r for r in range(self.size) if not self._store.check([f"{key}/{r}"])]
-            if time.monotonic() - started >= timeout:
-                time.sleep(GRACE)  # the others find out in the same moment, and must still see who is missing
-                missing = [r for r in range(self.size) if not self._store.check([f"{key}/{r}"])] or missing
-                self._store.compare_set(f"{key}/all", "", '"late"')
-                raise RuntimeError(
-                    f"ema.{verb}() is collective, and {self._names(missing)} did not enter it within {timeout:g} s."
-                )
+                missing = self._missing(key)  # raises too if it is the store that broke
+            if missing and time.monotonic() - started >= timeout:
+                time.sleep(GRACE)  # whoever is only a moment late is not named
+                names = self._names(self._missing(key) or missing)
+                text = f"ema.{verb}() is collective, and {names} did not enter it within {timeout:g} s."
+                self._store.compare_set(f"{key}/all", "", json.dumps({"given up": text}))
+                return
             log.warning("ema.%s() has waited %.0f s for %s", verb, time.monotonic() - started, self._names(missing))
+
+    def _missing(self, key: str) -> list[int]:
+        return [rank for rank in range(self.size) if not self._store.check([f"{key}/{rank}"])]
 
     def _forget_previous(self) -> None:
         """Delete the exchange before this one: whoever has come here has read it."""
@@ -141,12 +142,7 @@ class Ranks:
     # --- bytes -----------------------------------------------------------------------------------------------
 
     def wire_device(self) -> torch.device:
-        """Where bytes must lie to be sent: the host if the group has a CPU backend, else its accelerator."""
-        if self.group is None or "cpu" in str(dist.get_backend_config(self.group)).lower():
-            return torch.device("cpu")
-        accelerator = torch.accelerator.current_accelerator()
-        assert accelerator is not None
-        return torch.device(accelerator.type, torch.accelerator.current_device_index())
+        return wire_device(self.group)
 
     def send(self, data: Tensor, to: int) -> None:
         dist.send(data, self.members[to], group=self.group)
@@ -161,3 +157,12 @@ class Ranks:
 
 def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def wire_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where bytes must lie to be sent: the host if the group has a CPU backend, else its accelerator."""
+    if group is None or "cpu" in str(dist.get_backend_config(group)).lower():
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())

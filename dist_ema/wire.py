@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ranks import Ranks
+from .ranks import Ranks, wire_device
 
 __all__ = ["Part", "broadcast", "stream"]
 
@@ -29,11 +29,12 @@ def broadcast(pieces: list[Tensor], source: int, group: dist.ProcessGroup) -> No
     """
     root = dist.get_global_rank(group, source)
     mine = dist.get_rank(group) == source
+    wire = wire_device(group)
     for bucket in _buckets([piece.view(torch.uint8) for piece in pieces if piece.numel()]):
-        if len(bucket) == 1:
+        if len(bucket) == 1 and wire.type in ("cpu", bucket[0].device.type):
             dist.broadcast(bucket[0], root, group=group)
             continue
-        packed = torch.cat(bucket)
+        packed = torch.cat(bucket).to(bucket[0].device if wire.type == "cpu" else wire)
         dist.broadcast(packed, root, group=group)
         if not mine:
             torch._foreach_copy_(bucket, list(packed.split([piece.numel() for piece in bucket])))

@@ -29,13 +29,17 @@ CPU = torch.device("cpu")
 # --- ranks -------------------------------------------------------------------------------------------------------
 
 
-def run_ranks(world: int, work: Callable[..., Any], *args: Any, timeout: float = 150.0, allow_dead: bool = False) -> list[Any]:
+def run_ranks(
+    world: int, work: Callable[..., Any], *args: Any, timeout: float = 150.0, allow_dead: bool = False
+) -> list[Any]:
     """Run `work(*args)` on `world` gloo ranks and return what each returned (None for a dead one, if allowed)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.kit"])
     with tempfile.TemporaryDirectory() as folder:
         place = f"{work.__module__}:{work.__qualname__}"
-        ranks = [context.Process(target=_rank, args=(rank, world, folder, place, args), daemon=True) for rank in range(world)]
+        ranks = [
+            context.Process(target=_rank, args=(rank, world, folder, place, args), daemon=True) for rank in range(world)
+        ]
         for rank in ranks:
             rank.start()
         deadline = time.monotonic() + timeout
@@ -296,7 +300,9 @@ class Training:
         self.lanes = {"fsdp2 tp": world // 2, "none": 1}.get(kind, world)
         self.lane = {"fsdp2 tp": rank // 2, "none": 0}.get(kind, rank)
         self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=0.05, momentum=0.5)
-        self.twin_optimizer = torch.optim.SGD([p for p in self.twin.parameters() if p.requires_grad], lr=0.05, momentum=0.5)
+        self.twin_optimizer = torch.optim.SGD(
+            [p for p in self.twin.parameters() if p.requires_grad], lr=0.05, momentum=0.5
+        )
 
     def train(self, steps: int, after: Callable[[], None] = lambda: None) -> None:
         for _ in range(steps):
@@ -386,7 +392,16 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 class Collectives:
     """Count the collectives of this process while the block runs."""
 
-    NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor", "send", "recv", "barrier")
+    NAMES = (
+        "all_reduce",
+        "all_gather",
+        "all_gather_into_tensor",
+        "broadcast",
+        "reduce_scatter_tensor",
+        "send",
+        "recv",
+        "barrier",
+    )
 
     def __enter__(self) -> Collectives:
         self.count, self._kept = 0, {}

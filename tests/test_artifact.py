@@ -228,7 +228,9 @@ def one_rank_fails(folder: str) -> None:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)
         if dist.get_rank() == broken:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limit[1]))
-        kind, words = (OSError, "File too large") if dist.get_rank() == broken else (RuntimeError, f"failed on rank {broken}")
+        kind, words = (
+            (OSError, "File too large") if dist.get_rank() == broken else (RuntimeError, f"failed on rank {broken}")
+        )
         try:
             with raises(kind, words):
                 ema.save(f"{folder}/kept", mode="direct")

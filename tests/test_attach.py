@@ -21,7 +21,9 @@ class Toy:
         self.model = nn.Linear(1, 1, bias=False)
         with torch.no_grad():
             self.model.weight.zero_()
-        self.optimizer = optimizer(self.model.parameters()) if optimizer else torch.optim.SGD(self.model.parameters(), 1.0)
+        self.optimizer = (
+            optimizer(self.model.parameters()) if optimizer else torch.optim.SGD(self.model.parameters(), 1.0)
+        )
         self.ema = EMA(self.model, schedule)
         self.handle = self.ema.attach(self.optimizer, **attach)
 

@@ -88,7 +88,9 @@ def test_every_pair_is_exact(saved: Path, kind: str, world: int) -> None:
             shards = sorted(path.name for path in first.glob("*.safetensors"))
             assert len(shards) > 1
             for shard in shards:
-                if any(word in (first / shard).read_bytes().decode("latin1") for word in ('"core.frozen', '"core.seen')):
+                if any(
+                    word in (first / shard).read_bytes().decode("latin1") for word in ('"core.frozen', '"core.seen')
+                ):
                     continue  # holds what is taken from the live model, which is another one here
                 assert (first / shard).read_bytes() == (again / shard).read_bytes(), shard
 

@@ -67,7 +67,9 @@ def bf16_policy() -> None:
     handle = ema.attach(optimizer)
     oracle: dict[str, torch.Tensor] = {}
     for step in range(3):
-        model(torch.randint(0, 7, (4, 4), generator=torch.Generator().manual_seed(step))).float().square().mean().backward()
+        model(
+            torch.randint(0, 7, (4, 4), generator=torch.Generator().manual_seed(step))
+        ).float().square().mean().backward()
         optimizer.step()
         live = EMA(model, 0.0).gather()
         if live:
@@ -326,7 +328,9 @@ def test_newly_trainable_weights_need_rescan() -> None:
 def rescan_on_ranks() -> None:
     """The new weights are cut among themselves; old shadows stay where they are."""
     torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 7)), find_unused_parameters=True)
+    model = nn.parallel.DistributedDataParallel(
+        nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 7)), find_unused_parameters=True
+    )
     model.module[1].requires_grad_(False)
     ema = EMA(model, 0.5)
     model.module[1].requires_grad_(True)

@@ -1,0 +1,373 @@
+"""A new version appears whole or not at all: every step of a publication is interrupted once, on a real file system.
+
+How to read a failure: `step` counts the system calls that were let through before the interruption; `kind` is what is
+published, a folder or a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dist_ema import commit
+
+KINDS = ["folder", "file"]
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def make(path: Path, kind: str, text: str) -> Path:
+    if kind == "file":
+        path.write_text(text)
+        return path
+    (path / "sub").mkdir(parents=True)
+    for name in ("a", "sub/b"):
+        (path / name).write_text(text)
+    return path
+
+
+def read(path: Path) -> str:
+    """What stands at `path`, complete or not at all."""
+    if path.is_file():
+        return path.read_text()
+    assert sorted(str(each.relative_to(path)) for each in path.rglob("*")) == ["a", "sub", "sub/b"]
+    texts = {(path / name).read_text() for name in ("a", "sub/b")}
+    assert len(texts) == 1, "half old, half new"
+    return texts.pop()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without RENAME_EXCHANGE."""
+    monkeypatch.setattr(commit, "_exchange", lambda a, b: False)
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
+    """End the process at the step-th rename, fsync or removal. Returns how many calls came."""
+    count = 0
+
+    def patch(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count - 1 == step:
+                raise Killed
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in ((os, "rename"), (os, "fsync"), (shutil, "rmtree"), (commit, "_exchange")):
+        patch(module, name)
+    return lambda: count
+
+
+# --- publish -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_path(kind: str, tmp_path: Path) -> None:
+    """To a path that does not exist: one rename, nothing left over."""
+    path = tmp_path / "ema-1"
+    commit.publish(make(commit.temporary(path), kind, "new"), path)
+    assert (read(path), names(tmp_path)) == ("new", ["ema-1"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exchange(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over an existing path: exchanged by one call, with no moment at which nothing stands there."""
+    a, b = make(tmp_path / "a", "file", "a"), make(tmp_path / "b", "file", "b")
+    if not commit._exchange(a, b):
+        pytest.skip("this file system has no RENAME_EXCHANGE")
+    assert (read(a), read(b)) == ("b", "a")
+    path = make(tmp_path / "run" / "ema", "folder", "old") if kind == "folder" else make(tmp_path / "ema", kind, "old")
+    new = make(commit.temporary(path), kind, "new")
+    monkeypatch.setattr(os, "rename", None)  # two renames would raise
+    commit.publish(new, path)
+    assert read(path) == "new"
+    assert [name for name in names(path.parent) if name.startswith(".")] == []
+
+
+def test_exchange_says_what_failed(tmp_path: Path) -> None:
+    """An error that is no missing support is raised with the path, not taken for one."""
+    a = make(tmp_path / "a", "file", "a")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        commit._exchange(a, tmp_path / "missing")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_renames(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without RENAME_EXCHANGE: the old aside, the new in, the old removed."""
+    no_exchange(monkeypatch)
+    path = make(tmp_path / "ema", kind, "old")
+    commit.publish(make(commit.temporary(path), kind, "new"), path)
+    assert (read(path), names(tmp_path)) == ("new", ["ema"])
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_another_kind(exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder takes the place of a file, and of a link, whose target is not touched."""
+    if not exchange:
+        no_exchange(monkeypatch)
+    target = make(tmp_path / "target", "folder", "kept")
+    (tmp_path / "link").symlink_to(target)
+    for path in (make(tmp_path / "ema", "file", "old"), tmp_path / "link"):
+        commit.publish(make(commit.temporary(path), "folder", "new"), path)
+        assert read(path) == "new"
+    assert names(tmp_path) == ["ema", "link", "target"]
+    assert read(target) == "kept"
+
+
+def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare name in the working folder: its parent is `.`"""
+    monkeypatch.chdir(tmp_path)
+    for text in ("old", "new"):
+        commit.publish(make(commit.temporary(Path("ema")), "folder", text), Path("ema"))
+        commit.recover(Path("ema"))
+        commit.sweep(Path("ema"))
+    assert (read(Path("ema")), names(tmp_path)) == ("new", ["ema"])
+
+
+# --- interrupted -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("exchange", [True, False])
+def test_killed_at_any_step(kind: str, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted at any rename, fsync or removal: after `recover` the old or the new stands there, whole; then nothing
+    is left over. Recovery itself is interrupted at every step too."""
+    seen = set()
+    for step in range(30):
+        for again in range(8):
+            folder = tmp_path / f"{step}-{again}"
+            folder.mkdir()
+            path = make(folder / "ema", kind, "old")
+            new = make(commit.temporary(path), kind, "new")
+            with monkeypatch.context() as patch:
+                if not exchange:
+                    no_exchange(patch)
+                calls = kill_at(patch, step)
+                killed = _runs_into_death(lambda: commit.publish(new, path))  # noqa: B023
+                assert killed == (calls() > step)
+            with monkeypatch.context() as patch:
+                kill_at(patch, again)
+                _runs_into_death(lambda: commit.recover(path))  # noqa: B023
+            commit.recover(path)
+            seen.add(read(path))
+            assert killed or read(path) == "new"
+            commit.sweep(path)
+            assert names(folder) == ["ema"]
+        if not killed:
+            break
+    assert not killed, "there are more steps than this test goes through"
+    assert step >= (3 if exchange else 6)
+    assert seen == {"old", "new"}
+
+
+def _runs_into_death(work: Callable[[], None]) -> bool:
+    try:
+        work()
+    except Killed:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recover_finishes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut short between the two renames: the complete new version is put in, the old one removed."""
+    path = _cut_between_renames(tmp_path, kind, "ema", monkeypatch)
+    commit.recover(path)
+    assert (read(path), names(tmp_path)) == ("new", ["ema"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recover_undoes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, and somebody removed the new version: the old one comes back."""
+    path = _cut_between_renames(tmp_path, kind, "ema", monkeypatch)
+    for new in tmp_path.glob(".ema.tmp-*"):
+        shutil.rmtree(new) if new.is_dir() else new.unlink()
+    commit.recover(path)
+    assert (read(path), names(tmp_path)) == ("old", ["ema"])
+
+
+def _cut_between_renames(folder: Path, kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = make(folder / name, kind, "old")
+    new = make(commit.temporary(path), kind, "new")
+    renames, real = [], os.rename
+
+    def once(a: Path, b: Path) -> None:
+        if renames:
+            raise Killed
+        renames.append(a)
+        real(a, b)
+
+    with monkeypatch.context() as patch:
+        no_exchange(patch)
+        patch.setattr(os, "rename", once)
+        with pytest.raises(Killed):
+            commit.publish(new, path)
+    assert not path.exists()
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recover_of_nothing(kind: str, tmp_path: Path) -> None:
+    """Nothing was interrupted: nothing changes, and a path that never was is not made."""
+    path = make(tmp_path / "ema", kind, "here")
+    commit.recover(path)
+    commit.recover(tmp_path / "never")
+    assert (read(path), names(tmp_path)) == ("here", ["ema"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reader_comes_between(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that recovers between the writer's two renames finishes for the writer, who must not fail for it."""
+    path = make(tmp_path / "ema", kind, "old")
+    new = make(commit.temporary(path), kind, "new")
+    real, busy = os.rename, []
+
+    def rename(a: Path, b: Path) -> None:
+        real(a, b)
+        if not busy:
+            busy.append(a)
+            commit.recover(path)
+
+    no_exchange(monkeypatch)
+    monkeypatch.setattr(os, "rename", rename)
+    commit.publish(new, path)
+    assert (read(path), names(tmp_path)) == ("new", ["ema"])
+
+
+# --- leftovers ---------------------------------------------------------------------------------------------------
+
+AWKWARD = ["ema", "ema[1]", "e*a", "e?a", "[!x]", "ema]", "a b", "é", ".hidden", "ema.tmp-1", "ema.old-1"]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_sweep_takes_its_own(name: str, tmp_path: Path) -> None:
+    """sweep removes what died writers of this name left, whatever characters are in it, and of no other name."""
+    others = ["ema1", "exa", "x", "ema", "ema.tmp", "emaX", *AWKWARD]
+    for other in {*others} - {name}:
+        make(commit.temporary(tmp_path / other), "folder", "theirs")
+    before = names(tmp_path)
+    make(commit.temporary(tmp_path / name), "folder", "mine")
+    make(commit.temporary(tmp_path / name), "file", "mine")
+    commit.sweep(tmp_path / name)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("kind", KINDS)
+def test_recover_takes_its_own(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """recover finishes what was interrupted under this name, and under no other."""
+    path = _cut_between_renames(tmp_path, kind, name, monkeypatch)
+    before = names(tmp_path)
+    for other in {*AWKWARD, "exa", "ema1"} - {name}:
+        commit.recover(tmp_path / other)
+    assert names(tmp_path) == before
+    commit.recover(path)
+    assert (read(path), names(tmp_path)) == ("new", [name])
+
+
+def test_temporary(tmp_path: Path) -> None:
+    """A hidden sibling, on the same file system, another one each time."""
+    found = {commit.temporary(tmp_path / "ema") for _ in range(50)}
+    assert len(found) == 50
+    assert {path.parent for path in found} == {tmp_path}
+    assert all(path.name.startswith(".ema.tmp-") for path in found)
+
+
+# --- bytes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 100_001])
+def test_reserve(size: int, tmp_path: Path) -> None:
+    """The file has its full size at once, on disk, and reads as zeros."""
+    path = tmp_path / "a"
+    with open(path, "wb") as file:
+        commit.reserve(file.fileno(), size)
+    assert path.read_bytes() == bytes(size)
+    assert os.stat(path).st_blocks * 512 >= size
+
+
+def test_reserve_finds_a_full_disk(tmp_path: Path) -> None:
+    """What does not fit is found before anything is written: here a limit on the size of files, a real EFBIG."""
+    code = (
+        "import os, resource, sys; from dist_ema import commit\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
+        "fd = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)\n"
+        "commit.reserve(fd, 1 << 16)\n"
+        "try:\n    commit.reserve(fd, (1 << 16) + 1)\n"
+        "except OSError as error:\n    print(error.errno, os.fstat(fd).st_size)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(errno.EFBIG), str(1 << 16)]
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_reserve_where_it_cannot(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that cannot reserve still gets a file of the right size."""
+
+    def cannot(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", cannot)
+    with open(tmp_path / "a", "wb") as file:
+        commit.reserve(file.fileno(), 77)
+    assert (tmp_path / "a").stat().st_size == 77
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_reserve_passes_on(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk or quota is raised, not truncated over."""
+
+    def full(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with open(tmp_path / "a", "wb") as file, pytest.raises(OSError) as caught:  # noqa: PT011
+        commit.reserve(file.fileno(), 77)
+    assert caught.value.errno == code
+
+
+@pytest.mark.parametrize("most", [1, 7, 1000])
+def test_write_loops(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call may move less than asked (2 GiB at most): the rest follows, at the right offsets."""
+    real, calls = os.pwrite, []
+
+    def short(fd: int, data: memoryview, offset: int) -> int:
+        calls.append(len(data))
+        return real(fd, data[:most], offset)
+
+    monkeypatch.setattr(os, "pwrite", short)
+    data = os.urandom(100)
+    with open(tmp_path / "a", "wb") as file:
+        commit.reserve(file.fileno(), 120)
+        commit.write_at(file.fileno(), data, 10)
+    assert (tmp_path / "a").read_bytes() == bytes(10) + data + bytes(10)
+    assert len(calls) == -(-100 // most)
+
+
+def test_write_takes_any_memory(tmp_path: Path) -> None:
+    """A view of numbers is written as its bytes; nothing is nothing."""
+    numbers = np.arange(5, dtype=np.float32)
+    with open(tmp_path / "a", "wb") as file:
+        commit.write_at(file.fileno(), memoryview(numbers), 4)
+        commit.write_at(file.fileno(), b"head", 0)
+        commit.write_at(file.fileno(), b"", 2)
+    assert (tmp_path / "a").read_bytes() == b"head" + numbers.tobytes()
