@@ -91,7 +91,8 @@ class Ranks:
         while True:
             left = timeout - (time.monotonic() - started)
             try:
-                return self._store.wait([f"{key}/all"], timedelta(seconds=max(0.1, min(60.0, left))))
+                self._store.wait([f"{key}/all"], timedelta(seconds=max(0.1, min(60.0, left))))
+                return
             except (dist.DistStoreError, RuntimeError):
                 missing = self._missing(key)  # raises too if it is the store that broke
             if missing and time.monotonic() - started >= timeout:
