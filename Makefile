@@ -1,5 +1,5 @@
 # Everything a fresh machine needs: `make demo`, `make test`. Override the torch to install with
-#   make test TORCH="torch==2.6.0"         (or a CUDA build from the index of your choice)
+#   make test TORCH="torch==2.8.0"         (or a CUDA build from the index of your choice)
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv

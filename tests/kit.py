@@ -226,6 +226,9 @@ def _fsdp2(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
     for block in getattr(root, "blocks", []):
         fully_shard(block, mesh=mesh, **options)
     fully_shard(root, mesh=mesh, **options)
+    for module in root.modules():
+        if hasattr(module, "set_force_sum_reduction_for_comms"):  # torch 2.8: gloo takes an average for a sum
+            module.set_force_sum_reduction_for_comms(True)
     return model
 
 

@@ -65,6 +65,7 @@ def test_accumulation_and_forms(make: Any, form: dict[str, bool]) -> None:
     assert toy.ema.metrics()["updates"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor")  # torch 2.8, inside LBFGS
 def test_closures_and_steps_that_raise() -> None:
     toy = Toy(optimizer=lambda p: torch.optim.LBFGS(p, max_iter=4))
 
