@@ -26,9 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.version:
-        from importlib.metadata import version
-
-        print(f"dist-ema {version('dist-ema')}")
+        print(f"dist-ema {_version()}")
         return FINE
     if options.run is None:
         parser.print_help(sys.stderr)
@@ -42,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FINE
     except FileNotFoundError as error:
         return _say(str(error), USAGE)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return _say(str(error), PROBLEM)
 
 
@@ -60,6 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # 20 ms, for --version alone
+
+    try:
+        return version("dist-ema")
+    except PackageNotFoundError:
+        return "(run from its source, not installed)"
+
+
 # --- inspect -----------------------------------------------------------------------------------------------------
 
 
@@ -67,12 +74,12 @@ def _add_inspect(verbs: Any) -> None:
     verb = verbs.add_parser(
         "inspect",
         help="say what is in a saved average, an exported model or any safetensors file",
-        description="Say what is in a saved average (ema.save), an exported model (ema.export), a Hugging Face folder or "
-        "one .safetensors file. Only headers are read, so it takes a moment for any size.",
+        description="Say what is in a saved average (ema.save), an exported model (ema.export), a Hugging Face folder\n"
+        "or one .safetensors file. Only headers are read, so it takes a moment for any size.",
         epilog="examples:\n"
-        "  dist-ema inspect run/ema-001000               the clock, the schedule, the files, the first weights\n"
-        "  dist-ema inspect model.safetensors --weights all\n"
-        "  dist-ema inspect out/ --json | jq .total      for programs: every weight, every file, the problems\n\n"
+        "  dist-ema inspect run/ema-001000                   clock, schedule, files, the first weights\n"
+        "  dist-ema inspect model.safetensors --weights all  every weight\n"
+        "  dist-ema inspect out/ --json                      the same for programs\n\n"
         "exit code: 0 all is well, 1 the artifact has a problem, 2 the command is wrong",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -104,17 +111,16 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _text(report: offline.Report, shown: int) -> Iterator[str]:
-    yield f"{report.path}: {_kind(report)}"
+    yield _printable(f"{report.path}: {_kind(report)}")
     yield ""
     yield from _columns(list(_facts(report)))
-    yield ""
-    table = [
-        (name, entry.dtype, str(list(entry.shape)), _role(report, name)) for name, (_, entry) in report.weights.items()
-    ]
-    if shown and table:
-        yield from _columns([("weight", "dtype", "shape", ""), *table[:shown]])
-    if len(table) > shown:
-        yield f"... {len(table) - shown} of {len(table)} weights more (--weights all)"
+    listed = list(report.weights.items())[:shown]
+    if listed:
+        rows = [(name, entry.dtype, str(list(entry.shape)), _role(report, name)) for name, (_, entry) in listed]
+        yield ""
+        yield from _columns([("weight", "dtype", "shape", ""), *rows])
+    if len(report.weights) > shown:
+        yield f"... and {len(report.weights) - shown} of {len(report.weights)} more: --weights all"
 
 
 def _kind(report: offline.Report) -> str:
@@ -128,40 +134,41 @@ def _kind(report: offline.Report) -> str:
     return kinds.get(report.kind, report.kind) + (f" (format {version})" if version else "")
 
 
-def _facts(report: offline.Report) -> Iterator[tuple[str, ...]]:
+def _facts(report: offline.Report) -> Iterator[tuple[str, str]]:
     """(word, what is to be said of it) for each line of the summary."""
     meta = report.meta
-    if meta["clock"]:
-        yield "clock", ", ".join(f"{key} {_value(value)}" for key, value in sorted(meta["clock"].items()))
-    yield from (("schedule", _call(spec)) for spec in meta["schedules"])
-    if meta["clock"]:
-        attach = meta.get("attach")
-        yield (
-            "attach",
-            ", ".join(f"{key} {value}" for key, value in attach.items()) if isinstance(attach, dict) else "no",
-        )
-    yield "weights", _total(report.total)
-    yield from (("", f"{dtype}: {_total(total)}") for dtype, total in report.totals.items())
     if meta.get("format"):
-        holds = "" if meta.get("weights") == "all" else ", and nothing else is in the files"
-        yield "averaged", f"{len(meta['averaged'])} weights{holds}"
+        yield from _history(meta)
+        rest = "" if meta.get("weights") == "all" else "; frozen weights and buffers are not in the files"
+        yield "averaged", f"{len(meta['averaged'])} weights{rest}"
         yield "own buffers", ", ".join(map(str, meta["own_buffers"])) or "none"
-    yield from (("alias", f"{alias} is {name}") for name, aliases in meta["aliases"].items() for alias in aliases or [])
-    if meta["versions"]:
-        yield "versions", ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    yield from (("alias", f"{alias} is {name}") for alias, name in report.aliases.items())
+    yield "in all", _total(report.total)
+    yield from ((dtype, _total(total)) for dtype, total in report.totals.items())
     for name, file in report.files.items():
         sums = ", ".join(f"{kind} {value}" for kind, value in report.sums(name).items())
         yield "file", f"{name}: {file.size:,} bytes, {sums or 'no check sum'}"
 
 
-def _total(total: offline.Total) -> str:
-    return f"{total.weights:,} with {total.parameters:,} elements, {total.bytes:,} bytes"
+def _history(meta: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    clock, attach = dict(sorted(meta["clock"].items(), key=lambda item: item[0] != "now")), meta.get("attach")
+    started = clock.pop("started", True)
+    yield "clock", _listed(clock) + ("" if started else ", not started")
+    yield from (("schedule", _call(spec)) for spec in meta["schedules"])
+    yield "attach", _listed(attach) if isinstance(attach, dict) else "updated by hand"
+    if meta["extra"]:
+        yield "extra", ", ".join(meta["extra"])
+    yield "versions", _listed(meta["versions"])
 
 
-def _value(value: Any) -> str:
-    return (
-        f"{value:g}" if isinstance(value, float) else "yes" if value is True else "no" if value is False else str(value)
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
     )
+
+
+def _total(total: offline.Total) -> str:
+    return f"{total.weights:,} weights, {total.parameters:,} parameters, {total.bytes:,} bytes"
 
 
 def _call(spec: Any) -> str:

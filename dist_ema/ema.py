@@ -186,7 +186,6 @@ class EMA:
             average.lent = False
             average.mark()
             raise
-        average.reshard()
         return loan
 
     @_aside

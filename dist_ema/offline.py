@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 from . import commit, format
+from .clock import Clock
 from .schedule import from_spec
 
 __all__ = ["Report", "Total", "inspect"]
@@ -69,6 +71,12 @@ class Report:
             every.add(entry)
         return every
 
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Further name -> the name that the files have for the same weight."""
+        listed = {name: others for name, others in self.meta["aliases"].items() if isinstance(others, list)}
+        return {str(alias): name for name, others in listed.items() for alias in others}
+
     def sums(self, file: str) -> dict[str, str]:
         """The check sums that ema.json has for a file, by kind."""
         said = self.meta["files"].get(file)
@@ -104,19 +112,9 @@ def inspect(path: str | Path) -> Report:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     try:
-        if not path.is_dir():
-            return _of_file(path)
-        meta = format.read_meta(path) if (path / format.META).exists() else None
-        files = _model(path)
+        return _of_folder(path) if path.is_dir() else _of_file(path)
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}.") from None
-    if meta is None:
-        return Report(str(path), "model", files, _PARTS, [])
-    odd = [f"{key} is {meta.get(key)!r}" for key, value in _PARTS.items() if not isinstance(meta.get(key), type(value))]
-    sound = _PARTS | {key: value for key, value in meta.items() if isinstance(value, type(_PARTS.get(key, value)))}
-    report = Report(str(path), str(meta.get("kind")), files, sound, odd)
-    report.problems.extend(_problems(report))
-    return report
 
 
 def _of_file(path: Path) -> Report:
@@ -128,6 +126,18 @@ def _of_file(path: Path) -> Report:
         if isinstance(name, str) and name in file.entries:
             aliases.setdefault(name, []).append(alias)
     return Report(str(path), "file", {path.name: file}, _PARTS | {"aliases": aliases}, [])
+
+
+def _of_folder(path: Path) -> Report:
+    meta = format.read_meta(path) if (path / format.META).exists() else None
+    files = _model(path)
+    if meta is None:
+        return Report(str(path), "model", files, _PARTS, [])
+    sound = {key: value for key, value in meta.items() if isinstance(value, type(_PARTS.get(key, value)))}
+    report = Report(str(path), str(meta.get("kind")), files, _PARTS | sound, [])
+    report.problems.extend(f"{key} is {brief(meta.get(key))}" for key in _PARTS if key not in sound)
+    report.problems.extend(_problems(report))
+    return report
 
 
 def _model(folder: Path) -> dict[str, format.File]:
@@ -142,23 +152,32 @@ def _model(folder: Path) -> dict[str, format.File]:
 def _problems(report: Report) -> Iterator[str]:
     """Where ema.json and the files contradict each other, and what `EMA.load` would refuse."""
     meta, weights = report.meta, report.weights
+    if report.kind not in ("ema", "export"):
+        yield f"kind is {brief(report.kind)}"
     for name, said in meta["files"].items():
         if name not in report.files:
             yield f"{name} is listed, but is no part of the model"
         elif not isinstance(said, dict) or said.get("size") != report.files[name].size:
-            yield f"{name} holds {report.files[name].size} bytes, listed is {said!r}"
+            yield f"{name} holds {report.files[name].size} bytes, listed is {brief(said)}"
     yield from (f"{name} is not listed" for name in report.files if name not in meta["files"])
     for key in ("averaged", "own_buffers", "aliases"):
         lost = [str(name) for name in meta[key] if not isinstance(name, str) or name not in weights]
         if lost:
             yield f"{key} names {', '.join(lost[:3])}, which the files do not hold"
-    yield from (f"the clock's {key} is {value!r}" for key, value in meta["clock"].items() if not _is_number(value))
+    yield from (f"the alias {alias} is a weight too" for alias in report.aliases if alias in weights)
+    yield from _unsound(meta)
+
+
+def _unsound(meta: dict[str, Any]) -> Iterator[str]:
+    """A clock or a schedule that cannot go on."""
+    try:
+        Clock().set(meta["clock"])
+    except ValueError as error:
+        yield str(error).rstrip(".")
+    if not isinstance(meta["clock"].get("accepted"), int):
+        yield f"the clock's accepted is {brief(meta['clock'].get('accepted'))}"
     for spec in meta["schedules"]:
         try:
             from_spec(spec)
         except (TypeError, ValueError) as error:
-            yield f"a schedule cannot be rebuilt: {error}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
+            yield f"a schedule cannot be rebuilt from {brief(spec)}: {str(error).rstrip('.')}"
