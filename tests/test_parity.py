@@ -68,7 +68,9 @@ def check_wrapper(kind: str, folder: str) -> dict[str, Any]:
     held["restored after raise"] = same(before, snapshot(run.model))
 
     ema.attach(run.optimizer)
-    run.train(2, oracle.update)
+    with ema.swap():
+        run.probe()
+    run.train(2, oracle.update)  # at once: taking a snapshot would free the unsharded copies that the probe left
     ema.detach()
     full = ema.gather()
     held["trains on"] = bool((run.probe() - run._probe(run.twin)).abs().max() < 2e-5)
