@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import layout, shards
 from .clock import Clock
-from .engine import Engine, Gate, Inline
+from .engine import Engine, Gate, Inline, choose
 from .kernels import Pair, Plan
 from .schedule import Schedule
 
@@ -34,6 +34,8 @@ class Average:
         self.model, self.schedule, self.clock = model, schedule, Clock()
         self.only, self._buffers = only, buffers
         self.engine: Engine = Inline()
+        self._inline = Inline()
+        self._versions: list[int] | None = None  # of the live weights, while an update may be reading them
         self.gate, self.seed = Gate(), 0
         self._last: tuple[float, float] | None = None  # decay and elapsed of the last update
         self.own: dict[str, Tensor] = {}  # buffers that were recalibrated inside a swap
@@ -86,7 +88,16 @@ class Average:
             assert slot.shadow is not None
             number = partial(layout.indices, slot.shard, slot.own, device=slot.shadow.device)
             pairs.append(Pair(slot.name, slot.shadow, slot.live, number))
-        self._plan = Plan(pairs, self.seed)
+        buffers = {slot.name for slot in self.averages if slot.shard.kind == "buffer"}
+        self._plan = Plan([pair for pair in pairs if pair.name not in buffers], self.seed)
+        # Buffers are written by the next forward, so they are never read behind it.
+        self._buffer_plan = Plan([pair for pair in pairs if pair.name in buffers], self.seed)
+
+    def use_engine(self, overlap: bool, host: bool) -> None:
+        """Choose when updates run from now on."""
+        self.settle()
+        devices = {slot.local.device for slot in self.averages}
+        self.engine = choose(devices, host) if overlap else Inline()
 
     @property
     def persistent(self) -> list[layout.Slot]:
@@ -114,10 +125,15 @@ class Average:
     def ready(self) -> None:
         """Shadows may be read and live weights written after this."""
         self.reshard()
+        self.settle()
         self.follow(replaced=True)
-        self.engine.settle()
         if not self.clock.started:
             self.copy_live()  # until averaging starts, the average is the live model
+
+    def settle(self) -> None:
+        """No update is under way after this."""
+        self.engine.settle()
+        self._versions = None
 
     def follow(self, replaced: bool = False, newly_trainable: bool = True) -> None:
         """[Note: stale records] in layout. `replaced` also looks for other Parameters under the same names."""
@@ -159,9 +175,20 @@ class Average:
         """Live weights are about to be overwritten."""
         self.refuse("optimizer.step")
         self.engine.fence()
+        versions, self._versions = self._versions, None
+        if versions is None:
+            return
+        pairs = zip(self.averages, versions, strict=True)
+        written = [s.name for s, version in pairs if s.local._version != version and s.shard.kind != "buffer"]
+        if written:
+            raise RuntimeError(
+                f"{', '.join(written[:5])} was written after the optimizer's step, while the average was reading it (a "
+                "clamp, a forced normalisation?). Use ema.attach(..., overlap=False), or ema.update() by hand."
+            )
 
     def begin(self) -> None:
         """Averaging begins at the live weights."""
+        self.settle()
         self.copy_live()
         self.clock.start(self.schedule)
 
@@ -174,6 +201,9 @@ class Average:
         self._last = decay, elapsed
         weight = self.gate.weigh(1 - decay, self.schedule.copies_first, skip)
         self.engine.update(self._plan, weight, number, guard)
+        self._inline.update(self._buffer_plan, weight, number, guard)
+        if self.engine.deferred:
+            self._versions = [slot.local._version for slot in self.averages]
 
     @property
     def pace(self) -> tuple[float, float]:

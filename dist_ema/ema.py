@@ -35,11 +35,11 @@ T = TypeVar("T")
 
 
 def _aside(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA, P], T]:
-    """Run outside autograd and inference mode: a shadow made inside inference mode could never be updated outside."""
+    """Run outside inference mode: a shadow made inside inference mode could never be updated outside."""
 
     @wraps(method)
     def run(self: EMA, *args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False):
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
@@ -86,6 +86,14 @@ class EMA:
         self._ranks = Ranks(found.members, found.group, shards.side_store)
         self._everyone: Ranks | None = None
         self._adopt(found)
+        self._use_engine(overlap=self._on_host)
+
+    def _use_engine(self, overlap: bool) -> None:
+        self._average.use_engine(overlap, self._on_host)
+
+    @property
+    def _on_host(self) -> bool:
+        return self._device is not None and self._device.type == "cpu"
 
     def _adopt(self, found: shards.Found) -> None:
         average = self._average
@@ -117,6 +125,7 @@ class EMA:
         """
         self._average.refuse("ema.update")
         self._average.move(elapsed)
+        self._average.before_step()  # without hooks nobody else would wait for the read
 
     def attach(
         self,
@@ -130,14 +139,15 @@ class EMA:
         """Update after every step that really happened; after the last-listed optimizer, if there are several.
 
         every: steps between updates; the decay accounts for all of them. start: the step at which the shadow is seeded
-        from live and averaging begins. elapsed: units per step, a number or a callable. overlap: let an engine that can
-        run behind the next forward; False is the bit-identical reference. guard: keep the shadow, element by element,
-        where live is not finite. Returns a handle with `remove()`.
+        from live and averaging begins. elapsed: units per step, a number or a callable. overlap: run behind the next
+        forward, on a side stream of an accelerator or in a host thread (device="cpu"); False is the bit-identical
+        reference. guard: keep the shadow, element by element, where live is not finite. Returns a handle with `remove()`.
         """
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError(
                 "ema.attach() was called before. Call ema.detach() first, or list all optimizers in one call."
             )
+        self._use_engine(overlap)
         self._attachment = Attachment(self._average, self._average.clock, optimizers, every, start, elapsed, guard)
         return self._attachment
 
@@ -348,7 +358,7 @@ class EMA:
         average = self._average
         average.refuse("ema.rescan")
         self._ranks.exchange("rescan")
-        average.engine.settle()
+        average.settle()
         average.follow(replaced=True, newly_trainable=False)
         self._adopt(shards.find(average.model))
 

@@ -44,7 +44,7 @@ class Plan:
     """The steps of one update over `pairs`. *Cost*: two scratches of at most 4 MB per dtype and device in use."""
 
     def __init__(self, pairs: Sequence[Pair], seed: int = 0) -> None:
-        self._seed = seed
+        self.pairs, self.seed = list(pairs), seed
         self._scratch: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
         self._direct: list[tuple[Tensor, Tensor]] = []
         self._through: list[tuple[Tensor, list[Tensor], Tensor, Tensor]] = []
@@ -109,7 +109,7 @@ class Plan:
             if guard:
                 moved = torch.where(moved.isfinite(), moved, shadow)
             wide.copy_(shadow).lerp_(moved, weight)
-            bits = noise(self._seed, update, pair.name, pair.indices(start, start + len(shadow)))
+            bits = noise(self.seed, update, pair.name, pair.indices(start, start + len(shadow)))
             shadow.copy_(round_to_bfloat16(wide, bits))
 
     def _guarded(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -34,19 +34,15 @@ class Loan:
         self._lent: list[Tensor] = []
 
     def lend(self) -> None:
-        """Write the average into the live weights. If it fails half way, undo what was done and raise."""
+        """Write the average into the live weights. If it fails half way, `take_back` undoes what was done."""
         self._kept = [(slot, slot.local.clone()) for slot in self._buffers]
-        try:
-            for slot in self._weights:
-                self._put(slot)
-                self._done.append(slot)
-            for slot in self._buffers:
-                average = self._own.get(slot.name, slot.shadow)
-                if average is not None:
-                    slot.local.copy_(average)
-        except BaseException:
-            self.take_back()
-            raise
+        for slot in self._weights:
+            self._put(slot)
+            self._done.append(slot)
+        for slot in self._buffers:
+            average = self._own.get(slot.name, slot.shadow)
+            if average is not None:
+                slot.local.copy_(average)
         self._lent = [slot.local.clone() for slot in self._buffers]
         torch.clear_autocast_cache()  # autocast would go on using the casts of the live weights
 

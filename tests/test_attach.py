@@ -112,7 +112,7 @@ def test_a_skipped_first_update_does_not_keep_the_start(schedule: Any) -> None:
     toy = Toy(schedule, optimizer=lambda p: torch.optim.SGD(p, lr=1.0, fused=True))
     toy.optimizer.found_inf = torch.tensor(1.0)
     with torch.no_grad():
-        toy.model.weight -= 1
+        toy.model.weight -= 5
     toy.step()
     toy.optimizer.found_inf = torch.tensor(0.0)
     toy.step()
