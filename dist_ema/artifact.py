@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,7 +29,7 @@ from .layout import Box, Slot, kinds, parts, pieces, runs
 from .ranks import Ranks
 from .wire import Part, stream
 
-__all__ = ["DTYPES", "File", "Job", "check", "load", "load_file", "open_model", "verdict", "write"]
+__all__ = ["DTYPES", "File", "Job", "Tree", "check", "load", "load_file", "open_model", "verdict", "write"]
 
 WINDOW = 16 << 20  # bytes read at a time for check sums
 
@@ -45,13 +46,34 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
+class Tree:
+    """The model files of one average: in the folder itself, or under averages/LABEL."""
+
+    slots: list[Slot]
+    own_buffers: dict[str, Tensor]
+    spec: dict[str, Any]  # of its schedule
+    label: str = ""
+
+    @property
+    def prefix(self) -> str:
+        return f"averages/{self.label}/" if self.label else ""
+
+    @property
+    def aliases(self) -> dict[str, list[str]]:
+        return {slot.name: sorted(slot.shard.aliases) for slot in self.slots if slot.shard.aliases}
+
+    @property
+    def own_names(self) -> list[str]:
+        return sorted(slot.name for slot in self.slots if slot.name in self.own_buffers)
+
+
+@dataclass(frozen=True)
 class Job:
     """What to write, and where. mode: 'direct', 'stream', or None to choose by whether all ranks share a host."""
 
     verb: str  # save: a folder that is replaced as one; export: also a single file, or files put into a folder
     path: Path
-    slots: list[Slot]
-    own_buffers: dict[str, Tensor]
+    trees: list[Tree]
     meta: dict[str, Any]
     max_shard_size: int | str = "5GB"
     mode: str | None = None
@@ -61,18 +83,14 @@ class Job:
     def one_file(self) -> bool:
         return self.verb == "export" and self.path.suffix == ".safetensors"
 
-    @property
-    def aliases(self) -> dict[str, list[str]]:
-        return {slot.name: sorted(slot.shard.aliases) for slot in self.slots if slot.shard.aliases}
-
-    def plan(self) -> dict[str, format.File]:
+    def plan(self, tree: Tree) -> dict[str, format.File]:
         """The files by name. Raises ValueError for a dtype that they cannot hold."""
         if self.mode not in (None, "direct", "stream"):
             raise ValueError(f"mode must be 'direct', 'stream' or None, got {self.mode!r}.")
-        table = {slot.name: format.Entry(self._kind(slot), slot.shard.shape) for slot in self.slots}
+        table = {slot.name: format.Entry(self._kind(slot), slot.shard.shape) for slot in tree.slots}
         if not self.one_file:
-            return format.plan(table, self.max_shard_size)
-        names = {alias: name for name, aliases in self.aliases.items() for alias in aliases}
+            return {tree.prefix + name: file for name, file in format.plan(table, self.max_shard_size).items()}
+        names = {alias: name for name, aliases in tree.aliases.items() for alias in aliases}
         return {self.path.name: format.header(table, names)}
 
     def _kind(self, slot: Slot) -> str:
@@ -87,37 +105,53 @@ class Job:
         return _NAMES[kind]
 
     def full_meta(self, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        first, *others = self.trees
         return self.meta | {
             "format": format.FORMAT,
             "files": files,
-            "averaged": sorted(slot.name for slot in self.slots if slot.shadow is not None),
-            "own_buffers": sorted(slot.name for slot in self.slots if slot.name in self.own_buffers),
-            "aliases": self.aliases,
-            "dtypes": {slot.name: str(slot.shard.dtype).removeprefix("torch.") for slot in self.slots},
+            "averaged": sorted(slot.name for slot in first.slots if slot.shadow is not None),
+            "schedules": [tree.spec for tree in self.trees],
+            "averages": {tree.label: {"own_buffers": tree.own_names} for tree in others},
+            "own_buffers": first.own_names,
+            "aliases": first.aliases,
+            "dtypes": {slot.name: str(slot.shard.dtype).removeprefix("torch.") for slot in first.slots},
             "versions": {"dist_ema": version("dist-ema"), "torch": torch.__version__},
         }
 
 
 def write(ranks: Ranks, job: Job) -> None:
     """Write the job's folder or file. *Collective*, atomic. *Cost*: one window of 16 MB at most."""
-    files = job.plan()
+    plans = [job.plan(tree) for tree in job.trees]
+    files = {name: file for plan in plans for name, file in plan.items()}
     hosts = ranks.exchange(job.verb, socket.gethostname())
     direct = job.mode == "direct" or (job.mode is None and len(set(hosts)) == 1)
     folder = Path(ranks.decide(job.verb, lambda: str(_prepare(job, files))))
-    work = _Writer(folder, files, [slot.name for slot in job.slots])
-    mine = list(parts(job.slots, job.own_buffers))
     try:
-        if direct:
-            _, sums = ranks.attempt(job.verb, lambda: work.all(mine))
-        else:
-            stream(ranks, *kinds(job.slots), mine, work.part_or_note)
-            _, sums = ranks.attempt(job.verb, work.close if ranks.first else dict)
+        sums: dict[str, list[int]] = {}
+        for tree, plan in zip(job.trees, plans, strict=True):
+            for said in _write_tree(ranks, job.verb, folder, tree, plan, direct):
+                for name, contribution in said.items():
+                    sums.setdefault(name, []).append(contribution)
         ranks.decide(job.verb, lambda: _finish(job, folder, files, sums))
     except BaseException:
-        work.abandon()
         if ranks.first:
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _write_tree(
+    ranks: Ranks, verb: str, folder: Path, tree: Tree, files: dict[str, format.File], direct: bool
+) -> list[dict[str, int]]:
+    """Put every rank's bytes into place. Returns what each adds to the check sum of every file. *Collective*."""
+    work = _Writer(folder, files, [slot.name for slot in tree.slots])
+    mine = list(parts(tree.slots, tree.own_buffers))
+    try:
+        if direct:
+            return ranks.attempt(verb, lambda: work.all(mine))[1]
+        stream(ranks, *kinds(tree.slots), mine, work.part_or_note)
+        return ranks.attempt(verb, work.close if ranks.first else dict)[1]
+    finally:
+        work.abandon()
 
 
 def _prepare(job: Job, files: dict[str, format.File]) -> Path:
@@ -139,6 +173,7 @@ def _prepare(job: Job, files: dict[str, format.File]) -> Path:
     folder.mkdir()
     try:
         for name, file in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with open(folder / name, "wb") as handle:
                 commit.reserve(handle.fileno(), file.size)
                 commit.write_at(handle.fileno(), file.head, 0)
@@ -208,7 +243,7 @@ class _Writer:
             os.close(self._open.popitem()[1])
 
 
-def _finish(job: Job, folder: Path, files: dict[str, format.File], sums: list[dict[str, int]]) -> None:
+def _finish(job: Job, folder: Path, files: dict[str, format.File], sums: dict[str, list[int]]) -> None:
     """Seal the temporary folder and put it in place."""
     if job.one_file:
         alone = commit.temporary(job.path)
@@ -216,25 +251,27 @@ def _finish(job: Job, folder: Path, files: dict[str, format.File], sums: list[di
         folder.rmdir()
         return commit.publish(alone, job.path)
     texts = {format.META: format.dump(job.full_meta(_table(files, sums)))}
-    if len(files) > 1:
-        texts[format.INDEX] = format.index(files)
+    for tree in job.trees:
+        own = {Path(name).name: file for name, file in files.items() if Path(name).parent == Path(tree.prefix)}
+        if len(own) > 1:
+            texts[tree.prefix + format.INDEX] = format.index(own)
     for name, text in texts.items():
         (folder / name).write_bytes(text)
         commit.sync(folder / name)
-    commit.sync(folder)
+    for inner in sorted({path.parent for path in folder.rglob("*")}, reverse=True):
+        commit.sync(inner)
     if job.verb == "export" and job.path.exists():
         return _merge(folder, job.path, [*files, *texts])
     return commit.publish(folder, job.path)
 
 
-def _table(files: dict[str, format.File], sums: list[dict[str, int]]) -> dict[str, dict[str, Any]]:
+def _table(files: dict[str, format.File], sums: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
     """Size and check sum of every file, from what each rank wrote into it ([Note: check sums] in format)."""
     table = {}
     for name, file in files.items():
         head = format.Sum(file.size)
         head.add(0, file.head)
-        written = [said[name] for said in sums if said]
-        table[name] = {"size": file.size, "crc32": format.check_sum(file.size, [head.contribution, *written])}
+        table[name] = {"size": file.size, "crc32": format.check_sum(file.size, [head.contribution, *sums[name]])}
     return table
 
 
@@ -294,20 +331,51 @@ def open_model(folder: Path, aliases: dict[str, list[str]]) -> dict[str, Weight]
     return weights
 
 
-def load(ranks: Ranks, path: Path, slots: Sequence[Slot], verify: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Fill the shadows among `slots` (all that the model persists). Returns ema.json and the own buffers. *Collective*.
+def load(
+    ranks: Ranks, path: Path, trees: Sequence[Tree], verify: bool
+) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    """Fill the shadows of each average. Returns ema.json and the own buffers of each. *Collective*.
 
     Everything is checked before the first shadow is written.
     """
     meta = ranks.decide("load", lambda: _read_meta(path))
-    files: dict[str, Weight] = {}
-    ranks.attempt("load", lambda: files.update(_matching(path, meta, slots)))
+    sources = _sources(path, meta, trees)
+    files: list[dict[str, Weight]] = []
+    ranks.attempt("load", lambda: files.extend(_matching(*each) for each in sources))
     if verify:
         _, found = ranks.attempt("load", lambda: check(path, meta, ranks.rank, ranks.size))
         verdict(path, meta, found)
-    own: dict[str, Tensor] = {}
-    ranks.attempt("load", lambda: own.update(_fill(files, slots, meta)))
+    own: list[dict[str, Tensor]] = []
+    work = list(zip(files, sources, strict=False))
+    ranks.attempt("load", lambda: own.extend(_fill(opened, source) for opened, source in work))
     return meta, own
+
+
+class Source(NamedTuple):
+    """Where one average is read from."""
+
+    folder: Path
+    tree: Tree
+    whole: bool  # the folder holds the complete model, not only what is averaged
+    aliases: dict[str, list[str]]
+    own_buffers: list[str]
+
+
+def _sources(path: Path, meta: dict[str, Any], trees: Sequence[Tree]) -> list[Source]:
+    """For each average the saved one with its schedule, else the one at its place."""
+    saved, labels = meta["schedules"], ["", *meta.get("averages", {})]
+    if len(trees) > len(saved):
+        raise ValueError(f"{path} holds {len(saved)} averages, this EMA has {len(trees)}.")
+    sources = []
+    for i, tree in enumerate(trees):
+        k = saved.index(tree.spec) if tree.spec in saved else i
+        if tree.spec != saved[k]:
+            warnings.warn(f"{path} was averaged with {saved[k]}; this EMA goes on with {tree.spec}.", stacklevel=6)
+        own = meta["averages"][labels[k]] if labels[k] else meta
+        folder = path / "averages" / labels[k] if labels[k] else path
+        whole = meta["weights"] == "all" and not labels[k]
+        sources.append(Source(folder, tree, whole, meta.get("aliases", {}), own["own_buffers"]))
+    return sources
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -317,10 +385,12 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return format.read_meta(path)
 
 
-def _matching(path: Path, meta: dict[str, Any], slots: Sequence[Slot]) -> dict[str, Weight]:
+def _matching(
+    folder: Path, tree: Tree, whole: bool, aliases: dict[str, list[str]], own: list[str]
+) -> dict[str, Weight]:
     """The weights under the model's names. Raises ValueError with every difference."""
-    files = open_model(path, meta.get("aliases", {}))
-    asked = {slot.name: slot for slot in slots if meta["weights"] == "all" or slot.shadow is not None}
+    files = open_model(folder, aliases)
+    asked = {slot.name: slot for slot in tree.slots if whole or slot.shadow is not None or slot.name in own}
     known = set(asked) | {alias for slot in asked.values() for alias in slot.shard.aliases}
     said = [f"{name} is missing" for name in asked if name not in files]
     said += [f"{name} is not in the model" for name in sorted(files) if name not in known]
@@ -329,18 +399,18 @@ def _matching(path: Path, meta: dict[str, Any], slots: Sequence[Slot]) -> dict[s
             said.append(f"{name}: {files[name].shape} on disk, {slot.shard.shape} in the model")
     if said:
         more = f", and {len(said) - 10} more" if len(said) > 10 else ""
-        raise ValueError(f"{path} and the model disagree on {len(said)} weights: {'; '.join(said[:10])}{more}.")
+        raise ValueError(f"{folder} and the model disagree on {len(said)} weights: {'; '.join(said[:10])}{more}.")
     return files
 
 
-def _fill(files: dict[str, Weight], slots: Sequence[Slot], meta: dict[str, Any]) -> dict[str, Tensor]:
+def _fill(files: dict[str, Weight], source: Source) -> dict[str, Tensor]:
     own = {}
-    for slot in slots:
+    for slot in source.tree.slots:
         if slot.shadow is not None and slot.own.numel:
             full = files[slot.name].read()
             for box, view in pieces(slot.shard, slot.own, slot.shadow):
                 view.copy_(full[box.slices])
-        if slot.name in meta.get("own_buffers", []):
+        if slot.name in source.own_buffers:
             own[slot.name] = slot.local.clone()
             for box, view in pieces(slot.shard, slot.shard.held, own[slot.name]):
                 view.copy_(files[slot.name].read()[box.slices])

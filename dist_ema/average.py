@@ -1,4 +1,4 @@
-"""One average: its slots, its clock, and what it takes to move it.
+"""The averages of one model: their slots, the clock that they share, and what it takes to move them.
 
 `EMA` is the door to this room; the hooks of `attach` come in here directly.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,31 +21,71 @@ from .engine import Engine, Gate, Inline, choose
 from .kernels import Pair, Plan
 from .schedule import Schedule
 
-__all__ = ["Average"]
+__all__ = ["Average", "Profile"]
 
 LOOK_EVERY = 100  # updates between two looks at whether weights moved
+
+
+@dataclass
+class Profile:
+    """One average: a schedule, and a shadow for every weight that is averaged."""
+
+    schedule: Schedule
+    slots: list[layout.Slot] = field(default_factory=list)  # every weight and buffer of the model
+    own: dict[str, Tensor] = field(default_factory=dict)  # buffers that were recalibrated inside a swap
+    gate: Gate = field(default_factory=Gate)
+    last: tuple[float, float] | None = None  # decay and elapsed of the last update
+
+    @property
+    def name(self) -> str:
+        return repr(self.schedule)
+
+    @property
+    def averages(self) -> list[layout.Slot]:
+        return [slot for slot in self.slots if slot.shadow is not None]
+
+    @property
+    def persistent(self) -> list[layout.Slot]:
+        """What a state_dict holds."""
+        return [slot for slot in self.slots if slot.shard.persistent]
+
+    @property
+    def floating_buffers(self) -> list[layout.Slot]:
+        return [slot for slot in self.persistent if slot.shard.kind == "buffer" and slot.shard.dtype.is_floating_point]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.shadow.nbytes for slot in self.slots if slot.shadow is not None)
+
+    def pace(self, now: float) -> tuple[float, float]:
+        """(decay, half life in units of the clock) of the last update; before the first, of a step of one unit."""
+        decay, elapsed = self.last or (self.schedule(now + 1.0, 1.0), 1.0)
+        if not 0 < decay < 1:
+            return decay, 0.0 if decay == 0 else math.inf
+        return decay, elapsed * math.log(0.5) / math.log(decay)
 
 
 class Average:
     """Local to this rank: nothing in here is collective."""
 
     def __init__(
-        self, model: nn.Module, schedule: Schedule, *, only: str | Callable[[str], bool] | None, buffers: str
+        self, model: nn.Module, schedules: Sequence[Schedule], *, only: str | Callable[[str], bool] | None, buffers: str
     ) -> None:
-        self.model, self.schedule, self.clock = model, schedule, Clock()
+        self.model, self.clock, self.seed = model, Clock(), 0
+        self.profiles = [Profile(schedule) for schedule in schedules]
         self.only, self._buffers = only, buffers
         self.engine: Engine = Inline()
         self._inline = Inline()
         self._versions: list[int] | None = None  # of the live weights, while an update may be reading them
-        self.gate, self.seed = Gate(), 0
-        self._last: tuple[float, float] | None = None  # decay and elapsed of the last update
-        self.own: dict[str, Tensor] = {}  # buffers that were recalibrated inside a swap
         self.lent = False
-        self.slots: list[layout.Slot] = []  # every weight and buffer of the model
-        self.averages: list[layout.Slot] = []  # those that have a shadow
         self._sharded: list[nn.Module] = []
 
     # --- what is averaged --------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> list[layout.Slot]:
+        """Every weight and buffer, as the first average has it; cuts and live weights are the same in all."""
+        return self.profiles[0].slots
 
     def wants(self, shard: shards.Shard) -> bool:
         """It is trained (or a buffer to average), it floats, and it was asked for."""
@@ -58,19 +99,20 @@ class Average:
 
     def adopt(self, found: shards.Found, split: bool, dtype: torch.dtype, device: torch.device | None) -> None:
         """Give a shadow to every weight that should have one and has none yet, equal to live."""
-        known = {slot.name: slot for slot in self.averages}
-        fresh = layout.cut([shard for shard in found.shards if shard.name not in known], self.wants, split)
-        chosen = [slot for slot in fresh if self.wants(slot.shard)]
-        self._refuse_hopeless([slot.shard for slot in chosen])
-        layout.allocate(chosen, dtype, device)
-        by_name = {slot.name: slot for slot in fresh} | known
-        self.slots = [by_name[shard.name] for shard in found.shards]
+        known = {slot.name for slot in self.slots if slot.shadow is not None}
+        cut = layout.cut([shard for shard in found.shards if shard.name not in known], self.wants, split)
+        self._refuse_hopeless([slot.shard for slot in cut if self.wants(slot.shard)], bool(known))
+        for profile in self.profiles:
+            fresh = {slot.name: replace(slot) for slot in cut}
+            layout.allocate([slot for slot in fresh.values() if self.wants(slot.shard)], dtype, device)
+            by_name = fresh | {slot.name: slot for slot in profile.averages}
+            profile.slots = [by_name[shard.name] for shard in found.shards]
         self._sharded = found.sharded
         self._replan()
         self.mark()
 
-    def _refuse_hopeless(self, chosen: list[shards.Shard]) -> None:
-        if not self.averages and all(shard.kind == "buffer" for shard in chosen):
+    def _refuse_hopeless(self, chosen: list[shards.Shard], some: bool) -> None:
+        if not some and all(shard.kind == "buffer" for shard in chosen):
             raise ValueError(
                 f"EMA found no trainable floating-point weights in {type(self.model).__name__}. "
                 f"Are all frozen, or does only={self.only!r} match nothing?"
@@ -82,31 +124,34 @@ class Average:
             )
 
     def _replan(self) -> None:
-        pairs = []
-        self.averages = [slot for slot in self.slots if slot.shadow is not None]
-        for slot in self.averages:
-            assert slot.shadow is not None
-            number = partial(layout.indices, slot.shard, slot.own, device=slot.shadow.device)
-            pairs.append(Pair(slot.name, slot.shadow, slot.live, number))
-        buffers = {slot.name for slot in self.averages if slot.shard.kind == "buffer"}
-        self._plan = Plan([pair for pair in pairs if pair.name not in buffers], self.seed)
+        self._averages = self.profiles[0].averages
+        weights: list[Pair] = []
+        buffers: list[Pair] = []
+        for i, slot in enumerate(self.slots):
+            shadows = [profile.slots[i].shadow for profile in self.profiles]
+            if slot.shadow is not None:
+                number = partial(layout.indices, slot.shard, slot.own, device=slot.shadow.device)
+                pair = Pair(slot.name, [shadow for shadow in shadows if shadow is not None], slot.live, number)
+                (buffers if slot.shard.kind == "buffer" else weights).append(pair)
+        self._plan = Plan(weights, self.seed)
         # Buffers are written by the next forward, so they are never read behind it.
-        self._buffer_plan = Plan([pair for pair in pairs if pair.name in buffers], self.seed)
+        self._buffer_plan = Plan(buffers, self.seed)
 
     def use_engine(self, overlap: bool, host: bool) -> None:
         """Choose when updates run from now on."""
         self.settle()
-        devices = {slot.local.device for slot in self.averages}
+        devices = {slot.local.device for slot in self._averages}
         self.engine = choose(devices, host) if overlap else Inline()
 
-    @property
-    def persistent(self) -> list[layout.Slot]:
-        """What a state_dict holds."""
-        return [slot for slot in self.slots if slot.shard.persistent]
-
-    @property
-    def floating_buffers(self) -> list[layout.Slot]:
-        return [slot for slot in self.persistent if slot.shard.kind == "buffer" and slot.shard.dtype.is_floating_point]
+    def profile(self, which: int | str | Schedule) -> Profile:
+        """By number, by the schedule, or by its repr."""
+        if isinstance(which, int) and 0 <= which < len(self.profiles):
+            return self.profiles[which]
+        for profile in self.profiles:
+            if which in (profile.name, profile.schedule):
+                return profile
+        names = ", ".join(f"{i}: {profile.name}" for i, profile in enumerate(self.profiles))
+        raise ValueError(f"there is no average {which!r}; there are {names}.")
 
     # --- the state of the model --------------------------------------------------------------------------------
 
@@ -146,15 +191,16 @@ class Average:
         new = [slot.name for slot in self.slots if slot.shadow is None and self.wants(slot.shard)]
         if new and newly_trainable:
             raise RuntimeError(f"{', '.join(new[:5])} became trainable after the EMA was built. Call ema.rescan().")
-        moved = [slot for slot in self.slots if slot.moved]
-        for slot in moved:
-            slot.rebind()
-        if any(slot.shadow is not None for slot in moved):
+        moved = [i for i, slot in enumerate(self.slots) if slot.moved]
+        for profile in self.profiles:
+            for i in moved:
+                profile.slots[i].rebind()
+        if any(self.slots[i].shadow is not None for i in moved):
             self._replan()
 
     def mark(self) -> None:
         """Remember how often weights were written, to notice training that no update follows."""
-        self._marked = sum(slot.local._version for slot in self.averages), self.clock.steps, self.clock.updates
+        self._marked = sum(slot.local._version for slot in self._averages), self.clock.steps, self.clock.updates
 
     @property
     def idle(self) -> bool:
@@ -167,9 +213,10 @@ class Average:
 
     def copy_live(self) -> None:
         """Every shadow is its live weight again."""
-        for slot in self.averages:
-            assert slot.shadow is not None
-            slot.shadow.copy_(slot.live)
+        for profile in self.profiles:
+            for slot in profile.averages:
+                assert slot.shadow is not None
+                slot.shadow.copy_(slot.live)
 
     def before_step(self) -> None:
         """Live weights are about to be overwritten."""
@@ -178,7 +225,7 @@ class Average:
         versions, self._versions = self._versions, None
         if versions is None:
             return
-        pairs = zip(self.averages, versions, strict=True)
+        pairs = zip(self._averages, versions, strict=True)
         written = [s.name for s, version in pairs if s.local._version != version and s.shard.kind != "buffer"]
         if written:
             raise RuntimeError(
@@ -190,35 +237,35 @@ class Average:
         """Averaging begins at the live weights."""
         self.settle()
         self.copy_live()
-        self.clock.start(self.schedule)
+        self.clock.start()
 
     def move(self, elapsed: float, skip: Tensor | None = None, guard: bool = False) -> None:
         """One update. skip: not 0, on the device, if the step was skipped. No host sync, no collective."""
         number = self.clock.updates
         if number < 2 or number % LOOK_EVERY == 0:
             self.follow()
-        decay = self.clock.move(self.schedule, elapsed)
-        self._last = decay, elapsed
-        weight = self.gate.weigh(1 - decay, self.schedule.copies_first, skip)
-        self.engine.update(self._plan, weight, number, guard)
-        self._inline.update(self._buffer_plan, weight, number, guard)
+        decays = self.clock.move([profile.schedule for profile in self.profiles], elapsed)
+        weights = []
+        for profile, decay in zip(self.profiles, decays, strict=True):
+            profile.last = decay, elapsed
+            weights.append(profile.gate.weigh(1 - decay, profile.schedule.copies_first, skip))
+        self.engine.update(self._plan, weights, number, guard)
+        self._inline.update(self._buffer_plan, weights, number, guard)
         if self.engine.deferred:
-            self._versions = [slot.local._version for slot in self.averages]
-
-    @property
-    def pace(self) -> tuple[float, float]:
-        """(decay, half life in units of the clock) of the last update; before the first, of a step of one unit."""
-        decay, elapsed = self._last or (self.schedule(self.clock.now + 1.0, 1.0), 1.0)
-        if not 0 < decay < 1:
-            return decay, 0.0 if decay == 0 else math.inf
-        return decay, elapsed * math.log(0.5) / math.log(decay)
+            self._versions = [slot.local._version for slot in self._averages]
 
     def set_clock(self, spec: dict[str, Any]) -> None:
         """Go on from a saved clock."""
         self.clock.set(spec)
-        self.gate.reset(accepted=spec["accepted"] > 0)
+        for profile in self.profiles:
+            profile.gate.reset(accepted=spec["accepted"] > 0)
         self.mark()
 
     def clock_spec(self) -> dict[str, Any]:
         """The clock as it is saved. Waits for the device."""
-        return self.clock.spec() | {"accepted": self.clock.updates - self.gate.count()}
+        return self.clock.spec() | {"accepted": self.clock.updates - self.skipped}
+
+    @property
+    def skipped(self) -> int:
+        """Updates that the device refused. Waits for the device."""
+        return self.profiles[0].gate.count()

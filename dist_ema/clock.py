@@ -9,7 +9,8 @@ started   the average is a thing of its own; before, it simply is the live weigh
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .schedule import Schedule
@@ -22,30 +23,35 @@ class Clock:
     """Host-side counters; nothing here is ever read back from a device."""
 
     now: float = 0.0
+    before: float = 0.0
     steps: int = 0
     updates: int = 0
     pending: float = 0.0
     started: bool = True
 
-    def move(self, schedule: Schedule, elapsed: float) -> float:
-        """Advance by `elapsed` and return the decay for the move. Raises ValueError and stays if it cannot."""
+    def at(self, schedule: Schedule) -> float:
+        """The clock as this schedule counts: from where averaging began, or from where training did."""
+        return self.now + self.before if schedule.origin == "training" else self.now
+
+    def move(self, schedules: Sequence[Schedule], elapsed: float) -> list[float]:
+        """Advance by `elapsed` and return each schedule's decay for the move. Raises ValueError and stays if one cannot."""
         if not elapsed > 0:
             raise ValueError(f"elapsed must be positive, got {elapsed}.")
-        decay = schedule(self.now + elapsed, elapsed)
+        decays = [schedule(self.at(schedule) + elapsed, elapsed) for schedule in schedules]
         self.now += elapsed
         self.updates += 1
         self.pending = 0.0
-        return decay
+        return decays
 
     def tick(self, elapsed: float) -> None:
         """One optimizer step went by."""
         self.steps += 1
         self.pending += elapsed
 
-    def start(self, schedule: Schedule) -> None:
+    def start(self) -> None:
         """Averaging begins here, seeded from live."""
-        self.now = self.now + self.pending if schedule.origin == "training" else 0.0
-        self.pending = 0.0
+        self.before += self.now + self.pending
+        self.now, self.pending = 0.0, 0.0
         self.started = True
 
     def spec(self) -> dict[str, Any]:
@@ -53,7 +59,8 @@ class Clock:
 
     def set(self, spec: dict[str, Any]) -> None:
         """Take the counters of a saved clock. Raises ValueError if they are not sound."""
-        for name, kind in (("now", float), ("steps", int), ("updates", int), ("pending", float), ("started", bool)):
-            if not isinstance(spec.get(name), (int, float)):
-                raise ValueError(f"the saved clock has no sound {name!r}: {spec}.")
-            setattr(self, name, kind(spec[name]))
+        for field in fields(self):
+            value = spec.get(field.name)
+            if not isinstance(value, (int, float)) or value < 0:
+                raise ValueError(f"the saved clock has no sound {field.name!r}: {spec}.")
+            setattr(self, field.name, type(getattr(self, field.name))(value))

@@ -82,26 +82,22 @@ def _view(slot: Slot) -> Tensor:
     return FlatRange(slot.shard.shape, slot.shadow, blocks, slot.duty.numel > 0)
 
 
-def state(
-    averages: Sequence[Slot], buffers: Sequence[Slot], own: dict[str, Tensor], clock: dict[str, Any]
-) -> dict[str, Any]:
-    """Only tensors, because DCP pickles everything else: the weights, every floating buffer and which of them are the
-    average's own, and the clock as float64."""
+def state(averages: Sequence[Slot], buffers: Sequence[Slot], own: dict[str, Tensor]) -> dict[str, Any]:
+    """One average, only tensors, because DCP pickles everything else: the weights, every floating buffer, and which of
+    these are the average's own."""
     held = {slot.name: own.get(slot.name, slot.local).clone() for slot in buffers}
-    shaped = {slot.name: block for slot in buffers for _, block in pieces(slot.shard, slot.shard.held, held[slot.name])}
     return {
         "weights": {slot.name: _view(slot) for slot in averages},
-        "buffers": shaped,
+        "buffers": {
+            slot.name: block for slot in buffers for _, block in pieces(slot.shard, slot.shard.held, held[slot.name])
+        },
         "own": torch.tensor([slot.name in own for slot in buffers], dtype=torch.uint8),
-        "clock": torch.tensor([float(value) for value in clock.values()], dtype=torch.float64),
     }
 
 
-def take(
-    state: dict[str, Any], averages: Sequence[Slot], buffers: Sequence[Slot], clock: list[str]
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Fill the shadows from `state`. Returns the own buffers and the clock. Raises ValueError for what is missing."""
-    missing = [key for key in ("weights", "buffers", "own", "clock") if key not in state]
+def take(state: dict[str, Any], averages: Sequence[Slot], buffers: Sequence[Slot]) -> dict[str, Tensor]:
+    """Fill the shadows of one average from `state`. Returns its own buffers. Raises ValueError for what is missing."""
+    missing = [key for key in ("weights", "buffers", "own") if key not in state]
     missing = missing or [slot.name for slot in averages if slot.name not in state["weights"]]
     if missing:
         raise ValueError(f"the state_dict of the EMA lacks {', '.join(missing[:5])}.")
@@ -113,7 +109,7 @@ def take(
             own[slot.name] = slot.local.clone()
             for _, block in pieces(slot.shard, slot.shard.held, own[slot.name]):
                 block.copy_(state["buffers"][slot.name])
-    return own, dict(zip(clock, state["clock"].tolist(), strict=True))
+    return own
 
 
 def _take_weight(slot: Slot, value: Tensor) -> None:

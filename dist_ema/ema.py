@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 
 from . import agree, artifact, dcp, gather, shards
 from .attach import Attachment
-from .average import Average
+from .average import Average, Profile
 from .clock import Clock
 from .ranks import FOREVER, Ranks
-from .schedule import Schedule, from_spec
+from .schedule import Schedule
 from .schedule import schedule as coerce
 from .swap import Loan, spread
 
@@ -32,6 +32,7 @@ __all__ = ["EMA"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Which = int | str | Schedule
 
 
 def _aside(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA, P], T]:
@@ -49,7 +50,7 @@ class EMA:
     """An exponential moving average of a model's weights, each rank keeping its own shard of it.
 
     model: as it will be trained: plain, DDP, FSDP1, FSDP2, HSDP, tensor parallel, compiled, checkpointed. Wrap first.
-    decay: a float (`Constant`) or a schedule of `dist_ema`.
+    decay: a float (`Constant`), a schedule of `dist_ema`, or a list of them: several averages, each live weight read once.
     dtype: of the shadows: float32, float64, or bfloat16 (compact, rounded stochastically).
     device: of the shadows; None keeps each beside its weight.
     split: divide replicated weights (DDP, HSDP) among the ranks that hold them.
@@ -66,7 +67,7 @@ class EMA:
     def __init__(
         self,
         model: nn.Module,
-        decay: float | Schedule = 0.9999,
+        decay: float | Schedule | Sequence[float | Schedule] = 0.9999,
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
@@ -80,7 +81,10 @@ class EMA:
             raise ValueError(f"buffers must be 'copy' or 'average', got {buffers!r}.")
         self._dtype, self._device = dtype, None if device is None else torch.device(device)
         self._split = split
-        self._average = Average(model, coerce(decay), only=only, buffers=buffers)
+        schedules = [coerce(each) for each in (decay if isinstance(decay, Sequence) else [decay])]
+        if not schedules or len(set(schedules)) < len(schedules):
+            raise ValueError(f"decay must name one or more different schedules, got {decay!r}.")
+        self._average = Average(model, schedules, only=only, buffers=buffers)
         self._attachment: Attachment | None = None
         found = shards.find(model)
         self._ranks = Ranks(found.members, found.group, shards.side_store)
@@ -159,15 +163,18 @@ class EMA:
     # --- the average in use ------------------------------------------------------------------------------------
 
     @contextmanager
-    def swap(self) -> Iterator[EMA]:
+    def swap(self, which: Which = 0) -> Iterator[EMA]:
         """Lend the average to the model: inside the block its weights and buffers are the average's. *Collective*.
+
+        which: of several averages, by number or schedule, here and in the other verbs.
 
         Live weights, buffers and shadows are restored bit for bit, whatever the block raises. Floating buffers that the
         block changed (recalibrated BatchNorm) become the average's own until `reset_buffers()`. *Cost*: 4 MB where shadow
         and weight have one dtype, else a copy of this rank's shard. A rank that leaves by an exception makes the others
         raise RuntimeError at their exit, after restoring.
         """
-        loan = self._lend()
+        profile = self._average.profile(which)
+        loan = self._lend(profile)
         error: BaseException | None = None
         try:
             yield self
@@ -175,10 +182,10 @@ class EMA:
             error = caught
             raise
         finally:
-            self._take_back(loan, error)
+            self._take_back(profile, loan, error)
 
     @_aside
-    def _lend(self) -> Loan:
+    def _lend(self, profile: Profile) -> Loan:
         if shards.frozen_by_inductor(self._average.model):
             raise RuntimeError(
                 "ema.swap() cannot reach a model compiled with torch._inductor.config.freezing: turn it off."
@@ -186,11 +193,11 @@ class EMA:
         self._enter("swap")
         self._warn_if_idle("swap")
         average = self._average
-        loan = Loan(average.slots, average.own)
+        loan = Loan(profile.slots, profile.own)
         try:
             self._ranks.attempt("swap", loan.lend)
             average.lent = True
-            spread(average.averages, self._split)
+            spread(profile.averages, self._split)
         except BaseException:
             loan.take_back()
             average.lent = False
@@ -199,7 +206,7 @@ class EMA:
         return loan
 
     @_aside
-    def _take_back(self, loan: Loan, error: BaseException | None) -> None:
+    def _take_back(self, profile: Profile, loan: Loan, error: BaseException | None) -> None:
         average = self._average
         changed = loan.changed_buffers() if error is None else {}
         text = None if error is None else f"{type(error).__name__}: {error}"
@@ -209,34 +216,36 @@ class EMA:
             average.reshard()
             loan.take_back()
             average.lent = False
-        spread(average.averages, self._split)
+        spread(profile.averages, self._split)
         average.mark()
         failed = [(rank, each["error"]) for rank, each in zip(self._ranks.members, said, strict=True) if each["error"]]
         if failed and error is None:
             raise RuntimeError(f"rank {failed[0][0]} left ema.swap() by an exception: {failed[0][1]}")
         # NOTE: DDP rewrites the other ranks' buffers in every forward, so the first rank says which were recalibrated.
-        average.own |= {name: changed[name] for name in said[0]["changed"] if name in changed}
+        profile.own |= {name: changed[name] for name in said[0]["changed"] if name in changed}
 
     @_aside
-    def gather(self) -> dict[str, Tensor]:
+    def gather(self, which: Which = 0) -> dict[str, Tensor]:
         """The complete state_dict, on the host of the first rank; {} elsewhere. *Collective*.
 
         Averaged weights in the shadows' dtype, frozen weights and buffers from the live model, every alias: it passes
         `load_state_dict(strict=True)`. *Cost*: the model on the first rank's host, 16 MB windows elsewhere.
         """
+        profile = self._average.profile(which)
         self._enter("gather")
         self._warn_if_idle("gather")
-        return gather.full(self._ranks, self._average.slots, self._average.own, torch.device("cpu"))
+        return gather.full(self._ranks, profile.slots, profile.own, torch.device("cpu"))
 
     @_aside
-    def copy_to(self, module: nn.Module) -> None:
+    def copy_to(self, module: nn.Module, which: Which = 0) -> None:
         """Write the average, the frozen weights and the buffers into `module`, however it is wrapped. *Collective*.
 
         Raises ValueError with the names if the two models do not hold the same weights.
         """
+        profile = self._average.profile(which)
         self._enter("copy_to")
         other = shards.find(module)
-        gather.copy_into(self._ranks, self._average.slots, self._average.own, other.shards)
+        gather.copy_into(self._ranks, profile.slots, profile.own, other.shards)
         shards.reshard(other.sharded)
         self._average.mark()
 
@@ -253,19 +262,20 @@ class EMA:
     ) -> None:
         """Write the average as a folder to resume from, itself a safetensors model. *Collective*, atomic.
 
-        With `only=` the folder holds the averaged weights alone. extra: JSON values to keep in ema.json. *Cost*: every
+        With `only=` the folder holds the averaged weights alone; of several averages the first lies in the folder, the
+        others under averages/. extra: JSON values to keep in ema.json. *Cost*: every
         rank writes its own bytes into place, no gather; across hosts the first rank writes, unless mode='direct'.
         """
-        average = self._average
-        slots = [slot for slot in average.persistent if average.only is None or slot.shadow is not None]
-        meta = {"kind": "ema", "weights": "all" if average.only is None else "averaged", "extra": extra or {}}
-        self._write(artifact.Job("save", Path(path), slots, average.own, self._meta() | meta, max_shard_size, mode))
+        everything = self._average.only is None
+        meta = {"kind": "ema", "weights": "all" if everything else "averaged", "extra": extra or {}}
+        self._write(artifact.Job("save", Path(path), self._trees(), self._meta() | meta, max_shard_size, mode))
 
     @_aside
     def export(
         self,
         path: str | Path,
         *,
+        which: Which = 0,
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
         mode: Literal["direct", "stream"] | None = None,
@@ -274,9 +284,24 @@ class EMA:
 
         path: a folder (what else it holds, like config.json, stays), or one file ending in .safetensors.
         """
+        profile = self._average.profile(which)
         meta = self._meta() | {"kind": "export", "weights": "all", "extra": {}}
-        slots = self._average.persistent
-        self._write(artifact.Job("export", Path(path), slots, self._average.own, meta, max_shard_size, mode, dtype))
+        tree = artifact.Tree(profile.persistent, profile.own, profile.schedule.spec())
+        self._write(artifact.Job("export", Path(path), [tree], meta, max_shard_size, mode, dtype))
+
+    def _trees(self) -> list[artifact.Tree]:
+        """The first average as a complete model (with `only=`, what is averaged), the others without what they share."""
+        average = self._average
+        trees = []
+        for i, profile in enumerate(average.profiles):
+            slots = [
+                slot
+                for slot in profile.persistent
+                if slot.shadow is not None or slot.name in profile.own or (i == 0 and average.only is None)
+            ]
+            label = f"{i}-{type(profile.schedule).__name__}" if i else ""
+            trees.append(artifact.Tree(slots, profile.own, profile.schedule.spec(), label))
+        return trees
 
     def _write(self, job: artifact.Job) -> None:
         self._enter(job.verb)
@@ -286,7 +311,7 @@ class EMA:
         # A model that nobody wrapped, in a job of several ranks: the first one writes, if all hold the same.
         if self._everyone is None:
             self._everyone = Ranks(range(dist.get_world_size()), None, shards.side_store, self._ranks.timeout)
-        agree.on_averages(job.verb, self._everyone, job.slots)
+        agree.on_averages(job.verb, self._everyone, [slot for tree in job.trees for slot in tree.slots])
         return self._everyone.decide(job.verb, lambda: artifact.write(self._ranks, job))
 
     def _meta(self) -> dict[str, Any]:
@@ -294,7 +319,6 @@ class EMA:
         return {
             "clock": self._average.clock_spec(),
             "attach": None if attached is None else attached.spec(),
-            "schedules": [self.schedule.spec()],
             "rounding": {"seed": self._average.seed},
         }
 
@@ -308,11 +332,10 @@ class EMA:
         """
         self._enter("load")
         average = self._average
-        meta, own = artifact.load(self._ranks, Path(path), average.persistent, verify)
-        saved = from_spec(meta["schedules"][0])
-        if saved != self.schedule:
-            warnings.warn(f"{path} was averaged with {saved!r}; this EMA goes on with {self.schedule!r}.", stacklevel=3)
-        average.own = own
+        trees = [artifact.Tree(each.persistent, each.own, each.schedule.spec()) for each in average.profiles]
+        meta, own = artifact.load(self._ranks, Path(path), trees, verify)
+        for profile, buffers in zip(average.profiles, own, strict=True):
+            profile.own = buffers
         average.set_clock(meta["clock"])
 
     # --- state_dict, for torch.distributed.checkpoint ----------------------------------------------------------
@@ -326,7 +349,9 @@ class EMA:
         average = self._average
         average.refuse("ema.state_dict")
         average.ready()
-        return dcp.state(average.averages, average.floating_buffers, average.own, average.clock_spec())
+        states = {p.name: dcp.state(p.averages, p.floating_buffers, p.own) for p in average.profiles}
+        clock = [float(value) for value in average.clock_spec().values()]
+        return {"averages": states, "clock": torch.tensor(clock, dtype=torch.float64)}
 
     @_aside
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -334,8 +359,12 @@ class EMA:
         average = self._average
         average.refuse("ema.load_state_dict")
         average.ready()
-        average.own, clock = dcp.take(state, average.averages, average.floating_buffers, list(average.clock_spec()))
-        average.set_clock(clock)
+        lacks = [p.name for p in average.profiles if p.name not in state.get("averages", {})]
+        if lacks or "clock" not in state:
+            raise ValueError(f"the state_dict of the EMA lacks {', '.join(lacks) or 'clock'}.")
+        for p in average.profiles:
+            p.own = dcp.take(state["averages"][p.name], p.averages, p.floating_buffers)
+        average.set_clock(dict(zip(average.clock_spec(), state["clock"].tolist(), strict=True)))
 
     # --- the rest ----------------------------------------------------------------------------------------------
 
@@ -344,13 +373,14 @@ class EMA:
         """Begin again: the shadow is the live model, the clock is 0, recalibrated buffers are forgotten. *Collective*."""
         self._enter("reset")
         self._average.copy_live()
-        self._average.own = {}
+        self.reset_buffers()
         self._average.set_clock(Clock().spec() | {"accepted": 0})
 
     def reset_buffers(self) -> None:
         """Forget recalibrated buffers: the average takes the live model's again."""
         self._average.refuse("ema.reset_buffers")
-        self._average.own = {}
+        for profile in self._average.profiles:
+            profile.own = {}
 
     @_aside
     def rescan(self) -> None:
@@ -362,28 +392,30 @@ class EMA:
         average.follow(replaced=True, newly_trainable=False)
         self._adopt(shards.find(average.model))
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, which: Which = 0) -> dict[str, float]:
         """now, updates, decay (of the last update), half_life (in units of the clock, at that decay), bytes of shadows on
         this rank, skipped (updates that the device refused; waits for the device)."""
         average = self._average
-        decay, half_life = average.pace
+        profile = average.profile(which)
+        decay, half_life = profile.pace(average.clock.at(profile.schedule))
         return {
-            "now": average.clock.now,
+            "now": average.clock.at(profile.schedule),
             "updates": average.clock.updates,
             "decay": decay,
             "half_life": half_life,
-            "bytes": sum(slot.shadow.nbytes for slot in average.averages if slot.shadow is not None),
-            "skipped": average.gate.count(),
+            "bytes": sum(each.nbytes for each in average.profiles),
+            "skipped": average.skipped,
         }
 
     @property
     def now(self) -> float:
         """The clock after the last update, in the user's units."""
-        return self._average.clock.now
+        return self._average.clock.at(self.schedule)
 
     @property
     def schedule(self) -> Schedule:
-        return self._average.schedule
+        """Of the first average."""
+        return self._average.profiles[0].schedule
 
     @property
     def timeout(self) -> float:
@@ -396,16 +428,18 @@ class EMA:
 
     def names(self) -> list[str]:
         """The canonical names of what is averaged."""
-        return [slot.name for slot in self._average.averages]
+        return [slot.name for slot in self._average.profiles[0].averages]
 
     def __len__(self) -> int:
-        return len(self._average.averages)
+        return len(self._average.profiles[0].averages)
 
     def __repr__(self) -> str:
-        held = sum(slot.own.numel for slot in self._average.averages)
-        total = sum(math.prod(slot.shard.shape) for slot in self._average.averages)
-        device = next(str(slot.shadow.device) for slot in self._average.averages if slot.shadow is not None)
+        slots = self._average.profiles[0].averages
+        held = sum(slot.own.numel for slot in slots)
+        total = sum(math.prod(slot.shard.shape) for slot in slots)
+        device = next(str(slot.shadow.device) for slot in slots if slot.shadow is not None)
+        schedules = ", ".join(profile.name for profile in self._average.profiles)
         return (
-            f"EMA({self.schedule!r}, {len(self)} weights, {held:,} of {total:,} elements here, "
+            f"EMA({schedules}, {len(self)} weights, {held:,} of {total:,} elements here, "
             f"{str(self._dtype).removeprefix('torch.')}, {device}, now={self.now:g})"
         )

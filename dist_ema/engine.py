@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,13 +24,16 @@ from .kernels import Pair, Plan
 __all__ = ["Engine", "Executor", "Gate", "HostThread", "Inline", "Overlapped", "SideStream", "Worker", "choose"]
 
 
+Weights = Sequence[float | Tensor]
+
+
 class Engine(Protocol):
     """Runs the updates of a plan, in order."""
 
     deferred: bool  # live weights are still being read when `update` returns
 
-    def update(self, plan: Plan, weight: float | Tensor, number: int, guard: bool) -> None:
-        """Start moving the shadows towards live; weight is 1 - decay, `number` counts the updates."""
+    def update(self, plan: Plan, weights: Weights, number: int, guard: bool) -> None:
+        """Start moving the shadows towards live; weights are 1 - decay of each average, `number` counts the updates."""
 
     def fence(self) -> None:
         """Live weights may be overwritten after this."""
@@ -54,8 +57,8 @@ class Inline:
 
     deferred = False
 
-    def update(self, plan: Plan, weight: float | Tensor, number: int, guard: bool) -> None:
-        plan.run(weight, number, guard)
+    def update(self, plan: Plan, weights: Weights, number: int, guard: bool) -> None:
+        plan.run(weights, number, guard)
 
     def fence(self) -> None:
         """The current stream orders the next write after the read."""
@@ -72,12 +75,12 @@ class Overlapped:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._ticket: Any = None
-        self._weight: float | Tensor = 0.0
+        self._weights: Weights = []
 
-    def update(self, plan: Plan, weight: float | Tensor, number: int, guard: bool) -> None:
-        # NOTE: a weight on the device is kept until the fence, or its memory would be reused while it is read.
-        self._weight = weight
-        self._ticket = self._executor.submit(lambda: plan.run(weight, number, guard))
+    def update(self, plan: Plan, weights: Weights, number: int, guard: bool) -> None:
+        # NOTE: weights on the device are kept until the next update, or their memory would be reused while it is read.
+        self._weights = weights
+        self._ticket = self._executor.submit(lambda: plan.run(weights, number, guard))
 
     def fence(self) -> None:
         if self._ticket is not None:
@@ -100,26 +103,25 @@ class HostThread:
         self._averaged: Any = None
         self._plan: Plan | None = None
         self._failed: str | None = None
-        self._weight = torch.zeros(())
         self.deferred = copier is not None
 
-    def update(self, plan: Plan, weight: float | Tensor, number: int, guard: bool) -> None:
+    def update(self, plan: Plan, weights: Weights, number: int, guard: bool) -> None:
         self.settle()  # the window is free again
         if plan is not self._plan:
             self._open_window(plan)
         windowed, copied = self._windowed, None
-        scalar: float | Tensor = self._weight if isinstance(weight, Tensor) else weight
+        here = [self._weights[k] if isinstance(weight, Tensor) else weight for k, weight in enumerate(weights)]
         if self._copier is None:
-            self._copy(weight)
+            self._copy(weights)
         else:
-            self._copied = copied = self._copier.submit(lambda: self._copy(weight))
-        self._kept = weight  # until the copy was waited for, its memory must not be reused
+            self._copied = copied = self._copier.submit(lambda: self._copy(weights))
+        self._kept = weights  # until the copy was waited for, their memory must not be reused
 
         def average() -> None:
             try:
                 if copied is not None:
                     copied.synchronize()
-                windowed.run(scalar, number, guard)
+                windowed.run(here, number, guard)
             except Exception as error:  # surfaces at the next call
                 self._failed = (
                     f"update {number} of the average failed in the host thread: {type(error).__name__}: {error}"
@@ -151,15 +153,17 @@ class HostThread:
         for pair in plan.pairs:
             window, arenas[pair.live.dtype] = arenas[pair.live.dtype].tensor_split([pair.live.numel()])
             self._copies.append((window, pair.live))
-            pairs.append(Pair(pair.name, pair.shadow, window, pair.indices))
+            pairs.append(Pair(pair.name, pair.shadows, window, pair.indices))
         self._windowed = Plan(pairs, plan.seed)
-        self._weight = torch.zeros((), pin_memory=pin)
+        averages = max((len(pair.shadows) for pair in plan.pairs), default=0)
+        self._weights = torch.zeros(averages, pin_memory=pin)
 
-    def _copy(self, weight: float | Tensor) -> None:
+    def _copy(self, weights: Weights) -> None:
         for window, live in self._copies:
             window.copy_(live, non_blocking=True)
-        if isinstance(weight, Tensor):
-            self._weight.copy_(weight, non_blocking=True)
+        for k, weight in enumerate(weights):
+            if isinstance(weight, Tensor):
+                self._weights[k].copy_(weight, non_blocking=True)
 
 
 def choose(live: set[torch.device], host: bool) -> Engine:

@@ -216,14 +216,26 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if version > FORMAT:
         raise ValueError(f"{folder} holds format {version}; this dist_ema reads up to {FORMAT}. Upgrade dist_ema.")
     files = meta.get("files")
-    if not isinstance(files, dict) or not all(_is_file_name(name) for name in files):
+    if not isinstance(files, dict) or not all(_is_place(name) for name in files):
         raise ValueError(f"{where} lists no files.")
+    averages = meta.get("averages", {})
+    if not isinstance(averages, dict) or not all(_is_place(f"averages/{label}/x.safetensors") for label in averages):
+        raise ValueError(f"{where} names averages that lie elsewhere.")
     return meta
 
 
 def _is_file_name(name: Any) -> bool:
     """A file beside the index, nothing that leads out of the folder."""
     return isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
+
+
+def _is_place(name: Any) -> bool:
+    """A file of the folder, or of one of its further averages."""
+    if not isinstance(name, str):
+        return False
+    *folders, file = name.split("/")
+    plain = len(folders) == 2 and folders[0] == "averages" and folders[1] not in ("", ".", "..")
+    return _is_file_name(file) and (not folders or plain)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -32,49 +32,52 @@ _MASK = 0xFFFFFFFF
 
 @dataclass
 class Pair:
-    """A shadow and the live elements that it averages, both 1-D and of one length."""
+    """Shadows of one weight, one per average, and the live elements that they average; all 1-D and of one length."""
 
     name: str
-    shadow: Tensor
+    shadows: list[Tensor]
     live: Tensor
     indices: Callable[[int, int], Tensor]  # (start, stop) -> element numbers in the full weight, int64
 
 
 class Plan:
-    """The steps of one update over `pairs`. *Cost*: two scratches of at most 4 MB per dtype and device in use."""
+    """The steps of one update over `pairs`; each live element is read once, whatever the number of averages.
+
+    *Cost*: two scratches of at most 4 MB per dtype and device in use.
+    """
 
     def __init__(self, pairs: Sequence[Pair], seed: int = 0) -> None:
         self.pairs, self.seed = list(pairs), seed
         self._scratch: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
-        self._direct: list[tuple[Tensor, Tensor]] = []
-        self._through: list[tuple[Tensor, list[Tensor], Tensor, Tensor]] = []
-        self._rounded: list[tuple[Pair, Tensor, Tensor, int, Tensor]] = []
-        compact = [pair for pair in pairs if pair.shadow.dtype == torch.bfloat16]
-        plain = [pair for pair in pairs if pair.shadow.dtype != torch.bfloat16 and pair.shadow.numel()]
-        for group in _runs([(pair.shadow, pair.live) for pair in plain]):
+        self._direct: list[tuple[list[Tensor], Tensor]] = []
+        self._through: list[tuple[list[Tensor], list[Tensor], Tensor, Tensor]] = []
+        self._rounded: list[tuple[Pair, list[Tensor], Tensor, int, Tensor]] = []
+        compact = [pair for pair in pairs if pair.shadows[0].dtype == torch.bfloat16]
+        plain = [pair for pair in pairs if pair.shadows[0].dtype != torch.bfloat16 and pair.live.numel()]
+        for group in _runs([(pair.shadows, pair.live) for pair in plain]):
             self._add(group)
         for pair in compact:
-            for start in range(0, pair.shadow.numel(), SCRATCH):
-                shadow, live = pair.shadow[start : start + SCRATCH], pair.live[start : start + SCRATCH]
-                self._rounded.append((pair, shadow, live, start, self._cut(torch.float32, shadow.device, len(shadow))))
+            for shadows, live, start in _chunks(pair.shadows, pair.live):
+                wide = self._cut(torch.float32, shadows[0].device, len(live))
+                self._rounded.append((pair, shadows, live, start, wide))
 
-    def _add(self, group: list[tuple[Tensor, Tensor]]) -> None:
+    def _add(self, group: list[tuple[list[Tensor], Tensor]]) -> None:
         """One merged long pair, or a run of short ones whose shadows lie end to end."""
-        shadow, lives = _join([shadow for shadow, _ in group]), [live for _, live in group]
-        live = lives[0]
-        if len(lives) == 1 and live.dtype == shadow.dtype and live.device == shadow.device:
-            self._direct.append((shadow, live))
-            return
-        if len(lives) == 1:
-            for start in range(0, len(shadow), SCRATCH):
-                part = shadow[start : start + SCRATCH]
-                cast = self._cut(part.dtype, part.device, len(part))
-                self._through.append((part, [live[start : start + SCRATCH]], cast, cast))
-            return
-        packed = cast = self._cut(live.dtype, live.device, len(shadow), 1)
-        if (live.dtype, live.device) != (shadow.dtype, shadow.device):
-            cast = self._cut(shadow.dtype, shadow.device, len(shadow))
-        self._through.append((shadow, lives, packed, cast))
+        lives = [live for _, live in group]
+        shadows = [_join([each[k] for each, _ in group]) for k in range(len(group[0][0]))]
+        live, to = lives[0], (shadows[0].dtype, shadows[0].device)
+        alike = (live.dtype, live.device) == to
+        if len(lives) == 1 and alike:
+            # Several shadows share one read of live while its chunk is in the cache.
+            whole = [(shadows, live)] if len(shadows) == 1 else [(s, part) for s, part, _ in _chunks(shadows, live)]
+            self._direct += whole
+        elif len(lives) == 1:
+            for parts, part, _ in _chunks(shadows, live):
+                cast = self._cut(*to, len(part))
+                self._through.append((parts, [part], cast, cast))
+        else:
+            packed = self._cut(live.dtype, live.device, len(shadows[0]), 1)
+            self._through.append((shadows, lives, packed, packed if alike else self._cut(*to, len(packed))))
 
     def _cut(self, dtype: torch.dtype, device: torch.device, n: int, number: int = 0) -> Tensor:
         key = (dtype, device, number)
@@ -86,76 +89,93 @@ class Plan:
     def scratch_bytes(self) -> int:
         return sum(scratch.nbytes for scratch in self._scratch.values())
 
-    def run(self, weight: float | Tensor, update: int, guard: bool = False) -> None:
-        """Move every shadow towards live. weight: 1 - decay, a float or a 0-dim fp32 tensor on the shadows' device.
+    def run(self, weights: Sequence[float | Tensor], update: int, guard: bool = False) -> None:
+        """Move every shadow towards live. weights: 1 - decay of each average, floats or 0-dim fp32 tensors on the
+        shadows' device.
 
         guard: keep the shadow, element by element, where live is not finite.
         """
-        for shadow, live in self._guarded() if guard else self._direct:
-            shadow.lerp_(live, _of(weight, shadow))
-        for shadow, lives, packed, cast in self._through:
+        for shadows, live in self._guarded() if guard else self._direct:
+            for shadow, weight in zip(shadows, weights, strict=True):
+                _lerp(shadow, live, weight, guard)
+        for shadows, lives, packed, cast in self._through:
             if len(lives) > 1:
                 torch.cat(lives, out=packed)
                 if cast is not packed:
                     cast.copy_(packed)
-                live = cast
             else:
-                live = cast.copy_(lives[0])
-            if guard:
-                live = torch.where(live.isfinite(), live, shadow, out=cast)
-            shadow.lerp_(live, _of(weight, shadow))
-        for pair, shadow, live, start, wide in self._rounded:
+                cast.copy_(lives[0])
+            for shadow, weight in zip(shadows, weights, strict=True):
+                _lerp(shadow, cast, weight, guard)
+        for pair, shadows, live, start, wide in self._rounded:
+            bits = noise(self.seed, update, pair.name, pair.indices(start, start + len(live)))
             moved = live.to(wide.device, wide.dtype)
-            if guard:
-                moved = torch.where(moved.isfinite(), moved, shadow)
-            wide.copy_(shadow).lerp_(moved, weight)
-            bits = noise(self.seed, update, pair.name, pair.indices(start, start + len(shadow)))
-            shadow.copy_(round_to_bfloat16(wide, bits))
+            for shadow, weight in zip(shadows, weights, strict=True):
+                _lerp(wide.copy_(shadow), moved, weight, guard)
+                shadow.copy_(round_to_bfloat16(wide, bits))
 
-    def _guarded(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for shadow, live in self._direct:
-            for a, b in zip(shadow.split(SCRATCH), live.split(SCRATCH), strict=True):
-                yield a, torch.where(b.isfinite(), b, a)
+    def _guarded(self) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """In chunks, because a guarded move needs a temporary of live's size."""
+        for shadows, live in self._direct:
+            for parts, part, _ in _chunks(shadows, live):
+                yield parts, part
+
+
+def _lerp(shadow: Tensor, live: Tensor, weight: float | Tensor, guard: bool) -> None:
+    if guard:
+        live = torch.where(live.isfinite(), live, shadow)
+    shadow.lerp_(live, _of(weight, shadow))
+
+
+def _chunks(shadows: list[Tensor], live: Tensor) -> Iterator[tuple[list[Tensor], Tensor, int]]:
+    """Views of at most one scratch each, and where they start."""
+    for start in range(0, len(live), SCRATCH):
+        stop = start + SCRATCH
+        yield [shadow[start:stop] for shadow in shadows], live[start:stop], start
 
 
 def _of(weight: float | Tensor, shadow: Tensor) -> float | Tensor:
     return weight.to(shadow.dtype) if isinstance(weight, Tensor) else weight
 
 
-def _runs(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def _runs(pairs: Sequence[tuple[list[Tensor], Tensor]]) -> Iterator[list[tuple[list[Tensor], Tensor]]]:
     """Merge neighbours on both sides; then group short pairs whose shadows touch, up to one scratch."""
-    group: list[tuple[Tensor, Tensor]] = []
+    group: list[tuple[list[Tensor], Tensor]] = []
     size = 0
-    for shadow, live in _merge(pairs):
-        short = len(shadow) < SHORT
+    for shadows, live in _merge(pairs):
+        short = len(live) < SHORT
         if group and not (
             short
-            and size + len(shadow) <= SCRATCH
-            and _touch(group[-1][0], shadow)
+            and size + len(live) <= SCRATCH
+            and _all_touch(group[-1][0], shadows)
             and (live.dtype, live.device) == (group[-1][1].dtype, group[-1][1].device)
         ):
             yield group
             group, size = [], 0
         if short:
-            group.append((shadow, live))
-            size += len(shadow)
+            group.append((shadows, live))
+            size += len(live)
         else:
-            yield [(shadow, live)]
+            yield [(shadows, live)]
     if group:
         yield group
 
 
-def _merge(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    last: tuple[Tensor, Tensor] | None = None
-    for shadow, live in pairs:
-        if last and _touch(last[0], shadow) and _touch(last[1], live):
-            last = (_join([last[0], shadow]), _join([last[1], live]))
+def _merge(pairs: Sequence[tuple[list[Tensor], Tensor]]) -> Iterator[tuple[list[Tensor], Tensor]]:
+    last: tuple[list[Tensor], Tensor] | None = None
+    for shadows, live in pairs:
+        if last and _all_touch(last[0], shadows) and _touch(last[1], live):
+            last = ([_join([a, b]) for a, b in zip(last[0], shadows, strict=True)], _join([last[1], live]))
             continue
         if last:
             yield last
-        last = (shadow, live)
+        last = (shadows, live)
     if last:
         yield last
+
+
+def _all_touch(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(_touch(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _touch(a: Tensor, b: Tensor) -> bool:

@@ -128,12 +128,12 @@ def test_all_differences_at_once(ema: EMA, tmp_path: Path) -> None:
     del other.gate
     other.forward = lambda x: x
     target = EMA(other, 0.5)
-    before = [slot.shadow.clone() for slot in target._average.averages]
+    before = [slot.shadow.clone() for slot in target._average.profiles[0].averages]
     with pytest.raises(ValueError, match="disagree on 7 weights") as error:
         target.load(tmp_path / "a")
     for words in ("extra.weight is missing", "gate.weight is not in the model", "(5, 6) on disk, (4, 6) in the model"):
         assert words in str(error.value)
-    assert all(torch.equal(a, slot.shadow) for a, slot in zip(before, target._average.averages, strict=True))
+    assert all(torch.equal(a, slot.shadow) for a, slot in zip(before, target._average.profiles[0].averages, strict=True))
 
 
 def test_damage_is_found(ema: EMA, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def die_while_saving(folder: str, victim: int) -> Any:
         threading.Thread(target=lambda: (time.sleep(0.2), os.kill(os.getpid(), signal.SIGKILL)), daemon=True).start()
     for version in range(1, 500):
         with torch.no_grad():
-            for slot in ema._average.averages:
+            for slot in ema._average.profiles[0].averages:
                 slot.shadow.fill_(float(version))
         ema.save(f"{folder}/average", extra={"version": version})
         Path(folder, f"returned-{dist.get_rank()}").write_text(str(version))

@@ -240,7 +240,7 @@ def accelerated_and_zero() -> None:
     ddp(torch.randn(2, 4)).sum().backward()
     zero.step()
     assert ema.metrics()["updates"] == 1
-    for slot, p, first in zip(ema._average.averages, ddp.parameters(), start, strict=True):
+    for slot, p, first in zip(ema._average.profiles[0].averages, ddp.parameters(), start, strict=True):
         assert torch.equal(slot.shadow.view_as(p), first.lerp(p.detach(), 0.5)), "after the broadcast, on every rank"
     assert dist.get_world_size() == 2
     with raises(ValueError, "torch optimizers"):

@@ -63,21 +63,19 @@ def test_saved_and_resharded_under_every_wrapper(tmp_path: Path) -> None:
 def refuse_arithmetic() -> None:
     run, ema = build("ddp")
     state = ema.state_dict()
-    ranges = [value for value in state["weights"].values() if isinstance(value, FlatRange)]
+    part = state["averages"]["Uniform()"]
+    ranges = [value for value in part["weights"].values() if isinstance(value, FlatRange)]
     assert ranges, "with two ranks some weight is cut"
     with raises(RuntimeError, "only for torch.distributed.checkpoint"):
         ranges[0] + 1
     assert "elements of" in repr(ranges[0])
     ema.load_state_dict(state)
-    with raises(ValueError, "lacks"):
-        ema.load_state_dict({"weights": {}, "buffers": {}, "own": torch.zeros(1), "clock": torch.zeros(6)})
-    if dist.get_rank() == 0:
-        whole = {name: torch.full(tuple(value.shape), 2.0) for name, value in state["weights"].items()}
-        ema.load_state_dict(state | {"weights": whole})
-    else:
-        ema.load_state_dict(
-            state | {"weights": {n: torch.full(tuple(v.shape), 2.0) for n, v in state["weights"].items()}}
-        )
+    with raises(ValueError, "lacks core.emb.weight"):
+        ema.load_state_dict(state | {"averages": {"Uniform()": part | {"weights": {}}}})
+    with raises(ValueError, "lacks Uniform()"):
+        ema.load_state_dict(state | {"averages": {}})
+    whole = {name: torch.full(tuple(value.shape), 2.0) for name, value in part["weights"].items()}
+    ema.load_state_dict(state | {"averages": {"Uniform()": part | {"weights": whole}}})
     full = ema.gather()
     assert all((full[name] == 2).all() for name in full if name in ema.names())
 

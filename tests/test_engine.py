@@ -93,7 +93,7 @@ def play(seed: int, engine: Engine | None, folder: Path, every: int, guard: bool
             ema.save(folder / "average")
             seen.append((folder / "average" / "model.safetensors").read_bytes())
         elif action == "state":
-            seen += [value.clone() for value in ema.state_dict()["weights"].values()]
+            seen += [value.clone() for value in ema.state_dict()["averages"][repr(ema.schedule)]["weights"].values()]
         elif action == "update":
             ema.update(2.0)
         else:

@@ -315,10 +315,10 @@ def test_newly_trainable_weights_need_rescan() -> None:
         ema.update()
     with torch.no_grad():
         model[1].weight.fill_(3.0)
-    kept = ema._average.averages[0].shadow.clone()
+    kept = ema._average.profiles[0].averages[0].shadow.clone()
     ema.rescan()
     assert len(ema) == 4
-    assert torch.equal(ema._average.averages[0].shadow, kept)
+    assert torch.equal(ema._average.profiles[0].averages[0].shadow, kept)
     with torch.no_grad():
         model[1].weight.fill_(5.0)
     ema.update()
@@ -344,7 +344,7 @@ def rescan_on_ranks() -> None:
     with ema.swap():
         assert all(torch.allclose(p, w) for p, w in zip(model.parameters(), want, strict=True))
     assert same(before, snapshot(model))
-    total = sum(slot.own.numel for slot in ema._average.averages)
+    total = sum(slot.own.numel for slot in ema._average.profiles[0].averages)
     assert abs(total - (5 * 3 + 3 + 3 * 7 + 7) / 2) <= 2
 
 
@@ -358,7 +358,7 @@ def repinned() -> None:
     with torch.no_grad():
         for p in run.model.parameters():
             (p._local_tensor if hasattr(p, "_local_tensor") else p).add_(1.0)
-    first = ema._average.averages[0]
+    first = ema._average.profiles[0].averages[0]
     kept = first.shadow.clone()
     ema.update()
     assert torch.allclose(first.shadow, kept + 0.5)
