@@ -15,7 +15,6 @@ import shutil
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +23,13 @@ import torch
 from torch import Tensor
 
 from . import commit, format
+from .clock import Clock
 from .layout import Box, Slot, kinds, parts, pieces, runs
 from .ranks import Ranks
+from .schedule import from_spec
 from .wire import Part, stream
 
-__all__ = ["DTYPES", "File", "Job", "check", "load", "load_file", "open_model", "verdict", "write"]
+__all__ = ["DTYPES", "File", "Job", "Weight", "check", "load", "load_file", "open_model", "verdict", "write"]
 
 WINDOW = 16 << 20  # bytes read at a time for check sums
 
@@ -94,7 +95,7 @@ class Job:
             "own_buffers": sorted(slot.name for slot in self.slots if slot.name in self.own_buffers),
             "aliases": self.aliases,
             "dtypes": {slot.name: str(slot.shard.dtype).removeprefix("torch.") for slot in self.slots},
-            "versions": {"dist_ema": version("dist-ema"), "torch": torch.__version__},
+            "versions": {"dist_ema": format.VERSION, "torch": torch.__version__},
         }
 
 
@@ -314,7 +315,27 @@ def _read_meta(path: Path) -> dict[str, Any]:
     commit.recover(path)
     if not path.is_dir():
         raise ValueError(f"{path} is no folder with an average saved by ema.save().")
-    return format.read_meta(path)
+    meta = format.read_meta(path)
+    if meta.get("kind") != "ema":
+        raise ValueError(
+            f"{path} is an export, rounded and without a clock of its own: resume from what ema.save() wrote."
+        )
+    _refuse_unsound(path / format.META, meta)
+    return meta
+
+
+def _refuse_unsound(where: Path, meta: dict[str, Any]) -> None:
+    """Try what resuming takes from ema.json, before anything changes: the file has no check sum of its own."""
+    try:
+        Clock().set(meta["clock"])
+        from_spec(meta["schedules"][0])
+        said = [(meta["clock"]["accepted"], int), (meta["weights"], str), (meta["aliases"], dict)]
+        said += [(meta["own_buffers"], list)]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} is damaged: {type(error).__name__}: {error}") from None
+    odd = [value for value, kind in said if not isinstance(value, kind)]
+    if odd:
+        raise ValueError(f"{where} is damaged: {odd[0]!r} stands where something else must.")
 
 
 def _matching(path: Path, meta: dict[str, Any], slots: Sequence[Slot]) -> dict[str, Weight]:

@@ -9,6 +9,7 @@ started   the average is a thing of its own; before, it simply is the live weigh
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,8 +30,8 @@ class Clock:
 
     def move(self, schedule: Schedule, elapsed: float) -> float:
         """Advance by `elapsed` and return the decay for the move. Raises ValueError and stays if it cannot."""
-        if not elapsed > 0:
-            raise ValueError(f"elapsed must be positive, got {elapsed}.")
+        if not 0 < elapsed < math.inf:
+            raise ValueError(f"elapsed must be positive and finite, got {elapsed}.")
         decay = schedule(self.now + elapsed, elapsed)
         self.now += elapsed
         self.updates += 1

@@ -6,7 +6,9 @@ moved, let the engine settle, and only then hand over to the room that does the 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +45,15 @@ def _aside(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
+
+
+def _outside() -> int:
+    """The stacklevel of a warning that points at the user's line, however deep in here it is raised."""
+    frame, level = sys._getframe(1), 1
+    here = (str(Path(__file__).parent), contextlib.__file__)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class EMA:
@@ -111,7 +122,7 @@ class EMA:
             warnings.warn(
                 f"ema.{verb}(): the weights were written since the last call, and no update came. Was ema.attach() given "
                 "the optimizer that steps, or ema.update() called? (A replayed CUDA graph runs no hooks.)",
-                stacklevel=5,
+                stacklevel=_outside(),
             )
 
     # --- update ------------------------------------------------------------------------------------------------
@@ -404,8 +415,10 @@ class EMA:
     def __repr__(self) -> str:
         held = sum(slot.own.numel for slot in self._average.averages)
         total = sum(math.prod(slot.shard.shape) for slot in self._average.averages)
+        buffers = sum(slot.shard.kind == "buffer" for slot in self._average.averages)
+        weights = f"{len(self) - buffers} weights" + (f" and {buffers} buffers" if buffers else "")
         device = next(str(slot.shadow.device) for slot in self._average.averages if slot.shadow is not None)
         return (
-            f"EMA({self.schedule!r}, {len(self)} weights, {held:,} of {total:,} elements here, "
+            f"EMA({self.schedule!r}, {weights}, {held:,} of {total:,} elements here, "
             f"{str(self._dtype).removeprefix('torch.')}, {device}, now={self.now:g})"
         )

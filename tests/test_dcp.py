@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -61,7 +60,7 @@ def test_saved_and_resharded_under_every_wrapper(tmp_path: Path) -> None:
 
 
 def refuse_arithmetic() -> None:
-    run, ema = build("ddp")
+    _, ema = build("ddp")
     state = ema.state_dict()
     ranges = [value for value in state["weights"].values() if isinstance(value, FlatRange)]
     assert ranges, "with two ranks some weight is cut"
