@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from .ema import EMA
     from .schedule import Constant, Cosine, Debiased, HalfLife, Power, Ramp, Ratio, Schedule, Uniform, Warmup
 
-__version__ = "0.1.0"
+from . import format
+
+__version__ = format.VERSION
 
 __all__ = [
     "EMA",

@@ -16,7 +16,6 @@ import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +24,26 @@ import torch
 from torch import Tensor
 
 from . import commit, format
+from .clock import Clock
 from .layout import Box, Slot, kinds, parts, pieces, runs
 from .ranks import Ranks
+from .schedule import from_spec
 from .wire import Part, stream
 
-__all__ = ["DTYPES", "File", "Job", "Tree", "check", "load", "load_file", "open_model", "verdict", "write"]
+__all__ = [
+    "DTYPES",
+    "File",
+    "Job",
+    "Source",
+    "Tree",
+    "Weight",
+    "check",
+    "load",
+    "load_file",
+    "open_model",
+    "verdict",
+    "write",
+]
 
 WINDOW = 16 << 20  # bytes read at a time for check sums
 
@@ -115,7 +129,7 @@ class Job:
             "own_buffers": first.own_names,
             "aliases": first.aliases,
             "dtypes": {slot.name: str(slot.shard.dtype).removeprefix("torch.") for slot in first.slots},
-            "versions": {"dist_ema": version("dist-ema"), "torch": torch.__version__},
+            "versions": {"dist_ema": format.VERSION, "torch": torch.__version__},
         }
 
 
@@ -370,7 +384,8 @@ def _sources(path: Path, meta: dict[str, Any], trees: Sequence[Tree]) -> list[So
     for i, tree in enumerate(trees):
         k = saved.index(tree.spec) if tree.spec in saved else i
         if tree.spec != saved[k]:
-            warnings.warn(f"{path} was averaged with {saved[k]}; this EMA goes on with {tree.spec}.", stacklevel=6)
+            was, now = from_spec(saved[k]), from_spec(tree.spec)
+            warnings.warn(f"{path} was averaged with {was!r}; this EMA goes on with {now!r}.", stacklevel=6)
         own = meta["averages"][labels[k]] if labels[k] else meta
         folder = path / "averages" / labels[k] if labels[k] else path
         whole = meta["weights"] == "all" and not labels[k]
@@ -382,7 +397,31 @@ def _read_meta(path: Path) -> dict[str, Any]:
     commit.recover(path)
     if not path.is_dir():
         raise ValueError(f"{path} is no folder with an average saved by ema.save().")
-    return format.read_meta(path)
+    meta = format.read_meta(path)
+    if meta.get("kind") != "ema":
+        raise ValueError(
+            f"{path} is an export, rounded and without a clock of its own: resume from what ema.save() wrote."
+        )
+    _refuse_unsound(path / format.META, meta)
+    return meta
+
+
+def _refuse_unsound(where: Path, meta: dict[str, Any]) -> None:
+    """Try what resuming takes from ema.json, before anything changes: the file has no check sum of its own."""
+    try:
+        Clock().set(meta["clock"])
+        for spec in meta["schedules"]:
+            from_spec(spec)
+        said_own = [meta["own_buffers"], *(each["own_buffers"] for each in meta["averages"].values())]
+        said = [(meta["clock"]["accepted"], int), (meta["weights"], str), (meta["aliases"], dict)]
+        said += [(own, list) for own in said_own]
+        if len(meta["schedules"]) != len(said_own):
+            raise ValueError(f"{len(meta['schedules'])} schedules for {len(said_own)} averages")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} is damaged: {type(error).__name__}: {error}") from None
+    odd = [value for value, kind in said if not isinstance(value, kind)]
+    if odd:
+        raise ValueError(f"{where} is damaged: {odd[0]!r} stands where something else must.")
 
 
 def _matching(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -35,12 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # `| head` has seen enough; what is still buffered must not raise at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `| head` has seen enough
         return FINE
     except FileNotFoundError as error:
         return _say(str(error), USAGE)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         return _say(str(error), PROBLEM)
 
 
@@ -168,7 +166,7 @@ def _listed(values: dict[str, Any]) -> str:
 
 
 def _total(total: offline.Total) -> str:
-    return f"{total.weights:,} weights, {total.parameters:,} parameters, {total.bytes:,} bytes"
+    return f"weights {total.weights:,}, parameters {total.parameters:,}, bytes {total.bytes:,}"
 
 
 def _call(spec: Any) -> str:

@@ -9,6 +9,7 @@ started   the average is a thing of its own; before, it simply is the live weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -35,8 +36,8 @@ class Clock:
 
     def move(self, schedules: Sequence[Schedule], elapsed: float) -> list[float]:
         """Advance by `elapsed` and return each schedule's decay for the move. Raises ValueError and stays if one cannot."""
-        if not elapsed > 0:
-            raise ValueError(f"elapsed must be positive, got {elapsed}.")
+        if not 0 < elapsed < math.inf:
+            raise ValueError(f"elapsed must be positive and finite, got {elapsed}.")
         decays = [schedule(self.at(schedule) + elapsed, elapsed) for schedule in schedules]
         self.now += elapsed
         self.updates += 1

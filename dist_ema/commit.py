@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -22,13 +23,24 @@ _HERE = -100  # AT_FDCWD
 
 def temporary(path: Path) -> Path:
     """A hidden sibling that nobody else uses."""
-    return path.parent / f".{path.name}.tmp-{uuid.uuid4().hex}"
+    return _beside(path, "tmp", uuid.uuid4().hex)
+
+
+def _beside(path: Path, kind: str, token: str) -> Path:
+    return path.parent / f".{path.name}.{kind}-{token}"
+
+
+def _tokens(path: Path, kind: str) -> list[str]:
+    """Of the siblings of that kind. NOTE: no glob, because names may hold its characters, or end in '.tmp-1' themselves."""
+    pattern = re.compile(re.escape(f".{path.name}.{kind}-") + "([0-9a-f]{32})")
+    found = (pattern.fullmatch(name) for name in os.listdir(path.parent)) if path.parent.is_dir() else ()
+    return [match[1] for match in found if match]
 
 
 def sweep(path: Path) -> None:
     """Remove what writers that died left beside `path`. Nobody else may be writing it."""
-    for leftover in path.parent.glob(f".{_literal(path.name)}.tmp-*"):
-        _remove(leftover)
+    for token in _tokens(path, "tmp"):
+        _remove(_beside(path, "tmp", token))
 
 
 def recover(path: Path) -> None:
@@ -36,9 +48,9 @@ def recover(path: Path) -> None:
 
     `.NAME.old-ID` exists only after `.NAME.tmp-ID` was complete and synced, so finishing is always right.
     """
-    for old in path.parent.glob(f".{_literal(path.name)}.old-*"):
+    for token in _tokens(path, "old"):
+        old, new = _beside(path, "old", token), _beside(path, "tmp", token)
         if not path.exists():
-            new = old.with_name(old.name.replace(".old-", ".tmp-"))
             os.rename(new if new.exists() else old, path)
             sync(path.parent)
         if old.exists():
@@ -59,10 +71,14 @@ def publish(new: Path, path: Path) -> None:
 
 
 def _rename_twice(new: Path, path: Path) -> None:
-    old = new.with_name(new.name.replace(".tmp-", ".old-"))
+    old = _beside(path, "old", new.name[-32:])
     os.rename(path, old)
     sync(path.parent)
-    os.rename(new, path)
+    try:
+        os.rename(new, path)
+    except FileNotFoundError:  # a reader that came between has finished it
+        if not path.exists():
+            raise
     sync(path.parent)
     _remove(old)
 
@@ -84,7 +100,8 @@ def _exchange(a: Path, b: Path) -> bool:
 def reserve(fd: int, size: int) -> None:
     """Take `size` bytes of disk now, so that a full disk is found before anything is written."""
     try:
-        os.posix_fallocate(fd, 0, max(size, 1))
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(fd, 0, max(size, 1))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -109,8 +126,8 @@ def sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-
-
-def _literal(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+    """What cannot go now (NFS keeps mapped files) or is gone already is left to the next sweep: `path` is in place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -6,7 +6,9 @@ moved, let the engine settle, and only then hand over to the room that does the 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +46,15 @@ def _aside(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
+
+
+def _outside() -> int:
+    """The stacklevel of a warning that points at the user's line, however deep in here it is raised."""
+    frame, level = sys._getframe(1), 1
+    here = (str(Path(__file__).parent), contextlib.__file__)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class EMA:
@@ -115,7 +126,7 @@ class EMA:
             warnings.warn(
                 f"ema.{verb}(): the weights were written since the last call, and no update came. Was ema.attach() given "
                 "the optimizer that steps, or ema.update() called? (A replayed CUDA graph runs no hooks.)",
-                stacklevel=5,
+                stacklevel=_outside(),
             )
 
     # --- update ------------------------------------------------------------------------------------------------
@@ -439,7 +450,9 @@ class EMA:
         total = sum(math.prod(slot.shard.shape) for slot in slots)
         device = next(str(slot.shadow.device) for slot in slots if slot.shadow is not None)
         schedules = ", ".join(profile.name for profile in self._average.profiles)
+        buffers = sum(slot.shard.kind == "buffer" for slot in slots)
+        weights = f"{len(self) - buffers} weights" + (f" and {buffers} buffers" if buffers else "")
         return (
-            f"EMA({schedules}, {len(self)} weights, {held:,} of {total:,} elements here, "
+            f"EMA({schedules}, {weights}, {held:,} of {total:,} elements here, "
             f"{str(self._dtype).removeprefix('torch.')}, {device}, now={self.now:g})"
         )

@@ -28,10 +28,12 @@ __all__ = [
     "INDEX",
     "ITEMSIZE",
     "META",
+    "VERSION",
     "Entry",
     "File",
     "Sum",
     "check_sum",
+    "dump",
     "header",
     "index",
     "plan",
@@ -41,6 +43,7 @@ __all__ = [
     "size_of",
 ]
 
+VERSION = "0.1.0"
 FORMAT = 1
 META = "ema.json"
 INDEX = "model.safetensors.index.json"
@@ -133,12 +136,14 @@ def size_of(text: int | str) -> int:
     """Bytes in 5_000_000, '5GB', '500MB', '2GiB'."""
     if isinstance(text, int):
         size = text
+    elif not isinstance(text, str):
+        raise ValueError(f"max_shard_size must be bytes or a text like '5GB', got {text!r}.")
     else:
         units = {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
         digits = text.strip().upper().rstrip("KMGIB")
         try:
             size = int(float(digits) * units[text.strip().upper()[len(digits) :].strip()])
-        except (KeyError, ValueError):
+        except (KeyError, OverflowError, ValueError):
             raise ValueError(f"max_shard_size must be bytes or a text like '5GB', got {text!r}.") from None
     if size <= 0:
         raise ValueError(f"max_shard_size must be positive, got {text!r}.")
@@ -160,6 +165,8 @@ def read_header(path: Path) -> File:
         table = json.loads(text)
         metadata = dict(table.pop("__metadata__", None) or {})
         entries = {name: _entry(value) for name, value in table.items()}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata must map texts to texts")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} has a broken safetensors header: {type(error).__name__}: {error}.") from None
     at = 0
@@ -181,7 +188,7 @@ def _entry(value: dict[str, Any]) -> Entry:
     shape = tuple(value["shape"])
     if value["dtype"] not in ITEMSIZE:
         raise ValueError(f"unknown dtype {value['dtype']}")
-    if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)):
+    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
         raise ValueError(f"offsets and shape must be whole numbers, got {value}")
     return Entry(value["dtype"], shape, begin, end)
 
@@ -196,6 +203,9 @@ def read_model(folder: Path) -> dict[str, File]:
     weights = _read_json(where).get("weight_map")
     if not isinstance(weights, dict) or not all(_is_file_name(name) for name in weights.values()):
         raise ValueError(f"{where} has no sound weight_map: it must map weights to files beside it.")
+    missing = [name for name in sorted(set(weights.values())) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{where} names {', '.join(missing[:3])}, which {folder} does not hold.")
     files = {name: read_header(folder / name) for name in sorted(set(weights.values()))}
     found = {weight: name for name, file in files.items() for weight in file.entries}
     if found != weights:

@@ -32,12 +32,15 @@ __all__ = [
     "allocate",
     "boxes",
     "cut",
+    "even",
     "fingerprint",
     "indices",
     "kinds",
     "parts",
     "pieces",
     "runs",
+    "shadow_dtype",
+    "split_box",
     "stages",
 ]
 
@@ -353,6 +356,9 @@ def fingerprint(data: Tensor) -> Tensor:
     bits = data.view(torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     for i, chunk in enumerate(bits.split(1 << 20)):
-        place = torch.arange(i << 20, (i << 20) + len(chunk), device=data.device)
-        total += ((chunk.to(torch.int64) + 1) * (place * 0x9E3779B1 + 0x7F4A7C15 ^ place >> 7)).sum()
+        # NOTE: byte and place are mixed before the sum; a product of them gives all permutations of rows one hash.
+        x = torch.arange(i << 20, (i << 20) + len(chunk), device=data.device) << 8 | chunk
+        x = (x ^ x >> 31) * 0x7FB5D329728EA185
+        x = (x ^ x >> 27) * 0x2545F4914F6CDD1D
+        total += (x ^ x >> 33).sum()
     return total

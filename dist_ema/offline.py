@@ -88,16 +88,18 @@ class Report:
             name: {"dtype": entry.dtype, "shape": list(entry.shape), "file": file}
             for name, (file, entry) in self.weights.items()
         }
-        return {key: self.meta.get(key) for key in ("format", "attach", "rounding", *_PARTS)} | {
-            "path": self.path,
-            "kind": self.kind,
-            "holds": self.meta.get("weights"),
-            "files": {name: {"size": file.size} | self.sums(name) for name, file in self.files.items()},
-            "total": vars(self.total),
-            "dtypes": {dtype: vars(total) for dtype, total in self.totals.items()},
-            "weights": weights,
-            "problems": self.problems,
-        }
+        said = {key: self.meta.get(key) for key in ("format", "attach", "rounding", *_PARTS)}
+        return (
+            {"path": self.path, "kind": self.kind, "holds": self.meta.get("weights")}
+            | said
+            | {
+                "files": {name: {"size": file.size} | self.sums(name) for name, file in self.files.items()},
+                "total": vars(self.total),
+                "dtypes": {dtype: vars(total) for dtype, total in self.totals.items()},
+                "weights": weights,
+                "problems": self.problems,
+            }
+        )
 
 
 def inspect(path: str | Path) -> Report:
@@ -176,6 +178,8 @@ def _unsound(meta: dict[str, Any]) -> Iterator[str]:
         yield str(error).rstrip(".")
     if not isinstance(meta["clock"].get("accepted"), int):
         yield f"the clock's accepted is {brief(meta['clock'].get('accepted'))}"
+    if not meta["schedules"]:
+        yield "it names no schedule"
     for spec in meta["schedules"]:
         try:
             from_spec(spec)

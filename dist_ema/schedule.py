@@ -233,7 +233,7 @@ def from_spec(spec: dict[str, Any]) -> Schedule:
     kinds: dict[str, type[Schedule]] = {kind.__name__: kind for kind in Schedule.__subclasses__()}
     values = dict(spec)
     name = values.pop("name", None)
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"no schedule is called {name!r}; known are {', '.join(sorted(kinds))}.")
     try:
         return kinds[name](**values)

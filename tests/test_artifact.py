@@ -133,7 +133,9 @@ def test_all_differences_at_once(ema: EMA, tmp_path: Path) -> None:
         target.load(tmp_path / "a")
     for words in ("extra.weight is missing", "gate.weight is not in the model", "(5, 6) on disk, (4, 6) in the model"):
         assert words in str(error.value)
-    assert all(torch.equal(a, slot.shadow) for a, slot in zip(before, target._average.profiles[0].averages, strict=True))
+    assert all(
+        torch.equal(a, slot.shadow) for a, slot in zip(before, target._average.profiles[0].averages, strict=True)
+    )
 
 
 def test_damage_is_found(ema: EMA, tmp_path: Path) -> None:
@@ -161,9 +163,19 @@ def test_damage_is_found(ema: EMA, tmp_path: Path) -> None:
     (folder / "ema.json").write_text(json.dumps(meta | {"format": 3}))
     with pytest.raises(ValueError, match="holds format 3"):
         ema.load(folder)
-    (folder / "ema.json").write_text(json.dumps(meta | {"clock": {}}))
-    with pytest.raises(ValueError, match="clock"):
-        ema.load(folder)
+    for odd in (
+        {"clock": {}},
+        {"clock": meta["clock"] | {"now": "late"}},
+        {"schedules": []},
+        {"schedules": [{"name": "Sun"}]},
+    ):
+        (folder / "ema.json").write_text(json.dumps(meta | odd))
+        with pytest.raises(ValueError, match="is damaged"):
+            ema.load(folder)
+    assert all(torch.equal(ema.gather()[name], now[name]) for name in now), "nothing was changed"
+    ema.export(tmp_path / "export")
+    with pytest.raises(ValueError, match="is an export"):
+        ema.load(tmp_path / "export")
     with pytest.raises(ValueError, match="no folder"):
         ema.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="does not exist"):

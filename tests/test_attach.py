@@ -45,8 +45,10 @@ def test_one_update_per_step() -> None:
     toy.handle.remove()
     toy.handle.remove()
     toy.step()
-    with pytest.warns(UserWarning, match="no update came"):
-        assert toy.average == 2.5
+    with pytest.warns(UserWarning, match="no update came") as caught, toy.ema.swap():
+        pass
+    assert caught[0].filename == __file__, "it points at the user's line"
+    assert toy.average == 2.5
     toy.ema.attach(toy.optimizer)
     with pytest.raises(RuntimeError, match="called before"):
         toy.ema.attach(toy.optimizer)
@@ -157,8 +159,10 @@ def test_elapsed_counts_images() -> None:
     toy.step(3)
     assert toy.ema.now == 14
     assert toy.ema.metrics()["half_life"] == pytest.approx(10.0)
-    with pytest.raises(ValueError, match="elapsed must be positive"):
-        toy.ema.update(0)
+    for bad in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="elapsed must be positive"):
+            toy.ema.update(bad)
+    assert toy.ema.now == 14
     with pytest.raises(ValueError, match="HalfLife"):
         Toy(Ratio()).ema.update(0.5)
 

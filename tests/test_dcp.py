@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from dist_ema import EMA, Uniform
@@ -61,7 +59,7 @@ def test_saved_and_resharded_under_every_wrapper(tmp_path: Path) -> None:
 
 
 def refuse_arithmetic() -> None:
-    run, ema = build("ddp")
+    _, ema = build("ddp")
     state = ema.state_dict()
     part = state["averages"]["Uniform()"]
     ranges = [value for value in part["weights"].values() if isinstance(value, FlatRange)]
@@ -70,7 +68,7 @@ def refuse_arithmetic() -> None:
         ranges[0] + 1
     assert "elements of" in repr(ranges[0])
     ema.load_state_dict(state)
-    with raises(ValueError, "lacks core.emb.weight"):
+    with raises(ValueError, "lacks scale, core.emb.weight"):
         ema.load_state_dict(state | {"averages": {"Uniform()": part | {"weights": {}}}})
     with raises(ValueError, "lacks Uniform()"):
         ema.load_state_dict(state | {"averages": {}})

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock  # torch depends on it
 
 from dist_ema import EMA, Power
 from tests.kit import Net, Training, run_ranks, wrap
@@ -67,14 +68,18 @@ def load_all(kind: str, folder: str) -> dict[str, bool]:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("elastic")
-    for kind, world in SAVED:
-        run_ranks(world, save_one, kind, str(folder))
+def saved(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Written once for all workers: the first one to come saves, the others wait at a lock."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "elastic"
+    folder.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        for kind, world in SAVED:
+            if not (folder / f"{kind}-bf16.pt").exists():
+                run_ranks(world, save_one, kind, str(folder))
     return folder
 
 
-@pytest.mark.xdist_group("elastic")
 @pytest.mark.parametrize(("kind", "world"), LOADED)
 def test_every_pair_is_exact(saved: Path, kind: str, world: int) -> None:
     """6 x 6 pairs, each with an fp32 and a bf16 average: weights, clock, pending interval, and what is saved again."""
@@ -124,7 +129,6 @@ def copy_from_plain(source: torch.nn.Module, model: torch.nn.Module) -> None:
             view.copy_(weights[shard.name][box.slices])
 
 
-@pytest.mark.xdist_group("elastic")
 def test_stochastic_rounding_does_not_depend_on_the_cut() -> None:
     """The same bits under any wrapper and world: the hash speaks of names and element numbers, not of ranks."""
     want = run_ranks(1, follow_a_fixed_path, "none")[0]

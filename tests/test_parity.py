@@ -91,7 +91,7 @@ def check_wrapper(kind: str, folder: str) -> dict[str, Any]:
 
 def bytes_hold(kind: str, ema: EMA) -> bool:
     """At most 4 x the elements of this rank's live shard (1/replicas of them + 1 %) + 64 per piece."""
-    slots = [slot for slot in ema._average.profiles[0].averages]
+    slots = ema._average.profiles[0].averages
     live = sum(slot.shard.held.numel for slot in slots if not slot.shard.replicas)
     shared = 0.0
     for slot in slots:

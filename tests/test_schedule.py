@@ -95,7 +95,7 @@ def test_decay_is_a_share(of: Schedule) -> None:
 @pytest.mark.parametrize(
     ("of", "mean"),
     [(Uniform(), lambda n: [1 / n] * n), (Debiased(0.9), lambda n: [0.9 ** (n - i) for i in range(1, n + 1)])],
-    ids=repr,
+    ids=["Uniform", "Debiased"],
 )
 def test_profile(of: Schedule, mean: Any) -> None:
     """What an average weighs each step with: Uniform all alike, Debiased geometrically and with nothing of the start."""

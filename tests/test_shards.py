@@ -64,21 +64,14 @@ def bf16_policy() -> None:
     model = _fsdp2(Net(), mp_policy=policy)
     ema = EMA(model, 0.8)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    handle = ema.attach(optimizer)
-    oracle: dict[str, torch.Tensor] = {}
+    ema.attach(optimizer)
+    oracle = {name: value.double() for name, value in ema.gather().items()}
     for step in range(3):
-        model(
-            torch.randint(0, 7, (4, 4), generator=torch.Generator().manual_seed(step))
-        ).float().square().mean().backward()
+        tokens = torch.randint(0, 7, (4, 4), generator=torch.Generator().manual_seed(step))
+        model(tokens).float().square().mean().backward()
         optimizer.step()
         live = EMA(model, 0.0).gather()
-        if live:
-            start = oracle or {k: v.double() for k, v in first.items()} if step else None
-            oracle = {k: 0.8 * start[k] + 0.2 * v.double() for k, v in live.items()} if start else {}
-        if step == 0:
-            first = {k: v.clone() for k, v in ema.gather().items()}
-            oracle = {k: v.double() for k, v in first.items()}
-    handle.remove()
+        oracle = {name: 0.8 * average + 0.2 * live[name].double() for name, average in oracle.items()}
     full = ema.gather()
     for name in ema.names() if full else []:
         assert full[name].dtype == torch.float32
@@ -242,8 +235,12 @@ def test_frozen_integer_bool_and_float8_pass_through() -> None:
 
 @pytest.mark.parametrize(
     ("tensor", "words"),
-    [(torch.empty(2, 3, device="meta"), "meta device"), (torch.ones(3).expand(2, 3), "not dense"), (torch.ones(4, 6)[:, ::2], "not dense")],
-)  # fmt: skip
+    [
+        (torch.empty(2, 3, device="meta"), "meta device"),
+        (torch.ones(3).expand(2, 3), "not dense"),
+        (torch.ones(4, 6)[:, ::2], "not dense"),
+    ],
+)
 def test_what_cannot_be_averaged_is_refused_by_name(tensor: torch.Tensor, words: str) -> None:
     model = nn.Module()
     model.odd = nn.Parameter(tensor)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema import EMA, Uniform
+from dist_ema import EMA
 from dist_ema.kernels import SCRATCH
 from tests.kit import Images, Net, Training, image_batch, raises, run_ranks, same, snapshot, wrap
 

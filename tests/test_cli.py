@@ -1,0 +1,427 @@
+"""The command line: what it says of sound and unsound artifacts, its exit codes, and that it stays light.
+
+How to read a failure: `command` starts a real process, `call` runs `main` in this one; both give (code, stdout, stderr).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dist_ema import EMA, Power
+from dist_ema.cli import main
+from dist_ema.format import INDEX, META
+from dist_ema.offline import inspect
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+class Tied(nn.Module):
+    """A tied head, a BatchNorm, a frozen weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.norm, self.head = nn.Embedding(7, 4), nn.BatchNorm1d(4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.emb.weight
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.emb(x)))
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved average (in one file and in two), an averaged part, two exports, and files of other writers."""
+    folder = tmp_path_factory.mktemp("shop")
+    torch.manual_seed(0)
+    model = Tied()
+    ema = EMA(model, Power(sigma_rel=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    ema.attach(optimizer, every=2)
+    for _ in range(5):
+        model(torch.arange(7)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with ema.swap():
+        model(torch.arange(7))
+    ema.save(folder / "ema", extra={"epoch": 3})
+    ema.save(folder / "sharded", max_shard_size=100)
+    EMA(model, only="emb").save(folder / "part")
+    ema.export(folder / "out", dtype=torch.bfloat16)
+    ema.export(folder / "one.safetensors")
+    (folder / "hf").mkdir()
+    save_file({f"layer.{i:02}.w": torch.ones(2, i) for i in range(30)}, folder / "hf" / "model.safetensors")
+    save_file(
+        {"w": torch.ones(3).half(), "n": torch.tensor(3)}, folder / "lone.safetensors", {"format": "pt", "by": "them"}
+    )
+    return folder
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """`dist-ema ...` in this process."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        code: Any
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            code = error.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def command(*arguments: Any, **options: Any) -> tuple[int, str, str]:
+    """`python -m dist_ema ...` as a process of its own."""
+    line = [sys.executable, "-m", "dist_ema", *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def facts(out: str) -> list[tuple[str, str]]:
+    """The summary as (word, what is said of it)."""
+    rows = [line.split("  ", 1) for line in out.split("\n\n")[1].splitlines()]
+    return [(word, rest.strip()) for word, rest in rows]
+
+
+# --- what it says ------------------------------------------------------------------------------------------------
+
+
+def test_saved(call: Call, shop: Path) -> None:
+    """A folder from ema.save: every fact of ema.json and every weight, each with its part in the average."""
+    code, out, err = call("inspect", shop / "ema")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{shop / 'ema'}: an average to resume from (format 1)\n")
+    meta = json.loads((shop / "ema" / META).read_text())
+    size = (shop / "ema" / "model.safetensors").stat().st_size
+    assert facts(out) == [
+        ("clock", "now 4, accepted 2, before 0, pending 1, steps 5, updates 2"),
+        ("schedule", "Power(origin='start', sigma_rel=0.1)"),
+        ("attach", "elapsed 1, every 2, start 0"),
+        ("extra", "epoch"),
+        ("versions", f"dist_ema {meta['versions']['dist_ema']}, torch {torch.__version__}"),
+        ("averaged", "3 weights"),
+        ("own buffers", "norm.running_mean, norm.running_var"),
+        ("alias", "head.weight is emb.weight"),
+        ("in all", "weights 7, parameters 48, bytes 196"),
+        ("F32", "weights 6, parameters 47, bytes 188"),
+        ("I64", "weights 1, parameters 1, bytes 8"),
+        ("file", f"model.safetensors: {size} bytes, crc32 {meta['files']['model.safetensors']['crc32']}"),
+    ]
+    assert [line.split() for line in out.split("\n\n")[2].splitlines()] == [
+        ["weight", "dtype", "shape"],
+        ["emb.weight", "F32", "[7,", "4]", "averaged"],
+        ["frozen", "F32", "[3]"],
+        ["norm.bias", "F32", "[4]", "averaged"],
+        ["norm.num_batches_tracked", "I64", "[]"],
+        ["norm.running_mean", "F32", "[4]", "own", "buffer"],
+        ["norm.running_var", "F32", "[4]", "own", "buffer"],
+        ["norm.weight", "F32", "[4]", "averaged"],
+    ]
+
+
+def test_columns_line_up(call: Call, shop: Path) -> None:
+    """Plain aligned text: every dtype of the table stands in one column, and no line ends in spaces."""
+    _, out, _ = call("inspect", shop / "ema")
+    table = out.split("\n\n")[2].splitlines()
+    places = {
+        next(line.index(f" {dtype} ") for dtype in ("dtype", "F32", "I64") if f" {dtype} " in line) for line in table
+    }
+    assert len(places) == 1
+    assert out == "\n".join(line.rstrip() for line in out.split("\n"))
+
+
+def test_other_kinds(call: Call, shop: Path) -> None:
+    """Several files, an average of a part, exports, a foreign folder, a lone file: each is called by its name."""
+    found = {
+        name: call("inspect", shop / name)
+        for name in ("sharded", "part", "out", "one.safetensors", "hf", "lone.safetensors")
+    }
+    assert {(code, err) for code, _, err in found.values()} == {(0, "")}
+    says = {name: (out.splitlines()[0].split(": ")[1], dict(facts(out))) for name, (_, out, _) in found.items()}
+    assert says["sharded"][0] == "an average to resume from (format 1)"
+    assert [value.split(":")[0] for word, value in facts(found["sharded"][1]) if word == "file"] == [
+        f"model-0000{i}-of-00002.safetensors" for i in (1, 2)
+    ]
+    assert says["part"][1]["averaged"] == "1 weights; frozen weights and buffers are not in the files"
+    assert says["part"][1]["attach"] == "updated by hand"
+    assert says["out"][0] == "a model to ship, exported by dist_ema (format 1)"
+    assert says["out"][1]["BF16"] == "weights 6, parameters 47, bytes 94"
+    assert says["one.safetensors"][0] == "a safetensors file"
+    assert says["one.safetensors"][1]["alias"] == "head.weight is emb.weight"
+    assert says["hf"][0] == "a safetensors model, not written by dist_ema"
+    assert says["hf"][1]["in all"] == "weights 30, parameters 870, bytes 3,480"
+    assert set(says["lone.safetensors"][1]) == {"in all", "F16", "I64", "file"}
+    assert says["lone.safetensors"][1]["file"].endswith("no check sum")
+
+
+def test_not_started(call: Call, tmp_path: Path) -> None:
+    """An average that waits for attach(start=) says so."""
+    model = nn.Linear(2, 2)
+    ema = EMA(model)
+    ema.attach(torch.optim.SGD(model.parameters(), 0.1), start=10)
+    ema.save(tmp_path / "ema")
+    assert dict(facts(call("inspect", tmp_path / "ema")[1]))["clock"].endswith("updates 0, not started")
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown"), [(None, 20), ("0", 0), ("3", 3), ("29", 29), ("30", 30), ("99", 30), ("all", 30)]
+)
+def test_weights(asked: str | None, shown: int, call: Call, shop: Path) -> None:
+    """--weights N limits the table (20 if nothing is said), and what is left out is counted."""
+    _, out, _ = call("inspect", shop / "hf", *([] if asked is None else ["--weights", asked]))
+    assert sum(line.startswith("layer.") for line in out.splitlines()) == shown
+    assert ("weight  " in out) == (shown > 0)
+    rest = f"... and {30 - shown} of 30 more: --weights all"
+    assert (rest in out.splitlines()) == (shown < 30)
+
+
+def test_json(call: Call, shop: Path) -> None:
+    """--json: everything that the text says, as values, all weights included."""
+    code, out, err = call("inspect", shop / "sharded", "--json")
+    values, meta = json.loads(out), json.loads((shop / "sharded" / META).read_text())
+    assert (code, err, values["problems"]) == (0, "", [])
+    for key in ("format", "clock", "schedules", "attach", "rounding", "averaged", "own_buffers", "aliases", "files"):
+        assert values[key] == meta[key], key
+    assert (values["kind"], values["holds"], values["versions"]) == ("ema", "all", meta["versions"])
+    assert values["total"] == {"weights": 7, "parameters": 48, "bytes": 196}
+    assert values["dtypes"]["I64"] == {"weights": 1, "parameters": 1, "bytes": 8}
+    assert values["weights"]["emb.weight"] == {
+        "dtype": "F32",
+        "shape": [7, 4],
+        "file": "model-00001-of-00002.safetensors",
+    }
+    assert len(values["weights"]) == 7
+    for name in ("hf", "lone.safetensors"):
+        other = json.loads(call("inspect", shop / name, "--json", "--weights", "1")[1])
+        assert (other["format"], other["clock"], len(other["weights"])) == (None, {}, 1)
+
+
+# --- what is wrong -----------------------------------------------------------------------------------------------
+
+
+def copy(shop: Path, name: str, to: Path) -> Path:
+    to.mkdir()
+    for each in (shop / name).iterdir():
+        (to / each.name).write_bytes(each.read_bytes())
+    return to
+
+
+CLOCK = {"now": 1.0, "steps": 1, "updates": 1, "pending": 0.0, "started": True}  # without what was accepted
+META_BREAKS: dict[str, tuple[dict[str, Any], str]] = {
+    "a file that is not there": ({"files": {"gone.safetensors": {}}}, "gone.safetensors is listed"),
+    "another size": ({"files": {"model.safetensors": {"size": 5}}}, "bytes, listed is {'size': 5}"),
+    "files of no size": ({"files": {"model.safetensors": 7}}, "bytes, listed is 7"),
+    "no files": ({"files": {}}, "model.safetensors is not listed"),
+    "averages lost": ({"averaged": ["emb.weight", "lost.weight"]}, "averaged names lost.weight, which the files do not hold"),
+    "buffers lost": ({"own_buffers": [["x"]]}, "own_buffers names ['x'], which"),
+    "aliases lost": ({"aliases": {"lost": ["x"]}}, "aliases names lost, which"),
+    "alias of itself": ({"aliases": {"emb.weight": ["frozen"]}}, "the alias frozen is a weight too"),
+    "aliases of no list": ({"aliases": {"emb.weight": 7}, "clock": []}, "clock is []"),
+    "no clock": ({"clock": None}, "clock is None"),
+    "a clock of words": ({"clock": {"now": "late"}}, "the saved clock has no sound 'now'"),
+    "a clock that lost a hand": ({"clock": CLOCK}, "accepted is None"),
+    "an unknown schedule": ({"schedules": [{"name": "Cubic"}]}, "no schedule is called 'Cubic'"),
+    "a schedule of nothing": ({"schedules": [None, 7]}, "a schedule cannot be rebuilt from None"),
+    "no schedule": ({"schedules": []}, "it names no schedule"),
+    "schedules of no list": ({"schedules": "Ratio"}, "schedules is 'Ratio'"),
+    "an unknown kind": ({"kind": ["ema"]}, "kind is"),
+    "odd everything": (dict.fromkeys(("versions", "extra", "attach", "rounding", "averaged", "weights"), 7), "averaged is 7"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", META_BREAKS)
+def test_problems(what: str, call: Call, shop: Path, tmp_path: Path) -> None:
+    """ema.json that contradicts the files, or that ema.load would refuse: the report, a sentence, and code 1."""
+    change, message = META_BREAKS[what]
+    folder = copy(shop, "ema", tmp_path / "ema")
+    meta = json.loads((folder / META).read_text())
+    (folder / META).write_text(json.dumps(meta | change))
+    code, out, err = call("inspect", folder)
+    assert code == 1
+    assert message in err
+    assert all(line.startswith(f"dist-ema: {folder}: ema.json is not sound: ") for line in err.splitlines())
+    assert "emb.weight" in out  # what can be said is said
+    code, out, _ = call("inspect", folder, "--json")
+    assert code == 1
+    assert any(message in problem for problem in json.loads(out)["problems"])
+
+
+def test_no_problem_is_made_up(shop: Path) -> None:
+    """Every sound artifact of the shop has no problem."""
+    assert [path.name for path in shop.iterdir() if inspect(path).problems] == []
+
+
+def broken(tmp_path: Path, shop: Path) -> dict[str, tuple[Path, str]]:
+    """Paths from which no weights can be told."""
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((shop / "one.safetensors").read_bytes()[:-1])
+    (tmp_path / "text").write_text("hello, this is not a model")
+    (tmp_path / "empty").mkdir()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes((shop / "one.safetensors").read_bytes())
+    newer = copy(shop, "ema", tmp_path / "newer")
+    (newer / META).write_text(json.dumps({"format": 99, "files": {}}))
+    odd = copy(shop, "ema", tmp_path / "odd")
+    (odd / META).write_text("{")
+    missing = copy(shop, "sharded", tmp_path / "missing")
+    (missing / "model-00002-of-00002.safetensors").unlink()
+    escape = copy(shop, "sharded", tmp_path / "escape")
+    (escape / INDEX).write_text(json.dumps({"weight_map": {"a": "../one.safetensors"}}))
+    folder = tmp_path / "folder"
+    (folder / "model.safetensors").mkdir(parents=True)
+    os.mkfifo(tmp_path / "pipe")
+    return {
+        "cut": (cut, "cut short or damaged"),
+        "text": (tmp_path / "text", "is no safetensors file"),
+        "empty": (tmp_path / "empty", "holds no model.safetensors and no"),
+        "adapter": (adapter, "It does hold adapter_model.safetensors: name the file."),
+        "newer": (newer, "holds format 99; this dist_ema reads up to 1. Upgrade dist_ema."),
+        "odd": (odd, "is not valid JSON"),
+        "missing": (missing, "model-00002-of-00002.safetensors"),
+        "escape": (escape, "no sound weight_map"),
+        "folder": (folder, "model.safetensors"),
+        "pipe": (tmp_path / "pipe", "is neither a folder nor a file"),
+    }
+
+
+def test_unreadable(call: Call, shop: Path, tmp_path: Path) -> None:
+    """What is no artifact, or is damaged: one sentence to stderr that names it, nothing to stdout, code 1."""
+    for what, (path, message) in broken(tmp_path, shop).items():
+        code, out, err = call("inspect", path)
+        assert (code, out) == (1, ""), what
+        assert message in err, what
+        assert err.startswith("dist-ema: "), what
+        assert err.count("\n") == 1, what
+        assert "[Errno" not in err, what
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "usage: dist-ema"),
+        (("inspect",), "required: PATH"),
+        (("inspect", "nowhere/at-all"), "dist-ema: nowhere/at-all does not exist."),
+        (("inspect", "a", "b"), "unrecognized arguments: b"),
+        (("inspect", "a", "--weights", "-1"), "must be a whole number or 'all', got '-1'"),
+        (("inspect", "a", "--weights", "many"), "must be a whole number or 'all', got 'many'"),
+        (("dissect", "a"), "invalid choice: 'dissect'"),
+        (("--wrong",), "--wrong"),
+    ],
+)
+def test_wrong_usage(arguments: tuple[str, ...], message: str, call: Call) -> None:
+    """Wrong usage is code 2 and a sentence to stderr; a path that does not exist is one."""
+    code, out, err = call(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_names_cannot_write_to_the_terminal(call: Call, tmp_path: Path) -> None:
+    """Control characters and lone surrogates in names of a file are shown as escapes."""
+    names = ["clear\x1b[2J", "two\nlines", "\ud800"]
+    text = json.dumps({name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    code, out, _ = call("inspect", tmp_path / "a.safetensors")
+    assert code == 0
+    for shown in ("clear\\x1b[2J", "two\\nlines", "\\ud800"):
+        assert shown in out
+    assert "\x1b" not in out
+    assert set(json.loads(call("inspect", tmp_path / "a.safetensors", "--json")[1])["weights"]) == set(names)
+
+
+def test_deep_extra(call: Call, shop: Path, tmp_path: Path) -> None:
+    """Values nested as deeply as a reader takes them do not end in a traceback."""
+    folder = copy(shop, "ema", tmp_path / "ema")
+    meta = json.loads((folder / META).read_text())
+    codes = set()
+    for depth in range(700, 1000, 3):
+        deep = '{"a":' * depth + "1" + "}" * depth
+        (folder / META).write_text(json.dumps(meta | {"extra": 0}).replace('"extra": 0', f'"extra": {deep}'))
+        codes.add(call("inspect", folder, "--json")[0])
+    assert codes == {0, 1}
+
+
+# --- how it runs -------------------------------------------------------------------------------------------------
+
+
+def test_never_imports_torch(shop: Path) -> None:
+    """The command is for machines without a GPU or time: torch (1.6 s) is not imported, whatever is looked at."""
+    code = (
+        "import sys; from dist_ema.cli import main\n"
+        "codes = [main(['inspect', path]) for path in sys.argv[1:]]\n"
+        "print(codes, sorted({'torch', 'safetensors', 'rich'} & set(sys.modules)), file=sys.stderr)"
+    )
+    line = [sys.executable, "-c", code, *(str(shop / name) for name in ("ema", "out", "hf", "lone.safetensors"))]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[0, 0, 0, 0] []"
+
+
+def test_as_a_process(shop: Path) -> None:
+    """`python -m dist_ema` hands the exit code to the shell, and leaves no traceback."""
+    assert command("inspect", shop / "ema")[0] == 0
+    code, out, err = command("inspect", shop / "nothing")
+    assert (code, out, err) == (2, "", f"dist-ema: {shop / 'nothing'} does not exist.\n")
+
+
+def test_console_script() -> None:
+    """pyproject.toml gives the command `dist-ema` to cli.main."""
+    (found,) = importlib.metadata.entry_points(group="console_scripts", name="dist-ema")
+    assert found.load() is main
+
+
+def test_ascii_terminal(tmp_path: Path) -> None:
+    """A terminal that cannot show a name gets an escape, not a UnicodeEncodeError."""
+    save_file({"größe": torch.ones(1)}, tmp_path / "a.safetensors")
+    code, out, err = command("inspect", tmp_path / "a.safetensors", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (code, err) == (0, "")
+    assert "gr\\xf6\\xdfe" in out
+
+
+def test_head(shop: Path) -> None:
+    """`dist-ema inspect ... | head -1` ends without a word about broken pipes."""
+    assert len(command("inspect", shop / "hf", "--json")[1]) > 2000
+    read, write = os.pipe()
+    os.close(read)
+    line = [sys.executable, "-m", "dist_ema", "inspect", str(shop / "hf"), "--json"]
+    done = subprocess.run(line, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_version(call: Call) -> None:
+    """--version: the installed version, on one line."""
+    assert call("--version") == (0, f"dist-ema {importlib.metadata.version('dist-ema')}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("inspect", "--help")])
+def test_help(arguments: tuple[str, ...], call: Call) -> None:
+    """--help teaches: the verbs with what they do, and for a verb examples that start with the command."""
+    code, out, err = call(*arguments)
+    assert (code, err) == (0, "")
+    assert "inspect" in out
+    if arguments == ("inspect", "--help"):
+        assert "  dist-ema inspect run/ema-001000 " in out
+        assert "exit code: 0 all is well" in out
+
+
+def test_looks_after_a_cut_save(call: Call, shop: Path, tmp_path: Path) -> None:
+    """A save that was cut short between its two renames is finished by whoever looks next."""
+    new = copy(shop, "ema", tmp_path / f".ema.tmp-{'0' * 32}")
+    copy(shop, "part", tmp_path / f".ema.old-{'0' * 32}")
+    assert call("inspect", tmp_path / "ema")[0] == 0
+    assert os.listdir(tmp_path) == ["ema"]
+    assert not new.exists()

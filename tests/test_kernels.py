@@ -1,0 +1,483 @@
+"""The update's arithmetic: every path of a Plan against float64, exactness where it is promised, and a silent hot path.
+
+How to read a failure: `kind` names the path of `Plan.run` (direct, cast, packed, packed and cast, rounded). The oracle is
+one line of float64 per element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_ema.engine import Gate
+from dist_ema.kernels import SCRATCH, SHORT, Pair, Plan, _key, noise, round_to_bfloat16
+
+WIDE = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
+BF16 = torch.bfloat16
+
+
+def numbers(start: int = 0) -> Callable[[int, int], Tensor]:
+    """The indices of a piece that begins at element `start` of its weight."""
+    return lambda a, b: torch.arange(start + a, start + b)
+
+
+def draw(n: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(n, dtype=wide, generator=generator).to(dtype)
+
+
+def arena(sizes: list[int], dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """Tensors that lie end to end in one storage."""
+    return list(draw(sum(sizes), dtype, seed).split(sizes))
+
+
+def apart(sizes: list[int], dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """Tensors that are no neighbours."""
+    return [draw(n, dtype, seed + i) for i, n in enumerate(sizes)]
+
+
+def pair_up(shadows: list[Tensor], lives: list[Tensor]) -> list[Pair]:
+    both = zip(shadows, lives, strict=True)
+    return [Pair(f"w{i}", [shadow], live, numbers()) for i, (shadow, live) in enumerate(both)]
+
+
+# Every path of Plan.run, with sizes at its borders: empty, one, around SHORT and SCRATCH. Short neighbours are packed.
+TINY = [3, 0, 1, 17, 5, 0, 64]
+KINDS: dict[str, Callable[[], list[Pair]]] = {
+    "direct": lambda: pair_up(apart([SHORT + 5, 7, 0], torch.float32, 0), apart([SHORT + 5, 7, 0], torch.float32, 9)),
+    "merged": lambda: pair_up(arena(TINY, torch.float32, 1), arena(TINY, torch.float32, 2)),
+    "direct float64": lambda: pair_up(apart(TINY, torch.float64, 1), arena(TINY, torch.float64, 2)),
+    "direct complex": lambda: pair_up(arena([9, 40], torch.complex64, 1), arena([9, 40], torch.complex64, 2)),
+    "cast bf16": lambda: pair_up(apart([SHORT, 5, 0], torch.float32, 1), apart([SHORT, 5, 0], BF16, 7)),
+    "cast fp16": lambda: pair_up(apart([SHORT + 1, 2], torch.float32, 1), apart([SHORT + 1, 2], torch.float16, 7)),
+    "cast float64": lambda: pair_up(apart([33, 8], torch.float32, 1), apart([33, 8], torch.float64, 7)),
+    "cast up": lambda: pair_up(apart([33, 8], torch.float64, 1), apart([33, 8], torch.float32, 7)),
+    "packed": lambda: pair_up(arena(TINY, torch.float32, 1), apart(TINY, torch.float32, 7)),
+    "packed complex": lambda: pair_up(arena(TINY, torch.complex64, 1), apart(TINY, torch.complex64, 7)),
+    "packed cast": lambda: pair_up(arena(TINY, torch.float32, 1), apart(TINY, BF16, 7)),
+    "packed cast up": lambda: pair_up(arena(TINY, torch.float64, 1), apart(TINY, torch.float16, 7)),
+    "rounded": lambda: pair_up(apart(TINY, BF16, 1), apart(TINY, torch.float32, 7)),
+    "rounded bf16": lambda: pair_up(apart(TINY, BF16, 1), apart(TINY, BF16, 7)),
+}  # fmt: skip
+PLAIN = [kind for kind in KINDS if not kind.startswith("rounded")]
+
+
+def oracle(pairs: list[Pair], weight: float) -> list[tuple[Tensor, Tensor]]:
+    """What each shadow must become, and the size of the larger number that goes into it, both in float64."""
+    result = []
+    for pair in pairs:
+        wide = WIDE.get(pair.shadows[0].dtype, torch.float64)
+        shadow, live = pair.shadows[0].to(wide), pair.live.to(pair.shadows[0].dtype).to(wide)
+        result.append((shadow + weight * (live - shadow), torch.maximum(shadow.abs(), live.abs())))
+    return result
+
+
+def equal(pairs: list[Pair], expected: list[tuple[Tensor, Tensor]]) -> None:
+    for pair, (want, scale) in zip(pairs, expected, strict=True):
+        eps = torch.finfo(pair.shadows[0].dtype).eps
+        far = (pair.shadows[0].to(want.dtype) - want).abs() / scale / eps
+        assert pair.shadows[0].shape == want.shape
+        assert not far.numel() or far.max() <= 2, f"{pair.name} is off by {far.max():.1f} eps"
+
+
+def bits(pairs: list[Pair]) -> list[Tensor]:
+    return [pair.shadows[0].clone().view(torch.uint8) for pair in pairs]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(map(torch.equal, a, b))
+
+
+# --- the oracle --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weight", [0.0, 0.001, 0.3, 0.75, 1.0])
+def test_oracle(kind: str, weight: float) -> None:
+    """Every path of Plan.run is shadow + weight * (live - shadow), on every element and no other."""
+    pairs = KINDS[kind]()
+    expected = oracle(pairs, weight)
+    Plan(pairs).run([weight], update=0)
+    equal(pairs, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weight", [0.0, 2.0**-10, 0.25, 1.0])
+def test_tensor_weight_gives_the_same_bits(kind: str, weight: float) -> None:
+    """A weight on the device (fact 15) gives the bits of the same weight on the host: `_of` in kernels."""
+    one, other = KINDS[kind](), KINDS[kind]()
+    Plan(one).run([weight], update=3)
+    Plan(other).run([torch.tensor(weight)], update=3)
+    assert same(bits(one), bits(other))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_zero_keeps_every_bit(kind: str) -> None:
+    """A skipped step is weight 0 and moves nothing, a compact shadow included."""
+    pairs = KINDS[kind]()
+    before = bits(pairs)
+    Plan(pairs).run([torch.zeros(())], update=1)
+    assert same(bits(pairs), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fixed_point(kind: str) -> None:
+    """Fact 10: equal tensors do not move at any weight. `mul_` then `add_` moves a fifth of them."""
+    pairs = KINDS[kind]()
+    for pair in pairs:
+        pair.live.copy_(pair.shadows[0])
+        pair.shadows[0].copy_(pair.live)  # the value both can hold
+    before = bits(pairs)
+    plan = Plan(pairs)
+    for update, weight in enumerate((0.1, 0.001, 1 / 3, 0.9)):
+        plan.run([weight], update)
+    assert same(bits(pairs), before)
+
+
+@pytest.mark.parametrize("live", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("shadow", [torch.float32, BF16], ids=str)
+def test_longer_than_the_scratch(shadow: torch.dtype, live: torch.dtype) -> None:
+    """Chunks of SCRATCH elements, the last one short, with the right element numbers (`start` in Plan.__init__)."""
+    n = 2 * SCRATCH + 3
+    pairs = pair_up([draw(n, shadow, 1)], [draw(n, live, 2)])
+    expected = oracle(pairs, 0.25)
+    wide = torch.lerp(pairs[0].shadows[0].float(), pairs[0].live.float(), 0.25)
+    Plan(pairs, seed=5).run([0.25], update=2)
+    equal(pairs, expected)
+    if shadow == BF16:
+        assert torch.equal(pairs[0].shadows[0], round_to_bfloat16(wide, noise(5, 2, "w0", torch.arange(n))))
+
+
+def test_packing_stops_at_the_scratch() -> None:
+    """More short pieces than one scratch holds: `size + len(shadow) <= SCRATCH` in _runs."""
+    sizes = [SHORT - 1] * (SCRATCH // (SHORT - 1) + 3)
+    pairs = pair_up(arena(sizes, torch.float32, 1), apart(sizes, torch.float32, 2))
+    expected = oracle(pairs, 0.5)
+    plan = Plan(pairs)
+    plan.run([0.5], update=0)
+    equal(pairs, expected)
+    assert [len(lives) for _, lives, _, _ in plan._through] == [len(sizes) - 3, 3]
+
+
+# --- how a plan is made ------------------------------------------------------------------------------------------
+
+
+def shape(pairs: list[Pair]) -> tuple[list[int], list[list[int]], int]:
+    """(lengths of the direct pairs, lengths of the tensors in each packed or cast step, number of rounded steps)."""
+    plan = Plan(pairs)
+    return (
+        [len(x) for _, x in plan._direct],
+        [[len(x) for x in lives] for _, lives, _, _ in plan._through],
+        len(plan._rounded),
+    )
+
+
+def test_neighbours_become_one() -> None:
+    """Pieces that touch on both sides merge into one long tensor (fact 12), empty ones left out."""
+    assert shape(pair_up(arena(TINY, torch.float32, 1), arena(TINY, torch.float32, 2))) == ([sum(TINY)], [], 0)
+
+
+def test_neighbours_on_one_side_are_packed() -> None:
+    """Short pieces whose shadows touch share one lerp; the others do not."""
+    full = [n for n in TINY if n]
+    assert shape(pair_up(arena(TINY, torch.float32, 1), apart(TINY, torch.float32, 2))) == ([], [full], 0)
+    assert shape(pair_up(apart(TINY, torch.float32, 1), arena(TINY, torch.float32, 2))) == (full, [], 0)
+
+
+def test_order_and_gaps_are_respected() -> None:
+    """Neighbours in another order, or with a gap between, are no neighbours: `_touch`."""
+    shadow, live = arena([4, 4, 4], torch.float32, 1), arena([4, 4, 4], torch.float32, 2)
+    assert shape(pair_up([shadow[1], shadow[0]], [live[1], live[0]]))[0] == [4, 4]
+    assert shape(pair_up([shadow[0], shadow[2]], [live[0], live[2]]))[0] == [4, 4]
+    swapped = pair_up(shadow, [live[0], live[2], live[1]])
+    assert shape(swapped) == ([], [[4, 4, 4]], 0)
+    expected = oracle(swapped, 0.5)
+    Plan(swapped).run([0.5], 0)
+    equal(swapped, expected)
+
+
+def test_dtypes_are_not_mixed() -> None:
+    """A run of short pieces breaks where the live dtype changes: `torch.cat(out=)` would promote."""
+    pairs = pair_up(arena([4, 4, 4], torch.float32, 1), [draw(4, dtype, 3) for dtype in (BF16, BF16, torch.float16)])
+    assert shape(pairs) == ([], [[4, 4], [4]], 0)
+
+
+def test_equal_pointers_of_other_dtypes_do_not_touch() -> None:
+    """Two dtypes over one storage can have offsets that seem to continue: `a.dtype == b.dtype` in _touch."""
+    raw = draw(8, torch.float64, 3).view(torch.uint8)
+    shadow = arena([4, 4], torch.float64, 1)
+    pairs = pair_up(shadow, [raw.view(torch.float32)[:4], raw.view(torch.float64)[4:8]])
+    expected = oracle(pairs, 0.5)
+    Plan(pairs).run([0.5], 0)
+    equal(pairs, expected)
+
+
+def test_nothing_to_do() -> None:
+    """An empty rank (fact 4) has an empty plan: no scratch, no step."""
+    for dtype in (torch.float32, BF16):
+        plan = Plan(pair_up([torch.empty(0, dtype=dtype)], [torch.empty(0)]))
+        plan.run([0.5], 0, guard=True)
+        assert plan.scratch_bytes == 0
+
+
+# --- guard -------------------------------------------------------------------------------------------------------
+
+
+def poison(pairs: list[Pair]) -> list[Tensor]:
+    """Put inf, -inf and nan into live; returns where."""
+    masks = []
+    for pair in pairs:
+        for i, value in enumerate((float("nan"), float("inf"), float("-inf"))):
+            pair.live[i::7] = value
+        masks.append(~pair.live.to(pair.shadows[0].dtype).isfinite())
+    return masks
+
+
+@pytest.mark.parametrize("weight", [0.25, torch.tensor(0.25), torch.tensor(0.0)], ids=["float", "tensor", "skipped"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_guard(kind: str, weight: float | Tensor) -> None:
+    """guard=True keeps the shadow, bit for bit, where live is not finite, and moves the rest (facts 13 and 15)."""
+    pairs, clean = KINDS[kind](), KINDS[kind]()
+    for pair, other in zip(pairs, clean, strict=True):
+        other.live.copy_(pair.live)
+    before = [pair.shadows[0].clone() for pair in pairs]
+    masks = poison(pairs)
+    Plan(pairs).run([weight], update=4, guard=True)
+    Plan(clean).run([weight], update=4)
+    for pair, other, old, mask in zip(pairs, clean, before, masks, strict=True):
+        assert not pair.shadows[0].numel() or mask.any()
+        assert torch.equal(pair.shadows[0], torch.where(mask, old, other.shadows[0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guard_is_needed(kind: str) -> None:
+    """Without guard poison reaches the shadow, even at weight 0: what the guard in the kernel is there for."""
+    pairs = KINDS[kind]()
+    masks = poison(pairs)
+    Plan(pairs).run([torch.zeros(())], update=0)
+    assert not any(pair.shadows[0][mask].isfinite().any() for pair, mask in zip(pairs, masks, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guard_changes_nothing_finite(kind: str) -> None:
+    """On finite weights the guarded update has the bits of the plain one."""
+    one, other = KINDS[kind](), KINDS[kind]()
+    Plan(one).run([0.3], update=0)
+    Plan(other).run([0.3], update=0, guard=True)
+    assert same(bits(one), bits(other))
+
+
+def test_guard_sees_what_the_cast_makes() -> None:
+    """A float64 weight beyond fp32 is finite where it lies and infinite in the shadow: checked after the cast."""
+    pairs = pair_up([torch.ones(2)], [torch.tensor([1e300, 3.0], dtype=torch.float64)])
+    Plan(pairs).run([0.5], update=0, guard=True)
+    assert pairs[0].shadows[0].tolist() == [1.0, 2.0]
+
+
+def test_guard_in_chunks() -> None:
+    """The guarded direct path walks a long piece in chunks: `_guarded`."""
+    n = SCRATCH + 5
+    pairs = pair_up([torch.zeros(n)], [torch.ones(n)])
+    pairs[0].live[-1] = float("nan")
+    Plan(pairs).run([0.5], update=0, guard=True)
+    assert pairs[0].shadows[0][-1] == 0
+    assert (pairs[0].shadows[0][:-1] == 0.5).all()
+
+
+# --- [Note: rounding] --------------------------------------------------------------------------------------------
+
+
+def test_rounding_is_unbiased() -> None:
+    """Up by chance in proportion to the distance: the mean of n roundings is the value, to 5 standard errors."""
+    n = 200_000
+    for value in (1.001, -1.001, 3.14159e-20, 0.999999, 1e-40, -123456.789):
+        wide = torch.full((n,), value)
+        got = round_to_bfloat16(wide, noise(1, 2, "w", torch.arange(n))).double()
+        low, high = got.min(), got.max()
+        assert got.unique().numel() == 2
+        assert low <= wide[0] <= high
+        share = float((wide[0].double() - low) / (high - low))
+        error = (share * (1 - share) / n) ** 0.5
+        assert abs(float((got == high).double().mean()) - share) < 5 * error + 2.0**-16, value
+
+
+def test_exact_values_stay() -> None:
+    """What bfloat16 can hold is never moved, at any noise: nothing is cut off, so nothing can carry."""
+    every = torch.arange(1 << 16).to(torch.int16).view(BF16)
+    every = every[~every.isnan()]
+    for word in (0, 0xFFFFFFFF, 0x80000000):
+        got = round_to_bfloat16(every.float(), torch.full(every.shape, word))
+        assert torch.equal(got.view(torch.int16), every.view(torch.int16))
+
+
+def test_rounding_passes_the_infinite() -> None:
+    """inf, -inf and nan stay what they are: a carry would turn inf into nan, and a small nan payload into inf."""
+    wide = torch.tensor([0x7F800000, -0x00800000, 0x7FC00000, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
+    for word in (0, 0xFFFFFFFF):
+        got = round_to_bfloat16(wide, torch.full(wide.shape, word))
+        assert got[:2].tolist() == [float("inf"), float("-inf")]
+        assert got[2:].isnan().all()
+
+
+def test_compact_moves() -> None:
+    """Fact 13: a bf16 shadow rounded to nearest stays at 1.0 for ever at decay 0.999; rounded by chance it follows."""
+    n, decay, updates = 4096, 0.999, 300
+    shadow, live = torch.ones(n, dtype=BF16), torch.full((n,), 1.5)
+    plan = Plan([Pair("w", [shadow], live, numbers())])
+    for update in range(updates):
+        plan.run([1 - decay], update)
+    stalled = torch.ones(1, dtype=BF16)
+    assert stalled.float().lerp_(live[:1], 1 - decay).to(BF16) == stalled
+    want = 1.5 - 0.5 * decay**updates
+    assert float(shadow.double().mean()) == pytest.approx(want, abs=0.005)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 777, 1999, 2000])
+def test_noise_does_not_depend_on_the_cut(cut: int) -> None:
+    """The same bits on any world size: noise is numbered by the element in the full weight, not in the piece."""
+    n = 2000
+    whole = Pair("w", [draw(n, BF16, 1)], draw(n, torch.float32, 2), numbers())
+    shadow, live = whole.shadows[0].clone(), whole.live.clone()
+    parts = [
+        Pair("w", [shadow[:cut]], live[:cut], numbers()),
+        Pair("w", [shadow[cut:].clone()], live[cut:], numbers(cut)),
+    ]
+    Plan([whole], seed=3).run([0.01], update=9)
+    Plan(parts, seed=3).run([0.01], update=9)
+    assert torch.equal(whole.shadows[0], torch.cat([part.shadows[0] for part in parts]))
+
+
+def test_noise_differs() -> None:
+    """By seed, update, name and element; near-equal keys share nothing, and every bit is fair."""
+    index = torch.arange(50_000)
+    base = noise(0, 0, "w", index)
+    assert base.min() >= 0
+    assert base.max() < 1 << 32
+    for other in (
+        noise(1, 0, "w", index),
+        noise(0, 1, "w", index),
+        noise(0, 0, "v", index),
+        noise(0, 0, "w", index + 1),
+    ):
+        assert (base == other).sum() < 5
+        for bit in range(32):  # 5 standard deviations of a fair coin
+            agree = (((base ^ other) >> bit) & 1).double().mean()
+            assert abs(float(agree) - 0.5) < 5 * 0.5 / 50_000**0.5
+    assert torch.equal(base, noise(0, 0, "w", index))
+    assert base.unique().numel() == len(index)
+
+
+def test_noise_is_no_permutation() -> None:
+    """CRC-32 is linear: the keys of two names of one length differ by the same bits in every update. With one mix the noise
+    of one weight would be that of the other in another order, for ever: the second `_mix` in noise."""
+    index = torch.arange(1000)
+    for update in range(3):
+        apart = _key(0, update, "layer.1") ^ _key(0, update, "layer.2")
+        assert apart == _key(0, 0, "layer.1") ^ _key(0, 0, "layer.2")
+        assert (noise(0, update, "layer.1", index) == noise(0, update, "layer.2", index ^ apart)).sum() < 5
+
+
+def test_noise_of_huge_weights() -> None:
+    """Element numbers beyond 2^32 do not repeat the noise of the first 4 billion: `indices >> 32` in noise."""
+    index = torch.arange(1000)
+    assert (noise(0, 0, "w", index) == noise(0, 0, "w", index + (1 << 32))).sum() < 3
+
+
+# --- the hot path ------------------------------------------------------------------------------------------------
+
+SYNCS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "allclose"}
+STEP = {"aten.lerp_.Scalar", "aten.lerp_.Tensor", "aten.cat.out", "aten.copy_.default"}
+
+
+class Watch(TorchDispatchMode):
+    """Counts operators, and raises on those that make the host wait for the device or copy from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.split(".")[1] in SYNCS:
+            raise RuntimeError(f"{name} makes the host wait")
+        self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watched() -> Iterator[Watch]:
+    with Watch() as watch:
+        yield watch
+
+
+def test_watch_sees() -> None:
+    """The watch raises on item(), bool() and tolist()-like reads."""
+    value = torch.ones(())
+    for read in (lambda: value.item(), lambda: bool(value), lambda: float(value), lambda: value.nonzero()):
+        with watched(), pytest.raises(RuntimeError, match="makes the host wait"):
+            read()
+
+
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_host_sync(kind: str, guard: bool) -> None:
+    """Plan.run never reads a value back, with a weight on the device, and under a guard."""
+    plan = Plan(KINDS[kind]())
+    weight = torch.tensor(0.5)
+    with watched() as watch:
+        plan.run([weight], update=7, guard=guard)
+    assert watch.seen
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_step_allocates_nothing(kind: str) -> None:
+    """After construction a step is lerp, cat into the scratch and copies: no other operator, so no new memory."""
+    plan = Plan(KINDS[kind]())
+    scratch = {key: held.data_ptr() for key, held in plan._scratch.items()}
+    with watched() as watch:
+        for update in range(3):
+            plan.run([0.5], update)
+    assert set(watch.seen) <= STEP
+    assert {key: held.data_ptr() for key, held in plan._scratch.items()} == scratch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scratch_is_bounded(kind: str) -> None:
+    """*Cost* of a Plan: two scratches of SCRATCH elements at most, made once."""
+    plan = Plan(KINDS[kind]())
+    before = plan.scratch_bytes
+    plan.run([0.5], 0, guard=True)
+    assert plan.scratch_bytes == before <= 2 * SCRATCH * 8
+
+
+@pytest.mark.parametrize("copies_first", [False, True])
+def test_gate_does_not_wait(copies_first: bool) -> None:
+    """Gate.weigh decides on the device: a skipped step is weight 0 without the host knowing."""
+    gate, skips = Gate(), [torch.tensor(x) for x in (1.0, 0.0, 1.0)]
+    with watched() as watch:
+        moves = [gate.weigh(0.25, copies_first, skip) for skip in [*skips, None]]
+    assert watch.seen
+    # The first accepted one copies, where the schedule copies first: here the second try.
+    assert [float(move) for move in moves] == [0.0, 1.0 if copies_first else 0.25, 0.0, 0.25]
+    assert gate.count() == 2
+
+
+def test_gate_copies_until_accepted() -> None:
+    """Until one update was accepted, schedules whose first decay is 0 copy; a plain update opens the gate for good."""
+    gate = Gate()
+    assert gate.weigh(1.0, True, torch.tensor(1.0)) == 0
+    assert gate.weigh(0.5, True, torch.tensor(1.0)) == 0
+    assert gate.weigh(1 / 3, True, None) == 1
+    assert gate.weigh(0.25, True, None) == 0.25
+    gate.reset(accepted=False)
+    assert (gate.count(), gate.weigh(0.5, True, torch.tensor(1.0)), gate.weigh(0.25, True, None)) == (0, 0, 1)
+    gate.reset(accepted=True)
+    gate.weigh(0.5, True, torch.tensor(1.0))
+    assert gate.weigh(0.25, True, None) == 0.25
