@@ -27,7 +27,7 @@ def on_weights(ranks: Ranks, slots: Sequence[Slot], averaged: Sequence[bool]) ->
         for slot, chosen in zip(slots, averaged, strict=True)
         if slot.shard.kind != "buffer"
     ]
-    replicas = [slot for slot in slots if slot.shard.replicas]
+    replicas = [slot for slot in slots if slot.shard.replicas or 0 < len(slot.shard.together) < ranks.size]
     where = [[slot.name, *slot.shard.held.offsets, slot.shard.held.begin, slot.shard.held.end] for slot in replicas]
     mine = {"weights": weights, "where": where, "values": _fingerprints([slot.local for slot in replicas])}
     brief = ranks.exchange("EMA", {key: _digest(value) for key, value in mine.items()})

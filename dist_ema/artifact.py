@@ -135,7 +135,8 @@ class Job:
 
 def write(ranks: Ranks, job: Job) -> None:
     """Write the job's folder or file. *Collective*, atomic. *Cost*: one window of 16 MB at most."""
-    plans = [job.plan(tree) for tree in job.trees]
+    plans: list[dict[str, format.File]] = []
+    ranks.attempt(job.verb, lambda: plans.extend(job.plan(tree) for tree in job.trees))
     files = {name: file for plan in plans for name, file in plan.items()}
     hosts = ranks.exchange(job.verb, socket.gethostname())
     direct = job.mode == "direct" or (job.mode is None and len(set(hosts)) == 1)
@@ -290,11 +291,17 @@ def _table(files: dict[str, format.File], sums: dict[str, list[int]]) -> dict[st
 
 
 def _merge(folder: Path, path: Path, names: list[str]) -> None:
-    """Replace one file after another, then drop the model files of an earlier export that are no longer named."""
-    for name in names:
+    """Replace one file after another, then drop the model files of an earlier export that are no longer named.
+
+    NOTE: the index goes first and comes last, so that a reader in between is refused, and never sees shards of two models.
+    """
+    last = [name for name in (format.INDEX, format.META) if name in names]
+    for name in (format.INDEX, format.META):
+        (path / name).unlink(missing_ok=True)
+    commit.sync(path)
+    for name in [name for name in names if name not in last] + last:
         os.replace(folder / name, path / name)
-    stale = [*path.glob("model-*-of-*.safetensors"), path / "model.safetensors", path / format.INDEX]
-    for old in stale:
+    for old in [*path.glob("model-*-of-*.safetensors"), path / "model.safetensors"]:
         if old.name not in names:
             old.unlink(missing_ok=True)
     commit.sync(path)
@@ -356,6 +363,10 @@ def load(
     sources = _sources(path, meta, trees)
     files: list[dict[str, Weight]] = []
     ranks.attempt("load", lambda: files.extend(_matching(*each) for each in sources))
+    then = set(meta.get("averaged", []))
+    frozen = sorted(slot.name for slot in trees[0].slots if slot.shadow is not None and slot.name not in then)
+    if frozen:
+        warnings.warn(f"{path} holds live values of {', '.join(frozen[:5])}, which were frozen then.", stacklevel=5)
     if verify:
         _, found = ranks.attempt("load", lambda: check(path, meta, ranks.rank, ranks.size))
         verdict(path, meta, found)

@@ -26,6 +26,9 @@ class Averager(Protocol):
     def before_step(self) -> None:
         """Live weights are about to be overwritten."""
 
+    def settle(self) -> None:
+        """No update is under way after this."""
+
     def begin(self) -> None:
         """Averaging begins, seeded from live."""
 
@@ -63,7 +66,9 @@ class Attachment:
             clock.started = False
 
     def remove(self) -> None:
-        """Take the hooks off. Twice is once."""
+        """Take the hooks off; an update under way is waited for, as nobody else would. Twice is once."""
+        if self._handles:
+            self._averager.settle()
         while self._handles:
             self._handles.pop().remove()
 
@@ -80,7 +85,7 @@ class Attachment:
 
     def _stepped(self, *_: Any) -> None:
         clock = self._clock
-        clock.tick(self._elapsed() if callable(self._elapsed) else self._elapsed)
+        clock.tick(float(self._elapsed() if callable(self._elapsed) else self._elapsed))
         if not clock.started:
             self._skips.clear()
             if clock.steps >= self.start:
@@ -91,6 +96,7 @@ class Attachment:
             # An update is void only if every step since the last one was skipped.
             void = torch.stack(seen).amin() if seen and len(seen) == len(skips) else None
             self._averager.move(clock.pending, void, self.guard)
+            clock.pending = 0.0
 
 
 def _inner(optimizer: Any) -> Optimizer:

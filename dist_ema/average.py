@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,17 @@ from .schedule import Schedule
 __all__ = ["Average", "Profile"]
 
 LOOK_EVERY = 100  # updates between two looks at whether weights moved
+
+
+@dataclass
+class _Borrowed:
+    """What all EMAs of one model must know of each other."""
+
+    lent: int = 0  # swaps that are open
+    writes: int = 0  # times that a swap wrote to the live weights
+
+
+_BORROWED: WeakKeyDictionary[nn.Module, _Borrowed] = WeakKeyDictionary()
 
 
 @dataclass
@@ -75,8 +87,10 @@ class Average:
         self.profiles = [Profile(schedule) for schedule in schedules]
         self.only, self._buffers = only, buffers
         self.engine: Engine = Inline()
+        self._chosen: Any = None
         self._inline = Inline()
         self._versions: list[int] | None = None  # of the live weights, while an update may be reading them
+        self._borrowed = _BORROWED.setdefault(model, _Borrowed())
         self.lent = False
         self._sharded: list[nn.Module] = []
 
@@ -91,7 +105,7 @@ class Average:
         """It is trained (or a buffer to average), it floats, and it was asked for."""
         if not (shard.dtype.is_floating_point or shard.dtype.is_complex):
             return False
-        if not (shard.trainable or (shard.kind == "buffer" and self._buffers == "average")):
+        if not (shard.trainable or (shard.kind == "buffer" and self._buffers == "average" and shard.persistent)):
             return False
         if isinstance(self.only, str):
             return re.search(self.only, shard.name) is not None
@@ -117,6 +131,12 @@ class Average:
                 f"EMA found no trainable floating-point weights in {type(self.model).__name__}. "
                 f"Are all frozen, or does only={self.only!r} match nothing?"
             )
+        sparse = [shard.name for shard in chosen if not shard.dense]
+        if sparse:
+            raise ValueError(
+                f"{', '.join(sparse[:5])} is not dense in memory. Strided and expanded weights cannot be averaged in place: "
+                "make them contiguous before building the EMA, or leave them out with only=."
+            )
         narrow = [shard.name for shard in chosen if shard.dtype.itemsize == 1]
         if narrow:
             raise ValueError(
@@ -125,6 +145,7 @@ class Average:
 
     def _replan(self) -> None:
         self._averages = self.profiles[0].averages
+        self._averaged_buffers = [slot for slot in self._averages if slot.shard.kind == "buffer"]
         weights: list[Pair] = []
         buffers: list[Pair] = []
         for i, slot in enumerate(self.slots):
@@ -138,10 +159,12 @@ class Average:
         self._buffer_plan = Plan(buffers, self.seed)
 
     def use_engine(self, overlap: bool, host: bool) -> None:
-        """Choose when updates run from now on."""
+        """Choose when updates run from now on; an engine of the right kind stays, with its thread and window."""
         self.settle()
-        devices = {slot.local.device for slot in self._averages}
-        self.engine = choose(devices, host) if overlap else Inline()
+        chosen = (overlap, host, frozenset(slot.local.device for slot in self._averages))
+        if chosen != self._chosen:
+            self.engine = choose(set(chosen[2]), host) if overlap else Inline()
+            self._chosen = chosen
 
     def profile(self, which: int | str | Schedule) -> Profile:
         """By number, by the schedule, or by its repr."""
@@ -159,6 +182,10 @@ class Average:
         """Raise RuntimeError where `verb` would read or write something else than training weights."""
         if self.lent:
             raise RuntimeError(f"{verb}() inside ema.swap(): the model holds the average, not the training weights.")
+        if self._borrowed.lent and verb in ("ema.update", "optimizer.step"):
+            raise RuntimeError(
+                f"{verb}() inside the swap of another EMA: the model does not hold its training weights."
+            )
         why = shards.blocker(self._sharded)
         if why:
             raise RuntimeError(f"{verb}() {why}.")
@@ -186,7 +213,7 @@ class Average:
         if gone:
             raise RuntimeError(
                 f"{', '.join(gone[:5])} no longer shares memory with the model (load_state_dict(assign=True)?). "
-                "Build the EMA after that."
+                "Build the EMA after that, and on the outermost FSDP module (only= chooses parts)."
             )
         new = [slot.name for slot in self.slots if slot.shadow is None and self.wants(slot.shard)]
         if new and newly_trainable:
@@ -198,16 +225,23 @@ class Average:
         if any(self.slots[i].shadow is not None for i in moved):
             self._replan()
 
+    def lend(self, lent: bool) -> None:
+        """Note that the model holds the average, or no longer does."""
+        self._borrowed.lent += lent - self.lent
+        self._borrowed.writes += 1
+        self.lent = lent
+
     def mark(self) -> None:
         """Remember how often weights were written, to notice training that no update follows."""
-        self._marked = sum(slot.local._version for slot in self._averages), self.clock.steps, self.clock.updates
+        writes = sum(slot.local._version for slot in self._averages)
+        self._marked = writes, (self.clock.steps, self.clock.updates, self._borrowed.writes)
 
     @property
     def idle(self) -> bool:
-        """Weights were written since `mark`, and the clock stood still."""
-        writes, *moves = self._marked
+        """Weights were written since `mark`, not by an EMA's swap, and the clock stood still."""
+        writes, moves = self._marked
         self.mark()
-        return self._marked[0] != writes and list(self._marked[1:]) == moves
+        return self._marked[0] != writes and self._marked[1] == moves
 
     # --- moving ------------------------------------------------------------------------------------------------
 
@@ -236,6 +270,7 @@ class Average:
     def begin(self) -> None:
         """Averaging begins at the live weights."""
         self.settle()
+        self.follow()  # before its first forward FSDP2 may have held the weights elsewhere
         self.copy_live()
         self.clock.start()
 
@@ -244,6 +279,8 @@ class Average:
         number = self.clock.updates
         if number < 2 or number % LOOK_EVERY == 0:
             self.follow()
+        if any(slot.moved for slot in self._averaged_buffers):
+            self.follow()  # modules may register a new tensor under a buffer's name at every step
         decays = self.clock.move([profile.schedule for profile in self.profiles], elapsed)
         weights = []
         for profile, decay in zip(self.profiles, decays, strict=True):

@@ -41,7 +41,6 @@ class Clock:
         decays = [schedule(self.at(schedule) + elapsed, elapsed) for schedule in schedules]
         self.now += elapsed
         self.updates += 1
-        self.pending = 0.0
         return decays
 
     def tick(self, elapsed: float) -> None:

@@ -51,7 +51,11 @@ def recover(path: Path) -> None:
     for token in _tokens(path, "old"):
         old, new = _beside(path, "old", token), _beside(path, "tmp", token)
         if not path.exists():
-            os.rename(new if new.exists() else old, path)
+            try:
+                os.rename(new if new.exists() else old, path)
+            except FileNotFoundError:  # another reader was faster
+                if not path.exists():
+                    raise
             sync(path.parent)
         if old.exists():
             _remove(old)

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from .layout import Slot, pieces
+from .shards import Region
 
 __all__ = ["FlatRange", "state", "take"]
 
@@ -73,26 +74,24 @@ class FlatRange(Tensor):
         raise RuntimeError(f"{func} on a part of an average: a FlatRange is only for torch.distributed.checkpoint.")
 
 
-def _view(slot: Slot) -> Tensor:
-    """The slot's shadow for a state_dict: a plain tensor where this rank holds all of it, else a FlatRange."""
-    assert slot.shadow is not None
-    blocks = [(box.offsets, part) for box, part in pieces(slot.shard, slot.own, slot.shadow)]
-    if slot.own.numel == math.prod(slot.shard.shape):
-        return blocks[0][1] if blocks else slot.shadow.view(slot.shard.shape)
-    return FlatRange(slot.shard.shape, slot.shadow, blocks, slot.duty.numel > 0)
-
-
 def state(averages: Sequence[Slot], buffers: Sequence[Slot], own: dict[str, Tensor]) -> dict[str, Any]:
     """One average, only tensors, because DCP pickles everything else: the weights, every floating buffer, and which of
     these are the average's own."""
     held = {slot.name: own.get(slot.name, slot.local).clone() for slot in buffers}
     return {
-        "weights": {slot.name: _view(slot) for slot in averages},
-        "buffers": {
-            slot.name: block for slot in buffers for _, block in pieces(slot.shard, slot.shard.held, held[slot.name])
-        },
+        "weights": {s.name: _entry(s, s.own, s.shadow) for s in averages if s.shadow is not None},
+        "buffers": {s.name: _entry(s, s.shard.held, held[s.name]) for s in buffers},
         "own": torch.tensor([slot.name in own for slot in buffers], dtype=torch.uint8),
     }
+
+
+def _entry(slot: Slot, region: Region, data: Tensor) -> Tensor:
+    """A plain tensor where this rank holds all of it, and is the one to say what it holds; else a FlatRange."""
+    blocks = [(box.offsets, part) for box, part in pieces(slot.shard, region, data)]
+    # NOTE: of plain tensors under one name DCP writes any rank's; a buffer's must be the first rank's.
+    if region.numel == math.prod(slot.shard.shape) and slot.shard.primary:
+        return blocks[0][1] if blocks else data.view(slot.shard.shape)
+    return FlatRange(slot.shard.shape, data, blocks, slot.duty.numel > 0)
 
 
 def take(state: dict[str, Any], averages: Sequence[Slot], buffers: Sequence[Slot]) -> dict[str, Tensor]:
@@ -102,27 +101,25 @@ def take(state: dict[str, Any], averages: Sequence[Slot], buffers: Sequence[Slot
     if missing:
         raise ValueError(f"the state_dict of the EMA lacks {', '.join(missing[:5])}.")
     for slot in averages:
-        _take_weight(slot, state["weights"][slot.name])
+        assert slot.shadow is not None
+        _fill(slot, slot.own, slot.shadow, state["weights"][slot.name])
     own = {}
     for slot, flag in zip(buffers, state["own"].tolist(), strict=True):
         if flag:
             own[slot.name] = slot.local.clone()
-            for _, block in pieces(slot.shard, slot.shard.held, own[slot.name]):
-                block.copy_(state["buffers"][slot.name])
+            _fill(slot, slot.shard.held, own[slot.name], state["buffers"][slot.name])
     return own
 
 
-def _take_weight(slot: Slot, value: Tensor) -> None:
-    """Fill the shadow from what `_view` gave (here or in a run cut alike), or from the full weight."""
-    assert slot.shadow is not None
+def _fill(slot: Slot, region: Region, data: Tensor, value: Tensor) -> None:
+    """Copy what `_entry` gave (here or in a run cut alike), or the full weight, into `data`."""
     if tuple(value.shape) != slot.shard.shape:
         raise ValueError(f"{slot.name} is {tuple(value.shape)} in the state_dict, {slot.shard.shape} in the model.")
-    if not isinstance(value, FlatRange):
-        for box, part in pieces(slot.shard, slot.own, slot.shadow):
+    given = {(o, tuple(part.shape)): part for o, part in value.blocks} if isinstance(value, FlatRange) else None
+    for box, part in pieces(slot.shard, region, data):
+        if given is None:
             part.copy_(value[box.slices])
-        return
-    given = {(offsets, tuple(part.shape)): part for offsets, part in value.blocks}
-    for box, part in pieces(slot.shard, slot.own, slot.shadow):
-        if (box.offsets, box.sizes) not in given:
+        elif (box.offsets, box.sizes) in given:
+            part.copy_(given[box.offsets, box.sizes])
+        else:
             raise ValueError(f"{slot.name} in the state_dict is cut for another rank; load it through dcp.load.")
-        part.copy_(given[box.offsets, box.sizes])

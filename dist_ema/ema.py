@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -38,11 +39,11 @@ Which = int | str | Schedule
 
 
 def _aside(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA, P], T]:
-    """Run outside inference mode: a shadow made inside inference mode could never be updated outside."""
+    """Run outside autograd and inference mode: a shadow made inside inference mode could never be updated outside."""
 
     @wraps(method)
     def run(self: EMA, *args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
@@ -55,6 +56,11 @@ def _outside() -> int:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def _real(path: str | Path) -> Path:
+    """Where a link leads: the temporary must lie beside the folder itself, on the same file system."""
+    return Path(os.path.realpath(path))
 
 
 class EMA:
@@ -116,10 +122,13 @@ class EMA:
         agree.on_weights(self._ranks, average.slots, [slot.shadow is not None for slot in average.slots])
 
     def _enter(self, verb: str) -> None:
-        """What every collective verb begins with."""
-        self._average.refuse(f"ema.{verb}")
-        self._ranks.exchange(verb)
-        self._average.ready()
+        """What every collective verb begins with: all ranks come and can go on, or all raise."""
+
+        def prepare() -> None:
+            self._average.refuse(f"ema.{verb}")
+            self._average.ready()
+
+        self._ranks.attempt(verb, prepare, self.timeout)
 
     def _warn_if_idle(self, verb: str) -> None:
         if self._average.idle:
@@ -138,9 +147,12 @@ class EMA:
         No collective, no host sync. Raises RuntimeError inside `swap`, ValueError for an elapsed that the schedule
         cannot take ([Note: elapsed] in schedule).
         """
-        self._average.refuse("ema.update")
-        self._average.move(elapsed)
-        self._average.before_step()  # without hooks nobody else would wait for the read
+        average = self._average
+        average.refuse("ema.update")
+        if not average.clock.started:
+            average.begin()
+        average.move(elapsed)
+        average.before_step()  # without hooks nobody else would wait for the read
 
     def attach(
         self,
@@ -207,11 +219,11 @@ class EMA:
         loan = Loan(profile.slots, profile.own)
         try:
             self._ranks.attempt("swap", loan.lend)
-            average.lent = True
+            average.lend(True)
             spread(profile.averages, self._split)
         except BaseException:
             loan.take_back()
-            average.lent = False
+            average.lend(False)
             average.mark()
             raise
         return loan
@@ -226,7 +238,7 @@ class EMA:
         finally:
             average.reshard()
             loan.take_back()
-            average.lent = False
+            average.lend(False)
         spread(profile.averages, self._split)
         average.mark()
         failed = [(rank, each["error"]) for rank, each in zip(self._ranks.members, said, strict=True) if each["error"]]
@@ -255,9 +267,15 @@ class EMA:
         """
         profile = self._average.profile(which)
         self._enter("copy_to")
-        other = shards.find(module)
-        gather.copy_into(self._ranks, profile.slots, profile.own, other.shards)
-        shards.reshard(other.sharded)
+        found: list[shards.Found] = []
+
+        def prepare() -> None:
+            found.append(shards.find(module))
+            gather.refuse_other(profile.slots, found[0].shards)
+
+        self._ranks.attempt("copy_to", prepare)
+        gather.copy_into(self._ranks, profile.slots, profile.own, found[0].shards)
+        shards.reshard(found[0].sharded)
         self._average.mark()
 
     # --- files -------------------------------------------------------------------------------------------------
@@ -279,7 +297,7 @@ class EMA:
         """
         everything = self._average.only is None
         meta = {"kind": "ema", "weights": "all" if everything else "averaged", "extra": extra or {}}
-        self._write(artifact.Job("save", Path(path), self._trees(), self._meta() | meta, max_shard_size, mode))
+        self._write(artifact.Job("save", _real(path), self._trees(), self._meta() | meta, max_shard_size, mode))
 
     @_aside
     def export(
@@ -298,7 +316,7 @@ class EMA:
         profile = self._average.profile(which)
         meta = self._meta() | {"kind": "export", "weights": "all", "extra": {}}
         tree = artifact.Tree(profile.persistent, profile.own, profile.schedule.spec())
-        self._write(artifact.Job("export", Path(path), [tree], meta, max_shard_size, mode, dtype))
+        self._write(artifact.Job("export", _real(path), [tree], meta, max_shard_size, mode, dtype))
 
     def _trees(self) -> list[artifact.Tree]:
         """The first average as a complete model (with `only=`, what is averaged), the others without what they share."""
@@ -385,7 +403,8 @@ class EMA:
         self._enter("reset")
         self._average.copy_live()
         self.reset_buffers()
-        self._average.set_clock(Clock().spec() | {"accepted": 0})
+        late = self._attachment is not None and self._attachment.active and self._attachment.start > 0
+        self._average.set_clock(Clock(started=not late).spec() | {"accepted": 0})
 
     def reset_buffers(self) -> None:
         """Forget recalibrated buffers: the average takes the live model's again."""
@@ -397,10 +416,13 @@ class EMA:
     def rescan(self) -> None:
         """Average weights that became trainable since, seeded from live. *Collective*."""
         average = self._average
-        average.refuse("ema.rescan")
-        self._ranks.exchange("rescan")
-        average.settle()
-        average.follow(replaced=True, newly_trainable=False)
+
+        def prepare() -> None:
+            average.refuse("ema.rescan")
+            average.settle()
+            average.follow(replaced=True, newly_trainable=False)
+
+        self._ranks.attempt("rescan", prepare, self.timeout)
         self._adopt(shards.find(average.model))
 
     def metrics(self, which: Which = 0) -> dict[str, float]:
@@ -436,6 +458,8 @@ class EMA:
     @timeout.setter
     def timeout(self, seconds: float) -> None:
         self._ranks.timeout = seconds
+        if self._everyone is not None:
+            self._everyone.timeout = seconds
 
     def names(self) -> list[str]:
         """The canonical names of what is averaged."""

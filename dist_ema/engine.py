@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -198,22 +199,16 @@ class SideStream:
 
 
 class Worker:
-    """A thread with few intra-op threads, started when it is first needed."""
+    """A thread with few intra-op threads, started when it is first needed; it ends with its owner."""
 
     def __init__(self, threads: int = 2) -> None:
         self._threads = threads
-        self._queue: queue.SimpleQueue[tuple[Callable[[], None], threading.Event]] = queue.SimpleQueue()
+        self._queue: Tasks = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[], None]) -> threading.Event:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._loop, name="dist_ema", daemon=True)
-            mine = torch.get_num_threads()
-            ready = threading.Event()
-            self._queue.put((lambda: torch.set_num_threads(min(self._threads, mine)), ready))
-            self._thread.start()
-            ready.wait()
-            torch.set_num_threads(mine)  # the bound is the worker's; threads made later take ours
+            self._start()
         done = threading.Event()
         self._queue.put((work, done))
         return done
@@ -221,14 +216,30 @@ class Worker:
     def wait(self, ticket: threading.Event) -> None:
         ticket.wait()
 
-    def _loop(self) -> None:
-        with torch.no_grad():
-            while True:
-                work, done = self._queue.get()
-                try:
-                    work()
-                finally:
-                    done.set()
+    def _start(self) -> None:
+        # NOTE: the thread knows the queue and nothing else of us, or we would never be collected.
+        self._thread = threading.Thread(target=_serve, args=(self._queue,), name="dist_ema", daemon=True)
+        weakref.finalize(self, self._queue.put, None)
+        mine, ready = torch.get_num_threads(), threading.Event()
+        few = min(self._threads, mine)
+        self._queue.put((lambda: torch.set_num_threads(few), ready))
+        self._thread.start()
+        ready.wait()
+        torch.set_num_threads(mine)  # the bound is the worker's; threads made later take ours
+
+
+Tasks = queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None]
+
+
+def _serve(tasks: Tasks) -> None:
+    with torch.no_grad():
+        while (task := tasks.get()) is not None:
+            work, done = task
+            try:
+                work()
+            finally:
+                done.set()
+            del task, work, done  # or the last update's tensors would live until the next
 
 
 class Gate:
@@ -249,8 +260,8 @@ class Gate:
     def weigh(self, weight: float, copies_first: bool, skip: Tensor | None) -> float | Tensor:
         """weight, 1 or 0. skip: [] on the device, not 0 if the step was skipped; None: it happened."""
         move: float | Tensor = weight
-        if copies_first and not self._open and self._skipped is not None:
-            move = torch.where(self._skipped >= self._tried, 1.0, weight)
+        if copies_first and not self._open:
+            move = 1.0 if self._skipped is None else torch.where(self._skipped >= self._tried, 1.0, weight)
         if skip is None:
             self._open = True
             return move

@@ -16,7 +16,7 @@ from .ranks import Ranks
 from .shards import Shard
 from .wire import stream
 
-__all__ = ["copy_into", "full"]
+__all__ = ["copy_into", "full", "refuse_other"]
 
 
 def full(
@@ -40,15 +40,10 @@ def full(
 def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor], other: Sequence[Shard]) -> None:
     """Write the full weights into the shards of another model, however that one is cut. *Collective*.
 
-    Every rank broadcasts its parts in turn; each takes what meets its own shards. Raises ValueError with the names if
-    the two models do not hold the same weights.
+    Every rank broadcasts its parts in turn; each takes what meets its own shards.
     """
     kept = [slot for slot in slots if slot.shard.persistent]
     targets = {shard.name: shard for shard in other if shard.persistent}
-    ours = {slot.name: slot.shard.shape for slot in kept}
-    odd = sorted(ours.items() ^ {name: shard.shape for name, shard in targets.items()}.items())
-    if odd:
-        raise ValueError(f"ema.copy_to(): the models differ in {', '.join(sorted({name for name, _ in odd})[:5])}.")
     holes = {name: list(pieces(shard, shard.held, shard.read())) for name, shard in targets.items()}
 
     def sink(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
@@ -59,3 +54,12 @@ def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor
                 view[common.within(hole)].copy_(data[common.within(box)])
 
     stream(ranks, *kinds(kept), list(parts(kept, own_buffers)), sink, everywhere=True)
+
+
+def refuse_other(slots: Sequence[Slot], other: Sequence[Shard]) -> None:
+    """Raise ValueError with the names if the two models do not hold the same weights."""
+    ours = {slot.name: slot.shard.shape for slot in slots if slot.shard.persistent}
+    theirs = {shard.name: shard.shape for shard in other if shard.persistent}
+    odd = sorted({name for name, _ in ours.items() ^ theirs.items()})
+    if odd:
+        raise ValueError(f"ema.copy_to(): the models differ in {', '.join(odd[:5])}.")

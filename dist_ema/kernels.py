@@ -135,7 +135,7 @@ def _chunks(shadows: list[Tensor], live: Tensor) -> Iterator[tuple[list[Tensor],
 
 
 def _of(weight: float | Tensor, shadow: Tensor) -> float | Tensor:
-    return weight.to(shadow.dtype) if isinstance(weight, Tensor) else weight
+    return weight.to(shadow.device, shadow.dtype) if isinstance(weight, Tensor) else weight
 
 
 def _runs(pairs: Sequence[tuple[list[Tensor], Tensor]]) -> Iterator[list[tuple[list[Tensor], Tensor]]]:

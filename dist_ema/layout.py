@@ -92,7 +92,8 @@ class Slot:
     seen: int = 0  # where the elements lay when `local` was made
 
     def __post_init__(self) -> None:
-        self.seen = self.shard.raw().data_ptr()
+        raw = self.shard.raw()
+        self.seen, self.form = raw.data_ptr(), (raw.shape, raw.stride())
 
     @property
     def moved(self) -> bool:
@@ -103,10 +104,12 @@ class Slot:
         """Follow elements that moved. Raises RuntimeError if they are not what they were."""
         raw, old = self.shard.raw(), self.local
         changed = (raw.dtype, raw.device) != (old.dtype, old.device) and self.shard.kind != "buffer"
+        if self.shard.kind == "buffer":  # may be another tensor: FSDP1 casts them, modules assign them
+            changed = raw.numel() != old.numel() or (raw.shape, raw.stride()) != self.form
         if changed or raw.numel() < self.shard.first + self.shard.held.numel:
             raise RuntimeError(
                 f"{self.name} was {old.dtype} on {old.device} with {old.numel()} elements here, and is now {raw.dtype} on "
-                f"{raw.device} with {raw.numel()}. Build the EMA after model.to(...)."
+                f"{raw.device} with {raw.numel()}, or lies in another order. Build the EMA after model.to(...)."
             )
         self.local, self.seen = self.shard.read(), raw.data_ptr()
 
@@ -195,9 +198,21 @@ def stages(slots: Iterable[Slot]) -> Iterator[tuple[dist.ProcessGroup, int, list
         by_groups.setdefault(slot.shard.replicas, []).append(slot)
     for groups, together in by_groups.items():
         for depth in reversed(range(len(groups))):
-            for source in range(groups[depth].size()):
-                cuts = [_part(slot, depth, source) for slot in together]
-                yield groups[depth], source, [slot.local[a:b] for slot, (a, b) in zip(together, cuts, strict=True)]
+            views: list[list[Tensor]] = [[] for _ in range(groups[depth].size())]
+            for slot in together:
+                for source in _sources(slot, len(views)):
+                    a, b = _part(slot, depth, source)
+                    views[source].append(slot.local[a:b])
+            yield from ((groups[depth], source, mine) for source, mine in enumerate(views))
+
+
+def _sources(slot: Slot, size: int) -> range:
+    """The ranks of a replica group whose part of the slot is not empty: in a flat sequence, few of them."""
+    n = slot.shard.held.numel
+    if slot.span is None or not n:
+        return range(size if n else 0)
+    start, total = slot.span
+    return range(start * size // total, min(size, -(-(start + n) * size // total)))
 
 
 # --- geometry ----------------------------------------------------------------------------------------------------
@@ -287,7 +302,7 @@ def parts(
     for number, slot in enumerate(slots):
         data = slot.average
         if values and slot.name in values and data.numel():
-            data = values[slot.name]
+            data = values[slot.name].to(data.dtype)
         for box, view in pieces(slot.shard, slot.duty, data):
             for block in split_box(box, MOST):
                 yield number, block.offsets, view[block.within(box)]

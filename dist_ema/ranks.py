@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ class Ranks:
         if self.size > 1:
             _built[tuple(self.members)] += 1
             number = _built[tuple(self.members)]
-            self._store = open_store(f"dist_ema/{'-'.join(map(str, self.members))}/{number}")
+            self._store = open_store(f"dist_ema/{crc32(str(self.members).encode()):08x}/{number}")
 
     def _whole_group(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
         if self.size == dist.get_world_size():
@@ -115,9 +116,13 @@ class Ranks:
     def _names(self, ranks: list[int]) -> str:
         return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(str(self.members[rank]) for rank in ranks)
 
-    def agree(self, verb: str, error: BaseException | None, message: Any = None) -> list[Any]:
-        """Everybody's message, or one error on every rank that says whose it was. *Collective*."""
-        said = self.exchange(verb, {"error": None if error is None else _describe(error), "message": message})
+    def agree(self, verb: str, error: BaseException | None, message: Any = None, timeout: float = FOREVER) -> list[Any]:
+        """Everybody's message, or one error on every rank that says whose it was. *Collective*.
+
+        Inside a verb everybody has entered, and the slowest disk may take its time.
+        """
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        said = self.exchange(verb, {"error": text, "message": message}, timeout)
         if error is not None:
             raise error
         failed = {self.members[rank]: entry["error"] for rank, entry in enumerate(said) if entry["error"]}
@@ -126,7 +131,7 @@ class Ranks:
             raise RuntimeError(f"ema.{verb}() failed on rank {rank}: {text}")
         return [entry["message"] for entry in said]
 
-    def attempt(self, verb: str, work: Callable[[], T]) -> tuple[T, list[T]]:
+    def attempt(self, verb: str, work: Callable[[], T], timeout: float = FOREVER) -> tuple[T, list[T]]:
         """Do `work` on every rank; return (mine, everybody's), or raise on all if it failed on one. *Collective*."""
         error: BaseException | None = None
         mine: Any = None
@@ -134,7 +139,7 @@ class Ranks:
             mine = work()
         except Exception as caught:  # told to the others, then raised
             error = caught
-        return mine, self.agree(verb, error, mine)
+        return mine, self.agree(verb, error, mine, timeout)
 
     def decide(self, verb: str, work: Callable[[], T]) -> T:
         """Do `work` on the first rank and tell the others what came out (JSON). *Collective*."""
@@ -154,10 +159,6 @@ class Ranks:
     def share(self, data: Tensor, source: int) -> None:
         """Broadcast within these ranks."""
         dist.broadcast(data, self.members[source], group=self.group)
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def wire_device(group: dist.ProcessGroup | None) -> torch.device:

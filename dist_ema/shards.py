@@ -40,8 +40,21 @@ from torch.distributed.fsdp._common_utils import TrainingState
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
-__all__ = ["Found", "Region", "Shard", "blocker", "find", "frozen_by_inductor", "replaced", "reshard", "side_store"]
+__all__ = [
+    "Found",
+    "Region",
+    "Shard",
+    "blocker",
+    "find",
+    "frozen_by_inductor",
+    "register",
+    "registered",
+    "replaced",
+    "reshard",
+    "side_store",
+]
 
 Kind = Literal["trainable", "frozen", "buffer"]
 
@@ -87,7 +100,9 @@ class Shard:
     order: tuple[int, ...] | None = None  # [Note: storage order]; None: row-major
     replicas: tuple[dist.ProcessGroup, ...] = ()  # groups that hold `held` too, outermost first
     flat: bool = False  # cut with its neighbours as one flat sequence over its replicas
-    primary: bool = True  # of several unmarked copies, the one that files are written from
+    together: tuple[int, ...] = ()  # global ranks that hold one copy of the weight together; (): each its own
+    dense: bool = True  # False: strided or expanded, so `read` gives a copy and nothing can be averaged in place
+    primary: bool = True  # of several such copies, the one that files are written from
     persistent: bool = True  # part of state_dict()
     aliases: list[str] = field(default_factory=list)
 
@@ -182,6 +197,17 @@ def replaced(shard: Shard) -> bool:
     return shard.kind != "buffer" and module._parameters.get(name) is not shard.tensor
 
 
+def registered(shard: Shard) -> Tensor | None:
+    """The tensor object that the model registers for a buffer now."""
+    return shard.place[0]._buffers.get(shard.place[1])
+
+
+def register(shard: Shard, tensor: Tensor | None) -> None:
+    """Put a buffer's tensor object back in its place."""
+    if registered(shard) is not tensor:
+        shard.place[0]._buffers[shard.place[1]] = tensor
+
+
 def side_store(prefix: str) -> dist.Store:
     """The store of the default process group, for messages that are no collectives."""
     return dist.PrefixStore(prefix, _get_default_store())
@@ -244,6 +270,8 @@ def _parameters(
 
 
 def _plain(name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: _Replicated | None) -> Shard:
+    if is_lazy(tensor):
+        raise ValueError(f"{name} is not initialised yet. Run one forward through the lazy module, then build the EMA.")
     if tensor.is_meta:
         raise ValueError(
             f"{name} is on the meta device. Materialise the model (to_empty, then load), then build the EMA."
@@ -251,20 +279,29 @@ def _plain(name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: _Replic
     kind: Kind = "buffer" if place[1] in place[0]._buffers else "trainable" if tensor.requires_grad else "frozen"
     if isinstance(tensor, DTensor):
         return _dtensor(name, kind, tensor, place)
-    order = _storage_order(name, tensor.shape, tensor.stride())
+    dense, order = _storage_order(tensor.shape, tensor.stride())
     sizes = tuple(tensor.shape) if order is None else tuple(tensor.shape[i] for i in order)
     whole = Region((0,) * len(sizes), sizes, 0, tensor.numel())
-    # NOTE: a buffer is never split by rank; BatchNorm's differ between DDP ranks even after broadcast_buffers=True.
-    groups = (ddp.group,) if ddp and kind != "buffer" else ()
     # NOTE: modules may register a new tensor under a buffer's name at any time; a Parameter must stay the same object.
-    raw = partial(_registered, place) if kind == "buffer" else lambda: tensor
-    alone = not groups
-    return Shard(name, kind, tuple(tensor.shape), tensor, place, whole, raw, 0, order, groups, not alone, not alone)
+    raw = partial(_registered, name, place) if kind == "buffer" else lambda: tensor
+    if not dense:
+        raw = partial(_copied, raw)
+    shard = Shard(name, kind, tuple(tensor.shape), tensor, place, whole, raw, 0, order, dense=dense)
+    if ddp and kind != "buffer":
+        # NOTE: a buffer is never split by rank; BatchNorm's differ between DDP ranks even after broadcast_buffers=True.
+        shard.replicas, shard.flat = (ddp.group,), True
+        shard.together = tuple(dist.get_process_group_ranks(ddp.group))
+    return shard
 
 
-def _registered(place: tuple[nn.Module, str]) -> Tensor:
-    buffer = place[0]._buffers[place[1]]
-    assert buffer is not None
+def _copied(raw: Callable[[], Tensor]) -> Tensor:
+    return raw().detach().contiguous()
+
+
+def _registered(name: str, place: tuple[nn.Module, str]) -> Tensor:
+    buffer = place[0]._buffers.get(place[1])
+    if buffer is None:
+        raise RuntimeError(f"{name} is no buffer of the model any more. Call ema.rescan().")
     return buffer
 
 
@@ -290,32 +327,36 @@ def _dtensor(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module, str
         raise ValueError(
             f"{name}: {placements} over {mesh} should leave {tuple(sizes)} here, found {tuple(local.shape)}."
         )
-    order = _storage_order(name, local.shape, local.stride())
-    box = (
-        (tuple(offsets), tuple(sizes))
-        if order is None
-        else (tuple(offsets[i] for i in order), tuple(sizes[i] for i in order))
-    )
-    held = Region(*box, 0, local.numel())
-    groups = () if kind == "buffer" else tuple(mesh.get_group(i) for i, p in enumerate(placements) if p.is_replicate())
-    return Shard(name, kind, tuple(tensor.shape), tensor, place, held, lambda: tensor._local_tensor, 0, order, groups)
+    dense, order = _storage_order(local.shape, local.stride())
+    if not dense:
+        raise ValueError(
+            f"{name}: the local tensor has shape {tuple(local.shape)} and strides {local.stride()}. {_DENSE}"
+        )
+    by = range(len(sizes)) if order is None else order
+    held = Region(tuple(offsets[i] for i in by), tuple(sizes[i] for i in by), 0, local.numel())
+    shard = Shard(name, kind, tuple(tensor.shape), tensor, place, held, lambda: tensor._local_tensor, 0, order)
+    if kind != "buffer":
+        shard.replicas = tuple(mesh.get_group(i) for i, p in enumerate(placements) if p.is_replicate())
+    if shards or kind != "buffer":
+        shard.together = tuple(mesh.mesh.flatten().tolist())
+    return shard
 
 
-def _storage_order(name: str, shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The dimensions from slowest to fastest, None if that is their own order; refuses what is not dense."""
+_DENSE = "Strided and expanded weights cannot be averaged in place: make it contiguous before building the EMA."
+
+
+def _storage_order(shape: torch.Size, stride: tuple[int, ...]) -> tuple[bool, tuple[int, ...] | None]:
+    """Whether the elements lie without gaps, and the dimensions from slowest to fastest (None: their own order)."""
+    if 0 in shape:
+        return True, None
     order = sorted(range(len(shape)), key=lambda i: (-stride[i], i))
     real = [i for i in order if shape[i] != 1]
-    if 0 not in shape:
-        step = 1
-        for i in reversed(real):
-            if stride[i] != step:
-                raise ValueError(
-                    f"{name} is not dense in memory (shape {tuple(shape)}, strides {tuple(stride)}): expanded and strided "
-                    "weights cannot be averaged in place. Make it contiguous before building the EMA, or leave it out "
-                    "with only=."
-                )
-            step *= shape[i]
-    return None if real == sorted(real) or 0 in shape else tuple(order)
+    step = 1
+    for i in reversed(real):
+        if stride[i] != step:
+            return False, None
+        step *= shape[i]
+    return True, None if real == sorted(real) else tuple(order)
 
 
 # --- FSDP1 -------------------------------------------------------------------------------------------------------
@@ -327,6 +368,7 @@ class _FlatSlice:
 
     owner: FullyShardedDataParallel
     index: int
+    ranks: tuple[int, ...]  # that hold the flat parameter together, replicas included
 
     @property
     def key(self) -> tuple[int, int]:
@@ -348,21 +390,24 @@ class _FlatSlice:
         if flat._param_extensions[self.index] is not None:
             raise ValueError(f"{name} is a DTensor inside FSDP1. Use fully_shard for tensor parallel models.")
         shape, info = tuple(flat._shapes[self.index]), flat._shard_param_infos[self.index]
-        order = _storage_order(name, flat._shapes[self.index], flat._strides[self.index])
+        _, order = _storage_order(flat._shapes[self.index], flat._strides[self.index])
         sizes = shape if order is None else tuple(shape[i] for i in order)
         begin, end = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
         held = Region((0,) * len(shape), sizes, begin, max(begin, end))
-        groups = (getattr(self.owner, "_inter_node_pg", None),)
-        if not handle.uses_sharded_strategy:  # type: ignore[union-attr]
-            groups = (self.owner.process_group,)
+        sharded = handle.uses_sharded_strategy  # type: ignore[union-attr]
+        outer = getattr(self.owner, "_inter_node_pg", None) if sharded else self.owner.process_group
         kind: Kind = "trainable" if tensor.requires_grad else "frozen"
-        return Shard(
-            name, kind, shape, tensor, place, held,
-            # The shard outside forward and backward; before the first forward the flat parameter itself.
-            lambda: getattr(flat, "_local_shard", flat),
-            info.offset_in_shard or 0, order,
-            tuple(g for g in groups if g is not None), not handle.uses_sharded_strategy,  # type: ignore[union-attr]
-        )  # fmt: skip
+        # The shard outside forward and backward; before the first forward the flat parameter itself.
+        raw = partial(_local_shard, flat)
+        shard = Shard(name, kind, shape, tensor, place, held, raw, info.offset_in_shard or 0, order)
+        shard.replicas, shard.flat = () if outer is None else (outer,), not sharded
+        shard.together = self.ranks
+        return shard
+
+
+def _local_shard(flat: Any) -> Tensor:
+    local: Tensor = getattr(flat, "_local_shard", flat)
+    return local
 
 
 def _flat_parameters(model: nn.Module) -> Iterator[tuple[tuple[int, str], _FlatSlice]]:
@@ -370,14 +415,14 @@ def _flat_parameters(model: nn.Module) -> Iterator[tuple[tuple[int, str], _FlatS
     for module in model.modules():
         if not isinstance(module, FullyShardedDataParallel) or module._handle is None:
             continue
-        flat = module._handle.flat_param
+        flat, ranks = module._handle.flat_param, tuple(_fsdp1_members(module)[0])
         index = {}
         for i, info in enumerate(flat._param_infos):
             index[info.module, info.param_name] = i
-            yield (id(info.module), info.param_name), _FlatSlice(module, i)
+            yield (id(info.module), info.param_name), _FlatSlice(module, i, ranks)
         for shared in flat._shared_param_infos:
             first = index[shared.prim_module, shared.prim_param_name]
-            yield (id(shared.module), shared.param_name), _FlatSlice(module, first)
+            yield (id(shared.module), shared.param_name), _FlatSlice(module, first, ranks)
 
 
 # --- who belongs together ----------------------------------------------------------------------------------------
@@ -393,7 +438,8 @@ def _members(
             mesh = shard.tensor.device_mesh
             found.append((sorted(mesh.mesh.flatten().tolist()), mesh.get_group() if mesh.ndim == 1 else None))
     found += [(dist.get_process_group_ranks(ddp.group), ddp.group) for _, _, ddp in _walk(model) if ddp]
-    found += [_fsdp1_members(owner) for owner in {slice_.owner for slice_ in flats.values()}]
+    # NOTE: in the order of the modules, not of a set: every rank must ask in the same order.
+    found += [_fsdp1_members(owner) for owner in dict.fromkeys(slice_.owner for slice_ in flats.values())]
     if not found:
         return [dist.get_rank() if dist.is_initialized() else 0], None
     widest = max(found, key=lambda entry: len(entry[0]))
@@ -409,7 +455,7 @@ def _members(
 def _fsdp1_members(owner: FullyShardedDataParallel) -> tuple[list[int], dist.ProcessGroup | None]:
     inner = dist.get_process_group_ranks(owner.process_group)
     outer = getattr(owner, "_inter_node_pg", None)
-    if outer is None:
+    if outer is None or not owner._handle.uses_sharded_strategy:  # type: ignore[union-attr]
         return inner, owner.process_group
     everyone: list[Any] = [None] * outer.size()
     dist.all_gather_object(everyone, inner, group=outer)
@@ -421,10 +467,4 @@ def _choose_primaries(shards: list[Shard], members: list[int]) -> None:
     outside every wrapper or that DDP ignores, and weights on a part of the mesh."""
     mine = dist.get_rank() if dist.is_initialized() else 0
     for shard in shards:
-        tensor = shard.tensor
-        if not isinstance(tensor, DTensor):
-            shard.primary = shard.primary or members[0] == mine
-        elif shard.kind == "buffer" and all(p.is_replicate() for p in tensor.placements):
-            shard.primary = members[0] == mine
-        else:
-            shard.primary = members[0] in tensor.device_mesh.mesh
+        shard.primary = members[0] in shard.together if shard.together else members[0] == mine

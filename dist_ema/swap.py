@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .kernels import SCRATCH
 from .layout import Slot, stages
+from .shards import register, registered
 from .wire import broadcast
 
 __all__ = ["Loan", "spread"]
@@ -30,12 +31,12 @@ class Loan:
         self._aside: dict[int, Tensor] = {}
         self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._done: list[Slot] = []
-        self._kept: list[tuple[Slot, Tensor]] = []
-        self._lent: list[Tensor] = []
+        self._kept: list[tuple[Slot, Tensor, Tensor | None]] = []
+        self._lent: list[tuple[Slot, Tensor]] = []
 
     def lend(self) -> None:
         """Write the average into the live weights. If it fails half way, `take_back` undoes what was done."""
-        self._kept = [(slot, slot.local.clone()) for slot in self._buffers]
+        self._kept = [(slot, slot.local.clone(), registered(slot.shard)) for slot in self._buffers]
         for slot in self._weights:
             self._put(slot)
             self._done.append(slot)
@@ -43,22 +44,24 @@ class Loan:
             average = self._own.get(slot.name, slot.shadow)
             if average is not None:
                 slot.local.copy_(average)
-        self._lent = [slot.local.clone() for slot in self._buffers]
+        self._lent = [(slot, slot.local.clone()) for slot in self._buffers if slot.shard.dtype.is_floating_point]
         torch.clear_autocast_cache()  # autocast would go on using the casts of the live weights
 
     def changed_buffers(self) -> dict[str, Tensor]:
         """The floating buffers that were written since `lend`: name -> what they hold now."""
         now = {}
-        for slot, lent in zip(self._buffers, self._lent, strict=True):
-            if slot.shard.dtype.is_floating_point and not _same_bits(slot.local, lent):
-                now[slot.name] = slot.local.clone()
+        for slot, lent in self._lent:
+            here = slot.shard.read()  # the block may have registered another tensor
+            if here.shape != lent.shape or not _same_bits(here, lent):
+                now[slot.name] = here.clone()
         return now
 
     def take_back(self) -> None:
         """Restore live weights and buffers and the shadows, bit for bit."""
         while self._done:
             self._restore(self._done.pop())
-        for slot, kept in self._kept:
+        for slot, kept, tensor in self._kept:
+            register(slot.shard, tensor)
             slot.local.copy_(kept)
         torch.clear_autocast_cache()
 

@@ -85,8 +85,7 @@ def _rank(rank: int, world: int, folder: str, place: str, args: tuple[Any, ...])
 
 def _allow_torch_warnings() -> None:
     """torch warns of its own plans inside FSDP1, DTensor and DCP; ours stay errors."""
-    for module in (r"torch\..*", "contextlib"):
-        warnings.filterwarnings("ignore", module=module)
+    warnings.filterwarnings("ignore", module=r"torch\..*")
     warnings.filterwarnings("ignore", message=r".*(NO_SHARD|FSDP|barrier\(\)|device_id|grad\.sizes).*")
 
 

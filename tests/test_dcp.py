@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from dist_ema import EMA, Uniform
@@ -36,7 +37,7 @@ def load_all_then_save(kind: str, folder: str, earlier: list[str]) -> None:
     with ema.swap():
         for buffer in run.model.buffers():
             if buffer.is_floating_point():
-                buffer += 0.5
+                buffer += 0.5 + dist.get_rank()
     dcp.save({"ema": ema}, checkpoint_id=f"{folder}/{kind}")
     full = ema.gather()
     if full:

@@ -1,0 +1,337 @@
+"""What if it happens on one rank only, late, twice, or behind our back? Each test is a way in which averages were lost."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_ema import EMA, Uniform, artifact, load_file
+from dist_ema.engine import Overlapped
+from tests.kit import Core, Images, Net, raises, run_ranks, same, snapshot, wrap
+from tests.test_engine import Late
+
+
+def error_on_one_rank(folder: str) -> None:
+    """One rank's replaced weight is an error on all, at once, with its cause; afterwards they are in step again."""
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    ema = EMA(model, 0.5)
+    ema.timeout = 20
+    kept, mine = model.module[0].weight, dist.get_rank() == 1
+    started = time.monotonic()
+    for verb in (
+        ema.gather,
+        lambda: ema.save(f"{folder}/a"),
+        lambda: ema.swap().__enter__(),
+        lambda: ema.copy_to(model),
+    ):
+        if mine:
+            model.module[0].weight = nn.Parameter(kept.clone())
+        with raises(RuntimeError, "0.weight no longer shares memory", *([] if mine else ["failed on rank 1"])):
+            verb()
+        model.module[0].weight = kept
+        ema.save(f"{folder}/b")
+    bad = nn.Linear(3, 3, device="meta") if mine else nn.Linear(3, 3)
+    with raises(ValueError if mine else RuntimeError):
+        ema.copy_to(nn.Sequential(bad, nn.Linear(3, 3)))
+    with raises(ValueError if mine else RuntimeError, "max_shard_size"):
+        ema.save(f"{folder}/c", max_shard_size="many" if mine else "1GB")
+    assert time.monotonic() - started < 15, "nobody waited for a timeout"
+    ema.save(f"{folder}/b")
+
+
+def slow_disk(folder: str) -> None:
+    """The timeout covers entering. Guards timeout=FOREVER in Ranks.agree."""
+    ema = EMA(wrap("ddp", Net()), 0.5)
+    ema.timeout = 1.0
+    if dist.get_rank() == 0:
+        part = artifact._Writer.part
+        artifact._Writer.part = lambda self, *rest: (time.sleep(0.15), part(self, *rest))  # type: ignore[assignment, method-assign]
+    for mode in ("direct", "stream"):
+        ema.save(f"{folder}/{mode}", mode=mode)  # type: ignore[arg-type]
+    ema.load(f"{folder}/stream")
+
+
+def groups_in_groups(folder: str) -> None:
+    """Part of the model on a smaller group: held twice, written once, and the file is sound."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    mine = [dist.new_group([0, 1]), dist.new_group([2, 3])][dist.get_rank() // 2]
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    fsdp = nn.Sequential(nn.Linear(5, 4), FSDP(nn.Linear(4, 3), process_group=mine, device_id=cpu))
+    ddp = nn.Sequential(nn.Linear(5, 4), nn.parallel.DistributedDataParallel(nn.Linear(4, 3), process_group=mine))
+    for name, model in (("fsdp", FSDP(fsdp, device_id=cpu)), ("ddp", nn.parallel.DistributedDataParallel(ddp))):
+        ema = EMA(model, 0.5)
+        ema.save(f"{folder}/{name}")
+        ema.load(f"{folder}/{name}")
+        full = ema.gather()
+        if full:
+            assert full.keys() == load_file(f"{folder}/{name}").keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    inner = model.module[1].module
+    with torch.no_grad():
+        inner.weight += dist.get_rank() // 2  # an expert of each group's own, under one name
+    with raises(ValueError, "1.weight differ between ranks 0 and 2"):
+        EMA(model, 0.5)
+
+
+def buffers_of_another_dtype() -> None:
+    """A recalibrated bf16 buffer beside an fp32 average of it: the wire carries one dtype. Guards .to() in layout.parts."""
+    model = wrap("ddp", Images().to(torch.bfloat16))
+    ema = EMA(model, 0.5, buffers="average")
+    with ema.swap():
+        for buffer in model.buffers():
+            buffer.fill_(3)
+    other = wrap("ddp", Images())
+    ema.copy_to(other)
+    assert (other.module.norm.running_mean == 3).all()
+    assert (other.module.norm.running_var == 3).all()
+
+
+def test_on_ranks(tmp_path: Path) -> None:
+    run_ranks(2, error_on_one_rank, str(tmp_path))
+    run_ranks(2, slow_disk, str(tmp_path))
+    run_ranks(4, groups_in_groups, str(tmp_path))
+    run_ranks(2, buffers_of_another_dtype)
+
+
+# --- behind our back ---------------------------------------------------------------------------------------------
+
+
+def test_weights_that_move_before_averaging_starts() -> None:
+    """FSDP2 may pin its shards at the first forward. Guards follow() in Average.begin."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    ema = EMA(model, 0.5)
+    ema.attach(optimizer, start=1)
+    with torch.no_grad():
+        model.weight.set_(torch.full((1, 1), 5.0))
+    model.weight.grad = torch.zeros(1, 1)
+    optimizer.step()
+    assert ema.gather()["weight"].item() == 5
+
+
+class Counting(nn.Module):
+    """Registers a new buffer object at every step, as running statistics written by hand often do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+        self.register_buffer("b", torch.zeros(4))
+        self.register_buffer("later", None)
+
+
+def test_buffers_registered_anew() -> None:
+    model = Counting()
+    ema = EMA(model, Uniform(), buffers="average")
+    for step in range(1, 11):
+        model.b = torch.full((4,), float(step))
+        ema.update()
+    assert (ema.gather()["b"] == 5.5).all()
+    live = model.b
+    with ema.swap():
+        model.b = torch.full((4,), 7.0)
+    assert model.b is live, "the object itself is back"
+    with ema.swap():
+        assert (model.b == 7).all(), "and what the block registered became the average's own"
+    model.b = torch.zeros(8)
+    with pytest.raises(RuntimeError, match="b was .* with 4 elements here, and is now .* with 8"):
+        ema.gather()
+    model.b = None
+    with pytest.raises(RuntimeError, match="b is no buffer of the model any more"):
+        ema.gather()
+
+
+def test_strided_buffers_and_frozen_weights_pass_through() -> None:
+    """They need not be averaged in place, so they refuse nothing."""
+    model = nn.Linear(4, 4)
+    model.register_buffer("mask", torch.arange(4.0).expand(3, 4))
+    model.frozen = nn.Parameter(torch.arange(12.0).view(3, 4).t(), requires_grad=False)
+    model.every_second = nn.Parameter(torch.arange(12.0)[::2], requires_grad=False)
+    ema = EMA(model, 0.5)
+    full = ema.gather()
+    assert all(torch.equal(full[name], value) for name, value in model.state_dict().items())
+    before = snapshot(model)
+    with ema.swap():
+        pass
+    assert same(before, snapshot(model))
+    with pytest.raises(ValueError, match="not initialised yet"):
+        EMA(nn.LazyLinear(3), 0.5)
+
+
+# --- order of calls ----------------------------------------------------------------------------------------------
+
+
+def test_updates_by_hand_before_the_start() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    ema = EMA(model, 0.5)
+    ema.attach(optimizer, start=100).remove()
+    start = model.weight.item()
+    ema.update()
+    with torch.no_grad():
+        model.weight += 1
+    ema.update()
+    assert ema.gather()["weight"].item() == pytest.approx(start + 0.5)
+    ema.attach(optimizer, start=3)
+    ema.reset()
+    model.weight.grad = torch.ones(1, 1)
+    optimizer.step()
+    assert (ema.now, ema.gather()["weight"].item()) == (0, pytest.approx(start)), "the average is live until step 3"
+
+
+def test_detach_with_an_update_under_way() -> None:
+    """Nobody fences after the hooks are gone. Guards settle() in Attachment.remove."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    ema = EMA(model, 0.0)
+    ema.attach(optimizer)
+    ema._average.engine = Overlapped(Late(0))
+    model.weight.grad = torch.ones(1, 1)
+    optimizer.step()
+    want = model.weight.item()
+    ema.detach()
+    optimizer.step()
+    assert ema._average.profiles[0].averages[0].shadow.item() == want
+
+
+def test_an_open_interval_survives_an_update_by_hand() -> None:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    ema = EMA(model, Uniform())
+    ema.attach(optimizer, every=3)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.step()
+    ema.update()
+    optimizer.step()
+    assert ema.now == 4
+
+
+def test_two_averagers_of_one_model() -> None:
+    """They nest, warn of nothing that the other did, and refuse what would average an average."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    a, b = EMA(model, 0.5), EMA(model, 0.9)
+    a.attach(optimizer)
+    b.attach(optimizer)
+    model.weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    before = snapshot(model)
+    with a.swap(), b.swap():
+        pass
+    with b.swap(), pytest.raises(RuntimeError, match="inside the swap of another EMA"):
+        a.update()
+    b.detach()
+    a.detach()
+    a.attach(optimizer)
+    with b.swap(), pytest.raises(RuntimeError, match=r"optimizer.step\(\) inside the swap of another EMA"):
+        optimizer.step()
+    assert same(before, snapshot(model))
+    a.gather()
+
+
+def test_a_state_dict_that_requires_grad() -> None:
+    """Guards no_grad in ema._aside: shadows must not be pulled into a graph."""
+    model = nn.Linear(2, 2)
+    ema = EMA(model, 0.5)
+    state = ema.state_dict()
+    state["averages"][repr(ema.schedule)]["weights"] = dict(model.named_parameters())
+    ema.load_state_dict(state)
+    ema.update()
+    assert not any(slot.shadow.requires_grad for slot in ema._average.slots)
+
+
+def test_resumed_before_any_update_was_accepted(tmp_path: Path) -> None:
+    """Uniform's first move copies, also when the first three were skipped in an earlier run."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0, fused=True)
+    ema = EMA(model, Uniform())
+    ema.attach(optimizer)
+    optimizer.found_inf = torch.tensor(1.0)
+    model.weight.grad = torch.ones(1, 1)
+    for _ in range(3):
+        optimizer.step()
+    ema.save(tmp_path / "average")
+    again = EMA(model, Uniform())
+    again.load(tmp_path / "average")
+    with torch.no_grad():
+        model.weight.fill_(8.0)
+    again.update()
+    assert again.gather()["weight"].item() == 8
+
+
+def test_host_threads_end_with_their_owner() -> None:
+    """Six averages in host memory, thrown away: no thread stays behind."""
+    before = threading.active_count()
+    for _ in range(6):
+        model = nn.Linear(4, 4)
+        ema = EMA(model, 0.5, device="cpu")
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            ema.attach(optimizer)
+            ema.update()
+            ema.detach()
+        del ema, model, optimizer
+    gc.collect()
+    for _ in range(100):
+        if threading.active_count() <= before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() <= before
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    ema = EMA(Core(), 0.5)
+    (tmp_path / "real").mkdir()
+    os.symlink(tmp_path / "real", tmp_path / "link")
+    ema.save(tmp_path / "link" / "a")
+    os.symlink(tmp_path / "real" / "a", tmp_path / "latest")
+    ema.update()
+    ema.save(tmp_path / "latest")
+    assert (tmp_path / "latest").is_symlink()
+    again = EMA(Core(), 0.5)
+    again.load(tmp_path / "real" / "a")
+    assert again.now == 1
+
+
+def test_an_export_cut_short_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never shards of two exports together: the index goes first and comes last. Guards the order in artifact._merge."""
+    ema = EMA(Core(), 0.0)
+    ema.export(tmp_path / "out", max_shard_size=300)
+    replace, calls = os.replace, []
+
+    def once(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", once)
+    with pytest.raises(KeyboardInterrupt):
+        ema.export(tmp_path / "out", max_shard_size=300)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="no model.safetensors"):
+        load_file(tmp_path / "out")
+    ema.export(tmp_path / "out", max_shard_size=300)
+    assert load_file(tmp_path / "out").keys() == Core().state_dict().keys()
+
+
+def test_frozen_then_and_averaged_now(tmp_path: Path) -> None:
+    model = Core()
+    EMA(model, 0.5).save(tmp_path / "a")
+    model.frozen.requires_grad_(True)
+    with pytest.warns(UserWarning, match="frozen.bias, frozen.weight, which were frozen then"):
+        EMA(model, 0.5).load(tmp_path / "a")
