@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .artifact import load_file
     from .ema import EMA
+    from .resume import load_file
     from .schedule import Constant, Cosine, Debiased, HalfLife, Power, Ramp, Ratio, Schedule, Uniform, Warmup
 
 from . import format
@@ -32,7 +32,7 @@ __all__ = [
     "load_file",
 ]
 
-_ROOMS = {"EMA": "ema", "load_file": "artifact"}
+_ROOMS = {"EMA": "ema", "load_file": "resume"}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import agree, artifact, dcp, gather, shards
+from . import agree, artifact, dcp, gather, resume, shards
 from .attach import Attachment
 from .average import Average, Profile
 from .clock import Clock
@@ -231,10 +231,10 @@ class EMA:
     @_aside
     def _take_back(self, profile: Profile, loan: Loan, error: BaseException | None) -> None:
         average = self._average
-        changed = loan.changed_buffers() if error is None else {}
+        buffers, changed = loan.floating_buffers() if error is None else ({}, [])
         text = None if error is None else f"{type(error).__name__}: {error}"
         try:
-            said = self._ranks.exchange("swap exit", {"error": text, "changed": sorted(changed)}, timeout=FOREVER)
+            said = self._ranks.exchange("swap exit", {"error": text, "changed": changed}, timeout=FOREVER)
         finally:
             average.reshard()
             loan.take_back()
@@ -245,7 +245,7 @@ class EMA:
         if failed and error is None:
             raise RuntimeError(f"rank {failed[0][0]} left ema.swap() by an exception: {failed[0][1]}")
         # NOTE: DDP rewrites the other ranks' buffers in every forward, so the first rank says which were recalibrated.
-        profile.own |= {name: changed[name] for name in said[0]["changed"] if name in changed}
+        profile.own |= {name: buffers[name] for name in said[0]["changed"] if error is None}
 
     @_aside
     def gather(self, which: Which = 0) -> dict[str, Tensor]:
@@ -292,8 +292,8 @@ class EMA:
         """Write the average as a folder to resume from, itself a safetensors model. *Collective*, atomic.
 
         With `only=` the folder holds the averaged weights alone; of several averages the first lies in the folder, the
-        others under averages/. extra: JSON values to keep in ema.json. *Cost*: every
-        rank writes its own bytes into place, no gather; across hosts the first rank writes, unless mode='direct'.
+        others under averages/. extra: JSON values to keep in ema.json. *Cost*: every rank writes its own bytes into place,
+        no gather; across hosts the first rank writes, unless mode='direct'.
         """
         everything = self._average.only is None
         meta = {"kind": "ema", "weights": "all" if everything else "averaged", "extra": extra or {}}
@@ -361,8 +361,8 @@ class EMA:
         """
         self._enter("load")
         average = self._average
-        trees = [artifact.Tree(each.persistent, each.own, each.schedule.spec()) for each in average.profiles]
-        meta, own = artifact.load(self._ranks, Path(path), trees, verify)
+        readers = [resume.Reader(each.schedule.spec(), each.persistent) for each in average.profiles]
+        meta, own = resume.load(self._ranks, _real(path), readers, verify)
         for profile, buffers in zip(average.profiles, own, strict=True):
             profile.own = buffers
         average.set_clock(meta["clock"])

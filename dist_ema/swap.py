@@ -47,14 +47,10 @@ class Loan:
         self._lent = [(slot, slot.local.clone()) for slot in self._buffers if slot.shard.dtype.is_floating_point]
         torch.clear_autocast_cache()  # autocast would go on using the casts of the live weights
 
-    def changed_buffers(self) -> dict[str, Tensor]:
-        """The floating buffers that were written since `lend`: name -> what they hold now."""
-        now = {}
-        for slot, lent in self._lent:
-            here = slot.shard.read()  # the block may have registered another tensor
-            if here.shape != lent.shape or not _same_bits(here, lent):
-                now[slot.name] = here.clone()
-        return now
+    def floating_buffers(self) -> tuple[dict[str, Tensor], list[str]]:
+        """What every floating buffer holds now, and the names of those that were written since `lend`."""
+        now = {slot.name: slot.shard.read().clone() for slot, _ in self._lent}  # perhaps another tensor by now
+        return now, [slot.name for slot, lent in self._lent if not _same_bits(now[slot.name], lent)]
 
     def take_back(self) -> None:
         """Restore live weights and buffers and the shadows, bit for bit."""
@@ -99,4 +95,4 @@ def spread(slots: Sequence[Slot], split: bool) -> None:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -21,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_ema.artifact import DTYPES, File
 from dist_ema.format import (
     FORMAT,
     INDEX,
@@ -39,6 +38,8 @@ from dist_ema.format import (
     read_model,
     size_of,
 )
+from dist_ema.layout import DTYPES
+from dist_ema.resume import File
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -101,7 +102,7 @@ def test_safetensors_reads_it(tmp_path: Path) -> None:
 
 
 def test_we_read_safetensors(tmp_path: Path) -> None:
-    """read_header and artifact.File: the files of the safetensors library, its own order of weights included."""
+    """read_header and resume.File: the files of the safetensors library, its own order of weights included."""
     weights = odd_weights()
     save_file(weights, tmp_path / "model.safetensors", {"who": "them"})
     file = File(tmp_path / "model.safetensors")

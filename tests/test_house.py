@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 HOUSE = ROOT / "dist_ema"
 
 FLOORS = {
-    0: "schedule kernels shards format commit ranks",
+    0: "schedule kernels fused shards format commit ranks",
     1: "layout clock wire engine",
-    2: "swap gather artifact dcp agree attach average",
+    2: "swap gather artifact resume dcp agree attach average",
     3: "ema",
     4: "offline",
     5: "cli",
