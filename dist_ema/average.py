@@ -269,7 +269,6 @@ class Average:
 
     def begin(self) -> None:
         """Averaging begins at the live weights."""
-        self.settle()
         self.follow()  # before its first forward FSDP2 may have held the weights elsewhere
         self.copy_live()
         self.clock.start()

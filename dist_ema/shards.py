@@ -154,6 +154,7 @@ def find(model: nn.Module) -> Found:
             if id(buffer) in seen:
                 seen[id(buffer)].aliases.append(prefix + name)
                 continue
+            # NOTE: never split by rank; BatchNorm's differ between DDP ranks even after broadcast_buffers=True.
             shard = _plain(prefix + name, buffer, (module, name), None)
             shard.persistent = name not in module._non_persistent_buffers_set
             seen[id(buffer)] = shard
@@ -287,8 +288,7 @@ def _plain(name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: _Replic
     if not dense:
         raw = partial(_copied, raw)
     shard = Shard(name, kind, tuple(tensor.shape), tensor, place, whole, raw, 0, order, dense=dense)
-    if ddp and kind != "buffer":
-        # NOTE: a buffer is never split by rank; BatchNorm's differ between DDP ranks even after broadcast_buffers=True.
+    if ddp:
         shard.replicas, shard.flat = (ddp.group,), True
         shard.together = tuple(dist.get_process_group_ranks(ddp.group))
     return shard
