@@ -49,12 +49,12 @@ def error_on_one_rank(folder: str) -> None:
 
 
 def slow_disk(folder: str) -> None:
-    """The timeout covers entering. Guards timeout=FOREVER in Ranks.agree."""
+    """The timeout covers entering. Guards timeout=FOREVER in Ranks.attempt."""
     ema = EMA(wrap("ddp", Net()), 0.5)
     ema.timeout = 1.0
     if dist.get_rank() == 0:
-        part = artifact._Writer.part
-        artifact._Writer.part = lambda self, *rest: (time.sleep(0.15), part(self, *rest))  # type: ignore[assignment, method-assign]
+        close = artifact._Writer.close
+        artifact._Writer.close = lambda self: (time.sleep(4.0), close(self))[1]  # type: ignore[method-assign]
     for mode in ("direct", "stream"):
         ema.save(f"{folder}/{mode}", mode=mode)  # type: ignore[arg-type]
     ema.load(f"{folder}/stream")
