@@ -128,7 +128,7 @@ class EMA:
             self._average.refuse(f"ema.{verb}")
             self._average.ready()
 
-        self._ranks.attempt(verb, prepare, self.timeout)
+        self._ranks.attempt(verb, prepare)
 
     def _warn_if_idle(self, verb: str) -> None:
         if self._average.idle:
@@ -422,7 +422,7 @@ class EMA:
             average.settle()
             average.follow(replaced=True, newly_trainable=False)
 
-        self._ranks.attempt("rescan", prepare, self.timeout)
+        self._ranks.attempt("rescan", prepare)
         self._adopt(shards.find(average.model))
 
     def metrics(self, which: Which = 0) -> dict[str, float]:

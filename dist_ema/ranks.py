@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 from zlib import crc32
@@ -33,7 +35,7 @@ _built: Counter[tuple[int, ...]] = Counter()  # groups so far, so that each has 
 class Ranks:
     """`size` processes that call the collective verbs together; a world of one needs no process group.
 
-    `timeout` (seconds, settable) covers entering a verb and every exchange inside it.
+    `timeout` (seconds, settable) covers entering a verb; inside it, the time without a sign of life ([Note: pulse]).
     """
 
     def __init__(
@@ -88,7 +90,8 @@ class Ranks:
         return list(answer)
 
     def _await(self, verb: str, key: str, timeout: float) -> None:
-        started = time.monotonic()
+        """Until everybody has spoken; a rank that is still at work inside the verb ([Note: pulse]) is given time."""
+        started, pulse = time.monotonic(), self._pulse()
         while True:
             left = timeout - (time.monotonic() - started)
             try:
@@ -96,13 +99,36 @@ class Ranks:
                 return
             except (dist.DistStoreError, RuntimeError):
                 missing = self._missing(key)  # raises too if it is the store that broke
-            if missing and time.monotonic() - started >= timeout:
+            if self._pulse() != pulse:
+                started, pulse = time.monotonic(), self._pulse()
+            elif missing and time.monotonic() - started >= timeout:
                 time.sleep(GRACE)  # whoever is only a moment late is not named
                 names = self._names(self._missing(key) or missing)
                 text = f"ema.{verb}() is collective, and {names} did not enter it within {timeout:g} s."
                 self._store.compare_set(f"{key}/all", "", json.dumps({"given up": text}))
                 return
             log.warning("ema.%s() has waited %.0f s for %s", verb, time.monotonic() - started, self._names(missing))
+
+    def _pulse(self) -> list[int]:
+        return [self._store.add(f"pulse/{rank}", 0) for rank in range(self.size)]
+
+    @contextmanager
+    def _beating(self) -> Iterator[None]:
+        """[Note: pulse]  A thread counts upwards in the store while a rank works, so that the others can tell a slow disk
+        from a dead process."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(min(1.0, self.timeout / 4)):
+                self._store.add(f"pulse/{self.rank}", 1)
+
+        thread = threading.Thread(target=beat, name="dist_ema pulse", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def _missing(self, key: str) -> list[int]:
         return [rank for rank in range(self.size) if not self._store.check([f"{key}/{rank}"])]
@@ -116,13 +142,10 @@ class Ranks:
     def _names(self, ranks: list[int]) -> str:
         return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(str(self.members[rank]) for rank in ranks)
 
-    def agree(self, verb: str, error: BaseException | None, message: Any = None, timeout: float = FOREVER) -> list[Any]:
-        """Everybody's message, or one error on every rank that says whose it was. *Collective*.
-
-        Inside a verb everybody has entered, and the slowest disk may take its time.
-        """
+    def agree(self, verb: str, error: BaseException | None, message: Any = None) -> list[Any]:
+        """Everybody's message, or one error on every rank that says whose it was. *Collective*."""
         text = None if error is None else f"{type(error).__name__}: {error}"
-        said = self.exchange(verb, {"error": text, "message": message}, timeout)
+        said = self.exchange(verb, {"error": text, "message": message})
         if error is not None:
             raise error
         failed = {self.members[rank]: entry["error"] for rank, entry in enumerate(said) if entry["error"]}
@@ -131,15 +154,16 @@ class Ranks:
             raise RuntimeError(f"ema.{verb}() failed on rank {rank}: {text}")
         return [entry["message"] for entry in said]
 
-    def attempt(self, verb: str, work: Callable[[], T], timeout: float = FOREVER) -> tuple[T, list[T]]:
+    def attempt(self, verb: str, work: Callable[[], T]) -> tuple[T, list[T]]:
         """Do `work` on every rank; return (mine, everybody's), or raise on all if it failed on one. *Collective*."""
         error: BaseException | None = None
         mine: Any = None
-        try:
-            mine = work()
-        except Exception as caught:  # told to the others, then raised
-            error = caught
-        return mine, self.agree(verb, error, mine, timeout)
+        with self._beating() if self.size > 1 else nullcontext():
+            try:
+                mine = work()
+            except Exception as caught:  # told to the others, then raised
+                error = caught
+        return mine, self.agree(verb, error, mine)
 
     def decide(self, verb: str, work: Callable[[], T]) -> T:
         """Do `work` on the first rank and tell the others what came out (JSON). *Collective*."""

@@ -49,7 +49,7 @@ def error_on_one_rank(folder: str) -> None:
 
 
 def slow_disk(folder: str) -> None:
-    """The timeout covers entering. Guards timeout=FOREVER in Ranks.attempt."""
+    """A slow disk is no dead rank: the timeout covers entering. Guards Ranks._beating."""
     ema = EMA(wrap("ddp", Net()), 0.5)
     ema.timeout = 1.0
     if dist.get_rank() == 0:
