@@ -14,7 +14,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +52,9 @@ class Executor(Protocol):
     def wait(self, ticket: Any) -> None:
         """What the caller issues from now on comes after the ticket's work."""
 
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Whoever drops them, their memory is not reused before the work that was submitted until then is done."""
+
 
 class Inline:
     """On the caller's stream, before `update` returns: the reference that every other engine must equal bit for bit."""
@@ -77,8 +80,12 @@ class Overlapped:
         self._executor = executor
         self._ticket: Any = None
         self._weights: Weights = []
+        self._plan: Plan | None = None
 
     def update(self, plan: Plan, weights: Weights, number: int, guard: bool) -> None:
+        if plan is not self._plan:
+            self._plan = plan
+            self._executor.keep(plan.tensors)
         # NOTE: weights on the device are kept until the next update, or their memory would be reused while it is read.
         self._weights = weights
         self._ticket = self._executor.submit(lambda: plan.run(weights, number, guard))
@@ -110,6 +117,8 @@ class HostThread:
         self.settle()  # the window is free again
         if plan is not self._plan:
             self._open_window(plan)
+            if self._copier is not None:
+                self._copier.keep([pair.live for pair in plan.pairs])
         windowed, copied = self._windowed, None
         here = [self._weights[k] if isinstance(weight, Tensor) else weight for k, weight in enumerate(weights)]
         if self._copier is None:
@@ -172,7 +181,7 @@ def choose(live: set[torch.device], host: bool) -> Engine:
     if len(live) > 1:
         return Inline()  # one stream cannot order several devices
     (device,) = live
-    aside = None if device.type == "cpu" else SideStream(device)
+    aside = SideStream(device) if device.type in ("cuda", "xpu") else None  # the others order one stream
     if host:
         return HostThread(aside, Worker())
     return Inline() if aside is None else Overlapped(aside)
@@ -197,6 +206,11 @@ class SideStream:
         # Orders: the work, then everything that the compute stream is given from now on.
         torch.accelerator.current_stream(self._device).wait_event(ticket)
 
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        # Orders: the work, then the reuse of memory that was allocated on the compute stream, when it is freed.
+        for tensor in tensors:
+            tensor.record_stream(self._stream)
+
 
 class Worker:
     """A thread with few intra-op threads, started when it is first needed; it ends with its owner."""
@@ -215,6 +229,9 @@ class Worker:
 
     def wait(self, ticket: threading.Event) -> None:
         ticket.wait()
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Host memory belongs to whoever refers to it."""
 
     def _start(self) -> None:
         # NOTE: the thread knows the queue and nothing else of us, or we would never be collected.

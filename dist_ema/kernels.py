@@ -86,6 +86,11 @@ class Plan:
         return self._scratch[key][:n]
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All that a run reads or writes."""
+        return [t for pair in self.pairs for t in (*pair.shadows, pair.live)] + list(self._scratch.values())
+
+    @property
     def scratch_bytes(self) -> int:
         return sum(scratch.nbytes for scratch in self._scratch.values())
 

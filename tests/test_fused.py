@@ -1,0 +1,412 @@
+"""The Triton kernel equals `kernels.Plan`, in Triton's interpreter, on the CPU.
+
+How to read a failure: every check runs in a process of its own (the interpreter must be chosen before Triton is
+imported), and its traceback is the inner one. The interpreter says nothing of races, alignment or speed: that is
+`test_gpu.py`. Where a weight is no power of two, older interpreters round twice ([Note: contraction] in fused), so those
+rows allow 1 ulp; noise, masks, tables and addresses have no such excuse, so all others are compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+from zlib import crc32
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_ema import fused, layout
+from dist_ema.fused import FusedPlan, Numbering, available, supports
+from dist_ema.kernels import SCRATCH, Pair, Plan, _key, noise
+from dist_ema.shards import Region, Shard
+
+CPU, BF16, F16, F32 = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32
+# Nothing, one, less than a program, around its size (256 here), several programs, and a last one with one element.
+AWKWARD = [0, 1, 3, 255, 256, 257, 0, 1023, 1024, 1025]
+EXACT = [0.0, 0.25, 0.5, 0.75, 1.0]  # products by these are not rounded
+
+
+# --- the process ---------------------------------------------------------------------------------------------------
+
+
+def interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    fused.BLOCK = 256  # small programs, so that short tensors need several
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable[..., None]]:
+    """Runs a function of this module where Triton is interpreted."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.kit"])
+    with ProcessPoolExecutor(1, context, interpret) as pool:
+        yield lambda check, *args: pool.submit(check, *args).result(timeout=120)
+
+
+# --- pairs ---------------------------------------------------------------------------------------------------------
+
+
+def draw(n: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def cut(sizes: list[int], dtype: torch.dtype, seed: int, where: str) -> list[Tensor]:
+    """Tensors of their own (64-byte aligned), one element off, or end to end in one storage."""
+    if where == "arena":
+        return list(draw(sum(sizes), dtype, seed).split(sizes))
+    off = int(where == "off")
+    return [draw(n + off, dtype, seed + i)[off:] for i, n in enumerate(sizes)]
+
+
+def numbers(first: int) -> Callable[[int, int], Tensor]:
+    return lambda a, b: torch.arange(first + a, first + b)
+
+
+def make(live: torch.dtype, shadow: torch.dtype, averages: int, where: str = "own") -> list[Pair]:
+    lives = cut(AWKWARD, live, 50, where)
+    shadows = [cut(AWKWARD, shadow, 100 * (k + 1), where) for k in range(averages)]
+    return [Pair(f"w.{i}", list(row), lives[i], numbers(11 * i)) for i, row in enumerate(zip(*shadows, strict=True))]
+
+
+def twin(pairs: list[Pair]) -> list[Pair]:
+    return [Pair(pair.name, [s.clone() for s in pair.shadows], pair.live, pair.indices) for pair in pairs]
+
+
+def bits(pairs: list[Pair], k: int = 0) -> Tensor:
+    return torch.cat([pair.shadows[k].view(torch.int16) for pair in pairs])
+
+
+def compare(pairs: list[Pair], weights: list[Any], ulps: int = 0, **options: Any) -> None:
+    """Both plans over the same pairs; ulps: of the larger operand."""
+    other, scale = twin(pairs), [torch.maximum(p.live.float().abs(), p.shadows[0].float().abs()) for p in pairs]
+    FusedPlan(pairs, seed=5).run(weights, 7, **options)
+    Plan(other, seed=5).run(weights, 7, **options)
+    for pair, want, size in zip(pairs, other, scale, strict=True):
+        for k, (a, b) in enumerate(zip(pair.shadows, want.shadows, strict=True)):
+            far = (a.float() - b.float()).abs() / (size + 1e-9) / torch.finfo(F32).eps
+            same = torch.equal(a.view(torch.int16), b.view(torch.int16))
+            assert same or (ulps and far.max() <= ulps), f"{pair.name}, average {k}, is off by {far.max()} ulp"
+
+
+# --- equal to kernels.Plan -----------------------------------------------------------------------------------------
+
+
+def check_equal(live: torch.dtype, shadow: torch.dtype, where: str) -> None:
+    for weight in EXACT:
+        compare(make(live, shadow, 1, where), [weight])
+    compare(make(live, shadow, 3, where), [0.25, torch.tensor(0.75), torch.tensor(0.0)])
+    if shadow == F32:
+        for weight in (0.001, 0.3, 0.9):
+            compare(make(live, shadow, 1, where), [weight], ulps=1)
+
+
+@pytest.mark.parametrize("where", ["own", "off", "arena"])
+@pytest.mark.parametrize("shadow", [F32, BF16], ids=str)
+@pytest.mark.parametrize("live", [F32, BF16, F16], ids=str)
+def test_equal(interpreted: Any, live: torch.dtype, shadow: torch.dtype, where: str) -> None:
+    """One and three averages, weights on host and device, every length and alignment: the bits of `Plan.run`."""
+    interpreted(check_equal, live, shadow, where)
+
+
+def check_guard(live: torch.dtype, shadow: torch.dtype) -> None:
+    for weight in (0.25, torch.tensor(0.0), 1.0):
+        pairs = make(live, shadow, 2)
+        before = twin(pairs)
+        for pair in pairs:
+            for i, value in enumerate((float("nan"), float("inf"), float("-inf"))):
+                pair.live[i::7] = value
+        compare(pairs, [weight, 0.5], guard=True)
+        for pair, old in zip(pairs, before, strict=True):
+            poisoned = ~pair.live.isfinite()
+            assert torch.equal(pair.shadows[0][poisoned], old.shadows[0][poisoned])
+            assert pair.shadows[0].isfinite().all()
+
+
+@pytest.mark.parametrize("shadow", [F32, BF16], ids=str)
+@pytest.mark.parametrize("live", [F32, BF16, F16], ids=str)
+def test_guard(interpreted: Any, live: torch.dtype, shadow: torch.dtype) -> None:
+    """Where live is not finite the shadow stays, bit for bit, at any weight."""
+    interpreted(check_guard, live, shadow)
+
+
+def check_poison() -> None:
+    infinite = [0x7F800000, -0x00800000, 0x3F800000]
+    for shadow in (F32, BF16):
+        # nan of both signs and some payloads, 50 times, because the noise differs; then inf, -inf and 1
+        live = torch.tensor([-1, 0x7FFFFFFF, 0x7FC00001, 0x7FC00000] * 50 + infinite, dtype=torch.int32).view(F32)
+        pairs = [Pair("w", [torch.ones(203, dtype=shadow)], live, Numbering())]
+        FusedPlan(pairs).run([0.25], 0)
+        got = pairs[0].shadows[0]
+        assert got[:200].isnan().all()
+        assert got[200:].tolist() == [float("inf"), float("-inf"), 1.0]
+
+
+def test_poison_passes(interpreted: Any) -> None:
+    """Without guard the infinite stay infinite and nan stays nan: a carry of the rounding must not make one the other."""
+    interpreted(check_poison)
+
+
+def check_neighbours() -> None:
+    for shift in range(5):
+        room, live = torch.full((2000,), 7.0), torch.ones(1500)
+        pairs = [Pair("w", [room[shift : shift + 1500]], live, numbers(0))]
+        FusedPlan(pairs).run([1.0], 0)
+        assert (room[shift : shift + 1500] == 1).all()
+        assert (room[:shift] == 7).all()
+        assert (room[shift + 1500 :] == 7).all()
+
+
+def test_neighbours_stay(interpreted: Any) -> None:
+    """The mask of the last program: nothing before or behind a shadow is written."""
+    interpreted(check_neighbours)
+
+
+# --- the noise -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "w", "layers.0.attn.qkv.weight", "gewichtß"])
+def test_the_key_is_linear(name: str) -> None:
+    """[Note: the same bits]: crc of the whole from the crc of its ends."""
+    for update in (0, 1, 12345):
+        head, columns = crc32(f"3/{update}/".encode()), fused._columns(name)
+        key = crc32(name.encode())
+        for bit in range(32):
+            key ^= columns[bit] & 0xFFFFFFFF if head >> bit & 1 else 0
+        assert key == _key(3, update, name)
+
+
+def box(order: tuple[int, ...] | None, shape: tuple[int, ...], offsets: tuple[int, ...], region: Region) -> Numbering:
+    """What `layout.indices` computes, as a formula."""
+    dims = range(len(shape)) if order is None else order
+    strides = [torch.Size(shape[dim + 1 :]).numel() for dim in dims]
+    base = sum(o * s for o, s in zip(offsets, strides, strict=True))
+    return Numbering(region.begin, base, region.sizes, tuple(strides))
+
+
+# A range of a row-major weight; columns of it; a box inside; channels_last, whole, a range, and some of its channels.
+BOXES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, Region]] = {
+    "range": ((40, 30), None, Region((0, 0), (40, 30), 217, 1150)),
+    "columns": ((40, 30), None, Region((0, 7), (40, 9), 5, 351)),
+    "one column": ((900, 3), None, Region((0, 2), (900, 1), 0, 900)),
+    "inside": ((9, 20, 11), None, Region((2, 3, 4), (6, 15, 6), 7, 533)),
+    "channels_last": ((12, 7, 3, 5), (0, 2, 3, 1), Region((0, 0, 0, 0), (12, 3, 5, 7), 0, 1260)),
+    "channels_last range": ((12, 7, 3, 5), (0, 2, 3, 1), Region((0, 0, 0, 0), (12, 3, 5, 7), 333, 1111)),
+    "channels_last box": ((12, 7, 3, 5), (0, 2, 3, 1), Region((4, 0, 1, 2), (8, 3, 3, 4), 10, 280)),
+    "scalar": ((), None, Region((), (), 0, 1)),
+    "no columns": ((4, 3), None, Region((0, 3), (4, 0), 0, 0)),
+    "empty": ((4, 3), None, Region((4, 0), (0, 3), 0, 0)),
+}
+
+
+def both(kind: str) -> tuple[Numbering, Callable[[int, int], Tensor]]:
+    shape, order, region = BOXES[kind]
+    raw = torch.zeros(shape)
+    record = Shard("w", "trainable", shape, raw, (torch.nn.Module(), "w"), region, lambda: raw, 0, order)
+    return box(order, shape, region.offsets, region), lambda a, b: layout.indices(record, region, a, b, CPU)
+
+
+@pytest.mark.parametrize("kind", BOXES)
+def test_numbering(kind: str) -> None:
+    """A Numbering counts as `layout.indices` does, in one piece and in two."""
+    numbering, want = both(kind)
+    n = BOXES[kind][2].numel
+    assert torch.equal(numbering(0, n), want(0, n))
+    assert torch.equal(numbering(n // 3, n), want(n // 3, n))
+    assert numbering.last(n) >= int(want(0, n).max() if n else 0)
+
+
+def test_numbering_is_short() -> None:
+    """Every dimension costs the kernel a division: neighbours are joined, and those of size 1 left out."""
+    assert Numbering(0, 0, (40, 5, 6), (30, 6, 1)).joined == ([], 1)
+    assert Numbering(0, 0, (40, 1, 6), (30, 6, 1)).joined == ([(6, 1)], 30)
+    assert Numbering(0, 0, (1, 8, 5, 7, 3), (9, 105, 7, 1, 35)).joined == ([(3, 35), (35, 1)], 105)
+
+
+def check_boxes(kind: str) -> None:
+    numbering, want = both(kind)
+    n = BOXES[kind][2].numel
+    pairs = [Pair("w", [draw(n, BF16, 1)], draw(n, F32, 2), numbering)]
+    other = [Pair("w", [pairs[0].shadows[0].clone()], pairs[0].live, want)]
+    FusedPlan(pairs, 1).run([0.25], 2)
+    Plan(other, 1).run([0.25], 2)
+    assert torch.equal(bits(pairs), bits(other))
+
+
+@pytest.mark.parametrize("kind", BOXES)
+def test_boxes(interpreted: Any, kind: str) -> None:
+    """Compact shadows of column shards and channels_last weights: the kernel's digits, `_numbers`."""
+    interpreted(check_boxes, kind)
+
+
+def check_huge() -> None:
+    for base in (0, (1 << 32) - 300, 5 << 40):
+        pairs = [Pair("w", [draw(700, BF16, 1)], draw(700, F32, 2), Numbering(base))]
+        compare(pairs, [0.25])
+        rows = [Pair("w", [draw(700, BF16, 1)], draw(700, F32, 2), Numbering(3, base, (90, 9), (1 << 33, 1)))]
+        compare(rows, [0.25])
+
+
+def test_huge(interpreted: Any) -> None:
+    """Element numbers beyond 32 bits enter the hash whole."""
+    interpreted(check_huge)
+
+
+def check_every_bit() -> None:
+    n = 4096
+    live, index = torch.full((n,), 1.0 + 2.0**-9), torch.arange(n)
+    for update in range(3):
+        pairs = [Pair("w", [torch.ones(n, dtype=BF16)], live, Numbering())]
+        FusedPlan(pairs, 9).run([1.0], update)
+        up = (noise(9, update, "w", index) >> 16) + 0x4000 >= 1 << 16
+        assert torch.equal(pairs[0].shadows[0] > 1, up)
+
+
+def test_noise(interpreted: Any) -> None:
+    """The kernel rounds up exactly where `kernels.noise` says so, in every update."""
+    interpreted(check_every_bit)
+
+
+# --- what is taken, and what it costs ------------------------------------------------------------------------------
+
+
+def check_supports() -> None:
+    ones = torch.ones(4)
+    assert available(CPU)
+    assert not available(torch.device("meta"))
+    assert supports([Pair("w", [ones, ones], ones.half(), numbers(3))])
+    assert supports([Pair("w", [ones.bfloat16()], ones, numbers(3))])
+    for shadows, live, indices in (
+        ([ones.double()], ones, numbers(0)),
+        ([ones], ones.double(), numbers(0)),
+        ([ones.to(torch.complex64)], ones.to(torch.complex64), numbers(0)),
+        ([ones.half()], ones.half(), numbers(0)),
+        ([ones, ones.bfloat16()], ones, numbers(0)),
+        ([ones, torch.ones(3)], ones, numbers(0)),
+        ([torch.ones(8)[::2]], ones, numbers(0)),
+        ([ones.bfloat16()], ones, lambda a, b: torch.arange(a, b) * 2),
+        ([ones.bfloat16()], ones, Numbering(0, 0, (2,) * 5, (81, 54, 18, 6, 2))),
+        ([ones.bfloat16()], ones, Numbering(0, 0, (2, 1 << 30), (1 << 31, 1))),
+    ):
+        pair = Pair("odd", list(shadows), live, indices)
+        assert not supports([Pair("w", [ones], ones, numbers(0)), pair])
+        with pytest.raises(ValueError, match="odd: no kernel takes"):
+            FusedPlan([pair])
+
+
+def test_supports(interpreted: Any) -> None:
+    """What no launch takes is refused by name: other dtypes, strides, lengths and element numbers."""
+    interpreted(check_supports)
+
+
+def test_not_without_the_interpreter() -> None:
+    """On a CPU nobody gets the kernel unless Triton is interpreted."""
+    assert not available(CPU)
+    assert not supports([Pair("w", [torch.ones(1)], torch.ones(1), numbers(0))])
+
+
+def check_fallback() -> None:
+    pairs = make(F32, F32, 1) + make(BF16, BF16, 1)
+    pairs += [Pair("double", [draw(700, torch.float64, 1)], draw(700, F32, 2), numbers(0))]
+    pairs += [Pair("odd", [draw(700, BF16, 1)], draw(700, F32, 2), lambda a, b: torch.arange(a, b) ** 2)]
+    other = twin(pairs)
+    plan = FusedPlan(pairs, 4, Plan)
+    plan.run([0.25], 3)
+    Plan(other, 4).run([0.25], 3)
+    assert all(torch.equal(a.shadows[0], b.shadows[0]) for a, b in zip(pairs, other, strict=True))
+    assert plan.pairs == pairs
+    assert len(plan._launches) == 2
+    FusedPlan([], 4, Plan).run([0.5], 0)
+
+
+def test_fallback(interpreted: Any) -> None:
+    """A list of all sorts: one launch per dtype, the rest by `kernels.Plan`, the same result."""
+    interpreted(check_fallback)
+
+
+def check_cost() -> None:
+    plan = FusedPlan(make(BF16, F32, 2) + make(BF16, BF16, 2))
+    filled: list[float] = []
+    programs: list[int] = []
+    held = plan.scratch_bytes
+    (weights,) = plan._weights.values()
+    weights._each = [Fill(place, filled) for place in weights._each]  # type: ignore[misc]
+    for launch in plan._launches:
+        launch._kernel = Count(launch._kernel, programs)
+    for update in range(4):
+        plan.run([0.25, 0.5 if update < 2 else 0.75], update)
+    assert filled == [0.25, 0.5, 0.75], "a weight is sent when it changes"
+    assert programs == [sum(-(-n // 256) for n in AWKWARD)] * 8, "one launch per dtype and update"
+    assert plan.scratch_bytes == held
+    plan.run([0.25, torch.tensor(0.5)], 4)
+    plan.run([0.25, 0.75], 5)
+    assert filled == [0.25, 0.5, 0.75, 0.75], "a tensor came between"
+    assert FusedPlan([Pair("w", [torch.ones(0)], torch.ones(0), numbers(0))])._launches == []
+
+
+class Fill:
+    def __init__(self, place: Tensor, seen: list[float]) -> None:
+        self._place, self._seen = place, seen
+
+    def fill_(self, value: float) -> None:
+        self._seen.append(value)
+        self._place.fill_(value)
+
+    def copy_(self, value: Tensor) -> None:
+        self._place.copy_(value)
+
+
+class Count:
+    def __init__(self, kernel: Any, seen: list[int]) -> None:
+        self._kernel, self._seen = kernel, seen
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        self._seen.append(*grid)
+        return self._kernel[grid]
+
+
+def test_cost(interpreted: Any) -> None:
+    """One launch per dtype, a weight written only when it changed, nothing allocated."""
+    interpreted(check_cost)
+
+
+def check_tables() -> None:
+    pairs = [Pair("a", [torch.zeros(600)], torch.ones(600), numbers(0))]
+    pairs += [Pair("b", [torch.zeros(5)[1:]], torch.ones(4), numbers(0))]
+    plan = FusedPlan(pairs)
+    (launch,) = plan._launches
+    assert launch._blocks.tolist() == [0, 0, 0, 1]
+    rows = launch._tensors.tolist()
+    assert [row[:3] for row in rows] == [[600, 0, 1], [4, 3, 0]]
+    assert {t.data_ptr() for t in (pairs[1].live, launch._tensors, launch._blocks)} <= {
+        t.data_ptr() for t in plan.tensors
+    }
+    assert [row[4:] for row in rows] == [[pair.live.data_ptr(), pair.shadows[0].data_ptr()] for pair in pairs]
+
+
+def test_tables(interpreted: Any) -> None:
+    """Lengths, first programs, whether 16-byte loads are allowed, and addresses."""
+    interpreted(check_tables)
+
+
+def test_triton_is_not_imported() -> None:
+    """`import dist_ema.fused` needs no Triton: it is imported when the first plan is made."""
+    source = "import sys, dist_ema.fused; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0
+
+
+def test_a_numbering_of_a_run_is_looked_at() -> None:
+    """Indices that are no Numbering are compared element by element, across chunks."""
+    n = (SCRATCH << 2) + 3
+    pair = Pair("w", [torch.empty(0)], torch.empty(1).expand(n), numbers(17))
+    assert fused._numbering(pair) == Numbering(17)
+    pair.indices = lambda a, b: torch.arange(a, b) + (torch.arange(a, b) == n - 1)
+    assert fused._numbering(pair) is None
