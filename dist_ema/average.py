@@ -152,7 +152,8 @@ class Average:
             shadows = [profile.slots[i].shadow for profile in self.profiles]
             if slot.shadow is not None:
                 number = partial(layout.indices, slot.shard, slot.own, device=slot.shadow.device)
-                pair = Pair(slot.name, [shadow for shadow in shadows if shadow is not None], slot.live, number)
+                every = [shadow for shadow in shadows if shadow is not None]
+                pair = Pair(slot.name, every, slot.live, number, math.prod(slot.shard.shape) >= 1 << 32)
                 (buffers if slot.shard.kind == "buffer" else weights).append(pair)
         self._plan = Plan(weights, self.seed)
         # Buffers are written by the next forward, so they are never read behind it.

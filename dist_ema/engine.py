@@ -15,12 +15,13 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .kernels import Pair, Plan
+from .kernels import Plan
 
 __all__ = ["Engine", "Executor", "Gate", "HostThread", "Inline", "Overlapped", "SideStream", "Worker", "choose"]
 
@@ -163,7 +164,7 @@ class HostThread:
         for pair in plan.pairs:
             window, arenas[pair.live.dtype] = arenas[pair.live.dtype].tensor_split([pair.live.numel()])
             self._copies.append((window, pair.live))
-            pairs.append(Pair(pair.name, pair.shadows, window, pair.indices))
+            pairs.append(replace(pair, live=window))
         self._windowed = Plan(pairs, plan.seed)
         averages = max((len(pair.shadows) for pair in plan.pairs), default=0)
         self._weights = torch.zeros(averages, pin_memory=pin)

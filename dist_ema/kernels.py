@@ -38,6 +38,7 @@ class Pair:
     shadows: list[Tensor]
     live: Tensor
     indices: Callable[[int, int], Tensor]  # (start, stop) -> element numbers in the full weight, int64
+    huge: bool = True  # numbers beyond 32 bits may occur
 
 
 class Plan:
@@ -113,11 +114,11 @@ class Plan:
             for shadow, weight in zip(shadows, weights, strict=True):
                 _lerp(shadow, cast, weight, guard)
         for pair, shadows, live, start, wide in self._rounded:
-            bits = noise(self.seed, update, pair.name, pair.indices(start, start + len(live)))
+            low = _low(_draw(_key(self.seed, update, pair.name), pair.indices(start, start + len(live)), pair.huge))
             moved = live.to(wide.device, wide.dtype)
             for shadow, weight in zip(shadows, weights, strict=True):
                 _lerp(wide.copy_(shadow), moved, weight, guard)
-                shadow.copy_(round_to_bfloat16(wide, bits))
+                shadow.copy_(_round(wide, low))
 
     def _guarded(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         """In chunks, because a guarded move needs a temporary of live's size."""
@@ -199,9 +200,7 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 def noise(seed: int, update: int, name: str, indices: Tensor) -> Tensor:
     """32 hash bits per element, int64 in [0, 2^32), the same wherever the element lies."""
-    key = _key(seed, update, name)
-    x = (indices ^ (indices >> 32) * 0x9E3779B1) & _MASK
-    return _mix(_mix(x ^ key) ^ (key >> 7))
+    return _draw(_key(seed, update, name), indices, huge=True).to(torch.int64) & _MASK
 
 
 @lru_cache(maxsize=4096)
@@ -209,16 +208,42 @@ def _key(seed: int, update: int, name: str) -> int:
     return crc32(f"{seed}/{update}/{name}".encode())
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32 bits in which every input bit reaches every output bit."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x46CA68B5) & _MASK
-    return x ^ (x >> 16)
+def _draw(key: int, indices: Tensor, huge: bool) -> Tensor:
+    """The bits of `noise` as int32: a quarter of the traffic of int64, and multiplication wraps the same."""
+    if huge:
+        indices = indices ^ (indices >> 32) * 0x9E3779B1
+    x = indices.to(torch.int32).bitwise_xor_(_signed(key))
+    spare = torch.empty_like(x)
+    return _mix(_mix(x, spare).bitwise_xor_(_signed(key >> 7)), spare)
+
+
+def _mix(x: Tensor, spare: Tensor) -> Tensor:
+    """A bijection of 32 bits, in place, in which every input bit reaches every output bit."""
+    x.bitwise_xor_(_shift(x, 16, spare)).mul_(0x7FEB352D)
+    x.bitwise_xor_(_shift(x, 15, spare)).mul_(0x46CA68B5)
+    return x.bitwise_xor_(_shift(x, 16, spare))
+
+
+def _shift(x: Tensor, n: int, out: Tensor) -> Tensor:
+    """To the right, filling with zeros: int32 shifts fill with the sign."""
+    return torch.bitwise_right_shift(x, n, out=out).bitwise_and_((1 << 32 - n) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - ((word & 1 << 31) << 1)
+
+
+def _low(bits: Tensor) -> Tensor:
+    """The upper 16 hash bits, to be added below the cut. int32, in place."""
+    return _shift(bits, 16, bits)
 
 
 def round_to_bfloat16(wide: Tensor, bits: Tensor) -> Tensor:
     """fp32 to the bfloat16 below or above, by chance in proportion to the distance. bits: see `noise`."""
-    low = (bits >> 16).to(torch.int32)
+    return _round(wide, (bits >> 16).to(torch.int32))
+
+
+def _round(wide: Tensor, low: Tensor) -> Tensor:
     # NOTE: cut by bits, because a cast rounds to nearest; -65536 is 0xFFFF0000 as an int32.
-    cut = ((wide.view(torch.int32) + low) & -65536).view(torch.float32)
+    cut = torch.add(wide.view(torch.int32), low).bitwise_and_(-65536).view(torch.float32)
     return torch.where(wide.isfinite(), cut, wide).to(torch.bfloat16)
