@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA, Warmup, load_file
-from tests.kit import Collectives, Net, Oracle, Training, run_ranks, same, snapshot
+from tests.kit import Collectives, Net, Oracle, Training, raises, run_ranks, same, snapshot
 
 ROWS = [
     ("none", 1), ("ddp", 2), ("ddp", 3), ("ddp whole", 2), ("fsdp1 flat", 2), ("fsdp1 orig", 2), ("fsdp1 orig", 3),
@@ -59,12 +59,9 @@ def check_wrapper(kind: str, folder: str) -> dict[str, Any]:
     lent = run.twin_with({name: value.float() for name, value in oracle.average.items()})
     held["swap forward"] = bool((seen - lent).abs().max() < 2e-5)
     held["restored"] = same(before, snapshot(run.model))
-    try:
-        with ema.swap():
-            run.probe()
-            raise KeyError("evaluation failed")
-    except (KeyError, RuntimeError):
-        pass
+    with raises(KeyError, "evaluation failed"), ema.swap():
+        run.probe()
+        raise KeyError("evaluation failed")
     held["restored after raise"] = same(before, snapshot(run.model))
 
     ema.attach(run.optimizer)
