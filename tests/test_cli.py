@@ -22,7 +22,7 @@ from torch import nn
 from dist_ema import EMA, Power
 from dist_ema.cli import main
 from dist_ema.format import INDEX, META
-from dist_ema.offline import inspect
+from dist_ema.offline.inspect import inspect
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -25,13 +25,14 @@ ROOT = Path(__file__).resolve().parent.parent
 HOUSE = ROOT / "dist_ema"
 
 FLOORS = {
-    0: "schedule kernels fused shards format commit ranks",
-    1: "layout clock wire engine",
+    0: "schedule kernels fused shards format commit ranks console elements",
+    1: "layout clock wire engine source sink",
     2: "swap gather artifact resume dcp agree attach average",
     3: "ema",
-    4: "offline",
-    5: "cli",
-    6: "__init__ __main__",
+    4: "offline.__init__ offline.inspect",
+    5: "cli.inspect",
+    6: "cli.__init__",
+    7: "__init__ __main__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 MODULES = {".".join(path.relative_to(HOUSE).with_suffix("").parts): path for path in sorted(HOUSE.rglob("*.py"))}
@@ -58,7 +59,13 @@ def room(source: str, name: str | None) -> str | None:
         return None
     inside = source.removeprefix("dist_ema").lstrip(".")
     deeper = f"{inside}.{name}" if inside and name else name or inside
-    return deeper if deeper in FLOOR else inside or "__init__"
+    reached = deeper if _door(deeper) in FLOOR else inside
+    return _door(reached) if reached else "__init__"
+
+
+def _door(path: str) -> str:
+    """A folder is entered through its __init__."""
+    return path if path in FLOOR else f"{path}.__init__" if f"{path}.__init__" in FLOOR else path
 
 
 def stairs(module: str, source: str) -> list[str]:

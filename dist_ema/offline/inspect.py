@@ -1,4 +1,4 @@
-"""Verbs over files: no torch, no process group, and no more memory than the headers take.
+"""What is in a file or folder: no torch, and no more memory than the headers take.
 
 Files come from anywhere, so nothing in them is trusted: what cannot be read is a ValueError with one sentence, what can be
 read but is wrong goes into `Report.problems`.
@@ -13,9 +13,9 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
-from . import commit, format
-from .clock import Clock
-from .schedule import from_spec
+from .. import commit, format
+from ..clock import Clock
+from ..schedule import from_spec
 
 __all__ = ["Report", "Total", "inspect"]
 

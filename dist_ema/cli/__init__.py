@@ -1,0 +1,72 @@
+"""The command line: it parses, prints and exits; `offline` does the work.
+
+A verb is a module with two functions: `add` puts its parser under the command, and what it sets as `run` returns the exit
+code. Parsing imports neither numpy nor torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..console import FINE, PROBLEM, USAGE, say
+from . import inspect
+
+__all__ = ["main"]
+
+VERBS = (inspect,)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code. Wrong usage leaves through argparse, with code 2."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.version:
+        print(f"dist-ema {_version()}")
+        return FINE
+    if options.run is None:
+        parser.print_help(sys.stderr)
+        return USAGE
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough
+        return FINE
+    except FileNotFoundError as error:
+        return say(_sentence(error), USAGE)
+    except (ImportError, OSError, ValueError) as error:
+        return say(_sentence(error), PROBLEM)
+    except KeyboardInterrupt:
+        return say("stopped; nothing was left behind.", 130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dist-ema",
+        description="Look into, ship, compare and combine averaged weights, without a GPU or a process group.",
+        epilog="`dist-ema VERB --help` explains a verb, with examples.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.set_defaults(run=None)
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+    for verb in VERBS:
+        verb.add(verbs)
+    return parser
+
+
+def _sentence(error: Exception) -> str:
+    """What the system says of a file, with the file's name first."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}."
+    return str(error)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # 20 ms, for --version alone
+
+    try:
+        return version("dist-ema")
+    except PackageNotFoundError:
+        return "(run from its source, not installed)"

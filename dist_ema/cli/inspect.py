@@ -1,0 +1,120 @@
+"""`dist-ema inspect`: what is in this file or folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from ..console import FINE, PROBLEM, add_verb, columns, listed, out, out_json, printable, say
+from ..format import META
+from ..offline import inspect as offline
+
+__all__ = ["add"]
+
+SHOWN = 20  # weights in the table, if nothing is said
+
+
+def add(verbs: Any) -> None:
+    verb = add_verb(
+        verbs,
+        "inspect",
+        "say what is in a saved average, an exported model or any safetensors file",
+        "Say what is in a saved average (ema.save), an exported model (ema.export), a Hugging Face folder\n"
+        "or one .safetensors file. Only headers are read, so it takes a moment for any size.",
+        "  dist-ema inspect run/ema-001000                   clock, schedule, files, the first weights\n"
+        "  dist-ema inspect model.safetensors --weights all  every weight\n"
+        "  dist-ema inspect out/ --json                      the same for programs",
+        _inspect,
+    )
+    verb.add_argument("path", metavar="PATH", help="a folder, or one .safetensors file")
+    verb.add_argument("--json", action="store_true", help="print JSON, with every weight unless --weights says less")
+    verb.add_argument("--weights", type=_count, metavar="N", help=f"weights to list, or 'all' (default {SHOWN})")
+
+
+def _count(text: str) -> int:
+    if text == "all":
+        return sys.maxsize
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number or 'all', got {text!r}")
+    return int(text)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    report = offline.inspect(options.path)
+    if options.json:
+        values = report.plain()
+        values["weights"] = dict(list(values["weights"].items())[: options.weights])
+        out_json(values)
+    else:
+        out(_text(report, SHOWN if options.weights is None else options.weights))
+    for problem in report.problems:
+        say(f"{report.path}: {META} is not sound: {problem}.", PROBLEM)
+    return PROBLEM if report.problems else FINE
+
+
+def _text(report: offline.Report, shown: int) -> Iterator[str]:
+    yield printable(f"{report.path}: {_kind(report)}")
+    yield ""
+    yield from columns(list(_facts(report)))
+    listed = list(report.weights.items())[:shown]
+    if listed:
+        rows = [(name, entry.dtype, str(list(entry.shape)), _role(report, name)) for name, (_, entry) in listed]
+        yield ""
+        yield from columns([("weight", "dtype", "shape", ""), *rows])
+    if len(report.weights) > shown:
+        yield f"... and {len(report.weights) - shown} of {len(report.weights)} more: --weights all"
+
+
+def _kind(report: offline.Report) -> str:
+    kinds = {
+        "ema": "an average to resume from",
+        "export": "a model to ship, exported by dist_ema",
+        "model": "a safetensors model, not written by dist_ema",
+        "file": "a safetensors file",
+    }
+    version = report.meta.get("format")
+    return kinds.get(report.kind, report.kind) + (f" (format {version})" if version else "")
+
+
+def _facts(report: offline.Report) -> Iterator[tuple[str, str]]:
+    """(word, what is to be said of it) for each line of the summary."""
+    meta = report.meta
+    if meta.get("format"):
+        yield from _history(meta)
+        rest = "" if meta.get("weights") == "all" else "; frozen weights and buffers are not in the files"
+        yield "averaged", f"{len(meta['averaged'])} weights{rest}"
+        yield "own buffers", ", ".join(map(str, meta["own_buffers"])) or "none"
+    yield from (("alias", f"{alias} is {name}") for alias, name in report.aliases.items())
+    yield "in all", _total(report.total)
+    yield from ((dtype, _total(total)) for dtype, total in report.totals.items())
+    for name, file in report.files.items():
+        sums = ", ".join(f"{kind} {value}" for kind, value in report.sums(name).items())
+        yield "file", f"{name}: {file.size:,} bytes, {sums or 'no check sum'}"
+
+
+def _history(meta: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    clock, attach = dict(sorted(meta["clock"].items(), key=lambda item: item[0] != "now")), meta.get("attach")
+    started = clock.pop("started", True)
+    yield "clock", listed(clock) + ("" if started else ", not started")
+    yield from (("schedule", _call(spec)) for spec in meta["schedules"])
+    yield "attach", listed(attach) if isinstance(attach, dict) else "updated by hand"
+    if meta["extra"]:
+        yield "extra", ", ".join(meta["extra"])
+    yield "versions", listed(meta["versions"])
+
+
+def _total(total: offline.Total) -> str:
+    return f"weights {total.weights:,}, parameters {total.parameters:,}, bytes {total.bytes:,}"
+
+
+def _call(spec: Any) -> str:
+    """Power(sigma_rel=0.1) from {"name": "Power", "sigma_rel": 0.1}."""
+    if not isinstance(spec, dict):
+        return str(spec)
+    return f"{spec.get('name')}({', '.join(f'{key}={value!r}' for key, value in spec.items() if key != 'name')})"
+
+
+def _role(report: offline.Report, name: str) -> str:
+    return "averaged" if name in report.meta["averaged"] else "own buffer" if name in report.meta["own_buffers"] else ""

@@ -1,0 +1,125 @@
+"""A model written to files by one process: streaming, summed, and seen under its name only when it is whole. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import commit, format
+from .elements import Bytes
+
+__all__ = ["Model", "refuse_target", "write"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What to write: the laid-out files by name, other files beside them, and ema.json (its `files` is filled in)."""
+
+    files: dict[str, format.File]
+    index: str | None = None  # the index's name, where there are several files
+    beside: Mapping[str, bytes | Path] = field(default_factory=dict)  # name -> content, or a file to copy
+    meta: Mapping[str, Any] | None = None
+
+
+def refuse_target(path: Path, force: bool) -> None:
+    """Raise ValueError where `path` may not be written. With force only a model is replaced; what lies beside it stays."""
+    if not path.exists():
+        return
+    if not force:
+        raise ValueError(f"{path} exists. Pass --force to replace it, or name another path.")
+    if path.suffix == ".safetensors":
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
+    elif not path.is_dir():
+        raise ValueError(f"{path} is a file. Give a folder, or a name that ends in .safetensors.")
+    elif any(path.iterdir()) and not any(path.glob("*.safetensors")):
+        raise ValueError(f"{path} holds files but no model: it is not ours to replace. Choose another path.")
+
+
+def write(
+    path: Path,
+    model: Model,
+    content: Callable[[str], Iterable[Bytes]],
+    *,
+    force: bool = False,
+    tick: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write a folder, or one file if `path` ends in .safetensors. Atomic: a temporary sibling, synced, then renamed.
+
+    content: the bytes of a weight in order, in any windows; asked for once each, in the order of the files. tick: told
+    how many bytes were written. *Cost*: what content yields at a time.
+    """
+    refuse_target(path, force)
+    if path.suffix == ".safetensors" and len(model.files) != 1:
+        raise ValueError(f"{path} is one file, but max_shard_size asks for {len(model.files)}. Name a folder.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    commit.recover(path)
+    commit.sweep(path)
+    folder = commit.temporary(path)
+    folder.mkdir()
+    try:
+        sums = {name: _write_file(folder / name, file, content, tick) for name, file in model.files.items()}
+        if path.suffix == ".safetensors":
+            alone = commit.temporary(path)
+            os.rename(folder / next(iter(model.files)), alone)
+            folder.rmdir()
+            return commit.publish(alone, path)
+        _write_beside(folder, model, sums)
+        _keep_others(path, folder)
+        commit.publish(folder, path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_file(
+    path: Path, file: format.File, content: Callable[[str], Iterable[Bytes]], tick: Callable[[int], None]
+) -> dict[str, Any]:
+    """Returns its line in ema.json: size and sums."""
+    crc, sha, at = zlib.crc32(file.head), hashlib.sha256(file.head), len(file.head)
+    with open(path, "wb") as handle:
+        commit.reserve(handle.fileno(), file.size)
+        commit.write_at(handle.fileno(), file.head, 0)
+        for name, entry in sorted(file.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+            for raw in content(name):
+                view = raw.data
+                commit.write_at(handle.fileno(), view, at)
+                crc, at = zlib.crc32(view, crc), at + len(view)
+                sha.update(view)
+                tick(len(view))
+            assert at == len(file.head) + entry.end, f"{name} is {entry.nbytes} bytes, the content was not"
+        os.fsync(handle.fileno())
+    return {"size": file.size, "crc32": f"{crc:08x}", "sha256": sha.hexdigest()}
+
+
+def _write_beside(folder: Path, model: Model, sums: dict[str, dict[str, Any]]) -> None:
+    texts = dict(model.beside)
+    if model.index is not None and len(model.files) > 1:
+        texts[model.index] = format.index(model.files)
+    if model.meta is not None:
+        texts[format.META] = format.dump({**model.meta, "files": sums})
+    for name, text in texts.items():
+        if isinstance(text, Path):
+            shutil.copyfile(text, folder / name)
+        else:
+            (folder / name).write_bytes(text)
+        commit.sync(folder / name)
+    commit.sync(folder)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """What lies in the folder beside the old model (config, tokenizer, a card) moves on with the new one."""
+    for each in sorted(old.iterdir()) if old.is_dir() else ():
+        of_model = each.name.endswith((".safetensors", ".safetensors.index.json")) or each.name == format.META
+        if of_model or (new / each.name).exists():
+            continue
+        if each.is_dir() and not each.is_symlink():
+            shutil.copytree(each, new / each.name, symlinks=True)
+        else:
+            shutil.copy2(each, new / each.name, follow_symlinks=False)

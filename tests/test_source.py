@@ -1,0 +1,153 @@
+"""Models in files: read in windows, written as one stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dist_ema import EMA, format, sink, source
+
+WEIGHTS = {
+    "a.weight": torch.randn(7, 5),
+    "half": torch.randn(33).to(torch.bfloat16),
+    "count": torch.tensor(3),
+    "empty": torch.empty(0, 4),
+    "flags": torch.tensor([True, False, True]),
+}
+
+
+def read_all(path: Path, window: int = 16) -> dict[str, bytes]:
+    with source.open_model(path) as model:
+        return {name: b"".join(map(bytes, source.windows(model, name, window))) for name in model.entries}
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def rewrite(path: Path, out: Path, **options: object) -> None:
+    """Copy a model through source and sink."""
+    with source.open_model(path) as model:
+        files = format.plan(dict(model.entries), "100B" if out.suffix == "" else "5GB")
+        if out.suffix:
+            files = {out.name: next(iter(files.values()))}
+        target = sink.Model(files, format.INDEX, {"config.json": b"{}"}, {"format": 1})
+        sink.write(out, target, lambda name: source.windows(model, name), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "saved"])
+def test_read(form: str, tmp_path: Path) -> None:
+    """The same bytes from a file, a folder of several shards, and a saved average, in windows that end inside weights."""
+    module = torch.nn.Linear(5, 7)
+    module.register_buffer("count", torch.tensor(3))
+    weights = WEIGHTS
+    path = tmp_path / "model.safetensors"
+    save_file(WEIGHTS, path)
+    if form == "folder":
+        rewrite(path, path := tmp_path / "folder")
+        assert len(list(path.glob("*.safetensors"))) > 1
+    if form == "saved":
+        EMA(module).save(path := tmp_path / "saved", max_shard_size=100)
+        weights = module.state_dict()
+    assert read_all(path) == {name: raw(tensor) for name, tensor in weights.items()}
+
+
+def test_aliases(tmp_path: Path) -> None:
+    """From ema.json in a folder, from the header in a file; names that the files do not hold are no aliases."""
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    net[1].weight = net[0].weight
+    ema = EMA(net)
+    ema.save(tmp_path / "saved")
+    ema.export(tmp_path / "one.safetensors")
+    for path in (tmp_path / "saved", tmp_path / "one.safetensors"):
+        with source.open_model(path) as model:
+            assert dict(model.aliases) == {"1.weight": "0.weight"}
+
+
+def test_no_model(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing does not exist"):
+        source.open_model(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        source.open_model(tmp_path)
+
+
+def test_cut_while_read(tmp_path: Path) -> None:
+    """Somebody truncates the file behind an open source."""
+    save_file({"w": torch.randn(100)}, path := tmp_path / "model.safetensors")
+    with source.open_model(path) as model:
+        with open(path, "r+b") as file:
+            file.truncate(200)
+        with pytest.raises(ValueError, match="became shorter"):
+            model.read("w", 0, 400)
+
+
+def test_write(tmp_path: Path) -> None:
+    """safetensors reads what was written, the sums are those of the files, and the bytes are those that ranks write."""
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    ticks: list[int] = []
+    rewrite(tmp_path / "model.safetensors", tmp_path / "out", tick=ticks.append)
+    rewrite(tmp_path / "model.safetensors", tmp_path / "one.safetensors")
+    out = tmp_path / "out"
+    meta = json.loads((out / "ema.json").read_text())
+    assert set(meta["files"]) == {path.name for path in out.glob("*.safetensors")}
+    found = {}
+    for name, line in meta["files"].items():
+        data = (out / name).read_bytes()
+        whole = format.Sum(len(data))
+        whole.add(0, data)
+        assert line["size"] == len(data)
+        assert line["sha256"] == hashlib.sha256(data).hexdigest()
+        assert line["crc32"] == format.check_sum(len(data), [whole.contribution])
+        found |= load_file(out / name)
+    assert sum(ticks) == sum(tensor.nbytes for tensor in WEIGHTS.values())
+    assert (out / "config.json").read_text() == "{}"
+    for tensors in (found, load_file(tmp_path / "one.safetensors")):
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in WEIGHTS.items())
+        assert len(tensors) == 5
+    assert format.read_model(out)
+
+
+def test_target(tmp_path: Path) -> None:
+    """Nothing is replaced without force; with force only a model is, and what lies beside it stays."""
+    save_file(WEIGHTS, src := tmp_path / "model.safetensors")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    rewrite(src, out := tmp_path / "out")
+    (out / "tokenizer.json").write_text("kept")
+    (out / "sub").mkdir()
+    with pytest.raises(ValueError, match="exists. Pass --force"):
+        rewrite(src, out)
+    (out / "model-00001-of-00009.safetensors").write_bytes(b"old")
+    rewrite(src, out, force=True)
+    assert (out / "tokenizer.json").read_text() == "kept"
+    assert (out / "sub").is_dir()
+    assert not (out / "model-00001-of-00009.safetensors").exists()
+    with pytest.raises(ValueError, match="no model: it is not ours"):
+        rewrite(src, tmp_path / "notes", force=True)
+    with pytest.raises(ValueError, match="is a file"):
+        (tmp_path / "plain").write_text("")
+        rewrite(src, tmp_path / "plain", force=True)
+    with pytest.raises(ValueError, match="is a folder"):
+        (tmp_path / "odd.safetensors").mkdir()
+        rewrite(src, tmp_path / "odd.safetensors", force=True)
+
+
+def test_failure_leaves_nothing(tmp_path: Path) -> None:
+    """Content that raises half-way: the old model is whole, and no temporary lies about."""
+    save_file(WEIGHTS, src := tmp_path / "model.safetensors")
+    rewrite(src, out := tmp_path / "out")
+    before = read_all(out)
+
+    def content(name: str) -> list[np.ndarray]:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        sink.write(out, sink.Model(format.plan({"w": format.Entry("F32", (3,))}, "5GB")), content, force=True)
+    assert read_all(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "out"]
