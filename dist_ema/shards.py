@@ -46,7 +46,9 @@ __all__ = [
     "Found",
     "Region",
     "Shard",
+    "bare",
     "blocker",
+    "canonical",
     "find",
     "frozen_by_inductor",
     "register",
@@ -184,6 +186,13 @@ def blocker(sharded: list[nn.Module]) -> str | None:
     return None
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """Without DDP, DataParallel and torch.compile around it: a forward that is no collective of theirs. FSDP stays."""
+    while isinstance(model, (DistributedDataParallel, DataParallel)) or _is_compiled(model):
+        model = model._modules[_wrapped_name(model) or ""]  # type: ignore[assignment]
+    return model
+
+
 def frozen_by_inductor(model: nn.Module) -> bool:
     """Inductor copied the weights into its code (config.freezing), so a swap would not be seen."""
     config = sys.modules.get("torch._inductor.config")
@@ -223,7 +232,7 @@ def _walk(
     """(canonical prefix, module, the DDP around it) in the order of named_modules(), shared modules at every path."""
     inner = _wrapped_name(module)
     if isinstance(module, DistributedDataParallel):
-        ignored = frozenset(prefix + _canonical(name) for name in module.parameters_to_ignore)
+        ignored = frozenset(prefix + canonical(name) for name in module.parameters_to_ignore)
         ddp = _Replicated(module.process_group, ignored)
     yield prefix, module, ddp
     for name, child in module._modules.items():
@@ -249,7 +258,8 @@ def _wrapped_name(module: nn.Module) -> str | None:
     return next((child for kind, child in _WRAPPED if isinstance(module, kind)), None)
 
 
-def _canonical(name: str) -> str:
+def canonical(name: str) -> str:
+    """The name that a weight or module has where nothing is wrapped; for DDP start inside (`bare`)."""
     inner = {child for _, child in _WRAPPED if child.startswith("_")} | {"_orig_mod"}
     return ".".join(part for part in name.split(".") if part not in inner)
 

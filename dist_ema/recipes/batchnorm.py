@@ -1,0 +1,247 @@
+"""Precise BN: population statistics for the weights that are in the model now (Wu & Johnson 2021, section 3).
+
+    with ema.swap():
+        recalibrate(model, loader)      # the average keeps these statistics, the live model gets its own back
+
+A running mean lags behind moving weights, and it never fits averaged ones. Here a number of batches go through the model,
+and every BatchNorm gets the mean and variance of all that it saw, each layer normalising by its own batch as it does in
+training.
+
+[Note: no training mode]  Nothing is put into training mode: a hook in front of each layer takes the batch's statistics and
+lends them to the layer, which then normalises as in evaluation. So dropout stays off, momentum and counters are not
+touched, and SyncBatchNorm sends nothing, which would hang where ranks have different numbers of batches.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import shards
+from ..ranks import Ranks
+
+__all__ = ["recalibrate"]
+
+_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_END = object()
+
+
+def recalibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    num_batches: int = 200,
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress: bool = True,
+) -> int:
+    """Give every BatchNorm of `model` the mean and variance of what it sees over `loader`. *Collective*.
+
+    Each rank runs its own batches, up to num_batches of them; the statistics are those of all ranks' data together, by
+    one reduction per layer, and equal on all ranks. Ranks may have different numbers and sizes of batches. forward: calls
+    the model with a batch; by default tuples and lists give their first element, mappings their values as keywords, on the
+    model's device. The variance is the unbiased one, as BatchNorm keeps it. Returns the number of batches on this rank.
+
+    Nothing but running_mean and running_var changes; if anything raises, nothing does. Raises ValueError if there is no
+    BatchNorm that tracks statistics, no data, or if a layer saw NaN or infinity, with the names. A layer that the forward
+    does not reach keeps its statistics, with a warning. *Cost*: one layer's input in float64 at a time.
+    """
+    if num_batches < 1:
+        raise ValueError(f"num_batches must be at least 1, got {num_batches}.")
+    inner = shards.bare(model)
+    layers = {name: m for name, m in inner.named_modules() if isinstance(m, _LAYERS) and m.running_mean is not None}
+    if not layers:
+        raise ValueError(f"{type(inner).__name__} has no BatchNorm that tracks statistics: nothing to recalibrate.")
+    found = shards.find(model)
+    ranks = Ranks(found.members, found.group, shards.side_store)
+    watch = _Watch({name: _Moments.none(module) for name, module in layers.items()})
+    steps = _together(loader, num_batches, ranks if found.sharded else None)
+    bar = _bar(loader, num_batches) if progress and ranks.first and sys.stderr.isatty() else nullcontext(lambda: None)
+
+    def run() -> int:
+        done = 0
+        with bar as advance, _watched(inner, layers, watch), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for batch, watch.counting in steps:
+                (forward or _forward)(inner, batch)
+                done += watch.counting
+                advance()
+        return done
+
+    try:
+        done, _ = ranks.attempt("recalibrate", run)
+    finally:
+        shards.reshard(found.sharded)
+    moments = {name: each.over(ranks) for name, each in watch.moments.items()}
+    _refuse(moments)
+    with torch.no_grad():
+        for name, module in layers.items():
+            if moments[name].count:
+                module.running_mean.copy_(moments[name].mean)  # type: ignore[union-attr]
+                module.running_var.copy_(moments[name].variance)  # type: ignore[union-attr]
+    return done
+
+
+# --- running the batches -----------------------------------------------------------------------------------------
+
+
+def _together(loader: Iterable[Any], most: int, sharded: Ranks | None) -> Iterator[tuple[Any, bool]]:
+    """(batch, whether it counts). NOTE: a sharded forward is collective, so a rank that has run out of data repeats its
+    last batch, uncounted, until all have."""
+    batches = islice(loader, most)
+    last: Any = _END
+    while True:
+        batch = next(batches, _END)
+        if sharded is None:
+            if batch is _END:
+                return
+            yield batch, True
+            continue
+        last = batch if batch is not _END else last
+        more, able = _any(sharded, batch is not _END), not _any(sharded, last is _END)
+        if more and not able:
+            raise ValueError("recalibrate() of a sharded model needs at least one batch on every rank.")
+        if not more:
+            return
+        yield last, batch is not _END
+
+
+def _any(ranks: Ranks, flag: bool) -> bool:
+    """Whether it is true on some rank. *Collective*."""
+    said = torch.tensor(float(flag), device=ranks.wire_device())
+    if ranks.size > 1:
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=ranks.group)
+    return bool(said)
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def there(value: Any) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return model(**{key: there(value) for key, value in batch.items()})
+    return model(there(batch[0] if isinstance(batch, (tuple, list)) else batch))
+
+
+@contextmanager
+def _bar(loader: Iterable[Any], most: int) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    total = min(most, len(loader)) if isinstance(loader, Sized) else most
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("BatchNorm statistics", total=total)
+        yield lambda: progress.advance(task)
+
+
+# --- watching the layers -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Moments:
+    """Count, mean and sum of squared deviations of what a layer saw, per channel."""
+
+    count: float
+    mean: Tensor  # [C], float64
+    squares: Tensor  # [C], float64
+
+    @staticmethod
+    def none(module: Any) -> _Moments:
+        zeros = _wide(torch.zeros_like(module.running_mean))
+        return _Moments(0.0, zeros, zeros)
+
+    def add(self, count: float, mean: Tensor, squares: Tensor) -> None:
+        """The moments of two sets together, from those of each (Chan et al. 1983): exact for any sizes."""
+        if count == 0:
+            return
+        whole = self.count + count
+        apart = mean - self.mean
+        self.squares = self.squares + squares + apart.square() * (self.count * count / whole)
+        self.mean = self.mean + apart * (count / whole)
+        self.count = whole
+
+    def over(self, ranks: Ranks) -> _Moments:
+        """Of all ranks' data, the same bits on every rank. *Collective*: one reduction."""
+        if ranks.size == 1:
+            return self
+        mine = torch.cat([self.mean.new_tensor([self.count]), self.mean, self.squares]).to(ranks.wire_device())
+        said = [torch.empty_like(mine) for _ in range(ranks.size)]
+        dist.all_gather(said, mine, group=ranks.group)
+        whole = _Moments(0.0, torch.zeros_like(self.mean), torch.zeros_like(self.squares))
+        for count, values in ((float(each[0]), each[1:].to(self.mean.device)) for each in said):
+            whole.add(count, *values.chunk(2))
+        return whole
+
+    @property
+    def variance(self) -> Tensor:
+        return self.squares / (self.count - 1)
+
+
+@dataclass
+class _Watch:
+    """What the hooks write to."""
+
+    moments: dict[str, _Moments]
+    counting: bool = True
+
+    def look(self, name: str, module: Any, args: tuple[Any, ...]) -> None:
+        """In front of a layer: note the batch's moments, and lend them to the layer ([Note: no training mode])."""
+        x = _wide(args[0].detach()).transpose(0, 1).flatten(1) if args[0].dim() > 1 else _wide(args[0])[None]
+        count = x.shape[1]  # [C, everything else]
+        if count == 0:
+            return
+        variance, mean = torch.var_mean(x, dim=1, correction=0)
+        module.running_mean.copy_(mean)
+        module.running_var.copy_(variance)
+        if self.counting:
+            self.moments[name].add(count, mean, variance * count)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).double()  # that one has no float64
+
+
+@contextmanager
+def _watched(model: nn.Module, layers: Mapping[str, Any], watch: _Watch) -> Iterator[None]:
+    """Everything in evaluation mode, a hook on every layer; modes and statistics restored whatever raises."""
+    modes = {module: module.training for module in model.modules()}
+    kept = {module: (module.running_mean.clone(), module.running_var.clone()) for module in layers.values()}
+    hooks = [module.register_forward_pre_hook(partial(watch.look, name)) for name, module in layers.items()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, (mean, variance) in kept.items():
+            module.running_mean.copy_(mean)
+            module.running_var.copy_(variance)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _refuse(moments: Mapping[str, _Moments]) -> None:
+    """Raise for statistics that must not be written, the same way on every rank."""
+    if not any(each.count for each in moments.values()):
+        raise ValueError(
+            "recalibrate() saw no data: the loader gave no batch on any rank, or no BatchNorm was reached."
+        )
+    single = [name for name, each in moments.items() if each.count == 1]
+    if single:
+        raise ValueError(f"{', '.join(single[:5])} saw one value per channel: that has no variance. Give more data.")
+    bad = [name for name, each in moments.items() if not bool((each.mean + each.squares).isfinite().all())]
+    if bad:
+        raise ValueError(f"{', '.join(bad[:5])} saw NaN or infinity. No statistics were changed.")
+    idle = [name for name, each in moments.items() if each.count == 0]
+    if idle:
+        warnings.warn(f"{', '.join(idle[:5])} was not reached and keeps its statistics.", stacklevel=3)

@@ -1,0 +1,103 @@
+"""FixRes: adapt a trained model to the resolution of the test (Touvron et al. 2019, section 4).
+
+Random crops at training time make objects look larger than centre crops do at test time, and the activations before the
+classifier follow other statistics at another resolution. The cure: a few epochs at the test resolution, with the test's
+preprocessing, in which the classifier and the last normalisation alone are trained.
+
+    frozen = freeze_for_resolution(model, classifier="fc", norm="layer4.1.bn2")
+    optimizer = torch.optim.SGD(frozen.parameters(), lr=1e-3)
+    ...                                             # train at the test resolution
+    frozen.undo()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from .. import shards
+
+__all__ = ["Frozen", "freeze_for_resolution"]
+
+
+@dataclass
+class Frozen:
+    """What `freeze_for_resolution` changed, and the way back. A context manager too: leaving it undoes."""
+
+    model: nn.Module
+    names: list[str]  # of the parameters that are trained
+    _free: list[nn.Parameter]
+    _required: dict[nn.Parameter, bool] = field(repr=False)
+    _modes: dict[nn.Module, bool] = field(repr=False)
+    _hook: Any = field(repr=False)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What to give to the optimizer."""
+        return iter(self._free)
+
+    def undo(self) -> None:
+        """Every requires_grad and every mode as it was before. Twice is once."""
+        if self._hook is None:
+            return
+        self._hook.remove()
+        self._hook = None
+        for parameter, required in self._required.items():
+            parameter.requires_grad_(required)
+        for module, mode in self._modes.items():
+            module.training = mode
+
+    def __enter__(self) -> Frozen:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.undo()
+
+
+def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None = None) -> Frozen:
+    """Train only the modules named `classifier` and `norm` (the last normalisation before it); the rest is in eval mode.
+
+    Names are those of the model without wrappers. The rest stays in evaluation mode even when the loop calls
+    `model.train()`, and `norm` follows model.train(), so that a BatchNorm learns its statistics again. Build the optimizer
+    on `.parameters()` of what is returned, or let it skip parameters without a gradient. Call it before FSDP1 wraps the
+    model (its flat parameters need one requires_grad for all, unless use_orig_params=True), and build the EMA after it.
+
+    Raises ValueError, naming what exists, where a name is no module of the model or has no parameters.
+    """
+    modules = _by_name(model)
+    chosen = [_pick(modules, "classifier", classifier)] + ([] if norm is None else [_pick(modules, "norm", norm)])
+    awake = {inner for module in chosen for inner in module.modules()}
+    free = list(dict.fromkeys(parameter for module in chosen for parameter in module.parameters()))
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    for parameter in required:
+        parameter.requires_grad_(parameter in set(free))
+
+    def sleep(*_: Any) -> None:
+        for module in model.modules():
+            if module not in awake:
+                module.training = False
+
+    sleep()
+    names = [shards.canonical(name) for name, each in shards.bare(model).named_parameters() if each.requires_grad]
+    return Frozen(model, names, free, required, modes, model.register_forward_pre_hook(sleep))
+
+
+def _by_name(model: nn.Module) -> dict[str, nn.Module]:
+    return {shards.canonical(name): module for name, module in shards.bare(model).named_modules()}
+
+
+def _pick(modules: dict[str, nn.Module], what: str, name: str) -> nn.Module:
+    if name not in modules or name == "":
+        near = [
+            each for each, module in modules.items() if each and any(True for _ in module.parameters(recurse=False))
+        ]
+        raise ValueError(
+            f"{what}={name!r} is no module of the model; the last ones with weights: {', '.join(near[-5:])}."
+        )
+    if not any(True for _ in modules[name].parameters()):
+        raise ValueError(f"{what}={name!r} is a {type(modules[name]).__name__} without parameters: nothing to train.")
+    return modules[name]
