@@ -173,10 +173,19 @@ def test_a_layer_aside_is_named() -> None:
 
 
 def test_compiled() -> None:
-    """A compiled graph has no hooks, so the eager code runs."""
-    model, data = Net(nn.BatchNorm2d), batches(0, (4, 2))
-    recalibrate(torch.compile(model, backend="eager"), data)
-    close(model, expected(model, data))
+    """A graph that was compiled before has no hooks, so the eager code runs. Guards the stance, and `bare`."""
+    data = batches(0, (4, 2))
+    for in_place in (True, False):
+        model = Net(nn.BatchNorm2d)
+        compiled: Any = model
+        if in_place:
+            model.compile(backend="eager")
+        else:
+            compiled = torch.compile(model, backend="eager")
+        with torch.no_grad():
+            compiled.eval()(data[0])
+        recalibrate(compiled, data)
+        close(model, expected(model, data))
 
 
 def test_the_average_keeps_them(tmp_path: Path) -> None:

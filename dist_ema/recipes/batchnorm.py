@@ -76,10 +76,7 @@ def recalibrate(
                 advance()
         return done
 
-    try:
-        done, _ = ranks.attempt("recalibrate", run)
-    finally:
-        shards.reshard(found.sharded)
+    done, _ = ranks.attempt("recalibrate", run)
     moments = {name: each.over(ranks) for name, each in watch.moments.items()}
     _refuse(moments)
     with torch.no_grad():

@@ -44,14 +44,13 @@ class SoftTargetLoss(nn.Module):
             raise ValueError(f"logits must hold at least one position, got shape {tuple(student.shape)}.")
         dim = self._classes(student.dim())
         wide = torch.float64 if student.dtype == torch.float64 else torch.float32
-        with torch.autocast(student.device.type, enabled=False):
-            log_q = torch.log_softmax(student.to(wide) / self.temperature, dim)
-            log_p = torch.log_softmax(teacher.detach().to(wide) / self.temperature, dim)
-            apart = log_p.exp() * (log_p - log_q)
-            # NOTE: a class that both exclude (-inf) counts 0, not NaN.
-            apart = torch.where(log_p == -math.inf, torch.zeros_like(apart), apart)
-            positions = student.numel() // student.shape[dim]
-            return apart.sum() * (self.temperature**2 / positions)
+        log_q = torch.log_softmax(student.to(wide) / self.temperature, dim)
+        log_p = torch.log_softmax(teacher.detach().to(wide) / self.temperature, dim)
+        apart = log_p.exp() * (log_p - log_q)
+        # NOTE: a class that both exclude (-inf) counts 0, not NaN.
+        apart = torch.where(log_p == -math.inf, torch.zeros_like(apart), apart)
+        positions = student.numel() // student.shape[dim]
+        return apart.sum() * (self.temperature**2 / positions)
 
     def _classes(self, dims: int) -> int:
         if self.dim is not None:

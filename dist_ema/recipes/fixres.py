@@ -81,7 +81,6 @@ def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None
             if module not in awake:
                 module.training = False
 
-    sleep()
     names = [shards.canonical(name) for name, each in shards.bare(model).named_parameters() if each.requires_grad]
     return Frozen(model, names, free, required, modes, model.register_forward_pre_hook(sleep))
 
