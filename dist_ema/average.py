@@ -93,6 +93,7 @@ class Average:
         self._borrowed = _BORROWED.setdefault(model, _Borrowed())
         self.lent = False
         self._sharded: list[nn.Module] = []
+        self._marked: tuple[int, tuple[int, int, int]] | None = None
 
     # --- what is averaged --------------------------------------------------------------------------------------
 
@@ -232,17 +233,21 @@ class Average:
         self._borrowed.writes += 1
         self.lent = lent
 
-    def mark(self) -> None:
+    def mark(self) -> tuple[int, tuple[int, int, int]]:
         """Remember how often weights were written, to notice training that no update follows."""
         writes = sum(slot.local._version for slot in self._averages)
         self._marked = writes, (self.clock.steps, self.clock.updates, self._borrowed.writes)
+        return self._marked
 
     @property
     def idle(self) -> bool:
         """Weights were written since `mark`, not by an EMA's swap, and the clock stood still."""
-        writes, moves = self._marked
-        self.mark()
-        return self._marked[0] != writes and self._marked[1] == moves
+        before, now = self._marked, self.mark()
+        return before is not None and now[0] != before[0] and now[1] == before[1]
+
+    def forget_mark(self) -> None:
+        """Whoever resumed may still be writing the live weights: not the first look after that says anything."""
+        self._marked = None
 
     # --- moving ------------------------------------------------------------------------------------------------
 

@@ -366,6 +366,7 @@ class EMA:
         for profile, buffers in zip(average.profiles, own, strict=True):
             profile.own = buffers
         average.set_clock(meta["clock"])
+        average.forget_mark()
 
     # --- state_dict, for torch.distributed.checkpoint ----------------------------------------------------------
 
@@ -394,6 +395,7 @@ class EMA:
         for p in average.profiles:
             p.own = dcp.take(state["averages"][p.name], p.averages, p.floating_buffers)
         average.set_clock(dict(zip(average.clock_spec(), state["clock"].tolist(), strict=True)))
+        average.forget_mark()
 
     # --- the rest ----------------------------------------------------------------------------------------------
 
@@ -439,6 +441,11 @@ class EMA:
             "bytes": sum(each.nbytes for each in average.profiles),
             "skipped": average.skipped,
         }
+
+    @property
+    def model(self) -> nn.Module:
+        """The live model, as it was given."""
+        return self._average.model
 
     @property
     def now(self) -> float:
