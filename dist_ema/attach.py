@@ -4,12 +4,17 @@ The pre-step hook fences (live weights are overwritten in the step and nowhere e
 optimizer moves the clock. A post hook fires once per real step under gradient accumulation, closures and GradScaler skips
 alike, with one exception: a fused optimizer steps inside its kernel, so its hook also fires for a skipped step, and
 `found_inf` is there on the device to say so. It becomes a weight of 0; the host never waits for it.
+
+[Note: who holds whom]  An EMA holds its attachment, and an attachment the averages. The optimizer's hooks hold neither: an
+EMA that nobody can reach any more is freed, shadows and all, and the next step says so.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -59,18 +64,22 @@ class Attachment:
         self._skips: list[Tensor | None] = []  # of the steps since the last update; None: it happened
         self._handles: list[Any] = []
         for optimizer in inner:
-            self._handles.append(optimizer.register_step_pre_hook(lambda *_: averager.before_step()))
-            self._handles.append(optimizer.register_step_post_hook(self._note))
-        self._handles.append(inner[-1].register_step_post_hook(self._stepped))
+            self._handles.append(optimizer.register_step_pre_hook(_Hook(self._before)))
+            self._handles.append(optimizer.register_step_post_hook(_Hook(self._note)))
+        self._handles.append(inner[-1].register_step_post_hook(_Hook(self._stepped, last=True)))
         if clock.updates == 0 and clock.steps < start:
             clock.started = False
 
     def remove(self) -> None:
-        """Take the hooks off; an update under way is waited for, as nobody else would. Twice is once."""
-        if self._handles:
-            self._averager.settle()
+        """Take the hooks off; an update under way is waited for, as nobody else would. Twice is once.
+
+        Raises RuntimeError if that update failed; the hooks are off all the same.
+        """
+        attached = self.active
         while self._handles:
             self._handles.pop().remove()
+        if attached:
+            self._averager.settle()
 
     def spec(self) -> dict[str, Any]:
         """What is worth keeping in a file; a callable elapsed is not."""
@@ -79,6 +88,9 @@ class Attachment:
     @property
     def active(self) -> bool:
         return bool(self._handles)
+
+    def _before(self, *_: Any) -> None:
+        self._averager.before_step()
 
     def _note(self, optimizer: Optimizer, *_: Any) -> None:
         self._skips.append(getattr(optimizer, "found_inf", None))
@@ -89,14 +101,38 @@ class Attachment:
         if not clock.started:
             self._skips.clear()
             if clock.steps >= self.start:
-                self._averager.begin()
+                with torch.inference_mode(False), torch.no_grad():
+                    self._averager.begin()
         elif (clock.steps - self.start) % self.every == 0:
-            skips, self._skips = self._skips, []
-            seen = [skip.reshape(()) for skip in skips if skip is not None]
-            # An update is void only if every step since the last one was skipped.
-            void = torch.stack(seen).amin() if seen and len(seen) == len(skips) else None
-            self._averager.move(clock.pending, void, self.guard)
+            # NOTE: a window or table made in inference mode could never be written outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._averager.move(clock.pending, self._void(), self.guard)
             clock.pending = 0.0
+
+    def _void(self) -> Tensor | None:
+        """Not 0 on the device if every step since the last update was skipped; None: one of them happened for sure."""
+        skips, self._skips = self._skips, []
+        seen = [skip.reshape(()) for skip in skips if skip is not None]
+        return torch.stack(seen).amin() if seen and len(seen) == len(skips) else None
+
+
+class _Hook:
+    """A hook that does not keep its owner alive ([Note: who holds whom])."""
+
+    def __init__(self, method: Callable[..., None], last: bool = False) -> None:
+        self._method, self._tells = WeakMethod(method), last
+
+    def __call__(self, *args: Any) -> None:
+        method = self._method()
+        if method is not None:
+            method(*args)
+        elif self._tells:
+            self._tells = False
+            warnings.warn(
+                "the EMA that was attached to this optimizer is gone, so nothing is averaged any more. Keep the EMA (or what "
+                "ema.attach() returned) for as long as you train, or call ema.detach() before you drop it.",
+                stacklevel=2,
+            )
 
 
 def _inner(optimizer: Any) -> Optimizer:

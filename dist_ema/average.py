@@ -9,16 +9,15 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from . import layout, shards
+from . import fused, layout, shards
 from .clock import Clock
-from .engine import Engine, Gate, Inline, choose
+from .engine import Engine, Gate, Inline, Times, choose
 from .kernels import Pair, Plan
 from .schedule import Schedule
 
@@ -88,7 +87,7 @@ class Average:
         self.only, self._buffers = only, buffers
         self.engine: Engine = Inline()
         self._chosen: Any = None
-        self._inline = Inline()
+        self._inline: Engine = Inline()
         self._versions: list[int] | None = None  # of the live weights, while an update may be reading them
         self._borrowed = _BORROWED.setdefault(model, _Borrowed())
         self.lent = False
@@ -152,12 +151,13 @@ class Average:
         for i, slot in enumerate(self.slots):
             shadows = [profile.slots[i].shadow for profile in self.profiles]
             if slot.shadow is not None:
-                number = partial(layout.indices, slot.shard, slot.own, device=slot.shadow.device)
+                number = layout.numbering(slot.shard, slot.own, slot.shadow.device)
                 every = [shadow for shadow in shadows if shadow is not None]
                 pair = Pair(slot.name, every, slot.live, number, math.prod(slot.shard.shape) >= 1 << 32)
                 (buffers if slot.shard.kind == "buffer" else weights).append(pair)
-        self._plan = Plan(weights, self.seed)
-        # Buffers are written by the next forward, so they are never read behind it.
+        self._plan = _plan(weights, self.seed)
+        # Buffers are written by the next forward, so they are never read behind it. Modules may replace them at every
+        # step, which is no time for tables on the device.
         self._buffer_plan = Plan(buffers, self.seed)
 
     def use_engine(self, overlap: bool, host: bool) -> None:
@@ -165,7 +165,8 @@ class Average:
         self.settle()
         chosen = (overlap, host, frozenset(slot.local.device for slot in self._averages))
         if chosen != self._chosen:
-            self.engine = choose(set(chosen[2]), host) if overlap else Inline()
+            self.engine = choose(chosen[2], host, overlap)
+            self._inline = choose(chosen[2], host, overlap=False)
             self._chosen = chosen
 
     def profile(self, which: int | str | Schedule) -> Profile:
@@ -183,8 +184,11 @@ class Average:
     def refuse(self, verb: str) -> None:
         """Raise RuntimeError where `verb` would read or write something else than training weights."""
         if self.lent:
-            raise RuntimeError(f"{verb}() inside ema.swap(): the model holds the average, not the training weights.")
-        if self._borrowed.lent and verb in ("ema.update", "optimizer.step"):
+            hint = " metrics(distance=False) works here." if verb == "ema.metrics" else ""
+            raise RuntimeError(
+                f"{verb}() inside ema.swap(): the model holds the average, not the training weights.{hint}"
+            )
+        if self._borrowed.lent and verb in ("ema.update", "ema.metrics", "optimizer.step"):
             raise RuntimeError(
                 f"{verb}() inside the swap of another EMA: the model does not hold its training weights."
             )
@@ -292,7 +296,8 @@ class Average:
             profile.last = decay, elapsed
             weights.append(profile.gate.weigh(1 - decay, profile.schedule.copies_first, skip))
         self.engine.update(self._plan, weights, number, guard)
-        self._inline.update(self._buffer_plan, weights, number, guard)
+        if self._averaged_buffers:
+            self._inline.update(self._buffer_plan, weights, number, guard)
         if self.engine.deferred:
             self._versions = [slot.local._version for slot in self._averages]
 
@@ -311,3 +316,44 @@ class Average:
     def skipped(self) -> int:
         """Updates that the device refused. Waits for the device."""
         return self.profiles[0].gate.count()
+
+    # --- what is known of it -----------------------------------------------------------------------------------
+
+    def report(self, profile: Profile) -> dict[str, float]:
+        """The local half of `EMA.metrics`. Never waits."""
+        now, times = self.clock.at(profile.schedule), self._times()
+        decay, half_life = profile.pace(now)
+        beside, on_host = self._bytes()
+        return {
+            "decay": decay,
+            "now": now,
+            "updates": self.clock.updates,
+            "half_life": half_life,
+            "bytes": beside,
+            "pinned": on_host,
+            "update_ms": times.update_ms,
+            "stall_ms": times.stall_ms,
+            "lag": times.lag,
+            "skipped": self.profiles[0].gate.heard(),
+        }
+
+    def _times(self) -> Times:
+        """Of the engine, and of the buffers, which are averaged before `move` returns."""
+        times, buffers = self.engine.times(), self._inline.times()
+        return replace(times, update_ms=times.update_ms + buffers.update_ms, stall_ms=times.stall_ms + buffers.stall_ms)
+
+    def _bytes(self) -> tuple[int, int]:
+        """Of the shadows that lie where their weights do; of those that host memory keeps for a device, and of windows."""
+        kept = [0, self.engine.window_bytes]
+        for slot in (slot for profile in self.profiles for slot in profile.averages):
+            assert slot.shadow is not None
+            kept[slot.shadow.device != slot.local.device] += slot.shadow.nbytes
+        return kept[0], kept[1]
+
+
+def _plan(pairs: Sequence[Pair], seed: int) -> Plan | fused.FusedPlan:
+    """One launch per dtype where a Triton kernel takes the pairs and is right on their devices."""
+    devices = {shadow.device for pair in pairs for shadow in pair.shadows}
+    if devices and all(fused.available(device) for device in devices):
+        return fused.FusedPlan(pairs, seed, Plan)
+    return Plan(pairs, seed)

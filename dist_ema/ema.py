@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import agree, artifact, dcp, gather, resume, shards
+from . import agree, artifact, dcp, gather, resume, shards, telemetry
 from .attach import Attachment
 from .average import Average, Profile
 from .clock import Clock
@@ -74,7 +74,7 @@ class EMA:
     buffers: 'copy' takes them from the live model when the average is used, 'average' averages the floating ones.
     only: a regex searched in names, or a predicate on them; the rest is treated like frozen weights.
 
-    *Collective*: construction and every verb but `update`, `attach`, `detach`, `metrics` and `state_dict`.
+    *Collective*: construction and every verb but `update`, `attach`, `detach` and `state_dict`.
     *Cost*: 4 bytes per element of this rank's shard (of 1/replicas of it), and 8 MB of scratch.
 
     Raises ValueError where a weight cannot be averaged or nothing matches, naming the weights.
@@ -427,20 +427,38 @@ class EMA:
         self._ranks.attempt("rescan", prepare)
         self._adopt(shards.find(average.model))
 
-    def metrics(self, which: Which = 0) -> dict[str, float]:
-        """now, updates, decay (of the last update), half_life (in units of the clock, at that decay), bytes of shadows on
-        this rank, skipped (updates that the device refused; waits for the device)."""
-        average = self._average
-        profile = average.profile(which)
-        decay, half_life = profile.pace(average.clock.at(profile.schedule))
-        return {
-            "now": average.clock.at(profile.schedule),
-            "updates": average.clock.updates,
-            "decay": decay,
-            "half_life": half_life,
-            "bytes": sum(each.nbytes for each in average.profiles),
-            "skipped": average.skipped,
-        }
+    @_aside
+    def metrics(self, which: Which = 0, *, distance: bool = True) -> dict[str, float]:
+        """What there is to log, as plain numbers. *Collective* where the model is sharded or replicated, unless
+        distance=False, which is local and never waits: for loops that log on one rank only.
+
+        decay, half_life    of the last update, in units of the clock
+        now, updates        the clock; moves of the shadow, skipped ones included
+        bytes, pinned       of shadows beside their weights; in host memory, windows included. On this rank
+        update_ms           the time that the last finished update took, 0 before the first
+        stall_ms            what it added to the training step: the wait of the device, or the work in the hook
+        lag                 updates submitted but not finished
+        skipped             updates that the device refused; with distance=False as far as it has told by now
+        distance            |live - average| / |live|, over the whole model, each element counted once
+        replicas_agree      shadows of weights that several ranks average whole have the same bits on all of them
+
+        Raises RuntimeError inside `swap`, where live is the average, unless distance=False. *Cost* of the distance: the
+        engine settles, live and shadow are read once in chunks, and each rank sends one short message.
+        """
+        average, profile = self._average, self._average.profile(which)
+        known = average.report(profile)
+        if not distance:
+            return known
+
+        def measure() -> dict[str, Any]:
+            average.refuse("ema.metrics")
+            average.settle()
+            average.follow(replaced=True, newly_trainable=False)
+            return telemetry.measure(profile.averages, average.clock.started, self._split, self._ranks.size)
+
+        _, said = self._ranks.attempt("metrics", measure)
+        apart, agree = telemetry.compare(said)
+        return known | {"skipped": average.skipped, "distance": apart, "replicas_agree": agree}
 
     @property
     def model(self) -> nn.Module:

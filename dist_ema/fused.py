@@ -21,6 +21,11 @@ lerp; we say so, because Triton's default differs between versions. Only Triton'
 by 1 ulp of the larger operand, unless the weight is a power of two, and 1 ulp of fp32 moves a stochastic rounding once in
 65536 elements.
 
+[Note: proof]  Interpreted, the kernel is proved; no GPU has run it yet. So the first plan of a kind (device, dtypes, number
+of averages, shape of the numbering) moves two small tensors by the kernel and by the fallback, and compares the bits. If
+they differ, or Triton fails (it needs a C compiler), a warning says so once per device, and the fallback is used there.
+DIST_EMA_TRITON=0 in the environment leaves Triton alone.
+
 Triton is imported when the first plan is made, so nobody who averages on a CPU needs it.
 """
 
@@ -29,6 +34,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -97,9 +103,12 @@ class Numbering:
     device: torch.device | None = None
 
     def __call__(self, start: int, stop: int) -> Tensor:
+        inner, stride = self.joined
+        if not inner and stride == 1:  # a run of neighbours
+            first = self.base + self.begin
+            return torch.arange(first + start, first + stop, device=self.device)
         place = torch.arange(self.begin + start, self.begin + stop, device=self.device)
         numbers = torch.full_like(place, self.base)
-        inner, stride = self.joined
         for size, step in inner:
             numbers += place % size * step
             place = place // size
@@ -147,7 +156,10 @@ def _numbering(pair: Pair) -> Numbering | None:
 
 
 def available(device: torch.device) -> bool:
-    """Triton is installed and compiles for `device`; in Triton's interpreter (TRITON_INTERPRET=1), for the CPU alone."""
+    """Triton is installed and compiles for `device`; in Triton's interpreter (TRITON_INTERPRET=1), for the CPU alone.
+    The environment variable DIST_EMA_TRITON=0 says no."""
+    if os.environ.get("DIST_EMA_TRITON") == "0":
+        return False
     try:
         import triton
     except ImportError:
@@ -201,7 +213,8 @@ def _kind(pair: Pair) -> tuple[Kind, Numbering | None] | None:
 class FusedPlan:
     """One launch per dtype for one update over `pairs`; a `kernels.Plan` where `available` says yes.
 
-    fallback: makes the plan of the pairs that no launch takes (`kernels.Plan`); without it they raise ValueError.
+    fallback: makes the plan of the pairs that no launch takes (`kernels.Plan`); without it they raise ValueError. With it,
+    the kernel must first do as the fallback does, on its device ([Note: proof]).
     *Aliases*: the tables hold addresses, so the plan keeps the tensors; make a new one when they move. *Cost*: on the
     device 4 bytes per BLOCK elements and about 200 bytes per tensor.
     """
@@ -212,12 +225,13 @@ class FusedPlan:
         seed: int = 0,
         fallback: Callable[[list[Any], int], Runnable] | None = None,
     ) -> None:
-        self.pairs, self.seed = list(pairs), seed
+        self.pairs: list[Any] = list(pairs)
+        self.seed = seed
         groups: dict[Kind, list[tuple[Pair, Numbering | None]]] = {}
         others = []
         for pair in self.pairs:
             taken = _kind(pair)
-            if taken is None:
+            if taken is None or (fallback is not None and not _proved(taken[0], fallback)):
                 others.append(pair)
             elif len(pair.live):
                 groups.setdefault(taken[0], []).append((pair, taken[1]))
@@ -257,6 +271,73 @@ class FusedPlan:
             launch(head, guard)
         if self._others is not None:
             self._others.run(weights, update, guard)
+
+
+# --- [Note: proof] -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Probe:
+    """A `kernels.Pair` that nobody else knows."""
+
+    name: str
+    shadows: list[Tensor]
+    live: Tensor
+    indices: Numbering
+    huge: bool
+
+
+_REFUSED: set[torch.device] = set()
+
+
+@lru_cache(maxsize=256)
+def _proved(kind: Kind, reference: Callable[[list[Any], int], Runnable]) -> bool:
+    """The kernel gives the bits of the reference. *Cost*: once per kind, two small updates and what they compile."""
+    if kind.device in _REFUSED:
+        return False
+    try:
+        wrong = None if all(_alike(kind, reference, guard) for guard in (False, True)) else "it gives other bits"
+    except Exception as error:  # whatever Triton raises: a missing compiler, an unknown chip
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong:
+        _REFUSED.add(kind.device)
+        warnings.warn(
+            f"the Triton kernel is not used on {kind.device} ({wrong}); averages are updated by torch's own kernels, which "
+            "is slower and right. DIST_EMA_TRITON=0 in the environment says that this is known.",
+            stacklevel=2,
+        )
+    return not wrong
+
+
+def _alike(kind: Kind, reference: Callable[[list[Any], int], Runnable], guard: bool) -> bool:
+    fast, slow = _probes(kind, guard), _probes(kind, guard)
+    # NOTE: products by these are not rounded, so that nothing may differ ([Note: contraction]).
+    some: list[float | Tensor] = [0.25, torch.full((), 0.75, dtype=torch.float32, device=kind.device), 0.5]
+    weights = [some[k % 3] for k in range(kind.averages)]
+    FusedPlan(fast, 5).run(weights, 7, guard)
+    reference(slow, 5).run(weights, 7, guard)
+    pairs = [(a, b) for x, y in zip(fast, slow, strict=True) for a, b in zip(x.shadows, y.shadows, strict=True)]
+    return all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in pairs)
+
+
+def _probes(kind: Kind, guard: bool) -> list[_Probe]:
+    """Less than a program, and one that ends in the next; the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(n, generator=generator, dtype=torch.float32).to(kind.device, dtype)
+
+    sizes, strides = (7, 5, 3, 4), (1000, 91, 17, 1)  # no two of them can be joined
+    first = LEVELS - max(1, kind.levels)
+    numbering = Numbering(1, 5 << 40 if kind.huge else 3, sizes[first:], strides[first:], kind.device)
+    probes = []
+    for n in (5, BLOCK + 3):
+        live = draw(n, kind.live)
+        if guard:
+            live[::3], live[1::7] = float("nan"), float("inf")
+        shadows = [draw(n, kind.shadow) for _ in range(kind.averages)]
+        probes.append(_Probe(f"probe.{n}", shadows, live, numbering, kind.huge))
+    return probes
 
 
 class _Weights:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .fused import Numbering
 from .shards import Region, Shard
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "fingerprint",
     "indices",
     "kinds",
+    "numbering",
     "parts",
     "pieces",
     "runs",
@@ -321,17 +323,17 @@ def kinds(slots: Sequence[Slot]) -> tuple[list[torch.dtype], list[int]]:
     return [slot.average.dtype for slot in slots], [len(slot.shard.shape) for slot in slots]
 
 
+def numbering(shard: Shard, region: Region, device: torch.device | None = None) -> Numbering:
+    """Row-major element numbers in the full weight of the region's elements: a formula, for kernels and for `indices`."""
+    order = range(len(region.sizes)) if shard.order is None else shard.order
+    strides = tuple(math.prod(shard.shape[dim + 1 :]) for dim in order)
+    base = sum(offset * stride for offset, stride in zip(region.offsets, strides, strict=True))
+    return Numbering(region.begin, base, region.sizes, strides, device)
+
+
 def indices(shard: Shard, region: Region, start: int, stop: int, device: torch.device) -> Tensor:
     """Row-major element numbers in the full weight of elements [start, stop) of the region. int64 [stop - start]."""
-    flat = torch.arange(region.begin + start, region.begin + stop, device=device)
-    order = range(len(region.sizes)) if shard.order is None else shard.order
-    if tuple(shard.shape[i] for i in order) == region.sizes and shard.order is None:
-        return flat
-    numbers = torch.zeros_like(flat)
-    for dim, offset, size in zip(reversed(tuple(order)), region.offsets[::-1], region.sizes[::-1], strict=True):
-        numbers += (flat % size + offset) * math.prod(shard.shape[dim + 1 :])
-        flat = flat // size
-    return numbers
+    return numbering(shard, region, device)(start, stop)
 
 
 # --- shadows -----------------------------------------------------------------------------------------------------

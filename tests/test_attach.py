@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from typing import Any
 
 import pytest
@@ -217,6 +219,69 @@ def test_bad_arguments_name_themselves() -> None:
             ema.attach(*arguments, **options)
     optimizer.step()
     assert ema.metrics()["updates"] == 0, "a refused attach leaves no hook"
+
+
+def test_an_ema_that_is_dropped_is_freed() -> None:
+    """The optimizer does not keep it: shadows go, and the next step says so, once. Guards `WeakMethod` in _Hook."""
+    toy = Toy()
+    average, shadow = weakref.ref(toy.ema._average), weakref.ref(toy.ema._average.profiles[0].averages[0].shadow)
+    handle = toy.handle
+    del toy.ema, toy.handle
+    gc.collect()
+    toy.step()
+    assert average().clock.updates == 1, "whoever holds the handle holds the average"
+    del handle
+    gc.collect()
+    assert average() is None
+    assert shadow() is None
+    with pytest.warns(UserWarning, match="attached to this optimizer is gone") as caught:
+        toy.step(3)
+    assert len(caught) == 1
+    again = EMA(toy.model, 0.5)
+    again.attach(toy.optimizer)
+    toy.step(2)
+    assert again.now == 2
+
+
+def test_a_detached_ema_is_silent() -> None:
+    toy = Toy()
+    toy.ema.detach()
+    del toy.ema, toy.handle
+    gc.collect()
+    toy.step()
+
+
+def test_detach_in_the_middle() -> None:
+    """Of an interval: time that went by is not lost. Of a swap, after a refusal: the loan is taken back all the same."""
+    toy = Toy(Uniform(), every=3)
+    toy.step(2)
+    toy.ema.detach()
+    toy.step()
+    toy.ema.attach(toy.optimizer, every=2)
+    toy.step(2)
+    assert (toy.ema.now, toy.ema.metrics()["updates"]) == (4, 1), "of the four steps that were seen"
+    before = toy.model.weight.item()
+    with toy.ema.swap():
+        with pytest.raises(RuntimeError, match="optimizer.step"):
+            toy.step()
+        toy.ema.detach()
+    assert toy.model.weight.item() == before
+    toy.step()
+    assert toy.ema.now == 4
+
+
+def test_update_twice_and_beside_the_hooks() -> None:
+    """Each call is a move of the clock, with or without a step between."""
+    toy = Toy(Uniform())
+    toy.step()
+    toy.ema.update()
+    toy.ema.update()
+    assert (toy.ema.now, toy.average) == (3, 1.0)
+    toy.step()
+    assert (toy.ema.now, toy.average) == (4, 1.25)
+    with toy.ema.swap(), pytest.raises(RuntimeError, match=r"ema.update\(\) inside"):
+        toy.ema.update()
+    assert toy.ema.now == 4
 
 
 def accelerated_and_zero() -> None:

@@ -7,27 +7,35 @@ more is submitted behind it) or at once, by the throw of a coin. A wait that is 
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
+import warnings
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dist_ema import EMA, Power
-from dist_ema.engine import Engine, HostThread, Overlapped, Worker, choose
+from dist_ema import EMA, Debiased, Power
+from dist_ema.engine import Engine, HostThread, Overlapped, choose
+from dist_ema.executors import Instant, Mark, Worker
+from dist_ema.ranks import Ranks
+from tests.kit import raises, run_ranks, wrap
 
-CPU = torch.device("cpu")
+CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
 
 class Ticket:
-    def __init__(self, executor: Late) -> None:
-        self._executor = executor
-
-    def synchronize(self) -> None:
-        self._executor.wait(self)
+    """What `Late` gives for work; only its identity matters."""
 
 
 class Late:
@@ -39,7 +47,7 @@ class Late:
         self.deferred = 0
 
     def submit(self, work: Callable[[], None]) -> Ticket:
-        ticket = Ticket(self)
+        ticket = Ticket()
         self._waiting.append((ticket, work))
         if self._random.random() < 0.3:
             self.wait(ticket)
@@ -49,6 +57,15 @@ class Late:
 
     def keep(self, tensors: Any) -> None:
         """Nothing is freed behind our back here."""
+
+    def mark(self) -> Mark:
+        return Instant()
+
+    def done(self, ticket: Any) -> bool:
+        """Now and then the device gets a step further while somebody looks."""
+        if self._waiting and self._random.random() < 0.5:
+            self._waiting.pop(0)[1]()
+        return all(waiting is not ticket for waiting, _ in self._waiting)
 
     def wait(self, ticket: Any) -> None:
         while any(waiting is ticket for waiting, _ in self._waiting):
@@ -177,8 +194,10 @@ def test_a_host_thread_equals_inline() -> None:
     assert same(*results)
 
 
-def test_a_worker_that_fails_reaches_the_trainer(tmp_path: Path) -> None:
-    """The error names the update and comes at the next call; live weights are untouched, and nothing is saved."""
+@pytest.mark.parametrize("kind", [MemoryError, SystemExit])
+def test_a_worker_that_fails_reaches_the_trainer(kind: type[BaseException], tmp_path: Path) -> None:
+    """The error names the update and comes at the next call; live weights are untouched, and nothing is saved. Guards
+    `except BaseException` and `_refuse_failed` in fence and settle."""
     model = nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     ema = EMA(model, 0.5, device="cpu")
@@ -187,19 +206,172 @@ def test_a_worker_that_fails_reaches_the_trainer(tmp_path: Path) -> None:
     optimizer.step()
     engine = ema._average.engine
     engine.settle()
+
+    def broken(*_: Any) -> None:
+        raise kind("no room")
+
     engine._windowed.run = broken  # type: ignore[attr-defined]
     optimizer.step()
     live = model.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="update 1 of the average failed in the host thread: MemoryError: no room"):
-        ema.save(tmp_path / "average")
-    with pytest.raises(RuntimeError, match="update 1"):
-        optimizer.step()
-    assert torch.equal(live - 0.1, model.weight), "the step itself was made"
+    words = f"update 1 of the average failed in the host thread: {kind.__name__}: no room"
+    for call in (lambda: ema.save(tmp_path / "average"), optimizer.step, ema.update, ema.gather, ema.detach):
+        with pytest.raises(RuntimeError, match=words):
+            call()
+        assert torch.equal(live, model.weight), call
     assert list(tmp_path.iterdir()) == []
+    optimizer.step()
+    assert torch.equal(live - 0.1, model.weight), "detached, so training goes on without the average"
 
 
-def broken(*_: Any) -> None:
-    raise MemoryError("no room")
+def test_a_worker_survives_and_is_replaced() -> None:
+    """A task that ends the thread neither hangs who waits for it nor the next task. Guards is_alive() in submit."""
+    worker, seen = Worker(), []
+    excepthook, threading.excepthook = threading.excepthook, lambda _: None
+    try:
+        worker.wait(worker.submit(lambda: exec("raise KeyboardInterrupt")))
+        assert worker._thread is not None
+        worker._thread.join(10)
+    finally:
+        threading.excepthook = excepthook
+    worker.wait(worker.submit(lambda: seen.append(1)))
+    assert seen == [1]
+
+
+FORK = """
+import os, sys, threading, torch
+from torch import nn
+from dist_ema import EMA, executors
+executors.PATIENCE = 0.1
+model = nn.Linear(3, 3)
+ema = EMA(model, 0.5, device="cpu")
+ema.update()
+busy, go = ema._average.engine, threading.Event()
+held = EMA(model, 0.5, device="cpu")
+held.update()
+held._average.settle()
+held._average.engine._windowed.run = lambda *_: go.wait()
+held.update()
+child = os.fork()
+if child:
+    go.set()
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+try:
+    held.gather()
+except RuntimeError as error:
+    ema.update()
+    os._exit(0 if "forked" in str(error) and ema.gather() else 4)
+os._exit(3)
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fork_neither_hangs_nor_loses_a_word() -> None:
+    """The child has no thread: what it waited for is named as gone, what it starts anew goes on. Guards Worker.wait."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], timeout=60, check=False)
+    assert done.returncode == 0
+
+
+def test_one_copy_per_run_of_neighbours() -> None:
+    """Weights that lie end to end go to the window at once: FSDP1's flat parameters, arenas of the user."""
+    flat, wide = torch.randn(100), torch.randn(20, dtype=torch.float64)
+    views = [flat[:30], flat[30:30], flat[30:70], flat[80:100], wide[:10], wide[10:], flat[70:80]]
+    model = nn.ParameterList([nn.Parameter(view) for view in views])
+    ema = EMA(model, 0.5, device="cpu")
+    twin = EMA(model, 0.5)
+    for _ in range(2):
+        with torch.no_grad():
+            flat += 1
+            wide -= 1
+        ema.update()
+        twin.update()
+    assert sorted(len(live) for _, live in ema._average.engine._copies) == [10, 20, 20, 70]  # type: ignore[attr-defined]
+    assert same([*ema.gather().values()], [*twin.gather().values()])
+
+
+def test_the_window_is_replaced_with_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that moved get a window of their own; the old one is gone before. Guards `Plan([])` in _open_window."""
+    model = nn.Linear(5, 5)
+    ema = EMA(model, 0.5, device="cpu")
+    engine = ema._average.engine = HostThread(None, Late(0))
+    ema.update()
+    engine.settle()
+    window, empty, gone = weakref.ref(engine._copies[0][0].untyped_storage()), torch.empty, []
+    model.weight.data = model.weight.data.clone()
+
+    def watched(*sizes: Any, **options: Any) -> torch.Tensor:
+        if sizes == (30,):
+            gone.append(window() is None)
+        return empty(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", watched)
+    ema.update()
+    assert gone == [True]
+    assert engine.window_bytes == 4 * 30 + 4
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_steps_in_other_modes(mode: Any, device: str | None) -> None:
+    """Windows made in inference mode could never be written outside, casts would change bits. Guards inference_mode(False)
+    in the hooks."""
+    results = []
+    for odd in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.bfloat16)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        ema = EMA(model, 0.75, device=device)
+        ema.attach(optimizer, guard=True, start=1)
+        for step in range(4):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, step + 1)
+            with mode() if odd and step < 3 else nullcontext():
+                optimizer.step()
+        results.append([*ema.gather().values()])
+    assert same(*results)
+
+
+def test_steps_inside_compiled_functions() -> None:
+    """Hooks fire and updates run under torch.compile, which breaks its graph there."""
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ema, by_hand = EMA(model, 0.5), EMA(model, 0.5)
+    ema.attach(optimizer)
+
+    @torch.compile(backend="eager")
+    def step(x: torch.Tensor) -> None:
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        by_hand.update()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            step(torch.ones(2, 3))
+    assert (ema.now, by_hand.now) == (4, 4)
+    assert same([*ema.gather().values()], [*by_hand.gather().values()])
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_another_default_dtype(device: str | None) -> None:
+    """Weights of skipped steps are fp32 whatever torch's default is: 0.0001 is no bfloat16 number."""
+    results = []
+    for default in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+        ema = EMA(model, Debiased(0.9999), device=device)
+        ema.attach(optimizer)
+        try:
+            torch.set_default_dtype(default)
+            for skipped in (1.0, 0.0, 0.0):
+                optimizer.found_inf = torch.tensor(skipped, dtype=torch.float32)
+                model.weight.grad = torch.ones(3, 3, dtype=torch.float32)
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append([*ema.gather().values()])
+    assert same(*results)
 
 
 def test_the_worker_bounds_its_own_threads() -> None:
@@ -214,8 +386,192 @@ def test_the_worker_bounds_its_own_threads() -> None:
     assert torch.get_num_threads() == mine
 
 
+# --- the hot path --------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Inside the block a host sync, a copy from device to host, or a collective raises; allocations are measured.
+
+    CPU tensors play the device. What reaches the dispatcher is seen there, whoever called it; `.cpu()`, `.tolist()` and
+    the like do nothing on a CPU, so they are seen as calls.
+    """
+
+    def __init__(self) -> None:
+        self.largest = 0  # elements of the longest tensor that was allocated
+        self._dispatched, self._called = _Dispatched(self), _Called()
+
+    def __enter__(self) -> Watch:
+        self._called.__enter__()
+        self._dispatched.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._dispatched.__exit__(*error)
+        self._called.__exit__(*error)
+
+
+class Waits(Exception):  # noqa: N818
+    """The host would have waited for the device, or for another rank."""
+
+
+class _Dispatched(TorchDispatchMode):
+    SYNCS = frozenset(
+        ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "item", "_unique2", "allclose")
+    )
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, name = func.namespace, func.overloadpacket.__name__
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        masked = name.startswith("index") and any(x.dtype == torch.bool for x in given[1:])  # counts them first
+        if name in self.SYNCS or space in ("c10d", "_c10d_functional") or masked:
+            raise Waits(f"{space}::{name}")
+        known = {self._place(x) for x in given}
+        result = func(*args, **(kwargs or {}))
+        fresh = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and self._place(x) not in known]
+        self._watch.largest = max([self._watch.largest, *(x.numel() for x in fresh)])
+        return result
+
+    def _place(self, x: torch.Tensor) -> int:
+        return getattr(x, "_local_tensor", x).untyped_storage().data_ptr()
+
+
+class _Called(TorchFunctionMode):
+    NAMES = frozenset(
+        ("cpu", "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "synchronize")
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        # NOTE: the device of another tensor is the device that the CPU plays here; a host is called by its name.
+        if name in self.NAMES or (name == "to" and "cpu" in [x for x in args[1:] if isinstance(x, str)]):
+            raise Waits(name)
+        return func(*args, **(kwargs or {}))
+
+
+SINS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "item": lambda x: x[0].item(),
+    "bool": lambda x: bool(x[0]),
+    "if": lambda x: 1 if x[0] > 0 else 0,
+    "float": lambda x: float(x[0]),
+    "max": lambda x: max(x[:2]),  # type: ignore[call-overload]
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: x.to("cpu", torch.float32),
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "equal": lambda x: torch.equal(x, x),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "reduce": lambda x: dist.all_reduce(x),
+}
+
+
+def hot_path() -> None:
+    """Hooks, gate, engine and kernels: no sync, no collective, no message, and nothing allocated as long as a shard."""
+    for sin in SINS.values():
+        with raises(Waits), Watch():
+            sin(torch.ones(3))
+    with Watch() as watch:
+        torch.ones(40).add_(1).view(8, 5)[1:] + 1
+    assert watch.largest == 40, "views and writes in place are no allocations"
+    for kind, dtype, guard in (("ddp", F32, True), ("fsdp2", F32, False), ("ddp", BF16, False), ("fsdp2", BF16, True)):
+        model = wrap(kind, nn.Sequential(nn.Linear(2400, 2000), nn.Linear(2000, 16), nn.BatchNorm1d(16)))
+        optimizers: list[Any] = [Skippable(part, {}) for part in halves(model)]
+        ema = EMA(model, [Power(gamma=1.0), 0.99], dtype=dtype, buffers="average")
+        ema.attach(*optimizers, every=2, guard=guard)
+        ema._average.engine = Overlapped(Late(0))
+        steps(optimizers, 8)  # the first updates look at addresses
+        held = min(slot.own.numel for slot in ema._average.profiles[0].averages if slot.own.numel > 1 << 20)
+        with Watch() as watch, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Ranks, "exchange", refuse)
+            steps(optimizers, 8)
+        assert 0 < watch.largest <= 1 << 20 < held, (kind, dtype, watch.largest, held)
+        plan = ema._average._plan
+        ema._average.engine = Overlapped(Late(0))
+        ema._average._plan = Sinner(plan)  # type: ignore[assignment]
+        with raises(Waits), Watch():
+            steps(optimizers, 8)
+
+
+def halves(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    parameters = list(model.parameters())
+    return parameters[:2], parameters[2:]
+
+
+class Skippable(torch.optim.Optimizer):
+    """As a fused optimizer: the device may skip the step, and the hooks find `found_inf`."""
+
+    def step(self, closure: Any = None) -> None:
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p.add_(1 - self.found_inf)
+
+
+def steps(optimizers: list[Skippable], n: int) -> None:
+    for step in range(n):
+        for optimizer in optimizers:
+            optimizer.found_inf = torch.full((), float(step % 3 == 0))
+            optimizer.step()
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise Waits("a message to other ranks")
+
+
+class Sinner:
+    """A plan with one `.item()` in it."""
+
+    def __init__(self, plan: Any) -> None:
+        self.tensors, self._plan = plan.tensors, plan
+
+    def run(self, weights: Any, number: int, guard: bool) -> None:
+        weights[0].item()
+        self._plan.run(weights, number, guard)
+
+
+def test_the_hot_path_waits_for_nobody() -> None:
+    """Red if anything on the way from a hook to the kernels looks at a value: see `SINS` and `Sinner`."""
+    run_ranks(2, hot_path)
+
+
+MEMORY = """
+import resource, sys, torch
+from torch import nn
+from dist_ema import EMA
+torch.set_num_threads(1)
+size = 24 << 20
+model = nn.ParameterList([nn.Parameter(torch.ones(size // 8)) for _ in range(8)])
+small = EMA(nn.Linear(4, 4), 0.5, device="cpu", dtype=torch.float64)  # what a thread and the scratches cost
+small.update()
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+ema = EMA(model, 0.9, device="cpu")
+ema.attach(optimizer)
+for _ in range(6):
+    optimizer.step()
+    with torch.no_grad():
+        model[0] += 1
+ema._average.settle()
+known = ema.metrics(distance=False)
+print((known["bytes"] + known["pinned"]) / (1 << 20), peak() - before)
+"""
+
+
+def test_memory_of_a_host_thread() -> None:
+    """The process grows by the shadows and one window, and by no third copy of the model."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=60, check=True)
+    promised, grown = map(float, done.stdout.split())
+    assert 191 < promised < 193, "shadows and one window of 96 MB each"
+    assert 150 < grown < promised + 24, f"{grown} MB for {promised} MB of shadows and window"
+
+
 def test_choice() -> None:
     """CPU weights have nothing to hide behind unless host shadows were asked for; several devices share no stream."""
     assert type(choose({CPU}, host=False)).__name__ == "Inline"
     assert type(choose({CPU}, host=True)).__name__ == "HostThread"
+    assert type(choose({CPU}, host=True, overlap=False)).__name__ == "Inline"
     assert type(choose({CPU, torch.device("meta")}, host=False)).__name__ == "Inline"

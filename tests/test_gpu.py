@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema import EMA
-from dist_ema.engine import HostThread, Overlapped, SideStream, Worker
+from dist_ema.engine import HostThread, Overlapped
+from dist_ema.executors import SideStream, Worker
 from dist_ema.fused import FusedPlan, Numbering, available
 from dist_ema.kernels import Pair, Plan
 

@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 HOUSE = ROOT / "dist_ema"
 
 FLOORS = {
-    0: "schedule kernels fused shards format commit ranks console elements",
+    0: "schedule kernels fused executors shards format commit ranks console elements",
     1: "layout clock wire engine source sink",
-    2: "swap gather artifact resume dcp agree attach average",
+    2: "swap gather artifact resume dcp agree attach average telemetry",
     3: "ema",
     4: "offline.__init__ offline.inspect recipes.__init__ recipes.batchnorm recipes.distill recipes.fixres",
     5: "cli.inspect integrations.__init__ integrations.accelerate",

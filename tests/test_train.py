@@ -57,9 +57,14 @@ def start_ranks(ranks: int, out: Path, wrapper: str, epochs: int, *more: str) ->
     return start(*TORCHRUN, str(ranks), SCRIPT, "--wrapper", wrapper, *arguments)
 
 
+TIMES = ("update_ms", "stall_ms", "lag")
+
+
 def metrics(out: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl holds, but for the time that it took."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["averaging"] = {key: value for key, value in row["averaging"].items() if key not in TIMES}
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
