@@ -159,7 +159,8 @@ class HostThread:
 
     `fence` waits for the copy only. At most one update is in flight. *Cost*: one window of the live weights' size in
     (pinned) host memory, whose allocator may round it up to a power of two; 2 to 4 bytes per weight over the host link, in
-    one copy per run of neighbours; nothing on the device.
+    one copy per run of neighbours; nothing on the device. The thread asks the device whether the copy is done, which the
+    capture of a CUDA graph forbids: capture before the first update, or settle (`swap`, `metrics`) first.
     """
 
     def __init__(self, copier: Executor | None, worker: Executor) -> None:
@@ -236,7 +237,7 @@ class HostThread:
 
     def _open_window(self, plan: Plan | FusedPlan) -> None:
         """One arena per dtype for what the live side of the plan sends."""
-        self._plan, self._copies, self._windowed = plan, [], Plan([])  # the old window is free before the new one comes
+        self._plan, self._copies, self._windowed = None, [], Plan([])  # the old window is free before the new one comes
         pin = any(pair.live.device.type != "cpu" for pair in plan.pairs)
         pairs: list[Pair] = []
         for dtype in dict.fromkeys(pair.live.dtype for pair in plan.pairs):
@@ -249,6 +250,7 @@ class HostThread:
         averages = max((len(pair.shadows) for pair in plan.pairs), default=0)
         self._weights = torch.zeros(averages, dtype=torch.float32, pin_memory=pin)
         self.window_bytes = sum(window.nbytes for window, _ in self._copies) + self._weights.nbytes
+        self._plan = plan
 
     def _copy(self, weights: Weights) -> None:
         for window, live in self._copies:

@@ -309,6 +309,22 @@ def test_the_window_is_replaced_with_its_plan(monkeypatch: pytest.MonkeyPatch) -
     assert engine.window_bytes == 4 * 30 + 4
 
 
+def test_a_window_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update raises; the next one tries again, and does not average from nothing."""
+    model = nn.Linear(5, 5)
+    ema = EMA(model, 0.5, device="cpu")
+    ema.update()
+    model.weight.data = model.weight.data.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ema.update()
+    with torch.no_grad():
+        model.weight += 1
+    ema.update()
+    assert torch.allclose(ema.gather()["weight"], model.weight - 0.5)
+
+
 @pytest.mark.parametrize("device", [None, "cpu"])
 @pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_steps_in_other_modes(mode: Any, device: str | None) -> None:

@@ -27,10 +27,13 @@ from torch import Tensor
 if tuple(map(int, version("triton").split(".")[:2])) < (3, 6):
     pytest.skip("the kernels are proved with triton 3.6 or newer", allow_module_level=True)
 
-from dist_ema import fused, layout
+from dist_ema import EMA, Constant, Power, fused, layout
+from dist_ema.engine import Overlapped
 from dist_ema.fused import FusedPlan, Numbering, available, supports
 from dist_ema.kernels import SCRATCH, Pair, Plan, _key, noise
 from dist_ema.shards import Region, Shard
+from tests.kit import run_ranks, wrap
+from tests.test_engine import Late, Skippable, Watch, steps
 
 CPU, BF16, F16, F32 = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32
 # Nothing, one, less than a program, around its size (256 here), several programs, and a last one with one element.
@@ -189,14 +192,6 @@ def test_the_key_is_linear(name: str) -> None:
         assert key == _key(3, update, name)
 
 
-def box(order: tuple[int, ...] | None, shape: tuple[int, ...], offsets: tuple[int, ...], region: Region) -> Numbering:
-    """What `layout.indices` computes, as a formula."""
-    dims = range(len(shape)) if order is None else order
-    strides = [torch.Size(shape[dim + 1 :]).numel() for dim in dims]
-    base = sum(o * s for o, s in zip(offsets, strides, strict=True))
-    return Numbering(region.begin, base, region.sizes, tuple(strides))
-
-
 # A range of a row-major weight; columns of it; a box inside; channels_last, whole, a range, and some of its channels.
 BOXES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, Region]] = {
     "range": ((40, 30), None, Region((0, 0), (40, 30), 217, 1150)),
@@ -213,15 +208,20 @@ BOXES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, Region]] = {
 
 
 def both(kind: str) -> tuple[Numbering, Callable[[int, int], Tensor]]:
+    """The formula that `layout` makes, and the numbers cut out of a tensor that holds them all."""
     shape, order, region = BOXES[kind]
     raw = torch.zeros(shape)
     record = Shard("w", "trainable", shape, raw, (torch.nn.Module(), "w"), region, lambda: raw, 0, order)
-    return box(order, shape, region.offsets, region), lambda a, b: layout.indices(record, region, a, b, CPU)
+    every = torch.arange(raw.numel()).view(shape)
+    every = every if order is None else every.permute(order)
+    block = every[tuple(slice(o, o + n) for o, n in zip(region.offsets, region.sizes, strict=True))]
+    held = block.flatten()[region.begin : region.end]
+    return layout.numbering(record, region), lambda a, b: held[a:b]
 
 
 @pytest.mark.parametrize("kind", BOXES)
 def test_numbering(kind: str) -> None:
-    """A Numbering counts as `layout.indices` does, in one piece and in two."""
+    """`layout.numbering` counts as torch does, in one piece and in two."""
     numbering, want = both(kind)
     n = BOXES[kind][2].numel
     assert torch.equal(numbering(0, n), want(0, n))
@@ -400,6 +400,167 @@ def check_tables() -> None:
 def test_tables(interpreted: Any) -> None:
     """Lengths, first programs, whether 16-byte loads are allowed, and addresses."""
     interpreted(check_tables)
+
+
+# --- inside EMA ----------------------------------------------------------------------------------------------------
+
+
+class Mixed(torch.nn.Module):
+    """fp32, bfloat16 and double weights, channels_last, a bias, an averaged buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = torch.nn.Linear(40, 30), torch.nn.BatchNorm1d(30)
+        self.b = torch.nn.Linear(30, 9).to(BF16)
+        self.c = torch.nn.Conv2d(6, 5, 3).to(memory_format=torch.channels_last)
+        self.d = torch.nn.Linear(3, 3).double()
+
+
+def averaged(triton: bool, kind: str, options: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    """(its plan, all averages) after steps of which two are skipped and one leaves nan."""
+    os.environ["DIST_EMA_TRITON"] = str(int(triton))
+    torch.manual_seed(0)
+    model = Mixed()
+    if kind != "none":
+        model = wrap(kind, model)
+    optimizer = Skippable(model.parameters(), {})
+    ema = EMA(model, [0.75, 0.5, Constant(0.0)], buffers="average", **options)
+    ema.attach(optimizer, guard=True, start=1)
+    if "overlapped" in options.get("only", ""):
+        ema._average.engine = Overlapped(Late(0))
+    generator = torch.Generator().manual_seed(1)
+    for step in range(7):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            model.get_buffer(next(name for name, _ in model.named_buffers())).add_(1)
+            if step == 4:
+                next(iter(model.parameters())).grad.view(-1)[::5] = float("nan")
+        optimizer.found_inf = torch.full((), float(step in (2, 5)))
+        optimizer.step()
+    return ema._average._plan, [value for which in range(3) for value in ema.gather(which).values()]
+
+
+def check_ema(kind: str, options: dict[str, Any]) -> None:
+    plan, got = averaged(True, kind, options)
+    other, want = averaged(False, kind, options)
+    assert isinstance(plan, FusedPlan)
+    assert isinstance(other, Plan)
+    assert plan._launches
+    if kind == "none":
+        assert {launch._kind.live for launch in plan._launches} == {F32, BF16}
+        assert [pair.name for pair in plan._others.pairs] == ["d.weight", "d.bias"], "doubles go another way"
+    assert len(got) == len(want)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert not any(value.isnan().any() for value in got if value.is_floating_point())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": BF16}, {"only": "|overlapped", "dtype": BF16}, {"device": "cpu"}], ids=str
+)
+def test_an_ema_is_the_same(interpreted: Any, options: dict[str, Any]) -> None:
+    """Attached, guarded, with skipped steps, three averages: with Triton and without, bit for bit."""
+    interpreted(check_ema, "none", options)
+
+
+def check_ranks() -> None:
+    interpret()
+    check_ema("ddp", {"dtype": BF16})
+
+
+def test_shards_of_an_ema_are_the_same() -> None:
+    """Cut over two ranks, the element numbers do not begin at 0."""
+    run_ranks(2, check_ranks)
+
+
+def check_the_hot_path() -> None:
+    os.environ["DIST_EMA_TRITON"] = "1"
+    model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Linear(20, 3).to(BF16))
+    optimizers = [Skippable(model.parameters(), {})]
+    ema = EMA(model, [Power(gamma=1.0), 0.99], dtype=BF16)
+    ema.attach(*optimizers)
+    ema._average.engine = Overlapped(Late(0))
+    steps(optimizers, 4)
+    launched: list[int] = []
+    for launch in ema._average._plan._launches:
+        launch._kernel = Nothing(launched)
+    with Watch() as watch:
+        steps(optimizers, 4)
+    assert len(launched) >= 6, "two dtypes"
+    assert watch.largest <= 600, "the optimizer's own"
+
+
+class Nothing:
+    """In place of the kernel, which the interpreter runs on the host."""
+
+    def __init__(self, seen: list[int]) -> None:
+        self._seen = seen
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return lambda *_, **__: self._seen.append(*grid)
+
+
+def test_the_hot_path(interpreted: Any) -> None:
+    """All that happens on the host around a launch: nothing is looked at, nothing is allocated."""
+    interpreted(check_the_hot_path)
+
+
+# --- [Note: proof] -------------------------------------------------------------------------------------------------
+
+
+def check_switch() -> None:
+    os.environ["DIST_EMA_TRITON"] = "0"
+    assert not available(CPU)
+    os.environ["DIST_EMA_TRITON"] = "1"
+    assert available(CPU)
+
+
+def test_switch(interpreted: Any) -> None:
+    """DIST_EMA_TRITON=0."""
+    interpreted(check_switch)
+
+
+def check_proof(how: str) -> None:
+    os.environ["DIST_EMA_TRITON"] = "1"
+    model = torch.nn.Linear(50, 50)
+    call = fused._Launch.__call__
+
+    def broken(launch: Any, head: int, guard: bool) -> None:
+        if how == "raises":
+            raise OSError("no C compiler")
+        call(launch, head + (how == "noise"), guard and how != "guard")
+
+    fused._proved.cache_clear()
+    fused._Launch.__call__ = broken  # type: ignore[method-assign]
+    try:
+        with pytest.warns(UserWarning, match="is not used on cpu") as caught:
+            plan = EMA(model, 0.75, dtype=BF16)._average._plan
+        assert len(caught) == 1
+        assert (how == "raises") == ("OSError: no C compiler" in str(caught[0].message))
+        assert isinstance(plan, FusedPlan)
+        assert plan._launches == []
+        ema = EMA(model, [0.75, 0.5], dtype=F32)  # another kind: no further word, and no attempt
+        before = ema._average.profiles[0].averages[0].shadow.clone()
+        with torch.no_grad():
+            model.weight += 1
+        ema.update()
+        assert torch.equal(ema._average.profiles[0].averages[0].shadow, before.lerp(model.weight.flatten(), 0.25))
+    finally:
+        fused._Launch.__call__ = call  # type: ignore[method-assign]
+        fused._proved.cache_clear()
+        fused._REFUSED.clear()
+    assert len(EMA(model, 0.75, dtype=BF16)._average._plan._launches) == 1
+
+
+@pytest.mark.parametrize("how", ["raises", "noise", "guard"])
+def test_a_wrong_kernel_is_not_used(interpreted: Any, how: str) -> None:
+    """It is compared with `kernels.Plan` before it is trusted; one warning per device."""
+    interpreted(check_proof, how)
+
+
+def test_nobody_else_compares() -> None:
+    """Without a fallback the plan is what it says: the comparison itself must not recurse."""
+    assert fused.FusedPlan([], 0)._others is None
 
 
 def test_triton_is_not_imported() -> None:

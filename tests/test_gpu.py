@@ -302,9 +302,114 @@ def test_no_host_sync_in_training(overlap: bool, dtype: torch.dtype, never_wait:
     never_wait()
     for i in range(20):
         step(poison if i in (5, 11) else x)
+        ema.metrics(distance=False)
     torch.cuda.set_sync_debug_mode("default")
+    assert isinstance(ema._average._plan, FusedPlan)
+    assert ema._average._plan._launches, "the kernel failed its proof on this device"
     assert ema._average.skipped == 2
+    for _ in range(2):  # it asks, and at the next call it knows
+        heard = ema.metrics(distance=False)["skipped"]
+        torch.cuda.synchronize()
+    heard = ema.metrics(distance=False)["skipped"]
+    assert heard == ema.metrics()["skipped"] == 2
     assert all(value.isfinite().all() for value in ema.gather().values())
+
+
+# --- the kernel inside EMA -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("live", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_an_ema_with_triton_is_the_same(dtype: torch.dtype, live: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attached, overlapped, guarded, two averages, one step skipped: the bits of torch's own kernels."""
+    results = []
+    for triton in ("1", "0"):
+        monkeypatch.setenv("DIST_EMA_TRITON", triton)
+        model = net().to(live)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+        ema = EMA(model, [0.75, 0.5], dtype=dtype)
+        ema.attach(optimizer, guard=True)
+        assert isinstance(ema._average.engine, Overlapped)
+        assert isinstance(ema._average._plan, FusedPlan) == (triton == "1")
+        for step in range(8):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 0.25 * (step - 3))
+                if step == 5:
+                    p.grad[:1] = float("nan")
+            optimizer.found_inf = torch.full((), float(step == 2), device=CUDA)
+            optimizer.grad_scale = None
+            optimizer.step()
+        results.append([value for which in (0, 1) for value in ema.gather(which).values()])
+        assert ema.metrics()["skipped"] == 1
+    assert same(*results)
+
+
+@pytest.mark.parametrize("shadow", [F32, BF16], ids=str)
+@pytest.mark.parametrize("live", [F32, BF16, F16], ids=str)
+def test_the_proof_holds(live: torch.dtype, shadow: torch.dtype) -> None:
+    """The comparison that an EMA makes before it trusts the kernel; a warning would be an error here."""
+    for averages in (1, 3):
+        plan = FusedPlan(make(live, shadow, averages, 0), 5, Plan)
+        assert plan._others is None
+        assert plan._launches
+
+
+# --- telemetry -----------------------------------------------------------------------------------------------------
+
+
+def test_times_are_those_of_the_device() -> None:
+    """A side stream that sleeps some 20 ms around each update: nobody waits to learn of it, and the step was held up."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ema = EMA(model, 0.9)
+    ema.attach(optimizer)
+    ema._average.engine = Overlapped(Slow(CUDA))
+    for _ in range(4):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    known = ema.metrics(distance=False)
+    assert known["lag"] >= 1, "the host ran ahead; if not, the delays are too short"
+    torch.cuda.synchronize()
+    known = ema.metrics(distance=False)
+    assert known["lag"] == 0
+    assert 0 < known["update_ms"] < known["stall_ms"], "the sleep lies around the update, and the step waits for all"
+    assert known["bytes"] == sum(4 * p.numel() for p in model.parameters())
+    assert known["pinned"] == 0
+    full = ema.metrics()
+    average = ema.gather()
+    live = {name: p.detach().cpu().double() for name, p in model.named_parameters()}
+    apart = sum((live[name] - average[name].double()).square().sum() for name in live)
+    whole = sum(value.square().sum() for value in live.values())
+    assert abs(full["distance"] - float((apart / whole).sqrt())) < 1e-9
+    assert full["replicas_agree"] is True
+
+
+def test_times_inline() -> None:
+    """Events around the update, not the time of the launches; the step waits for all of it."""
+    ema = EMA(net(), 0.9)
+    ema._average.use_engine(overlap=False, host=False)
+    ema.update()
+    torch.cuda.synchronize()
+    known = ema.metrics(distance=False)
+    assert 0 < known["update_ms"] == known["stall_ms"]
+
+
+def test_a_host_thread_on_its_device() -> None:
+    """The thread looks at events of the model's device, from that device, and the window is pinned."""
+    model = net()
+    ema = EMA(model, 0.9, device="cpu")
+    ema.update()
+    engine = ema._average.engine
+    assert isinstance(engine, HostThread)
+    seen: list[int] = []
+    engine._worker.wait(engine._worker.submit(lambda: seen.append(torch.cuda.current_device())))
+    assert seen == [CUDA.index]
+    assert all(window.is_pinned() for window, _ in engine._copies)
+    known = ema.metrics()
+    held = sum(4 * p.numel() for p in model.parameters())
+    assert (known["bytes"], known["pinned"]) == (0, 2 * held + 4)
+    assert known["update_ms"] > 0
 
 
 def test_the_watch_sees(never_wait: Callable[[], None]) -> None:
