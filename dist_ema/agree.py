@@ -15,10 +15,10 @@ from .ranks import Ranks
 __all__ = ["on_averages", "on_weights"]
 
 
-def on_weights(ranks: Ranks, slots: Sequence[Slot], averaged: Sequence[bool]) -> None:
+def on_weights(verb: str, ranks: Ranks, slots: Sequence[Slot], averaged: Sequence[bool]) -> None:
     """Raise ValueError on every rank if names, shapes or dtypes differ, or replicas do not hold the same bits.
 
-    *Collective*. *Cost*: one read of the replicated weights, three numbers sent.
+    *Collective*. *Cost*: one read of the replicated weights, three numbers sent; one rank compares.
     """
     if ranks.size == 1:
         return
@@ -29,10 +29,14 @@ def on_weights(ranks: Ranks, slots: Sequence[Slot], averaged: Sequence[bool]) ->
     ]
     replicas = [slot for slot in slots if slot.shard.replicas or 0 < len(slot.shard.together) < ranks.size]
     where = [[slot.name, *slot.shard.held.offsets, slot.shard.held.begin, slot.shard.held.end] for slot in replicas]
-    mine = {"weights": weights, "where": where, "values": _fingerprints([slot.local for slot in replicas])}
-    brief = ranks.exchange("EMA", {key: _digest(value) for key, value in mine.items()})
-    if not _alike(brief):  # seen by all, so all go on to name what differs
-        _compare(ranks.members, ranks.exchange("EMA", mine))
+    mine: dict[str, list[Any]] = {"weights": weights, "where": where}
+
+    def brief() -> dict[str, int]:
+        mine["values"] = _fingerprints([slot.local for slot in replicas])
+        return {key: _digest(value) for key, value in mine.items()}
+
+    if not ranks.attempt(verb, brief, combine=_alike)[1]:  # seen by all, so all go on to name what differs
+        _compare(ranks.members, ranks.exchange(verb, mine))
 
 
 def _digest(value: Any) -> int:
@@ -71,14 +75,22 @@ def _refuse_odd(names: list[str], a: list[int], b: list[int], one: int, other: i
 
 def on_averages(verb: str, ranks: Ranks, slots: Sequence[Slot]) -> None:
     """Raise RuntimeError on every rank unless each holds the same complete average of a model that nobody wrapped."""
-    values = _fingerprints([slot.average for slot in slots])
-    said = ranks.exchange(verb, values)
-    odd = sorted({slots[i].name for other in said for i, value in enumerate(values) if other[i] != value})
+    names = [slot.name for slot in slots]
+    ranks.begin(verb)
+    _, odd = ranks.attempt(
+        verb, lambda: [_digest(names), *_fingerprints([slot.average for slot in slots])], combine=_differing
+    )
     if odd:
+        said = ", ".join(sorted(names[i - 1] for i in odd if i)[:3]) if odd[0] else "the names of the weights"
         raise RuntimeError(
-            f"ema.{verb}(): the model is not wrapped, and {', '.join(odd[:3])} differ between the ranks of this job. Wrap "
-            "the model (DDP, fully_shard), or start one process."
+            f"ema.{verb}(): the model is not wrapped, and {said} differ between the ranks of this job. Wrap the model (DDP, "
+            "fully_shard), or start one process."
         )
+
+
+def _differing(said: list[list[int]]) -> list[int]:
+    """The first places where not all say the same."""
+    return [i for i, values in enumerate(zip(*said, strict=False)) if len(set(values)) > 1][:10]
 
 
 def _fingerprints(data: Sequence[torch.Tensor]) -> list[int]:

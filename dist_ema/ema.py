@@ -58,6 +58,15 @@ def _outside() -> int:
     return level
 
 
+def _leaving(said: list[Any]) -> dict[str, Any]:
+    """Which rank left a swap by an exception, and which buffers were recalibrated.
+
+    NOTE: DDP rewrites the other ranks' buffers in every forward, so the first rank says which.
+    """
+    errors = [[rank, each["error"]] for rank, each in enumerate(said) if each and "error" in each]
+    return {"error": errors[0] if errors else None, "changed": (said[0] or {}).get("changed", [])}
+
+
 def _real(path: str | Path) -> Path:
     """Where a link leads: the temporary must lie beside the folder itself, on the same file system."""
     return Path(os.path.realpath(path))
@@ -106,7 +115,7 @@ class EMA:
         found = shards.find(model)
         self._ranks = Ranks(found.members, found.group, shards.side_store)
         self._everyone: Ranks | None = None
-        self._adopt(found)
+        self._adopt("EMA", found)
         self._use_engine(overlap=self._on_host)
 
     def _use_engine(self, overlap: bool) -> None:
@@ -116,19 +125,28 @@ class EMA:
     def _on_host(self) -> bool:
         return self._device is not None and self._device.type == "cpu"
 
-    def _adopt(self, found: shards.Found) -> None:
+    def _adopt(self, verb: str, found: shards.Found) -> None:
         average = self._average
-        average.adopt(found, self._split, self._dtype, self._device)
-        agree.on_weights(self._ranks, average.slots, [slot.shadow is not None for slot in average.slots])
+        self._ranks.attempt(verb, lambda: average.adopt(found, self._split, self._dtype, self._device))
+        agree.on_weights(verb, self._ranks, average.slots, [slot.shadow is not None for slot in average.slots])
 
-    def _enter(self, verb: str) -> None:
-        """What every collective verb begins with: all ranks come and can go on, or all raise."""
+    def _enter(self, verb: str, which: Which = 0, prepare: Callable[[], None] | None = None) -> Profile:
+        """What every collective verb begins with: all ranks come, mean the same average and can go on, or all raise."""
+        average = self._average
 
-        def prepare() -> None:
-            self._average.refuse(f"ema.{verb}")
-            self._average.ready()
+        def ready() -> int | None:
+            average.refuse(f"ema.{verb}")
+            number = average.profiles.index(average.profile(which))
+            (prepare or average.ready)()
+            return number if len(average.profiles) > 1 else None
 
-        self._ranks.attempt(verb, prepare)
+        self._ranks.begin(verb)
+        _, asked = self._ranks.attempt(verb, ready, combine=lambda said: sorted({each or 0 for each in said}))
+        if len(asked) > 1:
+            names = " and ".join(average.profiles[number].name for number in asked)
+            raise ValueError(f"ema.{verb}(): the ranks ask for different averages: {names}.")
+        number: int = asked[0]
+        return average.profiles[number]
 
     def _warn_if_idle(self, verb: str) -> None:
         if self._average.idle:
@@ -196,8 +214,7 @@ class EMA:
         and weight have one dtype, else a copy of this rank's shard. A rank that leaves by an exception makes the others
         raise RuntimeError at their exit, after restoring.
         """
-        profile = self._average.profile(which)
-        loan = self._lend(profile)
+        profile, loan = self._lend(which)
         error: BaseException | None = None
         try:
             yield self
@@ -208,14 +225,18 @@ class EMA:
             self._take_back(profile, loan, error)
 
     @_aside
-    def _lend(self, profile: Profile) -> Loan:
-        if shards.frozen_by_inductor(self._average.model):
-            raise RuntimeError(
-                "ema.swap() cannot reach a model compiled with torch._inductor.config.freezing: turn it off."
-            )
-        self._enter("swap")
-        self._warn_if_idle("swap")
+    def _lend(self, which: Which) -> tuple[Profile, Loan]:
         average = self._average
+
+        def prepare() -> None:
+            if shards.frozen_by_inductor(average.model):
+                raise RuntimeError(
+                    "ema.swap() cannot reach a model compiled with torch._inductor.config.freezing: turn it off."
+                )
+            average.ready()
+
+        profile = self._enter("swap", which, prepare)
+        self._warn_if_idle("swap")
         loan = Loan(profile.slots, profile.own)
         try:
             self._ranks.attempt("swap", loan.lend)
@@ -226,26 +247,36 @@ class EMA:
             average.lend(False)
             average.mark()
             raise
-        return loan
+        return profile, loan
 
     @_aside
     def _take_back(self, profile: Profile, loan: Loan, error: BaseException | None) -> None:
         average = self._average
-        buffers, changed = loan.floating_buffers() if error is None else ({}, [])
-        text = None if error is None else f"{type(error).__name__}: {error}"
+        buffers: dict[str, Tensor] = {}
+        said: dict[str, Any] = {}
+        raised = error
         try:
-            said = self._ranks.exchange("swap exit", {"error": text, "changed": changed}, timeout=FOREVER)
+            if error is None:
+                buffers, said["changed"] = loan.floating_buffers()
+        except Exception as caught:  # told to the others like an error of the block
+            raised = caught
+        if raised is not None:
+            said["error"] = f"{type(raised).__name__}: {raised}"
+        try:
+            left = self._ranks.exchange("swap", said if any(said.values()) else None, FOREVER, combine=_leaving)
         finally:
             average.reshard()
             loan.take_back()
-            average.lend(False)
+        # NOTE: not in `finally`: while replicas are not whole again, the model still counts as lent.
         spread(profile.averages, self._split)
+        average.lend(False)
         average.mark()
-        failed = [(rank, each["error"]) for rank, each in zip(self._ranks.members, said, strict=True) if each["error"]]
-        if failed and error is None:
-            raise RuntimeError(f"rank {failed[0][0]} left ema.swap() by an exception: {failed[0][1]}")
-        # NOTE: DDP rewrites the other ranks' buffers in every forward, so the first rank says which were recalibrated.
-        profile.own |= {name: buffers[name] for name in said[0]["changed"] if error is None}
+        if raised is not error:
+            raise raised  # type: ignore[misc]
+        if left["error"] and error is None:
+            rank, text = left["error"]
+            raise RuntimeError(f"rank {self._ranks.members[rank]} left ema.swap() by an exception: {text}")
+        profile.own |= {name: buffers[name] for name in left["changed"] if error is None}
 
     @_aside
     def gather(self, which: Which = 0) -> dict[str, Tensor]:
@@ -254,8 +285,7 @@ class EMA:
         Averaged weights in the shadows' dtype, frozen weights and buffers from the live model, every alias: it passes
         `load_state_dict(strict=True)`. *Cost*: the model on the first rank's host, 16 MB windows elsewhere.
         """
-        profile = self._average.profile(which)
-        self._enter("gather")
+        profile = self._enter("gather", which)
         self._warn_if_idle("gather")
         return gather.full(self._ranks, profile.slots, profile.own, torch.device("cpu"))
 
@@ -265,17 +295,8 @@ class EMA:
 
         Raises ValueError with the names if the two models do not hold the same weights.
         """
-        profile = self._average.profile(which)
-        self._enter("copy_to")
-        found: list[shards.Found] = []
-
-        def prepare() -> None:
-            found.append(shards.find(module))
-            gather.refuse_other(profile.slots, found[0].shards)
-
-        self._ranks.attempt("copy_to", prepare)
-        gather.copy_into(self._ranks, profile.slots, profile.own, found[0].shards)
-        shards.reshard(found[0].sharded)
+        profile = self._enter("copy_to", which)
+        gather.copy_into(self._ranks, profile.slots, profile.own, module)
         self._average.mark()
 
     # --- files -------------------------------------------------------------------------------------------------
@@ -385,17 +406,22 @@ class EMA:
 
     @_aside
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave, after DCP filled it, or with full weights from elsewhere."""
+        """Take what `state_dict` gave, after DCP filled it, or with full weights from elsewhere. *Collective*."""
         average = self._average
-        average.refuse("ema.load_state_dict")
-        average.ready()
-        lacks = [p.name for p in average.profiles if p.name not in state.get("averages", {})]
-        if lacks or "clock" not in state:
-            raise ValueError(f"the state_dict of the EMA lacks {', '.join(lacks) or 'clock'}.")
-        for p in average.profiles:
-            p.own = dcp.take(state["averages"][p.name], p.averages, p.floating_buffers)
-        average.set_clock(dict(zip(average.clock_spec(), state["clock"].tolist(), strict=True)))
-        average.forget_mark()
+
+        def take() -> None:
+            lacks = [p.name for p in average.profiles if p.name not in state.get("averages", {})]
+            if lacks or "clock" not in state:
+                raise ValueError(f"the state_dict of the EMA lacks {', '.join(lacks) or 'clock'}.")
+            clock = dict(zip(average.clock_spec(), state["clock"].tolist(), strict=True))
+            Clock().set(clock)
+            for p in average.profiles:
+                p.own = dcp.take(state["averages"][p.name], p.averages, p.floating_buffers)
+            average.set_clock(clock)
+            average.forget_mark()
+
+        self._enter("load_state_dict")
+        self._ranks.attempt("load_state_dict", take)
 
     # --- the rest ----------------------------------------------------------------------------------------------
 
@@ -418,14 +444,15 @@ class EMA:
     def rescan(self) -> None:
         """Average weights that became trainable since, seeded from live. *Collective*."""
         average = self._average
+        found: list[shards.Found] = []
 
         def prepare() -> None:
-            average.refuse("ema.rescan")
             average.settle()
             average.follow(replaced=True, newly_trainable=False)
+            found.append(shards.find(average.model))
 
-        self._ranks.attempt("rescan", prepare)
-        self._adopt(shards.find(average.model))
+        self._enter("rescan", prepare=prepare)
+        self._adopt("rescan", found[0])
 
     @_aside
     def metrics(self, which: Which = 0, *, distance: bool = True) -> dict[str, float]:

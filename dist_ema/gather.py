@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import shards
 from .layout import Box, Slot, kinds, parts, pieces
 from .ranks import Ranks
 from .shards import Shard
-from .wire import stream
+from .wire import Part, stream
 
-__all__ = ["copy_into", "full", "refuse_other"]
+__all__ = ["copy_into", "full"]
 
 
 def full(
@@ -25,26 +26,41 @@ def full(
     """The complete state_dict, with every alias, on the first rank; {} elsewhere. *Collective*."""
     kept = [slot for slot in slots if slot.shard.persistent]
     result: dict[str, Tensor] = {}
-    if ranks.first:
-        for slot in kept:
+    mine: list[Part] = []
+
+    def prepare() -> None:
+        """NOTE: the memory for a whole model may be missing, and then the others must not begin to send."""
+        mine.extend(parts(kept, own_buffers))
+        for slot in kept if ranks.first else ():
             result[slot.name] = torch.empty(slot.shard.shape, dtype=slot.average.dtype, device=device)
 
     def sink(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
         if result:
             result[kept[number].name][Box(offsets, tuple(data.shape)).slices].copy_(data)
 
-    stream(ranks, *kinds(kept), list(parts(kept, own_buffers)), sink)
+    ranks.attempt("gather", prepare)
+    stream(ranks, *kinds(kept), mine, sink)
     return result | {alias: result[slot.name] for slot in kept if result for alias in slot.shard.aliases}
 
 
-def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor], other: Sequence[Shard]) -> None:
-    """Write the full weights into the shards of another model, however that one is cut. *Collective*.
+def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor], module: nn.Module) -> None:
+    """Write the full weights into another model, however that one is wrapped. *Collective*.
 
-    Every rank broadcasts its parts in turn; each takes what meets its own shards.
+    Every rank broadcasts its parts in turn; each takes what meets its own shards. Raises ValueError with the names if the
+    two models do not hold the same weights.
     """
     kept = [slot for slot in slots if slot.shard.persistent]
-    targets = {shard.name: shard for shard in other if shard.persistent}
-    holes = {name: list(pieces(shard, shard.held, shard.read())) for name, shard in targets.items()}
+    holes: dict[str, list[tuple[Box, Tensor]]] = {}
+    mine: list[Part] = []
+    sharded: list[nn.Module] = []
+
+    def prepare() -> None:
+        found = shards.find(module)
+        _refuse_other(kept, found.shards)
+        for shard in found.shards:
+            holes[shard.name] = list(pieces(shard, shard.held, shard.read()))
+        mine.extend(parts(kept, own_buffers))
+        sharded.extend(found.sharded)
 
     def sink(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
         box = Box(offsets, tuple(data.shape))
@@ -53,12 +69,14 @@ def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor
             if common is not None:
                 view[common.within(hole)].copy_(data[common.within(box)])
 
-    stream(ranks, *kinds(kept), list(parts(kept, own_buffers)), sink, everywhere=True)
+    ranks.attempt("copy_to", prepare)
+    stream(ranks, *kinds(kept), mine, sink, everywhere=True)
+    shards.reshard(sharded)
 
 
-def refuse_other(slots: Sequence[Slot], other: Sequence[Shard]) -> None:
+def _refuse_other(slots: Sequence[Slot], other: Sequence[Shard]) -> None:
     """Raise ValueError with the names if the two models do not hold the same weights."""
-    ours = {slot.name: slot.shard.shape for slot in slots if slot.shard.persistent}
+    ours = {slot.name: slot.shard.shape for slot in slots}
     theirs = {shard.name: shard.shape for shard in other if shard.persistent}
     odd = sorted({name for name, _ in ours.items() ^ theirs.items()})
     if odd:

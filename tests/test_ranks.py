@@ -1,0 +1,459 @@
+"""Checking in: what it costs, who is named, who is waited for, and that an error anywhere is an error everywhere.
+
+How to read a failure: up to 64 ranks are threads on one HashStore, each with a real `Board`; `spread` returns what each
+rank returned or raised. Real processes follow at the end, each verb of EMA with a rank that is late, elsewhere, or dead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_ema import EMA, ranks, resume
+from dist_ema.ranks import FOREVER, Board
+from dist_ema.swap import Loan
+from tests.kit import Net, raises, run_ranks, wrap
+
+WRITES = ("set", "add", "compare_set")
+
+
+class Counted:
+    """A store that notes every call of this rank but the waiting (`check`): (operation, key)."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store, self.calls = store, list[tuple[str, str]]()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(key: Any, *args: Any) -> Any:
+            if name != "check":
+                self.calls.extend((name, each) for each in ([key] if isinstance(key, str) else key))
+            return getattr(self._store, name)(key, *args)
+
+        return call
+
+
+class World:
+    """`size` boards on one store, and threads to use them."""
+
+    def __init__(self, size: int, timeout: float = 60.0) -> None:
+        self.store = dist.HashStore()
+        self.counted = [Counted(self.store) for _ in range(size)]
+        self.boards = [Board(store, range(10, 10 + size), i, timeout) for i, store in enumerate(self.counted)]  # type: ignore[arg-type]
+
+    def spread(self, work: Callable[[Board], Any]) -> list[Any]:
+        """Do it on all ranks at once. Returns what each returned or raised."""
+        results: list[Any] = [None] * len(self.boards)
+
+        def one(i: int) -> None:
+            try:
+                results[i] = work(self.boards[i])
+            except BaseException as error:
+                results[i] = error
+
+        threads = [threading.Thread(target=one, args=(i,)) for i in range(len(self.boards))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for counted in self.counted:
+            counted.seen, counted.calls = counted.calls, []  # type: ignore[attr-defined]
+        return results
+
+    def operations(self) -> Counter[str]:
+        """By all ranks, in the last `spread`."""
+        return Counter(name for counted in self.counted for name, _ in counted.seen)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Naming who is missing needs no two seconds among threads."""
+    monkeypatch.setattr(ranks, "GRACE", 0.6)
+
+
+# --- what it costs -----------------------------------------------------------------------------------------------
+
+
+def test_a_verb_costs_one_write_per_rank() -> None:
+    """64 ranks enter: each adds to one counter and reads what came out; the last one publishes. Nobody reads names."""
+    world = World(64)
+
+    def enter(board: Board) -> Any:
+        board.begin("save")
+        return board.attempt("save", lambda: None)
+
+    assert world.spread(enter) == [(None, [None] * 64)] * 64
+    assert world.operations() == {"add": 64, "compare_set": 1, "get": 64}
+    for counted in world.counted:
+        assert sum(name in WRITES for name, _ in counted.seen) <= 2  # type: ignore[attr-defined]
+    world.spread(enter)
+    assert world.operations() == {"add": 64, "compare_set": 1, "get": 64, "delete_key": 2}, (
+        "the one before is forgotten"
+    )
+
+
+def test_values_are_combined_by_one() -> None:
+    """Messages cost a write more each; one rank reads them all, in one call, and the others what it made of them."""
+    world = World(64)
+    assert world.spread(lambda board: board.exchange("save", board.rank, combine=sum)) == [sum(range(64))] * 64
+    assert world.operations() == {"set": 64, "add": 64, "multi_get": 64, "compare_set": 1, "get": 64}
+    assert sum(any(name == "multi_get" for name, _ in each.seen) for each in world.counted) == 1  # type: ignore[attr-defined]
+    assert world.spread(lambda board: board.decide("save", lambda: {"by": board.rank})) == [{"by": 0}] * 64
+    assert world.operations() == {"set": 1, "get": 63}
+
+
+def test_no_keys_stay() -> None:
+    world = World(5)
+
+    def many(board: Board) -> list[Any]:
+        found = []
+        for i in range(50):
+            board.begin("save")
+            board.attempt("save", lambda: None)
+            found.append(board.exchange("save", [i, board.rank])[3])
+            found.append(board.decide("save", lambda i=i: i))  # type: ignore[misc]
+        return found
+
+    assert world.spread(many) == [[x for i in range(50) for x in ([i, 3], i)]] * 5
+    assert world.store.num_keys() < 12
+
+
+def test_a_world_of_one_needs_no_store() -> None:
+    board = Board(None, [0], 0)
+    assert board.exchange("save", 3) == [3]
+    assert board.attempt("save", lambda: 4) == (4, [4])
+    assert board.decide("save", lambda: 5) == 5
+    for verb in (board.attempt, board.decide):
+        with pytest.raises(ZeroDivisionError):
+            verb("save", lambda: 1 / 0)
+    with pytest.raises(KeyboardInterrupt):
+        board.attempt("save", interrupt)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+# --- an error on one is an error on all --------------------------------------------------------------------------
+
+
+def test_errors_are_told() -> None:
+    """The rank itself raises what happened, the others whose error it was; then all are in step again."""
+    world = World(6)
+
+    def fail(board: Board) -> None:
+        board.attempt("save", lambda: 1 / (board.rank - 4))
+
+    found = world.spread(fail)
+    assert isinstance(found[4], ZeroDivisionError)
+    others = {str(error) for i, error in enumerate(found) if i != 4}
+    assert others == {"ema.save() failed on rank 14: ZeroDivisionError: division by zero"}
+    found = world.spread(lambda board: board.decide("load", lambda: [][0]))
+    assert isinstance(found[0], IndexError)
+    assert "ema.load() failed on rank 10: IndexError: list index" in str(found[1])
+    assert world.spread(lambda board: board.exchange("gather", 1, combine=sum)) == [6] * 6
+
+
+def test_an_interrupt_is_told_and_waits_for_nobody() -> None:
+    """Ctrl-C inside a verb: that rank leaves at once, also where nobody else has come; the others do not time out."""
+    world = World(3)
+
+    def work(board: Board) -> None:
+        if board.rank != 1:
+            world.boards[1].left.wait()  # type: ignore[attr-defined]
+        board.attempt("save", interrupt if board.rank == 1 else lambda: None)
+
+    def leave(board: Board) -> None:
+        try:
+            work(board)
+        finally:
+            world.boards[1].left.set()  # type: ignore[attr-defined]
+
+    world.boards[1].left = threading.Event()  # type: ignore[attr-defined]
+    found = world.spread(leave)
+    assert isinstance(found[1], KeyboardInterrupt)
+    assert str(found[0]) == str(found[2]) == "ema.save() failed on rank 11: KeyboardInterrupt: "
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
+def test_different_verbs_at_once(order: list[int]) -> None:
+    """No timeout passes: whoever comes to the wrong verb sees it in the counter. Both verbs and a rank of each are named,
+    and the same sentence is raised everywhere."""
+    world = World(4, timeout=FOREVER)
+    turns = [threading.Event() for _ in range(5)]
+    turns[0].set()
+
+    def call(board: Board) -> None:
+        turns[order.index(board.rank)].wait()
+        threading.Timer(0.05, turns[order.index(board.rank) + 1].set).start()
+        verb = "gather" if board.rank == 2 else "save"
+        board.begin(verb)
+        board.attempt(verb, lambda: None)
+
+    found = {str(error) for error in world.spread(call)}
+    assert len(found) == 1
+    text = found.pop()
+    assert "rank 12 is in ema.gather()" in text or "rank 12 in ema.gather()" in text
+    assert "in ema.save()" in text
+    assert "in the same order" in text
+    assert world.spread(lambda board: board.exchange("load", 1, combine=sum)) == [4] * 4, "in step again"
+
+
+def test_the_same_verb_begun_anew() -> None:
+    """A rank that left a verb alone and calls it again does not meet the middle of it."""
+    world = World(2, timeout=FOREVER)
+    world.spread(lambda board: board.exchange("save"))
+
+    def call(board: Board) -> None:
+        if board.rank == 1:
+            board.begin("save")
+        board.exchange("save")
+
+    assert "rank 10 is in step 1 of ema.save() and rank 11 in ema.save()" in str(world.spread(call)[0])
+
+
+def test_the_first_rank_decides_something_else() -> None:
+    world = World(2, timeout=FOREVER)
+    found = world.spread(lambda b: b.decide("load", lambda: 1) if b.rank == 0 else b.exchange("save"))
+    assert found[0] == 1
+    assert "rank 10 is in ema.load() and rank 11 in ema.save()" in str(found[1])
+
+
+def test_all_wait_for_different_things(quick: None) -> None:
+    """Nobody is missing, and nobody can go on: the timeout says where they are."""
+    world = World(2, timeout=0.4)
+    found = world.spread(lambda b: b.exchange("save") if b.rank == 0 else b.decide("load", lambda: 1))
+    assert ["rank 10 is in ema.save() and rank 11 in ema.load()" in str(error) for error in found] == [True, True]
+
+
+# --- who is missing ----------------------------------------------------------------------------------------------
+
+
+def test_the_missing_are_named(quick: None) -> None:
+    """By those who wait, on all of them, and by the late ones when they come; whoever came just in time is not named."""
+    world = World(5, timeout=0.6)
+    given_up = threading.Event()
+
+    def call(board: Board) -> None:
+        if board.rank in (0, 3):
+            given_up.wait()
+        if board.rank == 4:
+            time.sleep(0.5)
+        try:
+            board.attempt("save", lambda: None)
+        finally:
+            given_up.set()
+
+    found = {str(error) for error in world.spread(call)}
+    assert found == {"ema.save() is collective, and ranks 10, 13 did not enter it within 0.6 s."}
+    assert world.spread(lambda board: board.exchange("load", 1, combine=sum)) == [5] * 5, "in step again"
+
+
+def test_a_slow_rank_is_waited_for(quick: None) -> None:
+    """[Note: pulse]: work of four times the timeout, in `attempt`, in `decide`, and where bytes are moved."""
+    world = World(3, timeout=0.2)
+
+    def work(board: Board) -> Any:
+        board.attempt("save", lambda: time.sleep(0.8) if board.rank == 1 else None)
+        if board.rank == 2:
+            for _ in range(16):
+                time.sleep(0.05)
+                board.tick()
+        board.exchange("save")
+        return board.decide("save", lambda: time.sleep(0.8) or 7)
+
+    assert world.spread(work) == [7] * 3
+
+
+def test_a_dead_rank_is_named(quick: None) -> None:
+    """Inside a verb the sentence is another one: it did enter."""
+    world = World(3, timeout=0.4)
+
+    def work(board: Board) -> None:
+        board.exchange("save")
+        if board.rank != 1:
+            board.exchange("save")
+
+    found = world.spread(work)
+    assert found[1] is None
+    assert str(found[0]) == str(found[2]) == "ema.save(): rank 11 gave no sign of life for 0.4 s. Dead, or hung?"
+    world = World(3, timeout=0.4)
+    found = world.spread(lambda board: board.decide("save", lambda: 1) if board.rank else None)
+    assert "rank 10 did not enter it" in str(found[1]), "the one who decides"
+
+
+def test_the_one_who_speaks_may_die_too(quick: None) -> None:
+    """The lowest rank that waits names the missing; if it is gone by then, another one does."""
+    world = World(3, timeout=0.4)
+    world.store.set("0/here/0", '[0, "save", 0]')
+    found = world.spread(lambda board: board.exchange("save") if board.rank == 1 else None)
+    assert "rank 12 did not enter it" in str(found[1])
+
+
+def test_leaving_waits_and_says_for_whom(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a limit: a line every so often, from one rank, names who is awaited."""
+    monkeypatch.setattr(ranks, "SAY", 0.2)
+    monkeypatch.setattr(ranks, "LOOK", 0.1)
+    world = World(4, timeout=0.1)
+
+    def leave(board: Board) -> int:
+        time.sleep(1.2 if board.rank in (1, 3) else 0.0)
+        return board.exchange("swap", 1, FOREVER, combine=sum)  # type: ignore[no-any-return]
+
+    with caplog.at_level(logging.WARNING, "dist_ema"):
+        assert world.spread(leave) == [4] * 4
+    lines = [record.getMessage() for record in caplog.records]
+    assert 2 <= len(lines) <= 6, lines
+    assert all(line.startswith("ema.swap() has waited ") and line.endswith(" s for ranks 11, 13") for line in lines)
+
+
+SERVER = """
+import time
+import torch.distributed as dist
+store = dist.TCPStore("127.0.0.1", 0, None, True)
+print(store.port, flush=True)
+time.sleep(99)
+"""
+
+
+def test_the_store_may_die() -> None:
+    """With the process that holds it: said as that, and not after the timeout."""
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    with server, server.stdout:
+        store = dist.TCPStore("127.0.0.1", int(server.stdout.readline()), None, False)
+        threading.Timer(0.3, server.kill).start()
+        with pytest.raises(RuntimeError, match=r"the key-value store of the process group is gone; did .*rank 0"):
+            Board(store, [0, 1], 1, FOREVER).attempt("save", lambda: time.sleep(1.5))
+
+
+# --- every verb --------------------------------------------------------------------------------------------------
+
+
+def verbs(ema: EMA, other: nn.Module, folder: str) -> dict[str, Callable[[], Any]]:
+    """Every collective verb, each once."""
+
+    def swap() -> None:
+        with ema.swap():
+            pass
+
+    state = ema.state_dict()
+    return {
+        "swap": swap,
+        "gather": ema.gather,
+        "copy_to": lambda: ema.copy_to(other),
+        "save": lambda: ema.save(f"{folder}/out"),
+        "export": lambda: ema.export(f"{folder}/export"),
+        "load": lambda: ema.load(f"{folder}/kept"),
+        "reset": ema.reset,
+        "rescan": ema.rescan,
+        "load_state_dict": lambda: ema.load_state_dict(state),
+    }
+
+
+def late_failing_elsewhere(kind: str, folder: str) -> None:
+    """Each verb: one rank does not come; one rank fails; the ranks come to different verbs. Then all goes on."""
+    mine = dist.get_rank() == 1
+    model, other = wrap(kind, Net()), wrap(kind, Net())
+    ema = EMA(model, 0.5)
+    ema.save(f"{folder}/kept")
+    calls = verbs(ema, other, folder)
+    grace, ema.timeout, ranks.GRACE = ranks.GRACE, 0.2, 0.1
+    for verb, call in calls.items():
+        if mine:
+            dist.barrier()
+        with raises(RuntimeError, f"ema.{verb}() is collective, and rank 1 did not enter it within 0.2 s"):
+            call()
+        if not mine:
+            dist.barrier()
+    ema.timeout, ranks.GRACE = FOREVER, grace
+    ready = ema._average.settle
+    for verb, call in calls.items():
+        if mine:
+            ema._average.settle = missing_file  # type: ignore[method-assign]
+        with raises(
+            OSError if mine else RuntimeError, "lost", *([] if mine else [f"ema.{verb}() failed on rank 1: OSError"])
+        ):
+            call()
+        ema._average.settle = ready  # type: ignore[method-assign]
+    names = list(calls)
+    for one, two in zip(names, [*names[1:], names[0]], strict=True):
+        with raises(RuntimeError, f"rank 0 is in ema.{one}() and rank 1 in ema.{two}()"):
+            calls[two if mine else one]()
+    for call in calls.values():
+        call()
+
+
+def missing_file() -> None:
+    raise OSError("lost")
+
+
+def different_averages() -> None:
+    """which= must mean one average on all ranks. Guards the comparison in EMA._enter."""
+    ema = EMA(wrap("ddp", Net()), [0.5, 0.75])
+    with raises(ValueError, "different averages: Constant(decay=0.5) and Constant(decay=0.75)"):
+        ema.gather(dist.get_rank())
+    with raises(ValueError if dist.get_rank() else RuntimeError, "there is no average 7"):
+        ema.gather(7 if dist.get_rank() else 0)
+    ema.gather(1)
+
+
+def together(folder: str) -> None:
+    for kind in ("ddp", "fsdp2"):
+        late_failing_elsewhere(kind, f"{folder}/{kind}")
+    different_averages()
+
+
+DEATHS: dict[str, tuple[int, Any, str]] = {
+    "swap": (1, Loan, "lend"),
+    "gather": (1, ranks.Ranks, "send"),
+    "load": (0, resume, "_place"),
+}
+
+
+def die(folder: str) -> Any:
+    """Each pair of ranks has a verb in which one of the two dies; what the other one raises, and whether its model is
+    as it was."""
+    pairs = [dist.new_group([2 * i, 2 * i + 1]) for i in range(len(DEATHS))]
+    verb = list(DEATHS)[dist.get_rank() // 2]
+    victim, place, name = DEATHS[verb]
+    folder = f"{folder}/{verb}"
+    model = nn.parallel.DistributedDataParallel(Net(), process_group=pairs[dist.get_rank() // 2])
+    ema = EMA(model, 0.5)
+    ema.save(f"{folder}/kept")
+    ema.timeout, ranks.GRACE = 2.0, 0.2
+    before = [p.detach().clone() for p in model.parameters()]
+    dist.barrier()
+    if dist.get_rank() % 2 == victim:
+        setattr(place, name, lambda *_, **__: os._exit(0))
+    try:
+        verbs(ema, model, folder)[verb]()
+    except RuntimeError as error:
+        return verb, str(error), all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    raise AssertionError(f"{verb} passed without its other rank")
+
+
+def test_verbs_on_ranks(tmp_path: Path) -> None:
+    run_ranks(2, together, str(tmp_path))
+
+
+def test_a_rank_that_dies_inside(tmp_path: Path) -> None:
+    """The survivor raises within the timeout, says who, and what it lent is taken back."""
+    found = [each for each in run_ranks(2 * len(DEATHS), die, str(tmp_path), allow_dead=True) if each]
+    assert [verb for verb, _, _ in found] == list(DEATHS)
+    assert all(intact for _, _, intact in found)
+    for (verb, text, _), (victim, _, _), i in zip(found, DEATHS.values(), range(9), strict=False):
+        if verb != "gather":  # there it is the other end of a send that is gone
+            assert f"ema.{verb}(): rank {2 * i + victim} gave no sign of life for 2 s" in text, text
