@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from reprlib import repr as brief
 from typing import Any
 
 from .schedule import Schedule
@@ -60,7 +61,8 @@ class Clock:
     def set(self, spec: dict[str, Any]) -> None:
         """Take the counters of a saved clock. Raises ValueError if they are not sound."""
         for field in fields(self):
-            value = spec.get(field.name)
-            if not isinstance(value, (int, float)) or value < 0:
-                raise ValueError(f"the saved clock has no sound {field.name!r}: {spec}.")
-            setattr(self, field.name, type(getattr(self, field.name))(value))
+            value, kind = spec.get(field.name), type(getattr(self, field.name))
+            # NOTE: not below 2^63 is NaN too.
+            if not isinstance(value, (int, float)) or not 0 <= value < 1 << 63 or kind(value) != value:
+                raise ValueError(f"the saved clock has no sound {field.name!r}: {brief(spec)}.")
+            setattr(self, field.name, kind(value))

@@ -36,6 +36,7 @@ __all__ = ["EMA"]
 P = ParamSpec("P")
 T = TypeVar("T")
 Which = int | str | Schedule
+_NEW = Clock().spec() | {"accepted": 0}  # the clock of an EMA that was just built
 
 
 def _aside(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA, P], T]:
@@ -373,20 +374,35 @@ class EMA:
         }
 
     @_aside
-    def load(self, path: str | Path, *, verify: bool = True) -> None:
-        """Resume the average and its clock from `save`, of any world size and wrapper. *Collective*.
+    def load(self, path: str | Path, *, strict: bool = True, verify: bool = True) -> None:
+        """Go on from a saved average, of any world size and wrapper. *Collective*. The live model is not touched.
 
-        The live model is not touched. verify: compare the files' check sums first, each rank a part of every file.
-        Raises ValueError with the differences if the folder is damaged or belongs to another model; nothing has changed
-        then. *Cost*: only the slices that this rank keeps are read.
+        path: what `save` wrote is resumed with its clock; an EMA whose `attach(start=...)` is not reached goes on too. Any
+        other safetensors model (an export, a Hugging Face folder, its index, one file) is a start: the averaged weights are
+        read, in any floating dtype, the clock is that of a new EMA, frozen weights and buffers in it are passed over.
+
+        strict: names must agree. With strict=False weights that the folder lacks start from live and weights that the model
+        lacks are left out, and a warning names them; another shape always raises, as its values would be lost. verify:
+        compare the files' check sums first, each rank a part of every file; only what dist_ema wrote has them.
+
+        Raises ValueError with all differences, or if the folder is damaged; nothing has changed then. If the disk fails
+        after that, in the middle of reading, the error leaves a new average: equal to live, its clock at 0. *Cost*: only
+        the slices that this rank keeps are read, through a window of 4 MB.
         """
         self._enter("load")
         average = self._average
         readers = [resume.Reader(each.schedule.spec(), each.persistent) for each in average.profiles]
-        meta, own = resume.load(self._ranks, _real(path), readers, verify)
+        with resume.look(self._ranks, path, readers, strict=strict, verify=verify) as found:
+            for text in found.warnings:
+                warnings.warn(text, stacklevel=_outside())
+            try:
+                own = found.fill(self._ranks)
+            except BaseException:
+                self._begin_again(started=True)
+                raise
         for profile, buffers in zip(average.profiles, own, strict=True):
             profile.own = buffers
-        average.set_clock(meta["clock"])
+        average.set_clock(found.clock or _NEW)
         average.forget_mark()
 
     # --- state_dict, for torch.distributed.checkpoint ----------------------------------------------------------
@@ -429,10 +445,14 @@ class EMA:
     def reset(self) -> None:
         """Begin again: the shadow is the live model, the clock is 0, recalibrated buffers are forgotten. *Collective*."""
         self._enter("reset")
-        self._average.copy_live()
-        self.reset_buffers()
         late = self._attachment is not None and self._attachment.active and self._attachment.start > 0
-        self._average.set_clock(Clock(started=not late).spec() | {"accepted": 0})
+        self._begin_again(started=not late)
+
+    def _begin_again(self, started: bool) -> None:
+        self._average.copy_live()
+        for profile in self._average.profiles:
+            profile.own = {}
+        self._average.set_clock(_NEW | {"started": started})
 
     def reset_buffers(self) -> None:
         """Forget recalibrated buffers: the average takes the live model's again."""

@@ -16,30 +16,40 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import stat
 import struct
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from reprlib import repr as brief
+from typing import Any, BinaryIO
 
 __all__ = [
     "FORMAT",
     "INDEX",
     "ITEMSIZE",
     "META",
+    "MOST_JSON",
     "VERSION",
     "Entry",
     "File",
     "Sum",
     "check_sum",
     "dump",
+    "find_model",
     "header",
+    "header_of",
     "index",
+    "open_regular",
     "plan",
     "read_header",
+    "read_index",
     "read_meta",
     "read_model",
+    "refuse_other_index",
     "size_of",
 ]
 
@@ -47,7 +57,11 @@ VERSION = "0.1.0"
 FORMAT = 1
 META = "ema.json"
 INDEX = "model.safetensors.index.json"
-MOST_HEADER = 100_000_000  # bytes; what the safetensors library accepts
+STEMS = ("model", "diffusion_pytorch_model")  # of transformers, and of diffusers
+MOST_JSON = 100_000_000  # bytes of a header, which is what the safetensors library accepts, of an index or of ema.json
+MOST = 1 << 63  # below which torch counts elements and bytes
+MOST_DIMS = 64
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 ITEMSIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -153,16 +167,30 @@ def size_of(text: int | str) -> int:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open for reading, unbuffered. Raises ValueError for what is no file: a pipe would block, a device never end."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ValueError(f"{path} is no file, so nothing can be read from it.")
+    return open(fd, "rb", buffering=0)
+
+
 def read_header(path: Path) -> File:
     """The header of a safetensors file, checked against the file's size. Raises ValueError for anything unsound."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        length = struct.unpack("<Q", (file.read(8) + bytes(8))[:8])[0]
-        if size < 8 or length > min(MOST_HEADER, size - 8):
-            raise ValueError(f"{path} is no safetensors file, or is cut short: {size} bytes, header of {length}.")
-        text = file.read(length)
+    with open_regular(path) as file:
+        return header_of(file, path)
+
+
+def header_of(file: BinaryIO, path: Path) -> File:
+    """`read_header` of a file that is open; path: what errors call it."""
+    size = os.fstat(file.fileno()).st_size
+    length = struct.unpack("<Q", (file.read(8) + bytes(8))[:8])[0]
+    if size < 8 or length > min(MOST_JSON, size - 8):
+        raise ValueError(f"{path} is no safetensors file, or is cut short: {size} bytes, header of {length}.")
+    text = _read_exactly(file, length)
     try:
-        table = json.loads(text)
+        table = _parse(text)
         metadata = dict(table.pop("__metadata__", None) or {})
         entries = {name: _entry(value) for name, value in table.items()}
         if not all(isinstance(value, str) for value in metadata.values()):
@@ -183,35 +211,73 @@ def read_header(path: Path) -> File:
     return File(struct.pack("<Q", length) + text, entries, metadata)
 
 
+def _read_exactly(file: BinaryIO, n: int) -> bytes:
+    """NOTE: an unbuffered read may return less than it was asked for."""
+    parts = []
+    while n and (part := file.read(n)):
+        parts.append(part)
+        n -= len(part)
+    return b"".join(parts)
+
+
 def _entry(value: dict[str, Any]) -> Entry:
     begin, end = value["data_offsets"]
     shape = tuple(value["shape"])
     if value["dtype"] not in ITEMSIZE:
-        raise ValueError(f"unknown dtype {value['dtype']}")
-    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
-        raise ValueError(f"offsets and shape must be whole numbers, got {value}")
+        raise ValueError(f"unknown dtype {brief(value['dtype'])}")
+    if not all(type(n) is int and 0 <= n < MOST for n in (begin, end, *shape)):
+        raise ValueError(f"offsets and shape must be whole numbers, got {brief(value)}")
+    # NOTE: a 0 in the shape hides any other size in it from the count of bytes, but not from torch.
+    if len(shape) > MOST_DIMS or math.prod(n for n in shape if n) >= MOST:
+        raise ValueError(f"a shape of {len(shape)} dimensions that cannot be: {brief(shape)}")
     return Entry(value["dtype"], shape, begin, end)
 
 
-def read_model(folder: Path) -> dict[str, File]:
-    """The files of a model folder by name, each checked; the index must agree with them."""
-    where = folder / INDEX
-    if not where.exists():
-        if not (folder / "model.safetensors").exists():
-            raise ValueError(f"{folder} holds no model.safetensors and no {INDEX}.")
-        return {"model.safetensors": read_header(folder / "model.safetensors")}
+def find_model(folder: Path) -> str:
+    """The index, or the only file, of a folder's model: of the stems that Hugging Face writes, else of the only one."""
+    names = sorted(os.listdir(folder))
+    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    files = [name for name in names if name.endswith(".safetensors") and not _SHARD.search(name)]
+    for stem in STEMS:
+        for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
+            if name in names:
+                return name
+    found = indexes or files
+    if len(found) == 1:
+        return found[0]
+    more = f" It does hold {', '.join(found[:3])}: name the one to read." if found else ""
+    raise ValueError(f"{folder} holds no model.safetensors and no {INDEX}.{more}")
+
+
+def read_model(folder: Path, name: str | None = None) -> dict[str, File]:
+    """The files of a model folder by name, each checked; the index must agree with them. name: what `find_model` finds."""
+    name = find_model(folder) if name is None else name
+    if name.endswith(".safetensors"):
+        return {name: read_header(folder / name)}
+    weights = read_index(folder, name)
+    files = {file: read_header(folder / file) for file in sorted(set(weights.values()))}
+    refuse_other_index(folder / name, weights, files)
+    return files
+
+
+def read_index(folder: Path, name: str = INDEX) -> dict[str, str]:
+    """weight -> file, of files that exist beside the index."""
+    where = folder / name
     weights = _read_json(where).get("weight_map")
-    if not isinstance(weights, dict) or not all(_is_file_name(name) for name in weights.values()):
+    if not isinstance(weights, dict) or not weights or not all(_is_file_name(file) for file in weights.values()):
         raise ValueError(f"{where} has no sound weight_map: it must map weights to files beside it.")
-    missing = [name for name in sorted(set(weights.values())) if not (folder / name).is_file()]
+    missing = [file for file in sorted(set(weights.values())) if not (folder / file).is_file()]
     if missing:
         raise ValueError(f"{where} names {', '.join(missing[:3])}, which {folder} does not hold.")
-    files = {name: read_header(folder / name) for name in sorted(set(weights.values()))}
+    return weights
+
+
+def refuse_other_index(where: Path, weights: dict[str, str], files: dict[str, File]) -> None:
+    """Raise ValueError unless the files hold what the index says, each weight once."""
     found = {weight: name for name, file in files.items() for weight in file.entries}
     if found != weights:
         odd = sorted(set(found.items()) ^ set(weights.items()))[:3]
         raise ValueError(f"{where} and the files disagree on {odd}.")
-    return files
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -221,7 +287,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no {META}: it is no average saved by dist_ema.")
     meta = _read_json(where)
     version = meta.get("format")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise ValueError(f"{where} names no format.")
     if version > FORMAT:
         raise ValueError(f"{folder} holds format {version}; this dist_ema reads up to {FORMAT}. Upgrade dist_ema.")
@@ -236,7 +302,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def _is_file_name(name: Any) -> bool:
     """A file beside the index, nothing that leads out of the folder."""
-    return isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors")
+    plain = isinstance(name, str) and name.isprintable() and name == os.path.basename(name)
+    return plain and name.endswith(".safetensors")
 
 
 def _is_place(name: Any) -> bool:
@@ -245,17 +312,42 @@ def _is_place(name: Any) -> bool:
         return False
     *folders, file = name.split("/")
     plain = len(folders) == 2 and folders[0] == "averages" and folders[1] not in ("", ".", "..")
-    return _is_file_name(file) and (not folders or plain)
+    return _is_file_name(file) and name.isprintable() and (not folders or plain)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > MOST_JSON:
+            raise ValueError(f"{path} is larger than {MOST_JSON} bytes.")
+        text = _read_exactly(file, MOST_JSON)
     try:
-        value = json.loads(path.read_bytes())
+        value = _parse(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold an object, found {type(value).__name__}.")
     return value
+
+
+def _parse(text: bytes) -> Any:
+    """JSON as the standard has it: UTF-8, no key twice, only finite numbers. Python's own reader is not so strict."""
+    value = json.loads(text.decode(), object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
+    if b"\\ud" in text or b"\\uD" in text:  # half a character would fail much later, where it is printed or written
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError(f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} stands twice")
+    return result
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 # --- [Note: check sums] ------------------------------------------------------------------------------------------

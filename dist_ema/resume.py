@@ -1,12 +1,23 @@
-"""The saved form, read by ranks: only the slices that each one keeps, and nothing before everything is checked."""
+"""Saved forms, read by ranks: only the slices that each one keeps, and nothing changes before everything is checked.
+
+What is read: a folder that `ema.save` wrote, which is resumed, clock and all; or any safetensors model (an export, a
+Hugging Face folder, one file), from which an average starts.
+
+Every file is opened once, and checked, summed and read through that one handle: a save that replaces the folder in between
+cannot mix two versions.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -14,78 +25,178 @@ from torch import Tensor
 
 from . import commit, format
 from .clock import Clock
-from .layout import DTYPES, Slot, pieces
+from .layout import DTYPES, Box, Slot, pieces, runs, split_box
 from .ranks import Ranks
 from .schedule import from_spec
+from .shards import Region
 
-__all__ = ["File", "Reader", "Weight", "load", "load_file", "open_model"]
+__all__ = ["File", "Found", "Reader", "load_file", "look"]
 
-WINDOW = 16 << 20  # bytes read at a time for check sums
+WINDOW = 4 << 20  # bytes read at a time
+SHOWN = 5  # names in a list of differences
+
+Aliases = dict[str, list[str]]  # name in the file -> further names of the same weight
+
+
+# --- one file ----------------------------------------------------------------------------------------------------
 
 
 class File:
-    """One safetensors file, mapped. *Aliases*: tensors read from it are pages of the file."""
+    """A safetensors file that stays open: parts of its weights, its check sum."""
 
     def __init__(self, path: Path) -> None:
-        self._file = format.read_header(path)
-        self.entries, self.metadata = self._file.entries, self._file.metadata
-        self._bytes = np.memmap(path, np.uint8, "c")
+        self.path, self._handle = path, format.open_regular(path)
+        try:
+            self.header = format.header_of(self._handle, path)
+        except BaseException:
+            self.close()
+            raise
 
-    def __getitem__(self, name: str) -> Tensor:
-        entry = self.entries[name]
-        start = len(self._file.head) + entry.begin
-        raw = torch.from_numpy(self._bytes[start : start + entry.nbytes])
-        dtype = DTYPES[entry.dtype]
-        # NOTE: files of other writers may be packed at any byte; views of a wider dtype need alignment.
-        raw = raw if start % dtype.itemsize == 0 else raw.clone()
-        return raw.view(dtype).view(entry.shape) if entry.nbytes else torch.empty(entry.shape, dtype=dtype)
+    def close(self) -> None:
+        self._handle.close()
+
+    def read(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+        """The box of a weight in blocks of at most one window. *Aliases*: the next block overwrites this one."""
+        entry = self.header.entries[name]
+        dtype, begin = DTYPES[entry.dtype], len(self.header.head) + entry.begin
+        blocks = list(split_box(box, WINDOW // dtype.itemsize))
+        buffer = torch.empty(max(block.numel for block in blocks) * dtype.itemsize, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        for block in blocks:
+            at = 0
+            for start, n in runs(block, entry.shape):
+                end = at + n * dtype.itemsize
+                self._read(view[at:end], begin + start * dtype.itemsize)
+                at = end
+            yield block, buffer[:at].view(dtype).view(block.sizes)
+
+    def _read(self, into: memoryview, offset: int) -> None:
+        while into:
+            n = os.preadv(self._handle.fileno(), [into], offset)
+            if not n:
+                raise ValueError(f"{self.path} was cut short while it was read.")
+            into, offset = into[n:], offset + n
+
+    def contribution(self, rank: int, size: int) -> int:
+        """What this rank's part of the bytes adds to the check sum of the file ([Note: check sums] in format)."""
+        total = self.header.size
+        at, end = total * rank // size, total * (rank + 1) // size
+        found, buffer = format.Sum(total), memoryview(bytearray(min(WINDOW, end - at)))
+        while at < end:
+            part = buffer[: min(WINDOW, end - at)]
+            self._read(part, at)
+            found.add(at, part)
+            at += len(part)
+        return found.contribution
 
 
-class Weight(NamedTuple):
+class _Weight(NamedTuple):
     """A weight in an open file, under the name that the file has for it."""
 
     file: File
     name: str
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.file.entries[self.name].shape
+    def entry(self) -> format.Entry:
+        return self.file.header.entries[self.name]
 
-    def read(self) -> Tensor:
-        return self.file[self.name]
-
-
-def open_model(folder: Path, aliases: dict[str, list[str]]) -> dict[str, Weight]:
-    """Every weight of a model folder, under its name and all aliases."""
-    opened = [File(folder / name) for name in format.read_model(folder)]
-    weights = {name: Weight(file, name) for file in opened for name in file.entries}
-    for name, others in aliases.items():
-        weights |= dict.fromkeys(others, weights[name]) if name in weights else {}
-    return weights
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.entry.dtype]
 
 
-def load(
-    ranks: Ranks, path: Path, readers: Sequence[Reader], verify: bool
-) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
-    """Fill the shadows of each average. Returns ema.json and the own buffers of each. *Collective*.
+# --- what is there -----------------------------------------------------------------------------------------------
 
-    Everything is checked before the first shadow is written.
-    """
-    meta = ranks.decide("load", lambda: _read_meta(path))
-    sources = _sources(path, meta, readers)
-    files: list[dict[str, Weight]] = []
-    ranks.attempt("load", lambda: files.extend(_matching(*each) for each in sources))
-    then = set(meta.get("averaged", []))
-    frozen = sorted(slot.name for slot in readers[0].slots if slot.shadow is not None and slot.name not in then)
-    if frozen:
-        warnings.warn(f"{path} holds live values of {', '.join(frozen[:5])}, which were frozen then.", stacklevel=5)
-    if verify:
-        _, found = ranks.attempt("load", lambda: _check(path, meta, ranks.rank, ranks.size))
-        _verdict(path, meta, found)
-    own: list[dict[str, Tensor]] = []
-    work = list(zip(files, sources, strict=False))
-    ranks.attempt("load", lambda: own.extend(_fill(opened, source) for opened, source in work))
-    return meta, own
+
+class _Place(NamedTuple):
+    """What lies at a path."""
+
+    folder: str
+    model: str  # the index, or the only file
+    aliases: Aliases
+    meta: dict[str, Any]  # ema.json; {} if there is none
+
+
+def _place(path: Path) -> _Place:
+    """Raises ValueError for what is no model, and for an ema.json that is not sound."""
+    path = _resolve(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: there is no folder and no file to read an average from.")
+    if not path.is_dir():
+        aliases = {} if path.suffix == ".json" else _aliases_of_file(path)
+        return _Place(str(path.parent), path.name, aliases, {})
+    meta = format.read_meta(path) if (path / format.META).exists() else {}
+    if meta:
+        _refuse_unsound(path / format.META, meta)
+    return _Place(str(path), format.find_model(path), meta.get("aliases", {}), meta)
+
+
+def _resolve(path: Path) -> Path:
+    """Where a name leads: through links, and to what a save that was cut short meant to leave there."""
+    path = Path(os.path.realpath(path))
+    commit.recover(path)
+    return path
+
+
+def _aliases_of_file(path: Path) -> Aliases:
+    """Of one file of a model: exports keep them in its header, folders in the ema.json beside it."""
+    header = format.read_header(path)
+    found: Aliases = {}
+    for alias, name in header.metadata.items():
+        if name in header.entries and alias not in header.entries and alias != "format":
+            found.setdefault(name, []).append(alias)
+    if (path.parent / format.META).exists():
+        meta = format.read_meta(path.parent)
+        _refuse_unsound(path.parent / format.META, meta)
+        if path.name in meta["files"]:
+            found |= {name: others for name, others in meta["aliases"].items() if name in header.entries}
+    return found
+
+
+def _refuse_unsound(where: Path, meta: dict[str, Any]) -> None:
+    """Try what reading takes from ema.json, before anything changes: the file has no check sum of its own."""
+    try:
+        for said in meta["files"].values():
+            _demand(type(said["size"]) is int and isinstance(said["crc32"], str), said)
+        for others in _sound(meta["aliases"], dict).values():
+            _names(others)
+        if meta["kind"] == "export":
+            return
+        _demand(meta["kind"] == "ema", meta["kind"])
+        _demand(meta["weights"] in ("all", "averaged"), meta["weights"])
+        _names(meta["averaged"])
+        Clock().set(_sound(meta["clock"], dict))
+        _demand(type(meta["clock"]["accepted"]) is int, meta["clock"])
+        own = [_names(each["own_buffers"]) for each in (meta, *(meta["averages"][label] for label in _labels(meta)))]
+        if len(meta["schedules"]) != len(own):
+            raise ValueError(f"{len(meta['schedules'])} schedules for {len(own)} averages")
+        for spec in meta["schedules"]:
+            from_spec(spec)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} is damaged: {type(error).__name__}: {error}") from None
+
+
+def _demand(sound: bool, value: Any) -> None:
+    if not sound:
+        raise ValueError(f"{brief(value)} stands where something else must")
+
+
+def _sound(value: Any, kind: type) -> Any:
+    _demand(isinstance(value, kind), value)
+    return value
+
+
+def _names(value: Any) -> list[str]:
+    _demand(isinstance(value, list) and all(isinstance(name, str) for name in value), value)
+    return value  # type: ignore[no-any-return]
+
+
+def _labels(meta: dict[str, Any]) -> list[str]:
+    """The further averages in the order of their schedules. NOTE: JSON keeps them by name, '10-...' before '2-...'."""
+    return sorted(meta["averages"], key=lambda label: int(label.split("-")[0]))
+
+
+# --- what is to be read ------------------------------------------------------------------------------------------
 
 
 class Reader(NamedTuple):
@@ -100,140 +211,332 @@ class _Source(NamedTuple):
 
     folder: Path
     slots: list[Slot]
-    whole: bool  # the folder holds the complete model, not only what is averaged
-    aliases: dict[str, list[str]]
-    own_buffers: list[str]
+    aliases: Aliases
+    model: str = "model.safetensors"
+    whole: bool = False  # the folder must hold the complete model, not only what is averaged
+    own_buffers: Sequence[str] = ()
+    listed: dict[str, Any] | None = None  # size and check sum of its files, if somebody wrote them down
+
+    @property
+    def asked(self) -> list[Slot]:
+        return [s for s in self.slots if self.whole or s.shadow is not None or s.name in self.own_buffers]
 
 
-def _sources(path: Path, meta: dict[str, Any], readers: Sequence[Reader]) -> list[_Source]:
-    """For each average the saved one with its schedule, else the one at its place."""
-    saved, labels = meta["schedules"], ["", *meta.get("averages", {})]
+def _started(place: _Place, readers: Sequence[Reader]) -> list[_Source]:
+    """Every average starts from the one model; frozen weights and buffers may be in it or not."""
+    listed = place.meta.get("files")
+    return [_Source(Path(place.folder), r.slots, place.aliases, place.model, listed=listed) for r in readers]
+
+
+def _resumed(place: _Place, readers: Sequence[Reader], said: list[str]) -> list[_Source]:
+    """For each average the saved one with its schedule; those that are left over follow each other in order."""
+    meta, path = place.meta, Path(place.folder)
+    saved, labels = meta["schedules"], _labels(meta)
     if len(readers) > len(saved):
         raise ValueError(f"{path} holds {len(saved)} averages, this EMA has {len(readers)}.")
+    chosen = [saved.index(reader.spec) if reader.spec in saved else None for reader in readers]
+    left = (k for k in range(len(saved)) if k not in chosen)
     sources = []
-    for i, reader in enumerate(readers):
-        k = saved.index(reader.spec) if reader.spec in saved else i
-        if reader.spec != saved[k]:
-            was, now = from_spec(saved[k]), from_spec(reader.spec)
-            warnings.warn(f"{path} was averaged with {was!r}; this EMA goes on with {now!r}.", stacklevel=6)
-        own = meta["averages"][labels[k]] if labels[k] else meta
-        folder = path / "averages" / labels[k] if labels[k] else path
-        whole = meta["weights"] == "all" and not labels[k]
-        sources.append(_Source(folder, reader.slots, whole, meta.get("aliases", {}), own["own_buffers"]))
+    for reader, match in zip(readers, chosen, strict=True):
+        k = next(left) if match is None else match
+        if match is None:
+            said.append(
+                f"{path} was averaged with {from_spec(saved[k])!r}; this EMA goes on with {from_spec(reader.spec)!r}."
+            )
+        inside = f"averages/{labels[k - 1]}" if k else ""
+        own = (meta["averages"][labels[k - 1]] if k else meta)["own_buffers"]
+        listed = {Path(name).name: said for name, said in meta["files"].items() if os.path.dirname(name) == inside}
+        model = format.INDEX if len(listed) > 1 else "model.safetensors"
+        whole = meta["weights"] == "all" and not k
+        sources.append(_Source(path / inside, reader.slots, place.aliases, model, whole, own, listed))
     return sources
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
-    commit.recover(path)
-    if not path.is_dir():
-        raise ValueError(f"{path} is no folder with an average saved by ema.save().")
-    meta = format.read_meta(path)
-    if meta.get("kind") != "ema":
-        raise ValueError(
-            f"{path} is an export, rounded and without a clock of its own: resume from what ema.save() wrote."
-        )
-    _refuse_unsound(path / format.META, meta)
-    return meta
+@dataclass
+class _Report:
+    """How one folder and the model differ."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
+    of_another_kind: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        lists = [
+            f"{len(names)} {what.replace('_', ' ')} ({_some(names)})" for what, names in vars(self).items() if names
+        ]
+        return ", ".join(lists)
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, vars(self).values()))
+
+    @property
+    def hopeless(self) -> bool:
+        return bool(self.reshaped or self.of_another_kind)
 
 
-def _refuse_unsound(where: Path, meta: dict[str, Any]) -> None:
-    """Try what resuming takes from ema.json, before anything changes: the file has no check sum of its own."""
-    try:
-        Clock().set(meta["clock"])
-        for spec in meta["schedules"]:
-            from_spec(spec)
-        said_own = [meta["own_buffers"], *(each["own_buffers"] for each in meta["averages"].values())]
-        said = [(meta["clock"]["accepted"], int), (meta["weights"], str), (meta["aliases"], dict)]
-        said += [(own, list) for own in said_own]
-        if len(meta["schedules"]) != len(said_own):
-            raise ValueError(f"{len(meta['schedules'])} schedules for {len(said_own)} averages")
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} is damaged: {type(error).__name__}: {error}") from None
-    odd = [value for value, kind in said if not isinstance(value, kind)]
+def _some(names: Sequence[str]) -> str:
+    more = f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return "; ".join(names[:SHOWN]) + more
+
+
+class Found:
+    """What `look` found, every file open. clock: None if an average starts from it without one."""
+
+    def __init__(self, place: _Place, readers: Sequence[Reader]) -> None:
+        self.warnings: list[str] = []
+        self.clock = place.meta["clock"] if place.meta.get("kind") == "ema" else None
+        self._place = place
+        resumed = self.clock is not None
+        self._sources = _resumed(place, readers, self.warnings) if resumed else _started(place, readers)
+        self._chosen: list[dict[str, _Weight]] = []  # for each source, by the model's names
+        self._reports: list[_Report] = []
+        self._open: dict[Path, File] = {}
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def open(self) -> int:
+        """Open every file and compare it with the model. Returns a hash of what came out, alike on every rank."""
+        for source in self._sources:
+            table = self._table(source)
+            chosen, report = _compare(source, table)
+            self._chosen.append(chosen)
+            self._reports.append(report)
+        return crc32(json.dumps([vars(report) for report in self._reports]).encode())
+
+    def _table(self, source: _Source) -> dict[str, _Weight]:
+        """Every weight of a folder, under its name and all aliases."""
+        where = source.folder / source.model
+        weights = None if source.model.endswith(".safetensors") else format.read_index(source.folder, source.model)
+        paths = {name: source.folder / name for name in sorted(set(weights.values() if weights else [source.model]))}
+        for path in paths.values():
+            if path not in self._open:
+                self._open[path] = File(path)
+        files = {name: self._open[path] for name, path in paths.items()}
+        if weights is not None:
+            format.refuse_other_index(where, weights, {name: file.header for name, file in files.items()})
+        if source.listed is not None:
+            _refuse_unlisted(source.folder, {name: file.header for name, file in files.items()}, source.listed)
+        table = {name: _Weight(file, name) for file in files.values() for name in file.header.entries}
+        return _with_aliases(where, table, source.aliases)
+
+    def judge(self, strict: bool) -> None:
+        """Raise ValueError with every difference; with strict=False say those that do no harm."""
+        pairs = [(s, r) for s, r in zip(self._sources, self._reports, strict=True) if r.count]
+        if any(strict or report.hopeless for _, report in pairs):
+            texts = [f"{s.folder} and the model disagree on {r.count} weights: {r.text()}" for s, r in pairs]
+            more = "" if any(r.hopeless for _, r in pairs) else " Pass strict=False to load what they have in common."
+            raise ValueError(f"{' '.join(f'{text}.' for text in dict.fromkeys(texts))}{more}")
+        for source, report in pairs:
+            if report.missing:
+                self.warnings.append(
+                    f"{source.folder} lacks {_some(report.missing)}: what is averaged starts from the live value there."
+                )
+            if report.unexpected:
+                self.warnings.append(
+                    f"{source.folder} holds {_some(report.unexpected)}, which the model lacks: left out."
+                )
+        self._say_what_else()
+
+    def _say_what_else(self) -> None:
+        meta = self._place.meta
+        if meta.get("kind") == "export":
+            self.warnings.append(
+                f"{self._place.folder} is an export: the average starts from it, but its clock begins at 0. Resume from what "
+                "ema.save() wrote."
+            )
+        if self.clock is not None:
+            then = set(meta["averaged"]).union(*(meta["aliases"].get(name, ()) for name in meta["averaged"]))
+            held = {name for chosen in self._chosen[:1] for name in chosen}
+            slots = [slot for slot in self._sources[0].slots if slot.shadow is not None and slot.name in held]
+            frozen = sorted(slot.name for slot in slots if slot.name not in then)
+            if frozen:
+                self.warnings.append(
+                    f"{self._place.folder} holds live values of {', '.join(frozen[:5])}, which were frozen then."
+                )
+
+    def contributions(self, ranks: Ranks) -> dict[str, int]:
+        return {str(path): file.contribution(ranks.rank, ranks.size) for path, file in self._open.items()}
+
+    def refuse_damaged(self, sums: dict[str, int]) -> None:
+        """Raise ValueError for every file whose check sum is not what ema.json says."""
+        for source in self._sources:
+            for name, said in (source.listed or {}).items():
+                path = source.folder / name
+                crc = format.check_sum(said["size"], [sums[str(path)]])
+                if crc != said["crc32"]:
+                    raise ValueError(f"{path} is damaged: its CRC-32 is {crc}, {format.META} says {said['crc32']}.")
+
+    def fill(self, ranks: Ranks) -> list[dict[str, Tensor]]:
+        """Write the shadows. Returns the own buffers of each average. *Collective*: if it raises then on all ranks, and the
+        shadows hold a mixture."""
+        own: list[dict[str, Tensor]] = []
+        work = list(zip(self._sources, self._chosen, strict=True))
+        ranks.attempt("load", lambda: own.extend(_fill(*each) for each in work))
+        return own
+
+
+@contextmanager
+def look(
+    ranks: Ranks, path: str | os.PathLike[str], readers: Sequence[Reader], *, strict: bool, verify: bool
+) -> Iterator[Found]:
+    """Check a saved form against the averages that are to be filled, and change nothing. *Collective*.
+
+    *Cost*: headers on every rank; with verify each rank reads its part of every file.
+    """
+    place = _Place(*ranks.decide("load", lambda: _place(Path(path))))
+    with ExitStack() as stack:
+        found = Found(place, readers)
+        stack.callback(found.close)
+        _, alike = ranks.attempt("load", found.open, combine=_alike)
+        if not alike:
+            raise ValueError(
+                f"the ranks see different files in {place.folder}. Is it on a file system that all of them share?"
+            )
+        found.judge(strict)
+        if verify and place.meta:
+            _, sums = ranks.attempt("load", lambda: found.contributions(ranks), combine=_together)
+            found.refuse_damaged(sums)
+        yield found
+
+
+def _alike(said: list[Any]) -> bool:
+    return all(each == said[0] for each in said)
+
+
+def _together(said: list[dict[str, int]]) -> dict[str, int]:
+    """Contributions to a check sum add up by exclusive or."""
+    sums = dict.fromkeys(said[0], 0)
+    for each in said:
+        for name, contribution in each.items():
+            sums[name] ^= contribution
+    return sums
+
+
+def _refuse_unlisted(folder: Path, files: dict[str, format.File], listed: dict[str, Any]) -> None:
+    """The files of the model are those that were summed, and as long."""
+    odd = sorted(files.keys() ^ listed.keys())
     if odd:
-        raise ValueError(f"{where} is damaged: {odd[0]!r} stands where something else must.")
+        raise ValueError(f"{folder} is damaged: {format.META} and the model's files disagree on {', '.join(odd[:3])}.")
+    for name, file in files.items():
+        if file.size != listed[name]["size"]:
+            raise ValueError(
+                f"{folder / name} is damaged: it holds {file.size} bytes, {format.META} says {listed[name]['size']}."
+            )
 
 
-def _matching(
-    folder: Path, slots: list[Slot], whole: bool, aliases: dict[str, list[str]], own: list[str]
-) -> dict[str, Weight]:
-    """The weights under the model's names. Raises ValueError with every difference."""
-    files = open_model(folder, aliases)
-    asked = {slot.name: slot for slot in slots if whole or slot.shadow is not None or slot.name in own}
-    known = set(asked) | {alias for slot in asked.values() for alias in slot.shard.aliases}
-    said = [f"{name} is missing" for name in asked if name not in files]
-    said += [f"{name} is not in the model" for name in sorted(files) if name not in known]
-    for name, slot in asked.items():
-        if name in files and files[name].shape != slot.shard.shape:
-            said.append(f"{name}: {files[name].shape} on disk, {slot.shard.shape} in the model")
-    if said:
-        more = f", and {len(said) - 10} more" if len(said) > 10 else ""
-        raise ValueError(f"{folder} and the model disagree on {len(said)} weights: {'; '.join(said[:10])}{more}.")
-    return files
+def _with_aliases(where: Path, table: dict[str, Any], aliases: Aliases) -> dict[str, Any]:
+    table = dict(table)
+    for name, others in aliases.items():
+        for other in others if name in table else ():
+            if other in table:
+                raise ValueError(
+                    f"{where} is damaged: {other} is listed as another name of {name}, and is a weight itself."
+                )
+            table[other] = table[name]
+    return table
 
 
-def _fill(files: dict[str, Weight], source: _Source) -> dict[str, Tensor]:
+def _compare(source: _Source, table: dict[str, _Weight]) -> tuple[dict[str, _Weight], _Report]:
+    """The weights under the model's names, and every difference."""
+    chosen, report = {}, _Report()
+    known = {name for slot in source.slots for name in (slot.name, *slot.shard.aliases)}
+    report.unexpected += sorted(name for name in table if name not in known)
+    for slot in source.asked:
+        held = list(dict.fromkeys(table[name] for name in (slot.name, *slot.shard.aliases) if name in table))
+        if not held:
+            report.missing.append(slot.name)
+        elif held[0].entry.shape != slot.shard.shape:
+            report.reshaped.append(f"{slot.name}: {held[0].entry.shape} on disk, {slot.shard.shape} in the model")
+        elif slot.average.dtype.is_complex != held[0].dtype.is_complex or not _floats(
+            held[0].dtype, slot.average.dtype
+        ):
+            report.of_another_kind.append(f"{slot.name}: {held[0].dtype} on disk, {slot.average.dtype} in the model")
+        else:
+            _refuse_untied(slot, held)
+            chosen[slot.name] = held[0]
+    return chosen, report
+
+
+def _floats(there: torch.dtype, here: torch.dtype) -> bool:
+    """Only what floats may become something that floats; other weights are not read."""
+    wide = there.is_floating_point or there.is_complex
+    return wide or not (here.is_floating_point or here.is_complex)
+
+
+def _refuse_untied(slot: Slot, held: Sequence[_Weight]) -> None:
+    """One weight here, several in the file: they must be the same, or reading one would lose the others."""
+    first, *others = held
+    for other in others:
+        pairs = zip(_blocks(slot, slot.own, first), _blocks(slot, slot.own, other), strict=True)
+        same = first.entry.shape == other.entry.shape and first.dtype == other.dtype
+        if not same or not all(
+            torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)) for a, b in pairs
+        ):
+            raise ValueError(
+                f"{first.name} and {other.name} are one weight in the model, and differ in {first.file.path.parent}."
+            )
+
+
+def _blocks(slot: Slot, region: Region, weight: _Weight) -> Iterator[Tensor]:
+    for box, _ in pieces(slot.shard, region, slot.part(region)):
+        yield from (data for _, data in weight.file.read(weight.name, box))
+
+
+def _fill(source: _Source, chosen: dict[str, _Weight]) -> dict[str, Tensor]:
     own = {}
-    for slot in source.slots:
-        if slot.shadow is not None and slot.own.numel:
-            full = files[slot.name].read()
-            for box, view in pieces(slot.shard, slot.own, slot.shadow):
-                view.copy_(full[box.slices])
-        if slot.name in source.own_buffers:
+    for slot in source.asked:
+        weight = chosen.get(slot.name)
+        if slot.shadow is not None:
+            slot.shadow.copy_(slot.live) if weight is None else _read(slot, slot.own, slot.shadow, weight)
+        if slot.name in source.own_buffers and weight is not None:
             own[slot.name] = slot.local.clone()
-            for box, view in pieces(slot.shard, slot.shard.held, own[slot.name]):
-                view.copy_(files[slot.name].read()[box.slices])
+            _read(slot, slot.shard.held, own[slot.name], weight)
     return own
 
 
+def _read(slot: Slot, region: Region, data: Tensor, weight: _Weight) -> None:
+    """Fill `data` [region.numel] with the region's elements, in its dtype."""
+    for box, view in pieces(slot.shard, region, data):
+        for block, values in weight.file.read(weight.name, box):
+            view[block.within(box)].copy_(values)
+
+
+# --- full weights ------------------------------------------------------------------------------------------------
+
+
 def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The complete state_dict of a saved average or an exported model: a folder, or one .safetensors file.
+    """The complete state_dict of a saved average or any safetensors model: a folder, or one .safetensors file.
 
-    Every alias is back, so `model.load_state_dict(load_file(path), strict=True)` passes. *Aliases*: pages of the file,
-    copied when written to.
+    Every alias is back, so `model.load_state_dict(load_file(path), strict=True)` passes. Headers, sizes and the index are
+    checked, sums are not (`dist-ema verify`). *Aliases*: pages of the file, copied when written to.
     """
-    path = Path(path)
-    commit.recover(path)
-    if not path.exists():
-        raise ValueError(f"{path} does not exist.")
-    if path.is_dir():
-        meta = format.read_meta(path) if (path / format.META).exists() else {}
-        return {name: weight.read() for name, weight in open_model(path, meta.get("aliases", {})).items()}
-    file = File(path)
-    weights = {name: file[name] for name in file.entries}
-    aliases = {alias: name for alias, name in file.metadata.items() if name in weights}
-    if (path.parent / format.META).exists():
-        for name, others in format.read_meta(path.parent).get("aliases", {}).items():
-            aliases |= dict.fromkeys(others, name) if name in weights else {}
-    return weights | {alias: weights[name] for alias, name in aliases.items()}
+    place = _place(Path(path))
+    folder, where = Path(place.folder), Path(place.folder, place.model)
+    index = None if where.suffix == ".safetensors" else format.read_index(folder, place.model)
+    files = {
+        name: format.read_header(folder / name) for name in sorted(set(index.values() if index else [place.model]))
+    }
+    if index is not None:
+        format.refuse_other_index(where, index, files)
+    listed = {name: said for name, said in place.meta.get("files", {}).items() if "/" not in name}
+    if place.meta:
+        _refuse_unlisted(folder, files, listed)
+    weights = {name: tensor for file in files for name, tensor in _mapped(folder / file, files[file])}
+    return _with_aliases(where, weights, place.aliases)
 
 
-def _check(folder: Path, meta: dict[str, Any], rank: int, size: int) -> dict[str, list[Any]]:
-    """This rank's part of the check sums: {file: [size on disk, contribution]}. Combine with `_verdict`."""
-    result = {}
-    for name in meta["files"]:
-        n = os.path.getsize(folder / name)
-        begin, end = n * rank // size, n * (rank + 1) // size
-        total = format.Sum(n)
-        with open(folder / name, "rb") as file:
-            file.seek(begin)
-            while begin < end:
-                data = file.read(min(WINDOW, end - begin))
-                if not data:
-                    raise ValueError(f"{folder / name} was cut short while it was read.")
-                total.add(begin, data)
-                begin += len(data)
-        result[name] = [n, total.contribution]
-    return result
-
-
-def _verdict(folder: Path, meta: dict[str, Any], found: list[dict[str, list[Any]]]) -> None:
-    """Raise ValueError for every file whose size or check sum is not what ema.json says."""
-    for name, said in meta["files"].items():
-        size = found[0][name][0]
-        crc = format.check_sum(size, [part[name][1] for part in found])
-        if (size, crc) != (said.get("size"), said.get("crc32")):
-            raise ValueError(
-                f"{folder / name} is damaged: {size} bytes with CRC-32 {crc}, "
-                f"{format.META} says {said.get('size')} bytes with {said.get('crc32')}."
-            )
+def _mapped(path: Path, file: format.File) -> Iterable[tuple[str, Tensor]]:
+    """Every weight of the file as pages of it."""
+    pages = np.memmap(path, np.uint8, "c")
+    if len(pages) != file.size:
+        raise ValueError(f"{path} was cut short while it was read.")
+    for name, entry in file.entries.items():
+        start, dtype = len(file.head) + entry.begin, DTYPES[entry.dtype]
+        raw = torch.from_numpy(pages[start : start + entry.nbytes])
+        # NOTE: files of other writers may be packed at any byte; views of a wider dtype need alignment.
+        raw = raw if start % dtype.itemsize == 0 else raw.clone()
+        yield name, raw.view(dtype).view(entry.shape) if entry.nbytes else torch.empty(entry.shape, dtype=dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import struct
 import zlib
@@ -21,15 +22,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dist_ema import load_file as load_ours
 from dist_ema.format import (
     FORMAT,
     INDEX,
     ITEMSIZE,
     META,
+    MOST_JSON,
     Entry,
     Sum,
     check_sum,
     dump,
+    find_model,
     header,
     index,
     plan,
@@ -39,7 +43,6 @@ from dist_ema.format import (
     size_of,
 )
 from dist_ema.layout import DTYPES
-from dist_ema.resume import File
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -102,12 +105,12 @@ def test_safetensors_reads_it(tmp_path: Path) -> None:
 
 
 def test_we_read_safetensors(tmp_path: Path) -> None:
-    """read_header and resume.File: the files of the safetensors library, its own order of weights included."""
+    """read_header and load_file: the files of the safetensors library, its own order of weights included."""
     weights = odd_weights()
     save_file(weights, tmp_path / "model.safetensors", {"who": "them"})
-    file = File(tmp_path / "model.safetensors")
-    assert file.metadata == {"who": "them"}
-    same({name: file[name] for name in file.entries}, weights)
+    assert read_header(tmp_path / "model.safetensors").metadata == {"who": "them"}
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        same(load_ours(path), weights)
 
 
 def test_our_header_comes_back(tmp_path: Path) -> None:
@@ -281,7 +284,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "entry lacks offsets": (pack({"a": {"dtype": "F32", "shape": [2]}}), "broken safetensors header: KeyError"),
     "metadata is a text": (pack({"__metadata__": "x"}), "broken safetensors header"),
     "metadata holds a list": (pack({"__metadata__": {"a": []}}), "broken safetensors header"),
-    "unknown dtype": (pack({"a": spec(0, 8, "F77")}, bytes(8)), "unknown dtype F77"),
+    "unknown dtype": (pack({"a": spec(0, 8, "F77")}, bytes(8)), "unknown dtype 'F77'"),
     "dtype is a list": (pack({"a": spec(0, 8, ["F32"])}, bytes(8)), "broken safetensors header"),
     "negative offset": (pack({"a": spec(-8, 0)}), "whole numbers"),
     "offset is a float": (pack({"a": spec(0, 8.0)}, bytes(8)), "whole numbers"),
@@ -289,7 +292,17 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "negative shape": (pack({"a": spec(0, 8, shape=[-1, -2])}, bytes(8)), "whole numbers"),
     "shape is a number": (pack({"a": spec(0, 8, shape=2)}, bytes(8)), "broken safetensors header"),
     "shape and range differ": (pack({"a": spec(0, 8, shape=[3])}, bytes(8)), "a lies at bytes 0 to 8, expected 12 from 0"),
-    "overflowing shape": (pack({"a": spec(0, 8, shape=[1 << 62, 1 << 62])}, bytes(8)), "a lies at bytes 0 to 8, expected"),
+    "overflowing shape": (pack({"a": spec(0, 8, shape=[1 << 62, 1 << 62])}, bytes(8)), "a shape of 2 dimensions that"),
+    "half a character": (pack({"\ud800": spec(0, 8)}, bytes(8)), "surrogates not allowed"),
+    "a size hidden by a 0": (pack({"a": spec(0, 0, shape=[0, 1 << 62, 1 << 62])}), "a shape of 3 dimensions that cannot be"),
+    "too many dimensions": (pack({"a": spec(0, 4, shape=[1] * 65)}, bytes(4)), "a shape of 65 dimensions that cannot be"),
+    "offsets beyond 2^63": (pack({"a": spec(1 << 63, 1 << 64)}), "whole numbers"),
+    "a number of 4,000 digits": (pack(b'{"a": %s}' % (b"9" * 4000)), "broken safetensors header"),
+    "a number of 5,000 digits": (pack(b'{"a": %s}' % (b"9" * 5000)), "broken safetensors header"),
+    "the same key twice": (pack(b'{"a": 1, "a": 2}'), "the key 'a' stands twice"),
+    "not a number": (pack(b'{"a": NaN}'), "NaN is no finite number"),
+    "no finite number": (pack(b'{"a": 1e999}'), "1e999 is no finite number"),
+    "UTF-16": (pack('{"a": 1}'.encode("utf-16")), "broken safetensors header: UnicodeDecodeError"),
     "overlap": (pack({"a": spec(0, 8), "b": spec(4, 12)}, bytes(12)), "b lies at bytes 4 to 12, expected 8 from 8"),
     "the same bytes twice": (pack({"a": spec(0, 8), "b": spec(0, 8)}, bytes(8)), "b lies at bytes 0 to 8"),
     "a gap": (pack({"a": spec(0, 8), "b": spec(12, 20)}, bytes(20)), "b lies at bytes 12 to 20, expected 8 from 8"),
@@ -342,6 +355,8 @@ def test_every_cut_is_seen(tmp_path: Path) -> None:
         None,
         ["x.safetensors"],
         "./x.safetensors",
+        "x\0.safetensors",
+        "x\x07.safetensors",
     ],
 )
 def test_read_model_stays_inside(name: Any, tmp_path: Path) -> None:
@@ -350,7 +365,7 @@ def test_read_model_stays_inside(name: Any, tmp_path: Path) -> None:
     (folder / "sub").mkdir(parents=True)
     for place in (tmp_path, folder, folder / "sub"):
         (place / "x.safetensors").write_bytes(GOOD)
-    (folder / INDEX).write_bytes(dump({"weight_map": {"a": name, "b": name}}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name, "b": name}}))
     with pytest.raises(ValueError, match="no sound weight_map: it must map weights to files beside it"):
         read_model(folder)
     (folder / INDEX).write_bytes(dump({"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}))
@@ -366,6 +381,8 @@ def test_read_model_stays_inside(name: Any, tmp_path: Path) -> None:
         (b'{"weight_map": ', "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[" * 200_000, "not valid JSON"),
+        (b'{"weight_map": {}}', "no sound weight_map"),
+        (b'{"weight_map": {"a": "x.safetensors", "a": "x.safetensors", "b": "x.safetensors"}}', "'a' stands twice"),
         (b'{"weight_map": {"a": "x.safetensors"}}', r"disagree on \[\('b', 'x.safetensors'\)\]"),
         (b'{"weight_map": {"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"}}', r"disagree on \[\('c'"),
     ],
@@ -385,6 +402,49 @@ def test_read_model_of_missing_files(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_bytes(dump({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))
     with pytest.raises(ValueError, match="model-00002-of-00002"):
         read_model(tmp_path)
+
+
+def test_stems(tmp_path: Path) -> None:
+    """find_model: transformers' stem, then diffusers', then whatever is alone; an index before a file; never shards."""
+
+    def holds(*names: str) -> str:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name in ("config.json", *names):
+            (folder / name).write_bytes(GOOD)
+        return find_model(folder)
+
+    assert holds("model.safetensors", "other.safetensors") == "model.safetensors"
+    assert holds("diffusion_pytorch_model.safetensors", "x.fp16.safetensors") == "diffusion_pytorch_model.safetensors"
+    assert (
+        holds("a.safetensors.index.json", "a-00001-of-00002.safetensors", "b.safetensors") == "a.safetensors.index.json"
+    )
+    assert holds("model.safetensors", INDEX) == INDEX
+    assert holds("flow.safetensors") == "flow.safetensors"
+    with pytest.raises(ValueError, match=r"does hold a\.safetensors, b\.safetensors: name the one to read"):
+        holds("a.safetensors", "b.safetensors")
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors and no model\.safetensors\.index\.json\.$"):
+        holds("model-00001-of-00002.safetensors", "pytorch_model.bin")
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    """A pipe would block for ever, a device never end, a folder says so itself: refused before anything is read."""
+    os.mkfifo(tmp_path / "model.safetensors")
+    os.symlink("/dev/zero", tmp_path / META)
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "model.safetensors", tmp_path / "folder", Path("/dev/zero")):
+        with pytest.raises(ValueError, match="is no file"):
+            read_header(path)
+    with pytest.raises(ValueError, match="is no file"):
+        read_meta(tmp_path)
+
+
+def test_a_giant_index_is_not_read(tmp_path: Path) -> None:
+    """JSON beyond what a header may hold: refused by its size."""
+    with open(tmp_path / META, "wb") as file:
+        file.truncate(MOST_JSON + 1)
+    with pytest.raises(ValueError, match=f"larger than {MOST_JSON} bytes"):
+        read_meta(tmp_path)
 
 
 def test_weights_in_two_files(tmp_path: Path) -> None:
@@ -413,6 +473,7 @@ def test_read_meta(tmp_path: Path) -> None:
         ({"format": "1"}, "names no format"),
         ({"format": None}, "names no format"),
         ({"format": 1.5}, "names no format"),
+        ({"format": True}, "names no format"),
         ({"files": None}, "lists no files"),
         ({"files": ["model.safetensors"]}, "lists no files"),
         ({"files": {"../model.safetensors": {}}}, "lists no files"),
