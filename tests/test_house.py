@@ -30,7 +30,7 @@ FLOORS = {
     2: "swap gather artifact resume dcp agree attach average telemetry",
     3: "ema",
     4: "offline.__init__ offline.inspect recipes.__init__ recipes.batchnorm recipes.distill recipes.fixres",
-    5: "cli.inspect integrations.__init__ integrations.accelerate",
+    5: "cli.inspect integrations.__init__ integrations.accelerate integrations.transformers integrations.lightning",
     6: "cli.__init__",
     7: "__init__ __main__",
 }

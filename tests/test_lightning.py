@@ -1,0 +1,146 @@
+"""Lightning: the script of docs/lightning.md, killed and resumed; swaps, checkpoints and refusals in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from dist_ema import load_file
+from dist_ema.integrations.lightning import EMACallback
+
+from .loops import Job, same_files, script_of
+
+pytestmark = pytest.mark.filterwarnings("default")  # the framework warns of its own plans
+
+
+class Net(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(2))
+        self.seen: list[tuple[str, Tensor]] = []
+        self.broken = False
+
+    def _look(self, stage: str) -> None:
+        self.seen.append((stage, self.w.detach().clone()))
+        if self.broken:
+            raise KeyError("a broken validation")
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return (batch[0] @ self.w - 1).square().mean()
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self._look("validation")
+        self.log("loss", (batch[0] @ self.w - 1).square().mean())
+
+    def test_step(self, batch: Any, index: int) -> None:
+        self._look("test")
+
+    def predict_step(self, batch: Any, index: int) -> Tensor:
+        self._look("predict")
+        return batch[0]  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def data() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.randn(16, 2, generator=torch.Generator().manual_seed(0))), batch_size=4)
+
+
+def trainer(folder: Path, callback: EMACallback, **options: Any) -> Trainer:
+    checkpoints = ModelCheckpoint(folder, filename="{epoch}", monitor="loss", save_top_k=1, save_last=True)
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu", "max_epochs": 3, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+        "callbacks": [checkpoints, callback],
+    }  # fmt: skip
+    return Trainer(**quiet | options)
+
+
+def test_fit_test_predict(tmp_path: Path) -> None:
+    """Everything but training sees the average; files hold the live model, and its average beside; both are rotated."""
+    callback, net = EMACallback(decay=0.5), Net()
+    made = trainer(tmp_path, callback)
+    made.fit(net, data(), data())
+    assert callback.ema is not None
+    average, live = callback.ema.gather()["w"], net.w.detach().clone()
+    assert not torch.equal(average, live)
+    assert torch.equal(net.seen[-1][1], average)
+    assert callback.ema.now == 12
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["epoch=2.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "ema").iterdir()) == ["epoch=2", "last"]
+    state = torch.load(tmp_path / "epoch=2.ckpt", weights_only=False)
+    assert torch.equal(state["state_dict"]["w"], live)
+    assert torch.equal(load_file(tmp_path / "ema" / "epoch=2")["w"], average)
+    for run in (made.test, made.predict):
+        run(net, data())
+        assert torch.equal(net.seen[-1][1], average)
+        assert torch.equal(net.w.detach(), live)
+    fresh = Net()
+    other = EMACallback(decay=0.5)
+    trainer(tmp_path, other).test(fresh, data(), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert torch.equal(fresh.seen[-1][1], average)
+    assert not callback._undo, "nothing stands in front of the strategy after the fit"
+
+
+def test_refuses(tmp_path: Path) -> None:
+    """A test without any average, a resume from a checkpoint without one, a save under the average."""
+    with pytest.raises(RuntimeError, match="no average of this Net: fit it first"):
+        trainer(tmp_path, EMACallback()).test(Net(), data())
+    trainer(tmp_path, EMACallback()).fit(Net(), data(), data())
+    (tmp_path / "ema" / "last").rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"last\.ckpt has no average"):
+        trainer(tmp_path, EMACallback(), max_epochs=4).fit(Net(), data(), data(), ckpt_path=tmp_path / "last.ckpt")
+
+    class Hasty(Net):
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.trainer.save_checkpoint(tmp_path / "hasty.ckpt")
+
+    with pytest.raises(RuntimeError, match=r"inside ema\.swap\(\)"):
+        trainer(tmp_path, EMACallback()).fit(Hasty(), data(), data())
+    assert not (tmp_path / "hasty.ckpt").exists()
+
+
+def test_a_validation_that_raises(tmp_path: Path) -> None:
+    """The live weights are back, bit for bit, and the callback can be used again."""
+    callback, net = EMACallback(decay=0.5), Net()
+    trainer(tmp_path, callback).fit(net, data(), data())
+    live = net.w.detach().clone()
+    net.broken = True
+    with pytest.raises(KeyError, match="broken"):
+        trainer(tmp_path, callback).validate(net, data())
+    assert torch.equal(net.w.detach(), live)
+    assert not torch.equal(net.seen[-1][1], live)
+    net.broken = False
+    trainer(tmp_path, callback).validate(net, data())
+    assert torch.equal(net.w.detach(), live)
+
+
+def test_logs(tmp_path: Path) -> None:
+    callback = EMACallback(decay=0.5, every=2)
+    logger = CSVLogger(str(tmp_path))
+    trainer(tmp_path, callback, logger=logger, log_every_n_steps=4).fit(Net(), data(), data())
+    text = (Path(logger.log_dir) / "metrics.csv").read_text()
+    assert "ema/decay" in text
+    assert "0.25" in text, "two steps at once"
+
+
+def test_killed_and_resumed(tmp_path: Path) -> None:
+    """2 processes, SIGKILL in the middle of an epoch: live and average equal the uninterrupted run."""
+    script = script_of("lightning.md", tmp_path)
+    whole = Job(script, tmp_path / "whole")
+    killed = Job(script, tmp_path / "killed")
+    killed.kill_when(tmp_path / "killed" / "step=30.ckpt")
+    whole.wait()
+    Job(script, tmp_path / "killed").wait()
+    assert same_files(tmp_path / "whole" / "ema", tmp_path / "killed" / "ema", "step=60/*")
+    a, b = (torch.load(tmp_path / run / "step=60.ckpt", weights_only=False) for run in ("whole", "killed"))
+    for name, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][name]), name

@@ -1,0 +1,150 @@
+"""transformers: the script of docs/transformers.md, killed and resumed; what the callback reports, loads and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from dist_ema import load_file
+from dist_ema.integrations.transformers import EMACallback
+
+from .loops import Job, same_files, script_of
+
+pytestmark = pytest.mark.filterwarnings("default")  # the framework warns of its own plans
+
+
+class Net(nn.Module):
+    """y = w x, with a loss that a test can make raise, and a record of the weights that evaluations saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+        self.seen: list[Tensor] = []
+        self.broken = False
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        if not self.training:
+            if self.broken:
+                raise KeyError("a broken evaluation")
+            self.seen.append(self.w.detach().clone())
+        y = x @ self.w
+        return {"loss": (y - labels).square().mean(), "logits": y}
+
+
+def rows(count: int) -> list[dict[str, Tensor]]:
+    x = torch.randn(count, 2, generator=torch.Generator().manual_seed(0))
+    return [{"x": each, "labels": each @ torch.tensor([1.0, -2.0])} for each in x]
+
+
+def trainer(folder: Path, callback: EMACallback, **options: Any) -> Trainer:
+    arguments: dict[str, Any] = {
+        "max_steps": 8, "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "learning_rate": 0.1, "logging_steps": 4,
+        "gradient_accumulation_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "label_names": ["labels"],
+    }  # fmt: skip
+    args = TrainingArguments(output_dir=str(folder), **arguments | options)
+    return Trainer(Net(), args, train_dataset=rows(64), eval_dataset=rows(16), callbacks=[callback])
+
+
+def history(made: Trainer, key: str) -> list[float]:
+    return [entry[key] for entry in made.state.log_history if key in entry]
+
+
+def test_both_metrics(tmp_path: Path) -> None:
+    """Live first, then the average; predictions are the average's; logs say the decay; updates are steps."""
+    callback = EMACallback(decay=0.5)
+    made = trainer(tmp_path, callback)
+    made.train()
+    assert callback.ema is not None
+    assert callback.ema.now == 8
+    live, average = made.model.seen[0], made.model.seen[-1]
+    assert not torch.equal(live, average)
+    assert torch.equal(average, callback.ema.gather()["w"])
+    assert torch.equal(made.model.seen[-3], made.model.w.detach()), "2 batches of evaluation under each"
+    assert len(history(made, "eval_loss")) == len(history(made, "eval_ema_loss")) == 2
+    assert history(made, "eval_loss") != history(made, "eval_ema_loss")
+    assert history(made, "ema_updates") == [4, 8]
+    output = made.predict(rows(16))
+    assert {"test_loss", "test_ema_loss"} <= output.metrics.keys()
+    expected = torch.stack([row["x"] for row in rows(16)]) @ average
+    torch.testing.assert_close(torch.tensor(output.predictions), expected)
+
+
+@pytest.mark.parametrize("metric", ["eval_loss", "eval_ema_loss"])
+def test_the_best_wins(metric: str, tmp_path: Path) -> None:
+    """The first evaluation is made the best: the model ends as what won then, live or average, and so does the EMA."""
+    callback = EMACallback(decay=0.9)
+    made = trainer(
+        tmp_path, callback, load_best_model_at_end=True, metric_for_best_model=metric, greater_is_better=True
+    )
+    made.train()
+    assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    saved = load_file(tmp_path / "checkpoint-4" / "ema")["w"]
+    live = load_file(tmp_path / "checkpoint-4" / "model.safetensors")["w"]
+    assert not torch.equal(saved, live)
+    assert torch.equal(made.model.w.detach(), saved if metric == "eval_ema_loss" else live)
+    assert callback.ema is not None
+    assert torch.equal(callback.ema.gather()["w"], saved)
+
+
+def test_only_the_average(tmp_path: Path) -> None:
+    """live=False: one evaluation, under the usual name."""
+    made = trainer(tmp_path, EMACallback(decay=0.5, live=False))
+    made.train()
+    assert not history(made, "eval_ema_loss")
+    assert torch.equal(made.model.seen[-1], load_file(tmp_path / "checkpoint-8" / "ema")["w"])
+
+
+def test_rotation_and_missing_averages(tmp_path: Path) -> None:
+    callback = EMACallback(decay=0.5)
+    made = trainer(tmp_path, callback, save_steps=2, save_total_limit=1)
+    made.train()
+    assert [path.name for path in tmp_path.glob("*")] == ["checkpoint-8"]
+    (tmp_path / "checkpoint-8" / "ema").rename(tmp_path / "gone")
+    again = trainer(tmp_path, EMACallback(decay=0.5), max_steps=12)
+    with pytest.raises(ValueError, match=r"checkpoint-8 holds no average \(ema/\)"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    (tmp_path / "gone").rename(tmp_path / "checkpoint-8" / "ema")
+    last = EMACallback(decay=0.5)
+    trainer(tmp_path, last, max_steps=12).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert last.ema is not None
+    assert last.ema.now == 12
+
+
+def test_an_evaluation_that_raises(tmp_path: Path) -> None:
+    """The live weights are back, bit for bit."""
+    callback = EMACallback(decay=0.5, live=False)
+    made = trainer(tmp_path, callback, eval_strategy="no")
+    made.train()
+    live = made.model.w.detach().clone()
+    made.model.broken = True
+    with pytest.raises(KeyError, match="broken"):
+        made.evaluate()
+    assert torch.equal(made.model.w.detach(), live)
+
+
+def test_outside_a_trainer() -> None:
+    with pytest.raises(RuntimeError, match=r"inside transformers\.Trainer\.train"):
+        EMACallback().on_train_begin(None, None, None)
+
+
+def test_killed_and_resumed(tmp_path: Path) -> None:
+    """2 processes, SIGKILL in the middle: live, average and the best of both equal the uninterrupted run, byte for byte."""
+    script = script_of("transformers.md", tmp_path)
+    whole = Job(script, tmp_path / "whole")
+    killed = Job(script, tmp_path / "killed")
+    killed.kill_when(tmp_path / "killed" / "checkpoint-20" / "ema")
+    whole.wait()
+    Job(script, tmp_path / "killed").wait()
+    a, b = tmp_path / "whole", tmp_path / "killed"
+    assert same_files(a, b, "checkpoint-40/ema/*")
+    same_files(a, b, "checkpoint-40/model.safetensors")
+    same_files(a, b, "final/model.safetensors")
+    best = json.loads((a / "checkpoint-40" / "trainer_state.json").read_text())["best_global_step"]
+    final, average = load_file(a / "final" / "model.safetensors"), load_file(a / f"checkpoint-{best}" / "ema")
+    assert all(torch.equal(final[name], average[name]) for name in final)
