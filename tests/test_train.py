@@ -61,10 +61,11 @@ TIMES = ("update_ms", "stall_ms", "lag")
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl holds, but for the time that it took."""
+    """What metrics.jsonl holds, but for the time that it took; sums over ranks to 9 digits, as cuts order them."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row["averaging"] = {key: value for key, value in row["averaging"].items() if key not in TIMES}
+        row["averaging"]["distance"] = round(row["averaging"]["distance"], 9)
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
