@@ -26,7 +26,7 @@ of averages, shape of the numbering) moves two small tensors by the kernel and b
 they differ, or Triton fails (it needs a C compiler), a warning says so once per device, and the fallback is used there.
 DIST_EMA_TRITON=0 in the environment leaves Triton alone.
 
-Triton is imported when the first plan is made, so nobody who averages on a CPU needs it.
+Triton is imported when the first plan for a device is made, so nobody who averages on a CPU needs it.
 """
 
 from __future__ import annotations
@@ -158,8 +158,10 @@ def _numbering(pair: Pair) -> Numbering | None:
 def available(device: torch.device) -> bool:
     """Triton is installed and compiles for `device`; in Triton's interpreter (TRITON_INTERPRET=1), for the CPU alone.
     The environment variable DIST_EMA_TRITON=0 says no."""
-    if os.environ.get("DIST_EMA_TRITON") == "0":
+    if os.environ.get("DIST_EMA_TRITON") == "0" or device.type not in ("cpu", "cuda", "xpu"):
         return False
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False  # before Triton is imported, for those who only average on a CPU
     try:
         import triton
     except ImportError:
@@ -168,7 +170,7 @@ def available(device: torch.device) -> bool:
         return device.type == "cpu"  # a pointer to a device is no pointer for the interpreter
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "xpu"
+    return True
 
 
 def supports(pairs: Sequence[Pair]) -> bool:

@@ -66,9 +66,10 @@ def _squares(slots: Sequence[Slot]) -> list[float]:
     """[|live - shadow|^2, |live|^2] over what this rank answers for, in float64."""
     sums: dict[torch.device, Tensor] = {}
     for live, shadow in _batches([(slot.part(slot.duty), slot.average) for slot in slots]):
-        wide = live.to(shadow.device, torch.float64)  # perhaps live itself: nothing is done in place
-        total = sums.setdefault(shadow.device, torch.zeros(2, dtype=torch.float64, device=shadow.device))
-        total += torch.stack([(wide - shadow).square_().sum(), wide.square().sum()])
+        home = torch.device("cpu") if shadow.device.type == "mps" else shadow.device  # which has no float64
+        wide = live.to(home).to(torch.float64)  # perhaps live itself: nothing is done in place
+        total = sums.setdefault(home, torch.zeros(2, dtype=torch.float64, device=home))
+        total += torch.stack([(wide - shadow.to(home)).square_().sum(), wide.square().sum()])
     return [math.fsum(column) for column in zip([0.0, 0.0], *(total.tolist() for total in sums.values()), strict=True)]
 
 

@@ -498,10 +498,15 @@ def hot_path() -> None:
     with Watch() as watch:
         torch.ones(40).add_(1).view(8, 5)[1:] + 1
     assert watch.largest == 40, "views and writes in place are no allocations"
-    for kind, dtype, guard in (("ddp", F32, True), ("fsdp2", F32, False), ("ddp", BF16, False), ("fsdp2", BF16, True)):
+    for kind, dtype, guard, decay in (
+        ("ddp", F32, True, 0.99),
+        ("fsdp2", F32, False, [Power(gamma=1.0), 0.99]),
+        ("ddp", BF16, False, 0.99),
+        ("fsdp2", BF16, True, [Power(gamma=1.0), 0.99]),
+    ):
         model = wrap(kind, nn.Sequential(nn.Linear(2400, 2000), nn.Linear(2000, 16), nn.BatchNorm1d(16)))
         optimizers: list[Any] = [Skippable(part, {}) for part in halves(model)]
-        ema = EMA(model, [Power(gamma=1.0), 0.99], dtype=dtype, buffers="average")
+        ema = EMA(model, decay, dtype=dtype, buffers="average")
         ema.attach(*optimizers, every=2, guard=guard)
         ema._average.engine = Overlapped(Late(0))
         steps(optimizers, 8)  # the first updates look at addresses

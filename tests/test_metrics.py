@@ -296,6 +296,26 @@ def test_times_of_the_others() -> None:
         assert known["pinned"] == (0 if device is None else 4 * 300 * 301 + 4)
 
 
+def test_the_distance_settles() -> None:
+    """It is that of the average after the last update, and of the weights where they are now. Guards settle and follow."""
+    for engine in (
+        lambda: None,
+        lambda: Overlapped(Held()),
+        lambda: HostThread(None, Held()),
+        lambda: HostThread(Held(moves=True), Held()),
+    ):
+        model = nn.Linear(2, 2, bias=False)
+        nn.init.ones_(model.weight)
+        ema = EMA(model, 0.5)
+        ema._average.engine = engine() or ema._average.engine
+        with torch.no_grad():
+            model.weight.fill_(3.0)
+        ema._average.move(1.0)
+        assert ema.metrics()["distance"] == 1 / 3
+        model.weight.data = torch.full((2, 2), 4.0)
+        assert ema.metrics()["distance"] == 2 / 4
+
+
 def test_lag_of_a_host_thread() -> None:
     """An update that the thread has not done yet."""
     model = nn.Linear(2, 2)
@@ -310,10 +330,11 @@ def test_lag_of_a_host_thread() -> None:
 
 
 class Held:
-    """A worker that works when it is waited for."""
+    """A worker that works when it is waited for; moves: or after somebody looked."""
 
-    def __init__(self) -> None:
+    def __init__(self, moves: bool = False) -> None:
         self._work: list[Callable[[], None]] = []
+        self.moves = moves
 
     def submit(self, work: Callable[[], None]) -> str:
         self._work.append(work)
@@ -324,7 +345,10 @@ class Held:
             self._work.pop(0)()
 
     def done(self, ticket: str) -> bool:
-        return not self._work
+        busy = bool(self._work)
+        if self.moves:
+            self.wait(ticket)
+        return not busy
 
     def keep(self, tensors: Any) -> None:
         """Host memory."""
