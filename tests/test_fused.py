@@ -192,7 +192,7 @@ def test_the_key_is_linear(name: str) -> None:
         assert key == _key(3, update, name)
 
 
-# A range of a row-major weight; rows and columns of it; a box inside; channels_last, whole, a range, and some of its channels.
+# A range of a row-major weight; rows and columns of it; a box inside; channels_last: whole, a range, some channels.
 BOXES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, Region]] = {
     "range": ((40, 30), None, Region((0, 0), (40, 30), 217, 1150)),
     "rows": ((40, 30), None, Region((5, 0), (20, 30), 7, 551)),
