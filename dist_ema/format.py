@@ -283,7 +283,7 @@ def refuse_other_index(where: Path, weights: dict[str, str], files: dict[str, Fi
 def read_meta(folder: Path) -> dict[str, Any]:
     """ema.json, its format checked. Raises ValueError."""
     where = folder / META
-    if not where.exists():
+    if not os.path.lexists(where):
         raise ValueError(f"{folder} holds no {META}: it is no average saved by dist_ema.")
     meta = _read_json(where)
     version = meta.get("format")

@@ -125,9 +125,13 @@ def _place(path: Path) -> _Place:
     if not path.is_dir():
         aliases = {} if path.suffix == ".json" else _aliases_of_file(path)
         return _Place(str(path.parent), path.name, aliases, {})
-    meta = format.read_meta(path) if (path / format.META).exists() else {}
+    meta = format.read_meta(path) if os.path.lexists(path / format.META) else {}
     if meta:
         _refuse_unsound(path / format.META, meta)
+    elif (path / "averages").exists():
+        raise ValueError(
+            f"{path} holds further averages, and no {format.META}: it is not all of what ema.save() wrote."
+        )
     return _Place(str(path), format.find_model(path), meta.get("aliases", {}), meta)
 
 
@@ -343,12 +347,14 @@ class Found:
 
     def _say_what_else(self) -> None:
         meta = self._place.meta
-        if meta.get("kind") == "export":
+        if self.clock is None:
+            what = "is an export" if meta else f"comes without {format.META}"
+            where = Path(self._place.folder, "" if meta else self._place.model)
             self.warnings.append(
-                f"{self._place.folder} is an export: the average starts from it, but its clock begins at 0. Resume from what "
-                "ema.save() wrote."
+                f"{where} {what}: the average starts from it, and its clock at 0. What ema.save() wrote has a clock to go on "
+                "with."
             )
-        if self.clock is not None:
+        else:
             then = set(meta["averaged"]).union(*(meta["aliases"].get(name, ()) for name in meta["averaged"]))
             held = {name for chosen in self._chosen[:1] for name in chosen}
             slots = [slot for slot in self._sources[0].slots if slot.shadow is not None and slot.name in held]
