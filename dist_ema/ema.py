@@ -503,6 +503,7 @@ class EMA:
             average.follow(replaced=True, newly_trainable=False)
             return telemetry.measure(profile.averages, average.clock.started, self._split, self._ranks.size)
 
+        self._ranks.begin("metrics")
         _, said = self._ranks.attempt("metrics", measure)
         apart, agree = telemetry.compare(said)
         return known | {"skipped": average.skipped, "distance": apart, "replicas_agree": agree}

@@ -58,7 +58,7 @@ class _Call(NamedTuple):
         return crc32(f"{self.verb} {self.step}".encode()) & 0x7FFF
 
     def __str__(self) -> str:
-        return f"{self.verb}(...)" if self.verb == "EMA" else f"ema.{self.verb}()"
+        return _called(self.verb)
 
     @property
     def place(self) -> str:
@@ -149,7 +149,7 @@ class Board:
         if error is not None:
             raise error
         for rank, text in said.get("failed", ()):
-            raise RuntimeError(f"ema.{verb}() failed on rank {rank}: {text}")
+            raise RuntimeError(f"{_called(verb)} failed on rank {rank}: {text}")
         return said["all"]
 
     def decide(self, verb: str, work: Callable[[], T]) -> T:
@@ -326,6 +326,10 @@ class Board:
         if self.size > 1 and now - self._beaten >= min(LOOK, self.timeout / 4):
             self._beaten = now
             self._store.add("pulse", 1)
+
+
+def _called(verb: str) -> str:
+    return "EMA(...)" if verb == "EMA" else f"ema.{verb}()"
 
 
 def _said(error: BaseException) -> str:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema import EMA, ranks, resume
+from dist_ema import EMA, gather, ranks, resume
 from dist_ema.ranks import FOREVER, Board
 from dist_ema.swap import Loan
 from tests.kit import Net, raises, run_ranks, wrap
@@ -189,9 +189,9 @@ def test_an_interrupt_is_told_and_waits_for_nobody() -> None:
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
 def test_different_verbs_at_once(order: list[int]) -> None:
-    """No timeout passes: whoever comes to the wrong verb sees it in the counter. Both verbs and a rank of each are named,
-    and the same sentence is raised everywhere."""
-    world = World(4, timeout=FOREVER)
+    """Not by a timeout, which says something else: whoever comes to the wrong verb sees it in the counter. Both verbs and
+    a rank of each are named, and the same sentence is raised everywhere."""
+    world = World(4, timeout=30)
     turns = [threading.Event() for _ in range(5)]
     turns[0].set()
 
@@ -213,7 +213,7 @@ def test_different_verbs_at_once(order: list[int]) -> None:
 
 def test_the_same_verb_begun_anew() -> None:
     """A rank that left a verb alone and calls it again does not meet the middle of it."""
-    world = World(2, timeout=FOREVER)
+    world = World(2, timeout=30)
     world.spread(lambda board: board.exchange("save"))
 
     def call(board: Board) -> None:
@@ -225,7 +225,7 @@ def test_the_same_verb_begun_anew() -> None:
 
 
 def test_the_first_rank_decides_something_else() -> None:
-    world = World(2, timeout=FOREVER)
+    world = World(2, timeout=30)
     found = world.spread(lambda b: b.decide("load", lambda: 1) if b.rank == 0 else b.exchange("save"))
     assert found[0] == 1
     assert "rank 10 is in ema.load() and rank 11 in ema.save()" in str(found[1])
@@ -359,6 +359,7 @@ def verbs(ema: EMA, other: nn.Module, folder: str) -> dict[str, Callable[[], Any
         "load": lambda: ema.load(f"{folder}/kept"),
         "reset": ema.reset,
         "rescan": ema.rescan,
+        "metrics": lambda: ema.metrics(distance=True),
         "load_state_dict": lambda: ema.load_state_dict(state),
     }
 
@@ -388,6 +389,14 @@ def late_failing_elsewhere(kind: str, folder: str) -> None:
         ):
             call()
         ema._average.settle = ready  # type: ignore[method-assign]
+    parts = gather.parts
+    for verb in ("gather", "copy_to"):  # after entering, and before anything is sent
+        gather.parts = (lambda *_: missing_file()) if mine else parts  # type: ignore[assignment]
+        with raises(OSError if mine else RuntimeError, "lost"):
+            calls[verb]()
+    gather.parts = parts
+    with raises(OSError if mine else RuntimeError, "lost", *([] if mine else ["EMA(...) failed on rank 1"])):
+        EMA(model, 0.5, only=lambda _: bool(missing_file()) if mine else True)
     names = list(calls)
     for one, two in zip(names, [*names[1:], names[0]], strict=True):
         with raises(RuntimeError, f"rank 0 is in ema.{one}() and rank 1 in ema.{two}()"):
