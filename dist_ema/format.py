@@ -290,7 +290,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if type(version) is not int or version < 1:
         raise ValueError(f"{where} names no format.")
     if version > FORMAT:
-        raise ValueError(f"{folder} holds format {version}; this dist_ema reads up to {FORMAT}. Upgrade dist_ema.")
+        raise ValueError(
+            f"{folder} holds format {brief(version)}; this dist_ema reads up to {FORMAT}. Upgrade dist_ema."
+        )
     files = meta.get("files")
     if not isinstance(files, dict) or not all(_is_place(name) for name in files):
         raise ValueError(f"{where} lists no files.")

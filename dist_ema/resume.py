@@ -161,7 +161,7 @@ def _refuse_unsound(where: Path, meta: dict[str, Any]) -> None:
     """Try what reading takes from ema.json, before anything changes: the file has no check sum of its own."""
     try:
         for said in meta["files"].values():
-            _demand(type(said["size"]) is int and isinstance(said["crc32"], str), said)
+            _demand(type(said["size"]) is int and isinstance(said["crc32"], str) and len(said["crc32"]) == 8, said)
         for others in _sound(meta["aliases"], dict).values():
             _names(others)
         if meta["kind"] == "export":
@@ -177,7 +177,7 @@ def _refuse_unsound(where: Path, meta: dict[str, Any]) -> None:
         for spec in meta["schedules"]:
             from_spec(spec)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} is damaged: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{where} is damaged: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 def _demand(sound: bool, value: Any) -> None:
