@@ -169,6 +169,7 @@ class Worker:
 
 
 def _settle_in(threads: int, device: torch.device | None) -> None:
+    torch.get_num_threads()  # NOTE: a thread's first look at the number sets it to the process's, and would undo ours
     torch.set_num_threads(threads)
     if device is not None:
         # NOTE: a new thread is on device 0, and looking at an event from there would open a context on it.

@@ -1,7 +1,8 @@
 """shadow += weight * (live - shadow), on lists of plain 1-D tensors.
 
 Always `lerp`: it is an exact fixed point, where `mul_` then `add_` moves constants and drifts. A `Plan` is made once per
-set of addresses and holds every view that an update needs, so that a step allocates and decides nothing:
+set of addresses and holds every view that an update needs, so that a step allocates and decides nothing. On a CPU with
+numba, lists of at least WORTH elements in fp32 and 16-bit dtypes go through `compiled`, in one pass. All else is eager:
 
     long, same dtype         one lerp_ each, neighbours merged                 12 bytes per fp32 element
     long, another dtype      cast through a 4 MB scratch, then lerp_           10 bytes per bf16 -> fp32 element
@@ -11,6 +12,10 @@ set of addresses and holds every view that an update needs, so that a step alloc
 [Note: rounding]  A bf16 shadow at decay 0.999 never moves when it is rounded to nearest. Here the 16 bits that are cut off
 decide by chance: a hash of (seed, update, name, element number in the full weight) is added below the cut. There is no
 generator and no state, so the bits are the same on any world size, wrapper and device.
+
+[Note: two ways, the same bits]  Compiled and eager plans give the same bits (but for the payload of a NaN), so a rank may
+take either. What decides is whether torch's own lerp is one fused multiply-add on this processor, as the compiled one is:
+`_contracts` tries it.
 """
 
 from __future__ import annotations
@@ -23,10 +28,14 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from . import compiled
+
 __all__ = ["SCRATCH", "Pair", "Plan", "noise", "round_to_bfloat16"]
 
 SCRATCH = 1 << 20  # elements in one chunk: 4 MB of fp32; 256 KB is slower than no chunks at all
 SHORT = 16 << 10  # elements below which tensors are packed
+PACK = 16 << 10  # elements in one pack: one thread moves it, which is faster than to wait for two
+WORTH = 1 << 17  # elements; compiling for less takes longer than it ever saves
 _MASK = 0xFFFFFFFF
 
 
@@ -44,23 +53,47 @@ class Pair:
 class Plan:
     """The steps of one update over `pairs`; each live element is read once, whatever the number of averages.
 
-    *Cost*: two scratches of at most 4 MB per dtype and device in use.
+    passes: take compiled passes wherever there is one; None: where they are worth it, and their bits are those of torch.
+    *Cost*: two scratches of at most 4 MB per dtype and device in use. Compiled: a second at the first plan, no scratch.
     """
 
-    def __init__(self, pairs: Sequence[Pair], seed: int = 0) -> None:
+    def __init__(self, pairs: Sequence[Pair], seed: int = 0, passes: bool | None = None) -> None:
         self.pairs, self.seed = list(pairs), seed
         self._scratch: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
+        self._passes: list[compiled.Pass] = []
         self._direct: list[tuple[list[Tensor], Tensor]] = []
         self._through: list[tuple[list[Tensor], list[Tensor], Tensor, Tensor]] = []
         self._rounded: list[tuple[Pair, list[Tensor], Tensor, int, Tensor]] = []
-        compact = [pair for pair in pairs if pair.shadows[0].dtype == torch.bfloat16]
-        plain = [pair for pair in pairs if pair.shadows[0].dtype != torch.bfloat16 and pair.live.numel()]
-        for group in _runs([(pair.shadows, pair.live) for pair in plain]):
+        left = [pair for pair in pairs if pair.live.numel()]
+        if passes or (passes is None and _worth(left)):
+            left = self._compile(left)
+        for group in _runs([(pair.shadows, pair.live) for pair in left if not _compact(pair)]):
             self._add(group)
-        for pair in compact:
+        for pair in filter(_compact, left):
             for shadows, live, start in _chunks(pair.shadows, pair.live):
                 wide = self._cut(torch.float32, shadows[0].device, len(live))
                 self._rounded.append((pair, shadows, live, start, wide))
+
+    def _compile(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """One pass per pair of dtypes; returns what none takes."""
+        left: list[Pair] = []
+        plain: list[tuple[list[Tensor], Tensor]] = []
+        pieces: list[compiled.Piece] = []
+        for pair in pairs:
+            runs: list[tuple[int, int, int]] | None = None
+            if _here(pair) and compiled.ready(pair.live.dtype, pair.shadows[0].dtype):
+                runs = compiled.ramps(pair.indices, len(pair.live), pair.huge) if _compact(pair) else []
+            if runs is None:
+                left.append(pair)
+            elif runs:
+                pieces.append(compiled.Piece(pair.shadows, pair.live, pair.name, runs))
+            else:
+                plain.append((pair.shadows, pair.live))
+        groups: dict[tuple[torch.dtype, torch.dtype], list[compiled.Piece]] = {}
+        for piece in [*(compiled.Piece(shadows, live) for shadows, live in _merge(plain)), *pieces]:
+            groups.setdefault((piece.live.dtype, piece.shadows[0].dtype), []).append(piece)
+        self._passes = [compiled.Pass(group) for group in groups.values()]
+        return left
 
     def _add(self, group: list[tuple[list[Tensor], Tensor]]) -> None:
         """One merged long pair, or a run of short ones whose shadows lie end to end."""
@@ -83,7 +116,7 @@ class Plan:
     def _cut(self, dtype: torch.dtype, device: torch.device, n: int, number: int = 0) -> Tensor:
         key = (dtype, device, number)
         if key not in self._scratch:
-            self._scratch[key] = torch.empty(SCRATCH, dtype=dtype, device=device)
+            self._scratch[key] = torch.empty(PACK if number else SCRATCH, dtype=dtype, device=device)
         return self._scratch[key][:n]
 
     @property
@@ -93,7 +126,7 @@ class Plan:
 
     @property
     def scratch_bytes(self) -> int:
-        return sum(scratch.nbytes for scratch in self._scratch.values())
+        return sum(scratch.nbytes for scratch in self._scratch.values()) + sum(each.nbytes for each in self._passes)
 
     def run(self, weights: Sequence[float | Tensor], update: int, guard: bool = False) -> None:
         """Move every shadow towards live. weights: 1 - decay of each average, floats or 0-dim fp32 tensors on the
@@ -101,6 +134,8 @@ class Plan:
 
         guard: keep the shadow, element by element, where live is not finite.
         """
+        for each in self._passes:
+            each.run(weights, _head(self.seed, update), guard)
         for shadows, live in self._guarded() if guard else self._direct:
             for shadow, weight in zip(shadows, weights, strict=True):
                 _lerp(shadow, live, weight, guard)
@@ -127,6 +162,32 @@ class Plan:
                 yield parts, part
 
 
+def _compact(pair: Pair) -> bool:
+    return pair.shadows[0].dtype == torch.bfloat16
+
+
+def _here(pair: Pair) -> bool:
+    """In memory that a compiled pass can reach: the host's, and no subclass that pretends to have some."""
+    return all(t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) for t in (pair.live, *pair.shadows))
+
+
+def _worth(pairs: Sequence[Pair]) -> bool:
+    """Compiling pays, and does not change a bit."""
+    return sum(len(pair.live) for pair in pairs if _here(pair)) >= WORTH and compiled.available() and _contracts()
+
+
+@lru_cache(maxsize=1)
+def _contracts() -> bool:
+    """torch's lerp rounds once after multiplying and adding ([Note: two ways, the same bits]), tried on some numbers."""
+    start, end = ((torch.arange(1003) * factor % 1009 - 504) / 1009 for factor in (71, 917))
+    step = (end - start).double()
+    near, far = 11 / 32 + 2.0**-20, 23 / 32 + 2.0**-20  # float64 holds their products with a step exactly
+    return all(
+        torch.equal(torch.lerp(start, end, weight), (base.double() + share * step).float())
+        for weight, base, share in ((near, start, near), (far, end, far - 1))
+    )
+
+
 def _lerp(shadow: Tensor, live: Tensor, weight: float | Tensor, guard: bool) -> None:
     if guard:
         live = torch.where(live.isfinite(), live, shadow)
@@ -145,24 +206,21 @@ def _of(weight: float | Tensor, shadow: Tensor) -> float | Tensor:
 
 
 def _runs(pairs: Sequence[tuple[list[Tensor], Tensor]]) -> Iterator[list[tuple[list[Tensor], Tensor]]]:
-    """Merge neighbours on both sides; then group short pairs whose shadows touch, up to one scratch."""
+    """Merge neighbours on both sides; then group short pairs whose shadows touch."""
+    merged = list(_merge(pairs))
+    yield from ([pair] for pair in merged if len(pair[1]) >= SHORT)
     group: list[tuple[list[Tensor], Tensor]] = []
     size = 0
-    for shadows, live in _merge(pairs):
-        short = len(live) < SHORT
+    for shadows, live in (pair for pair in merged if len(pair[1]) < SHORT):
         if group and not (
-            short
-            and size + len(live) <= SCRATCH
+            size + len(live) <= PACK
             and _all_touch(group[-1][0], shadows)
             and (live.dtype, live.device) == (group[-1][1].dtype, group[-1][1].device)
         ):
             yield group
             group, size = [], 0
-        if short:
-            group.append((shadows, live))
-            size += len(live)
-        else:
-            yield [(shadows, live)]
+        group.append((shadows, live))
+        size += len(live)
     if group:
         yield group
 
@@ -205,7 +263,12 @@ def noise(seed: int, update: int, name: str, indices: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def _key(seed: int, update: int, name: str) -> int:
-    return crc32(f"{seed}/{update}/{name}".encode())
+    return crc32(f"{_head(seed, update)}{name}".encode())
+
+
+def _head(seed: int, update: int) -> str:
+    """What the keys of all names have in common."""
+    return f"{seed}/{update}/"
 
 
 def _draw(key: int, indices: Tensor, huge: bool) -> Tensor:
@@ -240,10 +303,12 @@ def _low(bits: Tensor) -> Tensor:
 
 def round_to_bfloat16(wide: Tensor, bits: Tensor) -> Tensor:
     """fp32 to the bfloat16 below or above, by chance in proportion to the distance. bits: see `noise`."""
-    return _round(wide, (bits >> 16).to(torch.int32))
+    return _round(wide.clone(), (bits >> 16).to(torch.int32))
 
 
 def _round(wide: Tensor, low: Tensor) -> Tensor:
+    """Overwrites `wide`."""
     # NOTE: cut by bits, because a cast rounds to nearest; -65536 is 0xFFFF0000 as an int32.
     cut = torch.add(wide.view(torch.int32), low).bitwise_and_(-65536).view(torch.float32)
-    return torch.where(wide.isfinite(), cut, wide).to(torch.bfloat16)
+    # The carry may have made a number of a nan. To add -0.0 changes no bit of any number, and the clamp leaves nan.
+    return cut.add_(wide.clamp_(-0.0, -0.0)).to(torch.bfloat16)

@@ -349,7 +349,8 @@ def shadow_dtype(live: torch.dtype, asked: torch.dtype) -> torch.dtype:
 def allocate(slots: Sequence[Slot], dtype: torch.dtype, device: torch.device | None) -> list[Tensor]:
     """Give every slot a shadow equal to its live weights, in one arena per dtype and device. Returns the arenas.
 
-    Neighbours in the model stay neighbours in the arena; long pieces that do not continue one start at 64 bytes.
+    Neighbours in the model stay neighbours in the arena, as one chain. Short chains lie end to end before the long ones,
+    each of which starts at 64 bytes.
     """
     arenas = []
     keys = [(shadow_dtype(slot.shard.dtype, dtype), device or slot.local.device) for slot in slots]
@@ -365,15 +366,43 @@ def allocate(slots: Sequence[Slot], dtype: torch.dtype, device: torch.device | N
 
 
 def _starts(slots: Sequence[Slot], align: int) -> tuple[list[int], int]:
-    starts, total, ends_at = [], 0, None
-    for slot in slots:
-        live = slot.live
-        if live.numel() >= LONG and live.data_ptr() != ends_at:
-            total = -(-total // align) * align
-        starts.append(total)
-        total += live.numel()
-        ends_at = live.data_ptr() + live.numel() * live.element_size()
+    """Where each slot starts, and where the last one ends."""
+    starts, total = [0] * len(slots), 0
+    long = []
+    for chain, length in _chains(slots):
+        if length >= LONG:
+            long.append((chain, length))
+            continue
+        total = _place(chain, slots, starts, total)
+    for chain, _ in long:
+        total = _place(chain, slots, starts, -(-total // align) * align)
     return starts, total
+
+
+def _place(chain: list[int], slots: Sequence[Slot], starts: list[int], at: int) -> int:
+    """Lay a chain end to end from `at`; returns its end."""
+    for i in chain:
+        starts[i] = at
+        at += slots[i].own.numel
+    return at
+
+
+def _chains(slots: Sequence[Slot]) -> Iterator[tuple[list[int], int]]:
+    """(numbers of slots whose live elements follow each other in memory, how many elements)."""
+    chain: list[int] = []
+    length, ends_at = 0, None
+    for i, slot in enumerate(slots):
+        live = slot.live
+        if live.numel() and live.data_ptr() != ends_at:
+            if chain:
+                yield chain, length
+            chain, length = [], 0
+        chain.append(i)
+        length += live.numel()
+        if live.numel():
+            ends_at = live.data_ptr() + live.nbytes
+    if chain:
+        yield chain, length
 
 
 def fingerprint(data: Tensor) -> Tensor:

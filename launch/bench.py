@@ -25,6 +25,7 @@ import argparse
 import datetime
 import gc
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -48,7 +49,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from dist_ema import EMA
+from dist_ema import EMA, compiled
 
 DECAY = 0.999
 MOST = 1 << 27  # elements of a reference buffer: far beyond any cache
@@ -585,6 +586,13 @@ def commit() -> str:
     return said.stdout.strip() or "unknown"
 
 
+def passes() -> str:
+    """How updates in host memory run here. NUMBA_DISABLE_JIT=1 makes them eager."""
+    if not compiled.available():
+        return "eager"
+    return f"numba {importlib.metadata.version('numba')}"
+
+
 def heading(args: argparse.Namespace) -> dict[str, Any]:
     """What a reader must know to measure the same."""
     sizes = [torch.Size(shape).numel() for shape in shapes(args.model)]
@@ -596,6 +604,7 @@ def heading(args: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "load": os.getloadavg()[0],
         "device": str(args.device),
+        "passes": passes(),
         "model": args.model,
         "dtype": str(args.dtype).removeprefix("torch."),
         "tensors": len(sizes),
@@ -718,9 +727,8 @@ def main(words: Sequence[str] | None = None) -> None:
         args.said.write_text(json.dumps(said))
         os._exit(0)  # gloo now and then aborts while the interpreter ends
     head = heading(args)
-    about = (
-        f"{head['model']} {head['dtype']}, {head['machine']}, torch {head['torch']}, {head['commit']}, {head['date']}"
-    )
+    facts = (head["machine"], f"torch {head['torch']}", head["passes"], head["commit"], head["date"])
+    about = ", ".join([f"{head['model']} {head['dtype']}", *facts])
     print(f"{head['command']}\n{about}")
     results: dict[str, list[Any]] = {}
     for part, rows in measure(args):

@@ -49,7 +49,7 @@ def test_update(tmp_path: Path, dtype: str) -> None:
         "--model", "tiny", "--repeat", "2", "--no-peers", "--only", "update", "--dtype", dtype, "--out", str(tmp_path)
     )
     result = read(tmp_path)
-    for key in ("command", "machine", "torch", "commit", "date", "load", "device", "model", "repeat"):
+    for key in ("command", "machine", "torch", "commit", "date", "load", "device", "passes", "model", "repeat"):
         assert result[key] not in ("", None), key
     assert result["command"] in said
     n, live = result["elements"], 4 if dtype == "float32" else 2

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HOUSE = ROOT / "dist_ema"
 
 FLOORS = {
+    -1: "compiled",
     0: "schedule kernels fused executors shards format commit ranks console elements",
     1: "layout clock wire engine source sink",
     2: "swap gather artifact resume dcp agree attach average telemetry",

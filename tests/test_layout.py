@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema import layout, shards
+from dist_ema.kernels import Pair, Plan
 from dist_ema.layout import Box, allocate, boxes, cut, even, fingerprint, indices, pieces, runs, split_box
 from dist_ema.shards import Region, Shard
 
@@ -221,7 +222,8 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_allocate(dtype: torch.dtype) -> None:
-    """Shadows begin as live, in one arena per dtype; neighbours stay neighbours, and lone long ones are aligned."""
+    """Shadows begin as live, in one arena per dtype; neighbours stay neighbours, lone long ones are aligned, and short ones
+    that touch nothing lie before them, end to end."""
     torch.manual_seed(0)
     slots = cut(shards.find(Odd()).shards, lambda _: True, split=True)
     arenas = allocate(slots, dtype, None)
@@ -238,6 +240,35 @@ def test_allocate(dtype: torch.dtype) -> None:
     assert offset["b"] - offset["a"] == layout.LONG
     assert offset["c"] - offset["b"] == 3  # long, but it continues its neighbour in the model
     assert all(offset[name] * dtype.itemsize % layout.ALIGN == 0 for name in ("lone", "a", "last"))
+    assert offset["small"] - offset["scalar"] == 1
+    assert offset["small"] + 15 <= min(offset[name] for name in ("lone", "a", "b", "c", "last"))
+
+
+def test_short_weights_share_one_pack() -> None:
+    """Biases between long matrices become one step of a plan: short chains lie together in the arena (`_starts`)."""
+    model = nn.Sequential(*[nn.Linear(128, 130) for _ in range(3)])
+    slots = cut(shards.find(model).shards, lambda _: True, split=True)
+    allocate(slots, torch.float32, None)
+    pairs = [Pair(slot.name, [slot.shadow], slot.live, torch.arange) for slot in slots if slot.shadow is not None]
+    plan = Plan(pairs, passes=False)
+    assert [len(live) for _, live in plan._direct] == [128 * 130] * 3
+    assert [[len(live) for live in lives] for _, lives, _, _ in plan._through] == [[130] * 3]
+
+
+def test_neighbours_in_one_storage_stay_one() -> None:
+    """What lies end to end in the model (FSDP1's flat parameters) is one chain, long or short, with empty ones in between,
+    in the order of the model, and so one step of a plan."""
+    for sizes in ([7, 0, layout.LONG, 5], [layout.LONG // 2] * 3, [4, 0, 4]):
+        model, flat = nn.Module(), torch.randn(sum(sizes))
+        model.first = nn.Parameter(torch.randn(10))  # no multiple of what long pieces are aligned to
+        for i, part in enumerate(flat.split(sizes)):
+            model.register_parameter(f"part{i}", nn.Parameter(part))
+        slots = cut(shards.find(model).shards, lambda _: True, split=True)
+        allocate(slots, torch.float32, None)
+        pairs = [Pair(slot.name, [slot.shadow], slot.live, torch.arange) for slot in slots if slot.shadow is not None]
+        plan = Plan(pairs, passes=False)
+        steps = [len(live) for _, live in plan._direct] + [len(x) for _, lives, _, _ in plan._through for x in lives]
+        assert sorted(steps) == sorted([10, sum(sizes)])
 
 
 def test_allocate_elsewhere() -> None:

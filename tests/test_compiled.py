@@ -1,0 +1,403 @@
+"""The compiled passes of a CPU: the bits of eager torch, on any number of threads, and eager torch where there are none.
+
+How to read a failure: `live` and `shadow` name the pass. The oracle is `kernels.Plan` without passes, which test_kernels
+proves against float64.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_ema import EMA, compiled, kernels
+from dist_ema.compiled import CHUNK, LIVE, SHADOW, Pass, Piece, ramps
+from dist_ema.engine import HostThread
+from dist_ema.executors import Worker
+from dist_ema.kernels import WORTH, Pair, Plan, noise
+
+needs_numba = pytest.mark.skipif(not compiled.available(), reason="numba is not installed")
+both = pytest.mark.parametrize(("live", "shadow"), [(live, shadow) for live in LIVE for shadow in SHADOW], ids=str)
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Set the number of torch's threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def draw(n: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def make(live: torch.dtype, shadow: torch.dtype, averages: int = 1, more: int = 0) -> list[Pair]:
+    """Lengths around a vector and a chunk, at addresses that no vector is aligned to; always the same."""
+    pairs = []
+    for k, n in enumerate((1, 7, 64, 1000, CHUNK - 1, CHUNK + 17, more)):
+        shadows = [draw(n + 1, shadow, 100 * k + i)[1:] for i in range(averages)]
+        pairs.append(Pair(f"w{k}", shadows, draw(n + 1, live, 50 + k)[1:], torch.arange))
+    return pairs
+
+
+def bits(pairs: list[Pair]) -> list[Tensor]:
+    return [shadow.clone().contiguous().view(torch.uint8) for pair in pairs for shadow in pair.shadows]
+
+
+def moved(passes: bool, pairs: list[Pair], *runs: Any, **options: Any) -> list[Tensor]:
+    plan = Plan(pairs, 5, passes=passes)
+    assert bool(plan._passes) == passes
+    assert not passes or not (plan._direct or plan._through or plan._rounded), "some pairs were not taken"
+    for update, weights in enumerate(runs):
+        plan.run(weights, update, **options)
+    return bits(pairs)
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+# --- the bits of eager torch -------------------------------------------------------------------------------------
+
+
+@needs_numba
+@both
+@pytest.mark.parametrize("guard", [False, True])
+def test_bits(live: torch.dtype, shadow: torch.dtype, guard: bool) -> None:
+    """Three averages, weights on both sides of 0.5, as floats and as tensors: the bits of an eager plan."""
+    runs = [[0.001, 0.3, 0.5], [0.7, 1.0, 0.0], [torch.tensor(0.1), torch.tensor(0.9, dtype=torch.float64), 1 / 3]]
+    assert equal(
+        moved(False, make(live, shadow, 3), *runs, guard=guard), moved(True, make(live, shadow, 3), *runs, guard=guard)
+    )
+
+
+@needs_numba
+@pytest.mark.parametrize("shadow", SHADOW, ids=str)
+@pytest.mark.parametrize("live", [BF16, torch.float16], ids=str)
+def test_every_number_of_16_bits(live: torch.dtype, shadow: torch.dtype) -> None:
+    """All patterns, subnormal, infinite and nan ones too; what becomes nan is nan, whatever its payload."""
+    every = torch.arange(1 << 16).to(torch.int16).view(live)
+    for guard, weight in ((False, 0.25), (True, 0.25), (False, 1.0)):
+        results = []
+        for passes in (False, True):
+            pair = Pair("w", [draw(1 << 16, shadow, 1)], every, torch.arange)
+            Plan([pair], passes=passes).run([weight], 3, guard)
+            results.append(pair.shadows[0])
+        eager, got = results
+        assert torch.equal(eager.isnan(), got.isnan())
+        assert torch.equal(eager.nan_to_num(7.0), got.nan_to_num(7.0))
+
+
+@needs_numba
+def test_rounding_of_every_shadow() -> None:
+    """At weight 0 a compact shadow keeps its bits, whichever they are; towards a weight it moves as `noise` says."""
+    every = torch.arange(1 << 16).to(torch.int16).view(BF16)
+    pair = Pair("w", [every.clone()], torch.zeros(1 << 16), torch.arange)
+    Plan([pair], passes=True).run([0.0], 1)
+    kept = every.isfinite() & (every != 0)  # 0 * inf is nan, and -0 + 0 is 0
+    assert torch.equal(pair.shadows[0][kept].view(torch.int16), every[kept].view(torch.int16))
+    pair = Pair("w", [torch.zeros(1000, dtype=BF16)], draw(1000, F32, 3), torch.arange)
+    Plan([pair], seed=2, passes=True).run([1.0], 9)
+    want = kernels.round_to_bfloat16(pair.live, noise(2, 9, "w", torch.arange(1000)))
+    assert torch.equal(pair.shadows[0], want)
+
+
+def strange(start: int, stop: int) -> Tensor:
+    """No run is longer than one."""
+    return torch.arange(start, stop).square()
+
+
+NUMBERS: dict[str, Callable[[int, int], Tensor]] = {
+    "a run": lambda a, b: torch.arange(a + 12345, b + 12345),
+    "rows of a matrix": lambda a, b: torch.arange(a, b) % 100 + torch.arange(a, b) // 100 * 1000 + 50,
+    "channels last": lambda a, b: torch.arange(a, b) % 64 * 49 + torch.arange(a, b) // 64 % 49,
+    "beyond 32 bits": lambda a, b: torch.arange(a, b) * 3 + (1 << 32) - 1000,
+    "backwards": lambda a, b: 1_000_000 - torch.arange(a, b),
+    "strange": strange,
+}
+
+
+@needs_numba
+@pytest.mark.parametrize("name", NUMBERS)
+def test_element_numbers(name: str) -> None:
+    """Noise is numbered by the element in the full weight, however its numbers run; too short runs are left to eager code."""
+    n, results = 300_000, []
+    for passes in (False, True):
+        pair = Pair("w", [draw(n, BF16, 1)], draw(n, F32, 2), NUMBERS[name])
+        plan = Plan([pair], 3, passes=passes)
+        assert bool(plan._passes) == (passes and name != "strange")
+        plan.run([0.01], 4)
+        results.append(pair.shadows[0])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 99, 100, 101, 1 << 18, (1 << 18) + 1])
+def test_ramps(name: str, n: int) -> None:
+    """ramps: written out again they are the numbers, and none crosses a multiple of 2^32."""
+    runs = ramps(NUMBERS[name], n, huge=True)
+    if runs is None:
+        assert name == "strange" or n < 4
+        return
+    parts = [np.arange(length) * step + first for length, first, step in runs]
+    assert np.array_equal(np.concatenate([np.zeros(0, np.int64), *parts]), NUMBERS[name](0, n).numpy())
+    assert all(part[0] >> 32 == part[-1] >> 32 for part in parts)
+    assert len(runs) <= 2 + n // compiled.FEW
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+
+@needs_numba
+def test_tasks() -> None:
+    """Every row is in one task, no task is empty, and none is much larger than a chunk."""
+    for sizes in ([64] * 4000, [1], [CHUNK], [3 * CHUNK + 5, 1, 1, CHUNK - 1] * 3, [CHUNK - 1] * 9):
+        pieces = [Piece([torch.zeros(n)], torch.zeros(n)) for n in sizes]
+        held = Pass(pieces)
+        lengths, tasks = held._rows[:, 1], held._tasks
+        assert lengths.sum() == sum(sizes)
+        assert (tasks[0], tasks[-1]) == (0, len(lengths))
+        assert (np.diff(tasks) > 0).all()
+        work = [lengths[a:b].sum() for a, b in itertools.pairwise(tasks)]
+        assert max(work) < 2 * CHUNK
+        assert len(work) <= -(-sum(sizes) // CHUNK)
+
+
+@needs_numba
+def test_neighbours_become_one_piece() -> None:
+    """Pieces that touch on both sides are one row of the table; other pairs of dtypes get a pass of their own."""
+    shadow, live = torch.zeros(30), torch.ones(30)
+    pairs = [Pair(f"{i}", [shadow[i : i + 10]], live[i : i + 10], torch.arange) for i in (0, 10, 20)]
+    pairs.append(Pair("b", [torch.zeros(5)], torch.ones(5, dtype=BF16), torch.arange))
+    pairs.append(Pair("d", [torch.zeros(5, dtype=torch.float64)], torch.ones(5), torch.arange))
+    plan = Plan(pairs, passes=True)
+    assert [held._rows[:, 1].tolist() for held in plan._passes] == [[30], [5]]
+    plan.run([0.5], 0)
+    assert all((pair.shadows[0] == 0.5).all() for pair in pairs)
+
+
+# --- [Note: the team] --------------------------------------------------------------------------------------------
+
+
+@needs_numba
+@pytest.mark.parametrize("openmp", [True, False])
+def test_bits_do_not_depend_on_threads(
+    openmp: bool, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One, two and five threads, of OpenMP or of Python: every element is moved once."""
+    if not openmp:
+        monkeypatch.setattr(compiled, "_openmp", lambda: None)
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append(moved(True, make(F32, BF16, 2, 20 * CHUNK), [0.01, 0.6], [0.3, 0.1]))
+    assert equal(results[0], results[1])
+    assert equal(results[0], results[2])
+
+
+@needs_numba
+def test_threads_are_torchs(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many threads as torch's own kernels would take here, at most one per task; the bound of a host thread holds."""
+    seen: list[int] = []
+    run = compiled._team
+    monkeypatch.setattr(compiled, "_team", lambda sweep, job, count: (seen.append(count), run(sweep, job, count)))
+    threads(3)
+    large, small = make(BF16, F32, 1, 5 * CHUNK), make(BF16, F32)[:2]
+    Plan(large, passes=True).run([0.5], 0)
+    Plan(small, passes=True).run([0.5], 0)
+    assert seen == [3, 1]
+    engine, inline = HostThread(None, Worker(2)), make(BF16, F32, 1, 5 * CHUNK)
+    plan = Plan(large, passes=True)
+    engine.update(plan, [0.25], 1, False)
+    engine.settle()
+    assert seen[2:] == [2]
+    Plan(inline, passes=True).run([0.5], 0)
+    Plan(inline, passes=True).run([0.25], 1)
+    assert equal(bits(large), bits(inline))
+
+
+FORKED = """
+import os, torch
+from dist_ema.kernels import Pair, Plan
+torch.set_num_threads(2)
+pair = Pair("w", [torch.zeros(1 << 20)], torch.ones(1 << 20), torch.arange)
+plan = Plan([pair], passes=True)
+plan.run([0.5], 0)
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # as torch asks of forked processes
+    plan.run([0.5], 1)
+    os._exit(0 if bool((pair.shadows[0] == 0.75).all()) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+plan.run([0.5], 1)
+assert bool((pair.shadows[0] == 0.75).all())
+"""
+
+
+@needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_forked() -> None:
+    """A process that was forked after an update can update too."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=120)
+
+
+# --- when there is a pass ----------------------------------------------------------------------------------------
+
+DIGEST = """
+import hashlib, sys
+{before}
+import torch
+from torch import nn
+from dist_ema import EMA
+small = EMA(nn.Linear(3, 2))
+small.update()
+assert sys.modules.get("numba") is None, "a small plan must not pay for compiling"
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(300, 500), nn.Linear(500, 7)).to(torch.bfloat16)
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.bfloat16):
+    ema = EMA(model, 0.9, dtype=dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    ema.update()
+    for name, value in sorted(ema.gather().items()):
+        digest.update(name.encode() + value.view(torch.uint8).numpy().tobytes())
+    print(len(ema._average._plan._passes), end=" ")
+print(digest.hexdigest())
+"""
+
+
+def digest(before: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", DIGEST.format(before=before)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_without_numba() -> None:
+    """Eager torch where numba is missing, and the same bits; small plans never import it."""
+    missing = digest("sys.modules['numba'] = None")
+    assert missing[:2] == ["0", "0"]
+    if compiled.available():
+        assert digest("") == [str(int(kernels._contracts()))] * 2 + missing[2:]
+
+
+@needs_numba
+def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NUMBA_DISABLE_JIT=1 is numba's own switch, and ours."""
+    import numba
+
+    assert compiled.available.__wrapped__()
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+    assert not compiled.available.__wrapped__()
+
+
+@needs_numba
+def test_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled from WORTH elements on, where torch's lerp has the same bits, and never for what is not in host memory."""
+    monkeypatch.setattr(kernels, "_contracts", lambda: True)
+
+    def passes(n: int, device: str = "cpu") -> int:
+        pair = Pair("w", [torch.zeros(n, device=device)], torch.ones(n, device=device), torch.arange)
+        return len(Plan([pair])._passes)
+
+    assert (passes(WORTH - 1), passes(WORTH), passes(WORTH, "meta")) == (0, 1, 0)
+    monkeypatch.setattr(kernels, "_contracts", lambda: False)
+    assert passes(WORTH) == 0
+
+
+@needs_numba
+def test_no_pass_for_what_only_looks_like_memory() -> None:
+    """Tensor subclasses may hold nothing at their address, or something else than what they show: `_here` in kernels."""
+
+    class Quantised(Tensor):
+        pass
+
+    plain, odd = torch.zeros(9), torch.ones(9).as_subclass(Quantised)
+    for shadow, live in ((plain, odd), (odd, plain)):
+        assert Plan([Pair("w", [shadow], live, torch.arange)], passes=True)._passes == []
+
+
+def test_contraction_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch whose lerp rounds after the product, on either side of 0.5, is told from one that does not: `_contracts`."""
+    tried, lerp = kernels._contracts.__wrapped__, torch.lerp
+    for near, far in ((True, True), (True, False), (False, True)):
+
+        def rounds_twice(a: Tensor, b: Tensor, w: float, near: bool = near, far: bool = far) -> Tensor:
+            if w < 0.5:
+                return a + w * (b - a) if near else lerp(a, b, w)
+            return b - (b - a) * (1 - w) if far else lerp(a, b, w)
+
+        monkeypatch.setattr(torch, "lerp", rounds_twice)
+        assert tried() is False
+
+
+@needs_numba
+def test_numba_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What numba refuses to compile is said once, and eager torch takes over."""
+
+    def refuse(live: torch.dtype, shadow: torch.dtype) -> None:
+        raise TypeError("no such thing")
+
+    monkeypatch.setattr(compiled, "_compile", refuse)
+    monkeypatch.setattr(compiled, "ready", compiled.ready.__wrapped__)
+    pair = Pair("w", [torch.zeros(5)], torch.ones(5), torch.arange)
+    with pytest.warns(UserWarning, match="eager torch takes over: no such thing"):
+        plan = Plan([pair], passes=True)
+    plan.run([0.5], 0)
+    assert (pair.shadows[0] == 0.5).all()
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+@needs_numba
+def test_autograd_sees_the_write() -> None:
+    """A shadow that autograd saved (a teacher's weight) is known to be overwritten: `increment_version` in Pass.run."""
+    teacher = nn.Parameter(torch.ones(4))
+    arena = torch.zeros(8)
+    pairs = [Pair("t", [teacher.detach()], torch.zeros(4), torch.arange)]
+    pairs += [Pair(f"{i}", [arena[i : i + 4]], torch.ones(4), torch.arange) for i in (0, 4)]
+    plan, before = Plan(pairs, passes=True), arena._version
+    loss = (teacher * teacher).sum()
+    plan.run([0.5], 0)
+    assert arena._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_in_inference_mode() -> None:
+    """Tensors without a version counter are moved too."""
+    with torch.inference_mode():
+        pair = Pair("w", [torch.zeros(5)], torch.ones(5), torch.arange)
+        Plan([pair], passes=True).run([0.5], 0)
+        assert (pair.shadows[0] == 0.5).all()
+
+
+@needs_numba
+def test_an_average_of_a_model(tmp_path: Any) -> None:
+    """Through the front door: compiled where the model is large enough, and saved and loaded with the same bits."""
+    model = nn.Linear(400, 400)
+    ema = EMA(model, 0.5)
+    assert bool(ema._average._plan._passes) == kernels._contracts()
+    with torch.no_grad():
+        model.weight.zero_()
+    ema.update()
+    hashed = hashlib.sha256(ema.gather()["weight"].numpy().tobytes()).hexdigest()
+    ema.save(tmp_path / "a")
+    again = EMA(model, 0.5)
+    again.load(tmp_path / "a")
+    assert hashlib.sha256(again.gather()["weight"].numpy().tobytes()).hexdigest() == hashed
