@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from dist_ema import EMA, Debiased, Power
 from dist_ema.engine import Engine, HostThread, Overlapped, choose
 from dist_ema.executors import Instant, Mark, Worker
-from dist_ema.ranks import Ranks
+from dist_ema.ranks import Board
 from tests.kit import raises, run_ranks, wrap
 
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -512,7 +512,7 @@ def hot_path() -> None:
         steps(optimizers, 8)  # the first updates look at addresses
         held = min(slot.own.numel for slot in ema._average.profiles[0].averages if slot.own.numel > 1 << 20)
         with Watch() as watch, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Ranks, "exchange", refuse)
+            patch.setattr(Board, "exchange", refuse)
             steps(optimizers, 8)
         assert 0 < watch.largest <= 1 << 20 < held, (kind, dtype, watch.largest, held)
         plan = ema._average._plan

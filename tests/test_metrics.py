@@ -21,7 +21,7 @@ from dist_ema import EMA, Constant, HalfLife
 from dist_ema import telemetry as rooms_telemetry
 from dist_ema.engine import HostThread, Overlapped
 from dist_ema.executors import UNREAD, Instant, Meter
-from dist_ema.ranks import Ranks
+from dist_ema.ranks import Board
 from dist_ema.telemetry import _bits
 from tests.kit import Collectives, Images, Net, Training, batch, image_batch, raises, run_ranks
 
@@ -100,16 +100,16 @@ class counted:  # noqa: N801
         self._seen = seen
 
     def __enter__(self) -> None:
-        self._kept: Callable[..., Any] = Ranks.exchange
+        self._kept: Callable[..., Any] = Board.exchange
 
-        def exchange(ranks: Ranks, verb: str, *args: Any, **kwargs: Any) -> Any:
+        def exchange(ranks: Board, verb: str, *args: Any, **kwargs: Any) -> Any:
             self._seen.append(verb)
             return self._kept(ranks, verb, *args, **kwargs)
 
-        Ranks.exchange = exchange  # type: ignore[method-assign]
+        Board.exchange = exchange  # type: ignore[method-assign]
 
     def __exit__(self, *_: Any) -> None:
-        Ranks.exchange = self._kept  # type: ignore[method-assign]
+        Board.exchange = self._kept  # type: ignore[method-assign]
 
 
 def test_over_ranks() -> None:
