@@ -113,6 +113,7 @@ class EMA:
             raise ValueError(f"decay must name one or more different schedules, got {decay!r}.")
         self._average = Average(model, schedules, only=only, buffers=buffers)
         self._attachment: Attachment | None = None
+        self._looked: dict[str, float] = {}  # the clock at the last `snapshot` into each folder
         found = shards.find(model)
         self._ranks = Ranks(found.members, found.group, shards.side_store)
         self._everyone: Ranks | None = None
@@ -339,6 +340,36 @@ class EMA:
         meta = self._meta() | {"kind": "export", "weights": "all", "extra": {}}
         tree = artifact.Tree(profile.persistent, profile.own, profile.schedule.spec())
         self._write(artifact.Job("export", _real(path), [tree], meta, max_shard_size, mode, dtype))
+
+    @_aside
+    def snapshot(self, folder: str | Path, *, every: float, dtype: torch.dtype | None = None) -> Path | None:
+        """Save all averages as folder/0000001000 when the clock passes a multiple of `every`; to be called in each step.
+
+        What `posthoc.reconstruct` chooses a decay from after training. dtype: torch.bfloat16 stores half; such a snapshot
+        is nothing to resume from. *Collective* when it saves; all ranks know by their clocks. Returns the path, or None.
+        """
+        if not 0 < every < math.inf:
+            raise ValueError(f"every must be positive and finite, got {every}.")
+        clock, last = self._average.clock, self._average.profiles[0].last
+        before = self._looked.get(str(folder), clock.now - (last[1] if last else 0.0))
+        self._looked[str(folder)] = clock.now
+        if clock.now // every <= before // every:
+            return None
+        path = _real(Path(folder) / f"{int(clock.now):010}")
+        later = [each.name for each in path.parent.glob("[0-9]*") if each.name > path.name] if self._ranks.first else []
+        if later:
+            warnings.warn(
+                f"{folder} holds snapshots of a later clock ({min(later)} ...). If they are of another run, move them away: "
+                "averages of two runs cannot be mixed.",
+                stacklevel=_outside(),
+            )
+        kind = {
+            "kind": "ema" if dtype is None else "export",
+            "weights": "all" if self._average.only is None else "averaged",
+        }
+        meta = self._meta() | kind | {"extra": {}}
+        self._write(artifact.Job("save", path, self._trees(), meta, dtype=dtype))
+        return path
 
     def _trees(self) -> list[artifact.Tree]:
         """The first average as a complete model (with `only=`, what is averaged), the others without what they share."""

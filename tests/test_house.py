@@ -26,12 +26,14 @@ HOUSE = ROOT / "dist_ema"
 
 FLOORS = {
     -1: "compiled",
-    0: "schedule kernels fused executors shards format commit ranks console elements",
-    1: "layout clock wire engine source sink",
-    2: "swap gather artifact resume dcp agree attach average telemetry",
-    3: "ema",
-    4: "offline.__init__ offline.inspect recipes.__init__ recipes.batchnorm recipes.distill recipes.fixres",
-    5: "cli.inspect integrations.__init__ integrations.accelerate integrations.transformers integrations.lightning",
+    0: "schedule kernels fused executors shards format commit ranks console elements figure",
+    1: "layout clock wire engine source sink profiles",
+    2: "swap gather artifact resume dcp agree attach average telemetry combine",
+    3: "ema posthoc",
+    4: "offline.__init__ offline.inspect offline.average offline.plan offline.reconstruct recipes.__init__ recipes.batchnorm "
+    "recipes.distill recipes.fixres",
+    5: "cli.inspect cli.average cli.plan cli.reconstruct integrations.__init__ integrations.accelerate "
+    "integrations.transformers integrations.lightning",
     6: "cli.__init__",
     7: "__init__ __main__",
 }

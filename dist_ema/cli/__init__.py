@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from ..console import FINE, PROBLEM, USAGE, say
-from . import inspect
+from . import average, inspect, plan, reconstruct
 
 __all__ = ["main"]
 
-VERBS = (inspect,)
+VERBS = (inspect, average, reconstruct, plan)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,148 @@
+"""`dist-ema reconstruct`: choose the decay after training."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..console import FINE, USAGE, add_verb, columns, out, out_json, printable, progress, say
+
+if TYPE_CHECKING:
+    from ..offline.reconstruct import Report
+
+__all__ = ["add"]
+
+WIDEST = math.sqrt(1 / 12)  # of the plain mean
+MOST = 1000  # models of one sweep
+
+
+def add(verbs: Any) -> None:
+    verb = add_verb(
+        verbs,
+        "reconstruct",
+        "choose the decay after training: mix stored snapshots into an average that nobody tracked",
+        "Mix the averages that ema.snapshot(folder, every=...) stored into the one that\n"
+        "Power(sigma_rel=S) would have tracked (post-hoc EMA, Karras et al. 2023). The weights follow from\n"
+        "the clocks and schedules in ema.json; no training data, no GPU. sigma_rel is the width of the\n"
+        "average as a share of the training so far.",
+        "  dist-ema reconstruct run/snapshots out --sigma-rel 0.07\n"
+        "  dist-ema reconstruct run/snapshots out --sigma-rel 0.07 --at 50000       as of an earlier step\n"
+        "  dist-ema reconstruct run/snapshots out --sweep 0.03:0.15:0.01            out/sigma-0.030 ...\n"
+        "  dist-ema reconstruct run/snapshots --sweep 0.03:0.25:0.02 --plot fit.png  only report",
+        _reconstruct,
+    )
+    add_argument = verb.add_argument
+    add_argument("snapshots", metavar="SNAPSHOTS", help="the folder given to ema.snapshot")
+    add_argument(
+        "out", metavar="OUT", nargs="?", help="folder to write, or a name ending in .safetensors; none: only report"
+    )
+    which = verb.add_mutually_exclusive_group(required=True)
+    which.add_argument("--sigma-rel", type=_sigma, metavar="S", help="width of the average, between 0 and 0.2887")
+    which.add_argument("--sweep", type=_sweep, metavar="FROM:TO:STEP", help="one model for each width, under OUT")
+    add_argument(
+        "--at", type=float, metavar="CLOCK", help="steps (images, tokens) that the ema counted; default: the last"
+    )
+    add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16", "fp64"], help="of floating weights (default: the model's own)"
+    )
+    add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default 5GB)")
+    add_argument("--force", action="store_true", help="replace a model that is there")
+    add_argument("--plot", metavar="PNG", help="draw target and mixture (needs matplotlib)")
+    add_argument("--json", action="store_true", help="print JSON, with every weight")
+
+
+def _sigma(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < WIDEST:
+        raise argparse.ArgumentTypeError(
+            f"must be between 0 and {WIDEST:.4f} (the width of the plain mean), got {text!r}"
+        )
+    return value
+
+
+def _sweep(text: str) -> list[float]:
+    parts = text.split(":")
+    if len(parts) != 3:
+        raise argparse.ArgumentTypeError(f"must be FROM:TO:STEP, like 0.03:0.15:0.01, got {text!r}")
+    first, last = _sigma(parts[0]), _sigma(parts[1])
+    try:
+        step = float(parts[2])
+        count = math.floor((last - first) / step + 1e-9) + 1 if step > 0 else 0
+    except (ValueError, OverflowError):
+        count = 0
+    if not 1 <= count <= MOST:
+        raise argparse.ArgumentTypeError(f"must go up in 1 to {MOST} steps, got {text!r}")
+    return [round(first + i * step, 12) for i in range(count)]
+
+
+def _reconstruct(options: argparse.Namespace) -> int:
+    from ..offline import reconstruct as offline
+
+    if options.sweep and options.out and options.out.endswith(".safetensors"):
+        return say(f"--sweep writes several models: OUT must be a folder, got {options.out}.", USAGE)
+    report = offline.reconstruct(
+        options.snapshots,
+        options.out,
+        options.sweep or [options.sigma_rel],
+        folders=bool(options.sweep),
+        at=options.at,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        force=options.force,
+        plot=options.plot,
+        progress=progress,
+    )
+    if options.json:
+        out_json(report.plain())
+    else:
+        out(_text(options.snapshots, report))
+    for warning in _warnings(report):
+        say(warning, FINE)
+    return FINE
+
+
+def _text(where: str, report: Report) -> Iterator[str]:
+    run = report.snapshots
+    kinds = sorted({repr(each.profile.schedule) for each in run.stored})
+    moments = [each.profile.now for each in run.stored]
+    yield printable(
+        f"{where}: {len(run.stored)} stored averages, {len(set(moments))} moments from {moments[0]:g} to {moments[-1]:g}"
+    )
+    yield from (printable(f"  {kind}") for kind in kinds)
+    yield f"mixed as of {report.at[0]:g}, after {report.at[1]:,} updates; weights sum to 1"
+    yield ""
+    rows = [
+        (
+            f"{each.sigma_rel:g}",
+            f"{each.fit.residual:.2%}",
+            f"{each.fit.condition:.3g}",
+            f"{each.fit.largest:.3f}",
+            f"{each.fit.gain:.3f}",
+            str(each.out or "-"),
+        )
+        for each in report.mixtures
+    ]
+    yield from columns([("sigma_rel", "residual", "condition", "largest", "gain", "written to"), *rows])
+    yield ""
+    yield "residual   how much of the wanted profile is missed; the weights are off by far less"
+    yield "condition  of the stored profiles: how many digits their similarity costs"
+    yield "gain       what rounding in the stored weights is multiplied by"
+
+
+def _warnings(report: Report) -> Iterator[str]:
+    poor = [f"{each.sigma_rel:g} ({each.fit.residual:.1%})" for each in report.mixtures if each.poor]
+    if poor:
+        yield (
+            f"the snapshots do not express sigma_rel {', '.join(poor)} well: the mixture is another profile by that much. "
+            "More snapshots, or stored profiles nearer to it, would."
+        )
+    if report.snapshots.skipped:
+        yield (
+            f"up to {report.snapshots.skipped} updates were refused by the device (skipped steps), and profiles "
+            "count them as made, so they are off by about that share."
+        )

@@ -1,0 +1,176 @@
+"""A weighted sum of models in files, a window at a time, however many there are. No torch.
+
+    blend = Blend([(model, 0.25), (other, 0.75)], rest=other, summed=frozenset(names))
+    write(out, blend, ...)
+
+Products are summed in float64 and rounded once. One window of one model is in memory at a time, and one file open: a
+thousand checkpoints need no more of either than two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import format, sink
+from .elements import FLOATS, Bytes, narrow, widen
+from .source import Source
+
+__all__ = ["DTYPES", "WINDOW", "Blend", "alike", "locate", "numeric", "write"]
+
+WINDOW = 1 << 20  # elements: 4 MB as read, 8 of the sum, 8 of the product
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp64": "F64"}  # as the command line names them
+BESIDE = (".json", ".jinja", ".model", ".py", ".txt")  # config, tokenizer, code: what belongs to a Hugging Face model
+_TORCH = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U16": "uint16",
+    "I16": "int16", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "I32": "int32", "F32": "float32",
+    "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Blend:
+    """What to write: the sum of weight times model for some weights, and the rest of one model as it is."""
+
+    terms: Sequence[tuple[Source, float]]
+    rest: Source  # gives names, shapes, aliases, and whatever is not summed
+    summed: frozenset[str]
+    dtypes: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of floating weights in the result; the others stay as in rest
+
+    @property
+    def entries(self) -> dict[str, format.Entry]:
+        return {name: format.Entry(self._dtype(name), entry.shape) for name, entry in self.rest.entries.items()}
+
+    def _dtype(self, name: str) -> str:
+        was = self.rest.entries[name].dtype
+        return self.dtypes.get(name, was) if was in FLOATS else was
+
+    def content(self, name: str) -> Iterator[Bytes]:
+        """The bytes of a weight, in windows. *Cost*: 28 MB."""
+        dtype = self._dtype(name)
+        count = self.rest.entries[name].nbytes // format.ITEMSIZE[self.rest.entries[name].dtype]
+        for begin in range(0, count, WINDOW):
+            end = min(begin + WINDOW, count)
+            if name in self.summed:
+                yield self._sum(name, begin, end, dtype)
+            else:
+                yield _converted(_window(self.rest, name, begin, end), self.rest.entries[name].dtype, dtype)
+
+    def _sum(self, name: str, begin: int, end: int, dtype: str) -> Bytes:
+        """NOTE: a window of a complex dtype holds twice as many floats."""
+        total: Any = 0.0
+        for model, weight in self.terms:
+            if weight:  # 0 * NaN would be NaN
+                here = locate(model, name)
+                kind = _real(model.entries[here].dtype)
+                values = widen(_window(model, here, begin, end), kind)
+                total = total + np.multiply(values, weight, dtype=np.float64)
+        return narrow(total, _real(dtype))
+
+
+def _window(model: Source, name: str, begin: int, end: int) -> Bytes:
+    size = format.ITEMSIZE[model.entries[name].dtype]
+    try:
+        return model.read(name, begin * size, end * size)
+    finally:
+        model.close()  # it opens again by itself; thousands of models would run out of open files
+
+
+def _converted(raw: Bytes, was: str, dtype: str) -> Bytes:
+    return raw if was == dtype else narrow(widen(raw, was), dtype)
+
+
+def _real(dtype: str) -> str:
+    """Sums of complex numbers are sums of their parts."""
+    return "F32" if dtype == "C64" else dtype
+
+
+def numeric(dtype: str) -> bool:
+    """Whether weights of that dtype can be averaged."""
+    return _real(dtype) in FLOATS
+
+
+def _sort(dtype: str) -> str:
+    return "complex" if dtype == "C64" else "floating" if dtype in FLOATS else "whole"
+
+
+def locate(model: Source, name: str) -> str:
+    """The name that `model` has for a weight. Raises KeyError if it has none."""
+    return name if name in model.entries else model.aliases[name]
+
+
+def alike(models: Sequence[Source], like: Source, names: Sequence[str] | None = None) -> None:
+    """Raise ValueError with every difference in names, shapes and kinds of number. names: those to be compared (all)."""
+    said = [difference for model in models if model is not like for difference in _differences(model, like, names)]
+    if said:
+        more = f"; and {len(said) - 20} more" if len(said) > 20 else ""
+        raise ValueError(
+            f"the models do not hold the same weights as {like.path}, {len(said)} differences: {'; '.join(said[:20])}{more}."
+        )
+
+
+def _differences(model: Source, like: Source, names: Sequence[str] | None) -> Iterator[str]:
+    wanted = sorted(like.entries) if names is None else names
+    for name in wanted:
+        if name not in model.entries and name not in model.aliases:
+            yield f"{model.path} lacks {name}"
+            continue
+        here, there = model.entries[locate(model, name)], like.entries[name]
+        if here.shape != there.shape:
+            yield f"{name} is {list(here.shape)} in {model.path}, {list(there.shape)} in {like.path}"
+        elif _sort(here.dtype) != _sort(there.dtype):
+            yield f"{name} is {here.dtype} in {model.path}, {there.dtype} in {like.path}"
+    if names is None:
+        known = {*like.entries, *like.aliases}
+        for name in sorted(model.entries):
+            others = {alias for alias, of in model.aliases.items() if of == name}
+            if not known & {name, *others}:
+                yield f"{model.path} has {name} besides"
+
+
+def write(
+    out: Path,
+    blend: Blend,
+    meta: Mapping[str, Any],
+    *,
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+    tick: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write the blend as a model to ship: a folder with ema.json and what lies beside rest's model, or one file. Atomic.
+
+    meta: goes into ema.json: clock, schedules, extra. *Cost*: 28 MB.
+    """
+    entries = blend.entries
+    aliases: dict[str, list[str]] = {}
+    for alias, name in sorted(blend.rest.aliases.items()):
+        aliases.setdefault(name, []).append(alias)
+    if out.suffix == ".safetensors":
+        files = {out.name: format.header(entries, dict(blend.rest.aliases))}
+        return sink.write(out, sink.Model(files), blend.content, force=force, tick=tick)
+    origin = blend.rest.meta or {}
+    full = {
+        "format": format.FORMAT, "kind": "export", "weights": origin.get("weights", "all"), "attach": None, "rounding": None,
+        "averages": {}, "own_buffers": [], "aliases": aliases, "averaged": sorted(blend.summed),
+        "dtypes": {name: _TORCH[entry.dtype] for name, entry in entries.items()},
+        "versions": {"dist_ema": format.VERSION},
+    }  # fmt: skip
+    model = sink.Model(format.plan(entries, max_shard_size), format.INDEX, _beside(blend.rest.path), full | dict(meta))
+    return sink.write(out, model, blend.content, force=force, tick=tick)
+
+
+def _beside(path: Path) -> dict[str, Path]:
+    """What belongs to the model in a folder: plain files by their suffix, neither weights nor what dist_ema wrote."""
+    found = sorted(path.iterdir()) if path.is_dir() else []
+    ours = (format.META, ".safetensors.index.json")
+    return {
+        each.name: each
+        for each in found
+        if each.is_file() and not each.is_symlink() and each.suffix in BESIDE and not each.name.endswith(ours)
+    }

@@ -1,0 +1,117 @@
+"""The weighted mean of checkpoints, streaming."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import combine, sink
+from ..source import Source, open_model
+
+__all__ = ["Report", "average", "in_order", "shares"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was averaged with what weight, and what was taken from the last model because it cannot be averaged."""
+
+    out: Path
+    terms: list[tuple[str, float]]
+    averaged: int
+    taken: list[str]  # weights of whole numbers that differ between the models
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "models": [{"path": path, "weight": weight} for path, weight in self.terms],
+            "averaged": self.averaged,
+            "taken_from_last": self.taken,
+        }
+
+
+def average(
+    paths: Sequence[str],
+    out: str,
+    *,
+    weights: Sequence[float] | None = None,
+    lawa: int | None = None,
+    wma: bool = False,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    progress: Callable[[str, int], Any],
+) -> Report:
+    """Write sum(weight * model) as a model to ship. Whole numbers that differ are taken from the last one.
+
+    Raises ValueError with all differences if the models do not hold the same weights. *Cost*: 28 MB, and the headers.
+    """
+    ordered = list(paths) if weights else in_order(paths)
+    chosen = ordered[-lawa:] if lawa else ordered
+    parts = shares(len(chosen), weights, wma)
+    if lawa and lawa > len(ordered):
+        raise ValueError(f"--lawa {lawa} asks for more models than the {len(ordered)} that were given.")
+    sink.refuse_target(Path(out), force)
+    with ExitStack() as stack:
+        models = [stack.enter_context(open_model(path)) for path in chosen]
+        last = models[-1]
+        combine.alike(models, last)
+        names = frozenset(name for name, entry in last.entries.items() if combine.numeric(entry.dtype))
+        taken = [name for name in sorted(set(last.entries) - names) if _differs(models, name)]
+        kinds = {} if dtype is None else dict.fromkeys(names, combine.DTYPES[dtype])
+        blend = combine.Blend(list(zip(models, parts, strict=True)), last, names, kinds)
+        terms = list(zip(chosen, parts, strict=True))
+        said = {"models": [{"path": path, "weight": part} for path, part in terms], "taken_from_last": taken}
+        meta = {"clock": {}, "schedules": [], "extra": {"average": said}}
+        total = sum(entry.nbytes for entry in blend.entries.values())
+        with progress("averaging", total) as tick:
+            combine.write(Path(out), blend, meta, max_shard_size=max_shard_size, force=force, tick=tick)
+    return Report(Path(out), terms, len(names), taken)
+
+
+def shares(count: int, weights: Sequence[float] | None, wma: bool) -> list[float]:
+    """What each model weighs, summing to 1: as given, growing linearly (wma), or all alike."""
+    if weights is None:
+        raw = [float(i + 1) if wma else 1.0 for i in range(count)]
+    elif len(weights) != count:
+        raise ValueError(f"--weights names {len(weights)} weights for {count} models.")
+    else:
+        raw = list(weights)
+    total = math.fsum(raw)
+    if not all(map(math.isfinite, raw)) or abs(total) <= 1e-12 * max(map(abs, raw)):
+        raise ValueError(
+            f"--weights must be finite and must not sum to 0, got {', '.join(f'{each:g}' for each in raw)}."
+        )
+    return [each / total for each in raw]
+
+
+def in_order(paths: Sequence[str]) -> list[str]:
+    """As given; but names that differ in one number alone (a shell's run/ema-*) go by that number."""
+    split = [re.split(r"(\d+)", path) for path in paths]
+    lengths = {len(each) for each in split}
+    if len(lengths) > 1:
+        return list(paths)
+    differ = [i for i in range(lengths.pop()) if len({each[i] for each in split}) > 1]
+    if len(differ) != 1 or differ[0] % 2 == 0:
+        return list(paths)
+    return [path for _, path in sorted(zip((int(each[differ[0]]) for each in split), paths, strict=True))]
+
+
+def _differs(models: Sequence[Source], name: str) -> bool:
+    """Whether a weight is not the same, bit for bit, in all models."""
+    last = models[-1]
+    entry = last.entries[name]
+    for begin in range(0, entry.nbytes, combine.WINDOW):
+        end = min(begin + combine.WINDOW, entry.nbytes)
+        wanted = last.read(name, begin, end)
+        for model in models[:-1]:
+            here = combine.locate(model, name)
+            same = model.entries[here].dtype == entry.dtype and bool((model.read(here, begin, end) == wanted).all())
+            model.close()
+            if not same:
+                return True
+    return False

@@ -1,0 +1,200 @@
+"""What a decay means, what it becomes at another batch size, and what an average costs. Arithmetic alone.
+
+[Note: widths]  An average with a constant decay d weighs the weights of k updates ago with (1 - d) d^k. Half of it is
+younger than the half-life log(0.5) / log(d); 1 / (1 - d) is its mean age plus one, what people call its window; sqrt(d) /
+(1 - d) is the standard deviation of the ages, and by the length of the training that is its relative width, the sigma_rel of
+Karras et al. 2023. A power-function average of that width forgets as fast at the end of training, and faster before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .. import figure
+from ..schedule import Constant, Power, Schedule, gamma_of
+
+__all__ = ["BANDWIDTH", "Cost", "Memory", "Pace", "cost", "pace", "plot", "scaled"]
+
+BANDWIDTH = {"gpu": 2000.0, "cpu": 50.0, "link": 25.0}  # GB/s, if nothing is said
+LIVE = SIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+SCRATCH = 8 << 20
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A constant decay per optimizer step, and what it amounts to. units: samples and tokens per step, where known."""
+
+    decay: float
+    units: Mapping[str, float]  # unit -> how many of it a step takes; 'steps': 1
+    length: float | None = None  # steps of training
+
+    @property
+    def half_life(self) -> float:
+        return math.log(0.5) / math.log(self.decay)
+
+    @property
+    def window(self) -> float:
+        return 1 / (1 - self.decay)
+
+    @property
+    def width(self) -> float:
+        """[Note: widths]"""
+        return math.sqrt(self.decay) / (1 - self.decay)
+
+    @property
+    def sigma_rel(self) -> float | None:
+        return None if self.length is None else self.width / self.length
+
+    @property
+    def gamma(self) -> float | None:
+        """The exponent of the power function of that width; None where no power function is so wide."""
+        sigma = self.sigma_rel
+        return None if sigma is None or not 0 < sigma < math.sqrt(1 / 12) else gamma_of(sigma)
+
+    @property
+    def start_left(self) -> float | None:
+        """What share of the average the weights of the very start still have at the end."""
+        return None if self.length is None else self.decay**self.length
+
+    def plain(self) -> dict[str, Any]:
+        said = {"decay": self.decay, "length": self.length, "sigma_rel": self.sigma_rel, "gamma": self.gamma}
+        for unit, count in self.units.items():
+            said |= {f"half_life_{unit}": self.half_life * count, f"window_{unit}": self.window * count}
+        return said | {"start_left": self.start_left}
+
+
+def pace(
+    *,
+    decay: float | None = None,
+    half_life: float | None = None,
+    window: float | None = None,
+    sigma_rel: float | None = None,
+    unit: str = "steps",
+    length: float | None = None,
+    batch_size: float | None = None,
+    tokens: float | None = None,
+) -> Pace:
+    """From whichever is given. half_life, window and length are in `unit`; batch_size is samples per step, tokens are per
+    sample. Raises ValueError for what cannot be converted."""
+    units = {"steps": 1.0}
+    if batch_size is not None:
+        units["samples"] = batch_size
+        if tokens is not None:
+            units["tokens"] = batch_size * tokens
+    if unit not in units:
+        more = " and --tokens-per-sample" if unit == "tokens" else ""
+        raise ValueError(f"--unit {unit} needs --batch-size{more}: how many {unit} one step takes.")
+    steps = None if length is None else length / units[unit]
+    if decay is None:
+        decay = _decay(half_life, window, sigma_rel, units[unit], steps)
+    if not 0 < decay < 1:
+        raise ValueError(f"that is a decay of {decay:g} per step; between 0 and 1 lies what can be planned with.")
+    return Pace(decay, units, steps)
+
+
+def _decay(
+    half_life: float | None, window: float | None, sigma_rel: float | None, per_step: float, steps: float | None
+) -> float:
+    if half_life is not None:
+        return float(0.5 ** (per_step / half_life))
+    if window is not None:
+        return 1 - per_step / window
+    assert sigma_rel is not None, "one of them is given"
+    if steps is None:
+        raise ValueError(f"--sigma-rel {sigma_rel:g} is a share of the training: say how long that is with --length.")
+    spread = sigma_rel * steps  # = sqrt(d) / (1 - d), solved for 1 - d
+    return 1 - (math.sqrt(1 + 4 * spread**2) - 1) / (2 * spread**2)
+
+
+def scaled(of: Pace, factor: float) -> Pace:
+    """The same average at `factor` times the batch: decay^factor, over fewer steps.
+
+    Busbridge et al. 2023, "How to Scale Your EMA". In samples nothing changes: HalfLife with elapsed=batch_size stays.
+    """
+    units = {unit: count if unit == "steps" else count * factor for unit, count in of.units.items()}
+    return Pace(of.decay**factor, units, None if of.length is None else of.length / factor)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    shadows: int
+    window: int  # of live weights on their way to host memory
+    scratch: int
+    place: str  # 'gpu' or 'cpu'
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What averaging takes on each rank. seconds: at the bandwidth given, which nobody reaches quite."""
+
+    elements: int
+    memory: Memory
+    moved: int  # bytes read and written by one update
+    copied: int  # bytes over the link to the host
+    seconds: float
+    saved: int  # bytes of one artifact, of all ranks together
+    copies: int  # bytes on each rank, had each a full copy in fp32
+
+    def plain(self) -> dict[str, Any]:
+        return {**vars(self), "memory": vars(self.memory)}
+
+
+def cost(
+    params: float,
+    *,
+    world: int = 1,
+    wrapper: str = "ddp",
+    dtype: str = "fp32",
+    weights: str = "fp32",
+    device: str = "gpu",
+    averages: int = 1,
+    bandwidth: float | None = None,
+    link: float | None = None,
+) -> Cost:
+    """Of `averages` averages of `params` parameters whose live weights are `weights`.
+
+    Every wrapper leaves 1/world of the average on a rank: ddp because what is replicated is divided, fsdp and hsdp because
+    they hold no more (hsdp divides what is left over its replicas). Without a wrapper a rank has all of it.
+    """
+    elements = math.ceil(params / (world if wrapper != "none" else 1))
+    live, shadow = LIVE[weights], SIZE[dtype] * averages
+    host = device == "cpu"
+    moved, copied = elements * (live + 2 * shadow), elements * live if host else 0
+    seconds = moved / (bandwidth or BANDWIDTH[device]) / 1e9 + copied / (link or BANDWIDTH["link"]) / 1e9
+    memory = Memory(elements * shadow, copied, SCRATCH, device)
+    return Cost(elements, memory, moved, copied, seconds, math.ceil(params) * shadow, math.ceil(params) * 4 * averages)
+
+
+def plot(path: str, of: Pace, other: Pace | None = None) -> None:
+    """The impulse response (what an update weighs, by its age) and the decay over the training, as a PNG."""
+    with figure.panels(path, 2) as (left, right):
+        length = of.length or 12 * of.half_life
+        lines: list[tuple[str, Schedule]] = [(f"constant {of.decay:.6g}", Constant(of.decay))]
+        if of.gamma is not None:
+            lines.append((f"power, sigma_rel {of.sigma_rel:.3g}", Power(gamma=of.gamma)))
+        if other is not None:
+            lines.append((f"constant {other.decay:.6g}", Constant(other.decay)))
+        ages = [min(length, 8 * of.half_life) * i / 400 for i in range(400)]
+        clock = [max(1.0, length * i / 400) for i in range(1, 401)]
+        for label, schedule in lines:
+            left.plot(ages, [_response(schedule, length, age) for age in ages], label=label)
+            right.plot(clock, [1 - schedule(now, 1.0) for now in clock], label=label)
+        left.axvline(of.half_life, color="grey", lw=0.8, ls=":")
+        left.set(xlabel="age in steps (dotted: the half-life)", ylabel="share in the average", title="impulse response")
+        right.set(xlabel="step", ylabel="1 - decay", yscale="log", title="decay")
+        left.legend()
+        right.legend()
+
+
+def _response(of: Schedule, now: float, age: float) -> float:
+    """What the update of `age` steps ago weighs now."""
+    then = now - age
+    if then < 1:
+        return 0.0
+    kept = of(now, age) if age > 0 else 1.0
+    return (1 - of(then, 1.0)) * kept
