@@ -142,6 +142,6 @@ def _draw(plot: str, run: Snapshots, targets: dict[float, Power], fits: dict[flo
             left.plot(clock, mixed, color=f"C{number}", lw=1, ls="--")
         left.set(xlabel="clock", ylabel="share of an update", title="target (wide) and mixture (dashed)")
         left.legend(title="sigma_rel")
-        right.semilogy(list(fits), [max(fit.residual, 1e-16) for fit in fits.values()], marker=".")
+        right.semilogy(list(fits), [max(fit.residual, 1e-6) for fit in fits.values()], marker=".")
         right.axhline(WARNED, color="grey", lw=0.8)
         right.set(xlabel="sigma_rel", ylabel="residual", title="share of the profile that is missed")
