@@ -54,7 +54,7 @@ class Snapshots:
     """The stored averages of one run, ordered by the clock.
 
     where: a folder of snapshots, or the snapshots themselves. Raises FileNotFoundError if nothing is there, ValueError if
-    they are damaged, too few, or not of one run.
+    they are damaged or too few; `fit`, if they are not of one run.
     """
 
     def __init__(self, where: str | Path | Sequence[str | Path]) -> None:
@@ -67,7 +67,6 @@ class Snapshots:
             )
         self.stored = sorted(found, key=lambda each: (each.profile.now, each.snapshot.name, each.label))
         self._mixer = lru_cache(maxsize=None)(self._new_mixer)
-        self._mixer(None)  # their clocks can be of one run
 
     def _new_mixer(self, at: float | None) -> Mixer:
         return Mixer([each.profile for each in self.stored], at)

@@ -213,7 +213,6 @@ class Mixer:
         free = np.linalg.qr(sums[:, None], mode="complete")[0][:, 1:]  # directions that leave the sum alone
         steps = np.linalg.lstsq(scaled @ free, wanted - scaled @ first, rcond=CUT)[0]
         weights = (first + free @ steps) / lengths
-        weights /= weights.sum()  # the last bit
         missed = np.linalg.norm(stored @ weights - wanted) / np.linalg.norm(wanted)
         every = np.zeros(self._count)
         every[self._used] = weights

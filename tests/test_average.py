@@ -205,7 +205,7 @@ def test_differences(tmp_path: Path, call: Call) -> None:
 def test_many_files(tmp_path: Path, call: Call) -> None:
     """More models than a process may open files."""
     for i in range(80):
-        save_file({"w": torch.full((2,), float(i)), "n": torch.tensor(i)}, tmp_path / f"m{i}.safetensors")
+        save_file({"w": torch.full((2,), float(i)), "n": torch.tensor(7)}, tmp_path / f"m{i}.safetensors")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard))
     try:
@@ -267,7 +267,7 @@ def test_lawa_by_number(tmp_path: Path, call: Call) -> None:
 
 def test_shares() -> None:
     assert shares(4, None, True) == [0.1, 0.2, 0.3, 0.4]
-    for weights in ([1.0, -1.0], [float("inf"), 1.0], [0.0, 0.0]):
+    for weights in ([1.0, -1.0], [float("inf"), 1.0], [float("nan"), 1.0], [0.0, 0.0]):
         with pytest.raises(ValueError, match="must be finite and must not sum to 0"):
             shares(2, weights, False)
 

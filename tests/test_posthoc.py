@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,14 @@ def test_start(of: Schedule) -> None:
     assert fit.weights == pytest.approx(dense(columns, recursion(target, 60, 1.0, 30)), abs=1e-6)
 
 
+@pytest.mark.parametrize("of", [Constant(0.9), Power(sigma_rel=0.1), Power(gamma=3, origin="training")], ids=repr)
+def test_nothing_yet(of: Schedule) -> None:
+    """A snapshot from before the first update is the start alone."""
+    some = [Profile(of, 0, 0, 20), *stored([of, Constant(0.8)], count=3, each=10, before=20)]
+    fit = coefficients(some, Constant(0.95))
+    assert fit.weights == pytest.approx(dense(matrix(some), recursion(Constant(0.95), 30, 1.0, 20)), abs=1e-8)
+
+
 def test_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many updates share cells: what is in the span stays exact, and the rest moves by less than the cells are wide."""
     some = stored(count=8, each=125)
@@ -160,6 +169,14 @@ def test_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     line = profiles.Timeline([(each.now, each.updates) for each in some])
     assert set(line.widths[1:].tolist()) == {8.0, 5.0}
     assert {each.now for each in some} <= set(line.edges.tolist())
+    cell = np.searchsorted(line.edges, np.arange(1001))
+    merged = [
+        np.bincount(cell, column) / np.sqrt(line.widths)
+        for column in (*matrix(some).T, recursion(Power(gamma=0.2), 1000))
+    ]
+    assert coefficients(some, Power(gamma=0.2)).weights == pytest.approx(
+        dense(np.stack(merged[:-1], 1), merged[-1]), abs=1e-9
+    )
     for target, fit in exact.items():
         coarse = coefficients(some, target)
         assert coarse.weights == pytest.approx(fit.weights, abs=5e-3)
@@ -203,6 +220,8 @@ def test_not_one_run() -> None:
         coefficients([Profile(TWO[0], 0, 0)], TWO[0])
     with pytest.raises(ValueError, match="must count up from 0"):
         Profile(TWO[0], 5, 0)
+    with pytest.raises(ValueError, match="must count up from 0"):
+        Profile(TWO[0], -5, 5)
     with pytest.raises(ValueError, match="Use HalfLife"):  # a schedule that cannot be used: half steps
         coefficients([Profile(Ratio(), 5, 10), Profile(Ratio(), 10, 20)], TWO[0])
 
@@ -434,6 +453,8 @@ def test_only(tmp_path: Path) -> None:
         ema.snapshot(tmp_path / "s", every=2)
     posthoc.reconstruct(tmp_path / "s", tmp_path / "out", sigma_rel=0.09)
     mixed = load_file(tmp_path / "out")
+    for folder in (tmp_path / "s" / "0000000008", tmp_path / "out"):
+        assert json.loads((folder / "ema.json").read_text())["weights"] == "averaged"
     assert set(mixed) == {"emb.weight", "head.weight"}
     assert torch.allclose(mixed["emb.weight"], model.emb.weight)
 
@@ -553,6 +574,10 @@ def test_sweep(run: Any, tmp_path: Path, call: Call) -> None:
     assert [each["sigma_rel"] for each in made] == [0.05, 0.07, 0.09]
     assert made[0]["weights"]["0000000200"] == pytest.approx(1)
     assert far(load_file(made[1]["out"]), run[1][0.07], ["emb.weight"]) < 1e-3
+    shutil.rmtree(tmp_path / "o" / "sigma-0.050")
+    code, _, err = call("reconstruct", run[0], tmp_path / "o", "--sweep", "0.05:0.09:0.02")
+    assert (code, "sigma-0.070 exists. Pass --force" in err) == (1, True)
+    assert not (tmp_path / "o" / "sigma-0.050").exists()
     ends = [run[0] / "0000000190", run[0] / "0000000200"]
     (tmp_path / "few").mkdir()
     for each in ends:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import combine, sink
+from .. import combine
 from ..source import Source, open_model
 
 __all__ = ["Report", "average", "in_order", "shares"]
@@ -55,7 +55,6 @@ def average(
     parts = shares(len(chosen), weights, wma)
     if lawa and lawa > len(ordered):
         raise ValueError(f"--lawa {lawa} asks for more models than the {len(ordered)} that were given.")
-    sink.refuse_target(Path(out), force)
     with ExitStack() as stack:
         models = [stack.enter_context(open_model(path)) for path in chosen]
         last = models[-1]

@@ -9,7 +9,6 @@ from typing import Any
 
 from .. import figure, sink
 from ..combine import DTYPES
-from ..format import size_of
 from ..posthoc import WARNED, Snapshots
 from ..profiles import Fit
 from ..schedule import Power
@@ -87,14 +86,11 @@ def reconstruct(
 
     Everything that can be refused is refused before the first is written.
     """
-    if plot is not None:
-        figure.refuse(plot)
     run = Snapshots(where)
     targets = {sigma: Power(sigma_rel=sigma) for sigma in sigmas}
     fits = {sigma: run.fit(target, at) for sigma, target in targets.items()}
     for sigma, fit in fits.items() if out is not None else ():
         run.refuse(targets[sigma], fit)
-    size_of(max_shard_size)
     places = _places(out, sigmas, folders)
     for place in places:
         sink.refuse_target(place, force)
