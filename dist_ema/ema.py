@@ -346,7 +346,7 @@ class EMA:
         """Save all averages as folder/0000001000 when the clock passes a multiple of `every`; to be called in each step.
 
         What `posthoc.reconstruct` chooses a decay from after training. dtype: torch.bfloat16 stores half; such a snapshot
-        is nothing to resume from. *Collective* when it saves; all ranks know by their clocks. Returns the path, or None.
+        has no clock to resume with. *Collective* when it saves; all ranks know by their clocks. Returns the path, or None.
         """
         if not 0 < every < math.inf:
             raise ValueError(f"every must be positive and finite, got {every}.")

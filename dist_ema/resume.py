@@ -228,7 +228,7 @@ class _Source(NamedTuple):
 
 def _started(place: _Place, readers: Sequence[Reader]) -> list[_Source]:
     """Every average starts from the one model; frozen weights and buffers may be in it or not."""
-    listed = place.meta.get("files")
+    listed = {name: said for name, said in place.meta["files"].items() if "/" not in name} if place.meta else None
     return [_Source(Path(place.folder), r.slots, place.aliases, place.model, listed=listed) for r in readers]
 
 
