@@ -572,6 +572,7 @@ size = 24 << 20
 model = nn.ParameterList([nn.Parameter(torch.ones(size // 8)) for _ in range(8)])
 small = EMA(nn.Linear(4, 4), 0.5, device="cpu", dtype=torch.float64)  # what a thread and the scratches cost
 small.update()
+EMA(nn.Linear(400, 400), 0.5, device="cpu").update()  # what numba costs, where it is installed
 optimizer = torch.optim.SGD(model.parameters(), 0.1)
 # ru_maxrss would begin at what the parent had
 peak = lambda: next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
