@@ -535,8 +535,7 @@ class EMA:
             return telemetry.measure(profile.averages, average.clock.started, self._split, self._ranks.size)
 
         self._ranks.begin("metrics")
-        _, said = self._ranks.attempt("metrics", measure)
-        apart, agree = telemetry.compare(said)
+        _, (apart, agree) = self._ranks.attempt("metrics", measure, telemetry.compare)
         return known | {"skipped": average.skipped, "distance": apart, "replicas_agree": agree}
 
     @property

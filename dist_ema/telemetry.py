@@ -43,7 +43,7 @@ def measure(slots: Sequence[Slot], started: bool, split: bool, ranks: int) -> di
 
 
 def compare(said: Sequence[dict[str, Any]]) -> tuple[float, bool]:
-    """(relative L2 distance of live and average, replicas agree), from what every rank measured."""
+    """(relative L2 distance of live and average, replicas agree), from what every rank measured; for `Board.attempt`."""
     apart, whole = (math.fsum(each["squares"][i] for each in said) for i in (0, 1))
     # NOTE: of a model of zeros nothing is a fraction; nan says that live or the average holds one.
     distance = math.sqrt(apart / whole) if whole else math.inf if apart else 0.0

@@ -512,7 +512,7 @@ def hot_path() -> None:
         steps(optimizers, 8)  # the first updates look at addresses
         held = min(slot.own.numel for slot in ema._average.profiles[0].averages if slot.own.numel > 1 << 20)
         with Watch() as watch, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Board, "exchange", refuse)
+            patch.setattr(Board, "_next", refuse)  # of every message
             steps(optimizers, 8)
         assert 0 < watch.largest <= 1 << 20 < held, (kind, dtype, watch.largest, held)
         plan = ema._average._plan

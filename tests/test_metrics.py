@@ -100,16 +100,16 @@ class counted:  # noqa: N801
         self._seen = seen
 
     def __enter__(self) -> None:
-        self._kept: Callable[..., Any] = Board.exchange
+        self._kept: Callable[..., Any] = Board._next
 
-        def exchange(ranks: Board, verb: str, *args: Any, **kwargs: Any) -> Any:
+        def numbered(board: Board, verb: str) -> Any:
             self._seen.append(verb)
-            return self._kept(ranks, verb, *args, **kwargs)
+            return self._kept(board, verb)
 
-        Board.exchange = exchange  # type: ignore[method-assign]
+        Board._next = numbered  # type: ignore[method-assign]
 
     def __exit__(self, *_: Any) -> None:
-        Board.exchange = self._kept  # type: ignore[method-assign]
+        Board._next = self._kept  # type: ignore[method-assign]
 
 
 def test_over_ranks() -> None:
