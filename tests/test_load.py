@@ -141,6 +141,16 @@ def test_an_ema_that_has_not_started(tmp_path: Path) -> None:
     assert not ema._average.clock.started
 
 
+def test_a_state_dict_with_a_broken_clock() -> None:
+    """Refused before the first shadow is written."""
+    ema = moved(wide("ab"))
+    state = moved(wide("ab"), updates=7).state_dict()
+    for value in (float("nan"), -1.0, 2.0**63, 0.5):
+        state["clock"][2] = value  # steps
+        with nothing_changes(ema), pytest.raises(ValueError, match="the saved clock has no sound 'steps'"):
+            ema.load_state_dict(state)
+
+
 # --- a start from any model --------------------------------------------------------------------------------------
 
 
