@@ -5,18 +5,24 @@ numpy has no bfloat16 and no float8, so these go by their bits. Rounding is to n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FLOATS", "Bytes", "Floats", "finite", "narrow", "widen"]
+__all__ = ["FLOATS", "TORCH", "Bytes", "Floats", "finite", "gathered", "narrow", "widen"]
 
 Bytes: TypeAlias = "NDArray[np.uint8]"  # 1D
 Floats: TypeAlias = "NDArray[Any]"  # 1D, float32 or float64
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+TORCH = {  # torch's names -> those of safetensors
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32",
+    "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
+}  # fmt: skip
 _PLAIN = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 _BITS = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2)}  # exponent, mantissa
 
@@ -48,6 +54,19 @@ def finite(raw: Bytes, dtype: str) -> int:
     if dtype not in FLOATS:
         raise ValueError(f"finite() is asked of floating dtypes, got {dtype}.")
     return int(np.isfinite(widen(raw, dtype)).sum())
+
+
+def gathered(
+    storage: Bytes, first: int, shape: Sequence[int], strides: Sequence[int], size: int, begin: int, end: int
+) -> Bytes:
+    """Bytes [begin, end) in row-major order of a tensor whose elements of `size` bytes lie in any order in a storage.
+
+    first and strides are in elements. *Cost*: these bytes.
+    """
+    there = np.ndarray(tuple(shape), f"V{size}", storage, first * size, [stride * size for stride in strides])
+    return np.ascontiguousarray(there.flat[begin // size : -(-end // size)]).view(np.uint8)[begin % size :][
+        : end - begin
+    ]
 
 
 def _view(raw: Bytes, dtype: Any) -> Floats:

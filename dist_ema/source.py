@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from . import commit, format
+from . import commit, distcp, format
 from .elements import Bytes
 
 __all__ = ["WINDOW", "Safetensors", "Source", "open_model", "windows"]
@@ -64,7 +64,7 @@ def windows(model: Source, name: str, window: int = WINDOW) -> Iterator[Bytes]:
 
 
 def open_model(path: str | Path) -> Source:
-    """A saved average, an export, a Hugging Face folder or one .safetensors file.
+    """A saved average, an export, a Hugging Face folder, one of torch.distributed.checkpoint, or one .safetensors file.
 
     Raises FileNotFoundError if nothing is there, ValueError if it is no model or its headers are unsound.
     """
@@ -73,7 +73,7 @@ def open_model(path: str | Path) -> Source:
         commit.recover(path)  # a save over it may have been cut short
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
-    return Safetensors(path)
+    return distcp.Folder(path) if (path / distcp.META).exists() else Safetensors(path)
 
 
 class Safetensors:

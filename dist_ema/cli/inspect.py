@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..console import FINE, PROBLEM, add_verb, columns, listed, out, out_json, printable, say
 from ..format import META
-from ..offline import inspect as offline
+
+if TYPE_CHECKING:
+    from ..offline import inspect as offline
 
 __all__ = ["add"]
 
@@ -42,7 +44,9 @@ def _count(text: str) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    report = offline.inspect(options.path)
+    from ..offline.inspect import inspect
+
+    report = inspect(options.path)
     if options.json:
         values = report.plain()
         values["weights"] = dict(list(values["weights"].items())[: options.weights])
@@ -73,6 +77,7 @@ def _kind(report: offline.Report) -> str:
         "export": "a model to ship, exported by dist_ema",
         "model": "a safetensors model, not written by dist_ema",
         "file": "a safetensors file",
+        "other": "a checkpoint of another form",
     }
     version = report.meta.get("format")
     return kinds.get(report.kind, report.kind) + (f" (format {version})" if version else "")
@@ -89,7 +94,7 @@ def _facts(report: offline.Report) -> Iterator[tuple[str, str]]:
     yield from (("alias", f"{alias} is {name}") for alias, name in report.aliases.items())
     yield "in all", _total(report.total)
     yield from ((dtype, _total(total)) for dtype, total in report.totals.items())
-    for name, file in report.files.items():
+    for name, file in ((name, file) for name, file in report.files.items() if name):
         sums = ", ".join(f"{kind} {value}" for kind, value in report.sums(name).items())
         yield "file", f"{name}: {file.size:,} bytes, {sums or 'no check sum'}"
 

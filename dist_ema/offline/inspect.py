@@ -13,7 +13,7 @@ from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
-from .. import commit, format
+from .. import commit, distcp, format
 from ..clock import Clock
 from ..schedule import from_spec
 
@@ -131,6 +131,9 @@ def _of_file(path: Path) -> Report:
 
 
 def _of_folder(path: Path) -> Report:
+    if (path / distcp.META).exists():
+        with distcp.Folder(path) as folder:
+            return Report(str(path), "other", {"": format.File(b"", dict(folder.entries))}, _PARTS, [])
     meta = format.read_meta(path) if (path / format.META).exists() else None
     files = _model(path)
     if meta is None:
