@@ -1,0 +1,137 @@
+"""`dist-ema convert`: other people's EMA checkpoints into a model folder or file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..console import FINE, add_verb, columns, out, out_json, printable, progress, size
+
+__all__ = ["add"]
+
+KINDS = (  # NOTE: those of `foreign`, which imports numpy
+    "auto", "torch", "swa", "lightning", "timm", "ema-pytorch", "ldm", "diffusers", "torch-ema", "mmengine", "dist-ema",
+    "raw", "dcp",
+)  # fmt: skip
+DTYPES = {
+    "float32": "F32", "fp32": "F32", "float16": "F16", "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16", "float64": "F64",
+    "fp64": "F64",
+}  # fmt: skip
+
+
+def add(verbs: Any) -> None:
+    verb = add_verb(
+        verbs,
+        "convert",
+        "make a model of other people's EMA checkpoints, and of torch.distributed.checkpoint folders",
+        "Take the average out of a checkpoint that something else wrote, give its weights the model's names, and\n"
+        "write a safetensors model. Reads safetensors, files of torch.save, and folders of\n"
+        "torch.distributed.checkpoint, knows torch's AveragedModel, Lightning, timm, ema-pytorch, ldm, diffusers,\n"
+        "torch-ema, mmengine and plain tables, and says what it took and why. Nothing pickled is ever run: what\n"
+        "would need code is refused by name. Weights are read a window at a time.",
+        "  dist-ema convert last.ckpt --list                 what is in there\n"
+        "  dist-ema convert last.ckpt out/                   the average, if there is one\n"
+        "  dist-ema convert last.pth.tar out.safetensors --dtype bf16\n"
+        "  dist-ema convert last.ckpt out/ --key state_dict --prefix model.   a table, the prefix cut off its names\n"
+        "  dist-ema convert step-1000/ out/ --key ema.averages.Constant(decay=0.999)\n"
+        "  dist-ema convert ema.pt out/ --like live.pt       a list without names, in the order of the live model",
+        _convert,
+    )
+    verb.add_argument("source", metavar="SRC", type=Path, help="a file or folder")
+    verb.add_argument(
+        "target", metavar="OUT", type=Path, nargs="?", help="a folder, or a name that ends in .safetensors"
+    )
+    verb.add_argument("--list", action="store_true", help="list the tables in SRC with their keys, and write nothing")
+    verb.add_argument("--from", dest="kind", choices=KINDS, default="auto", metavar="KIND", help=", ".join(KINDS))
+    verb.add_argument("--key", help="the table to take: keys joined by dots, or how its names begin")
+    verb.add_argument("--prefix", default="", help="take only names that begin so, and cut that off")
+    verb.add_argument(
+        "--like", type=Path, metavar="FILE", help="the live model, or a JSON list: names for a list without"
+    )
+    verb.add_argument("--rest", metavar="KEY", help="the table of live weights that fills in what is not averaged")
+    verb.add_argument("--averaged-only", action="store_true", help="leave out what is not averaged")
+    verb.add_argument(
+        "--dtype", choices=sorted(DTYPES), metavar="TYPE", help="round floating weights: bf16, fp16, fp32, fp64"
+    )
+    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file in a folder (default 5GB)")
+    verb.add_argument("--inert", action="append", default=[], metavar="CLASS", help="read past objects of this class")
+    verb.add_argument("--force", action="store_true", help="replace the model at OUT")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.set_defaults(verb=verb)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from ..offline import convert as offline
+
+    kind = "torch" if options.kind == "swa" else options.kind
+    job = offline.Job(
+        options.source, kind, options.key, options.like, options.prefix, options.rest, options.averaged_only,
+        DTYPES[options.dtype] if options.dtype else None, options.inert,
+    )  # fmt: skip
+    if options.list:
+        return _list(job, options.json)
+    if options.target is None:
+        options.verb.error("the following arguments are required: OUT (or --list)")
+    return _write(job, options)
+
+
+def _list(job: Any, as_json: bool) -> int:
+    from ..offline import convert as offline
+
+    found, others = offline.candidates(job)
+    rows = [
+        {
+            "key": each.key, "kind": each.kind, "tensors": len(each.weights) or len(each.nameless), "average": each.average,
+            "named": not each.nameless, "why": each.why, **({"extra": dict(each.extra)} if each.extra else {}),
+        }
+        for each in found
+    ]  # fmt: skip
+    if as_json:
+        out_json({"path": str(job.source), "tables": rows, "others": dict(others)})
+        return FINE
+    head = ("key", "kind", "tensors", "", "why")
+    table = [
+        (
+            str(row["key"]) or "(all)",
+            str(row["kind"]),
+            str(row["tensors"]),
+            "average" if row["average"] else "",
+            str(row["why"]),
+        )
+        for row in rows
+    ]
+    out(columns([head, *table]) if table else [printable(f"{job.source} holds no table of tensors.")])
+    names = sorted(others)
+    if names:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        out(["", printable(f"left unread: {', '.join(names[:10])}{more}")])
+    return FINE
+
+
+def _write(job: Any, options: argparse.Namespace) -> int:
+    from contextlib import ExitStack
+
+    from ..offline import convert as offline
+    from ..sink import refuse_target
+
+    for each in filter(None, (options.source, options.like)):
+        offline.refuse_place(each, options.target)
+    refuse_target(options.target, options.force)
+    with ExitStack() as stack:
+        plan = offline.plan(job, stack)
+        with progress(f"writing {options.target}", plan.nbytes) as tick:
+            said = offline.write(
+                plan, options.target, force=options.force, tick=tick, max_shard_size=options.max_shard_size
+            )
+    facts = {
+        "path": str(options.target), "weights": len(plan.weights), "averaged": len(plan.averaged), "bytes": plan.nbytes,
+        "aliases": dict(plan.aliases), "notes": list(plan.notes), "extra": said["extra"],
+    }  # fmt: skip
+    if options.json:
+        out_json(facts)
+        return FINE
+    out(printable(note) for note in plan.notes)
+    rest = f", {len(plan.weights) - len(plan.averaged)} not averaged" if len(plan.weights) > len(plan.averaged) else ""
+    out([printable(f"wrote {options.target}: {len(plan.weights)} weights{rest}, {size(plan.nbytes)}")])
+    return FINE

@@ -1,0 +1,396 @@
+"""Other people's checkpoints into a model folder or file: one window of memory, and no pickle is ever loaded.
+
+What comes in is a tree of tables, whatever its form; `foreign` says which of them is the average and what its weights are
+called; what goes out is what `export` writes.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint, commit, distcp, elements, foreign, format, sink
+from ..elements import Bytes
+from ..foreign import Found, Leaf
+from ..source import WINDOW, Safetensors, Source
+
+__all__ = ["Job", "Plan", "candidates", "plan", "refuse_place", "write"]
+
+_TORCH_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin", "*.tar")
+_DIFFUSERS = (
+    "optimization_step", "decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma", "power",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for. kind: one of foreign.KINDS, 'dcp', or 'auto'."""
+
+    source: Path
+    kind: str = "auto"
+    key: str | None = None
+    like: Path | None = None
+    prefix: str = ""
+    rest: str | None = None
+    averaged_only: bool = False
+    dtype: str | None = None  # of floating weights, as safetensors names it
+    inert: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, and what was found out on the way."""
+
+    found: Found
+    weights: Mapping[str, Leaf]  # by name, the rest included
+    averaged: Sequence[str]
+    aliases: Mapping[str, str]  # further name -> name
+    dtypes: Mapping[str, str]  # name -> dtype in the output
+    whole: bool  # frozen weights and buffers are among them, as far as the checkpoint has any
+    notes: Sequence[str] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def entries(self) -> dict[str, format.Entry]:
+        return {name: format.Entry(self.dtypes[name], tuple(leaf.shape)) for name, leaf in self.weights.items()}
+
+
+@dataclass
+class _Tree:
+    """A checkpoint, opened. ordered: its tables have the model's order. odd: tensors that cannot be converted, and why."""
+
+    root: Any
+    form: str  # "dcp", "torch", "safetensors"
+    ordered: bool = False
+    odd: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)  # what is no tensor, and lies apart
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class _InFile:
+    """A weight of a Source, as `foreign.Leaf`."""
+
+    def __init__(self, model: Source, name: str) -> None:
+        self._model, self._name = model, name
+        self.dtype, self.shape = model.entries[name].dtype, tuple(model.entries[name].shape)
+        self.key = (id(model), name)
+
+    def read(self, begin: int, end: int) -> Bytes:
+        return self._model.read(self._name, begin, end)
+
+
+# --- what comes in -----------------------------------------------------------------------------------------------
+
+
+def _open(path: Path, inert: Sequence[str], stack: ExitStack) -> _Tree:
+    """Raises FileNotFoundError, and ValueError for what is no checkpoint."""
+    if not path.exists():
+        commit.recover(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if not path.is_dir():
+        return _open_file(path, inert, stack)
+    if (path / distcp.META).exists():
+        return _open_dcp(stack.enter_context(distcp.Folder(path)))
+    return _open_folder(path, inert, stack)
+
+
+def _open_dcp(folder: distcp.Folder) -> _Tree:
+    root: dict[str, Any] = {}
+    for name in folder.entries:
+        *above, last = folder.paths[name]
+        node = root
+        for key in above:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{folder.path}: {name} lies inside another tensor.")
+        node[last] = _InFile(folder, name)
+    left = {name: why for name, why in folder.others.items() if why == "no tensor"}
+    odd = {name: why for name, why in folder.others.items() if name not in left}
+    return _Tree(_lists(root), "dcp", False, odd, left)
+
+
+def _lists(node: Any) -> Any:
+    """Mappings numbered from 0 were lists."""
+    if not isinstance(node, dict):
+        return node
+    values = {key: _lists(value) for key, value in node.items()}
+    numbered = [str(i) for i in range(len(values))]
+    if values and sorted(values) == sorted(numbered):
+        return [values[key] for key in numbered]
+    return values
+
+
+def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> _Tree:
+    """A folder of Hugging Face, diffusers, or with one checkpoint in it."""
+    if (path / format.META).exists():
+        raise ValueError(f"{path} is dist_ema's own already: `dist-ema export {path} OUT` makes a model of it.")
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    files = sorted(path.glob("*.safetensors"))
+    if len(indices) == 1 or len(files) == 1:
+        shards = _shards(indices[0]) if len(indices) == 1 else files
+        models = [stack.enter_context(Safetensors(file)) for file in shards]
+        root = {name: _InFile(model, name) for model in models for name in model.entries}
+        return _Tree(root, "safetensors", extra=_of_config(path / "config.json"))
+    others = sorted(each for pattern in _TORCH_FILES for each in path.glob(pattern))
+    if len(others) == 1 and not files:
+        return _open_file(others[0], inert, stack)
+    there = ", ".join(each.name for each in [*files, *others][:5])
+    raise ValueError(f"{path} holds {'several checkpoints: ' + there if there else 'no checkpoint'}. Name one file.")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if not names or any(name != Path(name).name for name in names):
+            raise ValueError("it names files outside its folder")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} is no sound index: {type(error).__name__}: {error}.") from None
+    lost = [name for name in names if not (index.parent / name).is_file()]
+    if lost:
+        raise ValueError(f"{index} names {', '.join(lost[:3])}, which the folder does not hold.")
+    return [index.parent / name for name in names]
+
+
+def _of_config(path: Path) -> dict[str, Any]:
+    """What diffusers' EMAModel.save_pretrained puts into config.json. A folder without it is somebody's model."""
+    try:
+        said = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(said, dict) or "optimization_step" not in said:
+        return {}
+    return {name: foreign.plain(said[name]) for name in _DIFFUSERS if foreign.plain(said.get(name)) is not None}
+
+
+def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _Tree:
+    if not path.is_file():
+        raise ValueError(f"{path} is neither a folder nor a file.")
+    if path.suffix == ".safetensors" or not _pickled(path):
+        model = stack.enter_context(Safetensors(path))
+        return _Tree({name: _InFile(model, name) for name in model.entries}, "safetensors")
+    root, odd = checkpoint.load(path, inert)
+    if not isinstance(root, (dict, list)):
+        raise ValueError(f"{path} holds a {type(root).__name__}, not a table of tensors. Save state_dict() of it.")
+    return _Tree(root, "torch", True, odd)
+
+
+def _pickled(path: Path) -> bool:
+    """By the first bytes: an archive, or the pickle that torch wrote before 1.6."""
+    with open(path, "rb") as file:
+        first = file.read(2)
+    return zipfile.is_zipfile(path) or first[:1] == b"\x80"
+
+
+def refuse_place(source: Path, out: Path) -> None:
+    """What is read must not be replaced, nor be written into. Raises ValueError."""
+    here, there = source.resolve(), out.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ValueError(f"{out} and {source} lie inside one another. Name a path outside of what is read.")
+
+
+# --- what is chosen ----------------------------------------------------------------------------------------------
+
+
+def candidates(job: Job) -> tuple[list[Found], Mapping[str, str]]:
+    """Every table that could be converted, averages first; and what is left unread, with the reason."""
+    with ExitStack() as stack:
+        tree = _open(job.source, job.inert, stack)
+        return _found(tree), tree.left | tree.odd
+
+
+def _found(tree: _Tree) -> list[Found]:
+    found = foreign.find(tree.root)
+    if tree.extra:
+        why = "config.json has an optimization_step: EMAModel.save_pretrained"
+        found = [
+            replace(each, kind="diffusers", why=why, average=True, extra=tree.extra) for each in found if not each.key
+        ]
+    return found
+
+
+def plan(job: Job, stack: ExitStack) -> Plan:
+    """Open the source, choose, name. Raises ValueError with what to do. The stack closes what is read from."""
+    tree = _open(job.source, job.inert, stack)
+    found = foreign.at(tree.root, job.key) if job.key is not None else _choose(job, tree)
+    notes = [f"took {_title(found)}: {found.why}"]
+    if not found.average:
+        notes.append("nothing in it says that it is an average")
+    lost = [name for name in tree.odd if name.startswith(f"{found.key}." if found.key else "")]
+    if lost:
+        raise ValueError(f"{job.source}: {lost[0]} cannot be converted ({tree.odd[lost[0]]}).")
+    nameless = bool(found.nameless)
+    if nameless:
+        found = _named(job, found, stack)
+        notes.append(f"names from {job.like}")
+    return _complete(job, tree, found, notes, nameless)
+
+
+def _choose(job: Job, tree: _Tree) -> Found:
+    found = _found(tree)
+    wanted = [each for each in found if job.kind in ("auto", "dcp", each.kind)]
+    if job.kind == "dcp" and tree.form != "dcp":
+        raise ValueError(f"{job.source} holds no {distcp.META}: it is no folder of torch.distributed.checkpoint.")
+    sure = [each for each in wanted if each.average and each.kind != "raw"]
+    likely = [each for each in wanted if each.average]
+    alone = wanted if len(wanted) == 1 and (wanted[0].key == "" or job.kind != "auto") else []
+    for chosen in (sure, likely, alone):
+        if len(chosen) == 1:
+            return chosen[0]
+        if chosen:
+            raise ValueError(f"{job.source} holds several averages: {_listed(chosen)}. Choose one with --key.")
+    what = "an average" if job.kind in ("auto", "dcp") else f"what {job.kind} writes"
+    there = f"It holds {_listed(found)}: choose with --key" if found else "It holds no table of tensors"
+    raise ValueError(f"{job.source} does not show {what}. {there}.")
+
+
+def _listed(found: Sequence[Found]) -> str:
+    return ", ".join(map(_title, found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+
+
+def _title(found: Found) -> str:
+    return f"{found.key or 'the whole file'} ({found.kind}, {len(found.weights) or len(found.nameless)} tensors)"
+
+
+def _named(job: Job, found: Found, stack: ExitStack) -> Found:
+    if job.like is None:
+        raise ValueError(
+            f"{_title(found)} in {job.source} is a list without names. Pass --like with the live model as torch.save wrote "
+            f"its state_dict, or with a JSON list of the names in model.named_parameters()."
+        )
+    if job.like.suffix == ".json":
+        try:
+            names = json.loads(job.like.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{job.like} is not valid JSON: {error}.") from None
+        if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+            raise ValueError(f"{job.like} must hold a list of names.")
+        return foreign.name(found, names, True)
+    tree = _open(job.like, job.inert, stack)
+    live = [each for each in foreign.find(tree.root) if each.weights and not each.average]
+    if len(live) != 1:
+        raise ValueError(f"{job.like} must hold one table of live weights, found {_listed(live) or 'none'}.")
+    return foreign.name(found, live[0].weights, tree.ordered)
+
+
+def _complete(job: Job, tree: _Tree, found: Found, notes: list[str], nameless: bool) -> Plan:
+    weights, rest = foreign.canonical(found.weights), foreign.canonical(_rest(job, tree, found))
+    odd = sorted(name for name, leaf in rest.items() if name in weights and leaf.shape != weights[name].shape)
+    if odd:
+        raise ValueError(f"{odd[0]} is {weights[odd[0]].shape} in the average, {rest[odd[0]].shape} in the live model.")
+    tied = _tied(weights, rest)
+    notes.extend(f"{name} is tied to {other} in the live model" for name, other in tied.items())
+    weights |= {name: weights[other] for name, other in tied.items()}
+    more = {} if job.averaged_only else {name: leaf for name, leaf in rest.items() if name not in weights}
+    if more:
+        notes.append(
+            f"{len(more)} weights that are not averaged come from the live model: {', '.join(sorted(more)[:3])} ..."
+        )
+    averaged = sorted(name for name, leaf in weights.items() if leaf.dtype in elements.FLOATS and found.average)
+    whole = not job.averaged_only and (bool(more) or (found.kind != "dist-ema" and not nameless))
+    weights = weights | more
+    if job.prefix:
+        weights = {name[len(job.prefix) :]: leaf for name, leaf in weights.items() if name.startswith(job.prefix)}
+        averaged = [name[len(job.prefix) :] for name in averaged if name.startswith(job.prefix)]
+    if not weights:
+        raise ValueError(f"no weight of {_title(found)} begins with {job.prefix!r}.")
+    chosen = Plan(replace(found, extra={**tree.extra, **found.extra}), weights, averaged, {}, {}, whole, notes)
+    return _deduplicated(job, chosen)
+
+
+def _rest(job: Job, tree: _Tree, found: Found) -> Mapping[str, Leaf]:
+    """The live model beside the average, for what is not averaged."""
+    if job.rest is not None:
+        return {**foreign.at(tree.root, job.rest).weights, **found.rest}
+    if found.kind != "dist-ema" or job.averaged_only:
+        return found.rest
+    names = set(found.weights)
+    live = [
+        each for each in foreign.find(tree.root) if not each.average and names <= set(foreign.canonical(each.weights))
+    ]
+    return {**(live[0].weights if len(live) == 1 else {}), **found.rest}
+
+
+def _tied(averaged: Mapping[str, Leaf], live: Mapping[str, Leaf]) -> dict[str, str]:
+    """Further name -> the averaged weight that it is: one memory in the checkpoint, or the same bytes of a matrix.
+
+    Files that write tied weights twice tell no more; without this the second name would keep its live values.
+    """
+    known = {name: live[name] for name in averaged if name in live}
+    found = {}
+    for name, leaf in live.items():
+        like = [other for other, one in known.items() if (one.dtype, one.shape) == (leaf.dtype, leaf.shape)]
+        same = [other for other in like if name not in averaged and _is_one(leaf, known[other])]
+        if same:
+            found[name] = same[0]
+    return found
+
+
+def _is_one(a: Leaf, b: Leaf) -> bool:
+    if getattr(a, "key", a) == getattr(b, "key", b):
+        return 0 not in a.shape
+    pairs = zip(_content(a, a.dtype), _content(b, b.dtype), strict=True)
+    return len(a.shape) > 1 and 0 not in a.shape and all(bool((x == y).all()) for x, y in pairs)
+
+
+def _deduplicated(job: Job, plan: Plan) -> Plan:
+    """Tied weights once, under the name that comes first; and the dtypes of the output."""
+    first: dict[Any, str] = {}
+    aliases: dict[str, str] = {}
+    for name, leaf in plan.weights.items():
+        key = getattr(leaf, "key", id(leaf)) if 0 not in leaf.shape else id(leaf)
+        if first.setdefault(key, name) != name:
+            aliases[name] = first[key]
+    kept = {name: leaf for name, leaf in plan.weights.items() if name not in aliases}
+    floating = {name for name, leaf in kept.items() if leaf.dtype in elements.FLOATS}
+    dtypes = {name: job.dtype if job.dtype and name in floating else leaf.dtype for name, leaf in kept.items()}
+    averaged = [name for name in plan.averaged if name in kept]
+    return replace(plan, weights=kept, averaged=averaged, aliases=aliases, dtypes=dtypes)
+
+
+# --- what goes out -----------------------------------------------------------------------------------------------
+
+
+def write(
+    plan: Plan, out: Path, *, force: bool, tick: Callable[[int], None], max_shard_size: str = "5GB"
+) -> dict[str, Any]:
+    """Write the model, atomically. Returns its ema.json. *Cost*: one window."""
+    lists: dict[str, list[str]] = {}
+    for alias, name in plan.aliases.items():
+        lists.setdefault(name, []).append(alias)
+    one = out.suffix == ".safetensors"
+    metadata = dict(plan.aliases) if one else {}
+    files = (
+        {out.name: format.header(plan.entries, metadata)}
+        if one
+        else format.plan(plan.entries, max_shard_size, metadata)
+    )
+    meta: dict[str, Any] = {
+        "format": format.FORMAT, "kind": "export", "weights": "all" if plan.whole else "averaged",
+        "clock": {}, "schedules": [], "attach": None, "averages": {}, "averaged": sorted(plan.averaged), "own_buffers": [],
+        "aliases": lists, "dtypes": {name: _torch(leaf.dtype) for name, leaf in plan.weights.items()},
+        "versions": {"dist_ema": format.VERSION},
+        "extra": {"converted": {"from": plan.found.kind, "key": plan.found.key, **plan.found.extra}},
+    }  # fmt: skip
+    model = sink.Model(files, format.INDEX, {}, meta)
+    sink.write(out, model, lambda name: _content(plan.weights[name], plan.dtypes[name]), force=force, tick=tick)
+    return meta
+
+
+def _torch(dtype: str) -> str:
+    return next(name for name, kind in elements.TORCH.items() if kind == dtype)
+
+
+def _content(leaf: Leaf, dtype: str) -> Iterator[Bytes]:
+    size = format.Entry(leaf.dtype, tuple(leaf.shape)).nbytes
+    for begin in range(0, size, WINDOW):
+        raw = leaf.read(begin, min(begin + WINDOW, size))
+        yield raw if leaf.dtype == dtype else elements.narrow(elements.widen(raw, leaf.dtype), dtype)
