@@ -15,7 +15,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-__all__ = ["publish", "recover", "reserve", "sweep", "sync", "temporary", "write_at"]
+__all__ = ["exchanges", "publish", "recover", "reserve", "sweep", "sync", "temporary", "write_at"]
 
 _EXCHANGE = 2  # RENAME_EXCHANGE
 _HERE = -100  # AT_FDCWD
@@ -72,6 +72,14 @@ def publish(new: Path, path: Path) -> None:
     else:
         _rename_twice(new, path)
     sync(path.parent)
+
+
+def exchanges(folder: Path) -> bool:
+    """Whether `publish` over an existing path is one step in this folder. Tried out on two files that are left there."""
+    two = temporary(folder / "a"), temporary(folder / "b")
+    for path in two:
+        path.touch()
+    return _exchange(*two)
 
 
 def _rename_twice(new: Path, path: Path) -> None:

@@ -1,0 +1,271 @@
+"""Are this machine, this Python and this folder fit for averaging? What could crash runs in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .. import commit
+from ..console import size
+
+__all__ = ["Check", "examine", "self_test"]
+
+# The oldest that dist_ema is made for; '' for what is only reported.
+_NEEDED = {"torch": "2.8", "numpy": "1.26", "safetensors": "0.4.3"}
+_KNOWN = {
+    "accelerate": "1.2", "transformers": "4.46", "lightning": "2.4", "pytorch-lightning": "", "diffusers": "", "triton": "",
+    "numba": "", "rich": "", "matplotlib": "",
+}  # fmt: skip
+_NETWORK = ("nfs", "lustre", "gpfs", "ceph", "beegfs", "smb", "cifs", "fuse", "9p")
+_WORLD = 2
+_GRACE = 2.0  # seconds
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. state: 'ok', 'note' (works, but know this), 'problem'."""
+
+    what: str
+    state: str
+    text: str
+
+    def plain(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def examine(folder: Path, *, timeout: float = 120.0, test: bool = True) -> Iterator[Check]:
+    """Every check, one after another as they are done. folder: where averages are to be saved."""
+    yield Check("python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+    yield from (_package(name, least, True) for name, least in _NEEDED.items())
+    yield from (_package(name, least, False) for name, least in _KNOWN.items() if _version(name))
+    facts = _ask(timeout)
+    if isinstance(facts, Check):
+        yield facts
+    else:
+        yield from _of_torch(facts)
+        yield from _of_launch(facts, os.environ)
+    sound = list(_of_folder(folder))
+    yield from sound
+    if test and not isinstance(facts, Check) and facts["gloo"]:
+        yield self_test(timeout)
+
+
+# --- packages ----------------------------------------------------------------------------------------------------
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _package(name: str, least: str, needed: bool) -> Check:
+    found = _version(name)
+    if found is None:
+        return Check(name, "problem", f"is not installed: pip install '{name}>={least}'")
+    if least and _parts(found) < _parts(least):
+        state = "problem" if needed else "note"
+        return Check(name, state, f"{found} is older than {least}: pip install '{name}>={least}'")
+    return Check(name, "ok", found)
+
+
+def _parts(text: str) -> tuple[int, ...]:
+    """'2.13.0+cpu' -> (2, 13, 0)"""
+    return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", text)[0])))
+
+
+# --- torch -------------------------------------------------------------------------------------------------------
+
+
+def _ask(timeout: float) -> dict[str, Any] | Check:
+    """What torch says, from a process of its own: importing it can crash."""
+    line = [sys.executable, "-m", "dist_ema.offline.patient", "facts"]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=timeout, env=_environment())
+    except subprocess.TimeoutExpired:
+        return Check("torch", "problem", f"did not answer within {timeout:g} s of being imported")
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+    except (IndexError, ValueError):
+        return Check("torch", "problem", f"cannot be imported: {_last(done.stderr) or f'exit code {done.returncode}'}")
+
+
+def _environment() -> dict[str, str]:
+    """Of a child: it must find the dist_ema that asks."""
+    ours = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def _last(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else ""
+
+
+def _of_torch(facts: Mapping[str, Any]) -> Iterator[Check]:
+    kind = facts["accelerator"]
+    devices = ", ".join(sorted(set(facts["devices"])))
+    built = f"CUDA {facts['cuda']}" if facts["cuda"] else f"ROCm {facts['hip']}" if facts["hip"] else "CPU only"
+    if kind:
+        yield Check("accelerator", "ok", f"{len(facts['devices']) or ''} {kind} {devices} ({built})".strip())
+    elif facts["cuda"] or facts["hip"]:
+        yield Check("accelerator", "note", f"none found, though torch is built for {built}: is the driver there?")
+    else:
+        yield Check("accelerator", "ok", f"none ({built})")
+    if not facts["gloo"]:
+        yield Check("backends", "problem", "torch is built without gloo: saving and check-in need it on the host")
+    elif kind == "cuda" and not facts["nccl"]:
+        yield Check("backends", "note", "gloo, but no NCCL: ranks on several GPUs will be slow")
+    else:
+        yield Check("backends", "ok", "gloo, NCCL" if facts["nccl"] else "gloo")
+
+
+def _of_launch(facts: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[Check]:
+    if (
+        not facts["accelerator"]
+        and _version("accelerate")
+        and environment.get("ACCELERATE_USE_CPU", "").lower() not in _TRUE
+    ):
+        yield Check(
+            "accelerate",
+            "note",
+            "without a GPU `accelerate launch --cpu --num_processes 2` silently starts one process; two are "
+            "`ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 script.py`, and without that variable they would be two "
+            "unrelated runs",
+        )
+
+
+_TRUE = ("1", "true", "yes", "on", "y", "t")
+
+
+# --- the folder --------------------------------------------------------------------------------------------------
+
+
+def _of_folder(folder: Path) -> Iterator[Check]:
+    """Tried out, in a temporary folder that is removed."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".dist-ema-doctor-", dir=folder) as inside:
+            yield _free(folder)
+            yield _exchange(Path(inside))
+            yield _reserve(Path(inside))
+    except OSError as error:
+        yield Check("folder", "problem", f"{folder} cannot be written to: {error.strerror}")
+
+
+def _free(folder: Path) -> Check:
+    free, kind = shutil.disk_usage(folder).free, _file_system(folder)
+    text = f"{folder}: {kind or 'unknown file system'}, {size(free)} free"
+    if kind.startswith(_NETWORK):
+        return Check(
+            "folder", "note", f"{text}; shared by hosts, so keep the default mode of saving (not mode='direct')"
+        )
+    if free < 1 << 30:
+        return Check("folder", "note", f"{text}; a new version is written beside the old one, so both must fit")
+    return Check("folder", "ok", text)
+
+
+def _file_system(folder: Path) -> str:
+    """Its type, where the system tells."""
+    best, kind = "", ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, place, found, *_ = line.split()
+            place = place.encode().decode("unicode_escape")
+            if folder.resolve().is_relative_to(place) and len(place) >= len(best):
+                best, kind = place, found
+    return kind
+
+
+def _exchange(inside: Path) -> Check:
+    if commit.exchanges(inside):
+        return Check("replacing", "ok", "two folders can be exchanged in one step")
+    return Check(
+        "replacing",
+        "note",
+        "no atomic exchange here: saving over an average takes two renames, which only dist_ema can finish",
+    )
+
+
+def _reserve(inside: Path) -> Check:
+    if hasattr(os, "posix_fallocate"):
+        with open(inside / "reserve", "wb") as file, contextlib.suppress(OSError):
+            os.posix_fallocate(file.fileno(), 0, 1 << 20)
+            return Check("reserving", "ok", "space is reserved before anything is written")
+    return Check("reserving", "note", "space cannot be reserved here: a full disk is found while writing")
+
+
+# --- the self-test -----------------------------------------------------------------------------------------------
+
+
+def self_test(timeout: float) -> Check:
+    """Two ranks over gloo that train, average, save and load. Names the rank and the step that failed or hung."""
+    with tempfile.TemporaryDirectory(prefix="dist-ema-doctor-") as folder:
+        begun = time.monotonic()
+        ranks = [_start(rank, Path(folder)) for rank in range(_WORLD)]
+        try:
+            codes = _wait(ranks, begun + timeout)
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.communicate()
+        said = [_read(Path(folder) / f"rank-{i}") for i in range(_WORLD)]
+    wrong = list(_wrong(codes, said, timeout))
+    if wrong:
+        return Check("self-test", "problem", "; ".join(wrong))
+    return Check("self-test", "ok", "2 ranks over gloo: FSDP2 and DDP, average, save and load")
+
+
+def _start(rank: int, folder: Path) -> subprocess.Popen[bytes]:
+    line = [sys.executable, "-m", "dist_ema.offline.patient", "rank", str(rank), str(_WORLD), str(folder)]
+    with open(folder / f"rank-{rank}.txt", "wb") as errors:
+        return subprocess.Popen(line, env=_environment(), stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], until: float) -> list[int | None]:
+    """Exit codes; None for one that still ran. One that failed leaves the others a moment to say so too."""
+    while time.monotonic() < until:
+        codes = [rank.poll() for rank in ranks]
+        if None not in codes:
+            return codes
+        if any(codes):
+            until = min(until, time.monotonic() + _GRACE)
+        time.sleep(0.05)
+    return [rank.poll() for rank in ranks]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a rank said of itself last, or Python of it."""
+    try:
+        said: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        said = {"step": "start Python", "error": None}
+    with contextlib.suppress(OSError):
+        said["error"] = said["error"] or (
+            None if said["step"] == "done" else _last(path.with_suffix(".txt").read_text()) or None
+        )
+    return said
+
+
+def _wrong(codes: list[int | None], said: list[dict[str, Any]], timeout: float) -> Iterator[str]:
+    """The ranks that failed; those that only waited for them where none did."""
+    failed = [i for i, each in enumerate(said) if each["error"] or (codes[i] and each["step"] != "done")]
+    for i in failed:
+        yield f"rank {i} at '{said[i]['step']}': {said[i]['error'] or f'died with exit code {codes[i]}'}"
+    for i, each in enumerate(said if not failed else ()):
+        if each["step"] != "done":
+            yield f"rank {i} was still at '{each['step']}' after {timeout:g} s"
