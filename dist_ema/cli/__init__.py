@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from ..console import FINE, PROBLEM, USAGE, say
-from . import average, inspect, plan, reconstruct
+from . import average, convert, doctor, inspect, plan, reconstruct
 
 __all__ = ["main"]
 
-VERBS = (inspect, average, reconstruct, plan)
+VERBS = (inspect, convert, average, reconstruct, plan, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
