@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import fused, layout, shards
 from .clock import Clock
@@ -34,7 +34,7 @@ class _Borrowed:
     writes: int = 0  # times that a swap wrote to the live weights
 
 
-_BORROWED: WeakKeyDictionary[nn.Module, _Borrowed] = WeakKeyDictionary()
+_BORROWED = WeakTensorKeyDictionary()  # by the first weight: a model, its wrapper and its parameters are one
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Average:
         self._chosen: Any = None
         self._inline: Engine = Inline()
         self._versions: list[int] | None = None  # of the live weights, while an update may be reading them
-        self._borrowed = _BORROWED.setdefault(model, _Borrowed())
+        self._borrowed = _Borrowed()
         self.lent = False
         self._sharded: list[nn.Module] = []
         self._marked: tuple[int, tuple[int, int, int]] | None = None
@@ -122,6 +122,7 @@ class Average:
             by_name = fresh | {slot.name: slot for slot in profile.averages}
             profile.slots = [by_name[shard.name] for shard in found.shards]
         self._sharded = found.sharded
+        self._borrowed = _BORROWED.setdefault(self.profiles[0].averages[0].shard.tensor, self._borrowed)
         self._replan()
         self.mark()
 

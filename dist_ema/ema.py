@@ -19,7 +19,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from . import agree, artifact, dcp, gather, resume, shards, telemetry
@@ -76,11 +76,13 @@ def _real(path: str | Path) -> Path:
 class EMA:
     """An exponential moving average of a model's weights, each rank keeping its own shard of it.
 
-    model: as it will be trained: plain, DDP, FSDP1, FSDP2, HSDP, tensor parallel, compiled, checkpointed. Wrap first.
+    model: as it will be trained: plain, DDP, FSDP1, FSDP2, HSDP, tensor parallel, compiled, checkpointed. Wrap first. Or
+        its parameters, with or without names: `model.parameters()`, `model.named_parameters()`.
     decay: a float (`Constant`), a schedule of `dist_ema`, or a list of them: several averages, each live weight read once.
     dtype: of the shadows: float32, float64, or bfloat16 (compact, rounded stochastically).
     device: of the shadows; None keeps each beside its weight.
-    split: divide replicated weights (DDP, HSDP) among the ranks that hold them.
+    split: divide replicated weights (DDP, HSDP) among the ranks that hold them. A process group: plain weights are
+        replicated over it, though no DDP says so, and divided too.
     buffers: 'copy' takes them from the live model when the average is used, 'average' averages the floating ones.
     only: a regex searched in names, or a predicate on them; the rest is treated like frozen weights.
 
@@ -93,12 +95,12 @@ class EMA:
     @_aside
     def __init__(
         self,
-        model: nn.Module,
+        model: shards.Model,
         decay: float | Schedule | Sequence[float | Schedule] = 0.9999,
         *,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
-        split: bool = True,
+        split: bool | dist.ProcessGroup = True,
         buffers: Literal["copy", "average"] = "copy",
         only: str | Callable[[str], bool] | None = None,
     ) -> None:
@@ -107,14 +109,17 @@ class EMA:
         if buffers not in ("copy", "average"):
             raise ValueError(f"buffers must be 'copy' or 'average', got {buffers!r}.")
         self._dtype, self._device = dtype, None if device is None else torch.device(device)
-        self._split = split
+        if not isinstance(split, (bool, dist.ProcessGroup)):
+            raise ValueError(f"split must be True, False or a process group, got {split!r}.")
+        self._split, self._replicated = split is not False, None if isinstance(split, bool) else split
         schedules = [coerce(each) for each in (decay if isinstance(decay, Sequence) else [decay])]
         if not schedules or len(set(schedules)) < len(schedules):
             raise ValueError(f"decay must name one or more different schedules, got {decay!r}.")
-        self._average = Average(model, schedules, only=only, buffers=buffers)
+        module = shards.module_of(model)
+        self._average = Average(module, schedules, only=only, buffers=buffers)
         self._attachment: Attachment | None = None
         self._looked: dict[str, float] = {}  # the clock at the last `snapshot` into each folder
-        found = shards.find(model)
+        found = shards.find(module, self._replicated)
         self._ranks = Ranks(found.members, found.group, shards.side_store)
         self._everyone: Ranks | None = None
         self._adopt("EMA", found)
@@ -292,9 +297,10 @@ class EMA:
         return gather.full(self._ranks, profile.slots, profile.own, torch.device("cpu"))
 
     @_aside
-    def copy_to(self, module: nn.Module, which: Which = 0) -> None:
+    def copy_to(self, module: shards.Model, which: Which = 0) -> None:
         """Write the average, the frozen weights and the buffers into `module`, however it is wrapped. *Collective*.
 
+        module: or its parameters, in the order or under the names that this EMA was given.
         Raises ValueError with the names if the two models do not hold the same weights.
         """
         profile = self._enter("copy_to", which)
@@ -388,6 +394,12 @@ class EMA:
     def _write(self, job: artifact.Job) -> None:
         self._enter(job.verb)
         self._warn_if_idle(job.verb)
+        if isinstance(self._average.model, shards.Parameters) and self._average.model.nameless:
+            warnings.warn(
+                f"ema.{job.verb}(): the parameters came without names, so the files call them by their place in the list: "
+                "0, 1, ... Pass model.named_parameters() or the model for files that a model can load.",
+                stacklevel=_outside(),
+            )
         if self._ranks.size > 1 or not dist.is_initialized() or dist.get_world_size() == 1:
             return artifact.write(self._ranks, job)
         # A model that nobody wrapped, in a job of several ranks: the first one writes, if all hold the same.
@@ -500,7 +512,7 @@ class EMA:
         def prepare() -> None:
             average.settle()
             average.follow(replaced=True, newly_trainable=False)
-            found.append(shards.find(average.model))
+            found.append(shards.find(average.model, self._replicated))
 
         self._enter("rescan", prepare=prepare)
         self._adopt("rescan", found[0])

@@ -43,7 +43,7 @@ def full(
     return result | {alias: result[slot.name] for slot in kept if result for alias in slot.shard.aliases}
 
 
-def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor], module: nn.Module) -> None:
+def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor], module: shards.Model) -> None:
     """Write the full weights into another model, however that one is wrapped. *Collective*.
 
     Every rank broadcasts its parts in turn; each takes what meets its own shards. Raises ValueError with the names if the
@@ -55,7 +55,7 @@ def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor
     sharded: list[nn.Module] = []
 
     def prepare() -> None:
-        found = shards.find(module)
+        found = shards.find(shards.module_of(module))
         _refuse_other(kept, found.shards)
         for shard in found.shards:
             holes[shard.name] = list(pieces(shard, shard.held, shard.read()))

@@ -25,7 +25,7 @@ whatever the shards hold by then. Every verb that writes shards, or that must fi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -44,6 +45,8 @@ from torch.nn.parameter import is_lazy
 
 __all__ = [
     "Found",
+    "Model",
+    "Parameters",
     "Region",
     "Shard",
     "bare",
@@ -51,6 +54,7 @@ __all__ = [
     "canonical",
     "find",
     "frozen_by_inductor",
+    "module_of",
     "register",
     "registered",
     "replaced",
@@ -59,6 +63,7 @@ __all__ = [
 ]
 
 Kind = Literal["trainable", "frozen", "buffer"]
+Model = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 # The child under which each wrapper keeps the module that it wraps.
 _WRAPPED: tuple[tuple[type, str], ...] = (
@@ -132,24 +137,79 @@ class Found:
     sharded: list[nn.Module]  # the FSDP modules, for `reshard` and `blocker`
 
 
-def find(model: nn.Module) -> Found:
+class Parameters(nn.Module):
+    """Parameters that came without their module, under their names, or under 0, 1, ... in their order.
+
+    What a module would tell is not known of them: that DDP replicates them, that the model registers another object now,
+    which buffers belong to them. FSDP2's are found through its own records, FSDP1's cannot be held from outside.
+    """
+
+    def __init__(self, given: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        super().__init__()
+        if isinstance(given, (Tensor, str)) or not isinstance(given, Iterable):
+            raise ValueError(f"{_TAKES}, got {type(given).__name__}.")
+        self.nameless = False
+        for i, item in enumerate(given):
+            name, tensor = item if isinstance(item, tuple) and len(item) == 2 else (str(i), item)
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise ValueError(f"{_TAKES}, got {type(item).__name__} as number {i}.")
+            if getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False):
+                raise ValueError(
+                    f"parameter {name} belongs to FSDP1, which moves its parameters at every forward: pass the model."
+                )
+            name = _canonical(name)
+            if name in self._parameters:
+                raise ValueError(f"two parameters are called {name}.")
+            self._parameters[name] = tensor  # type: ignore[assignment]
+            self.nameless |= not isinstance(item, tuple)
+        self.owners = self._find_owners()
+
+    def _find_owners(self) -> list[nn.Module]:
+        """The FSDP2 modules around. A copy that one of them unsharded gives way to the shard ([Note: stale roots])."""
+        names: dict[int, list[str]] = {}
+        for name, tensor in self._parameters.items():
+            names.setdefault(id(tensor), []).append(name)
+        owners: list[nn.Module] = []
+        for module, record in _fsdp2_records():
+            copies = [getattr(record, f"_{kind}_param", None) for kind in ("unsharded", "sharded_post_forward")]
+            mine = [name for one in (record.sharded_param, *copies) for name in names.get(id(one), [])]
+            self._parameters.update(dict.fromkeys(mine, record.sharded_param))
+            if mine and module not in owners:
+                owners.append(module)
+        return owners
+
+
+_TAKES = "EMA takes a module, parameters, or pairs of a name and a parameter"
+
+
+def module_of(model: Model) -> nn.Module:
+    """The model, or a module around the parameters that were given in its place."""
+    return model if isinstance(model, nn.Module) else Parameters(model)
+
+
+def find(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> Found:
     """Dissolve the wrappers of `model`. Names are canonical: no module., _orig_mod., _fsdp_wrapped_module. ...
+
+    replicated: the ranks that hold the same plain parameters, where no DDP says so.
 
     Raises ValueError for what cannot be averaged by elements: meta tensors, strided or expanded weights, Partial
     placements, FSDP1 over tensor parallel.
     """
     sharded: list[nn.Module] = [m for m in model.modules() if isinstance(m, (FSDPModule, FullyShardedDataParallel))]
+    if isinstance(model, Parameters):
+        sharded = model.owners
     reshard(sharded)
     flats = dict(_flat_parameters(model))
     seen: dict[Any, Shard] = {}
-    for prefix, module, ddp in _walk(model):
+    walk = list(_walk(model, ddp=None if replicated is None else _Replicated(replicated, frozenset())))
+    for prefix, module, ddp in walk:
         for name, tensor, flat in _parameters(module, flats):
             key = id(tensor) if flat is None else flat.key
             if key in seen:
                 seen[key].aliases.append(prefix + name)
                 continue
-            replicated = ddp if ddp and prefix + name not in ddp.parameters_to_ignore else None
-            seen[key] = (flat or _plain)(prefix + name, tensor, (module, name), replicated)
+            around = ddp if ddp and prefix + name not in ddp.parameters_to_ignore else None
+            seen[key] = (flat or _plain)(prefix + name, tensor, (module, name), around)
         for name, buffer in module._buffers.items():
             if buffer is None:
                 continue
@@ -161,7 +221,7 @@ def find(model: nn.Module) -> Found:
             shard.persistent = name not in module._non_persistent_buffers_set
             seen[id(buffer)] = shard
     shards = list(seen.values())
-    members, group = _members(model, shards, flats)
+    members, group = _members([ddp for _, _, ddp in walk if ddp], shards, flats)
     _choose_primaries(shards, members)
     return Found(shards, members, group, sharded)
 
@@ -369,6 +429,15 @@ def _storage_order(shape: torch.Size, stride: tuple[int, ...]) -> tuple[bool, tu
     return True, None if real == sorted(real) else tuple(order)
 
 
+def _fsdp2_records() -> Iterator[tuple[nn.Module, Any]]:
+    """(module, what FSDP2 keeps of one parameter) of every model of this process."""
+    states: list[tuple[nn.Module, Any]] = [(module, state()) for module, state in _module_state_mapping.items()]
+    for module, state in states:
+        if isinstance(module, FSDPModule) and state is not None:
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.8: one
+            yield from ((module, record) for group in groups if group is not None for record in group.fsdp_params)
+
+
 # --- FSDP1 -------------------------------------------------------------------------------------------------------
 
 
@@ -439,7 +508,7 @@ def _flat_parameters(model: nn.Module) -> Iterator[tuple[tuple[int, str], _FlatS
 
 
 def _members(
-    model: nn.Module, shards: list[Shard], flats: dict[tuple[int, str], _FlatSlice]
+    replicated: list[_Replicated], shards: list[Shard], flats: dict[tuple[int, str], _FlatSlice]
 ) -> tuple[list[int], dist.ProcessGroup | None]:
     """The ranks that hold the model together: the widest mesh or group found, which must contain the others."""
     found: list[tuple[list[int], dist.ProcessGroup | None]] = []
@@ -447,7 +516,7 @@ def _members(
         if isinstance(shard.tensor, DTensor):
             mesh = shard.tensor.device_mesh
             found.append((sorted(mesh.mesh.flatten().tolist()), mesh.get_group() if mesh.ndim == 1 else None))
-    found += [(dist.get_process_group_ranks(ddp.group), ddp.group) for _, _, ddp in _walk(model) if ddp]
+    found += [(dist.get_process_group_ranks(each.group), each.group) for each in dict.fromkeys(replicated)]
     # NOTE: in the order of the modules, not of a set: every rank must ask in the same order.
     found += [_fsdp1_members(owner) for owner in dict.fromkeys(slice_.owner for slice_ in flats.values())]
     if not found:
