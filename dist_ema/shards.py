@@ -153,7 +153,7 @@ class Parameters(nn.Module):
             name, tensor = item if isinstance(item, tuple) and len(item) == 2 else (str(i), item)
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise ValueError(f"{_TAKES}, got {type(item).__name__} as number {i}.")
-            if getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False):
+            if getattr(tensor, "_fsdp_flattened", False):
                 raise ValueError(
                     f"parameter {name} belongs to FSDP1, which moves its parameters at every forward: pass the model."
                 )
