@@ -20,6 +20,7 @@ from .clock import Clock
 from .engine import Engine, Gate, Inline, Times, choose
 from .kernels import Pair, Plan
 from .schedule import Schedule
+from .teacher import Teacher
 
 __all__ = ["Average", "Profile"]
 
@@ -93,6 +94,8 @@ class Average:
         self.lent = False
         self._sharded: list[nn.Module] = []
         self._marked: tuple[int, tuple[int, int, int]] | None = None
+        self.teacher: Teacher | None = None
+        self._behind = self._read = False  # the teacher was written since its last forward; it had one since we looked
 
     # --- what is averaged --------------------------------------------------------------------------------------
 
@@ -107,9 +110,12 @@ class Average:
             return False
         if not (shard.trainable or (shard.kind == "buffer" and self._buffers == "average" and shard.persistent)):
             return False
+        return self._asked(shard.name)
+
+    def _asked(self, name: str) -> bool:
         if isinstance(self.only, str):
-            return re.search(self.only, shard.name) is not None
-        return self.only is None or bool(self.only(shard.name))
+            return re.search(self.only, name) is not None
+        return self.only is None or bool(self.only(name))
 
     def adopt(self, found: shards.Found, split: bool, dtype: torch.dtype, device: torch.device | None) -> None:
         """Give a shadow to every weight that should have one and has none yet, equal to live."""
@@ -118,13 +124,26 @@ class Average:
         self._refuse_hopeless([slot.shard for slot in cut if self.wants(slot.shard)], bool(known))
         for profile in self.profiles:
             fresh = {slot.name: replace(slot) for slot in cut}
-            layout.allocate([slot for slot in fresh.values() if self.wants(slot.shard)], dtype, device)
+            if self.teacher is None:
+                layout.allocate([slot for slot in fresh.values() if self.wants(slot.shard)], dtype, device)
+            else:
+                self._lay_into(self.teacher, fresh)
             by_name = fresh | {slot.name: slot for slot in profile.averages}
             profile.slots = [by_name[shard.name] for shard in found.shards]
-        self._sharded = found.sharded
+        self._sharded = found.sharded + ([] if self.teacher is None else self.teacher.sharded)
         self._borrowed = _BORROWED.setdefault(self.profiles[0].averages[0].shard.tensor, self._borrowed)
         self._replan()
         self.mark()
+
+    def _lay_into(self, teacher: Teacher, fresh: dict[str, layout.Slot]) -> None:
+        """The teacher's memory is the shadow of what is averaged, and the twin of what else only= lets through."""
+        asked = [slot.shard for slot in fresh.values() if slot.shard.persistent and self._asked(slot.name)]
+        for name, memory in teacher.give(asked).items():
+            if self.wants(fresh[name].shard):
+                fresh[name].shadow = memory
+            else:
+                fresh[name].twin = memory
+        self._behind = True
 
     def _refuse_hopeless(self, chosen: list[shards.Shard], some: bool) -> None:
         if not some and all(shard.kind == "buffer" for shard in chosen):
@@ -146,7 +165,9 @@ class Average:
 
     def _replan(self) -> None:
         self._averages = self.profiles[0].averages
-        self._averaged_buffers = [slot for slot in self._averages if slot.shard.kind == "buffer"]
+        self._twins = [slot for slot in self.slots if slot.twin is not None]
+        self._copied: list[int] = [-1 for _ in self._twins]
+        self._watched = [slot for slot in self._averages + self._twins if slot.shard.kind == "buffer"]
         weights: list[Pair] = []
         buffers: list[Pair] = []
         for i, slot in enumerate(self.slots):
@@ -164,11 +185,20 @@ class Average:
     def use_engine(self, overlap: bool, host: bool) -> None:
         """Choose when updates run from now on; an engine of the right kind stays, with its thread and window."""
         self.settle()
-        chosen = (overlap, host, frozenset(slot.local.device for slot in self._averages))
+        devices = {slot.local.device for slot in self._averages}
+        if not host:  # a teacher may lie on another device than the model
+            devices |= {slot.shadow.device for slot in self._averages if slot.shadow is not None}
+        chosen = (overlap, host, frozenset(devices))
         if chosen != self._chosen:
             self.engine = choose(chosen[2], host, overlap)
             self._inline = choose(chosen[2], host, overlap=False)
             self._chosen = chosen
+
+    @property
+    def far_on_host(self) -> bool:
+        """Every shadow lies in host memory and its live weight on a device."""
+        pairs = [(slot.shadow, slot.local) for slot in self._averages if slot.shadow is not None]
+        return all(shadow.device.type == "cpu" != local.device.type for shadow, local in pairs)
 
     def profile(self, which: int | str | Schedule) -> Profile:
         """By number, by the schedule, or by its repr."""
@@ -206,6 +236,7 @@ class Average:
         self.reshard()
         self.settle()
         self.follow(replaced=True)
+        self._copy_frozen()
         if not self.clock.started:
             self.copy_live()  # until averaging starts, the average is the live model
 
@@ -217,6 +248,7 @@ class Average:
     def follow(self, replaced: bool = False, newly_trainable: bool = True) -> None:
         """[Note: stale records] in layout. `replaced` also looks for other Parameters under the same names."""
         gone = [slot.name for slot in self.slots if replaced and shards.replaced(slot.shard)]
+        gone += [f"{name} of the teacher" for name in (self.teacher.replaced if self.teacher and replaced else [])]
         if gone:
             raise RuntimeError(
                 f"{', '.join(gone[:5])} no longer shares memory with the model (load_state_dict(assign=True)?). "
@@ -229,8 +261,23 @@ class Average:
         for profile in self.profiles:
             for i in moved:
                 profile.slots[i].rebind()
-        if any(self.slots[i].shadow is not None for i in moved):
+        if self._follow_teacher() or any(self.slots[i].shadow is not None for i in moved):
             self._replan()
+
+    def _follow_teacher(self) -> bool:
+        """The same for the teacher's memory; whether any of it moved."""
+        moved = [] if self.teacher is None else self.teacher.moved
+        for slot in [slot for slot in self.slots if slot.name in moved]:
+            assert self.teacher is not None
+            old, new = slot.twin if slot.shadow is None else slot.shadow, self.teacher.memory(slot.name)
+            assert old is not None
+            if (new.dtype, new.device, len(new)) != (old.dtype, old.device, len(old)):
+                raise RuntimeError(
+                    f"{slot.name} of the teacher was {old.dtype} on {old.device} with {len(old)} elements here, and is now "
+                    f"{new.dtype} on {new.device} with {len(new)}. Build the EMA after teacher.to(...)."
+                )
+            slot.shadow, slot.twin = (None, new) if slot.shadow is None else (new, None)
+        return bool(moved)
 
     def lend(self, lent: bool) -> None:
         """Note that the model holds the average, or no longer does."""
@@ -254,6 +301,17 @@ class Average:
         """Whoever resumed may still be writing the live weights: not the first look after that says anything."""
         self._marked = None
 
+    def show(self) -> None:
+        """The teacher is about to be read ([Note: a read behind our back] in teacher)."""
+        if self.teacher is None or not self._behind:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            if not self.clock.started:
+                self.copy_live()
+            self.settle()
+            shards.reshard(self.teacher.sharded)
+        self._behind, self._read = False, True
+
     # --- moving ------------------------------------------------------------------------------------------------
 
     def copy_live(self) -> None:
@@ -262,10 +320,30 @@ class Average:
             for slot in profile.averages:
                 assert slot.shadow is not None
                 slot.shadow.copy_(slot.live)
+        self._copied = [-1 for _ in self._twins]
+        self._copy_frozen()
+        self._copy_buffers()
+        self._behind = True
+
+    def _copy_frozen(self) -> None:
+        """A teacher holds frozen weights too: they follow whenever live was written, by load_state_dict for one."""
+        for i, slot in enumerate(self._twins):
+            if slot.shard.kind != "buffer" and slot.local._version != self._copied[i]:
+                assert slot.twin is not None
+                slot.twin.copy_(slot.local)
+                self._copied[i] = slot.local._version
+                self._behind = True
+
+    def _copy_buffers(self) -> None:
+        for slot in self._twins:
+            if slot.shard.kind == "buffer":
+                assert slot.twin is not None
+                slot.twin.copy_(slot.local)
 
     def before_step(self) -> None:
         """Live weights are about to be overwritten."""
         self.refuse("optimizer.step")
+        self._behind |= not self.clock.started
         self.engine.fence()
         versions, self._versions = self._versions, None
         if versions is None:
@@ -289,7 +367,10 @@ class Average:
         number = self.clock.updates
         if number < 2 or number % LOOK_EVERY == 0:
             self.follow()
-        if any(slot.moved for slot in self._averaged_buffers):
+        elif self._read and self._follow_teacher():  # FSDP2 may hold it elsewhere after a first forward
+            self._replan()
+        self._read = False
+        if any(slot.moved for slot in self._watched):
             self.follow()  # modules may register a new tensor under a buffer's name at every step
         decays = self.clock.move([profile.schedule for profile in self.profiles], elapsed)
         weights = []
@@ -297,8 +378,11 @@ class Average:
             profile.last = decay, elapsed
             weights.append(profile.gate.weigh(1 - decay, profile.schedule.copies_first, skip))
         self.engine.update(self._plan, weights, number, guard)
-        if self._averaged_buffers:
+        if self._buffer_plan.pairs:
             self._inline.update(self._buffer_plan, weights, number, guard)
+        self._copy_frozen()
+        self._copy_buffers()
+        self._behind = True
         if self.engine.deferred:
             self._versions = [slot.local._version for slot in self._averages]
 

@@ -77,7 +77,8 @@ class FlatRange(Tensor):
 def state(averages: Sequence[Slot], buffers: Sequence[Slot], own: dict[str, Tensor]) -> dict[str, Any]:
     """One average, only tensors, because DCP pickles everything else: the weights, every floating buffer, and which of
     these are the average's own."""
-    held = {slot.name: own.get(slot.name, slot.local).clone() for slot in buffers}
+    now = {slot.name: slot.local if slot.twin is None else slot.twin for slot in buffers}
+    held = {name: own.get(name, value).clone() for name, value in now.items()}
     return {
         "weights": {s.name: _entry(s, s.own, s.shadow) for s in averages if s.shadow is not None},
         "buffers": {s.name: _entry(s, s.shard.held, held[s.name]) for s in buffers},
@@ -105,7 +106,9 @@ def take(state: dict[str, Any], averages: Sequence[Slot], buffers: Sequence[Slot
         _fill(slot, slot.own, slot.shadow, state["weights"][slot.name])
     own = {}
     for slot, flag in zip(buffers, state["own"].tolist(), strict=True):
-        if flag:
+        if slot.twin is not None:
+            _fill(slot, slot.shard.held, slot.twin, state["buffers"][slot.name])
+        elif flag:
             own[slot.name] = slot.local.clone()
             _fill(slot, slot.shard.held, own[slot.name], state["buffers"][slot.name])
     return own

@@ -19,7 +19,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import agree, artifact, dcp, gather, resume, shards, telemetry
@@ -30,6 +30,7 @@ from .ranks import FOREVER, Ranks
 from .schedule import Schedule
 from .schedule import schedule as coerce
 from .swap import Loan, spread
+from .teacher import Teacher
 
 __all__ = ["EMA"]
 
@@ -48,6 +49,16 @@ def _aside(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA
             return method(self, *args, **kwargs)
 
     return run  # type: ignore[return-value]
+
+
+def _refuse_beside_into(schedules: Sequence[Schedule], dtype: torch.dtype, device: Any) -> None:
+    if len(schedules) > 1:
+        raise ValueError(f"into= takes one average, got {len(schedules)} decays. Build one EMA per teacher.")
+    if device is not None or dtype != torch.float32:
+        raise ValueError(
+            f"device={device!r}, dtype={dtype} together with into=: the shadows are the teacher's weights. Move and cast the "
+            "teacher before building the EMA."
+        )
 
 
 def _outside() -> int:
@@ -85,11 +96,18 @@ class EMA:
         replicated over it, though no DDP says so, and divided too.
     buffers: 'copy' takes them from the live model when the average is used, 'average' averages the floating ones.
     only: a regex searched in names, or a predicate on them; the rest is treated like frozen weights.
+    into: a module, built and wrapped like the model, whose weights become the average ([Note: into]).
 
     *Collective*: construction and every verb but `update`, `attach`, `detach` and `state_dict`.
     *Cost*: 4 bytes per element of this rank's shard (of 1/replicas of it), and 8 MB of scratch.
 
     Raises ValueError where a weight cannot be averaged or nothing matches, naming the weights.
+
+    [Note: into]  Mean teacher, DINO, BYOL: the shadows are the teacher's own memory, in its dtype, cut as it is cut. It is
+    overwritten with live, now and by `load`, and its weights need no gradient from now on. Frozen weights follow when live
+    ones are written; buffers are live's of the last update, or averaged. What `only=` leaves out is not touched: without
+    BatchNorm's buffers a teacher in training mode keeps statistics of its own. Names that the teacher alone has stay as
+    they are. The teacher may run, be saved, copied and compiled like any module; `swap` has nothing to lend.
     """
 
     @_aside
@@ -103,6 +121,7 @@ class EMA:
         split: bool | dist.ProcessGroup = True,
         buffers: Literal["copy", "average"] = "copy",
         only: str | Callable[[str], bool] | None = None,
+        into: shards.Model | None = None,
     ) -> None:
         if dtype not in (torch.float32, torch.float64, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float32, float64 or bfloat16, got {dtype}.")
@@ -115,6 +134,9 @@ class EMA:
         schedules = [coerce(each) for each in (decay if isinstance(decay, Sequence) else [decay])]
         if not schedules or len(set(schedules)) < len(schedules):
             raise ValueError(f"decay must name one or more different schedules, got {decay!r}.")
+        if into is not None:
+            _refuse_beside_into(schedules, dtype, device)
+            self._split = False
         module = shards.module_of(model)
         self._average = Average(module, schedules, only=only, buffers=buffers)
         self._attachment: Attachment | None = None
@@ -122,6 +144,8 @@ class EMA:
         found = shards.find(module, self._replicated)
         self._ranks = Ranks(found.members, found.group, shards.side_store)
         self._everyone: Ranks | None = None
+        if into is not None:
+            self._average.teacher = Teacher(into, self._average.show)
         self._adopt("EMA", found)
         self._use_engine(overlap=self._on_host)
 
@@ -130,6 +154,8 @@ class EMA:
 
     @property
     def _on_host(self) -> bool:
+        if self._average.teacher is not None:
+            return self._average.far_on_host
         return self._device is not None and self._device.type == "cpu"
 
     def _adopt(self, verb: str, found: shards.Found) -> None:
@@ -195,6 +221,8 @@ class EMA:
         forward, on a side stream of an accelerator or in a host thread (device="cpu"); False is the bit-identical
         reference. guard: keep the shadow, element by element, where live is not finite. Returns a handle with `remove()`.
         """
+        if self._average.teacher is not None:
+            self._average.teacher.refuse_training(optimizers)
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError(
                 "ema.attach() was called before. Call ema.detach() first, or list all optimizers in one call."
@@ -236,6 +264,10 @@ class EMA:
         average = self._average
 
         def prepare() -> None:
+            if average.teacher is not None:
+                raise RuntimeError(
+                    "ema.swap() of an EMA with into=: the teacher is the average, so evaluate the teacher."
+                )
             if shards.frozen_by_inductor(average.model):
                 raise RuntimeError(
                     "ema.swap() cannot reach a model compiled with torch._inductor.config.freezing: turn it off."
@@ -444,7 +476,7 @@ class EMA:
                 self._begin_again(started=True)
                 raise
         for profile, buffers in zip(average.profiles, own, strict=True):
-            profile.own = buffers
+            profile.own = {name: value for name, value in buffers.items() if average.teacher is None}
         average.set_clock(found.clock or _NEW)
         average.forget_mark()
 
@@ -475,7 +507,8 @@ class EMA:
             clock = dict(zip(average.clock_spec(), state["clock"].tolist(), strict=True))
             Clock().set(clock)
             for p in average.profiles:
-                p.own = dcp.take(state["averages"][p.name], p.averages, p.floating_buffers)
+                own = dcp.take(state["averages"][p.name], p.averages, p.floating_buffers)
+                p.own = {name: value for name, value in own.items() if average.teacher is None}
             average.set_clock(clock)
             average.forget_mark()
 
@@ -587,11 +620,13 @@ class EMA:
         slots = self._average.profiles[0].averages
         held = sum(slot.own.numel for slot in slots)
         total = sum(math.prod(slot.shard.shape) for slot in slots)
-        device = next(str(slot.shadow.device) for slot in slots if slot.shadow is not None)
+        first = next(slot.shadow for slot in slots if slot.shadow is not None)
+        dtype = self._dtype if self._average.teacher is None else first.dtype
+        into = "" if self._average.teacher is None else f" into {type(self._average.teacher.module).__name__}"
         schedules = ", ".join(profile.name for profile in self._average.profiles)
         buffers = sum(slot.shard.kind == "buffer" for slot in slots)
         weights = f"{len(self) - buffers} weights" + (f" and {buffers} buffers" if buffers else "")
         return (
             f"EMA({schedules}, {weights}, {held:,} of {total:,} elements here, "
-            f"{str(self._dtype).removeprefix('torch.')}, {device}, now={self.now:g})"
+            f"{str(dtype).removeprefix('torch.')}{into}, {first.device}, now={self.now:g})"
         )

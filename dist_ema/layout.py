@@ -99,6 +99,7 @@ class Slot:
     local: Tensor  # [shard.held.numel], all that the model holds here
     span: tuple[int, int] | None = None  # (start, total) in the flat sequence that it is cut with
     shadow: Tensor | None = None  # [own.numel]; None: not averaged
+    twin: Tensor | None = None  # [shard.held.numel]; of what is not averaged, the copy that a teacher holds
     seen: int = 0  # where the elements lay when `local` was made
 
     def __post_init__(self) -> None:
@@ -133,10 +134,12 @@ class Slot:
 
     @property
     def average(self) -> Tensor:
-        """What a file or a gather takes for `duty`: the shadow, or the live weight where there is none."""
-        if self.shadow is None:
-            return self.part(self.duty)
-        return self.shadow.narrow(0, self.duty.begin - self.own.begin, self.duty.numel)
+        """What a file or a gather takes for `duty`: the shadow or twin, or the live weight where there is none."""
+        if self.shadow is not None:
+            return self.shadow.narrow(0, self.duty.begin - self.own.begin, self.duty.numel)
+        if self.twin is not None:
+            return self.twin.narrow(0, self.duty.begin - self.shard.held.begin, self.duty.numel)
+        return self.part(self.duty)
 
     def part(self, region: Region) -> Tensor:
         return self.local.narrow(0, region.begin - self.shard.held.begin, region.numel)

@@ -451,8 +451,11 @@ def _compare(source: _Source, table: dict[str, _Weight]) -> tuple[dict[str, _Wei
     chosen, report = {}, _Report()
     known = {name for slot in source.slots for name in (slot.name, *slot.shard.aliases)}
     report.unexpected += sorted(name for name in table if name not in known)
-    for slot in source.asked:
+    asked = {slot.name for slot in source.asked}
+    for slot in source.slots:
         held = list(dict.fromkeys(table[name] for name in (slot.name, *slot.shard.aliases) if name in table))
+        if slot.name not in asked and (slot.twin is None or not held):
+            continue  # what a teacher holds beside the average is taken where it is
         if not held:
             report.missing.append(slot.name)
         elif held[0].entry.shape != slot.shard.shape:
@@ -494,10 +497,12 @@ def _blocks(slot: Slot, region: Region, weight: _Weight) -> Iterator[Tensor]:
 
 def _fill(source: _Source, chosen: dict[str, _Weight]) -> dict[str, Tensor]:
     own = {}
-    for slot in source.asked:
+    for slot in source.slots:
         weight = chosen.get(slot.name)
         if slot.shadow is not None:
             slot.shadow.copy_(slot.live) if weight is None else _read(slot, slot.own, slot.shadow, weight)
+        if slot.twin is not None and weight is not None:
+            _read(slot, slot.shard.held, slot.twin, weight)
         if slot.name in source.own_buffers and weight is not None:
             own[slot.name] = slot.local.clone()
             _read(slot, slot.shard.held, own[slot.name], weight)

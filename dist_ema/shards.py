@@ -25,7 +25,7 @@ whatever the shards hold by then. Every verb that writes shards, or that must fi
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -157,7 +157,7 @@ class Parameters(nn.Module):
                 raise ValueError(
                     f"parameter {name} belongs to FSDP1, which moves its parameters at every forward: pass the model."
                 )
-            name = _canonical(name)
+            name = canonical(name)
             if name in self._parameters:
                 raise ValueError(f"two parameters are called {name}.")
             self._parameters[name] = tensor  # type: ignore[assignment]
@@ -251,6 +251,20 @@ def bare(model: nn.Module) -> nn.Module:
     while isinstance(model, (DistributedDataParallel, DataParallel)) or _is_compiled(model):
         model = model._modules[_wrapped_name(model) or ""]  # type: ignore[assignment]
     return model
+
+
+def entrances(module: nn.Module, sharded: Sequence[nn.Module]) -> list[tuple[nn.Module, bool]]:
+    """The modules whose forward reads weights: (module, whether it is `module` itself, a wrapper or what it wraps)."""
+    outer = {id(each) for each in sharded} | {id(each) for prefix, each, _ in _walk(module) if not prefix}
+    inside = [*sharded, *module.modules()]
+    return [(m, id(m) in outer) for m in dict.fromkeys(inside) if id(m) in outer or m._parameters or m._buffers]
+
+
+def before_state_dict(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Run `hook` before `module.state_dict()`, and before FSDP1's own hook, which reads the weights already."""
+    hooks, handle = module._state_dict_pre_hooks, module.register_state_dict_pre_hook(hook)
+    for other in [key for key in hooks if key != handle.id]:
+        hooks[other] = hooks.pop(other)
 
 
 def frozen_by_inductor(model: nn.Module) -> bool:
