@@ -42,9 +42,8 @@ class Teacher:
         for module, outer in shards.entrances(self.module, self.sharded):
             hook = _Hook(announce, outer)
             module.register_forward_pre_hook(hook, prepend=True)
-            if module is self.module:
-                shards.before_state_dict(module, hook)
-                module.register_load_state_dict_pre_hook(hook)
+            module.register_load_state_dict_pre_hook(hook)
+            shards.before_state_dict(module, hook)
 
     def give(self, asked: Sequence[Shard]) -> dict[str, Tensor]:
         """The teacher's elements for what each shard of the model holds here, overwritten with them, by name.
