@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dist_ema import EMA, Warmup, load_file
 from dist_ema.engine import Overlapped
+from dist_ema.executors import Instant
 from tests.kit import Images, Net, Oracle, Training, image_batch, raises, run_ranks, same, snapshot, wrap
 
 SCHEDULE = Warmup(0.9)
@@ -282,6 +283,12 @@ class Late:
     def keep(self, tensors: Any) -> None:
         """Nothing is freed here."""
 
+    def mark(self) -> Instant:
+        return Instant()
+
+    def done(self, ticket: Any) -> bool:
+        return not self.waiting
+
     def wait(self, ticket: Any) -> None:
         while self.waiting:
             self.waiting.pop(0)()
@@ -318,7 +325,7 @@ def late(start: int = 0) -> tuple[Encoder, Encoder, torch.optim.Optimizer, EMA]:
     ema = EMA(model, 0.5, into=teacher)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     ema.attach(optimizer, start=start)
-    ema._average.engine = Overlapped(Late())  # type: ignore[arg-type]
+    ema._average.engine = Overlapped(Late())
     return model, teacher, optimizer, ema
 
 
@@ -342,12 +349,13 @@ def test_reads_wait(read: str) -> None:
 
 def test_compiled_teacher() -> None:
     """Its graph does not break: the hook of the module that was compiled runs outside."""
-    model, inner, optimizer, _ = late()
+    model, inner, optimizer, ema = late()
+    ema.detach()
     graphs: list[Any] = []
     teacher = torch.compile(inner, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     ema = EMA(model, 0.5, into=teacher)
     ema.attach(optimizer)
-    ema._average.engine = Overlapped(Late())  # type: ignore[arg-type]
+    ema._average.engine = Overlapped(Late())
     for _ in range(3):
         step(model, optimizer)
         with torch.no_grad():
@@ -357,12 +365,13 @@ def test_compiled_teacher() -> None:
 
 
 def test_load_state_dict_waits() -> None:
-    model, teacher, optimizer, _ = late()
+    model, teacher, optimizer, ema = late()
     step(model, optimizer)
     other = Encoder()
     teacher.load_state_dict(other.state_dict())
     with torch.no_grad():
         assert torch.equal(teacher(torch.ones(2, 3)), other(torch.ones(2, 3)))
+    assert len(ema) == 4
 
 
 def test_live_until_start() -> None:
@@ -479,7 +488,7 @@ def alternate(kind: str, teacher_kind: str, folder: str) -> None:
 
 def full_state_dict(run: Training, teacher: nn.Module, ema: EMA) -> None:
     """FSDP1 gathers in a hook of its own before state_dict: ours must have waited by then."""
-    ema._average.engine = Overlapped(Late())  # type: ignore[arg-type]
+    ema._average.engine = Overlapped(Late())
     run.train(1)
     held = state(teacher.core)
     full = ema.gather()
