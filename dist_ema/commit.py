@@ -7,6 +7,7 @@ steps in, and whoever comes next finishes what was interrupted (`recover`).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -15,15 +16,41 @@ import shutil
 import uuid
 from pathlib import Path
 
-__all__ = ["exchanges", "publish", "recover", "reserve", "sweep", "sync", "temporary", "write_at"]
+__all__ = [
+    "LATEST",
+    "Target",
+    "ensure",
+    "exchanges",
+    "follow",
+    "named",
+    "point",
+    "publish",
+    "recover",
+    "remove",
+    "reserve",
+    "sweep",
+    "sync",
+    "temporary",
+    "write_at",
+]
 
+LATEST = "latest"  # a file that names a folder beside it
+WINDOW = 16 << 20  # bytes that may wait for the disk
 _EXCHANGE = 2  # RENAME_EXCHANGE
 _HERE = -100  # AT_FDCWD
 
 
-def temporary(path: Path) -> Path:
+def temporary(path: Path, kind: str = "tmp") -> Path:
     """A hidden sibling that nobody else uses."""
-    return _beside(path, "tmp", uuid.uuid4().hex)
+    return _beside(path, kind, uuid.uuid4().hex)
+
+
+def ensure(folder: Path) -> None:
+    """Make a folder and those above it, each of them on disk before anything lies in it."""
+    if not folder.is_dir():
+        ensure(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
 
 
 def _beside(path: Path, kind: str, token: str) -> Path:
@@ -40,7 +67,7 @@ def _tokens(path: Path, kind: str) -> list[str]:
 def sweep(path: Path) -> None:
     """Remove what writers that died left beside `path`. Nobody else may be writing it."""
     for token in _tokens(path, "tmp"):
-        _remove(_beside(path, "tmp", token))
+        remove(_beside(path, "tmp", token))
 
 
 def recover(path: Path) -> None:
@@ -58,7 +85,7 @@ def recover(path: Path) -> None:
                     raise
             sync(path.parent)
         if old.exists():
-            _remove(old)
+            remove(old)
 
 
 def publish(new: Path, path: Path) -> None:
@@ -68,7 +95,7 @@ def publish(new: Path, path: Path) -> None:
         os.rename(new, path)
     elif _exchange(new, path):
         sync(path.parent)
-        _remove(new)
+        remove(new)
     else:
         _rename_twice(new, path)
     sync(path.parent)
@@ -91,8 +118,11 @@ def _rename_twice(new: Path, path: Path) -> None:
     except FileNotFoundError:  # a reader that came between has finished it
         if not path.exists():
             raise
+    except OSError:
+        os.rename(old, path)
+        raise
     sync(path.parent)
-    _remove(old)
+    remove(old)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -107,6 +137,44 @@ def _exchange(a: Path, b: Path) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
         return False
     raise OSError(code, os.strerror(code), os.fspath(b))
+
+
+def point(path: Path) -> None:
+    """Have the pointer beside `path` name it."""
+    latest = path.parent / LATEST
+    sweep(latest)
+    new = temporary(latest)
+    new.write_bytes(f"{path.name}\n".encode())
+    sync(new)
+    os.replace(new, latest)
+    sync(path.parent)
+
+
+def follow(path: Path) -> Path:
+    """The folder that a pointer names; any other path as it is. Readers call this, on one rank.
+
+    Raises ValueError for a pointer that names no folder beside it.
+    """
+    if path.name != LATEST or not path.is_file():
+        return path
+    name = named(path)
+    if name is None or (path.parent / name).is_symlink():
+        raise ValueError(
+            f"{path} must name one folder beside it, as ema.save(keep=...) has it. Name the folder itself."
+        )
+    return path.parent / name
+
+
+def named(pointer: Path) -> str | None:
+    """The name in a pointer; None if it holds anything but the name of one entry beside it."""
+    if pointer.is_symlink() or not pointer.is_file() or pointer.stat().st_size > 1024:
+        return None
+    try:
+        name = pointer.read_bytes().decode().removesuffix("\n")
+    except UnicodeDecodeError:
+        return None
+    plain = name.isprintable() and name == os.path.basename(name) and not name.startswith(".")
+    return name if name and plain and name != LATEST else None
 
 
 def reserve(fd: int, size: int) -> None:
@@ -137,9 +205,45 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """What cannot go now (NFS keeps mapped files) or is gone already is left to the next sweep: `path` is in place."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+class Target:
+    """A file that is written in any order, and handed to the disk while it is written.
+
+    [Note: pages]  A write fills the page cache and an fsync empties it. Of a large file that takes the machine's memory
+    away from training, and has the disk wait first and everybody else afterwards. So every window is sent to the disk when
+    it is full (POSIX_FADV_DONTNEED starts writing dirty pages), and its pages are given back when the next one is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY)
+        self._filled: list[
+            int
+        ] = []  # where the window begins and ends in the file, and how many bytes of it are written
+        self._sent: list[int] = []
+
+    def write(self, data: memoryview, offset: int) -> None:
+        write_at(self._fd, data, offset)
+        begin, end, n = self._filled or [offset, offset, 0]
+        self._filled = [min(begin, offset), max(end, offset + len(data)), n + len(data)]
+        if self._filled[2] >= WINDOW:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            for begin, end, _ in filter(None, (self._sent, self._filled)):
+                os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
+        self._sent, self._filled = self._filled, []
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)

@@ -137,7 +137,7 @@ def _place(path: Path) -> _Place:
 
 def _resolve(path: Path) -> Path:
     """Where a name leads: through links, and to what a save that was cut short meant to leave there."""
-    path = Path(os.path.realpath(path))
+    path = commit.follow(Path(os.path.realpath(path)))
     commit.recover(path)
     return path
 

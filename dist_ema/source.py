@@ -68,7 +68,7 @@ def open_model(path: str | Path) -> Source:
 
     Raises FileNotFoundError if nothing is there, ValueError if it is no model or its headers are unsound.
     """
-    path = Path(path)
+    path = commit.follow(Path(path))
     if not path.exists():
         commit.recover(path)  # a save over it may have been cut short
     if not path.exists():

@@ -108,7 +108,7 @@ def inspect(path: str | Path) -> Report:
     Headers and ema.json are read, weights are not. Raises FileNotFoundError if nothing is there, ValueError if it is no
     artifact or its weights cannot be told.
     """
-    path = Path(path)
+    path = commit.follow(Path(path))
     if not path.exists():
         commit.recover(path)  # a save over it may have been cut short
     if not path.exists():

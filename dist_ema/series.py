@@ -1,0 +1,100 @@
+"""The saves of one run side by side: run/ema-001000, run/ema-002000, and run/latest, a file that names the newest.
+
+Deleting is the most dangerous thing that a library does. Only folders go whose name has the same stem and a number, that are
+complete, and that hold nothing but what dist_ema wrote there; numbers beyond the new one belong to a run that was rewound,
+and stay.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from . import commit, format
+
+__all__ = ["advance", "refuse"]
+
+
+def refuse(path: Path, keep: int) -> None:
+    """Raise ValueError, before anything is written, where `advance` would have to."""
+    if type(keep) is not int or keep < 1:
+        raise ValueError(f"keep must be a whole number of saves, at least 1, got {keep!r}.")
+    stem, number = _split(path.name)
+    if number is None:
+        raise ValueError(f"keep={keep} needs a name that ends in a number, like ema-001000, got {path.name}.")
+    latest = path.parent / commit.LATEST
+    if os.path.lexists(latest):
+        name = commit.named(latest)
+        if name is None or _split(name)[0] != stem:
+            raise ValueError(
+                f"{latest} is there and names no {stem}NUMBER: it is not ours to replace. Save with keep= into a folder of "
+                "its own."
+            )
+
+
+def advance(path: Path, keep: int) -> list[str]:
+    """After `path` was published: point to it, and remove all but the last `keep` saves up to its number.
+
+    Returns a sentence for everything that should have gone and is still there.
+    """
+    commit.point(path)
+    stem, last = _split(path.name)
+    found: list[tuple[int, Path]] = []
+    for name in os.listdir(path.parent):
+        half_gone = re.fullmatch(r"\.(.+)\.gone-[0-9a-f]{32}", name, re.DOTALL)
+        its, number = _split(half_gone[1] if half_gone else name)
+        if its != stem or number is None or last is None or number > last or name == path.name:
+            continue
+        if half_gone:
+            commit.remove(path.parent / name)
+        else:
+            found.append((number, path.parent / name))
+    old = [each for _, each in sorted(found, reverse=True) if _is_save(each)]
+    return [said for each in old[keep - 1 :] if (said := _retire(each)) is not None]
+
+
+def _split(name: str) -> tuple[str, int | None]:
+    """ema-001000 -> ('ema-', 1000)."""
+    match = re.fullmatch(r"(.*?)([0-9]+)", name, re.DOTALL)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
+def _is_save(folder: Path) -> bool:
+    """A complete average that `ema.save` wrote, and no link to one."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    try:
+        meta = format.read_meta(folder)
+        ours = meta.get("kind") == "ema" and "dist_ema" in meta["versions"] and len(meta["files"]) > 0
+        return ours and all(_is_whole(folder / name, said) for name, said in meta["files"].items())
+    except (KeyError, OSError, TypeError, ValueError):
+        return False
+
+
+def _is_whole(path: Path, said: dict[str, object]) -> bool:
+    return not path.is_symlink() and format.read_header(path).size == said["size"]
+
+
+def _retire(folder: Path) -> str | None:
+    """Remove a save: out of sight at once, so that nobody ever finds half of it. Returns what kept it here."""
+    try:
+        foreign = sorted(_written(folder) - _listed(folder))
+        if foreign:
+            return f"{folder} is kept beyond keep=: it holds {', '.join(foreign[:3])}, which ema.save() did not write."
+        gone = commit.temporary(folder, "gone")
+        os.rename(folder, gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        return f"{folder} should have gone by keep=, and could not be removed: {error}."
+    return None
+
+
+def _written(folder: Path) -> set[str]:
+    return {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_symlink() or not each.is_dir()}
+
+
+def _listed(folder: Path) -> set[str]:
+    files = set(format.read_meta(folder)["files"])
+    return files | {format.META} | {(Path(name).parent / format.INDEX).as_posix() for name in files}
