@@ -1,7 +1,7 @@
 """The saved form, written by ranks.
 
-Ranks of one host write the bytes that they answer for straight into place: no gather, no copy of the model. Ranks of
-several hosts stream to the first rank, which writes: two NFS clients that write neighbouring bytes of one page can lose
+Ranks of one machine write the bytes that they answer for straight into place: no gather, no copy of the model. Ranks of
+several machines stream to the first rank, which writes: two NFS clients that write neighbouring bytes of one page can lose
 one of them. Either way the bytes are the same, and nothing is seen under its name before it is whole.
 
 [Note: one decides]  Disks and files can differ between ranks. What depends on them is decided on the first rank
@@ -13,20 +13,23 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from . import commit, format
-from .layout import DTYPES, Box, Slot, kinds, parts, runs
+from . import commit, format, series
+from .behind import Behind
+from .layout import ALIGN, DTYPES, Box, Slot, kinds, parts, runs
 from .ranks import Ranks
-from .wire import Part, stream
+from .wire import Line, Part, collect
 
-__all__ = ["Job", "Tree", "write"]
+__all__ = ["Job", "Scribe", "Tree"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -39,6 +42,12 @@ class Tree:
     own_buffers: dict[str, Tensor]
     spec: dict[str, Any]  # of its schedule
     label: str = ""
+    taken: list[Part] | None = None  # instead of what the slots hold by now
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """What this rank writes. *Aliases* shadows and live weights, unless copies were taken."""
+        return list(parts(self.slots, self.own_buffers)) if self.taken is None else self.taken
 
     @property
     def prefix(self) -> str:
@@ -55,7 +64,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Job:
-    """What to write, and where. mode: 'direct', 'stream', or None to choose by whether all ranks share a host."""
+    """What to write, and where. mode: 'direct', 'stream', or None to choose by what the ranks see of each other."""
 
     verb: str  # save: a folder that is replaced as one; export: also a single file, or files put into a folder
     path: Path
@@ -64,6 +73,7 @@ class Job:
     max_shard_size: int | str = "5GB"
     mode: str | None = None
     dtype: torch.dtype | None = None
+    keep: int | None = None  # of the numbered saves beside it
 
     @property
     def one_file(self) -> bool:
@@ -90,6 +100,10 @@ class Job:
             )
         return _NAMES[kind]
 
+    def with_parts(self, take: Callable[[list[Part]], list[Part]]) -> Job:
+        """The same job with other parts in each tree."""
+        return replace(self, trees=[replace(tree, taken=take(tree.parts)) for tree in self.trees])
+
     def full_meta(self, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
         first, *others = self.trees
         return self.meta | {
@@ -105,58 +119,149 @@ class Job:
         }
 
 
-def write(ranks: Ranks, job: Job) -> None:
-    """Write the job's folder or file. *Collective*, atomic. *Cost*: one window of 16 MB at most."""
-    plans: list[dict[str, format.File]] = []
-    ranks.attempt(job.verb, lambda: plans.extend(job.plan(tree) for tree in job.trees))
-    files = {name: file for plan in plans for name, file in plan.items()}
-    hosts = ranks.exchange(job.verb, socket.gethostname())
-    direct = job.mode == "direct" or (job.mode is None and len(set(hosts)) == 1)
-    folder = Path(ranks.decide(job.verb, lambda: str(_prepare(job, files))))
-    try:
-        sums: dict[str, list[int]] = {}
-        for tree, plan in zip(job.trees, plans, strict=True):
-            for said in _write_tree(ranks, job.verb, folder, tree, plan, direct):
-                for name, contribution in said.items():
-                    sums.setdefault(name, []).append(contribution)
-        ranks.decide(job.verb, lambda: _finish(job, folder, files, sums))
-    except BaseException:
-        if ranks.first:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+class Scribe:
+    """Writes jobs, one at a time, now or behind training. Made together on all ranks, and kept between saves.
 
+    [Note: behind]  What happens behind training must not meet what training does, in another order on another rank. So
+    messages have names and a connection of their own, streams a process group of their own ([Note: turns] in wire).
+    """
 
-def _write_tree(
-    ranks: Ranks, verb: str, folder: Path, tree: Tree, files: dict[str, format.File], direct: bool
-) -> list[dict[str, int]]:
-    """Put every rank's bytes into place. Returns what each adds to the check sum of every file. *Collective*."""
-    work = _Writer(folder, files, [slot.name for slot in tree.slots])
-    mine = list(parts(tree.slots, tree.own_buffers))
-    try:
-        if direct:
-            return ranks.attempt(verb, lambda: work.all(mine))[1]
-        stream(ranks, *kinds(tree.slots), mine, work.part_or_note)
-        return ranks.attempt(verb, work.close if ranks.first else dict)[1]
-    finally:
-        work.abandon()
+    def __init__(self, ranks: Ranks, open_store: Callable[[str], dist.Store]) -> None:
+        def open_another(prefix: str) -> dist.Store:
+            # NOTE: a connection that waits is locked, and training would wait with it.
+            return open_store(prefix).clone()  # type: ignore[attr-defined, no-any-return]
 
+        self._ranks = ranks if ranks.size == 1 else Ranks(ranks.members, ranks.group, open_another, ranks.timeout)
+        self._line: Line | None = None
+        self._behind = Behind()
 
-def _prepare(job: Job, files: dict[str, format.File]) -> Path:
-    """Refuse a target that is not ours, then make the temporary folder with every file at its full size."""
-    path = job.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    commit.recover(path)
-    commit.sweep(path)
-    if job.one_file and path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
-    if not job.one_file and path.exists():
-        if not path.is_dir():
-            raise ValueError(f"{path} is a file. Give a folder, or let export write a name that ends in .safetensors.")
-        if job.verb == "save" and any(path.iterdir()) and not (path / format.META).exists():
-            raise ValueError(
-                f"{path} holds files but no {format.META}: it is not ours to replace. Choose another path."
+    def finish(self) -> list[str]:
+        """Wait for the job behind training. Returns its remarks, or raises RuntimeError if it failed."""
+        return self._behind.finish()
+
+    def write(self, job: Job, timeout: float, wait: bool = True) -> list[str]:
+        """Write the job's folder or file. Returns remarks of what is not as it should be. *Collective*, atomic.
+
+        *Cost*: two windows of 16 MB at most; with wait=False also a copy of this rank's share in host memory.
+        """
+        ranks, ranks.timeout = self._ranks, timeout
+        if not wait:
+            job = self._staged(job)
+        ready = self._prepare(job)
+        if wait:
+            return self._carry_out(ready)
+        self._behind.start(f"ema.{job.verb}({str(job.path)!r}, wait=False)", lambda: self._carry_out(ready))
+        return []
+
+    def _staged(self, job: Job) -> Job:
+        """The job with copies of what it writes, or the same error on all ranks. *Collective*."""
+        copies: list[Job] = []
+        self._ranks.attempt(job.verb, lambda: copies.append(job.with_parts(_stage)))
+        return copies[0]
+
+    def _prepare(self, job: Job) -> _Ready:
+        """Everything that can be known before the first byte is written, and the space for all of them. *Collective*."""
+        ranks = self._ranks
+        plans: list[dict[str, format.File]] = []
+        ranks.attempt(job.verb, lambda: plans.extend(job.plan(tree) for tree in job.trees))
+        files = {name: file for plan in plans for name, file in plan.items()}
+        folder = Path(ranks.decide(job.verb, lambda: str(_make(job, files))))
+        try:
+            direct = self._is_direct(job, folder)
+            if not direct and self._line is None and ranks.size > 1:
+                self._line = Line(ranks)
+        except BaseException:
+            self._abandon(folder)
+            raise
+        return _Ready(job, plans, files, folder, None if direct else self._line)
+
+    def _is_direct(self, job: Job, folder: Path) -> bool:
+        """Ranks write into place where they are of one machine and all see the folder, or are told to. *Collective*."""
+        here = _machine() if any(tree.parts for tree in job.trees) else None
+        said = self._ranks.exchange(job.verb, [here, here is None or folder.is_dir()])
+        blind = [rank for rank, (_, sees) in zip(self._ranks.members, said, strict=True) if not sees]
+        if job.mode == "direct" and blind:
+            raise RuntimeError(
+                f"ema.{job.verb}(mode='direct'): rank {blind[0]} does not see the folder {folder.parent} that rank "
+                f"{self._ranks.members[0]} writes to. Choose a file system that all ranks share, or pass mode='stream'."
             )
-    folder = commit.temporary(path)
+        machines = {machine for machine, _ in said if machine is not None}
+        return job.mode == "direct" or (job.mode is None and not blind and len(machines) < 2)
+
+    def _carry_out(self, ready: _Ready) -> list[str]:
+        """Write what was prepared, here or in a thread. *Collective*."""
+        ranks, verb = self._ranks, ready.job.verb
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                _, said = ranks.attempt(verb, lambda: ready.write(ranks))
+            sums: dict[str, list[int]] = {}
+            for name, contribution in (item for each in said for item in each.items()):
+                sums.setdefault(name, []).append(contribution)
+            remarks = ranks.decide(verb, lambda: _finish(ready.job, ready.folder, ready.files, sums))
+            return remarks if ranks.first else []
+        except BaseException:
+            self._line = None  # it may be broken
+            self._abandon(ready.folder)
+            raise
+
+    def _abandon(self, folder: Path) -> None:
+        if self._ranks.first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A job whose files lie in a temporary folder, at their full size, without their weights."""
+
+    job: Job
+    plans: list[dict[str, format.File]]
+    files: dict[str, format.File]
+    folder: Path
+    line: Line | None
+
+    def write(self, ranks: Ranks) -> dict[str, int]:
+        """Put bytes into place, this rank's or all of them. Returns what was added to the check sum of every file."""
+        sums: dict[str, int] = {}
+        for tree, plan in zip(self.job.trees, self.plans, strict=True):
+            work = _Writer(self.folder, plan, [slot.name for slot in tree.slots])
+            try:
+                if self.line is None:
+                    for part in tree.parts:
+                        work.part(*part)
+                else:
+                    collect(ranks, self.line, self.job.verb, *kinds(tree.slots), tree.parts, work.part)
+                sums |= work.close()
+            finally:
+                work.abandon()
+        return sums
+
+
+def _machine() -> str:
+    """What ranks of one machine have in common: its kernel, and with it one page cache, whatever containers are called."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _stage(mine: list[Part]) -> list[Part]:
+    """Copies in one block of host memory, pinned if they come from an accelerator. Waits until they are there."""
+    sizes = [-(-data.nbytes // ALIGN) * ALIGN for _, _, data in mine]
+    devices = {data.device for _, _, data in mine if data.device.type != "cpu"}
+    block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=bool(devices))
+    copies = []
+    for (number, offsets, data), room in zip(mine, block.split(sizes), strict=True):
+        copy = room[: data.nbytes].view(data.dtype).view(data.shape)
+        copies.append((number, offsets, copy.copy_(data, non_blocking=True)))
+    for device in devices:
+        torch.accelerator.synchronize(device)
+    return copies
+
+
+def _make(job: Job, files: dict[str, format.File]) -> Path:
+    """Refuse a target that is not ours, then make the temporary folder with every file at its full size."""
+    _refuse(job)
+    folder = commit.temporary(job.path)
     folder.mkdir()
     try:
         for name, file in files.items():
@@ -170,73 +275,70 @@ def _prepare(job: Job, files: dict[str, format.File]) -> Path:
     return folder
 
 
+def _refuse(job: Job) -> None:
+    """Raise ValueError for a target that is not ours. What died writers of ours left there is tidied up."""
+    path = job.path
+    if job.keep is not None:
+        series.refuse(path, job.keep)
+    try:
+        commit.ensure(path.parent)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{path} cannot be made: {error.filename} is a file.") from None
+    commit.recover(path)
+    commit.sweep(path)
+    if job.one_file and path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
+    if job.one_file or not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file. Give a folder, or let export write a name that ends in .safetensors.")
+    if job.verb == "save" and any(path.iterdir()) and not (path / format.META).exists():
+        raise ValueError(f"{path} holds files but no {format.META}: it is not ours to replace. Choose another path.")
+
+
 class _Writer:
     """Puts parts into their places and keeps the check sums of what it wrote."""
 
     def __init__(self, folder: Path, files: dict[str, format.File], names: Sequence[str]) -> None:
-        self.where = {weight: name for name, file in files.items() for weight in file.entries}
+        self._where = {weight: name for name, file in files.items() for weight in file.entries}
         self._folder, self._files, self._names = folder, files, names
-        self._open: dict[str, int] = {}
-        self._error: Exception | None = None
+        self._open: dict[str, commit.Target] = {}
         self._sums = {name: format.Sum(file.size) for name, file in files.items()}
 
-    def all(self, mine: Sequence[Part]) -> dict[str, int]:
-        for part in mine:
-            self.part(*part)
-        return self.close()
-
-    def part_or_note(self, number: int, offsets: tuple[int, ...], data: Tensor) -> None:
-        """`part`, but an error waits for `close`: the senders must get rid of what they send."""
-        if self._error is None:
-            try:
-                self.part(number, offsets, data)
-            except Exception as error:  # raised by close
-                self._error = error
-
     def part(self, number: int, offsets: tuple[int, ...], data: Tensor) -> None:
-        name = self.where[self._names[number]]
+        name = self._where[self._names[number]]
         file = self._files[name]
         entry = file.entries[self._names[number]]
         if name not in self._open:
-            self._open[name] = self._reach(self._folder / name)
+            self._open[name] = commit.Target(self._folder / name)
         dtype = DTYPES[entry.dtype]
         raw = memoryview(data.to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         at, base = 0, len(file.head) + entry.begin
         for start, n in runs(Box(offsets, tuple(data.shape)), entry.shape):
             chunk = raw[at : at + n * dtype.itemsize]
-            commit.write_at(self._open[name], chunk, base + start * dtype.itemsize)
+            self._open[name].write(chunk, base + start * dtype.itemsize)
             self._sums[name].add(base + start * dtype.itemsize, chunk)
             at += n * dtype.itemsize
 
-    @staticmethod
-    def _reach(path: Path) -> int:
-        try:
-            return os.open(path, os.O_WRONLY)
-        except FileNotFoundError:
-            raise RuntimeError(
-                f"{path} is not visible here: ranks must share a file system, or pass mode='stream'."
-            ) from None
-
     def close(self) -> dict[str, int]:
-        if self._error is not None:
-            raise self._error
-        for fd in self._open.values():
-            os.fsync(fd)
+        for target in self._open.values():
+            target.sync()
         self.abandon()
         return {name: sum_.contribution for name, sum_ in self._sums.items()}
 
     def abandon(self) -> None:
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._open.popitem()[1].close()
 
 
-def _finish(job: Job, folder: Path, files: dict[str, format.File], sums: dict[str, list[int]]) -> None:
-    """Seal the temporary folder and put it in place."""
+def _finish(job: Job, folder: Path, files: dict[str, format.File], sums: dict[str, list[int]]) -> list[str]:
+    """Seal the temporary folder and put it in place. Returns remarks."""
     if job.one_file:
         alone = commit.temporary(job.path)
         os.rename(folder / job.path.name, alone)
         folder.rmdir()
-        return commit.publish(alone, job.path)
+        commit.publish(alone, job.path)
+        return []
     texts = {format.META: format.dump(job.full_meta(_table(files, sums)))}
     for tree in job.trees:
         own = {Path(name).name: file for name, file in files.items() if Path(name).parent == Path(tree.prefix)}
@@ -248,8 +350,10 @@ def _finish(job: Job, folder: Path, files: dict[str, format.File], sums: dict[st
     for inner in sorted({path.parent for path in folder.rglob("*")}, reverse=True):
         commit.sync(inner)
     if job.verb == "export" and job.path.exists():
-        return _merge(folder, job.path, [*files, *texts])
-    return commit.publish(folder, job.path)
+        _merge(folder, job.path, [*files, *texts])
+    else:
+        commit.publish(folder, job.path)
+    return [] if job.keep is None else series.advance(job.path, job.keep)
 
 
 def _table(files: dict[str, format.File], sums: dict[str, list[int]]) -> dict[str, dict[str, Any]]:

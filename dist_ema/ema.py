@@ -146,6 +146,7 @@ class EMA:
         self._everyone: Ranks | None = None
         if into is not None:
             self._average.teacher = Teacher(into, self._average.show)
+        self._scribe: artifact.Scribe | None = None
         self._adopt("EMA", found)
         self._use_engine(overlap=self._on_host)
 
@@ -349,16 +350,23 @@ class EMA:
         max_shard_size: int | str = "5GB",
         mode: Literal["direct", "stream"] | None = None,
         extra: dict[str, Any] | None = None,
+        keep: int | None = None,
+        wait: bool = True,
     ) -> None:
         """Write the average as a folder to resume from, itself a safetensors model. *Collective*, atomic.
 
         With `only=` the folder holds the averaged weights alone; of several averages the first lies in the folder, the
-        others under averages/. extra: JSON values to keep in ema.json. *Cost*: every rank writes its own bytes into place,
-        no gather; across hosts the first rank writes, unless mode='direct'.
+        others under averages/. extra: JSON values to keep in ema.json. keep: the path ends in a number; of the folders that
+        are called alike, keep those with the highest numbers up to this one, and have the file `latest` beside them name
+        this one (`load` follows it). wait: False copies what this rank writes to the host and returns; a thread writes
+        behind training. The next save or export waits for it and raises what went wrong, so does the end of the program
+        wait. *Cost*: every rank writes its own bytes into place, no gather; across machines the first rank writes, unless
+        mode='direct'. wait=False: this rank's share once more in host memory, pinned on an accelerator, until it is written.
         """
         everything = self._average.only is None
         meta = {"kind": "ema", "weights": "all" if everything else "averaged", "extra": extra or {}}
-        self._write(artifact.Job("save", _real(path), self._trees(), self._meta() | meta, max_shard_size, mode))
+        trees, meta = self._trees(), self._meta() | meta
+        self._write(artifact.Job("save", _real(path), trees, meta, max_shard_size, mode, keep=keep), wait)
 
     @_aside
     def export(
@@ -376,7 +384,7 @@ class EMA:
         """
         profile = self._average.profile(which)
         meta = self._meta() | {"kind": "export", "weights": "all", "extra": {}}
-        tree = artifact.Tree(profile.persistent, profile.own, profile.schedule.spec())
+        tree = artifact.Tree(profile.persistent, dict(profile.own), profile.schedule.spec())
         self._write(artifact.Job("export", _real(path), [tree], meta, max_shard_size, mode, dtype))
 
     @_aside
@@ -420,10 +428,11 @@ class EMA:
                 if slot.shadow is not None or slot.name in profile.own or (i == 0 and average.only is None)
             ]
             label = f"{i}-{type(profile.schedule).__name__}" if i else ""
-            trees.append(artifact.Tree(slots, profile.own, profile.schedule.spec(), label))
+            trees.append(artifact.Tree(slots, dict(profile.own), profile.schedule.spec(), label))
         return trees
 
-    def _write(self, job: artifact.Job) -> None:
+    def _write(self, job: artifact.Job, wait: bool = True) -> None:
+        self._finish_writing()
         self._enter(job.verb)
         self._warn_if_idle(job.verb)
         if isinstance(self._average.model, shards.Parameters) and self._average.model.nameless:
@@ -432,13 +441,25 @@ class EMA:
                 "0, 1, ... Pass model.named_parameters() or the model for files that a model can load.",
                 stacklevel=_outside(),
             )
-        if self._ranks.size > 1 or not dist.is_initialized() or dist.get_world_size() == 1:
-            return artifact.write(self._ranks, job)
-        # A model that nobody wrapped, in a job of several ranks: the first one writes, if all hold the same.
-        if self._everyone is None:
+        alone = self._ranks.size == 1 and dist.is_initialized() and dist.get_world_size() > 1
+        if alone and self._everyone is None:
             self._everyone = Ranks(range(dist.get_world_size()), None, shards.side_store, self._ranks.timeout)
-        agree.on_averages(job.verb, self._everyone, [slot for tree in job.trees for slot in tree.slots])
-        return self._everyone.decide(job.verb, lambda: artifact.write(self._ranks, job))
+        ranks = self._everyone or self._ranks
+        if alone:  # a model that nobody wrapped, in a job of several ranks: the first one writes, if all hold the same
+            agree.on_averages(job.verb, ranks, [slot for tree in job.trees for slot in tree.slots])
+            job = job if ranks.first else job.with_parts(lambda _: [])
+        if self._scribe is None:
+            self._scribe = artifact.Scribe(ranks, shards.side_store)
+        self._remark(self._scribe.write(job, self.timeout, wait))
+
+    def _finish_writing(self) -> None:
+        """No save is under way behind training after this. Raises RuntimeError if the last one failed."""
+        if self._scribe is not None:
+            self._remark(self._scribe.finish())
+
+    def _remark(self, remarks: list[str]) -> None:
+        for text in remarks:
+            warnings.warn(text, stacklevel=_outside())
 
     def _meta(self) -> dict[str, Any]:
         attached = self._attachment
@@ -464,6 +485,7 @@ class EMA:
         after that, in the middle of reading, the error leaves a new average: equal to live, its clock at 0. *Cost*: only
         the slices that this rank keeps are read, through a window of 4 MB.
         """
+        self._finish_writing()
         self._enter("load")
         average = self._average
         readers = [resume.Reader(each.schedule.spec(), each.persistent) for each in average.profiles]

@@ -28,6 +28,7 @@ from .fused import Numbering
 from .shards import Region, Shard
 
 __all__ = [
+    "ALIGN",
     "DTYPES",
     "Box",
     "Slot",

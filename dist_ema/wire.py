@@ -2,12 +2,17 @@
 
 [Note: windows]  Everything travels as uint8, because gloo cannot send int16 or float8 in collectives, and packed: one
 flat window of the bytes of 300 small tensors takes a hundredth of the time of 300 collectives.
+
+[Note: turns]  Files may be written behind training, and ranks may die or fill a disk meanwhile. So bytes for files travel on
+a process group of their own, on which nobody else waits; and a rank sends only when the first one calls it by a message:
+who waits for its turn is not stuck in a send that nobody will ever receive.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,10 +20,11 @@ from torch import Tensor
 
 from .ranks import Ranks, wire_device
 
-__all__ = ["Part", "broadcast", "stream"]
+__all__ = ["Line", "Part", "broadcast", "collect", "stream"]
 
 WINDOW = 4 << 20  # bytes that one broadcast moves
 STREAM = 16 << 20  # bytes that one send moves, if no single part is longer
+CPU = torch.device("cpu")
 Part = tuple[int, tuple[int, ...], Tensor]  # number of the weight, offsets of the block in it, the block
 
 
@@ -57,65 +63,131 @@ def _buckets(pieces: list[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
+Sink = Callable[[int, tuple[int, ...], Tensor], None]
+
+
 def stream(
     ranks: Ranks,
     dtypes: Sequence[torch.dtype],
     dims: Sequence[int],
     mine: Sequence[Part],
-    sink: Callable[[int, tuple[int, ...], Tensor], None],
+    sink: Sink,
     everywhere: bool = False,
 ) -> None:
     """Hand every rank's parts to `sink` on the first rank, or on all. *Collective*. *Cost*: one window and one copy.
 
     dtypes and dims describe the weights by number, alike on every rank.
     """
+    wire = ranks.wire_device()
+
+    def out(data: Tensor) -> None:
+        ranks.share(data, ranks.rank) if everywhere else ranks.send(data, 0)
+
     for source in range(ranks.size):
         if source == ranks.rank:
             for part in mine:
                 sink(*part)
             if ranks.size > 1 and (everywhere or source > 0):
-                _send(ranks, mine, everywhere)
+                _send(mine, out, wire)
         elif everywhere or ranks.first:
-            for part in _receive(ranks, source, dtypes, dims, everywhere):
+
+            def take(data: Tensor, source: int = source) -> None:
+                ranks.share(data, source) if everywhere else ranks.receive(data, source)
+
+            for part in _receive(take, dtypes, dims, wire):
                 sink(*part)
 
 
-def _send(ranks: Ranks, mine: Sequence[Part], everywhere: bool) -> None:
-    wire = ranks.wire_device()
+class Line:
+    """A process group for files alone ([Note: turns]). *Collective*.
 
-    def out(data: Tensor) -> None:
-        data = data.to(wire)
-        ranks.share(data, ranks.rank) if everywhere else ranks.send(data, 0)
+    NOTE: its methods, not `torch.distributed.send`: they still work after the program has called destroy_process_group(),
+    while a file is being written behind it.
+    """
 
+    def __init__(self, ranks: Ranks) -> None:
+        self._patience = timedelta(seconds=ranks.timeout)
+        group = dist.new_group(ranks.members, timeout=self._patience, backend="gloo", use_local_synchronization=True)
+        self._group, self._places = group, [dist.get_group_rank(group, member) for member in ranks.members]
+
+    def send(self, data: Tensor, to: int) -> None:
+        self._group.send([data], self._places[to], 0).wait(self._patience)
+
+    def receive(self, data: Tensor, source: int) -> None:
+        self._group.recv([data], self._places[source], 0).wait(self._patience)
+
+
+def collect(
+    ranks: Ranks,
+    line: Line,
+    verb: str,
+    dtypes: Sequence[torch.dtype],
+    dims: Sequence[int],
+    mine: Sequence[Part],
+    sink: Sink,
+) -> None:
+    """`stream` to the first rank, over `line` and in turns: what goes wrong there stops the others, and is raised there.
+
+    *Cost*: two windows on the first rank, one on the others.
+    """
+    if not ranks.first:
+        if ranks.listen(verb) == "send":
+            _send(mine, lambda data: line.send(data, 0), CPU)
+        return
+    error = _pour(mine, sink)
+    for source in range(1, ranks.size):
+        ranks.call(verb, source, "stop" if error else "send")
+        if error is None:
+            error = _pour(_receive(lambda data: line.receive(data, source), dtypes, dims, CPU), sink)  # noqa: B023
+    if error is not None:
+        raise error
+
+
+def _pour(parts: Iterable[Part], sink: Sink) -> Exception | None:
+    """Hand parts to `sink`. After an error the others are taken and dropped: their sender must get rid of them."""
+    error = None
+    try:
+        for part in parts:
+            if error is None:
+                try:
+                    sink(*part)
+                except Exception as caught:
+                    error = caught
+    except RuntimeError as caught:  # the line is broken
+        error = error or caught
+    return error
+
+
+def _send(mine: Sequence[Part], out: Callable[[Tensor], None], wire: torch.device) -> None:
     table = [n for number, offsets, data in mine for n in (number, *offsets, *data.shape)]
-    out(torch.tensor([len(mine), len(table)]))
+    out(torch.tensor([len(mine), len(table)]).to(wire))
     if mine:
-        out(torch.tensor(table))
+        out(torch.tensor(table).to(wire))
     for window in _windows([data.nbytes for _, _, data in mine]):
-        out(torch.cat([mine[i][2].contiguous().view(-1).view(torch.uint8).to(wire) for i in window]))
+        flat = [mine[i][2].contiguous().view(-1).view(torch.uint8).to(wire) for i in window]
+        out(flat[0] if len(flat) == 1 else torch.cat(flat))
 
 
 def _receive(
-    ranks: Ranks, source: int, dtypes: Sequence[torch.dtype], dims: Sequence[int], everywhere: bool
+    take: Callable[[Tensor], None], dtypes: Sequence[torch.dtype], dims: Sequence[int], wire: torch.device
 ) -> Iterator[Part]:
-    wire = ranks.wire_device()
-
-    def take(n: int, dtype: torch.dtype) -> Tensor:
-        data = torch.empty(n, dtype=dtype, device=wire)
-        ranks.share(data, source) if everywhere else ranks.receive(data, source)
-        return data
-
-    count, length = take(2, torch.int64).tolist()
+    head = torch.empty(2, dtype=torch.int64, device=wire)
+    take(head)
+    count, length = head.tolist()
     if not count:
         return
-    table = _read_table(take(length, torch.int64).tolist(), dims)
+    numbers = torch.empty(length, dtype=torch.int64, device=wire)
+    take(numbers)
+    table = _read_table(numbers.tolist(), dims)
     sizes = [math.prod(shape) * dtypes[number].itemsize for number, _, shape in table]
     for window in _windows(sizes):
-        data = take(sum(sizes[i] for i in window), torch.uint8)
+        data = torch.empty(sum(sizes[i] for i in window), dtype=torch.uint8, device=wire)
+        take(data)
         for i, raw in zip(window, data.split([sizes[i] for i in window]), strict=True):
             number, offsets, shape = table[i]
-            # NOTE: the clone aligns the bytes; a view of another dtype needs an offset that its size divides.
-            yield number, offsets, raw.clone().view(dtypes[number]).view(shape)
+            # NOTE: a view of another dtype needs an offset that its size divides.
+            aligned = raw.storage_offset() % dtypes[number].itemsize == 0
+            yield number, offsets, (raw if aligned else raw.clone()).view(dtypes[number]).view(shape)
 
 
 def _read_table(numbers: list[int], dims: Sequence[int]) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:

@@ -26,8 +26,8 @@ HOUSE = ROOT / "dist_ema"
 
 FLOORS = {
     -1: "compiled",
-    0: "schedule kernels fused executors shards format commit ranks console elements figure pickles archives",
-    1: "teacher layout clock wire engine sink profiles distcp foreign checkpoint",
+    0: "schedule kernels fused executors shards format commit ranks console elements figure pickles archives behind",
+    1: "teacher layout clock wire engine sink profiles distcp foreign checkpoint series",
     2: "swap gather artifact resume dcp agree attach average telemetry source",
     3: "ema combine",
     4: "posthoc recipes.__init__ recipes.batchnorm recipes.distill recipes.fixres",

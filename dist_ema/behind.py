@@ -1,0 +1,51 @@
+"""Work behind the caller: one piece at a time, not lost when the program ends, its errors handed to the next call."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+__all__ = ["Behind"]
+
+log = logging.getLogger("dist_ema")
+
+
+class Behind:
+    """One piece of work at a time, in a thread.
+
+    The thread is no daemon, so the interpreter waits for it before it ends (`os._exit` and a signal do not). An error is
+    logged when it happens, because there may be no next call.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._what = ""
+        self._error: BaseException | None = None
+        self._said: list[str] = []
+
+    def start(self, what: str, work: Callable[[], list[str]]) -> None:
+        """Do `work`, which returns remarks. Call `finish` first."""
+        assert self._thread is None
+        self._what, self._error, self._said = what, None, []
+
+        def run() -> None:
+            try:
+                self._said = work()
+            except BaseException as error:
+                log.error("%s failed behind training: %s", what, error)
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="dist_ema files")
+        self._thread.start()
+
+    def finish(self) -> list[str]:
+        """Wait for what is under way; its remarks. Raises RuntimeError, once, if it failed."""
+        if self._thread is None:
+            return []
+        self._thread.join()
+        self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise RuntimeError(f"{self._what} failed behind training: {error}") from error
+        return self._said
