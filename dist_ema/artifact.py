@@ -178,7 +178,7 @@ class Scribe:
     def _is_direct(self, job: Job, folder: Path) -> bool:
         """Ranks write into place where they are of one machine and all see the folder, or are told to. *Collective*."""
         here = _machine() if any(tree.parts for tree in job.trees) else None
-        said = self._ranks.exchange(job.verb, [here, here is None or folder.is_dir()])
+        said = self._ranks.exchange(job.verb, [here, here is None or os.path.isdir(folder)])
         blind = [rank for rank, (_, sees) in zip(self._ranks.members, said, strict=True) if not sees]
         if job.mode == "direct" and blind:
             raise RuntimeError(

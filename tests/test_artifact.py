@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import ctypes
 import json
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -16,12 +18,12 @@ import torch.distributed as dist
 from torch import nn
 
 import dist_ema
-from dist_ema import EMA, Uniform, load_file
-from tests.kit import Collectives, Core, Images, Net, Training, raises, run_ranks
+from dist_ema import EMA, Uniform, artifact, load_file, wire
+from tests.kit import Collectives, Core, Images, Net, Training, raises, run_ranks, wrap
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
@@ -232,6 +234,65 @@ def direct_and_stream(folder: str) -> None:
         assert torch.equal(stored["a.weight"], channels.module.a.weight)
 
 
+class Zoo(nn.Module):
+    """Every kind of weight that a file can hold in an awkward place: tied, 0-dim, empty, of 16, 8 and 64 bits, complex,
+    channels_last, frozen; buffers of bools and integers, and one that no state_dict has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+        self.head.weight = self.emb.weight
+        self.scalar = nn.Parameter(torch.tensor(0.7))
+        self.empty = nn.Parameter(torch.ones(0, 4))
+        self.sixteen = nn.Parameter(torch.randn(5, 3).to(torch.bfloat16))
+        self.wave = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        self.sixtyfour = nn.Parameter(torch.randn(3, 5, dtype=torch.float64))
+        self.conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        self.frozen = nn.Parameter(torch.randn(3, 3).to(torch.float8_e4m3fn), requires_grad=False)
+        self.register_buffer("mask", torch.arange(9) % 2 == 0)
+        self.register_buffer("count", torch.tensor(5))
+        self.register_buffer("tiny", torch.arange(-3, 3, dtype=torch.int8))
+        self.register_buffer("mean", torch.randn(3).to(torch.float16))
+        self.register_buffer("scratch", torch.ones(2), persistent=False)
+
+
+def canonical(folder: str) -> None:
+    """The same bytes in every file, whoever holds what, in both modes, now or behind, with several averages; and those of a
+    model that nobody wrapped."""
+    for kind in ("zoo", "net"):
+        torch.manual_seed(3)
+        twin = Zoo() if kind == "zoo" else Net()
+        torch.manual_seed(3)
+        # NOTE: gloo cannot send float8, which DDP would at its start.
+        model = nn.parallel.DistributedDataParallel(Zoo(), init_sync=False) if kind == "zoo" else wrap("fsdp2", Net())
+        averages = [EMA(each, [0.5, Uniform()]) for each in (twin, model)]
+        for ema in averages:
+            for number in (1, 2):
+                with torch.no_grad():
+                    for p in ema._average.model.parameters():
+                        if p.requires_grad:
+                            p += number
+                ema.update()
+        for size in (150, "5GB") if kind == "zoo" else ("5GB",):
+            averages[0].save(f"{folder}/want", max_shard_size=size)
+            want = files_of(Path(folder, "want")) if dist.get_rank() == 0 else {}
+            for mode, wait in (("direct", True), ("stream", True), ("direct", False), ("stream", False)):
+                averages[1].save(f"{folder}/{mode}", max_shard_size=size, mode=mode, wait=wait)  # type: ignore[arg-type]
+                averages[1]._finish_writing()
+                if want:
+                    found = files_of(Path(folder, mode))
+                    assert {name for name, data in found.items() ^ want.items()} == set(), (kind, size, mode, wait)
+                    assert len(want) > 6 if size == 150 else len(want) == 3
+                dist.barrier()
+        if want:
+            stored, full = load_file(f"{folder}/stream"), twin.state_dict()
+            assert stored.keys() == full.keys()
+            assert kind == "net" or torch.equal(stored["scalar"], twin.scalar - 1.25)
+            assert all(torch.equal(stored[name], full[name]) for name, _ in twin.named_buffers() if name in full)
+            plain = safetensors.torch.load_file(f"{folder}/stream/model.safetensors")
+            assert all(torch.equal(stored[name], plain[name]) for name in plain if plain[name].dtype.itemsize > 1)
+
+
 def one_rank_fails(folder: str) -> None:
     """A disk that is full for one rank is an error on all; the average that was there is whole, the temporary is gone."""
     model = nn.parallel.DistributedDataParallel(nn.Linear(300, 400))
@@ -269,6 +330,88 @@ def one_rank_fails(folder: str) -> None:
     ema.update()
 
 
+@contextlib.contextmanager
+def obeying_modes() -> Iterator[None]:
+    """Root without its power over the modes of files (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH): this thread only."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    head, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(head, sets) == 0
+    effective = sets[0]
+    sets[0] &= ~0b110
+    assert libc.capset(head, sets) == 0
+    try:
+        yield
+    finally:
+        sets[0] = effective
+        assert libc.capset(head, sets) == 0
+
+
+def permission_lost(folder: str) -> None:
+    """On the rank that makes the folder: an error on both that names the place; what was there is intact."""
+    ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(3, 4)), 0.5)
+    ema.timeout = 20
+    run, first = Path(folder, "run"), dist.get_rank() == 0
+    ema.save(run / "kept")
+    before = files_of(run / "kept")
+    dist.barrier()
+    run.chmod(0o555)
+    for path in (run / "kept", run / "new", run / "deep" / "new"):
+        for mode in ("direct", "stream"):
+            words = ("Permission denied", str(run)) + (() if first else ("failed on rank 0",))
+            with obeying_modes(), raises(PermissionError if first else RuntimeError, *words):
+                ema.save(path, mode=mode)  # type: ignore[arg-type]
+    dist.barrier()
+    run.chmod(0o755)
+    assert files_of(run / "kept") == before
+    assert os.listdir(run) == ["kept"]
+    dist.barrier()
+    for path, words in (
+        (run / "kept" / "ema.json", "is a file"),
+        (run / "kept" / "ema.json" / "x", "ema.json is a file"),
+    ):
+        with raises(ValueError if first else RuntimeError, words):
+            ema.save(path)
+    ema.save(run / "far" / "away" / "new")
+    dist.barrier()
+    assert files_of(run / "far" / "away" / "new") == before
+    assert files_of(run / "kept") == before
+
+
+def another_file_system(folder: str) -> None:
+    """Rank 1 does not see what rank 0 made: streamed without being told, and refused by name where it was told otherwise."""
+    ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
+    ema.timeout = 20
+    hidden = Path(folder, "hidden")
+    ema.save(hidden / "seen")
+    dist.barrier()
+    hidden.chmod(0)
+    with obeying_modes() if dist.get_rank() == 1 else contextlib.nullcontext():
+        assert hidden.is_dir()
+        assert os.path.isdir(hidden / "seen") == (dist.get_rank() == 0)
+        ema.save(hidden / "streamed")
+        with raises(RuntimeError, "mode='direct'", "rank 1 does not see the folder", "pass mode='stream'"):
+            ema.save(hidden / "forced", mode="direct")
+        dist.barrier()
+    hidden.chmod(0o755)
+    assert sorted(os.listdir(hidden)) == ["seen", "streamed"]
+    assert files_of(hidden / "seen") == files_of(hidden / "streamed")
+
+
+def other_machines(folder: str) -> None:
+    """What _machine says decides, unless a mode is given: two machines stream, two ranks of one write into place."""
+    ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
+    assert len(artifact._machine()) > 3
+    assert len(set(ema._ranks.exchange("test", artifact._machine()))) == 1
+    sent: list[int] = []
+    real = wire.Line.send
+    wire.Line.send = lambda *args: (sent.append(1), real(*args))[1]  # type: ignore[method-assign]
+    for machine, mode, streams in ((0, None, False), (1, None, True), (1, "direct", False), (0, "stream", True)):
+        artifact._machine = lambda apart=machine: f"host {apart * dist.get_rank()}"  # type: ignore[misc]
+        sent.clear()
+        ema.save(f"{folder}/a", mode=mode)  # type: ignore[arg-type]
+        assert bool(sent) == (streams and dist.get_rank() == 1), (machine, mode)
+
+
 def nobody_wrapped(folder: str) -> None:
     """A plain module in a job of several ranks: the first writes if all hold the same, else all raise."""
     torch.manual_seed(0)
@@ -284,56 +427,20 @@ def nobody_wrapped(folder: str) -> None:
         ema.save(f"{folder}/plain")
 
 
+def several(folder: str, works: str) -> None:
+    """One after the other, each in a folder of its own below the first word."""
+    prefix, *names = works.split()
+    for name in names:
+        path = Path(folder, prefix, name)
+        path.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        globals()[name](str(path))
+
+
 def test_on_ranks(tmp_path: Path) -> None:
-    for name, work, world in [("a", direct_and_stream, 3), ("b", one_rank_fails, 2), ("c", nobody_wrapped, 2)]:
-        (tmp_path / name).mkdir()
-        run_ranks(world, work, str(tmp_path / name))
+    run_ranks(3, several, str(tmp_path), "a direct_and_stream canonical")
+    works = "b one_rank_fails nobody_wrapped permission_lost other_machines"
+    run_ranks(2, several, str(tmp_path), works + " another_file_system" * (os.geteuid() == 0))
     for kind in ("ddp", "fsdp1-flat", "fsdp2"):
-        stored = load_file(tmp_path / "a" / f"{kind}.safetensors")
+        stored = load_file(tmp_path / "a" / "direct_and_stream" / f"{kind}.safetensors")
         assert set(stored) == set(Net().state_dict())
-
-
-def die_while_saving(folder: str, victim: int) -> Any:
-    """SIGKILL of one rank in the middle of overwriting saves."""
-    import signal
-    import threading
-    import time
-
-    run = Training("fsdp2")
-    ema = EMA(run.model, 0.5)
-    ema.timeout = 5
-    ema.save(f"{folder}/average", extra={"version": 0})
-    if dist.get_rank() == victim:
-        threading.Thread(target=lambda: (time.sleep(0.2), os.kill(os.getpid(), signal.SIGKILL)), daemon=True).start()
-    for version in range(1, 500):
-        with torch.no_grad():
-            for slot in ema._average.profiles[0].averages:
-                slot.shadow.fill_(float(version))
-        ema.save(f"{folder}/average", extra={"version": version})
-        Path(folder, f"returned-{dist.get_rank()}").write_text(str(version))
-    raise AssertionError("nobody died")
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_save_leaves_a_whole_version(tmp_path: Path, victim: int) -> None:
-    """Whatever moment a rank dies at: one version, whole, and not older than the last save that returned."""
-    run_ranks(2, die_or_report, str(tmp_path), victim, allow_dead=True)
-    version = json.loads((tmp_path / "average" / "ema.json").read_text())["extra"]["version"]
-    returned = [int(path.read_text()) for path in tmp_path.glob("returned-*")]
-    assert version >= max(returned, default=0)
-    stored = load_file(tmp_path / "average")
-    ema = EMA(Net(), 0.5)
-    ema.load(tmp_path / "average")
-    if version:
-        assert all((stored[name] == version).all() for name in ema.names())
-    (tmp_path / f".average.tmp-{'0' * 32}").mkdir(exist_ok=True)  # what a rank that died leaves, if it was the first
-    ema.save(tmp_path / "average")
-    assert not [path for path in tmp_path.iterdir() if ".tmp-" in path.name], "the next save removes what was left"
-
-
-def die_or_report(folder: str, victim: int) -> str:
-    try:
-        die_while_saving(folder, victim)
-    except RuntimeError as error:  # the survivor, whose partner is gone
-        return str(error)
-    raise AssertionError("nobody died")
