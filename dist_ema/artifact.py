@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -144,14 +145,22 @@ class Scribe:
 
         *Cost*: two windows of 16 MB at most; with wait=False also a copy of this rank's share in host memory.
         """
-        ranks, ranks.timeout = self._ranks, timeout
+        self._ranks.timeout = timeout
+        self._ranks.begin(job.verb)
         if not wait:
             job = self._staged(job)
         ready = self._prepare(job)
         if wait:
             return self._carry_out(ready)
-        self._behind.start(f"ema.{job.verb}({str(job.path)!r}, wait=False)", lambda: self._carry_out(ready))
+        self._behind.start(f"ema.{job.verb}({str(job.path)!r}, wait=False)", lambda: self._stay(ready))
         return []
+
+    def _stay(self, ready: _Ready) -> list[str]:
+        """Write it, and go on until all have heard what came of it: the process that ends first may serve the messages."""
+        remarks = self._carry_out(ready)
+        with suppress(RuntimeError):
+            self._ranks.exchange(ready.job.verb)
+        return remarks
 
     def _staged(self, job: Job) -> Job:
         """The job with copies of what it writes, or the same error on all ranks. *Collective*."""
@@ -191,18 +200,22 @@ class Scribe:
     def _carry_out(self, ready: _Ready) -> list[str]:
         """Write what was prepared, here or in a thread. *Collective*."""
         ranks, verb = self._ranks, ready.job.verb
+        writers = ready.writers()
         try:
             with torch.inference_mode(False), torch.no_grad():
-                _, said = ranks.attempt(verb, lambda: ready.write(ranks))
-            sums: dict[str, list[int]] = {}
-            for name, contribution in (item for each in said for item in each.items()):
-                sums.setdefault(name, []).append(contribution)
-            remarks = ranks.decide(verb, lambda: _finish(ready.job, ready.folder, ready.files, sums))
+                if ready.line is None:
+                    _, said = ranks.attempt(verb, lambda: ready.write(writers))
+                else:
+                    ready.collect(ranks, writers)
+            remarks = ranks.decide(verb, lambda: _finish(ready, said if ready.line is None else [_close(writers)]))
             return remarks if ranks.first else []
         except BaseException:
             self._line = None  # it may be broken
             self._abandon(ready.folder)
             raise
+        finally:
+            for writer in writers:
+                writer.abandon()
 
     def _abandon(self, folder: Path) -> None:
         if self._ranks.first:
@@ -219,21 +232,27 @@ class _Ready:
     folder: Path
     line: Line | None
 
-    def write(self, ranks: Ranks) -> dict[str, int]:
-        """Put bytes into place, this rank's or all of them. Returns what was added to the check sum of every file."""
-        sums: dict[str, int] = {}
-        for tree, plan in zip(self.job.trees, self.plans, strict=True):
-            work = _Writer(self.folder, plan, [slot.name for slot in tree.slots])
-            try:
-                if self.line is None:
-                    for part in tree.parts:
-                        work.part(*part)
-                else:
-                    collect(ranks, self.line, self.job.verb, *kinds(tree.slots), tree.parts, work.part)
-                sums |= work.close()
-            finally:
-                work.abandon()
-        return sums
+    def writers(self) -> list[_Writer]:
+        trees = zip(self.job.trees, self.plans, strict=True)
+        return [_Writer(self.folder, plan, [slot.name for slot in tree.slots]) for tree, plan in trees]
+
+    def write(self, writers: list[_Writer]) -> dict[str, int]:
+        """Put what this rank answers for into place."""
+        for tree, writer in zip(self.job.trees, writers, strict=True):
+            for part in tree.parts:
+                writer.part(*part)
+        return _close(writers)
+
+    def collect(self, ranks: Ranks, writers: list[_Writer]) -> None:
+        """Put what all ranks answer for into place, on the first one. *Collective*."""
+        assert self.line is not None
+        for tree, writer in zip(self.job.trees, writers, strict=True):
+            collect(ranks, self.line, self.job.verb, *kinds(tree.slots), tree.parts, writer.part)
+
+
+def _close(writers: list[_Writer]) -> dict[str, int]:
+    """What was added to the check sum of every file."""
+    return {name: added for writer in writers for name, added in writer.close().items()}
 
 
 def _machine() -> str:
@@ -331,15 +350,16 @@ class _Writer:
             self._open.popitem()[1].close()
 
 
-def _finish(job: Job, folder: Path, files: dict[str, format.File], sums: dict[str, list[int]]) -> list[str]:
+def _finish(ready: _Ready, added: list[dict[str, int]]) -> list[str]:
     """Seal the temporary folder and put it in place. Returns remarks."""
+    job, folder, files = ready.job, ready.folder, ready.files
     if job.one_file:
         alone = commit.temporary(job.path)
         os.rename(folder / job.path.name, alone)
         folder.rmdir()
         commit.publish(alone, job.path)
         return []
-    texts = {format.META: format.dump(job.full_meta(_table(files, sums)))}
+    texts = {format.META: format.dump(job.full_meta(_table(files, added)))}
     for tree in job.trees:
         own = {Path(name).name: file for name, file in files.items() if Path(name).parent == Path(tree.prefix)}
         if len(own) > 1:
@@ -356,13 +376,14 @@ def _finish(job: Job, folder: Path, files: dict[str, format.File], sums: dict[st
     return [] if job.keep is None else series.advance(job.path, job.keep)
 
 
-def _table(files: dict[str, format.File], sums: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
+def _table(files: dict[str, format.File], added: list[dict[str, int]]) -> dict[str, dict[str, Any]]:
     """Size and check sum of every file, from what each rank wrote into it ([Note: check sums] in format)."""
     table = {}
     for name, file in files.items():
         head = format.Sum(file.size)
         head.add(0, file.head)
-        table[name] = {"size": file.size, "crc32": format.check_sum(file.size, [head.contribution, *sums[name]])}
+        sums = [head.contribution, *(each[name] for each in added)]
+        table[name] = {"size": file.size, "crc32": format.check_sum(file.size, sums)}
     return table
 
 

@@ -4,14 +4,15 @@
 flat window of the bytes of 300 small tensors takes a hundredth of the time of 300 collectives.
 
 [Note: turns]  Files may be written behind training, and ranks may die or fill a disk meanwhile. So bytes for files travel on
-a process group of their own, on which nobody else waits; and a rank sends only when the first one calls it by a message:
-who waits for its turn is not stuck in a send that nobody will ever receive.
+a process group of their own, on which nobody else waits; and a rank sends only after the first one has said that all went
+well with the rank before: who waits for its turn is not stuck in a send that nobody will ever receive.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from .ranks import Ranks, wire_device
 
-__all__ = ["Line", "Part", "broadcast", "collect", "stream"]
+__all__ = ["Line", "LineError", "Part", "broadcast", "collect", "stream"]
 
 WINDOW = 4 << 20  # bytes that one broadcast moves
 STREAM = 16 << 20  # bytes that one send moves, if no single part is longer
@@ -111,10 +112,24 @@ class Line:
         self._group, self._places = group, [dist.get_group_rank(group, member) for member in ranks.members]
 
     def send(self, data: Tensor, to: int) -> None:
-        self._group.send([data], self._places[to], 0).wait(self._patience)
+        with _naming():
+            self._group.send([data], self._places[to], 0).wait(self._patience)
 
     def receive(self, data: Tensor, source: int) -> None:
-        self._group.recv([data], self._places[source], 0).wait(self._patience)
+        with _naming():
+            self._group.recv([data], self._places[source], 0).wait(self._patience)
+
+
+class LineError(RuntimeError):
+    """The other end is gone, or hangs."""
+
+
+@contextmanager
+def _naming() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LineError(str(error)) from error
 
 
 def collect(
@@ -126,36 +141,44 @@ def collect(
     mine: Sequence[Part],
     sink: Sink,
 ) -> None:
-    """`stream` to the first rank, over `line` and in turns: what goes wrong there stops the others, and is raised there.
+    """`stream` to the first rank, over `line` and in turns: what fails there is raised on all. *Collective*.
 
-    *Cost*: two windows on the first rank, one on the others.
+    *Cost*: two windows on the first rank, one on the others; one message per rank, read by all.
     """
-    if not ranks.first:
-        if ranks.listen(verb) == "send":
-            _send(mine, lambda data: line.send(data, 0), CPU)
-        return
-    error = _pour(mine, sink)
-    for source in range(1, ranks.size):
-        ranks.call(verb, source, "stop" if error else "send")
-        if error is None:
-            error = _pour(_receive(lambda data: line.receive(data, source), dtypes, dims, CPU), sink)  # noqa: B023
-    if error is not None:
-        raise error
+    broken: Exception | None = None
+    for source in range(ranks.size):
+
+        def turn(source: int = source) -> None:
+            """On the first rank: the part of `source`, whose turn it is."""
+            if source == ranks.rank:
+                return _pour(mine, sink)
+            try:
+                _pour(_receive(lambda data: line.receive(data, source), dtypes, dims, CPU), sink)
+            except LineError as error:
+                raise RuntimeError(f"rank {ranks.members[source]} broke off what it was sending: {error}") from error
+
+        try:
+            ranks.decide(verb, turn)
+        except RuntimeError as refused:
+            raise refused from broken
+        if ranks.rank == source + 1:
+            try:
+                _send(mine, lambda data: line.send(data, 0), CPU)
+            except Exception as error:  # the first rank finds out, and says so to all
+                broken = error
 
 
-def _pour(parts: Iterable[Part], sink: Sink) -> Exception | None:
+def _pour(parts: Iterable[Part], sink: Sink) -> None:
     """Hand parts to `sink`. After an error the others are taken and dropped: their sender must get rid of them."""
-    error = None
-    try:
-        for part in parts:
-            if error is None:
-                try:
-                    sink(*part)
-                except Exception as caught:
-                    error = caught
-    except RuntimeError as caught:  # the line is broken
-        error = error or caught
-    return error
+    failed = None
+    for part in parts:
+        if failed is None:
+            try:
+                sink(*part)
+            except Exception as error:
+                failed = error
+    if failed is not None:
+        raise failed
 
 
 def _send(mine: Sequence[Part], out: Callable[[Tensor], None], wire: torch.device) -> None:
