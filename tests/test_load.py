@@ -317,6 +317,53 @@ def test_files_that_nobody_summed(tmp_path: Path) -> None:
             read(tmp_path / "a")
 
 
+ODD_META: list[dict[str, Any]] = [
+    {"files": {"model.safetensors": {}}}, {"files": {"model.safetensors": 7}}, {"kind": "sun"}, {"weights": "some"},
+    {"files": {"model.safetensors": {"size": "1", "crc32": "00000000"}}}, {"aliases": []}, {"aliases": {"a": "b"}},
+    {"files": {"model.safetensors": {"size": 1, "crc32": None}}}, {"aliases": {"a": [7]}}, {"averaged": "ab"},
+    {"averaged": [1]}, {"own_buffers": {"a": 1}}, {"averages": {"x-Constant": {"own_buffers": []}}}, {"schedules": [7]},
+    {"averages": {"1-Constant": {}}}, {"schedules": [{"name": "Power", "sigma_rel": 1e-300}]}, {"clock": [1]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_META, ids=str)
+def test_ema_json_is_not_trusted(odd: dict[str, Any], tmp_path: Path) -> None:
+    """What reading would trip over in the middle is one sentence at the beginning: _refuse_unsound."""
+    ema = moved(wide("ab"))
+    ema.save(tmp_path / "a")
+    path = tmp_path / "a" / format.META
+    path.write_text(json.dumps(json.loads(path.read_text()) | odd))
+    with nothing_changes(ema), pytest.raises(ValueError, match=r"ema\.json is damaged: \w+: "):
+        ema.load(tmp_path / "a")
+
+
+def test_a_file_of_another_length(tmp_path: Path) -> None:
+    """Sound in itself, and not what was written: seen without the check sum too."""
+    ema = moved(wide("ab"))
+    ema.save(tmp_path / "a")
+    path = tmp_path / "a" / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    path.write_bytes((length + 8).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 8 + data[8 + length :])
+    for read in (lambda path: ema.load(path, verify=False), load_file):
+        with (
+            nothing_changes(ema),
+            pytest.raises(ValueError, match=f"it holds {len(data) + 8} bytes, .* says {len(data)}"),
+        ):
+            read(tmp_path / "a")
+
+
+def test_ema_json_leads_nowhere(tmp_path: Path) -> None:
+    """A broken link is no folder without ema.json, whose clock would begin at 0."""
+    ema = moved(wide("ab"))
+    ema.save(tmp_path / "a")
+    os.rename(tmp_path / "a" / format.META, tmp_path / "kept")
+    os.symlink("gone", tmp_path / "a" / format.META)
+    for read in (ema.load, load_file):
+        with nothing_changes(ema), pytest.raises(OSError, match=r"ema\.json"):
+            read(tmp_path / "a")
+
+
 def test_aliases_that_cannot_be(tmp_path: Path) -> None:
     """Another name of a weight that is a weight itself would be read in its place."""
     ema = moved(wide("abc"))
