@@ -293,6 +293,10 @@ def test_several_start_and_resume(tmp_path: Path) -> None:
     ):
         two.load(tmp_path / "a")
     assert [int(values(two, i)["a"][0]) for i in range(2)] == [1, 0]
+    two = EMA(wide("ab"), [0.99, decays[0]])
+    with pytest.warns(UserWarning, match=r"averaged with Constant\(decay=0.0625\)"):
+        two.load(tmp_path / "a")
+    assert [int(values(two, i)["a"][0]) for i in range(2)] == [1, 0], "not the one that the other took"
     save_file({"a": torch.full((3,), 7.0), "b": torch.full((3,), 8.0)}, tmp_path / "model.safetensors")
     two.load(tmp_path / "model.safetensors")
     assert [int(values(two, i)["b"][0]) for i in range(2)] == [8, 8]
@@ -433,7 +437,7 @@ def field(name):
     return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith(name))
 
 torch.set_num_threads(1)
-model = nn.Sequential(*(nn.utils.skip_init(nn.Linear, 2048, 4096) for _ in range(6)))
+model = nn.Sequential(*(nn.utils.skip_init(nn.Linear, 6144, 4096) for _ in range(2)))
 with torch.no_grad():
     for p in model.parameters():
         p.fill_(1.0)
