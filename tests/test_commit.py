@@ -143,6 +143,25 @@ def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (read(Path("ema")), names(tmp_path)) == ("new", ["ema"])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_second_rename_fails(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old version is back at once, for readers that know nothing of `recover`."""
+    path, real, calls = make(tmp_path / "ema", kind, "old"), os.rename, []
+
+    def rename(a: Path, b: Path) -> None:
+        calls.append(a)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "second rename")
+        real(a, b)
+
+    new = make(commit.temporary(path), kind, "new")
+    no_exchange(monkeypatch)
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="second rename"):
+        commit.publish(new, path)
+    assert (read(path), read(new), len(names(tmp_path))) == ("old", "new", 2)
+
+
 # --- interrupted -------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +311,19 @@ def test_temporary(tmp_path: Path) -> None:
     assert all(path.name.startswith(".ema.tmp-") for path in found)
 
 
+def test_ensure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every new folder is on disk before anything lies in it: the one above it is synced, once."""
+    real, synced = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1])
+    for _ in range(2):
+        commit.ensure(tmp_path / "a" / "b" / "c")
+    assert synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(FileExistsError, match="file"):
+            commit.ensure(path)
+
+
 # --- bytes -------------------------------------------------------------------------------------------------------
 
 
@@ -370,3 +402,25 @@ def test_write_in_any_order(tmp_path: Path) -> None:
         commit.write_at(file.fileno(), b"head", 0)
         commit.write_at(file.fileno(), b"", 2)
     assert (tmp_path / "a").read_bytes() == b"headweights"
+
+
+def test_windows_go_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[Note: pages] in commit: what is written is handed on when a window is full, and given back with the next one."""
+    real, hints = os.posix_fadvise, []
+
+    def spy(fd: int, begin: int, n: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        hints.append((begin, begin + n))
+        real(fd, begin, n, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", spy)
+    monkeypatch.setattr(commit, "WINDOW", 1000)
+    (tmp_path / "a").touch()
+    target, data = commit.Target(tmp_path / "a"), bytes(range(250)) * 20
+    for at in (600, 0, 1200, 1800, 2400, 3000, 3600, 4200, 4800):
+        target.write(memoryview(data)[at : at + 600], at)
+    target.sync()
+    target.close()
+    windows = [(0, 1200), (1200, 2400), (2400, 3600), (3600, 4800)]
+    assert hints == [windows[0], *windows[:2], *windows[1:3], *windows[2:]]
+    assert (tmp_path / "a").read_bytes() == data

@@ -94,6 +94,9 @@ def test_what_is_not_ours_stays(ema: EMA, tmp_path: Path) -> None:
     meta = json.loads((run / "ema-5" / "ema.json").read_text())
     (run / "ema-5" / "ema.json").write_text(json.dumps(meta | {"versions": {"other": "1"}}))  # not written by us
     (run / "ema-6").write_text("a file")
+    ema.save(run / "ema-06")
+    os.replace(run / "ema-06" / "model.safetensors", tmp_path / "model")
+    (run / "ema-06" / "model.safetensors").symlink_to(tmp_path / "model")
     ema.export(run / "ema-8")
     shutil.copytree(run / "ema-7", run / f".ema-7.tmp-{HEX}")  # another save of it may be under way
     (run / "ema-0").mkdir()
@@ -134,7 +137,8 @@ def test_an_error_while_removing_is_a_warning(ema: EMA, tmp_path: Path) -> None:
 
 
 def test_half_removed_folders_go(ema: EMA, tmp_path: Path) -> None:
-    """What a killed removal left, of this stem and no other."""
+    """What a killed removal left, of this stem and no other; and a pointer that was not put in place."""
+    (tmp_path / f".latest.tmp-{HEX}").write_text("ema-1\n")
     for name in ("ema-1", "ema-3", "teacher-1"):
         (tmp_path / f".{name}.gone-{HEX}").mkdir()
     ema.save(tmp_path / "ema-2", keep=5)
@@ -159,6 +163,8 @@ def test_a_name_without_a_number(ema: EMA, tmp_path: Path) -> None:
 
 def test_latest_of_somebody_else(ema: EMA, tmp_path: Path) -> None:
     """DeepSpeed keeps a file of that name, others a link or a folder: refused before anything is written."""
+    pointer = tmp_path / "pointer"
+    pointer.write_text("ema-1\n")
     for number, make in enumerate(
         [
             lambda latest: latest.write_text("global_step1000"),
@@ -168,6 +174,7 @@ def test_latest_of_somebody_else(ema: EMA, tmp_path: Path) -> None:
             lambda latest: latest.mkdir(),
             lambda latest: latest.symlink_to("ema-1"),
             lambda latest: latest.symlink_to("nowhere"),
+            lambda latest: latest.symlink_to(pointer),
         ]
     ):
         run = tmp_path / str(number)
