@@ -359,7 +359,7 @@ def _finish(ready: _Ready, added: list[dict[str, int]]) -> list[str]:
         folder.rmdir()
         commit.publish(alone, job.path)
         return []
-    texts = {format.META: format.dump(job.full_meta(_table(files, added)))}
+    texts = {format.META: format.stamp(job.full_meta(_table(files, added)))}
     for tree in job.trees:
         own = {Path(name).name: file for name, file in files.items() if Path(name).parent == Path(tree.prefix)}
         if len(own) > 1:

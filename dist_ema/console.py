@@ -9,25 +9,33 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeAlias
 
 __all__ = [
     "FINE",
     "PROBLEM",
     "USAGE",
+    "Bar",
+    "Tick",
     "add_verb",
     "columns",
+    "count",
     "listed",
     "out",
     "out_json",
+    "plural",
     "printable",
     "progress",
     "say",
+    "silent",
     "size",
 ]
 
 FINE, PROBLEM, USAGE = 0, 1, 2  # exit codes
+
+Tick: TypeAlias = Callable[[int], None]  # so many bytes more
+Bar: TypeAlias = Callable[[int], AbstractContextManager[Tick]]  # over so many bytes in all
 
 
 def add_verb(
@@ -43,6 +51,15 @@ def add_verb(
     )
     verb.set_defaults(run=run)
     return verb
+
+
+def count(text: str) -> int:
+    """An argument's type: how many lines to show."""
+    if text == "all":
+        return sys.maxsize
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number or 'all', got {text!r}")
+    return int(text)
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
@@ -65,13 +82,18 @@ def listed(values: dict[str, Any]) -> str:
     )
 
 
-def size(count: float) -> str:
+def plural(number: int, word: str) -> str:
+    """`1 file`, `2 files`"""
+    return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
+def size(nbytes: float) -> str:
     """1.23 GB"""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1000
-    return f"{count:,.3g} TB"
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
+        nbytes /= 1000
+    return f"{nbytes:,.3g} TB"
 
 
 def out(lines: Iterable[str]) -> None:
@@ -93,7 +115,13 @@ def say(sentence: str, code: int) -> int:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def silent(total: int) -> Iterator[Tick]:
+    """A bar that nobody sees."""
+    yield lambda done: None
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Tick]:
     """A bar on stderr over `total` bytes, if somebody is looking; yields the function that moves it."""
     if not sys.stderr.isatty():
         yield lambda done: None

@@ -21,6 +21,7 @@ import stat
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -51,6 +52,7 @@ __all__ = [
     "read_model",
     "refuse_other_index",
     "size_of",
+    "stamp",
 ]
 
 VERSION = "0.1.0"
@@ -101,14 +103,16 @@ class File:
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def header(entries: dict[str, Entry], metadata: dict[str, str] | None = None) -> File:
-    """Lay the weights out: the same file for the same weights, in whatever order they come."""
+def header(
+    entries: dict[str, Entry], metadata: dict[str, str] | None = None, order: Sequence[str] | None = None
+) -> File:
+    """Lay the weights out: the same file for the same weights, in whatever order they come, unless it is given."""
     placed, at = {}, 0
-    for name in sorted(entries, key=lambda name: (-ITEMSIZE[entries[name].dtype], name)):
+    for name in order or sorted(entries, key=lambda name: (-ITEMSIZE[entries[name].dtype], name)):
         entry = entries[name]
         placed[name] = Entry(entry.dtype, entry.shape, at, at + entry.nbytes)
         at += entry.nbytes
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(sorted((metadata or {}).items()))}
     for name, entry in placed.items():
         table[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.begin, entry.end)}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
@@ -144,6 +148,12 @@ def index(files: dict[str, File]) -> bytes:
 
 def dump(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def stamp(meta: dict[str, Any]) -> bytes:
+    """ema.json, with the CRC-32 of everything else in it under "crc32"."""
+    rest = {key: value for key, value in meta.items() if key != "crc32"}
+    return dump(rest | {"crc32": f"{zlib.crc32(dump(rest)):08x}"})
 
 
 def size_of(text: int | str) -> int:

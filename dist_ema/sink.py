@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +17,10 @@ from . import commit, format
 from .elements import Bytes
 
 __all__ = ["Model", "refuse_target", "write"]
+
+
+_MODEL = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,17 @@ def refuse_target(path: Path, force: bool) -> None:
         raise ValueError(f"{path} is a file. Give a folder, or a name that ends in .safetensors.")
     elif any(path.iterdir()) and not any(path.glob("*.safetensors")):
         raise ValueError(f"{path} holds files but no model: it is not ours to replace. Choose another path.")
+    elif _resumable(path):
+        raise ValueError(
+            f"{path} is an average to resume from: replaced, its clock would be lost. Choose another path."
+        )
+
+
+def _resumable(path: Path) -> bool:
+    try:
+        return (path / format.META).exists() and format.read_meta(path).get("kind") == "ema"
+    except ValueError:  # nothing that a run could resume from
+        return False
 
 
 def write(
@@ -100,10 +117,10 @@ def _write_file(
 
 def _write_beside(folder: Path, model: Model, sums: dict[str, dict[str, Any]]) -> None:
     texts = dict(model.beside)
-    if model.index is not None and len(model.files) > 1:
+    if model.index is not None and (len(model.files) > 1 or any(map(_SHARD.search, model.files))):
         texts[model.index] = format.index(model.files)
     if model.meta is not None:
-        texts[format.META] = format.dump({**model.meta, "files": sums})
+        texts[format.META] = format.stamp({**model.meta, "files": sums})
     for name, text in texts.items():
         if isinstance(text, Path):
             shutil.copyfile(text, folder / name)
@@ -115,11 +132,27 @@ def _write_beside(folder: Path, model: Model, sums: dict[str, dict[str, Any]]) -
 
 def _keep_others(old: Path, new: Path) -> None:
     """What lies in the folder beside the old model (config, tokenizer, a card) moves on with the new one."""
+    model = _names_of_model(old) | {format.META} if old.is_dir() else set()
     for each in sorted(old.iterdir()) if old.is_dir() else ():
-        of_model = each.name.endswith((".safetensors", ".safetensors.index.json")) or each.name == format.META
-        if of_model or (new / each.name).exists():
+        if each.name in model or (new / each.name).exists():
             continue
         if each.is_dir() and not each.is_symlink():
-            shutil.copytree(each, new / each.name, symlinks=True)
+            shutil.copytree(each, new / each.name, symlinks=True, copy_function=_link)
         else:
-            shutil.copy2(each, new / each.name, follow_symlinks=False)
+            _link(each, new / each.name)
+
+
+def _names_of_model(folder: Path) -> set[str]:
+    """The weights' files and index: what an index or ema.json names, and what Hugging Face's names give away."""
+    names = {each.name for each in folder.iterdir() if _MODEL.fullmatch(each.name)}
+    with contextlib.suppress(OSError, ValueError):  # damaged: the usual names have to do
+        names |= {format.find_model(folder), *format.read_model(folder)}
+    return names
+
+
+def _link(old: str | Path, new: str | Path) -> None:
+    """The same file under both names until the old folder goes; a copy where the file system has no links."""
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)

@@ -20,10 +20,35 @@ import numpy as np
 
 from . import commit, distcp, format
 from .elements import Bytes
+from .schedule import from_spec
 
-__all__ = ["WINDOW", "Safetensors", "Source", "open_model", "windows"]
+__all__ = [
+    "WINDOW",
+    "Checked",
+    "Safetensors",
+    "Source",
+    "choose",
+    "find",
+    "labels",
+    "open_model",
+    "read_at",
+    "windows",
+]
 
 WINDOW = 16 << 20  # bytes
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
+
+
+def read_at(fd: int, path: Path, begin: int, end: int) -> Bytes:
+    """Bytes [begin, end) of an open file. Raises ValueError where it is shorter. *Cost*: no more than these bytes."""
+    data = np.empty(end - begin, np.uint8)
+    view, at = data.data, 0
+    while at < len(data):  # one call moves at most 2 GiB, and may move less
+        count = os.preadv(fd, [view[at:]], begin + at)
+        if count == 0:
+            raise ValueError(f"{path} became shorter while it was read.")
+        at += count
+    return data
 
 
 class Source(Protocol):
@@ -63,32 +88,130 @@ def windows(model: Source, name: str, window: int = WINDOW) -> Iterator[Bytes]:
         yield model.read(name, begin, min(begin + window, nbytes))
 
 
-def open_model(path: str | Path) -> Source:
-    """A saved average, an export, a Hugging Face folder, one of torch.distributed.checkpoint, or one .safetensors file.
-
-    Raises FileNotFoundError if nothing is there, ValueError if it is no model or its headers are unsound.
-    """
+def find(path: str | Path) -> Path:
+    """The folder or file at `path`. Raises FileNotFoundError if nothing is there, ValueError for what cannot hold a model."""
     path = commit.follow(Path(path))
     if not path.exists():
         commit.recover(path)  # a save over it may have been cut short
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
-    return distcp.Folder(path) if (path / distcp.META).exists() else Safetensors(path)
+    if path.is_dir():
+        _refuse_other_folder(path)
+    elif not path.is_file():
+        raise ValueError(f"{path} is neither a folder nor a file.")
+    elif _pickled(path):
+        raise ValueError(
+            f"{path} is a pickled checkpoint, no safetensors file. `dist-ema convert {path} OUT` makes one."
+        )
+    return path
+
+
+def _refuse_other_folder(path: Path) -> None:
+    """A folder that holds pickled checkpoints alone."""
+    names = sorted(each.name for each in path.iterdir())
+    others = [name for name in names if name.endswith(PICKLES)]
+    if others and distcp.META not in names and not any(".safetensors" in name for name in names):
+        raise ValueError(
+            f"{path} holds no safetensors. It does hold {', '.join(others[:3])}: `dist-ema convert` makes safetensors of it."
+        )
+
+
+def _pickled(path: Path) -> bool:
+    """By the first bytes: torch.save writes a zip, earlier a bare pickle. A safetensors header is never that long."""
+    with open(path, "rb") as file:
+        first = file.read(8)
+    return any(first[3:]) and (first[:4] == b"PK\x03\x04" or (first[0] == 0x80 and 2 <= first[1] <= 5))
+
+
+def labels(meta: Mapping[str, Any]) -> list[str]:
+    """Of the averages in ema.json, in the order of their schedules: '' is the first, which lies in the folder itself."""
+
+    def number(label: str) -> tuple[int, str]:
+        digits = label.split("-")[0]
+        return (int(digits) if digits.isdecimal() else len(label)), label
+
+    return ["", *sorted(meta.get("averages", {}), key=number)]
+
+
+def choose(meta: Mapping[str, Any] | None, which: int | str) -> str:
+    """The label of an average: by its number, label, schedule's name or repr. Raises ValueError with what there is."""
+    known = labels(meta or {})
+    names = [
+        (str(i), label, *_names(spec)) for i, (label, spec) in enumerate(zip(known, _specs(meta, known), strict=True))
+    ]
+    fits = [label for label, mine in zip(known, names, strict=True) if str(which) in mine and str(which)]
+    if len(fits) != 1:
+        there = ", ".join(f"{i}: {mine[-1] or label or 'the only one'}" for i, label, *mine in names)
+        raise ValueError(f"there is {'more than one' if fits else 'no'} average {which!r}; there are {there}.")
+    return fits[0]
+
+
+def _specs(meta: Mapping[str, Any] | None, known: list[str]) -> list[Any]:
+    specs = list((meta or {}).get("schedules") or [])
+    return (specs + [None] * len(known))[: len(known)]
+
+
+def _names(spec: Any) -> tuple[str, str]:
+    """`Power` and `Power(sigma_rel=0.1, gamma=None, origin='start')`"""
+    try:
+        return str(spec["name"]), repr(from_spec(spec))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return "", ""
+
+
+def open_model(path: str | Path, which: int | str = 0) -> Source:
+    """A saved average, an export, a Hugging Face folder, one of torch.distributed.checkpoint, or one .safetensors file.
+
+    which: of several averages; those behind the first are completed with the weights that it alone has. Raises
+    FileNotFoundError if nothing is there, ValueError if it is no model, its headers are unsound or `which` is not there.
+    """
+    path = find(path)
+    if (path / distcp.META).exists():
+        choose(None, which)
+        return distcp.Folder(path)
+    return Safetensors(path, which)
+
+
+def _own_buffers(said: Any) -> set[str]:
+    own = said.get("own_buffers", []) if isinstance(said, dict) else None
+    if not isinstance(own, list) or not all(isinstance(name, str) for name in own):
+        raise ValueError(f"{format.META} is damaged: own_buffers must be a list of names, got {own!r}.")
+    return set(own)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class Safetensors:
     """A folder or file of safetensors."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, which: int | str = 0) -> None:
         self.path = path
         self._folder = path if path.is_dir() else path.parent
         self.meta = format.read_meta(path) if path.is_dir() and (path / format.META).exists() else None
-        files = format.read_model(path) if path.is_dir() else {path.name: format.read_header(path)}
-        self.files = files
-        self.entries = {name: entry for file in files.values() for name, entry in file.entries.items()}
-        self._where = {name: (file, content) for file, content in files.items() for name in content.entries}
+        self.label = choose(self.meta, which)
+        self.files = format.read_model(path) if path.is_dir() else {path.name: format.read_header(path)}
+        if self.label:
+            self.files |= self._further()
+        self._where = {name: (file, content) for file, content in self.files.items() for name in content.entries}
+        self.entries = {name: content.entries[name] for name, (_, content) in self._where.items()}
         self.aliases = self._aliases()
+        self._stamps = {file: _stamp(os.stat(self._folder / file)) for file in self.files}
+        self._known = set[str]()
         self._open: dict[str, int] = {}
+
+    def _further(self) -> dict[str, format.File]:
+        """The files under averages/LABEL. Raises ValueError where buffers of the first average would be taken for its own."""
+        assert self.meta is not None, "only ema.json knows labels"
+        foreign = sorted(_own_buffers(self.meta) - _own_buffers(self.meta["averages"][self.label]))
+        if foreign:
+            raise ValueError(
+                f"{self.path} holds {', '.join(foreign[:3])} as recalibrated for its first average only, so {self.label} is "
+                f"not complete in it. Recalibrate inside ema.swap(which) before ema.save(), or use ema.export(which=...)."
+            )
+        inside = f"averages/{self.label}"
+        return {f"{inside}/{name}": file for name, file in format.read_model(self._folder / inside).items()}
 
     def _aliases(self) -> dict[str, str]:
         listed: Any = self.meta.get("aliases", {}) if self.meta else {}
@@ -100,18 +223,29 @@ class Safetensors:
         return {alias: name for alias, name in found.items() if alias not in self.entries and name in self.entries}
 
     def read(self, name: str, begin: int, end: int) -> Bytes:
+        file, start = self.place(name)
+        return self.raw(file, start + begin, start + end)
+
+    def place(self, name: str) -> tuple[str, int]:
+        """The file that holds a weight, and the byte at which it begins there."""
         file, content = self._where[name]
+        return file, len(content.head) + content.entries[name].begin
+
+    def raw(self, file: str, begin: int, end: int) -> Bytes:
+        """Bytes [begin, end) of a file. Raises ValueError if it is another one than the headers were read from."""
         if file not in self._open:
-            self._open[file] = os.open(self._folder / file, os.O_RDONLY)
-        start = len(content.head) + content.entries[name].begin + begin
-        data = np.empty(end - begin, np.uint8)
-        view, at = data.data, 0
-        while at < len(data):  # one call moves at most 2 GiB, and may move less
-            count = os.preadv(self._open[file], [view[at:]], start + at)
-            if count == 0:
-                raise ValueError(f"{self._folder / file} became shorter while it was read.")
-            at += count
-        return data
+            self._reach(file, self.files[file].head)
+        return read_at(self._open[file], self._folder / file, begin, end)
+
+    def _reach(self, name: str, head: bytes) -> None:
+        """NOTE: files are opened when they are read, so a save may have replaced them; two versions must not mix."""
+        fd = self._open[name] = os.open(self._folder / name, os.O_RDONLY)
+        same = _stamp(os.fstat(fd)) == self._stamps[name]
+        if same and name not in self._known:  # the stamp was taken after the header was read
+            same = read_at(fd, self._folder / name, 0, len(head)).tobytes() == head
+            self._known.add(name)
+        if not same:
+            raise ValueError(f"{self._folder / name} was replaced while it was read. Try again.")
 
     def close(self) -> None:
         while self._open:
@@ -122,3 +256,59 @@ class Safetensors:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Checked:
+    """Windows of a model, summed as they go by: what is made of damaged files must not be passed on as sound.
+
+    *Cost*: the windows; `finish` reads what nobody asked for. Nothing is summed where there is nothing to compare.
+    """
+
+    def __init__(self, model: Source) -> None:
+        self._model = model
+        self._summed = model if isinstance(model, Safetensors) and model.meta is not None else None
+        files = self._summed.files if self._summed else {}
+        self._sums = {name: format.Sum(file.size) for name, file in files.items()}
+        self._seen = set[tuple[str, str]]()
+
+    def windows(self, name: str) -> Iterator[Bytes]:
+        """As the function of that name. A weight counts once, however often it is asked for."""
+        if self._summed is None:
+            yield from windows(self._model, name)
+            return
+        file, at = self._summed.place(name)
+        again = (file, name) in self._seen
+        for raw in windows(self._model, name):
+            if not again:
+                self._sums[file].add(at, raw.data)
+            at += len(raw)
+            yield raw
+        self._seen.add((file, name))
+
+    def finish(self) -> dict[str, str]:
+        """The CRC-32 of every file. Raises ValueError for one that is not what ema.json says."""
+        found: dict[str, str] = {}
+        if self._summed is None or self._summed.meta is None:
+            return found
+        for name, file in self._summed.files.items():
+            for begin, end in self._unseen(name, file):
+                self._sums[name].add(begin, self._summed.raw(name, begin, end).data)
+            found[name] = format.check_sum(file.size, [self._sums[name].contribution])
+            said = self._summed.meta["files"].get(name)
+            told = said.get("crc32") if isinstance(said, dict) else None
+            if told != found[name]:
+                raise ValueError(
+                    f"{self._model.path / name} is damaged: its CRC-32 is {found[name]}, {format.META} says {told}."
+                )
+        return found
+
+    def _unseen(self, name: str, file: format.File) -> Iterator[tuple[int, int]]:
+        """The byte ranges of a file that nobody asked for, in windows."""
+        spans = [(0, len(file.head))]
+        spans += [
+            (len(file.head) + entry.begin, len(file.head) + entry.end)
+            for weight, entry in file.entries.items()
+            if (name, weight) not in self._seen
+        ]
+        for begin, end in spans:
+            yield from ((at, min(at + WINDOW, end)) for at in range(begin, end, WINDOW))

@@ -5,12 +5,19 @@ How to read a failure: `command` starts a real process, `call` runs `main` in th
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
+import random
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +26,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dist_ema import EMA, Power
+from dist_ema import EMA, HalfLife, Power, cli, distcp, source
 from dist_ema.cli import main
 from dist_ema.format import INDEX, META
 from dist_ema.offline.inspect import inspect
+from tests.fuzz import mutations
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -273,7 +281,8 @@ def broken(tmp_path: Path, shop: Path) -> dict[str, tuple[Path, str]]:
     (tmp_path / "empty").mkdir()
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_model.safetensors").write_bytes((shop / "one.safetensors").read_bytes())
+    for name in ("adapter_a.safetensors", "adapter_b.safetensors"):
+        (adapter / name).write_bytes((shop / "one.safetensors").read_bytes())
     newer = copy(shop, "ema", tmp_path / "newer")
     (newer / META).write_text(json.dumps({"format": 99, "files": {}}))
     odd = copy(shop, "ema", tmp_path / "odd")
@@ -289,7 +298,7 @@ def broken(tmp_path: Path, shop: Path) -> dict[str, tuple[Path, str]]:
         "cut": (cut, "cut short or damaged"),
         "text": (tmp_path / "text", "is no safetensors file"),
         "empty": (tmp_path / "empty", "holds no model.safetensors and no"),
-        "adapter": (adapter, "It does hold adapter_model.safetensors: name the file."),
+        "adapter": (adapter, "It does hold adapter_a.safetensors, adapter_b.safetensors: name"),
         "newer": (newer, "holds format 99; this dist_ema reads up to 1. Upgrade dist_ema."),
         "odd": (odd, "is not valid JSON"),
         "missing": (missing, "model-00002-of-00002.safetensors"),
@@ -331,13 +340,13 @@ def test_wrong_usage(arguments: tuple[str, ...], message: str, call: Call) -> No
 
 
 def test_names_cannot_write_to_the_terminal(call: Call, tmp_path: Path) -> None:
-    """Control characters and lone surrogates in names of a file are shown as escapes."""
-    names = ["clear\x1b[2J", "two\nlines", "\ud800"]
+    """Control characters in names of a file are shown as escapes."""
+    names = ["clear\x1b[2J", "two\nlines", "\u202eback"]
     text = json.dumps({name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     code, out, _ = call("inspect", tmp_path / "a.safetensors")
     assert code == 0
-    for shown in ("clear\\x1b[2J", "two\\nlines", "\\ud800"):
+    for shown in ("clear\\x1b[2J", "two\\nlines", "\\u202eback"):
         assert shown in out
     assert "\x1b" not in out
     assert set(json.loads(call("inspect", tmp_path / "a.safetensors", "--json")[1])["weights"]) == set(names)
@@ -348,26 +357,223 @@ def test_deep_extra(call: Call, shop: Path, tmp_path: Path) -> None:
     folder = copy(shop, "ema", tmp_path / "ema")
     meta = json.loads((folder / META).read_text())
     codes = set()
-    for depth in range(700, 1000, 3):
+    for depth in (*range(700, 1000, 25), 5000):
         deep = '{"a":' * depth + "1" + "}" * depth
         (folder / META).write_text(json.dumps(meta | {"extra": 0}).replace('"extra": 0', f'"extra": {deep}'))
         codes.add(call("inspect", folder, "--json")[0])
     assert codes == {0, 1}
 
 
+# --- whatever is asked -------------------------------------------------------------------------------------------
+
+NONSENSE = [
+    "", " ", ".", "..", "~", "*", "-", "--", "-1", "0", "1", "7", "1e309", "nan", "5GB", "all", "none", "bf16", "int8",
+    "Constant", "\0", "a\0b", "x" * 5000, "d/" * 3000, "\ud800", "größe/\U0001f600", "\x1b[2J", "%s%n", "{0}", "-x", "=",
+    "--unknown", "--json", "--force", "--help", "/dev/null", "/dev/zero", "/proc/self/mem", "/dev/null/x", "nowhere",
+    "nowhere/x.safetensors",
+]  # fmt: skip
+BESIDES = {"doctor"}  # runs processes, and has a test of its own
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """Every verb's parser."""
+    (verbs,) = [action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(verbs.choices)
+
+
+def arguments(rng: random.Random, verb: str, paths: list[str]) -> tuple[list[str], list[str]]:
+    """A random argument list for a verb, and which of its words may be written to."""
+    line, targets = [verb], []
+    for action in parsers()[verb]._actions:
+        if isinstance(action, argparse._HelpAction) or (action.option_strings and rng.random() < 0.6):
+            continue
+        line += rng.sample(action.option_strings, 1) if action.option_strings else []
+        if action.nargs != 0:
+            words = [rng.choice(paths if rng.random() < 0.7 else NONSENSE) for _ in range(rng.choice([1, 1, 1, 2]))]
+            words = words if action.nargs in ("+", "*") else words[:1]
+            targets += words if action.dest == "out" or "PNG" in str(action.metavar) else []
+            line += words
+    while rng.random() < 0.2:
+        line.insert(rng.randrange(len(line) + 1), rng.choice(NONSENSE))
+    return line, targets
+
+
+def tree(folder: Path) -> dict[Path, bytes | str | None]:
+    """Everything in a folder: the content of files, where links lead, None for folders."""
+    found: dict[Path, bytes | str | None] = {}
+    for path in folder.rglob("*"):
+        found[path] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+    return found
+
+
+def written(before: dict[Path, Any], folder: Path, targets: list[str]) -> list[Path]:
+    """What changed outside the targets. Folders on the way to a target may appear."""
+    after = tree(folder)
+    real = [Path(os.path.realpath(target)) for target in targets if "\0" not in target and "\ud800" not in target]
+    changed = [path for path in {*before, *after} if before.get(path, 0) != after.get(path, 0)]
+    may = {path for target in real for path in (target, *target.parents)}
+    return [
+        path
+        for path in changed
+        if path not in may and not any(target in path.parents for target in real if target != folder)
+    ]
+
+
+def test_random_arguments(call: Call, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 random argument lists over all verbs: never a traceback, exit code 0, 1 or 2, never a write outside OUT."""
+    rng, codes, home = random.Random(20), Counter[int](), tmp_path / "home"
+    for i in range(100):
+        shutil.rmtree(home, ignore_errors=True)
+        shutil.copytree(shop, home)
+        (home / "link").symlink_to("ema")
+        (home / "loop").symlink_to("loop")
+        torch.save({"w": torch.ones(1)}, home / "pickled.pt")
+        os.mkfifo(home / "pipe")
+        monkeypatch.chdir(home)
+        paths = [
+            *(path.name for path in home.iterdir()),
+            "ema/x",
+            "new",
+            "new/deep/x.safetensors",
+            str(home / "ema"),
+            "../home/hf",
+        ]
+        before = tree(home)
+        line, targets = arguments(rng, rng.choice(sorted(set(parsers()) - BESIDES)), paths)
+        code, _, err = call(*line)
+        assert code in (0, 1, 2), (i, line)
+        assert "Traceback" not in err, (i, line)
+        assert (err != "") == (code == 2) or code == 1 or line[0] == "diff" or "--help" in line, (i, line, code, err)
+        outside = [path for path in written(before, home, targets) if not ("--seal" in line and path.name == META)]
+        assert outside == [], (i, line)
+        codes[code] += 1
+    assert min(codes[code] for code in (0, 1, 2)) >= 5, codes
+
+
+def links_followed(folder: Path) -> dict[str, bytes]:
+    """What a reader finds under each name; a pipe or a device is as good as nothing."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("seed", [11, 12])
+def test_damaged_artifacts(seed: int, call: Call, shop: Path, tmp_path: Path) -> None:
+    """Whatever is done to an artifact: no traceback, no write outside OUT, and verify passes no changed byte."""
+    ema = EMA(Tied(), [0.5, HalfLife(3.0)])
+    ema.save(good := tmp_path / "good", max_shard_size=100)
+    want = links_followed(good)
+    assert call("verify", good)[0] == 0
+    for label, change in islice(mutations(seed), 100):
+        folder = tmp_path / "case" / "a"
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        shutil.copytree(good, folder)
+        change(folder)
+        before = tree(folder.parent)
+        for line in (
+            ["verify", folder],
+            ["inspect", folder],
+            ["diff", folder, good],
+            ["export", folder, tmp_path / "out"],
+        ):
+            code, _, err = call(*line)
+            assert code in (0, 1, 2), (label, line)
+            assert "Traceback" not in err, (label, line)
+            assert len(err) < 10_000, (label, line)
+            assert code == 0 or err or line[0] == "diff", (label, line)
+            if line[0] == "verify":
+                assert code == 1 or links_followed(folder) == want, label
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert tree(folder.parent) == before, label
+        assert {path.name for path in tmp_path.iterdir()} == {"good", "case"}, label
+
+
 # --- how it runs -------------------------------------------------------------------------------------------------
 
 
-def test_never_imports_torch(shop: Path) -> None:
-    """The command is for machines without a GPU or time: torch (1.6 s) is not imported, whatever is looked at."""
+def test_never_imports_torch(shop: Path, tmp_path: Path) -> None:
+    """The command is for machines without a GPU or time: torch (1.6 s) is not imported, whatever is looked at.
+
+    Nor is numpy (0.1 s) before a verb has work for it.
+    """
+    lines = [
+        [verb, str(shop / name)] for verb in ("inspect", "verify") for name in ("ema", "out", "hf", "lone.safetensors")
+    ]
+    lines += [["diff", str(shop / "ema"), str(shop / "ema")], ["export", str(shop / "ema"), str(tmp_path / "new")]]
     code = (
-        "import sys; from dist_ema.cli import main\n"
-        "codes = [main(['inspect', path]) for path in sys.argv[1:]]\n"
-        "print(codes, sorted({'torch', 'safetensors', 'rich'} & set(sys.modules)), file=sys.stderr)"
+        f"import sys; from dist_ema import cli; cli._parser(); early = 'numpy' in sys.modules\n"
+        f"codes = [cli.main(line) for line in {lines}]\n"
+        "print(early, codes, sorted({'torch', 'safetensors', 'rich'} & set(sys.modules)), file=sys.stderr)"
     )
-    line = [sys.executable, "-c", code, *(str(shop / name) for name in ("ema", "out", "hf", "lone.safetensors"))]
-    done = subprocess.run(line, capture_output=True, text=True, check=True)
-    assert done.stderr.strip() == "[0, 0, 0, 0] []"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == f"False {[0] * len(lines)} []"
+
+
+def test_inspect_is_light(tmp_path: Path) -> None:
+    """1,000 tensors: nothing is imported that the answer does not need, so it comes within half a second.
+
+    NOTE: no seconds are asserted, because machines differ; modules and what they cost do not.
+    """
+    save_file({f"layers.{i}.weight": torch.ones(2) for i in range(1000)}, path := tmp_path / "a.safetensors")
+    code = "import sys; from dist_ema.cli import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(path)], capture_output=True, text=True, check=True
+    )
+    assert "weights 1,000, parameters 2,000" in done.stdout
+    heavy = {
+        "torch",
+        "safetensors",
+        "rich",
+        "asyncio",
+        "email",
+        "http",
+        "multiprocessing",
+        "scipy",
+        "matplotlib",
+        "pydoc",
+    }
+    assert heavy & set(done.stderr.split()) == set()
+
+
+def test_several_averages(call: Call, tmp_path: Path) -> None:
+    """Each average with its schedule, its place, its weights and its own buffers, in text and in JSON."""
+    model = Tied()
+    ema = EMA(model, [0.5, HalfLife(3.0)])
+    with ema.swap(1):
+        model(torch.arange(7))
+    ema.save(tmp_path / "ema")
+    code, out, err = call("inspect", tmp_path / "ema")
+    assert (code, err) == (0, "")
+    said = facts(out)
+    rows = [value for word, value in said if word.startswith("average ")]
+    assert rows[0].startswith("Constant(decay=0.5), in the folder itself: weights 7")
+    assert rows[0].endswith("own buffers none")
+    assert rows[1].startswith("HalfLife(units=3.0), averages/1-HalfLife: weights 5")
+    assert rows[1].endswith("own buffers norm.running_mean, norm.running_var")
+    assert [value.split(":")[0] for word, value in said if word == "file"] == [
+        "model.safetensors",
+        "averages/1-HalfLife/model.safetensors",
+    ]
+    values = json.loads(call("inspect", tmp_path / "ema", "--json")[1])
+    further = values["averages"]["1-HalfLife"]
+    assert further["own_buffers"] == ["norm.running_mean", "norm.running_var"]
+    assert further["total"]["weights"] == len(further["weights"]) == 5
+    assert len(values["files"]) == 2
+    meta = json.loads((tmp_path / "ema" / META).read_text())
+    (tmp_path / "ema" / META).write_text(json.dumps(meta | {"schedules": meta["schedules"][:1]}))
+    code, _, err = call("inspect", tmp_path / "ema")
+    assert (code, "it names 1 schedules for 2 averages" in err) == (1, True)
+
+
+def test_another_source(call: Call, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of another form is shown as whatever `source.open_model` makes of it."""
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / distcp.META).touch()
+    there = source.open_model(shop / "one.safetensors")
+    monkeypatch.setattr("dist_ema.offline.inspect.open_model", lambda path: there)
+    code, out, err = call("inspect", tmp_path / "dcp")
+    assert (code, err) == (0, "")
+    assert "a checkpoint of another form" in out
+    assert ("alias", "head.weight is emb.weight") in facts(out)
+    assert "weights 7, parameters 48" in out
 
 
 def test_as_a_process(shop: Path) -> None:
@@ -402,20 +608,36 @@ def test_head(shop: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_bar_for_those_who_look(shop: Path) -> None:
+    """A terminal gets a bar on stderr; stdout is the same with and without one."""
+    ours, theirs = os.openpty()
+    line = [sys.executable, "-m", "dist_ema", "verify", str(shop / "ema")]
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60)
+    os.close(theirs)
+    assert f"verify {shop / 'ema'}"[:20].encode() in os.read(ours, 100_000)
+    os.close(ours)
+    assert (done.returncode, done.stdout) == command("verify", shop / "ema")[:2]
+
+
 def test_version(call: Call) -> None:
     """--version: the installed version, on one line."""
     assert call("--version") == (0, f"dist-ema {importlib.metadata.version('dist-ema')}\n", "")
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("inspect", "--help")])
-def test_help(arguments: tuple[str, ...], call: Call) -> None:
-    """--help teaches: the verbs with what they do, and for a verb examples that start with the command."""
-    code, out, err = call(*arguments)
+def test_help(call: Call) -> None:
+    """--help teaches: the verbs with what they do, and for each verb examples, which parse, and its exit codes."""
+    code, out, err = call("--help")
     assert (code, err) == (0, "")
-    assert "inspect" in out
-    if arguments == ("inspect", "--help"):
-        assert "  dist-ema inspect run/ema-001000 " in out
-        assert "exit code: 0 all is well" in out
+    parser = parsers()
+    for verb in parser:
+        assert re.search(rf"^    {verb}\b", out, re.MULTILINE), verb
+        code, text, err = call(verb, "--help")
+        assert (code, err) == (0, "")
+        assert "exit code: 0 " in text
+        examples = re.findall(rf"^  dist-ema {verb} (.*?)(?:  .*)?$", text, re.MULTILINE)
+        assert examples, verb
+        for line in examples:
+            parser[verb].parse_args(shlex.split(line))
 
 
 def test_looks_after_a_cut_save(call: Call, shop: Path, tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ FLOORS = {
     0: "schedule kernels fused executors shards format commit ranks console elements figure pickles archives behind",
     1: "teacher layout clock wire engine sink profiles distcp foreign checkpoint series",
     2: "swap gather artifact resume dcp agree attach average telemetry source",
-    3: "ema combine",
-    4: "posthoc recipes.__init__ recipes.batchnorm recipes.distill recipes.fixres",
-    5: "offline.__init__ offline.inspect offline.average offline.plan offline.reconstruct offline.convert offline.doctor "
+    3: "ema combine manifest",
+    4: "posthoc card recipes.__init__ recipes.batchnorm recipes.distill recipes.fixres",
+    5: "offline.__init__ offline.inspect offline.verify offline.export offline.diff offline.average offline.plan offline.reconstruct offline.convert offline.doctor "
     "offline.patient",
-    6: "cli.inspect cli.average cli.plan cli.reconstruct cli.convert cli.doctor integrations.__init__ "
+    6: "cli.inspect cli.verify cli.export cli.diff cli.average cli.plan cli.reconstruct cli.convert cli.doctor integrations.__init__ "
     "integrations.accelerate integrations.transformers integrations.lightning",
     7: "cli.__init__",
     8: "__init__ __main__",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,7 @@ def test_cut_while_read(tmp_path: Path) -> None:
     """Somebody truncates the file behind an open source."""
     save_file({"w": torch.randn(100)}, path := tmp_path / "model.safetensors")
     with source.open_model(path) as model:
+        model.read("w", 0, 4)
         with open(path, "r+b") as file:
             file.truncate(200)
         with pytest.raises(ValueError, match="became shorter"):
@@ -151,3 +154,111 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
         sink.write(out, sink.Model(format.plan({"w": format.Entry("F32", (3,))}, "5GB")), content, force=True)
     assert read_all(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "out"]
+
+
+def test_which(tmp_path: Path) -> None:
+    """A further average is complete: what it shares with the first is read from there, the rest from its own files."""
+    module = torch.nn.Linear(5, 7)
+    module.bias.requires_grad_(False)
+    ema = EMA(module, [*(0.5 + i / 100 for i in range(12))])
+    with torch.no_grad():
+        module.weight += 1
+    ema.update()
+    ema.save(tmp_path / "saved")
+    meta = json.loads((tmp_path / "saved" / "ema.json").read_text())
+    assert source.labels(meta) == ["", *(f"{i}-Constant" for i in range(1, 12))]
+    for which in (0, 1, 2, 10, 11):
+        names = [which, str(which), f"Constant(decay={0.5 + which / 100})", *([f"{which}-Constant"] if which else [])]
+        for name in names:
+            with source.open_model(tmp_path / "saved", name) as model:
+                got = {name: bytes(model.read(name, 0, entry.nbytes)) for name, entry in model.entries.items()}
+            assert got == {name: raw(tensor) for name, tensor in ema.gather(which).items()}, name
+    for name in (12, -1, "", "Constant", "x"):
+        with pytest.raises(ValueError, match=r"there is (no|more than one) average .* 0: Constant\(decay=0\.5\), 1: "):
+            source.open_model(tmp_path / "saved", name)
+    save_file(WEIGHTS, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="there is no average '1'; there are 0: the only one"):
+        source.open_model(tmp_path / "a.safetensors", "1")
+
+
+def test_checked(tmp_path: Path) -> None:
+    """The sums are those of the files however much of them was asked for, and a turned bit anywhere is found."""
+    EMA(torch.nn.Linear(5, 7)).save(path := tmp_path / "saved", max_shard_size=100)
+    meta = json.loads((path / "ema.json").read_text())
+    want = {name: said["crc32"] for name, said in meta["files"].items()}
+    for asked in ([], ["weight"], ["weight", "bias", "bias", "weight"]):
+        with source.open_model(path) as model:
+            checked = source.Checked(model)
+            for name in asked:
+                assert b"".join(map(bytes, checked.windows(name))) == b"".join(map(bytes, source.windows(model, name)))
+            assert checked.finish() == want
+    content = (file := path / "model-00002-of-00002.safetensors").read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with source.open_model(path) as model, pytest.raises(ValueError, match="model-00002.* is damaged: its CRC-32 is"):
+        source.Checked(model).finish()
+    save_file(WEIGHTS, tmp_path / "a.safetensors")
+    with source.open_model(tmp_path / "a.safetensors") as model:
+        assert source.Checked(model).finish() == {}
+
+
+def versions(tmp_path: Path) -> None:
+    """Two saves of one model, in two files each: all zeros in a, all ones in b."""
+    for value, name in enumerate(("a", "b")):
+        module = torch.nn.Linear(5, 7)
+        torch.nn.init.constant_(module.weight, value)
+        torch.nn.init.constant_(module.bias, value)
+        EMA(module).save(tmp_path / name, max_shard_size=100)
+
+
+def test_two_versions_do_not_mix(tmp_path: Path) -> None:
+    """A save that replaces the folder behind an open source: what is open is read on, the rest is refused."""
+    versions(tmp_path)
+    with source.open_model(tmp_path / "a") as model:
+        model.read("weight", 0, 4)
+        (tmp_path / "a").rename(tmp_path / "old")
+        (tmp_path / "b").rename(tmp_path / "a")
+        shutil.rmtree(tmp_path / "old")
+        assert bytes(model.read("weight", 4, 8)) == raw(torch.zeros(1))
+        with pytest.raises(ValueError, match="was replaced while it was read. Try again"):
+            model.read("bias", 0, 4)
+
+
+def test_replaced_between_header_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save of another shape that comes right after the headers: nothing is read at the old places."""
+    EMA(torch.nn.Linear(5, 7)).save(path := tmp_path / "a")
+    really = format.read_model
+
+    def then_saved(folder: Path) -> dict[str, format.File]:
+        found = really(folder)
+        EMA(torch.nn.Linear(7, 5)).save(path)
+        return found
+
+    monkeypatch.setattr(format, "read_model", then_saved)
+    with source.open_model(path) as model, pytest.raises(ValueError, match="was replaced while it was read. Try again"):
+        model.read("weight", 0, 4)
+
+
+def test_closed_is_opened_again(tmp_path: Path) -> None:
+    """`close` frees the files for whoever holds many models; the next read opens them again."""
+    versions(tmp_path)
+    with source.open_model(tmp_path / "b") as model:
+        for _ in range(2):
+            assert bytes(model.read("weight", 0, 4)) == raw(torch.ones(1))
+            model.close()
+
+
+def test_pickles(tmp_path: Path) -> None:
+    """What torch.save and pickle wrote is told by its first bytes and pointed at convert; no header is taken for it."""
+    torch.save(WEIGHTS, tmp_path / "zip.bin")
+    torch.save(WEIGHTS, tmp_path / "old", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain").write_bytes(pickle.dumps({"a": 1}))
+    for name in ("zip.bin", "old", "plain"):
+        with pytest.raises(ValueError, match=f"{name} is a pickled checkpoint.* `dist-ema convert"):
+            source.find(tmp_path / name)
+    hits = 0
+    for pad in range(500, 1300, 8):
+        file = format.header({"x": format.Entry("U8", (0,))}, {"p": "x" * pad})
+        (tmp_path / "a.safetensors").write_bytes(file.head)
+        hits += file.head[0] == 0x80 and 2 <= file.head[1] <= 5
+        assert source.open_model(tmp_path / "a.safetensors").entries
+    assert hits, "a length whose bytes look like a pickle's first"

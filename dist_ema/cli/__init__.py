@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from ..console import FINE, PROBLEM, USAGE, say
-from . import average, convert, doctor, inspect, plan, reconstruct
+from . import average, convert, diff, doctor, export, inspect, plan, reconstruct, verify
 
 __all__ = ["main"]
 
-VERBS = (inspect, convert, average, reconstruct, plan, doctor)
+VERBS = (inspect, verify, export, diff, convert, average, reconstruct, plan, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return say(_sentence(error), USAGE)
     except (ImportError, OSError, ValueError) as error:
         return say(_sentence(error), PROBLEM)
+    except RecursionError:  # from Python 3.12 on, JSON is read deeper than it is written
+        return say("a file holds values that are nested too deeply to print.", PROBLEM)
     except KeyboardInterrupt:
         return say("stopped; nothing was left behind.", 130)
 

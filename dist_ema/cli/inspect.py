@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..console import FINE, PROBLEM, add_verb, columns, listed, out, out_json, printable, say
+from ..console import FINE, PROBLEM, add_verb, columns, count, listed, out, out_json, printable, say
 from ..format import META
 
 if TYPE_CHECKING:
-    from ..offline import inspect as offline
+    from ..manifest import Report, Total
 
 __all__ = ["add"]
 
@@ -23,8 +22,9 @@ def add(verbs: Any) -> None:
         verbs,
         "inspect",
         "say what is in a saved average, an exported model or any safetensors file",
-        "Say what is in a saved average (ema.save), an exported model (ema.export), a Hugging Face folder\n"
-        "or one .safetensors file. Only headers are read, so it takes a moment for any size.",
+        "Say what is in a saved average (ema.save), an exported model (ema.export), a Hugging Face folder,\n"
+        "a torch.distributed.checkpoint folder or one .safetensors file. Only headers are read, so it takes\n"
+        "a moment for any size. Contradictions between ema.json and the headers are listed on stderr.",
         "  dist-ema inspect run/ema-001000                   clock, schedule, files, the first weights\n"
         "  dist-ema inspect model.safetensors --weights all  every weight\n"
         "  dist-ema inspect out/ --json                      the same for programs",
@@ -32,15 +32,7 @@ def add(verbs: Any) -> None:
     )
     verb.add_argument("path", metavar="PATH", help="a folder, or one .safetensors file")
     verb.add_argument("--json", action="store_true", help="print JSON, with every weight unless --weights says less")
-    verb.add_argument("--weights", type=_count, metavar="N", help=f"weights to list, or 'all' (default {SHOWN})")
-
-
-def _count(text: str) -> int:
-    if text == "all":
-        return sys.maxsize
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number or 'all', got {text!r}")
-    return int(text)
+    verb.add_argument("--weights", type=count, metavar="N", help=f"weights to list, or 'all' (default {SHOWN})")
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -58,7 +50,7 @@ def _inspect(options: argparse.Namespace) -> int:
     return PROBLEM if report.problems else FINE
 
 
-def _text(report: offline.Report, shown: int) -> Iterator[str]:
+def _text(report: Report, shown: int) -> Iterator[str]:
     yield printable(f"{report.path}: {_kind(report)}")
     yield ""
     yield from columns(list(_facts(report)))
@@ -71,7 +63,7 @@ def _text(report: offline.Report, shown: int) -> Iterator[str]:
         yield f"... and {len(report.weights) - shown} of {len(report.weights)} more: --weights all"
 
 
-def _kind(report: offline.Report) -> str:
+def _kind(report: Report) -> str:
     kinds = {
         "ema": "an average to resume from",
         "export": "a model to ship, exported by dist_ema",
@@ -83,43 +75,54 @@ def _kind(report: offline.Report) -> str:
     return kinds.get(report.kind, report.kind) + (f" (format {version})" if version else "")
 
 
-def _facts(report: offline.Report) -> Iterator[tuple[str, str]]:
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
     """(word, what is to be said of it) for each line of the summary."""
     meta = report.meta
     if meta.get("format"):
-        yield from _history(meta)
+        yield from _history(report)
         rest = "" if meta.get("weights") == "all" else "; frozen weights and buffers are not in the files"
         yield "averaged", f"{len(meta['averaged'])} weights{rest}"
-        yield "own buffers", ", ".join(map(str, meta["own_buffers"])) or "none"
+        if len(report.trees) == 1:
+            yield "own buffers", ", ".join(map(str, meta["own_buffers"])) or "none"
     yield from (("alias", f"{alias} is {name}") for alias, name in report.aliases.items())
-    yield "in all", _total(report.total)
+    yield "in all", _total(report.trees[0].total)
     yield from ((dtype, _total(total)) for dtype, total in report.totals.items())
     for name, file in ((name, file) for name, file in report.files.items() if name):
         sums = ", ".join(f"{kind} {value}" for kind, value in report.sums(name).items())
         yield "file", f"{name}: {file.size:,} bytes, {sums or 'no check sum'}"
 
 
-def _history(meta: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    clock, attach = dict(sorted(meta["clock"].items(), key=lambda item: item[0] != "now")), meta.get("attach")
-    started = clock.pop("started", True)
-    yield "clock", listed(clock) + ("" if started else ", not started")
-    yield from (("schedule", _call(spec)) for spec in meta["schedules"])
+def _history(report: Report) -> Iterator[tuple[str, str]]:
+    from ..manifest import hands
+
+    meta, attach = report.meta, report.meta.get("attach")
+    if meta["clock"]:
+        yield "clock", hands(meta["clock"])
+    yield from _schedules(report)
     yield "attach", listed(attach) if isinstance(attach, dict) else "updated by hand"
     if meta["extra"]:
         yield "extra", ", ".join(meta["extra"])
     yield "versions", listed(meta["versions"])
 
 
-def _total(total: offline.Total) -> str:
+def _schedules(report: Report) -> Iterator[tuple[str, str]]:
+    """One line, or one for each of several averages with what is its own."""
+    from ..manifest import call
+
+    specs = report.meta["schedules"]
+    if len(report.trees) == 1:
+        yield from (("schedule", call(spec)) for spec in specs)
+        return
+    for i, tree in enumerate(report.trees):
+        where = f"averages/{tree.label}" if tree.label else "in the folder itself"
+        own = ", ".join(map(str, report.own_buffers(tree.label))) or "none"
+        spec = call(specs[i]) if i < len(specs) else "no schedule"
+        yield f"average {i}", f"{spec}, {where}: {_total(tree.total)}; own buffers {own}"
+
+
+def _total(total: Total) -> str:
     return f"weights {total.weights:,}, parameters {total.parameters:,}, bytes {total.bytes:,}"
 
 
-def _call(spec: Any) -> str:
-    """Power(sigma_rel=0.1) from {"name": "Power", "sigma_rel": 0.1}."""
-    if not isinstance(spec, dict):
-        return str(spec)
-    return f"{spec.get('name')}({', '.join(f'{key}={value!r}' for key, value in spec.items() if key != 'name')})"
-
-
-def _role(report: offline.Report, name: str) -> str:
+def _role(report: Report, name: str) -> str:
     return "averaged" if name in report.meta["averaged"] else "own buffer" if name in report.meta["own_buffers"] else ""

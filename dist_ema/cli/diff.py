@@ -1,0 +1,108 @@
+"""`dist-ema diff`: how far two models are apart."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..console import FINE, PROBLEM, add_verb, columns, count, out, out_json, plural, printable, progress
+
+if TYPE_CHECKING:
+    from ..offline.diff import Difference, Row
+
+__all__ = ["add"]
+
+SHOWN = 20  # weights in the table, if nothing is said
+
+
+def add(verbs: Any) -> None:
+    verb = add_verb(
+        verbs,
+        "diff",
+        "compare two models, weight by weight, the farthest first",
+        "Compare two models of any form that dist-ema reads. The distance of a weight is ||A - B|| / ||A||, in\n"
+        "float64; integers and booleans are compared exactly. Names that only one of the two has, other shapes\n"
+        "and other dtypes are listed. Tied weights are compared under whatever name both know.",
+        "  dist-ema diff run/ema-001000 run/ema-002000          how far the average moved\n"
+        "  dist-ema diff run/ema-001000 out/ --threshold 0.01   is the bf16 export within 1 % of it?\n"
+        "  dist-ema diff run/ema run/ema --which-b 1            two averages of one folder\n"
+        "  dist-ema diff a.safetensors b.safetensors --json     every weight, for programs",
+        _diff,
+    )
+    verb.epilog = str(verb.epilog).replace("0 all is well, 1 a problem was found", "0 the same, 1 they differ")
+    verb.add_argument("a", metavar="A", help="a folder, or one .safetensors file")
+    verb.add_argument("b", metavar="B", help="what is compared with it")
+    verb.add_argument(
+        "--threshold", type=_distance, metavar="X", help="distances up to X, and other dtypes, are the same"
+    )
+    verb.add_argument(
+        "--weights", type=count, metavar="N", help=f"rows to print, or 'all' (default {SHOWN}; --json: all)"
+    )
+    verb.add_argument(
+        "--which-a", default="0", metavar="NAME", help="of several averages in A: number, label or schedule"
+    )
+    verb.add_argument("--which-b", default="0", metavar="NAME", help="the same in B")
+    verb.add_argument("--json", action="store_true", help="print JSON; a distance that is not finite is null")
+
+
+def _distance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a distance, 0 or larger, got {text!r}")
+    return value
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from ..offline.diff import diff
+
+    which = options.which_a, options.which_b
+    found = diff(options.a, options.b, which=which, bar=partial(progress, "compare"))
+    if options.json:
+        out_json(_plain(found, options.threshold, options.weights))
+    else:
+        out(_text(found, options.threshold, SHOWN if options.weights is None else options.weights))
+    return FINE if found.same(options.threshold) else PROBLEM
+
+
+def _plain(found: Difference, threshold: float | None, shown: int | None) -> dict[str, Any]:
+    rows = {
+        row.name: {
+            "distance": row.distance if math.isfinite(row.distance) else None,
+            "largest": row.largest if math.isfinite(row.largest) else None,
+            "changed": row.changed,
+            "elements": row.elements,
+            "dtypes": list(row.dtypes),
+        }
+        for row in found.rows[:shown]
+    }
+    said = {"a": found.a, "b": found.b, "same": found.same(threshold), "compared": len(found.rows)}
+    differ = {"missing": found.missing, "unexpected": found.unexpected, "reshaped": found.reshaped}
+    return said | {"threshold": threshold, "beyond": len(found.beyond(threshold))} | differ | {"weights": rows}
+
+
+def _text(found: Difference, threshold: float | None, shown: int) -> Iterator[str]:
+    beyond = found.beyond(threshold)
+    allowed = "" if threshold is None else f" by more than {threshold:g}"
+    verdict = f"{len(beyond):,} differ{allowed}" if beyond else f"none differs{allowed}"
+    yield printable(f"{plural(len(found.rows), 'weight')} of {found.a} and {found.b} compared, {verdict}")
+    yield from (printable(f"missing     {name} (in A alone)") for name in found.missing)
+    yield from (printable(f"unexpected  {name} (in B alone)") for name in found.unexpected)
+    yield from (printable(f"reshaped    {name}: {was} in A, {now} in B") for name, (was, now) in found.reshaped.items())
+    rows = [row for row in found.rows if row.changed or row.dtypes[0] != row.dtypes[1]]
+    if rows[:shown]:
+        yield ""
+        yield from columns([("weight", "distance", "max |A-B|", "changed", "dtype"), *map(_cells, rows[:shown])])
+    if len(rows) > shown:
+        yield f"... and {len(rows) - shown:,} of {len(rows):,} more: --weights all"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    was, now = row.dtypes
+    changed = f"{row.changed:,} of {row.elements:,}"
+    return row.name, f"{row.distance:.3e}", f"{row.largest:.3e}", changed, was if was == now else f"{was} -> {now}"

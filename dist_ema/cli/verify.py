@@ -1,0 +1,68 @@
+"""`dist-ema verify`: is everything what it was when it was written."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..console import FINE, PROBLEM, USAGE, add_verb, out, out_json, plural, printable, progress, say, size
+
+if TYPE_CHECKING:
+    from ..offline.verify import Verdict
+
+__all__ = ["add"]
+
+
+def add(verbs: Any) -> None:
+    verb = add_verb(
+        verbs,
+        "verify",
+        "read everything and list all that is damaged, missing or not finite",
+        "Read saved averages, exports, Hugging Face folders or .safetensors files to the last byte: headers,\n"
+        "sizes, index, aliases, ema.json against the files, CRC-32 and SHA-256 where ema.json has them, and\n"
+        "NaN or infinite values by weight. Every problem is listed on stderr, not only the first. Files that\n"
+        "dist_ema did not write have no sums to compare, which is said.",
+        "  dist-ema verify run/ema-001000          before you resume from it, or delete the older one\n"
+        "  dist-ema verify run/ema-*               all of them\n"
+        "  dist-ema verify out/ --seal             sound? then add SHA-256 of every file to ema.json\n"
+        "  dist-ema verify out/ --json             the verdict for programs",
+        _verify,
+    )
+    verb.add_argument("paths", metavar="PATH", nargs="+", help="folders, or .safetensors files")
+    verb.add_argument("--seal", action="store_true", help="add SHA-256 to ema.json where everything is sound")
+    verb.add_argument("--json", action="store_true", help="print JSON: a list with one verdict per path")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from ..offline.verify import verify
+
+    verdicts, code = [], FINE
+    for path in options.paths:
+        try:
+            verdict = verify(path, seal=options.seal, bar=partial(progress, f"verify {path}"))
+        except FileNotFoundError as error:  # the others are looked at all the same
+            code = max(code, say(str(error), USAGE))
+            continue
+        verdicts.append(verdict)
+        if not options.json:
+            out([printable(_line(verdict))])
+        for problem in verdict.problems:
+            code = max(code, say(problem, PROBLEM))
+    if options.json:
+        out_json([asdict(verdict) | {"sound": verdict.sound} for verdict in verdicts])
+    return code
+
+
+def _line(verdict: Verdict) -> str:
+    if not verdict.sound:
+        return f"{verdict.path} is not sound: {plural(len(verdict.problems), 'problem')}"
+    held = f"{plural(verdict.weights, 'weight')}, {size(verdict.bytes)}, all values finite"
+    if not verdict.sums:
+        return f"{verdict.path} is sound as far as can be told: {held}; there are no check sums to compare"
+    from ..offline.verify import SUMS
+
+    sums = " and ".join(SUMS[kind] for kind in verdict.sums)
+    agree = "agrees" if len(verdict.sums) == 1 else "agree"
+    return f"{verdict.path} is sound: {held}; {sums} {agree}" + ("; sealed with SHA-256" if verdict.sealed else "")

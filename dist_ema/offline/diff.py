@@ -1,0 +1,171 @@
+"""How far two models are apart, weight by weight. No torch.
+
+    distance = ||A - B|| / ||A||, in float64, over the elements of one weight
+
+*Cost*: one pass over both, windows that fit a processor's cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..console import Bar, Tick, silent
+from ..elements import FLOATS, Bytes, widen
+from ..format import ITEMSIZE, Entry
+from ..source import Source, open_model
+
+__all__ = ["Difference", "Row", "diff"]
+
+WINDOW = 1 << 18  # elements
+_INTEGERS = {
+    "BOOL": np.uint8, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16,
+    "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight that both models have, in the same shape. changed: elements that are not the same value."""
+
+    name: str
+    distance: float  # inf where A is 0 or a value is not finite in one of the two
+    largest: float  # of |A - B|
+    changed: int
+    elements: int
+    dtypes: tuple[str, str]
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is compared exactly, whatever distance is allowed: counters and indices have none."""
+        return all(dtype in _INTEGERS for dtype in self.dtypes)
+
+
+@dataclass
+class Difference:
+    """rows: the farthest first. missing: in A alone. unexpected: in B alone. reshaped: name -> the two shapes."""
+
+    a: str
+    b: str
+    rows: list[Row] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reshaped: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+
+    def beyond(self, threshold: float | None) -> list[Row]:
+        """The rows that differ: at all, dtypes included; or, with a threshold, by a larger distance."""
+        if threshold is None:
+            return [row for row in self.rows if row.changed or row.dtypes[0] != row.dtypes[1]]
+        return [row for row in self.rows if (row.changed > 0 if row.exact else row.distance > threshold)]
+
+    def same(self, threshold: float | None = None) -> bool:
+        return not (self.missing or self.unexpected or self.reshaped or self.beyond(threshold))
+
+
+def diff(a: str | Path, b: str | Path, *, which: tuple[int | str, int | str] = (0, 0), bar: Bar = silent) -> Difference:
+    """Compare two models of any form. Tied weights are compared under every name that both know, each pair once.
+
+    Raises FileNotFoundError and ValueError as `source.open_model`.
+    """
+    with open_model(a, which[0]) as one, open_model(b, which[1]) as other:
+        found, pairs = Difference(str(a), str(b)), _pairs(one, other)
+        found.missing = sorted(set(one.entries) - {mine for mine, _ in pairs.values()})
+        found.unexpected = sorted(set(other.entries) - {theirs for _, theirs in pairs.values()})
+        todo = dict[str, tuple[str, str]]()
+        for name, (mine, theirs) in pairs.items():
+            shapes = one.entries[mine].shape, other.entries[theirs].shape
+            if shapes[0] != shapes[1]:
+                found.reshaped[name] = list(shapes[0]), list(shapes[1])
+            else:
+                todo[name] = mine, theirs
+        with bar(sum(one.entries[mine].nbytes for mine, _ in todo.values())) as tick:
+            for name, (mine, theirs) in todo.items():
+                found.rows.append(_row(name, one, mine, other, theirs, tick))
+    found.rows.sort(key=lambda row: (-row.distance, -row.changed, row.name))
+    return found
+
+
+def _pairs(one: Source, other: Source) -> dict[str, tuple[str, str]]:
+    """Name -> what each of the two has it under. A pair that two names lead to is kept once."""
+    first = {name: name for name in one.entries} | dict(one.aliases)
+    second = {name: name for name in other.entries} | dict(other.aliases)
+    pairs: dict[tuple[str, str], str] = {}
+    for name in [*one.entries, *sorted({*first, *second} - set(one.entries))]:
+        if name in first and name in second:
+            pairs.setdefault((first[name], second[name]), name)
+    return {name: pair for pair, name in pairs.items()}
+
+
+def _row(name: str, one: Source, mine: str, other: Source, theirs: str, tick: Tick) -> Row:
+    a, b = one.entries[mine], other.entries[theirs]
+    squares = norm = largest = 0.0
+    changed = 0
+    for raw, against in zip(_windows(one, mine, a), _windows(other, theirs, b), strict=True):
+        x, delta, n = _compare(raw, a.dtype, against, b.dtype)
+        norm += _square(x)
+        if n:
+            largest = max(largest, _far(float(delta.max(initial=0.0))))
+            squares += _square(delta)
+            changed += n
+        tick(len(raw))
+    return Row(name, _ratio(squares, norm, changed), largest, changed, math.prod(a.shape), (a.dtype, b.dtype))
+
+
+def _square(values: NDArray[Any]) -> float:
+    """The sum of squares; overwrites the values. NOTE: no dot product, which would wake a pool of threads each time."""
+    with np.errstate(over="ignore"):
+        return float(np.multiply(values, values, out=values).sum())
+
+
+def _ratio(squares: float, norm: float, changed: int) -> float:
+    if not changed:
+        return 0.0
+    return _far(math.sqrt(squares) / math.sqrt(norm) if norm > 0 else math.inf)
+
+
+def _far(value: float) -> float:
+    """NaN is as far as can be: it must not sort behind what is finite, nor pass below a threshold."""
+    return math.inf if math.isnan(value) else value
+
+
+def _windows(model: Source, name: str, entry: Entry) -> Iterator[Bytes]:
+    size = ITEMSIZE[entry.dtype] * WINDOW
+    for begin in range(0, entry.nbytes, size):
+        yield model.read(name, begin, min(begin + size, entry.nbytes))
+
+
+def _compare(raw: Bytes, dtype: str, against: Bytes, other: str) -> tuple[NDArray[Any], NDArray[Any], int]:
+    """A in float64; |A - B|; and how many elements are not the same value. NaN is the same as NaN."""
+    a, b = _numbers(raw, dtype), _numbers(against, other)
+    if (dtype == "C64") != (other == "C64"):
+        a, b = (_real(part) if kind != "C64" else part for part, kind in ((a, dtype), (b, other)))
+    with np.errstate(all="ignore"):
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        # NOTE: two kinds of integers are compared as such, because float64 does not hold all of 64 bits.
+        same = a == b if a.dtype.kind in "iu" and b.dtype.kind in "iu" else x == y
+        if same.all():
+            return x, np.zeros(0), 0
+        same |= np.isnan(x) & np.isnan(y)
+        delta = np.abs(np.subtract(x, y, out=y), out=y)
+        delta[same] = 0.0
+        return x, delta, int(len(same) - np.count_nonzero(same))
+
+
+def _numbers(raw: Bytes, dtype: str) -> NDArray[Any]:
+    """The values as they are; of complex numbers both parts."""
+    if dtype in FLOATS:
+        return widen(raw, dtype)
+    kind = np.float32 if dtype == "C64" else _INTEGERS[dtype]
+    aligned = raw if raw.ctypes.data % np.dtype(kind).itemsize == 0 else raw.copy()
+    return aligned.view(kind)
+
+
+def _real(values: NDArray[Any]) -> NDArray[Any]:
+    """Real numbers as pairs with an imaginary part of 0."""
+    return np.stack([values, np.zeros_like(values)], axis=1).reshape(-1)

@@ -1,0 +1,325 @@
+"""A model made ready to ship, in one pass: the average's weights under the names, files and dtypes that its users expect.
+
+*Cost*: one window of 16 MB and its copies in other dtypes, whatever the size of the model. No torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import card, commit, format, manifest, sink
+from ..console import Bar, silent
+from ..elements import FLOATS, Bytes, finite, narrow, widen
+from ..source import Checked, Safetensors, Source, labels, open_model
+
+__all__ = ["DTYPES", "Exported", "export"]
+
+DTYPES = {  # as --dtype has them
+    "bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16",
+    "fp32": "F32", "float32": "F32", "fp64": "F64", "float64": "F64",
+}  # fmt: skip
+_OF_TORCH = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. beside: the names of what lies beside the weights."""
+
+    path: str
+    source: str
+    average: str  # its schedule, '' where the source does not tell
+    files: dict[str, int]  # name -> bytes
+    weights: int
+    dtypes: dict[str, int]  # -> how many weights
+    beside: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What the files will hold."""
+
+    names: dict[str, str]  # name in the files -> name in the source
+    entries: dict[str, format.Entry]  # by the names in the files
+    files: dict[str, format.File]
+    index: str
+    aliases: dict[str, list[str]]  # name in the files -> further names of the same weight
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        counted = Counter(entry.dtype for entry in self.entries.values())
+        return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+
+
+def export(
+    src: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str | None = None,
+    like: str | Path | None = None,
+    which: int | str = 0,
+    force: bool = False,
+    bar: Bar = silent,
+) -> Exported:
+    """Write the model to a folder, or to one file if `out` ends in .safetensors. Atomic.
+
+    dtype: of all floating weights, else the model's own. like: a model whose files, names, order and dtypes are taken.
+    Raises ValueError where the two do not hold the same weights, `src` is not complete or is damaged, or `out` is taken.
+    """
+    where = Path(os.path.realpath(out))
+    for each in (src, like):
+        _refuse_place(each, out, where)
+    sink.refuse_target(where, force)
+    with open_model(src, which) as model:
+        _refuse_part(model, like)
+        meta = _sound(model)
+        form = _form(model, meta, where, dtype, max_shard_size, like)
+        meta = _meta(model, meta, form)
+        beside = {} if where.suffix == ".safetensors" else _beside(Path(like or model.path), where, meta, form)
+        target = sink.Model(form.files, form.index, beside, meta)
+        with bar(sum(entry.nbytes for entry in form.entries.values())) as tick:
+            sink.write(where, target, _Cast(model, form).content, force=force, tick=tick)
+    average = ", ".join(map(manifest.call, meta["schedules"]))
+    files = {name: file.size for name, file in form.files.items()}
+    return Exported(str(out), str(src), average, files, len(form.entries), form.dtypes, sorted(beside))
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def _refuse_place(read: str | Path | None, out: str | Path, where: Path) -> None:
+    """What is read must not be replaced, nor be written into."""
+    if read is None:
+        return
+    real = Path(os.path.realpath(commit.follow(Path(read))))
+    if where == real:
+        raise ValueError(f"{out} is {read} itself. Name another path.")
+    if real in where.parents:
+        raise ValueError(f"{out} lies inside {read}. Name a path outside of it.")
+    if where in real.parents:
+        raise ValueError(f"{read} lies inside {out}, which would be replaced. Name another path.")
+
+
+def _refuse_part(model: Source, like: str | Path | None) -> None:
+    """A part of a model must not be shipped as the whole."""
+    path = Path(os.path.realpath(model.path))
+    if not model.entries:
+        raise ValueError(f"{model.path} holds no weights: there is nothing to export.")
+    if model.meta is not None and model.meta.get("weights") != "all" and like is None:
+        raise ValueError(
+            f"{model.path} holds averaged weights only (EMA(only=...)), so it is no complete model. Use ema.export(), or "
+            "pass --like with a model of the same names to prove that nothing is missing."
+        )
+    run = path.parent.parent
+    if path.parent.name == "averages" and (run / format.META).exists():
+        raise ValueError(f"{model.path} is a part of {run}: export that with --which {path.name}.")
+    listed = path.is_file() and (path.parent / format.META).exists() and format.read_meta(path.parent)["files"]
+    if listed and path.name in listed:
+        raise ValueError(f"{model.path} is a part of {path.parent}: name the folder.")
+
+
+def _sound(model: Source) -> dict[str, Any]:
+    """ema.json with all its parts. Raises ValueError if it contradicts the files; {} where there is none."""
+    if model.meta is None:
+        return {}
+    report = manifest.look(model.path)
+    if report.problems:
+        raise ValueError(
+            f"{model.path / format.META} is not sound: {report.problems[0]}. `dist-ema verify` lists everything."
+        )
+    return report.meta
+
+
+# --- what the files will hold ------------------------------------------------------------------------------------
+
+
+def _form(
+    model: Source, meta: dict[str, Any], where: Path, dtype: str | None, size: int | str | None, like: str | Path | None
+) -> _Form:
+    if size is not None:
+        format.size_of(size)
+    if like is not None:
+        with open_model(like) as theirs:
+            return _as_theirs(model, theirs, where, dtype, size)
+    native = meta.get("dtypes", {}) if meta.get("kind") == "ema" else {}
+    entries = {
+        name: format.Entry(_kind(entry.dtype, dtype or _OF_TORCH.get(str(native.get(name)))), entry.shape)
+        for name, entry in model.entries.items()
+    }
+    names = {name: name for name in entries}
+    aliases = _aliases(model, names)
+    if where.suffix == ".safetensors":
+        return _Form(names, entries, _one_file(where, entries, aliases, size), format.INDEX, aliases)
+    return _Form(names, entries, format.plan(entries, size or "5GB"), format.INDEX, aliases)
+
+
+def _kind(have: str, want: str | None) -> str:
+    """Floats alone are cast."""
+    return want if want is not None and have in FLOATS and want in FLOATS else have
+
+
+def _one_file(
+    where: Path,
+    entries: dict[str, format.Entry],
+    aliases: dict[str, list[str]],
+    size: int | str | None,
+    order: Sequence[str] | None = None,
+) -> dict[str, format.File]:
+    """Aliases lie in the header, for want of an ema.json."""
+    total = sum(entry.nbytes for entry in entries.values())
+    if size is not None and total > format.size_of(size):
+        raise ValueError(f"{where.name} is one file of {total} bytes, max_shard_size is {size}. Name a folder.")
+    further = {alias: name for name, others in aliases.items() for alias in others}
+    return {where.name: format.header(entries, further, order)}
+
+
+def _aliases(model: Source, names: dict[str, str]) -> dict[str, list[str]]:
+    """Of the names that the files do not have: which of theirs is the same weight."""
+    first: dict[str, str] = {}
+    for name, source in names.items():
+        first.setdefault(source, name)
+    groups: dict[str, list[str]] = {}
+    for other, source in [*((name, name) for name in model.entries), *model.aliases.items()]:
+        if other not in names:
+            groups.setdefault(first[source], []).append(other)
+    return {name: sorted(others) for name, others in groups.items()}
+
+
+def _as_theirs(model: Source, theirs: Source, where: Path, dtype: str | None, size: int | str | None) -> _Form:
+    """Their names, which choose among tied ones, their dtypes, files and order."""
+    known = {name: name for name in model.entries} | dict(model.aliases)
+    _refuse_difference(model, theirs, known)
+    names = {name: known[name] for name in theirs.entries}
+    entries = {name: format.Entry(_kind(entry.dtype, dtype), entry.shape) for name, entry in theirs.entries.items()}
+    aliases = _aliases(model, names)
+    split = _their_files(theirs)
+    name = next(iter(split)) if theirs.path.is_file() else format.find_model(theirs.path)
+    stem = name.removesuffix(".index.json").removesuffix(".safetensors")
+    index = f"{stem}.safetensors.index.json"
+    if where.suffix == ".safetensors":
+        order = _order([name for part in split.values() for name in part], entries)
+        return _Form(names, entries, _one_file(where, entries, aliases, size, order), index, aliases)
+    if size is not None:
+        files = {f"{stem}{file.removeprefix('model')}": plan for file, plan in format.plan(entries, size).items()}
+    else:
+        parts = {file: {name: entries[name] for name in part} for file, part in split.items()}
+        files = {file: format.header(part, None, _order(list(part), part)) for file, part in parts.items()}
+    return _Form(names, entries, files, index, aliases)
+
+
+def _their_files(theirs: Source) -> dict[str, list[str]]:
+    """File -> its weights, as they lie there. What is no safetensors model is as one file of the usual name."""
+    files = (
+        theirs.files
+        if isinstance(theirs, Safetensors)
+        else {"model.safetensors": format.File(b"", dict(theirs.entries))}
+    )
+    return {
+        name: sorted(file.entries, key=lambda weight: (file.entries[weight].begin, file.entries[weight].end))
+        for name, file in files.items()
+    }
+
+
+def _order(names: list[str], entries: dict[str, format.Entry]) -> list[str] | None:
+    """Their order; None, so our own, where other dtypes would put a weight at an odd address in it."""
+    at = 0
+    for name in names:
+        if at % format.ITEMSIZE[entries[name].dtype]:
+            return None
+        at += entries[name].nbytes
+    return names
+
+
+def _refuse_difference(model: Source, theirs: Source, known: dict[str, str]) -> None:
+    """Raise ValueError with every weight that only one of the two has, or that has another shape or kind."""
+    said = [f"{name} is in {theirs.path} alone" for name in theirs.entries if name not in known]
+    taken = {known.get(name) for name in [*theirs.entries, *theirs.aliases]}
+    said += [f"{name} is in {model.path} alone" for name in model.entries if name not in taken]
+    for name, entry in theirs.entries.items():
+        mine = model.entries[known[name]] if name in known else entry
+        if mine.shape != entry.shape:
+            said.append(f"{name} is {list(mine.shape)} in {model.path}, {list(entry.shape)} in {theirs.path}")
+        elif mine.dtype != entry.dtype and not {mine.dtype, entry.dtype} <= set(FLOATS):
+            said.append(f"{name} is {mine.dtype} in {model.path}, {entry.dtype} in {theirs.path}")
+    if said:
+        more = f"; and {len(said) - 10} more" if len(said) > 10 else ""
+        raise ValueError(f"{model.path} and {theirs.path} differ on {len(said)} weights: {'; '.join(said[:10])}{more}.")
+
+
+# --- what lies beside --------------------------------------------------------------------------------------------
+
+
+def _meta(model: Source, meta: dict[str, Any], form: _Form) -> dict[str, Any]:
+    """ema.json of what is written, without what the sink fills in."""
+    label = model.label if isinstance(model, Safetensors) else ""
+    chosen = meta.get("schedules", [])[labels(meta).index(label) :][:1]
+    own = meta["averages"][label]["own_buffers"] if label else meta.get("own_buffers", [])
+    crc = {name: sums["crc32"] for name in _files_of(model) if (sums := manifest.sums(meta, name) if meta else {})}
+    return {
+        "format": format.FORMAT,
+        "kind": "export",
+        "weights": "all",
+        "clock": meta.get("clock", {}),
+        "attach": meta.get("attach"),
+        "rounding": meta.get("rounding"),
+        "schedules": chosen,
+        "averages": {},
+        "averaged": sorted(name for name, source in form.names.items() if source in set(meta.get("averaged", []))),
+        "own_buffers": sorted(name for name, source in form.names.items() if source in set(own)),
+        "aliases": form.aliases,
+        "dtypes": {
+            name: meta["dtypes"][source] for name, source in form.names.items() if source in meta.get("dtypes", {})
+        },
+        "versions": meta.get("versions", {}) | {"dist_ema": format.VERSION},
+        "extra": {},
+        "source": {"name": Path(os.path.realpath(model.path)).name, "crc32": crc},
+    }
+
+
+def _files_of(model: Source) -> list[str]:
+    return list(model.files) if isinstance(model, Safetensors) else []
+
+
+def _beside(folder: Path, where: Path, meta: dict[str, Any], form: _Form) -> dict[str, bytes | Path]:
+    """Config, tokenizer and a card that says what average this is. A card that is in place already is kept."""
+    found = card.beside(folder)
+    old = where / card.CARD if (where / card.CARD).is_file() else found.get(card.CARD)
+    text = old.read_bytes() if isinstance(old, Path) else b""
+    found[card.CARD] = card.write_into(text, card.section(meta, form.dtypes))
+    return found
+
+
+# --- the bytes ---------------------------------------------------------------------------------------------------
+
+
+class _Cast:
+    """The content of every weight in its new dtype. After the last one the source's check sums are compared."""
+
+    def __init__(self, model: Source, form: _Form) -> None:
+        self._model, self._form, self._source = model, form, Checked(model)
+        self._left = len(form.entries)
+
+    def content(self, name: str) -> Iterator[Bytes]:
+        source = self._form.names[name]
+        was, now = self._model.entries[source].dtype, self._form.entries[name].dtype
+        for raw in self._source.windows(source):
+            yield raw if was == now else _cast(name, raw, was, now)
+        self._left -= 1
+        if self._left == 0:
+            self._source.finish()
+
+
+def _cast(name: str, raw: Bytes, was: str, now: str) -> Bytes:
+    new = narrow(widen(raw, was), now)
+    wider = now == "F64" or (now == "F32" and was != "F64")
+    if not wider and finite(new, now) != finite(raw, was):
+        raise ValueError(f"{name} holds values that are too large for {now}. Choose another dtype.")
+    return new

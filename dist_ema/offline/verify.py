@@ -1,0 +1,223 @@
+"""Whether files still are what was written: structure, ema.json, check sums, finite values. No torch.
+
+*Cost*: one pass over the bytes, a window of 16 MB at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import commit, format, manifest
+from ..console import Bar, Tick, silent
+from ..elements import FLOATS, Bytes, finite, widen
+from ..source import WINDOW, find, open_model, read_at, windows
+
+__all__ = ["SUMS", "Verdict", "verify"]
+
+SUMS = {"crc32": "CRC-32", "sha256": "SHA-256"}
+_MODEL = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors")
+
+
+@dataclass
+class Verdict:
+    """What was found at a path. sums: the kinds of check sums that were compared, so [] where there were none."""
+
+    path: str
+    kind: str = "unknown"
+    weights: int = 0
+    bytes: int = 0
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # as in ema.json
+    sums: list[str] = field(default_factory=list)
+    not_finite: dict[str, dict[str, int]] = field(default_factory=dict)  # weight -> {nan, inf}
+    sealed: bool = False
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        return not self.problems
+
+
+def verify(path: str | Path, *, seal: bool = False, bar: Bar = silent) -> Verdict:
+    """Read everything at `path` and list all that is wrong with it.
+
+    seal: add SHA-256 to ema.json, atomically, if nothing is. Raises FileNotFoundError if nothing is there.
+    """
+    verdict = Verdict(str(path))
+    try:
+        where = find(path)
+        if manifest.native(where):
+            _verify(where, verdict, seal, bar)
+        else:
+            _verify_other(where, verdict, seal, bar)
+    except FileNotFoundError:
+        if not Path(path).exists():
+            raise
+        verdict.problems.append(f"{path}: a file vanished while it was read.")
+    except RecursionError:
+        verdict.problems.append(f"{path}: {format.META} is nested too deeply.")
+    except (OSError, ValueError) as error:
+        verdict.problems.append(str(error))
+    return verdict
+
+
+def _verify(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
+    try:
+        report = manifest.look(path)
+    except ValueError as error:
+        verdict.problems.append(str(error))
+        verdict.problems.extend(text for text in _broken(path) if text != str(error))
+        return
+    folder = path if path.is_dir() else path.parent
+    verdict.kind, listed = report.kind, _listed(path, report)
+    verdict.weights = sum(len(file.entries) for file in report.files.values())
+    verdict.problems.extend(f"{path / format.META} is not sound: {problem}." for problem in report.problems)
+    verdict.problems.extend(_strays(path, report))
+    verdict.bytes = sum(file.size for file in report.files.values())
+    with bar(verdict.bytes) as tick:
+        for name, file in report.files.items():
+            said = listed.get(name, {})
+            _verify_file(folder / name, name, file, said, seal, verdict, tick)
+            if report.meta["files"] and "crc32" not in said:
+                verdict.problems.append(f"{path / format.META} has no CRC-32 of {name}.")
+    verdict.sums = sorted({kind for said in listed.values() for kind in ("crc32", "sha256") if kind in said})
+    if seal:
+        _seal(path, report, verdict)
+
+
+def _listed(path: Path, report: manifest.Report) -> dict[str, dict[str, str]]:
+    """The sums of each file in ema.json. One file may have them in the ema.json that lies beside it."""
+    if path.is_file() and (path.parent / format.META).is_file():
+        said = format.read_meta(path.parent)["files"].get(path.name)
+        return {path.name: {key: str(said[key]) for key in ("crc32", "sha256") if key in said}} if said else {}
+    return {name: report.sums(name) for name in report.files}
+
+
+def _broken(path: Path) -> Iterator[str]:
+    """What is wrong with each file of a folder by itself."""
+    if not path.is_dir():
+        return
+    for each in sorted([*path.glob("*.safetensors"), *path.glob("averages/*/*.safetensors")]):
+        try:
+            format.read_header(each)
+        except (OSError, ValueError) as error:
+            yield str(error)
+
+
+def _strays(path: Path, report: manifest.Report) -> Iterator[str]:
+    """Files that another loader would take for the model, or for a part of it."""
+    if not path.is_dir():
+        return
+    for each in sorted([*path.glob("*.safetensors"), *path.glob("averages/*/*.safetensors")]):
+        name = each.relative_to(path).as_posix()
+        if _MODEL.fullmatch(each.name) and name not in report.files:
+            yield f"{each} is no part of the model, but some loaders would take it for one. Move it away."
+    if report.kind != "model" and (path / format.META).read_bytes() != format.stamp(format.read_meta(path)):
+        yield f"{path / format.META} was changed since dist_ema wrote it."
+    for tree in report.trees if report.kind != "model" else ():
+        index = format.find_model(inside := path / "averages" / tree.label if tree.label else path)
+        files = {Path(name).name: file for name, file in tree.files.items()}
+        if index not in files and (inside / index).read_bytes() != format.index(files):
+            yield f"{inside / index} is not what dist_ema wrote."
+
+
+def _verify_file(
+    path: Path, name: str, file: format.File, said: dict[str, str], seal: bool, verdict: Verdict, tick: Tick
+) -> None:
+    """One pass over one file: its sums against `said`, its weights' values."""
+    crc, sha = zlib.crc32(file.head), hashlib.sha256(file.head) if seal or "sha256" in said else None
+    tick(len(file.head))
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        for weight, entry in sorted(file.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+            count = _Count(entry.dtype)
+            for raw in _of_weight(fd, path, len(file.head), entry):
+                crc = zlib.crc32(raw.data, crc)
+                if sha is not None:
+                    sha.update(raw.data)
+                count.add(raw)
+                tick(len(raw))
+            count.into(verdict, weight if "/" not in name else f"{Path(name).parent.as_posix()}: {weight}")
+    finally:
+        os.close(fd)
+    found = {"crc32": f"{crc:08x}"} | ({"sha256": sha.hexdigest()} if sha is not None else {})
+    verdict.files[name] = {"size": file.size} | found
+    verdict.problems.extend(
+        f"{path} is damaged: its {SUMS[kind]} is {found[kind]}, {format.META} says {value}."
+        for kind, value in said.items()
+        if found[kind] != value
+    )
+
+
+def _of_weight(fd: int, path: Path, base: int, entry: format.Entry) -> Iterator[Bytes]:
+    for begin in range(entry.begin, entry.end, WINDOW):
+        yield read_at(fd, path, base + begin, base + min(begin + WINDOW, entry.end))
+
+
+class _Count:
+    """NaN and infinite values of one weight."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype, self.nan, self.inf = dtype, 0, 0
+
+    def add(self, raw: Bytes) -> None:
+        if self._dtype not in (*FLOATS, "C64"):
+            return
+        if finite(raw, self._dtype) == len(raw) // format.ITEMSIZE[self._dtype]:
+            return
+        values = widen(raw, "F32" if self._dtype == "C64" else self._dtype)
+        self.nan += int(np.isnan(values).sum())
+        self.inf += int(np.isinf(values).sum())
+
+    def into(self, verdict: Verdict, weight: str) -> None:
+        if self.nan or self.inf:
+            verdict.not_finite[weight] = {"nan": self.nan, "inf": self.inf}
+            verdict.problems.append(
+                f"{verdict.path}: {weight} holds {self.nan:,} NaN and {self.inf:,} infinite values."
+            )
+
+
+def _seal(path: Path, report: manifest.Report, verdict: Verdict) -> None:
+    """Put the SHA-256 of every file into ema.json."""
+    if not report.meta["files"]:
+        verdict.problems.append(f"{path} has no {format.META} to seal: export it first, or keep the sums yourself.")
+    if verdict.problems:
+        return
+    where = path / format.META
+    meta = format.read_meta(path)
+    if any(report.sums(name) != manifest.sums(meta, name) for name in report.files):
+        raise ValueError(f"{path} was written anew while it was read. Run verify again.")
+    sealed = {name: said | {"sha256": verdict.files[name]["sha256"]} for name, said in meta["files"].items()}
+    commit.sweep(where)
+    new = commit.temporary(where)
+    try:
+        new.write_bytes(format.stamp(meta | {"files": sealed}))
+        commit.sync(new)
+        commit.publish(new, where)
+    finally:
+        new.unlink(missing_ok=True)
+    verdict.sealed = True
+
+
+def _verify_other(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
+    """Not safetensors: nothing was summed, so values are all that can be looked at."""
+    with open_model(path) as model:
+        verdict.kind, verdict.weights = "other", len(model.entries)
+        verdict.bytes = sum(entry.nbytes for entry in model.entries.values())
+        with bar(verdict.bytes) as tick:
+            for name, entry in model.entries.items():
+                count = _Count(entry.dtype)
+                for raw in windows(model, name):
+                    count.add(raw)
+                    tick(len(raw))
+                count.into(verdict, name)
+    if seal:
+        verdict.problems.append(f"{path} has no {format.META} to seal: export it first.")
