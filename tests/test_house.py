@@ -31,10 +31,10 @@ FLOORS = {
     2: "swap gather artifact resume dcp agree attach average telemetry source",
     3: "ema combine manifest",
     4: "posthoc card recipes.__init__ recipes.batchnorm recipes.distill recipes.fixres",
-    5: "offline.__init__ offline.inspect offline.verify offline.export offline.diff offline.average offline.plan offline.reconstruct offline.convert offline.doctor "
-    "offline.patient",
-    6: "cli.inspect cli.verify cli.export cli.diff cli.average cli.plan cli.reconstruct cli.convert cli.doctor integrations.__init__ "
-    "integrations.accelerate integrations.transformers integrations.lightning",
+    5: "offline.__init__ offline.inspect offline.verify offline.export offline.diff offline.average offline.plan "
+    "offline.reconstruct offline.convert offline.doctor offline.patient",
+    6: "cli.inspect cli.verify cli.export cli.diff cli.average cli.plan cli.reconstruct cli.convert cli.doctor "
+    "integrations.__init__ integrations.accelerate integrations.transformers integrations.lightning",
     7: "cli.__init__",
     8: "__init__ __main__",
 }

@@ -24,7 +24,7 @@ def add(verbs: Any) -> None:
         "  dist-ema doctor                      everything, for the current folder\n"
         "  dist-ema doctor /mnt/checkpoints     for another one\n"
         "  dist-ema doctor --no-self-test       a second instead of ten\n"
-        "  dist-ema doctor --json > doctor.json what to put into a bug report",
+        "  dist-ema doctor --json               what to put into a bug report",
         _doctor,
     )
     verb.add_argument(
