@@ -201,6 +201,19 @@ def test_live_tables_can_be_asked_for(call: Call, tmp_path: Path) -> None:
     assert "no table of tensors at 'nowhere'" in call(src, tmp_path / "x", "--key", "nowhere")[2]
 
 
+def test_rest(call: Call, tmp_path: Path) -> None:
+    """--rest names the live table that completes an average; where the two differ in shape they are of two models."""
+    live = {"w": torch.zeros(2), "b": torch.zeros(3)}
+    torch.save({"shadow": {"w": torch.ones(2)}, "net": live, "other": {"w": torch.zeros(5)}}, src := tmp_path / "a.pt")
+    assert call(src, tmp_path / "out", "--rest", "net")[0] == 0
+    found, meta = model(tmp_path / "out")
+    equal(found, {"w": torch.ones(2), "b": torch.zeros(3)})
+    assert meta["averaged"] == ["w"]
+    code, _, err = call(src, tmp_path / "x", "--rest", "other")
+    assert code == 1
+    assert "w is (2,) in the average, (5,) in the live model" in err
+
+
 def test_several_averages(call: Call, tmp_path: Path) -> None:
     """Profiles of one run are never chosen silently."""
     profiles = {
@@ -311,6 +324,7 @@ def test_forms_of_files(call: Call, tmp_path: Path) -> None:
     equal(found, want)
     said = meta["extra"]["converted"]
     assert (said["from"], said["optimization_step"], said["decay"]) == ("diffusers", 7, 0.9)
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
     for bad in ({"weight_map": {"a": "../x.safetensors"}}, {"weight_map": {"a": "gone.safetensors"}}, {}, []):
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(bad))
         assert call(folder, tmp_path / "x")[0] == 1

@@ -208,6 +208,10 @@ EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
         ),
         "is larger than the",
     ),
+    "many dimensions": (
+        lambda s: s.state_dict_metadata["app.model.scalar"].__dict__.update(size=torch.Size([1] * 65)),
+        "damaged pickle",
+    ),
     "no sizes": (lambda s: setattr(chunk(s, "app.model.half"), "sizes", None), "TypeError"),
     "no properties": (lambda s: setattr(s.state_dict_metadata["app.model.half"], "properties", 3), "TensorProperties must"),
     "no table": (lambda s: setattr(s, "state_dict_metadata", [1]), "AttributeError"),
@@ -235,31 +239,43 @@ def test_other_dtypes_are_listed(tmp_path: Path) -> None:
 
 
 def test_items_that_are_no_plain_tensors(copy: Path) -> None:
-    """Archives with compressed records, views that use an element twice, and a reach beyond the storage."""
-    with distcp.Folder(copy) as folder:
-        entry = folder._weights["app.model.middle"][1][0]
-    for what, words in (
-        ("compressed", "compressed or encrypted"),
-        ("expanded", "reaches beyond"),
-        ("other", "is not the tensor"),
-    ):
-        item = copy / f"{what}.distcp"
-        tensor = torch.ones(1).expand(14) if what == "expanded" else torch.ones(15 if what == "other" else 14)
-        torch.save(tensor, item)
-        if what == "compressed":
-            with zipfile.ZipFile(item) as old:
-                content = {name: old.read(name) for name in old.namelist()}
-            with zipfile.ZipFile(item, "w", zipfile.ZIP_DEFLATED) as new:
-                for name, data in content.items():
-                    new.writestr(name, data)
+    """Compressed records, views that use an element twice, other sizes, lazy conjugates, and what is no tensor at all."""
+    items = {
+        "compressed or encrypted": ("app.model.middle", torch.ones(14)),
+        "reaches beyond": ("app.model.middle", torch.ones(1).expand(14)),
+        "is not the tensor": ("app.model.middle", torch.ones(15)),
+        "damaged pickle": ("app.model.complex", torch.ones(3, dtype=torch.complex64).conj()),
+        "is no tensor that dist_ema can read": ("app.model.middle", "x" * (2 << 20)),
+    }
+    for words, (name, content) in items.items():
+        item = copy / "item.distcp"
+        torch.save(content, item)
+        if words.startswith("compressed"):
+            compress(item)
 
-        def point(said: Any, item: Path = item) -> None:
-            vars(place(said, "app.model.middle")).update(relative_path=item.name, offset=0, length=item.stat().st_size)
+        def point(said: Any, name: str = name, length: int = item.stat().st_size) -> None:
+            vars(place(said, name)).update(relative_path="item.distcp", offset=0, length=length)
 
+        sound = (copy / distcp.META).read_bytes()
         edit(copy, point)
         with pytest.raises(ValueError, match=words), distcp.Folder(copy) as folder:
-            read(folder, "app.model.middle")
-    assert entry.sizes == (14,)
+            read(folder, name)
+        (copy / distcp.META).write_bytes(sound)
+
+
+def compress(path: Path) -> None:
+    with zipfile.ZipFile(path) as old:
+        content = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in content.items():
+            new.writestr(name, data)
+
+
+def test_metadata_that_is_no_file(tmp_path: Path) -> None:
+    """A folder, or a pipe that nobody writes to."""
+    (tmp_path / distcp.META).mkdir()
+    with pytest.raises(ValueError, match="is no file"):
+        distcp.Folder(tmp_path)
 
 
 # --- what would run ----------------------------------------------------------------------------------------------
