@@ -146,7 +146,6 @@ class Scribe:
         *Cost*: two windows of 16 MB at most; with wait=False also a copy of this rank's share in host memory.
         """
         self._ranks.timeout = timeout
-        self._ranks.begin(job.verb)
         if not wait:
             job = self._staged(job)
         ready = self._prepare(job)
@@ -202,11 +201,10 @@ class Scribe:
         ranks, verb = self._ranks, ready.job.verb
         writers = ready.writers()
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                if ready.line is None:
-                    _, said = ranks.attempt(verb, lambda: ready.write(writers))
-                else:
-                    ready.collect(ranks, writers)
+            if ready.line is None:
+                _, said = ranks.attempt(verb, lambda: ready.write(writers))
+            else:
+                ready.collect(ranks, writers)
             remarks = ranks.decide(verb, lambda: _finish(ready, said if ready.line is None else [_close(writers)]))
             return remarks if ranks.first else []
         except BaseException:
