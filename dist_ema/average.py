@@ -362,8 +362,11 @@ class Average:
         self.copy_live()
         self.clock.start()
 
-    def move(self, elapsed: float, skip: Tensor | None = None, guard: bool = False) -> None:
-        """One update. skip: not 0, on the device, if the step was skipped. No host sync, no collective."""
+    def move(
+        self, elapsed: float, skip: Tensor | None = None, guard: bool = False, once: Schedule | None = None
+    ) -> None:
+        """One update. skip: not 0, on the device, if the step was skipped. once: in place of the schedules, this time.
+        No host sync, no collective."""
         number = self.clock.updates
         if number < 2 or number % LOOK_EVERY == 0:
             self.follow()
@@ -372,11 +375,12 @@ class Average:
         self._read = False
         if any(slot.moved for slot in self._watched):
             self.follow()  # modules may register a new tensor under a buffer's name at every step
-        decays = self.clock.move([profile.schedule for profile in self.profiles], elapsed)
+        schedules = [once or profile.schedule for profile in self.profiles]
+        decays = self.clock.move(schedules, elapsed)
         weights = []
-        for profile, decay in zip(self.profiles, decays, strict=True):
+        for profile, schedule, decay in zip(self.profiles, schedules, decays, strict=True):
             profile.last = decay, elapsed
-            weights.append(profile.gate.weigh(1 - decay, profile.schedule.copies_first, skip))
+            weights.append(profile.gate.weigh(1 - decay, schedule.copies_first, skip))
         self.engine.update(self._plan, weights, number, guard)
         if self._buffer_plan.pairs:
             self._inline.update(self._buffer_plan, weights, number, guard)

@@ -193,17 +193,21 @@ class EMA:
     # --- update ------------------------------------------------------------------------------------------------
 
     @_aside
-    def update(self, elapsed: float = 1.0) -> None:
+    def update(self, elapsed: float = 1.0, *, decay: float | Schedule | None = None) -> None:
         """Move the average towards the live weights. elapsed: steps, images or tokens since the last update.
 
-        No collective, no host sync. Raises RuntimeError inside `swap`, ValueError for an elapsed that the schedule
-        cannot take ([Note: elapsed] in schedule).
+        decay: of this move alone, in place of the schedule's, for loops that compute one themselves; 0 copies. The clock
+        moves all the same, and files name the schedule. No collective, no host sync.
+
+        Raises RuntimeError inside `swap`, ValueError for an elapsed that the schedule cannot take ([Note: elapsed] in
+        schedule).
         """
         average = self._average
         average.refuse("ema.update")
+        once = None if decay is None else coerce(decay)
         if not average.clock.started:
             average.begin()
-        average.move(elapsed)
+        average.move(elapsed, once=once)
         average.before_step()  # without hooks nobody else would wait for the read
 
     def attach(

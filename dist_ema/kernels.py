@@ -6,7 +6,7 @@ numba, lists of at least WORTH elements in fp32 and 16-bit dtypes go through `co
 
     long, same dtype         one lerp_ each, neighbours merged                 12 bytes per fp32 element
     long, another dtype      cast through a 4 MB scratch, then lerp_           10 bytes per bf16 -> fp32 element
-    short                    torch.cat into the scratch, one lerp_ for many
+    short                    torch.cat into the scratch, one lerp_ for many; shadows that lie apart by foreach
     bfloat16 shadow          fp32 arithmetic in the scratch, rounded stochastically ([Note: rounding])
 
 [Note: rounding]  A bf16 shadow at decay 0.999 never moves when it is rounded to nearest. Here the 16 bits that are cut off
@@ -63,12 +63,19 @@ class Plan:
         self._passes: list[compiled.Pass] = []
         self._direct: list[tuple[list[Tensor], Tensor]] = []
         self._through: list[tuple[list[Tensor], list[Tensor], Tensor, Tensor]] = []
+        self._apart: list[tuple[list[list[Tensor]], list[Tensor], list[Tensor], list[Tensor]]] = []
         self._rounded: list[tuple[Pair, list[Tensor], Tensor, int, Tensor]] = []
         left = [pair for pair in pairs if pair.live.numel()]
         if passes or (passes is None and _worth(left)):
             left = self._compile(left)
+        apart: list[tuple[list[Tensor], Tensor]] = []
         for group in _runs([(pair.shadows, pair.live) for pair in left if not _compact(pair)]):
-            self._add(group)
+            if len(group) > 1 or len(group[0][1]) >= SHORT:
+                self._add(group)
+            else:
+                apart += group
+        for group in _alike(apart):
+            (self._add_apart if len(group) > 1 else self._add)(group)
         for pair in filter(_compact, left):
             for shadows, live, start in _chunks(pair.shadows, pair.live):
                 wide = self._cut(torch.float32, shadows[0].device, len(live))
@@ -113,6 +120,18 @@ class Plan:
             packed = self._cut(live.dtype, live.device, len(shadows[0]), 1)
             self._through.append((shadows, lives, packed, packed if alike else self._cut(*to, len(packed))))
 
+    def _add_apart(self, group: list[tuple[list[Tensor], Tensor]]) -> None:
+        """Short pairs whose shadows lie apart, as those of another module do."""
+        lives = [live for _, live in group]
+        shadows = [[each[k] for each, _ in group] for k in range(len(group[0][0]))]
+        live, to = lives[0], (shadows[0][0].dtype, shadows[0][0].device)
+        if (live.dtype, live.device) == to:
+            self._apart.append((shadows, lives, [], lives))
+        else:
+            n = sum(map(len, lives))
+            through = [self._cut(live.dtype, live.device, n, 1), self._cut(*to, n)]
+            self._apart.append((shadows, lives, through, list(through[1].split([len(each) for each in lives]))))
+
     def _cut(self, dtype: torch.dtype, device: torch.device, n: int, number: int = 0) -> Tensor:
         key = (dtype, device, number)
         if key not in self._scratch:
@@ -148,12 +167,25 @@ class Plan:
                 cast.copy_(lives[0])
             for shadow, weight in zip(shadows, weights, strict=True):
                 _lerp(shadow, cast, weight, guard)
+        self._run_apart(weights, guard)
         for pair, shadows, live, start, wide in self._rounded:
             low = _low(_draw(_key(self.seed, update, pair.name), pair.indices(start, start + len(live)), pair.huge))
             moved = live.to(wide.device, wide.dtype)
             for shadow, weight in zip(shadows, weights, strict=True):
                 _lerp(wide.copy_(shadow), moved, weight, guard)
                 shadow.copy_(_round(wide, low))
+
+    def _run_apart(self, weights: Sequence[float | Tensor], guard: bool) -> None:
+        for lists, lives, through, ready in self._apart:
+            if through:
+                packed, cast = through
+                cast.copy_(torch.cat(lives, out=packed))
+            for shadows, weight in zip(lists, weights, strict=True):
+                if isinstance(weight, float) and not guard:
+                    torch._foreach_lerp_(shadows, ready, weight)
+                    continue
+                for shadow, live in zip(shadows, ready, strict=True):
+                    _lerp(shadow, live, weight, guard)
 
     def _guarded(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         """In chunks, because a guarded move needs a temporary of live's size."""
@@ -223,6 +255,21 @@ def _runs(pairs: Sequence[tuple[list[Tensor], Tensor]]) -> Iterator[list[tuple[l
         size += len(live)
     if group:
         yield group
+
+
+def _alike(pairs: Sequence[tuple[list[Tensor], Tensor]]) -> Iterator[list[tuple[list[Tensor], Tensor]]]:
+    """Pairs of one dtype and device on either side, at most one pack together."""
+    kinds: dict[tuple[torch.dtype | torch.device, ...], list[tuple[list[Tensor], Tensor]]] = {}
+    for shadows, live in pairs:
+        kinds.setdefault((live.dtype, live.device, shadows[0].dtype, shadows[0].device), []).append((shadows, live))
+    for group in kinds.values():
+        start, size = 0, 0
+        for i, (_, live) in enumerate(group):
+            if size + len(live) > PACK:
+                yield group[start:i]
+                start, size = i, 0
+            size += len(live)
+        yield group[start:]
 
 
 def _merge(pairs: Sequence[tuple[list[Tensor], Tensor]]) -> Iterator[tuple[list[Tensor], Tensor]]:

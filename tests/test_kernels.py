@@ -187,7 +187,7 @@ def shape(pairs: list[Pair]) -> tuple[list[int], list[list[int]], int]:
     """(lengths of the direct pairs, lengths of the tensors in each packed or cast step, number of rounded steps)."""
     plan = Plan(pairs)
     return (
-        [len(x) for _, x in plan._direct],
+        [len(x) for _, x in plan._direct] + [len(x) for _, lives, _, _ in plan._apart for x in lives],
         [[len(x) for x in lives] for _, lives, _, _ in plan._through],
         len(plan._rounded),
     )
@@ -203,6 +203,21 @@ def test_neighbours_on_one_side_are_packed() -> None:
     full = [n for n in TINY if n]
     assert shape(pair_up(arena(TINY, torch.float32, 1), apart(TINY, torch.float32, 2))) == ([], [full], 0)
     assert shape(pair_up(apart(TINY, torch.float32, 1), arena(TINY, torch.float32, 2))) == (full, [], 0)
+
+
+@pytest.mark.parametrize("weight", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("live", [torch.float32, BF16, torch.float64], ids=str)
+def test_apart_on_both_sides(live: torch.dtype, guard: bool, weight: Any) -> None:
+    """The shadows of another module: many short pairs in one call, a pack at a time, others of the same plan between."""
+    sizes = [7, 3, SHORT + 1, 5000, 5000, 5000, 5000, 1]
+    pairs = pair_up(apart(sizes, torch.float32, 1), apart(sizes, live, 2))
+    pairs += pair_up(apart([4, 4], torch.float64, 3), apart([4, 4], torch.float64, 4))
+    expected = oracle(pairs, 0.25)
+    plan = Plan(pairs, passes=False)
+    plan.run([weight], 0, guard)
+    equal(pairs, expected)
+    assert [[len(x) for x in lives] for _, lives, _, _ in plan._apart] == [[7, 3, 5000, 5000, 5000], [5000, 1], [4, 4]]
 
 
 def test_order_and_gaps_are_respected(plan: Make) -> None:
@@ -413,7 +428,14 @@ def test_noise_of_huge_weights() -> None:
 # --- the hot path ------------------------------------------------------------------------------------------------
 
 SYNCS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "allclose"}
-STEP = {"aten.fill_.Scalar", "aten.lerp_.Scalar", "aten.lerp_.Tensor", "aten.cat.out", "aten.copy_.default"}
+STEP = {
+    "aten._foreach_lerp_.Scalar",
+    "aten.fill_.Scalar",
+    "aten.lerp_.Scalar",
+    "aten.lerp_.Tensor",
+    "aten.cat.out",
+    "aten.copy_.default",
+}
 
 
 class Watch(TorchDispatchMode):
