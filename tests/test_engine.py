@@ -243,7 +243,8 @@ executors.PATIENCE = 0.1
 model = nn.Linear(3, 3)
 ema = EMA(model, 0.5, device="cpu")
 ema.update()
-busy, go = ema._average.engine, threading.Event()
+ema._average.settle()  # its thread is idle when the process forks, the other one is at work
+go = threading.Event()
 held = EMA(model, 0.5, device="cpu")
 held.update()
 held._average.settle()
