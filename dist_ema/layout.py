@@ -361,7 +361,9 @@ def allocate(slots: Sequence[Slot], dtype: torch.dtype, device: torch.device | N
     for key in dict.fromkeys(keys):
         mine = [slot for slot, its in zip(slots, keys, strict=True) if its == key]
         starts, total = _starts(mine, ALIGN // key[0].itemsize)
-        arena = torch.empty(total, dtype=key[0], device=key[1])
+        # Host memory beside an accelerator is pinned, once for all: `swap` moves it over the host link.
+        pinned = key[1].type == "cpu" and any(slot.local.device.type != "cpu" for slot in mine)
+        arena = torch.empty(total, dtype=key[0], device=key[1], pin_memory=pinned)
         arenas.append(arena)
         for slot, start in zip(mine, starts, strict=True):
             slot.shadow = arena[start : start + slot.own.numel]

@@ -406,6 +406,9 @@ def test_a_host_thread_on_its_device() -> None:
     engine._worker.wait(engine._worker.submit(lambda: seen.append(torch.cuda.current_device())))
     assert seen == [CUDA.index]
     assert all(window.is_pinned() for window, _ in engine._copies)
+    assert all(slot.shadow.is_pinned() for slot in ema._average.slots if slot.shadow is not None), (
+        "guards layout.allocate"
+    )
     known = ema.metrics()
     held = sum(4 * p.numel() for p in model.parameters())
     assert (known["bytes"], known["pinned"]) == (0, 2 * held + 4)
