@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -249,50 +250,52 @@ assert bool((pair.shadows[0] == 0.75).all())
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_forked() -> None:
     """A process that was forked after an update can update too."""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=300)
 
 
 # --- when there is a pass ----------------------------------------------------------------------------------------
 
-DIGEST = """
-import hashlib, sys
-{before}
-import torch
-from torch import nn
-from dist_ema import EMA
-small = EMA(nn.Linear(3, 2))
-small.update()
-assert sys.modules.get("numba") is None, "a small plan must not pay for compiling"
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(300, 500), nn.Linear(500, 7)).to(torch.bfloat16)
-digest = hashlib.sha256()
-for dtype in (torch.float32, torch.bfloat16):
-    ema = EMA(model, 0.9, dtype=dtype)
+
+def digest() -> list[str]:
+    """(passes that were used, hash of the average) of an fp32 and a compact average of a bfloat16 model."""
+    draws, said = torch.Generator().manual_seed(0), []
+    model = nn.Sequential(nn.Linear(300, 500), nn.Linear(500, 7)).to(BF16)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(1)
-    ema.update()
-    for name, value in sorted(ema.gather().items()):
-        digest.update(name.encode() + value.view(torch.uint8).numpy().tobytes())
-    print(len(ema._average._plan._passes), end=" ")
-print(digest.hexdigest())
-"""
-
-
-def digest(before: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", DIGEST.format(before=before)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+            p.copy_(torch.randn(p.shape, generator=draws))
+    for dtype in SHADOW:
+        ema = EMA(model, 0.9, dtype=dtype)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1)
+        ema.update()
+        values = b"".join(value.view(torch.uint8).numpy().tobytes() for value in ema.gather().values())
+        said += [str(len(ema._average._plan._passes)), hashlib.sha256(values).hexdigest()]
+    return said
 
 
 def test_without_numba() -> None:
-    """Eager torch where numba is missing, and the same bits; small plans never import it."""
-    missing = digest("sys.modules['numba'] = None")
-    assert missing[:2] == ["0", "0"]
+    """Eager torch where numba is missing, and the same bits."""
+    code = "import sys; sys.modules['numba'] = None\nfrom tests.test_compiled import digest; print(*digest())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    missing, here = done.stdout.split(), digest()
+    assert missing[::2] == ["0", "0"]
     if compiled.available():
-        assert digest("") == [str(int(kernels._contracts()))] * 2 + missing[2:]
+        assert here[::2] == [str(int(kernels._contracts()))] * 2
+    assert missing[1::2] == here[1::2]
+
+
+def test_a_small_model_never_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba takes half a second to import and a second to compile: below WORTH nobody looks whether it is there."""
+
+    def refuse() -> bool:
+        raise AssertionError("a small plan asked for numba")
+
+    monkeypatch.setattr(compiled, "available", refuse)
+    EMA(nn.Linear(3, 2), dtype=BF16).update()
 
 
 @needs_numba

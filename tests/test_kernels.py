@@ -530,7 +530,7 @@ def test_memory_of_an_update(plan: Make) -> None:
     weights have 16 chunks, and every row of figures is in chunks; in a process of its own, because garbage counts too."""
     passes = plan.keywords["passes"]  # type: ignore[attr-defined]
     code = MEMORY.replace("PASSES", str(passes))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     found = [float(word) for word in done.stdout.split()]
     bounds = [0.1] * 6 if passes else [0.1, 3, 0.1, 3, 9, 9]
     assert len(found) == 6
