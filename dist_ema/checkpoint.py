@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from .elements import TORCH, Bytes, gathered
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Mapped", "load"]
+__all__ = ["Mapped", "is_archive", "load"]
 
 # Records of settings that other packages put beside weights. Objects of these become empty placeholders; their code, or the
 # package, is not needed and not run.
@@ -91,14 +90,21 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
         # NOTE: torch warns of its own storages; what is wrong with the file is said in one sentence.
         with warnings.catch_warnings(), torch.serialization.safe_globals(known):
             warnings.simplefilter("ignore")
-            _refuse_classes(path)
-            said = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if is_archive(path):
+                _refuse_classes(path)
+            said = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
     except OSError:
         raise
     except Exception as error:
         raise ValueError(_refusal(path, error)) from None
     trees = _Trees(str(path))
     return trees.make(said), trees.odd
+
+
+def is_archive(path: Path) -> bool:
+    """By its first bytes, as torch tells: cut or damaged archives are archives too."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\3\4"
 
 
 def _fresh(name: str) -> type[_Nothing]:
@@ -113,10 +119,9 @@ class _ClassesError(Exception):
 def _refuse_classes(path: Path) -> None:
     import torch
 
-    if zipfile.is_zipfile(path):
-        found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        if found:
-            raise _ClassesError(*found)
+    found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    if found:
+        raise _ClassesError(*found)
 
 
 def _refusal(path: Path, error: Exception) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import OrderedDict
@@ -479,6 +480,30 @@ def test_unreadable(call: Call, tmp_path: Path) -> None:
     assert call(tmp_path / "nothing.pt", tmp_path / "out")[0] == 2
     assert call(good)[0] == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_cut_and_flipped(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 copies, cut or with bytes changed, of both forms of file: a model or one sentence, and nothing left beside it."""
+    monkeypatch.chdir(tmp_path)
+    content = {"model_ema": {"a": torch.randn(5, 7), "b": torch.arange(3), "t": torch.randn(4, 6).t()}, "lr": [1, "x"]}
+    torch.save(content, "new.pt")
+    torch.save(content, "old.pt", _use_new_zipfile_serialization=False)
+    sound = [Path(name).read_bytes() for name in ("new.pt", "old.pt")]
+    generator = random.Random(5)
+    codes = {0: 0, 1: 0}
+    for i in range(200):
+        data = bytearray(sound[i % 2])
+        if i % 6 < 2:
+            del data[generator.randrange(len(data)) :]
+        else:
+            for _ in range(generator.choice([1, 3, 30])):
+                data[generator.randrange(len(data))] = generator.randrange(256)
+        Path("x.pt").write_bytes(data)
+        code, _, err = call("x.pt", "out", "--force")
+        assert err.count("\n") == code, err
+        codes[code] += 1
+    assert min(codes.values()) > 20, codes
+    assert {path.name for path in tmp_path.iterdir()} == {"new.pt", "old.pt", "x.pt", "out"}
 
 
 def test_shared_structures_are_walked_once(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ called; what goes out is what `export` writes.
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -186,8 +185,7 @@ def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _Tree:
 def _pickled(path: Path) -> bool:
     """By the first bytes: an archive, or the pickle that torch wrote before 1.6."""
     with open(path, "rb") as file:
-        first = file.read(2)
-    return zipfile.is_zipfile(path) or first[:1] == b"\x80"
+        return checkpoint.is_archive(path) or file.read(1) == b"\x80"
 
 
 def refuse_place(source: Path, out: Path) -> None:
