@@ -306,6 +306,10 @@ def test_forms_of_files(call: Call, tmp_path: Path) -> None:
         under("ema_model.", want) | {"step": torch.tensor(5), "initted": torch.tensor(True)}, tmp_path / "a.safetensors"
     )
     assert call(tmp_path / "a.safetensors", tmp_path / "out1")[0] == 0
+    length = 0x0480  # its first two bytes are those of a pickle
+    head = json.dumps({"model_ema.w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode().ljust(length)
+    (tmp_path / "blob").write_bytes(length.to_bytes(8, "little") + head + b"x")
+    assert call(tmp_path / "blob", tmp_path / "out0")[0] == 0
     equal(model(tmp_path / "out1")[0], want)
     torch.save(MADE["timm"][0], tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert call(tmp_path / "old.pt", tmp_path / "out2")[0] == 0

@@ -185,7 +185,8 @@ def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _Tree:
 def _pickled(path: Path) -> bool:
     """By the first bytes: an archive, or the pickle that torch wrote before 1.6."""
     with open(path, "rb") as file:
-        return checkpoint.is_archive(path) or file.read(1) == b"\x80"
+        first = file.read(8)  # of safetensors: the length of a header, which is never that long
+    return checkpoint.is_archive(path) or (first[:1] == b"\x80" and 2 <= first[1] <= 5 and any(first[3:]))
 
 
 def refuse_place(source: Path, out: Path) -> None:
