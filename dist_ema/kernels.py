@@ -7,9 +7,9 @@ numba, lists of at least WORTH elements in fp32 and 16-bit dtypes go through `co
     long, same dtype         one lerp_ each, neighbours merged                 12 bytes per fp32 element
     long, another dtype      cast through a 4 MB scratch, then lerp_           10 bytes per bf16 -> fp32 element
     short                    torch.cat into the scratch, one lerp_ for many; shadows that lie apart by foreach
-    bfloat16 shadow          fp32 arithmetic in the scratch, rounded stochastically ([Note: rounding])
+    16-bit shadow            fp32 arithmetic in the scratch, rounded stochastically ([Note: rounding])
 
-[Note: rounding]  A bf16 shadow at decay 0.999 never moves when it is rounded to nearest. Here the 16 bits that are cut off
+[Note: rounding]  A bf16 shadow at decay 0.999 never moves when it is rounded to nearest. Here the bits that are cut off
 decide by chance: a hash of (seed, update, name, element number in the full weight) is added below the cut. There is no
 generator and no state, so the bits are the same on any world size, wrapper and device.
 
@@ -173,7 +173,7 @@ class Plan:
             moved = live.to(wide.device, wide.dtype)
             for shadow, weight in zip(shadows, weights, strict=True):
                 _lerp(wide.copy_(shadow), moved, weight, guard)
-                shadow.copy_(_round(wide, low))
+                shadow.copy_(_round(wide, low) if shadow.dtype == torch.bfloat16 else _round_half(wide, low))
 
     def _run_apart(self, weights: Sequence[float | Tensor], guard: bool) -> None:
         for lists, lives, through, ready in self._apart:
@@ -195,7 +195,7 @@ class Plan:
 
 
 def _compact(pair: Pair) -> bool:
-    return pair.shadows[0].dtype == torch.bfloat16
+    return pair.shadows[0].dtype in (torch.bfloat16, torch.float16)
 
 
 def _here(pair: Pair) -> bool:
@@ -359,3 +359,11 @@ def _round(wide: Tensor, low: Tensor) -> Tensor:
     cut = torch.add(wide.view(torch.int32), low).bitwise_and_(-65536).view(torch.float32)
     # The carry may have made a number of a nan. To add -0.0 changes no bit of any number, and the clamp leaves nan.
     return cut.add_(wide.clamp_(-0.0, -0.0)).to(torch.bfloat16)
+
+
+def _round_half(wide: Tensor, low: Tensor) -> Tensor:
+    """The same to float16, which keeps 10 bits and below 2^-14 counts in steps of 2^-24. Overwrites `wide`."""
+    steps = torch.floor(wide * 2.0**24 + low * 2.0**-16) * 2.0**-24
+    cut = torch.add(wide.view(torch.int32), low >> 3).bitwise_and_(-8192).view(torch.float32)
+    cut = torch.where(wide.abs() < 2.0**-14, steps, cut)
+    return cut.add_(wide.clamp_(-0.0, -0.0)).to(torch.float16)

@@ -233,18 +233,19 @@ def test_rescan() -> None:
 # --- dtypes ------------------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_teacher_rounds_stochastically() -> None:
-    """The same bits as a compact shadow. Rounded to nearest it would never have moved."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_teacher_rounds_stochastically(dtype: torch.dtype) -> None:
+    """bfloat16: the same bits as a compact shadow. Rounded to nearest neither would ever have moved."""
     model = nn.Linear(64, 64)
-    teacher = copy.deepcopy(model).to(torch.bfloat16)
-    ema, compact = EMA(model, 0.999, into=teacher), EMA(model, 0.999, dtype=torch.bfloat16)
+    teacher = copy.deepcopy(model).to(dtype)
+    ema, compact = EMA(model, 0.9999, into=teacher), EMA(model, 0.9999, dtype=torch.bfloat16)
     start = teacher.weight.float()
     shift(model)
     for _ in range(50):
         ema.update()
         compact.update()
-    assert torch.equal(teacher.weight, compact.gather()["weight"])
-    assert abs((teacher.weight.float() - start).mean() / (1 - 0.999**50) - 1) < 0.05
+    assert dtype == torch.float16 or torch.equal(teacher.weight, compact.gather()["weight"])
+    assert abs((teacher.weight.float() - start).mean() / (1 - 0.9999**50) - 1) < 0.1
 
 
 def test_teacher_that_changes_is_named() -> None:

@@ -214,8 +214,12 @@ def test_apart_on_both_sides(live: torch.dtype, guard: bool, weight: Any) -> Non
     pairs = pair_up(apart(sizes, torch.float32, 1), apart(sizes, live, 2))
     pairs += pair_up(apart([4, 4], torch.float64, 3), apart([4, 4], torch.float64, 4))
     expected = oracle(pairs, 0.25)
+    if guard:
+        expected[0][0][2] = pairs[0].shadows[0][2].double()
+        pairs[0].live[2] = torch.nan
     plan = Plan(pairs, passes=False)
-    plan.run([weight], 0, guard)
+    with watched():  # nor does the host wait for a weight on the device
+        plan.run([weight], 0, guard)
     equal(pairs, expected)
     assert [[len(x) for x in lives] for _, lives, _, _ in plan._apart] == [[7, 3, 5000, 5000, 5000], [5000, 1], [4, 4]]
 
@@ -353,6 +357,35 @@ def test_rounding_passes_the_infinite() -> None:
         got = round_to_bfloat16(wide, torch.full(wide.shape, word))
         assert got[:2].tolist() == [float("inf"), float("-inf")]
         assert got[2:].isnan().all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-13, 2.0**-15, 2.0**-20, 2.0**-26])
+def test_float16_is_unbiased(scale: float) -> None:
+    """The half below or above, by chance in proportion to the distance, also where halves are counted in steps of 2^-24."""
+    n = 4096
+    for value in (0.7123, -0.3321):
+        wide = torch.full((n,), value * scale)
+        shadow = torch.zeros(n, dtype=torch.float16)
+        Plan([Pair("w", [shadow], wide, torch.arange)]).run([1.0], 3)
+        near = torch.tensor(value * scale).to(torch.float16)
+        below, above = (torch.nextafter(near, torch.tensor(end * 7e4, dtype=torch.float16)) for end in (-1, 1))
+        assert set(shadow.tolist()) <= {float(below), float(near), float(above)}
+        step = float(above - below) / 2
+        assert abs(float(shadow.double().mean()) - value * scale) < 4 * 0.5 * step / n**0.5
+
+
+def test_float16_keeps_what_it_holds() -> None:
+    """Every half is a fixed point; what is not finite passes."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    for update in range(3):
+        shadow = every.clone()
+        Plan([Pair("w", [shadow], every.float(), torch.arange)]).run([0.3], update)
+        kept = ~every.isnan() & ~every.isinf()
+        assert torch.equal(shadow[kept], every[kept])
+        assert shadow[every.isnan()].isnan().all()
+        shadow.zero_()
+        Plan([Pair("w", [shadow], every.float(), torch.arange)]).run([0.3], update)
+        assert torch.equal(shadow[every.isinf()], every[every.isinf()])
 
 
 def test_rounding_keeps_the_sign_of_zero() -> None:
