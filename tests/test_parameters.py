@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema import EMA, Warmup, load_file
+from dist_ema import EMA, Constant, Ramp, Ratio, Uniform, Warmup, load_file
 from tests.kit import Net, Oracle, Training, raises, run_ranks, same, snapshot, wrap
 
 SCHEDULE = Warmup(0.9)
@@ -98,6 +99,55 @@ def test_what_is_no_list_is_refused(given: Any, words: str) -> None:
 def test_split_takes_a_group() -> None:
     with pytest.raises(ValueError, match="split must be True, False or a process group, got 'yes'"):
         EMA(nn.Linear(2, 2), split="yes")  # type: ignore[arg-type]
+
+
+# --- what loops bring along --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [Warmup(0.95), Ratio(), Ramp(tau=3.0), Uniform()], ids=repr)
+def test_a_decay_for_one_update(schedule: Any) -> None:
+    """`update(decay=...)` in place of the schedule's, which is asked in vain; the clock moves all the same."""
+    model = nn.Linear(3, 3)
+    scheduled, given = EMA(model, schedule), EMA(model, Constant(0.123))
+    for now in range(1, 6):
+        with torch.no_grad():
+            model.weight += 1
+        scheduled.update()
+        given.update(decay=schedule(now))
+        assert torch.equal(scheduled.gather()["weight"], given.gather()["weight"])
+        assert given.metrics()["decay"] == schedule(now)
+    given.update(2.0, decay=0.5)
+    assert (given.now, given.metrics()["decay"]) == (7, 0.25), "a decay is per unit of elapsed"
+    given.update(decay=0)
+    assert torch.equal(given.gather()["weight"], model.weight)
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 1.5"):
+        given.update(decay=1.5)
+    assert given.now == 8
+
+
+def test_a_decay_for_several_averages() -> None:
+    model = nn.Linear(3, 3)
+    ema = EMA(model, [0.5, Uniform()])
+    with torch.no_grad():
+        model.weight += 1
+    ema.update(decay=0.9)
+    assert torch.equal(ema.gather(0)["weight"], ema.gather(1)["weight"])
+
+
+def test_swap_in_two_calls() -> None:
+    """store and restore of other packages: an ExitStack holds the swap open."""
+    model = nn.Linear(3, 3)
+    ema = EMA(model, 0.5)
+    with torch.no_grad():
+        model.weight += 1
+    ema.update()
+    before, lent = snapshot(model), ExitStack()
+    lent.enter_context(ema.swap())
+    assert not same(before, snapshot(model))
+    with pytest.raises(RuntimeError, match="inside ema.swap"):
+        ema.update()
+    lent.close()
+    assert same(before, snapshot(model))
 
 
 # --- ranks -------------------------------------------------------------------------------------------------------
