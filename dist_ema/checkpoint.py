@@ -6,7 +6,6 @@ torch is imported only when a file is opened.
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -140,7 +139,11 @@ def _refusal(path: Path, error: Exception) -> str:
         )
     if "orch" in text and "cript" in text:
         return f"{path} is a TorchScript program, not a table of tensors. Load it there, and save its state_dict()."
-    kind = "" if isinstance(error, (pickle.UnpicklingError, RuntimeError)) else f"{type(error).__name__}: "
+    kind = (
+        ""
+        if isinstance(error, RuntimeError) or type(error).__name__ == "UnpicklingError"
+        else f"{type(error).__name__}: "
+    )
     return f"{path} is no checkpoint of torch.save, or is damaged: {kind}{text[:200]}"
 
 

@@ -118,11 +118,10 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     whole = Job(script, tmp_path / "whole")
     killed = Job(script, tmp_path / "killed")
     killed.kill_when(tmp_path / "killed" / "state-30")
-    text = whole.wait()
-    assert "step 60: 2 processes" in text
-    text = Job(script, tmp_path / "killed").wait()
-    assert text.count("step 60: ") == 1
     a, b = tmp_path / "whole" / "state-60", tmp_path / "killed" / "state-60"
+    assert "step 60: 2 processes" in whole.wait(a)
+    text = Job(script, tmp_path / "killed").wait(b)
+    assert text.count("step 60: ") == 1
     assert same_files(a, b, "ema/*") == ["ema/ema.json", "ema/model.safetensors"]
     same_files(a, b, "model.safetensors")
     same_files(a, b, "optimizer.bin")

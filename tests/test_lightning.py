@@ -138,8 +138,8 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     whole = Job(script, tmp_path / "whole")
     killed = Job(script, tmp_path / "killed")
     killed.kill_when(tmp_path / "killed" / "step=30.ckpt")
-    whole.wait()
-    Job(script, tmp_path / "killed").wait()
+    whole.wait(tmp_path / "whole" / "step=60.ckpt")
+    Job(script, tmp_path / "killed").wait(tmp_path / "killed" / "step=60.ckpt")
     assert same_files(tmp_path / "whole" / "ema", tmp_path / "killed" / "ema", "step=60/*")
     a, b = (torch.load(tmp_path / run / "step=60.ckpt", weights_only=False) for run in ("whole", "killed"))
     for name, value in a["state_dict"].items():

@@ -139,9 +139,9 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     whole = Job(script, tmp_path / "whole")
     killed = Job(script, tmp_path / "killed")
     killed.kill_when(tmp_path / "killed" / "checkpoint-20" / "ema")
-    whole.wait()
-    Job(script, tmp_path / "killed").wait()
     a, b = tmp_path / "whole", tmp_path / "killed"
+    whole.wait(a / "final" / "model.safetensors")
+    Job(script, b).wait(b / "final" / "model.safetensors")
     assert same_files(a, b, "checkpoint-40/ema/*")
     same_files(a, b, "checkpoint-40/model.safetensors")
     same_files(a, b, "final/model.safetensors")
