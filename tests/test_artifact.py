@@ -199,7 +199,9 @@ def test_nothing_is_ever_pickled() -> None:
     for path in Path(dist_ema.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
-            assert "pickle" not in names, path
+            assert "pickle" not in names or path.name == "pickles.py", path
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+                assert node.attr.isupper(), "pickles.py takes the numbers of opcodes from there, and nothing that runs"
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert called != "torch.save", path
             if called == "torch.load":
