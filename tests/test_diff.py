@@ -67,6 +67,7 @@ def test_distances(tmp_path: Path) -> None:
         (torch.tensor([1.0, NAN]), torch.tensor([1.0, NAN]), 0.0, 0.0, 0),
         (torch.tensor([1.0, NAN]), torch.tensor([1.0, 1.0]), INF, INF, 1),
         (torch.tensor([1.0, 1.0]), torch.tensor([1.0, NAN]), INF, INF, 1),
+        (torch.tensor([1.0, NAN]), torch.tensor([2.0, NAN]), INF, 1.0, 1),
         (torch.tensor([1.0, INF]), torch.tensor([1.0, INF]), 0.0, 0.0, 0),
         (torch.tensor([1.0, INF]), torch.tensor([1.0, -INF]), INF, INF, 1),
         (torch.tensor([1.0, INF]), torch.tensor([1.0, INF]).bfloat16(), 0.0, 0.0, 0),

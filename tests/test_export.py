@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save_file
 from torch import nn
@@ -238,6 +239,37 @@ def test_like_refuses(tmp_path: Path) -> None:
     for part in ("d is in ", "a is in ", "b is [3] in ", "[4] in ", "c is F32 in "):
         assert part in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_from_dcp(tmp_path: Path) -> None:
+    """A folder of torch.distributed.checkpoint is verified, compared and shipped like any other model."""
+    weights = {"a.w": torch.randn(6, 4), "n": torch.tensor(3), "h": torch.randn(5).bfloat16()}
+    dcp.save(dict(weights), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    save_file(weights, tmp_path / "like.safetensors", {"format": "pt"})
+    verdict = verify(tmp_path / "dcp")
+    assert (verdict.sound, verdict.kind, verdict.weights, verdict.sums) == (True, "other", 3, [])
+    export(tmp_path / "dcp", out := tmp_path / "out.safetensors", like=tmp_path / "like.safetensors")
+    assert out.read_bytes() == (tmp_path / "like.safetensors").read_bytes()
+    assert main(["diff", str(tmp_path / "dcp"), str(out)]) == 0
+    with pytest.raises(ValueError, match="there is no average 1; there are 0"):
+        export(tmp_path / "dcp", tmp_path / "x", which=1)
+    dcp.save({"w": torch.tensor([1.0, float("nan")])}, checkpoint_id=tmp_path / "bad", no_dist=True)
+    assert verify(tmp_path / "bad").problems == [f"{tmp_path / 'bad'}: w holds 1 NaN and 0 infinite values."]
+    assert "no ema.json to seal" in verify(tmp_path / "dcp", seal=True).problems[0]
+
+
+def test_latest(tmp_path: Path) -> None:
+    """The pointer to the newest save stands for the folder: as what is read, and as what must not be written into."""
+    ema = trained()
+    for step in (1, 2):
+        ema.save(tmp_path / "run" / f"ema-{step}", keep=2)
+    latest = tmp_path / "run" / "latest"
+    assert verify(latest).sums == ["crc32"]
+    export(latest, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / META).read_text())["source"]["name"] == "ema-2"
+    with pytest.raises(ValueError, match="lies inside"):
+        export(latest, tmp_path / "run" / "ema-2" / "out")
 
 
 def test_nothing_to_export(tmp_path: Path) -> None:
