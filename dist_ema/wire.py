@@ -24,7 +24,7 @@ from .ranks import Ranks, wire_device
 __all__ = ["Line", "LineError", "Part", "broadcast", "collect", "stream"]
 
 WINDOW = 4 << 20  # bytes that one broadcast moves
-STREAM = 16 << 20  # bytes that one send moves, if no single part is longer
+STREAM = 16 << 20  # bytes that one send moves
 CPU = torch.device("cpu")
 Part = tuple[int, tuple[int, ...], Tensor]  # number of the weight, offsets of the block in it, the block
 
@@ -143,7 +143,7 @@ def collect(
 ) -> None:
     """`stream` to the first rank, over `line` and in turns: what fails there is raised on all. *Collective*.
 
-    *Cost*: two windows on the first rank, one on the others; one message per rank, read by all.
+    *Cost*: one window on every rank; one message per rank, read by all.
     """
     broken: Exception | None = None
     for source in range(ranks.size):
@@ -181,14 +181,30 @@ def _pour(parts: Iterable[Part], sink: Sink) -> None:
         raise failed
 
 
-def _send(mine: Sequence[Part], out: Callable[[Tensor], None], wire: torch.device) -> None:
+def _bounded(parts: Iterable[Part]) -> Iterator[Part]:
+    """The same elements in parts of at most one window: a long block goes in slices of its first dimension."""
+    for number, offsets, data in parts:
+        if data.nbytes <= STREAM:
+            yield number, offsets, data
+            continue
+        dim = next(d for d, size in enumerate(data.shape) if size > 1)
+        rows = max(1, STREAM * data.shape[dim] // data.nbytes)
+        for start, piece in zip(range(0, data.shape[dim], rows), data.split(rows, dim), strict=True):
+            yield from _bounded([(number, (*offsets[:dim], offsets[dim] + start, *offsets[dim + 1 :]), piece)])
+
+
+def _send(parts: Iterable[Part], out: Callable[[Tensor], None], wire: torch.device) -> None:
+    mine = list(_bounded(parts))
     table = [n for number, offsets, data in mine for n in (number, *offsets, *data.shape)]
     out(torch.tensor([len(mine), len(table)]).to(wire))
     if mine:
         out(torch.tensor(table).to(wire))
-    for window in _windows([data.nbytes for _, _, data in mine]):
+    sizes = [data.nbytes for _, _, data in mine]
+    windows = list(_windows(sizes))
+    scratch = _scratch([window for window in windows if len(window) > 1], sizes, wire)
+    for window in windows:
         flat = [mine[i][2].contiguous().view(-1).view(torch.uint8).to(wire) for i in window]
-        out(flat[0] if len(flat) == 1 else torch.cat(flat))
+        out(flat[0] if len(flat) == 1 else torch.cat(flat, out=scratch[: sum(map(len, flat))]))
 
 
 def _receive(
@@ -203,14 +219,22 @@ def _receive(
     take(numbers)
     table = _read_table(numbers.tolist(), dims)
     sizes = [math.prod(shape) * dtypes[number].itemsize for number, _, shape in table]
-    for window in _windows(sizes):
-        data = torch.empty(sum(sizes[i] for i in window), dtype=torch.uint8, device=wire)
+    windows = list(_windows(sizes))
+    scratch = _scratch(windows, sizes, wire)
+    for window in windows:
+        data = scratch[: sum(sizes[i] for i in window)]
         take(data)
         for i, raw in zip(window, data.split([sizes[i] for i in window]), strict=True):
             number, offsets, shape = table[i]
             # NOTE: a view of another dtype needs an offset that its size divides.
             aligned = raw.storage_offset() % dtypes[number].itemsize == 0
             yield number, offsets, (raw if aligned else raw.clone()).view(dtypes[number]).view(shape)
+
+
+def _scratch(windows: Sequence[Sequence[int]], sizes: Sequence[int], wire: torch.device) -> Tensor:
+    """Memory for each of the windows in turn. NOTE: were it freed in between, its place would not be found again."""
+    longest = max((sum(sizes[i] for i in window) for window in windows), default=0)
+    return torch.empty(longest, dtype=torch.uint8, device=wire)
 
 
 def _read_table(numbers: list[int], dims: Sequence[int]) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import dist_ema
 from dist_ema import EMA, Uniform, artifact, load_file, wire
@@ -212,6 +212,23 @@ def test_nothing_is_ever_pickled() -> None:
 # --- ranks -------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def small_windows() -> Iterator[list[int]]:
+    """Streams move 24 bytes at a time inside; yields how many bytes each send of weights had."""
+    sent: list[int] = []
+    real, window = wire.Line.send, wire.STREAM
+
+    def send(self: wire.Line, data: Tensor, to: int) -> None:
+        sent.extend([data.nbytes] if data.dtype == torch.uint8 else [])
+        real(self, data, to)
+
+    wire.Line.send, wire.STREAM = send, 24  # type: ignore[method-assign]
+    try:
+        yield sent
+    finally:
+        wire.Line.send, wire.STREAM = real, window  # type: ignore[method-assign]
+
+
 def direct_and_stream(folder: str) -> None:
     """Two ways to write, one file; writing in place needs no collective, and an overwrite replaces all."""
     for kind in ("ddp", "fsdp1 flat", "fsdp2"):
@@ -222,7 +239,9 @@ def direct_and_stream(folder: str) -> None:
         with Collectives() as collectives:
             ema.save(f"{folder}/direct", mode="direct", max_shard_size=500)
         assert collectives.count == 0
-        ema.save(f"{folder}/stream", mode="stream", max_shard_size=500)
+        with small_windows() as sent:
+            ema.save(f"{folder}/stream", mode="stream", max_shard_size=500)
+        assert dist.get_rank() == 0 or 0 < max(sent) <= 24
         ema.export(f"{folder}/{kind.replace(' ', '-')}.safetensors")
         if dist.get_rank() == 0:
             one, two = (files_of(Path(folder) / name) for name in ("direct", "stream"))
