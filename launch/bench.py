@@ -28,6 +28,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -450,17 +451,17 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: memory on the CPU can be measured on Linux only.")
 
 
-def probe(args: argparse.Namespace) -> dict[str, float]:
+def probe(args: argparse.Namespace, job: str, folder: Path) -> dict[str, float]:
     """In a process of its own: what one verb takes."""
     model = build(args.model, args.dtype, args.device)
     meter = Meter(args.device)
-    if args.probe == "build":
+    if job == "build":
         meter.start()
         EMA(model, DECAY)
         return meter.stop()
     ema = EMA(model, DECAY)
     meter.start()
-    result = verb(ema, args.probe, args.out)
+    result = verb(ema, job, folder)
     said = meter.stop()
     del result
     return said
@@ -495,30 +496,42 @@ def _peak(name: str, runs: Sequence[dict[str, float]], size: float) -> Peak:
 
 
 def _launch(args: argparse.Namespace, job: str, environs: Sequence[dict[str, str]]) -> dict[str, float]:
-    """Run this file once per environment, and take the worst of what the processes report."""
+    """Measure in one fresh process per environment, and take the worst of what they report."""
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "dist_ema.ema"])
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         said = [Path(folder) / f"{rank}.json" for rank in range(len(environs))]
-        words = [sys.executable, __file__, "--probe", job, "--out", folder, "--model", args.model]
-        words += ["--dtype", str(args.dtype).removeprefix("torch."), "--device", str(args.device)]
         processes = [
-            subprocess.Popen([*words, "--said", str(path)], env=os.environ | {"STORE": f"{folder}/store"} | environ)
+            fresh.Process(target=_report, args=(args, job, path, environ | {"STORE": f"{folder}/store"}))
             for path, environ in zip(said, environs, strict=True)
         ]
-        codes = [process.wait() for process in processes]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
         if not all(path.exists() for path in said):
+            codes = [process.exitcode for process in processes]
             raise RuntimeError(f"measuring {job} failed with exit codes {codes}; what it printed stands above.")
         results: list[dict[str, float]] = [json.loads(path.read_text()) for path in said]
     return {key: max(result[key] for result in results) for key in results[0]}
 
 
+def _report(args: argparse.Namespace, job: str, path: Path, environ: dict[str, str]) -> None:
+    """In a process of its own: measure `job`, and write what came out to `path`."""
+    os.environ |= environ
+    said = (probe_ranks if "RANK" in environ else probe)(args, job, path.parent)
+    path.write_text(json.dumps(said))
+    os._exit(0)  # gloo now and then aborts while the interpreter ends
+
+
 def _launch_ranks(args: argparse.Namespace, job: str) -> dict[str, float]:
-    one = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    return _launch(args, job, [one | {"RANK": str(rank)} for rank in range(2)])
+    return _launch(args, job, [{"RANK": str(rank)} for rank in range(2)])
 
 
-def probe_ranks(args: argparse.Namespace) -> dict[str, float]:
+def probe_ranks(args: argparse.Namespace, job: str, folder: Path) -> dict[str, float]:
     """On one of two ranks: save an average of 367 MB, by us or by a gather of torch's."""
-    wrapper, way = args.probe.split("-", 1)
+    wrapper, way = job.split("-", 1)
+    torch.set_num_threads(1)
     store = dist.FileStore(os.environ["STORE"], 2)
     dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
     tiny = args.model == "tiny"
@@ -529,16 +542,16 @@ def probe_ranks(args: argparse.Namespace) -> dict[str, float]:
         ema = EMA(model, DECAY)
         dist.barrier()
         meter.start()
-        ema.save(args.out / "average", mode="stream" if way == "ours-stream" else None, wait=way != "ours-behind")
+        ema.save(folder / "average", mode="stream" if way == "ours-stream" else None, wait=way != "ours-behind")
         if way == "ours-behind":
             blocked = time.perf_counter()
-            ema.save(args.out / "next", wait=True)  # which waits for it
+            ema.save(folder / "next", wait=True)  # which waits for it
             return meter.stop() | {"model_mb": size, "seconds": blocked - meter.began}
     else:
         twin = model if wrapper == "fsdp2" else AveragedModel(model.module)  # FSDP2 refuses to be copied
         dist.barrier()
         meter.start()
-        _save_gathered(twin, args.out / "average.safetensors", synced=way == "torch-synced")
+        _save_gathered(twin, folder / "average.safetensors", synced=way == "torch-synced")
     return meter.stop() | {"model_mb": size}
 
 
@@ -709,8 +722,6 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the JSON and the PNG")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time other libraries too")
     parser.add_argument("--only", choices=PARTS, help="one part instead of all three")
-    parser.add_argument("--probe", help=argparse.SUPPRESS)
-    parser.add_argument("--said", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.averages < 1 or args.repeat < 1:
         parser.error(f"--averages and --repeat must be 1 or more, got {args.averages} and {args.repeat}")
@@ -730,10 +741,6 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
 def main(words: Sequence[str] | None = None) -> None:
     args = arguments(words)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.probe:
-        said = (probe_ranks if "RANK" in os.environ else probe)(args)
-        args.said.write_text(json.dumps(said))
-        os._exit(0)  # gloo now and then aborts while the interpreter ends
     head = heading(args)
     facts = (head["machine"], f"torch {head['torch']}", head["passes"], head["commit"], head["date"])
     about = ", ".join([f"{head['model']} {head['dtype']}", *facts])

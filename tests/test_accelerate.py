@@ -15,7 +15,7 @@ from torch import nn
 from dist_ema import EMA
 from dist_ema.integrations.accelerate import register
 
-from .loops import Job, same_files, script_of
+from .loops import Launcher, same_files, script_of
 
 
 class Notes(GeneralTracker):
@@ -115,12 +115,13 @@ def test_refuses_another_model(accelerator: Accelerator) -> None:
 def test_killed_and_resumed(tmp_path: Path) -> None:
     """SIGKILL in the middle; live, optimizer and average equal the uninterrupted run, byte for byte."""
     script = script_of("accelerate.md", tmp_path)
-    whole = Job(script, tmp_path / "whole")
-    killed = Job(script, tmp_path / "killed")
-    killed.kill_when(tmp_path / "killed" / "state-30")
-    a, b = tmp_path / "whole" / "state-60", tmp_path / "killed" / "state-60"
-    assert "step 60: 2 processes" in whole.wait(a)
-    text = Job(script, tmp_path / "killed").wait(b)
+    with Launcher("accelerate", "torch._dynamo", ACCELERATE_USE_CPU="1") as launcher:
+        whole = launcher.start(script, tmp_path / "whole")
+        killed = launcher.start(script, tmp_path / "killed")
+        killed.kill_when(tmp_path / "killed" / "state-30")
+        a, b = tmp_path / "whole" / "state-60", tmp_path / "killed" / "state-60"
+        assert "step 60: 2 processes" in whole.wait(a)
+        text = launcher.start(script, tmp_path / "killed").wait(b)
     assert text.count("step 60: ") == 1
     assert same_files(a, b, "ema/*") == ["ema/ema.json", "ema/model.safetensors"]
     same_files(a, b, "model.safetensors")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dist_ema import load_file
 from dist_ema.integrations.lightning import EMACallback
 
-from .loops import Job, same_files, script_of
+from .loops import Launcher, same_files, script_of
 
 pytestmark = pytest.mark.filterwarnings("default")  # the framework warns of its own plans
 
@@ -135,11 +135,12 @@ def test_logs(tmp_path: Path) -> None:
 def test_killed_and_resumed(tmp_path: Path) -> None:
     """2 processes, SIGKILL in the middle of an epoch: live and average equal the uninterrupted run."""
     script = script_of("lightning.md", tmp_path)
-    whole = Job(script, tmp_path / "whole")
-    killed = Job(script, tmp_path / "killed")
-    killed.kill_when(tmp_path / "killed" / "step=30.ckpt")
-    whole.wait(tmp_path / "whole" / "step=60.ckpt")
-    Job(script, tmp_path / "killed").wait(tmp_path / "killed" / "step=60.ckpt")
+    with Launcher("lightning", "torch._dynamo", ACCELERATE_USE_CPU="1") as launcher:
+        whole = launcher.start(script, tmp_path / "whole")
+        killed = launcher.start(script, tmp_path / "killed")
+        killed.kill_when(tmp_path / "killed" / "step=30.ckpt")
+        whole.wait(tmp_path / "whole" / "step=60.ckpt")
+        launcher.start(script, tmp_path / "killed").wait(tmp_path / "killed" / "step=60.ckpt")
     assert same_files(tmp_path / "whole" / "ema", tmp_path / "killed" / "ema", "step=60/*")
     a, b = (torch.load(tmp_path / run / "step=60.ckpt", weights_only=False) for run in ("whole", "killed"))
     for name, value in a["state_dict"].items():

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,8 @@ import pytest
 import torch
 
 from dist_ema import load_file
+
+from .loops import Launcher
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "launch" / "train.py")
@@ -49,12 +51,24 @@ def start(*command: str, **environ: str) -> str:
     return done.stdout + done.stderr
 
 
-def start_ranks(ranks: int, out: Path, wrapper: str, epochs: int, *more: str) -> str:
-    """Several ranks on the CPU; wrapper 'accelerate' leaves the wrapping to it."""
-    arguments = ["--out", str(out), "--epochs", str(epochs), *QUICK, *more]
-    if wrapper == "accelerate":
-        return start(*TORCHRUN, str(ranks), SCRIPT, *arguments, ACCELERATE_USE_CPU="1")
-    return start(*TORCHRUN, str(ranks), SCRIPT, "--wrapper", wrapper, *arguments)
+StartRanks = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def start_ranks() -> Iterator[StartRanks]:
+    """Several ranks on the CPU. Wrapper 'accelerate' leaves the wrapping to it."""
+    with Launcher("accelerate", "sklearn.datasets", "matplotlib.pyplot", "torch._dynamo") as launcher:
+
+        def run(ranks: int, out: Path, wrapper: str, epochs: int, *more: str) -> str:
+            words = ["--out", str(out), "--epochs", str(epochs), *QUICK, *more]
+            place, made = out.parent / f"of-{out.name}", out / "metrics.jsonl"
+            if wrapper == "accelerate":
+                job = launcher.start(Path(SCRIPT), place, *words, ranks=ranks, ACCELERATE_USE_CPU="1")
+            else:
+                job = launcher.start(Path(SCRIPT), place, *words, "--wrapper", wrapper, ranks=ranks)
+            return job.wait(made)
+
+        yield run
 
 
 TIMES = ("update_ms", "stall_ms", "lag")
@@ -120,7 +134,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 # --- started in every way --------------------------------------------------------------------------------------
 
 
-def test_two_epochs_and_two_resumed_are_four_under_ddp(tmp_path: Path) -> None:
+def test_two_epochs_and_two_resumed_are_four_under_ddp(tmp_path: Path, start_ranks: StartRanks) -> None:
     """Three ranks, where the order of additions shows: guards settle_buckets and share_statistics."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     batch = ["--batch-size", "33"]
@@ -131,10 +145,12 @@ def test_two_epochs_and_two_resumed_are_four_under_ddp(tmp_path: Path) -> None:
     assert_same_run(whole, parts, 4, log)
 
 
-def test_two_epochs_and_two_resumed_are_four_under_fsdp2_and_across_wrappers(tmp_path: Path) -> None:
+def test_two_epochs_and_two_resumed_are_four_under_fsdp2_and_across_wrappers(
+    tmp_path: Path, start_ranks: StartRanks
+) -> None:
     """FSDP1 and then accelerate's DDP give the same bits as FSDP2 throughout: two ranks have one order to add in."""
     whole = tmp_path / "whole"
-    start_ranks(2, whole, "fsdp2", 4)
+    start(*TORCHRUN, "2", SCRIPT, "--wrapper", "fsdp2", "--out", str(whole), "--epochs", "4", *QUICK)
     for first, second in (("fsdp2", "fsdp2"), ("fsdp1", "accelerate")):
         start_ranks(2, tmp_path / first, first, 2)
         log = start_ranks(2, tmp_path / first, second, 4, "--resume")

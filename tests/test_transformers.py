@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from dist_ema import load_file
 from dist_ema.integrations.transformers import EMACallback
 
-from .loops import Job, same_files, script_of
+from .loops import Launcher, same_files, script_of
 
 pytestmark = pytest.mark.filterwarnings("default")  # the framework warns of its own plans
 
@@ -136,12 +136,13 @@ def test_outside_a_trainer() -> None:
 def test_killed_and_resumed(tmp_path: Path) -> None:
     """2 processes, SIGKILL in the middle: live, average and the best of both equal the uninterrupted run, byte for byte."""
     script = script_of("transformers.md", tmp_path)
-    whole = Job(script, tmp_path / "whole")
-    killed = Job(script, tmp_path / "killed")
-    killed.kill_when(tmp_path / "killed" / "checkpoint-20" / "ema")
-    a, b = tmp_path / "whole", tmp_path / "killed"
-    whole.wait(a / "final" / "model.safetensors")
-    Job(script, b).wait(b / "final" / "model.safetensors")
+    with Launcher("transformers.trainer", "torch._dynamo", ACCELERATE_USE_CPU="1") as launcher:
+        whole = launcher.start(script, tmp_path / "whole")
+        killed = launcher.start(script, tmp_path / "killed")
+        killed.kill_when(tmp_path / "killed" / "checkpoint-20" / "ema")
+        a, b = tmp_path / "whole", tmp_path / "killed"
+        whole.wait(a / "final" / "model.safetensors")
+        launcher.start(script, b).wait(b / "final" / "model.safetensors")
     assert same_files(a, b, "checkpoint-40/ema/*")
     same_files(a, b, "checkpoint-40/model.safetensors")
     same_files(a, b, "final/model.safetensors")
