@@ -12,6 +12,7 @@ $(READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)"
 	$(BIN)/pip install -q -e ".[dev]"
+	$(BIN)/pip install -q --no-deps timm  # it asks for torchvision, which the tests do not need
 	touch $@
 
 demo: $(READY)  ## train on two ranks, export the average, look into the file

@@ -390,6 +390,42 @@ class Average:
         if self.engine.deferred:
             self._versions = [slot.local._version for slot in self._averages]
 
+    def move_by(self, rule: Callable[[Sequence[tuple[Tensor, Tensor]]], None]) -> None:
+        """One update by somebody else's arithmetic: rule((shadow, live), ...) writes the shadows of the first average.
+
+        The views have the shapes of whole weights where this rank averages all of one, else of the boxes that it holds;
+        live comes in the shadow's dtype, on its device. No collective.
+        """
+        self.refuse("ema.update")
+        self.settle()
+        self.follow()
+        self.clock.move([profile.schedule for profile in self.profiles], 1.0)
+        pairs = []
+        for slot in self._averages:
+            assert slot.shadow is not None
+            shadow, live = (
+                layout.pieces(slot.shard, slot.own, data) for data in (slot.shadow, slot.live.to(slot.shadow))
+            )
+            pairs += [(mine, theirs) for (_, mine), (_, theirs) in zip(shadow, live, strict=True)]
+        rule(pairs)
+        self._copy_frozen()
+        self._copy_buffers()
+        self._behind = True
+
+    def pull(self, weight: float) -> None:
+        """The other way round: live moves towards the first average; 1 copies. Replicas are for `swap.spread`."""
+        self.ready()
+        pairs = []
+        for slot in self._averages:
+            assert slot.shadow is not None
+            if weight == 1:
+                slot.live.copy_(slot.shadow)
+            else:
+                number = layout.numbering(slot.shard, slot.own, slot.local.device)
+                pairs.append(Pair(slot.name, [slot.live], slot.shadow, number))
+        Plan(pairs, self.seed).run([weight], self.clock.updates)
+        self.mark()
+
     def set_clock(self, spec: dict[str, Any]) -> None:
         """Go on from a saved clock."""
         self.clock.set(spec)

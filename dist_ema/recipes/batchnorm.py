@@ -43,13 +43,15 @@ def recalibrate(
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: bool = True,
+    group: dist.ProcessGroup | None = None,
 ) -> int:
     """Give every BatchNorm of `model` the mean and variance of what it sees over `loader`. *Collective*.
 
     Each rank runs its own batches, up to num_batches of them; the statistics are those of all ranks' data together, by
     one reduction per layer, and equal on all ranks. Ranks may have different numbers and sizes of batches. forward: calls
     the model with a batch; by default tuples and lists give their first element, mappings their values as keywords, on the
-    model's device. The variance is the unbiased one, as BatchNorm keeps it. Returns the number of batches on this rank.
+    model's device. group: the ranks whose data count, where no wrapper says so. The variance is the unbiased one, as
+    BatchNorm keeps it. Returns the number of batches on this rank.
 
     Nothing but running_mean and running_var changes; if anything raises, nothing does. Raises ValueError if there is no
     BatchNorm that tracks statistics, no data, or if a layer saw NaN or infinity, with the names. A layer that the forward
@@ -62,7 +64,8 @@ def recalibrate(
     if not layers:
         raise ValueError(f"{type(inner).__name__} has no BatchNorm that tracks statistics: nothing to recalibrate.")
     found = shards.find(model)
-    ranks = Ranks(found.members, found.group, shards.side_store)
+    members = found.members if group is None else dist.get_process_group_ranks(group)
+    ranks = Ranks(members, group or found.group, shards.side_store)
     watch = _Watch({name: _Moments.none(module) for name, module in layers.items()})
     steps = _together(loader, num_batches, ranks if found.sharded else None)
     bar = _bar(loader, num_batches) if progress and ranks.first and sys.stderr.isatty() else nullcontext(lambda: None)
