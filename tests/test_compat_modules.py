@@ -6,11 +6,18 @@ model is shared by the original and by ours, so both see the same weights.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib.util
 import io
+import math
 import pickle
 import random
-from collections.abc import Callable
+import sys
+import types
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +26,10 @@ from torch import Tensor, nn
 from torch.optim import swa_utils as theirs_swa
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_ema import Ramp
 from dist_ema.compat import swa_utils as ours_swa
+from dist_ema.compat import timm as ours_timm
+from dist_ema.compat import yolo
 from tests.kit import Net, Oracle, Training, raises, run_ranks, wrap
 
 
@@ -255,6 +265,209 @@ def test_update_bn_is_of_all_data() -> None:
     ours_swa.update_bn(batches, nn.Linear(3, 3))
 
 
+# --- timm --------------------------------------------------------------------------------------------------------
+
+
+def timms() -> Any:
+    """Its one file: timm itself imports torchvision."""
+    spec = importlib.util.find_spec("timm")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("timm is not installed: pip install --no-deps timm")
+    path = Path(spec.submodule_search_locations[0]) / "utils" / "model_ema.py"
+    file = importlib.util.spec_from_file_location("timm_model_ema", path)
+    assert file is not None
+    assert file.loader is not None
+    module = importlib.util.module_from_spec(file)
+    file.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("version", ["ModelEma", "ModelEmaV2", "ModelEmaV3"])
+def test_timm_is_timms(version: str, tmp_path: Path) -> None:
+    theirs = getattr(timms(), version)
+    for seed in range(200):
+        run_timm(seed, theirs, getattr(ours_timm, version), tmp_path)
+
+
+def run_timm(seed: int, their_class: Any, our_class: Any, folder: Path) -> None:
+    draw = random.Random(seed)
+    live = make(draw, tied=False)
+    options: dict[str, Any] = {"decay": draw.choice([0.0, 0.5, 0.9, 1.0]), "device": draw.choice(["", "cpu"]) or None}
+    third, first = our_class is ours_timm.ModelEmaV3, our_class is ours_timm.ModelEma
+    if third:
+        options |= {"min_decay": draw.choice([0.0, 0.3]), "update_after_step": draw.choice([0, 3])}
+        options |= {"use_warmup": draw.random() < 0.5, "warmup_gamma": draw.choice([1.0, 3.0]), "warmup_power": 0.7}
+        options |= {"exclude_buffers": draw.random() < 0.5, "foreach": draw.random() < 0.5}
+        options |= {"dtype": draw.choice([None, torch.float64, live.scale.dtype])}
+        if options["dtype"] != live.scale.dtype and live.scale.dtype == torch.float64:
+            options["dtype"] = None
+    if first and draw.random() < 0.3:
+        options["resume"] = str(folder / "checkpoint.pt")
+        torch.save({"state_dict_ema": live.state_dict()}, options["resume"])
+        train(live, draw)
+    if first and options["device"] is None:
+        options["device"] = ""
+    ours = our_class(live, **options)
+    with without_timm():
+        theirs = their_class(live, **options)
+
+    def modules() -> tuple[nn.Module, nn.Module]:
+        return (ours.ema, theirs.ema) if first else (ours.module, theirs.module)
+
+    for step in range(draw.randrange(4, 10)):
+        what = draw.choice(["update"] * 6 + ["set", "load", "both load", "copy", "decay", "another", "unfreeze"])
+        if what == "update":
+            train(live, draw)
+            at = {"step": draw.choice([None, step, 10 * step])} if third else {}
+            ours.update(live, **at)
+            theirs.update(live, **at)
+        elif what == "set" and not first:
+            train(live, draw)
+            ours.set(live)
+            theirs.set(live)
+        elif what == "load" and not first:
+            saved = copy.deepcopy(ours.state_dict())
+            ours = our_class(make(draw, tied=False).to(live.scale.dtype), **options)
+            ours.decay = theirs.decay
+            ours.load_state_dict(saved)
+        elif what == "both load":
+            mine, other = modules()
+            mine.load_state_dict(copy.deepcopy(other.state_dict()))
+        elif what == "copy" and not third:  # theirs has a generator, which cannot be copied
+            ours = copy.deepcopy(ours)
+        elif what == "decay":
+            ours.decay = theirs.decay = 0.7
+        elif what == "another":
+            live = copy.deepcopy(live)
+        elif what == "unfreeze":
+            live.frozen.requires_grad_(True)
+        where = f"seed {seed} step {step} {what} {options}"
+        mine, other = modules()
+        compare(dict(mine.state_dict()), dict(other.state_dict()), where, lambda key: "tracked" in key)
+        assert not mine.training
+        if what in ("update", "set") and (what == "update" or not first):
+            assert torch.equal(mine.norm.num_batches_tracked, live.norm.num_batches_tracked), where
+    x = torch.randn(3, 3, dtype=mine.scale.dtype)
+    assert torch.allclose((mine if first else ours)(x), other(x), atol=1e-5)
+
+
+@contextlib.contextmanager
+def without_timm() -> Iterator[None]:
+    """Its loader of checkpoints lies where torchvision would be imported: one that does the same stands in."""
+    stand_in = types.ModuleType("timm.models._helpers")
+    stand_in._torch_load = torch.load  # type: ignore[attr-defined]
+    names = {"timm": types.ModuleType("timm"), "timm.models": types.ModuleType("timm.models")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in {**names, "timm.models._helpers": stand_in}.items():
+            patch.setitem(sys.modules, name, module)
+        yield
+
+
+def test_timm_tied_weights_are_averaged_once() -> None:
+    """timm walks the state_dict, where a tied weight stands twice, and moves it twice: a decay of 0.81 in place of 0.9."""
+    live = Body()
+    before, theirs = live.a.weight.detach().clone(), timms()
+    for version, name in (("ModelEma", "ema"), ("ModelEmaV2", "module"), ("ModelEmaV3", "module")):
+        with torch.no_grad():
+            live.a.weight.copy_(before)
+        both = [getattr(of, version)(live, decay=0.9) for of in (ours_timm, theirs)]
+        with torch.no_grad():
+            live.a.weight.copy_(before + 1)
+        for average in both:
+            average.update(live)
+        ours, other = ((getattr(average, name).a.weight - before).mean().item() for average in both)
+        assert ours == pytest.approx(0.1, abs=1e-6), version
+        assert other == pytest.approx(0.19, abs=1e-6), version
+
+
+def test_timm_dtypes() -> None:
+    """A bf16 average moves, by chance in proportion, as timm's third version does and the others do not."""
+    live = nn.Linear(40, 40).bfloat16()
+    with torch.no_grad():
+        live.weight.fill_(1.0)
+    ours, wide = ours_timm.ModelEmaV3(live, 0.999), ours_timm.ModelEmaV3(live, 0.999, dtype=torch.float32)
+    with torch.no_grad():
+        live.weight.fill_(2.0)
+    for average in [ours, wide] * 400:
+        average.update(live)
+    for average in (ours, wide):
+        assert abs(average.module.weight.float().mean().item() - (2 - 0.999**400)) < 0.02
+    assert (ours.module.weight.dtype, wide.module.weight.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_timm_resumes_from_other_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    live = Body()
+    state = {key: value + 1 for key, value in live.state_dict().items()}
+    torch.save({"state_dict_ema": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "ddp.pt")
+    compare(
+        dict(ours_timm.ModelEma(live, resume=str(tmp_path / "ddp.pt")).ema.state_dict()), state, "", lambda _: False
+    )
+    torch.save({"state_dict": state}, tmp_path / "live.pt")
+    average = ours_timm.ModelEma(live, resume=str(tmp_path / "live.pt"))
+    assert "has no state_dict_ema" in caplog.text
+    assert torch.equal(average.ema.a.weight, live.a.weight)
+
+
+# --- YOLO --------------------------------------------------------------------------------------------------------
+
+
+def test_yolo_is_its_formula() -> None:
+    """e = d e + (1 - d) m over all that floats in the state_dict, d = decay (1 - exp(-updates / tau)), in float64."""
+    for seed in range(200):
+        run_yolo(seed)
+
+
+def run_yolo(seed: int) -> None:
+    draw = random.Random(seed)
+    live, decay, start, tau = make(draw), draw.choice([0.9, 0.9999]), draw.choice([0, 500]), draw.choice([2000, 10])
+    average = yolo.ModelEMA(live, decay, start) if tau == 2000 else yolo.ModelEMA(live, decay, updates=start, tau=tau)
+    want = {key: value.double().clone() for key, value in live.state_dict().items()}
+    for step in range(draw.randrange(4, 10)):
+        what = draw.choice(["update"] * 6 + ["load", "resume", "another", "half", "copy"])
+        if what == "update":
+            train(live, draw)
+            average.update(live)
+            start += 1
+            d = decay * (1 - math.exp(-start / tau))
+            for key, value in live.state_dict().items():
+                want[key] = d * want[key] + (1 - d) * value.double() if value.is_floating_point() else value.double()
+        elif what == "load":
+            average.ema.load_state_dict(live.state_dict())
+            want = {key: value.double().clone() for key, value in live.state_dict().items()}
+        elif what == "resume":
+            average.updates = start = draw.choice([0, 7, 4000])
+        elif what == "another":
+            live = copy.deepcopy(live)
+        elif what == "half":
+            copy.deepcopy(average.ema).half()
+            average.ema.to(torch.float64)
+        elif what == "copy":
+            average = copy.deepcopy(average)
+        where = f"seed {seed} step {step} {what}"
+        state = average.ema.state_dict()
+        assert list(state) == list(want)
+        for key, value in want.items():
+            assert torch.allclose(state[key].double(), value, rtol=0, atol=2e-6), f"{where} {key}"
+        assert (average.updates, average.ema.training) == (start, False), where
+    assert average.decay(start) == pytest.approx(decay * (1 - math.exp(-start / tau)))
+    assert not any(p.requires_grad for p in average.ema.parameters())
+
+
+def test_yolo_attributes() -> None:
+    live = Body()
+    average = yolo.ModelEMA(live)
+    live.names, live.stride, live.reducer, live._hidden = ["cat"], 8, "no", "no"
+    average.update_attr(live, include=["names"])
+    assert average.ema.names == ["cat"]
+    assert not hasattr(average.ema, "stride")
+    average.update_attr(live)
+    assert average.ema.stride == 8
+    assert not hasattr(average.ema, "reducer")
+    assert not hasattr(average.ema, "_hidden")
+    average.update_attr(live, include=["names", "reducer"], exclude=["names"])
+    assert average.ema.reducer == "no"
+
+
 # --- two ranks ---------------------------------------------------------------------------------------------------
 
 
@@ -266,10 +479,24 @@ def custom(model: nn.Module, **options: Any) -> nn.Module:
     return ours_swa.AveragedModel(model, avg_fn=halve, **options)
 
 
+def v3(model: nn.Module, **options: Any) -> nn.Module:
+    return ours_timm.ModelEmaV3(model, 0.8, update_after_step=1, use_warmup=True, warmup_power=0.7, **options)
+
+
+def warm(now: float, _: float) -> float:
+    """At step 0, 10, 20, ...: 9 steps after update_after_step come first."""
+    n = 10 * (now - 1) - 2
+    return 0.0 if n <= 0 else min(0.8, 1 - (1 + n) ** -0.7)
+
+
 # what builds it, what updates it, the decay of each of its moves
 DROP_INS: dict[str, tuple[Callable[..., Any], Callable[[Any, nn.Module], Any], Callable[[float, float], float]]] = {
     "swa": (swa, lambda mine, model: mine.update_parameters(model), lambda now, _: 0.0 if now == 1 else 0.8),
     "custom": (custom, lambda mine, model: mine.update_parameters(model), lambda n, _: 0.0 if n == 1 else n / (n + 1)),
+    "timm 1": (partial(ours_timm.ModelEma, decay=0.8), lambda mine, model: mine.update(model), lambda *_: 0.8),
+    "timm 2": (partial(ours_timm.ModelEmaV2, decay=0.8), lambda mine, model: mine.update(model), lambda *_: 0.8),
+    "timm 3": (v3, lambda mine, model: mine.update(model, step=10 * int(mine.average.now)), warm),
+    "yolo": (partial(yolo.ModelEMA, decay=0.9, tau=5), lambda mine, model: mine.update(model), Ramp(0.9, 5)),
 }
 
 
@@ -290,13 +517,11 @@ def equals_the_oracle(kind: str, name: str, with_module: bool) -> None:
         training.probe()  # leaves FSDP's roots unsharded
     check(average, oracle, training, kind, with_module)
     saved = io.BytesIO()
-    state = average.state_dict() if isinstance(average, nn.Module) else average.ema.state_dict()
-    torch.save(state, saved)
+    torch.save(average.state_dict(), saved)
     saved.seek(0)
     again = Training(kind)
     second = build(again.model, **options)
-    target = second if isinstance(second, nn.Module) else second.ema
-    target.load_state_dict(torch.load(saved, weights_only=False))
+    second.load_state_dict(torch.load(saved, weights_only=False))
     check(second, oracle, again, kind, with_module)
     training.train(2, both)
     check(average, oracle, training, kind, with_module)
@@ -320,13 +545,8 @@ def check(average: Any, oracle: Oracle, training: Training, kind: str, with_modu
 
 def on_two_ranks() -> None:
     for name in DROP_INS:
-        for kind, with_module in [
-            ("ddp", False),
-            ("fsdp2", False),
-            ("fsdp2", True),
-            ("fsdp1 orig", False),
-            ("fsdp1 orig", True),
-        ]:
+        more = [("fsdp2", True), ("fsdp1 orig", False), ("fsdp1 orig", True)] if name in ("swa", "timm 1") else []
+        for kind, with_module in [("ddp", False), ("fsdp2", False), *more]:
             try:
                 equals_the_oracle(kind, name, with_module)
             except Exception as error:

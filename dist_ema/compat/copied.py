@@ -27,7 +27,7 @@ from ..schedule import Schedule
 from ..shards import Shard
 from ..swap import spread
 
-__all__ = ["Copied", "CopiedModule", "Count", "ModuleFn"]
+__all__ = ["Copied", "CopiedModule", "Count", "Holder", "ModuleFn"]
 
 ModuleFn = Callable[[], nn.Module]
 
@@ -202,6 +202,14 @@ class Copied:
         own = torch.tensor([key not in mine["weights"] for key in mine["buffers"]], dtype=torch.uint8)
         self.average.load_state_dict(state | {"averages": {name: {**ours, "own": own}}})
 
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Full weights by name, wrappers' prefixes allowed. *Collective* where there is no copy, or a sharded one."""
+        named = {self.named_here(name): value for name, value in weights.items()}
+        if self.module is None:
+            self.fill(named)
+        else:
+            self.evaluated.load_state_dict(named)
+
     def named_here(self, name: str) -> str:
         """The name of a weight in a checkpoint, without the wrappers that the copy does not have."""
         known = self._names()
@@ -216,6 +224,31 @@ class Copied:
         if self.module is None:
             raise RuntimeError(f"the average cannot be copied or pickled: {self.why}")
         return self.__dict__ | {"_ema": None, "given": None, "_seen": ()}
+
+
+class Holder:
+    """No module itself: `ema` is the module that holds the average, in evaluation mode."""
+
+    _copied: Copied
+
+    @property
+    def ema(self) -> nn.Module:
+        """Raises RuntimeError where the model is sharded by FSDP and no module holds its average."""
+        return self._copied.evaluated
+
+    @property
+    def average(self) -> EMA:
+        """The `EMA` behind it: `average.save` for files that any number of ranks can load, `average.swap` under FSDP."""
+        return self._copied.average
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """That of `ema`; where there is none, what this rank holds of the average, for `torch.distributed.checkpoint` or a
+        file of each rank's own. *Aliases* the average."""
+        return self._copied.entries() if self._copied.module is None else self.ema.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state_dict` gave on as many ranks, or full weights. *Collective* under FSDP."""
+        self._copied.load(state)
 
 
 class CopiedModule(nn.Module):
