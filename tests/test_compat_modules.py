@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ema_pytorch as their_ema_pytorch
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from torch.optim import swa_utils as theirs_swa
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_ema import Ramp
+from dist_ema.compat import ema_pytorch as ours_ema_pytorch
 from dist_ema.compat import swa_utils as ours_swa
 from dist_ema.compat import timm as ours_timm
 from dist_ema.compat import yolo
@@ -285,7 +287,7 @@ def timms() -> Any:
 @pytest.mark.parametrize("version", ["ModelEma", "ModelEmaV2", "ModelEmaV3"])
 def test_timm_is_timms(version: str, tmp_path: Path) -> None:
     theirs = getattr(timms(), version)
-    for seed in range(200):
+    for seed in range(70):
         run_timm(seed, theirs, getattr(ours_timm, version), tmp_path)
 
 
@@ -468,6 +470,119 @@ def test_yolo_attributes() -> None:
     assert average.ema.reducer == "no"
 
 
+# --- ema_pytorch -------------------------------------------------------------------------------------------------
+
+
+def test_ema_pytorch_is_ema_pytorchs() -> None:
+    for seed in range(200):
+        run_ema_pytorch(seed)
+
+
+def ema_pytorch_options(draw: random.Random) -> dict[str, Any]:
+    options: dict[str, Any] = {"beta": draw.choice([0.5, 0.9, 0.9, 1.0]), "update_after_step": draw.choice([0, 2, 5])}
+    options |= {"update_every": draw.choice([1, 1, 2]), "inv_gamma": draw.choice([1.0, 3.0]), "power": 0.7}
+    options |= {"min_value": draw.choice([0.0, 0.4]), "include_online_model": draw.random() < 0.5}
+    options |= {"param_or_buffer_names_no_ema": draw.choice([set(), {"b.weight", "norm.running_mean"}])}
+    options |= {"ignore_names": draw.choice([set(), {"a.bias", "norm.running_var"}])}
+    options |= {"ignore_startswith_names": draw.choice([set(), {"head."}])}
+    options |= {
+        "use_foreach": draw.random() < 0.5,
+        "coerce_dtype": True,
+        "allow_different_devices": draw.random() < 0.5,
+    }
+    options |= {"update_model_with_ema_every": draw.choice([None, None, 2])}
+    options |= {"update_model_with_ema_beta": draw.choice([0.0, 0.3]), "forward_method_names": ("encode",)}
+    options |= {"move_ema_to_online_device": draw.random() < 0.5, "lazy_init_ema": draw.random() < 0.2}
+    return options
+
+
+def another_one(live: Body) -> Body:
+    """With other trainable weights."""
+    module = copy.deepcopy(live)
+    train(module, random.Random(7))
+    return module
+
+
+def run_ema_pytorch(seed: int) -> None:
+    draw = random.Random(seed)
+    options, tied = ema_pytorch_options(draw), draw.random() < 0.5
+    # NOTE: each has a model of its own, as both write to it.
+    live, other = make(random.Random(seed), tied), make(random.Random(seed), tied)
+    if not options["lazy_init_ema"] and draw.random() < 0.3:
+        options["ema_model"] = lambda: another_one(live)
+    ours, theirs = ours_ema_pytorch.EMA(live, **options), their_ema_pytorch.EMA(other, **options)
+    for step in range(draw.randrange(4, 14)):
+        what = draw.choice(["update"] * 9 + ["load", "both load", "back", "copy", "again", "optimizer", "pull"])
+        if what == "update":
+            for model in (live, other):
+                train(model, random.Random(seed + step))
+            ours.update()
+            theirs.update()
+        elif ours._copied is None:
+            continue
+        elif what == "load":
+            saved = copy.deepcopy(ours.state_dict())
+            live = copy.deepcopy(live)
+            ours = ours_ema_pytorch.EMA(live, **options | {"lazy_init_ema": False})
+            ours.load_state_dict(saved)
+        elif what == "both load":
+            ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+        elif what == "back":
+            ours.copy_params_from_ema_to_model()
+            theirs.copy_params_from_ema_to_model()
+        elif what == "copy":
+            ours.copy_params_from_model_to_ema()
+            theirs.copy_params_from_model_to_ema()
+        elif what == "pull":
+            ours.update_model_with_ema(0.8)
+            theirs.update_model_with_ema(0.8)
+        elif what == "again" and options["include_online_model"]:
+            ours = copy.deepcopy(ours)
+            live = ours.online_model
+        elif what == "optimizer":
+            for average, model in ((ours, live), (theirs, other)):
+                optimizer = torch.optim.SGD([model.scale], lr=0.1)
+                model.scale.grad = torch.ones_like(model.scale)
+                handle = average.add_to_optimizer_post_step_hook(optimizer)
+                optimizer.step()
+                handle.remove()
+        where = f"seed {seed} step {step} {what} {options}"
+        compare(dict(ours.state_dict()), dict(theirs.state_dict()), where, lambda key: "tracked" in key)
+        compare(dict(live.state_dict()), dict(other.state_dict()), where, lambda key: "tracked" in key)
+        assert ours.get_current_decay() == pytest.approx(theirs.get_current_decay(), abs=1e-6), where
+    if ours._copied is not None:
+        x = torch.randn(3, 3, dtype=live.scale.dtype)
+        for mine, want in [
+            (ours(x), theirs(x)),
+            (ours.encode(x), theirs.encode(x)),
+            (ours.eval()(x), theirs.eval()(x)),
+        ]:
+            assert torch.allclose(mine, want, atol=1e-5)
+        assert torch.allclose(ours.forward_eval(x), theirs.forward_eval(x), atol=1e-5)
+
+
+def test_ema_pytorch_alone() -> None:
+    live = Body()
+    average = ours_ema_pytorch.EMA(live, update_after_step=0, update_every=1, beta=0.5)
+    assert average.model is live
+    average.update()
+    live.norm.num_batches_tracked += 5
+    average.update()
+    assert average.ema_model.norm.num_batches_tracked == 5, "theirs stays at 0"
+    average.ema_model.double()
+    average.restore_ema_model_device()
+    average.update()
+    with Watch() as watch:
+        average.update()
+    assert watch.reads == 0
+    with pytest.raises(ValueError, match="takes a module, got list"):
+        ours_ema_pytorch.EMA([torch.ones(1)])
+    with pytest.raises(ValueError, match="one of ema_model and lazy_init_ema"):
+        ours_ema_pytorch.EMA(live, ema_model=live, lazy_init_ema=True)
+    with pytest.raises(RuntimeError, match="the first update makes it"):
+        _ = ours_ema_pytorch.EMA(live, lazy_init_ema=True).ema_model
+
+
 # --- two ranks ---------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +604,11 @@ def warm(now: float, _: float) -> float:
     return 0.0 if n <= 0 else min(0.8, 1 - (1 + n) ** -0.7)
 
 
+def pytorch(model: nn.Module, module_fn: Any = None) -> nn.Module:
+    options = {"update_after_step": 0, "update_every": 1, "power": 1.0, "beta": 0.8, "include_online_model": False}
+    return ours_ema_pytorch.EMA(model, module_fn, **options)
+
+
 # what builds it, what updates it, the decay of each of its moves
 DROP_INS: dict[str, tuple[Callable[..., Any], Callable[[Any, nn.Module], Any], Callable[[float, float], float]]] = {
     "swa": (swa, lambda mine, model: mine.update_parameters(model), lambda now, _: 0.0 if now == 1 else 0.8),
@@ -496,6 +616,11 @@ DROP_INS: dict[str, tuple[Callable[..., Any], Callable[[Any, nn.Module], Any], C
     "timm 1": (partial(ours_timm.ModelEma, decay=0.8), lambda mine, model: mine.update(model), lambda *_: 0.8),
     "timm 2": (partial(ours_timm.ModelEmaV2, decay=0.8), lambda mine, model: mine.update(model), lambda *_: 0.8),
     "timm 3": (v3, lambda mine, model: mine.update(model, step=10 * int(mine.average.now)), warm),
+    "ema_pytorch": (
+        pytorch,
+        lambda mine, _: mine.update(),
+        lambda n, _: min(0.8, 1 - 1 / n),
+    ),
     "yolo": (partial(yolo.ModelEMA, decay=0.9, tau=5), lambda mine, model: mine.update(model), Ramp(0.9, 5)),
 }
 

@@ -174,14 +174,15 @@ class Copied:
                 mine.read().copy_(live.read())
 
     @torch.no_grad()
-    def pull(self, weight: float, wanted: Callable[[str], bool] = lambda _: True) -> None:
-        """The other way round: the model moves towards the average; 1 copies. *Collective* under HSDP."""
+    def pull(self, weight: float, rest: Callable[[str], float] = lambda _: 1.0) -> None:
+        """The other way round: the model moves towards the average; 1 copies. rest: the weight of what the `EMA` does not
+        write. *Collective* under HSDP."""
         ema = self.average
         ema._average.pull(weight)
         spread(ema._average.profiles[0].averages, ema._split)
         for mine, live in self._rest:
-            if wanted(mine.name) and live.dtype.is_floating_point:
-                live.read().lerp_(mine.read().to(live.read()), weight)
+            if live.dtype.is_floating_point:
+                live.read().lerp_(mine.read().to(live.read()), rest(mine.name))
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
