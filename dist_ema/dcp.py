@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from .layout import Slot, pieces
 from .shards import Region
 
-__all__ = ["FlatRange", "state", "take"]
+__all__ = ["FlatRange", "state", "take", "whole"]
 
 
 class FlatRange(Tensor):
@@ -84,6 +84,16 @@ def state(averages: Sequence[Slot], buffers: Sequence[Slot], own: dict[str, Tens
         "buffers": {s.name: _entry(s, s.shard.held, held[s.name]) for s in buffers},
         "own": torch.tensor([slot.name in own for slot in buffers], dtype=torch.uint8),
     }
+
+
+def whole(slots: Sequence[Slot], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One average under the names of the model's state_dict, tied ones included, frozen weights and buffers from live."""
+    result: dict[str, Tensor] = {}
+    for slot in slots:
+        held = own.get(slot.name, slot.local).clone() if slot.shadow is None else slot.shadow
+        region = slot.own if slot.shadow is not None else slot.shard.held
+        result |= dict.fromkeys((slot.name, *slot.shard.aliases), _entry(slot, region, held))
+    return result
 
 
 def _entry(slot: Slot, region: Region, data: Tensor) -> Tensor:

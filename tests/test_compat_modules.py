@@ -14,6 +14,7 @@ import math
 import pickle
 import random
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,11 +24,12 @@ from typing import Any
 import ema_pytorch as their_ema_pytorch
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import swa_utils as theirs_swa
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_ema import Ramp
+from dist_ema import EMA, Ramp
 from dist_ema.compat import ema_pytorch as ours_ema_pytorch
 from dist_ema.compat import swa_utils as ours_swa
 from dist_ema.compat import timm as ours_timm
@@ -676,6 +678,123 @@ def on_two_ranks() -> None:
                 equals_the_oracle(kind, name, with_module)
             except Exception as error:
                 raise AssertionError(f"{name} under {kind}, module_fn={with_module}") from error
+
+    built_before_it_was_wrapped()
+    one_rank_alone()
+    statistics_of_all_ranks()
+    for kind in ("ddp", "fsdp2", "fsdp1 orig"):
+        writes_to_the_model(kind)
+    another_sharded_model()
+    by_distributed_checkpoint()
+
+
+def built_before_it_was_wrapped() -> None:
+    """timm's order of things: the average first, DDP after it."""
+    live = Net()
+    average = ours_timm.ModelEmaV2(live, 0.5)
+    first, before = average.average, live.scale.item()
+    wrapped = nn.parallel.DistributedDataParallel(live, find_unused_parameters=True)
+    with torch.no_grad():
+        live.scale.add_(1)
+    average.update(wrapped)
+    assert average.average is first
+    assert abs(average.module.scale.item() - before - 0.5) < 1e-6
+    assert next(iter(average.state_dict())) == "module.scale"
+
+
+def one_rank_alone() -> None:
+    """Under DDP the average may live on one rank: none of its calls waits for another."""
+    training = Training("ddp")
+    average = yolo.ModelEMA(training.model, 0.9, tau=5) if dist.get_rank() == 0 else None
+    training.train(2, lambda: None if average is None else average.update(training.model))
+    if average is not None:
+        average.ema(training.data(0, 0)[0])
+        assert average.updates == 2
+        average.ema.state_dict()
+
+
+class Normed(nn.Module):
+    """Wrapped like any block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](x)
+
+
+def statistics_of_all_ranks() -> None:
+    """update_bn over each rank's own batches: all ranks' data, whatever holds the average."""
+    batches = [
+        [torch.randn(5, 3, generator=torch.Generator().manual_seed(3 * r + i)) for i in range(3)] for r in (0, 1)
+    ]
+    torch.manual_seed(0)
+    plain = Normed()
+    seen = torch.cat([plain.blocks[0][0](batch) for each in batches for batch in each])
+    for kind, options in [("ddp", {}), ("fsdp2", {}), ("fsdp2", {"module_fn": lambda: wrap("fsdp2", Normed())})]:
+        live = wrap(kind, copy.deepcopy(plain))
+        average = ours_swa.AveragedModel(live, **options)
+        average.update_parameters(live)
+        ours_swa.update_bn(batches[dist.get_rank()], average)
+        weights = average.average.gather()
+        if weights:
+            assert torch.allclose(weights["blocks.0.1.running_var"], seen.var(0), atol=1e-5), kind
+            assert torch.allclose(weights["blocks.0.1.running_mean"], seen.mean(0), atol=1e-5), kind
+        average.update_parameters(live)
+        weights = average.average.gather()
+        assert not weights or torch.equal(weights["blocks.0.1.running_var"], torch.ones(4)), "an update ends them"
+
+
+def writes_to_the_model(kind: str) -> None:
+    """Hare to tortoise: the model that is trained becomes a mixture with its average, on every rank."""
+    training = Training(kind)
+    options = {"update_after_step": 0, "update_every": 1, "beta": 0.5, "include_online_model": False}
+    average = ours_ema_pytorch.EMA(training.model, **options)
+    training.train(2, average.update)
+    training.probe()
+    want = {name: each.double() for name, each in average.average.gather().items()}
+    live = {name: p.detach().double().clone() for name, p in training.twin.named_parameters()}
+    for share in (0.75, 0.0):
+        average.update_model_with_ema(share)
+        training.probe()
+        now = EMA(training.model).gather()
+        for name in live if now else ():
+            live[name] = share * live[name] + (1 - share) * want[name]
+            assert torch.allclose(now[name].double(), live[name], atol=1e-6), f"{kind} {name}"
+
+
+def another_sharded_model() -> None:
+    average = ours_swa.AveragedModel(wrap("fsdp2", Net()))
+    with raises(RuntimeError, "the average belongs to another model", "module_fn="):
+        average.update_parameters(wrap("fsdp2", Net()))
+    with raises(RuntimeError, "cannot be copied or pickled"):
+        copy.deepcopy(average)
+    with raises(ValueError, "lacks core.emb.weight"):
+        average.load_state_dict({"n_averaged": torch.tensor(1), "module.scale": torch.tensor(1.0)})
+
+
+def by_distributed_checkpoint() -> None:
+    """The keys are the originals', so a folder of torch.distributed.checkpoint holds `module.NAME` in full."""
+    from torch.distributed import checkpoint
+
+    folder: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    training = Training("fsdp2")
+    average = swa(training.model)
+    training.train(2, lambda: average.update_parameters(training.model))
+    checkpoint.save({"ema": average.state_dict()}, checkpoint_id=folder[0])
+    fresh = swa(Training("fsdp2").model)
+    state = {"ema": fresh.state_dict()}
+    checkpoint.load(state, checkpoint_id=folder[0])
+    fresh.load_state_dict(state["ema"])
+    mine, again = average.average.gather(), fresh.average.gather()
+    assert all(torch.equal(mine[name], again[name]) for name in average.average.names() if mine)
+    assert fresh.n_averaged == 2
+    plain = ours_swa.AveragedModel(Net())
+    whole = {"ema": dict(plain.state_dict())}
+    checkpoint.load(whole, checkpoint_id=folder[0])
+    assert all(torch.equal(plain.module.get_parameter(name), mine[name]) for name in average.average.names() if mine)
 
 
 def test_two_ranks() -> None:

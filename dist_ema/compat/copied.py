@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import shards
+from .. import dcp, shards
 from ..ema import EMA
 from ..schedule import Schedule
 from ..shards import Shard
@@ -187,13 +187,15 @@ class Copied:
     # --- checkpoints -------------------------------------------------------------------------------------------
 
     def entries(self) -> dict[str, Tensor]:
-        """Where there is no copy: weights and floating buffers of the average by name, as torch.distributed.checkpoint
-        takes them: plain tensors, and `dcp.FlatRange` for what other ranks hold too. *Aliases* the shadows."""
-        state = next(iter(self.average.state_dict()["averages"].values()))
-        return {**state["buffers"], **state["weights"]}
+        """Where there is no copy: what its state_dict would hold, as torch.distributed.checkpoint takes it: plain tensors
+        where this rank holds a whole one, else `dcp.FlatRange`. *Aliases* the shadows."""
+        average = self.average._average
+        average.refuse("state_dict")
+        average.ready()
+        return dcp.whole(average.profiles[0].persistent, average.profiles[0].own)
 
     def fill(self, entries: Mapping[str, Tensor]) -> None:
-        """Take what `entries` gave on the same number of ranks, or full weights. *Collective*."""
+        """Take what is averaged, and floating buffers, from `entries` of as many ranks or full weights. *Collective*."""
         state = self.average.state_dict()
         ((name, mine),) = state["averages"].items()
         ours = {kind: {key: entries[key] for key in mine[kind] if key in entries} for kind in ("weights", "buffers")}
