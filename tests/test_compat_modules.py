@@ -228,6 +228,9 @@ def test_checkpoints_of_wrapped_models() -> None:
         fresh = ours_swa.AveragedModel(live)
         fresh.load_state_dict({key.replace("module.", put, 1): value for key, value in state.items()})
         compare(dict(fresh.state_dict()), state, put, lambda _: False)
+    compiled = ours_swa.AveragedModel(live, module_fn=lambda: torch.compile(Body(), backend="eager"))
+    compiled.load_state_dict({key.replace("module.", "module._orig_mod.", 1): value for key, value in state.items()})
+    assert torch.equal(compiled.module.scale, state["module.scale"])
     state["module.nothing"] = torch.ones(1)
     with pytest.raises(RuntimeError, match="module.nothing"):
         fresh.load_state_dict(state)

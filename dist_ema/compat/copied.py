@@ -109,9 +109,8 @@ class Copied:
 
     def _build(self, live: nn.Module, keep: bool) -> None:
         if self.module is None and self._ema is not None:
-            if {id(shard.tensor) for shard in shards.find(live).shards} != {
-                id(slot.shard.tensor) for slot in self._ema._average.slots
-            }:
+            ours = [slot.shard for slot in self._ema._average.slots]
+            if _weights(shards.find(live).shards) != _weights(ours):
                 raise RuntimeError(f"the average belongs to another model. {self.why}")
             return
         before = [] if self.module is None else shards.find(self.module).shards
@@ -207,26 +206,35 @@ class Copied:
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Full weights by name, wrappers' prefixes allowed. *Collective* where there is no copy, or a sharded one."""
-        named = {self.named_here(name): value for name, value in weights.items()}
+        named = self.named_here(weights)
         if self.module is None:
             self.fill(named)
         else:
             self.evaluated.load_state_dict(named)
 
-    def named_here(self, name: str) -> str:
-        """The name of a weight in a checkpoint, without the wrappers that the copy does not have."""
-        known = self._names()
-        tries = (name, shards.canonical(name), shards.canonical(name).removeprefix("module."))
-        return next((each for each in tries if each in known), name)
-
-    def _names(self) -> set[str]:
-        return set(self.entries() if self.module is None else self.module.state_dict())
+    def named_here(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint holds, its names without the wrappers that the copy does not have."""
+        if self.module is not None and shards.find(self.module).sharded:
+            # NOTE: FSDP1 has names of its own, and its state_dict is collective.
+            return dict(weights)
+        known = self.entries() if self.module is None else self.module.state_dict()
+        named = {}
+        for name, value in weights.items():
+            inner = shards.canonical(name)
+            tries = (name, inner, inner.removeprefix("module."))
+            named[next((each for each in tries if each in known), name)] = value
+        return named
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the copy, for pickles too: the next update tells it its model."""
         if self.module is None:
             raise RuntimeError(f"the average cannot be copied or pickled: {self.why}")
-        return self.__dict__ | {"_ema": None, "given": None, "_seen": ()}
+        return self.__dict__ | {"_ema": None, "given": None, "_seen": (), "_rest": []}
+
+
+def _weights(of: Sequence[Shard]) -> set[int]:
+    """Which tensors they are. Buffers may be registered anew at any time."""
+    return {id(shard.tensor) for shard in of if shard.kind != "buffer"}
 
 
 class Holder:
@@ -291,7 +299,7 @@ class CopiedModule(nn.Module):
         start = f"{prefix}{self.child}."
         if self._copied is not None:
             mine = {key: state_dict.pop(key) for key in [key for key in state_dict if key.startswith(start)]}
-            named = {self._copied.named_here(key.removeprefix(start)): value for key, value in mine.items()}
+            named = self._copied.named_here({key.removeprefix(start): value for key, value in mine.items()})
             if self._copied.module is None:
                 self._copied.fill(named)
             else:

@@ -85,7 +85,9 @@ class EMA(CopiedModule):
         """Make the copy, or take this module for it, as it is. *Collective* under FSDP."""
         warmup = min(self.power, self.inv_gamma) > 0
         schedule = Warmup(self.beta, self.power, self.inv_gamma) if warmup else Constant(self.beta)
-        self._keep(Copied(self.model, ema_model, schedule, buffers="average", only=self._averaged, fresh=False))
+        left_out = self.param_or_buffer_names_no_ema or self.ignore_names or self.ignore_startswith_names
+        only = self._averaged if left_out else None
+        self._keep(Copied(self.model, ema_model, schedule, buffers="average", only=only, fresh=False))
         for name in self.forward_method_names:
             setattr(self, name, getattr(self.ema_model, name))
 

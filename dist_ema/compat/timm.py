@@ -122,7 +122,6 @@ class ModelEmaV3(_Versioned):
         schedule = Warmup(decay, warmup_power, warmup_gamma) if use_warmup else Constant(decay)
         buffers = "copy" if exclude_buffers else "average"
         self._keep(_copied(model, module_fn, schedule, device, dtype, buffers))
-        self._at = Warmup(1.0, warmup_power, warmup_gamma)
 
     def get_decay(self, step: int | None = None) -> float:
         """The decay of an update at this step of the optimizer; None: no warm-up and no start."""
@@ -133,7 +132,8 @@ class ModelEmaV3(_Versioned):
             return 0.0
         if not self.use_warmup:
             return self.decay
-        return max(min(self._at(n), self.decay), self.min_decay)
+        value = 1 - (1 + n / self.warmup_gamma) ** -self.warmup_power
+        return float(max(min(value, self.decay), self.min_decay))
 
     def update(self, model: nn.Module, step: int | None = None) -> None:
         """One move towards `model`. No collective, no host sync."""
