@@ -135,6 +135,17 @@ class Average:
         self._replan()
         self.mark()
 
+    def lay_anew(self, dtype: torch.dtype, device: torch.device | None) -> None:
+        """The same shadows in another dtype or on another device, updated where and how `use_engine` said."""
+        fresh = [[replace(slot) for slot in profile.averages] for profile in self.profiles]
+        for slots in fresh:
+            layout.allocate(slots, dtype, device)
+        for profile, slots in zip(self.profiles, fresh, strict=True):  # only now: memory for all of them was there
+            for slot, new in zip(profile.averages, slots, strict=True):
+                slot.shadow = new.shadow
+        self._replan()
+        self._chosen = None  # NOTE: an engine that stayed would keep the old shadows until the next update
+
     def _lay_into(self, teacher: Teacher, fresh: dict[str, layout.Slot]) -> None:
         """The teacher's memory is the shadow of what is averaged, and the twin of what else only= lets through."""
         asked = [slot.shard for slot in fresh.values() if slot.shard.persistent and self._asked(slot.name)]

@@ -51,6 +51,11 @@ def _aside(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA
     return run  # type: ignore[return-value]
 
 
+def _refuse_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(f"dtype must be torch.float32, float64 or bfloat16, got {dtype}.")
+
+
 def _refuse_beside_into(schedules: Sequence[Schedule], dtype: torch.dtype, device: Any) -> None:
     if len(schedules) > 1:
         raise ValueError(f"into= takes one average, got {len(schedules)} decays. Build one EMA per teacher.")
@@ -123,8 +128,7 @@ class EMA:
         only: str | Callable[[str], bool] | None = None,
         into: shards.Model | None = None,
     ) -> None:
-        if dtype not in (torch.float32, torch.float64, torch.bfloat16):
-            raise ValueError(f"dtype must be torch.float32, float64 or bfloat16, got {dtype}.")
+        _refuse_dtype(dtype)
         if buffers not in ("copy", "average"):
             raise ValueError(f"buffers must be 'copy' or 'average', got {buffers!r}.")
         self._dtype, self._device = dtype, None if device is None else torch.device(device)
@@ -148,10 +152,12 @@ class EMA:
             self._average.teacher = Teacher(into, self._average.show)
         self._scribe: artifact.Scribe | None = None
         self._adopt("EMA", found)
-        self._use_engine(overlap=self._on_host)
+        self._overlap: bool | None = None
+        self._use_engine()
 
-    def _use_engine(self, overlap: bool) -> None:
-        self._average.use_engine(overlap, self._on_host)
+    def _use_engine(self) -> None:
+        """As `attach` asked for; by itself an update waits for nobody in host memory only."""
+        self._average.use_engine(self._on_host if self._overlap is None else self._overlap, self._on_host)
 
     @property
     def _on_host(self) -> bool:
@@ -232,7 +238,8 @@ class EMA:
             raise RuntimeError(
                 "ema.attach() was called before. Call ema.detach() first, or list all optimizers in one call."
             )
-        self._use_engine(overlap)
+        self._overlap = overlap
+        self._use_engine()
         self._attachment = Attachment(self._average, self._average.clock, optimizers, every, start, elapsed, guard)
         return self._attachment
 
@@ -240,6 +247,31 @@ class EMA:
         """Take off what `attach` put on the optimizers."""
         if self._attachment is not None:
             self._attachment.remove()
+
+    @_aside
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> EMA:
+        """Move the shadows to `device` and cast them to `dtype`; None leaves that as it is. Returns the EMA.
+
+        The update under way is waited for, and what `attach` put on stays: the next updates run where the shadows lie now,
+        in host memory by a thread. A cast to bfloat16 rounds to nearest. No collective, but do the same on every rank.
+
+        Raises RuntimeError inside `swap` and with into=, where the shadows are the teacher's weights, ValueError for a dtype
+        that is none of float32, float64 and bfloat16. *Cost*: the old shadows and the new ones together, until it returns.
+        """
+        average = self._average
+        if dtype is not None:
+            _refuse_dtype(dtype)
+        if average.teacher is not None:
+            raise RuntimeError(
+                "ema.to() of an EMA with into=: the shadows are the teacher's weights. Build the EMA after teacher.to(...)."
+            )
+        average.refuse("ema.to")
+        average.ready()
+        kind, place = dtype or self._dtype, self._device if device is None else torch.device(device)
+        average.lay_anew(kind, place)
+        self._dtype, self._device = kind, place
+        self._use_engine()
+        return self
 
     # --- the average in use ------------------------------------------------------------------------------------
 

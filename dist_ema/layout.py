@@ -351,7 +351,8 @@ def shadow_dtype(live: torch.dtype, asked: torch.dtype) -> torch.dtype:
 
 
 def allocate(slots: Sequence[Slot], dtype: torch.dtype, device: torch.device | None) -> list[Tensor]:
-    """Give every slot a shadow equal to its live weights, in one arena per dtype and device. Returns the arenas.
+    """Give every slot a shadow equal to the one that it has, or to its live weights, in one arena per dtype and device.
+    Returns the arenas.
 
     Neighbours in the model stay neighbours in the arena, as one chain. Short chains lie end to end before the long ones,
     each of which starts at 64 bytes.
@@ -366,8 +367,8 @@ def allocate(slots: Sequence[Slot], dtype: torch.dtype, device: torch.device | N
         arena = torch.empty(total, dtype=key[0], device=key[1], pin_memory=pinned)
         arenas.append(arena)
         for slot, start in zip(mine, starts, strict=True):
-            slot.shadow = arena[start : start + slot.own.numel]
-            slot.shadow.copy_(slot.live)
+            before = slot.live if slot.shadow is None else slot.shadow
+            slot.shadow = arena[start : start + slot.own.numel].copy_(before)
     return arenas
 
 
