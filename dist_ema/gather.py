@@ -46,21 +46,25 @@ def full(
 def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor], module: shards.Model) -> None:
     """Write the full weights into another model, however that one is wrapped. *Collective*.
 
-    Every rank broadcasts its parts in turn; each takes what meets its own shards. Raises ValueError with the names if the
-    two models do not hold the same weights.
+    Where every rank averages what it holds and the other model is cut alike, each rank copies its own part, and only what
+    nobody divides (buffers) is sent. Otherwise every rank broadcasts its parts in turn, and each takes what meets its own
+    shards. Raises ValueError with the names if the two models do not hold the same weights.
     """
     kept = [slot for slot in slots if slot.shard.persistent]
+    theirs: dict[str, Shard] = {}
     holes: dict[str, list[tuple[Box, Tensor]]] = {}
     mine: list[Part] = []
     sharded: list[nn.Module] = []
 
-    def prepare() -> None:
+    def prepare() -> bool | None:
         found = shards.find(shards.module_of(module))
         _refuse_other(kept, found.shards)
         for shard in found.shards:
+            theirs[shard.name] = shard
             holes[shard.name] = list(pieces(shard, shard.held, shard.read()))
         mine.extend(parts(kept, own_buffers))
         sharded.extend(found.sharded)
+        return True if any(_cut_otherwise(slot, theirs[slot.name]) for slot in kept if slot.shard.together) else None
 
     def sink(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
         box = Box(offsets, tuple(data.shape))
@@ -69,9 +73,19 @@ def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor
             if common is not None:
                 view[common.within(hole)].copy_(data[common.within(box)])
 
-    ranks.attempt("copy_to", prepare)
-    stream(ranks, *kinds(kept), mine, sink, everywhere=True)
+    _, otherwise = ranks.attempt("copy_to", prepare, combine=any)
+    for slot in kept if not otherwise else ():
+        if slot.shard.together:
+            theirs[slot.name].read().copy_(slot.local if slot.shadow is None else slot.shadow)
+    sent = [part for part in mine if otherwise or not kept[part[0]].shard.together]
+    stream(ranks, *kinds(kept), sent, sink, everywhere=True)
     shards.reshard(sharded)
+
+
+def _cut_otherwise(slot: Slot, its: Shard) -> bool:
+    """This rank does not average all that it holds, or the other model holds other elements here."""
+    mine = slot.shard
+    return slot.own != mine.held or slot.twin is not None or (its.held, its.order) != (mine.held, mine.order)
 
 
 def _refuse_other(slots: Sequence[Slot], other: Sequence[Shard]) -> None:

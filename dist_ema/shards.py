@@ -111,6 +111,7 @@ class Shard:
     flat: bool = False  # cut with its neighbours as one flat sequence over its replicas
     together: tuple[int, ...] = ()  # global ranks that hold one copy of the weight together; (): each its own
     dense: bool = True  # False: strided or expanded, so `read` gives a copy and nothing can be averaged in place
+    always: bool = False  # averaged whether or not it needs a gradient now
     primary: bool = True  # of several such copies, the one that files are written from
     persistent: bool = True  # part of state_dict()
     aliases: list[str] = field(default_factory=list)
@@ -121,12 +122,30 @@ class Shard:
 
     @property
     def trainable(self) -> bool:
-        return self.kind != "buffer" and self.tensor.requires_grad
+        return self.kind != "buffer" and (self.always or self.tensor.requires_grad)
 
     def read(self) -> Tensor:
         """The held elements. Shape [held.numel]. *Aliases* the model's storage, shares its version counter."""
         raw = self.raw().detach()
         return raw.as_strided((self.held.numel,), (1,), raw.storage_offset() + self.first)
+
+    def local(self, elements: Tensor) -> Tensor:
+        """`elements`, one per held element, in the shape and strides of the local tensor; a range of an FSDP1 flat parameter
+        stays one-dimensional. *Aliases* `elements`."""
+        raw = self.tensor._local_tensor if isinstance(self.tensor, DTensor) else self.tensor
+        if getattr(raw, "_fsdp_flattened", False):
+            return elements
+        return elements.as_strided(raw.shape, raw.stride()) if self.dense else elements.view(raw.shape)
+
+    def shaped(self, elements: Tensor) -> Tensor:
+        """The same as the model shows its own: a DTensor over the same mesh, if `elements` lie on its devices."""
+        local = self.local(elements)
+        if not isinstance(self.tensor, DTensor) or local.device.type != self.tensor.device_mesh.device_type:
+            return local
+        mesh, placements = self.tensor.device_mesh, self.tensor.placements
+        return DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=self.tensor.shape, stride=self.tensor.stride()
+        )
 
 
 @dataclass
@@ -144,10 +163,13 @@ class Parameters(nn.Module):
 
     What a module would tell is not known of them: that DDP replicates them, that the model registers another object now,
     which buffers belong to them. FSDP2's are found through its own records, FSDP1's cannot be held from outside.
+
+    always: frozen ones are averaged too, as loops may freeze and thaw them at any step.
     """
 
-    def __init__(self, given: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, given: Iterable[Tensor] | Iterable[tuple[str, Tensor]], always: bool = False) -> None:
         super().__init__()
+        self.always = always
         if isinstance(given, (Tensor, str)) or not isinstance(given, Iterable):
             raise ValueError(f"{_TAKES}, got {type(given).__name__}.")
         self.nameless = False
@@ -165,6 +187,11 @@ class Parameters(nn.Module):
             self._parameters[name] = tensor  # type: ignore[assignment]
             self.nameless |= not isinstance(item, tuple)
         self.owners = self._find_owners()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What was given, by name; in place of a copy that FSDP2 unsharded, the shard."""
+        return self._parameters  # type: ignore[return-value]
 
     def _find_owners(self) -> list[nn.Module]:
         """The FSDP2 modules around. A copy that one of them unsharded gives way to the shard ([Note: stale roots])."""
@@ -223,6 +250,8 @@ def find(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> Found
             shard.persistent = name not in module._non_persistent_buffers_set
             seen[id(buffer)] = shard
     shards = list(seen.values())
+    for shard in shards if isinstance(model, Parameters) and model.always else ():
+        shard.always = shard.dense and shard.dtype.itemsize > 1  # the others can be copied, but not averaged
     members, group = _members([ddp for _, _, ddp in walk if ddp], shards, flats)
     _choose_primaries(shards, members)
     return Found(shards, members, group, sharded)

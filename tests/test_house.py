@@ -32,10 +32,11 @@ FLOORS = {
     3: "ema combine manifest",
     4: "posthoc card recipes.__init__ recipes.batchnorm recipes.distill recipes.fixres",
     5: "offline.__init__ offline.inspect offline.verify offline.export offline.diff offline.average offline.plan "
-    "offline.reconstruct offline.convert offline.doctor offline.patient compat.copied",
+    "offline.reconstruct offline.convert offline.doctor offline.patient compat.copied compat.listed",
     6: "cli.inspect cli.verify cli.export cli.diff cli.average cli.plan cli.reconstruct cli.convert cli.doctor "
     "integrations.__init__ integrations.accelerate integrations.transformers integrations.lightning "
-    "compat.__init__ compat.swa_utils compat.timm compat.ema_pytorch compat.yolo",
+    "compat.__init__ compat.swa_utils compat.timm compat.ema_pytorch compat.yolo compat.diffusers compat.torch_ema "
+    "compat.ldm compat.shadow compat.contrib",
     7: "cli.__init__",
     8: "__init__ __main__",
 }
