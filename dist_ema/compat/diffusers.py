@@ -163,7 +163,7 @@ class EMAModel:
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], model_cls: Any, foreach: bool = False) -> EMAModel:
         """What `save_pretrained` wrote, the original's too."""
-        _, settings = model_cls.from_config(path, return_unused_kwargs=True)
+        _, settings = model_cls.from_config(model_cls.load_config(path), return_unused_kwargs=True)
         model = model_cls.from_pretrained(path)
         ema = cls(model.parameters(), model_cls=model_cls, model_config=model.config, foreach=foreach)
         ema.load_state_dict(settings)
