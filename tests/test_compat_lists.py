@@ -377,3 +377,332 @@ def test_diffusers_arguments() -> None:
     assert ema.power == 2 / 3
     ema.shadow_params = other
     assert same(ema.shadow_params, other)
+
+
+# --- snippets, in float64 ----------------------------------------------------------------------------------------
+
+
+class Table:
+    """What the snippets compute: a float64 number for each element of what `chosen` yields."""
+
+    def __init__(self, model: nn.Module, chosen: Callable[[nn.Module], list[tuple[str, Tensor]]]) -> None:
+        self._model, self._chosen = model, chosen
+        self.values = {name: tensor.detach().double().clone() for name, tensor in chosen(model)}
+
+    def move(self, decay: float) -> None:
+        for name, tensor in self._chosen(self._model):
+            if name in self.values:
+                self.values[name] = decay * self.values[name] + (1 - decay) * tensor.detach().double()
+
+    def equals(self, table: dict[str, Tensor]) -> bool:
+        return table.keys() == self.values.keys() and near([table[name] for name in self.values], self.values.values())
+
+
+def trained(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def floating(model: nn.Module) -> list[tuple[str, Tensor]]:
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+    return trained(model) + buffers
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_lit_ema(counted: bool) -> None:
+    """decay and num_updates as buffers, shadows under names without dots; saved, loaded, lent, given back."""
+    for seed in range(SEQUENCES // 2):
+        play = Play(seed, codes=False)
+        model, decay = play.mine, play.pick.choice([0.0, 0.5, 0.9, 0.9999])
+        ema, table, n = ldm.LitEma(model, decay, counted), Table(model, trained), 0
+        for _ in range(5):
+            play.move()
+            call = play.pick.choice(["forward", "forward", "lend", "resume", "cast", "reset"])
+            if call == "forward":
+                ema(model)
+                n += 1
+                table.move(min(decay, (1 + n) / (10 + n)) if counted else decay)
+            elif call == "lend":
+                lend_and_restore(ema, model, table)
+            elif call == "resume":
+                state = copy.deepcopy(ema.state_dict())
+                ema = ldm.LitEma(model, 0.25, use_num_updates=not counted)
+                ema.load_state_dict(state, assign=play.pick.random() < 0.5)
+            elif call == "cast":
+                ema.half() if play.pick.random() < 0.5 else ema.to("cpu", F64)
+            elif counted:
+                ema.reset_num_updates()
+                n = 0
+            assert (int(ema.num_updates), ema.decay.dtype) == (n if counted else -1, F32)
+            shown = dict(ema.named_buffers())
+            assert table.equals({name: shown[short] for name, short in ema.m_name2s_name.items()})
+            assert list(ema.state_dict())[:3] == ["decay", "num_updates", next(iter(ema.m_name2s_name.values()))]
+
+
+def lend_and_restore(ema: ldm.LitEma, model: nn.Module, table: Table) -> None:
+    before, other = snapshot(model), copy.deepcopy(model)
+    ema.copy_to(other)
+    assert same([*other.buffers()], [*model.buffers()])
+    ema.store(model.parameters())
+    ema.copy_to(model)
+    assert table.equals({name: parameter for name, parameter in trained(model)})
+    assert same(snapshot(other), snapshot(model))
+    ema.restore(model.parameters())
+    assert same(before, snapshot(model))
+
+
+def test_lit_ema_inside_a_module() -> None:
+    """Saved and loaded with what is around it, under the original's keys; nothing of the model is in there twice."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+            self.model_ema = ldm.LitEma(self.model, 0.9)
+
+    around = Around()
+    assert len([*around.parameters()]) == 4
+    move([around.model], 0)
+    around.model_ema(around.model)
+    keys = ["0weight", "0bias", "1weight", "1bias"]
+    state = around.state_dict()
+    assert [k for k in state if k.startswith("model_ema.")] == [f"model_ema.{k}" for k in ("decay", "num_updates", *keys)]
+    again = Around()
+    again.load_state_dict(state)
+    move([again.model], 1)
+    again.model_ema(again.model)
+    assert int(again.model_ema.num_updates) == 2
+    assert near([again.model_ema.average.gather()["0.bias"]], [state["model_ema.0bias"] * 0.25 + again.model[0].bias * 0.75])
+    with pytest.raises(RuntimeError, match="Missing key"):
+        again.load_state_dict({key: value for key, value in state.items() if key != "model_ema.0bias"})
+
+
+def test_lit_ema_asks_the_device_once() -> None:
+    """The count is read when somebody else wrote it, and not at every update. Guards the cache in `_number`."""
+    model = nn.Linear(2, 2)
+    ema = ldm.LitEma(model, 0.9)
+    ema(model)
+    reads: list[str] = []
+    into_host = Tensor.__float__
+
+    def counting(tensor: Tensor) -> float:
+        reads.append("read")
+        return into_host(tensor)
+
+    Tensor.__float__ = counting  # type: ignore[method-assign]
+    try:
+        ema(model)
+        assert not reads
+        ema.num_updates.fill_(7)
+        ema(model)
+    finally:
+        Tensor.__float__ = into_host  # type: ignore[method-assign]
+    assert (len(reads), int(ema.num_updates)) == (1, 8)
+
+
+def test_lit_ema_refuses() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].requires_grad_(False)
+    ema = ldm.LitEma(model)
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 2"):
+        ldm.LitEma(model, 2)
+    model[1].requires_grad_(True)
+    with pytest.raises(ValueError, match="the model and the average differ in 1.weight, 1.bias"):
+        ema(model)
+    with pytest.raises(ValueError, match=r"differ in 0\.weight"):
+        ema(model[0])
+    odd = nn.ParameterDict({"a_b": torch.ones(1), "decay": torch.ones(1)})
+    with pytest.raises(ValueError, match="decay: without dots the name is taken"):
+        ldm.LitEma(odd)
+    twice = nn.ModuleDict({"a": nn.ParameterDict({"b": torch.ones(1)})})
+    twice.register_parameter("ab", nn.Parameter(torch.ones(1)))
+    with pytest.raises(ValueError, match=r"ab, a\.b: without dots"):
+        ldm.LitEma(twice)
+
+
+def test_shadow() -> None:
+    """register, update, apply_shadow, restore; and the shadow table saved and put back."""
+    for seed in range(SEQUENCES):
+        play = Play(seed, codes=False)
+        model, decay = play.mine, play.pick.choice([0.0, 0.5, 0.9, 0.9999])
+        ema = shadow.EMA(model, decay)
+        assert ema.shadow == {}
+        ema.register()
+        table = Table(model, trained)
+        for _ in range(5):
+            play.move()
+            call = play.pick.choice(["update", "update", "apply", "resume", "register"])
+            if call == "update":
+                ema.update()
+                table.move(decay)
+            elif call == "apply":
+                before, objects = snapshot(model), [*model.parameters()]
+                ema.apply_shadow()
+                assert table.equals(dict(trained(model)))
+                assert ema.backup.keys() == ema.shadow.keys()
+                ema.restore()
+                assert same(before, snapshot(model))
+                assert ema.backup == {}
+                assert all(a is b for a, b in zip(objects, model.parameters(), strict=True))
+            elif call == "resume":
+                kept = copy.deepcopy(ema.shadow)
+                ema = shadow.EMA(model, decay)
+                ema.shadow = kept
+            else:
+                ema.register()
+                table = Table(model, trained)
+            assert table.equals(ema.shadow)
+
+
+def test_shadow_of_a_state() -> None:
+    """ModelEMA averages buffers too, and leaves integers and frozen weights to the model."""
+    for seed in range(SEQUENCES):
+        play = Play(seed)
+        model, decay = play.mine, play.pick.choice([0.0, 0.5, 0.9, 0.9999])
+        ema, table = shadow.ModelEMA(model, decay), Table(model, floating)
+        for _ in range(4):
+            play.move()
+            call = play.pick.choice(["update", "update", "apply", "resume"])
+            if call == "update":
+                ema.update()
+                table.move(decay)
+            elif call == "apply":
+                before = snapshot(model)
+                ema.apply()
+                assert table.equals(dict(floating(model)))
+                ema.restore()
+                assert same(before, snapshot(model))
+            else:
+                kept = copy.deepcopy(ema.shadow)
+                ema = shadow.ModelEMA(model, decay)
+                ema.shadow = kept
+            averaged = dict(ema.shadow)
+            rest = {name: averaged.pop(name) for name in list(averaged) if name not in table.values}
+            assert table.equals(averaged)
+            state = model.state_dict()
+            assert rest.keys() >= {"codes", "norm.num_batches_tracked"}
+            assert all(torch.equal(value, state[name]) for name, value in rest.items())
+
+
+def test_shadow_refuses() -> None:
+    model = nn.Linear(2, 2)
+    ema = shadow.EMA(model, 0.9)
+    for call in (ema.update, ema.apply_shadow, lambda: ema.average):
+        with pytest.raises(RuntimeError, match=r"without a register\(\) before it"):
+            call()
+    ema.register()
+    with pytest.raises(RuntimeError, match=r"restore\(\) without parameters in backup"):
+        ema.restore()
+    model.bias.requires_grad_(False)
+    ema.register()
+    model.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match="differ in bias"):
+        ema.update()
+
+
+# --- torchcontrib ------------------------------------------------------------------------------------------------
+
+
+class Groups:
+    """SWA's formulas for two groups of parameters in float64: buffer += (weight - buffer) / (n + 1)."""
+
+    def __init__(self, groups: list[list[Tensor]]) -> None:
+        self._groups = groups
+        self.n, self.means = [0, 0], [[torch.zeros_like(p, dtype=F64) for p in group] for group in groups]
+
+    def update(self, i: int) -> None:
+        for mean, weight in zip(self.means[i], self._groups[i], strict=True):
+            mean += (weight.detach().double() - mean) / (self.n[i] + 1)
+        self.n[i] += 1
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_swa(automatic: bool) -> None:
+    for seed in range(SEQUENCES // 2):
+        play = Play(seed, codes=False)
+        pick, model = play.pick, play.mine
+        groups = [[model.a.weight, model.a.bias, model.scale], [model.b.weight, model.conv.weight]]
+        start, freq, lr = (pick.choice([0, 2]), pick.choice([1, 2]), pick.choice([None, 0.5])) if automatic else (None,) * 3
+        settings = [{"params": group, "lr": 0.1} for group in groups]
+        opt, means, steps = contrib.SWA(torch.optim.SGD(settings, momentum=0.5), start, freq, lr), Groups(groups), 0
+        for _ in range(8):
+            call = pick.choice(["step", "step", "step", "update", "group", "swap", "resume"])
+            if call == "step":
+                for parameter in model.parameters():
+                    parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+                steps += 1
+                assert opt.step(lambda: torch.tensor(3.0)) == 3
+                for i in range(2) if automatic and steps > start and steps % freq == 0 else ():
+                    means.update(i)
+                assert opt.param_groups[1]["lr"] == (lr if automatic and lr and steps > start else 0.1)
+            elif call in ("update", "group"):
+                opt.update_swa() if call == "update" else opt.update_swa_group(opt.param_groups[1])
+                for i in range(2) if call == "update" else (1,):
+                    means.update(i)
+            elif call == "swap" and all(means.n):
+                before = snapshot(model)
+                opt.swap_swa_sgd()
+                assert all(near(groups[i], means.means[i]) for i in range(2))
+                opt.swap_swa_sgd()
+                assert same(before, snapshot(model))
+            elif call == "resume":
+                state = copy.deepcopy(opt.state_dict())
+                opt = contrib.SWA(torch.optim.SGD([{"params": g, "lr": 0.1} for g in groups], momentum=0.5), start, freq, lr)
+                opt.load_state_dict(state)
+            assert [group["n_avg"] for group in opt.param_groups] == means.n
+            for i in range(2):
+                kept = [opt.state[p]["swa_buffer"] for p in groups[i] if "swa_buffer" in opt.state[p]]
+                assert near(kept, means.means[i] if means.n[i] else [])
+
+
+def test_swa_as_an_optimizer() -> None:
+    """A scheduler, hooks, a group added late, what is saved while the mean is in the model, and what is refused."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    inner = torch.optim.SGD(model[0].parameters(), 0.1)
+    opt, seen = contrib.SWA(inner), []
+    opt.register_step_post_hook(lambda *_: seen.append(1))
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1)
+    opt.add_param_group({"params": [*model[1].parameters()]})
+    opt.zero_grad()
+    model(torch.ones(1, 2)).sum().backward()
+    opt.step()
+    schedule.step()
+    assert (seen, inner.param_groups[0]["lr"], len(inner.param_groups)) == ([1], pytest.approx(0.01), 2)
+    with pytest.warns(UserWarning, match="without a mean keep their weights: 0, 1"):
+        opt.swap_swa_sgd()
+    opt.update_swa_group(opt.param_groups[0])
+    move([model], 0)
+    live = snapshot(model)
+    with pytest.warns(UserWarning, match="without a mean keep their weights: 1"):
+        opt.swap_swa_sgd()
+    for call in (opt.step, opt.update_swa):
+        with pytest.raises(RuntimeError, match="while the means are in the model"):
+            call()
+    state = opt.state_dict()
+    assert near([state["swa_state"][0]["swa_buffer"]], [live[0].view(2, 2)]), "the weights, as in the original"
+    opt.load_state_dict(copy.deepcopy(state))
+    with pytest.warns(UserWarning, match="keep their weights: 1"):
+        opt.swap_swa_sgd()
+    assert same(live, snapshot(model))
+    assert [ema is None for ema in opt.averages] == [False, True]
+    for bad, words in (((-1, 1, 0.1), "swa_start"), ((1, 0, 0.1), "swa_freq"), ((1, 1, -0.1), "swa_lr")):
+        with pytest.raises(ValueError, match=words):
+            contrib.SWA(inner, *bad)
+    with pytest.warns(UserWarning, match="count together only"):
+        contrib.SWA(inner, swa_start=1)
+    with pytest.warns(UserWarning, match=r"swa_lr counts with"):
+        contrib.SWA(inner, swa_lr=1.0)
+    with pytest.warns(UserWarning, match=r"swa_freq=2.5 is taken as 2"):
+        assert contrib.SWA(inner, 1, 2.5).swa_freq == 2  # type: ignore[arg-type]
+
+
+def test_bn_update() -> None:
+    """The statistics of all batches, of tensors or of lists; a model without BatchNorm is left alone."""
+    torch.manual_seed(0)
+    model, loader = nn.Sequential(nn.BatchNorm1d(3)), [torch.randn(5, 3) + i for i in range(4)]
+    together = torch.cat(loader)
+    contrib.SWA.bn_update([[batch, None] for batch in loader], model, device="cpu")
+    assert near([model[0].running_mean, model[0].running_var], [together.mean(0), together.var(0)])
+    other = nn.Sequential(nn.BatchNorm1d(3))
+    contrib.SWA.bn_update(loader, other)
+    assert same([*model.buffers()][:2], [*other.buffers()][:2])
+    contrib.SWA.bn_update(loader, nn.Linear(3, 3))

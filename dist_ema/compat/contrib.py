@@ -156,7 +156,7 @@ class SWA(Optimizer):
         self._show()
         inner = self.optimizer.state_dict()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        swa = {i: dict(self.state[parameter]) for i, parameter in enumerate(parameters) if parameter in self.state}
+        swa = {i: dict(self.state[parameter]) for i, parameter in enumerate(parameters) if self.state.get(parameter)}
         return {"opt_state": inner["state"], "swa_state": swa, "param_groups": inner["param_groups"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
