@@ -19,11 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema import EMA, Ratio, load_file, shards
+from dist_ema import EMA, shards
 from dist_ema.compat import contrib, diffusers, ldm, shadow, torch_ema
-from dist_ema.compat.listed import Listed, keep, put_back, source
+from dist_ema.compat.listed import put_back, source
 from dist_ema.engine import HostThread
-from dist_ema.recipes.batchnorm import recalibrate
 from tests.kit import Collectives, Net, Oracle, Training, raises, run_ranks, same, snapshot, wrap
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -120,14 +119,18 @@ class TorchEma(Play):
         from torch_ema import ExponentialMovingAverage
 
         ema = ExponentialMovingAverage(model.parameters(), self.decay, self.counts)
-        ema.shadow_params = [shadow.to(self.wide()) if shadow.is_floating_point() else shadow for shadow in ema.shadow_params]
+        ema.shadow_params = [
+            shadow.to(self.wide()) if shadow.is_floating_point() else shadow for shadow in ema.shadow_params
+        ]
         return ema  # NOTE: of what is to be compared, that is the one difference: bfloat16 shadows stall
 
     def wide(self) -> torch.dtype:
         return F64 if any(parameter.dtype == F64 for parameter in self.mine.parameters()) else F32
 
     def dropins(self, model: nn.Module) -> torch_ema.ExponentialMovingAverage:
-        given = self.pick.choice([model.parameters, model.named_parameters, lambda: model, lambda: [*model.parameters()]])
+        given = self.pick.choice(
+            [model.parameters, model.named_parameters, lambda: model, lambda: [*model.parameters()]]
+        )
         return torch_ema.ExponentialMovingAverage(given(), self.decay, self.counts)
 
     def update(self) -> None:
@@ -153,7 +156,10 @@ class TorchEma(Play):
         self.ours.restore()
         floats = [i for i, parameter in enumerate(self.mine.parameters()) if parameter.is_floating_point()]
         after = [*self.mine.parameters()]
-        assert near([after[i] for i in floats], [before[i].view_as(after[i]) if after[i].dim() < 4 else after[i] for i in floats])
+        assert near(
+            [after[i] for i in floats],
+            [before[i].view_as(after[i]) if after[i].dim() < 4 else after[i] for i in floats],
+        )
 
     def hand_over(self) -> None:
         """copy_to another model, and update from one."""
@@ -167,7 +173,9 @@ class TorchEma(Play):
         self.ours.update(mine.parameters())
 
     def resume(self) -> None:
-        kept = self.theirs.collected_params  # with graphs, so that the original cannot load what it saved after a store()
+        kept = (
+            self.theirs.collected_params
+        )  # with graphs, so that the original cannot load what it saved after a store()
         self.theirs.collected_params = kept and [tensor.detach() for tensor in kept]
         state, theirs = copy.deepcopy(self.ours.state_dict()), copy.deepcopy(self.theirs.state_dict())
         assert state.keys() == theirs.keys()
@@ -220,7 +228,10 @@ def test_torch_ema_differs() -> None:
         (ours.state_dict() | {"decay": 1.5}, r"decay must be in \[0, 1\], got 1.5"),
         (ours.state_dict() | {"num_updates": 1.0}, "num_updates must be an int or None, got 1.0"),
         (ours.state_dict() | {"shadow_params": before[:1]}, "holds 2 parameters, and 1 were given"),
-        (ours.state_dict() | {"shadow_params": [before[0] + 1, torch.ones(4)]}, r"1 is \(4,\), and \(3,\) in the model"),
+        (
+            ours.state_dict() | {"shadow_params": [before[0] + 1, torch.ones(4)]},
+            r"1 is \(4,\), and \(3,\) in the model",
+        ),
         (ours.state_dict() | {"collected_params": before[:1]}, "collected_params and shadow_params differ in number"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -444,7 +455,7 @@ def lend_and_restore(ema: ldm.LitEma, model: nn.Module, table: Table) -> None:
     assert same([*other.buffers()], [*model.buffers()])
     ema.store(model.parameters())
     ema.copy_to(model)
-    assert table.equals({name: parameter for name, parameter in trained(model)})
+    assert table.equals(dict(trained(model)))
     assert same(snapshot(other), snapshot(model))
     ema.restore(model.parameters())
     assert same(before, snapshot(model))
@@ -465,13 +476,17 @@ def test_lit_ema_inside_a_module() -> None:
     around.model_ema(around.model)
     keys = ["0weight", "0bias", "1weight", "1bias"]
     state = around.state_dict()
-    assert [k for k in state if k.startswith("model_ema.")] == [f"model_ema.{k}" for k in ("decay", "num_updates", *keys)]
+    assert [k for k in state if k.startswith("model_ema.")] == [
+        f"model_ema.{k}" for k in ("decay", "num_updates", *keys)
+    ]
     again = Around()
     again.load_state_dict(state)
     move([again.model], 1)
     again.model_ema(again.model)
     assert int(again.model_ema.num_updates) == 2
-    assert near([again.model_ema.average.gather()["0.bias"]], [state["model_ema.0bias"] * 0.25 + again.model[0].bias * 0.75])
+    assert near(
+        [again.model_ema.average.gather()["0.bias"]], [state["model_ema.0bias"] * 0.25 + again.model[0].bias * 0.75]
+    )
     with pytest.raises(RuntimeError, match="Missing key"):
         again.load_state_dict({key: value for key, value in state.items() if key != "model_ema.0bias"})
 
@@ -621,7 +636,9 @@ def test_swa(automatic: bool) -> None:
         play = Play(seed, codes=False)
         pick, model = play.pick, play.mine
         groups = [[model.a.weight, model.a.bias, model.scale], [model.b.weight, model.conv.weight]]
-        start, freq, lr = (pick.choice([0, 2]), pick.choice([1, 2]), pick.choice([None, 0.5])) if automatic else (None,) * 3
+        start, freq, lr = (
+            (pick.choice([0, 2]), pick.choice([1, 2]), pick.choice([None, 0.5])) if automatic else (None,) * 3
+        )
         settings = [{"params": group, "lr": 0.1} for group in groups]
         opt, means, steps = contrib.SWA(torch.optim.SGD(settings, momentum=0.5), start, freq, lr), Groups(groups), 0
         for _ in range(8):
@@ -646,7 +663,9 @@ def test_swa(automatic: bool) -> None:
                 assert same(before, snapshot(model))
             elif call == "resume":
                 state = copy.deepcopy(opt.state_dict())
-                opt = contrib.SWA(torch.optim.SGD([{"params": g, "lr": 0.1} for g in groups], momentum=0.5), start, freq, lr)
+                opt = contrib.SWA(
+                    torch.optim.SGD([{"params": g, "lr": 0.1} for g in groups], momentum=0.5), start, freq, lr
+                )
                 opt.load_state_dict(state)
             assert [group["n_avg"] for group in opt.param_groups] == means.n
             for i in range(2):
@@ -706,3 +725,267 @@ def test_bn_update() -> None:
     contrib.SWA.bn_update(loader, other)
     assert same([*model.buffers()][:2], [*other.buffers()][:2])
     contrib.SWA.bn_update(loader, nn.Linear(3, 3))
+
+
+# --- parameters that become others -------------------------------------------------------------------------------
+
+
+def test_parameters_that_move() -> None:
+    """The same weights in another dtype, order or object go on with their average. Guards `Listed.follow`.
+
+    (Another device is followed the same way: dtype and device are compared together.)
+    """
+    torch.manual_seed(0)
+    model = nn.Conv2d(2, 3, 3)
+    ema, twin = torch_ema.ExponentialMovingAverage(model.parameters(), 0.5, False), copy.deepcopy(model)
+    table = Table(twin, trained)
+
+    def both(seed: int) -> None:
+        with torch.no_grad():
+            for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+                a.copy_(b.add_(torch.randn(b.shape, generator=torch.Generator().manual_seed(seed))))
+        ema.update(model.parameters())
+        table.move(0.5)
+        assert near(ema.shadow_params, [*table.values.values()])
+
+    both(0)
+    first = ema.average
+    both(1)
+    assert ema.average is first
+    model.to(memory_format=torch.channels_last)
+    both(2)
+    assert ema.shadow_params[0].is_contiguous(memory_format=torch.channels_last)
+    model.double()
+    both(3)
+    model = copy.deepcopy(model)
+    both(4)
+    assert ema.average.now == 5
+    model.weight.data = model.weight.data.clone()
+    same_one = ema.average
+    both(5)
+    assert ema.average is same_one, "the same elements elsewhere are followed as they are"
+    before = copy.deepcopy(ema.shadow_params)
+    with pytest.raises(ValueError, match=r"0 is \(3,\), and \(3, 2, 3, 3\) in the average"):
+        ema.update([*model.parameters()][::-1])
+    assert same(before, ema.shadow_params)
+
+
+def test_tied_in_a_list() -> None:
+    """The same parameter twice in the list is averaged once, and shown twice."""
+    weight = nn.Parameter(torch.ones(3))
+    ema = torch_ema.ExponentialMovingAverage([weight, weight], 0.5, False)
+    weight.data += 1
+    ema.update([weight, weight])
+    assert near(ema.shadow_params, [torch.full((3,), 1.5)] * 2)
+    assert len(ema.average) == 1
+    with ema.average_parameters():
+        assert weight[0] == 1.5
+
+
+def test_refused_while_lent() -> None:
+    """Inside a swap of `.average` the shadows are the weights: nobody may read or fill them."""
+    ema = torch_ema.ExponentialMovingAverage(nn.Linear(2, 2).parameters(), 0.5)
+    with ema.average.swap():
+        for call in (lambda: ema.shadow_params, ema.update, lambda: ema.load_state_dict({"decay": 0.5})):
+            with pytest.raises((RuntimeError, KeyError)):
+                call()
+
+
+# --- ranks -------------------------------------------------------------------------------------------------------
+
+DECAY = 0.9
+
+
+class Loop:
+    """A drop-in in a training loop: how it is built and called, and its table of full weights by name."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.run, self.kind = Training(kind), kind
+        model = self.run.model
+        self.names = [shards.canonical(name).removeprefix("module.") for name, _ in model.named_parameters()]
+        whole = kind.startswith("fsdp1")
+        given = model if whole else None
+        self.name, self.ema = name, self.build(name, given)
+        self.after: Callable[[], Any] = {
+            "torch_ema": lambda: self.ema.update(given or model.parameters()),
+            "diffusers": lambda: self.ema.step(given or model.parameters()),
+            "ldm": lambda: self.ema(model),
+            "contrib": lambda: None,  # its step does it
+        }.get(name, lambda: self.ema.update())
+
+    def build(self, name: str, given: nn.Module | None) -> Any:
+        model = self.run.model
+        if name == "torch_ema":
+            return torch_ema.ExponentialMovingAverage(given or model.parameters(), DECAY)
+        if name == "diffusers":
+            ema = diffusers.EMAModel(given or model.parameters(), DECAY, min_decay=0.2)
+            ema.use_ema_warmup = False  # which a module would turn on
+            return ema
+        if name == "contrib":
+            self.run.optimizer = contrib.SWA(self.run.optimizer, 0, 1)
+            return self.run.optimizer
+        if name == "shadow":
+            ema = shadow.EMA(model, DECAY)
+            ema.register()
+            return ema
+        return ldm.LitEma(model, DECAY) if name == "ldm" else shadow.ModelEMA(model, DECAY)
+
+    def schedule(self, now: float, elapsed: float) -> float:
+        """Written out: what each original says of its update number `now`."""
+        ratio = min(DECAY, (1 + now) / (10 + now))
+        late = 0.0 if now < 2 else max(0.2, min(DECAY, now / (9 + now)))
+        return {
+            "torch_ema": ratio, "diffusers": late, "ldm": min(DECAY, ratio), "shadow": DECAY, "state": DECAY,
+            "contrib": (now - 1) / now,
+        }[self.name]  # fmt: skip
+
+    def table(self) -> dict[str, Tensor]:
+        """Full weights by name, whatever the form in which this rank holds them. *Collective*."""
+        if self.kind.startswith("fsdp1"):
+            return self.ema.average.gather()
+        if self.name in ("torch_ema", "diffusers"):
+            parts = dict(zip(self.names, self.ema.shadow_params, strict=True))
+        elif self.name == "ldm":
+            shown = dict(self.ema.named_buffers())
+            parts = {name: shown[short] for name, short in self.ema.m_name2s_name.items()}
+        elif self.name == "contrib":
+            parts = {
+                shards.canonical(name).removeprefix("module."): self.ema.state[p]["swa_buffer"]
+                for name, p in self.run.model.named_parameters()
+                if p in self.ema.state
+            }
+        else:
+            parts = self.ema.shadow
+        return {name: part.full_tensor() if hasattr(part, "full_tensor") else part for name, part in parts.items()}
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        model = self.run.model
+        given = model if self.kind.startswith("fsdp1") else None
+        if self.name == "torch_ema":
+            with self.ema.average_parameters(given or model.parameters()):
+                yield
+            return
+        if self.name in ("diffusers", "ldm"):
+            self.ema.store(given or model.parameters())
+            self.ema.copy_to(model if self.name == "ldm" else given or model.parameters())
+            yield
+            self.ema.restore(given or model.parameters())
+            return
+        start, stop = {
+            "shadow": ("apply_shadow", "restore"), "state": ("apply", "restore"), "contrib": ("swap_swa_sgd",) * 2
+        }[self.name]  # fmt: skip
+        getattr(self.ema, start)()
+        yield
+        getattr(self.ema, stop)()
+
+
+def on_ranks(folder: str) -> None:
+    for kind in ("ddp", "fsdp2", "fsdp2 kept", "fsdp1 orig"):
+        for name in ("torch_ema", "diffusers", "ldm", "shadow", "state", "contrib"):
+            if not (kind.startswith("fsdp1") and name == "contrib"):
+                try:
+                    in_a_loop(kind, name, folder)
+                except BaseException as error:
+                    raise AssertionError(f"{kind}, {name}") from error
+    copied_in_place()
+    becomes_sharded()
+
+
+def in_a_loop(kind: str, name: str, folder: str) -> None:
+    """Four steps, each behind a no_grad forward that leaves FSDP's root unsharded: the float64 oracle; the model evaluates
+    and trains on; what each rank saved it loads again."""
+    torch.manual_seed(0)
+    run = (loop := Loop(kind, name)).run
+    oracle = Oracle(run.twin, loop.schedule)
+    for _ in range(4):
+        run.probe()
+        run.train(1, loop.after)
+        oracle.update()
+    full = loop.table()
+    assert oracle.error(full) < 2e-6 if full else kind.startswith("fsdp1")
+    run.probe()
+    before = snapshot(run.model)
+    with loop.lent():
+        seen = run.probe()
+    lent = run.twin_with({key: value.float() for key, value in oracle.average.items()})
+    assert (seen - lent).abs().max() < 2e-5
+    assert same(before, snapshot(run.model))
+    if name in ("torch_ema", "diffusers", "ldm", "contrib"):
+        saved_and_loaded(loop, f"{folder}/{kind}-{name}-{dist.get_rank()}.pt")
+    if kind == "ddp":
+        on_one_rank(loop)
+    run.train(1, loop.after)
+    assert (run.probe() - run._probe(run.twin)).abs().max() < 2e-5
+
+
+def saved_and_loaded(loop: Loop, path: str) -> None:
+    """Each rank its own file, as the original's users save it, into a drop-in that has gone elsewhere since."""
+    before = shadows_of(loop)
+    torch.save(loop.ema.state_dict(), path)
+    if loop.name == "contrib":
+        loop.ema.update_swa()
+    else:
+        for _ in range(2):
+            loop.after()
+    loop.ema.load_state_dict(torch.load(path, weights_only=False))
+    assert same(before, shadows_of(loop))
+
+
+def shadows_of(loop: Loop) -> list[Tensor]:
+    averages = loop.ema.averages if loop.name == "contrib" else [loop.ema.average]
+    return [slot.shadow.clone() for ema in averages for slot in ema._average.slots if slot.shadow is not None]
+
+
+def on_one_rank(loop: Loop) -> None:
+    """Loops that validate on the main process only: under DDP nothing here waits for another rank."""
+    if dist.get_rank() == 0:
+        with loop.lent():
+            loop.run.model.module.eval()(loop.run.data(1, 0)[0])
+            loop.run.model.train()
+    dist.barrier()
+
+
+def copied_in_place() -> None:
+    """copy_to a model that is cut alike sends only what nobody divides. Guards `_cut_otherwise` in gather."""
+    for kind in ("fsdp2", "fsdp1 flat"):
+        torch.manual_seed(1)
+        ema, other = EMA(wrap(kind, Net()), 0.5), wrap(kind, Net())
+        full = ema.gather()
+        with Collectives() as few:
+            ema.copy_to(other)
+        with Collectives() as many:
+            ema.copy_to(wrap("none", Net()))
+        assert few.count < many.count, (few.count, many.count)
+        arrived = EMA(other, 0.5).gather()
+        assert all(torch.equal(arrived[name], full[name]) for name in full)
+
+
+def becomes_sharded() -> None:
+    """Built before the model was wrapped, as scripts do that call `prepare` late: the average goes on on the shards."""
+    torch.manual_seed(0)
+    model = Net()
+    ema = diffusers.EMAModel(model.parameters(), 0.5)
+    twin = copy.deepcopy(model)
+    original = diffusers.EMAModel(twin.parameters(), 0.5)
+    sharded = wrap("fsdp2", model)
+    for seed in range(3):
+        values = [torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) for p in twin.parameters()]
+        with torch.no_grad():
+            for parameter, value in zip(twin.parameters(), values, strict=True):
+                parameter.copy_(value)
+        put_back(source(sharded.parameters()), values)
+        ema.step(sharded.parameters())
+        original.step(twin.parameters())
+    full = [part.full_tensor() if hasattr(part, "full_tensor") else part for part in ema.shadow_params]
+    assert near(full, original.shadow_params)
+    assert sum(slot.own.numel for slot in ema.average._average.slots) < sum(p.numel() for p in twin.parameters())
+    target = Net()
+    ema.copy_to(target.parameters())
+    assert near(target.parameters(), original.shadow_params)
+    with raises(ValueError, "is sharded, and this rank holds only a part"):
+        ema.step(target.parameters())
+
+
+def test_on_ranks(tmp_path: Path) -> None:
+    run_ranks(2, on_ranks, str(tmp_path))

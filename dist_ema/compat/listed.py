@@ -95,8 +95,12 @@ class Listed:
         *Collective* where it is another model and sharded. Raises ValueError if number or shapes differ.
         """
         model = self._model if given is None else self._known(given)
-        if model is not self._model or any(self._elsewhere(slot) for slot in self._slots):
+        moved = [slot for slot in self._slots if slot.moved]
+        if model is not self._model or any(self._otherwise(slot) for slot in moved):
             self._rebuild(model)
+        elif moved:
+            self._average.settle()
+            self._average.follow()
 
     def _known(self, given: shards.Model) -> nn.Module:
         """The model in use if `given` are its parameters, else another one."""
@@ -140,10 +144,8 @@ class Listed:
             raise ValueError(f"the model and the average differ in {', '.join((lacks + more)[:5])}.")
         return [found[name] for name in self.names]
 
-    def _elsewhere(self, slot: Slot) -> bool:
-        """The parameter has another dtype, device or order than when the EMA was built, which an EMA refuses to follow."""
-        if not slot.moved:
-            return False
+    def _otherwise(self, slot: Slot) -> bool:
+        """What moved has another dtype, device or order now, which an EMA refuses to follow."""
         raw, old = slot.shard.raw(), slot.local
         turned = self._given is not None and (raw.shape, raw.stride()) != slot.form
         return turned or (raw.dtype, raw.device) != (old.dtype, old.device)
@@ -188,7 +190,7 @@ class Listed:
         self.follow()
         self._average.refuse("ema.state_dict")
         self._average.settle()
-        return [slot.shard.shaped(slot.local if slot.shadow is None else slot.shadow) for slot in self._slots]
+        return [slot.shard.shaped(slot.local if slot.shadow is None else _apart(slot.shadow)) for slot in self._slots]
 
     @property
     def table(self) -> dict[str, Tensor]:
@@ -282,6 +284,16 @@ def _held(model: nn.Module, buffers: bool) -> list[shards.Shard]:
 
 def _counts(shard: shards.Shard, buffers: bool) -> bool:
     return shard.kind != "buffer" or (buffers and shard.persistent)
+
+
+def _apart(elements: Tensor) -> Tensor:
+    """The same memory as a storage of its own. *Aliases*.
+
+    NOTE: with a view torch.save writes all that it is a view of, and a DTensor over one it cannot write.
+    """
+    start = elements.storage_offset() * elements.itemsize
+    memory = elements.untyped_storage()[start : start + elements.nbytes]
+    return elements.new_empty(0).set_(memory, 0, elements.shape, elements.stride())
 
 
 def _by_name(ema: EMA) -> dict[str, Slot]:
