@@ -24,6 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
+# What torch imports late, and a rank would spend most of its time on.
+PRELOAD = ["tests.kit", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+PRELOAD += ["torch.distributed.tensor.parallel"]
 
 
 # --- ranks -------------------------------------------------------------------------------------------------------
@@ -34,7 +37,7 @@ def run_ranks(
 ) -> list[Any]:
     """Run `work(*args)` on `world` gloo ranks and return what each returned (None for a dead one, if allowed)."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.kit"])
+    context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         place = f"{work.__module__}:{work.__qualname__}"
         ranks = [
