@@ -257,6 +257,16 @@ def test_counts_are_not_read_back() -> None:
     assert watch.reads == 1
 
 
+def test_frozen_weights_follow_under_any_function() -> None:
+    live = Body()
+    average = ours_swa.AveragedModel(live, avg_fn=halve)
+    average.update_parameters(live)
+    with torch.no_grad():
+        live.frozen.weight.add_(1)
+    average.update_parameters(live)
+    assert torch.equal(average.module.frozen.weight, live.frozen.weight)
+
+
 def test_swa_utils_refuses() -> None:
     with pytest.raises(ValueError, match="one of avg_fn and multi_avg_fn, got both"):
         ours_swa.AveragedModel(Body(), avg_fn=halve, multi_avg_fn=halve_all)
@@ -574,6 +584,13 @@ def run_ema_pytorch(seed: int) -> None:
         ]:
             assert torch.allclose(mine, want, atol=1e-5)
         assert torch.allclose(ours.forward_eval(x), theirs.forward_eval(x), atol=1e-5)
+
+
+def test_ema_pytorch_writes_16_bits_to_the_nearest() -> None:
+    live, wide = nn.Linear(40, 40).bfloat16(), nn.Linear(40, 40)
+    average = ours_ema_pytorch.EMA(live, wide)
+    average.copy_params_from_ema_to_model()
+    assert torch.equal(live.weight, wide.weight.bfloat16())
 
 
 def test_ema_pytorch_alone() -> None:
