@@ -1,0 +1,14 @@
+"""The experiments of launch/study.py.
+
+sizes         what is run: cells, and how long each is
+digits        the image task that most experiments share
+table         live weights against averages, with clean and wrong labels
+language      a small GPT on two ranks: constant learning rate, averages, decayed branches, a sweep afterwards
+forgetting    fine-tune on other classes
+distillation  soft targets and mean teacher, from few labels
+resolution    train at one resolution, test at others
+equivalence   every 16th step, twice the batch, compact shadows
+work          processes, progress and files
+verdicts      sentences that follow from the numbers
+plots, page   what is written from the results
+"""

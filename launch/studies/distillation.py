@@ -1,0 +1,95 @@
+"""Few labels: a small student alone, with the soft targets of a wide teacher, and with its own average for a teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+import train
+from torch import Tensor, nn
+
+from dist_ema import EMA, Debiased
+from dist_ema.recipes.distill import SoftTargetLoss
+
+from . import digits
+from .sizes import Cell, Size
+
+__all__ = ["LABELLED", "METHODS", "run"]
+
+LABELLED = 150  # training images whose labels are known; the others are images alone
+DECAY = 0.99
+METHODS = ("teacher", "student alone", "student + soft targets", "mean teacher", "student, all labels")
+Pair = tuple[Tensor, Tensor]
+
+
+def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
+    """Test accuracy of live weights and of the average, at the end of each training. 8 x 8 pixels."""
+    task = digits.load(8)
+    few = replace(task, images=task.images[:LABELLED], labels=task.labels[:LABELLED])
+    lesson = Lesson(task, few, cell.seed, size, tick)
+    teacher, found = lesson.teach("teacher", 16, lambda model, pair: lesson.labels(model, pair))
+    result = {"teacher": found}
+    result["student alone"] = lesson.teach("alone", 8, lesson.labels)[1]
+    soft = SoftTargetLoss(temperature=2.0)
+
+    def with_soft_targets(model: nn.Module, pair: Pair) -> Tensor:
+        images, _ = pair
+        return lesson.labels(model, pair) + soft(model(images), digits.predict(teacher, images))
+
+    result["student + soft targets"] = lesson.teach("soft", 8, with_soft_targets)[1]
+    result["mean teacher"] = lesson.mean_teacher()
+    result["student, all labels"] = lesson.teach("all", 8, lambda model, pair: F.cross_entropy(model(pair[0]), pair[1]))[1]
+    return result
+
+
+class Lesson:
+    """What all trainings share: the stream of images, the labelled ones among them, and how they end."""
+
+    def __init__(self, task: digits.Task, few: digits.Task, seed: int, size: Size, tick: digits.Tick) -> None:
+        self.task, self.few, self.seed, self.size, self.tick = task, few, seed, size, tick
+        self.step = 0
+
+    def labels(self, model: nn.Module, _: Pair) -> Tensor:
+        """Cross entropy on 32 labelled images, drawn for this step."""
+        generator = train.draw(self.seed, 77, self.step)
+        rows = torch.randint(0, len(self.few.labels), (digits.BATCH,), generator=generator)
+        return F.cross_entropy(model(train.augment(self.few.images[rows], generator)), self.few.labels[rows])
+
+    def stream(self) -> Iterator[Pair]:
+        for epoch in range(1, self.size.distill_epochs + 1):
+            for images, labels in digits.batches(self.task, self.seed, epoch, self.size.steps_per_epoch):
+                self.step += 1
+                yield images, labels
+
+    def teach(self, name: str, width: int, loss: Any) -> tuple[nn.Module, dict[str, float]]:
+        """Train, and return the average as a model, with its accuracy and that of live."""
+        self.step = 0
+        model, optimizer = digits.build(self.seed, width)
+        ema = EMA(model, Debiased(DECAY), buffers="average")
+        ema.attach(optimizer)
+        digits.fit(model, optimizer, self.stream(), self.tick, lambda model, images, labels: loss(model, (images, labels)))
+        average = copy.deepcopy(model)
+        ema.copy_to(average)
+        return average, {"live": digits.accuracy(model, self.task), "average": digits.accuracy(average, self.task)}
+
+    def mean_teacher(self) -> dict[str, float]:
+        """The student learns from labels, and from its own average, which sees the images with other noise."""
+        self.step = 0
+        model, optimizer = digits.build(self.seed, 8)
+        teacher = copy.deepcopy(model)
+        ema = EMA(model, Debiased(DECAY), buffers="average", into=teacher)
+        ema.attach(optimizer)
+        soft, whole = SoftTargetLoss(), self.size.distill_epochs * self.size.steps_per_epoch
+
+        def loss(model: nn.Module, images: Tensor, _: Tensor) -> Tensor:
+            noise = 0.2 * torch.randn(images.shape, generator=train.draw(self.seed, 78, self.step))
+            trust = min(1.0, 4 * self.step / whole)  # the average of a beginner knows nothing yet
+            consistency = soft(model(images), digits.predict(teacher, images + noise))
+            return self.labels(model, (images, _)) + trust * consistency
+
+        digits.fit(model, optimizer, self.stream(), self.tick, loss)
+        return {"live": digits.accuracy(model, self.task), "average": digits.accuracy(teacher, self.task)}

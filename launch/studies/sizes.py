@@ -1,0 +1,82 @@
+"""What is run: cells, and how long each is. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["DECAYS", "EXPERIMENTS", "FULL", "HEADLINE", "NOISES", "QUICK", "SMOKE", "Cell", "Size", "cells"]
+
+EXPERIMENTS = ("language", "table", "forgetting", "distillation", "resolution", "equivalence")
+NOISES = (0, 20, 40)  # % of wrong training labels
+DECAYS = (0.99, 0.995, 0.999)
+HEADLINE = 0.995  # the average that verdicts speak of: chosen before the run, so that they cannot pick the luckiest
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything. Results of different sizes do not mix."""
+
+    name: str
+    seeds: int = 5
+    epochs: int = 60  # of a run of the table
+    steps_per_epoch: int = 42  # all training images, at a batch size of 32
+    recalibrate: int = 16  # batches of 64 for BatchNorm statistics
+    forget_epochs: int = 20  # on the first five digits
+    forget_steps: int = 300  # on the other five
+    distill_epochs: int = 20
+    resolution_epochs: int = 20
+    equivalence_epochs: int = 20
+    gpt_steps: int = 1200
+    gpt_decay: int = 200  # steps of a branch in which the learning rate falls to 0
+    gpt_every: int = 50  # steps between evaluations, snapshots and checkpoints
+    gpt_batch: int = 16  # windows of all ranks together
+    gpt_width: int = 128
+    gpt_layers: int = 5
+    gpt_windows: int = 128  # of validation
+
+    @property
+    def gpt_ends(self) -> list[int]:
+        """Where the decayed branches end: thirds of the run, on the grid of evaluations."""
+        last = self.gpt_steps // self.gpt_every
+        return [self.gpt_every * max(self.gpt_decay // self.gpt_every + 1, last * part // 3) for part in (1, 2, 3)]
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+FULL = Size("full")
+QUICK = Size("quick", 2, 8, 42, 8, 4, 60, 4, 4, 4, 120, 20, 10, 16, 128, 5, 32)
+SMOKE = Size("smoke", 2, 4, 3, 1, 1, 4, 1, 1, 1, 8, 2, 2, 4, 32, 1, 2)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment in one variant with one seed: one file of results."""
+
+    experiment: str
+    variant: str
+    seed: int
+    cost: int  # in training steps of the digits task, for the progress bar
+
+    @property
+    def name(self) -> str:
+        return "-".join(part for part in (self.experiment, self.variant, str(self.seed)) if part)
+
+
+def cells(size: Size, only: str | None = None) -> list[Cell]:
+    """All cells of a study, or those of one experiment. The language model comes first: it takes two processes."""
+    epoch, some = size.steps_per_epoch, range(size.seeds)
+    branches = len(set(size.gpt_ends)) * size.gpt_decay
+    found = [Cell("language", "", 0, GPT_COST * (size.gpt_steps + branches))]
+    for noise in NOISES:
+        found += [Cell("table", f"{noise}", seed, 2 * size.epochs * epoch) for seed in some]
+        found += [Cell("table", f"{noise}-cosine", seed, size.epochs * epoch) for seed in some]
+    found += [Cell("forgetting", "", seed, size.forget_epochs * epoch // 2 + size.forget_steps) for seed in some]
+    found += [Cell("distillation", "", seed, 5 * size.distill_epochs * epoch) for seed in some]
+    found += [Cell("resolution", "", seed, 2 * size.resolution_epochs * epoch) for seed in some]
+    found += [Cell("equivalence", "", seed, 3 * size.equivalence_epochs * epoch) for seed in some]
+    return [cell for cell in found if only in (None, cell.experiment)]
+
+
+GPT_COST = 20
