@@ -46,7 +46,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     size.add_argument("--quick", action="store_true", help="fewer seeds and shorter runs: three minutes")
     size.add_argument("--smoke", action="store_true", help="a few steps of everything: does it run at all")
     parser.add_argument("--only", choices=EXPERIMENTS, help="one experiment; the page shows what is there")
-    text = "folder for results.md and results/ (runs/study; with --quick runs/study-quick, with --smoke runs/study-smoke)"
+    text = (
+        "folder for results.md and results/ (runs/study; with --quick runs/study-quick, with --smoke runs/study-smoke)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help=text)
     text = "processes beside each other, one thread each; the language model always takes two (2)"
     parser.add_argument("--workers", type=_whole, default=2, metavar="N", help=text)
@@ -129,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(args)
         if not args.page:
             study(args)
-    except (UsageError, work.Broken) as refusal:
+    except (UsageError, work.StudyError) as refusal:
         print(f"study.py: {refusal}", file=sys.stderr)
         return 2 if isinstance(refusal, UsageError) else 1
     from studies import page

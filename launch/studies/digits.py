@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from dist_ema.recipes.batchnorm import recalibrate
 
+from .sizes import Size
+
 __all__ = ["BATCH", "LR", "Task", "accuracy", "batches", "build", "fit", "load", "predict", "resize", "restate"]
 
 BATCH, LR = 32, 0.1
@@ -42,9 +44,10 @@ class Task:
         return replace(self, labels=labels)
 
 
-def load(side: int = 16) -> Task:
-    digits = train.load_digits(torch.device("cpu"))
-    return Task(resize(digits.images, side), digits.labels, resize(digits.test_images, side), digits.test_labels)
+def load(size: Size, side: int = 16) -> Task:
+    digits, n = train.load_digits(torch.device("cpu")), size.tests
+    tests = resize(digits.test_images[:n], side)
+    return Task(resize(digits.images, side), digits.labels, tests, digits.test_labels[:n])
 
 
 def resize(images: Tensor, side: int) -> Tensor:
@@ -57,12 +60,17 @@ def build(seed: int, width: int = 16, lr: float = LR) -> tuple[nn.Module, torch.
     return model, torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
-def batches(task: Task, seed: int, epoch: int, steps: int, size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented images and labels; drawn from (seed, epoch, step) alone."""
+def batches(
+    task: Task, seed: int, epoch: int, steps: int, size: int = BATCH, view: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented images and labels; drawn from (seed, epoch, step) alone. view: the same images, augmented anew."""
     order = torch.randperm(len(task.images), generator=train.draw(seed, epoch))
     for step in range(min(steps, len(order) // size)):
         rows = order[step * size : (step + 1) * size]
-        yield train.augment(task.images[rows], train.draw(seed, epoch, step + 1)), task.labels[rows]
+        yield (
+            train.augment(task.images[rows], train.draw(seed, epoch, step + 1, *[view] * (view > 0))),
+            task.labels[rows],
+        )
 
 
 def plain_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ Pair = tuple[Tensor, Tensor]
 
 def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
     """Test accuracy of live weights and of the average, at the end of each training. 8 x 8 pixels."""
-    task = digits.load(8)
+    task = digits.load(size, 8)
     few = replace(task, images=task.images[:LABELLED], labels=task.labels[:LABELLED])
     lesson = Lesson(task, few, cell.seed, size, tick)
     teacher, found = lesson.teach("teacher", 16, lambda model, pair: lesson.labels(model, pair))
@@ -42,7 +42,9 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
 
     result["student + soft targets"] = lesson.teach("soft", 8, with_soft_targets)[1]
     result["mean teacher"] = lesson.mean_teacher()
-    result["student, all labels"] = lesson.teach("all", 8, lambda model, pair: F.cross_entropy(model(pair[0]), pair[1]))[1]
+    result["student, all labels"] = lesson.teach(
+        "all", 8, lambda model, pair: F.cross_entropy(model(pair[0]), pair[1])
+    )[1]
     return result
 
 
@@ -59,11 +61,11 @@ class Lesson:
         rows = torch.randint(0, len(self.few.labels), (digits.BATCH,), generator=generator)
         return F.cross_entropy(model(train.augment(self.few.images[rows], generator)), self.few.labels[rows])
 
-    def stream(self) -> Iterator[Pair]:
+    def stream(self, view: int = 0) -> Iterator[Pair]:
         for epoch in range(1, self.size.distill_epochs + 1):
-            for images, labels in digits.batches(self.task, self.seed, epoch, self.size.steps_per_epoch):
+            for pair in digits.batches(self.task, self.seed, epoch, self.size.steps_per_epoch, view=view):
                 self.step += 1
-                yield images, labels
+                yield pair
 
     def teach(self, name: str, width: int, loss: Any) -> tuple[nn.Module, dict[str, float]]:
         """Train, and return the average as a model, with its accuracy and that of live."""
@@ -71,13 +73,15 @@ class Lesson:
         model, optimizer = digits.build(self.seed, width)
         ema = EMA(model, Debiased(DECAY), buffers="average")
         ema.attach(optimizer)
-        digits.fit(model, optimizer, self.stream(), self.tick, lambda model, images, labels: loss(model, (images, labels)))
+        digits.fit(
+            model, optimizer, self.stream(), self.tick, lambda model, images, labels: loss(model, (images, labels))
+        )
         average = copy.deepcopy(model)
         ema.copy_to(average)
         return average, {"live": digits.accuracy(model, self.task), "average": digits.accuracy(average, self.task)}
 
     def mean_teacher(self) -> dict[str, float]:
-        """The student learns from labels, and from its own average, which sees the images with other noise."""
+        """The student learns from labels, and from its own average, which sees the same images augmented anew."""
         self.step = 0
         model, optimizer = digits.build(self.seed, 8)
         teacher = copy.deepcopy(model)
@@ -85,11 +89,13 @@ class Lesson:
         ema.attach(optimizer)
         soft, whole = SoftTargetLoss(), self.size.distill_epochs * self.size.steps_per_epoch
 
-        def loss(model: nn.Module, images: Tensor, _: Tensor) -> Tensor:
-            noise = 0.2 * torch.randn(images.shape, generator=train.draw(self.seed, 78, self.step))
-            trust = min(1.0, 4 * self.step / whole)  # the average of a beginner knows nothing yet
-            consistency = soft(model(images), digits.predict(teacher, images + noise))
-            return self.labels(model, (images, _)) + trust * consistency
+        def loss(model: nn.Module, views: Tensor, labels: Tensor) -> Tensor:
+            mine, other = views
+            trust = min(1.0, 2 * self.step / whole)  # the average of a beginner knows nothing yet
+            return self.labels(model, (mine, labels)) + trust * soft(model(mine), digits.predict(teacher, other))
 
-        digits.fit(model, optimizer, self.stream(), self.tick, loss)
+        other = Lesson(self.task, self.few, self.seed, self.size, self.tick).stream(view=1)
+        pairs = zip(self.stream(), other, strict=True)
+        stream = ((torch.stack([mine, again]), labels) for (mine, labels), (again, _) in pairs)
+        digits.fit(model, optimizer, stream, self.tick, loss)
         return {"live": digits.accuracy(model, self.task), "average": digits.accuracy(teacher, self.task)}

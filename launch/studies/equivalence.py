@@ -18,35 +18,49 @@ from .sizes import Cell, Size
 __all__ = ["DECAY", "EVERY", "LONG", "run"]
 
 EVERY, DECAY, LONG = 16, 0.99, 0.999
-RATE = 0.05  # of the batch of 32; doubled with it
+RATE, MOMENTUM = 0.05, 0.9  # of the batch of 32
 
 
 def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
-    """One run with all averages of batch 32, one of batch 64."""
-    task = digits.load()
-    one = Watched(cell, size, task, digits.BATCH, tick)
-    two = Watched(cell, size, task, 2 * digits.BATCH, tick)
-    return {"shadows": one.shadows, "small": one.losses, "large": two.losses}
+    """One run with all averages of batch 32, one of batch 64; both go on from one that has found its way."""
+    task = digits.load(size)
+    model, optimizer = digits.build(cell.seed)
+    for epoch in range(1, size.equivalence_epochs // 2 + 1):
+        digits.fit(model, optimizer, digits.batches(task, cell.seed + 100, epoch, size.steps_per_epoch), tick)
+    one = Watched(cell, size, task, copy.deepcopy(model), digits.BATCH, tick)
+    two = Watched(cell, size, task, copy.deepcopy(model), 2 * digits.BATCH, tick)
+    return {"shadows": one.shadows, "small": one.rows, "large": two.rows, "apart": apart(one, two)}
+
+
+def apart(one: Watched, two: Watched) -> dict[str, float]:
+    """Where the averages of the larger batch ended, from where that of the smaller one did: shares of the way it went."""
+    there = one.averages[LONG]
+    way = float((there - one.start).norm())
+    found = {str(decay): float((average - there).norm()) / way for decay, average in two.averages.items()}
+    return found | {"live": float((two.live - one.live).norm()) / way}
 
 
 class Watched:
     """A run, and what its averages were like."""
 
-    def __init__(self, cell: Cell, size: Size, task: digits.Task, batch: int, tick: digits.Tick) -> None:
-        self.task, self.size = task, size
-        self.model, optimizer = digits.build(cell.seed, lr=RATE * batch / digits.BATCH)
+    def __init__(
+        self, cell: Cell, size: Size, task: digits.Task, model: nn.Module, batch: int, tick: digits.Tick
+    ) -> None:
+        self.task, self.size, self.model = task, size, model
         self.start = flat(self.model.parameters())
         larger = batch > digits.BATCH
-        decays = [DECAY, DECAY**2] if larger else [DECAY, LONG]
+        optimizer = scaled(self.model, batch // digits.BATCH)
+        decays = [LONG**2, LONG] if larger else [DECAY, LONG]
         exact = EMA(self.model, decay=decays, buffers="average")
         exact.attach(optimizer)
         others = {} if larger else self.others(optimizer)
-        self.losses: dict[str, list[float]] = {str(decay): [] for decay in decays}
+        self.rows: list[dict[str, float]] = []
         steps = size.steps_per_epoch * digits.BATCH // batch
         for epoch in range(1, size.equivalence_epochs + 1):
             digits.fit(self.model, optimizer, digits.batches(task, cell.seed, epoch, steps, batch), tick)
-            for number, losses in enumerate(self.losses.values()):
-                losses.append(self.loss(exact, number))
+            self.rows += [{"epoch": epoch, "decay": decay, **self.look(exact, i)} for i, decay in enumerate(decays)]
+        self.live = flat(self.model.parameters())
+        self.averages = {decay: self.weights(exact, number)[0] for number, decay in enumerate(decays)}
         self.shadows = [] if larger else self.compare(exact, others)
 
     def others(self, optimizer: torch.optim.Optimizer) -> dict[str, EMA]:
@@ -58,10 +72,12 @@ class Watched:
         self.nearest = Nearest(self.model, optimizer)
         return {f"every={EVERY}, decay corrected": rare, "bf16, stochastic rounding": compact}
 
-    def loss(self, ema: EMA, number: int) -> float:
+    def look(self, ema: EMA, number: int) -> dict[str, float]:
+        """The average's test loss, and how far it has come from where it began."""
         probe = copy.deepcopy(self.model)
         ema.copy_to(probe, number)
-        return float(F.cross_entropy(digits.predict(probe, self.task.test_images), self.task.test_labels))
+        loss = F.cross_entropy(digits.predict(probe, self.task.test_images), self.task.test_labels)
+        return {"loss": float(loss), "gone": float((flat(probe.parameters()) - self.start).norm())}
 
     def compare(self, exact: EMA, others: dict[str, EMA]) -> list[dict[str, Any]]:
         """Every shadow against the fp32 one that moved in each step. Distances are shares of the way from the start."""
@@ -109,6 +125,12 @@ class Nearest:
         for p, shadow in zip(probe.parameters(), self.shadows[number], strict=True):
             p.copy_(shadow)
         return flat(probe.parameters()), watched.right(probe)
+
+
+def scaled(model: nn.Module, times: int) -> torch.optim.SGD:
+    """SGD for a batch that many times as large: momentum is a decay too, and the sum of all steps grows with the batch."""
+    momentum = MOMENTUM**times
+    return torch.optim.SGD(model.parameters(), lr=times * RATE * (1 - momentum) / (1 - MOMENTUM), momentum=momentum)
 
 
 def flat(parameters: Iterable[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from .sizes import Cell, Size
 __all__ = ["HALF_LIVES", "run"]
 
 HALF_LIVES = (10, 30, 100, 300)  # steps
-RATE, EVERY = 0.02, 10
+RATE, EVERY = 0.02, 15
 
 
 def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
     The averages begin as the model that knows the first five; nothing of those is seen again, BatchNorm's statistics are
     averaged with the weights.
     """
-    task = digits.load()
+    task = digits.load(size)
     old, new = task.only(range(5)), task.only(range(5, 10))
     model, optimizer = digits.build(cell.seed)
     first = EMA(model, Debiased(0.99), buffers="average")

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,7 +37,7 @@ from .sizes import GPT_COST, Size
 
 __all__ = ["SIGMAS", "STORED", "WINDOWS", "work"]
 
-WINDOWS = (25, 100, 400)  # steps
+WINDOWS = (10, 30, 100, 300)  # steps
 STORED = (0.05, 0.10)
 TRACKED = 0.15  # a width that is tracked and mixed, to be compared
 SIGMAS = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.12, 0.15, 0.18, 0.21, 0.24)

@@ -1,3 +1,5 @@
 from pathlib import Path
+
+
 def write(out: Path) -> Path:
     return out

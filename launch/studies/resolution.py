@@ -13,6 +13,7 @@ import train
 from torch import Tensor, nn
 
 from dist_ema import EMA, Debiased
+from dist_ema.recipes.batchnorm import recalibrate
 from dist_ema.recipes.fixres import freeze_for_resolution
 
 from . import digits
@@ -27,7 +28,7 @@ TUNED_EPOCHS, TUNED_RATE = 3, 0.01
 
 def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
     """Test accuracy by side: of the average as it was trained, with new BatchNorm statistics, and fine-tuned."""
-    sharp = digits.load(32)
+    sharp = digits.load(size, 32)
     model, optimizer = digits.build(cell.seed)
     ema = EMA(model, Debiased(0.99), buffers="average")
     ema.attach(optimizer)
@@ -50,7 +51,7 @@ def at(model: nn.Module, task: digits.Task, seed: int, size: Size) -> dict[str, 
     found = {"as trained": digits.accuracy(model, task)}
     other = copy.deepcopy(model)
     whole = [(task.images[i : i + 64], None) for i in range(0, len(task.images), 64)]
-    digits.recalibrate(other, whole, size.recalibrate, progress=False)
+    recalibrate(other, whole, size.recalibrate, progress=False)
     found["recalibrated"] = digits.accuracy(other, task)
     tuned = copy.deepcopy(model)
     with freeze_for_resolution(tuned, classifier="5", norm="2.1") as frozen:

@@ -21,10 +21,11 @@ class Size:
     seeds: int = 5
     epochs: int = 60  # of a run of the table
     steps_per_epoch: int = 42  # all training images, at a batch size of 32
+    tests: int = 450  # images
     recalibrate: int = 16  # batches of 64 for BatchNorm statistics
     forget_epochs: int = 20  # on the first five digits
-    forget_steps: int = 300  # on the other five
-    distill_epochs: int = 20
+    forget_steps: int = 600  # on the other five
+    distill_epochs: int = 40
     resolution_epochs: int = 20
     equivalence_epochs: int = 20
     gpt_steps: int = 1200
@@ -46,8 +47,41 @@ class Size:
 
 
 FULL = Size("full")
-QUICK = Size("quick", 2, 8, 42, 8, 4, 60, 4, 4, 4, 120, 20, 10, 16, 128, 5, 32)
-SMOKE = Size("smoke", 2, 4, 3, 1, 1, 4, 1, 1, 1, 8, 2, 2, 4, 32, 1, 2)
+QUICK = Size(
+    "quick",
+    seeds=2,
+    epochs=8,
+    recalibrate=8,
+    forget_epochs=6,
+    forget_steps=120,
+    distill_epochs=4,
+    resolution_epochs=6,
+    equivalence_epochs=4,
+    gpt_steps=150,
+    gpt_decay=25,
+    gpt_every=25,
+    gpt_windows=32,
+)
+SMOKE = Size(
+    "smoke",
+    seeds=2,
+    epochs=3,
+    steps_per_epoch=2,
+    tests=40,
+    recalibrate=1,
+    forget_epochs=1,
+    forget_steps=3,
+    distill_epochs=1,
+    resolution_epochs=1,
+    equivalence_epochs=2,
+    gpt_steps=12,
+    gpt_decay=3,
+    gpt_every=3,
+    gpt_batch=4,
+    gpt_width=32,
+    gpt_layers=1,
+    gpt_windows=4,
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +109,7 @@ def cells(size: Size, only: str | None = None) -> list[Cell]:
     found += [Cell("forgetting", "", seed, size.forget_epochs * epoch // 2 + size.forget_steps) for seed in some]
     found += [Cell("distillation", "", seed, 5 * size.distill_epochs * epoch) for seed in some]
     found += [Cell("resolution", "", seed, 2 * size.resolution_epochs * epoch) for seed in some]
-    found += [Cell("equivalence", "", seed, 3 * size.equivalence_epochs * epoch) for seed in some]
+    found += [Cell("equivalence", "", seed, 2 * size.equivalence_epochs * epoch) for seed in some]
     return [cell for cell in found if only in (None, cell.experiment)]
 
 

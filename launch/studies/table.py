@@ -24,9 +24,9 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
     Every epoch of the last quarter is evaluated, in which fluctuation is measured, and every fifth before.
     """
     noise, _, cosine = cell.variant.partition("-")
-    task = digits.load().with_wrong_labels(int(noise))
+    task = digits.load(size).with_wrong_labels(int(noise))
     model, optimizer = digits.build(cell.seed)
-    late = size.epochs - max(2, size.epochs // 4)  # SWA averages what comes after that
+    late = size.epochs - max(3, size.epochs // 4)  # SWA averages what comes after that
     averages = Averages(model, optimizer, late, size.steps_per_epoch) if not cosine else None
     rows: list[dict[str, Any]] = []
     for epoch in range(1, size.epochs + 1):
@@ -36,7 +36,10 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
         stream = digits.batches(task, cell.seed, epoch, size.steps_per_epoch)
         digits.fit(model, optimizer, stream, tick)
         if epoch > late or epoch % 5 == 0:
-            found = {name: digits.predict(each, task.test_images).argmax(1) for name, each in all_of(model, averages, task, size)}
+            found = {
+                name: digits.predict(each, task.test_images).argmax(1)
+                for name, each in all_of(model, averages, task, size)
+            }
             right = {name: float((said == task.test_labels).double().mean()) for name, said in found.items()}
             rows.append({"epoch": epoch, "accuracy": right})
         if averages is not None:
@@ -64,7 +67,9 @@ class Averages:
             yield "swa"
 
 
-def all_of(model: nn.Module, averages: Averages | None, task: digits.Task, size: Size) -> Iterator[tuple[str, nn.Module]]:
+def all_of(
+    model: nn.Module, averages: Averages | None, task: digits.Task, size: Size
+) -> Iterator[tuple[str, nn.Module]]:
     """(weights/statistics, the model that has them). copied: those of the live weights at that moment."""
     probe = copy.deepcopy(model)
     yield "live/own", probe

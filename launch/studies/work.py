@@ -24,18 +24,18 @@ from typing import Any
 from . import files
 from .sizes import Cell, Size
 
-__all__ = ["Broken", "result_of", "run"]
+__all__ = ["StudyError", "result_of", "run"]
 
 RANKS = 2
 Say = Callable[[str], None]
 
 
-class Broken(RuntimeError):
+class StudyError(RuntimeError):
     """A process of the study ended without its result."""
 
 
 def run(todo: Sequence[Cell], size: Size, out: Path, workers: int) -> None:
-    """Do these cells; each leaves out/NAME.json. Raises what a cell raised, and Broken if a process died."""
+    """Do these cells; each leaves out/NAME.json. Raises what a cell raised, and StudyError if a process died."""
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "sklearn.datasets", "dist_ema.ema"])
@@ -65,7 +65,10 @@ def run(todo: Sequence[Cell], size: Size, out: Path, workers: int) -> None:
 
 
 def _collect(
-    pool: ProcessPoolExecutor, waiting: dict[Future[None], Cell], poll: Callable[[], None], finished: Callable[[Cell], None]
+    pool: ProcessPoolExecutor,
+    waiting: dict[Future[None], Cell],
+    poll: Callable[[], None],
+    finished: Callable[[Cell], None],
 ) -> None:
     while waiting:
         ready, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -76,7 +79,7 @@ def _collect(
                 future.result()
             except BaseException as error:
                 pool.shutdown(wait=False, cancel_futures=True)
-                raise Broken(f"{cell.name}: {type(error).__name__}: {error}") from error
+                raise StudyError(f"{cell.name}: {type(error).__name__}: {error}") from error
             finished(cell)
 
 
@@ -119,7 +122,7 @@ def _cell(cell: Cell, size: Size, out: Path) -> None:
 
 
 def _write(cell: Cell, out: Path, result: dict[str, Any], seconds: float) -> None:
-    files.write(result_of(out, cell), {"cell": cell.name, "seconds": round(seconds, 1), **result})
+    files.write(result_of(out, cell), {"cell": cell.name, "seconds": round(seconds, 1), **files.rounded(result)})
 
 
 def _on_ranks(context: Any, cell: Cell, size: Size, out: Path, counter: Any, poll: Callable[[], None]) -> None:
@@ -138,7 +141,7 @@ def _on_ranks(context: Any, cell: Cell, size: Size, out: Path, counter: Any, pol
         rank.kill() if rank.exitcode is None and any(each.exitcode for each in ranks) else None
         rank.join()
     if not result_of(out, cell).exists():
-        raise Broken(f"{cell.name}: the ranks ended with codes {[rank.exitcode for rank in ranks]}; see above.")
+        raise StudyError(f"{cell.name}: the ranks ended with codes {[rank.exitcode for rank in ranks]}; see above.")
     shutil.rmtree(out / ".scratch")
 
 
@@ -167,7 +170,14 @@ def progress(total: int) -> Iterator[tuple[Callable[[int], None], Say]]:
     if not sys.stdout.isatty():
         yield lambda count: None, lambda text: print(text, flush=True)
         return
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = TextColumn("study"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left:")
     with ExitStack() as stack:
