@@ -31,20 +31,19 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
     task = digits.load(size, 8)
     few = replace(task, images=task.images[:LABELLED], labels=task.labels[:LABELLED])
     lesson = Lesson(task, few, cell.seed, size, tick)
-    teacher, found = lesson.teach("teacher", 16, lambda model, pair: lesson.labels(model, pair))
+    teacher, found = lesson.teach(16, lesson.labels)
     result = {"teacher": found}
-    result["student alone"] = lesson.teach("alone", 8, lesson.labels)[1]
+    result["student alone"] = lesson.teach(8, lesson.labels)[1]
     soft = SoftTargetLoss(temperature=2.0)
 
     def with_soft_targets(model: nn.Module, pair: Pair) -> Tensor:
         images, _ = pair
-        return lesson.labels(model, pair) + soft(model(images), digits.predict(teacher, images))
+        softly: Tensor = soft(model(images), digits.predict(teacher, images))
+        return lesson.labels(model, pair) + softly
 
-    result["student + soft targets"] = lesson.teach("soft", 8, with_soft_targets)[1]
+    result["student + soft targets"] = lesson.teach(8, with_soft_targets)[1]
     result["mean teacher"] = lesson.mean_teacher()
-    result["student, all labels"] = lesson.teach(
-        "all", 8, lambda model, pair: F.cross_entropy(model(pair[0]), pair[1])
-    )[1]
+    result["student, all labels"] = lesson.teach(8, lambda model, pair: F.cross_entropy(model(pair[0]), pair[1]))[1]
     return result
 
 
@@ -67,7 +66,7 @@ class Lesson:
                 self.step += 1
                 yield pair
 
-    def teach(self, name: str, width: int, loss: Any) -> tuple[nn.Module, dict[str, float]]:
+    def teach(self, width: int, loss: Any) -> tuple[nn.Module, dict[str, float]]:
         """Train, and return the average as a model, with its accuracy and that of live."""
         self.step = 0
         model, optimizer = digits.build(self.seed, width)
@@ -92,7 +91,8 @@ class Lesson:
         def loss(model: nn.Module, views: Tensor, labels: Tensor) -> Tensor:
             mine, other = views
             trust = min(1.0, 2 * self.step / whole)  # the average of a beginner knows nothing yet
-            return self.labels(model, (mine, labels)) + trust * soft(model(mine), digits.predict(teacher, other))
+            consistency: Tensor = soft(model(mine), digits.predict(teacher, other))
+            return self.labels(model, (mine, labels)) + trust * consistency
 
         other = Lesson(self.task, self.few, self.seed, self.size, self.tick).stream(view=1)
         pairs = zip(self.stream(), other, strict=True)

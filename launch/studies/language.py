@@ -60,7 +60,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.first(x)).view(n, t, 3, c // 32, 32).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(n, t, c))
-        return x + self.down(F.gelu(self.up(self.second(x))))
+        added: Tensor = self.down(F.gelu(self.up(self.second(x))))
+        return x + added
 
 
 class Gpt(nn.Module):
@@ -76,7 +77,7 @@ class Gpt(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.byte(tokens) + self.place.weight[: tokens.shape[1]]
+        x: Tensor = self.byte(tokens) + self.place.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))  # type: ignore[no-any-return]
@@ -98,7 +99,7 @@ def windows(text: Tensor, at: Tensor) -> Tensor:
 
 
 def next_byte_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits = model(tokens[:, :-1])
+    logits: Tensor = model(tokens[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
