@@ -1,4 +1,4 @@
-# Everything a fresh machine needs: `make demo`, `make test`. Override the torch to install with
+# Everything a fresh machine needs: `make demo`, `make test`, `make study-quick`. Override the torch to install with
 #   make test TORCH="torch==2.8.0"         (or a CUDA build from the index of your choice)
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check study study-quick docs clean
 
 $(READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,12 @@ check: $(READY)  ## format, lint, types
 
 test: check  ## the check and the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+study: $(READY)  ## the experiments of docs/results.md, half an hour on two cores; what is there is not done again
+	$(BIN)/python launch/study.py --out docs
+
+study-quick: $(READY)  ## the same in three minutes, too small to prove anything
+	$(BIN)/python launch/study.py --quick --out runs/study-quick
 
 docs: $(READY)  ## the site, in site/; strict: a link that leads nowhere fails
 	$(BIN)/pip install -q -e ".[docs]"

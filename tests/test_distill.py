@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_ema import EMA, Debiased
 from dist_ema.recipes.distill import SoftTargetLoss
+
+from .kit import Core, batch, run_ranks, wrap
 
 SHAPES = [((6, 5), -1), ((2, 5, 3, 4), 1), ((2, 3, 5), -1), ((5,), 0)]
 
@@ -76,3 +83,45 @@ def test_refuses_shapes() -> None:
         loss(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1))
     assert SoftTargetLoss(2.0, dim=1)(torch.zeros(1, 3, 1, 1, 1), torch.zeros(1, 3, 1, 1, 1)) == 0
     assert repr(loss) == "SoftTargetLoss(temperature=2.0)"
+
+
+# --- the mean teacher --------------------------------------------------------------------------------------------
+
+
+def lessons(student: nn.Module, teacher: nn.Module, lanes: range, steps: int) -> EMA:
+    """Labels, and the student's own average as a teacher, on the batches of these lanes together."""
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.5, momentum=0.5)
+    ema = EMA(student, Debiased(0.8), into=teacher)
+    ema.attach(optimizer)
+    soft = SoftTargetLoss(temperature=2.0)
+    teacher.eval()
+    for step in range(steps):
+        x, y = (torch.cat(parts) for parts in zip(*(batch(step, lane) for lane in lanes), strict=True))
+        with torch.no_grad():
+            targets = teacher(x)
+        logits = student(x)
+        (F.cross_entropy(logits.flatten(0, -2), y.flatten()) + 3 * soft(logits, targets)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return ema
+
+
+def teach_on_ranks() -> None:
+    """FSDP2 on all ranks is the run of one process that sees all batches: student, teacher, and what the teacher says."""
+    torch.manual_seed(0)
+    plain = Core()
+    alone, shown = copy.deepcopy(plain), copy.deepcopy(plain)
+    whole = lessons(alone, shown, range(dist.get_world_size()), 12).gather()
+    student, teacher = wrap("fsdp2", copy.deepcopy(plain)), wrap("fsdp2", copy.deepcopy(plain))
+    ema = lessons(student, teacher, range(dist.get_rank(), dist.get_rank() + 1), 12)
+    parts = ema.gather()
+    for name, weight in whole.items() if dist.get_rank() == 0 else ():
+        torch.testing.assert_close(parts[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+    with torch.no_grad():
+        probe = batch(99, 0)[0]
+        torch.testing.assert_close(teacher(probe), shown(probe), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(shown(probe), alone.eval()(probe), atol=1e-2), "the teacher is not the student"
+
+
+def test_mean_teacher_on_ranks() -> None:
+    run_ranks(2, teach_on_ranks)
