@@ -172,8 +172,8 @@ def test_verdicts_follow_the_numbers(studies: Callable[[str], Any]) -> None:
     for better, word in ((0.05, "agrees"), (-0.05, "does not agree")):
         results = table_of(studies, better)
         said = {verdict.here: verdict.word for verdict in verdicts.of_table(results)}
-        ahead = [here for here in said if here.startswith(("20 % wrong: ", "40 % wrong: "))]
-        assert len(ahead) == 2
+        ahead = [here for here in said if here.startswith(("20 % wrong, last", "40 % wrong, last"))]
+        assert len(ahead) == 4
         assert {said[here] for here in ahead} == {word}
         calmer = {said[here] for here in said if "std of the change" in here}
         assert calmer == {word}

@@ -35,13 +35,14 @@ def draw(results: Results, folder: Path) -> None:
 
 
 @contextmanager
-def _panels(path: Path, count: int, width: float = 4.4) -> Iterator[list[Any]]:
+def _panels(path: Path, count: int, width: float = 4.4, sharey: bool = False) -> Iterator[list[Any]]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, count, figsize=(width * count, 4), layout="constrained", squeeze=False)
+    shape: dict[str, Any] = {"figsize": (width * count, 4), "layout": "constrained", "squeeze": False}
+    figure, axes = pyplot.subplots(1, count, sharey=sharey, **shape)
     for panel in axes[0]:
         panel.grid(alpha=0.25)
     yield list(axes[0])
@@ -87,7 +88,7 @@ def _table(results: Results, path: Path) -> None:
 def _statistics(results: Results, path: Path) -> None:
     """What becomes of each average with each kind of BatchNorm statistics."""
     names = [*map(str, DECAYS), "swa"]
-    with _panels(path, len(NOISES)) as panels:
+    with _panels(path, len(NOISES), sharey=True) as panels:
         for panel, noise in zip(panels, NOISES, strict=True):
             cells = results.of("table", f"{noise}")
             for i, (kind, text) in enumerate(
@@ -105,39 +106,65 @@ def _statistics(results: Results, path: Path) -> None:
             mean, _ = spread([100 * value for value in final(cells, LIVE)])
             panel.axhline(mean, color=LIVE_COLOUR, ls="--", lw=1, label="live weights, own statistics")
             panel.set_xticks(range(len(names)), ["SWA" if name == "swa" else name for name in names])
-            panel.set(title=f"{noise} % wrong labels", xlabel="decay of the average", ylabel="test accuracy, %")
+            panel.set(
+                title=f"{noise} % wrong labels",
+                xlabel="decay of the average",
+                ylabel="test accuracy, %" if panel is panels[0] else "",
+            )
         panels[0].legend(title="BatchNorm statistics", loc="lower left", fontsize=8)
 
 
 def _language(cells: Cells, path: Path) -> None:
-    """Loss over steps, and over sigma_rel afterwards."""
+    """Loss over steps, the same against live, and over sigma_rel afterwards."""
     (cell,) = cells
     rows = cell["rows"][min(2, len(cell["rows"]) - 1) :]
-    steps = [row["step"] for row in rows]
-    windows = [name for name in rows[0] if name.startswith("window")]
-    with _panels(path, 2, 6) as (left, right):
-        left.plot(steps, [row["live"] for row in rows], color=LIVE_COLOUR, label="live, constant learning rate")
-        for colour, name in zip(COLOURS, windows, strict=False):
-            left.plot(steps, [row[name] for row in rows], color=colour, lw=1.2, label=f"average, {name} steps")
-        for i, branch in enumerate(cell["branches"].values()):
-            start = branch[0]["step"] - cell["rows"][0]["step"]  # one evaluation earlier
-            line = [*(row for row in rows if row["step"] == start), *branch]
-            label = "branch: learning rate falls to 0" if i == 0 else None
-            left.plot(
-                [row["step"] for row in line], [row["live"] for row in line], "k--", marker=".", lw=1, label=label
-            )
-        left.set(xlabel="step", ylabel="validation loss, nats per byte")
+    live = {row["step"]: row["live"] for row in cell["rows"]}
+    lines = [
+        (f"average, {name} steps", colour, "-", rows, name)
+        for name, colour in zip(_windows(rows), COLOURS, strict=False)
+    ]
+    for i, branch in enumerate(cell["branches"].values()):
+        start = branch[0]["step"] - cell["rows"][0]["step"]  # one evaluation earlier
+        line = [*(row for row in cell["rows"] if row["step"] == start), *branch]
+        lines.append(("branch: learning rate falls to 0" if i == 0 else "", "k", "--", line, "live"))
+    with _panels(path, 3, 5) as (left, middle, right):
+        left.plot(
+            [row["step"] for row in rows], [row["live"] for row in rows], color=LIVE_COLOUR, label="live, constant rate"
+        )
+        middle.axhline(0, color=LIVE_COLOUR)
+        for label, colour, style, line, name in lines:
+            drawn: dict[str, Any] = {"color": colour, "ls": style, "lw": 1.2, "marker": "." if name == "live" else ""}
+            steps = [row["step"] for row in line]
+            left.plot(steps, [row[name] for row in line], label=label or None, **drawn)
+            middle.plot(steps, [row[name] - live[row["step"]] for row in line], **drawn)
+        left.set(title="validation loss", xlabel="step", ylabel="nats per byte")
         left.legend(fontsize=8)
-        widths = [row["sigma_rel"] for row in cell["sweep"]]
-        right.plot(widths, [row["loss"] for row in cell["sweep"]], marker=".", color="C0", label="mixed from snapshots")
-        last = cell["rows"][-1]
-        tracked = next(name for name in last if name.startswith("sigma_rel"))
-        right.plot([float(tracked.split()[1])], [last[tracked]], "x", color="C3", ms=9, label="tracked during the run")
-        right.axhline(last["live"], color=LIVE_COLOUR, ls="--", lw=1, label="live, constant learning rate")
-        decayed = cell["branches"][str(last["step"])][-1]["live"]
-        right.axhline(decayed, color="k", ls=":", lw=1, label="branch: learning rate at 0")
-        right.set(xlabel="sigma_rel of the average", ylabel=f"validation loss at step {last['step']}, nats per byte")
-        right.legend(fontsize=8)
+        near = [row["live"] - live[row["step"]] for each in cell["branches"].values() for row in each]
+        middle.set(
+            title="the same, less that of live", xlabel="step", ylabel="nats per byte (below 0: better than live)"
+        )
+        middle.set_ylim(1.4 * min(near) - 0.01, -0.8 * min(near) + 0.01)
+        _sweep(right, cell)
+
+
+def _windows(rows: Cells) -> list[str]:
+    return [name for name in rows[0] if name.startswith("window")]
+
+
+def _sweep(panel: Any, cell: dict[str, Any]) -> None:
+    widths, last = [row["sigma_rel"] for row in cell["sweep"]], cell["rows"][-1]
+    panel.plot(widths, [row["loss"] for row in cell["sweep"]], marker=".", color="C0", label="mixed from snapshots")
+    tracked = next(name for name in last if name.startswith("sigma_rel"))
+    panel.plot([float(tracked.split()[1])], [last[tracked]], "x", color="C3", ms=9, label="tracked during the run")
+    panel.axhline(last["live"], color=LIVE_COLOUR, ls="-", label="live, constant rate")
+    decayed = cell["branches"][str(last["step"])][-1]["live"]
+    panel.axhline(decayed, color="k", ls="--", lw=1, label="branch: learning rate at 0")
+    panel.set(
+        title=f"every width, at step {last['step']}",
+        xlabel="sigma_rel of the average",
+        ylabel="validation loss, nats per byte",
+    )
+    panel.legend(fontsize=8)
 
 
 def _forgetting(cells: Cells, path: Path) -> None:
