@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRON = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENVIRON |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="workers are found in Linux's /proc")
 
 
 @pytest.fixture
@@ -45,18 +49,29 @@ def study(*words: str, code: int = 0) -> str:
     return said
 
 
-def kill_when(there: Path, *words: str) -> None:
-    """SIGKILL to the main process alone, once the path exists; the others must end by themselves."""
+def kill_when(there: Path, *words: str, worker: bool = False) -> tuple[int, str]:
+    """SIGKILL to the main process alone, or to one of its workers alone, once the path exists; the others must end by
+    themselves. Returns the exit code and what was printed."""
     process = start(*words)
     deadline = time.monotonic() + 120
     while not there.exists():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"{there} did not appear"
         time.sleep(0.01)
-    process.kill()
-    process.communicate(timeout=60)  # its output is closed when the last process of the study has ended
+    os.kill(worker_of(process.pid) if worker else process.pid, signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)  # its output is closed when the last process of the study has ended
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said
+
+
+def worker_of(main: int) -> int:
+    """A grandchild: workers are forked by a server, which the main process started."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    return next(pid for pid, parent in parents.items() if parents.get(parent) == main)
 
 
 def files(out: Path) -> dict[str, str]:
@@ -73,13 +88,16 @@ def files(out: Path) -> dict[str, str]:
 # --- the whole of it ---------------------------------------------------------------------------------------------
 
 
+@needs_proc
 def test_killed_and_resumed(tmp_path: Path) -> None:
-    """Every experiment through the real code. Killed in the language model and in the table, then resumed, the study
-    leaves what an undisturbed one leaves. Guards the order of saving in language.keep, and the rename of a cell's file."""
+    """Every experiment through the real code. A rank of the language model killed, the main process killed in the table,
+    and resumed each time, the study leaves what an undisturbed one leaves. Guards the order of saving in language.keep,
+    the rename of a cell's file, and the workers' watch on their parent."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     study("--smoke", "--out", str(whole))
     results, words = broken / "results", ("--smoke", "--out", str(broken))
-    kill_when(results / ".scratch" / "language-0" / "step-000006", *words)
+    code, said = kill_when(results / ".scratch" / "language-0" / "step-000006", *words, worker=True)
+    assert (code, "study.py: language-0: the ranks ended with codes" in said) == (1, True), said
     assert not (results / "language-0.json").exists()
     kill_when(results / "table-20-0.json", *words)
     assert not (results / "equivalence-1.json").exists()
@@ -91,6 +109,22 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert {path.name for path in results.iterdir() if path.suffix not in (".json", ".png")} == set()
     assert "0 of 12 runs to do" in study("--smoke", "--only", "table", "--out", str(whole))
     assert f"{whole / 'results'} holds results of a smoke study" in study("--quick", "--out", str(whole), code=2)
+
+
+def test_a_failing_cell_ends_the_study(studies: Callable[[str], Any]) -> None:
+    """The cell is named, and what had not begun is not begun."""
+    work, sizes = studies("work"), studies("sizes")
+    first, *others = sizes.cells(sizes.SMOKE, "table")
+
+    def fail() -> None:
+        raise ZeroDivisionError("by 0")
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = {pool.submit(fail): first} | {pool.submit(time.sleep, 0.3): cell for cell in others}
+        last = list(waiting)[-1]
+        with pytest.raises(work.StudyError, match="table-0-0: ZeroDivisionError: by 0"):
+            work._collect(pool, waiting, lambda: None, lambda cell: None)
+    assert last.cancelled()
 
 
 def test_refusals(tmp_path: Path) -> None:

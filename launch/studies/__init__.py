@@ -8,7 +8,8 @@ forgetting    fine-tune on other classes
 distillation  soft targets and mean teacher, from few labels
 resolution    train at one resolution, test at others
 equivalence   every 16th step, twice the batch, compact shadows
-work          processes, progress and files
+work, files   processes, progress, and JSON that appears whole or not at all
+results       what the cells left, and statistics over it
 verdicts      sentences that follow from the numbers
 plots, page   what is written from the results
 """
