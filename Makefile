@@ -28,8 +28,8 @@ check: $(READY)  ## format, lint, types
 test: check  ## the check and the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-study: $(READY)  ## the experiments of docs/results.md, half an hour on two cores; what is there is not done again
-	$(BIN)/python launch/study.py --out docs
+study: $(READY)  ## the experiments of docs/results.md, half an hour on two cores, into runs/study; resumes
+	$(BIN)/python launch/study.py
 
 study-quick: $(READY)  ## the same in three minutes, too small to prove anything
 	$(BIN)/python launch/study.py --quick --out runs/study-quick

@@ -27,6 +27,7 @@ __all__ = [
     "why",
 ]
 
+AGREES, DISAGREES = "agrees", "does not agree"
 LIVE, AVERAGE = "live/own", f"{HEADLINE}/recalibrated"
 Cells = list[dict[str, Any]]
 Measure = Callable[[Cells, str], list[float]]
@@ -34,19 +35,22 @@ Measure = Callable[[Cells, str], list[float]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """published: what others saw. here: what came out. agrees: None where there are too few seeds to say."""
+    """published: what others saw. here: what came out. word: whether the two agree."""
 
     published: str
     here: str
-    agrees: bool | None
+    word: str
 
     @staticmethod
     def by(published: str, here: str, estimate: Estimate) -> Verdict:
-        return Verdict(published, here, None if math.isnan(estimate.error) else estimate.beyond)
+        word = AGREES if estimate.beyond else f"{DISAGREES}: within two standard errors"
+        if Estimate(-estimate.mean, estimate.error).beyond:
+            word = f"{DISAGREES}: the opposite"
+        return Verdict(published, here, "too few seeds to say" if math.isnan(estimate.error) else word)
 
     @property
-    def word(self) -> str:
-        return {True: "agrees", False: "does not agree", None: "too few seeds to say"}[self.agrees]
+    def agrees(self) -> bool:
+        return self.word == AGREES
 
 
 def final(cells: Cells, name: str) -> list[float]:
@@ -85,27 +89,29 @@ def of_table(results: Results) -> list[Verdict]:
     by_noise = {noise: results.of("table", f"{noise}") for noise in NOISES}
     clean, worst = by_noise[NOISES[0]], by_noise[NOISES[-1]]
     found = []
-    for measure, when in MEASURES.items():
-        text = "With wrong labels the average is better (CIFAR-100N: 55.5 to 65.2 %)"
-        for noise in NOISES[1:]:
+    text = "With wrong labels the average is better (CIFAR-100N: 55.5 to 65.2 %)"
+    for noise in NOISES[1:]:
+        for measure, when in MEASURES.items():
             here = gain(by_noise[noise], measure)
             found.append(Verdict.by(text, f"{noise} % wrong, {when}: {here.points()} points", here))
+    text = "With clean labels it is better, by less (CIFAR-100, ResNet-18: 77.6 to 78.6 %)"
+    for measure, when in MEASURES.items():
         here = gain(clean, measure)
-        text = "With clean labels it is better, by less (CIFAR-100, ResNet-18: 77.6 to 78.6 %)"
         found.append(Verdict.by(text, f"{when}: {here.points()} points", here))
-        grows = paired(_gains(worst, measure), _gains(clean, measure))
-        text = "The gain grows with the share of wrong labels"
-        here_said = f"from clean to {NOISES[-1]} % wrong, {when}: {grows.points()} points"
-        found.append(Verdict.by(text, here_said, grows))
+    text = "The gain grows with the share of wrong labels"
+    for measure, when in MEASURES.items():
+        here = paired(_gains(worst, measure), _gains(clean, measure))
+        found.append(Verdict.by(text, f"from clean to {NOISES[-1]} % wrong, {when}: {here.points()} points", here))
+    text = "The average's accuracy changes less from epoch to epoch"
     for noise, cells in by_noise.items():
         here = calm(cells)
-        text = "The average's accuracy changes less from epoch to epoch"
-        found.append(
-            Verdict.by(text, f"{noise} % wrong, std of the change, live minus average: {here.points()} points", here)
-        )
-    here = agreement(clean)
+        said = f"{noise} % wrong, std of the change, live minus average: {here.points()} points"
+        found.append(Verdict.by(text, said, here))
     text = "Two seeds predict alike more often (CIFAR-100: churn 18.8 to 11.7 %)"
-    found.append(Verdict.by(text, f"clean, churn of live minus that of the average: {here.points()} points", here))
+    for noise, cells in by_noise.items():
+        here = agreement(cells)
+        said = f"{noise} % wrong, churn, live minus average: {here.points()} points"
+        found.append(Verdict.by(text, said, here))
     here = paired(final(clean, "0.999/recalibrated"), final(clean, "0.999/copied"))
     text = "Large decays fail unless BatchNorm statistics are recomputed"
     found.append(Verdict.by(text, f"decay 0.999, recomputed against copied from live: {here.points()} points", here))
@@ -174,7 +180,7 @@ def of_language(cell: dict[str, Any]) -> list[Verdict]:
         closed = (row["live"] - row[best]) / gap if gap > 0 else 0.0
         share = f"{closed:.0%} of the gap" if gap > 0 else "no gap, as decaying did not help"
         here = f"step {end}: live {row['live']:.3f}, {best} {row[best]:.3f}, decayed {decayed:.3f}: {share}"
-        found.append(Verdict(text, here, closed >= 0.5))
+        found.append(Verdict(text, here, AGREES if closed >= 0.5 else DISAGREES))
     return found
 
 
