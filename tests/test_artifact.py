@@ -195,7 +195,7 @@ def test_another_schedule_is_said(ema: EMA, tmp_path: Path) -> None:
 
 
 def test_nothing_is_ever_pickled() -> None:
-    """No module of the package imports pickle or calls torch.save; torch.load only reads tensors, and only for `convert`."""
+    """No module of the package imports pickle or calls torch.save; torch.load only reads tensors: other tools' files."""
     for path in Path(dist_ema.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
@@ -205,7 +205,7 @@ def test_nothing_is_ever_pickled() -> None:
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert called != "torch.save", path
             if called == "torch.load":
-                assert path.name == "checkpoint.py"
+                assert path.name in ("checkpoint.py", "timm.py")
                 assert "weights_only=True" in ast.unparse(node)
 
 

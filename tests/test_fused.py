@@ -45,6 +45,7 @@ EXACT = [0.0, 0.25, 0.5, 0.75, 1.0]  # products by these are not rounded
 
 
 def interpret() -> None:
+    assert "triton" not in sys.modules, "imported before it was told to interpret"
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     warnings.simplefilter("error")
@@ -54,9 +55,8 @@ def interpret() -> None:
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Callable[..., None]]:
     """Runs a function of this module where Triton is interpreted."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.kit"])
-    with ProcessPoolExecutor(1, context, interpret) as pool:
+    # Spawned: Triton takes the word when it is imported, and the server that the ranks are forked from has imported it.
+    with ProcessPoolExecutor(1, get_context("spawn"), interpret) as pool:
         yield lambda check, *args: pool.submit(check, *args).result(timeout=120)
 
 
