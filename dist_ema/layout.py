@@ -10,7 +10,8 @@ replicas, each takes an equal part:
 
 [Note: stale records]  FSDP2 pins local tensors anew at its first forward under CPU offload, and `.to()` keeps a Parameter
 but moves its storage. A slot keeps the Parameter and the address; addresses are compared before the first two updates,
-every 100th, and in every verb. The same elements elsewhere are followed, anything else raises by name.
+every 100th, and in every verb. The same elements elsewhere are followed, anything else raises by name; a cache (a buffer
+in no state_dict) may become anything.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .fused import Numbering
-from .shards import Region, Shard
+from .shards import Region, Shard, refit
 
 __all__ = [
     "ALIGN",
@@ -105,20 +106,28 @@ class Slot:
 
     def __post_init__(self) -> None:
         raw = self.shard.raw()
-        self.seen, self.form = raw.data_ptr(), (raw.shape, raw.stride())
+        self.seen, self.form = raw.data_ptr(), _form(raw)
 
     @property
     def moved(self) -> bool:
         """The model's elements lie elsewhere now ([Note: stale records]). *Cost*: 0.2 us."""
         return self.shard.raw().data_ptr() != self.seen
 
+    @property
+    def turned(self) -> bool:
+        """They have another shape or order in memory now."""
+        return _form(self.shard.raw()) != self.form
+
     def rebind(self) -> None:
         """Follow elements that moved. Raises RuntimeError if they are not what they were."""
+        if not self.shard.persistent:
+            refit(self.shard)
+            self.own = self.duty = self.shard.held
         raw, old = self.shard.raw(), self.local
-        changed = (raw.dtype, raw.device) != (old.dtype, old.device) and self.shard.kind != "buffer"
-        if self.shard.kind == "buffer":  # may be another tensor: FSDP1 casts them, modules assign them
-            changed = raw.numel() != old.numel() or (raw.shape, raw.stride()) != self.form
-        if changed or raw.numel() < self.shard.first + self.shard.held.numel:
+        changed = self.shard.persistent and self.turned
+        if self.shard.kind != "buffer":  # which may be another tensor: FSDP1 casts them, modules assign them
+            changed |= (raw.dtype, raw.device) != (old.dtype, old.device)
+        if changed:
             raise RuntimeError(
                 f"{self.name} was {old.dtype} on {old.device} with {old.numel()} elements here, and is now {raw.dtype} on "
                 f"{raw.device} with {raw.numel()}, or lies in another order. Build the EMA after model.to(...)."
@@ -144,6 +153,11 @@ class Slot:
 
     def part(self, region: Region) -> Tensor:
         return self.local.narrow(0, region.begin - self.shard.held.begin, region.numel)
+
+
+def _form(raw: Tensor) -> tuple[torch.Size, list[int]]:
+    """Shape and order in memory. The stride of a dimension of length 1 says nothing."""
+    return raw.shape, [step for step, length in zip(raw.stride(), raw.shape, strict=True) if length > 1]
 
 
 # --- cutting -----------------------------------------------------------------------------------------------------

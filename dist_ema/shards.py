@@ -57,6 +57,7 @@ __all__ = [
     "find",
     "frozen_by_inductor",
     "module_of",
+    "refit",
     "register",
     "registered",
     "replaced",
@@ -323,6 +324,12 @@ def register(shard: Shard, tensor: Tensor | None) -> None:
         shard.place[0]._buffers[shard.place[1]] = tensor
 
 
+def refit(shard: Shard) -> None:
+    """Describe what lies in a buffer's place now. Only for caches (in no state_dict), which may become any size."""
+    now = _plain(shard.name, _registered(shard.name, shard.place), shard.place, None)
+    shard.shape, shard.held, shard.order, shard.raw, shard.dense = now.shape, now.held, now.order, now.raw, now.dense
+
+
 def side_store(prefix: str) -> dist.Store:
     """The store of the default process group, for messages that are no collectives."""
     return dist.PrefixStore(prefix, _get_default_store())
@@ -415,6 +422,8 @@ def _copied(raw: Callable[[], Tensor]) -> Tensor:
 
 def _registered(name: str, place: tuple[nn.Module, str]) -> Tensor:
     buffer = place[0]._buffers.get(place[1])
+    if buffer is None and place[1] in place[0]._non_persistent_buffers_set:
+        return torch.empty(0)  # a cache that was dropped
     if buffer is None:
         raise RuntimeError(f"{name} is no buffer of the model any more. Call ema.rescan().")
     return buffer

@@ -44,7 +44,8 @@ class Loan:
             average = self._own.get(slot.name, slot.shadow)
             if average is not None:
                 slot.local.copy_(average)
-        self._lent = [(slot, slot.local.clone()) for slot in self._buffers if slot.shard.dtype.is_floating_point]
+        told = [slot for slot in self._buffers if slot.shard.persistent and slot.shard.dtype.is_floating_point]
+        self._lent = [(slot, slot.local.clone()) for slot in told]
         torch.clear_autocast_cache()  # autocast would go on using the casts of the live weights
 
     def floating_buffers(self) -> tuple[dict[str, Tensor], list[str]]:

@@ -33,10 +33,18 @@ PRELOAD += ["torch.distributed.tensor.parallel"]
 
 
 def run_ranks(
-    world: int, work: Callable[..., Any], *args: Any, timeout: float = 150.0, allow_dead: bool = False
+    world: int,
+    work: Callable[..., Any],
+    *args: Any,
+    timeout: float = 150.0,
+    allow_dead: bool = False,
+    method: str = "forkserver",
 ) -> list[Any]:
-    """Run `work(*args)` on `world` gloo ranks and return what each returned (None for a dead one, if allowed)."""
-    context = multiprocessing.get_context("forkserver")
+    """Run `work(*args)` on `world` gloo ranks and return what each returned (None for a dead one, if allowed).
+
+    method: "spawn" for ranks in which nothing is imported yet.
+    """
+    context: Any = multiprocessing.get_context(method)
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
         place = f"{work.__module__}:{work.__qualname__}"

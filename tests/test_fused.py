@@ -471,7 +471,7 @@ def check_ranks() -> None:
 
 def test_shards_of_an_ema_are_the_same() -> None:
     """Cut over two ranks, the element numbers do not begin at 0."""
-    run_ranks(2, check_ranks)
+    run_ranks(2, check_ranks, method="spawn")
 
 
 def check_the_hot_path() -> None:

@@ -300,6 +300,41 @@ def test_replaced_weights_raise_by_name() -> None:
     other.to(torch.float64)
     with pytest.raises(RuntimeError, match=r"weight was torch.float32 .* is now torch.float64"):
         ema.update()
+    images = Images()
+    ema = EMA(images, 0.5)
+    images.to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match=r"a.weight was .* lies in another order"):
+        ema.update()
+
+
+def test_caches_may_become_any_size() -> None:
+    """A buffer that no state_dict holds (a table of positions) is the module's own: followed, lent by nobody, given back as
+    it was."""
+
+    def assign(*sizes: int) -> torch.Tensor:
+        model.register_buffer("table", torch.randn(sizes), persistent=False)
+        return model.table.clone()
+
+    model = nn.Linear(2, 2)
+    assign(4, 2)
+    ema = EMA(model, [0.5, 0.9])
+    for sizes in ((8, 2), (1,), (3, 3)):
+        kept = assign(*sizes)
+        ema.update()
+        with ema.swap(1):
+            assert torch.equal(model.table, kept)
+            assign(9, 9)
+        assert torch.equal(model.table, kept)
+        with ema.swap():
+            model.table.zero_()
+        assert torch.equal(model.table, kept)
+    assert set(ema.gather()) == {"weight", "bias"}
+    model.table = None
+    ema.update()
+    kept = assign(2, 2)
+    with ema.swap():
+        model.table = None
+    assert torch.equal(model.table, kept)
 
 
 def test_newly_trainable_weights_need_rescan() -> None:

@@ -147,8 +147,7 @@ class Listed:
     def _otherwise(self, slot: Slot) -> bool:
         """What moved has another dtype, device or order now, which an EMA refuses to follow."""
         raw, old = slot.shard.raw(), slot.local
-        turned = self._given is not None and (raw.shape, raw.stride()) != slot.form
-        return turned or (raw.dtype, raw.device) != (old.dtype, old.device)
+        return slot.turned or (raw.dtype, raw.device) != (old.dtype, old.device)
 
     def _rebuild(self, model: nn.Module) -> None:
         self._average.settle()
