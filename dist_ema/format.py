@@ -38,6 +38,7 @@ __all__ = [
     "Entry",
     "File",
     "Sum",
+    "check_meta",
     "check_sum",
     "dump",
     "find_model",
@@ -152,8 +153,13 @@ def dump(value: Any) -> bytes:
 
 def stamp(meta: dict[str, Any]) -> bytes:
     """ema.json, with the CRC-32 of everything else in it under "crc32"."""
+    return dump(meta | {"crc32": check_meta(meta)})
+
+
+def check_meta(meta: dict[str, Any]) -> str:
+    """The CRC-32 of everything in ema.json but "crc32", however the JSON is laid out."""
     rest = {key: value for key, value in meta.items() if key != "crc32"}
-    return dump(rest | {"crc32": f"{zlib.crc32(dump(rest)):08x}"})
+    return f"{zlib.crc32(dump(rest)):08x}"
 
 
 def size_of(text: int | str) -> int:

@@ -158,26 +158,33 @@ def _aliases_of_file(path: Path) -> Aliases:
 
 
 def _refuse_unsound(where: Path, meta: dict[str, Any]) -> None:
-    """Try what reading takes from ema.json, before anything changes: the file has no check sum of its own."""
+    """Try what reading takes from ema.json, before anything changes, and that it is what was written."""
     try:
         for said in meta["files"].values():
             _demand(type(said["size"]) is int and isinstance(said["crc32"], str) and len(said["crc32"]) == 8, said)
         for others in _sound(meta["aliases"], dict).values():
             _names(others)
-        if meta["kind"] == "export":
-            return
-        _demand(meta["kind"] == "ema", meta["kind"])
-        _demand(meta["weights"] in ("all", "averaged"), meta["weights"])
-        _names(meta["averaged"])
-        Clock().set(_sound(meta["clock"], dict))
-        _demand(type(meta["clock"]["accepted"]) is int, meta["clock"])
-        own = [_names(each["own_buffers"]) for each in (meta, *(meta["averages"][label] for label in _labels(meta)))]
-        if len(meta["schedules"]) != len(own):
-            raise ValueError(f"{len(meta['schedules'])} schedules for {len(own)} averages")
-        for spec in meta["schedules"]:
-            from_spec(spec)
+        if meta["kind"] != "export":
+            _try_averages(meta)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is damaged: {type(error).__name__}: {str(error)[:200]}") from None
+    if meta.get("crc32") != format.check_meta(meta):
+        raise ValueError(
+            f"{where} was changed since dist_ema wrote it. Move it away to start from the weights without clock and schedule."
+        )
+
+
+def _try_averages(meta: dict[str, Any]) -> None:
+    _demand(meta["kind"] == "ema", meta["kind"])
+    _demand(meta["weights"] in ("all", "averaged"), meta["weights"])
+    _names(meta["averaged"])
+    Clock().set(_sound(meta["clock"], dict))
+    _demand(type(meta["clock"]["accepted"]) is int, meta["clock"])
+    own = [_names(each["own_buffers"]) for each in (meta, *(meta["averages"][label] for label in _labels(meta)))]
+    if len(meta["schedules"]) != len(own):
+        raise ValueError(f"{len(meta['schedules'])} schedules for {len(own)} averages")
+    for spec in meta["schedules"]:
+        from_spec(spec)
 
 
 def _demand(sound: bool, value: Any) -> None:

@@ -341,6 +341,20 @@ def test_ema_json_is_not_trusted(odd: dict[str, Any], tmp_path: Path) -> None:
         ema.load(tmp_path / "a")
 
 
+@pytest.mark.parametrize("where", ["a", "a/model.safetensors"])
+def test_ema_json_has_a_check_sum(where: str, tmp_path: Path) -> None:
+    """Sound, and not what was written. JSON that says the same in another layout is not damaged."""
+    ema = moved(wide("ab"))
+    ema.save(tmp_path / "a")
+    path = tmp_path / "a" / format.META
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta))
+    ema.load(tmp_path / "a")
+    path.write_text(json.dumps(meta | {"clock": meta["clock"] | {"updates": 99}}))
+    with nothing_changes(ema), pytest.raises(ValueError, match=r"ema\.json was changed since dist_ema wrote it"):
+        ema.load(tmp_path / where)
+
+
 def test_a_file_of_another_length(tmp_path: Path) -> None:
     """Sound in itself, and not what was written: seen without the check sum too."""
     ema = moved(wide("ab"))
@@ -373,7 +387,7 @@ def test_aliases_that_cannot_be(tmp_path: Path) -> None:
     ema = moved(wide("abc"))
     ema.save(tmp_path / "a")
     path = tmp_path / "a" / format.META
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"aliases": {"a": ["b"]}}))
+    path.write_bytes(format.stamp(json.loads(path.read_text()) | {"aliases": {"a": ["b"]}}))
     for read in (ema.load, load_file):
         with (
             nothing_changes(ema),
@@ -667,11 +681,11 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_fuzz(good: Path, seed: int, tmp_path: Path) -> None:
-    """100 damaged folders a seed: a ValueError or OSError, or exactly the weights that were saved; nothing is written, and
-    an average that could not be loaded is as it was."""
+    """100 damaged folders a seed: a ValueError or OSError, or exactly the weights and the clock that were saved; nothing is
+    written, and an average that could not be loaded is as it was."""
     ema = moved(Core(), [0.5, Uniform()])
     ema.load(good)
-    want = [values(ema, i) for i in range(2)]
+    want, clock = [values(ema, i) for i in range(2)], ema._average.clock_spec()
     marks = [{name: torch.full_like(value, 7.0) for name, value in each.items()} for each in want]
     outcomes = {"loaded": 0, "refused": 0}
     for label, change in islice(mutations(seed), 100):
@@ -696,6 +710,7 @@ def test_fuzz(good: Path, seed: int, tmp_path: Path) -> None:
         outcomes[outcome] += 1
         found = [values(ema, i) for i in range(2)]
         assert all(map(same, found, want if outcome == "loaded" else marks)), f"seed {seed}, {label}: {outcome}"
+        assert ema._average.clock_spec() == clock, f"seed {seed}, {label}: {outcome}"
         try:
             load_file(folder)
         except (ValueError, OSError):
@@ -703,7 +718,7 @@ def test_fuzz(good: Path, seed: int, tmp_path: Path) -> None:
         except BaseException as error:
             raise AssertionError(f"load_file, seed {seed}, {label}: {type(error).__name__}: {error}") from error
         assert tree(folder.parent) == before, f"seed {seed}, {label} wrote something"
-    assert min(outcomes.values()) >= 5, outcomes
+    assert min(outcomes.values()) >= 1, outcomes
 
 
 def test_fuzz_is_the_same_again(good: Path, tmp_path: Path) -> None:
