@@ -340,6 +340,14 @@ def test_readme_runs(line: int, code: str, reason: str | None, tmp_path: Path, m
     exec(compile("\n" * (line - 1) + code, str(ROOT / "README.md"), "exec"), {"__name__": "readme"})
 
 
+def test_every_other_page_is_run_or_says_so() -> None:
+    """A python block of the docs is part of a page that a test runs from top to bottom, or is marked `no-run`."""
+    run = {"accelerate.md", "lightning.md", "transformers.md", "recipes.md"}
+    assert {page.name for page in ROOT.glob("docs/**/*.md") if "```python\n" in page.read_text()} == run
+    said = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py") if path != Path(__file__))
+    assert all(f'"{name}"' in said for name in run)
+
+
 def test_blocks_are_read() -> None:
     """The reader of the README finds blocks, lines and reasons, and demands a reason."""
     text = "a\n```python\nx = 1\n```\n```bash\nls\n```\n<!-- not run: needs a GPU -->\n```python\ny\nz\n```"
