@@ -10,9 +10,9 @@ READY := $(VENV)/.ready
 
 $(READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q -e ".[dev]"
+	$(BIN)/pip install -q "$(TORCH)" -e ".[dev]"
 	$(BIN)/pip install -q --no-deps timm  # it asks for torchvision, which the tests do not need
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q --no-deps triton || true  # torch's own, or for its interpreter
 	touch $@
 
 demo: $(READY)  ## train on two ranks, export the average, look into the file
