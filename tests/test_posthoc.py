@@ -38,7 +38,7 @@ from dist_ema import (
 )
 from dist_ema.cli import main
 from dist_ema.profiles import Mixer, Profile, coefficients, gamma, inner_product
-from tests.kit import run_ranks
+from tests.kit import run_ranks, wrap
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())
 ANY = [
@@ -413,13 +413,12 @@ def test_resumed(tmp_path: Path) -> None:
 def _collective(folder: str) -> list[str]:
     """On 2 ranks: DDP and FSDP2 snapshots, then one mixture of each."""
     import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
 
     out = []
     for kind in ("ddp", "fsdp2"):
         torch.manual_seed(3)
         model: Any = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-        model = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else fully_shard(model)
+        model = wrap(kind, model)
         ema = EMA(model, TWO)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         ema.attach(optimizer)
