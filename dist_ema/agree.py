@@ -74,14 +74,18 @@ def _refuse_odd(names: list[str], a: list[int], b: list[int], one: int, other: i
 
 
 def on_averages(verb: str, ranks: Ranks, slots: Sequence[Slot]) -> None:
-    """Raise RuntimeError on every rank unless each holds the same complete average of a model that nobody wrapped."""
+    """Raise RuntimeError on every rank unless each holds the same average of a model that nobody wrapped.
+
+    Buffers may differ, as BatchNorm's do under DDP, which drop-ins take off: the first rank's go into files, as they do there.
+    """
     names = [slot.name for slot in slots]
+    weights = [slot for slot in slots if slot.shard.kind != "buffer"]
     ranks.begin(verb)
     _, odd = ranks.attempt(
-        verb, lambda: [_digest(names), *_fingerprints([slot.average for slot in slots])], combine=_differing
+        verb, lambda: [_digest(names), *_fingerprints([slot.average for slot in weights])], combine=_differing
     )
     if odd:
-        said = ", ".join(sorted(names[i - 1] for i in odd if i)[:3]) if odd[0] else "the names of the weights"
+        said = ", ".join(sorted(weights[i - 1].name for i in odd if i)[:3]) if odd[0] else "the names of the weights"
         raise RuntimeError(
             f"ema.{verb}(): the model is not wrapped, and {said} differ between the ranks of this job. Wrap the model (DDP, "
             "fully_shard), or start one process."
