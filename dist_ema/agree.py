@@ -76,7 +76,7 @@ def _refuse_odd(names: list[str], a: list[int], b: list[int], one: int, other: i
 def on_averages(verb: str, ranks: Ranks, slots: Sequence[Slot]) -> None:
     """Raise RuntimeError on every rank unless each holds the same average of a model that nobody wrapped.
 
-    Buffers may differ, as BatchNorm's do under DDP, which drop-ins take off: the first rank's go into files, as they do there.
+    Buffers may differ, as BatchNorm's do under DDP, which drop-ins take off: files get the first rank's, as there.
     """
     names = [slot.name for slot in slots]
     weights = [slot for slot in slots if slot.shard.kind != "buffer"]
