@@ -15,6 +15,7 @@ compiled graph those are silent, as the hook of the outermost module has run bef
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakMethod
 
@@ -129,8 +130,8 @@ def _where(shard: Shard) -> str:
 class _Hook:
     """Announces a read. A deep copy or a pickle of the teacher is no teacher: it gets a hook that does nothing."""
 
-    def __init__(self, announce: Callable[[], None] | None = None, outer: bool = False) -> None:
-        self._announce = None if announce is None else WeakMethod(announce)
+    def __init__(self, announce: Callable[[], None], outer: bool) -> None:
+        self._announce = WeakMethod(announce)
         # NOTE: a graph cannot wait; it breaks where a read must be announced.
         self._breaking = torch.compiler.disable(self._tell) if outer else None
 
@@ -141,9 +142,10 @@ class _Hook:
             self._breaking()
 
     def _tell(self) -> None:
-        announce = None if self._announce is None else self._announce()
+        announce = self._announce()
         if announce is not None:
             announce()
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        # NOTE: a function of the standard library's, so that pickled models load where dist_ema is not installed.
+        return getattr, (nullcontext(), "__exit__")
