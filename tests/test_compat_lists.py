@@ -7,6 +7,7 @@ package are written here in float64. What a drop-in does otherwise than its orig
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -782,6 +783,48 @@ def test_tied_in_a_list() -> None:
         assert weight[0] == 1.5
 
 
+def test_copies_and_pickles() -> None:
+    """Of model and average together, as loops and spawned processes make them: each pair goes on by itself, from the same
+    state, in the same buffers and tables. Guards `Listed.__getstate__` and `LitEma.__setstate__`."""
+    makes: dict[str, Callable[[nn.Module], Any]] = {
+        "torch_ema": lambda model: torch_ema.ExponentialMovingAverage(model.parameters(), 0.5),
+        "diffusers": lambda model: diffusers.EMAModel(model.parameters(), 0.5, min_decay=0.2),
+        "ldm": lambda model: ldm.LitEma(model, 0.5),
+        "state": lambda model: shadow.ModelEMA(model, 0.5),
+    }
+
+    def step(name: str, model: nn.Module, ema: Any, seed: int) -> list[Tensor]:
+        """What the table says after a move."""
+        move([model], seed)
+        if name == "diffusers":
+            ema.step(model.parameters())
+        elif name == "ldm":
+            ema(model)
+        else:
+            ema.update()
+        return table(name, ema)
+
+    def table(name: str, ema: Any) -> list[Tensor]:
+        if name == "ldm":
+            return [ema.get_buffer(short) for short in ema.m_name2s_name.values()]
+        return list(ema.shadow.values()) if name == "state" else ema.shadow_params
+
+    for name, make in makes.items():
+        model = Odd(random.Random(1), F32)
+        ema = make(model)
+        if name == "diffusers":
+            ema.pin_memory()
+        for seed in range(2):
+            step(name, model, ema, seed)
+        pairs = [copy.deepcopy((model, ema)), pickle.loads(pickle.dumps((model, ema)))]
+        mine = [value.clone() for value in step(name, model, ema, 2)]
+        for other, its in pairs:
+            assert its.average.now == 2
+            assert same(step(name, other, its, 2), mine), name
+            step(name, other, its, 3)
+        assert same(table(name, ema), mine), f"a copy of {name} moved the original"
+
+
 def test_refused_while_lent() -> None:
     """Inside a swap of `.average` the shadows are the weights: nobody may read or fill them."""
     ema = torch_ema.ExponentialMovingAverage(nn.Linear(2, 2).parameters(), 0.5)
@@ -986,6 +1029,8 @@ def becomes_sharded() -> None:
     assert near(target.parameters(), original.shadow_params)
     with raises(ValueError, "is sharded, and this rank holds only a part"):
         ema.step(target.parameters())
+    with raises(RuntimeError, "cannot be copied or pickled"):
+        copy.deepcopy(ema)
 
 
 def test_on_ranks(tmp_path: Path) -> None:

@@ -114,6 +114,10 @@ class LitEma(nn.Module):
             self._show()
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._show()
+
     def _save_to_state_dict(self, *args: Any) -> None:
         self._show()
         super()._save_to_state_dict(*args)

@@ -61,6 +61,23 @@ class Listed:
         self._device: torch.device | None = None
         self._use(self._build(model))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which follow their copy of the parameters. Raises RuntimeError where they are sharded."""
+        if self._ema._ranks.size > 1:
+            raise RuntimeError(
+                "a sharded average cannot be copied or pickled: use average.save(path) and average.load(path)."
+            )
+        table, clock = self.table, self._average.clock_spec()
+        kept = {name: self.__dict__[name] for name in ("_decay", "_buffers", "_dtype", "_device")}
+        return kept | {"model": self._model, "table": table, "clock": clock}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model, table, clock = (state.pop(name) for name in ("model", "table", "clock"))
+        self.__dict__.update(state)
+        self._use(self._build(model))
+        self.fill_table(table)
+        self._average.set_clock(clock)
+
     def _build(self, model: nn.Module) -> EMA:
         buffers: Any = "average" if self._buffers else "copy"
         return EMA(model, self._decay, dtype=self._dtype, device=self._device, split=False, buffers=buffers)
