@@ -75,19 +75,20 @@ def test_both_metrics(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(output.predictions), expected)
 
 
-@pytest.mark.parametrize("metric", ["eval_loss", "eval_ema_loss"])
+@pytest.mark.parametrize("metric", ["eval_schema_loss", "eval_ema_schema_loss", "ema_schema_loss"])
 def test_the_best_wins(metric: str, tmp_path: Path) -> None:
     """The first evaluation is made the best: the model ends as what won then, live or average, and so does the EMA."""
     callback = EMACallback(decay=0.9)
     made = trainer(
         tmp_path, callback, load_best_model_at_end=True, metric_for_best_model=metric, greater_is_better=True
     )
+    made.compute_metrics = lambda said: {"schema_loss": float(((said.predictions - said.label_ids) ** 2).mean())}
     made.train()
     assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
     saved = load_file(tmp_path / "checkpoint-4" / "ema")["w"]
     live = load_file(tmp_path / "checkpoint-4" / "model.safetensors")["w"]
     assert not torch.equal(saved, live)
-    assert torch.equal(made.model.w.detach(), saved if metric == "eval_ema_loss" else live)
+    assert torch.equal(made.model.w.detach(), live if metric == "eval_schema_loss" else saved)
     assert callback.ema is not None
     assert torch.equal(callback.ema.gather()["w"], saved)
 

@@ -80,7 +80,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self.ema.detach()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.ema.load(_beside(state.best_model_checkpoint))
-            if not self._live or "ema_" in str(args.metric_for_best_model):
+            if not self._live or "_ema_" in f"_{args.metric_for_best_model}":
                 self.ema.copy_to(self._trainer.model_wrapped)
 
     # --- in front of the trainer's methods ---------------------------------------------------------------------
