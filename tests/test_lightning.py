@@ -123,6 +123,30 @@ def test_a_validation_that_raises(tmp_path: Path) -> None:
     assert torch.equal(net.w.detach(), live)
 
 
+def test_after_a_fit_that_raises(tmp_path: Path) -> None:
+    """The next fit has an average of its own, and its files; another model is not taken for the one that was fitted."""
+
+    class Late(Net):
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.broken = self.trainer.global_step > 4
+            super().validation_step(batch, index)
+
+    callback, net = EMACallback(decay=0.5), Late()
+    with pytest.raises(KeyError, match="broken"):
+        trainer(tmp_path / "a", callback).fit(net, data(), data())
+    assert not torch.equal(net.w.detach(), net.seen[-1][1]), "the live weights are back"
+    other = Net()
+    with pytest.raises(RuntimeError, match="no average of this Net"):
+        trainer(tmp_path / "b", callback).validate(other, data())
+    made = trainer(tmp_path / "b", callback)
+    made.fit(other, data(), data())
+    assert callback.ema is not None
+    assert callback.ema.now == 12
+    assert torch.equal(load_file(tmp_path / "b" / "ema" / "last")["w"], callback.ema.gather()["w"])
+    with pytest.warns(UserWarning, match="after the fit writes no average"):
+        made.save_checkpoint(tmp_path / "late.ckpt")
+
+
 def test_logs(tmp_path: Path) -> None:
     callback = EMACallback(decay=0.5, every=2)
     logger = CSVLogger(str(tmp_path))

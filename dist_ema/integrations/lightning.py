@@ -8,6 +8,7 @@ itself it would be taken for one, because `ckpt_path="last"` looks at every name
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -46,6 +47,10 @@ class EMACallback(Callback):  # type: ignore[misc]
         self.ema: EMA | None = None
 
     # --- fitting -----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """NOTE: a fit that was left by an exception is not torn down, and its average is not that of the next one."""
+        self.teardown(trainer, pl_module, stage)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer)
@@ -89,6 +94,14 @@ class EMACallback(Callback):  # type: ignore[misc]
                 trainer.strategy.checkpoint_io.remove_checkpoint(where)
 
         return remove_checkpoint
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.ema is not None and not self._undo:
+            warnings.warn(
+                "trainer.save_checkpoint() after the fit writes no average, and a fit cannot resume from it. Let "
+                "ModelCheckpoint(save_last=True) write it, or use callback.ema.save().",
+                stacklevel=2,
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert self.ema is not None
