@@ -84,6 +84,28 @@ def test_accumulation_and_state(accelerator: Accelerator, tmp_path: Path) -> Non
         accelerator.load_state(tmp_path / "without")
 
 
+def test_two_averages(accelerator: Accelerator, tmp_path: Path) -> None:
+    """Each in a folder of its own: under one name the second would overwrite the first."""
+    model, optimizer, ema = prepared(accelerator)
+    other = EMA(model, 0.9)
+    other.attach(optimizer)
+    register(accelerator, ema)
+    for again in (ema, other):
+        with pytest.raises(ValueError, match=r"'ema' is taken by an average that was registered before"):
+            register(accelerator, again)
+    register(accelerator, other, "./slow")
+    with pytest.raises(ValueError, match="'slow' is taken"):
+        register(accelerator, other, "slow")
+    train(accelerator, model, optimizer, 4)
+    accelerator.save_state(tmp_path / "state")
+    fast, slow = ema.gather()["weight"], other.gather()["weight"]
+    assert not torch.equal(fast, slow)
+    train(accelerator, model, optimizer, 2)
+    accelerator.load_state(tmp_path / "state")
+    assert torch.equal(ema.gather()["weight"], fast)
+    assert torch.equal(other.gather()["weight"], slow)
+
+
 def test_log(accelerator: Accelerator) -> None:
     model, optimizer, ema = prepared(accelerator)
     registration = register(accelerator, ema)

@@ -33,6 +33,10 @@ class Registration:
             accelerator.register_load_state_pre_hook(self._load),
         ]
 
+    def writes(self, folder: str) -> bool:
+        """Whether this is the folder that the average goes to."""
+        return os.path.normpath(folder) == os.path.normpath(self._folder)
+
     def remove(self) -> None:
         """Take the hooks off again. Twice is once."""
         while self._handles:
@@ -60,10 +64,17 @@ class Registration:
 def register(accelerator: Accelerator, ema: EMA, folder: str = "ema") -> Registration:
     """Save the average inside every state folder, under `folder`, and load it from there. *Collective* on use.
 
-    Raises ValueError if `ema` averages none of the models that `accelerator.prepare` returned, or if it was given to
-    `register_for_checkpointing` ([Note: state hooks]); if that happens later, `save_state` raises.
+    Raises ValueError if `ema` averages none of the models that `accelerator.prepare` returned, if `folder` is taken by an
+    average registered before, or if it was given to `register_for_checkpointing` ([Note: state hooks]); if that happens
+    later, `save_state` raises.
     """
     _refuse_registered(accelerator, ema)
+    owners = [getattr(hook, "__self__", None) for hook in accelerator._save_model_state_pre_hook.values()]
+    if any(isinstance(each, Registration) and each.writes(folder) for each in owners):
+        raise ValueError(
+            f"the folder {folder!r} is taken by an average that was registered before, and one would overwrite the other: "
+            "remove() that registration first, or pass another folder=."
+        )
     prepared = {id(parameter) for model in accelerator._models for parameter in model.parameters()}
     if prepared.isdisjoint(id(parameter) for parameter in ema.model.parameters()):
         raise ValueError(
