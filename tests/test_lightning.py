@@ -147,6 +147,21 @@ def test_after_a_fit_that_raises(tmp_path: Path) -> None:
         made.save_checkpoint(tmp_path / "late.ckpt")
 
 
+def test_links_are_removed_alone(tmp_path: Path) -> None:
+    """A link that is rotated leaves the average of the checkpoint that it named."""
+    checkpoints, callback = (
+        ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_last="link"),
+        EMACallback(),
+    )
+    checkpoints.CHECKPOINT_NAME_LAST = "last-{epoch}"
+    trainer(tmp_path, callback, callbacks=[checkpoints, callback]).fit(Net(), data(), data())
+    assert [path.name for path in tmp_path.glob("last*")] == ["last-epoch=2.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "ema").iterdir()) == ["epoch=0", "epoch=1", "epoch=2"]
+    trainer(tmp_path, callback, max_epochs=4).fit(Net(), data(), data(), ckpt_path=tmp_path / "last-epoch=2.ckpt")
+    assert callback.ema is not None
+    assert callback.ema.now == 16
+
+
 def test_logs(tmp_path: Path) -> None:
     callback = EMACallback(decay=0.5, every=2)
     logger = CSVLogger(str(tmp_path))

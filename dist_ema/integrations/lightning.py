@@ -88,9 +88,9 @@ class EMACallback(Callback):  # type: ignore[misc]
 
     def _removing(self, trainer: Trainer, original: Callable[..., None]) -> Callable[..., None]:
         def remove_checkpoint(filepath: Any) -> None:
-            where = _beside(filepath)
+            where, link = _beside(filepath), os.path.islink(filepath)
             original(filepath)
-            if trainer.is_global_zero and os.path.isdir(where):
+            if trainer.is_global_zero and not link and os.path.isdir(where):  # what a link names has its average still
                 trainer.strategy.checkpoint_io.remove_checkpoint(where)
 
         return remove_checkpoint
