@@ -42,6 +42,7 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "Found",
@@ -292,11 +293,13 @@ def entrances(module: nn.Module, sharded: Sequence[nn.Module]) -> list[tuple[nn.
     return [(m, id(m) in outer) for m in dict.fromkeys(inside) if id(m) in outer or m._parameters or m._buffers]
 
 
-def before_state_dict(module: nn.Module, hook: Callable[..., None]) -> None:
+def before_state_dict(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
     """Run `hook` before `module.state_dict()`, and before FSDP1's own hook, which reads the weights already."""
-    hooks, handle = module._state_dict_pre_hooks, module.register_state_dict_pre_hook(hook)
+    hooks = module._state_dict_pre_hooks
+    handle: RemovableHandle = module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
     for other in [key for key in hooks if key != handle.id]:
         hooks[other] = hooks.pop(other)
+    return handle
 
 
 def frozen_by_inductor(model: nn.Module) -> bool:

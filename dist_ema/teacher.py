@@ -22,6 +22,7 @@ from weakref import WeakMethod
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from . import shards
 from .shards import Shard
@@ -40,11 +41,17 @@ class Teacher:
         self._shards = {name: shard for shard in found.shards for name in (shard.name, *shard.aliases)}
         self._given: dict[str, Shard] = {}  # by the model's names: what the EMA writes
         self._seen: dict[str, int] = {}
+        self._handles: list[RemovableHandle] = []
         for module, outer in shards.entrances(self.module, self.sharded):
             hook = _Hook(announce, outer)
-            module.register_forward_pre_hook(hook, prepend=True)
-            module.register_load_state_dict_pre_hook(hook)
-            shards.before_state_dict(module, hook)
+            self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
+            self._handles.append(module.register_load_state_dict_pre_hook(hook))
+            self._handles.append(shards.before_state_dict(module, hook))
+
+    def release(self) -> None:
+        """Take the hooks off, for another EMA that writes this teacher from now on."""
+        while self._handles:
+            self._handles.pop().remove()
 
     def give(self, asked: Sequence[Shard]) -> dict[str, Tensor]:
         """The teacher's elements for what each shard of the model holds here, overwritten with them, by name.

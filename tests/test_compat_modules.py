@@ -480,6 +480,27 @@ def run_yolo(seed: int) -> None:
     assert not any(p.requires_grad for p in average.ema.parameters())
 
 
+def test_yolo_validates_in_16_bits() -> None:
+    """Its validation casts the average and casts it back, in every epoch: each time the average is built again around it,
+    and no hooks of before are left. Guards `Teacher.release`."""
+    torch.manual_seed(0)
+    live = nn.Linear(2, 2)
+    ema = yolo.ModelEMA(live, tau=5)
+    ema.update(live)
+    counts = [len(hooks) for hooks in hooks_of(ema.ema)]
+    for _ in range(3):
+        ema.ema.half()
+        ema.ema.float()
+        ema.update(live)
+        assert [len(hooks) for hooks in hooks_of(ema.ema)] == counts
+    assert ema.average.now == ema.updates == 4
+    assert all(counts)
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    return [module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_pre_hooks]
+
+
 def test_yolo_attributes() -> None:
     live = Body()
     average = yolo.ModelEMA(live)

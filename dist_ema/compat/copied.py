@@ -113,15 +113,19 @@ class Copied:
             if _weights(shards.find(live).shards) != _weights(ours):
                 raise RuntimeError(f"the average belongs to another model. {self.why}")
             return
+        old = None if self._ema is None else self._ema._average
+        if old is not None:
+            old.settle()
         before = [] if self.module is None else shards.find(self.module).shards
         kept = [(shard, shard.read().clone()) for shard in before if keep]
-        updates = None if self._ema is None else self._ema._average.clock_spec()
         self._ema = EMA(live, into=self.module, **self._options)
         with torch.no_grad():
             for shard, value in kept:
                 shard.read().copy_(value)
-        if updates is not None:
-            self._ema._average.set_clock(updates)
+        if old is not None:
+            self._ema._average.set_clock(old.clock_spec())
+            if old.teacher is not None:
+                old.teacher.release()
         self._seen, self._rest = self._signature(), self._left_over(self._ema)
 
     def _left_over(self, ema: EMA) -> list[tuple[Shard, Shard]]:
