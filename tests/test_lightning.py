@@ -147,6 +147,24 @@ def test_after_a_fit_that_raises(tmp_path: Path) -> None:
         made.save_checkpoint(tmp_path / "late.ckpt")
 
 
+def test_moved_after_the_fit(tmp_path: Path) -> None:
+    """Lightning moves the module to the host behind a fit. Here it is cast, which an EMA refuses to follow for the same
+    reason. Guards the property `ema`."""
+    callback, net = EMACallback(decay=0.5), Net()
+    made = trainer(tmp_path, callback)
+    made.fit(net, data(), data())
+    average = load_file(tmp_path / "ema" / "last")["w"]
+    net.double()
+    assert callback.ema is not None
+    assert torch.equal(callback.ema.gather()["w"], average)
+    callback.ema.export(tmp_path / "out.safetensors")
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["w"], average.double())
+    assert callback.ema.now == 12
+    net.float()
+    made.test(net, data())
+    assert torch.equal(net.seen[-1][1], average)
+
+
 def test_links_are_removed_alone(tmp_path: Path) -> None:
     """A link that is rotated leaves the average of the checkpoint that it named."""
     checkpoints, callback = (

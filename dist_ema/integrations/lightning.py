@@ -36,7 +36,7 @@ class EMACallback(Callback):  # type: ignore[misc]
       with it. Resuming from a checkpoint without one raises.
     - Loggers get decay, updates and skipped every `log_every_n_steps`.
 
-    `callback.ema` is the `EMA`, from the beginning of the fit on: `callback.ema.export("out")` after it.
+    `callback.ema` is the `EMA`, from the beginning of the fit on: `callback.ema.export("out")` after it, on all ranks.
     """
 
     def __init__(self, decay: Any = 0.9999, *, every: int = 1, start: int = 0, **options: Any) -> None:
@@ -44,13 +44,33 @@ class EMACallback(Callback):  # type: ignore[misc]
         self._attach: dict[str, Any] = {"every": every, "start": start}
         self._lent: AbstractContextManager[EMA] | None = None
         self._undo: list[Callable[[], None]] = []
-        self.ema: EMA | None = None
+        self._left: tuple[list[Any], dict[str, Any]] | None = None  # where the fit's weights lay, and what it averaged
+        self._ema: EMA | None = None
+
+    @property
+    def ema(self) -> EMA | None:
+        """The average, from the beginning of the fit on. *Collective* after it.
+
+        NOTE: Lightning moves the module to the host behind a fit and back for a test, so it is built again where that lies.
+        """
+        if self._ema is not None and self._left is not None and self._left[0] != _places(self._ema.model):
+            self._ema = EMA(self._ema.model, **self._make)
+            self._ema.load_state_dict(self._left[1])
+            self._leave(self._ema)
+        return self._ema
+
+    @ema.setter
+    def ema(self, ema: EMA | None) -> None:
+        self._ema, self._left = ema, None
+
+    def _leave(self, ema: EMA) -> None:
+        self._left = _places(ema.model), ema.state_dict()
 
     # --- fitting -----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """NOTE: a fit that was left by an exception is not torn down, and its average is not that of the next one."""
-        self.teardown(trainer, pl_module, stage)
+        self._let_go()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer)
@@ -74,6 +94,11 @@ class EMACallback(Callback):  # type: ignore[misc]
         self._undo.append(lambda: setattr(strategy, "remove_checkpoint", remove))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go()
+        if self._ema is not None and self._left is None and self._lent is None:
+            self._leave(self._ema)
+
+    def _let_go(self) -> None:
         while self._undo:
             self._undo.pop()()
 
@@ -157,6 +182,10 @@ class EMACallback(Callback):  # type: ignore[misc]
                 f"EMACallback has no average of this {type(trainer.lightning_module).__name__}: fit it first with the same "
                 "callback, or pass ckpt_path=."
             )
+
+
+def _places(model: nn.Module) -> list[Any]:
+    return [(weight.device, weight.dtype) for weight in model.parameters()]
 
 
 def _wrapped(trainer: Trainer) -> nn.Module:
