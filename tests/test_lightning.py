@@ -91,13 +91,17 @@ def test_fit_test_predict(tmp_path: Path) -> None:
 
 
 def test_refuses(tmp_path: Path) -> None:
-    """A test without any average, a resume from a checkpoint without one, a save under the average."""
+    """A test without any average, a resume from a checkpoint without one, one elsewhere, a save under the average."""
     with pytest.raises(RuntimeError, match="no average of this Net: fit it first"):
         trainer(tmp_path, EMACallback()).test(Net(), data())
     trainer(tmp_path, EMACallback()).fit(Net(), data(), data())
     (tmp_path / "ema" / "last").rename(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"last\.ckpt has no average"):
         trainer(tmp_path, EMACallback(), max_epochs=4).fit(Net(), data(), data(), ckpt_path=tmp_path / "last.ckpt")
+
+    callback = EMACallback()
+    with pytest.raises(ValueError, match="no path of a file system"):
+        trainer(tmp_path, callback, callbacks=[ModelCheckpoint("memory://run"), callback]).fit(Net(), data(), data())
 
     class Hasty(Net):
         def validation_step(self, batch: Any, index: int) -> None:

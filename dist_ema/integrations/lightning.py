@@ -196,6 +196,10 @@ def _wrapped(trainer: Trainer) -> nn.Module:
 
 def _beside(checkpoint: Any, must: bool = False) -> str:
     """Where the average of a checkpoint lies ([Note: where checkpoints go]). A link leads to what it names."""
+    if "://" in str(checkpoint):
+        raise ValueError(
+            f"{checkpoint} is no path of a file system: EMACallback writes averages beside checkpoints on one."
+        )
     folder, name = os.path.split(os.path.realpath(checkpoint))
     where = os.path.join(folder, "ema", name.removesuffix(".ckpt"))
     if must and not os.path.exists(where):
