@@ -242,6 +242,9 @@ def on_ranks() -> None:
         recalibrate(DistributedDataParallel(model), (1 / rank * x for x in batches(rank, ())))
     with raises(ValueError, "at least one batch on every rank"):
         recalibrate(fully_shard(Net(nn.BatchNorm1d)), batches(rank, ()) if rank else [])
+    # A rank whose loader fails must not leave the others in a forward that it never joins.
+    with raises(RuntimeError if rank else KeyError, "the disk is gone"):
+        recalibrate(fully_shard(Net(nn.BatchNorm1d)), batches(rank, ()) if rank else fails())
 
 
 def _oracle_of(norm: Any, data: list[Tensor]) -> dict[str, Tensor]:

@@ -97,29 +97,35 @@ def _together(loader: Iterable[Any], most: int, sharded: Ranks | None) -> Iterat
     """(batch, whether it counts). NOTE: a sharded forward is collective, so a rank that has run out of data repeats its
     last batch, uncounted, until all have."""
     batches = islice(loader, most)
+    if sharded is None:
+        yield from ((batch, True) for batch in batches)
+        return
     last: Any = _END
     while True:
-        batch = next(batches, _END)
-        if sharded is None:
-            if batch is _END:
-                return
-            yield batch, True
-            continue
+        batch, failure = _END, None
+        try:
+            batch = next(batches, _END)
+        except (
+            Exception
+        ) as error:  # told to the others before it is raised: they would wait for this rank in the forward
+            failure = error
         last = batch if batch is not _END else last
-        more, able = _any(sharded, batch is not _END), not _any(sharded, last is _END)
-        if more and not able:
-            raise ValueError("recalibrate() of a sharded model needs at least one batch on every rank.")
-        if not more:
+        more, lacking, failed = _any(sharded, batch is not _END, last is _END, failure is not None)
+        if failure is not None:
+            raise failure
+        if failed or not more:
             return
+        if lacking:
+            raise ValueError("recalibrate() of a sharded model needs at least one batch on every rank.")
         yield last, batch is not _END
 
 
-def _any(ranks: Ranks, flag: bool) -> bool:
-    """Whether it is true on some rank. *Collective*."""
-    said = torch.tensor(float(flag), device=ranks.wire_device())
+def _any(ranks: Ranks, *flags: bool) -> list[bool]:
+    """Whether each is true on some rank. *Collective*."""
+    said = torch.tensor(flags, dtype=torch.float32, device=ranks.wire_device())
     if ranks.size > 1:
         dist.all_reduce(said, dist.ReduceOp.MAX, group=ranks.group)
-    return bool(said)
+    return [bool(each) for each in said.tolist()]
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:
