@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset
 
 from dist_ema import EMA, load_file
 from dist_ema.recipes.batchnorm import recalibrate
@@ -121,6 +122,19 @@ def test_num_batches_forward_and_mappings() -> None:
     close(model, expected(model, data))
     assert recalibrate(model, data, forward=lambda inner, x: inner(x + 1)) == 3
     close(model, expected(model, [x + 1 for x in data]))
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.arange(24.0).view(8, 3))
+
+
+def test_progress_without_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal too, a DataLoader of an iterable dataset is fine: it has `__len__`, which raises."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    model = nn.BatchNorm1d(3)
+    assert recalibrate(model, DataLoader(Stream(), batch_size=4)) == 2
+    torch.testing.assert_close(model.running_mean, torch.tensor([10.5, 11.5, 12.5]))
 
 
 class Poison(nn.Module):

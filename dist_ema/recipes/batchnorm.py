@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -144,7 +144,9 @@ def _bar(loader: Iterable[Any], most: int) -> Iterator[Callable[[], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    total = min(most, len(loader)) if isinstance(loader, Sized) else most
+    total = most
+    with suppress(TypeError):  # a DataLoader has a length until it is asked for that of an iterable dataset
+        total = min(most, len(loader))  # type: ignore[arg-type]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("BatchNorm statistics", total=total)
         yield lambda: progress.advance(task)
