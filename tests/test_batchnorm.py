@@ -158,6 +158,13 @@ def fails() -> Iterator[Tensor]:
         (Net(nn.BatchNorm1d), [], ValueError, "saw no data"),
         (nn.Sequential(nn.BatchNorm1d(3)), [torch.randn(1, 3)], ValueError, "^0 saw one value per channel"),
         (Poison(), [torch.randn(4, 3)], ValueError, "bad saw NaN or infinity"),
+        (nn.Sequential(nn.BatchNorm1d(3)), [1e25 * torch.randn(4, 3)], ValueError, "^0 saw .* beyond float32"),
+        (
+            nn.Sequential(nn.BatchNorm1d(3)).half(),
+            [1e3 * torch.randn(4, 3).half()],
+            ValueError,
+            "^0 saw .* beyond float16",
+        ),
         (Net(nn.BatchNorm1d), fails(), KeyError, "the disk is gone"),
         (Net(nn.BatchNorm1d), [torch.randn(4, 2)], RuntimeError, "size"),
     ],

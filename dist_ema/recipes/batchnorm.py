@@ -54,8 +54,9 @@ def recalibrate(
     BatchNorm keeps it. Returns the number of batches on this rank.
 
     Nothing but running_mean and running_var changes; if anything raises, nothing does. Raises ValueError if there is no
-    BatchNorm that tracks statistics, no data, or if a layer saw NaN or infinity, with the names. A layer that the forward
-    does not reach keeps its statistics, with a warning. *Cost*: one layer's input in float64 at a time.
+    BatchNorm that tracks statistics, no data, or if a layer saw NaN, infinity or what its dtype cannot hold, with the
+    names. A layer that the forward does not reach keeps its statistics, with a warning. *Cost*: one layer's input in
+    float64 at a time.
     """
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}.")
@@ -81,7 +82,7 @@ def recalibrate(
 
     done, _ = ranks.attempt("recalibrate", run)
     moments = {name: each.over(ranks) for name, each in watch.moments.items()}
-    _refuse(moments)
+    _refuse(moments, layers)
     with torch.no_grad():
         for name, module in layers.items():
             if moments[name].count:
@@ -194,6 +195,11 @@ class _Moments:
     def variance(self) -> Tensor:
         return self.squares / (self.count - 1)
 
+    def fits(self, module: Any) -> bool:
+        """Whether the module's dtype can hold it: a variance leaves float16 at values of 256."""
+        mean, variance = self.mean.to(module.running_mean.dtype), self.variance.to(module.running_var.dtype)
+        return bool(mean.isfinite().all() and variance.isfinite().all())
+
 
 @dataclass
 class _Watch:
@@ -238,7 +244,7 @@ def _watched(model: nn.Module, layers: Mapping[str, Any], watch: _Watch) -> Iter
             module.training = mode
 
 
-def _refuse(moments: Mapping[str, _Moments]) -> None:
+def _refuse(moments: Mapping[str, _Moments], layers: Mapping[str, Any]) -> None:
     """Raise for statistics that must not be written, the same way on every rank."""
     if not any(each.count for each in moments.values()):
         raise ValueError(
@@ -250,6 +256,10 @@ def _refuse(moments: Mapping[str, _Moments]) -> None:
     bad = [name for name, each in moments.items() if not bool((each.mean + each.squares).isfinite().all())]
     if bad:
         raise ValueError(f"{', '.join(bad[:5])} saw NaN or infinity. No statistics were changed.")
+    large = [name for name, each in moments.items() if each.count and not each.fits(layers[name])]
+    if large:
+        dtype = str(layers[large[0]].running_var.dtype).removeprefix("torch.")
+        raise ValueError(f"{', '.join(large[:5])} saw values whose statistics are beyond {dtype}. None were changed.")
     idle = [name for name, each in moments.items() if each.count == 0]
     if idle:
         warnings.warn(f"{', '.join(idle[:5])} was not reached and keeps its statistics.", stacklevel=3)
