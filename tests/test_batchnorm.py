@@ -121,6 +121,9 @@ def test_num_batches_forward_and_mappings() -> None:
     assert recalibrate(model, ({"x": x} for x in data)) == 3
     close(model, expected(model, data))
     assert recalibrate(model, data, forward=lambda inner, x: inner(x + 1)) == 3
+    one = nn.Sequential(nn.BatchNorm1d(3))
+    recalibrate(one, data, forward=lambda inner, x: inner[0](input=x))
+    torch.testing.assert_close(one[0].running_mean, torch.cat(data).mean(0))
     close(model, expected(model, [x + 1 for x in data]))
 
 

@@ -208,9 +208,10 @@ class _Watch:
     moments: dict[str, _Moments]
     counting: bool = True
 
-    def look(self, name: str, module: Any, args: tuple[Any, ...]) -> None:
+    def look(self, name: str, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """In front of a layer: note the batch's moments, and lend them to the layer ([Note: no training mode])."""
-        x = _wide(args[0].detach()).transpose(0, 1).flatten(1) if args[0].dim() > 1 else _wide(args[0])[None]
+        seen: Tensor = args[0] if args else kwargs["input"]
+        x = _wide(seen.detach()).transpose(0, 1).flatten(1) if seen.dim() > 1 else _wide(seen)[None]
         count = x.shape[1]  # [C, everything else]
         if count == 0:
             return
@@ -230,7 +231,9 @@ def _watched(model: nn.Module, layers: Mapping[str, Any], watch: _Watch) -> Iter
     """Everything in evaluation mode, a hook on every layer; modes and statistics restored whatever raises."""
     modes = {module: module.training for module in model.modules()}
     kept = {module: (module.running_mean.clone(), module.running_var.clone()) for module in layers.values()}
-    hooks = [module.register_forward_pre_hook(partial(watch.look, name)) for name, module in layers.items()]
+    hooks = [
+        module.register_forward_pre_hook(partial(watch.look, name), with_kwargs=True) for name, module in layers.items()
+    ]
     model.eval()
     try:
         yield
