@@ -165,11 +165,19 @@ def test_estimates(studies: Callable[[str], Any]) -> None:
 
 def test_churn_and_fluctuation(studies: Callable[[str], Any]) -> None:
     results = studies("results")
-    cells = [{"predictions": {"a": text}} for text in ("0123", "0124", "0155")]
-    mean, error = results.churn(cells, "a")
-    assert mean == pytest.approx((0.25 + 0.5 + 0.5) / 3)
-    assert error == pytest.approx(math.sqrt(2 / 3 * (2 * (0.5 - 1.25 / 3) ** 2 + (0.25 - 1.25 / 3) ** 2)))
-    assert math.isnan(results.churn(cells[:2], "a")[1])
+    texts = (("0123", "0123"), ("0124", "0123"), ("0155", "0129"))
+    cells = [{"predictions": {"a": a, "b": b}} for a, b in texts]
+    assert results.churn(cells, "a") == pytest.approx((0.25 + 0.5 + 0.5) / 3)
+    assert results.churn(cells, "b") == pytest.approx((0 + 0.25 + 0.25) / 3)
+    # Without one seed after the other each pair of seeds is left, and b is calmer by 0.25 in all of them: without an error,
+    # although the churn of either has one.
+    here = results.calmer(cells, "b", "a")
+    assert (here.mean, here.error) == (pytest.approx(0.25), pytest.approx(0))
+    cells[2]["predictions"]["b"] = "0123"
+    here, mean = results.calmer(cells, "b", "a"), (0.25 + 0.5 + 0.5) / 3
+    assert here.mean == pytest.approx(mean)
+    assert here.error == pytest.approx(math.sqrt(2 / 3 * (2 * (0.5 - mean) ** 2 + (0.25 - mean) ** 2)))
+    assert math.isnan(results.calmer(cells[:2], "b", "a").error)
     rows = [{"epoch": i, "accuracy": {"a": value}} for i, value in enumerate((0.1, 0.9, 0.5, 0.7, 0.5))]
     assert results.fluctuation({"late": 1, "rows": rows}, "a") == pytest.approx(math.sqrt(0.08))
 

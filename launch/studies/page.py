@@ -176,7 +176,8 @@ launch/train.py (14,458 weights, BatchNorm), SGD with momentum at a constant lea
 wrong, the same ones for every seed. All averages of a run come from that one run; SWA is the mean of the live weights
 after each epoch of the last quarter. *Last epoch* is the test accuracy after it, *last quarter* its mean over the
 epochs of that quarter; *fluctuation* the standard deviation of its change from one epoch to the next in the last
-quarter; *churn* the share of test images on which two seeds differ, over all pairs.
+quarter; *churn* the share of test images on which two seeds differ, over all pairs (the standard error of a
+difference by leaving out one seed after the other).
 
 {_verdicts(verdicts.of_table(results))}
 
@@ -204,7 +205,7 @@ def _method(cells: Cells, name: str, kind: str, remark: str = "") -> list[str]:
         _percent(final(cells, key)),
         _percent(lasting(cells, key)),
         steady,
-        f"{100 * churn(cells, key)[0]:.1f}",
+        f"{100 * churn(cells, key):.1f}",
     ]
 
 

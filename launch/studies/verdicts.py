@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from .results import Estimate, Results, churn, fluctuation, paired
+from .results import Estimate, Results, calmer, fluctuation, paired
 from .sizes import HEADLINE, NOISES
 
 __all__ = [
@@ -79,12 +79,6 @@ def calm(cells: Cells) -> Estimate:
     return paired(steadiness(cells, LIVE), steadiness(cells, AVERAGE))
 
 
-def agreement(cells: Cells) -> Estimate:
-    """By how much the predictions of two seeds differ less. The two errors are added as if they were independent."""
-    (live, one), (average, two) = churn(cells, LIVE), churn(cells, AVERAGE)
-    return Estimate(live - average, math.hypot(one, two))
-
-
 def of_table(results: Results) -> list[Verdict]:
     by_noise = {noise: results.of("table", f"{noise}") for noise in NOISES}
     clean, worst = by_noise[NOISES[0]], by_noise[NOISES[-1]]
@@ -109,7 +103,7 @@ def of_table(results: Results) -> list[Verdict]:
         found.append(Verdict.by(text, said, here))
     text = "Two seeds predict alike more often (CIFAR-100: churn 18.8 to 11.7 %)"
     for noise, cells in by_noise.items():
-        here = agreement(cells)
+        here = calmer(cells, AVERAGE, LIVE)
         said = f"{noise} % wrong, churn, live minus average: {here.points()} points"
         found.append(Verdict.by(text, said, here))
     here = paired(final(clean, "0.999/recalibrated"), final(clean, "0.999/copied"))
