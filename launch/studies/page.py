@@ -354,15 +354,16 @@ def _no_difference(cells: Cells) -> str:
         if row["decay"] != 0.999 or row["shadow"] in ("live", "fp32, every step"):
             continue
         reference = next(k for k, each in enumerate(cells[0]["shadows"]) if each["decay"] == row["decay"])
-        way = fmean(cell["shadows"][i]["way"] for cell in cells)
+        way, apart = (fmean(cell["shadows"][i][key] for cell in cells) for key in ("way", "distance"))
         here = paired(*([cell["shadows"][k]["accuracy"] for cell in cells] for k in (i, reference)))
         verdict = (
-            "makes no difference"
+            "makes no difference to way and accuracy"
             if abs(way - 1) < 0.05 and abs(here.mean) <= 2 * here.error + 1e-9
             else "makes a difference"
         )
         sentences.append(
-            f"At decay 0.999 *{row['shadow']}* {verdict}: {way:.1%} of the way, {here.points()} points of accuracy."
+            f"At decay 0.999 *{row['shadow']}* {verdict}: {way:.1%} of the way, {here.points()} points. Its weights are "
+            f"{apart:.1%} of the way apart from the reference."
         )
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
