@@ -131,13 +131,21 @@ def plot(path: Path, runs: list[list[dict[str, Any]]], live: list[dict[str, floa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("sweep.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=20, metavar="N", help="of one run (20)")
-    parser.add_argument("--snapshots", type=int, default=32, metavar="N", help="of the two averages, over the run (32)")
-    parser.add_argument("--seeds", type=int, default=4, metavar="N", help="runs; the table has their mean (4)")
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="replaced (runs/sweep)")
+    whole = train._number(int, "a whole number of 1 or more", lambda n: n >= 1)
+    parser.add_argument("--epochs", type=whole, default=20, metavar="N", help="of one run (20)")
+    parser.add_argument(
+        "--snapshots", type=whole, default=32, metavar="N", help="of the two averages, over the run (32)"
+    )
+    parser.add_argument("--seeds", type=whole, default=4, metavar="N", help="runs; the table has their mean (4)")
+    text = "folder for sweep.json, sweep.png and seed-*/, which are replaced (runs/sweep)"
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help=text)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    shutil.rmtree(args.out, ignore_errors=True)
+    earlier = list(args.out.glob("seed-*"))  # nothing else in the folder is ours to remove
+    if earlier and not (args.out / "sweep.json").exists():
+        parser.error(f"--out {args.out} holds {earlier[0].name}, but no sweep.json: name another, or remove it")
+    for old in earlier:
+        shutil.rmtree(old)
     runs, live = [], []
     for seed in range(args.seeds):
         out = args.out / f"seed-{seed}"

@@ -669,3 +669,22 @@ def test_digits(digits: ModuleType, tmp_path: Path) -> None:
     assert {row["sigma_rel"]: row["distance"] for row in rows[:-1] if row["distance"] > 1e-3} == {}
     assert min(row["loss"] for row in rows) < live["loss"]
     assert digits.table(digits.mean([rows, rows])).count("\n") == 7
+
+
+def test_what_a_sweep_removes(digits: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The runs of an earlier sweep, and nothing else: --out may be any folder."""
+    words = ["--out", str(tmp_path), "--seeds", "1", "--epochs", "1", "--snapshots", "1"]
+    notes, other = tmp_path / "notes", tmp_path / "seed-7" / "theirs"
+    other.parent.mkdir()
+    for path in (notes, other):
+        path.touch()
+    with pytest.raises(SystemExit, match="2"):
+        digits.main(words)
+    assert f"--out {tmp_path} holds seed-7, but no sweep.json" in capsys.readouterr().err
+    assert other.exists()
+    (tmp_path / "sweep.json").touch()  # so it was one of ours
+    assert digits.main(words) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"notes", "seed-0", "sweep.json", "sweep.png"}
+    with pytest.raises(SystemExit, match="2"):
+        digits.main(["--seeds", "0"])
+    assert "argument --seeds: must be a whole number of 1 or more, got 0" in capsys.readouterr().err
