@@ -713,7 +713,7 @@ BARS = {
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = ("gpt2", "resnet50", "llama1b", "tiny", "many")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda or cuda:1")
+    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu, cuda or cuda:1")
     parser.add_argument("--model", choices=models, default="gpt2", help="whose list of shapes (many: 4000 x 64)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the live weights")
     parser.add_argument("--averages", type=int, default=1, help="how many averages are kept of each weight")
@@ -727,8 +727,20 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--averages and --repeat must be 1 or more, got {args.averages} and {args.repeat}")
     if args.device.type != "cpu" and not torch.accelerator.is_available():
         parser.error(f"--device {args.device}, but torch finds no accelerator here")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        parser.error(f"--out {args.out} cannot be written: {error.strerror}")
     args.dtype = getattr(torch, args.dtype)
     return args
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:1, got {text}") from None
 
 
 def measure(args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
@@ -740,7 +752,6 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
 
 def main(words: Sequence[str] | None = None) -> None:
     args = arguments(words)
-    args.out.mkdir(parents=True, exist_ok=True)
     head = heading(args)
     facts = (head["machine"], f"torch {head['torch']}", head["passes"], head["commit"], head["date"])
     about = ", ".join([f"{head['model']} {head['dtype']}", *facts])

@@ -28,6 +28,7 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,11 @@ def check(args: argparse.Namespace) -> None:
             f"{args.out / 'results'} holds results of a {facts['size']['name']} study with other settings: "
             "write to another --out, or remove them."
         )
+    try:
+        (args.out / "results").mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out / "results").close()
+    except OSError as error:
+        raise UsageError(f"--out {args.out} cannot be written: {error.strerror}.") from None
 
 
 def read_facts(results: Path) -> dict[str, Any]:

@@ -429,9 +429,9 @@ def find_start(args: argparse.Namespace) -> int:
         _refuse_changes(args, found[-1], state["settings"])
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        rewrite(args.out / "metrics.jsonl", [row for row in read_metrics(args.out) if row["epoch"] <= epoch])
     except OSError as error:
-        raise UsageError(f"--out {args.out} cannot be made: {error.strerror}.") from None
-    rewrite(args.out / "metrics.jsonl", [row for row in read_metrics(args.out) if row["epoch"] <= epoch])
+        raise UsageError(f"--out {args.out} cannot be written: {error.strerror}.") from None
     return epoch
 
 

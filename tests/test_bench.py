@@ -87,15 +87,20 @@ def test_memory(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_refusals(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--device", "cuda", "--out", str(tmp_path)],
-        env=ENVIRON,
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--device", "cuda"], "finds no accelerator"),
+        (["--device", "gpu"], "argument --device: must be cpu, cuda or cuda:1, got gpu"),
+        (["--out", SCRIPT], f"--out {SCRIPT} cannot be written: File exists"),
+    ],
+)
+def test_refusals(tmp_path: Path, words: list[str], sentence: str) -> None:
+    command = [sys.executable, SCRIPT, "--model", "tiny", "--out", str(tmp_path), *words]
+    done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "finds no accelerator" in done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # --- [Note: rounding] in kernels -----------------------------------------------------------------------------------

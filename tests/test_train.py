@@ -255,7 +255,7 @@ def test_wrapper_none_on_two_ranks(
         (["--batch-size", "1"], "--batch-size 1 cannot be shared by 1 ranks"),
         (["--batch-size", "2000"], "--batch-size 2000 is more than the 1347 training images."),
         (["--steps-per-epoch", "43"], "--steps-per-epoch 43: an epoch has 42 at batch size 32."),
-        (["--out", SCRIPT], f"--out {SCRIPT} cannot be made: File exists."),
+        (["--out", SCRIPT], f"--out {SCRIPT} cannot be written: File exists."),
         (["--decay", "1.5"], "argument --decay: must be at least 0 and below 1, got 1.5."),
         (["--epochs", "none"], "argument --epochs: must be a whole number of 1 or more, got none."),
     ],
@@ -273,6 +273,13 @@ def test_a_bad_argument_gives_one_sentence(
         sys.exit(train.main(["--device", "cpu", *arguments]))  # or argparse exits by itself
     assert sentence in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, train: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is there, but nothing can be put into it: refused before anything is trained."""
+    (tmp_path / "metrics.unfinished").mkdir()
+    assert train.main(["--out", str(tmp_path), "--epochs", "1", *QUICK]) == 2
+    assert f"train.py: --out {tmp_path} cannot be written: Is a directory." in capsys.readouterr().err
 
 
 def test_a_run_is_not_overwritten_nor_changed(
