@@ -529,7 +529,7 @@ def _launch_ranks(args: argparse.Namespace, job: str) -> dict[str, float]:
 
 
 def probe_ranks(args: argparse.Namespace, job: str, folder: Path) -> dict[str, float]:
-    """On one of two ranks: save an average of 367 MB, by us or by a gather of torch's."""
+    """On one of two ranks: save an average of 384 MB, by us or by a gather of torch's."""
     wrapper, way = job.split("-", 1)
     torch.set_num_threads(1)
     store = dist.FileStore(os.environ["STORE"], 2)
