@@ -357,6 +357,30 @@ def test_blocks_are_read() -> None:
             blocks(f"{bad}\n```python\n```")
 
 
+def links(page: Path) -> list[str]:
+    """Where a page leads to, code left out; '#section' belongs to the link."""
+    return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    ours = [link.partition("#")[0] for link in links(page) if not link.startswith(("http", "#"))]
+    assert [link for link in ours if not (page.parent / link).exists()] == []
+
+
+def test_both_start_pages_say_the_same() -> None:
+    """The same code and the same ways on, in either language."""
+    english, chinese = ROOT / "docs" / "index.md", ROOT / "docs" / "index.zh.md"
+    assert set(links(english)) <= set(links(chinese))
+    codes = []
+    for page in (english, chinese):
+        lines = page.read_text().partition("```diff")[2].partition("```")[0].splitlines()
+        codes.append([line.partition("#")[0].rstrip() for line in lines])
+    assert codes[0] == codes[1]
+
+
 # --- style -------------------------------------------------------------------------------------------------------
 
 LONGEST = 60
