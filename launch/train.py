@@ -452,8 +452,10 @@ def restore(run: Run, epoch: int) -> None:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The rows so far. A line without its end was being written when the run was killed: no row yet."""
     path = out / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -181,7 +181,7 @@ def test_resume_in_one_process(tmp_path: Path, train: ModuleType) -> None:
     assert train.main(["--out", str(parts), "--epochs", "2", *QUICK]) == 0
     (parts / ".unfinished" / "live").mkdir(parents=True)
     with (parts / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"epoch": 3, "live": {}, "ema": {}}) + "\n")
+        file.write(json.dumps({"epoch": 3, "live": {}, "ema": {}}) + "\n" + '{"epoch": 4, "li')  # cut short
     assert train.main(["--out", str(parts), "--epochs", "4", "--resume", *QUICK]) == 0
     assert_same_run(whole, parts, 4)
 
