@@ -182,6 +182,23 @@ def test_refuses(model: nn.Module, loader: Any, error: type[Exception], words: s
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_no_graph_and_empty_batches() -> None:
+    """Autograd is off, so that batches do not pile up; a batch without images is one that adds nothing."""
+    model, data, grads = nn.Sequential(nn.BatchNorm1d(3)), batches(0, ()), []
+    with torch.no_grad():
+        model[0].running_var.fill_(7.0)
+
+    def look(inner: nn.Module, x: Tensor) -> None:
+        y = inner(x)
+        grads.append(y.requires_grad)
+
+    assert recalibrate(model, [data[0], torch.empty(0, 3), data[1]], forward=look) == 3
+    assert grads == [False] * 3
+    torch.testing.assert_close(model[0].running_var, torch.cat(data[:2]).var(0))
+    with pytest.raises(ValueError, match="saw no data"):
+        recalibrate(model, [torch.empty(0, 3)])
+
+
 def test_num_batches_must_be_positive() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
         recalibrate(Net(nn.BatchNorm1d), [torch.randn(4, 3)], num_batches=0)
