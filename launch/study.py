@@ -140,6 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, work.StudyError) as refusal:
         print(f"study.py: {refusal}", file=sys.stderr)
         return 2 if isinstance(refusal, UsageError) else 1
+    except KeyboardInterrupt:
+        print("study.py: interrupted; the same command goes on with what is missing.", file=sys.stderr)
+        return 130
     from studies import page
 
     print(page.write(args.out))

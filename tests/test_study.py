@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,17 @@ def kill_when(there: Path, *words: str, worker: bool = False) -> tuple[int, str]
     return process.returncode, said
 
 
+def interrupt_when(there: Path, *words: str) -> tuple[int, str]:
+    """Ctrl-C, which reaches all processes of the terminal, once the path exists. The exit code and what was printed."""
+    process = start(*words)
+    while not there.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    return process.returncode, said
+
+
 def worker_of(main: int) -> int:
     """A grandchild: workers are forked by a server, which the main process started."""
     parents = {}
@@ -99,6 +109,10 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     code, said = kill_when(results / ".scratch" / "language-0" / "step-000006", *words, worker=True)
     assert (code, "study.py: language-0: the ranks ended with codes" in said) == (1, True), said
     assert not (results / "language-0.json").exists()
+    code, said = interrupt_when(results / "table-0-0.json", *words)
+    assert (code, said.splitlines()[-1][:22]) == (130, "study.py: interrupted;"), said
+    assert "Traceback" not in said
+    assert not (results / "table-20-0.json").exists(), "what had not begun was begun after Ctrl-C"
     kill_when(results / "table-20-0.json", *words)
     assert not (results / "equivalence-1.json").exists()
     before = (results / "table-20-0.json").stat()
@@ -111,20 +125,16 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert f"{whole / 'results'} holds results of a smoke study" in study("--quick", "--out", str(whole), code=2)
 
 
-def test_a_failing_cell_ends_the_study(studies: Callable[[str], Any]) -> None:
+def test_a_failing_cell_ends_the_study(
+    studies: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The cell is named, and what had not begun is not begun."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as `run` sets it
     work, sizes = studies("work"), studies("sizes")
-    first, *others = sizes.cells(sizes.SMOKE, "table")
-
-    def fail() -> None:
-        raise ZeroDivisionError("by 0")
-
-    with ThreadPoolExecutor(1) as pool:
-        waiting = {pool.submit(fail): first} | {pool.submit(time.sleep, 0.3): cell for cell in others}
-        last = list(waiting)[-1]
-        with pytest.raises(work.StudyError, match="table-0-0: ZeroDivisionError: by 0"):
-            work._collect(pool, waiting, lambda: None, lambda cell: None)
-    assert last.cancelled()
+    cells = [sizes.Cell("table", "wrong", 0, 1), *sizes.cells(sizes.SMOKE, "table")]
+    with pytest.raises(work.StudyError, match="table-wrong-0: ValueError: invalid literal"):
+        work.run(cells, sizes.SMOKE, tmp_path, 1)
+    assert len(list(tmp_path.glob("*.json"))) <= 1  # the next one may have been quicker than the news
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from .sizes import Cell, Size
 __all__ = ["StudyError", "result_of", "run"]
 
 RANKS = 2
+STOPPED = -(1 << 62)  # steps done: do not begin what the pool has handed out already
 Say = Callable[[str], None]
 
 
@@ -59,17 +60,17 @@ def run(todo: Sequence[Cell], size: Size, out: Path, workers: int) -> None:
         alone = [cell for cell in todo if cell.experiment != "language"]
         if alone:
             pool = ProcessPoolExecutor(workers, context, _begin, (counter,))
-            with pool:
+            try:
                 waiting = {pool.submit(_cell, cell, size, out): cell for cell in alone}
-                _collect(pool, waiting, poll, finished)
+                _collect(waiting, poll, finished)
+            except BaseException:  # Ctrl-C too
+                counter.value = STOPPED
+                raise
+            finally:  # NOTE: no `with pool`: leaving that takes back the order to cancel
+                pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _collect(
-    pool: ProcessPoolExecutor,
-    waiting: dict[Future[None], Cell],
-    poll: Callable[[], None],
-    finished: Callable[[Cell], None],
-) -> None:
+def _collect(waiting: dict[Future[None], Cell], poll: Callable[[], None], finished: Callable[[Cell], None]) -> None:
     while waiting:
         ready, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
         poll()
@@ -77,8 +78,7 @@ def _collect(
             cell = waiting.pop(future)
             try:
                 future.result()
-            except BaseException as error:
-                pool.shutdown(wait=False, cancel_futures=True)
+            except Exception as error:
                 raise StudyError(f"{cell.name}: {type(error).__name__}: {error}") from error
             finished(cell)
 
@@ -116,6 +116,8 @@ def _tick(steps: int) -> None:
 
 
 def _cell(cell: Cell, size: Size, out: Path) -> None:
+    if _counter.value < 0:
+        return
     began = time.monotonic()
     result = importlib.import_module(f"{__package__}.{cell.experiment}").run(cell, size, _tick)
     _write(cell, out, result, time.monotonic() - began)
@@ -134,9 +136,14 @@ def _on_ranks(context: Any, cell: Cell, size: Size, out: Path, counter: Any, pol
     ranks = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(RANKS)]
     for rank in ranks:
         rank.start()
-    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
-        time.sleep(0.1)
-        poll()
+    try:
+        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            time.sleep(0.1)
+            poll()
+    except BaseException:
+        for rank in ranks:
+            rank.kill()
+        raise
     for rank in ranks:
         rank.kill() if rank.exitcode is None and any(each.exitcode for each in ranks) else None
         rank.join()
