@@ -44,7 +44,10 @@ def test_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(mean[name].double(), exact, rtol=1e-6, atol=1e-7)
     assert place["brake"](now=200.0, elapsed=200.0) == pytest.approx(0.2)
     assert round(place["brake"].units) == 86
+    assert "# 86 steps" in PAGE.read_text()
     assert place["ema"].now == 200
+    # As the comment beside `start` says: the means of epochs 5 to 8.
+    assert place["swa"].metrics(distance=False)["updates"] == 4
 
 
 def small() -> tuple[nn.Module, torch.optim.SGD]:

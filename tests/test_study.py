@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -135,6 +136,7 @@ def test_a_failing_cell_ends_the_study(
     with pytest.raises(work.StudyError, match="table-wrong-0: ValueError: invalid literal"):
         work.run(cells, sizes.SMOKE, tmp_path, 1)
     assert len(list(tmp_path.glob("*.json"))) <= 1  # the next one may have been quicker than the news
+    assert multiprocessing.active_children() == []
 
 
 def test_refusals(tmp_path: Path) -> None:
