@@ -111,6 +111,7 @@ def test_box() -> None:
             assert wanted == []
             continue
         met += 1
+        assert wanted
         assert all_[common.slices].ravel().tolist() == wanted
         assert common.numel == len(wanted)
         assert all_[a.slices][common.within(a)].ravel().tolist() == wanted

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from dist_ema import EMA, HalfLife, Power
+from dist_ema import EMA, Constant, HalfLife, Power, Schedule
 from dist_ema.cli import main
-from dist_ema.offline.plan import cost, pace, scaled
+from dist_ema.offline.plan import _response, cost, pace, scaled
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -157,7 +157,7 @@ def test_cost() -> None:
     )
     assert one.seconds == pytest.approx(1250 / 2e9)
     whole = cost(1000, world=8, wrapper="none", averages=2)
-    assert (whole.elements, whole.memory.shadows, whole.moved) == (1000, 8000, 20_000)
+    assert (whole.elements, whole.memory.shadows, whole.moved, whole.copies) == (1000, 8000, 20_000, 8000)
     host = cost(1000, world=4, wrapper="ddp", dtype="bf16", device="cpu", bandwidth=1.0, link=0.5)
     assert (host.memory.window, host.copied, host.moved, host.memory.place) == (1000, 1000, 2000, "cpu")
     assert host.seconds == pytest.approx(2000 / 1e9 + 1000 / 0.5e9)
@@ -208,6 +208,15 @@ def test_refused(arguments: list[str], code: int, words: str, call: Call) -> Non
     found, out, err = call(*arguments)
     assert (found, out) == (code, "")
     assert words in err
+
+
+@pytest.mark.parametrize("of", [Constant(0.9), Power(gamma=3.0)], ids=repr)
+def test_impulse_response(of: Schedule) -> None:
+    """What the plot shows: the shares of all updates, which sum to what is not of the start."""
+    shares, kept = [_response(of, 60.0, age) for age in range(60)], math.prod(of(now) for now in range(1, 61))
+    assert sum(shares) == pytest.approx(1 - kept, abs=1e-12)
+    assert shares[0] == pytest.approx(1 - of(60))
+    assert _response(of, 60.0, 59.5) == 0
 
 
 def test_power_is_known() -> None:

@@ -331,6 +331,9 @@ def test_caches_may_become_any_size() -> None:
     assert set(ema.gather()) == {"weight", "bias"}
     model.table = None
     ema.update()
+    with ema.swap():
+        assert model.table is None
+    assert model.table is None
     kept = assign(2, 2)
     with ema.swap():
         model.table = None
