@@ -28,7 +28,7 @@ check: $(READY)  ## format, lint, types
 test: check  ## the check and the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-study: $(READY)  ## the experiments of docs/results.md, half an hour on two cores, into runs/study; resumes
+study: $(READY)  ## the experiments of docs/results.md, 40 minutes on two cores, into runs/study; resumes
 	$(BIN)/python launch/study.py
 
 study-quick: $(READY)  ## the same in three minutes, too small to prove anything

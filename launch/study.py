@@ -1,6 +1,6 @@
 """Does averaging weights help? Train, compare, and write a page of results that says so, or that it does not.
 
-    python launch/study.py                            everything: half an hour on two cores
+    python launch/study.py                            everything: 40 minutes on two cores
     python launch/study.py --quick                    the same in three minutes, smaller: too small to prove anything
     python launch/study.py --only table               one experiment
     python launch/study.py --page                     the page and its plots again, from results that are there
