@@ -106,9 +106,7 @@ def _together(loader: Iterable[Any], most: int, sharded: Ranks | None) -> Iterat
         batch, failure = _END, None
         try:
             batch = next(batches, _END)
-        except (
-            Exception
-        ) as error:  # told to the others before it is raised: they would wait for this rank in the forward
+        except Exception as error:  # raised when the others know: they would wait for this rank in the forward
             failure = error
         last = batch if batch is not _END else last
         more, lacking, failed = _any(sharded, batch is not _END, last is _END, failure is not None)
