@@ -81,7 +81,10 @@ class Job:
         return self.verb == "export" and self.path.suffix == ".safetensors"
 
     def plan(self, tree: Tree) -> dict[str, format.File]:
-        """The files by name. Raises ValueError for a dtype that they cannot hold."""
+        """The files by name. Raises ValueError for a dtype that they cannot hold, and for extra= that is no JSON."""
+        if not isinstance(self.meta["extra"], dict):
+            raise ValueError(f"extra must be a dict of JSON values, got {self.meta['extra']!r}.")
+        format.stamp(self.meta)
         if self.mode not in (None, "direct", "stream"):
             raise ValueError(f"mode must be 'direct', 'stream' or None, got {self.mode!r}.")
         table = {slot.name: format.Entry(self._kind(slot), slot.shard.shape) for slot in tree.slots}

@@ -392,12 +392,13 @@ class EMA:
         """Write the average as a folder to resume from, itself a safetensors model. *Collective*, atomic.
 
         With `only=` the folder holds the averaged weights alone; of several averages the first lies in the folder, the
-        others under averages/. extra: JSON values to keep in ema.json. keep: the path ends in a number; of the folders that
-        are called alike, keep those with the highest numbers up to this one, and have the file `latest` beside them name
-        this one (`load` follows it). wait: False copies what this rank writes to the host and returns; a thread writes
-        behind training. The next save or export waits for it and raises what went wrong, so does the end of the program
-        wait. *Cost*: every rank writes its own bytes into place, no gather; across machines the first rank writes, unless
-        mode='direct'. wait=False: this rank's share once more in host memory, pinned on an accelerator, until it is written.
+        others under averages/. extra: a dict of JSON values to keep in ema.json, finite numbers only. keep: the path ends
+        in a number; of the folders that are called alike, keep those with the highest numbers up to this one, and have the
+        file `latest` beside them name this one (`load` follows it). wait: False copies what this rank writes to the host
+        and returns; a thread writes behind training. The next save or export waits for it and raises what went wrong, so
+        does the end of the program wait. *Cost*: every rank writes its own bytes into place, no gather; across machines the
+        first rank writes, unless mode='direct'. wait=False: this rank's share once more in host memory, pinned on an
+        accelerator, until it is written.
         """
         everything = self._average.only is None
         meta = {"kind": "ema", "weights": "all" if everything else "averaged", "extra": extra or {}}

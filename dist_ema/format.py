@@ -152,8 +152,12 @@ def dump(value: Any) -> bytes:
 
 
 def stamp(meta: dict[str, Any]) -> bytes:
-    """ema.json, with the CRC-32 of everything else in it under "crc32"."""
-    return dump(meta | {"crc32": check_meta(meta)})
+    """ema.json, with the CRC-32 of everything else in it under "crc32". Raises ValueError for what JSON cannot hold."""
+    try:
+        told: dict[str, Any] = _parse(dump(meta))  # as it will be read: JSON makes texts of keys, and sorts those
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{META} cannot hold {brief(meta.get('extra', meta))}: {error}.") from None
+    return dump(told | {"crc32": check_meta(told)})
 
 
 def check_meta(meta: dict[str, Any]) -> str:

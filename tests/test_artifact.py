@@ -6,10 +6,12 @@ import ast
 import contextlib
 import ctypes
 import json
+import math
 import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dist_ema
-from dist_ema import EMA, Uniform, artifact, load_file, wire
+from dist_ema import EMA, Uniform, artifact, format, load_file, wire
 from tests.kit import Collectives, Core, Images, Net, Training, raises, run_ranks, wrap
 
 
@@ -121,6 +123,24 @@ def test_targets_that_are_not_ours(ema: EMA, tmp_path: Path) -> None:
         ema.save(tmp_path / "x", mode="fast")  # type: ignore[arg-type]
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "x"
     assert not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
+
+
+@pytest.mark.parametrize(
+    "extra", [{"best": math.inf}, {"loss": math.nan}, {"a": {1, 2}}, {"a": "\ud800"}, [1]], ids=str
+)
+def test_extra_that_no_reader_takes(extra: Any, ema: EMA, tmp_path: Path) -> None:
+    """Refused at the call: a save that cannot be loaded would be found out after training."""
+    for wait in (True, False):
+        with pytest.raises(ValueError, match="extra|ema.json cannot hold"):
+            ema.save(tmp_path / "a", extra=extra, wait=wait)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_extra_comes_back(ema: EMA, tmp_path: Path) -> None:
+    """JSON makes texts of keys, which sort otherwise than numbers: the check sum is that of what is read."""
+    ema.save(tmp_path / "a", extra={"of epoch": {2: "a", 10: ("b", None)}})
+    ema.load(tmp_path / "a")
+    assert format.read_meta(tmp_path / "a")["extra"] == {"of epoch": {"2": "a", "10": ["b", None]}}
 
 
 def test_all_differences_at_once(ema: EMA, tmp_path: Path) -> None:
