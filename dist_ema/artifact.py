@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import commit, format, series
+from . import commit, format, series, sink
 from .behind import Behind
 from .layout import ALIGN, DTYPES, Box, Slot, kinds, parts, runs
 from .ranks import Ranks
@@ -312,8 +312,23 @@ def _refuse(job: Job) -> None:
         return
     if not path.is_dir():
         raise ValueError(f"{path} is a file. Give a folder, or let export write a name that ends in .safetensors.")
-    if job.verb == "save" and any(path.iterdir()) and not (path / format.META).exists():
+    if job.verb == "export":
+        if sink.resumable(path):
+            raise ValueError(f"{path} is an average to resume from: its clock would be lost. Choose another path.")
+    elif any(path.iterdir()) and not (path / format.META).exists():
         raise ValueError(f"{path} holds files but no {format.META}: it is not ours to replace. Choose another path.")
+    elif foreign := _strangers(path):
+        raise ValueError(
+            f"{path} holds {', '.join(foreign[:3])}, which ema.save() did not write and would remove. Choose another path."
+        )
+
+
+def _strangers(path: Path) -> list[str]:
+    """What else lies in a save. Of a damaged one nobody can tell, and a new version is what it needs."""
+    try:
+        return series.foreign(path)
+    except ValueError:
+        return []
 
 
 class _Writer:

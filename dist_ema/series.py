@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import commit, format
 
-__all__ = ["advance", "refuse"]
+__all__ = ["advance", "foreign", "refuse"]
 
 
 def refuse(path: Path, keep: int) -> None:
@@ -80,9 +80,9 @@ def _is_whole(path: Path, said: dict[str, object]) -> bool:
 def _retire(folder: Path) -> str | None:
     """Remove a save: out of sight at once, so that nobody ever finds half of it. Returns what kept it here."""
     try:
-        foreign = sorted(_written(folder) - _listed(folder))
-        if foreign:
-            return f"{folder} is kept beyond keep=: it holds {', '.join(foreign[:3])}, which ema.save() did not write."
+        others = foreign(folder)
+        if others:
+            return f"{folder} is kept beyond keep=: it holds {', '.join(others[:3])}, which ema.save() did not write."
         gone = commit.temporary(folder, "gone")
         os.rename(folder, gone)
         shutil.rmtree(gone)
@@ -91,8 +91,15 @@ def _retire(folder: Path) -> str | None:
     return None
 
 
+def foreign(folder: Path) -> list[str]:
+    """What lies in a folder of ours that dist_ema did not write. Raises ValueError where ema.json is damaged."""
+    return sorted(_written(folder) - _listed(folder))
+
+
 def _written(folder: Path) -> set[str]:
-    return {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_symlink() or not each.is_dir()}
+    # NOTE: NFS keeps a file that somebody reads as .nfsID until he is done.
+    files = (each for each in folder.rglob("*") if each.is_symlink() or not each.is_dir())
+    return {each.relative_to(folder).as_posix() for each in files if not each.name.startswith(".nfs")}
 
 
 def _listed(folder: Path) -> set[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from . import commit, format
 from .elements import Bytes
 
-__all__ = ["Model", "refuse_target", "write"]
+__all__ = ["Model", "refuse_target", "resumable", "write"]
 
 
 _MODEL = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -46,13 +46,14 @@ def refuse_target(path: Path, force: bool) -> None:
         raise ValueError(f"{path} is a file. Give a folder, or a name that ends in .safetensors.")
     elif any(path.iterdir()) and not any(path.glob("*.safetensors")):
         raise ValueError(f"{path} holds files but no model: it is not ours to replace. Choose another path.")
-    elif _resumable(path):
+    elif resumable(path):
         raise ValueError(
             f"{path} is an average to resume from: replaced, its clock would be lost. Choose another path."
         )
 
 
-def _resumable(path: Path) -> bool:
+def resumable(path: Path) -> bool:
+    """Whether `ema.save` wrote the folder."""
     try:
         return (path / format.META).exists() and format.read_meta(path).get("kind") == "ema"
     except ValueError:  # nothing that a run could resume from

@@ -125,6 +125,22 @@ def test_targets_that_are_not_ours(ema: EMA, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
 
 
+def test_nothing_else_is_replaced(ema: EMA, tmp_path: Path) -> None:
+    """A save takes the place of a save, not of what somebody put beside its files; an export takes no average away."""
+    ema.save(tmp_path / "a", max_shard_size=300)
+    ema.save(tmp_path / "a", max_shard_size=300)
+    with pytest.raises(ValueError, match="average to resume from"):
+        ema.export(tmp_path / "a")
+    ema.export(tmp_path / "b")
+    ema.export(tmp_path / "b")
+    ema.save(tmp_path / "b")
+    (tmp_path / "a" / "optimizer.pt").write_text("x")
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match=r"a holds optimizer.pt, which ema.save\(\) did not write"):
+        ema.save(tmp_path / "a")
+    assert files_of(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     "extra", [{"best": math.inf}, {"loss": math.nan}, {"a": {1, 2}}, {"a": "\ud800"}, [1]], ids=str
 )
