@@ -114,7 +114,8 @@ class _Place(NamedTuple):
     folder: str
     model: str  # the index, or the only file
     aliases: Aliases
-    meta: dict[str, Any]  # ema.json; {} if there is none
+    meta: dict[str, Any]  # ema.json; {} if there is none, or only a file of its folder is named
+    listed: dict[str, Any]  # size and check sum of the model's files, where ema.json has them
 
 
 def _place(path: Path) -> _Place:
@@ -123,16 +124,32 @@ def _place(path: Path) -> _Place:
     if not path.exists():
         raise ValueError(f"{path} does not exist: there is no folder and no file to read an average from.")
     if not path.is_dir():
-        aliases = {} if path.suffix == ".json" else _aliases_of_file(path)
-        return _Place(str(path.parent), path.name, aliases, {})
-    meta = format.read_meta(path) if os.path.lexists(path / format.META) else {}
-    if meta:
-        _refuse_unsound(path / format.META, meta)
-    elif (path / "averages").exists():
+        beside = _meta_beside(path.parent)
+        aliases = {} if path.suffix == ".json" else _aliases_of_file(path, beside)
+        listed = _listed(beside)
+        if path.name != format.INDEX or len(listed) < 2:
+            listed = {path.name: listed[path.name]} if path.name in listed else {}
+        return _Place(str(path.parent), path.name, aliases, {}, listed)
+    meta = _meta_beside(path)
+    if not meta and (path / "averages").exists():
         raise ValueError(
             f"{path} holds further averages, and no {format.META}: it is not all of what ema.save() wrote."
         )
-    return _Place(str(path), format.find_model(path), meta.get("aliases", {}), meta)
+    return _Place(str(path), format.find_model(path), meta.get("aliases", {}), meta, _listed(meta))
+
+
+def _meta_beside(folder: Path) -> dict[str, Any]:
+    """ema.json, tried; {} if there is none."""
+    if not os.path.lexists(folder / format.META):
+        return {}
+    meta = format.read_meta(folder)
+    _refuse_unsound(folder / format.META, meta)
+    return meta
+
+
+def _listed(meta: dict[str, Any]) -> dict[str, Any]:
+    """Size and check sum of the files in the folder itself."""
+    return {name: said for name, said in meta.get("files", {}).items() if "/" not in name}
 
 
 def _resolve(path: Path) -> Path:
@@ -142,18 +159,15 @@ def _resolve(path: Path) -> Path:
     return path
 
 
-def _aliases_of_file(path: Path) -> Aliases:
+def _aliases_of_file(path: Path, meta: dict[str, Any]) -> Aliases:
     """Of one file of a model: exports keep them in its header, folders in the ema.json beside it."""
     header = format.read_header(path)
     found: Aliases = {}
     for alias, name in header.metadata.items():
         if name in header.entries and alias not in header.entries and alias != "format":
             found.setdefault(name, []).append(alias)
-    if (path.parent / format.META).exists():
-        meta = format.read_meta(path.parent)
-        _refuse_unsound(path.parent / format.META, meta)
-        if path.name in meta["files"]:
-            found |= {name: others for name, others in meta["aliases"].items() if name in header.entries}
+    if path.name in meta.get("files", {}):
+        found |= {name: others for name, others in meta["aliases"].items() if name in header.entries}
     return found
 
 
@@ -235,7 +249,7 @@ class _Source(NamedTuple):
 
 def _started(place: _Place, readers: Sequence[Reader]) -> list[_Source]:
     """Every average starts from the one model; frozen weights and buffers may be in it or not."""
-    listed = {name: said for name, said in place.meta["files"].items() if "/" not in name} if place.meta else None
+    listed = place.listed if place.meta or place.listed else None
     return [_Source(Path(place.folder), r.slots, place.aliases, place.model, listed=listed) for r in readers]
 
 
@@ -410,7 +424,7 @@ def look(
                 f"the ranks see different files in {place.folder}. Is it on a file system that all of them share?"
             )
         found.judge(strict)
-        if verify and place.meta:
+        if verify and place.listed:
             _, sums = ranks.attempt("load", lambda: found.contributions(ranks), combine=_together)
             found.refuse_damaged(sums)
         yield found
@@ -540,9 +554,8 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     }
     if index is not None:
         format.refuse_other_index(where, index, files)
-    listed = {name: said for name, said in place.meta.get("files", {}).items() if "/" not in name}
     if place.meta:
-        _refuse_unlisted(folder, files, listed)
+        _refuse_unlisted(folder, files, place.listed)
     weights = {name: tensor for file in files for name, tensor in _mapped(folder / file, files[file])}
     return _with_aliases(where, weights, place.aliases)
 

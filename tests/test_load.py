@@ -321,6 +321,23 @@ def test_files_that_nobody_summed(tmp_path: Path) -> None:
             read(tmp_path / "a")
 
 
+@pytest.mark.filterwarnings("ignore:.*(starts from|left out)")
+@pytest.mark.parametrize("verb", ["save", "export"])
+def test_a_file_of_a_folder_is_summed_too(verb: str, tmp_path: Path) -> None:
+    """Naming the file or the index, and not the folder around it, does not leave the check out."""
+    ema = moved(Core())
+    getattr(ema, verb)(tmp_path / "one")
+    getattr(ema, verb)(tmp_path / "many", max_shard_size=300)  # in four
+    names = "one/model.safetensors", "many/model-00001-of-00004.safetensors", f"many/{format.INDEX}"
+    for name in names:
+        EMA(Core(), 0.5).load(tmp_path / name, strict=False)
+    flip(tmp_path / names[0])
+    flip(tmp_path / names[1])
+    for name in names:
+        with nothing_changes(ema), pytest.raises(ValueError, match="is damaged: its CRC-32"):
+            ema.load(tmp_path / name, strict=False)
+
+
 ODD_META: list[dict[str, Any]] = [
     {"files": {"model.safetensors": {}}}, {"files": {"model.safetensors": 7}}, {"kind": "sun"}, {"weights": "some"},
     {"files": {"model.safetensors": {"size": "1", "crc32": "00000000"}}}, {"aliases": []}, {"aliases": {"a": "b"}},
