@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import combine, format
+from . import combine, format, sink
 from .clock import Clock
 from .profiles import Fit, Mixer, Profile, coefficients
 from .schedule import Power, Schedule, from_spec
@@ -58,6 +58,7 @@ class Snapshots:
     """
 
     def __init__(self, where: str | Path | Sequence[str | Path]) -> None:
+        self._where = [where] if isinstance(where, (str, Path)) else list(where)
         folders = _folders(where)
         found = [stored for folder in folders for stored in _stored(folder)]
         if len(found) < 2:
@@ -88,6 +89,11 @@ class Snapshots:
         """The clock, the target's profile and the mixture's, to be plotted."""
         return self._mixer(at).shape(target, fit)
 
+    def refuse_place(self, out: str | Path) -> None:
+        """Raise ValueError where a mixture would be written among the snapshots, and be taken for one from then on."""
+        for each in self._where:
+            sink.refuse_place(each, out)
+
     def refuse(self, target: Schedule, fit: Fit) -> None:
         """Raise ValueError where the mixture would be something else than `target`."""
         if fit.residual > REFUSED:
@@ -114,6 +120,7 @@ class Snapshots:
         dtype: of floating weights ('F32', 'BF16' ...); None takes the model's own. tick: told how many bytes were written.
         *Cost*: 28 MB, whatever the model and however many snapshots.
         """
+        self.refuse_place(out)
         chosen = [(each, weight) for each, weight in zip(self.stored, fit.weights, strict=True) if weight]
         newest = chosen[-1][0]
         with ExitStack() as stack:

@@ -16,7 +16,7 @@ from typing import Any
 from . import commit, format
 from .elements import Bytes
 
-__all__ = ["Model", "refuse_target", "resumable", "write"]
+__all__ = ["Model", "refuse_place", "refuse_target", "resumable", "write"]
 
 
 _MODEL = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -31,6 +31,17 @@ class Model:
     index: str | None = None  # the index's name, where there are several files
     beside: Mapping[str, bytes | Path] = field(default_factory=dict)  # name -> content, or a file to copy
     meta: Mapping[str, Any] | None = None
+
+
+def refuse_place(read: str | Path, out: str | Path) -> None:
+    """Raise ValueError where writing `out` would replace what is read, or write into it."""
+    where, real = (Path(os.path.realpath(each)) for each in (out, commit.follow(Path(read))))
+    if where == real:
+        raise ValueError(f"{out} is {read} itself. Name another path.")
+    if real in where.parents:
+        raise ValueError(f"{out} lies inside {read}. Name a path outside of it.")
+    if where in real.parents:
+        raise ValueError(f"{read} lies inside {out}, which would be replaced. Name another path.")
 
 
 def refuse_target(path: Path, force: bool) -> None:

@@ -368,7 +368,10 @@ def test_dcp(call: Call, tmp_path: Path) -> None:
     )
     code, _, err = call(tmp_path / "dcp", tmp_path / "dcp" / "out", "--key", "app.model")
     assert code == 1
-    assert "lie inside one another" in err
+    assert "lies inside" in err
+    (tmp_path / "loop").symlink_to("loop")
+    assert call(tmp_path / "loop", tmp_path / "new")[0] == 2
+    assert call(tmp_path / "dcp", tmp_path / "loop" / "out", "--key", "app.model")[0] == 1
 
 
 def test_rounding_aliases_and_one_file(call: Call, tmp_path: Path) -> None:

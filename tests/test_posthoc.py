@@ -486,6 +486,10 @@ def test_refused(run: Any, tmp_path: Path) -> None:
         posthoc.reconstruct(tmp_path, out, sigma_rel=0.1)
     with pytest.raises(ValueError, match="is a file"):
         posthoc.reconstruct(run[0] / "0000000010" / "ema.json", out, sigma_rel=0.1)
+    for inside in (run[0] / "out", run[0] / "0000000190" / "out"):  # the next reconstruct would mix it in
+        with pytest.raises(ValueError, match="lies inside"):
+            posthoc.reconstruct(run[0], inside, sigma_rel=0.1)
+        assert main(["reconstruct", str(run[0]), str(inside), "--sigma-rel", "0.1"]) == 1
     with pytest.raises(ValueError, match="takes one of sigma_rel and target"):
         posthoc.reconstruct(run[0], out)
     with pytest.raises(ValueError, match=r"cannot be mixed .* misses \d\d% of its profile"):

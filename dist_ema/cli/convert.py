@@ -113,10 +113,10 @@ def _write(job: Any, options: argparse.Namespace) -> int:
     from contextlib import ExitStack
 
     from ..offline import convert as offline
-    from ..sink import refuse_target
+    from ..sink import refuse_place, refuse_target
 
     for each in filter(None, (options.source, options.like)):
-        offline.refuse_place(each, options.target)
+        refuse_place(each, options.target)
     refuse_target(options.target, options.force)
     with ExitStack() as stack:
         plan = offline.plan(job, stack)

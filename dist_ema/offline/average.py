@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import combine
+from .. import combine, sink
 from ..source import Source, open_model
 
 __all__ = ["Report", "average", "in_order", "shares"]
@@ -55,6 +56,11 @@ def average(
     parts = shares(len(chosen), weights, wma)
     if lawa and lawa > len(ordered):
         raise ValueError(f"--lawa {lawa} asks for more models than the {len(ordered)} that were given.")
+    for path in chosen:
+        if os.path.realpath(path) != os.path.realpath(
+            out
+        ):  # over one of them is fine: it is read before it is replaced
+            sink.refuse_place(path, out)
     with ExitStack() as stack:
         models = [stack.enter_context(open_model(path)) for path in chosen]
         last = models[-1]

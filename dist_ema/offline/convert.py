@@ -18,7 +18,7 @@ from ..elements import Bytes
 from ..foreign import Found, Leaf
 from ..source import WINDOW, Safetensors, Source
 
-__all__ = ["Job", "Plan", "candidates", "plan", "refuse_place", "write"]
+__all__ = ["Job", "Plan", "candidates", "plan", "write"]
 
 _TORCH_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin", "*.tar")
 _DIFFUSERS = (
@@ -187,13 +187,6 @@ def _pickled(path: Path) -> bool:
     with open(path, "rb") as file:
         first = file.read(8)  # of safetensors: the length of a header, which is never that long
     return checkpoint.is_archive(path) or (first[:1] == b"\x80" and 2 <= first[1] <= 5 and any(first[3:]))
-
-
-def refuse_place(source: Path, out: Path) -> None:
-    """What is read must not be replaced, nor be written into. Raises ValueError."""
-    here, there = source.resolve(), out.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise ValueError(f"{out} and {source} lie inside one another. Name a path outside of what is read.")
 
 
 # --- what is chosen ----------------------------------------------------------------------------------------------

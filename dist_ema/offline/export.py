@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import card, commit, format, manifest, sink
+from .. import card, format, manifest, sink
 from ..console import Bar, silent
 from ..elements import FLOATS, Bytes, finite, narrow, widen
 from ..source import Checked, Safetensors, Source, labels, open_model
@@ -75,8 +75,8 @@ def export(
     Raises ValueError where the two do not hold the same weights, `src` is not complete or is damaged, or `out` is taken.
     """
     where = Path(os.path.realpath(out))
-    for each in (src, like):
-        _refuse_place(each, out, where)
+    for each in filter(None, (src, like)):
+        sink.refuse_place(each, out)
     sink.refuse_target(where, force)
     with open_model(src, which) as model:
         _refuse_part(model, like)
@@ -93,19 +93,6 @@ def export(
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
-
-
-def _refuse_place(read: str | Path | None, out: str | Path, where: Path) -> None:
-    """What is read must not be replaced, nor be written into."""
-    if read is None:
-        return
-    real = Path(os.path.realpath(commit.follow(Path(read))))
-    if where == real:
-        raise ValueError(f"{out} is {read} itself. Name another path.")
-    if real in where.parents:
-        raise ValueError(f"{out} lies inside {read}. Name a path outside of it.")
-    if where in real.parents:
-        raise ValueError(f"{read} lies inside {out}, which would be replaced. Name another path.")
 
 
 def _refuse_part(model: Source, like: str | Path | None) -> None:

@@ -93,6 +93,7 @@ def reconstruct(
         run.refuse(targets[sigma], fit)
     places = _places(out, sigmas, folders)
     for place in places:
+        run.refuse_place(place)
         sink.refuse_target(place, force)
     kind = None if dtype is None else DTYPES[dtype]
     if plot is not None:
