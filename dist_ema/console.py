@@ -104,8 +104,8 @@ def out(lines: Iterable[str]) -> None:
 
 
 def out_json(value: Any) -> None:
-    """One JSON document to stdout."""
-    out([json.dumps(value, indent=2)])
+    """One JSON document to stdout. Raises ValueError for numbers that JSON does not have."""
+    out([json.dumps(value, indent=2, allow_nan=False)])
 
 
 def say(sentence: str, code: int) -> int:

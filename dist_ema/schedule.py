@@ -245,7 +245,7 @@ def from_spec(spec: dict[str, Any]) -> Schedule:
 def gamma_of(sigma_rel: float) -> float:
     """The exponent of the power profile with that relative width: the largest real root of
     x^3 + 7x^2 + (16 - s^-2)x + (12 - s^-2) (Karras et al. 2023, appendix C)."""
-    if not 0 < sigma_rel < math.sqrt(1 / 12):
+    if not 1e-150 < sigma_rel < math.sqrt(1 / 12):  # smaller than that its square is lost
         raise ValueError(f"sigma_rel must be between 0 and 0.2887 (the width of the plain mean), got {sigma_rel}.")
     t = sigma_rel**-2
     roots = np.roots([1.0, 7.0, 16.0 - t, 12.0 - t])

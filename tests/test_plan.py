@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,14 @@ def test_table(call: Call) -> None:
     assert (code, "sigma_rel  " in out, "6,931" in out) == (0, False, True)
 
 
+def test_decays_that_are_almost_1(call: Call) -> None:
+    """The line to paste is not rounded to 1, and has the half-life that was asked for."""
+    for half_life in (5e6, 5e9, 5e12):
+        out = call("--half-life", half_life)[1]
+        decay = float(re.findall(r"decay=([0-9.]+)\)", out)[0])
+        assert math.log(0.5) / math.log(decay) == pytest.approx(half_life, rel=1e-3)
+
+
 def test_json(call: Call) -> None:
     code, out, _ = call("--decay", 0.999, "--batch-size", 8, "--scale-batch", 2, "--params", "1M", "--json")
     values = json.loads(out)
@@ -201,6 +210,14 @@ def test_cost_table(call: Call) -> None:
         ),
         (["--window", "0.5"], 1, "a decay of -1 per step"),
         (["--half-life", "1e30"], 1, "a decay of 1 per step"),
+        (["--sigma-rel", "1e-300", "--length", "1"], 1, "a decay of 0 per step"),
+        (["--sigma-rel", "0.1", "--length", "1e300"], 1, "a decay of 1 per step"),
+        (["--decay", "0.99", "--scale-batch", "1e9"], 1, "a decay of 0 per step"),
+        (["--decay", "0.99", "--scale-batch", "1e-18"], 1, "a decay of 1 per step"),
+        (["--decay", "0.99", "--length", "1e300"], 1, "sigma_rel must be"),
+        (["--decay", "0.99", "--batch-size", "1e300", "--tokens-per-sample", "1e9"], 1, "half_life_tokens"),
+        (["--params", "7B", "--averages", "1e300"], 1, "more than can be computed with"),
+        (["--params", "7B", "--bandwidth", "1e-320", "--json"], 1, "not JSON"),
     ],
     ids=str,
 )

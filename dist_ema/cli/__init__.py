@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return say(_sentence(error), USAGE)
     except (ImportError, OSError, ValueError) as error:
         return say(_sentence(error), PROBLEM)
+    except ArithmeticError as error:
+        return say(f"these numbers are more than can be computed with: {error}.", PROBLEM)
     except RecursionError:  # from Python 3.12 on, JSON is read deeper than it is written
         return say("a file holds values that are nested too deeply to print.", PROBLEM)
     except KeyboardInterrupt:

@@ -156,11 +156,16 @@ def _count(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
+def _digits(decay: float, least: int = 8) -> str:
+    """As many as it takes to tell 1 - decay: 0.9999999965 is not 1."""
+    return f"{decay:.{max(least, 4 - math.floor(math.log10(1 - decay)))}g}"
+
+
 def _facts(pace: Pace, every: int) -> Iterator[tuple[str, str]]:
-    yield "decay per step", f"{pace.decay:.10g}"
+    yield "decay per step", _digits(pace.decay, 10)
     if every > 1:
         yield f"decay per {every} steps", f"{pace.decay**every:.10g}  (attach(every={every}) takes it by itself)"
-    yield "as Constant", f"EMA(model, decay={pace.decay:.8g})"
+    yield "as Constant", f"EMA(model, decay={_digits(pace.decay)})"
     unit = [unit for unit in pace.units if unit != "steps"]
     if unit:
         count = pace.units[unit[-1]]
@@ -179,7 +184,7 @@ def _facts(pace: Pace, every: int) -> Iterator[tuple[str, str]]:
 
 def _of_scaling(pace: Pace, other: Pace, factor: float) -> Iterator[str]:
     yield f"at {factor:g} times the batch: decay^{factor:g}, so that as many samples are remembered (Busbridge et al. 2023)"
-    rows = [("decay per step", f"{pace.decay:.8g}", f"{other.decay:.8g}")]
+    rows = [("decay per step", _digits(pace.decay), _digits(other.decay))]
     for unit, count in pace.units.items():
         rows.append(
             (f"half-life in {unit}", _count(pace.half_life * count), _count(other.half_life * other.units[unit]))

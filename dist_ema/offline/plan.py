@@ -90,9 +90,17 @@ def pace(
     steps = None if length is None else length / units[unit]
     if decay is None:
         decay = _decay(half_life, window, sigma_rel, units[unit], steps)
-    if not 0 < decay < 1:
-        raise ValueError(f"that is a decay of {decay:g} per step; between 0 and 1 lies what can be planned with.")
-    return Pace(decay, units, steps)
+    return _sound(Pace(decay, units, steps))
+
+
+def _sound(of: Pace) -> Pace:
+    """Raises ValueError where the decay is 0 or 1, or the numbers that follow from it are beyond those of a computer."""
+    if not 0 < of.decay < 1:
+        raise ValueError(f"that is a decay of {of.decay:g} per step; between 0 and 1 lies what can be planned with.")
+    odd = [name for name, value in of.plain().items() if value is not None and not math.isfinite(value)]
+    if odd:
+        raise ValueError(f"that is more than can be computed with: {', '.join(odd)} is infinite.")
+    return of
 
 
 def _decay(
@@ -106,7 +114,7 @@ def _decay(
     if steps is None:
         raise ValueError(f"--sigma-rel {sigma_rel:g} is a share of the training: say how long that is with --length.")
     spread = sigma_rel * steps  # = sqrt(d) / (1 - d), solved for 1 - d
-    return 1 - (math.sqrt(1 + 4 * spread**2) - 1) / (2 * spread**2)
+    return 1 - 2 / (1 + math.hypot(1, 2 * spread))
 
 
 def scaled(of: Pace, factor: float) -> Pace:
@@ -115,7 +123,7 @@ def scaled(of: Pace, factor: float) -> Pace:
     Busbridge et al. 2023, "How to Scale Your EMA". In samples nothing changes: HalfLife with elapsed=batch_size stays.
     """
     units = {unit: count if unit == "steps" else count * factor for unit, count in of.units.items()}
-    return Pace(of.decay**factor, units, None if of.length is None else of.length / factor)
+    return _sound(Pace(of.decay**factor, units, None if of.length is None else of.length / factor))
 
 
 @dataclass(frozen=True)
