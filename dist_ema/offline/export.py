@@ -75,7 +75,7 @@ def export(
     Raises ValueError where the two do not hold the same weights, `src` is not complete or is damaged, or `out` is taken.
     """
     where = Path(os.path.realpath(out))
-    for each in filter(None, (src, like)):
+    for each in (src,) if like is None else (src, like):
         sink.refuse_place(each, out)
     sink.refuse_target(where, force)
     with open_model(src, which) as model:
