@@ -25,6 +25,8 @@ from .teacher import Teacher
 __all__ = ["Average", "Profile"]
 
 LOOK_EVERY = 100  # updates between two looks at whether weights moved
+# What reads live weights for good, and so must not come inside the swap of another EMA.
+_OF_LIVE = ("ema.update", "ema.metrics", "ema.reset", "ema.rescan", "ema.save", "ema.export", "optimizer.step")
 
 
 @dataclass
@@ -230,7 +232,7 @@ class Average:
             raise RuntimeError(
                 f"{verb}() inside ema.swap(): the model holds the average, not the training weights.{hint}"
             )
-        if self._borrowed.lent and verb in ("ema.update", "ema.metrics", "optimizer.step"):
+        if self._borrowed.lent and verb in _OF_LIVE:
             raise RuntimeError(
                 f"{verb}() inside the swap of another EMA: the model does not hold its training weights."
             )

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def test_an_open_interval_survives_an_update_by_hand() -> None:
     assert ema.now == 4
 
 
-def test_two_averagers_of_one_model() -> None:
+def test_two_averagers_of_one_model(tmp_path: Path) -> None:
     """They nest, warn of nothing that the other did, and refuse what would average an average."""
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
@@ -231,8 +232,11 @@ def test_two_averagers_of_one_model() -> None:
     before = snapshot(model)
     with a.swap(), b.swap():
         pass
-    with b.swap(), pytest.raises(RuntimeError, match="inside the swap of another EMA"):
-        a.update()
+    refused = (a.update, a.reset, a.rescan, partial(a.save, tmp_path / "a"), partial(a.export, tmp_path / "a"))
+    for verb in refused:
+        with b.swap(), pytest.raises(RuntimeError, match="inside the swap of another EMA"):
+            verb()
+    assert list(tmp_path.iterdir()) == []
     b.detach()
     a.detach()
     a.attach(optimizer)
