@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import commit, format, series, sink
 from .behind import Behind
+from .kernels import SCRATCH
 from .layout import ALIGN, DTYPES, Box, Slot, kinds, parts, runs
 from .ranks import Ranks
 from .wire import Line, Part, collect
@@ -85,6 +86,8 @@ class Job:
         if not isinstance(self.meta["extra"], dict):
             raise ValueError(f"extra must be a dict of JSON values, got {self.meta['extra']!r}.")
         format.stamp(self.meta)
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating dtype, like torch.bfloat16, got {self.dtype!r}.")
         if self.mode not in (None, "direct", "stream"):
             raise ValueError(f"mode must be 'direct', 'stream' or None, got {self.mode!r}.")
         table = {slot.name: format.Entry(self._kind(slot), slot.shard.shape) for slot in tree.slots}
@@ -347,7 +350,7 @@ class _Writer:
         if name not in self._open:
             self._open[name] = commit.Target(self._folder / name)
         dtype = DTYPES[entry.dtype]
-        raw = memoryview(data.to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        raw = memoryview(_cast(self._names[number], data, dtype).contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         at, base = 0, len(file.head) + entry.begin
         for start, n in runs(Box(offsets, tuple(data.shape)), entry.shape):
             chunk = raw[at : at + n * dtype.itemsize]
@@ -364,6 +367,16 @@ class _Writer:
     def abandon(self) -> None:
         while self._open:
             self._open.popitem()[1].close()
+
+
+def _cast(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
+    """On the host. Raises ValueError where a finite value would become infinite or NaN."""
+    new = data.to("cpu", dtype)
+    if dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(data.dtype).max:
+        for was, now in zip(data.reshape(-1).split(SCRATCH), new.reshape(-1).split(SCRATCH), strict=True):
+            if not bool((now.float().isfinite() | ~was.to("cpu").isfinite()).all()):
+                raise ValueError(f"{name} holds values that are too large for {dtype}. Choose another dtype.")
+    return new
 
 
 def _finish(ready: _Ready, added: list[dict[str, int]]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import format, sink
-from .elements import FLOATS, Bytes, narrow, widen
+from .elements import FLOATS, Bytes, fitted, widen
 from .source import Source
 
 __all__ = ["DTYPES", "WINDOW", "Blend", "alike", "locate", "numeric", "write"]
@@ -60,7 +60,7 @@ class Blend:
             if name in self.summed:
                 yield self._sum(name, begin, end, dtype)
             else:
-                yield _converted(_window(self.rest, name, begin, end), self.rest.entries[name].dtype, dtype)
+                yield _converted(name, _window(self.rest, name, begin, end), self.rest.entries[name].dtype, dtype)
 
     def _sum(self, name: str, begin: int, end: int, dtype: str) -> Bytes:
         """NOTE: a window of a complex dtype holds twice as many floats."""
@@ -71,7 +71,7 @@ class Blend:
                 kind = _real(model.entries[here].dtype)
                 values = widen(_window(model, here, begin, end), kind)
                 total = total + np.multiply(values, weight, dtype=np.float64)
-        return narrow(total, _real(dtype))
+        return fitted(name, total, _real(dtype))
 
 
 def _window(model: Source, name: str, begin: int, end: int) -> Bytes:
@@ -82,8 +82,8 @@ def _window(model: Source, name: str, begin: int, end: int) -> Bytes:
         model.close()  # it opens again by itself; thousands of models would run out of open files
 
 
-def _converted(raw: Bytes, was: str, dtype: str) -> Bytes:
-    return raw if was == dtype else narrow(widen(raw, was), dtype)
+def _converted(name: str, raw: Bytes, was: str, dtype: str) -> Bytes:
+    return raw if was == dtype else fitted(name, widen(raw, was), dtype)
 
 
 def _real(dtype: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FLOATS", "TORCH", "Bytes", "Floats", "finite", "gathered", "narrow", "widen"]
+__all__ = ["FLOATS", "TORCH", "Bytes", "Floats", "finite", "fitted", "gathered", "narrow", "widen"]
 
 Bytes: TypeAlias = "NDArray[np.uint8]"  # 1D
 Floats: TypeAlias = "NDArray[Any]"  # 1D, float32 or float64
@@ -45,6 +45,14 @@ def narrow(values: Floats, dtype: str) -> Bytes:
         return _to_eight_bits(values, dtype)
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(values.astype(_PLAIN[dtype], copy=False)).view(np.uint8)
+
+
+def fitted(name: str, values: Floats, dtype: str) -> Bytes:
+    """As `narrow`. Raises ValueError where a finite value of the weight `name` would become infinite or NaN."""
+    raw = narrow(values, dtype)
+    if finite(raw, dtype) != int(np.isfinite(values).sum()):
+        raise ValueError(f"{name} holds values that are too large for {dtype}. Choose another dtype.")
+    return raw
 
 
 def finite(raw: Bytes, dtype: str) -> int:

@@ -418,6 +418,7 @@ class EMA:
         """Write the file to ship: the complete model, in the model's own dtypes or in `dtype`. *Collective*.
 
         path: a folder (what else it holds, like config.json, stays), or one file ending in .safetensors.
+        Raises ValueError where a finite value would become infinite in `dtype`.
         """
         profile = self._average.profile(which)
         meta = self._meta() | {"kind": "export", "weights": "all", "extra": {}}

@@ -97,6 +97,23 @@ def test_export(ema: EMA, tmp_path: Path) -> None:
     assert load_file(tmp_path / "half")["weight"].dtype == torch.bfloat16, "the model's own dtype"
 
 
+def test_too_large_for_the_dtype(tmp_path: Path) -> None:
+    """A finite value must not become infinite; what was infinite may stay so. Only floats are a dtype to ship."""
+    model = nn.Linear(2, 1)
+    with torch.no_grad():
+        model.bias.fill_(70000.0)
+    with pytest.raises(ValueError, match="bias holds values that are too large for torch.float16"):
+        EMA(model, 0.5).export(tmp_path / "a", dtype=torch.float16)
+    for dtype in (torch.int8, torch.complex64, "bf16"):
+        with pytest.raises(ValueError, match="dtype must be a floating dtype"):
+            EMA(model, 0.5).export(tmp_path / "a", dtype=dtype)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+    with torch.no_grad():
+        model.bias.fill_(math.inf)
+    EMA(model, 0.5).export(tmp_path / "a", dtype=torch.float16)
+    assert load_file(tmp_path / "a")["bias"].item() == math.inf
+
+
 def test_complex128_cannot_be_written(tmp_path: Path) -> None:
     model = nn.Module()
     model.w = nn.Parameter(torch.ones(2, dtype=torch.complex128))

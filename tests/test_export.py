@@ -158,6 +158,10 @@ def test_too_large_for_the_dtype(tmp_path: Path) -> None:
     save_file({"w": torch.tensor([1.0, 70000.0]), "n": torch.tensor(70000)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="w holds values that are too large for F16"):
         export(tmp_path / "a.safetensors", tmp_path / "out", dtype="F16")
+    for verb in (["average", "a.safetensors"], ["convert"]):  # the other verbs that cast
+        line = [verb[0], *(str(tmp_path / name) for name in [*verb[1:], "a.safetensors", "out"]), "--dtype", "fp16"]
+        assert main(line) == 1
+    assert not (tmp_path / "out").exists()
     save_file({"w": torch.tensor([1.0, float("inf")])}, tmp_path / "b.safetensors")
     export(tmp_path / "b.safetensors", tmp_path / "out", dtype="F16")
     assert load_file(tmp_path / "out")["w"].tolist() == [1.0, float("inf")]

@@ -373,7 +373,7 @@ def write(
         "extra": {"converted": {"from": plan.found.kind, "key": plan.found.key, **plan.found.extra}},
     }  # fmt: skip
     model = sink.Model(files, format.INDEX, {}, meta)
-    sink.write(out, model, lambda name: _content(plan.weights[name], plan.dtypes[name]), force=force, tick=tick)
+    sink.write(out, model, lambda name: _content(plan.weights[name], plan.dtypes[name], name), force=force, tick=tick)
     return meta
 
 
@@ -381,8 +381,8 @@ def _torch(dtype: str) -> str:
     return next(name for name, kind in elements.TORCH.items() if kind == dtype)
 
 
-def _content(leaf: Leaf, dtype: str) -> Iterator[Bytes]:
+def _content(leaf: Leaf, dtype: str, name: str = "") -> Iterator[Bytes]:
     size = format.Entry(leaf.dtype, tuple(leaf.shape)).nbytes
     for begin in range(0, size, WINDOW):
         raw = leaf.read(begin, min(begin + WINDOW, size))
-        yield raw if leaf.dtype == dtype else elements.narrow(elements.widen(raw, leaf.dtype), dtype)
+        yield raw if leaf.dtype == dtype else elements.fitted(name, elements.widen(raw, leaf.dtype), dtype)

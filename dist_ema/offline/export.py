@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import card, format, manifest, sink
 from ..console import Bar, silent
-from ..elements import FLOATS, Bytes, finite, narrow, widen
+from ..elements import FLOATS, Bytes, fitted, narrow, widen
 from ..source import Checked, Safetensors, Source, labels, open_model
 
 __all__ = ["DTYPES", "Exported", "export"]
@@ -305,8 +305,5 @@ class _Cast:
 
 
 def _cast(name: str, raw: Bytes, was: str, now: str) -> Bytes:
-    new = narrow(widen(raw, was), now)
     wider = now == "F64" or (now == "F32" and was != "F64")
-    if not wider and finite(new, now) != finite(raw, was):
-        raise ValueError(f"{name} holds values that are too large for {now}. Choose another dtype.")
-    return new
+    return narrow(widen(raw, was), now) if wider else fitted(name, widen(raw, was), now)
