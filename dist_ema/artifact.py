@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -181,7 +182,7 @@ class Scribe:
         files = {name: file for plan in plans for name, file in plan.items()}
         folder = Path(ranks.decide(job.verb, lambda: str(_make(job, files))))
         try:
-            direct = self._is_direct(job, folder)
+            direct = self._is_direct(job, folder, _digest(job, files))
             if not direct and self._line is None and ranks.size > 1:
                 self._line = Line(ranks)
         except BaseException:
@@ -189,17 +190,25 @@ class Scribe:
             raise
         return _Ready(job, plans, files, folder, None if direct else self._line)
 
-    def _is_direct(self, job: Job, folder: Path) -> bool:
-        """Ranks write into place where they are of one machine and all see the folder, or are told to. *Collective*."""
+    def _is_direct(self, job: Job, folder: Path, digest: int) -> bool:
+        """Ranks write into place where they are of one machine and all see the folder, or are told to. *Collective*.
+
+        Raises ValueError where they would write parts of different files.
+        """
         here = _machine() if any(tree.parts for tree in job.trees) else None
-        said = self._ranks.exchange(job.verb, [here, here is None or os.path.isdir(folder)])
-        blind = [rank for rank, (_, sees) in zip(self._ranks.members, said, strict=True) if not sees]
+        said = self._ranks.exchange(job.verb, [here, here is None or os.path.isdir(folder), digest])
+        if any(theirs != said[0][2] for _, _, theirs in said):
+            raise ValueError(
+                f"ema.{job.verb}(): the ranks ask for different files. which, dtype, max_shard_size and mode must be "
+                "alike on all of them."
+            )
+        blind = [rank for rank, (_, sees, _) in zip(self._ranks.members, said, strict=True) if not sees]
         if job.mode == "direct" and blind:
             raise RuntimeError(
                 f"ema.{job.verb}(mode='direct'): rank {blind[0]} does not see the folder {folder.parent} that rank "
                 f"{self._ranks.members[0]} writes to. Choose a file system that all ranks share, or pass mode='stream'."
             )
-        machines = {machine for machine, _ in said if machine is not None}
+        machines = {machine for machine, _, _ in said if machine is not None}
         return job.mode == "direct" or (job.mode is None and not blind and len(machines) < 2)
 
     def _carry_out(self, ready: _Ready) -> list[str]:
@@ -257,6 +266,13 @@ class _Ready:
 def _close(writers: list[_Writer]) -> dict[str, int]:
     """What was added to the check sum of every file."""
     return {name: added for writer in writers for name, added in writer.close().items()}
+
+
+def _digest(job: Job, files: dict[str, format.File]) -> int:
+    """Of what all ranks must agree on before each of them writes its own parts."""
+    return crc32(
+        repr((job.mode, [tree.spec for tree in job.trees], [(name, files[name].head) for name in files])).encode()
+    )
 
 
 def _machine() -> str:

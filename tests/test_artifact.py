@@ -407,6 +407,25 @@ def one_rank_fails(folder: str) -> None:
     ema.update()
 
 
+def ranks_that_differ(folder: str) -> None:
+    """Each would write its own part of another file into one: refused on all, before anything is written."""
+    first = dist.get_rank() == 0
+    ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), [0.5, 0.9])
+    ema.timeout = 20
+    for options in (
+        {"which": int(first)},
+        {"dtype": torch.bfloat16 if first else None},
+        {"max_shard_size": 999 + 3999 * first},
+    ):
+        with raises(ValueError, "ema.export(): the ranks ask for different files"):
+            ema.export(f"{folder}/differ", **options)
+    with raises(ValueError, "ema.save(): the ranks ask for different files"):
+        ema.save(f"{folder}/differ", mode="stream" if first else None)
+    dist.barrier()
+    assert not [name for name in os.listdir(folder) if "differ" in name]
+    ema.save(f"{folder}/differ", extra={"mine": dist.get_rank()})  # only the first rank's is written
+
+
 @contextlib.contextmanager
 def obeying_modes() -> Iterator[None]:
     """Root without its power over the modes of files (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH): this thread only."""
@@ -516,7 +535,7 @@ def several(folder: str, works: str) -> None:
 
 def test_on_ranks(tmp_path: Path) -> None:
     run_ranks(3, several, str(tmp_path), "a direct_and_stream canonical")
-    works = "b one_rank_fails nobody_wrapped permission_lost other_machines"
+    works = "b one_rank_fails ranks_that_differ nobody_wrapped permission_lost other_machines"
     run_ranks(2, several, str(tmp_path), works + " another_file_system" * (os.geteuid() == 0))
     for kind in ("ddp", "fsdp1-flat", "fsdp2"):
         stored = load_file(tmp_path / "a" / "direct_and_stream" / f"{kind}.safetensors")
