@@ -136,6 +136,7 @@ def test_plot(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """A PNG, with and without a length and a second batch size; refused where matplotlib is missing."""
     for name, more in (("a", []), ("b", ["--length", "5k"]), ("c", ["--length", "5k", "--scale-batch", "2"])):
         assert call("--decay", 0.99, "--plot", tmp_path / f"{name}.png", *more)[0] == 0
+        assert call("--decay", 0.9, "--plot", tmp_path / f"{name}.png", *more)[0] == 0
         assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = call("--decay", 0.99, "--plot", tmp_path / "d.png")

@@ -192,6 +192,8 @@ def plot(path: str, of: Pace, other: Pace | None = None) -> None:
         for label, schedule in lines:
             left.plot(ages, [_response(schedule, length, age) for age in ages], label=label)
             right.plot(clock, [1 - schedule(now, 1.0) for now in clock], label=label)
+        if len(lines) == 1:
+            right.set_ylim((1 - of.decay) / 2, (1 - of.decay) * 2)  # matplotlib warns of a range that is one value
         left.axvline(of.half_life, color="grey", lw=0.8, ls=":")
         left.set(xlabel="age in steps (dotted: the half-life)", ylabel="share in the average", title="impulse response")
         right.set(xlabel="step", ylabel="1 - decay", yscale="log", title="decay")
