@@ -11,8 +11,10 @@ EMA that nobody can reach any more is freed, shadows and all, and the next step 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, Protocol
 from weakref import WeakMethod
 
@@ -56,8 +58,10 @@ class Attachment:
     ) -> None:
         if not optimizers:
             raise ValueError("ema.attach() needs the optimizers that step the model.")
+        every, start = _whole("every", every), _whole("start", start)
         if every < 1 or start < 0:
             raise ValueError(f"every must be 1 or more and start 0 or more, got every={every}, start={start}.")
+        elapsed = elapsed if callable(elapsed) else _units(elapsed)
         inner = [_inner(optimizer) for optimizer in optimizers]
         self.every, self.start, self.guard = every, start, guard
         self._averager, self._clock, self._elapsed = averager, clock, elapsed
@@ -133,6 +137,25 @@ class _Hook:
                 "ema.attach() returned) for as long as you train, or call ema.detach() before you drop it.",
                 stacklevel=2,
             )
+
+
+def _whole(name: str, steps: Any) -> int:
+    """Of whatever integer type: it goes into files."""
+    try:
+        return index(steps)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number of steps, got {steps!r}.") from None
+
+
+def _units(elapsed: Any) -> float:
+    """Of whatever numeric type: it goes into files."""
+    try:
+        number = float(elapsed)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"elapsed must be positive and finite, got {elapsed!r}.")
+    return elapsed if type(elapsed) is int else number
 
 
 def _inner(optimizer: Any) -> Optimizer:

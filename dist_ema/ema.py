@@ -213,7 +213,7 @@ class EMA:
         once = None if decay is None else coerce(decay)
         if not average.clock.started:
             average.begin()
-        average.move(elapsed, once=once)
+        average.move(float(elapsed), once=once)
         average.before_step()  # without hooks nobody else would wait for the read
 
     def attach(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import weakref
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -213,12 +216,25 @@ def test_bad_arguments_name_themselves() -> None:
         ((), {}, "needs the optimizers"),
         ((optimizer,), {"every": 0}, "every must be 1 or more"),
         ((optimizer,), {"start": -1}, "start 0 or more"),
+        ((optimizer,), {"every": 2.5}, "every must be a whole number of steps, got 2.5"),
+        ((optimizer,), {"elapsed": 0}, "elapsed must be positive and finite, got 0"),
+        ((optimizer,), {"elapsed": None}, "elapsed must be positive and finite"),
         ((ema,), {}, "takes torch optimizers, got EMA"),
     ]:
         with pytest.raises(ValueError, match=words):
             ema.attach(*arguments, **options)
     optimizer.step()
     assert ema.metrics()["updates"] == 0, "a refused attach leaves no hook"
+
+
+def test_numbers_of_any_kind(tmp_path: Path) -> None:
+    """Of numpy and torch too: the clock and the attachment go into ema.json, where only Python's do."""
+    toy = Toy(HalfLife(10.0), every=np.int64(2), start=torch.tensor(1), elapsed=np.float32(4.0))
+    toy.step(3)
+    toy.ema.update(torch.tensor(3))
+    toy.ema.save(tmp_path / "a")
+    meta = json.loads((tmp_path / "a" / "ema.json").read_text())
+    assert (meta["attach"], meta["clock"]["now"]) == ({"every": 2, "start": 1, "elapsed": 4.0}, 11.0)
 
 
 def test_an_ema_that_is_dropped_is_freed() -> None:
