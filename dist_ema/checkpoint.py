@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from pickletools import genops
 from typing import TYPE_CHECKING, Any
 
 from . import format
@@ -139,12 +141,31 @@ def _refusal(path: Path, error: Exception) -> str:
         )
     if "orch" in text and "cript" in text:
         return f"{path} is a TorchScript program, not a table of tensors. Load it there, and save its state_dict()."
+    name = "" if is_archive(path) else _first_asked(path)
+    if name:
+        return (
+            f"{path} is a pickle that torch.save did not write. It asks for {name}, whose code dist_ema does not run."
+        )
+    text = re.sub(r"^Weights only load failed.* error: | Check the documentation.*", "", text)  # advice to run it
     kind = (
         ""
         if isinstance(error, RuntimeError) or type(error).__name__ == "UnpicklingError"
         else f"{type(error).__name__}: "
     )
     return f"{path} is no checkpoint of torch.save, or is damaged: {kind}{text[:200]}"
+
+
+def _first_asked(path: Path) -> str:
+    """The first name that a bare pickle asks for, from its opcodes: nothing of it is run. '' if there is none."""
+    texts: list[str] = []
+    with open(path, "rb") as file, suppress(ValueError):
+        for code, argument, _ in genops(file):
+            if code.name == "GLOBAL":
+                return str(argument).replace(" ", ".")
+            if code.name == "STACK_GLOBAL":
+                return ".".join(texts[-2:])
+            texts = [*texts[-1:], argument] if isinstance(argument, str) else texts
+    return ""
 
 
 def _some(names: Sequence[str]) -> str:
@@ -183,7 +204,8 @@ class _Trees:
         import torch
 
         dtype = TORCH.get(str(tensor.dtype).removeprefix("torch."))
-        if dtype is None or tensor.layout != torch.strided or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-            self.odd[name] = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout}"
+        sound = dtype is not None and tensor.layout == torch.strided and not tensor.is_meta
+        if dtype is None or not sound or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            self.odd[name] = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout}" + ", meta" * tensor.is_meta
             return None
         return Mapped(tensor.resolve_conj().resolve_neg(), dtype)

@@ -108,6 +108,8 @@ def header(
     entries: dict[str, Entry], metadata: dict[str, str] | None = None, order: Sequence[str] | None = None
 ) -> File:
     """Lay the weights out: the same file for the same weights, in whatever order they come, unless it is given."""
+    if "__metadata__" in entries:
+        raise ValueError("a weight is called __metadata__, which safetensors keeps for itself. Give it another name.")
     placed, at = {}, 0
     for name in order or sorted(entries, key=lambda name: (-ITEMSIZE[entries[name].dtype], name)):
         entry = entries[name]

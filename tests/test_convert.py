@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -472,7 +473,12 @@ def test_unreadable(call: Call, tmp_path: Path) -> None:
     for name in ("a.pt", "b.pt"):
         (tmp_path / "two" / name).write_bytes(good.read_bytes())
     EMA(net(1)).save(tmp_path / "ours")
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"a": np.ones(3)}))
+    torch.save({"model_ema": {"w": torch.ones(3, device="meta"), "v": torch.ones(2)}}, tmp_path / "meta.pt")
+    torch.save({"model_ema": {"__metadata__": torch.ones(3)}}, tmp_path / "name.pt")
     said = {
+        "pickle.pt": "asks for numpy.", "meta.pt": "model_ema.w cannot be converted",
+        "name.pt": "is called __metadata__",
         "cut.pt": "", "text.pt": "is no safetensors file", "old.pt": "is no checkpoint of torch.save",
         "number.pt": "holds a int", "sparse.pt": "model_ema.w cannot be converted", "wide.pt": "holds no table",
         "twice.pt": "are both a", "deep.pt": "deep", "dots.pt": "fits no live weight",
@@ -483,6 +489,7 @@ def test_unreadable(call: Call, tmp_path: Path) -> None:
         code, out, err = call(tmp_path / name, tmp_path / "out")
         assert (code, out) == (1, ""), name
         assert words in err, (name, err)
+        assert "weights_only" not in err, "torch's advice is to run it"
         assert err.count("\n") == 1, err
     assert call(tmp_path / "nothing.pt", tmp_path / "out")[0] == 2
     assert call(good)[0] == 2
