@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from . import format, sink
 from .elements import FLOATS, Bytes, fitted, widen
-from .source import Source
+from .source import Checked, Source
 
 __all__ = ["DTYPES", "WINDOW", "Blend", "alike", "locate", "numeric", "write"]
 
@@ -43,6 +44,11 @@ class Blend:
         default_factory=dict
     )  # of floating weights in the result; the others stay as in rest
 
+    @cached_property
+    def _checked(self) -> dict[int, Checked]:
+        """Of every model that is read, by its id."""
+        return {id(model): Checked(model) for model in (self.rest, *(model for model, weight in self.terms if weight))}
+
     @property
     def entries(self) -> dict[str, format.Entry]:
         return {name: format.Entry(self._dtype(name), entry.shape) for name, entry in self.rest.entries.items()}
@@ -60,7 +66,7 @@ class Blend:
             if name in self.summed:
                 yield self._sum(name, begin, end, dtype)
             else:
-                yield _converted(name, _window(self.rest, name, begin, end), self.rest.entries[name].dtype, dtype)
+                yield _converted(name, self._window(self.rest, name, begin, end), self.rest.entries[name].dtype, dtype)
 
     def _sum(self, name: str, begin: int, end: int, dtype: str) -> Bytes:
         """NOTE: a window of a complex dtype holds twice as many floats."""
@@ -69,17 +75,21 @@ class Blend:
             if weight:  # 0 * NaN would be NaN
                 here = locate(model, name)
                 kind = _real(model.entries[here].dtype)
-                values = widen(_window(model, here, begin, end), kind)
+                values = widen(self._window(model, here, begin, end), kind)
                 total = total + np.multiply(values, weight, dtype=np.float64)
         return fitted(name, total, _real(dtype))
 
+    def _window(self, model: Source, name: str, begin: int, end: int) -> Bytes:
+        size = format.ITEMSIZE[model.entries[name].dtype]
+        try:
+            return self._checked[id(model)].read(name, begin * size, end * size)
+        finally:
+            model.close()  # it opens again by itself; thousands of models would run out of open files
 
-def _window(model: Source, name: str, begin: int, end: int) -> Bytes:
-    size = format.ITEMSIZE[model.entries[name].dtype]
-    try:
-        return model.read(name, begin * size, end * size)
-    finally:
-        model.close()  # it opens again by itself; thousands of models would run out of open files
+    def check(self) -> None:
+        """Raise ValueError for a model that is not what its ema.json says. Once."""
+        for each in self._checked.values():
+            each.finish()
 
 
 def _converted(name: str, raw: Bytes, was: str, dtype: str) -> Bytes:
@@ -153,7 +163,7 @@ def write(
         aliases.setdefault(name, []).append(alias)
     if out.suffix == ".safetensors":
         files = {out.name: format.header(entries, dict(blend.rest.aliases))}
-        return sink.write(out, sink.Model(files), blend.content, force=force, tick=tick)
+        return sink.write(out, sink.Model(files), blend.content, force=force, tick=tick, check=blend.check)
     origin = blend.rest.meta or {}
     full = {
         "format": format.FORMAT, "kind": "export", "weights": origin.get("weights", "all"), "attach": None, "rounding": None,
@@ -162,7 +172,7 @@ def write(
         "versions": {"dist_ema": format.VERSION},
     }  # fmt: skip
     model = sink.Model(format.plan(entries, max_shard_size), format.INDEX, _beside(blend.rest.path), full | dict(meta))
-    return sink.write(out, model, blend.content, force=force, tick=tick)
+    return sink.write(out, model, blend.content, force=force, tick=tick, check=blend.check)
 
 
 def _beside(path: Path) -> dict[str, Path]:

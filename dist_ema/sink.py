@@ -78,11 +78,13 @@ def write(
     *,
     force: bool = False,
     tick: Callable[[int], None] = lambda count: None,
+    check: Callable[[], object] = lambda: None,
 ) -> None:
     """Write a folder, or one file if `path` ends in .safetensors. Atomic: a temporary sibling, synced, then renamed.
 
     content: the bytes of a weight in order, in any windows; asked for once each, in the order of the files. tick: told
-    how many bytes were written. *Cost*: what content yields at a time.
+    how many bytes were written. check: called when they are, and if it raises, nothing is put in place. *Cost*: what
+    content yields at a time.
     """
     refuse_target(path, force)
     if path.suffix == ".safetensors" and len(model.files) != 1:
@@ -94,6 +96,7 @@ def write(
     folder.mkdir()
     try:
         sums = {name: _write_file(folder / name, file, content, tick) for name, file in model.files.items()}
+        check()
         if path.suffix == ".safetensors":
             alone = commit.temporary(path)
             os.rename(folder / next(iter(model.files)), alone)

@@ -261,54 +261,69 @@ class Safetensors:
 class Checked:
     """Windows of a model, summed as they go by: what is made of damaged files must not be passed on as sound.
 
-    *Cost*: the windows; `finish` reads what nobody asked for. Nothing is summed where there is nothing to compare.
+    *Cost*: the windows; `finish` reads what nobody asked for. Nothing is summed where there is nothing to compare. Raises
+    ValueError for an ema.json that was changed.
     """
 
     def __init__(self, model: Source) -> None:
         self._model = model
-        self._summed = model if isinstance(model, Safetensors) and model.meta is not None else None
+        self._told = _listed(model.path) if isinstance(model, Safetensors) else None
+        self._summed = model if isinstance(model, Safetensors) and self._told is not None else None
         files = self._summed.files if self._summed else {}
         self._sums = {name: format.Sum(file.size) for name, file in files.items()}
-        self._seen = set[tuple[str, str]]()
+        self._seen: dict[tuple[str, str], int] = {}  # (file, weight) -> how many of its bytes were summed
+
+    def read(self, name: str, begin: int, end: int) -> Bytes:
+        """As the method of that name. Windows in order count once, however often they are asked for."""
+        raw = self._model.read(name, begin, end)
+        if self._summed is not None:
+            file, at = self._summed.place(name)
+            if begin == self._seen.get((file, name), 0):
+                self._sums[file].add(at + begin, raw.data)
+                self._seen[file, name] = end
+        return raw
 
     def windows(self, name: str) -> Iterator[Bytes]:
-        """As the function of that name. A weight counts once, however often it is asked for."""
-        if self._summed is None:
-            yield from windows(self._model, name)
-            return
-        file, at = self._summed.place(name)
-        again = (file, name) in self._seen
-        for raw in windows(self._model, name):
-            if not again:
-                self._sums[file].add(at, raw.data)
-            at += len(raw)
-            yield raw
-        self._seen.add((file, name))
+        """As the function of that name."""
+        nbytes = self._model.entries[name].nbytes
+        for begin in range(0, nbytes, WINDOW):
+            yield self.read(name, begin, min(begin + WINDOW, nbytes))
 
-    def finish(self) -> dict[str, str]:
-        """The CRC-32 of every file. Raises ValueError for one that is not what ema.json says."""
-        found: dict[str, str] = {}
-        if self._summed is None or self._summed.meta is None:
-            return found
-        for name, file in self._summed.files.items():
-            for begin, end in self._unseen(name, file):
-                self._sums[name].add(begin, self._summed.raw(name, begin, end).data)
-            found[name] = format.check_sum(file.size, [self._sums[name].contribution])
-            said = self._summed.meta["files"].get(name)
-            told = said.get("crc32") if isinstance(said, dict) else None
-            if told != found[name]:
-                raise ValueError(
-                    f"{self._model.path / name} is damaged: its CRC-32 is {found[name]}, {format.META} says {told}."
-                )
-        return found
+    def finish(self) -> None:
+        """Raise ValueError for a file that is not what ema.json says, and close the model. Once."""
+        if self._summed is None or self._told is None:
+            return
+        with self._summed as model:
+            for name, file in model.files.items():
+                for begin, end in self._unseen(name, file):
+                    self._sums[name].add(begin, model.raw(name, begin, end).data)
+                found = format.check_sum(file.size, [self._sums[name].contribution])
+                said = self._told.get(name)
+                told = said.get("crc32") if isinstance(said, dict) else None
+                if told != found:
+                    where = model.path / name if model.path.is_dir() else model.path
+                    raise ValueError(f"{where} is damaged: its CRC-32 is {found}, {format.META} says {told}.")
 
     def _unseen(self, name: str, file: format.File) -> Iterator[tuple[int, int]]:
         """The byte ranges of a file that nobody asked for, in windows."""
         spans = [(0, len(file.head))]
         spans += [
-            (len(file.head) + entry.begin, len(file.head) + entry.end)
+            (len(file.head) + entry.begin + self._seen.get((name, weight), 0), len(file.head) + entry.end)
             for weight, entry in file.entries.items()
-            if (name, weight) not in self._seen
         ]
         for begin, end in spans:
             yield from ((at, min(at + WINDOW, end)) for at in range(begin, end, WINDOW))
+
+
+def _listed(path: Path) -> dict[str, Any] | None:
+    """What ema.json says of the files of a model; None if it says nothing. Raises ValueError if it was changed."""
+    folder = path if path.is_dir() else path.parent
+    inside = f"{folder.parent.name}/{folder.name}/" if folder.parent.name == "averages" else ""
+    top = folder.parent.parent if inside else folder
+    if not (top / format.META).exists():
+        return None
+    meta = format.read_meta(top)
+    if meta.get("crc32") != format.check_meta(meta):
+        raise ValueError(f"{top / format.META} was changed since dist_ema wrote it.")
+    files = {name.removeprefix(inside): said for name, said in meta["files"].items() if name.startswith(inside)}
+    return files if path.is_dir() or path.name in files else None

@@ -6,6 +6,7 @@ How to read a failure: expected values are torch's own, in float64, rounded once
 from __future__ import annotations
 
 import json
+import re
 import resource
 import tracemalloc
 from collections.abc import Callable
@@ -165,6 +166,28 @@ def test_ours(tmp_path: Path, call: Call) -> None:
     assert call(*inputs, tmp_path / "one.safetensors", "--dtype", "bf16")[0] == 0
     one = load_file(tmp_path / "one.safetensors")
     assert (set(one), one["a.weight"].dtype) == ({"a.weight", "b.weight"}, torch.bfloat16)
+
+
+def test_damaged_sources(tmp_path: Path, call: Call) -> None:
+    """One byte of a saved average, or a number of its ema.json: named, and nothing is written. What has no weight is not
+    read."""
+    for name in "ab":
+        EMA(Tied(2.0)).save(tmp_path / name)
+    weights, meta = tmp_path / "a" / "model.safetensors", tmp_path / "a" / "ema.json"
+    for path, old, new, words in (
+        (weights, weights.read_bytes()[-1:], b"\xff", r"a/model\.safetensors is damaged: its CRC-32 is"),
+        (meta, b'"updates": 0', b'"updates": 7', r"a/ema\.json was changed since dist_ema wrote it"),
+    ):
+        kept = path.read_bytes()
+        path.write_bytes(new.join(kept.rsplit(old, 1)))
+        for first, last in ("ab", "ba"):
+            code, _, err = call(tmp_path / first, tmp_path / last, tmp_path / "out")
+            assert (code, bool(re.search(words, err))) == (1, True), err
+        code, _, err = call(weights, tmp_path / "b", tmp_path / "out")
+        assert (code, bool(re.search(words, err))) == (1, True), err
+        assert call(tmp_path / "a", tmp_path / "b", tmp_path / f"good-{path.name}", "--weights", "0,1")[0] == 0
+        path.write_bytes(kept)
+    assert call(weights, tmp_path / "b", tmp_path / "out")[0] == 0
 
 
 def test_shards(shop: list[Path], tmp_path: Path, call: Call) -> None:

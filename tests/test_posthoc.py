@@ -321,6 +321,17 @@ def test_window(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_damaged(run: Any, tmp_path: Path) -> None:
+    """One bit of either profile's file: nothing is made of it."""
+    for profile in ("", "averages/1-Power"):
+        shutil.copytree(run[0], there := tmp_path / f"of {Path(profile).name}")
+        file = sorted(there.iterdir())[-1] / profile / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its CRC-32"):
+            posthoc.reconstruct(there, tmp_path / "out", sigma_rel=0.08)
+        assert not (tmp_path / "out").exists()
+
+
 def test_at_a_snapshot(run: Any, tmp_path: Path) -> None:
     """A stored profile at a stored moment is that snapshot, bit for bit, buffers included."""
     posthoc.reconstruct(run[0], tmp_path / "out", sigma_rel=0.05, at=120)

@@ -182,23 +182,26 @@ def test_which(tmp_path: Path) -> None:
 
 
 def test_checked(tmp_path: Path) -> None:
-    """The sums are those of the files however much of them was asked for, and a turned bit anywhere is found."""
+    """Sound however much was asked for, and in any windows; a turned bit anywhere is found, in a file that is named too."""
     EMA(torch.nn.Linear(5, 7)).save(path := tmp_path / "saved", max_shard_size=100)
-    meta = json.loads((path / "ema.json").read_text())
-    want = {name: said["crc32"] for name, said in meta["files"].items()}
     for asked in ([], ["weight"], ["weight", "bias", "bias", "weight"]):
         with source.open_model(path) as model:
             checked = source.Checked(model)
             for name in asked:
                 assert b"".join(map(bytes, checked.windows(name))) == b"".join(map(bytes, source.windows(model, name)))
-            assert checked.finish() == want
+                checked.read(name, 4, 8)
+            checked.finish()
     content = (file := path / "model-00002-of-00002.safetensors").read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with source.open_model(path) as model, pytest.raises(ValueError, match="model-00002.* is damaged: its CRC-32 is"):
-        source.Checked(model).finish()
+    for there in (path, file):
+        with (
+            source.open_model(there) as model,
+            pytest.raises(ValueError, match="model-00002.* is damaged: its CRC-32 is"),
+        ):
+            source.Checked(model).finish()
     save_file(WEIGHTS, tmp_path / "a.safetensors")
     with source.open_model(tmp_path / "a.safetensors") as model:
-        assert source.Checked(model).finish() == {}
+        source.Checked(model).finish()
 
 
 def versions(tmp_path: Path) -> None:

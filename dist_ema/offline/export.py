@@ -85,8 +85,15 @@ def export(
         meta = _meta(model, meta, form)
         beside = {} if where.suffix == ".safetensors" else _beside(Path(like or model.path), where, meta, form)
         target = sink.Model(form.files, form.index, beside, meta)
+        source = Checked(model)
+
+        def content(name: str) -> Iterator[Bytes]:
+            was, now = model.entries[form.names[name]].dtype, form.entries[name].dtype
+            for raw in source.windows(form.names[name]):
+                yield raw if was == now else _cast(name, raw, was, now)
+
         with bar(sum(entry.nbytes for entry in form.entries.values())) as tick:
-            sink.write(where, target, _Cast(model, form).content, force=force, tick=tick)
+            sink.write(where, target, content, force=force, tick=tick, check=source.finish)
     average = ", ".join(map(manifest.call, meta["schedules"]))
     files = {name: file.size for name, file in form.files.items()}
     return Exported(str(out), str(src), average, files, len(form.entries), form.dtypes, sorted(beside))
@@ -285,23 +292,6 @@ def _beside(folder: Path, where: Path, meta: dict[str, Any], form: _Form) -> dic
 
 
 # --- the bytes ---------------------------------------------------------------------------------------------------
-
-
-class _Cast:
-    """The content of every weight in its new dtype. After the last one the source's check sums are compared."""
-
-    def __init__(self, model: Source, form: _Form) -> None:
-        self._model, self._form, self._source = model, form, Checked(model)
-        self._left = len(form.entries)
-
-    def content(self, name: str) -> Iterator[Bytes]:
-        source = self._form.names[name]
-        was, now = self._model.entries[source].dtype, self._form.entries[name].dtype
-        for raw in self._source.windows(source):
-            yield raw if was == now else _cast(name, raw, was, now)
-        self._left -= 1
-        if self._left == 0:
-            self._source.finish()
 
 
 def _cast(name: str, raw: Bytes, was: str, now: str) -> Bytes:
