@@ -418,8 +418,10 @@ def look(
     with ExitStack() as stack:
         found = Found(place, readers)
         stack.callback(found.close)
-        _, alike = ranks.attempt("load", found.open, combine=_alike)
-        if not alike:
+        _, (files, options) = ranks.attempt("load", lambda: (found.open(), [strict, verify]), combine=_alike)
+        if not options:
+            raise ValueError("ema.load(): strict and verify must be alike on all ranks.")
+        if not files:
             raise ValueError(
                 f"the ranks see different files in {place.folder}. Is it on a file system that all of them share?"
             )
@@ -430,8 +432,9 @@ def look(
         yield found
 
 
-def _alike(said: list[Any]) -> bool:
-    return all(each == said[0] for each in said)
+def _alike(said: list[Any]) -> list[bool]:
+    """For each of several facts."""
+    return [all(each == facts[0] for each in facts) for facts in zip(*said, strict=True)]
 
 
 def _together(said: list[dict[str, int]]) -> dict[str, int]:

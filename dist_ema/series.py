@@ -43,14 +43,17 @@ def advance(path: Path, keep: int) -> list[str]:
     stem, last = _split(path.name)
     found: list[tuple[int, Path]] = []
     for name in os.listdir(path.parent):
-        half_gone = re.fullmatch(r"\.(.+)\.gone-[0-9a-f]{32}", name, re.DOTALL)
-        its, number = _split(half_gone[1] if half_gone else name)
+        half = re.fullmatch(r"\.(.+)\.(gone|old|tmp)-[0-9a-f]{32}", name, re.DOTALL)
+        its, number = _split(half[1] if half else name)
         if its != stem or number is None or last is None or number > last or name == path.name:
             continue
-        if half_gone:
-            commit.remove(path.parent / name)
-        else:
+        if half is None:
             found.append((number, path.parent / name))
+        elif half[2] == "gone":
+            commit.remove(path.parent / name)
+        else:  # a save that was killed: a series has one writer, and that is here now
+            commit.recover(path.parent / half[1])
+            commit.sweep(path.parent / half[1])
     old = [each for _, each in sorted(found, reverse=True) if _is_save(each)]
     return [said for each in old[keep - 1 :] if (said := _retire(each)) is not None]
 

@@ -98,7 +98,8 @@ def test_what_is_not_ours_stays(ema: EMA, tmp_path: Path) -> None:
     os.replace(run / "ema-06" / "model.safetensors", tmp_path / "model")
     (run / "ema-06" / "model.safetensors").symlink_to(tmp_path / "model")
     ema.export(run / "ema-8")
-    shutil.copytree(run / "ema-7", run / f".ema-7.tmp-{HEX}")  # another save of it may be under way
+    for name in ("ema-10", "xema-1", "ema-", "ema-7x"):  # a save of those may be under way
+        shutil.copytree(run / "ema-7", run / f".{name}.tmp-{HEX}")
     (run / "ema-0").mkdir()
     (run / "ema-0" / "ema.json").write_text(json.dumps(meta | {"files": {}}))
     before = names(run)
@@ -137,12 +138,17 @@ def test_an_error_while_removing_is_a_warning(ema: EMA, tmp_path: Path) -> None:
 
 
 def test_half_removed_folders_go(ema: EMA, tmp_path: Path) -> None:
-    """What a killed removal left, of this stem and no other; and a pointer that was not put in place."""
+    """What a killed removal or save left, of this stem and no other; and a pointer that was not put in place. A save that was
+    killed between two renames is finished."""
     (tmp_path / f".latest.tmp-{HEX}").write_text("ema-1\n")
     for name in ("ema-1", "ema-3", "teacher-1"):
         (tmp_path / f".{name}.gone-{HEX}").mkdir()
+        (tmp_path / f".{name}.tmp-{HEX}").mkdir()
+    for kind in ("old", "tmp"):
+        ema.save(tmp_path / f".ema-0.{kind}-{HEX}")
     ema.save(tmp_path / "ema-2", keep=5)
-    assert names(tmp_path) == [f".ema-3.gone-{HEX}", f".teacher-1.gone-{HEX}", "ema-2", "latest"]
+    others = [f".{name}.{kind}-{HEX}" for name in ("ema-3", "teacher-1") for kind in ("gone", "tmp")]
+    assert names(tmp_path) == [*others, "ema-0", "ema-2", "latest"]
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
