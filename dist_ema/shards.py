@@ -281,7 +281,9 @@ def blocker(sharded: list[nn.Module]) -> str | None:
 
 def bare(model: nn.Module) -> nn.Module:
     """Without DDP, DataParallel and torch.compile around it: a forward that is no collective of theirs. FSDP stays."""
-    while isinstance(model, (DistributedDataParallel, DataParallel)) or _is_compiled(model):
+    while isinstance(model, (DistributedDataParallel, DataParallel)) or (
+        _is_compiled(model) and not isinstance(model, FSDPModule)
+    ):
         model = model._modules[_wrapped_name(model) or ""]  # type: ignore[assignment]
     return model
 
@@ -364,7 +366,8 @@ class _Replicated:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules and type(module).__name__ == "OptimizedModule"
+    """NOTE: fully_shard(torch.compile(block)) makes a subclass of it."""
+    return "_orig_mod" in module._modules and any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__)
 
 
 def _wrapped_name(module: nn.Module) -> str | None:

@@ -22,6 +22,8 @@ def names_of(kind: str, how: str) -> list[str]:
     model = Net()
     if how == "compile first":
         model = torch.compile(model, backend="eager")
+    if how == "compiled blocks":
+        model.core.blocks = nn.ModuleList(torch.compile(block, backend="eager") for block in model.core.blocks)
     if how == "checkpointed":
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
@@ -35,12 +37,22 @@ def names_of(kind: str, how: str) -> list[str]:
     return [s.name for s in found if s.kind != "buffer"]
 
 
+def _sharded(module: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(module, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
+    return module
+
+
 def all_names() -> None:
     for kind in ("ddp", "fsdp1 flat", "fsdp1 orig", "fsdp2"):
-        for how in ("plain", "compile first", "compile last", "checkpointed"):
+        for how in ("plain", "compile first", "compiled blocks", "compile last", "checkpointed"):
             if kind.startswith("fsdp") and how == "compile first":
                 continue  # kit wraps model.core, which OptimizedModule forwards reads of but not writes
             assert sorted(names_of(kind, how)) == sorted(NAMES), (kind, how)
+    inner = torch.compile(Block(6, 5), backend="eager")
+    assert shards.bare(inner) is inner._orig_mod
+    assert shards.bare(_sharded(inner)) is inner  # the forward that gathers the weights is its own
 
 
 def test_names_are_canonical_under_every_wrapper() -> None:
