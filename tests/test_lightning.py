@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -167,6 +168,26 @@ def test_moved_after_the_fit(tmp_path: Path) -> None:
     net.float()
     made.test(net, data())
     assert torch.equal(net.seen[-1][1], average)
+
+
+class Broadcasting(SingleDeviceStrategy):
+    """Writes the weights that are there again, as DDP's does before a test."""
+
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        with torch.no_grad():
+            for weight in self.model.parameters():  # type: ignore[union-attr]
+                weight.copy_(weight.clone())
+
+
+def test_weights_that_the_strategy_writes_again(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """They are no training that the average missed. Guards the last line of `_find`."""
+    callback, net = EMACallback(decay=0.5), Net()
+    made = trainer(tmp_path, callback, accelerator="auto", strategy=Broadcasting("cpu"))
+    made.fit(net, data(), data())
+    for run in (made.test, made.validate, made.predict):
+        run(net, data())
+    assert not [each for each in recwarn if "no update came" in str(each.message)]
 
 
 def test_links_are_removed_alone(tmp_path: Path) -> None:
