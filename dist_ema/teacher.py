@@ -138,14 +138,15 @@ class _Hook:
     """Announces a read. A deep copy or a pickle of the teacher is no teacher: it gets a hook that does nothing."""
 
     def __init__(self, announce: Callable[[], None], outer: bool) -> None:
-        self._announce = WeakMethod(announce)
-        # NOTE: a graph cannot wait; it breaks where a read must be announced.
-        self._breaking = torch.compiler.disable(self._tell) if outer else None
+        self._announce, self._outer = WeakMethod(announce), outer
+        # NOTE: a graph cannot wait; it breaks where a read must be announced. Every hook has this, as dynamo runs what it
+        # compiled for the hook of one module with that of another (config.skip_nnmodule_hook_guards).
+        self._breaking = torch.compiler.disable(self._tell)
 
     def __call__(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self._tell()
-        elif self._breaking is not None:
+        elif self._outer:
             self._breaking()
 
     def _tell(self) -> None:

@@ -365,6 +365,38 @@ def test_compiled_teacher() -> None:
     assert len(graphs) == 1
 
 
+class Broken(nn.Module):
+    """A graph breaks in the middle, several modules deep."""
+
+    def __init__(self, deep: int = 2) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.LayerNorm(3)
+        self.inner = nn.ModuleList([Broken(deep - 1) for _ in range(2 if deep else 0)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        torch._dynamo.graph_break()
+        for each in self.inner:
+            x = each(x)
+        return self.b(x)
+
+
+def test_compiled_teacher_whose_graph_breaks() -> None:
+    """Dynamo runs what it compiled for the hook of one module with the hooks of others."""
+    torch._dynamo.reset()
+    model, inner = Broken(), Broken()
+    teacher = torch.compile(inner, backend="eager")
+    ema, optimizer = EMA(model, 0.5, into=teacher), torch.optim.SGD(model.parameters(), lr=1.0)
+    ema.attach(optimizer)
+    plain = Broken()
+    for size in (2, 3, 4):
+        step(model, optimizer)
+        with torch.no_grad():
+            seen = teacher(torch.ones(size, 3))
+            plain.load_state_dict(ema.gather())
+            assert torch.equal(seen, plain(torch.ones(size, 3)))
+
+
 def test_load_state_dict_waits() -> None:
     model, teacher, optimizer, ema = late()
     step(model, optimizer)
