@@ -38,7 +38,6 @@ __all__ = [
     "cut",
     "even",
     "fingerprint",
-    "indices",
     "kinds",
     "numbering",
     "parts",
@@ -342,16 +341,11 @@ def kinds(slots: Sequence[Slot]) -> tuple[list[torch.dtype], list[int]]:
 
 
 def numbering(shard: Shard, region: Region, device: torch.device | None = None) -> Numbering:
-    """Row-major element numbers in the full weight of the region's elements: a formula, for kernels and for `indices`."""
+    """Row-major element numbers in the full weight of the region's elements: a formula, for kernels."""
     order = range(len(region.sizes)) if shard.order is None else shard.order
     strides = tuple(math.prod(shard.shape[dim + 1 :]) for dim in order)
     base = sum(offset * stride for offset, stride in zip(region.offsets, strides, strict=True))
     return Numbering(region.begin, base, region.sizes, strides, device)
-
-
-def indices(shard: Shard, region: Region, start: int, stop: int, device: torch.device) -> Tensor:
-    """Row-major element numbers in the full weight of elements [start, stop) of the region. int64 [stop - start]."""
-    return numbering(shard, region, device)(start, stop)
 
 
 # --- shadows -----------------------------------------------------------------------------------------------------

@@ -360,8 +360,7 @@ class Ranks:
         self.size = len(self.members)
         self.rank = self.members.index(dist.get_rank()) if self.size > 1 else 0
         self.group = self._whole_group(group) if self.size > 1 else None
-        self._open_store = open_store
-        self._board = Board(self._store(), self.members, self.rank, timeout)
+        self._board = Board(self._store(open_store), self.members, self.rank, timeout)
         self.begin, self.exchange = self._board.begin, self._board.exchange
         self.attempt, self.decide = self._board.attempt, self._board.decide
 
@@ -370,16 +369,11 @@ class Ranks:
             return dist.group.WORLD
         return group if group is not None else dist.new_group(self.members, use_local_synchronization=True)
 
-    def _store(self) -> dist.Store | None:
+    def _store(self, open_store: Callable[[str], dist.Store]) -> dist.Store | None:
         if self.size == 1:
             return None
         _built[tuple(self.members)] += 1
-        return self._open_store(f"dist_ema/{crc32(str(self.members).encode()):08x}/{_built[tuple(self.members)]}")
-
-    def aside(self) -> Ranks:
-        """The same ranks with a board of their own, for a thread that sends messages while this one does. *Collective*
-        in the order of calls, without communication."""
-        return Ranks(self.members, self.group, self._open_store, self.timeout)
+        return open_store(f"dist_ema/{crc32(str(self.members).encode()):08x}/{_built[tuple(self.members)]}")
 
     @property
     def first(self) -> bool:

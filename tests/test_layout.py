@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dist_ema import layout, shards
 from dist_ema.kernels import Pair, Plan
-from dist_ema.layout import Box, allocate, boxes, cut, even, fingerprint, indices, pieces, runs, split_box
+from dist_ema.layout import Box, allocate, boxes, cut, even, fingerprint, numbering, pieces, runs, split_box
 from dist_ema.shards import Region, Shard
 
 CPU = torch.device("cpu")
@@ -171,21 +171,21 @@ def test_pieces_write_through() -> None:
         assert torch.equal(data, elements)
 
 
-def test_indices() -> None:
-    """indices: row-major numbers in the full weight, so that rounding noise is the same under any cut and order."""
+def test_numbering() -> None:
+    """numbering: row-major numbers in the full weight, so that rounding noise is the same under any cut and order."""
     draw = random.Random(7)
     for record, region, elements in drawn(seed=7):
         start, stop = a_range(draw, region.numel)
-        found = indices(record, region, start, stop, CPU)
+        found = numbering(record, region, CPU)(start, stop)
         assert found.dtype == torch.int64
         assert torch.equal(found, elements[start:stop]), (record.shape, record.order, region, start, stop)
 
 
-def test_indices_of_nothing() -> None:
+def test_numbering_of_nothing() -> None:
     """An empty shard of a rank beyond the rows (fact 4) has no numbers, and no division by its size of 0."""
     for order in (None, (1, 0)):
         empty = Region((4, 0), (0, 3), 0, 0)
-        assert indices(shard(torch.zeros(4, 3), order, empty), empty, 0, 0, CPU).tolist() == []
+        assert numbering(shard(torch.zeros(4, 3), order, empty), empty, CPU)(0, 0).tolist() == []
 
 
 @pytest.mark.parametrize("shape", [(8, 3, 5, 5), (1, 4, 3, 3), (6, 1, 2, 2), (2, 2, 1, 1)])
@@ -200,7 +200,7 @@ def test_channels_last(shape: tuple[int, ...]) -> None:
     for box, view in pieces(found, found.held, found.read()):
         rebuilt[box.slices] = view
     assert torch.equal(rebuilt, values)
-    assert torch.equal(indices(found, found.held, 0, values.numel(), CPU).float(), found.read())
+    assert torch.equal(numbering(found, found.held, CPU)(0, values.numel()).float(), found.read())
 
 
 # --- slots and shadows -------------------------------------------------------------------------------------------
