@@ -1,12 +1,31 @@
-"""One thread per process, because several of them share the machine; and the parity table at the end of a run."""
+"""One thread per process, because several of them share the machine; the command; the parity table at the end of a run."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
+from dist_ema.cli import main
+from tests.kit import Call
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """`dist-ema ...` in this process: exit code, stdout, stderr."""
+
+    def command(*arguments: Any) -> tuple[int, str, str]:
+        code: Any
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return command
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
+Call = Callable[..., tuple[int, str, str]]  # `dist-ema`: exit code, stdout, stderr
 # What torch imports late, and a rank would spend most of its time on.
 PRELOAD = ["tests.kit", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
 PRELOAD += ["torch.distributed.tensor.parallel"]

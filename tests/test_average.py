@@ -9,9 +9,8 @@ import json
 import re
 import resource
 import tracemalloc
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,26 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dist_ema import EMA, load_file
-from dist_ema.cli import main
 from dist_ema.offline.average import in_order, shares
-
-Call = Callable[..., tuple[int, str, str]]
+from tests.kit import Call
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
+def call(call: Call) -> Call:
     """`dist-ema average ...` in this process."""
 
-    def command(*arguments: Any) -> tuple[int, str, str]:
-        code: Any
-        try:
-            code = main(["average", *map(str, arguments)])
-        except SystemExit as error:
-            code = error.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return command
+    return partial(call, "average")
 
 
 def model(seed: int, **more: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,7 @@ from dist_ema.cli import main
 from dist_ema.format import INDEX, META
 from dist_ema.offline.inspect import inspect
 from tests.fuzz import mutations
-
-Call = Callable[..., tuple[int, str, str]]
+from tests.kit import Call
 
 
 class Tied(nn.Module):
@@ -74,22 +72,6 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"w": torch.ones(3).half(), "n": torch.tensor(3)}, folder / "lone.safetensors", {"format": "pt", "by": "them"}
     )
     return folder
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """`dist-ema ...` in this process."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        code: Any
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as error:
-            code = error.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def command(*arguments: Any, **options: Any) -> tuple[int, str, str]:

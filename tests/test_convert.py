@@ -14,7 +14,7 @@ import random
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_ema import EMA, foreign
 from dist_ema.cli import convert as cli
-from dist_ema.cli import main
 from dist_ema.offline import convert as offline
+from tests.kit import Call
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")  # it is not used, on purpose
 
@@ -133,19 +133,8 @@ MADE: dict[str, tuple[Any, str, str, State, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        code: Any
-        try:
-            code = main(["convert", *map(str, arguments)])
-        except SystemExit as error:
-            code = error.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-Call = Callable[..., tuple[int, str, str]]
+def call(call: Call) -> Call:
+    return partial(call, "convert")
 
 
 def model(path: Path) -> tuple[State, dict[str, Any]]:

@@ -6,7 +6,7 @@ How to read a failure: `fault` puts a sitecustomize.py before the child processe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,13 @@ import pytest
 import torch
 
 from dist_ema import commit
-from dist_ema.cli import main
 from dist_ema.offline import doctor
-
-Call = Callable[..., tuple[int, str, str]]
+from tests.kit import Call
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        code: Any
-        try:
-            code = main(["doctor", *map(str, arguments)])
-        except SystemExit as error:
-            code = error.code
-        return code, *capsys.readouterr()
-
-    return run
+def call(call: Call) -> Call:
+    return partial(call, "doctor")
 
 
 def fault(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, name: str = "sitecustomize.py") -> None:

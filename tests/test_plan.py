@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,15 @@ import torch
 from torch import nn
 
 from dist_ema import EMA, Constant, HalfLife, Power, Schedule
-from dist_ema.cli import main
 from dist_ema.offline.plan import _response, cost, pace, scaled
-
-Call = Callable[..., tuple[int, str, str]]
+from tests.kit import Call
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
+def call(call: Call) -> Call:
     """`dist-ema plan ...` in this process."""
 
-    def command(*arguments: Any) -> tuple[int, str, str]:
-        code: Any
-        try:
-            code = main(["plan", *map(str, arguments)])
-        except SystemExit as error:
-            code = error.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return command
+    return partial(call, "plan")
 
 
 # --- the decay ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,7 +37,7 @@ from dist_ema import (
 )
 from dist_ema.cli import main
 from dist_ema.profiles import Mixer, Profile, coefficients, gamma, inner_product
-from tests.kit import run_ranks, wrap
+from tests.kit import Call, run_ranks, wrap
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())
 ANY = [
@@ -542,24 +541,6 @@ def test_refused(run: Any, tmp_path: Path) -> None:
 
 
 # --- the command -------------------------------------------------------------------------------------------------
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """`dist-ema ...` in this process."""
-
-    def command(*arguments: Any) -> tuple[int, str, str]:
-        code: Any
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as error:
-            code = error.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return command
 
 
 def test_command(run: Any, tmp_path: Path, call: Call) -> None:
