@@ -158,16 +158,14 @@ def write(
     meta: goes into ema.json: clock, schedules, extra. *Cost*: 28 MB.
     """
     entries = blend.entries
-    aliases: dict[str, list[str]] = {}
-    for alias, name in sorted(blend.rest.aliases.items()):
-        aliases.setdefault(name, []).append(alias)
     if out.suffix == ".safetensors":
         files = {out.name: format.header(entries, dict(blend.rest.aliases))}
         return sink.write(out, sink.Model(files), blend.content, force=force, tick=tick, check=blend.check)
     origin = blend.rest.meta or {}
     full = {
         "format": format.FORMAT, "kind": "export", "weights": origin.get("weights", "all"), "attach": None, "rounding": None,
-        "averages": {}, "own_buffers": [], "aliases": aliases, "averaged": sorted(blend.summed),
+        "averages": {}, "own_buffers": [], "aliases": format.grouped(dict(sorted(blend.rest.aliases.items()))),
+        "averaged": sorted(blend.summed),
         "dtypes": {name: _TORCH[entry.dtype] for name, entry in entries.items()},
         "versions": {"dist_ema": format.VERSION},
     }  # fmt: skip

@@ -21,7 +21,7 @@ import stat
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +42,7 @@ __all__ = [
     "check_sum",
     "dump",
     "find_model",
+    "grouped",
     "header",
     "header_of",
     "index",
@@ -166,6 +167,14 @@ def check_meta(meta: dict[str, Any]) -> str:
     """The CRC-32 of everything in ema.json but "crc32", however the JSON is laid out."""
     rest = {key: value for key, value in meta.items() if key != "crc32"}
     return f"{zlib.crc32(dump(rest)):08x}"
+
+
+def grouped(aliases: Mapping[str, str]) -> dict[str, list[str]]:
+    """name -> its further names, in their order, from further name -> name."""
+    lists: dict[str, list[str]] = {}
+    for alias, name in aliases.items():
+        lists.setdefault(name, []).append(alias)
+    return lists
 
 
 def size_of(text: int | str) -> int:

@@ -170,10 +170,8 @@ def native(path: str | Path) -> bool:
 def of_source(model: source.Source) -> Report:
     """A model of another form, as far as it can be told."""
     entries = {name: format.Entry(entry.dtype, entry.shape, 0, entry.nbytes) for name, entry in model.entries.items()}
-    aliases: dict[str, list[str]] = {}
-    for alias, name in model.aliases.items():
-        aliases.setdefault(name, []).append(alias)
     tree = Tree("", {"": format.File(b"", entries)})
+    aliases = format.grouped(model.aliases)
     return Report(str(model.path), "other", [tree], _PARTS | (model.meta or {}) | {"aliases": aliases})
 
 
@@ -189,10 +187,7 @@ def look(path: str | Path) -> Report:
         file = format.read_header(path)
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}.") from None
-    aliases: dict[str, list[str]] = {}
-    for alias, name in file.metadata.items():
-        if name in file.entries:
-            aliases.setdefault(name, []).append(alias)
+    aliases = format.grouped({alias: name for alias, name in file.metadata.items() if name in file.entries})
     return Report(str(path), "file", [Tree("", {path.name: file})], _PARTS | {"aliases": aliases})
 
 

@@ -162,12 +162,11 @@ def _resolve(path: Path) -> Path:
 def _aliases_of_file(path: Path, meta: dict[str, Any]) -> Aliases:
     """Of one file of a model: exports keep them in its header, folders in the ema.json beside it."""
     header = format.read_header(path)
-    found: Aliases = {}
-    for alias, name in header.metadata.items():
-        if name in header.entries and alias not in header.entries and alias != "format":
-            found.setdefault(name, []).append(alias)
+    known = header.entries
+    further = {alias: name for alias, name in header.metadata.items() if name in known and alias not in known}
+    found = format.grouped({alias: name for alias, name in further.items() if alias != "format"})
     if path.name in meta.get("files", {}):
-        found |= {name: others for name, others in meta["aliases"].items() if name in header.entries}
+        found |= {name: others for name, others in meta["aliases"].items() if name in known}
     return found
 
 

@@ -355,9 +355,6 @@ def write(
     plan: Plan, out: Path, *, force: bool, tick: Callable[[int], None], max_shard_size: str = "5GB"
 ) -> dict[str, Any]:
     """Write the model, atomically. Returns its ema.json. *Cost*: one window."""
-    lists: dict[str, list[str]] = {}
-    for alias, name in plan.aliases.items():
-        lists.setdefault(name, []).append(alias)
     one = out.suffix == ".safetensors"
     metadata = dict(plan.aliases) if one else {}
     files = (
@@ -368,7 +365,7 @@ def write(
     meta: dict[str, Any] = {
         "format": format.FORMAT, "kind": "export", "weights": "all" if plan.whole else "averaged",
         "clock": {}, "schedules": [], "attach": None, "averages": {}, "averaged": sorted(plan.averaged), "own_buffers": [],
-        "aliases": lists, "dtypes": {name: _torch(leaf.dtype) for name, leaf in plan.weights.items()},
+        "aliases": format.grouped(plan.aliases), "dtypes": {name: _torch(leaf.dtype) for name, leaf in plan.weights.items()},
         "versions": {"dist_ema": format.VERSION},
         "extra": {"converted": {"from": plan.found.kind, "key": plan.found.key, **plan.found.extra}},
     }  # fmt: skip
