@@ -15,6 +15,7 @@ from pickletools import genops
 from typing import TYPE_CHECKING, Any
 
 from . import format
+from .console import some
 from .elements import TORCH, Bytes, gathered
 
 if TYPE_CHECKING:
@@ -131,12 +132,12 @@ def _refusal(path: Path, error: Exception) -> str:
     found: Sequence[str] = error.args if isinstance(error, _ClassesError) else re.findall(r"GLOBAL ([\w.]+)", text)[:1]
     if any(name.startswith(("torch.nn.modules.", "torch.nn.Module")) or name.endswith("Model") for name in found):
         return (
-            f"{path} holds whole modules ({_some(found)}): pickled code, which dist_ema does not run. Load it where that "
+            f"{path} holds whole modules ({some(found)}): pickled code, which dist_ema does not run. Load it where that "
             f"code is, and save a table of its tensors: torch.save(model.state_dict(), 'weights.pt')."
         )
     if found:
         return (
-            f"{path} asks for {_some(found)}, whose code dist_ema does not run. If they are only settings beside the "
+            f"{path} asks for {some(found)}, whose code dist_ema does not run. If they are only settings beside the "
             f"weights, read past them with --inert {' --inert '.join(found[:3])}."
         )
     if "orch" in text and "cript" in text:
@@ -166,10 +167,6 @@ def _first_asked(path: Path) -> str:
                 return ".".join(texts[-2:])
             texts = [*texts[-1:], argument] if isinstance(argument, str) else texts
     return ""
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 class _Trees:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import format, sink
+from .console import some
 from .elements import FLOATS, Bytes, fitted, widen
 from .source import Checked, Source
 
@@ -119,9 +120,8 @@ def alike(models: Sequence[Source], like: Source, names: Sequence[str] | None = 
     """Raise ValueError with every difference in names, shapes and kinds of number. names: those to be compared (all)."""
     said = [difference for model in models if model is not like for difference in _differences(model, like, names)]
     if said:
-        more = f"; and {len(said) - 20} more" if len(said) > 20 else ""
         raise ValueError(
-            f"the models do not hold the same weights as {like.path}, {len(said)} differences: {'; '.join(said[:20])}{more}."
+            f"the models do not hold the same weights as {like.path}, {len(said)} differences: {some(said, 20, '; ')}."
         )
 
 

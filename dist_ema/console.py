@@ -30,6 +30,7 @@ __all__ = [
     "say",
     "silent",
     "size",
+    "some",
 ]
 
 FINE, PROBLEM, USAGE = 0, 1, 2  # exit codes
@@ -85,6 +86,12 @@ def listed(values: dict[str, Any]) -> str:
 def plural(number: int, word: str) -> str:
     """`1 file`, `2 files`"""
     return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
+def some(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
+    """`a, b and 3 more`"""
+    left = len(names) - most
+    return between.join(names[:most]) + (f"{between.rstrip(', ')} and {left} more" if left > 0 else "")
 
 
 def size(nbytes: float) -> str:

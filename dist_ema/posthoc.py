@@ -20,6 +20,7 @@ from typing import Any
 
 from . import combine, format, sink
 from .clock import Clock
+from .console import some
 from .profiles import Fit, Mixer, Profile, coefficients
 from .schedule import Power, Schedule, from_spec
 from .source import Source, open_model
@@ -140,8 +141,8 @@ class Snapshots:
             odd = sorted(set(each.averaged) ^ set(newest.averaged))
             if odd:
                 raise ValueError(
-                    f"{each.snapshot} and {newest.snapshot} do not average the same weights: {', '.join(odd[:5])}"
-                    f"{f' and {len(odd) - 5} more' if len(odd) > 5 else ''} only in one of them."
+                    f"{each.snapshot} and {newest.snapshot} do not average the same weights: {some(odd)} "
+                    "only in one of them."
                 )
         combine.alike(models, rest, newest.averaged)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import commit, format
 from .clock import Clock
+from .console import some
 from .layout import DTYPES, Box, Slot, pieces, runs, split_box
 from .ranks import Ranks
 from .schedule import from_spec
@@ -33,7 +34,6 @@ from .shards import Region
 __all__ = ["File", "Found", "Reader", "load_file", "look"]
 
 WINDOW = 4 << 20  # bytes read at a time
-SHOWN = 5  # names in a list of differences
 
 Aliases = dict[str, list[str]]  # name in the file -> further names of the same weight
 
@@ -287,7 +287,9 @@ class _Report:
 
     def text(self) -> str:
         lists = [
-            f"{len(names)} {what.replace('_', ' ')} ({_some(names)})" for what, names in vars(self).items() if names
+            f"{len(names)} {what.replace('_', ' ')} ({some(names, between='; ')})"
+            for what, names in vars(self).items()
+            if names
         ]
         return ", ".join(lists)
 
@@ -298,11 +300,6 @@ class _Report:
     @property
     def hopeless(self) -> bool:
         return bool(self.reshaped or self.of_another_kind)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return "; ".join(names[:SHOWN]) + more
 
 
 class Found:
@@ -357,11 +354,12 @@ class Found:
         for source, report in pairs:
             if report.missing:
                 self.warnings.append(
-                    f"{source.folder} lacks {_some(report.missing)}: what is averaged starts from the live value there."
+                    f"{source.folder} lacks {some(report.missing, between='; ')}: what is averaged starts from the live "
+                    "value there."
                 )
             if report.unexpected:
                 self.warnings.append(
-                    f"{source.folder} holds {_some(report.unexpected)}, which the model lacks: left out."
+                    f"{source.folder} holds {some(report.unexpected, between='; ')}, which the model lacks: left out."
                 )
         self._say_what_else()
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..console import FINE, USAGE, add_verb, columns, out, out_json, printable, progress, say
+from ..console import FINE, USAGE, add_verb, columns, out, out_json, printable, progress, say, some
 
 if TYPE_CHECKING:
     from ..offline.average import Report
@@ -89,8 +89,6 @@ def _text(report: Report) -> Iterator[str]:
         f"{report.out}: the average of {len(report.terms)} models, {report.averaged:,} weights averaged in float64"
     )
     if report.taken:
-        more = f" and {len(report.taken) - 3} more" if len(report.taken) > 3 else ""
         yield printable(
-            f"taken from {report.terms[-1][0]}, because whole numbers that differ have no mean: "
-            f"{', '.join(report.taken[:3])}{more}"
+            f"taken from {report.terms[-1][0]}, because whole numbers that differ have no mean: {some(report.taken, 3)}"
         )

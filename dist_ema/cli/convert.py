@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..console import FINE, add_verb, columns, out, out_json, printable, progress, size
+from ..console import FINE, add_verb, columns, out, out_json, printable, progress, size, some
 
 __all__ = ["add"]
 
@@ -102,10 +102,8 @@ def _list(job: Any, as_json: bool) -> int:
         for row in rows
     ]
     out(columns([head, *table]) if table else [printable(f"{job.source} holds no table of tensors.")])
-    names = sorted(others)
-    if names:
-        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-        out(["", printable(f"left unread: {', '.join(names[:10])}{more}")])
+    if others:
+        out(["", printable(f"left unread: {some(sorted(others), 10)}")])
     return FINE
 
 

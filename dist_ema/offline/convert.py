@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import checkpoint, commit, distcp, elements, foreign, format, sink
+from ..console import some
 from ..elements import Bytes
 from ..foreign import Found, Leaf
 from ..source import WINDOW, Safetensors, Source
@@ -245,7 +246,7 @@ def _choose(job: Job, tree: _Tree) -> Found:
 
 
 def _listed(found: Sequence[Found]) -> str:
-    return ", ".join(map(_title, found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+    return some([_title(each) for each in found], 8)
 
 
 def _title(found: Found) -> str:

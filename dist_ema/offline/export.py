@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import card, format, manifest, sink
-from ..console import Bar, silent
+from ..console import Bar, silent, some
 from ..elements import FLOATS, Bytes, fitted, narrow, widen
 from ..source import Checked, Safetensors, Source, labels, open_model
 
@@ -244,8 +244,7 @@ def _refuse_difference(model: Source, theirs: Source, known: dict[str, str]) -> 
         elif mine.dtype != entry.dtype and not {mine.dtype, entry.dtype} <= set(FLOATS):
             said.append(f"{name} is {mine.dtype} in {model.path}, {entry.dtype} in {theirs.path}")
     if said:
-        more = f"; and {len(said) - 10} more" if len(said) > 10 else ""
-        raise ValueError(f"{model.path} and {theirs.path} differ on {len(said)} weights: {'; '.join(said[:10])}{more}.")
+        raise ValueError(f"{model.path} and {theirs.path} differ on {len(said)} weights: {some(said, 10, '; ')}.")
 
 
 # --- what lies beside --------------------------------------------------------------------------------------------
