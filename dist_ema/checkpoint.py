@@ -21,7 +21,7 @@ from .elements import TORCH, Bytes, gathered
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Mapped", "is_archive", "load"]
+__all__ = ["Mapped", "load"]
 
 # Records of settings that other packages put beside weights. Objects of these become empty placeholders; their code, or the
 # package, is not needed and not run.
@@ -92,9 +92,9 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
         # NOTE: torch warns of its own storages; what is wrong with the file is said in one sentence.
         with warnings.catch_warnings(), torch.serialization.safe_globals(known):
             warnings.simplefilter("ignore")
-            if is_archive(path):
+            if _is_archive(path):
                 _refuse_classes(path)
-            said = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
+            said = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
     except OSError:
         raise
     except Exception as error:
@@ -103,7 +103,7 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
     return trees.make(said), trees.odd
 
 
-def is_archive(path: Path) -> bool:
+def _is_archive(path: Path) -> bool:
     """By its first bytes, as torch tells: cut or damaged archives are archives too."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\3\4"
@@ -142,7 +142,7 @@ def _refusal(path: Path, error: Exception) -> str:
         )
     if "orch" in text and "cript" in text:
         return f"{path} is a TorchScript program, not a table of tensors. Load it there, and save its state_dict()."
-    name = "" if is_archive(path) else _first_asked(path)
+    name = "" if _is_archive(path) else _first_asked(path)
     if name:
         return (
             f"{path} is a pickle that torch.save did not write. It asks for {name}, whose code dist_ema does not run."

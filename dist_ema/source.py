@@ -31,6 +31,7 @@ __all__ = [
     "find",
     "labels",
     "open_model",
+    "pickled",
     "read_at",
     "windows",
 ]
@@ -99,7 +100,7 @@ def find(path: str | Path) -> Path:
         _refuse_other_folder(path)
     elif not path.is_file():
         raise ValueError(f"{path} is neither a folder nor a file.")
-    elif _pickled(path):
+    elif pickled(path):
         raise ValueError(
             f"{path} is a pickled checkpoint, no safetensors file. `dist-ema convert {path} OUT` makes one."
         )
@@ -116,7 +117,7 @@ def _refuse_other_folder(path: Path) -> None:
         )
 
 
-def _pickled(path: Path) -> bool:
+def pickled(path: Path) -> bool:
     """By the first bytes: torch.save writes a zip, earlier a bare pickle. A safetensors header is never that long."""
     with open(path, "rb") as file:
         first = file.read(8)

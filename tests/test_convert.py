@@ -443,6 +443,7 @@ def test_unreadable(call: Call, tmp_path: Path) -> None:
     (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:-100])
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "old.pt").write_bytes(b"\x80\x02" + b"x" * 50)
+    (tmp_path / "byte.pt").write_bytes(b"\x80")
     torch.save(3, tmp_path / "number.pt")
     torch.save({"model_ema": {"w": torch.ones(3).to_sparse(), "v": torch.ones(2)}}, tmp_path / "sparse.pt")
     torch.save({"model_ema": {"w": torch.ones(3, dtype=torch.complex128)}}, tmp_path / "wide.pt")
@@ -468,7 +469,8 @@ def test_unreadable(call: Call, tmp_path: Path) -> None:
     said = {
         "pickle.pt": "asks for numpy.", "meta.pt": "model_ema.w cannot be converted",
         "name.pt": "is called __metadata__",
-        "cut.pt": "", "text.pt": "is no safetensors file", "old.pt": "is no checkpoint of torch.save",
+        "cut.pt": "", "text.pt": "is no safetensors file", "byte.pt": "is no safetensors file",
+        "old.pt": "is no checkpoint of torch.save",
         "number.pt": "holds a int", "sparse.pt": "model_ema.w cannot be converted", "wide.pt": "holds no table",
         "twice.pt": "are both a", "deep.pt": "deep", "dots.pt": "fits no live weight",
         "both.pt": "fits model.a.b and model.ab", "empty": "no checkpoint", "two": "a.pt, b.pt",

@@ -17,7 +17,7 @@ from .. import checkpoint, commit, distcp, elements, foreign, format, sink
 from ..console import some
 from ..elements import Bytes
 from ..foreign import Found, Leaf
-from ..source import WINDOW, Safetensors, Source
+from ..source import WINDOW, Safetensors, Source, pickled
 
 __all__ = ["Job", "Plan", "candidates", "plan", "write"]
 
@@ -174,20 +174,13 @@ def _of_config(path: Path) -> dict[str, Any]:
 def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _Tree:
     if not path.is_file():
         raise ValueError(f"{path} is neither a folder nor a file.")
-    if path.suffix == ".safetensors" or not _pickled(path):
+    if path.suffix == ".safetensors" or not pickled(path):
         model = stack.enter_context(Safetensors(path))
         return _Tree({name: _InFile(model, name) for name in model.entries}, "safetensors")
     root, odd = checkpoint.load(path, inert)
     if not isinstance(root, (dict, list)):
         raise ValueError(f"{path} holds a {type(root).__name__}, not a table of tensors. Save state_dict() of it.")
     return _Tree(root, "torch", True, odd)
-
-
-def _pickled(path: Path) -> bool:
-    """By the first bytes: an archive, or the pickle that torch wrote before 1.6."""
-    with open(path, "rb") as file:
-        first = file.read(8)  # of safetensors: the length of a header, which is never that long
-    return checkpoint.is_archive(path) or (first[:1] == b"\x80" and 2 <= first[1] <= 5 and any(first[3:]))
 
 
 # --- what is chosen ----------------------------------------------------------------------------------------------
