@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
-from zlib import crc32
 
 import torch
 
 from .layout import Slot, fingerprint
-from .ranks import Ranks
+from .ranks import Ranks, digest
 
 __all__ = ["on_averages", "on_weights"]
 
@@ -33,14 +31,10 @@ def on_weights(verb: str, ranks: Ranks, slots: Sequence[Slot], averaged: Sequenc
 
     def brief() -> dict[str, int]:
         mine["values"] = _fingerprints([slot.local for slot in replicas])
-        return {key: _digest(value) for key, value in mine.items()}
+        return {key: digest(value) for key, value in mine.items()}
 
     if not ranks.attempt(verb, brief, combine=_alike)[1]:  # seen by all, so all go on to name what differs
         _compare(ranks.members, ranks.exchange(verb, mine))
-
-
-def _digest(value: Any) -> int:
-    return crc32(json.dumps(value).encode())
 
 
 def _alike(brief: Sequence[dict[str, int]]) -> bool:
@@ -82,7 +76,7 @@ def on_averages(verb: str, ranks: Ranks, slots: Sequence[Slot]) -> None:
     weights = [slot for slot in slots if slot.shard.kind != "buffer"]
     ranks.begin(verb)
     _, odd = ranks.attempt(
-        verb, lambda: [_digest(names), *_fingerprints([slot.average for slot in weights])], combine=_differing
+        verb, lambda: [digest(names), *_fingerprints([slot.average for slot in weights])], combine=_differing
     )
     if odd:
         said = ", ".join(sorted(weights[i - 1].name for i in odd if i)[:3]) if odd[0] else "the names of the weights"

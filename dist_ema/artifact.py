@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,7 @@ from . import commit, format, series, sink
 from .behind import Behind
 from .kernels import SCRATCH
 from .layout import ALIGN, DTYPES, Box, Slot, kinds, parts, runs
-from .ranks import Ranks
+from .ranks import Ranks, digest
 from .wire import Line, Part, collect
 
 __all__ = ["Job", "Scribe", "Tree"]
@@ -182,7 +181,7 @@ class Scribe:
         files = {name: file for plan in plans for name, file in plan.items()}
         folder = Path(ranks.decide(job.verb, lambda: str(_make(job, files))))
         try:
-            direct = self._is_direct(job, folder, _digest(job, files))
+            direct = self._is_direct(job, folder, files)
             if not direct and self._line is None and ranks.size > 1:
                 self._line = Line(ranks)
         except BaseException:
@@ -190,13 +189,16 @@ class Scribe:
             raise
         return _Ready(job, plans, files, folder, None if direct else self._line)
 
-    def _is_direct(self, job: Job, folder: Path, digest: int) -> bool:
+    def _is_direct(self, job: Job, folder: Path, files: dict[str, format.File]) -> bool:
         """Ranks write into place where they are of one machine and all see the folder, or are told to. *Collective*.
 
         Raises ValueError where they would write parts of different files.
         """
         here = _machine() if any(tree.parts for tree in job.trees) else None
-        said = self._ranks.exchange(job.verb, [here, here is None or os.path.isdir(folder), digest])
+        asked = digest(
+            [job.mode, [tree.spec for tree in job.trees], [(name, file.head) for name, file in files.items()]]
+        )
+        said = self._ranks.exchange(job.verb, [here, here is None or os.path.isdir(folder), asked])
         if any(theirs != said[0][2] for _, _, theirs in said):
             raise ValueError(
                 f"ema.{job.verb}(): the ranks ask for different files. which, dtype, max_shard_size and mode must be "
@@ -266,13 +268,6 @@ class _Ready:
 def _close(writers: list[_Writer]) -> dict[str, int]:
     """What was added to the check sum of every file."""
     return {name: added for writer in writers for name, added in writer.close().items()}
-
-
-def _digest(job: Job, files: dict[str, format.File]) -> int:
-    """Of what all ranks must agree on before each of them writes its own parts."""
-    return crc32(
-        repr((job.mode, [tree.spec for tree in job.trees], [(name, files[name].head) for name in files])).encode()
-    )
 
 
 def _machine() -> str:

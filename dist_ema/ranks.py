@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["FOREVER", "GRACE", "Board", "Ranks", "wire_device"]
+__all__ = ["FOREVER", "GRACE", "Board", "Ranks", "digest", "wire_device"]
 
 T = TypeVar("T")
 Combine = Callable[[list[Any]], Any]
@@ -326,6 +326,11 @@ class Board:
         if self.size > 1 and now - self._beaten >= min(LOOK, self.timeout / 4):
             self._beaten = now
             self._store.add("pulse", 1)
+
+
+def digest(value: Any) -> int:
+    """Of numbers, texts, bytes and lists of them: for ranks to compare what is too long to send."""
+    return crc32(repr(value).encode())
 
 
 def _called(verb: str) -> str:

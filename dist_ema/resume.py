@@ -9,7 +9,6 @@ cannot mix two versions.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -27,7 +25,7 @@ from . import commit, format
 from .clock import Clock
 from .console import some
 from .layout import DTYPES, Box, Slot, pieces, runs, split_box
-from .ranks import Ranks
+from .ranks import Ranks, digest
 from .schedule import from_spec
 from .shards import Region
 
@@ -326,7 +324,7 @@ class Found:
             chosen, report = _compare(source, table)
             self._chosen.append(chosen)
             self._reports.append(report)
-        return crc32(json.dumps([vars(report) for report in self._reports]).encode())
+        return digest([vars(report) for report in self._reports])
 
     def _table(self, source: _Source) -> dict[str, _Weight]:
         """Every weight of a folder, under its name and all aliases."""

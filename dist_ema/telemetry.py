@@ -10,17 +10,16 @@ hold the same must have the same bits. Buffers are left out: BatchNorm statistic
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from .kernels import SCRATCH
 from .layout import Slot
+from .ranks import digest
 
 __all__ = ["compare", "measure"]
 
@@ -105,7 +104,7 @@ def _join(column: Sequence[Tensor]) -> Tensor:
 def _summary(slots: Sequence[Slot]) -> list[int]:
     """Check sums of which elements these are, and of the bits of their shadows."""
     where = [[slot.name, *slot.own.offsets, slot.own.begin, slot.own.end] for slot in slots]
-    return [crc32(json.dumps(where).encode()), _bits([slot.shadow for slot in slots if slot.shadow is not None])]
+    return [digest(where), _bits([slot.shadow for slot in slots if slot.shadow is not None])]
 
 
 def _bits(tensors: Iterable[Tensor]) -> int:
@@ -117,7 +116,7 @@ def _bits(tensors: Iterable[Tensor]) -> int:
         total, factors = totals[words.device]
         # Chunks are the digits of a polynomial, so that they cannot change places.
         total.mul_(0x2545F4914F6CDD1D).add_((words * factors[: len(words)]).sum())
-    return crc32(json.dumps([int(total) for total, _ in totals.values()]).encode())
+    return digest([int(total) for total, _ in totals.values()])
 
 
 def _words(x: Tensor) -> Tensor:
