@@ -19,7 +19,7 @@ import numpy as np
 
 from . import format, sink
 from .console import some
-from .elements import FLOATS, Bytes, fitted, widen
+from .elements import FLOATS, TO_TORCH, Bytes, fitted, widen
 from .source import Checked, Source
 
 __all__ = ["DTYPES", "WINDOW", "Blend", "alike", "locate", "numeric", "write"]
@@ -27,11 +27,6 @@ __all__ = ["DTYPES", "WINDOW", "Blend", "alike", "locate", "numeric", "write"]
 WINDOW = 1 << 20  # elements: 4 MB as read, 8 of the sum, 8 of the product
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp64": "F64"}  # as the command line names them
 BESIDE = (".json", ".jinja", ".model", ".py", ".txt")  # config, tokenizer, code: what belongs to a Hugging Face model
-_TORCH = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U16": "uint16",
-    "I16": "int16", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "I32": "int32", "F32": "float32",
-    "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,7 @@ def write(
         "format": format.FORMAT, "kind": "export", "weights": origin.get("weights", "all"), "attach": None, "rounding": None,
         "averages": {}, "own_buffers": [], "aliases": format.grouped(dict(sorted(blend.rest.aliases.items()))),
         "averaged": sorted(blend.summed),
-        "dtypes": {name: _TORCH[entry.dtype] for name, entry in entries.items()},
+        "dtypes": {name: TO_TORCH[entry.dtype] for name, entry in entries.items()},
         "versions": {"dist_ema": format.VERSION},
     }  # fmt: skip
     model = sink.Model(format.plan(entries, max_shard_size), format.INDEX, _beside(blend.rest.path), full | dict(meta))

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FLOATS", "TORCH", "Bytes", "Floats", "finite", "fitted", "gathered", "narrow", "widen"]
+__all__ = ["FLOATS", "TORCH", "TO_TORCH", "Bytes", "Floats", "finite", "fitted", "gathered", "narrow", "widen"]
 
 Bytes: TypeAlias = "NDArray[np.uint8]"  # 1D
 Floats: TypeAlias = "NDArray[Any]"  # 1D, float32 or float64
@@ -23,6 +23,7 @@ TORCH = {  # torch's names -> those of safetensors
     "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32",
     "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
 }  # fmt: skip
+TO_TORCH = {kind: name for name, kind in TORCH.items()}
 _PLAIN = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 _BITS = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2)}  # exponent, mantissa
 

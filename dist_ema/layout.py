@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .elements import TO_TORCH
 from .fused import Numbering
 from .shards import Region, Shard, refit
 
@@ -48,13 +49,7 @@ __all__ = [
     "stages",
 ]
 
-DTYPES = {  # as safetensors names them
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-}  # fmt: skip
-
+DTYPES: dict[str, torch.dtype] = {kind: getattr(torch, name) for kind, name in TO_TORCH.items()}  # of safetensors
 ALIGN = 64  # bytes; where a long piece starts in the arena
 MOST = 4 << 20  # elements in one part of a file or a stream
 LONG = 16 << 10  # elements; shorter pieces lie end to end, so that one flat lerp can take many of them

@@ -23,7 +23,7 @@ from .clock import Clock
 from .console import some
 from .profiles import Fit, Mixer, Profile, coefficients
 from .schedule import Power, Schedule, from_spec
-from .source import Source, open_model
+from .source import Source, labels, open_model
 
 __all__ = ["REFUSED", "WARNED", "Profile", "Snapshots", "Stored", "coefficients", "reconstruct"]
 
@@ -209,23 +209,17 @@ def _stored(folder: Path) -> list[Stored]:
         clock.set(meta["clock"])
         schedules = [from_spec(spec) for spec in meta["schedules"]]
         averaged, dtypes = tuple(map(str, meta["averaged"])), dict(meta.get("dtypes", {}))
-        labels = ["", *sorted(meta.get("averages", {}), key=_number)]
+        names = labels(meta)
         profiles = [Profile(each, clock.now, clock.updates, clock.before) for each in schedules]
         told = {**asdict(clock), "accepted": int(meta["clock"]["accepted"])}
         if not clock.started:
             raise ValueError("averaging had not started")
-        if len(labels) != len(profiles):
-            raise ValueError(f"{len(profiles)} schedules for {len(labels)} averages")
+        if len(names) != len(profiles):
+            raise ValueError(f"{len(profiles)} schedules for {len(names)} averages")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} cannot be used as a snapshot: {type(error).__name__}: {error}") from None
-    pairs = zip(labels, profiles, strict=True)
+    pairs = zip(names, profiles, strict=True)
     return [Stored(folder, label, profile, told, averaged, dtypes) for label, profile in pairs]
-
-
-def _number(label: str) -> tuple[int, str]:
-    """averages/10-Power comes after averages/2-Power."""
-    digits = label.split("-")[0]
-    return (int(digits) if digits.isdecimal() else 0), label
 
 
 def _kind(said: str | None, model: Source, name: str) -> str:

@@ -31,7 +31,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from dist_ema import EMA, archives, distcp, pickles, source
-from dist_ema.elements import TORCH
+from dist_ema.layout import DTYPES
 from tests.kit import Training, run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")  # it is not used, on purpose
@@ -77,9 +77,8 @@ def read(folder: distcp.Folder, name: str, window: int = 1 << 20) -> bytes:
 
 def same(path: Path, window: int = 1 << 20) -> int:
     """Every tensor has the bytes that dcp.load gives. Returns how many there were."""
-    kinds = {kind: getattr(torch, name) for name, kind in TORCH.items()}
     with distcp.Folder(path) as folder:
-        state = {name: torch.zeros(entry.shape, dtype=kinds[entry.dtype]) for name, entry in folder.entries.items()}
+        state = {name: torch.zeros(entry.shape, dtype=DTYPES[entry.dtype]) for name, entry in folder.entries.items()}
         dcp.load(state, checkpoint_id=path, no_dist=True)
         assert [name for name in state if read(folder, name, window) != raw(state[name])] == []
     return len(state)

@@ -359,17 +359,14 @@ def write(
     meta: dict[str, Any] = {
         "format": format.FORMAT, "kind": "export", "weights": "all" if plan.whole else "averaged",
         "clock": {}, "schedules": [], "attach": None, "averages": {}, "averaged": sorted(plan.averaged), "own_buffers": [],
-        "aliases": format.grouped(plan.aliases), "dtypes": {name: _torch(leaf.dtype) for name, leaf in plan.weights.items()},
+        "aliases": format.grouped(plan.aliases),
+        "dtypes": {name: elements.TO_TORCH[leaf.dtype] for name, leaf in plan.weights.items()},
         "versions": {"dist_ema": format.VERSION},
         "extra": {"converted": {"from": plan.found.kind, "key": plan.found.key, **plan.found.extra}},
     }  # fmt: skip
     model = sink.Model(files, format.INDEX, {}, meta)
     sink.write(out, model, lambda name: _content(plan.weights[name], plan.dtypes[name], name), force=force, tick=tick)
     return meta
-
-
-def _torch(dtype: str) -> str:
-    return next(name for name, kind in elements.TORCH.items() if kind == dtype)
 
 
 def _content(leaf: Leaf, dtype: str, name: str = "") -> Iterator[Bytes]:

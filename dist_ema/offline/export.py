@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import card, format, manifest, sink
 from ..console import Bar, silent, some
-from ..elements import FLOATS, Bytes, fitted, narrow, widen
+from ..elements import FLOATS, TORCH, Bytes, fitted, narrow, widen
 from ..source import Checked, Safetensors, Source, labels, open_model
 
 __all__ = ["DTYPES", "Exported", "export"]
@@ -22,10 +22,6 @@ __all__ = ["DTYPES", "Exported", "export"]
 DTYPES = {  # as --dtype has them
     "bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16",
     "fp32": "F32", "float32": "F32", "fp64": "F64", "float64": "F64",
-}  # fmt: skip
-_OF_TORCH = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
 }  # fmt: skip
 
 
@@ -145,7 +141,7 @@ def _form(
             return _as_theirs(model, theirs, where, dtype, size)
     native = meta.get("dtypes", {}) if meta.get("kind") == "ema" else {}
     entries = {
-        name: format.Entry(_kind(entry.dtype, dtype or _OF_TORCH.get(str(native.get(name)))), entry.shape)
+        name: format.Entry(_kind(entry.dtype, dtype or TORCH.get(str(native.get(name)))), entry.shape)
         for name, entry in model.entries.items()
     }
     names = {name: name for name in entries}

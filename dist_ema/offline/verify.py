@@ -96,8 +96,7 @@ def _verify(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
 def _listed(path: Path, report: manifest.Report) -> dict[str, dict[str, str]]:
     """The sums of each file in ema.json. One file may have them in the ema.json that lies beside it."""
     if path.is_file() and (path.parent / format.META).is_file():
-        said = format.read_meta(path.parent)["files"].get(path.name)
-        return {path.name: {key: str(said[key]) for key in ("crc32", "sha256") if key in said}} if said else {}
+        return {path.name: manifest.sums(format.read_meta(path.parent), path.name)}
     return {name: report.sums(name) for name in report.files}
 
 
