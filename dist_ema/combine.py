@@ -22,10 +22,9 @@ from .console import some
 from .elements import FLOATS, TO_TORCH, Bytes, fitted, widen
 from .source import Checked, Source
 
-__all__ = ["DTYPES", "WINDOW", "Blend", "alike", "locate", "numeric", "write"]
+__all__ = ["WINDOW", "Blend", "alike", "locate", "numeric", "write"]
 
 WINDOW = 1 << 20  # elements: 4 MB as read, 8 of the sum, 8 of the product
-DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp64": "F64"}  # as the command line names them
 BESIDE = (".json", ".jinja", ".model", ".py", ".txt")  # config, tokenizer, code: what belongs to a Hugging Face model
 
 

@@ -13,12 +13,14 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 __all__ = [
+    "DTYPES",
     "FINE",
     "PROBLEM",
     "USAGE",
     "Bar",
     "Tick",
     "add_verb",
+    "add_writing",
     "columns",
     "count",
     "listed",
@@ -34,6 +36,10 @@ __all__ = [
 ]
 
 FINE, PROBLEM, USAGE = 0, 1, 2  # exit codes
+DTYPES = {  # as --dtype has them -> as safetensors does
+    "bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64",
+    "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64",
+}  # fmt: skip
 
 Tick: TypeAlias = Callable[[int], None]  # so many bytes more
 Bar: TypeAlias = Callable[[int], AbstractContextManager[Tick]]  # over so many bytes in all
@@ -52,6 +58,14 @@ def add_verb(
     )
     verb.set_defaults(run=run)
     return verb
+
+
+def add_writing(verb: argparse.ArgumentParser, dtype: str) -> None:
+    """What every verb takes that writes a model. dtype: of its floating weights, if nothing is said."""
+    text = f"of floating weights: bf16, fp16, fp32 or fp64 (default: {dtype})"
+    verb.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=text)
+    verb.add_argument("--force", action="store_true", help="replace a model at OUT; what lies beside it stays")
+    verb.add_argument("--json", action="store_true", help="print JSON")
 
 
 def count(text: str) -> int:

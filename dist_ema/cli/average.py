@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..console import FINE, USAGE, add_verb, columns, out, out_json, printable, progress, say, some
+from ..console import DTYPES, FINE, USAGE, add_verb, add_writing, columns, out, out_json, printable, progress, say, some
 
 if TYPE_CHECKING:
     from ..offline.average import Report
@@ -34,12 +34,8 @@ def add(verbs: Any) -> None:
     which.add_argument("--weights", type=_weights, metavar="W,W,...", help="one per model; scaled to sum to 1")
     which.add_argument("--wma", action="store_true", help="weights that grow linearly")
     verb.add_argument("--lawa", type=_whole, metavar="N", help="only the last N models")
-    verb.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16", "fp64"], help="of floating weights (default: as in the last)"
-    )
-    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default 5GB)")
-    verb.add_argument("--force", action="store_true", help="replace a model that is there")
-    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file in a folder (default 5GB)")
+    add_writing(verb, "as in the last model")
 
 
 def _weights(text: str) -> list[float]:
@@ -70,7 +66,7 @@ def _average(options: argparse.Namespace) -> int:
         weights=options.weights,
         lawa=options.lawa,
         wma=options.wma,
-        dtype=options.dtype,
+        dtype=DTYPES.get(options.dtype),
         max_shard_size=options.max_shard_size,
         force=options.force,
         progress=progress,

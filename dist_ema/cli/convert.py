@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..console import FINE, add_verb, columns, out, out_json, printable, progress, size, some
+from ..console import DTYPES, FINE, add_verb, add_writing, columns, out, out_json, printable, progress, size, some
 
 __all__ = ["add"]
 
@@ -14,10 +14,6 @@ KINDS = (  # NOTE: those of `foreign`, which imports numpy
     "auto", "torch", "swa", "lightning", "timm", "ema-pytorch", "ldm", "diffusers", "torch-ema", "mmengine", "dist-ema",
     "raw", "dcp",
 )  # fmt: skip
-DTYPES = {
-    "float32": "F32", "fp32": "F32", "float16": "F16", "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16", "float64": "F64",
-    "fp64": "F64",
-}  # fmt: skip
 
 
 def add(verbs: Any) -> None:
@@ -51,13 +47,9 @@ def add(verbs: Any) -> None:
     )
     verb.add_argument("--rest", metavar="KEY", help="the table of live weights that fills in what is not averaged")
     verb.add_argument("--averaged-only", action="store_true", help="leave out what is not averaged")
-    verb.add_argument(
-        "--dtype", choices=sorted(DTYPES), metavar="TYPE", help="round floating weights: bf16, fp16, fp32, fp64"
-    )
     verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file in a folder (default 5GB)")
     verb.add_argument("--inert", action="append", default=[], metavar="CLASS", help="read past objects of this class")
-    verb.add_argument("--force", action="store_true", help="replace the model at OUT")
-    verb.add_argument("--json", action="store_true", help="print JSON")
+    add_writing(verb, "as in SRC")
     verb.set_defaults(verb=verb)
 
 
@@ -67,7 +59,7 @@ def _convert(options: argparse.Namespace) -> int:
     kind = "torch" if options.kind == "swa" else options.kind
     job = offline.Job(
         options.source, kind, options.key, options.like, options.prefix, options.rest, options.averaged_only,
-        DTYPES[options.dtype] if options.dtype else None, options.inert,
+        DTYPES.get(options.dtype), options.inert,
     )  # fmt: skip
     if options.list:
         return _list(job, options.json)

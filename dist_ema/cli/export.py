@@ -7,15 +7,13 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..console import FINE, add_verb, listed, out, out_json, plural, printable, progress, size
+from ..console import DTYPES, FINE, add_verb, add_writing, listed, out, out_json, plural, printable, progress, size
 from ..format import size_of
 
 if TYPE_CHECKING:
     from ..offline.export import Exported
 
 __all__ = ["add"]
-
-DTYPES = ("bf16", "fp16", "fp32", "fp64", "bfloat16", "float16", "float32", "float64")
 
 
 def add(verbs: Any) -> None:
@@ -42,14 +40,10 @@ def add(verbs: Any) -> None:
         "src", metavar="SRC", help="a saved average, an export, a Hugging Face folder or a .safetensors file"
     )
     verb.add_argument("out", metavar="OUT", help="a folder, or a file that ends in .safetensors")
-    verb.add_argument(
-        "--dtype", choices=DTYPES, metavar="DTYPE", help="of all floating weights: bf16, fp16, fp32 or fp64"
-    )
-    verb.add_argument("--max-shard-size", type=_size, metavar="SIZE", help="bytes per file, as in 5GB (the default)")
+    verb.add_argument("--max-shard-size", type=_size, metavar="SIZE", help="of each file in a folder (default 5GB)")
     verb.add_argument("--like", metavar="DIR", help="a model whose file names, order, dtypes and config are taken")
     verb.add_argument("--which", default="0", metavar="NAME", help="of several averages: its number, label or schedule")
-    verb.add_argument("--force", action="store_true", help="replace a model at OUT; what lies beside it stays")
-    verb.add_argument("--json", action="store_true", help="print JSON")
+    add_writing(verb, "those of the model that was averaged")
 
 
 def _size(text: str) -> str:
@@ -61,7 +55,7 @@ def _size(text: str) -> str:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ..offline.export import DTYPES, export
+    from ..offline.export import export
 
     done = export(
         options.src,

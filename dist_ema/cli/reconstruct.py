@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..console import FINE, USAGE, add_verb, columns, out, out_json, printable, progress, say
+from ..console import DTYPES, FINE, USAGE, add_verb, add_writing, columns, out, out_json, printable, progress, say
 
 if TYPE_CHECKING:
     from ..offline.reconstruct import Report
@@ -33,24 +33,19 @@ def add(verbs: Any) -> None:
         "  dist-ema reconstruct run/snapshots --sweep 0.03:0.25:0.02 --plot fit.png  only report",
         _reconstruct,
     )
-    add_argument = verb.add_argument
-    add_argument("snapshots", metavar="SNAPSHOTS", help="the folder given to ema.snapshot")
-    add_argument(
+    verb.add_argument("snapshots", metavar="SNAPSHOTS", help="the folder given to ema.snapshot")
+    verb.add_argument(
         "out", metavar="OUT", nargs="?", help="folder to write, or a name ending in .safetensors; none: only report"
     )
     which = verb.add_mutually_exclusive_group(required=True)
     which.add_argument("--sigma-rel", type=_sigma, metavar="S", help="width of the average, between 0 and 0.2887")
     which.add_argument("--sweep", type=_sweep, metavar="FROM:TO:STEP", help="one model for each width, under OUT")
-    add_argument(
+    verb.add_argument(
         "--at", type=float, metavar="CLOCK", help="steps (images, tokens) that the ema counted; default: the last"
     )
-    add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16", "fp64"], help="of floating weights (default: the model's own)"
-    )
-    add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default 5GB)")
-    add_argument("--force", action="store_true", help="replace a model that is there")
-    add_argument("--plot", metavar="PNG", help="draw target and mixture (needs matplotlib)")
-    add_argument("--json", action="store_true", help="print JSON, with every weight")
+    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file in a folder (default 5GB)")
+    verb.add_argument("--plot", metavar="PNG", help="target and mixture, and the residual (needs matplotlib)")
+    add_writing(verb, "the model's own")
 
 
 def _sigma(text: str) -> float:
@@ -91,7 +86,7 @@ def _reconstruct(options: argparse.Namespace) -> int:
         options.sweep or [options.sigma_rel],
         folders=bool(options.sweep),
         at=options.at,
-        dtype=options.dtype,
+        dtype=DTYPES.get(options.dtype),
         max_shard_size=options.max_shard_size,
         force=options.force,
         plot=options.plot,

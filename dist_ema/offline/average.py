@@ -67,7 +67,7 @@ def average(
         combine.alike(models, last)
         names = frozenset(name for name, entry in last.entries.items() if combine.numeric(entry.dtype))
         taken = [name for name in sorted(set(last.entries) - names) if _differs(models, name)]
-        kinds = {} if dtype is None else dict.fromkeys(names, combine.DTYPES[dtype])
+        kinds = {} if dtype is None else dict.fromkeys(names, dtype)
         blend = combine.Blend(list(zip(models, parts, strict=True)), last, names, kinds)
         terms = list(zip(chosen, parts, strict=True))
         said = {"models": [{"path": path, "weight": part} for path, part in terms], "taken_from_last": taken}

@@ -17,12 +17,7 @@ from ..console import Bar, silent, some
 from ..elements import FLOATS, TORCH, Bytes, fitted, narrow, widen
 from ..source import Checked, Safetensors, Source, labels, open_model
 
-__all__ = ["DTYPES", "Exported", "export"]
-
-DTYPES = {  # as --dtype has them
-    "bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "float16": "F16",
-    "fp32": "F32", "float32": "F32", "fp64": "F64", "float64": "F64",
-}  # fmt: skip
+__all__ = ["Exported", "export"]
 
 
 @dataclass(frozen=True)

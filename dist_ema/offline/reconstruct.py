@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import figure, sink
-from ..combine import DTYPES
 from ..posthoc import WARNED, Snapshots
 from ..profiles import Fit
 from ..schedule import Power
@@ -95,7 +94,6 @@ def reconstruct(
     for place in places:
         run.refuse_place(place)
         sink.refuse_target(place, force)
-    kind = None if dtype is None else DTYPES[dtype]
     if plot is not None:
         _draw(plot, run, targets, fits, at)
     for place, sigma in zip(places, sigmas, strict=False):
@@ -105,7 +103,7 @@ def reconstruct(
                 targets[sigma],
                 fits[sigma],
                 at=at,
-                dtype=kind,
+                dtype=dtype,
                 max_shard_size=max_shard_size,
                 force=force,
                 tick=tick,
