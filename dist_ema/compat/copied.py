@@ -27,7 +27,7 @@ from ..schedule import Schedule
 from ..shards import Shard
 from ..swap import spread
 
-__all__ = ["Copied", "CopiedModule", "Count", "Holder", "ModuleFn"]
+__all__ = ["Copied", "CopiedModule", "Count", "Holder", "ModuleFn", "evaluating"]
 
 ModuleFn = Callable[[], nn.Module]
 
@@ -234,6 +234,14 @@ class Copied:
         if self.module is None:
             raise RuntimeError(f"the average cannot be copied or pickled: {self.why}")
         return self.__dict__ | {"_ema": None, "given": None, "_seen": (), "_rest": []}
+
+
+def evaluating(model: nn.Module, module_fn: ModuleFn | None, decay: float | Schedule, **options: Any) -> Copied:
+    """A `Copied` whose copy, where there is one, is in evaluation mode."""
+    copied = Copied(model, module_fn and module_fn(), decay, **options)
+    if copied.module is not None:
+        copied.module.eval()
+    return copied
 
 
 def _weights(of: Sequence[Shard]) -> set[int]:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ema import EMA
 from ..shards import Model
-from .listed import Listed, keep, put_back, source
+from .listed import Listed, Shadowed, keep, put_back, source
 
 __all__ = ["EMAModel"]
 
@@ -25,7 +24,7 @@ _SETTINGS: dict[str, Any] = {  # in a state_dict, and what each must be
 }
 
 
-class EMAModel:
+class EMAModel(Shadowed):
     """The average of all given parameters, updated by hand; what needs no gradient at a step is copied.
 
     parameters: an iterable of them, with or without names, or the model, which FSDP1 demands (then, as in the original,
@@ -69,20 +68,6 @@ class EMAModel:
         self._listed = Listed(source(parameters, always=True), self.decay)
         if older["device"] is not None:
             self.to(device=older["device"])
-
-    @property
-    def average(self) -> EMA:
-        """What saves, loads and exports in any layout."""
-        return self._listed.ema
-
-    @property
-    def shadow_params(self) -> list[Tensor]:
-        """One tensor per parameter, in their form, taken anew at every access. *Aliases* the average."""
-        return self._listed.shadows
-
-    @shadow_params.setter
-    def shadow_params(self, values: list[Tensor]) -> None:
-        self._listed.fill(values)
 
     def get_decay(self, optimization_step: int) -> float:
         """The decay of that step, counted from 1; 0 copies."""

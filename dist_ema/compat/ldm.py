@@ -38,8 +38,6 @@ class LitEma(nn.Module):
         use_num_updates: bool | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be in [0, 1], got {decay}.")
         counted = use_num_upates if use_num_updates is None else use_num_updates
         self._listed = Listed(trainable(model), decay)
         self.m_name2s_name = {name: name.replace(".", "") for name in self._listed.table}

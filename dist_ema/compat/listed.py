@@ -22,7 +22,7 @@ from ..ema import EMA
 from ..layout import Slot
 from ..schedule import Schedule
 
-__all__ = ["Listed", "keep", "put_back", "source", "trainable"]
+__all__ = ["Listed", "Shadowed", "keep", "put_back", "source", "trainable"]
 
 
 def source(given: shards.Model, always: bool = False) -> nn.Module:
@@ -266,6 +266,26 @@ class Listed:
         self.follow()
         given = self._model if given is None else given
         self._ema.copy_to(given if self._given is None else self.named(given))
+
+
+class Shadowed:
+    """A class around a `Listed` whose shadows are a list."""
+
+    _listed: Listed
+
+    @property
+    def average(self) -> EMA:
+        """What saves, loads and exports in any layout."""
+        return self._listed.ema
+
+    @property
+    def shadow_params(self) -> list[Tensor]:
+        """One tensor per parameter, in their form, taken anew at every access. *Aliases* the average."""
+        return self._listed.shadows
+
+    @shadow_params.setter
+    def shadow_params(self, values: list[Tensor]) -> None:
+        self._listed.fill(values)
 
 
 # --- weights kept aside ------------------------------------------------------------------------------------------

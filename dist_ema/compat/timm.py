@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..schedule import Constant, Schedule, Warmup
-from .copied import Copied, CopiedModule, Holder, ModuleFn
+from ..schedule import Constant, Warmup
+from .copied import CopiedModule, Holder, ModuleFn, evaluating
 
 __all__ = ["ModelEma", "ModelEmaV2", "ModelEmaV3"]
 
@@ -38,7 +38,7 @@ class ModelEma(Holder):
         module_fn: ModuleFn | None = None,
     ) -> None:
         self.decay, self.device = decay, device
-        self._copied = _copied(model, module_fn, decay, device or None)
+        self._copied = evaluating(model, module_fn, decay, device=device or None, buffers="average")
         self.ema_has_module = self._copied.module is not None and hasattr(self._copied.module, "module")
         if resume:
             self._load_checkpoint(resume)
@@ -78,7 +78,7 @@ class ModelEmaV2(_Versioned):
     ) -> None:
         super().__init__()
         self.decay, self.device = decay, device
-        self._keep(_copied(model, module_fn, decay, device))
+        self._keep(evaluating(model, module_fn, decay, device=device, buffers="average"))
 
     def update(self, model: nn.Module) -> None:
         """One move towards `model`. No collective, no host sync."""
@@ -121,7 +121,7 @@ class ModelEmaV3(_Versioned):
         self.stochastic_rounding, self.stochastic_rounding_seed = stochastic_rounding, stochastic_rounding_seed
         schedule = Warmup(decay, warmup_power, warmup_gamma) if use_warmup else Constant(decay)
         buffers = "copy" if exclude_buffers else "average"
-        self._keep(_copied(model, module_fn, schedule, device, dtype, buffers))
+        self._keep(evaluating(model, module_fn, schedule, device=device, dtype=dtype, buffers=buffers))
 
     def get_decay(self, step: int | None = None) -> float:
         """The decay of an update at this step of the optimizer; None: no warm-up and no start."""
@@ -140,17 +140,3 @@ class ModelEmaV3(_Versioned):
         self.copied.update(model, self.get_decay(step))
         if self.exclude_buffers:
             self.copied.copy_rest()
-
-
-def _copied(
-    model: nn.Module,
-    module_fn: ModuleFn | None,
-    decay: float | Schedule,
-    device: Any,
-    dtype: torch.dtype | None = None,
-    buffers: str = "average",
-) -> Copied:
-    copied = Copied(model, module_fn and module_fn(), decay, device=device, dtype=dtype, buffers=buffers)
-    if copied.module is not None:
-        copied.module.eval()
-    return copied

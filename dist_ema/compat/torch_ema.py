@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ema import EMA
 from ..shards import Model
-from .listed import Listed, keep, put_back, source
+from .listed import Listed, Shadowed, keep, put_back, source
 
 __all__ = ["ExponentialMovingAverage"]
 
 
-class ExponentialMovingAverage:
+class ExponentialMovingAverage(Shadowed):
     """The average of all given parameters, frozen ones included, updated by hand.
 
     parameters: an iterable of them, with or without names, or the model, which FSDP1 demands. decay: in [0, 1].
@@ -28,26 +27,11 @@ class ExponentialMovingAverage:
     """
 
     def __init__(self, parameters: Model, decay: float, use_num_updates: bool = True) -> None:
-        _refuse_decay(decay)
         self.decay = decay
         self.num_updates: int | None = 0 if use_num_updates else None
         self.collected_params: list[Tensor] | None = None
         self._given = source(parameters, always=True)
         self._listed = Listed(self._given, decay)
-
-    @property
-    def average(self) -> EMA:
-        """What saves, loads and exports in any layout."""
-        return self._listed.ema
-
-    @property
-    def shadow_params(self) -> list[Tensor]:
-        """One tensor per parameter, in their form, taken anew at every access. *Aliases* the average."""
-        return self._listed.shadows
-
-    @shadow_params.setter
-    def shadow_params(self, values: list[Tensor]) -> None:
-        self._listed.fill(values)
 
     def update(self, parameters: Model | None = None) -> None:
         """Move towards the parameters, by default those of the construction. No collective."""
@@ -104,7 +88,8 @@ class ExponentialMovingAverage:
         """Take what `state_dict` gave, on as many ranks, or full tensors. Raises ValueError, and changes nothing, for a
         decay outside of [0, 1] or tensors that do not fit."""
         decay, count = state_dict["decay"], state_dict["num_updates"]
-        _refuse_decay(decay)
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must be in [0, 1], got {decay}.")
         if not (count is None or isinstance(count, int)):
             raise ValueError(f"num_updates must be an int or None, got {count!r}.")
         collected = state_dict["collected_params"]
@@ -116,8 +101,3 @@ class ExponentialMovingAverage:
 
     def _or_own(self, parameters: Model | None) -> Model:
         return self._given if parameters is None else parameters
-
-
-def _refuse_decay(decay: float) -> None:
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay must be in [0, 1], got {decay}.")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..schedule import Ramp
-from .copied import Copied, Holder, ModuleFn
+from .copied import Holder, ModuleFn, evaluating
 
 __all__ = ["ModelEMA"]
 
@@ -31,9 +31,7 @@ class ModelEMA(Holder):
         tau: float = 2000,
         module_fn: ModuleFn | None = None,
     ) -> None:
-        self._copied = Copied(model, module_fn and module_fn(), Ramp(decay, tau), buffers="average")
-        if self._copied.module is not None:
-            self._copied.module.eval()
+        self._copied = evaluating(model, module_fn, Ramp(decay, tau), buffers="average")
         self.updates = updates
         self.decay: Callable[[float], float] = lambda n: -decay * math.expm1(-n / tau)
 
