@@ -148,11 +148,8 @@ def _refusal(path: Path, error: Exception) -> str:
             f"{path} is a pickle that torch.save did not write. It asks for {name}, whose code dist_ema does not run."
         )
     text = re.sub(r"^Weights only load failed.* error: | Check the documentation.*", "", text)  # advice to run it
-    kind = (
-        ""
-        if isinstance(error, RuntimeError) or type(error).__name__ == "UnpicklingError"
-        else f"{type(error).__name__}: "
-    )
+    plain = isinstance(error, RuntimeError) or type(error).__name__ == "UnpicklingError"
+    kind = "" if plain else f"{type(error).__name__}: "
     return f"{path} is no checkpoint of torch.save, or is damaged: {kind}{text[:200]}"
 
 

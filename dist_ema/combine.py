@@ -35,9 +35,7 @@ class Blend:
     terms: Sequence[tuple[Source, float]]
     rest: Source  # gives names, shapes, aliases, and whatever is not summed
     summed: frozenset[str]
-    dtypes: Mapping[str, str] = field(
-        default_factory=dict
-    )  # of floating weights in the result; the others stay as in rest
+    dtypes: Mapping[str, str] = field(default_factory=dict)  # of floating weights; the others stay as in rest
 
     @cached_property
     def _checked(self) -> dict[int, Checked]:

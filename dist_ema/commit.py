@@ -224,9 +224,8 @@ class Target:
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_WRONLY)
-        self._filled: list[
-            int
-        ] = []  # where the window begins and ends in the file, and how many bytes of it are written
+        # Where the window begins and ends in the file, and how many bytes of it are written.
+        self._filled: list[int] = []
         self._sent: list[int] = []
 
     def write(self, data: memoryview, offset: int) -> None:

@@ -400,9 +400,7 @@ class EMA:
         first rank writes, unless mode='direct'. wait=False: this rank's share once more in host memory, pinned on an
         accelerator, until it is written.
         """
-        everything = self._average.only is None
-        meta = {"kind": "ema", "weights": "all" if everything else "averaged", "extra": extra or {}}
-        trees, meta = self._trees(), self._meta() | meta
+        trees, meta = self._trees(), self._meta("ema") | {"extra": extra or {}}
         self._write(artifact.Job("save", _real(path), trees, meta, max_shard_size, mode, keep=keep), wait)
 
     @_aside
@@ -421,7 +419,7 @@ class EMA:
         Raises ValueError where a finite value would become infinite in `dtype`.
         """
         profile = self._average.profile(which)
-        meta = self._meta() | {"kind": "export", "weights": "all", "extra": {}}
+        meta = self._meta("export") | {"weights": "all"}
         tree = artifact.Tree(profile.persistent, dict(profile.own), profile.schedule.spec())
         self._write(artifact.Job("export", _real(path), [tree], meta, max_shard_size, mode, dtype))
 
@@ -447,11 +445,7 @@ class EMA:
                 "averages of two runs cannot be mixed.",
                 stacklevel=_outside(),
             )
-        kind = {
-            "kind": "ema" if dtype is None else "export",
-            "weights": "all" if self._average.only is None else "averaged",
-        }
-        meta = self._meta() | kind | {"extra": {}}
+        meta = self._meta("ema" if dtype is None else "export")
         self._write(artifact.Job("save", path, self._trees(), meta, dtype=dtype))
         return path
 
@@ -499,12 +493,15 @@ class EMA:
         for text in remarks:
             warnings.warn(text, stacklevel=_outside())
 
-    def _meta(self) -> dict[str, Any]:
+    def _meta(self, kind: str) -> dict[str, Any]:
         attached = self._attachment
         return {
+            "kind": kind,
+            "weights": "all" if self._average.only is None else "averaged",
             "clock": self._average.clock_spec(),
             "attach": None if attached is None else attached.spec(),
             "rounding": {"seed": self._average.seed},
+            "extra": {},
         }
 
     @_aside

@@ -301,9 +301,8 @@ def name(found: Found, names: Mapping[str, Leaf] | Sequence[str], ordered: bool)
     """
     if not isinstance(names, Mapping):
         return replace(found, weights=_pair(found, list(names)), nameless=())
-    once = {
-        getattr(leaf, "key", each): each for each, leaf in reversed(list(names.items()))
-    }  # a tied weight is one parameter
+    # A tied weight is one parameter.
+    once = {getattr(leaf, "key", each): each for each, leaf in reversed(list(names.items()))}
     ours = {each: leaf for each, leaf in names.items() if _is_parameter(each, leaf) and each in once.values()}
     weights = _pair(found, list(ours)) if ordered else _by_shape(found, ours)
     wrong = [each for each in weights if weights[each].shape != ours[each].shape]

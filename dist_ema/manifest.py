@@ -43,12 +43,13 @@ class Total:
 
 @dataclass(frozen=True)
 class Tree:
-    """The files of one average. label: '' of the first, which lies in the folder itself."""
+    """The files of one average. label: '' of the first, which lies in the folder itself.
+
+    files: by their names in ema.json, so averages/LABEL/... of a further one; '' where none is seen.
+    """
 
     label: str
-    files: dict[
-        str, format.File
-    ]  # by their names in ema.json, so averages/LABEL/... of a further one; '' where none is seen
+    files: dict[str, format.File]
 
     @property
     def weights(self) -> dict[str, tuple[str, format.Entry]]:

@@ -98,9 +98,8 @@ def _rank(rank: int, world: int, folder: str, place: str, args: tuple[Any, ...])
 def _allow_torch_warnings() -> None:
     """torch warns of its own plans inside FSDP1, DTensor and DCP; ours stay errors."""
     warnings.filterwarnings("ignore", module=r"torch\..*")
-    warnings.filterwarnings(
-        "ignore", message="Deallocating Tensor that still has live PyObject"
-    )  # torch 2.8, now and then
+    # torch 2.8, now and then
+    warnings.filterwarnings("ignore", message="Deallocating Tensor that still has live PyObject")
     warnings.filterwarnings("ignore", message=r".*(NO_SHARD|FSDP|barrier\(\)|device_id|grad\.sizes).*")
 
 

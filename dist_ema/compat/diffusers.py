@@ -56,10 +56,8 @@ class EMAModel(Shadowed):
             raise TypeError(f"EMAModel takes no {', '.join(kwargs)}.")
         self.decay = decay if older["max_value"] is None else older["max_value"]
         self.min_decay = min_decay if older["min_value"] is None else older["min_value"]
-        self.update_after_step, self.use_ema_warmup = (
-            update_after_step,
-            use_ema_warmup or isinstance(parameters, nn.Module),
-        )
+        self.update_after_step = update_after_step
+        self.use_ema_warmup = use_ema_warmup or isinstance(parameters, nn.Module)
         self.inv_gamma, self.power, self.foreach = inv_gamma, power, foreach
         self.model_cls, self.model_config = model_cls, model_config
         self.optimization_step = 0

@@ -57,9 +57,8 @@ def average(
     if lawa and lawa > len(ordered):
         raise ValueError(f"--lawa {lawa} asks for more models than the {len(ordered)} that were given.")
     for path in chosen:
-        if os.path.realpath(path) != os.path.realpath(
-            out
-        ):  # over one of them is fine: it is read before it is replaced
+        # NOTE: over one of them is fine, as it is read before it is replaced.
+        if os.path.realpath(path) != os.path.realpath(out):
             sink.refuse_place(path, out)
     with ExitStack() as stack:
         models = [stack.enter_context(open_model(path)) for path in chosen]

@@ -57,8 +57,7 @@ def examine(folder: Path, *, timeout: float = 120.0, test: bool = True) -> Itera
     else:
         yield from _of_torch(facts)
         yield from _of_launch(facts, os.environ)
-    sound = list(_of_folder(folder))
-    yield from sound
+    yield from _of_folder(folder)
     if test and not isinstance(facts, Check) and facts["gloo"]:
         yield self_test(timeout)
 
@@ -136,11 +135,8 @@ def _of_torch(facts: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def _of_launch(facts: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[Check]:
-    if (
-        not facts["accelerator"]
-        and _version("accelerate")
-        and environment.get("ACCELERATE_USE_CPU", "").lower() not in _TRUE
-    ):
+    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in _TRUE
+    if not facts["accelerator"] and _version("accelerate") and not on_cpu:
         yield Check(
             "accelerate",
             "note",
@@ -255,9 +251,8 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         said = {"step": "start Python", "error": None}
     with contextlib.suppress(OSError):
-        said["error"] = said["error"] or (
-            None if said["step"] == "done" else _last(path.with_suffix(".txt").read_text()) or None
-        )
+        if said["step"] != "done":
+            said["error"] = said["error"] or _last(path.with_suffix(".txt").read_text()) or None
     return said
 
 
