@@ -150,7 +150,7 @@ class Run:
         dist.all_reduce(total)
         return float(total / self.world)
 
-    def save(self, name: str) -> Path:
+    def save(self) -> Path:
         """Model and optimizer, complete once `seal` was called. *Collective*."""
         unfinished = self.folder / ".unfinished"
         if self.rank == 0:
@@ -230,7 +230,7 @@ def averaged(run: Run, ema: EMA) -> dict[str, float]:
 
 def keep(run: Run, number: int, rows: list[dict[str, Any]], ema: EMA, stored: EMA) -> None:
     """One checkpoint, whole or not at all ([Note: going on]); older ones go, but for the starts of branches. *Collective*."""
-    place = run.save("constant")
+    place = run.save()
     ema.save(place / "ema")
     stored.save(place / "stored")
     if run.rank == 0:

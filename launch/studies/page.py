@@ -5,7 +5,7 @@ Text that must be true of any numbers is written here; everything that depends o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
@@ -32,20 +32,16 @@ def write(out: Path) -> Path:
 
 def text(results: Results) -> str:
     """The page as Markdown."""
-    sections: list[tuple[str, Callable[[Results], str], bool]] = [
-        ("Live weights and averages, clean and wrong labels", _table, _whole_table(results)),
-        (
-            "A language model: constant learning rate, averages, decayed branches",
-            _language,
-            bool(results.of("language")),
-        ),
-        ("Forgetting", _forgetting, bool(results.of("forgetting"))),
-        ("Distillation with few labels", _distillation, bool(results.of("distillation"))),
-        ("FixRes", _resolution, bool(results.of("resolution"))),
-        ("What should make no difference", _equivalence, bool(results.of("equivalence"))),
-    ]
-    parts = [_head(results, sections)]
-    for title, section, there in sections:
+    parts = [_head(results)]
+    for name, title, section in (
+        ("table", "Live weights and averages, clean and wrong labels", _table),
+        ("language", "A language model: constant learning rate, averages, decayed branches", _language),
+        ("forgetting", "Forgetting", _forgetting),
+        ("distillation", "Distillation with few labels", _distillation),
+        ("resolution", "FixRes", _resolution),
+        ("equivalence", "What should make no difference", _equivalence),
+    ):
+        there = results.whole_table if name == "table" else results.of(name)
         parts.append(f"## {title}\n\n" + (section(results) if there else "Not run, or not complete."))
     return _fill("\n\n".join([*parts, _how(results)])) + "\n"
 
@@ -60,10 +56,6 @@ def _fill(page: str) -> str:
             block = fill(" ".join(block.split()), 120, break_long_words=False, break_on_hyphens=False)
         blocks.append(block)
     return "\n\n".join(blocks)
-
-
-def _whole_table(results: Results) -> bool:
-    return all(results.of("table", f"{noise}{kind}") for noise in NOISES for kind in ("", "-cosine"))
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -86,7 +78,7 @@ def _verdicts(found: Sequence[Verdict]) -> str:
 # --- head and foot -----------------------------------------------------------------------------------------------
 
 
-def _head(results: Results, sections: Sequence[tuple[str, Any, bool]]) -> str:
+def _head(results: Results) -> str:
     size, machine = results.size, results.facts["machine"]
     found = [verdict for each in _all_verdicts(results) for verdict in each]
     agree = sum(verdict.agrees for verdict in found)
@@ -109,7 +101,7 @@ def _count(results: Results) -> str:
 
 
 def _all_verdicts(results: Results) -> list[list[Verdict]]:
-    found = [verdicts.of_table(results)] if _whole_table(results) else []
+    found = [verdicts.of_table(results)] if results.whole_table else []
     found += [verdicts.of_language(cell) for cell in results.of("language")]
     if results.of("distillation"):
         found.append(verdicts.of_distillation(results.of("distillation")))
@@ -198,13 +190,11 @@ last epoch says little.
 def _method(cells: Cells, name: str, kind: str, remark: str = "") -> list[str]:
     key = f"{name}/{kind}"
     label = {"live": f"live{remark}", "swa": "SWA"}.get(name, f"average, decay {name}")
-    steady = _percent([fluctuation(cell, key) for cell in cells])
+    steady = [fluctuation(cell, key) for cell in cells]
     return [
         label,
         kind,
-        _percent(final(cells, key)),
-        _percent(lasting(cells, key)),
-        steady,
+        *map(_percent, (final(cells, key), lasting(cells, key), steady)),
         f"{100 * churn(cells, key):.1f}",
     ]
 

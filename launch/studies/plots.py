@@ -14,12 +14,13 @@ from .verdicts import AVERAGE, LIVE, final
 __all__ = ["draw"]
 
 LIVE_COLOUR, COLOURS = "0.35", ("C0", "C1", "C2", "C3", "C4")
+STATISTICS = {"copied": "copied from live", "averaged": "averaged with the weights", "recalibrated": "recalibrated"}
 Cells = list[dict[str, Any]]
 
 
 def draw(results: Results, folder: Path) -> None:
     """A plot for every experiment that is complete."""
-    if all(results.of("table", f"{noise}{kind}") for noise in NOISES for kind in ("", "-cosine")):
+    if results.whole_table:
         _table(results, folder / "table.png")
         _statistics(results, folder / "statistics.png")
     for name, plot in (
@@ -91,13 +92,7 @@ def _statistics(results: Results, path: Path) -> None:
     with _panels(path, len(NOISES), sharey=True) as panels:
         for panel, noise in zip(panels, NOISES, strict=True):
             cells = results.of("table", f"{noise}")
-            for i, (kind, text) in enumerate(
-                (
-                    ("copied", "copied from live"),
-                    ("averaged", "averaged with the weights"),
-                    ("recalibrated", "recalibrated"),
-                )
-            ):
+            for i, (kind, text) in enumerate(STATISTICS.items()):
                 both = [spread([100 * value for value in final(cells, f"{name}/{kind}")]) for name in names]
                 at = [x + 0.1 * (i - 1) for x in range(len(names))]
                 panel.errorbar(

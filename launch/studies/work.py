@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,6 @@ def progress(total: int) -> Iterator[tuple[Callable[[int], None], Say]]:
     )
 
     columns = TextColumn("study"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left:")
-    with ExitStack() as stack:
-        bar = stack.enter_context(Progress(*columns, TimeRemainingColumn()))
+    with Progress(*columns, TimeRemainingColumn()) as bar:
         task = bar.add_task("", total=total)
         yield lambda count: bar.update(task, completed=count), lambda text: bar.console.print(text, highlight=False)
