@@ -712,16 +712,16 @@ BARS = {
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = ("gpt2", "resnet50", "llama1b", "tiny", "many")
-    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu, cuda or cuda:1")
-    parser.add_argument("--model", choices=models, default="gpt2", help="whose list of shapes (many: 4000 x 64)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the live weights")
-    parser.add_argument("--averages", type=int, default=1, help="how many averages are kept of each weight")
-    parser.add_argument("--repeat", type=int, default=25, help="rounds that a median is taken of")
-    parser.add_argument("--patience", type=float, default=0, help="seconds that a median may wait for an idle machine")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the JSON and the PNG")
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time other libraries too")
-    parser.add_argument("--only", choices=PARTS, help="one part instead of all three")
+    models, add = ("gpt2", "resnet50", "llama1b", "tiny", "many"), parser.add_argument
+    add("--device", type=_device, default=torch.device("cpu"), metavar="DEVICE", help="cpu, cuda or cuda:1 (cpu)")
+    add("--model", choices=models, default="gpt2", help="whose list of shapes; many: 4000 x 64 (gpt2)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the live weights (float32)")
+    add("--averages", type=int, default=1, metavar="N", help="how many averages are kept of each weight (1)")
+    add("--repeat", type=int, default=25, metavar="N", help="rounds that a median is taken of (25)")
+    add("--patience", type=float, default=0, metavar="S", help="seconds that a median may wait for an idle machine (0)")
+    add("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="folder for JSON and PNG (runs/bench)")
+    add("--peers", action=argparse.BooleanOptionalAction, default=True, help="time other libraries too (yes)")
+    add("--only", choices=PARTS, help="one part instead of all three")
     args = parser.parse_args(words)
     if args.averages < 1 or args.repeat < 1:
         parser.error(f"--averages and --repeat must be 1 or more, got {args.averages} and {args.repeat}")
@@ -740,7 +740,7 @@ def _device(text: str) -> torch.device:
     try:
         return torch.device(text)
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:1, got {text}") from None
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:1, got {text!r}") from None
 
 
 def measure(args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:

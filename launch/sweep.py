@@ -113,14 +113,8 @@ def plot(path: Path, runs: list[list[dict[str, Any]]], live: list[dict[str, floa
     for panel, key in zip(panels, ("loss", "accuracy"), strict=True):
         for rows in runs:
             panel.plot(sigmas, [row[key] for row in rows], color="C0", lw=0.8, alpha=0.4)
-        panel.plot(
-            sigmas,
-            [row[key] for row in mean(runs)],
-            color="C0",
-            lw=2,
-            marker=".",
-            label="mixed afterwards: mean of the seeds",
-        )
+        both = [row[key] for row in mean(runs)]
+        panel.plot(sigmas, both, color="C0", lw=2, marker=".", label="mixed afterwards: mean of the seeds")
         for sigma in STORED:
             panel.axvline(sigma, color="grey", lw=0.8, ls=":")
         panel.set(xlabel="sigma_rel (dotted: stored)", ylabel=f"test {key}")

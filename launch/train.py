@@ -595,7 +595,7 @@ def _number(kind: type, wanted: str, holds: Callable[[Any], bool]) -> Callable[[
         except ValueError:
             value = None
         if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}.")
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
         return value
 
     return convert

@@ -91,7 +91,7 @@ def test_memory(tmp_path: Path) -> None:
     ("words", "sentence"),
     [
         (["--device", "cuda"], "finds no accelerator"),
-        (["--device", "gpu"], "argument --device: must be cpu, cuda or cuda:1, got gpu"),
+        (["--device", "gpu"], "argument --device: must be cpu, cuda or cuda:1, got 'gpu'"),
         (["--out", SCRIPT], f"--out {SCRIPT} cannot be written: File exists"),
     ],
 )

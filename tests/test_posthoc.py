@@ -683,4 +683,4 @@ def test_what_a_sweep_removes(digits: ModuleType, tmp_path: Path, capsys: pytest
     assert {path.name for path in tmp_path.iterdir()} == {"notes", "seed-0", "sweep.json", "sweep.png"}
     with pytest.raises(SystemExit, match="2"):
         digits.main(["--seeds", "0"])
-    assert "argument --seeds: must be a whole number of 1 or more, got 0" in capsys.readouterr().err
+    assert "argument --seeds: must be a whole number of 1 or more, got '0'" in capsys.readouterr().err

@@ -141,7 +141,7 @@ def test_a_failing_cell_ends_the_study(
 
 def test_refusals(tmp_path: Path) -> None:
     assert "--page: there are no results in" in study("--page", "--out", str(tmp_path), code=2)
-    assert "must be a whole number of 1 or more, got 0" in study("--workers", "0", code=2)
+    assert "must be a whole number of 1 or more, got '0'" in study("--workers", "0", code=2)
     file = tmp_path / "file"
     file.touch()
     assert f"study.py: --out {file} cannot be written: Not a directory.\n" == study(

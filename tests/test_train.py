@@ -256,8 +256,8 @@ def test_wrapper_none_on_two_ranks(
         (["--batch-size", "2000"], "--batch-size 2000 is more than the 1347 training images."),
         (["--steps-per-epoch", "43"], "--steps-per-epoch 43: an epoch has 42 at batch size 32."),
         (["--out", SCRIPT], f"--out {SCRIPT} cannot be written: File exists."),
-        (["--decay", "1.5"], "argument --decay: must be at least 0 and below 1, got 1.5."),
-        (["--epochs", "none"], "argument --epochs: must be a whole number of 1 or more, got none."),
+        (["--decay", "1.5"], "argument --decay: must be at least 0 and below 1, got '1.5'"),
+        (["--epochs", "none"], "argument --epochs: must be a whole number of 1 or more, got 'none'"),
     ],
 )
 def test_a_bad_argument_gives_one_sentence(
