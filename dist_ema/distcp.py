@@ -372,12 +372,7 @@ class Folder:
         if not _dense(tensor):
             into[:] = self._gathered(file, start, tensor, begin, begin + len(into))
             return
-        view, at = into.data, 0
-        while at < len(view):
-            count = os.preadv(self._fd(file), [view[at:]], start + begin + at)
-            if count == 0:
-                raise ValueError(f"{self.path / file} became shorter while it was read.")
-            at += count
+        format.read_into(self._fd(file), self.path / file, into.data, start + begin)
 
     def _gathered(self, file: str, start: int, tensor: _Tensor, begin: int, end: int) -> Bytes:
         """Bytes of a tensor that was saved with its dimensions in another order. NOTE: mapped, because they lie apart."""

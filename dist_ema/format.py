@@ -50,6 +50,7 @@ __all__ = [
     "plan",
     "read_header",
     "read_index",
+    "read_into",
     "read_meta",
     "read_model",
     "refuse_other_index",
@@ -240,6 +241,15 @@ def header_of(file: BinaryIO, path: Path) -> File:
             f"{path} holds {size} bytes, its header speaks of {8 + length + at}. It was cut short or damaged."
         )
     return File(struct.pack("<Q", length) + text, entries, metadata)
+
+
+def read_into(fd: int, path: Path, into: memoryview, offset: int) -> None:
+    """Fill `into` from an open file. Raises ValueError where that ends before. NOTE: one call moves at most 2 GiB."""
+    while into:
+        count = os.preadv(fd, [into], offset)
+        if not count:
+            raise ValueError(f"{path} became shorter while it was read.")
+        into, offset = into[count:], offset + count
 
 
 def _read_exactly(file: BinaryIO, n: int) -> bytes:

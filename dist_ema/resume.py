@@ -69,11 +69,7 @@ class File:
             yield block, buffer[:at].view(dtype).view(block.sizes)
 
     def _read(self, into: memoryview, offset: int) -> None:
-        while into:
-            n = os.preadv(self._handle.fileno(), [into], offset)
-            if not n:
-                raise ValueError(f"{self.path} was cut short while it was read.")
-            into, offset = into[n:], offset + n
+        format.read_into(self._handle.fileno(), self.path, into, offset)
 
     def contribution(self, rank: int, size: int) -> int:
         """What this rank's part of the bytes adds to the check sum of the file ([Note: check sums] in format)."""
@@ -479,9 +475,7 @@ def _compare(source: _Source, table: dict[str, _Weight]) -> tuple[dict[str, _Wei
             report.missing.append(slot.name)
         elif held[0].entry.shape != slot.shard.shape:
             report.reshaped.append(f"{slot.name}: {held[0].entry.shape} on disk, {slot.shard.shape} in the model")
-        elif slot.average.dtype.is_complex != held[0].dtype.is_complex or not _floats(
-            held[0].dtype, slot.average.dtype
-        ):
+        elif not _converts(held[0].dtype, slot.average.dtype):
             report.of_another_kind.append(f"{slot.name}: {held[0].dtype} on disk, {slot.average.dtype} in the model")
         else:
             _refuse_untied(slot, held)
@@ -489,10 +483,11 @@ def _compare(source: _Source, table: dict[str, _Weight]) -> tuple[dict[str, _Wei
     return chosen, report
 
 
-def _floats(there: torch.dtype, here: torch.dtype) -> bool:
-    """Only what floats may become something that floats; other weights are not read."""
-    wide = there.is_floating_point or there.is_complex
-    return wide or not (here.is_floating_point or here.is_complex)
+def _converts(there: torch.dtype, here: torch.dtype) -> bool:
+    """Only what floats may become something that floats, and complex numbers stay complex; other weights are not read."""
+    if there.is_complex or here.is_complex:
+        return there.is_complex and here.is_complex
+    return there.is_floating_point or not here.is_floating_point
 
 
 def _refuse_untied(slot: Slot, held: Sequence[_Weight]) -> None:
@@ -562,7 +557,7 @@ def _mapped(path: Path, file: format.File) -> Iterable[tuple[str, Tensor]]:
     """Every weight of the file as pages of it."""
     pages = np.memmap(path, np.uint8, "c")
     if len(pages) != file.size:
-        raise ValueError(f"{path} was cut short while it was read.")
+        raise ValueError(f"{path} became shorter while it was read.")
     for name, entry in file.entries.items():
         start, dtype = len(file.head) + entry.begin, DTYPES[entry.dtype]
         raw = torch.from_numpy(pages[start : start + entry.nbytes])

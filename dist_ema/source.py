@@ -2,7 +2,7 @@
 
     with source.open_model(path) as model:
         for name, entry in model.entries.items():
-            for raw in model.windows(name): ...
+            for raw in source.windows(model, name): ...
 
 Whatever the form on disk, it is a table of names and a way to read bytes of each: everything behind this door knows no
 more. A window is 16 MB, whatever the size of the weight.
@@ -43,12 +43,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
 def read_at(fd: int, path: Path, begin: int, end: int) -> Bytes:
     """Bytes [begin, end) of an open file. Raises ValueError where it is shorter. *Cost*: no more than these bytes."""
     data = np.empty(end - begin, np.uint8)
-    view, at = data.data, 0
-    while at < len(data):  # one call moves at most 2 GiB, and may move less
-        count = os.preadv(fd, [view[at:]], begin + at)
-        if count == 0:
-            raise ValueError(f"{path} became shorter while it was read.")
-        at += count
+    format.read_into(fd, path, data.data, begin)
     return data
 
 
@@ -82,7 +77,7 @@ class Source(Protocol):
     ) -> None: ...
 
 
-def windows(model: Source, name: str, window: int = WINDOW) -> Iterator[Bytes]:
+def windows(model: Source | Checked, name: str, window: int = WINDOW) -> Iterator[Bytes]:
     """The bytes of a weight in order, `window` at a time (whole elements). *Cost*: one window."""
     nbytes = model.entries[name].nbytes
     for begin in range(0, nbytes, window):
@@ -267,7 +262,7 @@ class Checked:
     """
 
     def __init__(self, model: Source) -> None:
-        self._model = model
+        self._model, self.entries = model, model.entries
         self._told = _listed(model.path) if isinstance(model, Safetensors) else None
         self._summed = model if isinstance(model, Safetensors) and self._told is not None else None
         files = self._summed.files if self._summed else {}
@@ -283,12 +278,6 @@ class Checked:
                 self._sums[file].add(at + begin, raw.data)
                 self._seen[file, name] = end
         return raw
-
-    def windows(self, name: str) -> Iterator[Bytes]:
-        """As the function of that name."""
-        nbytes = self._model.entries[name].nbytes
-        for begin in range(0, nbytes, WINDOW):
-            yield self.read(name, begin, min(begin + WINDOW, nbytes))
 
     def finish(self) -> None:
         """Raise ValueError for a file that is not what ema.json says, and close the model. Once."""

@@ -442,7 +442,7 @@ def test_a_disk_that_fails_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(resume.Found, "fill", late)
     model = Core()
     ema = moved(model)
-    with pytest.raises(ValueError, match="was cut short while it was read"):
+    with pytest.raises(ValueError, match="became shorter while it was read"):
         ema.load(tmp_path / "a")
     assert all(torch.equal(slot.shadow, slot.live) for slot in ema._average.profiles[0].averages)
     assert (ema.now, ema.metrics()["updates"]) == (0, 0)

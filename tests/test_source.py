@@ -188,7 +188,9 @@ def test_checked(tmp_path: Path) -> None:
         with source.open_model(path) as model:
             checked = source.Checked(model)
             for name in asked:
-                assert b"".join(map(bytes, checked.windows(name))) == b"".join(map(bytes, source.windows(model, name)))
+                assert b"".join(map(bytes, source.windows(checked, name))) == b"".join(
+                    map(bytes, source.windows(model, name))
+                )
                 checked.read(name, 4, 8)
             checked.finish()
     content = (file := path / "model-00002-of-00002.safetensors").read_bytes()

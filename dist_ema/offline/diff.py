@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from numpy.typing import NDArray
 
 from ..console import Bar, Tick, silent
 from ..elements import FLOATS, Bytes, widen
-from ..format import ITEMSIZE, Entry
-from ..source import Source, open_model
+from ..format import ITEMSIZE
+from ..source import Source, open_model, windows
 
 __all__ = ["Difference", "Row", "diff"]
 
@@ -106,7 +105,8 @@ def _row(name: str, one: Source, mine: str, other: Source, theirs: str, tick: Ti
     a, b = one.entries[mine], other.entries[theirs]
     squares = norm = largest = 0.0
     changed = 0
-    for raw, against in zip(_windows(one, mine, a), _windows(other, theirs, b), strict=True):
+    sizes = ITEMSIZE[a.dtype] * WINDOW, ITEMSIZE[b.dtype] * WINDOW
+    for raw, against in zip(windows(one, mine, sizes[0]), windows(other, theirs, sizes[1]), strict=True):
         x, delta, n = _compare(raw, a.dtype, against, b.dtype)
         norm += _square(x)
         if n:
@@ -132,12 +132,6 @@ def _ratio(squares: float, norm: float, changed: int) -> float:
 def _far(value: float) -> float:
     """NaN is as far as can be: it must not sort behind what is finite, nor pass below a threshold."""
     return math.inf if math.isnan(value) else value
-
-
-def _windows(model: Source, name: str, entry: Entry) -> Iterator[Bytes]:
-    size = ITEMSIZE[entry.dtype] * WINDOW
-    for begin in range(0, entry.nbytes, size):
-        yield model.read(name, begin, min(begin + size, entry.nbytes))
 
 
 def _compare(raw: Bytes, dtype: str, against: Bytes, other: str) -> tuple[NDArray[Any], NDArray[Any], int]:

@@ -15,7 +15,7 @@ from typing import Any
 from .. import card, format, manifest, sink
 from ..console import Bar, silent, some
 from ..elements import FLOATS, TORCH, Bytes, fitted, narrow, widen
-from ..source import Checked, Safetensors, Source, labels, open_model
+from ..source import Checked, Safetensors, Source, labels, open_model, windows
 
 __all__ = ["Exported", "export"]
 
@@ -80,7 +80,7 @@ def export(
 
         def content(name: str) -> Iterator[Bytes]:
             was, now = model.entries[form.names[name]].dtype, form.entries[name].dtype
-            for raw in source.windows(form.names[name]):
+            for raw in windows(source, form.names[name]):
                 yield raw if was == now else _cast(name, raw, was, now)
 
         with bar(sum(entry.nbytes for entry in form.entries.values())) as tick:
