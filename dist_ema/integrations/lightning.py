@@ -72,13 +72,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         """NOTE: a fit that was left by an exception is not torn down, and its average is not that of the next one."""
         self._let_go()
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(trainer)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(trainer)
-
-    def _begin(self, trainer: Trainer) -> None:
         """Weights are wrapped and restored, the optimizers are there, and no step was taken."""
         if self._undo:
             return
@@ -92,6 +86,8 @@ class EMACallback(Callback):  # type: ignore[misc]
         strategy.remove_checkpoint = self._removing(trainer, remove)  # type: ignore[method-assign]
         self._undo = [lambda: setattr(strategy, "save_checkpoint", save), self.ema.detach]
         self._undo.append(lambda: setattr(strategy, "remove_checkpoint", remove))
+
+    on_sanity_check_start = on_train_start
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go()
@@ -139,32 +135,21 @@ class EMACallback(Callback):  # type: ignore[misc]
     # --- under the average -------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._lend(trainer)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._lend(trainer)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._lend(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._take_back()
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._take_back()
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._take_back()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._take_back(exception)
-
-    def _lend(self, trainer: Trainer) -> None:
         if not self._undo:  # not inside a fit
             self._find(trainer)
         assert self.ema is not None
         self._lent = self.ema.swap()
         self._lent.__enter__()
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_back()
+
+    on_test_end = on_predict_end = on_validation_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._take_back(exception)
 
     def _take_back(self, error: BaseException | None = None) -> None:
         lent, self._lent = self._lent, None
