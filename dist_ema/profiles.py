@@ -8,7 +8,7 @@ section 3 and appendix C).
 [Note: cells]  What was stored is discrete, so profiles are taken as they are, not as the paper's integrals: one number per
 update, and one for the weights that averaging began at. A decay composes ([Note: elapsed] in schedule), so the share of
 several updates together is as exact as that of one: above MOST_CELLS updates, neighbours share a cell, and only the measure
-of nearness becomes a little coarser. `inner_product` is the limit of infinitely many updates, in closed form.
+of nearness becomes a little coarser.
 
 [Note: sum]  Every profile sums to 1, the share of the start included, so the mixture's weights must: then a weight that
 never moved comes out as it is. The sum is a constraint of the fit, not a correction after it.
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from .schedule import Power, Schedule, gamma_of
 
-__all__ = ["MOST_CELLS", "Fit", "Mixer", "Profile", "Timeline", "coefficients", "gamma", "inner_product"]
+__all__ = ["MOST_CELLS", "Fit", "Mixer", "Profile", "Timeline", "coefficients", "gamma"]
 
 Array: TypeAlias = "NDArray[np.float64]"
 
@@ -72,16 +72,6 @@ class Fit:
 def gamma(of: Power) -> float:
     """The exponent of the power function t^gamma."""
     return gamma_of(of.sigma_rel) if of.gamma is None else of.gamma  # type: ignore[arg-type]
-
-
-def inner_product(a: float, end_a: float, b: float, end_b: float) -> float:
-    """The integral of two profiles t^a on [0, end_a] and t^b on [0, end_b], each scaled to area 1.
-
-    Karras et al. 2023, appendix C: (a+1)(b+1) / (a+b+1) / later * (earlier / later)^(exponent of the later one).
-    """
-    if end_a > end_b:
-        return inner_product(b, end_b, a, end_a)
-    return float((a + 1) * (b + 1) / (a + b + 1) / end_b * (end_a / end_b) ** b)
 
 
 class Timeline:

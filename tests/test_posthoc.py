@@ -36,7 +36,7 @@ from dist_ema import (
     profiles,
 )
 from dist_ema.cli import main
-from dist_ema.profiles import Mixer, Profile, coefficients, gamma, inner_product
+from dist_ema.profiles import Mixer, Profile, coefficients, gamma
 from tests.kit import Call, run_ranks, wrap
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())
@@ -77,6 +77,16 @@ def dense(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
     system = np.zeros((n + 1, n + 1))
     system[:n, :n], system[:n, n], system[n, :n] = columns.T @ columns, 1.0, 1.0
     return np.linalg.solve(system, np.append(columns.T @ target, 1.0))[:n]
+
+
+def inner_product(a: float, end_a: float, b: float, end_b: float) -> float:
+    """The integral of two profiles t^a on [0, end_a] and t^b on [0, end_b], each scaled to area 1.
+
+    Karras et al. 2023, appendix C: (a+1)(b+1) / (a+b+1) / later * (earlier / later)^(exponent of the later one).
+    """
+    if end_a > end_b:
+        return inner_product(b, end_b, a, end_a)
+    return (a + 1) * (b + 1) / (a + b + 1) / end_b * (end_a / end_b) ** b
 
 
 # --- profiles ----------------------------------------------------------------------------------------------------
