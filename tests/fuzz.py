@@ -1,7 +1,6 @@
 """Saved averages with something wrong: cut, flipped, edited, linked elsewhere. What reads files is tried on them.
 
-    for label, change in itertools.islice(mutations(seed), 300):
-        shutil.copytree(good, folder); change(folder); ...
+    for label, folder in itertools.islice(damaged(good, tmp_path / "case" / "a", seed), 300): ...
 
 The same seed gives the same changes. What links lead to is made beside the folder, under names that begin with 'outside'.
 """
@@ -19,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-__all__ = ["mutations"]
+__all__ = ["damaged", "mutations"]
 
 Change = Callable[[Path], None]
 
@@ -28,6 +27,15 @@ ODD: list[Any] = [
     ["x"], [None], {"x": 1}, {"x": ["y"]}, [[[]]], "\ud800", "a\0b", "y" * 5000, [1] * 70,
 ]  # fmt: skip
 RAW = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 4000, "9" * 5000, "[" * 100_000, '{"a":' * 50_000, "nul", "'x'"]
+
+
+def damaged(good: Path, at: Path, seed: int) -> Iterator[tuple[str, Path]]:
+    """(what was done, a copy of `good` to which it was done), one after the other at the same place, alone in its folder."""
+    for label, change in mutations(seed):
+        shutil.rmtree(at.parent, ignore_errors=True)
+        shutil.copytree(good, at)
+        change(at)
+        yield label, at
 
 
 def mutations(seed: int) -> Iterator[tuple[str, Change]]:

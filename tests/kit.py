@@ -171,6 +171,19 @@ class Net(nn.Module):
         return self.core(tokens) * self.scale
 
 
+class Tied(nn.Module):
+    """What offline tests save: a tied head, a BatchNorm, a frozen weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.norm, self.head = nn.Embedding(7, 4), nn.BatchNorm1d(4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.emb.weight
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.emb(x)))
+
+
 class Images(nn.Module):
     """Convolutions for channels_last, and BatchNorm."""
 

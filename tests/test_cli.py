@@ -29,21 +29,8 @@ from dist_ema import EMA, HalfLife, Power, cli, distcp, source
 from dist_ema.cli import main
 from dist_ema.format import INDEX, META
 from dist_ema.offline.inspect import inspect
-from tests.fuzz import mutations
-from tests.kit import Call
-
-
-class Tied(nn.Module):
-    """A tied head, a BatchNorm, a frozen weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb, self.norm, self.head = nn.Embedding(7, 4), nn.BatchNorm1d(4), nn.Linear(4, 7, bias=False)
-        self.head.weight = self.emb.weight
-        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.emb(x)))
+from tests.fuzz import damaged
+from tests.kit import Call, Tied
 
 
 @pytest.fixture(scope="module")
@@ -444,11 +431,7 @@ def test_damaged_artifacts(seed: int, call: Call, shop: Path, tmp_path: Path) ->
     ema.save(good := tmp_path / "good", max_shard_size=100)
     want = links_followed(good)
     assert call("verify", good)[0] == 0
-    for label, change in islice(mutations(seed), 100):
-        folder = tmp_path / "case" / "a"
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        shutil.copytree(good, folder)
-        change(folder)
+    for label, folder in islice(damaged(good, tmp_path / "case" / "a", seed), 100):
         before = tree(folder.parent)
         for line in (
             ["verify", folder],

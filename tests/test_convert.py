@@ -29,26 +29,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dist_ema import EMA, foreign
 from dist_ema.cli import convert as cli
 from dist_ema.offline import convert as offline
-from tests.kit import Call
+from tests.kit import Call, Tied
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")  # it is not used, on purpose
 
 State = dict[str, torch.Tensor]
 
 
-class Net(nn.Module):
-    """A tied weight, BatchNorm, a frozen weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb, self.norm, self.head = nn.Embedding(7, 4), nn.BatchNorm1d(4), nn.Linear(4, 7, bias=False)
-        self.head.weight = self.emb.weight
-        self.frozen = nn.Parameter(torch.randn(3), requires_grad=False)
-
-
 def net(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model = Net()
+    model = Tied()
+    nn.init.normal_(model.frozen)
     model.norm.running_mean += seed
     return model
 

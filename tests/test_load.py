@@ -25,7 +25,7 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 
 from dist_ema import EMA, Uniform, format, load_file, resume
-from tests.fuzz import mutations
+from tests.fuzz import damaged, mutations
 from tests.kit import Core, Images, Net, raises, run_ranks, wrap
 
 STARTS = "ignore:.*comes without ema.json:UserWarning"
@@ -708,11 +708,7 @@ def test_fuzz(good: Path, seed: int, tmp_path: Path) -> None:
     want, clock = [values(ema, i) for i in range(2)], ema._average.clock_spec()
     marks = [{name: torch.full_like(value, 7.0) for name, value in each.items()} for each in want]
     outcomes = {"loaded": 0, "refused": 0}
-    for label, change in islice(mutations(seed), 100):
-        folder = tmp_path / "case" / "a"
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        shutil.copytree(good, folder)
-        change(folder)
+    for label, folder in islice(damaged(good, tmp_path / "case" / "a", seed), 100):
         before = tree(folder.parent)
         for profile in ema._average.profiles:
             for slot in profile.averages:

@@ -37,7 +37,7 @@ from dist_ema import (
 )
 from dist_ema.cli import main
 from dist_ema.profiles import Mixer, Profile, coefficients, gamma
-from tests.kit import Call, run_ranks, wrap
+from tests.kit import Call, Tied, run_ranks, wrap
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())
 ANY = [
@@ -238,18 +238,15 @@ def test_not_one_run() -> None:
 # --- snapshots ---------------------------------------------------------------------------------------------------
 
 
-class Small(nn.Module):
-    """A tied head, a frozen weight, BatchNorm with its counter, a scalar."""
+class Small(Tied):
+    """And a scalar."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.emb, self.norm, self.head = nn.Embedding(7, 4), nn.BatchNorm1d(4), nn.Linear(4, 7, bias=False)
-        self.head.weight = self.emb.weight
-        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
         self.scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(self.emb(x))) * self.scale
+        return super().forward(x) * self.scale
 
 
 def train(
