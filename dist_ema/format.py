@@ -180,17 +180,15 @@ def grouped(aliases: Mapping[str, str]) -> dict[str, list[str]]:
 
 def size_of(text: int | str) -> int:
     """Bytes in 5_000_000, '5GB', '500MB', '2GiB'."""
-    if isinstance(text, int):
-        size = text
-    elif not isinstance(text, str):
-        raise ValueError(f"max_shard_size must be bytes or a text like '5GB', got {text!r}.")
-    else:
-        units = {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
-        digits = text.strip().upper().rstrip("KMGIB")
-        try:
+    units = {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
+    try:
+        if isinstance(text, int):
+            size = text
+        else:
+            digits = text.strip().upper().rstrip("KMGIB")
             size = int(float(digits) * units[text.strip().upper()[len(digits) :].strip()])
-        except (KeyError, OverflowError, ValueError):
-            raise ValueError(f"max_shard_size must be bytes or a text like '5GB', got {text!r}.") from None
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        raise ValueError(f"max_shard_size must be bytes or a text like '5GB', got {text!r}.") from None
     if size <= 0:
         raise ValueError(f"max_shard_size must be positive, got {text!r}.")
     return size

@@ -133,31 +133,18 @@ def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> _Tree:
     """A folder of Hugging Face, diffusers, or with one checkpoint in it."""
     if (path / format.META).exists():
         raise ValueError(f"{path} is dist_ema's own already: `dist-ema export {path} OUT` makes a model of it.")
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    files = sorted(path.glob("*.safetensors"))
+    indices = [each.name for each in path.glob("*.safetensors.index.json")]
+    files = sorted(each.name for each in path.glob("*.safetensors"))
     if len(indices) == 1 or len(files) == 1:
-        shards = _shards(indices[0]) if len(indices) == 1 else files
-        models = [stack.enter_context(Safetensors(file)) for file in shards]
+        names = sorted(set(format.read_index(path, indices[0]).values())) if len(indices) == 1 else files
+        models = [stack.enter_context(Safetensors(path / name)) for name in names]
         root = {name: _InFile(model, name) for model in models for name in model.entries}
         return _Tree(root, "safetensors", extra=_of_config(path / "config.json"))
     others = sorted(each for pattern in _TORCH_FILES for each in path.glob(pattern))
     if len(others) == 1 and not files:
         return _open_file(others[0], inert, stack)
-    there = ", ".join(each.name for each in [*files, *others][:5])
+    there = ", ".join([*files, *(each.name for each in others)][:5])
     raise ValueError(f"{path} holds {'several checkpoints: ' + there if there else 'no checkpoint'}. Name one file.")
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        if not names or any(name != Path(name).name for name in names):
-            raise ValueError("it names files outside its folder")
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{index} is no sound index: {type(error).__name__}: {error}.") from None
-    lost = [name for name in names if not (index.parent / name).is_file()]
-    if lost:
-        raise ValueError(f"{index} names {', '.join(lost[:3])}, which the folder does not hold.")
-    return [index.parent / name for name in names]
 
 
 def _of_config(path: Path) -> dict[str, Any]:
