@@ -204,6 +204,13 @@ def batch(step: int, rank: int, size: int = 6) -> tuple[Tensor, Tensor]:
     return tokens, torch.randint(0, 7, (size, 4), generator=generator)
 
 
+def draw(n: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Normal numbers [n], the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(n, dtype=wide, generator=generator).to(dtype)
+
+
 def image_batch(step: int, rank: int, size: int = 6) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * step + rank)
     return torch.randn(size, 3, 8, 8, generator=generator), torch.randint(0, 7, (size,), generator=generator)

@@ -25,6 +25,7 @@ from dist_ema.compiled import CHUNK, LIVE, SHADOW, Pass, Piece, ramps
 from dist_ema.engine import HostThread
 from dist_ema.executors import Worker
 from dist_ema.kernels import WORTH, Pair, Plan, noise
+from tests.kit import draw
 
 needs_numba = pytest.mark.skipif(not compiled.available(), reason="numba is not installed")
 both = pytest.mark.parametrize(("live", "shadow"), [(live, shadow) for live in LIVE for shadow in SHADOW], ids=str)
@@ -37,10 +38,6 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def draw(n: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def make(live: torch.dtype, shadow: torch.dtype, averages: int = 1, more: int = 0) -> list[Pair]:

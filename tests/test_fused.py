@@ -32,7 +32,7 @@ from dist_ema.engine import Overlapped
 from dist_ema.fused import FusedPlan, Numbering, available, supports
 from dist_ema.kernels import SCRATCH, Pair, Plan, _key, noise
 from dist_ema.shards import Region, Shard
-from tests.kit import run_ranks, wrap
+from tests.kit import draw, run_ranks, wrap
 from tests.test_engine import Late, Skippable, Watch, steps
 
 CPU, BF16, F16, F32 = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32
@@ -61,10 +61,6 @@ def interpreted() -> Iterator[Callable[..., None]]:
 
 
 # --- pairs ---------------------------------------------------------------------------------------------------------
-
-
-def draw(n: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def cut(sizes: list[int], dtype: torch.dtype, seed: int, where: str) -> list[Tensor]:

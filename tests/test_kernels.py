@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dist_ema import compiled
 from dist_ema.engine import Gate
 from dist_ema.kernels import PACK, SCRATCH, SHORT, Pair, Plan, _key, noise, round_to_bfloat16
+from tests.kit import draw
 
 Make = Callable[..., Plan]
 WIDE = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
@@ -39,12 +40,6 @@ def plan(request: pytest.FixtureRequest) -> Make:
 def numbers(start: int = 0) -> Callable[[int, int], Tensor]:
     """The indices of a piece that begins at element `start` of its weight."""
     return lambda a, b: torch.arange(start + a, start + b)
-
-
-def draw(n: int, dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    return torch.randn(n, dtype=wide, generator=generator).to(dtype)
 
 
 def arena(sizes: list[int], dtype: torch.dtype, seed: int) -> list[Tensor]:
