@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..ema import EMA
-from ..recipes.batchnorm import recalibrate
 from ..schedule import Uniform
 from ..shards import Parameters
+from .copied import recalibrate_all
 from .listed import Listed
 
 __all__ = ["SWA"]
@@ -187,14 +186,7 @@ class SWA(Optimizer):
 
         The first element of a batch goes into the model, to `device` first if there is one. See `recipes.batchnorm`.
         """
-        if not any(getattr(module, "running_mean", None) is not None for module in model.modules()):
-            return
-
-        def forward(inner: nn.Module, batch: Any) -> Any:
-            x = batch[0] if isinstance(batch, (list, tuple)) else batch
-            return inner(x if device is None else x.to(device))
-
-        recalibrate(model, loader, sys.maxsize, forward=forward, progress=False)
+        recalibrate_all(model, loader, device)
 
 
 def _whole(name: str, value: float | None) -> int | None:

@@ -15,7 +15,8 @@ the average on one rank only. Under FSDP construction is collective.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 
 from .. import dcp, shards
 from ..ema import EMA
+from ..recipes import batchnorm
 from ..schedule import Schedule
 from ..shards import Shard
 from ..swap import spread
 
-__all__ = ["Copied", "CopiedModule", "Count", "Holder", "ModuleFn", "evaluating"]
+__all__ = ["Copied", "CopiedModule", "Count", "Holder", "ModuleFn", "evaluating", "recalibrate_all"]
 
 ModuleFn = Callable[[], nn.Module]
 
@@ -247,6 +249,17 @@ def evaluating(model: nn.Module, module_fn: ModuleFn | None, decay: float | Sche
 def _weights(of: Sequence[Shard]) -> set[int]:
     """Which tensors they are. Buffers may be registered anew at any time."""
     return {id(shard.tensor) for shard in of if shard.kind != "buffer"}
+
+
+def recalibrate_all(model: nn.Module, loader: Iterable[Any], device: Any = None, group: Any = None) -> None:
+    """`recalibrate` over every batch, whose first element goes to `device`. A model without BatchNorm is left alone."""
+
+    def forward(module: nn.Module, batch: Any) -> Any:
+        given = batch[0] if isinstance(batch, (list, tuple)) else batch
+        return module(given if device is None else given.to(device))
+
+    if any(isinstance(each, batchnorm.LAYERS) and each.running_mean is not None for each in model.modules()):
+        batchnorm.recalibrate(model, loader, sys.maxsize, forward=forward, progress=False, group=group)
 
 
 class Holder:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR
 
 from .. import shards
-from ..recipes import batchnorm
 from ..schedule import Constant, Schedule, Uniform
-from .copied import Copied, CopiedModule, Count, ModuleFn
+from .copied import Copied, CopiedModule, Count, ModuleFn, recalibrate_all
 
 __all__ = [
     "SWALR",
@@ -147,17 +146,7 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: int | torch.devic
     copied = model.copied if isinstance(model, CopiedModule) else None
     if copied is not None and copied.module is None:
         with copied.average.swap():
-            _recalibrate(copied.live, loader, device, None)
+            recalibrate_all(copied.live, loader, device)
         return
     group = None if copied is None or copied.given is None else shards.find(copied.given).group
-    _recalibrate(model if copied is None else copied.evaluated, loader, device, group)
-
-
-def _recalibrate(model: nn.Module, loader: Iterable[Any], device: Any, group: Any) -> None:
-    def forward(module: nn.Module, batch: Any) -> Any:
-        given = batch[0] if isinstance(batch, (list, tuple)) else batch
-        return module(given if device is None else given.to(device))
-
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    if any(isinstance(each, kinds) and each.running_mean is not None for each in model.modules()):
-        batchnorm.recalibrate(model, loader, 1 << 62, forward=forward, progress=False, group=group)
+    recalibrate_all(model if copied is None else copied.evaluated, loader, device, group)

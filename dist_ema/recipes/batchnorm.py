@@ -32,7 +32,7 @@ from ..ranks import Ranks
 
 __all__ = ["recalibrate"]
 
-_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _END = object()
 
 
@@ -61,7 +61,7 @@ def recalibrate(
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}.")
     inner = shards.bare(model)
-    layers = {name: m for name, m in inner.named_modules() if isinstance(m, _LAYERS) and m.running_mean is not None}
+    layers = {name: m for name, m in inner.named_modules() if isinstance(m, LAYERS) and m.running_mean is not None}
     if not layers:
         raise ValueError(f"{type(inner).__name__} has no BatchNorm that tracks statistics: nothing to recalibrate.")
     found = shards.find(model)
