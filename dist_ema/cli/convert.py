@@ -84,14 +84,8 @@ def _list(job: Any, as_json: bool) -> int:
         return FINE
     head = ("key", "kind", "tensors", "", "why")
     table = [
-        (
-            str(row["key"]) or "(all)",
-            str(row["kind"]),
-            str(row["tensors"]),
-            "average" if row["average"] else "",
-            str(row["why"]),
-        )
-        for row in rows
+        (each.key or "(all)", each.kind, str(row["tensors"]), "average" if each.average else "", each.why)
+        for each, row in zip(found, rows, strict=True)
     ]
     out(columns([head, *table]) if table else [printable(f"{job.source} holds no table of tensors.")])
     if others:

@@ -169,10 +169,8 @@ def _facts(pace: Pace, every: int) -> Iterator[tuple[str, str]]:
     unit = [unit for unit in pace.units if unit != "steps"]
     if unit:
         count = pace.units[unit[-1]]
-        yield (
-            "as HalfLife",
-            f"EMA(model, decay=HalfLife({pace.half_life * count:.6g})), attach(optimizer, elapsed={count:g})",
-        )
+        ema = f"EMA(model, decay=HalfLife({pace.half_life * count:.6g}))"
+        yield "as HalfLife", f"{ema}, attach(optimizer, elapsed={count:g})"
     if pace.length is not None:
         yield "sigma_rel", f"{pace.sigma_rel:.4g}"
         yield "of the start is left", f"{pace.start_left:.3g} of the average, at the end of training"
@@ -186,9 +184,8 @@ def _of_scaling(pace: Pace, other: Pace, factor: float) -> Iterator[str]:
     yield f"at {factor:g} times the batch: decay^{factor:g}, so that as many samples are remembered (Busbridge et al. 2023)"
     rows = [("decay per step", _digits(pace.decay), _digits(other.decay))]
     for unit, count in pace.units.items():
-        rows.append(
-            (f"half-life in {unit}", _count(pace.half_life * count), _count(other.half_life * other.units[unit]))
-        )
+        then = other.half_life * other.units[unit]
+        rows.append((f"half-life in {unit}", _count(pace.half_life * count), _count(then)))
     yield from columns([("", "now", "then"), *rows])
     yield "It goes with the optimizer's own: learning rate x K for SGD, x sqrt(K) for Adam. HalfLife in samples just stays."
     yield ""
@@ -199,6 +196,7 @@ def _of_cost(cost: Cost, options: argparse.Namespace) -> Iterator[str]:
     share = f"{_count(options.params)} / {world}" if cost.elements < options.params else _count(options.params)
     bytes_each = f"{4 if options.dtype == 'fp32' else 2} bytes" + (f" x {averages} averages" if averages > 1 else "")
     live = 4 if options.weights == "fp32" else 2
+    rates = _rates(options, bool(cost.copied))
     rows = [
         ("elements on a rank", f"{cost.elements:,}", share),
         (f"average, in {options.device} memory", size(cost.memory.shadows), f"elements x {bytes_each}"),
@@ -209,11 +207,7 @@ def _of_cost(cost: Cost, options: argparse.Namespace) -> Iterator[str]:
         rows.append(("copied to the host", size(cost.copied), "per update, behind the next forward"))
     rows += [
         ("moved by an update", size(cost.moved), f"elements x ({live} read + 2 x {bytes_each})"),
-        (
-            "time of an update",
-            f"{cost.seconds * 1e3:,.4g} ms",
-            f"at {_rates(options, bool(cost.copied))}; the limit, not a promise",
-        ),
+        ("time of an update", f"{cost.seconds * 1e3:,.4g} ms", f"at {rates}; the limit, not a promise"),
         ("saved artifact", size(cost.saved), "by all ranks together, each its own part"),
         ("a full copy instead", size(cost.copies), "on every rank, as deepcopy averages do"),
     ]

@@ -111,17 +111,15 @@ def _text(where: str, report: Report) -> Iterator[str]:
     yield from (printable(f"  {kind}") for kind in kinds)
     yield f"mixed as of {report.at[0]:g}, after {report.at[1]:,} updates; weights sum to 1"
     yield ""
-    rows = [
-        (
-            f"{each.sigma_rel:g}",
+    rows = []
+    for each in report.mixtures:
+        numbers = (
             f"{each.fit.residual:.2%}",
             f"{each.fit.condition:.3g}",
             f"{each.fit.largest:.3f}",
             f"{each.fit.gain:.3f}",
-            str(each.out or "-"),
         )
-        for each in report.mixtures
-    ]
+        rows.append((f"{each.sigma_rel:g}", *numbers, str(each.out or "-")))
     yield from columns([("sigma_rel", "residual", "condition", "largest", "gain", "written to"), *rows])
     yield ""
     yield "residual   how much of the wanted profile is missed; the weights are off by far less"
