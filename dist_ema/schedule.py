@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -65,6 +64,24 @@ class Schedule(ABC):
         return {"name": type(self).__name__} | {key: value for key, value in values.items() if value is not None}
 
 
+class _PerStep(Schedule):
+    """[Note: elapsed]"""
+
+    def __call__(self, now: float, elapsed: float = 1.0) -> float:
+        if elapsed == 1:
+            return self._at(now)
+        if elapsed != int(elapsed) or not 1 <= elapsed <= MOST_STEPS:
+            raise ValueError(
+                f"{self!r} is defined step by step and takes whole elapsed up to {MOST_STEPS}, got {elapsed:g}. "
+                "Use HalfLife to count images or tokens."
+            )
+        return math.prod(self._at(now - i) for i in range(int(elapsed)))
+
+    @abstractmethod
+    def _at(self, n: float) -> float:
+        """The decay of step n."""
+
+
 @dataclass(frozen=True)
 class Constant(Schedule):
     """d^elapsed."""
@@ -92,7 +109,7 @@ class HalfLife(Schedule):
 
 
 @dataclass(frozen=True)
-class Warmup(Schedule):
+class Warmup(_PerStep):
     """min(d, 1 - (1 + n / inv_gamma)^-power) per step (k-diffusion's EMAWarmup)."""
 
     decay: float = 0.9999
@@ -104,15 +121,12 @@ class Warmup(Schedule):
         _positive("power", self.power)
         _positive("inv_gamma", self.inv_gamma)
 
-    def __call__(self, now: float, elapsed: float = 1.0) -> float:
-        return _per_step(self, self._at, now, elapsed)
-
     def _at(self, n: float) -> float:
         return float(min(self.decay, 1 - (1 + n / self.inv_gamma) ** -self.power))
 
 
 @dataclass(frozen=True)
-class Ratio(Schedule):
+class Ratio(_PerStep):
     """min(d, (1 + n) / (10 + n)) per step (TensorFlow's ExponentialMovingAverage)."""
 
     decay: float = 0.9999
@@ -120,15 +134,12 @@ class Ratio(Schedule):
     def __post_init__(self) -> None:
         _in_unit("decay", self.decay)
 
-    def __call__(self, now: float, elapsed: float = 1.0) -> float:
-        return _per_step(self, self._at, now, elapsed)
-
     def _at(self, n: float) -> float:
         return min(self.decay, (1 + n) / (10 + n))
 
 
 @dataclass(frozen=True)
-class Ramp(Schedule):
+class Ramp(_PerStep):
     """d * (1 - exp(-n / tau)) per step (the YOLO family's ModelEMA)."""
 
     decay: float = 0.9999
@@ -137,9 +148,6 @@ class Ramp(Schedule):
     def __post_init__(self) -> None:
         _in_unit("decay", self.decay)
         _positive("tau", self.tau)
-
-    def __call__(self, now: float, elapsed: float = 1.0) -> float:
-        return _per_step(self, self._at, now, elapsed)
 
     def _at(self, n: float) -> float:
         return -self.decay * math.expm1(-n / self.tau)
@@ -175,7 +183,7 @@ class Power(Schedule):
 
 
 @dataclass(frozen=True)
-class Cosine(Schedule):
+class Cosine(_PerStep):
     """final - (final - d) * (1 + cos(pi n / total)) / 2 per step: from `decay` up to `final` (BYOL, DINO)."""
 
     decay: float
@@ -186,9 +194,6 @@ class Cosine(Schedule):
         _in_unit("decay", self.decay)
         _in_unit("final", self.final)
         _positive("total", self.total)
-
-    def __call__(self, now: float, elapsed: float = 1.0) -> float:
-        return _per_step(self, self._at, now, elapsed)
 
     def _at(self, n: float) -> float:
         return self.final - (self.final - self.decay) * (1 + math.cos(math.pi * min(1.0, n / self.total))) / 2
@@ -230,7 +235,8 @@ def schedule(decay: float | Schedule) -> Schedule:
 
 def from_spec(spec: dict[str, Any]) -> Schedule:
     """The schedule that `Schedule.spec` described."""
-    kinds: dict[str, type[Schedule]] = {kind.__name__: kind for kind in Schedule.__subclasses__()}
+    every = [kind for kind in (*Schedule.__subclasses__(), *_PerStep.__subclasses__()) if kind is not _PerStep]
+    kinds: dict[str, type[Schedule]] = {kind.__name__: kind for kind in every}
     values = dict(spec)
     name = values.pop("name", None)
     if not isinstance(name, str) or name not in kinds:
@@ -250,18 +256,6 @@ def gamma_of(sigma_rel: float) -> float:
     t = sigma_rel**-2
     roots = np.roots([1.0, 7.0, 16.0 - t, 12.0 - t])
     return float(roots[np.abs(roots.imag) < 1e-6].real.max())
-
-
-def _per_step(of: Schedule, at: Callable[[float], float], now: float, elapsed: float) -> float:
-    """[Note: elapsed]"""
-    if elapsed == 1:
-        return at(now)
-    if elapsed != int(elapsed) or not 1 <= elapsed <= MOST_STEPS:
-        raise ValueError(
-            f"{of!r} is defined step by step and takes whole elapsed up to {MOST_STEPS}, got {elapsed:g}. "
-            "Use HalfLife to count images or tokens."
-        )
-    return math.prod(at(now - i) for i in range(int(elapsed)))
 
 
 def _in_unit(name: str, value: float) -> None:
