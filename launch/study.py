@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def check(args: argparse.Namespace) -> None:
     facts = read_facts(args.out / "results")
     if args.page and not facts:
         raise UsageError(f"--page: there are no results in {args.out / 'results'}.")
-    if facts and not args.page and facts["size"] != args.size.plain():
+    if facts and not args.page and facts["size"] != asdict(args.size):
         raise UsageError(
             f"{args.out / 'results'} holds results of a {facts['size']['name']} study with other settings: "
             "write to another --out, or remove them."
@@ -99,7 +100,7 @@ def new_facts(args: argparse.Namespace) -> dict[str, Any]:
     """Settings, and what it ran on."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
     machine = {"cores": os.cpu_count(), "architecture": platform.machine(), "system": platform.system()}
-    return {"size": args.size.plain(), "versions": versions, "machine": machine, "sessions": []}
+    return {"size": asdict(args.size), "versions": versions, "machine": machine, "sessions": []}
 
 
 def missing(size: Size, results: Path, only: str | None) -> list[Cell]:

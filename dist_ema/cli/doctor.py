@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def _doctor(options: argparse.Namespace) -> int:
             out([printable(f"{MARKS[check.state]}  {check.what}: {check.text}")])
     problems = [check for check in checks if check.state == "problem"]
     if options.json:
-        out_json({"sound": not problems, "checks": [check.plain() for check in checks]})
+        out_json({"sound": not problems, "checks": [asdict(check) for check in checks]})
     elif not problems:
         out(["dist_ema can work here."])
     return PROBLEM if problems else FINE

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,6 @@ class Check:
     what: str
     state: str
     text: str
-
-    def plain(self) -> dict[str, str]:
-        return asdict(self)
 
 
 def examine(folder: Path, *, timeout: float = 120.0, test: bool = True) -> Iterator[Check]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .. import figure
@@ -19,7 +19,7 @@ from ..schedule import Constant, Power, Schedule, gamma_of
 __all__ = ["BANDWIDTH", "Cost", "Memory", "Pace", "cost", "pace", "plot", "scaled"]
 
 BANDWIDTH = {"gpu": 2000.0, "cpu": 50.0, "link": 25.0}  # GB/s, if nothing is said
-LIVE = SIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+SIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 SCRATCH = 8 << 20
 
 
@@ -149,7 +149,7 @@ class Cost:
     copies: int  # bytes on each rank, had each a full copy in fp32
 
     def plain(self) -> dict[str, Any]:
-        return {**vars(self), "memory": vars(self.memory)}
+        return asdict(self)
 
 
 def cost(
@@ -170,7 +170,7 @@ def cost(
     they hold no more (hsdp divides what is left over its replicas). Without a wrapper a rank has all of it.
     """
     elements = math.ceil(params / (world if wrapper != "none" else 1))
-    live, shadow = LIVE[weights], SIZE[dtype] * averages
+    live, shadow = SIZE[weights], SIZE[dtype] * averages
     host = device == "cpu"
     moved, copied = elements * (live + 2 * shadow), elements * live if host else 0
     seconds = moved / (bandwidth or BANDWIDTH[device]) / 1e9 + copied / (link or BANDWIDTH["link"]) / 1e9

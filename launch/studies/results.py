@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from .sizes import NOISES, Cell, Size, cells
+from .sizes import NOISES, Size, cells
 
 __all__ = ["Estimate", "Results", "calmer", "churn", "fluctuation", "paired", "spread"]
 
@@ -34,17 +34,13 @@ class Results:
 
     def of(self, experiment: str, variant: str = "") -> list[dict[str, Any]]:
         """Its cells in the order of their seeds; [] unless all are there."""
-        wanted = [cell for cell in self.cells if (cell.experiment, cell.variant) == (experiment, variant)]
+        wanted = [cell for cell in cells(self.size) if (cell.experiment, cell.variant) == (experiment, variant)]
         return [self.found[cell.name] for cell in wanted] if all(cell.name in self.found for cell in wanted) else []
 
     @property
     def whole_table(self) -> bool:
         """Every variant of the experiment `table` is there."""
         return all(self.of("table", f"{noise}{kind}") for noise in NOISES for kind in ("", "-cosine"))
-
-    @property
-    def cells(self) -> list[Cell]:
-        return cells(self.size)
 
 
 @dataclass(frozen=True)

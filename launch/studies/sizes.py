@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 __all__ = ["DECAYS", "EXPERIMENTS", "FULL", "HEADLINE", "NOISES", "QUICK", "SMOKE", "Cell", "Size", "cells"]
 
@@ -41,9 +40,6 @@ class Size:
         """Where the decayed branches end: thirds of the run, on the grid of evaluations."""
         last = self.gpt_steps // self.gpt_every
         return [self.gpt_every * max(self.gpt_decay // self.gpt_every + 1, last * part // 3) for part in (1, 2, 3)]
-
-    def plain(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 FULL = Size("full")
