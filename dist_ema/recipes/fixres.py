@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -53,7 +52,7 @@ class Frozen:
     def __enter__(self) -> Frozen:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
 
@@ -67,7 +66,7 @@ def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None
 
     Raises ValueError, naming what exists, where a name is no module of the model or has no parameters.
     """
-    modules = _by_name(model)
+    modules = {shards.canonical(name): module for name, module in shards.bare(model).named_modules()}
     chosen = [_pick(modules, "classifier", classifier)] + ([] if norm is None else [_pick(modules, "norm", norm)])
     awake = {inner for module in chosen for inner in module.modules()}
     free = list(dict.fromkeys(parameter for module in chosen for parameter in module.parameters()))
@@ -83,10 +82,6 @@ def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None
 
     names = [shards.canonical(name) for name, each in shards.bare(model).named_parameters() if each.requires_grad]
     return Frozen(model, names, free, required, modes, model.register_forward_pre_hook(sleep))
-
-
-def _by_name(model: nn.Module) -> dict[str, nn.Module]:
-    return {shards.canonical(name): module for name, module in shards.bare(model).named_modules()}
 
 
 def _pick(modules: dict[str, nn.Module], what: str, name: str) -> nn.Module:
