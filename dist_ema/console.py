@@ -1,4 +1,4 @@
-"""What the command line prints: columns, sentences and progress bars. No torch.
+"""What verbs of the command line share: options, columns, sentences and progress bars. No torch.
 
 Names come from files, so nothing reaches a terminal before `printable` has looked at it.
 """
