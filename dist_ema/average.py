@@ -180,7 +180,8 @@ class Average:
         self._averages = self.profiles[0].averages
         self._twins = [slot for slot in self.slots if slot.twin is not None]
         self._copied: list[int] = [-1 for _ in self._twins]
-        self._watched = [slot for slot in self._averages + self._twins if slot.shard.kind == "buffer"]
+        kept = self._averages + self._twins
+        self._watched = [slot for slot in kept if slot.shard.kind == "buffer" or not slot.shard.dense]
         weights: list[Pair] = []
         buffers: list[Pair] = []
         for i, slot in enumerate(self.slots):
@@ -341,7 +342,8 @@ class Average:
     def _copy_frozen(self) -> None:
         """A teacher holds frozen weights too: they follow whenever live was written, by load_state_dict for one."""
         for i, slot in enumerate(self._twins):
-            if slot.shard.kind != "buffer" and slot.local._version != self._copied[i]:
+            written = slot.local._version != self._copied[i] or not slot.shard.dense
+            if slot.shard.kind != "buffer" and written:
                 assert slot.twin is not None
                 slot.twin.copy_(slot.local)
                 self._copied[i] = slot.local._version

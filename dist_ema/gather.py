@@ -53,6 +53,7 @@ def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor
     kept = [slot for slot in slots if slot.shard.persistent]
     theirs: dict[str, Shard] = {}
     holes: dict[str, list[tuple[Box, Tensor]]] = {}
+    apart: list[tuple[Shard, Tensor]] = []  # copies of strided weights, to be written back
     mine: list[Part] = []
     sharded: list[nn.Module] = []
 
@@ -61,7 +62,9 @@ def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor
         _refuse_other(kept, found.shards)
         for shard in found.shards:
             theirs[shard.name] = shard
-            holes[shard.name] = list(pieces(shard, shard.held, shard.read()))
+            elements = shard.read()
+            holes[shard.name] = list(pieces(shard, shard.held, elements))
+            apart.extend([] if shard.dense else [(shard, elements)])
         mine.extend(parts(kept, own_buffers))
         sharded.extend(found.sharded)
         return True if any(_cut_otherwise(slot, theirs[slot.name]) for slot in kept if slot.shard.together) else None
@@ -76,9 +79,12 @@ def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor
     _, otherwise = ranks.attempt("copy_to", prepare, combine=any)
     for slot in kept if not otherwise else ():
         if slot.shard.together:
-            theirs[slot.name].read().copy_(slot.local if slot.shadow is None else slot.shadow)
+            theirs[slot.name].write(slot.local if slot.shadow is None else slot.shadow)
     sent = [part for part in mine if otherwise or not kept[part[0]].shard.together]
     stream(ranks, *kinds(kept), sent, sink, everywhere=True)
+    for shard, elements in apart:
+        if otherwise or not shard.together:
+            shard.write(elements)
     shards.reshard(sharded)
 
 

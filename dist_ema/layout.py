@@ -105,7 +105,8 @@ class Slot:
     @property
     def moved(self) -> bool:
         """The model's elements lie elsewhere now ([Note: stale records]). *Cost*: 0.2 us."""
-        return self.shard.raw().data_ptr() != self.seen
+        # NOTE: of strided elements `local` is a copy, and the next copy may lie where the last one did.
+        return not self.shard.dense or self.shard.raw().data_ptr() != self.seen
 
     @property
     def turned(self) -> bool:

@@ -131,6 +131,17 @@ class Shard:
         raw = self.raw().detach()
         return raw.as_strided((self.held.numel,), (1,), raw.storage_offset() + self.first)
 
+    def write(self, elements: Tensor) -> None:
+        """Put `elements`, one per held element, into the model's storage, where `read` gives a copy too."""
+        now = self.read()
+        if self.dense:
+            now.copy_(elements)
+        elif not torch.equal(now, elements.to(now)):
+            tensor = registered(self) if self.kind == "buffer" else self.tensor
+            assert tensor is not None
+            once = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())  # expanded
+            tensor.detach()[once].copy_(elements.view(tensor.shape)[once])
+
     def local(self, elements: Tensor) -> Tensor:
         """`elements`, one per held element, in the shape and strides of the local tensor; a range of an FSDP1 flat parameter
         stays one-dimensional. *Aliases* `elements`."""

@@ -43,9 +43,9 @@ class Loan:
         for slot in self._buffers:
             average = self._own.get(slot.name, slot.shadow)
             if average is not None:
-                slot.local.copy_(average)
+                slot.shard.write(average)
         told = [slot for slot in self._buffers if slot.shard.persistent and slot.shard.dtype.is_floating_point]
-        self._lent = [(slot, slot.local.clone()) for slot in told]
+        self._lent = [(slot, slot.shard.read().clone()) for slot in told]
         torch.clear_autocast_cache()  # autocast would go on using the casts of the live weights
 
     def floating_buffers(self) -> tuple[dict[str, Tensor], list[str]]:
@@ -59,7 +59,7 @@ class Loan:
             self._restore(self._done.pop())
         for slot, kept, tensor in self._kept:
             register(slot.shard, tensor)
-            slot.local.copy_(kept)
+            slot.shard.write(kept)
         torch.clear_autocast_cache()
 
     def _put(self, slot: Slot) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import threading
@@ -166,8 +167,42 @@ def test_strided_buffers_and_frozen_weights_pass_through() -> None:
     with ema.swap():
         pass
     assert same(before, snapshot(model))
+    _strided_ones_follow(model, ema)
     with pytest.raises(ValueError, match="not initialised yet"):
         EMA(nn.LazyLinear(3), 0.5)
+
+
+@torch.no_grad()
+def _strided_ones_follow(model: nn.Module, ema: EMA) -> None:
+    """What was written to them is in the next gather, a swap restores them, and a copy reaches them."""
+    for _ in range(4):
+        model.every_second += 1
+        model.mask[0] *= 2  # one row, that all rows are
+        full = ema.gather()
+        assert all(torch.equal(full[name], value) for name, value in model.state_dict().items())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with ema.swap():
+        model.mask[0] += 100
+        inside = model.mask.clone()
+    assert torch.equal(model.mask, before["mask"])
+    with ema.swap():
+        assert torch.equal(model.mask, inside), "the average's own by now"
+    other = copy.deepcopy(model)
+    other.every_second = nn.Parameter(torch.zeros(12)[::2], requires_grad=False)
+    other.mask = torch.zeros(4).expand(3, 4)
+    ema.copy_to(other)
+    assert torch.equal(other.every_second, model.every_second)
+    assert torch.equal(other.mask, inside)
+    teacher = copy.deepcopy(other)
+    teacher.every_second = nn.Parameter(torch.zeros(6), requires_grad=False)
+    teacher.mask = torch.zeros(3, 4)
+    pair = EMA(model, 0.5, into=teacher)
+    for _ in range(4):
+        model.every_second += 1
+        model.mask[0] *= 2
+        pair.update()
+        assert torch.equal(teacher.every_second, model.every_second)
+        assert torch.equal(teacher.mask, model.mask)
 
 
 # --- order of calls ----------------------------------------------------------------------------------------------

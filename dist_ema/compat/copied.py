@@ -123,7 +123,7 @@ class Copied:
         self._ema = EMA(live, into=self.module, **self._options)
         with torch.no_grad():
             for shard, value in kept:
-                shard.read().copy_(value)
+                shard.write(value)
         if old is not None:
             self._ema._average.set_clock(old.clock_spec())
             if old.teacher is not None:
@@ -176,7 +176,7 @@ class Copied:
         """Into the copy, what the `EMA` does not write: what `only` leaves out, and buffers that no file holds."""
         for mine, live in self._rest:
             if wanted(mine.name):
-                mine.read().copy_(live.read())
+                mine.write(live.read())
 
     @torch.no_grad()
     def pull(self, weight: float, rest: Callable[[str], float] = lambda _: 1.0) -> None:
@@ -187,7 +187,7 @@ class Copied:
         spread(ema._average.profiles[0].averages, ema._split)
         for mine, live in self._rest:
             if live.dtype.is_floating_point:
-                live.read().lerp_(mine.read().to(live.read()), rest(mine.name))
+                live.write(live.read().lerp_(mine.read().to(live.read()), rest(mine.name)))
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 

@@ -253,7 +253,7 @@ class Listed:
         self.follow()
         self._average.ready()
         for slot in self._slots:
-            _put(slot.shard, slot.shard.read(), kept[slot.name])
+            _put_into(slot.shard, kept[slot.name])
 
     def to(self, device: str | torch.device | None, dtype: torch.dtype | None) -> None:
         """Move and cast the shadows, as `EMA.to` does."""
@@ -306,7 +306,7 @@ def put_back(model: nn.Module, kept: Sequence[Tensor], buffers: bool = False) ->
     for shard, value in zip(held, kept, strict=True):
         _refuse_form(shard.name, shard, value)
     for shard, value in zip(held, kept, strict=True):
-        _put(shard, shard.read(), value)
+        _put_into(shard, value)
 
 
 def _held(model: nn.Module, buffers: bool) -> list[shards.Shard]:
@@ -340,6 +340,14 @@ def _refuse_form(name: str, shard: shards.Shard, value: Tensor) -> None:
     forms = {shard.shape, tuple(shard.local(shard.read()).shape)}
     if tuple(value.shape) not in forms:
         raise ValueError(f"{name} is {tuple(value.shape)}, and {shard.shape} in the model.")
+
+
+def _put_into(shard: shards.Shard, value: Tensor) -> None:
+    """Overwrite what the model holds."""
+    elements = shard.read()
+    _put(shard, elements, value)
+    if not shard.dense:  # `read` gave a copy
+        shard.write(elements)
 
 
 def _put(shard: shards.Shard, elements: Tensor, value: Tensor) -> None:
