@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +30,9 @@ LOOK_EVERY = 100  # updates between two looks at whether weights moved
 _OF_LIVE = ("ema.update", "ema.metrics", "ema.reset", "ema.rescan", "ema.save", "ema.export", "optimizer.step")
 
 
-@dataclass
-class _Borrowed:
-    """What all EMAs of one model must know of each other."""
-
-    lent: int = 0  # swaps that are open
-    writes: int = 0  # times that a swap wrote to the live weights
-
-
-_BORROWED = WeakTensorKeyDictionary()  # by the first weight: a model, its wrapper and its parameters are one
+_MOVED_BY = (
+    WeakTensorKeyDictionary()
+)  # weight -> WeakSet of the averages of it: what a swap of one must tell the others
 
 
 @dataclass
@@ -92,7 +87,8 @@ class Average:
         self._chosen: Any = None
         self._inline: Engine = Inline()
         self._versions: list[int] | None = None  # of the live weights, while an update may be reading them
-        self._borrowed = _Borrowed()
+        self._beside: WeakSet[Average] = WeakSet()  # other averages of some of these weights
+        self._writes = 0  # times that a swap wrote to the live weights
         self.lent = False
         self._sharded: list[nn.Module] = []
         self._marked: tuple[int, tuple[int, int, int]] | None = None
@@ -133,9 +129,19 @@ class Average:
             by_name = fresh | {slot.name: slot for slot in profile.averages}
             profile.slots = [by_name[shard.name] for shard in found.shards]
         self._sharded = found.sharded + ([] if self.teacher is None else self.teacher.sharded)
-        self._borrowed = _BORROWED.setdefault(self.profiles[0].averages[0].shard.tensor, self._borrowed)
+        self._meet()
         self._replan()
         self.mark()
+
+    def _meet(self) -> None:
+        """Other averages of the same weights, whatever each was given: the model, its wrapper, a part, its parameters."""
+        for slot in self.profiles[0].averages:
+            moved_by = _MOVED_BY.setdefault(slot.shard.tensor, WeakSet())
+            for other in moved_by:
+                if other is not self:
+                    self._beside.add(other)
+                    other._beside.add(self)
+            moved_by.add(self)
 
     def lay_anew(self, dtype: torch.dtype, device: torch.device | None) -> None:
         """The same shadows in another dtype or on another device, updated where and how `use_engine` said."""
@@ -233,13 +239,20 @@ class Average:
             raise RuntimeError(
                 f"{verb}() inside ema.swap(): the model holds the average, not the training weights.{hint}"
             )
-        if self._borrowed.lent and verb in _OF_LIVE:
+        if verb in _OF_LIVE and self._lent_by_others(whole=verb in ("ema.save", "ema.export")):
             raise RuntimeError(
                 f"{verb}() inside the swap of another EMA: the model does not hold its training weights."
             )
         why = shards.blocker(self._sharded)
         if why:
             raise RuntimeError(f"{verb}() {why}.")
+
+    def _lent_by_others(self, whole: bool) -> bool:
+        """whole: of what is not averaged here, too."""
+        others = set(self._beside)
+        for slot in self.slots if whole else ():
+            others.update(_MOVED_BY.get(slot.shard.tensor, ()))
+        return any(other.lent for other in others)
 
     def reshard(self) -> None:
         """The next forward reads the shards ([Note: stale roots] in shards)."""
@@ -295,14 +308,14 @@ class Average:
 
     def lend(self, lent: bool) -> None:
         """Note that the model holds the average, or no longer does."""
-        self._borrowed.lent += lent - self.lent
-        self._borrowed.writes += 1
+        self._writes += 1
         self.lent = lent
 
     def mark(self) -> tuple[int, tuple[int, int, int]]:
         """Remember how often weights were written, to notice training that no update follows."""
         writes = sum(slot.local._version for slot in self._averages)
-        self._marked = writes, (self.clock.steps, self.clock.updates, self._borrowed.writes)
+        swaps = self._writes + sum(other._writes for other in self._beside)
+        self._marked = writes, (self.clock.steps, self.clock.updates, swaps)
         return self._marked
 
     @property

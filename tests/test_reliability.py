@@ -281,6 +281,27 @@ def test_two_averagers_of_one_model(tmp_path: Path) -> None:
     a.gather()
 
 
+def test_two_averagers_of_parts_of_one_model(tmp_path: Path) -> None:
+    """It is the weights that they share, not the first one of them."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    whole, last, first = EMA(model, 0.5), EMA(model, 0.5, only=r"^[12]"), EMA(model, 0.5, only=r"^0")
+    listed = EMA(list(model[1].parameters()), 0.5)
+    for lender, others in ((whole, (last, first, listed)), (last, (whole, listed)), (listed, (whole, last))):
+        for other in others:
+            with lender.swap(), pytest.raises(RuntimeError, match="inside the swap of another EMA"):
+                other.update()
+    with last.swap():
+        first.update()  # they share nothing
+        with pytest.raises(RuntimeError, match="inside the swap of another EMA"):
+            first.export(tmp_path / "a")  # what it does not average comes from the model
+    model[0].requires_grad_(False)
+    late = EMA(model, 0.5)
+    model[0].requires_grad_(True)
+    late.rescan()
+    with late.swap(), pytest.raises(RuntimeError, match="inside the swap of another EMA"):
+        listed.update()
+
+
 def test_a_state_dict_that_requires_grad() -> None:
     """Guards no_grad in ema._aside: shadows must not be pulled into a graph."""
     model = nn.Linear(2, 2)
