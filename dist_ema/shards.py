@@ -253,15 +253,19 @@ def find(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> Found
             around = ddp if ddp and prefix + name not in ddp.parameters_to_ignore else None
             seen[key] = (flat or _plain)(prefix + name, tensor, (module, name), around)
         for name, buffer in module._buffers.items():
+            persistent = name not in module._non_persistent_buffers_set
             if buffer is None:
-                continue
-            if id(buffer) in seen:
-                seen[id(buffer)].aliases.append(prefix + name)
+                if persistent:
+                    continue
+                buffer = _registered(prefix + name, (module, name))  # a cache that is still to be filled
+            key = id(buffer) if module._buffers[name] is buffer else (id(module), name)
+            if key in seen:
+                seen[key].aliases.append(prefix + name)
                 continue
             # NOTE: never split by rank; BatchNorm's differ between DDP ranks even after broadcast_buffers=True.
             shard = _plain(prefix + name, buffer, (module, name), None)
-            shard.persistent = name not in module._non_persistent_buffers_set
-            seen[id(buffer)] = shard
+            shard.persistent = persistent
+            seen[key] = shard
     shards = list(seen.values())
     for shard in shards if isinstance(model, Parameters) and model.always else ():
         shard.always = shard.dense and shard.dtype.itemsize > 1  # the others can be copied, but not averaged

@@ -350,6 +350,15 @@ def test_caches_may_become_any_size() -> None:
     with ema.swap():
         model.table = None
     assert torch.equal(model.table, kept)
+    model.table = None
+    ema = EMA(model, 0.5)  # it was not filled yet
+    with ema.swap():
+        assign(3)
+    assert model.table is None
+    kept = assign(2, 2)
+    with ema.swap():
+        model.table.zero_()
+    assert torch.equal(model.table, kept)
 
 
 def test_newly_trainable_weights_need_rescan() -> None:
