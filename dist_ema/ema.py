@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -212,6 +213,9 @@ class EMA:
         average.refuse("ema.update")
         once = None if decay is None else coerce(decay)
         if not average.clock.started:
+            trial = replace(average.clock)  # an update that is refused begins nothing
+            trial.start()
+            trial.move([once or profile.schedule for profile in average.profiles], float(elapsed))
             average.begin()
         average.move(float(elapsed), once=once)
         average.before_step()  # without hooks nobody else would wait for the read

@@ -214,6 +214,9 @@ def test_updates_by_hand_before_the_start() -> None:
     ema = EMA(model, 0.5)
     ema.attach(optimizer, start=100).remove()
     start = model.weight.item()
+    with pytest.raises(ValueError, match="elapsed must be positive"):
+        ema.update(-1)
+    assert not ema._average.clock.started, "a refused update begins nothing"
     ema.update()
     with torch.no_grad():
         model.weight += 1
