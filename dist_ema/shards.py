@@ -258,14 +258,14 @@ def find(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> Found
                 if persistent:
                     continue
                 buffer = _registered(prefix + name, (module, name))  # a cache that is still to be filled
-            key = id(buffer) if module._buffers[name] is buffer else (id(module), name)
-            if key in seen:
-                seen[key].aliases.append(prefix + name)
+            which = id(buffer) if module._buffers[name] is buffer else (id(module), name)
+            if which in seen:
+                seen[which].aliases.append(prefix + name)
                 continue
             # NOTE: never split by rank; BatchNorm's differ between DDP ranks even after broadcast_buffers=True.
             shard = _plain(prefix + name, buffer, (module, name), None)
             shard.persistent = persistent
-            seen[key] = shard
+            seen[which] = shard
     shards = list(seen.values())
     for shard in shards if isinstance(model, Parameters) and model.always else ():
         shard.always = shard.dense and shard.dtype.itemsize > 1  # the others can be copied, but not averaged
