@@ -27,7 +27,7 @@ from torch import Tensor
 from . import commit, format, series, sink
 from .behind import Behind
 from .kernels import SCRATCH
-from .layout import ALIGN, DTYPES, Box, Slot, kinds, parts, runs
+from .layout import ALIGN, DTYPES, Box, Slot, kind, kinds, parts, runs
 from .ranks import Ranks, digest
 from .wire import Line, Part, collect
 
@@ -90,22 +90,22 @@ class Job:
             raise ValueError(f"dtype must be a floating dtype, like torch.bfloat16, got {self.dtype!r}.")
         if self.mode not in (None, "direct", "stream"):
             raise ValueError(f"mode must be 'direct', 'stream' or None, got {self.mode!r}.")
-        table = {slot.name: format.Entry(self._kind(slot), slot.shard.shape) for slot in tree.slots}
+        table = {slot.name: format.Entry(self._kind(slot, tree), slot.shard.shape) for slot in tree.slots}
         if not self.one_file:
             return {tree.prefix + name: file for name, file in format.plan(table, self.max_shard_size).items()}
         names = {alias: name for name, aliases in tree.aliases.items() for alias in aliases}
         return {self.path.name: format.header(table, names)}
 
-    def _kind(self, slot: Slot) -> str:
+    def _kind(self, slot: Slot, tree: Tree) -> str:
         """save: the average's dtype. export: the model's, or the one asked for where it floats."""
-        kind = slot.average.dtype if self.verb == "save" else slot.shard.dtype
-        if self.dtype is not None and kind.is_floating_point:
-            kind = self.dtype
-        if kind not in _NAMES:
+        which = kind(slot, tree.own_buffers) if self.verb == "save" else slot.shard.dtype
+        if self.dtype is not None and which.is_floating_point:
+            which = self.dtype
+        if which not in _NAMES:
             raise ValueError(
-                f"{slot.name} is {kind}, which safetensors cannot hold. Pass dtype=, or leave it out with only=."
+                f"{slot.name} is {which}, which safetensors cannot hold. Pass dtype=, or leave it out with only=."
             )
-        return _NAMES[kind]
+        return _NAMES[which]
 
     def with_parts(self, take: Callable[[list[Part]], list[Part]]) -> Job:
         """The same job with other parts in each tree."""
@@ -262,7 +262,7 @@ class _Ready:
         """Put what all ranks answer for into place, on the first one. *Collective*."""
         assert self.line is not None
         for tree, writer in zip(self.job.trees, writers, strict=True):
-            collect(ranks, self.line, self.job.verb, *kinds(tree.slots), tree.parts, writer.part)
+            collect(ranks, self.line, self.job.verb, *kinds(tree.slots, tree.own_buffers), tree.parts, writer.part)
 
 
 def _close(writers: list[_Writer]) -> dict[str, int]:

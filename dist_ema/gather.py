@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import shards
-from .layout import Box, Slot, kinds, parts, pieces
+from .layout import Box, Slot, kind, kinds, parts, pieces
 from .ranks import Ranks
 from .shards import Shard
 from .wire import Part, stream
@@ -32,14 +32,14 @@ def full(
         """NOTE: the memory for a whole model may be missing, and then the others must not begin to send."""
         mine.extend(parts(kept, own_buffers))
         for slot in kept if ranks.first else ():
-            result[slot.name] = torch.empty(slot.shard.shape, dtype=slot.average.dtype, device=device)
+            result[slot.name] = torch.empty(slot.shard.shape, dtype=kind(slot, own_buffers), device=device)
 
     def sink(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
         if result:
             result[kept[number].name][Box(offsets, tuple(data.shape)).slices].copy_(data)
 
     ranks.attempt("gather", prepare)
-    stream(ranks, *kinds(kept), mine, sink)
+    stream(ranks, *kinds(kept, own_buffers), mine, sink)
     return result | {alias: result[slot.name] for slot in kept if result for alias in slot.shard.aliases}
 
 
@@ -81,7 +81,7 @@ def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor
         if slot.shard.together:
             theirs[slot.name].write(slot.local if slot.shadow is None else slot.shadow)
     sent = [part for part in mine if otherwise or not kept[part[0]].shard.together]
-    stream(ranks, *kinds(kept), sent, sink, everywhere=True)
+    stream(ranks, *kinds(kept, own_buffers), sent, sink, everywhere=True)
     for shard, elements in apart:
         if otherwise or not shard.together:
             shard.write(elements)

@@ -39,6 +39,7 @@ __all__ = [
     "cut",
     "even",
     "fingerprint",
+    "kind",
     "kinds",
     "numbering",
     "parts",
@@ -325,15 +326,20 @@ def parts(
     for number, slot in enumerate(slots):
         data = slot.average
         if values and slot.name in values and data.numel():
-            data = values[slot.name].to(data.dtype)
+            data = values[slot.name]
         for box, view in pieces(slot.shard, slot.duty, data):
             for block in split_box(box, MOST):
                 yield number, block.offsets, view[block.within(box)]
 
 
-def kinds(slots: Sequence[Slot]) -> tuple[list[torch.dtype], list[int]]:
+def kind(slot: Slot, values: dict[str, Tensor]) -> torch.dtype:
+    """Of what `parts` gives: an own buffer is not rounded to the shadow's."""
+    return values.get(slot.name, slot.average).dtype
+
+
+def kinds(slots: Sequence[Slot], values: dict[str, Tensor]) -> tuple[list[torch.dtype], list[int]]:
     """dtype and number of dimensions of each, what a stream must know of the weights."""
-    return [slot.average.dtype for slot in slots], [len(slot.shard.shape) for slot in slots]
+    return [kind(slot, values) for slot in slots], [len(slot.shard.shape) for slot in slots]
 
 
 def numbering(shard: Shard, region: Region, device: torch.device | None = None) -> Numbering:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema import EMA
+from dist_ema import EMA, load_file
 from dist_ema.kernels import SCRATCH
 from tests.kit import Images, Net, Training, image_batch, raises, run_ranks, same, snapshot, wrap
 
@@ -214,6 +214,25 @@ def test_recalibrated_buffers_become_the_averages_own(tmp_path: Any) -> None:
     assert torch.equal(ema.gather()["norm.running_mean"], model.norm.running_mean), (
         "a failed block recalibrates nothing"
     )
+
+
+def test_recalibrated_buffers_are_not_rounded_to_the_shadows_dtype(tmp_path: Any) -> None:
+    model = Images()
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "buffers": "average"}
+    ema, again = EMA(model, 0.5, **options), EMA(Images(), 0.5, **options)
+    with ema.swap():
+        model.norm.running_var.fill_(1.2345)
+    wanted = torch.full((5,), 1.2345)
+    assert torch.equal(ema.gather()["norm.running_var"], wanted)
+    ema.export(tmp_path / "shipped")
+    assert torch.equal(load_file(tmp_path / "shipped")["norm.running_var"], wanted)
+    ema.save(tmp_path / "average")
+    again.load(tmp_path / "average")
+    with again.swap():
+        assert torch.equal(again.model.norm.running_var, wanted)
+    other = Images()
+    again.copy_to(other)
+    assert torch.equal(other.norm.running_var, wanted)
 
 
 def test_averaged_buffers() -> None:
