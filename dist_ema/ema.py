@@ -604,6 +604,7 @@ class EMA:
         found: list[shards.Found] = []
 
         def prepare() -> None:
+            average.reshard()
             average.settle()
             average.follow(replaced=True, newly_trainable=False)
             found.append(shards.find(average.model, self._replicated))
@@ -636,6 +637,7 @@ class EMA:
 
         def measure() -> dict[str, Any]:
             average.refuse("ema.metrics")
+            average.reshard()
             average.settle()
             average.follow(replaced=True, newly_trainable=False)
             return telemetry.measure(profile.averages, average.clock.started, self._split, self._ranks.size)

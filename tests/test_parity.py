@@ -52,6 +52,9 @@ def check_wrapper(kind: str, folder: str) -> dict[str, Any]:
     if dist.get_rank() == 0 or kind == "none":
         held["update = oracle"] = oracle.error(full) < 2e-6
 
+    for verb in (ema.metrics, ema.rescan):
+        run.probe()
+        verb()  # the weights are their own, though the root shows unsharded copies
     run.probe()
     before = snapshot(run.model)
     with ema.swap():
