@@ -30,9 +30,7 @@ LOOK_EVERY = 100  # updates between two looks at whether weights moved
 _OF_LIVE = ("ema.update", "ema.metrics", "ema.reset", "ema.rescan", "ema.save", "ema.export", "optimizer.step")
 
 
-_MOVED_BY = (
-    WeakTensorKeyDictionary()
-)  # weight -> WeakSet of the averages of it: what a swap of one must tell the others
+_MOVED_BY = WeakTensorKeyDictionary()  # weight -> WeakSet of the averages of it, who must know of each other's swaps
 
 
 @dataclass
