@@ -21,6 +21,7 @@ from typing import Any
 from . import combine, format, sink
 from .clock import Clock
 from .console import some
+from .elements import FLOATS, TORCH
 from .profiles import Fit, Mixer, Profile, coefficients
 from .schedule import Power, Schedule, from_spec
 from .source import Source, labels, open_model
@@ -224,5 +225,5 @@ def _stored(folder: Path) -> list[Stored]:
 
 def _kind(said: str | None, model: Source, name: str) -> str:
     """The dtype that the model itself has, where the snapshot tells."""
-    kinds = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-    return kinds.get(said or "", model.entries[name].dtype)
+    kind = TORCH.get(said or "")
+    return kind if kind in FLOATS else model.entries[name].dtype

@@ -386,6 +386,24 @@ def test_compact(tmp_path: Path) -> None:
     assert ema.now == 0
 
 
+def test_compact_float8(tmp_path: Path) -> None:
+    """Frozen float8 weights are wider in a bf16 snapshot, and their own dtype again in the mixture, bit for bit."""
+    model = nn.Linear(2, 2)
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
+        frozen = torch.randn(8).to(kind)
+        model.register_parameter(str(kind).removeprefix("torch."), nn.Parameter(frozen, requires_grad=False))
+    ema = EMA(model, TWO)
+    for _ in range(8):
+        ema.update()
+        ema.snapshot(tmp_path / "s", every=2, dtype=torch.bfloat16)
+    posthoc.reconstruct(tmp_path / "s", tmp_path / "out", sigma_rel=0.09)
+    mixed = load_file(tmp_path / "out")
+    for name in ("float8_e4m3fn", "float8_e5m2"):
+        frozen = getattr(model, name)
+        assert mixed[name].dtype == frozen.dtype
+        assert torch.equal(mixed[name].view(torch.uint8), frozen.detach().view(torch.uint8))
+
+
 def test_due(tmp_path: Path) -> None:
     """When the clock passes a multiple: once, whatever the steps, and never before averaging began."""
     model = nn.Linear(2, 2)
