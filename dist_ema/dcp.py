@@ -7,7 +7,7 @@ a weight is a handful of boxes, so flat shards save and reshard like any other, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from .layout import Slot, pieces
 from .shards import Region
 
-__all__ = ["FlatRange", "state", "take", "whole"]
+__all__ = ["FlatRange", "match", "state", "whole"]
 
 
 class FlatRange(Tensor):
@@ -105,34 +105,38 @@ def _entry(slot: Slot, region: Region, data: Tensor) -> Tensor:
     return FlatRange(slot.shard.shape, data, blocks, slot.duty.numel > 0)
 
 
-def take(state: dict[str, Any], averages: Sequence[Slot], buffers: Sequence[Slot]) -> dict[str, Tensor]:
-    """Fill the shadows of one average from `state`. Returns its own buffers. Raises ValueError for what is missing."""
+def match(
+    state: dict[str, Any], averages: Sequence[Slot], buffers: Sequence[Slot]
+) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """What to copy into the shadows of one average, as (shadow, value) pairs of one shape, and the memory of its own
+    buffers among them. Nothing is written here. Raises ValueError for what is missing or does not fit."""
     missing = [key for key in ("weights", "buffers", "own") if key not in state]
     missing = missing or [slot.name for slot in averages if slot.name not in state["weights"]]
     if missing:
         raise ValueError(f"the state_dict of the EMA lacks {', '.join(missing[:5])}.")
+    copies: list[tuple[Tensor, Tensor]] = []
     for slot in averages:
         assert slot.shadow is not None
-        _fill(slot, slot.own, slot.shadow, state["weights"][slot.name])
+        copies += _fitting(slot, slot.own, slot.shadow, state["weights"][slot.name])
     own = {}
     for slot, flag in zip(buffers, state["own"].tolist(), strict=True):
-        if slot.twin is not None:
-            _fill(slot, slot.shard.held, slot.twin, state["buffers"][slot.name])
-        elif flag:
-            own[slot.name] = slot.local.clone()
-            _fill(slot, slot.shard.held, own[slot.name], state["buffers"][slot.name])
-    return own
+        into = slot.twin
+        if into is None and flag:
+            into = own[slot.name] = slot.local.clone()
+        if into is not None:
+            copies += _fitting(slot, slot.shard.held, into, state["buffers"][slot.name])
+    return copies, own
 
 
-def _fill(slot: Slot, region: Region, data: Tensor, value: Tensor) -> None:
-    """Copy what `_entry` gave (here or in a run cut alike), or the full weight, into `data`."""
+def _fitting(slot: Slot, region: Region, data: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What of `value`, which `_entry` gave (here or in a run cut alike) or which is the full weight, goes into `data`."""
     if tuple(value.shape) != slot.shard.shape:
         raise ValueError(f"{slot.name} is {tuple(value.shape)} in the state_dict, {slot.shard.shape} in the model.")
     given = {(o, tuple(part.shape)): part for o, part in value.blocks} if isinstance(value, FlatRange) else None
     for box, part in pieces(slot.shard, region, data):
         if given is None:
-            part.copy_(value[box.slices])
+            yield part, value[box.slices]
         elif (box.offsets, box.sizes) in given:
-            part.copy_(given[box.offsets, box.sizes])
+            yield part, given[box.offsets, box.sizes]
         else:
             raise ValueError(f"{slot.name} in the state_dict is cut for another rank; load it through dcp.load.")

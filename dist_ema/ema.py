@@ -558,23 +558,33 @@ class EMA:
 
     @_aside
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave, after DCP filled it, or with full weights from elsewhere. *Collective*."""
-        average = self._average
+        """Take what `state_dict` gave, after DCP filled it, or with full weights from elsewhere. *Collective*.
 
-        def take() -> None:
+        Raises ValueError for what is missing or does not fit (RuntimeError on other ranks); nothing has changed then.
+        """
+        average = self._average
+        matched: list[tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]] = []
+
+        def check() -> None:
             lacks = [p.name for p in average.profiles if p.name not in state.get("averages", {})]
             if lacks or "clock" not in state:
                 raise ValueError(f"the state_dict of the EMA lacks {', '.join(lacks) or 'clock'}.")
-            clock = dict(zip(average.clock_spec(), state["clock"].tolist(), strict=True))
-            Clock().set(clock)
-            for p in average.profiles:
-                own = dcp.take(state["averages"][p.name], p.averages, p.floating_buffers)
-                p.own = {name: value for name, value in own.items() if average.teacher is None}
-            average.set_clock(clock)
-            average.forget_mark()
+            Clock().set(clock())
+            matched.extend(
+                dcp.match(state["averages"][p.name], p.averages, p.floating_buffers) for p in average.profiles
+            )
+
+        def clock() -> dict[str, Any]:
+            return dict(zip(average.clock_spec(), state["clock"].tolist(), strict=True))
 
         self._enter("load_state_dict")
-        self._ranks.attempt("load_state_dict", take)
+        self._ranks.attempt("load_state_dict", check)
+        for profile, (copies, own) in zip(average.profiles, matched, strict=True):
+            for shadow, value in copies:
+                shadow.copy_(value)
+            profile.own = {name: value for name, value in own.items() if average.teacher is None}
+        average.set_clock(clock())
+        average.forget_mark()
 
     # --- the rest ----------------------------------------------------------------------------------------------
 

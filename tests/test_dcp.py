@@ -75,6 +75,13 @@ def refuse_arithmetic() -> None:
     ema.load_state_dict(state | {"averages": {"Uniform()": part | {"weights": whole}}})
     full = ema.gather()
     assert all((full[name] == 2).all() for name in full if name in ema.names())
+    odd = {name: torch.full(tuple(value.shape), 3.0) for name, value in part["weights"].items()}
+    if dist.get_rank() == 1:
+        odd[list(odd)[-1]] = torch.zeros(2, 2, 2)
+    with raises(ValueError if dist.get_rank() == 1 else RuntimeError, "(2, 2, 2) in the state_dict"):
+        ema.load_state_dict(state | {"averages": {"Uniform()": part | {"weights": odd}}})
+    again = ema.gather()
+    assert all(torch.equal(again[name], full[name]) for name in full), "nothing was written on any rank"
 
 
 def test_a_flat_range_is_a_handle() -> None:
