@@ -27,7 +27,9 @@ __all__ = ["Average", "Profile"]
 
 LOOK_EVERY = 100  # updates between two looks at whether weights moved
 # What reads live weights for good, and so must not come inside the swap of another EMA.
-_OF_LIVE = ("ema.update", "ema.metrics", "ema.reset", "ema.rescan", "ema.save", "ema.export", "optimizer.step")
+_OF_LIVE = ("ema.update", "ema.metrics", "ema.reset", "ema.rescan", "optimizer.step")
+# What hands out the whole model, so also live weights that are not averaged here.
+_WHOLE = ("ema.gather", "ema.copy_to", "ema.save", "ema.export", "ema.state_dict")
 
 
 _MOVED_BY = WeakTensorKeyDictionary()  # weight -> WeakSet of the averages of it, who must know of each other's swaps
@@ -237,7 +239,7 @@ class Average:
             raise RuntimeError(
                 f"{verb}() inside ema.swap(): the model holds the average, not the training weights.{hint}"
             )
-        if verb in _OF_LIVE and self._lent_by_others(whole=verb in ("ema.save", "ema.export")):
+        if verb in _OF_LIVE + _WHOLE and self._lent_by_others(whole=verb in _WHOLE):
             raise RuntimeError(
                 f"{verb}() inside the swap of another EMA: the model does not hold its training weights."
             )

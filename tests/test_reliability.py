@@ -271,6 +271,7 @@ def test_two_averagers_of_one_model(tmp_path: Path) -> None:
     with a.swap(), b.swap():
         pass
     refused = (a.update, a.reset, a.rescan, partial(a.save, tmp_path / "a"), partial(a.export, tmp_path / "a"))
+    refused += (a.gather, a.state_dict, partial(a.copy_to, nn.Linear(2, 2)))
     for verb in refused:
         with b.swap(), pytest.raises(RuntimeError, match="inside the swap of another EMA"):
             verb()
@@ -295,8 +296,9 @@ def test_two_averagers_of_parts_of_one_model(tmp_path: Path) -> None:
                 other.update()
     with last.swap():
         first.update()  # they share nothing
-        with pytest.raises(RuntimeError, match="inside the swap of another EMA"):
-            first.export(tmp_path / "a")  # what it does not average comes from the model
+        for verb in (first.gather, partial(first.export, tmp_path / "a")):
+            with pytest.raises(RuntimeError, match="inside the swap of another EMA"):
+                verb()  # what it does not average comes from the model
     model[0].requires_grad_(False)
     late = EMA(model, 0.5)
     model[0].requires_grad_(True)
