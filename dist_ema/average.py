@@ -91,6 +91,7 @@ class Average:
         self._writes = 0  # times that a swap wrote to the live weights
         self.lent = False
         self._sharded: list[nn.Module] = []
+        self._unfilled: list[tuple[str, tuple[nn.Module, str]]] = []
         self._marked: tuple[int, tuple[int, int, int]] | None = None
         self.teacher: Teacher | None = None
         self._behind = self._read = False  # the teacher was written since its last forward; it had one since we looked
@@ -129,6 +130,7 @@ class Average:
             by_name = fresh | {slot.name: slot for slot in profile.averages}
             profile.slots = [by_name[shard.name] for shard in found.shards]
         self._sharded = found.sharded + ([] if self.teacher is None else self.teacher.sharded)
+        self._unfilled = found.unfilled
         self._meet()
         self._replan()
         self.mark()
@@ -284,6 +286,9 @@ class Average:
         new = [slot.name for slot in self.slots if slot.shadow is None and self.wants(slot.shard)]
         if new and newly_trainable:
             raise RuntimeError(f"{', '.join(new[:5])} became trainable after the EMA was built. Call ema.rescan().")
+        filled = [name for name, (module, key) in self._unfilled if module._buffers.get(key) is not None]
+        if filled and replaced and newly_trainable:
+            raise RuntimeError(f"{', '.join(filled[:5])} was None when the EMA was built. Call ema.rescan().")
         moved = [i for i, slot in enumerate(self.slots) if slot.moved]
         for profile in self.profiles:
             for i in moved:

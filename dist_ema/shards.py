@@ -169,6 +169,7 @@ class Found:
     members: list[int]  # global ranks; one entry: a world of one
     group: dist.ProcessGroup | None  # of exactly those ranks, where the wrapper has one
     sharded: list[nn.Module]  # the FSDP modules, for `reshard` and `blocker`
+    unfilled: list[tuple[str, tuple[nn.Module, str]]]  # name and place of buffers of the state_dict that are None
 
 
 class Parameters(nn.Module):
@@ -243,6 +244,7 @@ def find(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> Found
     reshard(sharded)
     flats = dict(_flat_parameters(model))
     seen: dict[Any, Shard] = {}
+    unfilled: list[tuple[str, tuple[nn.Module, str]]] = []
     walk = list(_walk(model, ddp=None if replicated is None else _Replicated(replicated, frozenset())))
     for prefix, module, ddp in walk:
         for name, tensor, flat in _parameters(module, flats):
@@ -256,6 +258,7 @@ def find(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> Found
             persistent = name not in module._non_persistent_buffers_set
             if buffer is None:
                 if persistent:
+                    unfilled.append((prefix + name, (module, name)))
                     continue
                 buffer = _registered(prefix + name, (module, name))  # a cache that is still to be filled
             which = id(buffer) if module._buffers[name] is buffer else (id(module), name)
@@ -271,7 +274,7 @@ def find(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> Found
         shard.always = shard.dense and shard.dtype.itemsize > 1  # the others can be copied, but not averaged
     members, group = _members([ddp for _, _, ddp in walk if ddp], shards, flats)
     _choose_primaries(shards, members)
-    return Found(shards, members, group, sharded)
+    return Found(shards, members, group, sharded, unfilled)
 
 
 def reshard(sharded: list[nn.Module]) -> None:
