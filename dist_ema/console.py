@@ -21,6 +21,7 @@ __all__ = [
     "Tick",
     "add_verb",
     "add_writing",
+    "checked",
     "columns",
     "count",
     "listed",
@@ -66,6 +67,19 @@ def add_writing(verb: argparse.ArgumentParser, dtype: str) -> None:
     verb.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=text)
     verb.add_argument("--force", action="store_true", help="replace a model at OUT; what lies beside it stays")
     verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def checked(parse: Callable[[str], object]) -> Callable[[str], str]:
+    """An argument's type: the text as it is, where `parse` takes it. Its ValueError becomes wrong usage."""
+
+    def same(text: str) -> str:
+        try:
+            parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
+        return text
+
+    return same
 
 
 def count(text: str) -> int:

@@ -298,7 +298,7 @@ def test_refused(shop: list[Path], tmp_path: Path, call: Call) -> None:
         ([*shop, tmp_path / "out", "--lawa", "4"], 1, "asks for more models than the 3"),
         ([*shop, tmp_path / "nowhere" / "x", tmp_path / "out"], 2, "x does not exist"),
         ([*shop, tmp_path / "hf"], 1, "exists. Pass --force"),
-        ([*shop, tmp_path / "out", "--max-shard-size", "much"], 1, "max_shard_size must be"),
+        ([*shop, tmp_path / "out", "--max-shard-size", "much"], 2, "max_shard_size must be"),
         ([*shop, tmp_path / "hf" / "out"], 1, "lies inside"),
         ([*shop, tmp_path / "out", "--weights", "1e308,1e308,1"], 1, "more than can be computed with"),
     ):

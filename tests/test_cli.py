@@ -299,6 +299,8 @@ def test_unreadable(call: Call, shop: Path, tmp_path: Path) -> None:
         (("inspect", "a", "--weights", "many"), "must be a whole number or 'all', got 'many'"),
         (("dissect", "a"), "invalid choice: 'dissect'"),
         (("--wrong",), "--wrong"),
+        (("convert", "a", "b", "--max-shard-size", "much"), "max_shard_size must be"),
+        (("reconstruct", "a", "b", "--sigma-rel", "0.1", "--max-shard-size", "0"), "max_shard_size must be"),
     ],
 )
 def test_wrong_usage(arguments: tuple[str, ...], message: str, call: Call) -> None:

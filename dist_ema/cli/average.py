@@ -7,7 +7,22 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..console import DTYPES, FINE, USAGE, add_verb, add_writing, columns, out, out_json, printable, progress, say, some
+from ..console import (
+    DTYPES,
+    FINE,
+    USAGE,
+    add_verb,
+    add_writing,
+    checked,
+    columns,
+    out,
+    out_json,
+    printable,
+    progress,
+    say,
+    some,
+)
+from ..format import size_of
 
 if TYPE_CHECKING:
     from ..offline.average import Report
@@ -34,7 +49,8 @@ def add(verbs: Any) -> None:
     which.add_argument("--weights", type=_weights, metavar="W,W,...", help="one per model; scaled to sum to 1")
     which.add_argument("--wma", action="store_true", help="weights that grow linearly")
     verb.add_argument("--lawa", type=_whole, metavar="N", help="only the last N models")
-    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file in a folder (default 5GB)")
+    text = "of each file in a folder (default 5GB)"
+    verb.add_argument("--max-shard-size", type=checked(size_of), default="5GB", metavar="SIZE", help=text)
     add_writing(verb, "as in the last model")
 
 

@@ -6,7 +6,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..console import DTYPES, FINE, add_verb, add_writing, columns, out, out_json, printable, progress, size, some
+from ..console import (
+    DTYPES,
+    FINE,
+    add_verb,
+    add_writing,
+    checked,
+    columns,
+    out,
+    out_json,
+    printable,
+    progress,
+    size,
+    some,
+)
+from ..format import size_of
 
 __all__ = ["add"]
 
@@ -47,7 +61,8 @@ def add(verbs: Any) -> None:
     )
     verb.add_argument("--rest", metavar="KEY", help="the table of live weights that fills in what is not averaged")
     verb.add_argument("--averaged-only", action="store_true", help="leave out what is not averaged")
-    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file in a folder (default 5GB)")
+    text = "of each file in a folder (default 5GB)"
+    verb.add_argument("--max-shard-size", type=checked(size_of), default="5GB", metavar="SIZE", help=text)
     verb.add_argument("--inert", action="append", default=[], metavar="CLASS", help="read past objects of this class")
     add_writing(verb, "as in SRC")
     verb.set_defaults(verb=verb)

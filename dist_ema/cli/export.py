@@ -7,7 +7,20 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..console import DTYPES, FINE, add_verb, add_writing, listed, out, out_json, plural, printable, progress, size
+from ..console import (
+    DTYPES,
+    FINE,
+    add_verb,
+    add_writing,
+    checked,
+    listed,
+    out,
+    out_json,
+    plural,
+    printable,
+    progress,
+    size,
+)
 from ..format import size_of
 
 if TYPE_CHECKING:
@@ -40,18 +53,12 @@ def add(verbs: Any) -> None:
         "src", metavar="SRC", help="a saved average, an export, a Hugging Face folder or a .safetensors file"
     )
     verb.add_argument("out", metavar="OUT", help="a folder, or a file that ends in .safetensors")
-    verb.add_argument("--max-shard-size", type=_size, metavar="SIZE", help="of each file in a folder (default 5GB)")
+    verb.add_argument(
+        "--max-shard-size", type=checked(size_of), metavar="SIZE", help="of each file in a folder (default 5GB)"
+    )
     verb.add_argument("--like", metavar="DIR", help="a model whose file names, order, dtypes and config are taken")
     verb.add_argument("--which", default="0", metavar="NAME", help="of several averages: its number, label or schedule")
     add_writing(verb, "those of the model that was averaged")
-
-
-def _size(text: str) -> str:
-    try:
-        size_of(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
-    return text
 
 
 def _export(options: argparse.Namespace) -> int:

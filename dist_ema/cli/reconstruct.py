@@ -7,7 +7,21 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..console import DTYPES, FINE, USAGE, add_verb, add_writing, columns, out, out_json, printable, progress, say
+from ..console import (
+    DTYPES,
+    FINE,
+    USAGE,
+    add_verb,
+    add_writing,
+    checked,
+    columns,
+    out,
+    out_json,
+    printable,
+    progress,
+    say,
+)
+from ..format import size_of
 
 if TYPE_CHECKING:
     from ..offline.reconstruct import Report
@@ -43,7 +57,8 @@ def add(verbs: Any) -> None:
     verb.add_argument(
         "--at", type=float, metavar="CLOCK", help="steps (images, tokens) that the ema counted; default: the last"
     )
-    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of each file in a folder (default 5GB)")
+    text = "of each file in a folder (default 5GB)"
+    verb.add_argument("--max-shard-size", type=checked(size_of), default="5GB", metavar="SIZE", help=text)
     verb.add_argument("--plot", metavar="PNG", help="target and mixture, and the residual (needs matplotlib)")
     add_writing(verb, "the model's own")
 
