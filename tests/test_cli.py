@@ -575,6 +575,18 @@ def test_head(shop: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_closed(shop: Path) -> None:
+    """`dist-ema ... >&-` and `2>&-`: the same exit code and no traceback; what goes to the other is the same."""
+    for verb, path, code in (("inspect", "ema", 0), ("verify", "ema", 0), ("inspect", "nothing", 2)):
+        line = [sys.executable, "-m", "dist_ema", verb, str(shop / path)]
+        open_out, open_err = command(verb, shop / path)[1:]
+        for closed, wanted in ((">&-", ("", open_err)), ("2>&-", (open_out, ""))):
+            done = subprocess.run(
+                ["sh", "-c", f'"$@" {closed}', "sh", *line], capture_output=True, text=True, timeout=60
+            )
+            assert (done.returncode, done.stdout, done.stderr) == (code, *wanted), (verb, closed)
+
+
 def test_bar_for_those_who_look(shop: Path) -> None:
     """A terminal gets a bar on stderr; stdout is the same with and without one."""
     ours, theirs = os.openpty()

@@ -7,6 +7,7 @@ code. Parsing imports neither numpy nor torch.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ VERBS = (inspect, verify, export, diff, convert, average, reconstruct, plan, doc
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Wrong usage leaves through argparse, with code 2."""
+    _reopen()
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.version:
@@ -44,6 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return say("a file holds values that are nested too deeply to print.", PROBLEM)
     except KeyboardInterrupt:
         return say("stopped; nothing was left behind.", 130)
+
+
+def _reopen() -> None:
+    """What the shell has closed (`>&-`) is None here. Whoever closed it wants to hear nothing."""
+    if sys.stdout is None:
+        sys.stdout = io.StringIO()
+    if sys.stderr is None:
+        sys.stderr = io.StringIO()
 
 
 def _parser() -> argparse.ArgumentParser:
