@@ -260,7 +260,7 @@ def test_from_dcp(tmp_path: Path) -> None:
         export(tmp_path / "dcp", tmp_path / "x", which=1)
     dcp.save({"w": torch.tensor([1.0, float("nan")])}, checkpoint_id=tmp_path / "bad", no_dist=True)
     assert verify(tmp_path / "bad").problems == [f"{tmp_path / 'bad'}: w holds 1 NaN and 0 infinite values."]
-    assert "no ema.json to seal" in verify(tmp_path / "dcp", seal=True).problems[0]
+    assert "no ema.json to seal" in verify(tmp_path / "dcp", seal=True).unsealed
 
 
 def test_latest(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_card(hf: Path, tmp_path: Path) -> None:
 def test_card_is_not_written_by_files() -> None:
     """Names and schedules from a file can neither close the section nor write Markdown; a lone marker eats no text."""
     evil = {"name": f"`x`|{card.END}\n# big\x1b[2J"}
-    meta = {"schedules": [evil], "clock": {}, "source": {"name": "a|b`c", "crc32": {}}}
+    meta = {"schedules": [evil], "clock": {}, "source": {"name": "a|b`c", "crc32": {}}, "extra": {}}
     section = card.section(meta, {"F32": 1})
     assert section.count(card.END) == section.count(card.BEGIN) == 1
     assert "\n# big" not in section

@@ -236,8 +236,34 @@ def test_seal_refuses(shop: Path, tmp_path: Path) -> None:
     assert "sha256" not in before.decode()
     for path in (shop / "hf", shop / "one.safetensors"):
         verdict = verify(path, seal=True)
-        assert ["no ema.json to seal" in each for each in verdict.problems] == [True]
+        assert verdict.sound
+        assert "no ema.json to seal" in verdict.unsealed
     assert not (shop / "hf" / META).exists()
+
+
+def test_seal_cannot_be_written(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sound folder that cannot be written to is sound, and not sealed: code 1, one sentence, nothing changed."""
+    folder = copy(shop, "ema", tmp_path / "ema")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    def refuse(path: Path, content: bytes) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    assert main(["verify", str(folder), "--seal"]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{folder} is sound: ")
+    assert "sealed" not in out
+    assert err.startswith(f"dist-ema: {folder} could not be sealed: {folder}/.ema.json.tmp-")
+    assert err.endswith(": Permission denied.\n")
+    assert err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert main(["verify", str(folder), "--seal", "--json"]) == 1
+    (said,) = json.loads(capsys.readouterr().out)
+    assert (said["sound"], said["sealed"]) == (True, False)
+    assert "could not be sealed" in said["unsealed"]
 
 
 def test_seal_sees_another_save(shop: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def _verify(options: argparse.Namespace) -> int:
         verdicts.append(verdict)
         if not options.json:
             out([printable(_line(verdict))])
-        for problem in verdict.problems:
+        for problem in filter(None, (*verdict.problems, verdict.unsealed)):
             code = max(code, say(problem, PROBLEM))
     if options.json:
         out_json([asdict(verdict) | {"sound": verdict.sound} for verdict in verdicts])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -39,6 +40,7 @@ class Verdict:
     sums: list[str] = field(default_factory=list)
     not_finite: dict[str, dict[str, int]] = field(default_factory=dict)  # weight -> {nan, inf}
     sealed: bool = False
+    unsealed: str = ""  # why it was not, though it is sound and was asked for
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -49,7 +51,8 @@ class Verdict:
 def verify(path: str | Path, *, seal: bool = False, bar: Bar = silent) -> Verdict:
     """Read everything at `path` and list all that is wrong with it.
 
-    seal: add SHA-256 to ema.json, atomically, if nothing is. Raises FileNotFoundError if nothing is there.
+    seal: add SHA-256 to ema.json, atomically, if nothing is; `Verdict.unsealed` says why it cannot be. Raises
+    FileNotFoundError if nothing is there.
     """
     verdict = Verdict(str(path))
     try:
@@ -186,24 +189,34 @@ class _Count:
 
 def _seal(path: Path, report: manifest.Report, verdict: Verdict) -> None:
     """Put the SHA-256 of every file into ema.json."""
-    if not report.meta["files"]:
-        verdict.problems.append(f"{path} has no {format.META} to seal: export it first, or keep the sums yourself.")
     if verdict.problems:
+        return
+    if not report.meta["files"]:
+        verdict.unsealed = f"{path} has no {format.META} to seal: export it first, or keep the sums yourself."
         return
     where = path / format.META
     meta = format.read_meta(path)
     if any(report.sums(name) != manifest.sums(meta, name) for name in report.files):
         raise ValueError(f"{path} was written anew while it was read. Run verify again.")
     sealed = {name: said | {"sha256": verdict.files[name]["sha256"]} for name, said in meta["files"].items()}
+    try:
+        _replace(where, format.stamp(meta | {"files": sealed}))
+    except OSError as error:
+        verdict.unsealed = f"{path} could not be sealed: {error.filename or where}: {error.strerror}."
+        return
+    verdict.sealed = True
+
+
+def _replace(where: Path, content: bytes) -> None:
     commit.sweep(where)
     new = commit.temporary(where)
     try:
-        new.write_bytes(format.stamp(meta | {"files": sealed}))
+        new.write_bytes(content)
         commit.sync(new)
         commit.publish(new, where)
     finally:
-        new.unlink(missing_ok=True)
-    verdict.sealed = True
+        with contextlib.suppress(OSError):  # it says what the first error says
+            new.unlink()
 
 
 def _verify_other(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
@@ -218,5 +231,5 @@ def _verify_other(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
                     count.add(raw)
                     tick(len(raw))
                 count.into(verdict, name)
-    if seal:
-        verdict.problems.append(f"{path} has no {format.META} to seal: export it first.")
+    if seal and verdict.sound:
+        verdict.unsealed = f"{path} has no {format.META} to seal: export it first."
