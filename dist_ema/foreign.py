@@ -276,7 +276,8 @@ def _dist_ema(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
 def _raw(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
     leaves = _leaves(node)
     shaped = [leaf for leaf in leaves.values() if leaf.shape]
-    if shaped and "averages" not in node:
+    alone = bool(leaves) and not key and len(leaves) == len(node)  # a file of scalars and of nothing else
+    if (shaped or alone) and "averages" not in node:
         why = f"a table of tensors under {last!r}" if key else "a table of tensors"
         yield Found(key, "raw", leaves, why, bool(_WORDS.search(last.lower())))
 

@@ -220,6 +220,9 @@ def test_no_average(call: Call, tmp_path: Path) -> None:
     assert "does not show an average. It holds model (raw," in err
     assert "what timm writes" in call(src, tmp_path / "out", "--from", "timm")[2]
     assert "no folder of torch.distributed.checkpoint" in call(src, tmp_path / "out", "--from", "dcp")[2]
+    save_file({"scale": torch.tensor(0.5), "shift": torch.tensor(3)}, scalars := tmp_path / "scalars.safetensors")
+    assert call(scalars, tmp_path / "two")[0] == 0, "scalars alone are a model too"
+    assert model(tmp_path / "two")[0] == {"scale": 0.5, "shift": 3}
     torch.save({"epoch": 1, "loss": [0.1]}, src)
     assert "holds no table of tensors" in call(src, tmp_path / "out")[2]
     assert not (tmp_path / "out").exists()
