@@ -75,6 +75,7 @@ class Report:
     trees: list[Tree]  # the first average, then the others in the order of their schedules
     meta: dict[str, Any]  # ema.json, every one of `_PARTS` present and of its type
     problems: list[str] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)  # what lies there besides, and why it is not among the weights
 
     @property
     def weights(self) -> dict[str, tuple[str, format.Entry]]:
@@ -131,6 +132,7 @@ class Report:
                 "dtypes": {dtype: vars(total) for dtype, total in self.totals.items()},
                 "dtypes_of_the_model": self.meta["dtypes"],
                 "weights": _plain(self.trees[0]),
+                "others": self.others,
                 "problems": self.problems,
             }
         )
@@ -173,7 +175,8 @@ def of_source(model: source.Source) -> Report:
     entries = {name: format.Entry(entry.dtype, entry.shape, 0, entry.nbytes) for name, entry in model.entries.items()}
     tree = Tree("", {"": format.File(b"", entries)})
     aliases = format.grouped(model.aliases)
-    return Report(str(model.path), "other", [tree], _PARTS | (model.meta or {}) | {"aliases": aliases})
+    others = dict(model.others) if isinstance(model, distcp.Folder) else {}
+    return Report(str(model.path), "other", [tree], _PARTS | (model.meta or {}) | {"aliases": aliases}, [], others)
 
 
 def look(path: str | Path) -> Report:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import functools
 import itertools
+import json
 import operator
 import os
 import pickle
@@ -32,7 +33,7 @@ from torch import nn
 
 from dist_ema import EMA, archives, distcp, pickles, source
 from dist_ema.layout import DTYPES
-from tests.kit import Training, run_ranks
+from tests.kit import Call, Training, run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")  # it is not used, on purpose
 
@@ -235,6 +236,22 @@ def test_other_dtypes_are_listed(tmp_path: Path) -> None:
     with distcp.Folder(tmp_path) as folder:
         assert list(folder.entries) == ["w"]
         assert "torch.complex128" in folder.others["wide"]
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, call: Call) -> None:
+    """inspect lists what is no weight, and why."""
+    wide = torch.ones(2, dtype=torch.complex128)
+    dcp.save({"w": torch.ones(2), "step": 7, "wide": wide, "name": {"x": "y"}}, checkpoint_id=tmp_path, no_dist=True)
+    code, out, _ = call("inspect", tmp_path)
+    assert code == 0
+    assert "left out  no tensor: step, name.x\n" in out
+    assert "left out  of torch.complex128, which safetensors cannot hold: wide\n" in out
+    said = json.loads(call("inspect", tmp_path, "--json")[1])
+    assert {name: why.split()[0] for name, why in said["others"].items()} == {
+        "step": "no",
+        "wide": "of",
+        "name.x": "no",
+    }
 
 
 def test_items_that_are_no_plain_tensors(copy: Path) -> None:

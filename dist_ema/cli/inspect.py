@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..console import FINE, PROBLEM, add_verb, columns, count, listed, out, out_json, printable, say
+from ..console import FINE, PROBLEM, add_verb, columns, count, listed, out, out_json, printable, say, some
 from ..format import META
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     for name, file in ((name, file) for name, file in report.files.items() if name):
         sums = ", ".join(f"{kind} {value}" for kind, value in report.sums(name).items())
         yield "file", f"{name}: {file.size:,} bytes, {sums or 'no check sum'}"
+    for why in sorted(set(report.others.values())):
+        yield "left out", f"{why}: {some([name for name in report.others if report.others[name] == why], SHOWN)}"
 
 
 def _history(report: Report) -> Iterator[tuple[str, str]]:
