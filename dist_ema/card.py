@@ -1,25 +1,50 @@
-"""What lies beside weights that are shipped: config and tokenizer files, and a section of the model card. No torch."""
+"""What lies beside weights that are shipped: config and tokenizer files, and a section of the model card. No torch.
+
+One rule for every verb that writes a folder to ship: `beside`. The section tells what average the weights are.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import format, manifest
-from .console import listed, printable
+from . import format
+from .console import listed, printable, some
 
-__all__ = ["CARD", "beside", "section", "write_into"]
+__all__ = ["CARD", "beside", "call", "dtypes", "hands", "section", "write_into"]
 
 CARD = "README.md"
 BEGIN, END = "<!-- dist_ema: begin -->", "<!-- dist_ema: end -->"
 SUFFIXES = (".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".vocab", ".py")
 NAMES = ("LICENSE", "NOTICE")
+_MOST = 20  # models that the card names
 _STATE = ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json", format.META)
 
 
-def beside(folder: Path) -> dict[str, bytes | Path]:
+def beside(
+    folder: Path, out: Path, meta: Mapping[str, Any], entries: Mapping[str, format.Entry]
+) -> dict[str, bytes | Path]:
+    """What goes into `out` with the weights, and the card: that of `out`, else that of `folder`, with the section in it.
+
+    folder: the model that it comes from; a file has nothing beside it. meta: the ema.json that goes with the weights.
+    """
+    found = _beside(folder)
+    old = out / CARD if (out / CARD).is_file() else found.get(CARD)
+    text = old.read_bytes() if isinstance(old, Path) else b""
+    found[CARD] = write_into(text, section(meta, dtypes(entries)))
+    return found
+
+
+def dtypes(entries: Mapping[str, format.Entry]) -> dict[str, int]:
+    """dtype -> how many weights have it, the most first."""
+    counted = Counter(entry.dtype for entry in entries.values())
+    return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _beside(folder: Path) -> dict[str, bytes | Path]:
     """Config, tokenizer, licence, code and card of a model folder: no weights, no pickles, no training state."""
     found: dict[str, bytes | Path] = {}
     for each in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -38,17 +63,52 @@ def _pickled(path: Path) -> bool:
 
 def section(meta: Mapping[str, Any], dtypes: Mapping[str, int]) -> str:
     """What average this is, as Markdown between two markers. meta: the ema.json that goes with it."""
+    mean = "average" in meta["extra"]
+    text = f"These weights are an average over {'models' if mean else 'training, not its last step'}."
     rows = [
-        ("average", ", ".join(map(manifest.call, meta["schedules"])) or "not told by its source"),
-        ("clock", manifest.hands(meta["clock"]) or "not told by its source"),
+        *_history(meta, mean),
         ("dtypes", listed(dict(dtypes))),
-        ("source", meta["source"]["name"]),
-        *(("", f"{name}: CRC-32 {crc}") for name, crc in meta["source"]["crc32"].items()),
+        *_origin(meta),
         ("made by", f"dist_ema {format.VERSION}"),
     ]
     table = [f"| {what} | {_code(said)} |" for what, said in rows]
-    text = "These weights are an average over training, not its last step."
     return "\n".join([BEGIN, "## Averaged weights", "", text, "", "| | |", "|---|---|", *table, END])
+
+
+def _history(meta: Mapping[str, Any], mean: bool) -> Iterator[tuple[str, str]]:
+    """A mean of models has no schedule of its own."""
+    if not mean:
+        yield "average", ", ".join(map(call, meta["schedules"])) or "not told by its source"
+        yield "clock", hands(meta["clock"]) or "not told by its source"
+
+
+def _origin(meta: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The file or folder that it was exported from, or the models that it was made of."""
+    if "source" in meta:
+        yield "source", meta["source"]["name"]
+        yield from (("", f"{name}: CRC-32 {crc}") for name, crc in meta["source"]["crc32"].items())
+    said = meta["extra"].get("average", {})
+    made = [(each["path"], each["weight"]) for each in said.get("models", ())]
+    made += meta["extra"].get("reconstruct", {}).get("weights", {}).items()
+    yield from (("" if i else "mixed from", f"{weight:.6g} of {name}") for i, (name, weight) in enumerate(made[:_MOST]))
+    if len(made) > _MOST:
+        yield "", f"and {len(made) - _MOST} more, in {format.META}"
+    if said.get("taken_from_last"):
+        yield "taken from the last", some(said["taken_from_last"])
+
+
+def call(spec: Any) -> str:
+    """Power(sigma_rel=0.1) from {"name": "Power", "sigma_rel": 0.1}."""
+    if not isinstance(spec, dict):
+        return str(spec)
+    return f"{spec.get('name')}({', '.join(f'{key}={value!r}' for key, value in spec.items() if key != 'name')})"
+
+
+def hands(clock: Mapping[str, Any]) -> str:
+    """The clock as text, `now` first."""
+    said = dict(sorted(clock.items(), key=lambda item: item[0] != "now"))
+    started = said.pop("started", True)
+    return listed(said) + ("" if started else ", not started")
 
 
 def _code(text: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from . import format, sink
+from . import card, format, sink
 from .console import some
 from .elements import FLOATS, TO_TORCH, Bytes, fitted, widen
 from .source import Checked, Source
@@ -25,7 +25,6 @@ from .source import Checked, Source
 __all__ = ["WINDOW", "Blend", "alike", "locate", "numeric", "write"]
 
 WINDOW = 1 << 20  # elements: 4 MB as read, 8 of the sum, 8 of the product
-BESIDE = (".json", ".jinja", ".model", ".py", ".txt")  # config, tokenizer, code: what belongs to a Hugging Face model
 
 
 @dataclass(frozen=True)
@@ -160,17 +159,7 @@ def write(
         "averaged": sorted(blend.summed),
         "dtypes": {name: TO_TORCH[entry.dtype] for name, entry in entries.items()},
         "versions": {"dist_ema": format.VERSION},
-    }  # fmt: skip
-    model = sink.Model(format.plan(entries, max_shard_size), format.INDEX, _beside(blend.rest.path), full | dict(meta))
+    } | dict(meta)  # fmt: skip
+    beside = card.beside(blend.rest.path, out, full, entries)
+    model = sink.Model(format.plan(entries, max_shard_size), format.INDEX, beside, full)
     return sink.write(out, model, blend.content, force=force, tick=tick, check=blend.check)
-
-
-def _beside(path: Path) -> dict[str, Path]:
-    """What belongs to the model in a folder: plain files by their suffix, neither weights nor what dist_ema wrote."""
-    found = sorted(path.iterdir()) if path.is_dir() else []
-    ours = (format.META, ".safetensors.index.json")
-    return {
-        each.name: each
-        for each in found
-        if each.is_file() and not each.is_symlink() and each.suffix in BESIDE and not each.name.endswith(ours)
-    }

@@ -15,10 +15,9 @@ from typing import Any
 
 from . import distcp, format, source
 from .clock import Clock
-from .console import listed
 from .schedule import from_spec
 
-__all__ = ["Report", "Total", "Tree", "call", "hands", "look", "native", "of_source", "sums"]
+__all__ = ["Report", "Total", "Tree", "look", "native", "of_source", "sums"]
 
 # What ema.json holds beside its format and kind, each with the value that stands for its absence.
 _PARTS: dict[str, Any] = {
@@ -149,20 +148,6 @@ def _plain(tree: Tree) -> dict[str, Any]:
         name: {"dtype": entry.dtype, "shape": list(entry.shape), "file": file}
         for name, (file, entry) in tree.weights.items()
     }
-
-
-def call(spec: Any) -> str:
-    """Power(sigma_rel=0.1) from {"name": "Power", "sigma_rel": 0.1}."""
-    if not isinstance(spec, dict):
-        return str(spec)
-    return f"{spec.get('name')}({', '.join(f'{key}={value!r}' for key, value in spec.items() if key != 'name')})"
-
-
-def hands(clock: Mapping[str, Any]) -> str:
-    """The clock as text, `now` first."""
-    said = dict(sorted(clock.items(), key=lambda item: item[0] != "now"))
-    started = said.pop("started", True)
-    return listed(said) + ("" if started else ", not started")
 
 
 def native(path: str | Path) -> bool:

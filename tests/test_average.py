@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dist_ema import EMA, load_file
 from dist_ema.offline.average import in_order, shares
+from dist_ema.offline.export import export
 from tests.kit import Call
 
 
@@ -95,12 +96,15 @@ def test_average(options: list[str], weights: list[float], shop: list[Path], tmp
     assert (found["count"], found["same"].tolist()) == (2, [0, 1, 2, 3, 4])
     assert "have no mean: count\n" in out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "ema.json",
         "model.safetensors",
         "tokenizer.model",
     ]
     assert (tmp_path / "out" / "config.json").read_text() == "config.json of 2"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("README.md of 2\n\n<!-- dist_ema: begin -->")
     said = json.loads((tmp_path / "out" / "ema.json").read_text())
     used = [weight for weight in weights if weight or "lawa" not in str(options)]
     assert [each["weight"] for each in said["extra"]["average"]["models"]] == pytest.approx(used)
@@ -281,6 +285,36 @@ def test_shares() -> None:
     for weights in ([1.0, -1.0], [float("inf"), 1.0], [float("nan"), 1.0], [0.0, 0.0]):
         with pytest.raises(ValueError, match="must be finite and must not sum to 0"):
             shares(2, weights, False)
+
+
+def test_what_goes_along(shop: list[Path], tmp_path: Path, call: Call) -> None:
+    """The licence, what links lead to, and a card that says what was averaged; the same as with export."""
+    (shop[2] / "LICENSE").write_text("free")
+    (shop[2] / "tokenizer.json").symlink_to(shop[1] / "config.json")
+    assert call(*shop, tmp_path / "out", "--weights", "1,1,2")[0] == 0
+    export(shop[2], tmp_path / "shipped")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "shipped").iterdir()
+    }
+    assert (tmp_path / "out" / "LICENSE").read_text() == "free"
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "config.json of 1"
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in (
+        "over models",
+        f"| mixed from | `0.25 of {shop[0]}` |\n",
+        f"| `0.5 of {shop[2]}` |",
+        "last | `count` |",
+    ):
+        assert said in card, said
+    assert "not told by its source" not in card
+    (tmp_path / "out" / "README.md").write_text("mine\n" + card)
+    assert call(*shop, tmp_path / "out", "--force")[0] == 0
+    again = (tmp_path / "out" / "README.md").read_text()
+    assert again.startswith("mine\nREADME.md of 2")
+    assert again.count("## Averaged weights") == 1
+    assert f"0.333333 of {shop[0]}" in again
+    assert call(*[shop[0]] * 25, tmp_path / "many")[0] == 0
+    assert "and 5 more, in ema.json" in (tmp_path / "many" / "README.md").read_text()
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------

@@ -27,10 +27,10 @@ HOUSE = ROOT / "dist_ema"
 FLOORS = {
     -1: "compiled",
     0: "schedule kernels fused executors shards format commit ranks console elements figure pickles archives behind",
-    1: "teacher layout clock wire engine sink profiles distcp foreign checkpoint series",
+    1: "teacher layout clock wire engine sink card profiles distcp foreign checkpoint series",
     2: "swap gather artifact resume dcp agree attach average telemetry source",
     3: "ema combine manifest",
-    4: "posthoc card recipes.__init__ recipes.batchnorm recipes.distill recipes.fixres",
+    4: "posthoc recipes.__init__ recipes.batchnorm recipes.distill recipes.fixres",
     5: "offline.__init__ offline.inspect offline.verify offline.export offline.diff offline.average offline.plan "
     "offline.reconstruct offline.convert offline.doctor offline.patient compat.copied compat.listed",
     6: "cli.inspect cli.verify cli.export cli.diff cli.average cli.plan cli.reconstruct cli.convert cli.doctor "

@@ -95,7 +95,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _history(report: Report) -> Iterator[tuple[str, str]]:
-    from ..manifest import hands
+    from ..card import hands
 
     meta, attach = report.meta, report.meta.get("attach")
     if meta["clock"]:
@@ -109,7 +109,7 @@ def _history(report: Report) -> Iterator[tuple[str, str]]:
 
 def _schedules(report: Report) -> Iterator[tuple[str, str]]:
     """One line, or one for each of several averages with what is its own."""
-    from ..manifest import call
+    from ..card import call
 
     specs = report.meta["schedules"]
     if len(report.trees) == 1:

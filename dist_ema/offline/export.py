@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +44,7 @@ class _Form:
 
     @property
     def dtypes(self) -> dict[str, int]:
-        counted = Counter(entry.dtype for entry in self.entries.values())
-        return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+        return card.dtypes(self.entries)
 
 
 def export(
@@ -74,7 +72,9 @@ def export(
         meta = _sound(model)
         form = _form(model, meta, where, dtype, max_shard_size, like)
         meta = _meta(model, meta, form)
-        beside = {} if where.suffix == ".safetensors" else _beside(Path(like or model.path), where, meta, form)
+        beside = (
+            {} if where.suffix == ".safetensors" else card.beside(Path(like or model.path), where, meta, form.entries)
+        )
         target = sink.Model(form.files, form.index, beside, meta)
         source = Checked(model)
 
@@ -85,7 +85,7 @@ def export(
 
         with bar(sum(entry.nbytes for entry in form.entries.values())) as tick:
             sink.write(where, target, content, force=force, tick=tick, check=source.finish)
-    average = ", ".join(map(manifest.call, meta["schedules"]))
+    average = ", ".join(map(card.call, meta["schedules"]))
     files = {name: file.size for name, file in form.files.items()}
     return Exported(str(out), str(src), average, files, len(form.entries), form.dtypes, sorted(beside))
 
@@ -270,15 +270,6 @@ def _meta(model: Source, meta: dict[str, Any], form: _Form) -> dict[str, Any]:
 
 def _files_of(model: Source) -> list[str]:
     return list(model.files) if isinstance(model, Safetensors) else []
-
-
-def _beside(folder: Path, where: Path, meta: dict[str, Any], form: _Form) -> dict[str, bytes | Path]:
-    """Config, tokenizer and a card that says what average this is. A card that is in place already is kept."""
-    found = card.beside(folder)
-    old = where / card.CARD if (where / card.CARD).is_file() else found.get(card.CARD)
-    text = old.read_bytes() if isinstance(old, Path) else b""
-    found[card.CARD] = card.write_into(text, card.section(meta, form.dtypes))
-    return found
 
 
 # --- the bytes ---------------------------------------------------------------------------------------------------
