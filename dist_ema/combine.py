@@ -9,6 +9,7 @@ thousand checkpoints need no more of either than two.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -149,6 +150,7 @@ def write(
     meta: goes into ema.json: clock, schedules, extra. *Cost*: 28 MB.
     """
     entries = blend.entries
+    out = Path(os.path.realpath(out))  # through a link
     if out.suffix == ".safetensors":
         files = {out.name: format.header(entries, dict(blend.rest.aliases))}
         return sink.write(out, sink.Model(files), blend.content, force=force, tick=tick, check=blend.check)

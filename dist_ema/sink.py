@@ -45,7 +45,11 @@ def refuse_place(read: str | Path, out: str | Path) -> None:
 
 
 def refuse_target(path: Path, force: bool) -> None:
-    """Raise ValueError where `path` may not be written. With force only a model is replaced; what lies beside it stays."""
+    """Raise ValueError where `path` may not be written. With force only a model is replaced; what lies beside it stays.
+
+    A link stands for what it leads to.
+    """
+    path = Path(os.path.realpath(path))
     if not path.exists():
         return
     if not force:

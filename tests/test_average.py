@@ -317,6 +317,23 @@ def test_what_goes_along(shop: list[Path], tmp_path: Path, call: Call) -> None:
     assert "and 5 more, in ema.json" in (tmp_path / "many" / "README.md").read_text()
 
 
+def test_through_links(shop: list[Path], tmp_path: Path, call: Call) -> None:
+    """OUT is what a link leads to, a folder or a file: that is replaced, and the link stays."""
+    for name, real in (("folder", "real"), ("file.safetensors", "real.safetensors"), ("plain", "other.safetensors")):
+        (tmp_path / name).symlink_to(tmp_path / "deep" / real)
+        assert call(*shop, tmp_path / name)[0] == 0
+        assert "exists. Pass --force" in call(*shop, tmp_path / name)[2]
+        assert call(*shop, tmp_path / name, "--force", "--wma")[0] == 0
+        assert (tmp_path / name).is_symlink()
+        wanted = expected([model(i) for i in range(3)], [1 / 6, 2 / 6, 3 / 6])["w"]
+        assert torch.equal(load_file(tmp_path / "deep" / real)["w"], wanted)
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == [
+        "other.safetensors",
+        "real",
+        "real.safetensors",
+    ]
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 

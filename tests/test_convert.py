@@ -376,7 +376,13 @@ def test_rounding_aliases_and_one_file(call: Call, tmp_path: Path) -> None:
     assert "exists. Pass --force" in call(src, tmp_path / "one.safetensors")[2]
     assert call(src, tmp_path / "one.safetensors", "--force")[0] == 0
     assert load_file(tmp_path / "one.safetensors")["frozen"].dtype == torch.float32
+    (tmp_path / "link").symlink_to(tmp_path / "one.safetensors")
+    assert call(src, tmp_path / "link", "--force", "--dtype", "fp16")[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    assert load_file(tmp_path / "one.safetensors")["frozen"].dtype == torch.float16
+    (tmp_path / "two").symlink_to(tmp_path / "real")
     assert call(src, tmp_path / "two", "--max-shard-size", "100B")[0] == 0
+    assert (tmp_path / "two").is_symlink()
     assert (tmp_path / "two" / "model.safetensors.index.json").exists()
 
 

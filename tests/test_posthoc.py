@@ -578,7 +578,13 @@ def test_command(run: Any, tmp_path: Path, call: Call) -> None:
     code, out, err = call("reconstruct", run[0], tmp_path / "out", "--sigma-rel", 0.07)
     assert (code, err.count("\n")) == (1, 1)
     assert "exists. Pass --force" in err
-    assert call("reconstruct", run[0], tmp_path / "out", "--sigma-rel", 0.07, "--force")[0] == 0
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    assert call("reconstruct", run[0], tmp_path / "link", "--sigma-rel", 0.07, "--force")[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    assert load_file(tmp_path / "out")["emb.weight"].dtype == torch.float32
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in ("| average | `Power(", "| clock | `now 200", "| mixed from | `"):
+        assert said in card, said
     code, out, err = call("inspect", tmp_path / "out")
     assert (code, err) == (0, "")
     assert "Power(" in out

@@ -7,6 +7,7 @@ called; what goes out is what `export` writes.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -336,6 +337,7 @@ def write(
     plan: Plan, out: Path, *, force: bool, tick: Callable[[int], None], max_shard_size: str = "5GB"
 ) -> dict[str, Any]:
     """Write the model, atomically. Returns its ema.json. *Cost*: one window."""
+    out = Path(os.path.realpath(out))  # through a link
     one = out.suffix == ".safetensors"
     metadata = dict(plan.aliases) if one else {}
     files = (
