@@ -21,7 +21,7 @@ import numpy as np
 from . import card, format, sink
 from .console import some
 from .elements import FLOATS, TO_TORCH, Bytes, fitted, widen
-from .source import Checked, Source
+from .source import Checked, Source, windows
 
 __all__ = ["WINDOW", "Blend", "alike", "locate", "numeric", "write"]
 
@@ -66,7 +66,7 @@ class Blend:
         total: Any = 0.0
         for model, weight in self.terms:
             if weight:  # 0 * NaN would be NaN
-                here = locate(model, name)
+                here = locate(model, name, self.rest)
                 kind = _real(model.entries[here].dtype)
                 values = widen(self._window(model, here, begin, end), kind)
                 total = total + np.multiply(values, weight, dtype=np.float64)
@@ -103,9 +103,12 @@ def _sort(dtype: str) -> str:
     return "complex" if dtype == "C64" else "floating" if dtype in FLOATS else "whole"
 
 
-def locate(model: Source, name: str) -> str:
-    """The name that `model` has for a weight. Raises KeyError if it has none."""
-    return name if name in model.entries else model.aliases[name]
+def locate(model: Source, name: str, like: Source) -> str:
+    """The name that `model` has for a weight of `like`, which may tie it to others. Raises KeyError if it has none."""
+    for each in (name, *(alias for alias, of in like.aliases.items() if of == name)):
+        if each in model.entries or each in model.aliases:
+            return each if each in model.entries else model.aliases[each]
+    raise KeyError(name)
 
 
 def alike(models: Sequence[Source], like: Source, names: Sequence[str] | None = None) -> None:
@@ -120,10 +123,11 @@ def alike(models: Sequence[Source], like: Source, names: Sequence[str] | None = 
 def _differences(model: Source, like: Source, names: Sequence[str] | None) -> Iterator[str]:
     wanted = sorted(like.entries) if names is None else names
     for name in wanted:
-        if name not in model.entries and name not in model.aliases:
+        try:
+            here, there = model.entries[locate(model, name, like)], like.entries[name]
+        except KeyError:
             yield f"{model.path} lacks {name}"
             continue
-        here, there = model.entries[locate(model, name)], like.entries[name]
         if here.shape != there.shape:
             yield f"{name} is {list(here.shape)} in {model.path}, {list(there.shape)} in {like.path}"
         elif _sort(here.dtype) != _sort(there.dtype):
@@ -134,6 +138,22 @@ def _differences(model: Source, like: Source, names: Sequence[str] | None) -> It
             others = {alias for alias, of in model.aliases.items() if of == name}
             if not known & {name, *others}:
                 yield f"{model.path} has {name} besides"
+            elif name in like.aliases and not _one(model, name, locate(model, like.aliases[name], like)):
+                yield f"{name} is tied to {like.aliases[name]} in {like.path}, another weight in {model.path}"
+
+
+def _one(model: Source, name: str, other: str) -> bool:
+    """Whether both are the same, bit for bit: files of other writers may hold tied weights twice."""
+    a, b = model.entries[name], model.entries[other]
+    try:
+        return name == other or (
+            (a.dtype, a.shape) == (b.dtype, b.shape)
+            and all(
+                bool((one == two).all()) for one, two in zip(windows(model, name), windows(model, other), strict=True)
+            )
+        )
+    finally:
+        model.close()
 
 
 def write(

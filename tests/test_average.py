@@ -317,6 +317,24 @@ def test_what_goes_along(shop: list[Path], tmp_path: Path, call: Call) -> None:
     assert "and 5 more, in ema.json" in (tmp_path / "many" / "README.md").read_text()
 
 
+def test_tied(tmp_path: Path, call: Call) -> None:
+    """Tied weights meet under whatever name each file has; a model that does not tie them is named, not cut."""
+    one, two = torch.randn(3, 2), torch.randn(3, 2)
+    save_file({"emb": one}, a := tmp_path / "a.safetensors", {"head": "emb"})
+    save_file({"head": two}, b := tmp_path / "b.safetensors")
+    save_file({"emb": two, "head": two.clone()}, c := tmp_path / "c.safetensors")
+    save_file({"emb": two, "head": one}, d := tmp_path / "d.safetensors")
+    for i, pair in enumerate(((a, b), (b, a), (c, a))):
+        assert call(*pair, tmp_path / f"{i}.safetensors")[0] == 0, pair
+        for tensor in load_file(tmp_path / f"{i}.safetensors").values():
+            assert torch.equal(tensor, ((one.double() + two.double()) / 2).float())
+    code, _, err = call(d, a, tmp_path / "out.safetensors")
+    assert code == 1
+    assert f"1 differences: head is tied to emb in {a}, another weight in {d}." in err
+    assert call(a, d, tmp_path / "untied.safetensors")[0] == 0
+    assert torch.equal(load_file(tmp_path / "untied.safetensors")["head"], one)
+
+
 def test_through_links(shop: list[Path], tmp_path: Path, call: Call) -> None:
     """OUT is what a link leads to, a folder or a file: that is replaced, and the link stays."""
     for name, real in (("folder", "real"), ("file.safetensors", "real.safetensors"), ("plain", "other.safetensors")):

@@ -113,7 +113,7 @@ def _differs(models: Sequence[Source], name: str) -> bool:
         end = min(begin + combine.WINDOW, entry.nbytes)
         wanted = last.read(name, begin, end)
         for model in models[:-1]:
-            here = combine.locate(model, name)
+            here = combine.locate(model, name, last)
             same = model.entries[here].dtype == entry.dtype and bool((model.read(here, begin, end) == wanted).all())
             model.close()
             if not same:
