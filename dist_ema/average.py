@@ -27,9 +27,9 @@ __all__ = ["Average", "Profile"]
 
 LOOK_EVERY = 100  # updates between two looks at whether weights moved
 # What reads live weights for good, and so must not come inside the swap of another EMA.
-_OF_LIVE = ("ema.update", "ema.metrics", "ema.reset", "ema.rescan", "optimizer.step")
-# What hands out the whole model, so also live weights that are not averaged here.
-_WHOLE = ("ema.gather", "ema.copy_to", "ema.save", "ema.export", "ema.state_dict")
+_OF_LIVE = ("ema.update", "ema.metrics", "ema.reset", "optimizer.step")
+# What reads the whole model, so also live weights that are not averaged here.
+_WHOLE = ("ema.gather", "ema.copy_to", "ema.save", "ema.export", "ema.state_dict", "ema.rescan")
 
 
 _MOVED_BY = WeakTensorKeyDictionary()  # weight -> WeakSet of the averages of it, who must know of each other's swaps
@@ -88,7 +88,8 @@ class Average:
         self._inline: Engine = Inline()
         self._versions: list[int] | None = None  # of the live weights, while an update may be reading them
         self._beside: WeakSet[Average] = WeakSet()  # other averages of some of these weights
-        self._writes = 0  # times that a swap wrote to the live weights
+        self._swapped = 0  # times that a swap of one of them or of this one wrote to the live weights
+        self._lent_beside = 0  # swaps of theirs that are open
         self.lent = False
         self._sharded: list[nn.Module] = []
         self._unfilled: list[tuple[str, tuple[nn.Module, str]]] = []
@@ -140,9 +141,10 @@ class Average:
         for slot in self.profiles[0].averages:
             moved_by = _MOVED_BY.setdefault(slot.shard.tensor, WeakSet())
             for other in moved_by:
-                if other is not self:
+                if other is not self and other not in self._beside:
                     self._beside.add(other)
                     other._beside.add(self)
+                    self._lent_beside += other.lent
             moved_by.add(self)
 
     def lay_anew(self, dtype: torch.dtype, device: torch.device | None) -> None:
@@ -250,10 +252,10 @@ class Average:
             raise RuntimeError(f"{verb}() {why}.")
 
     def _lent_by_others(self, whole: bool) -> bool:
-        """whole: of what is not averaged here, too."""
-        others = set(self._beside)
-        for slot in self.slots if whole else ():
-            others.update(_MOVED_BY.get(slot.shard.tensor, ()))
+        """whole: of what is not averaged here, too. NOTE: a number, as dynamo of torch 2.8 cannot look into a WeakSet."""
+        if not whole:
+            return self._lent_beside > 0
+        others = {other for slot in self.slots for other in _MOVED_BY.get(slot.shard.tensor, ())}
         return any(other.lent for other in others)
 
     def reshard(self) -> None:
@@ -313,14 +315,15 @@ class Average:
 
     def lend(self, lent: bool) -> None:
         """Note that the model holds the average, or no longer does."""
-        self._writes += 1
+        for other in (self, *self._beside):
+            other._swapped += 1
+            other._lent_beside += 0 if other is self else lent - self.lent
         self.lent = lent
 
     def mark(self) -> tuple[int, tuple[int, int, int]]:
         """Remember how often weights were written, to notice training that no update follows."""
         writes = sum(slot.local._version for slot in self._averages)
-        swaps = self._writes + sum(other._writes for other in self._beside)
-        self._marked = writes, (self.clock.steps, self.clock.updates, swaps)
+        self._marked = writes, (self.clock.steps, self.clock.updates, self._swapped)
         return self._marked
 
     @property
