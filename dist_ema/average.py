@@ -27,7 +27,7 @@ __all__ = ["Average", "Profile"]
 
 LOOK_EVERY = 100  # updates between two looks at whether weights moved
 # What reads live weights for good, and so must not come inside the swap of another EMA.
-_OF_LIVE = ("ema.update", "ema.metrics", "ema.reset", "optimizer.step")
+_OF_LIVE = ("ema.update", "ema.metrics", "ema.reset", "ema.load", "optimizer.step")
 # What reads the whole model, so also live weights that are not averaged here.
 _WHOLE = ("ema.gather", "ema.copy_to", "ema.save", "ema.export", "ema.state_dict", "ema.rescan")
 

@@ -271,7 +271,7 @@ def test_two_averagers_of_one_model(tmp_path: Path) -> None:
     with a.swap(), b.swap():
         pass
     refused = (a.update, a.reset, a.rescan, partial(a.save, tmp_path / "a"), partial(a.export, tmp_path / "a"))
-    refused += (a.gather, a.state_dict, partial(a.copy_to, nn.Linear(2, 2)))
+    refused += (a.gather, a.state_dict, partial(a.copy_to, nn.Linear(2, 2)), partial(a.load, tmp_path / "a"))
     for verb in refused:
         with b.swap(), pytest.raises(RuntimeError, match="inside the swap of another EMA"):
             verb()
