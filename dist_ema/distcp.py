@@ -29,6 +29,7 @@ from .pickles import Record, record
 __all__ = ["META", "Folder"]
 
 META = ".metadata"
+_NO_TENSOR = "no tensor"
 _MOST_DIMENSIONS = 64
 _MOST_PICKLE = 1 << 20  # bytes of the pickle that describes one tensor
 
@@ -209,7 +210,7 @@ def _sort(said: Any, places: Mapping[Any, dict[str, Any]], plan: Any) -> _Table:
             raise TypeError("a name that is no text")
         table.paths[name] = _path(name, plan)
         if value.kind == "BytesStorageMetadata":
-            table.others[name] = "no tensor"
+            table.others[name] = _NO_TENSOR
             continue
         fields = _state(value, "TensorStorageMetadata")
         dtype, shape = _dtype(fields["properties"]), _sizes(fields["size"])
@@ -327,6 +328,11 @@ class Folder:
         self._open: dict[str, int] = {}
         self._runs = lru_cache(maxsize=1)(self._make_runs)
         self._places = lru_cache(maxsize=4096)(self._make_place)
+
+    @property
+    def odd(self) -> dict[str, str]:
+        """Of the others those that are tensors: without them it is another model."""
+        return {name: why for name, why in self.others.items() if why != _NO_TENSOR}
 
     def _refuse_cut(self) -> None:
         ends: dict[str, int] = {}

@@ -32,6 +32,7 @@ __all__ = [
     "open_model",
     "pickled",
     "read_at",
+    "refuse_odd",
     "windows",
 ]
 
@@ -163,6 +164,15 @@ def open_model(path: str | Path, which: int | str = 0) -> Source:
         choose(None, which)
         return distcp.Folder(path)
     return Safetensors(path, which)
+
+
+def refuse_odd(model: Source) -> None:
+    """Raise ValueError where tensors of a checkpoint cannot be read, so that what is made of it would lack them."""
+    odd = model.odd if isinstance(model, distcp.Folder) else {}
+    if odd:
+        name, why = next(iter(odd.items()))
+        more = f", and so would {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise ValueError(f"{model.path}: {name} would be left out ({why}){more}. `dist-ema inspect` lists them.")
 
 
 def _own_buffers(said: Any) -> set[str]:

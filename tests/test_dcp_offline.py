@@ -245,6 +245,11 @@ def test_what_is_left_out_is_said(tmp_path: Path, call: Call) -> None:
     code, out, _ = call("inspect", tmp_path)
     assert code == 0
     assert "left out  no tensor: step, name.x\n" in out
+    for verb in (["export", tmp_path], ["average", tmp_path, tmp_path], ["convert", tmp_path]):
+        code, _, err = call(*verb, tmp_path.parent / "out")
+        assert (code, "of torch.complex128" in err, err.count("\n")) == (1, True, 1), verb
+        assert not (tmp_path.parent / "out").exists()
+    assert call("diff", tmp_path, tmp_path)[0] == 1
     assert "left out  of torch.complex128, which safetensors cannot hold: wide\n" in out
     said = json.loads(call("inspect", tmp_path, "--json")[1])
     assert {name: why.split()[0] for name, why in said["others"].items()} == {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import combine, sink
-from ..source import Source, open_model
+from ..source import Source, open_model, refuse_odd
 
 __all__ = ["Report", "average", "in_order", "shares"]
 
@@ -63,6 +63,8 @@ def average(
     with ExitStack() as stack:
         models = [stack.enter_context(open_model(path)) for path in chosen]
         last = models[-1]
+        for each in models:
+            refuse_odd(each)
         combine.alike(models, last)
         names = frozenset(name for name, entry in last.entries.items() if combine.numeric(entry.dtype))
         taken = [name for name in sorted(set(last.entries) - names) if _differs(models, name)]

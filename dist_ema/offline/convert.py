@@ -114,9 +114,8 @@ def _open_dcp(folder: distcp.Folder) -> _Tree:
             if not isinstance(node, dict):
                 raise ValueError(f"{folder.path}: {name} lies inside another tensor.")
         node[last] = _InFile(folder, name)
-    left = {name: why for name, why in folder.others.items() if why == "no tensor"}
-    odd = {name: why for name, why in folder.others.items() if name not in left}
-    return _Tree(_lists(root), "dcp", False, odd, left)
+    left = {name: why for name, why in folder.others.items() if name not in folder.odd}
+    return _Tree(_lists(root), "dcp", False, folder.odd, left)
 
 
 def _lists(node: Any) -> Any:

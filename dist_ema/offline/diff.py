@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..console import Bar, Tick, silent
 from ..elements import FLOATS, Bytes, widen
 from ..format import ITEMSIZE
-from ..source import Source, open_model, windows
+from ..source import Source, open_model, refuse_odd, windows
 
 __all__ = ["Difference", "Row", "diff"]
 
@@ -70,9 +70,11 @@ class Difference:
 def diff(a: str | Path, b: str | Path, *, which: tuple[int | str, int | str] = (0, 0), bar: Bar = silent) -> Difference:
     """Compare two models of any form. Tied weights are compared under every name that both know, each pair once.
 
-    Raises FileNotFoundError and ValueError as `source.open_model`.
+    Raises FileNotFoundError and ValueError as `source.open_model`, and ValueError for tensors that cannot be read.
     """
     with open_model(a, which[0]) as one, open_model(b, which[1]) as other:
+        refuse_odd(one)
+        refuse_odd(other)
         found, pairs = Difference(str(a), str(b)), _pairs(one, other)
         found.missing = sorted(set(one.entries) - {mine for mine, _ in pairs.values()})
         found.unexpected = sorted(set(other.entries) - {theirs for _, theirs in pairs.values()})

@@ -14,7 +14,7 @@ from typing import Any
 from .. import card, format, manifest, sink
 from ..console import Bar, silent, some
 from ..elements import FLOATS, TORCH, Bytes, fitted, narrow, widen
-from ..source import Checked, Safetensors, Source, labels, open_model, windows
+from ..source import Checked, Safetensors, Source, labels, open_model, refuse_odd, windows
 
 __all__ = ["Exported", "export"]
 
@@ -103,6 +103,8 @@ def _refuse_part(model: Source, like: str | Path | None) -> None:
             f"{model.path} holds averaged weights only (EMA(only=...)), so it is no complete model. Use ema.export(), or "
             "pass --like with a model of the same names to prove that nothing is missing."
         )
+    if like is None:  # which proves that nothing is missing
+        refuse_odd(model)
     run = path.parent.parent
     if path.parent.name == "averages" and (run / format.META).exists():
         raise ValueError(f"{model.path} is a part of {run}: export that with --which {path.name}.")
