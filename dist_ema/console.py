@@ -31,6 +31,7 @@ __all__ = [
     "printable",
     "progress",
     "say",
+    "sentence",
     "silent",
     "size",
     "some",
@@ -147,6 +148,13 @@ def say(sentence: str, code: int) -> int:
     """One sentence to stderr; returns the exit code that goes with it."""
     print(f"dist-ema: {printable(sentence)}", file=sys.stderr)
     return code
+
+
+def sentence(error: Exception) -> str:
+    """What an error says; of what the system refused, the file's name first, if there is one."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}." if error.filename is None else f"{error.filename}: {error.strerror}."
+    return str(error)
 
 
 @contextmanager

@@ -50,6 +50,8 @@ def refuse_target(path: Path, force: bool) -> None:
     A link stands for what it leads to.
     """
     path = Path(os.path.realpath(path))
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link that leads to itself. Name another path.")
     if not path.exists():
         return
     if not force:

@@ -345,6 +345,8 @@ def test_through_links(shop: list[Path], tmp_path: Path, call: Call) -> None:
         assert (tmp_path / name).is_symlink()
         wanted = expected([model(i) for i in range(3)], [1 / 6, 2 / 6, 3 / 6])["w"]
         assert torch.equal(load_file(tmp_path / "deep" / real)["w"], wanted)
+    (tmp_path / "loop").symlink_to("loop")
+    assert "loop is a link that leads to itself" in call(*shop, tmp_path / "loop", "--force")[2]
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == [
         "other.safetensors",
         "real",

@@ -575,6 +575,14 @@ def test_head(shop: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_full(shop: Path) -> None:
+    """`dist-ema ... > /dev/full` is one sentence without numbers of the system, and code 1."""
+    with open("/dev/full", "w") as full:
+        line = [sys.executable, "-m", "dist_ema", "inspect", str(shop / "ema")]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "dist-ema: No space left on device.\n")
+
+
 def test_closed(shop: Path) -> None:
     """`dist-ema ... >&-` and `2>&-`: the same exit code and no traceback; what goes to the other is the same."""
     for verb, path, code in (("inspect", "ema", 0), ("verify", "ema", 0), ("inspect", "nothing", 2)):

@@ -11,7 +11,7 @@ import io
 import sys
 from collections.abc import Sequence
 
-from ..console import FINE, PROBLEM, USAGE, say
+from ..console import FINE, PROBLEM, USAGE, say, sentence
 from . import average, convert, diff, doctor, export, inspect, plan, reconstruct, verify
 
 __all__ = ["main"]
@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         return FINE
     except FileNotFoundError as error:
-        return say(_sentence(error), USAGE)
+        return say(sentence(error), USAGE)
     except (ImportError, OSError, ValueError) as error:
-        return say(_sentence(error), PROBLEM)
+        return say(sentence(error), PROBLEM)
     except ArithmeticError as error:
         return say(f"these numbers are more than can be computed with: {error}.", PROBLEM)
     except RecursionError:  # from Python 3.12 on, JSON is read deeper than it is written
@@ -68,13 +68,6 @@ def _parser() -> argparse.ArgumentParser:
     for verb in VERBS:
         verb.add(verbs)
     return parser
-
-
-def _sentence(error: Exception) -> str:
-    """What the system says of a file, with the file's name first."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}."
-    return str(error)
 
 
 def _version() -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import commit, format, manifest
-from ..console import Bar, Tick, silent
+from ..console import Bar, Tick, sentence, silent
 from ..elements import FLOATS, Bytes, finite, widen
 from ..source import WINDOW, find, open_model, read_at, windows
 
@@ -68,7 +68,7 @@ def verify(path: str | Path, *, seal: bool = False, bar: Bar = silent) -> Verdic
     except RecursionError:
         verdict.problems.append(f"{path}: {format.META} is nested too deeply.")
     except (OSError, ValueError) as error:
-        verdict.problems.append(str(error))
+        verdict.problems.append(sentence(error))
     return verdict
 
 
@@ -111,7 +111,7 @@ def _broken(path: Path) -> Iterator[str]:
         try:
             format.read_header(each)
         except (OSError, ValueError) as error:
-            yield str(error)
+            yield sentence(error)
 
 
 def _strays(path: Path, report: manifest.Report) -> Iterator[str]:
