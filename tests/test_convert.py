@@ -225,6 +225,8 @@ def test_no_average(call: Call, tmp_path: Path) -> None:
     assert model(tmp_path / "two")[0] == {"scale": 0.5, "shift": 3}
     torch.save({"epoch": 1, "loss": [0.1]}, src)
     assert "holds no table of tensors" in call(src, tmp_path / "out")[2]
+    EMA(nn.Linear(2, 2)).save(tmp_path / "run" / "ema-000001", keep=2)
+    assert "ema-000001 is dist_ema's own already" in call(tmp_path / "run" / "latest", tmp_path / "out")[2]
     assert not (tmp_path / "out").exists()
 
 

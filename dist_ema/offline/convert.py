@@ -93,6 +93,7 @@ class _InFile:
 
 def _open(path: Path, inert: Sequence[str], stack: ExitStack) -> _Tree:
     """Raises FileNotFoundError, and ValueError for what is no checkpoint."""
+    path = commit.follow(path)
     if not path.exists():
         commit.recover(path)
     if not path.exists():
