@@ -90,6 +90,7 @@ def _origin(meta: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     said = meta["extra"].get("average", {})
     made = [(each["path"], each["weight"]) for each in said.get("models", ())]
     made += meta["extra"].get("reconstruct", {}).get("weights", {}).items()
+    made.sort(key=lambda each: -abs(each[1]))
     yield from (("" if i else "mixed from", f"{weight:.6g} of {name}") for i, (name, weight) in enumerate(made[:_MOST]))
     if len(made) > _MOST:
         yield "", f"and {len(made) - _MOST} more, in {format.META}"

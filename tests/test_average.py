@@ -301,8 +301,8 @@ def test_what_goes_along(shop: list[Path], tmp_path: Path, call: Call) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     for said in (
         "over models",
-        f"| mixed from | `0.25 of {shop[0]}` |\n",
-        f"| `0.5 of {shop[2]}` |",
+        f"|  | `0.25 of {shop[0]}` |\n",
+        f"| mixed from | `0.5 of {shop[2]}` |",
         "last | `count` |",
     ):
         assert said in card, said
