@@ -129,6 +129,7 @@ def _round(folder: Path, mode: str, first: int, between: int, choose: random.Ran
         else:
             _wait_for(folder, first + (mode == "behind"))  # so that one is in place
             time.sleep(choose.uniform(0, 0.25))
+            assert all(rank.exitcode is None for rank in ranks), f"a rank ended by itself: {ranks}"
         victims = choose.choice([[0], [1], [0, 1]])
         for victim in victims:
             _kill(ranks[victim])
@@ -137,7 +138,9 @@ def _round(folder: Path, mode: str, first: int, between: int, choose: random.Ran
         for rank in ranks:
             _kill(rank)
             rank.join()
-    assert {rank.exitcode for rank in ranks} == {-signal.SIGKILL}, f"a rank ended by itself: {ranks}"
+    codes = [rank.exitcode for rank in ranks]  # whoever is left may see it and raise before it is killed too
+    assert set(codes) <= {-signal.SIGKILL, 1}, codes
+    assert -signal.SIGKILL in codes, codes
     store.unlink(missing_ok=True)
 
 
