@@ -89,7 +89,7 @@ class Average:
         self._versions: list[int] | None = None  # of the live weights, while an update may be reading them
         self._beside: WeakSet[Average] = WeakSet()  # other averages of some of these weights
         self._swapped = 0  # times that a swap of one of them or of this one wrote to the live weights
-        self._lent_beside = 0  # swaps of theirs that are open
+        self._lent_beside = 0  # swaps of theirs that are open. NOTE: dynamo of torch 2.8 cannot look into a WeakSet
         self.lent = False
         self._sharded: list[nn.Module] = []
         self._unfilled: list[tuple[str, tuple[nn.Module, str]]] = []
@@ -243,7 +243,7 @@ class Average:
             raise RuntimeError(
                 f"{verb}() inside ema.swap(): the model holds the average, not the training weights.{hint}"
             )
-        if verb in _OF_LIVE + _WHOLE and self._lent_by_others(whole=verb in _WHOLE):
+        if (self._lent_beside and verb in _OF_LIVE) or (verb in _WHOLE and self._any_lent()):
             raise RuntimeError(
                 f"{verb}() inside the swap of another EMA: the model does not hold its training weights."
             )
@@ -251,10 +251,8 @@ class Average:
         if why:
             raise RuntimeError(f"{verb}() {why}.")
 
-    def _lent_by_others(self, whole: bool) -> bool:
-        """whole: of what is not averaged here, too. NOTE: a number, as dynamo of torch 2.8 cannot look into a WeakSet."""
-        if not whole:
-            return self._lent_beside > 0
+    def _any_lent(self) -> bool:
+        """Some weight or buffer of the model, averaged here or not."""
         others = {other for slot in self.slots for other in _MOVED_BY.get(slot.shard.tensor, ())}
         return any(other.lent for other in others)
 
