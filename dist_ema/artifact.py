@@ -382,12 +382,12 @@ class _Writer:
 
 def _cast(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
     """On the host. Raises ValueError where a finite value would become infinite or NaN."""
-    new = data.to("cpu", dtype)
+    new = data.to(dtype)
     if dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(data.dtype).max:
         for was, now in zip(data.reshape(-1).split(SCRATCH), new.reshape(-1).split(SCRATCH), strict=True):
-            if not bool((now.float().isfinite() | ~was.to("cpu").isfinite()).all()):
+            if not bool((now.float().isfinite() | ~was.isfinite()).all()):
                 raise ValueError(f"{name} holds values that are too large for {dtype}. Choose another dtype.")
-    return new
+    return new.cpu()
 
 
 def _finish(ready: _Ready, added: list[dict[str, int]]) -> list[str]:
