@@ -38,7 +38,7 @@ __all__ = [
     "Entry",
     "File",
     "Sum",
-    "check_meta",
+    "changed",
     "check_sum",
     "dump",
     "find_model",
@@ -161,11 +161,15 @@ def stamp(meta: dict[str, Any]) -> bytes:
         told: dict[str, Any] = _parse(dump(meta))  # as it will be read: JSON makes texts of keys, and sorts those
     except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{META} cannot hold {brief(meta.get('extra', meta))}: {error}.") from None
-    return dump(told | {"crc32": check_meta(told)})
+    return dump(told | {"crc32": _check_meta(told)})
 
 
-def check_meta(meta: dict[str, Any]) -> str:
-    """The CRC-32 of everything in ema.json but "crc32", however the JSON is laid out."""
+def changed(meta: dict[str, Any]) -> bool:
+    """Whether ema.json says something else than `stamp` wrote, however the JSON is laid out."""
+    return meta.get("crc32") != _check_meta(meta)
+
+
+def _check_meta(meta: dict[str, Any]) -> str:
     rest = {key: value for key, value in meta.items() if key != "crc32"}
     return f"{zlib.crc32(dump(rest)):08x}"
 

@@ -175,7 +175,7 @@ def _refuse_unsound(where: Path, meta: dict[str, Any]) -> None:
             _try_averages(meta)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is damaged: {type(error).__name__}: {str(error)[:200]}") from None
-    if meta.get("crc32") != format.check_meta(meta):
+    if format.changed(meta):
         raise ValueError(
             f"{where} was changed since dist_ema wrote it. Move it away to start from the weights without clock and schedule."
         )

@@ -320,7 +320,7 @@ def _listed(path: Path) -> dict[str, Any] | None:
     if not (top / format.META).exists():
         return None
     meta = format.read_meta(top)
-    if meta.get("crc32") != format.check_meta(meta):
+    if format.changed(meta):
         raise ValueError(f"{top / format.META} was changed since dist_ema wrote it.")
     files = {name.removeprefix(inside): said for name, said in meta["files"].items() if name.startswith(inside)}
     return files if path.is_dir() or path.name in files else None
