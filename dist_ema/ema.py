@@ -564,18 +564,17 @@ class EMA:
         """
         average = self._average
         matched: list[tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]] = []
+        clock: dict[str, Any] = {}
 
         def check() -> None:
             lacks = [p.name for p in average.profiles if p.name not in state.get("averages", {})]
             if lacks or "clock" not in state:
                 raise ValueError(f"the state_dict of the EMA lacks {', '.join(lacks) or 'clock'}.")
-            Clock().set(clock())
+            clock.update(zip(average.clock_spec(), state["clock"].tolist(), strict=True))
+            Clock().set(clock)
             matched.extend(
                 dcp.match(state["averages"][p.name], p.averages, p.floating_buffers) for p in average.profiles
             )
-
-        def clock() -> dict[str, Any]:
-            return dict(zip(average.clock_spec(), state["clock"].tolist(), strict=True))
 
         self._enter("load_state_dict")
         self._ranks.attempt("load_state_dict", check)
@@ -583,7 +582,7 @@ class EMA:
             for shadow, value in copies:
                 shadow.copy_(value)
             profile.own = {name: value for name, value in own.items() if average.teacher is None}
-        average.set_clock(clock())
+        average.set_clock(clock)
         average.forget_mark()
 
     # --- the rest ----------------------------------------------------------------------------------------------

@@ -83,6 +83,9 @@ def align(to: nn.Module, model: nn.Module) -> None:
 class Play:
     """Two copies of a model, the original on one and the drop-in on the other, and random calls on both."""
 
+    ours: Any
+    theirs: Any
+
     def __init__(self, seed: int, **options: Any) -> None:
         self.pick = random.Random(seed)
         torch.manual_seed(seed)
@@ -99,6 +102,10 @@ class Play:
         name = self.pick.choice(["frozen", "scale"])
         for model in (self.mine, self.its):
             getattr(model, name).requires_grad_(not getattr(model, name).requires_grad)
+
+    def cast(self) -> None:
+        for ema in (self.theirs, self.ours):
+            ema.to(dtype=F64)
 
     def run(self, calls: list[Callable[[], None]], check: Callable[[], None], length: int = 8) -> None:
         for _ in range(length):
@@ -184,10 +191,6 @@ class TorchEma(Play):
         self.theirs.load_state_dict(theirs)
         self.theirs.shadow_params = [t.to(self.wide()) if t.is_floating_point() else t for t in theirs["shadow_params"]]
         self.ours.load_state_dict(state if self.pick.random() < 0.5 else theirs)
-
-    def cast(self) -> None:
-        for ema in (self.theirs, self.ours):
-            ema.to(dtype=F64)
 
     def check(self) -> None:
         assert near(self.ours.shadow_params, self.theirs.shadow_params)
@@ -301,10 +304,6 @@ class Diffusers(Play):
         self.theirs, self.ours = self.originals(), self.dropins()
         self.theirs.load_state_dict(theirs)
         self.ours.load_state_dict(state if self.pick.random() < 0.5 else theirs)
-
-    def cast(self) -> None:
-        for ema in (self.theirs, self.ours):
-            ema.to(dtype=F64)
 
     def check(self) -> None:
         assert near(self.ours.shadow_params, self.theirs.shadow_params)
