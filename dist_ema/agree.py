@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from .layout import Slot, fingerprint
+from .layout import ParamState, fingerprint
 from .ranks import Ranks, digest
 
 __all__ = ["on_averages", "on_weights"]
 
 
-def on_weights(verb: str, ranks: Ranks, slots: Sequence[Slot], averaged: Sequence[bool]) -> None:
+def on_weights(verb: str, ranks: Ranks, slots: Sequence[ParamState], averaged: Sequence[bool]) -> None:
     """Raise ValueError on every rank if names, shapes or dtypes differ, or replicas do not hold the same bits.
 
     *Collective*. *Cost*: one read of the replicated weights, three numbers sent; one rank compares.
@@ -25,16 +25,19 @@ def on_weights(verb: str, ranks: Ranks, slots: Sequence[Slot], averaged: Sequenc
         for slot, chosen in zip(slots, averaged, strict=True)
         if slot.shard.kind != "buffer"
     ]
-    replicas = [slot for slot in slots if slot.shard.replicas or 0 < len(slot.shard.together) < ranks.size]
-    where = [[slot.name, *slot.shard.held.offsets, slot.shard.held.begin, slot.shard.held.end] for slot in replicas]
+    replicas = [slot for slot in slots if slot.shard.replicas or 0 < len(slot.shard.owner_ranks) < ranks.size]
+    where = [
+        [slot.name, *slot.shard.local_region.offsets, slot.shard.local_region.begin, slot.shard.local_region.end]
+        for slot in replicas
+    ]
     mine: dict[str, list[Any]] = {"weights": weights, "where": where}
 
     def brief() -> dict[str, int]:
         mine["values"] = _fingerprints([slot.local for slot in replicas])
         return {key: digest(value) for key, value in mine.items()}
 
-    if not ranks.attempt(verb, brief, combine=_alike)[1]:  # seen by all, so all go on to name what differs
-        _compare(ranks.members, ranks.exchange(verb, mine))
+    if not ranks.run_on_all(verb, brief, combine=_alike)[1]:  # seen by all, so all go on to name what differs
+        _compare(ranks.members, ranks.all_gather_json(verb, mine))
 
 
 def _alike(brief: Sequence[dict[str, int]]) -> bool:
@@ -67,7 +70,7 @@ def _refuse_odd(names: list[str], a: list[int], b: list[int], one: int, other: i
         )
 
 
-def on_averages(verb: str, ranks: Ranks, slots: Sequence[Slot]) -> None:
+def on_averages(verb: str, ranks: Ranks, slots: Sequence[ParamState]) -> None:
     """Raise RuntimeError on every rank unless each holds the same average of a model that nobody wrapped.
 
     Buffers may differ, as BatchNorm's do under DDP, which drop-ins take off: files get the first rank's, as there.
@@ -75,7 +78,7 @@ def on_averages(verb: str, ranks: Ranks, slots: Sequence[Slot]) -> None:
     names = [slot.name for slot in slots]
     weights = [slot for slot in slots if slot.shard.kind != "buffer"]
     ranks.begin(verb)
-    _, odd = ranks.attempt(
+    _, odd = ranks.run_on_all(
         verb, lambda: [digest(names), *_fingerprints([slot.average for slot in weights])], combine=_differing
     )
     if odd:

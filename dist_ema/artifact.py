@@ -25,31 +25,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import commit, format, series, sink
-from .behind import Behind
+from .behind import BackgroundTask
 from .kernels import SCRATCH
-from .layout import ALIGN, DTYPES, Box, Slot, kind, kinds, parts, runs
+from .layout import ALIGN, DTYPES, Box, ParamState, runs, saved_blocks, saved_dtype, saved_dtypes
 from .ranks import Ranks, digest
-from .wire import Line, Part, collect
+from .wire import Block, FileTransferGroup, stream_to_writers
 
-__all__ = ["Job", "Scribe", "Tree"]
+__all__ = ["AverageFiles", "SaveRequest", "Writer"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Tree:
+class AverageFiles:
     """The model files of one average: in the folder itself, or under averages/LABEL."""
 
-    slots: list[Slot]
+    slots: list[ParamState]
     own_buffers: dict[str, Tensor]
     spec: dict[str, Any]  # of its schedule
     label: str = ""
-    taken: list[Part] | None = None  # instead of what the slots hold by now
+    taken: list[Block] | None = None  # instead of what the slots hold by now
 
     @cached_property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[Block]:
         """What this rank writes. *Aliases* shadows and live weights, unless copies were taken."""
-        return list(parts(self.slots, self.own_buffers)) if self.taken is None else self.taken
+        return list(saved_blocks(self.slots, self.own_buffers)) if self.taken is None else self.taken
 
     @property
     def prefix(self) -> str:
@@ -65,12 +65,12 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Job:
+class SaveRequest:
     """What to write, and where. mode: 'direct', 'stream', or None to choose by what the ranks see of each other."""
 
     verb: str  # save: a folder that is replaced as one; export: also a single file, or files put into a folder
     path: Path
-    trees: list[Tree]
+    trees: list[AverageFiles]
     meta: dict[str, Any]
     max_shard_size: int | str = "5GB"
     mode: str | None = None
@@ -81,7 +81,7 @@ class Job:
     def one_file(self) -> bool:
         return self.verb == "export" and self.path.suffix == ".safetensors"
 
-    def plan(self, tree: Tree) -> dict[str, format.File]:
+    def plan(self, tree: AverageFiles) -> dict[str, format.SafetensorsFile]:
         """The files by name. Raises ValueError for a dtype that they cannot hold, and for extra= that is no JSON."""
         if not isinstance(self.meta["extra"], dict):
             raise ValueError(f"extra must be a dict of JSON values, got {self.meta['extra']!r}.")
@@ -96,9 +96,9 @@ class Job:
         names = {alias: name for name, aliases in tree.aliases.items() for alias in aliases}
         return {self.path.name: format.header(table, names)}
 
-    def _kind(self, slot: Slot, tree: Tree) -> str:
+    def _kind(self, slot: ParamState, tree: AverageFiles) -> str:
         """save: the average's dtype. export: the model's, or the one asked for where it floats."""
-        which = kind(slot, tree.own_buffers) if self.verb == "save" else slot.shard.dtype
+        which = saved_dtype(slot, tree.own_buffers) if self.verb == "save" else slot.shard.dtype
         if self.dtype is not None and which.is_floating_point:
             which = self.dtype
         if which not in _NAMES:
@@ -107,7 +107,7 @@ class Job:
             )
         return _NAMES[which]
 
-    def with_parts(self, take: Callable[[list[Part]], list[Part]]) -> Job:
+    def with_parts(self, take: Callable[[list[Block]], list[Block]]) -> SaveRequest:
         """The same job with other parts in each tree."""
         return replace(self, trees=[replace(tree, taken=take(tree.parts)) for tree in self.trees])
 
@@ -126,7 +126,7 @@ class Job:
         }
 
 
-class Scribe:
+class Writer:
     """Writes jobs, one at a time, now or behind training. Made together on all ranks, and kept between saves.
 
     [Note: behind]  What happens behind training must not meet what training does, in another order on another rank. So
@@ -139,14 +139,14 @@ class Scribe:
             return open_store(prefix).clone()  # type: ignore[attr-defined, no-any-return]
 
         self._ranks = ranks if ranks.size == 1 else Ranks(ranks.members, ranks.group, open_another, ranks.timeout)
-        self._line: Line | None = None
-        self._behind = Behind()
+        self._line: FileTransferGroup | None = None
+        self._behind = BackgroundTask()
 
     def finish(self) -> list[str]:
         """Wait for the job behind training. Returns its remarks, or raises RuntimeError if it failed."""
         return self._behind.finish()
 
-    def write(self, job: Job, timeout: float, wait: bool = True) -> list[str]:
+    def write(self, job: SaveRequest, timeout: float, wait: bool = True) -> list[str]:
         """Write the job's folder or file. Returns remarks of what is not as it should be. *Collective*, atomic.
 
         *Cost*: two windows of 16 MB at most; with wait=False also a copy of this rank's share in host memory.
@@ -160,36 +160,36 @@ class Scribe:
         self._behind.start(f"ema.{job.verb}({str(job.path)!r}, wait=False)", lambda: self._stay(ready))
         return []
 
-    def _stay(self, ready: _Ready) -> list[str]:
+    def _stay(self, ready: _PreparedSave) -> list[str]:
         """Write it, and go on until all have heard what came of it: the process that ends first may serve the messages."""
         remarks = self._carry_out(ready)
         with suppress(RuntimeError):
-            self._ranks.exchange(ready.job.verb)
+            self._ranks.all_gather_json(ready.job.verb)
         return remarks
 
-    def _staged(self, job: Job) -> Job:
+    def _staged(self, job: SaveRequest) -> SaveRequest:
         """The job with copies of what it writes, or the same error on all ranks. *Collective*."""
-        copies: list[Job] = []
-        self._ranks.attempt(job.verb, lambda: copies.append(job.with_parts(_stage)))
+        copies: list[SaveRequest] = []
+        self._ranks.run_on_all(job.verb, lambda: copies.append(job.with_parts(_stage)))
         return copies[0]
 
-    def _prepare(self, job: Job) -> _Ready:
+    def _prepare(self, job: SaveRequest) -> _PreparedSave:
         """Everything that can be known before the first byte is written, and the space for all of them. *Collective*."""
         ranks = self._ranks
-        plans: list[dict[str, format.File]] = []
-        ranks.attempt(job.verb, lambda: plans.extend(job.plan(tree) for tree in job.trees))
+        plans: list[dict[str, format.SafetensorsFile]] = []
+        ranks.run_on_all(job.verb, lambda: plans.extend(job.plan(tree) for tree in job.trees))
         files = {name: file for plan in plans for name, file in plan.items()}
-        folder = Path(ranks.decide(job.verb, lambda: str(_make(job, files))))
+        folder = Path(ranks.run_on_first(job.verb, lambda: str(_make(job, files))))
         try:
             direct = self._is_direct(job, folder, files)
             if not direct and self._line is None and ranks.size > 1:
-                self._line = Line(ranks)
+                self._line = FileTransferGroup(ranks)
         except BaseException:
             self._abandon(folder)
             raise
-        return _Ready(job, plans, files, folder, None if direct else self._line)
+        return _PreparedSave(job, plans, files, folder, None if direct else self._line)
 
-    def _is_direct(self, job: Job, folder: Path, files: dict[str, format.File]) -> bool:
+    def _is_direct(self, job: SaveRequest, folder: Path, files: dict[str, format.SafetensorsFile]) -> bool:
         """Ranks write into place where they are of one machine and all see the folder, or are told to. *Collective*.
 
         Raises ValueError where they would write parts of different files.
@@ -198,7 +198,7 @@ class Scribe:
         asked = digest(
             [job.mode, [tree.spec for tree in job.trees], [(name, file.head) for name, file in files.items()]]
         )
-        said = self._ranks.exchange(job.verb, [here, here is None or os.path.isdir(folder), asked])
+        said = self._ranks.all_gather_json(job.verb, [here, here is None or os.path.isdir(folder), asked])
         if any(theirs != said[0][2] for _, _, theirs in said):
             raise ValueError(
                 f"ema.{job.verb}(): the ranks ask for different files. which, dtype, max_shard_size and mode must be "
@@ -213,16 +213,18 @@ class Scribe:
         machines = {machine for machine, _, _ in said if machine is not None}
         return job.mode == "direct" or (job.mode is None and not blind and len(machines) < 2)
 
-    def _carry_out(self, ready: _Ready) -> list[str]:
+    def _carry_out(self, ready: _PreparedSave) -> list[str]:
         """Write what was prepared, here or in a thread. *Collective*."""
         ranks, verb = self._ranks, ready.job.verb
         writers = ready.writers()
         try:
             if ready.line is None:
-                _, said = ranks.attempt(verb, lambda: ready.write(writers))
+                _, said = ranks.run_on_all(verb, lambda: ready.write(writers))
             else:
                 ready.collect(ranks, writers)
-            remarks = ranks.decide(verb, lambda: _finish(ready, said if ready.line is None else [_close(writers)]))
+            remarks = ranks.run_on_first(
+                verb, lambda: _finish(ready, said if ready.line is None else [_close(writers)])
+            )
             return remarks if ranks.first else []
         except BaseException:
             self._line = None  # it may be broken
@@ -238,34 +240,36 @@ class Scribe:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class _PreparedSave:
     """A job whose files lie in a temporary folder, at their full size, without their weights."""
 
-    job: Job
-    plans: list[dict[str, format.File]]
-    files: dict[str, format.File]
+    job: SaveRequest
+    plans: list[dict[str, format.SafetensorsFile]]
+    files: dict[str, format.SafetensorsFile]
     folder: Path
-    line: Line | None
+    line: FileTransferGroup | None
 
-    def writers(self) -> list[_Writer]:
+    def writers(self) -> list[_FileWriter]:
         trees = zip(self.job.trees, self.plans, strict=True)
-        return [_Writer(self.folder, plan, [slot.name for slot in tree.slots]) for tree, plan in trees]
+        return [_FileWriter(self.folder, plan, [slot.name for slot in tree.slots]) for tree, plan in trees]
 
-    def write(self, writers: list[_Writer]) -> dict[str, int]:
+    def write(self, writers: list[_FileWriter]) -> dict[str, int]:
         """Put what this rank answers for into place."""
         for tree, writer in zip(self.job.trees, writers, strict=True):
             for part in tree.parts:
                 writer.part(*part)
         return _close(writers)
 
-    def collect(self, ranks: Ranks, writers: list[_Writer]) -> None:
+    def collect(self, ranks: Ranks, writers: list[_FileWriter]) -> None:
         """Put what all ranks answer for into place, on the first one. *Collective*."""
         assert self.line is not None
         for tree, writer in zip(self.job.trees, writers, strict=True):
-            collect(ranks, self.line, self.job.verb, *kinds(tree.slots, tree.own_buffers), tree.parts, writer.part)
+            stream_to_writers(
+                ranks, self.line, self.job.verb, *saved_dtypes(tree.slots, tree.own_buffers), tree.parts, writer.part
+            )
 
 
-def _close(writers: list[_Writer]) -> dict[str, int]:
+def _close(writers: list[_FileWriter]) -> dict[str, int]:
     """What was added to the check sum of every file."""
     return {name: added for writer in writers for name, added in writer.close().items()}
 
@@ -278,7 +282,7 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _stage(mine: list[Part]) -> list[Part]:
+def _stage(mine: list[Block]) -> list[Block]:
     """Copies in one block of host memory, pinned if they come from an accelerator. Waits until they are there."""
     sizes = [-(-data.nbytes // ALIGN) * ALIGN for _, _, data in mine]
     devices = {data.device for _, _, data in mine if data.device.type != "cpu"}
@@ -292,7 +296,7 @@ def _stage(mine: list[Part]) -> list[Part]:
     return copies
 
 
-def _make(job: Job, files: dict[str, format.File]) -> Path:
+def _make(job: SaveRequest, files: dict[str, format.SafetensorsFile]) -> Path:
     """Refuse a target that is not ours, then make the temporary folder with every file at its full size."""
     _refuse(job)
     folder = commit.temporary(job.path)
@@ -309,7 +313,7 @@ def _make(job: Job, files: dict[str, format.File]) -> Path:
     return folder
 
 
-def _refuse(job: Job) -> None:
+def _refuse(job: SaveRequest) -> None:
     """Raise ValueError for a target that is not ours. What died writers of ours left there is tidied up."""
     path = job.path
     if job.keep is not None:
@@ -345,14 +349,14 @@ def _strangers(path: Path) -> list[str]:
         return []
 
 
-class _Writer:
+class _FileWriter:
     """Puts parts into their places and keeps the check sums of what it wrote."""
 
-    def __init__(self, folder: Path, files: dict[str, format.File], names: Sequence[str]) -> None:
+    def __init__(self, folder: Path, files: dict[str, format.SafetensorsFile], names: Sequence[str]) -> None:
         self._where = {weight: name for name, file in files.items() for weight in file.entries}
         self._folder, self._files, self._names = folder, files, names
         self._open: dict[str, commit.Target] = {}
-        self._sums = {name: format.Sum(file.size) for name, file in files.items()}
+        self._sums = {name: format.RangeSum(file.size) for name, file in files.items()}
 
     def part(self, number: int, offsets: tuple[int, ...], data: Tensor) -> None:
         name = self._where[self._names[number]]
@@ -390,7 +394,7 @@ def _cast(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
     return new.cpu()
 
 
-def _finish(ready: _Ready, added: list[dict[str, int]]) -> list[str]:
+def _finish(ready: _PreparedSave, added: list[dict[str, int]]) -> list[str]:
     """Seal the temporary folder and put it in place. Returns remarks."""
     job, folder, files = ready.job, ready.folder, ready.files
     if job.one_file:
@@ -416,11 +420,11 @@ def _finish(ready: _Ready, added: list[dict[str, int]]) -> list[str]:
     return [] if job.keep is None else series.advance(job.path, job.keep)
 
 
-def _table(files: dict[str, format.File], added: list[dict[str, int]]) -> dict[str, dict[str, Any]]:
+def _table(files: dict[str, format.SafetensorsFile], added: list[dict[str, int]]) -> dict[str, dict[str, Any]]:
     """Size and check sum of every file, from what each rank wrote into it ([Note: check sums] in format)."""
     table = {}
     for name, file in files.items():
-        head = format.Sum(file.size)
+        head = format.RangeSum(file.size)
         head.add(0, file.head)
         sums = [head.contribution, *(each[name] for each in added)]
         table[name] = {"size": file.size, "crc32": format.check_sum(file.size, sums)}

@@ -85,7 +85,7 @@ class Attachment:
         if attached:
             self._averager.settle()
 
-    def spec(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What is worth keeping in a file; a callable elapsed is not."""
         return {"every": self.every, "start": self.start, "elapsed": None if callable(self._elapsed) else self._elapsed}
 

@@ -18,12 +18,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import fused, layout, shards
 from .clock import Clock
-from .engine import Engine, Gate, Inline, Times, choose
-from .kernels import Pair, Plan
+from .engine import Engine, Inline, SkippedSteps, Times, choose
+from .kernels import ShadowPair, UpdatePlan
 from .schedule import Schedule
 from .teacher import Teacher
 
-__all__ = ["Average", "Profile"]
+__all__ = ["Average", "AveragedWeights"]
 
 LOOK_EVERY = 100  # updates between two looks at whether weights moved
 # What reads live weights for good, and so must not come inside the swap of another EMA.
@@ -36,13 +36,13 @@ _MOVED_BY = WeakTensorKeyDictionary()  # weight -> WeakSet of the averages of it
 
 
 @dataclass
-class Profile:
+class Average:
     """One average: a schedule, and a shadow for every weight that is averaged."""
 
     schedule: Schedule
-    slots: list[layout.Slot] = field(default_factory=list)  # every weight and buffer of the model
-    own: dict[str, Tensor] = field(default_factory=dict)  # buffers that were recalibrated inside a swap
-    gate: Gate = field(default_factory=Gate)
+    states: list[layout.ParamState] = field(default_factory=list)  # every weight and buffer of the model
+    own_buffers: dict[str, Tensor] = field(default_factory=dict)  # buffers that were recalibrated inside a swap
+    skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
     last: tuple[float, float] | None = None  # decay and elapsed of the last update
 
     @property
@@ -50,21 +50,21 @@ class Profile:
         return repr(self.schedule)
 
     @property
-    def averages(self) -> list[layout.Slot]:
-        return [slot for slot in self.slots if slot.shadow is not None]
+    def averaged(self) -> list[layout.ParamState]:
+        return [slot for slot in self.states if slot.shadow is not None]
 
     @property
-    def persistent(self) -> list[layout.Slot]:
+    def persistent(self) -> list[layout.ParamState]:
         """What a state_dict holds."""
-        return [slot for slot in self.slots if slot.shard.persistent]
+        return [slot for slot in self.states if slot.shard.persistent]
 
     @property
-    def floating_buffers(self) -> list[layout.Slot]:
+    def floating_buffers(self) -> list[layout.ParamState]:
         return [slot for slot in self.persistent if slot.shard.kind == "buffer" and slot.shard.dtype.is_floating_point]
 
     @property
     def nbytes(self) -> int:
-        return sum(slot.shadow.nbytes for slot in self.slots if slot.shadow is not None)
+        return sum(slot.shadow.nbytes for slot in self.states if slot.shadow is not None)
 
     def pace(self, now: float) -> tuple[float, float]:
         """(decay, half life in units of the clock) of the last update; before the first, of a step of one unit."""
@@ -74,20 +74,20 @@ class Profile:
         return decay, elapsed * math.log(0.5) / math.log(decay)
 
 
-class Average:
+class AveragedWeights:
     """Local to this rank: nothing in here is collective."""
 
     def __init__(
         self, model: nn.Module, schedules: Sequence[Schedule], *, only: str | Callable[[str], bool] | None, buffers: str
     ) -> None:
         self.model, self.clock, self.seed = model, Clock(), 0
-        self.profiles = [Profile(schedule) for schedule in schedules]
+        self.averages = [Average(schedule) for schedule in schedules]
         self.only, self._buffers = only, buffers
         self.engine: Engine = Inline()
         self._chosen: Any = None
         self._inline: Engine = Inline()
         self._versions: list[int] | None = None  # of the live weights, while an update may be reading them
-        self._beside: WeakSet[Average] = WeakSet()  # other averages of some of these weights
+        self._beside: WeakSet[AveragedWeights] = WeakSet()  # other averages of some of these weights
         self._swapped = 0  # times that a swap of one of them or of this one wrote to the live weights
         self._lent_beside = 0  # swaps of theirs that are open. NOTE: dynamo of torch 2.8 cannot look into a WeakSet
         self.lent = False
@@ -95,14 +95,16 @@ class Average:
         self._unfilled: list[tuple[str, tuple[nn.Module, str]]] = []
         self._marked: tuple[int, tuple[int, int, int]] | None = None
         self.teacher: Teacher | None = None
-        self._behind = self._read = False  # the teacher was written since its last forward; it had one since we looked
+        self._teacher_is_stale = self._read = (
+            False  # the teacher was written since its last forward; it had one since we looked
+        )
 
     # --- what is averaged --------------------------------------------------------------------------------------
 
     @property
-    def slots(self) -> list[layout.Slot]:
+    def states(self) -> list[layout.ParamState]:
         """Every weight and buffer, as the first average has it; cuts and live weights are the same in all."""
-        return self.profiles[0].slots
+        return self.averages[0].states
 
     def wants(self, shard: shards.Shard) -> bool:
         """It is trained (or a buffer to average), it floats, and it was asked for."""
@@ -117,19 +119,19 @@ class Average:
             return re.search(self.only, name) is not None
         return self.only is None or bool(self.only(name))
 
-    def adopt(self, found: shards.Found, split: bool, dtype: torch.dtype, device: torch.device | None) -> None:
+    def adopt(self, found: shards.ModelShards, split: bool, dtype: torch.dtype, device: torch.device | None) -> None:
         """Give a shadow to every weight that should have one and has none yet, equal to live."""
-        known = {slot.name for slot in self.slots if slot.shadow is not None}
-        cut = layout.cut([shard for shard in found.shards if shard.name not in known], self.wants, split)
+        known = {slot.name for slot in self.states if slot.shadow is not None}
+        cut = layout.assign([shard for shard in found.shards if shard.name not in known], self.wants, split)
         self._refuse_hopeless([slot.shard for slot in cut if self.wants(slot.shard)], bool(known))
-        for profile in self.profiles:
+        for profile in self.averages:
             fresh = {slot.name: replace(slot) for slot in cut}
             if self.teacher is None:
                 layout.allocate([slot for slot in fresh.values() if self.wants(slot.shard)], dtype, device)
             else:
                 self._lay_into(self.teacher, fresh)
-            by_name = fresh | {slot.name: slot for slot in profile.averages}
-            profile.slots = [by_name[shard.name] for shard in found.shards]
+            by_name = fresh | {slot.name: slot for slot in profile.averaged}
+            profile.states = [by_name[shard.name] for shard in found.shards]
         self._sharded = found.sharded + ([] if self.teacher is None else self.teacher.sharded)
         self._unfilled = found.unfilled
         self._meet()
@@ -138,7 +140,7 @@ class Average:
 
     def _meet(self) -> None:
         """Other averages of the same weights, whatever each was given: the model, its wrapper, a part, its parameters."""
-        for slot in self.profiles[0].averages:
+        for slot in self.averages[0].averaged:
             moved_by = _MOVED_BY.setdefault(slot.shard.tensor, WeakSet())
             for other in moved_by:
                 if other is not self and other not in self._beside:
@@ -147,26 +149,26 @@ class Average:
                     self._lent_beside += other.lent
             moved_by.add(self)
 
-    def lay_anew(self, dtype: torch.dtype, device: torch.device | None) -> None:
+    def reallocate(self, dtype: torch.dtype, device: torch.device | None) -> None:
         """The same shadows in another dtype or on another device, updated where and how `use_engine` said."""
-        fresh = [[replace(slot) for slot in profile.averages] for profile in self.profiles]
+        fresh = [[replace(slot) for slot in profile.averaged] for profile in self.averages]
         for slots in fresh:
             layout.allocate(slots, dtype, device)
-        for profile, slots in zip(self.profiles, fresh, strict=True):  # only now: memory for all of them was there
-            for slot, new in zip(profile.averages, slots, strict=True):
+        for profile, slots in zip(self.averages, fresh, strict=True):  # only now: memory for all of them was there
+            for slot, new in zip(profile.averaged, slots, strict=True):
                 slot.shadow = new.shadow
         self._replan()
         self._chosen = None  # NOTE: an engine that stayed would keep the old shadows until the next update
 
-    def _lay_into(self, teacher: Teacher, fresh: dict[str, layout.Slot]) -> None:
+    def _lay_into(self, teacher: Teacher, fresh: dict[str, layout.ParamState]) -> None:
         """The teacher's memory is the shadow of what is averaged, and the twin of what else only= lets through."""
         asked = [slot.shard for slot in fresh.values() if slot.shard.persistent and self._asked(slot.name)]
         for name, memory in teacher.give(asked).items():
             if self.wants(fresh[name].shard):
                 fresh[name].shadow = memory
             else:
-                fresh[name].twin = memory
-        self._behind = True
+                fresh[name].teacher_copy = memory
+        self._teacher_is_stale = True
 
     def _refuse_hopeless(self, chosen: list[shards.Shard], some: bool) -> None:
         if not some and all(shard.kind == "buffer" for shard in chosen):
@@ -187,24 +189,24 @@ class Average:
             )
 
     def _replan(self) -> None:
-        self._averages = self.profiles[0].averages
-        self._twins = [slot for slot in self.slots if slot.twin is not None]
+        self._averages = self.averages[0].averaged
+        self._twins = [slot for slot in self.states if slot.teacher_copy is not None]
         self._copied: list[int] = [-1 for _ in self._twins]
         kept = self._averages + self._twins
         self._watched = [slot for slot in kept if slot.shard.kind == "buffer" or not slot.shard.dense]
-        weights: list[Pair] = []
-        buffers: list[Pair] = []
-        for i, slot in enumerate(self.slots):
-            shadows = [profile.slots[i].shadow for profile in self.profiles]
+        weights: list[ShadowPair] = []
+        buffers: list[ShadowPair] = []
+        for i, slot in enumerate(self.states):
+            shadows = [profile.states[i].shadow for profile in self.averages]
             if slot.shadow is not None:
-                number = layout.numbering(slot.shard, slot.own, slot.shadow.device)
+                number = layout.numbering(slot.shard, slot.averaged_region, slot.shadow.device)
                 every = [shadow for shadow in shadows if shadow is not None]
-                pair = Pair(slot.name, every, slot.live, number, math.prod(slot.shard.shape) >= 1 << 32)
+                pair = ShadowPair(slot.name, every, slot.live, number, math.prod(slot.shard.shape) >= 1 << 32)
                 (buffers if slot.shard.kind == "buffer" else weights).append(pair)
         self._plan = _plan(weights, self.seed)
         # Buffers are written by the next forward, so they are never read behind it. Modules may replace them at every
         # step, which is no time for tables on the device.
-        self._buffer_plan = Plan(buffers, self.seed)
+        self._buffer_plan = UpdatePlan(buffers, self.seed)
 
     def use_engine(self, overlap: bool, host: bool) -> None:
         """Choose when updates run from now on; an engine of the right kind stays, with its thread and window."""
@@ -224,14 +226,14 @@ class Average:
         pairs = [(slot.shadow, slot.local) for slot in self._averages if slot.shadow is not None]
         return all(shadow.device.type == "cpu" != local.device.type for shadow, local in pairs)
 
-    def profile(self, which: int | str | Schedule) -> Profile:
+    def average(self, which: int | str | Schedule) -> Average:
         """By number, by the schedule, or by its repr."""
-        if isinstance(which, int) and 0 <= which < len(self.profiles):
-            return self.profiles[which]
-        for profile in self.profiles:
+        if isinstance(which, int) and 0 <= which < len(self.averages):
+            return self.averages[which]
+        for profile in self.averages:
             if which in (profile.name, profile.schedule):
                 return profile
-        names = ", ".join(f"{i}: {profile.name}" for i, profile in enumerate(self.profiles))
+        names = ", ".join(f"{i}: {profile.name}" for i, profile in enumerate(self.averages))
         raise ValueError(f"there is no average {which!r}; there are {names}.")
 
     # --- the state of the model --------------------------------------------------------------------------------
@@ -253,7 +255,7 @@ class Average:
 
     def _any_lent(self) -> bool:
         """Some weight or buffer of the model, averaged here or not."""
-        others = {other for slot in self.slots for other in _MOVED_BY.get(slot.shard.tensor, ())}
+        others = {other for slot in self.states for other in _MOVED_BY.get(slot.shard.tensor, ())}
         return any(other.lent for other in others)
 
     def reshard(self) -> None:
@@ -276,39 +278,39 @@ class Average:
 
     def follow(self, replaced: bool = False, newly_trainable: bool = True) -> None:
         """[Note: stale records] in layout. `replaced` also looks for other Parameters under the same names."""
-        gone = [slot.name for slot in self.slots if replaced and shards.replaced(slot.shard)]
+        gone = [slot.name for slot in self.states if replaced and shards.replaced(slot.shard)]
         gone += [f"{name} of the teacher" for name in (self.teacher.replaced if self.teacher and replaced else [])]
         if gone:
             raise RuntimeError(
                 f"{', '.join(gone[:5])} no longer shares memory with the model (load_state_dict(assign=True)?). "
                 "Build the EMA after that, and on the outermost FSDP module (only= chooses parts)."
             )
-        new = [slot.name for slot in self.slots if slot.shadow is None and self.wants(slot.shard)]
+        new = [slot.name for slot in self.states if slot.shadow is None and self.wants(slot.shard)]
         if new and newly_trainable:
             raise RuntimeError(f"{', '.join(new[:5])} became trainable after the EMA was built. Call ema.rescan().")
         filled = [name for name, (module, key) in self._unfilled if module._buffers.get(key) is not None]
         if filled and replaced and newly_trainable:
             raise RuntimeError(f"{', '.join(filled[:5])} was None when the EMA was built. Call ema.rescan().")
-        moved = [i for i, slot in enumerate(self.slots) if slot.moved]
-        for profile in self.profiles:
+        moved = [i for i, slot in enumerate(self.states) if slot.moved]
+        for profile in self.averages:
             for i in moved:
-                profile.slots[i].rebind()
-        if self._follow_teacher() or any(self.slots[i].shadow is not None for i in moved):
+                profile.states[i].rebind()
+        if self._follow_teacher() or any(self.states[i].shadow is not None for i in moved):
             self._replan()
 
     def _follow_teacher(self) -> bool:
         """The same for the teacher's memory; whether any of it moved."""
         moved = [] if self.teacher is None else self.teacher.moved
-        for slot in [slot for slot in self.slots if slot.name in moved]:
+        for slot in [slot for slot in self.states if slot.name in moved]:
             assert self.teacher is not None
-            old, new = slot.twin if slot.shadow is None else slot.shadow, self.teacher.memory(slot.name)
+            old, new = slot.teacher_copy if slot.shadow is None else slot.shadow, self.teacher.memory(slot.name)
             assert old is not None
             if (new.dtype, new.device, len(new)) != (old.dtype, old.device, len(old)):
                 raise RuntimeError(
                     f"{slot.name} of the teacher was {old.dtype} on {old.device} with {len(old)} elements here, and is now "
                     f"{new.dtype} on {new.device} with {len(new)}. Build the EMA after teacher.to(...)."
                 )
-            slot.shadow, slot.twin = (None, new) if slot.shadow is None else (new, None)
+            slot.shadow, slot.teacher_copy = (None, new) if slot.shadow is None else (new, None)
         return bool(moved)
 
     def lend(self, lent: bool) -> None:
@@ -334,50 +336,50 @@ class Average:
         """Whoever resumed may still be writing the live weights: not the first look after that says anything."""
         self._marked = None
 
-    def show(self) -> None:
+    def sync_teacher(self) -> None:
         """The teacher is about to be read ([Note: a read behind our back] in teacher)."""
-        if self.teacher is None or not self._behind:
+        if self.teacher is None or not self._teacher_is_stale:
             return
         with torch.inference_mode(False), torch.no_grad():
             if not self.clock.started:
                 self.copy_live()
             self.settle()
             shards.reshard(self.teacher.sharded)
-        self._behind, self._read = False, True
+        self._teacher_is_stale, self._read = False, True
 
     # --- moving ------------------------------------------------------------------------------------------------
 
     def copy_live(self) -> None:
         """Every shadow is its live weight again."""
-        for profile in self.profiles:
-            for slot in profile.averages:
+        for profile in self.averages:
+            for slot in profile.averaged:
                 assert slot.shadow is not None
                 slot.shadow.copy_(slot.live)
         self._copied = [-1 for _ in self._twins]
         self._copy_frozen()
         self._copy_buffers()
-        self._behind = True
+        self._teacher_is_stale = True
 
     def _copy_frozen(self) -> None:
         """A teacher holds frozen weights too: they follow whenever live was written, by load_state_dict for one."""
         for i, slot in enumerate(self._twins):
             written = slot.local._version != self._copied[i] or not slot.shard.dense
             if slot.shard.kind != "buffer" and written:
-                assert slot.twin is not None
-                slot.twin.copy_(slot.local)
+                assert slot.teacher_copy is not None
+                slot.teacher_copy.copy_(slot.local)
                 self._copied[i] = slot.local._version
-                self._behind = True
+                self._teacher_is_stale = True
 
     def _copy_buffers(self) -> None:
         for slot in self._twins:
             if slot.shard.kind == "buffer":
-                assert slot.twin is not None
-                slot.twin.copy_(slot.local)
+                assert slot.teacher_copy is not None
+                slot.teacher_copy.copy_(slot.local)
 
     def before_step(self) -> None:
         """Live weights are about to be overwritten."""
         self.refuse("optimizer.step")
-        self._behind |= not self.clock.started
+        self._teacher_is_stale |= not self.clock.started
         self.engine.fence()
         versions, self._versions = self._versions, None
         if versions is None:
@@ -409,18 +411,18 @@ class Average:
         self._read = False
         if any(slot.moved for slot in self._watched):
             self.follow()  # modules may register a new tensor under a buffer's name at every step
-        schedules = [once or profile.schedule for profile in self.profiles]
+        schedules = [once or profile.schedule for profile in self.averages]
         decays = self.clock.move(schedules, elapsed)
         weights = []
-        for profile, schedule, decay in zip(self.profiles, schedules, decays, strict=True):
+        for profile, schedule, decay in zip(self.averages, schedules, decays, strict=True):
             profile.last = decay, elapsed
-            weights.append(profile.gate.weigh(1 - decay, schedule.copies_first, skip))
+            weights.append(profile.skipped_steps.weigh(1 - decay, schedule.copies_first, skip))
         self.engine.update(self._plan, weights, number, guard)
         if self._buffer_plan.pairs:
             self._inline.update(self._buffer_plan, weights, number, guard)
         self._copy_frozen()
         self._copy_buffers()
-        self._behind = True
+        self._teacher_is_stale = True
         if self.engine.deferred:
             self._versions = [slot.local._version for slot in self._averages]
 
@@ -433,18 +435,19 @@ class Average:
         self.refuse("ema.update")
         self.settle()
         self.follow()
-        self.clock.move([profile.schedule for profile in self.profiles], 1.0)
+        self.clock.move([profile.schedule for profile in self.averages], 1.0)
         pairs = []
         for slot in self._averages:
             assert slot.shadow is not None
             shadow, live = (
-                layout.pieces(slot.shard, slot.own, data) for data in (slot.shadow, slot.live.to(slot.shadow))
+                layout.boxes_with_data(slot.shard, slot.averaged_region, data)
+                for data in (slot.shadow, slot.live.to(slot.shadow))
             )
             pairs += [(mine, theirs) for (_, mine), (_, theirs) in zip(shadow, live, strict=True)]
         rule(pairs)
         self._copy_frozen()
         self._copy_buffers()
-        self._behind = True
+        self._teacher_is_stale = True
 
     def pull(self, weight: float) -> None:
         """The other way round: live moves towards the first average; 1 copies. Replicas are for `swap.spread`."""
@@ -455,30 +458,30 @@ class Average:
             if weight == 1:
                 slot.live.copy_(slot.shadow)
             else:
-                number = layout.numbering(slot.shard, slot.own, slot.local.device)
-                pairs.append(Pair(slot.name, [slot.live], slot.shadow, number))
-        Plan(pairs, self.seed).run([weight], self.clock.updates)
+                number = layout.numbering(slot.shard, slot.averaged_region, slot.local.device)
+                pairs.append(ShadowPair(slot.name, [slot.live], slot.shadow, number))
+        UpdatePlan(pairs, self.seed).run([weight], self.clock.updates)
         self.mark()
 
     def set_clock(self, spec: dict[str, Any]) -> None:
         """Go on from a saved clock."""
         self.clock.set(spec)
-        for profile in self.profiles:
-            profile.gate.reset(accepted=spec["accepted"] > 0)
+        for profile in self.averages:
+            profile.skipped_steps.reset(accepted=spec["accepted"] > 0)
         self.mark()
 
-    def clock_spec(self) -> dict[str, Any]:
+    def clock_to_dict(self) -> dict[str, Any]:
         """The clock as it is saved. Waits for the device."""
-        return self.clock.spec() | {"accepted": self.clock.updates - self.skipped}
+        return self.clock.to_dict() | {"accepted": self.clock.updates - self.skipped}
 
     @property
     def skipped(self) -> int:
         """Updates that the device refused. Waits for the device."""
-        return self.profiles[0].gate.count()
+        return self.averages[0].skipped_steps.count()
 
     # --- what is known of it -----------------------------------------------------------------------------------
 
-    def report(self, profile: Profile) -> dict[str, float]:
+    def report(self, profile: Average) -> dict[str, float]:
         """The local half of `EMA.metrics`. Never waits."""
         now, times = self.clock.at(profile.schedule), self._times()
         decay, half_life = profile.pace(now)
@@ -493,7 +496,7 @@ class Average:
             "update_ms": times.update_ms,
             "stall_ms": times.stall_ms,
             "lag": times.lag,
-            "skipped": self.profiles[0].gate.heard(),
+            "skipped": self.averages[0].skipped_steps.heard(),
         }
 
     def _times(self) -> Times:
@@ -504,15 +507,15 @@ class Average:
     def _bytes(self) -> tuple[int, int]:
         """Of the shadows that lie where their weights do; of those that host memory keeps for a device, and of windows."""
         kept = [0, self.engine.window_bytes]
-        for slot in (slot for profile in self.profiles for slot in profile.averages):
+        for slot in (slot for profile in self.averages for slot in profile.averaged):
             assert slot.shadow is not None
             kept[slot.shadow.device != slot.local.device] += slot.shadow.nbytes
         return kept[0], kept[1]
 
 
-def _plan(pairs: Sequence[Pair], seed: int) -> Plan | fused.FusedPlan:
+def _plan(pairs: Sequence[ShadowPair], seed: int) -> UpdatePlan | fused.FusedPlan:
     """One launch per dtype where a Triton kernel takes the pairs and is right on their devices."""
     devices = {shadow.device for pair in pairs for shadow in pair.shadows}
     if devices and all(fused.available(device) for device in devices):
-        return fused.FusedPlan(pairs, seed, Plan)
-    return Plan(pairs, seed)
+        return fused.FusedPlan(pairs, seed, UpdatePlan)
+    return UpdatePlan(pairs, seed)

@@ -6,12 +6,12 @@ import logging
 import threading
 from collections.abc import Callable
 
-__all__ = ["Behind"]
+__all__ = ["BackgroundTask"]
 
 log = logging.getLogger("dist_ema")
 
 
-class Behind:
+class BackgroundTask:
     """One piece of work at a time, in a thread.
 
     The thread is no daemon, so the interpreter waits for it before it ends (`os._exit` and a signal do not). An error is

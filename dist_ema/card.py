@@ -14,7 +14,7 @@ from typing import Any
 from . import format
 from .console import listed, printable, some
 
-__all__ = ["CARD", "beside", "call", "dtypes", "hands", "section", "write_into"]
+__all__ = ["CARD", "beside", "dtypes", "format_clock", "format_schedule", "section", "write_into"]
 
 CARD = "README.md"
 BEGIN, END = "<!-- dist_ema: begin -->", "<!-- dist_ema: end -->"
@@ -78,8 +78,8 @@ def section(meta: Mapping[str, Any], dtypes: Mapping[str, int]) -> str:
 def _history(meta: Mapping[str, Any], mean: bool) -> Iterator[tuple[str, str]]:
     """A mean of models has no schedule of its own."""
     if not mean:
-        yield "average", ", ".join(map(call, meta["schedules"])) or "not told by its source"
-        yield "clock", hands(meta["clock"]) or "not told by its source"
+        yield "average", ", ".join(map(format_schedule, meta["schedules"])) or "not told by its source"
+        yield "clock", format_clock(meta["clock"]) or "not told by its source"
 
 
 def _origin(meta: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -98,14 +98,14 @@ def _origin(meta: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "taken from the last", some(said["taken_from_last"])
 
 
-def call(spec: Any) -> str:
+def format_schedule(spec: Any) -> str:
     """Power(sigma_rel=0.1) from {"name": "Power", "sigma_rel": 0.1}."""
     if not isinstance(spec, dict):
         return str(spec)
     return f"{spec.get('name')}({', '.join(f'{key}={value!r}' for key, value in spec.items() if key != 'name')})"
 
 
-def hands(clock: Mapping[str, Any]) -> str:
+def format_clock(clock: Mapping[str, Any]) -> str:
     """The clock as text, `now` first."""
     said = dict(sorted(clock.items(), key=lambda item: item[0] != "now"))
     started = said.pop("started", True)

@@ -55,7 +55,7 @@ class Clock:
         self.now, self.pending = 0.0, 0.0
         self.started = True
 
-    def spec(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def set(self, spec: dict[str, Any]) -> None:

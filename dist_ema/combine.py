@@ -177,7 +177,7 @@ def write(
     origin = blend.rest.meta or {}
     full = {
         "format": format.FORMAT, "kind": "export", "weights": origin.get("weights", "all"), "attach": None, "rounding": None,
-        "averages": {}, "own_buffers": [], "aliases": format.grouped(dict(sorted(blend.rest.aliases.items()))),
+        "averages": {}, "own_buffers": [], "aliases": format.group_aliases(dict(sorted(blend.rest.aliases.items()))),
         "averaged": sorted(blend.summed),
         "dtypes": {name: TO_TORCH[entry.dtype] for name, entry in entries.items()},
         "versions": {"dist_ema": format.VERSION},

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from .layout import Slot, pieces
+from .layout import ParamState, boxes_with_data
 from .shards import Region
 
 __all__ = ["FlatRange", "match", "state", "whole"]
@@ -74,39 +74,39 @@ class FlatRange(Tensor):
         raise RuntimeError(f"{func} on a part of an average: a FlatRange is only for torch.distributed.checkpoint.")
 
 
-def state(averages: Sequence[Slot], buffers: Sequence[Slot], own: dict[str, Tensor]) -> dict[str, Any]:
+def state(averages: Sequence[ParamState], buffers: Sequence[ParamState], own: dict[str, Tensor]) -> dict[str, Any]:
     """One average, only tensors, because DCP pickles everything else: the weights, every floating buffer, and which of
     these are the average's own."""
-    now = {slot.name: slot.local if slot.twin is None else slot.twin for slot in buffers}
+    now = {slot.name: slot.local if slot.teacher_copy is None else slot.teacher_copy for slot in buffers}
     held = {name: own.get(name, value).clone() for name, value in now.items()}
     return {
-        "weights": {s.name: _entry(s, s.own, s.shadow) for s in averages if s.shadow is not None},
-        "buffers": {s.name: _entry(s, s.shard.held, held[s.name]) for s in buffers},
+        "weights": {s.name: _entry(s, s.averaged_region, s.shadow) for s in averages if s.shadow is not None},
+        "buffers": {s.name: _entry(s, s.shard.local_region, held[s.name]) for s in buffers},
         "own": torch.tensor([slot.name in own for slot in buffers], dtype=torch.uint8),
     }
 
 
-def whole(slots: Sequence[Slot], own: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole(slots: Sequence[ParamState], own: dict[str, Tensor]) -> dict[str, Tensor]:
     """One average under the names of the model's state_dict, tied ones included, frozen weights and buffers from live."""
     result: dict[str, Tensor] = {}
     for slot in slots:
         held = own.get(slot.name, slot.local).clone() if slot.shadow is None else slot.shadow
-        region = slot.own if slot.shadow is not None else slot.shard.held
+        region = slot.averaged_region if slot.shadow is not None else slot.shard.local_region
         result |= dict.fromkeys((slot.name, *slot.shard.aliases), _entry(slot, region, held))
     return result
 
 
-def _entry(slot: Slot, region: Region, data: Tensor) -> Tensor:
+def _entry(slot: ParamState, region: Region, data: Tensor) -> Tensor:
     """A plain tensor where this rank holds all of it, and is the one to say what it holds; else a FlatRange."""
-    blocks = [(box.offsets, part) for box, part in pieces(slot.shard, region, data)]
+    blocks = [(box.offsets, part) for box, part in boxes_with_data(slot.shard, region, data)]
     # NOTE: of plain tensors under one name DCP writes any rank's; a buffer's must be the first rank's.
-    if region.numel == math.prod(slot.shard.shape) and slot.shard.primary:
+    if region.numel == math.prod(slot.shard.shape) and slot.shard.is_writer:
         return blocks[0][1] if blocks else data.view(slot.shard.shape)
-    return FlatRange(slot.shard.shape, data, blocks, slot.duty.numel > 0)
+    return FlatRange(slot.shard.shape, data, blocks, slot.saved_region.numel > 0)
 
 
 def match(
-    state: dict[str, Any], averages: Sequence[Slot], buffers: Sequence[Slot]
+    state: dict[str, Any], averages: Sequence[ParamState], buffers: Sequence[ParamState]
 ) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """What to copy into the shadows of one average, as (shadow, value) pairs of one shape, and the memory of its own
     buffers among them. Nothing is written here. Raises ValueError for what is missing or does not fit."""
@@ -117,23 +117,23 @@ def match(
     copies: list[tuple[Tensor, Tensor]] = []
     for slot in averages:
         assert slot.shadow is not None
-        copies += _fitting(slot, slot.own, slot.shadow, state["weights"][slot.name])
+        copies += _fitting(slot, slot.averaged_region, slot.shadow, state["weights"][slot.name])
     own = {}
     for slot, flag in zip(buffers, state["own"].tolist(), strict=True):
-        into = slot.twin
+        into = slot.teacher_copy
         if into is None and flag:
             into = own[slot.name] = slot.local.clone()
         if into is not None:
-            copies += _fitting(slot, slot.shard.held, into, state["buffers"][slot.name])
+            copies += _fitting(slot, slot.shard.local_region, into, state["buffers"][slot.name])
     return copies, own
 
 
-def _fitting(slot: Slot, region: Region, data: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _fitting(slot: ParamState, region: Region, data: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """What of `value`, which `_entry` gave (here or in a run cut alike) or which is the full weight, goes into `data`."""
     if tuple(value.shape) != slot.shard.shape:
         raise ValueError(f"{slot.name} is {tuple(value.shape)} in the state_dict, {slot.shard.shape} in the model.")
     given = {(o, tuple(part.shape)): part for o, part in value.blocks} if isinstance(value, FlatRange) else None
-    for box, part in pieces(slot.shard, region, data):
+    for box, part in boxes_with_data(slot.shard, region, data):
         if given is None:
             yield part, value[box.slices]
         elif (box.offsets, box.sizes) in given:

@@ -25,12 +25,12 @@ from torch.optim import Optimizer
 
 from . import agree, artifact, dcp, gather, resume, shards, telemetry
 from .attach import Attachment
-from .average import Average, Profile
+from .average import Average, AveragedWeights
 from .clock import Clock
 from .ranks import FOREVER, Ranks
 from .schedule import Schedule
 from .schedule import schedule as coerce
-from .swap import Loan, spread
+from .swap import WeightSwap, broadcast_to_replicas
 from .teacher import Teacher
 
 __all__ = ["EMA"]
@@ -38,10 +38,10 @@ __all__ = ["EMA"]
 P = ParamSpec("P")
 T = TypeVar("T")
 Which = int | str | Schedule
-_NEW = Clock().spec() | {"accepted": 0}  # the clock of an EMA that was just built
+_NEW = Clock().to_dict() | {"accepted": 0}  # the clock of an EMA that was just built
 
 
-def _aside(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA, P], T]:
+def _outside_autograd(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA, P], T]:
     """Run outside autograd and inference mode: a shadow made inside inference mode could never be updated outside."""
 
     @wraps(method)
@@ -67,7 +67,7 @@ def _refuse_beside_into(schedules: Sequence[Schedule], dtype: torch.dtype, devic
         )
 
 
-def _outside() -> int:
+def _stacklevel_of_caller() -> int:
     """The stacklevel of a warning that points at the user's line, however deep in here it is raised."""
     frame, level = sys._getframe(1), 1
     here = (str(Path(__file__).parent), contextlib.__file__)
@@ -76,7 +76,7 @@ def _outside() -> int:
     return level
 
 
-def _leaving(said: list[Any]) -> dict[str, Any]:
+def _combine_exits(said: list[Any]) -> dict[str, Any]:
     """Which rank left a swap by an exception, and which buffers were recalibrated.
 
     NOTE: DDP rewrites the other ranks' buffers in every forward, so the first rank says which.
@@ -116,7 +116,7 @@ class EMA:
     they are. The teacher may run, be saved, copied and compiled like any module; `swap` has nothing to lend.
     """
 
-    @_aside
+    @_outside_autograd
     def __init__(
         self,
         model: shards.Model,
@@ -143,63 +143,63 @@ class EMA:
             _refuse_beside_into(schedules, dtype, device)
             self._split = False
         module = shards.module_of(model)
-        self._average = Average(module, schedules, only=only, buffers=buffers)
+        self._averaged_weights = AveragedWeights(module, schedules, only=only, buffers=buffers)
         self._attachment: Attachment | None = None
         self._looked: dict[str, float] = {}  # the clock at the last `snapshot` into each folder
-        found = shards.find(module, self._replicated)
+        found = shards.find_shards(module, self._replicated)
         self._ranks = Ranks(found.members, found.group, shards.side_store)
         self._everyone: Ranks | None = None
         if into is not None:
-            self._average.teacher = Teacher(into, self._average.show)
-        self._scribe: artifact.Scribe | None = None
+            self._averaged_weights.teacher = Teacher(into, self._averaged_weights.sync_teacher)
+        self._writer: artifact.Writer | None = None
         self._adopt("EMA", found)
         self._overlap: bool | None = None
         self._use_engine()
 
     def _use_engine(self) -> None:
         """As `attach` asked for; by itself an update waits for nobody in host memory only."""
-        self._average.use_engine(self._on_host if self._overlap is None else self._overlap, self._on_host)
+        self._averaged_weights.use_engine(self._on_host if self._overlap is None else self._overlap, self._on_host)
 
     @property
     def _on_host(self) -> bool:
-        if self._average.teacher is not None:
-            return self._average.far_on_host
+        if self._averaged_weights.teacher is not None:
+            return self._averaged_weights.far_on_host
         return self._device is not None and self._device.type == "cpu"
 
-    def _adopt(self, verb: str, found: shards.Found) -> None:
-        average = self._average
-        self._ranks.attempt(verb, lambda: average.adopt(found, self._split, self._dtype, self._device))
-        agree.on_weights(verb, self._ranks, average.slots, [slot.shadow is not None for slot in average.slots])
+    def _adopt(self, verb: str, found: shards.ModelShards) -> None:
+        average = self._averaged_weights
+        self._ranks.run_on_all(verb, lambda: average.adopt(found, self._split, self._dtype, self._device))
+        agree.on_weights(verb, self._ranks, average.states, [slot.shadow is not None for slot in average.states])
 
-    def _enter(self, verb: str, which: Which = 0, prepare: Callable[[], None] | None = None) -> Profile:
+    def _enter(self, verb: str, which: Which = 0, prepare: Callable[[], None] | None = None) -> Average:
         """What every collective verb begins with: all ranks come, mean the same average and can go on, or all raise."""
-        average = self._average
+        average = self._averaged_weights
 
         def ready() -> int | None:
             average.refuse(f"ema.{verb}")
-            number = average.profiles.index(average.profile(which))
+            number = average.averages.index(average.average(which))
             (prepare or average.ready)()
-            return number if len(average.profiles) > 1 else None
+            return number if len(average.averages) > 1 else None
 
         self._ranks.begin(verb)
-        _, asked = self._ranks.attempt(verb, ready, combine=lambda said: sorted({each or 0 for each in said}))
+        _, asked = self._ranks.run_on_all(verb, ready, combine=lambda said: sorted({each or 0 for each in said}))
         if len(asked) > 1:
-            names = " and ".join(average.profiles[number].name for number in asked)
+            names = " and ".join(average.averages[number].name for number in asked)
             raise ValueError(f"ema.{verb}(): the ranks ask for different averages: {names}.")
         number: int = asked[0]
-        return average.profiles[number]
+        return average.averages[number]
 
     def _warn_if_idle(self, verb: str) -> None:
-        if self._average.idle:
+        if self._averaged_weights.idle:
             warnings.warn(
                 f"ema.{verb}(): the weights were written since the last call, and no update came. Was ema.attach() given "
                 "the optimizer that steps, or ema.update() called? (A replayed CUDA graph runs no hooks.)",
-                stacklevel=_outside(),
+                stacklevel=_stacklevel_of_caller(),
             )
 
     # --- update ------------------------------------------------------------------------------------------------
 
-    @_aside
+    @_outside_autograd
     def update(self, elapsed: float = 1.0, *, decay: float | Schedule | None = None) -> None:
         """Move the average towards the live weights. elapsed: steps, images or tokens since the last update.
 
@@ -209,13 +209,13 @@ class EMA:
         Raises RuntimeError inside `swap`, ValueError for an elapsed that the schedule cannot take ([Note: elapsed] in
         schedule).
         """
-        average = self._average
+        average = self._averaged_weights
         average.refuse("ema.update")
         once = None if decay is None else coerce(decay)
         if not average.clock.started:
             trial = replace(average.clock)  # an update that is refused begins nothing
             trial.start()
-            trial.move([once or profile.schedule for profile in average.profiles], float(elapsed))
+            trial.move([once or profile.schedule for profile in average.averages], float(elapsed))
             average.begin()
         average.move(float(elapsed), once=once)
         average.before_step()  # without hooks nobody else would wait for the read
@@ -236,15 +236,17 @@ class EMA:
         forward, on a side stream of an accelerator or in a host thread (device="cpu"); False is the bit-identical
         reference. guard: keep the shadow, element by element, where live is not finite. Returns a handle with `remove()`.
         """
-        if self._average.teacher is not None:
-            self._average.teacher.refuse_training(optimizers)
+        if self._averaged_weights.teacher is not None:
+            self._averaged_weights.teacher.refuse_training(optimizers)
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError(
                 "ema.attach() was called before. Call ema.detach() first, or list all optimizers in one call."
             )
         self._overlap = overlap
         self._use_engine()
-        self._attachment = Attachment(self._average, self._average.clock, optimizers, every, start, elapsed, guard)
+        self._attachment = Attachment(
+            self._averaged_weights, self._averaged_weights.clock, optimizers, every, start, elapsed, guard
+        )
         return self._attachment
 
     def detach(self) -> None:
@@ -252,7 +254,7 @@ class EMA:
         if self._attachment is not None:
             self._attachment.remove()
 
-    @_aside
+    @_outside_autograd
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> EMA:
         """Move the shadows to `device` and cast them to `dtype`; None leaves that as it is. Returns the EMA.
 
@@ -262,7 +264,7 @@ class EMA:
         Raises RuntimeError inside `swap` and with into=, where the shadows are the teacher's weights, ValueError for a dtype
         that is none of float32, float64 and bfloat16. *Cost*: the old shadows and the new ones together, until it returns.
         """
-        average = self._average
+        average = self._averaged_weights
         if dtype is not None:
             _refuse_dtype(dtype)
         if average.teacher is not None:
@@ -272,7 +274,7 @@ class EMA:
         average.refuse("ema.to")
         average.ready()
         kind, place = dtype or self._dtype, self._device if device is None else torch.device(device)
-        average.lay_anew(kind, place)
+        average.reallocate(kind, place)
         self._dtype, self._device = kind, place
         self._use_engine()
         return self
@@ -290,7 +292,7 @@ class EMA:
         and weight have one dtype, else a copy of this rank's shard. A rank that leaves by an exception makes the others
         raise RuntimeError at their exit, after restoring.
         """
-        profile, loan = self._lend(which)
+        profile, loan = self._apply_swap(which)
         error: BaseException | None = None
         try:
             yield self
@@ -298,11 +300,11 @@ class EMA:
             error = caught
             raise
         finally:
-            self._take_back(profile, loan, error)
+            self._restore_swap(profile, loan, error)
 
-    @_aside
-    def _lend(self, which: Which) -> tuple[Profile, Loan]:
-        average = self._average
+    @_outside_autograd
+    def _apply_swap(self, which: Which) -> tuple[Average, WeightSwap]:
+        average = self._averaged_weights
 
         def prepare() -> None:
             if average.teacher is not None:
@@ -317,21 +319,21 @@ class EMA:
 
         profile = self._enter("swap", which, prepare)
         self._warn_if_idle("swap")
-        loan = Loan(profile.slots, profile.own)
+        loan = WeightSwap(profile.states, profile.own_buffers)
         try:
-            self._ranks.attempt("swap", loan.lend)
+            self._ranks.run_on_all("swap", loan.apply)
             average.lend(True)
-            spread(profile.averages, self._split)
+            broadcast_to_replicas(profile.averaged, self._split)
         except BaseException:
-            loan.take_back()
+            loan.restore()
             average.lend(False)
             average.mark()
             raise
         return profile, loan
 
-    @_aside
-    def _take_back(self, profile: Profile, loan: Loan, error: BaseException | None) -> None:
-        average = self._average
+    @_outside_autograd
+    def _restore_swap(self, profile: Average, loan: WeightSwap, error: BaseException | None) -> None:
+        average = self._averaged_weights
         buffers: dict[str, Tensor] = {}
         said: dict[str, Any] = {}
         raised = error
@@ -343,12 +345,14 @@ class EMA:
         if raised is not None:
             said["error"] = f"{type(raised).__name__}: {raised}"
         try:
-            left = self._ranks.exchange("swap", said if any(said.values()) else None, FOREVER, combine=_leaving)
+            left = self._ranks.all_gather_json(
+                "swap", said if any(said.values()) else None, FOREVER, combine=_combine_exits
+            )
         finally:
             average.reshard()
-            loan.take_back()
+            loan.restore()
         # NOTE: not in `finally`: while replicas are not whole again, the model still counts as lent.
-        spread(profile.averages, self._split)
+        broadcast_to_replicas(profile.averaged, self._split)
         average.lend(False)
         average.mark()
         if raised is not error:
@@ -356,9 +360,9 @@ class EMA:
         if left["error"] and error is None:
             rank, text = left["error"]
             raise RuntimeError(f"rank {self._ranks.members[rank]} left ema.swap() by an exception: {text}")
-        profile.own |= {name: buffers[name] for name in left["changed"] if error is None}
+        profile.own_buffers |= {name: buffers[name] for name in left["changed"] if error is None}
 
-    @_aside
+    @_outside_autograd
     def gather(self, which: Which = 0) -> dict[str, Tensor]:
         """The complete state_dict, on the host of the first rank; {} elsewhere. *Collective*.
 
@@ -367,9 +371,9 @@ class EMA:
         """
         profile = self._enter("gather", which)
         self._warn_if_idle("gather")
-        return gather.full(self._ranks, profile.slots, profile.own, torch.device("cpu"))
+        return gather.full(self._ranks, profile.states, profile.own_buffers, torch.device("cpu"))
 
-    @_aside
+    @_outside_autograd
     def copy_to(self, module: shards.Model, which: Which = 0) -> None:
         """Write the average, the frozen weights and the buffers into `module`, however it is wrapped. *Collective*.
 
@@ -377,12 +381,12 @@ class EMA:
         Raises ValueError with the names if the two models do not hold the same weights.
         """
         profile = self._enter("copy_to", which)
-        gather.copy_into(self._ranks, profile.slots, profile.own, module)
-        self._average.mark()
+        gather.copy_into(self._ranks, profile.states, profile.own_buffers, module)
+        self._averaged_weights.mark()
 
     # --- files -------------------------------------------------------------------------------------------------
 
-    @_aside
+    @_outside_autograd
     def save(
         self,
         path: str | Path,
@@ -404,10 +408,10 @@ class EMA:
         first rank writes, unless mode='direct'. wait=False: this rank's share once more in host memory, pinned on an
         accelerator, until it is written.
         """
-        trees, meta = self._trees(), self._meta("ema") | {"extra": extra or {}}
-        self._write(artifact.Job("save", _real(path), trees, meta, max_shard_size, mode, keep=keep), wait)
+        trees, meta = self._average_files(), self._meta("ema") | {"extra": extra or {}}
+        self._write(artifact.SaveRequest("save", _real(path), trees, meta, max_shard_size, mode, keep=keep), wait)
 
-    @_aside
+    @_outside_autograd
     def export(
         self,
         path: str | Path,
@@ -422,12 +426,12 @@ class EMA:
         path: a folder (what else it holds, like config.json, stays), or one file ending in .safetensors.
         Raises ValueError where a finite value would become infinite in `dtype`.
         """
-        profile = self._average.profile(which)
+        profile = self._averaged_weights.average(which)
         meta = self._meta("export") | {"weights": "all"}
-        tree = artifact.Tree(profile.persistent, dict(profile.own), profile.schedule.spec())
-        self._write(artifact.Job("export", _real(path), [tree], meta, max_shard_size, mode, dtype))
+        tree = artifact.AverageFiles(profile.persistent, dict(profile.own_buffers), profile.schedule.to_dict())
+        self._write(artifact.SaveRequest("export", _real(path), [tree], meta, max_shard_size, mode, dtype))
 
-    @_aside
+    @_outside_autograd
     def snapshot(self, folder: str | Path, *, every: float, dtype: torch.dtype | None = None) -> Path | None:
         """Save all averages as folder/0000001000 when the clock passes a multiple of `every`; to be called in each step.
 
@@ -436,7 +440,7 @@ class EMA:
         """
         if not 0 < every < math.inf:
             raise ValueError(f"every must be positive and finite, got {every}.")
-        clock, last = self._average.clock, self._average.profiles[0].last
+        clock, last = self._averaged_weights.clock, self._averaged_weights.averages[0].last
         before = self._looked.get(str(folder), clock.now - (last[1] if last else 0.0))
         self._looked[str(folder)] = clock.now
         if clock.now // every <= before // every:
@@ -447,35 +451,35 @@ class EMA:
             warnings.warn(
                 f"{folder} holds snapshots of a later clock ({min(later)} ...). If they are of another run, move them away: "
                 "averages of two runs cannot be mixed.",
-                stacklevel=_outside(),
+                stacklevel=_stacklevel_of_caller(),
             )
         meta = self._meta("ema" if dtype is None else "export")
-        self._write(artifact.Job("save", path, self._trees(), meta, dtype=dtype))
+        self._write(artifact.SaveRequest("save", path, self._average_files(), meta, dtype=dtype))
         return path
 
-    def _trees(self) -> list[artifact.Tree]:
+    def _average_files(self) -> list[artifact.AverageFiles]:
         """The first average as a complete model (with `only=`, what is averaged), the others without what they share."""
-        average = self._average
+        average = self._averaged_weights
         trees = []
-        for i, profile in enumerate(average.profiles):
+        for i, profile in enumerate(average.averages):
             slots = [
                 slot
                 for slot in profile.persistent
-                if slot.shadow is not None or slot.name in profile.own or (i == 0 and average.only is None)
+                if slot.shadow is not None or slot.name in profile.own_buffers or (i == 0 and average.only is None)
             ]
             label = f"{i}-{type(profile.schedule).__name__}" if i else ""
-            trees.append(artifact.Tree(slots, dict(profile.own), profile.schedule.spec(), label))
+            trees.append(artifact.AverageFiles(slots, dict(profile.own_buffers), profile.schedule.to_dict(), label))
         return trees
 
-    def _write(self, job: artifact.Job, wait: bool = True) -> None:
+    def _write(self, job: artifact.SaveRequest, wait: bool = True) -> None:
         self._finish_writing()
         self._enter(job.verb)
         self._warn_if_idle(job.verb)
-        if isinstance(self._average.model, shards.Parameters) and self._average.model.nameless:
+        if isinstance(self._averaged_weights.model, shards.Parameters) and self._averaged_weights.model.nameless:
             warnings.warn(
                 f"ema.{job.verb}(): the parameters came without names, so the files call them by their place in the list: "
                 "0, 1, ... Pass model.named_parameters() or the model for files that a model can load.",
-                stacklevel=_outside(),
+                stacklevel=_stacklevel_of_caller(),
             )
         alone = self._ranks.size == 1 and dist.is_initialized() and dist.get_world_size() > 1
         if alone and self._everyone is None:
@@ -484,31 +488,31 @@ class EMA:
         if alone:  # a model that nobody wrapped, in a job of several ranks: the first one writes, if all hold the same
             agree.on_averages(job.verb, ranks, [slot for tree in job.trees for slot in tree.slots])
             job = job if ranks.first else job.with_parts(lambda _: [])
-        if self._scribe is None:
-            self._scribe = artifact.Scribe(ranks, shards.side_store)
-        self._remark(self._scribe.write(job, self.timeout, wait))
+        if self._writer is None:
+            self._writer = artifact.Writer(ranks, shards.side_store)
+        self._warn_each(self._writer.write(job, self.timeout, wait))
 
     def _finish_writing(self) -> None:
         """No save is under way behind training after this. Raises RuntimeError if the last one failed."""
-        if self._scribe is not None:
-            self._remark(self._scribe.finish())
+        if self._writer is not None:
+            self._warn_each(self._writer.finish())
 
-    def _remark(self, remarks: list[str]) -> None:
+    def _warn_each(self, remarks: list[str]) -> None:
         for text in remarks:
-            warnings.warn(text, stacklevel=_outside())
+            warnings.warn(text, stacklevel=_stacklevel_of_caller())
 
     def _meta(self, kind: str) -> dict[str, Any]:
         attached = self._attachment
         return {
             "kind": kind,
-            "weights": "all" if self._average.only is None else "averaged",
-            "clock": self._average.clock_spec(),
-            "attach": None if attached is None else attached.spec(),
-            "rounding": {"seed": self._average.seed},
+            "weights": "all" if self._averaged_weights.only is None else "averaged",
+            "clock": self._averaged_weights.clock_to_dict(),
+            "attach": None if attached is None else attached.to_dict(),
+            "rounding": {"seed": self._averaged_weights.seed},
             "extra": {},
         }
 
-    @_aside
+    @_outside_autograd
     def load(self, path: str | Path, *, strict: bool = True, verify: bool = True) -> None:
         """Go on from a saved average, of any world size and wrapper. *Collective*. The live model is not touched.
 
@@ -526,68 +530,68 @@ class EMA:
         """
         self._finish_writing()
         self._enter("load")
-        average = self._average
-        readers = [resume.Reader(each.schedule.spec(), each.persistent) for each in average.profiles]
-        with resume.look(self._ranks, path, readers, strict=strict, verify=verify) as found:
+        average = self._averaged_weights
+        readers = [resume.LoadTarget(each.schedule.to_dict(), each.persistent) for each in average.averages]
+        with resume.open_checkpoint(self._ranks, path, readers, strict=strict, verify=verify) as found:
             for text in found.warnings:
-                warnings.warn(text, stacklevel=_outside())
+                warnings.warn(text, stacklevel=_stacklevel_of_caller())
             try:
                 own = found.fill(self._ranks)
             except BaseException:
                 self._begin_again(started=True)
                 raise
-        for profile, buffers in zip(average.profiles, own, strict=True):
-            profile.own = {name: value for name, value in buffers.items() if average.teacher is None}
+        for profile, buffers in zip(average.averages, own, strict=True):
+            profile.own_buffers = {name: value for name, value in buffers.items() if average.teacher is None}
         average.set_clock(found.clock or _NEW)
         average.forget_mark()
 
     # --- state_dict, for torch.distributed.checkpoint ----------------------------------------------------------
 
-    @_aside
+    @_outside_autograd
     def state_dict(self) -> dict[str, Any]:
         """Tensors for `dcp.save({"ema": ema})` and `dcp.load`, under any wrapper. *Aliases* the shadows.
 
         Weights are plain tensors where this rank averages all of one, else `dcp.FlatRange`.
         """
-        average = self._average
+        average = self._averaged_weights
         average.refuse("ema.state_dict")
         average.ready()
-        states = {p.name: dcp.state(p.averages, p.floating_buffers, p.own) for p in average.profiles}
-        clock = [float(value) for value in average.clock_spec().values()]
+        states = {p.name: dcp.state(p.averaged, p.floating_buffers, p.own_buffers) for p in average.averages}
+        clock = [float(value) for value in average.clock_to_dict().values()]
         return {"averages": states, "clock": torch.tensor(clock, dtype=torch.float64)}
 
-    @_aside
+    @_outside_autograd
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave, after DCP filled it, or with full weights from elsewhere. *Collective*.
 
         Raises ValueError for what is missing or does not fit (RuntimeError on other ranks); nothing has changed then.
         """
-        average = self._average
+        average = self._averaged_weights
         matched: list[tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]] = []
         clock: dict[str, Any] = {}
 
         def check() -> None:
-            lacks = [p.name for p in average.profiles if p.name not in state.get("averages", {})]
+            lacks = [p.name for p in average.averages if p.name not in state.get("averages", {})]
             if lacks or "clock" not in state:
                 raise ValueError(f"the state_dict of the EMA lacks {', '.join(lacks) or 'clock'}.")
-            clock.update(zip(average.clock_spec(), state["clock"].tolist(), strict=True))
+            clock.update(zip(average.clock_to_dict(), state["clock"].tolist(), strict=True))
             Clock().set(clock)
             matched.extend(
-                dcp.match(state["averages"][p.name], p.averages, p.floating_buffers) for p in average.profiles
+                dcp.match(state["averages"][p.name], p.averaged, p.floating_buffers) for p in average.averages
             )
 
         self._enter("load_state_dict")
-        self._ranks.attempt("load_state_dict", check)
-        for profile, (copies, own) in zip(average.profiles, matched, strict=True):
+        self._ranks.run_on_all("load_state_dict", check)
+        for profile, (copies, own) in zip(average.averages, matched, strict=True):
             for shadow, value in copies:
                 shadow.copy_(value)
-            profile.own = {name: value for name, value in own.items() if average.teacher is None}
+            profile.own_buffers = {name: value for name, value in own.items() if average.teacher is None}
         average.set_clock(clock)
         average.forget_mark()
 
     # --- the rest ----------------------------------------------------------------------------------------------
 
-    @_aside
+    @_outside_autograd
     def reset(self) -> None:
         """Begin again: the shadow is the live model, the clock is 0, recalibrated buffers are forgotten. *Collective*."""
         self._enter("reset")
@@ -595,33 +599,33 @@ class EMA:
         self._begin_again(started=not late)
 
     def _begin_again(self, started: bool) -> None:
-        self._average.copy_live()
-        for profile in self._average.profiles:
-            profile.own = {}
-        self._average.set_clock(_NEW | {"started": started})
+        self._averaged_weights.copy_live()
+        for profile in self._averaged_weights.averages:
+            profile.own_buffers = {}
+        self._averaged_weights.set_clock(_NEW | {"started": started})
 
     def reset_buffers(self) -> None:
         """Forget recalibrated buffers: the average takes the live model's again."""
-        self._average.refuse("ema.reset_buffers")
-        for profile in self._average.profiles:
-            profile.own = {}
+        self._averaged_weights.refuse("ema.reset_buffers")
+        for profile in self._averaged_weights.averages:
+            profile.own_buffers = {}
 
-    @_aside
+    @_outside_autograd
     def rescan(self) -> None:
         """Average weights that became trainable since, seeded from live. *Collective*."""
-        average = self._average
-        found: list[shards.Found] = []
+        average = self._averaged_weights
+        found: list[shards.ModelShards] = []
 
         def prepare() -> None:
             average.reshard()
             average.settle()
             average.follow(replaced=True, newly_trainable=False)
-            found.append(shards.find(average.model, self._replicated))
+            found.append(shards.find_shards(average.model, self._replicated))
 
         self._enter("rescan", prepare=prepare)
         self._adopt("rescan", found[0])
 
-    @_aside
+    @_outside_autograd
     def metrics(self, which: Which = 0, *, distance: bool = True) -> dict[str, float]:
         """What there is to log, as plain numbers. *Collective* where the model is sharded or replicated, unless
         distance=False, which is local and never waits: for loops that log on one rank only.
@@ -639,7 +643,7 @@ class EMA:
         Raises RuntimeError inside `swap`, where live is the average, unless distance=False. *Cost* of the distance: the
         engine settles, live and shadow are read once in chunks, and each rank sends one short message.
         """
-        average, profile = self._average, self._average.profile(which)
+        average, profile = self._averaged_weights, self._averaged_weights.average(which)
         known = average.report(profile)
         if not distance:
             return known
@@ -649,26 +653,26 @@ class EMA:
             average.reshard()
             average.settle()
             average.follow(replaced=True, newly_trainable=False)
-            return telemetry.measure(profile.averages, average.clock.started, self._split, self._ranks.size)
+            return telemetry.measure(profile.averaged, average.clock.started, self._split, self._ranks.size)
 
         self._ranks.begin("metrics")
-        _, (apart, agree) = self._ranks.attempt("metrics", measure, telemetry.compare)
+        _, (apart, agree) = self._ranks.run_on_all("metrics", measure, telemetry.compare)
         return known | {"skipped": average.skipped, "distance": apart, "replicas_agree": agree}
 
     @property
     def model(self) -> nn.Module:
         """The live model, as it was given."""
-        return self._average.model
+        return self._averaged_weights.model
 
     @property
     def now(self) -> float:
         """The clock after the last update, in the user's units."""
-        return self._average.clock.at(self.schedule)
+        return self._averaged_weights.clock.at(self.schedule)
 
     @property
     def schedule(self) -> Schedule:
         """Of the first average."""
-        return self._average.profiles[0].schedule
+        return self._averaged_weights.averages[0].schedule
 
     @property
     def timeout(self) -> float:
@@ -683,19 +687,23 @@ class EMA:
 
     def names(self) -> list[str]:
         """The canonical names of what is averaged."""
-        return [slot.name for slot in self._average.profiles[0].averages]
+        return [slot.name for slot in self._averaged_weights.averages[0].averaged]
 
     def __len__(self) -> int:
-        return len(self._average.profiles[0].averages)
+        return len(self._averaged_weights.averages[0].averaged)
 
     def __repr__(self) -> str:
-        slots = self._average.profiles[0].averages
-        held = sum(slot.own.numel for slot in slots)
+        slots = self._averaged_weights.averages[0].averaged
+        held = sum(slot.averaged_region.numel for slot in slots)
         total = sum(math.prod(slot.shard.shape) for slot in slots)
         first = next(slot.shadow for slot in slots if slot.shadow is not None)
-        dtype = self._dtype if self._average.teacher is None else first.dtype
-        into = "" if self._average.teacher is None else f" into {type(self._average.teacher.module).__name__}"
-        schedules = ", ".join(profile.name for profile in self._average.profiles)
+        dtype = self._dtype if self._averaged_weights.teacher is None else first.dtype
+        into = (
+            ""
+            if self._averaged_weights.teacher is None
+            else f" into {type(self._averaged_weights.teacher.module).__name__}"
+        )
+        schedules = ", ".join(profile.name for profile in self._averaged_weights.averages)
         buffers = sum(slot.shard.kind == "buffer" for slot in slots)
         weights = f"{len(self) - buffers} weights" + (f" and {buffers} buffers" if buffers else "")
         return (

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from .executors import NAP, TIMED, Executor, Instant, Mark, Meter, SideStream, Worker, mark
 from .fused import FusedPlan
-from .kernels import Pair, Plan
+from .kernels import ShadowPair, UpdatePlan
 
-__all__ = ["Engine", "Gate", "HostThread", "Inline", "Overlapped", "Times", "Weights", "choose"]
+__all__ = ["Engine", "HostThread", "Inline", "Overlapped", "SkippedSteps", "Times", "Weights", "choose"]
 
 
 Weights = Sequence[float | Tensor]
@@ -48,7 +48,7 @@ class Engine(Protocol):
     deferred: bool  # live weights are still being read when `update` returns
     window_bytes: int  # of host memory, besides the shadows
 
-    def update(self, plan: Plan | FusedPlan, weights: Weights, number: int, guard: bool) -> None:
+    def update(self, plan: UpdatePlan | FusedPlan, weights: Weights, number: int, guard: bool) -> None:
         """Start moving the shadows towards live; weights are 1 - decay of each average, `number` counts the updates."""
 
     def fence(self) -> None:
@@ -71,7 +71,7 @@ class Inline:
         self._device = device  # where updates are timed; None: on the host
         self._meter = Meter()
 
-    def update(self, plan: Plan | FusedPlan, weights: Weights, number: int, guard: bool) -> None:
+    def update(self, plan: UpdatePlan | FusedPlan, weights: Weights, number: int, guard: bool) -> None:
         begin = mark(self._device)
         plan.run(weights, number, guard)
         self._meter.add(begin, mark(self._device))
@@ -94,13 +94,13 @@ class Overlapped:
     window_bytes = 0
 
     def __init__(self, executor: Executor) -> None:
-        self._executor, self._pass = executor, _Behind(executor)
+        self._executor, self._pass = executor, _InFlight(executor)
         self._under_way: deque[Any] = deque()
         self._updates = Meter()
         self._weights: Weights = []
-        self._plan: Plan | FusedPlan | None = None
+        self._plan: UpdatePlan | FusedPlan | None = None
 
-    def update(self, plan: Plan | FusedPlan, weights: Weights, number: int, guard: bool) -> None:
+    def update(self, plan: UpdatePlan | FusedPlan, weights: Weights, number: int, guard: bool) -> None:
         if plan is not self._plan:
             self._plan = plan
             self._executor.keep(plan.tensors)
@@ -130,7 +130,7 @@ class Overlapped:
         return len(self._under_way)
 
 
-class _Behind:
+class _InFlight:
     """The last work that was given to an executor, and how long the training step was held up by it."""
 
     def __init__(self, executor: Executor) -> None:
@@ -165,15 +165,15 @@ class HostThread:
 
     def __init__(self, copier: Executor | None, worker: Executor) -> None:
         self._copier, self._worker = copier, worker
-        self._copy_behind = None if copier is None else _Behind(copier)
+        self._copy_behind = None if copier is None else _InFlight(copier)
         self._averaged: Any = None
-        self._plan: Plan | FusedPlan | None = None
+        self._plan: UpdatePlan | FusedPlan | None = None
         self._failed: str | None = None
         self._averages, self._submits = Meter(), Meter()
         self.deferred = copier is not None
         self.window_bytes = 0
 
-    def update(self, plan: Plan | FusedPlan, weights: Weights, number: int, guard: bool) -> None:
+    def update(self, plan: UpdatePlan | FusedPlan, weights: Weights, number: int, guard: bool) -> None:
         begin = Instant()
         self.settle()  # the window is free again
         if plan is not self._plan:
@@ -235,18 +235,22 @@ class HostThread:
                 "earlier average."
             )
 
-    def _open_window(self, plan: Plan | FusedPlan) -> None:
+    def _open_window(self, plan: UpdatePlan | FusedPlan) -> None:
         """One arena per dtype for what the live side of the plan sends."""
-        self._plan, self._copies, self._windowed = None, [], Plan([])  # the old window is free before the new one comes
+        self._plan, self._copies, self._windowed = (
+            None,
+            [],
+            UpdatePlan([]),
+        )  # the old window is free before the new one comes
         pin = any(pair.live.device.type != "cpu" for pair in plan.pairs)
-        pairs: list[Pair] = []
+        pairs: list[ShadowPair] = []
         for dtype in dict.fromkeys(pair.live.dtype for pair in plan.pairs):
             mine = [pair for pair in plan.pairs if pair.live.dtype == dtype]
             sizes = [len(pair.live) for pair in mine]
             arena = torch.empty(sum(sizes), dtype=dtype, pin_memory=pin)
             pairs += [replace(pair, live=window) for pair, window in zip(mine, arena.split(sizes), strict=True)]
             self._copies += _runs(arena, [pair.live for pair in mine])
-        self._windowed = Plan(pairs, plan.seed)
+        self._windowed = UpdatePlan(pairs, plan.seed)
         averages = max((len(pair.shadows) for pair in plan.pairs), default=0)
         self._weights = torch.zeros(averages, dtype=torch.float32, pin_memory=pin)
         self.window_bytes = sum(window.nbytes for window, _ in self._copies) + self._weights.nbytes
@@ -292,7 +296,7 @@ def choose(live: Collection[torch.device], host: bool, overlap: bool = True) -> 
     return HostThread(aside, Worker(device=apart[0])) if host else Overlapped(aside)
 
 
-class Gate:
+class SkippedSteps:
     """The weight of an update whose step the device may have skipped: decided there, the host never waits.
 
     A skipped step has weight 0. Until one update was accepted, schedules whose first move copies go on copying.

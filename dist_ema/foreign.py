@@ -33,7 +33,7 @@ import numpy as np
 
 from .elements import Bytes
 
-__all__ = ["KINDS", "Found", "Leaf", "at", "canonical", "find", "name", "plain"]
+__all__ = ["KINDS", "FoundAverage", "Leaf", "at", "canonical", "find", "name", "plain"]
 
 KINDS = ("torch", "lightning", "timm", "ema-pytorch", "ldm", "diffusers", "torch-ema", "mmengine", "dist-ema", "raw")
 _WORDS = re.compile(r"(^|[_.])(ema|average|averaged|avg|swa|shadow|polyak|teacher)([_.]|\d|$)")
@@ -56,7 +56,7 @@ class Leaf(Protocol):
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundAverage:
     """A table that could be converted."""
 
     key: str  # where it lies, keys joined by dots; '' is the whole file
@@ -69,7 +69,7 @@ class Found:
     rest: Mapping[str, Leaf] = field(default_factory=dict)  # live weights, for what is not averaged
 
 
-def find(tree: Any) -> list[Found]:
+def find(tree: Any) -> list[FoundAverage]:
     """Every table in the tree that could be meant, averages first."""
     found = list(_walk(tree, (), set()))
     known = {each.key for each in found if each.kind != "raw"}
@@ -77,7 +77,7 @@ def find(tree: Any) -> list[Found]:
     return sorted(sure, key=lambda each: (not each.average, each.kind == "raw", each.key))
 
 
-def at(tree: Any, key: str) -> Found:
+def at(tree: Any, key: str) -> FoundAverage:
     """The table at a key, or the weights whose names begin with it. Raises ValueError if there is none."""
     for each in find(tree):
         if each.key == key:
@@ -86,7 +86,7 @@ def at(tree: Any, key: str) -> Found:
         weights = {name: leaf for name, leaf in _leaves(node).items() if name.startswith(prefix)}
         if weights:
             cut = {name[len(prefix) :]: leaf for name, leaf in weights.items()}
-            return Found(key, "raw", cut, "named by --key", bool(_WORDS.search(key.lower())))
+            return FoundAverage(key, "raw", cut, "named by --key", bool(_WORDS.search(key.lower())))
     raise ValueError(f"there is no table of tensors at {key!r}.")
 
 
@@ -102,7 +102,7 @@ def _reach(node: Any, key: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     yield node, f"{key}."
 
 
-def _walk(node: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[Found]:
+def _walk(node: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[FoundAverage]:
     if len(path) > _DEEPEST or id(node) in seen:
         return
     seen.add(id(node))
@@ -116,7 +116,7 @@ def _walk(node: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[Found]:
                 yield from _walk(value, (*path, name), seen) if not (ours and name == "averages") else ()
     elif isinstance(node, (list, tuple)) and node:
         if all(map(_is_leaf, node)) and _WORDS.search(last.lower()) and last != "shadow_params":
-            yield Found(key, "raw", {}, f"a list of tensors under {last!r}", True, node)
+            yield FoundAverage(key, "raw", {}, f"a list of tensors under {last!r}", True, node)
         for i, value in enumerate(node):
             if isinstance(value, Mapping):
                 yield from _walk(value, (*path, str(i)), seen)
@@ -163,63 +163,63 @@ def plain(value: Any) -> Any:
 # --- the rules: (node, its key, the key's last part) -> what is found in it --------------------------------------
 
 
-def _torch(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
+def _torch(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     weights = _under(_leaves(node), "module.")
     if weights and "n_averaged" in node:
-        yield Found(key, "torch", weights, "n_averaged and module.*", extra=_numbers(node, "n_averaged"))
+        yield FoundAverage(key, "torch", weights, "n_averaged and module.*", extra=_numbers(node, "n_averaged"))
     elif weights and "steps" in node:
         exchanged = last == "ema_state_dict"
         why = "exchanged with state_dict by mmengine: the live weights" if exchanged else "steps and module.*"
-        yield Found(key, "mmengine", weights, why, not exchanged, extra=_numbers(node, "steps"))
+        yield FoundAverage(key, "mmengine", weights, why, not exchanged, extra=_numbers(node, "steps"))
 
 
-def _lightning(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
+def _lightning(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     said = _numbers(node, "global_step", "epoch", "pytorch-lightning_version")
     if "averaging_state" in node and "current_model_state" in node:
         said |= _numbers(node["averaging_state"], "n_averaged") if isinstance(node["averaging_state"], Mapping) else {}
         why = "averaging_state beside it: WeightAveraging put the average here"
-        yield Found(_join(key, "state_dict"), "lightning", _leaves(node.get("state_dict")), why, extra=said)
+        yield FoundAverage(_join(key, "state_dict"), "lightning", _leaves(node.get("state_dict")), why, extra=said)
     callbacks = node.get("callbacks")
     for name, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
         weights = _leaves(state.get("average_model_state")) if isinstance(state, Mapping) else {}
         if weights:
             where = _join(key, f"callbacks.{name}.average_model_state")
             extra = said | _numbers(state, "n_averaged", "latest_update_epoch")
-            yield Found(where, "lightning", weights, f"the state of the callback {name}", extra=extra)
+            yield FoundAverage(where, "lightning", weights, f"the state of the callback {name}", extra=extra)
 
 
-def _mmengine(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
+def _mmengine(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     live = node.get("ema_state_dict")
     weights = _leaves(node.get("state_dict"))
     if weights and isinstance(live, Mapping) and "steps" in live and _under(_leaves(live), "module."):
         why = "ema_state_dict beside it, with which mmengine exchanged it: the average is here"
-        yield Found(_join(key, "state_dict"), "mmengine", weights, why, extra=_numbers(live, "steps"))
+        yield FoundAverage(_join(key, "state_dict"), "mmengine", weights, why, extra=_numbers(live, "steps"))
 
 
-def _timm(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
+def _timm(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     weights = _leaves(node.get("state_dict_ema"))
     if weights:
         extra = _numbers(node, "epoch", "arch", "metric", "version")
-        yield Found(_join(key, "state_dict_ema"), "timm", weights, "state_dict_ema", extra=extra)
+        yield FoundAverage(_join(key, "state_dict_ema"), "timm", weights, "state_dict_ema", extra=extra)
 
 
-def _ema_pytorch(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
+def _ema_pytorch(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     leaves = _leaves(node)
     weights = _under(leaves, "ema_model.")
     if weights:
-        yield Found(key, "ema-pytorch", weights, "ema_model.*", extra=_numbers(node, "step", "initted"))
+        yield FoundAverage(key, "ema-pytorch", weights, "ema_model.*", extra=_numbers(node, "step", "initted"))
     profiles = sorted(
         {match[1] for name in leaves if (match := re.match(r"ema_models\.(\d+)\.ema_model\.", name))}, key=int
     )
     for i in profiles:
         one = _under(leaves, f"ema_models.{i}.")
         where = _join(key, f"ema_models.{i}")
-        yield Found(
+        yield FoundAverage(
             where, "ema-pytorch", _under(one, "ema_model."), "ema_models.*", extra=_numbers(one, "step", "initted")
         )
 
 
-def _ldm(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
+def _ldm(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     leaves = _leaves(node)
     shadows = _under(leaves, "model_ema.")
     extra = _numbers(shadows, "num_updates", "decay")
@@ -227,7 +227,9 @@ def _ldm(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
     if short and "num_updates" in shadows:
         live = {name: leaf for name, leaf in leaves.items() if not name.startswith("model_ema.")}
         weights = _dotted(short, live, _join(key, "model_ema"))
-        yield Found(_join(key, "model_ema"), "ldm", weights, "model_ema.* with num_updates", extra=extra, rest=live)
+        yield FoundAverage(
+            _join(key, "model_ema"), "ldm", weights, "model_ema.* with num_updates", extra=extra, rest=live
+        )
 
 
 def _dotted(short: Mapping[str, Leaf], live: Mapping[str, Leaf], where: str) -> dict[str, Leaf]:
@@ -246,7 +248,7 @@ def _dotted(short: Mapping[str, Leaf], live: Mapping[str, Leaf], where: str) -> 
     return weights
 
 
-def _lists(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
+def _lists(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     shadows = node.get("shadow_params")
     if isinstance(shadows, list) and shadows and all(map(_is_leaf, shadows)):
         ours = "optimization_step" in node
@@ -255,10 +257,10 @@ def _lists(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
             "inv_gamma", "power",
         )  # fmt: skip
         why = "shadow_params and optimization_step" if ours else "shadow_params"
-        yield Found(key, "diffusers" if ours else "torch-ema", {}, why, True, shadows, extra)
+        yield FoundAverage(key, "diffusers" if ours else "torch-ema", {}, why, True, shadows, extra)
 
 
-def _dist_ema(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
+def _dist_ema(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     averages, clock = node.get("averages"), _leaves(node).get("clock")
     if not isinstance(averages, Mapping) or clock is None or clock.dtype != "F64" or clock.shape != (len(_CLOCK),):
         return
@@ -268,21 +270,21 @@ def _dist_ema(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
             where = _join(key, f"averages.{schedule}")
             weights = _leaves(state["weights"])
             extra = {"schedule": schedule, "clock": hands}
-            yield Found(
+            yield FoundAverage(
                 where, "dist-ema", weights, "averages and clock", extra=extra, rest=_leaves(state.get("buffers"))
             )
 
 
-def _raw(node: Mapping[str, Any], key: str, last: str) -> Iterator[Found]:
+def _raw(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     leaves = _leaves(node)
     shaped = [leaf for leaf in leaves.values() if leaf.shape]
     alone = bool(leaves) and not key and len(leaves) == len(node)  # a file of scalars and of nothing else
     if (shaped or alone) and "averages" not in node:
         why = f"a table of tensors under {last!r}" if key else "a table of tensors"
-        yield Found(key, "raw", leaves, why, bool(_WORDS.search(last.lower())))
+        yield FoundAverage(key, "raw", leaves, why, bool(_WORDS.search(last.lower())))
 
 
-_RULES: tuple[Callable[[Mapping[str, Any], str, str], Iterator[Found]], ...] = (
+_RULES: tuple[Callable[[Mapping[str, Any], str, str], Iterator[FoundAverage]], ...] = (
     _torch, _lightning, _mmengine, _timm, _ema_pytorch, _ldm, _lists, _dist_ema, _raw,
 )  # fmt: skip
 
@@ -294,7 +296,7 @@ def _join(key: str, more: str) -> str:
 # --- names -------------------------------------------------------------------------------------------------------
 
 
-def name(found: Found, names: Mapping[str, Leaf] | Sequence[str], ordered: bool) -> Found:
+def name(found: FoundAverage, names: Mapping[str, Leaf] | Sequence[str], ordered: bool) -> FoundAverage:
     """Give names to a list without any: those of the model's parameters, in their order.
 
     names: a live model, or the names alone. Statistics and integers of a model are no parameters, and become `rest`.
@@ -319,7 +321,7 @@ def _is_parameter(name: str, leaf: Leaf) -> bool:
     return leaf.dtype.startswith(("F", "BF", "C")) and name.rpartition(".")[2] not in _STATISTICS
 
 
-def _pair(found: Found, names: list[str]) -> dict[str, Leaf]:
+def _pair(found: FoundAverage, names: list[str]) -> dict[str, Leaf]:
     if len(set(names)) != len(found.nameless):
         raise ValueError(
             f"{len(found.nameless)} tensors without names, and {len(set(names))} names for them. Give the names of exactly "
@@ -328,7 +330,7 @@ def _pair(found: Found, names: list[str]) -> dict[str, Leaf]:
     return dict(zip(names, found.nameless, strict=True))
 
 
-def _by_shape(found: Found, ours: Mapping[str, Leaf]) -> dict[str, Leaf]:
+def _by_shape(found: FoundAverage, ours: Mapping[str, Leaf]) -> dict[str, Leaf]:
     shapes: dict[tuple[int, ...], list[str]] = {}
     for each, leaf in ours.items():
         shapes.setdefault(leaf.shape, []).append(each)

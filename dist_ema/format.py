@@ -36,13 +36,13 @@ __all__ = [
     "MOST_JSON",
     "VERSION",
     "Entry",
-    "File",
-    "Sum",
+    "RangeSum",
+    "SafetensorsFile",
     "changed",
     "check_sum",
     "dump",
     "find_model",
-    "grouped",
+    "group_aliases",
     "header",
     "header_of",
     "index",
@@ -91,7 +91,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class File:
+class SafetensorsFile:
     """One safetensors file: its header bytes and where every weight lies behind them."""
 
     head: bytes
@@ -108,7 +108,7 @@ class File:
 
 def header(
     entries: dict[str, Entry], metadata: dict[str, str] | None = None, order: Sequence[str] | None = None
-) -> File:
+) -> SafetensorsFile:
     """Lay the weights out: the same file for the same weights, in whatever order they come, unless it is given."""
     if "__metadata__" in entries:
         raise ValueError("a weight is called __metadata__, which safetensors keeps for itself. Give it another name.")
@@ -122,12 +122,12 @@ def header(
         table[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.begin, entry.end)}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return File(struct.pack("<Q", len(text)) + text, placed)
+    return SafetensorsFile(struct.pack("<Q", len(text)) + text, placed)
 
 
 def plan(
     entries: dict[str, Entry], max_shard_size: int | str, metadata: dict[str, str] | None = None
-) -> dict[str, File]:
+) -> dict[str, SafetensorsFile]:
     """The files of a model, by name: one, or as many as keep each under max_shard_size (bytes, or '5GB')."""
     most = size_of(max_shard_size)
     bins: list[dict[str, Entry]] = [{}]
@@ -144,7 +144,7 @@ def plan(
     return {name: header(chosen, metadata) for name, chosen in zip(names, bins, strict=True)}
 
 
-def index(files: dict[str, File]) -> bytes:
+def index(files: dict[str, SafetensorsFile]) -> bytes:
     """model.safetensors.index.json, as Hugging Face writes it."""
     where = {name: file for file, content in files.items() for name in content.entries}
     total = sum(entry.nbytes for content in files.values() for entry in content.entries.values())
@@ -174,7 +174,7 @@ def _check_meta(meta: dict[str, Any]) -> str:
     return f"{zlib.crc32(dump(rest)):08x}"
 
 
-def grouped(aliases: Mapping[str, str]) -> dict[str, list[str]]:
+def group_aliases(aliases: Mapping[str, str]) -> dict[str, list[str]]:
     """name -> its further names, in their order, from further name -> name."""
     lists: dict[str, list[str]] = {}
     for alias, name in aliases.items():
@@ -210,13 +210,13 @@ def open_regular(path: Path) -> BinaryIO:
     return open(fd, "rb", buffering=0)
 
 
-def read_header(path: Path) -> File:
+def read_header(path: Path) -> SafetensorsFile:
     """The header of a safetensors file, checked against the file's size. Raises ValueError for anything unsound."""
     with open_regular(path) as file:
         return header_of(file, path)
 
 
-def header_of(file: BinaryIO, path: Path) -> File:
+def header_of(file: BinaryIO, path: Path) -> SafetensorsFile:
     """`read_header` of a file that is open; path: what errors call it."""
     size = os.fstat(file.fileno()).st_size
     length = struct.unpack("<Q", (file.read(8) + bytes(8))[:8])[0]
@@ -242,7 +242,7 @@ def header_of(file: BinaryIO, path: Path) -> File:
         raise ValueError(
             f"{path} holds {size} bytes, its header speaks of {8 + length + at}. It was cut short or damaged."
         )
-    return File(struct.pack("<Q", length) + text, entries, metadata)
+    return SafetensorsFile(struct.pack("<Q", length) + text, entries, metadata)
 
 
 def read_into(fd: int, path: Path, into: memoryview, offset: int) -> None:
@@ -292,7 +292,7 @@ def find_model(folder: Path) -> str:
     raise ValueError(f"{folder} holds no model.safetensors and no {INDEX}.{more}")
 
 
-def read_model(folder: Path, name: str | None = None) -> dict[str, File]:
+def read_model(folder: Path, name: str | None = None) -> dict[str, SafetensorsFile]:
     """The files of a model folder by name, each checked; the index must agree with them. name: what `find_model` finds."""
     name = find_model(folder) if name is None else name
     if name.endswith(".safetensors"):
@@ -315,7 +315,7 @@ def read_index(folder: Path, name: str = INDEX) -> dict[str, str]:
     return weights
 
 
-def refuse_other_index(where: Path, weights: dict[str, str], files: dict[str, File]) -> None:
+def refuse_other_index(where: Path, weights: dict[str, str], files: dict[str, SafetensorsFile]) -> None:
     """Raise ValueError unless the files hold what the index says, each weight once."""
     found = {weight: name for name, file in files.items() for weight in file.entries}
     if found != weights:
@@ -400,7 +400,7 @@ def _finite(text: str) -> float:
 _POLYNOMIAL = 0xEDB88320
 
 
-class Sum:
+class RangeSum:
     """What some byte ranges, added in any order, contribute to the CRC-32 of a file of `size` bytes."""
 
     def __init__(self, size: int) -> None:

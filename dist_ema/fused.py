@@ -48,7 +48,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import triton.language as tl  # type: ignore[import-untyped,import-not-found]
 
-__all__ = ["BLOCK", "FusedPlan", "Kind", "Numbering", "Pair", "Runnable", "available", "supports"]
+__all__ = ["BLOCK", "FusedPlan", "Kind", "Numbering", "PairLike", "Runnable", "available", "supports"]
 
 BLOCK = 4096  # elements that one program moves, 16 per thread
 WARPS = 8
@@ -57,7 +57,7 @@ LIVE = (torch.float32, torch.bfloat16, torch.float16)
 SHADOW = (torch.float32, torch.bfloat16)
 
 
-class Pair(Protocol):
+class PairLike(Protocol):
     """A `kernels.Pair`."""
 
     @property
@@ -134,7 +134,7 @@ class Numbering:
         return self.base + sum((size - 1) * step for size, step in inner) + (self.begin + n) // most * stride
 
 
-def _numbering(pair: Pair) -> Numbering | None:
+def _numbering(pair: PairLike) -> Numbering | None:
     """The pair's own, or that of a run of neighbours, which is looked at element by element; None: neither.
 
     *Cost*: of a run, what one update of `kernels.Plan` spends on element numbers, and a host sync per 4 M elements.
@@ -173,7 +173,7 @@ def available(device: torch.device) -> bool:
     return True
 
 
-def supports(pairs: Sequence[Pair]) -> bool:
+def supports(pairs: Sequence[PairLike]) -> bool:
     """FusedPlan takes all of `pairs`: fp32, bfloat16 or fp16 into fp32 or bfloat16, 1-D, on one device each, with element
     numbers that are a `Numbering` or a run of neighbours where rounding needs them."""
     return all(_kind(pair) is not None for pair in pairs)
@@ -191,7 +191,7 @@ class Kind:
     huge: bool  # element numbers beyond 32 bits
 
 
-def _kind(pair: Pair) -> tuple[Kind, Numbering | None] | None:
+def _kind(pair: PairLike) -> tuple[Kind, Numbering | None] | None:
     """The launch that takes this pair, and the element numbers if it rounds; None: none does."""
     shadow, n = pair.shadows[0], len(pair.live)
     plain = all(t.dim() == 1 and t.is_contiguous() and t.device == shadow.device for t in [*pair.shadows, pair.live])
@@ -223,13 +223,13 @@ class FusedPlan:
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
+        pairs: Sequence[PairLike],
         seed: int = 0,
         fallback: Callable[[list[Any], int], Runnable] | None = None,
     ) -> None:
         self.pairs: list[Any] = list(pairs)
         self.seed = seed
-        groups: dict[Kind, list[tuple[Pair, Numbering | None]]] = {}
+        groups: dict[Kind, list[tuple[PairLike, Numbering | None]]] = {}
         others = []
         for pair in self.pairs:
             taken = _kind(pair)
@@ -364,7 +364,7 @@ class _Weights:
 class _Launch:
     """The tables of one `Kind`, and the call of the kernel."""
 
-    def __init__(self, kind: Kind, group: list[tuple[Pair, Numbering | None]], weights: Tensor) -> None:
+    def __init__(self, kind: Kind, group: list[tuple[PairLike, Numbering | None]], weights: Tensor) -> None:
         self._kind, self._weights, self._block = kind, weights, BLOCK
         programs = [-(-len(pair.live) // self._block) for pair, _ in group]
         starts = [0, *accumulate(programs)]
@@ -408,7 +408,7 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if cpu else torch.get_device_module(device).device(device)
 
 
-def _row(pair: Pair, numbering: Numbering | None, start: int) -> list[int]:
+def _row(pair: PairLike, numbering: Numbering | None, start: int) -> list[int]:
     """One tensor of the table, as `_update` reads it."""
     addresses = [pair.live.data_ptr(), *(shadow.data_ptr() for shadow in pair.shadows)]
     wide = all(address % 16 == 0 for address in addresses)

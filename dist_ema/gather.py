@@ -12,38 +12,38 @@ import torch
 from torch import Tensor, nn
 
 from . import shards
-from .layout import Box, Slot, kind, kinds, parts, pieces
+from .layout import Box, ParamState, boxes_with_data, saved_blocks, saved_dtype, saved_dtypes
 from .ranks import Ranks
 from .shards import Shard
-from .wire import Part, stream
+from .wire import Block, stream
 
 __all__ = ["copy_into", "full"]
 
 
 def full(
-    ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor], device: torch.device
+    ranks: Ranks, slots: Sequence[ParamState], own_buffers: dict[str, Tensor], device: torch.device
 ) -> dict[str, Tensor]:
     """The complete state_dict, with every alias, on the first rank; {} elsewhere. *Collective*."""
     kept = [slot for slot in slots if slot.shard.persistent]
     result: dict[str, Tensor] = {}
-    mine: list[Part] = []
+    mine: list[Block] = []
 
     def prepare() -> None:
         """NOTE: the memory for a whole model may be missing, and then the others must not begin to send."""
-        mine.extend(parts(kept, own_buffers))
+        mine.extend(saved_blocks(kept, own_buffers))
         for slot in kept if ranks.first else ():
-            result[slot.name] = torch.empty(slot.shard.shape, dtype=kind(slot, own_buffers), device=device)
+            result[slot.name] = torch.empty(slot.shard.shape, dtype=saved_dtype(slot, own_buffers), device=device)
 
     def sink(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
         if result:
             result[kept[number].name][Box(offsets, tuple(data.shape)).slices].copy_(data)
 
-    ranks.attempt("gather", prepare)
-    stream(ranks, *kinds(kept, own_buffers), mine, sink)
+    ranks.run_on_all("gather", prepare)
+    stream(ranks, *saved_dtypes(kept, own_buffers), mine, sink)
     return result | {alias: result[slot.name] for slot in kept if result for alias in slot.shard.aliases}
 
 
-def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor], module: shards.Model) -> None:
+def copy_into(ranks: Ranks, slots: Sequence[ParamState], own_buffers: dict[str, Tensor], module: shards.Model) -> None:
     """Write the full weights into another model, however that one is wrapped. *Collective*.
 
     Where every rank averages what it holds and the other model is cut alike, each rank copies its own part, and only what
@@ -54,47 +54,51 @@ def copy_into(ranks: Ranks, slots: Sequence[Slot], own_buffers: dict[str, Tensor
     theirs: dict[str, Shard] = {}
     holes: dict[str, list[tuple[Box, Tensor]]] = {}
     apart: list[tuple[Shard, Tensor]] = []  # copies of strided weights, to be written back
-    mine: list[Part] = []
+    mine: list[Block] = []
     sharded: list[nn.Module] = []
 
     def prepare() -> bool | None:
-        found = shards.find(shards.module_of(module))
+        found = shards.find_shards(shards.module_of(module))
         _refuse_other(kept, found.shards)
         for shard in found.shards:
             theirs[shard.name] = shard
             elements = shard.read()
-            holes[shard.name] = list(pieces(shard, shard.held, elements))
+            holes[shard.name] = list(boxes_with_data(shard, shard.local_region, elements))
             apart.extend([] if shard.dense else [(shard, elements)])
-        mine.extend(parts(kept, own_buffers))
+        mine.extend(saved_blocks(kept, own_buffers))
         sharded.extend(found.sharded)
-        return True if any(_cut_otherwise(slot, theirs[slot.name]) for slot in kept if slot.shard.together) else None
+        return True if any(_cut_otherwise(slot, theirs[slot.name]) for slot in kept if slot.shard.owner_ranks) else None
 
     def sink(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
         box = Box(offsets, tuple(data.shape))
         for hole, view in holes[kept[number].name]:
-            common = box.meet(hole)
+            common = box.intersect(hole)
             if common is not None:
                 view[common.within(hole)].copy_(data[common.within(box)])
 
-    _, otherwise = ranks.attempt("copy_to", prepare, combine=any)
+    _, otherwise = ranks.run_on_all("copy_to", prepare, combine=any)
     for slot in kept if not otherwise else ():
-        if slot.shard.together:
+        if slot.shard.owner_ranks:
             theirs[slot.name].write(slot.local if slot.shadow is None else slot.shadow)
-    sent = [part for part in mine if otherwise or not kept[part[0]].shard.together]
-    stream(ranks, *kinds(kept, own_buffers), sent, sink, everywhere=True)
+    sent = [part for part in mine if otherwise or not kept[part[0]].shard.owner_ranks]
+    stream(ranks, *saved_dtypes(kept, own_buffers), sent, sink, everywhere=True)
     for shard, elements in apart:
-        if otherwise or not shard.together:
+        if otherwise or not shard.owner_ranks:
             shard.write(elements)
     shards.reshard(sharded)
 
 
-def _cut_otherwise(slot: Slot, its: Shard) -> bool:
+def _cut_otherwise(slot: ParamState, its: Shard) -> bool:
     """This rank does not average all that it holds, or the other model holds other elements here."""
     mine = slot.shard
-    return slot.own != mine.held or slot.twin is not None or (its.held, its.order) != (mine.held, mine.order)
+    return (
+        slot.averaged_region != mine.local_region
+        or slot.teacher_copy is not None
+        or (its.local_region, its.order) != (mine.local_region, mine.order)
+    )
 
 
-def _refuse_other(slots: Sequence[Slot], other: Sequence[Shard]) -> None:
+def _refuse_other(slots: Sequence[ParamState], other: Sequence[Shard]) -> None:
     """Raise ValueError with the names if the two models do not hold the same weights."""
     ours = {slot.name: slot.shard.shape for slot in slots}
     theirs = {shard.name: shard.shape for shard in other if shard.persistent}

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import compiled
 
-__all__ = ["SCRATCH", "Pair", "Plan", "noise", "round_to_bfloat16"]
+__all__ = ["SCRATCH", "ShadowPair", "UpdatePlan", "noise", "round_to_bfloat16"]
 
 SCRATCH = 1 << 20  # elements in one chunk: 4 MB of fp32; 256 KB is slower than no chunks at all
 SHORT = 16 << 10  # elements below which tensors are packed
@@ -40,7 +40,7 @@ _MASK = 0xFFFFFFFF
 
 
 @dataclass
-class Pair:
+class ShadowPair:
     """Shadows of one weight, one per average, and the live elements that they average; all 1-D and of one length."""
 
     name: str
@@ -50,21 +50,21 @@ class Pair:
     huge: bool = True  # numbers beyond 32 bits may occur
 
 
-class Plan:
+class UpdatePlan:
     """The steps of one update over `pairs`; each live element is read once, whatever the number of averages.
 
     passes: take compiled passes wherever there is one; None: where they are worth it, and their bits are those of torch.
     *Cost*: two scratches of at most 4 MB per dtype and device in use. Compiled: a second at the first plan, no scratch.
     """
 
-    def __init__(self, pairs: Sequence[Pair], seed: int = 0, passes: bool | None = None) -> None:
+    def __init__(self, pairs: Sequence[ShadowPair], seed: int = 0, passes: bool | None = None) -> None:
         self.pairs, self.seed = list(pairs), seed
         self._scratch: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
         self._passes: list[compiled.Pass] = []
         self._direct: list[tuple[list[Tensor], Tensor]] = []
         self._through: list[tuple[list[Tensor], list[Tensor], Tensor, Tensor]] = []
         self._apart: list[tuple[list[list[Tensor]], list[Tensor], list[Tensor], list[Tensor]]] = []
-        self._rounded: list[tuple[Pair, list[Tensor], Tensor, int, Tensor]] = []
+        self._rounded: list[tuple[ShadowPair, list[Tensor], Tensor, int, Tensor]] = []
         left = [pair for pair in pairs if pair.live.numel()]
         if passes or (passes is None and _worth(left)):
             left = self._compile(left)
@@ -81,9 +81,9 @@ class Plan:
                 wide = self._cut(torch.float32, shadows[0].device, len(live))
                 self._rounded.append((pair, shadows, live, start, wide))
 
-    def _compile(self, pairs: Sequence[Pair]) -> list[Pair]:
+    def _compile(self, pairs: Sequence[ShadowPair]) -> list[ShadowPair]:
         """One pass per pair of dtypes; returns what none takes."""
-        left: list[Pair] = []
+        left: list[ShadowPair] = []
         plain: list[tuple[list[Tensor], Tensor]] = []
         pieces: list[compiled.Piece] = []
         for pair in pairs:
@@ -194,16 +194,16 @@ class Plan:
                 yield parts, part
 
 
-def _compact(pair: Pair) -> bool:
+def _compact(pair: ShadowPair) -> bool:
     return pair.shadows[0].dtype in (torch.bfloat16, torch.float16)
 
 
-def _here(pair: Pair) -> bool:
+def _here(pair: ShadowPair) -> bool:
     """In memory that a compiled pass can reach: the host's, and no subclass that pretends to have some."""
     return all(t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter) for t in (pair.live, *pair.shadows))
 
 
-def _worth(pairs: Sequence[Pair]) -> bool:
+def _worth(pairs: Sequence[ShadowPair]) -> bool:
     """Compiling pays, and does not change a bit."""
     return sum(len(pair.live) for pair in pairs if _here(pair)) >= WORTH and compiled.available() and _contracts()
 

@@ -27,27 +27,27 @@ from torch import Tensor
 
 from .elements import TO_TORCH
 from .fused import Numbering
-from .shards import Region, Shard, refit
+from .shards import Region, Shard, redescribe
 
 __all__ = [
     "ALIGN",
     "DTYPES",
     "Box",
-    "Slot",
+    "ParamState",
     "allocate",
+    "assign",
     "boxes",
-    "cut",
+    "boxes_with_data",
     "even",
     "fingerprint",
-    "kind",
-    "kinds",
     "numbering",
-    "parts",
-    "pieces",
+    "replica_broadcasts",
     "runs",
+    "saved_blocks",
+    "saved_dtype",
+    "saved_dtypes",
     "shadow_dtype",
     "split_box",
-    "stages",
 ]
 
 DTYPES: dict[str, torch.dtype] = {kind: getattr(torch, name) for kind, name in TO_TORCH.items()}  # of safetensors
@@ -76,7 +76,7 @@ class Box:
         spans = zip(self.offsets, outer.offsets, self.sizes, strict=True)
         return tuple(slice(o - base, o - base + n) for o, base, n in spans)
 
-    def meet(self, other: Box) -> Box | None:
+    def intersect(self, other: Box) -> Box | None:
         """The common block, None if there is none."""
         offsets = tuple(map(max, self.offsets, other.offsets))
         ends = (
@@ -87,40 +87,40 @@ class Box:
 
 
 @dataclass
-class Slot:
+class ParamState:
     """One weight or buffer on this rank. *Aliases*: `live` is a view of the model's storage."""
 
     shard: Shard
-    own: Region  # averaged here
-    duty: Region  # answered for here: written into files, sent to others
+    averaged_region: Region  # averaged here
+    saved_region: Region  # answered for here: written into files, sent to others
     local: Tensor  # [shard.held.numel], all that the model holds here
     span: tuple[int, int] | None = None  # (start, total) in the flat sequence that it is cut with
     shadow: Tensor | None = None  # [own.numel]; None: not averaged
-    twin: Tensor | None = None  # [shard.held.numel]; of what is not averaged, the copy that a teacher holds
-    seen: int = 0  # where the elements lay when `local` was made
+    teacher_copy: Tensor | None = None  # [shard.held.numel]; of what is not averaged, the copy that a teacher holds
+    address: int = 0  # where the elements lay when `local` was made
 
     def __post_init__(self) -> None:
-        raw = self.shard.raw()
-        self.seen, self.form = raw.data_ptr(), _form(raw)
+        raw = self.shard.local_tensor()
+        self.address, self.form = raw.data_ptr(), _form(raw)
 
     @property
     def moved(self) -> bool:
         """The model's elements lie elsewhere now ([Note: stale records]). *Cost*: 0.2 us."""
         # NOTE: of strided elements `local` is a copy, and the next copy may lie where the last one did.
-        return not self.shard.dense or self.shard.raw().data_ptr() != self.seen
+        return not self.shard.dense or self.shard.local_tensor().data_ptr() != self.address
 
     @property
-    def turned(self) -> bool:
+    def layout_changed(self) -> bool:
         """They have another shape or order in memory now."""
-        return _form(self.shard.raw()) != self.form
+        return _form(self.shard.local_tensor()) != self.form
 
     def rebind(self) -> None:
         """Follow elements that moved. Raises RuntimeError if they are not what they were."""
         if not self.shard.persistent:
-            refit(self.shard)
-            self.own = self.duty = self.shard.held
-        raw, old = self.shard.raw(), self.local
-        changed = self.shard.persistent and self.turned
+            redescribe(self.shard)
+            self.averaged_region = self.saved_region = self.shard.local_region
+        raw, old = self.shard.local_tensor(), self.local
+        changed = self.shard.persistent and self.layout_changed
         if self.shard.kind != "buffer":  # which may be another tensor: FSDP1 casts them, modules assign them
             changed |= (raw.dtype, raw.device) != (old.dtype, old.device)
         if changed:
@@ -128,7 +128,7 @@ class Slot:
                 f"{self.name} was {old.dtype} on {old.device} with {old.numel()} elements here, and is now {raw.dtype} on "
                 f"{raw.device} with {raw.numel()}, or lies in another order. Build the EMA after model.to(...)."
             )
-        self.local, self.seen = self.shard.read(), raw.data_ptr()
+        self.local, self.address = self.shard.read(), raw.data_ptr()
 
     @property
     def name(self) -> str:
@@ -136,19 +136,21 @@ class Slot:
 
     @property
     def live(self) -> Tensor:
-        return self.part(self.own)
+        return self.local_view(self.averaged_region)
 
     @property
     def average(self) -> Tensor:
         """What a file or a gather takes for `duty`: the shadow or twin, or the live weight where there is none."""
         if self.shadow is not None:
-            return self.shadow.narrow(0, self.duty.begin - self.own.begin, self.duty.numel)
-        if self.twin is not None:
-            return self.twin.narrow(0, self.duty.begin - self.shard.held.begin, self.duty.numel)
-        return self.part(self.duty)
+            return self.shadow.narrow(0, self.saved_region.begin - self.averaged_region.begin, self.saved_region.numel)
+        if self.teacher_copy is not None:
+            return self.teacher_copy.narrow(
+                0, self.saved_region.begin - self.shard.local_region.begin, self.saved_region.numel
+            )
+        return self.local_view(self.saved_region)
 
-    def part(self, region: Region) -> Tensor:
-        return self.local.narrow(0, region.begin - self.shard.held.begin, region.numel)
+    def local_view(self, region: Region) -> Tensor:
+        return self.local.narrow(0, region.begin - self.shard.local_region.begin, region.numel)
 
 
 def _form(raw: Tensor) -> tuple[torch.Size, list[int]]:
@@ -159,18 +161,23 @@ def _form(raw: Tensor) -> tuple[torch.Size, list[int]]:
 # --- cutting -----------------------------------------------------------------------------------------------------
 
 
-def cut(shards: Sequence[Shard], averaged: Callable[[Shard], bool], split: bool) -> list[Slot]:
+def assign(shards: Sequence[Shard], averaged: Callable[[Shard], bool], split: bool) -> list[ParamState]:
     """One slot per shard, replicas divided among the ranks that hold them (`split=False`: for files only)."""
     spans: dict[int, tuple[int, int]] = {}
     for chosen in (True, False):  # two sequences, so that the averaged elements alone are balanced
         spans |= _spans([shard for shard in shards if shard.flat and averaged(shard) == chosen])
     slots = []
     for shard in shards:
-        slot = Slot(shard, shard.held, shard.held, shard.read(), spans.get(id(shard)))
-        begin, end = _duty(slot)
-        slot.duty = Region(shard.held.offsets, shard.held.sizes, shard.held.begin + begin, shard.held.begin + end)
+        slot = ParamState(shard, shard.local_region, shard.local_region, shard.read(), spans.get(id(shard)))
+        begin, end = _saved_range(slot)
+        slot.saved_region = Region(
+            shard.local_region.offsets,
+            shard.local_region.sizes,
+            shard.local_region.begin + begin,
+            shard.local_region.begin + end,
+        )
         if split and shard.replicas:
-            slot.own = slot.duty
+            slot.averaged_region = slot.saved_region
         slots.append(slot)
     return slots
 
@@ -181,23 +188,23 @@ def _spans(shards: Sequence[Shard]) -> dict[int, tuple[int, int]]:
     starts = {}
     for shard in shards:
         starts[id(shard)] = totals.get(shard.replicas, 0)
-        totals[shard.replicas] = starts[id(shard)] + shard.held.numel
+        totals[shard.replicas] = starts[id(shard)] + shard.local_region.numel
     return {id(shard): (starts[id(shard)], totals[shard.replicas]) for shard in shards}
 
 
-def _duty(slot: Slot) -> tuple[int, int]:
+def _saved_range(slot: ParamState) -> tuple[int, int]:
     """This rank's part of what its replicas hold too; nothing of a copy that somebody else answers for."""
     groups = slot.shard.replicas
-    if not slot.shard.primary:
+    if not slot.shard.is_writer:
         return 0, 0
     if not groups:
-        return 0, slot.shard.held.numel
-    return _part(slot, len(groups) - 1, dist.get_rank(groups[-1]))
+        return 0, slot.shard.local_region.numel
+    return _range_of(slot, len(groups) - 1, dist.get_rank(groups[-1]))
 
 
-def _part(slot: Slot, depth: int, source: int) -> tuple[int, int]:
+def _range_of(slot: ParamState, depth: int, source: int) -> tuple[int, int]:
     """The range of the held elements that rank `source` of the replica group at `depth` answers for."""
-    n, groups = slot.shard.held.numel, slot.shard.replicas
+    n, groups = slot.shard.local_region.numel, slot.shard.replicas
     if slot.span:
         start, total = slot.span
         low, high = even(0, total, source, groups[depth].size())
@@ -214,10 +221,10 @@ def even(begin: int, end: int, rank: int, size: int) -> tuple[int, int]:
     return begin + n * rank // size, begin + n * (rank + 1) // size
 
 
-def stages(slots: Iterable[Slot]) -> Iterator[tuple[dist.ProcessGroup, int, list[Tensor]]]:
+def replica_broadcasts(slots: Iterable[ParamState]) -> Iterator[tuple[dist.ProcessGroup, int, list[Tensor]]]:
     """The broadcasts that make every replica whole again after each rank wrote its own part: (group, source rank in
     it, views into the model), innermost group first, the same sequence on every rank of a group."""
-    by_groups: dict[tuple[dist.ProcessGroup, ...], list[Slot]] = {}
+    by_groups: dict[tuple[dist.ProcessGroup, ...], list[ParamState]] = {}
     for slot in slots:
         by_groups.setdefault(slot.shard.replicas, []).append(slot)
     for groups, together in by_groups.items():
@@ -225,14 +232,14 @@ def stages(slots: Iterable[Slot]) -> Iterator[tuple[dist.ProcessGroup, int, list
             views: list[list[Tensor]] = [[] for _ in range(groups[depth].size())]
             for slot in together:
                 for source in _sources(slot, len(views)):
-                    a, b = _part(slot, depth, source)
+                    a, b = _range_of(slot, depth, source)
                     views[source].append(slot.local[a:b])
             yield from ((groups[depth], source, mine) for source, mine in enumerate(views))
 
 
-def _sources(slot: Slot, size: int) -> range:
+def _sources(slot: ParamState, size: int) -> range:
     """The ranks of a replica group whose part of the slot is not empty: in a flat sequence, few of them."""
-    n = slot.shard.held.numel
+    n = slot.shard.local_region.numel
     if slot.span is None or not n:
         return range(size if n else 0)
     start, total = slot.span
@@ -268,7 +275,7 @@ def _under(row: int, box: Box) -> Box:
     return Box((row, *box.offsets), (1, *box.sizes))
 
 
-def pieces(shard: Shard, region: Region, data: Tensor) -> Iterator[tuple[Box, Tensor]]:
+def boxes_with_data(shard: Shard, region: Region, data: Tensor) -> Iterator[tuple[Box, Tensor]]:
     """The boxes of the full row-major weight that `region` covers, each with its view of `data`.
 
     data: [region.numel], in storage order. *Aliases*: the views have the boxes' shapes.
@@ -316,8 +323,8 @@ def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         yield base + sum(i * s for i, s in zip(steps, strides, strict=False)), length
 
 
-def parts(
-    slots: Sequence[Slot], values: dict[str, Tensor] | None = None
+def saved_blocks(
+    slots: Sequence[ParamState], values: dict[str, Tensor] | None = None
 ) -> Iterator[tuple[int, tuple[int, ...], Tensor]]:
     """What this rank answers for, in blocks of at most `MOST` elements: (number of the slot, offsets, block).
 
@@ -327,19 +334,19 @@ def parts(
         data = slot.average
         if values and slot.name in values and data.numel():
             data = values[slot.name]
-        for box, view in pieces(slot.shard, slot.duty, data):
+        for box, view in boxes_with_data(slot.shard, slot.saved_region, data):
             for block in split_box(box, MOST):
                 yield number, block.offsets, view[block.within(box)]
 
 
-def kind(slot: Slot, values: dict[str, Tensor]) -> torch.dtype:
+def saved_dtype(slot: ParamState, values: dict[str, Tensor]) -> torch.dtype:
     """Of what `parts` gives: an own buffer is not rounded to the shadow's."""
     return values.get(slot.name, slot.average).dtype
 
 
-def kinds(slots: Sequence[Slot], values: dict[str, Tensor]) -> tuple[list[torch.dtype], list[int]]:
+def saved_dtypes(slots: Sequence[ParamState], values: dict[str, Tensor]) -> tuple[list[torch.dtype], list[int]]:
     """dtype and number of dimensions of each, what a stream must know of the weights."""
-    return [kind(slot, values) for slot in slots], [len(slot.shard.shape) for slot in slots]
+    return [saved_dtype(slot, values) for slot in slots], [len(slot.shard.shape) for slot in slots]
 
 
 def numbering(shard: Shard, region: Region, device: torch.device | None = None) -> Numbering:
@@ -360,7 +367,7 @@ def shadow_dtype(live: torch.dtype, asked: torch.dtype) -> torch.dtype:
     return torch.complex128 if asked == torch.float64 else torch.complex64
 
 
-def allocate(slots: Sequence[Slot], dtype: torch.dtype, device: torch.device | None) -> list[Tensor]:
+def allocate(slots: Sequence[ParamState], dtype: torch.dtype, device: torch.device | None) -> list[Tensor]:
     """Give every slot a shadow equal to the one that it has, or to its live weights, in one arena per dtype and device.
     Returns the arenas.
 
@@ -378,11 +385,11 @@ def allocate(slots: Sequence[Slot], dtype: torch.dtype, device: torch.device | N
         arenas.append(arena)
         for slot, start in zip(mine, starts, strict=True):
             before = slot.live if slot.shadow is None else slot.shadow
-            slot.shadow = arena[start : start + slot.own.numel].copy_(before)
+            slot.shadow = arena[start : start + slot.averaged_region.numel].copy_(before)
     return arenas
 
 
-def _starts(slots: Sequence[Slot], align: int) -> tuple[list[int], int]:
+def _starts(slots: Sequence[ParamState], align: int) -> tuple[list[int], int]:
     """Where each slot starts, and where the last one ends."""
     starts, total = [0] * len(slots), 0
     long = []
@@ -396,15 +403,15 @@ def _starts(slots: Sequence[Slot], align: int) -> tuple[list[int], int]:
     return starts, total
 
 
-def _place(chain: list[int], slots: Sequence[Slot], starts: list[int], at: int) -> int:
+def _place(chain: list[int], slots: Sequence[ParamState], starts: list[int], at: int) -> int:
     """Lay a chain end to end from `at`; returns its end."""
     for i in chain:
         starts[i] = at
-        at += slots[i].own.numel
+        at += slots[i].averaged_region.numel
     return at
 
 
-def _chains(slots: Sequence[Slot]) -> Iterator[tuple[list[int], int]]:
+def _chains(slots: Sequence[ParamState]) -> Iterator[tuple[list[int], int]]:
     """(numbers of slots whose live elements follow each other in memory, how many elements)."""
     chain: list[int] = []
     length, ends_at = 0, None

@@ -15,9 +15,9 @@ from typing import Any
 
 from . import distcp, format, source
 from .clock import Clock
-from .schedule import from_spec
+from .schedule import from_dict
 
-__all__ = ["Report", "Total", "Tree", "look", "native", "of_source", "sums"]
+__all__ = ["AverageListing", "ModelReport", "Total", "native", "of_source", "report_on", "sums"]
 
 # What ema.json holds beside its format and kind, each with the value that stands for its absence.
 _PARTS: dict[str, Any] = {
@@ -41,14 +41,14 @@ class Total:
 
 
 @dataclass(frozen=True)
-class Tree:
+class AverageListing:
     """The files of one average. label: '' of the first, which lies in the folder itself.
 
     files: by their names in ema.json, so averages/LABEL/... of a further one; '' where none is seen.
     """
 
     label: str
-    files: dict[str, format.File]
+    files: dict[str, format.SafetensorsFile]
 
     @property
     def weights(self) -> dict[str, tuple[str, format.Entry]]:
@@ -66,12 +66,12 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Report:
+class ModelReport:
     """What lies at a path. kind: 'ema' or 'export' (written by dist_ema), 'model' (another folder), 'file', 'other'."""
 
     path: str
     kind: str
-    trees: list[Tree]  # the first average, then the others in the order of their schedules
+    trees: list[AverageListing]  # the first average, then the others in the order of their schedules
     meta: dict[str, Any]  # ema.json, every one of `_PARTS` present and of its type
     problems: list[str] = field(default_factory=list)
     others: dict[str, str] = field(default_factory=dict)  # what lies there besides, and why it is not among the weights
@@ -82,7 +82,7 @@ class Report:
         return self.trees[0].weights
 
     @property
-    def files(self) -> dict[str, format.File]:
+    def files(self) -> dict[str, format.SafetensorsFile]:
         """Of all averages."""
         return {name: file for tree in self.trees for name, file in tree.files.items() if name}
 
@@ -110,7 +110,7 @@ class Report:
         """The check sums that ema.json has for a file, by kind."""
         return sums(self.meta, file)
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
         said = {key: self.meta.get(key) for key in ("format", "attach", "rounding", *_PARTS) if key != "dtypes"}
         averages = {
@@ -143,7 +143,7 @@ def sums(meta: Mapping[str, Any], file: str) -> dict[str, str]:
     return {key: str(said[key]) for key in ("crc32", "sha256") if isinstance(said, dict) and said.get(key)}
 
 
-def _plain(tree: Tree) -> dict[str, Any]:
+def _plain(tree: AverageListing) -> dict[str, Any]:
     return {
         name: {"dtype": entry.dtype, "shape": list(entry.shape), "file": file}
         for name, (file, entry) in tree.weights.items()
@@ -155,16 +155,16 @@ def native(path: str | Path) -> bool:
     return not (Path(path) / distcp.META).exists()
 
 
-def of_source(model: source.Source) -> Report:
+def of_source(model: source.Source) -> ModelReport:
     """A model of another form, as far as it can be told."""
     entries = {name: format.Entry(entry.dtype, entry.shape, 0, entry.nbytes) for name, entry in model.entries.items()}
-    tree = Tree("", {"": format.File(b"", entries)})
-    aliases = format.grouped(model.aliases)
+    tree = AverageListing("", {"": format.SafetensorsFile(b"", entries)})
+    aliases = format.group_aliases(model.aliases)
     others = dict(model.others) if isinstance(model, distcp.Folder) else {}
-    return Report(str(model.path), "other", [tree], _PARTS | (model.meta or {}) | {"aliases": aliases}, [], others)
+    return ModelReport(str(model.path), "other", [tree], _PARTS | (model.meta or {}) | {"aliases": aliases}, [], others)
 
 
-def look(path: str | Path) -> Report:
+def report_on(path: str | Path) -> ModelReport:
     """Headers and ema.json of a saved average, an exported model, a Hugging Face folder or one .safetensors file.
 
     Raises FileNotFoundError if nothing is there, ValueError if it is no model or its weights cannot be told.
@@ -176,19 +176,19 @@ def look(path: str | Path) -> Report:
         file = format.read_header(path)
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read: {error.strerror}.") from None
-    aliases = format.grouped({alias: name for alias, name in file.metadata.items() if name in file.entries})
-    return Report(str(path), "file", [Tree("", {path.name: file})], _PARTS | {"aliases": aliases})
+    aliases = format.group_aliases({alias: name for alias, name in file.metadata.items() if name in file.entries})
+    return ModelReport(str(path), "file", [AverageListing("", {path.name: file})], _PARTS | {"aliases": aliases})
 
 
-def _of_folder(path: Path) -> Report:
+def _of_folder(path: Path) -> ModelReport:
     meta = format.read_meta(path) if (path / format.META).exists() else None
-    first = Tree("", format.read_model(path))
+    first = AverageListing("", format.read_model(path))
     if meta is None:
         cut = ["it is missing, though the folder holds further averages"] if (path / "averages").exists() else []
-        return Report(str(path), "model", [first], _PARTS, cut)
+        return ModelReport(str(path), "model", [first], _PARTS, cut)
     sound = {key: value for key, value in meta.items() if isinstance(value, type(_PARTS.get(key, value)))}
     others = [_of_average(path, label) for label in source.labels(meta)[1:]]
-    report = Report(str(path), str(meta.get("kind")), [first, *others], _PARTS | sound)
+    report = ModelReport(str(path), str(meta.get("kind")), [first, *others], _PARTS | sound)
     report.problems.extend(f"{key} is {brief(meta.get(key))}" for key in _PARTS if key not in sound and key in _NEEDED)
     report.problems.extend(_problems(report))
     return report
@@ -197,12 +197,12 @@ def _of_folder(path: Path) -> Report:
 _NEEDED = set(_PARTS) - {"averages", "dtypes"}  # which the first versions did not write, or not always
 
 
-def _of_average(path: Path, label: str) -> Tree:
+def _of_average(path: Path, label: str) -> AverageListing:
     found = format.read_model(path / "averages" / label)
-    return Tree(label, {f"averages/{label}/{name}": file for name, file in found.items()})
+    return AverageListing(label, {f"averages/{label}/{name}": file for name, file in found.items()})
 
 
-def _problems(report: Report) -> Iterator[str]:
+def _problems(report: ModelReport) -> Iterator[str]:
     """Where ema.json and the files contradict each other, and what `EMA.load` would refuse."""
     meta, weights = report.meta, report.weights
     if report.kind not in ("ema", "export"):
@@ -219,7 +219,7 @@ def _problems(report: Report) -> Iterator[str]:
     yield from _unsound(meta)
 
 
-def _of_files(told: Mapping[str, Any], files: Mapping[str, format.File]) -> Iterator[str]:
+def _of_files(told: Mapping[str, Any], files: Mapping[str, format.SafetensorsFile]) -> Iterator[str]:
     for name, said in told.items():
         if name not in files:
             yield f"{name} is listed, but is no part of the model"
@@ -250,6 +250,6 @@ def _unsound(meta: dict[str, Any]) -> Iterator[str]:
         yield f"it names {len(meta['schedules'])} schedules for {1 + len(meta['averages'])} averages"
     for spec in meta["schedules"]:
         try:
-            from_spec(spec)
+            from_dict(spec)
         except (TypeError, ValueError) as error:
             yield f"a schedule cannot be rebuilt from {brief(spec)}: {str(error).rstrip('.')}"

@@ -23,7 +23,7 @@ from .clock import Clock
 from .console import some
 from .elements import FLOATS, TORCH
 from .profiles import Fit, Mixer, Profile, coefficients
-from .schedule import Power, Schedule, from_spec
+from .schedule import Power, Schedule, from_dict
 from .source import Source, labels, open_model
 
 __all__ = ["REFUSED", "WARNED", "Profile", "Snapshots", "Stored", "coefficients", "reconstruct"]
@@ -153,7 +153,7 @@ class Snapshots:
         clock = newest.clock | {"now": now, "updates": updates, "accepted": updates, "pending": 0.0}
         weights = {each.name: weight for each, weight in zip(self.stored, fit.weights, strict=True) if weight}
         said = {"weights": weights, "residual": fit.residual, "condition": fit.condition}
-        return {"clock": clock, "schedules": [target.spec()], "extra": {"reconstruct": said}}
+        return {"clock": clock, "schedules": [target.to_dict()], "extra": {"reconstruct": said}}
 
 
 def reconstruct(
@@ -208,7 +208,7 @@ def _stored(folder: Path) -> list[Stored]:
     try:
         clock = Clock()
         clock.set(meta["clock"])
-        schedules = [from_spec(spec) for spec in meta["schedules"]]
+        schedules = [from_dict(spec) for spec in meta["schedules"]]
         averaged, dtypes = tuple(map(str, meta["averaged"])), dict(meta.get("dtypes", {}))
         names = labels(meta)
         profiles = [Profile(each, clock.now, clock.updates, clock.before) for each in schedules]

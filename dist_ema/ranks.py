@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["FOREVER", "GRACE", "Board", "Ranks", "digest", "wire_device"]
+__all__ = ["FOREVER", "GRACE", "Ranks", "StoreCoordinator", "digest", "wire_device"]
 
 T = TypeVar("T")
 Combine = Callable[[list[Any]], Any]
@@ -65,7 +65,7 @@ class _Call(NamedTuple):
         return f"step {self.step} of {self}" if self.step else str(self)
 
 
-class Board:
+class StoreCoordinator:
     """Messages among `members`, of which this process is number `rank`, on a key-value store; none for a world of one.
 
     `timeout` (seconds, settable) covers entering a verb; inside it, the time without a sign of life.
@@ -91,7 +91,9 @@ class Board:
         """The next exchange is the one by which the verb is entered."""
         self._verb, self._step = verb, 0
 
-    def exchange(self, verb: str, message: Any = None, timeout: float | None = None, combine: Combine = list) -> Any:
+    def all_gather_json(
+        self, verb: str, message: Any = None, timeout: float | None = None, combine: Combine = list
+    ) -> Any:
         """`combine` of everybody's message (JSON) in rank order, by default all of them. *Collective*.
 
         *Cost*: one write, two with a message, and one read. `combine` must be the same function on every rank; it runs on
@@ -109,17 +111,17 @@ class Board:
         return combine([None] * self.size) if said is None else said
 
     @overload
-    def attempt(self, verb: str, work: Callable[[], T]) -> tuple[T, list[T]]: ...
+    def run_on_all(self, verb: str, work: Callable[[], T]) -> tuple[T, list[T]]: ...
 
     @overload
-    def attempt(self, verb: str, work: Callable[[], T], combine: Combine) -> tuple[T, Any]: ...
+    def run_on_all(self, verb: str, work: Callable[[], T], combine: Combine) -> tuple[T, Any]: ...
 
-    def attempt(self, verb: str, work: Callable[[], T], combine: Combine = list) -> tuple[T, Any]:
+    def run_on_all(self, verb: str, work: Callable[[], T], combine: Combine = list) -> tuple[T, Any]:
         """Do `work` on every rank; return (mine, `combine` of everybody's), or raise on all if it failed on one.
         *Collective*."""
         error: Exception | None = None
         mine: Any = None
-        with self._beating():
+        with self._heartbeats():
             try:
                 mine = work()
             except Exception as caught:  # told to the others, then raised
@@ -143,7 +145,7 @@ class Board:
         if error is not None:
             message = {"error": _said(error)}
         try:
-            said = self.exchange(verb, message, combine=self._judge(combine))
+            said = self.all_gather_json(verb, message, combine=self._judge(combine))
         except RuntimeError as silence:
             raise (silence if error is None else error) from None
         if error is not None:
@@ -152,7 +154,7 @@ class Board:
             raise RuntimeError(f"{_called(verb)} failed on rank {rank}: {text}")
         return said["all"]
 
-    def decide(self, verb: str, work: Callable[[], T]) -> T:
+    def run_on_first(self, verb: str, work: Callable[[], T]) -> T:
         """Do `work` on the first rank and tell the others what came out (JSON). *Collective*. *Cost*: one write in all,
         one read each; the first rank waits for nobody."""
         if self.size == 1:
@@ -162,7 +164,7 @@ class Board:
             if self.rank > 0:
                 return self._await(call, self.timeout)  # type: ignore[no-any-return]
             try:
-                with self._beating():
+                with self._heartbeats():
                     text = json.dumps({"of": call, "said": work()})
             except BaseException as error:
                 self._publish(call, {"refused": f"{call} failed on rank {self.members[0]}: {_said(error)}"})
@@ -301,7 +303,7 @@ class Board:
     # --- [Note: pulse] ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def _beating(self) -> Iterator[None]:
+    def _heartbeats(self) -> Iterator[None]:
         if self.size == 1:
             yield
             return
@@ -320,7 +322,7 @@ class Board:
             done.set()
             thread.join()
 
-    def tick(self) -> None:
+    def heartbeat(self) -> None:
         """A sign of life from work outside `attempt`."""
         now = time.monotonic()
         if self.size > 1 and now - self._beaten >= min(LOOK, self.timeout / 4):
@@ -365,9 +367,9 @@ class Ranks:
         self.size = len(self.members)
         self.rank = self.members.index(dist.get_rank()) if self.size > 1 else 0
         self.group = self._whole_group(group) if self.size > 1 else None
-        self._board = Board(self._store(open_store), self.members, self.rank, timeout)
-        self.begin, self.exchange = self._board.begin, self._board.exchange
-        self.attempt, self.decide = self._board.attempt, self._board.decide
+        self._coordinator = StoreCoordinator(self._store(open_store), self.members, self.rank, timeout)
+        self.begin, self.all_gather_json = self._coordinator.begin, self._coordinator.all_gather_json
+        self.run_on_all, self.run_on_first = self._coordinator.run_on_all, self._coordinator.run_on_first
 
     def _whole_group(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
         if self.size == dist.get_world_size():
@@ -387,11 +389,11 @@ class Ranks:
     @property
     def timeout(self) -> float:
         """Seconds that a rank waits for the others to enter a verb."""
-        return self._board.timeout
+        return self._coordinator.timeout
 
     @timeout.setter
     def timeout(self, seconds: float) -> None:
-        self._board.timeout = seconds
+        self._coordinator.timeout = seconds
 
     # --- bytes -----------------------------------------------------------------------------------------------
 
@@ -399,16 +401,16 @@ class Ranks:
         return wire_device(self.group)
 
     def send(self, data: Tensor, to: int) -> None:
-        self._board.tick()
+        self._coordinator.heartbeat()
         dist.send(data, self.members[to], group=self.group)
 
     def receive(self, data: Tensor, source: int) -> None:
-        self._board.tick()
+        self._coordinator.heartbeat()
         dist.recv(data, self.members[source], group=self.group)
 
     def share(self, data: Tensor, source: int) -> None:
         """Broadcast within these ranks."""
-        self._board.tick()
+        self._coordinator.heartbeat()
         dist.broadcast(data, self.members[source], group=self.group)
 
 

@@ -24,12 +24,12 @@ from torch import Tensor
 from . import commit, format
 from .clock import Clock
 from .console import some
-from .layout import DTYPES, Box, Slot, pieces, runs, split_box
+from .layout import DTYPES, Box, ParamState, boxes_with_data, runs, split_box
 from .ranks import Ranks, digest
-from .schedule import from_spec
+from .schedule import from_dict
 from .shards import Region
 
-__all__ = ["File", "Found", "Reader", "load_file", "look"]
+__all__ = ["LoadTarget", "OpenCheckpoint", "OpenFile", "load_file", "open_checkpoint"]
 
 WINDOW = 4 << 20  # bytes read at a time
 
@@ -39,7 +39,7 @@ Aliases = dict[str, list[str]]  # name in the file -> further names of the same 
 # --- one file ----------------------------------------------------------------------------------------------------
 
 
-class File:
+class OpenFile:
     """A safetensors file that stays open: parts of its weights, its check sum."""
 
     def __init__(self, path: Path) -> None:
@@ -75,7 +75,7 @@ class File:
         """What this rank's part of the bytes adds to the check sum of the file ([Note: check sums] in format)."""
         total = self.header.size
         at, end = total * rank // size, total * (rank + 1) // size
-        found, buffer = format.Sum(total), memoryview(bytearray(min(WINDOW, end - at)))
+        found, buffer = format.RangeSum(total), memoryview(bytearray(min(WINDOW, end - at)))
         while at < end:
             part = buffer[: min(WINDOW, end - at)]
             self._read(part, at)
@@ -87,7 +87,7 @@ class File:
 class _Weight(NamedTuple):
     """A weight in an open file, under the name that the file has for it."""
 
-    file: File
+    file: OpenFile
     name: str
 
     @property
@@ -102,7 +102,7 @@ class _Weight(NamedTuple):
 # --- what is there -----------------------------------------------------------------------------------------------
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     """What lies at a path."""
 
     folder: str
@@ -112,7 +112,7 @@ class _Place(NamedTuple):
     listed: dict[str, Any]  # size and check sum of the model's files, where ema.json has them
 
 
-def _place(path: Path) -> _Place:
+def _place(path: Path) -> _Location:
     """Raises ValueError for what is no model, and for an ema.json that is not sound."""
     path = _resolve(path)
     if not path.exists():
@@ -123,13 +123,13 @@ def _place(path: Path) -> _Place:
         listed = _listed(beside)
         if path.name != format.INDEX or len(listed) < 2:
             listed = {path.name: listed[path.name]} if path.name in listed else {}
-        return _Place(str(path.parent), path.name, aliases, {}, listed)
+        return _Location(str(path.parent), path.name, aliases, {}, listed)
     meta = _meta_beside(path)
     if not meta and (path / "averages").exists():
         raise ValueError(
             f"{path} holds further averages, and no {format.META}: it is not all of what ema.save() wrote."
         )
-    return _Place(str(path), format.find_model(path), meta.get("aliases", {}), meta, _listed(meta))
+    return _Location(str(path), format.find_model(path), meta.get("aliases", {}), meta, _listed(meta))
 
 
 def _meta_beside(folder: Path) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _aliases_of_file(path: Path, meta: dict[str, Any]) -> Aliases:
     header = format.read_header(path)
     known = header.entries
     further = {alias: name for alias, name in header.metadata.items() if name in known and alias not in known}
-    found = format.grouped({alias: name for alias, name in further.items() if alias != "format"})
+    found = format.group_aliases({alias: name for alias, name in further.items() if alias != "format"})
     if path.name in meta.get("files", {}):
         found |= {name: others for name, others in meta["aliases"].items() if name in known}
     return found
@@ -191,7 +191,7 @@ def _try_averages(meta: dict[str, Any]) -> None:
     if len(meta["schedules"]) != len(own):
         raise ValueError(f"{len(meta['schedules'])} schedules for {len(own)} averages")
     for spec in meta["schedules"]:
-        from_spec(spec)
+        from_dict(spec)
 
 
 def _demand(sound: bool, value: Any) -> None:
@@ -217,18 +217,18 @@ def _labels(meta: dict[str, Any]) -> list[str]:
 # --- what is to be read ------------------------------------------------------------------------------------------
 
 
-class Reader(NamedTuple):
+class LoadTarget(NamedTuple):
     """An average that is to be filled: the spec of its schedule, and all that the model persists."""
 
     spec: dict[str, Any]
-    slots: list[Slot]
+    slots: list[ParamState]
 
 
-class _Source(NamedTuple):
+class _ReadPlan(NamedTuple):
     """Where one average is read from."""
 
     folder: Path
-    slots: list[Slot]
+    slots: list[ParamState]
     aliases: Aliases
     model: str = "model.safetensors"
     whole: bool = False  # the folder must hold the complete model, not only what is averaged
@@ -236,17 +236,17 @@ class _Source(NamedTuple):
     listed: dict[str, Any] | None = None  # size and check sum of its files, if somebody wrote them down
 
     @property
-    def asked(self) -> list[Slot]:
+    def asked(self) -> list[ParamState]:
         return [s for s in self.slots if self.whole or s.shadow is not None or s.name in self.own_buffers]
 
 
-def _started(place: _Place, readers: Sequence[Reader]) -> list[_Source]:
+def _started(place: _Location, readers: Sequence[LoadTarget]) -> list[_ReadPlan]:
     """Every average starts from the one model; frozen weights and buffers may be in it or not."""
     listed = place.listed if place.meta or place.listed else None
-    return [_Source(Path(place.folder), r.slots, place.aliases, place.model, listed=listed) for r in readers]
+    return [_ReadPlan(Path(place.folder), r.slots, place.aliases, place.model, listed=listed) for r in readers]
 
 
-def _resumed(place: _Place, readers: Sequence[Reader], said: list[str]) -> list[_Source]:
+def _resumed(place: _Location, readers: Sequence[LoadTarget], said: list[str]) -> list[_ReadPlan]:
     """For each average the saved one with its schedule; those that are left over follow each other in order."""
     meta, path = place.meta, Path(place.folder)
     saved, labels = meta["schedules"], _labels(meta)
@@ -259,19 +259,19 @@ def _resumed(place: _Place, readers: Sequence[Reader], said: list[str]) -> list[
         k = next(left) if match is None else match
         if match is None:
             said.append(
-                f"{path} was averaged with {from_spec(saved[k])!r}; this EMA goes on with {from_spec(reader.spec)!r}."
+                f"{path} was averaged with {from_dict(saved[k])!r}; this EMA goes on with {from_dict(reader.spec)!r}."
             )
         inside = f"averages/{labels[k - 1]}" if k else ""
         own = (meta["averages"][labels[k - 1]] if k else meta)["own_buffers"]
         listed = {Path(name).name: said for name, said in meta["files"].items() if os.path.dirname(name) == inside}
         model = format.INDEX if len(listed) > 1 else "model.safetensors"
         whole = meta["weights"] == "all" and not k
-        sources.append(_Source(path / inside, reader.slots, place.aliases, model, whole, own, listed))
+        sources.append(_ReadPlan(path / inside, reader.slots, place.aliases, model, whole, own, listed))
     return sources
 
 
 @dataclass
-class _Report:
+class _Differences:
     """How one folder and the model differ."""
 
     missing: list[str] = field(default_factory=list)
@@ -296,18 +296,18 @@ class _Report:
         return bool(self.reshaped or self.of_another_kind)
 
 
-class Found:
+class OpenCheckpoint:
     """What `look` found, every file open. clock: None if an average starts from it without one."""
 
-    def __init__(self, place: _Place, readers: Sequence[Reader]) -> None:
+    def __init__(self, place: _Location, readers: Sequence[LoadTarget]) -> None:
         self.warnings: list[str] = []
         self.clock = place.meta["clock"] if place.meta.get("kind") == "ema" else None
         self._place = place
         resumed = self.clock is not None
         self._sources = _resumed(place, readers, self.warnings) if resumed else _started(place, readers)
         self._chosen: list[dict[str, _Weight]] = []  # for each source, by the model's names
-        self._reports: list[_Report] = []
-        self._open: dict[Path, File] = {}
+        self._reports: list[_Differences] = []
+        self._open: dict[Path, OpenFile] = {}
 
     def close(self) -> None:
         while self._open:
@@ -322,14 +322,14 @@ class Found:
             self._reports.append(report)
         return digest([vars(report) for report in self._reports])
 
-    def _table(self, source: _Source) -> dict[str, _Weight]:
+    def _table(self, source: _ReadPlan) -> dict[str, _Weight]:
         """Every weight of a folder, under its name and all aliases."""
         where = source.folder / source.model
         weights = None if source.model.endswith(".safetensors") else format.read_index(source.folder, source.model)
         paths = {name: source.folder / name for name in sorted(set(weights.values() if weights else [source.model]))}
         for path in paths.values():
             if path not in self._open:
-                self._open[path] = File(path)
+                self._open[path] = OpenFile(path)
         files = {name: self._open[path] for name, path in paths.items()}
         if weights is not None:
             format.refuse_other_index(where, weights, {name: file.header for name, file in files.items()})
@@ -393,23 +393,23 @@ class Found:
         shadows hold a mixture."""
         own: list[dict[str, Tensor]] = []
         work = list(zip(self._sources, self._chosen, strict=True))
-        ranks.attempt("load", lambda: own.extend(_fill(*each) for each in work))
+        ranks.run_on_all("load", lambda: own.extend(_fill(*each) for each in work))
         return own
 
 
 @contextmanager
-def look(
-    ranks: Ranks, path: str | os.PathLike[str], readers: Sequence[Reader], *, strict: bool, verify: bool
-) -> Iterator[Found]:
+def open_checkpoint(
+    ranks: Ranks, path: str | os.PathLike[str], readers: Sequence[LoadTarget], *, strict: bool, verify: bool
+) -> Iterator[OpenCheckpoint]:
     """Check a saved form against the averages that are to be filled, and change nothing. *Collective*.
 
     *Cost*: headers on every rank; with verify each rank reads its part of every file.
     """
-    place = _Place(*ranks.decide("load", lambda: _place(Path(path))))
+    place = _Location(*ranks.run_on_first("load", lambda: _place(Path(path))))
     with ExitStack() as stack:
-        found = Found(place, readers)
+        found = OpenCheckpoint(place, readers)
         stack.callback(found.close)
-        _, (files, options) = ranks.attempt("load", lambda: (found.open(), [strict, verify]), combine=_alike)
+        _, (files, options) = ranks.run_on_all("load", lambda: (found.open(), [strict, verify]), combine=_alike)
         if not options:
             raise ValueError("ema.load(): strict and verify must be alike on all ranks.")
         if not files:
@@ -418,7 +418,7 @@ def look(
             )
         found.judge(strict)
         if verify and place.listed:
-            _, sums = ranks.attempt("load", lambda: found.contributions(ranks), combine=_together)
+            _, sums = ranks.run_on_all("load", lambda: found.contributions(ranks), combine=_together)
             found.refuse_damaged(sums)
         yield found
 
@@ -437,7 +437,7 @@ def _together(said: list[dict[str, int]]) -> dict[str, int]:
     return sums
 
 
-def _refuse_unlisted(folder: Path, files: dict[str, format.File], listed: dict[str, Any]) -> None:
+def _refuse_unlisted(folder: Path, files: dict[str, format.SafetensorsFile], listed: dict[str, Any]) -> None:
     """The files of the model are those that were summed, and as long."""
     odd = sorted(files.keys() ^ listed.keys())
     if odd:
@@ -461,15 +461,15 @@ def _with_aliases(where: Path, table: dict[str, Any], aliases: Aliases) -> dict[
     return table
 
 
-def _compare(source: _Source, table: dict[str, _Weight]) -> tuple[dict[str, _Weight], _Report]:
+def _compare(source: _ReadPlan, table: dict[str, _Weight]) -> tuple[dict[str, _Weight], _Differences]:
     """The weights under the model's names, and every difference."""
-    chosen, report = {}, _Report()
+    chosen, report = {}, _Differences()
     known = {name for slot in source.slots for name in (slot.name, *slot.shard.aliases)}
     report.unexpected += sorted(name for name in table if name not in known)
     asked = {slot.name for slot in source.asked}
     for slot in source.slots:
         held = list(dict.fromkeys(table[name] for name in (slot.name, *slot.shard.aliases) if name in table))
-        if slot.name not in asked and (slot.twin is None or not held):
+        if slot.name not in asked and (slot.teacher_copy is None or not held):
             continue  # what a teacher holds beside the average is taken where it is
         if not held:
             report.missing.append(slot.name)
@@ -490,11 +490,11 @@ def _converts(there: torch.dtype, here: torch.dtype) -> bool:
     return there.is_floating_point or not here.is_floating_point
 
 
-def _refuse_untied(slot: Slot, held: Sequence[_Weight]) -> None:
+def _refuse_untied(slot: ParamState, held: Sequence[_Weight]) -> None:
     """One weight here, several in the file: they must be the same, or reading one would lose the others."""
     first, *others = held
     for other in others:
-        pairs = zip(_blocks(slot, slot.own, first), _blocks(slot, slot.own, other), strict=True)
+        pairs = zip(_blocks(slot, slot.averaged_region, first), _blocks(slot, slot.averaged_region, other), strict=True)
         same = first.entry.shape == other.entry.shape and first.dtype == other.dtype
         if not same or not all(
             torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8)) for a, b in pairs
@@ -504,28 +504,28 @@ def _refuse_untied(slot: Slot, held: Sequence[_Weight]) -> None:
             )
 
 
-def _blocks(slot: Slot, region: Region, weight: _Weight) -> Iterator[Tensor]:
-    for box, _ in pieces(slot.shard, region, slot.part(region)):
+def _blocks(slot: ParamState, region: Region, weight: _Weight) -> Iterator[Tensor]:
+    for box, _ in boxes_with_data(slot.shard, region, slot.local_view(region)):
         yield from (data for _, data in weight.file.read(weight.name, box))
 
 
-def _fill(source: _Source, chosen: dict[str, _Weight]) -> dict[str, Tensor]:
+def _fill(source: _ReadPlan, chosen: dict[str, _Weight]) -> dict[str, Tensor]:
     own = {}
     for slot in source.slots:
         weight = chosen.get(slot.name)
         if slot.shadow is not None:
-            slot.shadow.copy_(slot.live) if weight is None else _read(slot, slot.own, slot.shadow, weight)
-        if slot.twin is not None and weight is not None:
-            _read(slot, slot.shard.held, slot.twin, weight)
+            slot.shadow.copy_(slot.live) if weight is None else _read(slot, slot.averaged_region, slot.shadow, weight)
+        if slot.teacher_copy is not None and weight is not None:
+            _read(slot, slot.shard.local_region, slot.teacher_copy, weight)
         if slot.name in source.own_buffers and weight is not None:
             own[slot.name] = slot.local.clone()
-            _read(slot, slot.shard.held, own[slot.name], weight)
+            _read(slot, slot.shard.local_region, own[slot.name], weight)
     return own
 
 
-def _read(slot: Slot, region: Region, data: Tensor, weight: _Weight) -> None:
+def _read(slot: ParamState, region: Region, data: Tensor, weight: _Weight) -> None:
     """Fill `data` [region.numel] with the region's elements, in its dtype."""
-    for box, view in pieces(slot.shard, region, data):
+    for box, view in boxes_with_data(slot.shard, region, data):
         for block, values in weight.file.read(weight.name, box):
             view[block.within(box)].copy_(values)
 
@@ -553,7 +553,7 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return _with_aliases(where, weights, place.aliases)
 
 
-def _mapped(path: Path, file: format.File) -> Iterable[tuple[str, Tensor]]:
+def _mapped(path: Path, file: format.SafetensorsFile) -> Iterable[tuple[str, Tensor]]:
     """Every weight of the file as pages of it."""
     pages = np.memmap(path, np.uint8, "c")
     if len(pages) != file.size:

@@ -34,7 +34,7 @@ __all__ = [
     "Schedule",
     "Uniform",
     "Warmup",
-    "from_spec",
+    "from_dict",
     "gamma_of",
     "schedule",
 ]
@@ -58,7 +58,7 @@ class Schedule(ABC):
         """The first move forgets the start, so until one update was accepted every move must copy."""
         return self.origin == "start" and self(1.0, 1.0) == 0.0
 
-    def spec(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values to rebuild it from: `from_spec(s.spec()) == s`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {"name": type(self).__name__} | {key: value for key, value in values.items() if value is not None}
@@ -233,7 +233,7 @@ def schedule(decay: float | Schedule) -> Schedule:
     return Constant(float(decay))
 
 
-def from_spec(spec: dict[str, Any]) -> Schedule:
+def from_dict(spec: dict[str, Any]) -> Schedule:
     """The schedule that `Schedule.spec` described."""
     every = [kind for kind in (*Schedule.__subclasses__(), *_PerStep.__subclasses__()) if kind is not _PerStep]
     kinds: dict[str, type[Schedule]] = {kind.__name__: kind for kind in every}

@@ -45,25 +45,25 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
-    "Found",
     "Model",
+    "ModelShards",
     "Parameters",
     "Region",
     "Shard",
-    "bare",
     "before_state_dict",
     "blocker",
     "canonical",
     "entrances",
-    "find",
+    "find_shards",
     "frozen_by_inductor",
     "module_of",
-    "refit",
+    "redescribe",
     "register",
     "registered",
     "replaced",
     "reshard",
     "side_store",
+    "unwrapped",
 ]
 
 Kind = Literal["trainable", "frozen", "buffer"]
@@ -105,31 +105,31 @@ class Shard:
     shape: tuple[int, ...]  # of the full weight, row-major
     tensor: Tensor  # the Parameter (or buffer) that the model registers
     place: tuple[nn.Module, str]  # where it is registered
-    held: Region  # in storage order
-    raw: Callable[[], Tensor]  # the tensor whose storage holds the elements, read afresh
-    first: int = 0  # where `held` begins in raw, in elements
+    local_region: Region  # in storage order
+    local_tensor: Callable[[], Tensor]  # the tensor whose storage holds the elements, read afresh
+    storage_offset: int = 0  # where `held` begins in raw, in elements
     order: tuple[int, ...] | None = None  # [Note: storage order]; None: row-major
     replicas: tuple[dist.ProcessGroup, ...] = ()  # groups that hold `held` too, outermost first
     flat: bool = False  # cut with its neighbours as one flat sequence over its replicas
-    together: tuple[int, ...] = ()  # global ranks that hold one copy of the weight together; (): each its own
+    owner_ranks: tuple[int, ...] = ()  # global ranks that hold one copy of the weight together; (): each its own
     dense: bool = True  # False: strided or expanded, so `read` gives a copy and nothing can be averaged in place
-    always: bool = False  # averaged whether or not it needs a gradient now
-    primary: bool = True  # of several such copies, the one that files are written from
+    average_frozen: bool = False  # averaged whether or not it needs a gradient now
+    is_writer: bool = True  # of several such copies, the one that files are written from
     persistent: bool = True  # part of state_dict()
     aliases: list[str] = field(default_factory=list)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.raw().dtype
+        return self.local_tensor().dtype
 
     @property
     def trainable(self) -> bool:
-        return self.kind != "buffer" and (self.always or self.tensor.requires_grad)
+        return self.kind != "buffer" and (self.average_frozen or self.tensor.requires_grad)
 
     def read(self) -> Tensor:
         """The held elements. Shape [held.numel]. *Aliases* the model's storage, shares its version counter."""
-        raw = self.raw().detach()
-        return raw.as_strided((self.held.numel,), (1,), raw.storage_offset() + self.first)
+        raw = self.local_tensor().detach()
+        return raw.as_strided((self.local_region.numel,), (1,), raw.storage_offset() + self.storage_offset)
 
     def write(self, elements: Tensor) -> None:
         """Put `elements`, one per held element, into the model's storage, where `read` gives a copy too."""
@@ -162,7 +162,7 @@ class Shard:
 
 
 @dataclass
-class Found:
+class ModelShards:
     """Every weight and buffer of a model as this rank holds it, and the ranks that hold the model together."""
 
     shards: list[Shard]
@@ -183,7 +183,7 @@ class Parameters(nn.Module):
 
     def __init__(self, given: Iterable[Tensor] | Iterable[tuple[str, Tensor]], always: bool = False) -> None:
         super().__init__()
-        self.always = always
+        self.average_frozen = always
         if isinstance(given, (Tensor, str)) or not isinstance(given, Iterable):
             raise ValueError(f"{_TAKES}, got {type(given).__name__}.")
         self.nameless = False
@@ -230,7 +230,7 @@ def module_of(model: Model) -> nn.Module:
     return model if isinstance(model, nn.Module) else Parameters(model)
 
 
-def find(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> Found:
+def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> ModelShards:
     """Dissolve the wrappers of `model`. Names are canonical: no module., _orig_mod., _fsdp_wrapped_module. ...
 
     replicated: the ranks that hold the same plain parameters, where no DDP says so.
@@ -270,11 +270,11 @@ def find(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> Found
             shard.persistent = persistent
             seen[which] = shard
     shards = list(seen.values())
-    for shard in shards if isinstance(model, Parameters) and model.always else ():
-        shard.always = shard.dense and shard.dtype.itemsize > 1  # the others can be copied, but not averaged
+    for shard in shards if isinstance(model, Parameters) and model.average_frozen else ():
+        shard.average_frozen = shard.dense and shard.dtype.itemsize > 1  # the others can be copied, but not averaged
     members, group = _members([ddp for _, _, ddp in walk if ddp], shards, flats)
-    _choose_primaries(shards, members)
-    return Found(shards, members, group, sharded, unfilled)
+    _choose_writers(shards, members)
+    return ModelShards(shards, members, group, sharded, unfilled)
 
 
 def reshard(sharded: list[nn.Module]) -> None:
@@ -297,7 +297,7 @@ def blocker(sharded: list[nn.Module]) -> str | None:
     return None
 
 
-def bare(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Without DDP, DataParallel and torch.compile around it: a forward that is no collective of theirs. FSDP stays."""
     while isinstance(model, (DistributedDataParallel, DataParallel)) or (
         _is_compiled(model) and not isinstance(model, FSDPModule)
@@ -347,10 +347,16 @@ def register(shard: Shard, tensor: Tensor | None) -> None:
         shard.place[0]._buffers[shard.place[1]] = tensor
 
 
-def refit(shard: Shard) -> None:
+def redescribe(shard: Shard) -> None:
     """Describe what lies in a buffer's place now. Only for caches (in no state_dict), which may become any size."""
     now = _plain(shard.name, _registered(shard.name, shard.place), shard.place, None)
-    shard.shape, shard.held, shard.order, shard.raw, shard.dense = now.shape, now.held, now.order, now.raw, now.dense
+    shard.shape, shard.local_region, shard.order, shard.local_tensor, shard.dense = (
+        now.shape,
+        now.local_region,
+        now.order,
+        now.local_tensor,
+        now.dense,
+    )
 
 
 def side_store(prefix: str) -> dist.Store:
@@ -436,7 +442,7 @@ def _plain(name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: _Replic
     shard = Shard(name, kind, tuple(tensor.shape), tensor, place, whole, raw, 0, order, dense=dense)
     if ddp:
         shard.replicas, shard.flat = (ddp.group,), True
-        shard.together = tuple(dist.get_process_group_ranks(ddp.group))
+        shard.owner_ranks = tuple(dist.get_process_group_ranks(ddp.group))
     return shard
 
 
@@ -486,7 +492,7 @@ def _dtensor(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module, str
     if kind != "buffer":
         shard.replicas = tuple(mesh.get_group(i) for i, p in enumerate(placements) if p.is_replicate())
     if shards or kind != "buffer":
-        shard.together = tuple(mesh.mesh.flatten().tolist())
+        shard.owner_ranks = tuple(mesh.mesh.flatten().tolist())
     return shard
 
 
@@ -558,7 +564,7 @@ class _FlatSlice:
         raw = partial(_local_shard, flat)
         shard = Shard(name, kind, shape, tensor, place, held, raw, info.offset_in_shard or 0, order)
         shard.replicas, shard.flat = () if outer is None else (outer,), not sharded
-        shard.together = self.ranks
+        shard.owner_ranks = self.ranks
         return shard
 
 
@@ -619,9 +625,9 @@ def _fsdp1_members(owner: FullyShardedDataParallel) -> tuple[list[int], dist.Pro
     return sorted(rank for ranks in everyone for rank in ranks), None
 
 
-def _choose_primaries(shards: list[Shard], members: list[int]) -> None:
+def _choose_writers(shards: list[Shard], members: list[int]) -> None:
     """Mark which copy of a weight is written where the ranks hold copies that nobody calls replicas: buffers, weights
     outside every wrapper or that DDP ignores, and weights on a part of the mesh."""
     mine = dist.get_rank() if dist.is_initialized() else 0
     for shard in shards:
-        shard.primary = members[0] in shard.together if shard.together else members[0] == mine
+        shard.is_writer = members[0] in shard.owner_ranks if shard.owner_ranks else members[0] == mine

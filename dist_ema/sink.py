@@ -27,7 +27,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 class Model:
     """What to write: the laid-out files by name, other files beside them, and ema.json (its `files` is filled in)."""
 
-    files: dict[str, format.File]
+    files: dict[str, format.SafetensorsFile]
     index: str | None = None  # the index's name, where there are several files
     beside: Mapping[str, bytes | Path] = field(default_factory=dict)  # name -> content, or a file to copy
     meta: Mapping[str, Any] | None = None
@@ -117,7 +117,7 @@ def write(
 
 
 def _write_file(
-    path: Path, file: format.File, content: Callable[[str], Iterable[Bytes]], tick: Callable[[int], None]
+    path: Path, file: format.SafetensorsFile, content: Callable[[str], Iterable[Bytes]], tick: Callable[[int], None]
 ) -> dict[str, Any]:
     """Returns its line in ema.json: size and sums."""
     crc, sha, at = zlib.crc32(file.head), hashlib.sha256(file.head), len(file.head)

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import commit, distcp, format
 from .elements import Bytes
-from .schedule import from_spec
+from .schedule import from_dict
 
 __all__ = [
     "WINDOW",
@@ -148,7 +148,7 @@ def _specs(meta: Mapping[str, Any] | None, known: list[str]) -> list[Any]:
 def _names(spec: Any) -> tuple[str, str]:
     """`Power` and `Power(sigma_rel=0.1, gamma=None, origin='start')`"""
     try:
-        return str(spec["name"]), repr(from_spec(spec))
+        return str(spec["name"]), repr(from_dict(spec))
     except (AttributeError, KeyError, TypeError, ValueError):
         return "", ""
 
@@ -204,7 +204,7 @@ class Safetensors:
         self._known = set[str]()
         self._open: dict[str, int] = {}
 
-    def _further(self) -> dict[str, format.File]:
+    def _further(self) -> dict[str, format.SafetensorsFile]:
         """The files under averages/LABEL. Raises ValueError where buffers of the first average would be taken for its own."""
         assert self.meta is not None, "only ema.json knows labels"
         foreign = sorted(_own_buffers(self.meta) - _own_buffers(self.meta["averages"][self.label]))
@@ -273,7 +273,7 @@ class Checked:
         self._told = _listed(model.path) if isinstance(model, Safetensors) else None
         self._summed = model if isinstance(model, Safetensors) and self._told is not None else None
         files = self._summed.files if self._summed else {}
-        self._sums = {name: format.Sum(file.size) for name, file in files.items()}
+        self._sums = {name: format.RangeSum(file.size) for name, file in files.items()}
         self._seen: dict[tuple[str, str], int] = {}  # (file, weight) -> how many of its bytes were summed
 
     def read(self, name: str, begin: int, end: int) -> Bytes:
@@ -301,7 +301,7 @@ class Checked:
                     where = model.path / name if model.path.is_dir() else model.path
                     raise ValueError(f"{where} is damaged: its CRC-32 is {found}, {format.META} says {told}.")
 
-    def _unseen(self, name: str, file: format.File) -> Iterator[tuple[int, int]]:
+    def _unseen(self, name: str, file: format.SafetensorsFile) -> Iterator[tuple[int, int]]:
         """The byte ranges of a file that nobody asked for, in windows."""
         spans = [(0, len(file.head))]
         spans += [

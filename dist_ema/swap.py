@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 
 from .kernels import SCRATCH
-from .layout import Slot, stages
+from .layout import ParamState, replica_broadcasts
 from .shards import register, registered
 from .wire import broadcast
 
-__all__ = ["Loan", "spread"]
+__all__ = ["WeightSwap", "broadcast_to_replicas"]
 
 
-class Loan:
+class WeightSwap:
     """What is lent, and how to undo it. `lend` and `take_back` are local; `spread` makes the replicas whole."""
 
-    def __init__(self, slots: Sequence[Slot], own_buffers: dict[str, Tensor]) -> None:
+    def __init__(self, slots: Sequence[ParamState], own_buffers: dict[str, Tensor]) -> None:
         self._buffers = [slot for slot in slots if slot.shard.kind == "buffer"]
         self._weights = [slot for slot in slots if slot.shadow is not None and slot.shard.kind != "buffer"]
         self._own = own_buffers
         self._aside: dict[int, Tensor] = {}
         self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._done: list[Slot] = []
-        self._kept: list[tuple[Slot, Tensor, Tensor | None]] = []
-        self._lent: list[tuple[Slot, Tensor]] = []
+        self._done: list[ParamState] = []
+        self._kept: list[tuple[ParamState, Tensor, Tensor | None]] = []
+        self._lent: list[tuple[ParamState, Tensor]] = []
 
-    def lend(self) -> None:
+    def apply(self) -> None:
         """Write the average into the live weights. If it fails half way, `take_back` undoes what was done."""
         self._kept = [(slot, slot.local.clone(), registered(slot.shard)) for slot in self._buffers]
         for slot in self._weights:
@@ -53,7 +53,7 @@ class Loan:
         now = {slot.name: slot.shard.read().clone() for slot, _ in self._lent}  # perhaps another tensor by now
         return now, [slot.name for slot, lent in self._lent if not _same_bits(now[slot.name], lent)]
 
-    def take_back(self) -> None:
+    def restore(self) -> None:
         """Restore live weights and buffers and the shadows, bit for bit."""
         while self._done:
             self._restore(self._done.pop())
@@ -62,7 +62,7 @@ class Loan:
             slot.shard.write(kept)
         torch.clear_autocast_cache()
 
-    def _put(self, slot: Slot) -> None:
+    def _put(self, slot: ParamState) -> None:
         live, shadow = slot.live, slot.shadow
         assert shadow is not None
         if (live.dtype, live.device) == (shadow.dtype, shadow.device):
@@ -71,7 +71,7 @@ class Loan:
             self._aside[id(slot)] = live.clone()
             live.copy_(shadow)
 
-    def _restore(self, slot: Slot) -> None:
+    def _restore(self, slot: ParamState) -> None:
         if id(slot) in self._aside:
             slot.live.copy_(self._aside.pop(id(slot)))
         else:
@@ -88,10 +88,10 @@ class Loan:
             b.copy_(held)
 
 
-def spread(slots: Sequence[Slot], split: bool) -> None:
+def broadcast_to_replicas(slots: Sequence[ParamState], split: bool) -> None:
     """Broadcast every rank's own part to the ranks that hold it too. *Collective*. Nothing to do if nothing is split."""
     if split:
-        for group, source, views in stages(slot for slot in slots if slot.shadow is not None):
+        for group, source, views in replica_broadcasts(slot for slot in slots if slot.shadow is not None):
             broadcast(views, source, group)
 
 

@@ -36,7 +36,7 @@ class Teacher:
     def __init__(self, model: shards.Model, announce: Callable[[], None]) -> None:
         """announce: called before anybody reads the teacher; a bound method, whose owner is not kept alive."""
         self.module = shards.module_of(model)
-        found = shards.find(self.module)
+        found = shards.find_shards(self.module)
         self.sharded = found.sharded
         self._shards = {name: shard for shard in found.shards for name in (shard.name, *shard.aliases)}
         self._given: dict[str, Shard] = {}  # by the model's names: what the EMA writes
@@ -78,13 +78,13 @@ class Teacher:
     def memory(self, name: str) -> Tensor:
         """The elements as they lie there now. Shape [held.numel]. *Aliases* the teacher."""
         mine = self._given[name]
-        self._seen[name] = mine.raw().data_ptr()
+        self._seen[name] = mine.local_tensor().data_ptr()
         return mine.read()
 
     @property
     def moved(self) -> list[str]:
         """What lies elsewhere than `memory` last said ([Note: stale records] in layout)."""
-        return [name for name, mine in self._given.items() if mine.raw().data_ptr() != self._seen[name]]
+        return [name for name, mine in self._given.items() if mine.local_tensor().data_ptr() != self._seen[name]]
 
     @property
     def replaced(self) -> list[str]:
@@ -107,7 +107,7 @@ class Teacher:
         name = shard.name
         if mine.shape != shard.shape:
             raise ValueError(f"{name} is {shard.shape} in the model and {mine.shape} in the teacher.")
-        if (mine.held, mine.order) != (shard.held, shard.order):
+        if (mine.local_region, mine.order) != (shard.local_region, shard.order):
             raise ValueError(
                 f"{name}: this rank holds {_where(shard)} in the model and {_where(mine)} in the teacher. Wrap both the same "
                 "way, on the same mesh, in the same memory format; beside a DDP model leave the teacher plain."
@@ -124,12 +124,12 @@ class Teacher:
         odd += [other for other, given in self._given.items() if given is mine and other != name]
         if odd:
             raise ValueError(f"{name} and {odd[0]} are tied in one of the model and the teacher, and not in the other.")
-        if shard.trainable and mine.read().data_ptr() == shard.read().data_ptr() and shard.held.numel:
+        if shard.trainable and mine.read().data_ptr() == shard.read().data_ptr() and shard.local_region.numel:
             raise ValueError(f"{name} is one weight in the model and the teacher: give into= a copy.")
 
 
 def _where(shard: Shard) -> str:
-    held = shard.held
+    held = shard.local_region
     order = "" if shard.order is None else f", dimensions in the order {shard.order},"
     return f"elements {held.begin}:{held.end} of the block {held.sizes} at {held.offsets}{order}"
 

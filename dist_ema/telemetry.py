@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .kernels import SCRATCH
-from .layout import Slot
+from .layout import ParamState
 from .ranks import digest
 
 __all__ = ["compare", "measure"]
@@ -26,17 +26,17 @@ __all__ = ["compare", "measure"]
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of a real number
 
 
-def measure(slots: Sequence[Slot], started: bool, split: bool, ranks: int) -> dict[str, Any]:
+def measure(slots: Sequence[ParamState], started: bool, split: bool, ranks: int) -> dict[str, Any]:
     """What this rank knows (JSON), for `compare`. slots: those that are averaged. Waits for the device.
 
     started: before that the average is live, whatever the shadows hold.
 
     *Cost*: one read of live and shadow, and of the shadows that are copies another; temporaries of 8 MB.
     """
-    kinds: dict[str, list[Slot]] = {}
+    kinds: dict[str, list[ParamState]] = {}
     for slot in slots:
         if slot.shard.kind != "buffer" and _copied(slot, split, ranks):
-            kinds.setdefault(f"{len(slot.shard.replicas)}/{len(slot.shard.together)}", []).append(slot)
+            kinds.setdefault(f"{len(slot.shard.replicas)}/{len(slot.shard.owner_ranks)}", []).append(slot)
     squares = _squares(slots) if started else [0.0, 0.0]
     return {"squares": squares, "copies": {kind: _summary(mine) for kind, mine in kinds.items()}}
 
@@ -53,18 +53,18 @@ def compare(said: Sequence[dict[str, Any]]) -> tuple[float, bool]:
     return distance, agree
 
 
-def _copied(slot: Slot, split: bool, ranks: int) -> bool:
+def _copied(slot: ParamState, split: bool, ranks: int) -> bool:
     """Several ranks average the same elements. Decided by what all ranks know alike."""
-    return bool(slot.shard.replicas and not split) or len(slot.shard.together) < ranks > 1
+    return bool(slot.shard.replicas and not split) or len(slot.shard.owner_ranks) < ranks > 1
 
 
 # --- distance ----------------------------------------------------------------------------------------------------
 
 
-def _squares(slots: Sequence[Slot]) -> list[float]:
+def _squares(slots: Sequence[ParamState]) -> list[float]:
     """[|live - shadow|^2, |live|^2] over what this rank answers for, in float64."""
     sums: dict[torch.device, Tensor] = {}
-    for live, shadow in _batches([(slot.part(slot.duty), slot.average) for slot in slots]):
+    for live, shadow in _batches([(slot.local_view(slot.saved_region), slot.average) for slot in slots]):
         home = torch.device("cpu") if shadow.device.type == "mps" else shadow.device  # which has no float64
         wide = live.to(home).to(torch.float64)  # perhaps live itself: nothing is done in place
         total = sums.setdefault(home, torch.zeros(2, dtype=torch.float64, device=home))
@@ -101,9 +101,12 @@ def _join(column: Sequence[Tensor]) -> Tensor:
 # --- [Note: copies] ----------------------------------------------------------------------------------------------
 
 
-def _summary(slots: Sequence[Slot]) -> list[int]:
+def _summary(slots: Sequence[ParamState]) -> list[int]:
     """Check sums of which elements these are, and of the bits of their shadows."""
-    where = [[slot.name, *slot.own.offsets, slot.own.begin, slot.own.end] for slot in slots]
+    where = [
+        [slot.name, *slot.averaged_region.offsets, slot.averaged_region.begin, slot.averaged_region.end]
+        for slot in slots
+    ]
     return [digest(where), _bits([slot.shadow for slot in slots if slot.shadow is not None])]
 
 

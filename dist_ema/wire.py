@@ -21,12 +21,12 @@ from torch import Tensor
 
 from .ranks import Ranks, wire_device
 
-__all__ = ["Line", "LineError", "Part", "broadcast", "collect", "stream"]
+__all__ = ["Block", "FileTransferError", "FileTransferGroup", "broadcast", "stream", "stream_to_writers"]
 
 WINDOW = 4 << 20  # bytes that one broadcast moves
 STREAM = 16 << 20  # bytes that one send moves
 CPU = torch.device("cpu")
-Part = tuple[int, tuple[int, ...], Tensor]  # number of the weight, offsets of the block in it, the block
+Block = tuple[int, tuple[int, ...], Tensor]  # number of the weight, offsets of the block in it, the block
 
 
 def broadcast(pieces: list[Tensor], source: int, group: dist.ProcessGroup) -> None:
@@ -71,7 +71,7 @@ def stream(
     ranks: Ranks,
     dtypes: Sequence[torch.dtype],
     dims: Sequence[int],
-    mine: Sequence[Part],
+    mine: Sequence[Block],
     sink: Sink,
     everywhere: bool = False,
 ) -> None:
@@ -99,7 +99,7 @@ def stream(
                 sink(*part)
 
 
-class Line:
+class FileTransferGroup:
     """A process group for files alone ([Note: turns]). *Collective*.
 
     NOTE: its methods, not `torch.distributed.send`: they still work after the program has called destroy_process_group(),
@@ -120,7 +120,7 @@ class Line:
             self._group.recv([data], self._places[source], 0).wait(self._patience)
 
 
-class LineError(RuntimeError):
+class FileTransferError(RuntimeError):
     """The other end is gone, or hangs."""
 
 
@@ -129,16 +129,16 @@ def _naming() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LineError(str(error)) from error
+        raise FileTransferError(str(error)) from error
 
 
-def collect(
+def stream_to_writers(
     ranks: Ranks,
-    line: Line,
+    line: FileTransferGroup,
     verb: str,
     dtypes: Sequence[torch.dtype],
     dims: Sequence[int],
-    mine: Sequence[Part],
+    mine: Sequence[Block],
     sink: Sink,
 ) -> None:
     """`stream` to the first rank, over `line` and in turns: what fails there is raised on all. *Collective*.
@@ -154,11 +154,11 @@ def collect(
                 return _pour(mine, sink)
             try:
                 _pour(_receive(lambda data: line.receive(data, source), dtypes, dims, CPU), sink)
-            except LineError as error:
+            except FileTransferError as error:
                 raise RuntimeError(f"rank {ranks.members[source]} broke off what it was sending: {error}") from error
 
         try:
-            ranks.decide(verb, turn)
+            ranks.run_on_first(verb, turn)
         except RuntimeError as refused:
             raise refused from broken
         if ranks.rank == source + 1:
@@ -168,7 +168,7 @@ def collect(
                 broken = error
 
 
-def _pour(parts: Iterable[Part], sink: Sink) -> None:
+def _pour(parts: Iterable[Block], sink: Sink) -> None:
     """Hand parts to `sink`. After an error the others are taken and dropped: their sender must get rid of them."""
     failed = None
     for part in parts:
@@ -181,7 +181,7 @@ def _pour(parts: Iterable[Part], sink: Sink) -> None:
         raise failed
 
 
-def _bounded(parts: Iterable[Part]) -> Iterator[Part]:
+def _bounded(parts: Iterable[Block]) -> Iterator[Block]:
     """The same elements in parts of at most one window: a long block goes in slices of its first dimension."""
     for number, offsets, data in parts:
         if data.nbytes <= STREAM:
@@ -193,7 +193,7 @@ def _bounded(parts: Iterable[Part]) -> Iterator[Part]:
             yield from _bounded([(number, (*offsets[:dim], offsets[dim] + start, *offsets[dim + 1 :]), piece)])
 
 
-def _send(parts: Iterable[Part], out: Callable[[Tensor], None], wire: torch.device) -> None:
+def _send(parts: Iterable[Block], out: Callable[[Tensor], None], wire: torch.device) -> None:
     mine = list(_bounded(parts))
     table = [n for number, offsets, data in mine for n in (number, *offsets, *data.shape)]
     out(torch.tensor([len(mine), len(table)]).to(wire))
@@ -209,7 +209,7 @@ def _send(parts: Iterable[Part], out: Callable[[Tensor], None], wire: torch.devi
 
 def _receive(
     take: Callable[[Tensor], None], dtypes: Sequence[torch.dtype], dims: Sequence[int], wire: torch.device
-) -> Iterator[Part]:
+) -> Iterator[Block]:
     head = torch.empty(2, dtype=torch.int64, device=wire)
     take(head)
     count, length = head.tolist()

@@ -418,7 +418,7 @@ def snapshot(model: nn.Module) -> list[Tensor]:
     """Bit copies of everything that the shards of `model` hold here, in its storage."""
     from dist_ema import shards
 
-    return [shard.read().clone() for shard in shards.find(model).shards]
+    return [shard.read().clone() for shard in shards.find_shards(model).shards]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -183,7 +183,7 @@ def test_all_differences_at_once(ema: EMA, tmp_path: Path) -> None:
     del other.gate
     other.forward = lambda x: x
     target = EMA(other, 0.5)
-    before = [slot.shadow.clone() for slot in target._average.profiles[0].averages]
+    before = [slot.shadow.clone() for slot in target._averaged_weights.averages[0].averaged]
     with pytest.raises(ValueError, match="disagree on 7 weights") as error:
         target.load(tmp_path / "a")
     for words in (
@@ -193,7 +193,8 @@ def test_all_differences_at_once(ema: EMA, tmp_path: Path) -> None:
     ):
         assert words in str(error.value)
     assert all(
-        torch.equal(a, slot.shadow) for a, slot in zip(before, target._average.profiles[0].averages, strict=True)
+        torch.equal(a, slot.shadow)
+        for a, slot in zip(before, target._averaged_weights.averages[0].averaged, strict=True)
     )
 
 
@@ -269,17 +270,17 @@ def test_nothing_is_ever_pickled() -> None:
 def small_windows() -> Iterator[list[int]]:
     """Streams move 24 bytes at a time inside; yields how many bytes each send of weights had."""
     sent: list[int] = []
-    real, window = wire.Line.send, wire.STREAM
+    real, window = wire.FileTransferGroup.send, wire.STREAM
 
-    def send(self: wire.Line, data: Tensor, to: int) -> None:
+    def send(self: wire.FileTransferGroup, data: Tensor, to: int) -> None:
         sent.extend([data.nbytes] if data.dtype == torch.uint8 else [])
         real(self, data, to)
 
-    wire.Line.send, wire.STREAM = send, 24  # type: ignore[method-assign]
+    wire.FileTransferGroup.send, wire.STREAM = send, 24  # type: ignore[method-assign]
     try:
         yield sent
     finally:
-        wire.Line.send, wire.STREAM = real, window  # type: ignore[method-assign]
+        wire.FileTransferGroup.send, wire.STREAM = real, window  # type: ignore[method-assign]
 
 
 def direct_and_stream(folder: str) -> None:
@@ -346,7 +347,7 @@ def canonical(folder: str) -> None:
         for ema in averages:
             for number in (1, 2):
                 with torch.no_grad():
-                    for p in ema._average.model.parameters():
+                    for p in ema._averaged_weights.model.parameters():
                         if p.requires_grad:
                             p += number
                 ema.update()
@@ -497,10 +498,10 @@ def other_machines(folder: str) -> None:
     """What _machine says decides, unless a mode is given: two machines stream, two ranks of one write into place."""
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
     assert len(artifact._machine()) > 3
-    assert len(set(ema._ranks.exchange("test", artifact._machine()))) == 1
+    assert len(set(ema._ranks.all_gather_json("test", artifact._machine()))) == 1
     sent: list[int] = []
-    real = wire.Line.send
-    wire.Line.send = lambda *args: (sent.append(1), real(*args))[1]  # type: ignore[method-assign]
+    real = wire.FileTransferGroup.send
+    wire.FileTransferGroup.send = lambda *args: (sent.append(1), real(*args))[1]  # type: ignore[method-assign]
     for machine, mode, streams in ((0, None, False), (1, None, True), (1, "direct", False), (0, "stream", True)):
         artifact._machine = lambda apart=machine: f"host {apart * dist.get_rank()}"  # type: ignore[misc]
         sent.clear()

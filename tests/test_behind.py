@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA, artifact, format, load_file, wire
-from dist_ema.behind import Behind
+from dist_ema.behind import BackgroundTask
 from tests.kit import Core, Images, Training, raises, run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -35,17 +35,17 @@ class Held:
 
     def __init__(self) -> None:
         self._gate = threading.Event()
-        self._real = real = artifact._Writer.part
+        self._real = real = artifact._FileWriter.part
 
         def part(writer: Any, *args: Any) -> None:
             assert threading.current_thread() is not threading.main_thread()
             assert self._gate.wait(60), "nobody freed the thread"
             real(writer, *args)
 
-        artifact._Writer.part = part  # type: ignore[method-assign]
+        artifact._FileWriter.part = part  # type: ignore[method-assign]
 
     def free(self) -> None:
-        artifact._Writer.part = self._real  # type: ignore[method-assign]
+        artifact._FileWriter.part = self._real  # type: ignore[method-assign]
         self._gate.set()
 
     def free_soon(self) -> None:
@@ -55,7 +55,7 @@ class Held:
 def whole(folder: Path) -> bool:
     """Every file has the check sum that ema.json says."""
     for name, said in format.read_meta(folder)["files"].items():
-        total, data = format.Sum(said["size"]), (folder / name).read_bytes()
+        total, data = format.RangeSum(said["size"]), (folder / name).read_bytes()
         total.add(0, data)
         assert (len(data), format.check_sum(len(data), [total.contribution])) == (said["size"], said["crc32"])
     return True
@@ -170,7 +170,7 @@ def disk_full(folder: str) -> None:
             assert all(word in str(error) for word in words), error
             assert error.__cause__ is not None
             # Guards the draining in wire._pour: what rank 1 had to send, it could.
-            assert dist.get_rank() == 0 or not isinstance(error.__cause__.__cause__, wire.LineError)
+            assert dist.get_rank() == 0 or not isinstance(error.__cause__.__cause__, wire.FileTransferError)
         else:
             raise AssertionError("nothing was raised")
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -193,16 +193,16 @@ def line_breaks(folder: str) -> None:
     Guards `self._line = None` in artifact."""
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
     ema.save(f"{folder}/a", mode="stream")
-    assert ema._scribe is not None
-    line, send = ema._scribe._line, wire.Line.send
+    assert ema._writer is not None
+    line, send = ema._writer._line, wire.FileTransferGroup.send
     assert line is not None
     if dist.get_rank() == 0:
         line._patience = timedelta(seconds=1)
     else:
-        wire.Line.send = lambda *args: (time.sleep(3), send(*args))[1]  # type: ignore[method-assign]
+        wire.FileTransferGroup.send = lambda *args: (time.sleep(3), send(*args))[1]  # type: ignore[method-assign]
     with raises(RuntimeError, "rank 1 broke off what it was sending"):
         ema.save(f"{folder}/b", mode="stream")
-    wire.Line.send = send  # type: ignore[method-assign]
+    wire.FileTransferGroup.send = send  # type: ignore[method-assign]
     ema.save(f"{folder}/a", mode="stream")
     if dist.get_rank() == 0:
         assert os.listdir(folder) == ["a"]
@@ -220,7 +220,7 @@ def behind(folder: str) -> None:
     line_breaks(f"{folder}/d")
     plain = EMA(Core(), 0.5)  # nobody wrapped it: the first rank writes
     with torch.no_grad():
-        for p in plain._average.model.parameters():
+        for p in plain._averaged_weights.model.parameters():
             p.fill_(3)
     plain.update()
     want = plain.gather()
@@ -246,9 +246,9 @@ def dies(folder: str, victim: int, mode: Any, wait: bool) -> str:
             os.kill(os.getpid(), signal.SIGKILL)
 
         if mode == "direct" or victim == 0:
-            artifact._Writer.part = kill  # type: ignore[method-assign]
+            artifact._FileWriter.part = kill  # type: ignore[method-assign]
         else:
-            wire.Line.send = kill  # type: ignore[method-assign]
+            wire.FileTransferGroup.send = kill  # type: ignore[method-assign]
     ema.update()
     started = time.monotonic()
     try:
@@ -336,7 +336,7 @@ def test_the_end_of_the_program_waits(tmp_path: Path) -> None:
 
 def test_an_error_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     """And logged at once: there may be no next call."""
-    behind, done = Behind(), []
+    behind, done = BackgroundTask(), []
     assert behind.finish() == []
     behind.start("a", lambda: ["remark"])
     assert behind.finish() == ["remark"]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_ema.kernels import Pair, Plan
+from dist_ema.kernels import ShadowPair, UpdatePlan
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "launch" / "bench.py")
@@ -124,7 +124,7 @@ def test_compact_follows_the_oracle() -> None:
     target = torch.randn(n, generator=draws) * 0.02
     shadow, live, exact = start.clone(), start.float(), start.double()
     variance = torch.zeros_like(exact)
-    plan = Plan([Pair("w", [shadow], live, torch.arange)])
+    plan = UpdatePlan([ShadowPair("w", [shadow], live, torch.arange)])
     for update in range(updates):
         torch.lerp(start.float(), target, min(1.0, 4 * (update + 1) / updates), out=live)
         plan.run([1 - decay], update)

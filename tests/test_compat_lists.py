@@ -360,7 +360,7 @@ def test_diffusers_arguments() -> None:
     model = nn.Linear(3, 3)
     ema = diffusers.EMAModel(model, max_value=0.8, min_value=0.1, device="cpu")
     assert (ema.decay, ema.min_decay, ema.use_ema_warmup) == (0.8, 0.1, True)
-    assert isinstance(ema.average._average.engine, HostThread), "device= is where shadows are averaged"
+    assert isinstance(ema.average._averaged_weights.engine, HostThread), "device= is where shadows are averaged"
     move([model], 0)
     ema.step(model)
     ema.step(model.parameters())
@@ -1022,7 +1022,9 @@ def becomes_sharded() -> None:
         original.step(twin.parameters())
     full = [part.full_tensor() if hasattr(part, "full_tensor") else part for part in ema.shadow_params]
     assert near(full, original.shadow_params)
-    assert sum(slot.own.numel for slot in ema.average._average.slots) < sum(p.numel() for p in twin.parameters())
+    assert sum(slot.averaged_region.numel for slot in ema.average._averaged_weights.states) < sum(
+        p.numel() for p in twin.parameters()
+    )
     target = Net()
     ema.copy_to(target.parameters())
     assert near(target.parameters(), original.shadow_params)

@@ -24,7 +24,7 @@ from dist_ema import EMA, compiled, kernels
 from dist_ema.compiled import CHUNK, LIVE, SHADOW, Pass, Piece, ramps
 from dist_ema.engine import HostThread
 from dist_ema.executors import Worker
-from dist_ema.kernels import WORTH, Pair, Plan, noise
+from dist_ema.kernels import WORTH, ShadowPair, UpdatePlan, noise
 from tests.kit import draw
 
 needs_numba = pytest.mark.skipif(not compiled.available(), reason="numba is not installed")
@@ -40,21 +40,21 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def make(live: torch.dtype, shadow: torch.dtype, averages: int = 1, more: int = 0) -> list[Pair]:
+def make(live: torch.dtype, shadow: torch.dtype, averages: int = 1, more: int = 0) -> list[ShadowPair]:
     """Lengths around a vector and a chunk, at addresses that no vector is aligned to; always the same."""
     pairs = []
     for k, n in enumerate((1, 7, 64, 1000, CHUNK - 1, CHUNK + 17, more)):
         shadows = [draw(n + 1, shadow, 100 * k + i)[1:] for i in range(averages)]
-        pairs.append(Pair(f"w{k}", shadows, draw(n + 1, live, 50 + k)[1:], torch.arange))
+        pairs.append(ShadowPair(f"w{k}", shadows, draw(n + 1, live, 50 + k)[1:], torch.arange))
     return pairs
 
 
-def bits(pairs: list[Pair]) -> list[Tensor]:
+def bits(pairs: list[ShadowPair]) -> list[Tensor]:
     return [shadow.clone().contiguous().view(torch.uint8) for pair in pairs for shadow in pair.shadows]
 
 
-def moved(passes: bool, pairs: list[Pair], *runs: Any, **options: Any) -> list[Tensor]:
-    plan = Plan(pairs, 5, passes=passes)
+def moved(passes: bool, pairs: list[ShadowPair], *runs: Any, **options: Any) -> list[Tensor]:
+    plan = UpdatePlan(pairs, 5, passes=passes)
     assert bool(plan._passes) == passes
     assert not passes or not (plan._direct or plan._through or plan._rounded), "some pairs were not taken"
     for update, weights in enumerate(runs):
@@ -89,8 +89,8 @@ def test_every_number_of_16_bits(live: torch.dtype, shadow: torch.dtype) -> None
     for guard, weight in ((False, 0.25), (True, 0.25), (False, 1.0)):
         results = []
         for passes in (False, True):
-            pair = Pair("w", [draw(1 << 16, shadow, 1)], every, torch.arange)
-            Plan([pair], passes=passes).run([weight], 3, guard)
+            pair = ShadowPair("w", [draw(1 << 16, shadow, 1)], every, torch.arange)
+            UpdatePlan([pair], passes=passes).run([weight], 3, guard)
             results.append(pair.shadows[0])
         eager, got = results
         assert torch.equal(eager.isnan(), got.isnan())
@@ -101,12 +101,12 @@ def test_every_number_of_16_bits(live: torch.dtype, shadow: torch.dtype) -> None
 def test_rounding_of_every_shadow() -> None:
     """At weight 0 a compact shadow keeps its bits, whichever they are; towards a weight it moves as `noise` says."""
     every = torch.arange(1 << 16).to(torch.int16).view(BF16)
-    pair = Pair("w", [every.clone()], torch.zeros(1 << 16), torch.arange)
-    Plan([pair], passes=True).run([0.0], 1)
+    pair = ShadowPair("w", [every.clone()], torch.zeros(1 << 16), torch.arange)
+    UpdatePlan([pair], passes=True).run([0.0], 1)
     kept = every.isfinite() & (every != 0)  # 0 * inf is nan, and -0 + 0 is 0
     assert torch.equal(pair.shadows[0][kept].view(torch.int16), every[kept].view(torch.int16))
-    pair = Pair("w", [torch.zeros(1000, dtype=BF16)], draw(1000, F32, 3), torch.arange)
-    Plan([pair], seed=2, passes=True).run([1.0], 9)
+    pair = ShadowPair("w", [torch.zeros(1000, dtype=BF16)], draw(1000, F32, 3), torch.arange)
+    UpdatePlan([pair], seed=2, passes=True).run([1.0], 9)
     want = kernels.round_to_bfloat16(pair.live, noise(2, 9, "w", torch.arange(1000)))
     assert torch.equal(pair.shadows[0], want)
 
@@ -132,8 +132,8 @@ def test_element_numbers(name: str) -> None:
     """Noise is numbered by the element in the full weight, however its numbers run; too short runs are left to eager code."""
     n, results = 300_000, []
     for passes in (False, True):
-        pair = Pair("w", [draw(n, BF16, 1)], draw(n, F32, 2), NUMBERS[name])
-        plan = Plan([pair], 3, passes=passes)
+        pair = ShadowPair("w", [draw(n, BF16, 1)], draw(n, F32, 2), NUMBERS[name])
+        plan = UpdatePlan([pair], 3, passes=passes)
         assert bool(plan._passes) == (passes and name != "strange")
         plan.run([0.01], 4)
         results.append(pair.shadows[0])
@@ -176,10 +176,10 @@ def test_tasks() -> None:
 def test_neighbours_become_one_piece() -> None:
     """Pieces that touch on both sides are one row of the table; other pairs of dtypes get a pass of their own."""
     shadow, live = torch.zeros(30), torch.ones(30)
-    pairs = [Pair(f"{i}", [shadow[i : i + 10]], live[i : i + 10], torch.arange) for i in (0, 10, 20)]
-    pairs.append(Pair("b", [torch.zeros(5)], torch.ones(5, dtype=BF16), torch.arange))
-    pairs.append(Pair("d", [torch.zeros(5, dtype=torch.float64)], torch.ones(5), torch.arange))
-    plan = Plan(pairs, passes=True)
+    pairs = [ShadowPair(f"{i}", [shadow[i : i + 10]], live[i : i + 10], torch.arange) for i in (0, 10, 20)]
+    pairs.append(ShadowPair("b", [torch.zeros(5)], torch.ones(5, dtype=BF16), torch.arange))
+    pairs.append(ShadowPair("d", [torch.zeros(5, dtype=torch.float64)], torch.ones(5), torch.arange))
+    plan = UpdatePlan(pairs, passes=True)
     assert [held._rows[:, 1].tolist() for held in plan._passes] == [[30], [5]]
     plan.run([0.5], 0)
     assert all((pair.shadows[0] == 0.5).all() for pair in pairs)
@@ -212,16 +212,16 @@ def test_threads_are_torchs(threads: Callable[[int], None], monkeypatch: pytest.
     monkeypatch.setattr(compiled, "_team", lambda sweep, job, count: (seen.append(count), run(sweep, job, count)))
     threads(3)
     large, small = make(BF16, F32, 1, 5 * CHUNK), make(BF16, F32)[:2]
-    Plan(large, passes=True).run([0.5], 0)
-    Plan(small, passes=True).run([0.5], 0)
+    UpdatePlan(large, passes=True).run([0.5], 0)
+    UpdatePlan(small, passes=True).run([0.5], 0)
     assert seen == [3, 1]
     engine, inline = HostThread(None, Worker(2)), make(BF16, F32, 1, 5 * CHUNK)
-    plan = Plan(large, passes=True)
+    plan = UpdatePlan(large, passes=True)
     engine.update(plan, [0.25], 1, False)
     engine.settle()
     assert seen[2:] == [2]
-    Plan(inline, passes=True).run([0.5], 0)
-    Plan(inline, passes=True).run([0.25], 1)
+    UpdatePlan(inline, passes=True).run([0.5], 0)
+    UpdatePlan(inline, passes=True).run([0.25], 1)
     assert equal(bits(large), bits(inline))
 
 
@@ -267,7 +267,7 @@ def digest() -> list[str]:
                 p.add_(1)
         ema.update()
         values = b"".join(value.view(torch.uint8).numpy().tobytes() for value in ema.gather().values())
-        said += [str(len(ema._average._plan._passes)), hashlib.sha256(values).hexdigest()]
+        said += [str(len(ema._averaged_weights._plan._passes)), hashlib.sha256(values).hexdigest()]
     return said
 
 
@@ -311,8 +311,8 @@ def test_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_contracts", lambda: True)
 
     def passes(n: int, device: str = "cpu") -> int:
-        pair = Pair("w", [torch.zeros(n, device=device)], torch.ones(n, device=device), torch.arange)
-        return len(Plan([pair])._passes)
+        pair = ShadowPair("w", [torch.zeros(n, device=device)], torch.ones(n, device=device), torch.arange)
+        return len(UpdatePlan([pair])._passes)
 
     assert (passes(WORTH - 1), passes(WORTH), passes(WORTH, "meta")) == (0, 1, 0)
     monkeypatch.setattr(kernels, "_contracts", lambda: False)
@@ -328,7 +328,7 @@ def test_no_pass_for_what_only_looks_like_memory() -> None:
 
     plain, odd = torch.zeros(9), torch.ones(9).as_subclass(Quantised)
     for shadow, live in ((plain, odd), (odd, plain)):
-        assert Plan([Pair("w", [shadow], live, torch.arange)], passes=True)._passes == []
+        assert UpdatePlan([ShadowPair("w", [shadow], live, torch.arange)], passes=True)._passes == []
 
 
 def test_contraction_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,9 +354,9 @@ def test_numba_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(compiled, "_compile", refuse)
     monkeypatch.setattr(compiled, "ready", compiled.ready.__wrapped__)
-    pair = Pair("w", [torch.zeros(5)], torch.ones(5), torch.arange)
+    pair = ShadowPair("w", [torch.zeros(5)], torch.ones(5), torch.arange)
     with pytest.warns(UserWarning, match="eager torch takes over: no such thing"):
-        plan = Plan([pair], passes=True)
+        plan = UpdatePlan([pair], passes=True)
     plan.run([0.5], 0)
     assert (pair.shadows[0] == 0.5).all()
 
@@ -369,9 +369,9 @@ def test_autograd_sees_the_write() -> None:
     """A shadow that autograd saved (a teacher's weight) is known to be overwritten: `increment_version` in Pass.run."""
     teacher = nn.Parameter(torch.ones(4))
     arena = torch.zeros(8)
-    pairs = [Pair("t", [teacher.detach()], torch.zeros(4), torch.arange)]
-    pairs += [Pair(f"{i}", [arena[i : i + 4]], torch.ones(4), torch.arange) for i in (0, 4)]
-    plan, before = Plan(pairs, passes=True), arena._version
+    pairs = [ShadowPair("t", [teacher.detach()], torch.zeros(4), torch.arange)]
+    pairs += [ShadowPair(f"{i}", [arena[i : i + 4]], torch.ones(4), torch.arange) for i in (0, 4)]
+    plan, before = UpdatePlan(pairs, passes=True), arena._version
     loss = (teacher * teacher).sum()
     plan.run([0.5], 0)
     assert arena._version > before
@@ -382,8 +382,8 @@ def test_autograd_sees_the_write() -> None:
 def test_in_inference_mode() -> None:
     """Tensors without a version counter are moved too."""
     with torch.inference_mode():
-        pair = Pair("w", [torch.zeros(5)], torch.ones(5), torch.arange)
-        Plan([pair], passes=True).run([0.5], 0)
+        pair = ShadowPair("w", [torch.zeros(5)], torch.ones(5), torch.arange)
+        UpdatePlan([pair], passes=True).run([0.5], 0)
         assert (pair.shadows[0] == 0.5).all()
 
 
@@ -392,7 +392,7 @@ def test_an_average_of_a_model(tmp_path: Any) -> None:
     """Through the front door: compiled where the model is large enough, and saved and loaded with the same bits."""
     model = nn.Linear(400, 400)
     ema = EMA(model, 0.5)
-    assert bool(ema._average._plan._passes) == kernels._contracts()
+    assert bool(ema._averaged_weights._plan._passes) == kernels._contracts()
     with torch.no_grad():
         model.weight.zero_()
     ema.update()

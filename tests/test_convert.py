@@ -522,11 +522,11 @@ def test_shared_structures_are_walked_once(tmp_path: Path) -> None:
     for _ in range(6):
         wide = {f"k{i}": wide for i in range(100)}
     torch.save({"x": laughs, "wide": wide}, src := tmp_path / "a.pt")
-    assert [each.kind for each in offline.candidates(offline.Job(src))[0]] == ["raw"]
+    assert [each.kind for each in offline.candidates(offline.ConvertRequest(src))[0]] == ["raw"]
     loop: dict[str, Any] = {"model_ema": dict(SHADOW)}
     loop["self"] = loop
     torch.save(loop, src)
-    assert [each.key for each in offline.candidates(offline.Job(src))[0] if each.average] == ["model_ema"]
+    assert [each.key for each in offline.candidates(offline.ConvertRequest(src))[0] if each.average] == ["model_ema"]
 
 
 def test_memory_is_a_window(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def load_all(kind: str, folder: str) -> dict[str, bool]:
             path = f"{folder}/{source}-{name}"
             ema.load(path)
             assert (ema.now, ema.metrics()["updates"]) == (12.0, 1)
-            assert (ema._average.clock.steps, ema._average.clock.pending) == (6, 6.0)
+            assert (ema._averaged_weights.clock.steps, ema._averaged_weights.clock.pending) == (6, 6.0)
             full = ema.gather()
             ema.save(f"{path}-from-{kind}-{dist.get_world_size()}", max_shard_size=600, extra={"epoch": 6})
             if full:
@@ -124,8 +124,8 @@ def copy_from_plain(source: torch.nn.Module, model: torch.nn.Module) -> None:
     from dist_ema import layout, shards
 
     weights = source.state_dict()
-    for shard in shards.find(model).shards:
-        for box, view in layout.pieces(shard, shard.held, shard.read()):
+    for shard in shards.find_shards(model).shards:
+        for box, view in layout.boxes_with_data(shard, shard.local_region, shard.read()):
             view.copy_(weights[shard.name][box.slices])
 
 

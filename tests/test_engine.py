@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from dist_ema import EMA, Debiased, Power
 from dist_ema.engine import Engine, HostThread, Overlapped, choose
 from dist_ema.executors import Instant, Mark, Worker
-from dist_ema.ranks import Board
+from dist_ema.ranks import StoreCoordinator
 from tests.kit import raises, run_ranks, wrap
 
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -94,7 +94,7 @@ def play(seed: int, engine: Engine | None, folder: Path, every: int, guard: bool
     ema = EMA(model, Power(gamma=1.0), dtype=dtype, buffers="average")
     ema.attach(optimizer, every=every, guard=guard, overlap=False)
     if engine is not None:
-        ema._average.engine = engine
+        ema._averaged_weights.engine = engine
     seen: list[Any] = []
     for _ in range(12):
         action = chance.choice(["step", "step", "step", "skip", "swap", "gather", "save", "update", "state", "reset"])
@@ -161,7 +161,7 @@ def test_weights_written_behind_the_step_are_named() -> None:
         ema = EMA(model, 0.5)
         ema.attach(optimizer)
         if overlap:
-            ema._average.engine = Overlapped(Late(0))
+            ema._averaged_weights.engine = Overlapped(Late(0))
         model.weight.grad = torch.ones(3, 3)
         optimizer.step()
         with torch.no_grad():
@@ -189,7 +189,7 @@ def test_a_host_thread_equals_inline() -> None:
             model(torch.randn(8, 5)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        assert isinstance(ema._average.engine, HostThread) == (device == "cpu")
+        assert isinstance(ema._averaged_weights.engine, HostThread) == (device == "cpu")
         results.append([*ema.gather().values()])
     assert same(*results)
 
@@ -204,7 +204,7 @@ def test_a_worker_that_fails_reaches_the_trainer(kind: type[BaseException], tmp_
     ema.attach(optimizer)
     model.weight.grad = torch.ones(3, 3)
     optimizer.step()
-    engine = ema._average.engine
+    engine = ema._averaged_weights.engine
     engine.settle()
 
     def broken(*_: Any) -> None:
@@ -283,7 +283,7 @@ def test_one_copy_per_run_of_neighbours() -> None:
             wide -= 1
         ema.update()
         twin.update()
-    assert sorted(len(live) for _, live in ema._average.engine._copies) == [10, 20, 20, 70]  # type: ignore[attr-defined]
+    assert sorted(len(live) for _, live in ema._averaged_weights.engine._copies) == [10, 20, 20, 70]  # type: ignore[attr-defined]
     assert same([*ema.gather().values()], [*twin.gather().values()])
 
 
@@ -291,7 +291,7 @@ def test_the_window_is_replaced_with_its_plan(monkeypatch: pytest.MonkeyPatch) -
     """Weights that moved get a window of their own; the old one is gone before. Guards `Plan([])` in _open_window."""
     model = nn.Linear(5, 5)
     ema = EMA(model, 0.5, device="cpu")
-    engine = ema._average.engine = HostThread(None, Late(0))
+    engine = ema._averaged_weights.engine = HostThread(None, Late(0))
     ema.update()
     engine.settle()
     window, empty, gone = weakref.ref(engine._copies[0][0].untyped_storage()), torch.empty, []
@@ -509,16 +509,20 @@ def hot_path() -> None:
         optimizers: list[Any] = [Skippable(part, {}) for part in halves(model)]
         ema = EMA(model, decay, dtype=dtype, buffers="average")
         ema.attach(*optimizers, every=2, guard=guard)
-        ema._average.engine = Overlapped(Late(0))
+        ema._averaged_weights.engine = Overlapped(Late(0))
         steps(optimizers, 8)  # the first updates look at addresses
-        held = min(slot.own.numel for slot in ema._average.profiles[0].averages if slot.own.numel > 1 << 20)
+        held = min(
+            slot.averaged_region.numel
+            for slot in ema._averaged_weights.averages[0].averaged
+            if slot.averaged_region.numel > 1 << 20
+        )
         with Watch() as watch, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Board, "_next", refuse)  # of every message
+            patch.setattr(StoreCoordinator, "_next", refuse)  # of every message
             steps(optimizers, 8)
         assert 0 < watch.largest <= 1 << 20 < held, (kind, dtype, watch.largest, held)
-        plan = ema._average._plan
-        ema._average.engine = Overlapped(Late(0))
-        ema._average._plan = Sinner(plan)  # type: ignore[assignment]
+        plan = ema._averaged_weights._plan
+        ema._averaged_weights.engine = Overlapped(Late(0))
+        ema._averaged_weights._plan = Sinner(plan)  # type: ignore[assignment]
         with raises(Waits), Watch():
             steps(optimizers, 8)
 

@@ -30,7 +30,7 @@ from dist_ema.format import (
     META,
     MOST_JSON,
     Entry,
-    Sum,
+    RangeSum,
     check_sum,
     dump,
     find_model,
@@ -212,7 +212,7 @@ def test_sums(size: int) -> None:
         cuts = sorted(draw.choices(range(size + 1), k=12))
         ranges = list(zip([0, *cuts], [*cuts, size], strict=True))
         draw.shuffle(ranges)
-        sums = [Sum(size) for _ in range(ranks)]
+        sums = [RangeSum(size) for _ in range(ranks)]
         for i, (begin, end) in enumerate(ranges):
             sums[i % ranks].add(begin, memoryview(data)[begin:end])
         assert check_sum(size, [each.contribution for each in sums]) == f"{zlib.crc32(data):08x}"
@@ -223,7 +223,7 @@ def test_sums_see() -> None:
     data = random.Random(0).randbytes(100)
 
     def total(*parts: tuple[int, bytes]) -> str:
-        sum_ = Sum(100)
+        sum_ = RangeSum(100)
         for start, part in parts:
             sum_.add(start, part)
         return check_sum(100, [sum_.contribution])
@@ -241,11 +241,11 @@ def test_sums_of_huge_files() -> None:
     size, order = 1 << 40, (1 << 32) - 1
     marks = []
     for start in (0, 1, (1 << 32) + 5, (1 << 39) + 5):
-        sum_ = Sum(size)
+        sum_ = RangeSum(size)
         sum_.add(start, b"weights")
         marks.append(sum_.contribution)
     assert len(set(marks)) == 4
-    moved = Sum(size)
+    moved = RangeSum(size)
     moved.add(order, b"weights")
     assert moved.contribution == marks[0]
 

@@ -30,7 +30,7 @@ if tuple(map(int, version("triton").split(".")[:2])) < (3, 6):
 from dist_ema import EMA, Constant, Power, fused, layout
 from dist_ema.engine import Overlapped
 from dist_ema.fused import FusedPlan, Numbering, available, supports
-from dist_ema.kernels import SCRATCH, Pair, Plan, _key, noise
+from dist_ema.kernels import SCRATCH, ShadowPair, UpdatePlan, _key, noise
 from dist_ema.shards import Region, Shard
 from tests.kit import draw, run_ranks, wrap
 from tests.test_engine import Late, Skippable, Watch, steps
@@ -75,25 +75,27 @@ def numbers(first: int) -> Callable[[int, int], Tensor]:
     return lambda a, b: torch.arange(first + a, first + b)
 
 
-def make(live: torch.dtype, shadow: torch.dtype, averages: int, where: str = "own") -> list[Pair]:
+def make(live: torch.dtype, shadow: torch.dtype, averages: int, where: str = "own") -> list[ShadowPair]:
     lives = cut(AWKWARD, live, 50, where)
     shadows = [cut(AWKWARD, shadow, 100 * (k + 1), where) for k in range(averages)]
-    return [Pair(f"w.{i}", list(row), lives[i], numbers(11 * i)) for i, row in enumerate(zip(*shadows, strict=True))]
+    return [
+        ShadowPair(f"w.{i}", list(row), lives[i], numbers(11 * i)) for i, row in enumerate(zip(*shadows, strict=True))
+    ]
 
 
-def twin(pairs: list[Pair]) -> list[Pair]:
-    return [Pair(pair.name, [s.clone() for s in pair.shadows], pair.live, pair.indices) for pair in pairs]
+def twin(pairs: list[ShadowPair]) -> list[ShadowPair]:
+    return [ShadowPair(pair.name, [s.clone() for s in pair.shadows], pair.live, pair.indices) for pair in pairs]
 
 
-def bits(pairs: list[Pair], k: int = 0) -> Tensor:
+def bits(pairs: list[ShadowPair], k: int = 0) -> Tensor:
     return torch.cat([pair.shadows[k].view(torch.int16) for pair in pairs])
 
 
-def compare(pairs: list[Pair], weights: list[Any], ulps: int = 0, **options: Any) -> None:
+def compare(pairs: list[ShadowPair], weights: list[Any], ulps: int = 0, **options: Any) -> None:
     """Both plans over the same pairs; ulps: of the larger operand."""
     other, scale = twin(pairs), [torch.maximum(p.live.float().abs(), p.shadows[0].float().abs()) for p in pairs]
     FusedPlan(pairs, seed=5).run(weights, 7, **options)
-    Plan(other, seed=5).run(weights, 7, **options)
+    UpdatePlan(other, seed=5).run(weights, 7, **options)
     for pair, want, size in zip(pairs, other, scale, strict=True):
         for k, (a, b) in enumerate(zip(pair.shadows, want.shadows, strict=True)):
             far = (a.float() - b.float()).abs() / (size + 1e-9) / torch.finfo(F32).eps
@@ -147,7 +149,7 @@ def check_poison() -> None:
     for shadow in (F32, BF16):
         # nan of both signs and some payloads, 50 times, because the noise differs; then inf, -inf and 1
         live = torch.tensor([-1, 0x7FFFFFFF, 0x7FC00001, 0x7FC00000] * 50 + infinite, dtype=torch.int32).view(F32)
-        pairs = [Pair("w", [torch.ones(203, dtype=shadow)], live, Numbering())]
+        pairs = [ShadowPair("w", [torch.ones(203, dtype=shadow)], live, Numbering())]
         FusedPlan(pairs).run([0.25], 0)
         got = pairs[0].shadows[0]
         assert got[:200].isnan().all()
@@ -162,7 +164,7 @@ def test_poison_passes(interpreted: Any) -> None:
 def check_neighbours() -> None:
     for shift in range(5):
         room, live = torch.full((2000,), 7.0), torch.ones(1500)
-        pairs = [Pair("w", [room[shift : shift + 1500]], live, numbers(0))]
+        pairs = [ShadowPair("w", [room[shift : shift + 1500]], live, numbers(0))]
         FusedPlan(pairs).run([1.0], 0)
         assert (room[shift : shift + 1500] == 1).all()
         assert (room[:shift] == 7).all()
@@ -236,10 +238,10 @@ def test_numbering_is_short() -> None:
 def check_boxes(kind: str) -> None:
     numbering, want = both(kind)
     n = BOXES[kind][2].numel
-    pairs = [Pair("w", [draw(n, BF16, 1)], draw(n, F32, 2), numbering)]
-    other = [Pair("w", [pairs[0].shadows[0].clone()], pairs[0].live, want)]
+    pairs = [ShadowPair("w", [draw(n, BF16, 1)], draw(n, F32, 2), numbering)]
+    other = [ShadowPair("w", [pairs[0].shadows[0].clone()], pairs[0].live, want)]
     FusedPlan(pairs, 1).run([0.25], 2)
-    Plan(other, 1).run([0.25], 2)
+    UpdatePlan(other, 1).run([0.25], 2)
     assert torch.equal(bits(pairs), bits(other))
 
 
@@ -251,9 +253,9 @@ def test_boxes(interpreted: Any, kind: str) -> None:
 
 def check_huge() -> None:
     for base in (0, (1 << 32) - 300, 5 << 40):
-        pairs = [Pair("w", [draw(700, BF16, 1)], draw(700, F32, 2), Numbering(base))]
+        pairs = [ShadowPair("w", [draw(700, BF16, 1)], draw(700, F32, 2), Numbering(base))]
         compare(pairs, [0.25])
-        rows = [Pair("w", [draw(700, BF16, 1)], draw(700, F32, 2), Numbering(3, base, (90, 9), (1 << 33, 1)))]
+        rows = [ShadowPair("w", [draw(700, BF16, 1)], draw(700, F32, 2), Numbering(3, base, (90, 9), (1 << 33, 1)))]
         compare(rows, [0.25])
 
 
@@ -266,7 +268,7 @@ def check_every_bit() -> None:
     n = 4096
     live, index = torch.full((n,), 1.0 + 2.0**-9), torch.arange(n)
     for update in range(3):
-        pairs = [Pair("w", [torch.ones(n, dtype=BF16)], live, Numbering())]
+        pairs = [ShadowPair("w", [torch.ones(n, dtype=BF16)], live, Numbering())]
         FusedPlan(pairs, 9).run([1.0], update)
         up = (noise(9, update, "w", index) >> 16) + 0x4000 >= 1 << 16
         assert torch.equal(pairs[0].shadows[0] > 1, up)
@@ -284,8 +286,8 @@ def check_supports() -> None:
     ones = torch.ones(4)
     assert available(CPU)
     assert not available(torch.device("meta"))
-    assert supports([Pair("w", [ones, ones], ones.half(), numbers(3))])
-    assert supports([Pair("w", [ones.bfloat16()], ones, numbers(3))])
+    assert supports([ShadowPair("w", [ones, ones], ones.half(), numbers(3))])
+    assert supports([ShadowPair("w", [ones.bfloat16()], ones, numbers(3))])
     for shadows, live, indices in (
         ([ones.double()], ones, numbers(0)),
         ([ones], ones.double(), numbers(0)),
@@ -298,8 +300,8 @@ def check_supports() -> None:
         ([ones.bfloat16()], ones, Numbering(0, 0, (2,) * 5, (81, 54, 18, 6, 2))),
         ([ones.bfloat16()], ones, Numbering(0, 0, (2, 1 << 30), (1 << 31, 1))),
     ):
-        pair = Pair("odd", list(shadows), live, indices)
-        assert not supports([Pair("w", [ones], ones, numbers(0)), pair])
+        pair = ShadowPair("odd", list(shadows), live, indices)
+        assert not supports([ShadowPair("w", [ones], ones, numbers(0)), pair])
         with pytest.raises(ValueError, match="odd: no kernel takes"):
             FusedPlan([pair])
 
@@ -312,21 +314,21 @@ def test_supports(interpreted: Any) -> None:
 def test_not_without_the_interpreter() -> None:
     """On a CPU nobody gets the kernel unless Triton is interpreted."""
     assert not available(CPU)
-    assert not supports([Pair("w", [torch.ones(1)], torch.ones(1), numbers(0))])
+    assert not supports([ShadowPair("w", [torch.ones(1)], torch.ones(1), numbers(0))])
 
 
 def check_fallback() -> None:
     pairs = make(F32, F32, 1) + make(BF16, BF16, 1)
-    pairs += [Pair("double", [draw(700, torch.float64, 1)], draw(700, F32, 2), numbers(0))]
-    pairs += [Pair("odd", [draw(700, BF16, 1)], draw(700, F32, 2), lambda a, b: torch.arange(a, b) ** 2)]
+    pairs += [ShadowPair("double", [draw(700, torch.float64, 1)], draw(700, F32, 2), numbers(0))]
+    pairs += [ShadowPair("odd", [draw(700, BF16, 1)], draw(700, F32, 2), lambda a, b: torch.arange(a, b) ** 2)]
     other = twin(pairs)
-    plan = FusedPlan(pairs, 4, Plan)
+    plan = FusedPlan(pairs, 4, UpdatePlan)
     plan.run([0.25], 3)
-    Plan(other, 4).run([0.25], 3)
+    UpdatePlan(other, 4).run([0.25], 3)
     assert all(torch.equal(a.shadows[0], b.shadows[0]) for a, b in zip(pairs, other, strict=True))
     assert plan.pairs == pairs
     assert len(plan._launches) == 2
-    FusedPlan([], 4, Plan).run([0.5], 0)
+    FusedPlan([], 4, UpdatePlan).run([0.5], 0)
 
 
 def test_fallback(interpreted: Any) -> None:
@@ -351,7 +353,7 @@ def check_cost() -> None:
     plan.run([0.25, torch.tensor(0.5)], 4)
     plan.run([0.25, 0.75], 5)
     assert filled == [0.25, 0.5, 0.75, 0.75], "a tensor came between"
-    assert FusedPlan([Pair("w", [torch.ones(0)], torch.ones(0), numbers(0))])._launches == []
+    assert FusedPlan([ShadowPair("w", [torch.ones(0)], torch.ones(0), numbers(0))])._launches == []
 
 
 class Fill:
@@ -381,8 +383,8 @@ def test_cost(interpreted: Any) -> None:
 
 
 def check_tables() -> None:
-    pairs = [Pair("a", [torch.zeros(600)], torch.ones(600), numbers(0))]
-    pairs += [Pair("b", [torch.zeros(5)[1:]], torch.ones(4), numbers(0))]
+    pairs = [ShadowPair("a", [torch.zeros(600)], torch.ones(600), numbers(0))]
+    pairs += [ShadowPair("b", [torch.zeros(5)[1:]], torch.ones(4), numbers(0))]
     plan = FusedPlan(pairs)
     (launch,) = plan._launches
     assert launch._blocks.tolist() == [0, 0, 0, 1]
@@ -424,7 +426,7 @@ def averaged(triton: bool, kind: str, options: dict[str, Any]) -> tuple[Any, lis
     ema = EMA(model, [0.75, 0.5, Constant(0.0)], buffers="average", **options)
     ema.attach(optimizer, guard=True, start=1)
     if "overlapped" in options.get("only", ""):
-        ema._average.engine = Overlapped(Late(0))
+        ema._averaged_weights.engine = Overlapped(Late(0))
     generator = torch.Generator().manual_seed(1)
     for step in range(7):
         with torch.no_grad():
@@ -435,14 +437,14 @@ def averaged(triton: bool, kind: str, options: dict[str, Any]) -> tuple[Any, lis
                 next(iter(model.parameters())).grad.view(-1)[::5] = float("nan")
         optimizer.found_inf = torch.full((), float(step in (2, 5)))
         optimizer.step()
-    return ema._average._plan, [value for which in range(3) for value in ema.gather(which).values()]
+    return ema._averaged_weights._plan, [value for which in range(3) for value in ema.gather(which).values()]
 
 
 def check_ema(kind: str, options: dict[str, Any]) -> None:
     plan, got = averaged(True, kind, options)
     other, want = averaged(False, kind, options)
     assert isinstance(plan, FusedPlan)
-    assert isinstance(other, Plan)
+    assert isinstance(other, UpdatePlan)
     assert plan._launches
     if kind == "none":
         assert {launch._kind.live for launch in plan._launches} == {F32, BF16}
@@ -476,10 +478,10 @@ def check_the_hot_path() -> None:
     optimizers = [Skippable(model.parameters(), {})]
     ema = EMA(model, [Power(gamma=1.0), 0.99], dtype=BF16)
     ema.attach(*optimizers)
-    ema._average.engine = Overlapped(Late(0))
+    ema._averaged_weights.engine = Overlapped(Late(0))
     steps(optimizers, 4)
     launched: list[int] = []
-    for launch in ema._average._plan._launches:
+    for launch in ema._averaged_weights._plan._launches:
         launch._kernel = Nothing(launched)
     with Watch() as watch:
         steps(optimizers, 4)
@@ -531,22 +533,24 @@ def check_proof(how: str) -> None:
     fused._Launch.__call__ = broken  # type: ignore[method-assign]
     try:
         with pytest.warns(UserWarning, match="is not used on cpu") as caught:
-            plan = EMA(model, 0.75, dtype=BF16)._average._plan
+            plan = EMA(model, 0.75, dtype=BF16)._averaged_weights._plan
         assert len(caught) == 1
         assert (how == "raises") == ("OSError: no C compiler" in str(caught[0].message))
         assert isinstance(plan, FusedPlan)
         assert plan._launches == []
         ema = EMA(model, [0.75, 0.5], dtype=F32)  # another kind: no further word, and no attempt
-        before = ema._average.profiles[0].averages[0].shadow.clone()
+        before = ema._averaged_weights.averages[0].averaged[0].shadow.clone()
         with torch.no_grad():
             model.weight += 1
         ema.update()
-        assert torch.equal(ema._average.profiles[0].averages[0].shadow, before.lerp(model.weight.flatten(), 0.25))
+        assert torch.equal(
+            ema._averaged_weights.averages[0].averaged[0].shadow, before.lerp(model.weight.flatten(), 0.25)
+        )
     finally:
         fused._Launch.__call__ = call  # type: ignore[method-assign]
         fused._proved.cache_clear()
         fused._REFUSED.clear()
-    assert len(EMA(model, 0.75, dtype=BF16)._average._plan._launches) == 1
+    assert len(EMA(model, 0.75, dtype=BF16)._averaged_weights._plan._launches) == 1
 
 
 @pytest.mark.parametrize("how", ["raises", "noise", "guard"])
@@ -575,7 +579,7 @@ sys.exit("triton" in sys.modules and not known)
 def test_a_numbering_of_a_run_is_looked_at() -> None:
     """Indices that are no Numbering are compared element by element, across chunks."""
     n = (SCRATCH << 2) + 3
-    pair = Pair("w", [torch.empty(0)], torch.empty(1).expand(n), numbers(17))
+    pair = ShadowPair("w", [torch.empty(0)], torch.empty(1).expand(n), numbers(17))
     assert fused._numbering(pair) == Numbering(17)
     pair.indices = lambda a, b: torch.arange(a, b) + (torch.arange(a, b) == n - 1)
     assert fused._numbering(pair) is None

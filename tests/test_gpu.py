@@ -19,7 +19,7 @@ from dist_ema import EMA
 from dist_ema.engine import HostThread, Overlapped
 from dist_ema.executors import SideStream, Worker
 from dist_ema.fused import FusedPlan, Numbering, available
-from dist_ema.kernels import Pair, Plan
+from dist_ema.kernels import ShadowPair, UpdatePlan
 
 from .test_fused import AWKWARD, BOXES, EXACT, both
 
@@ -39,23 +39,25 @@ LONG = 20_000_000  # cycles of `_sleep`: some 10 ms
 # --- the kernel ----------------------------------------------------------------------------------------------------
 
 
-def make(live: torch.dtype, shadow: torch.dtype, averages: int, off: int) -> list[Pair]:
+def make(live: torch.dtype, shadow: torch.dtype, averages: int, off: int) -> list[ShadowPair]:
     """Tensors of their own; off: they begin that many elements behind a 512-byte boundary."""
     torch.manual_seed(averages)
     pairs = []
     for i, n in enumerate(SIZES):
         drawn = [torch.randn(n + off, device=CUDA).to(shadow)[off:] for _ in range(averages)]
         pairs.append(
-            Pair(f"w.{i}", drawn, torch.randn(n + off, device=CUDA).to(live)[off:], Numbering(11 * i, device=CUDA))
+            ShadowPair(
+                f"w.{i}", drawn, torch.randn(n + off, device=CUDA).to(live)[off:], Numbering(11 * i, device=CUDA)
+            )
         )
     return pairs
 
 
-def twin(pairs: list[Pair]) -> list[Pair]:
-    return [Pair(pair.name, [s.clone() for s in pair.shadows], pair.live, pair.indices) for pair in pairs]
+def twin(pairs: list[ShadowPair]) -> list[ShadowPair]:
+    return [ShadowPair(pair.name, [s.clone() for s in pair.shadows], pair.live, pair.indices) for pair in pairs]
 
 
-def differ(pair: Pair, other: Pair) -> tuple[float, float]:
+def differ(pair: ShadowPair, other: ShadowPair) -> tuple[float, float]:
     """(the largest difference in ulp of the larger operand in fp32, the share of elements that differ)."""
     worst = share = 0.0
     for a, b in zip(pair.shadows, other.shadows, strict=True):
@@ -77,7 +79,7 @@ def test_fused_equals_plan(live: torch.dtype, shadow: torch.dtype, off: int) -> 
         pairs = make(live, shadow, 2, off)
         other = twin(pairs)
         FusedPlan(pairs, 5).run([weight, 0.5], 7)
-        Plan(other, 5).run([weight, 0.5], 7)
+        UpdatePlan(other, 5).run([weight, 0.5], 7)
         exact = isinstance(weight, Tensor) or weight in EXACT
         for pair, want in zip(pairs, other, strict=True):
             worst, share = differ(pair, want)
@@ -101,7 +103,7 @@ def test_guard(live: torch.dtype, shadow: torch.dtype) -> None:
                 pair.live[i::7] = value
         other = twin(pairs)
         FusedPlan(pairs, 5).run([weight, 0.5], 7, guard=True)
-        Plan(other, 5).run([weight, 0.5], 7, guard=True)
+        UpdatePlan(other, 5).run([weight, 0.5], 7, guard=True)
         for pair, want, old in zip(pairs, other, before, strict=True):
             poisoned = ~pair.live.isfinite()
             assert torch.equal(pair.shadows[0][poisoned], old.shadows[0][poisoned])
@@ -114,10 +116,10 @@ def test_boxes(kind: str) -> None:
     numbering, want = both(kind)
     n = BOXES[kind][2].numel
     shadow, live = torch.randn(n).to(BF16), torch.randn(n)
-    here = Pair("w", [shadow.to(CUDA)], live.to(CUDA), numbering)
-    there = Pair("w", [shadow], live, want)
+    here = ShadowPair("w", [shadow.to(CUDA)], live.to(CUDA), numbering)
+    there = ShadowPair("w", [shadow], live, want)
     FusedPlan([here], 1).run([0.25], 2)
-    Plan([there], 1).run([0.25], 2)
+    UpdatePlan([there], 1).run([0.25], 2)
     assert torch.equal(here.shadows[0].cpu(), there.shadows[0])
 
 
@@ -125,10 +127,10 @@ def test_huge_numbers() -> None:
     """Element numbers beyond 32 bits."""
     for base in (0, (1 << 32) - 300, 5 << 40):
         numbering = Numbering(base, device=CUDA)
-        pairs = [Pair("w", [torch.randn(9000, device=CUDA).to(BF16)], torch.randn(9000, device=CUDA), numbering)]
+        pairs = [ShadowPair("w", [torch.randn(9000, device=CUDA).to(BF16)], torch.randn(9000, device=CUDA), numbering)]
         other = twin(pairs)
         FusedPlan(pairs).run([0.25], 2)
-        Plan(other).run([0.25], 2)
+        UpdatePlan(other).run([0.25], 2)
         assert torch.equal(pairs[0].shadows[0], other[0].shadows[0])
 
 
@@ -137,7 +139,7 @@ def test_another_device() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     second = torch.device("cuda", 1)
-    pairs = [Pair("w", [torch.zeros(5000, device=second)], torch.ones(5000, device=second), Numbering())]
+    pairs = [ShadowPair("w", [torch.zeros(5000, device=second)], torch.ones(5000, device=second), Numbering())]
     FusedPlan(pairs).run([0.5], 0)
     assert (pairs[0].shadows[0] == 0.5).all()
 
@@ -208,9 +210,9 @@ def train(
     ema.attach(optimizer, overlap=overlap)
     if slow:
         late = Slow(CUDA)
-        ema._average.engine = HostThread(late, Worker()) if "device" in options else Overlapped(late)
+        ema._averaged_weights.engine = HostThread(late, Worker()) if "device" in options else Overlapped(late)
     if not fence:
-        ema._average.engine.fence = lambda: None  # type: ignore[method-assign]
+        ema._averaged_weights.engine.fence = lambda: None  # type: ignore[method-assign]
     for step in range(steps):
         for p in model.parameters():
             (p * (1 + step) + 0.1).sin().sum().backward()
@@ -258,11 +260,11 @@ def test_a_host_thread_equals_inline() -> None:
     assert all(torch.allclose(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-6) for a, b in zip(want, near, strict=True))
 
 
-@pytest.mark.parametrize("kind", [Plan, FusedPlan])
+@pytest.mark.parametrize("kind", [UpdatePlan, FusedPlan])
 def test_memory_outlives_its_owner(kind: Any) -> None:
     """Shadows that are dropped while the side stream writes them must not become somebody else's memory."""
     n = 1 << 22
-    pair = Pair("w", [torch.zeros(n, device=CUDA)], torch.ones(n, device=CUDA), Numbering(device=CUDA))
+    pair = ShadowPair("w", [torch.zeros(n, device=CUDA)], torch.ones(n, device=CUDA), Numbering(device=CUDA))
     plan, engine = kind([pair]), Overlapped(Slow(CUDA))
     plan.run([0.0], 0)  # compiled before the race
     torch.cuda.synchronize()
@@ -304,9 +306,9 @@ def test_no_host_sync_in_training(overlap: bool, dtype: torch.dtype, never_wait:
         step(poison if i in (5, 11) else x)
         ema.metrics(distance=False)
     torch.cuda.set_sync_debug_mode("default")
-    assert isinstance(ema._average._plan, FusedPlan)
-    assert ema._average._plan._launches, "the kernel failed its proof on this device"
-    assert ema._average.skipped == 2
+    assert isinstance(ema._averaged_weights._plan, FusedPlan)
+    assert ema._averaged_weights._plan._launches, "the kernel failed its proof on this device"
+    assert ema._averaged_weights.skipped == 2
     for _ in range(2):  # it asks, and at the next call it knows
         heard = ema.metrics(distance=False)["skipped"]
         torch.cuda.synchronize()
@@ -329,8 +331,8 @@ def test_an_ema_with_triton_is_the_same(dtype: torch.dtype, live: torch.dtype, m
         optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
         ema = EMA(model, [0.75, 0.5], dtype=dtype)
         ema.attach(optimizer, guard=True)
-        assert isinstance(ema._average.engine, Overlapped)
-        assert isinstance(ema._average._plan, FusedPlan) == (triton == "1")
+        assert isinstance(ema._averaged_weights.engine, Overlapped)
+        assert isinstance(ema._averaged_weights._plan, FusedPlan) == (triton == "1")
         for step in range(8):
             for p in model.parameters():
                 p.grad = torch.full_like(p, 0.25 * (step - 3))
@@ -349,7 +351,7 @@ def test_an_ema_with_triton_is_the_same(dtype: torch.dtype, live: torch.dtype, m
 def test_the_proof_holds(live: torch.dtype, shadow: torch.dtype) -> None:
     """The comparison that an EMA makes before it trusts the kernel; a warning would be an error here."""
     for averages in (1, 3):
-        plan = FusedPlan(make(live, shadow, averages, 0), 5, Plan)
+        plan = FusedPlan(make(live, shadow, averages, 0), 5, UpdatePlan)
         assert plan._others is None
         assert plan._launches
 
@@ -363,7 +365,7 @@ def test_times_are_those_of_the_device() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     ema = EMA(model, 0.9)
     ema.attach(optimizer)
-    ema._average.engine = Overlapped(Slow(CUDA))
+    ema._averaged_weights.engine = Overlapped(Slow(CUDA))
     for _ in range(4):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
@@ -388,7 +390,7 @@ def test_times_are_those_of_the_device() -> None:
 def test_times_inline() -> None:
     """Events around the update, not the time of the launches; the step waits for all of it."""
     ema = EMA(net(), 0.9)
-    ema._average.use_engine(overlap=False, host=False)
+    ema._averaged_weights.use_engine(overlap=False, host=False)
     ema.update()
     torch.cuda.synchronize()
     known = ema.metrics(distance=False)
@@ -400,13 +402,13 @@ def test_a_host_thread_on_its_device() -> None:
     model = net()
     ema = EMA(model, 0.9, device="cpu")
     ema.update()
-    engine = ema._average.engine
+    engine = ema._averaged_weights.engine
     assert isinstance(engine, HostThread)
     seen: list[int] = []
     engine._worker.wait(engine._worker.submit(lambda: seen.append(torch.cuda.current_device())))
     assert seen == [CUDA.index]
     assert all(window.is_pinned() for window, _ in engine._copies)
-    assert all(slot.shadow.is_pinned() for slot in ema._average.slots if slot.shadow is not None), (
+    assert all(slot.shadow.is_pinned() for slot in ema._averaged_weights.states if slot.shadow is not None), (
         "guards layout.allocate"
     )
     known = ema.metrics()

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_ema import compiled
-from dist_ema.engine import Gate
-from dist_ema.kernels import PACK, SCRATCH, SHORT, Pair, Plan, _key, noise, round_to_bfloat16
+from dist_ema.engine import SkippedSteps
+from dist_ema.kernels import PACK, SCRATCH, SHORT, ShadowPair, UpdatePlan, _key, noise, round_to_bfloat16
 from tests.kit import draw
 
-Make = Callable[..., Plan]
+Make = Callable[..., UpdatePlan]
 WIDE = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}
 BF16 = torch.bfloat16
 
@@ -34,7 +34,7 @@ def plan(request: pytest.FixtureRequest) -> Make:
     """Plan, with compiled passes for what they take, or without."""
     if request.param == "compiled" and not compiled.available():
         pytest.skip("numba is not installed")
-    return partial(Plan, passes=request.param == "compiled")
+    return partial(UpdatePlan, passes=request.param == "compiled")
 
 
 def numbers(start: int = 0) -> Callable[[int, int], Tensor]:
@@ -52,14 +52,14 @@ def apart(sizes: list[int], dtype: torch.dtype, seed: int) -> list[Tensor]:
     return [draw(n, dtype, seed + i) for i, n in enumerate(sizes)]
 
 
-def pair_up(shadows: list[Tensor], lives: list[Tensor]) -> list[Pair]:
+def pair_up(shadows: list[Tensor], lives: list[Tensor]) -> list[ShadowPair]:
     both = zip(shadows, lives, strict=True)
-    return [Pair(f"w{i}", [shadow], live, numbers()) for i, (shadow, live) in enumerate(both)]
+    return [ShadowPair(f"w{i}", [shadow], live, numbers()) for i, (shadow, live) in enumerate(both)]
 
 
 # Every path of Plan.run, with sizes at its borders: empty, one, around SHORT and SCRATCH. Short neighbours are packed.
 TINY = [3, 0, 1, 17, 5, 0, 64]
-KINDS: dict[str, Callable[[], list[Pair]]] = {
+KINDS: dict[str, Callable[[], list[ShadowPair]]] = {
     "direct": lambda: pair_up(apart([SHORT + 5, 7, 0], torch.float32, 0), apart([SHORT + 5, 7, 0], torch.float32, 9)),
     "merged": lambda: pair_up(arena(TINY, torch.float32, 1), arena(TINY, torch.float32, 2)),
     "direct float64": lambda: pair_up(apart(TINY, torch.float64, 1), arena(TINY, torch.float64, 2)),
@@ -78,7 +78,7 @@ KINDS: dict[str, Callable[[], list[Pair]]] = {
 PLAIN = [kind for kind in KINDS if not kind.startswith("rounded")]
 
 
-def oracle(pairs: list[Pair], weight: float) -> list[tuple[Tensor, Tensor]]:
+def oracle(pairs: list[ShadowPair], weight: float) -> list[tuple[Tensor, Tensor]]:
     """What each shadow must become, and the size of the larger number that goes into it, both in float64."""
     result = []
     for pair in pairs:
@@ -88,7 +88,7 @@ def oracle(pairs: list[Pair], weight: float) -> list[tuple[Tensor, Tensor]]:
     return result
 
 
-def equal(pairs: list[Pair], expected: list[tuple[Tensor, Tensor]]) -> None:
+def equal(pairs: list[ShadowPair], expected: list[tuple[Tensor, Tensor]]) -> None:
     for pair, (want, scale) in zip(pairs, expected, strict=True):
         eps = torch.finfo(pair.shadows[0].dtype).eps
         far = (pair.shadows[0].to(want.dtype) - want).abs() / scale / eps
@@ -96,7 +96,7 @@ def equal(pairs: list[Pair], expected: list[tuple[Tensor, Tensor]]) -> None:
         assert not far.numel() or far.max() <= 2, f"{pair.name} is off by {far.max():.1f} eps"
 
 
-def bits(pairs: list[Pair]) -> list[Tensor]:
+def bits(pairs: list[ShadowPair]) -> list[Tensor]:
     return [pair.shadows[0].clone().view(torch.uint8) for pair in pairs]
 
 
@@ -169,7 +169,7 @@ def test_packing_stops() -> None:
     sizes = [SHORT // 4 - 1] * (PACK // (SHORT // 4 - 1) + 3)
     pairs = pair_up(arena(sizes, torch.float32, 1), apart(sizes, torch.float32, 2))
     expected = oracle(pairs, 0.5)
-    plan = Plan(pairs)
+    plan = UpdatePlan(pairs)
     plan.run([0.5], update=0)
     equal(pairs, expected)
     assert [len(lives) for _, lives, _, _ in plan._through] == [len(sizes) - 3, 3]
@@ -178,9 +178,9 @@ def test_packing_stops() -> None:
 # --- how a plan is made ------------------------------------------------------------------------------------------
 
 
-def shape(pairs: list[Pair]) -> tuple[list[int], list[list[int]], int]:
+def shape(pairs: list[ShadowPair]) -> tuple[list[int], list[list[int]], int]:
     """(lengths of the direct pairs, lengths of the tensors in each packed or cast step, number of rounded steps)."""
-    plan = Plan(pairs)
+    plan = UpdatePlan(pairs)
     return (
         [len(x) for _, x in plan._direct] + [len(x) for _, lives, _, _ in plan._apart for x in lives],
         [[len(x) for x in lives] for _, lives, _, _ in plan._through],
@@ -212,7 +212,7 @@ def test_apart_on_both_sides(live: torch.dtype, guard: bool, weight: Any) -> Non
     if guard:
         expected[0][0][2] = pairs[0].shadows[0][2].double()
         pairs[0].live[2] = torch.nan
-    plan = Plan(pairs, passes=False)
+    plan = UpdatePlan(pairs, passes=False)
     with watched():  # nor does the host wait for a weight on the device
         plan.run([weight], 0, guard)
     equal(pairs, expected)
@@ -258,7 +258,7 @@ def test_nothing_to_do(plan: Make) -> None:
 # --- guard -------------------------------------------------------------------------------------------------------
 
 
-def poison(pairs: list[Pair]) -> list[Tensor]:
+def poison(pairs: list[ShadowPair]) -> list[Tensor]:
     """Put inf, -inf and nan into live; returns where."""
     masks = []
     for pair in pairs:
@@ -361,7 +361,7 @@ def test_float16_is_unbiased(scale: float) -> None:
     for value in (0.7123, -0.3321):
         wide = torch.full((n,), value * scale)
         shadow = torch.zeros(n, dtype=torch.float16)
-        Plan([Pair("w", [shadow], wide, torch.arange)]).run([1.0], 3)
+        UpdatePlan([ShadowPair("w", [shadow], wide, torch.arange)]).run([1.0], 3)
         near = torch.tensor(value * scale).to(torch.float16)
         below, above = (torch.nextafter(near, torch.tensor(end * 7e4, dtype=torch.float16)) for end in (-1, 1))
         assert set(shadow.tolist()) <= {float(below), float(near), float(above)}
@@ -374,12 +374,12 @@ def test_float16_keeps_what_it_holds() -> None:
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     for update in range(3):
         shadow = every.clone()
-        Plan([Pair("w", [shadow], every.float(), torch.arange)]).run([0.3], update)
+        UpdatePlan([ShadowPair("w", [shadow], every.float(), torch.arange)]).run([0.3], update)
         kept = ~every.isnan() & ~every.isinf()
         assert torch.equal(shadow[kept], every[kept])
         assert shadow[every.isnan()].isnan().all()
         shadow.zero_()
-        Plan([Pair("w", [shadow], every.float(), torch.arange)]).run([0.3], update)
+        UpdatePlan([ShadowPair("w", [shadow], every.float(), torch.arange)]).run([0.3], update)
         assert torch.equal(shadow[every.isinf()], every[every.isinf()])
 
 
@@ -393,7 +393,7 @@ def test_compact_moves(plan: Make) -> None:
     """Fact 13: a bf16 shadow rounded to nearest stays at 1.0 for ever at decay 0.999; rounded by chance it follows."""
     n, decay, updates = 4096, 0.999, 300
     shadow, live = torch.ones(n, dtype=BF16), torch.full((n,), 1.5)
-    made = plan([Pair("w", [shadow], live, numbers())])
+    made = plan([ShadowPair("w", [shadow], live, numbers())])
     for update in range(updates):
         made.run([1 - decay], update)
     stalled = torch.ones(1, dtype=BF16)
@@ -406,11 +406,11 @@ def test_compact_moves(plan: Make) -> None:
 def test_noise_does_not_depend_on_the_cut(plan: Make, cut: int) -> None:
     """The same bits on any world size: noise is numbered by the element in the full weight, not in the piece."""
     n = 2000
-    whole = Pair("w", [draw(n, BF16, 1)], draw(n, torch.float32, 2), numbers())
+    whole = ShadowPair("w", [draw(n, BF16, 1)], draw(n, torch.float32, 2), numbers())
     shadow, live = whole.shadows[0].clone(), whole.live.clone()
     parts = [
-        Pair("w", [shadow[:cut]], live[:cut], numbers()),
-        Pair("w", [shadow[cut:].clone()], live[cut:], numbers(cut)),
+        ShadowPair("w", [shadow[:cut]], live[:cut], numbers()),
+        ShadowPair("w", [shadow[cut:].clone()], live[cut:], numbers(cut)),
     ]
     plan([whole], seed=3).run([0.01], update=9)
     plan(parts, seed=3).run([0.01], update=9)
@@ -568,7 +568,7 @@ def test_memory_of_an_update(plan: Make) -> None:
 @pytest.mark.parametrize("copies_first", [False, True])
 def test_gate_does_not_wait(copies_first: bool) -> None:
     """Gate.weigh decides on the device: a skipped step is weight 0 without the host knowing."""
-    gate, skips = Gate(), [torch.tensor(x) for x in (1.0, 0.0, 1.0)]
+    gate, skips = SkippedSteps(), [torch.tensor(x) for x in (1.0, 0.0, 1.0)]
     with watched() as watch:
         moves = [gate.weigh(0.25, copies_first, skip) for skip in [*skips, None]]
     assert watch.seen
@@ -579,7 +579,7 @@ def test_gate_does_not_wait(copies_first: bool) -> None:
 
 def test_gate_copies_until_accepted() -> None:
     """Until one update was accepted, schedules whose first decay is 0 copy; a plain update opens the gate for good."""
-    gate = Gate()
+    gate = SkippedSteps()
     assert gate.weigh(1.0, True, torch.tensor(1.0)) == 0
     assert gate.weigh(0.5, True, torch.tensor(1.0)) == 0
     assert gate.weigh(1 / 3, True, None) == 1

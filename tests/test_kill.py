@@ -181,7 +181,7 @@ def _look(folder: Path, mode: str, tally: Tally) -> int:
     assert files.keys() == meta["files"].keys()
     assert len(files) == 3
     for name, said in meta["files"].items():
-        data, total = (path / name).read_bytes(), format.Sum(said["size"])
+        data, total = (path / name).read_bytes(), format.RangeSum(said["size"])
         total.add(0, data)
         assert (len(data), format.check_sum(len(data), [total.contribution])) == (said["size"], said["crc32"]), name
     version: int = meta["extra"]["version"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema import layout, shards
-from dist_ema.kernels import Pair, Plan
-from dist_ema.layout import Box, allocate, boxes, cut, even, fingerprint, numbering, pieces, runs, split_box
+from dist_ema.kernels import ShadowPair, UpdatePlan
+from dist_ema.layout import Box, allocate, assign, boxes, boxes_with_data, even, fingerprint, numbering, runs, split_box
 from dist_ema.shards import Region, Shard
 
 CPU = torch.device("cpu")
@@ -104,9 +104,9 @@ def test_box() -> None:
     met = 0
     for draw, shape in shapes(2000, seed=4):
         a, b = a_box(draw, shape), a_box(draw, shape)
-        common, all_ = a.meet(b), numbered(shape)
+        common, all_ = a.intersect(b), numbered(shape)
         wanted = sorted({*all_[a.slices].ravel().tolist()} & {*all_[b.slices].ravel().tolist()})
-        assert common == b.meet(a)
+        assert common == b.intersect(a)
         if common is None:
             assert wanted == []
             continue
@@ -155,7 +155,7 @@ def test_pieces() -> None:
     for record, region, elements in drawn(seed=5):
         weight, seen = record.tensor, []
         data = elements.clone()
-        for box, view in pieces(record, region, data):
+        for box, view in boxes_with_data(record, region, data):
             assert torch.equal(weight[box.slices], view), (record.shape, record.order, region)
             assert view.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()  # *Aliases*
             seen += view.flatten().tolist()
@@ -166,7 +166,7 @@ def test_pieces_write_through() -> None:
     """Writing every block from a full weight fills exactly the region: what load and copy_to do."""
     for record, region, elements in drawn(seed=6, n=300):
         data = torch.full_like(elements, -1)
-        for box, view in pieces(record, region, data):
+        for box, view in boxes_with_data(record, region, data):
             view.copy_(record.tensor[box.slices])
         assert torch.equal(data, elements)
 
@@ -194,13 +194,13 @@ def test_channels_last(shape: tuple[int, ...]) -> None:
     model = nn.Module()
     values = torch.arange(math.prod(shape)).float().view(shape)
     model.w = nn.Parameter(values.clone().contiguous(memory_format=torch.channels_last))
-    (found,) = shards.find(model).shards
+    (found,) = shards.find_shards(model).shards
     assert found.read().data_ptr() == model.w.data_ptr()
     rebuilt = torch.empty(shape)
-    for box, view in pieces(found, found.held, found.read()):
+    for box, view in boxes_with_data(found, found.local_region, found.read()):
         rebuilt[box.slices] = view
     assert torch.equal(rebuilt, values)
-    assert torch.equal(numbering(found, found.held, CPU)(0, values.numel()).float(), found.read())
+    assert torch.equal(numbering(found, found.local_region, CPU)(0, values.numel()).float(), found.read())
 
 
 # --- slots and shadows -------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_allocate(dtype: torch.dtype) -> None:
     """Shadows begin as live, in one arena per dtype; neighbours stay neighbours, lone long ones are aligned, and short ones
     that touch nothing lie before them, end to end."""
     torch.manual_seed(0)
-    slots = cut(shards.find(Odd()).shards, lambda _: True, split=True)
+    slots = assign(shards.find_shards(Odd()).shards, lambda _: True, split=True)
     arenas = allocate(slots, dtype, None)
     wide = torch.complex128 if dtype == torch.float64 else torch.complex64
     assert [arena.dtype for arena in arenas] == [dtype, wide]
@@ -248,10 +248,10 @@ def test_allocate(dtype: torch.dtype) -> None:
 def test_short_weights_share_one_pack() -> None:
     """Biases between long matrices become one step of a plan: short chains lie together in the arena (`_starts`)."""
     model = nn.Sequential(*[nn.Linear(128, 130) for _ in range(3)])
-    slots = cut(shards.find(model).shards, lambda _: True, split=True)
+    slots = assign(shards.find_shards(model).shards, lambda _: True, split=True)
     allocate(slots, torch.float32, None)
-    pairs = [Pair(slot.name, [slot.shadow], slot.live, torch.arange) for slot in slots if slot.shadow is not None]
-    plan = Plan(pairs, passes=False)
+    pairs = [ShadowPair(slot.name, [slot.shadow], slot.live, torch.arange) for slot in slots if slot.shadow is not None]
+    plan = UpdatePlan(pairs, passes=False)
     assert [len(live) for _, live in plan._direct] == [128 * 130] * 3
     assert [[len(live) for live in lives] for _, lives, _, _ in plan._through] == [[130] * 3]
 
@@ -264,26 +264,28 @@ def test_neighbours_in_one_storage_stay_one() -> None:
         model.first = nn.Parameter(torch.randn(10))  # no multiple of what long pieces are aligned to
         for i, part in enumerate(flat.split(sizes)):
             model.register_parameter(f"part{i}", nn.Parameter(part))
-        slots = cut(shards.find(model).shards, lambda _: True, split=True)
+        slots = assign(shards.find_shards(model).shards, lambda _: True, split=True)
         allocate(slots, torch.float32, None)
-        pairs = [Pair(slot.name, [slot.shadow], slot.live, torch.arange) for slot in slots if slot.shadow is not None]
-        plan = Plan(pairs, passes=False)
+        pairs = [
+            ShadowPair(slot.name, [slot.shadow], slot.live, torch.arange) for slot in slots if slot.shadow is not None
+        ]
+        plan = UpdatePlan(pairs, passes=False)
         steps = [len(live) for _, live in plan._direct] + [len(x) for _, lives, _, _ in plan._through for x in lives]
         assert sorted(steps) == sorted([10, sum(sizes)])
 
 
 def test_allocate_elsewhere() -> None:
     """`device` moves all shadows there; None keeps each beside its weight."""
-    slots = cut(shards.find(nn.Linear(3, 2)).shards, lambda _: True, split=True)
+    slots = assign(shards.find_shards(nn.Linear(3, 2)).shards, lambda _: True, split=True)
     assert [arena.device for arena in allocate(slots, torch.float32, torch.device("meta"))] == [torch.device("meta")]
 
 
 def test_slot_of_one_process() -> None:
     """In a world of one a slot owns and answers for all that it holds, and `average` is live until there is a shadow."""
     model = nn.Linear(3, 2)
-    slots = cut(shards.find(model).shards, lambda _: True, split=True)
+    slots = assign(shards.find_shards(model).shards, lambda _: True, split=True)
     for slot, weight in zip(slots, model.parameters(), strict=True):
-        assert slot.own == slot.duty == slot.shard.held
+        assert slot.averaged_region == slot.saved_region == slot.shard.local_region
         assert slot.live.data_ptr() == slot.average.data_ptr() == weight.data_ptr()
     allocate(slots, torch.float32, None)
     with torch.no_grad():
@@ -295,9 +297,11 @@ def test_slot_of_one_process() -> None:
 def test_parts_cover() -> None:
     """parts: what a rank answers for in blocks of at most MOST, own buffers in place of the model's."""
     model = nn.BatchNorm1d(3)
-    slots = cut(shards.find(model).shards, lambda shard: shard.kind != "buffer", split=True)
+    slots = assign(shards.find_shards(model).shards, lambda shard: shard.kind != "buffer", split=True)
     own = {"running_mean": torch.tensor([7.0, 8.0, 9.0])}
-    found = {slots[number].name: (offsets, block.tolist()) for number, offsets, block in layout.parts(slots, own)}
+    found = {
+        slots[number].name: (offsets, block.tolist()) for number, offsets, block in layout.saved_blocks(slots, own)
+    }
     assert found == {
         "weight": ((0,), [1.0] * 3), "bias": ((0,), [0.0] * 3), "running_mean": ((0,), [7.0, 8.0, 9.0]),
         "running_var": ((0,), [1.0] * 3), "num_batches_tracked": ((), 0),

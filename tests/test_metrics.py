@@ -21,7 +21,7 @@ from dist_ema import EMA, Constant, HalfLife
 from dist_ema import telemetry as rooms_telemetry
 from dist_ema.engine import HostThread, Overlapped
 from dist_ema.executors import UNREAD, Instant, Meter
-from dist_ema.ranks import Board
+from dist_ema.ranks import StoreCoordinator
 from dist_ema.telemetry import _bits
 from tests.kit import Collectives, Images, Net, Training, batch, image_batch, raises, run_ranks
 
@@ -40,7 +40,7 @@ def relative(run: Training, ema: EMA, which: int) -> float:
 
 def flipped(ema: EMA, name: str, delta: int) -> None:
     """Move the last bit of one element of a shadow."""
-    (slot,) = [slot for slot in ema._average.profiles[0].averages if slot.name == name]
+    (slot,) = [slot for slot in ema._averaged_weights.averages[0].averaged if slot.name == name]
     slot.shadow.view(torch.int32 if slot.shadow.dtype == torch.float32 else torch.int16)[-1:] += delta
 
 
@@ -100,16 +100,16 @@ class counted:  # noqa: N801
         self._seen = seen
 
     def __enter__(self) -> None:
-        self._kept: Callable[..., Any] = Board._next
+        self._kept: Callable[..., Any] = StoreCoordinator._next
 
-        def numbered(board: Board, verb: str) -> Any:
+        def numbered(board: StoreCoordinator, verb: str) -> Any:
             self._seen.append(verb)
             return self._kept(board, verb)
 
-        Board._next = numbered  # type: ignore[method-assign]
+        StoreCoordinator._next = numbered  # type: ignore[method-assign]
 
     def __exit__(self, *_: Any) -> None:
-        Board._next = self._kept  # type: ignore[method-assign]
+        StoreCoordinator._next = self._kept  # type: ignore[method-assign]
 
 
 def test_over_ranks() -> None:
@@ -148,7 +148,7 @@ def test_distance_of_awkward_models() -> None:
     nn.init.zeros_(zeros.weight)
     ema = EMA(zeros, 0.5)
     assert ema.metrics()["distance"] == 0
-    ema._average.profiles[0].averages[0].shadow.fill_(1.0)
+    ema._averaged_weights.averages[0].averaged[0].shadow.fill_(1.0)
     assert ema.metrics()["distance"] == math.inf
 
 
@@ -170,7 +170,7 @@ def test_small_tensors_are_read_together(monkeypatch: pytest.MonkeyPatch) -> Non
     model = nn.ParameterList([nn.Parameter(torch.randn(1000)) for _ in range(40)] + [nn.Parameter(torch.randn(7000))])
     ema = EMA(model, 0.5)
     monkeypatch.setattr(rooms_telemetry, "SCRATCH", 3000)
-    slots = ema._average.profiles[0].averages
+    slots = ema._averaged_weights.averages[0].averaged
     sizes = [len(live) for live, _ in rooms_telemetry._batches([(slot.live, slot.shadow) for slot in slots])]
     assert sizes == [3000] * 13 + [1000, 3000, 3000, 1000]
 
@@ -245,7 +245,7 @@ def test_times_of_a_side_stream() -> None:
     ema = EMA(model, 0.5)
     ema.attach(optimizer)
     streams = Streams()
-    ema._average.engine = Overlapped(streams)
+    ema._averaged_weights.engine = Overlapped(streams)
     for step in range(4):
         streams.compute += 3
         model.weight.grad = torch.ones(2, 2)
@@ -255,8 +255,8 @@ def test_times_of_a_side_stream() -> None:
     assert streams.compute == 3 + 3 * 5
     with ema.swap():
         pass
-    ema._average.before_step()  # the swap waited for the last update, so that this step need not
-    ema._average.before_step()  # and no update came since
+    ema._averaged_weights.before_step()  # the swap waited for the last update, so that this step need not
+    ema._averaged_weights.before_step()  # and no update came since
     streams.seen = 14
     known = ema.metrics(distance=False)
     assert (known["update_ms"], known["stall_ms"], known["lag"]) == (5, 2, 2)
@@ -270,8 +270,8 @@ def test_a_stall_is_timed_once() -> None:
     model = nn.Linear(2, 2)
     ema = EMA(model, 0.5)
     streams = Streams()
-    engine = ema._average.engine = Overlapped(streams)
-    ema._average.move(1.0)
+    engine = ema._averaged_weights.engine = Overlapped(streams)
+    ema._averaged_weights.move(1.0)
     for _ in range(3):
         engine.fence()
     streams.seen = 100
@@ -286,7 +286,7 @@ def test_times_of_the_others() -> None:
         first = ema.metrics()
         assert (first["update_ms"], first["stall_ms"], first["lag"], first["skipped"]) == (0, 0, 0, 0)
         ema.update()
-        ema._average.settle()
+        ema._averaged_weights.settle()
         known = ema.metrics()
         assert known["update_ms"] > 0
         assert known["stall_ms"] > 0
@@ -307,10 +307,10 @@ def test_the_distance_settles() -> None:
         model = nn.Linear(2, 2, bias=False)
         nn.init.ones_(model.weight)
         ema = EMA(model, 0.5)
-        ema._average.engine = engine() or ema._average.engine
+        ema._averaged_weights.engine = engine() or ema._averaged_weights.engine
         with torch.no_grad():
             model.weight.fill_(3.0)
-        ema._average.move(1.0)
+        ema._averaged_weights.move(1.0)
         assert ema.metrics()["distance"] == 1 / 3
         model.weight.data = torch.full((2, 2), 4.0)
         assert ema.metrics()["distance"] == 2 / 4
@@ -321,7 +321,7 @@ def test_lag_of_a_host_thread() -> None:
     model = nn.Linear(2, 2)
     ema = EMA(model, 0.5)
     late = Held()
-    ema._average.engine = HostThread(None, late)
+    ema._averaged_weights.engine = HostThread(None, late)
     ema.update()
     assert ema.metrics(distance=False)["lag"] == 1
     assert ema.metrics(distance=False)["update_ms"] == 0
@@ -361,7 +361,7 @@ def test_averaged_buffers_are_in_the_times() -> None:
     """They are averaged in the step, whatever the engine hides."""
     model = nn.BatchNorm1d(3)
     ema = EMA(model, 0.5, buffers="average")
-    ema._average.engine = Overlapped(Streams())
+    ema._averaged_weights.engine = Overlapped(Streams())
     ema.update()
     known = ema.metrics(distance=False)
     assert 0 < known["stall_ms"] == known["update_ms"]
@@ -387,11 +387,11 @@ def test_metrics_leave_everything_as_it_was() -> None:
     model = nn.Linear(3, 3)
     ema = EMA(model, 0.5)
     ema.update()
-    shadow = ema._average.profiles[0].averages[0].shadow
-    live, average, clock = model.weight.detach().clone(), shadow.clone(), ema._average.clock.spec()
+    shadow = ema._averaged_weights.averages[0].averaged[0].shadow
+    live, average, clock = model.weight.detach().clone(), shadow.clone(), ema._averaged_weights.clock.to_dict()
     with torch.inference_mode():
         ema.metrics()
     assert same_bits(live, model.weight.detach())
     assert same_bits(average, shadow)
-    assert ema._average.clock.spec() == clock
+    assert ema._averaged_weights.clock.to_dict() == clock
     ema.update()

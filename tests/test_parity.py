@@ -91,14 +91,14 @@ def check_wrapper(kind: str, folder: str) -> dict[str, Any]:
 
 def bytes_hold(kind: str, ema: EMA) -> bool:
     """At most 4 x the elements of this rank's live shard (1/replicas of them + 1 %) + 64 per piece."""
-    slots = ema._average.profiles[0].averages
-    live = sum(slot.shard.held.numel for slot in slots if not slot.shard.replicas)
+    slots = ema._averaged_weights.averages[0].averaged
+    live = sum(slot.shard.local_region.numel for slot in slots if not slot.shard.replicas)
     shared = 0.0
     for slot in slots:
         copies = 1
         for group in slot.shard.replicas:
             copies *= group.size()
-        shared += slot.shard.held.numel / copies if slot.shard.replicas else 0
+        shared += slot.shard.local_region.numel / copies if slot.shard.replicas else 0
     if kind == "ddp whole":
         shared *= dist.get_world_size()
     return bool(ema.metrics()["bytes"] <= 4 * (live + 1.01 * shared) + 64 * len(slots))

@@ -307,7 +307,7 @@ def test_reconstruct(run: Any, tmp_path: Path) -> None:
         Small().load_state_dict(mixed)
         assert mixed["scale"].shape == ()
         meta = json.loads((tmp_path / str(sigma) / "ema.json").read_text())
-        assert meta["schedules"] == [Power(sigma_rel=sigma).spec()]
+        assert meta["schedules"] == [Power(sigma_rel=sigma).to_dict()]
         assert (meta["kind"], meta["clock"]["now"], meta["averaged"]) == (
             "export",
             200,

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA, gather, ranks, resume
-from dist_ema.ranks import FOREVER, Board
-from dist_ema.swap import Loan
+from dist_ema.ranks import FOREVER, StoreCoordinator
+from dist_ema.swap import WeightSwap
 from tests.kit import Net, raises, run_ranks, wrap
 
 WRITES = ("set", "add", "compare_set")
@@ -51,9 +51,11 @@ class World:
     def __init__(self, size: int, timeout: float = 60.0) -> None:
         self.store = dist.HashStore()
         self.counted = [Counted(self.store) for _ in range(size)]
-        self.boards = [Board(store, range(10, 10 + size), i, timeout) for i, store in enumerate(self.counted)]  # type: ignore[arg-type]
+        self.boards = [
+            StoreCoordinator(store, range(10, 10 + size), i, timeout) for i, store in enumerate(self.counted)
+        ]  # type: ignore[arg-type]
 
-    def spread(self, work: Callable[[Board], Any]) -> list[Any]:
+    def spread(self, work: Callable[[StoreCoordinator], Any]) -> list[Any]:
         """Do it on all ranks at once. Returns what each returned or raised."""
         results: list[Any] = [None] * len(self.boards)
 
@@ -90,9 +92,9 @@ def test_a_verb_costs_one_write_per_rank() -> None:
     """64 ranks enter: each adds to one counter and reads what came out; the last one publishes. Nobody reads names."""
     world = World(64)
 
-    def enter(board: Board) -> Any:
+    def enter(board: StoreCoordinator) -> Any:
         board.begin("save")
-        return board.attempt("save", lambda: None)
+        return board.run_on_all("save", lambda: None)
 
     assert world.spread(enter) == [(None, [None] * 64)] * 64
     assert world.operations() == {"add": 64, "compare_set": 1, "get": 64}
@@ -107,23 +109,23 @@ def test_a_verb_costs_one_write_per_rank() -> None:
 def test_values_are_combined_by_one() -> None:
     """Messages cost a write more each; one rank reads them all, in one call, and the others what it made of them."""
     world = World(64)
-    assert world.spread(lambda board: board.exchange("save", board.rank, combine=sum)) == [sum(range(64))] * 64
+    assert world.spread(lambda board: board.all_gather_json("save", board.rank, combine=sum)) == [sum(range(64))] * 64
     assert world.operations() == {"set": 64, "add": 64, "multi_get": 64, "compare_set": 1, "get": 64}
     assert sum(any(name == "multi_get" for name, _ in each.seen) for each in world.counted) == 1  # type: ignore[attr-defined]
-    assert world.spread(lambda board: board.decide("save", lambda: {"by": board.rank})) == [{"by": 0}] * 64
+    assert world.spread(lambda board: board.run_on_first("save", lambda: {"by": board.rank})) == [{"by": 0}] * 64
     assert world.operations() == {"set": 1, "get": 63}
 
 
 def test_no_keys_stay() -> None:
     world = World(5)
 
-    def many(board: Board) -> list[Any]:
+    def many(board: StoreCoordinator) -> list[Any]:
         found = []
         for i in range(50):
             board.begin("save")
-            board.attempt("save", lambda: None)
-            found.append(board.exchange("save", [i, board.rank])[3])
-            found.append(board.decide("save", lambda i=i: i))  # type: ignore[misc]
+            board.run_on_all("save", lambda: None)
+            found.append(board.all_gather_json("save", [i, board.rank])[3])
+            found.append(board.run_on_first("save", lambda i=i: i))  # type: ignore[misc]
         return found
 
     assert world.spread(many) == [[x for i in range(50) for x in ([i, 3], i)]] * 5
@@ -131,15 +133,15 @@ def test_no_keys_stay() -> None:
 
 
 def test_a_world_of_one_needs_no_store() -> None:
-    board = Board(None, [0], 0)
-    assert board.exchange("save", 3) == [3]
-    assert board.attempt("save", lambda: 4) == (4, [4])
-    assert board.decide("save", lambda: 5) == 5
-    for verb in (board.attempt, board.decide):
+    board = StoreCoordinator(None, [0], 0)
+    assert board.all_gather_json("save", 3) == [3]
+    assert board.run_on_all("save", lambda: 4) == (4, [4])
+    assert board.run_on_first("save", lambda: 5) == 5
+    for verb in (board.run_on_all, board.run_on_first):
         with pytest.raises(ZeroDivisionError):
             verb("save", lambda: 1 / 0)
     with pytest.raises(KeyboardInterrupt):
-        board.attempt("save", interrupt)
+        board.run_on_all("save", interrupt)
 
 
 def interrupt() -> None:
@@ -153,29 +155,29 @@ def test_errors_are_told() -> None:
     """The rank itself raises what happened, the others whose error it was; then all are in step again."""
     world = World(6)
 
-    def fail(board: Board) -> None:
-        board.attempt("save", lambda: 1 / (board.rank - 4))
+    def fail(board: StoreCoordinator) -> None:
+        board.run_on_all("save", lambda: 1 / (board.rank - 4))
 
     found = world.spread(fail)
     assert isinstance(found[4], ZeroDivisionError)
     others = {str(error) for i, error in enumerate(found) if i != 4}
     assert others == {"ema.save() failed on rank 14: ZeroDivisionError: division by zero"}
-    found = world.spread(lambda board: board.decide("load", lambda: [][0]))
+    found = world.spread(lambda board: board.run_on_first("load", lambda: [][0]))
     assert isinstance(found[0], IndexError)
     assert "ema.load() failed on rank 10: IndexError: list index" in str(found[1])
-    assert world.spread(lambda board: board.exchange("gather", 1, combine=sum)) == [6] * 6
+    assert world.spread(lambda board: board.all_gather_json("gather", 1, combine=sum)) == [6] * 6
 
 
 def test_an_interrupt_is_told_and_waits_for_nobody() -> None:
     """Ctrl-C inside a verb: that rank leaves at once, also where nobody else has come; the others do not time out."""
     world = World(3)
 
-    def work(board: Board) -> None:
+    def work(board: StoreCoordinator) -> None:
         if board.rank != 1:
             world.boards[1].left.wait()  # type: ignore[attr-defined]
-        board.attempt("save", interrupt if board.rank == 1 else lambda: None)
+        board.run_on_all("save", interrupt if board.rank == 1 else lambda: None)
 
-    def leave(board: Board) -> None:
+    def leave(board: StoreCoordinator) -> None:
         try:
             work(board)
         finally:
@@ -195,12 +197,12 @@ def test_different_verbs_at_once(order: list[int]) -> None:
     turns = [threading.Event() for _ in range(5)]
     turns[0].set()
 
-    def call(board: Board) -> None:
+    def call(board: StoreCoordinator) -> None:
         turns[order.index(board.rank)].wait()
         threading.Timer(0.05, turns[order.index(board.rank) + 1].set).start()
         verb = "gather" if board.rank == 2 else "save"
         board.begin(verb)
-        board.attempt(verb, lambda: None)
+        board.run_on_all(verb, lambda: None)
 
     found = {str(error) for error in world.spread(call)}
     assert len(found) == 1
@@ -208,25 +210,25 @@ def test_different_verbs_at_once(order: list[int]) -> None:
     assert "rank 12 is in ema.gather()" in text or "rank 12 in ema.gather()" in text
     assert "in ema.save()" in text
     assert "in the same order" in text
-    assert world.spread(lambda board: board.exchange("load", 1, combine=sum)) == [4] * 4, "in step again"
+    assert world.spread(lambda board: board.all_gather_json("load", 1, combine=sum)) == [4] * 4, "in step again"
 
 
 def test_the_same_verb_begun_anew() -> None:
     """A rank that left a verb alone and calls it again does not meet the middle of it."""
     world = World(2, timeout=30)
-    world.spread(lambda board: board.exchange("save"))
+    world.spread(lambda board: board.all_gather_json("save"))
 
-    def call(board: Board) -> None:
+    def call(board: StoreCoordinator) -> None:
         if board.rank == 1:
             board.begin("save")
-        board.exchange("save")
+        board.all_gather_json("save")
 
     assert "rank 10 is in step 1 of ema.save() and rank 11 in ema.save()" in str(world.spread(call)[0])
 
 
 def test_the_first_rank_decides_something_else() -> None:
     world = World(2, timeout=30)
-    found = world.spread(lambda b: b.decide("load", lambda: 1) if b.rank == 0 else b.exchange("save"))
+    found = world.spread(lambda b: b.run_on_first("load", lambda: 1) if b.rank == 0 else b.all_gather_json("save"))
     assert found[0] == 1
     assert "rank 10 is in ema.load() and rank 11 in ema.save()" in str(found[1])
 
@@ -234,7 +236,7 @@ def test_the_first_rank_decides_something_else() -> None:
 def test_all_wait_for_different_things(quick: None) -> None:
     """Nobody is missing, and nobody can go on: the timeout says where they are."""
     world = World(2, timeout=0.4)
-    found = world.spread(lambda b: b.exchange("save") if b.rank == 0 else b.decide("load", lambda: 1))
+    found = world.spread(lambda b: b.all_gather_json("save") if b.rank == 0 else b.run_on_first("load", lambda: 1))
     assert ["rank 10 is in ema.save() and rank 11 in ema.load()" in str(error) for error in found] == [True, True]
 
 
@@ -246,33 +248,33 @@ def test_the_missing_are_named(quick: None) -> None:
     world = World(5, timeout=0.6)
     given_up = threading.Event()
 
-    def call(board: Board) -> None:
+    def call(board: StoreCoordinator) -> None:
         if board.rank in (0, 3):
             given_up.wait()
         if board.rank == 4:
             time.sleep(0.5)
         try:
-            board.attempt("save", lambda: None)
+            board.run_on_all("save", lambda: None)
         finally:
             given_up.set()
 
     found = {str(error) for error in world.spread(call)}
     assert found == {"ema.save() is collective, and ranks 10, 13 did not enter it within 0.6 s."}
-    assert world.spread(lambda board: board.exchange("load", 1, combine=sum)) == [5] * 5, "in step again"
+    assert world.spread(lambda board: board.all_gather_json("load", 1, combine=sum)) == [5] * 5, "in step again"
 
 
 def test_a_slow_rank_is_waited_for(quick: None) -> None:
     """[Note: pulse]: work of four times the timeout, in `attempt`, in `decide`, and where bytes are moved."""
     world = World(3, timeout=0.2)
 
-    def work(board: Board) -> Any:
-        board.attempt("save", lambda: time.sleep(0.8) if board.rank == 1 else None)
+    def work(board: StoreCoordinator) -> Any:
+        board.run_on_all("save", lambda: time.sleep(0.8) if board.rank == 1 else None)
         if board.rank == 2:
             for _ in range(16):
                 time.sleep(0.05)
-                board.tick()
-        board.exchange("save")
-        return board.decide("save", lambda: time.sleep(0.8) or 7)
+                board.heartbeat()
+        board.all_gather_json("save")
+        return board.run_on_first("save", lambda: time.sleep(0.8) or 7)
 
     assert world.spread(work) == [7] * 3
 
@@ -281,16 +283,16 @@ def test_a_dead_rank_is_named(quick: None) -> None:
     """Inside a verb the sentence is another one: it did enter."""
     world = World(3, timeout=0.4)
 
-    def work(board: Board) -> None:
-        board.exchange("save")
+    def work(board: StoreCoordinator) -> None:
+        board.all_gather_json("save")
         if board.rank != 1:
-            board.exchange("save")
+            board.all_gather_json("save")
 
     found = world.spread(work)
     assert found[1] is None
     assert str(found[0]) == str(found[2]) == "ema.save(): rank 11 gave no sign of life for 0.4 s. Dead, or hung?"
     world = World(3, timeout=0.4)
-    found = world.spread(lambda board: board.decide("save", lambda: 1) if board.rank else None)
+    found = world.spread(lambda board: board.run_on_first("save", lambda: 1) if board.rank else None)
     assert "rank 10 did not enter it" in str(found[1]), "the one who decides"
 
 
@@ -298,7 +300,7 @@ def test_the_one_who_speaks_may_die_too(quick: None) -> None:
     """The lowest rank that waits names the missing; if it is gone by then, another one does."""
     world = World(3, timeout=0.4)
     world.store.set("0/here/0", '[0, "save", 0]')
-    found = world.spread(lambda board: board.exchange("save") if board.rank == 1 else None)
+    found = world.spread(lambda board: board.all_gather_json("save") if board.rank == 1 else None)
     assert "rank 12 did not enter it" in str(found[1])
 
 
@@ -308,9 +310,9 @@ def test_leaving_waits_and_says_for_whom(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setattr(ranks, "LOOK", 0.1)
     world = World(4, timeout=0.1)
 
-    def leave(board: Board) -> int:
+    def leave(board: StoreCoordinator) -> int:
         time.sleep(1.2 if board.rank in (1, 3) else 0.0)
-        return board.exchange("swap", 1, FOREVER, combine=sum)  # type: ignore[no-any-return]
+        return board.all_gather_json("swap", 1, FOREVER, combine=sum)  # type: ignore[no-any-return]
 
     with caplog.at_level(logging.WARNING, "dist_ema"):
         assert world.spread(leave) == [4] * 4
@@ -336,7 +338,7 @@ def test_the_store_may_die() -> None:
         store = dist.TCPStore("127.0.0.1", int(server.stdout.readline()), None, False)
         threading.Timer(0.3, server.kill).start()
         with pytest.raises(RuntimeError, match=r"the key-value store of the process group is gone; did .*rank 0"):
-            Board(store, [0, 1], 1, FOREVER).attempt("save", lambda: time.sleep(1.5))
+            StoreCoordinator(store, [0, 1], 1, FOREVER).run_on_all("save", lambda: time.sleep(1.5))
 
 
 # --- every verb --------------------------------------------------------------------------------------------------
@@ -380,21 +382,21 @@ def late_failing_elsewhere(kind: str, folder: str) -> None:
         if not mine:
             dist.barrier()
     ema.timeout, ranks.GRACE = FOREVER, grace
-    ready = ema._average.settle
+    ready = ema._averaged_weights.settle
     for verb, call in calls.items():
         if mine:
-            ema._average.settle = missing_file  # type: ignore[method-assign]
+            ema._averaged_weights.settle = missing_file  # type: ignore[method-assign]
         with raises(
             OSError if mine else RuntimeError, "lost", *([] if mine else [f"ema.{verb}() failed on rank 1: OSError"])
         ):
             call()
-        ema._average.settle = ready  # type: ignore[method-assign]
-    parts = gather.parts
+        ema._averaged_weights.settle = ready  # type: ignore[method-assign]
+    parts = gather.saved_blocks
     for verb in ("gather", "copy_to"):  # after entering, and before anything is sent
-        gather.parts = (lambda *_: missing_file()) if mine else parts  # type: ignore[assignment]
+        gather.saved_blocks = (lambda *_: missing_file()) if mine else parts  # type: ignore[assignment]
         with raises(OSError if mine else RuntimeError, "lost"):
             calls[verb]()
-    gather.parts = parts
+    gather.saved_blocks = parts
     with raises(OSError if mine else RuntimeError, "lost", *([] if mine else ["EMA(...) failed on rank 1"])):
         EMA(model, 0.5, only=lambda _: bool(missing_file()) if mine else True)
     names = list(calls)
@@ -426,7 +428,7 @@ def together(folder: str) -> None:
 
 
 DEATHS: dict[str, tuple[int, Any, str]] = {
-    "swap": (1, Loan, "lend"),
+    "swap": (1, WeightSwap, "lend"),
     "gather": (1, ranks.Ranks, "send"),
     "load": (0, resume, "_place"),
 }

@@ -55,8 +55,8 @@ def slow_disk(folder: str) -> None:
     ema = EMA(wrap("ddp", Net()), 0.5)
     ema.timeout = 1.0
     if dist.get_rank() == 0:
-        close = artifact._Writer.close
-        artifact._Writer.close = lambda self: (time.sleep(4.0), close(self))[1]  # type: ignore[method-assign]
+        close = artifact._FileWriter.close
+        artifact._FileWriter.close = lambda self: (time.sleep(4.0), close(self))[1]  # type: ignore[method-assign]
     for mode in ("direct", "stream"):
         ema.save(f"{folder}/{mode}", mode=mode)  # type: ignore[arg-type]
     ema.load(f"{folder}/stream")
@@ -216,7 +216,7 @@ def test_updates_by_hand_before_the_start() -> None:
     start = model.weight.item()
     with pytest.raises(ValueError, match="elapsed must be positive"):
         ema.update(-1)
-    assert not ema._average.clock.started, "a refused update begins nothing"
+    assert not ema._averaged_weights.clock.started, "a refused update begins nothing"
     ema.update()
     with torch.no_grad():
         model.weight += 1
@@ -235,13 +235,13 @@ def test_detach_with_an_update_under_way() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     ema = EMA(model, 0.0)
     ema.attach(optimizer)
-    ema._average.engine = Overlapped(Late(0))
+    ema._averaged_weights.engine = Overlapped(Late(0))
     model.weight.grad = torch.ones(1, 1)
     optimizer.step()
     want = model.weight.item()
     ema.detach()
     optimizer.step()
-    assert ema._average.profiles[0].averages[0].shadow.item() == want
+    assert ema._averaged_weights.averages[0].averaged[0].shadow.item() == want
 
 
 def test_an_open_interval_survives_an_update_by_hand() -> None:
@@ -331,7 +331,7 @@ def test_a_state_dict_that_requires_grad() -> None:
     state["averages"][repr(ema.schedule)]["weights"] = dict(model.named_parameters())
     ema.load_state_dict(state)
     ema.update()
-    assert not any(slot.shadow.requires_grad for slot in ema._average.slots)
+    assert not any(slot.shadow.requires_grad for slot in ema._averaged_weights.states)
 
 
 def test_resumed_before_any_update_was_accepted(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dist_ema import Constant, Cosine, Debiased, HalfLife, Power, Ramp, Ratio, Schedule, Uniform, Warmup
-from dist_ema.schedule import MOST_STEPS, from_spec, gamma_of, schedule
+from dist_ema.schedule import MOST_STEPS, from_dict, gamma_of, schedule
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())
 NAMED = {
@@ -159,9 +159,9 @@ def test_stepped_at_the_limit(of: Schedule) -> None:
 def test_round_trips(of: Schedule) -> None:
     """repr evaluates back, the spec goes through JSON and back, equal values are equal and hash alike."""
     assert eval(repr(of)) == of
-    again = from_spec(json.loads(json.dumps(of.spec())))
+    again = from_dict(json.loads(json.dumps(of.to_dict())))
     assert (again, type(again), hash(again)) == (of, type(of), hash(of))
-    assert None not in of.spec().values()
+    assert None not in of.to_dict().values()
 
 
 def test_equality() -> None:
@@ -222,12 +222,12 @@ def test_float_means_constant() -> None:
         (lambda: Power(0.1, origin="end"), r"origin must be 'start' or 'training', got 'end'"),
         (lambda: schedule(True), r"decay must be a float or a schedule .*got True"),
         (lambda: schedule("0.9"), r"decay must be a float or a schedule .*got '0\.9'"),  # type: ignore[arg-type]
-        (lambda: from_spec({"name": "Cubic"}), r"no schedule is called 'Cubic'; known are Constant, Cosine"),
-        (lambda: from_spec({"decay": 0.9}), r"no schedule is called None"),
-        (lambda: from_spec({"name": ["Ratio"]}), r"no schedule is called \['Ratio'\]"),
-        (lambda: from_spec({"name": "Ratio", "tau": 3}), r"Ratio does not take \{'tau': 3\}"),
-        (lambda: from_spec({"name": "Ratio", "decay": "high"}), r"Ratio does not take \{'decay': 'high'\}"),
-        (lambda: from_spec({"name": "Ratio", "decay": 1.5}), r"decay must be in \[0, 1\], got 1\.5"),
+        (lambda: from_dict({"name": "Cubic"}), r"no schedule is called 'Cubic'; known are Constant, Cosine"),
+        (lambda: from_dict({"decay": 0.9}), r"no schedule is called None"),
+        (lambda: from_dict({"name": ["Ratio"]}), r"no schedule is called \['Ratio'\]"),
+        (lambda: from_dict({"name": "Ratio", "tau": 3}), r"Ratio does not take \{'tau': 3\}"),
+        (lambda: from_dict({"name": "Ratio", "decay": "high"}), r"Ratio does not take \{'decay': 'high'\}"),
+        (lambda: from_dict({"name": "Ratio", "decay": 1.5}), r"decay must be in \[0, 1\], got 1\.5"),
     ],
 )
 def test_arguments(build: Any, message: str) -> None:

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from dist_ema import EMA, Constant, HalfLife, Power, load_file
-from dist_ema.kernels import Plan
+from dist_ema.kernels import UpdatePlan
 from tests.kit import Images, Training, image_batch, raises, run_ranks, same, snapshot
 
 SCHEDULES = [Power(gamma=2.0), 0.7, HalfLife(3.0)]
@@ -84,6 +84,6 @@ def test_which_names_an_average() -> None:
 def test_live_is_read_once() -> None:
     """One cast of live per chunk, whatever the number of averages: `Plan._through` holds one entry per chunk."""
     model = nn.Linear(2048, 2048).to(torch.bfloat16)
-    pairs = [EMA(model, decay)._average._plan.pairs for decay in (0.5, [0.5, 0.6, 0.7])]
-    plans = [Plan(each, passes=False) for each in pairs]
+    pairs = [EMA(model, decay)._averaged_weights._plan.pairs for decay in (0.5, [0.5, 0.6, 0.7])]
+    plans = [UpdatePlan(each, passes=False) for each in pairs]
     assert len(plans[0]._through) == len(plans[1]._through) == 5

@@ -31,7 +31,7 @@ def names_of(kind: str, how: str) -> list[str]:
     model = wrap(kind, model)
     if how == "compile last":
         model = torch.compile(model, backend="eager")
-    found = shards.find(model).shards
+    found = shards.find_shards(model).shards
     assert [s.aliases for s in found if s.name == "core.emb.weight"] == [["core.head.weight"]]
     assert {s.name for s in found if s.kind == "buffer"} == {"core.seen", "core.mean"}
     return [s.name for s in found if s.kind != "buffer"]
@@ -51,15 +51,15 @@ def all_names() -> None:
                 continue  # kit wraps model.core, which OptimizedModule forwards reads of but not writes
             assert sorted(names_of(kind, how)) == sorted(NAMES), (kind, how)
     inner = torch.compile(Block(6, 5), backend="eager")
-    assert shards.bare(inner) is inner._orig_mod
-    assert shards.bare(_sharded(inner)) is inner  # the forward that gathers the weights is its own
+    assert shards.unwrapped(inner) is inner._orig_mod
+    assert shards.unwrapped(_sharded(inner)) is inner  # the forward that gathers the weights is its own
 
 
 def test_names_are_canonical_under_every_wrapper() -> None:
     """No module., _orig_mod., _fsdp_wrapped_module. or _checkpoint_wrapped_module., and a user's own `module` stays."""
     run_ranks(2, all_names)
     own = nn.ModuleDict({"module": nn.Linear(2, 2)})
-    assert [s.name for s in shards.find(own).shards] == ["module.weight", "module.bias"]
+    assert [s.name for s in shards.find_shards(own).shards] == ["module.weight", "module.bias"]
 
 
 # --- more rows of the parity table -------------------------------------------------------------------------------
@@ -171,9 +171,9 @@ def ddp_ignored() -> None:
     with torch.no_grad():
         model[1].weight.fill_(dist.get_rank())
     ema = EMA(ddp, 0.5)
-    slots = {slot.name: slot for slot in ema._average.slots}
-    assert slots["1.weight"].own.numel == 6
-    assert slots["0.weight"].own.numel < 9
+    slots = {slot.name: slot for slot in ema._averaged_weights.states}
+    assert slots["1.weight"].averaged_region.numel == 6
+    assert slots["0.weight"].averaged_region.numel < 9
     with torch.no_grad():
         model[1].weight += 1
     ema.update()
@@ -293,7 +293,7 @@ def test_moved_storage_is_followed() -> None:
     with pytest.warns(UserWarning, match="no update came"), ema.swap():
         assert torch.equal(model.weight, kept)
     assert (model.weight == 1).all()
-    ema._average.clock.updates = 100  # the look every 100th
+    ema._averaged_weights.clock.updates = 100  # the look every 100th
     with torch.no_grad():
         model.weight.set_(torch.full((2, 2), 5.0))
     ema.update()
@@ -371,10 +371,10 @@ def test_newly_trainable_weights_need_rescan() -> None:
         ema.update()
     with torch.no_grad():
         model[1].weight.fill_(3.0)
-    kept = ema._average.profiles[0].averages[0].shadow.clone()
+    kept = ema._averaged_weights.averages[0].averaged[0].shadow.clone()
     ema.rescan()
     assert len(ema) == 4
-    assert torch.equal(ema._average.profiles[0].averages[0].shadow, kept)
+    assert torch.equal(ema._averaged_weights.averages[0].averaged[0].shadow, kept)
     with torch.no_grad():
         model[1].weight.fill_(5.0)
     ema.update()
@@ -400,7 +400,7 @@ def rescan_on_ranks() -> None:
     with ema.swap():
         assert all(torch.allclose(p, w) for p, w in zip(model.parameters(), want, strict=True))
     assert same(before, snapshot(model))
-    total = sum(slot.own.numel for slot in ema._average.profiles[0].averages)
+    total = sum(slot.averaged_region.numel for slot in ema._averaged_weights.averages[0].averaged)
     assert abs(total - (5 * 3 + 3 + 3 * 7 + 7) / 2) <= 2
 
 
@@ -414,7 +414,7 @@ def repinned() -> None:
     with torch.no_grad():
         for p in run.model.parameters():
             (p._local_tensor if hasattr(p, "_local_tensor") else p).add_(1.0)
-    first = ema._average.profiles[0].averages[0]
+    first = ema._averaged_weights.averages[0].averaged[0]
     kept = first.shadow.clone()
     ema.update()
     assert torch.allclose(first.shadow, kept + 0.5)

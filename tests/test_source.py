@@ -102,7 +102,7 @@ def test_write(tmp_path: Path) -> None:
     found = {}
     for name, line in meta["files"].items():
         data = (out / name).read_bytes()
-        whole = format.Sum(len(data))
+        whole = format.RangeSum(len(data))
         whole.add(0, data)
         assert line["size"] == len(data)
         assert line["sha256"] == hashlib.sha256(data).hexdigest()
@@ -233,7 +233,7 @@ def test_replaced_between_header_and_file(tmp_path: Path, monkeypatch: pytest.Mo
     EMA(torch.nn.Linear(5, 7)).save(path := tmp_path / "a")
     really = format.read_model
 
-    def then_saved(folder: Path) -> dict[str, format.File]:
+    def then_saved(folder: Path) -> dict[str, format.SafetensorsFile]:
         found = really(folder)
         EMA(torch.nn.Linear(7, 5)).save(path)
         return found

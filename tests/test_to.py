@@ -28,8 +28,13 @@ def step(model: nn.Module, seed: int) -> None:
 
 
 def shadows(ema: EMA) -> list[Tensor]:
-    ema._average.settle()
-    return [slot.shadow for profile in ema._average.profiles for slot in profile.averages if slot.shadow is not None]
+    ema._averaged_weights.settle()
+    return [
+        slot.shadow
+        for profile in ema._averaged_weights.averages
+        for slot in profile.averaged
+        if slot.shadow is not None
+    ]
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
@@ -54,7 +59,11 @@ def test_equals_a_fresh_one(device: str | None, dtype: torch.dtype) -> None:
             fresh.update(decay=0.5)
     assert [t.dtype for t in shadows(moved)] == [t.dtype for t in shadows(fresh)]
     assert same(shadows(moved), shadows(fresh))
-    assert type(moved._average.engine) is type(fresh._average.engine) is (HostThread if device else Inline)
+    assert (
+        type(moved._averaged_weights.engine)
+        is type(fresh._averaged_weights.engine)
+        is (HostThread if device else Inline)
+    )
     assert repr(moved) == repr(fresh)
     for ema in (moved, fresh):
         model.core.frozen.requires_grad_(True)
@@ -75,15 +84,15 @@ def test_while_attached(overlap: bool) -> None:
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
         ema = EMA(model, 0.9, device="cpu")
         ema.attach(optimizer, overlap=overlap)
-        late = ema._average.engine = HostThread(None, Late(1)) if overlap else ema._average.engine
+        late = ema._averaged_weights.engine = HostThread(None, Late(1)) if overlap else ema._averaged_weights.engine
         for i in range(12):
             model(torch.randn(8, 5)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             if moves and i in (2, 5, 8):
                 ema.to(dtype=F64)
-                assert ema._average.engine is not late, "the old engine would keep the old shadows"
-                assert isinstance(ema._average.engine, HostThread) == overlap
+                assert ema._averaged_weights.engine is not late, "the old engine would keep the old shadows"
+                assert isinstance(ema._averaged_weights.engine, HostThread) == overlap
                 ema.to("cpu", F32)
         results.append([*ema.gather().values()])
         assert ema.now == 12

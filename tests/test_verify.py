@@ -217,7 +217,7 @@ def test_seal(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    total = format.Sum(len(content))
+    total = format.RangeSum(len(content))
     total.add(0, content)
     meta = json.loads((folder / META).read_text())
     meta["files"]["model.safetensors"]["crc32"] = format.check_sum(len(content), [total.contribution])

@@ -25,7 +25,7 @@ from ..console import (
 from ..format import size_of
 
 if TYPE_CHECKING:
-    from ..offline.average import Report
+    from ..offline.average import AverageReport
 
 __all__ = ["add"]
 
@@ -94,7 +94,7 @@ def _average(options: argparse.Namespace) -> int:
     return FINE
 
 
-def _text(report: Report) -> Iterator[str]:
+def _text(report: AverageReport) -> Iterator[str]:
     yield from columns([("weight", "model"), *((f"{weight:.6g}", path) for path, weight in report.terms)])
     yield ""
     yield printable(

@@ -72,7 +72,7 @@ def _convert(options: argparse.Namespace) -> int:
     from ..offline import convert as offline
 
     kind = "torch" if options.kind == "swa" else options.kind
-    job = offline.Job(
+    job = offline.ConvertRequest(
         options.source, kind, options.key, options.like, options.prefix, options.rest, options.averaged_only,
         DTYPES.get(options.dtype), options.inert,
     )  # fmt: skip

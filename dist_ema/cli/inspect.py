@@ -10,7 +10,7 @@ from ..console import FINE, PROBLEM, add_verb, columns, count, listed, out, out_
 from ..format import META
 
 if TYPE_CHECKING:
-    from ..manifest import Report, Total
+    from ..manifest import ModelReport, Total
 
 __all__ = ["add"]
 
@@ -40,7 +40,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
     report = inspect(options.path)
     if options.json:
-        values = report.plain()
+        values = report.to_json()
         values["weights"] = dict(list(values["weights"].items())[: options.weights])
         out_json(values)
     else:
@@ -50,7 +50,7 @@ def _inspect(options: argparse.Namespace) -> int:
     return PROBLEM if report.problems else FINE
 
 
-def _text(report: Report, shown: int) -> Iterator[str]:
+def _text(report: ModelReport, shown: int) -> Iterator[str]:
     yield printable(f"{report.path}: {_kind(report)}")
     yield ""
     yield from columns(list(_facts(report)))
@@ -63,7 +63,7 @@ def _text(report: Report, shown: int) -> Iterator[str]:
         yield f"... and {len(report.weights) - shown} of {len(report.weights)} more: --weights all"
 
 
-def _kind(report: Report) -> str:
+def _kind(report: ModelReport) -> str:
     kinds = {
         "ema": "an average to resume from",
         "export": "a model to ship, exported by dist_ema",
@@ -75,7 +75,7 @@ def _kind(report: Report) -> str:
     return kinds.get(report.kind, report.kind) + (f" (format {version})" if version else "")
 
 
-def _facts(report: Report) -> Iterator[tuple[str, str]]:
+def _facts(report: ModelReport) -> Iterator[tuple[str, str]]:
     """(word, what is to be said of it) for each line of the summary."""
     meta = report.meta
     if meta.get("format"):
@@ -94,12 +94,12 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         yield "left out", f"{why}: {some([name for name in report.others if report.others[name] == why], SHOWN)}"
 
 
-def _history(report: Report) -> Iterator[tuple[str, str]]:
-    from ..card import hands
+def _history(report: ModelReport) -> Iterator[tuple[str, str]]:
+    from ..card import format_clock
 
     meta, attach = report.meta, report.meta.get("attach")
     if meta["clock"]:
-        yield "clock", hands(meta["clock"])
+        yield "clock", format_clock(meta["clock"])
     yield from _schedules(report)
     yield "attach", listed(attach) if isinstance(attach, dict) else "updated by hand"
     if meta["extra"]:
@@ -107,18 +107,18 @@ def _history(report: Report) -> Iterator[tuple[str, str]]:
     yield "versions", listed(meta["versions"])
 
 
-def _schedules(report: Report) -> Iterator[tuple[str, str]]:
+def _schedules(report: ModelReport) -> Iterator[tuple[str, str]]:
     """One line, or one for each of several averages with what is its own."""
-    from ..card import call
+    from ..card import format_schedule
 
     specs = report.meta["schedules"]
     if len(report.trees) == 1:
-        yield from (("schedule", call(spec)) for spec in specs)
+        yield from (("schedule", format_schedule(spec)) for spec in specs)
         return
     for i, tree in enumerate(report.trees):
         where = f"averages/{tree.label}" if tree.label else "in the folder itself"
         own = ", ".join(map(str, report.own_buffers(tree.label))) or "none"
-        spec = call(specs[i]) if i < len(specs) else "no schedule"
+        spec = format_schedule(specs[i]) if i < len(specs) else "no schedule"
         yield f"average {i}", f"{spec}, {where}: {_total(tree.total)}; own buffers {own}"
 
 
@@ -126,5 +126,5 @@ def _total(total: Total) -> str:
     return f"weights {total.weights:,}, parameters {total.parameters:,}, bytes {total.bytes:,}"
 
 
-def _role(report: Report, name: str) -> str:
+def _role(report: ModelReport, name: str) -> str:
     return "averaged" if name in report.meta["averaged"] else "own buffer" if name in report.meta["own_buffers"] else ""

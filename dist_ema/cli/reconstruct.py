@@ -24,7 +24,7 @@ from ..console import (
 from ..format import size_of
 
 if TYPE_CHECKING:
-    from ..offline.reconstruct import Report
+    from ..offline.reconstruct import ReconstructReport
 
 __all__ = ["add"]
 
@@ -116,7 +116,7 @@ def _reconstruct(options: argparse.Namespace) -> int:
     return FINE
 
 
-def _text(where: str, report: Report) -> Iterator[str]:
+def _text(where: str, report: ReconstructReport) -> Iterator[str]:
     run = report.snapshots
     kinds = sorted({repr(each.profile.schedule) for each in run.stored})
     moments = [each.profile.now for each in run.stored]
@@ -142,7 +142,7 @@ def _text(where: str, report: Report) -> Iterator[str]:
     yield "gain       what rounding in the stored weights is multiplied by"
 
 
-def _warnings(report: Report) -> Iterator[str]:
+def _warnings(report: ReconstructReport) -> Iterator[str]:
     poor = [f"{each.sigma_rel:g} ({each.fit.residual:.1%})" for each in report.mixtures if each.poor]
     if poor:
         yield (

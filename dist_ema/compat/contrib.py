@@ -15,7 +15,7 @@ from ..ema import EMA
 from ..schedule import Uniform
 from ..shards import Parameters
 from .copied import recalibrate_all
-from .listed import Listed
+from .listed import ParameterListAverage
 
 __all__ = ["SWA"]
 
@@ -55,7 +55,7 @@ class SWA(Optimizer):
         # NOTE: what Optimizer.__init__ would make, but the groups are those of the optimizer inside.
         groups = optimizer.param_groups
         self.__setstate__({"param_groups": groups, "state": defaultdict(dict), "defaults": dict(optimizer.defaults)})
-        self._means: list[Listed | None] = []
+        self._means: list[ParameterListAverage | None] = []
         self._aside: list[dict[str, Tensor] | None] = []  # the weights of a group while its mean is in their place
         for group in self.param_groups:
             self._count(group)
@@ -110,11 +110,11 @@ class SWA(Optimizer):
         group["n_avg"] = n + 1
         self._show()
 
-    def _mean(self, group: dict[str, Any]) -> Listed:
+    def _mean(self, group: dict[str, Any]) -> ParameterListAverage:
         number = next(i for i, mine in enumerate(self.param_groups) if mine is group)
         mean = self._means[number]
         if mean is None:
-            mean = self._means[number] = Listed(Parameters(group["params"], always=True), Uniform())
+            mean = self._means[number] = ParameterListAverage(Parameters(group["params"], always=True), Uniform())
         return mean
 
     def swap_swa_sgd(self) -> None:

@@ -27,14 +27,14 @@ from ..ema import EMA
 from ..recipes import batchnorm
 from ..schedule import Schedule
 from ..shards import Shard
-from ..swap import spread
+from ..swap import broadcast_to_replicas
 
-__all__ = ["Copied", "CopiedModule", "Count", "Holder", "ModuleFn", "evaluating", "recalibrate_all"]
+__all__ = ["CopiedModule", "Count", "Holder", "ModuleAverage", "ModuleFn", "evaluating", "recalibrate_all"]
 
 ModuleFn = Callable[[], nn.Module]
 
 
-class Copied:
+class ModuleAverage:
     """The copy, the `EMA` that moves it, and which model that follows. Methods are collective only where they say so.
 
     model: as it is trained. module: the copy, see [Note: the copy]; None makes one where that can be done.
@@ -53,8 +53,8 @@ class Copied:
         fresh: bool = True,
         **options: Any,
     ) -> None:
-        live = shards.bare(model)
-        shards_of_live = shards.find(live)
+        live = shards.unwrapped(model)
+        shards_of_live = shards.find_shards(live)
         self.given: nn.Module | None = model  # as the last update named it, with its wrappers
         self.why = ""  # there is no copy
         self._options = options | {"decay": decay}
@@ -82,7 +82,7 @@ class Copied:
     def average(self) -> EMA:
         """The `EMA`: its schedule is named in files, but each update brings its own decay."""
         if self._ema is None:
-            self._build(shards.bare(self.live), keep=True)
+            self._build(shards.unwrapped(self.live), keep=True)
             assert self._ema is not None
         return self._ema
 
@@ -99,52 +99,52 @@ class Copied:
         if self.module is None:
             raise RuntimeError(self.why)
         if self._ema is not None:
-            self._ema._average.show()
+            self._ema._averaged_weights.sync_teacher()
         return self.module
 
     def follow(self, model: nn.Module) -> None:
         """[Note: which model]. Collective where the model is sharded and another one."""
-        live = shards.bare(model)
+        live = shards.unwrapped(model)
         if self._ema is None or live is not self._ema.model or self._signature() != self._seen:
             self._build(live, keep=True)
         self.given = model
 
     def _build(self, live: nn.Module, keep: bool) -> None:
         if self.module is None and self._ema is not None:
-            ours = [slot.shard for slot in self._ema._average.slots]
-            if _weights(shards.find(live).shards) != _weights(ours):
+            ours = [slot.shard for slot in self._ema._averaged_weights.states]
+            if _weights(shards.find_shards(live).shards) != _weights(ours):
                 raise RuntimeError(f"the average belongs to another model. {self.why}")
             return
-        old = None if self._ema is None else self._ema._average
+        old = None if self._ema is None else self._ema._averaged_weights
         if old is not None:
             old.settle()
-        before = [] if self.module is None else shards.find(self.module).shards
+        before = [] if self.module is None else shards.find_shards(self.module).shards
         kept = [(shard, shard.read().clone()) for shard in before if keep]
         self._ema = EMA(live, into=self.module, **self._options)
         with torch.no_grad():
             for shard, value in kept:
                 shard.write(value)
         if old is not None:
-            self._ema._average.set_clock(old.clock_spec())
+            self._ema._averaged_weights.set_clock(old.clock_to_dict())
             if old.teacher is not None:
                 old.teacher.release()
         self._seen, self._rest = self._signature(), self._left_over(self._ema)
 
     def _left_over(self, ema: EMA) -> list[tuple[Shard, Shard]]:
-        slots = [slot for slot in ema._average.slots if slot.shadow is None and slot.twin is None]
-        copied = [] if self.module is None or not slots else shards.find(self.module).shards
+        slots = [slot for slot in ema._averaged_weights.states if slot.shadow is None and slot.teacher_copy is None]
+        copied = [] if self.module is None or not slots else shards.find_shards(self.module).shards
         mine = {shard.name: shard for shard in copied}
         return [(mine[slot.name], slot.shard) for slot in slots if slot.name in mine]
 
     def _signature(self) -> tuple[Any, ...]:
         """What tells at little cost that the model or the copy is not what it was."""
-        average = self.average._average
+        average = self.average._averaged_weights
         if average.teacher is None or average.teacher.sharded:
             return ()
-        weights = [slot.shard for slot in average.slots if slot.shard.kind != "buffer"]
+        weights = [slot.shard for slot in average.states if slot.shard.kind != "buffer"]
         mine = list(average.teacher._given.values())
-        first = average.profiles[0].averages[0]
-        looks = [shard.raw() for shard in (first.shard, average.teacher._given[first.name])]
+        first = average.averages[0].averaged[0]
+        looks = [shard.local_tensor() for shard in (first.shard, average.teacher._given[first.name])]
         return (
             [shard.trainable for shard in weights],
             any(shards.replaced(shard) for shard in [*weights, *mine]),
@@ -163,7 +163,7 @@ class Copied:
     def update_by(self, model: nn.Module, rule: Callable[[Sequence[tuple[Tensor, Tensor]]], None]) -> None:
         """One move by a function of the user's, given (shadow, live) views of what this rank averages."""
         self.follow(model)
-        self.average._average.move_by(rule)
+        self.average._averaged_weights.move_by(rule)
         self._forget_buffers()
 
     def _forget_buffers(self) -> None:
@@ -183,8 +183,8 @@ class Copied:
         """The other way round: the model moves towards the average; 1 copies. rest: the weight of what the `EMA` does not
         write. *Collective* under HSDP."""
         ema = self.average
-        ema._average.pull(weight)
-        spread(ema._average.profiles[0].averages, ema._split)
+        ema._averaged_weights.pull(weight)
+        broadcast_to_replicas(ema._averaged_weights.averages[0].averaged, ema._split)
         for mine, live in self._rest:
             if live.dtype.is_floating_point:
                 live.write(live.read().lerp_(mine.read().to(live.read()), rest(mine.name)))
@@ -194,10 +194,10 @@ class Copied:
     def entries(self) -> dict[str, Tensor]:
         """Where there is no copy: what its state_dict would hold, as torch.distributed.checkpoint takes it: plain tensors
         where this rank holds a whole one, else `dcp.FlatRange`. *Aliases* the shadows."""
-        average = self.average._average
+        average = self.average._averaged_weights
         average.refuse("state_dict")
         average.ready()
-        return dcp.whole(average.profiles[0].persistent, average.profiles[0].own)
+        return dcp.whole(average.averages[0].persistent, average.averages[0].own_buffers)
 
     def fill(self, entries: Mapping[str, Tensor]) -> None:
         """Take what is averaged, and floating buffers, from `entries` of as many ranks or full weights. *Collective*."""
@@ -220,7 +220,7 @@ class Copied:
 
     def named_here(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a checkpoint holds, its names without the wrappers that the copy does not have."""
-        if self.module is not None and shards.find(self.module).sharded:
+        if self.module is not None and shards.find_shards(self.module).sharded:
             # NOTE: FSDP1 has names of its own, and its state_dict is collective.
             return dict(weights)
         known = self.entries() if self.module is None else self.module.state_dict()
@@ -238,9 +238,9 @@ class Copied:
         return self.__dict__ | {"_ema": None, "given": None, "_seen": (), "_rest": []}
 
 
-def evaluating(model: nn.Module, module_fn: ModuleFn | None, decay: float | Schedule, **options: Any) -> Copied:
+def evaluating(model: nn.Module, module_fn: ModuleFn | None, decay: float | Schedule, **options: Any) -> ModuleAverage:
     """A `Copied` whose copy, where there is one, is in evaluation mode."""
-    copied = Copied(model, module_fn and module_fn(), decay, **options)
+    copied = ModuleAverage(model, module_fn and module_fn(), decay, **options)
     if copied.module is not None:
         copied.module.eval()
     return copied
@@ -265,7 +265,7 @@ def recalibrate_all(model: nn.Module, loader: Iterable[Any], device: Any = None,
 class Holder:
     """No module itself: `ema` is the module that holds the average, in evaluation mode."""
 
-    _copied: Copied
+    _copied: ModuleAverage
 
     @property
     def ema(self) -> nn.Module:
@@ -291,10 +291,10 @@ class CopiedModule(nn.Module):
     """A module with the average as a child, and beside it numbers that checkpoints hold."""
 
     child = "module"
-    _copied: Copied | None = None
+    _copied: ModuleAverage | None = None
 
     @property
-    def copied(self) -> Copied:
+    def copied(self) -> ModuleAverage:
         if self._copied is None:
             raise RuntimeError(f"{type(self).__name__} has no average yet: the first update makes it.")
         return self._copied
@@ -304,7 +304,7 @@ class CopiedModule(nn.Module):
         """The `EMA` behind it: `average.save` for files that any number of ranks can load, `average.swap` under FSDP."""
         return self.copied.average
 
-    def _keep(self, copied: Copied) -> None:
+    def _keep(self, copied: ModuleAverage) -> None:
         self._copied = copied
         if copied.module is not None:
             self._modules[self.child] = copied.module

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..shards import Model
-from .listed import Listed, Shadowed, keep, put_back, source
+from .listed import ParameterListAverage, Shadowed, keep, put_back, source
 
 __all__ = ["EMAModel"]
 
@@ -63,7 +63,7 @@ class EMAModel(Shadowed):
         self.optimization_step = 0
         self.cur_decay_value: float | None = None
         self.temp_stored_params: list[Tensor] | None = None
-        self._listed = Listed(source(parameters, always=True), self.decay)
+        self._listed = ParameterListAverage(source(parameters, always=True), self.decay)
         if older["device"] is not None:
             self.to(device=older["device"])
 

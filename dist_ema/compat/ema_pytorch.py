@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..schedule import Constant, Warmup
-from .copied import Copied, CopiedModule, Count
+from .copied import CopiedModule, Count, ModuleAverage
 
 __all__ = ["EMA"]
 
@@ -87,7 +87,7 @@ class EMA(CopiedModule):
         schedule = Warmup(self.beta, self.power, self.inv_gamma) if warmup else Constant(self.beta)
         left_out = self.param_or_buffer_names_no_ema or self.ignore_names or self.ignore_startswith_names
         only = self._averaged if left_out else None
-        self._keep(Copied(self.model, ema_model, schedule, buffers="average", only=only, fresh=False))
+        self._keep(ModuleAverage(self.model, ema_model, schedule, buffers="average", only=only, fresh=False))
         for name in self.forward_method_names:
             setattr(self, name, getattr(self.ema_model, name))
 

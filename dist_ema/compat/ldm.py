@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ema import EMA
 from ..shards import Model
-from .listed import Listed, keep, put_back, source, trainable
+from .listed import ParameterListAverage, keep, put_back, source, trainable
 
 __all__ = ["LitEma"]
 
@@ -39,7 +39,7 @@ class LitEma(nn.Module):
     ) -> None:
         super().__init__()
         counted = use_num_upates if use_num_updates is None else use_num_updates
-        self._listed = Listed(trainable(model), decay)
+        self._listed = ParameterListAverage(trainable(model), decay)
         self.m_name2s_name = {name: name.replace(".", "") for name in self._listed.table}
         self._refuse_names()
         self._read: dict[str, tuple[Tensor, int, float]] = {}

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 from .. import layout, shards
 from ..ema import EMA
-from ..layout import Slot
+from ..layout import ParamState
 from ..schedule import Schedule
 
-__all__ = ["Listed", "Shadowed", "keep", "put_back", "source", "trainable"]
+__all__ = ["ParameterListAverage", "Shadowed", "keep", "put_back", "source", "trainable"]
 
 
 def source(given: shards.Model, always: bool = False) -> nn.Module:
     """What an EMA is built on: the parameters in their order, those of a module under their names. FSDP1's cannot be held
     from outside their module, so there it is the module. always: frozen ones are averaged too."""
     if isinstance(given, nn.Module):
-        inner = shards.bare(given)
+        inner = shards.unwrapped(given)
         if isinstance(inner, shards.Parameters) or any(
             getattr(parameter, "_fsdp_flattened", False) for parameter in inner.parameters()
         ):
@@ -46,7 +46,7 @@ def trainable(model: nn.Module) -> nn.Module:
     return shards.Parameters([(name, each) for name, each in inner.tensors.items() if each.requires_grad])
 
 
-class Listed:
+class ParameterListAverage:
     """The shadows of a model or of a list of parameters, this rank's part of each ([Note: what a rank sees]).
 
     model: what `source` gave, or any module. decay: what files name; every update brings its own. buffers: a module's
@@ -91,7 +91,7 @@ class Listed:
             self.names = [slot.name for slot in self._average.slots if _counts(slot.shard, self._buffers)]
 
     @property
-    def _slots(self) -> list[Slot]:
+    def _slots(self) -> list[ParamState]:
         """In the order of `names`."""
         if self._average.slots is not self._seen:  # rescan makes new ones
             self._seen, by_name = self._average.slots, _by_name(self._ema)
@@ -122,14 +122,14 @@ class Listed:
     def _known(self, given: shards.Model) -> nn.Module:
         """The model in use if `given` are its parameters, else another one."""
         if self._given is None:
-            return shards.bare(given) if isinstance(given, nn.Module) else self._model
+            return shards.unwrapped(given) if isinstance(given, nn.Module) else self._model
         if given is self._model:
             return self._model
         assert isinstance(self._model, shards.Parameters)
         mine, named = self._given, self.named(given)
         if all(tensor is mine[name] for name, tensor in named):
             return self._model
-        other = shards.Parameters(named, self._model.always)  # it knows copies that FSDP2 unsharded
+        other = shards.Parameters(named, self._model.average_frozen)  # it knows copies that FSDP2 unsharded
         same = all(tensor is mine[name] for name, tensor in other.tensors.items())
         return self._model if same else other
 
@@ -151,7 +151,7 @@ class Listed:
 
         Raises ValueError for what it lacks, and for what is trainable there and not averaged here.
         """
-        inner = shards.bare(model)
+        inner = shards.unwrapped(model)
         if self._given is None:
             return inner
         found = {shards.canonical(name): parameter for name, parameter in inner.named_parameters()}
@@ -161,10 +161,10 @@ class Listed:
             raise ValueError(f"the model and the average differ in {', '.join((lacks + more)[:5])}.")
         return [found[name] for name in self.names]
 
-    def _otherwise(self, slot: Slot) -> bool:
+    def _otherwise(self, slot: ParamState) -> bool:
         """What moved has another dtype, device or order now, which an EMA refuses to follow."""
-        raw, old = slot.shard.raw(), slot.local
-        return slot.turned or (raw.dtype, raw.device) != (old.dtype, old.device)
+        raw, old = slot.shard.local_tensor(), slot.local
+        return slot.layout_changed or (raw.dtype, raw.device) != (old.dtype, old.device)
 
     def _rebuild(self, model: nn.Module) -> None:
         self._average.settle()
@@ -176,14 +176,14 @@ class Listed:
         for name, slot in after.items():
             if slot.shadow is not None and before[name].shadow is not None:
                 _carry(before[name], slot)
-        ema._average.set_clock(self._ema._average.clock_spec())
+        ema._averaged_weights.set_clock(self._ema._averaged_weights.clock_to_dict())
         self._use(ema)
 
     # --- verbs -------------------------------------------------------------------------------------------------
 
     @property
     def _average(self) -> Any:
-        return self._ema._average
+        return self._ema._averaged_weights
 
     @torch.no_grad()
     def update(self, decay: float, given: shards.Model | None = None, copy_frozen: bool = False) -> None:
@@ -271,7 +271,7 @@ class Listed:
 class Shadowed:
     """A class around a `Listed` whose shadows are a list."""
 
-    _listed: Listed
+    _listed: ParameterListAverage
 
     @property
     def average(self) -> EMA:
@@ -311,7 +311,7 @@ def put_back(model: nn.Module, kept: Sequence[Tensor], buffers: bool = False) ->
 
 def _held(model: nn.Module, buffers: bool) -> list[shards.Shard]:
     """NOTE: the search frees what FSDP holds unsharded, so the next forward reads what is written here."""
-    found = shards.find(model)
+    found = shards.find_shards(model)
     if not isinstance(model, shards.Parameters):
         return [shard for shard in found.shards if _counts(shard, buffers)]
     by_name = {name: shard for shard in found.shards for name in (shard.name, *shard.aliases)}
@@ -332,8 +332,8 @@ def _apart(elements: Tensor) -> Tensor:
     return elements.new_empty(0).set_(memory, 0, elements.shape, elements.stride())
 
 
-def _by_name(ema: EMA) -> dict[str, Slot]:
-    return {name: slot for slot in ema._average.slots for name in (slot.name, *slot.shard.aliases)}
+def _by_name(ema: EMA) -> dict[str, ParamState]:
+    return {name: slot for slot in ema._averaged_weights.states for name in (slot.name, *slot.shard.aliases)}
 
 
 def _refuse_form(name: str, shard: shards.Shard, value: Tensor) -> None:
@@ -356,22 +356,22 @@ def _put(shard: shards.Shard, elements: Tensor, value: Tensor) -> None:
     if type(value) is type(form) and value.shape == form.shape:
         form.copy_(value)
     elif tuple(value.shape) == shard.shape:
-        for box, part in layout.pieces(shard, shard.held, elements):
+        for box, part in layout.boxes_with_data(shard, shard.local_region, elements):
             part.copy_(value[box.slices])
     else:
         shard.local(elements).copy_(value)
 
 
-def _carry(old: Slot, new: Slot) -> None:
+def _carry(old: ParamState, new: ParamState) -> None:
     """The old shadow in place of live, as far as this rank has it. Raises ValueError if that is not far enough."""
     if old.shard.shape != new.shard.shape:
         raise ValueError(f"{new.name} is {new.shard.shape}, and {old.shard.shape} in the average.")
     assert old.shadow is not None
     assert new.shadow is not None
-    left = new.own.numel
-    for hole, to in layout.pieces(new.shard, new.own, new.shadow):
-        for box, part in layout.pieces(old.shard, old.own, old.shadow):
-            common = box.meet(hole)
+    left = new.averaged_region.numel
+    for hole, to in layout.boxes_with_data(new.shard, new.averaged_region, new.shadow):
+        for box, part in layout.boxes_with_data(old.shard, old.averaged_region, old.shadow):
+            common = box.intersect(hole)
             if common is not None:
                 to[common.within(hole)].copy_(part[common.within(box)])
                 left -= common.numel

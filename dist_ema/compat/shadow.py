@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ema as engine
 from .. import shards
-from .listed import Listed, trainable
+from .listed import ParameterListAverage, trainable
 
 __all__ = ["EMA", "ModelEMA"]
 
@@ -15,7 +15,7 @@ __all__ = ["EMA", "ModelEMA"]
 class _Lender:
     """Parameters kept aside in `backup` while the average is in their place."""
 
-    _listed: Listed | None
+    _listed: ParameterListAverage | None
     backup: dict[str, Tensor]
 
     @property
@@ -23,7 +23,7 @@ class _Lender:
         """What saves, loads and exports in any layout. Raises RuntimeError before `register`."""
         return self._begun("average").ema
 
-    def _begun(self, verb: str) -> Listed:
+    def _begun(self, verb: str) -> ParameterListAverage:
         if self._listed is None:
             raise RuntimeError(f"{verb} without a register() before it.")
         return self._listed
@@ -68,7 +68,7 @@ class EMA(_Lender):
 
     def register(self) -> None:
         """Begin, or begin again, at the parameters of now. Raises ValueError if none is trainable."""
-        self._listed = Listed(trainable(self.model), self.decay)
+        self._listed = ParameterListAverage(trainable(self.model), self.decay)
 
     def update(self) -> None:
         """Move towards the parameters. No collective. Raises ValueError if others are trainable than at `register`."""
@@ -91,7 +91,7 @@ class ModelEMA(_Lender):
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
         self.backup = {}
-        self._listed: Listed = Listed(shards.bare(model), decay, buffers=True)
+        self._listed: ParameterListAverage = ParameterListAverage(shards.unwrapped(model), decay, buffers=True)
 
     @property
     def shadow(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import SWALR
 
 from .. import shards
 from ..schedule import Constant, Schedule, Uniform
-from .copied import Copied, CopiedModule, Count, ModuleFn, recalibrate_all
+from .copied import CopiedModule, Count, ModuleAverage, ModuleFn, recalibrate_all
 
 __all__ = [
     "SWALR",
@@ -102,7 +102,7 @@ class AveragedModel(CopiedModule):
         rule = multi_avg_fn or avg_fn
         decay = rule.schedule if isinstance(rule, _Rule) else Uniform()
         buffers = "average" if use_buffers else "copy"
-        self._keep(Copied(model, module_fn and module_fn(), decay, device=device, buffers=buffers))
+        self._keep(ModuleAverage(model, module_fn and module_fn(), decay, device=device, buffers=buffers))
         self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
         self._count = Count()
 
@@ -148,5 +148,5 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: int | torch.devic
         with copied.average.swap():
             recalibrate_all(copied.live, loader, device)
         return
-    group = None if copied is None or copied.given is None else shards.find(copied.given).group
+    group = None if copied is None or copied.given is None else shards.find_shards(copied.given).group
     recalibrate_all(model if copied is None else copied.evaluated, loader, device, group)

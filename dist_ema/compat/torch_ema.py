@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..shards import Model
-from .listed import Listed, Shadowed, keep, put_back, source
+from .listed import ParameterListAverage, Shadowed, keep, put_back, source
 
 __all__ = ["ExponentialMovingAverage"]
 
@@ -31,7 +31,7 @@ class ExponentialMovingAverage(Shadowed):
         self.num_updates: int | None = 0 if use_num_updates else None
         self.collected_params: list[Tensor] | None = None
         self._given = source(parameters, always=True)
-        self._listed = Listed(self._given, decay)
+        self._listed = ParameterListAverage(self._given, decay)
 
     def update(self, parameters: Model | None = None) -> None:
         """Move towards the parameters, by default those of the construction. No collective."""

@@ -14,11 +14,11 @@ from typing import Any
 from .. import combine, sink
 from ..source import Source, open_model, refuse_odd
 
-__all__ = ["Report", "average", "in_order", "shares"]
+__all__ = ["AverageReport", "average", "in_order", "shares"]
 
 
 @dataclass(frozen=True)
-class Report:
+class AverageReport:
     """What was averaged with what weight, and what was taken from the last model because it cannot be averaged."""
 
     out: Path
@@ -46,7 +46,7 @@ def average(
     max_shard_size: str = "5GB",
     force: bool = False,
     progress: Callable[[str, int], Any],
-) -> Report:
+) -> AverageReport:
     """Write sum(weight * model) as a model to ship. Whole numbers that differ are taken from the last one.
 
     Raises ValueError with all differences if the models do not hold the same weights. *Cost*: 28 MB, and the headers.
@@ -76,7 +76,7 @@ def average(
         total = sum(entry.nbytes for entry in blend.entries.values())
         with progress("averaging", total) as tick:
             combine.write(Path(out), blend, meta, max_shard_size=max_shard_size, force=force, tick=tick)
-    return Report(Path(out), terms, len(names), taken)
+    return AverageReport(Path(out), terms, len(names), taken)
 
 
 def shares(count: int, weights: Sequence[float] | None, wma: bool) -> list[float]:

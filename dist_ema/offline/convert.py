@@ -17,10 +17,10 @@ from typing import Any
 from .. import checkpoint, commit, distcp, elements, foreign, format, sink
 from ..console import some
 from ..elements import Bytes
-from ..foreign import Found, Leaf
+from ..foreign import FoundAverage, Leaf
 from ..source import WINDOW, Safetensors, Source, pickled
 
-__all__ = ["Job", "Plan", "candidates", "plan", "write"]
+__all__ = ["ConvertPlan", "ConvertRequest", "candidates", "plan", "write"]
 
 _TORCH_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin", "*.tar")
 _DIFFUSERS = (
@@ -29,7 +29,7 @@ _DIFFUSERS = (
 
 
 @dataclass(frozen=True)
-class Job:
+class ConvertRequest:
     """What is asked for. kind: one of foreign.KINDS, 'dcp', or 'auto'."""
 
     source: Path
@@ -44,10 +44,10 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConvertPlan:
     """What will be written, and what was found out on the way."""
 
-    found: Found
+    found: FoundAverage
     weights: Mapping[str, Leaf]  # by name, the rest included
     averaged: Sequence[str]
     aliases: Mapping[str, str]  # further name -> name
@@ -65,7 +65,7 @@ class Plan:
 
 
 @dataclass
-class _Tree:
+class _ObjectTree:
     """A checkpoint, opened. ordered: its tables have the model's order. odd: tensors that cannot be converted, and why."""
 
     root: Any
@@ -91,7 +91,7 @@ class _InFile:
 # --- what comes in -----------------------------------------------------------------------------------------------
 
 
-def _open(path: Path, inert: Sequence[str], stack: ExitStack) -> _Tree:
+def _open(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
     """Raises FileNotFoundError, and ValueError for what is no checkpoint."""
     path = commit.follow(path)
     if not path.exists():
@@ -105,7 +105,7 @@ def _open(path: Path, inert: Sequence[str], stack: ExitStack) -> _Tree:
     return _open_folder(path, inert, stack)
 
 
-def _open_dcp(folder: distcp.Folder) -> _Tree:
+def _open_dcp(folder: distcp.Folder) -> _ObjectTree:
     root: dict[str, Any] = {}
     for name in folder.entries:
         *above, last = folder.paths[name]
@@ -116,7 +116,7 @@ def _open_dcp(folder: distcp.Folder) -> _Tree:
                 raise ValueError(f"{folder.path}: {name} lies inside another tensor.")
         node[last] = _InFile(folder, name)
     left = {name: why for name, why in folder.others.items() if name not in folder.odd}
-    return _Tree(_lists(root), "dcp", False, folder.odd, left)
+    return _ObjectTree(_lists(root), "dcp", False, folder.odd, left)
 
 
 def _lists(node: Any) -> Any:
@@ -130,7 +130,7 @@ def _lists(node: Any) -> Any:
     return values
 
 
-def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> _Tree:
+def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
     """A folder of Hugging Face, diffusers, or with one checkpoint in it."""
     if (path / format.META).exists():
         raise ValueError(f"{path} is dist_ema's own already: `dist-ema export {path} OUT` makes a model of it.")
@@ -140,7 +140,7 @@ def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> _Tree:
         names = sorted(set(format.read_index(path, indices[0]).values())) if len(indices) == 1 else files
         models = [stack.enter_context(Safetensors(path / name)) for name in names]
         root = {name: _InFile(model, name) for model in models for name in model.entries}
-        return _Tree(root, "safetensors", extra=_of_config(path / "config.json"))
+        return _ObjectTree(root, "safetensors", extra=_of_config(path / "config.json"))
     others = sorted(each for pattern in _TORCH_FILES for each in path.glob(pattern))
     if len(others) == 1 and not files:
         return _open_file(others[0], inert, stack)
@@ -159,29 +159,29 @@ def _of_config(path: Path) -> dict[str, Any]:
     return {name: foreign.plain(said[name]) for name in _DIFFUSERS if foreign.plain(said.get(name)) is not None}
 
 
-def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _Tree:
+def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
     if not path.is_file():
         raise ValueError(f"{path} is neither a folder nor a file.")
     if path.suffix == ".safetensors" or not pickled(path):
         model = stack.enter_context(Safetensors(path))
-        return _Tree({name: _InFile(model, name) for name in model.entries}, "safetensors")
+        return _ObjectTree({name: _InFile(model, name) for name in model.entries}, "safetensors")
     root, odd = checkpoint.load(path, inert)
     if not isinstance(root, (dict, list)):
         raise ValueError(f"{path} holds a {type(root).__name__}, not a table of tensors. Save state_dict() of it.")
-    return _Tree(root, "torch", True, odd)
+    return _ObjectTree(root, "torch", True, odd)
 
 
 # --- what is chosen ----------------------------------------------------------------------------------------------
 
 
-def candidates(job: Job) -> tuple[list[Found], Mapping[str, str]]:
+def candidates(job: ConvertRequest) -> tuple[list[FoundAverage], Mapping[str, str]]:
     """Every table that could be converted, averages first; and what is left unread, with the reason."""
     with ExitStack() as stack:
         tree = _open(job.source, job.inert, stack)
         return _found(tree), tree.left | tree.odd
 
 
-def _found(tree: _Tree) -> list[Found]:
+def _found(tree: _ObjectTree) -> list[FoundAverage]:
     found = foreign.find(tree.root)
     if tree.extra:
         why = "config.json has an optimization_step: EMAModel.save_pretrained"
@@ -191,7 +191,7 @@ def _found(tree: _Tree) -> list[Found]:
     return found
 
 
-def plan(job: Job, stack: ExitStack) -> Plan:
+def plan(job: ConvertRequest, stack: ExitStack) -> ConvertPlan:
     """Open the source, choose, name. Raises ValueError with what to do. The stack closes what is read from."""
     tree = _open(job.source, job.inert, stack)
     found = foreign.at(tree.root, job.key) if job.key is not None else _choose(job, tree)
@@ -208,7 +208,7 @@ def plan(job: Job, stack: ExitStack) -> Plan:
     return _complete(job, tree, found, notes, nameless)
 
 
-def _choose(job: Job, tree: _Tree) -> Found:
+def _choose(job: ConvertRequest, tree: _ObjectTree) -> FoundAverage:
     found = _found(tree)
     wanted = [each for each in found if job.kind in ("auto", "dcp", each.kind)]
     if job.kind == "dcp" and tree.form != "dcp":
@@ -226,15 +226,15 @@ def _choose(job: Job, tree: _Tree) -> Found:
     raise ValueError(f"{job.source} does not show {what}. {there}.")
 
 
-def _listed(found: Sequence[Found]) -> str:
+def _listed(found: Sequence[FoundAverage]) -> str:
     return some([_title(each) for each in found], 8)
 
 
-def _title(found: Found) -> str:
+def _title(found: FoundAverage) -> str:
     return f"{found.key or 'the whole file'} ({found.kind}, {len(found.weights) or len(found.nameless)} tensors)"
 
 
-def _named(job: Job, found: Found, stack: ExitStack) -> Found:
+def _named(job: ConvertRequest, found: FoundAverage, stack: ExitStack) -> FoundAverage:
     if job.like is None:
         raise ValueError(
             f"{_title(found)} in {job.source} is a list without names. Pass --like with the live model as torch.save wrote "
@@ -255,7 +255,9 @@ def _named(job: Job, found: Found, stack: ExitStack) -> Found:
     return foreign.name(found, live[0].weights, tree.ordered)
 
 
-def _complete(job: Job, tree: _Tree, found: Found, notes: list[str], nameless: bool) -> Plan:
+def _complete(
+    job: ConvertRequest, tree: _ObjectTree, found: FoundAverage, notes: list[str], nameless: bool
+) -> ConvertPlan:
     weights, rest = foreign.canonical(found.weights), foreign.canonical(_rest(job, tree, found))
     odd = sorted(name for name, leaf in rest.items() if name in weights and leaf.shape != weights[name].shape)
     if odd:
@@ -276,11 +278,11 @@ def _complete(job: Job, tree: _Tree, found: Found, notes: list[str], nameless: b
         averaged = [name[len(job.prefix) :] for name in averaged if name.startswith(job.prefix)]
     if not weights:
         raise ValueError(f"no weight of {_title(found)} begins with {job.prefix!r}.")
-    chosen = Plan(replace(found, extra={**tree.extra, **found.extra}), weights, averaged, {}, {}, whole, notes)
+    chosen = ConvertPlan(replace(found, extra={**tree.extra, **found.extra}), weights, averaged, {}, {}, whole, notes)
     return _deduplicated(job, chosen)
 
 
-def _rest(job: Job, tree: _Tree, found: Found) -> Mapping[str, Leaf]:
+def _rest(job: ConvertRequest, tree: _ObjectTree, found: FoundAverage) -> Mapping[str, Leaf]:
     """The live model beside the average, for what is not averaged."""
     if job.rest is not None:
         return {**foreign.at(tree.root, job.rest).weights, **found.rest}
@@ -315,7 +317,7 @@ def _is_one(a: Leaf, b: Leaf) -> bool:
     return len(a.shape) > 1 and 0 not in a.shape and all(bool((x == y).all()) for x, y in pairs)
 
 
-def _deduplicated(job: Job, plan: Plan) -> Plan:
+def _deduplicated(job: ConvertRequest, plan: ConvertPlan) -> ConvertPlan:
     """Tied weights once, under the name that comes first; and the dtypes of the output."""
     first: dict[Any, str] = {}
     aliases: dict[str, str] = {}
@@ -334,7 +336,7 @@ def _deduplicated(job: Job, plan: Plan) -> Plan:
 
 
 def write(
-    plan: Plan, out: Path, *, force: bool, tick: Callable[[int], None], max_shard_size: str = "5GB"
+    plan: ConvertPlan, out: Path, *, force: bool, tick: Callable[[int], None], max_shard_size: str = "5GB"
 ) -> dict[str, Any]:
     """Write the model, atomically. Returns its ema.json. *Cost*: one window."""
     out = Path(os.path.realpath(out))  # through a link
@@ -348,7 +350,7 @@ def write(
     meta: dict[str, Any] = {
         "format": format.FORMAT, "kind": "export", "weights": "all" if plan.whole else "averaged",
         "clock": {}, "schedules": [], "attach": None, "averages": {}, "averaged": sorted(plan.averaged), "own_buffers": [],
-        "aliases": format.grouped(plan.aliases),
+        "aliases": format.group_aliases(plan.aliases),
         "dtypes": {name: elements.TO_TORCH[leaf.dtype] for name, leaf in plan.weights.items()},
         "versions": {"dist_ema": format.VERSION},
         "extra": {"converted": {"from": plan.found.kind, "key": plan.found.key, **plan.found.extra}},

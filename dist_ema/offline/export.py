@@ -38,7 +38,7 @@ class _Form:
 
     names: dict[str, str]  # name in the files -> name in the source
     entries: dict[str, format.Entry]  # by the names in the files
-    files: dict[str, format.File]
+    files: dict[str, format.SafetensorsFile]
     index: str
     aliases: dict[str, list[str]]  # name in the files -> further names of the same weight
 
@@ -85,7 +85,7 @@ def export(
 
         with bar(sum(entry.nbytes for entry in form.entries.values())) as tick:
             sink.write(where, target, content, force=force, tick=tick, check=source.finish)
-    average = ", ".join(map(card.call, meta["schedules"]))
+    average = ", ".join(map(card.format_schedule, meta["schedules"]))
     files = {name: file.size for name, file in form.files.items()}
     return Exported(str(out), str(src), average, files, len(form.entries), form.dtypes, sorted(beside))
 
@@ -117,7 +117,7 @@ def _sound(model: Source) -> dict[str, Any]:
     """ema.json with all its parts. Raises ValueError if it contradicts the files; {} where there is none."""
     if model.meta is None:
         return {}
-    report = manifest.look(model.path)
+    report = manifest.report_on(model.path)
     if report.problems:
         raise ValueError(
             f"{model.path / format.META} is not sound: {report.problems[0]}. `dist-ema verify` lists everything."
@@ -159,7 +159,7 @@ def _one_file(
     aliases: dict[str, list[str]],
     size: int | str | None,
     order: Sequence[str] | None = None,
-) -> dict[str, format.File]:
+) -> dict[str, format.SafetensorsFile]:
     """Aliases lie in the header, for want of an ema.json."""
     total = sum(entry.nbytes for entry in entries.values())
     if size is not None and total > format.size_of(size):
@@ -207,7 +207,7 @@ def _their_files(theirs: Source) -> dict[str, list[str]]:
     files = (
         theirs.files
         if isinstance(theirs, Safetensors)
-        else {"model.safetensors": format.File(b"", dict(theirs.entries))}
+        else {"model.safetensors": format.SafetensorsFile(b"", dict(theirs.entries))}
     )
     return {
         name: sorted(file.entries, key=lambda weight: (file.entries[weight].begin, file.entries[weight].end))

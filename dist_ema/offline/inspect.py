@@ -10,12 +10,12 @@ from ..source import open_model
 __all__ = ["inspect"]
 
 
-def inspect(path: str | Path) -> manifest.Report:
+def inspect(path: str | Path) -> manifest.ModelReport:
     """What is in a saved average, an export, a Hugging Face folder, a .safetensors file, or whatever else `source` opens.
 
     Raises FileNotFoundError if nothing is there, ValueError if it is no model or its weights cannot be told.
     """
     if manifest.native(path):
-        return manifest.look(path)
+        return manifest.report_on(path)
     with open_model(path) as model:
         return manifest.of_source(model)

@@ -13,7 +13,7 @@ from ..profiles import Fit
 from ..schedule import Power
 from ..source import open_model
 
-__all__ = ["Mixture", "Report", "reconstruct"]
+__all__ = ["Mixture", "ReconstructReport", "reconstruct"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReconstructReport:
     """What was stored, and what was made of it."""
 
     snapshots: Snapshots
@@ -54,7 +54,7 @@ class Report:
 
     def plain(self) -> dict[str, Any]:
         stored = [
-            {"name": each.name, "schedule": each.profile.schedule.spec(), "now": each.profile.now}
+            {"name": each.name, "schedule": each.profile.schedule.to_dict(), "now": each.profile.now}
             for each in self.snapshots.stored
         ]
         weights = [dict(zip(self.names, mixture.fit.weights, strict=True)) for mixture in self.mixtures]
@@ -80,7 +80,7 @@ def reconstruct(
     force: bool = False,
     plot: str | None = None,
     progress: Callable[[str, int], Any],
-) -> Report:
+) -> ReconstructReport:
     """Write one model per sigma_rel: to `out`, or with `folders` to out/sigma-0.030 and so on. out=None only reports.
 
     Everything that can be refused is refused before the first is written.
@@ -109,7 +109,7 @@ def reconstruct(
                 tick=tick,
             )
     mixtures = [Mixture(sigma, fits[sigma], places[i] if places else None) for i, sigma in enumerate(sigmas)]
-    return Report(run, run.moment(at), mixtures)
+    return ReconstructReport(run, run.moment(at), mixtures)
 
 
 def _places(out: str | None, sigmas: Sequence[float], folders: bool) -> list[Path]:

@@ -74,7 +74,7 @@ def verify(path: str | Path, *, seal: bool = False, bar: Bar = silent) -> Verdic
 
 def _verify(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
     try:
-        report = manifest.look(path)
+        report = manifest.report_on(path)
     except ValueError as error:
         verdict.problems.append(str(error))
         verdict.problems.extend(text for text in _broken(path) if text != str(error))
@@ -96,7 +96,7 @@ def _verify(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
         _seal(path, report, verdict)
 
 
-def _listed(path: Path, report: manifest.Report) -> dict[str, dict[str, str]]:
+def _listed(path: Path, report: manifest.ModelReport) -> dict[str, dict[str, str]]:
     """The sums of each file in ema.json. One file may have them in the ema.json that lies beside it."""
     if path.is_file() and (path.parent / format.META).is_file():
         return {path.name: manifest.sums(format.read_meta(path.parent), path.name)}
@@ -114,7 +114,7 @@ def _broken(path: Path) -> Iterator[str]:
             yield sentence(error)
 
 
-def _strays(path: Path, report: manifest.Report) -> Iterator[str]:
+def _strays(path: Path, report: manifest.ModelReport) -> Iterator[str]:
     """Files that another loader would take for the model, or for a part of it."""
     if not path.is_dir():
         return
@@ -132,7 +132,7 @@ def _strays(path: Path, report: manifest.Report) -> Iterator[str]:
 
 
 def _verify_file(
-    path: Path, name: str, file: format.File, said: dict[str, str], seal: bool, verdict: Verdict, tick: Tick
+    path: Path, name: str, file: format.SafetensorsFile, said: dict[str, str], seal: bool, verdict: Verdict, tick: Tick
 ) -> None:
     """One pass over one file: its sums against `said`, its weights' values."""
     crc, sha = zlib.crc32(file.head), hashlib.sha256(file.head) if seal or "sha256" in said else None
@@ -187,7 +187,7 @@ class _Count:
             )
 
 
-def _seal(path: Path, report: manifest.Report, verdict: Verdict) -> None:
+def _seal(path: Path, report: manifest.ModelReport, verdict: Verdict) -> None:
     """Put the SHA-256 of every file into ema.json."""
     if verdict.problems:
         return

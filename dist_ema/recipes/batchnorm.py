@@ -60,11 +60,11 @@ def recalibrate(
     """
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}.")
-    inner = shards.bare(model)
+    inner = shards.unwrapped(model)
     layers = {name: m for name, m in inner.named_modules() if isinstance(m, LAYERS) and m.running_mean is not None}
     if not layers:
         raise ValueError(f"{type(inner).__name__} has no BatchNorm that tracks statistics: nothing to recalibrate.")
-    found = shards.find(model)
+    found = shards.find_shards(model)
     members = found.members if group is None else dist.get_process_group_ranks(group)
     ranks = Ranks(members, group or found.group, shards.side_store)
     watch = _Watch({name: _Moments.none(module) for name, module in layers.items()})
@@ -80,7 +80,7 @@ def recalibrate(
                 advance()
         return done
 
-    done, _ = ranks.attempt("recalibrate", run)
+    done, _ = ranks.run_on_all("recalibrate", run)
     moments = {name: each.over(ranks) for name, each in watch.moments.items()}
     _refuse(moments, layers)
     with torch.no_grad():

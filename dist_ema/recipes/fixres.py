@@ -66,7 +66,7 @@ def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None
 
     Raises ValueError, naming what exists, where a name is no module of the model or has no parameters.
     """
-    modules = {shards.canonical(name): module for name, module in shards.bare(model).named_modules()}
+    modules = {shards.canonical(name): module for name, module in shards.unwrapped(model).named_modules()}
     chosen = [_pick(modules, "classifier", classifier)] + ([] if norm is None else [_pick(modules, "norm", norm)])
     awake = {inner for module in chosen for inner in module.modules()}
     free = list(dict.fromkeys(parameter for module in chosen for parameter in module.parameters()))
@@ -80,7 +80,7 @@ def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None
             if module not in awake:
                 module.training = False
 
-    names = [shards.canonical(name) for name, each in shards.bare(model).named_parameters() if each.requires_grad]
+    names = [shards.canonical(name) for name, each in shards.unwrapped(model).named_parameters() if each.requires_grad]
     return Frozen(model, names, free, required, modes, model.register_forward_pre_hook(sleep))
 
 
