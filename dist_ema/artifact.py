@@ -299,7 +299,7 @@ def _stage(mine: list[Block]) -> list[Block]:
 def _make(job: SaveRequest, files: dict[str, format.SafetensorsFile]) -> Path:
     """Refuse a target that is not ours, then make the temporary folder with every file at its full size."""
     _refuse(job)
-    folder = commit.temporary(job.path)
+    folder = commit.temporary_sibling(job.path)
     folder.mkdir()
     try:
         for name, file in files.items():
@@ -323,7 +323,7 @@ def _refuse(job: SaveRequest) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{path} cannot be made: {error.filename} is a file.") from None
     commit.recover(path)
-    commit.sweep(path)
+    commit.remove_leftovers(path)
     if job.one_file and path.is_dir():
         raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
     if job.one_file or not path.exists():
@@ -398,7 +398,7 @@ def _finish(ready: _PreparedSave, added: list[dict[str, int]]) -> list[str]:
     """Seal the temporary folder and put it in place. Returns remarks."""
     job, folder, files = ready.job, ready.folder, ready.files
     if job.one_file:
-        alone = commit.temporary(job.path)
+        alone = commit.temporary_sibling(job.path)
         os.rename(folder / job.path.name, alone)
         folder.rmdir()
         commit.publish(alone, job.path)

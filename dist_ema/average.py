@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import fused, layout, shards
 from .clock import Clock
-from .engine import Engine, Inline, SkippedSteps, Times, choose
+from .engine import Engine, Inline, SkippedSteps, Times, choose_engine
 from .kernels import ShadowPair, UpdatePlan
 from .schedule import Schedule
 from .teacher import Teacher
@@ -216,8 +216,8 @@ class AveragedWeights:
             devices |= {slot.shadow.device for slot in self._averages if slot.shadow is not None}
         chosen = (overlap, host, frozenset(devices))
         if chosen != self._chosen:
-            self.engine = choose(chosen[2], host, overlap)
-            self._inline = choose(chosen[2], host, overlap=False)
+            self.engine = choose_engine(chosen[2], host, overlap)
+            self._inline = choose_engine(chosen[2], host, overlap=False)
             self._chosen = chosen
 
     @property

@@ -28,9 +28,9 @@ __all__ = [
     "recover",
     "remove",
     "reserve",
-    "sweep",
+    "remove_leftovers",
     "sync",
-    "temporary",
+    "temporary_sibling",
     "write_at",
 ]
 
@@ -40,7 +40,7 @@ _EXCHANGE = 2  # RENAME_EXCHANGE
 _HERE = -100  # AT_FDCWD
 
 
-def temporary(path: Path, kind: str = "tmp") -> Path:
+def temporary_sibling(path: Path, kind: str = "tmp") -> Path:
     """A hidden sibling that nobody else uses."""
     return _beside(path, kind, uuid.uuid4().hex)
 
@@ -64,7 +64,7 @@ def _tokens(path: Path, kind: str) -> list[str]:
     return [match[1] for match in found if match]
 
 
-def sweep(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
     """Remove what writers that died left beside `path`. Nobody else may be writing it."""
     for token in _tokens(path, "tmp"):
         remove(_beside(path, "tmp", token))
@@ -103,7 +103,7 @@ def publish(new: Path, path: Path) -> None:
 
 def exchanges(folder: Path) -> bool:
     """Whether `publish` over an existing path is one step in this folder. Tried out on two files that are left there."""
-    two = temporary(folder / "a"), temporary(folder / "b")
+    two = temporary_sibling(folder / "a"), temporary_sibling(folder / "b")
     for path in two:
         path.touch()
     return _exchange(*two)
@@ -142,8 +142,8 @@ def _exchange(a: Path, b: Path) -> bool:
 def point(path: Path) -> None:
     """Have the pointer beside `path` name it."""
     latest = path.parent / LATEST
-    sweep(latest)
-    new = temporary(latest)
+    remove_leftovers(latest)
+    new = temporary_sibling(latest)
     new.write_bytes(f"{path.name}\n".encode())
     sync(new)
     os.replace(new, latest)

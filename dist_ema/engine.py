@@ -27,7 +27,7 @@ from .executors import NAP, TIMED, Executor, Instant, Mark, Meter, SideStream, W
 from .fused import FusedPlan
 from .kernels import ShadowPair, UpdatePlan
 
-__all__ = ["Engine", "HostThread", "Inline", "Overlapped", "SkippedSteps", "Times", "Weights", "choose"]
+__all__ = ["Engine", "HostThread", "Inline", "Overlapped", "SkippedSteps", "Times", "Weights", "choose_engine"]
 
 
 Weights = Sequence[float | Tensor]
@@ -285,7 +285,7 @@ def _touch(a: Tensor, b: Tensor) -> bool:
     return same and a.storage_offset() + len(a) == b.storage_offset()
 
 
-def choose(live: Collection[torch.device], host: bool, overlap: bool = True) -> Engine:
+def choose_engine(live: Collection[torch.device], host: bool, overlap: bool = True) -> Engine:
     """The engine that hides an update best, for weights on `live`; host: shadows were asked into host memory."""
     apart = [device for device in live if device.type in TIMED]  # the others order one stream
     if not overlap or len(live) > 1:

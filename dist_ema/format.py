@@ -158,7 +158,7 @@ def dump(value: Any) -> bytes:
 def stamp(meta: dict[str, Any]) -> bytes:
     """ema.json, with the CRC-32 of everything else in it under "crc32". Raises ValueError for what JSON cannot hold."""
     try:
-        told: dict[str, Any] = _parse(dump(meta))  # as it will be read: JSON makes texts of keys, and sorts those
+        told: dict[str, Any] = parse_json(dump(meta))  # as it will be read: JSON makes texts of keys, and sorts those
     except (RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{META} cannot hold {brief(meta.get('extra', meta))}: {error}.") from None
     return dump(told | {"crc32": _check_meta(told)})
@@ -222,9 +222,9 @@ def header_of(file: BinaryIO, path: Path) -> SafetensorsFile:
     length = struct.unpack("<Q", (file.read(8) + bytes(8))[:8])[0]
     if size < 8 or length > min(MOST_JSON, size - 8):
         raise ValueError(f"{path} is no safetensors file, or is cut short: {size} bytes, header of {length}.")
-    text = _read_exactly(file, length)
+    text = read_exactly(file, length)
     try:
-        table = _parse(text)
+        table = parse_json(text)
         metadata = dict(table.pop("__metadata__", None) or {})
         entries = {name: _entry(value) for name, value in table.items()}
         if not all(isinstance(value, str) for value in metadata.values()):
@@ -254,7 +254,7 @@ def read_into(fd: int, path: Path, into: memoryview, offset: int) -> None:
         into, offset = into[count:], offset + count
 
 
-def _read_exactly(file: BinaryIO, n: int) -> bytes:
+def read_exactly(file: BinaryIO, n: int) -> bytes:
     """NOTE: an unbuffered read may return less than it was asked for."""
     parts = []
     while n and (part := file.read(n)):
@@ -306,8 +306,8 @@ def read_model(folder: Path, name: str | None = None) -> dict[str, SafetensorsFi
 def read_index(folder: Path, name: str = INDEX) -> dict[str, str]:
     """weight -> file, of files that exist beside the index."""
     where = folder / name
-    weights = _read_json(where).get("weight_map")
-    if not isinstance(weights, dict) or not weights or not all(_is_file_name(file) for file in weights.values()):
+    weights = read_json(where).get("weight_map")
+    if not isinstance(weights, dict) or not weights or not all(is_file_name(file) for file in weights.values()):
         raise ValueError(f"{where} has no sound weight_map: it must map weights to files beside it.")
     missing = [file for file in sorted(set(weights.values())) if not (folder / file).is_file()]
     if missing:
@@ -328,7 +328,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     where = folder / META
     if not os.path.lexists(where):
         raise ValueError(f"{folder} holds no {META}: it is no average saved by dist_ema.")
-    meta = _read_json(where)
+    meta = read_json(where)
     version = meta.get("format")
     if type(version) is not int or version < 1:
         raise ValueError(f"{where} names no format.")
@@ -345,7 +345,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _is_file_name(name: Any) -> bool:
+def is_file_name(name: Any) -> bool:
     """A file beside the index, nothing that leads out of the folder."""
     plain = isinstance(name, str) and name.isprintable() and name == os.path.basename(name)
     return plain and name.endswith(".safetensors")
@@ -357,16 +357,16 @@ def _is_place(name: Any) -> bool:
         return False
     *folders, file = name.split("/")
     plain = len(folders) == 2 and folders[0] == "averages" and folders[1] not in ("", ".", "..")
-    return _is_file_name(file) and name.isprintable() and (not folders or plain)
+    return is_file_name(file) and name.isprintable() and (not folders or plain)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > MOST_JSON:
             raise ValueError(f"{path} is larger than {MOST_JSON} bytes.")
-        text = _read_exactly(file, MOST_JSON)
+        text = read_exactly(file, MOST_JSON)
     try:
-        value = _parse(text)
+        value = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
@@ -374,7 +374,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _parse(text: bytes) -> Any:
+def parse_json(text: bytes) -> Any:
     """JSON as the standard has it: UTF-8, no key twice, only finite numbers. Python's own reader is not so strict."""
     value = json.loads(text.decode(), object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite)
     if b"\\ud" in text or b"\\uD" in text:  # half a character would fail much later, where it is printed or written

@@ -154,7 +154,7 @@ class UpdatePlan:
         guard: keep the shadow, element by element, where live is not finite.
         """
         for each in self._passes:
-            each.run(weights, _head(self.seed, update), guard)
+            each.run(weights, key_prefix(self.seed, update), guard)
         for shadows, live in self._guarded() if guard else self._direct:
             for shadow, weight in zip(shadows, weights, strict=True):
                 _lerp(shadow, live, weight, guard)
@@ -169,11 +169,15 @@ class UpdatePlan:
                 _lerp(shadow, cast, weight, guard)
         self._run_apart(weights, guard)
         for pair, shadows, live, start, wide in self._rounded:
-            low = _low(_draw(_key(self.seed, update, pair.name), pair.indices(start, start + len(live)), pair.huge))
+            low = upper_bits(
+                draw_bits(noise_key(self.seed, update, pair.name), pair.indices(start, start + len(live)), pair.huge)
+            )
             moved = live.to(wide.device, wide.dtype)
             for shadow, weight in zip(shadows, weights, strict=True):
                 _lerp(wide.copy_(shadow), moved, weight, guard)
-                shadow.copy_(_round(wide, low) if shadow.dtype == torch.bfloat16 else _round_half(wide, low))
+                shadow.copy_(
+                    round_in_place(wide, low) if shadow.dtype == torch.bfloat16 else round_half_in_place(wide, low)
+                )
 
     def _run_apart(self, weights: Sequence[float | Tensor], guard: bool) -> None:
         for lists, lives, through, ready in self._apart:
@@ -305,20 +309,20 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 def noise(seed: int, update: int, name: str, indices: Tensor) -> Tensor:
     """32 hash bits per element, int64 in [0, 2^32), the same wherever the element lies."""
-    return _draw(_key(seed, update, name), indices, huge=True).to(torch.int64) & _MASK
+    return draw_bits(noise_key(seed, update, name), indices, huge=True).to(torch.int64) & _MASK
 
 
 @lru_cache(maxsize=4096)
-def _key(seed: int, update: int, name: str) -> int:
-    return crc32(f"{_head(seed, update)}{name}".encode())
+def noise_key(seed: int, update: int, name: str) -> int:
+    return crc32(f"{key_prefix(seed, update)}{name}".encode())
 
 
-def _head(seed: int, update: int) -> str:
+def key_prefix(seed: int, update: int) -> str:
     """What the keys of all names have in common."""
     return f"{seed}/{update}/"
 
 
-def _draw(key: int, indices: Tensor, huge: bool) -> Tensor:
+def draw_bits(key: int, indices: Tensor, huge: bool) -> Tensor:
     """The bits of `noise` as int32: a quarter of the traffic of int64, and multiplication wraps the same."""
     if huge:
         indices = indices ^ (indices >> 32) * 0x9E3779B1
@@ -343,17 +347,17 @@ def _signed(word: int) -> int:
     return word - ((word & 1 << 31) << 1)
 
 
-def _low(bits: Tensor) -> Tensor:
+def upper_bits(bits: Tensor) -> Tensor:
     """The upper 16 hash bits, to be added below the cut. int32, in place."""
     return _shift(bits, 16, bits)
 
 
 def round_to_bfloat16(wide: Tensor, bits: Tensor) -> Tensor:
     """fp32 to the bfloat16 below or above, by chance in proportion to the distance. bits: see `noise`."""
-    return _round(wide.clone(), (bits >> 16).to(torch.int32))
+    return round_in_place(wide.clone(), (bits >> 16).to(torch.int32))
 
 
-def _round(wide: Tensor, low: Tensor) -> Tensor:
+def round_in_place(wide: Tensor, low: Tensor) -> Tensor:
     """Overwrites `wide`."""
     # NOTE: cut by bits, because a cast rounds to nearest; -65536 is 0xFFFF0000 as an int32.
     cut = torch.add(wide.view(torch.int32), low).bitwise_and_(-65536).view(torch.float32)
@@ -361,7 +365,7 @@ def _round(wide: Tensor, low: Tensor) -> Tensor:
     return cut.add_(wide.clamp_(-0.0, -0.0)).to(torch.bfloat16)
 
 
-def _round_half(wide: Tensor, low: Tensor) -> Tensor:
+def round_half_in_place(wide: Tensor, low: Tensor) -> Tensor:
     """The same to float16, which keeps 10 bits and below 2^-14 counts in steps of 2^-24. Overwrites `wide`."""
     steps = torch.floor(wide * 2.0**24 + low * 2.0**-16) * 2.0**-24
     cut = torch.add(wide.view(torch.int32), low >> 3).bitwise_and_(-8192).view(torch.float32)

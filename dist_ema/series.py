@@ -53,7 +53,7 @@ def advance(path: Path, keep: int) -> list[str]:
             commit.remove(path.parent / name)
         else:  # a save that was killed: a series has one writer, and that is here now
             commit.recover(path.parent / half[1])
-            commit.sweep(path.parent / half[1])
+            commit.remove_leftovers(path.parent / half[1])
     old = [each for _, each in sorted(found, reverse=True) if _is_save(each)]
     return [said for each in old[keep - 1 :] if (said := _retire(each)) is not None]
 
@@ -86,7 +86,7 @@ def _retire(folder: Path) -> str | None:
         others = foreign(folder)
         if others:
             return f"{folder} is kept beyond keep=: it holds {', '.join(others[:3])}, which ema.save() did not write."
-        gone = commit.temporary(folder, "gone")
+        gone = commit.temporary_sibling(folder, "gone")
         os.rename(folder, gone)
         shutil.rmtree(gone)
     except OSError as error:

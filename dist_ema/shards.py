@@ -213,7 +213,7 @@ class Parameters(nn.Module):
         for name, tensor in self._parameters.items():
             names.setdefault(id(tensor), []).append(name)
         owners: list[nn.Module] = []
-        for module, record in _fsdp2_records():
+        for module, record in fsdp2_records():
             copies = [getattr(record, f"_{kind}_param", None) for kind in ("unsharded", "sharded_post_forward")]
             mine = [name for one in (record.sharded_param, *copies) for name in names.get(id(one), [])]
             self._parameters.update(dict.fromkeys(mine, record.sharded_param))
@@ -242,10 +242,10 @@ def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -
     if isinstance(model, Parameters):
         sharded = model.owners
     reshard(sharded)
-    flats = dict(_flat_parameters(model))
+    flats = dict(flat_parameters(model))
     seen: dict[Any, Shard] = {}
     unfilled: list[tuple[str, tuple[nn.Module, str]]] = []
-    walk = list(_walk(model, ddp=None if replicated is None else _Replicated(replicated, frozenset())))
+    walk = list(walk_modules(model, ddp=None if replicated is None else Replicated(replicated, frozenset())))
     for prefix, module, ddp in walk:
         for name, tensor, flat in _parameters(module, flats):
             key = id(tensor) if flat is None else flat.key
@@ -260,7 +260,7 @@ def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -
                 if persistent:
                     unfilled.append((prefix + name, (module, name)))
                     continue
-                buffer = _registered(prefix + name, (module, name))  # a cache that is still to be filled
+                buffer = registered_buffer(prefix + name, (module, name))  # a cache that is still to be filled
             which = id(buffer) if module._buffers[name] is buffer else (id(module), name)
             if which in seen:
                 seen[which].aliases.append(prefix + name)
@@ -300,7 +300,7 @@ def blocker(sharded: list[nn.Module]) -> str | None:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Without DDP, DataParallel and torch.compile around it: a forward that is no collective of theirs. FSDP stays."""
     while isinstance(model, (DistributedDataParallel, DataParallel)) or (
-        _is_compiled(model) and not isinstance(model, FSDPModule)
+        is_compiled(model) and not isinstance(model, FSDPModule)
     ):
         model = model._modules[_wrapped_name(model) or ""]  # type: ignore[assignment]
     return model
@@ -308,7 +308,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def entrances(module: nn.Module, sharded: Sequence[nn.Module]) -> list[tuple[nn.Module, bool]]:
     """The modules whose forward reads weights: (module, whether it is `module` itself, a wrapper or what it wraps)."""
-    outer = {id(each) for each in sharded} | {id(each) for prefix, each, _ in _walk(module) if not prefix}
+    outer = {id(each) for each in sharded} | {id(each) for prefix, each, _ in walk_modules(module) if not prefix}
     inside = [*sharded, *module.modules()]
     return [(m, id(m) in outer) for m in dict.fromkeys(inside) if id(m) in outer or m._parameters or m._buffers]
 
@@ -325,7 +325,7 @@ def before_state_dict(module: nn.Module, hook: Callable[..., None]) -> Removable
 def frozen_by_inductor(model: nn.Module) -> bool:
     """Inductor copied the weights into its code (config.freezing), so a swap would not be seen."""
     config = sys.modules.get("torch._inductor.config")
-    return bool(getattr(config, "freezing", False)) and any(_is_compiled(module) for module in model.modules())
+    return bool(getattr(config, "freezing", False)) and any(is_compiled(module) for module in model.modules())
 
 
 def replaced(shard: Shard) -> bool:
@@ -349,7 +349,7 @@ def register(shard: Shard, tensor: Tensor | None) -> None:
 
 def redescribe(shard: Shard) -> None:
     """Describe what lies in a buffer's place now. Only for caches (in no state_dict), which may become any size."""
-    now = _plain(shard.name, _registered(shard.name, shard.place), shard.place, None)
+    now = _plain(shard.name, registered_buffer(shard.name, shard.place), shard.place, None)
     shard.shape, shard.local_region, shard.order, shard.local_tensor, shard.dense = (
         now.shape,
         now.local_region,
@@ -367,35 +367,35 @@ def side_store(prefix: str) -> dist.Store:
 # --- walking -----------------------------------------------------------------------------------------------------
 
 
-def _walk(
-    module: nn.Module, prefix: str = "", ddp: _Replicated | None = None
-) -> Iterator[tuple[str, nn.Module, _Replicated | None]]:
+def walk_modules(
+    module: nn.Module, prefix: str = "", ddp: Replicated | None = None
+) -> Iterator[tuple[str, nn.Module, Replicated | None]]:
     """(canonical prefix, module, the DDP around it) in the order of named_modules(), shared modules at every path."""
     inner = _wrapped_name(module)
     if isinstance(module, DistributedDataParallel):
         ignored = frozenset(prefix + canonical(name) for name in module.parameters_to_ignore)
-        ddp = _Replicated(module.process_group, ignored)
+        ddp = Replicated(module.process_group, ignored)
     yield prefix, module, ddp
     for name, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, prefix if name == inner else f"{prefix}{name}.", ddp)
+            yield from walk_modules(child, prefix if name == inner else f"{prefix}{name}.", ddp)
 
 
 @dataclass(frozen=True)
-class _Replicated:
+class Replicated:
     """What DDP says of the weights below it."""
 
     group: dist.ProcessGroup
     parameters_to_ignore: frozenset[str]
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """NOTE: fully_shard(torch.compile(block)) makes a subclass of it."""
     return "_orig_mod" in module._modules and any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__)
 
 
 def _wrapped_name(module: nn.Module) -> str | None:
-    if _is_compiled(module):
+    if is_compiled(module):
         return "_orig_mod"
     return next((child for kind, child in _WRAPPED if isinstance(module, kind)), None)
 
@@ -407,8 +407,8 @@ def canonical(name: str) -> str:
 
 
 def _parameters(
-    module: nn.Module, flats: dict[tuple[int, str], _FlatSlice]
-) -> Iterator[tuple[str, Tensor, _FlatSlice | None]]:
+    module: nn.Module, flats: dict[tuple[int, str], FlatSlice]
+) -> Iterator[tuple[str, Tensor, FlatSlice | None]]:
     """(name, tensor, slice of an FSDP1 flat parameter or None) of the module's own parameters, in their order."""
     own = [name for name, p in module._parameters.items() if p is not None and not getattr(p, "_is_flat_param", False)]
     hidden = [name for owner, name in flats if owner == id(module) and name not in own]
@@ -422,7 +422,7 @@ def _parameters(
 # --- one record --------------------------------------------------------------------------------------------------
 
 
-def _plain(name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: _Replicated | None) -> Shard:
+def _plain(name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: Replicated | None) -> Shard:
     if is_lazy(tensor):
         raise ValueError(f"{name} is not initialised yet. Run one forward through the lazy module, then build the EMA.")
     if tensor.is_meta:
@@ -432,11 +432,11 @@ def _plain(name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: _Replic
     kind: Kind = "buffer" if place[1] in place[0]._buffers else "trainable" if tensor.requires_grad else "frozen"
     if isinstance(tensor, DTensor):
         return _dtensor(name, kind, tensor, place)
-    dense, order = _storage_order(tensor.shape, tensor.stride())
+    dense, order = storage_order(tensor.shape, tensor.stride())
     sizes = tuple(tensor.shape) if order is None else tuple(tensor.shape[i] for i in order)
     whole = Region((0,) * len(sizes), sizes, 0, tensor.numel())
     # NOTE: modules may register a new tensor under a buffer's name at any time; a Parameter must stay the same object.
-    raw = partial(_registered, name, place) if kind == "buffer" else lambda: tensor
+    raw = partial(registered_buffer, name, place) if kind == "buffer" else lambda: tensor
     if not dense:
         raw = partial(_copied, raw)
     shard = Shard(name, kind, tuple(tensor.shape), tensor, place, whole, raw, 0, order, dense=dense)
@@ -450,7 +450,7 @@ def _copied(raw: Callable[[], Tensor]) -> Tensor:
     return raw().detach().contiguous()
 
 
-def _registered(name: str, place: tuple[nn.Module, str]) -> Tensor:
+def registered_buffer(name: str, place: tuple[nn.Module, str]) -> Tensor:
     buffer = place[0]._buffers.get(place[1])
     if buffer is None and place[1] in place[0]._non_persistent_buffers_set:
         return torch.empty(0)  # a cache that was dropped
@@ -481,7 +481,7 @@ def _dtensor(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module, str
         raise ValueError(
             f"{name}: {placements} over {mesh} should leave {tuple(sizes)} here, found {tuple(local.shape)}."
         )
-    dense, order = _storage_order(local.shape, local.stride())
+    dense, order = storage_order(local.shape, local.stride())
     if not dense:
         raise ValueError(
             f"{name}: the local tensor has shape {tuple(local.shape)} and strides {local.stride()}. {_DENSE}"
@@ -499,7 +499,7 @@ def _dtensor(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module, str
 _DENSE = "Strided and expanded weights cannot be averaged in place: make it contiguous before building the EMA."
 
 
-def _storage_order(shape: torch.Size, stride: tuple[int, ...]) -> tuple[bool, tuple[int, ...] | None]:
+def storage_order(shape: torch.Size, stride: tuple[int, ...]) -> tuple[bool, tuple[int, ...] | None]:
     """Whether the elements lie without gaps, and the dimensions from slowest to fastest (None: their own order)."""
     if 0 in shape:
         return True, None
@@ -513,7 +513,7 @@ def _storage_order(shape: torch.Size, stride: tuple[int, ...]) -> tuple[bool, tu
     return True, None if real == sorted(real) else tuple(order)
 
 
-def _fsdp2_records() -> Iterator[tuple[nn.Module, Any]]:
+def fsdp2_records() -> Iterator[tuple[nn.Module, Any]]:
     """(module, what FSDP2 keeps of one parameter) of every model of this process."""
     states: list[tuple[nn.Module, Any]] = [(module, state()) for module, state in _module_state_mapping.items()]
     for module, state in states:
@@ -526,7 +526,7 @@ def _fsdp2_records() -> Iterator[tuple[nn.Module, Any]]:
 
 
 @dataclass(frozen=True)
-class _FlatSlice:
+class FlatSlice:
     """One original parameter inside an FSDP1 flat parameter."""
 
     owner: FullyShardedDataParallel
@@ -546,14 +546,14 @@ class _FlatSlice:
         params = self._flat._params  # use_orig_params=True
         return self._flat if params is None else params[self.index]  # type: ignore[no-any-return]
 
-    def __call__(self, name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: _Replicated | None) -> Shard:
+    def __call__(self, name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: Replicated | None) -> Shard:
         flat, handle = self._flat, self.owner._handle
         if flat.is_meta:
             raise ValueError(f"{name} is on the meta device. Pass param_init_fn to FSDP, then build the EMA.")
         if flat._param_extensions[self.index] is not None:
             raise ValueError(f"{name} is a DTensor inside FSDP1. Use fully_shard for tensor parallel models.")
         shape, info = tuple(flat._shapes[self.index]), flat._shard_param_infos[self.index]
-        _, order = _storage_order(flat._shapes[self.index], flat._strides[self.index])
+        _, order = storage_order(flat._shapes[self.index], flat._strides[self.index])
         sizes = shape if order is None else tuple(shape[i] for i in order)
         begin, end = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
         held = Region((0,) * len(shape), sizes, begin, max(begin, end))
@@ -573,26 +573,26 @@ def _local_shard(flat: Any) -> Tensor:
     return local
 
 
-def _flat_parameters(model: nn.Module) -> Iterator[tuple[tuple[int, str], _FlatSlice]]:
+def flat_parameters(model: nn.Module) -> Iterator[tuple[tuple[int, str], FlatSlice]]:
     """((id of the module, parameter name), slice) of all that FSDP1 flattened, tied names included."""
     for module in model.modules():
         if not isinstance(module, FullyShardedDataParallel) or module._handle is None:
             continue
-        flat, ranks = module._handle.flat_param, tuple(_fsdp1_members(module)[0])
+        flat, ranks = module._handle.flat_param, tuple(fsdp1_members(module)[0])
         index = {}
         for i, info in enumerate(flat._param_infos):
             index[info.module, info.param_name] = i
-            yield (id(info.module), info.param_name), _FlatSlice(module, i, ranks)
+            yield (id(info.module), info.param_name), FlatSlice(module, i, ranks)
         for shared in flat._shared_param_infos:
             first = index[shared.prim_module, shared.prim_param_name]
-            yield (id(shared.module), shared.param_name), _FlatSlice(module, first, ranks)
+            yield (id(shared.module), shared.param_name), FlatSlice(module, first, ranks)
 
 
 # --- who belongs together ----------------------------------------------------------------------------------------
 
 
 def _members(
-    replicated: list[_Replicated], shards: list[Shard], flats: dict[tuple[int, str], _FlatSlice]
+    replicated: list[Replicated], shards: list[Shard], flats: dict[tuple[int, str], FlatSlice]
 ) -> tuple[list[int], dist.ProcessGroup | None]:
     """The ranks that hold the model together: the widest mesh or group found, which must contain the others."""
     found: list[tuple[list[int], dist.ProcessGroup | None]] = []
@@ -602,7 +602,7 @@ def _members(
             found.append((sorted(mesh.mesh.flatten().tolist()), mesh.get_group() if mesh.ndim == 1 else None))
     found += [(dist.get_process_group_ranks(each.group), each.group) for each in dict.fromkeys(replicated)]
     # NOTE: in the order of the modules, not of a set: every rank must ask in the same order.
-    found += [_fsdp1_members(owner) for owner in dict.fromkeys(slice_.owner for slice_ in flats.values())]
+    found += [fsdp1_members(owner) for owner in dict.fromkeys(slice_.owner for slice_ in flats.values())]
     if not found:
         return [dist.get_rank() if dist.is_initialized() else 0], None
     widest = max(found, key=lambda entry: len(entry[0]))
@@ -615,7 +615,7 @@ def _members(
     return widest
 
 
-def _fsdp1_members(owner: FullyShardedDataParallel) -> tuple[list[int], dist.ProcessGroup | None]:
+def fsdp1_members(owner: FullyShardedDataParallel) -> tuple[list[int], dist.ProcessGroup | None]:
     inner = dist.get_process_group_ranks(owner.process_group)
     outer = getattr(owner, "_inter_node_pg", None)
     if outer is None or not owner._handle.uses_sharded_strategy:  # type: ignore[union-attr]

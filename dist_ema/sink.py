@@ -97,14 +97,14 @@ def write(
         raise ValueError(f"{path} is one file, but max_shard_size asks for {len(model.files)}. Name a folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     commit.recover(path)
-    commit.sweep(path)
-    folder = commit.temporary(path)
+    commit.remove_leftovers(path)
+    folder = commit.temporary_sibling(path)
     folder.mkdir()
     try:
         sums = {name: _write_file(folder / name, file, content, tick) for name, file in model.files.items()}
         check()
         if path.suffix == ".safetensors":
-            alone = commit.temporary(path)
+            alone = commit.temporary_sibling(path)
             os.rename(folder / next(iter(model.files)), alone)
             folder.rmdir()
             return commit.publish(alone, path)

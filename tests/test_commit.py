@@ -84,7 +84,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
 def test_new_path(kind: str, tmp_path: Path) -> None:
     """To a path that does not exist: one rename, nothing left over."""
     path = tmp_path / "ema-1"
-    commit.publish(make(commit.temporary(path), kind, "new"), path)
+    commit.publish(make(commit.temporary_sibling(path), kind, "new"), path)
     assert (read(path), names(tmp_path)) == ("new", ["ema-1"])
 
 
@@ -96,7 +96,7 @@ def test_exchange(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         pytest.skip("this file system has no RENAME_EXCHANGE")
     assert (read(a), read(b)) == ("b", "a")
     path = make(tmp_path / "run" / "ema", "folder", "old") if kind == "folder" else make(tmp_path / "ema", kind, "old")
-    new = make(commit.temporary(path), kind, "new")
+    new = make(commit.temporary_sibling(path), kind, "new")
     monkeypatch.setattr(os, "rename", None)  # two renames would raise
     commit.publish(new, path)
     assert read(path) == "new"
@@ -115,7 +115,7 @@ def test_two_renames(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Without RENAME_EXCHANGE: the old aside, the new in, the old removed."""
     no_exchange(monkeypatch)
     path = make(tmp_path / "ema", kind, "old")
-    commit.publish(make(commit.temporary(path), kind, "new"), path)
+    commit.publish(make(commit.temporary_sibling(path), kind, "new"), path)
     assert (read(path), names(tmp_path)) == ("new", ["ema"])
 
 
@@ -127,7 +127,7 @@ def test_another_kind(exchange: bool, tmp_path: Path, monkeypatch: pytest.Monkey
     target = make(tmp_path / "target", "folder", "kept")
     (tmp_path / "link").symlink_to(target)
     for path in (make(tmp_path / "ema", "file", "old"), tmp_path / "link"):
-        commit.publish(make(commit.temporary(path), "folder", "new"), path)
+        commit.publish(make(commit.temporary_sibling(path), "folder", "new"), path)
         assert read(path) == "new"
     assert names(tmp_path) == ["ema", "link", "target"]
     assert read(target) == "kept"
@@ -137,9 +137,9 @@ def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bare name in the working folder: its parent is `.`"""
     monkeypatch.chdir(tmp_path)
     for text in ("old", "new"):
-        commit.publish(make(commit.temporary(Path("ema")), "folder", text), Path("ema"))
+        commit.publish(make(commit.temporary_sibling(Path("ema")), "folder", text), Path("ema"))
         commit.recover(Path("ema"))
-        commit.sweep(Path("ema"))
+        commit.remove_leftovers(Path("ema"))
     assert (read(Path("ema")), names(tmp_path)) == ("new", ["ema"])
 
 
@@ -154,7 +154,7 @@ def test_the_second_rename_fails(kind: str, tmp_path: Path, monkeypatch: pytest.
             raise OSError(errno.EIO, "second rename")
         real(a, b)
 
-    new = make(commit.temporary(path), kind, "new")
+    new = make(commit.temporary_sibling(path), kind, "new")
     no_exchange(monkeypatch)
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(OSError, match="second rename"):
@@ -176,7 +176,7 @@ def test_killed_at_any_step(kind: str, exchange: bool, tmp_path: Path, monkeypat
             folder = tmp_path / f"{step}-{again}"
             folder.mkdir()
             path = make(folder / "ema", kind, "old")
-            new = make(commit.temporary(path), kind, "new")
+            new = make(commit.temporary_sibling(path), kind, "new")
             with monkeypatch.context() as patch:
                 if not exchange:
                     no_exchange(patch)
@@ -189,7 +189,7 @@ def test_killed_at_any_step(kind: str, exchange: bool, tmp_path: Path, monkeypat
             commit.recover(path)
             seen.add(read(path))
             assert killed or read(path) == "new"
-            commit.sweep(path)
+            commit.remove_leftovers(path)
             assert names(folder) == ["ema"]
         if not killed:
             break
@@ -226,7 +226,7 @@ def test_recover_undoes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def _cut_between_renames(folder: Path, kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = make(folder / name, kind, "old")
-    new = make(commit.temporary(path), kind, "new")
+    new = make(commit.temporary_sibling(path), kind, "new")
     renames, real = [], os.rename
 
     def once(a: Path, b: Path) -> None:
@@ -257,7 +257,7 @@ def test_recover_of_nothing(kind: str, tmp_path: Path) -> None:
 def test_reader_comes_between(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that recovers between the writer's two renames finishes for the writer, who must not fail for it."""
     path = make(tmp_path / "ema", kind, "old")
-    new = make(commit.temporary(path), kind, "new")
+    new = make(commit.temporary_sibling(path), kind, "new")
     real, busy = os.rename, []
 
     def rename(a: Path, b: Path) -> None:
@@ -282,11 +282,11 @@ def test_sweep_takes_its_own(name: str, tmp_path: Path) -> None:
     """sweep removes what died writers of this name left, whatever characters are in it, and of no other name."""
     others = ["ema1", "exa", "x", "ema", "ema.tmp", "emaX", *AWKWARD]
     for other in {*others} - {name}:
-        make(commit.temporary(tmp_path / other), "folder", "theirs")
+        make(commit.temporary_sibling(tmp_path / other), "folder", "theirs")
     before = names(tmp_path)
-    make(commit.temporary(tmp_path / name), "folder", "mine")
-    make(commit.temporary(tmp_path / name), "file", "mine")
-    commit.sweep(tmp_path / name)
+    make(commit.temporary_sibling(tmp_path / name), "folder", "mine")
+    make(commit.temporary_sibling(tmp_path / name), "file", "mine")
+    commit.remove_leftovers(tmp_path / name)
     assert names(tmp_path) == before
 
 
@@ -305,7 +305,7 @@ def test_recover_takes_its_own(name: str, kind: str, tmp_path: Path, monkeypatch
 
 def test_temporary(tmp_path: Path) -> None:
     """A hidden sibling, on the same file system, another one each time."""
-    found = {commit.temporary(tmp_path / "ema") for _ in range(50)}
+    found = {commit.temporary_sibling(tmp_path / "ema") for _ in range(50)}
     assert len(found) == 50
     assert {path.parent for path in found} == {tmp_path}
     assert all(path.name.startswith(".ema.tmp-") for path in found)

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_ema import EMA, Debiased, Power
-from dist_ema.engine import Engine, HostThread, Overlapped, choose
+from dist_ema.engine import Engine, HostThread, Overlapped, choose_engine
 from dist_ema.executors import Instant, Mark, Worker
 from dist_ema.ranks import StoreCoordinator
 from tests.kit import raises, run_ranks, wrap
@@ -608,7 +608,7 @@ def test_memory_of_a_host_thread() -> None:
 
 def test_choice() -> None:
     """CPU weights have nothing to hide behind unless host shadows were asked for; several devices share no stream."""
-    assert type(choose({CPU}, host=False)).__name__ == "Inline"
-    assert type(choose({CPU}, host=True)).__name__ == "HostThread"
-    assert type(choose({CPU}, host=True, overlap=False)).__name__ == "Inline"
-    assert type(choose({CPU, torch.device("meta")}, host=False)).__name__ == "Inline"
+    assert type(choose_engine({CPU}, host=False)).__name__ == "Inline"
+    assert type(choose_engine({CPU}, host=True)).__name__ == "HostThread"
+    assert type(choose_engine({CPU}, host=True, overlap=False)).__name__ == "Inline"
+    assert type(choose_engine({CPU, torch.device("meta")}, host=False)).__name__ == "Inline"

@@ -30,7 +30,7 @@ if tuple(map(int, version("triton").split(".")[:2])) < (3, 6):
 from dist_ema import EMA, Constant, Power, fused, layout
 from dist_ema.engine import Overlapped
 from dist_ema.fused import FusedPlan, Numbering, available, supports
-from dist_ema.kernels import SCRATCH, ShadowPair, UpdatePlan, _key, noise
+from dist_ema.kernels import SCRATCH, ShadowPair, UpdatePlan, noise_key, noise
 from dist_ema.shards import Region, Shard
 from tests.kit import draw, run_ranks, wrap
 from tests.test_engine import Late, Skippable, Watch, steps
@@ -187,7 +187,7 @@ def test_the_key_is_linear(name: str) -> None:
         key = crc32(name.encode())
         for bit in range(32):
             key ^= columns[bit] & 0xFFFFFFFF if head >> bit & 1 else 0
-        assert key == _key(3, update, name)
+        assert key == noise_key(3, update, name)
 
 
 # A range of a row-major weight; rows and columns of it; a box inside; channels_last: whole, a range, some channels.

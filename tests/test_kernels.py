@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_ema import compiled
 from dist_ema.engine import SkippedSteps
-from dist_ema.kernels import PACK, SCRATCH, SHORT, ShadowPair, UpdatePlan, _key, noise, round_to_bfloat16
+from dist_ema.kernels import PACK, SCRATCH, SHORT, ShadowPair, UpdatePlan, noise_key, noise, round_to_bfloat16
 from tests.kit import draw
 
 Make = Callable[..., UpdatePlan]
@@ -442,8 +442,8 @@ def test_noise_is_no_permutation() -> None:
     of one weight would be that of the other in another order, for ever: the second `_mix` in noise."""
     index = torch.arange(1000)
     for update in range(3):
-        apart = _key(0, update, "layer.1") ^ _key(0, update, "layer.2")
-        assert apart == _key(0, 0, "layer.1") ^ _key(0, 0, "layer.2")
+        apart = noise_key(0, update, "layer.1") ^ noise_key(0, update, "layer.2")
+        assert apart == noise_key(0, 0, "layer.1") ^ noise_key(0, 0, "layer.2")
         assert (noise(0, update, "layer.1", index) == noise(0, update, "layer.2", index ^ apart)).sum() < 5
 
 

@@ -208,8 +208,8 @@ def _seal(path: Path, report: manifest.ModelReport, verdict: Verdict) -> None:
 
 
 def _replace(where: Path, content: bytes) -> None:
-    commit.sweep(where)
-    new = commit.temporary(where)
+    commit.remove_leftovers(where)
+    new = commit.temporary_sibling(where)
     try:
         new.write_bytes(content)
         commit.sync(new)
