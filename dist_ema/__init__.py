@@ -9,13 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoint.reader import load_file
     from .ema import EMA
-    from .resume import load_file
-    from .schedule import Constant, Cosine, Debiased, HalfLife, Power, Ramp, Ratio, Schedule, Uniform, Warmup
+    from .schedules import (
+        Constant,
+        Cosine,
+        Debiased,
+        HalfLife,
+        Power,
+        Ramp,
+        Ratio,
+        Schedule,
+        Uniform,
+        Warmup,
+    )
 
-from . import format
+from . import _version
 
-__version__ = format.VERSION
+__version__ = _version.VERSION
 
 __all__ = [
     "EMA",
@@ -32,13 +43,13 @@ __all__ = [
     "load_file",
 ]
 
-_ROOMS = {"EMA": "ema", "load_file": "resume"}
+_ROOMS = {"EMA": "ema", "load_file": "checkpoint.reader"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'dist_ema' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"dist_ema.{_ROOMS.get(name, 'schedule')}"), name)
+    return getattr(importlib.import_module(f"dist_ema.{_ROOMS.get(name, 'schedules')}"), name)
 
 
 def __dir__() -> list[str]:

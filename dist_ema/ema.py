@@ -23,15 +23,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import agree, artifact, dcp, gather, resume, shards, telemetry
-from .attach import Attachment
-from .average import Average, AveragedWeights
-from .clock import Clock
-from .ranks import FOREVER, Ranks
-from .schedule import Schedule
-from .schedule import schedule as coerce
-from .swap import WeightSwap, broadcast_to_replicas
-from .teacher import Teacher
+from .averaging import gather, metrics
+from .averaging.averages import Average, AveragedWeights
+from .averaging.clock import Clock
+from .averaging.optimizer_hooks import Attachment
+from .averaging.swap import WeightSwap, broadcast_to_replicas
+from .averaging.teacher import Teacher
+from .checkpoint import dcp, reader, writer
+from .distributed.coordinator import FOREVER, Ranks
+from .schedules import Schedule
+from .schedules import schedule as coerce
+from .sharding import consistency, discovery, parameters, records, wrappers
 
 __all__ = ["EMA"]
 
@@ -59,7 +61,9 @@ def _refuse_dtype(dtype: torch.dtype) -> None:
 
 def _refuse_beside_into(schedules: Sequence[Schedule], dtype: torch.dtype, device: Any) -> None:
     if len(schedules) > 1:
-        raise ValueError(f"into= takes one average, got {len(schedules)} decays. Build one EMA per teacher.")
+        raise ValueError(
+            f"into= takes one average, got {len(schedules)} decays. Build one EMA per teacher."
+        )
     if device is not None or dtype != torch.float32:
         raise ValueError(
             f"device={device!r}, dtype={dtype} together with into=: the shadows are the teacher's weights. Move and cast the "
@@ -119,7 +123,7 @@ class EMA:
     @_outside_autograd
     def __init__(
         self,
-        model: shards.Model,
+        model: parameters.Model,
         decay: float | Schedule | Sequence[float | Schedule] = 0.9999,
         *,
         dtype: torch.dtype = torch.float32,
@@ -127,7 +131,7 @@ class EMA:
         split: bool | dist.ProcessGroup = True,
         buffers: Literal["copy", "average"] = "copy",
         only: str | Callable[[str], bool] | None = None,
-        into: shards.Model | None = None,
+        into: parameters.Model | None = None,
     ) -> None:
         _refuse_dtype(dtype)
         if buffers not in ("copy", "average"):
@@ -135,30 +139,35 @@ class EMA:
         self._dtype, self._device = dtype, None if device is None else torch.device(device)
         if not isinstance(split, (bool, dist.ProcessGroup)):
             raise ValueError(f"split must be True, False or a process group, got {split!r}.")
-        self._split, self._replicated = split is not False, None if isinstance(split, bool) else split
+        self._split, self._replicated = (
+            split is not False,
+            None if isinstance(split, bool) else split,
+        )
         schedules = [coerce(each) for each in (decay if isinstance(decay, Sequence) else [decay])]
         if not schedules or len(set(schedules)) < len(schedules):
             raise ValueError(f"decay must name one or more different schedules, got {decay!r}.")
         if into is not None:
             _refuse_beside_into(schedules, dtype, device)
             self._split = False
-        module = shards.module_of(model)
+        module = parameters.module_of(model)
         self._averaged_weights = AveragedWeights(module, schedules, only=only, buffers=buffers)
         self._attachment: Attachment | None = None
         self._looked: dict[str, float] = {}  # the clock at the last `snapshot` into each folder
-        found = shards.find_shards(module, self._replicated)
-        self._ranks = Ranks(found.members, found.group, shards.side_store)
+        found = discovery.find_shards(module, self._replicated)
+        self._ranks = Ranks(found.members, found.group, wrappers.side_store)
         self._everyone: Ranks | None = None
         if into is not None:
             self._averaged_weights.teacher = Teacher(into, self._averaged_weights.sync_teacher)
-        self._writer: artifact.Writer | None = None
+        self._writer: writer.Writer | None = None
         self._adopt("EMA", found)
         self._overlap: bool | None = None
         self._use_engine()
 
     def _use_engine(self) -> None:
         """As `attach` asked for; by itself an update waits for nobody in host memory only."""
-        self._averaged_weights.use_engine(self._on_host if self._overlap is None else self._overlap, self._on_host)
+        self._averaged_weights.use_engine(
+            self._on_host if self._overlap is None else self._overlap, self._on_host
+        )
 
     @property
     def _on_host(self) -> bool:
@@ -166,12 +175,18 @@ class EMA:
             return self._averaged_weights.far_on_host
         return self._device is not None and self._device.type == "cpu"
 
-    def _adopt(self, verb: str, found: shards.ModelShards) -> None:
+    def _adopt(self, verb: str, found: records.ModelShards) -> None:
         average = self._averaged_weights
-        self._ranks.run_on_all(verb, lambda: average.adopt(found, self._split, self._dtype, self._device))
-        agree.on_weights(verb, self._ranks, average.states, [slot.shadow is not None for slot in average.states])
+        self._ranks.run_on_all(
+            verb, lambda: average.adopt(found, self._split, self._dtype, self._device)
+        )
+        consistency.on_weights(
+            verb, self._ranks, average.states, [slot.shadow is not None for slot in average.states]
+        )
 
-    def _enter(self, verb: str, which: Which = 0, prepare: Callable[[], None] | None = None) -> Average:
+    def _enter(
+        self, verb: str, which: Which = 0, prepare: Callable[[], None] | None = None
+    ) -> Average:
         """What every collective verb begins with: all ranks come, mean the same average and can go on, or all raise."""
         average = self._averaged_weights
 
@@ -182,7 +197,9 @@ class EMA:
             return number if len(average.averages) > 1 else None
 
         self._ranks.begin(verb)
-        _, asked = self._ranks.run_on_all(verb, ready, combine=lambda said: sorted({each or 0 for each in said}))
+        _, asked = self._ranks.run_on_all(
+            verb, ready, combine=lambda said: sorted({each or 0 for each in said})
+        )
         if len(asked) > 1:
             names = " and ".join(average.averages[number].name for number in asked)
             raise ValueError(f"ema.{verb}(): the ranks ask for different averages: {names}.")
@@ -245,7 +262,13 @@ class EMA:
         self._overlap = overlap
         self._use_engine()
         self._attachment = Attachment(
-            self._averaged_weights, self._averaged_weights.clock, optimizers, every, start, elapsed, guard
+            self._averaged_weights,
+            self._averaged_weights.clock,
+            optimizers,
+            every,
+            start,
+            elapsed,
+            guard,
         )
         return self._attachment
 
@@ -311,7 +334,7 @@ class EMA:
                 raise RuntimeError(
                     "ema.swap() of an EMA with into=: the teacher is the average, so evaluate the teacher."
                 )
-            if shards.frozen_by_inductor(average.model):
+            if wrappers.frozen_by_inductor(average.model):
                 raise RuntimeError(
                     "ema.swap() cannot reach a model compiled with torch._inductor.config.freezing: turn it off."
                 )
@@ -332,7 +355,9 @@ class EMA:
         return profile, loan
 
     @_outside_autograd
-    def _restore_swap(self, profile: Average, loan: WeightSwap, error: BaseException | None) -> None:
+    def _restore_swap(
+        self, profile: Average, loan: WeightSwap, error: BaseException | None
+    ) -> None:
         average = self._averaged_weights
         buffers: dict[str, Tensor] = {}
         said: dict[str, Any] = {}
@@ -359,7 +384,9 @@ class EMA:
             raise raised  # type: ignore[misc]
         if left["error"] and error is None:
             rank, text = left["error"]
-            raise RuntimeError(f"rank {self._ranks.members[rank]} left ema.swap() by an exception: {text}")
+            raise RuntimeError(
+                f"rank {self._ranks.members[rank]} left ema.swap() by an exception: {text}"
+            )
         profile.own_buffers |= {name: buffers[name] for name in left["changed"] if error is None}
 
     @_outside_autograd
@@ -374,7 +401,7 @@ class EMA:
         return gather.full(self._ranks, profile.states, profile.own_buffers, torch.device("cpu"))
 
     @_outside_autograd
-    def copy_to(self, module: shards.Model, which: Which = 0) -> None:
+    def copy_to(self, module: parameters.Model, which: Which = 0) -> None:
         """Write the average, the frozen weights and the buffers into `module`, however it is wrapped. *Collective*.
 
         module: or its parameters, in the order or under the names that this EMA was given.
@@ -409,7 +436,10 @@ class EMA:
         accelerator, until it is written.
         """
         trees, meta = self._average_files(), self._meta("ema") | {"extra": extra or {}}
-        self._write(artifact.SaveRequest("save", _real(path), trees, meta, max_shard_size, mode, keep=keep), wait)
+        self._write(
+            writer.SaveRequest("save", _real(path), trees, meta, max_shard_size, mode, keep=keep),
+            wait,
+        )
 
     @_outside_autograd
     def export(
@@ -428,11 +458,17 @@ class EMA:
         """
         profile = self._averaged_weights.average(which)
         meta = self._meta("export") | {"weights": "all"}
-        tree = artifact.AverageFiles(profile.persistent, dict(profile.own_buffers), profile.schedule.to_dict())
-        self._write(artifact.SaveRequest("export", _real(path), [tree], meta, max_shard_size, mode, dtype))
+        tree = writer.AverageFiles(
+            profile.persistent, dict(profile.own_buffers), profile.schedule.to_dict()
+        )
+        self._write(
+            writer.SaveRequest("export", _real(path), [tree], meta, max_shard_size, mode, dtype)
+        )
 
     @_outside_autograd
-    def snapshot(self, folder: str | Path, *, every: float, dtype: torch.dtype | None = None) -> Path | None:
+    def snapshot(
+        self, folder: str | Path, *, every: float, dtype: torch.dtype | None = None
+    ) -> Path | None:
         """Save all averages as folder/0000001000 when the clock passes a multiple of `every`; to be called in each step.
 
         What `posthoc.reconstruct` chooses a decay from after training. dtype: torch.bfloat16 stores half; such a snapshot
@@ -446,7 +482,11 @@ class EMA:
         if clock.now // every <= before // every:
             return None
         path = _real(Path(folder) / f"{int(clock.now):010}")
-        later = [each.name for each in path.parent.glob("[0-9]*") if each.name > path.name] if self._ranks.first else []
+        later = (
+            [each.name for each in path.parent.glob("[0-9]*") if each.name > path.name]
+            if self._ranks.first
+            else []
+        )
         if later:
             warnings.warn(
                 f"{folder} holds snapshots of a later clock ({min(later)} ...). If they are of another run, move them away: "
@@ -454,10 +494,10 @@ class EMA:
                 stacklevel=_stacklevel_of_caller(),
             )
         meta = self._meta("ema" if dtype is None else "export")
-        self._write(artifact.SaveRequest("save", path, self._average_files(), meta, dtype=dtype))
+        self._write(writer.SaveRequest("save", path, self._average_files(), meta, dtype=dtype))
         return path
 
-    def _average_files(self) -> list[artifact.AverageFiles]:
+    def _average_files(self) -> list[writer.AverageFiles]:
         """The first average as a complete model (with `only=`, what is averaged), the others without what they share."""
         average = self._averaged_weights
         trees = []
@@ -465,17 +505,26 @@ class EMA:
             slots = [
                 slot
                 for slot in profile.persistent
-                if slot.shadow is not None or slot.name in profile.own_buffers or (i == 0 and average.only is None)
+                if slot.shadow is not None
+                or slot.name in profile.own_buffers
+                or (i == 0 and average.only is None)
             ]
             label = f"{i}-{type(profile.schedule).__name__}" if i else ""
-            trees.append(artifact.AverageFiles(slots, dict(profile.own_buffers), profile.schedule.to_dict(), label))
+            trees.append(
+                writer.AverageFiles(
+                    slots, dict(profile.own_buffers), profile.schedule.to_dict(), label
+                )
+            )
         return trees
 
-    def _write(self, job: artifact.SaveRequest, wait: bool = True) -> None:
+    def _write(self, job: writer.SaveRequest, wait: bool = True) -> None:
         self._finish_writing()
         self._enter(job.verb)
         self._warn_if_idle(job.verb)
-        if isinstance(self._averaged_weights.model, shards.Parameters) and self._averaged_weights.model.nameless:
+        if (
+            isinstance(self._averaged_weights.model, parameters.Parameters)
+            and self._averaged_weights.model.nameless
+        ):
             warnings.warn(
                 f"ema.{job.verb}(): the parameters came without names, so the files call them by their place in the list: "
                 "0, 1, ... Pass model.named_parameters() or the model for files that a model can load.",
@@ -483,13 +532,17 @@ class EMA:
             )
         alone = self._ranks.size == 1 and dist.is_initialized() and dist.get_world_size() > 1
         if alone and self._everyone is None:
-            self._everyone = Ranks(range(dist.get_world_size()), None, shards.side_store, self._ranks.timeout)
+            self._everyone = Ranks(
+                range(dist.get_world_size()), None, wrappers.side_store, self._ranks.timeout
+            )
         ranks = self._everyone or self._ranks
         if alone:  # a model that nobody wrapped, in a job of several ranks: the first one writes, if all hold the same
-            agree.on_averages(job.verb, ranks, [slot for tree in job.trees for slot in tree.slots])
+            consistency.on_averages(
+                job.verb, ranks, [slot for tree in job.trees for slot in tree.slots]
+            )
             job = job if ranks.first else job.with_parts(lambda _: [])
         if self._writer is None:
-            self._writer = artifact.Writer(ranks, shards.side_store)
+            self._writer = writer.Writer(ranks, wrappers.side_store)
         self._warn_each(self._writer.write(job, self.timeout, wait))
 
     def _finish_writing(self) -> None:
@@ -531,8 +584,12 @@ class EMA:
         self._finish_writing()
         self._enter("load")
         average = self._averaged_weights
-        readers = [resume.LoadTarget(each.schedule.to_dict(), each.persistent) for each in average.averages]
-        with resume.open_checkpoint(self._ranks, path, readers, strict=strict, verify=verify) as found:
+        readers = [
+            reader.LoadTarget(each.schedule.to_dict(), each.persistent) for each in average.averages
+        ]
+        with reader.open_checkpoint(
+            self._ranks, path, readers, strict=strict, verify=verify
+        ) as found:
             for text in found.warnings:
                 warnings.warn(text, stacklevel=_stacklevel_of_caller())
             try:
@@ -541,7 +598,9 @@ class EMA:
                 self._begin_again(started=True)
                 raise
         for profile, buffers in zip(average.averages, own, strict=True):
-            profile.own_buffers = {name: value for name, value in buffers.items() if average.teacher is None}
+            profile.own_buffers = {
+                name: value for name, value in buffers.items() if average.teacher is None
+            }
         average.set_clock(found.clock or _NEW)
         average.forget_mark()
 
@@ -556,7 +615,10 @@ class EMA:
         average = self._averaged_weights
         average.refuse("ema.state_dict")
         average.ready()
-        states = {p.name: dcp.state(p.averaged, p.floating_buffers, p.own_buffers) for p in average.averages}
+        states = {
+            p.name: dcp.state(p.averaged, p.floating_buffers, p.own_buffers)
+            for p in average.averages
+        }
         clock = [float(value) for value in average.clock_to_dict().values()]
         return {"averages": states, "clock": torch.tensor(clock, dtype=torch.float64)}
 
@@ -577,7 +639,8 @@ class EMA:
             clock.update(zip(average.clock_to_dict(), state["clock"].tolist(), strict=True))
             Clock().set(clock)
             matched.extend(
-                dcp.match(state["averages"][p.name], p.averaged, p.floating_buffers) for p in average.averages
+                dcp.match(state["averages"][p.name], p.averaged, p.floating_buffers)
+                for p in average.averages
             )
 
         self._enter("load_state_dict")
@@ -585,7 +648,9 @@ class EMA:
         for profile, (copies, own) in zip(average.averages, matched, strict=True):
             for shadow, value in copies:
                 shadow.copy_(value)
-            profile.own_buffers = {name: value for name, value in own.items() if average.teacher is None}
+            profile.own_buffers = {
+                name: value for name, value in own.items() if average.teacher is None
+            }
         average.set_clock(clock)
         average.forget_mark()
 
@@ -595,7 +660,9 @@ class EMA:
     def reset(self) -> None:
         """Begin again: the shadow is the live model, the clock is 0, recalibrated buffers are forgotten. *Collective*."""
         self._enter("reset")
-        late = self._attachment is not None and self._attachment.active and self._attachment.start > 0
+        late = (
+            self._attachment is not None and self._attachment.active and self._attachment.start > 0
+        )
         self._begin_again(started=not late)
 
     def _begin_again(self, started: bool) -> None:
@@ -614,13 +681,13 @@ class EMA:
     def rescan(self) -> None:
         """Average weights that became trainable since, seeded from live. *Collective*."""
         average = self._averaged_weights
-        found: list[shards.ModelShards] = []
+        found: list[records.ModelShards] = []
 
         def prepare() -> None:
             average.reshard()
             average.settle()
             average.follow(replaced=True, newly_trainable=False)
-            found.append(shards.find_shards(average.model, self._replicated))
+            found.append(discovery.find_shards(average.model, self._replicated))
 
         self._enter("rescan", prepare=prepare)
         self._adopt("rescan", found[0])
@@ -653,10 +720,12 @@ class EMA:
             average.reshard()
             average.settle()
             average.follow(replaced=True, newly_trainable=False)
-            return telemetry.measure(profile.averaged, average.clock.started, self._split, self._ranks.size)
+            return metrics.measure(
+                profile.averaged, average.clock.started, self._split, self._ranks.size
+            )
 
         self._ranks.begin("metrics")
-        _, (apart, agree) = self._ranks.run_on_all("metrics", measure, telemetry.compare)
+        _, (apart, agree) = self._ranks.run_on_all("metrics", measure, metrics.compare)
         return known | {"skipped": average.skipped, "distance": apart, "replicas_agree": agree}
 
     @property

@@ -50,7 +50,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from dist_ema import EMA, compiled
+from dist_ema import EMA
+from dist_ema.averaging.kernels import cpu_numba
 
 DECAY = 0.999
 MOST = 1 << 27  # elements of a reference buffer: far beyond any cache
@@ -67,12 +68,31 @@ Shapes = list[tuple[int, ...]]
 
 def shapes(model: str) -> Shapes:
     """Of every weight, in the order in which the model holds them."""
-    return {"gpt2": _gpt2, "resnet50": _resnet50, "llama1b": _llama1b, "tiny": _tiny, "many": _many}[model]()
+    return {
+        "gpt2": _gpt2,
+        "resnet50": _resnet50,
+        "llama1b": _llama1b,
+        "tiny": _tiny,
+        "many": _many,
+    }[model]()
 
 
 def _gpt2() -> Shapes:
     n = 768
-    block = [(n,), (n,), (n, 3 * n), (3 * n,), (n, n), (n,), (n,), (n,), (n, 4 * n), (4 * n,), (4 * n, n), (n,)]
+    block = [
+        (n,),
+        (n,),
+        (n, 3 * n),
+        (3 * n,),
+        (n, n),
+        (n,),
+        (n,),
+        (n,),
+        (n, 4 * n),
+        (4 * n,),
+        (4 * n, n),
+        (n,),
+    ]
     return [(50257, n), (1024, n), *block * 12, (n,), (n,)]
 
 
@@ -112,7 +132,10 @@ def _many() -> Shapes:
 def build(model: str, dtype: torch.dtype, device: torch.device) -> nn.ParameterList:
     """Every weight allocated for itself, as layers do."""
     return nn.ParameterList(
-        [nn.Parameter(torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02)) for shape in shapes(model)]
+        [
+            nn.Parameter(torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02))
+            for shape in shapes(model)
+        ]
     )
 
 
@@ -136,7 +159,9 @@ class Row:
     ms: float | None = None
     gb_per_s: float | None = None
     times_limit: float | None = None  # its time by that of the better addition over the same bytes
-    at_best: float | None = None  # the same of the fastest rounds: what is left of it on an idle machine
+    at_best: float | None = (
+        None  # the same of the fastest rounds: what is left of it on an idle machine
+    )
     fraction_of_limit: float | None = None
     times_ours: float | None = None  # its time by that of EMA.update() in the same rounds
     mb_moved: float | None = None
@@ -155,7 +180,10 @@ def stopwatch(device: torch.device) -> Callable[[Run], float]:
         return by_host
 
     def by_events(run: Run) -> float:
-        start, end = torch.Event(device, enable_timing=True), torch.Event(device, enable_timing=True)
+        start, end = (
+            torch.Event(device, enable_timing=True),
+            torch.Event(device, enable_timing=True),
+        )
         torch.accelerator.synchronize(device)
         start.record()
         run()
@@ -166,7 +194,9 @@ def stopwatch(device: torch.device) -> Callable[[Run], float]:
     return by_events
 
 
-def interleave(cases: Sequence[Case], repeat: int, args: argparse.Namespace) -> dict[str, list[float]]:
+def interleave(
+    cases: Sequence[Case], repeat: int, args: argparse.Namespace
+) -> dict[str, list[float]]:
     """Seconds of each case. Every round runs all of them and begins with another one."""
     watch, deadline = stopwatch(args.device), time.monotonic() + args.patience
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
@@ -207,7 +237,9 @@ def ours(model: nn.Module, dtype: torch.dtype, averages: int) -> tuple[Run, int]
     """One update of an EMA, and the bytes that it moves: live once, every shadow twice."""
     decays = [DECAY ** (1 + k) for k in range(averages)]
     ema = EMA(model, decay=decays, dtype=dtype)
-    moved = sum(p.numel() * (p.element_size() + 2 * averages * dtype.itemsize) for p in model.parameters())
+    moved = sum(
+        p.numel() * (p.element_size() + 2 * averages * dtype.itemsize) for p in model.parameters()
+    )
     return ema.update, moved
 
 
@@ -221,7 +253,9 @@ def _torch_foreach(model: nn.Module) -> Run:
     shadows = [p.float().clone() for p in live]
     if live[0].dtype == torch.float32:
         return torch.no_grad()(lambda: torch._foreach_lerp_(shadows, live, 1 - DECAY))
-    return torch.no_grad()(lambda: torch._foreach_lerp_(shadows, [p.float() for p in live], 1 - DECAY))
+    return torch.no_grad()(
+        lambda: torch._foreach_lerp_(shadows, [p.float() for p in live], 1 - DECAY)
+    )
 
 
 def _torch_multi(model: nn.Module) -> Run:
@@ -245,7 +279,9 @@ def _timm(model: nn.Module) -> Run:
 def _timm_class() -> Any:
     try:
         return importlib.import_module("timm.utils").ModelEmaV3
-    except ImportError:  # timm without torchvision: the one file that is needed here does not use it
+    except (
+        ImportError
+    ):  # timm without torchvision: the one file that is needed here does not use it
         found = importlib.util.find_spec("timm")
         if found is None or found.origin is None:
             raise
@@ -276,13 +312,17 @@ def _diffusers_model(model: nn.Module, foreach: bool) -> Run:
 
 def _ema_pytorch(model: nn.Module) -> Run:
     make = importlib.import_module("ema_pytorch").EMA
-    averaged = make(model, beta=DECAY, update_every=1, update_after_step=-1, include_online_model=False)
+    averaged = make(
+        model, beta=DECAY, update_every=1, update_after_step=-1, include_online_model=False
+    )
     averaged.ema_model.float()
     return lambda: averaged.update()
 
 
 def _torch_ema(model: nn.Module) -> Run:
-    averaged = importlib.import_module("torch_ema").ExponentialMovingAverage(model.parameters(), decay=DECAY)
+    averaged = importlib.import_module("torch_ema").ExponentialMovingAverage(
+        model.parameters(), decay=DECAY
+    )
     averaged.shadow_params = [p.float() for p in averaged.shadow_params]
     return lambda: averaged.update(model.parameters())
 
@@ -320,7 +360,9 @@ def updates(args: argparse.Namespace) -> list[Row]:
         except ImportError:
             rows.append(Row(name, note="not installed"))
         except Exception as error:  # a peer that cannot do it is a result
-            rows.append(Row(name, note=f"raises {type(error).__name__}: {str(error).splitlines()[0][:60]}"))
+            rows.append(
+                Row(name, note=f"raises {type(error).__name__}: {str(error).splitlines()[0][:60]}")
+            )
     return rows
 
 
@@ -360,8 +402,12 @@ class Trainer:
     """A transformer that predicts noise, large enough that its optimizer and its average matter."""
 
     def __init__(self, device: torch.device, tiny: bool) -> None:
-        width, layers, tokens, rows = (32, 1, 8, 2) if tiny else (256, 4, 64, 4) if device.type == "cpu" else BIG
-        layer = nn.TransformerEncoderLayer(width, width // 32, 4 * width, dropout=0.0, batch_first=True)
+        width, layers, tokens, rows = (
+            (32, 1, 8, 2) if tiny else (256, 4, 64, 4) if device.type == "cpu" else BIG
+        )
+        layer = nn.TransformerEncoderLayer(
+            width, width // 32, 4 * width, dropout=0.0, batch_first=True
+        )
         self.model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, foreach=True)
         self.data = torch.randn(rows, tokens, width, device=device)
@@ -385,7 +431,9 @@ def steps(args: argparse.Namespace) -> list[Step]:
     if args.device.type != "cpu":
         cases.append(Case("overlapped", lambda: _train(trainer, beside), 0))
     cases.append(Case("offloaded", lambda: _train(trainer, host), 0))
-    seconds = {name: statistics.median(each) for name, each in interleave(cases, args.repeat, args).items()}
+    seconds = {
+        name: statistics.median(each) for name, each in interleave(cases, args.repeat, args).items()
+    }
     plain = seconds["no average"]
     return [Step(name, took / STEPS * 1e3, took / plain) for name, took in seconds.items()]
 
@@ -448,7 +496,9 @@ def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: memory on the CPU can be measured on Linux only.")
+    raise RuntimeError(
+        f"/proc/self/status has no {field}: memory on the CPU can be measured on Linux only."
+    )
 
 
 def probe(args: argparse.Namespace, job: str, folder: Path) -> dict[str, float]:
@@ -479,11 +529,16 @@ def verb(ema: EMA, name: str, folder: Path) -> object:
 def memory(args: argparse.Namespace) -> list[Peak]:
     """Peaks of one process, and of two ranks that save."""
     size = sum(torch.Size(shape).numel() for shape in shapes(args.model)) * 4 / 1e6
-    rows = [_peak(name, [_launch(args, name, [{}]) for _ in range(min(3, args.repeat))], size) for name in VERBS]
+    rows = [
+        _peak(name, [_launch(args, name, [{}]) for _ in range(min(3, args.repeat))], size)
+        for name in VERBS
+    ]
     if args.device.type == "cpu":
         # NOTE: in turns, because machines that are shared change their speed by the minute.
         jobs = [f"{wrapper}-{way}" for wrapper in ("ddp", "fsdp2") for way in WAYS]
-        rounds = [{job: _launch_ranks(args, job) for job in jobs} for _ in range(min(5, args.repeat))]
+        rounds = [
+            {job: _launch_ranks(args, job) for job in jobs} for _ in range(min(5, args.repeat))
+        ]
         for job in jobs:
             runs = [each[job] for each in rounds]
             rows.append(_peak(f"2 ranks, {job}", runs, runs[0]["model_mb"]))
@@ -495,14 +550,18 @@ def _peak(name: str, runs: Sequence[dict[str, float]], size: float) -> Peak:
     return Peak(name, peak, seconds, size)
 
 
-def _launch(args: argparse.Namespace, job: str, environs: Sequence[dict[str, str]]) -> dict[str, float]:
+def _launch(
+    args: argparse.Namespace, job: str, environs: Sequence[dict[str, str]]
+) -> dict[str, float]:
     """Measure in one fresh process per environment, and take the worst of what they report."""
     fresh = multiprocessing.get_context("forkserver")
     fresh.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "dist_ema.ema"])
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         said = [Path(folder) / f"{rank}.json" for rank in range(len(environs))]
         processes = [
-            fresh.Process(target=_report, args=(args, job, path, environ | {"STORE": f"{folder}/store"}))
+            fresh.Process(
+                target=_report, args=(args, job, path, environ | {"STORE": f"{folder}/store"})
+            )
             for path, environ in zip(said, environs, strict=True)
         ]
         for process in processes:
@@ -511,7 +570,9 @@ def _launch(args: argparse.Namespace, job: str, environs: Sequence[dict[str, str
             process.join()
         if not all(path.exists() for path in said):
             codes = [process.exitcode for process in processes]
-            raise RuntimeError(f"measuring {job} failed with exit codes {codes}; what it printed stands above.")
+            raise RuntimeError(
+                f"measuring {job} failed with exit codes {codes}; what it printed stands above."
+            )
         results: list[dict[str, float]] = [json.loads(path.read_text()) for path in said]
     return {key: max(result[key] for result in results) for key in results[0]}
 
@@ -535,20 +596,28 @@ def probe_ranks(args: argparse.Namespace, job: str, folder: Path) -> dict[str, f
     store = dist.FileStore(os.environ["STORE"], 2)
     dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
     tiny = args.model == "tiny"
-    model = _wrap(_blocks(64 if tiny else 1024, 100 if tiny else 24_000, 4 if tiny else 68), wrapper)
+    model = _wrap(
+        _blocks(64 if tiny else 1024, 100 if tiny else 24_000, 4 if tiny else 68), wrapper
+    )
     size = sum(p.numel() for p in model.parameters()) * 4 / 1e6
     meter = Meter(torch.device("cpu"))
     if way.startswith("ours"):
         ema = EMA(model, DECAY)
         dist.barrier()
         meter.start()
-        ema.save(folder / "average", mode="stream" if way == "ours-stream" else None, wait=way != "ours-behind")
+        ema.save(
+            folder / "average",
+            mode="stream" if way == "ours-stream" else None,
+            wait=way != "ours-behind",
+        )
         if way == "ours-behind":
             blocked = time.perf_counter()
             ema.save(folder / "next", wait=True)  # which waits for it
             return meter.stop() | {"model_mb": size, "seconds": blocked - meter.began}
     else:
-        twin = model if wrapper == "fsdp2" else AveragedModel(model.module)  # FSDP2 refuses to be copied
+        twin = (
+            model if wrapper == "fsdp2" else AveragedModel(model.module)
+        )  # FSDP2 refuses to be copied
         dist.barrier()
         meter.start()
         _save_gathered(twin, folder / "average.safetensors", synced=way == "torch-synced")
@@ -592,7 +661,9 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    name = names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+    name = (
+        names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+    )
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
@@ -602,14 +673,17 @@ def _lines(path: str) -> list[str]:
 
 def commit() -> str:
     said = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
     )
     return said.stdout.strip() or "unknown"
 
 
 def passes() -> str:
     """How updates in host memory run here. NUMBA_DISABLE_JIT=1 makes them eager."""
-    if not compiled.available():
+    if not cpu_numba.available():
         return "eager"
     return f"numba {importlib.metadata.version('numba')}"
 
@@ -637,7 +711,9 @@ def heading(args: argparse.Namespace) -> dict[str, Any]:
 
 def cells(rows: Sequence[Row | Step | Peak]) -> list[list[str]]:
     """A head and the rows as text; columns that are empty everywhere are left out."""
-    names = [key for key in asdict(rows[0]) if any(asdict(row)[key] not in (None, "") for row in rows)]
+    names = [
+        key for key in asdict(rows[0]) if any(asdict(row)[key] not in (None, "") for row in rows)
+    ]
     body = [[_text(key, asdict(row)[key]) for key in names] for row in rows]
     return [[name.replace("_", " ") for name in names], *body]
 
@@ -668,7 +744,9 @@ def show(title: str, table: list[list[str]]) -> None:
     head, *body = table
     pretty = Table(title=title, title_justify="left")
     for i, name in enumerate(head):
-        pretty.add_column(name, justify="left" if i == 0 or name == "note" else "right", no_wrap=name != "note")
+        pretty.add_column(
+            name, justify="left" if i == 0 or name == "note" else "right", no_wrap=name != "note"
+        )
     for line in body:
         pretty.add_row(*line)
     Console(width=None if sys.stdout.isatty() else 150).print(pretty)
@@ -687,13 +765,21 @@ def draw(results: dict[str, list[Any]], title: str, path: Path) -> None:
     height = sum(1 + 0.35 * len(rows) for rows in results.values())
     ratios = [1 + 0.35 * len(rows) for rows in results.values()]
     figure, axes = pyplot.subplots(
-        len(results), figsize=(9, 1 + height), squeeze=False, layout="constrained", height_ratios=ratios
+        len(results),
+        figsize=(9, 1 + height),
+        squeeze=False,
+        layout="constrained",
+        height_ratios=ratios,
     )
     for axis, (part, rows) in zip(axes[:, 0], results.items(), strict=True):
         field, label = BARS[part]
         drawn = [row for row in rows if getattr(row, field) is not None]
-        colours = ["tab:blue" if "ours" in row.name or part != "update" else "tab:grey" for row in drawn]
-        bars = axis.barh([row.name for row in drawn], [getattr(row, field) for row in drawn], color=colours)
+        colours = [
+            "tab:blue" if "ours" in row.name or part != "update" else "tab:grey" for row in drawn
+        ]
+        bars = axis.barh(
+            [row.name for row in drawn], [getattr(row, field) for row in drawn], color=colours
+        )
         axis.bar_label(bars, [_text(field, getattr(row, field)) for row in drawn], padding=3)
         axis.margins(x=0.12)
         axis.invert_yaxis()
@@ -704,27 +790,73 @@ def draw(results: dict[str, list[Any]], title: str, path: Path) -> None:
 
 
 BARS = {
-    "update": ("fraction_of_limit", "fraction of the bandwidth of a plain addition (more is better)"),
+    "update": (
+        "fraction_of_limit",
+        "fraction of the bandwidth of a plain addition (more is better)",
+    ),
     "step": ("ms", "milliseconds per training step (less is better)"),
     "memory": ("peak_mb", "peak memory above the base, MB (less is better)"),
 }
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     models, add = ("gpt2", "resnet50", "llama1b", "tiny", "many"), parser.add_argument
-    add("--device", type=_device, default=torch.device("cpu"), metavar="DEVICE", help="cpu, cuda or cuda:1 (cpu)")
-    add("--model", choices=models, default="gpt2", help="whose list of shapes; many: 4000 x 64 (gpt2)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the live weights (float32)")
-    add("--averages", type=int, default=1, metavar="N", help="how many averages are kept of each weight (1)")
+    add(
+        "--device",
+        type=_device,
+        default=torch.device("cpu"),
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:1 (cpu)",
+    )
+    add(
+        "--model",
+        choices=models,
+        default="gpt2",
+        help="whose list of shapes; many: 4000 x 64 (gpt2)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the live weights (float32)",
+    )
+    add(
+        "--averages",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many averages are kept of each weight (1)",
+    )
     add("--repeat", type=int, default=25, metavar="N", help="rounds that a median is taken of (25)")
-    add("--patience", type=float, default=0, metavar="S", help="seconds that a median may wait for an idle machine (0)")
-    add("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="folder for JSON and PNG (runs/bench)")
-    add("--peers", action=argparse.BooleanOptionalAction, default=True, help="time other libraries too (yes)")
+    add(
+        "--patience",
+        type=float,
+        default=0,
+        metavar="S",
+        help="seconds that a median may wait for an idle machine (0)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/bench"),
+        metavar="DIR",
+        help="folder for JSON and PNG (runs/bench)",
+    )
+    add(
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time other libraries too (yes)",
+    )
     add("--only", choices=PARTS, help="one part instead of all three")
     args = parser.parse_args(words)
     if args.averages < 1 or args.repeat < 1:
-        parser.error(f"--averages and --repeat must be 1 or more, got {args.averages} and {args.repeat}")
+        parser.error(
+            f"--averages and --repeat must be 1 or more, got {args.averages} and {args.repeat}"
+        )
     if args.device.type != "cpu" and not torch.accelerator.is_available():
         parser.error(f"--device {args.device}, but torch finds no accelerator here")
     try:
@@ -753,7 +885,13 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
 def main(words: Sequence[str] | None = None) -> None:
     args = arguments(words)
     head = heading(args)
-    facts = (head["machine"], f"torch {head['torch']}", head["passes"], head["commit"], head["date"])
+    facts = (
+        head["machine"],
+        f"torch {head['torch']}",
+        head["passes"],
+        head["commit"],
+        head["date"],
+    )
     about = ", ".join([f"{head['model']} {head['dtype']}", *facts])
     print(f"{head['command']}\n{about}")
     results: dict[str, list[Any]] = {}
@@ -763,7 +901,9 @@ def main(words: Sequence[str] | None = None) -> None:
     name = "-".join([args.model, head["dtype"], args.device.type, args.only or "all"])
     written = args.out / f"{name}.json"
     written.write_text(
-        json.dumps(head | {part: [asdict(row) for row in rows] for part, rows in results.items()}, indent=1)
+        json.dumps(
+            head | {part: [asdict(row) for row in rows] for part, rows in results.items()}, indent=1
+        )
     )
     draw(results, about, written.with_suffix(".png"))
     print(f"{written} and {written.with_suffix('.png').name}")

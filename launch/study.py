@@ -45,16 +45,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("study.py", formatter_class=form, description=__doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="fewer seeds and shorter runs: three minutes")
-    size.add_argument("--smoke", action="store_true", help="a few steps of everything: does it run at all")
-    parser.add_argument("--only", choices=EXPERIMENTS, help="one experiment; the page shows what is there")
-    text = (
-        "folder for results.md and results/ (runs/study; with --quick runs/study-quick, with --smoke runs/study-smoke)"
+    size.add_argument(
+        "--quick", action="store_true", help="fewer seeds and shorter runs: three minutes"
     )
+    size.add_argument(
+        "--smoke", action="store_true", help="a few steps of everything: does it run at all"
+    )
+    parser.add_argument(
+        "--only", choices=EXPERIMENTS, help="one experiment; the page shows what is there"
+    )
+    text = "folder for results.md and results/ (runs/study; with --quick runs/study-quick, with --smoke runs/study-smoke)"
     parser.add_argument("--out", type=Path, metavar="DIR", help=text)
     text = "processes beside each other, one thread each; the language model always takes two (2)"
     parser.add_argument("--workers", type=_whole, default=2, metavar="N", help=text)
-    parser.add_argument("--page", action="store_true", help="train nothing: write the page from the results")
+    parser.add_argument(
+        "--page", action="store_true", help="train nothing: write the page from the results"
+    )
     args = parser.parse_args(arguments)
     args.size = QUICK if args.quick else SMOKE if args.smoke else FULL
     if args.out is None:
@@ -98,8 +104,14 @@ def read_facts(results: Path) -> dict[str, Any]:
 
 def new_facts(args: argparse.Namespace) -> dict[str, Any]:
     """Settings, and what it ran on."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    machine = {"cores": os.cpu_count(), "architecture": platform.machine(), "system": platform.system()}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {
+        "python": platform.python_version()
+    }
+    machine = {
+        "cores": os.cpu_count(),
+        "architecture": platform.machine(),
+        "system": platform.system(),
+    }
     return {"size": asdict(args.size), "versions": versions, "machine": machine, "sessions": []}
 
 
@@ -112,7 +124,10 @@ def study(args: argparse.Namespace) -> None:
     results = args.out / "results"
     facts = read_facts(results) or new_facts(args)
     todo = missing(args.size, results, args.only)
-    print(f"{len(todo)} of {len(cells(args.size, args.only))} runs to do; results in {results}", flush=True)
+    print(
+        f"{len(todo)} of {len(cells(args.size, args.only))} runs to do; results in {results}",
+        flush=True,
+    )
     if not todo:
         return
     files.write(results / "study.json", facts)
@@ -127,7 +142,11 @@ def study(args: argparse.Namespace) -> None:
 
 
 def command(args: argparse.Namespace) -> str:
-    words = ["python", "launch/study.py", *([f"--{args.size.name}"] if args.size is not FULL else [])]
+    words = [
+        "python",
+        "launch/study.py",
+        *([f"--{args.size.name}"] if args.size is not FULL else []),
+    ]
     words += ["--only", args.only] if args.only else []
     return shlex.join([*words, "--out", str(args.out)])
 
@@ -142,7 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"study.py: {refusal}", file=sys.stderr)
         return 2 if isinstance(refusal, UsageError) else 1
     except KeyboardInterrupt:
-        print("study.py: interrupted; the same command goes on with what is missing.", file=sys.stderr)
+        print(
+            "study.py: interrupted; the same command goes on with what is missing.", file=sys.stderr
+        )
         return 130
     from studies import page
 

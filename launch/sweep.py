@@ -39,9 +39,13 @@ class Trained:
     tracked: dict[float, dict[str, Tensor]]
 
 
-def train_and_store(out: Path, *, epochs: int, seed: int, snapshots: int, tracked: Sequence[float]) -> Trained:
+def train_and_store(
+    out: Path, *, epochs: int, seed: int, snapshots: int, tracked: Sequence[float]
+) -> Trained:
     """Train, store the two averages `snapshots` times, track others."""
-    args = train.parse(["--device", "cpu", "--epochs", str(epochs), "--seed", str(seed), "--out", str(out)])
+    args = train.parse(
+        ["--device", "cpu", "--epochs", str(epochs), "--seed", str(seed), "--out", str(out)]
+    )
     train.check(args)
     run = train.build(train.join(args), args)
     ema = EMA(run.model, decay=[Power(sigma_rel=sigma) for sigma in STORED], buffers="average")
@@ -55,7 +59,9 @@ def train_and_store(out: Path, *, epochs: int, seed: int, snapshots: int, tracke
 
     for epoch in range(1, epochs + 1):
         train.train_epoch(run, epoch, store)
-    return Trained(run, out / "snapshots", {sigma: beside.gather(i) for i, sigma in enumerate(tracked)})
+    return Trained(
+        run, out / "snapshots", {sigma: beside.gather(i) for i, sigma in enumerate(tracked)}
+    )
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -75,7 +81,12 @@ def sweep(trained: Trained, out: Path, sigmas: Sequence[float]) -> list[dict[str
         store.write(place, target, fit, force=True)
         mixed = load_file(place)
         trained.run.model.load_state_dict(mixed)
-        row = {"sigma_rel": sigma, "residual": fit.residual, "gain": fit.gain, **train.evaluate(trained.run)}
+        row = {
+            "sigma_rel": sigma,
+            "residual": fit.residual,
+            "gain": fit.gain,
+            **train.evaluate(trained.run),
+        }
         if sigma in trained.tracked:
             row["distance"] = distance(mixed, trained.tracked[sigma])
         rows.append(row)
@@ -86,13 +97,25 @@ def mean(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Row by row over the seeds; of distances the largest."""
     rows = []
     for same in zip(*runs, strict=True):
-        row = {key: sum(each[key] for each in same) / len(same) for key in same[0] if key != "distance"}
-        rows.append(row | ({"distance": max(each["distance"] for each in same)} if "distance" in same[0] else {}))
+        row = {
+            key: sum(each[key] for each in same) / len(same) for key in same[0] if key != "distance"
+        }
+        rows.append(
+            row
+            | (
+                {"distance": max(each["distance"] for each in same)}
+                if "distance" in same[0]
+                else {}
+            )
+        )
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| sigma_rel | test loss | test accuracy | residual | against tracked |", "|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| sigma_rel | test loss | test accuracy | residual | against tracked |",
+        "|---:|---:|---:|---:|---:|",
+    ]
     for row in rows:
         seen = f"{row['distance']:.1e}" if "distance" in row else ""
         lines.append(
@@ -114,7 +137,9 @@ def plot(path: Path, runs: list[list[dict[str, Any]]], live: list[dict[str, floa
         for rows in runs:
             panel.plot(sigmas, [row[key] for row in rows], color="C0", lw=0.8, alpha=0.4)
         both = [row[key] for row in mean(runs)]
-        panel.plot(sigmas, both, color="C0", lw=2, marker=".", label="mixed afterwards: mean of the seeds")
+        panel.plot(
+            sigmas, both, color="C0", lw=2, marker=".", label="mixed afterwards: mean of the seeds"
+        )
         for sigma in STORED:
             panel.axvline(sigma, color="grey", lw=0.8, ls=":")
         panel.set(xlabel="sigma_rel (dotted: stored)", ylabel=f"test {key}")
@@ -128,22 +153,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = train._number(int, "a whole number of 1 or more", lambda n: n >= 1)
     parser.add_argument("--epochs", type=whole, default=20, metavar="N", help="of one run (20)")
     parser.add_argument(
-        "--snapshots", type=whole, default=32, metavar="N", help="of the two averages, over the run (32)"
+        "--snapshots",
+        type=whole,
+        default=32,
+        metavar="N",
+        help="of the two averages, over the run (32)",
     )
-    parser.add_argument("--seeds", type=whole, default=4, metavar="N", help="runs; the table has their mean (4)")
+    parser.add_argument(
+        "--seeds", type=whole, default=4, metavar="N", help="runs; the table has their mean (4)"
+    )
     text = "folder for sweep.json, sweep.png and seed-*/, which are replaced (runs/sweep)"
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help=text)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     earlier = list(args.out.glob("seed-*"))  # nothing else in the folder is ours to remove
     if earlier and not (args.out / "sweep.json").exists():
-        parser.error(f"--out {args.out} holds {earlier[0].name}, but no sweep.json: name another, or remove it")
+        parser.error(
+            f"--out {args.out} holds {earlier[0].name}, but no sweep.json: name another, or remove it"
+        )
     for old in earlier:
         shutil.rmtree(old)
     runs, live = [], []
     for seed in range(args.seeds):
         out = args.out / f"seed-{seed}"
-        trained = train_and_store(out, epochs=args.epochs, seed=seed, snapshots=args.snapshots, tracked=TRACKED)
+        trained = train_and_store(
+            out, epochs=args.epochs, seed=seed, snapshots=args.snapshots, tracked=TRACKED
+        )
         live.append(train.evaluate(trained.run))
         runs.append(sweep(trained, out, SWEPT))
         best = min(runs[-1], key=lambda row: row["loss"])

@@ -76,7 +76,9 @@ class Job:
 
 def join(args: argparse.Namespace) -> Job:
     """Find out how the script was started, and join the other ranks. *Collective*."""
-    by_accelerate = any(key.startswith(("ACCELERATE_USE_", "ACCELERATE_MIXED_PRECISION")) for key in os.environ)
+    by_accelerate = any(
+        key.startswith(("ACCELERATE_USE_", "ACCELERATE_MIXED_PRECISION")) for key in os.environ
+    )
     job = _join_accelerate(args) if by_accelerate else _join_torchrun(args)
     if args.batch_size % job.world or args.batch_size < 2 * job.world:
         raise UsageError(
@@ -109,7 +111,9 @@ def _join_accelerate(args: argparse.Namespace) -> Job:
             "overwrite each other's files: set ACCELERATE_USE_CPU=1 to train on the CPU, or start no more ranks than GPUs."
         )
     if args.device == "cuda" and accelerator.device.type != "cuda":
-        raise UsageError(f"--device cuda was asked, but accelerate chose {accelerator.device.type}: use --device auto.")
+        raise UsageError(
+            f"--device cuda was asked, but accelerate chose {accelerator.device.type}: use --device auto."
+        )
     name = f"accelerate {accelerator.distributed_type.value}"
     return Job(accelerator.process_index, world, accelerator.device, name, accelerator)
 
@@ -129,18 +133,24 @@ def _join_torchrun(args: argparse.Namespace) -> Job:
         )
     device = _device(args.device, _environ("LOCAL_RANK", 0), _environ("LOCAL_WORLD_SIZE", 1))
     if wrapper != "none":
-        dist.init_process_group("nccl", device_id=device) if device.type == "cuda" else dist.init_process_group("gloo")
+        dist.init_process_group(
+            "nccl", device_id=device
+        ) if device.type == "cuda" else dist.init_process_group("gloo")
     return Job(rank, world, device, wrapper)
 
 
 def _device(asked: str, local_rank: int, local_world: int) -> torch.device:
     found = torch.cuda.device_count() if asked != "cpu" else 0
     if not found and asked == "cuda":
-        raise UsageError("--device cuda was asked, but torch finds no CUDA device: use --device cpu.")
+        raise UsageError(
+            "--device cuda was asked, but torch finds no CUDA device: use --device cpu."
+        )
     if not found:
         return torch.device("cpu")
     if local_world > found:
-        raise UsageError(f"{local_world} ranks for {found} CUDA devices: start {found}, or use --device cpu.")
+        raise UsageError(
+            f"{local_world} ranks for {found} CUDA devices: start {found}, or use --device cpu."
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -200,7 +210,9 @@ def load_digits(device: torch.device) -> Digits:
 
 def draw(*key: int) -> torch.Generator:
     """A generator that depends on `key` and on nothing else ([Note: the same numbers])."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -218,7 +230,9 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return moved + 0.2 * torch.randn(moved.shape, generator=generator)
 
 
-def batches(job: Job, digits: Digits, args: argparse.Namespace, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    job: Job, digits: Digits, args: argparse.Namespace, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's part of every batch of one epoch."""
     order = torch.randperm(len(digits.images), generator=draw(args.seed, epoch))
     for step in range(args.steps_per_epoch):
@@ -338,7 +352,9 @@ def share_statistics(job: Job, model: nn.Module) -> None:
     statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     flat = torch.cat([buffer.flatten() for buffer in statistics])
     dist.all_reduce(flat)
-    for buffer, mean in zip(statistics, (flat / job.world).split([b.numel() for b in statistics]), strict=True):
+    for buffer, mean in zip(
+        statistics, (flat / job.world).split([b.numel() for b in statistics]), strict=True
+    ):
         buffer.copy_(mean.view_as(buffer))
 
 
@@ -349,7 +365,10 @@ def evaluate(run: Run) -> dict[str, float]:
     mine = slice(run.job.rank, None, run.job.world)
     labels = run.digits.test_labels[mine]
     logits = run.model(run.digits.test_images[mine]).float()
-    right, loss = (logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")
+    right, loss = (
+        (logits.argmax(1) == labels).sum(),
+        F.cross_entropy(logits, labels, reduction="sum"),
+    )
     sums = torch.stack([right.double(), loss.double()])
     if run.job.world > 1:
         dist.all_reduce(sums)
@@ -414,14 +433,19 @@ def checkpoints(out: Path) -> list[Path]:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What must not change when a run goes on, or its numbers would."""
-    return {key: getattr(args, key) for key in ("seed", "batch_size", "lr", "decay", "buffers", "steps_per_epoch")}
+    return {
+        key: getattr(args, key)
+        for key in ("seed", "batch_size", "lr", "decay", "buffers", "steps_per_epoch")
+    }
 
 
 def find_start(args: argparse.Namespace) -> int:
     """The epoch to go on from, 0 for a fresh start. metrics.jsonl is cut to it."""
     found = checkpoints(args.out)
     if (found or (args.out / "metrics.jsonl").exists()) and not args.resume:
-        raise UsageError(f"{args.out} holds a run already: go on with --resume, or write to another --out.")
+        raise UsageError(
+            f"{args.out} holds a run already: go on with --resume, or write to another --out."
+        )
     epoch = 0
     if found:
         state = json.loads((found[-1] / "state.json").read_text())
@@ -429,7 +453,10 @@ def find_start(args: argparse.Namespace) -> int:
         _refuse_changes(args, found[-1], state["settings"])
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        rewrite(args.out / "metrics.jsonl", [row for row in read_metrics(args.out) if row["epoch"] <= epoch])
+        rewrite(
+            args.out / "metrics.jsonl",
+            [row for row in read_metrics(args.out) if row["epoch"] <= epoch],
+        )
     except OSError as error:
         raise UsageError(f"--out {args.out} cannot be written: {error.strerror}.") from None
     return epoch
@@ -439,7 +466,9 @@ def _refuse_changes(args: argparse.Namespace, folder: Path, before: dict[str, An
     for key, now in settings(args).items():
         if before.get(key) != now:
             option = key.replace("_", "-")
-            raise UsageError(f"{folder} was trained with --{option} {before.get(key)}, and --resume came with {now}.")
+            raise UsageError(
+                f"{folder} was trained with --{option} {before.get(key)}, and --resume came with {now}."
+            )
 
 
 def restore(run: Run, epoch: int) -> None:
@@ -448,7 +477,12 @@ def restore(run: Run, epoch: int) -> None:
     state = live_state(run)
     with quiet():
         dcp.load(state, checkpoint_id=run.args.out / f"epoch-{epoch:04d}" / "live")
-    set_state_dict(run.model, run.torch_optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(
+        run.model,
+        run.torch_optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -466,7 +500,9 @@ def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def append(out: Path, row: dict[str, Any]) -> None:
     """One line of metrics.jsonl. JSON has no infinity: null."""
-    finite = {key: value if math.isfinite(value) else None for key, value in row["averaging"].items()}
+    finite = {
+        key: value if math.isfinite(value) else None for key, value in row["averaging"].items()
+    }
     with (out / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row | {"averaging": finite}) + "\n")
 
@@ -480,9 +516,16 @@ def plot(out: Path) -> None:
 
     rows = read_metrics(out)
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for panel, key, unit in zip(panels, ("accuracy", "loss"), ("", " (cross entropy)"), strict=True):
+    for panel, key, unit in zip(
+        panels, ("accuracy", "loss"), ("", " (cross entropy)"), strict=True
+    ):
         for name, label in (("live", "live"), ("ema", "average")):
-            panel.plot([row["epoch"] for row in rows], [row[name][key] for row in rows], marker=".", label=label)
+            panel.plot(
+                [row["epoch"] for row in rows],
+                [row[name][key] for row in rows],
+                marker=".",
+                label=label,
+            )
         panel.set(xlabel="epoch", ylabel=f"test {key}{unit}")
         panel.legend()
     figure.savefig(out / "curves.png", dpi=120)
@@ -493,14 +536,28 @@ def plot(out: Path) -> None:
 
 
 @contextmanager
-def progress(job: Job, steps: int, done: int) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
+def progress(
+    job: Job, steps: int, done: int
+) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
     """(advance, say): a bar on rank 0, plain lines where there is no terminal, silence on the other ranks."""
     if job.rank != 0 or not sys.stdout.isatty():
         yield lambda: None, lambda text: print(text, flush=True) if job.rank == 0 else None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn()
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns) as bar:
         task = bar.add_task("", total=steps, completed=done)
         yield lambda: bar.advance(task), lambda text: bar.console.print(text, highlight=False)
@@ -511,15 +568,24 @@ def main_job(job: Job, args: argparse.Namespace) -> None:
     run = build(job, args)
     if start:
         restore(run, start)
-    ema = EMA(run.model, Debiased(args.decay), buffers=args.buffers)  # after wrapping, before training
+    ema = EMA(
+        run.model, Debiased(args.decay), buffers=args.buffers
+    )  # after wrapping, before training
     ema.attach(run.optimizer)
     if start:
         ema.load(args.out / f"epoch-{start:04d}" / "ema")
-    with progress(job, args.epochs * args.steps_per_epoch, start * args.steps_per_epoch) as (advance, say):
+    with progress(job, args.epochs * args.steps_per_epoch, start * args.steps_per_epoch) as (
+        advance,
+        say,
+    ):
         say(job.describe(args.batch_size))
         say(repr(ema))
         if args.resume:
-            say(f"going on after epoch {start}" if start else f"nothing to resume in {args.out}: starting at epoch 1")
+            say(
+                f"going on after epoch {start}"
+                if start
+                else f"nothing to resume in {args.out}: starting at epoch 1"
+            )
         for epoch in range(start + 1, args.epochs + 1):
             say(one_epoch(run, ema, epoch, advance))
     finish(run, ema)
@@ -533,7 +599,13 @@ def one_epoch(run: Run, ema: EMA, epoch: int, advance: Callable[[], None]) -> st
     with ema.swap():
         average = evaluate(run)
     seconds = time.monotonic() - began
-    row = {"epoch": epoch, "live": live, "ema": average, "seconds": seconds, "averaging": ema.metrics()}
+    row = {
+        "epoch": epoch,
+        "live": live,
+        "ema": average,
+        "seconds": seconds,
+        "averaging": ema.metrics(),
+    }
     if run.job.rank == 0:
         append(run.args.out, row)
     if epoch % run.args.save_every == 0 or epoch == run.args.epochs:
@@ -550,15 +622,21 @@ def finish(run: Run, ema: EMA) -> None:
         plot(out)
         rows = read_metrics(out)
         last = rows[-max(1, len(rows) // 3) :]
-        live, average = (sum(row[name]["accuracy"] for row in last) / len(last) for name in ("live", "ema"))
-        print(f"mean of the last {len(last)} epochs: live {live:.2%}, average {average:.2%}; {out / 'curves.png'}")
+        live, average = (
+            sum(row[name]["accuracy"] for row in last) / len(last) for name in ("live", "ema")
+        )
+        print(
+            f"mean of the last {len(last)} epochs: live {live:.2%}, average {average:.2%}; {out / 'curves.png'}"
+        )
         print(f"next: dist-ema inspect {out / 'export'}", flush=True)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Each default stands in its help."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("train.py", formatter_class=form, description=(__doc__ or "").split("[Note")[0])
+    parser = argparse.ArgumentParser(
+        "train.py", formatter_class=form, description=(__doc__ or "").split("[Note")[0]
+    )
     whole = _number(int, "a whole number of 1 or more", lambda n: n >= 1)
     natural = _number(int, "a whole number of 0 or more", lambda n: n >= 0)
     share = _number(float, "at least 0 and below 1", lambda x: 0 <= x < 1)
@@ -567,22 +645,54 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     text = "how torchrun's ranks hold the model (ddp on several, none on one)"
     add("--wrapper", choices=["fsdp2", "fsdp1", "ddp", "none"], help=text)
     add("--epochs", type=whole, default=20, metavar="N", help="in all, resumed ones included (20)")
-    add("--batch-size", type=whole, default=32, metavar="N", help="of all ranks together; each takes its share (32)")
-    add("--lr", type=rate, default=0.1, metavar="X", help="constant, which is what leaves noise to average away (0.1)")
+    add(
+        "--batch-size",
+        type=whole,
+        default=32,
+        metavar="N",
+        help="of all ranks together; each takes its share (32)",
+    )
+    add(
+        "--lr",
+        type=rate,
+        default=0.1,
+        metavar="X",
+        help="constant, which is what leaves noise to average away (0.1)",
+    )
     text = "share of the average that survives a step: 0.98 forgets half in 34 steps; corrected for the start (0.98)"
     add("--decay", type=share, default=0.98, metavar="D", help=text)
     text = "BatchNorm statistics of the average: averaged as well, or copied from live, which is worse (average)"
     add("--buffers", choices=["average", "copy"], default="average", help=text)
-    add("--seed", type=natural, default=0, metavar="N", help="of initial weights, order and augmentation (0)")
+    add(
+        "--seed",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="of initial weights, order and augmentation (0)",
+    )
     text = "folder for metrics.jsonl, curves.png, the last two checkpoints and the export (runs/digits)"
     add("--out", type=Path, default=Path("runs/digits"), metavar="DIR", help=text)
     text = "go on from the last checkpoint in --out, on any wrapper and world; on the same ones to the same bits"
     add("--resume", action="store_true", help=text)
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA where there is one (auto)")
     add(
-        "--save-every", type=whole, default=1, metavar="N", help="epochs between checkpoints; the last is saved too (1)"
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto: CUDA where there is one (auto)",
     )
-    add("--steps-per-epoch", type=whole, metavar="N", help="end epochs early, for a quick look (all training images)")
+    add(
+        "--save-every",
+        type=whole,
+        default=1,
+        metavar="N",
+        help="epochs between checkpoints; the last is saved too (1)",
+    )
+    add(
+        "--steps-per-epoch",
+        type=whole,
+        metavar="N",
+        help="end epochs early, for a quick look (all training images)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -611,7 +721,9 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--batch-size {size} is more than the {TRAIN_IMAGES} training images.")
     args.steps_per_epoch = args.steps_per_epoch or whole
     if args.steps_per_epoch > whole:
-        raise UsageError(f"--steps-per-epoch {args.steps_per_epoch}: an epoch has {whole} at batch size {size}.")
+        raise UsageError(
+            f"--steps-per-epoch {args.steps_per_epoch}: an epoch has {whole} at batch size {size}."
+        )
 
 
 def _missing(package: str) -> str:
@@ -628,7 +740,9 @@ def main(arguments: list[str] | None = None) -> int:
         if _environ("RANK", 0) == 0:
             print(f"train.py: {refusal}", file=sys.stderr)
         else:
-            time.sleep(3)  # torchrun ends all ranks with the first one, and rank 0 has something to say
+            time.sleep(
+                3
+            )  # torchrun ends all ranks with the first one, and rank 0 has something to say
         return 2
     return 0
 

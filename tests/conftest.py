@@ -30,13 +30,24 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Wrappers x checks, as the workers recorded them: + holds, X does not."""
-    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
-    rows = [value for report in reports for name, value in getattr(report, "user_properties", []) if name == "parity"]
+    reports = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+    ]
+    rows = [
+        value
+        for report in reports
+        for name, value in getattr(report, "user_properties", [])
+        if name == "parity"
+    ]
     if not rows:
         return
     columns = list(rows[0][1])
     terminalreporter.section("parity")
     terminalreporter.write_line(" " * 22 + " | ".join(columns))
     for title, cells in sorted(rows):
-        marks = " | ".join(("+" if cells.get(column) else "X").center(len(column)) for column in columns)
+        marks = " | ".join(
+            ("+" if cells.get(column) else "X").center(len(column)) for column in columns
+        )
         terminalreporter.write_line(f"{title:<22}{marks}")

@@ -26,7 +26,18 @@ ODD: list[Any] = [
     None, True, -1, 0, 1, 3.5, 1e308, 1 << 62, 1 << 63, 10**30, "", "x", "../x", "../x.safetensors", "/etc/passwd", [], {},
     ["x"], [None], {"x": 1}, {"x": ["y"]}, [[[]]], "\ud800", "a\0b", "y" * 5000, [1] * 70,
 ]  # fmt: skip
-RAW = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 4000, "9" * 5000, "[" * 100_000, '{"a":' * 50_000, "nul", "'x'"]
+RAW = [
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "9" * 4000,
+    "9" * 5000,
+    "[" * 100_000,
+    '{"a":' * 50_000,
+    "nul",
+    "'x'",
+]
 
 
 def damaged(good: Path, at: Path, seed: int) -> Iterator[tuple[str, Path]]:
@@ -60,7 +71,9 @@ def _weights(folder: Path) -> list[Path]:
 
 def _cut(draw: random.Random, folder: Path) -> None:
     path = draw.choice(_files(folder))
-    os.truncate(path, draw.choice([0, 1, 7, 8, draw.randrange(path.stat().st_size)]) % path.stat().st_size)
+    os.truncate(
+        path, draw.choice([0, 1, 7, 8, draw.randrange(path.stat().st_size)]) % path.stat().st_size
+    )
 
 
 def _append(draw: random.Random, folder: Path) -> None:
@@ -98,13 +111,27 @@ def _remove(draw: random.Random, folder: Path) -> None:
 
 def _replace(draw: random.Random, folder: Path) -> None:
     path = draw.choice(_files(folder))
-    path.write_bytes(draw.choice([b"", b"\x80\x04N.", b"PK\x03\x04" + bytes(40), draw.randbytes(200), b"\xff" * 64]))
+    path.write_bytes(
+        draw.choice(
+            [b"", b"\x80\x04N.", b"PK\x03\x04" + bytes(40), draw.randbytes(200), b"\xff" * 64]
+        )
+    )
 
 
 def _length(draw: random.Random, folder: Path) -> None:
     path = draw.choice(_weights(folder))
     length = draw.choice(
-        [0, 1, 7, 100_000_001, (1 << 31) - 1, 1 << 32, (1 << 63) - 1, (1 << 64) - 1, path.stat().st_size]
+        [
+            0,
+            1,
+            7,
+            100_000_001,
+            (1 << 31) - 1,
+            1 << 32,
+            (1 << 63) - 1,
+            (1 << 64) - 1,
+            path.stat().st_size,
+        ]
     )
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
 
@@ -129,7 +156,9 @@ def _edit_header(draw: random.Random, folder: Path) -> None:
         {"shape": [-1]}, {"shape": [1] * 100}, {"dtype": "F16"}, {"dtype": "I32"}, {"dtype": "F4"},
         {"dtype": draw.choice(ODD)}, {"shape": draw.choice(ODD)}, {"data_offsets": draw.choice(ODD)},
     ]  # fmt: skip
-    what = draw.choice(["entry", "entry", "entry", "swap", "rename", "drop", "twice", "raw", "metadata", "odd"])
+    what = draw.choice(
+        ["entry", "entry", "entry", "swap", "rename", "drop", "twice", "raw", "metadata", "odd"]
+    )
     if what == "entry":
         table[name] = table[name] | draw.choice(entries)
     elif what == "swap":
@@ -154,7 +183,9 @@ def _edit_header(draw: random.Random, folder: Path) -> None:
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     if path:
         yield path
-    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+    for key in (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    ):
         yield from _places(value[key], (*path, key))
 
 
@@ -197,7 +228,9 @@ def _clock(draw: random.Random, folder: Path) -> None:
     table = json.loads(path.read_text())
     table["clock"][draw.choice(sorted(table["clock"]))] = "HERE"
     path.write_text(
-        json.dumps(table).replace('"HERE"', draw.choice([*RAW[:6], "-1", "true", '"1"', "null", "1e300", "0.5"]))
+        json.dumps(table).replace(
+            '"HERE"', draw.choice([*RAW[:6], "-1", "true", '"1"', "null", "1e300", "0.5"])
+        )
     )
 
 
@@ -212,7 +245,9 @@ def _another_file(draw: random.Random, folder: Path) -> None:
     data = bytearray((folder / name).read_bytes())
     data[-1] ^= 1
     (folder / "other.safetensors").write_bytes(data)
-    table["weight_map"] = {k: "other.safetensors" if v == name else v for k, v in table["weight_map"].items()}
+    table["weight_map"] = {
+        k: "other.safetensors" if v == name else v for k, v in table["weight_map"].items()
+    }
     index.write_text(json.dumps(table))
 
 
@@ -229,7 +264,12 @@ def _link(draw: random.Random, folder: Path) -> None:
     if what in ("same", "changed"):
         data[-1] ^= what == "changed"
         outside.write_bytes(data)
-    targets = {"itself": path.name, "nothing": outside, "endless": "/dev/zero", "folder": folder.parent}
+    targets = {
+        "itself": path.name,
+        "nothing": outside,
+        "endless": "/dev/zero",
+        "folder": folder.parent,
+    }
     os.symlink(targets.get(what, outside), path)
 
 

@@ -50,7 +50,8 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         place = f"{work.__module__}:{work.__qualname__}"
         ranks = [
-            context.Process(target=_rank, args=(rank, world, folder, place, args), daemon=True) for rank in range(world)
+            context.Process(target=_rank, args=(rank, world, folder, place, args), daemon=True)
+            for rank in range(world)
         ]
         for rank in ranks:
             rank.start()
@@ -81,7 +82,9 @@ def _rank(rank: int, world: int, folder: str, place: str, args: tuple[Any, ...])
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     _allow_torch_warnings()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
     try:
         module, name = place.split(":")
         outcome = ("value", getattr(importlib.import_module(module), name)(*args))
@@ -100,7 +103,9 @@ def _allow_torch_warnings() -> None:
     warnings.filterwarnings("ignore", module=r"torch\..*")
     # torch 2.8, now and then
     warnings.filterwarnings("ignore", message="Deallocating Tensor that still has live PyObject")
-    warnings.filterwarnings("ignore", message=r".*(NO_SHARD|FSDP|barrier\(\)|device_id|grad\.sizes).*")
+    warnings.filterwarnings(
+        "ignore", message=r".*(NO_SHARD|FSDP|barrier\(\)|device_id|grad\.sizes).*"
+    )
 
 
 def raises(kind: type[BaseException], *words: str) -> contextlib.AbstractContextManager[None]:
@@ -126,7 +131,11 @@ class Block(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, hidden),
+            nn.Linear(hidden, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.tanh(self.up(self.norm(x))))
@@ -176,7 +185,11 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.emb, self.norm, self.head = nn.Embedding(7, 4), nn.BatchNorm1d(4), nn.Linear(4, 7, bias=False)
+        self.emb, self.norm, self.head = (
+            nn.Embedding(7, 4),
+            nn.BatchNorm1d(4),
+            nn.Linear(4, 7, bias=False),
+        )
         self.head.weight = self.emb.weight
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
 
@@ -213,7 +226,9 @@ def draw(n: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 def image_batch(step: int, rank: int, size: int = 6) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    return torch.randn(size, 3, 8, 8, generator=generator), torch.randint(0, 7, (size,), generator=generator)
+    return torch.randn(size, 3, 8, 8, generator=generator), torch.randint(
+        0, 7, (size,), generator=generator
+    )
 
 
 # --- wrappers ----------------------------------------------------------------------------------------------------
@@ -240,7 +255,12 @@ def _fsdp1(model: nn.Module, orig: bool, strategy: str = "FULL_SHARD", **options
     def shard(module: nn.Module) -> nn.Module:
         policy, kind = ModuleWrapPolicy({Block, Frozen}), getattr(ShardingStrategy, strategy)
         return FSDP(
-            module, auto_wrap_policy=policy, sharding_strategy=kind, use_orig_params=orig, device_id=CPU, **options
+            module,
+            auto_wrap_policy=policy,
+            sharding_strategy=kind,
+            use_orig_params=orig,
+            device_id=CPU,
+            **options,
         )
 
     if not isinstance(model, Net):
@@ -260,7 +280,9 @@ def _fsdp2(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(root, mesh=mesh, **options)
     for module in root.modules():
-        if hasattr(module, "set_force_sum_reduction_for_comms"):  # torch 2.8: gloo takes an average for a sum
+        if hasattr(
+            module, "set_force_sum_reduction_for_comms"
+        ):  # torch 2.8: gloo takes an average for a sum
             module.set_force_sum_reduction_for_comms(True)
     return model
 
@@ -274,7 +296,11 @@ def _hsdp(model: nn.Module) -> nn.Module:
 def _tensor_parallel(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, distribute_module
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     tensor = mesh["tensor"]
@@ -283,7 +309,9 @@ def _tensor_parallel(model: nn.Module) -> nn.Module:
         distribute_module(
             block.norm,
             tensor,
-            input_fn=lambda _, inputs, mesh: (DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False),),
+            input_fn=lambda _, inputs, mesh: (
+                DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False),
+            ),
             output_fn=lambda _, output, __: output.to_local(),
         )
     return _fsdp2(model, mesh["data"])
@@ -325,7 +353,9 @@ def _offload() -> Any:
 class Training:
     """A wrapped model, and a plain twin in the same process that sees the whole batch of all data ranks."""
 
-    def __init__(self, kind: str, make: Callable[[], nn.Module] = Net, data: Callable[..., Any] = batch) -> None:
+    def __init__(
+        self, kind: str, make: Callable[[], nn.Module] = Net, data: Callable[..., Any] = batch
+    ) -> None:
         torch.manual_seed(0)
         self.twin = make()
         torch.manual_seed(0)
@@ -335,7 +365,9 @@ class Training:
         # Ranks that share a tensor parallel group see one batch; a world of one process each sees all of them.
         self.lanes = {"fsdp2 tp": world // 2, "none": 1}.get(kind, world)
         self.lane = {"fsdp2 tp": rank // 2, "none": 0}.get(kind, rank)
-        self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=0.05, momentum=0.5)
+        self.optimizer = torch.optim.SGD(
+            [p for p in self.model.parameters() if p.requires_grad], lr=0.05, momentum=0.5
+        )
         self.twin_optimizer = torch.optim.SGD(
             [p for p in self.twin.parameters() if p.requires_grad], lr=0.05, momentum=0.5
         )
@@ -416,9 +448,9 @@ class Oracle:
 
 def snapshot(model: nn.Module) -> list[Tensor]:
     """Bit copies of everything that the shards of `model` hold here, in its storage."""
-    from dist_ema import shards
+    from dist_ema.sharding import discovery
 
-    return [shard.read().clone() for shard in shards.find_shards(model).shards]
+    return [shard.read().clone() for shard in discovery.find_shards(model).shards]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:

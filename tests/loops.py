@@ -31,7 +31,9 @@ QUIET = {
 
 def script_of(page: str, folder: Path) -> Path:
     """The last python block of a page, as a file."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL
+    )
     path = folder / "train.py"
     path.write_text(blocks[-1])
     return path
@@ -44,7 +46,11 @@ class Launcher:
     """
 
     def __init__(self, *modules: str, **environment: str) -> None:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "ACCELERATE_"))}
+        clean = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("PYTEST", "ACCELERATE_"))
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.loops", *modules],
             env=clean | QUIET | {"PYTHONPATH": str(ROOT)} | environment,
@@ -60,7 +66,9 @@ class Launcher:
     def __exit__(self, *_: Any) -> None:
         self._process.communicate()
 
-    def start(self, script: Path, run: Path, *arguments: str, ranks: int = 2, **environment: str) -> Job:
+    def start(
+        self, script: Path, run: Path, *arguments: str, ranks: int = 2, **environment: str
+    ) -> Job:
         """The script finds the folder of its run in RUN, and as what it is given in `arguments`."""
         run.mkdir(parents=True, exist_ok=True)
         log = run.parent / f"{run.name}.log"
@@ -142,8 +150,18 @@ def _rank(job: dict[str, Any], rank: int, leader: int, port: int) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         os.dup2(nothing.fileno(), 0)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "LOCAL_WORLD_SIZE": job["ranks"]}
-    places |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    places = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": job["ranks"],
+        "LOCAL_WORLD_SIZE": job["ranks"],
+    }
+    places |= {
+        "GROUP_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "test",
+    }
     os.environ |= {key: str(value) for key, value in places.items()} | job["environment"]
     script = Path(job["script"])
     sys.argv, sys.path[0] = [str(script), *job["arguments"]], str(script.parent)

@@ -91,7 +91,9 @@ def test_two_averages(accelerator: Accelerator, tmp_path: Path) -> None:
     other.attach(optimizer)
     register(accelerator, ema)
     for again in (ema, other):
-        with pytest.raises(ValueError, match=r"'ema' is taken by an average that was registered before"):
+        with pytest.raises(
+            ValueError, match=r"'ema' is taken by an average that was registered before"
+        ):
             register(accelerator, again)
     register(accelerator, other, "./slow")
     with pytest.raises(ValueError, match="'slow' is taken"):

@@ -20,12 +20,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dist_ema
-from dist_ema import EMA, Uniform, artifact, format, load_file, wire
+from dist_ema import EMA, Uniform, load_file
+from dist_ema.checkpoint import manifest, writer
+from dist_ema.distributed import transfer
 from tests.kit import Collectives, Core, Images, Net, Training, raises, run_ranks, wrap
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -83,7 +89,9 @@ def test_export(ema: EMA, tmp_path: Path) -> None:
     ema.export(folder, dtype=torch.bfloat16, max_shard_size=300)
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 1
     ema.export(folder, dtype=torch.bfloat16)
-    assert sorted(files_of(folder)) == ["config.json", "ema.json", "model.safetensors"], "stale shards are gone"
+    assert sorted(files_of(folder)) == ["config.json", "ema.json", "model.safetensors"], (
+        "stale shards are gone"
+    )
     stored = load_file(folder)
     assert {stored[name].dtype for name in ema.names()} == {torch.bfloat16}
     assert stored["seen"].dtype == torch.int64
@@ -91,7 +99,9 @@ def test_export(ema: EMA, tmp_path: Path) -> None:
     ema.export(tmp_path / "one.safetensors")
     assert load_file(tmp_path / "one.safetensors").keys() == full.keys()
     assert safetensors.torch.load_model(Core(), tmp_path / "one.safetensors") == (set(), [])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.safetensors", "out"], "no temporary is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.safetensors", "out"], (
+        "no temporary is left"
+    )
     half = nn.Linear(2, 2).to(torch.bfloat16)
     EMA(half, 0.5).export(tmp_path / "half")
     assert load_file(tmp_path / "half")["weight"].dtype == torch.bfloat16, "the model's own dtype"
@@ -173,7 +183,9 @@ def test_extra_comes_back(ema: EMA, tmp_path: Path) -> None:
     """JSON makes texts of keys, which sort otherwise than numbers: the check sum is that of what is read."""
     ema.save(tmp_path / "a", extra={"of epoch": {2: "a", 10: ("b", None)}})
     ema.load(tmp_path / "a")
-    assert format.read_meta(tmp_path / "a")["extra"] == {"of epoch": {"2": "a", "10": ["b", None]}}
+    assert manifest.read_meta(tmp_path / "a")["extra"] == {
+        "of epoch": {"2": "a", "10": ["b", None]}
+    }
 
 
 def test_all_differences_at_once(ema: EMA, tmp_path: Path) -> None:
@@ -252,10 +264,16 @@ def test_nothing_is_ever_pickled() -> None:
     """No module of the package imports pickle or calls torch.save; torch.load only reads tensors: other tools' files."""
     for path in Path(dist_ema.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                else []
+            )
             assert "pickle" not in names or path.name == "pickles.py", path
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
-                assert node.attr.isupper(), "pickles.py takes the numbers of opcodes from there, and nothing that runs"
+                assert node.attr.isupper(), (
+                    "pickles.py takes the numbers of opcodes from there, and nothing that runs"
+                )
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert called != "torch.save", path
             if called == "torch.load":
@@ -270,17 +288,17 @@ def test_nothing_is_ever_pickled() -> None:
 def small_windows() -> Iterator[list[int]]:
     """Streams move 24 bytes at a time inside; yields how many bytes each send of weights had."""
     sent: list[int] = []
-    real, window = wire.FileTransferGroup.send, wire.STREAM
+    real, window = transfer.FileTransferGroup.send, transfer.STREAM
 
-    def send(self: wire.FileTransferGroup, data: Tensor, to: int) -> None:
+    def send(self: transfer.FileTransferGroup, data: Tensor, to: int) -> None:
         sent.extend([data.nbytes] if data.dtype == torch.uint8 else [])
         real(self, data, to)
 
-    wire.FileTransferGroup.send, wire.STREAM = send, 24  # type: ignore[method-assign]
+    transfer.FileTransferGroup.send, transfer.STREAM = send, 24  # type: ignore[method-assign]
     try:
         yield sent
     finally:
-        wire.FileTransferGroup.send, wire.STREAM = real, window  # type: ignore[method-assign]
+        transfer.FileTransferGroup.send, transfer.STREAM = real, window  # type: ignore[method-assign]
 
 
 def direct_and_stream(folder: str) -> None:
@@ -342,7 +360,11 @@ def canonical(folder: str) -> None:
         twin = Zoo() if kind == "zoo" else Net()
         torch.manual_seed(3)
         # NOTE: gloo cannot send float8, which DDP would at its start.
-        model = nn.parallel.DistributedDataParallel(Zoo(), init_sync=False) if kind == "zoo" else wrap("fsdp2", Net())
+        model = (
+            nn.parallel.DistributedDataParallel(Zoo(), init_sync=False)
+            if kind == "zoo"
+            else wrap("fsdp2", Net())
+        )
         averages = [EMA(each, [0.5, Uniform()]) for each in (twin, model)]
         for ema in averages:
             for number in (1, 2):
@@ -354,21 +376,39 @@ def canonical(folder: str) -> None:
         for size in (150, "5GB") if kind == "zoo" else ("5GB",):
             averages[0].save(f"{folder}/want", max_shard_size=size)
             want = files_of(Path(folder, "want")) if dist.get_rank() == 0 else {}
-            for mode, wait in (("direct", True), ("stream", True), ("direct", False), ("stream", False)):
+            for mode, wait in (
+                ("direct", True),
+                ("stream", True),
+                ("direct", False),
+                ("stream", False),
+            ):
                 averages[1].save(f"{folder}/{mode}", max_shard_size=size, mode=mode, wait=wait)  # type: ignore[arg-type]
                 averages[1]._finish_writing()
                 if want:
                     found = files_of(Path(folder, mode))
-                    assert {name for name, data in found.items() ^ want.items()} == set(), (kind, size, mode, wait)
+                    assert {name for name, data in found.items() ^ want.items()} == set(), (
+                        kind,
+                        size,
+                        mode,
+                        wait,
+                    )
                     assert len(want) > 6 if size == 150 else len(want) == 3
                 dist.barrier()
         if want:
             stored, full = load_file(f"{folder}/stream"), twin.state_dict()
             assert stored.keys() == full.keys()
             assert kind == "net" or torch.equal(stored["scalar"], twin.scalar - 1.25)
-            assert all(torch.equal(stored[name], full[name]) for name, _ in twin.named_buffers() if name in full)
+            assert all(
+                torch.equal(stored[name], full[name])
+                for name, _ in twin.named_buffers()
+                if name in full
+            )
             plain = safetensors.torch.load_file(f"{folder}/stream/model.safetensors")
-            assert all(torch.equal(stored[name], plain[name]) for name in plain if plain[name].dtype.itemsize > 1)
+            assert all(
+                torch.equal(stored[name], plain[name])
+                for name in plain
+                if plain[name].dtype.itemsize > 1
+            )
 
 
 def one_rank_fails(folder: str) -> None:
@@ -384,7 +424,9 @@ def one_rank_fails(folder: str) -> None:
         if dist.get_rank() == broken:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, limit[1]))
         kind, words = (
-            (OSError, "File too large") if dist.get_rank() == broken else (RuntimeError, f"failed on rank {broken}")
+            (OSError, "File too large")
+            if dist.get_rank() == broken
+            else (RuntimeError, f"failed on rank {broken}")
         )
         try:
             with raises(kind, words):
@@ -424,7 +466,9 @@ def ranks_that_differ(folder: str) -> None:
         ema.save(f"{folder}/differ", mode="stream" if first else None)
     dist.barrier()
     assert not [name for name in os.listdir(folder) if "differ" in name]
-    ema.save(f"{folder}/differ", extra={"mine": dist.get_rank()})  # only the first rank's is written
+    ema.save(
+        f"{folder}/differ", extra={"mine": dist.get_rank()}
+    )  # only the first rank's is written
 
 
 @contextlib.contextmanager
@@ -486,7 +530,9 @@ def another_file_system(folder: str) -> None:
         assert hidden.is_dir()
         assert os.path.isdir(hidden / "seen") == (dist.get_rank() == 0)
         ema.save(hidden / "streamed")
-        with raises(RuntimeError, "mode='direct'", "rank 1 does not see the folder", "pass mode='stream'"):
+        with raises(
+            RuntimeError, "mode='direct'", "rank 1 does not see the folder", "pass mode='stream'"
+        ):
             ema.save(hidden / "forced", mode="direct")
         dist.barrier()
     hidden.chmod(0o755)
@@ -497,13 +543,18 @@ def another_file_system(folder: str) -> None:
 def other_machines(folder: str) -> None:
     """What _machine says decides, unless a mode is given: two machines stream, two ranks of one write into place."""
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
-    assert len(artifact._machine()) > 3
-    assert len(set(ema._ranks.all_gather_json("test", artifact._machine()))) == 1
+    assert len(writer._machine()) > 3
+    assert len(set(ema._ranks.all_gather_json("test", writer._machine()))) == 1
     sent: list[int] = []
-    real = wire.FileTransferGroup.send
-    wire.FileTransferGroup.send = lambda *args: (sent.append(1), real(*args))[1]  # type: ignore[method-assign]
-    for machine, mode, streams in ((0, None, False), (1, None, True), (1, "direct", False), (0, "stream", True)):
-        artifact._machine = lambda apart=machine: f"host {apart * dist.get_rank()}"  # type: ignore[misc]
+    real = transfer.FileTransferGroup.send
+    transfer.FileTransferGroup.send = lambda *args: (sent.append(1), real(*args))[1]  # type: ignore[method-assign]
+    for machine, mode, streams in (
+        (0, None, False),
+        (1, None, True),
+        (1, "direct", False),
+        (0, "stream", True),
+    ):
+        writer._machine = lambda apart=machine: f"host {apart * dist.get_rank()}"  # type: ignore[misc]
         sent.clear()
         ema.save(f"{folder}/a", mode=mode)  # type: ignore[arg-type]
         assert bool(sent) == (streams and dist.get_rank() == 1), (machine, mode)

@@ -27,7 +27,9 @@ class Toy:
         with torch.no_grad():
             self.model.weight.zero_()
         self.optimizer = (
-            optimizer(self.model.parameters()) if optimizer else torch.optim.SGD(self.model.parameters(), 1.0)
+            optimizer(self.model.parameters())
+            if optimizer
+            else torch.optim.SGD(self.model.parameters(), 1.0)
         )
         self.ema = EMA(self.model, schedule)
         self.handle = self.ema.attach(self.optimizer, **attach)
@@ -146,7 +148,14 @@ def test_non_finite_live_weights_are_kept_out() -> None:
 
 
 def test_every_uses_the_whole_interval() -> None:
-    for schedule in (HalfLife(3.0), Uniform(), Power(gamma=1.5), Debiased(0.8), Ratio(0.9), Warmup(0.9)):
+    for schedule in (
+        HalfLife(3.0),
+        Uniform(),
+        Power(gamma=1.5),
+        Debiased(0.8),
+        Ratio(0.9),
+        Warmup(0.9),
+    ):
         often, seldom = Toy(schedule), Toy(schedule, every=4)
         with torch.no_grad():
             for toy in (often, seldom):
@@ -234,7 +243,10 @@ def test_numbers_of_any_kind(tmp_path: Path) -> None:
     toy.ema.update(torch.tensor(3))
     toy.ema.save(tmp_path / "a")
     meta = json.loads((tmp_path / "a" / "ema.json").read_text())
-    assert (meta["attach"], meta["clock"]["now"]) == ({"every": 2, "start": 1, "elapsed": 4.0}, 11.0)
+    assert (meta["attach"], meta["clock"]["now"]) == (
+        {"every": 2, "start": 1, "elapsed": 4.0},
+        11.0,
+    )
 
 
 def test_an_ema_that_is_dropped_is_freed() -> None:
@@ -304,12 +316,17 @@ def test_update_twice_and_beside_the_hooks() -> None:
 
 
 def accelerated_and_zero() -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # accelerate asks for them, and does not use them
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }  # accelerate asks for them, and does not use them
     from accelerate import Accelerator
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, optimizer = accelerator.prepare(nn.Linear(2, 2), torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1))
+    model, optimizer = accelerator.prepare(
+        nn.Linear(2, 2), torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
+    )
     optimizer.optimizer.param_groups[0]["params"] = list(model.parameters())
     ema = EMA(model, 0.5)
     ema.attach(optimizer)
@@ -328,8 +345,12 @@ def accelerated_and_zero() -> None:
     ddp(torch.randn(2, 4)).sum().backward()
     zero.step()
     assert ema.metrics()["updates"] == 1
-    for slot, p, first in zip(ema._averaged_weights.averages[0].averaged, ddp.parameters(), start, strict=True):
-        assert torch.equal(slot.shadow.view_as(p), first.lerp(p.detach(), 0.5)), "after the broadcast, on every rank"
+    for slot, p, first in zip(
+        ema._averaged_weights.averages[0].averaged, ddp.parameters(), start, strict=True
+    ):
+        assert torch.equal(slot.shadow.view_as(p), first.lerp(p.detach(), 0.5)), (
+            "after the broadcast, on every rank"
+        )
     assert dist.get_world_size() == 2
     with raises(ValueError, "torch optimizers"):
         ema.detach()

@@ -51,7 +51,9 @@ FLOATING = ("w", "double", "half", "brain", "wave", "scalar", "empty")
 
 def expected(models: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
     """In float64, rounded once."""
-    total = {name: torch.zeros_like(models[0][name], dtype=wide(models[0][name])) for name in FLOATING}
+    total = {
+        name: torch.zeros_like(models[0][name], dtype=wide(models[0][name])) for name in FLOATING
+    }
     for one, weight in zip(models, weights, strict=True):
         for name in FLOATING:
             total[name] = total[name] + one[name].to(total[name].dtype) * weight
@@ -84,7 +86,9 @@ def shop(tmp_path: Path) -> list[Path]:
     ],
     ids=str,
 )  # fmt: skip
-def test_average(options: list[str], weights: list[float], shop: list[Path], tmp_path: Path, call: Call) -> None:
+def test_average(
+    options: list[str], weights: list[float], shop: list[Path], tmp_path: Path, call: Call
+) -> None:
     """Bit for bit the float64 sum; whole numbers from the last model, and said where they differ; config beside it."""
     code, out, err = call(*shop, tmp_path / "out", *options)
     assert (code, err) == (0, "")
@@ -113,11 +117,17 @@ def test_average(options: list[str], weights: list[float], shop: list[Path], tmp
 
 def test_float64(tmp_path: Path, call: Call) -> None:
     """Sums of bf16 models lose nothing before the one rounding at the end; equal models come out as they are."""
-    values = [torch.tensor([1.0, 256.0]), torch.tensor([2.0**-8, 1.0]), torch.tensor([2.0**-8, 1.0])]
+    values = [
+        torch.tensor([1.0, 256.0]),
+        torch.tensor([2.0**-8, 1.0]),
+        torch.tensor([2.0**-8, 1.0]),
+    ]
     for i, value in enumerate(values):
         save_file({"w": value.bfloat16()}, tmp_path / f"{i}.safetensors")
     paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
-    assert call(*paths, tmp_path / "sum.safetensors", "--weights", "1,1,1", "--dtype", "fp64")[0] == 0
+    assert (
+        call(*paths, tmp_path / "sum.safetensors", "--weights", "1,1,1", "--dtype", "fp64")[0] == 0
+    )
     exact = torch.stack([value.double() for value in values]).mul(1 / 3).sum(0)
     assert torch.allclose(load_file(tmp_path / "sum.safetensors")["w"], exact, rtol=1e-15, atol=0)
     assert call(*[paths[1]] * 7, tmp_path / "same.safetensors")[0] == 0
@@ -128,7 +138,16 @@ def test_nan_without_weight(tmp_path: Path, call: Call) -> None:
     """A model with weight 0 is not touched: 0 * NaN is NaN."""
     save_file({"w": torch.tensor([float("nan")])}, tmp_path / "a.safetensors")
     save_file({"w": torch.ones(1)}, tmp_path / "b.safetensors")
-    assert call(tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "o", "--weights", "0,1")[0] == 0
+    assert (
+        call(
+            tmp_path / "a.safetensors",
+            tmp_path / "b.safetensors",
+            tmp_path / "o",
+            "--weights",
+            "0,1",
+        )[0]
+        == 0
+    )
     assert load_file(tmp_path / "o")["w"] == 1
 
 
@@ -145,7 +164,9 @@ def test_ours(tmp_path: Path, call: Call) -> None:
     """Saved averages, exports, another dtype, and a file that has a tied weight under its other name."""
     EMA(Tied(1.0)).save(tmp_path / "saved")
     EMA(Tied(4.0, torch.bfloat16)).export(tmp_path / "export")
-    save_file({"b.weight": torch.full((3, 3), 4.0)}, tmp_path / "b.safetensors", {"a.weight": "b.weight"})
+    save_file(
+        {"b.weight": torch.full((3, 3), 4.0)}, tmp_path / "b.safetensors", {"a.weight": "b.weight"}
+    )
     inputs = [tmp_path / "export", tmp_path / "b.safetensors", tmp_path / "saved"]
     code, _, err = call(*inputs, tmp_path / "out")
     assert (code, err) == (0, "")
@@ -167,8 +188,18 @@ def test_damaged_sources(tmp_path: Path, call: Call) -> None:
         EMA(Tied(2.0)).save(tmp_path / name)
     weights, meta = tmp_path / "a" / "model.safetensors", tmp_path / "a" / "ema.json"
     for path, old, new, words in (
-        (weights, weights.read_bytes()[-1:], b"\xff", r"a/model\.safetensors is damaged: its CRC-32 is"),
-        (meta, b'"updates": 0', b'"updates": 7', r"a/ema\.json was changed since dist_ema wrote it"),
+        (
+            weights,
+            weights.read_bytes()[-1:],
+            b"\xff",
+            r"a/model\.safetensors is damaged: its CRC-32 is",
+        ),
+        (
+            meta,
+            b'"updates": 0',
+            b'"updates": 7',
+            r"a/ema\.json was changed since dist_ema wrote it",
+        ),
     ):
         kept = path.read_bytes()
         path.write_bytes(new.join(kept.rsplit(old, 1)))
@@ -177,7 +208,12 @@ def test_damaged_sources(tmp_path: Path, call: Call) -> None:
             assert (code, bool(re.search(words, err))) == (1, True), err
         code, _, err = call(weights, tmp_path / "b", tmp_path / "out")
         assert (code, bool(re.search(words, err))) == (1, True), err
-        assert call(tmp_path / "a", tmp_path / "b", tmp_path / f"good-{path.name}", "--weights", "0,1")[0] == 0
+        assert (
+            call(
+                tmp_path / "a", tmp_path / "b", tmp_path / f"good-{path.name}", "--weights", "0,1"
+            )[0]
+            == 0
+        )
         path.write_bytes(kept)
     assert call(weights, tmp_path / "b", tmp_path / "out")[0] == 0
 
@@ -191,13 +227,17 @@ def test_shards(shop: list[Path], tmp_path: Path, call: Call) -> None:
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
-def test_windows(shop: list[Path], tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows(
+    shop: list[Path], tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert call(*shop, tmp_path / "whole")[0] == 0
-    monkeypatch.setattr("dist_ema.combine.WINDOW", 4)
+    monkeypatch.setattr("dist_ema.offline.blend.WINDOW", 4)
     code, out, _ = call(*shop, tmp_path / "parts")
     assert (code, "have no mean: count\n" in out) == (0, True)
     parts = load_file(tmp_path / "parts")
-    assert all(torch.equal(weight, parts[name]) for name, weight in load_file(tmp_path / "whole").items())
+    assert all(
+        torch.equal(weight, parts[name]) for name, weight in load_file(tmp_path / "whole").items()
+    )
 
 
 def test_differences(tmp_path: Path, call: Call) -> None:
@@ -220,7 +260,9 @@ def test_differences(tmp_path: Path, call: Call) -> None:
 def test_many_files(tmp_path: Path, call: Call) -> None:
     """More models than a process may open files."""
     for i in range(80):
-        save_file({"w": torch.full((2,), float(i)), "n": torch.tensor(7)}, tmp_path / f"m{i}.safetensors")
+        save_file(
+            {"w": torch.full((2,), float(i)), "n": torch.tensor(7)}, tmp_path / f"m{i}.safetensors"
+        )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (60, hard))
     try:
@@ -234,7 +276,10 @@ def test_many_files(tmp_path: Path, call: Call) -> None:
 def test_memory(tmp_path: Path, call: Call) -> None:
     """Six models of 48 MB: no more memory than 30 MB."""
     for i in range(6):
-        save_file({"w": torch.full((6 << 20,), float(i)), "v": torch.ones(6 << 20)}, tmp_path / f"m{i}.safetensors")
+        save_file(
+            {"w": torch.full((6 << 20,), float(i)), "v": torch.ones(6 << 20)},
+            tmp_path / f"m{i}.safetensors",
+        )
     tracemalloc.start()
     try:
         code, _, _ = call(*(tmp_path / f"m{i}.safetensors" for i in range(6)), tmp_path / "out")
@@ -251,7 +296,11 @@ def test_memory(tmp_path: Path, call: Call) -> None:
 
 def test_order() -> None:
     """A shell sorts 10 before 9; where one number alone differs it is the order, else what was given is."""
-    assert in_order(["run/ema-10", "run/ema-9", "run/ema-100"]) == ["run/ema-9", "run/ema-10", "run/ema-100"]
+    assert in_order(["run/ema-10", "run/ema-9", "run/ema-100"]) == [
+        "run/ema-9",
+        "run/ema-10",
+        "run/ema-100",
+    ]
     assert in_order(["e-10/ema", "e-9/ema"]) == ["e-9/ema", "e-10/ema"]
     for given in (
         ["b", "a"],
@@ -273,10 +322,15 @@ def test_lawa_by_number(tmp_path: Path, call: Call) -> None:
     code, out, _ = call(*given, tmp_path / "out", "--lawa", 2, "--json")
     assert code == 0
     report = json.loads(out)
-    assert [Path(each["path"]).name for each in report["models"]] == ["ema-9.safetensors", "ema-10.safetensors"]
+    assert [Path(each["path"]).name for each in report["models"]] == [
+        "ema-9.safetensors",
+        "ema-10.safetensors",
+    ]
     assert (report["averaged"], report["taken_from_last"]) == (1, [])
     assert load_file(tmp_path / "out")["w"] == 9.5
-    code, out, _ = call(*given, tmp_path / "given", "--weights", "1,0,0")  # weights are matched as they stand
+    code, out, _ = call(
+        *given, tmp_path / "given", "--weights", "1,0,0"
+    )  # weights are matched as they stand
     assert load_file(tmp_path / "given")["w"] == 10
 
 
@@ -337,7 +391,11 @@ def test_tied(tmp_path: Path, call: Call) -> None:
 
 def test_through_links(shop: list[Path], tmp_path: Path, call: Call) -> None:
     """OUT is what a link leads to, a folder or a file: that is replaced, and the link stays."""
-    for name, real in (("folder", "real"), ("file.safetensors", "real.safetensors"), ("plain", "other.safetensors")):
+    for name, real in (
+        ("folder", "real"),
+        ("file.safetensors", "real.safetensors"),
+        ("plain", "other.safetensors"),
+    ):
         (tmp_path / name).symlink_to(tmp_path / "deep" / real)
         assert call(*shop, tmp_path / name)[0] == 0
         assert "exists. Pass --force" in call(*shop, tmp_path / name)[2]
@@ -371,12 +429,20 @@ def test_refused(shop: list[Path], tmp_path: Path, call: Call) -> None:
         ([*shop, tmp_path / "hf"], 1, "exists. Pass --force"),
         ([*shop, tmp_path / "out", "--max-shard-size", "much"], 2, "max_shard_size must be"),
         ([*shop, tmp_path / "hf" / "out"], 1, "lies inside"),
-        ([*shop, tmp_path / "out", "--weights", "1e308,1e308,1"], 1, "more than can be computed with"),
+        (
+            [*shop, tmp_path / "out", "--weights", "1e308,1e308,1"],
+            1,
+            "more than can be computed with",
+        ),
     ):
         code, out, err = call(*arguments)
         assert (code, out) == (wanted, ""), arguments
         assert words in err
     assert not (tmp_path / "out").exists()
-    assert call(*shop, tmp_path / "hf", "--force")[0] == 0  # over one of the inputs: read before it is replaced
-    assert torch.equal(load_file(tmp_path / "hf")["w"], expected([model(i) for i in range(3)], [1 / 3] * 3)["w"])
+    assert (
+        call(*shop, tmp_path / "hf", "--force")[0] == 0
+    )  # over one of the inputs: read before it is replaced
+    assert torch.equal(
+        load_file(tmp_path / "hf")["w"], expected([model(i) for i in range(3)], [1 / 3] * 3)["w"]
+    )
     assert (tmp_path / "hf" / "optimizer.bin").exists()

@@ -46,7 +46,10 @@ SIZES = [[9, 4, 6], [5], [7, 3]]  # batches of each rank: unequal numbers and si
 
 def batches(rank: int, shape: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(rank)
-    return [3 + 2 * rank + i + torch.randn(n, 3, *shape, generator=generator) for i, n in enumerate(SIZES[rank])]
+    return [
+        3 + 2 * rank + i + torch.randn(n, 3, *shape, generator=generator)
+        for i, n in enumerate(SIZES[rank])
+    ]
 
 
 def expected(model: Net, data: list[Tensor]) -> dict[str, Tensor]:
@@ -61,10 +64,17 @@ def expected(model: Net, data: list[Tensor]) -> dict[str, Tensor]:
         seen["first"].append(wide)
         mean, var = wide.mean(1, keepdim=True), wide.var(1, correction=0, keepdim=True)
         first, mix = model.first, model.mix
-        full = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
+        full = {
+            name: p.full_tensor() if hasattr(p, "full_tensor") else p
+            for name, p in model.named_parameters()
+        }
         normal = (wide - mean) / (var + first.eps).sqrt()
-        normal = normal * full["first.weight"].double()[:, None] + full["first.bias"].double()[:, None]
-        seen["second"].append(full["mix.weight"].double() @ normal + full["mix.bias"].double()[:, None])
+        normal = (
+            normal * full["first.weight"].double()[:, None] + full["first.bias"].double()[:, None]
+        )
+        seen["second"].append(
+            full["mix.weight"].double() @ normal + full["mix.bias"].double()[:, None]
+        )
         assert mix.bias is not None
     result = {}
     for name, parts in seen.items():
@@ -76,7 +86,9 @@ def expected(model: Net, data: list[Tensor]) -> dict[str, Tensor]:
 def close(model: nn.Module, oracle: dict[str, Tensor]) -> None:
     found = dict(model.named_buffers())
     for name, value in oracle.items():
-        torch.testing.assert_close(found[name].double(), value, rtol=2e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name].double(), value, rtol=2e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -88,7 +100,11 @@ def state(model: nn.Module) -> dict[str, Any]:
 def same_but_statistics(model: nn.Module, before: dict[str, Any]) -> None:
     for name, value in state(model).items():
         if not name.endswith(("running_mean", "running_var")):
-            assert torch.equal(value, before[name]) if isinstance(value, Tensor) else value == before[name], name
+            assert (
+                torch.equal(value, before[name])
+                if isinstance(value, Tensor)
+                else value == before[name]
+            ), name
 
 
 @pytest.mark.parametrize(("norm", "shape"), KINDS)
@@ -159,9 +175,19 @@ def fails() -> Iterator[Tensor]:
     [
         (nn.Linear(3, 3), [torch.randn(4, 3)], ValueError, "no BatchNorm"),
         (Net(nn.BatchNorm1d), [], ValueError, "saw no data"),
-        (nn.Sequential(nn.BatchNorm1d(3)), [torch.randn(1, 3)], ValueError, "^0 saw one value per channel"),
+        (
+            nn.Sequential(nn.BatchNorm1d(3)),
+            [torch.randn(1, 3)],
+            ValueError,
+            "^0 saw one value per channel",
+        ),
         (Poison(), [torch.randn(4, 3)], ValueError, "bad saw NaN or infinity"),
-        (nn.Sequential(nn.BatchNorm1d(3)), [1e25 * torch.randn(4, 3)], ValueError, "^0 saw .* beyond float32"),
+        (
+            nn.Sequential(nn.BatchNorm1d(3)),
+            [1e25 * torch.randn(4, 3)],
+            ValueError,
+            "^0 saw .* beyond float32",
+        ),
         (
             nn.Sequential(nn.BatchNorm1d(3)).half(),
             [1e3 * torch.randn(4, 3).half()],
@@ -178,7 +204,10 @@ def test_refuses(model: nn.Module, loader: Any, error: type[Exception], words: s
     with pytest.raises(error, match=words):
         recalibrate(model, loader)
     after = state(model)
-    assert all(torch.equal(after[n], v) if isinstance(v, Tensor) else after[n] == v for n, v in before.items())
+    assert all(
+        torch.equal(after[n], v) if isinstance(v, Tensor) else after[n] == v
+        for n, v in before.items()
+    )
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -266,7 +295,9 @@ def on_ranks() -> None:
                 wrapped: Any = fully_shard(model)
             else:
                 kind: Any = DistributedDataParallel if wrap == "ddp" else FullyShardedDataParallel
-                wrapped = kind(model) if wrap == "ddp" else kind(model, device_id=torch.device("cpu"))
+                wrapped = (
+                    kind(model) if wrap == "ddp" else kind(model, device_id=torch.device("cpu"))
+                )
                 inner = wrapped.module
             oracle = _oracle_of(norm, everything)
             assert recalibrate(wrapped, batches(rank, shape)) == len(SIZES[rank])
@@ -277,7 +308,9 @@ def on_ranks() -> None:
                 with ema.swap():
                     recalibrate(wrapped, [x + 1 for x in batches(rank, shape)])
                     close(inner, _oracle_of(norm, [x + 1 for x in everything]))
-                assert all(torch.equal(buffer, kept[name]) for name, buffer in inner.named_buffers())
+                assert all(
+                    torch.equal(buffer, kept[name]) for name, buffer in inner.named_buffers()
+                )
     model = Net(nn.BatchNorm1d)
     with raises(RuntimeError if rank else ZeroDivisionError, "division by zero"):
         recalibrate(DistributedDataParallel(model), (1 / rank * x for x in batches(rank, ())))

@@ -23,8 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema import EMA, artifact, format, load_file, wire
-from dist_ema.behind import BackgroundTask
+from dist_ema import EMA, load_file
+from dist_ema.checkpoint import crc32, manifest, writer
+from dist_ema.checkpoint.background import BackgroundTask
+from dist_ema.distributed import transfer
 from tests.kit import Core, Images, Training, raises, run_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -35,17 +37,17 @@ class Held:
 
     def __init__(self) -> None:
         self._gate = threading.Event()
-        self._real = real = artifact._FileWriter.part
+        self._real = real = writer._FileWriter.part
 
         def part(writer: Any, *args: Any) -> None:
             assert threading.current_thread() is not threading.main_thread()
             assert self._gate.wait(60), "nobody freed the thread"
             real(writer, *args)
 
-        artifact._FileWriter.part = part  # type: ignore[method-assign]
+        writer._FileWriter.part = part  # type: ignore[method-assign]
 
     def free(self) -> None:
-        artifact._FileWriter.part = self._real  # type: ignore[method-assign]
+        writer._FileWriter.part = self._real  # type: ignore[method-assign]
         self._gate.set()
 
     def free_soon(self) -> None:
@@ -54,10 +56,13 @@ class Held:
 
 def whole(folder: Path) -> bool:
     """Every file has the check sum that ema.json says."""
-    for name, said in format.read_meta(folder)["files"].items():
-        total, data = format.RangeSum(said["size"]), (folder / name).read_bytes()
+    for name, said in manifest.read_meta(folder)["files"].items():
+        total, data = crc32.RangeSum(said["size"]), (folder / name).read_bytes()
         total.add(0, data)
-        assert (len(data), format.check_sum(len(data), [total.contribution])) == (said["size"], said["crc32"])
+        assert (len(data), crc32.check_sum(len(data), [total.contribution])) == (
+            said["size"],
+            said["crc32"],
+        )
     return True
 
 
@@ -93,8 +98,11 @@ def training_goes_on(folder: str, kind: str, mode: Any) -> None:
         others = load_file(path / "averages" / "1-Constant")
         assert all(torch.equal(others[name], second[name]) for name in others)
         assert len(others) > 5
-        assert {name for name in want if not torch.equal(later[name], want[name])} >= {"core.emb.weight", "core.seen"}
-        assert format.read_meta(path)["clock"]["now"] == now
+        assert {name for name in want if not torch.equal(later[name], want[name])} >= {
+            "core.emb.weight",
+            "core.seen",
+        }
+        assert manifest.read_meta(path)["clock"]["now"] == now
         assert whole(path)
 
 
@@ -118,7 +126,9 @@ def one_at_a_time(folder: str, mode: Any) -> None:
         ema.save(f"{folder}/{number}")
         if dist.get_rank() == 0:
             assert whole(Path(folder, f"waited-{mode}"))
-            assert format.read_meta(Path(folder, f"waited-{mode}"))["clock"]["now"] == 2 * number + 1
+            assert (
+                manifest.read_meta(Path(folder, f"waited-{mode}"))["clock"]["now"] == 2 * number + 1
+            )
     assert ema.now == 2 * number + 1, "what was loaded is what was being written"
     held = Held()
     ema.save(f"{folder}/none", mode=mode, wait=False)
@@ -136,14 +146,16 @@ def one_at_a_time(folder: str, mode: Any) -> None:
         kept, later = load_file(f"{folder}/own"), load_file(f"{folder}/own-later")
         assert (kept["norm.running_mean"] == 5).all()
         assert (later["norm.running_mean"] == 6).all()
-        said = [format.read_meta(Path(folder, name))["own_buffers"] for name in ("none", "own")]
+        said = [manifest.read_meta(Path(folder, name))["own_buffers"] for name in ("none", "own")]
         assert said == [[], ["norm.running_mean"]]
 
 
 def disk_full(folder: str) -> None:
     """Behind training, on one rank: told on both at the next save, once, with its cause; the save before is intact."""
-    model = nn.parallel.DistributedDataParallel(nn.Sequential(*(nn.Linear(600, 600, bias=False) for _ in range(4))))
-    wire.STREAM = 1 << 20  # rank 1 has two windows to get rid of
+    model = nn.parallel.DistributedDataParallel(
+        nn.Sequential(*(nn.Linear(600, 600, bias=False) for _ in range(4)))
+    )
+    transfer.STREAM = 1 << 20  # rank 1 has two windows to get rid of
     ema = EMA(model, 0.5)
     ema.timeout = 30
     ema.save(f"{folder}/kept")
@@ -163,14 +175,19 @@ def disk_full(folder: str) -> None:
         if mine:
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
         held.free()
-        words = ("kept', wait=False) failed behind training", "File too large" if mine else f"failed on rank {broken}")
+        words = (
+            "kept', wait=False) failed behind training",
+            "File too large" if mine else f"failed on rank {broken}",
+        )
         try:
             ema.save(f"{folder}/never")
         except RuntimeError as error:
             assert all(word in str(error) for word in words), error
             assert error.__cause__ is not None
             # Guards the draining in wire._pour: what rank 1 had to send, it could.
-            assert dist.get_rank() == 0 or not isinstance(error.__cause__.__cause__, wire.FileTransferError)
+            assert dist.get_rank() == 0 or not isinstance(
+                error.__cause__.__cause__, transfer.FileTransferError
+            )
         else:
             raise AssertionError("nothing was raised")
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -179,11 +196,14 @@ def disk_full(folder: str) -> None:
             assert Path(folder, "kept", "model.safetensors").read_bytes() == before
         dist.barrier()
     with raises(ValueError if dist.get_rank() == 0 else RuntimeError, "keep must be"):
-        ema.save(f"{folder}/kept", keep=0, wait=False)  # what can be known at the call is said there
+        ema.save(
+            f"{folder}/kept", keep=0, wait=False
+        )  # what can be known at the call is said there
     ema.save(f"{folder}/kept", wait=False)
     ema.save(f"{folder}/last")
     assert (
-        Path(folder, "kept", "model.safetensors").read_bytes() == Path(folder, "last", "model.safetensors").read_bytes()
+        Path(folder, "kept", "model.safetensors").read_bytes()
+        == Path(folder, "last", "model.safetensors").read_bytes()
     )
     assert Path(folder, "kept", "model.safetensors").read_bytes() != before
 
@@ -194,15 +214,15 @@ def line_breaks(folder: str) -> None:
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
     ema.save(f"{folder}/a", mode="stream")
     assert ema._writer is not None
-    line, send = ema._writer._line, wire.FileTransferGroup.send
+    line, send = ema._writer._line, transfer.FileTransferGroup.send
     assert line is not None
     if dist.get_rank() == 0:
         line._patience = timedelta(seconds=1)
     else:
-        wire.FileTransferGroup.send = lambda *args: (time.sleep(3), send(*args))[1]  # type: ignore[method-assign]
+        transfer.FileTransferGroup.send = lambda *args: (time.sleep(3), send(*args))[1]  # type: ignore[method-assign]
     with raises(RuntimeError, "rank 1 broke off what it was sending"):
         ema.save(f"{folder}/b", mode="stream")
-    wire.FileTransferGroup.send = send  # type: ignore[method-assign]
+    transfer.FileTransferGroup.send = send  # type: ignore[method-assign]
     ema.save(f"{folder}/a", mode="stream")
     if dist.get_rank() == 0:
         assert os.listdir(folder) == ["a"]
@@ -227,7 +247,9 @@ def behind(folder: str) -> None:
     plain.save(f"{folder}/plain", wait=False)
     plain.update()
     plain.load(f"{folder}/plain")
-    assert all(torch.equal(value, want[name]) for name, value in load_file(f"{folder}/plain").items())
+    assert all(
+        torch.equal(value, want[name]) for name, value in load_file(f"{folder}/plain").items()
+    )
 
 
 def test_on_ranks(tmp_path: Path) -> None:
@@ -246,9 +268,9 @@ def dies(folder: str, victim: int, mode: Any, wait: bool) -> str:
             os.kill(os.getpid(), signal.SIGKILL)
 
         if mode == "direct" or victim == 0:
-            artifact._FileWriter.part = kill  # type: ignore[method-assign]
+            writer._FileWriter.part = kill  # type: ignore[method-assign]
         else:
-            wire.FileTransferGroup.send = kill  # type: ignore[method-assign]
+            transfer.FileTransferGroup.send = kill  # type: ignore[method-assign]
     ema.update()
     started = time.monotonic()
     try:
@@ -263,9 +285,19 @@ def dies(folder: str, victim: int, mode: Any, wait: bool) -> str:
 @pytest.mark.parametrize(
     ("victim", "mode", "wait", "words"),
     [
-        (1, "direct", False, "failed behind training: ema.save(): rank 1 gave no sign of life for 4 s"),
+        (
+            1,
+            "direct",
+            False,
+            "failed behind training: ema.save(): rank 1 gave no sign of life for 4 s",
+        ),
         (1, "stream", True, "rank 1 broke off what it was sending"),
-        (0, "stream", False, "failed behind training: ema.save(): rank 0 gave no sign of life for 4 s"),
+        (
+            0,
+            "stream",
+            False,
+            "failed behind training: ema.save(): rank 0 gave no sign of life for 4 s",
+        ),
     ],
 )
 def test_a_rank_dies(victim: int, mode: str, wait: bool, words: str, tmp_path: Path) -> None:
@@ -274,7 +306,7 @@ def test_a_rank_dies(victim: int, mode: str, wait: bool, words: str, tmp_path: P
     assert said.pop(victim) is None
     assert all(words in each for each in said), said
     assert whole(tmp_path / "kept")
-    assert format.read_meta(tmp_path / "kept")["clock"]["now"] == 0
+    assert manifest.read_meta(tmp_path / "kept")["clock"]["now"] == 0
     left = [name for name in os.listdir(tmp_path) if name != "kept"]
     assert len(left) == (victim == 0), "the first rank removes the temporary, if it lives"
     EMA(nn.Linear(2, 2), 0.5).save(tmp_path / "kept")
@@ -321,12 +353,16 @@ def test_the_end_of_the_program_waits(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environ, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path)], env=environ, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert not [line for text in said for line in text.splitlines() if "ema.save" in line], said
-    assert [rank.returncode for rank in ranks].count(0) > 0, said  # gloo aborts now and then in a normal exit
+    assert [rank.returncode for rank in ranks].count(0) > 0, (
+        said
+    )  # gloo aborts now and then in a normal exit
     assert whole(tmp_path / "last")
     assert sorted(os.listdir(tmp_path)) == ["average", "last", "port"]
 
@@ -342,7 +378,9 @@ def test_an_error_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     assert behind.finish() == ["remark"]
     assert behind.finish() == []
     behind.start("writing b", lambda: done.append(1) or [][1])  # type: ignore[func-returns-value]
-    with pytest.raises(RuntimeError, match="writing b failed behind training: list index out of range") as caught:
+    with pytest.raises(
+        RuntimeError, match="writing b failed behind training: list index out of range"
+    ) as caught:
         behind.finish()
     assert isinstance(caught.value.__cause__, IndexError)
     assert behind.finish() == []

@@ -17,18 +17,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_ema.kernels import ShadowPair, UpdatePlan
+from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "launch" / "bench.py")
-ENVIRON = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+ENVIRON = {
+    key: value
+    for key, value in os.environ.items()
+    if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+}
 ENVIRON |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def bench(*words: str) -> str:
     """Run the script; what it printed."""
     done = subprocess.run(
-        [sys.executable, SCRIPT, *words], env=ENVIRON, capture_output=True, text=True, timeout=180, cwd=ROOT
+        [sys.executable, SCRIPT, *words],
+        env=ENVIRON,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -46,10 +55,31 @@ def read(folder: Path) -> dict[str, Any]:
 def test_update(tmp_path: Path, dtype: str) -> None:
     """The bytes of every row, and ratios that follow from them; every fact that a reader needs to repeat the run."""
     said = bench(
-        "--model", "tiny", "--repeat", "2", "--no-peers", "--only", "update", "--dtype", dtype, "--out", str(tmp_path)
+        "--model",
+        "tiny",
+        "--repeat",
+        "2",
+        "--no-peers",
+        "--only",
+        "update",
+        "--dtype",
+        dtype,
+        "--out",
+        str(tmp_path),
     )
     result = read(tmp_path)
-    for key in ("command", "machine", "torch", "commit", "date", "load", "device", "passes", "model", "repeat"):
+    for key in (
+        "command",
+        "machine",
+        "torch",
+        "commit",
+        "date",
+        "load",
+        "device",
+        "passes",
+        "model",
+        "repeat",
+    ):
         assert result[key] not in ("", None), key
     assert result["command"] in said
     n, live = result["elements"], 4 if dtype == "float32" else 2
@@ -64,7 +94,17 @@ def test_update(tmp_path: Path, dtype: str) -> None:
 
 def test_several_averages(tmp_path: Path) -> None:
     """Live is read once, however many averages there are."""
-    words = ["--averages", "3", "--model", "tiny", "--repeat", "1", "--no-peers", "--only", "update"]
+    words = [
+        "--averages",
+        "3",
+        "--model",
+        "tiny",
+        "--repeat",
+        "1",
+        "--no-peers",
+        "--only",
+        "update",
+    ]
     bench(*words, "--out", str(tmp_path))
     result = read(tmp_path)
     (row,) = (row for row in result["update"] if "fp32 shadow" in row["name"])
@@ -76,7 +116,9 @@ def test_step(tmp_path: Path) -> None:
     assert [row["name"] for row in read(tmp_path)["step"]] == ["no average", "inline", "offloaded"]
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux"
+)
 def test_memory(tmp_path: Path) -> None:
     """One row per verb, and for two ranks under two wrappers that save in five ways. Nothing else is left in the folder."""
     bench("--model", "tiny", "--repeat", "1", "--only", "memory", "--out", str(tmp_path))

@@ -25,9 +25,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dist_ema import EMA, HalfLife, Power, cli, distcp, source
+from dist_ema import EMA, HalfLife, Power, cli
+from dist_ema.checkpoint.manifest import META
+from dist_ema.checkpoint.safetensors import INDEX
 from dist_ema.cli import main
-from dist_ema.format import INDEX, META
+from dist_ema.foreign import torch_dcp
+from dist_ema.offline import sources
 from dist_ema.offline.inspect import inspect
 from tests.fuzz import damaged
 from tests.kit import Call, Tied
@@ -54,9 +57,14 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ema.export(folder / "out", dtype=torch.bfloat16)
     ema.export(folder / "one.safetensors")
     (folder / "hf").mkdir()
-    save_file({f"layer.{i:02}.w": torch.ones(2, i) for i in range(30)}, folder / "hf" / "model.safetensors")
     save_file(
-        {"w": torch.ones(3).half(), "n": torch.tensor(3)}, folder / "lone.safetensors", {"format": "pt", "by": "them"}
+        {f"layer.{i:02}.w": torch.ones(2, i) for i in range(30)},
+        folder / "hf" / "model.safetensors",
+    )
+    save_file(
+        {"w": torch.ones(3).half(), "n": torch.tensor(3)},
+        folder / "lone.safetensors",
+        {"format": "pt", "by": "them"},
     )
     return folder
 
@@ -96,7 +104,10 @@ def test_saved(call: Call, shop: Path) -> None:
         ("in all", "weights 7, parameters 48, bytes 196"),
         ("F32", "weights 6, parameters 47, bytes 188"),
         ("I64", "weights 1, parameters 1, bytes 8"),
-        ("file", f"model.safetensors: {size} bytes, crc32 {meta['files']['model.safetensors']['crc32']}"),
+        (
+            "file",
+            f"model.safetensors: {size} bytes, crc32 {meta['files']['model.safetensors']['crc32']}",
+        ),
     ]
     assert [line.split() for line in out.split("\n\n")[2].splitlines()] == [
         ["weight", "dtype", "shape"],
@@ -115,7 +126,8 @@ def test_columns_line_up(call: Call, shop: Path) -> None:
     _, out, _ = call("inspect", shop / "ema")
     table = out.split("\n\n")[2].splitlines()
     places = {
-        next(line.index(f" {dtype} ") for dtype in ("dtype", "F32", "I64") if f" {dtype} " in line) for line in table
+        next(line.index(f" {dtype} ") for dtype in ("dtype", "F32", "I64") if f" {dtype} " in line)
+        for line in table
     }
     assert len(places) == 1
     assert out == "\n".join(line.rstrip() for line in out.split("\n"))
@@ -128,12 +140,17 @@ def test_other_kinds(call: Call, shop: Path) -> None:
         for name in ("sharded", "part", "out", "one.safetensors", "hf", "lone.safetensors")
     }
     assert {(code, err) for code, _, err in found.values()} == {(0, "")}
-    says = {name: (out.splitlines()[0].split(": ")[1], dict(facts(out))) for name, (_, out, _) in found.items()}
+    says = {
+        name: (out.splitlines()[0].split(": ")[1], dict(facts(out)))
+        for name, (_, out, _) in found.items()
+    }
     assert says["sharded"][0] == "an average to resume from (format 1)"
-    assert [value.split(":")[0] for word, value in facts(found["sharded"][1]) if word == "file"] == [
-        f"model-0000{i}-of-00002.safetensors" for i in (1, 2)
-    ]
-    assert says["part"][1]["averaged"] == "1 weights; frozen weights and buffers are not in the files"
+    assert [
+        value.split(":")[0] for word, value in facts(found["sharded"][1]) if word == "file"
+    ] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert (
+        says["part"][1]["averaged"] == "1 weights; frozen weights and buffers are not in the files"
+    )
     assert says["part"][1]["attach"] == "updated by hand"
     assert says["out"][0] == "a model to ship, exported by dist_ema (format 1)"
     assert says["out"][1]["BF16"] == "weights 6, parameters 47, bytes 94"
@@ -151,11 +168,14 @@ def test_not_started(call: Call, tmp_path: Path) -> None:
     ema = EMA(model)
     ema.attach(torch.optim.SGD(model.parameters(), 0.1), start=10)
     ema.save(tmp_path / "ema")
-    assert dict(facts(call("inspect", tmp_path / "ema")[1]))["clock"].endswith("updates 0, not started")
+    assert dict(facts(call("inspect", tmp_path / "ema")[1]))["clock"].endswith(
+        "updates 0, not started"
+    )
 
 
 @pytest.mark.parametrize(
-    ("asked", "shown"), [(None, 20), ("0", 0), ("3", 3), ("29", 29), ("30", 30), ("99", 30), ("all", 30)]
+    ("asked", "shown"),
+    [(None, 20), ("0", 0), ("3", 3), ("29", 29), ("30", 30), ("99", 30), ("all", 30)],
 )
 def test_weights(asked: str | None, shown: int, call: Call, shop: Path) -> None:
     """--weights N limits the table (20 if nothing is said), and what is left out is counted."""
@@ -171,7 +191,17 @@ def test_json(call: Call, shop: Path) -> None:
     code, out, err = call("inspect", shop / "sharded", "--json")
     values, meta = json.loads(out), json.loads((shop / "sharded" / META).read_text())
     assert (code, err, values["problems"]) == (0, "", [])
-    for key in ("format", "clock", "schedules", "attach", "rounding", "averaged", "own_buffers", "aliases", "files"):
+    for key in (
+        "format",
+        "clock",
+        "schedules",
+        "attach",
+        "rounding",
+        "averaged",
+        "own_buffers",
+        "aliases",
+        "files",
+    ):
         assert values[key] == meta[key], key
     assert (values["kind"], values["holds"], values["versions"]) == ("ema", "all", meta["versions"])
     assert values["total"] == {"weights": 7, "parameters": 48, "bytes": 196}
@@ -197,7 +227,13 @@ def copy(shop: Path, name: str, to: Path) -> Path:
     return to
 
 
-CLOCK = {"now": 1.0, "steps": 1, "updates": 1, "pending": 0.0, "started": True}  # without what was accepted
+CLOCK = {
+    "now": 1.0,
+    "steps": 1,
+    "updates": 1,
+    "pending": 0.0,
+    "started": True,
+}  # without what was accepted
 META_BREAKS: dict[str, tuple[dict[str, Any], str]] = {
     "a file that is not there": ({"files": {"gone.safetensors": {}}}, "gone.safetensors is listed"),
     "another size": ({"files": {"model.safetensors": {"size": 5}}}, "bytes, listed is {'size': 5}"),
@@ -230,7 +266,9 @@ def test_problems(what: str, call: Call, shop: Path, tmp_path: Path) -> None:
     code, out, err = call("inspect", folder)
     assert code == 1
     assert message in err
-    assert all(line.startswith(f"dist-ema: {folder}: ema.json is not sound: ") for line in err.splitlines())
+    assert all(
+        line.startswith(f"dist-ema: {folder}: ema.json is not sound: ") for line in err.splitlines()
+    )
     assert "emb.weight" in out  # what can be said is said
     code, out, _ = call("inspect", folder, "--json")
     assert code == 1
@@ -300,7 +338,10 @@ def test_unreadable(call: Call, shop: Path, tmp_path: Path) -> None:
         (("dissect", "a"), "invalid choice: 'dissect'"),
         (("--wrong",), "--wrong"),
         (("convert", "a", "b", "--max-shard-size", "much"), "max_shard_size must be"),
-        (("reconstruct", "a", "b", "--sigma-rel", "0.1", "--max-shard-size", "0"), "max_shard_size must be"),
+        (
+            ("reconstruct", "a", "b", "--sigma-rel", "0.1", "--max-shard-size", "0"),
+            "max_shard_size must be",
+        ),
     ],
 )
 def test_wrong_usage(arguments: tuple[str, ...], message: str, call: Call) -> None:
@@ -313,14 +354,18 @@ def test_wrong_usage(arguments: tuple[str, ...], message: str, call: Call) -> No
 def test_names_cannot_write_to_the_terminal(call: Call, tmp_path: Path) -> None:
     """Control characters in names of a file are shown as escapes."""
     names = ["clear\x1b[2J", "two\nlines", "\u202eback"]
-    text = json.dumps({name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
+    text = json.dumps(
+        {name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for name in names}
+    ).encode()
     (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
     code, out, _ = call("inspect", tmp_path / "a.safetensors")
     assert code == 0
     for shown in ("clear\\x1b[2J", "two\\nlines", "\\u202eback"):
         assert shown in out
     assert "\x1b" not in out
-    assert set(json.loads(call("inspect", tmp_path / "a.safetensors", "--json")[1])["weights"]) == set(names)
+    assert set(
+        json.loads(call("inspect", tmp_path / "a.safetensors", "--json")[1])["weights"]
+    ) == set(names)
 
 
 def test_deep_extra(call: Call, shop: Path, tmp_path: Path) -> None:
@@ -330,7 +375,9 @@ def test_deep_extra(call: Call, shop: Path, tmp_path: Path) -> None:
     codes = set()
     for depth in (*range(700, 1000, 25), 5000):
         deep = '{"a":' * depth + "1" + "}" * depth
-        (folder / META).write_text(json.dumps(meta | {"extra": 0}).replace('"extra": 0', f'"extra": {deep}'))
+        (folder / META).write_text(
+            json.dumps(meta | {"extra": 0}).replace('"extra": 0', f'"extra": {deep}')
+        )
         codes.add(call("inspect", folder, "--json")[0])
     assert codes == {0, 1}
 
@@ -348,7 +395,11 @@ BESIDES = {"doctor"}  # runs processes, and has a test of its own
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """Every verb's parser."""
-    (verbs,) = [action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    (verbs,) = [
+        action
+        for action in cli._parser()._actions
+        if isinstance(action, argparse._SubParsersAction)
+    ]
     return dict(verbs.choices)
 
 
@@ -356,11 +407,16 @@ def arguments(rng: random.Random, verb: str, paths: list[str]) -> tuple[list[str
     """A random argument list for a verb, and which of its words may be written to."""
     line, targets = [verb], []
     for action in parsers()[verb]._actions:
-        if isinstance(action, argparse._HelpAction) or (action.option_strings and rng.random() < 0.6):
+        if isinstance(action, argparse._HelpAction) or (
+            action.option_strings and rng.random() < 0.6
+        ):
             continue
         line += rng.sample(action.option_strings, 1) if action.option_strings else []
         if action.nargs != 0:
-            words = [rng.choice(paths if rng.random() < 0.7 else NONSENSE) for _ in range(rng.choice([1, 1, 1, 2]))]
+            words = [
+                rng.choice(paths if rng.random() < 0.7 else NONSENSE)
+                for _ in range(rng.choice([1, 1, 1, 2]))
+            ]
             words = words if action.nargs in ("+", "*") else words[:1]
             targets += words if action.dest == "out" or "PNG" in str(action.metavar) else []
             line += words
@@ -373,24 +429,37 @@ def tree(folder: Path) -> dict[Path, bytes | str | None]:
     """Everything in a folder: the content of files, where links lead, None for folders."""
     found: dict[Path, bytes | str | None] = {}
     for path in folder.rglob("*"):
-        found[path] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        found[path] = (
+            os.readlink(path)
+            if path.is_symlink()
+            else path.read_bytes()
+            if path.is_file()
+            else None
+        )
     return found
 
 
 def written(before: dict[Path, Any], folder: Path, targets: list[str]) -> list[Path]:
     """What changed outside the targets. Folders on the way to a target may appear."""
     after = tree(folder)
-    real = [Path(os.path.realpath(target)) for target in targets if "\0" not in target and "\ud800" not in target]
+    real = [
+        Path(os.path.realpath(target))
+        for target in targets
+        if "\0" not in target and "\ud800" not in target
+    ]
     changed = [path for path in {*before, *after} if before.get(path, 0) != after.get(path, 0)]
     may = {path for target in real for path in (target, *target.parents)}
     return [
         path
         for path in changed
-        if path not in may and not any(target in path.parents for target in real if target != folder)
+        if path not in may
+        and not any(target in path.parents for target in real if target != folder)
     ]
 
 
-def test_random_arguments(call: Call, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_arguments(
+    call: Call, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """100 random argument lists over all verbs: never a traceback, exit code 0, 1 or 2, never a write outside OUT."""
     rng, codes, home = random.Random(20), Counter[int](), tmp_path / "home"
     for i in range(100):
@@ -414,8 +483,17 @@ def test_random_arguments(call: Call, shop: Path, tmp_path: Path, monkeypatch: p
         code, _, err = call(*line)
         assert code in (0, 1, 2), (i, line)
         assert "Traceback" not in err, (i, line)
-        assert (err != "") == (code == 2) or code == 1 or line[0] == "diff" or "--help" in line, (i, line, code, err)
-        outside = [path for path in written(before, home, targets) if not ("--seal" in line and path.name == META)]
+        assert (err != "") == (code == 2) or code == 1 or line[0] == "diff" or "--help" in line, (
+            i,
+            line,
+            code,
+            err,
+        )
+        outside = [
+            path
+            for path in written(before, home, targets)
+            if not ("--seal" in line and path.name == META)
+        ]
         assert outside == [], (i, line)
         codes[code] += 1
     assert min(codes[code] for code in (0, 1, 2)) >= 5, codes
@@ -423,7 +501,11 @@ def test_random_arguments(call: Call, shop: Path, tmp_path: Path, monkeypatch: p
 
 def links_followed(folder: Path) -> dict[str, bytes]:
     """What a reader finds under each name; a pipe or a device is as good as nothing."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("seed", [11, 12])
@@ -462,9 +544,14 @@ def test_never_imports_torch(shop: Path, tmp_path: Path) -> None:
     Nor is numpy (0.1 s) before a verb has work for it.
     """
     lines = [
-        [verb, str(shop / name)] for verb in ("inspect", "verify") for name in ("ema", "out", "hf", "lone.safetensors")
+        [verb, str(shop / name)]
+        for verb in ("inspect", "verify")
+        for name in ("ema", "out", "hf", "lone.safetensors")
     ]
-    lines += [["diff", str(shop / "ema"), str(shop / "ema")], ["export", str(shop / "ema"), str(tmp_path / "new")]]
+    lines += [
+        ["diff", str(shop / "ema"), str(shop / "ema")],
+        ["export", str(shop / "ema"), str(tmp_path / "new")],
+    ]
     code = (
         f"import sys; from dist_ema import cli; cli._parser(); early = 'numpy' in sys.modules\n"
         f"codes = [cli.main(line) for line in {lines}]\n"
@@ -479,10 +566,16 @@ def test_inspect_is_light(tmp_path: Path) -> None:
 
     NOTE: no seconds are asserted, because machines differ; modules and what they cost do not.
     """
-    save_file({f"layers.{i}.weight": torch.ones(2) for i in range(1000)}, path := tmp_path / "a.safetensors")
+    save_file(
+        {f"layers.{i}.weight": torch.ones(2) for i in range(1000)},
+        path := tmp_path / "a.safetensors",
+    )
     code = "import sys; from dist_ema.cli import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run(
-        [sys.executable, "-c", code, "inspect", str(path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, "inspect", str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "weights 1,000, parameters 2,000" in done.stdout
     heavy = {
@@ -530,11 +623,13 @@ def test_several_averages(call: Call, tmp_path: Path) -> None:
     assert (code, "it names 1 schedules for 2 averages" in err) == (1, True)
 
 
-def test_another_source(call: Call, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_source(
+    call: Call, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A folder of another form is shown as whatever `source.open_model` makes of it."""
     (tmp_path / "dcp").mkdir()
-    (tmp_path / "dcp" / distcp.META).touch()
-    there = source.open_model(shop / "one.safetensors")
+    (tmp_path / "dcp" / torch_dcp.META).touch()
+    there = sources.open_model(shop / "one.safetensors")
     monkeypatch.setattr("dist_ema.offline.inspect.open_model", lambda path: there)
     code, out, err = call("inspect", tmp_path / "dcp")
     assert (code, err) == (0, "")
@@ -559,7 +654,9 @@ def test_console_script() -> None:
 def test_ascii_terminal(tmp_path: Path) -> None:
     """A terminal that cannot show a name gets an escape, not a UnicodeEncodeError."""
     save_file({"größe": torch.ones(1)}, tmp_path / "a.safetensors")
-    code, out, err = command("inspect", tmp_path / "a.safetensors", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    code, out, err = command(
+        "inspect", tmp_path / "a.safetensors", env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
     assert (code, err) == (0, "")
     assert "gr\\xf6\\xdfe" in out
 
@@ -585,12 +682,19 @@ def test_full(shop: Path) -> None:
 
 def test_closed(shop: Path) -> None:
     """`dist-ema ... >&-` and `2>&-`: the same exit code and no traceback; what goes to the other is the same."""
-    for verb, path, code in (("inspect", "ema", 0), ("verify", "ema", 0), ("inspect", "nothing", 2)):
+    for verb, path, code in (
+        ("inspect", "ema", 0),
+        ("verify", "ema", 0),
+        ("inspect", "nothing", 2),
+    ):
         line = [sys.executable, "-m", "dist_ema", verb, str(shop / path)]
         open_out, open_err = command(verb, shop / path)[1:]
         for closed, wanted in ((">&-", ("", open_err)), ("2>&-", (open_out, ""))):
             done = subprocess.run(
-                ["sh", "-c", f'"$@" {closed}', "sh", *line], capture_output=True, text=True, timeout=60
+                ["sh", "-c", f'"$@" {closed}', "sh", *line],
+                capture_output=True,
+                text=True,
+                timeout=60,
             )
             assert (done.returncode, done.stdout, done.stderr) == (code, *wanted), (verb, closed)
 

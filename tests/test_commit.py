@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_ema import commit
+from dist_ema.checkpoint import atomic
 
 KINDS = ["folder", "file"]
 
@@ -53,7 +53,7 @@ def names(folder: Path) -> list[str]:
 
 def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without RENAME_EXCHANGE."""
-    monkeypatch.setattr(commit, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
@@ -72,7 +72,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
 
         monkeypatch.setattr(module, name, call)
 
-    for module, name in ((os, "rename"), (os, "fsync"), (shutil, "rmtree"), (commit, "_exchange")):
+    for module, name in ((os, "rename"), (os, "fsync"), (shutil, "rmtree"), (atomic, "_exchange")):
         patch(module, name)
     return lambda: count
 
@@ -84,7 +84,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
 def test_new_path(kind: str, tmp_path: Path) -> None:
     """To a path that does not exist: one rename, nothing left over."""
     path = tmp_path / "ema-1"
-    commit.publish(make(commit.temporary_sibling(path), kind, "new"), path)
+    atomic.publish(make(atomic.temporary_sibling(path), kind, "new"), path)
     assert (read(path), names(tmp_path)) == ("new", ["ema-1"])
 
 
@@ -92,13 +92,17 @@ def test_new_path(kind: str, tmp_path: Path) -> None:
 def test_exchange(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over an existing path: exchanged by one call, with no moment at which nothing stands there."""
     a, b = make(tmp_path / "a", "file", "a"), make(tmp_path / "b", "file", "b")
-    if not commit._exchange(a, b):
+    if not atomic._exchange(a, b):
         pytest.skip("this file system has no RENAME_EXCHANGE")
     assert (read(a), read(b)) == ("b", "a")
-    path = make(tmp_path / "run" / "ema", "folder", "old") if kind == "folder" else make(tmp_path / "ema", kind, "old")
-    new = make(commit.temporary_sibling(path), kind, "new")
+    path = (
+        make(tmp_path / "run" / "ema", "folder", "old")
+        if kind == "folder"
+        else make(tmp_path / "ema", kind, "old")
+    )
+    new = make(atomic.temporary_sibling(path), kind, "new")
     monkeypatch.setattr(os, "rename", None)  # two renames would raise
-    commit.publish(new, path)
+    atomic.publish(new, path)
     assert read(path) == "new"
     assert [name for name in names(path.parent) if name.startswith(".")] == []
 
@@ -107,7 +111,7 @@ def test_exchange_says_what_failed(tmp_path: Path) -> None:
     """An error that is no missing support is raised with the path, not taken for one."""
     a = make(tmp_path / "a", "file", "a")
     with pytest.raises(FileNotFoundError, match="missing"):
-        commit._exchange(a, tmp_path / "missing")
+        atomic._exchange(a, tmp_path / "missing")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,7 +119,7 @@ def test_two_renames(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Without RENAME_EXCHANGE: the old aside, the new in, the old removed."""
     no_exchange(monkeypatch)
     path = make(tmp_path / "ema", kind, "old")
-    commit.publish(make(commit.temporary_sibling(path), kind, "new"), path)
+    atomic.publish(make(atomic.temporary_sibling(path), kind, "new"), path)
     assert (read(path), names(tmp_path)) == ("new", ["ema"])
 
 
@@ -127,7 +131,7 @@ def test_another_kind(exchange: bool, tmp_path: Path, monkeypatch: pytest.Monkey
     target = make(tmp_path / "target", "folder", "kept")
     (tmp_path / "link").symlink_to(target)
     for path in (make(tmp_path / "ema", "file", "old"), tmp_path / "link"):
-        commit.publish(make(commit.temporary_sibling(path), "folder", "new"), path)
+        atomic.publish(make(atomic.temporary_sibling(path), "folder", "new"), path)
         assert read(path) == "new"
     assert names(tmp_path) == ["ema", "link", "target"]
     assert read(target) == "kept"
@@ -137,14 +141,16 @@ def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bare name in the working folder: its parent is `.`"""
     monkeypatch.chdir(tmp_path)
     for text in ("old", "new"):
-        commit.publish(make(commit.temporary_sibling(Path("ema")), "folder", text), Path("ema"))
-        commit.recover(Path("ema"))
-        commit.remove_leftovers(Path("ema"))
+        atomic.publish(make(atomic.temporary_sibling(Path("ema")), "folder", text), Path("ema"))
+        atomic.recover(Path("ema"))
+        atomic.remove_leftovers(Path("ema"))
     assert (read(Path("ema")), names(tmp_path)) == ("new", ["ema"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_second_rename_fails(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_rename_fails(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The old version is back at once, for readers that know nothing of `recover`."""
     path, real, calls = make(tmp_path / "ema", kind, "old"), os.rename, []
 
@@ -154,11 +160,11 @@ def test_the_second_rename_fails(kind: str, tmp_path: Path, monkeypatch: pytest.
             raise OSError(errno.EIO, "second rename")
         real(a, b)
 
-    new = make(commit.temporary_sibling(path), kind, "new")
+    new = make(atomic.temporary_sibling(path), kind, "new")
     no_exchange(monkeypatch)
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(OSError, match="second rename"):
-        commit.publish(new, path)
+        atomic.publish(new, path)
     assert (read(path), read(new), len(names(tmp_path))) == ("old", "new", 2)
 
 
@@ -167,7 +173,9 @@ def test_the_second_rename_fails(kind: str, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("exchange", [True, False])
-def test_killed_at_any_step(kind: str, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_any_step(
+    kind: str, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Interrupted at any rename, fsync or removal: after `recover` the old or the new stands there, whole; then nothing
     is left over. Recovery itself is interrupted at every step too."""
     seen = set()
@@ -176,20 +184,20 @@ def test_killed_at_any_step(kind: str, exchange: bool, tmp_path: Path, monkeypat
             folder = tmp_path / f"{step}-{again}"
             folder.mkdir()
             path = make(folder / "ema", kind, "old")
-            new = make(commit.temporary_sibling(path), kind, "new")
+            new = make(atomic.temporary_sibling(path), kind, "new")
             with monkeypatch.context() as patch:
                 if not exchange:
                     no_exchange(patch)
                 calls = kill_at(patch, step)
-                killed = _runs_into_death(lambda: commit.publish(new, path))  # noqa: B023
+                killed = _runs_into_death(lambda: atomic.publish(new, path))  # noqa: B023
                 assert killed == (calls() > step)
             with monkeypatch.context() as patch:
                 kill_at(patch, again)
-                _runs_into_death(lambda: commit.recover(path))  # noqa: B023
-            commit.recover(path)
+                _runs_into_death(lambda: atomic.recover(path))  # noqa: B023
+            atomic.recover(path)
             seen.add(read(path))
             assert killed or read(path) == "new"
-            commit.remove_leftovers(path)
+            atomic.remove_leftovers(path)
             assert names(folder) == ["ema"]
         if not killed:
             break
@@ -210,7 +218,7 @@ def _runs_into_death(work: Callable[[], None]) -> bool:
 def test_recover_finishes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut short between the two renames: the complete new version is put in, the old one removed."""
     path = _cut_between_renames(tmp_path, kind, "ema", monkeypatch)
-    commit.recover(path)
+    atomic.recover(path)
     assert (read(path), names(tmp_path)) == ("new", ["ema"])
 
 
@@ -220,13 +228,15 @@ def test_recover_undoes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = _cut_between_renames(tmp_path, kind, "ema", monkeypatch)
     for new in tmp_path.glob(".ema.tmp-*"):
         shutil.rmtree(new) if new.is_dir() else new.unlink()
-    commit.recover(path)
+    atomic.recover(path)
     assert (read(path), names(tmp_path)) == ("old", ["ema"])
 
 
-def _cut_between_renames(folder: Path, kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+def _cut_between_renames(
+    folder: Path, kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     path = make(folder / name, kind, "old")
-    new = make(commit.temporary_sibling(path), kind, "new")
+    new = make(atomic.temporary_sibling(path), kind, "new")
     renames, real = [], os.rename
 
     def once(a: Path, b: Path) -> None:
@@ -239,7 +249,7 @@ def _cut_between_renames(folder: Path, kind: str, name: str, monkeypatch: pytest
         no_exchange(patch)
         patch.setattr(os, "rename", once)
         with pytest.raises(Killed):
-            commit.publish(new, path)
+            atomic.publish(new, path)
     assert not path.exists()
     return path
 
@@ -248,8 +258,8 @@ def _cut_between_renames(folder: Path, kind: str, name: str, monkeypatch: pytest
 def test_recover_of_nothing(kind: str, tmp_path: Path) -> None:
     """Nothing was interrupted: nothing changes, and a path that never was is not made."""
     path = make(tmp_path / "ema", kind, "here")
-    commit.recover(path)
-    commit.recover(tmp_path / "never")
+    atomic.recover(path)
+    atomic.recover(tmp_path / "never")
     assert (read(path), names(tmp_path)) == ("here", ["ema"])
 
 
@@ -257,24 +267,36 @@ def test_recover_of_nothing(kind: str, tmp_path: Path) -> None:
 def test_reader_comes_between(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that recovers between the writer's two renames finishes for the writer, who must not fail for it."""
     path = make(tmp_path / "ema", kind, "old")
-    new = make(commit.temporary_sibling(path), kind, "new")
+    new = make(atomic.temporary_sibling(path), kind, "new")
     real, busy = os.rename, []
 
     def rename(a: Path, b: Path) -> None:
         real(a, b)
         if not busy:
             busy.append(a)
-            commit.recover(path)
+            atomic.recover(path)
 
     no_exchange(monkeypatch)
     monkeypatch.setattr(os, "rename", rename)
-    commit.publish(new, path)
+    atomic.publish(new, path)
     assert (read(path), names(tmp_path)) == ("new", ["ema"])
 
 
 # --- leftovers ---------------------------------------------------------------------------------------------------
 
-AWKWARD = ["ema", "ema[1]", "e*a", "e?a", "[!x]", "ema]", "a b", "é", ".hidden", "ema.tmp-1", "ema.old-1"]
+AWKWARD = [
+    "ema",
+    "ema[1]",
+    "e*a",
+    "e?a",
+    "[!x]",
+    "ema]",
+    "a b",
+    "é",
+    ".hidden",
+    "ema.tmp-1",
+    "ema.old-1",
+]
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -282,30 +304,32 @@ def test_sweep_takes_its_own(name: str, tmp_path: Path) -> None:
     """sweep removes what died writers of this name left, whatever characters are in it, and of no other name."""
     others = ["ema1", "exa", "x", "ema", "ema.tmp", "emaX", *AWKWARD]
     for other in {*others} - {name}:
-        make(commit.temporary_sibling(tmp_path / other), "folder", "theirs")
+        make(atomic.temporary_sibling(tmp_path / other), "folder", "theirs")
     before = names(tmp_path)
-    make(commit.temporary_sibling(tmp_path / name), "folder", "mine")
-    make(commit.temporary_sibling(tmp_path / name), "file", "mine")
-    commit.remove_leftovers(tmp_path / name)
+    make(atomic.temporary_sibling(tmp_path / name), "folder", "mine")
+    make(atomic.temporary_sibling(tmp_path / name), "file", "mine")
+    atomic.remove_leftovers(tmp_path / name)
     assert names(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", AWKWARD)
 @pytest.mark.parametrize("kind", KINDS)
-def test_recover_takes_its_own(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recover_takes_its_own(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """recover finishes what was interrupted under this name, and under no other."""
     path = _cut_between_renames(tmp_path, kind, name, monkeypatch)
     before = names(tmp_path)
     for other in {*AWKWARD, "exa", "ema1"} - {name}:
-        commit.recover(tmp_path / other)
+        atomic.recover(tmp_path / other)
     assert names(tmp_path) == before
-    commit.recover(path)
+    atomic.recover(path)
     assert (read(path), names(tmp_path)) == ("new", [name])
 
 
 def test_temporary(tmp_path: Path) -> None:
     """A hidden sibling, on the same file system, another one each time."""
-    found = {commit.temporary_sibling(tmp_path / "ema") for _ in range(50)}
+    found = {atomic.temporary_sibling(tmp_path / "ema") for _ in range(50)}
     assert len(found) == 50
     assert {path.parent for path in found} == {tmp_path}
     assert all(path.name.startswith(".ema.tmp-") for path in found)
@@ -314,14 +338,16 @@ def test_temporary(tmp_path: Path) -> None:
 def test_ensure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every new folder is on disk before anything lies in it: the one above it is synced, once."""
     real, synced = os.fsync, []
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1])
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1]
+    )
     for _ in range(2):
-        commit.ensure(tmp_path / "a" / "b" / "c")
+        atomic.ensure(tmp_path / "a" / "b" / "c")
     assert synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "x"):
         with pytest.raises(FileExistsError, match="file"):
-            commit.ensure(path)
+            atomic.ensure(path)
 
 
 # --- bytes -------------------------------------------------------------------------------------------------------
@@ -332,7 +358,7 @@ def test_reserve(size: int, tmp_path: Path) -> None:
     """The file has its full size at once, on disk, and reads as zeros."""
     path = tmp_path / "a"
     with open(path, "wb") as file:
-        commit.reserve(file.fileno(), size)
+        atomic.reserve(file.fileno(), size)
     assert path.read_bytes() == bytes(size)
     assert os.stat(path).st_blocks * 512 >= size
 
@@ -340,19 +366,23 @@ def test_reserve(size: int, tmp_path: Path) -> None:
 def test_reserve_finds_a_full_disk(tmp_path: Path) -> None:
     """What does not fit is found before anything is written: here a limit on the size of files, a real EFBIG."""
     code = (
-        "import os, resource, sys; from dist_ema import commit\n"
+        "import os, resource, sys; from dist_ema.checkpoint import atomic\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
         "fd = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)\n"
-        "commit.reserve(fd, 1 << 16)\n"
-        "try:\n    commit.reserve(fd, (1 << 16) + 1)\n"
+        "atomic.reserve(fd, 1 << 16)\n"
+        "try:\n    atomic.reserve(fd, (1 << 16) + 1)\n"
         "except OSError as error:\n    print(error.errno, os.fstat(fd).st_size)"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.split() == [str(errno.EFBIG), str(1 << 16)]
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])
-def test_reserve_where_it_cannot(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reserve_where_it_cannot(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file system that cannot reserve still gets a file of the right size."""
 
     def cannot(*_: Any) -> None:
@@ -360,7 +390,7 @@ def test_reserve_where_it_cannot(code: int, tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "posix_fallocate", cannot)
     with open(tmp_path / "a", "wb") as file:
-        commit.reserve(file.fileno(), 77)
+        atomic.reserve(file.fileno(), 77)
     assert (tmp_path / "a").stat().st_size == 77
 
 
@@ -373,7 +403,7 @@ def test_reserve_passes_on(code: int, tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with open(tmp_path / "a", "wb") as file, pytest.raises(OSError) as caught:  # noqa: PT011
-        commit.reserve(file.fileno(), 77)
+        atomic.reserve(file.fileno(), 77)
     assert caught.value.errno == code
 
 
@@ -387,10 +417,12 @@ def test_write_loops(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return real(fd, data[:most], offset)
 
     monkeypatch.setattr(os, "pwrite", short)
-    numbers = np.random.default_rng(0).standard_normal(25).astype(np.float32)  # a view that counts elements, not bytes
+    numbers = (
+        np.random.default_rng(0).standard_normal(25).astype(np.float32)
+    )  # a view that counts elements, not bytes
     with open(tmp_path / "a", "wb") as file:
-        commit.reserve(file.fileno(), 120)
-        commit.write_at(file.fileno(), memoryview(numbers), 10)
+        atomic.reserve(file.fileno(), 120)
+        atomic.write_at(file.fileno(), memoryview(numbers), 10)
     assert (tmp_path / "a").read_bytes() == bytes(10) + numbers.tobytes() + bytes(10)
     assert len(calls) == -(-100 // most)
 
@@ -398,9 +430,9 @@ def test_write_loops(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_write_in_any_order(tmp_path: Path) -> None:
     """Ranks write their parts in their own order; nothing is nothing."""
     with open(tmp_path / "a", "wb") as file:
-        commit.write_at(file.fileno(), b"weights", 4)
-        commit.write_at(file.fileno(), b"head", 0)
-        commit.write_at(file.fileno(), b"", 2)
+        atomic.write_at(file.fileno(), b"weights", 4)
+        atomic.write_at(file.fileno(), b"head", 0)
+        atomic.write_at(file.fileno(), b"", 2)
     assert (tmp_path / "a").read_bytes() == b"headweights"
 
 
@@ -414,9 +446,9 @@ def test_windows_go_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         real(fd, begin, n, advice)
 
     monkeypatch.setattr(os, "posix_fadvise", spy)
-    monkeypatch.setattr(commit, "WINDOW", 1000)
+    monkeypatch.setattr(atomic, "WINDOW", 1000)
     (tmp_path / "a").touch()
-    target, data = commit.Target(tmp_path / "a"), bytes(range(250)) * 20
+    target, data = atomic.Target(tmp_path / "a"), bytes(range(250)) * 20
     for at in (600, 0, 1200, 1800, 2400, 3000, 3600, 4200, 4800):
         target.write(memoryview(data)[at : at + 600], at)
     target.sync()

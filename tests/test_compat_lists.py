@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema import EMA, shards
+from dist_ema import EMA
+from dist_ema.averaging.engines import HostThread
 from dist_ema.compat import contrib, diffusers, ldm, shadow, torch_ema
-from dist_ema.compat.listed import put_back, source
-from dist_ema.engine import HostThread
+from dist_ema.compat._parameter_list import put_back, source
+from dist_ema.sharding import wrappers
 from tests.kit import Collectives, Net, Oracle, Training, raises, run_ranks, same, snapshot, wrap
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -36,16 +37,23 @@ SEQUENCES = 200
 class Odd(nn.Module):
     """Tied weights, a frozen one, a 0-dim one, an integer one, a channels_last one, BatchNorm; dtypes by chance."""
 
-    def __init__(self, pick: random.Random, dtype: torch.dtype | None = None, codes: bool = True) -> None:
+    def __init__(
+        self, pick: random.Random, dtype: torch.dtype | None = None, codes: bool = True
+    ) -> None:
         super().__init__()
         dtypes = [dtype or pick.choice([F32, F32, F64, BF16]) for _ in range(3)]
-        self.a, self.b = nn.Linear(3, 4, dtype=dtypes[0]), nn.Linear(4, 3, bias=False, dtype=dtypes[0])
+        self.a, self.b = (
+            nn.Linear(3, 4, dtype=dtypes[0]),
+            nn.Linear(4, 3, bias=False, dtype=dtypes[0]),
+        )
         self.tied = self.a if pick.random() < 0.5 else self.b
         self.conv = nn.Conv2d(2, 3, 3, dtype=dtypes[1]).to(memory_format=torch.channels_last)
         self.scale = nn.Parameter(torch.tensor(0.7, dtype=dtypes[2]))
         if codes:
             self.codes = nn.Parameter(torch.arange(5), requires_grad=False)
-        self.frozen = nn.Parameter(torch.randn(3, dtype=dtypes[2]), requires_grad=pick.random() < 0.5)
+        self.frozen = nn.Parameter(
+            torch.randn(3, dtype=dtypes[2]), requires_grad=pick.random() < 0.5
+        )
         self.norm = nn.BatchNorm1d(3)
 
 
@@ -55,7 +63,9 @@ def move(models: list[nn.Module], seed: int) -> None:
         noise = 0.1 * torch.randn(200, generator=torch.Generator().manual_seed(seed), dtype=F64)
         with torch.no_grad():
             for tensor in [*model.parameters(), *model.buffers()]:
-                if tensor.requires_grad or (tensor.is_floating_point() and not isinstance(tensor, nn.Parameter)):
+                if tensor.requires_grad or (
+                    tensor.is_floating_point() and not isinstance(tensor, nn.Parameter)
+                ):
                     part, noise = noise[: tensor.numel()], noise[tensor.numel() :]
                     tensor += part.view(tensor.shape)
                 elif not isinstance(tensor, nn.Parameter):
@@ -66,10 +76,19 @@ def near(ours: Any, theirs: Any) -> bool:
     """Equal to 1e-6; to a bfloat16 step, where a weight of that dtype took the value."""
     pairs = list(zip(ours, theirs, strict=True))
     for narrow in (True, False):
-        mine = [(a.reshape(-1), b.reshape(-1)) for a, b in pairs if (BF16 in (a.dtype, b.dtype)) == narrow]
+        mine = [
+            (a.reshape(-1), b.reshape(-1))
+            for a, b in pairs
+            if (BF16 in (a.dtype, b.dtype)) == narrow
+        ]
         if mine:
-            a, b = (torch.cat([each.detach().double() for each in side]) for side in zip(*mine, strict=True))
-            if not torch.allclose(a, b, rtol=1e-2 if narrow else 1e-6, atol=1e-2 if narrow else 1e-6):
+            a, b = (
+                torch.cat([each.detach().double() for each in side])
+                for side in zip(*mine, strict=True)
+            )
+            if not torch.allclose(
+                a, b, rtol=1e-2 if narrow else 1e-6, atol=1e-2 if narrow else 1e-6
+            ):
                 return False
     return all(a.shape == b.shape for a, b in pairs)
 
@@ -107,7 +126,9 @@ class Play:
         for ema in (self.theirs, self.ours):
             ema.to(dtype=F64)
 
-    def run(self, calls: list[Callable[[], None]], check: Callable[[], None], length: int = 8) -> None:
+    def run(
+        self, calls: list[Callable[[], None]], check: Callable[[], None], length: int = 8
+    ) -> None:
         for _ in range(length):
             self.move()
             self.pick.choice(calls)()
@@ -128,7 +149,8 @@ class TorchEma(Play):
 
         ema = ExponentialMovingAverage(model.parameters(), self.decay, self.counts)
         ema.shadow_params = [
-            shadow.to(self.wide()) if shadow.is_floating_point() else shadow for shadow in ema.shadow_params
+            shadow.to(self.wide()) if shadow.is_floating_point() else shadow
+            for shadow in ema.shadow_params
         ]
         return ema  # NOTE: of what is to be compared, that is the one difference: bfloat16 shadows stall
 
@@ -162,7 +184,9 @@ class TorchEma(Play):
         self.move()
         self.theirs.restore()
         self.ours.restore()
-        floats = [i for i, parameter in enumerate(self.mine.parameters()) if parameter.is_floating_point()]
+        floats = [
+            i for i, parameter in enumerate(self.mine.parameters()) if parameter.is_floating_point()
+        ]
         after = [*self.mine.parameters()]
         assert near(
             [after[i] for i in floats],
@@ -185,23 +209,40 @@ class TorchEma(Play):
             self.theirs.collected_params
         )  # with graphs, so that the original cannot load what it saved after a store()
         self.theirs.collected_params = kept and [tensor.detach() for tensor in kept]
-        state, theirs = copy.deepcopy(self.ours.state_dict()), copy.deepcopy(self.theirs.state_dict())
+        state, theirs = (
+            copy.deepcopy(self.ours.state_dict()),
+            copy.deepcopy(self.theirs.state_dict()),
+        )
         assert state.keys() == theirs.keys()
         self.theirs, self.ours = self.originals(self.its), self.dropins(self.mine)
         self.theirs.load_state_dict(theirs)
-        self.theirs.shadow_params = [t.to(self.wide()) if t.is_floating_point() else t for t in theirs["shadow_params"]]
+        self.theirs.shadow_params = [
+            t.to(self.wide()) if t.is_floating_point() else t for t in theirs["shadow_params"]
+        ]
         self.ours.load_state_dict(state if self.pick.random() < 0.5 else theirs)
 
     def check(self) -> None:
         assert near(self.ours.shadow_params, self.theirs.shadow_params)
-        assert (self.ours.num_updates, self.ours.decay) == (self.theirs.num_updates, self.theirs.decay)
-        assert [t.shape for t in self.ours.shadow_params] == [t.shape for t in self.theirs.shadow_params]
+        assert (self.ours.num_updates, self.ours.decay) == (
+            self.theirs.num_updates,
+            self.theirs.decay,
+        )
+        assert [t.shape for t in self.ours.shadow_params] == [
+            t.shape for t in self.theirs.shadow_params
+        ]
 
 
 def test_torch_ema() -> None:
     for seed in range(SEQUENCES):
         play = TorchEma(seed)
-        calls = [play.update] * 4 + [play.evaluate, play.borrow, play.hand_over, play.resume, play.cast, play.freeze]
+        calls = [play.update] * 4 + [
+            play.evaluate,
+            play.borrow,
+            play.hand_over,
+            play.resume,
+            play.cast,
+            play.freeze,
+        ]
         play.run(calls, play.check)
 
 
@@ -236,7 +277,10 @@ def test_torch_ema_differs() -> None:
             ours.state_dict() | {"shadow_params": [before[0] + 1, torch.ones(4)]},
             r"1 is \(4,\), and \(3,\) in the model",
         ),
-        (ours.state_dict() | {"collected_params": before[:1]}, "collected_params and shadow_params differ in number"),
+        (
+            ours.state_dict() | {"collected_params": before[:1]},
+            "collected_params and shadow_params differ in number",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             ours.load_state_dict(state)
@@ -274,7 +318,9 @@ class Diffusers(Play):
         from diffusers.training_utils import EMAModel
 
         ema = EMAModel(self.its.parameters(), **self.settings)
-        ema.to(dtype=F64 if any(parameter.dtype == F64 for parameter in self.its.parameters()) else F32)
+        ema.to(
+            dtype=F64 if any(parameter.dtype == F64 for parameter in self.its.parameters()) else F32
+        )
         return ema
 
     def dropins(self) -> diffusers.EMAModel:
@@ -308,8 +354,14 @@ class Diffusers(Play):
     def check(self) -> None:
         assert near(self.ours.shadow_params, self.theirs.shadow_params)
         theirs = self.theirs.state_dict()
-        assert all(theirs[key] == value for key, value in self.ours.state_dict().items() if key != "shadow_params")
-        assert [self.ours.get_decay(n) for n in range(9)] == [self.theirs.get_decay(n) for n in range(9)]
+        assert all(
+            theirs[key] == value
+            for key, value in self.ours.state_dict().items()
+            if key != "shadow_params"
+        )
+        assert [self.ours.get_decay(n) for n in range(9)] == [
+            self.theirs.get_decay(n) for n in range(9)
+        ]
 
 
 def test_diffusers() -> None:
@@ -338,14 +390,24 @@ def test_diffusers_files(writer: str, tmp_path: Path) -> None:
 
     kind = tiny()
     model = kind()
-    write, read = (EMAModel, diffusers.EMAModel) if writer == "theirs" else (diffusers.EMAModel, EMAModel)
-    ema = write(model.parameters(), decay=0.9, model_cls=kind, model_config=model.config, update_after_step=1)
+    write, read = (
+        (EMAModel, diffusers.EMAModel) if writer == "theirs" else (diffusers.EMAModel, EMAModel)
+    )
+    ema = write(
+        model.parameters(),
+        decay=0.9,
+        model_cls=kind,
+        model_config=model.config,
+        update_after_step=1,
+    )
     for seed in range(4):
         move([model], seed)
         ema.step(model.parameters())
     ema.save_pretrained(str(tmp_path / "ema"))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore" if writer == "ours" else "error", FutureWarning)  # of the original, to itself
+        warnings.simplefilter(
+            "ignore" if writer == "ours" else "error", FutureWarning
+        )  # of the original, to itself
         again = read.from_pretrained(str(tmp_path / "ema"), kind)
     assert same(again.shadow_params, ema.shadow_params)
     assert (again.optimization_step, again.decay, again.update_after_step) == (4, 0.9, 1)
@@ -360,7 +422,9 @@ def test_diffusers_arguments() -> None:
     model = nn.Linear(3, 3)
     ema = diffusers.EMAModel(model, max_value=0.8, min_value=0.1, device="cpu")
     assert (ema.decay, ema.min_decay, ema.use_ema_warmup) == (0.8, 0.1, True)
-    assert isinstance(ema.average._averaged_weights.engine, HostThread), "device= is where shadows are averaged"
+    assert isinstance(ema.average._averaged_weights.engine, HostThread), (
+        "device= is where shadows are averaged"
+    )
     move([model], 0)
     ema.step(model)
     ema.step(model.parameters())
@@ -396,25 +460,35 @@ def test_diffusers_arguments() -> None:
 class Table:
     """What the snippets compute: a float64 number for each element of what `chosen` yields."""
 
-    def __init__(self, model: nn.Module, chosen: Callable[[nn.Module], list[tuple[str, Tensor]]]) -> None:
+    def __init__(
+        self, model: nn.Module, chosen: Callable[[nn.Module], list[tuple[str, Tensor]]]
+    ) -> None:
         self._model, self._chosen = model, chosen
         self.values = {name: tensor.detach().double().clone() for name, tensor in chosen(model)}
 
     def move(self, decay: float) -> None:
         for name, tensor in self._chosen(self._model):
             if name in self.values:
-                self.values[name] = decay * self.values[name] + (1 - decay) * tensor.detach().double()
+                self.values[name] = (
+                    decay * self.values[name] + (1 - decay) * tensor.detach().double()
+                )
 
     def equals(self, table: dict[str, Tensor]) -> bool:
-        return table.keys() == self.values.keys() and near([table[name] for name in self.values], self.values.values())
+        return table.keys() == self.values.keys() and near(
+            [table[name] for name in self.values], self.values.values()
+        )
 
 
 def trained(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
 
 
 def floating(model: nn.Module) -> list[tuple[str, Tensor]]:
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()]
+    buffers = [
+        (name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point()
+    ]
     return trained(model) + buffers
 
 
@@ -446,7 +520,11 @@ def test_lit_ema(counted: bool) -> None:
             assert (int(ema.num_updates), ema.decay.dtype) == (n if counted else -1, F32)
             shown = dict(ema.named_buffers())
             assert table.equals({name: shown[short] for name, short in ema.m_name2s_name.items()})
-            assert list(ema.state_dict())[:3] == ["decay", "num_updates", next(iter(ema.m_name2s_name.values()))]
+            assert list(ema.state_dict())[:3] == [
+                "decay",
+                "num_updates",
+                next(iter(ema.m_name2s_name.values())),
+            ]
 
 
 def lend_and_restore(ema: ldm.LitEma, model: nn.Module, table: Table) -> None:
@@ -485,10 +563,13 @@ def test_lit_ema_inside_a_module() -> None:
     again.model_ema(again.model)
     assert int(again.model_ema.num_updates) == 2
     assert near(
-        [again.model_ema.average.gather()["0.bias"]], [state["model_ema.0bias"] * 0.25 + again.model[0].bias * 0.75]
+        [again.model_ema.average.gather()["0.bias"]],
+        [state["model_ema.0bias"] * 0.25 + again.model[0].bias * 0.75],
     )
     with pytest.raises(RuntimeError, match="Missing key"):
-        again.load_state_dict({key: value for key, value in state.items() if key != "model_ema.0bias"})
+        again.load_state_dict(
+            {key: value for key, value in state.items() if key != "model_ema.0bias"}
+        )
 
 
 def test_lit_ema_asks_the_device_once() -> None:
@@ -622,7 +703,10 @@ class Groups:
 
     def __init__(self, groups: list[list[Tensor]]) -> None:
         self._groups = groups
-        self.n, self.means = [0, 0], [[torch.zeros_like(p, dtype=F64) for p in group] for group in groups]
+        self.n, self.means = (
+            [0, 0],
+            [[torch.zeros_like(p, dtype=F64) for p in group] for group in groups],
+        )
 
     def update(self, i: int) -> None:
         for mean, weight in zip(self.means[i], self._groups[i], strict=True):
@@ -637,20 +721,30 @@ def test_swa(automatic: bool) -> None:
         pick, model = play.pick, play.mine
         groups = [[model.a.weight, model.a.bias, model.scale], [model.b.weight, model.conv.weight]]
         start, freq, lr = (
-            (pick.choice([0, 2]), pick.choice([1, 2]), pick.choice([None, 0.5])) if automatic else (None,) * 3
+            (pick.choice([0, 2]), pick.choice([1, 2]), pick.choice([None, 0.5]))
+            if automatic
+            else (None,) * 3
         )
         settings = [{"params": group, "lr": 0.1} for group in groups]
-        opt, means, steps = contrib.SWA(torch.optim.SGD(settings, momentum=0.5), start, freq, lr), Groups(groups), 0
+        opt, means, steps = (
+            contrib.SWA(torch.optim.SGD(settings, momentum=0.5), start, freq, lr),
+            Groups(groups),
+            0,
+        )
         for _ in range(8):
             call = pick.choice(["step", "step", "step", "update", "group", "swap", "resume"])
             if call == "step":
                 for parameter in model.parameters():
-                    parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+                    parameter.grad = (
+                        torch.randn_like(parameter) if parameter.requires_grad else None
+                    )
                 steps += 1
                 assert opt.step(lambda: torch.tensor(3.0)) == 3
                 for i in range(2) if automatic and steps > start and steps % freq == 0 else ():
                     means.update(i)
-                assert opt.param_groups[1]["lr"] == (lr if automatic and lr and steps > start else 0.1)
+                assert opt.param_groups[1]["lr"] == (
+                    lr if automatic and lr and steps > start else 0.1
+                )
             elif call in ("update", "group"):
                 opt.update_swa() if call == "update" else opt.update_swa_group(opt.param_groups[1])
                 for i in range(2) if call == "update" else (1,):
@@ -664,12 +758,17 @@ def test_swa(automatic: bool) -> None:
             elif call == "resume":
                 state = copy.deepcopy(opt.state_dict())
                 opt = contrib.SWA(
-                    torch.optim.SGD([{"params": g, "lr": 0.1} for g in groups], momentum=0.5), start, freq, lr
+                    torch.optim.SGD([{"params": g, "lr": 0.1} for g in groups], momentum=0.5),
+                    start,
+                    freq,
+                    lr,
                 )
                 opt.load_state_dict(state)
             assert [group["n_avg"] for group in opt.param_groups] == means.n
             for i in range(2):
-                kept = [opt.state[p]["swa_buffer"] for p in groups[i] if "swa_buffer" in opt.state[p]]
+                kept = [
+                    opt.state[p]["swa_buffer"] for p in groups[i] if "swa_buffer" in opt.state[p]
+                ]
                 assert near(kept, means.means[i] if means.n[i] else [])
 
 
@@ -685,7 +784,11 @@ def test_swa_as_an_optimizer() -> None:
     model(torch.ones(1, 2)).sum().backward()
     opt.step()
     schedule.step()
-    assert (seen, inner.param_groups[0]["lr"], len(inner.param_groups)) == ([1], pytest.approx(0.01), 2)
+    assert (seen, inner.param_groups[0]["lr"], len(inner.param_groups)) == (
+        [1],
+        pytest.approx(0.01),
+        2,
+    )
     with pytest.warns(UserWarning, match="without a mean keep their weights: 0, 1"):
         opt.swap_swa_sgd()
     opt.update_swa_group(opt.param_groups[0])
@@ -697,13 +800,19 @@ def test_swa_as_an_optimizer() -> None:
         with pytest.raises(RuntimeError, match="while the means are in the model"):
             call()
     state = opt.state_dict()
-    assert near([state["swa_state"][0]["swa_buffer"]], [live[0].view(2, 2)]), "the weights, as in the original"
+    assert near([state["swa_state"][0]["swa_buffer"]], [live[0].view(2, 2)]), (
+        "the weights, as in the original"
+    )
     opt.load_state_dict(copy.deepcopy(state))
     with pytest.warns(UserWarning, match="keep their weights: 1"):
         opt.swap_swa_sgd()
     assert same(live, snapshot(model))
     assert [ema is None for ema in opt.averages] == [False, True]
-    for bad, words in (((-1, 1, 0.1), "swa_start"), ((1, 0, 0.1), "swa_freq"), ((1, 1, -0.1), "swa_lr")):
+    for bad, words in (
+        ((-1, 1, 0.1), "swa_start"),
+        ((1, 0, 0.1), "swa_freq"),
+        ((1, 1, -0.1), "swa_lr"),
+    ):
         with pytest.raises(ValueError, match=words):
             contrib.SWA(inner, *bad)
     with pytest.warns(UserWarning, match="count together only"):
@@ -737,7 +846,10 @@ def test_parameters_that_move() -> None:
     """
     torch.manual_seed(0)
     model = nn.Conv2d(2, 3, 3)
-    ema, twin = torch_ema.ExponentialMovingAverage(model.parameters(), 0.5, False), copy.deepcopy(model)
+    ema, twin = (
+        torch_ema.ExponentialMovingAverage(model.parameters(), 0.5, False),
+        copy.deepcopy(model),
+    )
     table = Table(twin, trained)
 
     def both(seed: int) -> None:
@@ -845,7 +957,9 @@ class Loop:
     def __init__(self, kind: str, name: str) -> None:
         self.run, self.kind = Training(kind), kind
         model = self.run.model
-        self.names = [shards.canonical(name).removeprefix("module.") for name, _ in model.named_parameters()]
+        self.names = [
+            wrappers.canonical(name).removeprefix("module.") for name, _ in model.named_parameters()
+        ]
         whole = kind.startswith("fsdp1")
         given = model if whole else None
         self.name, self.ema = name, self.build(name, given)
@@ -893,13 +1007,16 @@ class Loop:
             parts = {name: shown[short] for name, short in self.ema.m_name2s_name.items()}
         elif self.name == "contrib":
             parts = {
-                shards.canonical(name).removeprefix("module."): self.ema.state[p]["swa_buffer"]
+                wrappers.canonical(name).removeprefix("module."): self.ema.state[p]["swa_buffer"]
                 for name, p in self.run.model.named_parameters()
                 if p in self.ema.state
             }
         else:
             parts = self.ema.shadow
-        return {name: part.full_tensor() if hasattr(part, "full_tensor") else part for name, part in parts.items()}
+        return {
+            name: part.full_tensor() if hasattr(part, "full_tensor") else part
+            for name, part in parts.items()
+        }
 
     @contextmanager
     def lent(self) -> Iterator[None]:
@@ -977,7 +1094,12 @@ def saved_and_loaded(loop: Loop, path: str) -> None:
 
 def shadows_of(loop: Loop) -> list[Tensor]:
     averages = loop.ema.averages if loop.name == "contrib" else [loop.ema.average]
-    return [slot.shadow.clone() for ema in averages for slot in ema._average.slots if slot.shadow is not None]
+    return [
+        slot.shadow.clone()
+        for ema in averages
+        for slot in ema._average.slots
+        if slot.shadow is not None
+    ]
 
 
 def on_one_rank(loop: Loop) -> None:
@@ -1013,14 +1135,19 @@ def becomes_sharded() -> None:
     original = diffusers.EMAModel(twin.parameters(), 0.5)
     sharded = wrap("fsdp2", model)
     for seed in range(3):
-        values = [torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) for p in twin.parameters()]
+        values = [
+            torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+            for p in twin.parameters()
+        ]
         with torch.no_grad():
             for parameter, value in zip(twin.parameters(), values, strict=True):
                 parameter.copy_(value)
         put_back(source(sharded.parameters()), values)
         ema.step(sharded.parameters())
         original.step(twin.parameters())
-    full = [part.full_tensor() if hasattr(part, "full_tensor") else part for part in ema.shadow_params]
+    full = [
+        part.full_tensor() if hasattr(part, "full_tensor") else part for part in ema.shadow_params
+    ]
     assert near(full, original.shadow_params)
     assert sum(slot.averaged_region.numel for slot in ema.average._averaged_weights.states) < sum(
         p.numel() for p in twin.parameters()

@@ -85,14 +85,18 @@ def train(model: nn.Module, draw: random.Random) -> None:
         buffer += step.to(buffer.dtype) if buffer.is_floating_point() else 1
 
 
-def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor], where: str, odd: Callable[[str], bool]) -> None:
+def compare(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], where: str, odd: Callable[[str], bool]
+) -> None:
     """The same keys in the same order, the same values to 1e-6 but where `odd`."""
     assert list(ours) == list(theirs), where
     for key, want in theirs.items():
         mine = ours[key]
         assert (mine.dtype, mine.shape) == (want.dtype, want.shape), f"{where} {key}"
         if not odd(key):
-            assert torch.allclose(mine.double(), want.double(), rtol=0, atol=1e-6), f"{where} {key}: {mine} {want}"
+            assert torch.allclose(mine.double(), want.double(), rtol=0, atol=1e-6), (
+                f"{where} {key}: {mine} {want}"
+            )
 
 
 # --- torch.optim.swa_utils ---------------------------------------------------------------------------------------
@@ -137,7 +141,8 @@ def run_swa(seed: int) -> None:
     tracked = live.norm.num_batches_tracked.clone()
     for step in range(draw.randrange(4, 10)):
         what = draw.choice(
-            ["update"] * 6 + ["load", "both load", "restart", "copy", "another", "bn", "unfreeze", "replace"]
+            ["update"] * 6
+            + ["load", "both load", "restart", "copy", "another", "bn", "unfreeze", "replace"]
         )
         if what == "update":
             train(live, draw)
@@ -183,7 +188,9 @@ def test_bfloat16_does_not_stall() -> None:
     live = nn.Linear(40, 40, dtype=torch.bfloat16)
     with torch.no_grad():
         live.weight.fill_(1.0)
-    both = [of.AveragedModel(live, avg_fn=of.get_ema_avg_fn(0.999)) for of in (ours_swa, theirs_swa)]
+    both = [
+        of.AveragedModel(live, avg_fn=of.get_ema_avg_fn(0.999)) for of in (ours_swa, theirs_swa)
+    ]
     for average in both:
         average.update_parameters(live)
     with torch.no_grad():
@@ -217,10 +224,14 @@ def test_the_model_may_change() -> None:
         live.scale.add_(1)
     again.update_parameters(live)
     assert again.module.scale.item() == pytest.approx(0.5 * want + 0.5 * live.scale.item())
-    assert average.module.scale.item() == pytest.approx(want), "the copy of an average is an average of its own"
+    assert average.module.scale.item() == pytest.approx(want), (
+        "the copy of an average is an average of its own"
+    )
     bodies = sum(type(each) is Body for each in gc.get_objects())
     kept = copy.deepcopy(average)
-    assert sum(type(each) is Body for each in gc.get_objects()) == bodies + 1, "the model is not copied with it"
+    assert sum(type(each) is Body for each in gc.get_objects()) == bodies + 1, (
+        "the model is not copied with it"
+    )
     assert kept.n_averaged == 6
 
 
@@ -231,13 +242,21 @@ def test_checkpoints_of_wrapped_models() -> None:
     state = {key: value + 1 for key, value in average.state_dict().items()}
     for put in ("module.module.", "module._orig_mod.", "module.module._orig_mod."):
         fresh = ours_swa.AveragedModel(live)
-        fresh.load_state_dict({key.replace("module.", put, 1): value for key, value in state.items()})
+        fresh.load_state_dict(
+            {key.replace("module.", put, 1): value for key, value in state.items()}
+        )
         compare(dict(fresh.state_dict()), state, put, lambda _: False)
-    compiled = ours_swa.AveragedModel(live, module_fn=lambda: torch.compile(Body(), backend="eager"))
-    compiled.load_state_dict({key.replace("module.", "module._orig_mod.", 1): value for key, value in state.items()})
+    compiled = ours_swa.AveragedModel(
+        live, module_fn=lambda: torch.compile(Body(), backend="eager")
+    )
+    compiled.load_state_dict(
+        {key.replace("module.", "module._orig_mod.", 1): value for key, value in state.items()}
+    )
     assert torch.equal(compiled.module.scale, state["module.scale"])
     inside = ours_swa.AveragedModel(nn.ModuleDict({"module": nn.Linear(1, 1, bias=False)}))
-    inside.load_state_dict({"n_averaged": torch.tensor(1), "module._orig_mod.module.weight": torch.tensor([[7.0]])})
+    inside.load_state_dict(
+        {"n_averaged": torch.tensor(1), "module._orig_mod.module.weight": torch.tensor([[7.0]])}
+    )
     assert inside.module["module"].weight == 7
     state["module.nothing"] = torch.ones(1)
     with pytest.raises(RuntimeError, match="module.nothing"):
@@ -317,11 +336,18 @@ def test_timm_is_timms(version: str, tmp_path: Path) -> None:
 def run_timm(seed: int, their_class: Any, our_class: Any, folder: Path) -> None:
     draw = random.Random(seed)
     live = make(draw, tied=False)
-    options: dict[str, Any] = {"decay": draw.choice([0.0, 0.5, 0.9, 1.0]), "device": draw.choice(["", "cpu"]) or None}
+    options: dict[str, Any] = {
+        "decay": draw.choice([0.0, 0.5, 0.9, 1.0]),
+        "device": draw.choice(["", "cpu"]) or None,
+    }
     third, first = our_class is ours_timm.ModelEmaV3, our_class is ours_timm.ModelEma
     if third:
         options |= {"min_decay": draw.choice([0.0, 0.3]), "update_after_step": draw.choice([0, 3])}
-        options |= {"use_warmup": draw.random() < 0.5, "warmup_gamma": draw.choice([1.0, 3.0]), "warmup_power": 0.7}
+        options |= {
+            "use_warmup": draw.random() < 0.5,
+            "warmup_gamma": draw.choice([1.0, 3.0]),
+            "warmup_power": 0.7,
+        }
         options |= {"exclude_buffers": draw.random() < 0.5, "foreach": draw.random() < 0.5}
         options |= {"dtype": draw.choice([None, torch.float64, live.scale.dtype])}
         if options["dtype"] != live.scale.dtype and live.scale.dtype == torch.float64:
@@ -340,7 +366,9 @@ def run_timm(seed: int, their_class: Any, our_class: Any, folder: Path) -> None:
         return (ours.ema, theirs.ema) if first else (ours.module, theirs.module)
 
     for step in range(draw.randrange(4, 10)):
-        what = draw.choice(["update"] * 6 + ["set", "load", "both load", "copy", "decay", "another", "unfreeze"])
+        what = draw.choice(
+            ["update"] * 6 + ["set", "load", "both load", "copy", "decay", "another", "unfreeze"]
+        )
         if what == "update":
             train(live, draw)
             at = {"step": draw.choice([None, step, 10 * step])} if third else {}
@@ -368,7 +396,9 @@ def run_timm(seed: int, their_class: Any, our_class: Any, folder: Path) -> None:
             live.frozen.requires_grad_(True)
         where = f"seed {seed} step {step} {what} {options}"
         mine, other = modules()
-        compare(dict(mine.state_dict()), dict(other.state_dict()), where, lambda key: "tracked" in key)
+        compare(
+            dict(mine.state_dict()), dict(other.state_dict()), where, lambda key: "tracked" in key
+        )
         assert not mine.training
         if what == "update" and options.get("exclude_buffers"):
             assert torch.equal(mine.cache, live.cache.to(mine.cache)), where
@@ -412,7 +442,10 @@ def test_timm_dtypes() -> None:
     live = nn.Linear(40, 40).bfloat16()
     with torch.no_grad():
         live.weight.fill_(1.0)
-    ours, wide = ours_timm.ModelEmaV3(live, 0.999), ours_timm.ModelEmaV3(live, 0.999, dtype=torch.float32)
+    ours, wide = (
+        ours_timm.ModelEmaV3(live, 0.999),
+        ours_timm.ModelEmaV3(live, 0.999, dtype=torch.float32),
+    )
     with torch.no_grad():
         live.weight.fill_(2.0)
     for average in [ours, wide] * 400:
@@ -425,9 +458,15 @@ def test_timm_dtypes() -> None:
 def test_timm_resumes_from_other_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     live = Body()
     state = {key: value + 1 for key, value in live.state_dict().items()}
-    torch.save({"state_dict_ema": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "ddp.pt")
+    torch.save(
+        {"state_dict_ema": {f"module.{key}": value for key, value in state.items()}},
+        tmp_path / "ddp.pt",
+    )
     compare(
-        dict(ours_timm.ModelEma(live, resume=str(tmp_path / "ddp.pt")).ema.state_dict()), state, "", lambda _: False
+        dict(ours_timm.ModelEma(live, resume=str(tmp_path / "ddp.pt")).ema.state_dict()),
+        state,
+        "",
+        lambda _: False,
     )
     torch.save({"state_dict": state}, tmp_path / "live.pt")
     average = ours_timm.ModelEma(live, resume=str(tmp_path / "live.pt"))
@@ -446,8 +485,17 @@ def test_yolo_is_its_formula() -> None:
 
 def run_yolo(seed: int) -> None:
     draw = random.Random(seed)
-    live, decay, start, tau = make(draw), draw.choice([0.9, 0.9999]), draw.choice([0, 500]), draw.choice([2000, 10])
-    average = yolo.ModelEMA(live, decay, start) if tau == 2000 else yolo.ModelEMA(live, decay, updates=start, tau=tau)
+    live, decay, start, tau = (
+        make(draw),
+        draw.choice([0.9, 0.9999]),
+        draw.choice([0, 500]),
+        draw.choice([2000, 10]),
+    )
+    average = (
+        yolo.ModelEMA(live, decay, start)
+        if tau == 2000
+        else yolo.ModelEMA(live, decay, updates=start, tau=tau)
+    )
     want = {key: value.double().clone() for key, value in live.state_dict().items()}
     for step in range(draw.randrange(4, 10)):
         what = draw.choice(["update"] * 6 + ["load", "resume", "another", "half", "copy"])
@@ -457,7 +505,11 @@ def run_yolo(seed: int) -> None:
             start += 1
             d = decay * (1 - math.exp(-start / tau))
             for key, value in live.state_dict().items():
-                want[key] = d * want[key] + (1 - d) * value.double() if value.is_floating_point() else value.double()
+                want[key] = (
+                    d * want[key] + (1 - d) * value.double()
+                    if value.is_floating_point()
+                    else value.double()
+                )
         elif what == "load":
             average.ema.load_state_dict(live.state_dict())
             want = {key: value.double().clone() for key, value in live.state_dict().items()}
@@ -498,7 +550,11 @@ def test_yolo_validates_in_16_bits() -> None:
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
-    return [module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_pre_hooks]
+    return [
+        module._forward_pre_hooks,
+        module._state_dict_pre_hooks,
+        module._load_state_dict_pre_hooks,
+    ]
 
 
 def test_yolo_attributes() -> None:
@@ -525,10 +581,19 @@ def test_ema_pytorch_is_ema_pytorchs() -> None:
 
 
 def ema_pytorch_options(draw: random.Random) -> dict[str, Any]:
-    options: dict[str, Any] = {"beta": draw.choice([0.5, 0.9, 0.9, 1.0]), "update_after_step": draw.choice([0, 2, 5])}
-    options |= {"update_every": draw.choice([1, 1, 2]), "inv_gamma": draw.choice([1.0, 3.0]), "power": 0.7}
+    options: dict[str, Any] = {
+        "beta": draw.choice([0.5, 0.9, 0.9, 1.0]),
+        "update_after_step": draw.choice([0, 2, 5]),
+    }
+    options |= {
+        "update_every": draw.choice([1, 1, 2]),
+        "inv_gamma": draw.choice([1.0, 3.0]),
+        "power": 0.7,
+    }
     options |= {"min_value": draw.choice([0.0, 0.4]), "include_online_model": draw.random() < 0.5}
-    options |= {"param_or_buffer_names_no_ema": draw.choice([set(), {"b.weight", "norm.running_mean"}])}
+    options |= {
+        "param_or_buffer_names_no_ema": draw.choice([set(), {"b.weight", "norm.running_mean"}])
+    }
     options |= {"ignore_names": draw.choice([set(), {"a.bias", "norm.running_var"}])}
     options |= {"ignore_startswith_names": draw.choice([set(), {"head."}])}
     options |= {
@@ -537,8 +602,14 @@ def ema_pytorch_options(draw: random.Random) -> dict[str, Any]:
         "allow_different_devices": draw.random() < 0.5,
     }
     options |= {"update_model_with_ema_every": draw.choice([None, None, 2])}
-    options |= {"update_model_with_ema_beta": draw.choice([0.0, 0.3]), "forward_method_names": ("encode",)}
-    options |= {"move_ema_to_online_device": draw.random() < 0.5, "lazy_init_ema": draw.random() < 0.2}
+    options |= {
+        "update_model_with_ema_beta": draw.choice([0.0, 0.3]),
+        "forward_method_names": ("encode",),
+    }
+    options |= {
+        "move_ema_to_online_device": draw.random() < 0.5,
+        "lazy_init_ema": draw.random() < 0.2,
+    }
     return options
 
 
@@ -558,7 +629,9 @@ def run_ema_pytorch(seed: int) -> None:
         options["ema_model"] = lambda: another_one(live)
     ours, theirs = ours_ema_pytorch.EMA(live, **options), their_ema_pytorch.EMA(other, **options)
     for step in range(draw.randrange(4, 14)):
-        what = draw.choice(["update"] * 9 + ["load", "both load", "back", "copy", "again", "optimizer", "pull"])
+        what = draw.choice(
+            ["update"] * 9 + ["load", "both load", "back", "copy", "again", "optimizer", "pull"]
+        )
         if what == "update":
             for model in (live, other):
                 train(model, random.Random(seed + step))
@@ -593,9 +666,15 @@ def run_ema_pytorch(seed: int) -> None:
                 optimizer.step()
                 handle.remove()
         where = f"seed {seed} step {step} {what} {options}"
-        compare(dict(ours.state_dict()), dict(theirs.state_dict()), where, lambda key: "tracked" in key)
-        compare(dict(live.state_dict()), dict(other.state_dict()), where, lambda key: "tracked" in key)
-        assert ours.get_current_decay() == pytest.approx(theirs.get_current_decay(), abs=1e-6), where
+        compare(
+            dict(ours.state_dict()), dict(theirs.state_dict()), where, lambda key: "tracked" in key
+        )
+        compare(
+            dict(live.state_dict()), dict(other.state_dict()), where, lambda key: "tracked" in key
+        )
+        assert ours.get_current_decay() == pytest.approx(theirs.get_current_decay(), abs=1e-6), (
+            where
+        )
     if ours._copied is not None:
         x = torch.randn(3, 3, dtype=live.scale.dtype)
         for mine, want in [
@@ -648,7 +727,9 @@ def custom(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def v3(model: nn.Module, **options: Any) -> nn.Module:
-    return ours_timm.ModelEmaV3(model, 0.8, update_after_step=1, use_warmup=True, warmup_power=0.7, **options)
+    return ours_timm.ModelEmaV3(
+        model, 0.8, update_after_step=1, use_warmup=True, warmup_power=0.7, **options
+    )
 
 
 def warm(now: float, _: float) -> float:
@@ -658,23 +739,51 @@ def warm(now: float, _: float) -> float:
 
 
 def pytorch(model: nn.Module, module_fn: Any = None) -> nn.Module:
-    options = {"update_after_step": 0, "update_every": 1, "power": 1.0, "beta": 0.8, "include_online_model": False}
+    options = {
+        "update_after_step": 0,
+        "update_every": 1,
+        "power": 1.0,
+        "beta": 0.8,
+        "include_online_model": False,
+    }
     return ours_ema_pytorch.EMA(model, module_fn, **options)
 
 
 # what builds it, what updates it, the decay of each of its moves
-DROP_INS: dict[str, tuple[Callable[..., Any], Callable[[Any, nn.Module], Any], Callable[[float, float], float]]] = {
-    "swa": (swa, lambda mine, model: mine.update_parameters(model), lambda now, _: 0.0 if now == 1 else 0.8),
-    "custom": (custom, lambda mine, model: mine.update_parameters(model), lambda n, _: 0.0 if n == 1 else n / (n + 1)),
-    "timm 1": (partial(ours_timm.ModelEma, decay=0.8), lambda mine, model: mine.update(model), lambda *_: 0.8),
-    "timm 2": (partial(ours_timm.ModelEmaV2, decay=0.8), lambda mine, model: mine.update(model), lambda *_: 0.8),
+DROP_INS: dict[
+    str, tuple[Callable[..., Any], Callable[[Any, nn.Module], Any], Callable[[float, float], float]]
+] = {
+    "swa": (
+        swa,
+        lambda mine, model: mine.update_parameters(model),
+        lambda now, _: 0.0 if now == 1 else 0.8,
+    ),
+    "custom": (
+        custom,
+        lambda mine, model: mine.update_parameters(model),
+        lambda n, _: 0.0 if n == 1 else n / (n + 1),
+    ),
+    "timm 1": (
+        partial(ours_timm.ModelEma, decay=0.8),
+        lambda mine, model: mine.update(model),
+        lambda *_: 0.8,
+    ),
+    "timm 2": (
+        partial(ours_timm.ModelEmaV2, decay=0.8),
+        lambda mine, model: mine.update(model),
+        lambda *_: 0.8,
+    ),
     "timm 3": (v3, lambda mine, model: mine.update(model, step=10 * int(mine.average.now)), warm),
     "ema_pytorch": (
         pytorch,
         lambda mine, _: mine.update(),
         lambda n, _: min(0.8, 1 - 1 / n),
     ),
-    "yolo": (partial(yolo.ModelEMA, decay=0.9, tau=5), lambda mine, model: mine.update(model), Ramp(0.9, 5)),
+    "yolo": (
+        partial(yolo.ModelEMA, decay=0.9, tau=5),
+        lambda mine, model: mine.update(model),
+        Ramp(0.9, 5),
+    ),
 }
 
 
@@ -723,7 +832,11 @@ def check(average: Any, oracle: Oracle, training: Training, kind: str, with_modu
 
 def on_two_ranks() -> None:
     for name in DROP_INS:
-        more = [("fsdp2", True), ("fsdp1 orig", False), ("fsdp1 orig", True)] if name in ("swa", "timm 1") else []
+        more = (
+            [("fsdp2", True), ("fsdp1 orig", False), ("fsdp1 orig", True)]
+            if name in ("swa", "timm 1")
+            else []
+        )
         for kind, with_module in [("ddp", False), ("fsdp2", False), *more]:
             try:
                 equals_the_oracle(kind, name, with_module)
@@ -779,12 +892,17 @@ class Normed(nn.Module):
 def statistics_of_all_ranks() -> None:
     """update_bn over each rank's own batches: all ranks' data, whatever holds the average."""
     batches = [
-        [torch.randn(5, 3, generator=torch.Generator().manual_seed(3 * r + i)) for i in range(3)] for r in (0, 1)
+        [torch.randn(5, 3, generator=torch.Generator().manual_seed(3 * r + i)) for i in range(3)]
+        for r in (0, 1)
     ]
     torch.manual_seed(0)
     plain = Normed()
     seen = torch.cat([plain.blocks[0][0](batch) for each in batches for batch in each])
-    for kind, options in [("ddp", {}), ("fsdp2", {}), ("fsdp2", {"module_fn": lambda: wrap("fsdp2", Normed())})]:
+    for kind, options in [
+        ("ddp", {}),
+        ("fsdp2", {}),
+        ("fsdp2", {"module_fn": lambda: wrap("fsdp2", Normed())}),
+    ]:
         live = wrap(kind, copy.deepcopy(plain))
         average = ours_swa.AveragedModel(live, **options)
         average.update_parameters(live)
@@ -795,7 +913,9 @@ def statistics_of_all_ranks() -> None:
             assert torch.allclose(weights["blocks.0.1.running_mean"], seen.mean(0), atol=1e-5), kind
         average.update_parameters(live)
         weights = average.average.gather()
-        assert not weights or torch.equal(weights["blocks.0.1.running_var"], torch.ones(4)), "an update ends them"
+        assert not weights or torch.equal(weights["blocks.0.1.running_var"], torch.ones(4)), (
+            "an update ends them"
+        )
 
 
 def saved_with_the_first_ranks_buffers() -> None:
@@ -804,7 +924,11 @@ def saved_with_the_first_ranks_buffers() -> None:
     dist.broadcast_object_list(folder)
     torch.manual_seed(0)
     live = wrap("ddp", Normed())
-    averages = [ours_swa.AveragedModel(live), ours_timm.ModelEmaV3(live, 0.5), yolo.ModelEMA(live, 0.5, tau=1)]
+    averages = [
+        ours_swa.AveragedModel(live),
+        ours_timm.ModelEmaV3(live, 0.5),
+        yolo.ModelEMA(live, 0.5, tau=1),
+    ]
     live(torch.randn(5, 3, generator=torch.Generator().manual_seed(dist.get_rank())))
     for i, average in enumerate(averages):
         average.update_parameters(live) if i == 0 else average.update(live)
@@ -813,7 +937,9 @@ def saved_with_the_first_ranks_buffers() -> None:
         saved = load_file(f"{folder[0]}/{i}")
         for name, value in saved.items():
             here = mine[f"module.{name}" if i < 2 else name]
-            assert torch.equal(value, here) == (dist.get_rank() == 0 or "running" not in name), f"{i} {name}"
+            assert torch.equal(value, here) == (dist.get_rank() == 0 or "running" not in name), (
+                f"{i} {name}"
+            )
         average.average.load(f"{folder[0]}/{i}")
     with torch.no_grad():
         averages[0].module.blocks[0][0].bias += dist.get_rank()
@@ -824,7 +950,12 @@ def saved_with_the_first_ranks_buffers() -> None:
 def writes_to_the_model(kind: str) -> None:
     """Hare to tortoise: the model that is trained becomes a mixture with its average, on every rank."""
     training = Training(kind)
-    options = {"update_after_step": 0, "update_every": 1, "beta": 0.5, "include_online_model": False}
+    options = {
+        "update_after_step": 0,
+        "update_every": 1,
+        "beta": 0.5,
+        "include_online_model": False,
+    }
     average = ours_ema_pytorch.EMA(training.model, **options)
     training.train(2, average.update)
     training.probe()
@@ -869,7 +1000,11 @@ def by_distributed_checkpoint() -> None:
     plain = ours_swa.AveragedModel(Net())
     whole = {"ema": dict(plain.state_dict())}
     checkpoint.load(whole, checkpoint_id=folder[0])
-    assert all(torch.equal(plain.module.get_parameter(name), mine[name]) for name in average.average.names() if mine)
+    assert all(
+        torch.equal(plain.module.get_parameter(name), mine[name])
+        for name in average.average.names()
+        if mine
+    )
 
 
 def test_two_ranks() -> None:

@@ -20,15 +20,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ema import EMA, compiled, kernels
-from dist_ema.compiled import CHUNK, LIVE, SHADOW, Pass, Piece, ramps
-from dist_ema.engine import HostThread
-from dist_ema.executors import Worker
-from dist_ema.kernels import WORTH, ShadowPair, UpdatePlan, noise
+from dist_ema import EMA
+from dist_ema.averaging.engines import HostThread
+from dist_ema.averaging.executors import Worker
+from dist_ema.averaging.kernels import cpu_numba, eager, rounding
+from dist_ema.averaging.kernels.cpu_numba import CHUNK, LIVE, SHADOW, Pass, Piece, ramps
+from dist_ema.averaging.kernels.eager import WORTH, ShadowPair, UpdatePlan
+from dist_ema.averaging.kernels.rounding import noise
 from tests.kit import draw
 
-needs_numba = pytest.mark.skipif(not compiled.available(), reason="numba is not installed")
-both = pytest.mark.parametrize(("live", "shadow"), [(live, shadow) for live in LIVE for shadow in SHADOW], ids=str)
+needs_numba = pytest.mark.skipif(not cpu_numba.available(), reason="numba is not installed")
+both = pytest.mark.parametrize(
+    ("live", "shadow"), [(live, shadow) for live in LIVE for shadow in SHADOW], ids=str
+)
 F32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -40,7 +44,9 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def make(live: torch.dtype, shadow: torch.dtype, averages: int = 1, more: int = 0) -> list[ShadowPair]:
+def make(
+    live: torch.dtype, shadow: torch.dtype, averages: int = 1, more: int = 0
+) -> list[ShadowPair]:
     """Lengths around a vector and a chunk, at addresses that no vector is aligned to; always the same."""
     pairs = []
     for k, n in enumerate((1, 7, 64, 1000, CHUNK - 1, CHUNK + 17, more)):
@@ -50,13 +56,17 @@ def make(live: torch.dtype, shadow: torch.dtype, averages: int = 1, more: int = 
 
 
 def bits(pairs: list[ShadowPair]) -> list[Tensor]:
-    return [shadow.clone().contiguous().view(torch.uint8) for pair in pairs for shadow in pair.shadows]
+    return [
+        shadow.clone().contiguous().view(torch.uint8) for pair in pairs for shadow in pair.shadows
+    ]
 
 
 def moved(passes: bool, pairs: list[ShadowPair], *runs: Any, **options: Any) -> list[Tensor]:
     plan = UpdatePlan(pairs, 5, passes=passes)
     assert bool(plan._passes) == passes
-    assert not passes or not (plan._direct or plan._through or plan._rounded), "some pairs were not taken"
+    assert not passes or not (plan._direct or plan._through or plan._rounded), (
+        "some pairs were not taken"
+    )
     for update, weights in enumerate(runs):
         plan.run(weights, update, **options)
     return bits(pairs)
@@ -74,9 +84,14 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 @pytest.mark.parametrize("guard", [False, True])
 def test_bits(live: torch.dtype, shadow: torch.dtype, guard: bool) -> None:
     """Three averages, weights on both sides of 0.5, as floats and as tensors: the bits of an eager plan."""
-    runs = [[0.001, 0.3, 0.5], [0.7, 1.0, 0.0], [torch.tensor(0.1), torch.tensor(0.9, dtype=torch.float64), 1 / 3]]
+    runs = [
+        [0.001, 0.3, 0.5],
+        [0.7, 1.0, 0.0],
+        [torch.tensor(0.1), torch.tensor(0.9, dtype=torch.float64), 1 / 3],
+    ]
     assert equal(
-        moved(False, make(live, shadow, 3), *runs, guard=guard), moved(True, make(live, shadow, 3), *runs, guard=guard)
+        moved(False, make(live, shadow, 3), *runs, guard=guard),
+        moved(True, make(live, shadow, 3), *runs, guard=guard),
     )
 
 
@@ -107,7 +122,7 @@ def test_rounding_of_every_shadow() -> None:
     assert torch.equal(pair.shadows[0][kept].view(torch.int16), every[kept].view(torch.int16))
     pair = ShadowPair("w", [torch.zeros(1000, dtype=BF16)], draw(1000, F32, 3), torch.arange)
     UpdatePlan([pair], seed=2, passes=True).run([1.0], 9)
-    want = kernels.round_to_bfloat16(pair.live, noise(2, 9, "w", torch.arange(1000)))
+    want = rounding.round_to_bfloat16(pair.live, noise(2, 9, "w", torch.arange(1000)))
     assert torch.equal(pair.shadows[0], want)
 
 
@@ -118,7 +133,9 @@ def strange(start: int, stop: int) -> Tensor:
 
 NUMBERS: dict[str, Callable[[int, int], Tensor]] = {
     "a run": lambda a, b: torch.arange(a + 12345, b + 12345),
-    "rows of a matrix": lambda a, b: torch.arange(a, b) % 100 + torch.arange(a, b) // 100 * 1000 + 50,
+    "rows of a matrix": lambda a, b: (
+        torch.arange(a, b) % 100 + torch.arange(a, b) // 100 * 1000 + 50
+    ),
     "channels last": lambda a, b: torch.arange(a, b) % 64 * 49 + torch.arange(a, b) // 64 % 49,
     "beyond 32 bits": lambda a, b: torch.arange(a, b) * 3 + (1 << 32) - 1000,
     "backwards": lambda a, b: 1_000_000 - torch.arange(a, b),
@@ -149,9 +166,11 @@ def test_ramps(name: str, n: int) -> None:
         assert name == "strange" or n < 4
         return
     parts = [np.arange(length) * step + first for length, first, step in runs]
-    assert np.array_equal(np.concatenate([np.zeros(0, np.int64), *parts]), NUMBERS[name](0, n).numpy())
+    assert np.array_equal(
+        np.concatenate([np.zeros(0, np.int64), *parts]), NUMBERS[name](0, n).numpy()
+    )
     assert all(part[0] >> 32 == part[-1] >> 32 for part in parts)
-    assert len(runs) <= 2 + n // compiled.FEW
+    assert len(runs) <= 2 + n // cpu_numba.FEW
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
@@ -176,9 +195,14 @@ def test_tasks() -> None:
 def test_neighbours_become_one_piece() -> None:
     """Pieces that touch on both sides are one row of the table; other pairs of dtypes get a pass of their own."""
     shadow, live = torch.zeros(30), torch.ones(30)
-    pairs = [ShadowPair(f"{i}", [shadow[i : i + 10]], live[i : i + 10], torch.arange) for i in (0, 10, 20)]
+    pairs = [
+        ShadowPair(f"{i}", [shadow[i : i + 10]], live[i : i + 10], torch.arange)
+        for i in (0, 10, 20)
+    ]
     pairs.append(ShadowPair("b", [torch.zeros(5)], torch.ones(5, dtype=BF16), torch.arange))
-    pairs.append(ShadowPair("d", [torch.zeros(5, dtype=torch.float64)], torch.ones(5), torch.arange))
+    pairs.append(
+        ShadowPair("d", [torch.zeros(5, dtype=torch.float64)], torch.ones(5), torch.arange)
+    )
     plan = UpdatePlan(pairs, passes=True)
     assert [held._rows[:, 1].tolist() for held in plan._passes] == [[30], [5]]
     plan.run([0.5], 0)
@@ -195,7 +219,7 @@ def test_bits_do_not_depend_on_threads(
 ) -> None:
     """One, two and five threads, of OpenMP or of Python: every element is moved once."""
     if not openmp:
-        monkeypatch.setattr(compiled, "_openmp", lambda: None)
+        monkeypatch.setattr(cpu_numba, "_openmp", lambda: None)
     results = []
     for count in (1, 2, 5):
         threads(count)
@@ -205,11 +229,15 @@ def test_bits_do_not_depend_on_threads(
 
 
 @needs_numba
-def test_threads_are_torchs(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_torchs(
+    threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As many threads as torch's own kernels would take here, at most one per task; the bound of a host thread holds."""
     seen: list[int] = []
-    run = compiled._team
-    monkeypatch.setattr(compiled, "_team", lambda sweep, job, count: (seen.append(count), run(sweep, job, count)))
+    run = cpu_numba._team
+    monkeypatch.setattr(
+        cpu_numba, "_team", lambda sweep, job, count: (seen.append(count), run(sweep, job, count))
+    )
     threads(3)
     large, small = make(BF16, F32, 1, 5 * CHUNK), make(BF16, F32)[:2]
     UpdatePlan(large, passes=True).run([0.5], 0)
@@ -227,10 +255,10 @@ def test_threads_are_torchs(threads: Callable[[int], None], monkeypatch: pytest.
 
 FORKED = """
 import os, torch
-from dist_ema.kernels import Pair, Plan
+from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
 torch.set_num_threads(2)
-pair = Pair("w", [torch.zeros(1 << 20)], torch.ones(1 << 20), torch.arange)
-plan = Plan([pair], passes=True)
+pair = ShadowPair("w", [torch.zeros(1 << 20)], torch.ones(1 << 20), torch.arange)
+plan = UpdatePlan([pair], passes=True)
 plan.run([0.5], 0)
 child = os.fork()
 if child == 0:
@@ -266,7 +294,9 @@ def digest() -> list[str]:
             for p in model.parameters():
                 p.add_(1)
         ema.update()
-        values = b"".join(value.view(torch.uint8).numpy().tobytes() for value in ema.gather().values())
+        values = b"".join(
+            value.view(torch.uint8).numpy().tobytes() for value in ema.gather().values()
+        )
         said += [str(len(ema._averaged_weights._plan._passes)), hashlib.sha256(values).hexdigest()]
     return said
 
@@ -275,13 +305,17 @@ def test_without_numba() -> None:
     """Eager torch where numba is missing, and the same bits."""
     code = "import sys; sys.modules['numba'] = None\nfrom tests.test_compiled import digest; print(*digest())"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     missing, here = done.stdout.split(), digest()
     assert missing[::2] == ["0", "0"]
-    if compiled.available():
-        assert here[::2] == [str(int(kernels._contracts()))] * 2
+    if cpu_numba.available():
+        assert here[::2] == [str(int(eager._contracts()))] * 2
     assert missing[1::2] == here[1::2]
 
 
@@ -291,7 +325,7 @@ def test_a_small_model_never_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> bool:
         raise AssertionError("a small plan asked for numba")
 
-    monkeypatch.setattr(compiled, "available", refuse)
+    monkeypatch.setattr(cpu_numba, "available", refuse)
     EMA(nn.Linear(3, 2), dtype=BF16).update()
 
 
@@ -300,22 +334,24 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """NUMBA_DISABLE_JIT=1 is numba's own switch, and ours."""
     import numba
 
-    assert compiled.available.__wrapped__()
+    assert cpu_numba.available.__wrapped__()
     monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
-    assert not compiled.available.__wrapped__()
+    assert not cpu_numba.available.__wrapped__()
 
 
 @needs_numba
 def test_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled from WORTH elements on, where torch's lerp has the same bits, and never for what is not in host memory."""
-    monkeypatch.setattr(kernels, "_contracts", lambda: True)
+    monkeypatch.setattr(eager, "_contracts", lambda: True)
 
     def passes(n: int, device: str = "cpu") -> int:
-        pair = ShadowPair("w", [torch.zeros(n, device=device)], torch.ones(n, device=device), torch.arange)
+        pair = ShadowPair(
+            "w", [torch.zeros(n, device=device)], torch.ones(n, device=device), torch.arange
+        )
         return len(UpdatePlan([pair])._passes)
 
     assert (passes(WORTH - 1), passes(WORTH), passes(WORTH, "meta")) == (0, 1, 0)
-    monkeypatch.setattr(kernels, "_contracts", lambda: False)
+    monkeypatch.setattr(eager, "_contracts", lambda: False)
     assert passes(WORTH) == 0
 
 
@@ -328,15 +364,19 @@ def test_no_pass_for_what_only_looks_like_memory() -> None:
 
     plain, odd = torch.zeros(9), torch.ones(9).as_subclass(Quantised)
     for shadow, live in ((plain, odd), (odd, plain)):
-        assert UpdatePlan([ShadowPair("w", [shadow], live, torch.arange)], passes=True)._passes == []
+        assert (
+            UpdatePlan([ShadowPair("w", [shadow], live, torch.arange)], passes=True)._passes == []
+        )
 
 
 def test_contraction_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch whose lerp rounds after the product, on either side of 0.5, is told from one that does not: `_contracts`."""
-    tried, lerp = kernels._contracts.__wrapped__, torch.lerp
+    tried, lerp = eager._contracts.__wrapped__, torch.lerp
     for near, far in ((True, True), (True, False), (False, True)):
 
-        def rounds_twice(a: Tensor, b: Tensor, w: float, near: bool = near, far: bool = far) -> Tensor:
+        def rounds_twice(
+            a: Tensor, b: Tensor, w: float, near: bool = near, far: bool = far
+        ) -> Tensor:
             if w < 0.5:
                 return a + w * (b - a) if near else lerp(a, b, w)
             return b - (b - a) * (1 - w) if far else lerp(a, b, w)
@@ -352,8 +392,8 @@ def test_numba_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(live: torch.dtype, shadow: torch.dtype) -> None:
         raise TypeError("no such thing")
 
-    monkeypatch.setattr(compiled, "_compile", refuse)
-    monkeypatch.setattr(compiled, "ready", compiled.ready.__wrapped__)
+    monkeypatch.setattr(cpu_numba, "_compile", refuse)
+    monkeypatch.setattr(cpu_numba, "ready", cpu_numba.ready.__wrapped__)
     pair = ShadowPair("w", [torch.zeros(5)], torch.ones(5), torch.arange)
     with pytest.warns(UserWarning, match="eager torch takes over: no such thing"):
         plan = UpdatePlan([pair], passes=True)
@@ -392,7 +432,7 @@ def test_an_average_of_a_model(tmp_path: Any) -> None:
     """Through the front door: compiled where the model is large enough, and saved and loaded with the same bits."""
     model = nn.Linear(400, 400)
     ema = EMA(model, 0.5)
-    assert bool(ema._averaged_weights._plan._passes) == kernels._contracts()
+    assert bool(ema._averaged_weights._plan._passes) == eager._contracts()
     with torch.no_grad():
         model.weight.zero_()
     ema.update()

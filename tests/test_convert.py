@@ -26,12 +26,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dist_ema import EMA, foreign
+from dist_ema import EMA
 from dist_ema.cli import convert as cli
+from dist_ema.foreign import recognise
 from dist_ema.offline import convert as offline
 from tests.kit import Call, Tied
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")  # it is not used, on purpose
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is:UserWarning"
+)  # it is not used, on purpose
 
 State = dict[str, torch.Tensor]
 
@@ -132,13 +135,17 @@ def model(path: Path) -> tuple[State, dict[str, Any]]:
     """The complete state_dict, aliases restored, and ema.json."""
     meta = json.loads((path / "ema.json").read_text())
     weights = load_file(path / "model.safetensors")
-    return weights | {alias: weights[name] for name, others in meta["aliases"].items() for alias in others}, meta
+    return weights | {
+        alias: weights[name] for name, others in meta["aliases"].items() for alias in others
+    }, meta
 
 
 def equal(found: State, want: State) -> None:
     assert sorted(found) == sorted(want)
     assert [
-        name for name in want if not torch.equal(found[name], want[name]) or found[name].dtype != want[name].dtype
+        name
+        for name in want
+        if not torch.equal(found[name], want[name]) or found[name].dtype != want[name].dtype
     ] == []
 
 
@@ -157,7 +164,12 @@ def test_kinds(what: str, call: Call, tmp_path: Path) -> None:
     said = meta["extra"]["converted"]
     assert (said["from"], said["key"]) == (kind, key)
     assert extra.items() <= said.items()
-    assert (meta["kind"], meta["format"], meta["clock"], meta["weights"]) == ("export", 1, {}, "all")
+    assert (meta["kind"], meta["format"], meta["clock"], meta["weights"]) == (
+        "export",
+        1,
+        {},
+        "all",
+    )
     assert (key or "the whole file") in out
     listed = json.loads(call(src, "--list", "--json")[1])["tables"]
     assert (listed[0]["key"], listed[0]["kind"]) == (key, kind)
@@ -172,13 +184,17 @@ def test_kinds(what: str, call: Call, tmp_path: Path) -> None:
 def test_live_tables_can_be_asked_for(call: Call, tmp_path: Path) -> None:
     """--key takes any table, --prefix cuts names; with mmengine ema_state_dict is the live model, and is not offered."""
     torch.save(MADE["mmengine"][0], src := tmp_path / "a.pt")
-    listed = {row["key"]: row["average"] for row in json.loads(call(src, "--list", "--json")[1])["tables"]}
+    listed = {
+        row["key"]: row["average"] for row in json.loads(call(src, "--list", "--json")[1])["tables"]
+    }
     assert listed == {"state_dict": True, "ema_state_dict": False}
     torch.save(MADE["lightning"][0], src)
     assert call(src, tmp_path / "out", "--key", "current_model_state", "--prefix", "model.")[0] == 0
     equal(model(tmp_path / "out")[0], LIVE)
     assert call(src, tmp_path / "part", "--key", "state_dict.model.norm")[0] == 0
-    assert set(model(tmp_path / "part")[0]) == {name[5:] for name in LIVE if name.startswith("norm.")}
+    assert set(model(tmp_path / "part")[0]) == {
+        name[5:] for name in LIVE if name.startswith("norm.")
+    }
     assert "begins with 'x.'" in call(src, tmp_path / "x", "--prefix", "x.")[2]
     assert "no table of tensors at 'nowhere'" in call(src, tmp_path / "x", "--key", "nowhere")[2]
 
@@ -186,7 +202,10 @@ def test_live_tables_can_be_asked_for(call: Call, tmp_path: Path) -> None:
 def test_rest(call: Call, tmp_path: Path) -> None:
     """--rest names the live table that completes an average; where the two differ in shape they are of two models."""
     live = {"w": torch.zeros(2), "b": torch.zeros(3)}
-    torch.save({"shadow": {"w": torch.ones(2)}, "net": live, "other": {"w": torch.zeros(5)}}, src := tmp_path / "a.pt")
+    torch.save(
+        {"shadow": {"w": torch.ones(2)}, "net": live, "other": {"w": torch.zeros(5)}},
+        src := tmp_path / "a.pt",
+    )
     assert call(src, tmp_path / "out", "--rest", "net")[0] == 0
     found, meta = model(tmp_path / "out")
     equal(found, {"w": torch.ones(2), "b": torch.zeros(3)})
@@ -214,26 +233,43 @@ def test_several_averages(call: Call, tmp_path: Path) -> None:
 
 def test_no_average(call: Call, tmp_path: Path) -> None:
     """Live weights are taken only when named, or where there is nothing else; a wrong --from says what there is."""
-    torch.save({"model": LIVE, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, src := tmp_path / "a.pt")
+    torch.save(
+        {"model": LIVE, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+        src := tmp_path / "a.pt",
+    )
     code, _, err = call(src, tmp_path / "out")
     assert code == 1
     assert "does not show an average. It holds model (raw," in err
     assert "what timm writes" in call(src, tmp_path / "out", "--from", "timm")[2]
-    assert "no folder of torch.distributed.checkpoint" in call(src, tmp_path / "out", "--from", "dcp")[2]
-    save_file({"scale": torch.tensor(0.5), "shift": torch.tensor(3)}, scalars := tmp_path / "scalars.safetensors")
+    assert (
+        "no folder of torch.distributed.checkpoint"
+        in call(src, tmp_path / "out", "--from", "dcp")[2]
+    )
+    save_file(
+        {"scale": torch.tensor(0.5), "shift": torch.tensor(3)},
+        scalars := tmp_path / "scalars.safetensors",
+    )
     assert call(scalars, tmp_path / "two")[0] == 0, "scalars alone are a model too"
     assert model(tmp_path / "two")[0] == {"scale": 0.5, "shift": 3}
     torch.save({"epoch": 1, "loss": [0.1]}, src)
     assert "holds no table of tensors" in call(src, tmp_path / "out")[2]
     EMA(nn.Linear(2, 2)).save(tmp_path / "run" / "ema-000001", keep=2)
-    assert "ema-000001 is dist_ema's own already" in call(tmp_path / "run" / "latest", tmp_path / "out")[2]
+    assert (
+        "ema-000001 is dist_ema's own already"
+        in call(tmp_path / "run" / "latest", tmp_path / "out")[2]
+    )
     assert not (tmp_path / "out").exists()
 
 
 # --- lists without names -----------------------------------------------------------------------------------------
 
 NAMELESS = {
-    "torch-ema": {"decay": 0.9, "num_updates": 3, "shadow_params": SHADOWS, "collected_params": None},
+    "torch-ema": {
+        "decay": 0.9,
+        "num_updates": 3,
+        "shadow_params": SHADOWS,
+        "collected_params": None,
+    },
     "diffusers": {"decay": 0.9, "optimization_step": 3, "shadow_params": SHADOWS, "power": 2 / 3},
 }
 
@@ -246,7 +282,9 @@ def test_names_from_the_live_model(kind: str, call: Call, tmp_path: Path) -> Non
     assert "is a list without names. Pass --like" in call(src, tmp_path / "out")[2]
     assert call(src, tmp_path / "out", "--like", live)[0] == 0
     found, meta = model(tmp_path / "out")
-    equal(found, {n: SHADOW[n] if n in (*PARAMETERS, "head.weight") else v for n, v in LIVE.items()})
+    equal(
+        found, {n: SHADOW[n] if n in (*PARAMETERS, "head.weight") else v for n, v in LIVE.items()}
+    )
     assert meta["averaged"] == sorted(PARAMETERS)
     assert meta["extra"]["converted"]["from"] == kind
     (tmp_path / "names.json").write_text(json.dumps(PARAMETERS))
@@ -261,11 +299,19 @@ def test_names_that_do_not_fit(call: Call, tmp_path: Path) -> None:
     torch.save(NAMELESS["torch-ema"], src := tmp_path / "a.pt")
     short = {n: v for n, v in LIVE.items() if n not in ("head.weight", "frozen")}
     torch.save(short, tmp_path / "short.pt")
-    assert "4 tensors without names, and 3 names" in call(src, tmp_path / "o", "--like", tmp_path / "short.pt")[2]
+    assert (
+        "4 tensors without names, and 3 names"
+        in call(src, tmp_path / "o", "--like", tmp_path / "short.pt")[2]
+    )
     torch.save(dict(reversed([(n, LIVE[n]) for n in PARAMETERS])), tmp_path / "turned.pt")
-    assert "by its place in the list" in call(src, tmp_path / "o", "--like", tmp_path / "turned.pt")[2]
+    assert (
+        "by its place in the list" in call(src, tmp_path / "o", "--like", tmp_path / "turned.pt")[2]
+    )
     save_file({n: LIVE[n].clone() for n in PARAMETERS}, tmp_path / "live.safetensors")
-    assert "whose file sorts them by name" in call(src, tmp_path / "o", "--like", tmp_path / "live.safetensors")[2]
+    assert (
+        "whose file sorts them by name"
+        in call(src, tmp_path / "o", "--like", tmp_path / "live.safetensors")[2]
+    )
     for text in ("{}", "[1]", "["):
         (tmp_path / "names.json").write_text(text)
         assert call(src, tmp_path / "o", "--like", tmp_path / "names.json")[0] == 1
@@ -274,11 +320,24 @@ def test_names_that_do_not_fit(call: Call, tmp_path: Path) -> None:
 
 def test_shapes_that_tell(call: Call, tmp_path: Path) -> None:
     """Where no two weights have one shape, a safetensors model names them whatever the order."""
-    live = {"b.weight": torch.ones(2, 3), "a.weight": torch.ones(4), "a.running_mean": torch.full((4,), 5.0)}
-    torch.save({"num_updates": 1, "shadow_params": [torch.zeros(2, 3), torch.full((4,), 2.0)]}, tmp_path / "a.pt")
+    live = {
+        "b.weight": torch.ones(2, 3),
+        "a.weight": torch.ones(4),
+        "a.running_mean": torch.full((4,), 5.0),
+    }
+    torch.save(
+        {"num_updates": 1, "shadow_params": [torch.zeros(2, 3), torch.full((4,), 2.0)]},
+        tmp_path / "a.pt",
+    )
     save_file(live, tmp_path / "live.safetensors")
-    assert call(tmp_path / "a.pt", tmp_path / "out", "--like", tmp_path / "live.safetensors")[0] == 0
-    want = {"b.weight": torch.zeros(2, 3), "a.weight": torch.full((4,), 2.0), "a.running_mean": live["a.running_mean"]}
+    assert (
+        call(tmp_path / "a.pt", tmp_path / "out", "--like", tmp_path / "live.safetensors")[0] == 0
+    )
+    want = {
+        "b.weight": torch.zeros(2, 3),
+        "a.weight": torch.full((4,), 2.0),
+        "a.running_mean": live["a.running_mean"],
+    }
     equal(model(tmp_path / "out")[0], want)
 
 
@@ -289,11 +348,16 @@ def test_forms_of_files(call: Call, tmp_path: Path) -> None:
     """safetensors, one and several, diffusers' folder with its clock, and the files of torch before 1.6."""
     want = {name: value.clone() for name, value in SHADOW.items()}
     save_file(
-        under("ema_model.", want) | {"step": torch.tensor(5), "initted": torch.tensor(True)}, tmp_path / "a.safetensors"
+        under("ema_model.", want) | {"step": torch.tensor(5), "initted": torch.tensor(True)},
+        tmp_path / "a.safetensors",
     )
     assert call(tmp_path / "a.safetensors", tmp_path / "out1")[0] == 0
     length = 0x0480  # its first two bytes are those of a pickle
-    head = json.dumps({"model_ema.w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode().ljust(length)
+    head = (
+        json.dumps({"model_ema.w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}})
+        .encode()
+        .ljust(length)
+    )
     (tmp_path / "blob").write_bytes(length.to_bytes(8, "little") + head + b"x")
     assert call(tmp_path / "blob", tmp_path / "out0")[0] == 0
     equal(model(tmp_path / "out1")[0], want)
@@ -308,15 +372,26 @@ def test_forms_of_files(call: Call, tmp_path: Path) -> None:
     halves = [dict(list(want.items())[:3]), dict(list(want.items())[3:])]
     for i, half in enumerate(halves):
         save_file(half, folder / f"diffusion_pytorch_model-{i}.safetensors")
-    weights = {name: f"diffusion_pytorch_model-{i}.safetensors" for i, half in enumerate(halves) for name in half}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    weights = {
+        name: f"diffusion_pytorch_model-{i}.safetensors"
+        for i, half in enumerate(halves)
+        for name in half
+    }
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weights})
+    )
     assert call(folder, tmp_path / "out3")[0] == 0
     found, meta = model(tmp_path / "out3")
     equal(found, want)
     said = meta["extra"]["converted"]
     assert (said["from"], said["optimization_step"], said["decay"]) == ("diffusers", 7, 0.9)
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
-    for bad in ({"weight_map": {"a": "../x.safetensors"}}, {"weight_map": {"a": "gone.safetensors"}}, {}, []):
+    for bad in (
+        {"weight_map": {"a": "../x.safetensors"}},
+        {"weight_map": {"a": "gone.safetensors"}},
+        {},
+        [],
+    ):
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(bad))
         assert call(folder, tmp_path / "x")[0] == 1
 
@@ -336,7 +411,10 @@ def test_dcp(call: Call, tmp_path: Path) -> None:
     code, _, err = call(tmp_path / "dcp", tmp_path / "x")
     assert code == 1
     assert "several averages: ema.averages.Constant(decay=0.5) (dist-ema" in err
-    assert call(tmp_path / "dcp", tmp_path / "out", "--key", "ema.averages.Constant(decay=0.5)")[0] == 0
+    assert (
+        call(tmp_path / "dcp", tmp_path / "out", "--key", "ema.averages.Constant(decay=0.5)")[0]
+        == 0
+    )
     found, meta = model(tmp_path / "out")
     want = ema.gather()
     equal(found, {name: want[name] for name in module.state_dict()})
@@ -347,10 +425,13 @@ def test_dcp(call: Call, tmp_path: Path) -> None:
     found, meta = model(tmp_path / "part")
     assert meta["weights"] == "averaged"
     assert "norm.num_batches_tracked" not in found
-    assert call(tmp_path / "dcp", tmp_path / "live", "--key", "app.model", "--dtype", "bf16")[0] == 0
+    assert (
+        call(tmp_path / "dcp", tmp_path / "live", "--key", "app.model", "--dtype", "bf16")[0] == 0
+    )
     found, _ = model(tmp_path / "live")
     assert all(
-        torch.equal(found[n], v.bfloat16() if v.is_floating_point() else v) for n, v in module.state_dict().items()
+        torch.equal(found[n], v.bfloat16() if v.is_floating_point() else v)
+        for n, v in module.state_dict().items()
     )
     code, _, err = call(tmp_path / "dcp", tmp_path / "dcp" / "out", "--key", "app.model")
     assert code == 1
@@ -363,7 +444,8 @@ def test_dcp(call: Call, tmp_path: Path) -> None:
 def test_rounding_aliases_and_one_file(call: Call, tmp_path: Path) -> None:
     """--dtype rounds as torch does and leaves integers; tied weights are written once; one file carries its aliases."""
     torch.save(
-        {"model_ema": SHADOW | {"strided": torch.randn(4, 5).t(), "empty": torch.empty(0, 2)}}, src := tmp_path / "a.pt"
+        {"model_ema": SHADOW | {"strided": torch.randn(4, 5).t(), "empty": torch.empty(0, 2)}},
+        src := tmp_path / "a.pt",
     )
     code, out, _ = call(src, tmp_path / "one.safetensors", "--dtype", "bf16", "--json")
     assert code == 0
@@ -372,7 +454,8 @@ def test_rounding_aliases_and_one_file(call: Call, tmp_path: Path) -> None:
     saved = torch.load(src)["model_ema"]
     assert "head.weight" not in found
     assert all(
-        torch.equal(v, saved[n].bfloat16() if saved[n].is_floating_point() else saved[n]) for n, v in found.items()
+        torch.equal(v, saved[n].bfloat16() if saved[n].is_floating_point() else saved[n])
+        for n, v in found.items()
     )
     assert len(found) == len(saved) - 1
     assert "exists. Pass --force" in call(src, tmp_path / "one.safetensors")[2]
@@ -430,7 +513,9 @@ def test_classes_are_not_run(call: Call, tmp_path: Path, monkeypatch: pytest.Mon
     assert "holds whole modules (torch.nn.modules.linear.Linear): pickled code" in err
     assert "state_dict()" in err
     for zipped in (True, False):
-        torch.save({"model_ema": SHADOW, "evil": Evil()}, "evil.pt", _use_new_zipfile_serialization=zipped)
+        torch.save(
+            {"model_ema": SHADOW, "evil": Evil()}, "evil.pt", _use_new_zipfile_serialization=zipped
+        )
         for more in ((), ("--inert", f"{os.system.__module__}.system")):
             code, _, err = call("evil.pt", "x", *more)
             assert code == 1
@@ -447,15 +532,27 @@ def test_unreadable(call: Call, tmp_path: Path) -> None:
     (tmp_path / "old.pt").write_bytes(b"\x80\x02" + b"x" * 50)
     (tmp_path / "byte.pt").write_bytes(b"\x80")
     torch.save(3, tmp_path / "number.pt")
-    torch.save({"model_ema": {"w": torch.ones(3).to_sparse(), "v": torch.ones(2)}}, tmp_path / "sparse.pt")
-    torch.save({"model_ema": {"w": torch.ones(3, dtype=torch.complex128)}}, tmp_path / "wide.pt")
-    torch.save({"model_ema": {"module.a": torch.ones(1), "module._orig_mod.a": torch.ones(1)}}, tmp_path / "twice.pt")
     torch.save(
-        {"model_ema.ab": torch.ones(1), "model_ema.num_updates": torch.tensor(1), "model.x": torch.ones(1)},
+        {"model_ema": {"w": torch.ones(3).to_sparse(), "v": torch.ones(2)}}, tmp_path / "sparse.pt"
+    )
+    torch.save({"model_ema": {"w": torch.ones(3, dtype=torch.complex128)}}, tmp_path / "wide.pt")
+    torch.save(
+        {"model_ema": {"module.a": torch.ones(1), "module._orig_mod.a": torch.ones(1)}},
+        tmp_path / "twice.pt",
+    )
+    torch.save(
+        {
+            "model_ema.ab": torch.ones(1),
+            "model_ema.num_updates": torch.tensor(1),
+            "model.x": torch.ones(1),
+        },
         tmp_path / "dots.pt",
     )
     both = {"model.a.b": torch.ones(1), "model.ab": torch.ones(1)}
-    torch.save(both | {"model_ema.ab": torch.ones(1), "model_ema.num_updates": torch.tensor(1)}, tmp_path / "both.pt")
+    torch.save(
+        both | {"model_ema.ab": torch.ones(1), "model_ema.num_updates": torch.tensor(1)},
+        tmp_path / "both.pt",
+    )
     deep: Any = SHADOW
     for _ in range(60):
         deep = {"a": deep}
@@ -466,7 +563,9 @@ def test_unreadable(call: Call, tmp_path: Path) -> None:
         (tmp_path / "two" / name).write_bytes(good.read_bytes())
     EMA(net(1)).save(tmp_path / "ours")
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"a": np.ones(3)}))
-    torch.save({"model_ema": {"w": torch.ones(3, device="meta"), "v": torch.ones(2)}}, tmp_path / "meta.pt")
+    torch.save(
+        {"model_ema": {"w": torch.ones(3, device="meta"), "v": torch.ones(2)}}, tmp_path / "meta.pt"
+    )
     torch.save({"model_ema": {"__metadata__": torch.ones(3)}}, tmp_path / "name.pt")
     said = {
         "pickle.pt": "asks for numpy.", "meta.pt": "model_ema.w cannot be converted",
@@ -492,7 +591,10 @@ def test_unreadable(call: Call, tmp_path: Path) -> None:
 def test_cut_and_flipped(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """200 copies, cut or with bytes changed, of both forms of file: a model or one sentence, and nothing left beside it."""
     monkeypatch.chdir(tmp_path)
-    content = {"model_ema": {"a": torch.randn(5, 7), "b": torch.arange(3), "t": torch.randn(4, 6).t()}, "lr": [1, "x"]}
+    content = {
+        "model_ema": {"a": torch.randn(5, 7), "b": torch.arange(3), "t": torch.randn(4, 6).t()},
+        "lr": [1, "x"],
+    }
     torch.save(content, "new.pt")
     torch.save(content, "old.pt", _use_new_zipfile_serialization=False)
     sound = [Path(name).read_bytes() for name in ("new.pt", "old.pt")]
@@ -526,13 +628,16 @@ def test_shared_structures_are_walked_once(tmp_path: Path) -> None:
     loop: dict[str, Any] = {"model_ema": dict(SHADOW)}
     loop["self"] = loop
     torch.save(loop, src)
-    assert [each.key for each in offline.candidates(offline.ConvertRequest(src))[0] if each.average] == ["model_ema"]
+    assert [
+        each.key for each in offline.candidates(offline.ConvertRequest(src))[0] if each.average
+    ] == ["model_ema"]
 
 
 def test_memory_is_a_window(tmp_path: Path) -> None:
     """A checkpoint of 200 MB, one weight not row by row: mapped pages aside, no more than a few windows."""
     torch.save(
-        {"model_ema": {"a": torch.ones(25 << 20), "b": torch.ones(1 << 13, 3 << 10).t()}}, src := tmp_path / "a.pt"
+        {"model_ema": {"a": torch.ones(25 << 20), "b": torch.ones(1 << 13, 3 << 10).t()}},
+        src := tmp_path / "a.pt",
     )
     code = (
         "import sys, re, pathlib, torch\n"
@@ -556,9 +661,9 @@ def test_memory_is_a_window(tmp_path: Path) -> None:
 
 def test_kinds_agree() -> None:
     """The command's choices are the kinds that `foreign` knows; every kind stands in its table of facts."""
-    assert set(cli.KINDS) == {*foreign.KINDS, "auto", "swa", "dcp"}
-    assert foreign.__doc__ is not None
-    assert all(f"\n{kind} " in foreign.__doc__ for kind in foreign.KINDS)
+    assert set(cli.KINDS) == {*recognise.KINDS, "auto", "swa", "dcp"}
+    assert recognise.__doc__ is not None
+    assert all(f"\n{kind} " in recognise.__doc__ for kind in recognise.KINDS)
 
 
 def test_plain_values() -> None:
@@ -571,12 +676,12 @@ def test_plain_values() -> None:
         def read(self, begin: int, end: int) -> Any:
             return self._value.reshape(-1).view(np.uint8)[begin:end]
 
-    assert foreign.plain(Leaf(np.int64(7), "I64")) == 7
-    assert foreign.plain(Leaf(np.float32(0.5), "F32")) == 0.5
-    assert foreign.plain(Leaf(np.ones(2, np.float32), "F32")) is None
-    assert foreign.plain(Leaf(np.float32("nan"), "F32")) == "nan"
-    assert foreign.plain([1]) is None
-    assert foreign.plain(OrderedDict()) is None
+    assert recognise.plain(Leaf(np.int64(7), "I64")) == 7
+    assert recognise.plain(Leaf(np.float32(0.5), "F32")) == 0.5
+    assert recognise.plain(Leaf(np.ones(2, np.float32), "F32")) is None
+    assert recognise.plain(Leaf(np.float32("nan"), "F32")) == "nan"
+    assert recognise.plain([1]) is None
+    assert recognise.plain(OrderedDict()) is None
 
 
 def test_help(call: Call) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from dist_ema import EMA, Uniform
-from dist_ema.dcp import FlatRange
+from dist_ema.checkpoint.dcp import FlatRange
 from tests.kit import Training, raises, run_ranks
 
 CHAIN = [("ddp", 2), ("fsdp1 flat", 3), ("fsdp2", 2), ("none", 1), ("hsdp", 4), ("ddp whole", 2)]
@@ -78,10 +78,14 @@ def refuse_arithmetic() -> None:
     odd = {name: torch.full(tuple(value.shape), 3.0) for name, value in part["weights"].items()}
     if dist.get_rank() == 1:
         odd[list(odd)[-1]] = torch.zeros(2, 2, 2)
-    with raises(ValueError if dist.get_rank() == 1 else RuntimeError, "(2, 2, 2) in the state_dict"):
+    with raises(
+        ValueError if dist.get_rank() == 1 else RuntimeError, "(2, 2, 2) in the state_dict"
+    ):
         ema.load_state_dict(state | {"averages": {"Uniform()": part | {"weights": odd}}})
     again = ema.gather()
-    assert all(torch.equal(again[name], full[name]) for name in full), "nothing was written on any rank"
+    assert all(torch.equal(again[name], full[name]) for name in full), (
+        "nothing was written on any rank"
+    )
 
 
 def test_a_flat_range_is_a_handle() -> None:
@@ -99,5 +103,8 @@ def test_one_process_gets_plain_tensors(tmp_path: Path) -> None:
     torch.save(ema.state_dict(), tmp_path / "ema.pt")
     again = EMA(torch.nn.Linear(3, 4), 0.5)
     again.load_state_dict(torch.load(tmp_path / "ema.pt", weights_only=True))
-    assert all(torch.equal(a, b) for a, b in zip(ema.gather().values(), again.gather().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(ema.gather().values(), again.gather().values(), strict=True)
+    )
     assert again.now == 1

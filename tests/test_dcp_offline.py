@@ -31,11 +31,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from dist_ema import EMA, archives, distcp, pickles, source
-from dist_ema.layout import DTYPES
+from dist_ema import EMA
+from dist_ema.checkpoint.torch_dtypes import DTYPES
+from dist_ema.foreign import torch_dcp, torch_zip, unpickler
+from dist_ema.offline import sources
 from tests.kit import Call, Training, run_ranks
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")  # it is not used, on purpose
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is:UserWarning"
+)  # it is not used, on purpose
 
 WEIGHTS = {
     "half": torch.randn(33).bfloat16(),
@@ -71,15 +75,20 @@ def raw(tensor: torch.Tensor) -> bytes:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def read(folder: distcp.Folder, name: str, window: int = 1 << 20) -> bytes:
+def read(folder: torch_dcp.Folder, name: str, window: int = 1 << 20) -> bytes:
     nbytes = folder.entries[name].nbytes
-    return b"".join(bytes(folder.read(name, at, min(at + window, nbytes))) for at in range(0, nbytes, window))
+    return b"".join(
+        bytes(folder.read(name, at, min(at + window, nbytes))) for at in range(0, nbytes, window)
+    )
 
 
 def same(path: Path, window: int = 1 << 20) -> int:
     """Every tensor has the bytes that dcp.load gives. Returns how many there were."""
-    with distcp.Folder(path) as folder:
-        state = {name: torch.zeros(entry.shape, dtype=DTYPES[entry.dtype]) for name, entry in folder.entries.items()}
+    with torch_dcp.Folder(path) as folder:
+        state = {
+            name: torch.zeros(entry.shape, dtype=DTYPES[entry.dtype])
+            for name, entry in folder.entries.items()
+        }
         dcp.load(state, checkpoint_id=path, no_dist=True)
         assert [name for name in state if read(folder, name, window) != raw(state[name])] == []
     return len(state)
@@ -92,7 +101,7 @@ def same(path: Path, window: int = 1 << 20) -> int:
 def test_one_process(saved: Path, window: int) -> None:
     """All dtypes, and tensors that do not lie row by row, in windows that end anywhere."""
     assert same(saved, window) == len(WEIGHTS) + 1
-    with distcp.Folder(saved) as folder:
+    with torch_dcp.Folder(saved) as folder:
         assert read(folder, "app.model.last") == raw(WEIGHTS["last"])
         assert folder.others == {"step": "no tensor", "text.x": "no tensor"}
         assert folder.paths["a.b.c"] == ("a.b", "c")
@@ -115,7 +124,13 @@ def save_ranks(folder: str) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     columns = distribute_tensor(torch.arange(70.0).view(10, 7), mesh, [Shard(1)])
     deep = distribute_tensor(torch.arange(120.0).view(2, 5, 12), mesh, [Shard(2)])
-    state = {"model": run.model.state_dict(), "ema": ema, "ddp": other, "columns": columns, "deep": deep}
+    state = {
+        "model": run.model.state_dict(),
+        "ema": ema,
+        "ddp": other,
+        "columns": columns,
+        "deep": deep,
+    }
     dcp.save(state, checkpoint_id=f"{folder}/ranks")
     full = {"ema": ema.gather(), "ddp": other.gather()}
     if dist.get_rank() == 0:
@@ -128,15 +143,17 @@ def test_ranks(tmp_path: Path) -> None:
     assert same(tmp_path / "ranks") > 30
     same(tmp_path / "ranks", 8)
     full = torch.load(tmp_path / "full.pt")
-    with source.open_model(tmp_path / "ranks") as folder:
-        assert isinstance(folder, distcp.Folder)
+    with sources.open_model(tmp_path / "ranks") as folder:
+        assert isinstance(folder, torch_dcp.Folder)
         assert read(folder, "columns", 24) == raw(torch.arange(70.0))
         assert len({chunk.file for chunk in folder._weights["columns"][1]}) == 3
         for label, schedule in (("ema", "Constant(decay=0.5)"), ("ddp", "Constant(decay=0.9)")):
             prefix = f"{label}.averages.{schedule}.weights."
             names = [name for name in folder.entries if name.startswith(prefix)]
             assert len(names) > 10
-            assert all(read(folder, name) == raw(full[label][name[len(prefix) :]]) for name in names)
+            assert all(
+                read(folder, name) == raw(full[label][name[len(prefix) :]]) for name in names
+            )
 
 
 def test_never_imports_torch(saved: Path) -> None:
@@ -146,7 +163,9 @@ def test_never_imports_torch(saved: Path) -> None:
         "code = main(['inspect', sys.argv[1]])\n"
         "print(code, sorted({'torch', 'pickle5', 'safetensors'} & set(sys.modules)), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True
+    )
     assert done.stderr.strip() == "0 []"
     assert "app.model.transposed" in done.stdout
     assert "[4, 3]" in done.stdout
@@ -155,7 +174,7 @@ def test_never_imports_torch(saved: Path) -> None:
 def test_without_a_plan(copy: Path) -> None:
     """Planners that do not flatten leave no paths: names stay whole."""
     edit(copy, lambda said: setattr(said, "planner_data", None))
-    with distcp.Folder(copy) as folder:
+    with torch_dcp.Folder(copy) as folder:
         assert folder.paths["app.model.half"] == ("app.model.half",)
 
 
@@ -164,9 +183,9 @@ def test_without_a_plan(copy: Path) -> None:
 
 def edit(folder: Path, change: Callable[[Any], Any]) -> None:
     """Rewrite .metadata, as somebody with torch would."""
-    said = pickle.loads((folder / distcp.META).read_bytes())
+    said = pickle.loads((folder / torch_dcp.META).read_bytes())
     change(said)
-    (folder / distcp.META).write_bytes(pickle.dumps(said))
+    (folder / torch_dcp.META).write_bytes(pickle.dumps(said))
 
 
 def chunk(said: Any, name: str) -> Any:
@@ -186,7 +205,9 @@ def swap_places(said: Any) -> None:
 def overlap(said: Any) -> None:
     """Two halves of a (4, 3) weight that are both the first."""
     kind = type(chunk(said, "app.model.parameter"))
-    said.state_dict_metadata["app.model.parameter"].chunks = [kind(torch.Size([0, 0]), torch.Size([2, 3]))] * 2
+    said.state_dict_metadata["app.model.parameter"].chunks = [
+        kind(torch.Size([0, 0]), torch.Size([2, 3]))
+    ] * 2
 
 
 EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -225,15 +246,19 @@ def test_edited(what: str, copy: Path) -> None:
     """A .metadata that contradicts itself, its files, or leads out of the folder."""
     change, words = EDITS[what]
     edit(copy, change)
-    with pytest.raises(ValueError, match=words), distcp.Folder(copy) as folder:
+    with pytest.raises(ValueError, match=words), torch_dcp.Folder(copy) as folder:
         for name in folder.entries:
             read(folder, name)
 
 
 def test_other_dtypes_are_listed(tmp_path: Path) -> None:
     """What safetensors cannot hold is no entry, and says why."""
-    dcp.save({"w": torch.ones(2), "wide": torch.ones(2, dtype=torch.complex128)}, checkpoint_id=tmp_path, no_dist=True)
-    with distcp.Folder(tmp_path) as folder:
+    dcp.save(
+        {"w": torch.ones(2), "wide": torch.ones(2, dtype=torch.complex128)},
+        checkpoint_id=tmp_path,
+        no_dist=True,
+    )
+    with torch_dcp.Folder(tmp_path) as folder:
         assert list(folder.entries) == ["w"]
         assert "torch.complex128" in folder.others["wide"]
 
@@ -241,7 +266,11 @@ def test_other_dtypes_are_listed(tmp_path: Path) -> None:
 def test_what_is_left_out_is_said(tmp_path: Path, call: Call) -> None:
     """inspect lists what is no weight, and why."""
     wide = torch.ones(2, dtype=torch.complex128)
-    dcp.save({"w": torch.ones(2), "step": 7, "wide": wide, "name": {"x": "y"}}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(
+        {"w": torch.ones(2), "step": 7, "wide": wide, "name": {"x": "y"}},
+        checkpoint_id=tmp_path,
+        no_dist=True,
+    )
     code, out, _ = call("inspect", tmp_path)
     assert code == 0
     assert "left out  no tensor: step, name.x\n" in out
@@ -277,11 +306,11 @@ def test_items_that_are_no_plain_tensors(copy: Path) -> None:
         def point(said: Any, name: str = name, length: int = item.stat().st_size) -> None:
             vars(place(said, name)).update(relative_path="item.distcp", offset=0, length=length)
 
-        sound = (copy / distcp.META).read_bytes()
+        sound = (copy / torch_dcp.META).read_bytes()
         edit(copy, point)
-        with pytest.raises(ValueError, match=words), distcp.Folder(copy) as folder:
+        with pytest.raises(ValueError, match=words), torch_dcp.Folder(copy) as folder:
             read(folder, name)
-        (copy / distcp.META).write_bytes(sound)
+        (copy / torch_dcp.META).write_bytes(sound)
 
 
 def compress(path: Path) -> None:
@@ -294,9 +323,9 @@ def compress(path: Path) -> None:
 
 def test_metadata_that_is_no_file(tmp_path: Path) -> None:
     """A folder, or a pipe that nobody writes to."""
-    (tmp_path / distcp.META).mkdir()
+    (tmp_path / torch_dcp.META).mkdir()
     with pytest.raises(ValueError, match="is no file"):
-        distcp.Folder(tmp_path)
+        torch_dcp.Folder(tmp_path)
 
 
 # --- what would run ----------------------------------------------------------------------------------------------
@@ -335,7 +364,10 @@ def touch(marker: Path) -> dict[str, Any]:
 
 # Pickles of protocol 2 use the names that Python 2 had, and getattr for what lies in a class.
 OTHERS = ("torch.nn.modules.linear.Linear", "collections.Counter")
-REFUSED = {name: f"{name.rpartition('.')[2]}, which dist_ema refuses" for name in (*touch(Path("x")), *OTHERS)}
+REFUSED = {
+    name: f"{name.rpartition('.')[2]}, which dist_ema refuses"
+    for name in (*touch(Path("x")), *OTHERS)
+}
 REFUSED["pathlib.Path.touch"] = "which dist_ema refuses"
 
 
@@ -347,7 +379,10 @@ def by_hand(marker: Path) -> dict[str, tuple[bytes, str]]:
     """Attacks that no pickler writes: (pickle, what must be said)."""
     name = b"ctorch\nSize\n"
     return {
-        "dots": (short("torch") + short("Size.__new__") + pickle.STACK_GLOBAL + b".", "torch.Size.__new__"),
+        "dots": (
+            short("torch") + short("Size.__new__") + pickle.STACK_GLOBAL + b".",
+            "torch.Size.__new__",
+        ),
         "a path to a function": (
             short("torch.distributed.checkpoint.metadata")
             + short("Metadata.__init__.__globals__")
@@ -356,14 +391,21 @@ def by_hand(marker: Path) -> dict[str, tuple[bytes, str]]:
             "__globals__",
         ),
         "a call of a text": (short("os") + b")" + pickle.REDUCE + b".", "calls a str"),
-        "a call of a record": (b"ctorch.distributed.checkpoint.metadata\nMetadata\n)R)R.", "calls a Record"),
+        "a call of a record": (
+            b"ctorch.distributed.checkpoint.metadata\nMetadata\n)R)R.",
+            "calls a Record",
+        ),
         "a call of a dtype": (b"ctorch\nfloat32\n)R.", "calls a str"),
         "a call of a new object": (short("os") + b")" + pickle.NEWOBJ + b".", "calls a str"),
         "arguments that are no tuple": (name + b"]" + pickle.REDUCE + b".", "calls a"),
         "the state of a function": (name + b"}" + pickle.BUILD + b".", "sets the state"),
         "the state of a list": (b"]}" + pickle.BUILD + b".", "sets the state of a list"),
         "items of a record": (
-            b"ctorch.distributed.checkpoint.metadata\nMetadata\n)R" + short("a") + b"N" + pickle.SETITEM + b".",
+            b"ctorch.distributed.checkpoint.metadata\nMetadata\n)R"
+            + short("a")
+            + b"N"
+            + pickle.SETITEM
+            + b".",
             "sets items of a Record",
         ),
         "append to a function": (name + b"N" + pickle.APPEND + b".", "appends to a _Name"),
@@ -371,20 +413,29 @@ def by_hand(marker: Path) -> dict[str, tuple[bytes, str]]:
         "an extension": (pickle.EXT1 + b"\1.", "opcode 0x82"),
         "an instance": (b"(ios\nsystem\n.", "opcode 0x69"),
         "an old text": (b"S'x'\n.", "opcode 0x53"),
-        "names of numbers": (b"K\1K\2" + pickle.STACK_GLOBAL + b".", "by something that is no text"),
+        "names of numbers": (
+            b"K\1K\2" + pickle.STACK_GLOBAL + b".",
+            "by something that is no text",
+        ),
         "nested keys": (
             b"})N" + pickle.SETITEM + b".",
             "uses a tuple as a key",
         ),
         "a number of a million bytes": (pickle.LONG4 + b"\0\0\x10\0" + b"." * 20, "opcode 0x8b"),
         "a long number": (pickle.LONG1 + b"\xff" + b"\1" * 255 + b".", "a number of 255 bytes"),
-        "a text longer than the file": (pickle.BINUNICODE8 + b"\xff" * 7 + b"\x7f" + b"x.", "damaged pickle"),
+        "a text longer than the file": (
+            pickle.BINUNICODE8 + b"\xff" * 7 + b"\x7f" + b"x.",
+            "damaged pickle",
+        ),
         "nothing on the stack": (b"R.", "damaged pickle"),
         "no end": (b"N", "damaged pickle"),
         "an empty file": (b"", "damaged pickle"),
         "a mark too few": (b"t.", "damaged pickle"),
         "wrong arguments": (name + b")" + pickle.REDUCE + b".", "damaged pickle"),
-        "negative sizes": (name + b"](J\xff\xff\xff\xffe" + pickle.TUPLE1 + pickle.REDUCE + b".", "damaged pickle"),
+        "negative sizes": (
+            name + b"](J\xff\xff\xff\xffe" + pickle.TUPLE1 + pickle.REDUCE + b".",
+            "damaged pickle",
+        ),
         "a memo of nothing": (b"h\7.", "damaged pickle"),
         "a far memo": (b"Nr\xff\xff\xff\xff0h\1.", "damaged pickle"),
         "something else": (b"N.", "something else stands where a Metadata must"),
@@ -392,7 +443,10 @@ def by_hand(marker: Path) -> dict[str, tuple[bytes, str]]:
 
 
 def refused(folder: Path, words: str, marker: Path) -> None:
-    with pytest.raises(ValueError, match=re.escape(words)) as caught, distcp.Folder(folder) as opened:
+    with (
+        pytest.raises(ValueError, match=re.escape(words)) as caught,
+        torch_dcp.Folder(folder) as opened,
+    ):
         for name in opened.entries:
             read(opened, name)
     assert "\n" not in str(caught.value)
@@ -404,20 +458,32 @@ def test_attacks_on_metadata(copy: Path, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     for words, evil in touch(marker).items():
         for protocol in (2, 4):
-            (copy / distcp.META).write_bytes(pickle.dumps(evil, protocol))
+            (copy / torch_dcp.META).write_bytes(pickle.dumps(evil, protocol))
             refused(copy, REFUSED[words], marker)
 
 
 def test_attacks_deep_inside(copy: Path, tmp_path: Path) -> None:
     """In parts of .metadata that nobody would need to read, and in a path."""
     marker = tmp_path / "ran"
-    sound = (copy / distcp.META).read_bytes()
+    sound = (copy / torch_dcp.META).read_bytes()
     for where in ("planner_data", "storage_meta", "version"):
-        (copy / distcp.META).write_bytes(sound)
-        edit(copy, lambda said, where=where: setattr(said, where, {"a": [("b", touch(marker)["builtins.eval"])]}))
-        refused(copy, "asks for builtins.eval, which dist_ema refuses. Nothing in it was run.", marker)
-    (copy / distcp.META).write_bytes(sound)
-    edit(copy, lambda said: setattr(place(said, "app.model.half"), "relative_path", touch(marker)["subprocess.Popen"]))
+        (copy / torch_dcp.META).write_bytes(sound)
+        edit(
+            copy,
+            lambda said, where=where: setattr(
+                said, where, {"a": [("b", touch(marker)["builtins.eval"])]}
+            ),
+        )
+        refused(
+            copy, "asks for builtins.eval, which dist_ema refuses. Nothing in it was run.", marker
+        )
+    (copy / torch_dcp.META).write_bytes(sound)
+    edit(
+        copy,
+        lambda said: setattr(
+            place(said, "app.model.half"), "relative_path", touch(marker)["subprocess.Popen"]
+        ),
+    )
     refused(copy, "asks for subprocess.Popen", marker)
 
 
@@ -425,7 +491,7 @@ def test_attacks_deep_inside(copy: Path, tmp_path: Path) -> None:
 def test_attacks_by_hand(what: str, copy: Path, tmp_path: Path) -> None:
     """Opcodes put together on purpose."""
     data, words = by_hand(tmp_path / "ran")[what]
-    (copy / distcp.META).write_bytes(b"\x80\4" + data)
+    (copy / torch_dcp.META).write_bytes(b"\x80\4" + data)
     refused(copy, words, tmp_path / "ran")
 
 
@@ -439,7 +505,9 @@ def test_attacks_on_items(copy: Path, tmp_path: Path) -> None:
         torch.save({"w": evil}, item)
 
         def point(said: Any, item: Path = item) -> None:
-            vars(place(said, "app.model.middle")).update(relative_path=item.name, offset=0, length=item.stat().st_size)
+            vars(place(said, "app.model.middle")).update(
+                relative_path=item.name, offset=0, length=item.stat().st_size
+            )
 
         edit(copy, point)
         refused(copy, REFUSED[words], marker)
@@ -448,32 +516,32 @@ def test_attacks_on_items(copy: Path, tmp_path: Path) -> None:
 def test_bombs(tmp_path: Path) -> None:
     """Small pickles that would take exponential time, deep recursion, or all memory."""
     laughs = b"]" + (pickle.BINPUT + b"\0" + pickle.BINGET + b"\0" + pickle.TUPLE2) * 200 + b"."
-    assert len(pickles.read(laughs, {}, "laughs")) == 2
-    deep = pickles.read(b"]" + pickle.TUPLE1 * 100_000 + b".", {}, "deep")
+    assert len(unpickler.read(laughs, {}, "laughs")) == 2
+    deep = unpickler.read(b"]" + pickle.TUPLE1 * 100_000 + b".", {}, "deep")
     depth = 0
     while deep:  # taken apart by hand: freeing it at once is the interpreter's own affair
         deep, depth = deep[0], depth + 1
     assert depth == 100_000
     with pytest.raises(ValueError, match="damaged"):
-        pickles.read(b"N" + b"r\xff\xff\xff\x7f" + b"0" + b"h\1.", {}, "memo")
+        unpickler.read(b"N" + b"r\xff\xff\xff\x7f" + b"0" + b"h\1.", {}, "memo")
     with pytest.raises(ValueError, match="dist_ema reads up to"):
-        pickles.read(bytes(pickles.MOST + 1), {}, "zeros")
+        unpickler.read(bytes(unpickler.MOST + 1), {}, "zeros")
     huge = tmp_path / "huge"
     with open(huge, "wb") as file:
         file.truncate(1 << 40)  # nothing on disk; reading it would end in MemoryError
     (tmp_path / "folder").mkdir()
-    huge.rename(tmp_path / "folder" / distcp.META)
+    huge.rename(tmp_path / "folder" / torch_dcp.META)
     with pytest.raises(ValueError, match="dist_ema reads up to"):
-        distcp.Folder(tmp_path / "folder")
+        torch_dcp.Folder(tmp_path / "folder")
 
 
 def test_cut_and_flipped(copy: Path) -> None:
     """400 copies, cut or with bytes changed: a ValueError of one line, or tensors of some bytes; never anything else."""
     generator = random.Random(7)
-    sound = {name: (copy / name).read_bytes() for name in (distcp.META, "__0_0.distcp")}
+    sound = {name: (copy / name).read_bytes() for name in (torch_dcp.META, "__0_0.distcp")}
     outcomes = {"read": 0, "refused": 0}
     for round_ in range(400):
-        name = (distcp.META, "__0_0.distcp")[round_ % 2]
+        name = (torch_dcp.META, "__0_0.distcp")[round_ % 2]
         data = bytearray(sound[name])
         if round_ % 8 < 2:
             del data[generator.randrange(len(data)) :]
@@ -482,7 +550,7 @@ def test_cut_and_flipped(copy: Path) -> None:
                 data[generator.randrange(len(data))] = generator.randrange(256)
         (copy / name).write_bytes(data)
         try:
-            with distcp.Folder(copy) as folder:
+            with torch_dcp.Folder(copy) as folder:
                 for weight in folder.entries:
                     read(folder, weight)
             outcomes["read"] += 1
@@ -502,18 +570,18 @@ def test_archives(tmp_path: Path) -> None:
     data = path.read_bytes()
     with zipfile.ZipFile(path) as known:
         want = {info.filename.split("/", 1)[1]: known.read(info) for info in known.infolist()}
-    found = archives.records(lambda begin, end: data[begin:end], len(data), "a.pt")
+    found = torch_zip.records(lambda begin, end: data[begin:end], len(data), "a.pt")
     assert {name: data[begin:end] for name, (begin, end) in found.items()} == want
     with zipfile.ZipFile(path, "w") as new, new.open("a/big", "w", force_zip64=True) as file:
         file.write(b"content")
     data = path.read_bytes()
-    begin, end = archives.records(lambda begin, end: data[begin:end], len(data), "a.pt")["big"]
+    begin, end = torch_zip.records(lambda begin, end: data[begin:end], len(data), "a.pt")["big"]
     assert data[begin:end] == b"content"
     with pytest.raises(ValueError, match="cut short"):
-        archives.records(lambda begin, end: data[begin:end], len(data) - 1, "a.pt")
+        torch_zip.records(lambda begin, end: data[begin:end], len(data) - 1, "a.pt")
     for bad in (b"", b"x" + data[:-22] + b"PK\5\6" + b"\xff" * 16 + b"\0\0"):
         with pytest.raises(ValueError, match="no sound archive"):
-            archives.records(lambda begin, end, bad=bad: bad[begin:end], len(bad), "bad")
+            torch_zip.records(lambda begin, end, bad=bad: bad[begin:end], len(bad), "bad")
 
 
 def test_runs() -> None:
@@ -523,14 +591,18 @@ def test_runs() -> None:
         shape = tuple(int(n) for n in generator.integers(1, 6, generator.integers(0, 4)))
         whole = np.arange(int(np.prod(shape)))
         cuts = [sorted({0, n, *map(int, generator.integers(0, n + 1, 2))}) for n in shape]
-        chunks = [distcp._Chunk((), ())]
+        chunks = [torch_dcp._Chunk((), ())]
         for edges in cuts:
             chunks = [
-                distcp._Chunk((*c.offsets, a), (*c.sizes, b - a)) for c in chunks for a, b in itertools.pairwise(edges)
+                torch_dcp._Chunk((*c.offsets, a), (*c.sizes, b - a))
+                for c in chunks
+                for a, b in itertools.pairwise(edges)
             ]
-        runs = distcp._runs(shape, chunks)
+        runs = torch_dcp._runs(shape, chunks)
         dense = [
-            whole.reshape(shape)[tuple(slice(o, o + s) for o, s in zip(c.offsets, c.sizes, strict=True))].ravel()
+            whole.reshape(shape)[
+                tuple(slice(o, o + s) for o, s in zip(c.offsets, c.sizes, strict=True))
+            ].ravel()
             for c in chunks
         ]
         parts = zip(runs.lengths.tolist(), runs.chunks.tolist(), runs.inside.tolist(), strict=True)

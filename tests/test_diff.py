@@ -28,7 +28,10 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compare(tmp_path: Path, a: dict[str, Tensor], b: dict[str, Tensor]) -> Difference:
     for label, weights in (("a", a), ("b", b)):
-        save_file({name: value.clone() for name, value in weights.items()}, tmp_path / f"{label}.safetensors")
+        save_file(
+            {name: value.clone() for name, value in weights.items()},
+            tmp_path / f"{label}.safetensors",
+        )
     return diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
 
 
@@ -40,12 +43,21 @@ def row(tmp_path: Path, a: Tensor, b: Tensor) -> Row:
 def test_distances(tmp_path: Path) -> None:
     """Every floating dtype against every other, largest distance first."""
     torch.manual_seed(0)
-    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+    dtypes = (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    )
     full = {f"{i}.{j}": torch.randn(3, 4, dtype=torch.float64) for i in range(6) for j in range(6)}
     a = {name: value.to(dtypes[int(name[0])]) for name, value in full.items()}
     b = {name: (value * 1.01).to(dtypes[int(name[2])]) for name, value in full.items()}
     found = compare(tmp_path, a, b)
-    assert [each.distance for each in found.rows] == sorted((each.distance for each in found.rows), reverse=True)
+    assert [each.distance for each in found.rows] == sorted(
+        (each.distance for each in found.rows), reverse=True
+    )
     assert len(found.rows) == 36
     for each in found.rows:
         x, y = a[each.name].double(), b[each.name].double()
@@ -71,7 +83,13 @@ def test_distances(tmp_path: Path) -> None:
         (torch.tensor([1.0, INF]), torch.tensor([1.0, INF]), 0.0, 0.0, 0),
         (torch.tensor([1.0, INF]), torch.tensor([1.0, -INF]), INF, INF, 1),
         (torch.tensor([1.0, INF]), torch.tensor([1.0, INF]).bfloat16(), 0.0, 0.0, 0),
-        (torch.tensor([1.0, 2.0]), torch.complex(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0])), 0.0, 0.0, 0),
+        (
+            torch.tensor([1.0, 2.0]),
+            torch.complex(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0])),
+            0.0,
+            0.0,
+            0,
+        ),
         (
             torch.complex(torch.ones(4), torch.ones(4)),
             torch.complex(torch.ones(4), -torch.ones(4)),
@@ -82,10 +100,16 @@ def test_distances(tmp_path: Path) -> None:
         (torch.tensor([1, 2]), torch.tensor([1.0, 2.0]), 0.0, 0.0, 0),
     ],
 )
-def test_corners(a: Tensor, b: Tensor, distance: float, largest: float, changed: int, tmp_path: Path) -> None:
+def test_corners(
+    a: Tensor, b: Tensor, distance: float, largest: float, changed: int, tmp_path: Path
+) -> None:
     """Zeros, scalars, nothing at all, NaN, infinity, complex numbers."""
     found = row(tmp_path, a, b)
-    assert (found.distance, found.largest, found.changed) == (pytest.approx(distance), largest, changed)
+    assert (found.distance, found.largest, found.changed) == (
+        pytest.approx(distance),
+        largest,
+        changed,
+    )
 
 
 def test_integers_are_exact(tmp_path: Path) -> None:
@@ -108,8 +132,14 @@ def test_integers_are_exact(tmp_path: Path) -> None:
 def test_names_and_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What only one has, and what has another shape, is named and never the same, whatever the threshold."""
     one, two = torch.ones(2, 3), torch.ones(3, 2)
-    found = compare(tmp_path, {"a": one, "same": one, "turned": one}, {"b": one, "same": one, "turned": two})
-    assert (found.missing, found.unexpected, found.reshaped) == (["a"], ["b"], {"turned": ([2, 3], [3, 2])})
+    found = compare(
+        tmp_path, {"a": one, "same": one, "turned": one}, {"b": one, "same": one, "turned": two}
+    )
+    assert (found.missing, found.unexpected, found.reshaped) == (
+        ["a"],
+        ["b"],
+        {"turned": ([2, 3], [3, 2])},
+    )
     assert [each.name for each in found.rows] == ["same"]
     assert not found.same(1.0)
     assert main(["diff", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]) == 1
@@ -119,7 +149,11 @@ def test_names_and_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         "unexpected  b (in B alone)",
         "reshaped    turned: [2, 3] in A, [3, 2] in B",
     ]
-    for a, b in (({"x": one}, {"x": one, "y": one}), ({"x": one, "y": one}, {"x": one}), ({"x": one}, {"x": two})):
+    for a, b in (
+        ({"x": one}, {"x": one, "y": one}),
+        ({"x": one, "y": one}, {"x": one}),
+        ({"x": one}, {"x": two}),
+    ):
         assert not compare(tmp_path, a, b).same(1.0)
 
 
@@ -173,7 +207,9 @@ def test_several_averages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for name in ("1", "1-Constant", "Constant(decay=0.9)"):
         assert main(["diff", path, path, "--which-b", name, "--json"]) == 1
         said = json.loads(capsys.readouterr().out)
-        assert said["weights"]["weight"]["distance"] == pytest.approx(((a - b).norm() / a.norm()).item())
+        assert said["weights"]["weight"]["distance"] == pytest.approx(
+            ((a - b).norm() / a.norm()).item()
+        )
         assert said["weights"]["bias"]["changed"] == 0
     assert main(["diff", path, path, "--which-a", "1", "--which-b", "1"]) == 0
     for name in ("2", "Constant", "", "none"):
@@ -199,7 +235,12 @@ def test_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (out[0].split(", ")[1], len(out)) == ("1 differ by more than 0.5", 3 + 29)
     assert main([*line, "--json"]) == 1
     said: dict[str, Any] = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert (said["same"], said["compared"], said["beyond"], len(said["weights"])) == (False, 30, 29, 30)
+    assert (said["same"], said["compared"], said["beyond"], len(said["weights"])) == (
+        False,
+        30,
+        29,
+        30,
+    )
     assert said["weights"]["w29"]["distance"] is None
     for wrong in ("-1", "nan", "inf", "much"):
         with pytest.raises(SystemExit) as caught:

@@ -90,13 +90,17 @@ def test_refuses_shapes() -> None:
 
 def lessons(student: nn.Module, teacher: nn.Module, lanes: range, steps: int) -> EMA:
     """Labels, and the student's own average as a teacher, on the batches of these lanes together."""
-    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.5, momentum=0.5)
+    optimizer = torch.optim.SGD(
+        [p for p in student.parameters() if p.requires_grad], lr=0.5, momentum=0.5
+    )
     ema = EMA(student, Debiased(0.8), into=teacher)
     ema.attach(optimizer)
     soft = SoftTargetLoss(temperature=2.0)
     teacher.eval()
     for step in range(steps):
-        x, y = (torch.cat(parts) for parts in zip(*(batch(step, lane) for lane in lanes), strict=True))
+        x, y = (
+            torch.cat(parts) for parts in zip(*(batch(step, lane) for lane in lanes), strict=True)
+        )
         with torch.no_grad():
             targets = teacher(x)
         logits = student(x)
@@ -120,7 +124,9 @@ def teach_on_ranks() -> None:
     with torch.no_grad():
         probe = batch(99, 0)[0]
         torch.testing.assert_close(teacher(probe), shown(probe), rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(shown(probe), alone.eval()(probe), atol=1e-2), "the teacher is not the student"
+        assert not torch.allclose(shown(probe), alone.eval()(probe), atol=1e-2), (
+            "the teacher is not the student"
+        )
 
 
 def test_mean_teacher_on_ranks() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_ema import commit
+from dist_ema.checkpoint import atomic
 from dist_ema.offline import doctor
 from tests.kit import Call
 
@@ -24,7 +24,9 @@ def call(call: Call) -> Call:
     return partial(call, "doctor")
 
 
-def fault(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, name: str = "sitecustomize.py") -> None:
+def fault(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, name: str = "sitecustomize.py"
+) -> None:
     """Code that every child of doctor runs first."""
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(code)
@@ -33,7 +35,12 @@ def fault(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str, name: str = 
 
 def test_sound(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here everything works, also inside somebody's job; nothing is left behind; every check has a line."""
-    for key, value in (("RANK", "3"), ("WORLD_SIZE", "8"), ("MASTER_ADDR", "nowhere"), ("TORCHELASTIC_RUN_ID", "x")):
+    for key, value in (
+        ("RANK", "3"),
+        ("WORLD_SIZE", "8"),
+        ("MASTER_ADDR", "nowhere"),
+        ("TORCHELASTIC_RUN_ID", "x"),
+    ):
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     code, out, err = call(tmp_path, "--json")
@@ -43,32 +50,58 @@ def test_sound(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert checks["torch"] == {"what": "torch", "state": "ok", "text": version("torch")}
     assert checks["self-test"]["text"] == "2 ranks over gloo: FSDP2 and DDP, average, save and load"
     assert checks["backends"]["text"].startswith("gloo")
-    assert {"python", "numpy", "safetensors", "accelerator", "folder", "replacing", "reserving"} <= set(checks)
+    assert {
+        "python",
+        "numpy",
+        "safetensors",
+        "accelerator",
+        "folder",
+        "replacing",
+        "reserving",
+    } <= set(checks)
     assert list(tmp_path.iterdir()) == []
     if not torch.accelerator.is_available():
         assert "silently starts one process" in checks["accelerate"]["text"]
 
 
-def test_torch_that_cannot_be_imported(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_that_cannot_be_imported(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A broken torch is a problem with its own last words; no self-test, no traceback, code 1."""
-    fault(tmp_path, monkeypatch, "raise ImportError('libcudart.so.99: no such file')", "torch/__init__.py")
+    fault(
+        tmp_path,
+        monkeypatch,
+        "raise ImportError('libcudart.so.99: no such file')",
+        "torch/__init__.py",
+    )
     code, out, err = call()
     assert (code, err) == (1, "")
-    assert "  PROBLEM  torch: cannot be imported: ImportError: libcudart.so.99: no such file\n" in out
+    assert (
+        "  PROBLEM  torch: cannot be imported: ImportError: libcudart.so.99: no such file\n" in out
+    )
     assert "self-test" not in out
     assert "can work here" not in out
 
 
 def test_ranks_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rank, the step and the reason; or how a rank died that could not say."""
-    fault(tmp_path, monkeypatch, "import sys\nif 'rank' in sys.orig_argv: sys.modules['torch'] = None\n")
+    fault(
+        tmp_path,
+        monkeypatch,
+        "import sys\nif 'rank' in sys.orig_argv: sys.modules['torch'] = None\n",
+    )
     check = doctor.self_test(60)
     assert check.state == "problem"
     for i in range(2):
-        assert f"rank {i} at 'import torch and dist_ema': ModuleNotFoundError: import of torch halted" in check.text
+        assert (
+            f"rank {i} at 'import torch and dist_ema': ModuleNotFoundError: import of torch halted"
+            in check.text
+        )
     fault(tmp_path, monkeypatch, "import sys, os\nif 'rank' in sys.orig_argv: os._exit(7)\n")
     check = doctor.self_test(60)
-    assert check.text == "; ".join(f"rank {i} at 'start Python': died with exit code 7" for i in range(2))
+    assert check.text == "; ".join(
+        f"rank {i} at 'start Python': died with exit code 7" for i in range(2)
+    )
     # One that would wait for ever for the other: without the grace in doctor._wait this takes ten minutes.
     one = "os._exit(7) if sys.orig_argv[-3] == '1' else time.sleep(600)"
     one = f"import sys, os, time\nif sys.orig_argv[-2:-1] == ['2']: {one}\n"
@@ -78,7 +111,11 @@ def test_ranks_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_rank_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that never starts, within the timeout: it is named, and so is whoever waits for it; both are ended."""
-    fault(tmp_path, monkeypatch, "import sys, time\nif sys.orig_argv[-3:-1] == ['1', '2']: time.sleep(60)\n")
+    fault(
+        tmp_path,
+        monkeypatch,
+        "import sys, time\nif sys.orig_argv[-3:-1] == ['1', '2']: time.sleep(60)\n",
+    )
     check = doctor.self_test(3)
     assert check.state == "problem"
     assert "rank 1 was still at 'start Python' after 3 s" in check.text
@@ -92,9 +129,9 @@ def test_folder(call: Call, tmp_path: Path) -> None:
     assert call(tmp_path / "nothing")[0] == 2
     for path in (a := tmp_path / "a", b := tmp_path / "b"):
         path.write_text(path.name)
-    can = commit._exchange(a, b)
+    can = atomic._exchange(a, b)
     assert (a.read_text() == "b") == can
-    assert commit.exchanges(tmp_path) == can
+    assert atomic.exchanges(tmp_path) == can
     checks = {check.what: check for check in doctor._of_folder(tmp_path)}
     assert checks["replacing"].state == ("ok" if can else "note")
     assert "free" in checks["folder"].text
@@ -113,7 +150,13 @@ def test_versions() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "set_", "warned"),
-    [(None, "", True), (None, "0", True), (None, "1", False), (None, "true", False), ("cuda", "", False)],
+    [
+        (None, "", True),
+        (None, "0", True),
+        (None, "1", False),
+        (None, "true", False),
+        ("cuda", "", False),
+    ],
 )
 def test_launch(kind: str | None, set_: str, warned: bool) -> None:
     """The trap of accelerate on machines without a GPU is told where it can snap."""
@@ -124,9 +167,17 @@ def test_launch(kind: str | None, set_: str, warned: bool) -> None:
 @pytest.mark.parametrize(
     ("facts", "what", "state"),
     [
-        ({"accelerator": "cuda", "devices": ["H"] * 8, "cuda": "12.8", "nccl": True}, "accelerator", "ok"),
+        (
+            {"accelerator": "cuda", "devices": ["H"] * 8, "cuda": "12.8", "nccl": True},
+            "accelerator",
+            "ok",
+        ),
         ({"accelerator": None, "cuda": "12.8", "nccl": True}, "accelerator", "note"),
-        ({"accelerator": "cuda", "devices": ["H"], "cuda": "12.8", "nccl": False}, "backends", "note"),
+        (
+            {"accelerator": "cuda", "devices": ["H"], "cuda": "12.8", "nccl": False},
+            "backends",
+            "note",
+        ),
         ({"accelerator": None, "gloo": False}, "backends", "problem"),
     ],
 )

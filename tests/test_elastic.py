@@ -21,7 +21,10 @@ EVERY = 4
 
 def averages(run: Training) -> dict[str, EMA]:
     """A plain one and a compact one; both end inside an interval."""
-    return {"fp32": EMA(run.model, SCHEDULE), "bf16": EMA(run.model, SCHEDULE, dtype=torch.bfloat16)}
+    return {
+        "fp32": EMA(run.model, SCHEDULE),
+        "bf16": EMA(run.model, SCHEDULE, dtype=torch.bfloat16),
+    }
 
 
 def save_one(kind: str, folder: str) -> None:
@@ -49,9 +52,16 @@ def load_all(kind: str, folder: str) -> dict[str, bool]:
             path = f"{folder}/{source}-{name}"
             ema.load(path)
             assert (ema.now, ema.metrics()["updates"]) == (12.0, 1)
-            assert (ema._averaged_weights.clock.steps, ema._averaged_weights.clock.pending) == (6, 6.0)
+            assert (ema._averaged_weights.clock.steps, ema._averaged_weights.clock.pending) == (
+                6,
+                6.0,
+            )
             full = ema.gather()
-            ema.save(f"{path}-from-{kind}-{dist.get_world_size()}", max_shard_size=600, extra={"epoch": 6})
+            ema.save(
+                f"{path}-from-{kind}-{dist.get_world_size()}",
+                max_shard_size=600,
+                extra={"epoch": 6},
+            )
             if full:
                 want = torch.load(f"{path}.pt")
                 held[f"{source} {name}"] = full.keys() == want.keys() and all(
@@ -94,7 +104,8 @@ def test_every_pair_is_exact(saved: Path, kind: str, world: int) -> None:
             assert len(shards) > 1
             for shard in shards:
                 if any(
-                    word in (first / shard).read_bytes().decode("latin1") for word in ('"core.frozen', '"core.seen')
+                    word in (first / shard).read_bytes().decode("latin1")
+                    for word in ('"core.frozen', '"core.seen')
                 ):
                     continue  # holds what is taken from the live model, which is another one here
                 assert (first / shard).read_bytes() == (again / shard).read_bytes(), shard
@@ -121,11 +132,11 @@ def follow_a_fixed_path(kind: str) -> dict[str, Any]:
 @torch.no_grad()
 def copy_from_plain(source: torch.nn.Module, model: torch.nn.Module) -> None:
     """Write a plain model's weights into the shards of a wrapped one, by the regions that the shards name."""
-    from dist_ema import layout, shards
+    from dist_ema.sharding import discovery, geometry
 
     weights = source.state_dict()
-    for shard in shards.find_shards(model).shards:
-        for box, view in layout.boxes_with_data(shard, shard.local_region, shard.read()):
+    for shard in discovery.find_shards(model).shards:
+        for box, view in geometry.boxes_with_data(shard, shard.local_region, shard.read()):
             view.copy_(weights[shard.name][box.slices])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_ema.elements import FLOATS, finite, narrow, widen
+from dist_ema.dtypes import FLOATS, finite, narrow, widen
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -43,9 +43,13 @@ def test_narrow_from_float32(dtype: str) -> None:
     """float32 is rounded as torch rounds: ties, overflow, subnormal numbers, infinities and signed zeros."""
     bits = np.random.default_rng(1).integers(0, 1 << 32, 1 << 17, dtype=np.uint32)
     every_code = widen(np.arange(1 << 16, dtype=np.uint16).view(np.uint8), "F16")
-    codes = np.unique(widen(np.arange(256, dtype=np.uint8), "F8_E5M2" if dtype == "F8_E5M2" else "F8_E4M3"))
+    codes = np.unique(
+        widen(np.arange(256, dtype=np.uint8), "F8_E5M2" if dtype == "F8_E5M2" else "F8_E4M3")
+    )
     middles = (codes[1:] + codes[:-1]) / 2
-    edges = np.array([0.0, -0.0, np.inf, -np.inf, 448, 464, 465, 57344, 61440, 65504, 65520, 3.4e38], np.float32)
+    edges = np.array(
+        [0.0, -0.0, np.inf, -np.inf, 448, 464, 465, 57344, 61440, 65504, 65520, 3.4e38], np.float32
+    )
     values = np.concatenate([bits.view(np.float32), every_code, middles.astype(np.float32), edges])
     # NOTE: beyond its largest value torch's E4M3 saturates, older versions gave NaN.
     values = values[~np.isnan(values) & ((dtype != "F8_E4M3") | (np.abs(values) <= 464))]
@@ -59,7 +63,9 @@ def test_nan_stays(dtype: str) -> None:
 
 def test_float64_is_rounded_once() -> None:
     """1 + 2^-8 + 2^-40 lies above the middle of two bfloat16; rounded to float32 first it would be a tie."""
-    values = np.array([1 + 2.0**-8 + 2.0**-40, 1 + 2.0**-8 - 2.0**-40, -(1 + 2.0**-8 + 2.0**-40), 1 + 2.0**-8])
+    values = np.array(
+        [1 + 2.0**-8 + 2.0**-40, 1 + 2.0**-8 - 2.0**-40, -(1 + 2.0**-8 + 2.0**-40), 1 + 2.0**-8]
+    )
     assert widen(narrow(values, "BF16"), "BF16").tolist() == [1 + 2.0**-7, 1.0, -(1 + 2.0**-7), 1.0]
 
 

@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_ema import EMA, Debiased, Power
-from dist_ema.engine import Engine, HostThread, Overlapped, choose_engine
-from dist_ema.executors import Instant, Mark, Worker
-from dist_ema.ranks import StoreCoordinator
+from dist_ema.averaging.engines import Engine, HostThread, Overlapped, choose_engine
+from dist_ema.averaging.executors import Instant, Mark, Worker
+from dist_ema.distributed.coordinator import StoreCoordinator
 from tests.kit import raises, run_ranks, wrap
 
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -82,10 +82,16 @@ class Net(nn.Module):
 
 
 def engines(seed: int) -> list[Engine]:
-    return [Overlapped(Late(seed)), HostThread(Late(seed), Late(seed + 1)), HostThread(None, Late(seed))]
+    return [
+        Overlapped(Late(seed)),
+        HostThread(Late(seed), Late(seed + 1)),
+        HostThread(None, Late(seed)),
+    ]
 
 
-def play(seed: int, engine: Engine | None, folder: Path, every: int, guard: bool, dtype: torch.dtype) -> list[Any]:
+def play(
+    seed: int, engine: Engine | None, folder: Path, every: int, guard: bool, dtype: torch.dtype
+) -> list[Any]:
     """One random schedule of step, swap, gather, save, manual update and reset; returns all that could be seen."""
     torch.manual_seed(seed)
     chance = random.Random(seed)
@@ -97,7 +103,9 @@ def play(seed: int, engine: Engine | None, folder: Path, every: int, guard: bool
         ema._averaged_weights.engine = engine
     seen: list[Any] = []
     for _ in range(12):
-        action = chance.choice(["step", "step", "step", "skip", "swap", "gather", "save", "update", "state", "reset"])
+        action = chance.choice(
+            ["step", "step", "step", "skip", "swap", "gather", "save", "update", "state", "reset"]
+        )
         if action in ("step", "skip"):
             optimizer.found_inf = torch.tensor(1.0 if action == "skip" else 0.0)
             model(torch.randn(8, 5)).square().mean().backward()
@@ -113,7 +121,10 @@ def play(seed: int, engine: Engine | None, folder: Path, every: int, guard: bool
             ema.save(folder / "average")
             seen.append((folder / "average" / "model.safetensors").read_bytes())
         elif action == "state":
-            seen += [value.clone() for value in ema.state_dict()["averages"][repr(ema.schedule)]["weights"].values()]
+            seen += [
+                value.clone()
+                for value in ema.state_dict()["averages"][repr(ema.schedule)]["weights"].values()
+            ]
         elif action == "update":
             ema.update(2.0)
         else:
@@ -124,7 +135,8 @@ def play(seed: int, engine: Engine | None, folder: Path, every: int, guard: bool
 
 def same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(
-        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True)
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for x, y in zip(a, b, strict=True)
     )
 
 
@@ -214,13 +226,21 @@ def test_a_worker_that_fails_reaches_the_trainer(kind: type[BaseException], tmp_
     optimizer.step()
     live = model.weight.detach().clone()
     words = f"update 1 of the average failed in the host thread: {kind.__name__}: no room"
-    for call in (lambda: ema.save(tmp_path / "average"), optimizer.step, ema.update, ema.gather, ema.detach):
+    for call in (
+        lambda: ema.save(tmp_path / "average"),
+        optimizer.step,
+        ema.update,
+        ema.gather,
+        ema.detach,
+    ):
         with pytest.raises(RuntimeError, match=words):
             call()
         assert torch.equal(live, model.weight), call
     assert list(tmp_path.iterdir()) == []
     optimizer.step()
-    assert torch.equal(live - 0.1, model.weight), "detached, so training goes on without the average"
+    assert torch.equal(live - 0.1, model.weight), (
+        "detached, so training goes on without the average"
+    )
 
 
 def test_a_worker_survives_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +352,9 @@ def test_a_window_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])
-@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
 def test_steps_in_other_modes(mode: Any, device: str | None) -> None:
     """Windows made in inference mode could never be written outside, casts would change bits. Guards inference_mode(False)
     in the hooks."""
@@ -401,7 +423,9 @@ def test_the_worker_bounds_its_own_threads() -> None:
     seen: list[Any] = []
     worker = Worker(threads=1)
     ticket = worker.submit(
-        lambda: seen.append((torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread().daemon))
+        lambda: seen.append(
+            (torch.get_num_threads(), torch.is_grad_enabled(), threading.current_thread().daemon)
+        )
     )
     worker.wait(ticket)
     assert seen == [(1, False, True)]
@@ -438,7 +462,16 @@ class Waits(Exception):  # noqa: N818
 
 class _Dispatched(TorchDispatchMode):
     SYNCS = frozenset(
-        ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "item", "_unique2", "allclose")
+        (
+            "_local_scalar_dense",
+            "equal",
+            "is_nonzero",
+            "nonzero",
+            "masked_select",
+            "item",
+            "_unique2",
+            "allclose",
+        )
     )
 
     def __init__(self, watch: Watch) -> None:
@@ -448,12 +481,18 @@ class _Dispatched(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         space, name = func.namespace, func.overloadpacket.__name__
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        masked = name.startswith("index") and any(x.dtype == torch.bool for x in given[1:])  # counts them first
+        masked = name.startswith("index") and any(
+            x.dtype == torch.bool for x in given[1:]
+        )  # counts them first
         if name in self.SYNCS or space in ("c10d", "_c10d_functional") or masked:
             raise Waits(f"{space}::{name}")
         known = {self._place(x) for x in given}
         result = func(*args, **(kwargs or {}))
-        fresh = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and self._place(x) not in known]
+        fresh = [
+            x
+            for x in tree_leaves(result)
+            if isinstance(x, torch.Tensor) and self._place(x) not in known
+        ]
         self._watch.largest = max([self._watch.largest, *(x.numel() for x in fresh)])
         return result
 
@@ -463,13 +502,25 @@ class _Dispatched(TorchDispatchMode):
 
 class _Called(TorchFunctionMode):
     NAMES = frozenset(
-        ("cpu", "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "synchronize")
+        (
+            "cpu",
+            "item",
+            "tolist",
+            "numpy",
+            "__bool__",
+            "__int__",
+            "__float__",
+            "__index__",
+            "synchronize",
+        )
     )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         # NOTE: the device of another tensor is the device that the CPU plays here; a host is called by its name.
-        if name in self.NAMES or (name == "to" and "cpu" in [x for x in args[1:] if isinstance(x, str)]):
+        if name in self.NAMES or (
+            name == "to" and "cpu" in [x for x in args[1:] if isinstance(x, str)]
+        ):
             raise Waits(name)
         return func(*args, **(kwargs or {}))
 
@@ -505,7 +556,9 @@ def hot_path() -> None:
         ("ddp", BF16, False, 0.99),
         ("fsdp2", BF16, True, [Power(gamma=1.0), 0.99]),
     ):
-        model = wrap(kind, nn.Sequential(nn.Linear(2400, 2000), nn.Linear(2000, 16), nn.BatchNorm1d(16)))
+        model = wrap(
+            kind, nn.Sequential(nn.Linear(2400, 2000), nn.Linear(2000, 16), nn.BatchNorm1d(16))
+        )
         optimizers: list[Any] = [Skippable(part, {}) for part in halves(model)]
         ema = EMA(model, decay, dtype=dtype, buffers="average")
         ema.attach(*optimizers, every=2, guard=guard)
@@ -597,10 +650,14 @@ print((known["bytes"] + known["pinned"]) / (1 << 20), peak() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux"
+)
 def test_memory_of_a_host_thread() -> None:
     """The process grows by the shadows and one window, and by no third copy of the model."""
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=60, check=True
+    )
     promised, grown = map(float, done.stdout.split())
     assert 191 < promised < 193, "shadows and one window of 96 MB each"
     assert 150 < grown < promised + 8, f"{grown} MB for {promised} MB of shadows and window"

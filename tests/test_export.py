@@ -18,9 +18,11 @@ from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save_file
 from torch import nn
 
-from dist_ema import EMA, card, format, load_file
+from dist_ema import EMA, _version, load_file
+from dist_ema.checkpoint import safetensors, strict_json
+from dist_ema.checkpoint.manifest import META
 from dist_ema.cli import main
-from dist_ema.format import META
+from dist_ema.offline import model_card
 from dist_ema.offline.export import Exported, export
 from dist_ema.offline.verify import verify
 
@@ -55,14 +57,21 @@ def trained(*decays: float, **options: Any) -> EMA:
 
 def same_files(a: Path, b: Path) -> bool:
     """Whether two folders hold the same model, byte by byte."""
-    names = [{path.name for path in each.iterdir() if path.name not in (META, card.CARD)} for each in (a, b)]
-    return names[0] == names[1] and all((a / name).read_bytes() == (b / name).read_bytes() for name in names[0])
+    names = [
+        {path.name for path in each.iterdir() if path.name not in (META, model_card.CARD)}
+        for each in (a, b)
+    ]
+    return names[0] == names[1] and all(
+        (a / name).read_bytes() == (b / name).read_bytes() for name in names[0]
+    )
 
 
 # --- the bytes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"dtype": torch.float64}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": torch.bfloat16}, {"dtype": torch.float64}], ids=str
+)
 def test_as_ema_export(options: dict[str, Any], tmp_path: Path) -> None:
     """From every form of a saved average: the files of ema.export of the same average, to the last byte."""
     ema = trained(0.9, 0.5, **options)
@@ -81,10 +90,27 @@ def test_as_ema_export(options: dict[str, Any], tmp_path: Path) -> None:
             ours, theirs = (json.loads((folder / META).read_text()) for folder in (out, want))
             for key in ("kind", "weights", "clock", "averaged", "own_buffers", "aliases", "dtypes"):
                 assert ours[key] == theirs[key], key
-    for short, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp64", torch.float64)):
+    for short, dtype in (
+        ("bf16", torch.bfloat16),
+        ("fp16", torch.float16),
+        ("fp64", torch.float64),
+    ):
         ema.export(want := tmp_path / short, dtype=dtype, max_shard_size="60B")
         done = tmp_path / f"{short}-cli"
-        assert main(["export", str(tmp_path / "saved"), str(done), "--dtype", short, "--max-shard-size", "60B"]) == 0
+        assert (
+            main(
+                [
+                    "export",
+                    str(tmp_path / "saved"),
+                    str(done),
+                    "--dtype",
+                    short,
+                    "--max-shard-size",
+                    "60B",
+                ]
+            )
+            == 0
+        )
         assert len(list(done.glob("model-*"))) >= 2
         assert same_files(done, want), short
 
@@ -101,7 +127,9 @@ def test_loads(tmp_path: Path) -> None:
         assert {name: (value.dtype, value.shape) for name, value in found.items()} == {
             name: (value.dtype, value.shape) for name, value in Net().state_dict().items()
         }
-        assert all(torch.equal(found[name], value.to(found[name].dtype)) for name, value in full.items())
+        assert all(
+            torch.equal(found[name], value.to(found[name].dtype)) for name, value in full.items()
+        )
         Net().load_state_dict(found, strict=True)
     alone = load_safetensors(one)
     assert set(full) - set(alone) == {"y.weight", "a.weight"}
@@ -124,7 +152,10 @@ def test_own_buffers_of_another(tmp_path: Path) -> None:
         ema._averaged_weights.model.norm(torch.randn(8, 4))  # type: ignore[operator]
     ema.save(tmp_path / "saved")
     export(tmp_path / "saved", tmp_path / "first")
-    with pytest.raises(ValueError, match=r"holds norm\.running_mean, norm\.running_var as recalibrated for its first"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds norm\.running_mean, norm\.running_var as recalibrated for its first",
+    ):
         export(tmp_path / "saved", tmp_path / "second", which=1)
 
 
@@ -137,17 +168,19 @@ def test_damaged_source(tmp_path: Path) -> None:
         ("averages/1-Constant/model.safetensors", 1),
     ):
         content = (saved / name).read_bytes()
-        file = format.read_header(saved / name)
+        file = safetensors.read_header(saved / name)
         for weight in file.entries:
             if file.entries[weight].nbytes:
                 changed = bytearray(content)
                 changed[len(file.head) + file.entries[weight].begin] ^= 1
                 (saved / name).write_bytes(changed)
-                with pytest.raises(ValueError, match=r"is damaged: its CRC-32 is \w+, ema\.json says"):
+                with pytest.raises(
+                    ValueError, match=r"is damaged: its CRC-32 is \w+, ema\.json says"
+                ):
                     export(saved, tmp_path / "out", which=which)
         (saved / name).write_bytes(content)
     meta = json.loads((saved / META).read_text())
-    (saved / META).write_bytes(format.dump(meta | {"averaged": ["lost"]}))
+    (saved / META).write_bytes(strict_json.dump(meta | {"averaged": ["lost"]}))
     with pytest.raises(ValueError, match=r"averaged names lost.*dist-ema verify"):
         export(saved, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
@@ -155,11 +188,18 @@ def test_damaged_source(tmp_path: Path) -> None:
 
 def test_too_large_for_the_dtype(tmp_path: Path) -> None:
     """A finite value must not become infinite; what was infinite may stay so."""
-    save_file({"w": torch.tensor([1.0, 70000.0]), "n": torch.tensor(70000)}, tmp_path / "a.safetensors")
+    save_file(
+        {"w": torch.tensor([1.0, 70000.0]), "n": torch.tensor(70000)}, tmp_path / "a.safetensors"
+    )
     with pytest.raises(ValueError, match="w holds values that are too large for F16"):
         export(tmp_path / "a.safetensors", tmp_path / "out", dtype="F16")
     for verb in (["average", "a.safetensors"], ["convert"]):  # the other verbs that cast
-        line = [verb[0], *(str(tmp_path / name) for name in [*verb[1:], "a.safetensors", "out"]), "--dtype", "fp16"]
+        line = [
+            verb[0],
+            *(str(tmp_path / name) for name in [*verb[1:], "a.safetensors", "out"]),
+            "--dtype",
+            "fp16",
+        ]
         assert main(line) == 1
     assert not (tmp_path / "out").exists()
     save_file({"w": torch.tensor([1.0, float("inf")])}, tmp_path / "b.safetensors")
@@ -184,23 +224,31 @@ def test_like(tmp_path: Path) -> None:
     for file, chosen in files.items():
         save_file({name: theirs[name] for name in chosen}, like / file, {"format": "pt"})
     where = {name: file for file, chosen in files.items() for name in chosen}
-    (like / "weights.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (like / "weights.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     done = export(tmp_path / "saved", out := tmp_path / "out", like=like)
     assert sorted(done.files) == sorted(files)
     assert json.loads((out / "weights.safetensors.index.json").read_text())["weight_map"] == where
     full = ema.gather()
     for file in files:
-        ours, his = format.read_header(out / file), format.read_header(like / file)
+        ours, his = safetensors.read_header(out / file), safetensors.read_header(like / file)
         assert ours == his, "the header to the last byte"
         found = load_safetensors(out / file)
         assert all(torch.equal(value, full[name].to(value.dtype)) for name, value in found.items())
     assert json.loads((out / META).read_text())["aliases"] == {"y.weight": ["z.weight"]}
     export(tmp_path / "saved", one := tmp_path / "one.safetensors", like=like)
-    assert format.read_header(one).metadata == {"format": "pt", "z.weight": "y.weight"}
-    export(tmp_path / "saved", cut := tmp_path / "cut", like=like, max_shard_size="100B", dtype="BF16")
+    assert safetensors.read_header(one).metadata == {"format": "pt", "z.weight": "y.weight"}
+    export(
+        tmp_path / "saved", cut := tmp_path / "cut", like=like, max_shard_size="100B", dtype="BF16"
+    )
     assert {path.name[:8] for path in cut.glob("*.safetensors")} == {"weights-"}
     assert (cut / "weights.safetensors.index.json").exists()
-    assert {entry.dtype for file in format.read_model(cut).values() for entry in file.entries.values()} == {
+    assert {
+        entry.dtype
+        for file in safetensors.read_model(cut).values()
+        for entry in file.entries.values()
+    } == {
         "BF16",
         "BOOL",
         "I64",
@@ -211,27 +259,34 @@ def test_like_a_lone_shard(tmp_path: Path) -> None:
     """One file with a number in its name is found through an index only."""
     (like := tmp_path / "like").mkdir()
     save_file({"w": torch.ones(2)}, like / (name := "model-00001-of-00001.safetensors"))
-    (like / format.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"w": name}}))
+    (like / safetensors.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"w": name}}))
     export(like / name, out := tmp_path / "out", like=like)
-    assert json.loads((out / format.INDEX).read_text())["weight_map"] == {"w": name}
+    assert json.loads((out / safetensors.INDEX).read_text())["weight_map"] == {"w": name}
     assert verify(out).sound
 
 
 def test_like_odd_order(tmp_path: Path) -> None:
     """Where their order would put a weight at an odd address in another dtype, it is ours."""
-    entries = {"a": format.Entry("U8", (3,)), "b": format.Entry("F32", (2,))}
-    file = format.header(entries, None, ["a", "b"])
+    entries = {"a": safetensors.Entry("U8", (3,)), "b": safetensors.Entry("F32", (2,))}
+    file = safetensors.header(entries, None, ["a", "b"])
     (tmp_path / "odd.safetensors").write_bytes(file.head + bytes(11))
-    save_file({"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(2)}, tmp_path / "src.safetensors")
-    export(tmp_path / "src.safetensors", tmp_path / "out.safetensors", like=tmp_path / "odd.safetensors")
-    assert list(format.read_header(tmp_path / "out.safetensors").entries) == ["b", "a"]
+    save_file(
+        {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(2)}, tmp_path / "src.safetensors"
+    )
+    export(
+        tmp_path / "src.safetensors",
+        tmp_path / "out.safetensors",
+        like=tmp_path / "odd.safetensors",
+    )
+    assert list(safetensors.read_header(tmp_path / "out.safetensors").entries) == ["b", "a"]
     assert load_safetensors(tmp_path / "out.safetensors")["b"].tolist() == [1.0, 1.0]
 
 
 def test_like_refuses(tmp_path: Path) -> None:
     """Every weight that only one has, or that has another shape or kind, by name and at once; nothing is written."""
     save_file(
-        {"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(1), "n": torch.tensor(3)}, tmp_path / "a.safetensors"
+        {"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(1), "n": torch.tensor(3)},
+        tmp_path / "a.safetensors",
     )
     save_file(
         {"b": torch.ones(4), "c": torch.tensor([1]), "d": torch.ones(1), "n": torch.tensor(3)},
@@ -253,13 +308,17 @@ def test_from_dcp(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "like.safetensors", {"format": "pt"})
     verdict = verify(tmp_path / "dcp")
     assert (verdict.sound, verdict.kind, verdict.weights, verdict.sums) == (True, "other", 3, [])
-    export(tmp_path / "dcp", out := tmp_path / "out.safetensors", like=tmp_path / "like.safetensors")
+    export(
+        tmp_path / "dcp", out := tmp_path / "out.safetensors", like=tmp_path / "like.safetensors"
+    )
     assert out.read_bytes() == (tmp_path / "like.safetensors").read_bytes()
     assert main(["diff", str(tmp_path / "dcp"), str(out)]) == 0
     with pytest.raises(ValueError, match="there is no average 1; there are 0"):
         export(tmp_path / "dcp", tmp_path / "x", which=1)
     dcp.save({"w": torch.tensor([1.0, float("nan")])}, checkpoint_id=tmp_path / "bad", no_dist=True)
-    assert verify(tmp_path / "bad").problems == [f"{tmp_path / 'bad'}: w holds 1 NaN and 0 infinite values."]
+    assert verify(tmp_path / "bad").problems == [
+        f"{tmp_path / 'bad'}: w holds 1 NaN and 0 infinite values."
+    ]
     assert "no ema.json to seal" in verify(tmp_path / "dcp", seal=True).unsealed
 
 
@@ -293,7 +352,8 @@ def test_part_of_a_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1\.weight is in .*whole"):
         export(saved, tmp_path / "out", like=tmp_path / "whole.safetensors")
     save_file(
-        {f"0.{name}": value for name, value in model[0].state_dict().items()}, part := tmp_path / "part.safetensors"
+        {f"0.{name}": value for name, value in model[0].state_dict().items()},
+        part := tmp_path / "part.safetensors",
     )
     assert export(saved, tmp_path / "out", like=part).weights == 2
     with pytest.raises(ValueError, match="--which 1-Constant"):
@@ -309,7 +369,14 @@ COPIED = {
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
     "special_tokens_map.json", "preprocessor_config.json", "modeling_x.py", "LICENSE", "chat_template.jinja",
 }  # fmt: skip
-LEFT = ("trainer_state.json", "training_args.bin", "optimizer.pt", "events.out", "scheduler.pkl", ".cache.json")
+LEFT = (
+    "trainer_state.json",
+    "training_args.bin",
+    "optimizer.pt",
+    "events.out",
+    "scheduler.pkl",
+    ".cache.json",
+)
 
 
 @pytest.fixture
@@ -317,7 +384,11 @@ def hf(tmp_path: Path) -> Path:
     """A folder as Hugging Face has them, with what must and what must not go along."""
     folder = tmp_path / "hf"
     folder.mkdir()
-    save_file({"w": torch.ones(2, 2), "n": torch.tensor(1)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {"w": torch.ones(2, 2), "n": torch.tensor(1)},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     for name in (*COPIED, *LEFT):
         (folder / name).write_text(f"of {name}")
     (folder / "README.md").write_bytes(b"---\nlicense: mit\n---\r\n# Their model\n")
@@ -353,7 +424,14 @@ def test_card(hf: Path, tmp_path: Path) -> None:
     export(tmp_path / "saved", out := tmp_path / "out", like=hf)
     first = (out / "README.md").read_bytes()
     assert first.startswith(theirs + b"\n<!-- dist_ema: begin -->\n")
-    for part in ("Constant(decay=0.9)", "now 0", "F32 1", "`saved`", f"CRC-32 {crc}", f"dist_ema {format.VERSION}"):
+    for part in (
+        "Constant(decay=0.9)",
+        "now 0",
+        "F32 1",
+        "`saved`",
+        f"CRC-32 {crc}",
+        f"dist_ema {_version.VERSION}",
+    ):
         assert part.encode() in first, part
     (out / "README.md").write_bytes(b"mine\n" + first + b"after\n")
     export(tmp_path / "saved", out, like=hf, dtype="BF16", force=True)
@@ -363,16 +441,16 @@ def test_card(hf: Path, tmp_path: Path) -> None:
 
 def test_card_is_not_written_by_files() -> None:
     """Names and schedules from a file can neither close the section nor write Markdown; a lone marker eats no text."""
-    evil = {"name": f"`x`|{card.END}\n# big\x1b[2J"}
+    evil = {"name": f"`x`|{model_card.END}\n# big\x1b[2J"}
     meta = {"schedules": [evil], "clock": {}, "source": {"name": "a|b`c", "crc32": {}}, "extra": {}}
-    section = card.section(meta, {"F32": 1})
-    assert section.count(card.END) == section.count(card.BEGIN) == 1
+    section = model_card.section(meta, {"F32": 1})
+    assert section.count(model_card.END) == section.count(model_card.BEGIN) == 1
     assert "\n# big" not in section
     assert "\x1b" not in section
     assert "a?b?c" in section
-    lone = f"{card.BEGIN} of somebody\nkept\n".encode()
-    once = card.write_into(lone, section)
-    assert card.write_into(once, section) == once
+    lone = f"{model_card.BEGIN} of somebody\nkept\n".encode()
+    once = model_card.write_into(lone, section)
+    assert model_card.write_into(once, section) == once
     assert once.startswith(lone)
 
 
@@ -411,7 +489,9 @@ def test_no_links(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("os.link", refuse)
     save_file({"w": torch.zeros(2, 2)}, src := tmp_path / "src.safetensors")
     before = {
-        path.name: path.read_bytes() for path in hf.glob("*") if path.is_file() and "safetensors" not in path.name
+        path.name: path.read_bytes()
+        for path in hf.glob("*")
+        if path.is_file() and "safetensors" not in path.name
     }
     export(src, hf, force=True)
     del before["README.md"]
@@ -488,7 +568,9 @@ def silence(name: str) -> Iterator[None]:
     assert said == []
 
 
-def shipped(model: nn.Module, home: Path, name: str, **options: Any) -> tuple[Path, dict[str, torch.Tensor], Exported]:
+def shipped(
+    model: nn.Module, home: Path, name: str, **options: Any
+) -> tuple[Path, dict[str, torch.Tensor], Exported]:
     """Save theirs, average it with weights that moved, export like theirs: the folder, and the average's weights."""
     model.save_pretrained(home / name, **options)  # type: ignore[operator]
     ema = EMA(model, 0.5)
@@ -503,12 +585,25 @@ def shipped(model: nn.Module, home: Path, name: str, **options: Any) -> tuple[Pa
 
 def test_transformers(tmp_path: Path) -> None:
     """AutoModel opens the folder without a warning: tied GPT-2 tied bf16 Llama in shards."""
-    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        AutoModelForCausalLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
     small = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 1}
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=16, **small))
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    llama = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True, **small)).to(torch.bfloat16)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True, **small)).to(
+        torch.bfloat16
+    )
     for name, model, options in (("gpt2", gpt2, {}), ("llama", llama, {"max_shard_size": "3KB"})):
         out, full, done = shipped(model, tmp_path, name, **options)
         assert len(done.files) > 1 or name == "gpt2"
@@ -517,7 +612,9 @@ def test_transformers(tmp_path: Path) -> None:
         assert not any(info.values()), info
         state = again.state_dict()
         assert state.keys() == full.keys()
-        assert all(torch.equal(state[key], value.to(state[key].dtype)) for key, value in full.items())
+        assert all(
+            torch.equal(state[key], value.to(state[key].dtype)) for key, value in full.items()
+        )
         assert again.dtype == model.dtype
         assert again.lm_head.weight is again.get_input_embeddings().weight
 
@@ -526,12 +623,19 @@ def test_diffusers(tmp_path: Path) -> None:
     """ModelMixin.from_pretrained finds diffusion_pytorch_model.safetensors, in one file and in shards, without a warning."""
     from diffusers import UNet2DModel
 
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    blocks = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
     for name, options in (("one", {}), ("shards", {"max_shard_size": "100KB"})):
-        model = UNet2DModel(8, 3, 3, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks)
+        model = UNet2DModel(
+            8, 3, 3, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks
+        )
         out, full, done = shipped(model, tmp_path, name, **options)
         assert all(file.startswith("diffusion_pytorch_model") for file in done.files)
-        assert (out / "diffusion_pytorch_model.safetensors.index.json").exists() == (name == "shards")
+        assert (out / "diffusion_pytorch_model.safetensors.index.json").exists() == (
+            name == "shards"
+        )
         with silence("diffusers"):
             again, info = UNet2DModel.from_pretrained(out, output_loading_info=True)
         assert not any(info.values()), info
@@ -556,7 +660,7 @@ sys.exit(main(sys.argv[1:]))
 
 def sparse(path: Path, shape: tuple[int, ...]) -> None:
     """One weight of zeros, which takes no disk."""
-    file = format.header({"w": format.Entry("F32", shape)})
+    file = safetensors.header({"w": safetensors.Entry("F32", shape)})
     with open(path, "wb") as handle:
         handle.write(file.head)
         handle.truncate(file.size)
@@ -570,10 +674,19 @@ def test_memory(tmp_path: Path) -> None:
     sparse(tmp_path / "a.safetensors", (60_000_000,))
     sparse(tmp_path / "b.safetensors", (60_000_000,))
     a, b = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
-    for line in (["verify", a], ["diff", a, b], ["export", a, str(tmp_path / "out.safetensors"), "--dtype", "bf16"]):
-        done = subprocess.run([sys.executable, "-c", LIMITED, *line], capture_output=True, text=True)
+    for line in (
+        ["verify", a],
+        ["diff", a, b],
+        ["export", a, str(tmp_path / "out.safetensors"), "--dtype", "bf16"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", LIMITED, *line], capture_output=True, text=True
+        )
         assert (done.returncode, done.stderr) == (0, ""), line
     assert (tmp_path / "out.safetensors").stat().st_size > 120_000_000
     (tmp_path / "out.safetensors").unlink()
     whole = LIMITED.replace("sys.exit(main(sys.argv[1:]))", "bytearray(240_000_000)")
-    assert "MemoryError" in subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True).stderr
+    assert (
+        "MemoryError"
+        in subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True).stderr
+    )

@@ -36,7 +36,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    return {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -58,7 +60,9 @@ def test_what_moves() -> None:
     frozen.undo()
     frozen.undo()
     assert {module: module.training for module in model.modules()} == modes
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == required
+    assert {
+        name: parameter.requires_grad for name, parameter in model.named_parameters()
+    } == required
     assert not model._forward_pre_hooks
 
 
@@ -81,7 +85,10 @@ def test_classifier_alone_with_an_average() -> None:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ({"classifier": "fc"}, "classifier='fc' is no module of the model; the last ones with weights: .*head"),
+        (
+            {"classifier": "fc"},
+            "classifier='fc' is no module of the model; the last ones with weights: .*head",
+        ),
         ({"classifier": ""}, "classifier='' is no module"),
         ({"classifier": "head", "norm": "body.2"}, "norm='body.2' is a ReLU without parameters"),
     ],
@@ -112,7 +119,10 @@ def on_ranks() -> None:
             assert frozen.names == ["last.1.weight", "last.1.bias", "head.weight", "head.bias"]
             before = snapshot(model)
             train(wrapped, torch.optim.SGD(frozen.parameters(), lr=0.1, weight_decay=0.1))
-            assert changed(model, before) == set(frozen.names) | statistics, (frozen_first, compiled)
+            assert changed(model, before) == set(frozen.names) | statistics, (
+                frozen_first,
+                compiled,
+            )
 
 
 def test_on_ranks() -> None:

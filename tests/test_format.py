@@ -23,26 +23,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_ema import load_file as load_ours
-from dist_ema.format import (
-    FORMAT,
+from dist_ema.checkpoint.crc32 import RangeSum, check_sum
+from dist_ema.checkpoint.manifest import FORMAT, META, read_meta
+from dist_ema.checkpoint.safetensors import (
     INDEX,
     ITEMSIZE,
-    META,
-    MOST_JSON,
     Entry,
-    RangeSum,
-    check_sum,
-    dump,
     find_model,
     header,
     index,
     plan,
     read_header,
-    read_meta,
     read_model,
     size_of,
 )
-from dist_ema.layout import DTYPES
+from dist_ema.checkpoint.strict_json import MOST_JSON, dump
+from dist_ema.checkpoint.torch_dtypes import DTYPES
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -165,7 +161,9 @@ def test_plan_agrees_with_hugging_face(most: int | str, tmp_path: Path) -> None:
     }
     assert (len(files) == 1) == (most == "1GB")
     text = json.loads(index(files))
-    assert text["weight_map"] == (theirs.tensor_to_filename or dict.fromkeys(weights, "model.safetensors"))
+    assert text["weight_map"] == (
+        theirs.tensor_to_filename or dict.fromkeys(weights, "model.safetensors")
+    )
     assert text["metadata"]["total_size"] == 4 * sum(sizes)
     for name, file in files.items():
         write(tmp_path / name, {key: weights[key] for key in file.entries})
@@ -176,8 +174,17 @@ def test_plan_agrees_with_hugging_face(most: int | str, tmp_path: Path) -> None:
 
 def test_plan_of_a_giant() -> None:
     """A weight beyond max_shard_size gets a file of its own; the others keep below it."""
-    weights = {"a": Entry("F32", (10,)), "b": Entry("F32", (1000,)), "c": Entry("F32", (10,)), "d": Entry("F32", (10,))}
-    assert [list(file.entries) for file in plan(weights, 100).values()] == [["a"], ["b"], ["c", "d"]]
+    weights = {
+        "a": Entry("F32", (10,)),
+        "b": Entry("F32", (1000,)),
+        "c": Entry("F32", (10,)),
+        "d": Entry("F32", (10,)),
+    }
+    assert [list(file.entries) for file in plan(weights, 100).values()] == [
+        ["a"],
+        ["b"],
+        ["c", "d"],
+    ]
     assert list(plan({}, 100)) == ["model.safetensors"]
 
 
@@ -192,7 +199,8 @@ def test_size_of(text: int | str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "5TB", "5 G B", "five", "-5GB", "0", 0, -1, "inf", "nan", "1e999GB", 5.5e9, None]
+    "text",
+    ["", "GB", "5TB", "5 G B", "five", "-5GB", "0", 0, -1, "inf", "nan", "1e999GB", 5.5e9, None],
 )
 def test_size_of_refuses(text: Any) -> None:
     """A size that means nothing is a ValueError with the value in it."""
@@ -231,9 +239,16 @@ def test_sums_see() -> None:
     right = total((0, data))
     flipped = bytes([data[0] ^ 1]) + data[1:]
     assert right == total((50, data[50:]), (0, data[:50]))
-    wrong = [total((0, flipped)), total((0, data[50:]), (50, data[:50])), total((0, data[:99])), total((1, data[:99]))]
+    wrong = [
+        total((0, flipped)),
+        total((0, data[50:]), (50, data[:50])),
+        total((0, data[:99])),
+        total((1, data[:99])),
+    ]
     assert right not in wrong
-    assert total() == f"{zlib.crc32(bytes(100)):08x}"  # what nobody wrote is zero, as in a reserved file
+    assert (
+        total() == f"{zlib.crc32(bytes(100)):08x}"
+    )  # what nobody wrote is zero, as in a reserved file
 
 
 def test_sums_of_huge_files() -> None:
@@ -366,7 +381,9 @@ def test_read_model_stays_inside(name: Any, tmp_path: Path) -> None:
     for place in (tmp_path, folder, folder / "sub"):
         (place / "x.safetensors").write_bytes(GOOD)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name, "b": name}}))
-    with pytest.raises(ValueError, match="no sound weight_map: it must map weights to files beside it"):
+    with pytest.raises(
+        ValueError, match="no sound weight_map: it must map weights to files beside it"
+    ):
         read_model(folder)
     (folder / INDEX).write_bytes(dump({"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}))
     assert list(read_model(folder)) == ["x.safetensors"]
@@ -382,9 +399,15 @@ def test_read_model_stays_inside(name: Any, tmp_path: Path) -> None:
         (b"\xff\xfe", "not valid JSON"),
         (b"[" * 200_000, "not valid JSON"),
         (b'{"weight_map": {}}', "no sound weight_map"),
-        (b'{"weight_map": {"a": "x.safetensors", "a": "x.safetensors", "b": "x.safetensors"}}', "'a' stands twice"),
+        (
+            b'{"weight_map": {"a": "x.safetensors", "a": "x.safetensors", "b": "x.safetensors"}}',
+            "'a' stands twice",
+        ),
         (b'{"weight_map": {"a": "x.safetensors"}}', r"disagree on \[\('b', 'x.safetensors'\)\]"),
-        (b'{"weight_map": {"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"}}', r"disagree on \[\('c'"),
+        (
+            b'{"weight_map": {"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors"}}',
+            r"disagree on \[\('c'",
+        ),
     ],
 )
 def test_read_model_refuses_index(text: bytes, message: str, tmp_path: Path) -> None:
@@ -415,15 +438,23 @@ def test_stems(tmp_path: Path) -> None:
         return find_model(folder)
 
     assert holds("model.safetensors", "other.safetensors") == "model.safetensors"
-    assert holds("diffusion_pytorch_model.safetensors", "x.fp16.safetensors") == "diffusion_pytorch_model.safetensors"
     assert (
-        holds("a.safetensors.index.json", "a-00001-of-00002.safetensors", "b.safetensors") == "a.safetensors.index.json"
+        holds("diffusion_pytorch_model.safetensors", "x.fp16.safetensors")
+        == "diffusion_pytorch_model.safetensors"
+    )
+    assert (
+        holds("a.safetensors.index.json", "a-00001-of-00002.safetensors", "b.safetensors")
+        == "a.safetensors.index.json"
     )
     assert holds("model.safetensors", INDEX) == INDEX
     assert holds("flow.safetensors") == "flow.safetensors"
-    with pytest.raises(ValueError, match=r"does hold a\.safetensors, b\.safetensors: name the one to read"):
+    with pytest.raises(
+        ValueError, match=r"does hold a\.safetensors, b\.safetensors: name the one to read"
+    ):
         holds("a.safetensors", "b.safetensors")
-    with pytest.raises(ValueError, match=r"holds no model\.safetensors and no model\.safetensors\.index\.json\.$"):
+    with pytest.raises(
+        ValueError, match=r"holds no model\.safetensors and no model\.safetensors\.index\.json\.$"
+    ):
         holds("model-00001-of-00002.safetensors", "pytorch_model.bin")
 
 
@@ -451,7 +482,9 @@ def test_weights_in_two_files(tmp_path: Path) -> None:
     """A weight in two files of one model: the index can name one of them, and the other is not passed over."""
     for name in ("x.safetensors", "y.safetensors"):
         (tmp_path / name).write_bytes(GOOD)
-    (tmp_path / INDEX).write_bytes(dump({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}))
+    (tmp_path / INDEX).write_bytes(
+        dump({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}})
+    )
     with pytest.raises(ValueError, match="disagree"):
         read_model(tmp_path)
 
@@ -468,7 +501,10 @@ def test_read_meta(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": FORMAT + 1}, f"holds format {FORMAT + 1}; this dist_ema reads up to {FORMAT}. Upgrade dist_ema"),
+        (
+            {"format": FORMAT + 1},
+            f"holds format {FORMAT + 1}; this dist_ema reads up to {FORMAT}. Upgrade dist_ema",
+        ),
         ({"format": 0}, "names no format"),
         ({"format": "1"}, "names no format"),
         ({"format": None}, "names no format"),
@@ -502,4 +538,6 @@ def test_read_meta_refuses_text(text: bytes, tmp_path: Path) -> None:
 def test_entry() -> None:
     """nbytes by dtype and shape, 1 for a 0-dim weight's element."""
     assert [Entry("F32", shape).nbytes for shape in ((), (0, 5), (2, 3))] == [4, 0, 24]
-    assert all(Entry(code, (2, 3)).nbytes == math.prod((2, 3)) * size for code, size in ITEMSIZE.items())
+    assert all(
+        Entry(code, (2, 3)).nbytes == math.prod((2, 3)) * size for code, size in ITEMSIZE.items()
+    )

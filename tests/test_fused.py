@@ -27,11 +27,15 @@ from torch import Tensor
 if tuple(map(int, version("triton").split(".")[:2])) < (3, 6):
     pytest.skip("the kernels are proved with triton 3.6 or newer", allow_module_level=True)
 
-from dist_ema import EMA, Constant, Power, fused, layout
-from dist_ema.engine import Overlapped
-from dist_ema.fused import FusedPlan, Numbering, available, supports
-from dist_ema.kernels import SCRATCH, ShadowPair, UpdatePlan, noise_key, noise
-from dist_ema.shards import Region, Shard
+from dist_ema import EMA, Constant, Power
+from dist_ema.averaging.engines import Overlapped
+from dist_ema.averaging.kernels import gpu_triton
+from dist_ema.averaging.kernels.eager import SCRATCH, ShadowPair, UpdatePlan
+from dist_ema.averaging.kernels.gpu_triton import FusedPlan, available, supports
+from dist_ema.averaging.kernels.rounding import noise, noise_key
+from dist_ema.sharding import geometry
+from dist_ema.sharding.geometry import Numbering
+from dist_ema.sharding.records import Region, Shard
 from tests.kit import draw, run_ranks, wrap
 from tests.test_engine import Late, Skippable, Watch, steps
 
@@ -49,7 +53,7 @@ def interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    fused.BLOCK = 256  # small programs, so that short tensors need several
+    gpu_triton.BLOCK = 256  # small programs, so that short tensors need several
 
 
 @pytest.fixture(scope="module")
@@ -75,16 +79,22 @@ def numbers(first: int) -> Callable[[int, int], Tensor]:
     return lambda a, b: torch.arange(first + a, first + b)
 
 
-def make(live: torch.dtype, shadow: torch.dtype, averages: int, where: str = "own") -> list[ShadowPair]:
+def make(
+    live: torch.dtype, shadow: torch.dtype, averages: int, where: str = "own"
+) -> list[ShadowPair]:
     lives = cut(AWKWARD, live, 50, where)
     shadows = [cut(AWKWARD, shadow, 100 * (k + 1), where) for k in range(averages)]
     return [
-        ShadowPair(f"w.{i}", list(row), lives[i], numbers(11 * i)) for i, row in enumerate(zip(*shadows, strict=True))
+        ShadowPair(f"w.{i}", list(row), lives[i], numbers(11 * i))
+        for i, row in enumerate(zip(*shadows, strict=True))
     ]
 
 
 def twin(pairs: list[ShadowPair]) -> list[ShadowPair]:
-    return [ShadowPair(pair.name, [s.clone() for s in pair.shadows], pair.live, pair.indices) for pair in pairs]
+    return [
+        ShadowPair(pair.name, [s.clone() for s in pair.shadows], pair.live, pair.indices)
+        for pair in pairs
+    ]
 
 
 def bits(pairs: list[ShadowPair], k: int = 0) -> Tensor:
@@ -93,14 +103,19 @@ def bits(pairs: list[ShadowPair], k: int = 0) -> Tensor:
 
 def compare(pairs: list[ShadowPair], weights: list[Any], ulps: int = 0, **options: Any) -> None:
     """Both plans over the same pairs; ulps: of the larger operand."""
-    other, scale = twin(pairs), [torch.maximum(p.live.float().abs(), p.shadows[0].float().abs()) for p in pairs]
+    other, scale = (
+        twin(pairs),
+        [torch.maximum(p.live.float().abs(), p.shadows[0].float().abs()) for p in pairs],
+    )
     FusedPlan(pairs, seed=5).run(weights, 7, **options)
     UpdatePlan(other, seed=5).run(weights, 7, **options)
     for pair, want, size in zip(pairs, other, scale, strict=True):
         for k, (a, b) in enumerate(zip(pair.shadows, want.shadows, strict=True)):
             far = (a.float() - b.float()).abs() / (size + 1e-9) / torch.finfo(F32).eps
             same = torch.equal(a.view(torch.int16), b.view(torch.int16))
-            assert same or (ulps and far.max() <= ulps), f"{pair.name}, average {k}, is off by {far.max()} ulp"
+            assert same or (ulps and far.max() <= ulps), (
+                f"{pair.name}, average {k}, is off by {far.max()} ulp"
+            )
 
 
 # --- equal to kernels.Plan -----------------------------------------------------------------------------------------
@@ -148,7 +163,9 @@ def check_poison() -> None:
     infinite = [0x7F800000, -0x00800000, 0x3F800000]
     for shadow in (F32, BF16):
         # nan of both signs and some payloads, 50 times, because the noise differs; then inf, -inf and 1
-        live = torch.tensor([-1, 0x7FFFFFFF, 0x7FC00001, 0x7FC00000] * 50 + infinite, dtype=torch.int32).view(F32)
+        live = torch.tensor(
+            [-1, 0x7FFFFFFF, 0x7FC00001, 0x7FC00000] * 50 + infinite, dtype=torch.int32
+        ).view(F32)
         pairs = [ShadowPair("w", [torch.ones(203, dtype=shadow)], live, Numbering())]
         FusedPlan(pairs).run([0.25], 0)
         got = pairs[0].shadows[0]
@@ -183,7 +200,7 @@ def test_neighbours_stay(interpreted: Any) -> None:
 def test_the_key_is_linear(name: str) -> None:
     """[Note: the same bits]: crc of the whole from the crc of its ends."""
     for update in (0, 1, 12345):
-        head, columns = crc32(f"3/{update}/".encode()), fused._columns(name)
+        head, columns = crc32(f"3/{update}/".encode()), gpu_triton._columns(name)
         key = crc32(name.encode())
         for bit in range(32):
             key ^= columns[bit] & 0xFFFFFFFF if head >> bit & 1 else 0
@@ -198,7 +215,11 @@ BOXES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, Region]] = {
     "one column": ((900, 3), None, Region((0, 2), (900, 1), 0, 900)),
     "inside": ((9, 20, 11), None, Region((2, 3, 4), (6, 15, 6), 7, 533)),
     "channels_last": ((12, 7, 3, 5), (0, 2, 3, 1), Region((0, 0, 0, 0), (12, 3, 5, 7), 0, 1260)),
-    "channels_last range": ((12, 7, 3, 5), (0, 2, 3, 1), Region((0, 0, 0, 0), (12, 3, 5, 7), 333, 1111)),
+    "channels_last range": (
+        (12, 7, 3, 5),
+        (0, 2, 3, 1),
+        Region((0, 0, 0, 0), (12, 3, 5, 7), 333, 1111),
+    ),
     "channels_last box": ((12, 7, 3, 5), (0, 2, 3, 1), Region((4, 0, 1, 2), (8, 3, 3, 4), 10, 280)),
     "scalar": ((), None, Region((), (), 0, 1)),
     "no columns": ((4, 3), None, Region((0, 3), (4, 0), 0, 0)),
@@ -210,12 +231,14 @@ def both(kind: str) -> tuple[Numbering, Callable[[int, int], Tensor]]:
     """The formula that `layout` makes, and the numbers cut out of a tensor that holds them all."""
     shape, order, region = BOXES[kind]
     raw = torch.zeros(shape)
-    record = Shard("w", "trainable", shape, raw, (torch.nn.Module(), "w"), region, lambda: raw, 0, order)
+    record = Shard(
+        "w", "trainable", shape, raw, (torch.nn.Module(), "w"), region, lambda: raw, 0, order
+    )
     every = torch.arange(raw.numel()).view(shape)
     every = every if order is None else every.permute(order)
     block = every[tuple(slice(o, o + n) for o, n in zip(region.offsets, region.sizes, strict=True))]
     held = block.flatten()[region.begin : region.end]
-    return layout.numbering(record, region), lambda a, b: held[a:b]
+    return geometry.numbering(record, region), lambda a, b: held[a:b]
 
 
 @pytest.mark.parametrize("kind", BOXES)
@@ -255,7 +278,14 @@ def check_huge() -> None:
     for base in (0, (1 << 32) - 300, 5 << 40):
         pairs = [ShadowPair("w", [draw(700, BF16, 1)], draw(700, F32, 2), Numbering(base))]
         compare(pairs, [0.25])
-        rows = [ShadowPair("w", [draw(700, BF16, 1)], draw(700, F32, 2), Numbering(3, base, (90, 9), (1 << 33, 1)))]
+        rows = [
+            ShadowPair(
+                "w",
+                [draw(700, BF16, 1)],
+                draw(700, F32, 2),
+                Numbering(3, base, (90, 9), (1 << 33, 1)),
+            )
+        ]
         compare(rows, [0.25])
 
 
@@ -320,7 +350,11 @@ def test_not_without_the_interpreter() -> None:
 def check_fallback() -> None:
     pairs = make(F32, F32, 1) + make(BF16, BF16, 1)
     pairs += [ShadowPair("double", [draw(700, torch.float64, 1)], draw(700, F32, 2), numbers(0))]
-    pairs += [ShadowPair("odd", [draw(700, BF16, 1)], draw(700, F32, 2), lambda a, b: torch.arange(a, b) ** 2)]
+    pairs += [
+        ShadowPair(
+            "odd", [draw(700, BF16, 1)], draw(700, F32, 2), lambda a, b: torch.arange(a, b) ** 2
+        )
+    ]
     other = twin(pairs)
     plan = FusedPlan(pairs, 4, UpdatePlan)
     plan.run([0.25], 3)
@@ -393,7 +427,9 @@ def check_tables() -> None:
     assert {t.data_ptr() for t in (pairs[1].live, launch._tensors, launch._blocks)} <= {
         t.data_ptr() for t in plan.tensors
     }
-    assert [row[4:] for row in rows] == [[pair.live.data_ptr(), pair.shadows[0].data_ptr()] for pair in pairs]
+    assert [row[4:] for row in rows] == [
+        [pair.live.data_ptr(), pair.shadows[0].data_ptr()] for pair in pairs
+    ]
 
 
 def test_tables(interpreted: Any) -> None:
@@ -437,7 +473,9 @@ def averaged(triton: bool, kind: str, options: dict[str, Any]) -> tuple[Any, lis
                 next(iter(model.parameters())).grad.view(-1)[::5] = float("nan")
         optimizer.found_inf = torch.full((), float(step in (2, 5)))
         optimizer.step()
-    return ema._averaged_weights._plan, [value for which in range(3) for value in ema.gather(which).values()]
+    return ema._averaged_weights._plan, [
+        value for which in range(3) for value in ema.gather(which).values()
+    ]
 
 
 def check_ema(kind: str, options: dict[str, Any]) -> None:
@@ -448,14 +486,18 @@ def check_ema(kind: str, options: dict[str, Any]) -> None:
     assert plan._launches
     if kind == "none":
         assert {launch._kind.live for launch in plan._launches} == {F32, BF16}
-        assert [pair.name for pair in plan._others.pairs] == ["d.weight", "d.bias"], "doubles go another way"
+        assert [pair.name for pair in plan._others.pairs] == ["d.weight", "d.bias"], (
+            "doubles go another way"
+        )
     assert len(got) == len(want)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert not any(value.isnan().any() for value in got if value.is_floating_point())
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dtype": BF16}, {"only": "|overlapped", "dtype": BF16}, {"device": "cpu"}], ids=str
+    "options",
+    [{}, {"dtype": BF16}, {"only": "|overlapped", "dtype": BF16}, {"device": "cpu"}],
+    ids=str,
 )
 def test_an_ema_is_the_same(interpreted: Any, options: dict[str, Any]) -> None:
     """Attached, guarded, with skipped steps, three averages: with Triton and without, bit for bit."""
@@ -522,15 +564,15 @@ def test_switch(interpreted: Any) -> None:
 def check_proof(how: str) -> None:
     os.environ["DIST_EMA_TRITON"] = "1"
     model = torch.nn.Linear(50, 50)
-    call = fused._Launch.__call__
+    call = gpu_triton._Launch.__call__
 
     def broken(launch: Any, head: int, guard: bool) -> None:
         if how == "raises":
             raise OSError("no C compiler")
         call(launch, head + (how == "noise"), guard and how != "guard")
 
-    fused._proved.cache_clear()
-    fused._Launch.__call__ = broken  # type: ignore[method-assign]
+    gpu_triton._proved.cache_clear()
+    gpu_triton._Launch.__call__ = broken  # type: ignore[method-assign]
     try:
         with pytest.warns(UserWarning, match="is not used on cpu") as caught:
             plan = EMA(model, 0.75, dtype=BF16)._averaged_weights._plan
@@ -544,12 +586,13 @@ def check_proof(how: str) -> None:
             model.weight += 1
         ema.update()
         assert torch.equal(
-            ema._averaged_weights.averages[0].averaged[0].shadow, before.lerp(model.weight.flatten(), 0.25)
+            ema._averaged_weights.averages[0].averaged[0].shadow,
+            before.lerp(model.weight.flatten(), 0.25),
         )
     finally:
-        fused._Launch.__call__ = call  # type: ignore[method-assign]
-        fused._proved.cache_clear()
-        fused._REFUSED.clear()
+        gpu_triton._Launch.__call__ = call  # type: ignore[method-assign]
+        gpu_triton._proved.cache_clear()
+        gpu_triton._REFUSED.clear()
     assert len(EMA(model, 0.75, dtype=BF16)._averaged_weights._plan._launches) == 1
 
 
@@ -561,7 +604,7 @@ def test_a_wrong_kernel_is_not_used(interpreted: Any, how: str) -> None:
 
 def test_nobody_else_compares() -> None:
     """Without a fallback the plan is what it says: the comparison itself must not recurse."""
-    assert fused.FusedPlan([], 0)._others is None
+    assert gpu_triton.FusedPlan([], 0)._others is None
 
 
 def test_triton_is_not_imported() -> None:
@@ -580,6 +623,6 @@ def test_a_numbering_of_a_run_is_looked_at() -> None:
     """Indices that are no Numbering are compared element by element, across chunks."""
     n = (SCRATCH << 2) + 3
     pair = ShadowPair("w", [torch.empty(0)], torch.empty(1).expand(n), numbers(17))
-    assert fused._numbering(pair) == Numbering(17)
+    assert gpu_triton._numbering(pair) == Numbering(17)
     pair.indices = lambda a, b: torch.arange(a, b) + (torch.arange(a, b) == n - 1)
-    assert fused._numbering(pair) is None
+    assert gpu_triton._numbering(pair) is None

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema import EMA
-from dist_ema.engine import HostThread, Overlapped
-from dist_ema.executors import SideStream, Worker
-from dist_ema.fused import FusedPlan, Numbering, available
-from dist_ema.kernels import ShadowPair, UpdatePlan
+from dist_ema.averaging.engines import HostThread, Overlapped
+from dist_ema.averaging.executors import SideStream, Worker
+from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
+from dist_ema.averaging.kernels.gpu_triton import FusedPlan, available
+from dist_ema.sharding.geometry import Numbering
 
 from .test_fused import AWKWARD, BOXES, EXACT, both
 
@@ -47,14 +48,20 @@ def make(live: torch.dtype, shadow: torch.dtype, averages: int, off: int) -> lis
         drawn = [torch.randn(n + off, device=CUDA).to(shadow)[off:] for _ in range(averages)]
         pairs.append(
             ShadowPair(
-                f"w.{i}", drawn, torch.randn(n + off, device=CUDA).to(live)[off:], Numbering(11 * i, device=CUDA)
+                f"w.{i}",
+                drawn,
+                torch.randn(n + off, device=CUDA).to(live)[off:],
+                Numbering(11 * i, device=CUDA),
             )
         )
     return pairs
 
 
 def twin(pairs: list[ShadowPair]) -> list[ShadowPair]:
-    return [ShadowPair(pair.name, [s.clone() for s in pair.shadows], pair.live, pair.indices) for pair in pairs]
+    return [
+        ShadowPair(pair.name, [s.clone() for s in pair.shadows], pair.live, pair.indices)
+        for pair in pairs
+    ]
 
 
 def differ(pair: ShadowPair, other: ShadowPair) -> tuple[float, float]:
@@ -84,9 +91,13 @@ def test_fused_equals_plan(live: torch.dtype, shadow: torch.dtype, off: int) -> 
         for pair, want in zip(pairs, other, strict=True):
             worst, share = differ(pair, want)
             if exact:
-                assert share == 0, f"{pair.name} ({len(pair.live)}) at weight {weight}: {share:.2%} differ"
+                assert share == 0, (
+                    f"{pair.name} ({len(pair.live)}) at weight {weight}: {share:.2%} differ"
+                )
             elif shadow == F32:
-                assert worst <= 1, f"{pair.name} ({len(pair.live)}) at weight {weight}: off by {worst} ulp"
+                assert worst <= 1, (
+                    f"{pair.name} ({len(pair.live)}) at weight {weight}: off by {worst} ulp"
+                )
             else:
                 assert share * len(pair.live) <= 1 + len(pair.live) / 4096
 
@@ -127,7 +138,14 @@ def test_huge_numbers() -> None:
     """Element numbers beyond 32 bits."""
     for base in (0, (1 << 32) - 300, 5 << 40):
         numbering = Numbering(base, device=CUDA)
-        pairs = [ShadowPair("w", [torch.randn(9000, device=CUDA).to(BF16)], torch.randn(9000, device=CUDA), numbering)]
+        pairs = [
+            ShadowPair(
+                "w",
+                [torch.randn(9000, device=CUDA).to(BF16)],
+                torch.randn(9000, device=CUDA),
+                numbering,
+            )
+        ]
         other = twin(pairs)
         FusedPlan(pairs).run([0.25], 2)
         UpdatePlan(other).run([0.25], 2)
@@ -139,7 +157,11 @@ def test_another_device() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     second = torch.device("cuda", 1)
-    pairs = [ShadowPair("w", [torch.zeros(5000, device=second)], torch.ones(5000, device=second), Numbering())]
+    pairs = [
+        ShadowPair(
+            "w", [torch.zeros(5000, device=second)], torch.ones(5000, device=second), Numbering()
+        )
+    ]
     FusedPlan(pairs).run([0.5], 0)
     assert (pairs[0].shadows[0] == 0.5).all()
 
@@ -210,7 +232,9 @@ def train(
     ema.attach(optimizer, overlap=overlap)
     if slow:
         late = Slow(CUDA)
-        ema._averaged_weights.engine = HostThread(late, Worker()) if "device" in options else Overlapped(late)
+        ema._averaged_weights.engine = (
+            HostThread(late, Worker()) if "device" in options else Overlapped(late)
+        )
     if not fence:
         ema._averaged_weights.engine.fence = lambda: None  # type: ignore[method-assign]
     for step in range(steps):
@@ -257,14 +281,19 @@ def test_a_host_thread_equals_inline() -> None:
     assert same(want, train(50, overlap=True, device="cpu")[0])
     assert same(want, train(50, overlap=True, device="cpu", slow=True)[0])
     near, _ = train(50, overlap=False)
-    assert all(torch.allclose(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-6) for a, b in zip(want, near, strict=True))
+    assert all(
+        torch.allclose(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-6)
+        for a, b in zip(want, near, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", [UpdatePlan, FusedPlan])
 def test_memory_outlives_its_owner(kind: Any) -> None:
     """Shadows that are dropped while the side stream writes them must not become somebody else's memory."""
     n = 1 << 22
-    pair = ShadowPair("w", [torch.zeros(n, device=CUDA)], torch.ones(n, device=CUDA), Numbering(device=CUDA))
+    pair = ShadowPair(
+        "w", [torch.zeros(n, device=CUDA)], torch.ones(n, device=CUDA), Numbering(device=CUDA)
+    )
     plan, engine = kind([pair]), Overlapped(Slow(CUDA))
     plan.run([0.0], 0)  # compiled before the race
     torch.cuda.synchronize()
@@ -281,7 +310,9 @@ def test_memory_outlives_its_owner(kind: Any) -> None:
 
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_no_host_sync_in_training(overlap: bool, dtype: torch.dtype, never_wait: Callable[[], None]) -> None:
+def test_no_host_sync_in_training(
+    overlap: bool, dtype: torch.dtype, never_wait: Callable[[], None]
+) -> None:
     """20 attached steps of a fused optimizer under GradScaler, two of them skipped by the device: torch sees no sync."""
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -322,7 +353,9 @@ def test_no_host_sync_in_training(overlap: bool, dtype: torch.dtype, never_wait:
 
 @pytest.mark.parametrize("live", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_an_ema_with_triton_is_the_same(dtype: torch.dtype, live: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ema_with_triton_is_the_same(
+    dtype: torch.dtype, live: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Attached, overlapped, guarded, two averages, one step skipped: the bits of torch's own kernels."""
     results = []
     for triton in ("1", "0"):
@@ -375,7 +408,9 @@ def test_times_are_those_of_the_device() -> None:
     torch.cuda.synchronize()
     known = ema.metrics(distance=False)
     assert known["lag"] == 0
-    assert 0 < known["update_ms"] < known["stall_ms"], "the sleep lies around the update, and the step waits for all"
+    assert 0 < known["update_ms"] < known["stall_ms"], (
+        "the sleep lies around the update, and the step waits for all"
+    )
     assert known["bytes"] == sum(4 * p.numel() for p in model.parameters())
     assert known["pinned"] == 0
     full = ema.metrics()
@@ -408,9 +443,9 @@ def test_a_host_thread_on_its_device() -> None:
     engine._worker.wait(engine._worker.submit(lambda: seen.append(torch.cuda.current_device())))
     assert seen == [CUDA.index]
     assert all(window.is_pinned() for window, _ in engine._copies)
-    assert all(slot.shadow.is_pinned() for slot in ema._averaged_weights.states if slot.shadow is not None), (
-        "guards layout.allocate"
-    )
+    assert all(
+        slot.shadow.is_pinned() for slot in ema._averaged_weights.states if slot.shadow is not None
+    ), "guards layout.allocate"
     known = ema.metrics()
     held = sum(4 * p.numel() for p in model.parameters())
     assert (known["bytes"], known["pinned"]) == (0, 2 * held + 4)

@@ -41,7 +41,10 @@ FLOORS = {
     8: "__init__ __main__",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
-MODULES = {".".join(path.relative_to(HOUSE).with_suffix("").parts): path for path in sorted(HOUSE.rglob("*.py"))}
+MODULES = {
+    ".".join(path.relative_to(HOUSE).with_suffix("").parts): path
+    for path in sorted(HOUSE.rglob("*.py"))
+}
 
 
 # --- the law of stairs -------------------------------------------------------------------------------------------
@@ -82,7 +85,9 @@ def stairs(module: str, source: str) -> list[str]:
     for line, origin, name in imported(module, tree):
         target = room(origin, name)
         if target is not None and FLOOR.get(target, 99) >= FLOOR[module]:
-            said.append(f"{module}:{line} (floor {FLOOR[module]}) imports {target} (floor {FLOOR.get(target)})")
+            said.append(
+                f"{module}:{line} (floor {FLOOR[module]}) imports {target} (floor {FLOOR.get(target)})"
+            )
     for node in ast.walk(tree):
         called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
         if called.split(".")[-1] in ("import_module", "__import__") and module != "__init__":
@@ -133,21 +138,30 @@ def foreign(path: str) -> bool:
     if re.match(r"torch\.(distributed\.fsdp|nn\.parallel)(\.|$)", path):
         return True
     parts = path.split(".")
-    private = [part for part in parts if part.startswith("_") and not re.match(r"__\w+__$|_foreach_", part)]
+    private = [
+        part for part in parts if part.startswith("_") and not re.match(r"__\w+__$|_foreach_", part)
+    ]
     return parts[0] == "torch" and bool(private)
 
 
 def leaks(module: str, source: str) -> list[str]:
     """Where a module names wrappers or private torch: by import, or by attributes of an imported torch module."""
     tree = ast.parse(source)
-    paths = [(line, f"{origin}.{name}" if name else origin) for line, origin, name in imported(module, tree)]
+    paths = [
+        (line, f"{origin}.{name}" if name else origin)
+        for line, origin, name in imported(module, tree)
+    ]
     said = [f"{module}:{line} imports {path}" for line, path in paths if foreign(path)]
     known = bound(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and re.fullmatch(r"[\w.]+", ast.unparse(node)):
             root, *rest = ast.unparse(node).split(".")
             # NOTE: only modules are followed; what a class of torch has (Tensor._version) is its own affair.
-            if root in known and known[root].split(".")[-1].islower() and foreign(".".join([known[root], *rest])):
+            if (
+                root in known
+                and known[root].split(".")[-1].islower()
+                and foreign(".".join([known[root], *rest]))
+            ):
                 said.append(f"{module}:{node.lineno} names {ast.unparse(node)}")
     return said
 
@@ -163,7 +177,9 @@ def bound(tree: ast.AST) -> dict[str, str]:
     return known
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module not in ("shards", "offline.patient")])
+@pytest.mark.parametrize(
+    "module", [module for module in MODULES if module not in ("shards", "offline.patient")]
+)
 def test_wrappers_stay_in_shards(module: str) -> None:
     """Only shards.py may name FSDP, DDP or private torch: everything behind it is plain tensors and regions."""
     assert leaks(module, MODULES[module].read_text()) == []
@@ -209,7 +225,9 @@ def test_leaks_allows() -> None:
 def public(tree: ast.Module) -> set[str]:
     """Public functions and classes at the top level of a module."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    return {node.name for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")}
+    return {
+        node.name for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")
+    }
 
 
 def listed(tree: ast.Module) -> list[str] | None:
@@ -254,7 +272,9 @@ def test_all_is_complete(module: str) -> None:
 
 def test_all_is_read() -> None:
     """The reader of names sees defs, classes and imports by other rooms."""
-    tree = ast.parse("__all__ = ['A', 'b']\nclass A: ...\ndef b(): ...\ndef _c(): ...\nasync def d(): ...")
+    tree = ast.parse(
+        "__all__ = ['A', 'b']\nclass A: ...\ndef b(): ...\ndef _c(): ...\nasync def d(): ..."
+    )
     assert (listed(tree), public(tree)) == (["A", "b"], {"A", "b", "d"})
     assert listed(ast.parse("x = 1")) is None
     assert "Shard" in TAKEN["shards"]
@@ -282,7 +302,9 @@ def test_front_door_refuses() -> None:
 def test_front_door_is_typed() -> None:
     """What type checkers see under TYPE_CHECKING is what `__all__` lists."""
     tree = ast.parse(MODULES["__init__"].read_text())
-    seen = {name for _, source, name in imported("__init__", tree) if source.startswith("dist_ema.")}
+    seen = {
+        name for _, source, name in imported("__init__", tree) if source.startswith("dist_ema.")
+    }
     assert seen == set(dist_ema.__all__)
 
 
@@ -291,7 +313,9 @@ def test_front_door_is_typed() -> None:
 
 def test_version() -> None:
     """The version in __init__.py is the one that the first heading of the CHANGELOG names."""
-    heading = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+    heading = next(
+        line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")
+    )
     found = re.search(r"\d+\.\d+\.\d+\S*", heading)
     assert found is not None, f"no version in {heading!r}"
     assert found[0] == dist_ema.__version__
@@ -316,7 +340,9 @@ def blocks(text: str) -> list[tuple[int, str, str | None]]:
         above = lines[i - 1].strip() if i else ""
         reason = re.fullmatch(r"<!-- not run: (\S.*?) *-->", above)
         if above.startswith("<!-- not run") and reason is None:
-            raise ValueError(f"README.md:{i}: say why, as in <!-- not run: needs a GPU -->, got {above!r}.")
+            raise ValueError(
+                f"README.md:{i}: say why, as in <!-- not run: needs a GPU -->, got {above!r}."
+            )
         end = next(j for j in range(i + 1, len(lines)) if lines[j].startswith("```"))
         result.append((i + 2, "\n".join(lines[i + 1 : end]), reason[1] if reason else None))
     return result
@@ -330,8 +356,12 @@ def test_readme_shows_code() -> None:
     assert [line for line, _, reason in BLOCKS if reason is None]
 
 
-@pytest.mark.parametrize(("line", "code", "reason"), BLOCKS, ids=[f"line{line}" for line, _, _ in BLOCKS])
-def test_readme_runs(line: int, code: str, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("line", "code", "reason"), BLOCKS, ids=[f"line{line}" for line, _, _ in BLOCKS]
+)
+def test_readme_runs(
+    line: int, code: str, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every python block of the README runs by itself in an empty folder."""
     if reason is not None:
         pytest.skip(reason)
@@ -343,8 +373,12 @@ def test_readme_runs(line: int, code: str, reason: str | None, tmp_path: Path, m
 def test_every_other_page_is_run_or_says_so() -> None:
     """A python block of the docs is part of a page that a test runs from top to bottom, or is marked `no-run`."""
     run = {"accelerate.md", "lightning.md", "transformers.md", "recipes.md"}
-    assert {page.name for page in ROOT.glob("docs/**/*.md") if "```python\n" in page.read_text()} == run
-    said = "".join(path.read_text() for path in ROOT.glob("tests/test_*.py") if path != Path(__file__))
+    assert {
+        page.name for page in ROOT.glob("docs/**/*.md") if "```python\n" in page.read_text()
+    } == run
+    said = "".join(
+        path.read_text() for path in ROOT.glob("tests/test_*.py") if path != Path(__file__)
+    )
     assert all(f'"{name}"' in said for name in run)
 
 
@@ -359,7 +393,9 @@ def test_blocks_are_read() -> None:
 
 def links(page: Path) -> list[str]:
     """Where a page leads to, code left out; '#section' belongs to the link."""
-    return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+    return re.findall(
+        r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    )
 
 
 @pytest.mark.parametrize(
@@ -430,13 +466,30 @@ def test_no_absolute_paths() -> None:
     for path in tracked():
         text = path.read_bytes().decode(errors="ignore")
         lines = enumerate(text.splitlines(), 1)
-        said += [f"{path.relative_to(ROOT)}:{i}: {line.strip()}" for i, line in lines if ABSOLUTE.search(line)]
+        said += [
+            f"{path.relative_to(ROOT)}:{i}: {line.strip()}"
+            for i, line in lines
+            if ABSOLUTE.search(line)
+        ]
     assert said == []
 
 
 def test_absolute_paths_are_seen() -> None:
     """The pattern finds paths of one machine, and leaves relative ones, links and lists of words alone."""
-    for bad in ("/" + "root/x", "cd /" + "tmp", "'/" + "home/me'", "=/" + "Users/a", "/" + "work/main"):
+    for bad in (
+        "/" + "root/x",
+        "cd /" + "tmp",
+        "'/" + "home/me'",
+        "=/" + "Users/a",
+        "/" + "work/main",
+    ):
         assert ABSOLUTE.search(bad), bad
-    for good in ("run/tmp/x", ".tmp-1", "https://x.org/home/a", "a/root", "/" + "tmpfs", "/" + "workers/1"):
+    for good in (
+        "run/tmp/x",
+        ".tmp-1",
+        "https://x.org/home/a",
+        "a/root",
+        "/" + "tmpfs",
+        "/" + "workers/1",
+    ):
         assert not ABSOLUTE.search(good), good

@@ -17,9 +17,20 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from dist_ema import EMA, Warmup, load_file
-from dist_ema.engine import Overlapped
-from dist_ema.executors import Instant
-from tests.kit import Images, Net, Oracle, Training, image_batch, raises, run_ranks, same, snapshot, wrap
+from dist_ema.averaging.engines import Overlapped
+from dist_ema.averaging.executors import Instant
+from tests.kit import (
+    Images,
+    Net,
+    Oracle,
+    Training,
+    image_batch,
+    raises,
+    run_ranks,
+    same,
+    snapshot,
+    wrap,
+)
 
 SCHEDULE = Warmup(0.9)
 
@@ -56,10 +67,15 @@ def test_teacher_is_the_shadow() -> None:
     assert equal(alone.gather(), ema.gather())
     mine = {p.data_ptr() for p in teacher.parameters()}
     assert all(
-        slot.shadow.data_ptr() in mine for slot in ema._averaged_weights.averages[0].averaged if slot.shadow is not None
+        slot.shadow.data_ptr() in mine
+        for slot in ema._averaged_weights.averages[0].averaged
+        if slot.shadow is not None
     )
     assert "float32 into Net, cpu" in repr(ema)
-    with pytest.raises(RuntimeError, match="the teacher is the average, so evaluate the teacher"), ema.swap():
+    with (
+        pytest.raises(RuntimeError, match="the teacher is the average, so evaluate the teacher"),
+        ema.swap(),
+    ):
         pass
 
 
@@ -77,7 +93,9 @@ class Online(nn.Module):
 
 def test_only_says_what_is_touched() -> None:
     student, teacher = Online(True), Online(False)
-    with pytest.raises(ValueError, match=r"no predictor\.0\.weight, predictor\.0\.bias, .* Leave out with only="):
+    with pytest.raises(
+        ValueError, match=r"no predictor\.0\.weight, predictor\.0\.bias, .* Leave out with only="
+    ):
         EMA(student, into=teacher)
     before = state(teacher)
     ema = EMA(student, 0.5, only="body", into=teacher)
@@ -180,11 +198,15 @@ def test_buffers() -> None:
         assert torch.equal(live, mine), name
     model(image_batch(3, 0)[0])
     assert not torch.equal(model.norm.running_mean, teacher.norm.running_mean)
-    assert torch.equal(ema.gather()["norm.running_mean"], teacher.norm.running_mean), "the teacher's, not live's"
+    assert torch.equal(ema.gather()["norm.running_mean"], teacher.norm.running_mean), (
+        "the teacher's, not live's"
+    )
     model, teacher, ema, alone = trained_images(buffers="average")
     assert torch.equal(alone.gather()["norm.running_mean"], teacher.norm.running_mean)
     assert teacher.norm.num_batches_tracked == 3
-    _, teacher, _, _ = trained_images(only=lambda name: "running" not in name and "tracked" not in name)
+    _, teacher, _, _ = trained_images(
+        only=lambda name: "running" not in name and "tracked" not in name
+    )
     assert torch.equal(teacher.norm.running_mean, torch.zeros(5))
 
 
@@ -254,19 +276,25 @@ def test_teacher_that_changes_is_named() -> None:
     model, teacher = nn.Linear(3, 3), nn.Linear(3, 3)
     ema = EMA(model, 0.5, into=teacher)
     for _ in range(4):
-        teacher.weight.data = teacher.weight.data.clone()  # elsewhere, as FSDP2 puts it in a first forward: followed
+        teacher.weight.data = (
+            teacher.weight.data.clone()
+        )  # elsewhere, as FSDP2 puts it in a first forward: followed
         teacher(torch.ones(2, 3))
         teacher.load_state_dict(model.state_dict())
         shift(model)
         ema.update()
         assert torch.allclose(teacher.weight, model.weight - 0.5)
     teacher.double()(torch.ones(2, 3, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match="weight of the teacher was torch.float32 .* now torch.float64"):
+    with pytest.raises(
+        RuntimeError, match="weight of the teacher was torch.float32 .* now torch.float64"
+    ):
         ema.update()
     teacher = nn.Linear(3, 3)
     ema = EMA(model, 0.5, into=teacher)
     teacher.load_state_dict(model.state_dict(), assign=True)
-    with pytest.raises(RuntimeError, match="weight of the teacher, bias of the teacher no longer shares memory"):
+    with pytest.raises(
+        RuntimeError, match="weight of the teacher, bias of the teacher no longer shares memory"
+    ):
         ema.gather()
 
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_ema import compiled
-from dist_ema.engine import SkippedSteps
-from dist_ema.kernels import PACK, SCRATCH, SHORT, ShadowPair, UpdatePlan, noise_key, noise, round_to_bfloat16
+from dist_ema.averaging.kernels import cpu_numba
+from dist_ema.averaging.kernels.eager import PACK, SCRATCH, SHORT, ShadowPair, UpdatePlan
+from dist_ema.averaging.kernels.rounding import noise, noise_key, round_to_bfloat16
+from dist_ema.averaging.skipped_steps import SkippedSteps
 from tests.kit import draw
 
 Make = Callable[..., UpdatePlan]
@@ -32,7 +33,7 @@ BF16 = torch.bfloat16
 @pytest.fixture(params=["eager", "compiled"])
 def plan(request: pytest.FixtureRequest) -> Make:
     """Plan, with compiled passes for what they take, or without."""
-    if request.param == "compiled" and not compiled.available():
+    if request.param == "compiled" and not cpu_numba.available():
         pytest.skip("numba is not installed")
     return partial(UpdatePlan, passes=request.param == "compiled")
 
@@ -161,7 +162,9 @@ def test_longer_than_the_scratch(plan: Make, shadow: torch.dtype, live: torch.dt
     plan(pairs, seed=5).run([0.25], update=2)
     equal(pairs, expected)
     if shadow == BF16:
-        assert torch.equal(pairs[0].shadows[0], round_to_bfloat16(wide, noise(5, 2, "w0", torch.arange(n))))
+        assert torch.equal(
+            pairs[0].shadows[0], round_to_bfloat16(wide, noise(5, 2, "w0", torch.arange(n)))
+        )
 
 
 def test_packing_stops() -> None:
@@ -182,7 +185,8 @@ def shape(pairs: list[ShadowPair]) -> tuple[list[int], list[list[int]], int]:
     """(lengths of the direct pairs, lengths of the tensors in each packed or cast step, number of rounded steps)."""
     plan = UpdatePlan(pairs)
     return (
-        [len(x) for _, x in plan._direct] + [len(x) for _, lives, _, _ in plan._apart for x in lives],
+        [len(x) for _, x in plan._direct]
+        + [len(x) for _, lives, _, _ in plan._apart for x in lives],
         [[len(x) for x in lives] for _, lives, _, _ in plan._through],
         len(plan._rounded),
     )
@@ -190,14 +194,26 @@ def shape(pairs: list[ShadowPair]) -> tuple[list[int], list[list[int]], int]:
 
 def test_neighbours_become_one() -> None:
     """Pieces that touch on both sides merge into one long tensor (fact 12), empty ones left out."""
-    assert shape(pair_up(arena(TINY, torch.float32, 1), arena(TINY, torch.float32, 2))) == ([sum(TINY)], [], 0)
+    assert shape(pair_up(arena(TINY, torch.float32, 1), arena(TINY, torch.float32, 2))) == (
+        [sum(TINY)],
+        [],
+        0,
+    )
 
 
 def test_neighbours_on_one_side_are_packed() -> None:
     """Short pieces whose shadows touch share one lerp; the others do not."""
     full = [n for n in TINY if n]
-    assert shape(pair_up(arena(TINY, torch.float32, 1), apart(TINY, torch.float32, 2))) == ([], [full], 0)
-    assert shape(pair_up(apart(TINY, torch.float32, 1), arena(TINY, torch.float32, 2))) == (full, [], 0)
+    assert shape(pair_up(arena(TINY, torch.float32, 1), apart(TINY, torch.float32, 2))) == (
+        [],
+        [full],
+        0,
+    )
+    assert shape(pair_up(apart(TINY, torch.float32, 1), arena(TINY, torch.float32, 2))) == (
+        full,
+        [],
+        0,
+    )
 
 
 @pytest.mark.parametrize("weight", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
@@ -216,7 +232,11 @@ def test_apart_on_both_sides(live: torch.dtype, guard: bool, weight: Any) -> Non
     with watched():  # nor does the host wait for a weight on the device
         plan.run([weight], 0, guard)
     equal(pairs, expected)
-    assert [[len(x) for x in lives] for _, lives, _, _ in plan._apart] == [[7, 3, 5000, 5000, 5000], [5000, 1], [4, 4]]
+    assert [[len(x) for x in lives] for _, lives, _, _ in plan._apart] == [
+        [7, 3, 5000, 5000, 5000],
+        [5000, 1],
+        [4, 4],
+    ]
 
 
 def test_order_and_gaps_are_respected(plan: Make) -> None:
@@ -233,7 +253,10 @@ def test_order_and_gaps_are_respected(plan: Make) -> None:
 
 def test_dtypes_are_not_mixed() -> None:
     """A run of short pieces breaks where the live dtype changes: `torch.cat(out=)` would promote."""
-    pairs = pair_up(arena([4, 4, 4], torch.float32, 1), [draw(4, dtype, 3) for dtype in (BF16, BF16, torch.float16)])
+    pairs = pair_up(
+        arena([4, 4, 4], torch.float32, 1),
+        [draw(4, dtype, 3) for dtype in (BF16, BF16, torch.float16)],
+    )
     assert shape(pairs) == ([], [[4, 4], [4]], 0)
 
 
@@ -268,7 +291,9 @@ def poison(pairs: list[ShadowPair]) -> list[Tensor]:
     return masks
 
 
-@pytest.mark.parametrize("weight", [0.25, torch.tensor(0.25), torch.tensor(0.0)], ids=["float", "tensor", "skipped"])
+@pytest.mark.parametrize(
+    "weight", [0.25, torch.tensor(0.25), torch.tensor(0.0)], ids=["float", "tensor", "skipped"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_guard(plan: Make, kind: str, weight: float | Tensor) -> None:
     """guard=True keeps the shadow, bit for bit, where live is not finite, and moves the rest (facts 13 and 15)."""
@@ -290,7 +315,9 @@ def test_guard_is_needed(plan: Make, kind: str) -> None:
     pairs = KINDS[kind]()
     masks = poison(pairs)
     plan(pairs).run([torch.zeros(())], update=0)
-    assert not any(pair.shadows[0][mask].isfinite().any() for pair, mask in zip(pairs, masks, strict=True))
+    assert not any(
+        pair.shadows[0][mask].isfinite().any() for pair, mask in zip(pairs, masks, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -347,7 +374,9 @@ def test_exact_values_stay() -> None:
 
 def test_rounding_passes_the_infinite() -> None:
     """inf, -inf and nan stay what they are: a carry would turn inf into nan, and a small nan payload into inf."""
-    wide = torch.tensor([0x7F800000, -0x00800000, 0x7FC00000, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
+    wide = torch.tensor(
+        [0x7F800000, -0x00800000, 0x7FC00000, 0x7F800001, -1], dtype=torch.int32
+    ).view(torch.float32)
     for word in (0, 0xFFFFFFFF):
         got = round_to_bfloat16(wide, torch.full(wide.shape, word))
         assert got[:2].tolist() == [float("inf"), float("-inf")]
@@ -363,7 +392,9 @@ def test_float16_is_unbiased(scale: float) -> None:
         shadow = torch.zeros(n, dtype=torch.float16)
         UpdatePlan([ShadowPair("w", [shadow], wide, torch.arange)]).run([1.0], 3)
         near = torch.tensor(value * scale).to(torch.float16)
-        below, above = (torch.nextafter(near, torch.tensor(end * 7e4, dtype=torch.float16)) for end in (-1, 1))
+        below, above = (
+            torch.nextafter(near, torch.tensor(end * 7e4, dtype=torch.float16)) for end in (-1, 1)
+        )
         assert set(shadow.tolist()) <= {float(below), float(near), float(above)}
         step = float(above - below) / 2
         assert abs(float(shadow.double().mean()) - value * scale) < 4 * 0.5 * step / n**0.5
@@ -385,7 +416,9 @@ def test_float16_keeps_what_it_holds() -> None:
 
 def test_rounding_keeps_the_sign_of_zero() -> None:
     """What is cut down to nothing stays on its side: -0.0 is added in _round, not 0.0."""
-    got = round_to_bfloat16(torch.tensor([-1e-44, 1e-44, -0.0, 0.0]), torch.zeros(4, dtype=torch.int64))
+    got = round_to_bfloat16(
+        torch.tensor([-1e-44, 1e-44, -0.0, 0.0]), torch.zeros(4, dtype=torch.int64)
+    )
     assert got.view(torch.int16).tolist() == [-(1 << 15), 0, -(1 << 15), 0]
 
 
@@ -444,7 +477,9 @@ def test_noise_is_no_permutation() -> None:
     for update in range(3):
         apart = noise_key(0, update, "layer.1") ^ noise_key(0, update, "layer.2")
         assert apart == noise_key(0, 0, "layer.1") ^ noise_key(0, 0, "layer.2")
-        assert (noise(0, update, "layer.1", index) == noise(0, update, "layer.2", index ^ apart)).sum() < 5
+        assert (
+            noise(0, update, "layer.1", index) == noise(0, update, "layer.2", index ^ apart)
+        ).sum() < 5
 
 
 def test_noise_of_huge_weights() -> None:
@@ -455,7 +490,16 @@ def test_noise_of_huge_weights() -> None:
 
 # --- the hot path ------------------------------------------------------------------------------------------------
 
-SYNCS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "allclose"}
+SYNCS = {
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "masked_select",
+    "_unique2",
+    "allclose",
+}
 STEP = {
     "aten._foreach_lerp_.Scalar",
     "aten.fill_.Scalar",
@@ -490,7 +534,12 @@ def watched() -> Iterator[Watch]:
 def test_watch_sees() -> None:
     """The watch raises on item(), bool() and tolist()-like reads."""
     value = torch.ones(())
-    for read in (lambda: value.item(), lambda: bool(value), lambda: float(value), lambda: value.nonzero()):
+    for read in (
+        lambda: value.item(),
+        lambda: bool(value),
+        lambda: float(value),
+        lambda: value.nonzero(),
+    ):
         with watched(), pytest.raises(RuntimeError, match="makes the host wait"):
             read()
 
@@ -531,7 +580,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import torch
-from dist_ema.kernels import SCRATCH, Pair, Plan
+from dist_ema.averaging.kernels.eager import SCRATCH, ShadowPair, UpdatePlan
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -541,7 +590,7 @@ n, f32, bf16 = 16 * SCRATCH, torch.float32, torch.bfloat16
 for shadow, live in ((f32, f32), (f32, bf16), (bf16, f32)):
     sizes = [8, 5000, n - 10_000, 4992]
     shadows, lives = torch.zeros(n, dtype=shadow).split(sizes), [torch.ones(k, dtype=live) for k in sizes]
-    plan = Plan([Pair(f"{i}", [s], x, torch.arange) for i, (s, x) in enumerate(zip(shadows, lives))], passes=PASSES)
+    plan = UpdatePlan([ShadowPair(f"{i}", [s], x, torch.arange) for i, (s, x) in enumerate(zip(shadows, lives))], passes=PASSES)
     for guard in (False, True):
         plan.run([0.5], 0, guard)
         Path("/proc/self/clear_refs").write_text("5")
@@ -552,13 +601,17 @@ for shadow, live in ((f32, f32), (f32, bf16), (bf16, f32)):
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux"
+)
 def test_memory_of_an_update(plan: Make) -> None:
     """After the first update a further one takes no memory at all, but for chunks where eager code guards or rounds. The
     weights have 16 chunks, and every row of figures is in chunks; in a process of its own, because garbage counts too."""
     passes = plan.keywords["passes"]  # type: ignore[attr-defined]
     code = MEMORY.replace("PASSES", str(passes))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
     found = [float(word) for word in done.stdout.split()]
     bounds = [0.1] * 6 if passes else [0.1, 3, 0.1, 3, 9, 9]
     assert len(found) == 6
@@ -585,7 +638,11 @@ def test_gate_copies_until_accepted() -> None:
     assert gate.weigh(1 / 3, True, None) == 1
     assert gate.weigh(0.25, True, None) == 0.25
     gate.reset(accepted=False)
-    assert (gate.count(), gate.weigh(0.5, True, torch.tensor(1.0)), gate.weigh(0.25, True, None)) == (0, 0, 1)
+    assert (
+        gate.count(),
+        gate.weigh(0.5, True, torch.tensor(1.0)),
+        gate.weigh(0.25, True, None),
+    ) == (0, 0, 1)
     gate.reset(accepted=True)
     gate.weigh(0.5, True, torch.tensor(1.0))
     assert gate.weigh(0.25, True, None) == 0.25

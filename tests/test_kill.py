@@ -46,14 +46,17 @@ def save_for_ever(rank: int, folder: Path, store: str, mode: str, first: int, be
     import torch.distributed as dist
     from torch import nn
 
-    from dist_ema import EMA, commit
+    from dist_ema import EMA
+    from dist_ema.checkpoint import atomic
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     if mode == "fallback":
-        commit._exchange = lambda a, b: False
-        _die_between_renames(commit, between)
-    model = nn.Sequential(nn.Linear(400, 500), nn.Linear(500, 300, bias=False).requires_grad_(False))
+        atomic._exchange = lambda a, b: False
+        _die_between_renames(atomic, between)
+    model = nn.Sequential(
+        nn.Linear(400, 500), nn.Linear(500, 300, bias=False).requires_grad_(False)
+    )
     ema = EMA(nn.parallel.DistributedDataParallel(model), 0.5)
     log = os.open(folder / f"returned-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for version in itertools.count(first):
@@ -71,15 +74,15 @@ def save_for_ever(rank: int, folder: Path, store: str, mode: str, first: int, be
         os.write(log, f"{version}\n".encode())
 
 
-def _die_between_renames(commit: Any, after: int) -> None:
-    real, count = commit.os.rename, itertools.count(1)
+def _die_between_renames(atomic: Any, after: int) -> None:
+    real, count = atomic.os.rename, itertools.count(1)
 
     def rename(source: Path, target: Path) -> None:
         real(source, target)
         if ".old-" in str(target) and next(count) == after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    commit.os.rename = rename
+    atomic.os.rename = rename
 
 
 # --- the killer --------------------------------------------------------------------------------------------------
@@ -106,7 +109,9 @@ def torment(folder: Path, mode: str, kills: int, seed: int) -> Tally:
         try:
             version = _look(folder, mode, tally)
         except Exception as error:
-            raise AssertionError(f"{mode}, kill {number + 1} of {kills}, seed {seed}: {error}") from error
+            raise AssertionError(
+                f"{mode}, kill {number + 1} of {kills}, seed {seed}: {error}"
+            ) from error
         tally.kills += 1
     tally.saves = version
     return tally
@@ -118,7 +123,9 @@ def _round(folder: Path, mode: str, first: int, between: int, choose: random.Ran
     context.set_forkserver_preload(["tests.kit"])
     store = folder / f"store-{first}"
     ranks = [
-        context.Process(target=save_for_ever, args=(rank, folder, str(store), mode, first, between), daemon=True)
+        context.Process(
+            target=save_for_ever, args=(rank, folder, str(store), mode, first, between), daemon=True
+        )
         for rank in range(2)
     ]
     for rank in ranks:
@@ -138,7 +145,9 @@ def _round(folder: Path, mode: str, first: int, between: int, choose: random.Ran
         for rank in ranks:
             _kill(rank)
             rank.join()
-    codes = [rank.exitcode for rank in ranks]  # whoever is left may see it and raise before it is killed too
+    codes = [
+        rank.exitcode for rank in ranks
+    ]  # whoever is left may see it and raise before it is killed too
     assert set(codes) <= {-signal.SIGKILL, 1}, codes
     assert -signal.SIGKILL in codes, codes
     store.unlink(missing_ok=True)
@@ -165,7 +174,8 @@ def _returned(folder: Path) -> int:
 
 def _look(folder: Path, mode: str, tally: Tally) -> int:
     """The version that a copy of the run holds. Everything about it is checked."""
-    from dist_ema import commit, format, load_file
+    from dist_ema import load_file
+    from dist_ema.checkpoint import atomic, crc32, manifest, safetensors
 
     copy = folder / "copy"
     shutil.rmtree(copy, ignore_errors=True)
@@ -175,15 +185,18 @@ def _look(folder: Path, mode: str, tally: Tally) -> int:
     if not path.exists():
         assert mode == "fallback", "an exchange leaves no moment without a version"
         tally.missing += 1
-    commit.recover(path)
-    meta = format.read_meta(path)
-    files = format.read_model(path)
+    atomic.recover(path)
+    meta = manifest.read_meta(path)
+    files = safetensors.read_model(path)
     assert files.keys() == meta["files"].keys()
     assert len(files) == 3
     for name, said in meta["files"].items():
-        data, total = (path / name).read_bytes(), format.RangeSum(said["size"])
+        data, total = (path / name).read_bytes(), crc32.RangeSum(said["size"])
         total.add(0, data)
-        assert (len(data), format.check_sum(len(data), [total.contribution])) == (said["size"], said["crc32"]), name
+        assert (len(data), crc32.check_sum(len(data), [total.contribution])) == (
+            said["size"],
+            said["crc32"],
+        ), name
     version: int = meta["extra"]["version"]
     for name, weight in load_file(path).items():
         assert (weight == version).all(), f"{name} is not of version {version}"
@@ -205,11 +218,17 @@ def test_killed(mode: str, tmp_path: Path) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50, help="in each mode")
     parser.add_argument("--mode", choices=MODES, nargs="+", default=MODES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="on the file system to test, made anew; default: a temporary one")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="on the file system to test, made anew; default: a temporary one",
+    )
     args = parser.parse_args(words)
     import tempfile
 

@@ -15,20 +15,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ema import layout, shards
-from dist_ema.kernels import ShadowPair, UpdatePlan
-from dist_ema.layout import Box, allocate, assign, boxes, boxes_with_data, even, fingerprint, numbering, runs, split_box
-from dist_ema.shards import Region, Shard
+from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
+from dist_ema.sharding import arena, discovery, ownership
+from dist_ema.sharding.arena import allocate
+from dist_ema.sharding.fingerprint import fingerprint
+from dist_ema.sharding.geometry import Box, boxes, boxes_with_data, numbering, runs, split_box
+from dist_ema.sharding.ownership import assign, even
+from dist_ema.sharding.records import Region, Shard
 
 CPU = torch.device("cpu")
 
 
-def shapes(n: int, seed: int, least: int = 1, most: int = 6) -> Iterator[tuple[random.Random, tuple[int, ...]]]:
+def shapes(
+    n: int, seed: int, least: int = 1, most: int = 6
+) -> Iterator[tuple[random.Random, tuple[int, ...]]]:
     """Random shapes up to 4-D, many of their dimensions 1."""
     draw = random.Random(seed)
     for _ in range(n):
         dims = draw.randint(0, 4)
-        yield draw, tuple(1 if draw.random() < 0.15 else draw.randint(least, most) for _ in range(dims))
+        yield (
+            draw,
+            tuple(1 if draw.random() < 0.15 else draw.randint(least, most) for _ in range(dims)),
+        )
 
 
 def a_range(draw: random.Random, n: int) -> tuple[int, int]:
@@ -122,7 +130,10 @@ def test_even() -> None:
     """even: parts in rank order that meet end to end and differ by one element at most."""
     for begin, n, size in itertools.product((0, 5), range(12), range(1, 6)):
         parts = [even(begin, begin + n, rank, size) for rank in range(size)]
-        assert [parts[0][0], *(end for _, end in parts)] == [*(start for start, _ in parts), begin + n]
+        assert [parts[0][0], *(end for _, end in parts)] == [
+            *(start for start, _ in parts),
+            begin + n,
+        ]
         lengths = [end - start for start, end in parts]
         assert max(lengths) - min(lengths) <= 1
 
@@ -133,7 +144,9 @@ def test_even() -> None:
 def shard(weight: Tensor, order: tuple[int, ...] | None, region: Region) -> Shard:
     """The record of a weight whose storage lies in `order`."""
     place = (nn.Module(), "w")
-    return Shard("w", "trainable", tuple(weight.shape), weight, place, region, lambda: weight, order=order)
+    return Shard(
+        "w", "trainable", tuple(weight.shape), weight, place, region, lambda: weight, order=order
+    )
 
 
 def drawn(seed: int, n: int = 800) -> Iterator[tuple[Shard, Region, Tensor]]:
@@ -144,7 +157,11 @@ def drawn(seed: int, n: int = 800) -> Iterator[tuple[Shard, Region, Tensor]]:
         order = tuple(range(len(shape))) if plain else order
         weight = torch.arange(math.prod(shape)).view(shape)
         stored = weight.permute(order)
-        box = Box((0,) * len(shape), tuple(stored.shape)) if draw.random() < 0.4 else a_box(draw, tuple(stored.shape))
+        box = (
+            Box((0,) * len(shape), tuple(stored.shape))
+            if draw.random() < 0.4
+            else a_box(draw, tuple(stored.shape))
+        )
         region = Region(box.offsets, box.sizes, *a_range(draw, box.numel))
         elements = stored[box.slices].reshape(-1)[region.begin : region.end]
         yield shard(weight, None if plain else order, region), region, elements
@@ -157,7 +174,9 @@ def test_pieces() -> None:
         data = elements.clone()
         for box, view in boxes_with_data(record, region, data):
             assert torch.equal(weight[box.slices], view), (record.shape, record.order, region)
-            assert view.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()  # *Aliases*
+            assert (
+                view.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()
+            )  # *Aliases*
             seen += view.flatten().tolist()
         assert sorted(seen) == sorted(elements.tolist())
 
@@ -178,7 +197,13 @@ def test_numbering() -> None:
         start, stop = a_range(draw, region.numel)
         found = numbering(record, region, CPU)(start, stop)
         assert found.dtype == torch.int64
-        assert torch.equal(found, elements[start:stop]), (record.shape, record.order, region, start, stop)
+        assert torch.equal(found, elements[start:stop]), (
+            record.shape,
+            record.order,
+            region,
+            start,
+            stop,
+        )
 
 
 def test_numbering_of_nothing() -> None:
@@ -194,13 +219,15 @@ def test_channels_last(shape: tuple[int, ...]) -> None:
     model = nn.Module()
     values = torch.arange(math.prod(shape)).float().view(shape)
     model.w = nn.Parameter(values.clone().contiguous(memory_format=torch.channels_last))
-    (found,) = shards.find_shards(model).shards
+    (found,) = discovery.find_shards(model).shards
     assert found.read().data_ptr() == model.w.data_ptr()
     rebuilt = torch.empty(shape)
     for box, view in boxes_with_data(found, found.local_region, found.read()):
         rebuilt[box.slices] = view
     assert torch.equal(rebuilt, values)
-    assert torch.equal(numbering(found, found.local_region, CPU)(0, values.numel()).float(), found.read())
+    assert torch.equal(
+        numbering(found, found.local_region, CPU)(0, values.numel()).float(), found.read()
+    )
 
 
 # --- slots and shadows -------------------------------------------------------------------------------------------
@@ -211,7 +238,7 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        n = layout.LONG
+        n = arena.LONG
         flat = torch.randn(2 * n + 3)
         self.lone = nn.Parameter(torch.randn(n + 1))
         self.a, self.b, self.c = (nn.Parameter(part) for part in flat.split([n, 3, n]))
@@ -226,7 +253,7 @@ def test_allocate(dtype: torch.dtype) -> None:
     """Shadows begin as live, in one arena per dtype; neighbours stay neighbours, lone long ones are aligned, and short ones
     that touch nothing lie before them, end to end."""
     torch.manual_seed(0)
-    slots = assign(shards.find_shards(Odd()).shards, lambda _: True, split=True)
+    slots = assign(discovery.find_shards(Odd()).shards, lambda _: True, split=True)
     arenas = allocate(slots, dtype, None)
     wide = torch.complex128 if dtype == torch.float64 else torch.complex64
     assert [arena.dtype for arena in arenas] == [dtype, wide]
@@ -235,12 +262,18 @@ def test_allocate(dtype: torch.dtype) -> None:
         shadow = by_name[slot.name]
         assert torch.equal(shadow, slot.live.to(shadow.dtype))
         assert shadow.dtype == (wide if slot.name == "phasor" else dtype)
-    bounds = sorted((s.storage_offset(), s.storage_offset() + len(s)) for s in by_name.values() if s.dtype == dtype)
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(bounds)), "two shadows overlap"
+    bounds = sorted(
+        (s.storage_offset(), s.storage_offset() + len(s))
+        for s in by_name.values()
+        if s.dtype == dtype
+    )
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(bounds)), (
+        "two shadows overlap"
+    )
     offset = {name: shadow.storage_offset() for name, shadow in by_name.items()}
-    assert offset["b"] - offset["a"] == layout.LONG
+    assert offset["b"] - offset["a"] == arena.LONG
     assert offset["c"] - offset["b"] == 3  # long, but it continues its neighbour in the model
-    assert all(offset[name] * dtype.itemsize % layout.ALIGN == 0 for name in ("lone", "a", "last"))
+    assert all(offset[name] * dtype.itemsize % arena.ALIGN == 0 for name in ("lone", "a", "last"))
     assert offset["small"] - offset["scalar"] == 1
     assert offset["small"] + 15 <= min(offset[name] for name in ("lone", "a", "b", "c", "last"))
 
@@ -248,9 +281,13 @@ def test_allocate(dtype: torch.dtype) -> None:
 def test_short_weights_share_one_pack() -> None:
     """Biases between long matrices become one step of a plan: short chains lie together in the arena (`_starts`)."""
     model = nn.Sequential(*[nn.Linear(128, 130) for _ in range(3)])
-    slots = assign(shards.find_shards(model).shards, lambda _: True, split=True)
+    slots = assign(discovery.find_shards(model).shards, lambda _: True, split=True)
     allocate(slots, torch.float32, None)
-    pairs = [ShadowPair(slot.name, [slot.shadow], slot.live, torch.arange) for slot in slots if slot.shadow is not None]
+    pairs = [
+        ShadowPair(slot.name, [slot.shadow], slot.live, torch.arange)
+        for slot in slots
+        if slot.shadow is not None
+    ]
     plan = UpdatePlan(pairs, passes=False)
     assert [len(live) for _, live in plan._direct] == [128 * 130] * 3
     assert [[len(live) for live in lives] for _, lives, _, _ in plan._through] == [[130] * 3]
@@ -259,31 +296,39 @@ def test_short_weights_share_one_pack() -> None:
 def test_neighbours_in_one_storage_stay_one() -> None:
     """What lies end to end in the model (FSDP1's flat parameters) is one chain, long or short, with empty ones in between,
     in the order of the model, and so one step of a plan."""
-    for sizes in ([7, 0, layout.LONG, 5], [layout.LONG // 2] * 3, [4, 0, 4]):
+    for sizes in ([7, 0, arena.LONG, 5], [arena.LONG // 2] * 3, [4, 0, 4]):
         model, flat = nn.Module(), torch.randn(sum(sizes))
-        model.first = nn.Parameter(torch.randn(10))  # no multiple of what long pieces are aligned to
+        model.first = nn.Parameter(
+            torch.randn(10)
+        )  # no multiple of what long pieces are aligned to
         for i, part in enumerate(flat.split(sizes)):
             model.register_parameter(f"part{i}", nn.Parameter(part))
-        slots = assign(shards.find_shards(model).shards, lambda _: True, split=True)
+        slots = assign(discovery.find_shards(model).shards, lambda _: True, split=True)
         allocate(slots, torch.float32, None)
         pairs = [
-            ShadowPair(slot.name, [slot.shadow], slot.live, torch.arange) for slot in slots if slot.shadow is not None
+            ShadowPair(slot.name, [slot.shadow], slot.live, torch.arange)
+            for slot in slots
+            if slot.shadow is not None
         ]
         plan = UpdatePlan(pairs, passes=False)
-        steps = [len(live) for _, live in plan._direct] + [len(x) for _, lives, _, _ in plan._through for x in lives]
+        steps = [len(live) for _, live in plan._direct] + [
+            len(x) for _, lives, _, _ in plan._through for x in lives
+        ]
         assert sorted(steps) == sorted([10, sum(sizes)])
 
 
 def test_allocate_elsewhere() -> None:
     """`device` moves all shadows there; None keeps each beside its weight."""
-    slots = assign(shards.find_shards(nn.Linear(3, 2)).shards, lambda _: True, split=True)
-    assert [arena.device for arena in allocate(slots, torch.float32, torch.device("meta"))] == [torch.device("meta")]
+    slots = assign(discovery.find_shards(nn.Linear(3, 2)).shards, lambda _: True, split=True)
+    assert [arena.device for arena in allocate(slots, torch.float32, torch.device("meta"))] == [
+        torch.device("meta")
+    ]
 
 
 def test_slot_of_one_process() -> None:
     """In a world of one a slot owns and answers for all that it holds, and `average` is live until there is a shadow."""
     model = nn.Linear(3, 2)
-    slots = assign(shards.find_shards(model).shards, lambda _: True, split=True)
+    slots = assign(discovery.find_shards(model).shards, lambda _: True, split=True)
     for slot, weight in zip(slots, model.parameters(), strict=True):
         assert slot.averaged_region == slot.saved_region == slot.shard.local_region
         assert slot.live.data_ptr() == slot.average.data_ptr() == weight.data_ptr()
@@ -297,10 +342,13 @@ def test_slot_of_one_process() -> None:
 def test_parts_cover() -> None:
     """parts: what a rank answers for in blocks of at most MOST, own buffers in place of the model's."""
     model = nn.BatchNorm1d(3)
-    slots = assign(shards.find_shards(model).shards, lambda shard: shard.kind != "buffer", split=True)
+    slots = assign(
+        discovery.find_shards(model).shards, lambda shard: shard.kind != "buffer", split=True
+    )
     own = {"running_mean": torch.tensor([7.0, 8.0, 9.0])}
     found = {
-        slots[number].name: (offsets, block.tolist()) for number, offsets, block in layout.saved_blocks(slots, own)
+        slots[number].name: (offsets, block.tolist())
+        for number, offsets, block in ownership.saved_blocks(slots, own)
     }
     assert found == {
         "weight": ((0,), [1.0] * 3), "bias": ((0,), [0.0] * 3), "running_mean": ((0,), [7.0, 8.0, 9.0]),
@@ -338,7 +386,11 @@ def test_fingerprint_sees_permutations() -> None:
 def test_fingerprint_of_all_dtypes() -> None:
     """-0.0 is not 0.0, and bool, complex and long data are hashed by their bytes."""
     assert fingerprint(torch.tensor([0.0])) != fingerprint(torch.tensor([-0.0]))
-    for data in (torch.tensor([True, False]), torch.ones(3, dtype=torch.complex64), torch.ones(2).bfloat16()):
+    for data in (
+        torch.tensor([True, False]),
+        torch.ones(3, dtype=torch.complex64),
+        torch.ones(2).bfloat16(),
+    ):
         assert fingerprint(data) == fingerprint(data.view(torch.uint8))
     long = torch.zeros((1 << 20) + 4, dtype=torch.uint8)
     marks = set()

@@ -53,11 +53,15 @@ class Net(LightningModule):
 
 
 def data() -> DataLoader[Any]:
-    return DataLoader(TensorDataset(torch.randn(16, 2, generator=torch.Generator().manual_seed(0))), batch_size=4)
+    return DataLoader(
+        TensorDataset(torch.randn(16, 2, generator=torch.Generator().manual_seed(0))), batch_size=4
+    )
 
 
 def trainer(folder: Path, callback: EMACallback, **options: Any) -> Trainer:
-    checkpoints = ModelCheckpoint(folder, filename="{epoch}", monitor="loss", save_top_k=1, save_last=True)
+    checkpoints = ModelCheckpoint(
+        folder, filename="{epoch}", monitor="loss", save_top_k=1, save_last=True
+    )
     quiet: dict[str, Any] = {
         "accelerator": "cpu", "max_epochs": 3, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
         "callbacks": [checkpoints, callback],
@@ -98,11 +102,15 @@ def test_refuses(tmp_path: Path) -> None:
     trainer(tmp_path, EMACallback()).fit(Net(), data(), data())
     (tmp_path / "ema" / "last").rename(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"last\.ckpt has no average"):
-        trainer(tmp_path, EMACallback(), max_epochs=4).fit(Net(), data(), data(), ckpt_path=tmp_path / "last.ckpt")
+        trainer(tmp_path, EMACallback(), max_epochs=4).fit(
+            Net(), data(), data(), ckpt_path=tmp_path / "last.ckpt"
+        )
 
     callback = EMACallback()
     with pytest.raises(ValueError, match="no path of a file system"):
-        trainer(tmp_path, callback, callbacks=[ModelCheckpoint("memory://run"), callback]).fit(Net(), data(), data())
+        trainer(tmp_path, callback, callbacks=[ModelCheckpoint("memory://run"), callback]).fit(
+            Net(), data(), data()
+        )
 
     class Hasty(Net):
         def validation_step(self, batch: Any, index: int) -> None:
@@ -180,7 +188,9 @@ class Broadcasting(SingleDeviceStrategy):
                 weight.copy_(weight.clone())
 
 
-def test_weights_that_the_strategy_writes_again(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_weights_that_the_strategy_writes_again(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     """They are no training that the average missed. Guards the last line of `_find`."""
     callback, net = EMACallback(decay=0.5), Net()
     made = trainer(tmp_path, callback, accelerator="auto", strategy=Broadcasting("cpu"))
@@ -199,8 +209,14 @@ def test_links_are_removed_alone(tmp_path: Path) -> None:
     checkpoints.CHECKPOINT_NAME_LAST = "last-{epoch}"
     trainer(tmp_path, callback, callbacks=[checkpoints, callback]).fit(Net(), data(), data())
     assert [path.name for path in tmp_path.glob("last*")] == ["last-epoch=2.ckpt"]
-    assert sorted(path.name for path in (tmp_path / "ema").iterdir()) == ["epoch=0", "epoch=1", "epoch=2"]
-    trainer(tmp_path, callback, max_epochs=4).fit(Net(), data(), data(), ckpt_path=tmp_path / "last-epoch=2.ckpt")
+    assert sorted(path.name for path in (tmp_path / "ema").iterdir()) == [
+        "epoch=0",
+        "epoch=1",
+        "epoch=2",
+    ]
+    trainer(tmp_path, callback, max_epochs=4).fit(
+        Net(), data(), data(), ckpt_path=tmp_path / "last-epoch=2.ckpt"
+    )
     assert callback.ema is not None
     assert callback.ema.now == 16
 
@@ -224,6 +240,9 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
         whole.wait(tmp_path / "whole" / "step=60.ckpt")
         launcher.start(script, tmp_path / "killed").wait(tmp_path / "killed" / "step=60.ckpt")
     assert same_files(tmp_path / "whole" / "ema", tmp_path / "killed" / "ema", "step=60/*")
-    a, b = (torch.load(tmp_path / run / "step=60.ckpt", weights_only=False) for run in ("whole", "killed"))
+    a, b = (
+        torch.load(tmp_path / run / "step=60.ckpt", weights_only=False)
+        for run in ("whole", "killed")
+    )
     for name, value in a["state_dict"].items():
         assert torch.equal(value, b["state_dict"][name]), name

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 
-from dist_ema import EMA, Uniform, format, load_file, resume
+from dist_ema import EMA, Uniform, load_file
+from dist_ema.checkpoint import manifest, reader, safetensors
 from tests.fuzz import damaged, mutations
 from tests.kit import Core, Images, Net, raises, run_ranks, wrap
 
@@ -32,7 +33,9 @@ STARTS = "ignore:.*comes without ema.json:UserWarning"
 
 
 def values(ema: EMA, which: int = 0) -> dict[str, Tensor]:
-    return {slot.name: slot.shadow.clone() for slot in ema._averaged_weights.averages[which].averaged}
+    return {
+        slot.name: slot.shadow.clone() for slot in ema._averaged_weights.averages[which].averaged
+    }
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -73,7 +76,10 @@ def test_all_differences_are_listed(tmp_path: Path) -> None:
     """Three lists with counts, five names each; the message says how to load what is common, unless shapes differ."""
     moved(wide("abcdefgh")).save(tmp_path / "a")
     ema = EMA(wide("aABCDEFGH"), 0.5)
-    with nothing_changes(ema), pytest.raises(ValueError, match="and the model disagree on 15 weights: ") as caught:
+    with (
+        nothing_changes(ema),
+        pytest.raises(ValueError, match="and the model disagree on 15 weights: ") as caught,
+    ):
         ema.load(tmp_path / "a")
     text = str(caught.value)
     assert "8 missing (A; B; C; D; E; and 3 more), 7 unexpected (b; c; d; e; f; and 2 more)" in text
@@ -97,7 +103,9 @@ def test_what_is_common(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         ema.load(tmp_path / "a", strict=False)
     said = [str(each.message) for each in caught]
-    assert any("lacks d; e: what is averaged starts from the live value there" in text for text in said)
+    assert any(
+        "lacks d; e: what is averaged starts from the live value there" in text for text in said
+    )
     assert any("holds a, which the model lacks: left out" in text for text in said)
     assert all(each.filename == __file__ for each in caught), "the warning points here"
     found = values(ema)
@@ -114,7 +122,9 @@ def test_another_kind_is_no_weight(tmp_path: Path) -> None:
         ema = EMA(wide("a"), 0.5)
         with (
             nothing_changes(ema),
-            pytest.raises(ValueError, match=r"1 of another kind \(a: torch\.(int32|complex64) on disk"),
+            pytest.raises(
+                ValueError, match=r"1 of another kind \(a: torch\.(int32|complex64) on disk"
+            ),
         ):
             ema.load(tmp_path, strict=False)
 
@@ -147,7 +157,10 @@ def test_a_state_dict_with_a_broken_clock() -> None:
     state = moved(wide("ab"), updates=7).state_dict()
     for value in (float("nan"), -1.0, 2.0**63, 0.5):
         state["clock"][2] = value  # steps
-        with nothing_changes(ema), pytest.raises(ValueError, match="the saved clock has no sound 'steps'"):
+        with (
+            nothing_changes(ema),
+            pytest.raises(ValueError, match="the saved clock has no sound 'steps'"),
+        ):
             ema.load_state_dict(state)
 
 
@@ -161,12 +174,14 @@ def test_every_dtype_is_a_start(
     shadow: torch.dtype, stored: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Converted window by window, here of 64 bytes; the clock is that of a new EMA, buffers are not taken."""
-    monkeypatch.setattr(resume, "WINDOW", 64)
+    monkeypatch.setattr(reader, "WINDOW", 64)
     source = {
         name: (value.to(stored) if value.is_floating_point() else value)
         for name, value in Images().state_dict().items()
     }
-    source = {name: torch.randn_like(v) if v.is_floating_point() else v for name, v in source.items()}
+    source = {
+        name: torch.randn_like(v) if v.is_floating_point() else v for name, v in source.items()
+    }
     save_file(source, tmp_path / "model.safetensors", {"format": "pt"})
     model = Images().to(memory_format=torch.channels_last)
     ema = moved(model, Uniform(), dtype=shadow)
@@ -175,11 +190,15 @@ def test_every_dtype_is_a_start(
     ema.load(tmp_path)
     full = ema.gather()
     assert all(torch.equal(full[name], source[name].to(shadow)) for name in ema.names())
-    assert torch.equal(full["norm.running_mean"], model.norm.running_mean), "live, not recalibrated and not the file's"
+    assert torch.equal(full["norm.running_mean"], model.norm.running_mean), (
+        "live, not recalibrated and not the file's"
+    )
     assert (ema.now, ema.metrics()["updates"], ema._averaged_weights.clock.started) == (0, 0, True)
     ema.update()
     copied = ema.gather()["head.bias"].to(model.head.bias.dtype)
-    assert torch.allclose(copied, model.head.bias, rtol=2**-7), "Uniform copies first (bf16 rounds stochastically)"
+    assert torch.allclose(copied, model.head.bias, rtol=2**-7), (
+        "Uniform copies first (bf16 rounds stochastically)"
+    )
 
 
 def place(layout: str, folder: Path, weights: dict[str, Tensor]) -> Path:
@@ -187,7 +206,9 @@ def place(layout: str, folder: Path, weights: dict[str, Tensor]) -> Path:
     half = len(weights) // 2
     parts = [dict(list(weights.items())[:half]), dict(list(weights.items())[half:])]
     if "sharded" not in layout:
-        name = "diffusion_pytorch_model.safetensors" if "diffusers" in layout else "model.safetensors"
+        name = (
+            "diffusion_pytorch_model.safetensors" if "diffusers" in layout else "model.safetensors"
+        )
         name = "flow.safetensors" if layout in ("odd stem", "one file") else name
         save_file(weights, folder / name, {"format": "pt"})
         return folder / name if layout == "one file" else folder
@@ -201,7 +222,15 @@ def place(layout: str, folder: Path, weights: dict[str, Tensor]) -> Path:
     return index if "index" in layout else folder
 
 
-LAYOUTS = ["transformers", "diffusers", "odd stem", "one file", "sharded", "sharded diffusers", "sharded, by its index"]
+LAYOUTS = [
+    "transformers",
+    "diffusers",
+    "odd stem",
+    "one file",
+    "sharded",
+    "sharded diffusers",
+    "sharded, by its index",
+]
 
 
 @pytest.mark.filterwarnings(STARTS)
@@ -211,7 +240,9 @@ def test_every_layout_is_a_start(layout: str, tied: str, tmp_path: Path) -> None
     """Of tied names the file may hold either, or both if they agree. Frozen weights and buffers need not be there."""
     weights = {name: torch.randn(value.shape) for name, value in Core().named_parameters()}
     weights["head.weight"] = weights["emb.weight"].clone()
-    for name in {"emb.weight", "head.weight"} - ({tied} if tied != "both" else {"emb.weight", "head.weight"}):
+    for name in {"emb.weight", "head.weight"} - (
+        {tied} if tied != "both" else {"emb.weight", "head.weight"}
+    ):
         del weights[name]
     for name in ("frozen.weight", "frozen.bias"):
         weights[name] = torch.zeros(2)  # another shape: it is not read
@@ -223,7 +254,9 @@ def test_every_layout_is_a_start(layout: str, tied: str, tmp_path: Path) -> None
     want = weights.get("emb.weight", weights.get("head.weight"))
     assert torch.equal(full["emb.weight"], want)
     assert torch.equal(full["head.weight"], want)
-    assert all(torch.equal(full[name], weights[name]) for name in ema.names() if name != "emb.weight")
+    assert all(
+        torch.equal(full[name], weights[name]) for name in ema.names() if name != "emb.weight"
+    )
     assert torch.equal(full["frozen.weight"], model.frozen.weight)
     assert load_file(path).keys() == weights.keys()
     del weights["gate.bias"]
@@ -245,7 +278,9 @@ def test_tied_here_and_not_there(tmp_path: Path) -> None:
     for strict in (True, False):
         with (
             nothing_changes(ema),
-            pytest.raises(ValueError, match=r"emb.weight and head.weight are one weight in the model"),
+            pytest.raises(
+                ValueError, match=r"emb.weight and head.weight are one weight in the model"
+            ),
         ):
             ema.load(tmp_path, strict=strict)
 
@@ -261,7 +296,9 @@ def test_an_export_is_a_start(tmp_path: Path) -> None:
     assert same(values(ema), values(saved))
     assert ema.now == 0
     ema = EMA(Core(), 0.5)
-    with pytest.warns(UserWarning, match="one.safetensors comes without ema.json: the average starts from it"):
+    with pytest.warns(
+        UserWarning, match="one.safetensors comes without ema.json: the average starts from it"
+    ):
         ema.load(tmp_path / "one.safetensors")
     assert same(values(ema), values(saved))
     flip(next((tmp_path / "out").glob("*-00002-of-*")))
@@ -289,15 +326,20 @@ def test_several_start_and_resume(tmp_path: Path) -> None:
     assert [int(values(ema, i)["a"][0]) for i in range(12)] == list(range(12))
     two = EMA(wide("ab"), [decays[1], 0.99])
     with pytest.warns(
-        UserWarning, match=r"averaged with Constant\(decay=0.0\); this EMA goes on with Constant\(decay=0.99\)"
+        UserWarning,
+        match=r"averaged with Constant\(decay=0.0\); this EMA goes on with Constant\(decay=0.99\)",
     ):
         two.load(tmp_path / "a")
     assert [int(values(two, i)["a"][0]) for i in range(2)] == [1, 0]
     two = EMA(wide("ab"), [0.99, decays[0]])
     with pytest.warns(UserWarning, match=r"averaged with Constant\(decay=0.0625\)"):
         two.load(tmp_path / "a")
-    assert [int(values(two, i)["a"][0]) for i in range(2)] == [1, 0], "not the one that the other took"
-    save_file({"a": torch.full((3,), 7.0), "b": torch.full((3,), 8.0)}, tmp_path / "model.safetensors")
+    assert [int(values(two, i)["a"][0]) for i in range(2)] == [1, 0], (
+        "not the one that the other took"
+    )
+    save_file(
+        {"a": torch.full((3,), 7.0), "b": torch.full((3,), 8.0)}, tmp_path / "model.safetensors"
+    )
     two.load(tmp_path / "model.safetensors")
     assert [int(values(two, i)["b"][0]) for i in range(2)] == [8, 8]
 
@@ -309,15 +351,20 @@ def test_files_that_nobody_summed(tmp_path: Path) -> None:
     """An index that leads to another file with the same weights: its bytes have no check sum."""
     ema = moved(Core())
     ema.save(tmp_path / "a", max_shard_size=300)
-    index = tmp_path / "a" / format.INDEX
+    index = tmp_path / "a" / safetensors.INDEX
     table = json.loads(index.read_text())
     name = table["weight_map"]["gate.bias"]
     shutil.copy(tmp_path / "a" / name, tmp_path / "a" / "x.safetensors")
     flip(tmp_path / "a" / "x.safetensors")
-    table["weight_map"] = {k: "x.safetensors" if v == name else v for k, v in table["weight_map"].items()}
+    table["weight_map"] = {
+        k: "x.safetensors" if v == name else v for k, v in table["weight_map"].items()
+    }
     index.write_text(json.dumps(table))
     for read in (ema.load, load_file):
-        with nothing_changes(ema), pytest.raises(ValueError, match=r"model's files disagree on .*, x.safetensors"):
+        with (
+            nothing_changes(ema),
+            pytest.raises(ValueError, match=r"model's files disagree on .*, x.safetensors"),
+        ):
             read(tmp_path / "a")
 
 
@@ -328,7 +375,11 @@ def test_a_file_of_a_folder_is_summed_too(verb: str, tmp_path: Path) -> None:
     ema = moved(Core())
     getattr(ema, verb)(tmp_path / "one")
     getattr(ema, verb)(tmp_path / "many", max_shard_size=300)  # in four
-    names = "one/model.safetensors", "many/model-00001-of-00004.safetensors", f"many/{format.INDEX}"
+    names = (
+        "one/model.safetensors",
+        "many/model-00001-of-00004.safetensors",
+        f"many/{safetensors.INDEX}",
+    )
     for name in names:
         EMA(Core(), 0.5).load(tmp_path / name, strict=False)
     flip(tmp_path / names[0])
@@ -352,7 +403,7 @@ def test_ema_json_is_not_trusted(odd: dict[str, Any], tmp_path: Path) -> None:
     """What reading would trip over in the middle is one sentence at the beginning: _refuse_unsound."""
     ema = moved(wide("ab"))
     ema.save(tmp_path / "a")
-    path = tmp_path / "a" / format.META
+    path = tmp_path / "a" / manifest.META
     path.write_text(json.dumps(json.loads(path.read_text()) | odd))
     with nothing_changes(ema), pytest.raises(ValueError, match=r"ema\.json is damaged: \w+: "):
         ema.load(tmp_path / "a")
@@ -363,12 +414,15 @@ def test_ema_json_has_a_check_sum(where: str, tmp_path: Path) -> None:
     """Sound, and not what was written. JSON that says the same in another layout is not damaged."""
     ema = moved(wide("ab"))
     ema.save(tmp_path / "a")
-    path = tmp_path / "a" / format.META
+    path = tmp_path / "a" / manifest.META
     meta = json.loads(path.read_text())
     path.write_text(json.dumps(meta))
     ema.load(tmp_path / "a")
     path.write_text(json.dumps(meta | {"clock": meta["clock"] | {"updates": 99}}))
-    with nothing_changes(ema), pytest.raises(ValueError, match=r"ema\.json was changed since dist_ema wrote it"):
+    with (
+        nothing_changes(ema),
+        pytest.raises(ValueError, match=r"ema\.json was changed since dist_ema wrote it"),
+    ):
         ema.load(tmp_path / where)
 
 
@@ -379,7 +433,9 @@ def test_a_file_of_another_length(tmp_path: Path) -> None:
     path = tmp_path / "a" / "model.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    path.write_bytes((length + 8).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 8 + data[8 + length :])
+    path.write_bytes(
+        (length + 8).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 8 + data[8 + length :]
+    )
     for read in (lambda path: ema.load(path, verify=False), load_file):
         with (
             nothing_changes(ema),
@@ -392,8 +448,8 @@ def test_ema_json_leads_nowhere(tmp_path: Path) -> None:
     """A broken link is no folder without ema.json, whose clock would begin at 0."""
     ema = moved(wide("ab"))
     ema.save(tmp_path / "a")
-    os.rename(tmp_path / "a" / format.META, tmp_path / "kept")
-    os.symlink("gone", tmp_path / "a" / format.META)
+    os.rename(tmp_path / "a" / manifest.META, tmp_path / "kept")
+    os.symlink("gone", tmp_path / "a" / manifest.META)
     for read in (ema.load, load_file):
         with nothing_changes(ema), pytest.raises(OSError, match=r"ema\.json"):
             read(tmp_path / "a")
@@ -403,12 +459,14 @@ def test_aliases_that_cannot_be(tmp_path: Path) -> None:
     """Another name of a weight that is a weight itself would be read in its place."""
     ema = moved(wide("abc"))
     ema.save(tmp_path / "a")
-    path = tmp_path / "a" / format.META
-    path.write_bytes(format.stamp(json.loads(path.read_text()) | {"aliases": {"a": ["b"]}}))
+    path = tmp_path / "a" / manifest.META
+    path.write_bytes(manifest.stamp(json.loads(path.read_text()) | {"aliases": {"a": ["b"]}}))
     for read in (ema.load, load_file):
         with (
             nothing_changes(ema),
-            pytest.raises(ValueError, match="b is listed as another name of a, and is a weight itself"),
+            pytest.raises(
+                ValueError, match="b is listed as another name of a, and is a weight itself"
+            ),
         ):
             read(tmp_path / "a")
 
@@ -417,13 +475,13 @@ def test_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """A save over the folder between the check and the reading: one version is read, the one that was checked."""
     old, new = moved(Core()), moved(Core(), updates=5)
     old.save(tmp_path / "a")
-    fill = resume.OpenCheckpoint.fill
+    fill = reader.OpenCheckpoint.fill
 
-    def late(self: resume.OpenCheckpoint, ranks: Any) -> Any:
+    def late(self: reader.OpenCheckpoint, ranks: Any) -> Any:
         new.save(tmp_path / "a")
         return fill(self, ranks)
 
-    monkeypatch.setattr(resume.OpenCheckpoint, "fill", late)
+    monkeypatch.setattr(reader.OpenCheckpoint, "fill", late)
     ema = EMA(Core(), 0.5)
     ema.load(tmp_path / "a", verify=False)
     assert same(values(ema), values(old))
@@ -433,18 +491,20 @@ def test_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_disk_that_fails_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut between the check and the reading: an error, and a new average instead of a mixture. Guards _begin_again."""
     moved(Core()).save(tmp_path / "a")
-    fill = resume.OpenCheckpoint.fill
+    fill = reader.OpenCheckpoint.fill
 
-    def late(self: resume.OpenCheckpoint, ranks: Any) -> Any:
+    def late(self: reader.OpenCheckpoint, ranks: Any) -> Any:
         os.truncate(tmp_path / "a" / "model.safetensors", 1500)
         return fill(self, ranks)
 
-    monkeypatch.setattr(resume.OpenCheckpoint, "fill", late)
+    monkeypatch.setattr(reader.OpenCheckpoint, "fill", late)
     model = Core()
     ema = moved(model)
     with pytest.raises(ValueError, match="became shorter while it was read"):
         ema.load(tmp_path / "a")
-    assert all(torch.equal(slot.shadow, slot.live) for slot in ema._averaged_weights.averages[0].averaged)
+    assert all(
+        torch.equal(slot.shadow, slot.live) for slot in ema._averaged_weights.averages[0].averaged
+    )
     assert (ema.now, ema.metrics()["updates"]) == (0, 0)
 
 
@@ -489,7 +549,10 @@ print(field("VmHWM") - base)
 def test_memory_while_loading(tmp_path: Path) -> None:
     """201 MB of weights come in through windows of 4 MB; some 30 MB is the code that runs for the first time."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path / "a")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURE, str(tmp_path / "a")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert int(done.stdout) <= 48, done.stdout
 
@@ -546,7 +609,9 @@ def test_load_file_refuses(tmp_path: Path) -> None:
 def test_metadata_is_not_always_an_alias(tmp_path: Path) -> None:
     """Other writers keep other things there: 'format' is never a weight, and a weight is never overwritten."""
     save_file(
-        {"pt": torch.ones(1), "b": torch.zeros(1)}, tmp_path / "a.safetensors", {"format": "pt", "b": "pt", "c": "b"}
+        {"pt": torch.ones(1), "b": torch.zeros(1)},
+        tmp_path / "a.safetensors",
+        {"format": "pt", "b": "pt", "c": "b"},
     )
     found = load_file(tmp_path / "a.safetensors")
     assert found.keys() == {"pt", "b", "c"}
@@ -592,7 +657,9 @@ def names_on_ranks(kind: str, folder: str) -> None:
     target.attach(torch.optim.SGD(model.parameters(), 0.1), start=100)
     with (
         nothing_changes(target),
-        raises(ValueError, "1 missing (core.extra), 2 unexpected (core.gate.bias; core.gate.weight)"),
+        raises(
+            ValueError, "1 missing (core.extra), 2 unexpected (core.gate.bias; core.gate.weight)"
+        ),
     ):
         target.load(f"{folder}/a")
     with warnings.catch_warnings(record=True) as caught:
@@ -610,7 +677,10 @@ def names_on_ranks(kind: str, folder: str) -> None:
     for name in target.names() if full else ():
         assert torch.equal(full[name], want[name]) if name in want else (full[name] == 3).all()
     reshaped = EMA(wrap(kind, Net(hidden=4)), 0.5)
-    with nothing_changes(reshaped), raises(ValueError, "3 reshaped (core.blocks.0.up.weight: (5, 6) on disk, (4, 6)"):
+    with (
+        nothing_changes(reshaped),
+        raises(ValueError, "3 reshaped (core.blocks.0.up.weight: (5, 6) on disk, (4, 6)"),
+    ):
         reshaped.load(f"{folder}/a", strict=False)
 
 
@@ -658,12 +728,17 @@ def damage_on_ranks(kind: str, folder: str) -> None:
             held = {key: value.detach() for key, value in Net().named_parameters() if key != lost}
             save_file(held, f"{folder}/{name}/model.safetensors")
     for odd in ({"verify": bool(mine)}, {"strict": bool(mine)}):
-        with nothing_changes(ema), raises(ValueError, "strict and verify must be alike on all ranks"):
+        with (
+            nothing_changes(ema),
+            raises(ValueError, "strict and verify must be alike on all ranks"),
+        ):
             ema.load(f"{folder}/a", **odd)
     dist.barrier()
     opened = os.open
     if mine:  # as the cache of a network file system may show it
-        os.open = lambda path, *args, **kwargs: opened(str(path).replace("fresh", "stale"), *args, **kwargs)
+        os.open = lambda path, *args, **kwargs: opened(
+            str(path).replace("fresh", "stale"), *args, **kwargs
+        )
     try:
         with nothing_changes(ema), raises(ValueError, "the ranks see different files in", "fresh"):
             ema.load(f"{folder}/fresh", strict=False)
@@ -722,17 +797,23 @@ def test_fuzz(good: Path, seed: int, tmp_path: Path) -> None:
                 outcome = "refused"
                 assert len(str(error)) < 3000, (label, error)
             except BaseException as error:
-                raise AssertionError(f"seed {seed}, {label}: {type(error).__name__}: {error}") from error
+                raise AssertionError(
+                    f"seed {seed}, {label}: {type(error).__name__}: {error}"
+                ) from error
         outcomes[outcome] += 1
         found = [values(ema, i) for i in range(2)]
-        assert all(map(same, found, want if outcome == "loaded" else marks)), f"seed {seed}, {label}: {outcome}"
+        assert all(map(same, found, want if outcome == "loaded" else marks)), (
+            f"seed {seed}, {label}: {outcome}"
+        )
         assert ema._averaged_weights.clock_to_dict() == clock, f"seed {seed}, {label}: {outcome}"
         try:
             load_file(folder)
         except (ValueError, OSError):
             pass
         except BaseException as error:
-            raise AssertionError(f"load_file, seed {seed}, {label}: {type(error).__name__}: {error}") from error
+            raise AssertionError(
+                f"load_file, seed {seed}, {label}: {type(error).__name__}: {error}"
+            ) from error
         assert tree(folder.parent) == before, f"seed {seed}, {label} wrote something"
     assert min(outcomes.values()) >= 1, outcomes
 
@@ -744,6 +825,7 @@ def test_fuzz_is_the_same_again(good: Path, tmp_path: Path) -> None:
             shutil.copytree(good, tmp_path / name / str(i) / "a")
             change(tmp_path / name / str(i) / "a")
     one, two = (
-        {key.split(f"/{name}/")[1]: value[2] for key, value in tree(tmp_path / name).items()} for name in ("one", "two")
+        {key.split(f"/{name}/")[1]: value[2] for key, value in tree(tmp_path / name).items()}
+        for name in ("one", "two")
     )
     assert one == two

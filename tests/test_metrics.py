@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import EMA, Constant, HalfLife
-from dist_ema import telemetry as rooms_telemetry
-from dist_ema.engine import HostThread, Overlapped
-from dist_ema.executors import UNREAD, Instant, Meter
-from dist_ema.ranks import StoreCoordinator
-from dist_ema.telemetry import _bits
+from dist_ema.averaging import metrics as rooms_telemetry
+from dist_ema.averaging.engines import HostThread, Overlapped
+from dist_ema.averaging.executors import UNREAD, Instant, Meter
+from dist_ema.averaging.metrics import _bits
+from dist_ema.distributed.coordinator import StoreCoordinator
 from tests.kit import Collectives, Images, Net, Training, batch, image_batch, raises, run_ranks
 
 # --- over ranks ----------------------------------------------------------------------------------------------------
@@ -33,7 +33,9 @@ def relative(run: Training, ema: EMA, which: int) -> float:
     average = ema.gather(which)
     live = EMA(run.model, 0.5, split=ema._split, buffers="average").gather()
     names = [name for name in ema.names() if name in average]
-    apart = sum((live[name].double() - average[name].double()).square().sum().item() for name in names)
+    apart = sum(
+        (live[name].double() - average[name].double()).square().sum().item() for name in names
+    )
     whole = sum(live[name].double().square().sum().item() for name in names)
     return math.sqrt(apart / whole) if names else math.nan
 
@@ -41,10 +43,14 @@ def relative(run: Training, ema: EMA, which: int) -> float:
 def flipped(ema: EMA, name: str, delta: int) -> None:
     """Move the last bit of one element of a shadow."""
     (slot,) = [slot for slot in ema._averaged_weights.averages[0].averaged if slot.name == name]
-    slot.shadow.view(torch.int32 if slot.shadow.dtype == torch.float32 else torch.int16)[-1:] += delta
+    slot.shadow.view(torch.int32 if slot.shadow.dtype == torch.float32 else torch.int16)[-1:] += (
+        delta
+    )
 
 
-ROWS: list[tuple[str, Any, Any, dict[str, Any], str | None]] = [  # the last: a weight that every rank averages whole
+ROWS: list[
+    tuple[str, Any, Any, dict[str, Any], str | None]
+] = [  # the last: a weight that every rank averages whole
     ("ddp", Net, batch, {}, None),
     ("ddp whole", Net, batch, {"split": False}, "core.blocks.0.up.weight"),
     ("ddp", Images, image_batch, {"buffers": "average"}, None),
@@ -80,7 +86,9 @@ def ranks() -> None:
             with raises(RuntimeError, "ema.metrics() inside ema.swap()", "distance=False"):
                 ema.metrics()
             assert "distance" not in ema.metrics(distance=False)
-        assert ema.metrics(0)["distance"] == got["distance"] or which, "the swap left nothing behind"
+        assert ema.metrics(0)["distance"] == got["distance"] or which, (
+            "the swap left nothing behind"
+        )
     alone(ema)
 
 
@@ -137,10 +145,14 @@ def test_distance_of_awkward_models() -> None:
         for p in model.parameters():
             p *= 2
     live = {name: p.detach().clone() for name, p in model.named_parameters()}
-    apart = math.sqrt(sum((live[n] - before[n]).to(torch.complex128).abs().square().sum().item() for n in live))
+    apart = math.sqrt(
+        sum((live[n] - before[n]).to(torch.complex128).abs().square().sum().item() for n in live)
+    )
     whole = math.sqrt(sum(live[n].to(torch.complex128).abs().square().sum().item() for n in live))
     assert math.isclose(ema.metrics()["distance"], apart / whole, rel_tol=1e-6)
-    assert all(torch.equal(p, live[name]) for name, p in model.named_parameters()), "live was only read"
+    assert all(torch.equal(p, live[name]) for name, p in model.named_parameters()), (
+        "live was only read"
+    )
     with torch.no_grad():
         model.short[3] = math.nan
     assert math.isnan(ema.metrics()["distance"])
@@ -167,11 +179,16 @@ def test_no_distance_before_the_start() -> None:
 
 def test_small_tensors_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """4,000 small weights are few chunks, and no chunk is long. Guards `_batches`."""
-    model = nn.ParameterList([nn.Parameter(torch.randn(1000)) for _ in range(40)] + [nn.Parameter(torch.randn(7000))])
+    model = nn.ParameterList(
+        [nn.Parameter(torch.randn(1000)) for _ in range(40)] + [nn.Parameter(torch.randn(7000))]
+    )
     ema = EMA(model, 0.5)
     monkeypatch.setattr(rooms_telemetry, "SCRATCH", 3000)
     slots = ema._averaged_weights.averages[0].averaged
-    sizes = [len(live) for live, _ in rooms_telemetry._batches([(slot.live, slot.shadow) for slot in slots])]
+    sizes = [
+        len(live)
+        for live, _ in rooms_telemetry._batches([(slot.live, slot.shadow) for slot in slots])
+    ]
     assert sizes == [3000] * 13 + [1000, 3000, 3000, 1000]
 
 
@@ -284,7 +301,12 @@ def test_times_of_the_others() -> None:
         model = nn.Linear(300, 300)
         ema = EMA(model, 0.5, device=device)
         first = ema.metrics()
-        assert (first["update_ms"], first["stall_ms"], first["lag"], first["skipped"]) == (0, 0, 0, 0)
+        assert (first["update_ms"], first["stall_ms"], first["lag"], first["skipped"]) == (
+            0,
+            0,
+            0,
+            0,
+        )
         ema.update()
         ema._averaged_weights.settle()
         known = ema.metrics()
@@ -388,7 +410,11 @@ def test_metrics_leave_everything_as_it_was() -> None:
     ema = EMA(model, 0.5)
     ema.update()
     shadow = ema._averaged_weights.averages[0].averaged[0].shadow
-    live, average, clock = model.weight.detach().clone(), shadow.clone(), ema._averaged_weights.clock.to_dict()
+    live, average, clock = (
+        model.weight.detach().clone(),
+        shadow.clone(),
+        ema._averaged_weights.clock.to_dict(),
+    )
     with torch.inference_mode():
         ema.metrics()
     assert same_bits(live, model.weight.detach())

@@ -86,7 +86,10 @@ def test_names_of_pairs() -> None:
         (dict(nn.Linear(2, 2).named_parameters()), "got str as number 0"),
         ([{"params": []}], "got dict as number 0"),
         ([(1, nn.Parameter(torch.zeros(3)))], "got tuple as number 0"),
-        ([("a", nn.Parameter(torch.zeros(3))), ("a", nn.Parameter(torch.zeros(3)))], "two parameters are called a"),
+        (
+            [("a", nn.Parameter(torch.zeros(3))), ("a", nn.Parameter(torch.zeros(3)))],
+            "two parameters are called a",
+        ),
         ([], "no trainable floating-point weights in Parameters"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -171,13 +174,21 @@ def check_error(ema: EMA, oracle: Oracle, run: Training, nameless: bool) -> None
     names = {str(i): name for i, (name, _) in enumerate(run.twin.named_parameters())}
     full = ema.gather()
     if full:
-        assert oracle.error({names[k] if nameless else k.removeprefix("module."): v for k, v in full.items()}) < 2e-6
+        assert (
+            oracle.error(
+                {names[k] if nameless else k.removeprefix("module."): v for k, v in full.items()}
+            )
+            < 2e-6
+        )
 
 
 def check_swap(run: Training, ema: EMA, oracle: Oracle) -> None:
     """The root is warm on both sides: without the resharding both forwards would read stale copies."""
     run.probe()
-    before = bits(shard._local_tensor if hasattr(shard, "_local_tensor") else shard for shard in ema_tensors(ema))
+    before = bits(
+        shard._local_tensor if hasattr(shard, "_local_tensor") else shard
+        for shard in ema_tensors(ema)
+    )
     with ema.swap():
         seen = run.probe()
     lent = run.twin_with({name: value.float() for name, value in oracle.average.items()})
@@ -193,7 +204,11 @@ def ema_tensors(ema: EMA) -> list[Tensor]:
 
 def on_ranks(folder: str) -> None:
     for kind, nameless in (("fsdp2", True), ("fsdp2 kept", False), ("ddp", True)):
-        make = (lambda model: model.parameters()) if nameless else (lambda model: model.named_parameters())
+        make = (
+            (lambda model: model.parameters())
+            if nameless
+            else (lambda model: model.named_parameters())
+        )
         run, ema, oracle = trained(kind, lambda model, make=make: EMA(make(model), SCHEDULE))
         check_error(ema, oracle, run, nameless)
         check_swap(run, ema, oracle)
@@ -232,7 +247,10 @@ def files(path: str) -> None:
 def divided(path: str) -> None:
     """split=group: cut like DDP's, half of it on each rank, and equal to the EMA of the DDP model."""
     run = Training("ddp")
-    whole, parts = EMA(run.model, SCHEDULE), EMA(run.model.module.named_parameters(), SCHEDULE, split=dist.group.WORLD)
+    whole, parts = (
+        EMA(run.model, SCHEDULE),
+        EMA(run.model.module.named_parameters(), SCHEDULE, split=dist.group.WORLD),
+    )
     whole.attach(run.optimizer)
     parts.attach(run.optimizer)
     run.train(3)

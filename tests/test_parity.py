@@ -70,7 +70,9 @@ def check_wrapper(kind: str, folder: str) -> dict[str, Any]:
     ema.attach(run.optimizer)
     with ema.swap():
         run.probe()
-    run.train(2, oracle.update)  # at once: taking a snapshot would free the unsharded copies that the probe left
+    run.train(
+        2, oracle.update
+    )  # at once: taking a snapshot would free the unsharded copies that the probe left
     ema.detach()
     full = ema.gather()
     held["trains on"] = bool((run.probe() - run._probe(run.twin)).abs().max() < 2e-5)
@@ -79,7 +81,9 @@ def check_wrapper(kind: str, folder: str) -> dict[str, Any]:
     ema.save(f"{folder}/average")
     if full:
         stored = load_file(f"{folder}/average")
-        held["file = gather"] = stored.keys() == full.keys() and all(torch.equal(stored[k], full[k]) for k in full)
+        held["file = gather"] = stored.keys() == full.keys() and all(
+            torch.equal(stored[k], full[k]) for k in full
+        )
         run.twin.load_state_dict(full, strict=True)
     again = EMA(run.model, SCHEDULE, split=kind != "ddp whole")
     again.load(f"{folder}/average")
@@ -105,7 +109,9 @@ def bytes_hold(kind: str, ema: EMA) -> bool:
 
 
 @pytest.mark.parametrize(("kind", "world"), ROWS, ids=lambda value: str(value))
-def test_parity(kind: str, world: int, tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
+def test_parity(
+    kind: str, world: int, tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
     results = run_ranks(world, check_wrapper, kind, str(tmp_path))
     row: dict[str, bool] = {}
     for held in results:

@@ -51,7 +51,11 @@ def test_round_trip(unit: str) -> None:
     length = 200_000 * per
     of = pace(decay=0.9997, length=length, **shape)
     assert of.length == 200_000
-    for given in ({"half_life": of.half_life * per}, {"window": of.window * per}, {"sigma_rel": of.sigma_rel}):
+    for given in (
+        {"half_life": of.half_life * per},
+        {"window": of.window * per},
+        {"sigma_rel": of.sigma_rel},
+    ):
         assert pace(**given, length=length, **shape).decay == pytest.approx(0.9997, rel=1e-12)
     assert pace(half_life=of.half_life * per, **shape).decay == pytest.approx(
         HalfLife(of.half_life * per)(1e9, per), rel=1e-12
@@ -74,13 +78,17 @@ def test_scaling() -> None:
     one = pace(half_life=50_000, unit="samples", batch_size=100, length=1e6)
     two = scaled(one, 2)
     assert two.decay == pytest.approx(one.decay**2, rel=1e-12)
-    assert two.half_life * two.units["samples"] == pytest.approx(one.half_life * one.units["samples"])
+    assert two.half_life * two.units["samples"] == pytest.approx(
+        one.half_life * one.units["samples"]
+    )
     assert (two.units["samples"], two.length) == (200, 5000)
     averages = []
     for of, count in ((one, 4000), (two, 2000)):
         average = 0.0
         for step in range(1, count + 1):
-            average = of.decay * average + (1 - of.decay) * math.sin(step * of.units["samples"] / 1e5)
+            average = of.decay * average + (1 - of.decay) * math.sin(
+                step * of.units["samples"] / 1e5
+            )
         averages.append(average)
     assert averages[0] == pytest.approx(averages[1], abs=2e-3)
 
@@ -88,7 +96,16 @@ def test_scaling() -> None:
 def test_table(call: Call) -> None:
     """What it prints: numbers by unit, and lines to paste that are what EMA takes."""
     code, out, err = call(
-        "--half-life", "500k", "--unit", "samples", "--batch-size", 256, "--length", "50M", "--scale-batch", 2
+        "--half-life",
+        "500k",
+        "--unit",
+        "samples",
+        "--batch-size",
+        256,
+        "--length",
+        "50M",
+        "--scale-batch",
+        2,
     )
     assert (code, err) == (0, "")
     assert "half-life  1,953    500,000\n" in out
@@ -113,7 +130,9 @@ def test_decays_that_are_almost_1(call: Call) -> None:
 
 
 def test_json(call: Call) -> None:
-    code, out, _ = call("--decay", 0.999, "--batch-size", 8, "--scale-batch", 2, "--params", "1M", "--json")
+    code, out, _ = call(
+        "--decay", 0.999, "--batch-size", 8, "--scale-batch", 2, "--params", "1M", "--json"
+    )
     values = json.loads(out)
     assert (code, set(values)) == (0, {"pace", "scaled", "cost"})
     assert values["pace"]["half_life_samples"] == pytest.approx(math.log(0.5) / math.log(0.999) * 8)
@@ -123,7 +142,11 @@ def test_json(call: Call) -> None:
 
 def test_plot(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A PNG, with and without a length and a second batch size; refused where matplotlib is missing."""
-    for name, more in (("a", []), ("b", ["--length", "5k"]), ("c", ["--length", "5k", "--scale-batch", "2"])):
+    for name, more in (
+        ("a", []),
+        ("b", ["--length", "5k"]),
+        ("c", ["--length", "5k", "--scale-batch", "2"]),
+    ):
         assert call("--decay", 0.99, "--plot", tmp_path / f"{name}.png", *more)[0] == 0
         assert call("--decay", 0.9, "--plot", tmp_path / f"{name}.png", *more)[0] == 0
         assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -156,15 +179,34 @@ def test_cost() -> None:
     )
     assert one.seconds == pytest.approx(1250 / 2e9)
     whole = cost(1000, world=8, wrapper="none", averages=2)
-    assert (whole.elements, whole.memory.shadows, whole.moved, whole.copies) == (1000, 8000, 20_000, 8000)
+    assert (whole.elements, whole.memory.shadows, whole.moved, whole.copies) == (
+        1000,
+        8000,
+        20_000,
+        8000,
+    )
     host = cost(1000, world=4, wrapper="ddp", dtype="bf16", device="cpu", bandwidth=1.0, link=0.5)
-    assert (host.memory.window, host.copied, host.moved, host.memory.place) == (1000, 1000, 2000, "cpu")
+    assert (host.memory.window, host.copied, host.moved, host.memory.place) == (
+        1000,
+        1000,
+        2000,
+        "cpu",
+    )
     assert host.seconds == pytest.approx(2000 / 1e9 + 1000 / 0.5e9)
 
 
 def test_cost_table(call: Call) -> None:
     code, out, err = call(
-        "--params", "7B", "--world", 64, "--wrapper", "fsdp", "--weights", "bf16", "--bandwidth", 3350
+        "--params",
+        "7B",
+        "--world",
+        64,
+        "--wrapper",
+        "fsdp",
+        "--weights",
+        "bf16",
+        "--bandwidth",
+        3350,
     )
     assert (code, err) == (0, "")
     rows = {line.split("  ")[0]: line for line in out.splitlines()}
@@ -205,7 +247,11 @@ def test_cost_table(call: Call) -> None:
         (["--decay", "0.99", "--scale-batch", "1e9"], 1, "a decay of 0 per step"),
         (["--decay", "0.99", "--scale-batch", "1e-18"], 1, "a decay of 1 per step"),
         (["--decay", "0.99", "--length", "1e300"], 1, "sigma_rel must be"),
-        (["--decay", "0.99", "--batch-size", "1e300", "--tokens-per-sample", "1e9"], 1, "half_life_tokens"),
+        (
+            ["--decay", "0.99", "--batch-size", "1e300", "--tokens-per-sample", "1e9"],
+            1,
+            "half_life_tokens",
+        ),
         (["--params", "7B", "--averages", "1e300"], 1, "more than can be computed with"),
         (["--params", "7B", "--bandwidth", "1e-320", "--json"], 1, "not JSON"),
     ],
@@ -220,7 +266,10 @@ def test_refused(arguments: list[str], code: int, words: str, call: Call) -> Non
 @pytest.mark.parametrize("of", [Constant(0.9), Power(gamma=3.0)], ids=repr)
 def test_impulse_response(of: Schedule) -> None:
     """What the plot shows: the shares of all updates, which sum to what is not of the start."""
-    shares, kept = [_response(of, 60.0, age) for age in range(60)], math.prod(of(now) for now in range(1, 61))
+    shares, kept = (
+        [_response(of, 60.0, age) for age in range(60)],
+        math.prod(of(now) for now in range(1, 61)),
+    )
     assert sum(shares) == pytest.approx(1 - kept, abs=1e-12)
     assert shares[0] == pytest.approx(1 - of(60))
     assert _response(of, 60.0, 59.5) == 0

@@ -32,11 +32,10 @@ from dist_ema import (
     Uniform,
     Warmup,
     load_file,
-    posthoc,
-    profiles,
 )
 from dist_ema.cli import main
-from dist_ema.profiles import Mixer, Profile, coefficients, gamma
+from dist_ema.posthoc import profiles, snapshots
+from dist_ema.posthoc.profiles import Mixer, Profile, coefficients, gamma
 from tests.kit import Call, Tied, run_ranks, wrap
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())
@@ -62,7 +61,11 @@ def recursion(of: Schedule, updates: int, elapsed: float = 1.0, before: float = 
 def stored(
     schedules: Any = TWO, count: int = 32, each: int = 20, elapsed: float = 1.0, before: float = 0.0
 ) -> list[Profile]:
-    return [Profile(of, k * each * elapsed, k * each, before) for k in range(1, count + 1) for of in schedules]
+    return [
+        Profile(of, k * each * elapsed, k * each, before)
+        for k in range(1, count + 1)
+        for of in schedules
+    ]
 
 
 def matrix(some: list[Profile], elapsed: float = 1.0) -> np.ndarray:
@@ -107,19 +110,29 @@ def test_profile(of: Schedule, elapsed: float, before: float) -> None:
 def test_inner_product() -> None:
     """The closed form of the paper: as the golden file has it, as an integral, and as the limit of what is stored."""
     assert "(g_i+1)(g_j+1)(t_i/t_j)^e / ((g_i+g_j+1) max(t_i,t_j))" in GOLDEN["post_hoc"]
-    for (a, s), (b, t) in (((17.0, 3.0), (7.0, 5.0)), ((7.0, 5.0), (17.0, 3.0)), ((0.5, 2.0), (0.5, 2.0))):
+    for (a, s), (b, t) in (
+        ((17.0, 3.0), (7.0, 5.0)),
+        ((7.0, 5.0), (17.0, 3.0)),
+        ((0.5, 2.0), (0.5, 2.0)),
+    ):
         golden = (a + 1) * (b + 1) * (s / t) ** (b if s < t else -a) / ((a + b + 1) * max(s, t))
         clock = (np.arange(400_000) + 0.5) / 400_000 * min(s, t)
-        integral = np.mean((a + 1) * clock**a / s ** (a + 1) * (b + 1) * clock**b / t ** (b + 1)) * min(s, t)
+        integral = np.mean(
+            (a + 1) * clock**a / s ** (a + 1) * (b + 1) * clock**b / t ** (b + 1)
+        ) * min(s, t)
         assert inner_product(a, s, b, t) == pytest.approx(golden, rel=1e-13)
         assert inner_product(a, s, b, t) == pytest.approx(integral, rel=1e-8)
     steps, one, two = 4000, *TWO
     discrete = recursion(one, steps)[: steps // 2 + 1] * 0 + recursion(one, steps // 2)
     product = float(discrete @ recursion(two, steps)[: steps // 2 + 1])
-    assert product == pytest.approx(inner_product(gamma(one), steps / 2, gamma(two), steps), rel=1e-4)
+    assert product == pytest.approx(
+        inner_product(gamma(one), steps / 2, gamma(two), steps), rel=1e-4
+    )
 
 
-@pytest.mark.parametrize("target", [*TWO, Power(sigma_rel=0.07), Power(gamma=0), Constant(0.99), Uniform()], ids=repr)
+@pytest.mark.parametrize(
+    "target", [*TWO, Power(sigma_rel=0.07), Power(gamma=0), Constant(0.99), Uniform()], ids=repr
+)
 def test_fit(target: Schedule) -> None:
     """The streaming solution is that of the whole matrix; a stored profile comes out with weight 1, alone."""
     some = stored(count=8, each=25)
@@ -130,8 +143,13 @@ def test_fit(target: Schedule) -> None:
     assert fit.residual == pytest.approx(
         np.linalg.norm(columns @ fit.weights - wanted) / np.linalg.norm(wanted), abs=1e-12
     )
-    assert fit.condition == pytest.approx(np.linalg.cond(columns / np.linalg.norm(columns, axis=0)), rel=1e-6)
-    assert (fit.largest, fit.gain) == (np.abs(fit.weights).max(), pytest.approx(np.linalg.norm(fit.weights)))
+    assert fit.condition == pytest.approx(
+        np.linalg.cond(columns / np.linalg.norm(columns, axis=0)), rel=1e-6
+    )
+    assert (fit.largest, fit.gain) == (
+        np.abs(fit.weights).max(),
+        pytest.approx(np.linalg.norm(fit.weights)),
+    )
     if target in TWO:
         alone = np.zeros(16)
         alone[14 + TWO.index(target)] = 1.0
@@ -151,7 +169,9 @@ def test_paper() -> None:
     assert fit.weights == pytest.approx(paper, abs=2e-3)
 
 
-@pytest.mark.parametrize("of", [Constant(0.99), Power(gamma=3, origin="training"), Warmup(0.98)], ids=repr)
+@pytest.mark.parametrize(
+    "of", [Constant(0.99), Power(gamma=3, origin="training"), Warmup(0.98)], ids=repr
+)
 def test_start(of: Schedule) -> None:
     """Schedules that keep a share of the start: profiles and mixtures sum to 1 with it, so a frozen weight stays itself."""
     some = stored([of, Constant(0.97)], count=6, each=10, before=30)
@@ -162,12 +182,16 @@ def test_start(of: Schedule) -> None:
     assert fit.weights == pytest.approx(dense(columns, recursion(target, 60, 1.0, 30)), abs=1e-6)
 
 
-@pytest.mark.parametrize("of", [Constant(0.9), Power(sigma_rel=0.1), Power(gamma=3, origin="training")], ids=repr)
+@pytest.mark.parametrize(
+    "of", [Constant(0.9), Power(sigma_rel=0.1), Power(gamma=3, origin="training")], ids=repr
+)
 def test_nothing_yet(of: Schedule) -> None:
     """A snapshot from before the first update is the start alone."""
     some = [Profile(of, 0, 0, 20), *stored([of, Constant(0.8)], count=3, each=10, before=20)]
     fit = coefficients(some, Constant(0.95))
-    assert fit.weights == pytest.approx(dense(matrix(some), recursion(Constant(0.95), 30, 1.0, 20)), abs=1e-8)
+    assert fit.weights == pytest.approx(
+        dense(matrix(some), recursion(Constant(0.95), 30, 1.0, 20)), abs=1e-8
+    )
 
 
 def test_cells(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,13 +220,17 @@ def test_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The triangle grows chunk by chunk; where the chunks end does not matter."""
     whole = coefficients(stored(), Power(sigma_rel=0.12))
     monkeypatch.setattr(profiles, "CHUNK", 37)
-    assert coefficients(stored(), Power(sigma_rel=0.12)).weights == pytest.approx(whole.weights, abs=1e-11)
+    assert coefficients(stored(), Power(sigma_rel=0.12)).weights == pytest.approx(
+        whole.weights, abs=1e-11
+    )
 
 
 def test_at() -> None:
     """An earlier moment: later snapshots get no weight, and a moment between two updates is that of the earlier one."""
     some = stored(count=8, each=25)
-    assert coefficients(some, TWO[1], at=100).weights == pytest.approx([float(i == 7) for i in range(16)], abs=1e-10)
+    assert coefficients(some, TWO[1], at=100).weights == pytest.approx(
+        [float(i == 7) for i in range(16)], abs=1e-10
+    )
     mixer = Mixer(some, 110.7)
     assert (mixer.now, mixer.updates) == (110.0, 110)
     assert mixer.fit(TWO[0]).weights[8:] == (0.0,) * 8
@@ -231,7 +259,9 @@ def test_not_one_run() -> None:
         Profile(TWO[0], 5, 0)
     with pytest.raises(ValueError, match="must count up from 0"):
         Profile(TWO[0], -5, 5)
-    with pytest.raises(ValueError, match="Use HalfLife"):  # a schedule that cannot be used: half steps
+    with pytest.raises(
+        ValueError, match="Use HalfLife"
+    ):  # a schedule that cannot be used: half steps
         coefficients([Profile(Ratio(), 5, 10), Profile(Ratio(), 10, 20)], TWO[0])
 
 
@@ -276,7 +306,9 @@ def train(
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[float, dict[str, torch.Tensor]], nn.Module]:
+def run(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[float, dict[str, torch.Tensor]], nn.Module]:
     """20 snapshots of 200 steps, and what was tracked meanwhile."""
     out, sigmas = tmp_path_factory.mktemp("run") / "snapshots", [0.05, 0.07, 0.12]
     model, _, beside = train(out, tracked=[Power(sigma_rel=sigma) for sigma in sigmas])
@@ -285,7 +317,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[float, dic
 
 def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], names: Any) -> float:
     """|a - b| / |b|, of all these weights together."""
-    apart, size = (sum(float(each[name].double().square().sum()) for name in names) for each in (minus(a, b), b))
+    apart, size = (
+        sum(float(each[name].double().square().sum()) for name in names)
+        for each in (minus(a, b), b)
+    )
     return float((apart / size) ** 0.5)
 
 
@@ -297,7 +332,7 @@ def test_reconstruct(run: Any, tmp_path: Path) -> None:
     """Mixed is what was tracked, weight by weight; the rest comes from the newest snapshot; every name is back."""
     out, tracked, model = run
     for sigma, wanted in tracked.items():
-        fit = posthoc.reconstruct(out, tmp_path / str(sigma), sigma_rel=sigma)
+        fit = snapshots.reconstruct(out, tmp_path / str(sigma), sigma_rel=sigma)
         mixed = load_file(tmp_path / str(sigma))
         assert far(mixed, wanted, ["emb.weight", "norm.weight", "norm.bias", "scale"]) < (
             1e-6 if sigma == 0.05 else 1e-3
@@ -319,9 +354,9 @@ def test_reconstruct(run: Any, tmp_path: Path) -> None:
 
 def test_window(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows that end inside weights give the same bytes."""
-    posthoc.reconstruct(run[0], tmp_path / "a", sigma_rel=0.07)
-    monkeypatch.setattr("dist_ema.combine.WINDOW", 5)
-    posthoc.reconstruct(run[0], tmp_path / "b.safetensors", sigma_rel=0.07)
+    snapshots.reconstruct(run[0], tmp_path / "a", sigma_rel=0.07)
+    monkeypatch.setattr("dist_ema.offline.blend.WINDOW", 5)
+    snapshots.reconstruct(run[0], tmp_path / "b.safetensors", sigma_rel=0.07)
     one, two = load_file(tmp_path / "a"), load_file(tmp_path / "b.safetensors")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -334,26 +369,28 @@ def test_damaged(run: Any, tmp_path: Path) -> None:
         file = sorted(there.iterdir())[-1] / profile / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
         with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its CRC-32"):
-            posthoc.reconstruct(there, tmp_path / "out", sigma_rel=0.08)
+            snapshots.reconstruct(there, tmp_path / "out", sigma_rel=0.08)
         assert not (tmp_path / "out").exists()
 
 
 def test_at_a_snapshot(run: Any, tmp_path: Path) -> None:
     """A stored profile at a stored moment is that snapshot, bit for bit, buffers included."""
-    posthoc.reconstruct(run[0], tmp_path / "out", sigma_rel=0.05, at=120)
+    snapshots.reconstruct(run[0], tmp_path / "out", sigma_rel=0.05, at=120)
     mixed, snapshot = load_file(tmp_path / "out"), load_file(run[0] / "0000000120")
     assert all(torch.equal(mixed[name], weight) for name, weight in snapshot.items())
 
 
 @pytest.mark.parametrize(
-    "options", [{"every": 3}, {"elapsed": 16.0}, {"start": 40}, {"start": 40, "every": 3, "elapsed": 0.5}], ids=str
+    "options",
+    [{"every": 3}, {"elapsed": 16.0}, {"start": 40}, {"start": 40, "every": 3, "elapsed": 0.5}],
+    ids=str,
 )
 def test_attached(options: dict[str, Any], tmp_path: Path) -> None:
     """Every-N, images and a late start: the clock in ema.json tells enough to find the profile."""
     size = options.get("elapsed", 1.0)
     ema, beside = attached(tmp_path, options, size)
-    fit = posthoc.reconstruct(tmp_path / "snapshots", tmp_path / "out", sigma_rel=0.08)
-    moment = posthoc.Snapshots(tmp_path / "snapshots").moment()
+    fit = snapshots.reconstruct(tmp_path / "snapshots", tmp_path / "out", sigma_rel=0.08)
+    moment = snapshots.Snapshots(tmp_path / "snapshots").moment()
     assert moment == (ema.now, ema.metrics()["updates"])
     assert fit.residual < 0.01
     assert far(load_file(tmp_path / "out"), beside.gather(), ["emb.weight", "scale"]) < 1e-3
@@ -377,7 +414,7 @@ def attached(path: Path, options: dict[str, Any], size: float) -> Any:
 def test_compact(tmp_path: Path) -> None:
     """bf16 snapshots: half the size, errors of bf16, and a start without a clock, not something to resume from."""
     _, ema, beside = train(tmp_path / "s", dtype=torch.bfloat16, tracked=[Power(sigma_rel=0.07)])
-    fit = posthoc.reconstruct(tmp_path / "s", tmp_path / "out", sigma_rel=0.07)
+    fit = snapshots.reconstruct(tmp_path / "s", tmp_path / "out", sigma_rel=0.07)
     error = far(load_file(tmp_path / "out"), beside.gather(), ["emb.weight", "norm.weight"])
     assert 1e-5 < error < 2**-8 * fit.gain
     assert load_file(tmp_path / "out")["emb.weight"].dtype == torch.float32  # the model's own
@@ -391,12 +428,14 @@ def test_compact_float8(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
         frozen = torch.randn(8).to(kind)
-        model.register_parameter(str(kind).removeprefix("torch."), nn.Parameter(frozen, requires_grad=False))
+        model.register_parameter(
+            str(kind).removeprefix("torch."), nn.Parameter(frozen, requires_grad=False)
+        )
     ema = EMA(model, TWO)
     for _ in range(8):
         ema.update()
         ema.snapshot(tmp_path / "s", every=2, dtype=torch.bfloat16)
-    posthoc.reconstruct(tmp_path / "s", tmp_path / "out", sigma_rel=0.09)
+    snapshots.reconstruct(tmp_path / "s", tmp_path / "out", sigma_rel=0.09)
     mixed = load_file(tmp_path / "out")
     for name in ("float8_e4m3fn", "float8_e5m2"):
         frozen = getattr(model, name)
@@ -416,7 +455,9 @@ def test_due(tmp_path: Path) -> None:
         assert ema.snapshot(tmp_path / "s", every=10) is None  # the clock stands
         names.append(path and path.name)
     assert names == [None, None, "0000000012", "0000000030", None, "0000000071", None]
-    assert sorted(each.name for each in (tmp_path / "s").iterdir()) == [name for name in names if name]
+    assert sorted(each.name for each in (tmp_path / "s").iterdir()) == [
+        name for name in names if name
+    ]
     assert ema.snapshot(tmp_path / "other", every=1) is None  # whole units are passed, not halves
     ema.update()
     assert ema.snapshot(tmp_path / "other", every=1) is not None
@@ -424,7 +465,10 @@ def test_due(tmp_path: Path) -> None:
         ema.snapshot(tmp_path, every=0)
     late = EMA(model, TWO)
     late.update(15)
-    with pytest.warns(UserWarning, match=r"later clock \(0000000030 ...\). If they are of another run, move them away"):
+    with pytest.warns(
+        UserWarning,
+        match=r"later clock \(0000000030 ...\). If they are of another run, move them away",
+    ):
         late.snapshot(tmp_path / "s", every=10)
 
 
@@ -441,7 +485,9 @@ def test_resumed(tmp_path: Path) -> None:
                 assert ema.snapshot(tmp_path / name, every=10) is None
             ema.update()
             ema.snapshot(tmp_path / name, every=10)
-    whole, cut_short = (sorted(each.name for each in (tmp_path / name).iterdir()) for name in ("whole", "cut"))
+    whole, cut_short = (
+        sorted(each.name for each in (tmp_path / name).iterdir()) for name in ("whole", "cut")
+    )
     assert whole == cut_short == [f"{10 * i:010}" for i in range(1, 7)]
 
 
@@ -474,7 +520,7 @@ def test_ranks(tmp_path: Path) -> None:
     assert run_ranks(2, _collective, str(tmp_path)) == [["ddp", "fsdp2"]] * 2
     for kind in ("ddp", "fsdp2"):
         assert len(list((tmp_path / kind).iterdir())) == 5
-        posthoc.reconstruct(tmp_path / kind, tmp_path / f"{kind}-out", sigma_rel=0.08)
+        snapshots.reconstruct(tmp_path / kind, tmp_path / f"{kind}-out", sigma_rel=0.08)
     one, two = load_file(tmp_path / "ddp-out"), load_file(tmp_path / "fsdp2-out")
     assert all(torch.allclose(one[name], two[name], rtol=1e-5) for name in one)
 
@@ -486,7 +532,7 @@ def test_only(tmp_path: Path) -> None:
     for _ in range(8):
         ema.update()
         ema.snapshot(tmp_path / "s", every=2)
-    posthoc.reconstruct(tmp_path / "s", tmp_path / "out", sigma_rel=0.09)
+    snapshots.reconstruct(tmp_path / "s", tmp_path / "out", sigma_rel=0.09)
     mixed = load_file(tmp_path / "out")
     for folder in (tmp_path / "s" / "0000000008", tmp_path / "out"):
         assert json.loads((folder / "ema.json").read_text())["weights"] == "averaged"
@@ -503,10 +549,12 @@ def test_eleven_averages(tmp_path: Path) -> None:
             model.weight.fill_(float(step))
         ema.update()
         ema.snapshot(tmp_path / "s", every=6)
-    found = posthoc.Snapshots(tmp_path / "s").stored
+    found = snapshots.Snapshots(tmp_path / "s").stored
     for i, width in enumerate(widths):
         mine = next(
-            each for each in found if each.profile.schedule == Power(sigma_rel=width) and each.profile.now == 12
+            each
+            for each in found
+            if each.profile.schedule == Power(sigma_rel=width) and each.profile.now == 12
         )
         weight = load_file(mine.files / "model.safetensors")["weight"]
         assert torch.allclose(weight, ema.gather(i)["weight"])
@@ -516,27 +564,33 @@ def test_refused(run: Any, tmp_path: Path) -> None:
     """Too few, mixed models, mixed runs, damage, and widths that the snapshots cannot express: by name, nothing written."""
     out = tmp_path / "out"
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
-        posthoc.reconstruct(tmp_path / "nowhere", out, sigma_rel=0.1)
-    with pytest.raises(ValueError, match="holds 0 stored averages; mixing takes at least 2. Store some with"):
-        posthoc.reconstruct(tmp_path, out, sigma_rel=0.1)
+        snapshots.reconstruct(tmp_path / "nowhere", out, sigma_rel=0.1)
+    with pytest.raises(
+        ValueError, match="holds 0 stored averages; mixing takes at least 2. Store some with"
+    ):
+        snapshots.reconstruct(tmp_path, out, sigma_rel=0.1)
     with pytest.raises(ValueError, match="is a file"):
-        posthoc.reconstruct(run[0] / "0000000010" / "ema.json", out, sigma_rel=0.1)
-    for inside in (run[0] / "out", run[0] / "0000000190" / "out"):  # the next reconstruct would mix it in
+        snapshots.reconstruct(run[0] / "0000000010" / "ema.json", out, sigma_rel=0.1)
+    for inside in (
+        run[0] / "out",
+        run[0] / "0000000190" / "out",
+    ):  # the next reconstruct would mix it in
         with pytest.raises(ValueError, match="lies inside"):
-            posthoc.reconstruct(run[0], inside, sigma_rel=0.1)
+            snapshots.reconstruct(run[0], inside, sigma_rel=0.1)
         assert main(["reconstruct", str(run[0]), str(inside), "--sigma-rel", "0.1"]) == 1
     with pytest.raises(ValueError, match="takes one of sigma_rel and target"):
-        posthoc.reconstruct(run[0], out)
+        snapshots.reconstruct(run[0], out)
     with pytest.raises(ValueError, match=r"cannot be mixed .* misses \d\d% of its profile"):
-        posthoc.reconstruct([run[0] / "0000000190", run[0] / "0000000200"], out, sigma_rel=0.2)
+        snapshots.reconstruct([run[0] / "0000000190", run[0] / "0000000200"], out, sigma_rel=0.2)
     other = EMA(nn.Linear(2, 2), TWO)
     for _ in range(210):
         other.update()
     other.save(tmp_path / "other")
     with pytest.raises(
-        ValueError, match=r"do not average the same weights: bias, emb.weight, .* and 1 more only in one"
+        ValueError,
+        match=r"do not average the same weights: bias, emb.weight, .* and 1 more only in one",
     ):
-        posthoc.reconstruct([run[0], tmp_path / "other"], out, target=TWO[0])
+        snapshots.reconstruct([run[0], tmp_path / "other"], out, target=TWO[0])
     torch.manual_seed(0)
     wide = Small()
     wide.emb = nn.Embedding(7, 6)
@@ -546,12 +600,12 @@ def test_refused(run: Any, tmp_path: Path) -> None:
         ema.update()
     ema.save(tmp_path / "wide")
     with pytest.raises(ValueError, match=r"emb.weight is \[7, 4\] in .*, \[7, 6\] in .*wide"):
-        posthoc.reconstruct([run[0], tmp_path / "wide"], out, target=Power(sigma_rel=0.08))
+        snapshots.reconstruct([run[0], tmp_path / "wide"], out, target=Power(sigma_rel=0.08))
     late = EMA(Small(), TWO)
     late.attach(torch.optim.SGD(Small().parameters(), 0.1), start=5)
     late.save(tmp_path / "late")
     with pytest.raises(ValueError, match="late cannot be used as a snapshot: .* had not started"):
-        posthoc.Snapshots([run[0], tmp_path / "late"])
+        snapshots.Snapshots([run[0], tmp_path / "late"])
     meta = json.loads((tmp_path / "wide" / "ema.json").read_text())
     for key, value in (
         ("clock", {}),
@@ -561,7 +615,7 @@ def test_refused(run: Any, tmp_path: Path) -> None:
     ):
         (tmp_path / "wide" / "ema.json").write_text(json.dumps(meta | {key: value}))
         with pytest.raises(ValueError, match="wide cannot be used as a snapshot"):
-            posthoc.Snapshots([tmp_path / "wide", run[0]])
+            snapshots.Snapshots([tmp_path / "wide", run[0]])
     assert not out.exists()
 
 
@@ -570,7 +624,9 @@ def test_refused(run: Any, tmp_path: Path) -> None:
 
 def test_command(run: Any, tmp_path: Path, call: Call) -> None:
     """One width: the model, the report, and a second time only with --force."""
-    code, out, err = call("reconstruct", run[0], tmp_path / "out", "--sigma-rel", 0.07, "--dtype", "bf16")
+    code, out, err = call(
+        "reconstruct", run[0], tmp_path / "out", "--sigma-rel", 0.07, "--dtype", "bf16"
+    )
     assert (code, err) == (0, "")
     assert "40 stored averages, 20 moments from 10 to 200" in out
     assert "mixed as of 200, after 200 updates; weights sum to 1" in out
@@ -593,9 +649,15 @@ def test_command(run: Any, tmp_path: Path, call: Call) -> None:
 def test_sweep(run: Any, tmp_path: Path, call: Call) -> None:
     """A model per width and a plot; JSON has the weights. Nothing is written if one of them is refused."""
     plot = tmp_path / "fit.png"
-    code, out, _ = call("reconstruct", run[0], tmp_path / "o", "--sweep", "0.05:0.09:0.02", "--json", "--plot", plot)
+    code, out, _ = call(
+        "reconstruct", run[0], tmp_path / "o", "--sweep", "0.05:0.09:0.02", "--json", "--plot", plot
+    )
     assert code == 0
-    assert sorted(each.name for each in (tmp_path / "o").iterdir()) == ["sigma-0.050", "sigma-0.070", "sigma-0.090"]
+    assert sorted(each.name for each in (tmp_path / "o").iterdir()) == [
+        "sigma-0.050",
+        "sigma-0.070",
+        "sigma-0.090",
+    ]
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     made = json.loads(out)["mixtures"]
     assert [each["sigma_rel"] for each in made] == [0.05, 0.07, 0.09]
@@ -645,13 +707,22 @@ def test_usage(arguments: list[str], words: str, call: Call) -> None:
     assert words in err
 
 
-def test_plot_refused(run: Any, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_refused(
+    run: Any, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before any work: no PNG, no folder, no matplotlib."""
-    for plot, words in (("fit.pdf", "ends in .png"), (tmp_path / "no" / "fit.png", "there is no folder")):
-        code, _, err = call("reconstruct", run[0], tmp_path / "out", "--sigma-rel", 0.07, "--plot", plot)
+    for plot, words in (
+        ("fit.pdf", "ends in .png"),
+        (tmp_path / "no" / "fit.png", "there is no folder"),
+    ):
+        code, _, err = call(
+            "reconstruct", run[0], tmp_path / "out", "--sigma-rel", 0.07, "--plot", plot
+        )
         assert (code, words in err) == (1, True)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    code, _, err = call("reconstruct", run[0], tmp_path / "out", "--sigma-rel", 0.07, "--plot", tmp_path / "fit.png")
+    code, _, err = call(
+        "reconstruct", run[0], tmp_path / "out", "--sigma-rel", 0.07, "--plot", tmp_path / "fit.png"
+    )
     assert (code, "pip install 'dist-ema[plot]'" in err) == (1, True)
     assert not (tmp_path / "out").exists()
 
@@ -666,7 +737,10 @@ def test_skipped(run: Any, tmp_path: Path, call: Call) -> None:
         meta["clock"]["accepted"] -= 3
         (tmp_path / "s" / each.name / "ema.json").unlink()
         (tmp_path / "s" / each.name / "ema.json").write_text(json.dumps(meta))
-    assert "up to 3 updates were refused by the device" in call("reconstruct", tmp_path / "s", "--sigma-rel", 0.06)[2]
+    assert (
+        "up to 3 updates were refused by the device"
+        in call("reconstruct", tmp_path / "s", "--sigma-rel", 0.06)[2]
+    )
 
 
 # --- a real run --------------------------------------------------------------------------------------------------
@@ -698,7 +772,9 @@ def test_digits(digits: ModuleType, tmp_path: Path) -> None:
     assert digits.table(digits.mean([rows, rows])).count("\n") == 7
 
 
-def test_what_a_sweep_removes(digits: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_a_sweep_removes(
+    digits: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The runs of an earlier sweep, and nothing else: --out may be any folder."""
     words = ["--out", str(tmp_path), "--seeds", "1", "--epochs", "1", "--snapshots", "1"]
     notes, other = tmp_path / "notes", tmp_path / "seed-7" / "theirs"
@@ -711,7 +787,14 @@ def test_what_a_sweep_removes(digits: ModuleType, tmp_path: Path, capsys: pytest
     assert other.exists()
     (tmp_path / "sweep.json").touch()  # so it was one of ours
     assert digits.main(words) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"notes", "seed-0", "sweep.json", "sweep.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "notes",
+        "seed-0",
+        "sweep.json",
+        "sweep.png",
+    }
     with pytest.raises(SystemExit, match="2"):
         digits.main(["--seeds", "0"])
-    assert "argument --seeds: must be a whole number of 1 or more, got '0'" in capsys.readouterr().err
+    assert (
+        "argument --seeds: must be a whole number of 1 or more, got '0'" in capsys.readouterr().err
+    )

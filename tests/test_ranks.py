@@ -22,9 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema import EMA, gather, ranks, resume
-from dist_ema.ranks import FOREVER, StoreCoordinator
-from dist_ema.swap import WeightSwap
+from dist_ema import EMA
+from dist_ema.averaging import gather
+from dist_ema.averaging.swap import WeightSwap
+from dist_ema.checkpoint import reader
+from dist_ema.distributed import coordinator
+from dist_ema.distributed.coordinator import FOREVER, StoreCoordinator
 from tests.kit import Net, raises, run_ranks, wrap
 
 WRITES = ("set", "add", "compare_set")
@@ -52,7 +55,8 @@ class World:
         self.store = dist.HashStore()
         self.counted = [Counted(self.store) for _ in range(size)]
         self.boards = [
-            StoreCoordinator(store, range(10, 10 + size), i, timeout) for i, store in enumerate(self.counted)
+            StoreCoordinator(store, range(10, 10 + size), i, timeout)
+            for i, store in enumerate(self.counted)
         ]  # type: ignore[arg-type]
 
     def spread(self, work: Callable[[StoreCoordinator], Any]) -> list[Any]:
@@ -82,7 +86,7 @@ class World:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Naming who is missing needs no two seconds among threads."""
-    monkeypatch.setattr(ranks, "GRACE", 0.6)
+    monkeypatch.setattr(coordinator, "GRACE", 0.6)
 
 
 # --- what it costs -----------------------------------------------------------------------------------------------
@@ -109,10 +113,22 @@ def test_a_verb_costs_one_write_per_rank() -> None:
 def test_values_are_combined_by_one() -> None:
     """Messages cost a write more each; one rank reads them all, in one call, and the others what it made of them."""
     world = World(64)
-    assert world.spread(lambda board: board.all_gather_json("save", board.rank, combine=sum)) == [sum(range(64))] * 64
-    assert world.operations() == {"set": 64, "add": 64, "multi_get": 64, "compare_set": 1, "get": 64}
+    assert (
+        world.spread(lambda board: board.all_gather_json("save", board.rank, combine=sum))
+        == [sum(range(64))] * 64
+    )
+    assert world.operations() == {
+        "set": 64,
+        "add": 64,
+        "multi_get": 64,
+        "compare_set": 1,
+        "get": 64,
+    }
     assert sum(any(name == "multi_get" for name, _ in each.seen) for each in world.counted) == 1  # type: ignore[attr-defined]
-    assert world.spread(lambda board: board.run_on_first("save", lambda: {"by": board.rank})) == [{"by": 0}] * 64
+    assert (
+        world.spread(lambda board: board.run_on_first("save", lambda: {"by": board.rank}))
+        == [{"by": 0}] * 64
+    )
     assert world.operations() == {"set": 1, "get": 63}
 
 
@@ -210,7 +226,9 @@ def test_different_verbs_at_once(order: list[int]) -> None:
     assert "rank 12 is in ema.gather()" in text or "rank 12 in ema.gather()" in text
     assert "in ema.save()" in text
     assert "in the same order" in text
-    assert world.spread(lambda board: board.all_gather_json("load", 1, combine=sum)) == [4] * 4, "in step again"
+    assert world.spread(lambda board: board.all_gather_json("load", 1, combine=sum)) == [4] * 4, (
+        "in step again"
+    )
 
 
 def test_the_same_verb_begun_anew() -> None:
@@ -223,12 +241,16 @@ def test_the_same_verb_begun_anew() -> None:
             board.begin("save")
         board.all_gather_json("save")
 
-    assert "rank 10 is in step 1 of ema.save() and rank 11 in ema.save()" in str(world.spread(call)[0])
+    assert "rank 10 is in step 1 of ema.save() and rank 11 in ema.save()" in str(
+        world.spread(call)[0]
+    )
 
 
 def test_the_first_rank_decides_something_else() -> None:
     world = World(2, timeout=30)
-    found = world.spread(lambda b: b.run_on_first("load", lambda: 1) if b.rank == 0 else b.all_gather_json("save"))
+    found = world.spread(
+        lambda b: b.run_on_first("load", lambda: 1) if b.rank == 0 else b.all_gather_json("save")
+    )
     assert found[0] == 1
     assert "rank 10 is in ema.load() and rank 11 in ema.save()" in str(found[1])
 
@@ -236,8 +258,12 @@ def test_the_first_rank_decides_something_else() -> None:
 def test_all_wait_for_different_things(quick: None) -> None:
     """Nobody is missing, and nobody can go on: the timeout says where they are."""
     world = World(2, timeout=0.4)
-    found = world.spread(lambda b: b.all_gather_json("save") if b.rank == 0 else b.run_on_first("load", lambda: 1))
-    assert ["rank 10 is in ema.save() and rank 11 in ema.load()" in str(error) for error in found] == [True, True]
+    found = world.spread(
+        lambda b: b.all_gather_json("save") if b.rank == 0 else b.run_on_first("load", lambda: 1)
+    )
+    assert [
+        "rank 10 is in ema.save() and rank 11 in ema.load()" in str(error) for error in found
+    ] == [True, True]
 
 
 # --- who is missing ----------------------------------------------------------------------------------------------
@@ -260,7 +286,9 @@ def test_the_missing_are_named(quick: None) -> None:
 
     found = {str(error) for error in world.spread(call)}
     assert found == {"ema.save() is collective, and ranks 10, 13 did not enter it within 0.6 s."}
-    assert world.spread(lambda board: board.all_gather_json("load", 1, combine=sum)) == [5] * 5, "in step again"
+    assert world.spread(lambda board: board.all_gather_json("load", 1, combine=sum)) == [5] * 5, (
+        "in step again"
+    )
 
 
 def test_a_slow_rank_is_waited_for(quick: None) -> None:
@@ -290,9 +318,15 @@ def test_a_dead_rank_is_named(quick: None) -> None:
 
     found = world.spread(work)
     assert found[1] is None
-    assert str(found[0]) == str(found[2]) == "ema.save(): rank 11 gave no sign of life for 0.4 s. Dead, or hung?"
+    assert (
+        str(found[0])
+        == str(found[2])
+        == "ema.save(): rank 11 gave no sign of life for 0.4 s. Dead, or hung?"
+    )
     world = World(3, timeout=0.4)
-    found = world.spread(lambda board: board.run_on_first("save", lambda: 1) if board.rank else None)
+    found = world.spread(
+        lambda board: board.run_on_first("save", lambda: 1) if board.rank else None
+    )
     assert "rank 10 did not enter it" in str(found[1]), "the one who decides"
 
 
@@ -304,10 +338,12 @@ def test_the_one_who_speaks_may_die_too(quick: None) -> None:
     assert "rank 12 did not enter it" in str(found[1])
 
 
-def test_leaving_waits_and_says_for_whom(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_leaving_waits_and_says_for_whom(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Without a limit: a line every so often, from one rank, names who is awaited."""
-    monkeypatch.setattr(ranks, "SAY", 0.2)
-    monkeypatch.setattr(ranks, "LOOK", 0.1)
+    monkeypatch.setattr(coordinator, "SAY", 0.2)
+    monkeypatch.setattr(coordinator, "LOOK", 0.1)
     world = World(4, timeout=0.1)
 
     def leave(board: StoreCoordinator) -> int:
@@ -318,7 +354,10 @@ def test_leaving_waits_and_says_for_whom(monkeypatch: pytest.MonkeyPatch, caplog
         assert world.spread(leave) == [4] * 4
     lines = [record.getMessage() for record in caplog.records]
     assert 2 <= len(lines) <= 6, lines
-    assert all(line.startswith("ema.swap() has waited ") and line.endswith(" s for ranks 11, 13") for line in lines)
+    assert all(
+        line.startswith("ema.swap() has waited ") and line.endswith(" s for ranks 11, 13")
+        for line in lines
+    )
 
 
 SERVER = """
@@ -337,7 +376,9 @@ def test_the_store_may_die() -> None:
     with server, server.stdout:
         store = dist.TCPStore("127.0.0.1", int(server.stdout.readline()), None, False)
         threading.Timer(0.3, server.kill).start()
-        with pytest.raises(RuntimeError, match=r"the key-value store of the process group is gone; did .*rank 0"):
+        with pytest.raises(
+            RuntimeError, match=r"the key-value store of the process group is gone; did .*rank 0"
+        ):
             StoreCoordinator(store, [0, 1], 1, FOREVER).run_on_all("save", lambda: time.sleep(1.5))
 
 
@@ -373,21 +414,25 @@ def late_failing_elsewhere(kind: str, folder: str) -> None:
     ema = EMA(model, 0.5)
     ema.save(f"{folder}/kept")
     calls = verbs(ema, other, folder)
-    grace, ema.timeout, ranks.GRACE = ranks.GRACE, 0.2, 0.1
+    grace, ema.timeout, coordinator.GRACE = coordinator.GRACE, 0.2, 0.1
     for verb, call in calls.items():
         if mine:
             dist.barrier()
-        with raises(RuntimeError, f"ema.{verb}() is collective, and rank 1 did not enter it within 0.2 s"):
+        with raises(
+            RuntimeError, f"ema.{verb}() is collective, and rank 1 did not enter it within 0.2 s"
+        ):
             call()
         if not mine:
             dist.barrier()
-    ema.timeout, ranks.GRACE = FOREVER, grace
+    ema.timeout, coordinator.GRACE = FOREVER, grace
     ready = ema._averaged_weights.settle
     for verb, call in calls.items():
         if mine:
             ema._averaged_weights.settle = missing_file  # type: ignore[method-assign]
         with raises(
-            OSError if mine else RuntimeError, "lost", *([] if mine else [f"ema.{verb}() failed on rank 1: OSError"])
+            OSError if mine else RuntimeError,
+            "lost",
+            *([] if mine else [f"ema.{verb}() failed on rank 1: OSError"]),
         ):
             call()
         ema._averaged_weights.settle = ready  # type: ignore[method-assign]
@@ -397,7 +442,9 @@ def late_failing_elsewhere(kind: str, folder: str) -> None:
         with raises(OSError if mine else RuntimeError, "lost"):
             calls[verb]()
     gather.saved_blocks = parts
-    with raises(OSError if mine else RuntimeError, "lost", *([] if mine else ["EMA(...) failed on rank 1"])):
+    with raises(
+        OSError if mine else RuntimeError, "lost", *([] if mine else ["EMA(...) failed on rank 1"])
+    ):
         EMA(model, 0.5, only=lambda _: bool(missing_file()) if mine else True)
     names = list(calls)
     for one, two in zip(names, [*names[1:], names[0]], strict=True):
@@ -428,9 +475,9 @@ def together(folder: str) -> None:
 
 
 DEATHS: dict[str, tuple[int, Any, str]] = {
-    "swap": (1, WeightSwap, "lend"),
-    "gather": (1, ranks.Ranks, "send"),
-    "load": (0, resume, "_place"),
+    "swap": (1, WeightSwap, "apply"),
+    "gather": (1, coordinator.Ranks, "send"),
+    "load": (0, reader, "_place"),
 }
 
 
@@ -444,7 +491,7 @@ def die(folder: str) -> Any:
     model = nn.parallel.DistributedDataParallel(Net(), process_group=pairs[dist.get_rank() // 2])
     ema = EMA(model, 0.5)
     ema.save(f"{folder}/kept")
-    ema.timeout, ranks.GRACE = 2.0, 0.2
+    ema.timeout, coordinator.GRACE = 2.0, 0.2
     before = [p.detach().clone() for p in model.parameters()]
     dist.barrier()
     if dist.get_rank() % 2 == victim:
@@ -452,7 +499,11 @@ def die(folder: str) -> Any:
     try:
         verbs(ema, model, folder)[verb]()
     except RuntimeError as error:
-        return verb, str(error), all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        return (
+            verb,
+            str(error),
+            all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)),
+        )
     raise AssertionError(f"{verb} passed without its other rank")
 
 
@@ -462,7 +513,9 @@ def test_verbs_on_ranks(tmp_path: Path) -> None:
 
 def test_a_rank_that_dies_inside(tmp_path: Path) -> None:
     """The survivor raises within the timeout, says who, and what it lent is taken back."""
-    found = [each for each in run_ranks(2 * len(DEATHS), die, str(tmp_path), allow_dead=True) if each]
+    found = [
+        each for each in run_ranks(2 * len(DEATHS), die, str(tmp_path), allow_dead=True) if each
+    ]
     assert [verb for verb, _, _ in found] == list(DEATHS)
     assert all(intact for _, _, intact in found)
     for (verb, text, _), (victim, _, _), i in zip(found, DEATHS.values(), range(9), strict=False):

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema import EMA, Uniform, artifact, load_file
-from dist_ema.engine import Overlapped
+from dist_ema import EMA, Uniform, load_file
+from dist_ema.averaging.engines import Overlapped
+from dist_ema.checkpoint import writer
 from tests.kit import Core, Images, Net, raises, run_ranks, same, snapshot, wrap
 from tests.test_engine import Late
 
@@ -37,7 +38,11 @@ def error_on_one_rank(folder: str) -> None:
     ):
         if mine:
             model.module[0].weight = nn.Parameter(kept.clone())
-        with raises(RuntimeError, "0.weight no longer shares memory", *([] if mine else ["failed on rank 1"])):
+        with raises(
+            RuntimeError,
+            "0.weight no longer shares memory",
+            *([] if mine else ["failed on rank 1"]),
+        ):
             verb()
         model.module[0].weight = kept
         ema.save(f"{folder}/b")
@@ -55,8 +60,8 @@ def slow_disk(folder: str) -> None:
     ema = EMA(wrap("ddp", Net()), 0.5)
     ema.timeout = 1.0
     if dist.get_rank() == 0:
-        close = artifact._FileWriter.close
-        artifact._FileWriter.close = lambda self: (time.sleep(4.0), close(self))[1]  # type: ignore[method-assign]
+        close = writer._FileWriter.close
+        writer._FileWriter.close = lambda self: (time.sleep(4.0), close(self))[1]  # type: ignore[method-assign]
     for mode in ("direct", "stream"):
         ema.save(f"{folder}/{mode}", mode=mode)  # type: ignore[arg-type]
     ema.load(f"{folder}/stream")
@@ -70,7 +75,9 @@ def groups_in_groups(folder: str) -> None:
     torch.manual_seed(0)
     cpu = torch.device("cpu")
     fsdp = nn.Sequential(nn.Linear(5, 4), FSDP(nn.Linear(4, 3), process_group=mine, device_id=cpu))
-    ddp = nn.Sequential(nn.Linear(5, 4), nn.parallel.DistributedDataParallel(nn.Linear(4, 3), process_group=mine))
+    ddp = nn.Sequential(
+        nn.Linear(5, 4), nn.parallel.DistributedDataParallel(nn.Linear(4, 3), process_group=mine)
+    )
     models = {"fsdp": FSDP(fsdp, device_id=cpu), "ddp": nn.parallel.DistributedDataParallel(ddp)}
     for name, model in models.items():
         ema = EMA(model, 0.5)
@@ -78,7 +85,11 @@ def groups_in_groups(folder: str) -> None:
         ema.load(f"{folder}/{name}")
         full = ema.gather()
         if full:
-            assert full.keys() == load_file(f"{folder}/{name}").keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+            assert (
+                full.keys()
+                == load_file(f"{folder}/{name}").keys()
+                == {"0.weight", "0.bias", "1.weight", "1.bias"}
+            )
     with torch.no_grad():  # an expert of each group's own, under one name
         for p in [*ddp[1].parameters(), *fsdp[1].parameters()]:
             p += dist.get_rank() // 2
@@ -226,7 +237,9 @@ def test_updates_by_hand_before_the_start() -> None:
     ema.reset()
     model.weight.grad = torch.ones(1, 1)
     optimizer.step()
-    assert (ema.now, ema.gather()["weight"].item()) == (0, pytest.approx(start)), "the average is live until step 3"
+    assert (ema.now, ema.gather()["weight"].item()) == (0, pytest.approx(start)), (
+        "the average is live until step 3"
+    )
 
 
 def test_detach_with_an_update_under_way() -> None:
@@ -270,8 +283,19 @@ def test_two_averagers_of_one_model(tmp_path: Path) -> None:
     before = snapshot(model)
     with a.swap(), b.swap():
         pass
-    refused = (a.update, a.reset, a.rescan, partial(a.save, tmp_path / "a"), partial(a.export, tmp_path / "a"))
-    refused += (a.gather, a.state_dict, partial(a.copy_to, nn.Linear(2, 2)), partial(a.load, tmp_path / "a"))
+    refused = (
+        a.update,
+        a.reset,
+        a.rescan,
+        partial(a.save, tmp_path / "a"),
+        partial(a.export, tmp_path / "a"),
+    )
+    refused += (
+        a.gather,
+        a.state_dict,
+        partial(a.copy_to, nn.Linear(2, 2)),
+        partial(a.load, tmp_path / "a"),
+    )
     for verb in refused:
         with b.swap(), pytest.raises(RuntimeError, match="inside the swap of another EMA"):
             verb()
@@ -279,7 +303,10 @@ def test_two_averagers_of_one_model(tmp_path: Path) -> None:
     b.detach()
     a.detach()
     a.attach(optimizer)
-    with b.swap(), pytest.raises(RuntimeError, match=r"optimizer.step\(\) inside the swap of another EMA"):
+    with (
+        b.swap(),
+        pytest.raises(RuntimeError, match=r"optimizer.step\(\) inside the swap of another EMA"),
+    ):
         optimizer.step()
     assert same(before, snapshot(model))
     a.gather()
@@ -288,9 +315,17 @@ def test_two_averagers_of_one_model(tmp_path: Path) -> None:
 def test_two_averagers_of_parts_of_one_model(tmp_path: Path) -> None:
     """It is the weights that they share, not the first one of them."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
-    whole, last, first = EMA(model, 0.5), EMA(model, 0.5, only=r"^[12]"), EMA(model, 0.5, only=r"^0")
+    whole, last, first = (
+        EMA(model, 0.5),
+        EMA(model, 0.5, only=r"^[12]"),
+        EMA(model, 0.5, only=r"^0"),
+    )
     listed = EMA(list(model[1].parameters()), 0.5)
-    for lender, others in ((whole, (last, first, listed)), (last, (whole, listed)), (listed, (whole, last))):
+    for lender, others in (
+        (whole, (last, first, listed)),
+        (last, (whole, listed)),
+        (listed, (whole, last)),
+    ):
         for other in others:
             with lender.swap(), pytest.raises(RuntimeError, match="inside the swap of another EMA"):
                 other.update()
@@ -316,7 +351,9 @@ def test_a_buffer_that_is_filled_later(tmp_path: Path) -> None:
     model.scale = torch.ones(2)
     ema.update()
     for verb in (ema.gather, partial(ema.save, tmp_path / "a"), ema.swap().__enter__):
-        with pytest.raises(RuntimeError, match=r"scale was None when the EMA was built. Call ema.rescan\(\)"):
+        with pytest.raises(
+            RuntimeError, match=r"scale was None when the EMA was built. Call ema.rescan\(\)"
+        ):
             verb()
     ema.rescan()
     assert torch.equal(ema.gather()["scale"], torch.ones(2))

@@ -14,15 +14,28 @@ from typing import Any
 
 import pytest
 
-from dist_ema import Constant, Cosine, Debiased, HalfLife, Power, Ramp, Ratio, Schedule, Uniform, Warmup
-from dist_ema.schedule import MOST_STEPS, from_dict, gamma_of, schedule
+from dist_ema import (
+    Constant,
+    Cosine,
+    Debiased,
+    HalfLife,
+    Power,
+    Ramp,
+    Ratio,
+    Schedule,
+    Uniform,
+    Warmup,
+)
+from dist_ema.schedules import MOST_STEPS, from_dict, gamma_of, schedule
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())
 NAMED = {
     "Ratio(0.9999)": Ratio(0.9999),
     "Warmup(0.9999, power=2/3, inv_gamma=1)": Warmup(0.9999, power=2 / 3, inv_gamma=1),
     "Ramp(0.9999, tau=2000)": Ramp(0.9999, tau=2000),
-    "Power(gamma=6.937204...) i.e. sigma_rel=0.1, elapsed 1": Power(gamma=6.9372041),  # the digits it was made with
+    "Power(gamma=6.937204...) i.e. sigma_rel=0.1, elapsed 1": Power(
+        gamma=6.9372041
+    ),  # the digits it was made with
     "Uniform()": Uniform(),
     "Debiased(0.999)": Debiased(0.999),
     "HalfLife(500)": HalfLife(500),
@@ -45,14 +58,18 @@ CLOCKS = [(1, 1), (2, 1), (2, 2), (3, 2), (10, 3), (100, 99), (100, 100), (1000,
 
 def test_golden_is_whole() -> None:
     """Every entry of the golden file that holds decays is compared below."""
-    assert {name for name, entry in GOLDEN.items() if "decay" in entry and isinstance(entry, dict)} == set(NAMED)
+    assert {
+        name for name, entry in GOLDEN.items() if "decay" in entry and isinstance(entry, dict)
+    } == set(NAMED)
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_golden(name: str) -> None:
     """Each formula, its shift by one included: n = 1 is the first update."""
     entry = GOLDEN[name]
-    assert [NAMED[name](n) for n in entry["n"]] == pytest.approx(entry["decay"], rel=1e-12, abs=1e-15)
+    assert [NAMED[name](n) for n in entry["n"]] == pytest.approx(
+        entry["decay"], rel=1e-12, abs=1e-15
+    )
 
 
 def test_golden_by_width() -> None:
@@ -67,7 +84,9 @@ def test_sigma_rel_to_gamma(sigma: str, gamma: float) -> None:
     found = gamma_of(float(sigma))
     assert found == pytest.approx(gamma, abs=5e-7)
     # The deviation of t^gamma on [0, 1]: sqrt((g + 1) / ((g + 2)^2 (g + 3))).
-    assert math.sqrt((found + 1) / ((found + 2) ** 2 * (found + 3))) == pytest.approx(float(sigma), rel=1e-9)
+    assert math.sqrt((found + 1) / ((found + 2) ** 2 * (found + 3))) == pytest.approx(
+        float(sigma), rel=1e-9
+    )
     assert Power(sigma_rel=float(sigma))(1000, 10) == Power(gamma=found)(1000, 10)
 
 
@@ -94,7 +113,10 @@ def test_decay_is_a_share(of: Schedule) -> None:
 
 @pytest.mark.parametrize(
     ("of", "mean"),
-    [(Uniform(), lambda n: [1 / n] * n), (Debiased(0.9), lambda n: [0.9 ** (n - i) for i in range(1, n + 1)])],
+    [
+        (Uniform(), lambda n: [1 / n] * n),
+        (Debiased(0.9), lambda n: [0.9 ** (n - i) for i in range(1, n + 1)]),
+    ],
     ids=["Uniform", "Debiased"],
 )
 def test_profile(of: Schedule, mean: Any) -> None:
@@ -141,7 +163,8 @@ def test_closed_forms_do_not_count(of: Schedule) -> None:
 def test_stepped_refuse(of: Schedule, elapsed: float) -> None:
     """Per-step schedules take whole elapsed up to 1024; else the error names the value and HalfLife, the way out."""
     with pytest.raises(
-        ValueError, match=rf"whole elapsed up to 1024, got {elapsed:g}\. Use HalfLife".replace("+", r"\+")
+        ValueError,
+        match=rf"whole elapsed up to 1024, got {elapsed:g}\. Use HalfLife".replace("+", r"\+"),
     ):
         of(1e10, elapsed)
 
@@ -179,7 +202,11 @@ def test_frozen() -> None:
 @pytest.mark.parametrize("of", [*CLOSED, *STEPPED], ids=repr)
 def test_copies_first(of: Schedule) -> None:
     """The first move forgets the start: Uniform, Debiased, Power from its own start, and a constant 0."""
-    forgets = isinstance(of, (Uniform, Debiased)) or of == Constant(0.0) or (isinstance(of, Power) and of.gamma != 3.5)
+    forgets = (
+        isinstance(of, (Uniform, Debiased))
+        or of == Constant(0.0)
+        or (isinstance(of, Power) and of.gamma != 3.5)
+    )
     assert of.copies_first == forgets
     assert of.origin == ("training" if of.copies_first != (of(1) == 0) else "start")
 
@@ -212,7 +239,10 @@ def test_float_means_constant() -> None:
         (lambda: Cosine(1.1, 10), r"decay must be in \[0, 1\], got 1\.1"),
         (lambda: Cosine(0.9, 0), r"total must be positive, got 0"),
         (lambda: Cosine(0.9, 10, final=7), r"final must be in \[0, 1\], got 7"),
-        (lambda: Debiased(1.0), r"decay must be in \[0, 1\), got 1\.0\. For the plain mean use Uniform"),
+        (
+            lambda: Debiased(1.0),
+            r"decay must be in \[0, 1\), got 1\.0\. For the plain mean use Uniform",
+        ),
         (lambda: Power(), r"one of sigma_rel and gamma, got sigma_rel=None, gamma=None"),
         (lambda: Power(0.1, 3), r"one of sigma_rel and gamma, got sigma_rel=0\.1, gamma=3"),
         (lambda: Power(gamma=-0.5), r"gamma must be 0 or more, got -0\.5"),
@@ -222,12 +252,21 @@ def test_float_means_constant() -> None:
         (lambda: Power(0.1, origin="end"), r"origin must be 'start' or 'training', got 'end'"),
         (lambda: schedule(True), r"decay must be a float or a schedule .*got True"),
         (lambda: schedule("0.9"), r"decay must be a float or a schedule .*got '0\.9'"),  # type: ignore[arg-type]
-        (lambda: from_dict({"name": "Cubic"}), r"no schedule is called 'Cubic'; known are Constant, Cosine"),
+        (
+            lambda: from_dict({"name": "Cubic"}),
+            r"no schedule is called 'Cubic'; known are Constant, Cosine",
+        ),
         (lambda: from_dict({"decay": 0.9}), r"no schedule is called None"),
         (lambda: from_dict({"name": ["Ratio"]}), r"no schedule is called \['Ratio'\]"),
         (lambda: from_dict({"name": "Ratio", "tau": 3}), r"Ratio does not take \{'tau': 3\}"),
-        (lambda: from_dict({"name": "Ratio", "decay": "high"}), r"Ratio does not take \{'decay': 'high'\}"),
-        (lambda: from_dict({"name": "Ratio", "decay": 1.5}), r"decay must be in \[0, 1\], got 1\.5"),
+        (
+            lambda: from_dict({"name": "Ratio", "decay": "high"}),
+            r"Ratio does not take \{'decay': 'high'\}",
+        ),
+        (
+            lambda: from_dict({"name": "Ratio", "decay": 1.5}),
+            r"decay must be in \[0, 1\], got 1\.5",
+        ),
     ],
 )
 def test_arguments(build: Any, message: str) -> None:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from dist_ema import EMA, commit, load_file
+from dist_ema import EMA, load_file
+from dist_ema.checkpoint import atomic
 from dist_ema.offline.inspect import inspect
-from dist_ema.source import open_model
+from dist_ema.offline.sources import open_model
 
 HEX = "0123456789abcdef" * 2
 
@@ -92,7 +93,9 @@ def test_what_is_not_ours_stays(ema: EMA, tmp_path: Path) -> None:
     (run / "ema-2" / "ema.json").unlink()  # no average
     (run / "ema-4" / "model.safetensors").write_bytes(b"cut")  # not complete
     meta = json.loads((run / "ema-5" / "ema.json").read_text())
-    (run / "ema-5" / "ema.json").write_text(json.dumps(meta | {"versions": {"other": "1"}}))  # not written by us
+    (run / "ema-5" / "ema.json").write_text(
+        json.dumps(meta | {"versions": {"other": "1"}})
+    )  # not written by us
     (run / "ema-6").write_text("a file")
     ema.save(run / "ema-06")
     os.replace(run / "ema-06" / "model.safetensors", tmp_path / "model")
@@ -147,7 +150,9 @@ def test_half_removed_folders_go(ema: EMA, tmp_path: Path) -> None:
     for kind in ("old", "tmp"):
         ema.save(tmp_path / f".ema-0.{kind}-{HEX}")
     ema.save(tmp_path / "ema-2", keep=5)
-    others = [f".{name}.{kind}-{HEX}" for name in ("ema-3", "teacher-1") for kind in ("gone", "tmp")]
+    others = [
+        f".{name}.{kind}-{HEX}" for name in ("ema-3", "teacher-1") for kind in ("gone", "tmp")
+    ]
     assert names(tmp_path) == [*others, "ema-0", "ema-2", "latest"]
 
 
@@ -162,7 +167,9 @@ def test_keep_is_a_number_of_saves(keep: Any, ema: EMA, tmp_path: Path) -> None:
 
 
 def test_a_name_without_a_number(ema: EMA, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs a name that ends in a number, like ema-001000, got best"):
+    with pytest.raises(
+        ValueError, match="needs a name that ends in a number, like ema-001000, got best"
+    ):
         ema.save(tmp_path / "best", keep=3)
     assert names(tmp_path) == []
 
@@ -186,7 +193,9 @@ def test_latest_of_somebody_else(ema: EMA, tmp_path: Path) -> None:
         run = tmp_path / str(number)
         run.mkdir()
         make(run / "latest")
-        with pytest.raises(ValueError, match="latest is there and names no ema-NUMBER: it is not ours to replace"):
+        with pytest.raises(
+            ValueError, match="latest is there and names no ema-NUMBER: it is not ours to replace"
+        ):
             ema.save(run / "ema-2", keep=1)
         assert names(run) == ["latest"]
     with pytest.raises(ValueError, match="latest is a file"):
@@ -250,9 +259,9 @@ def test_it_leads_nowhere_else(text: str, ema: EMA, tmp_path: Path) -> None:
 def test_other_files_and_folders_called_latest(ema: EMA, tmp_path: Path) -> None:
     """A folder or a link of that name is what it is."""
     ema.save(tmp_path / "latest")
-    assert commit.follow(tmp_path / "latest") == tmp_path / "latest"
+    assert atomic.follow(tmp_path / "latest") == tmp_path / "latest"
     ema.load(tmp_path / "latest")
     ema.save(tmp_path / "run" / "ema-1")
     (tmp_path / "run" / "latest").symlink_to("ema-1")
     assert load_file(tmp_path / "run" / "latest").keys() == ema.gather().keys()
-    assert commit.follow(tmp_path / "missing" / "latest") == tmp_path / "missing" / "latest"
+    assert atomic.follow(tmp_path / "missing" / "latest") == tmp_path / "missing" / "latest"

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from dist_ema import EMA, Constant, HalfLife, Power, load_file
-from dist_ema.kernels import UpdatePlan
+from dist_ema.averaging.kernels.eager import UpdatePlan
 from tests.kit import Images, Training, image_batch, raises, run_ranks, same, snapshot
 
 SCHEDULES = [Power(gamma=2.0), 0.7, HalfLife(3.0)]
@@ -48,7 +48,9 @@ def several(folder: str, options: dict[str, Any]) -> None:
         one = EMA(run.model, 0.7, **options)
         one.load(path)
         middle = one.gather()
-        assert all(torch.equal(fulls[1][name], middle[name]) for name in middle), "found by its schedule"
+        assert all(torch.equal(fulls[1][name], middle[name]) for name in middle), (
+            "found by its schedule"
+        )
         with raises((ValueError, RuntimeError), "holds 3 averages, this EMA has 4"):  # type: ignore[arg-type]
             EMA(run.model, [*SCHEDULES, 0.1]).load(path)
         dcp.save({"ema": together}, checkpoint_id=f"{path}-dcp")
@@ -57,7 +59,9 @@ def several(folder: str, options: dict[str, Any]) -> None:
         assert all(torch.equal(fulls[2][name], value) for name, value in again.gather(2).items())
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16, "buffers": "average"}, {"device": "cpu"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": torch.bfloat16, "buffers": "average"}, {"device": "cpu"}], ids=str
+)
 def test_several_equal_each_alone(tmp_path: Path, options: dict[str, Any]) -> None:
     run_ranks(2, several, str(tmp_path), options)
     assert load_file(tmp_path / "ddp").keys() == Images().state_dict().keys()

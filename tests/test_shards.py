@@ -9,8 +9,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dist_ema import EMA, Uniform, shards
-from tests.kit import Block, Images, Net, Oracle, Training, image_batch, raises, run_ranks, same, snapshot, wrap
+from dist_ema import EMA, Uniform
+from dist_ema.sharding import discovery, wrappers
+from tests.kit import (
+    Block,
+    Images,
+    Net,
+    Oracle,
+    Training,
+    image_batch,
+    raises,
+    run_ranks,
+    same,
+    snapshot,
+    wrap,
+)
 
 NAMES = [name for name, _ in Net().named_parameters()]
 
@@ -23,15 +36,19 @@ def names_of(kind: str, how: str) -> list[str]:
     if how == "compile first":
         model = torch.compile(model, backend="eager")
     if how == "compiled blocks":
-        model.core.blocks = nn.ModuleList(torch.compile(block, backend="eager") for block in model.core.blocks)
+        model.core.blocks = nn.ModuleList(
+            torch.compile(block, backend="eager") for block in model.core.blocks
+        )
     if how == "checkpointed":
-        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+            apply_activation_checkpointing,
+        )
 
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
     model = wrap(kind, model)
     if how == "compile last":
         model = torch.compile(model, backend="eager")
-    found = shards.find_shards(model).shards
+    found = discovery.find_shards(model).shards
     assert [s.aliases for s in found if s.name == "core.emb.weight"] == [["core.head.weight"]]
     assert {s.name for s in found if s.kind == "buffer"} == {"core.seen", "core.mean"}
     return [s.name for s in found if s.kind != "buffer"]
@@ -51,15 +68,17 @@ def all_names() -> None:
                 continue  # kit wraps model.core, which OptimizedModule forwards reads of but not writes
             assert sorted(names_of(kind, how)) == sorted(NAMES), (kind, how)
     inner = torch.compile(Block(6, 5), backend="eager")
-    assert shards.unwrapped(inner) is inner._orig_mod
-    assert shards.unwrapped(_sharded(inner)) is inner  # the forward that gathers the weights is its own
+    assert wrappers.unwrapped(inner) is inner._orig_mod
+    assert (
+        wrappers.unwrapped(_sharded(inner)) is inner
+    )  # the forward that gathers the weights is its own
 
 
 def test_names_are_canonical_under_every_wrapper() -> None:
     """No module., _orig_mod., _fsdp_wrapped_module. or _checkpoint_wrapped_module., and a user's own `module` stays."""
     run_ranks(2, all_names)
     own = nn.ModuleDict({"module": nn.Linear(2, 2)})
-    assert [s.name for s in shards.find_shards(own).shards] == ["module.weight", "module.bias"]
+    assert [s.name for s in discovery.find_shards(own).shards] == ["module.weight", "module.bias"]
 
 
 # --- more rows of the parity table -------------------------------------------------------------------------------
@@ -83,7 +102,9 @@ def bf16_policy() -> None:
         model(tokens).float().square().mean().backward()
         optimizer.step()
         live = EMA(model, 0.0).gather()
-        oracle = {name: 0.8 * average + 0.2 * live[name].double() for name, average in oracle.items()}
+        oracle = {
+            name: 0.8 * average + 0.2 * live[name].double() for name, average in oracle.items()
+        }
     full = ema.gather()
     for name in ema.names() if full else []:
         assert full[name].dtype == torch.float32
@@ -96,7 +117,9 @@ def bf16_policy() -> None:
 
 def channels_last() -> None:
     """Dense permuted weights are cut in storage order, and files and gather are row-major all the same."""
-    run = Training("ddp", lambda: Images().to(memory_format=torch.channels_last).eval(), image_batch)
+    run = Training(
+        "ddp", lambda: Images().to(memory_format=torch.channels_last).eval(), image_batch
+    )
     assert not run.twin.a.weight.is_contiguous()
     ema, oracle = EMA(run.model, Uniform()), Oracle(run.twin, Uniform())
     ema.attach(run.optimizer)
@@ -108,7 +131,9 @@ def channels_last() -> None:
     before = snapshot(run.model)
     with ema.swap():
         seen = run.probe()
-    assert (seen - run.twin_with({k: v.float() for k, v in oracle.average.items()})).abs().max() < 2e-5
+    assert (
+        seen - run.twin_with({k: v.float() for k, v in oracle.average.items()})
+    ).abs().max() < 2e-5
     assert same(before, snapshot(run.model))
     target = Images()
     ema.copy_to(wrap("fsdp2", target))
@@ -119,7 +144,9 @@ def channels_last() -> None:
 def sync_batchnorm() -> None:
     """SyncBatchNorm trains on accelerators only; its weights and statistics average and swap like any other."""
     ddp = nn.parallel.DistributedDataParallel(Images())
-    ddp.module = nn.SyncBatchNorm.convert_sync_batchnorm(ddp.module).eval()  # DDP refuses to be built around it on CPU
+    ddp.module = nn.SyncBatchNorm.convert_sync_batchnorm(
+        ddp.module
+    ).eval()  # DDP refuses to be built around it on CPU
     assert isinstance(ddp.module.norm, nn.SyncBatchNorm)
     ema = EMA(ddp, 0.5, buffers="average")
     with torch.no_grad():
@@ -129,7 +156,10 @@ def sync_batchnorm() -> None:
     full = ema.gather()
     before = snapshot(ddp)
     with ema.swap():
-        inside = {name.removeprefix("module."): tensor.clone() for name, tensor in ddp.state_dict().items()}
+        inside = {
+            name.removeprefix("module."): tensor.clone()
+            for name, tensor in ddp.state_dict().items()
+        }
     assert same(before, snapshot(ddp))
     assert all(torch.equal(inside[name], full[name]) for name in full)
     live = dict(ddp.module.named_buffers())
@@ -166,7 +196,9 @@ def test_more_rows() -> None:
 def ddp_ignored() -> None:
     """What DDP was told to ignore stays whole and local; a replica that differs is named at construction."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["1.weight", "1.bias"])
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, ["1.weight", "1.bias"]
+    )
     ddp = nn.parallel.DistributedDataParallel(model)
     with torch.no_grad():
         model[1].weight.fill_(dist.get_rank())
@@ -205,7 +237,9 @@ def test_ddp_ignored_and_unequal_replicas() -> None:
     run_ranks(2, different_models)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128]
+)
 def test_dtypes_of_live_weights(dtype: torch.dtype) -> None:
     """fp32 shadows over 16-bit weights do not stall; complex weights keep complex shadows."""
     model = nn.Module()
@@ -217,7 +251,9 @@ def test_dtypes_of_live_weights(dtype: torch.dtype) -> None:
         ema.update()
     got = ema.gather()["w"]
     assert got.dtype == (torch.complex64 if dtype.is_complex else torch.float32)
-    assert torch.allclose(got.real if dtype.is_complex else got, torch.full((5,), 2 - 0.999**100), atol=1e-5)
+    assert torch.allclose(
+        got.real if dtype.is_complex else got, torch.full((5,), 2 - 0.999**100), atol=1e-5
+    )
     before = model.w.detach().clone()
     with ema.swap():
         assert not torch.equal(model.w, before)

@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dist_ema import EMA, format, sink, source
+from dist_ema import EMA
+from dist_ema.checkpoint import crc32, safetensors
+from dist_ema.offline import sources, writer
 
 WEIGHTS = {
     "a.weight": torch.randn(7, 5),
@@ -25,8 +27,11 @@ WEIGHTS = {
 
 
 def read_all(path: Path, window: int = 16) -> dict[str, bytes]:
-    with source.open_model(path) as model:
-        return {name: b"".join(map(bytes, source.windows(model, name, window))) for name in model.entries}
+    with sources.open_model(path) as model:
+        return {
+            name: b"".join(map(bytes, sources.windows(model, name, window)))
+            for name in model.entries
+        }
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -35,12 +40,12 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 def rewrite(path: Path, out: Path, **options: object) -> None:
     """Copy a model through source and sink."""
-    with source.open_model(path) as model:
-        files = format.plan(dict(model.entries), "100B" if out.suffix == "" else "5GB")
+    with sources.open_model(path) as model:
+        files = safetensors.plan(dict(model.entries), "100B" if out.suffix == "" else "5GB")
         if out.suffix:
             files = {out.name: next(iter(files.values()))}
-        target = sink.Model(files, format.INDEX, {"config.json": b"{}"}, {"format": 1})
-        sink.write(out, target, lambda name: source.windows(model, name), **options)  # type: ignore[arg-type]
+        target = writer.Model(files, safetensors.INDEX, {"config.json": b"{}"}, {"format": 1})
+        writer.write(out, target, lambda name: sources.windows(model, name), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", ["file", "folder", "saved"])
@@ -68,21 +73,21 @@ def test_aliases(tmp_path: Path) -> None:
     ema.save(tmp_path / "saved")
     ema.export(tmp_path / "one.safetensors")
     for path in (tmp_path / "saved", tmp_path / "one.safetensors"):
-        with source.open_model(path) as model:
+        with sources.open_model(path) as model:
             assert dict(model.aliases) == {"1.weight": "0.weight"}
 
 
 def test_no_model(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing does not exist"):
-        source.open_model(tmp_path / "nothing")
+        sources.open_model(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"model\.safetensors"):
-        source.open_model(tmp_path)
+        sources.open_model(tmp_path)
 
 
 def test_cut_while_read(tmp_path: Path) -> None:
     """Somebody truncates the file behind an open source."""
     save_file({"w": torch.randn(100)}, path := tmp_path / "model.safetensors")
-    with source.open_model(path) as model:
+    with sources.open_model(path) as model:
         model.read("w", 0, 4)
         with open(path, "r+b") as file:
             file.truncate(200)
@@ -102,18 +107,18 @@ def test_write(tmp_path: Path) -> None:
     found = {}
     for name, line in meta["files"].items():
         data = (out / name).read_bytes()
-        whole = format.RangeSum(len(data))
+        whole = crc32.RangeSum(len(data))
         whole.add(0, data)
         assert line["size"] == len(data)
         assert line["sha256"] == hashlib.sha256(data).hexdigest()
-        assert line["crc32"] == format.check_sum(len(data), [whole.contribution])
+        assert line["crc32"] == crc32.check_sum(len(data), [whole.contribution])
         found |= load_file(out / name)
     assert sum(ticks) == sum(tensor.nbytes for tensor in WEIGHTS.values())
     assert (out / "config.json").read_text() == "{}"
     for tensors in (found, load_file(tmp_path / "one.safetensors")):
         assert all(torch.equal(tensors[name], tensor) for name, tensor in WEIGHTS.items())
         assert len(tensors) == 5
-    assert format.read_model(out)
+    assert safetensors.read_model(out)
 
 
 def test_target(tmp_path: Path) -> None:
@@ -151,7 +156,12 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="gone"):
-        sink.write(out, sink.Model(format.plan({"w": format.Entry("F32", (3,))}, "5GB")), content, force=True)
+        writer.write(
+            out,
+            writer.Model(safetensors.plan({"w": safetensors.Entry("F32", (3,))}, "5GB")),
+            content,
+            force=True,
+        )
     assert read_all(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "out"]
 
@@ -166,30 +176,41 @@ def test_which(tmp_path: Path) -> None:
     ema.update()
     ema.save(tmp_path / "saved")
     meta = json.loads((tmp_path / "saved" / "ema.json").read_text())
-    assert source.labels(meta) == ["", *(f"{i}-Constant" for i in range(1, 12))]
+    assert sources.labels(meta) == ["", *(f"{i}-Constant" for i in range(1, 12))]
     for which in (0, 1, 2, 10, 11):
-        names = [which, str(which), f"Constant(decay={0.5 + which / 100})", *([f"{which}-Constant"] if which else [])]
+        names = [
+            which,
+            str(which),
+            f"Constant(decay={0.5 + which / 100})",
+            *([f"{which}-Constant"] if which else []),
+        ]
         for name in names:
-            with source.open_model(tmp_path / "saved", name) as model:
-                got = {name: bytes(model.read(name, 0, entry.nbytes)) for name, entry in model.entries.items()}
+            with sources.open_model(tmp_path / "saved", name) as model:
+                got = {
+                    name: bytes(model.read(name, 0, entry.nbytes))
+                    for name, entry in model.entries.items()
+                }
             assert got == {name: raw(tensor) for name, tensor in ema.gather(which).items()}, name
     for name in (12, -1, "", "Constant", "x"):
-        with pytest.raises(ValueError, match=r"there is (no|more than one) average .* 0: Constant\(decay=0\.5\), 1: "):
-            source.open_model(tmp_path / "saved", name)
+        with pytest.raises(
+            ValueError,
+            match=r"there is (no|more than one) average .* 0: Constant\(decay=0\.5\), 1: ",
+        ):
+            sources.open_model(tmp_path / "saved", name)
     save_file(WEIGHTS, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="there is no average '1'; there are 0: the only one"):
-        source.open_model(tmp_path / "a.safetensors", "1")
+        sources.open_model(tmp_path / "a.safetensors", "1")
 
 
 def test_checked(tmp_path: Path) -> None:
     """Sound however much was asked for, and in any windows; a turned bit anywhere is found, in a file that is named too."""
     EMA(torch.nn.Linear(5, 7)).save(path := tmp_path / "saved", max_shard_size=100)
     for asked in ([], ["weight"], ["weight", "bias", "bias", "weight"]):
-        with source.open_model(path) as model:
-            checked = source.Checked(model)
+        with sources.open_model(path) as model:
+            checked = sources.Checked(model)
             for name in asked:
-                assert b"".join(map(bytes, source.windows(checked, name))) == b"".join(
-                    map(bytes, source.windows(model, name))
+                assert b"".join(map(bytes, sources.windows(checked, name))) == b"".join(
+                    map(bytes, sources.windows(model, name))
                 )
                 checked.read(name, 4, 8)
             checked.finish()
@@ -197,13 +218,13 @@ def test_checked(tmp_path: Path) -> None:
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     for there in (path, file):
         with (
-            source.open_model(there) as model,
+            sources.open_model(there) as model,
             pytest.raises(ValueError, match="model-00002.* is damaged: its CRC-32 is"),
         ):
-            source.Checked(model).finish()
+            sources.Checked(model).finish()
     save_file(WEIGHTS, tmp_path / "a.safetensors")
-    with source.open_model(tmp_path / "a.safetensors") as model:
-        source.Checked(model).finish()
+    with sources.open_model(tmp_path / "a.safetensors") as model:
+        sources.Checked(model).finish()
 
 
 def versions(tmp_path: Path) -> None:
@@ -218,7 +239,7 @@ def versions(tmp_path: Path) -> None:
 def test_two_versions_do_not_mix(tmp_path: Path) -> None:
     """A save that replaces the folder behind an open source: what is open is read on, the rest is refused."""
     versions(tmp_path)
-    with source.open_model(tmp_path / "a") as model:
+    with sources.open_model(tmp_path / "a") as model:
         model.read("weight", 0, 4)
         (tmp_path / "a").rename(tmp_path / "old")
         (tmp_path / "b").rename(tmp_path / "a")
@@ -231,22 +252,25 @@ def test_two_versions_do_not_mix(tmp_path: Path) -> None:
 def test_replaced_between_header_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save of another shape that comes right after the headers: nothing is read at the old places."""
     EMA(torch.nn.Linear(5, 7)).save(path := tmp_path / "a")
-    really = format.read_model
+    really = safetensors.read_model
 
-    def then_saved(folder: Path) -> dict[str, format.SafetensorsFile]:
+    def then_saved(folder: Path) -> dict[str, safetensors.SafetensorsFile]:
         found = really(folder)
         EMA(torch.nn.Linear(7, 5)).save(path)
         return found
 
     monkeypatch.setattr(format, "read_model", then_saved)
-    with source.open_model(path) as model, pytest.raises(ValueError, match="was replaced while it was read. Try again"):
+    with (
+        sources.open_model(path) as model,
+        pytest.raises(ValueError, match="was replaced while it was read. Try again"),
+    ):
         model.read("weight", 0, 4)
 
 
 def test_closed_is_opened_again(tmp_path: Path) -> None:
     """`close` frees the files for whoever holds many models; the next read opens them again."""
     versions(tmp_path)
-    with source.open_model(tmp_path / "b") as model:
+    with sources.open_model(tmp_path / "b") as model:
         for _ in range(2):
             assert bytes(model.read("weight", 0, 4)) == raw(torch.ones(1))
             model.close()
@@ -259,11 +283,11 @@ def test_pickles(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(pickle.dumps({"a": 1}))
     for name in ("zip.bin", "old", "plain"):
         with pytest.raises(ValueError, match=f"{name} is a pickled checkpoint.* `dist-ema convert"):
-            source.find(tmp_path / name)
+            sources.find(tmp_path / name)
     hits = 0
     for pad in range(500, 1300, 8):
-        file = format.header({"x": format.Entry("U8", (0,))}, {"p": "x" * pad})
+        file = safetensors.header({"x": safetensors.Entry("U8", (0,))}, {"p": "x" * pad})
         (tmp_path / "a.safetensors").write_bytes(file.head)
         hits += file.head[0] == 0x80 and 2 <= file.head[1] <= 5
-        assert source.open_model(tmp_path / "a.safetensors").entries
+        assert sources.open_model(tmp_path / "a.safetensors").entries
     assert hits, "a length whose bytes look like a pickle's first"

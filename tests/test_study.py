@@ -23,11 +23,17 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRON = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+ENVIRON = {
+    key: value
+    for key, value in os.environ.items()
+    if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+}
 ENVIRON |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="workers are found in Linux's /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="workers are found in Linux's /proc"
+)
 
 
 @pytest.fixture
@@ -60,7 +66,9 @@ def kill_when(there: Path, *words: str, worker: bool = False) -> tuple[int, str]
         assert time.monotonic() < deadline, f"{there} did not appear"
         time.sleep(0.01)
     os.kill(worker_of(process.pid) if worker else process.pid, signal.SIGKILL)
-    said, _ = process.communicate(timeout=60)  # its output is closed when the last process of the study has ended
+    said, _ = process.communicate(
+        timeout=60
+    )  # its output is closed when the last process of the study has ended
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, said
@@ -91,9 +99,13 @@ def files(out: Path) -> dict[str, str]:
     found = {}
     for path in sorted(out.rglob("*")):
         if path.suffix == ".json" and path.name != "study.json":
-            found[path.name] = "\n".join(line for line in path.read_text().split("\n") if '"seconds"' not in line)
+            found[path.name] = "\n".join(
+                line for line in path.read_text().split("\n") if '"seconds"' not in line
+            )
         elif path.is_file() and path.suffix != ".json":
-            found[path.name] = path.read_text().split("## How to repeat it")[0] if path.suffix == ".md" else ""
+            found[path.name] = (
+                path.read_text().split("## How to repeat it")[0] if path.suffix == ".md" else ""
+            )
     return found
 
 
@@ -119,12 +131,18 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     assert not (results / "equivalence-1.json").exists()
     before = (results / "table-20-0.json").stat().st_mtime_ns
     said = study(*words)
-    assert (results / "table-20-0.json").stat().st_mtime_ns == before, "what was there was done again"
+    assert (results / "table-20-0.json").stat().st_mtime_ns == before, (
+        "what was there was done again"
+    )
     assert "21 of 21" not in said
     assert files(broken) == files(whole)
-    assert {path.name for path in results.iterdir() if path.suffix not in (".json", ".png")} == set()
+    assert {
+        path.name for path in results.iterdir() if path.suffix not in (".json", ".png")
+    } == set()
     assert "0 of 12 runs to do" in study("--smoke", "--only", "table", "--out", str(whole))
-    assert f"{whole / 'results'} holds results of a smoke study" in study("--quick", "--out", str(whole), code=2)
+    assert f"{whole / 'results'} holds results of a smoke study" in study(
+        "--quick", "--out", str(whole), code=2
+    )
 
 
 def test_a_failing_cell_ends_the_study(
@@ -136,7 +154,9 @@ def test_a_failing_cell_ends_the_study(
     cells = [sizes.Cell("table", "wrong", 0, 1), *sizes.cells(sizes.SMOKE, "table")]
     with pytest.raises(work.StudyError, match="table-wrong-0: ValueError: invalid literal"):
         work.run(cells, sizes.SMOKE, tmp_path, 1)
-    assert len(list(tmp_path.glob("*.json"))) <= 1  # the next one may have been quicker than the news
+    assert (
+        len(list(tmp_path.glob("*.json"))) <= 1
+    )  # the next one may have been quicker than the news
     assert multiprocessing.active_children() == []
 
 
@@ -149,7 +169,9 @@ def test_refusals(tmp_path: Path) -> None:
         "--smoke", "--out", str(file), code=2
     )
     said = study("--help")
-    assert all(word in said for word in ("language", "equivalence", "--quick", "--only", "--workers"))
+    assert all(
+        word in said for word in ("language", "equivalence", "--quick", "--only", "--workers")
+    )
 
 
 def test_committed_page(studies: Callable[[str], Any]) -> None:
@@ -161,8 +183,9 @@ def test_committed_page(studies: Callable[[str], Any]) -> None:
     assert studies("page").text(found) == page
     assert "Not run" not in page
     # "No difference" is said of what it is true of: the weights of a compact shadow are apart, and the sentence says so.
-    assert "no difference to way and accuracy: 100.8% of the way, +0.0 ± 0.1 points. Its weights are 14.7%" in " ".join(
-        page.split()
+    assert (
+        "no difference to way and accuracy: 100.8% of the way, +0.0 ± 0.1 points. Its weights are 14.7%"
+        in " ".join(page.split())
     )
     plots = {word.split("(")[1].rstrip(")") for word in page.split() if word.endswith(".png)")}
     assert plots == {f"results/{path.name}" for path in (ROOT / "docs" / "results").glob("*.png")}
@@ -198,9 +221,13 @@ def test_churn_and_fluctuation(studies: Callable[[str], Any]) -> None:
     cells[2]["predictions"]["b"] = "0123"
     here, mean = results.calmer(cells, "b", "a"), (0.25 + 0.5 + 0.5) / 3
     assert here.mean == pytest.approx(mean)
-    assert here.error == pytest.approx(math.sqrt(2 / 3 * (2 * (0.5 - mean) ** 2 + (0.25 - mean) ** 2)))
+    assert here.error == pytest.approx(
+        math.sqrt(2 / 3 * (2 * (0.5 - mean) ** 2 + (0.25 - mean) ** 2))
+    )
     assert math.isnan(results.calmer(cells[:2], "b", "a").error)
-    rows = [{"epoch": i, "accuracy": {"a": value}} for i, value in enumerate((0.1, 0.9, 0.5, 0.7, 0.5))]
+    rows = [
+        {"epoch": i, "accuracy": {"a": value}} for i, value in enumerate((0.1, 0.9, 0.5, 0.7, 0.5))
+    ]
     assert results.fluctuation({"late": 1, "rows": rows}, "a") == pytest.approx(math.sqrt(0.08))
 
 
@@ -212,7 +239,10 @@ def table_of(studies: Callable[[str], Any], better: float) -> Any:
         rows = []
         for epoch in (1, 2, 3):
             jump = 0.02 * (epoch == 2) * (1 + cell.seed / 10)
-            live, average = 0.8 + jump, 0.8 + better + 0.001 * cell.seed + (jump if better <= 0 else 0)
+            live, average = (
+                0.8 + jump,
+                0.8 + better + 0.001 * cell.seed + (jump if better <= 0 else 0),
+            )
             names = {"live/own": live, "live/recalibrated": live}
             names |= {
                 f"{name}/{kind}": average
@@ -250,7 +280,15 @@ def test_verdicts_follow_the_numbers(studies: Callable[[str], Any]) -> None:
 
 
 def language_of(live: float, average: float, decayed: float) -> dict[str, Any]:
-    rows = [{"step": 4, "live": live, "window 10": average, "window 30": average + 1, "sigma_rel 0.15": 9.0}]
+    rows = [
+        {
+            "step": 4,
+            "live": live,
+            "window 10": average,
+            "window 30": average + 1,
+            "sigma_rel 0.15": 9.0,
+        }
+    ]
     return {"rows": rows, "branches": {"4": [{"step": 4, "live": decayed}]}}
 
 
@@ -272,7 +310,12 @@ def test_partial_page(studies: Callable[[str], Any], tmp_path: Path) -> None:
     """One experiment alone gives a page; what is missing is said."""
     results = table_of(studies, 0.05)
     machine = {"cores": 2, "architecture": "x", "system": "y"}
-    facts = {"size": asdict(results.size), "versions": {"torch": "2"}, "machine": machine, "sessions": []}
+    facts = {
+        "size": asdict(results.size),
+        "versions": {"torch": "2"},
+        "machine": machine,
+        "sessions": [],
+    }
     page = studies("page").text(studies("results").Results(facts, results.size, results.found))
     assert page.count("Not run, or not complete.") == 5
     assert "too small to prove anything" in page

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA, load_file
-from dist_ema.kernels import SCRATCH
+from dist_ema.averaging.kernels.eager import SCRATCH
 from tests.kit import Images, Net, Training, image_batch, raises, run_ranks, same, snapshot, wrap
 
 
@@ -33,7 +33,10 @@ def test_live_and_shadow_come_back(dtype: torch.dtype, live: torch.dtype) -> Non
     """With one dtype the contents are exchanged; with two the live weights are kept aside, because casts round."""
     model = nn.Sequential(nn.Linear(300, 400), nn.Linear(7, 3)).to(live)
     ema = trained(model, dtype=dtype)
-    before, shadows = snapshot(model), [slot.shadow.clone() for slot in ema._averaged_weights.averages[0].averaged]
+    before, shadows = (
+        snapshot(model),
+        [slot.shadow.clone() for slot in ema._averaged_weights.averages[0].averaged],
+    )
     with ema.swap():
         for slot, shadow in zip(ema._averaged_weights.averages[0].averaged, shadows, strict=True):
             assert torch.equal(slot.live, shadow.to(live))
@@ -48,7 +51,9 @@ def test_no_second_model_in_memory() -> None:
     made: list[int] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
             known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
             if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in known:
@@ -197,7 +202,9 @@ def test_recalibrated_buffers_become_the_averages_own(tmp_path: Any) -> None:
     with ema.swap():
         model.train()(image_batch(0, 0)[0])
         recalibrated = model.norm.running_mean.clone()
-    assert all(torch.equal(a, b) for a, b in zip(live, model.buffers(), strict=True)), "integer counters too"
+    assert all(torch.equal(a, b) for a, b in zip(live, model.buffers(), strict=True)), (
+        "integer counters too"
+    )
     assert not torch.equal(recalibrated, model.norm.running_mean)
     with ema.swap():
         assert torch.equal(model.norm.running_mean, recalibrated)
@@ -249,7 +256,9 @@ def test_averaged_buffers() -> None:
         model(image_batch(1, 0)[0])
     assert torch.equal(model.norm.running_mean, live)
     shadow = next(
-        slot.shadow for slot in ema._averaged_weights.averages[0].averaged if slot.name == "norm.running_mean"
+        slot.shadow
+        for slot in ema._averaged_weights.averages[0].averaged
+        if slot.name == "norm.running_mean"
     )
     assert torch.equal(shadow, want), "what the block wrote does not reach the shadow"
 
@@ -264,7 +273,11 @@ def one_rank_raises(kind: str) -> None:
     run.train(2)
     before = snapshot(run.model)
     expected: type[BaseException] = KeyError if dist.get_rank() == 1 else RuntimeError
-    words = ("no image",) if dist.get_rank() == 1 else ("rank 1 left ema.swap()", "KeyError", "no image")
+    words = (
+        ("no image",)
+        if dist.get_rank() == 1
+        else ("rank 1 left ema.swap()", "KeyError", "no image")
+    )
     with raises(expected, *words), ema.swap():
         if dist.get_rank() == 1:
             raise KeyError("no image")
@@ -286,7 +299,9 @@ def ddp_buffers() -> None:
     full = ema.gather()
     if full:
         live = run.model.module.state_dict()
-        assert all(torch.equal(full[name], live[name]) for name in live if name not in ema.names()), "the first rank's"
+        assert all(
+            torch.equal(full[name], live[name]) for name in live if name not in ema.names()
+        ), "the first rank's"
 
 
 def a_buffer_is_gone() -> None:
@@ -294,7 +309,11 @@ def a_buffer_is_gone() -> None:
     model = wrap("ddp", Images())
     ema = trained(model)
     before, mine = snapshot(model), dist.get_rank() == 1
-    words = ["norm.running_mean is no buffer"] if mine else ["rank 1 left ema.swap()", "norm.running_mean is no buffer"]
+    words = (
+        ["norm.running_mean is no buffer"]
+        if mine
+        else ["rank 1 left ema.swap()", "norm.running_mean is no buffer"]
+    )
     with raises(RuntimeError, *words), ema.swap():
         if mine:
             model.module.norm.running_mean = None
@@ -332,7 +351,9 @@ def missing_rank() -> None:
     ema = EMA(wrap("ddp", Net()), 0.5)
     ema.timeout = 1.0
     if dist.get_rank() != 1:
-        with raises(RuntimeError, "ema.gather() is collective", "rank 1 did not enter it within 1 s"):
+        with raises(
+            RuntimeError, "ema.gather() is collective", "rank 1 did not enter it within 1 s"
+        ):
             ema.gather()
         dist.barrier()
     else:

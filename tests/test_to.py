@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema import EMA, Constant, Uniform
-from dist_ema.engine import HostThread, Inline
+from dist_ema.averaging.engines import HostThread, Inline
 from tests.kit import Net, Training, run_ranks, same
 from tests.test_engine import Late
 
@@ -84,14 +84,18 @@ def test_while_attached(overlap: bool) -> None:
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
         ema = EMA(model, 0.9, device="cpu")
         ema.attach(optimizer, overlap=overlap)
-        late = ema._averaged_weights.engine = HostThread(None, Late(1)) if overlap else ema._averaged_weights.engine
+        late = ema._averaged_weights.engine = (
+            HostThread(None, Late(1)) if overlap else ema._averaged_weights.engine
+        )
         for i in range(12):
             model(torch.randn(8, 5)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             if moves and i in (2, 5, 8):
                 ema.to(dtype=F64)
-                assert ema._averaged_weights.engine is not late, "the old engine would keep the old shadows"
+                assert ema._averaged_weights.engine is not late, (
+                    "the old engine would keep the old shadows"
+                )
                 assert isinstance(ema._averaged_weights.engine, HostThread) == overlap
                 ema.to("cpu", F32)
         results.append([*ema.gather().values()])
@@ -147,18 +151,24 @@ def test_own_buffers_and_files_stay(tmp_path: Path) -> None:
     ema.to(dtype=F64)
     after = ema.gather()
     assert ema.now == 3
-    assert all(torch.equal(after[name], value.to(after[name].dtype)) for name, value in before.items())
+    assert all(
+        torch.equal(after[name], value.to(after[name].dtype)) for name, value in before.items()
+    )
     assert after["1.running_mean"].eq(7).all()
     ema.save(tmp_path / "a")
     again = EMA(model, Uniform(), buffers="average")
     again.load(tmp_path / "a")
-    assert all(torch.equal(value.double(), after[name].double()) for name, value in again.gather().items())
+    assert all(
+        torch.equal(value.double(), after[name].double()) for name, value in again.gather().items()
+    )
 
 
 def test_refused() -> None:
     model = nn.Linear(3, 3)
     ema = EMA(model)
-    with pytest.raises(ValueError, match="dtype must be torch.float32, float64 or bfloat16, got torch.float16"):
+    with pytest.raises(
+        ValueError, match="dtype must be torch.float32, float64 or bfloat16, got torch.float16"
+    ):
         ema.to(dtype=torch.float16)
     with ema.swap(), pytest.raises(RuntimeError, match=r"ema.to\(\) inside ema.swap"):
         ema.to(dtype=F64)

@@ -31,7 +31,8 @@ SCRIPT = str(ROOT / "launch" / "train.py")
 ENVIRON = {
     key: value
     for key, value in os.environ.items()
-    if not key.startswith(("ACCELERATE_", "TORCHELASTIC", "PYTEST")) and key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not key.startswith(("ACCELERATE_", "TORCHELASTIC", "PYTEST"))
+    and key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 }
 ENVIRON |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 QUICK = ["--steps-per-epoch", "4", "--device", "cpu"]
@@ -57,13 +58,17 @@ StartRanks = Callable[..., str]
 @pytest.fixture(scope="module")
 def start_ranks() -> Iterator[StartRanks]:
     """Several ranks on the CPU. Wrapper 'accelerate' leaves the wrapping to it."""
-    with Launcher("accelerate", "sklearn.datasets", "matplotlib.pyplot", "torch._dynamo") as launcher:
+    with Launcher(
+        "accelerate", "sklearn.datasets", "matplotlib.pyplot", "torch._dynamo"
+    ) as launcher:
 
         def run(ranks: int, out: Path, wrapper: str, epochs: int, *more: str) -> str:
             words = ["--out", str(out), "--epochs", str(epochs), *QUICK, *more]
             place, made = out.parent / f"of-{out.name}", out / "metrics.jsonl"
             if wrapper == "accelerate":
-                job = launcher.start(Path(SCRIPT), place, *words, ranks=ranks, ACCELERATE_USE_CPU="1")
+                job = launcher.start(
+                    Path(SCRIPT), place, *words, ranks=ranks, ACCELERATE_USE_CPU="1"
+                )
             else:
                 job = launcher.start(Path(SCRIPT), place, *words, "--wrapper", wrapper, ranks=ranks)
             return job.wait(made)
@@ -78,7 +83,9 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl holds, but for the time that it took; sums over ranks to 9 digits, as cuts order them."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        row["averaging"] = {key: value for key, value in row["averaging"].items() if key not in TIMES}
+        row["averaging"] = {
+            key: value for key, value in row["averaging"].items() if key not in TIMES
+        }
         row["averaging"]["distance"] = round(row["averaging"]["distance"], 9)
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
@@ -94,7 +101,13 @@ def live(folder: Path) -> dict[str, Any]:
 
 
 def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    children = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else None
+    )
     if children is None:
         yield name, tree
         return
@@ -109,12 +122,21 @@ def assert_same_run(one: Path, other: Path, epoch: int, log: str = "") -> None:
     folder = f"epoch-{epoch:04d}"
     a, b = live(one / folder), live(other / folder)
     assert a.keys() == b.keys()
-    assert {"/model/0.0.weight", "/model/0.1.running_mean", "/optimizer/state/0.0.weight/momentum_buffer"} <= a.keys()
-    same = {key: torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key] for key in a}
+    assert {
+        "/model/0.0.weight",
+        "/model/0.1.running_mean",
+        "/optimizer/state/0.0.weight/momentum_buffer",
+    } <= a.keys()
+    same = {
+        key: torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key]
+        for key in a
+    }
     assert all(same.values()), [key for key, held in same.items() if not held]
     for file in ("ema/model.safetensors", "ema/ema.json"):
         assert (one / folder / file).read_bytes() == (other / folder / file).read_bytes(), file
-    assert (one / "export/model.safetensors").read_bytes() == (other / "export/model.safetensors").read_bytes()
+    assert (one / "export/model.safetensors").read_bytes() == (
+        other / "export/model.safetensors"
+    ).read_bytes()
 
 
 @pytest.fixture
@@ -134,7 +156,9 @@ def train(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 # --- started in every way --------------------------------------------------------------------------------------
 
 
-def test_two_epochs_and_two_resumed_are_four_under_ddp(tmp_path: Path, start_ranks: StartRanks) -> None:
+def test_two_epochs_and_two_resumed_are_four_under_ddp(
+    tmp_path: Path, start_ranks: StartRanks
+) -> None:
     """Three ranks, where the order of additions shows: guards settle_buckets and share_statistics."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     batch = ["--batch-size", "33"]
@@ -150,7 +174,9 @@ def test_two_epochs_and_two_resumed_are_four_under_fsdp2_and_across_wrappers(
 ) -> None:
     """FSDP1 and then accelerate's DDP give the same bits as FSDP2 throughout: two ranks have one order to add in."""
     whole = tmp_path / "whole"
-    start(*TORCHRUN, "2", SCRIPT, "--wrapper", "fsdp2", "--out", str(whole), "--epochs", "4", *QUICK)
+    start(
+        *TORCHRUN, "2", SCRIPT, "--wrapper", "fsdp2", "--out", str(whole), "--epochs", "4", *QUICK
+    )
     for first, second in (("fsdp2", "fsdp2"), ("fsdp1", "accelerate")):
         start_ranks(2, tmp_path / first, first, 2)
         log = start_ranks(2, tmp_path / first, second, 4, "--resume")
@@ -181,7 +207,9 @@ def test_resume_in_one_process(tmp_path: Path, train: ModuleType) -> None:
     assert train.main(["--out", str(parts), "--epochs", "2", *QUICK]) == 0
     (parts / ".unfinished" / "live").mkdir(parents=True)
     with (parts / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"epoch": 3, "live": {}, "ema": {}}) + "\n" + '{"epoch": 4, "li')  # cut short
+        file.write(
+            json.dumps({"epoch": 3, "live": {}, "ema": {}}) + "\n" + '{"epoch": 4, "li'
+        )  # cut short
     assert train.main(["--out", str(parts), "--epochs", "4", "--resume", *QUICK]) == 0
     assert_same_run(whole, parts, 4)
 
@@ -202,7 +230,9 @@ def test_the_average_is_better_and_steadier_than_live(tmp_path: Path, train: Mod
     """And the exported file, in a plain model, has the accuracy that was measured inside swap()."""
     assert train.main(["--out", str(tmp_path / "run"), "--epochs", "12", "--device", "cpu"]) == 0
     rows = metrics(tmp_path / "run")
-    of = {name: torch.tensor([row[name]["accuracy"] for row in rows[6:]]) for name in ("live", "ema")}
+    of = {
+        name: torch.tensor([row[name]["accuracy"] for row in rows[6:]]) for name in ("live", "ema")
+    }
     assert of["ema"].mean() > of["live"].mean() + 0.01
     assert of["ema"].diff().std() < of["live"].diff().std() / 2
 
@@ -217,8 +247,12 @@ def test_ranks_share_the_batches_of_one_process(train: ModuleType) -> None:
     """[Note: the same numbers] in train.py: the images do not depend on the world."""
     args = argparse.Namespace(seed=3, batch_size=8, steps_per_epoch=2)
     digits = train.load_digits(torch.device("cpu"))
-    jobs = [train.Job(rank, world, torch.device("cpu"), "") for rank, world in ((0, 1), (0, 2), (1, 2))]
-    for whole, even, odd in zip(*(train.batches(job, digits, args, 5) for job in jobs), strict=True):
+    jobs = [
+        train.Job(rank, world, torch.device("cpu"), "") for rank, world in ((0, 1), (0, 2), (1, 2))
+    ]
+    for whole, even, odd in zip(
+        *(train.batches(job, digits, args, 5) for job in jobs), strict=True
+    ):
         for i in range(2):  # images, labels
             assert torch.equal(whole[i][0::2], even[i])
             assert torch.equal(whole[i][1::2], odd[i])
@@ -239,7 +273,10 @@ def test_torchrun_under_accelerate_without_the_cpu_variable(tmp_path: Path) -> N
 
 
 def test_wrapper_none_on_two_ranks(
-    tmp_path: Path, train: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    train: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -257,7 +294,10 @@ def test_wrapper_none_on_two_ranks(
         (["--steps-per-epoch", "43"], "--steps-per-epoch 43: an epoch has 42 at batch size 32."),
         (["--out", SCRIPT], f"--out {SCRIPT} cannot be written: File exists."),
         (["--decay", "1.5"], "argument --decay: must be at least 0 and below 1, got '1.5'"),
-        (["--epochs", "none"], "argument --epochs: must be a whole number of 1 or more, got 'none'"),
+        (
+            ["--epochs", "none"],
+            "argument --epochs: must be a whole number of 1 or more, got 'none'",
+        ),
     ],
 )
 def test_a_bad_argument_gives_one_sentence(
@@ -275,11 +315,15 @@ def test_a_bad_argument_gives_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, train: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, train: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It is there, but nothing can be put into it: refused before anything is trained."""
     (tmp_path / "metrics.unfinished").mkdir()
     assert train.main(["--out", str(tmp_path), "--epochs", "1", *QUICK]) == 2
-    assert f"train.py: --out {tmp_path} cannot be written: Is a directory." in capsys.readouterr().err
+    assert (
+        f"train.py: --out {tmp_path} cannot be written: Is a directory." in capsys.readouterr().err
+    )
 
 
 def test_a_run_is_not_overwritten_nor_changed(
@@ -290,7 +334,10 @@ def test_a_run_is_not_overwritten_nor_changed(
     assert train.main([*out, "--epochs", "2", *QUICK]) == 2
     assert f"{tmp_path / 'run'} holds a run already" in capsys.readouterr().err
     assert train.main([*out, "--epochs", "2", "--lr", "0.2", "--resume", *QUICK]) == 2
-    assert "epoch-0001 was trained with --lr 0.1, and --resume came with 0.2." in capsys.readouterr().err
+    assert (
+        "epoch-0001 was trained with --lr 0.1, and --resume came with 0.2."
+        in capsys.readouterr().err
+    )
     assert [row["epoch"] for row in metrics(tmp_path / "run")] == [1]
 
 
@@ -325,15 +372,28 @@ def test_accelerate_reads_the_configs(name: str, kind: str, train: ModuleType) -
 
 def test_slurm_script_starts_torchrun_on_every_node(tmp_path: Path, train: ModuleType) -> None:
     """With stand-ins for Slurm's two commands: what srun would start on two nodes of four GPUs."""
-    for name, text in {"srun": 'printf "%s\\n" "$@" > "$PRINTED"', "scontrol": "printf 'node1\\nnode2\\n'"}.items():
+    for name, text in {
+        "srun": 'printf "%s\\n" "$@" > "$PRINTED"',
+        "scontrol": "printf 'node1\\nnode2\\n'",
+    }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    slurm = {"SUBMIT_DIR": str(ROOT), "JOB_ID": "7", "JOB_NODELIST": "node[1-2]", "JOB_NUM_NODES": "2"}
+    slurm = {
+        "SUBMIT_DIR": str(ROOT),
+        "JOB_ID": "7",
+        "JOB_NODELIST": "node[1-2]",
+        "JOB_NUM_NODES": "2",
+    }
     slurm |= {"GPUS_ON_NODE": "4", "CPUS_PER_TASK": "16"}
-    environ = {f"SLURM_{key}": value for key, value in slurm.items()} | {"PRINTED": str(tmp_path / "printed")}
+    environ = {f"SLURM_{key}": value for key, value in slurm.items()} | {
+        "PRINTED": str(tmp_path / "printed")
+    }
     environ["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     subprocess.run(
-        ["bash", str(ROOT / "launch" / "slurm.sbatch"), "--epochs", "3"], env=ENVIRON | environ, check=True, timeout=60
+        ["bash", str(ROOT / "launch" / "slurm.sbatch"), "--epochs", "3"],
+        env=ENVIRON | environ,
+        check=True,
+        timeout=60,
     )
     words = (tmp_path / "printed").read_text().split("\n")[:-1]
     begin, at = words.index(".venv/bin/torchrun"), words.index("launch/train.py")

@@ -65,7 +65,9 @@ def test_both_metrics(tmp_path: Path) -> None:
     live, average = made.model.seen[0], made.model.seen[-1]
     assert not torch.equal(live, average)
     assert torch.equal(average, callback.ema.gather()["w"])
-    assert torch.equal(made.model.seen[-3], made.model.w.detach()), "2 batches of evaluation under each"
+    assert torch.equal(made.model.seen[-3], made.model.w.detach()), (
+        "2 batches of evaluation under each"
+    )
     assert len(history(made, "eval_loss")) == len(history(made, "eval_ema_loss")) == 2
     assert history(made, "eval_loss") != history(made, "eval_ema_loss")
     assert history(made, "ema_updates") == [4, 8]
@@ -80,9 +82,15 @@ def test_the_best_wins(metric: str, tmp_path: Path) -> None:
     """The first evaluation is made the best: the model ends as what won then, live or average, and so does the EMA."""
     callback = EMACallback(decay=0.9)
     made = trainer(
-        tmp_path, callback, load_best_model_at_end=True, metric_for_best_model=metric, greater_is_better=True
+        tmp_path,
+        callback,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=True,
     )
-    made.compute_metrics = lambda said: {"schema_loss": float(((said.predictions - said.label_ids) ** 2).mean())}
+    made.compute_metrics = lambda said: {
+        "schema_loss": float(((said.predictions - said.label_ids) ** 2).mean())
+    }
     made.train()
     assert made.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
     saved = load_file(tmp_path / "checkpoint-4" / "ema")["w"]
@@ -112,7 +120,9 @@ def test_rotation_and_missing_averages(tmp_path: Path) -> None:
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     (tmp_path / "gone").rename(tmp_path / "checkpoint-8" / "ema")
     last = EMACallback(decay=0.5)
-    trainer(tmp_path, last, max_steps=12).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    trainer(tmp_path, last, max_steps=12).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-8")
+    )
     assert last.ema is not None
     assert last.ema.now == 12
 
@@ -148,5 +158,8 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     same_files(a, b, "checkpoint-40/model.safetensors")
     same_files(a, b, "final/model.safetensors")
     best = json.loads((a / "checkpoint-40" / "trainer_state.json").read_text())["best_global_step"]
-    final, average = load_file(a / "final" / "model.safetensors"), load_file(a / f"checkpoint-{best}" / "ema")
+    final, average = (
+        load_file(a / "final" / "model.safetensors"),
+        load_file(a / f"checkpoint-{best}" / "ema"),
+    )
     assert all(torch.equal(final[name], average[name]) for name in final)

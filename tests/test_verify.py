@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dist_ema import EMA, format
+from dist_ema import EMA
+from dist_ema.checkpoint import crc32, manifest, safetensors
+from dist_ema.checkpoint.manifest import META
+from dist_ema.checkpoint.safetensors import INDEX
 from dist_ema.cli import main
-from dist_ema.console import Tick
-from dist_ema.format import INDEX, META
 from dist_ema.offline.verify import verify
+from dist_ema.text import Tick
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def copy(shop: Path, name: str, to: Path) -> Path:
 
 def edit(folder: Path, **changes: Any) -> None:
     meta = json.loads((folder / META).read_text())
-    (folder / META).write_bytes(format.stamp(meta | changes))
+    (folder / META).write_bytes(manifest.stamp(meta | changes))
 
 
 def problems(path: Path) -> str:
@@ -61,7 +63,8 @@ def test_sound(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
         said[name] = capsys.readouterr().out
     size = sum(path.stat().st_size for path in (shop / "ema").rglob("*.safetensors"))
     assert (
-        said["ema"] == f"{shop / 'ema'} is sound: 15 weights, {size / 1000:.3g} kB, all values finite; CRC-32 agrees\n"
+        said["ema"]
+        == f"{shop / 'ema'} is sound: 15 weights, {size / 1000:.3g} kB, all values finite; CRC-32 agrees\n"
     )
     assert "CRC-32 agrees" in said["sharded"]
     assert "CRC-32 agrees" in said["out"]
@@ -70,7 +73,12 @@ def test_sound(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "there are no check sums to compare" in said[name]
     assert main(["verify", str(shop / "out"), str(shop / "hf"), "--json"]) == 0
     out, hf = json.loads(capsys.readouterr().out)
-    assert (out["sound"], out["kind"], out["sums"], out["not_finite"]) == (True, "export", ["crc32"], {})
+    assert (out["sound"], out["kind"], out["sums"], out["not_finite"]) == (
+        True,
+        "export",
+        ["crc32"],
+        {},
+    )
     assert out["files"] == json.loads((shop / "out" / META).read_text())["files"]
     assert (hf["sound"], hf["kind"], hf["sums"], hf["weights"]) == (True, "model", [], 9)
 
@@ -120,7 +128,10 @@ def test_files(shop: Path, tmp_path: Path) -> None:
     (folder / second).write_bytes(two)
     assert verify(folder).sound
     (folder / "model.safetensors").write_bytes(one)
-    assert f"{folder / 'model.safetensors'} is no part of the model, but some loaders would take it" in problems(folder)
+    assert (
+        f"{folder / 'model.safetensors'} is no part of the model, but some loaders would take it"
+        in problems(folder)
+    )
     (folder / "model.safetensors").rename(folder / "adapter.safetensors")
     assert verify(folder).sound, "a file that nobody takes for the model"
 
@@ -129,7 +140,7 @@ def test_swapped_weights(shop: Path, tmp_path: Path) -> None:
     """Two averages with each other's files: sound headers, other sums."""
     folder = copy(shop, "ema", tmp_path / "ema")
     inner = folder / "averages" / "1-Constant" / "model.safetensors"
-    file, data = format.read_header(inner), bytearray(inner.read_bytes())
+    file, data = safetensors.read_header(inner), bytearray(inner.read_bytes())
     at, to = (len(file.head) + file.entries[name].begin for name in ("0.bias", "2.bias"))
     data[at : at + 8], data[to : to + 8] = data[to : to + 8], data[at : at + 8]
     inner.write_bytes(data)
@@ -143,7 +154,12 @@ def test_meta(shop: Path, tmp_path: Path) -> None:
     listed = files["model.safetensors"]
     edit(folder, files=files | {"model.safetensors": {"size": listed["size"]}})
     assert f"{folder / META} has no CRC-32 of model.safetensors." in problems(folder)
-    edit(folder, files=files | {"model.safetensors": listed | {"size": 5}}, averaged=["lost"], own_buffers=["gone"])
+    edit(
+        folder,
+        files=files | {"model.safetensors": listed | {"size": 5}},
+        averaged=["lost"],
+        own_buffers=["gone"],
+    )
     said = verify(folder).problems
     assert len(said) == 3
     assert all(str(folder / META) in each for each in said)
@@ -194,7 +210,12 @@ def test_all_is_listed(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == f"{folder} is not sound: 3 problems"
     assert out.splitlines()[1].startswith(f"{shop / 'ema'} is sound")
-    for part in ("averaged names lost", "NaN", "is damaged: its CRC-32 is", "nowhere does not exist"):
+    for part in (
+        "averaged names lost",
+        "NaN",
+        "is damaged: its CRC-32 is",
+        "nowhere does not exist",
+    ):
         assert part in err
 
 
@@ -217,10 +238,12 @@ def test_seal(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    total = format.RangeSum(len(content))
+    total = crc32.RangeSum(len(content))
     total.add(0, content)
     meta = json.loads((folder / META).read_text())
-    meta["files"]["model.safetensors"]["crc32"] = format.check_sum(len(content), [total.contribution])
+    meta["files"]["model.safetensors"]["crc32"] = crc32.check_sum(
+        len(content), [total.contribution]
+    )
     edit(folder, files=meta["files"])
     (problem,) = verify(folder).problems
     assert "is damaged: its SHA-256 is" in problem
@@ -288,7 +311,11 @@ def test_progress(shop: Path) -> None:
     @contextmanager
     def bar(total: int) -> Iterator[Tick]:
         yield told.append
-        assert sum(told) == total == sum(path.stat().st_size for path in (shop / "sharded").rglob("*.safetensors"))
+        assert (
+            sum(told)
+            == total
+            == sum(path.stat().st_size for path in (shop / "sharded").rglob("*.safetensors"))
+        )
 
     assert verify(shop / "sharded", bar=bar).sound
     assert told

@@ -11,8 +11,9 @@ import io
 import sys
 from collections.abc import Sequence
 
-from ..console import FINE, PROBLEM, USAGE, say, sentence
+from ..text import sentence
 from . import average, convert, diff, doctor, export, inspect, plan, reconstruct, verify
+from .console import FINE, PROBLEM, USAGE, say
 
 __all__ = ["main"]
 

@@ -7,7 +7,9 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..console import (
+from ..checkpoint.safetensors import size_of
+from ..text import printable, some
+from .console import (
     DTYPES,
     FINE,
     USAGE,
@@ -17,12 +19,9 @@ from ..console import (
     columns,
     out,
     out_json,
-    printable,
     progress,
     say,
-    some,
 )
-from ..format import size_of
 
 if TYPE_CHECKING:
     from ..offline.average import AverageReport
@@ -44,13 +43,22 @@ def add(verbs: Any) -> None:
         "  dist-ema average a b out --weights 0.7,0.3",
         _average,
     )
-    verb.add_argument("paths", metavar="MODEL", nargs="+", help="two or more models, and last of all the OUT to write")
+    verb.add_argument(
+        "paths",
+        metavar="MODEL",
+        nargs="+",
+        help="two or more models, and last of all the OUT to write",
+    )
     which = verb.add_mutually_exclusive_group()
-    which.add_argument("--weights", type=_weights, metavar="W,W,...", help="one per model; scaled to sum to 1")
+    which.add_argument(
+        "--weights", type=_weights, metavar="W,W,...", help="one per model; scaled to sum to 1"
+    )
     which.add_argument("--wma", action="store_true", help="weights that grow linearly")
     verb.add_argument("--lawa", type=_whole, metavar="N", help="only the last N models")
     text = "of each file in a folder (default 5GB)"
-    verb.add_argument("--max-shard-size", type=checked(size_of), default="5GB", metavar="SIZE", help=text)
+    verb.add_argument(
+        "--max-shard-size", type=checked(size_of), default="5GB", metavar="SIZE", help=text
+    )
     add_writing(verb, "as in the last model")
 
 
@@ -75,7 +83,9 @@ def _average(options: argparse.Namespace) -> int:
 
     *models, target = options.paths
     if len(models) < 2:
-        return say(f"average takes at least two models and an OUT, got {' '.join(options.paths)}.", USAGE)
+        return say(
+            f"average takes at least two models and an OUT, got {' '.join(options.paths)}.", USAGE
+        )
     report = offline.average(
         models,
         target,
@@ -95,7 +105,9 @@ def _average(options: argparse.Namespace) -> int:
 
 
 def _text(report: AverageReport) -> Iterator[str]:
-    yield from columns([("weight", "model"), *((f"{weight:.6g}", path) for path, weight in report.terms)])
+    yield from columns(
+        [("weight", "model"), *((f"{weight:.6g}", path) for path, weight in report.terms)]
+    )
     yield ""
     yield printable(
         f"{report.out}: the average of {len(report.terms)} models, {report.averaged:,} weights averaged in float64"

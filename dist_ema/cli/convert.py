@@ -6,21 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..console import (
-    DTYPES,
-    FINE,
-    add_verb,
-    add_writing,
-    checked,
-    columns,
-    out,
-    out_json,
-    printable,
-    progress,
-    size,
-    some,
-)
-from ..format import size_of
+from ..checkpoint.safetensors import size_of
+from ..text import printable, size, some
+from .console import DTYPES, FINE, add_verb, add_writing, checked, columns, out, out_json, progress
 
 __all__ = ["add"]
 
@@ -50,20 +38,47 @@ def add(verbs: Any) -> None:
     )
     verb.add_argument("source", metavar="SRC", type=Path, help="a file or folder")
     verb.add_argument(
-        "target", metavar="OUT", type=Path, nargs="?", help="a folder, or a name that ends in .safetensors"
+        "target",
+        metavar="OUT",
+        type=Path,
+        nargs="?",
+        help="a folder, or a name that ends in .safetensors",
     )
-    verb.add_argument("--list", action="store_true", help="list the tables in SRC with their keys, and write nothing")
-    verb.add_argument("--from", dest="kind", choices=KINDS, default="auto", metavar="KIND", help=", ".join(KINDS))
-    verb.add_argument("--key", help="the table to take: keys joined by dots, or how its names begin")
-    verb.add_argument("--prefix", default="", help="take only names that begin so, and cut that off")
     verb.add_argument(
-        "--like", type=Path, metavar="FILE", help="the live model, or a JSON list: names for a list without"
+        "--list",
+        action="store_true",
+        help="list the tables in SRC with their keys, and write nothing",
     )
-    verb.add_argument("--rest", metavar="KEY", help="the table of live weights that fills in what is not averaged")
+    verb.add_argument(
+        "--from", dest="kind", choices=KINDS, default="auto", metavar="KIND", help=", ".join(KINDS)
+    )
+    verb.add_argument(
+        "--key", help="the table to take: keys joined by dots, or how its names begin"
+    )
+    verb.add_argument(
+        "--prefix", default="", help="take only names that begin so, and cut that off"
+    )
+    verb.add_argument(
+        "--like",
+        type=Path,
+        metavar="FILE",
+        help="the live model, or a JSON list: names for a list without",
+    )
+    verb.add_argument(
+        "--rest", metavar="KEY", help="the table of live weights that fills in what is not averaged"
+    )
     verb.add_argument("--averaged-only", action="store_true", help="leave out what is not averaged")
     text = "of each file in a folder (default 5GB)"
-    verb.add_argument("--max-shard-size", type=checked(size_of), default="5GB", metavar="SIZE", help=text)
-    verb.add_argument("--inert", action="append", default=[], metavar="CLASS", help="read past objects of this class")
+    verb.add_argument(
+        "--max-shard-size", type=checked(size_of), default="5GB", metavar="SIZE", help=text
+    )
+    verb.add_argument(
+        "--inert",
+        action="append",
+        default=[],
+        metavar="CLASS",
+        help="read past objects of this class",
+    )
     add_writing(verb, "as in SRC")
     verb.set_defaults(verb=verb)
 
@@ -99,10 +114,20 @@ def _list(job: Any, as_json: bool) -> int:
         return FINE
     head = ("key", "kind", "tensors", "", "why")
     table = [
-        (each.key or "(all)", each.kind, str(row["tensors"]), "average" if each.average else "", each.why)
+        (
+            each.key or "(all)",
+            each.kind,
+            str(row["tensors"]),
+            "average" if each.average else "",
+            each.why,
+        )
         for each, row in zip(found, rows, strict=True)
     ]
-    out(columns([head, *table]) if table else [printable(f"{job.source} holds no table of tensors.")])
+    out(
+        columns([head, *table])
+        if table
+        else [printable(f"{job.source} holds no table of tensors.")]
+    )
     if others:
         out(["", printable(f"left unread: {some(sorted(others), 10)}")])
     return FINE
@@ -112,7 +137,7 @@ def _write(job: Any, options: argparse.Namespace) -> int:
     from contextlib import ExitStack
 
     from ..offline import convert as offline
-    from ..sink import refuse_place, refuse_target
+    from ..offline.writer import refuse_place, refuse_target
 
     for each in filter(None, (options.source, options.like)):
         refuse_place(each, options.target)
@@ -121,7 +146,11 @@ def _write(job: Any, options: argparse.Namespace) -> int:
         plan = offline.plan(job, stack)
         with progress(f"writing {options.target}", plan.nbytes) as tick:
             said = offline.write(
-                plan, options.target, force=options.force, tick=tick, max_shard_size=options.max_shard_size
+                plan,
+                options.target,
+                force=options.force,
+                tick=tick,
+                max_shard_size=options.max_shard_size,
             )
     facts = {
         "path": str(options.target), "weights": len(plan.weights), "averaged": len(plan.averaged), "bytes": plan.nbytes,
@@ -131,6 +160,16 @@ def _write(job: Any, options: argparse.Namespace) -> int:
         out_json(facts)
         return FINE
     out(printable(note) for note in plan.notes)
-    rest = f", {len(plan.weights) - len(plan.averaged)} not averaged" if len(plan.weights) > len(plan.averaged) else ""
-    out([printable(f"wrote {options.target}: {len(plan.weights)} weights{rest}, {size(plan.nbytes)}")])
+    rest = (
+        f", {len(plan.weights) - len(plan.averaged)} not averaged"
+        if len(plan.weights) > len(plan.averaged)
+        else ""
+    )
+    out(
+        [
+            printable(
+                f"wrote {options.target}: {len(plan.weights)} weights{rest}, {size(plan.nbytes)}"
+            )
+        ]
+    )
     return FINE

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..console import FINE, PROBLEM, add_verb, columns, count, out, out_json, plural, printable, progress
+from ..text import plural, printable
+from .console import FINE, PROBLEM, add_verb, columns, count, out, out_json, progress
 
 if TYPE_CHECKING:
     from ..offline.diff import Difference, Row
@@ -32,20 +33,33 @@ def add(verbs: Any) -> None:
         "  dist-ema diff a.safetensors b.safetensors --json     every weight, for programs",
         _diff,
     )
-    verb.epilog = str(verb.epilog).replace("0 all is well, 1 a problem was found", "0 the same, 1 they differ")
+    verb.epilog = str(verb.epilog).replace(
+        "0 all is well, 1 a problem was found", "0 the same, 1 they differ"
+    )
     verb.add_argument("a", metavar="A", help="a folder, or one .safetensors file")
     verb.add_argument("b", metavar="B", help="what is compared with it")
     verb.add_argument(
-        "--threshold", type=_distance, metavar="X", help="distances up to X, and other dtypes, are the same"
+        "--threshold",
+        type=_distance,
+        metavar="X",
+        help="distances up to X, and other dtypes, are the same",
     )
     verb.add_argument(
-        "--weights", type=count, metavar="N", help=f"rows to print, or 'all' (default {SHOWN}; --json: all)"
+        "--weights",
+        type=count,
+        metavar="N",
+        help=f"rows to print, or 'all' (default {SHOWN}; --json: all)",
     )
     verb.add_argument(
-        "--which-a", default="0", metavar="NAME", help="of several averages in A: number, label or schedule"
+        "--which-a",
+        default="0",
+        metavar="NAME",
+        help="of several averages in A: number, label or schedule",
     )
     verb.add_argument("--which-b", default="0", metavar="NAME", help="the same in B")
-    verb.add_argument("--json", action="store_true", help="print JSON; a distance that is not finite is null")
+    verb.add_argument(
+        "--json", action="store_true", help="print JSON; a distance that is not finite is null"
+    )
 
 
 def _distance(text: str) -> float:
@@ -83,21 +97,33 @@ def _plain(found: Difference, threshold: float | None, shown: int | None) -> dic
     }
     said = {"a": found.a, "b": found.b, "same": found.same(threshold), "compared": len(found.rows)}
     differ = {"missing": found.missing, "unexpected": found.unexpected, "reshaped": found.reshaped}
-    return said | {"threshold": threshold, "beyond": len(found.beyond(threshold))} | differ | {"weights": rows}
+    return (
+        said
+        | {"threshold": threshold, "beyond": len(found.beyond(threshold))}
+        | differ
+        | {"weights": rows}
+    )
 
 
 def _text(found: Difference, threshold: float | None, shown: int) -> Iterator[str]:
     beyond = found.beyond(threshold)
     allowed = "" if threshold is None else f" by more than {threshold:g}"
     verdict = f"{len(beyond):,} differ{allowed}" if beyond else f"none differs{allowed}"
-    yield printable(f"{plural(len(found.rows), 'weight')} of {found.a} and {found.b} compared, {verdict}")
+    yield printable(
+        f"{plural(len(found.rows), 'weight')} of {found.a} and {found.b} compared, {verdict}"
+    )
     yield from (printable(f"missing     {name} (in A alone)") for name in found.missing)
     yield from (printable(f"unexpected  {name} (in B alone)") for name in found.unexpected)
-    yield from (printable(f"reshaped    {name}: {was} in A, {now} in B") for name, (was, now) in found.reshaped.items())
+    yield from (
+        printable(f"reshaped    {name}: {was} in A, {now} in B")
+        for name, (was, now) in found.reshaped.items()
+    )
     rows = [row for row in found.rows if row.changed or row.dtypes[0] != row.dtypes[1]]
     if rows[:shown]:
         yield ""
-        yield from columns([("weight", "distance", "max |A-B|", "changed", "dtype"), *map(_cells, rows[:shown])])
+        yield from columns(
+            [("weight", "distance", "max |A-B|", "changed", "dtype"), *map(_cells, rows[:shown])]
+        )
     if len(rows) > shown:
         yield f"... and {len(rows) - shown:,} of {len(rows):,} more: --weights all"
 
@@ -105,4 +131,10 @@ def _text(found: Difference, threshold: float | None, shown: int) -> Iterator[st
 def _cells(row: Row) -> tuple[str, ...]:
     was, now = row.dtypes
     changed = f"{row.changed:,} of {row.elements:,}"
-    return row.name, f"{row.distance:.3e}", f"{row.largest:.3e}", changed, was if was == now else f"{was} -> {now}"
+    return (
+        row.name,
+        f"{row.distance:.3e}",
+        f"{row.largest:.3e}",
+        changed,
+        was if was == now else f"{was} -> {now}",
+    )

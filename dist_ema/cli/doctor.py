@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..console import FINE, PROBLEM, add_verb, out, out_json, printable
+from ..text import printable
+from .console import FINE, PROBLEM, add_verb, out, out_json
 
 __all__ = ["add"]
 
@@ -29,10 +30,21 @@ def add(verbs: Any) -> None:
         _doctor,
     )
     verb.add_argument(
-        "folder", metavar="DIR", nargs="?", type=Path, default=Path(), help="where averages go (default: here)"
+        "folder",
+        metavar="DIR",
+        nargs="?",
+        type=Path,
+        default=Path(),
+        help="where averages go (default: here)",
     )
     verb.add_argument("--no-self-test", action="store_true", help="leave out the two processes")
-    verb.add_argument("--timeout", type=_seconds, default=120.0, metavar="S", help="for the self-test (default 120 s)")
+    verb.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=120.0,
+        metavar="S",
+        help="for the self-test (default 120 s)",
+    )
     verb.add_argument("--json", action="store_true", help="print JSON")
 
 

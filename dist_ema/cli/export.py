@@ -7,21 +7,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..console import (
-    DTYPES,
-    FINE,
-    add_verb,
-    add_writing,
-    checked,
-    listed,
-    out,
-    out_json,
-    plural,
-    printable,
-    progress,
-    size,
-)
-from ..format import size_of
+from ..checkpoint.safetensors import size_of
+from ..text import listed, plural, printable, size
+from .console import DTYPES, FINE, add_verb, add_writing, checked, out, out_json, progress
 
 if TYPE_CHECKING:
     from ..offline.export import Exported
@@ -50,14 +38,26 @@ def add(verbs: Any) -> None:
         _export,
     )
     verb.add_argument(
-        "src", metavar="SRC", help="a saved average, an export, a Hugging Face folder or a .safetensors file"
+        "src",
+        metavar="SRC",
+        help="a saved average, an export, a Hugging Face folder or a .safetensors file",
     )
     verb.add_argument("out", metavar="OUT", help="a folder, or a file that ends in .safetensors")
     verb.add_argument(
-        "--max-shard-size", type=checked(size_of), metavar="SIZE", help="of each file in a folder (default 5GB)"
+        "--max-shard-size",
+        type=checked(size_of),
+        metavar="SIZE",
+        help="of each file in a folder (default 5GB)",
     )
-    verb.add_argument("--like", metavar="DIR", help="a model whose file names, order, dtypes and config are taken")
-    verb.add_argument("--which", default="0", metavar="NAME", help="of several averages: its number, label or schedule")
+    verb.add_argument(
+        "--like", metavar="DIR", help="a model whose file names, order, dtypes and config are taken"
+    )
+    verb.add_argument(
+        "--which",
+        default="0",
+        metavar="NAME",
+        help="of several averages: its number, label or schedule",
+    )
     add_writing(verb, "those of the model that was averaged")
 
 

@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..console import FINE, PROBLEM, add_verb, columns, count, listed, out, out_json, printable, say, some
-from ..format import META
+from ..checkpoint.manifest import META
+from ..text import listed, printable, some
+from .console import FINE, PROBLEM, add_verb, columns, count, out, out_json, say
 
 if TYPE_CHECKING:
-    from ..manifest import ModelReport, Total
+    from ..offline.report import ModelReport, Total
 
 __all__ = ["add"]
 
@@ -31,8 +32,14 @@ def add(verbs: Any) -> None:
         _inspect,
     )
     verb.add_argument("path", metavar="PATH", help="a folder, or one .safetensors file")
-    verb.add_argument("--json", action="store_true", help="print JSON, with every weight unless --weights says less")
-    verb.add_argument("--weights", type=count, metavar="N", help=f"weights to list, or 'all' (default {SHOWN})")
+    verb.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON, with every weight unless --weights says less",
+    )
+    verb.add_argument(
+        "--weights", type=count, metavar="N", help=f"weights to list, or 'all' (default {SHOWN})"
+    )
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -56,7 +63,10 @@ def _text(report: ModelReport, shown: int) -> Iterator[str]:
     yield from columns(list(_facts(report)))
     listed = list(report.weights.items())[:shown]
     if listed:
-        rows = [(name, entry.dtype, str(list(entry.shape)), _role(report, name)) for name, (_, entry) in listed]
+        rows = [
+            (name, entry.dtype, str(list(entry.shape)), _role(report, name))
+            for name, (_, entry) in listed
+        ]
         yield ""
         yield from columns([("weight", "dtype", "shape", ""), *rows])
     if len(report.weights) > shown:
@@ -80,7 +90,11 @@ def _facts(report: ModelReport) -> Iterator[tuple[str, str]]:
     meta = report.meta
     if meta.get("format"):
         yield from _history(report)
-        rest = "" if meta.get("weights") == "all" else "; frozen weights and buffers are not in the files"
+        rest = (
+            ""
+            if meta.get("weights") == "all"
+            else "; frozen weights and buffers are not in the files"
+        )
         yield "averaged", f"{len(meta['averaged'])} weights{rest}"
         if len(report.trees) == 1:
             yield "own buffers", ", ".join(map(str, meta["own_buffers"])) or "none"
@@ -91,11 +105,14 @@ def _facts(report: ModelReport) -> Iterator[tuple[str, str]]:
         sums = ", ".join(f"{kind} {value}" for kind, value in report.sums(name).items())
         yield "file", f"{name}: {file.size:,} bytes, {sums or 'no check sum'}"
     for why in sorted(set(report.others.values())):
-        yield "left out", f"{why}: {some([name for name in report.others if report.others[name] == why], SHOWN)}"
+        yield (
+            "left out",
+            f"{why}: {some([name for name in report.others if report.others[name] == why], SHOWN)}",
+        )
 
 
 def _history(report: ModelReport) -> Iterator[tuple[str, str]]:
-    from ..card import format_clock
+    from ..offline.model_card import format_clock
 
     meta, attach = report.meta, report.meta.get("attach")
     if meta["clock"]:
@@ -109,7 +126,7 @@ def _history(report: ModelReport) -> Iterator[tuple[str, str]]:
 
 def _schedules(report: ModelReport) -> Iterator[tuple[str, str]]:
     """One line, or one for each of several averages with what is its own."""
-    from ..card import format_schedule
+    from ..offline.model_card import format_schedule
 
     specs = report.meta["schedules"]
     if len(report.trees) == 1:
@@ -127,4 +144,10 @@ def _total(total: Total) -> str:
 
 
 def _role(report: ModelReport, name: str) -> str:
-    return "averaged" if name in report.meta["averaged"] else "own buffer" if name in report.meta["own_buffers"] else ""
+    return (
+        "averaged"
+        if name in report.meta["averaged"]
+        else "own buffer"
+        if name in report.meta["own_buffers"]
+        else ""
+    )

@@ -7,7 +7,9 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..console import (
+from ..checkpoint.safetensors import size_of
+from ..text import printable
+from .console import (
     DTYPES,
     FINE,
     USAGE,
@@ -17,14 +19,12 @@ from ..console import (
     columns,
     out,
     out_json,
-    printable,
     progress,
     say,
 )
-from ..format import size_of
 
 if TYPE_CHECKING:
-    from ..offline.reconstruct import ReconstructReport
+    from ..posthoc.report import ReconstructReport
 
 __all__ = ["add"]
 
@@ -49,17 +49,31 @@ def add(verbs: Any) -> None:
     )
     verb.add_argument("snapshots", metavar="SNAPSHOTS", help="the folder given to ema.snapshot")
     verb.add_argument(
-        "out", metavar="OUT", nargs="?", help="folder to write, or a name ending in .safetensors; none: only report"
+        "out",
+        metavar="OUT",
+        nargs="?",
+        help="folder to write, or a name ending in .safetensors; none: only report",
     )
     which = verb.add_mutually_exclusive_group(required=True)
-    which.add_argument("--sigma-rel", type=_sigma, metavar="S", help="width of the average, between 0 and 0.2887")
-    which.add_argument("--sweep", type=_sweep, metavar="FROM:TO:STEP", help="one model for each width, under OUT")
+    which.add_argument(
+        "--sigma-rel", type=_sigma, metavar="S", help="width of the average, between 0 and 0.2887"
+    )
+    which.add_argument(
+        "--sweep", type=_sweep, metavar="FROM:TO:STEP", help="one model for each width, under OUT"
+    )
     verb.add_argument(
-        "--at", type=float, metavar="CLOCK", help="steps (images, tokens) that the ema counted; default: the last"
+        "--at",
+        type=float,
+        metavar="CLOCK",
+        help="steps (images, tokens) that the ema counted; default: the last",
     )
     text = "of each file in a folder (default 5GB)"
-    verb.add_argument("--max-shard-size", type=checked(size_of), default="5GB", metavar="SIZE", help=text)
-    verb.add_argument("--plot", metavar="PNG", help="target and mixture, and the residual (needs matplotlib)")
+    verb.add_argument(
+        "--max-shard-size", type=checked(size_of), default="5GB", metavar="SIZE", help=text
+    )
+    verb.add_argument(
+        "--plot", metavar="PNG", help="target and mixture, and the residual (needs matplotlib)"
+    )
     add_writing(verb, "the model's own")
 
 
@@ -91,10 +105,12 @@ def _sweep(text: str) -> list[float]:
 
 
 def _reconstruct(options: argparse.Namespace) -> int:
-    from ..offline import reconstruct as offline
+    from ..posthoc import report as offline
 
     if options.sweep and options.out and options.out.endswith(".safetensors"):
-        return say(f"--sweep writes several models: OUT must be a folder, got {options.out}.", USAGE)
+        return say(
+            f"--sweep writes several models: OUT must be a folder, got {options.out}.", USAGE
+        )
     report = offline.reconstruct(
         options.snapshots,
         options.out,
@@ -135,7 +151,9 @@ def _text(where: str, report: ReconstructReport) -> Iterator[str]:
             f"{each.fit.gain:.3f}",
         )
         rows.append((f"{each.sigma_rel:g}", *numbers, str(each.out or "-")))
-    yield from columns([("sigma_rel", "residual", "condition", "largest", "gain", "written to"), *rows])
+    yield from columns(
+        [("sigma_rel", "residual", "condition", "largest", "gain", "written to"), *rows]
+    )
     yield ""
     yield "residual   how much of the wanted profile is missed; the weights are off by far less"
     yield "condition  of the stored profiles: how many digits their similarity costs"
@@ -143,7 +161,9 @@ def _text(where: str, report: ReconstructReport) -> Iterator[str]:
 
 
 def _warnings(report: ReconstructReport) -> Iterator[str]:
-    poor = [f"{each.sigma_rel:g} ({each.fit.residual:.1%})" for each in report.mixtures if each.poor]
+    poor = [
+        f"{each.sigma_rel:g} ({each.fit.residual:.1%})" for each in report.mixtures if each.poor
+    ]
     if poor:
         yield (
             f"the snapshots do not express sigma_rel {', '.join(poor)} well: the mixture is another profile by that much. "

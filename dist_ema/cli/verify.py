@@ -7,7 +7,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..console import FINE, PROBLEM, USAGE, add_verb, out, out_json, plural, printable, progress, say, size
+from ..text import plural, printable, size
+from .console import FINE, PROBLEM, USAGE, add_verb, out, out_json, progress, say
 
 if TYPE_CHECKING:
     from ..offline.verify import Verdict
@@ -31,8 +32,12 @@ def add(verbs: Any) -> None:
         _verify,
     )
     verb.add_argument("paths", metavar="PATH", nargs="+", help="folders, or .safetensors files")
-    verb.add_argument("--seal", action="store_true", help="add SHA-256 to ema.json where everything is sound")
-    verb.add_argument("--json", action="store_true", help="print JSON: a list with one verdict per path")
+    verb.add_argument(
+        "--seal", action="store_true", help="add SHA-256 to ema.json where everything is sound"
+    )
+    verb.add_argument(
+        "--json", action="store_true", help="print JSON: a list with one verdict per path"
+    )
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -65,4 +70,6 @@ def _line(verdict: Verdict) -> str:
 
     sums = " and ".join(SUMS[kind] for kind in verdict.sums)
     agree = "agrees" if len(verdict.sums) == 1 else "agree"
-    return f"{verdict.path} is sound: {held}; {sums} {agree}" + ("; sealed with SHA-256" if verdict.sealed else "")
+    return f"{verdict.path} is sound: {held}; {sums} {agree}" + (
+        "; sealed with SHA-256" if verdict.sealed else ""
+    )

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..ema import EMA
-from ..schedule import Uniform
-from ..shards import Parameters
-from .copied import recalibrate_all
-from .listed import ParameterListAverage
+from ..schedules import Uniform
+from ..sharding.parameters import Parameters
+from ._module import recalibrate_all
+from ._parameter_list import ParameterListAverage
 
 __all__ = ["SWA"]
 
@@ -42,21 +42,32 @@ class SWA(Optimizer):
         start, freq = _whole("swa_start", swa_start), _whole("swa_freq", swa_freq)
         if (start is None) != (freq is None):
             warnings.warn(
-                "swa_start and swa_freq count together only: the one that was given is ignored.", stacklevel=2
+                "swa_start and swa_freq count together only: the one that was given is ignored.",
+                stacklevel=2,
             )
         self._auto_mode = start is not None and freq is not None
         if self._auto_mode:
             _refuse(start, freq, swa_lr)
         elif swa_lr is not None:
-            warnings.warn("swa_lr counts with swa_start and swa_freq only, and is ignored.", stacklevel=2)
+            warnings.warn(
+                "swa_lr counts with swa_start and swa_freq only, and is ignored.", stacklevel=2
+            )
         self.swa_start, self.swa_freq = (start, freq) if self._auto_mode else (None, None)
         self.swa_lr = swa_lr if self._auto_mode else None
         self.optimizer = optimizer
         # NOTE: what Optimizer.__init__ would make, but the groups are those of the optimizer inside.
         groups = optimizer.param_groups
-        self.__setstate__({"param_groups": groups, "state": defaultdict(dict), "defaults": dict(optimizer.defaults)})
+        self.__setstate__(
+            {
+                "param_groups": groups,
+                "state": defaultdict(dict),
+                "defaults": dict(optimizer.defaults),
+            }
+        )
         self._means: list[ParameterListAverage | None] = []
-        self._aside: list[dict[str, Tensor] | None] = []  # the weights of a group while its mean is in their place
+        self._aside: list[
+            dict[str, Tensor] | None
+        ] = []  # the weights of a group while its mean is in their place
         for group in self.param_groups:
             self._count(group)
 
@@ -89,7 +100,11 @@ class SWA(Optimizer):
         loss = self.optimizer.step(closure)  # type: ignore[arg-type]
         for group in self.param_groups:
             group["step_counter"] += 1
-            if self._auto_mode and group["step_counter"] > self.swa_start and not group["step_counter"] % self.swa_freq:
+            if (
+                self._auto_mode
+                and group["step_counter"] > self.swa_start
+                and not group["step_counter"] % self.swa_freq
+            ):
                 self.update_swa_group(group)
         return loss
 
@@ -114,7 +129,9 @@ class SWA(Optimizer):
         number = next(i for i, mine in enumerate(self.param_groups) if mine is group)
         mean = self._means[number]
         if mean is None:
-            mean = self._means[number] = ParameterListAverage(Parameters(group["params"], always=True), Uniform())
+            mean = self._means[number] = ParameterListAverage(
+                Parameters(group["params"], always=True), Uniform()
+            )
         return mean
 
     def swap_swa_sgd(self) -> None:
@@ -124,7 +141,10 @@ class SWA(Optimizer):
         """
         if None in self._means:
             missing = [str(i) for i, mean in enumerate(self._means) if mean is None]
-            warnings.warn(f"parameter groups without a mean keep their weights: {', '.join(missing)}.", stacklevel=2)
+            warnings.warn(
+                f"parameter groups without a mean keep their weights: {', '.join(missing)}.",
+                stacklevel=2,
+            )
         for i, mean in enumerate(self._means):
             if mean is None:
                 continue
@@ -139,12 +159,20 @@ class SWA(Optimizer):
 
     def _refuse_swapped(self, verb: str) -> None:
         if any(self._aside):
-            raise RuntimeError(f"{verb}() while the means are in the model: call swap_swa_sgd() first.")
+            raise RuntimeError(
+                f"{verb}() while the means are in the model: call swap_swa_sgd() first."
+            )
 
     def _show(self) -> None:
         """state[p]["swa_buffer"]: the mean, or the weights while the mean is in the model. *Aliases* them."""
         for group, mean, kept in zip(self.param_groups, self._means, self._aside, strict=True):
-            buffers = [] if mean is None else mean.shadows if kept is None else [kept[name] for name in mean.names]
+            buffers = (
+                []
+                if mean is None
+                else mean.shadows
+                if kept is None
+                else [kept[name] for name in mean.names]
+            )
             for parameter, buffer in zip(group["params"], buffers, strict=False):
                 self.state[parameter]["swa_buffer"] = buffer
 
@@ -155,22 +183,39 @@ class SWA(Optimizer):
         self._show()
         inner = self.optimizer.state_dict()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        swa = {i: dict(self.state[parameter]) for i, parameter in enumerate(parameters) if self.state.get(parameter)}
-        return {"opt_state": inner["state"], "swa_state": swa, "param_groups": inner["param_groups"]}
+        swa = {
+            i: dict(self.state[parameter])
+            for i, parameter in enumerate(parameters)
+            if self.state.get(parameter)
+        }
+        return {
+            "opt_state": inner["state"],
+            "swa_state": swa,
+            "param_groups": inner["param_groups"],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` gave, on as many ranks. What was in the place of the weights then is the mean now.
 
         Raises ValueError if the parameters are others.
         """
-        self.optimizer.load_state_dict({"state": state_dict["opt_state"], "param_groups": state_dict["param_groups"]})
+        self.optimizer.load_state_dict(
+            {"state": state_dict["opt_state"], "param_groups": state_dict["param_groups"]}
+        )
         self.param_groups = self.optimizer.param_groups
-        self._means, self._aside = [None for _ in self.param_groups], [None for _ in self.param_groups]
+        self._means, self._aside = (
+            [None for _ in self.param_groups],
+            [None for _ in self.param_groups],
+        )
         self.state.clear()
         number = 0
         for group in self.param_groups:
             numbers = range(number, number := number + len(group["params"]))
-            buffers = [state_dict["swa_state"][i]["swa_buffer"] for i in numbers if i in state_dict["swa_state"]]
+            buffers = [
+                state_dict["swa_state"][i]["swa_buffer"]
+                for i in numbers
+                if i in state_dict["swa_state"]
+            ]
             if buffers:
                 self._mean(group).fill(buffers)
         self._show()
@@ -181,7 +226,9 @@ class SWA(Optimizer):
         self._count(self.param_groups[-1])
 
     @staticmethod
-    def bn_update(loader: Iterable[Any], model: nn.Module, device: str | torch.device | None = None) -> None:
+    def bn_update(
+        loader: Iterable[Any], model: nn.Module, device: str | torch.device | None = None
+    ) -> None:
         """Give every BatchNorm of `model` the statistics of all batches of `loader` together. *Collective*: of all ranks'.
 
         The first element of a batch goes into the model, to `device` first if there is one. See `recipes.batchnorm`.

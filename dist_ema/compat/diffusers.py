@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..shards import Model
-from .listed import ParameterListAverage, Shadowed, keep, put_back, source
+from ..sharding.parameters import Model
+from ._parameter_list import ParameterListAverage, Shadowed, keep, put_back, source
 
 __all__ = ["EMAModel"]
 
@@ -72,7 +72,11 @@ class EMAModel(Shadowed):
         n = optimization_step - self.update_after_step - 1
         if n <= 0:
             return 0.0
-        grown = 1 - (1 + n / self.inv_gamma) ** -self.power if self.use_ema_warmup else (1 + n) / (10 + n)
+        grown = (
+            1 - (1 + n / self.inv_gamma) ** -self.power
+            if self.use_ema_warmup
+            else (1 + n) / (10 + n)
+        )
         return max(min(grown, self.decay), self.min_decay)
 
     def step(self, parameters: Model) -> None:
@@ -97,7 +101,10 @@ class EMAModel(Shadowed):
         self.temp_stored_params = None
 
     def to(
-        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None, non_blocking: bool = False
+        self,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
     ) -> None:
         """Move and cast the shadows, always in order. dtype: float32, float64 or bfloat16, else ValueError."""
         self._listed.to(device, dtype)
@@ -108,7 +115,9 @@ class EMAModel(Shadowed):
 
     def state_dict(self) -> dict[str, Any]:
         """The original's keys. Tensors in the form of the parameters: of a sharded model each rank has its own part."""
-        return {name: getattr(self, name) for name in _SETTINGS} | {"shadow_params": self.shadow_params}
+        return {name: getattr(self, name) for name in _SETTINGS} | {
+            "shadow_params": self.shadow_params
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` gave, on as many ranks, or full tensors; what is not in it stays.
@@ -124,7 +133,9 @@ class EMAModel(Shadowed):
             raise ValueError(f"decay must be in [0, 1], got {given['decay']}.")
         values = state_dict.get("shadow_params")
         if values is not None:
-            if not isinstance(values, list) or not all(isinstance(value, Tensor) for value in values):
+            if not isinstance(values, list) or not all(
+                isinstance(value, Tensor) for value in values
+            ):
                 raise ValueError("shadow_params must be a list of tensors.")
             self._listed.fill(values)
         self.__dict__.update(given)
@@ -136,7 +147,9 @@ class EMAModel(Shadowed):
         Raises ValueError if model_cls or model_config were not given. *Cost*: a whole model on every rank.
         """
         if self.model_cls is None or self.model_config is None:
-            raise ValueError("save_pretrained() needs the model_cls and model_config that EMAModel was built with.")
+            raise ValueError(
+                "save_pretrained() needs the model_cls and model_config that EMAModel was built with."
+            )
         model = self.model_cls.from_config(self.model_config)
         model.register_to_config(**{name: getattr(self, name) for name in _SETTINGS})
         self.copy_to(model.parameters())
@@ -144,10 +157,14 @@ class EMAModel(Shadowed):
             model.save_pretrained(path)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], model_cls: Any, foreach: bool = False) -> EMAModel:
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], model_cls: Any, foreach: bool = False
+    ) -> EMAModel:
         """What `save_pretrained` wrote, the original's too."""
         _, settings = model_cls.from_config(model_cls.load_config(path), return_unused_kwargs=True)
         model = model_cls.from_pretrained(path)
-        ema = cls(model.parameters(), model_cls=model_cls, model_config=model.config, foreach=foreach)
+        ema = cls(
+            model.parameters(), model_cls=model_cls, model_config=model.config, foreach=foreach
+        )
         ema.load_state_dict(settings)
         return ema

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..schedule import Constant, Warmup
-from .copied import CopiedModule, Count, ModuleAverage
+from ..schedules import Constant, Warmup
+from ._module import CopiedModule, Count, ModuleAverage
 
 __all__ = ["EMA"]
 
@@ -63,7 +63,9 @@ class EMA(CopiedModule):
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise ValueError(f"EMA takes a module, got {type(model).__name__}. For parameters use dist_ema.EMA.")
+            raise ValueError(
+                f"EMA takes a module, got {type(model).__name__}. For parameters use dist_ema.EMA."
+            )
         if lazy_init_ema and ema_model is not None:
             raise ValueError("EMA takes one of ema_model and lazy_init_ema, got both.")
         self.beta, self.inv_gamma, self.power, self.min_value = beta, inv_gamma, power, min_value
@@ -73,10 +75,15 @@ class EMA(CopiedModule):
         self.include_online_model = include_online_model
         self.update_model_with_ema_every = update_model_with_ema_every
         self.update_model_with_ema_beta = update_model_with_ema_beta
-        self.forward_method_names, self.move_ema_to_online_device = forward_method_names, move_ema_to_online_device
+        self.forward_method_names, self.move_ema_to_online_device = (
+            forward_method_names,
+            move_ema_to_online_device,
+        )
         self.online_model: Any = model if include_online_model else [model]
         if not lazy_init_ema:
-            self.init_ema(ema_model if isinstance(ema_model, nn.Module) else ema_model and ema_model())
+            self.init_ema(
+                ema_model if isinstance(ema_model, nn.Module) else ema_model and ema_model()
+            )
         self.register_buffer("initted", torch.tensor(False))
         self.register_buffer("step", torch.tensor(0))
         self._begun, self._steps = Count(), Count()
@@ -85,9 +92,15 @@ class EMA(CopiedModule):
         """Make the copy, or take this module for it, as it is. *Collective* under FSDP."""
         warmup = min(self.power, self.inv_gamma) > 0
         schedule = Warmup(self.beta, self.power, self.inv_gamma) if warmup else Constant(self.beta)
-        left_out = self.param_or_buffer_names_no_ema or self.ignore_names or self.ignore_startswith_names
+        left_out = (
+            self.param_or_buffer_names_no_ema or self.ignore_names or self.ignore_startswith_names
+        )
         only = self._averaged if left_out else None
-        self._keep(ModuleAverage(self.model, ema_model, schedule, buffers="average", only=only, fresh=False))
+        self._keep(
+            ModuleAverage(
+                self.model, ema_model, schedule, buffers="average", only=only, fresh=False
+            )
+        )
         for name in self.forward_method_names:
             setattr(self, name, getattr(self.ema_model, name))
 
@@ -141,13 +154,21 @@ class EMA(CopiedModule):
             self.copy_params_from_model_to_ema()
             return
         if due:
-            self.update_moving_average(self.ema_model if self.copied.module is not None else None, self.model)
-        if self.update_model_with_ema_every is not None and step % self.update_model_with_ema_every == 0:
+            self.update_moving_average(
+                self.ema_model if self.copied.module is not None else None, self.model
+            )
+        if (
+            self.update_model_with_ema_every is not None
+            and step % self.update_model_with_ema_every == 0
+        ):
             self.update_model_with_ema()
 
     @torch.no_grad()
     def update_moving_average(
-        self, ma_model: nn.Module | None, current_model: nn.Module, current_decay: float | None = None
+        self,
+        ma_model: nn.Module | None,
+        current_model: nn.Module,
+        current_decay: float | None = None,
     ) -> None:
         """Move the average towards the model; or, given them the other way round, the model towards the average."""
         if self.is_frozen:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ema import EMA
-from ..shards import Model
-from .listed import ParameterListAverage, keep, put_back, source, trainable
+from ..sharding.parameters import Model
+from ._parameter_list import ParameterListAverage, keep, put_back, source, trainable
 
 __all__ = ["LitEma"]
 
@@ -45,15 +45,23 @@ class LitEma(nn.Module):
         self._read: dict[str, tuple[Tensor, int, float]] = {}
         beside = next(iter(self._listed.table.values())).device
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32, device=beside))
-        self.register_buffer("num_updates", torch.tensor(0 if counted else -1, dtype=torch.int, device=beside))
+        self.register_buffer(
+            "num_updates", torch.tensor(0 if counted else -1, dtype=torch.int, device=beside)
+        )
         self._show()
         self.collected_params: list[Tensor] = []
 
     def _refuse_names(self) -> None:
         short = list(self.m_name2s_name.values())
-        odd = [name for name, s in self.m_name2s_name.items() if short.count(s) > 1 or hasattr(self, s) or s == "decay"]
+        odd = [
+            name
+            for name, s in self.m_name2s_name.items()
+            if short.count(s) > 1 or hasattr(self, s) or s == "decay"
+        ]
         if odd:
-            raise ValueError(f"{', '.join(odd[:5])}: without dots the name is taken already. Rename the parameter.")
+            raise ValueError(
+                f"{', '.join(odd[:5])}: without dots the name is taken already. Rename the parameter."
+            )
 
     @property
     def average(self) -> EMA:
@@ -122,6 +130,8 @@ class LitEma(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._show()
-        super()._load_from_state_dict(*args)  # NOTE: assign=True puts other tensors in the place of the shadows
+        super()._load_from_state_dict(
+            *args
+        )  # NOTE: assign=True puts other tensors in the place of the shadows
         self._listed.fill_table({name: getattr(self, s) for name, s in self.m_name2s_name.items()})
         self._show()

@@ -6,8 +6,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import ema as engine
-from .. import shards
-from .listed import ParameterListAverage, trainable
+from ..sharding import wrappers
+from ._parameter_list import ParameterListAverage, trainable
 
 __all__ = ["EMA", "ModelEMA"]
 
@@ -91,7 +91,9 @@ class ModelEMA(_Lender):
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
         self.backup = {}
-        self._listed: ParameterListAverage = ParameterListAverage(shards.unwrapped(model), decay, buffers=True)
+        self._listed: ParameterListAverage = ParameterListAverage(
+            wrappers.unwrapped(model), decay, buffers=True
+        )
 
     @property
     def shadow(self) -> dict[str, Tensor]:

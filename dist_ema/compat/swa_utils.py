@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR
 
-from .. import shards
-from ..schedule import Constant, Schedule, Uniform
-from .copied import CopiedModule, Count, ModuleAverage, ModuleFn, recalibrate_all
+from ..schedules import Constant, Schedule, Uniform
+from ..sharding import discovery
+from ._module import CopiedModule, Count, ModuleAverage, ModuleFn, recalibrate_all
 
 __all__ = [
     "SWALR",
@@ -47,7 +47,9 @@ class _One(_Rule):
 
 class _Many(_Rule):
     @torch.no_grad()
-    def __call__(self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Any) -> None:
+    def __call__(
+        self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Any
+    ) -> None:
         torch._foreach_lerp_(list(averaged), list(current), self.weight(num_averaged))
 
 
@@ -102,7 +104,9 @@ class AveragedModel(CopiedModule):
         rule = multi_avg_fn or avg_fn
         decay = rule.schedule if isinstance(rule, _Rule) else Uniform()
         buffers = "average" if use_buffers else "copy"
-        self._keep(ModuleAverage(model, module_fn and module_fn(), decay, device=device, buffers=buffers))
+        self._keep(
+            ModuleAverage(model, module_fn and module_fn(), decay, device=device, buffers=buffers)
+        )
         self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
         self._count = Count()
 
@@ -132,10 +136,14 @@ class AveragedModel(CopiedModule):
         for pair in pairs:
             kinds.setdefault((pair[0].device, pair[0].dtype), []).append(pair)
         for (device, _), group in kinds.items():
-            self.multi_avg_fn([mine for mine, _ in group], [live for _, live in group], self.n_averaged.to(device))
+            self.multi_avg_fn(
+                [mine for mine, _ in group], [live for _, live in group], self.n_averaged.to(device)
+            )
 
 
-def update_bn(loader: Iterable[Any], model: nn.Module, device: int | torch.device | None = None) -> None:
+def update_bn(
+    loader: Iterable[Any], model: nn.Module, device: int | torch.device | None = None
+) -> None:
     """Give every BatchNorm of `model` the statistics of what it sees over the whole loader ([Note: no training mode] in
     recipes.batchnorm).
 
@@ -148,5 +156,9 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: int | torch.devic
         with copied.average.swap():
             recalibrate_all(copied.live, loader, device)
         return
-    group = None if copied is None or copied.given is None else shards.find_shards(copied.given).group
+    group = (
+        None
+        if copied is None or copied.given is None
+        else discovery.find_shards(copied.given).group
+    )
     recalibrate_all(model if copied is None else copied.evaluated, loader, device, group)

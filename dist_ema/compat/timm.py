@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..schedule import Constant, Warmup
-from .copied import CopiedModule, Holder, ModuleFn, evaluating
+from ..schedules import Constant, Warmup
+from ._module import CopiedModule, Holder, ModuleFn, evaluating
 
 __all__ = ["ModelEma", "ModelEmaV2", "ModelEmaV3"]
 
@@ -39,7 +39,9 @@ class ModelEma(Holder):
     ) -> None:
         self.decay, self.device = decay, device
         self._copied = evaluating(model, module_fn, decay, device=device or None, buffers="average")
-        self.ema_has_module = self._copied.module is not None and hasattr(self._copied.module, "module")
+        self.ema_has_module = self._copied.module is not None and hasattr(
+            self._copied.module, "module"
+        )
         if resume:
             self._load_checkpoint(resume)
 
@@ -74,7 +76,12 @@ class ModelEmaV2(_Versioned):
     """
 
     def __init__(
-        self, model: nn.Module, decay: float = 0.9999, device: Any = None, *, module_fn: ModuleFn | None = None
+        self,
+        model: nn.Module,
+        decay: float = 0.9999,
+        device: Any = None,
+        *,
+        module_fn: ModuleFn | None = None,
     ) -> None:
         super().__init__()
         self.decay, self.device = decay, device
@@ -116,12 +123,26 @@ class ModelEmaV3(_Versioned):
     ) -> None:
         super().__init__()
         self.decay, self.min_decay, self.update_after_step = decay, min_decay, update_after_step
-        self.use_warmup, self.warmup_gamma, self.warmup_power = use_warmup, warmup_gamma, warmup_power
-        self.device, self.dtype, self.foreach, self.exclude_buffers = device, dtype, foreach, exclude_buffers
-        self.stochastic_rounding, self.stochastic_rounding_seed = stochastic_rounding, stochastic_rounding_seed
+        self.use_warmup, self.warmup_gamma, self.warmup_power = (
+            use_warmup,
+            warmup_gamma,
+            warmup_power,
+        )
+        self.device, self.dtype, self.foreach, self.exclude_buffers = (
+            device,
+            dtype,
+            foreach,
+            exclude_buffers,
+        )
+        self.stochastic_rounding, self.stochastic_rounding_seed = (
+            stochastic_rounding,
+            stochastic_rounding_seed,
+        )
         schedule = Warmup(decay, warmup_power, warmup_gamma) if use_warmup else Constant(decay)
         buffers = "copy" if exclude_buffers else "average"
-        self._keep(evaluating(model, module_fn, schedule, device=device, dtype=dtype, buffers=buffers))
+        self._keep(
+            evaluating(model, module_fn, schedule, device=device, dtype=dtype, buffers=buffers)
+        )
 
     def get_decay(self, step: int | None = None) -> float:
         """The decay of an update at this step of the optimizer; None: no warm-up and no start."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..shards import Model
-from .listed import ParameterListAverage, Shadowed, keep, put_back, source
+from ..sharding.parameters import Model
+from ._parameter_list import ParameterListAverage, Shadowed, keep, put_back, source
 
 __all__ = ["ExponentialMovingAverage"]
 
@@ -66,7 +66,9 @@ class ExponentialMovingAverage(Shadowed):
         finally:
             self.restore(given)
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         """Move and cast shadows and stored parameters. dtype: float32, float64 or bfloat16, else ValueError."""
         self._listed.to(device, dtype)
         if self.collected_params is not None:

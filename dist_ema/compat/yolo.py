@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..schedule import Ramp
-from .copied import Holder, ModuleFn, evaluating
+from ..schedules import Ramp
+from ._module import Holder, ModuleFn, evaluating
 
 __all__ = ["ModelEMA"]
 
@@ -41,11 +41,18 @@ class ModelEMA(Holder):
         self._copied.update(model, self.decay(self.updates))
 
     def update_attr(
-        self, model: nn.Module, include: Collection[str] = (), exclude: Collection[str] = ("process_group", "reducer")
+        self,
+        model: nn.Module,
+        include: Collection[str] = (),
+        exclude: Collection[str] = ("process_group", "reducer"),
     ) -> None:
         """Set the attributes of `model` (names, classes, strides) on `ema`: those in `include`, or if that is empty all but
         private ones and those in `exclude`."""
         given: dict[str, Any] = vars(model)
         for name, value in given.items():
-            if (name in include or not include) and not name.startswith("_") and name not in exclude:
+            if (
+                (name in include or not include)
+                and not name.startswith("_")
+                and name not in exclude
+            ):
                 setattr(self.ema, name, value)

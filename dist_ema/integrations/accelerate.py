@@ -69,7 +69,9 @@ def register(accelerator: Accelerator, ema: EMA, folder: str = "ema") -> Registr
     later, `save_state` raises.
     """
     _refuse_registered(accelerator, ema)
-    owners = [getattr(hook, "__self__", None) for hook in accelerator._save_model_state_pre_hook.values()]
+    owners = [
+        getattr(hook, "__self__", None) for hook in accelerator._save_model_state_pre_hook.values()
+    ]
     if any(isinstance(each, Registration) and each.writes(folder) for each in owners):
         raise ValueError(
             f"the folder {folder!r} is taken by an average that was registered before, and one would overwrite the other: "

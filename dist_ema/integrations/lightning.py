@@ -39,12 +39,16 @@ class EMACallback(Callback):  # type: ignore[misc]
     `callback.ema` is the `EMA`, from the beginning of the fit on: `callback.ema.export("out")` after it, on all ranks.
     """
 
-    def __init__(self, decay: Any = 0.9999, *, every: int = 1, start: int = 0, **options: Any) -> None:
+    def __init__(
+        self, decay: Any = 0.9999, *, every: int = 1, start: int = 0, **options: Any
+    ) -> None:
         self._make = {"decay": decay, **options}
         self._attach: dict[str, Any] = {"every": every, "start": start}
         self._lent: AbstractContextManager[EMA] | None = None
         self._undo: list[Callable[[], None]] = []
-        self._left: tuple[list[Any], dict[str, Any]] | None = None  # where the fit's weights lay, and what it averaged
+        self._left: tuple[list[Any], dict[str, Any]] | None = (
+            None  # where the fit's weights lay, and what it averaged
+        )
         self._ema: EMA | None = None
 
     @property
@@ -53,7 +57,11 @@ class EMACallback(Callback):  # type: ignore[misc]
 
         NOTE: Lightning moves the module to the host behind a fit and back for a test, so it is built again where that lies.
         """
-        if self._ema is not None and self._left is not None and self._left[0] != _places(self._ema.model):
+        if (
+            self._ema is not None
+            and self._left is not None
+            and self._left[0] != _places(self._ema.model)
+        ):
             self._ema = EMA(self._ema.model, **self._make)
             self._ema.load_state_dict(self._left[1])
             self._leave(self._ema)
@@ -99,7 +107,9 @@ class EMACallback(Callback):  # type: ignore[misc]
             self._undo.pop()()
 
     def _saving(self, trainer: Trainer, original: Callable[..., None]) -> Callable[..., None]:
-        def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> None:
+        def save_checkpoint(
+            checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any
+        ) -> None:
             assert self.ema is not None
             # NOTE: the average first, so that a checkpoint that is there has its average too.
             self.ema.save(_beside(trainer.strategy.broadcast(filepath)))
@@ -111,12 +121,16 @@ class EMACallback(Callback):  # type: ignore[misc]
         def remove_checkpoint(filepath: Any) -> None:
             where, link = _beside(filepath), os.path.islink(filepath)
             original(filepath)
-            if trainer.is_global_zero and not link and os.path.isdir(where):  # what a link names has its average still
+            if (
+                trainer.is_global_zero and not link and os.path.isdir(where)
+            ):  # what a link names has its average still
                 trainer.strategy.checkpoint_io.remove_checkpoint(where)
 
         return remove_checkpoint
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if self.ema is not None and not self._undo:
             warnings.warn(
                 "trainer.save_checkpoint() after the fit writes no average, and a fit cannot resume from it. Let "
@@ -148,7 +162,9 @@ class EMACallback(Callback):  # type: ignore[misc]
 
     on_test_end = on_predict_end = on_validation_end
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._take_back(exception)
 
     def _take_back(self, error: BaseException | None = None) -> None:
@@ -162,7 +178,9 @@ class EMACallback(Callback):  # type: ignore[misc]
         if trainer.ckpt_path is not None:
             self.ema = EMA(model, **self._make)
             self.ema.load(_beside(trainer.ckpt_path, must=True))
-        elif self.ema is None or {*map(id, self.ema.model.parameters())} != {*map(id, model.parameters())}:
+        elif self.ema is None or {*map(id, self.ema.model.parameters())} != {
+            *map(id, model.parameters())
+        }:
             raise RuntimeError(
                 f"EMACallback has no average of this {type(trainer.lightning_module).__name__}: fit it first with the same "
                 "callback, or pass ckpt_path=."

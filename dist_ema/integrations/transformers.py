@@ -42,7 +42,13 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(
-        self, decay: Any = 0.9999, *, every: int = 1, start: int = 0, live: bool = True, **options: Any
+        self,
+        decay: Any = 0.9999,
+        *,
+        every: int = 1,
+        start: int = 0,
+        live: bool = True,
+        **options: Any,
     ) -> None:
         self._make = {"decay": decay, **options}
         self._attach: dict[str, Any] = {"every": every, "start": start}
@@ -103,7 +109,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             assert self.ema is not None
             if "loss" in logs:  # of training steps
                 said = self.ema.metrics(distance=False)
-                logs = logs | {f"ema_{name}": said[name] for name in ("decay", "updates", "skipped")}
+                logs = logs | {
+                    f"ema_{name}": said[name] for name in ("decay", "updates", "skipped")
+                }
             original(logs, *args, **kwargs)
 
         return log
@@ -113,10 +121,15 @@ def _caller() -> tuple[Trainer, str | None]:
     """The trainer that called, and the checkpoint that it resumes from ([Note: reaching the trainer])."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if isinstance(frame.f_locals.get("self"), Trainer) and "resume_from_checkpoint" in frame.f_locals:
+        if (
+            isinstance(frame.f_locals.get("self"), Trainer)
+            and "resume_from_checkpoint" in frame.f_locals
+        ):
             return frame.f_locals["self"], frame.f_locals["resume_from_checkpoint"]
         frame = frame.f_back
-    raise RuntimeError("EMACallback works inside transformers.Trainer.train(); for another loop use EMA itself.")
+    raise RuntimeError(
+        "EMACallback works inside transformers.Trainer.train(); for another loop use EMA itself."
+    )
 
 
 def _beside(checkpoint: str) -> Path:

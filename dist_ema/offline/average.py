@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import combine, sink
-from ..source import Source, open_model, refuse_odd
+from . import blend, writer
+from .sources import Source, open_model, refuse_odd
 
 __all__ = ["AverageReport", "average", "in_order", "shares"]
 
@@ -55,27 +55,36 @@ def average(
     chosen = ordered[-lawa:] if lawa else ordered
     parts = shares(len(chosen), weights, wma)
     if lawa and lawa > len(ordered):
-        raise ValueError(f"--lawa {lawa} asks for more models than the {len(ordered)} that were given.")
+        raise ValueError(
+            f"--lawa {lawa} asks for more models than the {len(ordered)} that were given."
+        )
     for path in chosen:
         # NOTE: over one of them is fine, as it is read before it is replaced.
         if os.path.realpath(path) != os.path.realpath(out):
-            sink.refuse_place(path, out)
+            writer.refuse_place(path, out)
     with ExitStack() as stack:
         models = [stack.enter_context(open_model(path)) for path in chosen]
         last = models[-1]
         for each in models:
             refuse_odd(each)
-        combine.alike(models, last)
-        names = frozenset(name for name, entry in last.entries.items() if combine.numeric(entry.dtype))
+        blend.alike(models, last)
+        names = frozenset(
+            name for name, entry in last.entries.items() if blend.numeric(entry.dtype)
+        )
         taken = [name for name in sorted(set(last.entries) - names) if _differs(models, name)]
         kinds = {} if dtype is None else dict.fromkeys(names, dtype)
-        blend = combine.Blend(list(zip(models, parts, strict=True)), last, names, kinds)
+        mean = blend.Blend(list(zip(models, parts, strict=True)), last, names, kinds)
         terms = list(zip(chosen, parts, strict=True))
-        said = {"models": [{"path": path, "weight": part} for path, part in terms], "taken_from_last": taken}
+        said = {
+            "models": [{"path": path, "weight": part} for path, part in terms],
+            "taken_from_last": taken,
+        }
         meta = {"clock": {}, "schedules": [], "extra": {"average": said}}
-        total = sum(entry.nbytes for entry in blend.entries.values())
+        total = sum(entry.nbytes for entry in mean.entries.values())
         with progress("averaging", total) as tick:
-            combine.write(Path(out), blend, meta, max_shard_size=max_shard_size, force=force, tick=tick)
+            blend.write(
+                Path(out), mean, meta, max_shard_size=max_shard_size, force=force, tick=tick
+            )
     return AverageReport(Path(out), terms, len(names), taken)
 
 
@@ -104,19 +113,24 @@ def in_order(paths: Sequence[str]) -> list[str]:
     differ = [i for i in range(lengths.pop()) if len({each[i] for each in split}) > 1]
     if len(differ) != 1 or differ[0] % 2 == 0:
         return list(paths)
-    return [path for _, path in sorted(zip((int(each[differ[0]]) for each in split), paths, strict=True))]
+    return [
+        path
+        for _, path in sorted(zip((int(each[differ[0]]) for each in split), paths, strict=True))
+    ]
 
 
 def _differs(models: Sequence[Source], name: str) -> bool:
     """Whether a weight is not the same, bit for bit, in all models."""
     last = models[-1]
     entry = last.entries[name]
-    for begin in range(0, entry.nbytes, combine.WINDOW):
-        end = min(begin + combine.WINDOW, entry.nbytes)
+    for begin in range(0, entry.nbytes, blend.WINDOW):
+        end = min(begin + blend.WINDOW, entry.nbytes)
         wanted = last.read(name, begin, end)
         for model in models[:-1]:
-            here = combine.locate(model, name, last)
-            same = model.entries[here].dtype == entry.dtype and bool((model.read(here, begin, end) == wanted).all())
+            here = blend.locate(model, name, last)
+            same = model.entries[here].dtype == entry.dtype and bool(
+                (model.read(here, begin, end) == wanted).all()
+            )
             model.close()
             if not same:
                 return True

@@ -14,11 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint, commit, distcp, elements, foreign, format, sink
-from ..console import some
-from ..elements import Bytes
-from ..foreign import FoundAverage, Leaf
-from ..source import WINDOW, Safetensors, Source, pickled
+from .. import _version, dtypes
+from ..checkpoint import atomic, manifest, safetensors
+from ..dtypes import Bytes
+from ..foreign import recognise, torch_dcp, torch_save
+from ..foreign.recognise import FoundAverage, Leaf
+from ..text import some
+from . import writer
+from .sources import WINDOW, Safetensors, Source, pickled
 
 __all__ = ["ConvertPlan", "ConvertRequest", "candidates", "plan", "write"]
 
@@ -60,8 +63,11 @@ class ConvertPlan:
         return sum(entry.nbytes for entry in self.entries.values())
 
     @property
-    def entries(self) -> dict[str, format.Entry]:
-        return {name: format.Entry(self.dtypes[name], tuple(leaf.shape)) for name, leaf in self.weights.items()}
+    def entries(self) -> dict[str, safetensors.Entry]:
+        return {
+            name: safetensors.Entry(self.dtypes[name], tuple(leaf.shape))
+            for name, leaf in self.weights.items()
+        }
 
 
 @dataclass
@@ -93,19 +99,19 @@ class _InFile:
 
 def _open(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
     """Raises FileNotFoundError, and ValueError for what is no checkpoint."""
-    path = commit.follow(path)
+    path = atomic.follow(path)
     if not path.exists():
-        commit.recover(path)
+        atomic.recover(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     if not path.is_dir():
         return _open_file(path, inert, stack)
-    if (path / distcp.META).exists():
-        return _open_dcp(stack.enter_context(distcp.Folder(path)))
+    if (path / torch_dcp.META).exists():
+        return _open_dcp(stack.enter_context(torch_dcp.Folder(path)))
     return _open_folder(path, inert, stack)
 
 
-def _open_dcp(folder: distcp.Folder) -> _ObjectTree:
+def _open_dcp(folder: torch_dcp.Folder) -> _ObjectTree:
     root: dict[str, Any] = {}
     for name in folder.entries:
         *above, last = folder.paths[name]
@@ -132,12 +138,18 @@ def _lists(node: Any) -> Any:
 
 def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
     """A folder of Hugging Face, diffusers, or with one checkpoint in it."""
-    if (path / format.META).exists():
-        raise ValueError(f"{path} is dist_ema's own already: `dist-ema export {path} OUT` makes a model of it.")
+    if (path / manifest.META).exists():
+        raise ValueError(
+            f"{path} is dist_ema's own already: `dist-ema export {path} OUT` makes a model of it."
+        )
     indices = [each.name for each in path.glob("*.safetensors.index.json")]
     files = sorted(each.name for each in path.glob("*.safetensors"))
     if len(indices) == 1 or len(files) == 1:
-        names = sorted(set(format.read_index(path, indices[0]).values())) if len(indices) == 1 else files
+        names = (
+            sorted(set(safetensors.read_index(path, indices[0]).values()))
+            if len(indices) == 1
+            else files
+        )
         models = [stack.enter_context(Safetensors(path / name)) for name in names]
         root = {name: _InFile(model, name) for model in models for name in model.entries}
         return _ObjectTree(root, "safetensors", extra=_of_config(path / "config.json"))
@@ -145,7 +157,9 @@ def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectT
     if len(others) == 1 and not files:
         return _open_file(others[0], inert, stack)
     there = ", ".join([*files, *(each.name for each in others)][:5])
-    raise ValueError(f"{path} holds {'several checkpoints: ' + there if there else 'no checkpoint'}. Name one file.")
+    raise ValueError(
+        f"{path} holds {'several checkpoints: ' + there if there else 'no checkpoint'}. Name one file."
+    )
 
 
 def _of_config(path: Path) -> dict[str, Any]:
@@ -156,7 +170,11 @@ def _of_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(said, dict) or "optimization_step" not in said:
         return {}
-    return {name: foreign.plain(said[name]) for name in _DIFFUSERS if foreign.plain(said.get(name)) is not None}
+    return {
+        name: recognise.plain(said[name])
+        for name in _DIFFUSERS
+        if recognise.plain(said.get(name)) is not None
+    }
 
 
 def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
@@ -165,9 +183,11 @@ def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTre
     if path.suffix == ".safetensors" or not pickled(path):
         model = stack.enter_context(Safetensors(path))
         return _ObjectTree({name: _InFile(model, name) for name in model.entries}, "safetensors")
-    root, odd = checkpoint.load(path, inert)
+    root, odd = torch_save.load(path, inert)
     if not isinstance(root, (dict, list)):
-        raise ValueError(f"{path} holds a {type(root).__name__}, not a table of tensors. Save state_dict() of it.")
+        raise ValueError(
+            f"{path} holds a {type(root).__name__}, not a table of tensors. Save state_dict() of it."
+        )
     return _ObjectTree(root, "torch", True, odd)
 
 
@@ -182,11 +202,13 @@ def candidates(job: ConvertRequest) -> tuple[list[FoundAverage], Mapping[str, st
 
 
 def _found(tree: _ObjectTree) -> list[FoundAverage]:
-    found = foreign.find(tree.root)
+    found = recognise.find(tree.root)
     if tree.extra:
         why = "config.json has an optimization_step: EMAModel.save_pretrained"
         found = [
-            replace(each, kind="diffusers", why=why, average=True, extra=tree.extra) for each in found if not each.key
+            replace(each, kind="diffusers", why=why, average=True, extra=tree.extra)
+            for each in found
+            if not each.key
         ]
     return found
 
@@ -194,7 +216,7 @@ def _found(tree: _ObjectTree) -> list[FoundAverage]:
 def plan(job: ConvertRequest, stack: ExitStack) -> ConvertPlan:
     """Open the source, choose, name. Raises ValueError with what to do. The stack closes what is read from."""
     tree = _open(job.source, job.inert, stack)
-    found = foreign.at(tree.root, job.key) if job.key is not None else _choose(job, tree)
+    found = recognise.at(tree.root, job.key) if job.key is not None else _choose(job, tree)
     notes = [f"took {_title(found)}: {found.why}"]
     if not found.average:
         notes.append("nothing in it says that it is an average")
@@ -212,7 +234,9 @@ def _choose(job: ConvertRequest, tree: _ObjectTree) -> FoundAverage:
     found = _found(tree)
     wanted = [each for each in found if job.kind in ("auto", "dcp", each.kind)]
     if job.kind == "dcp" and tree.form != "dcp":
-        raise ValueError(f"{job.source} holds no {distcp.META}: it is no folder of torch.distributed.checkpoint.")
+        raise ValueError(
+            f"{job.source} holds no {torch_dcp.META}: it is no folder of torch.distributed.checkpoint."
+        )
     sure = [each for each in wanted if each.average and each.kind != "raw"]
     likely = [each for each in wanted if each.average]
     alone = wanted if len(wanted) == 1 and (wanted[0].key == "" or job.kind != "auto") else []
@@ -220,9 +244,13 @@ def _choose(job: ConvertRequest, tree: _ObjectTree) -> FoundAverage:
         if len(chosen) == 1:
             return chosen[0]
         if chosen:
-            raise ValueError(f"{job.source} holds several averages: {_listed(chosen)}. Choose one with --key.")
+            raise ValueError(
+                f"{job.source} holds several averages: {_listed(chosen)}. Choose one with --key."
+            )
     what = "an average" if job.kind in ("auto", "dcp") else f"what {job.kind} writes"
-    there = f"It holds {_listed(found)}: choose with --key" if found else "It holds no table of tensors"
+    there = (
+        f"It holds {_listed(found)}: choose with --key" if found else "It holds no table of tensors"
+    )
     raise ValueError(f"{job.source} does not show {what}. {there}.")
 
 
@@ -247,50 +275,70 @@ def _named(job: ConvertRequest, found: FoundAverage, stack: ExitStack) -> FoundA
             raise ValueError(f"{job.like} is not valid JSON: {error}.") from None
         if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
             raise ValueError(f"{job.like} must hold a list of names.")
-        return foreign.name(found, names, True)
+        return recognise.name(found, names, True)
     tree = _open(job.like, job.inert, stack)
-    live = [each for each in foreign.find(tree.root) if each.weights and not each.average]
+    live = [each for each in recognise.find(tree.root) if each.weights and not each.average]
     if len(live) != 1:
-        raise ValueError(f"{job.like} must hold one table of live weights, found {_listed(live) or 'none'}.")
-    return foreign.name(found, live[0].weights, tree.ordered)
+        raise ValueError(
+            f"{job.like} must hold one table of live weights, found {_listed(live) or 'none'}."
+        )
+    return recognise.name(found, live[0].weights, tree.ordered)
 
 
 def _complete(
     job: ConvertRequest, tree: _ObjectTree, found: FoundAverage, notes: list[str], nameless: bool
 ) -> ConvertPlan:
-    weights, rest = foreign.canonical(found.weights), foreign.canonical(_rest(job, tree, found))
-    odd = sorted(name for name, leaf in rest.items() if name in weights and leaf.shape != weights[name].shape)
+    weights, rest = recognise.canonical(found.weights), recognise.canonical(_rest(job, tree, found))
+    odd = sorted(
+        name for name, leaf in rest.items() if name in weights and leaf.shape != weights[name].shape
+    )
     if odd:
-        raise ValueError(f"{odd[0]} is {weights[odd[0]].shape} in the average, {rest[odd[0]].shape} in the live model.")
+        raise ValueError(
+            f"{odd[0]} is {weights[odd[0]].shape} in the average, {rest[odd[0]].shape} in the live model."
+        )
     tied = _tied(weights, rest)
     notes.extend(f"{name} is tied to {other} in the live model" for name, other in tied.items())
     weights |= {name: weights[other] for name, other in tied.items()}
-    more = {} if job.averaged_only else {name: leaf for name, leaf in rest.items() if name not in weights}
+    more = (
+        {}
+        if job.averaged_only
+        else {name: leaf for name, leaf in rest.items() if name not in weights}
+    )
     if more:
         notes.append(
             f"{len(more)} weights that are not averaged come from the live model: {', '.join(sorted(more)[:3])} ..."
         )
-    averaged = sorted(name for name, leaf in weights.items() if leaf.dtype in elements.FLOATS and found.average)
+    averaged = sorted(
+        name for name, leaf in weights.items() if leaf.dtype in dtypes.FLOATS and found.average
+    )
     whole = not job.averaged_only and (bool(more) or (found.kind != "dist-ema" and not nameless))
     weights = weights | more
     if job.prefix:
-        weights = {name[len(job.prefix) :]: leaf for name, leaf in weights.items() if name.startswith(job.prefix)}
+        weights = {
+            name[len(job.prefix) :]: leaf
+            for name, leaf in weights.items()
+            if name.startswith(job.prefix)
+        }
         averaged = [name[len(job.prefix) :] for name in averaged if name.startswith(job.prefix)]
     if not weights:
         raise ValueError(f"no weight of {_title(found)} begins with {job.prefix!r}.")
-    chosen = ConvertPlan(replace(found, extra={**tree.extra, **found.extra}), weights, averaged, {}, {}, whole, notes)
+    chosen = ConvertPlan(
+        replace(found, extra={**tree.extra, **found.extra}), weights, averaged, {}, {}, whole, notes
+    )
     return _deduplicated(job, chosen)
 
 
 def _rest(job: ConvertRequest, tree: _ObjectTree, found: FoundAverage) -> Mapping[str, Leaf]:
     """The live model beside the average, for what is not averaged."""
     if job.rest is not None:
-        return {**foreign.at(tree.root, job.rest).weights, **found.rest}
+        return {**recognise.at(tree.root, job.rest).weights, **found.rest}
     if found.kind != "dist-ema" or job.averaged_only:
         return found.rest
     names = set(found.weights)
     live = [
-        each for each in foreign.find(tree.root) if not each.average and names <= set(foreign.canonical(each.weights))
+        each
+        for each in recognise.find(tree.root)
+        if not each.average and names <= set(recognise.canonical(each.weights))
     ]
     return {**(live[0].weights if len(live) == 1 else {}), **found.rest}
 
@@ -303,7 +351,11 @@ def _tied(averaged: Mapping[str, Leaf], live: Mapping[str, Leaf]) -> dict[str, s
     known = {name: live[name] for name in averaged if name in live}
     found = {}
     for name, leaf in live.items():
-        like = [other for other, one in known.items() if (one.dtype, one.shape) == (leaf.dtype, leaf.shape)]
+        like = [
+            other
+            for other, one in known.items()
+            if (one.dtype, one.shape) == (leaf.dtype, leaf.shape)
+        ]
         same = [other for other in like if name not in averaged and _is_one(leaf, known[other])]
         if same:
             found[name] = same[0]
@@ -326,8 +378,11 @@ def _deduplicated(job: ConvertRequest, plan: ConvertPlan) -> ConvertPlan:
         if first.setdefault(key, name) != name:
             aliases[name] = first[key]
     kept = {name: leaf for name, leaf in plan.weights.items() if name not in aliases}
-    floating = {name for name, leaf in kept.items() if leaf.dtype in elements.FLOATS}
-    dtypes = {name: job.dtype if job.dtype and name in floating else leaf.dtype for name, leaf in kept.items()}
+    floating = {name for name, leaf in kept.items() if leaf.dtype in dtypes.FLOATS}
+    dtypes = {
+        name: job.dtype if job.dtype and name in floating else leaf.dtype
+        for name, leaf in kept.items()
+    }
     averaged = [name for name in plan.averaged if name in kept]
     return replace(plan, weights=kept, averaged=averaged, aliases=aliases, dtypes=dtypes)
 
@@ -336,32 +391,47 @@ def _deduplicated(job: ConvertRequest, plan: ConvertPlan) -> ConvertPlan:
 
 
 def write(
-    plan: ConvertPlan, out: Path, *, force: bool, tick: Callable[[int], None], max_shard_size: str = "5GB"
+    plan: ConvertPlan,
+    out: Path,
+    *,
+    force: bool,
+    tick: Callable[[int], None],
+    max_shard_size: str = "5GB",
 ) -> dict[str, Any]:
     """Write the model, atomically. Returns its ema.json. *Cost*: one window."""
     out = Path(os.path.realpath(out))  # through a link
     one = out.suffix == ".safetensors"
     metadata = dict(plan.aliases) if one else {}
     files = (
-        {out.name: format.header(plan.entries, metadata)}
+        {out.name: safetensors.header(plan.entries, metadata)}
         if one
-        else format.plan(plan.entries, max_shard_size, metadata)
+        else safetensors.plan(plan.entries, max_shard_size, metadata)
     )
     meta: dict[str, Any] = {
-        "format": format.FORMAT, "kind": "export", "weights": "all" if plan.whole else "averaged",
+        "format": manifest.FORMAT, "kind": "export", "weights": "all" if plan.whole else "averaged",
         "clock": {}, "schedules": [], "attach": None, "averages": {}, "averaged": sorted(plan.averaged), "own_buffers": [],
-        "aliases": format.group_aliases(plan.aliases),
-        "dtypes": {name: elements.TO_TORCH[leaf.dtype] for name, leaf in plan.weights.items()},
-        "versions": {"dist_ema": format.VERSION},
+        "aliases": manifest.group_aliases(plan.aliases),
+        "dtypes": {name: dtypes.TO_TORCH[leaf.dtype] for name, leaf in plan.weights.items()},
+        "versions": {"dist_ema": _version.VERSION},
         "extra": {"converted": {"from": plan.found.kind, "key": plan.found.key, **plan.found.extra}},
     }  # fmt: skip
-    model = sink.Model(files, format.INDEX, {}, meta)
-    sink.write(out, model, lambda name: _content(plan.weights[name], plan.dtypes[name], name), force=force, tick=tick)
+    model = writer.Model(files, safetensors.INDEX, {}, meta)
+    writer.write(
+        out,
+        model,
+        lambda name: _content(plan.weights[name], plan.dtypes[name], name),
+        force=force,
+        tick=tick,
+    )
     return meta
 
 
 def _content(leaf: Leaf, dtype: str, name: str = "") -> Iterator[Bytes]:
-    size = format.Entry(leaf.dtype, tuple(leaf.shape)).nbytes
+    size = safetensors.Entry(leaf.dtype, tuple(leaf.shape)).nbytes
     for begin in range(0, size, WINDOW):
         raw = leaf.read(begin, min(begin + WINDOW, size))
-        yield raw if leaf.dtype == dtype else elements.fitted(name, elements.widen(raw, leaf.dtype), dtype)
+        yield (
+            raw
+            if leaf.dtype == dtype
+            else dtypes.fitted(name, dtypes.widen(raw, leaf.dtype), dtype)
+        )

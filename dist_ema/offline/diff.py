@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..console import Bar, Tick, silent
-from ..elements import FLOATS, Bytes, widen
-from ..format import ITEMSIZE
-from ..source import Source, open_model, refuse_odd, windows
+from ..checkpoint.safetensors import ITEMSIZE
+from ..dtypes import FLOATS, Bytes, widen
+from ..text import Bar, Tick, silent
+from .sources import Source, open_model, refuse_odd, windows
 
 __all__ = ["Difference", "Row", "diff"]
 
@@ -61,13 +61,17 @@ class Difference:
         """The rows that differ: at all, dtypes included; or, with a threshold, by a larger distance."""
         if threshold is None:
             return [row for row in self.rows if row.changed or row.dtypes[0] != row.dtypes[1]]
-        return [row for row in self.rows if (row.changed > 0 if row.exact else row.distance > threshold)]
+        return [
+            row for row in self.rows if (row.changed > 0 if row.exact else row.distance > threshold)
+        ]
 
     def same(self, threshold: float | None = None) -> bool:
         return not (self.missing or self.unexpected or self.reshaped or self.beyond(threshold))
 
 
-def diff(a: str | Path, b: str | Path, *, which: tuple[int | str, int | str] = (0, 0), bar: Bar = silent) -> Difference:
+def diff(
+    a: str | Path, b: str | Path, *, which: tuple[int | str, int | str] = (0, 0), bar: Bar = silent
+) -> Difference:
     """Compare two models of any form. Tied weights are compared under every name that both know, each pair once.
 
     Raises FileNotFoundError and ValueError as `source.open_model`, and ValueError for tensors that cannot be read.
@@ -108,7 +112,9 @@ def _row(name: str, one: Source, mine: str, other: Source, theirs: str, tick: Ti
     squares = norm = largest = 0.0
     changed = 0
     sizes = ITEMSIZE[a.dtype] * WINDOW, ITEMSIZE[b.dtype] * WINDOW
-    for raw, against in zip(windows(one, mine, sizes[0]), windows(other, theirs, sizes[1]), strict=True):
+    for raw, against in zip(
+        windows(one, mine, sizes[0]), windows(other, theirs, sizes[1]), strict=True
+    ):
         x, delta, n = _compare(raw, a.dtype, against, b.dtype)
         norm += _square(x)
         if n:
@@ -116,7 +122,14 @@ def _row(name: str, one: Source, mine: str, other: Source, theirs: str, tick: Ti
             squares += _square(delta)
             changed += n
         tick(len(raw))
-    return Row(name, _ratio(squares, norm, changed), largest, changed, math.prod(a.shape), (a.dtype, b.dtype))
+    return Row(
+        name,
+        _ratio(squares, norm, changed),
+        largest,
+        changed,
+        math.prod(a.shape),
+        (a.dtype, b.dtype),
+    )
 
 
 def _square(values: NDArray[Any]) -> float:
@@ -136,7 +149,9 @@ def _far(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _compare(raw: Bytes, dtype: str, against: Bytes, other: str) -> tuple[NDArray[Any], NDArray[Any], int]:
+def _compare(
+    raw: Bytes, dtype: str, against: Bytes, other: str
+) -> tuple[NDArray[Any], NDArray[Any], int]:
     """A in float64; |A - B|; and how many elements are not the same value. NaN is the same as NaN."""
     a, b = _numbers(raw, dtype), _numbers(against, other)
     if (dtype == "C64") != (other == "C64"):

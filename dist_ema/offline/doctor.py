@@ -18,8 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .. import commit
-from ..console import size
+from ..checkpoint import atomic
+from ..text import size
 
 __all__ = ["Check", "examine", "self_test"]
 
@@ -45,7 +45,9 @@ class Check:
 
 def examine(folder: Path, *, timeout: float = 120.0, test: bool = True) -> Iterator[Check]:
     """Every check, one after another as they are done. folder: where averages are to be saved."""
-    yield Check("python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+    yield Check(
+        "python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
+    )
     yield from (_package(name, least, True) for name, least in _NEEDED.items())
     yield from (_package(name, least, False) for name, least in _KNOWN.items() if _version(name))
     facts = _ask(timeout)
@@ -89,16 +91,22 @@ def _parts(text: str) -> tuple[int, ...]:
 
 def _ask(timeout: float) -> dict[str, Any] | Check:
     """What torch says, from a process of its own: importing it can crash."""
-    line = [sys.executable, "-m", "dist_ema.offline.patient", "facts"]
+    line = [sys.executable, "-m", "dist_ema.offline.doctor_worker", "facts"]
     try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=timeout, env=_environment())
+        done = subprocess.run(
+            line, capture_output=True, text=True, timeout=timeout, env=_environment()
+        )
     except subprocess.TimeoutExpired:
         return Check("torch", "problem", f"did not answer within {timeout:g} s of being imported")
     try:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
     except (IndexError, ValueError):
-        return Check("torch", "problem", f"cannot be imported: {_last(done.stderr) or f'exit code {done.returncode}'}")
+        return Check(
+            "torch",
+            "problem",
+            f"cannot be imported: {_last(done.stderr) or f'exit code {done.returncode}'}",
+        )
 
 
 def _environment() -> dict[str, str]:
@@ -116,15 +124,31 @@ def _last(text: str) -> str:
 def _of_torch(facts: Mapping[str, Any]) -> Iterator[Check]:
     kind = facts["accelerator"]
     devices = ", ".join(sorted(set(facts["devices"])))
-    built = f"CUDA {facts['cuda']}" if facts["cuda"] else f"ROCm {facts['hip']}" if facts["hip"] else "CPU only"
+    built = (
+        f"CUDA {facts['cuda']}"
+        if facts["cuda"]
+        else f"ROCm {facts['hip']}"
+        if facts["hip"]
+        else "CPU only"
+    )
     if kind:
-        yield Check("accelerator", "ok", f"{len(facts['devices']) or ''} {kind} {devices} ({built})".strip())
+        yield Check(
+            "accelerator", "ok", f"{len(facts['devices']) or ''} {kind} {devices} ({built})".strip()
+        )
     elif facts["cuda"] or facts["hip"]:
-        yield Check("accelerator", "note", f"none found, though torch is built for {built}: is the driver there?")
+        yield Check(
+            "accelerator",
+            "note",
+            f"none found, though torch is built for {built}: is the driver there?",
+        )
     else:
         yield Check("accelerator", "ok", f"none ({built})")
     if not facts["gloo"]:
-        yield Check("backends", "problem", "torch is built without gloo: saving and check-in need it on the host")
+        yield Check(
+            "backends",
+            "problem",
+            "torch is built without gloo: saving and check-in need it on the host",
+        )
     elif kind == "cuda" and not facts["nccl"]:
         yield Check("backends", "note", "gloo, but no NCCL: ranks on several GPUs will be slow")
     else:
@@ -165,10 +189,16 @@ def _free(folder: Path) -> Check:
     text = f"{folder}: {kind or 'unknown file system'}, {size(free)} free"
     if kind.startswith(_NETWORK):
         return Check(
-            "folder", "note", f"{text}; shared by hosts, so keep the default mode of saving (not mode='direct')"
+            "folder",
+            "note",
+            f"{text}; shared by hosts, so keep the default mode of saving (not mode='direct')",
         )
     if free < 1 << 30:
-        return Check("folder", "note", f"{text}; a new version is written beside the old one, so both must fit")
+        return Check(
+            "folder",
+            "note",
+            f"{text}; a new version is written beside the old one, so both must fit",
+        )
     return Check("folder", "ok", text)
 
 
@@ -185,7 +215,7 @@ def _file_system(folder: Path) -> str:
 
 
 def _exchange(inside: Path) -> Check:
-    if commit.exchanges(inside):
+    if atomic.exchanges(inside):
         return Check("replacing", "ok", "two folders can be exchanged in one step")
     return Check(
         "replacing",
@@ -199,7 +229,9 @@ def _reserve(inside: Path) -> Check:
         with open(inside / "reserve", "wb") as file, contextlib.suppress(OSError):
             os.posix_fallocate(file.fileno(), 0, 1 << 20)
             return Check("reserving", "ok", "space is reserved before anything is written")
-    return Check("reserving", "note", "space cannot be reserved here: a full disk is found while writing")
+    return Check(
+        "reserving", "note", "space cannot be reserved here: a full disk is found while writing"
+    )
 
 
 # --- the self-test -----------------------------------------------------------------------------------------------
@@ -224,7 +256,15 @@ def self_test(timeout: float) -> Check:
 
 
 def _start(rank: int, folder: Path) -> subprocess.Popen[bytes]:
-    line = [sys.executable, "-m", "dist_ema.offline.patient", "rank", str(rank), str(_WORLD), str(folder)]
+    line = [
+        sys.executable,
+        "-m",
+        "dist_ema.offline.doctor_worker",
+        "rank",
+        str(rank),
+        str(_WORLD),
+        str(folder),
+    ]
     with open(folder / f"rank-{rank}.txt", "wb") as errors:
         return subprocess.Popen(line, env=_environment(), stdout=subprocess.DEVNULL, stderr=errors)
 
@@ -255,7 +295,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _wrong(codes: list[int | None], said: list[dict[str, Any]], timeout: float) -> Iterator[str]:
     """The ranks that failed; those that only waited for them where none did."""
-    failed = [i for i, each in enumerate(said) if each["error"] or (codes[i] and each["step"] != "done")]
+    failed = [
+        i for i, each in enumerate(said) if each["error"] or (codes[i] and each["step"] != "done")
+    ]
     for i in failed:
         yield f"rank {i} at '{said[i]['step']}': {said[i]['error'] or f'died with exit code {codes[i]}'}"
     for i, each in enumerate(said if not failed else ()):

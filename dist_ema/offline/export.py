@@ -11,10 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import card, format, manifest, sink
-from ..console import Bar, silent, some
-from ..elements import FLOATS, TORCH, Bytes, fitted, narrow, widen
-from ..source import Checked, Safetensors, Source, labels, open_model, refuse_odd, windows
+from .. import _version
+from ..checkpoint import manifest, safetensors
+from ..dtypes import FLOATS, TORCH, Bytes, fitted, narrow, widen
+from ..text import Bar, silent, some
+from . import model_card, writer
+from .report import report_on
+from .report import sums as recorded_sums
+from .sources import Checked, Safetensors, Source, labels, open_model, refuse_odd, windows
 
 __all__ = ["Exported", "export"]
 
@@ -37,14 +41,14 @@ class _Form:
     """What the files will hold."""
 
     names: dict[str, str]  # name in the files -> name in the source
-    entries: dict[str, format.Entry]  # by the names in the files
-    files: dict[str, format.SafetensorsFile]
+    entries: dict[str, safetensors.Entry]  # by the names in the files
+    files: dict[str, safetensors.SafetensorsFile]
     index: str
     aliases: dict[str, list[str]]  # name in the files -> further names of the same weight
 
     @property
     def dtypes(self) -> dict[str, int]:
-        return card.dtypes(self.entries)
+        return model_card.dtypes(self.entries)
 
 
 def export(
@@ -65,17 +69,19 @@ def export(
     """
     where = Path(os.path.realpath(out))
     for each in (src,) if like is None else (src, like):
-        sink.refuse_place(each, out)
-    sink.refuse_target(where, force)
+        writer.refuse_place(each, out)
+    writer.refuse_target(where, force)
     with open_model(src, which) as model:
         _refuse_part(model, like)
         meta = _sound(model)
         form = _form(model, meta, where, dtype, max_shard_size, like)
         meta = _meta(model, meta, form)
         beside = (
-            {} if where.suffix == ".safetensors" else card.beside(Path(like or model.path), where, meta, form.entries)
+            {}
+            if where.suffix == ".safetensors"
+            else model_card.beside(Path(like or model.path), where, meta, form.entries)
         )
-        target = sink.Model(form.files, form.index, beside, meta)
+        target = writer.Model(form.files, form.index, beside, meta)
         source = Checked(model)
 
         def content(name: str) -> Iterator[Bytes]:
@@ -84,10 +90,12 @@ def export(
                 yield raw if was == now else _cast(name, raw, was, now)
 
         with bar(sum(entry.nbytes for entry in form.entries.values())) as tick:
-            sink.write(where, target, content, force=force, tick=tick, check=source.finish)
-    average = ", ".join(map(card.format_schedule, meta["schedules"]))
+            writer.write(where, target, content, force=force, tick=tick, check=source.finish)
+    average = ", ".join(map(model_card.format_schedule, meta["schedules"]))
     files = {name: file.size for name, file in form.files.items()}
-    return Exported(str(out), str(src), average, files, len(form.entries), form.dtypes, sorted(beside))
+    return Exported(
+        str(out), str(src), average, files, len(form.entries), form.dtypes, sorted(beside)
+    )
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------
@@ -106,9 +114,13 @@ def _refuse_part(model: Source, like: str | Path | None) -> None:
     if like is None:  # which proves that nothing is missing
         refuse_odd(model)
     run = path.parent.parent
-    if path.parent.name == "averages" and (run / format.META).exists():
+    if path.parent.name == "averages" and (run / manifest.META).exists():
         raise ValueError(f"{model.path} is a part of {run}: export that with --which {path.name}.")
-    listed = path.is_file() and (path.parent / format.META).exists() and format.read_meta(path.parent)["files"]
+    listed = (
+        path.is_file()
+        and (path.parent / manifest.META).exists()
+        and manifest.read_meta(path.parent)["files"]
+    )
     if listed and path.name in listed:
         raise ValueError(f"{model.path} is a part of {path.parent}: name the folder.")
 
@@ -117,10 +129,10 @@ def _sound(model: Source) -> dict[str, Any]:
     """ema.json with all its parts. Raises ValueError if it contradicts the files; {} where there is none."""
     if model.meta is None:
         return {}
-    report = manifest.report_on(model.path)
+    report = report_on(model.path)
     if report.problems:
         raise ValueError(
-            f"{model.path / format.META} is not sound: {report.problems[0]}. `dist-ema verify` lists everything."
+            f"{model.path / manifest.META} is not sound: {report.problems[0]}. `dist-ema verify` lists everything."
         )
     return report.meta
 
@@ -129,23 +141,34 @@ def _sound(model: Source) -> dict[str, Any]:
 
 
 def _form(
-    model: Source, meta: dict[str, Any], where: Path, dtype: str | None, size: int | str | None, like: str | Path | None
+    model: Source,
+    meta: dict[str, Any],
+    where: Path,
+    dtype: str | None,
+    size: int | str | None,
+    like: str | Path | None,
 ) -> _Form:
     if size is not None:
-        format.size_of(size)
+        safetensors.size_of(size)
     if like is not None:
         with open_model(like) as theirs:
             return _as_theirs(model, theirs, where, dtype, size)
     native = meta.get("dtypes", {}) if meta.get("kind") == "ema" else {}
     entries = {
-        name: format.Entry(_kind(entry.dtype, dtype or TORCH.get(str(native.get(name)))), entry.shape)
+        name: safetensors.Entry(
+            _kind(entry.dtype, dtype or TORCH.get(str(native.get(name)))), entry.shape
+        )
         for name, entry in model.entries.items()
     }
     names = {name: name for name in entries}
     aliases = _aliases(model, names)
     if where.suffix == ".safetensors":
-        return _Form(names, entries, _one_file(where, entries, aliases, size), format.INDEX, aliases)
-    return _Form(names, entries, format.plan(entries, size or "5GB"), format.INDEX, aliases)
+        return _Form(
+            names, entries, _one_file(where, entries, aliases, size), safetensors.INDEX, aliases
+        )
+    return _Form(
+        names, entries, safetensors.plan(entries, size or "5GB"), safetensors.INDEX, aliases
+    )
 
 
 def _kind(have: str, want: str | None) -> str:
@@ -155,17 +178,19 @@ def _kind(have: str, want: str | None) -> str:
 
 def _one_file(
     where: Path,
-    entries: dict[str, format.Entry],
+    entries: dict[str, safetensors.Entry],
     aliases: dict[str, list[str]],
     size: int | str | None,
     order: Sequence[str] | None = None,
-) -> dict[str, format.SafetensorsFile]:
+) -> dict[str, safetensors.SafetensorsFile]:
     """Aliases lie in the header, for want of an ema.json."""
     total = sum(entry.nbytes for entry in entries.values())
-    if size is not None and total > format.size_of(size):
-        raise ValueError(f"{where.name} is one file of {total} bytes, max_shard_size is {size}. Name a folder.")
+    if size is not None and total > safetensors.size_of(size):
+        raise ValueError(
+            f"{where.name} is one file of {total} bytes, max_shard_size is {size}. Name a folder."
+        )
     further = {alias: name for name, others in aliases.items() for alias in others}
-    return {where.name: format.header(entries, further, order)}
+    return {where.name: safetensors.header(entries, further, order)}
 
 
 def _aliases(model: Source, names: dict[str, str]) -> dict[str, list[str]]:
@@ -180,25 +205,38 @@ def _aliases(model: Source, names: dict[str, str]) -> dict[str, list[str]]:
     return {name: sorted(others) for name, others in groups.items()}
 
 
-def _as_theirs(model: Source, theirs: Source, where: Path, dtype: str | None, size: int | str | None) -> _Form:
+def _as_theirs(
+    model: Source, theirs: Source, where: Path, dtype: str | None, size: int | str | None
+) -> _Form:
     """Their names, which choose among tied ones, their dtypes, files and order."""
     known = {name: name for name in model.entries} | dict(model.aliases)
     _refuse_difference(model, theirs, known)
     names = {name: known[name] for name in theirs.entries}
-    entries = {name: format.Entry(_kind(entry.dtype, dtype), entry.shape) for name, entry in theirs.entries.items()}
+    entries = {
+        name: safetensors.Entry(_kind(entry.dtype, dtype), entry.shape)
+        for name, entry in theirs.entries.items()
+    }
     aliases = _aliases(model, names)
     split = _their_files(theirs)
-    name = next(iter(split)) if theirs.path.is_file() else format.find_model(theirs.path)
+    name = next(iter(split)) if theirs.path.is_file() else safetensors.find_model(theirs.path)
     stem = name.removesuffix(".index.json").removesuffix(".safetensors")
     index = f"{stem}.safetensors.index.json"
     if where.suffix == ".safetensors":
         order = _order([name for part in split.values() for name in part], entries)
-        return _Form(names, entries, _one_file(where, entries, aliases, size, order), index, aliases)
+        return _Form(
+            names, entries, _one_file(where, entries, aliases, size, order), index, aliases
+        )
     if size is not None:
-        files = {f"{stem}{file.removeprefix('model')}": plan for file, plan in format.plan(entries, size).items()}
+        files = {
+            f"{stem}{file.removeprefix('model')}": plan
+            for file, plan in safetensors.plan(entries, size).items()
+        }
     else:
         parts = {file: {name: entries[name] for name in part} for file, part in split.items()}
-        files = {file: format.header(part, None, _order(list(part), part)) for file, part in parts.items()}
+        files = {
+            file: safetensors.header(part, None, _order(list(part), part))
+            for file, part in parts.items()
+        }
     return _Form(names, entries, files, index, aliases)
 
 
@@ -207,19 +245,21 @@ def _their_files(theirs: Source) -> dict[str, list[str]]:
     files = (
         theirs.files
         if isinstance(theirs, Safetensors)
-        else {"model.safetensors": format.SafetensorsFile(b"", dict(theirs.entries))}
+        else {"model.safetensors": safetensors.SafetensorsFile(b"", dict(theirs.entries))}
     )
     return {
-        name: sorted(file.entries, key=lambda weight: (file.entries[weight].begin, file.entries[weight].end))
+        name: sorted(
+            file.entries, key=lambda weight: (file.entries[weight].begin, file.entries[weight].end)
+        )
         for name, file in files.items()
     }
 
 
-def _order(names: list[str], entries: dict[str, format.Entry]) -> list[str] | None:
+def _order(names: list[str], entries: dict[str, safetensors.Entry]) -> list[str] | None:
     """Their order; None, so our own, where other dtypes would put a weight at an odd address in it."""
     at = 0
     for name in names:
-        if at % format.ITEMSIZE[entries[name].dtype]:
+        if at % safetensors.ITEMSIZE[entries[name].dtype]:
             return None
         at += entries[name].nbytes
     return names
@@ -233,11 +273,15 @@ def _refuse_difference(model: Source, theirs: Source, known: dict[str, str]) -> 
     for name, entry in theirs.entries.items():
         mine = model.entries[known[name]] if name in known else entry
         if mine.shape != entry.shape:
-            said.append(f"{name} is {list(mine.shape)} in {model.path}, {list(entry.shape)} in {theirs.path}")
+            said.append(
+                f"{name} is {list(mine.shape)} in {model.path}, {list(entry.shape)} in {theirs.path}"
+            )
         elif mine.dtype != entry.dtype and not {mine.dtype, entry.dtype} <= set(FLOATS):
             said.append(f"{name} is {mine.dtype} in {model.path}, {entry.dtype} in {theirs.path}")
     if said:
-        raise ValueError(f"{model.path} and {theirs.path} differ on {len(said)} weights: {some(said, 10, '; ')}.")
+        raise ValueError(
+            f"{model.path} and {theirs.path} differ on {len(said)} weights: {some(said, 10, '; ')}."
+        )
 
 
 # --- what lies beside --------------------------------------------------------------------------------------------
@@ -248,9 +292,13 @@ def _meta(model: Source, meta: dict[str, Any], form: _Form) -> dict[str, Any]:
     label = model.label if isinstance(model, Safetensors) else ""
     chosen = meta.get("schedules", [])[labels(meta).index(label) :][:1]
     own = meta["averages"][label]["own_buffers"] if label else meta.get("own_buffers", [])
-    crc = {name: sums["crc32"] for name in _files_of(model) if (sums := manifest.sums(meta, name) if meta else {})}
+    crc = {
+        name: sums["crc32"]
+        for name in _files_of(model)
+        if (sums := recorded_sums(meta, name) if meta else {})
+    }
     return {
-        "format": format.FORMAT,
+        "format": manifest.FORMAT,
         "kind": "export",
         "weights": "all",
         "clock": meta.get("clock", {}),
@@ -258,13 +306,17 @@ def _meta(model: Source, meta: dict[str, Any], form: _Form) -> dict[str, Any]:
         "rounding": meta.get("rounding"),
         "schedules": chosen,
         "averages": {},
-        "averaged": sorted(name for name, source in form.names.items() if source in set(meta.get("averaged", []))),
+        "averaged": sorted(
+            name for name, source in form.names.items() if source in set(meta.get("averaged", []))
+        ),
         "own_buffers": sorted(name for name, source in form.names.items() if source in set(own)),
         "aliases": form.aliases,
         "dtypes": {
-            name: meta["dtypes"][source] for name, source in form.names.items() if source in meta.get("dtypes", {})
+            name: meta["dtypes"][source]
+            for name, source in form.names.items()
+            if source in meta.get("dtypes", {})
         },
-        "versions": meta.get("versions", {}) | {"dist_ema": format.VERSION},
+        "versions": meta.get("versions", {}) | {"dist_ema": _version.VERSION},
         "extra": {},
         "source": {"name": Path(os.path.realpath(model.path)).name, "crc32": crc},
     }

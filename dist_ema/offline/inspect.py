@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import manifest
-from ..source import open_model
+from . import report
+from .sources import open_model
 
 __all__ = ["inspect"]
 
 
-def inspect(path: str | Path) -> manifest.ModelReport:
+def inspect(path: str | Path) -> report.ModelReport:
     """What is in a saved average, an export, a Hugging Face folder, a .safetensors file, or whatever else `source` opens.
 
     Raises FileNotFoundError if nothing is there, ValueError if it is no model or its weights cannot be told.
     """
-    if manifest.native(path):
-        return manifest.report_on(path)
+    if report.native(path):
+        return report.report_on(path)
     with open_model(path) as model:
-        return manifest.of_source(model)
+        return report.of_source(model)

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .. import figure
-from ..schedule import Constant, Power, Schedule, gamma_of
+from ..schedules import Constant, Power, Schedule, gamma_of
+from . import plotting
 
 __all__ = ["BANDWIDTH", "Cost", "Memory", "Pace", "cost", "pace", "plot", "scaled"]
 
@@ -60,9 +60,17 @@ class Pace:
         return None if self.length is None else self.decay**self.length
 
     def plain(self) -> dict[str, Any]:
-        said = {"decay": self.decay, "length": self.length, "sigma_rel": self.sigma_rel, "gamma": self.gamma}
+        said = {
+            "decay": self.decay,
+            "length": self.length,
+            "sigma_rel": self.sigma_rel,
+            "gamma": self.gamma,
+        }
         for unit, count in self.units.items():
-            said |= {f"half_life_{unit}": self.half_life * count, f"window_{unit}": self.window * count}
+            said |= {
+                f"half_life_{unit}": self.half_life * count,
+                f"window_{unit}": self.window * count,
+            }
         return said | {"start_left": self.start_left}
 
 
@@ -96,15 +104,23 @@ def pace(
 def _sound(of: Pace) -> Pace:
     """Raises ValueError where the decay is 0 or 1, or the numbers that follow from it are beyond those of a computer."""
     if not 0 < of.decay < 1:
-        raise ValueError(f"that is a decay of {of.decay:g} per step; between 0 and 1 lies what can be planned with.")
-    odd = [name for name, value in of.plain().items() if value is not None and not math.isfinite(value)]
+        raise ValueError(
+            f"that is a decay of {of.decay:g} per step; between 0 and 1 lies what can be planned with."
+        )
+    odd = [
+        name for name, value in of.plain().items() if value is not None and not math.isfinite(value)
+    ]
     if odd:
         raise ValueError(f"that is more than can be computed with: {', '.join(odd)} is infinite.")
     return of
 
 
 def _decay(
-    half_life: float | None, window: float | None, sigma_rel: float | None, per_step: float, steps: float | None
+    half_life: float | None,
+    window: float | None,
+    sigma_rel: float | None,
+    per_step: float,
+    steps: float | None,
 ) -> float:
     if half_life is not None:
         return float(0.5 ** (per_step / half_life))
@@ -112,7 +128,9 @@ def _decay(
         return 1 - per_step / window
     assert sigma_rel is not None, "one of them is given"
     if steps is None:
-        raise ValueError(f"--sigma-rel {sigma_rel:g} is a share of the training: say how long that is with --length.")
+        raise ValueError(
+            f"--sigma-rel {sigma_rel:g} is a share of the training: say how long that is with --length."
+        )
     spread = sigma_rel * steps  # = sqrt(d) / (1 - d), solved for 1 - d
     return 1 - 2 / (1 + math.hypot(1, 2 * spread))
 
@@ -173,14 +191,24 @@ def cost(
     live, shadow = SIZE[weights], SIZE[dtype] * averages
     host = device == "cpu"
     moved, copied = elements * (live + 2 * shadow), elements * live if host else 0
-    seconds = moved / (bandwidth or BANDWIDTH[device]) / 1e9 + copied / (link or BANDWIDTH["link"]) / 1e9
+    seconds = (
+        moved / (bandwidth or BANDWIDTH[device]) / 1e9 + copied / (link or BANDWIDTH["link"]) / 1e9
+    )
     memory = Memory(elements * shadow, copied, SCRATCH, device)
-    return Cost(elements, memory, moved, copied, seconds, math.ceil(params) * shadow, math.ceil(params) * 4 * averages)
+    return Cost(
+        elements,
+        memory,
+        moved,
+        copied,
+        seconds,
+        math.ceil(params) * shadow,
+        math.ceil(params) * 4 * averages,
+    )
 
 
 def plot(path: str, of: Pace, other: Pace | None = None) -> None:
     """The impulse response (what an update weighs, by its age) and the decay over the training, as a PNG."""
-    with figure.panels(path, 2) as (left, right):
+    with plotting.panels(path, 2) as (left, right):
         length = of.length or 12 * of.half_life
         lines: list[tuple[str, Schedule]] = [(f"constant {of.decay:.6g}", Constant(of.decay))]
         if of.gamma is not None:
@@ -193,9 +221,15 @@ def plot(path: str, of: Pace, other: Pace | None = None) -> None:
             left.plot(ages, [_response(schedule, length, age) for age in ages], label=label)
             right.plot(clock, [1 - schedule(now, 1.0) for now in clock], label=label)
         if len(lines) == 1:
-            right.set_ylim((1 - of.decay) / 2, (1 - of.decay) * 2)  # matplotlib warns of a range that is one value
+            right.set_ylim(
+                (1 - of.decay) / 2, (1 - of.decay) * 2
+            )  # matplotlib warns of a range that is one value
         left.axvline(of.half_life, color="grey", lw=0.8, ls=":")
-        left.set(xlabel="age in steps (dotted: the half-life)", ylabel="share in the average", title="impulse response")
+        left.set(
+            xlabel="age in steps (dotted: the half-life)",
+            ylabel="share in the average",
+            title="impulse response",
+        )
         right.set(xlabel="step", ylabel="1 - decay", yscale="log", title="decay")
         left.legend()
         right.legend()

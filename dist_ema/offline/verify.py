@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import commit, format, manifest
-from ..console import Bar, Tick, sentence, silent
-from ..elements import FLOATS, Bytes, finite, widen
-from ..source import WINDOW, find, open_model, read_at, windows
+from ..checkpoint import atomic, manifest, safetensors
+from ..dtypes import FLOATS, Bytes, finite, widen
+from ..text import Bar, Tick, sentence, silent
+from .report import ModelReport, native, report_on, sums
+from .sources import WINDOW, find, open_model, read_at, windows
 
 __all__ = ["SUMS", "Verdict", "verify"]
 
@@ -57,7 +58,7 @@ def verify(path: str | Path, *, seal: bool = False, bar: Bar = silent) -> Verdic
     verdict = Verdict(str(path))
     try:
         where = find(path)
-        if manifest.native(where):
+        if native(where):
             _verify(where, verdict, seal, bar)
         else:
             _verify_other(where, verdict, seal, bar)
@@ -66,7 +67,7 @@ def verify(path: str | Path, *, seal: bool = False, bar: Bar = silent) -> Verdic
             raise
         verdict.problems.append(f"{path}: a file vanished while it was read.")
     except RecursionError:
-        verdict.problems.append(f"{path}: {format.META} is nested too deeply.")
+        verdict.problems.append(f"{path}: {manifest.META} is nested too deeply.")
     except (OSError, ValueError) as error:
         verdict.problems.append(sentence(error))
     return verdict
@@ -74,7 +75,7 @@ def verify(path: str | Path, *, seal: bool = False, bar: Bar = silent) -> Verdic
 
 def _verify(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
     try:
-        report = manifest.report_on(path)
+        report = report_on(path)
     except ValueError as error:
         verdict.problems.append(str(error))
         verdict.problems.extend(text for text in _broken(path) if text != str(error))
@@ -82,7 +83,9 @@ def _verify(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
     folder = path if path.is_dir() else path.parent
     verdict.kind, listed = report.kind, _listed(path, report)
     verdict.weights = sum(len(file.entries) for file in report.files.values())
-    verdict.problems.extend(f"{path / format.META} is not sound: {problem}." for problem in report.problems)
+    verdict.problems.extend(
+        f"{path / manifest.META} is not sound: {problem}." for problem in report.problems
+    )
     verdict.problems.extend(_strays(path, report))
     verdict.bytes = sum(file.size for file in report.files.values())
     with bar(verdict.bytes) as tick:
@@ -90,16 +93,18 @@ def _verify(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
             said = listed.get(name, {})
             _verify_file(folder / name, name, file, said, seal, verdict, tick)
             if report.meta["files"] and "crc32" not in said:
-                verdict.problems.append(f"{path / format.META} has no CRC-32 of {name}.")
-    verdict.sums = sorted({kind for said in listed.values() for kind in ("crc32", "sha256") if kind in said})
+                verdict.problems.append(f"{path / manifest.META} has no CRC-32 of {name}.")
+    verdict.sums = sorted(
+        {kind for said in listed.values() for kind in ("crc32", "sha256") if kind in said}
+    )
     if seal:
         _seal(path, report, verdict)
 
 
-def _listed(path: Path, report: manifest.ModelReport) -> dict[str, dict[str, str]]:
+def _listed(path: Path, report: ModelReport) -> dict[str, dict[str, str]]:
     """The sums of each file in ema.json. One file may have them in the ema.json that lies beside it."""
-    if path.is_file() and (path.parent / format.META).is_file():
-        return {path.name: manifest.sums(format.read_meta(path.parent), path.name)}
+    if path.is_file() and (path.parent / manifest.META).is_file():
+        return {path.name: sums(manifest.read_meta(path.parent), path.name)}
     return {name: report.sums(name) for name in report.files}
 
 
@@ -109,12 +114,12 @@ def _broken(path: Path) -> Iterator[str]:
         return
     for each in sorted([*path.glob("*.safetensors"), *path.glob("averages/*/*.safetensors")]):
         try:
-            format.read_header(each)
+            safetensors.read_header(each)
         except (OSError, ValueError) as error:
             yield sentence(error)
 
 
-def _strays(path: Path, report: manifest.ModelReport) -> Iterator[str]:
+def _strays(path: Path, report: ModelReport) -> Iterator[str]:
     """Files that another loader would take for the model, or for a part of it."""
     if not path.is_dir():
         return
@@ -122,24 +127,39 @@ def _strays(path: Path, report: manifest.ModelReport) -> Iterator[str]:
         name = each.relative_to(path).as_posix()
         if _MODEL.fullmatch(each.name) and name not in report.files:
             yield f"{each} is no part of the model, but some loaders would take it for one. Move it away."
-    if report.kind != "model" and (path / format.META).read_bytes() != format.stamp(format.read_meta(path)):
-        yield f"{path / format.META} was changed since dist_ema wrote it."
+    if report.kind != "model" and (path / manifest.META).read_bytes() != manifest.stamp(
+        manifest.read_meta(path)
+    ):
+        yield f"{path / manifest.META} was changed since dist_ema wrote it."
     for tree in report.trees if report.kind != "model" else ():
-        index = format.find_model(inside := path / "averages" / tree.label if tree.label else path)
+        index = safetensors.find_model(
+            inside := path / "averages" / tree.label if tree.label else path
+        )
         files = {Path(name).name: file for name, file in tree.files.items()}
-        if index not in files and (inside / index).read_bytes() != format.index(files):
+        if index not in files and (inside / index).read_bytes() != safetensors.index(files):
             yield f"{inside / index} is not what dist_ema wrote."
 
 
 def _verify_file(
-    path: Path, name: str, file: format.SafetensorsFile, said: dict[str, str], seal: bool, verdict: Verdict, tick: Tick
+    path: Path,
+    name: str,
+    file: safetensors.SafetensorsFile,
+    said: dict[str, str],
+    seal: bool,
+    verdict: Verdict,
+    tick: Tick,
 ) -> None:
     """One pass over one file: its sums against `said`, its weights' values."""
-    crc, sha = zlib.crc32(file.head), hashlib.sha256(file.head) if seal or "sha256" in said else None
+    crc, sha = (
+        zlib.crc32(file.head),
+        hashlib.sha256(file.head) if seal or "sha256" in said else None,
+    )
     tick(len(file.head))
     fd = os.open(path, os.O_RDONLY)
     try:
-        for weight, entry in sorted(file.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        for weight, entry in sorted(
+            file.entries.items(), key=lambda item: (item[1].begin, item[1].end)
+        ):
             count = _Count(entry.dtype)
             for raw in _of_weight(fd, path, len(file.head), entry):
                 crc = zlib.crc32(raw.data, crc)
@@ -147,19 +167,21 @@ def _verify_file(
                     sha.update(raw.data)
                 count.add(raw)
                 tick(len(raw))
-            count.into(verdict, weight if "/" not in name else f"{Path(name).parent.as_posix()}: {weight}")
+            count.into(
+                verdict, weight if "/" not in name else f"{Path(name).parent.as_posix()}: {weight}"
+            )
     finally:
         os.close(fd)
     found = {"crc32": f"{crc:08x}"} | ({"sha256": sha.hexdigest()} if sha is not None else {})
     verdict.files[name] = {"size": file.size} | found
     verdict.problems.extend(
-        f"{path} is damaged: its {SUMS[kind]} is {found[kind]}, {format.META} says {value}."
+        f"{path} is damaged: its {SUMS[kind]} is {found[kind]}, {manifest.META} says {value}."
         for kind, value in said.items()
         if found[kind] != value
     )
 
 
-def _of_weight(fd: int, path: Path, base: int, entry: format.Entry) -> Iterator[Bytes]:
+def _of_weight(fd: int, path: Path, base: int, entry: safetensors.Entry) -> Iterator[Bytes]:
     for begin in range(entry.begin, entry.end, WINDOW):
         yield read_at(fd, path, base + begin, base + min(begin + WINDOW, entry.end))
 
@@ -173,7 +195,7 @@ class _Count:
     def add(self, raw: Bytes) -> None:
         if self._dtype not in (*FLOATS, "C64"):
             return
-        if finite(raw, self._dtype) == len(raw) // format.ITEMSIZE[self._dtype]:
+        if finite(raw, self._dtype) == len(raw) // safetensors.ITEMSIZE[self._dtype]:
             return
         values = widen(raw, "F32" if self._dtype == "C64" else self._dtype)
         self.nan += int(np.isnan(values).sum())
@@ -187,33 +209,40 @@ class _Count:
             )
 
 
-def _seal(path: Path, report: manifest.ModelReport, verdict: Verdict) -> None:
+def _seal(path: Path, report: ModelReport, verdict: Verdict) -> None:
     """Put the SHA-256 of every file into ema.json."""
     if verdict.problems:
         return
     if not report.meta["files"]:
-        verdict.unsealed = f"{path} has no {format.META} to seal: export it first, or keep the sums yourself."
+        verdict.unsealed = (
+            f"{path} has no {manifest.META} to seal: export it first, or keep the sums yourself."
+        )
         return
-    where = path / format.META
-    meta = format.read_meta(path)
-    if any(report.sums(name) != manifest.sums(meta, name) for name in report.files):
+    where = path / manifest.META
+    meta = manifest.read_meta(path)
+    if any(report.sums(name) != sums(meta, name) for name in report.files):
         raise ValueError(f"{path} was written anew while it was read. Run verify again.")
-    sealed = {name: said | {"sha256": verdict.files[name]["sha256"]} for name, said in meta["files"].items()}
+    sealed = {
+        name: said | {"sha256": verdict.files[name]["sha256"]}
+        for name, said in meta["files"].items()
+    }
     try:
-        _replace(where, format.stamp(meta | {"files": sealed}))
+        _replace(where, manifest.stamp(meta | {"files": sealed}))
     except OSError as error:
-        verdict.unsealed = f"{path} could not be sealed: {error.filename or where}: {error.strerror}."
+        verdict.unsealed = (
+            f"{path} could not be sealed: {error.filename or where}: {error.strerror}."
+        )
         return
     verdict.sealed = True
 
 
 def _replace(where: Path, content: bytes) -> None:
-    commit.remove_leftovers(where)
-    new = commit.temporary_sibling(where)
+    atomic.remove_leftovers(where)
+    new = atomic.temporary_sibling(where)
     try:
         new.write_bytes(content)
-        commit.sync(new)
-        commit.publish(new, where)
+        atomic.sync(new)
+        atomic.publish(new, where)
     finally:
         with contextlib.suppress(OSError):  # it says what the first error says
             new.unlink()
@@ -232,4 +261,4 @@ def _verify_other(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
                     tick(len(raw))
                 count.into(verdict, name)
     if seal and verdict.sound:
-        verdict.unsealed = f"{path} has no {format.META} to seal: export it first."
+        verdict.unsealed = f"{path} has no {manifest.META} to seal: export it first."

@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import shards
-from ..ranks import Ranks
+from ..distributed.coordinator import Ranks
+from ..sharding import discovery, wrappers
 
 __all__ = ["recalibrate"]
 
@@ -60,20 +60,35 @@ def recalibrate(
     """
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}.")
-    inner = shards.unwrapped(model)
-    layers = {name: m for name, m in inner.named_modules() if isinstance(m, LAYERS) and m.running_mean is not None}
+    inner = wrappers.unwrapped(model)
+    layers = {
+        name: m
+        for name, m in inner.named_modules()
+        if isinstance(m, LAYERS) and m.running_mean is not None
+    }
     if not layers:
-        raise ValueError(f"{type(inner).__name__} has no BatchNorm that tracks statistics: nothing to recalibrate.")
-    found = shards.find_shards(model)
+        raise ValueError(
+            f"{type(inner).__name__} has no BatchNorm that tracks statistics: nothing to recalibrate."
+        )
+    found = discovery.find_shards(model)
     members = found.members if group is None else dist.get_process_group_ranks(group)
-    ranks = Ranks(members, group or found.group, shards.side_store)
+    ranks = Ranks(members, group or found.group, wrappers.side_store)
     watch = _Watch({name: _Moments.none(module) for name, module in layers.items()})
     steps = _together(loader, num_batches, ranks if found.sharded else None)
-    bar = _bar(loader, num_batches) if progress and ranks.first and sys.stderr.isatty() else nullcontext(lambda: None)
+    bar = (
+        _bar(loader, num_batches)
+        if progress and ranks.first and sys.stderr.isatty()
+        else nullcontext(lambda: None)
+    )
 
     def run() -> int:
         done = 0
-        with bar as advance, _watched(inner, layers, watch), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with (
+            bar as advance,
+            _watched(inner, layers, watch),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
             for batch, watch.counting in steps:
                 (forward or _forward)(inner, batch)
                 done += watch.counting
@@ -94,7 +109,9 @@ def recalibrate(
 # --- running the batches -----------------------------------------------------------------------------------------
 
 
-def _together(loader: Iterable[Any], most: int, sharded: Ranks | None) -> Iterator[tuple[Any, bool]]:
+def _together(
+    loader: Iterable[Any], most: int, sharded: Ranks | None
+) -> Iterator[tuple[Any, bool]]:
     """(batch, whether it counts). NOTE: a sharded forward is collective, so a rank that has run out of data repeats its
     last batch, uncounted, until all have."""
     batches = islice(loader, most)
@@ -106,7 +123,9 @@ def _together(loader: Iterable[Any], most: int, sharded: Ranks | None) -> Iterat
         batch, failure = _END, None
         try:
             batch = next(batches, _END)
-        except Exception as error:  # raised when the others know: they would wait for this rank in the forward
+        except (
+            Exception
+        ) as error:  # raised when the others know: they would wait for this rank in the forward
             failure = error
         last = batch if batch is not _END else last
         more, lacking, failed = _any(sharded, batch is not _END, last is _END, failure is not None)
@@ -115,7 +134,9 @@ def _together(loader: Iterable[Any], most: int, sharded: Ranks | None) -> Iterat
         if failed or not more:
             return
         if lacking:
-            raise ValueError("recalibrate() of a sharded model needs at least one batch on every rank.")
+            raise ValueError(
+                "recalibrate() of a sharded model needs at least one batch on every rank."
+            )
         yield last, batch is not _END
 
 
@@ -144,7 +165,9 @@ def _bar(loader: Iterable[Any], most: int) -> Iterator[Callable[[], None]]:
     from rich.progress import Progress
 
     total = most
-    with suppress(TypeError):  # a DataLoader has a length until it is asked for that of an iterable dataset
+    with suppress(
+        TypeError
+    ):  # a DataLoader has a length until it is asked for that of an iterable dataset
         total = min(most, len(loader))  # type: ignore[arg-type]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("BatchNorm statistics", total=total)
@@ -181,7 +204,9 @@ class _Moments:
         """Of all ranks' data, the same bits on every rank. *Collective*: one reduction."""
         if ranks.size == 1:
             return self
-        mine = torch.cat([self.mean.new_tensor([self.count]), self.mean, self.squares]).to(ranks.wire_device())
+        mine = torch.cat([self.mean.new_tensor([self.count]), self.mean, self.squares]).to(
+            ranks.wire_device()
+        )
         said = [torch.empty_like(mine) for _ in range(ranks.size)]
         dist.all_gather(said, mine, group=ranks.group)
         whole = _Moments(0.0, torch.zeros_like(self.mean), torch.zeros_like(self.squares))
@@ -195,7 +220,10 @@ class _Moments:
 
     def fits(self, module: Any) -> bool:
         """Whether the module's dtype can hold it: a variance leaves float16 at values of 256."""
-        mean, variance = self.mean.to(module.running_mean.dtype), self.variance.to(module.running_var.dtype)
+        mean, variance = (
+            self.mean.to(module.running_mean.dtype),
+            self.variance.to(module.running_var.dtype),
+        )
         return bool(mean.isfinite().all() and variance.isfinite().all())
 
 
@@ -206,7 +234,9 @@ class _Watch:
     moments: dict[str, _Moments]
     counting: bool = True
 
-    def look(self, name: str, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def look(
+        self, name: str, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         """In front of a layer: note the batch's moments, and lend them to the layer ([Note: no training mode])."""
         seen: Tensor = args[0] if args else kwargs["input"]
         x = _wide(seen.detach()).transpose(0, 1).flatten(1) if seen.dim() > 1 else _wide(seen)[None]
@@ -228,9 +258,13 @@ def _wide(x: Tensor) -> Tensor:
 def _watched(model: nn.Module, layers: Mapping[str, Any], watch: _Watch) -> Iterator[None]:
     """Everything in evaluation mode, a hook on every layer; modes and statistics restored whatever raises."""
     modes = {module: module.training for module in model.modules()}
-    kept = {module: (module.running_mean.clone(), module.running_var.clone()) for module in layers.values()}
+    kept = {
+        module: (module.running_mean.clone(), module.running_var.clone())
+        for module in layers.values()
+    }
     hooks = [
-        module.register_forward_pre_hook(partial(watch.look, name), with_kwargs=True) for name, module in layers.items()
+        module.register_forward_pre_hook(partial(watch.look, name), with_kwargs=True)
+        for name, module in layers.items()
     ]
     model.eval()
     try:
@@ -253,14 +287,24 @@ def _refuse(moments: Mapping[str, _Moments], layers: Mapping[str, Any]) -> None:
         )
     single = [name for name, each in moments.items() if each.count == 1]
     if single:
-        raise ValueError(f"{', '.join(single[:5])} saw one value per channel: that has no variance. Give more data.")
-    bad = [name for name, each in moments.items() if not bool((each.mean + each.squares).isfinite().all())]
+        raise ValueError(
+            f"{', '.join(single[:5])} saw one value per channel: that has no variance. Give more data."
+        )
+    bad = [
+        name
+        for name, each in moments.items()
+        if not bool((each.mean + each.squares).isfinite().all())
+    ]
     if bad:
         raise ValueError(f"{', '.join(bad[:5])} saw NaN or infinity. No statistics were changed.")
     large = [name for name, each in moments.items() if each.count and not each.fits(layers[name])]
     if large:
         dtype = str(layers[large[0]].running_var.dtype).removeprefix("torch.")
-        raise ValueError(f"{', '.join(large[:5])} saw values whose statistics are beyond {dtype}. None were changed.")
+        raise ValueError(
+            f"{', '.join(large[:5])} saw values whose statistics are beyond {dtype}. None were changed."
+        )
     idle = [name for name, each in moments.items() if each.count == 0]
     if idle:
-        warnings.warn(f"{', '.join(idle[:5])} was not reached and keeps its statistics.", stacklevel=3)
+        warnings.warn(
+            f"{', '.join(idle[:5])} was not reached and keeps its statistics.", stacklevel=3
+        )

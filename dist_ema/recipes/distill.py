@@ -39,9 +39,13 @@ class SoftTargetLoss(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """student, teacher: logits of one shape. Returns a scalar, in float32 (float64 for float64 logits)."""
         if student.shape != teacher.shape:
-            raise ValueError(f"logits must have one shape, got {tuple(student.shape)} and {tuple(teacher.shape)}.")
+            raise ValueError(
+                f"logits must have one shape, got {tuple(student.shape)} and {tuple(teacher.shape)}."
+            )
         if student.dim() < 1 or student.numel() == 0:
-            raise ValueError(f"logits must hold at least one position, got shape {tuple(student.shape)}.")
+            raise ValueError(
+                f"logits must hold at least one position, got shape {tuple(student.shape)}."
+            )
         dim = self._classes(student.dim())
         wide = torch.float64 if student.dtype == torch.float64 else torch.float32
         log_q = torch.log_softmax(student.to(wide) / self.temperature, dim)
@@ -59,4 +63,6 @@ class SoftTargetLoss(nn.Module):
             return -1
         if dims == 4:
             return 1
-        raise ValueError(f"logits of {dims} dimensions: say which one holds the classes, SoftTargetLoss(dim=...).")
+        raise ValueError(
+            f"logits of {dims} dimensions: say which one holds the classes, SoftTargetLoss(dim=...)."
+        )

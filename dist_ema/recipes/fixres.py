@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import shards
+from ..sharding import wrappers
 
 __all__ = ["Frozen", "freeze_for_resolution"]
 
@@ -66,8 +66,13 @@ def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None
 
     Raises ValueError, naming what exists, where a name is no module of the model or has no parameters.
     """
-    modules = {shards.canonical(name): module for name, module in shards.unwrapped(model).named_modules()}
-    chosen = [_pick(modules, "classifier", classifier)] + ([] if norm is None else [_pick(modules, "norm", norm)])
+    modules = {
+        wrappers.canonical(name): module
+        for name, module in wrappers.unwrapped(model).named_modules()
+    }
+    chosen = [_pick(modules, "classifier", classifier)] + (
+        [] if norm is None else [_pick(modules, "norm", norm)]
+    )
     awake = {inner for module in chosen for inner in module.modules()}
     free = list(dict.fromkeys(parameter for module in chosen for parameter in module.parameters()))
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -80,18 +85,26 @@ def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None
             if module not in awake:
                 module.training = False
 
-    names = [shards.canonical(name) for name, each in shards.unwrapped(model).named_parameters() if each.requires_grad]
+    names = [
+        wrappers.canonical(name)
+        for name, each in wrappers.unwrapped(model).named_parameters()
+        if each.requires_grad
+    ]
     return Frozen(model, names, free, required, modes, model.register_forward_pre_hook(sleep))
 
 
 def _pick(modules: dict[str, nn.Module], what: str, name: str) -> nn.Module:
     if name not in modules or name == "":
         near = [
-            each for each, module in modules.items() if each and any(True for _ in module.parameters(recurse=False))
+            each
+            for each, module in modules.items()
+            if each and any(True for _ in module.parameters(recurse=False))
         ]
         raise ValueError(
             f"{what}={name!r} is no module of the model; the last ones with weights: {', '.join(near[-5:])}."
         )
     if not any(True for _ in modules[name].parameters()):
-        raise ValueError(f"{what}={name!r} is a {type(modules[name]).__name__} without parameters: nothing to train.")
+        raise ValueError(
+            f"{what}={name!r} is a {type(modules[name]).__name__} without parameters: nothing to train."
+        )
     return modules[name]

@@ -14,7 +14,19 @@ from dist_ema.recipes.batchnorm import recalibrate
 
 from .sizes import Size
 
-__all__ = ["BATCH", "LR", "Task", "accuracy", "batches", "build", "fit", "load", "predict", "resize", "restate"]
+__all__ = [
+    "BATCH",
+    "LR",
+    "Task",
+    "accuracy",
+    "batches",
+    "build",
+    "fit",
+    "load",
+    "predict",
+    "resize",
+    "restate",
+]
 
 BATCH, LR = 32, 0.1
 Tick = Callable[[int], None]
@@ -32,15 +44,22 @@ class Task:
 
     def only(self, classes: range) -> Task:
         """Of these classes alone."""
-        here, there = (torch.isin(each, torch.tensor(list(classes))) for each in (self.labels, self.test_labels))
-        return Task(self.images[here], self.labels[here], self.test_images[there], self.test_labels[there])
+        here, there = (
+            torch.isin(each, torch.tensor(list(classes)))
+            for each in (self.labels, self.test_labels)
+        )
+        return Task(
+            self.images[here], self.labels[here], self.test_images[there], self.test_labels[there]
+        )
 
     def with_wrong_labels(self, percent: int) -> Task:
         """That share of the training labels is another digit, the same ones for every seed of a run."""
         generator, n = train.draw(9, percent), len(self.labels)
         wrong = torch.randperm(n, generator=generator)[: n * percent // 100]
         labels = self.labels.clone()
-        labels[wrong] = (labels[wrong] + torch.randint(1, 10, (len(wrong),), generator=generator)) % 10
+        labels[wrong] = (
+            labels[wrong] + torch.randint(1, 10, (len(wrong),), generator=generator)
+        ) % 10
         return replace(self, labels=labels)
 
 
@@ -68,7 +87,9 @@ def batches(
     for step in range(min(steps, len(order) // size)):
         rows = order[step * size : (step + 1) * size]
         yield (
-            train.augment(task.images[rows], train.draw(seed, epoch, step + 1, *[view] * (view > 0))),
+            train.augment(
+                task.images[rows], train.draw(seed, epoch, step + 1, *[view] * (view > 0))
+            ),
             task.labels[rows],
         )
 

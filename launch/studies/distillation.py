@@ -22,7 +22,13 @@ __all__ = ["LABELLED", "METHODS", "run"]
 
 LABELLED = 150  # training images whose labels are known; the others are images alone
 DECAY = 0.99
-METHODS = ("teacher", "student alone", "student + soft targets", "mean teacher", "student, all labels")
+METHODS = (
+    "teacher",
+    "student alone",
+    "student + soft targets",
+    "mean teacher",
+    "student, all labels",
+)
 Pair = tuple[Tensor, Tensor]
 
 
@@ -43,14 +49,18 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
 
     result["student + soft targets"] = lesson.teach(8, with_soft_targets)[1]
     result["mean teacher"] = lesson.mean_teacher()
-    result["student, all labels"] = lesson.teach(8, lambda model, pair: F.cross_entropy(model(pair[0]), pair[1]))[1]
+    result["student, all labels"] = lesson.teach(
+        8, lambda model, pair: F.cross_entropy(model(pair[0]), pair[1])
+    )[1]
     return result
 
 
 class Lesson:
     """What all trainings share: the stream of images, the labelled ones among them, and how they end."""
 
-    def __init__(self, task: digits.Task, few: digits.Task, seed: int, size: Size, tick: digits.Tick) -> None:
+    def __init__(
+        self, task: digits.Task, few: digits.Task, seed: int, size: Size, tick: digits.Tick
+    ) -> None:
         self.task, self.few, self.seed, self.size, self.tick = task, few, seed, size, tick
         self.step = 0
 
@@ -58,11 +68,15 @@ class Lesson:
         """Cross entropy on 32 labelled images, drawn for this step."""
         generator = train.draw(self.seed, 77, self.step)
         rows = torch.randint(0, len(self.few.labels), (digits.BATCH,), generator=generator)
-        return F.cross_entropy(model(train.augment(self.few.images[rows], generator)), self.few.labels[rows])
+        return F.cross_entropy(
+            model(train.augment(self.few.images[rows], generator)), self.few.labels[rows]
+        )
 
     def stream(self, view: int = 0) -> Iterator[Pair]:
         for epoch in range(1, self.size.distill_epochs + 1):
-            for pair in digits.batches(self.task, self.seed, epoch, self.size.steps_per_epoch, view=view):
+            for pair in digits.batches(
+                self.task, self.seed, epoch, self.size.steps_per_epoch, view=view
+            ):
                 self.step += 1
                 yield pair
 
@@ -73,11 +87,18 @@ class Lesson:
         ema = EMA(model, Debiased(DECAY), buffers="average")
         ema.attach(optimizer)
         digits.fit(
-            model, optimizer, self.stream(), self.tick, lambda model, images, labels: loss(model, (images, labels))
+            model,
+            optimizer,
+            self.stream(),
+            self.tick,
+            lambda model, images, labels: loss(model, (images, labels)),
         )
         average = copy.deepcopy(model)
         ema.copy_to(average)
-        return average, {"live": digits.accuracy(model, self.task), "average": digits.accuracy(average, self.task)}
+        return average, {
+            "live": digits.accuracy(model, self.task),
+            "average": digits.accuracy(average, self.task),
+        }
 
     def mean_teacher(self) -> dict[str, float]:
         """The student learns from labels, and from its own average, which sees the same images augmented anew."""
@@ -98,4 +119,7 @@ class Lesson:
         pairs = zip(self.stream(), other, strict=True)
         stream = ((torch.stack([mine, again]), labels) for (mine, labels), (again, _) in pairs)
         digits.fit(model, optimizer, stream, self.tick, loss)
-        return {"live": digits.accuracy(model, self.task), "average": digits.accuracy(teacher, self.task)}
+        return {
+            "live": digits.accuracy(model, self.task),
+            "average": digits.accuracy(teacher, self.task),
+        }

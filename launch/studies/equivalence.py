@@ -26,7 +26,12 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
     task = digits.load(size)
     model, optimizer = digits.build(cell.seed)
     for epoch in range(1, size.equivalence_epochs // 2 + 1):
-        digits.fit(model, optimizer, digits.batches(task, cell.seed + 100, epoch, size.steps_per_epoch), tick)
+        digits.fit(
+            model,
+            optimizer,
+            digits.batches(task, cell.seed + 100, epoch, size.steps_per_epoch),
+            tick,
+        )
     one = Watched(cell, size, task, copy.deepcopy(model), digits.BATCH, tick)
     two = Watched(cell, size, task, copy.deepcopy(model), 2 * digits.BATCH, tick)
     return {"shadows": one.shadows, "small": one.rows, "large": two.rows, "apart": apart(one, two)}
@@ -36,7 +41,9 @@ def apart(one: Watched, two: Watched) -> dict[str, float]:
     """Where the averages of the larger batch ended, from where that of the smaller one did: shares of the way it went."""
     there = one.averages[LONG]
     way = float((there - one.start).norm())
-    found = {str(decay): float((average - there).norm()) / way for decay, average in two.averages.items()}
+    found = {
+        str(decay): float((average - there).norm()) / way for decay, average in two.averages.items()
+    }
     return found | {"live": float((two.live - one.live).norm()) / way}
 
 
@@ -44,7 +51,13 @@ class Watched:
     """A run, and what its averages were like."""
 
     def __init__(
-        self, cell: Cell, size: Size, task: digits.Task, model: nn.Module, batch: int, tick: digits.Tick
+        self,
+        cell: Cell,
+        size: Size,
+        task: digits.Task,
+        model: nn.Module,
+        batch: int,
+        tick: digits.Tick,
     ) -> None:
         self.task, self.size, self.model = task, size, model
         self.start = flat(self.model.parameters())
@@ -57,10 +70,17 @@ class Watched:
         self.rows: list[dict[str, float]] = []
         steps = size.steps_per_epoch * digits.BATCH // batch
         for epoch in range(1, size.equivalence_epochs + 1):
-            digits.fit(self.model, optimizer, digits.batches(task, cell.seed, epoch, steps, batch), tick)
-            self.rows += [{"epoch": epoch, "decay": decay, **self.look(exact, i)} for i, decay in enumerate(decays)]
+            digits.fit(
+                self.model, optimizer, digits.batches(task, cell.seed, epoch, steps, batch), tick
+            )
+            self.rows += [
+                {"epoch": epoch, "decay": decay, **self.look(exact, i)}
+                for i, decay in enumerate(decays)
+            ]
         self.live = flat(self.model.parameters())
-        self.averages = {decay: self.weights(exact, number)[0] for number, decay in enumerate(decays)}
+        self.averages = {
+            decay: self.weights(exact, number)[0] for number, decay in enumerate(decays)
+        }
         self.shadows = [] if larger else self.compare(exact, others)
 
     def others(self, optimizer: torch.optim.Optimizer) -> dict[str, EMA]:
@@ -88,10 +108,29 @@ class Watched:
             found = {name: self.weights(ema, number) for name, ema in others.items()}
             found["bf16, rounded to nearest"] = self.nearest.weights(self, number)
             live, live_right = flat(self.model.parameters()), self.right(copy.deepcopy(self.model))
-            rows.append({"decay": decay, "shadow": "fp32, every step", "distance": 0.0, "way": 1.0, "accuracy": right})
+            rows.append(
+                {
+                    "decay": decay,
+                    "shadow": "fp32, every step",
+                    "distance": 0.0,
+                    "way": 1.0,
+                    "accuracy": right,
+                }
+            )
             for name, (weights, accuracy) in (found | {"live": (live, live_right)}).items():
-                apart, gone = float((weights - reference).norm()) / way, float((weights - self.start).norm()) / way
-                rows.append({"decay": decay, "shadow": name, "distance": apart, "way": gone, "accuracy": accuracy})
+                apart, gone = (
+                    float((weights - reference).norm()) / way,
+                    float((weights - self.start).norm()) / way,
+                )
+                rows.append(
+                    {
+                        "decay": decay,
+                        "shadow": name,
+                        "distance": apart,
+                        "way": gone,
+                        "accuracy": accuracy,
+                    }
+                )
         return rows
 
     def weights(self, ema: EMA, number: int) -> tuple[Tensor, float]:
@@ -110,7 +149,9 @@ class Nearest:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model = model
-        self.shadows = [[p.detach().to(torch.bfloat16) for p in model.parameters()] for _ in (DECAY, LONG)]
+        self.shadows = [
+            [p.detach().to(torch.bfloat16) for p in model.parameters()] for _ in (DECAY, LONG)
+        ]
         optimizer.register_step_post_hook(lambda *_: self.update())
 
     @torch.no_grad()
@@ -130,7 +171,9 @@ class Nearest:
 def scaled(model: nn.Module, times: int) -> torch.optim.SGD:
     """SGD for a batch that many times as large: momentum is a decay too, and the sum of all steps grows with the batch."""
     momentum = MOMENTUM**times
-    return torch.optim.SGD(model.parameters(), lr=times * RATE * (1 - momentum) / (1 - MOMENTUM), momentum=momentum)
+    return torch.optim.SGD(
+        model.parameters(), lr=times * RATE * (1 - momentum) / (1 - MOMENTUM), momentum=momentum
+    )
 
 
 def flat(parameters: Iterable[Tensor]) -> Tensor:

@@ -20,7 +20,11 @@ def write(path: Path, value: Any) -> None:
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return "{\n" + ",\n".join(f" {json.dumps(key)}: {_rows(each)}" for key, each in value.items()) + "\n}"
+        return (
+            "{\n"
+            + ",\n".join(f" {json.dumps(key)}: {_rows(each)}" for key, each in value.items())
+            + "\n}"
+        )
     return _rows(value)
 
 

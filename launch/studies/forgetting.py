@@ -30,7 +30,9 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
     first = EMA(model, Debiased(0.99), buffers="average")
     first.attach(optimizer)
     for epoch in range(1, size.forget_epochs + 1):
-        digits.fit(model, optimizer, digits.batches(old, cell.seed, epoch, size.steps_per_epoch), tick)
+        digits.fit(
+            model, optimizer, digits.batches(old, cell.seed, epoch, size.steps_per_epoch), tick
+        )
     first.detach()
     first.copy_to(model)
     _, optimizer = digits.build(cell.seed)

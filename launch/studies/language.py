@@ -42,7 +42,16 @@ STORED = (0.05, 0.10)
 TRACKED = 0.15  # a width that is tracked and mixed, to be compared
 SIGMAS = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.12, 0.15, 0.18, 0.21, 0.24)
 CONTEXT, RATE, WARM = 128, 3e-3, 50
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "__pycache__"}
+SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "pydoc_data",
+    "__pycache__",
+}
 
 
 # --- the task --------------------------------------------------------------------------------------------------
@@ -52,8 +61,14 @@ class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.qkv, self.out = (
+            nn.Linear(width, 3 * width, bias=False),
+            nn.Linear(width, width, bias=False),
+        )
+        self.up, self.down = (
+            nn.Linear(width, 4 * width, bias=False),
+            nn.Linear(4 * width, width, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, c = x.shape
@@ -87,7 +102,9 @@ class Gpt(nn.Module):
 def corpus() -> tuple[Tensor, Tensor]:
     """(training, validation) as bytes. Every tenth file is for validation."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(path for path in root.rglob("*.py") if not SKIPPED & set(path.relative_to(root).parts))
+    paths = sorted(
+        path for path in root.rglob("*.py") if not SKIPPED & set(path.relative_to(root).parts)
+    )
     texts = [path.read_bytes() for path in paths]
     seen = b"".join(text for i, text in enumerate(texts) if i % 10)
     return torch.tensor(bytearray(seen)), torch.tensor(bytearray(b"".join(texts[::10])))
@@ -128,13 +145,17 @@ class Run:
         for module in model.modules():  # torch 2.8: gloo takes an average of gradients for a sum
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1
+        )
         return Run(size, folder, dist.get_rank(), dist.get_world_size(), model, optimizer, tick)
 
     def step(self, number: int, rate: float) -> None:
         """The step with that number, counted from 1; ranks share its batch."""
         text = corpus()[0]
-        at = torch.randint(0, len(text) - CONTEXT, (self.size.gpt_batch,), generator=train.draw(7, number))
+        at = torch.randint(
+            0, len(text) - CONTEXT, (self.size.gpt_batch,), generator=train.draw(7, number)
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * min(1.0, number / WARM)
         next_byte_loss(self.model, windows(text, at[self.rank :: self.world])).backward()
@@ -167,7 +188,9 @@ class Run:
         with train.quiet():
             dcp.load(state, checkpoint_id=place / "live")
         model, optimizer = state["model"], state["optimizer"]
-        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer
+        )
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
@@ -179,7 +202,9 @@ def validate(model: nn.Module, size: Size, rank: int = 0, world: int = 1) -> Ten
     """The mean over this rank's windows, in float64."""
     text = corpus()[1]
     at = torch.linspace(0, len(text) - CONTEXT - 1, size.gpt_windows).long()[rank::world]
-    parts = [next_byte_loss(model, windows(text, some)).double() * len(some) for some in at.split(32)]
+    parts = [
+        next_byte_loss(model, windows(text, some)).double() * len(some) for some in at.split(32)
+    ]
     return torch.stack(parts).sum() / len(at)
 
 
@@ -195,7 +220,10 @@ def constant(run: Run) -> None:
     last = newest(run.folder)
     if last:
         run.load(last)
-    ema = EMA(run.model, decay=[*(Debiased(1 - 1 / window) for window in WINDOWS), Power(sigma_rel=TRACKED)])
+    ema = EMA(
+        run.model,
+        decay=[*(Debiased(1 - 1 / window) for window in WINDOWS), Power(sigma_rel=TRACKED)],
+    )
     stored = EMA(run.model, decay=[Power(sigma_rel=sigma) for sigma in STORED])
     rows: list[dict[str, Any]] = []
     if last:
@@ -207,7 +235,9 @@ def constant(run: Run) -> None:
     done = rows[-1]["step"] if rows else 0
     if run.rank == 0:
         run.tick(GPT_COST * done)
-        for late in [each for each in (run.folder / "snapshots").glob("*") if int(each.name) > done]:
+        for late in [
+            each for each in (run.folder / "snapshots").glob("*") if int(each.name) > done
+        ]:
             shutil.rmtree(late)
     dist.barrier()
     for number in range(done + 1, run.size.gpt_steps + 1):
@@ -272,7 +302,9 @@ def sweep(run: Run) -> list[dict[str, Any]]:
         fit = store.fit(target)
         store.write(place, target, fit, force=True)
         model.load_state_dict(load_file(place))
-        rows.append({"sigma_rel": sigma, "loss": float(validate(model, run.size)), "residual": fit.residual})
+        rows.append(
+            {"sigma_rel": sigma, "loss": float(validate(model, run.size)), "residual": fit.residual}
+        )
     return rows
 
 
@@ -300,8 +332,18 @@ def work(rank: int, world: int, size: Size, folder: Path, tick: Tick) -> dict[st
         branches[str(end)] = json.loads(done.read_text())
     files.write(folder / f"sweep-{rank}.json", sweep(run))
     dist.barrier()
-    mixed = [row for each in range(world) for row in json.loads((folder / f"sweep-{each}.json").read_text())]
-    parameters = sum(parameter.numel() for parameter in Gpt(size.gpt_width, size.gpt_layers).parameters())
+    mixed = [
+        row
+        for each in range(world)
+        for row in json.loads((folder / f"sweep-{each}.json").read_text())
+    ]
+    parameters = sum(
+        parameter.numel() for parameter in Gpt(size.gpt_width, size.gpt_layers).parameters()
+    )
     facts = {"parameters": parameters, "bytes": [len(text) for text in corpus()], "world": world}
     rows = json.loads((last / "rows.json").read_text())
-    return facts | {"rows": rows, "branches": branches, "sweep": sorted(mixed, key=lambda row: row["sigma_rel"])}
+    return facts | {
+        "rows": rows,
+        "branches": branches,
+        "sweep": sorted(mixed, key=lambda row: row["sigma_rel"]),
+    }

@@ -35,14 +35,20 @@ def text(results: Results) -> str:
     parts = [_head(results)]
     for name, title, section in (
         ("table", "Live weights and averages, clean and wrong labels", _table),
-        ("language", "A language model: constant learning rate, averages, decayed branches", _language),
+        (
+            "language",
+            "A language model: constant learning rate, averages, decayed branches",
+            _language,
+        ),
         ("forgetting", "Forgetting", _forgetting),
         ("distillation", "Distillation with few labels", _distillation),
         ("resolution", "FixRes", _resolution),
         ("equivalence", "What should make no difference", _equivalence),
     ):
         there = results.whole_table if name == "table" else results.of(name)
-        parts.append(f"## {title}\n\n" + (section(results) if there else "Not run, or not complete."))
+        parts.append(
+            f"## {title}\n\n" + (section(results) if there else "Not run, or not complete.")
+        )
     return _fill("\n\n".join([*parts, _how(results)])) + "\n"
 
 
@@ -53,7 +59,9 @@ def _fill(page: str) -> str:
         if block.startswith("- "):
             block = "\n".join(fill(item, 120, subsequent_indent="  ") for item in block.split("\n"))
         elif not block.startswith(("|", "#", "!", "```")):
-            block = fill(" ".join(block.split()), 120, break_long_words=False, break_on_hyphens=False)
+            block = fill(
+                " ".join(block.split()), 120, break_long_words=False, break_on_hyphens=False
+            )
         blocks.append(block)
     return "\n\n".join(blocks)
 
@@ -71,7 +79,9 @@ def _percent(values: Sequence[float], digits: int = 1) -> str:
 
 def _verdicts(found: Sequence[Verdict]) -> str:
     return _rows(
-        ["published", "here", "verdict"], [[each.published, each.here, f"**{each.word}**"] for each in found], left=3
+        ["published", "here", "verdict"],
+        [[each.published, each.here, f"**{each.word}**"] for each in found],
+        left=3,
     )
 
 
@@ -82,7 +92,11 @@ def _head(results: Results) -> str:
     size, machine = results.size, results.facts["machine"]
     found = [verdict for each in _all_verdicts(results) for verdict in each]
     agree = sum(verdict.agrees for verdict in found)
-    small = "" if size.name == "full" else f"\n\n**This is a {size.name} study: too small to prove anything.**"
+    small = (
+        ""
+        if size.name == "full"
+        else f"\n\n**This is a {size.name} study: too small to prove anything.**"
+    )
     return f"""# Results: does averaging help?
 
 `launch/study.py` trains, compares, and writes this page from its files of results: every number, verdict and plot
@@ -117,8 +131,12 @@ def _how(results: Results) -> str:
     commands = list(dict.fromkeys(session["command"] for session in facts["sessions"]))
     workers = ", ".join(dict.fromkeys(str(session["workers"]) for session in facts["sessions"]))
     wall = sum(session["seconds"] for session in facts["sessions"]) / 60
-    two = sum(cell["seconds"] for name, cell in results.found.items() if name.startswith("language"))
-    one = sum(cell["seconds"] for name, cell in results.found.items() if not name.startswith("language"))
+    two = sum(
+        cell["seconds"] for name, cell in results.found.items() if name.startswith("language")
+    )
+    one = sum(
+        cell["seconds"] for name, cell in results.found.items() if not name.startswith("language")
+    )
     return f"""## How to repeat it
 
 ```sh
@@ -144,7 +162,11 @@ def _sessions(facts: dict[str, Any]) -> str:
 def _table(results: Results) -> str:
     size = results.size
     kinds = [("live", "own"), ("live", "recalibrated")]
-    kinds += [(name, kind) for name in (*map(str, DECAYS), "swa") for kind in ("copied", "averaged", "recalibrated")]
+    kinds += [
+        (name, kind)
+        for name in (*map(str, DECAYS), "swa")
+        for kind in ("copied", "averaged", "recalibrated")
+    ]
     blocks = []
     for noise in NOISES:
         rows = [_method(results.of("table", f"{noise}"), *kind) for kind in kinds]
@@ -206,11 +228,15 @@ def _language(results: Results) -> str:
     rows = []
     for end, branch in cell["branches"].items():
         row = next(each for each in cell["rows"] if each["step"] == int(end))
-        rows.append([end, *(f"{row[name]:.4f}" for name in ("live", *windows)), f"{branch[-1]['live']:.4f}"])
+        rows.append(
+            [end, *(f"{row[name]:.4f}" for name in ("live", *windows)), f"{branch[-1]['live']:.4f}"]
+        )
     best = min(sweep, key=lambda row: row["loss"])
     tracked = next(name for name in last if name.startswith("sigma_rel"))
     mixed = next(row for row in sweep if row["sigma_rel"] == float(tracked.split()[1]))
-    widths = [[f"{row['sigma_rel']:.2f}", f"{row['loss']:.4f}", f"{row['residual']:.1%}"] for row in sweep]
+    widths = [
+        [f"{row['sigma_rel']:.2f}", f"{row['loss']:.4f}", f"{row['residual']:.1%}"] for row in sweep
+    ]
     return f"""A GPT of {cell["parameters"]:,} weights learns bytes of the Python standard library's source
 ({cell["bytes"][0] / 1e6:.1f} MB; every tenth file, {cell["bytes"][1] / 1e6:.1f} MB, is for validation), on
 {cell["world"]} ranks under FSDP2: {size.gpt_steps} steps of {size.gpt_batch} x 128 bytes, AdamW at a constant
@@ -247,7 +273,12 @@ def _forgetting(results: Results) -> str:
 
     def peak(cell: dict[str, Any], name: str) -> dict[str, float]:
         row = max(cell["rows"], key=lambda row: sum(row[name]))
-        return {"both": fmean(row[name]), "old": row[name][0], "new": row[name][1], "step": row["step"]}
+        return {
+            "both": fmean(row[name]),
+            "old": row[name][0],
+            "new": row[name][1],
+            "step": row["step"],
+        }
 
     rows = []
     for name in names:
@@ -256,12 +287,32 @@ def _forgetting(results: Results) -> str:
         label = "live" if name == "live" else f"average, {name}"
         at = f"{fmean(each['step'] for each in best):.0f}"
         halves = [_percent([each[key] for each in best]) for key in ("both", "old", "new")]
-        rows.append([label, at, *halves, *(_percent([end[half] for end in ends]) for half in (0, 1))])
-    head = ["weights", "best at step", "mean of both, %", "old, %", "new, %", "old at the end, %", "new at the end, %"]
+        rows.append(
+            [label, at, *halves, *(_percent([end[half] for end in ends]) for half in (0, 1))]
+        )
+    head = [
+        "weights",
+        "best at step",
+        "mean of both, %",
+        "old, %",
+        "new, %",
+        "old at the end, %",
+        "new at the end, %",
+    ]
     brake = max(names[1:], key=lambda name: fmean(peak(cell, name)["both"] for cell in cells))
-    here = paired([peak(cell, brake)["both"] for cell in cells], [peak(cell, "live")["both"] for cell in cells])
-    said = "which is more than two standard errors" if here.beyond else "which is not beyond two standard errors"
-    ends = [f"{label[9:]} has {old} % of the old and {new} % of the new" for label, *_, old, new in (rows[1], rows[-1])]
+    here = paired(
+        [peak(cell, brake)["both"] for cell in cells],
+        [peak(cell, "live")["both"] for cell in cells],
+    )
+    said = (
+        "which is more than two standard errors"
+        if here.beyond
+        else "which is not beyond two standard errors"
+    )
+    ends = [
+        f"{label[9:]} has {old} % of the old and {new} % of the new"
+        for label, *_, old, new in (rows[1], rows[-1])
+    ]
     return f"""Trained on the digits 0 to 4, fine-tuned on 5 to 9 at a learning rate of 0.02 without ever seeing the
 first five again; asked among all ten. The averages begin as the model that knows the first five, and BatchNorm's
 statistics are averaged with the weights.
@@ -278,7 +329,10 @@ horizon decides when the average passes from the old to the new: at the end {end
 def _distillation(results: Results) -> str:
     cells = results.of("distillation")
     names = [name for name in cells[0] if isinstance(cells[0][name], dict)]
-    rows = [[name, *(_percent([cell[name][kind] for cell in cells]) for kind in ("live", "average"))] for name in names]
+    rows = [
+        [name, *(_percent([cell[name][kind] for cell in cells]) for kind in ("live", "average"))]
+        for name in names
+    ]
     return f"""150 training images have labels, the other 1,197 are images alone; 8 x 8 pixels. The teacher is twice
 as wide as the student and learns from the same 150 labels; its average gives the soft targets (temperature 2) on all
 images. The mean teacher is the student's own average (`EMA(student, into=teacher)`, decay 0.99), which looks at
@@ -297,7 +351,9 @@ def _resolution(results: Results) -> str:
     sides = [row["side"] for row in cells[0]["rows"]]
     table = []
     for i, side in enumerate(sides):
-        table.append([str(side), *(_percent([cell["rows"][i][way] for cell in cells]) for way in ways)])
+        table.append(
+            [str(side), *(_percent([cell["rows"][i][way] for cell in cells]) for way in ways)]
+        )
     return f"""Trained on random parts of the images (half to the whole side) at 16 x 16 pixels, so that strokes look
 larger than in whole images; tested on whole images at other sides. *Fine-tuned*: classifier and last BatchNorm alone,
 three epochs at that side with the test's preprocessing (`recipes.fixres`). All from the average of decay 0.99. Test
@@ -318,8 +374,22 @@ def _equivalence(results: Results) -> str:
     for i, row in enumerate(cells[0]["shadows"]):
         same = [cell["shadows"][i] for cell in cells]
         distance, way = (_percent([each[key] for each in same]) for key in ("distance", "way"))
-        rows.append([f"{row['decay']}", row["shadow"], distance, way, _percent([each["accuracy"] for each in same])])
-    head = ["decay", "shadow", "apart from the first, % of its way", "way from the start, %", "accuracy, %"]
+        rows.append(
+            [
+                f"{row['decay']}",
+                row["shadow"],
+                distance,
+                way,
+                _percent([each["accuracy"] for each in same]),
+            ]
+        )
+    head = [
+        "decay",
+        "shadow",
+        "apart from the first, % of its way",
+        "way from the start, %",
+        "accuracy, %",
+    ]
     return f"""Runs of the digits task that go on from one that has found its way; averages begin there. The first row
 of each decay is the reference: fp32, updated in every step. Distances are over all weights, as shares of the way that
 the reference went; accuracy has recalibrated BatchNorm statistics. *Rounded to nearest* is what a bf16 shadow does
@@ -343,8 +413,12 @@ def _no_difference(cells: Cells) -> str:
     for i, row in enumerate(cells[0]["shadows"]):
         if row["decay"] != 0.999 or row["shadow"] in ("live", "fp32, every step"):
             continue
-        reference = next(k for k, each in enumerate(cells[0]["shadows"]) if each["decay"] == row["decay"])
-        way, apart = (fmean(cell["shadows"][i][key] for cell in cells) for key in ("way", "distance"))
+        reference = next(
+            k for k, each in enumerate(cells[0]["shadows"]) if each["decay"] == row["decay"]
+        )
+        way, apart = (
+            fmean(cell["shadows"][i][key] for cell in cells) for key in ("way", "distance")
+        )
         here = paired(*([cell["shadows"][k]["accuracy"] for cell in cells] for k in (i, reference)))
         verdict = (
             "makes no difference to way and accuracy"
@@ -360,13 +434,19 @@ def _no_difference(cells: Cells) -> str:
 
 def _batch(cells: Cells) -> str:
     def last(run: str, decay: float, key: str) -> list[float]:
-        return [[row[key] for row in cell[run] if abs(row["decay"] - decay) < 1e-9][-1] for cell in cells]
+        return [
+            [row[key] for row in cell[run] if abs(row["decay"] - decay) < 1e-9][-1]
+            for cell in cells
+        ]
 
     def numbers(values: Sequence[float]) -> str:
         mean, deviation = spread(values)
         return f"{mean:.3f} ± {deviation:.3f}"
 
-    small, large = [row["decay"] for row in cells[0]["small"]][1], max(row["decay"] for row in cells[0]["large"])
+    small, large = (
+        [row["decay"] for row in cells[0]["small"]][1],
+        max(row["decay"] for row in cells[0]["large"]),
+    )
     corrected = min(row["decay"] for row in cells[0]["large"])
     rows = []
     for label, run, decay in (
@@ -374,6 +454,9 @@ def _batch(cells: Cells) -> str:
         (f"batch 64, decay {small:g}² = {corrected:.6f}", "large", corrected),
         (f"batch 64, decay {large:g} left as it was", "large", large),
     ):
-        share = [a / b for a, b in zip(last(run, decay, "gone"), last("small", small, "gone"), strict=True)]
+        share = [
+            a / b
+            for a, b in zip(last(run, decay, "gone"), last("small", small, "gone"), strict=True)
+        ]
         rows.append([label, numbers(last(run, decay, "loss")), _percent(share)])
     return _rows(["", "test loss of the average", "way from the start, % of batch 32"], rows)

@@ -39,7 +39,9 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
     rows = []
     for side in SIDES:
         there = replace(
-            sharp, images=digits.resize(sharp.images, side), test_images=digits.resize(sharp.test_images, side)
+            sharp,
+            images=digits.resize(sharp.images, side),
+            test_images=digits.resize(sharp.test_images, side),
         )
         rows.append({"side": side, **at(model, there, cell.seed, size)})
         tick(size.resolution_epochs * size.steps_per_epoch // len(SIDES))
@@ -57,8 +59,12 @@ def at(model: nn.Module, task: digits.Task, seed: int, size: Size) -> dict[str, 
     with freeze_for_resolution(tuned, classifier="5", norm="2.1") as frozen:
         optimizer = torch.optim.SGD(frozen.parameters(), lr=TUNED_RATE, momentum=0.9)
         for epoch in range(1, TUNED_EPOCHS + 1):
-            order = torch.randperm(len(task.images), generator=train.draw(seed, 55, epoch)).split(digits.BATCH)
-            stream = ((task.images[rows], task.labels[rows]) for rows in order[: size.steps_per_epoch])
+            order = torch.randperm(len(task.images), generator=train.draw(seed, 55, epoch)).split(
+                digits.BATCH
+            )
+            stream = (
+                (task.images[rows], task.labels[rows]) for rows in order[: size.steps_per_epoch]
+            )
             digits.fit(tuned, optimizer, stream, lambda _: None)
     found["fine-tuned"] = digits.accuracy(tuned, task)
     return found
@@ -72,7 +78,12 @@ def crops(task: digits.Task, seed: int, epoch: int, steps: int) -> Iterator[tupl
         scale = 0.5 + 0.5 * torch.rand(n, generator=generator)
         shift = (torch.rand(n, 2, generator=generator) * 2 - 1) * (1 - scale[:, None])
         zero = torch.zeros(n)
-        first, second = torch.stack([scale, zero, shift[:, 0]], 1), torch.stack([zero, scale, shift[:, 1]], 1)
-        grid = F.affine_grid(torch.stack([first, second], 1), [n, 1, TRAINED, TRAINED], align_corners=False)
+        first, second = (
+            torch.stack([scale, zero, shift[:, 0]], 1),
+            torch.stack([zero, scale, shift[:, 1]], 1),
+        )
+        grid = F.affine_grid(
+            torch.stack([first, second], 1), [n, 1, TRAINED, TRAINED], align_corners=False
+        )
         images = F.grid_sample(task.images[rows], grid, align_corners=False)
         yield images + 0.2 * torch.randn(images.shape, generator=generator), task.labels[rows]

@@ -29,18 +29,30 @@ class Results:
         facts = json.loads((folder / "study.json").read_text())
         size = Size(**facts["size"])
         paths = {cell.name: folder / f"{cell.name}.json" for cell in cells(size)}
-        found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+        found = {
+            name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()
+        }
         return Results(facts, size, found)
 
     def of(self, experiment: str, variant: str = "") -> list[dict[str, Any]]:
         """Its cells in the order of their seeds; [] unless all are there."""
-        wanted = [cell for cell in cells(self.size) if (cell.experiment, cell.variant) == (experiment, variant)]
-        return [self.found[cell.name] for cell in wanted] if all(cell.name in self.found for cell in wanted) else []
+        wanted = [
+            cell
+            for cell in cells(self.size)
+            if (cell.experiment, cell.variant) == (experiment, variant)
+        ]
+        return (
+            [self.found[cell.name] for cell in wanted]
+            if all(cell.name in self.found for cell in wanted)
+            else []
+        )
 
     @property
     def whole_table(self) -> bool:
         """Every variant of the experiment `table` is there."""
-        return all(self.of("table", f"{noise}{kind}") for noise in NOISES for kind in ("", "-cosine"))
+        return all(
+            self.of("table", f"{noise}{kind}") for noise in NOISES for kind in ("", "-cosine")
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,11 @@ def calmer(cells: Sequence[dict[str, Any]], name: str, than: str) -> Estimate:
         return _pairs(one, seeds) - _pairs(two, seeds)
 
     without = [lower([i for i in range(n) if i != out]) for out in range(n)]
-    error = math.sqrt((n - 1) / n * sum((each - fmean(without)) ** 2 for each in without)) if n > 2 else math.nan
+    error = (
+        math.sqrt((n - 1) / n * sum((each - fmean(without)) ** 2 for each in without))
+        if n > 2
+        else math.nan
+    )
     return Estimate(lower(list(range(n))), error)
 
 

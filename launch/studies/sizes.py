@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["DECAYS", "EXPERIMENTS", "FULL", "HEADLINE", "NOISES", "QUICK", "SMOKE", "Cell", "Size", "cells"]
+__all__ = [
+    "DECAYS",
+    "EXPERIMENTS",
+    "FULL",
+    "HEADLINE",
+    "NOISES",
+    "QUICK",
+    "SMOKE",
+    "Cell",
+    "Size",
+    "cells",
+]
 
 EXPERIMENTS = ("language", "table", "forgetting", "distillation", "resolution", "equivalence")
 NOISES = (0, 20, 40)  # % of wrong training labels
@@ -39,7 +50,10 @@ class Size:
     def gpt_ends(self) -> list[int]:
         """Where the decayed branches end: thirds of the run, on the grid of evaluations."""
         last = self.gpt_steps // self.gpt_every
-        return [self.gpt_every * max(self.gpt_decay // self.gpt_every + 1, last * part // 3) for part in (1, 2, 3)]
+        return [
+            self.gpt_every * max(self.gpt_decay // self.gpt_every + 1, last * part // 3)
+            for part in (1, 2, 3)
+        ]
 
 
 FULL = Size("full")
@@ -102,7 +116,10 @@ def cells(size: Size, only: str | None = None) -> list[Cell]:
     for noise in NOISES:
         found += [Cell("table", f"{noise}", seed, 2 * size.epochs * epoch) for seed in some]
         found += [Cell("table", f"{noise}-cosine", seed, size.epochs * epoch) for seed in some]
-    found += [Cell("forgetting", "", seed, size.forget_epochs * epoch // 2 + size.forget_steps) for seed in some]
+    found += [
+        Cell("forgetting", "", seed, size.forget_epochs * epoch // 2 + size.forget_steps)
+        for seed in some
+    ]
     found += [Cell("distillation", "", seed, 5 * size.distill_epochs * epoch) for seed in some]
     found += [Cell("resolution", "", seed, 2 * size.resolution_epochs * epoch) for seed in some]
     found += [Cell("equivalence", "", seed, 2 * size.equivalence_epochs * epoch) for seed in some]

@@ -40,7 +40,10 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
                 name: digits.predict(each, task.test_images).argmax(1)
                 for name, each in all_of(model, averages, task, size)
             }
-            right = {name: float((said == task.test_labels).double().mean()) for name, said in found.items()}
+            right = {
+                name: float((said == task.test_labels).double().mean())
+                for name, said in found.items()
+            }
             rows.append({"epoch": epoch, "accuracy": right})
         if averages is not None:
             tick(size.steps_per_epoch)  # evaluation costs about as much as training
@@ -51,7 +54,9 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
 class Averages:
     """Several decays in one pass, and the mean of the last quarter, which starts late and so is an EMA of its own."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, late: int, steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, late: int, steps: int
+    ) -> None:
         self.ema = EMA(model, decay=[Debiased(decay) for decay in DECAYS], buffers="average")
         self.ema.attach(optimizer)
         self.swa = EMA(model, decay=Uniform(), buffers="average")

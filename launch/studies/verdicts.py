@@ -46,7 +46,9 @@ class Verdict:
         word = AGREES if estimate.beyond else f"{DISAGREES}: within two standard errors"
         if Estimate(-estimate.mean, estimate.error).beyond:
             word = f"{DISAGREES}: the opposite"
-        return Verdict(published, here, "too few seeds to say" if math.isnan(estimate.error) else word)
+        return Verdict(
+            published, here, "too few seeds to say" if math.isnan(estimate.error) else word
+        )
 
     @property
     def agrees(self) -> bool:
@@ -60,7 +62,10 @@ def final(cells: Cells, name: str) -> list[float]:
 
 def lasting(cells: Cells, name: str) -> list[float]:
     """Mean accuracy over the epochs of the last quarter, by seed: what one may expect of stopping at any of them."""
-    return [fmean(row["accuracy"][name] for row in cell["rows"] if row["epoch"] > cell["late"]) for cell in cells]
+    return [
+        fmean(row["accuracy"][name] for row in cell["rows"] if row["epoch"] > cell["late"])
+        for cell in cells
+    ]
 
 
 def steadiness(cells: Cells, name: str) -> list[float]:
@@ -95,7 +100,11 @@ def of_table(results: Results) -> list[Verdict]:
     text = "The gain grows with the share of wrong labels"
     for measure, when in MEASURES.items():
         here = paired(_gains(worst, measure), _gains(clean, measure))
-        found.append(Verdict.by(text, f"from clean to {NOISES[-1]} % wrong, {when}: {here.points()} points", here))
+        found.append(
+            Verdict.by(
+                text, f"from clean to {NOISES[-1]} % wrong, {when}: {here.points()} points", here
+            )
+        )
     text = "The average's accuracy changes less from epoch to epoch"
     for noise, cells in by_noise.items():
         here = calm(cells)
@@ -108,7 +117,11 @@ def of_table(results: Results) -> list[Verdict]:
         found.append(Verdict.by(text, said, here))
     here = paired(final(clean, "0.999/recalibrated"), final(clean, "0.999/copied"))
     text = "Large decays fail unless BatchNorm statistics are recomputed"
-    found.append(Verdict.by(text, f"decay 0.999, recomputed against copied from live: {here.points()} points", here))
+    found.append(
+        Verdict.by(
+            text, f"decay 0.999, recomputed against copied from live: {here.points()} points", here
+        )
+    )
     return found
 
 
@@ -141,13 +154,19 @@ def _beside(beside: Estimate) -> str:
     if beside.beyond:
         return f"behind the average, by {beside.points()[1:]} points"
     if Estimate(-beside.mean, beside.error).beyond:
-        return f"ahead of the average, by {Estimate(-beside.mean, beside.error).points()[1:]} points"
+        return (
+            f"ahead of the average, by {Estimate(-beside.mean, beside.error).points()[1:]} points"
+        )
     return f"level with it: the average is {beside.points()} points away, which is within two standard errors"
 
 
 def _shortfall(noise: int, cells: Cells) -> str:
     """Which of the two is missing, and what the luck of the last epoch has to do with it."""
-    lacks = [name for name, each in (("accuracy", gain(cells)), ("fluctuation", calm(cells))) if not each.beyond]
+    lacks = [
+        name
+        for name, each in (("accuracy", gain(cells)), ("fluctuation", calm(cells)))
+        if not each.beyond
+    ]
     jumps, steady = fmean(steadiness(cells, LIVE)), gain(cells, lasting)
     live, average = (_range(final(cells, name)) for name in (LIVE, AVERAGE))
     verdict = "more than" if steady.beyond else "not more than"
@@ -185,7 +204,10 @@ def of_distillation(cells: Cells) -> list[Verdict]:
         ("mean teacher", "So does its own average as a teacher (Tarvainen & Valpola 2017)"),
     ):
         for kind in ("live", "average"):
-            here = paired([cell[name][kind] for cell in cells], [cell["student alone"][kind] for cell in cells])
+            here = paired(
+                [cell[name][kind] for cell in cells],
+                [cell["student alone"][kind] for cell in cells],
+            )
             found.append(Verdict.by(text, f"{kind} weights: {here.points()} points", here))
     return found
 
@@ -195,7 +217,9 @@ def of_resolution(cells: Cells, trained: int) -> list[Verdict]:
         return [next(row for row in cell["rows"] if row["side"] == side)[way] for cell in cells]
 
     sides = [row["side"] for row in cells[0]["rows"]]
-    larger = max((side for side in sides if side > trained), key=lambda side: fmean(at(side, "as trained")))
+    larger = max(
+        (side for side in sides if side > trained), key=lambda side: fmean(at(side, "as trained"))
+    )
     here = paired(at(larger, "as trained"), at(trained, "as trained"))
     text = "Without fine-tuning, a test resolution above that of training is best"
     found = [Verdict.by(text, f"side {larger} against {trained}: {here.points()} points", here)]

@@ -39,7 +39,9 @@ def run(todo: Sequence[Cell], size: Size, out: Path, workers: int) -> None:
     """Do these cells; each leaves out/NAME.json. Raises what a cell raised, and StudyError if a process died."""
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "sklearn.datasets", "dist_ema.ema"])
+    context.set_forkserver_preload(
+        ["torch", "torch.distributed.fsdp", "sklearn.datasets", "dist_ema.ema"]
+    )
     counter = context.Value("q", 0)
     with progress(sum(cell.cost for cell in todo)) as (show, say):
         done = 0
@@ -70,7 +72,9 @@ def run(todo: Sequence[Cell], size: Size, out: Path, workers: int) -> None:
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _collect(waiting: dict[Future[None], Cell], poll: Callable[[], None], finished: Callable[[Cell], None]) -> None:
+def _collect(
+    waiting: dict[Future[None], Cell], poll: Callable[[], None], finished: Callable[[Cell], None]
+) -> None:
     while waiting:
         ready, _ = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
         poll()
@@ -124,10 +128,15 @@ def _cell(cell: Cell, size: Size, out: Path) -> None:
 
 
 def _write(cell: Cell, out: Path, result: dict[str, Any], seconds: float) -> None:
-    files.write(result_of(out, cell), {"cell": cell.name, "seconds": round(seconds, 1), **files.rounded(result)})
+    files.write(
+        result_of(out, cell),
+        {"cell": cell.name, "seconds": round(seconds, 1), **files.rounded(result)},
+    )
 
 
-def _on_ranks(context: Any, cell: Cell, size: Size, out: Path, counter: Any, poll: Callable[[], None]) -> None:
+def _on_ranks(
+    context: Any, cell: Cell, size: Size, out: Path, counter: Any, poll: Callable[[], None]
+) -> None:
     """A cell of two processes. They are judged by the file that they leave: gloo now and then aborts at the exit."""
     scratch = out / ".scratch" / cell.name
     scratch.mkdir(parents=True, exist_ok=True)
@@ -148,7 +157,9 @@ def _on_ranks(context: Any, cell: Cell, size: Size, out: Path, counter: Any, pol
         rank.kill() if rank.exitcode is None and any(each.exitcode for each in ranks) else None
         rank.join()
     if not result_of(out, cell).exists():
-        raise StudyError(f"{cell.name}: the ranks ended with codes {[rank.exitcode for rank in ranks]}; see above.")
+        raise StudyError(
+            f"{cell.name}: the ranks ended with codes {[rank.exitcode for rank in ranks]}; see above."
+        )
     shutil.rmtree(out / ".scratch")
 
 
@@ -186,7 +197,16 @@ def progress(total: int) -> Iterator[tuple[Callable[[int], None], Say]]:
         TimeRemainingColumn,
     )
 
-    columns = TextColumn("study"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left:")
+    columns = (
+        TextColumn("study"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+    )
     with Progress(*columns, TimeRemainingColumn()) as bar:
         task = bar.add_task("", total=total)
-        yield lambda count: bar.update(task, completed=count), lambda text: bar.console.print(text, highlight=False)
+        yield (
+            lambda count: bar.update(task, completed=count),
+            lambda text: bar.console.print(text, highlight=False),
+        )

@@ -1,0 +1,72 @@
+"""The clock of an average: how far training has moved, and how far the average has followed.
+
+steps     optimizer steps seen by attach()
+now       the clock of the schedule, in the user's units, from where averaging began
+pending   units gone by since the last update (inside an every=N interval)
+updates   moves of the shadow so far, skipped ones included
+started   the average is a thing of its own; before, it simply is the live weights
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from reprlib import repr as brief
+from typing import Any
+
+from ..schedules import Schedule
+
+__all__ = ["Clock"]
+
+
+@dataclass
+class Clock:
+    """Host-side counters; nothing here is ever read back from a device."""
+
+    now: float = 0.0
+    before: float = 0.0
+    steps: int = 0
+    updates: int = 0
+    pending: float = 0.0
+    started: bool = True
+
+    def at(self, schedule: Schedule) -> float:
+        """The clock as this schedule counts: from where averaging began, or from where training did."""
+        return self.now + self.before if schedule.origin == "training" else self.now
+
+    def move(self, schedules: Sequence[Schedule], elapsed: float) -> list[float]:
+        """Advance by `elapsed` and return each schedule's decay for the move. Raises ValueError and stays if one cannot."""
+        if not 0 < elapsed < math.inf:
+            raise ValueError(f"elapsed must be positive and finite, got {elapsed}.")
+        decays = [schedule(self.at(schedule) + elapsed, elapsed) for schedule in schedules]
+        self.now += elapsed
+        self.updates += 1
+        return decays
+
+    def tick(self, elapsed: float) -> None:
+        """One optimizer step went by."""
+        self.steps += 1
+        self.pending += elapsed
+
+    def start(self) -> None:
+        """Averaging begins here, seeded from live."""
+        self.before += self.now + self.pending
+        self.now, self.pending = 0.0, 0.0
+        self.started = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def set(self, spec: dict[str, Any]) -> None:
+        """Take the counters of a saved clock. Raises ValueError if they are not sound."""
+        for field in fields(self):
+            value, kind = spec.get(field.name), type(getattr(self, field.name))
+            # NOTE: not below 2^63 is NaN too.
+            if (
+                not isinstance(value, (int, float))
+                or not 0 <= value < 1 << 63
+                or kind(value) != value
+            ):
+                raise ValueError(f"the saved clock has no sound {field.name!r}: {brief(spec)}.")
+            setattr(self, field.name, kind(value))

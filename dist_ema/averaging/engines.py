@@ -1,0 +1,310 @@
+"""When the arithmetic runs.
+
+An engine is three verbs. `update` may return before the shadows have moved; `fence` returns when live weights may be
+overwritten; `settle` returns when shadows may be read. Each orders work, none of them is a collective.
+
+    compute   | forward | backward | step |  forward | backward | fence step |
+    side                           update >==========>                          Overlapped: one pass, on a side stream
+    copy                           update >=====>                               HostThread: live to a window ...
+    thread                                     >=================>              ... and the average in host memory
+
+[Note: times]  Every engine times its updates and what it adds to a step, with marks that are read later: nobody waits to
+know. On an accelerator a mark is an event, elsewhere the host's clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .executors import NAP, TIMED, Executor, Instant, Meter, SideStream, Worker, mark
+from .kernels.eager import ShadowPair, UpdatePlan
+from .kernels.gpu_triton import FusedPlan
+
+__all__ = ["Engine", "HostThread", "Inline", "Overlapped", "Times", "Weights", "choose_engine"]
+
+
+Weights = Sequence[float | Tensor]
+
+
+@dataclass(frozen=True)
+class Times:
+    """What is known of the updates without waiting for anything ([Note: times])."""
+
+    update_ms: float = 0.0  # of the last finished update
+    stall_ms: float = 0.0  # that it added to the training step
+    lag: int = 0  # updates submitted and not finished
+
+
+class Engine(Protocol):
+    """Runs the updates of a plan, in order."""
+
+    deferred: bool  # live weights are still being read when `update` returns
+    window_bytes: int  # of host memory, besides the shadows
+
+    def update(
+        self, plan: UpdatePlan | FusedPlan, weights: Weights, number: int, guard: bool
+    ) -> None:
+        """Start moving the shadows towards live; weights are 1 - decay of each average, `number` counts the updates."""
+
+    def fence(self) -> None:
+        """Live weights may be overwritten after this."""
+
+    def settle(self) -> None:
+        """Shadows may be read after this. Raises RuntimeError if an update failed out of sight."""
+
+    def times(self) -> Times:
+        """Of the last finished update. Never waits."""
+
+
+class Inline:
+    """On the caller's stream, before `update` returns: the reference that every other engine must equal bit for bit."""
+
+    deferred = False
+    window_bytes = 0
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device  # where updates are timed; None: on the host
+        self._meter = Meter()
+
+    def update(
+        self, plan: UpdatePlan | FusedPlan, weights: Weights, number: int, guard: bool
+    ) -> None:
+        begin = mark(self._device)
+        plan.run(weights, number, guard)
+        self._meter.add(begin, mark(self._device))
+
+    def fence(self) -> None:
+        """The current stream orders the next write after the read."""
+
+    def settle(self) -> None:
+        """The current stream orders the next read after the write."""
+
+    def times(self) -> Times:
+        spent = self._meter.read()
+        return Times(spent, spent)  # the step waits for all of it
+
+
+class Overlapped:
+    """Behind the next forward and backward: whoever overwrites live weights or reads shadows waits, nobody else."""
+
+    deferred = True
+    window_bytes = 0
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor, self._pass = executor, _InFlight(executor)
+        self._under_way: deque[Any] = deque()
+        self._updates = Meter()
+        self._weights: Weights = []
+        self._plan: UpdatePlan | FusedPlan | None = None
+
+    def update(
+        self, plan: UpdatePlan | FusedPlan, weights: Weights, number: int, guard: bool
+    ) -> None:
+        if plan is not self._plan:
+            self._plan = plan
+            self._executor.keep(plan.tensors)
+        # NOTE: weights on the device are kept until the next update, or their memory would be reused while it is read.
+        self._weights = weights
+
+        def run() -> None:
+            begin = self._executor.mark()
+            plan.run(weights, number, guard)
+            self._updates.add(begin, self._executor.mark())
+
+        self._under_way.append(self._pass.submit(run))
+        self._lag()  # keeps the list short
+
+    def fence(self) -> None:
+        self._pass.wait(timed=True)
+
+    def settle(self) -> None:
+        self._pass.wait()  # one pass reads live and writes shadows
+
+    def times(self) -> Times:
+        return Times(self._updates.read(), self._pass.stalls.read(), self._lag())
+
+    def _lag(self) -> int:
+        while self._under_way and self._executor.done(self._under_way[0]):
+            self._under_way.popleft()
+        return len(self._under_way)
+
+
+class _InFlight:
+    """The last work that was given to an executor, and how long the training step was held up by it."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._ticket: Any = None
+        self._timed = False
+        self.stalls = Meter()
+
+    def submit(self, work: Callable[[], None]) -> Any:
+        self._ticket, self._timed = self._executor.submit(work), False
+        return self._ticket
+
+    def wait(self, timed: bool = False) -> None:
+        """What is issued from now on comes after the work. timed: it is a step that waits."""
+        if self._ticket is None:
+            return
+        begin = self._executor.mark() if timed and not self._timed else None
+        self._executor.wait(
+            self._ticket
+        )  # every time, because the caller's stream may be another now
+        if begin is not None:
+            self.stalls.add(begin, self._executor.mark())
+            self._timed = True
+
+
+class HostThread:
+    """Shadows in host memory: live weights go into a window there, and a thread averages from the window.
+
+    `fence` waits for the copy only. At most one update is in flight. *Cost*: one window of the live weights' size in
+    (pinned) host memory, whose allocator may round it up to a power of two; 2 to 4 bytes per weight over the host link, in
+    one copy per run of neighbours; nothing on the device. The thread asks the device whether the copy is done, which the
+    capture of a CUDA graph forbids: capture before the first update, or settle (`swap`, `metrics`) first.
+    """
+
+    def __init__(self, copier: Executor | None, worker: Executor) -> None:
+        self._copier, self._worker = copier, worker
+        self._copy_behind = None if copier is None else _InFlight(copier)
+        self._averaged: Any = None
+        self._plan: UpdatePlan | FusedPlan | None = None
+        self._failed: str | None = None
+        self._averages, self._submits = Meter(), Meter()
+        self.deferred = copier is not None
+        self.window_bytes = 0
+
+    def update(
+        self, plan: UpdatePlan | FusedPlan, weights: Weights, number: int, guard: bool
+    ) -> None:
+        begin = Instant()
+        self.settle()  # the window is free again
+        if plan is not self._plan:
+            self._open_window(plan)
+            if self._copier is not None:
+                self._copier.keep([pair.live for pair in plan.pairs])
+        copied = None
+        if self._copy_behind is None:
+            self._copy(weights)
+        else:
+            copied = self._copy_behind.submit(lambda: self._copy(weights))
+        self._kept = weights  # until the copy was waited for, their memory must not be reused
+        self._averaged = self._submit_average(copied, weights, number, guard)
+        self._submits.add(begin, Instant())
+
+    def _submit_average(self, copied: Any, weights: Weights, number: int, guard: bool) -> Any:
+        here = [
+            self._weights[k] if isinstance(weight, Tensor) else weight
+            for k, weight in enumerate(weights)
+        ]
+        windowed = self._windowed
+
+        def average() -> None:
+            try:
+                self._await_copy(copied)
+                begin = self._worker.mark()
+                windowed.run(here, number, guard)
+                self._averages.add(begin, self._worker.mark())
+            except BaseException as error:  # surfaces at the next call
+                self._failed = f"update {number} of the average failed in the host thread: {type(error).__name__}: {error}"
+
+        return self._worker.submit(average)
+
+    def _await_copy(self, copied: Any) -> None:
+        """In the thread. NOTE: synchronize() would spin on a core, because torch.Event ignores blocking=True."""
+        while copied is not None and self._copier is not None and not self._copier.done(copied):
+            time.sleep(NAP)
+
+    def fence(self) -> None:
+        self._refuse_failed()
+        if self._copy_behind is not None:
+            self._copy_behind.wait(timed=True)
+
+    def settle(self) -> None:
+        if self._copy_behind is not None:
+            self._copy_behind.wait()
+        if self._averaged is not None:
+            self._worker.wait(self._averaged)
+        self._refuse_failed()
+
+    def times(self) -> Times:
+        lag = self._averaged is not None and not self._worker.done(self._averaged)
+        held = 0.0 if self._copy_behind is None else self._copy_behind.stalls.read()
+        return Times(self._averages.read(), self._submits.read() + held, int(lag))
+
+    def _refuse_failed(self) -> None:
+        if self._failed is not None:
+            raise RuntimeError(
+                f"{self._failed}. This average is not usable any more: call ema.detach(), or build the EMA anew and load an "
+                "earlier average."
+            )
+
+    def _open_window(self, plan: UpdatePlan | FusedPlan) -> None:
+        """One arena per dtype for what the live side of the plan sends."""
+        self._plan, self._copies, self._windowed = (
+            None,
+            [],
+            UpdatePlan([]),
+        )  # the old window is free before the new one comes
+        pin = any(pair.live.device.type != "cpu" for pair in plan.pairs)
+        pairs: list[ShadowPair] = []
+        for dtype in dict.fromkeys(pair.live.dtype for pair in plan.pairs):
+            mine = [pair for pair in plan.pairs if pair.live.dtype == dtype]
+            sizes = [len(pair.live) for pair in mine]
+            arena = torch.empty(sum(sizes), dtype=dtype, pin_memory=pin)
+            pairs += [
+                replace(pair, live=window)
+                for pair, window in zip(mine, arena.split(sizes), strict=True)
+            ]
+            self._copies += _runs(arena, [pair.live for pair in mine])
+        self._windowed = UpdatePlan(pairs, plan.seed)
+        averages = max((len(pair.shadows) for pair in plan.pairs), default=0)
+        self._weights = torch.zeros(averages, dtype=torch.float32, pin_memory=pin)
+        self.window_bytes = sum(window.nbytes for window, _ in self._copies) + self._weights.nbytes
+        self._plan = plan
+
+    def _copy(self, weights: Weights) -> None:
+        for window, live in self._copies:
+            window.copy_(live, non_blocking=True)
+        for k, weight in enumerate(weights):
+            if isinstance(weight, Tensor):
+                self._weights[k].copy_(weight, non_blocking=True)
+
+
+def _runs(arena: Tensor, lives: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(part of the arena, what goes there): the lives end to end, those that lie end to end in the model as one."""
+    runs: list[tuple[Tensor, Tensor]] = []
+    start = 0
+    for live in lives:
+        if runs and _touch(runs[-1][1], live):
+            before = runs.pop()[1]
+            live = before.as_strided((len(before) + len(live),), (1,))
+            start -= len(before)
+        if len(live):
+            runs.append((arena[start : start + len(live)], live))
+            start += len(live)
+    return runs
+
+
+def _touch(a: Tensor, b: Tensor) -> bool:
+    """b begins where a ends, in one storage."""
+    same = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return same and a.storage_offset() + len(a) == b.storage_offset()
+
+
+def choose_engine(live: Collection[torch.device], host: bool, overlap: bool = True) -> Engine:
+    """The engine that hides an update best, for weights on `live`; host: shadows were asked into host memory."""
+    apart = [device for device in live if device.type in TIMED]  # the others order one stream
+    if not overlap or len(live) > 1:
+        return Inline(apart[0] if apart else None)  # one stream cannot order several devices
+    if not apart:
+        return HostThread(None, Worker()) if host else Inline()
+    aside = SideStream(apart[0])
+    return HostThread(aside, Worker(device=apart[0])) if host else Overlapped(aside)

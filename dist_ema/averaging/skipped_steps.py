@@ -1,0 +1,65 @@
+"""Steps that the device skipped: counted there, never waited for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .executors import Mark, mark
+
+__all__ = ["SkippedSteps"]
+
+
+class SkippedSteps:
+    """The weight of an update whose step the device may have skipped: decided there, the host never waits.
+
+    A skipped step has weight 0. Until one update was accepted, schedules whose first move copies go on copying.
+    """
+
+    def __init__(self) -> None:
+        self.reset(accepted=False)
+
+    def reset(self, accepted: bool) -> None:
+        """Start counting anew; `accepted`: an earlier run has accepted an update."""
+        self._open = accepted  # some update was accepted for sure
+        self._tried = 0  # updates that the device was free to skip
+        self._skipped: Tensor | None = None  # how many of them it did skip, float32 []
+        self._known = 0  # what the device has told of it
+        self._asked: tuple[Tensor, Mark] | None = None  # its answer, on the way to the host
+
+    def weigh(self, weight: float, copies_first: bool, skip: Tensor | None) -> float | Tensor:
+        """weight, 1 or 0. skip: [] on the device, not 0 if the step was skipped; None: it happened."""
+        move: float | Tensor = weight
+        if copies_first and not self._open:
+            move = 1.0 if self._skipped is None else self._one_or(weight, self._skipped)
+        if skip is None:
+            self._open = True
+            return move
+        skipped = (skip != 0).to(torch.float32)
+        self._skipped = skipped.clone() if self._skipped is None else self._skipped + skipped
+        self._tried += 1
+        return move * (1 - skipped)
+
+    def _one_or(self, weight: float, skipped: Tensor) -> Tensor:
+        """1 while the device has refused every update. float32 []"""
+        # NOTE: where() of two numbers would round them to the default dtype, which may be bfloat16.
+        return torch.where(
+            skipped >= self._tried, torch.ones_like(skipped), torch.full_like(skipped, weight)
+        )
+
+    def count(self) -> int:
+        """Updates skipped so far. Waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def heard(self) -> int:
+        """Updates skipped, as far as the device has told; asks it for the rest. Never waits."""
+        if self._skipped is None or self._skipped.device.type == "cpu":
+            return self.count()
+        if self._asked is not None and self._asked[1].query():
+            self._known, self._asked = int(self._asked[0]), None
+        if self._asked is None:
+            answer = torch.empty((), dtype=torch.float32, pin_memory=True).copy_(
+                self._skipped, non_blocking=True
+            )
+            self._asked = answer, mark(self._skipped.device)
+        return self._known

@@ -1,0 +1,71 @@
+"""CRC-32 of a file, combined from what each byte range contributes."""
+
+from __future__ import annotations
+
+import zlib
+from functools import lru_cache
+
+__all__ = ["RangeSum", "check_sum"]
+
+
+# --- [Note: check sums] ------------------------------------------------------------------------------------------
+
+_POLYNOMIAL = 0xEDB88320
+
+
+class RangeSum:
+    """What some byte ranges, added in any order, contribute to the CRC-32 of a file of `size` bytes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._at = 0
+        self._value = 0
+
+    def add(self, start: int, data: bytes | memoryview) -> None:
+        n = len(data)
+        self._value = (
+            _multiply(self._value, _power(start + n - self._at)) ^ zlib.crc32(data) ^ _zeros(n)
+        )
+        self._at = start + n
+
+    @property
+    def contribution(self) -> int:
+        return _multiply(self._value, _power(self._size - self._at))
+
+
+def check_sum(size: int, contributions: list[int]) -> str:
+    """The CRC-32 of the file, 8 hex digits."""
+    value = _zeros(size)
+    for contribution in contributions:
+        value ^= contribution
+    return f"{value:08x}"
+
+
+def _multiply(a: int, b: int) -> int:
+    """a * b modulo the CRC polynomial, bits reflected (x^0 is the top bit)."""
+    product = 0
+    while a:
+        if a & 0x80000000:
+            product ^= b
+        a = (a << 1) & 0xFFFFFFFF
+        b = (b >> 1) ^ _POLYNOMIAL if b & 1 else b >> 1
+    return product
+
+
+@lru_cache(maxsize=4096)
+def _power(n: int) -> int:
+    """x^(8n): what n further bytes do to a sum. A negative n undoes them (the order of x is 2^32 - 1)."""
+    n = (8 * n) % 0xFFFFFFFF
+    result, square = 0x80000000, 0x40000000
+    while n:
+        if n & 1:
+            result = _multiply(result, square)
+        square = _multiply(square, square)
+        n >>= 1
+    return result
+
+
+@lru_cache(maxsize=4096)
+def _zeros(n: int) -> int:
+    """The CRC-32 of n zero bytes."""
+    return _multiply(0xFFFFFFFF, _power(n)) ^ 0xFFFFFFFF

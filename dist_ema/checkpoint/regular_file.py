@@ -1,0 +1,40 @@
+"""Reads of regular files: nothing that blocks, nothing that ends early without an error."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["open_regular", "read_exactly", "read_into"]
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open for reading, unbuffered. Raises ValueError for what is no file: a pipe would block, a device never end."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ValueError(f"{path} is no file, so nothing can be read from it.")
+    return open(fd, "rb", buffering=0)
+
+
+def read_into(fd: int, path: Path, into: memoryview, offset: int) -> None:
+    """Fill `into` from an open file. Raises ValueError where that ends before. NOTE: one call moves at most 2 GiB."""
+    while into:
+        count = os.preadv(fd, [into], offset)
+        if not count:
+            raise ValueError(f"{path} became shorter while it was read.")
+        into, offset = into[count:], offset + count
+
+
+def read_exactly(file: BinaryIO, n: int) -> bytes:
+    """NOTE: an unbuffered read may return less than it was asked for."""
+    parts = []
+    while n and (part := file.read(n)):
+        parts.append(part)
+        n -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,120 @@
+"""The saves of one run side by side: run/ema-001000, run/ema-002000, and run/latest, a file that names the newest.
+
+Deleting is the most dangerous thing that a library does. Only folders go whose name has the same stem and a number, that are
+complete, and that hold nothing but what dist_ema wrote there; numbers beyond the new one belong to a run that was rewound,
+and stay.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from . import atomic, manifest, safetensors
+
+__all__ = ["advance", "foreign", "refuse"]
+
+
+def refuse(path: Path, keep: int) -> None:
+    """Raise ValueError, before anything is written, where `advance` would have to."""
+    if type(keep) is not int or keep < 1:
+        raise ValueError(f"keep must be a whole number of saves, at least 1, got {keep!r}.")
+    stem, number = _split(path.name)
+    if number is None:
+        raise ValueError(
+            f"keep={keep} needs a name that ends in a number, like ema-001000, got {path.name}."
+        )
+    latest = path.parent / atomic.LATEST
+    if os.path.lexists(latest):
+        name = atomic.named(latest)
+        if name is None or _split(name)[0] != stem:
+            raise ValueError(
+                f"{latest} is there and names no {stem}NUMBER: it is not ours to replace. Save with keep= into a folder of "
+                "its own."
+            )
+
+
+def advance(path: Path, keep: int) -> list[str]:
+    """After `path` was published: point to it, and remove all but the last `keep` saves up to its number.
+
+    Returns a sentence for everything that should have gone and is still there.
+    """
+    atomic.point(path)
+    stem, last = _split(path.name)
+    found: list[tuple[int, Path]] = []
+    for name in os.listdir(path.parent):
+        half = re.fullmatch(r"\.(.+)\.(gone|old|tmp)-[0-9a-f]{32}", name, re.DOTALL)
+        its, number = _split(half[1] if half else name)
+        if its != stem or number is None or last is None or number > last or name == path.name:
+            continue
+        if half is None:
+            found.append((number, path.parent / name))
+        elif half[2] == "gone":
+            atomic.remove(path.parent / name)
+        else:  # a save that was killed: a series has one writer, and that is here now
+            atomic.recover(path.parent / half[1])
+            atomic.remove_leftovers(path.parent / half[1])
+    old = [each for _, each in sorted(found, reverse=True) if _is_save(each)]
+    return [said for each in old[keep - 1 :] if (said := _retire(each)) is not None]
+
+
+def _split(name: str) -> tuple[str, int | None]:
+    """ema-001000 -> ('ema-', 1000)."""
+    match = re.fullmatch(r"(.*?)([0-9]+)", name, re.DOTALL)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
+def _is_save(folder: Path) -> bool:
+    """A complete average that `ema.save` wrote, and no link to one."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    try:
+        meta = manifest.read_meta(folder)
+        ours = (
+            meta.get("kind") == "ema" and "dist_ema" in meta["versions"] and len(meta["files"]) > 0
+        )
+        return ours and all(_is_whole(folder / name, said) for name, said in meta["files"].items())
+    except (KeyError, OSError, TypeError, ValueError):
+        return False
+
+
+def _is_whole(path: Path, said: dict[str, object]) -> bool:
+    return not path.is_symlink() and safetensors.read_header(path).size == said["size"]
+
+
+def _retire(folder: Path) -> str | None:
+    """Remove a save: out of sight at once, so that nobody ever finds half of it. Returns what kept it here."""
+    try:
+        others = foreign(folder)
+        if others:
+            return f"{folder} is kept beyond keep=: it holds {', '.join(others[:3])}, which ema.save() did not write."
+        gone = atomic.temporary_sibling(folder, "gone")
+        os.rename(folder, gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        return f"{folder} should have gone by keep=, and could not be removed: {error}."
+    return None
+
+
+def foreign(folder: Path) -> list[str]:
+    """What lies in a folder of ours that dist_ema did not write. Raises ValueError where ema.json is damaged."""
+    return sorted(_written(folder) - _listed(folder))
+
+
+def _written(folder: Path) -> set[str]:
+    # NOTE: NFS keeps a file that somebody reads as .nfsID until he is done.
+    files = (each for each in folder.rglob("*") if each.is_symlink() or not each.is_dir())
+    return {
+        each.relative_to(folder).as_posix() for each in files if not each.name.startswith(".nfs")
+    }
+
+
+def _listed(folder: Path) -> set[str]:
+    files = set(manifest.read_meta(folder)["files"])
+    return (
+        files
+        | {manifest.META}
+        | {(Path(name).parent / safetensors.INDEX).as_posix() for name in files}
+    )

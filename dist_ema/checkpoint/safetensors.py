@@ -1,0 +1,294 @@
+"""The bytes of an artifact: safetensors header and index, ema.json, CRC-32. No torch.
+
+    ema-001000/
+      model.safetensors        or model-00001-of-00004.safetensors ... and model.safetensors.index.json
+      ema.json                 clock, schedules, aliases, check sums ...
+
+The header fixes where every weight lies before anything is written, so ranks write their own parts into place, and the
+bytes depend on the weights alone: keys by (dtype size descending, name), padded to 8 bytes.
+
+[Note: check sums]  CRC-32 is affine over GF(2), so the sum of a file is the XOR of what each part adds, shifted by the
+number of bytes behind it. Every rank sums its own ranges and posts one number per file, whatever the partition.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from reprlib import repr as brief
+from typing import Any, BinaryIO
+
+from .regular_file import open_regular, read_exactly
+from .strict_json import MOST_JSON, dump, parse_json, read_json
+
+__all__ = [
+    "INDEX",
+    "ITEMSIZE",
+    "Entry",
+    "SafetensorsFile",
+    "find_model",
+    "header",
+    "header_of",
+    "index",
+    "is_file_name",
+    "plan",
+    "read_header",
+    "read_index",
+    "read_model",
+    "refuse_other_index",
+    "size_of",
+]
+
+
+INDEX = "model.safetensors.index.json"
+
+
+STEMS = ("model", "diffusion_pytorch_model")  # of transformers, and of diffusers
+
+
+MOST = 1 << 63  # below which torch counts elements and bytes
+
+
+MOST_DIMS = 64
+
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+
+
+ITEMSIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One weight in a file; begin and end are bytes behind the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int = 0
+    end: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return ITEMSIZE[self.dtype] * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """One safetensors file: its header bytes and where every weight lies behind them."""
+
+    head: bytes
+    entries: dict[str, Entry]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + max((entry.end for entry in self.entries.values()), default=0)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def header(
+    entries: dict[str, Entry],
+    metadata: dict[str, str] | None = None,
+    order: Sequence[str] | None = None,
+) -> SafetensorsFile:
+    """Lay the weights out: the same file for the same weights, in whatever order they come, unless it is given."""
+    if "__metadata__" in entries:
+        raise ValueError(
+            "a weight is called __metadata__, which safetensors keeps for itself. Give it another name."
+        )
+    placed, at = {}, 0
+    for name in order or sorted(entries, key=lambda name: (-ITEMSIZE[entries[name].dtype], name)):
+        entry = entries[name]
+        placed[name] = Entry(entry.dtype, entry.shape, at, at + entry.nbytes)
+        at += entry.nbytes
+    table: dict[str, Any] = {
+        "__metadata__": {"format": "pt"} | dict(sorted((metadata or {}).items()))
+    }
+    for name, entry in placed.items():
+        table[name] = {
+            "dtype": entry.dtype,
+            "shape": entry.shape,
+            "data_offsets": (entry.begin, entry.end),
+        }
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return SafetensorsFile(struct.pack("<Q", len(text)) + text, placed)
+
+
+def plan(
+    entries: dict[str, Entry], max_shard_size: int | str, metadata: dict[str, str] | None = None
+) -> dict[str, SafetensorsFile]:
+    """The files of a model, by name: one, or as many as keep each under max_shard_size (bytes, or '5GB')."""
+    most = size_of(max_shard_size)
+    bins: list[dict[str, Entry]] = [{}]
+    filled = 0
+    for name in sorted(entries):
+        if bins[-1] and filled + entries[name].nbytes > most:
+            bins.append({})
+            filled = 0
+        bins[-1][name] = entries[name]
+        filled += entries[name].nbytes
+    if len(bins) == 1:
+        return {"model.safetensors": header(entries, metadata)}
+    names = [f"model-{i + 1:05}-of-{len(bins):05}.safetensors" for i in range(len(bins))]
+    return {name: header(chosen, metadata) for name, chosen in zip(names, bins, strict=True)}
+
+
+def index(files: dict[str, SafetensorsFile]) -> bytes:
+    """model.safetensors.index.json, as Hugging Face writes it."""
+    where = {name: file for file, content in files.items() for name in content.entries}
+    total = sum(entry.nbytes for content in files.values() for entry in content.entries.values())
+    return dump({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+
+
+def size_of(text: int | str) -> int:
+    """Bytes in 5_000_000, '5GB', '500MB', '2GiB'."""
+    units = {
+        "KIB": 1 << 10,
+        "MIB": 1 << 20,
+        "GIB": 1 << 30,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "B": 1,
+        "": 1,
+    }
+    try:
+        if isinstance(text, int):
+            size = text
+        else:
+            digits = text.strip().upper().rstrip("KMGIB")
+            size = int(float(digits) * units[text.strip().upper()[len(digits) :].strip()])
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        raise ValueError(
+            f"max_shard_size must be bytes or a text like '5GB', got {text!r}."
+        ) from None
+    if size <= 0:
+        raise ValueError(f"max_shard_size must be positive, got {text!r}.")
+    return size
+
+
+def read_header(path: Path) -> SafetensorsFile:
+    """The header of a safetensors file, checked against the file's size. Raises ValueError for anything unsound."""
+    with open_regular(path) as file:
+        return header_of(file, path)
+
+
+def header_of(file: BinaryIO, path: Path) -> SafetensorsFile:
+    """`read_header` of a file that is open; path: what errors call it."""
+    size = os.fstat(file.fileno()).st_size
+    length = struct.unpack("<Q", (file.read(8) + bytes(8))[:8])[0]
+    if size < 8 or length > min(MOST_JSON, size - 8):
+        raise ValueError(
+            f"{path} is no safetensors file, or is cut short: {size} bytes, header of {length}."
+        )
+    text = read_exactly(file, length)
+    try:
+        table = parse_json(text)
+        metadata = dict(table.pop("__metadata__", None) or {})
+        entries = {name: _entry(value) for name, value in table.items()}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata must map texts to texts")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} has a broken safetensors header: {type(error).__name__}: {error}."
+        ) from None
+    at = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != at or entry.end - entry.begin != entry.nbytes:
+            raise ValueError(
+                f"{path}: {name} lies at bytes {entry.begin} to {entry.end}, expected {entry.nbytes} from {at}."
+            )
+        at = entry.end
+    if size != 8 + length + at:
+        raise ValueError(
+            f"{path} holds {size} bytes, its header speaks of {8 + length + at}. It was cut short or damaged."
+        )
+    return SafetensorsFile(struct.pack("<Q", length) + text, entries, metadata)
+
+
+def _entry(value: dict[str, Any]) -> Entry:
+    begin, end = value["data_offsets"]
+    shape = tuple(value["shape"])
+    if value["dtype"] not in ITEMSIZE:
+        raise ValueError(f"unknown dtype {brief(value['dtype'])}")
+    if not all(type(n) is int and 0 <= n < MOST for n in (begin, end, *shape)):
+        raise ValueError(f"offsets and shape must be whole numbers, got {brief(value)}")
+    # NOTE: a 0 in the shape hides any other size in it from the count of bytes, but not from torch.
+    if len(shape) > MOST_DIMS or math.prod(n for n in shape if n) >= MOST:
+        raise ValueError(f"a shape of {len(shape)} dimensions that cannot be: {brief(shape)}")
+    return Entry(value["dtype"], shape, begin, end)
+
+
+def find_model(folder: Path) -> str:
+    """The index, or the only file, of a folder's model: of the stems that Hugging Face writes, else of the only one."""
+    names = sorted(os.listdir(folder))
+    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    files = [name for name in names if name.endswith(".safetensors") and not _SHARD.search(name)]
+    for stem in STEMS:
+        for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
+            if name in names:
+                return name
+    found = indexes or files
+    if len(found) == 1:
+        return found[0]
+    more = f" It does hold {', '.join(found[:3])}: name the one to read." if found else ""
+    raise ValueError(f"{folder} holds no model.safetensors and no {INDEX}.{more}")
+
+
+def read_model(folder: Path, name: str | None = None) -> dict[str, SafetensorsFile]:
+    """The files of a model folder by name, each checked; the index must agree with them. name: what `find_model` finds."""
+    name = find_model(folder) if name is None else name
+    if name.endswith(".safetensors"):
+        return {name: read_header(folder / name)}
+    weights = read_index(folder, name)
+    files = {file: read_header(folder / file) for file in sorted(set(weights.values()))}
+    refuse_other_index(folder / name, weights, files)
+    return files
+
+
+def read_index(folder: Path, name: str = INDEX) -> dict[str, str]:
+    """weight -> file, of files that exist beside the index."""
+    where = folder / name
+    weights = read_json(where).get("weight_map")
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(is_file_name(file) for file in weights.values())
+    ):
+        raise ValueError(
+            f"{where} has no sound weight_map: it must map weights to files beside it."
+        )
+    missing = [file for file in sorted(set(weights.values())) if not (folder / file).is_file()]
+    if missing:
+        raise ValueError(f"{where} names {', '.join(missing[:3])}, which {folder} does not hold.")
+    return weights
+
+
+def refuse_other_index(
+    where: Path, weights: dict[str, str], files: dict[str, SafetensorsFile]
+) -> None:
+    """Raise ValueError unless the files hold what the index says, each weight once."""
+    found = {weight: name for name, file in files.items() for weight in file.entries}
+    if found != weights:
+        odd = sorted(set(found.items()) ^ set(weights.items()))[:3]
+        raise ValueError(f"{where} and the files disagree on {odd}.")
+
+
+def is_file_name(name: Any) -> bool:
+    """A file beside the index, nothing that leads out of the folder."""
+    plain = isinstance(name, str) and name.isprintable() and name == os.path.basename(name)
+    return plain and name.endswith(".safetensors")

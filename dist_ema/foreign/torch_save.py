@@ -1,0 +1,223 @@
+"""Files of torch.save as trees of tensors, through torch.load(weights_only=True): what would run code is refused by name.
+
+Tensors are mapped, not read, where the file is an archive (all since torch 1.6); a window of one is a copy of its bytes.
+torch is imported only when a file is opened.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from pickletools import genops
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import safetensors
+from ..dtypes import TORCH, Bytes, gathered
+from ..text import some
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Mapped", "load"]
+
+# Records of settings that other packages put beside weights. Objects of these become empty placeholders; their code, or the
+# package, is not needed and not run.
+_SETTINGS = (
+    "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath", "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig",
+    "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata", "omegaconf.nodes.AnyNode", "omegaconf.nodes.StringNode",
+    "omegaconf.nodes.IntegerNode", "omegaconf.nodes.FloatNode", "omegaconf.nodes.BooleanNode", "typing.Any",
+    "builtins.dict", "numpy.dtype", "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar",
+    "datetime.datetime", "datetime.timedelta",
+)  # fmt: skip
+_DICTS = (
+    "lightning.fabric.utilities.data.AttributeDict", "lightning_fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict",
+)  # fmt: skip
+_DEEPEST = 50
+
+
+class _Nothing:
+    """Stands where an object of somebody's class would."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Nothing:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _default_dict(*args: Any) -> dict[Any, Any]:
+    """collections.defaultdict(factory): as a plain dict."""
+    return {}
+
+
+class Mapped:
+    """A tensor of a file, as `foreign.Leaf`. key: the same for tensors that are one, as tied weights are."""
+
+    def __init__(self, tensor: Tensor, dtype: str) -> None:
+        self.dtype, self.shape = dtype, tuple(tensor.shape)
+        self.key = (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            self.shape,
+            tensor.stride(),
+            dtype,
+        )
+        self._tensor = tensor.detach()
+
+    def read(self, begin: int, end: int) -> Bytes:
+        """Bytes [begin, end) in row-major order."""
+        import torch
+
+        if self._tensor.is_contiguous():
+            raw: Bytes = self._tensor.reshape(-1).view(torch.uint8)[begin:end].numpy().copy()
+            return raw
+        storage = torch.empty(0, dtype=torch.uint8).set_(self._tensor.untyped_storage()).numpy()
+        first, strides, size = (
+            int(self._tensor.storage_offset()),
+            self._tensor.stride(),
+            safetensors.ITEMSIZE[self.dtype],
+        )
+        return gathered(storage, first, self.shape, strides, size, begin, end)
+
+
+def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
+    """The tree in a file of torch.save, with `Mapped` for tensors; and the tensors that safetensors cannot hold, by name.
+
+    inert: further classes whose objects become empty placeholders. Raises ValueError for a file that is none, or that holds
+    objects of other classes, which are named; their code is not run. *Cost*: no more than the table of contents.
+    """
+    import torch
+
+    known: list[Any] = [(_fresh(name), name) for name in {*_SETTINGS, *inert} - {*_DICTS}]
+    known += [(dict, name) for name in _DICTS] + [(_default_dict, "collections.defaultdict")]
+    try:
+        # NOTE: torch warns of its own storages; what is wrong with the file is said in one sentence.
+        with warnings.catch_warnings(), torch.serialization.safe_globals(known):
+            warnings.simplefilter("ignore")
+            if _is_archive(path):
+                _refuse_classes(path)
+            said = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(_refusal(path, error)) from None
+    trees = _Trees(str(path))
+    return trees.make(said), trees.odd
+
+
+def _is_archive(path: Path) -> bool:
+    """By its first bytes, as torch tells: cut or damaged archives are archives too."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\3\4"
+
+
+def _fresh(name: str) -> type[_Nothing]:
+    """A class of its own for each, because torch tells them apart by identity."""
+    return type(name.rpartition(".")[2], (_Nothing,), {})
+
+
+class _ClassesError(Exception):
+    """Objects of these classes are in the file."""
+
+
+def _refuse_classes(path: Path) -> None:
+    import torch
+
+    found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    if found:
+        raise _ClassesError(*found)
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    """One sentence, whatever torch says."""
+    text = " ".join(str(error).split())
+    found: Sequence[str] = (
+        error.args if isinstance(error, _ClassesError) else re.findall(r"GLOBAL ([\w.]+)", text)[:1]
+    )
+    if any(
+        name.startswith(("torch.nn.modules.", "torch.nn.Module")) or name.endswith("Model")
+        for name in found
+    ):
+        return (
+            f"{path} holds whole modules ({some(found)}): pickled code, which dist_ema does not run. Load it where that "
+            f"code is, and save a table of its tensors: torch.save(model.state_dict(), 'weights.pt')."
+        )
+    if found:
+        return (
+            f"{path} asks for {some(found)}, whose code dist_ema does not run. If they are only settings beside the "
+            f"weights, read past them with --inert {' --inert '.join(found[:3])}."
+        )
+    if "orch" in text and "cript" in text:
+        return f"{path} is a TorchScript program, not a table of tensors. Load it there, and save its state_dict()."
+    name = "" if _is_archive(path) else _first_asked(path)
+    if name:
+        return f"{path} is a pickle that torch.save did not write. It asks for {name}, whose code dist_ema does not run."
+    text = re.sub(
+        r"^Weights only load failed.* error: | Check the documentation.*", "", text
+    )  # advice to run it
+    plain = isinstance(error, RuntimeError) or type(error).__name__ == "UnpicklingError"
+    kind = "" if plain else f"{type(error).__name__}: "
+    return f"{path} is no checkpoint of torch.save, or is damaged: {kind}{text[:200]}"
+
+
+def _first_asked(path: Path) -> str:
+    """The first name that a bare pickle asks for, from its opcodes: nothing of it is run. '' if there is none."""
+    texts: list[str] = []
+    with open(path, "rb") as file, suppress(ValueError):
+        for code, argument, _ in genops(file):
+            if code.name == "GLOBAL":
+                return str(argument).replace(" ", ".")
+            if code.name == "STACK_GLOBAL":
+                return ".".join(texts[-2:])
+            texts = [*texts[-1:], argument] if isinstance(argument, str) else texts
+    return ""
+
+
+class _Trees:
+    """From what torch.load gave. Each object is looked at once, however often it is held."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._seen: dict[int, Any] = {}
+        self.odd: dict[str, str] = {}
+
+    def make(self, said: Any, path: tuple[str, ...] = ()) -> Any:
+        """Tensors as leaves; what is no mapping, list, number or text as None."""
+        if len(path) > _DEEPEST:
+            raise ValueError(f"{self._where} nests its tables more than {_DEEPEST} deep.")
+        if id(said) not in self._seen:
+            self._seen[id(said)] = None  # what holds itself holds nothing
+            self._seen[id(said)] = self._make(said, path)
+        return self._seen[id(said)]
+
+    def _make(self, said: Any, path: tuple[str, ...]) -> Any:
+        import torch
+
+        if isinstance(said, torch.Tensor):
+            return self._leaf(said, ".".join(path))
+        if isinstance(said, dict):
+            return {key: self.make(value, (*path, str(key)[:200])) for key, value in said.items()}
+        if isinstance(said, (list, tuple)):
+            return [self.make(value, (*path, str(i))) for i, value in enumerate(said)]
+        return said if isinstance(said, (bool, int, float, str)) else None
+
+    def _leaf(self, tensor: Tensor, name: str) -> Mapped | None:
+        import torch
+
+        dtype = TORCH.get(str(tensor.dtype).removeprefix("torch."))
+        sound = dtype is not None and tensor.layout == torch.strided and not tensor.is_meta
+        if dtype is None or not sound or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            self.odd[name] = (
+                f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout}"
+                + ", meta" * tensor.is_meta
+            )
+            return None
+        return Mapped(tensor.resolve_conj().resolve_neg(), dtype)

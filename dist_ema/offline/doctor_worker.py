@@ -1,0 +1,165 @@
+"""What `doctor` runs in processes of their own: the facts about torch, and one rank of the self-test.
+
+    python -m dist_ema.offline.patient facts
+    python -m dist_ema.offline.patient rank R W FOLDER
+
+A rank says in FOLDER/rank-R.json which step it is at, so whoever waits can name it. It does what a user's script does: so it
+is the one module besides `shards` that names wrappers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+__all__ = ["facts", "rank"]
+
+
+def facts() -> dict[str, Any]:
+    """What torch says of itself and of this machine."""
+    import torch
+    import torch.distributed as dist
+
+    accelerator = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
+    kind = accelerator.type if accelerator is not None else None
+    cuda = kind == "cuda"
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "accelerator": kind,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else [],
+        "distributed": dist.is_available(),
+        "gloo": dist.is_available() and dist.is_gloo_available(),
+        "nccl": dist.is_available() and dist.is_nccl_available(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def rank(number: int, world: int, folder: Path) -> None:
+    """One rank of the self-test: train under FSDP2 and DDP, average, save, load, compare with full weights. *Collective*."""
+    log = _Log(folder / f"rank-{number}.json")
+    with log.step("import torch and dist_ema"):
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+    with log.step("join the group (gloo)"):
+        where = f"file://{folder.resolve()}/rendezvous"
+        dist.init_process_group(
+            "gloo", init_method=where, rank=number, world_size=world, timeout=timedelta(seconds=60)
+        )
+    for name, wrap in (("FSDP2", _shard), ("DDP", _replicate)):
+        _round(log, name, wrap, folder)
+    log.say("done")
+    dist.barrier()
+
+
+def _round(log: _Log, name: str, wrap: Callable[[Any], Any], folder: Path) -> None:
+    import torch
+
+    from ..ema import EMA
+
+    torch.manual_seed(0)
+    twin = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    want = {key: value.detach().clone() for key, value in twin.named_parameters()}
+    with log.step(f"{name}: wrap a model"):
+        model = wrap(twin)
+        ema = EMA(model, 0.5)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        ema.attach(optimizer)
+    with log.step(f"{name}: train and average"):
+        torch.manual_seed(1)
+        for _ in range(3):
+            model(torch.randn(4, 5)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            live = EMA(model, 0.5).gather()
+            want = {
+                key: value.lerp(live[key], 0.5) if live else value for key, value in want.items()
+            }
+    with log.step(f"{name}: compare with full weights"):
+        _same(ema.gather(), want)
+    with log.step(f"{name}: save and load"):
+        ema.save(folder / f"average-{name}")
+        before = ema.gather()
+        ema.reset()
+        ema.load(folder / f"average-{name}")
+        _same(ema.gather(), before, exact=True)
+
+
+def _shard(model: Any) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # NOTE: the test is of the host: on a machine with an accelerator the default mesh would be its.
+    sharded = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    if hasattr(
+        sharded, "set_force_sum_reduction_for_comms"
+    ):  # torch 2.8: gloo takes an average for a sum
+        sharded.set_force_sum_reduction_for_comms(True)
+    return sharded
+
+
+def _replicate(model: Any) -> Any:
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(model)
+
+
+def _same(found: dict[str, Any], want: dict[str, Any], exact: bool = False) -> None:
+    """Only the first rank has full weights."""
+    import torch
+
+    for name, value in found.items():
+        other = want[name]
+        if not (
+            torch.equal(value, other)
+            if exact
+            else torch.allclose(value, other, rtol=1e-5, atol=1e-6)
+        ):
+            raise ValueError(f"{name} is off by {(value - other).abs().max().item():.3g}")
+
+
+class _Log:
+    """What this rank is doing, in a file that is replaced as one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def say(self, step: str, error: str | None = None) -> None:
+        new = self._path.with_suffix(".new")
+        new.write_text(json.dumps({"step": step, "error": error}))
+        os.replace(new, self._path)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self.say(name)
+        try:
+            yield
+        except BaseException as error:
+            self.say(name, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            raise
+
+
+def _main(arguments: list[str]) -> None:
+    if arguments[0] == "facts":
+        print(json.dumps(facts()))
+        return
+    rank(int(arguments[1]), int(arguments[2]), Path(arguments[3]))
+    sys.stdout.flush()
+    os._exit(0)  # gloo aborts now and then in a normal exit, after everything passed
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -1,0 +1,41 @@
+"""PNGs, where matplotlib is installed. No torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["panels", "refuse"]
+
+
+def refuse(path: str | Path) -> None:
+    """Raise before any long work: ImportError where matplotlib is missing, ValueError where no PNG can be written."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--plot writes a PNG, got {path}: name a file that ends in .png.")
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot cannot write {path}: there is no folder {path.parent}.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install 'dist-ema[plot]'.")
+
+
+@contextmanager
+def panels(path: str | Path, count: int) -> Iterator[list[Any]]:
+    """`count` axes side by side, to be drawn into; written as a PNG afterwards."""
+    refuse(path)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, count, figsize=(5 * count, 4), layout="constrained", squeeze=False
+    )
+    try:
+        yield list(axes[0])
+        figure.savefig(path, dpi=110)
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,192 @@
+"""A model written to files by one process: streaming, summed, and seen under its name only when it is whole. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import atomic, manifest, safetensors
+from ..checkpoint.manifest import resumable
+from ..dtypes import Bytes
+
+__all__ = ["Model", "refuse_place", "refuse_target", "write"]
+
+
+_MODEL = re.compile(
+    r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+)
+
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What to write: the laid-out files by name, other files beside them, and ema.json (its `files` is filled in)."""
+
+    files: dict[str, safetensors.SafetensorsFile]
+    index: str | None = None  # the index's name, where there are several files
+    beside: Mapping[str, bytes | Path] = field(
+        default_factory=dict
+    )  # name -> content, or a file to copy
+    meta: Mapping[str, Any] | None = None
+
+
+def refuse_place(read: str | Path, out: str | Path) -> None:
+    """Raise ValueError where writing `out` would replace what is read, or write into it."""
+    where, real = (Path(os.path.realpath(each)) for each in (out, atomic.follow(Path(read))))
+    if where == real:
+        raise ValueError(f"{out} is {read} itself. Name another path.")
+    if real in where.parents:
+        raise ValueError(f"{out} lies inside {read}. Name a path outside of it.")
+    if where in real.parents:
+        raise ValueError(f"{read} lies inside {out}, which would be replaced. Name another path.")
+
+
+def refuse_target(path: Path, force: bool) -> None:
+    """Raise ValueError where `path` may not be written. With force only a model is replaced; what lies beside it stays.
+
+    A link stands for what it leads to.
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link that leads to itself. Name another path.")
+    if not path.exists():
+        return
+    if not force:
+        raise ValueError(f"{path} exists. Pass --force to replace it, or name another path.")
+    if path.suffix == ".safetensors":
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
+    elif not path.is_dir():
+        raise ValueError(f"{path} is a file. Give a folder, or a name that ends in .safetensors.")
+    elif any(path.iterdir()) and not any(path.glob("*.safetensors")):
+        raise ValueError(
+            f"{path} holds files but no model: it is not ours to replace. Choose another path."
+        )
+    elif resumable(path):
+        raise ValueError(
+            f"{path} is an average to resume from: replaced, its clock would be lost. Choose another path."
+        )
+
+
+def write(
+    path: Path,
+    model: Model,
+    content: Callable[[str], Iterable[Bytes]],
+    *,
+    force: bool = False,
+    tick: Callable[[int], None] = lambda count: None,
+    check: Callable[[], object] = lambda: None,
+) -> None:
+    """Write a folder, or one file if `path` ends in .safetensors. Atomic: a temporary sibling, synced, then renamed.
+
+    content: the bytes of a weight in order, in any windows; asked for once each, in the order of the files. tick: told
+    how many bytes were written. check: called when they are, and if it raises, nothing is put in place. *Cost*: what
+    content yields at a time.
+    """
+    refuse_target(path, force)
+    if path.suffix == ".safetensors" and len(model.files) != 1:
+        raise ValueError(
+            f"{path} is one file, but max_shard_size asks for {len(model.files)}. Name a folder."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.recover(path)
+    atomic.remove_leftovers(path)
+    folder = atomic.temporary_sibling(path)
+    folder.mkdir()
+    try:
+        sums = {
+            name: _write_file(folder / name, file, content, tick)
+            for name, file in model.files.items()
+        }
+        check()
+        if path.suffix == ".safetensors":
+            alone = atomic.temporary_sibling(path)
+            os.rename(folder / next(iter(model.files)), alone)
+            folder.rmdir()
+            return atomic.publish(alone, path)
+        _write_beside(folder, model, sums)
+        _keep_others(path, folder)
+        atomic.publish(folder, path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_file(
+    path: Path,
+    file: safetensors.SafetensorsFile,
+    content: Callable[[str], Iterable[Bytes]],
+    tick: Callable[[int], None],
+) -> dict[str, Any]:
+    """Returns its line in ema.json: size and sums."""
+    crc, sha, at = zlib.crc32(file.head), hashlib.sha256(file.head), len(file.head)
+    with open(path, "wb") as handle:
+        atomic.reserve(handle.fileno(), file.size)
+        atomic.write_at(handle.fileno(), file.head, 0)
+        for name, entry in sorted(
+            file.entries.items(), key=lambda item: (item[1].begin, item[1].end)
+        ):
+            for raw in content(name):
+                view = raw.data
+                atomic.write_at(handle.fileno(), view, at)
+                crc, at = zlib.crc32(view, crc), at + len(view)
+                sha.update(view)
+                tick(len(view))
+            assert at == len(file.head) + entry.end, (
+                f"{name} is {entry.nbytes} bytes, the content was not"
+            )
+        os.fsync(handle.fileno())
+    return {"size": file.size, "crc32": f"{crc:08x}", "sha256": sha.hexdigest()}
+
+
+def _write_beside(folder: Path, model: Model, sums: dict[str, dict[str, Any]]) -> None:
+    texts = dict(model.beside)
+    if model.index is not None and (len(model.files) > 1 or any(map(_SHARD.search, model.files))):
+        texts[model.index] = safetensors.index(model.files)
+    if model.meta is not None:
+        texts[manifest.META] = manifest.stamp({**model.meta, "files": sums})
+    for name, text in texts.items():
+        if isinstance(text, Path):
+            shutil.copyfile(text, folder / name)
+        else:
+            (folder / name).write_bytes(text)
+        atomic.sync(folder / name)
+    atomic.sync(folder)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """What lies in the folder beside the old model (config, tokenizer, a card) moves on with the new one."""
+    model = _names_of_model(old) | {manifest.META} if old.is_dir() else set()
+    for each in sorted(old.iterdir()) if old.is_dir() else ():
+        if each.name in model or (new / each.name).exists():
+            continue
+        if each.is_dir() and not each.is_symlink():
+            shutil.copytree(each, new / each.name, symlinks=True, copy_function=_link)
+        else:
+            _link(each, new / each.name)
+
+
+def _names_of_model(folder: Path) -> set[str]:
+    """The weights' files and index: what an index or ema.json names, and what Hugging Face's names give away."""
+    names = {each.name for each in folder.iterdir() if _MODEL.fullmatch(each.name)}
+    with contextlib.suppress(OSError, ValueError):  # damaged: the usual names have to do
+        names |= {safetensors.find_model(folder), *safetensors.read_model(folder)}
+    return names
+
+
+def _link(old: str | Path, new: str | Path) -> None:
+    """The same file under both names until the old folder goes; a copy where the file system has no links."""
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)

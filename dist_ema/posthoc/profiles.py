@@ -1,0 +1,270 @@
+"""Which steps an average is made of, and how to mix stored averages into another one. numpy alone, float64.
+
+An average is a weighted sum of the live weights after each update; its *profile* is those weights. They follow from the
+schedule and the clock, so nothing has to be measured. Stored averages can be mixed into one that nobody tracked: find the
+mixture whose profile is nearest (Karras et al. 2023, "Analyzing and Improving the Training Dynamics of Diffusion Models",
+section 3 and appendix C).
+
+[Note: cells]  What was stored is discrete, so profiles are taken as they are, not as the paper's integrals: one number per
+update, and one for the weights that averaging began at. A decay composes ([Note: elapsed] in schedule), so the share of
+several updates together is as exact as that of one: above MOST_CELLS updates, neighbours share a cell, and only the measure
+of nearness becomes a little coarser.
+
+[Note: sum]  Every profile sums to 1, the share of the start included, so the mixture's weights must: then a weight that
+never moved comes out as it is. The sum is a constraint of the fit, not a correction after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..schedules import Power, Schedule, gamma_of
+
+__all__ = ["MOST_CELLS", "Fit", "Mixer", "Profile", "Timeline", "coefficients", "gamma"]
+
+Array: TypeAlias = "NDArray[np.float64]"
+
+MOST_CELLS = 1 << 16
+CHUNK = 4096  # cells at a time
+CUT = 1e-11  # singular values below this share of the largest are rounding noise
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An average at one moment: its schedule, and the clock that it was saved with."""
+
+    schedule: Schedule
+    now: float  # units since averaging began
+    updates: int  # moves since then
+    before: float = 0.0  # units of training before
+
+    def __post_init__(self) -> None:
+        if (
+            self.updates < 0
+            or self.now < 0
+            or self.before < 0
+            or (self.updates == 0) != (self.now == 0)
+        ):
+            raise ValueError(f"a profile's clock must count up from 0, got {self}.")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the stored averages are to be mixed, and how good that is."""
+
+    weights: tuple[float, ...]  # one per stored profile, summing to 1
+    residual: float  # |mixed profile - target| / |target|
+    condition: float  # of the stored profiles, each scaled to length 1
+
+    @property
+    def largest(self) -> float:
+        """The largest weight by magnitude: how much is added here and taken away there."""
+        return max(map(abs, self.weights))
+
+    @property
+    def gain(self) -> float:
+        """Rounding errors of the stored weights come out this much larger (or smaller) than they went in."""
+        return float(np.linalg.norm(self.weights))
+
+
+def gamma(of: Power) -> float:
+    """The exponent of the power function t^gamma."""
+    return gamma_of(of.sigma_rel) if of.gamma is None else of.gamma  # type: ignore[arg-type]
+
+
+class Timeline:
+    """The updates of one run, cut into cells ([Note: cells]). Row 0 is the start, row i the i-th cell.
+
+    knots: (now, updates) of moments on it; between two of them the moves are taken to be equal. Raises ValueError if the
+    clocks cannot be of one run.
+    """
+
+    def __init__(self, knots: Sequence[tuple[float, int]], before: float = 0.0) -> None:
+        self.before = before
+        every = sorted({(0.0, 0), *knots})
+        for (now, updates), (later, more) in pairwise(every):
+            if later <= now or more <= updates:
+                raise ValueError(
+                    f"the clocks are not of one run: {updates} updates at {now:g}, but {more} at {later:g}. Was averaging "
+                    "begun again in between (ema.reset), or do the snapshots come from two runs?"
+                )
+        self._knots = every
+        self._merge = max(1, -(-every[-1][1] // MOST_CELLS))
+
+    @cached_property
+    def _cells(self) -> tuple[Array, Array]:
+        """(clock at the edges, updates in each cell); every knot is an edge."""
+        edges, counts = [np.zeros(1)], []
+        for (now, updates), (later, more) in pairwise(self._knots):
+            moves = np.append(np.arange(0, more - updates, self._merge), more - updates).astype(
+                np.float64
+            )
+            inner = now + moves[1:] * ((later - now) / (more - updates))
+            inner[-1] = later
+            edges.append(inner)
+            counts.append(np.diff(moves))
+        return np.concatenate(edges), np.concatenate([*counts, np.zeros(0)])
+
+    @property
+    def edges(self) -> Array:
+        """The clock at the end of each row."""
+        return self._cells[0]
+
+    @property
+    def widths(self) -> Array:
+        """Updates in each row; the start counts as one."""
+        return np.append(1.0, self._cells[1])
+
+    def row(self, now: float) -> int:
+        """The row that ends at a knot's clock."""
+        return int(np.searchsorted(self.edges, now))
+
+    def nearest(self, now: float) -> tuple[float, int]:
+        """(clock, updates) of the last move that is not after `now`. Raises ValueError outside of the stored ones."""
+        first = self._knots[1][0] / self._knots[1][1]
+        if now < first * (1 - 1e-12):
+            raise ValueError(f"{now:g} is before the first update, which was at {first:g}.")
+        for (start, updates), (end, more) in pairwise(self._knots):
+            if now <= end:
+                step = (end - start) / (more - updates)
+                moves = min(int((now - start) / step * (1 + 1e-12)), more - updates)
+                return (
+                    (end, more)
+                    if moves == more - updates
+                    else (start + moves * step, updates + moves)
+                )
+        raise ValueError(
+            f"{now:g} is beyond the last snapshot, which was stored at {self._knots[-1][0]:g}."
+        )
+
+
+class _Track:
+    """One schedule along a timeline."""
+
+    def __init__(self, of: Schedule, line: Timeline) -> None:
+        times = line.edges + (line.before if of.origin == "training" else 0.0)
+        spans = np.diff(line.edges)
+        if isinstance(of, Power):
+            power = gamma(of) + 1
+            with np.errstate(divide="ignore"):  # log 0: nothing is left of what lies before
+                self._logs = power * np.log(times)
+                self._gained = np.append(1.0, -np.expm1(power * np.log1p(-spans / times[1:])))
+            self._copies = np.zeros(len(times), np.int64)
+            return
+        decays = np.array([1.0, *map(of, times[1:].tolist(), spans.tolist())])
+        self._gained = np.append(1.0, 1 - decays[1:])
+        self._logs = -np.cumsum(np.log(np.where(decays > 0, decays, 1.0)))
+        self._copies = np.cumsum(decays == 0)
+
+    def shares(self, end: int, rows: slice) -> Array:
+        """What each of the rows weighs in the average at the end of row `end`."""
+        numbers = np.arange(rows.start, rows.stop)
+        with np.errstate(invalid="ignore", over="ignore"):
+            kept = np.exp(np.minimum(self._logs[rows] - self._logs[end], 0.0))
+        kept[numbers == end] = 1.0
+        alive = (self._copies[rows] == self._copies[end]) & (numbers <= end)
+        return np.where(alive, self._gained[rows] * kept, 0.0)
+
+
+def coefficients(profiles: Sequence[Profile], target: Schedule, at: float | None = None) -> Fit:
+    """The mixture of `profiles` that is nearest to what `target` would have tracked until `at` (default: the last).
+
+    All profiles are of one run; those after `at` get no weight. Nearest by the sum of squares over updates, weights summing
+    to 1 ([Note: sum]), solved by orthogonal transformations in float64: normal equations would square the condition number.
+    *Cost*: a few MB, however long the run.
+
+    Raises ValueError if the clocks contradict each other, or a schedule cannot take the moves.
+    """
+    return Mixer(profiles, at).fit(target)
+
+
+class Mixer:
+    """Stored profiles on their common timeline, ready to be mixed into any target."""
+
+    def __init__(self, profiles: Sequence[Profile], at: float | None = None) -> None:
+        last = max((each.now for each in profiles), default=0.0)
+        if last == 0:
+            raise ValueError(
+                f"{len(profiles)} profiles without a single update were given: nothing can be mixed."
+            )
+        befores = sorted({each.before for each in profiles})
+        if len(befores) > 1:
+            found = ", ".join(f"{each:g}" for each in befores)
+            raise ValueError(
+                f"averaging began at different moments ({found}): the profiles are not of one run."
+            )
+        knots = [(each.now, each.updates) for each in profiles]
+        self.now, self.updates = Timeline(knots).nearest(last if at is None else at)
+        self._used = [number for number, each in enumerate(profiles) if each.now <= self.now]
+        if not self._used:
+            first = min(each.now for each in profiles)
+            raise ValueError(
+                f"nothing was stored until {self.now:g}; the first snapshot is of {first:g}."
+            )
+        self._count, self._profiles = len(profiles), [profiles[number] for number in self._used]
+        self._line = Timeline(
+            [*(knots[i] for i in self._used), (self.now, self.updates)], befores[0]
+        )
+        self._tracks: dict[Schedule, _Track] = {}
+
+    def fit(self, target: Schedule) -> Fit:
+        """The weights of the nearest mixture ([Note: sum])."""
+        triangle = self._reduced(target)
+        stored, wanted = triangle[:, :-1], triangle[:, -1]
+        lengths = np.linalg.norm(stored, axis=0)
+        scaled, sums = (
+            stored / lengths,
+            1 / lengths,
+        )  # the weights are z / lengths, so sums @ z must be 1
+        first = sums / (sums @ sums)
+        free = np.linalg.qr(sums[:, None], mode="complete")[0][
+            :, 1:
+        ]  # directions that leave the sum alone
+        steps = np.linalg.lstsq(scaled @ free, wanted - scaled @ first, rcond=CUT)[0]
+        weights = (first + free @ steps) / lengths
+        missed = np.linalg.norm(stored @ weights - wanted) / np.linalg.norm(wanted)
+        every = np.zeros(self._count)
+        every[self._used] = weights
+        return Fit(tuple(every.tolist()), float(missed), float(np.linalg.cond(scaled)))
+
+    def shape(self, target: Schedule, fit: Fit, points: int = 400) -> tuple[Array, Array, Array]:
+        """To be plotted: the clock, and what the target and the mixture weigh the updates there with."""
+        edges, widths = self._line.edges, self._line.widths
+        weights = np.array(fit.weights)[self._used]
+        bins = np.unique(
+            np.linspace(1, len(edges), min(points, len(edges) - 1) + 1).astype(np.int64)
+        )
+        wanted, mixed = [], []
+        for begin, end in zip(bins[:-1].tolist(), bins[1:].tolist(), strict=True):
+            columns = self._columns(target, slice(begin, end)).sum(axis=0) / widths[begin:end].sum()
+            wanted.append(columns[-1])
+            mixed.append(columns[:-1] @ weights)
+        return edges[bins[1:] - 1], np.array(wanted), np.array(mixed)
+
+    def _columns(self, target: Schedule, rows: slice) -> Array:
+        """One column per profile, and the target's."""
+        asked = [(each.schedule, each.now) for each in self._profiles] + [(target, self.now)]
+        return np.stack(
+            [self._track(of).shares(self._line.row(now), rows) for of, now in asked], axis=1
+        )
+
+    def _track(self, of: Schedule) -> _Track:
+        if of not in self._tracks:
+            self._tracks[of] = _Track(of, self._line)
+        return self._tracks[of]
+
+    def _reduced(self, target: Schedule) -> Array:
+        """The triangle R of QR of all columns, weighted by the cells' widths: R'R holds all their inner products."""
+        widths, triangle = self._line.widths, np.zeros((0, len(self._profiles) + 1))
+        for begin in range(0, len(widths), CHUNK):
+            rows = slice(begin, min(begin + CHUNK, len(widths)))
+            scaled = self._columns(target, rows) / np.sqrt(widths[rows, None])
+            triangle = np.asarray(np.linalg.qr(np.vstack([triangle, scaled]), mode="r"))
+        return triangle

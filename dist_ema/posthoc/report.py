@@ -1,0 +1,161 @@
+"""Mix stored averages into others, and tell how well that went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..offline import plotting, writer
+from ..offline.sources import open_model
+from ..schedules import Power
+from .profiles import Fit
+from .snapshots import WARNED, Snapshots
+
+__all__ = ["Mixture", "ReconstructReport", "reconstruct"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One target, its fit, and where it was written."""
+
+    sigma_rel: float
+    fit: Fit
+    out: Path | None
+
+    @property
+    def poor(self) -> bool:
+        return self.fit.residual > WARNED
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "sigma_rel": self.sigma_rel,
+            "residual": self.fit.residual,
+            "condition": self.fit.condition,
+            "largest": self.fit.largest,
+            "gain": self.fit.gain,
+            "sum": sum(self.fit.weights),
+            "out": None if self.out is None else str(self.out),
+        }
+
+
+@dataclass(frozen=True)
+class ReconstructReport:
+    """What was stored, and what was made of it."""
+
+    snapshots: Snapshots
+    at: tuple[float, int]
+    mixtures: list[Mixture]
+
+    @property
+    def names(self) -> list[str]:
+        return [each.name for each in self.snapshots.stored]
+
+    def plain(self) -> dict[str, Any]:
+        stored = [
+            {
+                "name": each.name,
+                "schedule": each.profile.schedule.to_dict(),
+                "now": each.profile.now,
+            }
+            for each in self.snapshots.stored
+        ]
+        weights = [
+            dict(zip(self.names, mixture.fit.weights, strict=True)) for mixture in self.mixtures
+        ]
+        made = [
+            mixture.plain() | {"weights": each}
+            for mixture, each in zip(self.mixtures, weights, strict=True)
+        ]
+        return {
+            "at": self.at[0],
+            "updates": self.at[1],
+            "skipped": self.snapshots.skipped,
+            "stored": stored,
+            "mixtures": made,
+        }
+
+
+def reconstruct(
+    where: str,
+    out: str | None,
+    sigmas: Sequence[float],
+    *,
+    folders: bool = False,
+    at: float | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    plot: str | None = None,
+    progress: Callable[[str, int], Any],
+) -> ReconstructReport:
+    """Write one model per sigma_rel: to `out`, or with `folders` to out/sigma-0.030 and so on. out=None only reports.
+
+    Everything that can be refused is refused before the first is written.
+    """
+    run = Snapshots(where)
+    targets = {sigma: Power(sigma_rel=sigma) for sigma in sigmas}
+    fits = {sigma: run.fit(target, at) for sigma, target in targets.items()}
+    for sigma, fit in fits.items() if out is not None else ():
+        run.refuse(targets[sigma], fit)
+    places = _places(out, sigmas, folders)
+    for place in places:
+        run.refuse_place(place)
+        writer.refuse_target(place, force)
+    if plot is not None:
+        _draw(plot, run, targets, fits, at)
+    for place, sigma in zip(places, sigmas, strict=False):
+        with progress(f"sigma_rel {sigma:g}", _bytes(run)) as tick:
+            run.write(
+                place,
+                targets[sigma],
+                fits[sigma],
+                at=at,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                force=force,
+                tick=tick,
+            )
+    mixtures = [
+        Mixture(sigma, fits[sigma], places[i] if places else None) for i, sigma in enumerate(sigmas)
+    ]
+    return ReconstructReport(run, run.moment(at), mixtures)
+
+
+def _places(out: str | None, sigmas: Sequence[float], folders: bool) -> list[Path]:
+    if out is None:
+        return []
+    if not folders:
+        return [Path(out)]
+    digits = next(
+        n for n in (3, 4, 6, 12) if len({f"{sigma:.{n}f}" for sigma in sigmas}) == len(sigmas)
+    )
+    return [Path(out) / f"sigma-{sigma:.{digits}f}" for sigma in sigmas]
+
+
+def _bytes(run: Snapshots) -> int:
+    """About as many as will be written, for the bar."""
+    with open_model(run.stored[-1].snapshot) as model:
+        return sum(entry.nbytes for entry in model.entries.values())
+
+
+def _draw(
+    plot: str, run: Snapshots, targets: dict[float, Power], fits: dict[float, Fit], at: float | None
+) -> None:
+    """Target and mixture over the clock, and the residual over sigma_rel."""
+    with plotting.panels(plot, 2) as (left, right):
+        some = list(targets)[:: max(1, len(targets) // 4)]
+        for number, sigma in enumerate(some):
+            clock, wanted, mixed = run.shape(targets[sigma], fits[sigma], at)
+            left.plot(clock, wanted, color=f"C{number}", lw=3, alpha=0.35, label=f"{sigma:g}")
+            left.plot(clock, mixed, color=f"C{number}", lw=1, ls="--")
+        left.set(
+            xlabel="clock", ylabel="share of an update", title="target (wide) and mixture (dashed)"
+        )
+        left.legend(title="sigma_rel")
+        right.semilogy(list(fits), [max(fit.residual, 1e-6) for fit in fits.values()], marker=".")
+        right.axhline(WARNED, color="grey", lw=0.8)
+        right.set(
+            xlabel="sigma_rel", ylabel="residual", title="share of the profile that is missed"
+        )

@@ -1,0 +1,285 @@
+"""Decay as a pure function of the clock.
+
+A schedule is called with `now`, the clock *after* the move, and `elapsed`, how far it moved, both in the units the
+user counts in (steps, images, tokens). It returns the share of the shadow that survives that move:
+
+    >>> HalfLife(500)(now=500, elapsed=500)
+    0.5
+    >>> Uniform()(now=1), Uniform()(now=2), Uniform()(now=4)
+    (0.0, 0.5, 0.75)
+
+[Note: elapsed]  One call with `elapsed=k` equals k calls with `elapsed=1` on unchanged weights. `Constant`, `HalfLife`,
+`Power`, `Uniform` and `Debiased` have closed forms for any real k. `Ratio`, `Warmup`, `Ramp` and `Cosine` are defined
+step by step: their exact product is taken for whole k up to 1024, and anything else is a ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Debiased",
+    "HalfLife",
+    "Power",
+    "Ramp",
+    "Ratio",
+    "Schedule",
+    "Uniform",
+    "Warmup",
+    "from_dict",
+    "gamma_of",
+    "schedule",
+]
+
+MOST_STEPS = 1024
+
+
+class Schedule(ABC):
+    """decay = schedule(now, elapsed), in [0, 1]; `now` after the move, 0 < elapsed <= now."""
+
+    @abstractmethod
+    def __call__(self, now: float, elapsed: float = 1.0) -> float: ...
+
+    @property
+    def origin(self) -> str:
+        """'start': the clock begins where averaging begins; 'training': it never goes back to 0."""
+        return "start"
+
+    @property
+    def copies_first(self) -> bool:
+        """The first move forgets the start, so until one update was accepted every move must copy."""
+        return self.origin == "start" and self(1.0, 1.0) == 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values to rebuild it from: `from_spec(s.spec()) == s`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {"name": type(self).__name__} | {
+            key: value for key, value in values.items() if value is not None
+        }
+
+
+class _PerStep(Schedule):
+    """[Note: elapsed]"""
+
+    def __call__(self, now: float, elapsed: float = 1.0) -> float:
+        if elapsed == 1:
+            return self._at(now)
+        if elapsed != int(elapsed) or not 1 <= elapsed <= MOST_STEPS:
+            raise ValueError(
+                f"{self!r} is defined step by step and takes whole elapsed up to {MOST_STEPS}, got {elapsed:g}. "
+                "Use HalfLife to count images or tokens."
+            )
+        return math.prod(self._at(now - i) for i in range(int(elapsed)))
+
+    @abstractmethod
+    def _at(self, n: float) -> float:
+        """The decay of step n."""
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """d^elapsed."""
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        _in_unit("decay", self.decay)
+
+    def __call__(self, now: float, elapsed: float = 1.0) -> float:
+        return float(self.decay**elapsed)
+
+
+@dataclass(frozen=True)
+class HalfLife(Schedule):
+    """0.5^(elapsed / units): after `units` steps, images or tokens, half of the old average is left."""
+
+    units: float
+
+    def __post_init__(self) -> None:
+        _positive("units", self.units)
+
+    def __call__(self, now: float, elapsed: float = 1.0) -> float:
+        return float(0.5 ** (elapsed / self.units))
+
+
+@dataclass(frozen=True)
+class Warmup(_PerStep):
+    """min(d, 1 - (1 + n / inv_gamma)^-power) per step (k-diffusion's EMAWarmup)."""
+
+    decay: float = 0.9999
+    power: float = 2 / 3
+    inv_gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        _in_unit("decay", self.decay)
+        _positive("power", self.power)
+        _positive("inv_gamma", self.inv_gamma)
+
+    def _at(self, n: float) -> float:
+        return float(min(self.decay, 1 - (1 + n / self.inv_gamma) ** -self.power))
+
+
+@dataclass(frozen=True)
+class Ratio(_PerStep):
+    """min(d, (1 + n) / (10 + n)) per step (TensorFlow's ExponentialMovingAverage)."""
+
+    decay: float = 0.9999
+
+    def __post_init__(self) -> None:
+        _in_unit("decay", self.decay)
+
+    def _at(self, n: float) -> float:
+        return min(self.decay, (1 + n) / (10 + n))
+
+
+@dataclass(frozen=True)
+class Ramp(_PerStep):
+    """d * (1 - exp(-n / tau)) per step (the YOLO family's ModelEMA)."""
+
+    decay: float = 0.9999
+    tau: float = 2000.0
+
+    def __post_init__(self) -> None:
+        _in_unit("decay", self.decay)
+        _positive("tau", self.tau)
+
+    def _at(self, n: float) -> float:
+        return -self.decay * math.expm1(-n / self.tau)
+
+
+@dataclass(frozen=True)
+class Power(Schedule):
+    """(1 - elapsed / now)^(gamma + 1): the power-function profile t^gamma (Karras et al. 2023, eq. 127).
+
+    Give `sigma_rel`, the profile's standard deviation as a share of the training time (0 < sigma_rel < 0.2887), or
+    `gamma` itself. `origin="training"` keeps counting from step 0 when averaging starts later.
+    """
+
+    sigma_rel: float | None = None
+    gamma: float | None = None
+    origin: str = "start"  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if (self.sigma_rel is None) == (self.gamma is None):
+            raise ValueError(
+                f"Power takes one of sigma_rel and gamma, got sigma_rel={self.sigma_rel}, gamma={self.gamma}."
+            )
+        if self.origin not in ("start", "training"):
+            raise ValueError(f"Power's origin must be 'start' or 'training', got {self.origin!r}.")
+        if self.gamma is not None and not (0 <= self.gamma < math.inf):
+            raise ValueError(f"gamma must be 0 or more, got {self.gamma}.")
+        if self.sigma_rel is not None:
+            gamma_of(self.sigma_rel)
+
+    def __call__(self, now: float, elapsed: float = 1.0) -> float:
+        gamma = gamma_of(self.sigma_rel) if self.gamma is None else self.gamma  # type: ignore[arg-type]
+        return float(max(0.0, 1 - elapsed / now) ** (gamma + 1))
+
+
+@dataclass(frozen=True)
+class Cosine(_PerStep):
+    """final - (final - d) * (1 + cos(pi n / total)) / 2 per step: from `decay` up to `final` (BYOL, DINO)."""
+
+    decay: float
+    total: float
+    final: float = 1.0
+
+    def __post_init__(self) -> None:
+        _in_unit("decay", self.decay)
+        _in_unit("final", self.final)
+        _positive("total", self.total)
+
+    def _at(self, n: float) -> float:
+        return (
+            self.final
+            - (self.final - self.decay) * (1 + math.cos(math.pi * min(1.0, n / self.total))) / 2
+        )
+
+
+@dataclass(frozen=True)
+class Uniform(Schedule):
+    """(n - 1) / n: the plain mean of everything seen (SWA, Izmailov et al. 2018)."""
+
+    def __call__(self, now: float, elapsed: float = 1.0) -> float:
+        return max(0.0, (now - elapsed) / now)
+
+
+@dataclass(frozen=True)
+class Debiased(Schedule):
+    """1 - (1 - d) / (1 - d^n): a constant decay without the weight of the start (Adam's correction, folded in)."""
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(
+                f"decay must be in [0, 1), got {self.decay}. For the plain mean use Uniform()."
+            )
+
+    def __call__(self, now: float, elapsed: float = 1.0) -> float:
+        if elapsed >= now or self.decay == 0:
+            return 0.0
+        log = math.log(self.decay)
+        return float(
+            self.decay**elapsed * math.expm1((now - elapsed) * log) / math.expm1(now * log)
+        )
+
+
+def schedule(decay: float | Schedule) -> Schedule:
+    """What a user may pass as `decay`: a schedule, or a float, which means `Constant`."""
+    if isinstance(decay, Schedule):
+        return decay
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)):
+        raise ValueError(
+            f"decay must be a float or a schedule (dist_ema.HalfLife(...)), got {decay!r}."
+        )
+    return Constant(float(decay))
+
+
+def from_dict(spec: dict[str, Any]) -> Schedule:
+    """The schedule that `Schedule.spec` described."""
+    every = [
+        kind
+        for kind in (*Schedule.__subclasses__(), *_PerStep.__subclasses__())
+        if kind is not _PerStep
+    ]
+    kinds: dict[str, type[Schedule]] = {kind.__name__: kind for kind in every}
+    values = dict(spec)
+    name = values.pop("name", None)
+    if not isinstance(name, str) or name not in kinds:
+        raise ValueError(f"no schedule is called {name!r}; known are {', '.join(sorted(kinds))}.")
+    try:
+        return kinds[name](**values)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take {values}: {error}.") from None
+
+
+@lru_cache(maxsize=64)
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of the power profile with that relative width: the largest real root of
+    x^3 + 7x^2 + (16 - s^-2)x + (12 - s^-2) (Karras et al. 2023, appendix C)."""
+    if not 1e-150 < sigma_rel < math.sqrt(1 / 12):  # smaller than that its square is lost
+        raise ValueError(
+            f"sigma_rel must be between 0 and 0.2887 (the width of the plain mean), got {sigma_rel}."
+        )
+    t = sigma_rel**-2
+    roots = np.roots([1.0, 7.0, 16.0 - t, 12.0 - t])
+    return float(roots[np.abs(roots.imag) < 1e-6].real.max())
+
+
+def _in_unit(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}.")
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive, got {value}.")

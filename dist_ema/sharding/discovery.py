@@ -1,0 +1,254 @@
+"""What PyTorch did to the model -> list[Shard].
+
+This is the one module that knows wrappers. DDP, FSDP1, FSDP2, HSDP, tensor parallel, torch.compile and activation
+checkpointing are dissolved here into plain records; nothing after this file asks who wrapped what.
+
+[Note: regions]  A rank holds one *region* of every weight: a box of the full weight, and a range [begin, end) of that
+box's row-major order.
+
+    DTensor, Shard(0)      FSDP1 flat, one process     HSDP: the box is split again over the replicas
+    +-----------+ rank 0   +-----+=====+ rank 0        +-----------+
+    |###########|          |     |#####|               |###########| rank 0 \\ the same box,
+    +-----------+          |#####|#####| rank 1        |-----------|         | two ranges
+    |           | rank 1   |#####|     |               |           | rank 2 /
+    +-----------+          +=====+-----+               +-----------+
+      a box, all of it       all of it, a range          a box, a range
+
+[Note: storage order]  A dense permuted weight (channels_last) is recorded in the order in which it lies in memory: its
+`order` lists the dimensions from slowest to fastest, and box and range speak of the permuted weight.
+
+[Note: stale roots]  After a forward without backward FSDP keeps weights unsharded, and the next forward reads that copy
+whatever the shards hold by then. Every verb that writes shards, or that must find them in `parameters()`, calls
+`reshard` first, and `swap` calls it on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+
+from .fsdp1 import FlatSlice, flat_parameters, fsdp1_members
+from .parameters import Parameters
+from .records import Kind, ModelShards, Region, Shard, registered_buffer, storage_order
+from .wrappers import Replicated, reshard, walk_modules
+
+__all__ = ["find_shards", "redescribe"]
+
+
+def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> ModelShards:
+    """Dissolve the wrappers of `model`. Names are canonical: no module., _orig_mod., _fsdp_wrapped_module. ...
+
+    replicated: the ranks that hold the same plain parameters, where no DDP says so.
+
+    Raises ValueError for what cannot be averaged by elements: meta tensors, strided or expanded weights, Partial
+    placements, FSDP1 over tensor parallel.
+    """
+    sharded: list[nn.Module] = [
+        m for m in model.modules() if isinstance(m, (FSDPModule, FullyShardedDataParallel))
+    ]
+    if isinstance(model, Parameters):
+        sharded = model.owners
+    reshard(sharded)
+    flats = dict(flat_parameters(model))
+    seen: dict[Any, Shard] = {}
+    unfilled: list[tuple[str, tuple[nn.Module, str]]] = []
+    walk = list(
+        walk_modules(model, ddp=None if replicated is None else Replicated(replicated, frozenset()))
+    )
+    for prefix, module, ddp in walk:
+        for name, tensor, flat in _parameters(module, flats):
+            key = id(tensor) if flat is None else flat.key
+            if key in seen:
+                seen[key].aliases.append(prefix + name)
+                continue
+            around = ddp if ddp and prefix + name not in ddp.parameters_to_ignore else None
+            seen[key] = (flat or _plain)(prefix + name, tensor, (module, name), around)
+        for name, buffer in module._buffers.items():
+            persistent = name not in module._non_persistent_buffers_set
+            if buffer is None:
+                if persistent:
+                    unfilled.append((prefix + name, (module, name)))
+                    continue
+                buffer = registered_buffer(
+                    prefix + name, (module, name)
+                )  # a cache that is still to be filled
+            which = id(buffer) if module._buffers[name] is buffer else (id(module), name)
+            if which in seen:
+                seen[which].aliases.append(prefix + name)
+                continue
+            # NOTE: never split by rank; BatchNorm's differ between DDP ranks even after broadcast_buffers=True.
+            shard = _plain(prefix + name, buffer, (module, name), None)
+            shard.persistent = persistent
+            seen[which] = shard
+    shards = list(seen.values())
+    for shard in shards if isinstance(model, Parameters) and model.average_frozen else ():
+        shard.average_frozen = (
+            shard.dense and shard.dtype.itemsize > 1
+        )  # the others can be copied, but not averaged
+    members, group = _members([ddp for _, _, ddp in walk if ddp], shards, flats)
+    _choose_writers(shards, members)
+    return ModelShards(shards, members, group, sharded, unfilled)
+
+
+def redescribe(shard: Shard) -> None:
+    """Describe what lies in a buffer's place now. Only for caches (in no state_dict), which may become any size."""
+    now = _plain(shard.name, registered_buffer(shard.name, shard.place), shard.place, None)
+    shard.shape, shard.local_region, shard.order, shard.local_tensor, shard.dense = (
+        now.shape,
+        now.local_region,
+        now.order,
+        now.local_tensor,
+        now.dense,
+    )
+
+
+def _parameters(
+    module: nn.Module, flats: dict[tuple[int, str], FlatSlice]
+) -> Iterator[tuple[str, Tensor, FlatSlice | None]]:
+    """(name, tensor, slice of an FSDP1 flat parameter or None) of the module's own parameters, in their order."""
+    own = [
+        name
+        for name, p in module._parameters.items()
+        if p is not None and not getattr(p, "_is_flat_param", False)
+    ]
+    hidden = [name for owner, name in flats if owner == id(module) and name not in own]
+    for name in own + hidden:
+        flat = flats.get((id(module), name))
+        tensor = module._parameters[name] if flat is None else flat.tensor
+        assert tensor is not None
+        yield name, tensor, flat
+
+
+# --- one record --------------------------------------------------------------------------------------------------
+
+
+def _plain(
+    name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: Replicated | None
+) -> Shard:
+    if is_lazy(tensor):
+        raise ValueError(
+            f"{name} is not initialised yet. Run one forward through the lazy module, then build the EMA."
+        )
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} is on the meta device. Materialise the model (to_empty, then load), then build the EMA."
+        )
+    kind: Kind = (
+        "buffer"
+        if place[1] in place[0]._buffers
+        else "trainable"
+        if tensor.requires_grad
+        else "frozen"
+    )
+    if isinstance(tensor, DTensor):
+        return _dtensor(name, kind, tensor, place)
+    dense, order = storage_order(tensor.shape, tensor.stride())
+    sizes = tuple(tensor.shape) if order is None else tuple(tensor.shape[i] for i in order)
+    whole = Region((0,) * len(sizes), sizes, 0, tensor.numel())
+    # NOTE: modules may register a new tensor under a buffer's name at any time; a Parameter must stay the same object.
+    raw = partial(registered_buffer, name, place) if kind == "buffer" else lambda: tensor
+    if not dense:
+        raw = partial(_copied, raw)
+    shard = Shard(name, kind, tuple(tensor.shape), tensor, place, whole, raw, 0, order, dense=dense)
+    if ddp:
+        shard.replicas, shard.flat = (ddp.group,), True
+        shard.owner_ranks = tuple(dist.get_process_group_ranks(ddp.group))
+    return shard
+
+
+def _copied(raw: Callable[[], Tensor]) -> Tensor:
+    return raw().detach().contiguous()
+
+
+def _dtensor(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module, str]) -> Shard:
+    mesh, placements = tensor.device_mesh, tensor.placements
+    if any(p.is_partial() for p in placements):
+        raise ValueError(
+            f"{name} has placements {placements}: a Partial weight is a sum still to be made. Redistribute it."
+        )
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
+    # NOTE: FSDP2 over TP splits right to left: _StridedShard (on the left) cuts what Shard (on the right) left over.
+    shards = [i for i, p in enumerate(placements) if not p.is_replicate()]
+    strided = [i for i in shards if type(placements[i]).__name__ == "_StridedShard"]
+    for i in [i for i in shards if i not in strided] + strided[::-1]:
+        dim: int = placements[i].dim  # type: ignore[attr-defined]
+        step = -(-sizes[dim] // mesh.size(i))  # torch.chunk: full chunks first
+        start = min(step * coordinate[i], sizes[dim])
+        offsets[dim], sizes[dim] = offsets[dim] + start, min(step, sizes[dim] - start)
+    local = tensor._local_tensor
+    if tuple(local.shape) != tuple(sizes):
+        raise ValueError(
+            f"{name}: {placements} over {mesh} should leave {tuple(sizes)} here, found {tuple(local.shape)}."
+        )
+    dense, order = storage_order(local.shape, local.stride())
+    if not dense:
+        raise ValueError(
+            f"{name}: the local tensor has shape {tuple(local.shape)} and strides {local.stride()}. {_DENSE}"
+        )
+    by = range(len(sizes)) if order is None else order
+    held = Region(tuple(offsets[i] for i in by), tuple(sizes[i] for i in by), 0, local.numel())
+    shard = Shard(
+        name, kind, tuple(tensor.shape), tensor, place, held, lambda: tensor._local_tensor, 0, order
+    )
+    if kind != "buffer":
+        shard.replicas = tuple(
+            mesh.get_group(i) for i, p in enumerate(placements) if p.is_replicate()
+        )
+    if shards or kind != "buffer":
+        shard.owner_ranks = tuple(mesh.mesh.flatten().tolist())
+    return shard
+
+
+_DENSE = "Strided and expanded weights cannot be averaged in place: make it contiguous before building the EMA."
+
+
+# --- who belongs together ----------------------------------------------------------------------------------------
+
+
+def _members(
+    replicated: list[Replicated], shards: list[Shard], flats: dict[tuple[int, str], FlatSlice]
+) -> tuple[list[int], dist.ProcessGroup | None]:
+    """The ranks that hold the model together: the widest mesh or group found, which must contain the others."""
+    found: list[tuple[list[int], dist.ProcessGroup | None]] = []
+    for shard in shards:
+        if isinstance(shard.tensor, DTensor):
+            mesh = shard.tensor.device_mesh
+            found.append(
+                (sorted(mesh.mesh.flatten().tolist()), mesh.get_group() if mesh.ndim == 1 else None)
+            )
+    found += [
+        (dist.get_process_group_ranks(each.group), each.group) for each in dict.fromkeys(replicated)
+    ]
+    # NOTE: in the order of the modules, not of a set: every rank must ask in the same order.
+    found += [
+        fsdp1_members(owner) for owner in dict.fromkeys(slice_.owner for slice_ in flats.values())
+    ]
+    if not found:
+        return [dist.get_rank() if dist.is_initialized() else 0], None
+    widest = max(found, key=lambda entry: len(entry[0]))
+    for members, _ in found:
+        if not set(members) <= set(widest[0]):
+            raise ValueError(
+                f"the model's weights live on ranks {widest[0]} and on ranks {members}; EMA needs one set of ranks that "
+                "holds the model together. Build one EMA per part with only=."
+            )
+    return widest
+
+
+def _choose_writers(shards: list[Shard], members: list[int]) -> None:
+    """Mark which copy of a weight is written where the ranks hold copies that nobody calls replicas: buffers, weights
+    outside every wrapper or that DDP ignores, and weights on a part of the mesh."""
+    mine = dist.get_rank() if dist.is_initialized() else 0
+    for shard in shards:
+        shard.is_writer = (
+            members[0] in shard.owner_ranks if shard.owner_ranks else members[0] == mine
+        )

@@ -1,0 +1,183 @@
+"""One record per weight: which elements this rank holds, and where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+__all__ = [
+    "Kind",
+    "ModelShards",
+    "Region",
+    "Shard",
+    "register",
+    "registered",
+    "registered_buffer",
+    "replaced",
+    "storage_order",
+]
+
+
+Kind = Literal["trainable", "frozen", "buffer"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box of a weight and a range of the box's row-major order ([Note: regions])."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass
+class Shard:
+    """This rank's part of one named weight or buffer, found once and kept.
+
+    `held` is what the rank's memory holds, `read()` returns those elements as they lie in the model's storage.
+    *Aliases* the model.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]  # of the full weight, row-major
+    tensor: Tensor  # the Parameter (or buffer) that the model registers
+    place: tuple[nn.Module, str]  # where it is registered
+    local_region: Region  # in storage order
+    local_tensor: Callable[[], Tensor]  # the tensor whose storage holds the elements, read afresh
+    storage_offset: int = 0  # where `held` begins in raw, in elements
+    order: tuple[int, ...] | None = None  # [Note: storage order]; None: row-major
+    replicas: tuple[dist.ProcessGroup, ...] = ()  # groups that hold `held` too, outermost first
+    flat: bool = False  # cut with its neighbours as one flat sequence over its replicas
+    owner_ranks: tuple[
+        int, ...
+    ] = ()  # global ranks that hold one copy of the weight together; (): each its own
+    dense: bool = True  # False: strided or expanded, so `read` gives a copy and nothing can be averaged in place
+    average_frozen: bool = False  # averaged whether or not it needs a gradient now
+    is_writer: bool = True  # of several such copies, the one that files are written from
+    persistent: bool = True  # part of state_dict()
+    aliases: list[str] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.local_tensor().dtype
+
+    @property
+    def trainable(self) -> bool:
+        return self.kind != "buffer" and (self.average_frozen or self.tensor.requires_grad)
+
+    def read(self) -> Tensor:
+        """The held elements. Shape [held.numel]. *Aliases* the model's storage, shares its version counter."""
+        raw = self.local_tensor().detach()
+        return raw.as_strided(
+            (self.local_region.numel,), (1,), raw.storage_offset() + self.storage_offset
+        )
+
+    def write(self, elements: Tensor) -> None:
+        """Put `elements`, one per held element, into the model's storage, where `read` gives a copy too."""
+        now = self.read()
+        if self.dense:
+            now.copy_(elements)
+        elif not torch.equal(now, elements.to(now)):
+            tensor = registered(self) if self.kind == "buffer" else self.tensor
+            assert tensor is not None
+            once = tuple(
+                slice(0, 1) if step == 0 else slice(None) for step in tensor.stride()
+            )  # expanded
+            tensor.detach()[once].copy_(elements.view(tensor.shape)[once])
+
+    def local(self, elements: Tensor) -> Tensor:
+        """`elements`, one per held element, in the shape and strides of the local tensor; a range of an FSDP1 flat parameter
+        stays one-dimensional. *Aliases* `elements`."""
+        raw = self.tensor._local_tensor if isinstance(self.tensor, DTensor) else self.tensor
+        if getattr(raw, "_fsdp_flattened", False):
+            return elements
+        return (
+            elements.as_strided(raw.shape, raw.stride()) if self.dense else elements.view(raw.shape)
+        )
+
+    def shaped(self, elements: Tensor) -> Tensor:
+        """The same as the model shows its own: a DTensor over the same mesh, if `elements` lie on its devices."""
+        local = self.local(elements)
+        if (
+            not isinstance(self.tensor, DTensor)
+            or local.device.type != self.tensor.device_mesh.device_type
+        ):
+            return local
+        mesh, placements = self.tensor.device_mesh, self.tensor.placements
+        return DTensor.from_local(
+            local,
+            mesh,
+            placements,
+            run_check=False,
+            shape=self.tensor.shape,
+            stride=self.tensor.stride(),
+        )
+
+
+@dataclass
+class ModelShards:
+    """Every weight and buffer of a model as this rank holds it, and the ranks that hold the model together."""
+
+    shards: list[Shard]
+    members: list[int]  # global ranks; one entry: a world of one
+    group: dist.ProcessGroup | None  # of exactly those ranks, where the wrapper has one
+    sharded: list[nn.Module]  # the FSDP modules, for `reshard` and `blocker`
+    unfilled: list[
+        tuple[str, tuple[nn.Module, str]]
+    ]  # name and place of buffers of the state_dict that are None
+
+
+def storage_order(
+    shape: torch.Size, stride: tuple[int, ...]
+) -> tuple[bool, tuple[int, ...] | None]:
+    """Whether the elements lie without gaps, and the dimensions from slowest to fastest (None: their own order)."""
+    if 0 in shape:
+        return True, None
+    order = sorted(range(len(shape)), key=lambda i: (-stride[i], i))
+    real = [i for i in order if shape[i] != 1]
+    step = 1
+    for i in reversed(real):
+        if stride[i] != step:
+            return False, None
+        step *= shape[i]
+    return True, None if real == sorted(real) else tuple(order)
+
+
+def replaced(shard: Shard) -> bool:
+    """The model registers another tensor object now (load_state_dict(assign=True), a new Parameter)."""
+    module, name = shard.place
+    if getattr(shard.tensor, "_is_flat_param", False):
+        return False
+    return shard.kind != "buffer" and module._parameters.get(name) is not shard.tensor
+
+
+def registered(shard: Shard) -> Tensor | None:
+    """The tensor object that the model registers for a buffer now."""
+    return shard.place[0]._buffers.get(shard.place[1])
+
+
+def register(shard: Shard, tensor: Tensor | None) -> None:
+    """Put a buffer's tensor object back in its place."""
+    if registered(shard) is not tensor:
+        shard.place[0]._buffers[shard.place[1]] = tensor
+
+
+def registered_buffer(name: str, place: tuple[nn.Module, str]) -> Tensor:
+    buffer = place[0]._buffers.get(place[1])
+    if buffer is None and place[1] in place[0]._non_persistent_buffers_set:
+        return torch.empty(0)  # a cache that was dropped
+    if buffer is None:
+        raise RuntimeError(f"{name} is no buffer of the model any more. Call ema.rescan().")
+    return buffer

@@ -1,0 +1,149 @@
+"""The wrappers that PyTorch puts around a module, and how to see through them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import TrainingState
+from torch.distributed.fsdp._runtime_utils import _reshard
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+__all__ = [
+    "Replicated",
+    "before_state_dict",
+    "blocker",
+    "canonical",
+    "entrances",
+    "frozen_by_inductor",
+    "reshard",
+    "side_store",
+    "unwrapped",
+    "walk_modules",
+]
+
+# The child under which each wrapper keeps the module that it wraps.
+_WRAPPED: tuple[tuple[type, str], ...] = (
+    (DistributedDataParallel, "module"),
+    (DataParallel, "module"),
+    (FullyShardedDataParallel, "_fsdp_wrapped_module"),
+    (CheckpointWrapper, "_checkpoint_wrapped_module"),
+)
+
+
+def reshard(sharded: list[nn.Module]) -> None:
+    """Free every unsharded copy of the weights, so that the next forward reads the shards ([Note: stale roots])."""
+    for module in sharded:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        elif isinstance(module, FullyShardedDataParallel):
+            handle = module._handle
+            # NOTE: before the first forward there is nothing unsharded and no event queue yet.
+            if handle is not None and handle.uses_sharded_strategy and module._is_root is not None:
+                _reshard(module, handle, True)
+
+
+def blocker(sharded: list[nn.Module]) -> str | None:
+    """Why the shards may not be written or read now, or None."""
+    for module in sharded:
+        if (
+            isinstance(module, FullyShardedDataParallel)
+            and module.training_state != TrainingState.IDLE
+        ):
+            return "inside FSDP.summon_full_params() or a forward: what is written to the shards there is lost"
+    return None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Without DDP, DataParallel and torch.compile around it: a forward that is no collective of theirs. FSDP stays."""
+    while isinstance(model, (DistributedDataParallel, DataParallel)) or (
+        is_compiled(model) and not isinstance(model, FSDPModule)
+    ):
+        model = model._modules[_wrapped_name(model) or ""]  # type: ignore[assignment]
+    return model
+
+
+def entrances(module: nn.Module, sharded: Sequence[nn.Module]) -> list[tuple[nn.Module, bool]]:
+    """The modules whose forward reads weights: (module, whether it is `module` itself, a wrapper or what it wraps)."""
+    outer = {id(each) for each in sharded} | {
+        id(each) for prefix, each, _ in walk_modules(module) if not prefix
+    }
+    inside = [*sharded, *module.modules()]
+    return [
+        (m, id(m) in outer)
+        for m in dict.fromkeys(inside)
+        if id(m) in outer or m._parameters or m._buffers
+    ]
+
+
+def before_state_dict(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
+    """Run `hook` before `module.state_dict()`, and before FSDP1's own hook, which reads the weights already."""
+    hooks = module._state_dict_pre_hooks
+    handle: RemovableHandle = module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+    for other in [key for key in hooks if key != handle.id]:
+        hooks[other] = hooks.pop(other)
+    return handle
+
+
+def frozen_by_inductor(model: nn.Module) -> bool:
+    """Inductor copied the weights into its code (config.freezing), so a swap would not be seen."""
+    config = sys.modules.get("torch._inductor.config")
+    return bool(getattr(config, "freezing", False)) and any(
+        is_compiled(module) for module in model.modules()
+    )
+
+
+def side_store(prefix: str) -> dist.Store:
+    """The store of the default process group, for messages that are no collectives."""
+    return dist.PrefixStore(prefix, _get_default_store())
+
+
+# --- walking -----------------------------------------------------------------------------------------------------
+
+
+def walk_modules(
+    module: nn.Module, prefix: str = "", ddp: Replicated | None = None
+) -> Iterator[tuple[str, nn.Module, Replicated | None]]:
+    """(canonical prefix, module, the DDP around it) in the order of named_modules(), shared modules at every path."""
+    inner = _wrapped_name(module)
+    if isinstance(module, DistributedDataParallel):
+        ignored = frozenset(prefix + canonical(name) for name in module.parameters_to_ignore)
+        ddp = Replicated(module.process_group, ignored)
+    yield prefix, module, ddp
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from walk_modules(child, prefix if name == inner else f"{prefix}{name}.", ddp)
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """What DDP says of the weights below it."""
+
+    group: dist.ProcessGroup
+    parameters_to_ignore: frozenset[str]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """NOTE: fully_shard(torch.compile(block)) makes a subclass of it."""
+    return "_orig_mod" in module._modules and any(
+        kind.__name__ == "OptimizedModule" for kind in type(module).__mro__
+    )
+
+
+def _wrapped_name(module: nn.Module) -> str | None:
+    if is_compiled(module):
+        return "_orig_mod"
+    return next((child for kind, child in _WRAPPED if isinstance(module, kind)), None)
+
+
+def canonical(name: str) -> str:
+    """The name that a weight or module has where nothing is wrapped; for DDP start inside (`bare`)."""
+    inner = {child for _, child in _WRAPPED if child.startswith("_")} | {"_orig_mod"}
+    return ".".join(part for part in name.split(".") if part not in inner)

@@ -1,0 +1,67 @@
+"""Sentences and progress for people: plurals, sizes, lists of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeAlias
+
+__all__ = ["Bar", "Tick", "listed", "plural", "printable", "sentence", "silent", "size", "some"]
+
+
+Tick: TypeAlias = Callable[[int], None]  # so many bytes more
+
+
+Bar: TypeAlias = Callable[[int], AbstractContextManager[Tick]]  # over so many bytes in all
+
+
+def printable(text: str) -> str:
+    """What would move the cursor is shown, not sent."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def listed(values: dict[str, Any]) -> str:
+    """`now 100, updates 10`"""
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in values.items()
+    )
+
+
+def plural(number: int, word: str) -> str:
+    """`1 file`, `2 files`"""
+    return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
+def some(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
+    """`a, b and 3 more`"""
+    left = len(names) - most
+    return between.join(names[:most]) + (
+        f"{between.rstrip(', ')} and {left} more" if left > 0 else ""
+    )
+
+
+def size(nbytes: float) -> str:
+    """1.23 GB"""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
+        nbytes /= 1000
+    return f"{nbytes:,.3g} TB"
+
+
+def sentence(error: Exception) -> str:
+    """What an error says; of what the system refused, the file's name first, if there is one."""
+    if isinstance(error, OSError) and error.strerror:
+        return (
+            f"{error.strerror}."
+            if error.filename is None
+            else f"{error.filename}: {error.strerror}."
+        )
+    return str(error)
+
+
+@contextmanager
+def silent(total: int) -> Iterator[Tick]:
+    """A bar that nobody sees."""
+    yield lambda done: None
