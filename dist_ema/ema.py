@@ -150,14 +150,14 @@ class EMA:
             _refuse_beside_into(schedules, dtype, device)
             self._split = False
         module = parameters.module_of(model)
-        self._averaged_weights = AveragedWeights(module, schedules, only=only, buffers=buffers)
+        self.weights = AveragedWeights(module, schedules, only=only, buffers=buffers)
         self._attachment: Attachment | None = None
         self._looked: dict[str, float] = {}  # the clock at the last `snapshot` into each folder
         found = discovery.find_shards(module, self._replicated)
         self._ranks = Ranks(found.members, found.group, wrappers.side_store)
         self._everyone: Ranks | None = None
         if into is not None:
-            self._averaged_weights.teacher = Teacher(into, self._averaged_weights.sync_teacher)
+            self.weights.teacher = Teacher(into, self.weights.sync_teacher)
         self._writer: writer.Writer | None = None
         self._adopt("EMA", found)
         self._overlap: bool | None = None
@@ -165,18 +165,18 @@ class EMA:
 
     def _use_engine(self) -> None:
         """As `attach` asked for; by itself an update waits for nobody in host memory only."""
-        self._averaged_weights.use_engine(
+        self.weights.use_engine(
             self._on_host if self._overlap is None else self._overlap, self._on_host
         )
 
     @property
     def _on_host(self) -> bool:
-        if self._averaged_weights.teacher is not None:
-            return self._averaged_weights.far_on_host
+        if self.weights.teacher is not None:
+            return self.weights.far_on_host
         return self._device is not None and self._device.type == "cpu"
 
     def _adopt(self, verb: str, found: records.ModelShards) -> None:
-        average = self._averaged_weights
+        average = self.weights
         self._ranks.run_on_all(
             verb, lambda: average.adopt(found, self._split, self._dtype, self._device)
         )
@@ -188,7 +188,7 @@ class EMA:
         self, verb: str, which: Which = 0, prepare: Callable[[], None] | None = None
     ) -> Average:
         """What every collective verb begins with: all ranks come, mean the same average and can go on, or all raise."""
-        average = self._averaged_weights
+        average = self.weights
 
         def ready() -> int | None:
             average.refuse(f"ema.{verb}")
@@ -207,7 +207,7 @@ class EMA:
         return average.averages[number]
 
     def _warn_if_idle(self, verb: str) -> None:
-        if self._averaged_weights.idle:
+        if self.weights.idle:
             warnings.warn(
                 f"ema.{verb}(): the weights were written since the last call, and no update came. Was ema.attach() given "
                 "the optimizer that steps, or ema.update() called? (A replayed CUDA graph runs no hooks.)",
@@ -226,7 +226,7 @@ class EMA:
         Raises RuntimeError inside `swap`, ValueError for an elapsed that the schedule cannot take ([Note: elapsed] in
         schedule).
         """
-        average = self._averaged_weights
+        average = self.weights
         average.refuse("ema.update")
         once = None if decay is None else coerce(decay)
         if not average.clock.started:
@@ -253,8 +253,8 @@ class EMA:
         forward, on a side stream of an accelerator or in a host thread (device="cpu"); False is the bit-identical
         reference. guard: keep the shadow, element by element, where live is not finite. Returns a handle with `remove()`.
         """
-        if self._averaged_weights.teacher is not None:
-            self._averaged_weights.teacher.refuse_training(optimizers)
+        if self.weights.teacher is not None:
+            self.weights.teacher.refuse_training(optimizers)
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError(
                 "ema.attach() was called before. Call ema.detach() first, or list all optimizers in one call."
@@ -262,8 +262,8 @@ class EMA:
         self._overlap = overlap
         self._use_engine()
         self._attachment = Attachment(
-            self._averaged_weights,
-            self._averaged_weights.clock,
+            self.weights,
+            self.weights.clock,
             optimizers,
             every,
             start,
@@ -287,7 +287,7 @@ class EMA:
         Raises RuntimeError inside `swap` and with into=, where the shadows are the teacher's weights, ValueError for a dtype
         that is none of float32, float64 and bfloat16. *Cost*: the old shadows and the new ones together, until it returns.
         """
-        average = self._averaged_weights
+        average = self.weights
         if dtype is not None:
             _refuse_dtype(dtype)
         if average.teacher is not None:
@@ -327,7 +327,7 @@ class EMA:
 
     @_outside_autograd
     def _apply_swap(self, which: Which) -> tuple[Average, WeightSwap]:
-        average = self._averaged_weights
+        average = self.weights
 
         def prepare() -> None:
             if average.teacher is not None:
@@ -358,7 +358,7 @@ class EMA:
     def _restore_swap(
         self, profile: Average, loan: WeightSwap, error: BaseException | None
     ) -> None:
-        average = self._averaged_weights
+        average = self.weights
         buffers: dict[str, Tensor] = {}
         said: dict[str, Any] = {}
         raised = error
@@ -409,7 +409,7 @@ class EMA:
         """
         profile = self._enter("copy_to", which)
         gather.copy_into(self._ranks, profile.states, profile.own_buffers, module)
-        self._averaged_weights.mark()
+        self.weights.mark()
 
     # --- files -------------------------------------------------------------------------------------------------
 
@@ -456,7 +456,7 @@ class EMA:
         path: a folder (what else it holds, like config.json, stays), or one file ending in .safetensors.
         Raises ValueError where a finite value would become infinite in `dtype`.
         """
-        profile = self._averaged_weights.average(which)
+        profile = self.weights.average(which)
         meta = self._meta("export") | {"weights": "all"}
         tree = writer.AverageFiles(
             profile.persistent, dict(profile.own_buffers), profile.schedule.to_dict()
@@ -476,7 +476,7 @@ class EMA:
         """
         if not 0 < every < math.inf:
             raise ValueError(f"every must be positive and finite, got {every}.")
-        clock, last = self._averaged_weights.clock, self._averaged_weights.averages[0].last
+        clock, last = self.weights.clock, self.weights.averages[0].last
         before = self._looked.get(str(folder), clock.now - (last[1] if last else 0.0))
         self._looked[str(folder)] = clock.now
         if clock.now // every <= before // every:
@@ -499,7 +499,7 @@ class EMA:
 
     def _average_files(self) -> list[writer.AverageFiles]:
         """The first average as a complete model (with `only=`, what is averaged), the others without what they share."""
-        average = self._averaged_weights
+        average = self.weights
         trees = []
         for i, profile in enumerate(average.averages):
             slots = [
@@ -521,10 +521,7 @@ class EMA:
         self._finish_writing()
         self._enter(job.verb)
         self._warn_if_idle(job.verb)
-        if (
-            isinstance(self._averaged_weights.model, parameters.Parameters)
-            and self._averaged_weights.model.nameless
-        ):
+        if isinstance(self.weights.model, parameters.Parameters) and self.weights.model.nameless:
             warnings.warn(
                 f"ema.{job.verb}(): the parameters came without names, so the files call them by their place in the list: "
                 "0, 1, ... Pass model.named_parameters() or the model for files that a model can load.",
@@ -558,10 +555,10 @@ class EMA:
         attached = self._attachment
         return {
             "kind": kind,
-            "weights": "all" if self._averaged_weights.only is None else "averaged",
-            "clock": self._averaged_weights.clock_to_dict(),
+            "weights": "all" if self.weights.only is None else "averaged",
+            "clock": self.weights.clock_to_dict(),
             "attach": None if attached is None else attached.to_dict(),
-            "rounding": {"seed": self._averaged_weights.seed},
+            "rounding": {"seed": self.weights.seed},
             "extra": {},
         }
 
@@ -583,7 +580,7 @@ class EMA:
         """
         self._finish_writing()
         self._enter("load")
-        average = self._averaged_weights
+        average = self.weights
         readers = [
             reader.LoadTarget(each.schedule.to_dict(), each.persistent) for each in average.averages
         ]
@@ -612,7 +609,7 @@ class EMA:
 
         Weights are plain tensors where this rank averages all of one, else `dcp.FlatRange`.
         """
-        average = self._averaged_weights
+        average = self.weights
         average.refuse("ema.state_dict")
         average.ready()
         states = {
@@ -628,7 +625,7 @@ class EMA:
 
         Raises ValueError for what is missing or does not fit (RuntimeError on other ranks); nothing has changed then.
         """
-        average = self._averaged_weights
+        average = self.weights
         matched: list[tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]] = []
         clock: dict[str, Any] = {}
 
@@ -666,21 +663,21 @@ class EMA:
         self._begin_again(started=not late)
 
     def _begin_again(self, started: bool) -> None:
-        self._averaged_weights.copy_live()
-        for profile in self._averaged_weights.averages:
+        self.weights.copy_live()
+        for profile in self.weights.averages:
             profile.own_buffers = {}
-        self._averaged_weights.set_clock(_NEW | {"started": started})
+        self.weights.set_clock(_NEW | {"started": started})
 
     def reset_buffers(self) -> None:
         """Forget recalibrated buffers: the average takes the live model's again."""
-        self._averaged_weights.refuse("ema.reset_buffers")
-        for profile in self._averaged_weights.averages:
+        self.weights.refuse("ema.reset_buffers")
+        for profile in self.weights.averages:
             profile.own_buffers = {}
 
     @_outside_autograd
     def rescan(self) -> None:
         """Average weights that became trainable since, seeded from live. *Collective*."""
-        average = self._averaged_weights
+        average = self.weights
         found: list[records.ModelShards] = []
 
         def prepare() -> None:
@@ -710,7 +707,7 @@ class EMA:
         Raises RuntimeError inside `swap`, where live is the average, unless distance=False. *Cost* of the distance: the
         engine settles, live and shadow are read once in chunks, and each rank sends one short message.
         """
-        average, profile = self._averaged_weights, self._averaged_weights.average(which)
+        average, profile = self.weights, self.weights.average(which)
         known = average.report(profile)
         if not distance:
             return known
@@ -731,17 +728,17 @@ class EMA:
     @property
     def model(self) -> nn.Module:
         """The live model, as it was given."""
-        return self._averaged_weights.model
+        return self.weights.model
 
     @property
     def now(self) -> float:
         """The clock after the last update, in the user's units."""
-        return self._averaged_weights.clock.at(self.schedule)
+        return self.weights.clock.at(self.schedule)
 
     @property
     def schedule(self) -> Schedule:
         """Of the first average."""
-        return self._averaged_weights.averages[0].schedule
+        return self.weights.averages[0].schedule
 
     @property
     def timeout(self) -> float:
@@ -756,23 +753,23 @@ class EMA:
 
     def names(self) -> list[str]:
         """The canonical names of what is averaged."""
-        return [slot.name for slot in self._averaged_weights.averages[0].averaged]
+        return [slot.name for slot in self.weights.averages[0].averaged]
 
     def __len__(self) -> int:
-        return len(self._averaged_weights.averages[0].averaged)
+        return len(self.weights.averages[0].averaged)
 
     def __repr__(self) -> str:
-        slots = self._averaged_weights.averages[0].averaged
+        slots = self.weights.averages[0].averaged
         held = sum(slot.averaged_region.numel for slot in slots)
         total = sum(math.prod(slot.shard.shape) for slot in slots)
         first = next(slot.shadow for slot in slots if slot.shadow is not None)
-        dtype = self._dtype if self._averaged_weights.teacher is None else first.dtype
+        dtype = self._dtype if self.weights.teacher is None else first.dtype
         into = (
             ""
-            if self._averaged_weights.teacher is None
-            else f" into {type(self._averaged_weights.teacher.module).__name__}"
+            if self.weights.teacher is None
+            else f" into {type(self.weights.teacher.module).__name__}"
         )
-        schedules = ", ".join(profile.name for profile in self._averaged_weights.averages)
+        schedules = ", ".join(profile.name for profile in self.weights.averages)
         buffers = sum(slot.shard.kind == "buffer" for slot in slots)
         weights = f"{len(self) - buffers} weights" + (f" and {buffers} buffers" if buffers else "")
         return (

@@ -195,7 +195,7 @@ def test_all_differences_at_once(ema: EMA, tmp_path: Path) -> None:
     del other.gate
     other.forward = lambda x: x
     target = EMA(other, 0.5)
-    before = [slot.shadow.clone() for slot in target._averaged_weights.averages[0].averaged]
+    before = [slot.shadow.clone() for slot in target.weights.averages[0].averaged]
     with pytest.raises(ValueError, match="disagree on 7 weights") as error:
         target.load(tmp_path / "a")
     for words in (
@@ -206,7 +206,7 @@ def test_all_differences_at_once(ema: EMA, tmp_path: Path) -> None:
         assert words in str(error.value)
     assert all(
         torch.equal(a, slot.shadow)
-        for a, slot in zip(before, target._averaged_weights.averages[0].averaged, strict=True)
+        for a, slot in zip(before, target.weights.averages[0].averaged, strict=True)
     )
 
 
@@ -369,7 +369,7 @@ def canonical(folder: str) -> None:
         for ema in averages:
             for number in (1, 2):
                 with torch.no_grad():
-                    for p in ema._averaged_weights.model.parameters():
+                    for p in ema.weights.model.parameters():
                         if p.requires_grad:
                             p += number
                 ema.update()

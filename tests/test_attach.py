@@ -220,7 +220,7 @@ def test_several_optimizers() -> None:
 
 def test_bad_arguments_name_themselves() -> None:
     ema = EMA(nn.Linear(1, 1), 0.5)
-    optimizer = torch.optim.SGD(ema._averaged_weights.model.parameters(), 1.0)
+    optimizer = torch.optim.SGD(ema.weights.model.parameters(), 1.0)
     for arguments, options, words in [
         ((), {}, "needs the optimizers"),
         ((optimizer,), {"every": 0}, "every must be 1 or more"),
@@ -253,8 +253,8 @@ def test_an_ema_that_is_dropped_is_freed() -> None:
     """The optimizer does not keep it: shadows go, and the next step says so, once. Guards `WeakMethod` in _Hook."""
     toy = Toy()
     average, shadow = (
-        weakref.ref(toy.ema._averaged_weights),
-        weakref.ref(toy.ema._averaged_weights.averages[0].averaged[0].shadow),
+        weakref.ref(toy.ema.weights),
+        weakref.ref(toy.ema.weights.averages[0].averaged[0].shadow),
     )
     handle = toy.handle
     del toy.ema, toy.handle
@@ -346,7 +346,7 @@ def accelerated_and_zero() -> None:
     zero.step()
     assert ema.metrics()["updates"] == 1
     for slot, p, first in zip(
-        ema._averaged_weights.averages[0].averaged, ddp.parameters(), start, strict=True
+        ema.weights.averages[0].averaged, ddp.parameters(), start, strict=True
     ):
         assert torch.equal(slot.shadow.view_as(p), first.lerp(p.detach(), 0.5)), (
             "after the broadcast, on every rank"

@@ -240,7 +240,7 @@ def behind(folder: str) -> None:
     line_breaks(f"{folder}/d")
     plain = EMA(Core(), 0.5)  # nobody wrapped it: the first rank writes
     with torch.no_grad():
-        for p in plain._averaged_weights.model.parameters():
+        for p in plain.weights.model.parameters():
             p.fill_(3)
     plain.update()
     want = plain.gather()

@@ -422,7 +422,7 @@ def test_diffusers_arguments() -> None:
     model = nn.Linear(3, 3)
     ema = diffusers.EMAModel(model, max_value=0.8, min_value=0.1, device="cpu")
     assert (ema.decay, ema.min_decay, ema.use_ema_warmup) == (0.8, 0.1, True)
-    assert isinstance(ema.average._averaged_weights.engine, HostThread), (
+    assert isinstance(ema.average.weights.engine, HostThread), (
         "device= is where shadows are averaged"
     )
     move([model], 0)
@@ -1097,7 +1097,7 @@ def shadows_of(loop: Loop) -> list[Tensor]:
     return [
         slot.shadow.clone()
         for ema in averages
-        for slot in ema._average.slots
+        for slot in ema.weights.states
         if slot.shadow is not None
     ]
 
@@ -1149,7 +1149,7 @@ def becomes_sharded() -> None:
         part.full_tensor() if hasattr(part, "full_tensor") else part for part in ema.shadow_params
     ]
     assert near(full, original.shadow_params)
-    assert sum(slot.averaged_region.numel for slot in ema.average._averaged_weights.states) < sum(
+    assert sum(slot.averaged_region.numel for slot in ema.average.weights.states) < sum(
         p.numel() for p in twin.parameters()
     )
     target = Net()

@@ -52,7 +52,7 @@ def load_all(kind: str, folder: str) -> dict[str, bool]:
             path = f"{folder}/{source}-{name}"
             ema.load(path)
             assert (ema.now, ema.metrics()["updates"]) == (12.0, 1)
-            assert (ema._averaged_weights.clock.steps, ema._averaged_weights.clock.pending) == (
+            assert (ema.weights.clock.steps, ema.weights.clock.pending) == (
                 6,
                 6.0,
             )

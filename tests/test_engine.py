@@ -100,7 +100,7 @@ def play(
     ema = EMA(model, Power(gamma=1.0), dtype=dtype, buffers="average")
     ema.attach(optimizer, every=every, guard=guard, overlap=False)
     if engine is not None:
-        ema._averaged_weights.engine = engine
+        ema.weights.engine = engine
     seen: list[Any] = []
     for _ in range(12):
         action = chance.choice(
@@ -173,7 +173,7 @@ def test_weights_written_behind_the_step_are_named() -> None:
         ema = EMA(model, 0.5)
         ema.attach(optimizer)
         if overlap:
-            ema._averaged_weights.engine = Overlapped(Late(0))
+            ema.weights.engine = Overlapped(Late(0))
         model.weight.grad = torch.ones(3, 3)
         optimizer.step()
         with torch.no_grad():
@@ -201,7 +201,7 @@ def test_a_host_thread_equals_inline() -> None:
             model(torch.randn(8, 5)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        assert isinstance(ema._averaged_weights.engine, HostThread) == (device == "cpu")
+        assert isinstance(ema.weights.engine, HostThread) == (device == "cpu")
         results.append([*ema.gather().values()])
     assert same(*results)
 
@@ -216,7 +216,7 @@ def test_a_worker_that_fails_reaches_the_trainer(kind: type[BaseException], tmp_
     ema.attach(optimizer)
     model.weight.grad = torch.ones(3, 3)
     optimizer.step()
-    engine = ema._averaged_weights.engine
+    engine = ema.weights.engine
     engine.settle()
 
     def broken(*_: Any) -> None:
@@ -263,12 +263,12 @@ executors.PATIENCE = 0.1
 model = nn.Linear(3, 3)
 ema = EMA(model, 0.5, device="cpu")
 ema.update()
-ema._average.settle()  # its thread is idle when the process forks, the other one is at work
+ema.weights.settle()  # its thread is idle when the process forks, the other one is at work
 go = threading.Event()
 held = EMA(model, 0.5, device="cpu")
 held.update()
-held._average.settle()
-held._average.engine._windowed.run = lambda *_: go.wait()
+held.weights.settle()
+held.weights.engine._windowed.run = lambda *_: go.wait()
 held.update()
 child = os.fork()
 if child:
@@ -303,7 +303,7 @@ def test_one_copy_per_run_of_neighbours() -> None:
             wide -= 1
         ema.update()
         twin.update()
-    assert sorted(len(live) for _, live in ema._averaged_weights.engine._copies) == [10, 20, 20, 70]  # type: ignore[attr-defined]
+    assert sorted(len(live) for _, live in ema.weights.engine._copies) == [10, 20, 20, 70]  # type: ignore[attr-defined]
     assert same([*ema.gather().values()], [*twin.gather().values()])
 
 
@@ -311,7 +311,7 @@ def test_the_window_is_replaced_with_its_plan(monkeypatch: pytest.MonkeyPatch) -
     """Weights that moved get a window of their own; the old one is gone before. Guards `Plan([])` in _open_window."""
     model = nn.Linear(5, 5)
     ema = EMA(model, 0.5, device="cpu")
-    engine = ema._averaged_weights.engine = HostThread(None, Late(0))
+    engine = ema.weights.engine = HostThread(None, Late(0))
     ema.update()
     engine.settle()
     window, empty, gone = weakref.ref(engine._copies[0][0].untyped_storage()), torch.empty, []
@@ -562,20 +562,20 @@ def hot_path() -> None:
         optimizers: list[Any] = [Skippable(part, {}) for part in halves(model)]
         ema = EMA(model, decay, dtype=dtype, buffers="average")
         ema.attach(*optimizers, every=2, guard=guard)
-        ema._averaged_weights.engine = Overlapped(Late(0))
+        ema.weights.engine = Overlapped(Late(0))
         steps(optimizers, 8)  # the first updates look at addresses
         held = min(
             slot.averaged_region.numel
-            for slot in ema._averaged_weights.averages[0].averaged
+            for slot in ema.weights.averages[0].averaged
             if slot.averaged_region.numel > 1 << 20
         )
         with Watch() as watch, pytest.MonkeyPatch.context() as patch:
             patch.setattr(StoreCoordinator, "_next", refuse)  # of every message
             steps(optimizers, 8)
         assert 0 < watch.largest <= 1 << 20 < held, (kind, dtype, watch.largest, held)
-        plan = ema._averaged_weights._plan
-        ema._averaged_weights.engine = Overlapped(Late(0))
-        ema._averaged_weights._plan = Sinner(plan)  # type: ignore[assignment]
+        plan = ema.weights._plan
+        ema.weights.engine = Overlapped(Late(0))
+        ema.weights._plan = Sinner(plan)  # type: ignore[assignment]
         with raises(Waits), Watch():
             steps(optimizers, 8)
 
@@ -644,7 +644,7 @@ for _ in range(6):
     optimizer.step()
     with torch.no_grad():
         model[0] += 1
-ema._average.settle()
+ema.weights.settle()
 known = ema.metrics(distance=False)
 print((known["bytes"] + known["pinned"]) / (1 << 20), peak() - before)
 """

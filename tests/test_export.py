@@ -149,7 +149,7 @@ def test_own_buffers_of_another(tmp_path: Path) -> None:
     """Statistics that were recalibrated for the first average only must not be shipped with the second."""
     ema = trained(0.9, 0.5)
     with ema.swap():
-        ema._averaged_weights.model.norm(torch.randn(8, 4))  # type: ignore[operator]
+        ema.weights.model.norm(torch.randn(8, 4))  # type: ignore[operator]
     ema.save(tmp_path / "saved")
     export(tmp_path / "saved", tmp_path / "first")
     with pytest.raises(

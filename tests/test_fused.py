@@ -462,7 +462,7 @@ def averaged(triton: bool, kind: str, options: dict[str, Any]) -> tuple[Any, lis
     ema = EMA(model, [0.75, 0.5, Constant(0.0)], buffers="average", **options)
     ema.attach(optimizer, guard=True, start=1)
     if "overlapped" in options.get("only", ""):
-        ema._averaged_weights.engine = Overlapped(Late(0))
+        ema.weights.engine = Overlapped(Late(0))
     generator = torch.Generator().manual_seed(1)
     for step in range(7):
         with torch.no_grad():
@@ -473,9 +473,7 @@ def averaged(triton: bool, kind: str, options: dict[str, Any]) -> tuple[Any, lis
                 next(iter(model.parameters())).grad.view(-1)[::5] = float("nan")
         optimizer.found_inf = torch.full((), float(step in (2, 5)))
         optimizer.step()
-    return ema._averaged_weights._plan, [
-        value for which in range(3) for value in ema.gather(which).values()
-    ]
+    return ema.weights._plan, [value for which in range(3) for value in ema.gather(which).values()]
 
 
 def check_ema(kind: str, options: dict[str, Any]) -> None:
@@ -520,10 +518,10 @@ def check_the_hot_path() -> None:
     optimizers = [Skippable(model.parameters(), {})]
     ema = EMA(model, [Power(gamma=1.0), 0.99], dtype=BF16)
     ema.attach(*optimizers)
-    ema._averaged_weights.engine = Overlapped(Late(0))
+    ema.weights.engine = Overlapped(Late(0))
     steps(optimizers, 4)
     launched: list[int] = []
-    for launch in ema._averaged_weights._plan._launches:
+    for launch in ema.weights._plan._launches:
         launch._kernel = Nothing(launched)
     with Watch() as watch:
         steps(optimizers, 4)
@@ -575,25 +573,25 @@ def check_proof(how: str) -> None:
     gpu_triton._Launch.__call__ = broken  # type: ignore[method-assign]
     try:
         with pytest.warns(UserWarning, match="is not used on cpu") as caught:
-            plan = EMA(model, 0.75, dtype=BF16)._averaged_weights._plan
+            plan = EMA(model, 0.75, dtype=BF16).weights._plan
         assert len(caught) == 1
         assert (how == "raises") == ("OSError: no C compiler" in str(caught[0].message))
         assert isinstance(plan, FusedPlan)
         assert plan._launches == []
         ema = EMA(model, [0.75, 0.5], dtype=F32)  # another kind: no further word, and no attempt
-        before = ema._averaged_weights.averages[0].averaged[0].shadow.clone()
+        before = ema.weights.averages[0].averaged[0].shadow.clone()
         with torch.no_grad():
             model.weight += 1
         ema.update()
         assert torch.equal(
-            ema._averaged_weights.averages[0].averaged[0].shadow,
+            ema.weights.averages[0].averaged[0].shadow,
             before.lerp(model.weight.flatten(), 0.25),
         )
     finally:
         gpu_triton._Launch.__call__ = call  # type: ignore[method-assign]
         gpu_triton._proved.cache_clear()
         gpu_triton._REFUSED.clear()
-    assert len(EMA(model, 0.75, dtype=BF16)._averaged_weights._plan._launches) == 1
+    assert len(EMA(model, 0.75, dtype=BF16).weights._plan._launches) == 1
 
 
 @pytest.mark.parametrize("how", ["raises", "noise", "guard"])

@@ -232,11 +232,9 @@ def train(
     ema.attach(optimizer, overlap=overlap)
     if slow:
         late = Slow(CUDA)
-        ema._averaged_weights.engine = (
-            HostThread(late, Worker()) if "device" in options else Overlapped(late)
-        )
+        ema.weights.engine = HostThread(late, Worker()) if "device" in options else Overlapped(late)
     if not fence:
-        ema._averaged_weights.engine.fence = lambda: None  # type: ignore[method-assign]
+        ema.weights.engine.fence = lambda: None  # type: ignore[method-assign]
     for step in range(steps):
         for p in model.parameters():
             (p * (1 + step) + 0.1).sin().sum().backward()
@@ -337,9 +335,9 @@ def test_no_host_sync_in_training(
         step(poison if i in (5, 11) else x)
         ema.metrics(distance=False)
     torch.cuda.set_sync_debug_mode("default")
-    assert isinstance(ema._averaged_weights._plan, FusedPlan)
-    assert ema._averaged_weights._plan._launches, "the kernel failed its proof on this device"
-    assert ema._averaged_weights.skipped == 2
+    assert isinstance(ema.weights._plan, FusedPlan)
+    assert ema.weights._plan._launches, "the kernel failed its proof on this device"
+    assert ema.weights.skipped == 2
     for _ in range(2):  # it asks, and at the next call it knows
         heard = ema.metrics(distance=False)["skipped"]
         torch.cuda.synchronize()
@@ -364,8 +362,8 @@ def test_an_ema_with_triton_is_the_same(
         optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
         ema = EMA(model, [0.75, 0.5], dtype=dtype)
         ema.attach(optimizer, guard=True)
-        assert isinstance(ema._averaged_weights.engine, Overlapped)
-        assert isinstance(ema._averaged_weights._plan, FusedPlan) == (triton == "1")
+        assert isinstance(ema.weights.engine, Overlapped)
+        assert isinstance(ema.weights._plan, FusedPlan) == (triton == "1")
         for step in range(8):
             for p in model.parameters():
                 p.grad = torch.full_like(p, 0.25 * (step - 3))
@@ -398,7 +396,7 @@ def test_times_are_those_of_the_device() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     ema = EMA(model, 0.9)
     ema.attach(optimizer)
-    ema._averaged_weights.engine = Overlapped(Slow(CUDA))
+    ema.weights.engine = Overlapped(Slow(CUDA))
     for _ in range(4):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
@@ -425,7 +423,7 @@ def test_times_are_those_of_the_device() -> None:
 def test_times_inline() -> None:
     """Events around the update, not the time of the launches; the step waits for all of it."""
     ema = EMA(net(), 0.9)
-    ema._averaged_weights.use_engine(overlap=False, host=False)
+    ema.weights.use_engine(overlap=False, host=False)
     ema.update()
     torch.cuda.synchronize()
     known = ema.metrics(distance=False)
@@ -437,15 +435,15 @@ def test_a_host_thread_on_its_device() -> None:
     model = net()
     ema = EMA(model, 0.9, device="cpu")
     ema.update()
-    engine = ema._averaged_weights.engine
+    engine = ema.weights.engine
     assert isinstance(engine, HostThread)
     seen: list[int] = []
     engine._worker.wait(engine._worker.submit(lambda: seen.append(torch.cuda.current_device())))
     assert seen == [CUDA.index]
     assert all(window.is_pinned() for window, _ in engine._copies)
-    assert all(
-        slot.shadow.is_pinned() for slot in ema._averaged_weights.states if slot.shadow is not None
-    ), "guards layout.allocate"
+    assert all(slot.shadow.is_pinned() for slot in ema.weights.states if slot.shadow is not None), (
+        "guards layout.allocate"
+    )
     known = ema.metrics()
     held = sum(4 * p.numel() for p in model.parameters())
     assert (known["bytes"], known["pinned"]) == (0, 2 * held + 4)

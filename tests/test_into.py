@@ -68,7 +68,7 @@ def test_teacher_is_the_shadow() -> None:
     mine = {p.data_ptr() for p in teacher.parameters()}
     assert all(
         slot.shadow.data_ptr() in mine
-        for slot in ema._averaged_weights.averages[0].averaged
+        for slot in ema.weights.averages[0].averaged
         if slot.shadow is not None
     )
     assert "float32 into Net, cpu" in repr(ema)
@@ -356,7 +356,7 @@ def late(start: int = 0) -> tuple[Encoder, Encoder, torch.optim.Optimizer, EMA]:
     ema = EMA(model, 0.5, into=teacher)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     ema.attach(optimizer, start=start)
-    ema._averaged_weights.engine = Overlapped(Late())
+    ema.weights.engine = Overlapped(Late())
     return model, teacher, optimizer, ema
 
 
@@ -386,7 +386,7 @@ def test_compiled_teacher() -> None:
     teacher = torch.compile(inner, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     ema = EMA(model, 0.5, into=teacher)
     ema.attach(optimizer)
-    ema._averaged_weights.engine = Overlapped(Late())
+    ema.weights.engine = Overlapped(Late())
     for _ in range(3):
         step(model, optimizer)
         with torch.no_grad():
@@ -456,13 +456,13 @@ def test_copies_of_the_teacher_are_free() -> None:
     written = pickle.dumps(teacher)
     assert b"dist_ema" not in written
     copies = [copy.deepcopy(teacher), pickle.loads(written)]
-    waiting = ema._averaged_weights.engine._executor.waiting  # type: ignore[attr-defined]
+    waiting = ema.weights.engine._executor.waiting  # type: ignore[attr-defined]
     for each in copies:
         each(torch.ones(2, 3))
         each.load_state_dict(each.state_dict())
         torch.compile(each, backend="eager", fullgraph=True)(torch.ones(2, 3))
         assert len(waiting) == 1, "a copy announced a read of the teacher"
-    gone = weakref.ref(ema._averaged_weights)
+    gone = weakref.ref(ema.weights)
     ema.detach()
     del ema, waiting
     gc.collect()
@@ -556,7 +556,7 @@ def alternate(kind: str, teacher_kind: str, folder: str) -> None:
 
 def full_state_dict(run: Training, teacher: nn.Module, ema: EMA) -> None:
     """FSDP1 gathers in a hook of its own before state_dict: ours must have waited by then."""
-    ema._averaged_weights.engine = Overlapped(Late())
+    ema.weights.engine = Overlapped(Late())
     run.train(1)
     held = state(teacher.core)
     full = ema.gather()

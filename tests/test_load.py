@@ -33,9 +33,7 @@ STARTS = "ignore:.*comes without ema.json:UserWarning"
 
 
 def values(ema: EMA, which: int = 0) -> dict[str, Tensor]:
-    return {
-        slot.name: slot.shadow.clone() for slot in ema._averaged_weights.averages[which].averaged
-    }
+    return {slot.name: slot.shadow.clone() for slot in ema.weights.averages[which].averaged}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -56,10 +54,10 @@ def moved(model: nn.Module, decay: Any = 0.5, updates: int = 3, **options: Any) 
 @contextmanager
 def nothing_changes(ema: EMA) -> Iterator[None]:
     """The block raises, and the average is as before."""
-    before, clock = values(ema), ema._averaged_weights.clock_to_dict()
+    before, clock = values(ema), ema.weights.clock_to_dict()
     yield
     assert same(before, values(ema))
-    assert clock == ema._averaged_weights.clock_to_dict()
+    assert clock == ema.weights.clock_to_dict()
 
 
 # --- names and shapes --------------------------------------------------------------------------------------------
@@ -98,7 +96,7 @@ def test_what_is_common(tmp_path: Path) -> None:
     old.save(tmp_path / "a")
     ema = EMA(wide("bcde"), 0.5)
     with torch.no_grad():
-        ema._averaged_weights.model.d.fill_(-1)
+        ema.weights.model.d.fill_(-1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ema.load(tmp_path / "a", strict=False)
@@ -111,7 +109,7 @@ def test_what_is_common(tmp_path: Path) -> None:
     found = values(ema)
     assert same({name: found[name] for name in "bc"}, {name: values(old)[name] for name in "bc"})
     assert (found["d"] == -1).all()
-    assert torch.equal(found["e"], ema._averaged_weights.model.e)
+    assert torch.equal(found["e"], ema.weights.model.e)
     assert ema.now == 3
 
 
@@ -145,10 +143,10 @@ def test_an_ema_that_has_not_started(tmp_path: Path) -> None:
     optimizer.step()
     assert (ema.now, ema.metrics()["updates"]) == (4, 4)
     late = EMA(wide("ab"), 0.5)
-    late.attach(torch.optim.SGD(late._averaged_weights.model.parameters(), 0.1), start=10)
+    late.attach(torch.optim.SGD(late.weights.model.parameters(), 0.1), start=10)
     late.save(tmp_path / "late")
     ema.load(tmp_path / "late")
-    assert not ema._averaged_weights.clock.started
+    assert not ema.weights.clock.started
 
 
 def test_a_state_dict_with_a_broken_clock() -> None:
@@ -193,7 +191,7 @@ def test_every_dtype_is_a_start(
     assert torch.equal(full["norm.running_mean"], model.norm.running_mean), (
         "live, not recalibrated and not the file's"
     )
-    assert (ema.now, ema.metrics()["updates"], ema._averaged_weights.clock.started) == (0, 0, True)
+    assert (ema.now, ema.metrics()["updates"], ema.weights.clock.started) == (0, 0, True)
     ema.update()
     copied = ema.gather()["head.bias"].to(model.head.bias.dtype)
     assert torch.allclose(copied, model.head.bias, rtol=2**-7), (
@@ -317,7 +315,7 @@ def test_several_start_and_resume(tmp_path: Path) -> None:
     """All averages start from one model. Saved ones are found by their schedules, also beyond ten; the rest in order."""
     decays = [i / 16 for i in range(12)]
     saved = EMA(wide("ab"), decays)
-    for i, profile in enumerate(saved._averaged_weights.averages):
+    for i, profile in enumerate(saved.weights.averages):
         for slot in profile.averaged:
             slot.shadow.fill_(i)
     saved.save(tmp_path / "a")
@@ -502,9 +500,7 @@ def test_a_disk_that_fails_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ema = moved(model)
     with pytest.raises(ValueError, match="became shorter while it was read"):
         ema.load(tmp_path / "a")
-    assert all(
-        torch.equal(slot.shadow, slot.live) for slot in ema._averaged_weights.averages[0].averaged
-    )
+    assert all(torch.equal(slot.shadow, slot.live) for slot in ema.weights.averages[0].averaged)
     assert (ema.now, ema.metrics()["updates"]) == (0, 0)
 
 
@@ -541,7 +537,7 @@ ema.reset()
 open("/proc/self/clear_refs", "w").write("5")
 base = field("VmRSS")
 ema.load(sys.argv[1])
-assert all((slot.shadow == 1).all() for slot in ema._average.slots)
+assert all((slot.shadow == 1).all() for slot in ema.weights.states)
 print(field("VmHWM") - base)
 """
 
@@ -672,7 +668,7 @@ def names_on_ranks(kind: str, folder: str) -> None:
         "holds core.gate.bias",
     ):
         assert words in said, said
-    assert (target.now, target._averaged_weights.clock.started) == (1, True)
+    assert (target.now, target.weights.clock.started) == (1, True)
     full, want = target.gather(), ema.gather()
     for name in target.names() if full else ():
         assert torch.equal(full[name], want[name]) if name in want else (full[name] == 3).all()
@@ -692,7 +688,7 @@ def slices_on_ranks(kind: str, folder: str) -> None:
         place("sharded diffusers", Path(folder, "hf"), source)
     dist.barrier()
     ema = EMA(wrap(kind, Net()), 0.5)
-    held = sum(slot.averaged_region.numel for slot in ema._averaged_weights.averages[0].averaged)
+    held = sum(slot.averaged_region.numel for slot in ema.weights.averages[0].averaged)
     with counting() as sizes, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*comes without ema.json")
         ema.load(f"{folder}/hf")
@@ -780,12 +776,12 @@ def test_fuzz(good: Path, seed: int, tmp_path: Path) -> None:
     written, and an average that could not be loaded is as it was."""
     ema = moved(Core(), [0.5, Uniform()])
     ema.load(good)
-    want, clock = [values(ema, i) for i in range(2)], ema._averaged_weights.clock_to_dict()
+    want, clock = [values(ema, i) for i in range(2)], ema.weights.clock_to_dict()
     marks = [{name: torch.full_like(value, 7.0) for name, value in each.items()} for each in want]
     outcomes = {"loaded": 0, "refused": 0}
     for label, folder in islice(damaged(good, tmp_path / "case" / "a", seed), 100):
         before = tree(folder.parent)
-        for profile in ema._averaged_weights.averages:
+        for profile in ema.weights.averages:
             for slot in profile.averaged:
                 slot.shadow.fill_(7.0)
         with warnings.catch_warnings():
@@ -805,7 +801,7 @@ def test_fuzz(good: Path, seed: int, tmp_path: Path) -> None:
         assert all(map(same, found, want if outcome == "loaded" else marks)), (
             f"seed {seed}, {label}: {outcome}"
         )
-        assert ema._averaged_weights.clock_to_dict() == clock, f"seed {seed}, {label}: {outcome}"
+        assert ema.weights.clock_to_dict() == clock, f"seed {seed}, {label}: {outcome}"
         try:
             load_file(folder)
         except (ValueError, OSError):

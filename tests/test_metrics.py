@@ -42,7 +42,7 @@ def relative(run: Training, ema: EMA, which: int) -> float:
 
 def flipped(ema: EMA, name: str, delta: int) -> None:
     """Move the last bit of one element of a shadow."""
-    (slot,) = [slot for slot in ema._averaged_weights.averages[0].averaged if slot.name == name]
+    (slot,) = [slot for slot in ema.weights.averages[0].averaged if slot.name == name]
     slot.shadow.view(torch.int32 if slot.shadow.dtype == torch.float32 else torch.int16)[-1:] += (
         delta
     )
@@ -160,7 +160,7 @@ def test_distance_of_awkward_models() -> None:
     nn.init.zeros_(zeros.weight)
     ema = EMA(zeros, 0.5)
     assert ema.metrics()["distance"] == 0
-    ema._averaged_weights.averages[0].averaged[0].shadow.fill_(1.0)
+    ema.weights.averages[0].averaged[0].shadow.fill_(1.0)
     assert ema.metrics()["distance"] == math.inf
 
 
@@ -184,7 +184,7 @@ def test_small_tensors_are_read_together(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     ema = EMA(model, 0.5)
     monkeypatch.setattr(rooms_telemetry, "SCRATCH", 3000)
-    slots = ema._averaged_weights.averages[0].averaged
+    slots = ema.weights.averages[0].averaged
     sizes = [
         len(live)
         for live, _ in rooms_telemetry._batches([(slot.live, slot.shadow) for slot in slots])
@@ -262,7 +262,7 @@ def test_times_of_a_side_stream() -> None:
     ema = EMA(model, 0.5)
     ema.attach(optimizer)
     streams = Streams()
-    ema._averaged_weights.engine = Overlapped(streams)
+    ema.weights.engine = Overlapped(streams)
     for step in range(4):
         streams.compute += 3
         model.weight.grad = torch.ones(2, 2)
@@ -272,8 +272,8 @@ def test_times_of_a_side_stream() -> None:
     assert streams.compute == 3 + 3 * 5
     with ema.swap():
         pass
-    ema._averaged_weights.before_step()  # the swap waited for the last update, so that this step need not
-    ema._averaged_weights.before_step()  # and no update came since
+    ema.weights.before_step()  # the swap waited for the last update, so that this step need not
+    ema.weights.before_step()  # and no update came since
     streams.seen = 14
     known = ema.metrics(distance=False)
     assert (known["update_ms"], known["stall_ms"], known["lag"]) == (5, 2, 2)
@@ -287,8 +287,8 @@ def test_a_stall_is_timed_once() -> None:
     model = nn.Linear(2, 2)
     ema = EMA(model, 0.5)
     streams = Streams()
-    engine = ema._averaged_weights.engine = Overlapped(streams)
-    ema._averaged_weights.move(1.0)
+    engine = ema.weights.engine = Overlapped(streams)
+    ema.weights.move(1.0)
     for _ in range(3):
         engine.fence()
     streams.seen = 100
@@ -308,7 +308,7 @@ def test_times_of_the_others() -> None:
             0,
         )
         ema.update()
-        ema._averaged_weights.settle()
+        ema.weights.settle()
         known = ema.metrics()
         assert known["update_ms"] > 0
         assert known["stall_ms"] > 0
@@ -329,10 +329,10 @@ def test_the_distance_settles() -> None:
         model = nn.Linear(2, 2, bias=False)
         nn.init.ones_(model.weight)
         ema = EMA(model, 0.5)
-        ema._averaged_weights.engine = engine() or ema._averaged_weights.engine
+        ema.weights.engine = engine() or ema.weights.engine
         with torch.no_grad():
             model.weight.fill_(3.0)
-        ema._averaged_weights.move(1.0)
+        ema.weights.move(1.0)
         assert ema.metrics()["distance"] == 1 / 3
         model.weight.data = torch.full((2, 2), 4.0)
         assert ema.metrics()["distance"] == 2 / 4
@@ -343,7 +343,7 @@ def test_lag_of_a_host_thread() -> None:
     model = nn.Linear(2, 2)
     ema = EMA(model, 0.5)
     late = Held()
-    ema._averaged_weights.engine = HostThread(None, late)
+    ema.weights.engine = HostThread(None, late)
     ema.update()
     assert ema.metrics(distance=False)["lag"] == 1
     assert ema.metrics(distance=False)["update_ms"] == 0
@@ -383,7 +383,7 @@ def test_averaged_buffers_are_in_the_times() -> None:
     """They are averaged in the step, whatever the engine hides."""
     model = nn.BatchNorm1d(3)
     ema = EMA(model, 0.5, buffers="average")
-    ema._averaged_weights.engine = Overlapped(Streams())
+    ema.weights.engine = Overlapped(Streams())
     ema.update()
     known = ema.metrics(distance=False)
     assert 0 < known["stall_ms"] == known["update_ms"]
@@ -409,15 +409,15 @@ def test_metrics_leave_everything_as_it_was() -> None:
     model = nn.Linear(3, 3)
     ema = EMA(model, 0.5)
     ema.update()
-    shadow = ema._averaged_weights.averages[0].averaged[0].shadow
+    shadow = ema.weights.averages[0].averaged[0].shadow
     live, average, clock = (
         model.weight.detach().clone(),
         shadow.clone(),
-        ema._averaged_weights.clock.to_dict(),
+        ema.weights.clock.to_dict(),
     )
     with torch.inference_mode():
         ema.metrics()
     assert same_bits(live, model.weight.detach())
     assert same_bits(average, shadow)
-    assert ema._averaged_weights.clock.to_dict() == clock
+    assert ema.weights.clock.to_dict() == clock
     ema.update()

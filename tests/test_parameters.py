@@ -199,7 +199,7 @@ def check_swap(run: Training, ema: EMA, oracle: Oracle) -> None:
 
 
 def ema_tensors(ema: EMA) -> list[Tensor]:
-    return [slot.shard.tensor for slot in ema._averaged_weights.states]
+    return [slot.shard.tensor for slot in ema.weights.states]
 
 
 def on_ranks(folder: str) -> None:
@@ -220,7 +220,7 @@ def on_ranks(folder: str) -> None:
 
 def share(kind: str, ema: EMA) -> None:
     """FSDP2's DTensors tell how they are cut. Nothing tells that DDP's parameters are replicas: each rank holds all."""
-    held = sum(slot.averaged_region.numel for slot in ema._averaged_weights.averages[0].averaged)
+    held = sum(slot.averaged_region.numel for slot in ema.weights.averages[0].averaged)
     total = sum(p.numel() for p in Net().parameters() if p.requires_grad)
     assert (held == total) == (kind == "ddp")
     assert ema._ranks.size == (1 if kind == "ddp" else 2)

@@ -95,7 +95,7 @@ def check_wrapper(kind: str, folder: str) -> dict[str, Any]:
 
 def bytes_hold(kind: str, ema: EMA) -> bool:
     """At most 4 x the elements of this rank's live shard (1/replicas of them + 1 %) + 64 per piece."""
-    slots = ema._averaged_weights.averages[0].averaged
+    slots = ema.weights.averages[0].averaged
     live = sum(slot.shard.local_region.numel for slot in slots if not slot.shard.replicas)
     shared = 0.0
     for slot in slots:

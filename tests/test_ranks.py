@@ -425,17 +425,17 @@ def late_failing_elsewhere(kind: str, folder: str) -> None:
         if not mine:
             dist.barrier()
     ema.timeout, coordinator.GRACE = FOREVER, grace
-    ready = ema._averaged_weights.settle
+    ready = ema.weights.settle
     for verb, call in calls.items():
         if mine:
-            ema._averaged_weights.settle = missing_file  # type: ignore[method-assign]
+            ema.weights.settle = missing_file  # type: ignore[method-assign]
         with raises(
             OSError if mine else RuntimeError,
             "lost",
             *([] if mine else [f"ema.{verb}() failed on rank 1: OSError"]),
         ):
             call()
-        ema._averaged_weights.settle = ready  # type: ignore[method-assign]
+        ema.weights.settle = ready  # type: ignore[method-assign]
     parts = gather.saved_blocks
     for verb in ("gather", "copy_to"):  # after entering, and before anything is sent
         gather.saved_blocks = (lambda *_: missing_file()) if mine else parts  # type: ignore[assignment]

@@ -227,7 +227,7 @@ def test_updates_by_hand_before_the_start() -> None:
     start = model.weight.item()
     with pytest.raises(ValueError, match="elapsed must be positive"):
         ema.update(-1)
-    assert not ema._averaged_weights.clock.started, "a refused update begins nothing"
+    assert not ema.weights.clock.started, "a refused update begins nothing"
     ema.update()
     with torch.no_grad():
         model.weight += 1
@@ -248,13 +248,13 @@ def test_detach_with_an_update_under_way() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     ema = EMA(model, 0.0)
     ema.attach(optimizer)
-    ema._averaged_weights.engine = Overlapped(Late(0))
+    ema.weights.engine = Overlapped(Late(0))
     model.weight.grad = torch.ones(1, 1)
     optimizer.step()
     want = model.weight.item()
     ema.detach()
     optimizer.step()
-    assert ema._averaged_weights.averages[0].averaged[0].shadow.item() == want
+    assert ema.weights.averages[0].averaged[0].shadow.item() == want
 
 
 def test_an_open_interval_survives_an_update_by_hand() -> None:
@@ -368,7 +368,7 @@ def test_a_state_dict_that_requires_grad() -> None:
     state["averages"][repr(ema.schedule)]["weights"] = dict(model.named_parameters())
     ema.load_state_dict(state)
     ema.update()
-    assert not any(slot.shadow.requires_grad for slot in ema._averaged_weights.states)
+    assert not any(slot.shadow.requires_grad for slot in ema.weights.states)
 
 
 def test_resumed_before_any_update_was_accepted(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_latest_of_somebody_else(ema: EMA, tmp_path: Path) -> None:
 def test_readers_follow_it(ema: EMA, tmp_path: Path) -> None:
     ema.save(tmp_path / "ema-1", keep=1)
     with torch.no_grad():
-        next(iter(ema._averaged_weights.model.parameters())).add_(1)
+        next(iter(ema.weights.model.parameters())).add_(1)
     ema.update()
     ema.save(tmp_path / "ema-2", keep=2)
     (tmp_path / "run").symlink_to(tmp_path)

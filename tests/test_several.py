@@ -88,6 +88,6 @@ def test_which_names_an_average() -> None:
 def test_live_is_read_once() -> None:
     """One cast of live per chunk, whatever the number of averages: `Plan._through` holds one entry per chunk."""
     model = nn.Linear(2048, 2048).to(torch.bfloat16)
-    pairs = [EMA(model, decay)._averaged_weights._plan.pairs for decay in (0.5, [0.5, 0.6, 0.7])]
+    pairs = [EMA(model, decay).weights._plan.pairs for decay in (0.5, [0.5, 0.6, 0.7])]
     plans = [UpdatePlan(each, passes=False) for each in pairs]
     assert len(plans[0]._through) == len(plans[1]._through) == 5

@@ -203,7 +203,7 @@ def ddp_ignored() -> None:
     with torch.no_grad():
         model[1].weight.fill_(dist.get_rank())
     ema = EMA(ddp, 0.5)
-    slots = {slot.name: slot for slot in ema._averaged_weights.states}
+    slots = {slot.name: slot for slot in ema.weights.states}
     assert slots["1.weight"].averaged_region.numel == 6
     assert slots["0.weight"].averaged_region.numel < 9
     with torch.no_grad():
@@ -329,7 +329,7 @@ def test_moved_storage_is_followed() -> None:
     with pytest.warns(UserWarning, match="no update came"), ema.swap():
         assert torch.equal(model.weight, kept)
     assert (model.weight == 1).all()
-    ema._averaged_weights.clock.updates = 100  # the look every 100th
+    ema.weights.clock.updates = 100  # the look every 100th
     with torch.no_grad():
         model.weight.set_(torch.full((2, 2), 5.0))
     ema.update()
@@ -407,10 +407,10 @@ def test_newly_trainable_weights_need_rescan() -> None:
         ema.update()
     with torch.no_grad():
         model[1].weight.fill_(3.0)
-    kept = ema._averaged_weights.averages[0].averaged[0].shadow.clone()
+    kept = ema.weights.averages[0].averaged[0].shadow.clone()
     ema.rescan()
     assert len(ema) == 4
-    assert torch.equal(ema._averaged_weights.averages[0].averaged[0].shadow, kept)
+    assert torch.equal(ema.weights.averages[0].averaged[0].shadow, kept)
     with torch.no_grad():
         model[1].weight.fill_(5.0)
     ema.update()
@@ -436,7 +436,7 @@ def rescan_on_ranks() -> None:
     with ema.swap():
         assert all(torch.allclose(p, w) for p, w in zip(model.parameters(), want, strict=True))
     assert same(before, snapshot(model))
-    total = sum(slot.averaged_region.numel for slot in ema._averaged_weights.averages[0].averaged)
+    total = sum(slot.averaged_region.numel for slot in ema.weights.averages[0].averaged)
     assert abs(total - (5 * 3 + 3 + 3 * 7 + 7) / 2) <= 2
 
 
@@ -450,7 +450,7 @@ def repinned() -> None:
     with torch.no_grad():
         for p in run.model.parameters():
             (p._local_tensor if hasattr(p, "_local_tensor") else p).add_(1.0)
-    first = ema._averaged_weights.averages[0].averaged[0]
+    first = ema.weights.averages[0].averaged[0]
     kept = first.shadow.clone()
     ema.update()
     assert torch.allclose(first.shadow, kept + 0.5)

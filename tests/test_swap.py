@@ -35,13 +35,13 @@ def test_live_and_shadow_come_back(dtype: torch.dtype, live: torch.dtype) -> Non
     ema = trained(model, dtype=dtype)
     before, shadows = (
         snapshot(model),
-        [slot.shadow.clone() for slot in ema._averaged_weights.averages[0].averaged],
+        [slot.shadow.clone() for slot in ema.weights.averages[0].averaged],
     )
     with ema.swap():
-        for slot, shadow in zip(ema._averaged_weights.averages[0].averaged, shadows, strict=True):
+        for slot, shadow in zip(ema.weights.averages[0].averaged, shadows, strict=True):
             assert torch.equal(slot.live, shadow.to(live))
     assert same(before, snapshot(model))
-    assert same(shadows, [slot.shadow for slot in ema._averaged_weights.averages[0].averaged])
+    assert same(shadows, [slot.shadow for slot in ema.weights.averages[0].averaged])
 
 
 def test_no_second_model_in_memory() -> None:
@@ -93,7 +93,7 @@ def test_half_a_swap_is_undone() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2))
     ema = trained(model)
     before = snapshot(model)
-    third = ema._averaged_weights.averages[0].averaged[2]
+    third = ema.weights.averages[0].averaged[2]
     kept, third.shadow = third.shadow, torch.ones(3)  # too long: the exchange raises
     with pytest.raises(RuntimeError), ema.swap():
         raise AssertionError("not reached")
@@ -256,9 +256,7 @@ def test_averaged_buffers() -> None:
         model(image_batch(1, 0)[0])
     assert torch.equal(model.norm.running_mean, live)
     shadow = next(
-        slot.shadow
-        for slot in ema._averaged_weights.averages[0].averaged
-        if slot.name == "norm.running_mean"
+        slot.shadow for slot in ema.weights.averages[0].averaged if slot.name == "norm.running_mean"
     )
     assert torch.equal(shadow, want), "what the block wrote does not reach the shadow"
 
@@ -295,7 +293,7 @@ def ddp_buffers() -> None:
     with ema.swap():
         run.probe()
     assert same(before, snapshot(run.model))
-    assert ema._averaged_weights.averages[0].own_buffers == {}
+    assert ema.weights.averages[0].own_buffers == {}
     full = ema.gather()
     if full:
         live = run.model.module.state_dict()

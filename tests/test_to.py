@@ -28,10 +28,10 @@ def step(model: nn.Module, seed: int) -> None:
 
 
 def shadows(ema: EMA) -> list[Tensor]:
-    ema._averaged_weights.settle()
+    ema.weights.settle()
     return [
         slot.shadow
-        for profile in ema._averaged_weights.averages
+        for profile in ema.weights.averages
         for slot in profile.averaged
         if slot.shadow is not None
     ]
@@ -60,8 +60,8 @@ def test_equals_a_fresh_one(device: str | None, dtype: torch.dtype) -> None:
     assert [t.dtype for t in shadows(moved)] == [t.dtype for t in shadows(fresh)]
     assert same(shadows(moved), shadows(fresh))
     assert (
-        type(moved._averaged_weights.engine)
-        is type(fresh._averaged_weights.engine)
+        type(moved.weights.engine)
+        is type(fresh.weights.engine)
         is (HostThread if device else Inline)
     )
     assert repr(moved) == repr(fresh)
@@ -84,19 +84,15 @@ def test_while_attached(overlap: bool) -> None:
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
         ema = EMA(model, 0.9, device="cpu")
         ema.attach(optimizer, overlap=overlap)
-        late = ema._averaged_weights.engine = (
-            HostThread(None, Late(1)) if overlap else ema._averaged_weights.engine
-        )
+        late = ema.weights.engine = HostThread(None, Late(1)) if overlap else ema.weights.engine
         for i in range(12):
             model(torch.randn(8, 5)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             if moves and i in (2, 5, 8):
                 ema.to(dtype=F64)
-                assert ema._averaged_weights.engine is not late, (
-                    "the old engine would keep the old shadows"
-                )
-                assert isinstance(ema._averaged_weights.engine, HostThread) == overlap
+                assert ema.weights.engine is not late, "the old engine would keep the old shadows"
+                assert isinstance(ema.weights.engine, HostThread) == overlap
                 ema.to("cpu", F32)
         results.append([*ema.gather().values()])
         assert ema.now == 12

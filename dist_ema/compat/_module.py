@@ -117,7 +117,7 @@ class ModuleAverage:
         if self.module is None:
             raise RuntimeError(self.why)
         if self._ema is not None:
-            self._ema._averaged_weights.sync_teacher()
+            self._ema.weights.sync_teacher()
         return self.module
 
     def follow(self, model: nn.Module) -> None:
@@ -129,11 +129,11 @@ class ModuleAverage:
 
     def _build(self, live: nn.Module, keep: bool) -> None:
         if self.module is None and self._ema is not None:
-            ours = [slot.shard for slot in self._ema._averaged_weights.states]
+            ours = [slot.shard for slot in self._ema.weights.states]
             if _weights(discovery.find_shards(live).shards) != _weights(ours):
                 raise RuntimeError(f"the average belongs to another model. {self.why}")
             return
-        old = None if self._ema is None else self._ema._averaged_weights
+        old = None if self._ema is None else self._ema.weights
         if old is not None:
             old.settle()
         before = [] if self.module is None else discovery.find_shards(self.module).shards
@@ -143,16 +143,14 @@ class ModuleAverage:
             for shard, value in kept:
                 shard.write(value)
         if old is not None:
-            self._ema._averaged_weights.set_clock(old.clock_to_dict())
+            self._ema.weights.set_clock(old.clock_to_dict())
             if old.teacher is not None:
                 old.teacher.release()
         self._seen, self._rest = self._signature(), self._left_over(self._ema)
 
     def _left_over(self, ema: EMA) -> list[tuple[Shard, Shard]]:
         slots = [
-            slot
-            for slot in ema._averaged_weights.states
-            if slot.shadow is None and slot.teacher_copy is None
+            slot for slot in ema.weights.states if slot.shadow is None and slot.teacher_copy is None
         ]
         copied = (
             [] if self.module is None or not slots else discovery.find_shards(self.module).shards
@@ -162,7 +160,7 @@ class ModuleAverage:
 
     def _signature(self) -> tuple[Any, ...]:
         """What tells at little cost that the model or the copy is not what it was."""
-        average = self.average._averaged_weights
+        average = self.average.weights
         if average.teacher is None or average.teacher.sharded:
             return ()
         weights = [slot.shard for slot in average.states if slot.shard.kind != "buffer"]
@@ -191,7 +189,7 @@ class ModuleAverage:
     ) -> None:
         """One move by a function of the user's, given (shadow, live) views of what this rank averages."""
         self.follow(model)
-        self.average._averaged_weights.move_by(rule)
+        self.average.weights.move_by(rule)
         self._forget_buffers()
 
     def _forget_buffers(self) -> None:
@@ -211,8 +209,8 @@ class ModuleAverage:
         """The other way round: the model moves towards the average; 1 copies. rest: the weight of what the `EMA` does not
         write. *Collective* under HSDP."""
         ema = self.average
-        ema._averaged_weights.pull(weight)
-        broadcast_to_replicas(ema._averaged_weights.averages[0].averaged, ema._split)
+        ema.weights.pull(weight)
+        broadcast_to_replicas(ema.weights.averages[0].averaged, ema._split)
         for mine, live in self._rest:
             if live.dtype.is_floating_point:
                 live.write(live.read().lerp_(mine.read().to(live.read()), rest(mine.name)))
@@ -222,7 +220,7 @@ class ModuleAverage:
     def entries(self) -> dict[str, Tensor]:
         """Where there is no copy: what its state_dict would hold, as torch.distributed.checkpoint takes it: plain tensors
         where this rank holds a whole one, else `dcp.FlatRange`. *Aliases* the shadows."""
-        average = self.average._averaged_weights
+        average = self.average.weights
         average.refuse("state_dict")
         average.ready()
         return dcp.whole(average.averages[0].persistent, average.averages[0].own_buffers)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..averaging.averages import AveragedWeights
 from ..ema import EMA
 from ..schedules import Schedule
 from ..sharding import discovery, geometry, parameters, records, wrappers
@@ -71,7 +72,7 @@ class ParameterListAverage:
             raise RuntimeError(
                 "a sharded average cannot be copied or pickled: use average.save(path) and average.load(path)."
             )
-        table, clock = self.table, self._average.clock_spec()
+        table, clock = self.table, self._weights.clock_to_dict()
         kept = {name: self.__dict__[name] for name in ("_decay", "_buffers", "_dtype", "_device")}
         return kept | {"model": self._model, "table": table, "clock": clock}
 
@@ -80,7 +81,7 @@ class ParameterListAverage:
         self.__dict__.update(state)
         self._use(self._build(model))
         self.fill_table(table)
-        self._average.set_clock(clock)
+        self._weights.set_clock(clock)
 
     def _build(self, model: nn.Module) -> EMA:
         buffers: Any = "average" if self._buffers else "copy"
@@ -89,7 +90,8 @@ class ParameterListAverage:
         )
 
     def _use(self, ema: EMA) -> None:
-        self._ema, self._model, self._seen = ema, ema.model, None
+        self._ema, self._model = ema, ema.model
+        self._seen: list[ParamState] | None = None
         self._given = (
             self._model.tensors if isinstance(self._model, parameters.Parameters) else None
         )
@@ -97,14 +99,14 @@ class ParameterListAverage:
             self.names = list(self._given)
         else:
             self.names = [
-                slot.name for slot in self._average.slots if _counts(slot.shard, self._buffers)
+                slot.name for slot in self._weights.states if _counts(slot.shard, self._buffers)
             ]
 
     @property
     def _slots(self) -> list[ParamState]:
         """In the order of `names`."""
-        if self._average.slots is not self._seen:  # rescan makes new ones
-            self._seen, by_name = self._average.slots, _by_name(self._ema)
+        if self._weights.states is not self._seen:  # rescan makes new ones
+            self._seen, by_name = self._weights.states, _by_name(self._ema)
             self._known_slots = [by_name[name] for name in self.names]
         return self._known_slots
 
@@ -126,8 +128,8 @@ class ParameterListAverage:
         if model is not self._model or any(self._otherwise(slot) for slot in moved):
             self._rebuild(model)
         elif moved:
-            self._average.settle()
-            self._average.follow()
+            self._weights.settle()
+            self._weights.follow()
 
     def _known(self, given: parameters.Model) -> nn.Module:
         """The model in use if `given` are its parameters, else another one."""
@@ -189,7 +191,7 @@ class ParameterListAverage:
         return slot.layout_changed or (raw.dtype, raw.device) != (old.dtype, old.device)
 
     def _rebuild(self, model: nn.Module) -> None:
-        self._average.settle()
+        self._weights.settle()
         ema = self._build(model)
         before, after = _by_name(self._ema), _by_name(ema)
         odd = sorted(before.keys() ^ after.keys())
@@ -198,14 +200,14 @@ class ParameterListAverage:
         for name, slot in after.items():
             if slot.shadow is not None and before[name].shadow is not None:
                 _carry(before[name], slot)
-        ema._averaged_weights.set_clock(self._ema._averaged_weights.clock_to_dict())
+        ema.weights.set_clock(self._ema.weights.clock_to_dict())
         self._use(ema)
 
     # --- verbs -------------------------------------------------------------------------------------------------
 
     @property
-    def _average(self) -> Any:
-        return self._ema._averaged_weights
+    def _weights(self) -> AveragedWeights:
+        return self._ema.weights
 
     @torch.no_grad()
     def update(
@@ -223,7 +225,7 @@ class ParameterListAverage:
             if slot.shadow is not None and not slot.shard.tensor.requires_grad
         ]
         if copy_frozen and frozen:
-            self._average.settle()
+            self._weights.settle()
             for slot in frozen:
                 assert slot.shadow is not None
                 slot.shadow.copy_(slot.live)
@@ -232,8 +234,8 @@ class ParameterListAverage:
     def shadows(self) -> list[Tensor]:
         """In the order of `names`, no update under way. *Aliases* the average; what cannot be averaged (integers) is live."""
         self.follow()
-        self._average.refuse("ema.state_dict")
-        self._average.settle()
+        self._weights.refuse("ema.state_dict")
+        self._weights.settle()
         return [
             slot.shard.shaped(slot.local if slot.shadow is None else _apart(slot.shadow))
             for slot in self._slots
@@ -262,7 +264,7 @@ class ParameterListAverage:
     def fill_table(self, values: Mapping[str, Tensor]) -> None:
         """The same by name; names that are missing keep their shadows."""
         self.follow()
-        self._average.refuse("ema.load_state_dict")
+        self._weights.refuse("ema.load_state_dict")
         chosen = [
             (slot, values[name])
             for name, slot in zip(self.names, self._slots, strict=True)
@@ -270,7 +272,7 @@ class ParameterListAverage:
         ]
         for slot, value in chosen:
             _refuse_form(slot.name, slot.shard, value)
-        self._average.ready()
+        self._weights.ready()
         for slot, value in chosen:
             if slot.shadow is not None:
                 _put(slot.shard, slot.shadow, value)
@@ -279,14 +281,14 @@ class ParameterListAverage:
     def keep(self) -> dict[str, Tensor]:
         """Copies of the parameters themselves, by name."""
         self.follow()
-        self._average.ready()
+        self._weights.ready()
         return {slot.name: slot.shard.shaped(slot.shard.read().clone()) for slot in self._slots}
 
     @torch.no_grad()
     def put_back(self, kept: Mapping[str, Tensor]) -> None:
         """Write what `keep` gave into the parameters."""
         self.follow()
-        self._average.ready()
+        self._weights.ready()
         for slot in self._slots:
             _put_into(slot.shard, kept[slot.name])
 
@@ -368,11 +370,7 @@ def _apart(elements: Tensor) -> Tensor:
 
 
 def _by_name(ema: EMA) -> dict[str, ParamState]:
-    return {
-        name: slot
-        for slot in ema._averaged_weights.states
-        for name in (slot.name, *slot.shard.aliases)
-    }
+    return {name: slot for slot in ema.weights.states for name in (slot.name, *slot.shard.aliases)}
 
 
 def _refuse_form(name: str, shard: records.Shard, value: Tensor) -> None:

@@ -185,7 +185,7 @@ class EMACallback(Callback):  # type: ignore[misc]
                 f"EMACallback has no average of this {type(trainer.lightning_module).__name__}: fit it first with the same "
                 "callback, or pass ckpt_path=."
             )
-        self.ema._averaged_weights.forget_mark()  # DDP's strategy broadcasts the weights that are there before it tests
+        self.ema.weights.forget_mark()  # DDP's strategy broadcasts the weights that are there before it tests
 
 
 def _places(model: nn.Module) -> list[Any]:
