@@ -261,8 +261,12 @@ def problems_of(text: str, folder: Path) -> list[str]:
     """What an error or the lines on stderr name."""
     found = []
     for line in text.splitlines():
-        sentence = line.removeprefix("dist-ema: ").replace(f"{folder}: ", "").replace(f"{folder}/", "")
-        clause = re.sub(r"^ema\.json is (damaged|not sound): ", "", sentence.partition(". ")[0]).rstrip(".")
+        sentence = (
+            line.removeprefix("dist-ema: ").replace(f"{folder}: ", "").replace(f"{folder}/", "")
+        )
+        clause = re.sub(
+            r"^ema\.json is (damaged|not sound): ", "", sentence.partition(". ")[0]
+        ).rstrip(".")
         found += clause.split("; ")
     return found
 
@@ -292,7 +296,11 @@ def case_of(folder: str) -> golden.Case:
 @pytest.mark.parametrize("folder", [SAVED, EXPORTED])
 def test_sound(folder: str, call: Call) -> None:
     """Without damage no verb has a problem, and `stamped` writes what dist_ema wrote."""
-    assert problem_lists(GOLDEN / folder, case_of(folder), call) == {"load": [], "verify": [], "inspect": []}
+    assert problem_lists(GOLDEN / folder, case_of(folder), call) == {
+        "load": [],
+        "verify": [],
+        "inspect": [],
+    }
     text = (GOLDEN / folder / "ema.json").read_bytes()
     assert stamped(json.loads(text)) == text
 
@@ -321,12 +329,16 @@ def test_the_same_problems(damage: str, call: Call, tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / kind.folder, folder)
     kind.do(folder / "ema.json")
     lists = problem_lists(folder, case_of(kind.folder), call)
-    wanted = {verb: [] if verb == "inspect" and kind.bytes_only else lists["load"] for verb in lists}
+    wanted = {
+        verb: [] if verb == "inspect" and kind.bytes_only else lists["load"] for verb in lists
+    }
     assert lists == wanted
     assert re.search(kind.names, "\n".join(lists["load"])), lists
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="verify compares the text, load the values")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="verify compares the text, load the values"
+)
 def test_another_layout(call: Call, tmp_path: Path) -> None:
     """The same values, laid out by another writer of JSON, are no damage."""
     shutil.copytree(GOLDEN / SAVED, tmp_path / "a")

@@ -49,7 +49,9 @@ def differences(path: str, out: Path) -> list[str]:
     """What a folder that was written now does not have in common with the golden one."""
     old, new = files_of(GOLDEN / path), files_of(out / path)
     assert old, path
-    return [f"{path}: {name}" for name in sorted(old.keys() | new) if old.get(name) != new.get(name)]
+    return [
+        f"{path}: {name}" for name in sorted(old.keys() | new) if old.get(name) != new.get(name)
+    ]
 
 
 def weights_of(path: Path) -> dict[str, Tensor]:
@@ -70,7 +72,9 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-def load_and_save(path: str, case: golden.Case, wrap: Callable[[nn.Module], nn.Module], out: Path) -> list[str]:
+def load_and_save(
+    path: str, case: golden.Case, wrap: Callable[[nn.Module], nn.Module], out: Path
+) -> list[str]:
     """Load a folder, save it again under `out`, and name the weights that came out otherwise."""
     model = wrap(golden.model_of(case))
     optimizer = golden.optimizer_of(model)
@@ -104,7 +108,9 @@ def test_every_folder_is_known() -> None:
     assert sum(each.stat().st_size for each in GOLDEN.rglob("*")) < 1_000_000
 
 
-@pytest.mark.parametrize("path", [*(f for f in FOLDERS if f.startswith("plain/")), *SNAPSHOTS, *HALF, *EXPORTS[:2]])
+@pytest.mark.parametrize(
+    "path", [*(f for f in FOLDERS if f.startswith("plain/")), *SNAPSHOTS, *HALF, *EXPORTS[:2]]
+)
 def test_the_same_bytes_in_one_process(anew: Path, path: str) -> None:
     assert differences(path, anew) == []
 
@@ -132,7 +138,9 @@ def test_an_export_is_a_start(path: str) -> None:
     assert (ema.now, len(ema.names())) == (0.0, 7)
 
 
-@pytest.mark.parametrize("path", [path for path in ALL if path not in ("dcp", "plain/eleven", "plain/only")])
+@pytest.mark.parametrize(
+    "path", [path for path in ALL if path not in ("dcp", "plain/eleven", "plain/only")]
+)
 def test_load_file(path: str) -> None:
     """A complete state_dict with the tied name; it fits the model."""
     weights, held = load_file(GOLDEN / path), weights_of(GOLDEN / path)
@@ -200,7 +208,9 @@ def load_of_torch(wrap: Callable[[nn.Module], nn.Module], out: Path) -> None:
 
 def test_two_ranks(tmp_path: Path) -> None:
     """Under FSDP2 and DDP: the same bits in `gather`, the same bytes saved again and made anew."""
-    assert [wrong for rank in run_ranks(golden.WORLD, on_ranks, str(tmp_path)) for wrong in rank] == []
+    assert [
+        wrong for rank in run_ranks(golden.WORLD, on_ranks, str(tmp_path)) for wrong in rank
+    ] == []
     written = [path for path in (*FOLDERS, *EXPORTS) if path.split("/")[0] in golden.WRAPPERS]
     found = [each for path in written for each in differences(path, tmp_path / "anew")]
     for wrapper in ("fsdp2", "ddp"):
