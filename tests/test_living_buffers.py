@@ -1,0 +1,411 @@
+"""Buffers by their meaning: power iterations, one state per module, shapes that change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm
+
+from dist_ema import EMA, load_file
+from tests.living import Naive, Program, distance, outcome, programs, random_step
+
+# --- what may be averaged ------------------------------------------------------------------------
+
+
+def normed_linears() -> nn.Module:
+    return nn.Sequential(*[spectral_norm(nn.Linear(16, 16)) for _ in range(4)])
+
+
+def normed_old() -> nn.Module:
+    return nn.Sequential(*[old_spectral_norm(nn.Linear(16, 16)) for _ in range(4)])
+
+
+def normed_convolutions() -> nn.Module:
+    layers = [spectral_norm(nn.Conv1d(4, 4, 3, padding=1)) for _ in range(3)]
+    return nn.Sequential(nn.Unflatten(1, (4, 4)), *layers, nn.Flatten())
+
+
+def normed_twice() -> nn.Module:
+    """Beside another parametrization of the same weight, and inside a block."""
+    layer = nn.Linear(16, 16)
+    spectral_norm(layer)
+    return nn.Sequential(nn.ModuleDict({"a": layer})["a"], nn.BatchNorm1d(16, affine=False), layer)
+
+
+NORMED: dict[str, Callable[[], nn.Module]] = {
+    "linears": normed_linears,
+    "old style": normed_old,
+    "convolutions": normed_convolutions,
+    "shared": normed_twice,
+}
+RED_NORMED: dict[str, str] = {
+    "shared": "0.parametrizations.weight.0._u has norm 0.5759475827217102",
+    "convolutions": "1.parametrizations.weight.0._u has norm 0.7448212504386902",
+    "old style": "0.weight_u has norm 0.6987526416778564",
+    "linears": "0.parametrizations.weight.0._u has norm 0.7421544790267944",
+}
+
+
+@pytest.mark.parametrize("make", programs(NORMED, RED_NORMED))
+def test_vectors_of_a_spectral_norm_are_not_averaged(make: Any) -> None:
+    """The mean of two singular vectors is none: the norm of the weight is no longer 1."""
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-2)
+    ema = EMA(model, 0.9, buffers="average")
+    ema.attach(optimizer)
+    for _ in range(60):
+        x = torch.randn(32, 16)
+        (model(x) - 10 * x.roll(1, 1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    vectors = {
+        name: value
+        for name, value in ema.gather().items()
+        if name.endswith(("_u", "_v")) and value.ndim == 1
+    }
+    assert vectors
+    for name, value in vectors.items():
+        assert math.isclose(float(value.norm()), 1, abs_tol=1e-4), f"{name} has norm {value.norm()}"
+        assert torch.equal(value, model.state_dict()[name]), f"{name} is not live's"
+
+
+class Quantizer(nn.Module):
+    """A codebook kept by cluster sizes and sums: their ratio is the code, the mean of ratios is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("cluster_size", torch.ones(3))
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("steps", torch.tensor(0))
+
+
+def chosen(name: str) -> bool:
+    return name.endswith("mean")
+
+
+CHOICES: dict[str, Any] = {
+    "regex": r"mean$",
+    "predicate": chosen,
+    "alternatives": "^mean$|running_",
+}
+RED_CHOICES: dict[str, str] = {
+    "alternatives": "ValueError: buffers must be 'copy' or 'average', got '^mean$|running",
+    "predicate": "ValueError: buffers must be 'copy' or 'average', got <function chosen a",
+    "regex": "ValueError: buffers must be 'copy' or 'average', got 'mean$'.",
+}
+
+
+@pytest.mark.parametrize("choice", programs(CHOICES, RED_CHOICES))
+def test_buffers_are_chosen_by_name(choice: Any) -> None:
+    model = Quantizer()
+    ema = EMA(model, 0.5, buffers=choice)
+    with torch.no_grad():
+        model.cluster_size += 2
+        model.mean += 2
+        model.steps += 2
+    ema.update()
+    gathered = ema.gather()
+    assert gathered["mean"].tolist() == [1, 1]
+    assert gathered["cluster_size"].tolist() == [3, 3, 3]
+    assert gathered["steps"] == 2
+
+
+def test_a_choice_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="runing_"):
+        EMA(Quantizer(), 0.5, buffers="runing_")  # type: ignore[arg-type]
+
+
+# --- one state per module ------------------------------------------------------------------------
+
+
+class Observer(nn.Module):
+    """Ranges and a count, as QAT observers keep them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        self.register_buffer("enabled", torch.tensor(True))
+
+    def observe(self) -> None:
+        self.scale.mul_(3)
+        self.zero_point.add_(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+    def observe(self) -> None:
+        self.train()
+        for _ in range(4):
+            self.norm(torch.randn(8, 3) + 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))
+
+
+class Assigned(Observer):
+    """Buffers replaced by assignment instead of being written."""
+
+    def observe(self) -> None:
+        self.scale = self.scale * 3
+        self.zero_point = self.zero_point + 7
+
+
+STATES: dict[str, Callable[[], Any]] = {
+    "observer": Observer,
+    "BatchNorm": Normed,
+    "assigned": Assigned,
+}
+RED_STATES: dict[str, str] = {
+    "assigned": "zero_point in the file is not the block's",
+    "BatchNorm": "norm.num_batches_tracked in the file is not the block's",
+    "observer": "zero_point in the file is not the block's",
+}
+
+
+@pytest.mark.parametrize("make", programs(STATES, RED_STATES))
+def test_recalibrated_buffers_are_one_state(make: Any, tmp_path: Path) -> None:
+    """Integers beside recalibrated floats belong to the average too: in files, in the next swap."""
+    model = make()
+    ema = EMA(model, 0.5)
+    ema.update()
+    live = {name: value.clone() for name, value in model.named_buffers()}
+    with ema.swap():
+        model.observe()
+        inside = {name: value.clone() for name, value in model.named_buffers()}
+    for name, value in model.named_buffers():
+        assert torch.equal(value, live[name]), f"live's {name} is not restored"
+    ema.export(tmp_path / "out")
+    file, gathered = load_file(tmp_path / "out"), ema.gather()
+    for name, value in inside.items():
+        assert torch.equal(file[name], value), f"{name} in the file is not the block's"
+        assert torch.equal(gathered[name], value)
+    with ema.swap():
+        for name, value in model.named_buffers():
+            assert torch.equal(value, inside[name]), f"{name} is not lent again"
+
+
+RED_RESUME: dict[str, str] = {
+    "assigned": "zero_point",
+    "BatchNorm": "norm.num_batches_tracked",
+    "observer": "zero_point",
+}
+
+
+@pytest.mark.parametrize("make", programs(STATES, RED_RESUME))
+def test_recalibrated_states_are_resumed_whole(make: Any, tmp_path: Path) -> None:
+    model = make()
+    ema = EMA(model, 0.5)
+    ema.update()
+    with ema.swap():
+        model.observe()
+        inside = {name: value.clone() for name, value in model.named_buffers()}
+    ema.save(tmp_path / "saved")
+    other = make()
+    resumed = EMA(other, 0.5)
+    resumed.load(tmp_path / "saved")
+    for name, value in inside.items():
+        assert torch.equal(resumed.gather()[name], value), name
+    resumed.reset_buffers()
+    for name, value in other.named_buffers():
+        assert torch.equal(resumed.gather()[name], value), name
+
+
+def test_modules_that_were_left_alone_keep_live_buffers() -> None:
+    """The state is a module's, not the model's."""
+    model = nn.ModuleDict({"a": Normed(), "b": Normed()})
+    ema = EMA(model, 0.5)
+    with ema.swap():
+        model["a"].observe()
+    model["b"].observe()
+    gathered = ema.gather()
+    assert torch.equal(gathered["b.norm.running_mean"], model["b"].norm.running_mean)
+    assert not torch.equal(gathered["a.norm.running_mean"], model["a"].norm.running_mean)
+
+
+# --- buffers that change shape -------------------------------------------------------------------
+
+
+class Bank(nn.Module):
+    """A queue of features that grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("bank", torch.zeros(0, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bank = torch.cat([self.bank, x.detach()])
+        return self.linear(x)
+
+
+class Shrinking(Bank):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank = torch.zeros(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bank = self.bank[1:].clone()
+        return self.linear(x)
+
+
+class Resized(Bank):
+    """In place, as observers do that learn the number of channels at the first batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bank.resize_(self.bank.shape[0] + 1, 4).fill_(1)
+        return self.linear(x)
+
+
+class Retyped(Bank):
+    """The dtype changes, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bank = self.bank.to(torch.int64 if self.bank.is_floating_point() else torch.float32)
+        return self.linear(x)
+
+
+class Rotary(Bank):
+    """A table of positions that is built anew for a longer sequence, not persistent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.ones(2, 4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table = torch.ones(self.table.shape[0] + 1, 4)
+        return self.linear(x)
+
+
+class Vanishing(Bank):
+    """None until the first batch, and None again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bank = None if self.bank is not None else x.detach().clone()
+        return self.linear(x)
+
+
+SHAPES: dict[str, Callable[[], nn.Module]] = {
+    "grows": Bank,
+    "shrinks": Shrinking,
+    "resized in place": Resized,
+    "another dtype": Retyped,
+    "not persistent": Rotary,
+    "vanishes": Vanishing,
+}
+RED_SHAPES: dict[str, str] = {
+    "vanishes": "RuntimeError: bank is no buffer of the model any more. Call ema.rescan()",
+    "resized in place": "RuntimeError: bank was torch.float32 on cpu with 0 elements here",
+    "shrinks": "RuntimeError: bank was torch.float32 on cpu with 256 elements here, and i",
+    "grows": "RuntimeError: bank was torch.float32 on cpu with 0 elements here, and is no",
+}
+
+
+@pytest.mark.parametrize("make", programs(SHAPES, RED_SHAPES))
+def test_copied_buffers_may_change_shape(make: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    naive, ema = Naive(model), EMA(model, 0.75)
+    ema.attach(optimizer)
+    for _ in range(5):
+        model(torch.randn(3, 4)).square().mean().backward()
+        optimizer.step()
+        naive.update()
+    assert naive.error(ema.gather()) <= 2e-5
+    ema.export(tmp_path / "out")
+    assert naive.error(load_file(tmp_path / "out")) <= 2e-5
+    before = naive.state()
+    with ema.swap():
+        assert distance(naive.full(), naive.state()) <= 2e-5
+        model(torch.randn(3, 4))
+    assert distance(before, naive.state()) == 0
+
+
+RED_RESUMED: dict[str, str] = {
+    "resized in place": "ValueError: saved and the model disagree on 1 weights: 1 reshape",
+    "shrinks": "ValueError: saved and the model disagree on 1 weights: 1 reshaped (bank:",
+    "grows": "ValueError: saved and the model disagree on 1 weights: 1 reshaped (bank: (9",
+}
+RESUMED = {title: SHAPES[title] for title in ("grows", "shrinks", "resized in place")}
+
+
+@pytest.mark.parametrize("make", programs(RESUMED, RED_RESUMED))
+def test_a_resume_into_a_fresh_model_passes_over_copied_buffers(make: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = make()
+    for _ in range(3):
+        model(torch.randn(3, 4))
+    ema = EMA(model, 0.75)
+    ema.update()
+    ema.save(tmp_path / "saved")
+    fresh = make()
+    resumed = EMA(fresh, 0.75)
+    resumed.load(tmp_path / "saved")
+    assert torch.equal(resumed.gather()["linear.weight"], ema.gather()["linear.weight"])
+    assert torch.equal(resumed.gather()["bank"], fresh.bank)
+
+
+def test_an_averaged_buffer_that_changes_shape_is_named() -> None:
+    model = Bank()
+    model.bank = torch.zeros(2, 4)
+    program = Program(model, buffers="average")
+    program.step()
+    model(torch.randn(3, 4))
+
+    def train() -> float:
+        program.step()
+        program.ema.gather()
+        return math.inf
+
+    assert outcome(train, ["bank"]) == "raised"
+
+
+@pytest.mark.xfail(strict=True, reason="RuntimeError: 1.min_val was torch.float32 on cpu with 0 el")
+def test_observers_of_quantization_aware_training() -> None:
+    """Scales get their shape at the first forward, after the EMA was built."""
+
+    class FakeQuantize(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("min_val", torch.tensor([]))
+            self.register_buffer("max_val", torch.tensor([]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            low, high = x.detach().amin(0), x.detach().amax(0)
+            if self.min_val.numel() == 0:
+                self.min_val.resize_(low.shape)
+                self.max_val.resize_(high.shape)
+            self.min_val.copy_(low)
+            self.max_val.copy_(high)
+            return x
+
+    model = nn.Sequential(nn.Linear(4, 4), FakeQuantize())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    naive, ema = Naive(model), EMA(model, 0.75)
+    ema.attach(optimizer)
+    for _ in range(4):
+        F.mse_loss(model(torch.randn(8, 4)), torch.zeros(8, 4)).backward()
+        optimizer.step()
+        naive.update()
+    assert naive.error(ema.gather()) <= 2e-5
+    ema.detach()
+    random_step(optimizer)
