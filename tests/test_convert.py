@@ -644,7 +644,7 @@ def test_memory_is_a_window(tmp_path: Path) -> None:
         "from contextlib import ExitStack; from dist_ema.offline import convert\n"
         "held = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]) >> 10\n"
         "stack = ExitStack(); before = held(); most = [0]\n"
-        "plan = convert.plan(convert.Job(pathlib.Path(sys.argv[1]), dtype='BF16'), stack)\n"
+        "plan = convert.plan(convert.ConvertRequest(pathlib.Path(sys.argv[1]), dtype='BF16'), stack)\n"
         "convert.write(plan, pathlib.Path(sys.argv[2]), force=False, tick=lambda n: most.append(held() - before))\n"
         "print(max(most))"
     )

@@ -258,7 +258,8 @@ def test_a_worker_survives_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
 FORK = """
 import os, sys, threading, torch
 from torch import nn
-from dist_ema import EMA, executors
+from dist_ema import EMA
+from dist_ema.averaging import executors
 executors.PATIENCE = 0.1
 model = nn.Linear(3, 3)
 ema = EMA(model, 0.5, device="cpu")

@@ -259,7 +259,7 @@ def test_replaced_between_header_and_file(tmp_path: Path, monkeypatch: pytest.Mo
         EMA(torch.nn.Linear(7, 5)).save(path)
         return found
 
-    monkeypatch.setattr(format, "read_model", then_saved)
+    monkeypatch.setattr(safetensors, "read_model", then_saved)
     with (
         sources.open_model(path) as model,
         pytest.raises(ValueError, match="was replaced while it was read. Try again"),

@@ -16,6 +16,9 @@ from ..text import Tick, printable
 
 __all__ = [
     "DTYPES",
+    "FINE",
+    "PROBLEM",
+    "USAGE",
     "add_verb",
     "add_writing",
     "checked",

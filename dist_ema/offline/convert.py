@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import _version, dtypes
+from .. import _version
 from ..checkpoint import atomic, manifest, safetensors
-from ..dtypes import Bytes
+from ..dtypes import FLOATS, TO_TORCH, Bytes, fitted, widen
 from ..foreign import recognise, torch_dcp, torch_save
 from ..foreign.recognise import FoundAverage, Leaf
 from ..text import some
@@ -309,7 +309,7 @@ def _complete(
             f"{len(more)} weights that are not averaged come from the live model: {', '.join(sorted(more)[:3])} ..."
         )
     averaged = sorted(
-        name for name, leaf in weights.items() if leaf.dtype in dtypes.FLOATS and found.average
+        name for name, leaf in weights.items() if leaf.dtype in FLOATS and found.average
     )
     whole = not job.averaged_only and (bool(more) or (found.kind != "dist-ema" and not nameless))
     weights = weights | more
@@ -378,7 +378,7 @@ def _deduplicated(job: ConvertRequest, plan: ConvertPlan) -> ConvertPlan:
         if first.setdefault(key, name) != name:
             aliases[name] = first[key]
     kept = {name: leaf for name, leaf in plan.weights.items() if name not in aliases}
-    floating = {name for name, leaf in kept.items() if leaf.dtype in dtypes.FLOATS}
+    floating = {name for name, leaf in kept.items() if leaf.dtype in FLOATS}
     dtypes = {
         name: job.dtype if job.dtype and name in floating else leaf.dtype
         for name, leaf in kept.items()
@@ -411,7 +411,7 @@ def write(
         "format": manifest.FORMAT, "kind": "export", "weights": "all" if plan.whole else "averaged",
         "clock": {}, "schedules": [], "attach": None, "averages": {}, "averaged": sorted(plan.averaged), "own_buffers": [],
         "aliases": manifest.group_aliases(plan.aliases),
-        "dtypes": {name: dtypes.TO_TORCH[leaf.dtype] for name, leaf in plan.weights.items()},
+        "dtypes": {name: TO_TORCH[leaf.dtype] for name, leaf in plan.weights.items()},
         "versions": {"dist_ema": _version.VERSION},
         "extra": {"converted": {"from": plan.found.kind, "key": plan.found.key, **plan.found.extra}},
     }  # fmt: skip
@@ -430,8 +430,4 @@ def _content(leaf: Leaf, dtype: str, name: str = "") -> Iterator[Bytes]:
     size = safetensors.Entry(leaf.dtype, tuple(leaf.shape)).nbytes
     for begin in range(0, size, WINDOW):
         raw = leaf.read(begin, min(begin + WINDOW, size))
-        yield (
-            raw
-            if leaf.dtype == dtype
-            else dtypes.fitted(name, dtypes.widen(raw, leaf.dtype), dtype)
-        )
+        yield (raw if leaf.dtype == dtype else fitted(name, widen(raw, leaf.dtype), dtype))

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from .wrappers import canonical
 
-__all__ = ["Model", "Parameters", "module_of"]
+__all__ = ["Model", "Parameters", "fsdp2_records", "module_of"]
 
 
 Model = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]

@@ -23,6 +23,7 @@ __all__ = [
     "canonical",
     "entrances",
     "frozen_by_inductor",
+    "is_compiled",
     "reshard",
     "side_store",
     "unwrapped",
