@@ -188,8 +188,8 @@ def _table(path: Path) -> _Table:
     if not path.is_file():
         raise ValueError(f"{path} is no file.")
     size = path.stat().st_size
-    if size > unpickler.MOST:
-        raise ValueError(f"{path} holds {size:,} bytes; dist_ema reads up to {unpickler.MOST:,}.")
+    if size > unpickler.MAX_BYTES:
+        raise ValueError(f"{path} holds {size:,} bytes; dist_ema reads up to {unpickler.MAX_BYTES:,}.")
     said = unpickler.read(path.read_bytes(), _PLAN, str(path))
     try:
         state = _state(said, "Metadata")

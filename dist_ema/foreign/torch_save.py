@@ -6,6 +6,7 @@ torch is imported only when a file is opened.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,9 +15,10 @@ from pathlib import Path
 from pickletools import genops
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import safetensors
+from ..checkpoint import regular_file, safetensors
 from ..dtypes import TORCH, Bytes, gathered
 from ..text import some
+from . import torch_zip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +39,7 @@ _DICTS = (
     "lightning.fabric.utilities.data.AttributeDict", "lightning_fabric.utilities.data.AttributeDict",
     "pytorch_lightning.utilities.parsing.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict",
 )  # fmt: skip
-_DEEPEST = 50
+_MAX_DEPTH = 50
 
 
 class _Nothing:
@@ -89,38 +91,61 @@ class Mapped:
 
 
 def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
-    """The tree in a file of torch.save, with `Mapped` for tensors; and the tensors that safetensors cannot hold, by name.
+    """Read the objects of a file, with a `Mapped` for each tensor.
 
-    inert: further classes whose objects become empty placeholders. Raises ValueError for a file that is none, or that holds
-    objects of other classes, which are named; their code is not run. *Cost*: no more than the table of contents.
+    Args:
+        path: A file that torch.save wrote.
+        inert: Further classes whose objects become empty placeholders.
+
+    Returns:
+        The objects; and the tensors that safetensors cannot hold, name -> why.
+
+    Raises:
+        ValueError: The file is damaged, has compressed records, or holds objects of other classes. Their code is not run.
+
+    Note:
+        *Cost*: the table of contents; tensors of an archive are mapped.
     """
     import torch
 
-    known: list[Any] = [(_fresh(name), name) for name in {*_SETTINGS, *inert} - {*_DICTS}]
+    known: list[Any] = [(_placeholder(name), name) for name in {*_SETTINGS, *inert} - {*_DICTS}]
     known += [(dict, name) for name in _DICTS] + [(_default_dict, "collections.defaultdict")]
+    mapped = _is_archive(path)
+    if mapped:
+        _refuse_unsound(path)
     try:
-        # NOTE: torch warns of its own storages; what is wrong with the file is said in one sentence.
+        # NOTE: torch warns of its own storages, and its errors advise to run the code.
         with warnings.catch_warnings(), torch.serialization.safe_globals(known):
             warnings.simplefilter("ignore")
-            if _is_archive(path):
+            if mapped:
                 _refuse_classes(path)
-            said = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_archive(path))
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
     except Exception as error:
         raise ValueError(_refusal(path, error)) from None
     trees = _Trees(str(path))
-    return trees.make(said), trees.odd
+    return trees.make(loaded), trees.unsupported
 
 
 def _is_archive(path: Path) -> bool:
-    """By its first bytes, as torch tells: cut or damaged archives are archives too."""
+    """Whether the file begins as an archive does, so that a cut or damaged one is an archive too."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\3\4"
 
 
-def _fresh(name: str) -> type[_Nothing]:
-    """A class of its own for each, because torch tells them apart by identity."""
+def _refuse_unsound(path: Path) -> None:
+    """torch maps a compressed record as if its bytes were elements, so the records are checked before."""
+    with regular_file.open_regular(path) as file:
+        torch_zip.records(
+            lambda begin, end: os.pread(file.fileno(), end - begin, begin),
+            path.stat().st_size,
+            str(path),
+        )
+
+
+def _placeholder(name: str) -> type[_Nothing]:
+    """A class of its own for each name, because torch keeps them in a dict by identity."""
     return type(name.rpartition(".")[2], (_Nothing,), {})
 
 
@@ -155,8 +180,6 @@ def _refusal(path: Path, error: Exception) -> str:
             f"{path} asks for {some(found)}, whose code dist_ema does not run. If they are only settings beside the "
             f"weights, read past them with --inert {' --inert '.join(found[:3])}."
         )
-    if "orch" in text and "cript" in text:
-        return f"{path} is a TorchScript program, not a table of tensors. Load it there, and save its state_dict()."
     name = "" if _is_archive(path) else _first_asked(path)
     if name:
         return f"{path} is a pickle that torch.save did not write. It asks for {name}, whose code dist_ema does not run."
@@ -182,42 +205,40 @@ def _first_asked(path: Path) -> str:
 
 
 class _Trees:
-    """From what torch.load gave. Each object is looked at once, however often it is held."""
+    """Trees of `Mapped` from what torch.load gave. An object that is held often is converted once."""
 
     def __init__(self, where: str) -> None:
         self._where = where
-        self._seen: dict[int, Any] = {}
-        self.odd: dict[str, str] = {}
+        self._made: dict[int, Any] = {}
+        self.unsupported: dict[str, str] = {}
 
-    def make(self, said: Any, path: tuple[str, ...] = ()) -> Any:
-        """Tensors as leaves; what is no mapping, list, number or text as None."""
-        if len(path) > _DEEPEST:
-            raise ValueError(f"{self._where} nests its tables more than {_DEEPEST} deep.")
-        if id(said) not in self._seen:
-            self._seen[id(said)] = None  # what holds itself holds nothing
-            self._seen[id(said)] = self._make(said, path)
-        return self._seen[id(said)]
+    def make(self, value: Any, path: tuple[str, ...] = ()) -> Any:
+        """Convert tensors, mappings, lists, numbers and texts; anything else becomes None."""
+        if len(path) > _MAX_DEPTH:
+            raise ValueError(f"{self._where} nests its tables more than {_MAX_DEPTH} deep.")
+        if id(value) not in self._made:
+            self._made[id(value)] = None  # what a container that holds itself finds inside
+            self._made[id(value)] = self._make(value, path)
+        return self._made[id(value)]
 
-    def _make(self, said: Any, path: tuple[str, ...]) -> Any:
+    def _make(self, value: Any, path: tuple[str, ...]) -> Any:
         import torch
 
-        if isinstance(said, torch.Tensor):
-            return self._leaf(said, ".".join(path))
-        if isinstance(said, dict):
-            return {key: self.make(value, (*path, str(key)[:200])) for key, value in said.items()}
-        if isinstance(said, (list, tuple)):
-            return [self.make(value, (*path, str(i))) for i, value in enumerate(said)]
-        return said if isinstance(said, (bool, int, float, str)) else None
+        if isinstance(value, torch.Tensor):
+            return self._leaf(value, ".".join(path))
+        if isinstance(value, dict):
+            return {key: self.make(item, (*path, str(key)[:200])) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.make(item, (*path, str(i))) for i, item in enumerate(value)]
+        return value if isinstance(value, (bool, int, float, str)) else None
 
     def _leaf(self, tensor: Tensor, name: str) -> Mapped | None:
         import torch
 
         dtype = TORCH.get(str(tensor.dtype).removeprefix("torch."))
-        sound = dtype is not None and tensor.layout == torch.strided and not tensor.is_meta
-        if dtype is None or not sound or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-            self.odd[name] = (
-                f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout}"
-                + ", meta" * tensor.is_meta
-            )
-            return None
-        return Mapped(tensor.resolve_conj().resolve_neg(), dtype)
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
+        if dtype is not None and plain and tensor.layout == torch.strided:
+            return Mapped(tensor.resolve_conj().resolve_neg(), dtype)
+        kind = type(tensor).__name__ + " on meta" * tensor.is_meta
+        self.unsupported[name] = f"a {kind} of {tensor.dtype}, {tensor.layout}"
+        return None
