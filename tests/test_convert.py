@@ -7,13 +7,17 @@ back with safetensors. The real packages' own files were converted too; their st
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import pickle
 import random
+import struct
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -469,6 +473,110 @@ def test_rounding_aliases_and_one_file(call: Call, tmp_path: Path) -> None:
     assert call(src, tmp_path / "two", "--max-shard-size", "100B")[0] == 0
     assert (tmp_path / "two").is_symlink()
     assert (tmp_path / "two" / "model.safetensors.index.json").exists()
+
+
+# --- archives ----------------------------------------------------------------------------------------------------
+
+
+class Pipe(io.RawIOBase):
+    """A file that cannot seek, so that zipfile writes sizes behind each record, in a data descriptor."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.data += data
+        return len(data)
+
+
+def zipped(content: dict[str, bytes], **options: Any) -> bytes:
+    """An archive with these records."""
+    pipe = Pipe()
+    with zipfile.ZipFile(
+        pipe if options.pop("stream", False) else (file := io.BytesIO()), "w"
+    ) as new:
+        for name, data in content.items():
+            info = zipfile.ZipInfo(name)
+            info.compress_type = options.get("method", zipfile.ZIP_STORED)
+            with new.open(info, "w", force_zip64=options.get("zip64", False)) as record:
+                record.write(data)
+    return bytes(pipe.data) or file.getvalue()
+
+
+def directory(data: bytes) -> int:
+    """Where the central directory begins."""
+    return int.from_bytes(data[-6:-2], "little")
+
+
+def encrypted(content: dict[str, bytes]) -> bytes:
+    """The flag alone, in the directory."""
+    data = bytearray(zipped(content))
+    data[directory(data) + 8] |= 1
+    return bytes(data)
+
+
+def doubled(content: dict[str, bytes]) -> bytes:
+    """One name with other bytes behind it, under another folder, which torch leaves out of the name."""
+    return zipped(content | {"other/data.pkl": content["archive/data.pkl"]})
+
+
+def overlapping(content: dict[str, bytes]) -> bytes:
+    """A record that lies inside another, and is a whole record itself."""
+    inner = (
+        b"PK\3\4"
+        + bytes(14)
+        + struct.pack("<IIHH", 4, 4, len("archive/x"), 0)
+        + b"archive/x"
+        + b"1234"
+    )
+    data = zipped(content | {"archive/outer": inner, "archive/x": b"1234"})
+    at, place = data.rindex(b"PK\1\2"), data.index(inner)
+    return data[: at + 42] + struct.pack("<I", place) + data[at + 46 :]
+
+
+def beyond(content: dict[str, bytes]) -> bytes:
+    """The last record reaches into the directory."""
+    data = zipped(content)
+    at, length = data.rindex(b"PK\1\2"), len([*content.values()][-1]) + 9
+    return data[: at + 20] + struct.pack("<II", length, length) + data[at + 28 :]
+
+
+ARCHIVES: dict[str, tuple[Callable[[dict[str, bytes]], bytes], str]] = {
+    "stored": (zipped, ""),
+    "zip64": (partial(zipped, zip64=True), ""),
+    "data descriptors": (partial(zipped, stream=True), ""),
+    "deflated": (partial(zipped, method=zipfile.ZIP_DEFLATED), "is compressed"),
+    "lzma": (partial(zipped, method=zipfile.ZIP_LZMA), "is compressed"),
+    "encrypted": (encrypted, "data.pkl is encrypted"),
+    "one name twice": (doubled, "holds data.pkl twice"),
+    "overlapping": (overlapping, "x overlaps another record"),
+    "beyond the records": (beyond, "reaches beyond the records"),
+    "TorchScript": (
+        lambda content: zipped(content | {"archive/constants.pkl": b""}),
+        "is a TorchScript program",
+    ),
+    "cut short": (lambda content: zipped(content)[:-30], "damaged or cut short"),
+}
+
+
+@pytest.mark.parametrize("what", ARCHIVES)
+def test_archives(what: str, call: Call, tmp_path: Path) -> None:
+    """Each feature of zip is read right, or refused with its name; there is no third outcome."""
+    weights = {"a": torch.randn(50, 7), "b": torch.arange(9)}
+    torch.save({"model_ema": weights}, src := tmp_path / "archive.pt")
+    with zipfile.ZipFile(src) as archive:
+        content = {info.filename: archive.read(info) for info in archive.infolist()}
+    change, words = ARCHIVES[what]
+    src.write_bytes(change(content))
+    code, _, err = call(src, tmp_path / "out")
+    assert (code, words in err, err.count("\n")) == (bool(words), True, bool(words)), err
+    if words:
+        assert not (tmp_path / "out").exists()
+    else:
+        equal(model(tmp_path / "out")[0], weights)
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------

@@ -291,7 +291,10 @@ def test_what_is_left_out_is_said(tmp_path: Path, call: Call) -> None:
 def test_items_that_are_no_plain_tensors(copy: Path) -> None:
     """Compressed records, views that use an element twice, other sizes, lazy conjugates, and what is no tensor at all."""
     items = {
-        "middle is no sound archive of torch.save: data.pkl is compressed": ("app.model.middle", torch.ones(14)),
+        "middle is no sound archive of torch.save: data.pkl is compressed": (
+            "app.model.middle",
+            torch.ones(14),
+        ),
         "reaches beyond": ("app.model.middle", torch.ones(1).expand(14)),
         "is not the tensor": ("app.model.middle", torch.ones(15)),
         "damaged pickle": ("app.model.complex", torch.ones(3, dtype=torch.complex64).conj()),
@@ -397,7 +400,10 @@ def by_hand(marker: Path) -> dict[str, tuple[bytes, str]]:
         ),
         "a call of a dtype": (b"ctorch\nfloat32\n)R.", "calls a str"),
         "a call of a new object": (short("os") + b")" + pickle.NEWOBJ + b".", "calls a str"),
-        "arguments that are no tuple": (name + b"]" + pickle.REDUCE + b".", "calls a StandIn with a list"),
+        "arguments that are no tuple": (
+            name + b"]" + pickle.REDUCE + b".",
+            "calls a StandIn with a list",
+        ),
         "the state of a function": (name + b"}" + pickle.BUILD + b".", "sets the state"),
         "the state of a list": (b"]}" + pickle.BUILD + b".", "sets the state of a list"),
         "items of a record": (
@@ -533,6 +539,51 @@ def test_bombs(tmp_path: Path) -> None:
     huge.rename(tmp_path / "folder" / torch_dcp.META)
     with pytest.raises(ValueError, match="dist_ema reads up to"):
         torch_dcp.Folder(tmp_path / "folder")
+
+
+# Small pickles that make the C unpickler allocate, recurse or compute without a bound: (pickle, what must be said).
+BOUNDED = {
+    "a far memo index": (b"Nr\xff\xff\xff\x7f.", ""),
+    "many far memo indices": (b"N" + b"".join(b"r" + i.to_bytes(4, "little") for i in range(1 << 31, 1 << 32, 1 << 21)) + b".", ""),
+    "bytes that are not there": (b"B\xff\xff\xff\xff.", "damaged pickle"),
+    "bytes of 64 bits": (b"\x8e" + b"\xff" * 7 + b"\x7f.", "opcode 0x8e"),
+    "a byte array": (b"\x96" + b"\xff" * 4 + b"\0\0\0\0.", "opcode 0x96"),
+    "a text that is not there": (b"X\xff\xff\xff\xff.", "damaged pickle"),
+    "a huge frame": (b"\x95" + b"\xff" * 7 + b"\x7fN.", ""),
+    "a huge number": (b"\x8b\xff\xff\xff\x7f.", "opcode 0x8b"),
+    "a number in digits": (b"L" + b"9" * 1_000_000 + b"L\n.", "opcode 0x4c"),
+    "a deep tuple": (b")" + b"\x85" * 200_000 + b"0N.", ""),
+    "a deep key": (b"})" + b"\x85" * 200_000 + b"Ns.", "uses a tuple as a key"),
+    "a key whose hash takes 2^60 steps": (b"})" + b"q\0h\0\x86" * 60 + b"Ns.", "uses a tuple as a key"),
+    "a set": (b"\x8f(" + b")" + b"q\0h\0\x86" * 60 + b"\x90.", "opcode 0x8f"),
+    "lists that share lists": (b"]" + b"q\0]h\0ah\0a" * 100_000 + b".", ""),
+    "more objects than fit": (b"]" * (4 << 20), "needs more memory"),
+    "marks": (b"(" * (4 << 20), "needs more memory"),
+}  # fmt: skip
+
+
+def test_bounds() -> None:
+    """Each is over in seconds, in 192 MB of further address space: a value, or a ValueError with its reason."""
+    code = (
+        "import pathlib, pickle, re, resource, sys, time\n"
+        "from dist_ema.foreign import unpickler\n"
+        "cases = pickle.load(sys.stdin.buffer)\n"
+        "status = pathlib.Path('/proc/self/status').read_text()\n"
+        "used = int(re.search(r'VmSize:\\s+(\\d+)', status)[1]) << 10\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (192 << 20),) * 2)\n"
+        "for what, (data, words) in cases.items():\n"
+        "    start, found = time.monotonic(), ''\n"
+        "    try:\n"
+        "        unpickler.read(data, {}, 'it')\n"
+        "    except ValueError as error:\n"
+        "        found = str(error)\n"
+        "    if words not in found or bool(words) != bool(found) or time.monotonic() - start > 30:\n"
+        "        print(what, repr(found), time.monotonic() - start)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(BOUNDED), capture_output=True, timeout=200
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_cut_and_flipped(copy: Path) -> None:

@@ -189,7 +189,9 @@ def _table(path: Path) -> _Table:
         raise ValueError(f"{path} is no file.")
     size = path.stat().st_size
     if size > unpickler.MAX_BYTES:
-        raise ValueError(f"{path} holds {size:,} bytes; dist_ema reads up to {unpickler.MAX_BYTES:,}.")
+        raise ValueError(
+            f"{path} holds {size:,} bytes; dist_ema reads up to {unpickler.MAX_BYTES:,}."
+        )
     said = unpickler.read(path.read_bytes(), _PLAN, str(path))
     try:
         state = _state(said, "Metadata")

@@ -48,7 +48,9 @@ def records(read: Read, size: int, where: str) -> dict[str, tuple[int, int]]:
 
 def _places(archive: zipfile.ZipFile, file: _Slice) -> Iterator[tuple[str, tuple[int, int]]]:
     if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-        raise ValueError("it is a TorchScript program. Load it with torch.jit, and save its state_dict()")
+        raise ValueError(
+            "it is a TorchScript program. Load it with torch.jit, and save its state_dict()"
+        )
     free, names = 0, set()  # free: where the bytes behind the records so far begin
     for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
         name = info.filename.split("/", 1)[-1]
@@ -58,8 +60,12 @@ def _places(archive: zipfile.ZipFile, file: _Slice) -> Iterator[tuple[str, tuple
         if info.flag_bits & _ENCRYPTED:
             raise ValueError(f"{name} is encrypted")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise ValueError(f"{name} is compressed. Unpack it, and zip it again without compression")
-        with archive.open(info):  # compares the record's own header with the directory, and ends behind it
+            raise ValueError(
+                f"{name} is compressed. Unpack it, and zip it again without compression"
+            )
+        with archive.open(
+            info
+        ):  # compares the record's own header with the directory, and ends behind it
             begin = file.tell()
         if info.header_offset < free:
             raise ValueError(f"{name} overlaps another record")
@@ -91,7 +97,9 @@ class _Slice(io.RawIOBase):
         left = max(self._size - self._at, 0)
         count = left if count < 0 else min(count, left)
         if count > _MAX_DIRECTORY:
-            raise ValueError(f"a directory of {count:,} bytes; dist_ema reads up to {_MAX_DIRECTORY:,}")
+            raise ValueError(
+                f"a directory of {count:,} bytes; dist_ema reads up to {_MAX_DIRECTORY:,}"
+            )
         data = self._read(self._at, self._at + count)
         self._at += count
         return data
