@@ -77,7 +77,8 @@ def read(
     except _RefusedError:
         raise
     except MemoryError:
-        vars(unpickler).clear()  # the error keeps the unpickler alive, and needs memory for its sentence
+        # NOTE: the traceback keeps the unpickler alive, and the sentence below needs memory.
+        vars(unpickler).clear()
         raise ValueError(f"{where} is a pickle that needs more memory than there is.") from None
     except _DAMAGED as error:
         why = str(error) if isinstance(error, pickle.UnpicklingError) else type(error).__name__
