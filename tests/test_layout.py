@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
 from dist_ema.sharding import arena, discovery, ownership
 from dist_ema.sharding.arena import allocate
-from dist_ema.sharding.fingerprint import fingerprint
+from dist_ema.sharding.fingerprint import WINDOW, fingerprint
 from dist_ema.sharding.geometry import Box, boxes, boxes_with_data, numbering, runs, split_box
 from dist_ema.sharding.ownership import assign, even
 from dist_ema.sharding.records import Region, Shard
@@ -392,9 +392,40 @@ def test_fingerprint_of_all_dtypes() -> None:
         torch.ones(2).bfloat16(),
     ):
         assert fingerprint(data) == fingerprint(data.view(torch.uint8))
-    long = torch.zeros((1 << 20) + 4, dtype=torch.uint8)
+    size = 4 * WINDOW
+    long = torch.zeros(size + 4, dtype=torch.uint8)
     marks = set()
-    for i in (0, (1 << 20) - 1, 1 << 20, (1 << 20) + 3):
+    for i in (0, size - 1, size, size + 3):
         long.zero_()[i] = 1
         marks.add(int(fingerprint(long)))
     assert len(marks) == 4
+
+
+def test_fingerprint_of_long_tensors() -> None:
+    """One bit anywhere, two elements or two windows exchanged, two signs turned: another hash."""
+    n = WINDOW + 300
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.complex64):
+        data = torch.randn(n, dtype=dtype, generator=torch.Generator().manual_seed(0))
+        want = fingerprint(data)
+        assert fingerprint(data.clone()) == want
+        for at in (0, n // 2, n - 1):
+            other = data.clone()
+            other.view(torch.uint8)[at * data.element_size()] ^= 1
+            assert fingerprint(other) != want, (dtype, at)
+        other = data.clone()
+        other[5], other[6] = data[6], data[5]
+        assert fingerprint(other) != want
+        other = data.clone()
+        other[:2] *= -1  # the highest bits of two words
+        assert fingerprint(other) != want
+    words = torch.randn(2 * WINDOW, generator=torch.Generator().manual_seed(0))
+    assert fingerprint(words) != fingerprint(words.roll(WINDOW)), "windows changed places"
+
+
+def test_fingerprint_does_not_see_the_place_in_memory() -> None:
+    """A view that begins at an odd byte has the hash of its copy; zeros of other lengths differ."""
+    data = torch.randn(4 * WINDOW + 9).bfloat16()
+    assert fingerprint(data[1:]) == fingerprint(data[1:].clone())
+    assert fingerprint(data[1:-1]) == fingerprint(data[1:-1].clone())
+    zeros = torch.zeros(9, dtype=torch.uint8)
+    assert len({int(fingerprint(zeros[:n])) for n in range(10)}) == 10

@@ -1,11 +1,14 @@
-"""How far the average is from the live weights, and whether replicas are replicas: one message from each rank.
+"""How far the average is from the live weights, and whether replicas are equal.
 
-Everything is read in chunks on the device where the shadows lie, and fetched at the end. Every element is counted by the
-one rank that answers for it in files (`Slot.duty`), so neither replicas nor whole copies count twice.
+Each rank sends one message. Tensors are read in windows on the device where the shadows lie, and
+the sums are fetched once, at the end. Every element is counted by the one rank that writes it into
+files (`ParamState.saved_region`), so neither replicas nor whole copies count twice.
 
-[Note: copies]  Some weights are averaged whole by several ranks: with split=False, those that DDP ignores, those outside
-every FSDP group. A rank sends, for each kind of them, a check sum of what it holds and one of the shadows' bits; ranks that
-hold the same must have the same bits. Buffers are left out: BatchNorm statistics differ between DDP ranks by nature.
+[Note: copies]  Some weights are averaged whole by several ranks: all of them with split=False,
+else those that DDP ignores and those outside every FSDP group. For each kind of these weights a
+rank sends two hashes: of which elements it holds, and of the bits of their shadows. Ranks that
+hold the same elements must hold the same bits. Buffers are left out, because BatchNorm statistics
+differ between DDP ranks by nature.
 """
 
 from __future__ import annotations
@@ -18,83 +21,101 @@ import torch
 from torch import Tensor
 
 from ..distributed.coordinator import digest
+from ..sharding.fingerprint import fingerprints
 from ..sharding.ownership import ParamState
 from .kernels.eager import SCRATCH
 
 __all__ = ["compare", "measure"]
 
-WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of a real number
 
+def measure(states: Sequence[ParamState], started: bool, split: bool, ranks: int) -> dict[str, Any]:
+    """Measure what `compare` needs of this rank. Waits for the device.
 
-def measure(slots: Sequence[ParamState], started: bool, split: bool, ranks: int) -> dict[str, Any]:
-    """What this rank knows (JSON), for `compare`. slots: those that are averaged. Waits for the device.
+    Args:
+        states: The weights that are averaged.
+        started: Averaging has begun. Before that the average is live, whatever the shadows hold.
+        split: The average of replicated weights is cut over the ranks.
+        ranks: The number of ranks.
 
-    started: before that the average is live, whatever the shadows hold.
+    Returns:
+        A dictionary that JSON can hold.
 
-    *Cost*: one read of live and shadow, and of the shadows that are copies another; temporaries of 8 MB.
+    Note:
+        *Cost*: one read of live and shadow, and another of shadows that are copies; temporaries
+        of 8 MB.
     """
     kinds: dict[str, list[ParamState]] = {}
-    for slot in slots:
-        if slot.shard.kind != "buffer" and _copied(slot, split, ranks):
-            kinds.setdefault(
-                f"{len(slot.shard.replicas)}/{len(slot.shard.owner_ranks)}", []
-            ).append(slot)
-    squares = _squares(slots) if started else [0.0, 0.0]
-    return {"squares": squares, "copies": {kind: _summary(mine) for kind, mine in kinds.items()}}
+    for state in states:
+        if state.shard.kind != "buffer" and _is_copied(state, split, ranks):
+            kind = f"{len(state.shard.replicas)}/{len(state.shard.owner_ranks)}"
+            kinds.setdefault(kind, []).append(state)
+    return {
+        "squares": _squares(states) if started else [0.0, 0.0],
+        "copies": {kind: _hash_copies(copied) for kind, copied in kinds.items()},
+    }
 
 
-def compare(said: Sequence[dict[str, Any]]) -> tuple[float, bool]:
-    """(relative L2 distance of live and average, replicas agree), from what every rank measured; for `Board.attempt`."""
-    apart, whole = (math.fsum(each["squares"][i] for each in said) for i in (0, 1))
-    # NOTE: of a model of zeros nothing is a fraction; nan says that live or the average holds one.
+def compare(measured: Sequence[dict[str, Any]]) -> tuple[float, bool]:
+    """Combine what every rank measured: (relative L2 distance of live and average, replicas agree)."""
+    apart, whole = (math.fsum(rank["squares"][i] for rank in measured) for i in (0, 1))
+    # NOTE: nothing is a fraction of a model of zeros; nan says that live or the average holds one.
     distance = math.sqrt(apart / whole) if whole else math.inf if apart else 0.0
     known: dict[tuple[str, int], int] = {}
     agree = all(
-        known.setdefault((kind, where), bits) == bits
-        for each in said
-        for kind, (where, bits) in each["copies"].items()
+        known.setdefault((kind, elements), bits) == bits
+        for rank in measured
+        for kind, (elements, bits) in rank["copies"].items()
     )
     return distance, agree
 
 
-def _copied(slot: ParamState, split: bool, ranks: int) -> bool:
-    """Several ranks average the same elements. Decided by what all ranks know alike."""
-    return bool(slot.shard.replicas and not split) or len(slot.shard.owner_ranks) < ranks > 1
+def _is_copied(state: ParamState, split: bool, ranks: int) -> bool:
+    """Several ranks average the same elements. All ranks decide alike, from what all know."""
+    return bool(state.shard.replicas and not split) or len(state.shard.owner_ranks) < ranks > 1
 
 
-# --- distance ----------------------------------------------------------------------------------------------------
+def _hash_copies(states: Sequence[ParamState]) -> list[int]:
+    """[hash of which elements these are, hash of the bits of their shadows]; [Note: copies]."""
+    regions = [(state.name, state.averaged_region) for state in states]
+    elements = [[name, *region.offsets, region.begin, region.end] for name, region in regions]
+    shadows = [state.shadow for state in states if state.shadow is not None]
+    return [digest(elements), digest(fingerprints(shadows))]
 
 
-def _squares(slots: Sequence[ParamState]) -> list[float]:
-    """[|live - shadow|^2, |live|^2] over what this rank answers for, in float64."""
+# --- distance -------------------------------------------------------------------------------------
+
+
+def _squares(states: Sequence[ParamState]) -> list[float]:
+    """[|live - average|^2, |live|^2] over the elements that this rank saves, in float64."""
     sums: dict[torch.device, Tensor] = {}
-    for live, shadow in _batches(
-        [(slot.local_view(slot.saved_region), slot.average) for slot in slots]
-    ):
-        home = (
-            torch.device("cpu") if shadow.device.type == "mps" else shadow.device
-        )  # which has no float64
-        wide = live.to(home).to(torch.float64)  # perhaps live itself: nothing is done in place
+    rows = [(state.local_view(state.saved_region), state.average) for state in states]
+    for live, shadow in _batches(rows):
+        # NOTE: MPS has no float64, so its sums are taken on the host.
+        home = torch.device("cpu") if shadow.device.type == "mps" else shadow.device
+        wide = live.to(home).to(torch.float64)  # may alias live: nothing is done in place
         total = sums.setdefault(home, torch.zeros(2, dtype=torch.float64, device=home))
         total += torch.stack([(wide - shadow.to(home)).square_().sum(), wide.square().sum()])
-    return [
-        math.fsum(column)
-        for column in zip([0.0, 0.0], *(total.tolist() for total in sums.values()), strict=True)
-    ]
+    columns = zip([0.0, 0.0], *(total.tolist() for total in sums.values()), strict=True)
+    return [math.fsum(column) for column in columns]
 
 
 def _batches(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[list[Tensor]]:
-    """Columns of tensors of one length, in chunks of at most SCRATCH elements, short ones together."""
-    waiting: list[tuple[Tensor, ...]] = []
+    """Columns of rows of equal length: windows of at most SCRATCH elements, short rows together."""
+    batch: list[tuple[Tensor, ...]] = []
     for row in rows:
-        for parts in zip(*(_real(x).split(SCRATCH) for x in row), strict=True):
-            size = sum(len(held[0]) for held in waiting) + len(parts[0])
-            if waiting and (size > SCRATCH or _kinds(waiting[0]) != _kinds(parts)):
-                yield [_join(column) for column in zip(*waiting, strict=True)]
-                waiting = []
-            waiting.append(parts)
-    if waiting:
-        yield [_join(column) for column in zip(*waiting, strict=True)]
+        for window in zip(*(_real(x).split(SCRATCH) for x in row), strict=True):
+            size = sum(len(waiting[0]) for waiting in batch) + len(window[0])
+            if batch and (size > SCRATCH or _kinds(batch[0]) != _kinds(window)):
+                yield _columns(batch)
+                batch = []
+            batch.append(window)
+    if batch:
+        yield _columns(batch)
+
+
+def _columns(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    columns = zip(*rows, strict=True)
+    return [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
 
 
 def _real(x: Tensor) -> Tensor:
@@ -103,51 +124,3 @@ def _real(x: Tensor) -> Tensor:
 
 def _kinds(row: Iterable[Tensor]) -> list[Any]:
     return [(x.dtype, x.device) for x in row]
-
-
-def _join(column: Sequence[Tensor]) -> Tensor:
-    return column[0] if len(column) == 1 else torch.cat(list(column))
-
-
-# --- [Note: copies] ----------------------------------------------------------------------------------------------
-
-
-def _summary(slots: Sequence[ParamState]) -> list[int]:
-    """Check sums of which elements these are, and of the bits of their shadows."""
-    where = [
-        [
-            slot.name,
-            *slot.averaged_region.offsets,
-            slot.averaged_region.begin,
-            slot.averaged_region.end,
-        ]
-        for slot in slots
-    ]
-    return [digest(where), _bits([slot.shadow for slot in slots if slot.shadow is not None])]
-
-
-def _bits(tensors: Iterable[Tensor]) -> int:
-    """A hash of the bits of 1-D tensors end to end: sums of words times odd random numbers, modulo 2^64."""
-    totals: dict[torch.device, tuple[Tensor, Tensor]] = {}
-    for (words,) in _batches((_words(x),) for x in tensors):
-        if words.device not in totals:
-            totals[words.device] = (
-                torch.zeros((), dtype=torch.int64, device=words.device),
-                _factors(words.device),
-            )
-        total, factors = totals[words.device]
-        # Chunks are the digits of a polynomial, so that they cannot change places.
-        total.mul_(0x2545F4914F6CDD1D).add_((words * factors[: len(words)]).sum())
-    return digest([int(total) for total, _ in totals.values()])
-
-
-def _words(x: Tensor) -> Tensor:
-    x = _real(x)
-    return x.view(WORDS[x.element_size()])
-
-
-def _factors(device: torch.device) -> Tensor:
-    """Odd numbers that look random, the same everywhere. int64 [SCRATCH]"""
-    x = torch.arange(1, SCRATCH + 1, device=device) * 0x2545F4914F6CDD1D
-    x = (x ^ (x >> 29)) * 0x7FB5D329728EA185
-    return (x ^ (x >> 32)) | 1

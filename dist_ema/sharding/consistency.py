@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ..distributed.coordinator import Ranks, digest
-from .fingerprint import fingerprint
+from .fingerprint import fingerprints
 from .ownership import ParamState
 
 __all__ = ["on_averages", "on_weights"]
@@ -45,7 +43,7 @@ def on_weights(
     mine: dict[str, list[Any]] = {"weights": weights, "where": where}
 
     def brief() -> dict[str, int]:
-        mine["values"] = _fingerprints([slot.local for slot in replicas])
+        mine["values"] = fingerprints([slot.local for slot in replicas])
         return {key: digest(value) for key, value in mine.items()}
 
     if not ranks.run_on_all(verb, brief, combine=_alike)[
@@ -97,7 +95,7 @@ def on_averages(verb: str, ranks: Ranks, slots: Sequence[ParamState]) -> None:
     ranks.begin(verb)
     _, odd = ranks.run_on_all(
         verb,
-        lambda: [digest(names), *_fingerprints([slot.average for slot in weights])],
+        lambda: [digest(names), *fingerprints([slot.average for slot in weights])],
         combine=_differing,
     )
     if odd:
@@ -115,8 +113,3 @@ def on_averages(verb: str, ranks: Ranks, slots: Sequence[ParamState]) -> None:
 def _differing(said: list[list[int]]) -> list[int]:
     """The first places where not all say the same."""
     return [i for i, values in enumerate(zip(*said, strict=False)) if len(set(values)) > 1][:10]
-
-
-def _fingerprints(data: Sequence[torch.Tensor]) -> list[int]:
-    prints = [fingerprint(each).cpu() for each in data]
-    return torch.stack(prints).tolist() if prints else []  # type: ignore[no-any-return]
