@@ -61,12 +61,17 @@ def test_nan_stays(dtype: str) -> None:
     assert np.isnan(widen(narrow(np.array([np.nan, 1.0]), dtype), dtype)).tolist() == [True, False]
 
 
-def test_float64_is_rounded_once() -> None:
-    """1 + 2^-8 + 2^-40 lies above the middle of two bfloat16; rounded to float32 first it would be a tie."""
-    values = np.array(
-        [1 + 2.0**-8 + 2.0**-40, 1 + 2.0**-8 - 2.0**-40, -(1 + 2.0**-8 + 2.0**-40), 1 + 2.0**-8]
+@pytest.mark.parametrize(("dtype", "bits"), [("BF16", 7), ("F8_E4M3", 3), ("F8_E5M2", 2)])
+def test_float64_is_rounded_once(dtype: str, bits: int) -> None:
+    """A value 2^-40 beside the middle of two numbers is no tie; rounded to float32 first, it would be one."""
+    middle = 1 + 2.0 ** -(bits + 1)
+    above, below = middle + 2.0**-40, middle - 2.0**-40
+    values = np.array([above, below, -above, -below, middle])
+    upper = 1 + 2.0**-bits
+    assert widen(narrow(values, dtype), dtype).tolist() == [upper, 1.0, -upper, -1.0, 1.0]
+    assert np.array_equal(
+        narrow(np.array([1e300, -1e300]), dtype), narrow(np.array([np.inf, -np.inf]), dtype)
     )
-    assert widen(narrow(values, "BF16"), "BF16").tolist() == [1 + 2.0**-7, 1.0, -(1 + 2.0**-7), 1.0]
 
 
 def test_too_large() -> None:

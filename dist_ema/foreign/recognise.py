@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..dtypes import Bytes
+from ..dtypes import NUMPY, Bytes
 
 __all__ = ["KINDS", "FoundAverage", "Leaf", "at", "canonical", "find", "name", "plain"]
 
@@ -159,18 +159,12 @@ def _numbers(node: Mapping[str, Any], *names: str) -> dict[str, Any]:
     }
 
 
-_NUMPY = {
-    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F16": np.float16,
-    "F32": np.float32, "F64": np.float64,
-}  # fmt: skip
-
-
 def plain(value: Any) -> Any:
     """A number or text; a tensor of one element as the number it holds; None for all else."""
     if _is_leaf(value):
-        if math.prod(value.shape) != 1 or value.dtype not in _NUMPY:
+        if math.prod(value.shape) != 1:
             return None
-        kind = np.dtype(_NUMPY[value.dtype])
+        kind = NUMPY[value.dtype]
         value = value.read(0, kind.itemsize).view(kind)[0].item()
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
