@@ -1,16 +1,18 @@
 """Decay as a pure function of the clock.
 
-A schedule is called with `now`, the clock *after* the move, and `elapsed`, how far it moved, both in the units the
-user counts in (steps, images, tokens). It returns the share of the shadow that survives that move:
+A schedule is called with `now`, the clock *after* the update, and `elapsed`, how far the clock
+moved. Both count in the user's units: steps, images or tokens. The first update has
+`now == elapsed`. A schedule returns the share of the shadow that survives the update:
 
     >>> HalfLife(500)(now=500, elapsed=500)
     0.5
     >>> Uniform()(now=1), Uniform()(now=2), Uniform()(now=4)
     (0.0, 0.5, 0.75)
 
-[Note: elapsed]  One call with `elapsed=k` equals k calls with `elapsed=1` on unchanged weights. `Constant`, `HalfLife`,
-`Power`, `Uniform` and `Debiased` have closed forms for any real k. `Ratio`, `Warmup`, `Ramp` and `Cosine` are defined
-step by step: their exact product is taken for whole k up to 1024, and anything else is a ValueError.
+[Note: elapsed]  One call with `elapsed=k` equals k calls with `elapsed=1` on unchanged weights.
+`Constant`, `HalfLife`, `Power`, `Uniform` and `Debiased` have closed forms for any real k. `Ratio`,
+`Warmup`, `Ramp` and `Cosine` are defined per step. For whole k up to 1024 they take the exact
+product; anything else raises ValueError.
 """
 
 from __future__ import annotations
@@ -43,23 +45,35 @@ MOST_STEPS = 1024
 
 
 class Schedule(ABC):
-    """decay = schedule(now, elapsed), in [0, 1]; `now` after the move, 0 < elapsed <= now."""
+    """A decay as a function of the clock, immutable and comparable."""
 
     @abstractmethod
-    def __call__(self, now: float, elapsed: float = 1.0) -> float: ...
+    def __call__(self, now: float, elapsed: float = 1.0) -> float:
+        """The share of the shadow that an update keeps.
+
+        Args:
+            now: the clock after the update.
+            elapsed: how far the update moves the clock, `0 < elapsed <= now`.
+
+        Returns:
+            The decay, in [0, 1].
+
+        Raises:
+            ValueError: the schedule is defined per step and cannot take `elapsed`.
+        """
 
     @property
     def origin(self) -> str:
-        """'start': the clock begins where averaging begins; 'training': it never goes back to 0."""
+        """Where the clock begins: 'start' of averaging, or 'training', whose clock never resets."""
         return "start"
 
     @property
     def copies_first(self) -> bool:
-        """The first move forgets the start, so until one update was accepted every move must copy."""
+        """The first update forgets the start, so every update copies until one was accepted."""
         return self.origin == "start" and self(1.0, 1.0) == 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values to rebuild it from: `from_spec(s.spec()) == s`."""
+        """JSON values to rebuild the schedule from: `from_dict(s.to_dict()) == s`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {"name": type(self).__name__} | {
             key: value for key, value in values.items() if value is not None
@@ -67,15 +81,15 @@ class Schedule(ABC):
 
 
 class _PerStep(Schedule):
-    """[Note: elapsed]"""
+    """A schedule that is defined per step ([Note: elapsed])."""
 
     def __call__(self, now: float, elapsed: float = 1.0) -> float:
         if elapsed == 1:
             return self._at(now)
         if elapsed != int(elapsed) or not 1 <= elapsed <= MOST_STEPS:
             raise ValueError(
-                f"{self!r} is defined step by step and takes whole elapsed up to {MOST_STEPS}, got {elapsed:g}. "
-                "Use HalfLife to count images or tokens."
+                f"{self!r} is defined step by step and takes whole elapsed up to {MOST_STEPS}, "
+                f"got {elapsed:g}. Use HalfLife to count images or tokens."
             )
         return math.prod(self._at(now - i) for i in range(int(elapsed)))
 
@@ -86,7 +100,7 @@ class _PerStep(Schedule):
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """d^elapsed."""
+    """d^elapsed: the same decay in every step."""
 
     decay: float
 
@@ -99,7 +113,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class HalfLife(Schedule):
-    """0.5^(elapsed / units): after `units` steps, images or tokens, half of the old average is left."""
+    """0.5^(elapsed / units): half of the old average is left after `units` steps or images."""
 
     units: float
 
@@ -112,7 +126,10 @@ class HalfLife(Schedule):
 
 @dataclass(frozen=True)
 class Warmup(_PerStep):
-    """min(d, 1 - (1 + n / inv_gamma)^-power) per step (k-diffusion's EMAWarmup)."""
+    """min(d, 1 - (1 + (n - 1) / inv_gamma)^-power) per step, so the first update copies.
+
+    As in k-diffusion's EMAWarmup, diffusers and ema_pytorch, which count from 0.
+    """
 
     decay: float = 0.9999
     power: float = 2 / 3
@@ -124,7 +141,8 @@ class Warmup(_PerStep):
         _positive("inv_gamma", self.inv_gamma)
 
     def _at(self, n: float) -> float:
-        return float(min(self.decay, 1 - (1 + n / self.inv_gamma) ** -self.power))
+        steps = max(0.0, n - 1)
+        return float(min(self.decay, 1 - (1 + steps / self.inv_gamma) ** -self.power))
 
 
 @dataclass(frozen=True)
@@ -157,10 +175,12 @@ class Ramp(_PerStep):
 
 @dataclass(frozen=True)
 class Power(Schedule):
-    """(1 - elapsed / now)^(gamma + 1): the power-function profile t^gamma (Karras et al. 2023, eq. 127).
+    """(1 - elapsed / now)^(gamma + 1): the profile t^gamma (Karras et al. 2023, eq. 127).
 
-    Give `sigma_rel`, the profile's standard deviation as a share of the training time (0 < sigma_rel < 0.2887), or
-    `gamma` itself. `origin="training"` keeps counting from step 0 when averaging starts later.
+    Args:
+        sigma_rel: the profile's standard deviation as a share of the training time, below 0.2887.
+        gamma: the exponent itself, in place of `sigma_rel`.
+        origin: 'training' counts from step 0 although averaging starts later.
     """
 
     sigma_rel: float | None = None
@@ -170,7 +190,8 @@ class Power(Schedule):
     def __post_init__(self) -> None:
         if (self.sigma_rel is None) == (self.gamma is None):
             raise ValueError(
-                f"Power takes one of sigma_rel and gamma, got sigma_rel={self.sigma_rel}, gamma={self.gamma}."
+                "Power takes one of sigma_rel and gamma, "
+                f"got sigma_rel={self.sigma_rel}, gamma={self.gamma}."
             )
         if self.origin not in ("start", "training"):
             raise ValueError(f"Power's origin must be 'start' or 'training', got {self.origin!r}.")
@@ -180,13 +201,14 @@ class Power(Schedule):
             gamma_of(self.sigma_rel)
 
     def __call__(self, now: float, elapsed: float = 1.0) -> float:
-        gamma = gamma_of(self.sigma_rel) if self.gamma is None else self.gamma  # type: ignore[arg-type]
+        gamma = self.gamma if self.sigma_rel is None else gamma_of(self.sigma_rel)
+        assert gamma is not None
         return float(max(0.0, 1 - elapsed / now) ** (gamma + 1))
 
 
 @dataclass(frozen=True)
 class Cosine(_PerStep):
-    """final - (final - d) * (1 + cos(pi n / total)) / 2 per step: from `decay` up to `final` (BYOL, DINO)."""
+    """final - (final - d) * (1 + cos(pi n / total)) / 2 per step, as in BYOL and DINO."""
 
     decay: float
     total: float
@@ -206,7 +228,7 @@ class Cosine(_PerStep):
 
 @dataclass(frozen=True)
 class Uniform(Schedule):
-    """(n - 1) / n: the plain mean of everything seen (SWA, Izmailov et al. 2018)."""
+    """(n - 1) / n: the plain mean of all weights so far (SWA, Izmailov et al. 2018)."""
 
     def __call__(self, now: float, elapsed: float = 1.0) -> float:
         return max(0.0, (now - elapsed) / now)
@@ -214,7 +236,10 @@ class Uniform(Schedule):
 
 @dataclass(frozen=True)
 class Debiased(Schedule):
-    """1 - (1 - d) / (1 - d^n): a constant decay without the weight of the start (Adam's correction, folded in)."""
+    """1 - (1 - d) / (1 - d^n): a constant decay without the weight of the start.
+
+    Adam's bias correction, folded into the decay.
+    """
 
     decay: float
 
@@ -234,7 +259,7 @@ class Debiased(Schedule):
 
 
 def schedule(decay: float | Schedule) -> Schedule:
-    """What a user may pass as `decay`: a schedule, or a float, which means `Constant`."""
+    """The schedule that a user's `decay` means; a float is `Constant`. Else raises ValueError."""
     if isinstance(decay, Schedule):
         return decay
     if isinstance(decay, bool) or not isinstance(decay, (int, float)):
@@ -245,13 +270,11 @@ def schedule(decay: float | Schedule) -> Schedule:
 
 
 def from_dict(spec: dict[str, Any]) -> Schedule:
-    """The schedule that `Schedule.spec` described."""
-    every = [
-        kind
-        for kind in (*Schedule.__subclasses__(), *_PerStep.__subclasses__())
-        if kind is not _PerStep
-    ]
-    kinds: dict[str, type[Schedule]] = {kind.__name__: kind for kind in every}
+    """The schedule that `Schedule.to_dict` described. Raises ValueError if there is none such."""
+    every = (*Schedule.__subclasses__(), *_PerStep.__subclasses__())
+    kinds: dict[str, type[Schedule]] = {
+        kind.__name__: kind for kind in every if kind is not _PerStep
+    }
     values = dict(spec)
     name = values.pop("name", None)
     if not isinstance(name, str) or name not in kinds:
@@ -264,11 +287,14 @@ def from_dict(spec: dict[str, Any]) -> Schedule:
 
 @lru_cache(maxsize=64)
 def gamma_of(sigma_rel: float) -> float:
-    """The exponent of the power profile with that relative width: the largest real root of
-    x^3 + 7x^2 + (16 - s^-2)x + (12 - s^-2) (Karras et al. 2023, appendix C)."""
-    if not 1e-150 < sigma_rel < math.sqrt(1 / 12):  # smaller than that its square is lost
+    """The exponent of the power profile with that relative width (Karras et al. 2023, appendix C).
+
+    It is the largest real root of x^3 + 7x^2 + (16 - s^-2)x + (12 - s^-2).
+    """
+    if not 1e-150 < sigma_rel < math.sqrt(1 / 12):  # the square of a smaller one is 0
         raise ValueError(
-            f"sigma_rel must be between 0 and 0.2887 (the width of the plain mean), got {sigma_rel}."
+            "sigma_rel must be between 0 and 0.2887 (the width of the plain mean), "
+            f"got {sigma_rel}."
         )
     t = sigma_rel**-2
     roots = np.roots([1.0, 7.0, 16.0 - t, 12.0 - t])

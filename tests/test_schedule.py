@@ -1,7 +1,8 @@
-"""Decay as a pure function of the clock: published formulas, exact composition, and errors that name the value.
+"""Decay as a pure function of the clock: published formulas, exact composition, and errors that
+name the value.
 
-How to read a failure: the parameter names the schedule; golden values were computed from the formulas of the papers and
-codebases that `golden_schedules.json` cites, not by this package.
+How to read a failure: the parameter names the schedule; golden values were computed from the
+formulas of the papers and codebases that `golden_schedules.json` cites, not by this package.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def test_golden_by_width() -> None:
 
 @pytest.mark.parametrize(("sigma", "gamma"), GOLDEN["sigma_rel_to_gamma"].items())
 def test_sigma_rel_to_gamma(sigma: str, gamma: float) -> None:
-    """gamma_of: the largest real root of the cubic, and the width of its profile is the sigma asked for."""
+    """gamma_of: the largest real root of the cubic, and the width of its profile is the sigma asked
+    for.
+    """
     found = gamma_of(float(sigma))
     assert found == pytest.approx(gamma, abs=5e-7)
     # The deviation of t^gamma on [0, 1]: sqrt((g + 1) / ((g + 2)^2 (g + 3))).
@@ -120,7 +123,9 @@ def test_decay_is_a_share(of: Schedule) -> None:
     ids=["Uniform", "Debiased"],
 )
 def test_profile(of: Schedule, mean: Any) -> None:
-    """What an average weighs each step with: Uniform all alike, Debiased geometrically and with nothing of the start."""
+    """What an average weighs each step with: Uniform all alike, Debiased geometrically and with
+    nothing of the start.
+    """
     n, weights = 40, [0.0] * 41
     weights[0] = 1.0  # of the start
     for now in range(1, n + 1):
@@ -161,7 +166,9 @@ def test_closed_forms_do_not_count(of: Schedule) -> None:
 @pytest.mark.parametrize("of", STEPPED, ids=repr)
 @pytest.mark.parametrize("elapsed", [0.5, 1.5, 2.0001, MOST_STEPS + 1, 1e9])
 def test_stepped_refuse(of: Schedule, elapsed: float) -> None:
-    """Per-step schedules take whole elapsed up to 1024; else the error names the value and HalfLife, the way out."""
+    """Per-step schedules take whole elapsed up to 1024; else the error names the value and
+    HalfLife, the way out.
+    """
     with pytest.raises(
         ValueError,
         match=rf"whole elapsed up to 1024, got {elapsed:g}\. Use HalfLife".replace("+", r"\+"),
@@ -180,7 +187,9 @@ def test_stepped_at_the_limit(of: Schedule) -> None:
 
 @pytest.mark.parametrize("of", [*CLOSED, *STEPPED], ids=repr)
 def test_round_trips(of: Schedule) -> None:
-    """repr evaluates back, the spec goes through JSON and back, equal values are equal and hash alike."""
+    """repr evaluates back, the spec goes through JSON and back, equal values are equal and hash
+    alike.
+    """
     assert eval(repr(of)) == of
     again = from_dict(json.loads(json.dumps(of.to_dict())))
     assert (again, type(again), hash(again)) == (of, type(of), hash(of))
@@ -201,9 +210,11 @@ def test_frozen() -> None:
 
 @pytest.mark.parametrize("of", [*CLOSED, *STEPPED], ids=repr)
 def test_copies_first(of: Schedule) -> None:
-    """The first move forgets the start: Uniform, Debiased, Power from its own start, and a constant 0."""
+    """The first update forgets the start: Uniform, Debiased, Warmup, Power from its own start, and
+    a constant 0.
+    """
     forgets = (
-        isinstance(of, (Uniform, Debiased))
+        isinstance(of, (Uniform, Debiased, Warmup))
         or of == Constant(0.0)
         or (isinstance(of, Power) and of.gamma != 3.5)
     )
@@ -270,6 +281,8 @@ def test_float_means_constant() -> None:
     ],
 )
 def test_arguments(build: Any, message: str) -> None:
-    """A wrong argument is a ValueError with the value in it, from the constructor or from a damaged artifact."""
+    """A wrong argument is a ValueError with the value in it, from the constructor or from a damaged
+    artifact.
+    """
     with pytest.raises(ValueError, match=message):
         build()
