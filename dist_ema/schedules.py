@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -39,6 +40,7 @@ __all__ = [
     "from_dict",
     "gamma_of",
     "schedule",
+    "schedule_list",
 ]
 
 MOST_STEPS = 1024
@@ -267,6 +269,15 @@ def schedule(decay: float | Schedule) -> Schedule:
             f"decay must be a float or a schedule (dist_ema.HalfLife(...)), got {decay!r}."
         )
     return Constant(float(decay))
+
+
+def schedule_list(decay: float | Schedule | Sequence[float | Schedule]) -> list[Schedule]:
+    """The schedules of one or more averages. Raises ValueError if there is none, or two equal."""
+    given = decay if isinstance(decay, Sequence) else [decay]
+    schedules = [schedule(each) for each in given]
+    if not schedules or len(set(schedules)) < len(schedules):
+        raise ValueError(f"decay must name one or more different schedules, got {decay!r}.")
+    return schedules
 
 
 def from_dict(spec: dict[str, Any]) -> Schedule:

@@ -92,11 +92,17 @@ def test_fit_test_predict(tmp_path: Path) -> None:
     other = EMACallback(decay=0.5)
     trainer(tmp_path, other).test(fresh, data(), ckpt_path=str(tmp_path / "last.ckpt"))
     assert torch.equal(fresh.seen[-1][1], average)
-    assert not callback._undo, "nothing stands in front of the strategy after the fit"
+    for name in ("save_checkpoint", "remove_checkpoint"):
+        method, own = getattr(made.strategy, name), getattr(type(made.strategy), name)
+        assert method.__func__ is own, "nothing wraps the strategy after the fit"
 
 
 def test_refuses(tmp_path: Path) -> None:
     """A test without any average, a resume from a checkpoint without one, one elsewhere, a save under the average."""
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 2"):
+        EMACallback(decay=2)
+    with pytest.raises(ValueError, match=r"decay must be a float or a schedule .* got None"):
+        EMACallback(decay=[0.9, None])  # type: ignore[list-item]
     with pytest.raises(RuntimeError, match="no average of this Net: fit it first"):
         trainer(tmp_path, EMACallback()).test(Net(), data())
     trainer(tmp_path, EMACallback()).fit(Net(), data(), data())

@@ -127,6 +127,13 @@ def test_rotation_and_missing_averages(tmp_path: Path) -> None:
     assert last.ema.now == 12
 
 
+def test_a_decay_is_refused_at_construction() -> None:
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 2"):
+        EMACallback(decay=2)
+    with pytest.raises(ValueError, match="one or more different schedules"):
+        EMACallback(decay=[0.9, 0.9])
+
+
 def test_an_evaluation_that_raises(tmp_path: Path) -> None:
     """The live weights are back, bit for bit."""
     callback = EMACallback(decay=0.5, live=False)

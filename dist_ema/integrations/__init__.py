@@ -1,6 +1,6 @@
-"""Other people's training loops, each of which decides nothing here: they call `EMA` at the right moments.
+"""Other people's training loops, which call `EMA` at the right moments.
 
-Only the module of a framework imports it.
+Nothing is decided here. Only the module of a framework imports it.
 """
 
 from __future__ import annotations

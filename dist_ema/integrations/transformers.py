@@ -1,97 +1,119 @@
 """transformers: `Trainer(..., callbacks=[EMACallback(decay=0.9999)])`, and nothing else.
 
-[Note: reaching the trainer]  A callback has no event before an evaluation, and is never told who calls it. So at
-`on_train_begin` it looks for the `Trainer` among its callers, and from then on stands in front of two of its methods:
-`evaluation_loop`, which runs once as it is and once under the average, and `log`, which gains the average's values.
+[Note: reaching the trainer]  A callback has no event before an evaluation, and does not learn which
+trainer calls it. So `on_train_begin` looks for the `Trainer` among its callers. From then on the
+callback wraps two of its methods. `evaluation_loop` runs once as it is and once under the average,
+and `log` gains the values of the average.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from ..ema import EMA
+from ..schedules import Schedule, schedule_list
 
 try:
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+    from transformers import TrainingArguments as Arguments
 except ImportError as error:
-    said = "dist_ema.integrations.transformers needs transformers: pip install 'dist-ema[transformers]'."
-    raise ImportError(said) from error
+    raise ImportError(
+        "dist_ema.integrations.transformers needs transformers: "
+        "pip install 'dist-ema[transformers]'."
+    ) from error
 
 __all__ = ["EMACallback"]
 
 
 class EMACallback(TrainerCallback):  # type: ignore[misc]
-    """An average of the model that a `Trainer` trains: updated, evaluated, saved, resumed and rotated with it.
+    """An average of the model that a `Trainer` trains.
 
-    decay: as for `EMA`. every, start: as for `EMA.attach`. live: evaluate the live weights too; without it an evaluation
-    takes no longer than before, and metrics under their own names are the average's. options: further arguments of `EMA`.
+    - Evaluation and prediction give both metrics: `eval_loss` of the live weights, `eval_ema_loss`
+      of the average. The predictions that `predict` returns are the average's.
+    - Every checkpoint folder holds the average under `ema/`. `save_total_limit` removes both,
+      `resume_from_checkpoint` resumes both, and raises ValueError if the average is missing.
+    - `load_best_model_at_end` with `metric_for_best_model="eval_ema_loss"` (any metric of the
+      average) ends with the average of the best checkpoint in the model. With a metric of the live
+      weights it ends with the live ones.
 
-    - Evaluation and prediction give both metrics: `eval_loss` of the live weights, `eval_ema_loss` of the average. What
-      `predict` returns as predictions is the average's.
-    - Every checkpoint folder holds the average under `ema/`; `save_total_limit` removes both, `resume_from_checkpoint`
-      resumes both, and raises if the average is missing.
-    - `load_best_model_at_end` with `metric_for_best_model="eval_ema_loss"` (any metric of the average) ends with the
-      average of the best checkpoint in the model; with a metric of the live weights, with the live ones.
+    Args:
+        decay: as for `EMA`.
+        every: as for `EMA.attach`.
+        start: as for `EMA.attach`.
+        live: evaluate the live weights too. Without it an evaluation takes no longer than before,
+            and metrics under their own names are the average's.
+        options: further arguments of `EMA`.
 
-    `callback.ema` is the `EMA`, from the beginning of the training on: `callback.ema.export("out")` after it.
+    Attributes:
+        ema: the `EMA`, from the beginning of the training on. After it: `callback.ema.export(...)`.
+
+    Raises:
+        ValueError: `decay` is none that `EMA` takes.
     """
 
     def __init__(
         self,
-        decay: Any = 0.9999,
+        decay: float | Schedule | Sequence[float | Schedule] = 0.9999,
         *,
         every: int = 1,
         start: int = 0,
         live: bool = True,
         **options: Any,
     ) -> None:
-        self._make = {"decay": decay, **options}
-        self._attach: dict[str, Any] = {"every": every, "start": start}
-        self._live = live
+        self._ema_options = {"decay": schedule_list(decay), **options}
+        self._every, self._start, self._live = every, start, live
         self._trainer: Trainer | None = None
         self.ema: EMA | None = None
 
-    # --- events ------------------------------------------------------------------------------------------------
+    # --- events ---------------------------------------------------------------------------------
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         trainer, resumed = _caller()
         if state.is_hyper_param_search:
             raise ValueError(
-                "EMACallback does not know the folders of a hyperparameter search: train one trial at a time."
+                "EMACallback does not know the folders of a hyperparameter search: train one trial "
+                "at a time."
             )
         if self.ema is not None:  # a second train(), or a smaller batch size
             self.ema.detach()
-        self.ema = EMA(trainer.model_wrapped, **self._make)
         assert trainer.optimizer is not None
-        self.ema.attach(trainer.optimizer, **self._attach)
+        self.ema = EMA(trainer.model_wrapped, **self._ema_options)
+        self.ema.attach(trainer.optimizer, every=self._every, start=self._start)
         if resumed is not None:
-            self.ema.load(_beside(resumed))
+            self.ema.load(_folder_of(resumed))
         if self._trainer is not trainer:
             self._trainer = trainer
-            trainer.evaluation_loop = self._evaluation(trainer.evaluation_loop)  # type: ignore[method-assign]
-            trainer.log = self._logging(trainer.log)  # type: ignore[method-assign]
+            for name, wrap in (("evaluation_loop", self._wrap_evaluation), ("log", self._wrap_log)):
+                setattr(trainer, name, wrap(getattr(trainer, name)))
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         assert self.ema is not None
         self.ema.save(os.path.join(args.output_dir, f"checkpoint-{state.global_step}", "ema"))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(
+        self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         assert self.ema is not None
         assert self._trainer is not None
         self.ema.detach()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self.ema.load(_beside(state.best_model_checkpoint))
+            self.ema.load(_folder_of(state.best_model_checkpoint))
+            # The trainer has loaded the live weights of the best checkpoint by now.
             if not self._live or "_ema_" in f"_{args.metric_for_best_model}":
                 self.ema.copy_to(self._trainer.model_wrapped)
 
-    # --- in front of the trainer's methods ---------------------------------------------------------------------
+    # --- [Note: reaching the trainer] -----------------------------------------------------------
 
-    def _evaluation(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap_evaluation(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def evaluation_loop(*args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
             assert self.ema is not None
             if not self._live:
@@ -104,39 +126,36 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
         return evaluation_loop
 
-    def _logging(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap_log(self, original: Callable[..., None]) -> Callable[..., None]:
         def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             assert self.ema is not None
             if "loss" in logs:  # of training steps
-                said = self.ema.metrics(distance=False)
-                logs = logs | {
-                    f"ema_{name}": said[name] for name in ("decay", "updates", "skipped")
-                }
+                values = self.ema.metrics(distance=False)
+                logs = logs | {f"ema_{key}": values[key] for key in ("decay", "updates", "skipped")}
             original(logs, *args, **kwargs)
 
         return log
 
 
 def _caller() -> tuple[Trainer, str | None]:
-    """The trainer that called, and the checkpoint that it resumes from ([Note: reaching the trainer])."""
+    """The trainer that called, and the checkpoint that it resumes from."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if (
-            isinstance(frame.f_locals.get("self"), Trainer)
-            and "resume_from_checkpoint" in frame.f_locals
-        ):
-            return frame.f_locals["self"], frame.f_locals["resume_from_checkpoint"]
+        known = frame.f_locals
+        if isinstance(known.get("self"), Trainer) and "resume_from_checkpoint" in known:
+            return known["self"], known["resume_from_checkpoint"]
         frame = frame.f_back
     raise RuntimeError(
         "EMACallback works inside transformers.Trainer.train(); for another loop use EMA itself."
     )
 
 
-def _beside(checkpoint: str) -> Path:
+def _folder_of(checkpoint: str) -> Path:
+    """The folder of the average inside a checkpoint. Raises ValueError if it is not there."""
     path = Path(checkpoint) / "ema"
     if not path.exists():
         raise ValueError(
-            f"{checkpoint} holds no average (ema/): it was saved without EMACallback. Start a new training from its weights, "
-            "and the average starts from them too."
+            f"{checkpoint} holds no average (ema/): it was saved without EMACallback. Start a new "
+            "training from its weights, and the average starts from them too."
         )
     return path
