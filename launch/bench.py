@@ -51,7 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from dist_ema import EMA
-from dist_ema.averaging.kernels import cpu_numba
+from dist_ema.averaging.kernels import cpu_plan
 
 DECAY = 0.999
 MOST = 1 << 27  # elements of a reference buffer: far beyond any cache
@@ -683,7 +683,7 @@ def commit() -> str:
 
 def passes() -> str:
     """How updates in host memory run here. NUMBA_DISABLE_JIT=1 makes them eager."""
-    if not cpu_numba.available():
+    if not cpu_plan.available():
         return "eager"
     return f"numba {importlib.metadata.version('numba')}"
 

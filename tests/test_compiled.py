@@ -1,6 +1,6 @@
 """The compiled passes of a CPU: the bits of eager torch, on any number of threads, and eager torch where there are none.
 
-How to read a failure: `live` and `shadow` name the pass. The oracle is `kernels.Plan` without passes, which test_kernels
+How to read a failure: `live` and `shadow` name the pass. The oracle is `UpdatePlan` without passes, which test_kernels
 proves against float64.
 """
 
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from dist_ema import EMA
 from dist_ema.averaging.engines import HostThread
 from dist_ema.averaging.executors import Worker
-from dist_ema.averaging.kernels import cpu_numba, eager, rounding
-from dist_ema.averaging.kernels.cpu_numba import CHUNK, LIVE, SHADOW, Pass, Piece, ramps
+from dist_ema.averaging.kernels import cpu_plan, eager, rounding
+from dist_ema.averaging.kernels.cpu_plan import CHUNK, TASK, Pass, ramps
 from dist_ema.averaging.kernels.eager import WORTH, ShadowPair, UpdatePlan
+from dist_ema.averaging.kernels.pairs import LIVE, SHADOW
 from dist_ema.averaging.kernels.rounding import noise
 from tests.kit import draw
 
-needs_numba = pytest.mark.skipif(not cpu_numba.available(), reason="numba is not installed")
+needs_numba = pytest.mark.skipif(not cpu_plan.available(), reason="numba is not installed")
 both = pytest.mark.parametrize(
     ("live", "shadow"), [(live, shadow) for live in LIVE for shadow in SHADOW], ids=str
 )
@@ -61,12 +62,14 @@ def bits(pairs: list[ShadowPair]) -> list[Tensor]:
     ]
 
 
+def count(plan: Any) -> int:
+    """Compiled passes of a plan."""
+    return sum(isinstance(step, Pass) for step in plan.steps)
+
+
 def moved(passes: bool, pairs: list[ShadowPair], *runs: Any, **options: Any) -> list[Tensor]:
     plan = UpdatePlan(pairs, 5, passes=passes)
-    assert bool(plan._passes) == passes
-    assert not passes or not (plan._direct or plan._through or plan._rounded), (
-        "some pairs were not taken"
-    )
+    assert {isinstance(step, Pass) for step in plan.steps} == {passes}, "some pairs were not taken"
     for update, weights in enumerate(runs):
         plan.run(weights, update, **options)
     return bits(pairs)
@@ -151,7 +154,7 @@ def test_element_numbers(name: str) -> None:
     for passes in (False, True):
         pair = ShadowPair("w", [draw(n, BF16, 1)], draw(n, F32, 2), NUMBERS[name])
         plan = UpdatePlan([pair], 3, passes=passes)
-        assert bool(plan._passes) == (passes and name != "strange")
+        assert bool(count(plan)) == (passes and name != "strange")
         plan.run([0.01], 4)
         results.append(pair.shadows[0])
     assert torch.equal(*results)
@@ -170,7 +173,7 @@ def test_ramps(name: str, n: int) -> None:
         np.concatenate([np.zeros(0, np.int64), *parts]), NUMBERS[name](0, n).numpy()
     )
     assert all(part[0] >> 32 == part[-1] >> 32 for part in parts)
-    assert len(runs) <= 2 + n // cpu_numba.FEW
+    assert len(runs) <= 2 + n // cpu_plan.FEW
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
@@ -180,9 +183,14 @@ def test_ramps(name: str, n: int) -> None:
 def test_tasks() -> None:
     """Every row is in one task, no task is empty, and none is much larger than a chunk."""
     for sizes in ([64] * 4000, [1], [CHUNK], [3 * CHUNK + 5, 1, 1, CHUNK - 1] * 3, [CHUNK - 1] * 9):
-        pieces = [Piece([torch.zeros(n)], torch.zeros(n)) for n in sizes]
-        held = Pass(pieces)
-        lengths, tasks = held._rows[:, 1], held._tasks
+        made = Pass(
+            [
+                (ShadowPair("w", [torch.zeros(n)], torch.zeros(n), torch.arange), [(n, 0, 0)])
+                for n in sizes
+            ],
+            0,
+        )
+        lengths, tasks = made._rows[:, 0], made._tasks
         assert lengths.sum() == sum(sizes)
         assert (tasks[0], tasks[-1]) == (0, len(lengths))
         assert (np.diff(tasks) > 0).all()
@@ -192,8 +200,8 @@ def test_tasks() -> None:
 
 
 @needs_numba
-def test_neighbours_become_one_piece() -> None:
-    """Pieces that touch on both sides are one row of the table; other pairs of dtypes get a pass of their own."""
+def test_neighbours_become_one_row() -> None:
+    """Pairs that touch on both sides are one row of the table; each pair of dtypes has a pass."""
     shadow, live = torch.zeros(30), torch.ones(30)
     pairs = [
         ShadowPair(f"{i}", [shadow[i : i + 10]], live[i : i + 10], torch.arange)
@@ -204,26 +212,22 @@ def test_neighbours_become_one_piece() -> None:
         ShadowPair("d", [torch.zeros(5, dtype=torch.float64)], torch.ones(5), torch.arange)
     )
     plan = UpdatePlan(pairs, passes=True)
-    assert [held._rows[:, 1].tolist() for held in plan._passes] == [[30], [5]]
+    made = [step for step in plan.steps if isinstance(step, Pass)]
+    assert [step._rows[:, 0].tolist() for step in made] == [[30], [5]]
     plan.run([0.5], 0)
     assert all((pair.shadows[0] == 0.5).all() for pair in pairs)
 
 
-# --- [Note: the team] --------------------------------------------------------------------------------------------
+# --- [Note: threads] ----------------------------------------------------------------------------------------------
 
 
 @needs_numba
-@pytest.mark.parametrize("openmp", [True, False])
-def test_bits_do_not_depend_on_threads(
-    openmp: bool, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One, two and five threads, of OpenMP or of Python: every element is moved once."""
-    if not openmp:
-        monkeypatch.setattr(cpu_numba, "_openmp", lambda: None)
+def test_bits_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
+    """One, two and five threads: every element is moved once."""
     results = []
-    for count in (1, 2, 5):
-        threads(count)
-        results.append(moved(True, make(F32, BF16, 2, 20 * CHUNK), [0.01, 0.6], [0.3, 0.1]))
+    for number in (1, 2, 5):
+        threads(number)
+        results.append(moved(True, make(F32, BF16, 2, 3 * TASK), [0.01, 0.6], [0.3, 0.1]))
     assert equal(results[0], results[1])
     assert equal(results[0], results[2])
 
@@ -232,18 +236,19 @@ def test_bits_do_not_depend_on_threads(
 def test_threads_are_torchs(
     threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many threads as torch's own kernels would take here, at most one per task; the bound of a host thread holds."""
+    """As many as torch's own kernels take here, and one per TASK; a host thread's bound holds."""
+    eager._same_bits()  # which runs a pass once per process
     seen: list[int] = []
-    run = cpu_numba._team
+    run = cpu_plan._share
     monkeypatch.setattr(
-        cpu_numba, "_team", lambda sweep, job, count: (seen.append(count), run(sweep, job, count))
+        cpu_plan, "_share", lambda move, n, count: (seen.append(count), run(move, n, count))
     )
     threads(3)
-    large, small = make(BF16, F32, 1, 5 * CHUNK), make(BF16, F32)[:2]
+    large, small = make(BF16, F32, 1, 4 * TASK), make(BF16, F32, 1, TASK)
     UpdatePlan(large, passes=True).run([0.5], 0)
     UpdatePlan(small, passes=True).run([0.5], 0)
     assert seen == [3, 1]
-    engine, inline = HostThread(None, Worker(2)), make(BF16, F32, 1, 5 * CHUNK)
+    engine, inline = HostThread(None, Worker(2)), make(BF16, F32, 1, 4 * TASK)
     plan = UpdatePlan(large, passes=True)
     engine.update(plan, [0.25], 1, False)
     engine.settle()
@@ -257,13 +262,13 @@ FORKED = """
 import os, torch
 from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
 torch.set_num_threads(2)
-pair = ShadowPair("w", [torch.zeros(1 << 20)], torch.ones(1 << 20), torch.arange)
+pair = ShadowPair("w", [torch.zeros(1 << 22)], torch.ones(1 << 22), torch.arange)
 plan = UpdatePlan([pair], passes=True)
 plan.run([0.5], 0)
 child = os.fork()
 if child == 0:
-    torch.set_num_threads(1)  # as torch asks of forked processes
     plan.run([0.5], 1)
+    torch.set_num_threads(1)  # as torch asks of forked processes
     os._exit(0 if bool((pair.shadows[0] == 0.75).all()) else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 plan.run([0.5], 1)
@@ -283,7 +288,7 @@ def test_forked() -> None:
 
 def digest() -> list[str]:
     """(passes that were used, hash of the average) of an fp32 and a compact average of a bfloat16 model."""
-    draws, said = torch.Generator().manual_seed(0), []
+    draws, found = torch.Generator().manual_seed(0), []
     model = nn.Sequential(nn.Linear(300, 500), nn.Linear(500, 7)).to(BF16)
     with torch.no_grad():
         for p in model.parameters():
@@ -297,8 +302,8 @@ def digest() -> list[str]:
         values = b"".join(
             value.view(torch.uint8).numpy().tobytes() for value in ema.gather().values()
         )
-        said += [str(len(ema.weights._plan._passes)), hashlib.sha256(values).hexdigest()]
-    return said
+        found += [str(count(ema.weights._plan)), hashlib.sha256(values).hexdigest()]
+    return found
 
 
 def test_without_numba() -> None:
@@ -314,8 +319,8 @@ def test_without_numba() -> None:
     assert done.returncode == 0, done.stderr
     missing, here = done.stdout.split(), digest()
     assert missing[::2] == ["0", "0"]
-    if cpu_numba.available():
-        assert here[::2] == [str(int(eager._contracts()))] * 2
+    if cpu_plan.available():
+        assert here[::2] == [str(int(eager._same_bits()))] * 2
     assert missing[1::2] == here[1::2]
 
 
@@ -325,7 +330,7 @@ def test_a_small_model_never_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> bool:
         raise AssertionError("a small plan asked for numba")
 
-    monkeypatch.setattr(cpu_numba, "available", refuse)
+    monkeypatch.setattr(cpu_plan, "available", refuse)
     EMA(nn.Linear(3, 2), dtype=BF16).update()
 
 
@@ -334,44 +339,42 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """NUMBA_DISABLE_JIT=1 is numba's own switch, and ours."""
     import numba
 
-    assert cpu_numba.available.__wrapped__()
+    assert cpu_plan.available.__wrapped__()
     monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
-    assert not cpu_numba.available.__wrapped__()
+    assert not cpu_plan.available.__wrapped__()
 
 
 @needs_numba
 def test_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled from WORTH elements on, where torch's lerp has the same bits, and never for what is not in host memory."""
-    monkeypatch.setattr(eager, "_contracts", lambda: True)
+    monkeypatch.setattr(eager, "_same_bits", lambda: True)
 
     def passes(n: int, device: str = "cpu") -> int:
         pair = ShadowPair(
             "w", [torch.zeros(n, device=device)], torch.ones(n, device=device), torch.arange
         )
-        return len(UpdatePlan([pair])._passes)
+        return count(UpdatePlan([pair]))
 
     assert (passes(WORTH - 1), passes(WORTH), passes(WORTH, "meta")) == (0, 1, 0)
-    monkeypatch.setattr(eager, "_contracts", lambda: False)
+    monkeypatch.setattr(eager, "_same_bits", lambda: False)
     assert passes(WORTH) == 0
 
 
 @needs_numba
 def test_no_pass_for_what_only_looks_like_memory() -> None:
-    """Tensor subclasses may hold nothing at their address, or something else than what they show: `_here` in kernels."""
+    """Tensor subclasses may hold nothing at their address, or something else than what they show: `is_reachable`."""
 
     class Quantised(Tensor):
         pass
 
     plain, odd = torch.zeros(9), torch.ones(9).as_subclass(Quantised)
     for shadow, live in ((plain, odd), (odd, plain)):
-        assert (
-            UpdatePlan([ShadowPair("w", [shadow], live, torch.arange)], passes=True)._passes == []
-        )
+        assert count(UpdatePlan([ShadowPair("w", [shadow], live, torch.arange)], passes=True)) == 0
 
 
 def test_contraction_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch whose lerp rounds after the product, on either side of 0.5, is told from one that does not: `_contracts`."""
-    tried, lerp = eager._contracts.__wrapped__, torch.lerp
+    """A torch whose lerp rounds after the product, on either side of 0.5, is told from one that does not: `_same_bits`."""
+    tried, lerp = eager._same_bits.__wrapped__, torch.lerp
     for near, far in ((True, True), (True, False), (False, True)):
 
         def rounds_twice(
@@ -392,8 +395,8 @@ def test_numba_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(live: torch.dtype, shadow: torch.dtype) -> None:
         raise TypeError("no such thing")
 
-    monkeypatch.setattr(cpu_numba, "_compile", refuse)
-    monkeypatch.setattr(cpu_numba, "ready", cpu_numba.ready.__wrapped__)
+    monkeypatch.setattr(cpu_plan, "_compile", refuse)
+    monkeypatch.setattr(cpu_plan, "ready", cpu_plan.ready.__wrapped__)
     pair = ShadowPair("w", [torch.zeros(5)], torch.ones(5), torch.arange)
     with pytest.warns(UserWarning, match="eager torch takes over: no such thing"):
         plan = UpdatePlan([pair], passes=True)
@@ -432,7 +435,7 @@ def test_an_average_of_a_model(tmp_path: Any) -> None:
     """Through the front door: compiled where the model is large enough, and saved and loaded with the same bits."""
     model = nn.Linear(400, 400)
     ema = EMA(model, 0.5)
-    assert bool(ema.weights._plan._passes) == eager._contracts()
+    assert bool(count(ema.weights._plan)) == eager._same_bits()
     with torch.no_grad():
         model.weight.zero_()
     ema.update()

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_ema import EMA, Debiased, Power
+from dist_ema.averaging import executors
 from dist_ema.averaging.engines import Engine, HostThread, Overlapped, choose_engine
 from dist_ema.averaging.executors import Instant, Mark, Worker
 from dist_ema.distributed.coordinator import StoreCoordinator
@@ -670,3 +671,27 @@ def test_choice() -> None:
     assert type(choose_engine({CPU}, host=True)).__name__ == "HostThread"
     assert type(choose_engine({CPU}, host=True, overlap=False)).__name__ == "Inline"
     assert type(choose_engine({CPU, torch.device("meta")}, host=False)).__name__ == "Inline"
+
+
+def test_streams_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device has streams if an event records and answers there, whatever its name is."""
+    monkeypatch.setattr(executors, "has_streams", executors.has_streams.__wrapped__)
+    assert not executors.has_streams(CPU)
+    assert not executors.has_streams(torch.device("meta"))
+    assert type(executors.mark(CPU)) is Instant
+    recorded: list[Any] = []
+
+    class Event:
+        def __init__(self, device: torch.device, enable_timing: bool) -> None:
+            self.device = device
+
+        def record(self, stream: Any) -> None:
+            recorded.append(self.device)
+
+        def query(self) -> bool:
+            return True
+
+    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch, "Stream", lambda device: device)
+    assert executors.has_streams(torch.device("hpu"))
+    assert recorded == [torch.device("hpu")]

@@ -1,8 +1,8 @@
-"""The Triton kernel equals `kernels.Plan`, in Triton's interpreter, on the CPU.
+"""The Triton kernel equals `UpdatePlan`, in Triton's interpreter, on the CPU.
 
 How to read a failure: every check runs in a process of its own (the interpreter must be chosen before Triton is
 imported), and its traceback is the inner one. The interpreter says nothing of races, alignment or speed: that is
-`test_gpu.py`. Where a weight is no power of two, older interpreters round twice ([Note: contraction] in fused), so those
+`test_gpu.py`. Where a weight is no power of two, older interpreters round twice ([Note: contraction] in gpu_triton), so those
 rows allow 1 ulp; noise, masks, tables and addresses have no such excuse, so all others are compared bit for bit.
 """
 
@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from multiprocessing import get_context
 from typing import Any
 from zlib import crc32
@@ -23,15 +22,11 @@ import pytest
 import torch
 from torch import Tensor
 
-# NOTE: the version is read, not imported: the interpreter must be chosen before triton is imported.
-if tuple(map(int, version("triton").split(".")[:2])) < (3, 6):
-    pytest.skip("the kernels are proved with triton 3.6 or newer", allow_module_level=True)
-
 from dist_ema import EMA, Constant, Power
 from dist_ema.averaging.engines import Overlapped
-from dist_ema.averaging.kernels import gpu_triton
+from dist_ema.averaging.kernels import gpu_plan
 from dist_ema.averaging.kernels.eager import SCRATCH, ShadowPair, UpdatePlan
-from dist_ema.averaging.kernels.gpu_triton import FusedPlan, available, supports
+from dist_ema.averaging.kernels.gpu_plan import FusedPlan, available, supports
 from dist_ema.averaging.kernels.rounding import noise, noise_key
 from dist_ema.sharding import geometry
 from dist_ema.sharding.geometry import Numbering
@@ -53,7 +48,16 @@ def interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    gpu_triton.BLOCK = 256  # small programs, so that short tensors need several
+    gpu_plan.BLOCK = 256  # small programs, so that short tensors need several
+
+
+def version() -> tuple[int, ...] | None:
+    """Of the triton that is installed, if there is one."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,11 @@ def interpreted() -> Iterator[Callable[..., None]]:
     """Runs a function of this module where Triton is interpreted."""
     # Spawned: Triton takes the word when it is imported, and the server that the ranks are forked from has imported it.
     with ProcessPoolExecutor(1, get_context("spawn"), interpret) as pool:
+        found = pool.submit(version).result(timeout=120)
+        if found is None:
+            pytest.skip("triton is not installed")
+        if found < (3, 6):
+            pytest.skip("the kernels are proved with triton 3.6 or newer")
         yield lambda check, *args: pool.submit(check, *args).result(timeout=120)
 
 
@@ -118,7 +127,7 @@ def compare(pairs: list[ShadowPair], weights: list[Any], ulps: int = 0, **option
             )
 
 
-# --- equal to kernels.Plan -----------------------------------------------------------------------------------------
+# --- equal to UpdatePlan -----------------------------------------------------------------------------------------
 
 
 def check_equal(live: torch.dtype, shadow: torch.dtype, where: str) -> None:
@@ -134,7 +143,7 @@ def check_equal(live: torch.dtype, shadow: torch.dtype, where: str) -> None:
 @pytest.mark.parametrize("shadow", [F32, BF16], ids=str)
 @pytest.mark.parametrize("live", [F32, BF16, F16], ids=str)
 def test_equal(interpreted: Any, live: torch.dtype, shadow: torch.dtype, where: str) -> None:
-    """One and three averages, weights on host and device, every length and alignment: the bits of `Plan.run`."""
+    """One and three averages, weights on host and device, every length and alignment: the bits of `UpdatePlan.run`."""
     interpreted(check_equal, live, shadow, where)
 
 
@@ -198,9 +207,9 @@ def test_neighbours_stay(interpreted: Any) -> None:
 
 @pytest.mark.parametrize("name", ["", "w", "layers.0.attn.qkv.weight", "gewichtß"])
 def test_the_key_is_linear(name: str) -> None:
-    """[Note: the same bits]: crc of the whole from the crc of its ends."""
+    """[Note: keys]: crc of the whole from the crc of its ends."""
     for update in (0, 1, 12345):
-        head, columns = crc32(f"3/{update}/".encode()), gpu_triton._columns(name)
+        head, columns = crc32(f"3/{update}/".encode()), gpu_plan._columns(name)
         key = crc32(name.encode())
         for bit in range(32):
             key ^= columns[bit] & 0xFFFFFFFF if head >> bit & 1 else 0
@@ -228,7 +237,7 @@ BOXES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, Region]] = {
 
 
 def both(kind: str) -> tuple[Numbering, Callable[[int, int], Tensor]]:
-    """The formula that `layout` makes, and the numbers cut out of a tensor that holds them all."""
+    """The formula that `geometry` makes, and the numbers cut out of a tensor that holds them all."""
     shape, order, region = BOXES[kind]
     raw = torch.zeros(shape)
     record = Shard(
@@ -243,7 +252,7 @@ def both(kind: str) -> tuple[Numbering, Callable[[int, int], Tensor]]:
 
 @pytest.mark.parametrize("kind", BOXES)
 def test_numbering(kind: str) -> None:
-    """`layout.numbering` counts as torch does, in one piece and in two."""
+    """`geometry.numbering` counts as torch does, in one piece and in two."""
     numbering, want = both(kind)
     n = BOXES[kind][2].numel
     assert torch.equal(numbering(0, n), want(0, n))
@@ -305,7 +314,7 @@ def check_every_bit() -> None:
 
 
 def test_noise(interpreted: Any) -> None:
-    """The kernel rounds up exactly where `kernels.noise` says so, in every update."""
+    """The kernel rounds up exactly where `rounding.noise` says so, in every update."""
     interpreted(check_every_bit)
 
 
@@ -366,7 +375,7 @@ def check_fallback() -> None:
 
 
 def test_fallback(interpreted: Any) -> None:
-    """A list of all sorts: one launch per dtype, the rest by `kernels.Plan`, the same result."""
+    """A list of all sorts: one launch per dtype, the rest by `UpdatePlan`, the same result."""
     interpreted(check_fallback)
 
 
@@ -376,7 +385,7 @@ def check_cost() -> None:
     programs: list[int] = []
     held = plan.scratch_bytes
     (weights,) = plan._weights.values()
-    weights._each = [Fill(place, filled) for place in weights._each]  # type: ignore[misc]
+    weights._places = [Fill(place, filled) for place in weights._places]  # type: ignore[misc]
     for launch in plan._launches:
         launch._kernel = Count(launch._kernel, programs)
     for update in range(4):
@@ -507,6 +516,7 @@ def check_ranks() -> None:
     check_ema("ddp", {"dtype": BF16})
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_shards_of_an_ema_are_the_same() -> None:
     """Cut over two ranks, the element numbers do not begin at 0."""
     run_ranks(2, check_ranks, method="spawn")
@@ -562,15 +572,15 @@ def test_switch(interpreted: Any) -> None:
 def check_proof(how: str) -> None:
     os.environ["DIST_EMA_TRITON"] = "1"
     model = torch.nn.Linear(50, 50)
-    call = gpu_triton._Launch.__call__
+    call = gpu_plan._Launch.__call__
 
     def broken(launch: Any, head: int, guard: bool) -> None:
         if how == "raises":
             raise OSError("no C compiler")
         call(launch, head + (how == "noise"), guard and how != "guard")
 
-    gpu_triton._proved.cache_clear()
-    gpu_triton._Launch.__call__ = broken  # type: ignore[method-assign]
+    gpu_plan._is_proved.cache_clear()
+    gpu_plan._Launch.__call__ = broken  # type: ignore[method-assign]
     try:
         with pytest.warns(UserWarning, match="is not used on cpu") as caught:
             plan = EMA(model, 0.75, dtype=BF16).weights._plan
@@ -588,21 +598,21 @@ def check_proof(how: str) -> None:
             before.lerp(model.weight.flatten(), 0.25),
         )
     finally:
-        gpu_triton._Launch.__call__ = call  # type: ignore[method-assign]
-        gpu_triton._proved.cache_clear()
-        gpu_triton._REFUSED.clear()
+        gpu_plan._Launch.__call__ = call  # type: ignore[method-assign]
+        gpu_plan._is_proved.cache_clear()
+        gpu_plan._REFUSED.clear()
     assert len(EMA(model, 0.75, dtype=BF16).weights._plan._launches) == 1
 
 
 @pytest.mark.parametrize("how", ["raises", "noise", "guard"])
 def test_a_wrong_kernel_is_not_used(interpreted: Any, how: str) -> None:
-    """It is compared with `kernels.Plan` before it is trusted; one warning per device."""
+    """It is compared with `UpdatePlan` before it is trusted; one warning per device."""
     interpreted(check_proof, how)
 
 
 def test_nobody_else_compares() -> None:
-    """Without a fallback the plan is what it says: the comparison itself must not recurse."""
-    assert gpu_triton.FusedPlan([], 0)._others is None
+    """Without a fallback there is no comparison: the comparison itself must not recurse."""
+    assert gpu_plan.FusedPlan([], 0)._others is None
 
 
 def test_triton_is_not_imported() -> None:
@@ -621,6 +631,27 @@ def test_a_numbering_of_a_run_is_looked_at() -> None:
     """Indices that are no Numbering are compared element by element, across chunks."""
     n = (SCRATCH << 2) + 3
     pair = ShadowPair("w", [torch.empty(0)], torch.empty(1).expand(n), numbers(17))
-    assert gpu_triton._numbering(pair) == Numbering(17)
+    assert gpu_plan._numbering(pair) == Numbering(17)
     pair.indices = lambda a, b: torch.arange(a, b) + (torch.arange(a, b) == n - 1)
-    assert gpu_triton._numbering(pair) is None
+    assert gpu_plan._numbering(pair) is None
+
+
+class Placed:
+    """A tensor at an address that the test chooses."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __len__(self) -> int:
+        return 1
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def test_addresses_beyond_63_bits() -> None:
+    """Unified memory of an XPU may lie in the upper half: the table holds the same 64 bits."""
+    live: Any = Placed((1 << 64) - 32)
+    shadow: Any = Placed(1 << 63)
+    row = torch.tensor(gpu_plan._row(ShadowPair("w", [shadow], live, numbers(0)), None, 0))
+    assert [address & (1 << 64) - 1 for address in row[4:].tolist()] == [(1 << 64) - 32, 1 << 63]

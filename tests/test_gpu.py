@@ -19,7 +19,7 @@ from dist_ema import EMA
 from dist_ema.averaging.engines import HostThread, Overlapped
 from dist_ema.averaging.executors import SideStream, Worker
 from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
-from dist_ema.averaging.kernels.gpu_triton import FusedPlan, available
+from dist_ema.averaging.kernels.gpu_plan import FusedPlan, available
 from dist_ema.sharding.geometry import Numbering
 
 from .test_fused import AWKWARD, BOXES, EXACT, both
@@ -166,6 +166,24 @@ def test_another_device() -> None:
     assert (pairs[0].shadows[0] == 0.5).all()
 
 
+def test_steps_skipped_on_two_devices() -> None:
+    """One optimizer per device, each with its own found_inf: the step counts if one happened."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    model = nn.ModuleList([nn.Linear(3, 3).to(f"cuda:{k}") for k in range(2)])
+    optimizers = [torch.optim.SGD(part.parameters(), 0.1, fused=True) for part in model]
+    ema = EMA(model, 0.5)
+    ema.attach(*optimizers)
+    for skipped in ((1.0, 1.0), (0.0, 1.0), (1.0, 1.0)):
+        for k, (optimizer, part) in enumerate(zip(optimizers, model, strict=True)):
+            optimizer.found_inf = torch.full((), skipped[k], device=f"cuda:{k}")
+            optimizer.grad_scale = None
+            for p in part.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+    assert ema.metrics()["skipped"] == 2
+
+
 def allocations() -> int:
     return int(torch.cuda.memory_stats(CUDA)["allocation.all.allocated"])
 
@@ -296,9 +314,11 @@ def test_memory_outlives_its_owner(kind: Any) -> None:
     plan.run([0.0], 0)  # compiled before the race
     torch.cuda.synchronize()
     engine.update(plan, [1.0], 1, False)
+    places = {pair.shadows[0].data_ptr(), pair.live.data_ptr()}
     del pair, plan, engine
     gc.collect()
     others = [torch.full((n,), 7.0, device=CUDA) for _ in range(2)]
+    assert places.isdisjoint(other.data_ptr() for other in others), "memory was reused too early"
     torch.cuda.synchronize()
     assert all((other == 7).all() for other in others)
 

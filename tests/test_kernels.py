@@ -19,8 +19,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_ema.averaging.kernels import cpu_numba
-from dist_ema.averaging.kernels.eager import PACK, SCRATCH, SHORT, ShadowPair, UpdatePlan
+from dist_ema.averaging.kernels import cpu_plan
+from dist_ema.averaging.kernels.eager import (
+    PACK,
+    SCRATCH,
+    SHORT,
+    Apart,
+    Cast,
+    Direct,
+    Packed,
+    Rounded,
+    ShadowPair,
+    UpdatePlan,
+)
 from dist_ema.averaging.kernels.rounding import noise, noise_key, round_to_bfloat16
 from dist_ema.averaging.skipped_steps import SkippedSteps
 from tests.kit import draw
@@ -33,7 +44,7 @@ BF16 = torch.bfloat16
 @pytest.fixture(params=["eager", "compiled"])
 def plan(request: pytest.FixtureRequest) -> Make:
     """Plan, with compiled passes for what they take, or without."""
-    if request.param == "compiled" and not cpu_numba.available():
+    if request.param == "compiled" and not cpu_plan.available():
         pytest.skip("numba is not installed")
     return partial(UpdatePlan, passes=request.param == "compiled")
 
@@ -121,7 +132,7 @@ def test_oracle(plan: Make, kind: str, weight: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weight", [0.0, 2.0**-10, 0.25, 1.0])
 def test_tensor_weight_gives_the_same_bits(plan: Make, kind: str, weight: float) -> None:
-    """A weight on the device (fact 15) gives the bits of the same weight on the host: `_of` in kernels."""
+    """A weight on the device (fact 15) gives the bits of the same weight on the host: `weight.to` in _move."""
     one, other = KINDS[kind](), KINDS[kind]()
     plan(one).run([weight], update=3)
     plan(other).run([torch.tensor(weight)], update=3)
@@ -168,14 +179,19 @@ def test_longer_than_the_scratch(plan: Make, shadow: torch.dtype, live: torch.dt
 
 
 def test_packing_stops() -> None:
-    """More short pieces than one pack holds: `size + len(live) <= PACK` in _runs."""
+    """More short pieces than one pack holds: `size + len(pair.live) > PACK` in _pack."""
     sizes = [SHORT // 4 - 1] * (PACK // (SHORT // 4 - 1) + 3)
     pairs = pair_up(arena(sizes, torch.float32, 1), apart(sizes, torch.float32, 2))
     expected = oracle(pairs, 0.5)
     plan = UpdatePlan(pairs)
     plan.run([0.5], update=0)
     equal(pairs, expected)
-    assert [len(lives) for _, lives, _, _ in plan._through] == [len(sizes) - 3, 3]
+    assert [len(step.lives) for step in of(plan, Packed)] == [len(sizes) - 3, 3]
+
+
+def of(plan: UpdatePlan, kind: Any) -> list[Any]:
+    """The steps of one kind."""
+    return [step for step in plan.steps if isinstance(step, kind)]
 
 
 # --- how a plan is made ------------------------------------------------------------------------------------------
@@ -185,10 +201,13 @@ def shape(pairs: list[ShadowPair]) -> tuple[list[int], list[list[int]], int]:
     """(lengths of the direct pairs, lengths of the tensors in each packed or cast step, number of rounded steps)."""
     plan = UpdatePlan(pairs)
     return (
-        [len(x) for _, x in plan._direct]
-        + [len(x) for _, lives, _, _ in plan._apart for x in lives],
-        [[len(x) for x in lives] for _, lives, _, _ in plan._through],
-        len(plan._rounded),
+        [len(step.live) for step in of(plan, Direct)]
+        + [len(live) for step in of(plan, Apart) for live in step.lives],
+        [
+            [len(live) for live in (step.lives if isinstance(step, Packed) else [step.live])]
+            for step in of(plan, (Cast, Packed))
+        ],
+        len(of(plan, Rounded)),
     )
 
 
@@ -232,7 +251,7 @@ def test_apart_on_both_sides(live: torch.dtype, guard: bool, weight: Any) -> Non
     with watched():  # nor does the host wait for a weight on the device
         plan.run([weight], 0, guard)
     equal(pairs, expected)
-    assert [[len(x) for x in lives] for _, lives, _, _ in plan._apart] == [
+    assert [[len(live) for live in step.lives] for step in of(plan, Apart)] == [
         [7, 3, 5000, 5000, 5000],
         [5000, 1],
         [4, 4],
@@ -240,7 +259,7 @@ def test_apart_on_both_sides(live: torch.dtype, guard: bool, weight: Any) -> Non
 
 
 def test_order_and_gaps_are_respected(plan: Make) -> None:
-    """Neighbours in another order, or with a gap between, are no neighbours: `_touch`."""
+    """Neighbours in another order, or with a gap between, are no neighbours: `touch`."""
     shadow, live = arena([4, 4, 4], torch.float32, 1), arena([4, 4, 4], torch.float32, 2)
     assert shape(pair_up([shadow[1], shadow[0]], [live[1], live[0]]))[0] == [4, 4]
     assert shape(pair_up([shadow[0], shadow[2]], [live[0], live[2]]))[0] == [4, 4]
@@ -261,7 +280,7 @@ def test_dtypes_are_not_mixed() -> None:
 
 
 def test_equal_pointers_of_other_dtypes_do_not_touch(plan: Make) -> None:
-    """Two dtypes over one storage can have offsets that seem to continue: `a.dtype == b.dtype` in _touch."""
+    """Two dtypes over one storage can have offsets that seem to continue: `a.dtype == b.dtype` in touch."""
     raw = draw(8, torch.float64, 3).view(torch.uint8)
     shadow = arena([4, 4], torch.float64, 1)
     pairs = pair_up(shadow, [raw.view(torch.float32)[:4], raw.view(torch.float64)[4:8]])
@@ -337,7 +356,7 @@ def test_guard_sees_what_the_cast_makes(plan: Make) -> None:
 
 
 def test_guard_in_chunks(plan: Make) -> None:
-    """The guarded direct path walks a long piece in chunks: `_guarded`."""
+    """The guarded direct path walks a long pair in windows: `_windows`."""
     n = SCRATCH + 5
     pairs = pair_up([torch.zeros(n)], [torch.ones(n)])
     pairs[0].live[-1] = float("nan")

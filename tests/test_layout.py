@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
+from dist_ema.averaging.kernels.eager import Direct, Packed, ShadowPair, UpdatePlan
 from dist_ema.sharding import arena, discovery, ownership
 from dist_ema.sharding.arena import allocate
 from dist_ema.sharding.fingerprint import WINDOW, fingerprint
@@ -289,8 +289,9 @@ def test_short_weights_share_one_pack() -> None:
         if slot.shadow is not None
     ]
     plan = UpdatePlan(pairs, passes=False)
-    assert [len(live) for _, live in plan._direct] == [128 * 130] * 3
-    assert [[len(live) for live in lives] for _, lives, _, _ in plan._through] == [[130] * 3]
+    direct, packed = ([s for s in plan.steps if isinstance(s, kind)] for kind in (Direct, Packed))
+    assert [len(step.live) for step in direct] == [128 * 130] * 3
+    assert [[len(live) for live in step.lives] for step in packed] == [[130] * 3]
 
 
 def test_neighbours_in_one_storage_stay_one() -> None:
@@ -311,10 +312,12 @@ def test_neighbours_in_one_storage_stay_one() -> None:
             if slot.shadow is not None
         ]
         plan = UpdatePlan(pairs, passes=False)
-        steps = [len(live) for _, live in plan._direct] + [
-            len(x) for _, lives, _, _ in plan._through for x in lives
+        lives = [
+            live
+            for step in plan.steps
+            for live in (step.lives if isinstance(step, Packed) else [step.live])
         ]
-        assert sorted(steps) == sorted([10, sum(sizes)])
+        assert sorted(map(len, lives)) == sorted([10, sum(sizes)])
 
 
 def test_allocate_elsewhere() -> None:

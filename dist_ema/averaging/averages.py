@@ -20,8 +20,9 @@ from ..schedules import Schedule
 from ..sharding import arena, geometry, ownership, records, wrappers
 from .clock import Clock
 from .engines import Engine, Inline, Times, choose_engine
-from .kernels import gpu_triton
-from .kernels.eager import ShadowPair, UpdatePlan
+from .kernels.eager import UpdatePlan
+from .kernels.gpu_plan import FusedPlan, available
+from .kernels.pairs import ShadowPair
 from .skipped_steps import SkippedSteps
 from .teacher import Teacher
 
@@ -589,9 +590,9 @@ class AveragedWeights:
         return kept[0], kept[1]
 
 
-def _plan(pairs: Sequence[ShadowPair], seed: int) -> UpdatePlan | gpu_triton.FusedPlan:
+def _plan(pairs: Sequence[ShadowPair], seed: int) -> UpdatePlan | FusedPlan:
     """One launch per dtype where a Triton kernel takes the pairs and is right on their devices."""
     devices = {shadow.device for pair in pairs for shadow in pair.shadows}
-    if devices and all(gpu_triton.available(device) for device in devices):
-        return gpu_triton.FusedPlan(pairs, seed, UpdatePlan)
+    if devices and all(available(device) for device in devices):
+        return FusedPlan(pairs, seed, UpdatePlan)
     return UpdatePlan(pairs, seed)

@@ -1,15 +1,16 @@
 """When the arithmetic runs.
 
-An engine is three verbs. `update` may return before the shadows have moved; `fence` returns when live weights may be
-overwritten; `settle` returns when shadows may be read. Each orders work, none of them is a collective.
+An engine has three verbs. `update` may return before the shadows have moved; after `fence` live
+weights may be overwritten; after `settle` shadows may be read. Each orders work, and none of them
+is a collective.
 
     compute   | forward | backward | step |  forward | backward | fence step |
-    side                           update >==========>                          Overlapped: one pass, on a side stream
-    copy                           update >=====>                               HostThread: live to a window ...
-    thread                                     >=================>              ... and the average in host memory
+    side                           update >==========>                          Overlapped
+    copy                           update >=====>                               HostThread: to a window,
+    thread                                     >=================>              averaged from the window
 
-[Note: times]  Every engine times its updates and what it adds to a step, with marks that are read later: nobody waits to
-know. On an accelerator a mark is an event, elsewhere the host's clock.
+[Note: times]  Every engine times its updates and what it adds to a step, with marks that are read
+later, so that timing never waits. On an accelerator a mark is an event, elsewhere the host's clock.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .executors import NAP, TIMED, Executor, Instant, Meter, SideStream, Worker, mark
-from .kernels.eager import ShadowPair, UpdatePlan
-from .kernels.gpu_triton import FusedPlan
+from .executors import NAP, Executor, Instant, Meter, SideStream, Worker, has_streams, mark
+from .kernels.eager import UpdatePlan
+from .kernels.gpu_plan import FusedPlan
+from .kernels.pairs import ShadowPair, Weights, join, touch
 
-__all__ = ["Engine", "HostThread", "Inline", "Overlapped", "Times", "Weights", "choose_engine"]
+__all__ = ["Engine", "HostThread", "Inline", "Overlapped", "Plan", "Times", "choose_engine"]
 
-
-Weights = Sequence[float | Tensor]
+Plan: TypeAlias = "UpdatePlan | FusedPlan"
 
 
 @dataclass(frozen=True)
 class Times:
-    """What is known of the updates without waiting for anything ([Note: times])."""
+    """What is known of the updates without waiting ([Note: times])."""
 
     update_ms: float = 0.0  # of the last finished update
     stall_ms: float = 0.0  # that it added to the training step
@@ -48,43 +49,47 @@ class Engine(Protocol):
     deferred: bool  # live weights are still being read when `update` returns
     window_bytes: int  # of host memory, besides the shadows
 
-    def update(
-        self, plan: UpdatePlan | FusedPlan, weights: Weights, number: int, guard: bool
-    ) -> None:
-        """Start moving the shadows towards live; weights are 1 - decay of each average, `number` counts the updates."""
+    def update(self, plan: Plan, weights: Weights, number: int, guard: bool) -> None:
+        """Start moving the shadows towards live. `number` counts the updates."""
 
     def fence(self) -> None:
-        """Live weights may be overwritten after this."""
+        """Orders: all reads of live weights, then what overwrites them."""
 
     def settle(self) -> None:
-        """Shadows may be read after this. Raises RuntimeError if an update failed out of sight."""
+        """Orders: all updates, then what reads the shadows.
+
+        Raises:
+            RuntimeError: An update failed in another thread.
+        """
 
     def times(self) -> Times:
         """Of the last finished update. Never waits."""
 
 
 class Inline:
-    """On the caller's stream, before `update` returns: the reference that every other engine must equal bit for bit."""
+    """On the caller's stream: the reference that other engines must equal bit for bit.
+
+    Args:
+        device: Where updates are timed; None: on the host.
+    """
 
     deferred = False
     window_bytes = 0
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self._device = device  # where updates are timed; None: on the host
+        self._device = device
         self._meter = Meter()
 
-    def update(
-        self, plan: UpdatePlan | FusedPlan, weights: Weights, number: int, guard: bool
-    ) -> None:
+    def update(self, plan: Plan, weights: Weights, number: int, guard: bool) -> None:
         begin = mark(self._device)
         plan.run(weights, number, guard)
         self._meter.add(begin, mark(self._device))
 
     def fence(self) -> None:
-        """The current stream orders the next write after the read."""
+        """The caller's stream orders the next write after the read."""
 
     def settle(self) -> None:
-        """The current stream orders the next read after the write."""
+        """The caller's stream orders the next read after the write."""
 
     def times(self) -> Times:
         spent = self._meter.read()
@@ -92,25 +97,23 @@ class Inline:
 
 
 class Overlapped:
-    """Behind the next forward and backward: whoever overwrites live weights or reads shadows waits, nobody else."""
+    """Behind the next forward and backward: only `fence` and `settle` wait, on the device."""
 
     deferred = True
     window_bytes = 0
 
     def __init__(self, executor: Executor) -> None:
         self._executor, self._pass = executor, _InFlight(executor)
-        self._under_way: deque[Any] = deque()
+        self._tickets: deque[Any] = deque()
         self._updates = Meter()
         self._weights: Weights = []
-        self._plan: UpdatePlan | FusedPlan | None = None
+        self._plan: Plan | None = None
 
-    def update(
-        self, plan: UpdatePlan | FusedPlan, weights: Weights, number: int, guard: bool
-    ) -> None:
+    def update(self, plan: Plan, weights: Weights, number: int, guard: bool) -> None:
         if plan is not self._plan:
             self._plan = plan
             self._executor.keep(plan.tensors)
-        # NOTE: weights on the device are kept until the next update, or their memory would be reused while it is read.
+        # NOTE: kept until the next update, or their memory would be reused while it is read.
         self._weights = weights
 
         def run() -> None:
@@ -118,7 +121,8 @@ class Overlapped:
             plan.run(weights, number, guard)
             self._updates.add(begin, self._executor.mark())
 
-        self._under_way.append(self._pass.submit(run))
+        # Orders: the optimizer's step, then this update.
+        self._tickets.append(self._pass.submit(run))
         self._lag()  # keeps the list short
 
     def fence(self) -> None:
@@ -131,13 +135,13 @@ class Overlapped:
         return Times(self._updates.read(), self._pass.stalls.read(), self._lag())
 
     def _lag(self) -> int:
-        while self._under_way and self._executor.done(self._under_way[0]):
-            self._under_way.popleft()
-        return len(self._under_way)
+        while self._tickets and self._executor.done(self._tickets[0]):
+            self._tickets.popleft()
+        return len(self._tickets)
 
 
 class _InFlight:
-    """The last work that was given to an executor, and how long the training step was held up by it."""
+    """The last work given to an executor, and how long the training step waited for it."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
@@ -150,57 +154,63 @@ class _InFlight:
         return self._ticket
 
     def wait(self, timed: bool = False) -> None:
-        """What is issued from now on comes after the work. timed: it is a step that waits."""
+        """Orders: the work, then what is issued from now on. timed: a training step waits."""
         if self._ticket is None:
             return
         begin = self._executor.mark() if timed and not self._timed else None
-        self._executor.wait(
-            self._ticket
-        )  # every time, because the caller's stream may be another now
+        # NOTE: every time, because the caller's stream may be another one now.
+        self._executor.wait(self._ticket)
         if begin is not None:
             self.stalls.add(begin, self._executor.mark())
             self._timed = True
 
 
 class HostThread:
-    """Shadows in host memory: live weights go into a window there, and a thread averages from the window.
+    """Shadows in host memory: live weights go into a window, a thread averages from there.
 
-    `fence` waits for the copy only. At most one update is in flight. *Cost*: one window of the live weights' size in
-    (pinned) host memory, whose allocator may round it up to a power of two; 2 to 4 bytes per weight over the host link, in
-    one copy per run of neighbours; nothing on the device. The thread asks the device whether the copy is done, which the
-    capture of a CUDA graph forbids: capture before the first update, or settle (`swap`, `metrics`) first.
+    `fence` waits for the copy only. At most one update is in flight. The thread asks the device
+    whether the copy is done, which the capture of a CUDA graph forbids: capture before the first
+    update, or settle (`swap`, `metrics`) first.
+
+    Args:
+        copier: Copies live to the window; None: the caller does.
+        worker: Averages.
+
+    Note:
+        *Cost*: one window of the live weights' size in (pinned) host memory, whose allocator may
+        round it up to a power of two; 2 to 4 bytes per weight over the host link, in one copy per
+        run of neighbours; nothing on the device.
     """
 
     def __init__(self, copier: Executor | None, worker: Executor) -> None:
         self._copier, self._worker = copier, worker
-        self._copy_behind = None if copier is None else _InFlight(copier)
+        self._copying = None if copier is None else _InFlight(copier)
         self._averaged: Any = None
-        self._plan: UpdatePlan | FusedPlan | None = None
+        self._plan: Plan | None = None
         self._failed: str | None = None
         self._averages, self._submits = Meter(), Meter()
         self.deferred = copier is not None
         self.window_bytes = 0
 
-    def update(
-        self, plan: UpdatePlan | FusedPlan, weights: Weights, number: int, guard: bool
-    ) -> None:
+    def update(self, plan: Plan, weights: Weights, number: int, guard: bool) -> None:
         begin = Instant()
-        self.settle()  # the window is free again
+        self.settle()  # orders: the last average, then the next copy into its window
         if plan is not self._plan:
             self._open_window(plan)
             if self._copier is not None:
                 self._copier.keep([pair.live for pair in plan.pairs])
         copied = None
-        if self._copy_behind is None:
+        if self._copying is None:
             self._copy(weights)
         else:
-            copied = self._copy_behind.submit(lambda: self._copy(weights))
+            # Orders: the optimizer's step, then the copy.
+            copied = self._copying.submit(lambda: self._copy(weights))
         self._kept = weights  # until the copy was waited for, their memory must not be reused
         self._averaged = self._submit_average(copied, weights, number, guard)
         self._submits.add(begin, Instant())
 
     def _submit_average(self, copied: Any, weights: Weights, number: int, guard: bool) -> Any:
-        here = [
+        on_host = [
             self._weights[k] if isinstance(weight, Tensor) else weight
             for k, weight in enumerate(weights)
         ]
@@ -210,60 +220,62 @@ class HostThread:
             try:
                 self._await_copy(copied)
                 begin = self._worker.mark()
-                windowed.run(here, number, guard)
+                windowed.run(on_host, number, guard)
                 self._averages.add(begin, self._worker.mark())
             except BaseException as error:  # surfaces at the next call
-                self._failed = f"update {number} of the average failed in the host thread: {type(error).__name__}: {error}"
+                self._failed = (
+                    f"update {number} of the average failed in the host thread: "
+                    f"{type(error).__name__}: {error}"
+                )
 
         return self._worker.submit(average)
 
     def _await_copy(self, copied: Any) -> None:
-        """In the thread. NOTE: synchronize() would spin on a core, because torch.Event ignores blocking=True."""
+        """Orders: the copy, then the average; in the thread.
+
+        NOTE: synchronize() would spin on a core, because torch.Event ignores blocking=True.
+        """
         while copied is not None and self._copier is not None and not self._copier.done(copied):
             time.sleep(NAP)
 
     def fence(self) -> None:
         self._refuse_failed()
-        if self._copy_behind is not None:
-            self._copy_behind.wait(timed=True)
+        if self._copying is not None:
+            self._copying.wait(timed=True)
 
     def settle(self) -> None:
-        if self._copy_behind is not None:
-            self._copy_behind.wait()
+        if self._copying is not None:
+            self._copying.wait()
         if self._averaged is not None:
             self._worker.wait(self._averaged)
         self._refuse_failed()
 
     def times(self) -> Times:
         lag = self._averaged is not None and not self._worker.done(self._averaged)
-        held = 0.0 if self._copy_behind is None else self._copy_behind.stalls.read()
-        return Times(self._averages.read(), self._submits.read() + held, int(lag))
+        stalled = 0.0 if self._copying is None else self._copying.stalls.read()
+        return Times(self._averages.read(), self._submits.read() + stalled, int(lag))
 
     def _refuse_failed(self) -> None:
         if self._failed is not None:
             raise RuntimeError(
-                f"{self._failed}. This average is not usable any more: call ema.detach(), or build the EMA anew and load an "
-                "earlier average."
+                f"{self._failed}. This average is not usable any more: call ema.detach(), or build "
+                "the EMA anew and load an earlier average."
             )
 
-    def _open_window(self, plan: UpdatePlan | FusedPlan) -> None:
-        """One arena per dtype for what the live side of the plan sends."""
-        self._plan, self._copies, self._windowed = (
-            None,
-            [],
-            UpdatePlan([]),
-        )  # the old window is free before the new one comes
+    def _open_window(self, plan: Plan) -> None:
+        """Make one arena per dtype for the live side of the plan."""
+        # NOTE: the old window is free before the new one is allocated, and if that fails the next
+        # update tries again.
+        self._plan, self._copies, self._windowed = None, [], UpdatePlan([])
         pin = any(pair.live.device.type != "cpu" for pair in plan.pairs)
         pairs: list[ShadowPair] = []
         for dtype in dict.fromkeys(pair.live.dtype for pair in plan.pairs):
-            mine = [pair for pair in plan.pairs if pair.live.dtype == dtype]
-            sizes = [len(pair.live) for pair in mine]
+            alike = [pair for pair in plan.pairs if pair.live.dtype == dtype]
+            sizes = [len(pair.live) for pair in alike]
             arena = torch.empty(sum(sizes), dtype=dtype, pin_memory=pin)
-            pairs += [
-                replace(pair, live=window)
-                for pair, window in zip(mine, arena.split(sizes), strict=True)
-            ]
-            self._copies += _runs(arena, [pair.live for pair in mine])
+            windows = zip(alike, arena.split(sizes), strict=True)
+            pairs += [replace(pair, live=window) for pair, window in windows]
+            self._copies += _runs(arena, [pair.live for pair in alike])
         self._windowed = UpdatePlan(pairs, plan.seed)
         averages = max((len(pair.shadows) for pair in plan.pairs), default=0)
         self._weights = torch.zeros(averages, dtype=torch.float32, pin_memory=pin)
@@ -279,13 +291,13 @@ class HostThread:
 
 
 def _runs(arena: Tensor, lives: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """(part of the arena, what goes there): the lives end to end, those that lie end to end in the model as one."""
+    """(part of the arena, live tensors that lie end to end in the model), in order."""
     runs: list[tuple[Tensor, Tensor]] = []
     start = 0
     for live in lives:
-        if runs and _touch(runs[-1][1], live):
+        if runs and touch(runs[-1][1], live):
             before = runs.pop()[1]
-            live = before.as_strided((len(before) + len(live),), (1,))
+            live = join([before, live])
             start -= len(before)
         if len(live):
             runs.append((arena[start : start + len(live)], live))
@@ -293,18 +305,19 @@ def _runs(arena: Tensor, lives: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]
     return runs
 
 
-def _touch(a: Tensor, b: Tensor) -> bool:
-    """b begins where a ends, in one storage."""
-    same = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-    return same and a.storage_offset() + len(a) == b.storage_offset()
-
-
 def choose_engine(live: Collection[torch.device], host: bool, overlap: bool = True) -> Engine:
-    """The engine that hides an update best, for weights on `live`; host: shadows were asked into host memory."""
-    apart = [device for device in live if device.type in TIMED]  # the others order one stream
+    """The engine that hides an update best.
+
+    Args:
+        live: The devices of the live weights.
+        host: The shadows lie in host memory, as was asked for.
+        overlap: Hide the update behind the next step.
+    """
+    # NOTE: devices without streams order all work by themselves; one stream orders one device.
+    streamed = [device for device in live if has_streams(device)]
     if not overlap or len(live) > 1:
-        return Inline(apart[0] if apart else None)  # one stream cannot order several devices
-    if not apart:
+        return Inline(streamed[0] if streamed else None)
+    if not streamed:
         return HostThread(None, Worker()) if host else Inline()
-    aside = SideStream(apart[0])
-    return HostThread(aside, Worker(device=apart[0])) if host else Overlapped(aside)
+    aside = SideStream(streamed[0])
+    return HostThread(aside, Worker(device=streamed[0])) if host else Overlapped(aside)

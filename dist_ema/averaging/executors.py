@@ -1,6 +1,6 @@
 """Places beside the caller where work is done in order, and marks that say how long it took.
 
-Nobody waits for a mark: it is set where work is issued, and read once it has passed.
+Reading a mark never waits: it is set where work is issued, and read once it has passed.
 """
 
 from __future__ import annotations
@@ -11,17 +11,29 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["NAP", "TIMED", "Executor", "Instant", "Mark", "Meter", "SideStream", "Worker", "mark"]
+__all__ = [
+    "NAP",
+    "Executor",
+    "Instant",
+    "Mark",
+    "Meter",
+    "SideStream",
+    "Worker",
+    "has_streams",
+    "mark",
+]
 
-NAP = 0.0005  # seconds between two looks of a thread at the device
-PATIENCE = 1.0  # seconds between two looks at whether the thread that is waited for lives
-UNREAD = 64  # intervals that a meter keeps for somebody who reads
-TIMED = ("cuda", "xpu")  # devices whose events tell the time
+NAP = 0.0005  # seconds between two polls of the device by a thread
+PATIENCE = 1.0  # seconds between two checks that the thread that is awaited is alive
+UNREAD = 64  # intervals that a meter keeps until they are read
+
+Tasks: TypeAlias = "queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None]"
 
 
 class Mark(Protocol):
@@ -47,20 +59,33 @@ class Instant:
         return 1000 * (end._at - self._at)
 
 
+@lru_cache(maxsize=64)
+def has_streams(device: torch.device) -> bool:
+    """The device has streams whose events record and answer; it is asked, not known by its name."""
+    try:
+        event = torch.Event(device, enable_timing=True)
+        event.record(torch.Stream(device))
+        event.query()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
 def mark(device: torch.device | None) -> Mark:
-    """Here, on the device's current stream; on the host's clock where events of the device tell no time."""
-    if device is None or device.type not in TIMED:
+    """Now, on the device's current stream; on the host's clock where there are no streams."""
+    if device is None or not has_streams(device):
         return Instant()
     event = torch.Event(device, enable_timing=True)
+    # Orders nothing: the event passes when the stream has done what it was given so far.
     event.record(torch.accelerator.current_stream(device))
     return event
 
 
 class Meter:
-    """Milliseconds that the last finished piece of work took; 0 before the first. Reading never waits."""
+    """Milliseconds of the last finished work; 0 before the first. Reading never waits."""
 
     def __init__(self) -> None:
-        # NOTE: bounded, because perhaps nobody reads; a thread may add while another reads.
+        # NOTE: bounded, because it may never be read; a thread may add while another reads.
         self._intervals: deque[tuple[Mark, Mark]] = deque(maxlen=UNREAD)
         self._last = 0.0
 
@@ -78,45 +103,46 @@ class Executor(Protocol):
     """A stream of the device, or a thread."""
 
     def submit(self, work: Callable[[], None]) -> Any:
-        """Do `work` after everything that the caller has issued so far; returns a ticket."""
+        """Do `work` after everything that the caller has issued so far. Returns a ticket."""
 
     def wait(self, ticket: Any) -> None:
         """What the caller issues from now on comes after the ticket's work."""
 
     def done(self, ticket: Any) -> bool:
-        """The ticket's work is over. Never waits."""
+        """The ticket's work is done. Never waits."""
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Whoever drops them, their memory is not reused before the work that was submitted until then is done."""
+        """Memory of these tensors is not reused before the work submitted until then is done."""
 
     def mark(self) -> Mark:
-        """Here: inside `work` in its order, else in the caller's."""
+        """Now: inside `work` in its order, else in the caller's."""
 
 
 class SideStream:
-    """A stream of the accelerator. Submitting and waiting are ordered on the device; the host goes on."""
+    """A stream of the accelerator. The device orders submits and waits; the host goes on."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.Stream(device)
 
     def submit(self, work: Callable[[], None]) -> torch.Event:
-        # Orders: everything issued on the compute stream so far, then the work.
+        # Orders: everything issued on the caller's stream so far, then the work.
         issued = torch.accelerator.current_stream(self.device).record_event()
         self._stream.wait_event(issued)
         with self._stream:
             work()
+        # Orders nothing yet: the ticket passes after the work, for `wait` and `done`.
         return self._stream.record_event()
 
     def wait(self, ticket: torch.Event) -> None:
-        # Orders: the work, then everything that the compute stream is given from now on.
+        # Orders: the work, then everything that the caller's stream is given from now on.
         torch.accelerator.current_stream(self.device).wait_event(ticket)
 
     def done(self, ticket: torch.Event) -> bool:
         return ticket.query()
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        # Orders: the work, then the reuse of memory that was allocated on the compute stream, when it is freed.
+        # Orders: the work, then the reuse of memory that the caller's stream allocated.
         for tensor in tensors:
             tensor.record_stream(self._stream)
 
@@ -127,7 +153,11 @@ class SideStream:
 class Worker:
     """A thread with few intra-op threads, started when it is first needed; it ends with its owner.
 
-    device: the accelerator whose events the thread looks at. A fork leaves the thread behind: the child starts another.
+    A fork leaves the thread behind, and the child starts another.
+
+    Args:
+        threads: Bound of the intra-op threads.
+        device: The accelerator whose events the thread polls.
     """
 
     def __init__(self, threads: int = 2, device: torch.device | None = None) -> None:
@@ -135,6 +165,7 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[], None]) -> threading.Event:
+        # Orders: the work submitted before, then this; nothing that the caller does.
         if self._thread is None or not self._thread.is_alive():
             self._start()
         done = threading.Event()
@@ -142,45 +173,46 @@ class Worker:
         return done
 
     def wait(self, ticket: threading.Event) -> None:
+        # Orders: the work, then what the caller does next, on the host.
         while not ticket.wait(PATIENCE):
             if self._thread is None or not (self._thread.is_alive() or ticket.is_set()):
                 raise RuntimeError(
-                    "the thread that averages in host memory is gone: was this process forked?"
+                    "the thread that averages in host memory is gone: was this process forked? "
+                    "Build the EMA in the process that updates it."
                 )
 
     def done(self, ticket: threading.Event) -> bool:
         return ticket.is_set()
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Host memory belongs to whoever refers to it."""
+        """Host memory lives as long as it is referred to."""
 
     def mark(self) -> Mark:
         return Instant()
 
     def _start(self) -> None:
-        # NOTE: the thread knows the queue and nothing else of us, or we would never be collected.
+        # NOTE: the thread refers to the queue, not to self, or self would never be collected.
         self._queue: Tasks = queue.SimpleQueue()
         self._thread = threading.Thread(
             target=_serve, args=(self._queue,), name="dist_ema", daemon=True
         )
         weakref.finalize(self, self._queue.put, None)
-        mine, ready, device = torch.get_num_threads(), threading.Event(), self._device
-        few = min(self._threads, mine)
+        threads, ready, device = torch.get_num_threads(), threading.Event(), self._device
+        few = min(self._threads, threads)
         self._queue.put((lambda: _settle_in(few, device), ready))
         self._thread.start()
         ready.wait()
-        torch.set_num_threads(mine)  # the bound is the worker's; threads made later take ours
+        # NOTE: the bound is the worker's alone; threads that are made later take the caller's.
+        torch.set_num_threads(threads)
 
 
 def _settle_in(threads: int, device: torch.device | None) -> None:
-    torch.get_num_threads()  # NOTE: a thread's first look at the number sets it to the process's, and would undo ours
+    # NOTE: a thread's first read of the number sets it to the process's, and would undo the bound.
+    torch.get_num_threads()
     torch.set_num_threads(threads)
     if device is not None:
-        # NOTE: a new thread is on device 0, and looking at an event from there would open a context on it.
+        # NOTE: a new thread is on device 0, and polling an event from there opens a context on it.
         torch.accelerator.set_device_index(device)
-
-
-Tasks = queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None]
 
 
 def _serve(tasks: Tasks) -> None:
@@ -191,4 +223,5 @@ def _serve(tasks: Tasks) -> None:
                 work()
             finally:
                 done.set()
-            del task, work, done  # or the last update's tensors would live until the next
+            # NOTE: without this the last update's tensors would live until the next update.
+            del task, work, done

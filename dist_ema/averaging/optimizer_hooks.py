@@ -125,7 +125,9 @@ class Attachment:
         """Not 0 on the device if every step since the last update was skipped; None: one of them happened for sure."""
         skips, self._skips = self._skips, []
         seen = [skip.reshape(()) for skip in skips if skip is not None]
-        return torch.stack(seen).amin() if seen and len(seen) == len(skips) else None
+        if not seen or len(seen) < len(skips):
+            return None
+        return torch.stack([skip.to(seen[0].device) for skip in seen]).amin()
 
 
 class _Hook:

@@ -1,4 +1,4 @@
-"""Steps that the device skipped: counted there, never waited for."""
+"""Steps that the device skipped: counted there, without waiting."""
 
 from __future__ import annotations
 
@@ -11,38 +11,47 @@ __all__ = ["SkippedSteps"]
 
 
 class SkippedSteps:
-    """The weight of an update whose step the device may have skipped: decided there, the host never waits.
+    """The weight of an update whose step the device may have skipped; the host never waits.
 
-    A skipped step has weight 0. Until one update was accepted, schedules whose first move copies go on copying.
+    A skipped step has weight 0. Until one update was accepted, schedules whose first move copies
+    go on copying.
     """
 
     def __init__(self) -> None:
         self.reset(accepted=False)
 
     def reset(self, accepted: bool) -> None:
-        """Start counting anew; `accepted`: an earlier run has accepted an update."""
-        self._open = accepted  # some update was accepted for sure
+        """Start counting anew. accepted: an earlier run has accepted an update."""
+        self._accepted = accepted  # some update was accepted for sure
         self._tried = 0  # updates that the device was free to skip
-        self._skipped: Tensor | None = None  # how many of them it did skip, float32 []
-        self._known = 0  # what the device has told of it
-        self._asked: tuple[Tensor, Mark] | None = None  # its answer, on the way to the host
+        self._skipped: Tensor | None = None  # how many of them it skipped, float32 []
+        self._known = 0  # the last count that reached the host
+        self._request: tuple[Tensor, Mark] | None = None  # a count on the way to the host
 
     def weigh(self, weight: float, copies_first: bool, skip: Tensor | None) -> float | Tensor:
-        """weight, 1 or 0. skip: [] on the device, not 0 if the step was skipped; None: it happened."""
+        """`weight`, 1 or 0.
+
+        Args:
+            weight: 1 - decay of this update.
+            copies_first: The first move of the schedule copies.
+            skip: [] on a device, not 0 if the step was skipped; None: it happened.
+        """
         move: float | Tensor = weight
-        if copies_first and not self._open:
+        if copies_first and not self._accepted:
             move = 1.0 if self._skipped is None else self._one_or(weight, self._skipped)
         if skip is None:
-            self._open = True
+            self._accepted = True
             return move
-        skipped = (skip != 0).to(torch.float32)
+        # NOTE: optimizers may lie on other devices in later updates; the first one's counts.
+        device = skip.device if self._skipped is None else self._skipped.device
+        skipped = (skip != 0).to(device, torch.float32)
         self._skipped = skipped.clone() if self._skipped is None else self._skipped + skipped
         self._tried += 1
         return move * (1 - skipped)
 
     def _one_or(self, weight: float, skipped: Tensor) -> Tensor:
-        """1 while the device has refused every update. float32 []"""
-        # NOTE: where() of two numbers would round them to the default dtype, which may be bfloat16.
+        """1 while the device has skipped every update. float32 []"""
+        # NOTE: where() of two numbers rounds them to the default dtype, which may be bfloat16.
         return torch.where(
             skipped >= self._tried, torch.ones_like(skipped), torch.full_like(skipped, weight)
         )
@@ -52,14 +61,16 @@ class SkippedSteps:
         return 0 if self._skipped is None else int(self._skipped)
 
     def heard(self) -> int:
-        """Updates skipped, as far as the device has told; asks it for the rest. Never waits."""
+        """Updates skipped, as far as the host knows; asks the device for the rest. Never waits."""
         if self._skipped is None or self._skipped.device.type == "cpu":
             return self.count()
-        if self._asked is not None and self._asked[1].query():
-            self._known, self._asked = int(self._asked[0]), None
-        if self._asked is None:
-            answer = torch.empty((), dtype=torch.float32, pin_memory=True).copy_(
-                self._skipped, non_blocking=True
+        if self._request is not None and self._request[1].query():
+            self._known, self._request = int(self._request[0]), None
+        if self._request is None:
+            answer = torch.empty((), dtype=torch.float32, pin_memory=True)
+            # Orders: the copy, then the mark, so that the answer is whole when the mark has passed.
+            self._request = (
+                answer.copy_(self._skipped, non_blocking=True),
+                mark(self._skipped.device),
             )
-            self._asked = answer, mark(self._skipped.device)
         return self._known

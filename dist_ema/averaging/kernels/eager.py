@@ -1,367 +1,314 @@
-"""shadow += weight * (live - shadow), on lists of plain 1-D tensors.
+"""`UpdatePlan`: one update as a list of steps over torch's own kernels.
 
-Always `lerp`: it is an exact fixed point, where `mul_` then `add_` moves constants and drifts. A `Plan` is made once per
-set of addresses and holds every view that an update needs, so that a step allocates and decides nothing. On a CPU with
-numba, lists of at least WORTH elements in fp32 and 16-bit dtypes go through `compiled`, in one pass. All else is eager:
+The formula is always `lerp`: it is an exact fixed point, where `mul_` then `add_` moves constants
+and drifts. A plan is made once per set of addresses and holds every view that an update needs, so
+that an update allocates and decides nothing. Its steps, and what each of them moves:
 
-    long, same dtype         one lerp_ each, neighbours merged                 12 bytes per fp32 element
-    long, another dtype      cast through a 4 MB scratch, then lerp_           10 bytes per bf16 -> fp32 element
-    short                    torch.cat into the scratch, one lerp_ for many; shadows that lie apart by foreach
-    16-bit shadow            fp32 arithmetic in the scratch, rounded stochastically ([Note: rounding])
+    step       pairs                                          how                          bytes
+    Pass       in host memory, where numba is worth it        one compiled pass (cpu_plan)
+    Direct     one dtype, neighbours merged                   one lerp_ each               12, fp32
+    Cast       long, of another dtype                         through a 4 MB scratch       10, from bf16
+    Packed     short, shadows end to end                      cat into the scratch, one lerp_
+    Apart      short, shadows anywhere                        cat if cast, one foreach lerp_
+    Rounded    16-bit shadows                                 fp32 in the scratch, [Note: rounding]
 
-[Note: rounding]  A bf16 shadow at decay 0.999 never moves when it is rounded to nearest. Here the bits that are cut off
-decide by chance: a hash of (seed, update, name, element number in the full weight) is added below the cut. There is no
-generator and no state, so the bits are the same on any world size, wrapper and device.
-
-[Note: two ways, the same bits]  Compiled and eager plans give the same bits (but for the payload of a NaN), so a rank may
-take either. What decides is whether torch's own lerp is one fused multiply-add on this processor, as the compiled one is:
-`_contracts` tries it.
+[Note: the same bits]  Compiled and eager plans give the same bits (but for the payload of a NaN),
+so a rank may take either. This holds where torch's own lerp is one fused multiply-add, as that of
+a pass is, which depends on the processor: `_same_bits` compares them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from . import cpu_numba
-from .rounding import (
-    draw_bits,
-    key_prefix,
-    noise_key,
-    round_half_in_place,
-    round_in_place,
-    upper_bits,
-)
+from . import cpu_plan
+from .pairs import ShadowPair, Weights, join, merge
+from .rounding import draw_bits, noise_key, round_half_in_place, round_in_place, upper_bits
 
-__all__ = ["SCRATCH", "ShadowPair", "UpdatePlan"]
+__all__ = ["PACK", "SCRATCH", "SHORT", "WORTH", "ShadowPair", "Step", "UpdatePlan"]
 
-
-SCRATCH = 1 << 20  # elements in one chunk: 4 MB of fp32; 256 KB is slower than no chunks at all
-
-
+SCRATCH = 1 << 20  # elements in one window: 4 MB of fp32; 256 KB is slower than no windows at all
 SHORT = 16 << 10  # elements below which tensors are packed
-
-
-PACK = 16 << 10  # elements in one pack: one thread moves it, which is faster than to wait for two
-
-
+PACK = 16 << 10  # elements in one pack: one thread moves it, and waiting for a second costs more
 WORTH = 1 << 17  # elements; compiling for less takes longer than it ever saves
 
 
-@dataclass
-class ShadowPair:
-    """Shadows of one weight, one per average, and the live elements that they average; all 1-D and of one length."""
+class Step(Protocol):
+    """A part of an update that knows all its addresses."""
 
-    name: str
+    def run(self, weights: Weights, update: int, guard: bool) -> None:
+        """Move the shadows of this step; as `UpdatePlan.run`."""
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Live as it lies."""
+
     shadows: list[Tensor]
     live: Tensor
-    indices: Callable[
-        [int, int], Tensor
-    ]  # (start, stop) -> element numbers in the full weight, int64
-    huge: bool = True  # numbers beyond 32 bits may occur
+
+    def run(self, weights: Weights, update: int, guard: bool) -> None:
+        # A guarded move needs a temporary of live's size, so it goes in windows.
+        for shadows, live, _ in _windows(self) if guard else [(self.shadows, self.live, 0)]:
+            _move(shadows, live, weights, guard)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Live cast to the dtype and device of the shadows, in a scratch."""
+
+    shadows: list[Tensor]
+    live: Tensor
+    cast: Tensor
+
+    def run(self, weights: Weights, update: int, guard: bool) -> None:
+        _move(self.shadows, self.cast.copy_(self.live), weights, guard)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Short live tensors packed into a scratch, for shadows that lie end to end."""
+
+    shadows: list[Tensor]
+    lives: list[Tensor]
+    packed: Tensor
+    cast: Tensor | None  # a scratch of the shadows' dtype and device; None: packed has them
+
+    def run(self, weights: Weights, update: int, guard: bool) -> None:
+        packed = torch.cat(self.lives, out=self.packed)
+        live = packed if self.cast is None else self.cast.copy_(packed)
+        _move(self.shadows, live, weights, guard)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Short pairs whose shadows lie apart, as those of another module do."""
+
+    shadows: list[list[Tensor]]  # one list per average
+    lives: list[Tensor]
+    scratches: tuple[Tensor, Tensor] | None  # packed, and cast; None: nothing is cast
+    ready: list[Tensor]  # live in the shadows' dtype: views of the second scratch, or lives
+
+    def run(self, weights: Weights, update: int, guard: bool) -> None:
+        if self.scratches is not None:
+            packed, cast = self.scratches
+            cast.copy_(torch.cat(self.lives, out=packed))
+        for shadows, weight in zip(self.shadows, weights, strict=True):
+            if isinstance(weight, float) and not guard:
+                torch._foreach_lerp_(shadows, self.ready, weight)
+                continue
+            for shadow, live in zip(shadows, self.ready, strict=True):
+                _move([shadow], live, [weight], guard)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """16-bit shadows: fp32 arithmetic in a scratch, rounded stochastically ([Note: rounding])."""
+
+    pair: ShadowPair  # one window of a weight
+    start: int  # of the window in the weight's elements here
+    wide: Tensor  # scratch, fp32
+    seed: int
+
+    def run(self, weights: Weights, update: int, guard: bool) -> None:
+        pair, live = self.pair, self.pair.live.to(self.wide.device, torch.float32)
+        numbers = pair.indices(self.start, self.start + len(live))
+        key = noise_key(self.seed, update, pair.name)
+        low = upper_bits(draw_bits(key, numbers, pair.huge))
+        for shadow, weight in zip(pair.shadows, weights, strict=True):
+            _move([self.wide.copy_(shadow)], live, [weight], guard)
+            bfloat16 = shadow.dtype == torch.bfloat16
+            shadow.copy_((round_in_place if bfloat16 else round_half_in_place)(self.wide, low))
+
+
+def _move(shadows: list[Tensor], live: Tensor, weights: Weights, guard: bool) -> None:
+    """guard: keep a shadow, element by element, where live is not finite."""
+    for shadow, weight in zip(shadows, weights, strict=True):
+        end = torch.where(live.isfinite(), live, shadow) if guard else live
+        if isinstance(weight, Tensor):
+            weight = weight.to(shadow.device, shadow.dtype)
+        shadow.lerp_(end, weight)
 
 
 class UpdatePlan:
-    """The steps of one update over `pairs`; each live element is read once, whatever the number of averages.
+    """The steps of one update over `pairs`.
 
-    passes: take compiled passes wherever there is one; None: where they are worth it, and their bits are those of torch.
-    *Cost*: two scratches of at most 4 MB per dtype and device in use. Compiled: a second at the first plan, no scratch.
+    Each live element is read once, whatever the number of averages.
+
+    Args:
+        pairs: What to move.
+        seed: Of the noise of rounding.
+        passes: Take compiled passes wherever there is one, or never. None: where they are worth
+            it and give the bits of torch.
+
+    Note:
+        *Aliases*: the plan keeps the tensors. *Cost*: two scratches of at most 4 MB per dtype and
+        device in use. Compiled: a second at the first plan, and no scratch.
     """
 
     def __init__(
         self, pairs: Sequence[ShadowPair], seed: int = 0, passes: bool | None = None
     ) -> None:
         self.pairs, self.seed = list(pairs), seed
+        self.steps: list[Step] = []
         self._scratch: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
-        self._passes: list[cpu_numba.Pass] = []
-        self._direct: list[tuple[list[Tensor], Tensor]] = []
-        self._through: list[tuple[list[Tensor], list[Tensor], Tensor, Tensor]] = []
-        self._apart: list[tuple[list[list[Tensor]], list[Tensor], list[Tensor], list[Tensor]]] = []
-        self._rounded: list[tuple[ShadowPair, list[Tensor], Tensor, int, Tensor]] = []
-        left = [pair for pair in pairs if pair.live.numel()]
-        if passes or (passes is None and _worth(left)):
-            left = self._compile(left)
-        apart: list[tuple[list[Tensor], Tensor]] = []
-        for group in _runs([(pair.shadows, pair.live) for pair in left if not _compact(pair)]):
-            if len(group) > 1 or len(group[0][1]) >= SHORT:
-                self._add(group)
+        rest = [pair for pair in pairs if pair.live.numel()]
+        if passes or (passes is None and _is_worth_it(rest)):
+            compiled, rest = cpu_plan.plan_passes(rest, seed)
+            self.steps += compiled
+        apart: list[ShadowPair] = []
+        for group in _group(list(merge([pair for pair in rest if not pair.rounds]))):
+            if len(group) > 1:
+                self._add_packed(group)
+            elif len(group[0].live) >= SHORT:
+                self._add_long(group[0])
             else:
                 apart += group
-        for group in _alike(apart):
-            (self._add_apart if len(group) > 1 else self._add)(group)
-        for pair in filter(_compact, left):
-            for shadows, live, start in _chunks(pair.shadows, pair.live):
-                wide = self._cut(torch.float32, shadows[0].device, len(live))
-                self._rounded.append((pair, shadows, live, start, wide))
-
-    def _compile(self, pairs: Sequence[ShadowPair]) -> list[ShadowPair]:
-        """One pass per pair of dtypes; returns what none takes."""
-        left: list[ShadowPair] = []
-        plain: list[tuple[list[Tensor], Tensor]] = []
-        pieces: list[cpu_numba.Piece] = []
-        for pair in pairs:
-            runs: list[tuple[int, int, int]] | None = None
-            if _here(pair) and cpu_numba.ready(pair.live.dtype, pair.shadows[0].dtype):
-                runs = (
-                    cpu_numba.ramps(pair.indices, len(pair.live), pair.huge)
-                    if _compact(pair)
-                    else []
-                )
-            if runs is None:
-                left.append(pair)
-            elif runs:
-                pieces.append(cpu_numba.Piece(pair.shadows, pair.live, pair.name, runs))
+        for group in _group_alike(apart):
+            if len(group) > 1:
+                self._add_apart(group)
             else:
-                plain.append((pair.shadows, pair.live))
-        groups: dict[tuple[torch.dtype, torch.dtype], list[cpu_numba.Piece]] = {}
-        for piece in [
-            *(cpu_numba.Piece(shadows, live) for shadows, live in _merge(plain)),
-            *pieces,
-        ]:
-            groups.setdefault((piece.live.dtype, piece.shadows[0].dtype), []).append(piece)
-        self._passes = [cpu_numba.Pass(group) for group in groups.values()]
-        return left
+                self._add_long(group[0])
+        for pair in rest:
+            if pair.rounds:
+                self._add_rounded(pair)
 
-    def _add(self, group: list[tuple[list[Tensor], Tensor]]) -> None:
-        """One merged long pair, or a run of short ones whose shadows lie end to end."""
-        lives = [live for _, live in group]
-        shadows = [_join([each[k] for each, _ in group]) for k in range(len(group[0][0]))]
-        live, to = lives[0], (shadows[0].dtype, shadows[0].device)
-        alike = (live.dtype, live.device) == to
-        if len(lives) == 1 and alike:
-            # Several shadows share one read of live while its chunk is in the cache.
-            whole = (
-                [(shadows, live)]
-                if len(shadows) == 1
-                else [(s, part) for s, part, _ in _chunks(shadows, live)]
-            )
-            self._direct += whole
-        elif len(lives) == 1:
-            for parts, part, _ in _chunks(shadows, live):
-                cast = self._cut(*to, len(part))
-                self._through.append((parts, [part], cast, cast))
-        else:
-            packed = self._cut(live.dtype, live.device, len(shadows[0]), 1)
-            self._through.append(
-                (shadows, lives, packed, packed if alike else self._cut(*to, len(packed)))
-            )
+    def _add_long(self, pair: ShadowPair) -> None:
+        if pair.is_uniform and len(pair.shadows) == 1:
+            self.steps.append(Direct(pair.shadows, pair.live))
+            return
+        # Several shadows share one read of live while its window is in the cache.
+        for shadows, live, _ in _windows(pair):
+            if pair.is_uniform:
+                self.steps.append(Direct(shadows, live))
+            else:
+                self.steps.append(Cast(shadows, live, self._cut(shadows[0], len(live))))
 
-    def _add_apart(self, group: list[tuple[list[Tensor], Tensor]]) -> None:
-        """Short pairs whose shadows lie apart, as those of another module do."""
-        lives = [live for _, live in group]
-        shadows = [[each[k] for each, _ in group] for k in range(len(group[0][0]))]
-        live, to = lives[0], (shadows[0][0].dtype, shadows[0][0].device)
-        if (live.dtype, live.device) == to:
-            self._apart.append((shadows, lives, [], lives))
-        else:
-            n = sum(map(len, lives))
-            through = [self._cut(live.dtype, live.device, n, 1), self._cut(*to, n)]
-            self._apart.append(
-                (shadows, lives, through, list(through[1].split([len(each) for each in lives])))
-            )
+    def _add_packed(self, group: list[ShadowPair]) -> None:
+        lives = [pair.live for pair in group]
+        shadows = [join(column) for column in _columns(group)]
+        n = len(shadows[0])
+        cast = None if group[0].is_uniform else self._cut(shadows[0], n)
+        self.steps.append(Packed(shadows, lives, self._cut(lives[0], n, PACK), cast))
 
-    def _cut(self, dtype: torch.dtype, device: torch.device, n: int, number: int = 0) -> Tensor:
-        key = (dtype, device, number)
+    def _add_apart(self, group: list[ShadowPair]) -> None:
+        lives, shadows = [pair.live for pair in group], _columns(group)
+        if group[0].is_uniform:
+            self.steps.append(Apart(shadows, lives, None, lives))
+            return
+        sizes = [len(live) for live in lives]
+        packed = self._cut(lives[0], sum(sizes), PACK)
+        cast = self._cut(shadows[0][0], sum(sizes))
+        self.steps.append(Apart(shadows, lives, (packed, cast), list(cast.split(sizes))))
+
+    def _add_rounded(self, pair: ShadowPair) -> None:
+        for shadows, live, start in _windows(pair):
+            wide = self._cut(shadows[0], len(live), dtype=torch.float32)
+            window = replace(pair, shadows=shadows, live=live)
+            self.steps.append(Rounded(window, start, wide, self.seed))
+
+    def _cut(
+        self, like: Tensor, n: int, size: int = SCRATCH, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """n elements of the scratch of that size for the dtype and device of `like`."""
+        key = (dtype or like.dtype, like.device, size)
         if key not in self._scratch:
-            self._scratch[key] = torch.empty(
-                PACK if number else SCRATCH, dtype=dtype, device=device
-            )
+            self._scratch[key] = torch.empty(size, dtype=key[0], device=like.device)
         return self._scratch[key][:n]
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that a run reads or writes."""
-        return [t for pair in self.pairs for t in (*pair.shadows, pair.live)] + list(
-            self._scratch.values()
-        )
+        pairs = [tensor for pair in self.pairs for tensor in (*pair.shadows, pair.live)]
+        return pairs + list(self._scratch.values())
 
     @property
     def scratch_bytes(self) -> int:
-        return sum(scratch.nbytes for scratch in self._scratch.values()) + sum(
-            each.nbytes for each in self._passes
-        )
+        """Memory of the plan itself: scratches, and the tables of passes."""
+        passes = sum(step.nbytes for step in self.steps if isinstance(step, cpu_plan.Pass))
+        return passes + sum(scratch.nbytes for scratch in self._scratch.values())
 
-    def run(self, weights: Sequence[float | Tensor], update: int, guard: bool = False) -> None:
-        """Move every shadow towards live. weights: 1 - decay of each average, floats or 0-dim fp32 tensors on the
-        shadows' device.
+    def run(self, weights: Weights, update: int, guard: bool = False) -> None:
+        """Move every shadow towards live. No host sync.
 
-        guard: keep the shadow, element by element, where live is not finite.
+        Args:
+            weights: 1 - decay of each average: floats, or fp32 [] on the shadows' device.
+            update: Number of the update, a part of the key of the noise.
+            guard: Keep the shadow, element by element, where live is not finite.
         """
-        for each in self._passes:
-            each.run(weights, key_prefix(self.seed, update), guard)
-        for shadows, live in self._guarded() if guard else self._direct:
-            for shadow, weight in zip(shadows, weights, strict=True):
-                _lerp(shadow, live, weight, guard)
-        for shadows, lives, packed, cast in self._through:
-            if len(lives) > 1:
-                torch.cat(lives, out=packed)
-                if cast is not packed:
-                    cast.copy_(packed)
-            else:
-                cast.copy_(lives[0])
-            for shadow, weight in zip(shadows, weights, strict=True):
-                _lerp(shadow, cast, weight, guard)
-        self._run_apart(weights, guard)
-        for pair, shadows, live, start, wide in self._rounded:
-            low = upper_bits(
-                draw_bits(
-                    noise_key(self.seed, update, pair.name),
-                    pair.indices(start, start + len(live)),
-                    pair.huge,
-                )
-            )
-            moved = live.to(wide.device, wide.dtype)
-            for shadow, weight in zip(shadows, weights, strict=True):
-                _lerp(wide.copy_(shadow), moved, weight, guard)
-                shadow.copy_(
-                    round_in_place(wide, low)
-                    if shadow.dtype == torch.bfloat16
-                    else round_half_in_place(wide, low)
-                )
-
-    def _run_apart(self, weights: Sequence[float | Tensor], guard: bool) -> None:
-        for lists, lives, through, ready in self._apart:
-            if through:
-                packed, cast = through
-                cast.copy_(torch.cat(lives, out=packed))
-            for shadows, weight in zip(lists, weights, strict=True):
-                if isinstance(weight, float) and not guard:
-                    torch._foreach_lerp_(shadows, ready, weight)
-                    continue
-                for shadow, live in zip(shadows, ready, strict=True):
-                    _lerp(shadow, live, weight, guard)
-
-    def _guarded(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """In chunks, because a guarded move needs a temporary of live's size."""
-        for shadows, live in self._direct:
-            for parts, part, _ in _chunks(shadows, live):
-                yield parts, part
+        for step in self.steps:
+            step.run(weights, update, guard)
 
 
-def _compact(pair: ShadowPair) -> bool:
-    return pair.shadows[0].dtype in (torch.bfloat16, torch.float16)
-
-
-def _here(pair: ShadowPair) -> bool:
-    """In memory that a compiled pass can reach: the host's, and no subclass that pretends to have some."""
-    return all(
-        t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)
-        for t in (pair.live, *pair.shadows)
-    )
-
-
-def _worth(pairs: Sequence[ShadowPair]) -> bool:
+def _is_worth_it(pairs: Sequence[ShadowPair]) -> bool:
     """Compiling pays, and does not change a bit."""
-    return (
-        sum(len(pair.live) for pair in pairs if _here(pair)) >= WORTH
-        and cpu_numba.available()
-        and _contracts()
-    )
+    size = sum(len(pair.live) for pair in pairs if cpu_plan.is_reachable(pair))
+    return size >= WORTH and cpu_plan.available() and _same_bits()
 
 
 @lru_cache(maxsize=1)
-def _contracts() -> bool:
-    """torch's lerp rounds once after multiplying and adding ([Note: two ways, the same bits]), tried on some numbers."""
+def _same_bits() -> bool:
+    """A pass rounds as torch's lerp does ([Note: the same bits]), tried on some numbers.
+
+    Each of these products is rounded when it is not fused with the addition.
+    """
     start, end = ((torch.arange(1003) * factor % 1009 - 504) / 1009 for factor in (71, 917))
-    step = (end - start).double()
-    near, far = (
-        11 / 32 + 2.0**-20,
-        23 / 32 + 2.0**-20,
-    )  # float64 holds their products with a step exactly
-    return all(
-        torch.equal(torch.lerp(start, end, weight), (base.double() + share * step).float())
-        for weight, base, share in ((near, start, near), (far, end, far - 1))
-    )
+    for weight in (11 / 32 + 2.0**-20, 23 / 32 + 2.0**-20):  # on either side of 0.5
+        shadow = start.clone()
+        UpdatePlan([ShadowPair("", [shadow], end, torch.arange)], passes=True).run([weight], 0)
+        if not torch.equal(shadow, torch.lerp(start, end, weight)):
+            return False
+    return True
 
 
-def _lerp(shadow: Tensor, live: Tensor, weight: float | Tensor, guard: bool) -> None:
-    if guard:
-        live = torch.where(live.isfinite(), live, shadow)
-    shadow.lerp_(live, _of(weight, shadow))
-
-
-def _chunks(shadows: list[Tensor], live: Tensor) -> Iterator[tuple[list[Tensor], Tensor, int]]:
-    """Views of at most one scratch each, and where they start."""
-    for start in range(0, len(live), SCRATCH):
+def _windows(pair: ShadowPair | Direct) -> Iterator[tuple[list[Tensor], Tensor, int]]:
+    """Views of at most SCRATCH elements each, and where they start."""
+    for start in range(0, len(pair.live), SCRATCH):
         stop = start + SCRATCH
-        yield [shadow[start:stop] for shadow in shadows], live[start:stop], start
+        yield [shadow[start:stop] for shadow in pair.shadows], pair.live[start:stop], start
 
 
-def _of(weight: float | Tensor, shadow: Tensor) -> float | Tensor:
-    return weight.to(shadow.device, shadow.dtype) if isinstance(weight, Tensor) else weight
+def _columns(group: list[ShadowPair]) -> list[list[Tensor]]:
+    """The shadows of a group, one list per average."""
+    return [list(column) for column in zip(*(pair.shadows for pair in group), strict=True)]
 
 
-def _runs(
-    pairs: Sequence[tuple[list[Tensor], Tensor]],
-) -> Iterator[list[tuple[list[Tensor], Tensor]]]:
-    """Merge neighbours on both sides; then group short pairs whose shadows touch."""
-    merged = list(_merge(pairs))
-    yield from ([pair] for pair in merged if len(pair[1]) >= SHORT)
-    group: list[tuple[list[Tensor], Tensor]] = []
+def _kind(pair: ShadowPair) -> tuple[torch.dtype | torch.device, ...]:
+    shadow = pair.shadows[0]
+    return pair.live.dtype, pair.live.device, shadow.dtype, shadow.device
+
+
+def _group(pairs: Sequence[ShadowPair]) -> Iterator[list[ShadowPair]]:
+    """Long pairs one by one; short pairs in packs whose shadows lie end to end."""
+    yield from ([pair] for pair in pairs if len(pair.live) >= SHORT)
+    short = [pair for pair in pairs if len(pair.live) < SHORT]
+    yield from _pack(short, lambda a, b: b.follows(a) and _kind(a) == _kind(b))
+
+
+def _group_alike(pairs: Sequence[ShadowPair]) -> Iterator[list[ShadowPair]]:
+    """Packs of pairs of one dtype and device on either side."""
+    kinds = dict.fromkeys(map(_kind, pairs))
+    for kind in kinds:
+        yield from _pack([pair for pair in pairs if _kind(pair) == kind], lambda a, b: True)
+
+
+def _pack(
+    pairs: Sequence[ShadowPair], fits: Callable[[ShadowPair, ShadowPair], bool]
+) -> Iterator[list[ShadowPair]]:
+    """Groups of consecutive pairs that fit each other, of at most PACK elements."""
+    group: list[ShadowPair] = []
     size = 0
-    for shadows, live in (pair for pair in merged if len(pair[1]) < SHORT):
-        if group and not (
-            size + len(live) <= PACK
-            and _all_touch(group[-1][0], shadows)
-            and (live.dtype, live.device) == (group[-1][1].dtype, group[-1][1].device)
-        ):
+    for pair in pairs:
+        if group and (size + len(pair.live) > PACK or not fits(group[-1], pair)):
             yield group
             group, size = [], 0
-        group.append((shadows, live))
-        size += len(live)
+        group.append(pair)
+        size += len(pair.live)
     if group:
         yield group
-
-
-def _alike(
-    pairs: Sequence[tuple[list[Tensor], Tensor]],
-) -> Iterator[list[tuple[list[Tensor], Tensor]]]:
-    """Pairs of one dtype and device on either side, at most one pack together."""
-    kinds: dict[tuple[torch.dtype | torch.device, ...], list[tuple[list[Tensor], Tensor]]] = {}
-    for shadows, live in pairs:
-        kinds.setdefault((live.dtype, live.device, shadows[0].dtype, shadows[0].device), []).append(
-            (shadows, live)
-        )
-    for group in kinds.values():
-        start, size = 0, 0
-        for i, (_, live) in enumerate(group):
-            if size + len(live) > PACK:
-                yield group[start:i]
-                start, size = i, 0
-            size += len(live)
-        yield group[start:]
-
-
-def _merge(pairs: Sequence[tuple[list[Tensor], Tensor]]) -> Iterator[tuple[list[Tensor], Tensor]]:
-    last: tuple[list[Tensor], Tensor] | None = None
-    for shadows, live in pairs:
-        if last and _all_touch(last[0], shadows) and _touch(last[1], live):
-            last = (
-                [_join([a, b]) for a, b in zip(last[0], shadows, strict=True)],
-                _join([last[1], live]),
-            )
-            continue
-        if last:
-            yield last
-        last = (shadows, live)
-    if last:
-        yield last
-
-
-def _all_touch(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(_touch(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _touch(a: Tensor, b: Tensor) -> bool:
-    """b begins where a ends, in the same storage."""
-    same = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.dtype == b.dtype
-    return same and a.storage_offset() + len(a) == b.storage_offset()
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    """The one view over parts that lie end to end."""
-    return parts[0].as_strided((sum(map(len, parts)),), (1,))

@@ -1,0 +1,73 @@
+"""What every kernel is given, and which neighbours it may take as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["LIVE", "SHADOW", "ShadowPair", "Weights", "join", "merge", "touch"]
+
+Weights = Sequence[float | Tensor]  # 1 - decay of each average: floats, or fp32 [] on a device
+
+# The dtypes that compiled kernels read and average, on a CPU and on a GPU.
+LIVE = (torch.float32, torch.bfloat16, torch.float16)
+SHADOW = (torch.float32, torch.bfloat16)
+
+
+@dataclass
+class ShadowPair:
+    """The shadows of one weight, one per average, and the live elements that they average.
+
+    All tensors are 1-D and have one length. `indices(start, stop)` gives the numbers of these
+    elements in the full weight, as int64; `huge` says that numbers beyond 32 bits may occur.
+    """
+
+    name: str
+    shadows: list[Tensor]
+    live: Tensor
+    indices: Callable[[int, int], Tensor]
+    huge: bool = True
+
+    @property
+    def rounds(self) -> bool:
+        """The shadows have 16 bits and are rounded stochastically ([Note: rounding] in rounding)."""
+        return self.shadows[0].dtype in (torch.bfloat16, torch.float16)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Live has the dtype of the shadows and lies on their device, so nothing is cast."""
+        shadow = self.shadows[0]
+        return (self.live.dtype, self.live.device) == (shadow.dtype, shadow.device)
+
+    def follows(self, other: ShadowPair) -> bool:
+        """Every shadow begins where the same shadow of `other` ends."""
+        return all(touch(a, b) for a, b in zip(other.shadows, self.shadows, strict=True))
+
+
+def touch(a: Tensor, b: Tensor) -> bool:
+    """b begins where a ends, in the same storage."""
+    same = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.dtype == b.dtype
+    return same and a.storage_offset() + len(a) == b.storage_offset()
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """The one view over tensors that lie end to end. *Aliases* them."""
+    return tensors[0].as_strided((sum(map(len, tensors)),), (1,))
+
+
+def merge(pairs: Sequence[ShadowPair]) -> Iterator[ShadowPair]:
+    """Join consecutive pairs that touch on both sides. The first one's name and indices remain."""
+    last: ShadowPair | None = None
+    for pair in pairs:
+        if last and pair.follows(last) and touch(last.live, pair.live):
+            shadows = [join(both) for both in zip(last.shadows, pair.shadows, strict=True)]
+            last = replace(last, shadows=shadows, live=join([last.live, pair.live]))
+            continue
+        if last:
+            yield last
+        last = pair
+    if last:
+        yield last
