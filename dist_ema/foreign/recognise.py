@@ -1,7 +1,7 @@
 """Other people's EMA checkpoints: which of their tables is the average, and what its weights are called. No torch.
 
-A checkpoint is a tree: mappings, lists, numbers and texts, with `Leaf`s for tensors. Every rule looks at one mapping of the
-tree and says what it knows by the keys alone. The facts behind the rules, and where they were seen:
+A checkpoint is a tree: mappings, lists, numbers and texts, with a `Leaf` for each tensor. A rule looks at one mapping of the
+tree and recognises an average by the keys alone. The facts behind the rules:
 
 kind         where the average is                                              its clock
 torch        n_averaged and module.NAME: torch's AveragedModel                 n_averaged
@@ -32,26 +32,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..dtypes import NUMPY, Bytes
+from ..sharding.names import canonical
 
-__all__ = ["KINDS", "FoundAverage", "Leaf", "at", "canonical", "find", "name", "plain"]
+__all__ = ["KINDS", "FoundAverage", "Leaf", "at", "find", "name", "plain", "without_wrappers"]
 
 KINDS = (
-    "torch",
-    "lightning",
-    "timm",
-    "ema-pytorch",
-    "ldm",
-    "diffusers",
-    "torch-ema",
-    "mmengine",
-    "dist-ema",
-    "raw",
-)
-_WORDS = re.compile(r"(^|[_.])(ema|average|averaged|avg|swa|shadow|polyak|teacher)([_.]|\d|$)")
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    "torch", "lightning", "timm", "ema-pytorch", "ldm", "diffusers", "torch-ema", "mmengine", "dist-ema", "raw",
+)  # fmt: skip
+_AVERAGE = re.compile(r"(^|[_.])(ema|average|averaged|avg|swa|shadow|polyak|teacher)([_.]|\d|$)")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _CLOCK = ("now", "before", "steps", "updates", "pending", "started", "accepted")
-_DEEPEST = 8
+_MAX_DEPTH = 8
 
 
 class Leaf(Protocol):
@@ -68,41 +59,40 @@ class Leaf(Protocol):
 
 @dataclass(frozen=True)
 class FoundAverage:
-    """A table that could be converted."""
+    """A table of tensors that can be converted."""
 
     key: str  # where it lies, keys joined by dots; '' is the whole file
     kind: str
     weights: Mapping[str, Leaf]  # by the model's names
     why: str  # what shows the kind
-    average: bool = True  # or live, or not known
-    nameless: Sequence[Leaf] = ()  # instead of weights: in the order of model.parameters()
+    average: bool = True  # False: live, or not known
+    nameless: Sequence[Leaf] = ()  # in place of weights: in the order of model.parameters()
     extra: Mapping[str, Any] = field(default_factory=dict)  # its clock and decay
     rest: Mapping[str, Leaf] = field(default_factory=dict)  # live weights, for what is not averaged
 
 
 def find(tree: Any) -> list[FoundAverage]:
-    """Every table in the tree that could be meant, averages first."""
+    """Find every table in the tree that could be converted, averages first."""
     found = list(_walk(tree, (), set()))
-    known = {each.key for each in found if each.kind != "raw"}
-    sure = [each for each in found if each.kind != "raw" or each.key not in known]
-    return sorted(sure, key=lambda each: (not each.average, each.kind == "raw", each.key))
+    known = {table.key for table in found if table.kind != "raw"}
+    sure = [table for table in found if table.kind != "raw" or table.key not in known]
+    return sorted(sure, key=lambda table: (not table.average, table.kind == "raw", table.key))
 
 
 def at(tree: Any, key: str) -> FoundAverage:
-    """The table at a key, or the weights whose names begin with it. Raises ValueError if there is none."""
-    for each in find(tree):
-        if each.key == key:
-            return each
+    """Find the table at a key, or the weights whose names begin with it. Raises ValueError if there is none."""
+    for table in find(tree):
+        if table.key == key:
+            return table
     for node, prefix in _reach(tree, key):
-        weights = {name: leaf for name, leaf in _leaves(node).items() if name.startswith(prefix)}
-        if weights:
-            cut = {name[len(prefix) :]: leaf for name, leaf in weights.items()}
-            return FoundAverage(key, "raw", cut, "named by --key", bool(_WORDS.search(key.lower())))
+        if weights := _under(_leaves(node), prefix):
+            average = bool(_AVERAGE.search(key.lower()))
+            return FoundAverage(key, "raw", weights, "chosen by its key", average)
     raise ValueError(f"there is no table of tensors at {key!r}.")
 
 
 def _reach(node: Any, key: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The mappings on the way to a key, each with what is left of it. NOTE: keys may hold dots themselves."""
+    """The mappings on the way to a key, each with the rest of the key. NOTE: keys may hold dots themselves."""
     if not isinstance(node, Mapping):
         return
     for name, value in node.items():
@@ -114,25 +104,23 @@ def _reach(node: Any, key: str) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _walk(node: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[FoundAverage]:
-    if len(path) > _DEEPEST or id(node) in seen:
+    if len(path) > _MAX_DEPTH or id(node) in seen:
         return
     seen.add(id(node))
     key, last = ".".join(path), path[-1] if path else ""
+    children: list[tuple[str, Any]] = []
     if isinstance(node, Mapping):
         for rule in _RULES:
             yield from rule(node, key, last)
         if all(isinstance(name, str) for name in node):  # the states of an optimizer are numbered
-            ours = any(_dist_ema(node, key, last))
-            for name, value in node.items():
-                yield from (
-                    _walk(value, (*path, name), seen) if not (ours and name == "averages") else ()
-                )
+            skipped = "averages" if any(_dist_ema(node, key, last)) else None
+            children = [(name, value) for name, value in node.items() if name != skipped]
     elif isinstance(node, (list, tuple)) and node:
-        if all(map(_is_leaf, node)) and _WORDS.search(last.lower()) and last != "shadow_params":
+        if all(map(_is_leaf, node)) and _AVERAGE.search(last.lower()) and last != "shadow_params":
             yield FoundAverage(key, "raw", {}, f"a list of tensors under {last!r}", True, node)
-        for i, value in enumerate(node):
-            if isinstance(value, Mapping):
-                yield from _walk(value, (*path, str(i)), seen)
+        children = [(str(i), value) for i, value in enumerate(node) if isinstance(value, Mapping)]
+    for name, value in children:
+        yield from _walk(value, (*path, name), seen)
 
 
 def _is_leaf(value: Any) -> bool:
@@ -140,27 +128,24 @@ def _is_leaf(value: Any) -> bool:
 
 
 def _leaves(node: Any) -> dict[str, Leaf]:
-    if not isinstance(node, Mapping):
-        return {}
-    return {
-        name: value for name, value in node.items() if isinstance(name, str) and _is_leaf(value)
-    }
+    items = node.items() if isinstance(node, Mapping) else ()
+    return {name: value for name, value in items if isinstance(name, str) and _is_leaf(value)}
 
 
 def _under(leaves: Mapping[str, Leaf], prefix: str) -> dict[str, Leaf]:
     return {name[len(prefix) :]: leaf for name, leaf in leaves.items() if name.startswith(prefix)}
 
 
-def _numbers(node: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """What stands under these names, as plain values."""
-    found = {name: plain(node[name]) for name in names if name in node}
-    return {
-        name: value for name, value in found.items() if isinstance(value, (bool, int, float, str))
+def _numbers(node: Any, *names: str) -> dict[str, Any]:
+    """The entries of these names that are numbers or texts."""
+    found = {
+        name: plain(node[name]) for name in names if isinstance(node, Mapping) and name in node
     }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def plain(value: Any) -> Any:
-    """A number or text; a tensor of one element as the number it holds; None for all else."""
+    """A number or text; a tensor of one element as the number that it holds; None for all else."""
     if _is_leaf(value):
         if math.prod(value.shape) != 1:
             return None
@@ -171,136 +156,93 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else None
 
 
-# --- the rules: (node, its key, the key's last part) -> what is found in it --------------------------------------
+# --- rules: (node, its key, the last part of the key) -> the averages in it --------------------------------------
 
 
 def _torch(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     weights = _under(_leaves(node), "module.")
     if weights and "n_averaged" in node:
-        yield FoundAverage(
-            key, "torch", weights, "n_averaged and module.*", extra=_numbers(node, "n_averaged")
-        )
+        extra = _numbers(node, "n_averaged")
+        yield FoundAverage(key, "torch", weights, "n_averaged and module.*", extra=extra)
     elif weights and "steps" in node:
-        exchanged = last == "ema_state_dict"
+        live = last == "ema_state_dict"
         why = (
             "exchanged with state_dict by mmengine: the live weights"
-            if exchanged
+            if live
             else "steps and module.*"
         )
-        yield FoundAverage(
-            key, "mmengine", weights, why, not exchanged, extra=_numbers(node, "steps")
-        )
+        yield FoundAverage(key, "mmengine", weights, why, not live, extra=_numbers(node, "steps"))
 
 
 def _lightning(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
-    said = _numbers(node, "global_step", "epoch", "pytorch-lightning_version")
+    extra = _numbers(node, "global_step", "epoch", "pytorch-lightning_version")
     if "averaging_state" in node and "current_model_state" in node:
-        said |= (
-            _numbers(node["averaging_state"], "n_averaged")
-            if isinstance(node["averaging_state"], Mapping)
-            else {}
-        )
+        extra |= _numbers(node["averaging_state"], "n_averaged")
         why = "averaging_state beside it: WeightAveraging put the average here"
-        yield FoundAverage(
-            _join(key, "state_dict"), "lightning", _leaves(node.get("state_dict")), why, extra=said
-        )
+        weights = _leaves(node.get("state_dict"))
+        yield FoundAverage(_join(key, "state_dict"), "lightning", weights, why, extra=extra)
     callbacks = node.get("callbacks")
     for name, state in callbacks.items() if isinstance(callbacks, Mapping) else ():
         weights = _leaves(state.get("average_model_state")) if isinstance(state, Mapping) else {}
         if weights:
             where = _join(key, f"callbacks.{name}.average_model_state")
-            extra = said | _numbers(state, "n_averaged", "latest_update_epoch")
-            yield FoundAverage(
-                where, "lightning", weights, f"the state of the callback {name}", extra=extra
-            )
+            more = extra | _numbers(state, "n_averaged", "latest_update_epoch")
+            why = f"the state of the callback {name}"
+            yield FoundAverage(where, "lightning", weights, why, extra=more)
 
 
 def _mmengine(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
-    live = node.get("ema_state_dict")
-    weights = _leaves(node.get("state_dict"))
-    if (
-        weights
-        and isinstance(live, Mapping)
-        and "steps" in live
-        and _under(_leaves(live), "module.")
-    ):
+    live, weights = node.get("ema_state_dict"), _leaves(node.get("state_dict"))
+    extra = _numbers(live, "steps")
+    if weights and extra and _under(_leaves(live), "module."):
         why = "ema_state_dict beside it, with which mmengine exchanged it: the average is here"
-        yield FoundAverage(
-            _join(key, "state_dict"), "mmengine", weights, why, extra=_numbers(live, "steps")
-        )
+        yield FoundAverage(_join(key, "state_dict"), "mmengine", weights, why, extra=extra)
 
 
 def _timm(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
-    weights = _leaves(node.get("state_dict_ema"))
-    if weights:
-        extra = _numbers(node, "epoch", "arch", "metric", "version")
-        yield FoundAverage(
-            _join(key, "state_dict_ema"), "timm", weights, "state_dict_ema", extra=extra
+    if weights := _leaves(node.get("state_dict_ema")):
+        where, extra = (
+            _join(key, "state_dict_ema"),
+            _numbers(node, "epoch", "arch", "metric", "version"),
         )
+        yield FoundAverage(where, "timm", weights, "state_dict_ema", extra=extra)
 
 
 def _ema_pytorch(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     leaves = _leaves(node)
-    weights = _under(leaves, "ema_model.")
-    if weights:
-        yield FoundAverage(
-            key, "ema-pytorch", weights, "ema_model.*", extra=_numbers(node, "step", "initted")
-        )
-    profiles = sorted(
-        {
-            match[1]
-            for name in leaves
-            if (match := re.match(r"ema_models\.(\d+)\.ema_model\.", name))
-        },
-        key=int,
-    )
-    for i in profiles:
-        one = _under(leaves, f"ema_models.{i}.")
-        where = _join(key, f"ema_models.{i}")
-        yield FoundAverage(
-            where,
-            "ema-pytorch",
-            _under(one, "ema_model."),
-            "ema_models.*",
-            extra=_numbers(one, "step", "initted"),
-        )
+    several = {match[0] for match in map(re.compile(r"ema_models\.\d+\.").match, leaves) if match}
+    for prefix in ("", *sorted(several, key=lambda prefix: int(prefix.split(".")[1]))):
+        one = _under(leaves, prefix)
+        if weights := _under(one, "ema_model."):
+            where = _join(key, prefix[:-1]) if prefix else key
+            why, extra = f"{prefix}ema_model.*", _numbers(one, "step", "initted")
+            yield FoundAverage(where, "ema-pytorch", weights, why, extra=extra)
 
 
 def _ldm(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
-    leaves = _leaves(node)
-    shadows = _under(leaves, "model_ema.")
-    extra = _numbers(shadows, "num_updates", "decay")
-    short = {name: leaf for name, leaf in shadows.items() if name not in ("num_updates", "decay")}
-    if short and "num_updates" in shadows:
+    leaves, where = _leaves(node), _join(key, "model_ema")
+    dotless = _under(leaves, "model_ema.")
+    extra = _numbers(dotless, "num_updates", "decay")
+    clock = dotless.pop("num_updates", None), dotless.pop("decay", None)
+    if dotless and clock[0] is not None:
         live = {name: leaf for name, leaf in leaves.items() if not name.startswith("model_ema.")}
-        weights = _dotted(short, live, _join(key, "model_ema"))
-        yield FoundAverage(
-            _join(key, "model_ema"),
-            "ldm",
-            weights,
-            "model_ema.* with num_updates",
-            extra=extra,
-            rest=live,
-        )
+        weights, why = _dotted(dotless, live, where), "model_ema.* with num_updates"
+        yield FoundAverage(where, "ldm", weights, why, extra=extra, rest=live)
 
 
-def _dotted(short: Mapping[str, Leaf], live: Mapping[str, Leaf], where: str) -> dict[str, Leaf]:
-    """Names without dots under those of the live weights. Raises ValueError where that is not told by name and shape."""
-    by_short: dict[str, list[str]] = {}
+def _dotted(dotless: Mapping[str, Leaf], live: Mapping[str, Leaf], where: str) -> dict[str, Leaf]:
+    """Names without dots under those of the live weights. Raises ValueError where name and shape leave it open."""
+    by_dotless: dict[str, list[str]] = {}
     for name in live:  # LitEma(self.model), or LitEma(self)
-        for each in {name.removeprefix("model."), name}:
-            by_short.setdefault(each.replace(".", ""), []).append(name)
+        for full in {name.removeprefix("model."), name}:
+            by_dotless.setdefault(full.replace(".", ""), []).append(name)
     weights: dict[str, Leaf] = {}
-    for name, leaf in short.items():
-        fits = [each for each in by_short.get(name, ()) if live[each].shape == leaf.shape]
+    for name, leaf in dotless.items():
+        fits = [full for full in by_dotless.get(name, ()) if live[full].shape == leaf.shape]
         if len(fits) != 1:
-            why = (
-                f"fits {' and '.join(fits)}"
-                if fits
-                else "fits no live weight of the same checkpoint"
-            )
+            why = " and ".join(fits) or "no live weight of the same checkpoint"
             raise ValueError(
-                f"{where}.{name} has lost its dots, and {why}, so its name is not known."
+                f"{where}.{name} has lost its dots, and fits {why}, so its name is not known."
             )
         weights[fits[0]] = leaf
     return weights
@@ -309,49 +251,36 @@ def _dotted(short: Mapping[str, Leaf], live: Mapping[str, Leaf], where: str) -> 
 def _lists(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     shadows = node.get("shadow_params")
     if isinstance(shadows, list) and shadows and all(map(_is_leaf, shadows)):
-        ours = "optimization_step" in node
+        diffusers = "optimization_step" in node
         extra = _numbers(
             node, "num_updates", "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup",
             "inv_gamma", "power",
         )  # fmt: skip
-        why = "shadow_params and optimization_step" if ours else "shadow_params"
-        yield FoundAverage(key, "diffusers" if ours else "torch-ema", {}, why, True, shadows, extra)
+        kind = "diffusers" if diffusers else "torch-ema"
+        why = "shadow_params" + " and optimization_step" * diffusers
+        yield FoundAverage(key, kind, {}, why, True, shadows, extra)
 
 
 def _dist_ema(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     averages, clock = node.get("averages"), _leaves(node).get("clock")
-    if (
-        not isinstance(averages, Mapping)
-        or clock is None
-        or clock.dtype != "F64"
-        or clock.shape != (len(_CLOCK),)
-    ):
+    if clock is None or (clock.dtype, clock.shape) != ("F64", (len(_CLOCK),)):
         return
-    hands = dict(zip(_CLOCK, clock.read(0, 8 * len(_CLOCK)).view(np.float64).tolist(), strict=True))
-    for schedule, state in averages.items():
-        if isinstance(state, Mapping) and _leaves(state.get("weights")):
-            where = _join(key, f"averages.{schedule}")
-            weights = _leaves(state["weights"])
-            extra = {"schedule": schedule, "clock": hands}
-            yield FoundAverage(
-                where,
-                "dist-ema",
-                weights,
-                "averages and clock",
-                extra=extra,
-                rest=_leaves(state.get("buffers")),
-            )
+    numbers = clock.read(0, 8 * len(_CLOCK)).view(np.float64).tolist()
+    for schedule, state in averages.items() if isinstance(averages, Mapping) else ():
+        if isinstance(state, Mapping) and (weights := _leaves(state.get("weights"))):
+            extra = {"schedule": schedule, "clock": dict(zip(_CLOCK, numbers, strict=True))}
+            where, why = _join(key, f"averages.{schedule}"), "averages and clock"
+            rest = _leaves(state.get("buffers"))
+            yield FoundAverage(where, "dist-ema", weights, why, extra=extra, rest=rest)
 
 
 def _raw(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     leaves = _leaves(node)
-    shaped = [leaf for leaf in leaves.values() if leaf.shape]
-    alone = (
-        bool(leaves) and not key and len(leaves) == len(node)
-    )  # a file of scalars and of nothing else
-    if (shaped or alone) and "averages" not in node:
-        why = f"a table of tensors under {last!r}" if key else "a table of tensors"
-        yield FoundAverage(key, "raw", leaves, why, bool(_WORDS.search(last.lower())))
+    shaped = any(leaf.shape for leaf in leaves.values())
+    only_scalars = bool(leaves) and not key and len(leaves) == len(node)  # the whole file
+    if (shaped or only_scalars) and "averages" not in node:
+        why = "a table of tensors" + (f" under {last!r}" if key else "")
+        yield FoundAverage(key, "raw", leaves, why, bool(_AVERAGE.search(last.lower())))
 
 
 _RULES: tuple[Callable[[Mapping[str, Any], str, str], Iterator[FoundAverage]], ...] = (
@@ -369,27 +298,32 @@ def _join(key: str, more: str) -> str:
 def name(
     found: FoundAverage, names: Mapping[str, Leaf] | Sequence[str], ordered: bool
 ) -> FoundAverage:
-    """Give names to a list without any: those of the model's parameters, in their order.
+    """Give a list of tensors the names of the model's parameters, in their order.
 
-    names: a live model, or the names alone. Statistics and integers of a model are no parameters, and become `rest`.
-    ordered: False where files sort the names, so that only a shape that nothing else has tells. Raises ValueError.
+    Args:
+        found: An average with `nameless` tensors.
+        names: The live model, or the names alone. Its statistics and integers are no parameters, and become `rest`.
+        ordered: Whether the mapping has the model's order. Where it is sorted by name, only a unique shape tells.
+
+    Raises:
+        ValueError: The number, a shape or the order does not fit.
     """
     if not isinstance(names, Mapping):
         return replace(found, weights=_pair(found, list(names)), nameless=())
     # A tied weight is one parameter.
-    once = {getattr(leaf, "key", each): each for each, leaf in reversed(list(names.items()))}
-    ours = {
-        each: leaf
-        for each, leaf in names.items()
-        if _is_parameter(each, leaf) and each in once.values()
+    first = {getattr(leaf, "key", name): name for name, leaf in reversed(list(names.items()))}
+    parameters = {
+        name: leaf
+        for name, leaf in names.items()
+        if _is_parameter(name, leaf) and name in first.values()
     }
-    weights = _pair(found, list(ours)) if ordered else _by_shape(found, ours)
-    wrong = [each for each in weights if weights[each].shape != ours[each].shape]
-    if wrong:
-        raise ValueError(
-            f"{wrong[0]} is {weights[wrong[0]].shape} by its place in the list, {ours[wrong[0]].shape} in the model: the two "
-            f"are not of one model, or the list leaves out parameters. Give the names as a JSON list."
-        )
+    weights = _pair(found, list(parameters)) if ordered else _by_shape(found, parameters)
+    for name, leaf in weights.items():
+        if leaf.shape != parameters[name].shape:
+            raise ValueError(
+                f"{name} is {leaf.shape} by its place in the list, {parameters[name].shape} in the model. Either they are "
+                f"of two models, or the list leaves out parameters: give their names as a JSON list."
+            )
     return replace(found, weights=weights, nameless=(), rest=names)
 
 
@@ -406,35 +340,32 @@ def _pair(found: FoundAverage, names: list[str]) -> dict[str, Leaf]:
     return dict(zip(names, found.nameless, strict=True))
 
 
-def _by_shape(found: FoundAverage, ours: Mapping[str, Leaf]) -> dict[str, Leaf]:
-    shapes: dict[tuple[int, ...], list[str]] = {}
-    for each, leaf in ours.items():
-        shapes.setdefault(leaf.shape, []).append(each)
-    _pair(found, list(ours))
+def _by_shape(found: FoundAverage, parameters: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, leaf in parameters.items():
+        by_shape.setdefault(leaf.shape, []).append(name)
+    _pair(found, list(parameters))
     for shadow in found.nameless:
-        fits = shapes.get(shadow.shape, [])
+        fits = by_shape.get(shadow.shape, [])
         if len(fits) != 1:
             raise ValueError(
-                f"a tensor of shape {shadow.shape} has no name, and {len(fits)} weights of that shape are in the model "
-                f"({', '.join(fits[:3])}), whose file sorts them by name: their order is lost. Give a file that keeps it: "
+                f"a tensor of shape {shadow.shape} has no name, and {len(fits)} weights of the model have that shape "
+                f"({', '.join(fits[:3])}). It comes from a format whose file sorts them by name, so their order is lost. Give "
                 f"torch.save(model.state_dict(), 'live.pt'), or a JSON list of the names in model.named_parameters()."
             )
-    return {shapes[shadow.shape][0]: shadow for shadow in found.nameless}
+    return {by_shape[shadow.shape][0]: shadow for shadow in found.nameless}
 
 
-def canonical(weights: Mapping[str, Leaf]) -> dict[str, Leaf]:
-    """Names without what wrappers add. Raises ValueError where two become one."""
-    cut = all(each.startswith("module.") for each in weights)
-    names = {each: _unwrapped(each.removeprefix("module.") if cut else each) for each in weights}
-    seen: dict[str, str] = {}
-    for old, new in names.items():
-        if new in seen:
+def without_wrappers(weights: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """Cut what wrappers add to names. Raises ValueError where two names become one."""
+    ddp = all(old.startswith("module.") for old in weights)
+    cut: dict[str, str] = {}  # new name -> old
+    for old in weights:
+        new = canonical(old.removeprefix("module.") if ddp else old)
+        if new in cut:
             raise ValueError(
-                f"{old} and {seen[new]} are both {new} without their wrappers. Choose with --key or --prefix."
+                f"{old} and {cut[new]} are both {new} without their wrappers. Choose one of the two tables by its key, "
+                f"or a prefix of its names."
             )
-        seen[new] = old
-    return {new: weights[old] for new, old in seen.items()}
-
-
-def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        cut[new] = old
+    return {new: weights[old] for new, old in cut.items()}

@@ -379,7 +379,7 @@ class Folder:
         self._places = lru_cache(maxsize=4096)(self._make_place)
 
     @property
-    def odd(self) -> dict[str, str]:
+    def unsupported(self) -> dict[str, str]:
         """Of the others those that are tensors: without them it is another model."""
         return {name: why for name, why in self.others.items() if why != _NO_TENSOR}
 

@@ -72,12 +72,12 @@ class ConvertPlan:
 
 @dataclass
 class _ObjectTree:
-    """A checkpoint, opened. ordered: its tables have the model's order. odd: tensors that cannot be converted, and why."""
+    """A checkpoint, opened. ordered: its tables have the model's order."""
 
     root: Any
     form: str  # "dcp", "torch", "safetensors"
     ordered: bool = False
-    odd: dict[str, str] = field(default_factory=dict)
+    unsupported: dict[str, str] = field(default_factory=dict)  # tensors that cannot be converted, and why
     left: dict[str, str] = field(default_factory=dict)  # what is no tensor, and lies apart
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -121,8 +121,8 @@ def _open_dcp(folder: torch_dcp.Folder) -> _ObjectTree:
             if not isinstance(node, dict):
                 raise ValueError(f"{folder.path}: {name} lies inside another tensor.")
         node[last] = _InFile(folder, name)
-    left = {name: why for name, why in folder.others.items() if name not in folder.odd}
-    return _ObjectTree(_lists(root), "dcp", False, folder.odd, left)
+    left = {name: why for name, why in folder.others.items() if name not in folder.unsupported}
+    return _ObjectTree(_lists(root), "dcp", False, folder.unsupported, left)
 
 
 def _lists(node: Any) -> Any:
@@ -183,22 +183,22 @@ def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTre
     if path.suffix == ".safetensors" or not pickled(path):
         model = stack.enter_context(Safetensors(path))
         return _ObjectTree({name: _InFile(model, name) for name in model.entries}, "safetensors")
-    root, odd = torch_save.load(path, inert)
+    root, unsupported = torch_save.load(path, inert)
     if not isinstance(root, (dict, list)):
         raise ValueError(
             f"{path} holds a {type(root).__name__}, not a table of tensors. Save state_dict() of it."
         )
-    return _ObjectTree(root, "torch", True, odd)
+    return _ObjectTree(root, "torch", True, unsupported)
 
 
 # --- what is chosen ----------------------------------------------------------------------------------------------
 
 
-def candidates(job: ConvertRequest) -> tuple[list[FoundAverage], Mapping[str, str]]:
+def candidates(request: ConvertRequest) -> tuple[list[FoundAverage], Mapping[str, str]]:
     """Every table that could be converted, averages first; and what is left unread, with the reason."""
     with ExitStack() as stack:
-        tree = _open(job.source, job.inert, stack)
-        return _found(tree), tree.left | tree.odd
+        tree = _open(request.source, request.inert, stack)
+        return _found(tree), tree.left | tree.unsupported
 
 
 def _found(tree: _ObjectTree) -> list[FoundAverage]:
@@ -213,45 +213,45 @@ def _found(tree: _ObjectTree) -> list[FoundAverage]:
     return found
 
 
-def plan(job: ConvertRequest, stack: ExitStack) -> ConvertPlan:
+def plan(request: ConvertRequest, stack: ExitStack) -> ConvertPlan:
     """Open the source, choose, name. Raises ValueError with what to do. The stack closes what is read from."""
-    tree = _open(job.source, job.inert, stack)
-    found = recognise.at(tree.root, job.key) if job.key is not None else _choose(job, tree)
+    tree = _open(request.source, request.inert, stack)
+    found = recognise.at(tree.root, request.key) if request.key is not None else _choose(request, tree)
     notes = [f"took {_title(found)}: {found.why}"]
     if not found.average:
         notes.append("nothing in it says that it is an average")
-    lost = [name for name in tree.odd if name.startswith(f"{found.key}." if found.key else "")]
+    lost = [name for name in tree.unsupported if name.startswith(f"{found.key}." if found.key else "")]
     if lost:
-        raise ValueError(f"{job.source}: {lost[0]} cannot be converted ({tree.odd[lost[0]]}).")
+        raise ValueError(f"{request.source}: {lost[0]} cannot be converted ({tree.unsupported[lost[0]]}).")
     nameless = bool(found.nameless)
     if nameless:
-        found = _named(job, found, stack)
-        notes.append(f"names from {job.like}")
-    return _complete(job, tree, found, notes, nameless)
+        found = _named(request, found, stack)
+        notes.append(f"names from {request.like}")
+    return _complete(request, tree, found, notes, nameless)
 
 
-def _choose(job: ConvertRequest, tree: _ObjectTree) -> FoundAverage:
+def _choose(request: ConvertRequest, tree: _ObjectTree) -> FoundAverage:
     found = _found(tree)
-    wanted = [each for each in found if job.kind in ("auto", "dcp", each.kind)]
-    if job.kind == "dcp" and tree.form != "dcp":
+    wanted = [each for each in found if request.kind in ("auto", "dcp", each.kind)]
+    if request.kind == "dcp" and tree.form != "dcp":
         raise ValueError(
-            f"{job.source} holds no {torch_dcp.META}: it is no folder of torch.distributed.checkpoint."
+            f"{request.source} holds no {torch_dcp.META}: it is no folder of torch.distributed.checkpoint."
         )
     sure = [each for each in wanted if each.average and each.kind != "raw"]
     likely = [each for each in wanted if each.average]
-    alone = wanted if len(wanted) == 1 and (wanted[0].key == "" or job.kind != "auto") else []
+    alone = wanted if len(wanted) == 1 and (wanted[0].key == "" or request.kind != "auto") else []
     for chosen in (sure, likely, alone):
         if len(chosen) == 1:
             return chosen[0]
         if chosen:
             raise ValueError(
-                f"{job.source} holds several averages: {_listed(chosen)}. Choose one with --key."
+                f"{request.source} holds several averages: {_listed(chosen)}. Choose one with --key."
             )
-    what = "an average" if job.kind in ("auto", "dcp") else f"what {job.kind} writes"
+    what = "an average" if request.kind in ("auto", "dcp") else f"what {request.kind} writes"
     there = (
         f"It holds {_listed(found)}: choose with --key" if found else "It holds no table of tensors"
     )
-    raise ValueError(f"{job.source} does not show {what}. {there}.")
+    raise ValueError(f"{request.source} does not show {what}. {there}.")
 
 
 def _listed(found: Sequence[FoundAverage]) -> str:
@@ -262,46 +262,44 @@ def _title(found: FoundAverage) -> str:
     return f"{found.key or 'the whole file'} ({found.kind}, {len(found.weights) or len(found.nameless)} tensors)"
 
 
-def _named(job: ConvertRequest, found: FoundAverage, stack: ExitStack) -> FoundAverage:
-    if job.like is None:
+def _named(request: ConvertRequest, found: FoundAverage, stack: ExitStack) -> FoundAverage:
+    if request.like is None:
         raise ValueError(
-            f"{_title(found)} in {job.source} is a list without names. Pass --like with the live model as torch.save wrote "
+            f"{_title(found)} in {request.source} is a list without names. Pass --like with the live model as torch.save wrote "
             f"its state_dict, or with a JSON list of the names in model.named_parameters()."
         )
-    if job.like.suffix == ".json":
+    if request.like.suffix == ".json":
         try:
-            names = json.loads(job.like.read_bytes())
+            names = json.loads(request.like.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{job.like} is not valid JSON: {error}.") from None
+            raise ValueError(f"{request.like} is not valid JSON: {error}.") from None
         if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
-            raise ValueError(f"{job.like} must hold a list of names.")
+            raise ValueError(f"{request.like} must hold a list of names.")
         return recognise.name(found, names, True)
-    tree = _open(job.like, job.inert, stack)
+    tree = _open(request.like, request.inert, stack)
     live = [each for each in recognise.find(tree.root) if each.weights and not each.average]
     if len(live) != 1:
         raise ValueError(
-            f"{job.like} must hold one table of live weights, found {_listed(live) or 'none'}."
+            f"{request.like} must hold one table of live weights, found {_listed(live) or 'none'}."
         )
     return recognise.name(found, live[0].weights, tree.ordered)
 
 
 def _complete(
-    job: ConvertRequest, tree: _ObjectTree, found: FoundAverage, notes: list[str], nameless: bool
+    request: ConvertRequest, tree: _ObjectTree, found: FoundAverage, notes: list[str], nameless: bool
 ) -> ConvertPlan:
-    weights, rest = recognise.canonical(found.weights), recognise.canonical(_rest(job, tree, found))
-    odd = sorted(
-        name for name, leaf in rest.items() if name in weights and leaf.shape != weights[name].shape
-    )
-    if odd:
-        raise ValueError(
-            f"{odd[0]} is {weights[odd[0]].shape} in the average, {rest[odd[0]].shape} in the live model."
-        )
+    weights, rest = recognise.without_wrappers(found.weights), recognise.without_wrappers(_rest(request, tree, found))
+    for name in sorted(rest.keys() & weights.keys()):
+        if rest[name].shape != weights[name].shape:
+            raise ValueError(
+                f"{name} is {weights[name].shape} in the average, {rest[name].shape} in the live model."
+            )
     tied = _tied(weights, rest)
     notes.extend(f"{name} is tied to {other} in the live model" for name, other in tied.items())
     weights |= {name: weights[other] for name, other in tied.items()}
     more = (
         {}
-        if job.averaged_only
+        if request.averaged_only
         else {name: leaf for name, leaf in rest.items() if name not in weights}
     )
     if more:
@@ -311,34 +309,34 @@ def _complete(
     averaged = sorted(
         name for name, leaf in weights.items() if leaf.dtype in FLOATS and found.average
     )
-    whole = not job.averaged_only and (bool(more) or (found.kind != "dist-ema" and not nameless))
+    whole = not request.averaged_only and (bool(more) or (found.kind != "dist-ema" and not nameless))
     weights = weights | more
-    if job.prefix:
+    if request.prefix:
         weights = {
-            name[len(job.prefix) :]: leaf
+            name[len(request.prefix) :]: leaf
             for name, leaf in weights.items()
-            if name.startswith(job.prefix)
+            if name.startswith(request.prefix)
         }
-        averaged = [name[len(job.prefix) :] for name in averaged if name.startswith(job.prefix)]
+        averaged = [name[len(request.prefix) :] for name in averaged if name.startswith(request.prefix)]
     if not weights:
-        raise ValueError(f"no weight of {_title(found)} begins with {job.prefix!r}.")
+        raise ValueError(f"no weight of {_title(found)} begins with {request.prefix!r}.")
     chosen = ConvertPlan(
         replace(found, extra={**tree.extra, **found.extra}), weights, averaged, {}, {}, whole, notes
     )
-    return _deduplicated(job, chosen)
+    return _deduplicated(request, chosen)
 
 
-def _rest(job: ConvertRequest, tree: _ObjectTree, found: FoundAverage) -> Mapping[str, Leaf]:
+def _rest(request: ConvertRequest, tree: _ObjectTree, found: FoundAverage) -> Mapping[str, Leaf]:
     """The live model beside the average, for what is not averaged."""
-    if job.rest is not None:
-        return {**recognise.at(tree.root, job.rest).weights, **found.rest}
-    if found.kind != "dist-ema" or job.averaged_only:
+    if request.rest is not None:
+        return {**recognise.at(tree.root, request.rest).weights, **found.rest}
+    if found.kind != "dist-ema" or request.averaged_only:
         return found.rest
     names = set(found.weights)
     live = [
         each
         for each in recognise.find(tree.root)
-        if not each.average and names <= set(recognise.canonical(each.weights))
+        if not each.average and names <= set(recognise.without_wrappers(each.weights))
     ]
     return {**(live[0].weights if len(live) == 1 else {}), **found.rest}
 
@@ -369,7 +367,7 @@ def _is_one(a: Leaf, b: Leaf) -> bool:
     return len(a.shape) > 1 and 0 not in a.shape and all(bool((x == y).all()) for x, y in pairs)
 
 
-def _deduplicated(job: ConvertRequest, plan: ConvertPlan) -> ConvertPlan:
+def _deduplicated(request: ConvertRequest, plan: ConvertPlan) -> ConvertPlan:
     """Tied weights once, under the name that comes first; and the dtypes of the output."""
     first: dict[Any, str] = {}
     aliases: dict[str, str] = {}
@@ -380,7 +378,7 @@ def _deduplicated(job: ConvertRequest, plan: ConvertPlan) -> ConvertPlan:
     kept = {name: leaf for name, leaf in plan.weights.items() if name not in aliases}
     floating = {name for name, leaf in kept.items() if leaf.dtype in FLOATS}
     dtypes = {
-        name: job.dtype if job.dtype and name in floating else leaf.dtype
+        name: request.dtype if request.dtype and name in floating else leaf.dtype
         for name, leaf in kept.items()
     }
     averaged = [name for name in plan.averaged if name in kept]

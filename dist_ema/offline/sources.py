@@ -178,10 +178,10 @@ def open_model(path: str | Path, which: int | str = 0) -> Source:
 
 def refuse_odd(model: Source) -> None:
     """Raise ValueError where tensors of a checkpoint cannot be read, so that what is made of it would lack them."""
-    odd = model.odd if isinstance(model, torch_dcp.Folder) else {}
-    if odd:
-        name, why = next(iter(odd.items()))
-        more = f", and so would {len(odd) - 1} more" if len(odd) > 1 else ""
+    unsupported = model.unsupported if isinstance(model, torch_dcp.Folder) else {}
+    if unsupported:
+        name, why = next(iter(unsupported.items()))
+        more = f", and so would {len(unsupported) - 1} more" if len(unsupported) > 1 else ""
         raise ValueError(
             f"{model.path}: {name} would be left out ({why}){more}. `dist-ema inspect` lists them."
         )

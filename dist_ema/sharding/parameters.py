@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
 
-from .wrappers import canonical
+from .names import canonical
 
 __all__ = ["Model", "Parameters", "fsdp2_records", "module_of"]
 

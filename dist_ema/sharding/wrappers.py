@@ -16,6 +16,8 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from .names import CHECKPOINTED, COMPILED, FSDP1, canonical
+
 __all__ = [
     "Replicated",
     "before_state_dict",
@@ -34,8 +36,8 @@ __all__ = [
 _WRAPPED: tuple[tuple[type, str], ...] = (
     (DistributedDataParallel, "module"),
     (DataParallel, "module"),
-    (FullyShardedDataParallel, "_fsdp_wrapped_module"),
-    (CheckpointWrapper, "_checkpoint_wrapped_module"),
+    (FullyShardedDataParallel, FSDP1),
+    (CheckpointWrapper, CHECKPOINTED),
 )
 
 
@@ -133,18 +135,12 @@ class Replicated:
 
 def is_compiled(module: nn.Module) -> bool:
     """NOTE: fully_shard(torch.compile(block)) makes a subclass of it."""
-    return "_orig_mod" in module._modules and any(
+    return COMPILED in module._modules and any(
         kind.__name__ == "OptimizedModule" for kind in type(module).__mro__
     )
 
 
 def _wrapped_name(module: nn.Module) -> str | None:
     if is_compiled(module):
-        return "_orig_mod"
+        return COMPILED
     return next((child for kind, child in _WRAPPED if isinstance(module, kind)), None)
-
-
-def canonical(name: str) -> str:
-    """The name that a weight or module has where nothing is wrapped; for DDP start inside (`bare`)."""
-    inner = {child for _, child in _WRAPPED if child.startswith("_")} | {"_orig_mod"}
-    return ".".join(part for part in name.split(".") if part not in inner)
