@@ -31,9 +31,10 @@ Floats: TypeAlias = "NDArray[Any]"  # 1D, float32 or float64
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 TORCH = {  # torch's names -> those of safetensors
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32",
-    "uint16": "U16", "uint8": "U8", "bool": "BOOL", "complex64": "C64",
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+    "bool": "BOOL", "complex64": "C64",
 }  # fmt: skip
 TO_TORCH = {kind: name for name, kind in TORCH.items()}
 NUMPY: dict[str, np.dtype[Any]] = {
@@ -54,7 +55,8 @@ def widen(raw: Bytes, dtype: str) -> Floats:
 def narrow(values: Floats, dtype: str) -> Bytes:
     """Return float32 or float64 values as the bytes of a floating dtype, rounded once, to nearest even.
 
-    A value that is too large becomes infinite; in E4M3, which has no infinity, the largest number, as in torch.
+    A value that is too large becomes infinite; in E4M3, which has no infinity, the largest number,
+    as in torch.
     """
     if values.dtype == np.float64 and dtype in ("BF16", "F8_E4M3", "F8_E5M2"):
         values = _rounded_to_odd(values)
@@ -79,7 +81,10 @@ def fitted(name: str, values: Floats, dtype: str) -> Bytes:
 
 
 def finite(raw: Bytes, dtype: str) -> int:
-    """Count the finite elements of a floating or complex dtype. Both parts of a complex number must be finite."""
+    """Count the finite elements of a floating or complex dtype.
+
+    Both parts of a complex number must be finite.
+    """
     if dtype not in (*FLOATS, "C64"):
         raise ValueError(f"finite() counts elements of floating dtypes, got {dtype}.")
     with np.errstate(invalid="ignore"):  # signalling NaNs
@@ -123,8 +128,8 @@ def _view(raw: Bytes, dtype: str) -> NDArray[Any]:
 def _rounded_to_odd(values: NDArray[np.float64]) -> NDArray[np.float32]:
     """float64 as float32 whose last bit says that something was cut off.
 
-    ml_dtypes casts float64 through float32, which rounds twice: what float32 rounds to the middle of two bfloat16 is a tie
-    for the second rounding. An odd last bit is never a tie.
+    ml_dtypes casts float64 through float32, which rounds twice: what float32 rounds to the middle
+    of two bfloat16 is a tie for the second rounding. An odd last bit is never a tie.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         short = values.astype(np.float32)

@@ -13,8 +13,8 @@ from .console import DTYPES, FINE, add_verb, add_writing, checked, columns, out,
 __all__ = ["add"]
 
 KINDS = (  # NOTE: those of `foreign`, which imports numpy
-    "auto", "torch", "swa", "lightning", "timm", "ema-pytorch", "ldm", "diffusers", "torch-ema", "mmengine", "dist-ema",
-    "raw", "dcp",
+    "auto", "torch", "swa", "lightning", "timm", "ema-pytorch", "ldm", "diffusers", "torch-ema",
+    "mmengine", "dist-ema", "raw", "dcp",
 )  # fmt: skip
 
 
@@ -22,18 +22,20 @@ def add(verbs: Any) -> None:
     verb = add_verb(
         verbs,
         "convert",
-        "make a model of other people's EMA checkpoints, and of torch.distributed.checkpoint folders",
-        "Take the average out of a checkpoint that something else wrote, give its weights the model's names, and\n"
-        "write a safetensors model. Reads safetensors, files of torch.save, and folders of\n"
-        "torch.distributed.checkpoint, knows torch's AveragedModel, Lightning, timm, ema-pytorch, ldm, diffusers,\n"
-        "torch-ema, mmengine and plain tables, and says what it took and why. Nothing pickled is ever run: what\n"
-        "would need code is refused by name. Weights are read a window at a time.",
-        "  dist-ema convert last.ckpt --list                 what is in there\n"
-        "  dist-ema convert last.ckpt out/                   the average, if there is one\n"
-        "  dist-ema convert last.pth.tar out.safetensors --dtype bf16\n"
-        "  dist-ema convert last.ckpt out/ --key state_dict --prefix model.   a table, the prefix cut off its names\n"
-        "  dist-ema convert step-1000/ out/ --key ema.averages.Constant(decay=0.999)\n"
-        "  dist-ema convert ema.pt out/ --like live.pt       a list without names, in the order of the live model",
+        "make a model of other people's EMA checkpoints, and of torch.distributed.checkpoint "
+        "folders",
+        "Take the average out of a checkpoint that something else wrote, give its weights the "
+        "model's names, and\nwrite a safetensors model. Reads safetensors, files of torch.save, "
+        "and folders of\ntorch.distributed.checkpoint, knows torch's AveragedModel, Lightning, "
+        "timm, ema-pytorch, ldm, diffusers,\ntorch-ema, mmengine and plain tables, and says what "
+        "it took and why. Nothing pickled is ever run: what\nwould need code is refused by name. "
+        "Weights are read a window at a time.",
+        "  dist-ema convert last.ckpt --list                 what is in there\n  dist-ema convert "
+        "last.ckpt out/                   the average, if there is one\n  dist-ema convert "
+        "last.pth.tar out.safetensors --dtype bf16\n  dist-ema convert last.ckpt out/ --key "
+        "state_dict --prefix model.   a table, the prefix cut off its names\n  dist-ema convert "
+        "step-1000/ out/ --key ema.averages.Constant(decay=0.999)\n  dist-ema convert ema.pt out/ "
+        "--like live.pt       a list without names, in the order of the live model",
         _convert,
     )
     verb.add_argument("source", metavar="SRC", type=Path, help="a file or folder")

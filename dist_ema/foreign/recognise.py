@@ -1,7 +1,8 @@
 """Other people's EMA checkpoints: which of their tables is the average, and what its weights are called. No torch.
 
-A checkpoint is a tree: mappings, lists, numbers and texts, with a `Leaf` for each tensor. A rule looks at one mapping of the
-tree and recognises an average by the keys alone. The facts behind the rules:
+A checkpoint is a tree: mappings, lists, numbers and texts, with a `Leaf` for each tensor. A rule
+looks at one mapping of the tree and recognises an average by the keys alone. The facts behind the
+rules:
 
 kind         where the average is                                              its clock
 torch        n_averaged and module.NAME: torch's AveragedModel                 n_averaged
@@ -37,7 +38,8 @@ from ..sharding.names import canonical
 __all__ = ["KINDS", "FoundAverage", "Leaf", "at", "find", "name", "plain", "without_wrappers"]
 
 KINDS = (
-    "torch", "lightning", "timm", "ema-pytorch", "ldm", "diffusers", "torch-ema", "mmengine", "dist-ema", "raw",
+    "torch", "lightning", "timm", "ema-pytorch", "ldm", "diffusers", "torch-ema", "mmengine",
+    "dist-ema", "raw",
 )  # fmt: skip
 _AVERAGE = re.compile(r"(^|[_.])(ema|average|averaged|avg|swa|shadow|polyak|teacher)([_.]|\d|$)")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -80,7 +82,10 @@ def find(tree: Any) -> list[FoundAverage]:
 
 
 def at(tree: Any, key: str) -> FoundAverage:
-    """Find the table at a key, or the weights whose names begin with it. Raises ValueError if there is none."""
+    """Find the table at a key, or the weights whose names begin with it.
+
+    Raises ValueError if there is none.
+    """
     for table in find(tree):
         if table.key == key:
             return table
@@ -92,7 +97,10 @@ def at(tree: Any, key: str) -> FoundAverage:
 
 
 def _reach(node: Any, key: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The mappings on the way to a key, each with the rest of the key. NOTE: keys may hold dots themselves."""
+    """The mappings on the way to a key, each with the rest of the key.
+
+    NOTE: keys may hold dots themselves.
+    """
     if not isinstance(node, Mapping):
         return
     for name, value in node.items():
@@ -156,7 +164,7 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else None
 
 
-# --- rules: (node, its key, the last part of the key) -> the averages in it --------------------------------------
+# --- rules: (node, its key, the last part of the key) -> the averages in it -----------------------
 
 
 def _torch(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
@@ -231,7 +239,10 @@ def _ldm(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]
 
 
 def _dotted(dotless: Mapping[str, Leaf], live: Mapping[str, Leaf], where: str) -> dict[str, Leaf]:
-    """Names without dots under those of the live weights. Raises ValueError where name and shape leave it open."""
+    """Names without dots under those of the live weights.
+
+    Raises ValueError where name and shape leave it open.
+    """
     by_dotless: dict[str, list[str]] = {}
     for name in live:  # LitEma(self.model), or LitEma(self)
         for full in {name.removeprefix("model."), name}:
@@ -292,7 +303,7 @@ def _join(key: str, more: str) -> str:
     return f"{key}.{more}" if key else more
 
 
-# --- names -------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def name(
@@ -302,8 +313,10 @@ def name(
 
     Args:
         found: An average with `nameless` tensors.
-        names: The live model, or the names alone. Its statistics and integers are no parameters, and become `rest`.
-        ordered: Whether the mapping has the model's order. Where it is sorted by name, only a unique shape tells.
+        names: The live model, or the names alone. Its statistics and integers are no parameters,
+            and become `rest`.
+        ordered: Whether the mapping has the model's order. Where it is sorted by name, only a
+            unique shape tells.
 
     Raises:
         ValueError: The number, a shape or the order does not fit.
@@ -321,8 +334,9 @@ def name(
     for name, leaf in weights.items():
         if leaf.shape != parameters[name].shape:
             raise ValueError(
-                f"{name} is {leaf.shape} by its place in the list, {parameters[name].shape} in the model. Either they are "
-                f"of two models, or the list leaves out parameters: give their names as a JSON list."
+                f"{name} is {leaf.shape} by its place in the list, {parameters[name].shape} in the "
+                "model. Either they are of two models, or the list leaves out parameters: give "
+                "their names as a JSON list."
             )
     return replace(found, weights=weights, nameless=(), rest=names)
 
@@ -334,8 +348,8 @@ def _is_parameter(name: str, leaf: Leaf) -> bool:
 def _pair(found: FoundAverage, names: list[str]) -> dict[str, Leaf]:
     if len(set(names)) != len(found.nameless):
         raise ValueError(
-            f"{len(found.nameless)} tensors without names, and {len(set(names))} names for them. Give the names of exactly "
-            f"the parameters that were averaged, as a JSON list."
+            f"{len(found.nameless)} tensors without names, and {len(set(names))} names for them. "
+            "Give the names of exactly the parameters that were averaged, as a JSON list."
         )
     return dict(zip(names, found.nameless, strict=True))
 
@@ -349,9 +363,10 @@ def _by_shape(found: FoundAverage, parameters: Mapping[str, Leaf]) -> dict[str, 
         fits = by_shape.get(shadow.shape, [])
         if len(fits) != 1:
             raise ValueError(
-                f"a tensor of shape {shadow.shape} has no name, and {len(fits)} weights of the model have that shape "
-                f"({', '.join(fits[:3])}). It comes from a format whose file sorts them by name, so their order is lost. Give "
-                f"torch.save(model.state_dict(), 'live.pt'), or a JSON list of the names in model.named_parameters()."
+                f"a tensor of shape {shadow.shape} has no name, and {len(fits)} weights of the "
+                f"model have that shape ({', '.join(fits[:3])}). It comes from a format whose file "
+                "sorts them by name, so their order is lost. Give torch.save(model.state_dict(), "
+                "'live.pt'), or a JSON list of the names in model.named_parameters()."
             )
     return {by_shape[shadow.shape][0]: shadow for shadow in found.nameless}
 
@@ -364,8 +379,8 @@ def without_wrappers(weights: Mapping[str, Leaf]) -> dict[str, Leaf]:
         new = canonical(old.removeprefix("module.") if ddp else old)
         if new in cut:
             raise ValueError(
-                f"{old} and {cut[new]} are both {new} without their wrappers. Choose one of the two tables by its key, "
-                f"or a prefix of its names."
+                f"{old} and {cut[new]} are both {new} without their wrappers. Choose one of the "
+                "two tables by its key, or a prefix of its names."
             )
         cut[new] = old
     return {new: weights[old] for new, old in cut.items()}

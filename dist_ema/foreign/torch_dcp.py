@@ -4,8 +4,9 @@
       .metadata             a pickle: every name with its shape, its chunks (offsets, sizes), and where each chunk lies
       __0_0.distcp ...      per rank: chunk after chunk, each a whole archive as torch.save writes it
 
-Both are read by `pickles`, which runs nothing. A weight is put together from its chunks: each is a box of the full weight, so
-it is a list of runs of elements that lie side by side in both. What is no tensor is listed, and left unread.
+Both are read by `pickles`, which runs nothing. A weight is put together from its chunks: each is a
+box of the full weight, so it is a list of runs of elements that lie side by side in both. What is
+no tensor is listed, and left unread.
 """
 
 from __future__ import annotations
@@ -35,12 +36,13 @@ _MOST_DIMENSIONS = 64
 _MOST_PICKLE = 1 << 20  # bytes of the pickle that describes one tensor
 
 _OTHERS = (  # which safetensors cannot hold: listed, and left unread
-    "complex128", "complex32", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2", "quint8", "qint8",
-    "qint32", "quint4x2", "quint2x4", "bits8", "bits16", "bits1x8", "bits2x4", "bits4x2",
+    "complex128", "complex32", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
+    "float4_e2m1fn_x2", "quint8", "qint8", "qint32", "quint4x2", "quint2x4", "bits8", "bits16",
+    "bits1x8", "bits2x4", "bits4x2",
 )  # fmt: skip
 _STORAGES = {
-    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32", "Short": "I16",
-    "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64",
+    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32",
+    "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64",
 }  # fmt: skip
 
 
@@ -73,8 +75,8 @@ _PLAN = {
     **{
         f"{_CHECKPOINT}.metadata.{name}": record(name)
         for name in (
-            "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "BytesStorageMetadata",
-            "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+            "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+            "BytesStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
         )
     },
     "torch.distributed._shard.sharded_tensor.metadata.TensorProperties": record("TensorProperties"),
@@ -157,7 +159,7 @@ _ITEM = {
 }
 
 
-# --- what .metadata says -----------------------------------------------------------------------------------------
+# --- what .metadata says --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,10 @@ def _sort(said: Any, places: Mapping[Any, dict[str, Any]], plan: Any) -> _Table:
 
 
 def _path(name: str, plan: Any) -> tuple[str, ...]:
-    """The planner flattens a nested state_dict, and keeps the keys. Other planners leave names as they are."""
+    """The planner flattens a nested state_dict, and keeps the keys.
+
+    Other planners leave names as they are.
+    """
     keys = plan.get(name) if type(plan) is dict else None
     sound = (
         type(keys) is tuple
@@ -293,7 +298,8 @@ def _chunk(
         return box
     if place.get("transform_descriptors"):
         raise ValueError(
-            f"{name[:200]} went through {place['transform_descriptors']!r:.100}, which only its writer can undo"
+            f"{name[:200]} went through {place['transform_descriptors']!r:.100}, which only its "
+            "writer can undo"
         )
     file, begin, length = place["relative_path"], place["offset"], place["length"]
     if (
@@ -309,7 +315,7 @@ def _chunk(
     return replace(box, file=file, begin=begin, length=length)
 
 
-# --- runs --------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 class _Runs(NamedTuple):
@@ -355,7 +361,7 @@ def _of_chunk(shape: tuple[int, ...], chunk: _Chunk) -> tuple[NDArray[np.int64],
     return begins, math.prod(chunk.sizes[outer:])
 
 
-# --- the folder --------------------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 class Folder:
@@ -392,11 +398,13 @@ class Folder:
             path = self.path / file
             if file and not path.is_file():
                 raise ValueError(
-                    f"{self.path / META} speaks of {file}, which is not there. Was every rank's file copied?"
+                    f"{self.path / META} speaks of {file}, which is not there. Was every rank's "
+                    "file copied?"
                 )
             if file and path.stat().st_size < end:
                 raise ValueError(
-                    f"{path} holds {path.stat().st_size} bytes, {META} speaks of {end}. It was cut short."
+                    f"{path} holds {path.stat().st_size} bytes, {META} speaks of {end}. It was cut "
+                    "short."
                 )
 
     def _make_runs(self, name: str) -> _Runs:
@@ -432,7 +440,10 @@ class Folder:
         regular_file.read_into(self._fd(file), self.path / file, into.data, start + begin)
 
     def _gathered(self, file: str, start: int, tensor: _Tensor, begin: int, end: int) -> Bytes:
-        """Bytes of a tensor that was saved with its dimensions in another order. NOTE: mapped, because they lie apart."""
+        """Bytes of a tensor that was saved with its dimensions in another order.
+
+        NOTE: mapped, because they lie apart.
+        """
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
         size = safetensors.ITEMSIZE[tensor.dtype]
         raw = np.memmap(self.path / file, np.uint8, "r", start, (span * size,))

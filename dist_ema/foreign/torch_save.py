@@ -1,7 +1,7 @@
 """Files of torch.save as trees of tensors, through torch.load(weights_only=True): what would run code is refused by name.
 
-Tensors are mapped, not read, where the file is an archive (all since torch 1.6); a window of one is a copy of its bytes.
-torch is imported only when a file is opened.
+Tensors are mapped, not read, where the file is an archive (all since torch 1.6); a window of one is
+a copy of its bytes. torch is imported only when a file is opened.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Mapped", "load"]
 
-# Records of settings that other packages put beside weights. Objects of these become empty placeholders; their code, or the
-# package, is not needed and not run.
+# Records of settings that other packages put beside weights. Objects of these become empty
+# placeholders; their code, or the package, is not needed and not run.
 _SETTINGS = (
-    "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath",
-    "pathlib._local.WindowsPath", "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig",
-    "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata", "omegaconf.nodes.AnyNode", "omegaconf.nodes.StringNode",
-    "omegaconf.nodes.IntegerNode", "omegaconf.nodes.FloatNode", "omegaconf.nodes.BooleanNode", "typing.Any",
-    "builtins.dict", "numpy.dtype", "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar",
-    "datetime.datetime", "datetime.timedelta",
+    "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath",
+    "pathlib._local.PosixPath", "pathlib._local.WindowsPath", "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig", "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata", "omegaconf.nodes.AnyNode", "omegaconf.nodes.StringNode",
+    "omegaconf.nodes.IntegerNode", "omegaconf.nodes.FloatNode", "omegaconf.nodes.BooleanNode",
+    "typing.Any", "builtins.dict", "numpy.dtype", "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray.scalar", "datetime.datetime", "datetime.timedelta",
 )  # fmt: skip
 _DICTS = (
-    "lightning.fabric.utilities.data.AttributeDict", "lightning_fabric.utilities.data.AttributeDict",
-    "pytorch_lightning.utilities.parsing.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
 )  # fmt: skip
 _MAX_DEPTH = 50
 
@@ -61,7 +64,10 @@ def _default_dict(*args: Any) -> dict[Any, Any]:
 
 
 class Mapped:
-    """A tensor of a file, as `foreign.Leaf`. key: the same for tensors that are one, as tied weights are."""
+    """A tensor of a file, as `foreign.Leaf`.
+
+    key: the same for tensors that are one, as tied weights are.
+    """
 
     def __init__(self, tensor: Tensor, dtype: str) -> None:
         self.dtype, self.shape = dtype, tuple(tensor.shape)
@@ -101,7 +107,8 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
         The objects; and the tensors that safetensors cannot hold, name -> why.
 
     Raises:
-        ValueError: The file is damaged, has compressed records, or holds objects of other classes. Their code is not run.
+        ValueError: The file is damaged, has compressed records, or holds objects of other classes.
+            Their code is not run.
 
     Note:
         *Cost*: the table of contents; tensors of an archive are mapped.
@@ -172,13 +179,15 @@ def _refusal(path: Path, error: Exception) -> str:
         for name in found
     ):
         return (
-            f"{path} holds whole modules ({some(found)}): pickled code, which dist_ema does not run. Load it where that "
-            f"code is, and save a table of its tensors: torch.save(model.state_dict(), 'weights.pt')."
+            f"{path} holds whole modules ({some(found)}): pickled code, which dist_ema does not "
+            "run. Load it where that code is, and save a table of its tensors: "
+            "torch.save(model.state_dict(), 'weights.pt')."
         )
     if found:
         return (
-            f"{path} asks for {some(found)}, whose code dist_ema does not run. If they are only settings beside the "
-            f"weights, read past them with --inert {' --inert '.join(found[:3])}."
+            f"{path} asks for {some(found)}, whose code dist_ema does not run. If they are only "
+            "settings beside the weights, read past them with --inert "
+            f"{' --inert '.join(found[:3])}."
         )
     name = "" if _is_archive(path) else _first_asked(path)
     if name:
@@ -192,7 +201,10 @@ def _refusal(path: Path, error: Exception) -> str:
 
 
 def _first_asked(path: Path) -> str:
-    """The first name that a bare pickle asks for, from its opcodes: nothing of it is run. '' if there is none."""
+    """The first name that a bare pickle asks for, from its opcodes: nothing of it is run.
+
+    '' if there is none.
+    """
     texts: list[str] = []
     with open(path, "rb") as file, suppress(ValueError):
         for code, argument, _ in genops(file):
@@ -205,7 +217,10 @@ def _first_asked(path: Path) -> str:
 
 
 class _Trees:
-    """Trees of `Mapped` from what torch.load gave. An object that is held often is converted once."""
+    """Trees of `Mapped` from what torch.load gave.
+
+    An object that is held often is converted once.
+    """
 
     def __init__(self, where: str) -> None:
         self._where = where

@@ -1,7 +1,7 @@
 """Zip archives as torch.save writes them: where their records lie. No torch.
 
-A record is stored, not compressed, so a tensor's bytes can be read or mapped at their place in the file. Any other archive
-is refused with the reason.
+A record is stored, not compressed, so a tensor's bytes can be read or mapped at their place in the
+file. Any other archive is refused with the reason.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ def records(read: Read, size: int, where: str) -> dict[str, tuple[int, int]]:
         where: The file, for error messages.
 
     Returns:
-        Record -> the begin and end of its bytes. The folder that torch puts every record into is left out of the names.
+        Record -> the begin and end of its bytes. The folder that torch puts every record into is
+        left out of the names.
 
     Raises:
-        ValueError: The archive is damaged, or a record is compressed, encrypted, doubled or overlaps another.
+        ValueError: The archive is damaged, or a record is compressed, encrypted, doubled or
+            overlaps another.
     """
     file = _Slice(read, size)
     try:

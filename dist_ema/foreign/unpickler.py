@@ -1,12 +1,14 @@
 """A restricted unpickler: it imports nothing, and calls only what the caller's table holds. No torch.
 
-A pickle is a program: GLOBAL imports, REDUCE calls what was imported. Here `find_class` looks into an allow-list, and any
-other name ends the reading with an error that states it. A call builds a plain value or an inert `Record`.
+A pickle is a program: GLOBAL imports, REDUCE calls what was imported. Here `find_class` looks into
+an allow-list, and any other name ends the reading with an error that states it. A call builds a
+plain value or an inert `Record`.
 
-[Note: the pure Python unpickler] `pickle.Unpickler`, in C, is safe from calls once `find_class` is restricted, but not from
-its other opcodes. A large LONG_BINPUT index allocates that much memory, a BINBYTES header allocates the length it claims,
-BUILD sets attributes of functions and classes, and the hash of a nested tuple as a key recurses without a limit. The Python
-class beside it keeps its memo in a dict, reads no more than there is, and has a table of opcodes that a subclass narrows.
+[Note: the pure Python unpickler] `pickle.Unpickler`, in C, is safe from calls once `find_class` is
+restricted, but not from its other opcodes. A large LONG_BINPUT index allocates that much memory, a
+BINBYTES header allocates the length it claims, BUILD sets attributes of functions and classes, and
+the hash of a nested tuple as a key recurses without a limit. The Python class beside it keeps its
+memo in a dict, reads no more than there is, and has a table of opcodes that a subclass narrows.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def read(
 
     Args:
         data: The pickle.
-        names: The allow-list, 'module.name' -> a function that the pickle may call, or a value that it may not call.
+        names: The allow-list, 'module.name' -> a function that the pickle may call, or a value that
+            it may not call.
         where: The file, for error messages.
         persistent: Makes an object from a persistent id, which torch uses for storages.
 
@@ -178,7 +181,10 @@ class _Unpickler(pickle._Unpickler):
 
 
 class _Opcodes(dict[int, Callable[[Any], None]]):
-    """Opcode -> the method that runs it. Those of Python 2, of extensions and of other pickles than torch's are left out."""
+    """Opcode -> the method that runs it.
+
+    Those of Python 2, of extensions and of other pickles than torch's are left out.
+    """
 
     def __missing__(self, code: int) -> Callable[[Any], None]:
         return lambda unpickler: unpickler.refuse(
@@ -187,10 +193,11 @@ class _Opcodes(dict[int, Callable[[Any], None]]):
 
 
 _INHERITED = (
-    "PROTO", "STOP", "MARK", "POP", "POP_MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "BINFLOAT",
-    "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "EMPTY_LIST", "EMPTY_DICT",
-    "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "MEMOIZE",
-    "GLOBAL", "STACK_GLOBAL", "BINPERSID",
+    "PROTO", "STOP", "MARK", "POP", "POP_MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1",
+    "BININT2", "BINFLOAT", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES",
+    "BINBYTES", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    "BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GLOBAL", "STACK_GLOBAL",
+    "BINPERSID",
 )  # fmt: skip
 _Unpickler.dispatch = _Opcodes(
     {getattr(pickle, name)[0]: _Unpickler.dispatch[getattr(pickle, name)[0]] for name in _INHERITED}

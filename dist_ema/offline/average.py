@@ -49,7 +49,8 @@ def average(
 ) -> AverageReport:
     """Write sum(weight * model) as a model to ship. Whole numbers that differ are taken from the last one.
 
-    Raises ValueError with all differences if the models do not hold the same weights. *Cost*: 28 MB, and the headers.
+    Raises ValueError with all differences if the models do not hold the same weights. *Cost*: 28
+    MB, and the headers.
     """
     ordered = list(paths) if weights else in_order(paths)
     chosen = ordered[-lawa:] if lawa else ordered
@@ -99,7 +100,8 @@ def shares(count: int, weights: Sequence[float] | None, wma: bool) -> list[float
     total = math.fsum(raw)
     if not all(map(math.isfinite, raw)) or abs(total) <= 1e-12 * max(map(abs, raw)):
         raise ValueError(
-            f"--weights must be finite and must not sum to 0, got {', '.join(f'{each:g}' for each in raw)}."
+            "--weights must be finite and must not sum to 0, got "
+            f"{', '.join(f'{each:g}' for each in raw)}."
         )
     return [each / total for each in raw]
 

@@ -1,7 +1,7 @@
 """Other people's checkpoints into a model folder or file: one window of memory, and no pickle is ever loaded.
 
-What comes in is a tree of tables, whatever its form; `foreign` says which of them is the average and what its weights are
-called; what goes out is what `export` writes.
+What comes in is a tree of tables, whatever its form; `foreign` says which of them is the average
+and what its weights are called; what goes out is what `export` writes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ __all__ = ["ConvertPlan", "ConvertRequest", "candidates", "plan", "write"]
 
 _TORCH_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin", "*.tar")
 _DIFFUSERS = (
-    "optimization_step", "decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma", "power",
+    "optimization_step", "decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma",
+    "power",
 )  # fmt: skip
 
 
@@ -77,7 +78,9 @@ class _ObjectTree:
     root: Any
     form: str  # "dcp", "torch", "safetensors"
     ordered: bool = False
-    unsupported: dict[str, str] = field(default_factory=dict)  # tensors that cannot be converted, and why
+    unsupported: dict[str, str] = field(
+        default_factory=dict
+    )  # tensors that cannot be converted, and why
     left: dict[str, str] = field(default_factory=dict)  # what is no tensor, and lies apart
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -94,7 +97,7 @@ class _InFile:
         return self._model.read(self._name, begin, end)
 
 
-# --- what comes in -----------------------------------------------------------------------------------------------
+# --- what comes in --------------------------------------------------------------------------------
 
 
 def _open(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
@@ -158,12 +161,16 @@ def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectT
         return _open_file(others[0], inert, stack)
     there = ", ".join([*files, *(each.name for each in others)][:5])
     raise ValueError(
-        f"{path} holds {'several checkpoints: ' + there if there else 'no checkpoint'}. Name one file."
+        f"{path} holds {'several checkpoints: ' + there if there else 'no checkpoint'}. Name one "
+        "file."
     )
 
 
 def _of_config(path: Path) -> dict[str, Any]:
-    """What diffusers' EMAModel.save_pretrained puts into config.json. A folder without it is somebody's model."""
+    """What diffusers' EMAModel.save_pretrained puts into config.json.
+
+    A folder without it is somebody's model.
+    """
     try:
         said = json.loads(path.read_bytes()) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
@@ -186,12 +193,13 @@ def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTre
     root, unsupported = torch_save.load(path, inert)
     if not isinstance(root, (dict, list)):
         raise ValueError(
-            f"{path} holds a {type(root).__name__}, not a table of tensors. Save state_dict() of it."
+            f"{path} holds a {type(root).__name__}, not a table of tensors. Save state_dict() of "
+            "it."
         )
     return _ObjectTree(root, "torch", True, unsupported)
 
 
-# --- what is chosen ----------------------------------------------------------------------------------------------
+# --- what is chosen -------------------------------------------------------------------------------
 
 
 def candidates(request: ConvertRequest) -> tuple[list[FoundAverage], Mapping[str, str]]:
@@ -214,15 +222,24 @@ def _found(tree: _ObjectTree) -> list[FoundAverage]:
 
 
 def plan(request: ConvertRequest, stack: ExitStack) -> ConvertPlan:
-    """Open the source, choose, name. Raises ValueError with what to do. The stack closes what is read from."""
+    """Open the source, choose, name.
+
+    Raises ValueError with what to do. The stack closes what is read from.
+    """
     tree = _open(request.source, request.inert, stack)
-    found = recognise.at(tree.root, request.key) if request.key is not None else _choose(request, tree)
+    found = (
+        recognise.at(tree.root, request.key) if request.key is not None else _choose(request, tree)
+    )
     notes = [f"took {_title(found)}: {found.why}"]
     if not found.average:
         notes.append("nothing in it says that it is an average")
-    lost = [name for name in tree.unsupported if name.startswith(f"{found.key}." if found.key else "")]
+    lost = [
+        name for name in tree.unsupported if name.startswith(f"{found.key}." if found.key else "")
+    ]
     if lost:
-        raise ValueError(f"{request.source}: {lost[0]} cannot be converted ({tree.unsupported[lost[0]]}).")
+        raise ValueError(
+            f"{request.source}: {lost[0]} cannot be converted ({tree.unsupported[lost[0]]})."
+        )
     nameless = bool(found.nameless)
     if nameless:
         found = _named(request, found, stack)
@@ -235,7 +252,8 @@ def _choose(request: ConvertRequest, tree: _ObjectTree) -> FoundAverage:
     wanted = [each for each in found if request.kind in ("auto", "dcp", each.kind)]
     if request.kind == "dcp" and tree.form != "dcp":
         raise ValueError(
-            f"{request.source} holds no {torch_dcp.META}: it is no folder of torch.distributed.checkpoint."
+            f"{request.source} holds no {torch_dcp.META}: it is no folder of "
+            "torch.distributed.checkpoint."
         )
     sure = [each for each in wanted if each.average and each.kind != "raw"]
     likely = [each for each in wanted if each.average]
@@ -245,7 +263,8 @@ def _choose(request: ConvertRequest, tree: _ObjectTree) -> FoundAverage:
             return chosen[0]
         if chosen:
             raise ValueError(
-                f"{request.source} holds several averages: {_listed(chosen)}. Choose one with --key."
+                f"{request.source} holds several averages: {_listed(chosen)}. Choose one with "
+                "--key."
             )
     what = "an average" if request.kind in ("auto", "dcp") else f"what {request.kind} writes"
     there = (
@@ -265,8 +284,9 @@ def _title(found: FoundAverage) -> str:
 def _named(request: ConvertRequest, found: FoundAverage, stack: ExitStack) -> FoundAverage:
     if request.like is None:
         raise ValueError(
-            f"{_title(found)} in {request.source} is a list without names. Pass --like with the live model as torch.save wrote "
-            f"its state_dict, or with a JSON list of the names in model.named_parameters()."
+            f"{_title(found)} in {request.source} is a list without names. Pass --like with the "
+            "live model as torch.save wrote its state_dict, or with a JSON list of the names in "
+            "model.named_parameters()."
         )
     if request.like.suffix == ".json":
         try:
@@ -286,13 +306,21 @@ def _named(request: ConvertRequest, found: FoundAverage, stack: ExitStack) -> Fo
 
 
 def _complete(
-    request: ConvertRequest, tree: _ObjectTree, found: FoundAverage, notes: list[str], nameless: bool
+    request: ConvertRequest,
+    tree: _ObjectTree,
+    found: FoundAverage,
+    notes: list[str],
+    nameless: bool,
 ) -> ConvertPlan:
-    weights, rest = recognise.without_wrappers(found.weights), recognise.without_wrappers(_rest(request, tree, found))
+    weights, rest = (
+        recognise.without_wrappers(found.weights),
+        recognise.without_wrappers(_rest(request, tree, found)),
+    )
     for name in sorted(rest.keys() & weights.keys()):
         if rest[name].shape != weights[name].shape:
             raise ValueError(
-                f"{name} is {weights[name].shape} in the average, {rest[name].shape} in the live model."
+                f"{name} is {weights[name].shape} in the average, {rest[name].shape} in the live "
+                "model."
             )
     tied = _tied(weights, rest)
     notes.extend(f"{name} is tied to {other} in the live model" for name, other in tied.items())
@@ -304,12 +332,15 @@ def _complete(
     )
     if more:
         notes.append(
-            f"{len(more)} weights that are not averaged come from the live model: {', '.join(sorted(more)[:3])} ..."
+            f"{len(more)} weights that are not averaged come from the live model: "
+            f"{', '.join(sorted(more)[:3])} ..."
         )
     averaged = sorted(
         name for name, leaf in weights.items() if leaf.dtype in FLOATS and found.average
     )
-    whole = not request.averaged_only and (bool(more) or (found.kind != "dist-ema" and not nameless))
+    whole = not request.averaged_only and (
+        bool(more) or (found.kind != "dist-ema" and not nameless)
+    )
     weights = weights | more
     if request.prefix:
         weights = {
@@ -317,7 +348,9 @@ def _complete(
             for name, leaf in weights.items()
             if name.startswith(request.prefix)
         }
-        averaged = [name[len(request.prefix) :] for name in averaged if name.startswith(request.prefix)]
+        averaged = [
+            name[len(request.prefix) :] for name in averaged if name.startswith(request.prefix)
+        ]
     if not weights:
         raise ValueError(f"no weight of {_title(found)} begins with {request.prefix!r}.")
     chosen = ConvertPlan(
@@ -344,7 +377,8 @@ def _rest(request: ConvertRequest, tree: _ObjectTree, found: FoundAverage) -> Ma
 def _tied(averaged: Mapping[str, Leaf], live: Mapping[str, Leaf]) -> dict[str, str]:
     """Further name -> the averaged weight that it is: one memory in the checkpoint, or the same bytes of a matrix.
 
-    Files that write tied weights twice tell no more; without this the second name would keep its live values.
+    Files that write tied weights twice tell no more; without this the second name would keep its
+    live values.
     """
     known = {name: live[name] for name in averaged if name in live}
     found = {}
@@ -385,7 +419,7 @@ def _deduplicated(request: ConvertRequest, plan: ConvertPlan) -> ConvertPlan:
     return replace(plan, weights=kept, averaged=averaged, aliases=aliases, dtypes=dtypes)
 
 
-# --- what goes out -----------------------------------------------------------------------------------------------
+# --- what goes out --------------------------------------------------------------------------------
 
 
 def write(

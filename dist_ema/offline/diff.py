@@ -31,7 +31,10 @@ _INTEGERS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One weight that both models have, in the same shape. changed: elements that are not the same value."""
+    """One weight that both models have, in the same shape.
+
+    changed: elements that are not the same value.
+    """
 
     name: str
     distance: float  # inf where A is 0 or a value is not finite in one of the two
@@ -48,7 +51,10 @@ class Row:
 
 @dataclass
 class Difference:
-    """rows: the farthest first. missing: in A alone. unexpected: in B alone. reshaped: name -> the two shapes."""
+    """rows: the farthest first.
+
+    missing: in A alone. unexpected: in B alone. reshaped: name -> the two shapes.
+    """
 
     a: str
     b: str
@@ -74,7 +80,8 @@ def diff(
 ) -> Difference:
     """Compare two models of any form. Tied weights are compared under every name that both know, each pair once.
 
-    Raises FileNotFoundError and ValueError as `source.open_model`, and ValueError for tensors that cannot be read.
+    Raises FileNotFoundError and ValueError as `source.open_model`, and ValueError for tensors that
+    cannot be read.
     """
     with open_model(a, which[0]) as one, open_model(b, which[1]) as other:
         refuse_odd(one)
@@ -133,7 +140,10 @@ def _row(name: str, one: Source, mine: str, other: Source, theirs: str, tick: Ti
 
 
 def _square(values: NDArray[Any]) -> float:
-    """The sum of squares; overwrites the values. NOTE: no dot product, which would wake a pool of threads each time."""
+    """The sum of squares; overwrites the values.
+
+    NOTE: no dot product, which would wake a pool of threads each time.
+    """
     with np.errstate(over="ignore"):
         return float(np.multiply(values, values, out=values).sum())
 
@@ -152,13 +162,17 @@ def _far(value: float) -> float:
 def _compare(
     raw: Bytes, dtype: str, against: Bytes, other: str
 ) -> tuple[NDArray[Any], NDArray[Any], int]:
-    """A in float64; |A - B|; and how many elements are not the same value. NaN is the same as NaN."""
+    """A in float64; |A - B|; and how many elements are not the same value.
+
+    NaN is the same as NaN.
+    """
     a, b = _numbers(raw, dtype), _numbers(against, other)
     if (dtype == "C64") != (other == "C64"):
         a, b = (_real(part) if kind != "C64" else part for part, kind in ((a, dtype), (b, other)))
     with np.errstate(all="ignore"):
         x, y = a.astype(np.float64), b.astype(np.float64)
-        # NOTE: two kinds of integers are compared as such, because float64 does not hold all of 64 bits.
+        # NOTE: two kinds of integers are compared as such, because float64 does not hold all of 64
+        # bits.
         same = a == b if a.dtype.kind in "iu" and b.dtype.kind in "iu" else x == y
         if same.all():
             return x, np.zeros(0), 0

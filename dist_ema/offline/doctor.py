@@ -26,8 +26,8 @@ __all__ = ["Check", "examine", "self_test"]
 # The oldest that dist_ema is made for; '' for what is only reported.
 _NEEDED = {"torch": "2.8", "numpy": "1.26", "safetensors": "0.4.3"}
 _KNOWN = {
-    "accelerate": "1.2", "transformers": "4.46", "lightning": "2.4", "pytorch-lightning": "", "diffusers": "", "triton": "",
-    "numba": "", "rich": "", "matplotlib": "",
+    "accelerate": "1.2", "transformers": "4.46", "lightning": "2.4", "pytorch-lightning": "",
+    "diffusers": "", "triton": "", "numba": "", "rich": "", "matplotlib": "",
 }  # fmt: skip
 _NETWORK = ("nfs", "lustre", "gpfs", "ceph", "beegfs", "smb", "cifs", "fuse", "9p")
 _WORLD = 2
@@ -61,7 +61,7 @@ def examine(folder: Path, *, timeout: float = 120.0, test: bool = True) -> Itera
         yield self_test(timeout)
 
 
-# --- packages ----------------------------------------------------------------------------------------------------
+# --- packages -------------------------------------------------------------------------------------
 
 
 def _version(name: str) -> str | None:
@@ -86,7 +86,7 @@ def _parts(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", text)[0])))
 
 
-# --- torch -------------------------------------------------------------------------------------------------------
+# --- torch ----------------------------------------------------------------------------------------
 
 
 def _ask(timeout: float) -> dict[str, Any] | Check:
@@ -161,16 +161,16 @@ def _of_launch(facts: Mapping[str, Any], environment: Mapping[str, str]) -> Iter
         yield Check(
             "accelerate",
             "note",
-            "without a GPU `accelerate launch --cpu --num_processes 2` silently starts one process; two are "
-            "`ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 script.py`, and without that variable they would be two "
-            "unrelated runs",
+            "without a GPU `accelerate launch --cpu --num_processes 2` silently starts one "
+            "process; two are `ACCELERATE_USE_CPU=1 torchrun --nproc-per-node 2 script.py`, and "
+            "without that variable they would be two unrelated runs",
         )
 
 
 _TRUE = ("1", "true", "yes", "on", "y", "t")
 
 
-# --- the folder --------------------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 def _of_folder(folder: Path) -> Iterator[Check]:
@@ -220,7 +220,8 @@ def _exchange(inside: Path) -> Check:
     return Check(
         "replacing",
         "note",
-        "no atomic exchange here: saving over an average takes two renames, which only dist_ema can finish",
+        "no atomic exchange here: saving over an average takes two renames, which only dist_ema "
+        "can finish",
     )
 
 
@@ -234,11 +235,14 @@ def _reserve(inside: Path) -> Check:
     )
 
 
-# --- the self-test -----------------------------------------------------------------------------------------------
+# --- the self-test --------------------------------------------------------------------------------
 
 
 def self_test(timeout: float) -> Check:
-    """Two ranks over gloo that train, average, save and load. Names the rank and the step that failed or hung."""
+    """Two ranks over gloo that train, average, save and load.
+
+    Names the rank and the step that failed or hung.
+    """
     with tempfile.TemporaryDirectory(prefix="dist-ema-doctor-") as folder:
         begun = time.monotonic()
         ranks = [_start(rank, Path(folder)) for rank in range(_WORLD)]
@@ -270,7 +274,10 @@ def _start(rank: int, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], until: float) -> list[int | None]:
-    """Exit codes; None for one that still ran. One that failed leaves the others a moment to say so too."""
+    """Exit codes; None for one that still ran.
+
+    One that failed leaves the others a moment to say so too.
+    """
     while time.monotonic() < until:
         codes = [rank.poll() for rank in ranks]
         if None not in codes:

@@ -3,8 +3,8 @@
     python -m dist_ema.offline.patient facts
     python -m dist_ema.offline.patient rank R W FOLDER
 
-A rank says in FOLDER/rank-R.json which step it is at, so whoever waits can name it. It does what a user's script does: so it
-is the one module besides `shards` that names wrappers.
+A rank says in FOLDER/rank-R.json which step it is at, so whoever waits can name it. It does what a
+user's script does: so it is the one module besides `shards` that names wrappers.
 """
 
 from __future__ import annotations

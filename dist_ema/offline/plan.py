@@ -25,7 +25,10 @@ SCRATCH = 8 << 20
 
 @dataclass(frozen=True)
 class Pace:
-    """A constant decay per optimizer step, and what it amounts to. units: samples and tokens per step, where known."""
+    """A constant decay per optimizer step, and what it amounts to.
+
+    units: samples and tokens per step, where known.
+    """
 
     decay: float
     units: Mapping[str, float]  # unit -> how many of it a step takes; 'steps': 1
@@ -105,7 +108,8 @@ def _sound(of: Pace) -> Pace:
     """Raises ValueError where the decay is 0 or 1, or the numbers that follow from it are beyond those of a computer."""
     if not 0 < of.decay < 1:
         raise ValueError(
-            f"that is a decay of {of.decay:g} per step; between 0 and 1 lies what can be planned with."
+            f"that is a decay of {of.decay:g} per step; between 0 and 1 lies what can be planned "
+            "with."
         )
     odd = [
         name for name, value in of.plain().items() if value is not None and not math.isfinite(value)
@@ -129,7 +133,8 @@ def _decay(
     assert sigma_rel is not None, "one of them is given"
     if steps is None:
         raise ValueError(
-            f"--sigma-rel {sigma_rel:g} is a share of the training: say how long that is with --length."
+            f"--sigma-rel {sigma_rel:g} is a share of the training: say how long that is with "
+            "--length."
         )
     spread = sigma_rel * steps  # = sqrt(d) / (1 - d), solved for 1 - d
     return 1 - 2 / (1 + math.hypot(1, 2 * spread))
@@ -138,7 +143,8 @@ def _decay(
 def scaled(of: Pace, factor: float) -> Pace:
     """The same average at `factor` times the batch: decay^factor, over fewer steps.
 
-    Busbridge et al. 2023, "How to Scale Your EMA". In samples nothing changes: HalfLife with elapsed=batch_size stays.
+    Busbridge et al. 2023, "How to Scale Your EMA". In samples nothing changes: HalfLife with
+    elapsed=batch_size stays.
     """
     units = {unit: count if unit == "steps" else count * factor for unit, count in of.units.items()}
     return _sound(Pace(of.decay**factor, units, None if of.length is None else of.length / factor))
@@ -156,7 +162,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Cost:
-    """What averaging takes on each rank. seconds: at the bandwidth given, which nobody reaches quite."""
+    """What averaging takes on each rank.
+
+    seconds: at the bandwidth given, which nobody reaches quite.
+    """
 
     elements: int
     memory: Memory
@@ -184,8 +193,9 @@ def cost(
 ) -> Cost:
     """Of `averages` averages of `params` parameters whose live weights are `weights`.
 
-    Every wrapper leaves 1/world of the average on a rank: ddp because what is replicated is divided, fsdp and hsdp because
-    they hold no more (hsdp divides what is left over its replicas). Without a wrapper a rank has all of it.
+    Every wrapper leaves 1/world of the average on a rank: ddp because what is replicated is
+    divided, fsdp and hsdp because they hold no more (hsdp divides what is left over its replicas).
+    Without a wrapper a rank has all of it.
     """
     elements = math.ceil(params / (world if wrapper != "none" else 1))
     live, shadow = SIZE[weights], SIZE[dtype] * averages

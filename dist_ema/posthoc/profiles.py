@@ -1,9 +1,9 @@
 """Which steps an average is made of, and how to mix stored averages into another one. numpy alone, float64.
 
-An average is a weighted sum of the live weights after each update; its *profile* is those weights. They follow from the
-schedule and the clock, so nothing has to be measured. Stored averages can be mixed into one that nobody tracked: find the
-mixture whose profile is nearest (Karras et al. 2023, "Analyzing and Improving the Training Dynamics of Diffusion Models",
-section 3 and appendix C).
+An average is a weighted sum of the live weights after each update; its *profile* is those weights.
+They follow from the schedule and the clock, so nothing has to be measured. Stored averages can be
+mixed into one that nobody tracked: find the mixture whose profile is nearest (Karras et al. 2023,
+"Analyzing and Improving the Training Dynamics of Diffusion Models", section 3 and appendix C).
 
 [Note: cells]  What was stored is discrete, so profiles are taken as they are, not as the paper's integrals: one number per
 update, and one for the weights that averaging began at. A decay composes ([Note: elapsed] in schedule), so the share of
@@ -82,8 +82,8 @@ def gamma(of: Power) -> float:
 class Timeline:
     """The updates of one run, cut into cells ([Note: cells]). Row 0 is the start, row i the i-th cell.
 
-    knots: (now, updates) of moments on it; between two of them the moves are taken to be equal. Raises ValueError if the
-    clocks cannot be of one run.
+    knots: (now, updates) of moments on it; between two of them the moves are taken to be equal.
+    Raises ValueError if the clocks cannot be of one run.
     """
 
     def __init__(self, knots: Sequence[tuple[float, int]], before: float = 0.0) -> None:
@@ -92,8 +92,9 @@ class Timeline:
         for (now, updates), (later, more) in pairwise(every):
             if later <= now or more <= updates:
                 raise ValueError(
-                    f"the clocks are not of one run: {updates} updates at {now:g}, but {more} at {later:g}. Was averaging "
-                    "begun again in between (ema.reset), or do the snapshots come from two runs?"
+                    f"the clocks are not of one run: {updates} updates at {now:g}, but {more} at "
+                    f"{later:g}. Was averaging begun again in between (ema.reset), or do the "
+                    "snapshots come from two runs?"
                 )
         self._knots = every
         self._merge = max(1, -(-every[-1][1] // MOST_CELLS))
@@ -127,7 +128,10 @@ class Timeline:
         return int(np.searchsorted(self.edges, now))
 
     def nearest(self, now: float) -> tuple[float, int]:
-        """(clock, updates) of the last move that is not after `now`. Raises ValueError outside of the stored ones."""
+        """(clock, updates) of the last move that is not after `now`.
+
+        Raises ValueError outside of the stored ones.
+        """
         first = self._knots[1][0] / self._knots[1][1]
         if now < first * (1 - 1e-12):
             raise ValueError(f"{now:g} is before the first update, which was at {first:g}.")
@@ -176,9 +180,9 @@ class _Track:
 def coefficients(profiles: Sequence[Profile], target: Schedule, at: float | None = None) -> Fit:
     """The mixture of `profiles` that is nearest to what `target` would have tracked until `at` (default: the last).
 
-    All profiles are of one run; those after `at` get no weight. Nearest by the sum of squares over updates, weights summing
-    to 1 ([Note: sum]), solved by orthogonal transformations in float64: normal equations would square the condition number.
-    *Cost*: a few MB, however long the run.
+    All profiles are of one run; those after `at` get no weight. Nearest by the sum of squares over
+    updates, weights summing to 1 ([Note: sum]), solved by orthogonal transformations in float64:
+    normal equations would square the condition number. *Cost*: a few MB, however long the run.
 
     Raises ValueError if the clocks contradict each other, or a schedule cannot take the moves.
     """
@@ -192,7 +196,8 @@ class Mixer:
         last = max((each.now for each in profiles), default=0.0)
         if last == 0:
             raise ValueError(
-                f"{len(profiles)} profiles without a single update were given: nothing can be mixed."
+                f"{len(profiles)} profiles without a single update were given: nothing can be "
+                "mixed."
             )
         befores = sorted({each.before for each in profiles})
         if len(befores) > 1:

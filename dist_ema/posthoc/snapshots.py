@@ -56,8 +56,8 @@ class Stored:
 class Snapshots:
     """The stored averages of one run, ordered by the clock.
 
-    where: a folder of snapshots, or the snapshots themselves. Raises FileNotFoundError if nothing is there, ValueError if
-    they are damaged or too few; `fit`, if they are not of one run.
+    where: a folder of snapshots, or the snapshots themselves. Raises FileNotFoundError if nothing
+    is there, ValueError if they are damaged or too few; `fit`, if they are not of one run.
     """
 
     def __init__(self, where: str | Path | Sequence[str | Path]) -> None:
@@ -66,8 +66,9 @@ class Snapshots:
         found = [stored for folder in folders for stored in _stored(folder)]
         if len(found) < 2:
             raise ValueError(
-                f"{_named(where)} holds {len(found)} stored averages; mixing takes at least 2. Store some with "
-                "EMA(model, decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.10)]) and ema.snapshot(folder, every=...)."
+                f"{_named(where)} holds {len(found)} stored averages; mixing takes at least 2. "
+                "Store some with EMA(model, decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.10)]) "
+                "and ema.snapshot(folder, every=...)."
             )
         self.stored = sorted(
             found, key=lambda each: (each.profile.now, each.snapshot.name, each.label)
@@ -104,8 +105,9 @@ class Snapshots:
         if fit.residual > REFUSED:
             kinds = ", ".join(sorted({repr(each.profile.schedule) for each in self.stored}))
             raise ValueError(
-                f"{target!r} cannot be mixed from what was stored: the nearest misses {fit.residual:.0%} of its profile. "
-                f"There are {len(self.stored)} averages of {kinds}: ask for one nearer to them, or store more."
+                f"{target!r} cannot be mixed from what was stored: the nearest misses "
+                f"{fit.residual:.0%} of its profile. There are {len(self.stored)} averages of "
+                f"{kinds}: ask for one nearer to them, or store more."
             )
 
     def write(
@@ -122,8 +124,8 @@ class Snapshots:
     ) -> None:
         """Write the mixture as a model to ship. Frozen weights and buffers come from the newest snapshot in it. Atomic.
 
-        dtype: of floating weights ('F32', 'BF16' ...); None takes the model's own. tick: told how many bytes were written.
-        *Cost*: 28 MB, whatever the model and however many snapshots.
+        dtype: of floating weights ('F32', 'BF16' ...); None takes the model's own. tick: told how
+            many bytes were written. *Cost*: 28 MB, whatever the model and however many snapshots.
         """
         self.refuse_place(out)
         chosen = [
@@ -151,8 +153,8 @@ class Snapshots:
             odd = sorted(set(each.averaged) ^ set(newest.averaged))
             if odd:
                 raise ValueError(
-                    f"{each.snapshot} and {newest.snapshot} do not average the same weights: {some(odd)} "
-                    "only in one of them."
+                    f"{each.snapshot} and {newest.snapshot} do not average the same weights: "
+                    f"{some(odd)} only in one of them."
                 )
         blend.alike(models, rest, newest.averaged)
 
@@ -182,12 +184,14 @@ def reconstruct(
 ) -> Fit:
     """Write the average that `Power(sigma_rel=...)` (or another target) would have tracked until `at`. Returns the fit.
 
-    snapshots: the folder given to `ema.snapshot`, or a list of saved averages. at: the clock, by default of the last
-    snapshot. Raises ValueError if the snapshots cannot be mixed into it; nothing is written then. *Cost*: 28 MB.
+    snapshots: the folder given to `ema.snapshot`, or a list of saved averages. at: the clock, by
+    default of the last snapshot. Raises ValueError if the snapshots cannot be mixed into it;
+    nothing is written then. *Cost*: 28 MB.
     """
     if (sigma_rel is None) == (target is None):
         raise ValueError(
-            f"reconstruct takes one of sigma_rel and target, got sigma_rel={sigma_rel}, target={target!r}."
+            f"reconstruct takes one of sigma_rel and target, got sigma_rel={sigma_rel}, "
+            f"target={target!r}."
         )
     wanted = Power(sigma_rel=sigma_rel) if target is None else target
     run = Snapshots(snapshots)
