@@ -34,6 +34,7 @@ from dist_ema import EMA
 from dist_ema.cli import convert as cli
 from dist_ema.foreign import recognise
 from dist_ema.offline import convert as offline
+from dist_ema.text import size
 from tests.kit import Call, Tied
 
 pytestmark = pytest.mark.filterwarnings(
@@ -229,7 +230,7 @@ def test_several_averages(call: Call, tmp_path: Path) -> None:
     torch.save(profiles, src := tmp_path / "a.pt")
     code, out, err = call(src, tmp_path / "out")
     assert (code, out) == (1, "")
-    assert "several averages: ema_models.0 (ema-pytorch, 1 tensors), ema_models.1" in err
+    assert "several averages: ema_models.0 (ema-pytorch, 1 tensor), ema_models.1" in err
     assert call(src, tmp_path / "out", "--key", "ema_models.1")[0] == 0
     equal(model(tmp_path / "out")[0], {"w": torch.full((2,), 2.0)})
     assert not (tmp_path / "x").exists()
@@ -283,7 +284,7 @@ def test_names_from_the_live_model(kind: str, call: Call, tmp_path: Path) -> Non
     """The order of a state_dict names them, statistics and aliases come from it; a JSON list names them too."""
     torch.save({"epoch": 1, "ema": NAMELESS[kind]}, src := tmp_path / "a.pt")
     torch.save(LIVE, live := tmp_path / "live.pt")
-    assert "is a list without names. Pass --like" in call(src, tmp_path / "out")[2]
+    assert "is a list without names. Give the live model" in call(src, tmp_path / "out")[2]
     assert call(src, tmp_path / "out", "--like", live)[0] == 0
     found, meta = model(tmp_path / "out")
     equal(
@@ -721,6 +722,29 @@ def test_cut_and_flipped(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyP
         codes[code] += 1
     assert min(codes.values()) > 20, codes
     assert {path.name for path in tmp_path.iterdir()} == {"new.pt", "old.pt", "x.pt", "out"}
+
+
+def test_amplification(call: Call, tmp_path: Path) -> None:
+    """A view that repeats one element says more bytes than the file explains: refused, unless allowed by its size."""
+    big = torch.ones(1).expand(30_000, 10_000)
+    tied = dict.fromkeys((f"layers.{i}.w" for i in range(20)), torch.ones(50_000))
+    torch.save({"model_ema": {"w": big, "v": torch.ones(3)}}, src := tmp_path / "a.pt")
+    code, _, err = call(src, tmp_path / "out")
+    held = src.stat().st_size
+    assert code == 1
+    assert f"holds {size(held)}, and 1.2 GB would be written, more than the {size(4 * held)}" in err
+    assert call(src, tmp_path / "out", "--max-size", "1GB")[0] == 1
+    small = {"w": torch.ones(2)}
+    torch.save({"live": {"w": torch.zeros(2), "v": big}, "model_ema": small}, src)
+    assert "1.2 GB would be written" in call(src, tmp_path / "out", "--rest", "live")[2]
+    torch.save({"live": {"w": torch.ones(2)}, "model_ema": {"w": big}}, src)
+    assert call(src, tmp_path / "out")[0] == 1
+    assert not (tmp_path / "out").exists()
+    torch.save({"model_ema": {"w": torch.ones(1).expand(300, 100)}}, src)
+    assert call(src, tmp_path / "out", "--max-size", "120kB")[0] == 0
+    assert model(tmp_path / "out")[0]["w"].shape == (300, 100)
+    torch.save({"model_ema": tied}, src)
+    assert call(src, tmp_path / "tied", "--dtype", "fp64")[0] == 0, "tied weights are one"
 
 
 def test_shared_structures_are_walked_once(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The command line: it parses, prints and exits; `offline` does the work.
 
-A verb is a module with two functions: `add` puts its parser under the command, and what it sets as
-`run` returns the exit code. Parsing imports neither numpy nor torch.
+A verb is a module with two functions: `add` puts its parser under the command, and what it sets as `run` returns the exit
+code. Parsing imports neither numpy nor torch.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ VERBS = (inspect, verify, export, diff, convert, average, reconstruct, plan, doc
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code.
-
-    Wrong usage leaves through argparse, with code 2.
-    """
+    """Run the command and return its exit code. Wrong usage leaves through argparse, with code 2."""
     _reopen()
     parser = _parser()
     options = parser.parse_args(arguments)

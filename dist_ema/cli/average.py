@@ -34,10 +34,9 @@ def add(verbs: Any) -> None:
         verbs,
         "average",
         "average several models into one: uniform, the last N, growing or given weights",
-        "Average models in files: saved averages, exports, Hugging Face folders, .safetensors "
-        "files. They must\nhold the same weights. Config and the like come from the last one, and "
-        "so do whole numbers (step\ncounters) that differ. Names that differ in one number alone "
-        "(run/ema-*) are taken in its order.",
+        "Average models in files: saved averages, exports, Hugging Face folders, .safetensors files. They must\n"
+        "hold the same weights. Config and the like come from the last one, and so do whole numbers (step\n"
+        "counters) that differ. Names that differ in one number alone (run/ema-*) are taken in its order.",
         "  dist-ema average a b c out                       the plain mean (a soup)\n"
         "  dist-ema average run/epoch-*/model out --lawa 5  the last five (LAWA)\n"
         "  dist-ema average run/epoch-*/model out --wma     later ones weigh more: 1, 2, 3 ...\n"
@@ -111,11 +110,9 @@ def _text(report: AverageReport) -> Iterator[str]:
     )
     yield ""
     yield printable(
-        f"{report.out}: the average of {len(report.terms)} models, {report.averaged:,} weights "
-        "averaged in float64"
+        f"{report.out}: the average of {len(report.terms)} models, {report.averaged:,} weights averaged in float64"
     )
     if report.taken:
         yield printable(
-            f"taken from {report.terms[-1][0]}, because whole numbers that differ have no mean: "
-            f"{some(report.taken, 3)}"
+            f"taken from {report.terms[-1][0]}, because whole numbers that differ have no mean: {some(report.taken, 3)}"
         )

@@ -61,10 +61,7 @@ def add_verb(
 
 
 def add_writing(verb: argparse.ArgumentParser, dtype: str) -> None:
-    """What every verb takes that writes a model.
-
-    dtype: of its floating weights, if nothing is said.
-    """
+    """What every verb takes that writes a model. dtype: of its floating weights, if nothing is said."""
     text = f"of floating weights: bf16, fp16, fp32 or fp64 (default: {dtype})"
     verb.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=text)
     verb.add_argument(
@@ -74,10 +71,7 @@ def add_writing(verb: argparse.ArgumentParser, dtype: str) -> None:
 
 
 def checked(parse: Callable[[str], object]) -> Callable[[str], str]:
-    """An argument's type: the text as it is, where `parse` takes it.
-
-    Its ValueError becomes wrong usage.
-    """
+    """An argument's type: the text as it is, where `parse` takes it. Its ValueError becomes wrong usage."""
 
     def same(text: str) -> str:
         try:

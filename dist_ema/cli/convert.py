@@ -75,6 +75,12 @@ def add(verbs: Any) -> None:
         "--max-shard-size", type=checked(size_of), default="5GB", metavar="SIZE", help=text
     )
     verb.add_argument(
+        "--max-size",
+        type=checked(size_of),
+        metavar="SIZE",
+        help="refuse to write more (default: 4 times what SRC holds)",
+    )
+    verb.add_argument(
         "--inert",
         action="append",
         default=[],
@@ -88,22 +94,29 @@ def add(verbs: Any) -> None:
 def _convert(options: argparse.Namespace) -> int:
     from ..offline import convert as offline
 
-    kind = "torch" if options.kind == "swa" else options.kind
-    job = offline.ConvertRequest(
-        options.source, kind, options.key, options.like, options.prefix, options.rest, options.averaged_only,
-        DTYPES.get(options.dtype), options.inert,
-    )  # fmt: skip
+    request = offline.ConvertRequest(
+        options.source,
+        "torch" if options.kind == "swa" else options.kind,
+        key=options.key,
+        like=options.like,
+        prefix=options.prefix,
+        rest=options.rest,
+        averaged_only=options.averaged_only,
+        dtype=DTYPES.get(options.dtype),
+        inert=options.inert,
+        max_size=None if options.max_size is None else size_of(options.max_size),
+    )
     if options.list:
-        return _list(job, options.json)
+        return _list(request, options.json)
     if options.target is None:
         options.verb.error("the following arguments are required: OUT (or --list)")
-    return _write(job, options)
+    return _write(request, options)
 
 
-def _list(job: Any, as_json: bool) -> int:
+def _list(request: Any, as_json: bool) -> int:
     from ..offline import convert as offline
 
-    found, others = offline.candidates(job)
+    found, others = offline.candidates(request)
     rows = [
         {
             "key": each.key, "kind": each.kind, "tensors": len(each.weights) or len(each.nameless), "average": each.average,
@@ -112,7 +125,7 @@ def _list(job: Any, as_json: bool) -> int:
         for each in found
     ]  # fmt: skip
     if as_json:
-        out_json({"path": str(job.source), "tables": rows, "others": dict(others)})
+        out_json({"path": str(request.source), "tables": rows, "others": dict(others)})
         return FINE
     head = ("key", "kind", "tensors", "", "why")
     table = [
@@ -128,14 +141,14 @@ def _list(job: Any, as_json: bool) -> int:
     out(
         columns([head, *table])
         if table
-        else [printable(f"{job.source} holds no table of tensors.")]
+        else [printable(f"{request.source} holds no table of tensors.")]
     )
     if others:
         out(["", printable(f"left unread: {some(sorted(others), 10)}")])
     return FINE
 
 
-def _write(job: Any, options: argparse.Namespace) -> int:
+def _write(request: Any, options: argparse.Namespace) -> int:
     from contextlib import ExitStack
 
     from ..offline import convert as offline
@@ -145,7 +158,7 @@ def _write(job: Any, options: argparse.Namespace) -> int:
         refuse_place(each, options.target)
     refuse_target(options.target, options.force)
     with ExitStack() as stack:
-        plan = offline.plan(job, stack)
+        plan = offline.plan(request, stack)
         with progress(f"writing {options.target}", plan.nbytes) as tick:
             said = offline.write(
                 plan,

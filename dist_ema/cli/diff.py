@@ -24,14 +24,13 @@ def add(verbs: Any) -> None:
         verbs,
         "diff",
         "compare two models, weight by weight, the farthest first",
-        "Compare two models of any form that dist-ema reads. The distance of a weight is ||A - "
-        "B|| / ||A||, in\nfloat64; integers and booleans are compared exactly. Names that only "
-        "one of the two has, other shapes\nand other dtypes are listed. Tied weights are compared "
-        "under whatever name both know.",
-        "  dist-ema diff run/ema-001000 run/ema-002000          how far the average moved\n  "
-        "dist-ema diff run/ema-001000 out/ --threshold 0.01   is the bf16 export within 1 % of "
-        "it?\n  dist-ema diff run/ema run/ema --which-b 1            two averages of one folder\n "
-        " dist-ema diff a.safetensors b.safetensors --json     every weight, for programs",
+        "Compare two models of any form that dist-ema reads. The distance of a weight is ||A - B|| / ||A||, in\n"
+        "float64; integers and booleans are compared exactly. Names that only one of the two has, other shapes\n"
+        "and other dtypes are listed. Tied weights are compared under whatever name both know.",
+        "  dist-ema diff run/ema-001000 run/ema-002000          how far the average moved\n"
+        "  dist-ema diff run/ema-001000 out/ --threshold 0.01   is the bf16 export within 1 % of it?\n"
+        "  dist-ema diff run/ema run/ema --which-b 1            two averages of one folder\n"
+        "  dist-ema diff a.safetensors b.safetensors --json     every weight, for programs",
         _diff,
     )
     verb.epilog = str(verb.epilog).replace(

@@ -20,10 +20,9 @@ def add(verbs: Any) -> None:
         verbs,
         "doctor",
         "check this machine: versions, file system, and a self-test on two ranks",
-        "Check Python, torch, its accelerators and backends, the packages that dist_ema works "
-        "with, and the folder\nthat averages are to be saved into; then let two processes on this "
-        "host train, average, save and load a\ntiny model under FSDP2 and DDP. Notes are worth "
-        "knowing; a problem keeps dist_ema from working.",
+        "Check Python, torch, its accelerators and backends, the packages that dist_ema works with, and the folder\n"
+        "that averages are to be saved into; then let two processes on this host train, average, save and load a\n"
+        "tiny model under FSDP2 and DDP. Notes are worth knowing; a problem keeps dist_ema from working.",
         "  dist-ema doctor                      everything, for the current folder\n"
         "  dist-ema doctor /mnt/checkpoints     for another one\n"
         "  dist-ema doctor --no-self-test       a second instead of ten\n"

@@ -22,19 +22,19 @@ def add(verbs: Any) -> None:
         verbs,
         "export",
         "write the model to ship: one file, or a folder as Hugging Face lays it out",
-        "Write the model to ship from a saved average, in one streaming pass: one file if OUT "
-        "ends in\n.safetensors, else a folder with config and tokenizer beside the weights and a "
-        "section in its model\ncard. Weights have the dtypes of the model that was averaged, "
-        "unless --dtype or --like says otherwise.\nThe source's check sums are compared on the "
-        "way. OUT appears whole or not at all.\n\n--like DIR makes the files as those of DIR: "
-        "their names (so diffusers finds its\ndiffusion_pytorch_model.safetensors), shards, key "
-        "order, dtypes, and which of several tied names is\nwritten. It refuses, by name, weights "
-        "that only one of the two holds.",
-        "  dist-ema export run/ema-001000 out/                        the model's own dtypes\n  "
-        "dist-ema export run/ema-001000 model.safetensors --dtype bf16\n  dist-ema export "
-        "run/ema-001000 out/ --like ./Llama-3.2-1B  loads wherever that loads\n  dist-ema export "
-        "run/ema-001000 out/ --max-shard-size 2GB\n  dist-ema export run/ema-001000 out/ --which "
-        "1              the second of several averages",
+        "Write the model to ship from a saved average, in one streaming pass: one file if OUT ends in\n"
+        ".safetensors, else a folder with config and tokenizer beside the weights and a section in its model\n"
+        "card. Weights have the dtypes of the model that was averaged, unless --dtype or --like says otherwise.\n"
+        "The source's check sums are compared on the way. OUT appears whole or not at all.\n"
+        "\n"
+        "--like DIR makes the files as those of DIR: their names (so diffusers finds its\n"
+        "diffusion_pytorch_model.safetensors), shards, key order, dtypes, and which of several tied names is\n"
+        "written. It refuses, by name, weights that only one of the two holds.",
+        "  dist-ema export run/ema-001000 out/                        the model's own dtypes\n"
+        "  dist-ema export run/ema-001000 model.safetensors --dtype bf16\n"
+        "  dist-ema export run/ema-001000 out/ --like ./Llama-3.2-1B  loads wherever that loads\n"
+        "  dist-ema export run/ema-001000 out/ --max-shard-size 2GB\n"
+        "  dist-ema export run/ema-001000 out/ --which 1              the second of several averages",
         _export,
     )
     verb.add_argument(

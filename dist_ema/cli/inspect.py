@@ -23,13 +23,12 @@ def add(verbs: Any) -> None:
         verbs,
         "inspect",
         "say what is in a saved average, an exported model or any safetensors file",
-        "Say what is in a saved average (ema.save), an exported model (ema.export), a Hugging "
-        "Face folder,\na torch.distributed.checkpoint folder or one .safetensors file. Only "
-        "headers are read, so it takes\na moment for any size. Contradictions between ema.json "
-        "and the headers are listed on stderr.",
-        "  dist-ema inspect run/ema-001000                   clock, schedule, files, the first "
-        "weights\n  dist-ema inspect model.safetensors --weights all  every weight\n  dist-ema "
-        "inspect out/ --json                      the same for programs",
+        "Say what is in a saved average (ema.save), an exported model (ema.export), a Hugging Face folder,\n"
+        "a torch.distributed.checkpoint folder or one .safetensors file. Only headers are read, so it takes\n"
+        "a moment for any size. Contradictions between ema.json and the headers are listed on stderr.",
+        "  dist-ema inspect run/ema-001000                   clock, schedule, files, the first weights\n"
+        "  dist-ema inspect model.safetensors --weights all  every weight\n"
+        "  dist-ema inspect out/ --json                      the same for programs",
         _inspect,
     )
     verb.add_argument("path", metavar="PATH", help="a folder, or one .safetensors file")

@@ -23,11 +23,9 @@ def add(verbs: Any) -> None:
     verb = add_verb(
         verbs,
         "plan",
-        "convert decay, half-life, window and sigma_rel; scale with the batch; count memory and "
-        "time",
-        "Plan an average before training: what a decay means in steps, samples and tokens, what "
-        "it becomes at\nanother batch size, and what the average costs on each rank. Numbers may "
-        "end in k, M, B or T.",
+        "convert decay, half-life, window and sigma_rel; scale with the batch; count memory and time",
+        "Plan an average before training: what a decay means in steps, samples and tokens, what it becomes at\n"
+        "another batch size, and what the average costs on each rank. Numbers may end in k, M, B or T.",
         "  dist-ema plan --decay 0.9999\n"
         "  dist-ema plan --half-life 500k --unit samples --batch-size 256 --scale-batch 2\n"
         "  dist-ema plan --sigma-rel 0.1 --length 100k --plot decay.png\n"
@@ -245,8 +243,7 @@ def _facts(pace: Pace, every: int) -> Iterator[tuple[str, str]]:
         if pace.gamma is not None:
             yield (
                 "as Power",
-                f"EMA(model, decay=Power(sigma_rel={pace.sigma_rel:.4g}))  (gamma "
-                f"{pace.gamma:.4g})",
+                f"EMA(model, decay=Power(sigma_rel={pace.sigma_rel:.4g}))  (gamma {pace.gamma:.4g})",
             )
         else:
             yield "as Power", "none: wider than the plain mean of the whole training (0.2887)"

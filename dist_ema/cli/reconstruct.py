@@ -37,14 +37,14 @@ def add(verbs: Any) -> None:
         verbs,
         "reconstruct",
         "choose the decay after training: mix stored snapshots into an average that nobody tracked",
-        "Mix the averages that ema.snapshot(folder, every=...) stored into the one "
-        "that\nPower(sigma_rel=S) would have tracked (post-hoc EMA, Karras et al. 2023). The "
-        "weights follow from\nthe clocks and schedules in ema.json; no training data, no GPU. "
-        "sigma_rel is the width of the\naverage as a share of the training so far.",
-        "  dist-ema reconstruct run/snapshots out --sigma-rel 0.07\n  dist-ema reconstruct "
-        "run/snapshots out --sigma-rel 0.07 --at 50000       as of an earlier step\n  dist-ema "
-        "reconstruct run/snapshots out --sweep 0.03:0.15:0.01            out/sigma-0.030 ...\n  "
-        "dist-ema reconstruct run/snapshots --sweep 0.03:0.25:0.02 --plot fit.png  only report",
+        "Mix the averages that ema.snapshot(folder, every=...) stored into the one that\n"
+        "Power(sigma_rel=S) would have tracked (post-hoc EMA, Karras et al. 2023). The weights follow from\n"
+        "the clocks and schedules in ema.json; no training data, no GPU. sigma_rel is the width of the\n"
+        "average as a share of the training so far.",
+        "  dist-ema reconstruct run/snapshots out --sigma-rel 0.07\n"
+        "  dist-ema reconstruct run/snapshots out --sigma-rel 0.07 --at 50000       as of an earlier step\n"
+        "  dist-ema reconstruct run/snapshots out --sweep 0.03:0.15:0.01            out/sigma-0.030 ...\n"
+        "  dist-ema reconstruct run/snapshots --sweep 0.03:0.25:0.02 --plot fit.png  only report",
         _reconstruct,
     )
     verb.add_argument("snapshots", metavar="SNAPSHOTS", help="the folder given to ema.snapshot")
@@ -137,8 +137,7 @@ def _text(where: str, report: ReconstructReport) -> Iterator[str]:
     kinds = sorted({repr(each.profile.schedule) for each in run.stored})
     moments = [each.profile.now for each in run.stored]
     yield printable(
-        f"{where}: {len(run.stored)} stored averages, {len(set(moments))} moments from "
-        f"{moments[0]:g} to {moments[-1]:g}"
+        f"{where}: {len(run.stored)} stored averages, {len(set(moments))} moments from {moments[0]:g} to {moments[-1]:g}"
     )
     yield from (printable(f"  {kind}") for kind in kinds)
     yield f"mixed as of {report.at[0]:g}, after {report.at[1]:,} updates; weights sum to 1"
@@ -167,11 +166,11 @@ def _warnings(report: ReconstructReport) -> Iterator[str]:
     ]
     if poor:
         yield (
-            f"the snapshots do not express sigma_rel {', '.join(poor)} well: the mixture is "
-            "another profile by that much. More snapshots, or stored profiles nearer to it, would."
+            f"the snapshots do not express sigma_rel {', '.join(poor)} well: the mixture is another profile by that much. "
+            "More snapshots, or stored profiles nearer to it, would."
         )
     if report.snapshots.skipped:
         yield (
-            f"up to {report.snapshots.skipped} updates were refused by the device (skipped steps), "
-            "and profiles count them as made, so they are off by about that share."
+            f"up to {report.snapshots.skipped} updates were refused by the device (skipped steps), and profiles "
+            "count them as made, so they are off by about that share."
         )

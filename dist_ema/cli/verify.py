@@ -21,15 +21,14 @@ def add(verbs: Any) -> None:
         verbs,
         "verify",
         "read everything and list all that is damaged, missing or not finite",
-        "Read saved averages, exports, Hugging Face folders or .safetensors files to the last "
-        "byte: headers,\nsizes, index, aliases, ema.json against the files, CRC-32 and SHA-256 "
-        "where ema.json has them, and\nNaN or infinite values by weight. Every problem is listed "
-        "on stderr, not only the first. Files that\ndist_ema did not write have no sums to "
-        "compare, which is said.",
-        "  dist-ema verify run/ema-001000          before you resume from it, or delete the older "
-        "one\n  dist-ema verify run/ema-*               all of them\n  dist-ema verify out/ "
-        "--seal             sound? then add SHA-256 of every file to ema.json\n  dist-ema verify "
-        "out/ --json             the verdict for programs",
+        "Read saved averages, exports, Hugging Face folders or .safetensors files to the last byte: headers,\n"
+        "sizes, index, aliases, ema.json against the files, CRC-32 and SHA-256 where ema.json has them, and\n"
+        "NaN or infinite values by weight. Every problem is listed on stderr, not only the first. Files that\n"
+        "dist_ema did not write have no sums to compare, which is said.",
+        "  dist-ema verify run/ema-001000          before you resume from it, or delete the older one\n"
+        "  dist-ema verify run/ema-*               all of them\n"
+        "  dist-ema verify out/ --seal             sound? then add SHA-256 of every file to ema.json\n"
+        "  dist-ema verify out/ --json             the verdict for programs",
         _verify,
     )
     verb.add_argument("paths", metavar="PATH", nargs="+", help="folders, or .safetensors files")

@@ -19,12 +19,13 @@ from ..checkpoint import atomic, manifest, safetensors
 from ..dtypes import FLOATS, TO_TORCH, Bytes, fitted, widen
 from ..foreign import recognise, torch_dcp, torch_save
 from ..foreign.recognise import FoundAverage, Leaf
-from ..text import some
+from ..text import plural, size, some
 from . import writer
 from .sources import WINDOW, Safetensors, Source, pickled
 
 __all__ = ["ConvertPlan", "ConvertRequest", "candidates", "plan", "write"]
 
+_MAX_GROWTH = 4
 _TORCH_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin", "*.tar")
 _DIFFUSERS = (
     "optimization_step", "decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma",
@@ -45,6 +46,7 @@ class ConvertRequest:
     averaged_only: bool = False
     dtype: str | None = None  # of floating weights, as safetensors names it
     inert: Sequence[str] = ()
+    max_size: int | None = None  # bytes to write at the most; None: four times those of the source
 
 
 @dataclass(frozen=True)
@@ -263,12 +265,14 @@ def _choose(request: ConvertRequest, tree: _ObjectTree) -> FoundAverage:
             return chosen[0]
         if chosen:
             raise ValueError(
-                f"{request.source} holds several averages: {_listed(chosen)}. Choose one with "
-                "--key."
+                f"{request.source} holds several averages: {_listed(chosen)}. Choose one by its "
+                "key."
             )
     what = "an average" if request.kind in ("auto", "dcp") else f"what {request.kind} writes"
     there = (
-        f"It holds {_listed(found)}: choose with --key" if found else "It holds no table of tensors"
+        f"It holds {_listed(found)}: choose one by its key"
+        if found
+        else "It holds no table of tensors"
     )
     raise ValueError(f"{request.source} does not show {what}. {there}.")
 
@@ -278,14 +282,15 @@ def _listed(found: Sequence[FoundAverage]) -> str:
 
 
 def _title(found: FoundAverage) -> str:
-    return f"{found.key or 'the whole file'} ({found.kind}, {len(found.weights) or len(found.nameless)} tensors)"
+    count = plural(len(found.weights) or len(found.nameless), "tensor")
+    return f"{found.key or 'the whole file'} ({found.kind}, {count})"
 
 
 def _named(request: ConvertRequest, found: FoundAverage, stack: ExitStack) -> FoundAverage:
     if request.like is None:
         raise ValueError(
-            f"{_title(found)} in {request.source} is a list without names. Pass --like with the "
-            "live model as torch.save wrote its state_dict, or with a JSON list of the names in "
+            f"{_title(found)} in {request.source} is a list without names. Give the "
+            "live model as torch.save wrote its state_dict, or a JSON list of the names in "
             "model.named_parameters()."
         )
     if request.like.suffix == ".json":
@@ -312,10 +317,9 @@ def _complete(
     notes: list[str],
     nameless: bool,
 ) -> ConvertPlan:
-    weights, rest = (
-        recognise.without_wrappers(found.weights),
-        recognise.without_wrappers(_rest(request, tree, found)),
-    )
+    weights = recognise.without_wrappers(found.weights)
+    rest = recognise.without_wrappers(_rest(request, tree, found))
+    _refuse_growth(request, [*weights.values(), *rest.values()])
     for name in sorted(rest.keys() & weights.keys()):
         if rest[name].shape != weights[name].shape:
             raise ValueError(
@@ -357,6 +361,33 @@ def _complete(
         replace(found, extra={**tree.extra, **found.extra}), weights, averaged, {}, {}, whole, notes
     )
     return _deduplicated(request, chosen)
+
+
+def _refuse_growth(request: ConvertRequest, leaves: Sequence[Leaf]) -> None:
+    """Raise ValueError where more would be written than the source explains: views repeat bytes."""
+    once = {
+        getattr(leaf, "key", id(leaf)): leaf for leaf in leaves
+    }.values()  # tied weights are one
+    entries = [safetensors.Entry(_output_dtype(request, leaf), tuple(leaf.shape)) for leaf in once]
+    nbytes = sum(entry.nbytes for entry in entries)
+    held = sum(_nbytes_at(path) for path in (request.source, request.like) if path is not None)
+    limit = _MAX_GROWTH * held if request.max_size is None else request.max_size
+    if nbytes > limit:
+        raise ValueError(
+            f"{request.source} holds {size(held)}, and {size(nbytes)} would be written, more than "
+            f"the {size(limit)} that are allowed. Its tensors are probably views that repeat their "
+            "elements. If that is meant, allow a larger max_size."
+        )
+
+
+def _nbytes_at(path: Path) -> int:
+    path = atomic.follow(path)
+    files = path.iterdir() if path.is_dir() else (path,)
+    return sum(each.stat().st_size for each in files if each.is_file())
+
+
+def _output_dtype(request: ConvertRequest, leaf: Leaf) -> str:
+    return request.dtype if request.dtype and leaf.dtype in FLOATS else leaf.dtype
 
 
 def _rest(request: ConvertRequest, tree: _ObjectTree, found: FoundAverage) -> Mapping[str, Leaf]:
@@ -410,11 +441,7 @@ def _deduplicated(request: ConvertRequest, plan: ConvertPlan) -> ConvertPlan:
         if first.setdefault(key, name) != name:
             aliases[name] = first[key]
     kept = {name: leaf for name, leaf in plan.weights.items() if name not in aliases}
-    floating = {name for name, leaf in kept.items() if leaf.dtype in FLOATS}
-    dtypes = {
-        name: request.dtype if request.dtype and name in floating else leaf.dtype
-        for name, leaf in kept.items()
-    }
+    dtypes = {name: _output_dtype(request, leaf) for name, leaf in kept.items()}
     averaged = [name for name in plan.averaged if name in kept]
     return replace(plan, weights=kept, averaged=averaged, aliases=aliases, dtypes=dtypes)
 
