@@ -432,7 +432,7 @@ def test_refused(shop: list[Path], tmp_path: Path, call: Call) -> None:
         (
             [*shop, tmp_path / "out", "--weights", "1e308,1e308,1"],
             1,
-            "more than can be computed with",
+            "too large to compute with",
         ),
     ):
         code, out, err = call(*arguments)

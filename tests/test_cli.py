@@ -110,7 +110,7 @@ def test_saved(call: Call, shop: Path) -> None:
         ),
     ]
     assert [line.split() for line in out.split("\n\n")[2].splitlines()] == [
-        ["weight", "dtype", "shape"],
+        ["weight", "dtype", "shape", "role"],
         ["emb.weight", "F32", "[7,", "4]", "averaged"],
         ["frozen", "F32", "[3]"],
         ["norm.bias", "F32", "[4]", "averaged"],

@@ -232,7 +232,7 @@ def test_cost_table(call: Call) -> None:
         (["--half-life", "-3"], 2, "a number above 0"),
         (["--half-life", "1e999"], 2, "like 500k or 7B"),
         (["--params", "1B", "--world", "1.5"], 2, "whole number"),
-        (["--sigma-rel", "0.29"], 2, "must be below 0.2887"),
+        (["--sigma-rel", "0.29"], 2, "below 0.2887, the width of the plain mean"),
         (["--sigma-rel", "0.1"], 1, "say how long that is with --length"),
         (["--half-life", "9", "--unit", "samples"], 1, "--unit samples needs --batch-size:"),
         (
@@ -252,7 +252,7 @@ def test_cost_table(call: Call) -> None:
             1,
             "half_life_tokens",
         ),
-        (["--params", "7B", "--averages", "1e300"], 1, "more than can be computed with"),
+        (["--params", "7B", "--averages", "1e300"], 1, "too large to compute with"),
         (["--params", "7B", "--bandwidth", "1e-320", "--json"], 1, "not JSON"),
     ],
     ids=str,

@@ -1,7 +1,7 @@
 """The command line: it parses, prints and exits; `offline` does the work.
 
-A verb is a module with two functions: `add` puts its parser under the command, and what it sets as `run` returns the exit
-code. Parsing imports neither numpy nor torch.
+A verb is a module whose `add` puts a parser under the command. The `run` of that parser returns the
+exit code. Parsing imports neither numpy nor torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VERBS = (inspect, verify, export, diff, convert, average, reconstruct, plan, doc
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code. Wrong usage leaves through argparse, with code 2."""
+    """Run the command and return its exit code. Wrong usage exits with code 2, through argparse."""
     _reopen()
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -35,14 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, as `| head`, has ended
         return FINE
     except FileNotFoundError as error:
         return say(sentence(error), USAGE)
     except (ImportError, OSError, ValueError) as error:
         return say(sentence(error), PROBLEM)
     except ArithmeticError as error:
-        return say(f"these numbers are more than can be computed with: {error}.", PROBLEM)
+        return say(f"these numbers are too large to compute with: {error}.", PROBLEM)
     except RecursionError:  # from Python 3.12 on, JSON is read deeper than it is written
         return say("a file holds values that are nested too deeply to print.", PROBLEM)
     except KeyboardInterrupt:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _reopen() -> None:
-    """What the shell has closed (`>&-`) is None here. Whoever closed it wants to hear nothing."""
+    """Replace a stream that the shell closed (`>&-`), which is None here, by one that discards."""
     if sys.stdout is None:
         sys.stdout = io.StringIO()
     if sys.stderr is None:
@@ -60,7 +60,8 @@ def _reopen() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dist-ema",
-        description="Look into, ship, compare and combine averaged weights, without a GPU or a process group.",
+        description="Look into, ship, compare and combine averaged weights, "
+        "without a GPU or a process group.",
         epilog="`dist-ema VERB --help` explains a verb, with examples.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")

@@ -7,20 +7,21 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.safetensors import size_of
 from ..text import printable, some
 from .console import (
     DTYPES,
     FINE,
     USAGE,
+    Arguments,
+    add_arguments,
     add_verb,
-    add_writing,
-    checked,
     columns,
+    number,
     out,
     out_json,
     progress,
     say,
+    writing,
 )
 
 if TYPE_CHECKING:
@@ -28,54 +29,53 @@ if TYPE_CHECKING:
 
 __all__ = ["add"]
 
+TEXT = """\
+average several models into one: uniform, the last N, growing or given weights
+
+Average models in files: saved averages, exports, Hugging Face folders, .safetensors files. They
+must hold the same weights. Config and the like come from the last one, and so do whole numbers
+(step counters) that differ. Names that differ in one number alone (run/ema-*) are taken in its
+order.
+
+examples:
+  dist-ema average a b c out                       the plain mean (a soup)
+  dist-ema average run/epoch-*/model out --lawa 5  the last five (LAWA)
+  dist-ema average run/epoch-*/model out --wma     later ones weigh more: 1, 2, 3 ...
+  dist-ema average a b out --weights 0.7,0.3
+"""
+
+
+ARGUMENTS: Arguments = {
+    "paths": {
+        "metavar": "MODEL",
+        "nargs": "+",
+        "help": "two or more models, and last of all the OUT to write",
+    },
+    "--lawa": {
+        "type": number("a whole number of 1 or more", lambda value: value >= 1, int),
+        "metavar": "N",
+        "help": "only the last N models",
+    },
+    **writing("as in the last model"),
+}
+WEIGHTING: Arguments = {
+    "--weights": {
+        "type": number(
+            "numbers with commas between them",
+            lambda values: isinstance(values, list) and all(map(math.isfinite, values)),
+            lambda text: [float(value) for value in text.split(",")],
+        ),
+        "metavar": "W,W,...",
+        "help": "one per model; scaled to sum to 1",
+    },
+    "--wma": {"action": "store_true", "help": "weights that grow linearly"},
+}
+
 
 def add(verbs: Any) -> None:
-    verb = add_verb(
-        verbs,
-        "average",
-        "average several models into one: uniform, the last N, growing or given weights",
-        "Average models in files: saved averages, exports, Hugging Face folders, .safetensors files. They must\n"
-        "hold the same weights. Config and the like come from the last one, and so do whole numbers (step\n"
-        "counters) that differ. Names that differ in one number alone (run/ema-*) are taken in its order.",
-        "  dist-ema average a b c out                       the plain mean (a soup)\n"
-        "  dist-ema average run/epoch-*/model out --lawa 5  the last five (LAWA)\n"
-        "  dist-ema average run/epoch-*/model out --wma     later ones weigh more: 1, 2, 3 ...\n"
-        "  dist-ema average a b out --weights 0.7,0.3",
-        _average,
-    )
-    verb.add_argument(
-        "paths",
-        metavar="MODEL",
-        nargs="+",
-        help="two or more models, and last of all the OUT to write",
-    )
+    verb = add_verb(verbs, "average", TEXT, _average, ARGUMENTS)
     which = verb.add_mutually_exclusive_group()
-    which.add_argument(
-        "--weights", type=_weights, metavar="W,W,...", help="one per model; scaled to sum to 1"
-    )
-    which.add_argument("--wma", action="store_true", help="weights that grow linearly")
-    verb.add_argument("--lawa", type=_whole, metavar="N", help="only the last N models")
-    text = "of each file in a folder (default 5GB)"
-    verb.add_argument(
-        "--max-shard-size", type=checked(size_of), default="5GB", metavar="SIZE", help=text
-    )
-    add_writing(verb, "as in the last model")
-
-
-def _weights(text: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [math.nan]
-    if not all(map(math.isfinite, values)):
-        raise argparse.ArgumentTypeError(f"must be numbers with commas between them, got {text!r}")
-    return values
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
-    return int(text)
+    add_arguments(which, WEIGHTING)
 
 
 def _average(options: argparse.Namespace) -> int:
@@ -110,9 +110,11 @@ def _text(report: AverageReport) -> Iterator[str]:
     )
     yield ""
     yield printable(
-        f"{report.out}: the average of {len(report.terms)} models, {report.averaged:,} weights averaged in float64"
+        f"{report.out}: the average of {len(report.terms)} models, {report.averaged:,} weights "
+        "averaged in float64"
     )
     if report.taken:
         yield printable(
-            f"taken from {report.terms[-1][0]}, because whole numbers that differ have no mean: {some(report.taken, 3)}"
+            f"taken from {report.terms[-1][0]}, because whole numbers that differ have no mean: "
+            f"{some(report.taken, 3)}"
         )

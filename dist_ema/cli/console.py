@@ -1,77 +1,121 @@
-"""What verbs of the command line share: options, columns, sentences and progress bars. No torch.
+"""What the verbs share: arguments, tables, sentences and progress bars. No torch.
 
-Names come from files, so nothing reaches a terminal before `printable` has looked at it.
+Names come from files, so each text passes through `printable` before it reaches a terminal.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
+from ..checkpoint.safetensors import size_of
 from ..text import Tick, printable
 
 __all__ = [
     "DTYPES",
     "FINE",
+    "JSON",
     "PROBLEM",
     "USAGE",
+    "WHICH",
+    "WIDEST",
+    "Arguments",
+    "add_arguments",
     "add_verb",
-    "add_writing",
     "checked",
     "columns",
     "count",
+    "number",
     "out",
     "out_json",
     "progress",
     "say",
+    "writing",
 ]
 
-
 FINE, PROBLEM, USAGE = 0, 1, 2  # exit codes
-
-
+WIDEST = math.sqrt(1 / 12)  # the width of the plain mean, as a share of the training
 DTYPES = {  # as --dtype has them -> as safetensors does
     "bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64",
     "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64",
 }  # fmt: skip
 
+Arguments: TypeAlias = Mapping[str, Mapping[str, Any]]  # name -> the options of add_argument
+JSON: Arguments = {"--json": {"action": "store_true", "help": "print JSON"}}
+WHICH = {
+    "default": "0",
+    "metavar": "NAME",
+    "help": "of several averages: its number, label or schedule",
+}
+
 
 def add_verb(
     verbs: Any,
     name: str,
-    line: str,
     text: str,
-    examples: str,
     run: Callable[[argparse.Namespace], int],
+    arguments: Arguments,
+    codes: str = "0 all is well, 1 a problem was found",
 ) -> argparse.ArgumentParser:
-    """A verb's parser: one line for the list of verbs, a text and examples for its own --help."""
+    """Add a verb's parser.
+
+    Args:
+        verbs: What add_subparsers returned.
+        name: Of the verb.
+        text: The line for the list of verbs, an empty line, the description, and the examples.
+        run: Does the work and returns the exit code.
+        arguments: Those of the verb.
+        codes: What exit codes 0 and 1 mean.
+    """
+    summary, _, rest = text.partition("\n\n")
+    description, _, examples = rest.partition("\nexamples:\n")
     verb: argparse.ArgumentParser = verbs.add_parser(
         name,
-        help=line,
-        description=text,
-        epilog=f"examples:\n{examples}\n\nexit code: 0 all is well, 1 a problem was found, 2 the command is wrong",
+        help=summary,
+        description=description,
+        epilog=f"examples:\n{examples}\nexit code: {codes}, 2 the command is wrong",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.set_defaults(run=run)
+    verb.set_defaults(run=run, verb=verb)
+    add_arguments(verb, arguments)
     return verb
 
 
-def add_writing(verb: argparse.ArgumentParser, dtype: str) -> None:
-    """What every verb takes that writes a model. dtype: of its floating weights, if nothing is said."""
-    text = f"of floating weights: bf16, fp16, fp32 or fp64 (default: {dtype})"
-    verb.add_argument("--dtype", choices=DTYPES, metavar="TYPE", help=text)
-    verb.add_argument(
-        "--force", action="store_true", help="replace a model at OUT; what lies beside it stays"
-    )
-    verb.add_argument("--json", action="store_true", help="print JSON")
+def add_arguments(parser: Any, arguments: Arguments) -> None:
+    """Add arguments to a parser, or to a group of one."""
+    for name, options in arguments.items():
+        parser.add_argument(name, **options)
+
+
+def writing(dtype: str, shard_size: str | None = "5GB") -> Arguments:
+    """The arguments of a verb that writes a model. dtype: the default of its floating weights."""
+    return {
+        "--max-shard-size": {
+            "type": checked(size_of),
+            "default": shard_size,
+            "metavar": "SIZE",
+            "help": "of each file in a folder (default 5GB)",
+        },
+        "--dtype": {
+            "choices": DTYPES,
+            "metavar": "TYPE",
+            "help": f"of floating weights: bf16, fp16, fp32 or fp64 (default: {dtype})",
+        },
+        "--force": {
+            "action": "store_true",
+            "help": "replace a model at OUT; what lies beside it stays",
+        },
+        **JSON,
+    }
 
 
 def checked(parse: Callable[[str], object]) -> Callable[[str], str]:
-    """An argument's type: the text as it is, where `parse` takes it. Its ValueError becomes wrong usage."""
+    """An argument's type: the text itself, if `parse` takes it; its ValueError is wrong usage."""
 
     def same(text: str) -> str:
         try:
@@ -81,6 +125,23 @@ def checked(parse: Callable[[str], object]) -> Callable[[str], str]:
         return text
 
     return same
+
+
+def number(
+    what: str, allowed: Callable[[Any], bool], parse: Callable[[str], Any] = float
+) -> Callable[[str], Any]:
+    """An argument's type: a number that is `allowed`; others are wrong usage, 'must be `what`'."""
+
+    def parsed(text: str) -> Any:
+        try:
+            value = parse(text)
+        except (OverflowError, ValueError):
+            value = math.nan
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+        return value
+
+    return parsed
 
 
 def count(text: str) -> int:
@@ -93,7 +154,7 @@ def count(text: str) -> int:
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Rows as text, each column as wide as its widest cell."""
+    """Rows as lines, each column as wide as its widest cell. The first row is the header."""
     rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -108,7 +169,7 @@ def out(lines: Iterable[str]) -> None:
 
 
 def out_json(value: Any) -> None:
-    """One JSON document to stdout. Raises ValueError for numbers that JSON does not have."""
+    """One JSON document to stdout. Raises ValueError for NaN and infinity."""
     out([json.dumps(value, indent=2, allow_nan=False)])
 
 
@@ -120,7 +181,7 @@ def say(sentence: str, code: int) -> int:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Tick]:
-    """A bar on stderr over `total` bytes, if somebody is looking; yields the function that moves it."""
+    """A bar on stderr over `total` bytes, on terminals; yields the function that moves it."""
     if not sys.stderr.isatty():
         yield lambda done: None
         return
@@ -134,13 +195,13 @@ def progress(what: str, total: int) -> Iterator[Tick]:
         TransferSpeedColumn,
     )
 
-    parts = (
+    cells = (
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*parts, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*cells, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(printable(what), total=total)
         yield lambda done: bar.advance(task, done)

@@ -4,91 +4,102 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.safetensors import size_of
-from ..text import printable, size, some
-from .console import DTYPES, FINE, add_verb, add_writing, checked, columns, out, out_json, progress
+from ..text import plural, printable, size, some
+from .console import (
+    DTYPES,
+    FINE,
+    Arguments,
+    add_verb,
+    checked,
+    columns,
+    out,
+    out_json,
+    progress,
+    writing,
+)
+
+if TYPE_CHECKING:
+    from ..offline.convert import ConvertRequest
 
 __all__ = ["add"]
 
-KINDS = (  # NOTE: those of `foreign`, which imports numpy
+TEXT = """\
+make a model of other people's EMA checkpoints, and of torch.distributed.checkpoint folders
+
+Take the average out of a checkpoint that another program wrote, give its weights the model's names,
+and write a safetensors model. SRC is safetensors, a file of torch.save, or a folder of
+torch.distributed.checkpoint, as torch's AveragedModel, Lightning, timm, ema-pytorch, ldm,
+diffusers, torch-ema and mmengine write them, or a plain table of tensors. The command prints what
+it took and why. Pickled code is never run: a class that needs code is refused by name. Weights are
+read a window at a time.
+
+examples:
+  dist-ema convert last.ckpt --list                 what is in there
+  dist-ema convert last.ckpt out/                   the average, if there is one
+  dist-ema convert last.pth.tar out.safetensors --dtype bf16
+  dist-ema convert last.ckpt out/ --key state_dict --prefix model.
+                                                    a table, the prefix cut off its names
+  dist-ema convert step-1000/ out/ --key "ema.averages.Constant(decay=0.999)"
+  dist-ema convert ema.pt out/ --like live.pt       a list without names, in the live model's order
+"""
+
+KINDS = (  # NOTE: those of `foreign.recognise`, which imports numpy
     "auto", "torch", "swa", "lightning", "timm", "ema-pytorch", "ldm", "diffusers", "torch-ema",
     "mmengine", "dist-ema", "raw", "dcp",
 )  # fmt: skip
 
 
+ARGUMENTS: Arguments = {
+    "source": {"metavar": "SRC", "type": Path, "help": "a file or folder"},
+    "target": {
+        "metavar": "OUT",
+        "type": Path,
+        "nargs": "?",
+        "help": "a folder, or a name that ends in .safetensors",
+    },
+    "--list": {
+        "action": "store_true",
+        "help": "list the tables in SRC with their keys, and write nothing",
+    },
+    "--from": {
+        "dest": "kind",
+        "choices": KINDS,
+        "default": "auto",
+        "metavar": "KIND",
+        "help": ", ".join(KINDS),
+    },
+    "--key": {"help": "the table to take: keys joined by dots, or how its names begin"},
+    "--prefix": {"default": "", "help": "take only names that begin so, and cut that off"},
+    "--like": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "the live model, or a JSON list: names for a list without",
+    },
+    "--rest": {
+        "metavar": "KEY",
+        "help": "the table of live weights that fills in what is not averaged",
+    },
+    "--averaged-only": {"action": "store_true", "help": "leave out what is not averaged"},
+    "--max-size": {
+        "type": checked(size_of),
+        "metavar": "SIZE",
+        "help": "refuse to write more (default: 4 times what SRC holds)",
+    },
+    "--inert": {
+        "action": "append",
+        "default": [],
+        "metavar": "CLASS",
+        "help": "read past objects of this class",
+    },
+    **writing("as in SRC"),
+}
+
+
 def add(verbs: Any) -> None:
-    verb = add_verb(
-        verbs,
-        "convert",
-        "make a model of other people's EMA checkpoints, and of torch.distributed.checkpoint "
-        "folders",
-        "Take the average out of a checkpoint that something else wrote, give its weights the "
-        "model's names, and\nwrite a safetensors model. Reads safetensors, files of torch.save, "
-        "and folders of\ntorch.distributed.checkpoint, knows torch's AveragedModel, Lightning, "
-        "timm, ema-pytorch, ldm, diffusers,\ntorch-ema, mmengine and plain tables, and says what "
-        "it took and why. Nothing pickled is ever run: what\nwould need code is refused by name. "
-        "Weights are read a window at a time.",
-        "  dist-ema convert last.ckpt --list                 what is in there\n  dist-ema convert "
-        "last.ckpt out/                   the average, if there is one\n  dist-ema convert "
-        "last.pth.tar out.safetensors --dtype bf16\n  dist-ema convert last.ckpt out/ --key "
-        "state_dict --prefix model.   a table, the prefix cut off its names\n  dist-ema convert "
-        "step-1000/ out/ --key ema.averages.Constant(decay=0.999)\n  dist-ema convert ema.pt out/ "
-        "--like live.pt       a list without names, in the order of the live model",
-        _convert,
-    )
-    verb.add_argument("source", metavar="SRC", type=Path, help="a file or folder")
-    verb.add_argument(
-        "target",
-        metavar="OUT",
-        type=Path,
-        nargs="?",
-        help="a folder, or a name that ends in .safetensors",
-    )
-    verb.add_argument(
-        "--list",
-        action="store_true",
-        help="list the tables in SRC with their keys, and write nothing",
-    )
-    verb.add_argument(
-        "--from", dest="kind", choices=KINDS, default="auto", metavar="KIND", help=", ".join(KINDS)
-    )
-    verb.add_argument(
-        "--key", help="the table to take: keys joined by dots, or how its names begin"
-    )
-    verb.add_argument(
-        "--prefix", default="", help="take only names that begin so, and cut that off"
-    )
-    verb.add_argument(
-        "--like",
-        type=Path,
-        metavar="FILE",
-        help="the live model, or a JSON list: names for a list without",
-    )
-    verb.add_argument(
-        "--rest", metavar="KEY", help="the table of live weights that fills in what is not averaged"
-    )
-    verb.add_argument("--averaged-only", action="store_true", help="leave out what is not averaged")
-    text = "of each file in a folder (default 5GB)"
-    verb.add_argument(
-        "--max-shard-size", type=checked(size_of), default="5GB", metavar="SIZE", help=text
-    )
-    verb.add_argument(
-        "--max-size",
-        type=checked(size_of),
-        metavar="SIZE",
-        help="refuse to write more (default: 4 times what SRC holds)",
-    )
-    verb.add_argument(
-        "--inert",
-        action="append",
-        default=[],
-        metavar="CLASS",
-        help="read past objects of this class",
-    )
-    add_writing(verb, "as in SRC")
-    verb.set_defaults(verb=verb)
+    add_verb(verbs, "convert", TEXT, _convert, ARGUMENTS)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -113,78 +124,76 @@ def _convert(options: argparse.Namespace) -> int:
     return _write(request, options)
 
 
-def _list(request: Any, as_json: bool) -> int:
+def _list(request: ConvertRequest, as_json: bool) -> int:
     from ..offline import convert as offline
 
     found, others = offline.candidates(request)
     rows = [
         {
-            "key": each.key, "kind": each.kind, "tensors": len(each.weights) or len(each.nameless), "average": each.average,
-            "named": not each.nameless, "why": each.why, **({"extra": dict(each.extra)} if each.extra else {}),
+            "key": table.key,
+            "kind": table.kind,
+            "tensors": len(table.weights) or len(table.nameless),
+            "average": table.average,
+            "named": not table.nameless,
+            "why": table.why,
+            **({"extra": dict(table.extra)} if table.extra else {}),
         }
-        for each in found
-    ]  # fmt: skip
+        for table in found
+    ]
     if as_json:
         out_json({"path": str(request.source), "tables": rows, "others": dict(others)})
         return FINE
-    head = ("key", "kind", "tensors", "", "why")
-    table = [
+    cells = [
         (
-            each.key or "(all)",
-            each.kind,
-            str(row["tensors"]),
-            "average" if each.average else "",
-            each.why,
+            table.key or "(all)",
+            table.kind,
+            f"{row['tensors']}",
+            "average" if table.average else "live, or unknown",
+            table.why,
         )
-        for each, row in zip(found, rows, strict=True)
+        for table, row in zip(found, rows, strict=True)
     ]
-    out(
-        columns([head, *table])
-        if table
-        else [printable(f"{request.source} holds no table of tensors.")]
-    )
+    if cells:
+        out(columns([("key", "kind", "tensors", "holds", "why"), *cells]))
+    else:
+        out([printable(f"{request.source} holds no table of tensors.")])
     if others:
         out(["", printable(f"left unread: {some(sorted(others), 10)}")])
     return FINE
 
 
-def _write(request: Any, options: argparse.Namespace) -> int:
+def _write(request: ConvertRequest, options: argparse.Namespace) -> int:
     from contextlib import ExitStack
 
     from ..offline import convert as offline
     from ..offline.writer import refuse_place, refuse_target
 
-    for each in filter(None, (options.source, options.like)):
-        refuse_place(each, options.target)
+    for path in filter(None, (options.source, options.like)):
+        refuse_place(path, options.target)
     refuse_target(options.target, options.force)
     with ExitStack() as stack:
         plan = offline.plan(request, stack)
         with progress(f"writing {options.target}", plan.nbytes) as tick:
-            said = offline.write(
+            meta = offline.write(
                 plan,
                 options.target,
                 force=options.force,
                 tick=tick,
                 max_shard_size=options.max_shard_size,
             )
-    facts = {
-        "path": str(options.target), "weights": len(plan.weights), "averaged": len(plan.averaged), "bytes": plan.nbytes,
-        "aliases": dict(plan.aliases), "notes": list(plan.notes), "extra": said["extra"],
-    }  # fmt: skip
     if options.json:
+        facts = {
+            "path": str(options.target),
+            "weights": len(plan.weights),
+            "averaged": len(plan.averaged),
+            "bytes": plan.nbytes,
+            "aliases": dict(plan.aliases),
+            "notes": list(plan.notes),
+            "extra": meta["extra"],
+        }
         out_json(facts)
         return FINE
-    out(printable(note) for note in plan.notes)
-    rest = (
-        f", {len(plan.weights) - len(plan.averaged)} not averaged"
-        if len(plan.weights) > len(plan.averaged)
-        else ""
-    )
-    out(
-        [
-            printable(
-                f"wrote {options.target}: {len(plan.weights)} weights{rest}, {size(plan.nbytes)}"
-            )
-        ]
-    )
+    rest = len(plan.weights) - len(plan.averaged)
+    weights = plural(len(plan.weights), "weight") + (f", {rest} not averaged" if rest else "")
+    out(map(printable, [*plan.notes, f"wrote {options.target}: {weights}, {size(plan.nbytes)}"]))
     return FINE

@@ -9,67 +9,63 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..text import plural, printable
-from .console import FINE, PROBLEM, add_verb, columns, count, out, out_json, progress
+from .console import (
+    FINE,
+    PROBLEM,
+    WHICH,
+    Arguments,
+    add_verb,
+    columns,
+    count,
+    number,
+    out,
+    out_json,
+    progress,
+)
 
 if TYPE_CHECKING:
     from ..offline.diff import Difference, Row
 
 __all__ = ["add"]
 
-SHOWN = 20  # weights in the table, if nothing is said
+TEXT = """\
+compare two models, weight by weight, the farthest first
+
+Compare two models of any form that dist-ema reads. The distance of a weight is ||A - B|| / ||A||,
+in float64; integers and booleans are compared exactly. Names that only one of the two has, other
+shapes and other dtypes are listed. Tied weights are compared under each name that both know.
+
+examples:
+  dist-ema diff run/ema-001000 run/ema-002000          how far the average moved
+  dist-ema diff run/ema-001000 out/ --threshold 0.01   is the bf16 export within 1 % of it?
+  dist-ema diff run/ema run/ema --which-b 1            two averages of one folder
+  dist-ema diff a.safetensors b.safetensors --json     every weight, for programs
+"""
+
+SHOWN = 20  # rows of the table, by default
+
+
+ARGUMENTS: Arguments = {
+    "a": {"metavar": "A", "help": "a folder, or one .safetensors file"},
+    "b": {"metavar": "B", "help": "what is compared with it"},
+    "--threshold": {
+        "type": number("a distance, 0 or larger", lambda value: 0 <= value < math.inf),
+        "metavar": "X",
+        "help": "distances up to X, and other dtypes, are the same",
+    },
+    "--weights": {
+        "type": count,
+        "metavar": "N",
+        "help": f"rows to print, or 'all' (default {SHOWN}; --json: all)",
+    },
+    "--which-a": {**WHICH, "help": "of several averages in A: number, label or schedule"},
+    "--which-b": {**WHICH, "help": "of several averages in B: number, label or schedule"},
+    "--json": {"action": "store_true", "help": "print JSON; an infinite distance is null"},
+}
 
 
 def add(verbs: Any) -> None:
-    verb = add_verb(
-        verbs,
-        "diff",
-        "compare two models, weight by weight, the farthest first",
-        "Compare two models of any form that dist-ema reads. The distance of a weight is ||A - B|| / ||A||, in\n"
-        "float64; integers and booleans are compared exactly. Names that only one of the two has, other shapes\n"
-        "and other dtypes are listed. Tied weights are compared under whatever name both know.",
-        "  dist-ema diff run/ema-001000 run/ema-002000          how far the average moved\n"
-        "  dist-ema diff run/ema-001000 out/ --threshold 0.01   is the bf16 export within 1 % of it?\n"
-        "  dist-ema diff run/ema run/ema --which-b 1            two averages of one folder\n"
-        "  dist-ema diff a.safetensors b.safetensors --json     every weight, for programs",
-        _diff,
-    )
-    verb.epilog = str(verb.epilog).replace(
-        "0 all is well, 1 a problem was found", "0 the same, 1 they differ"
-    )
-    verb.add_argument("a", metavar="A", help="a folder, or one .safetensors file")
-    verb.add_argument("b", metavar="B", help="what is compared with it")
-    verb.add_argument(
-        "--threshold",
-        type=_distance,
-        metavar="X",
-        help="distances up to X, and other dtypes, are the same",
-    )
-    verb.add_argument(
-        "--weights",
-        type=count,
-        metavar="N",
-        help=f"rows to print, or 'all' (default {SHOWN}; --json: all)",
-    )
-    verb.add_argument(
-        "--which-a",
-        default="0",
-        metavar="NAME",
-        help="of several averages in A: number, label or schedule",
-    )
-    verb.add_argument("--which-b", default="0", metavar="NAME", help="the same in B")
-    verb.add_argument(
-        "--json", action="store_true", help="print JSON; a distance that is not finite is null"
-    )
-
-
-def _distance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a distance, 0 or larger, got {text!r}")
-    return value
+    add_verb(verbs, "diff", TEXT, _diff, ARGUMENTS, "0 the same, 1 they differ")
 
 
 def _diff(options: argparse.Namespace) -> int:
@@ -95,10 +91,15 @@ def _plain(found: Difference, threshold: float | None, shown: int | None) -> dic
         }
         for row in found.rows[:shown]
     }
-    said = {"a": found.a, "b": found.b, "same": found.same(threshold), "compared": len(found.rows)}
+    compared = {
+        "a": found.a,
+        "b": found.b,
+        "same": found.same(threshold),
+        "compared": len(found.rows),
+    }
     differ = {"missing": found.missing, "unexpected": found.unexpected, "reshaped": found.reshaped}
     return (
-        said
+        compared
         | {"threshold": threshold, "beyond": len(found.beyond(threshold))}
         | differ
         | {"weights": rows}

@@ -8,54 +8,57 @@ from pathlib import Path
 from typing import Any
 
 from ..text import printable
-from .console import FINE, PROBLEM, add_verb, out, out_json
+from .console import (
+    FINE,
+    JSON,
+    PROBLEM,
+    Arguments,
+    add_verb,
+    number,
+    out,
+    out_json,
+)
 
 __all__ = ["add"]
+
+TEXT = """\
+check this machine: versions, file system, and a self-test on two ranks
+
+Check Python, torch, its accelerators and backends, the packages that dist_ema works with, and the
+folder for averages. Then two processes on this host train, average, save and load a tiny model
+under FSDP2 and DDP. A note is worth knowing; a problem keeps dist_ema from working.
+
+examples:
+  dist-ema doctor                      everything, for the current folder
+  dist-ema doctor /mnt/checkpoints     for another one
+  dist-ema doctor --no-self-test       a second instead of ten
+  dist-ema doctor --json               what to put into a bug report
+"""
 
 MARKS = {"ok": "  ok     ", "note": "  note   ", "problem": "  PROBLEM"}
 
 
+ARGUMENTS: Arguments = {
+    "folder": {
+        "metavar": "DIR",
+        "nargs": "?",
+        "type": Path,
+        "default": Path(),
+        "help": "where averages go (default: here)",
+    },
+    "--no-self-test": {"action": "store_true", "help": "leave out the two processes"},
+    "--timeout": {
+        "type": number("a number of seconds", lambda seconds: 0 < seconds < 1e6),
+        "default": 120.0,
+        "metavar": "S",
+        "help": "of the self-test (default 120 s)",
+    },
+    **JSON,
+}
+
+
 def add(verbs: Any) -> None:
-    verb = add_verb(
-        verbs,
-        "doctor",
-        "check this machine: versions, file system, and a self-test on two ranks",
-        "Check Python, torch, its accelerators and backends, the packages that dist_ema works with, and the folder\n"
-        "that averages are to be saved into; then let two processes on this host train, average, save and load a\n"
-        "tiny model under FSDP2 and DDP. Notes are worth knowing; a problem keeps dist_ema from working.",
-        "  dist-ema doctor                      everything, for the current folder\n"
-        "  dist-ema doctor /mnt/checkpoints     for another one\n"
-        "  dist-ema doctor --no-self-test       a second instead of ten\n"
-        "  dist-ema doctor --json               what to put into a bug report",
-        _doctor,
-    )
-    verb.add_argument(
-        "folder",
-        metavar="DIR",
-        nargs="?",
-        type=Path,
-        default=Path(),
-        help="where averages go (default: here)",
-    )
-    verb.add_argument("--no-self-test", action="store_true", help="leave out the two processes")
-    verb.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=120.0,
-        metavar="S",
-        help="for the self-test (default 120 s)",
-    )
-    verb.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0 < seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}")
-    return seconds
+    add_verb(verbs, "doctor", TEXT, _doctor, ARGUMENTS)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -8,38 +8,55 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.manifest import META
 from ..text import listed, printable, some
-from .console import FINE, PROBLEM, add_verb, columns, count, out, out_json, say
+from .console import (
+    FINE,
+    PROBLEM,
+    Arguments,
+    add_verb,
+    columns,
+    count,
+    out,
+    out_json,
+    say,
+)
 
 if TYPE_CHECKING:
     from ..offline.report import ModelReport, Total
 
 __all__ = ["add"]
 
-SHOWN = 20  # weights in the table, if nothing is said
+TEXT = """\
+say what is in a saved average, an exported model or any safetensors file
+
+Say what is in a saved average (ema.save), an exported model (ema.export), a Hugging Face folder, a
+torch.distributed.checkpoint folder or one .safetensors file. Only headers are read, so it takes a
+moment for any size. Contradictions between ema.json and the headers are listed on stderr.
+
+examples:
+  dist-ema inspect run/ema-001000                   clock, schedule, files, the first weights
+  dist-ema inspect model.safetensors --weights all  every weight
+  dist-ema inspect out/ --json                      the same for programs
+"""
+
+SHOWN = 20  # weights in the table, by default
+
+
+ARGUMENTS: Arguments = {
+    "path": {"metavar": "PATH", "help": "a folder, or one .safetensors file"},
+    "--json": {
+        "action": "store_true",
+        "help": "print JSON, with every weight unless --weights says less",
+    },
+    "--weights": {
+        "type": count,
+        "metavar": "N",
+        "help": f"weights to list, or 'all' (default {SHOWN})",
+    },
+}
 
 
 def add(verbs: Any) -> None:
-    verb = add_verb(
-        verbs,
-        "inspect",
-        "say what is in a saved average, an exported model or any safetensors file",
-        "Say what is in a saved average (ema.save), an exported model (ema.export), a Hugging Face folder,\n"
-        "a torch.distributed.checkpoint folder or one .safetensors file. Only headers are read, so it takes\n"
-        "a moment for any size. Contradictions between ema.json and the headers are listed on stderr.",
-        "  dist-ema inspect run/ema-001000                   clock, schedule, files, the first weights\n"
-        "  dist-ema inspect model.safetensors --weights all  every weight\n"
-        "  dist-ema inspect out/ --json                      the same for programs",
-        _inspect,
-    )
-    verb.add_argument("path", metavar="PATH", help="a folder, or one .safetensors file")
-    verb.add_argument(
-        "--json",
-        action="store_true",
-        help="print JSON, with every weight unless --weights says less",
-    )
-    verb.add_argument(
-        "--weights", type=count, metavar="N", help=f"weights to list, or 'all' (default {SHOWN})"
-    )
+    add_verb(verbs, "inspect", TEXT, _inspect, ARGUMENTS)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -68,7 +85,7 @@ def _text(report: ModelReport, shown: int) -> Iterator[str]:
             for name, (_, entry) in listed
         ]
         yield ""
-        yield from columns([("weight", "dtype", "shape", ""), *rows])
+        yield from columns([("weight", "dtype", "shape", "role"), *rows])
     if len(report.weights) > shown:
         yield f"... and {len(report.weights) - shown} of {len(report.weights)} more: --weights all"
 
@@ -86,7 +103,7 @@ def _kind(report: ModelReport) -> str:
 
 
 def _facts(report: ModelReport) -> Iterator[tuple[str, str]]:
-    """(word, what is to be said of it) for each line of the summary."""
+    """(term, value) for each line of the summary."""
     meta = report.meta
     if meta.get("format"):
         yield from _history(report)

@@ -9,146 +9,150 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..text import size
-from .console import FINE, USAGE, add_verb, columns, out, out_json, say
+from .console import (
+    FINE,
+    JSON,
+    USAGE,
+    WIDEST,
+    Arguments,
+    add_arguments,
+    add_verb,
+    columns,
+    number,
+    out,
+    out_json,
+    say,
+)
 
 if TYPE_CHECKING:
     from ..offline.plan import Cost, Pace
 
 __all__ = ["add"]
 
+TEXT = """\
+convert decay, half-life, window and sigma_rel; scale with the batch; count memory and time
+
+Plan an average before training: what a decay means in steps, samples and tokens, what it becomes at
+another batch size, and what the average costs on each rank. Numbers may end in k, M, B or T.
+
+examples:
+  dist-ema plan --decay 0.9999
+  dist-ema plan --half-life 500k --unit samples --batch-size 256 --scale-batch 2
+  dist-ema plan --sigma-rel 0.1 --length 100k --plot decay.png
+  dist-ema plan --params 7B --world 64 --wrapper fsdp --weights bf16 --bandwidth 3350
+"""
 FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
-def add(verbs: Any) -> None:
-    verb = add_verb(
-        verbs,
-        "plan",
-        "convert decay, half-life, window and sigma_rel; scale with the batch; count memory and time",
-        "Plan an average before training: what a decay means in steps, samples and tokens, what it becomes at\n"
-        "another batch size, and what the average costs on each rank. Numbers may end in k, M, B or T.",
-        "  dist-ema plan --decay 0.9999\n"
-        "  dist-ema plan --half-life 500k --unit samples --batch-size 256 --scale-batch 2\n"
-        "  dist-ema plan --sigma-rel 0.1 --length 100k --plot decay.png\n"
-        "  dist-ema plan --params 7B --world 64 --wrapper fsdp --weights bf16 --bandwidth 3350",
-        _plan,
-    )
-    _add_decay(verb.add_argument_group("the decay (one of the first four)"))
-    _add_cost(verb.add_argument_group("the cost"))
-    verb.add_argument("--plot", metavar="PNG", help="impulse response and decay (needs matplotlib)")
-    verb.add_argument("--json", action="store_true", help="print JSON")
-
-
-def _add_decay(group: Any) -> None:
-    which = group.add_mutually_exclusive_group()
-    which.add_argument("--decay", type=_decay, metavar="D", help="per step, between 0 and 1")
-    which.add_argument(
-        "--half-life",
-        type=_number,
-        metavar="N",
-        help="after so many --unit, half of the average is left",
-    )
-    which.add_argument("--window", type=_number, metavar="N", help="1 / (1 - decay), in --unit")
-    which.add_argument(
-        "--sigma-rel",
-        type=_share,
-        metavar="S",
-        help="width as a share of --length (Karras et al. 2023)",
-    )
-    group.add_argument(
-        "--unit", choices=["steps", "samples", "tokens"], default="steps", help="default: steps"
-    )
-    group.add_argument("--length", type=_number, metavar="N", help="of the training, in --unit")
-    group.add_argument(
-        "--batch-size", type=_number, metavar="N", help="samples per step, of all ranks together"
-    )
-    group.add_argument("--tokens-per-sample", type=_number, metavar="N", help="the sequence length")
-    group.add_argument(
-        "--scale-batch",
-        type=_number,
-        metavar="K",
-        help="also the same average at K times the batch",
-    )
-    group.add_argument(
-        "--every",
-        type=_whole,
-        default=1,
-        metavar="K",
-        help="update only every K steps: decay^K (default 1)",
-    )
-
-
-def _add_cost(group: Any) -> None:
-    group.add_argument(
-        "--params", type=_number, metavar="N", help="parameters of the model, like 7B"
-    )
-    group.add_argument("--world", type=_whole, default=1, metavar="N", help="ranks (default 1)")
-    group.add_argument(
-        "--wrapper", choices=["none", "ddp", "fsdp", "hsdp"], help="default: ddp on several ranks"
-    )
-    group.add_argument(
-        "--averages", type=_whole, default=1, metavar="N", help="how many at once (default 1)"
-    )
-    group.add_argument(
-        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of the average (default fp32)"
-    )
-    group.add_argument(
-        "--weights",
-        choices=["fp32", "bf16"],
-        default="fp32",
-        help="of the live weights (default fp32)",
-    )
-    group.add_argument(
-        "--device",
-        choices=["gpu", "cpu"],
-        default="gpu",
-        help="where the average lies (default gpu)",
-    )
-    group.add_argument(
-        "--bandwidth",
-        type=_number,
-        metavar="GB/s",
-        help="of that memory (2000 on a gpu, 50 on a cpu)",
-    )
-    group.add_argument(
-        "--link", type=_number, metavar="GB/s", help="between gpu and host, for --device cpu (25)"
-    )
-
-
-def _number(text: str) -> float:
+def _scaled(text: str) -> float:
     match = re.fullmatch(r"([0-9_.]+(?:e[+-]?\d+)?)([kmbgt]?)", text.lower())
-    try:
-        value = float(match[1]) * FACTORS[match[2]] if match else math.nan
-    except (OverflowError, ValueError):
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, like 500k or 7B, got {text!r}")
-    return value
+    return float(match[1]) * FACTORS[match[2]] if match else math.nan
 
 
-def _whole(text: str) -> int:
-    value = _number(text)
-    if value != int(value):
-        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, got {text!r}")
-    return int(value)
+_number = number("a number above 0, like 500k or 7B", lambda value: 0 < value < math.inf, _scaled)
+_whole = number(
+    "a whole number of 1 or more",
+    lambda value: value >= 1,
+    lambda text: int(value) if (value := _scaled(text)).is_integer() else math.nan,
+)
+# One of these is given.
+DECAYS: Arguments = {
+    "--decay": {
+        "type": number("between 0 and 1", lambda value: 0 < value < 1),
+        "metavar": "D",
+        "help": "per step, between 0 and 1",
+    },
+    "--half-life": {
+        "type": _number,
+        "metavar": "N",
+        "help": "after so many --unit, half of the average is left",
+    },
+    "--window": {"type": _number, "metavar": "N", "help": "1 / (1 - decay), in --unit"},
+    "--sigma-rel": {
+        "type": number(
+            f"above 0 and below {WIDEST:.4f}, the width of the plain mean",
+            lambda value: 0 < value < WIDEST,
+        ),
+        "metavar": "S",
+        "help": "width as a share of --length (Karras et al. 2023)",
+    },
+}
+UNITS: Arguments = {
+    "--unit": {
+        "choices": ["steps", "samples", "tokens"],
+        "default": "steps",
+        "help": "default: steps",
+    },
+    "--length": {"type": _number, "metavar": "N", "help": "of the training, in --unit"},
+    "--batch-size": {
+        "type": _number,
+        "metavar": "N",
+        "help": "samples per step, of all ranks together",
+    },
+    "--tokens-per-sample": {"type": _number, "metavar": "N", "help": "the sequence length"},
+    "--scale-batch": {
+        "type": _number,
+        "metavar": "K",
+        "help": "also the same average at K times the batch",
+    },
+    "--every": {
+        "type": _whole,
+        "default": 1,
+        "metavar": "K",
+        "help": "update only every K steps: decay^K (default 1)",
+    },
+}
+COST: Arguments = {
+    "--params": {"type": _number, "metavar": "N", "help": "parameters of the model, like 7B"},
+    "--world": {"type": _whole, "default": 1, "metavar": "N", "help": "ranks (default 1)"},
+    "--wrapper": {
+        "choices": ["none", "ddp", "fsdp", "hsdp"],
+        "help": "default: ddp on several ranks",
+    },
+    "--averages": {
+        "type": _whole,
+        "default": 1,
+        "metavar": "N",
+        "help": "how many at once (default 1)",
+    },
+    "--dtype": {
+        "choices": ["fp32", "bf16"],
+        "default": "fp32",
+        "help": "of the average (default fp32)",
+    },
+    "--weights": {
+        "choices": ["fp32", "bf16"],
+        "default": "fp32",
+        "help": "of the live weights (default fp32)",
+    },
+    "--device": {
+        "choices": ["gpu", "cpu"],
+        "default": "gpu",
+        "help": "where the average lies (default gpu)",
+    },
+    "--bandwidth": {
+        "type": _number,
+        "metavar": "GB/s",
+        "help": "of that memory (2000 on a gpu, 50 on a cpu)",
+    },
+    "--link": {
+        "type": _number,
+        "metavar": "GB/s",
+        "help": "between gpu and host, for --device cpu (25)",
+    },
+}
+OUTPUT: Arguments = {
+    "--plot": {"metavar": "PNG", "help": "impulse response and decay (needs matplotlib)"},
+    **JSON,
+}
 
 
-def _decay(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text!r}")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _decay(text)
-    if value >= math.sqrt(1 / 12):
-        raise argparse.ArgumentTypeError(
-            f"must be below 0.2887, the width of the plain mean, got {text!r}"
-        )
-    return value
+def add(verbs: Any) -> None:
+    verb = add_verb(verbs, "plan", TEXT, _plan, OUTPUT)
+    decay = verb.add_argument_group("the decay (one of the first four)")
+    add_arguments(decay.add_mutually_exclusive_group(), DECAYS)
+    add_arguments(decay, UNITS)
+    add_arguments(verb.add_argument_group("the cost"), COST)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -181,8 +185,8 @@ def _plan(options: argparse.Namespace) -> int:
     if options.plot:
         offline.plot(options.plot, pace, other)  # type: ignore[arg-type]
     if options.json:
-        parts = {"pace": pace, "scaled": other, "cost": cost}
-        out_json({name: part.plain() for name, part in parts.items() if part is not None})
+        facts = {"pace": pace, "scaled": other, "cost": cost}
+        out_json({name: fact.plain() for name, fact in facts.items() if fact is not None})
         return FINE
     out(_of_pace(pace, options.every) if pace else ())
     out(_of_scaling(pace, other, options.scale_batch) if pace and other else ())
@@ -191,7 +195,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _of_pace(pace: Pace, every: int) -> Iterator[str]:
-    yield from columns([("", *pace.units), *_paces(pace)])
+    yield from columns([("measure", *pace.units), *_paces(pace)])
     yield ""
     yield from columns(list(_facts(pace, every)))
     yield ""
@@ -243,20 +247,27 @@ def _facts(pace: Pace, every: int) -> Iterator[tuple[str, str]]:
         if pace.gamma is not None:
             yield (
                 "as Power",
-                f"EMA(model, decay=Power(sigma_rel={pace.sigma_rel:.4g}))  (gamma {pace.gamma:.4g})",
+                f"EMA(model, decay=Power(sigma_rel={pace.sigma_rel:.4g}))  "
+                f"(gamma {pace.gamma:.4g})",
             )
         else:
             yield "as Power", "none: wider than the plain mean of the whole training (0.2887)"
 
 
 def _of_scaling(pace: Pace, other: Pace, factor: float) -> Iterator[str]:
-    yield f"at {factor:g} times the batch: decay^{factor:g}, so that as many samples are remembered (Busbridge et al. 2023)"
+    yield (
+        f"at {factor:g} times the batch: decay^{factor:g}, so that the average remembers as many "
+        "samples (Busbridge et al. 2023)"
+    )
     rows = [("decay per step", _digits(pace.decay), _digits(other.decay))]
     for unit, count in pace.units.items():
         then = other.half_life * other.units[unit]
         rows.append((f"half-life in {unit}", _count(pace.half_life * count), _count(then)))
-    yield from columns([("", "now", "then"), *rows])
-    yield "It goes with the optimizer's own: learning rate x K for SGD, x sqrt(K) for Adam. HalfLife in samples just stays."
+    yield from columns([("measure", "now", "then"), *rows])
+    yield (
+        "Scale the optimizer with it: learning rate x K for SGD, x sqrt(K) for Adam. A HalfLife in "
+        "samples needs no change."
+    )
     yield ""
 
 
@@ -293,17 +304,17 @@ def _of_cost(cost: Cost, options: argparse.Namespace) -> Iterator[str]:
             f"{cost.seconds * 1e3:,.4g} ms",
             f"at {rates}; the limit, not a promise",
         ),
-        ("saved artifact", size(cost.saved), "by all ranks together, each its own part"),
+        ("saved artifact", size(cost.saved), "by all ranks together"),
         ("a full copy instead", size(cost.copies), "on every rank, as deepcopy averages do"),
     ]
-    yield from columns([("per rank", "", "because"), *rows])
+    yield from columns([("per rank", "value", "because"), *rows])
 
 
 def _rates(options: argparse.Namespace, linked: bool) -> str:
     from ..offline.plan import BANDWIDTH
 
-    def said(value: float | None, known: float) -> str:
-        return f"{value:g} GB/s" if value else f"{known:g} GB/s (assumed)"
+    def rate(given: float | None, assumed: float) -> str:
+        return f"{given:g} GB/s" if given else f"{assumed:g} GB/s (assumed)"
 
-    text = said(options.bandwidth, BANDWIDTH[options.device])
-    return f"{text}, link {said(options.link, BANDWIDTH['link'])}" if linked else text
+    memory = rate(options.bandwidth, BANDWIDTH[options.device])
+    return f"{memory}, link {rate(options.link, BANDWIDTH['link'])}" if linked else memory

@@ -7,20 +7,22 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.safetensors import size_of
 from ..text import printable
 from .console import (
     DTYPES,
     FINE,
     USAGE,
+    WIDEST,
+    Arguments,
+    add_arguments,
     add_verb,
-    add_writing,
-    checked,
     columns,
+    number,
     out,
     out_json,
     progress,
     say,
+    writing,
 )
 
 if TYPE_CHECKING:
@@ -28,79 +30,74 @@ if TYPE_CHECKING:
 
 __all__ = ["add"]
 
-WIDEST = math.sqrt(1 / 12)  # of the plain mean
-MOST = 1000  # models of one sweep
+TEXT = """\
+choose the decay after training: mix stored snapshots into an average that nobody tracked
+
+Mix the averages that ema.snapshot(folder, every=...) stored into the one that Power(sigma_rel=S)
+would have tracked (post-hoc EMA, Karras et al. 2023). The weights follow from the clocks and
+schedules in ema.json; no training data and no GPU are needed. sigma_rel is the width of the average
+as a share of the training so far.
+
+examples:
+  dist-ema reconstruct run/snapshots out --sigma-rel 0.07
+  dist-ema reconstruct run/snapshots out --sigma-rel 0.07 --at 50000       as of an earlier step
+  dist-ema reconstruct run/snapshots out --sweep 0.03:0.15:0.01            out/sigma-0.030 ...
+  dist-ema reconstruct run/snapshots --sweep 0.03:0.25:0.02 --plot fit.png  only report
+"""
+MAX_SWEEP = 1000  # models
+_sigma = number(
+    f"between 0 and {WIDEST:.4f} (the width of the plain mean)", lambda value: 0 < value < WIDEST
+)
+ARGUMENTS: Arguments = {
+    "snapshots": {"metavar": "SNAPSHOTS", "help": "the folder given to ema.snapshot"},
+    "out": {
+        "metavar": "OUT",
+        "nargs": "?",
+        "help": "folder to write, or a name ending in .safetensors; none: only report",
+    },
+    "--at": {
+        "type": float,
+        "metavar": "CLOCK",
+        "help": "steps (images, tokens) that the ema counted; default: the last",
+    },
+    "--plot": {
+        "metavar": "PNG",
+        "help": "target and mixture, and the residual (needs matplotlib)",
+    },
+    **writing("the model's own"),
+}
 
 
 def add(verbs: Any) -> None:
-    verb = add_verb(
-        verbs,
-        "reconstruct",
-        "choose the decay after training: mix stored snapshots into an average that nobody tracked",
-        "Mix the averages that ema.snapshot(folder, every=...) stored into the one that\n"
-        "Power(sigma_rel=S) would have tracked (post-hoc EMA, Karras et al. 2023). The weights follow from\n"
-        "the clocks and schedules in ema.json; no training data, no GPU. sigma_rel is the width of the\n"
-        "average as a share of the training so far.",
-        "  dist-ema reconstruct run/snapshots out --sigma-rel 0.07\n"
-        "  dist-ema reconstruct run/snapshots out --sigma-rel 0.07 --at 50000       as of an earlier step\n"
-        "  dist-ema reconstruct run/snapshots out --sweep 0.03:0.15:0.01            out/sigma-0.030 ...\n"
-        "  dist-ema reconstruct run/snapshots --sweep 0.03:0.25:0.02 --plot fit.png  only report",
-        _reconstruct,
-    )
-    verb.add_argument("snapshots", metavar="SNAPSHOTS", help="the folder given to ema.snapshot")
-    verb.add_argument(
-        "out",
-        metavar="OUT",
-        nargs="?",
-        help="folder to write, or a name ending in .safetensors; none: only report",
-    )
+    verb = add_verb(verbs, "reconstruct", TEXT, _reconstruct, ARGUMENTS)
     which = verb.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--sigma-rel", type=_sigma, metavar="S", help="width of the average, between 0 and 0.2887"
-    )
-    which.add_argument(
-        "--sweep", type=_sweep, metavar="FROM:TO:STEP", help="one model for each width, under OUT"
-    )
-    verb.add_argument(
-        "--at",
-        type=float,
-        metavar="CLOCK",
-        help="steps (images, tokens) that the ema counted; default: the last",
-    )
-    text = "of each file in a folder (default 5GB)"
-    verb.add_argument(
-        "--max-shard-size", type=checked(size_of), default="5GB", metavar="SIZE", help=text
-    )
-    verb.add_argument(
-        "--plot", metavar="PNG", help="target and mixture, and the residual (needs matplotlib)"
-    )
-    add_writing(verb, "the model's own")
-
-
-def _sigma(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < WIDEST:
-        raise argparse.ArgumentTypeError(
-            f"must be between 0 and {WIDEST:.4f} (the width of the plain mean), got {text!r}"
-        )
-    return value
+    widths: Arguments = {
+        "--sigma-rel": {
+            "type": _sigma,
+            "metavar": "S",
+            "help": "width of the average, between 0 and 0.2887",
+        },
+        "--sweep": {
+            "type": _sweep,
+            "metavar": "FROM:TO:STEP",
+            "help": "one model for each width, under OUT",
+        },
+    }
+    add_arguments(which, widths)
 
 
 def _sweep(text: str) -> list[float]:
-    parts = text.split(":")
-    if len(parts) != 3:
+    if text.count(":") != 2:
         raise argparse.ArgumentTypeError(f"must be FROM:TO:STEP, like 0.03:0.15:0.01, got {text!r}")
-    first, last = _sigma(parts[0]), _sigma(parts[1])
+    begin, end, width = text.split(":")
+    first, last = _sigma(begin), _sigma(end)
     try:
-        step = float(parts[2])
+        step = float(width)
         count = math.floor((last - first) / step + 1e-9) + 1 if step > 0 else 0
     except (ValueError, OverflowError):
         count = 0
-    if not 1 <= count <= MOST:
-        raise argparse.ArgumentTypeError(f"must go up in 1 to {MOST} steps, got {text!r}")
+    if not 1 <= count <= MAX_SWEEP:
+        raise argparse.ArgumentTypeError(f"must go up in 1 to {MAX_SWEEP} steps, got {text!r}")
     return [round(first + i * step, 12) for i in range(count)]
 
 
@@ -137,20 +134,23 @@ def _text(where: str, report: ReconstructReport) -> Iterator[str]:
     kinds = sorted({repr(each.profile.schedule) for each in run.stored})
     moments = [each.profile.now for each in run.stored]
     yield printable(
-        f"{where}: {len(run.stored)} stored averages, {len(set(moments))} moments from {moments[0]:g} to {moments[-1]:g}"
+        f"{where}: {len(run.stored)} stored averages, {len(set(moments))} moments from "
+        f"{moments[0]:g} to {moments[-1]:g}"
     )
     yield from (printable(f"  {kind}") for kind in kinds)
     yield f"mixed as of {report.at[0]:g}, after {report.at[1]:,} updates; weights sum to 1"
     yield ""
-    rows = []
-    for each in report.mixtures:
-        numbers = (
+    rows = [
+        (
+            f"{each.sigma_rel:g}",
             f"{each.fit.residual:.2%}",
             f"{each.fit.condition:.3g}",
             f"{each.fit.largest:.3f}",
             f"{each.fit.gain:.3f}",
+            str(each.out or "-"),
         )
-        rows.append((f"{each.sigma_rel:g}", *numbers, str(each.out or "-")))
+        for each in report.mixtures
+    ]
     yield from columns(
         [("sigma_rel", "residual", "condition", "largest", "gain", "written to"), *rows]
     )
@@ -166,11 +166,11 @@ def _warnings(report: ReconstructReport) -> Iterator[str]:
     ]
     if poor:
         yield (
-            f"the snapshots do not express sigma_rel {', '.join(poor)} well: the mixture is another profile by that much. "
-            "More snapshots, or stored profiles nearer to it, would."
+            f"the snapshots do not express sigma_rel {', '.join(poor)} well: the mixture is "
+            "another profile by that much. More snapshots, or stored profiles nearer to it, would."
         )
     if report.snapshots.skipped:
         yield (
-            f"up to {report.snapshots.skipped} updates were refused by the device (skipped steps), and profiles "
-            "count them as made, so they are off by about that share."
+            f"up to {report.snapshots.skipped} updates were refused by the device (skipped steps), "
+            "and profiles count them as made, so they are off by about that share."
         )

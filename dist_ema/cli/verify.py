@@ -8,36 +8,51 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..text import plural, printable, size
-from .console import FINE, PROBLEM, USAGE, add_verb, out, out_json, progress, say
+from .console import (
+    FINE,
+    PROBLEM,
+    USAGE,
+    Arguments,
+    add_verb,
+    out,
+    out_json,
+    progress,
+    say,
+)
 
 if TYPE_CHECKING:
     from ..offline.verify import Verdict
 
 __all__ = ["add"]
 
+TEXT = """\
+read everything and list all that is damaged, missing or not finite
+
+Read saved averages, exports, Hugging Face folders or .safetensors files to the last byte: headers,
+sizes, index, aliases, ema.json against the files, CRC-32 and SHA-256 where ema.json has them, and
+NaN or infinite values by weight. Every problem is listed on stderr, not only the first. Files that
+dist_ema did not write have no sums to compare; the verdict says so.
+
+examples:
+  dist-ema verify run/ema-001000          before you resume from it, or delete the older one
+  dist-ema verify run/ema-*               all of them
+  dist-ema verify out/ --seal             sound? then add SHA-256 of every file to ema.json
+  dist-ema verify out/ --json             the verdict for programs
+"""
+
+
+ARGUMENTS: Arguments = {
+    "paths": {"metavar": "PATH", "nargs": "+", "help": "folders, or .safetensors files"},
+    "--seal": {
+        "action": "store_true",
+        "help": "add SHA-256 to ema.json where everything is sound",
+    },
+    "--json": {"action": "store_true", "help": "print JSON: a list with one verdict per path"},
+}
+
 
 def add(verbs: Any) -> None:
-    verb = add_verb(
-        verbs,
-        "verify",
-        "read everything and list all that is damaged, missing or not finite",
-        "Read saved averages, exports, Hugging Face folders or .safetensors files to the last byte: headers,\n"
-        "sizes, index, aliases, ema.json against the files, CRC-32 and SHA-256 where ema.json has them, and\n"
-        "NaN or infinite values by weight. Every problem is listed on stderr, not only the first. Files that\n"
-        "dist_ema did not write have no sums to compare, which is said.",
-        "  dist-ema verify run/ema-001000          before you resume from it, or delete the older one\n"
-        "  dist-ema verify run/ema-*               all of them\n"
-        "  dist-ema verify out/ --seal             sound? then add SHA-256 of every file to ema.json\n"
-        "  dist-ema verify out/ --json             the verdict for programs",
-        _verify,
-    )
-    verb.add_argument("paths", metavar="PATH", nargs="+", help="folders, or .safetensors files")
-    verb.add_argument(
-        "--seal", action="store_true", help="add SHA-256 to ema.json where everything is sound"
-    )
-    verb.add_argument(
-        "--json", action="store_true", help="print JSON: a list with one verdict per path"
-    )
+    add_verb(verbs, "verify", TEXT, _verify, ARGUMENTS)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -65,7 +80,10 @@ def _line(verdict: Verdict) -> str:
         return f"{verdict.path} is not sound: {plural(len(verdict.problems), 'problem')}"
     held = f"{plural(verdict.weights, 'weight')}, {size(verdict.bytes)}, all values finite"
     if not verdict.sums:
-        return f"{verdict.path} is sound as far as can be told: {held}; there are no check sums to compare"
+        return (
+            f"{verdict.path} is sound as far as can be told: {held}; there are no check sums to "
+            "compare"
+        )
     from ..offline.verify import SUMS
 
     sums = " and ".join(SUMS[kind] for kind in verdict.sums)
