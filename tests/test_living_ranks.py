@@ -306,28 +306,14 @@ def table() -> dict[str, Callable[[], float]]:
 
 NAMES = ("body.", "head.", "weight", "bias")
 RED: dict[str, str] = {
-    "ddp: double().float()": "silent: off by 0.003751",
-    "ddp: p.data =": "silent: off by 0.003751",
-    "ddp: p.data = on the host engine": "silent: off by 0.003751",
-    "ddp: references": "silent: off by 4",
     "ddp: a write inside swap": "AssertionError: silent: the write is not named",
     "ddp: replaced head": "AssertionError: silent: a replaced head",
-    "fsdp1 orig: references": "silent: off by 4",
     "fsdp1 orig: a write inside swap": "AssertionError: silent: the write is not named",
     "fsdp1 orig: replaced head": "AssertionError: silent: a replaced head",
-    "fsdp1 flat: references": "silent: off by 1",
     "fsdp1 flat: a write inside swap": "AssertionError: silent: the write is not named",
     "fsdp1 flat: replaced head": "AssertionError: silent: a replaced head",
-    "fsdp2: double().float()": "AssertionError: the model cannot be converted: _apply(): Coul",
-    "fsdp2: references": "silent: off by 4",
-    "fsdp2: to() when the EMA is gone": "AssertionError: the model cannot be converted: _appl",
-    "fsdp2: half() when the EMA is gone": "AssertionError: the model cannot be converted: _ap",
     "fsdp2: a write inside swap": "AssertionError: silent: the write is not named",
     "fsdp2: replaced head": "AssertionError: silent: a replaced head",
-    "tp: double().float()": "AssertionError: the model cannot be converted: _apply(): Couldn'",
-    "tp: references": "silent: off by 4",
-    "tp: to() when the EMA is gone": "AssertionError: the model cannot be converted: _apply()",
-    "tp: half() when the EMA is gone": "AssertionError: the model cannot be converted: _apply",
     "tp: a write inside swap": "AssertionError: silent: the write is not named",
     "tp: replaced head": "AssertionError: silent: a replaced head",
     "ddp: staged DCP": "unclear: aten.zeros_like.default on a part of an average: a FlatRange",
@@ -342,8 +328,6 @@ RED: dict[str, str] = {
     "fsdp2: DCP, another decay": "CheckpointException: ssing key in checkpoint state_dict: {f",
     "fsdp2: DCP, another schedule": "CheckpointException: Missing key in checkpoint state_dic",
     "fsdp2: DCP, no average": "AssertionError: unclear: ct: {fqn}.') RuntimeError: Missing ke",
-    "fsdp1 orig: offload between phases": "silent: off by 0.003751",
-    "fsdp1 flat: offload between phases": "silent: off by 0.003751",
 }
 
 

@@ -95,21 +95,7 @@ PROGRAMS: dict[str, Callable[[nn.Module], Any]] = {
     "compat.diffusers": lambda model: diffusers.EMAModel(model.parameters()),
     "compat.ema_pytorch": lambda model: ema_pytorch.EMA(model),
 }
-RED: dict[str, str] = {
-    "compat.ema_pytorch": "assert 6 == 0",
-    "compat.diffusers": "assert 6 == 0",
-    "compat.torch_ema": "assert 6 == 0",
-    "compat.swa_utils": "assert 4 == 0",
-    "compat.timm": "assert 6 == 0",
-    "list": "assert 4 == 0",
-    "named list": "assert 4 == 0",
-    "several": "assert 6 == 0",
-    "rescan": "assert 6 == 0",
-    "gather": "assert 4 == 0",
-    "swap": "assert 4 == 0",
-    "attach": "assert 4 == 0",
-    "construction": "assert 4 == 0",
-}
+RED: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("program", programs(PROGRAMS, RED))
@@ -121,7 +107,6 @@ def test_no_weak_reference_is_kept(program: Any) -> None:
     assert references(model) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="assert 4 == 0")
 def test_no_weak_reference_to_a_teacher() -> None:
     model, teacher = net(), net()
     ema = EMA(model, 0.5, into=teacher)
@@ -141,16 +126,7 @@ SWAPPED = {
     for title, call in CONVERSIONS.items()
     for state in ("alive", "gone")
 }
-RED_SWAPPED: dict[str, str] = {
-    "load_state_dict, EMA gone": "RuntimeError: Error(s) in loading state_dict for Sequen",
-    "load_state_dict, EMA alive": "RuntimeError: Error(s) in loading state_dict for Seque",
-    "cpu, EMA gone": "RuntimeError: _apply(): Couldn't swap Linear.weight",
-    "cpu, EMA alive": "RuntimeError: _apply(): Couldn't swap Linear.weight",
-    "half, EMA gone": "RuntimeError: _apply(): Couldn't swap Linear.weight",
-    "half, EMA alive": "RuntimeError: _apply(): Couldn't swap Linear.weight",
-    "to, EMA gone": "RuntimeError: _apply(): Couldn't swap Linear.weight",
-    "to, EMA alive": "RuntimeError: _apply(): Couldn't swap Linear.weight",
-}
+RED_SWAPPED: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("case", programs(SWAPPED, RED_SWAPPED))

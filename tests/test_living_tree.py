@@ -208,15 +208,7 @@ RED_VERBS: dict[str, str] = {
     "replaced head": "gather did not raise",
 }
 RED_RESCAN: dict[str, str] = {
-    "pruned": "RuntimeError: head.weight no longer shares memory with the model (load_sta",
-    "weight norm later": "RuntimeError: head.weight no longer shares memory with the mode",
-    "untied later": "gather is off by 0.2899080105125904",
     "tied later": "RuntimeError: neck.weight no longer shares memory with the model (load",
-    "bias removed": "RuntimeError: head.bias no longer shares memory with the model (load",
-    "two layers exchanged": "gather is off by 0.9852988421916962",
-    "replaced by a copy": "RuntimeError: head.weight no longer shares memory with the mod",
-    "resized head": "gather is off by inf",
-    "replaced head": "gather is off by 0.8597327726893127",
 }
 RED_ADOPTED: dict[str, str] = {
     "buffers of a new module": "gather is off by inf",
@@ -332,7 +324,6 @@ def test_a_module_shared_later_follows_its_owner() -> None:
     assert program.swap() <= 2e-5
 
 
-@pytest.mark.xfail(strict=True, reason="assert 0.9380054402863607 <= 2e-05")
 def test_edits_twice_with_a_rescan_each() -> None:
     program = Program(Tree())
     for change in (added, deleted, replaced_head, appended):
@@ -345,7 +336,6 @@ def test_edits_twice_with_a_rescan_each() -> None:
     assert program.swap() <= 2e-5
 
 
-@pytest.mark.xfail(strict=True, reason="assert False")
 def test_the_clock_goes_on_over_a_rescan() -> None:
     """What is not touched by the edit keeps its average."""
     program = Program(Tree())
@@ -435,7 +425,6 @@ def test_freezing_is_followed_or_named() -> None:
     outcome(train, ["body."])
 
 
-@pytest.mark.xfail(strict=True, reason="RuntimeError: Error(s) in loading state_dict for Tree:")
 def test_a_file_holds_what_the_model_is(tmp_path: Path) -> None:
     """The case of a resized classifier: after `rescan` the file loads into the new model, strictly."""
     program = Program(Tree())

@@ -30,7 +30,7 @@ from tests.kit import Collectives, Images, Net, Training, batch, image_batch, ra
 def relative(run: Training, ema: EMA, which: int) -> float:
     """|live - average| / |live| from full weights, in float64, on the first rank."""
     average = ema.gather(which)
-    live = EMA(run.model, 0.5, split=ema._split, buffers="average").gather()
+    live = EMA(run.model, 0.5, split=ema.weights.placement.split, buffers="average").gather()
     names = [name for name in ema.names() if name in average]
     apart = sum(
         (live[name].double() - average[name].double()).square().sum().item() for name in names

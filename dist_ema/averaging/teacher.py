@@ -84,6 +84,11 @@ class Teacher:
         return mine.read()
 
     @property
+    def written(self) -> list[Shard]:
+        """The records of what the EMA writes."""
+        return list(self._given.values())
+
+    @property
     def moved(self) -> list[str]:
         """What lies elsewhere than `memory` last said ([Note: stale records] in layout)."""
         return [

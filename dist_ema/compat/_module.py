@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..averaging.averages import Reads
 from ..averaging.swap import broadcast_to_replicas
 from ..checkpoint import dcp
 from ..ema import EMA
@@ -210,7 +211,7 @@ class ModuleAverage:
         write. *Collective* under HSDP."""
         ema = self.average
         ema.weights.pull(weight)
-        broadcast_to_replicas(ema.weights.averages[0].averaged, ema._split)
+        broadcast_to_replicas(ema.weights.averages[0].averaged, ema.weights.placement.split)
         for mine, live in self._rest:
             if live.dtype.is_floating_point:
                 live.write(live.read().lerp_(mine.read().to(live.read()), rest(mine.name)))
@@ -221,7 +222,7 @@ class ModuleAverage:
         """Where there is no copy: what its state_dict would hold, as torch.distributed.checkpoint takes it: plain tensors
         where this rank holds a whole one, else `dcp.FlatRange`. *Aliases* the shadows."""
         average = self.average.weights
-        average.refuse("state_dict")
+        average.refuse("ema.state_dict", Reads.WHOLE_MODEL)
         average.ready()
         return dcp.whole(average.averages[0].persistent, average.averages[0].own_buffers)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..averaging.averages import AveragedWeights
+from ..averaging.averages import AveragedWeights, Reads
 from ..ema import EMA
 from ..schedules import Schedule
 from ..sharding import discovery, geometry, parameters, records, wrappers
@@ -234,7 +234,7 @@ class ParameterListAverage:
     def shadows(self) -> list[Tensor]:
         """In the order of `names`, no update under way. *Aliases* the average; what cannot be averaged (integers) is live."""
         self.follow()
-        self._weights.refuse("ema.state_dict")
+        self._weights.refuse("ema.state_dict", Reads.WHOLE_MODEL)
         self._weights.settle()
         return [
             slot.shard.shaped(slot.local if slot.shadow is None else _apart(slot.shadow))
@@ -264,7 +264,7 @@ class ParameterListAverage:
     def fill_table(self, values: Mapping[str, Tensor]) -> None:
         """The same by name; names that are missing keep their shadows."""
         self.follow()
-        self._weights.refuse("ema.load_state_dict")
+        self._weights.refuse("ema.load_state_dict", Reads.SHADOWS)
         chosen = [
             (slot, values[name])
             for name, slot in zip(self.names, self._slots, strict=True)

@@ -1,0 +1,306 @@
+"""What is averaged: the records of every weight and buffer, kept in step with the module tree."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..schedules import Schedule
+from ..sharding import arena, discovery, ownership, records
+from ..sharding.ownership import ParamState
+from ..sharding.records import ModelShards, Shard
+from .skipped_steps import SkippedSteps
+from .teacher import Teacher
+from .teacher_sync import TeacherSync
+
+__all__ = ["Average", "Inventory", "Placement", "Selection"]
+
+Chooser = str | Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which weights and buffers are averaged.
+
+    Args:
+        only: A regex searched in names, or a predicate on them; None: every trainable weight.
+        buffers: "copy": none. "average": every floating one. Else a regex or a predicate that chooses them by name.
+    """
+
+    only: Chooser | None = None
+    buffers: Chooser = "copy"
+
+    def allows(self, name: str) -> bool:
+        """`only=` lets the name through."""
+        return self.only is None or _matches(self.only, name)
+
+    def averages(self, shard: Shard) -> bool:
+        """The weight is trained, or the buffer was chosen; it floats, and `only=` lets it through."""
+        if not (shard.dtype.is_floating_point or shard.dtype.is_complex):
+            return False
+        chosen = shard.trainable or (shard.kind == "buffer" and self._chooses_buffer(shard))
+        return chosen and self.allows(shard.name)
+
+    def _chooses_buffer(self, shard: Shard) -> bool:
+        if not shard.persistent or self.buffers == "copy":
+            return False
+        return self.buffers == "average" or _matches(self.buffers, shard.name)
+
+
+def _matches(chooser: Chooser, name: str) -> bool:
+    return re.search(chooser, name) is not None if isinstance(chooser, str) else chooser(name)
+
+
+@dataclass
+class Placement:
+    """Where shadows lie.
+
+    Args:
+        split: Divide replicated weights among the ranks that hold them.
+        dtype: Of the shadows.
+        device: Of the shadows; None keeps each beside its weight.
+        replicated: The ranks that hold the same plain weights, where no DDP says so.
+    """
+
+    split: bool = True
+    dtype: torch.dtype = torch.float32
+    device: torch.device | None = None
+    replicated: dist.ProcessGroup | None = None
+
+    @property
+    def on_host(self) -> bool:
+        """Shadows were asked into host memory."""
+        return self.device is not None and self.device.type == "cpu"
+
+
+@dataclass
+class Average:
+    """One average: a schedule, and a shadow for every weight that is averaged."""
+
+    schedule: Schedule
+    states: list[ParamState] = field(default_factory=list)  # every weight and buffer of the model
+    own_buffers: dict[str, Tensor] = field(default_factory=dict)  # recalibrated inside a swap
+    skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
+    last: tuple[float, float] | None = None  # decay and elapsed of the last update
+
+    @property
+    def name(self) -> str:
+        """The repr of the schedule."""
+        return repr(self.schedule)
+
+    @property
+    def averaged(self) -> list[ParamState]:
+        """What has a shadow."""
+        return [state for state in self.states if state.shadow is not None]
+
+    @property
+    def persistent(self) -> list[ParamState]:
+        """What a state_dict holds."""
+        return [state for state in self.states if state.shard.persistent]
+
+    @property
+    def floating_buffers(self) -> list[ParamState]:
+        """The persistent buffers whose values are floats."""
+        return [
+            state
+            for state in self.persistent
+            if state.shard.kind == "buffer" and state.shard.dtype.is_floating_point
+        ]
+
+    def pace(self, now: float) -> tuple[float, float]:
+        """(decay, half life in units of the clock) of the last update; before the first, of a step of one unit."""
+        decay, elapsed = self.last or (self.schedule(now + 1.0, 1.0), 1.0)
+        if not 0 < decay < 1:
+            return decay, 0.0 if decay == 0 else math.inf
+        return decay, elapsed * math.log(0.5) / math.log(decay)
+
+
+class Inventory:
+    """The records of a model's weights and buffers, with a shadow for each that is averaged.
+
+    Note:
+        Local to this rank, except that `find` may exchange process groups under FSDP1's hybrid strategies.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedules: Sequence[Schedule],
+        selection: Selection,
+        placement: Placement,
+    ) -> None:
+        self.model, self.selection, self.placement = model, selection, placement
+        self.averages = [Average(schedule) for schedule in schedules]
+        self.sharded: list[nn.Module] = []  # the model's FSDP modules, and those of the teacher
+        self._unfilled: list[tuple[str, tuple[nn.Module, str]]] = []
+
+    @property
+    def states(self) -> list[ParamState]:
+        """Every weight and buffer, as the first average has it; regions and live weights are the same in all."""
+        return self.averages[0].states
+
+    def find(self) -> ModelShards:
+        """The records of the model as it is now."""
+        return discovery.find_shards(self.model, self.placement.replicated)
+
+    def adopt(self, found: ModelShards, teacher_sync: TeacherSync | None) -> None:
+        """Take `found` for what the model holds now.
+
+        What is averaged already keeps its shadow, if it is the same object. Everything else that should have a shadow
+        gets one, equal to live. What the model no longer holds is dropped.
+        """
+        kept = {state.name for state in self.states if state.shadow is not None}
+        kept &= self._unchanged(found)
+        chosen = self.selection.averages
+        fresh_shards = [shard for shard in found.shards if shard.name not in kept]
+        fresh = ownership.assign(fresh_shards, chosen, self.placement.split)
+        self._refuse_hopeless([shard for shard in found.shards if chosen(shard)], bool(kept))
+        by_name = {shard.name: shard for shard in found.shards}
+        for average in self.averages:
+            states = {state.name: replace(state) for state in fresh}
+            if teacher_sync is None:
+                new = [state for state in states.values() if chosen(state.shard)]
+                arena.allocate(new, self.placement.dtype, self.placement.device)
+            else:
+                self._bind_teacher(teacher_sync, states)
+            states |= {state.name: state for state in average.averaged if state.name in kept}
+            for state in states.values():
+                state.shard.aliases = by_name[state.name].aliases
+                state.shard.is_writer = by_name[state.name].is_writer
+            average.states = [states[shard.name] for shard in found.shards]
+            average.own_buffers = {
+                name: value for name, value in average.own_buffers.items() if name in states
+            }
+        teacher_modules = [] if teacher_sync is None else teacher_sync.teacher.sharded
+        self.sharded = found.sharded + teacher_modules
+        self._unfilled = found.unfilled
+
+    def _unchanged(self, found: ModelShards) -> set[str]:
+        """The names under which the model still has the same tensor, held alike."""
+        known = {state.name: state.shard for state in self.states}
+        return {
+            shard.name
+            for shard in found.shards
+            if (old := known.get(shard.name)) is not None
+            and (old.tensor is shard.tensor or old.kind == "buffer")
+            and (old.shape, old.local_region, old.order)
+            == (shard.shape, shard.local_region, shard.order)
+        }
+
+    def _bind_teacher(self, sync: TeacherSync, states: dict[str, ParamState]) -> None:
+        """The teacher's memory is the shadow of what is averaged, and a copy of what else `only=` lets through."""
+        asked = [
+            state.shard
+            for state in states.values()
+            if state.shard.persistent and self.selection.allows(state.name)
+        ]
+        for name, memory in sync.teacher.give(asked).items():
+            if self.selection.averages(states[name].shard):
+                states[name].shadow = memory
+            else:
+                states[name].teacher_copy = memory
+        sync.is_stale = True
+
+    def _refuse_hopeless(self, chosen: Sequence[Shard], some_kept: bool) -> None:
+        buffers = self.selection.buffers
+        if buffers not in ("copy", "average") and all(shard.kind != "buffer" for shard in chosen):
+            raise ValueError(
+                "buffers must be 'copy', 'average', or a regex or predicate that chooses some: "
+                f"{buffers!r} chooses no floating-point buffer of {type(self.model).__name__}."
+            )
+        if not some_kept and all(shard.kind == "buffer" for shard in chosen):
+            raise ValueError(
+                f"EMA found no trainable floating-point weights in {type(self.model).__name__}. "
+                f"Are all frozen, or does only={self.selection.only!r} match nothing?"
+            )
+        sparse = [shard.name for shard in chosen if not shard.dense]
+        if sparse:
+            raise ValueError(
+                f"{', '.join(sparse[:5])} is not dense in memory. Strided and expanded weights "
+                "cannot be averaged in place: make them contiguous before building the EMA, or "
+                "leave them out with only=."
+            )
+        narrow = [shard.name for shard in chosen if shard.dtype.itemsize == 1]
+        if narrow:
+            raise ValueError(
+                f"{', '.join(narrow)}: float8 cannot be averaged. Freeze them, or leave them out "
+                "with only=."
+            )
+
+    def reallocate(self, dtype: torch.dtype, device: torch.device | None) -> None:
+        """The same shadows in another dtype or on another device."""
+        fresh = [[replace(state) for state in average.averaged] for average in self.averages]
+        for states in fresh:
+            arena.allocate(states, dtype, device)
+        # Only now, when there was memory for all of them, the old shadows are let go.
+        for average, states in zip(self.averages, fresh, strict=True):
+            for state, new in zip(average.averaged, states, strict=True):
+                state.shadow = new.shadow
+        self.placement.dtype, self.placement.device = dtype, device
+
+    def average(self, which: int | str | Schedule) -> Average:
+        """By number, by the schedule, or by its repr."""
+        if isinstance(which, int) and 0 <= which < len(self.averages):
+            return self.averages[which]
+        for average in self.averages:
+            if which in (average.name, average.schedule):
+                return average
+        names = ", ".join(f"{i}: {average.name}" for i, average in enumerate(self.averages))
+        raise ValueError(f"there is no average {which!r}; there are {names}.")
+
+    # --- [Note: a model lives] ---------------------------------------------------------------------------------
+
+    def walk_tree(self, teacher: Teacher | None) -> bool:
+        """Compare the records with the module tree. Returns whether something is new that needs no decision.
+
+        Raises:
+            RuntimeError: A weight was replaced, is gone, or should be averaged and is not.
+        """
+        replaced = [state.name for state in self.states if records.replaced(state.shard)]
+        replaced += [f"{name} of the teacher" for name in (teacher.replaced if teacher else ())]
+        if replaced:
+            raise RuntimeError(
+                f"{', '.join(replaced[:5])} no longer shares memory with the model "
+                "(load_state_dict(assign=True)?). Build the EMA after that, and on the outermost "
+                "FSDP module (only= chooses parts)."
+            )
+        self.refuse_untracked()
+        return False
+
+    def refuse_untracked(self) -> None:
+        """Raise RuntimeError where a weight should be averaged and is not, by name."""
+        untracked = [
+            state.name
+            for state in self.states
+            if state.shadow is None and self.selection.averages(state.shard)
+        ]
+        if untracked:
+            raise RuntimeError(
+                f"{', '.join(untracked[:5])} became trainable after the EMA was built. Call "
+                "ema.rescan()."
+            )
+        filled = [
+            name for name, (module, key) in self._unfilled if module._buffers.get(key) is not None
+        ]
+        if filled:
+            raise RuntimeError(
+                f"{', '.join(filled[:5])} was None when the EMA was built. Call ema.rescan()."
+            )
+
+    def rebind_moved(self) -> bool:
+        """Bind the records anew whose storages moved. Returns whether one of them is averaged.
+
+        Raises:
+            RuntimeError: A weight has another dtype, device, shape or order now, by name.
+        """
+        moved = [i for i, state in enumerate(self.states) if state.moved or state.layout_changed]
+        for average in self.averages:
+            for i in moved:
+                average.states[i].rebind()
+        return any(self.states[i].shadow is not None for i in moved)

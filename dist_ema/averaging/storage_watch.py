@@ -1,0 +1,79 @@
+"""What happened to the live weights since the last look: where they lie, and whether somebody wrote them.
+
+[Note: a model lives]  A training program may move a storage (`p.data = ...`, `.double().float()`, SAM, offloading), write a
+weight outside the optimizer's step, or change the module tree at any line. Hence two rules. An update trusts no address
+that it did not check. A verb trusts no module tree that it did not walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..sharding.addresses import Addresses
+from ..sharding.ownership import ParamState
+from ..sharding.records import Shard
+from .clock import Clock
+from .swap_registry import SwapRegistry
+
+__all__ = ["StorageWatch"]
+
+Moment = tuple[int, int, int]  # steps and updates of the clock, writes by swaps
+
+
+class StorageWatch:
+    """The addresses and version counters of the averaged weights, as they were at the last look."""
+
+    def __init__(self) -> None:
+        self._read_versions: list[int] | None = None  # while an update may be reading
+        self._marked: tuple[int, Moment] | None = None
+        self.renew([])
+
+    def renew(self, params: Sequence[ParamState], further: Iterable[Shard] = ()) -> None:
+        """Watch these from now on.
+
+        Args:
+            params: What is averaged. Its `local` tensors share the version counters of the model's.
+            further: Records whose addresses count too: those of a teacher.
+        """
+        self._params = params
+        self._addresses = Addresses([param.shard for param in params] + list(further))
+        self._seen = self._addresses.read()
+
+    def moved(self) -> bool:
+        """Some storage lies elsewhere. *Cost*: 0.08 us per weight, and nothing else before an update."""
+        return self._addresses.read() != self._seen
+
+    # --- while an update reads behind the step -----------------------------------------------------------------
+
+    def begin_read(self) -> None:
+        """An update has begun to read the weights, and goes on after this returns."""
+        self._read_versions = [param.local._version for param in self._params]
+
+    def end_read(self) -> list[str]:
+        """The read is over. Returns the names of weights that were written meanwhile."""
+        versions, self._read_versions = self._read_versions, None
+        if versions is None:
+            return []
+        pairs = zip(self._params, versions, strict=True)
+        return [
+            param.name
+            for param, version in pairs
+            if param.local._version != version and param.shard.kind != "buffer"
+        ]
+
+    # --- training that no update follows -----------------------------------------------------------------------
+
+    def mark(self, clock: Clock, swaps: SwapRegistry) -> tuple[int, Moment]:
+        """Remember how often the weights were written until now."""
+        writes = sum(param.local._version for param in self._params)
+        self._marked = writes, (clock.steps, clock.updates, swaps.writes)
+        return self._marked
+
+    def trained_unseen(self, clock: Clock, swaps: SwapRegistry) -> bool:
+        """Since the last mark the weights were written by no swap, and the clock stood still."""
+        before, now = self._marked, self.mark(clock, swaps)
+        return before is not None and now[0] != before[0] and now[1] == before[1]
+
+    def forget_mark(self) -> None:
+        """The next look says nothing: who has just resumed may still be writing the weights."""
+        self._marked = None
