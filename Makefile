@@ -20,9 +20,10 @@ demo: $(READY)  ## train on two ranks, export the average, look into the file
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 launch/train.py --wrapper fsdp2 --epochs 6 --out runs/demo
 	$(BIN)/dist-ema inspect runs/demo/export
 
-check: $(READY)  ## format, lint, types
+check: $(READY)  ## format, lint, the contracts between packages, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 test: check  ## the check and the whole suite
