@@ -392,11 +392,13 @@ def test_contraction_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_numba_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     """What numba refuses to compile is said once, and eager torch takes over."""
 
+    from dist_ema.averaging.kernels import cpu_numba
+
     def refuse(live: torch.dtype, shadow: torch.dtype) -> None:
         raise TypeError("no such thing")
 
-    monkeypatch.setattr(cpu_plan, "_compile", refuse)
-    monkeypatch.setattr(cpu_plan, "ready", cpu_plan.ready.__wrapped__)
+    monkeypatch.setattr(cpu_numba, "compile_pass", refuse)
+    monkeypatch.setattr(cpu_plan, "find_pass", cpu_plan.find_pass.__wrapped__)
     pair = ShadowPair("w", [torch.zeros(5)], torch.ones(5), torch.arange)
     with pytest.warns(UserWarning, match="eager torch takes over: no such thing"):
         plan = UpdatePlan([pair], passes=True)

@@ -38,7 +38,16 @@ from torch import Tensor
 from .pairs import LIVE, SHADOW, ShadowPair, Weights, merge
 from .rounding import key_prefix
 
-__all__ = ["CHUNK", "Pass", "Ramp", "available", "is_reachable", "plan_passes", "ramps", "ready"]
+__all__ = [
+    "CHUNK",
+    "Pass",
+    "Ramp",
+    "available",
+    "find_pass",
+    "is_reachable",
+    "plan_passes",
+    "ramps",
+]
 
 CHUNK = 1 << 16  # elements in one row: live stays in the cache between averages
 TASK = 1 << 20  # elements: long tasks keep the memory's prefetching going
@@ -58,27 +67,24 @@ def available() -> bool:
 
 
 @cache
-def ready(live: torch.dtype, shadow: torch.dtype) -> bool:
-    """There is a pass for this pair of dtypes. *Cost*: compiles it, once per process."""
+def find_pass(live: torch.dtype, shadow: torch.dtype) -> Any:
+    """The compiled code for a pair of dtypes, None if there is none.
+
+    *Cost*: compiles it, once per process ([Note: no cache]).
+    """
     if live not in LIVE or shadow not in SHADOW or not available():
-        return False
+        return None
+    from . import cpu_numba
+
     try:
-        _compile(live, shadow)
+        return cpu_numba.compile_pass(live, shadow)
     except Exception as error:  # an older or newer numba that refuses our code
         warnings.warn(
             f"numba cannot compile the update of {shadow} averages of {live} weights, eager torch "
             f"takes over: {error}",
             stacklevel=2,
         )
-        return False
-    return True
-
-
-@cache
-def _compile(live: torch.dtype, shadow: torch.dtype) -> Any:
-    from . import cpu_numba
-
-    return cpu_numba.compile_pass(live, shadow)
+        return None
 
 
 def is_reachable(pair: ShadowPair) -> bool:
@@ -95,7 +101,7 @@ def plan_passes(pairs: Sequence[ShadowPair], seed: int) -> tuple[list[Pass], lis
     plain: list[ShadowPair] = []
     rounded: list[tuple[ShadowPair, list[Ramp]]] = []
     for pair in pairs:
-        if not (is_reachable(pair) and ready(pair.live.dtype, pair.shadows[0].dtype)):
+        if not is_reachable(pair) or find_pass(pair.live.dtype, pair.shadows[0].dtype) is None:
             rest.append(pair)
         elif not pair.rounds:
             plain.append(pair)
@@ -155,18 +161,12 @@ class Pass:
         self._keys = np.zeros(len(self.pairs), dtype=np.uint32)
         self._weights = torch.zeros(len(first.shadows), dtype=torch.float32)
         self._places = self._weights.unbind()
-        self._sweep = _compile(first.live.dtype, first.shadows[0].dtype)
+        self._sweep = find_pass(first.live.dtype, first.shadows[0].dtype)
         tables = [self._rows, self._lives, self._shadows, self._weights.numpy(), self._keys]
         kinds = self._sweep.ctypes.argtypes
         self._tables = [x.ctypes.data_as(kind) for x, kind in zip(tables, kinds, strict=False)]
         shadows = [shadow for pair in self.pairs for shadow in pair.shadows]
         self._written = list({id(base): base for base in map(_base, shadows)}.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Of the tables."""
-        tables = (self._rows, self._lives, self._shadows, self._keys)
-        return sum(table.nbytes for table in tables) + 8 * len(self._tasks) + self._weights.nbytes
 
     def run(self, weights: Weights, update: int, guard: bool) -> None:
         """Move every shadow towards live; as `UpdatePlan.run`."""

@@ -7,10 +7,10 @@ that an update allocates and decides nothing. Its steps, and what each of them m
     step       pairs                                          how                          bytes
     Pass       in host memory, where numba is worth it        one compiled pass (cpu_plan)
     Direct     one dtype, neighbours merged                   one lerp_ each               12, fp32
-    Cast       long, of another dtype                         through a 4 MB scratch       10, from bf16
-    Packed     short, shadows end to end                      cat into the scratch, one lerp_
-    Apart      short, shadows anywhere                        cat if cast, one foreach lerp_
-    Rounded    16-bit shadows                                 fp32 in the scratch, [Note: rounding]
+               long, of another dtype                         through a 4 MB scratch       10, bf16
+    Packed     short, shadows end to end                      cat into a scratch, one lerp_
+               short, shadows anywhere                        one foreach lerp_, cat if cast
+    Rounded    16-bit shadows                                 fp32 in a scratch, [Note: rounding]
 
 [Note: the same bits]  Compiled and eager plans give the same bits (but for the payload of a NaN),
 so a rank may take either. This holds where torch's own lerp is one fused multiply-add, as that of
@@ -48,59 +48,36 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Direct:
-    """Live as it lies."""
+    """Live as it lies, or cast in a scratch."""
 
     shadows: list[Tensor]
     live: Tensor
+    cast: Tensor | None = None  # of the shadows' dtype and device; then live is one window
 
     def run(self, weights: Weights, update: int, guard: bool) -> None:
         # A guarded move needs a temporary of live's size, so it goes in windows.
         for shadows, live, _ in _windows(self) if guard else [(self.shadows, self.live, 0)]:
-            _move(shadows, live, weights, guard)
-
-
-@dataclass(frozen=True)
-class Cast:
-    """Live cast to the dtype and device of the shadows, in a scratch."""
-
-    shadows: list[Tensor]
-    live: Tensor
-    cast: Tensor
-
-    def run(self, weights: Weights, update: int, guard: bool) -> None:
-        _move(self.shadows, self.cast.copy_(self.live), weights, guard)
+            ready = live if self.cast is None else self.cast.copy_(live)
+            _move(shadows, ready, weights, guard)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Short live tensors packed into a scratch, for shadows that lie end to end."""
+    """Short live tensors, packed into scratches where something is cast or shadows are joined."""
 
-    shadows: list[Tensor]
+    shadows: list[list[Tensor]]  # per average: one joined shadow, or one per live tensor
     lives: list[Tensor]
-    packed: Tensor
-    cast: Tensor | None  # a scratch of the shadows' dtype and device; None: packed has them
+    packed: Tensor | None  # scratch for lives, end to end
+    cast: Tensor | None  # scratch of the shadows' dtype and device
+    ready: list[Tensor]  # what the shadows move towards: views of a scratch, or lives
 
     def run(self, weights: Weights, update: int, guard: bool) -> None:
-        packed = torch.cat(self.lives, out=self.packed)
-        live = packed if self.cast is None else self.cast.copy_(packed)
-        _move(self.shadows, live, weights, guard)
-
-
-@dataclass(frozen=True)
-class Apart:
-    """Short pairs whose shadows lie apart, as those of another module do."""
-
-    shadows: list[list[Tensor]]  # one list per average
-    lives: list[Tensor]
-    scratches: tuple[Tensor, Tensor] | None  # packed, and cast; None: nothing is cast
-    ready: list[Tensor]  # live in the shadows' dtype: views of the second scratch, or lives
-
-    def run(self, weights: Weights, update: int, guard: bool) -> None:
-        if self.scratches is not None:
-            packed, cast = self.scratches
-            cast.copy_(torch.cat(self.lives, out=packed))
+        if self.packed is not None:
+            torch.cat(self.lives, out=self.packed)
+        if self.packed is not None and self.cast is not None:
+            self.cast.copy_(self.packed)
         for shadows, weight in zip(self.shadows, weights, strict=True):
-            if isinstance(weight, float) and not guard:
+            if isinstance(weight, float) and not guard and len(shadows) > 1:
                 torch._foreach_lerp_(shadows, self.ready, weight)
                 continue
             for shadow, live in zip(shadows, self.ready, strict=True):
@@ -164,48 +141,37 @@ class UpdatePlan:
             self.steps += compiled
         apart: list[ShadowPair] = []
         for group in _group(list(merge([pair for pair in rest if not pair.rounds]))):
-            if len(group) > 1:
-                self._add_packed(group)
-            elif len(group[0].live) >= SHORT:
-                self._add_long(group[0])
-            else:
+            if len(group) == 1 and len(group[0].live) < SHORT:
                 apart += group
-        for group in _group_alike(apart):
-            if len(group) > 1:
-                self._add_apart(group)
             else:
-                self._add_long(group[0])
+                self._add(group, joined=True)
+        for group in _group_alike(apart):
+            self._add(group, joined=False)
         for pair in rest:
             if pair.rounds:
                 self._add_rounded(pair)
 
-    def _add_long(self, pair: ShadowPair) -> None:
-        if pair.is_uniform and len(pair.shadows) == 1:
-            self.steps.append(Direct(pair.shadows, pair.live))
+    def _add(self, group: list[ShadowPair], joined: bool) -> None:
+        """joined: the shadows of the group lie end to end."""
+        first, lives = group[0], [pair.live for pair in group]
+        if len(group) == 1:
+            # Several shadows share one read of live while its window is in the cache.
+            whole = first.is_uniform and len(first.shadows) == 1
+            for shadows, live, _ in [(first.shadows, first.live, 0)] if whole else _windows(first):
+                cast = None if first.is_uniform else self._cut(shadows[0], len(live))
+                self.steps.append(Direct(shadows, live, cast))
             return
-        # Several shadows share one read of live while its window is in the cache.
-        for shadows, live, _ in _windows(pair):
-            if pair.is_uniform:
-                self.steps.append(Direct(shadows, live))
-            else:
-                self.steps.append(Cast(shadows, live, self._cut(shadows[0], len(live))))
-
-    def _add_packed(self, group: list[ShadowPair]) -> None:
-        lives = [pair.live for pair in group]
-        shadows = [join(column) for column in _columns(group)]
-        n = len(shadows[0])
-        cast = None if group[0].is_uniform else self._cut(shadows[0], n)
-        self.steps.append(Packed(shadows, lives, self._cut(lives[0], n, PACK), cast))
-
-    def _add_apart(self, group: list[ShadowPair]) -> None:
-        lives, shadows = [pair.live for pair in group], _columns(group)
-        if group[0].is_uniform:
-            self.steps.append(Apart(shadows, lives, None, lives))
-            return
-        sizes = [len(live) for live in lives]
-        packed = self._cut(lives[0], sum(sizes), PACK)
-        cast = self._cut(shadows[0][0], sum(sizes))
-        self.steps.append(Apart(shadows, lives, (packed, cast), list(cast.split(sizes))))
+        columns = [list(column) for column in zip(*(pair.shadows for pair in group), strict=True)]
+        if joined:
+            columns = [[join(column)] for column in columns]
+        n, packed, cast = sum(map(len, lives)), None, None
+        if joined or not first.is_uniform:
+            packed = self._cut(lives[0], n, PACK)
+        if not first.is_uniform:
+            cast = self._cut(first.shadows[0], n)
+        scratch = packed if cast is None else cast
+        ready = lives if scratch is None else list(scratch.split([len(x) for x in columns[0]]))
+        self.steps.append(Packed(columns, lives, packed, cast, ready))
 
     def _add_rounded(self, pair: ShadowPair) -> None:
         for shadows, live, start in _windows(pair):
@@ -227,12 +193,6 @@ class UpdatePlan:
         """All that a run reads or writes."""
         pairs = [tensor for pair in self.pairs for tensor in (*pair.shadows, pair.live)]
         return pairs + list(self._scratch.values())
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Memory of the plan itself: scratches, and the tables of passes."""
-        passes = sum(step.nbytes for step in self.steps if isinstance(step, cpu_plan.Pass))
-        return passes + sum(scratch.nbytes for scratch in self._scratch.values())
 
     def run(self, weights: Weights, update: int, guard: bool = False) -> None:
         """Move every shadow towards live. No host sync.
@@ -272,11 +232,6 @@ def _windows(pair: ShadowPair | Direct) -> Iterator[tuple[list[Tensor], Tensor, 
     for start in range(0, len(pair.live), SCRATCH):
         stop = start + SCRATCH
         yield [shadow[start:stop] for shadow in pair.shadows], pair.live[start:stop], start
-
-
-def _columns(group: list[ShadowPair]) -> list[list[Tensor]]:
-    """The shadows of a group, one list per average."""
-    return [list(column) for column in zip(*(pair.shadows for pair in group), strict=True)]
 
 
 def _kind(pair: ShadowPair) -> tuple[torch.dtype | torch.device, ...]:

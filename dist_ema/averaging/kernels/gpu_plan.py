@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 from zlib import crc32
 
 import torch
@@ -45,7 +45,7 @@ from .rounding import key_prefix, signed
 if TYPE_CHECKING:
     from .eager import UpdatePlan
 
-__all__ = ["BLOCK", "FusedPlan", "Kind", "available", "supports"]
+__all__ = ["BLOCK", "FusedPlan", "Kind", "available"]
 
 BLOCK = 4096  # elements that one program moves, 16 per thread
 WARPS = 8
@@ -77,15 +77,6 @@ def available(device: torch.device) -> bool:
     return True
 
 
-def supports(pairs: Sequence[ShadowPair]) -> bool:
-    """FusedPlan takes all of `pairs`.
-
-    It takes fp32, bfloat16 and fp16 into fp32 or bfloat16, 1-D and on one device each, with element
-    numbers that are a `Numbering` or consecutive where rounding needs them.
-    """
-    return all(_kind(pair) is not None for pair in pairs)
-
-
 @dataclass(frozen=True)
 class Kind:
     """What the tensors of one launch have in common."""
@@ -99,7 +90,11 @@ class Kind:
 
 
 def _kind(pair: ShadowPair) -> tuple[Kind, Numbering | None] | None:
-    """The launch that takes this pair, and the element numbers if it rounds; None: none does."""
+    """The launch that takes this pair, and the element numbers if it rounds; None: none does.
+
+    A launch takes fp32, bfloat16 and fp16 into fp32 or bfloat16, 1-D and on one device, with
+    element numbers that are a `Numbering` where it rounds.
+    """
     shadow, n = pair.shadows[0], len(pair.live)
     flat = all(
         t.dim() == 1 and t.is_contiguous() and t.device == shadow.device
@@ -112,31 +107,12 @@ def _kind(pair: ShadowPair) -> tuple[Kind, Numbering | None] | None:
     kind = Kind(shadow.device, pair.live.dtype, shadow.dtype, len(pair.shadows), 0, False)
     if not pair.rounds:
         return kind, None
-    numbering = _numbering(pair)
-    if numbering is None:
+    if not isinstance(pair.indices, Numbering):
         return None
-    huge = numbering.last(n) >= 1 << 32
-    return replace(kind, levels=len(numbering.joined[0]) + 1, huge=huge), numbering
-
-
-def _numbering(pair: ShadowPair) -> Numbering | None:
-    """The pair's own numbering, or that of consecutive numbers, which are compared one by one.
-
-    *Cost*: the latter as an eager update's element numbers, and a host sync per 4 M elements.
-    """
-    if isinstance(pair.indices, Numbering):
-        inner, _ = pair.indices.joined
-        fits = len(inner) < LEVELS and all(size < 1 << 30 for size, _ in inner)
-        return pair.indices if fits else None
-    n, most = len(pair.live), 1 << 22
-    first = int(pair.indices(0, 1)) if n else 0
-    for start in range(0, n, most):
-        numbers = pair.indices(start, min(start + most, n))
-        begin = first + start
-        consecutive = torch.arange(begin, begin + len(numbers), device=numbers.device)
-        if not torch.equal(numbers, consecutive):
-            return None
-    return Numbering(first)
+    inner, _ = pair.indices.joined
+    if len(inner) >= LEVELS or any(size >= 1 << 30 for size, _ in inner):
+        return None
+    return replace(kind, levels=len(inner) + 1, huge=pair.indices.last(n) >= 1 << 32), pair.indices
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -187,18 +163,8 @@ class FusedPlan:
     def tensors(self) -> list[Tensor]:
         """All that a run reads or writes; the stream that runs it must keep their memory."""
         pairs = [tensor for pair in self.pairs for tensor in (*pair.shadows, pair.live)]
-        others = [] if self._others is None else self._others.tensors
-        return pairs + self._tables + others
-
-    @property
-    def _tables(self) -> list[Tensor]:
-        return [table for launch in self._launches for table in launch.tables]
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Memory of the plan itself, on the device."""
-        others = 0 if self._others is None else self._others.scratch_bytes
-        return others + sum(table.nbytes for table in self._tables)
+        tables = [table for launch in self._launches for table in launch.tables]
+        return pairs + tables + ([] if self._others is None else self._others.tensors)
 
     def run(self, weights: Weights, update: int, guard: bool = False) -> None:
         """Move every shadow towards live, on the current stream; as `UpdatePlan.run`.
@@ -260,7 +226,8 @@ class _Launch:
     def __call__(self, head: int, guard: bool) -> None:
         kind, (live_type, shadow_type) = self._kind, self._types
         # NOTE: Triton launches on the current device, which need not be that of the tensors.
-        with _current(kind.device):
+        module = None if kind.device.type == "cpu" else torch.get_device_module(kind.device)
+        with contextlib.nullcontext() if module is None else module.device(kind.device):
             self._kernel[(self._programs,)](
                 *self.tables,
                 head,
@@ -274,11 +241,6 @@ class _Launch:
                 num_warps=WARPS,
                 enable_fp_fusion=False,  # [Note: contraction] in gpu_triton
             )
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    cpu = device.type == "cpu"
-    return contextlib.nullcontext() if cpu else torch.get_device_module(device).device(device)
 
 
 def _row(pair: ShadowPair, numbering: Numbering | None, start: int) -> list[int]:
