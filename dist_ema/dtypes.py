@@ -53,7 +53,7 @@ def widen(raw: Bytes, dtype: str) -> Floats:
 
 
 def narrow(values: Floats, dtype: str) -> Bytes:
-    """Return float32 or float64 values as the bytes of a floating dtype, rounded once, to nearest even.
+    """Return float32 or float64 values as bytes of a floating dtype, rounded once.
 
     A value that is too large becomes infinite; in E4M3, which has no infinity, the largest number,
     as in torch.
@@ -100,7 +100,7 @@ def gathered(
     begin: int,
     end: int,
 ) -> Bytes:
-    """Return bytes [begin, end), in row-major order, of a tensor whose elements lie in any order in a storage.
+    """Return bytes [begin, end), in row-major order, of a tensor that lies in any order in a storage.
 
     Args:
         storage: The bytes that hold the elements.

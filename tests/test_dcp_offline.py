@@ -34,6 +34,7 @@ from torch import nn
 from dist_ema import EMA
 from dist_ema.checkpoint.torch_dtypes import DTYPES
 from dist_ema.foreign import torch_dcp, torch_zip, unpickler
+from dist_ema.foreign.dcp_metadata import Chunk
 from dist_ema.offline import sources
 from tests.kit import Call, Training, run_ranks
 
@@ -219,7 +220,7 @@ EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "beyond the end": (lambda s: setattr(place(s, "app.model.half"), "length", 10**9), "It was cut short"),
     "before the start": (lambda s: setattr(place(s, "app.model.half"), "offset", -1), "sizes that are none"),
     "compressed": (lambda s: setattr(place(s, "app.model.half"), "transform_descriptors", ["zstd"]), "only its writer can"),
-    "nowhere": (lambda s: s.storage_data.clear(), "lies nowhere"),
+    "nowhere": (lambda s: s.storage_data.clear(), "names no file for a chunk"),
     "too large a chunk": (lambda s: setattr(chunk(s, "app.model.half"), "sizes", torch.Size([34])), "lies outside its shape"),
     "too small a chunk": (lambda s: setattr(chunk(s, "app.model.half"), "sizes", torch.Size([32])), "do not cover its shape"),
     "no chunk": (lambda s: s.state_dict_metadata["app.model.half"].chunks.clear(), "do not cover its shape"),
@@ -234,9 +235,9 @@ EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
         "damaged pickle",
     ),
     "no sizes": (lambda s: setattr(chunk(s, "app.model.half"), "sizes", None), "TypeError"),
-    "no properties": (lambda s: setattr(s.state_dict_metadata["app.model.half"], "properties", 3), "TensorProperties must"),
+    "no properties": (lambda s: setattr(s.state_dict_metadata["app.model.half"], "properties", 3), "expected TensorProperties, found a int"),
     "no table": (lambda s: setattr(s, "state_dict_metadata", [1]), "AttributeError"),
-    "swapped": (swap_places, "is not the tensor that .metadata speaks of"),
+    "swapped": (swap_places, "is not the tensor that .metadata names"),
     "overlap": (overlap, "its chunks overlap"),
 }  # fmt: skip
 
@@ -444,7 +445,7 @@ def by_hand(marker: Path) -> dict[str, tuple[bytes, str]]:
         ),
         "a memo of nothing": (b"h\7.", "damaged pickle"),
         "a far memo": (b"Nr\xff\xff\xff\xff0h\1.", "damaged pickle"),
-        "something else": (b"N.", "something else stands where a Metadata must"),
+        "something else": (b"N.", "expected a Metadata, found a NoneType"),
     }
 
 
@@ -642,10 +643,10 @@ def test_runs() -> None:
         shape = tuple(int(n) for n in generator.integers(1, 6, generator.integers(0, 4)))
         whole = np.arange(int(np.prod(shape)))
         cuts = [sorted({0, n, *map(int, generator.integers(0, n + 1, 2))}) for n in shape]
-        chunks = [torch_dcp._Chunk((), ())]
+        chunks = [Chunk((), ())]
         for edges in cuts:
             chunks = [
-                torch_dcp._Chunk((*c.offsets, a), (*c.sizes, b - a))
+                Chunk((*c.offsets, a), (*c.sizes, b - a))
                 for c in chunks
                 for a, b in itertools.pairwise(edges)
             ]

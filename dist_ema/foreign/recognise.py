@@ -1,4 +1,6 @@
-"""Other people's EMA checkpoints: which of their tables is the average, and what its weights are called. No torch.
+"""Other people's EMA checkpoints: which table is the average, and the names of its weights.
+
+No torch.
 
 A checkpoint is a tree: mappings, lists, numbers and texts, with a `Leaf` for each tensor. A rule
 looks at one mapping of the tree and recognises an average by the keys alone. The facts behind the
@@ -6,7 +8,7 @@ rules:
 
 kind         where the average is                                              its clock
 torch        n_averaged and module.NAME: torch's AveragedModel                 n_averaged
-lightning    state_dict, where averaging_state stands beside it (the callback  n_averaged, global_step, epoch
+lightning    state_dict, where averaging_state stands beside it (the callback  n_averaged, epoch,
              WeightAveraging moves the live weights to current_model_state);
              callbacks.NAME.average_model_state (StochasticWeightAveraging)
 timm         state_dict_ema                                                    epoch
@@ -264,8 +266,8 @@ def _lists(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverag
     if isinstance(shadows, list) and shadows and all(map(_is_leaf, shadows)):
         diffusers = "optimization_step" in node
         extra = _numbers(
-            node, "num_updates", "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup",
-            "inv_gamma", "power",
+            node, "num_updates", "decay", "min_decay", "optimization_step", "update_after_step",
+            "use_ema_warmup", "inv_gamma", "power",
         )  # fmt: skip
         kind = "diffusers" if diffusers else "torch-ema"
         why = "shadow_params" + " and optimization_step" * diffusers

@@ -1,4 +1,6 @@
-"""Files of torch.save as trees of tensors, through torch.load(weights_only=True): what would run code is refused by name.
+"""Files of torch.save as trees of tensors, through torch.load(weights_only=True).
+
+A class that needs code is refused by name.
 
 Tensors are mapped, not read, where the file is an archive (all since torch 1.6); a window of one is
 a copy of its bytes. torch is imported only when a file is opened.
@@ -46,7 +48,7 @@ _MAX_DEPTH = 50
 
 
 class _Nothing:
-    """Stands where an object of somebody's class would."""
+    """Stands for an object of a class whose code is not run."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Nothing:
         return super().__new__(cls)
@@ -136,13 +138,13 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether the file begins as an archive does, so that a cut or damaged one is an archive too."""
+    """Whether the file begins as an archive does, so that a damaged one is an archive too."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\3\4"
 
 
 def _refuse_unsound(path: Path) -> None:
-    """torch maps a compressed record as if its bytes were elements, so the records are checked before."""
+    """Check the records: torch maps a compressed one as if its bytes were elements."""
     with regular_file.open_regular(path) as file:
         torch_zip.records(
             lambda begin, end: os.pread(file.fileno(), end - begin, begin),
@@ -169,7 +171,7 @@ def _refuse_classes(path: Path) -> None:
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    """One sentence, whatever torch says."""
+    """One sentence, of what torch raised."""
     text = " ".join(str(error).split())
     found: Sequence[str] = (
         error.args if isinstance(error, _ClassesError) else re.findall(r"GLOBAL ([\w.]+)", text)[:1]
@@ -191,7 +193,10 @@ def _refusal(path: Path, error: Exception) -> str:
         )
     name = "" if _is_archive(path) else _first_asked(path)
     if name:
-        return f"{path} is a pickle that torch.save did not write. It asks for {name}, whose code dist_ema does not run."
+        return (
+            f"{path} is a pickle that torch.save did not write. It asks for {name}, whose code "
+            "dist_ema does not run."
+        )
     text = re.sub(
         r"^Weights only load failed.* error: | Check the documentation.*", "", text
     )  # advice to run it

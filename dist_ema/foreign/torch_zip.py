@@ -18,6 +18,10 @@ Read: TypeAlias = Callable[[int, int], bytes]  # bytes [begin, end) of the archi
 
 _MAX_DIRECTORY = 16 << 20  # bytes; about 150,000 records
 _ENCRYPTED = 1  # of a record's flags
+_UNSOUND = (  # what zipfile raises
+    EOFError, LookupError, NotImplementedError, OSError, OverflowError, RuntimeError, ValueError,
+    struct.error, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 def records(read: Read, size: int, where: str) -> dict[str, tuple[int, int]]:
@@ -40,10 +44,7 @@ def records(read: Read, size: int, where: str) -> dict[str, tuple[int, int]]:
     try:
         with zipfile.ZipFile(file) as archive:
             return dict(_places(archive, file))
-    except (
-        EOFError, LookupError, NotImplementedError, OSError, OverflowError, RuntimeError, ValueError, struct.error,
-        zipfile.BadZipFile,
-    ) as error:  # fmt: skip
+    except _UNSOUND as error:
         why = f"{error}" if type(error) is ValueError else f"{error}; it is damaged or cut short"
         raise ValueError(f"{where} is no sound archive of torch.save: {why}.") from None
 

@@ -1,4 +1,4 @@
-"""A restricted unpickler: it imports nothing, and calls only what the caller's table holds. No torch.
+"""A restricted unpickler, which imports nothing and calls only what its caller allows. No torch.
 
 A pickle is a program: GLOBAL imports, REDUCE calls what was imported. Here `find_class` looks into
 an allow-list, and any other name ends the reading with an error that states it. A call builds a
@@ -91,7 +91,8 @@ def read(
 
 
 _DAMAGED = (
-    AttributeError, EOFError, LookupError, OverflowError, TypeError, ValueError, pickle.UnpicklingError, struct.error,
+    AttributeError, EOFError, LookupError, OverflowError, TypeError, ValueError,
+    pickle.UnpicklingError, struct.error,
 )  # fmt: skip
 
 
