@@ -100,7 +100,7 @@ def gathered(
     begin: int,
     end: int,
 ) -> Bytes:
-    """Return bytes [begin, end), in row-major order, of a tensor that lies in any order in a storage.
+    """Return bytes [begin, end), in row-major order, of a tensor whose elements lie in any order.
 
     Args:
         storage: The bytes that hold the elements.

@@ -808,12 +808,12 @@ def test_plain_values() -> None:
         def read(self, begin: int, end: int) -> Any:
             return self._value.reshape(-1).view(np.uint8)[begin:end]
 
-    assert recognise.plain(Leaf(np.int64(7), "I64")) == 7
-    assert recognise.plain(Leaf(np.float32(0.5), "F32")) == 0.5
-    assert recognise.plain(Leaf(np.ones(2, np.float32), "F32")) is None
-    assert recognise.plain(Leaf(np.float32("nan"), "F32")) == "nan"
-    assert recognise.plain([1]) is None
-    assert recognise.plain(OrderedDict()) is None
+    assert recognise.scalar(Leaf(np.int64(7), "I64")) == 7
+    assert recognise.scalar(Leaf(np.float32(0.5), "F32")) == 0.5
+    assert recognise.scalar(Leaf(np.ones(2, np.float32), "F32")) is None
+    assert recognise.scalar(Leaf(np.float32("nan"), "F32")) == "nan"
+    assert recognise.scalar([1]) is None
+    assert recognise.scalar(OrderedDict()) is None
 
 
 def test_help(call: Call) -> None:

@@ -144,8 +144,8 @@ def test_versions() -> None:
     assert doctor._package("pytest", "1", False).state == "ok"
     missing = doctor._package("no-such-package", "1.2", True)
     assert missing.text == "is not installed: pip install 'no-such-package>=1.2'"
-    assert doctor._parts("2.13.0+cu128") == (2, 13, 0)
-    assert doctor._parts("2.8.0a0+git1234") < doctor._parts("2.10")
+    assert doctor._numbers("2.13.0+cu128") == (2, 13, 0)
+    assert doctor._numbers("2.8.0a0+git1234") < doctor._numbers("2.10")
 
 
 @pytest.mark.parametrize(

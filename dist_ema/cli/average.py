@@ -98,7 +98,7 @@ def _average(options: argparse.Namespace) -> int:
         progress=progress,
     )
     if options.json:
-        out_json(report.plain())
+        out_json(report.to_json())
     else:
         out(_text(report))
     return FINE

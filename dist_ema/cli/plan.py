@@ -186,7 +186,7 @@ def _plan(options: argparse.Namespace) -> int:
         offline.plot(options.plot, pace, other)  # type: ignore[arg-type]
     if options.json:
         facts = {"pace": pace, "scaled": other, "cost": cost}
-        out_json({name: fact.plain() for name, fact in facts.items() if fact is not None})
+        out_json({name: fact.to_json() for name, fact in facts.items() if fact is not None})
         return FINE
     out(_of_pace(pace, options.every) if pace else ())
     out(_of_scaling(pace, other, options.scale_batch) if pace and other else ())

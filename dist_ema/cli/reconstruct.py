@@ -121,7 +121,7 @@ def _reconstruct(options: argparse.Namespace) -> int:
         progress=progress,
     )
     if options.json:
-        out_json(report.plain())
+        out_json(report.to_json())
     else:
         out(_text(options.snapshots, report))
     for warning in _warnings(report):

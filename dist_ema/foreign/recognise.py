@@ -37,7 +37,7 @@ import numpy as np
 from ..dtypes import NUMPY, Bytes
 from ..sharding.names import canonical
 
-__all__ = ["KINDS", "FoundAverage", "Leaf", "at", "find", "name", "plain", "without_wrappers"]
+__all__ = ["KINDS", "FoundAverage", "Leaf", "at", "find", "name", "scalar", "without_wrappers"]
 
 KINDS = (
     "torch", "lightning", "timm", "ema-pytorch", "ldm", "diffusers", "torch-ema", "mmengine",
@@ -149,12 +149,12 @@ def _under(leaves: Mapping[str, Leaf], prefix: str) -> dict[str, Leaf]:
 def _numbers(node: Any, *names: str) -> dict[str, Any]:
     """The entries of these names that are numbers or texts."""
     found = {
-        name: plain(node[name]) for name in names if isinstance(node, Mapping) and name in node
+        name: scalar(node[name]) for name in names if isinstance(node, Mapping) and name in node
     }
     return {name: value for name, value in found.items() if value is not None}
 
 
-def plain(value: Any) -> Any:
+def scalar(value: Any) -> Any:
     """A number or text; a tensor of one element as the number that it holds; None for all else."""
     if _is_leaf(value):
         if math.prod(value.shape) != 1:

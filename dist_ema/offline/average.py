@@ -19,14 +19,14 @@ __all__ = ["AverageReport", "average", "in_order", "shares"]
 
 @dataclass(frozen=True)
 class AverageReport:
-    """What was averaged with what weight, and what was taken from the last model because it cannot be averaged."""
+    """The models with their weights, and the names that have no mean."""
 
     out: Path
     terms: list[tuple[str, float]]
     averaged: int
     taken: list[str]  # weights of whole numbers that differ between the models
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "out": str(self.out),
             "models": [{"path": path, "weight": weight} for path, weight in self.terms],
@@ -47,40 +47,43 @@ def average(
     force: bool = False,
     progress: Callable[[str, int], Any],
 ) -> AverageReport:
-    """Write sum(weight * model) as a model to ship. Whole numbers that differ are taken from the last one.
+    """Write sum(weight * model) as a model to ship. Whole numbers that differ are the last model's.
 
-    Raises ValueError with all differences if the models do not hold the same weights. *Cost*: 28
-    MB, and the headers.
+    Raises:
+        ValueError: The models do not hold the same weights; the error lists all differences.
+
+    Note:
+        *Cost*: 28 MB, and the headers.
     """
     ordered = list(paths) if weights else in_order(paths)
     chosen = ordered[-lawa:] if lawa else ordered
-    parts = shares(len(chosen), weights, wma)
+    factors = shares(len(chosen), weights, wma)
     if lawa and lawa > len(ordered):
         raise ValueError(
-            f"--lawa {lawa} asks for more models than the {len(ordered)} that were given."
+            f"lawa={lawa} asks for more models than the {len(ordered)} that were given."
         )
     for path in chosen:
-        # NOTE: over one of them is fine, as it is read before it is replaced.
+        # NOTE: OUT may be one of them, because it is read before it is replaced.
         if os.path.realpath(path) != os.path.realpath(out):
             writer.refuse_place(path, out)
     with ExitStack() as stack:
         models = [stack.enter_context(open_model(path)) for path in chosen]
         last = models[-1]
-        for each in models:
-            refuse_odd(each)
+        for model in models:
+            refuse_odd(model)
         blend.alike(models, last)
         names = frozenset(
             name for name, entry in last.entries.items() if blend.numeric(entry.dtype)
         )
         taken = [name for name in sorted(set(last.entries) - names) if _differs(models, name)]
         kinds = {} if dtype is None else dict.fromkeys(names, dtype)
-        mean = blend.Blend(list(zip(models, parts, strict=True)), last, names, kinds)
-        terms = list(zip(chosen, parts, strict=True))
-        said = {
-            "models": [{"path": path, "weight": part} for path, part in terms],
+        mean = blend.Blend(list(zip(models, factors, strict=True)), last, names, kinds)
+        terms = list(zip(chosen, factors, strict=True))
+        facts = {
+            "models": [{"path": path, "weight": factor} for path, factor in terms],
             "taken_from_last": taken,
         }
-        meta = {"clock": {}, "schedules": [], "extra": {"average": said}}
+        meta = {"clock": {}, "schedules": [], "extra": {"average": facts}}
         total = sum(entry.nbytes for entry in mean.entries.values())
         with progress("averaging", total) as tick:
             blend.write(
@@ -90,24 +93,24 @@ def average(
 
 
 def shares(count: int, weights: Sequence[float] | None, wma: bool) -> list[float]:
-    """What each model weighs, summing to 1: as given, growing linearly (wma), or all alike."""
+    """The weight of each model, summing to 1: as given, growing linearly (wma), or uniform."""
     if weights is None:
         raw = [float(i + 1) if wma else 1.0 for i in range(count)]
     elif len(weights) != count:
-        raise ValueError(f"--weights names {len(weights)} weights for {count} models.")
+        raise ValueError(f"weights names {len(weights)} weights for {count} models.")
     else:
         raw = list(weights)
     total = math.fsum(raw)
     if not all(map(math.isfinite, raw)) or abs(total) <= 1e-12 * max(map(abs, raw)):
         raise ValueError(
-            "--weights must be finite and must not sum to 0, got "
+            "weights must be finite and must not sum to 0, got "
             f"{', '.join(f'{each:g}' for each in raw)}."
         )
     return [each / total for each in raw]
 
 
 def in_order(paths: Sequence[str]) -> list[str]:
-    """As given; but names that differ in one number alone (a shell's run/ema-*) go by that number."""
+    """As given; but names that differ in one number (a shell's run/ema-*) in its order."""
     split = [re.split(r"(\d+)", path) for path in paths]
     lengths = {len(each) for each in split}
     if len(lengths) > 1:

@@ -1,7 +1,7 @@
-"""Other people's checkpoints into a model folder or file: one window of memory, and no pickle is ever loaded.
+"""Other people's checkpoints into a model folder or file, through one window of memory.
 
-What comes in is a tree of tables, whatever its form; `foreign` says which of them is the average
-and what its weights are called; what goes out is what `export` writes.
+A checkpoint of any form becomes a tree of tables. `recognise` finds the average in it and gives its
+weights the model's names; the result is laid out as `export` does.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ConvertRequest:
     """What is asked for. kind: one of foreign.KINDS, 'dcp', or 'auto'."""
 
     source: Path
-    kind: str = "auto"
+    kind: str = "auto"  # or one of recognise.KINDS, or "dcp"
     key: str | None = None
     like: Path | None = None
     prefix: str = ""
@@ -51,14 +51,14 @@ class ConvertRequest:
 
 @dataclass(frozen=True)
 class ConvertPlan:
-    """What will be written, and what was found out on the way."""
+    """The weights that will be written."""
 
     found: FoundAverage
     weights: Mapping[str, Leaf]  # by name, the rest included
     averaged: Sequence[str]
     aliases: Mapping[str, str]  # further name -> name
     dtypes: Mapping[str, str]  # name -> dtype in the output
-    whole: bool  # frozen weights and buffers are among them, as far as the checkpoint has any
+    whole: bool  # with frozen weights and buffers, as far as the checkpoint has any
     notes: Sequence[str] = ()
 
     @property
@@ -171,19 +171,16 @@ def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectT
 def _of_config(path: Path) -> dict[str, Any]:
     """What diffusers' EMAModel.save_pretrained puts into config.json.
 
-    A folder without it is somebody's model.
+    Without it the folder is a model.
     """
     try:
-        said = json.loads(path.read_bytes()) if path.is_file() else {}
+        config = json.loads(path.read_bytes()) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(said, dict) or "optimization_step" not in said:
+    if not isinstance(config, dict) or "optimization_step" not in config:
         return {}
-    return {
-        name: recognise.plain(said[name])
-        for name in _DIFFUSERS
-        if recognise.plain(said.get(name)) is not None
-    }
+    values = {name: recognise.scalar(config.get(name)) for name in _DIFFUSERS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
@@ -205,7 +202,7 @@ def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTre
 
 
 def candidates(request: ConvertRequest) -> tuple[list[FoundAverage], Mapping[str, str]]:
-    """Every table that could be converted, averages first; and what is left unread, with the reason."""
+    """Every table that can be converted, averages first; and what is left unread, name -> why."""
     with ExitStack() as stack:
         tree = _open(request.source, request.inert, stack)
         return _found(tree), tree.left | tree.unsupported
@@ -406,10 +403,10 @@ def _rest(request: ConvertRequest, tree: _ObjectTree, found: FoundAverage) -> Ma
 
 
 def _tied(averaged: Mapping[str, Leaf], live: Mapping[str, Leaf]) -> dict[str, str]:
-    """Further name -> the averaged weight that it is: one memory in the checkpoint, or the same bytes of a matrix.
+    """Names of live weights that are an averaged weight -> the name of that.
 
-    Files that write tied weights twice tell no more; without this the second name would keep its
-    live values.
+    They share memory in the checkpoint, or a matrix has the same bytes: files that write tied
+    weights twice hold nothing more. Else the second name would keep its live values.
     """
     known = {name: live[name] for name in averaged if name in live}
     found = {}

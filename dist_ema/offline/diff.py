@@ -16,17 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.safetensors import ITEMSIZE
-from ..dtypes import FLOATS, Bytes, widen
+from ..dtypes import FLOATS, NUMPY, Bytes, widen
 from ..text import Bar, Tick, silent
 from .sources import Source, open_model, refuse_odd, windows
 
 __all__ = ["Difference", "Row", "diff"]
 
 WINDOW = 1 << 18  # elements
-_INTEGERS = {
-    "BOOL": np.uint8, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16,
-    "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64,
-}  # fmt: skip
+_INEXACT = (*FLOATS, "C64")
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,8 @@ class Row:
 
     @property
     def exact(self) -> bool:
-        """Whether it is compared exactly, whatever distance is allowed: counters and indices have none."""
-        return all(dtype in _INTEGERS for dtype in self.dtypes)
+        """Whether any change counts: counters and indices have no distance."""
+        return not any(dtype in _INEXACT for dtype in self.dtypes)
 
 
 @dataclass
@@ -64,7 +61,7 @@ class Difference:
     reshaped: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
 
     def beyond(self, threshold: float | None) -> list[Row]:
-        """The rows that differ: at all, dtypes included; or, with a threshold, by a larger distance."""
+        """The rows that differ at all, dtypes included; or, with a threshold, by more than it."""
         if threshold is None:
             return [row for row in self.rows if row.changed or row.dtypes[0] != row.dtypes[1]]
         return [
@@ -78,27 +75,35 @@ class Difference:
 def diff(
     a: str | Path, b: str | Path, *, which: tuple[int | str, int | str] = (0, 0), bar: Bar = silent
 ) -> Difference:
-    """Compare two models of any form. Tied weights are compared under every name that both know, each pair once.
+    """Compare two models of any form.
 
-    Raises FileNotFoundError and ValueError as `source.open_model`, and ValueError for tensors that
-    cannot be read.
+    Tied weights are compared under each name that both know, each pair once.
+
+    Args:
+        a: The first model.
+        b: The second model.
+        which: The average to take of several, for each of the two.
+        bar: Shows progress.
+
+    Raises:
+        FileNotFoundError: A path does not exist.
+        ValueError: A path is no model, or tensors of it cannot be read.
     """
     with open_model(a, which[0]) as one, open_model(b, which[1]) as other:
         refuse_odd(one)
         refuse_odd(other)
         found, pairs = Difference(str(a), str(b)), _pairs(one, other)
-        found.missing = sorted(set(one.entries) - {mine for mine, _ in pairs.values()})
-        found.unexpected = sorted(set(other.entries) - {theirs for _, theirs in pairs.values()})
-        todo = dict[str, tuple[str, str]]()
-        for name, (mine, theirs) in pairs.items():
-            shapes = one.entries[mine].shape, other.entries[theirs].shape
-            if shapes[0] != shapes[1]:
-                found.reshaped[name] = list(shapes[0]), list(shapes[1])
-            else:
-                todo[name] = mine, theirs
-        with bar(sum(one.entries[mine].nbytes for mine, _ in todo.values())) as tick:
-            for name, (mine, theirs) in todo.items():
-                found.rows.append(_row(name, one, mine, other, theirs, tick))
+        found.missing = sorted(set(one.entries) - {in_a for in_a, _ in pairs.values()})
+        found.unexpected = sorted(set(other.entries) - {in_b for _, in_b in pairs.values()})
+        shapes = {
+            name: (one.entries[in_a].shape, other.entries[in_b].shape)
+            for name, (in_a, in_b) in pairs.items()
+        }
+        found.reshaped = {name: (list(a), list(b)) for name, (a, b) in shapes.items() if a != b}
+        compared = {name: pair for name, pair in pairs.items() if name not in found.reshaped}
+        with bar(sum(one.entries[in_a].nbytes for in_a, _ in compared.values())) as tick:
+            for name, (in_a, in_b) in compared.items():
+                found.rows.append(_row(name, one, in_a, other, in_b, tick))
     found.rows.sort(key=lambda row: (-row.distance, -row.changed, row.name))
     return found
 
@@ -114,13 +119,13 @@ def _pairs(one: Source, other: Source) -> dict[str, tuple[str, str]]:
     return {name: pair for pair, name in pairs.items()}
 
 
-def _row(name: str, one: Source, mine: str, other: Source, theirs: str, tick: Tick) -> Row:
-    a, b = one.entries[mine], other.entries[theirs]
+def _row(name: str, one: Source, in_a: str, other: Source, in_b: str, tick: Tick) -> Row:
+    a, b = one.entries[in_a], other.entries[in_b]
     squares = norm = largest = 0.0
     changed = 0
     sizes = ITEMSIZE[a.dtype] * WINDOW, ITEMSIZE[b.dtype] * WINDOW
     for raw, against in zip(
-        windows(one, mine, sizes[0]), windows(other, theirs, sizes[1]), strict=True
+        windows(one, in_a, sizes[0]), windows(other, in_b, sizes[1]), strict=True
     ):
         x, delta, n = _compare(raw, a.dtype, against, b.dtype)
         norm += _square(x)
@@ -155,7 +160,7 @@ def _ratio(squares: float, norm: float, changed: int) -> float:
 
 
 def _far(value: float) -> float:
-    """NaN is as far as can be: it must not sort behind what is finite, nor pass below a threshold."""
+    """NaN as infinity, so that it sorts first and passes no threshold."""
     return math.inf if math.isnan(value) else value
 
 
@@ -171,8 +176,7 @@ def _compare(
         a, b = (_real(part) if kind != "C64" else part for part, kind in ((a, dtype), (b, other)))
     with np.errstate(all="ignore"):
         x, y = a.astype(np.float64), b.astype(np.float64)
-        # NOTE: two kinds of integers are compared as such, because float64 does not hold all of 64
-        # bits.
+        # NOTE: integers are compared as such, because float64 does not hold all of 64 bits.
         same = a == b if a.dtype.kind in "iu" and b.dtype.kind in "iu" else x == y
         if same.all():
             return x, np.zeros(0), 0
@@ -183,11 +187,12 @@ def _compare(
 
 
 def _numbers(raw: Bytes, dtype: str) -> NDArray[Any]:
-    """The values as they are; of complex numbers both parts."""
+    """The values; of complex numbers both parts, of booleans the bytes."""
     if dtype in FLOATS:
         return widen(raw, dtype)
-    kind = np.float32 if dtype == "C64" else _INTEGERS[dtype]
-    aligned = raw if raw.ctypes.data % np.dtype(kind).itemsize == 0 else raw.copy()
+    parts: dict[str, Any] = {"C64": np.float32, "BOOL": np.uint8}
+    kind: np.dtype[Any] = np.dtype(parts.get(dtype, NUMPY[dtype]))
+    aligned = raw if raw.ctypes.data % kind.itemsize == 0 else raw.copy()
     return aligned.view(kind)
 
 

@@ -1,4 +1,4 @@
-"""Are this machine, this Python and this folder fit for averaging? What could crash runs in a process of its own."""
+"""Checks of this machine, this Python and a folder. What can crash runs in another process."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ..text import size
 
 __all__ = ["Check", "examine", "self_test"]
 
-# The oldest that dist_ema is made for; '' for what is only reported.
-_NEEDED = {"torch": "2.8", "numpy": "1.26", "safetensors": "0.4.3"}
+# The oldest supported version; '' for packages that are only reported.
+_NEEDED = {"torch": "2.8", "numpy": "1.26", "ml_dtypes": "0.5", "safetensors": "0.4.3"}
 _KNOWN = {
     "accelerate": "1.2", "transformers": "4.46", "lightning": "2.4", "pytorch-lightning": "",
     "diffusers": "", "triton": "", "numba": "", "rich": "", "matplotlib": "",
@@ -44,7 +44,7 @@ class Check:
 
 
 def examine(folder: Path, *, timeout: float = 120.0, test: bool = True) -> Iterator[Check]:
-    """Every check, one after another as they are done. folder: where averages are to be saved."""
+    """Yield every check when it is done. folder: where averages are to be saved."""
     yield Check(
         "python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
     )
@@ -75,13 +75,13 @@ def _package(name: str, least: str, needed: bool) -> Check:
     found = _version(name)
     if found is None:
         return Check(name, "problem", f"is not installed: pip install '{name}>={least}'")
-    if least and _parts(found) < _parts(least):
+    if least and _numbers(found) < _numbers(least):
         state = "problem" if needed else "note"
         return Check(name, state, f"{found} is older than {least}: pip install '{name}>={least}'")
     return Check(name, "ok", found)
 
 
-def _parts(text: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[int, ...]:
     """'2.13.0+cpu' -> (2, 13, 0)"""
     return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", text)[0])))
 
@@ -90,7 +90,7 @@ def _parts(text: str) -> tuple[int, ...]:
 
 
 def _ask(timeout: float) -> dict[str, Any] | Check:
-    """What torch says, from a process of its own: importing it can crash."""
+    """The facts about torch, from a process of its own: importing it can crash."""
     line = [sys.executable, "-m", "dist_ema.offline.doctor_worker", "facts"]
     try:
         done = subprocess.run(
@@ -110,9 +110,9 @@ def _ask(timeout: float) -> dict[str, Any] | Check:
 
 
 def _environment() -> dict[str, str]:
-    """Of a child: it must find the dist_ema that asks."""
-    ours = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([ours, *filter(None, [os.environ.get("PYTHONPATH")])])
+    """The environment of a child, which must find this dist_ema."""
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
@@ -174,7 +174,7 @@ _TRUE = ("1", "true", "yes", "on", "y", "t")
 
 
 def _of_folder(folder: Path) -> Iterator[Check]:
-    """Tried out, in a temporary folder that is removed."""
+    """Try the folder out, inside a temporary one that is removed."""
     try:
         with tempfile.TemporaryDirectory(prefix=".dist-ema-doctor-", dir=folder) as inside:
             yield _free(folder)
@@ -203,7 +203,7 @@ def _free(folder: Path) -> Check:
 
 
 def _file_system(folder: Path) -> str:
-    """Its type, where the system tells."""
+    """The type of the file system; '' where it is unknown."""
     best, kind = "", ""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mounts").read_text().splitlines():
@@ -252,10 +252,10 @@ def self_test(timeout: float) -> Check:
             for rank in ranks:
                 rank.kill()
                 rank.communicate()
-        said = [_read(Path(folder) / f"rank-{i}") for i in range(_WORLD)]
-    wrong = list(_wrong(codes, said, timeout))
-    if wrong:
-        return Check("self-test", "problem", "; ".join(wrong))
+        reports = [_read(Path(folder) / f"rank-{i}") for i in range(_WORLD)]
+    failures = list(_failures(codes, reports, timeout))
+    if failures:
+        return Check("self-test", "problem", "; ".join(failures))
     return Check("self-test", "ok", "2 ranks over gloo: FSDP2 and DDP, average, save and load")
 
 
@@ -274,9 +274,9 @@ def _start(rank: int, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], until: float) -> list[int | None]:
-    """Exit codes; None for one that still ran.
+    """Exit codes; None for a rank that still runs.
 
-    One that failed leaves the others a moment to say so too.
+    After a failure the others have a moment to report theirs.
     """
     while time.monotonic() < until:
         codes = [rank.poll() for rank in ranks]
@@ -289,24 +289,26 @@ def _wait(ranks: list[subprocess.Popen[bytes]], until: float) -> list[int | None
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a rank said of itself last, or Python of it."""
+    """The last report of a rank; its error is the last line on stderr where it wrote none."""
     try:
-        said: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+        report: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
     except (OSError, ValueError):
-        said = {"step": "start Python", "error": None}
+        report = {"step": "start Python", "error": None}
     with contextlib.suppress(OSError):
-        if said["step"] != "done":
-            said["error"] = said["error"] or _last(path.with_suffix(".txt").read_text()) or None
-    return said
+        if report["step"] != "done":
+            last = _last(path.with_suffix(".txt").read_text())
+            report["error"] = report["error"] or last or None
+    return report
 
 
-def _wrong(codes: list[int | None], said: list[dict[str, Any]], timeout: float) -> Iterator[str]:
-    """The ranks that failed; those that only waited for them where none did."""
-    failed = [
-        i for i, each in enumerate(said) if each["error"] or (codes[i] and each["step"] != "done")
-    ]
-    for i in failed:
-        yield f"rank {i} at '{said[i]['step']}': {said[i]['error'] or f'died with exit code {codes[i]}'}"
-    for i, each in enumerate(said if not failed else ()):
-        if each["step"] != "done":
-            yield f"rank {i} was still at '{each['step']}' after {timeout:g} s"
+def _failures(
+    codes: list[int | None], reports: list[dict[str, Any]], timeout: float
+) -> Iterator[str]:
+    """The ranks that failed; where none did, those that have not finished."""
+    ranks = [(i, code, reports[i]["step"], reports[i]["error"]) for i, code in enumerate(codes)]
+    failed = [rank for rank in ranks if rank[3] or (rank[1] and rank[2] != "done")]
+    for i, code, step, error in failed:
+        yield f"rank {i} at '{step}': {error or f'died with exit code {code}'}"
+    for i, _, step, _ in ranks if not failed else ():
+        if step != "done":
+            yield f"rank {i} was still at '{step}' after {timeout:g} s"

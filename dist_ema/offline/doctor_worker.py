@@ -1,10 +1,10 @@
-"""What `doctor` runs in processes of their own: the facts about torch, and one rank of the self-test.
+"""What `doctor` runs in processes of their own: facts about torch, one rank of the self-test.
 
-    python -m dist_ema.offline.patient facts
-    python -m dist_ema.offline.patient rank R W FOLDER
+    python -m dist_ema.offline.doctor_worker facts
+    python -m dist_ema.offline.doctor_worker rank R W FOLDER
 
-A rank says in FOLDER/rank-R.json which step it is at, so whoever waits can name it. It does what a
-user's script does: so it is the one module besides `shards` that names wrappers.
+A rank writes the step that it is at to FOLDER/rank-R.json, so that an error can name it. It does
+what a user's script does, so it names wrappers, as `sharding` does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["facts", "rank"]
 
 
 def facts() -> dict[str, Any]:
-    """What torch says of itself and of this machine."""
+    """The facts about torch and this machine."""
     import torch
     import torch.distributed as dist
 
@@ -47,7 +47,10 @@ def facts() -> dict[str, Any]:
 
 
 def rank(number: int, world: int, folder: Path) -> None:
-    """One rank of the self-test: train under FSDP2 and DDP, average, save, load, compare with full weights. *Collective*."""
+    """One rank of the self-test under FSDP2 and DDP. *Collective*.
+
+    It trains, averages, saves, loads, and compares with full weights.
+    """
     log = _Log(folder / f"rank-{number}.json")
     with log.step("import torch and dist_ema"):
         import torch
@@ -61,7 +64,7 @@ def rank(number: int, world: int, folder: Path) -> None:
         )
     for name, wrap in (("FSDP2", _shard), ("DDP", _replicate)):
         _round(log, name, wrap, folder)
-    log.say("done")
+    log.write("done")
     dist.barrier()
 
 
@@ -71,10 +74,10 @@ def _round(log: _Log, name: str, wrap: Callable[[Any], Any], folder: Path) -> No
     from ..ema import EMA
 
     torch.manual_seed(0)
-    twin = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
-    want = {key: value.detach().clone() for key, value in twin.named_parameters()}
+    module = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    want = {key: value.detach().clone() for key, value in module.named_parameters()}
     with log.step(f"{name}: wrap a model"):
-        model = wrap(twin)
+        model = wrap(module)
         ema = EMA(model, 0.5)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         ema.attach(optimizer)
@@ -102,11 +105,10 @@ def _shard(model: Any) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    # NOTE: the test is of the host: on a machine with an accelerator the default mesh would be its.
+    # NOTE: the host is tested: with an accelerator, the default mesh would be of that.
     sharded = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    if hasattr(
-        sharded, "set_force_sum_reduction_for_comms"
-    ):  # torch 2.8: gloo takes an average for a sum
+    # torch 2.8: gloo sums where FSDP asks for an average
+    if hasattr(sharded, "set_force_sum_reduction_for_comms"):
         sharded.set_force_sum_reduction_for_comms(True)
     return sharded
 
@@ -132,23 +134,23 @@ def _same(found: dict[str, Any], want: dict[str, Any], exact: bool = False) -> N
 
 
 class _Log:
-    """What this rank is doing, in a file that is replaced as one."""
+    """The step that this rank is at, in a file that is replaced atomically."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def say(self, step: str, error: str | None = None) -> None:
+    def write(self, step: str, error: str | None = None) -> None:
         new = self._path.with_suffix(".new")
         new.write_text(json.dumps({"step": step, "error": error}))
         os.replace(new, self._path)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        self.say(name)
+        self.write(name)
         try:
             yield
         except BaseException as error:
-            self.say(name, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            self.write(name, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
             raise
 
 
@@ -158,7 +160,7 @@ def _main(arguments: list[str]) -> None:
         return
     rank(int(arguments[1]), int(arguments[2]), Path(arguments[3]))
     sys.stdout.flush()
-    os._exit(0)  # gloo aborts now and then in a normal exit, after everything passed
+    os._exit(0)  # gloo sometimes aborts in a normal exit, after everything passed
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""What a decay means, what it becomes at another batch size, and what an average costs. Arithmetic alone.
+"""What a decay means, what it becomes at another batch size, and what an average costs.
 
-[Note: widths]  An average with a constant decay d weighs the weights of k updates ago with (1 - d) d^k. Half of it is
-younger than the half-life log(0.5) / log(d); 1 / (1 - d) is its mean age plus one, what people call its window; sqrt(d) /
-(1 - d) is the standard deviation of the ages, and by the length of the training that is its relative width, the sigma_rel of
-Karras et al. 2023. A power-function average of that width forgets as fast at the end of training, and faster before.
+Arithmetic alone.
+
+[Note: widths]  An average with a constant decay d weighs the weights of k updates ago with
+(1 - d) d^k. Half of it is younger than the half-life log(0.5) / log(d). The mean age plus one,
+1 / (1 - d), is known as the window. The standard deviation of the ages is sqrt(d) / (1 - d). By the
+length of the training that is the relative width, the sigma_rel of Karras et al. 2023. A
+power-function average of that width forgets as fast at the end of training, and faster before.
 """
 
 from __future__ import annotations
@@ -18,20 +21,17 @@ from . import plotting
 
 __all__ = ["BANDWIDTH", "Cost", "Memory", "Pace", "cost", "pace", "plot", "scaled"]
 
-BANDWIDTH = {"gpu": 2000.0, "cpu": 50.0, "link": 25.0}  # GB/s, if nothing is said
+BANDWIDTH = {"gpu": 2000.0, "cpu": 50.0, "link": 25.0}  # GB/s, by default
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 SCRATCH = 8 << 20
 
 
 @dataclass(frozen=True)
 class Pace:
-    """A constant decay per optimizer step, and what it amounts to.
-
-    units: samples and tokens per step, where known.
-    """
+    """A constant decay per optimizer step, in other terms."""
 
     decay: float
-    units: Mapping[str, float]  # unit -> how many of it a step takes; 'steps': 1
+    units: Mapping[str, float]  # how many a step takes: steps 1, and samples and tokens where known
     length: float | None = None  # steps of training
 
     @property
@@ -53,28 +53,28 @@ class Pace:
 
     @property
     def gamma(self) -> float | None:
-        """The exponent of the power function of that width; None where no power function is so wide."""
+        """The exponent of the power function of that width; None if none is so wide."""
         sigma = self.sigma_rel
         return None if sigma is None or not 0 < sigma < math.sqrt(1 / 12) else gamma_of(sigma)
 
     @property
     def start_left(self) -> float | None:
-        """What share of the average the weights of the very start still have at the end."""
+        """The share of the first weights in the average at the end of training."""
         return None if self.length is None else self.decay**self.length
 
-    def plain(self) -> dict[str, Any]:
-        said = {
+    def to_json(self) -> dict[str, Any]:
+        facts = {
             "decay": self.decay,
             "length": self.length,
             "sigma_rel": self.sigma_rel,
             "gamma": self.gamma,
         }
         for unit, count in self.units.items():
-            said |= {
+            facts |= {
                 f"half_life_{unit}": self.half_life * count,
                 f"window_{unit}": self.window * count,
             }
-        return said | {"start_left": self.start_left}
+        return facts | {"start_left": self.start_left}
 
 
 def pace(
@@ -88,16 +88,29 @@ def pace(
     batch_size: float | None = None,
     tokens: float | None = None,
 ) -> Pace:
-    """From whichever is given. half_life, window and length are in `unit`; batch_size is samples per step, tokens are per
-    sample. Raises ValueError for what cannot be converted."""
+    """Build a `Pace` from a decay, a half-life, a window or a sigma_rel.
+
+    Args:
+        decay: Per step.
+        half_life: In `unit`.
+        window: In `unit`.
+        sigma_rel: As a share of `length`.
+        unit: Steps, samples or tokens.
+        length: Of the training, in `unit`.
+        batch_size: Samples per step.
+        tokens: Tokens per sample.
+
+    Raises:
+        ValueError: A number that the conversion needs is missing, or the result is infinite.
+    """
     units = {"steps": 1.0}
     if batch_size is not None:
         units["samples"] = batch_size
         if tokens is not None:
             units["tokens"] = batch_size * tokens
     if unit not in units:
-        more = " and --tokens-per-sample" if unit == "tokens" else ""
-        raise ValueError(f"--unit {unit} needs --batch-size{more}: how many {unit} one step takes.")
+        more = " and the tokens per sample" if unit == "tokens" else ""
+        raise ValueError(f"a plan in {unit} needs the batch size{more}: the {unit} of one step.")
     steps = None if length is None else length / units[unit]
     if decay is None:
         decay = _decay(half_life, window, sigma_rel, units[unit], steps)
@@ -105,17 +118,17 @@ def pace(
 
 
 def _sound(of: Pace) -> Pace:
-    """Raises ValueError where the decay is 0 or 1, or the numbers that follow from it are beyond those of a computer."""
+    """Raise ValueError where the decay rounds to 0 or 1, or a number that follows is infinite."""
     if not 0 < of.decay < 1:
         raise ValueError(
-            f"that is a decay of {of.decay:g} per step; between 0 and 1 lies what can be planned "
-            "with."
+            f"these numbers make a decay of {of.decay:g} per step; it must lie between 0 and 1."
         )
-    odd = [
-        name for name, value in of.plain().items() if value is not None and not math.isfinite(value)
-    ]
-    if odd:
-        raise ValueError(f"that is more than can be computed with: {', '.join(odd)} is infinite.")
+    numbers = of.to_json().items()
+    infinite = [name for name, value in numbers if value is not None and not math.isfinite(value)]
+    if infinite:
+        raise ValueError(
+            f"these numbers are too large to compute with: {', '.join(infinite)} is infinite."
+        )
     return of
 
 
@@ -133,8 +146,7 @@ def _decay(
     assert sigma_rel is not None, "one of them is given"
     if steps is None:
         raise ValueError(
-            f"--sigma-rel {sigma_rel:g} is a share of the training: say how long that is with "
-            "--length."
+            f"sigma_rel={sigma_rel:g} is a share of the training, whose length was not given."
         )
     spread = sigma_rel * steps  # = sqrt(d) / (1 - d), solved for 1 - d
     return 1 - 2 / (1 + math.hypot(1, 2 * spread))
@@ -162,20 +174,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class Cost:
-    """What averaging takes on each rank.
-
-    seconds: at the bandwidth given, which nobody reaches quite.
-    """
+    """What averaging takes on each rank."""
 
     elements: int
     memory: Memory
     moved: int  # bytes read and written by one update
     copied: int  # bytes over the link to the host
-    seconds: float
+    seconds: float  # at the full bandwidth, a lower bound
     saved: int  # bytes of one artifact, of all ranks together
-    copies: int  # bytes on each rank, had each a full copy in fp32
+    copies: int  # bytes on each rank of a full copy in fp32
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -191,10 +200,10 @@ def cost(
     bandwidth: float | None = None,
     link: float | None = None,
 ) -> Cost:
-    """Of `averages` averages of `params` parameters whose live weights are `weights`.
+    """Cost of `averages` averages of `params` parameters.
 
-    Every wrapper leaves 1/world of the average on a rank: ddp because what is replicated is
-    divided, fsdp and hsdp because they hold no more (hsdp divides what is left over its replicas).
+    Every wrapper leaves 1/world of the average on a rank: ddp because replicated weights are
+    divided, fsdp and hsdp because a rank holds no more (hsdp divides it further over its replicas).
     Without a wrapper a rank has all of it.
     """
     elements = math.ceil(params / (world if wrapper != "none" else 1))
@@ -217,7 +226,7 @@ def cost(
 
 
 def plot(path: str, of: Pace, other: Pace | None = None) -> None:
-    """The impulse response (what an update weighs, by its age) and the decay over the training, as a PNG."""
+    """Draw the impulse response (the share of an update, by its age) and the decay, as a PNG."""
     with plotting.panels(path, 2) as (left, right):
         length = of.length or 12 * of.half_life
         lines: list[tuple[str, Schedule]] = [(f"constant {of.decay:.6g}", Constant(of.decay))]
@@ -231,9 +240,8 @@ def plot(path: str, of: Pace, other: Pace | None = None) -> None:
             left.plot(ages, [_response(schedule, length, age) for age in ages], label=label)
             right.plot(clock, [1 - schedule(now, 1.0) for now in clock], label=label)
         if len(lines) == 1:
-            right.set_ylim(
-                (1 - of.decay) / 2, (1 - of.decay) * 2
-            )  # matplotlib warns of a range that is one value
+            # NOTE: matplotlib warns of a range that is one value.
+            right.set_ylim((1 - of.decay) / 2, (1 - of.decay) * 2)
         left.axvline(of.half_life, color="grey", lw=0.8, ls=":")
         left.set(
             xlabel="age in steps (dotted: the half-life)",
@@ -246,7 +254,7 @@ def plot(path: str, of: Pace, other: Pace | None = None) -> None:
 
 
 def _response(of: Schedule, now: float, age: float) -> float:
-    """What the update of `age` steps ago weighs now."""
+    """The share of the update of `age` steps ago."""
     then = now - age
     if then < 1:
         return 0.0

@@ -12,19 +12,24 @@ __all__ = ["panels", "refuse"]
 
 
 def refuse(path: str | Path) -> None:
-    """Raise before any long work: ImportError where matplotlib is missing, ValueError where no PNG can be written."""
+    """Raise before any long work.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: No PNG can be written there.
+    """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise ValueError(f"--plot writes a PNG, got {path}: name a file that ends in .png.")
+        raise ValueError(f"a plot is a PNG, got {path}: name a file that ends in .png.")
     if not path.parent.is_dir():
-        raise ValueError(f"--plot cannot write {path}: there is no folder {path.parent}.")
+        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}.")
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib: pip install 'dist-ema[plot]'.")
+        raise ImportError("plots need matplotlib: pip install 'dist-ema[plot]'.")
 
 
 @contextmanager
 def panels(path: str | Path, count: int) -> Iterator[list[Any]]:
-    """`count` axes side by side, to be drawn into; written as a PNG afterwards."""
+    """`count` axes side by side to draw into, which become a PNG."""
     refuse(path)
     import matplotlib
 

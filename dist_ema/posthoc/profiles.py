@@ -1,17 +1,18 @@
-"""Which steps an average is made of, and how to mix stored averages into another one. numpy alone, float64.
+"""The profile of an average, and the mixture of stored averages nearest to another. numpy alone.
 
 An average is a weighted sum of the live weights after each update; its *profile* is those weights.
 They follow from the schedule and the clock, so nothing has to be measured. Stored averages can be
-mixed into one that nobody tracked: find the mixture whose profile is nearest (Karras et al. 2023,
+mixed into one that was not tracked: find the mixture whose profile is nearest (Karras et al. 2023,
 "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3 and appendix C).
 
-[Note: cells]  What was stored is discrete, so profiles are taken as they are, not as the paper's integrals: one number per
-update, and one for the weights that averaging began at. A decay composes ([Note: elapsed] in schedule), so the share of
-several updates together is as exact as that of one: above MOST_CELLS updates, neighbours share a cell, and only the measure
-of nearness becomes a little coarser.
+[Note: cells]  Updates are discrete, so a profile is one number per update, and one for the weights
+that averaging began at, in place of the paper's integrals. A decay composes ([Note: elapsed] in
+schedules), so the share of several updates together is as exact as that of one. Above MOST_CELLS
+updates, neighbours share a cell, and only the measure of nearness becomes a little coarser.
 
-[Note: sum]  Every profile sums to 1, the share of the start included, so the mixture's weights must: then a weight that
-never moved comes out as it is. The sum is a constraint of the fit, not a correction after it.
+[Note: sum]  Every profile sums to 1, the share of the start included. The mixture's weights must
+sum to 1 too, so that a weight that never moved comes out unchanged. The sum is a constraint of the
+fit, not a correction after it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Fit:
-    """How the stored averages are to be mixed, and how good that is."""
+    """The weights of a mixture, and how near it comes."""
 
     weights: tuple[float, ...]  # one per stored profile, summing to 1
     residual: float  # |mixed profile - target| / |target|
@@ -65,12 +66,12 @@ class Fit:
 
     @property
     def largest(self) -> float:
-        """The largest weight by magnitude: how much is added here and taken away there."""
+        """The largest weight by magnitude: large weights of both signs cancel."""
         return max(map(abs, self.weights))
 
     @property
     def gain(self) -> float:
-        """Rounding errors of the stored weights come out this much larger (or smaller) than they went in."""
+        """The factor by which the mixture multiplies rounding errors of the stored weights."""
         return float(np.linalg.norm(self.weights))
 
 
@@ -80,33 +81,34 @@ def gamma(of: Power) -> float:
 
 
 class Timeline:
-    """The updates of one run, cut into cells ([Note: cells]). Row 0 is the start, row i the i-th cell.
+    """The updates of one run in cells ([Note: cells]). Row 0 is the start, row i the i-th cell.
 
-    knots: (now, updates) of moments on it; between two of them the moves are taken to be equal.
-    Raises ValueError if the clocks cannot be of one run.
+    Args:
+        knots: (now, updates) at some moments; between two of them all moves count as equal.
+        before: Units of training before averaging began.
+
+    Raises:
+        ValueError: The clocks cannot be of one run.
     """
 
     def __init__(self, knots: Sequence[tuple[float, int]], before: float = 0.0) -> None:
         self.before = before
-        every = sorted({(0.0, 0), *knots})
-        for (now, updates), (later, more) in pairwise(every):
+        self._knots = sorted({(0.0, 0), *knots})
+        for (now, updates), (later, more) in pairwise(self._knots):
             if later <= now or more <= updates:
                 raise ValueError(
                     f"the clocks are not of one run: {updates} updates at {now:g}, but {more} at "
                     f"{later:g}. Was averaging begun again in between (ema.reset), or do the "
                     "snapshots come from two runs?"
                 )
-        self._knots = every
-        self._merge = max(1, -(-every[-1][1] // MOST_CELLS))
+        self._merge = max(1, -(-self._knots[-1][1] // MOST_CELLS))  # updates per cell
 
     @cached_property
     def _cells(self) -> tuple[Array, Array]:
         """(clock at the edges, updates in each cell); every knot is an edge."""
         edges, counts = [np.zeros(1)], []
         for (now, updates), (later, more) in pairwise(self._knots):
-            moves = np.append(np.arange(0, more - updates, self._merge), more - updates).astype(
-                np.float64
-            )
+            moves = np.append(np.arange(0.0, more - updates, self._merge), more - updates)
             inner = now + moves[1:] * ((later - now) / (more - updates))
             inner[-1] = later
             edges.append(inner)
@@ -139,11 +141,8 @@ class Timeline:
             if now <= end:
                 step = (end - start) / (more - updates)
                 moves = min(int((now - start) / step * (1 + 1e-12)), more - updates)
-                return (
-                    (end, more)
-                    if moves == more - updates
-                    else (start + moves * step, updates + moves)
-                )
+                whole = moves == more - updates
+                return (end, more) if whole else (start + moves * step, updates + moves)
         raise ValueError(
             f"{now:g} is beyond the last snapshot, which was stored at {self._knots[-1][0]:g}."
         )
@@ -154,21 +153,21 @@ class _Track:
 
     def __init__(self, of: Schedule, line: Timeline) -> None:
         times = line.edges + (line.before if of.origin == "training" else 0.0)
-        spans = np.diff(line.edges)
+        elapsed = np.diff(line.edges)
         if isinstance(of, Power):
             power = gamma(of) + 1
-            with np.errstate(divide="ignore"):  # log 0: nothing is left of what lies before
+            with np.errstate(divide="ignore"):  # log 0: the first update copies
                 self._logs = power * np.log(times)
-                self._gained = np.append(1.0, -np.expm1(power * np.log1p(-spans / times[1:])))
+                self._gained = np.append(1.0, -np.expm1(power * np.log1p(-elapsed / times[1:])))
             self._copies = np.zeros(len(times), np.int64)
             return
-        decays = np.array([1.0, *map(of, times[1:].tolist(), spans.tolist())])
+        decays = np.array([1.0, *map(of, times[1:].tolist(), elapsed.tolist())])
         self._gained = np.append(1.0, 1 - decays[1:])
         self._logs = -np.cumsum(np.log(np.where(decays > 0, decays, 1.0)))
         self._copies = np.cumsum(decays == 0)
 
     def shares(self, end: int, rows: slice) -> Array:
-        """What each of the rows weighs in the average at the end of row `end`."""
+        """The share of each row in the average at the end of row `end`."""
         numbers = np.arange(rows.start, rows.stop)
         with np.errstate(invalid="ignore", over="ignore"):
             kept = np.exp(np.minimum(self._logs[rows] - self._logs[end], 0.0))
@@ -178,19 +177,27 @@ class _Track:
 
 
 def coefficients(profiles: Sequence[Profile], target: Schedule, at: float | None = None) -> Fit:
-    """The mixture of `profiles` that is nearest to what `target` would have tracked until `at` (default: the last).
+    """Find the mixture of `profiles` that is nearest to what `target` would have tracked.
 
-    All profiles are of one run; those after `at` get no weight. Nearest by the sum of squares over
-    updates, weights summing to 1 ([Note: sum]), solved by orthogonal transformations in float64:
-    normal equations would square the condition number. *Cost*: a few MB, however long the run.
+    Nearest by the sum of squares over updates, weights summing to 1 ([Note: sum]), solved by
+    orthogonal transformations in float64: normal equations would square the condition number.
 
-    Raises ValueError if the clocks contradict each other, or a schedule cannot take the moves.
+    Args:
+        profiles: Of one run. Those after `at` get no weight.
+        target: The schedule to imitate.
+        at: The clock at the end of the imitated average, by default of the last profile.
+
+    Raises:
+        ValueError: The clocks contradict each other, or a schedule cannot take the moves.
+
+    Note:
+        *Cost*: a few MB, however long the run.
     """
     return Mixer(profiles, at).fit(target)
 
 
 class Mixer:
-    """Stored profiles on their common timeline, ready to be mixed into any target."""
+    """Stored profiles on their common timeline, to mix into any target."""
 
     def __init__(self, profiles: Sequence[Profile], at: float | None = None) -> None:
         last = max((each.now for each in profiles), default=0.0)
@@ -224,14 +231,10 @@ class Mixer:
         triangle = self._reduced(target)
         stored, wanted = triangle[:, :-1], triangle[:, -1]
         lengths = np.linalg.norm(stored, axis=0)
-        scaled, sums = (
-            stored / lengths,
-            1 / lengths,
-        )  # the weights are z / lengths, so sums @ z must be 1
+        # The weights are z / lengths, so sums @ z must be 1. The columns of `free` keep that sum.
+        scaled, sums = stored / lengths, 1 / lengths
         first = sums / (sums @ sums)
-        free = np.linalg.qr(sums[:, None], mode="complete")[0][
-            :, 1:
-        ]  # directions that leave the sum alone
+        free = np.linalg.qr(sums[:, None], mode="complete")[0][:, 1:]
         steps = np.linalg.lstsq(scaled @ free, wanted - scaled @ first, rcond=CUT)[0]
         weights = (first + free @ steps) / lengths
         missed = np.linalg.norm(stored @ weights - wanted) / np.linalg.norm(wanted)
@@ -240,7 +243,7 @@ class Mixer:
         return Fit(tuple(every.tolist()), float(missed), float(np.linalg.cond(scaled)))
 
     def shape(self, target: Schedule, fit: Fit, points: int = 400) -> tuple[Array, Array, Array]:
-        """To be plotted: the clock, and what the target and the mixture weigh the updates there with."""
+        """To plot: the clock, and the share of an update there in the target and the mixture."""
         edges, widths = self._line.edges, self._line.widths
         weights = np.array(fit.weights)[self._used]
         bins = np.unique(
@@ -266,7 +269,10 @@ class Mixer:
         return self._tracks[of]
 
     def _reduced(self, target: Schedule) -> Array:
-        """The triangle R of QR of all columns, weighted by the cells' widths: R'R holds all their inner products."""
+        """The triangle R of QR of all columns, weighted by the cells' widths.
+
+        R'R holds all their inner products.
+        """
         widths, triangle = self._line.widths, np.zeros((0, len(self._profiles) + 1))
         for begin in range(0, len(widths), CHUNK):
             rows = slice(begin, min(begin + CHUNK, len(widths)))

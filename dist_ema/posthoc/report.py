@@ -1,4 +1,4 @@
-"""Mix stored averages into others, and tell how well that went."""
+"""Mix stored averages into others, and report how near they come."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Mixture:
     def poor(self) -> bool:
         return self.fit.residual > WARNED
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {
             "sigma_rel": self.sigma_rel,
             "residual": self.fit.residual,
@@ -42,7 +42,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class ReconstructReport:
-    """What was stored, and what was made of it."""
+    """The stored averages and the mixtures of them."""
 
     snapshots: Snapshots
     at: tuple[float, int]
@@ -52,7 +52,7 @@ class ReconstructReport:
     def names(self) -> list[str]:
         return [each.name for each in self.snapshots.stored]
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         stored = [
             {
                 "name": each.name,
@@ -61,12 +61,9 @@ class ReconstructReport:
             }
             for each in self.snapshots.stored
         ]
-        weights = [
-            dict(zip(self.names, mixture.fit.weights, strict=True)) for mixture in self.mixtures
-        ]
         made = [
-            mixture.plain() | {"weights": each}
-            for mixture, each in zip(self.mixtures, weights, strict=True)
+            mixture.to_json() | {"weights": dict(zip(self.names, mixture.fit.weights, strict=True))}
+            for mixture in self.mixtures
         ]
         return {
             "at": self.at[0],
@@ -90,9 +87,19 @@ def reconstruct(
     plot: str | None = None,
     progress: Callable[[str, int], Any],
 ) -> ReconstructReport:
-    """Write one model per sigma_rel: to `out`, or with `folders` to out/sigma-0.030 and so on. out=None only reports.
+    """Write one model per sigma_rel. Whatever can be refused is refused before the first.
 
-    Everything that can be refused is refused before the first is written.
+    Args:
+        where: The folder of snapshots.
+        out: The model to write; None only reports.
+        sigmas: The widths.
+        folders: Write to out/sigma-0.030 and so on, in place of `out` itself.
+        at: The clock of the moment, by default of the last snapshot.
+        dtype: Of floating weights, by default the model's own.
+        max_shard_size: Of each file.
+        force: Replace a model at `out`.
+        plot: A PNG to draw.
+        progress: Shows a bar over so many bytes.
     """
     run = Snapshots(where)
     targets = {sigma: Power(sigma_rel=sigma) for sigma in sigmas}
@@ -135,7 +142,7 @@ def _places(out: str | None, sigmas: Sequence[float], folders: bool) -> list[Pat
 
 
 def _bytes(run: Snapshots) -> int:
-    """About as many as will be written, for the bar."""
+    """About the size of one mixture, for the bar."""
     with open_model(run.stored[-1].snapshot) as model:
         return sum(entry.nbytes for entry in model.entries.values())
 

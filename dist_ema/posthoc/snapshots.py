@@ -1,10 +1,10 @@
-"""Choose the decay after training: averages that nobody tracked, mixed from those that were stored. No torch.
+"""Choose the decay after training: mix stored averages into one that was not tracked. No torch.
 
     ema = EMA(model, decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.10)])
     ...
-    ema.snapshot("run/snapshots", every=1000)                           # in the training loop, after each step
+    ema.snapshot("run/snapshots", every=1000)                    # in the loop, after each step
     ...
-    posthoc.reconstruct("run/snapshots", "out", sigma_rel=0.07)         # any time later, without a GPU
+    posthoc.reconstruct("run/snapshots", "out", sigma_rel=0.07)  # any time later, without a GPU
 
 The arithmetic, and what "nearest" means, is in `profiles`.
 """
@@ -56,8 +56,12 @@ class Stored:
 class Snapshots:
     """The stored averages of one run, ordered by the clock.
 
-    where: a folder of snapshots, or the snapshots themselves. Raises FileNotFoundError if nothing
-    is there, ValueError if they are damaged or too few; `fit`, if they are not of one run.
+    Args:
+        where: A folder of snapshots, or the snapshots themselves.
+
+    Raises:
+        FileNotFoundError: A path does not exist.
+        ValueError: A snapshot is damaged, or there are fewer than two averages.
     """
 
     def __init__(self, where: str | Path | Sequence[str | Path]) -> None:
@@ -66,9 +70,10 @@ class Snapshots:
         found = [stored for folder in folders for stored in _stored(folder)]
         if len(found) < 2:
             raise ValueError(
-                f"{_named(where)} holds {len(found)} stored averages; mixing takes at least 2. "
-                "Store some with EMA(model, decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.10)]) "
-                "and ema.snapshot(folder, every=...)."
+                f"{', '.join(map(str, self._where)) or 'an empty list'} holds {len(found)} stored "
+                "averages; mixing takes at least 2. Store some with EMA(model, "
+                "decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.10)]) and ema.snapshot(folder, "
+                "every=...)."
             )
         self.stored = sorted(
             found, key=lambda each: (each.profile.now, each.snapshot.name, each.label)
@@ -80,7 +85,7 @@ class Snapshots:
 
     @property
     def skipped(self) -> int:
-        """Updates that the device refused: the profiles count them as if they had happened."""
+        """Updates that the device refused, which the profiles count as made."""
         return max(each.profile.updates - int(each.clock["accepted"]) for each in self.stored)
 
     def moment(self, at: float | None = None) -> tuple[float, int]:
@@ -88,7 +93,7 @@ class Snapshots:
         return self._mixer(at).now, self._mixer(at).updates
 
     def fit(self, target: Schedule, at: float | None = None) -> Fit:
-        """The weights of the stored averages that come nearest to `target` at `at` (default: at the last snapshot)."""
+        """The mixture nearest to `target` at `at`, by default at the last snapshot."""
         return self._mixer(at).fit(target)
 
     def shape(self, target: Schedule, fit: Fit, at: float | None = None) -> tuple[Any, Any, Any]:
@@ -96,12 +101,12 @@ class Snapshots:
         return self._mixer(at).shape(target, fit)
 
     def refuse_place(self, out: str | Path) -> None:
-        """Raise ValueError where a mixture would be written among the snapshots, and be taken for one from then on."""
+        """Raise ValueError where a mixture would lie among the snapshots, as if it were one."""
         for each in self._where:
             writer.refuse_place(each, out)
 
     def refuse(self, target: Schedule, fit: Fit) -> None:
-        """Raise ValueError where the mixture would be something else than `target`."""
+        """Raise ValueError where the mixture would be far from `target`."""
         if fit.residual > REFUSED:
             kinds = ", ".join(sorted({repr(each.profile.schedule) for each in self.stored}))
             raise ValueError(
@@ -122,10 +127,22 @@ class Snapshots:
         force: bool = False,
         tick: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """Write the mixture as a model to ship. Frozen weights and buffers come from the newest snapshot in it. Atomic.
+        """Write the mixture as a model to ship, atomically.
 
-        dtype: of floating weights ('F32', 'BF16' ...); None takes the model's own. tick: told how
-            many bytes were written. *Cost*: 28 MB, whatever the model and however many snapshots.
+        Frozen weights and buffers come from the newest snapshot in it.
+
+        Args:
+            out: A folder, or a name that ends in .safetensors.
+            target: The schedule that the mixture imitates.
+            fit: From `fit`.
+            at: The clock of the moment.
+            dtype: Of floating weights ('F32', 'BF16' ...); None takes the model's own.
+            max_shard_size: Of each file.
+            force: Replace a model at `out`.
+            tick: Receives the number of bytes written.
+
+        Note:
+            *Cost*: 28 MB, whatever the model and the number of snapshots.
         """
         self.refuse_place(out)
         chosen = [
@@ -147,19 +164,19 @@ class Snapshots:
             )
 
     def _refuse_mixed(self, chosen: list[Stored], models: list[Source], rest: Source) -> None:
-        """Raise ValueError with all differences if the snapshots are not of one model."""
+        """Raise ValueError with all differences where the snapshots are not of one model."""
         newest = chosen[-1]
         for each in chosen:
-            odd = sorted(set(each.averaged) ^ set(newest.averaged))
-            if odd:
+            apart = sorted(set(each.averaged) ^ set(newest.averaged))
+            if apart:
                 raise ValueError(
                     f"{each.snapshot} and {newest.snapshot} do not average the same weights: "
-                    f"{some(odd)} only in one of them."
+                    f"{some(apart)} only in one of them."
                 )
         blend.alike(models, rest, newest.averaged)
 
     def _meta(self, target: Schedule, fit: Fit, at: float | None, newest: Stored) -> dict[str, Any]:
-        """The clock of the moment, the schedule that is imitated, and how it was done."""
+        """The clock of the moment, the imitated schedule, and the mixture."""
         now, updates = self.moment(at)
         clock = newest.clock | {"now": now, "updates": updates, "accepted": updates, "pending": 0.0}
         weights = {
@@ -167,8 +184,8 @@ class Snapshots:
             for each, weight in zip(self.stored, fit.weights, strict=True)
             if weight
         }
-        said = {"weights": weights, "residual": fit.residual, "condition": fit.condition}
-        return {"clock": clock, "schedules": [target.to_dict()], "extra": {"reconstruct": said}}
+        facts = {"weights": weights, "residual": fit.residual, "condition": fit.condition}
+        return {"clock": clock, "schedules": [target.to_dict()], "extra": {"reconstruct": facts}}
 
 
 def reconstruct(
@@ -182,11 +199,27 @@ def reconstruct(
     max_shard_size: int | str = "5GB",
     force: bool = False,
 ) -> Fit:
-    """Write the average that `Power(sigma_rel=...)` (or another target) would have tracked until `at`. Returns the fit.
+    """Write the average that a schedule would have tracked.
 
-    snapshots: the folder given to `ema.snapshot`, or a list of saved averages. at: the clock, by
-    default of the last snapshot. Raises ValueError if the snapshots cannot be mixed into it;
-    nothing is written then. *Cost*: 28 MB.
+    Args:
+        snapshots: The folder given to `ema.snapshot`, or a list of saved averages.
+        out: A folder, or a name that ends in .safetensors.
+        sigma_rel: The width of a `Power` schedule; or give `target`.
+        target: The schedule to imitate.
+        at: The clock at the end of the average, by default of the last snapshot.
+        dtype: Of floating weights ('F32', 'BF16' ...), by default the model's own.
+        max_shard_size: Of each file in a folder.
+        force: Replace a model at `out`.
+
+    Returns:
+        The weights of the mixture, and how near it comes.
+
+    Raises:
+        FileNotFoundError: A path does not exist.
+        ValueError: The snapshots cannot be mixed into it; nothing is written then.
+
+    Note:
+        *Cost*: 28 MB.
     """
     if (sigma_rel is None) == (target is None):
         raise ValueError(
@@ -201,14 +234,6 @@ def reconstruct(
     return fit
 
 
-def _named(where: str | Path | Sequence[str | Path]) -> str:
-    return (
-        str(where)
-        if isinstance(where, (str, Path))
-        else ", ".join(map(str, where)) or "an empty list"
-    )
-
-
 def _folders(where: str | Path | Sequence[str | Path]) -> list[Path]:
     if not isinstance(where, (str, Path)):
         return [folder for each in where for folder in _folders(each)]
@@ -219,12 +244,8 @@ def _folders(where: str | Path | Sequence[str | Path]) -> list[Path]:
         raise ValueError(f"{path} is a file: give the folder of snapshots that ema.snapshot wrote.")
     if (path / manifest.META).exists():
         return [path]
-    inner = [
-        each
-        for each in path.iterdir()
-        if not each.name.startswith(".") and (each / manifest.META).exists()
-    ]
-    return sorted(inner)
+    inner = sorted(path.glob(f"*/{manifest.META}"))
+    return [meta.parent for meta in inner if not meta.parent.name.startswith(".")]
 
 
 def _stored(folder: Path) -> list[Stored]:
@@ -237,7 +258,7 @@ def _stored(folder: Path) -> list[Stored]:
         averaged, dtypes = tuple(map(str, meta["averaged"])), dict(meta.get("dtypes", {}))
         names = labels(meta)
         profiles = [Profile(each, clock.now, clock.updates, clock.before) for each in schedules]
-        told = {**asdict(clock), "accepted": int(meta["clock"]["accepted"])}
+        recorded = {**asdict(clock), "accepted": int(meta["clock"]["accepted"])}
         if not clock.started:
             raise ValueError("averaging had not started")
         if len(names) != len(profiles):
@@ -247,10 +268,10 @@ def _stored(folder: Path) -> list[Stored]:
             f"{folder} cannot be used as a snapshot: {type(error).__name__}: {error}"
         ) from None
     pairs = zip(names, profiles, strict=True)
-    return [Stored(folder, label, profile, told, averaged, dtypes) for label, profile in pairs]
+    return [Stored(folder, label, profile, recorded, averaged, dtypes) for label, profile in pairs]
 
 
-def _kind(said: str | None, model: Source, name: str) -> str:
-    """The dtype that the model itself has, where the snapshot tells."""
-    kind = TORCH.get(said or "")
+def _kind(recorded: str | None, model: Source, name: str) -> str:
+    """The dtype of the model itself, where the snapshot recorded it."""
+    kind = TORCH.get(recorded or "")
     return kind if kind in FLOATS else model.entries[name].dtype
