@@ -14,11 +14,25 @@ from pathlib import Path
 from dist_ema import Debiased
 
 WORLD, STEPS = 4, 150
-LIGHT = {"ink": "#1f2933", "soft": "#5f6b7a", "live": "#8fa3bf", "average": "#00796b", "empty": "#e4e9ef"}
-DARK = {"ink": "#e6eaf0", "soft": "#9aa6b5", "live": "#7388a8", "average": "#4db6ac", "empty": "#313a48"}
+LIGHT = {
+    "ink": "#1f2933",
+    "soft": "#5f6b7a",
+    "live": "#8fa3bf",
+    "average": "#00796b",
+    "empty": "#e4e9ef",
+}
+DARK = {
+    "ink": "#e6eaf0",
+    "soft": "#9aa6b5",
+    "live": "#7388a8",
+    "average": "#4db6ac",
+    "empty": "#313a48",
+}
 
 
-def text(x: float, y: float, words: str, kind: str = "ink", size: int = 14, anchor: str = "start") -> str:
+def text(
+    x: float, y: float, words: str, kind: str = "ink", size: int = 14, anchor: str = "start"
+) -> str:
     return f'<text x="{x}" y="{y}" class="{kind}" font-size="{size}" text-anchor="{anchor}">{words}</text>'
 
 
@@ -27,7 +41,9 @@ def column(x: float, y: float, held: set[int], kind: str) -> list[str]:
     shards = []
     for shard in range(WORLD):
         fill = kind if shard in held else "empty"
-        shards.append(f'<rect x="{x}" y="{y + 17 * shard}" width="26" height="15" rx="2" class="{fill}"/>')
+        shards.append(
+            f'<rect x="{x}" y="{y + 17 * shard}" width="26" height="15" rx="2" class="{fill}"/>'
+        )
     return shards
 
 
@@ -55,15 +71,22 @@ def curve() -> list[str]:
             points.append(f"{545 + 2.6 * step:.1f},{270 - 140 * value:.1f}")
     drawn = ['<path d="M545 60V290H940" class="axis"/>', text(940, 310, "steps", "soft", 12, "end")]
     for points, kind, width in zip(lines, ("live", "average"), (1.6, 3), strict=True):
-        drawn.append(f'<polyline points="{" ".join(points)}" class="line {kind}-line" stroke-width="{width}"/>')
+        drawn.append(
+            f'<polyline points="{" ".join(points)}" class="line {kind}-line" stroke-width="{width}"/>'
+        )
     return drawn
 
 
 def picture(colours: dict[str, str]) -> str:
     style = [f".{name}{{fill:{colour}}}" for name, colour in colours.items()]
     style += [f".{name}-line{{stroke:{colours[name]}}}" for name in ("live", "average")]
-    style += [".line{fill:none;stroke-linejoin:round}", f".axis{{fill:none;stroke:{colours['soft']}}}"]
-    style.append("text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}")
+    style += [
+        ".line{fill:none;stroke-linejoin:round}",
+        f".axis{{fill:none;stroke:{colours['soft']}}}",
+    ]
+    style.append(
+        "text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}"
+    )
     drawn = [
         text(20, 28, "Who holds which shard, on 4 ranks", size=16),
         *ranks(74, "FSDP: each rank averages the shard that it holds", live_is_whole=False),

@@ -24,13 +24,27 @@ def test_it_is_short() -> None:
 
 def test_two_ranks(tmp_path: Path) -> None:
     """Both ranks report a better average than live weights, and the exported file is complete."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, str(SCRIPT)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [*command, str(SCRIPT)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    errors = re.findall(r"rank (\d): error of the live weights (\S+), of the average (\S+)", done.stdout)
+    errors = re.findall(
+        r"rank (\d): error of the live weights (\S+), of the average (\S+)", done.stdout
+    )
     assert sorted(rank for rank, _, _ in errors) == ["0", "1"], done.stdout + done.stderr
     assert all(float(average) < float(live) for _, live, average in errors)
     shipped = load_file(tmp_path / "runs" / "minimal" / "model.safetensors")

@@ -13,6 +13,8 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 @pytest.mark.parametrize("name", ["schedules.md"])
 def test_it_runs(name: str) -> None:
     """What a page asserts is true."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL
+    )
     assert blocks
     exec(compile("\n".join(blocks), name, "exec"), {"__name__": "page"})
