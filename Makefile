@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check study study-quick docs clean
+.PHONY: demo test check coverage study study-quick docs clean
 
 $(READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ check: $(READY)  ## format, lint, the contracts between packages, types
 test: check  ## the check and the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+coverage: $(READY)  ## the suite with line coverage of all ranks, in htmlcov/
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=dist_ema --cov-report=term:skip-covered --cov-report=html
+
 study: $(READY)  ## the experiments of docs/results.md, 40 minutes on two cores, into runs/study; resumes
 	$(BIN)/python launch/study.py
 
@@ -40,4 +43,4 @@ docs: $(READY)  ## the site, in site/; strict: a link that leads nowhere fails
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs site dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs site dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache

@@ -14,7 +14,8 @@ if torch.cuda.is_available():
 
 torch.manual_seed(0)  # all ranks start from the same weights
 layers = torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1)
-model = fully_shard(torch.nn.Sequential(*layers).to(device))  # each rank keeps half of every weight
+model = torch.nn.Sequential(*layers).to(device)
+fully_shard(model)  # each rank keeps half of every weight
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
 ema = EMA(model, decay=0.98)  # after wrapping, before training
 ema.attach(optimizer)  # one update after every optimizer step
