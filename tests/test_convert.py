@@ -724,6 +724,18 @@ def test_cut_and_flipped(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {path.name for path in tmp_path.iterdir()} == {"new.pt", "old.pt", "x.pt", "out"}
 
 
+def test_a_directory_beyond_the_limit(call: Call, tmp_path: Path) -> None:
+    """A table of contents that claims 32 MB is refused before it is read."""
+    size = 32 << 20
+    with open(tmp_path / "a.pt", "wb") as file:
+        file.write(b"PK\3\4")
+        file.truncate(size)
+        file.seek(size)
+        file.write(b"PK\5\6" + struct.pack("<4H2LH", 0, 0, 9, 9, size - 4, 4, 0))
+    code, _, err = call(tmp_path / "a.pt", tmp_path / "out")
+    assert (code, "a directory of 33,554,428 bytes" in err) == (1, True), err
+
+
 def test_amplification(call: Call, tmp_path: Path) -> None:
     """A view that repeats one element says more bytes than the file explains: refused, unless allowed by its size."""
     big = torch.ones(1).expand(30_000, 10_000)

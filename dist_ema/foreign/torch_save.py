@@ -122,17 +122,18 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
     mapped = _is_archive(path)
     if mapped:
         _refuse_unsound(path)
+    unsafe: list[str] = []  # classes that torch would not load
     try:
         # NOTE: torch warns of its own storages, and its errors advise to run the code.
         with warnings.catch_warnings(), torch.serialization.safe_globals(known):
             warnings.simplefilter("ignore")
             if mapped:
-                _refuse_classes(path)
+                unsafe += sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(_refusal(path, error)) from None
+        raise ValueError(_refusal(path, error, unsafe)) from None
     trees = _Trees(str(path))
     return trees.make(loaded), trees.unsupported
 
@@ -158,24 +159,10 @@ def _placeholder(name: str) -> type[_Nothing]:
     return type(name.rpartition(".")[2], (_Nothing,), {})
 
 
-class _ClassesError(Exception):
-    """Objects of these classes are in the file."""
-
-
-def _refuse_classes(path: Path) -> None:
-    import torch
-
-    found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    if found:
-        raise _ClassesError(*found)
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    """One sentence, of what torch raised."""
+def _refusal(path: Path, error: Exception, unsafe: Sequence[str]) -> str:
+    """One sentence for what torch raised."""
     text = " ".join(str(error).split())
-    found: Sequence[str] = (
-        error.args if isinstance(error, _ClassesError) else re.findall(r"GLOBAL ([\w.]+)", text)[:1]
-    )
+    found = unsafe or re.findall(r"GLOBAL ([\w.]+)", text)[:1]
     if any(
         name.startswith(("torch.nn.modules.", "torch.nn.Module")) or name.endswith("Model")
         for name in found

@@ -92,8 +92,6 @@ class _Slice(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = (0, self._at, self._size)[whence] + offset
-        if self._at < 0:
-            raise ValueError("its directory points before its begin")
         return self._at
 
     def read(self, count: int = -1) -> bytes:

@@ -134,47 +134,35 @@ class _Unpickler(pickle._Unpickler):
             self.refuse("asks for an object outside itself, which dist_ema refuses")
         return self._persistent(pid)
 
-    def load_call(self) -> None:
+    def call(self) -> None:
         """REDUCE, and NEWOBJ, which calls a class."""
         args, called = self.stack.pop(), self.stack.pop()
         if type(called) is not StandIn or type(args) is not tuple:
             self.refuse(f"calls a {type(called).__name__} with a {type(args).__name__}")
         self.append(called.call(*args))
 
-    def load_build(self) -> None:
+    def build(self) -> None:
         state, built = self.stack.pop(), self.stack[-1]
         if type(built) is not Record:
             self.refuse(f"sets the state of a {type(built).__name__}")
         built.state = state
 
-    def load_append(self) -> None:
-        self._extend([self.stack.pop()])
-
-    def load_appends(self) -> None:
-        self._extend(self.pop_mark())
-
-    def _extend(self, items: list[Any]) -> None:
+    def extend(self, items: list[Any]) -> None:
+        """APPEND and APPENDS."""
         if type(self.stack[-1]) is not list:
             self.refuse(f"appends to a {type(self.stack[-1]).__name__}")
         self.stack[-1].extend(items)
 
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._update([key], [value])
-
-    def load_setitems(self) -> None:
-        items = self.pop_mark()
-        self._update(items[::2], items[1::2])
-
-    def _update(self, keys: list[Any], values: list[Any]) -> None:
+    def update(self, items: list[Any]) -> None:
+        """SETITEM and SETITEMS: a key, its value, the next key."""
         if type(self.stack[-1]) is not dict:
             self.refuse(f"sets items of a {type(self.stack[-1]).__name__}")
-        for key in keys:  # the time of a tuple's hash can be exponential in its depth
+        for key in items[::2]:  # the time of a tuple's hash can be exponential in its depth
             if type(key) not in (str, int, float, bytes, Record):
                 self.refuse(f"uses a {type(key).__name__} as a key")
-        self.stack[-1].update(zip(keys, values, strict=True))
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
-    def load_long1(self) -> None:
+    def long1(self) -> None:
         count = self.read(1)[0]
         if count > _MAX_INT_BYTES:
             self.refuse(f"holds a number of {count} bytes")
@@ -204,13 +192,15 @@ _Unpickler.dispatch = _Opcodes(
     {getattr(pickle, name)[0]: _Unpickler.dispatch[getattr(pickle, name)[0]] for name in _INHERITED}
 )
 _Unpickler.dispatch |= {
-    pickle.REDUCE[0]: _Unpickler.load_call,
-    pickle.NEWOBJ[0]: _Unpickler.load_call,
-    pickle.BUILD[0]: _Unpickler.load_build,
-    pickle.APPEND[0]: _Unpickler.load_append,
-    pickle.APPENDS[0]: _Unpickler.load_appends,
-    pickle.SETITEM[0]: _Unpickler.load_setitem,
-    pickle.SETITEMS[0]: _Unpickler.load_setitems,
-    pickle.LONG1[0]: _Unpickler.load_long1,
+    pickle.REDUCE[0]: _Unpickler.call,
+    pickle.NEWOBJ[0]: _Unpickler.call,
+    pickle.BUILD[0]: _Unpickler.build,
+    pickle.APPEND[0]: lambda unpickler: unpickler.extend([unpickler.stack.pop()]),
+    pickle.APPENDS[0]: lambda unpickler: unpickler.extend(unpickler.pop_mark()),
+    pickle.SETITEM[0]: lambda unpickler: unpickler.update(
+        [unpickler.stack.pop(), unpickler.stack.pop()][::-1]
+    ),
+    pickle.SETITEMS[0]: lambda unpickler: unpickler.update(unpickler.pop_mark()),
+    pickle.LONG1[0]: _Unpickler.long1,
     pickle.FRAME[0]: lambda unpickler: unpickler.read(8),  # frames only help buffered reading
 }
