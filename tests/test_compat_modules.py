@@ -637,7 +637,7 @@ def run_ema_pytorch(seed: int) -> None:
                 train(model, random.Random(seed + step))
             ours.update()
             theirs.update()
-        elif ours._copied is None:
+        elif ours._average is None:
             continue
         elif what == "load":
             saved = copy.deepcopy(ours.state_dict())
@@ -675,7 +675,7 @@ def run_ema_pytorch(seed: int) -> None:
         assert ours.get_current_decay() == pytest.approx(theirs.get_current_decay(), abs=1e-6), (
             where
         )
-    if ours._copied is not None:
+    if ours._average is not None:
         x = torch.randn(3, 3, dtype=live.scale.dtype)
         for mine, want in [
             (ours(x), theirs(x)),

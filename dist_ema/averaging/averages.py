@@ -31,6 +31,7 @@ from .kernels.eager import UpdatePlan
 from .kernels.gpu_plan import FusedPlan, available
 from .kernels.pairs import ShadowPair
 from .storage_watch import StorageWatch
+from .swap import broadcast_to_replicas
 from .swap_registry import SwapRegistry
 from .teacher import Teacher
 from .teacher_sync import TeacherSync
@@ -55,7 +56,7 @@ class Reads(enum.Flag):
 class AveragedWeights:
     """All averages of one model, as far as this rank holds them.
 
-    The extension API: what drop-ins, integrations and tests use beside `EMA` itself. Nothing here is collective.
+    The extension API: what drop-ins, integrations and tests use beside `EMA` itself. Nothing here is collective but `pull`.
 
     Attributes:
         model: The live model, as it was given.
@@ -376,7 +377,14 @@ class AveragedWeights:
         self._after_move()
 
     def pull(self, weight: float) -> None:
-        """The other way round: live moves towards the first average; 1 copies. Replicas are not made whole."""
+        """The other way round: live moves towards the first average, on every replica.
+
+        Args:
+            weight: Of the average; 1 copies it.
+
+        Note:
+            *Collective* where replicated weights are split among the ranks.
+        """
         self.ready()
         pairs = []
         for state in self._averaged:
@@ -388,6 +396,7 @@ class AveragedWeights:
                 number = geometry.numbering(state.shard, region, device)
                 pairs.append(ShadowPair(state.name, [state.live], state.shadow, number))
         UpdatePlan(pairs, self.seed).run([weight], self.clock.updates)
+        broadcast_to_replicas(self._averaged, self.placement.split)
         self.mark()
 
     def set_clock(self, counters: dict[str, Any]) -> None:

@@ -1,419 +1,390 @@
-"""Averages as a list or table of tensors, the form in which several packages keep them, over an EMA.
+"""An average as a list of tensors beside the parameters, the form of several packages, over an EMA.
 
-[Note: what a rank sees]  A tensor of the list has the form of its parameter: plain, or a DTensor over the same mesh under
-FSDP2, or the rank's range of it under FSDP1. Replicas (DDP) are whole on every rank, so nothing here is a collective but
-`Listed` itself and `copy_to`, and these only where the model is sharded: loops that evaluate on one rank of DDP go on.
+[Note: what a rank sees]  A tensor of the list has the form of its parameter: plain, a DTensor over
+the same mesh under FSDP2, this rank's range of it under FSDP1. Under DDP every rank holds all of
+it, so loops may evaluate on one rank. Only construction and `copy_to` are collective, and only
+where the model is sharded.
 
-[Note: other parameters]  Loops hand the parameters over anew at every step, from where they get them then. The same ones
-cost a comparison. Where the model was moved, or a wrapper put DTensors in their place, the EMA is built anew on what came,
-with the shadows and the clock of the old one.
+[Note: other parameters]  Loops pass the parameters anew at every step. The same ones cost a
+comparison. Where a wrapper put DTensors in their place, or a cast changed their form, the EMA is
+built anew on what came, with the shadows and the clock of the old one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..averaging.averages import AveragedWeights, Reads
+from ..averaging.averages import Reads
+from ..checkpoint import dcp
 from ..ema import EMA
 from ..schedules import Schedule
-from ..sharding import discovery, geometry, parameters, records, wrappers
+from ..sharding import discovery, geometry, wrappers
 from ..sharding.ownership import ParamState
+from ..sharding.parameters import Model, Parameters
+from ..sharding.records import Shard
 
-__all__ = ["ParameterListAverage", "Shadowed", "keep", "put_back", "source", "trainable"]
+__all__ = ["ParameterListAverage", "ShadowParams", "source"]
 
 
-def source(given: parameters.Model, always: bool = False) -> nn.Module:
-    """What an EMA is built on: the parameters in their order, those of a module under their names. FSDP1's cannot be held
-    from outside their module, so there it is the module. always: frozen ones are averaged too."""
+def source(given: Model, *, frozen: bool = False, only_trainable: bool = False) -> nn.Module:
+    """The model that an EMA of these parameters is built on.
+
+    Args:
+        given: parameters, with or without names, or their module.
+        frozen: average frozen ones too.
+        only_trainable: leave out those of a module that need no gradient now.
+
+    Returns:
+        The parameters in their order, those of a module under their names. FSDP1's cannot be held
+        from outside of their module, so it is the module there.
+    """
     if isinstance(given, nn.Module):
         inner = wrappers.unwrapped(given)
-        if isinstance(inner, parameters.Parameters) or any(
-            getattr(parameter, "_fsdp_flattened", False) for parameter in inner.parameters()
-        ):
+        flattened = any(getattr(p, "_fsdp_flattened", False) for p in inner.parameters())
+        if flattened or isinstance(inner, Parameters):
             return inner
-        given = inner.named_parameters()
-    return parameters.Parameters(given, always)
-
-
-def trainable(model: nn.Module) -> nn.Module:
-    """The same for those parameters of a module that need a gradient now."""
-    inner = source(model)
-    if not isinstance(inner, parameters.Parameters):
-        return inner
-    return parameters.Parameters(
-        [(name, each) for name, each in inner.tensors.items() if each.requires_grad]
-    )
+        named = inner.named_parameters()
+        given = [(name, p) for name, p in named if p.requires_grad or not only_trainable]
+    return Parameters(given, frozen)
 
 
 class ParameterListAverage:
-    """The shadows of a model or of a list of parameters, this rank's part of each ([Note: what a rank sees]).
+    """The shadows of a model or of a list of parameters ([Note: what a rank sees]).
 
-    model: what `source` gave, or any module. decay: what files name; every update brings its own. buffers: a module's
-    floating buffers are averaged, its other buffers listed. The shadows are float32, or float64 where a parameter is.
-    Raises ValueError as `EMA` does.
+    The shadows are float32, or float64 where a parameter is. Every update brings its own decay.
+
+    Args:
+        model: what `source` gave, or any module.
+        decay: the schedule that files name.
+        buffers: "average" averages a module's floating buffers and lists the others.
+
+    Attributes:
+        names: of the parameters, in the order of the list.
+        weights: the extension API of the EMA.
+
+    Raises:
+        ValueError: as `EMA` does.
     """
 
-    def __init__(self, model: nn.Module, decay: float | Schedule, buffers: bool = False) -> None:
-        self._decay, self._buffers = decay, buffers
-        wide = any(
-            parameter.dtype in (torch.float64, torch.complex128) for parameter in model.parameters()
-        )
-        self._dtype = torch.float64 if wide else torch.float32
-        self._device: torch.device | None = None
-        self._use(self._build(model))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which follow their copy of the parameters. Raises RuntimeError where they are sharded."""
-        if self._ema._ranks.size > 1:
-            raise RuntimeError(
-                "a sharded average cannot be copied or pickled: use average.save(path) and average.load(path)."
-            )
-        table, clock = self.table, self._weights.clock_to_dict()
-        kept = {name: self.__dict__[name] for name in ("_decay", "_buffers", "_dtype", "_device")}
-        return kept | {"model": self._model, "table": table, "clock": clock}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        model, table, clock = (state.pop(name) for name in ("model", "table", "clock"))
-        self.__dict__.update(state)
-        self._use(self._build(model))
-        self.fill_table(table)
-        self._weights.set_clock(clock)
-
-    def _build(self, model: nn.Module) -> EMA:
-        buffers: Any = "average" if self._buffers else "copy"
-        return EMA(
-            model, self._decay, dtype=self._dtype, device=self._device, split=False, buffers=buffers
-        )
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float | Schedule,
+        buffers: Literal["copy", "average"] = "copy",
+    ) -> None:
+        wide = any(p.dtype in (torch.float64, torch.complex128) for p in model.parameters())
+        dtype = torch.float64 if wide else torch.float32
+        self._use(EMA(model, decay, dtype=dtype, split=False, buffers=buffers))
 
     def _use(self, ema: EMA) -> None:
-        self._ema, self._model = ema, ema.model
-        self._seen: list[ParamState] | None = None
-        self._given = (
-            self._model.tensors if isinstance(self._model, parameters.Parameters) else None
-        )
-        if self._given is not None:
-            self.names = list(self._given)
+        self._ema, self.weights, model = ema, ema.weights, ema.model
+        if isinstance(model, Parameters):
+            self.names = list(model.tensors)
         else:
-            self.names = [
-                slot.name for slot in self._weights.states if _counts(slot.shard, self._buffers)
-            ]
+            shards = [state.shard for state in self.weights.states if state.shard.persistent]
+            listed = self.weights.selection.buffers == "average"
+            self.names = [s.name for s in shards if listed or s.kind != "buffer"]
 
-    @property
-    def _slots(self) -> list[ParamState]:
-        """In the order of `names`."""
-        if self._weights.states is not self._seen:  # rescan makes new ones
-            self._seen, by_name = self._weights.states, _by_name(self._ema)
-            self._known_slots = [by_name[name] for name in self.names]
-        return self._known_slots
+    def _options(self) -> dict[str, Any]:
+        """What makes an EMA of another model like this one."""
+        placement, buffers = self.weights.placement, self.weights.selection.buffers
+        options = {"dtype": placement.dtype, "device": placement.device, "buffers": buffers}
+        return options | {"decay": self._ema.schedule, "split": False}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which follow their copy of the parameters."""
+        if len(self.weights.find().members) > 1:
+            raise RuntimeError(
+                "a sharded average cannot be copied or pickled: use average.save(path) and "
+                "average.load(path)."
+            )
+        table, clock = self.table, self.weights.clock_to_dict()
+        return {
+            "ema": {"model": self._ema.model, **self._options()},
+            "table": table,
+            "clock": clock,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._use(EMA(**state["ema"]))
+        self.fill(state["table"])
+        self.weights.set_clock(state["clock"])
 
     @property
     def ema(self) -> EMA:
-        """The EMA behind the list; another one after the parameters became others ([Note: other parameters])."""
+        """The EMA behind the list; another one after [Note: other parameters]."""
         self.follow()
         return self._ema
 
-    # --- whose average it is -----------------------------------------------------------------------------------
+    @property
+    def is_writer(self) -> bool:
+        """Of the ranks that hold the average together, this is the one that writes files."""
+        members = self.weights.find().members
+        return len(members) == 1 or members[0] == dist.get_rank()
 
-    def follow(self, given: parameters.Model | None = None) -> None:
-        """Average `given` from now on, or the same as before wherever it lies now ([Note: other parameters]).
+    @property
+    def _states(self) -> list[ParamState]:
+        """In the order of `names`, among which tied weights have several."""
+        states = self.weights.states
+        by_name = {name: s for s in states for name in (s.name, *s.shard.aliases)}
+        return [by_name[name] for name in self.names]
 
-        *Collective* where it is another model and sharded. Raises ValueError if number or shapes differ.
+    # --- [Note: other parameters] ---------------------------------------------------------------
+
+    def follow(self, given: Model | None = None) -> None:
+        """Average `given` from now on, or the same parameters wherever they lie now.
+
+        Raises:
+            ValueError: `given` differ in number or shape.
+
+        Note:
+            *Collective* where they are other ones, and sharded.
         """
-        model = self._model if given is None else self._known(given)
-        moved = [slot for slot in self._slots if slot.moved]
-        if model is not self._model or any(self._otherwise(slot) for slot in moved):
-            self._rebuild(model)
-        elif moved:
-            self._weights.settle()
-            self._weights.follow()
+        model = self._model_of(given)
+        if model is not self._ema.model or any(map(_changed_form, self.weights.states)):
+            self._move_to(model)
 
-    def _known(self, given: parameters.Model) -> nn.Module:
+    def _model_of(self, given: Model | None) -> nn.Module:
         """The model in use if `given` are its parameters, else another one."""
-        if self._given is None:
-            return wrappers.unwrapped(given) if isinstance(given, nn.Module) else self._model
-        if given is self._model:
-            return self._model
-        assert isinstance(self._model, parameters.Parameters)
-        mine, named = self._given, self.named(given)
-        if all(tensor is mine[name] for name, tensor in named):
-            return self._model
-        other = parameters.Parameters(
-            named, self._model.average_frozen
-        )  # it knows copies that FSDP2 unsharded
-        same = all(tensor is mine[name] for name, tensor in other.tensors.items())
-        return self._model if same else other
+        model = self._ema.model
+        if given is None or given is model:
+            return model
+        if not isinstance(model, Parameters):
+            return wrappers.unwrapped(given) if isinstance(given, nn.Module) else model
+        named, known = self._named(given), model.tensors
+        if all(tensor is known[name] for name, tensor in named):
+            return model
+        other = Parameters(named, model.average_frozen)  # finds the shards of what FSDP2 unsharded
+        same = all(tensor is known[name] for name, tensor in other.tensors.items())
+        return model if same else other
 
-    def named(self, given: parameters.Model) -> list[tuple[str, Tensor]]:
-        """The parameters of `given`, with names or without, under the names of this list, in order.
-
-        Raises ValueError if they are more or fewer.
-        """
-        items: Any = given.parameters() if isinstance(given, nn.Module) else given
-        if isinstance(given, parameters.Parameters):
-            items = given.tensors.items()
-        tensors = [item[1] if isinstance(item, tuple) else item for item in items]
+    def _named(self, given: Model) -> list[tuple[str, Tensor]]:
+        """The parameters of `given` under the names of this list. Raises ValueError if too many."""
+        if isinstance(given, nn.Module):
+            given = given.tensors.values() if isinstance(given, Parameters) else given.parameters()
+        tensors = [item[1] if isinstance(item, tuple) else item for item in given]
         if len(tensors) != len(self.names):
             raise ValueError(
                 f"the average holds {len(self.names)} parameters, and {len(tensors)} were given."
             )
         return list(zip(self.names, tensors, strict=True))
 
-    def of(self, model: nn.Module) -> parameters.Model:
-        """The parameters of `model` that are called like those here, or the module itself where this list was given one.
+    def parameters_of(self, model: nn.Module) -> Model:
+        """The parameters of `model` under the names of this list.
 
-        Raises ValueError for what it lacks, and for what is trainable there and not averaged here.
+        Raises:
+            ValueError: some are missing there, or trainable there and not averaged here.
         """
-        inner = wrappers.unwrapped(model)
-        if self._given is None:
+        inner, listed = wrappers.unwrapped(model), set(self.names)
+        if not isinstance(self._ema.model, Parameters):
             return inner
-        found = {
-            wrappers.canonical(name): parameter for name, parameter in inner.named_parameters()
-        }
-        lacks = [name for name in self.names if name not in found]
-        more = [
-            name
-            for name, parameter in found.items()
-            if parameter.requires_grad and name not in self._given
-        ]
-        if lacks or more:
-            raise ValueError(
-                f"the model and the average differ in {', '.join((lacks + more)[:5])}."
-            )
+        found = {wrappers.canonical(name): p for name, p in inner.named_parameters()}
+        mismatched = [name for name in self.names if name not in found]
+        mismatched += [n for n, p in found.items() if p.requires_grad and n not in listed]
+        if mismatched:
+            raise ValueError(f"the model and the average differ in {', '.join(mismatched[:5])}.")
         return [found[name] for name in self.names]
 
-    def _otherwise(self, slot: ParamState) -> bool:
-        """What moved has another dtype, device or order now, which an EMA refuses to follow."""
-        raw, old = slot.shard.local_tensor(), slot.local
-        return slot.layout_changed or (raw.dtype, raw.device) != (old.dtype, old.device)
-
-    def _rebuild(self, model: nn.Module) -> None:
-        self._weights.settle()
-        ema = self._build(model)
-        before, after = _by_name(self._ema), _by_name(ema)
-        odd = sorted(before.keys() ^ after.keys())
-        if odd:
-            raise ValueError(f"the average and what was given differ in {', '.join(odd[:5])}.")
-        for name, slot in after.items():
-            if slot.shadow is not None and before[name].shadow is not None:
-                _carry(before[name], slot)
-        ema.weights.set_clock(self._ema.weights.clock_to_dict())
+    @torch.no_grad()
+    def _move_to(self, model: nn.Module) -> None:
+        old, ema = self.weights, EMA(model, **self._options())
+        old.settle()
+        known, found = ({state.name for state in w.states} for w in (old, ema.weights))
+        if known != found:
+            names = ", ".join(sorted(known ^ found)[:5])
+            raise ValueError(f"the average and what was given differ in {names}.")
+        before, after = old.averages[0], ema.weights.averages[0]
+        state = dcp.state(before.averaged, before.floating_buffers, before.own_buffers)
+        try:
+            copies, after.own_buffers = dcp.match(state, after.averaged, after.floating_buffers)
+        except ValueError as error:
+            raise ValueError(
+                f"the average does not fit what was given: {error} A sharded average is gathered "
+                "by copy_to."
+            ) from None
+        for shadow, value in copies:
+            shadow.copy_(value)
+        ema.weights.set_clock(old.clock_to_dict())
         self._use(ema)
 
-    # --- verbs -------------------------------------------------------------------------------------------------
-
-    @property
-    def _weights(self) -> AveragedWeights:
-        return self._ema.weights
+    # --- verbs ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def update(
-        self, decay: float, given: parameters.Model | None = None, copy_frozen: bool = False
-    ) -> None:
-        """Move towards live with this decay, 0 copies. copy_frozen: what needs no gradient now is copied.
+    def update(self, decay: float, given: Model | None = None, copy_frozen: bool = False) -> None:
+        """Move the shadows towards the parameters.
 
-        No collective while the parameters are the same. Raises ValueError for a decay outside of [0, 1].
+        Args:
+            decay: of this update; 0 copies.
+            given: the parameters, as the loop has them now.
+            copy_frozen: copy what needs no gradient now.
+
+        Raises:
+            ValueError: the decay is outside of [0, 1], or `given` does not fit.
+
+        Note:
+            No collective while the parameters are the same.
         """
         self.follow(given)
         self._ema.update(decay=decay)
-        frozen = [
-            slot
-            for slot in self._slots
-            if slot.shadow is not None and not slot.shard.tensor.requires_grad
-        ]
-        if copy_frozen and frozen:
-            self._weights.settle()
-            for slot in frozen:
-                assert slot.shadow is not None
-                slot.shadow.copy_(slot.live)
+        for state in self.weights.averages[0].averaged if copy_frozen else ():
+            if not state.shard.tensor.requires_grad and state.shadow is not None:
+                self.weights.settle()
+                state.shadow.copy_(state.live)
 
     @property
     def shadows(self) -> list[Tensor]:
-        """In the order of `names`, no update under way. *Aliases* the average; what cannot be averaged (integers) is live."""
+        """In the order of `names`, no update in flight. *Aliases* the average.
+
+        What cannot be averaged (integers) is the live tensor.
+        """
         self.follow()
-        self._weights.refuse("ema.state_dict", Reads.WHOLE_MODEL)
-        self._weights.settle()
+        self.weights.refuse("shadows", Reads.WHOLE_MODEL)
+        self.weights.settle()
+        self.weights.follow()
         return [
-            slot.shard.shaped(slot.local if slot.shadow is None else _apart(slot.shadow))
-            for slot in self._slots
+            state.shard.shaped(state.local if state.shadow is None else _own_storage(state.shadow))
+            for state in self._states
         ]
 
     @property
     def table(self) -> dict[str, Tensor]:
-        """What is averaged of them, by name."""
-        return {
-            name: its
-            for name, its, slot in zip(self.names, self.shadows, self._slots, strict=True)
-            if slot.shadow is not None
-        }
-
-    @property
-    def first(self) -> bool:
-        """Of the ranks that hold the average together, this is the one that writes files."""
-        return self._ema._ranks.first
-
-    def fill(self, values: Sequence[Tensor]) -> None:
-        """Overwrite the shadows with tensors of their form, or full ones. Raises ValueError, and changes nothing, if number
-        or shapes differ."""
-        self.fill_table(dict(self.named(values)))
+        """The shadows by name, without what cannot be averaged. *Aliases* the average."""
+        named = zip(self.names, self.shadows, self._states, strict=True)
+        return {name: shadow for name, shadow, state in named if state.shadow is not None}
 
     @torch.no_grad()
-    def fill_table(self, values: Mapping[str, Tensor]) -> None:
-        """The same by name; names that are missing keep their shadows."""
+    def fill(self, values: Sequence[Tensor] | Mapping[str, Tensor]) -> None:
+        """Overwrite shadows with tensors of their form, or with full ones.
+
+        Args:
+            values: in the order of the list; or by name, and then what is missing keeps its shadow.
+
+        Raises:
+            ValueError: number or shapes differ; nothing has changed then.
+        """
+        by_name = values if isinstance(values, Mapping) else dict(self._named(values))
         self.follow()
-        self._weights.refuse("ema.load_state_dict", Reads.SHADOWS)
-        chosen = [
-            (slot, values[name])
-            for name, slot in zip(self.names, self._slots, strict=True)
-            if name in values
-        ]
-        for slot, value in chosen:
-            _refuse_form(slot.name, slot.shard, value)
-        self._weights.ready()
-        for slot, value in chosen:
-            if slot.shadow is not None:
-                _put(slot.shard, slot.shadow, value)
+        self.weights.refuse("load_state_dict", Reads.SHADOWS)
+        self.weights.ready()
+        named = [item for item in zip(self.names, self._states, strict=True) if item[0] in by_name]
+        _overwrite([(s.shard, s.shadow, by_name[name]) for name, s in named])
 
     @torch.no_grad()
-    def keep(self) -> dict[str, Tensor]:
-        """Copies of the parameters themselves, by name."""
-        self.follow()
-        self._weights.ready()
-        return {slot.name: slot.shard.shaped(slot.shard.read().clone()) for slot in self._slots}
+    def keep(self, given: Model | None = None, device: str | None = None) -> list[Tensor]:
+        """Copies of what this rank holds of the parameters.
+
+        Args:
+            given: other parameters than those of the list.
+            device: of the copies; None: beside the parameters.
+        """
+        held = self._held("store", given)
+        return [shard.shaped(shard.read().to(device, copy=True)) for shard in held]
 
     @torch.no_grad()
-    def put_back(self, kept: Mapping[str, Tensor]) -> None:
-        """Write what `keep` gave into the parameters."""
+    def put_back(self, kept: Sequence[Tensor], given: Model | None = None) -> None:
+        """Write what `keep` gave into the parameters.
+
+        Raises:
+            ValueError: number or shapes differ; nothing has changed then.
+        """
+        held = self._held("restore", given)
+        if len(held) != len(kept):
+            raise ValueError(f"{len(kept)} weights were kept, and {len(held)} were given.")
+        elements = [shard.read() for shard in held]
+        _overwrite(list(zip(held, elements, kept, strict=True)))
+        for shard, value in zip(held, elements, strict=True):
+            if not shard.dense:  # `read` gave a copy
+                shard.write(value)
+
+    def _held(self, verb: str, given: Model | None) -> list[Shard]:
+        """The records of parameters that are not swapped, and that no update reads now."""
         self.follow()
-        self._weights.ready()
-        for slot in self._slots:
-            _put_into(slot.shard, kept[slot.name])
+        self.weights.refuse(verb, Reads.WHOLE_MODEL)
+        self.weights.settle()
+        model = self._ema.model if given is None else source(given)
+        # The search frees what FSDP holds unsharded: the next forward reads what is written here.
+        shards = discovery.find_shards(model).shards
+        by_name = {name: shard for shard in shards for name in (shard.name, *shard.aliases)}
+        names = model.tensors if isinstance(model, Parameters) else self.names
+        return [by_name[name] for name in names]
 
-    def to(self, device: str | torch.device | None, dtype: torch.dtype | None) -> None:
-        """Move and cast the shadows, as `EMA.to` does."""
-        self.ema.to(device, dtype)
-        self._device = self._device if device is None else torch.device(device)
-        self._dtype = dtype or self._dtype
+    def copy_to(self, given: Model | None = None) -> None:
+        """Write the shadows into other parameters, by default into their own.
 
-    def copy_to(self, given: parameters.Model | None = None) -> None:
-        """Write the shadows into other parameters, by default into their own. *Collective* where the average is sharded."""
+        Note:
+            *Collective* where the average is sharded.
+        """
         self.follow()
-        given = self._model if given is None else given
-        self._ema.copy_to(given if self._given is None else self.named(given))
+        given = self._ema.model if given is None else given
+        listed = isinstance(self._ema.model, Parameters)
+        self._ema.copy_to(self._named(given) if listed else given)
 
 
-class Shadowed:
-    """A class around a `Listed` whose shadows are a list."""
+class ShadowParams:
+    """The base of drop-ins whose shadows are a list."""
 
-    _listed: ParameterListAverage
+    _list: ParameterListAverage
 
     @property
     def average(self) -> EMA:
-        """What saves, loads and exports in any layout."""
-        return self._listed.ema
+        """The EMA behind it, which saves, loads and exports for any layout."""
+        return self._list.ema
 
     @property
     def shadow_params(self) -> list[Tensor]:
-        """One tensor per parameter, in their form, taken anew at every access. *Aliases* the average."""
-        return self._listed.shadows
+        """One tensor per parameter, in its form, made anew at each access. *Aliases* the average."""
+        return self._list.shadows
 
     @shadow_params.setter
     def shadow_params(self, values: list[Tensor]) -> None:
-        self._listed.fill(values)
+        self._list.fill(values)
 
 
-# --- weights kept aside ------------------------------------------------------------------------------------------
+def _changed_form(state: ParamState) -> bool:
+    """The weight has another dtype, device or order now, which an EMA refuses to follow."""
+    now, before = state.shard.local_tensor(), state.local
+    return state.moved and (
+        state.layout_changed or (now.dtype, now.device) != (before.dtype, before.device)
+    )
 
 
-@torch.no_grad()
-def keep(model: nn.Module, device: str | None = None, buffers: bool = False) -> list[Tensor]:
-    """Copies of what this rank holds of every weight, in the model's order, on `device` or beside them."""
-    return [shard.shaped(shard.read().to(device, copy=True)) for shard in _held(model, buffers)]
-
-
-@torch.no_grad()
-def put_back(model: nn.Module, kept: Sequence[Tensor], buffers: bool = False) -> None:
-    """Write what `keep` gave into the weights. Raises ValueError, and changes nothing, if number or shapes differ."""
-    held = _held(model, buffers)
-    if len(held) != len(kept):
-        raise ValueError(f"{len(kept)} weights were kept, and {len(held)} were given.")
-    for shard, value in zip(held, kept, strict=True):
-        _refuse_form(shard.name, shard, value)
-    for shard, value in zip(held, kept, strict=True):
-        _put_into(shard, value)
-
-
-def _held(model: nn.Module, buffers: bool) -> list[records.Shard]:
-    """NOTE: the search frees what FSDP holds unsharded, so the next forward reads what is written here."""
-    found = discovery.find_shards(model)
-    if not isinstance(model, parameters.Parameters):
-        return [shard for shard in found.shards if _counts(shard, buffers)]
-    by_name = {name: shard for shard in found.shards for name in (shard.name, *shard.aliases)}
-    return [by_name[name] for name in model.tensors]
-
-
-def _counts(shard: records.Shard, buffers: bool) -> bool:
-    return shard.kind != "buffer" or (buffers and shard.persistent)
-
-
-def _apart(elements: Tensor) -> Tensor:
+def _own_storage(elements: Tensor) -> Tensor:
     """The same memory as a storage of its own. *Aliases*.
 
-    NOTE: with a view torch.save writes all that it is a view of, and a DTensor over one it cannot write.
+    Of a view torch.save writes the whole storage, and a DTensor over one it cannot write.
     """
     start = elements.storage_offset() * elements.itemsize
     memory = elements.untyped_storage()[start : start + elements.nbytes]
     return elements.new_empty(0).set_(memory, 0, elements.shape, elements.stride())
 
 
-def _by_name(ema: EMA) -> dict[str, ParamState]:
-    return {name: slot for slot in ema.weights.states for name in (slot.name, *slot.shard.aliases)}
+def _overwrite(targets: Sequence[tuple[Shard, Tensor | None, Tensor]]) -> None:
+    """Overwrite the elements of each record with a tensor of their form, or with the full weight.
 
+    Args:
+        targets: (record, one element per held element or None to check only, value).
 
-def _refuse_form(name: str, shard: records.Shard, value: Tensor) -> None:
-    forms = {shard.shape, tuple(shard.local(shard.read()).shape)}
-    if tuple(value.shape) not in forms:
-        raise ValueError(f"{name} is {tuple(value.shape)}, and {shard.shape} in the model.")
-
-
-def _put_into(shard: records.Shard, value: Tensor) -> None:
-    """Overwrite what the model holds."""
-    elements = shard.read()
-    _put(shard, elements, value)
-    if not shard.dense:  # `read` gave a copy
-        shard.write(elements)
-
-
-def _put(shard: records.Shard, elements: Tensor, value: Tensor) -> None:
-    """Overwrite `elements`, one per held element, with a tensor of their form, or with the full weight."""
-    form, value = shard.shaped(elements), value.detach()
-    if type(value) is type(form) and value.shape == form.shape:
-        form.copy_(value)
-    elif tuple(value.shape) == shard.shape:
-        for box, part in geometry.boxes_with_data(shard, shard.local_region, elements):
-            part.copy_(value[box.slices])
-    else:
-        shard.local(elements).copy_(value)
-
-
-def _carry(old: ParamState, new: ParamState) -> None:
-    """The old shadow in place of live, as far as this rank has it. Raises ValueError if that is not far enough."""
-    if old.shard.shape != new.shard.shape:
-        raise ValueError(f"{new.name} is {new.shard.shape}, and {old.shard.shape} in the average.")
-    assert old.shadow is not None
-    assert new.shadow is not None
-    left = new.averaged_region.numel
-    for hole, to in geometry.boxes_with_data(new.shard, new.averaged_region, new.shadow):
-        for box, part in geometry.boxes_with_data(old.shard, old.averaged_region, old.shadow):
-            common = box.intersect(hole)
-            if common is not None:
-                to[common.within(hole)].copy_(part[common.within(box)])
-                left -= common.numel
-    if left:
-        raise ValueError(
-            f"{new.name}: the average is sharded, and this rank holds only a part of what was given. Use copy_to, which "
-            "gathers."
-        )
+    Raises:
+        ValueError: a shape differs; nothing has changed then.
+    """
+    for shard, _, value in targets:
+        if tuple(value.shape) not in (shard.shape, tuple(shard.local(shard.read()).shape)):
+            raise ValueError(
+                f"{shard.name} is {tuple(value.shape)}, and {shard.shape} in the model."
+            )
+    for shard, elements, value in targets:
+        if elements is None:
+            continue
+        form, given = shard.shaped(elements), value.detach()
+        if type(given) is type(form) and given.shape == form.shape:
+            form.copy_(given)
+        elif tuple(given.shape) == shard.shape:
+            for box, block in geometry.boxes_with_data(shard, shard.local_region, elements):
+                block.copy_(given[box.slices])
+        else:
+            shard.local(elements).copy_(given)

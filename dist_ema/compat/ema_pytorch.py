@@ -1,5 +1,7 @@
-"""The `EMA` of the package ema_pytorch: `from dist_ema.compat.ema_pytorch import EMA`. (`KarrasEMA` and `PostHocEMA`:
-`dist_ema.EMA` with `Power` and `dist_ema.posthoc`.)"""
+"""The `EMA` of the package ema_pytorch: `from dist_ema.compat.ema_pytorch import EMA`.
+
+For its `KarrasEMA` and `PostHocEMA` use `dist_ema.EMA` with `Power` and `dist_ema.posthoc`.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from ..averaging.averages import Reads
 from ..schedules import Constant, Warmup
-from ._module import CopiedModule, Count, ModuleAverage
+from ._count import Count
+from ._module import CopiedModule, ModuleAverage
 
 __all__ = ["EMA"]
 
@@ -19,19 +24,40 @@ __all__ = ["EMA"]
 class EMA(CopiedModule):
     """A copy of the model that follows it, with a warm-up of the decay; called, it calls the copy.
 
-    model: a module. ema_model: the module that is to hold the average, or a function that builds (and wraps) it; None
-    copies the model, which one under FSDP does not allow.
-    beta, inv_gamma, power, min_value: the decay is 1 - (1 + n / inv_gamma)^-power between min_value and beta, where n counts
-    the calls after update_after_step; up to there the average is the model. update_every: calls from one move to the next.
-    param_or_buffer_names_no_ema: copied by moves. ignore_names, ignore_startswith_names: not touched by moves. Names are
-    those of the model without wrappers. include_online_model: the model is in `state_dict` too.
-    update_model_with_ema_every, update_model_with_ema_beta: calls after which the model becomes beta * model + (1 - beta) *
-    average. forward_method_names: methods of the copy, to be called here. move_ema_to_online_device: a move brings the copy
-    to the model's device. lazy_init_ema: the first `update` makes the copy. use_foreach, allow_different_devices,
-    coerce_dtype: taken, and change nothing: devices and dtypes may always differ.
+    The decay is 1 - (1 + n / inv_gamma)^-power, where n counts the calls after
+    `update_after_step`; up to there the average is the model. Names are those of the model without
+    wrappers. Keys of `state_dict` are `initted`, `step`, `ema_model.NAME`, `online_model.NAME`.
 
-    Keys of `state_dict` are `initted`, `step`, `ema_model.NAME` and `online_model.NAME`. *Collective* under FSDP:
-    construction (with lazy_init_ema the first `update`) and `load_state_dict`. Raises ValueError for what is no module.
+    Args:
+        model: a module.
+        ema_model: the module that is to hold the average, or a function that builds (and wraps) it.
+            None copies the model, which one under FSDP does not allow.
+        beta: the upper bound of the decay.
+        update_after_step: calls that copy.
+        update_every: calls from one move to the next.
+        inv_gamma: of the warm-up.
+        power: of the warm-up.
+        min_value: the lower bound of the decay.
+        param_or_buffer_names_no_ema: names that moves copy.
+        ignore_names: names that moves do not touch.
+        ignore_startswith_names: their beginnings.
+        include_online_model: the model is in `state_dict` too.
+        allow_different_devices: changes nothing: devices may differ.
+        use_foreach: changes nothing.
+        update_model_with_ema_every: calls after which the model becomes beta * model +
+            (1 - beta) * average.
+        update_model_with_ema_beta: that beta.
+        forward_method_names: methods of the copy, to be called here.
+        move_ema_to_online_device: a move brings the copy to the model's device.
+        coerce_dtype: changes nothing: dtypes may differ.
+        lazy_init_ema: the first `update` makes the copy.
+
+    Raises:
+        ValueError: `model` is no module.
+
+    Note:
+        *Collective* under FSDP: construction (with `lazy_init_ema` the first `update`) and
+        `load_state_dict`.
     """
 
     child = "ema_model"
@@ -81,26 +107,19 @@ class EMA(CopiedModule):
         )
         self.online_model: Any = model if include_online_model else [model]
         if not lazy_init_ema:
-            self.init_ema(
-                ema_model if isinstance(ema_model, nn.Module) else ema_model and ema_model()
-            )
+            self.init_ema(ema_model)
         self.register_buffer("initted", torch.tensor(False))
         self.register_buffer("step", torch.tensor(0))
         self._begun, self._steps = Count(), Count()
 
-    def init_ema(self, ema_model: nn.Module | None = None) -> None:
+    def init_ema(self, ema_model: nn.Module | Callable[[], nn.Module] | None = None) -> None:
         """Make the copy, or take this module for it, as it is. *Collective* under FSDP."""
         warmup = min(self.power, self.inv_gamma) > 0
         schedule = Warmup(self.beta, self.power, self.inv_gamma) if warmup else Constant(self.beta)
-        left_out = (
-            self.param_or_buffer_names_no_ema or self.ignore_names or self.ignore_startswith_names
-        )
-        only = self._averaged if left_out else None
-        self._keep(
-            ModuleAverage(
-                self.model, ema_model, schedule, buffers="average", only=only, fresh=False
-            )
-        )
+        left_out = (self.param_or_buffer_names_no_ema, self.ignore_names)
+        only = self._averaged if any([*left_out, self.ignore_startswith_names]) else None
+        build = (lambda: ema_model) if isinstance(ema_model, nn.Module) else ema_model
+        self._use(ModuleAverage(self.model, schedule, build, only=only, fresh=False))
         for name in self.forward_method_names:
             setattr(self, name, getattr(self.ema_model, name))
 
@@ -115,7 +134,7 @@ class EMA(CopiedModule):
         """beta is 1: nothing moves the average but copies."""
         return self.beta == 1.0
 
-    # --- which names -------------------------------------------------------------------------------------------
+    # --- which names ----------------------------------------------------------------------------
 
     def _ignored(self, name: str) -> bool:
         return name in self.ignore_names or name.startswith(tuple(self.ignore_startswith_names))
@@ -123,45 +142,35 @@ class EMA(CopiedModule):
     def _averaged(self, name: str) -> bool:
         return not self._ignored(name) and name not in self.param_or_buffer_names_no_ema
 
-    def _share(self, name: str, decay: float) -> float:
-        """What a move takes over of a weight that is not averaged."""
-        if self._ignored(name):
-            return 0.0
-        return 1.0 if name in self.param_or_buffer_names_no_ema else 1 - decay
-
-    # --- moving ------------------------------------------------------------------------------------------------
+    # --- moving ---------------------------------------------------------------------------------
 
     def get_current_decay(self) -> float:
         """Of the move that belongs to the last call of `update`."""
         n = self._steps.of(self.step) - self.update_after_step - 1
-        if n <= 0:
-            return 0.0
-        value = 1 - (1 + n / self.inv_gamma) ** -self.power
-        return float(min(max(value, self.min_value), self.beta))
+        value = 0.0 if n <= 0 else 1 - (1 + n / self.inv_gamma) ** -self.power
+        return 0.0 if n <= 0 else float(min(max(value, self.min_value), self.beta))
 
     def update(self) -> None:
-        """Call it after every step of the optimizer. No collective but under FSDP where it makes the copy or, under HSDP,
-        writes the model; no host sync but after somebody else wrote `step` or `initted`."""
-        step = self._steps.up(self.step)
+        """Call it after every step of the optimizer.
+
+        Note:
+            No collective, except under FSDP where it makes the copy or, under HSDP, writes the
+            model. No host sync but after somebody else wrote `step` or `initted`.
+        """
+        step, every = self._steps.up(self.step), self.update_model_with_ema_every
+        due = step % self.update_every == 0
         if not self._begun.of(self.initted):
-            if self._copied is None:
+            if self._average is None:
                 self.init_ema()
             self.copy_params_from_model_to_ema()
             self.initted.fill_(True)
-            return
-        due = step % self.update_every == 0
-        if due and step <= self.update_after_step:
+        elif due and step <= self.update_after_step:
             self.copy_params_from_model_to_ema()
-            return
-        if due:
-            self.update_moving_average(
-                self.ema_model if self.copied.module is not None else None, self.model
-            )
-        if (
-            self.update_model_with_ema_every is not None
-            and step % self.update_model_with_ema_every == 0
-        ):
-            self.update_model_with_ema()
+        else:
+            if due:
+                self.update_moving_average(self.copied.module, self.model)
+            if every is not None and step % every == 0:
+                self.update_model_with_ema()
 
     @torch.no_grad()
     def update_moving_average(
@@ -170,13 +179,17 @@ class EMA(CopiedModule):
         current_model: nn.Module,
         current_decay: float | None = None,
     ) -> None:
-        """Move the average towards the model; or, given them the other way round, the model towards the average."""
+        """Move the average towards the model; or, given them the other way round, the model."""
         if self.is_frozen:
             return
         decay = self.get_current_decay() if current_decay is None else current_decay
         if ma_model is self.model:
-            self.copied.follow(self.model)
-            self.copied.pull(1 - decay, lambda name: self._share(name, decay))
+            copies = self.param_or_buffer_names_no_ema
+
+            def share(name: str) -> float:
+                return 0.0 if self._ignored(name) else 1.0 if name in copies else 1 - decay
+
+            self.copied.pull(self.model, 1 - decay, share)
             return
         if self.move_ema_to_online_device and self.copied.module is not None:
             self.copied.module.to(next(current_model.parameters()).device)
@@ -190,22 +203,40 @@ class EMA(CopiedModule):
 
     def copy_params_from_ema_to_model(self) -> None:
         """The model is the average from now on. *Collective* under HSDP."""
-        self.copied.follow(self.model)
-        self.copied.pull(1.0)
+        self.copied.pull(self.model, 1.0)
 
     def update_model_with_ema(self, decay: float | None = None) -> None:
-        """decay * model + (1 - decay) * average becomes the model; 0 copies. *Collective* under HSDP."""
+        """decay * model + (1 - decay) * average becomes the model; 0 copies. *Collective* (HSDP)."""
         decay = self.update_model_with_ema_beta if decay is None else decay
         if decay == 0.0:
             self.copy_params_from_ema_to_model()
         else:
             self.update_moving_average(self.model, self.model, decay)
 
-    def add_to_optimizer_post_step_hook(self, optimizer: Optimizer) -> Any:
+    def add_to_optimizer_post_step_hook(self, optimizer: Optimizer) -> RemovableHandle:
         """`update` after every step. Returns the handle."""
         return optimizer.register_step_post_hook(lambda *_: self.update())
 
-    # --- the copy ----------------------------------------------------------------------------------------------
+    # --- checkpoints, which hold the online model too --------------------------------------------
+
+    def _refuse_swapped(self, verb: str) -> None:
+        if self.include_online_model and self._average is not None:
+            self.copied.follow(self.model)
+            self.average.weights.refuse(verb, Reads.WHOLE_MODEL)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        self._refuse_swapped("state_dict")
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
+    ) -> None:
+        self._refuse_swapped("load_state_dict")
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
+
+    # --- the copy -------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.ema_model(*args, **kwargs)

@@ -1,5 +1,7 @@
-"""The snippets that projects paste: `from dist_ema.compat.shadow import EMA` (register, update, apply_shadow, restore) or
-`ModelEMA` (update, apply, restore)."""
+"""The snippets that projects paste: `from dist_ema.compat.shadow import EMA` or `ModelEMA`.
+
+`EMA` has register, update, apply_shadow and restore; `ModelEMA` has update, apply and restore.
+"""
 
 from __future__ import annotations
 
@@ -7,109 +9,121 @@ from torch import Tensor, nn
 
 from .. import ema as engine
 from ..sharding import wrappers
-from ._parameter_list import ParameterListAverage, trainable
+from ._parameter_list import ParameterListAverage, source
 
 __all__ = ["EMA", "ModelEMA"]
 
 
-class _Lender:
+class _Backup:
     """Parameters kept aside in `backup` while the average is in their place."""
 
-    _listed: ParameterListAverage | None
-    backup: dict[str, Tensor]
+    _list: ParameterListAverage | None = None
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.backup: dict[str, Tensor] = {}
 
     @property
     def average(self) -> engine.EMA:
-        """What saves, loads and exports in any layout. Raises RuntimeError before `register`."""
-        return self._begun("average").ema
+        """The EMA behind it. Raises RuntimeError before `register`."""
+        return self._registered("average").ema
 
-    def _begun(self, verb: str) -> ParameterListAverage:
-        if self._listed is None:
+    def _registered(self, verb: str) -> ParameterListAverage:
+        if self._list is None:
             raise RuntimeError(f"{verb} without a register() before it.")
-        return self._listed
+        return self._list
 
-    def _lend(self, verb: str) -> None:
-        listed = self._begun(verb)
-        self.backup = listed.keep()
-        listed.copy_to()
+    def _apply(self, verb: str) -> None:
+        average = self._registered(verb)
+        self.backup = dict(zip(average.names, average.keep(), strict=True))
+        average.copy_to()
 
     def restore(self) -> None:
         """Write `backup` into the model and forget it. Raises RuntimeError if there is none."""
         if not self.backup:
             raise RuntimeError("restore() without parameters in backup: nothing was applied.")
-        self._begun("restore").put_back(self.backup)
+        average = self._registered("restore")
+        average.put_back([self.backup[name] for name in average.names])
         self.backup = {}
 
 
-class EMA(_Lender):
-    """The average of the trainable parameters of `model` from `register` on: decay * shadow + (1 - decay) * parameter.
+class EMA(_Backup):
+    """The average of the trainable parameters: decay * shadow + (1 - decay) * parameter.
 
-    Other than the snippet: parameters are written in place, so optimizers and wrappers keep theirs; float32 shadows for
-    16-bit parameters; no `module.` of DDP in the names; RuntimeError for calls in the wrong order. *Collective* where the
-    model is sharded: `register` and `apply_shadow`.
+    Other than the snippet: parameters are written in place, so optimizers and wrappers keep theirs;
+    shadows of 16-bit parameters are float32; names lack DDP's `module.`; calls in the wrong order
+    raise RuntimeError.
+
+    Note:
+        *Collective* where the model is sharded: `register` and `apply_shadow`.
     """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.decay = model, decay
-        self.backup = {}
-        self._listed = None
 
     @property
     def shadow(self) -> dict[str, Tensor]:
-        """By name, in the form of the parameters; {} before `register`. *Aliases* the average."""
-        return {} if self._listed is None else self._listed.table
+        """By name, in the form of the parameters; {} before `register`. *Aliases* the average.
+
+        A table of other names or shapes raises ValueError when it is set, and changes nothing.
+        """
+        return {} if self._list is None else self._list.table
 
     @shadow.setter
     def shadow(self, values: dict[str, Tensor]) -> None:
-        """Raises ValueError, and changes nothing, for other names or shapes."""
-        if self._listed is None:
+        if self._list is None:
             self.register()
-        self._begun("shadow").fill_table(values)
+        self._registered("shadow").fill(values)
 
     def register(self) -> None:
         """Begin, or begin again, at the parameters of now. Raises ValueError if none is trainable."""
-        self._listed = ParameterListAverage(trainable(self.model), self.decay)
+        self._list = ParameterListAverage(source(self.model, only_trainable=True), self.decay)
 
     def update(self) -> None:
-        """Move towards the parameters. No collective. Raises ValueError if others are trainable than at `register`."""
-        listed = self._begun("update")
-        listed.update(self.decay, listed.of(self.model))
+        """Move towards the parameters. No collective.
+
+        Raises:
+            ValueError: others are trainable than at `register`.
+        """
+        average = self._registered("update")
+        average.update(self.decay, average.parameters_of(self.model))
 
     def apply_shadow(self) -> None:
-        """Keep the parameters in `backup`, and write the average into the model. *Collective* where it is sharded."""
-        self._lend("apply_shadow")
+        """Keep the parameters in `backup`, and write the average into the model."""
+        self._apply("apply_shadow")
 
 
-class ModelEMA(_Lender):
-    """The average of all that floats in the state_dict of `model`: trainable weights, and buffers like BatchNorm's.
+class ModelEMA(_Backup):
+    """The average of all that floats in the state_dict: trainable weights, and buffers.
 
-    Frozen weights and integer buffers are the model's. Other than the snippet: float32 shadows for 16-bit weights; tied
-    weights are averaged once; integers are not truncated averages; no `module.` of DDP in the names. *Collective* where the
-    model is sharded: construction and `apply`.
+    Frozen weights and integer buffers are the model's. Other than the snippet: shadows of 16-bit
+    weights are float32; tied weights are averaged once; integers are not truncated averages; names
+    lack DDP's `module.`.
+
+    Note:
+        *Collective* where the model is sharded: construction and `apply`.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.decay = model, decay
-        self.backup = {}
-        self._listed: ParameterListAverage = ParameterListAverage(
-            wrappers.unwrapped(model), decay, buffers=True
+        super().__init__(model, decay)
+        self._list: ParameterListAverage = ParameterListAverage(
+            wrappers.unwrapped(model), decay, buffers="average"
         )
 
     @property
     def shadow(self) -> dict[str, Tensor]:
-        """By name, in the form of the weights; frozen ones and integers are those of the model. *Aliases* both."""
-        return dict(zip(self._listed.names, self._listed.shadows, strict=True))
+        """By name, in the form of the weights; frozen ones and integers are those of the model.
+
+        A table of other shapes raises ValueError when it is set, and changes nothing. What is not
+        averaged is passed over. *Aliases* both.
+        """
+        return dict(zip(self._list.names, self._list.shadows, strict=True))
 
     @shadow.setter
     def shadow(self, values: dict[str, Tensor]) -> None:
-        """Frozen weights and integers in `values` are passed over. Raises ValueError, and changes nothing, for other names
-        or shapes."""
-        self._listed.fill_table(values)
+        self._list.fill(values)
 
     def update(self) -> None:
         """Move towards the model. No collective."""
-        self._listed.update(self.decay)
+        self._list.update(self.decay)
 
     def apply(self) -> None:
-        """Keep weights and buffers in `backup`, and write the average into the model. *Collective* where it is sharded."""
-        self._lend("apply")
+        """Keep weights and buffers in `backup`, and write the average into the model."""
+        self._apply("apply")

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
-from typing import Any
 
 from torch import nn
 
 from ..schedules import Ramp
-from ._module import Holder, ModuleFn, evaluating
+from ._module import AverageHolder, ModuleAverage, ModuleFn
 
 __all__ = ["ModelEMA"]
 
 
-class ModelEMA(Holder):
-    """An average of all floating weights and buffers, whose decay rises as decay * (1 - exp(-updates / tau)).
+class ModelEMA(AverageHolder):
+    """An average of all floating weights and buffers with decay * (1 - exp(-updates / tau)).
 
-    `ema` is the module, in evaluation mode; `updates` counts, and may be set to resume; `decay` is a function of it.
-    Integer buffers are the model's of the last update. module_fn: as for `AveragedModel`. *Collective* under FSDP:
-    construction; under DDP one rank alone may keep it.
+    Integer buffers are the model's of the last update.
+
+    Args:
+        model: whose average `ema` is, in evaluation mode.
+        decay: what the decay rises to.
+        updates: the count to begin with.
+        tau: of the rise.
+        module_fn: as for `swa_utils.AveragedModel`.
+
+    Attributes:
+        updates: the count; it may be set to resume.
+        decay: the function of it.
+
+    Note:
+        *Collective* under FSDP: construction. Under DDP one rank alone may keep it.
     """
 
     def __init__(
@@ -31,14 +41,15 @@ class ModelEMA(Holder):
         tau: float = 2000,
         module_fn: ModuleFn | None = None,
     ) -> None:
-        self._copied = evaluating(model, module_fn, Ramp(decay, tau), buffers="average")
+        schedule = Ramp(decay, tau)
+        self._average = ModuleAverage(model, schedule, module_fn, evaluates=True)
         self.updates = updates
-        self.decay: Callable[[float], float] = lambda n: -decay * math.expm1(-n / tau)
+        self.decay: Callable[[float], float] = schedule
 
     def update(self, model: nn.Module) -> None:
-        """One move towards `model`. No collective, no host sync."""
+        """Move towards `model`. No collective, no host sync."""
         self.updates += 1
-        self._copied.update(model, self.decay(self.updates))
+        self._average.update(model, self.decay(self.updates))
 
     def update_attr(
         self,
@@ -46,13 +57,14 @@ class ModelEMA(Holder):
         include: Collection[str] = (),
         exclude: Collection[str] = ("process_group", "reducer"),
     ) -> None:
-        """Set the attributes of `model` (names, classes, strides) on `ema`: those in `include`, or if that is empty all but
-        private ones and those in `exclude`."""
-        given: dict[str, Any] = vars(model)
-        for name, value in given.items():
-            if (
-                (name in include or not include)
-                and not name.startswith("_")
-                and name not in exclude
-            ):
+        """Set the attributes of `model` (names, classes, strides) on `ema`.
+
+        Args:
+            model: whose attributes are meant.
+            include: their names; empty: all but private ones and those in `exclude`.
+            exclude: names that are left out.
+        """
+        for name, value in vars(model).items():
+            chosen = name in include or not include
+            if chosen and not name.startswith("_") and name not in exclude:
                 setattr(self.ema, name, value)
