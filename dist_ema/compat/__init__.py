@@ -1,6 +1,7 @@
-"""The averages that people already have in their scripts, over `EMA`: same names, same arguments, same keys in checkpoints.
+"""Drop-ins for the averages that scripts have already, over `EMA`.
 
-Each module is one package or snippet that it stands in for; the import line is all that changes in a script.
+Each module stands in for one package or snippet: same names, same arguments, same keys in
+checkpoints. The import line is all that changes in a script.
 """
 
 from __future__ import annotations

@@ -32,7 +32,14 @@ from ..recipes import batchnorm
 from ..schedules import Schedule
 from ..sharding import discovery, wrappers
 
-__all__ = ["AverageHolder", "CopiedModule", "ModuleAverage", "ModuleFn", "recalibrate_all"]
+__all__ = [
+    "AverageHolder",
+    "CopiedModule",
+    "Device",
+    "ModuleAverage",
+    "ModuleFn",
+    "recalibrate_all",
+]
 
 ModuleFn = Callable[[], nn.Module]
 Device = torch.device | str | int | None
@@ -223,7 +230,7 @@ class ModuleAverage:
         return dcp.whole(weights.averages[0].persistent, weights.averages[0].own_buffers)
 
     def load(self, entries: Mapping[str, Tensor]) -> None:
-        """Take what `entries` gave on as many ranks, or full weights; wrappers' prefixes are allowed.
+        """Take what `entries` gave on as many ranks, or full weights; wrappers' prefixes may stay.
 
         Note:
             *Collective* under FSDP.
@@ -301,7 +308,7 @@ class AverageHolder:
         return self._average.entries()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state_dict` gave on as many ranks, or full weights. *Collective* under FSDP."""
+        """Take what `state_dict` gave on as many ranks, or full weights. *Collective* (FSDP)."""
         self._average.load(state)
 
 

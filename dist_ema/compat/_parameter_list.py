@@ -337,7 +337,7 @@ class ShadowParams:
 
     @property
     def shadow_params(self) -> list[Tensor]:
-        """One tensor per parameter, in its form, made anew at each access. *Aliases* the average."""
+        """One tensor per parameter, in its form, made at each access. *Aliases* the average."""
         return self._list.shadows
 
     @shadow_params.setter

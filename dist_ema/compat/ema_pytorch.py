@@ -206,7 +206,7 @@ class EMA(CopiedModule):
         self.copied.pull(self.model, 1.0)
 
     def update_model_with_ema(self, decay: float | None = None) -> None:
-        """decay * model + (1 - decay) * average becomes the model; 0 copies. *Collective* (HSDP)."""
+        """The model becomes decay * model + (1 - decay) * average. *Collective* under HSDP."""
         decay = self.update_model_with_ema_beta if decay is None else decay
         if decay == 0.0:
             self.copy_params_from_ema_to_model()

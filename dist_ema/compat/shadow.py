@@ -73,7 +73,7 @@ class EMA(_Backup):
         self._registered("shadow").fill(values)
 
     def register(self) -> None:
-        """Begin, or begin again, at the parameters of now. Raises ValueError if none is trainable."""
+        """Begin, or begin again, at the parameters of now. Raises ValueError if all are frozen."""
         self._list = ParameterListAverage(source(self.model, only_trainable=True), self.decay)
 
     def update(self) -> None:

@@ -122,7 +122,8 @@ class EMACallback(Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert self.ema is not None
-        if trainer.loggers and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.loggers and trainer.global_step % interval == 0:
             metrics = self.ema.metrics(distance=False)
             values = {f"ema/{key}": metrics[key] for key in ("decay", "updates", "skipped")}
             for logger in trainer.loggers:
