@@ -145,7 +145,7 @@ def test_refusals(tmp_path: Path, words: list[str], sentence: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-# --- [Note: rounding] in kernels -----------------------------------------------------------------------------------
+# --- [Note: rounding] in rounding ----------------------------------------------------------------------------------
 
 
 def walk(exact: Tensor, live: Tensor, weight: float) -> Tensor:

@@ -24,7 +24,7 @@ from dist_ema import EMA
 from dist_ema.averaging.engines import HostThread
 from dist_ema.averaging.executors import Worker
 from dist_ema.averaging.kernels import cpu_plan, eager, rounding
-from dist_ema.averaging.kernels.cpu_plan import CHUNK, TASK, Pass, ramps
+from dist_ema.averaging.kernels.cpu_plan import CHUNK, SHARE, Pass, ramps
 from dist_ema.averaging.kernels.eager import WORTH, ShadowPair, UpdatePlan
 from dist_ema.averaging.kernels.pairs import LIVE, SHADOW
 from dist_ema.averaging.kernels.rounding import noise
@@ -179,24 +179,16 @@ def test_ramps(name: str, n: int) -> None:
 # --- the table ---------------------------------------------------------------------------------------------------
 
 
-@needs_numba
 def test_tasks() -> None:
-    """Every row is in one task, no task is empty, and none is much larger than a chunk."""
-    for sizes in ([64] * 4000, [1], [CHUNK], [3 * CHUNK + 5, 1, 1, CHUNK - 1] * 3, [CHUNK - 1] * 9):
-        made = Pass(
-            [
-                (ShadowPair("w", [torch.zeros(n)], torch.zeros(n), torch.arange), [(n, 0, 0)])
-                for n in sizes
-            ],
-            0,
-        )
-        lengths, tasks = made._rows[:, 0], made._tasks
-        assert lengths.sum() == sum(sizes)
-        assert (tasks[0], tasks[-1]) == (0, len(lengths))
-        assert (np.diff(tasks) > 0).all()
-        work = [lengths[a:b].sum() for a, b in itertools.pairwise(tasks)]
-        assert max(work) < 2 * CHUNK
-        assert len(work) <= -(-sum(sizes) // CHUNK)
+    """Every row is in one task, and no task is longer than its share by more than a row."""
+    for sizes in ([64] * 4000, [1], [CHUNK], [3, 1, 1, CHUNK - 1] * 9, [CHUNK] * 40):
+        ends = np.cumsum(sizes)
+        for tasks in (1, 2, 7, 64):
+            starts = cpu_plan._cut(ends, tasks)
+            assert (len(starts), starts[0], starts[-1]) == (tasks + 1, 0, len(sizes))
+            work = [sum(sizes[a:b]) for a, b in itertools.pairwise(starts)]
+            assert sum(work) == ends[-1]
+            assert max(work) < ends[-1] / tasks + max(sizes)
 
 
 @needs_numba
@@ -227,7 +219,7 @@ def test_bits_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
     results = []
     for number in (1, 2, 5):
         threads(number)
-        results.append(moved(True, make(F32, BF16, 2, 3 * TASK), [0.01, 0.6], [0.3, 0.1]))
+        results.append(moved(True, make(F32, BF16, 2, 3 * SHARE), [0.01, 0.6], [0.3, 0.1]))
     assert equal(results[0], results[1])
     assert equal(results[0], results[2])
 
@@ -236,19 +228,19 @@ def test_bits_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
 def test_threads_are_torchs(
     threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as torch's own kernels take here, and one per TASK; a host thread's bound holds."""
+    """As many as torch's own kernels take here, and one per SHARE; a host thread's bound holds."""
     eager._same_bits()  # which runs a pass once per process
     seen: list[int] = []
     run = cpu_plan._share
     monkeypatch.setattr(
-        cpu_plan, "_share", lambda move, n, count: (seen.append(count), run(move, n, count))
+        cpu_plan, "_share", lambda move, starts, n: (seen.append(n), run(move, starts, n))
     )
     threads(3)
-    large, small = make(BF16, F32, 1, 4 * TASK), make(BF16, F32, 1, TASK)
+    large, small = make(BF16, F32, 1, 4 * SHARE), make(BF16, F32, 1, SHARE)
     UpdatePlan(large, passes=True).run([0.5], 0)
     UpdatePlan(small, passes=True).run([0.5], 0)
     assert seen == [3, 1]
-    engine, inline = HostThread(None, Worker(2)), make(BF16, F32, 1, 4 * TASK)
+    engine, inline = HostThread(None, Worker(2)), make(BF16, F32, 1, 4 * SHARE)
     plan = UpdatePlan(large, passes=True)
     engine.update(plan, [0.25], 1, False)
     engine.settle()

@@ -8,14 +8,15 @@ once. Tables that are built once say where:
                                       full weight (low 32 bits, high), step from one to the next
     lives     addresses [rows]
     shadows   addresses [rows, averages]
-    tasks     first row of each task, and the end: CHUNK elements in small models, TASK in large
 
 [Note: threads]  Threads draw tasks from one iterator; who moves an element does not change its
-bits. They are Python's, started by each update that is worth more than one and joined before it
-returns. `numba.prange` is no faster (0.95 to 1.05 of the time for fp32, over 8 to 32 M elements)
-and ends the process where one that used it has forked, or where two threads run it at once.
-Calling torch's own OpenMP runtime saves 0.1 ms per update on an idle machine; on a busy one its
-threads spin, and an update of 8 M elements took 1.1 to 2.7 times as long.
+bits. They are Python's: an update that is worth more than one starts them and joins them before it
+returns. Calling torch's own OpenMP runtime through its C interface is no faster. Of its time, this
+pass took (fp32 from fp32, fp32 from bf16, bf16 from fp32; medians of ratios in turns, 32 M
+elements): 0.98, 0.97, 0.91 with one thread, and with two on a busy machine 0.83 to 1.27, 0.75 to
+1.29, 0.98 to 1.03. `numba.prange` took 1.02, 0.96, 0.79 and 0.95, 0.96, 0.80, and is not used for
+another reason: it ends the process where one that used it has forked, or where two threads run it
+at once on numba's own thread pool.
 
 [Note: no cache]  Compiling takes about a second per process and a tenth per further pair of
 dtypes, when a plan is made. numba could keep the result on disk, as a pickle, which this library
@@ -24,6 +25,7 @@ does not read.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +52,8 @@ __all__ = [
 ]
 
 CHUNK = 1 << 16  # elements in one row: live stays in the cache between averages
-TASK = 1 << 20  # elements: long tasks keep the memory's prefetching going
+SHARE = 1 << 20  # elements that are worth a thread
+DRAWS = 16  # tasks that a thread draws: not more, because each waits for the interpreter
 FEW = 16  # elements; ramps that are shorter than that on average are left to eager code
 
 Ramp = tuple[int, int, int]  # element numbers: how many, the first, the step to the next
@@ -155,9 +158,8 @@ class Pass:
         table = [row for k, entry in enumerate(group) for row in _rows(*entry, k)]
         columns = zip(*table, strict=True)
         self._rows, self._lives, self._shadows = (np.array(x, dtype=np.int64) for x in columns)
-        self._tasks = _cut_tasks(self._rows[:, 0])
-        moves = len(first.shadows) * int(self._rows[:, 0].sum())
-        self._threads = min(len(self._tasks) - 1, max(1, moves // TASK))
+        self._ends = self._rows[:, 0].cumsum()
+        self._threads = max(1, len(first.shadows) * int(self._ends[-1]) // SHARE)
         self._keys = np.zeros(len(self.pairs), dtype=np.uint32)
         self._weights = torch.zeros(len(first.shadows), dtype=torch.float32)
         self._places = self._weights.unbind()
@@ -178,12 +180,10 @@ class Pass:
         # NOTE: these counters tell autograd that a saved tensor was overwritten; torch's kernels
         # move them by themselves.
         torch.autograd.graph.increment_version(self._written)
-        sweep, tables, tasks = self._sweep.ctypes, self._tables, self._tasks
-
-        def move(task: int) -> None:
-            sweep(*tables, tasks[task], tasks[task + 1], len(self._places), guard)
-
-        _share(move, len(tasks) - 1, min(torch.get_num_threads(), self._threads))
+        sweep, tables, averages = self._sweep.ctypes, self._tables, len(self._places)
+        threads = min(torch.get_num_threads(), self._threads)
+        starts = _cut(self._ends, 1 if threads == 1 else DRAWS * threads)
+        _share(lambda begin, end: sweep(*tables, begin, end, averages, guard), starts, threads)
 
 
 def _rows(pair: ShadowPair, numbers: list[Ramp], key: int) -> Iterator[tuple[list[int], ...]]:
@@ -198,15 +198,10 @@ def _rows(pair: ShadowPair, numbers: list[Ramp], key: int) -> Iterator[tuple[lis
         at += length
 
 
-def _cut_tasks(lengths: Any) -> list[int]:
-    """Where tasks begin in rows of these lengths, and where the last one ends.
-
-    64 of them, or more of TASK elements: enough for every thread to get as much as the others.
-    """
-    ends = np.cumsum(lengths)
-    # The task that the last element of a row would fall into.
-    number = (ends - 1) // min(max(CHUNK, ends[-1] // 64), TASK)
-    return [*np.flatnonzero(np.diff(number, prepend=-1)).tolist(), len(lengths)]
+def _cut(ends: Any, tasks: int) -> list[int]:
+    """Where each of these tasks begins in rows that end there, and where the last one ends."""
+    starts = np.searchsorted(ends, ends[-1] * np.arange(tasks + 1) // tasks, side="right")
+    return starts.tolist()  # type: ignore[no-any-return]
 
 
 def _base(tensor: Tensor) -> Tensor:
@@ -214,16 +209,16 @@ def _base(tensor: Tensor) -> Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
-def _share(move: Callable[[int], None], tasks: int, threads: int) -> None:
-    """Call move(0) to move(tasks - 1) on this thread and others, and wait ([Note: threads]).
+def _share(move: Callable[[int, int], None], starts: list[int], threads: int) -> None:
+    """Move the rows between consecutive starts on several threads, and wait ([Note: threads]).
 
-    `move` releases the interpreter. Orders: all tasks, then what follows in the caller.
+    `move(begin, end)` releases the interpreter. Orders: all rows, then what follows in the caller.
     """
-    numbers = iter(range(tasks))  # drawing from it is atomic
+    tasks = itertools.pairwise(starts)  # drawing from it is atomic
 
     def draw() -> None:
-        for task in numbers:
-            move(task)
+        for begin, end in tasks:
+            move(begin, end)
 
     others = [threading.Thread(target=draw) for _ in range(threads - 1)]
     for thread in others:
