@@ -24,7 +24,9 @@ whatever the shards hold by then. Every verb that writes shards, or that must fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -34,12 +36,12 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from .fsdp1 import FlatSlice, flat_parameters, fsdp1_members
-from .parameters import Parameters
-from .records import Kind, ModelShards, Region, Shard, registered_buffer, storage_order
+from .fsdp1 import FLAT_PARAMETER, FlatSlice, FlatSlices, flat_slices, fsdp1_members
+from .parameters import Parameters, unsharded_copies
+from .records import Kind, ModelShards, Region, Shard, registered, registered_buffer, storage_order
 from .wrappers import Replicated, reshard, walk_modules
 
-__all__ = ["find_shards", "redescribe"]
+__all__ = ["InventoryChanges", "compare_inventory", "find_shards", "redescribe"]
 
 
 def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> ModelShards:
@@ -50,26 +52,36 @@ def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -
     Raises ValueError for what cannot be averaged by elements: meta tensors, strided or expanded weights, Partial
     placements, FSDP1 over tensor parallel.
     """
+    outer = None if replicated is None else Replicated(replicated, frozenset())
+    walk = list(walk_modules(model, outer))
+    modules = list(dict.fromkeys(module for _, module, _ in walk))
     sharded: list[nn.Module] = [
-        m for m in model.modules() if isinstance(m, (FSDPModule, FullyShardedDataParallel))
+        m for m in modules if isinstance(m, (FSDPModule, FullyShardedDataParallel))
     ]
     if isinstance(model, Parameters):
         sharded = model.owners
     reshard(sharded)
-    flats = dict(flat_parameters(model))
+    flats = flat_slices(modules)
+    # NOTE: in the order of the modules, not of a set: every rank must ask in the same order.
+    owners = {
+        m: fsdp1_members(m)
+        for m in modules
+        if isinstance(m, FullyShardedDataParallel) and m._handle
+    }
     seen: dict[Any, Shard] = {}
     unfilled: list[tuple[str, tuple[nn.Module, str]]] = []
-    walk = list(
-        walk_modules(model, ddp=None if replicated is None else Replicated(replicated, frozenset()))
-    )
     for prefix, module, ddp in walk:
         for name, tensor, flat in _parameters(module, flats):
             key = id(tensor) if flat is None else flat.key
             if key in seen:
                 seen[key].aliases.append(prefix + name)
                 continue
+            if flat is not None:
+                ranks = tuple(owners[flat.owner][0])
+                seen[key] = flat(prefix + name, tensor, (module, name), ranks)
+                continue
             around = ddp if ddp and prefix + name not in ddp.parameters_to_ignore else None
-            seen[key] = (flat or _plain)(prefix + name, tensor, (module, name), around)
+            seen[key] = _plain(prefix + name, tensor, (module, name), around)
         for name, buffer in module._buffers.items():
             persistent = name not in module._non_persistent_buffers_set
             if buffer is None:
@@ -92,9 +104,121 @@ def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -
         shard.average_frozen = (
             shard.dense and shard.dtype.itemsize > 1
         )  # the others can be copied, but not averaged
-    members, group = _members([ddp for _, _, ddp in walk if ddp], shards, flats)
+    members, group = _members([ddp for _, _, ddp in walk if ddp], shards, list(owners.values()))
     _choose_writers(shards, members)
     return ModelShards(shards, members, group, sharded, unfilled)
+
+
+@dataclass(frozen=True)
+class InventoryChanges:
+    """How a module tree differs from the records of it, by canonical names.
+
+    False where nothing changed. `replaced`, `gone` and `retied` need a decision of the user.
+    """
+
+    replaced: tuple[str, ...] = ()  # weights: another tensor object stands under the name
+    gone: tuple[str, ...] = ()  # weights that the tree no longer has
+    new_trainable: tuple[str, ...] = ()
+    new_frozen: tuple[str, ...] = ()
+    retied: tuple[str, ...] = ()  # names that came to a known weight, or that left one which stays
+    unfrozen: tuple[str, ...] = ()  # weights that need a gradient now, and did not
+    frozen: tuple[str, ...] = ()
+    new_buffers: tuple[str, ...] = ()  # those that were None among them
+    replaced_buffers: tuple[str, ...] = ()  # by another module's, or tied otherwise
+    gone_buffers: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, field.name) for field in fields(self))
+
+
+def compare_inventory(model: nn.Module, shards: Sequence[Shard]) -> InventoryChanges:
+    """Compare the records of a model with its module tree as it is now.
+
+    Args:
+        model: What `find_shards` was given.
+        shards: What it found then.
+
+    Returns:
+        What changed. Weights are compared by identity, so a storage that moved is no change.
+        Modules assign new tensors to their buffers, so these are compared by their module.
+
+    Note:
+        Local. FSDP2 may hold weights unsharded. *Cost*: 1 us per weight; no element is read.
+    """
+    walk = [(prefix, module) for prefix, module, _ in walk_modules(model)]
+    weights = [shard for shard in shards if shard.kind != "buffer"]
+    changes = _compare_weights(walk, weights)
+    _compare_buffers(walk, [shard for shard in shards if shard.kind == "buffer"], changes)
+    changed = {*changes["replaced"], *changes["gone"]}
+    for shard in weights:
+        needs_gradient = shard.tensor.requires_grad
+        flipped = needs_gradient != (shard.kind == "trainable") and not shard.average_frozen
+        if flipped and shard.name not in changed:
+            changes["unfrozen" if needs_gradient else "frozen"].append(shard.name)
+    return InventoryChanges(**{field: tuple(names) for field, names in changes.items()})
+
+
+def _compare_weights(
+    walk: list[tuple[str, nn.Module]], weights: list[Shard]
+) -> defaultdict[str, list[str]]:
+    """The changes of weights, by the fields of `InventoryChanges`."""
+    flats = flat_slices(module for _, module in walk)
+    keys = {shard.name: _key(shard, flats) if flats else id(shard.tensor) for shard in weights}
+    expected = dict(keys)
+    expected |= {alias: keys[shard.name] for shard in weights for alias in shard.aliases}
+    changes: defaultdict[str, list[str]] = defaultdict(list)
+    found = {
+        prefix + name: id(tensor) if flat is None else flat.key
+        for prefix, module in walk
+        if module._parameters or flats
+        for name, tensor, flat in _parameters(module, flats)
+    }
+    if found == expected:
+        return changes
+    for name in [name for name in expected if name not in found]:
+        changes["gone" if name in keys else "retied"].append(name)
+    known, copies = set(keys.values()), unsharded_copies(module for _, module in walk)
+    for prefix, module in walk:
+        for name, tensor, flat in _parameters(module, flats):
+            full, tensor = prefix + name, copies.get(id(tensor), tensor)
+            key = id(tensor) if flat is None else flat.key
+            if expected.get(full) == key:
+                continue
+            if key in known or (full in expected and full not in keys):
+                changes["retied"].append(full)
+            elif full in keys:
+                changes["replaced"].append(full)
+            else:
+                changes["new_trainable" if tensor.requires_grad else "new_frozen"].append(full)
+    return changes
+
+
+def _compare_buffers(
+    walk: list[tuple[str, nn.Module]], buffers: list[Shard], changes: defaultdict[str, list[str]]
+) -> None:
+    expected = {name: shard for shard in buffers for name in (shard.name, *shard.aliases)}
+    missing = set(expected)
+    for prefix, module in walk:
+        for name, buffer in module._buffers.items() if module._buffers else ():
+            full = prefix + name
+            shard = expected.get(full)
+            if shard is None:
+                if buffer is not None:
+                    changes["new_buffers"].append(full)
+            elif buffer is not None or not shard.persistent:
+                missing.discard(full)
+                persistent = name not in module._non_persistent_buffers_set
+                tied = full != shard.name and buffer is registered(shard)
+                if persistent != shard.persistent or not (module is shard.place[0] or tied):
+                    changes["replaced_buffers"].append(full)
+    changes["gone_buffers"] += [name for name in expected if name in missing]
+
+
+def _key(shard: Shard, flats: FlatSlices) -> Any:
+    """What `_parameters` finds where the weight is still registered."""
+    module, name = shard.place
+    flat = flats.get(id(module), {}).get(name)
+    return flat.key if flat is not None and flat.tensor is shard.tensor else id(shard.tensor)
 
 
 def redescribe(shard: Shard) -> None:
@@ -110,20 +234,18 @@ def redescribe(shard: Shard) -> None:
 
 
 def _parameters(
-    module: nn.Module, flats: dict[tuple[int, str], FlatSlice]
+    module: nn.Module, flats: FlatSlices
 ) -> Iterator[tuple[str, Tensor, FlatSlice | None]]:
     """(name, tensor, slice of an FSDP1 flat parameter or None) of the module's own parameters, in their order."""
-    own = [
-        name
-        for name, p in module._parameters.items()
-        if p is not None and not getattr(p, "_is_flat_param", False)
-    ]
-    hidden = [name for owner, name in flats if owner == id(module) and name not in own]
-    for name in own + hidden:
-        flat = flats.get((id(module), name))
-        tensor = module._parameters[name] if flat is None else flat.tensor
-        assert tensor is not None
-        yield name, tensor, flat
+    slices, own = flats.get(id(module), {}), module._parameters
+    for name, parameter in own.items():
+        if parameter is not None and name != FLAT_PARAMETER:
+            slice_ = slices.get(name)
+            known = slice_ is not None and slice_.tensor is parameter  # else it was replaced
+            yield name, parameter, slice_ if known else None
+    for name, slice_ in slices.items():
+        if own.get(name) is None:
+            yield name, slice_.tensor, slice_
 
 
 # --- one record --------------------------------------------------------------------------------------------------
@@ -215,7 +337,9 @@ _DENSE = "Strided and expanded weights cannot be averaged in place: make it cont
 
 
 def _members(
-    replicated: list[Replicated], shards: list[Shard], flats: dict[tuple[int, str], FlatSlice]
+    replicated: list[Replicated],
+    shards: list[Shard],
+    fsdp1: list[tuple[list[int], dist.ProcessGroup | None]],
 ) -> tuple[list[int], dist.ProcessGroup | None]:
     """The ranks that hold the model together: the widest mesh or group found, which must contain the others."""
     found: list[tuple[list[int], dist.ProcessGroup | None]] = []
@@ -228,10 +352,7 @@ def _members(
     found += [
         (dist.get_process_group_ranks(each.group), each.group) for each in dict.fromkeys(replicated)
     ]
-    # NOTE: in the order of the modules, not of a set: every rank must ask in the same order.
-    found += [
-        fsdp1_members(owner) for owner in dict.fromkeys(slice_.owner for slice_ in flats.values())
-    ]
+    found += fsdp1
     if not found:
         return [dist.get_rank() if dist.is_initialized() else 0], None
     widest = max(found, key=lambda entry: len(entry[0]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .records import Kind, Region, Shard, storage_order
-from .wrappers import Replicated
 
-__all__ = ["FlatSlice", "flat_parameters", "fsdp1_members"]
+__all__ = ["FLAT_PARAMETER", "FlatSlice", "FlatSlices", "flat_slices", "fsdp1_members"]
 
 
-# --- FSDP1 -------------------------------------------------------------------------------------------------------
+FLAT_PARAMETER = "_flat_param"  # the name under which FSDP1 registers it
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class FlatSlice:
 
     owner: FullyShardedDataParallel
     index: int
-    ranks: tuple[int, ...]  # that hold the flat parameter together, replicas included
 
     @property
     def key(self) -> tuple[int, int]:
@@ -42,8 +40,13 @@ class FlatSlice:
         return self._flat if params is None else params[self.index]  # type: ignore[no-any-return]
 
     def __call__(
-        self, name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: Replicated | None
+        self,
+        name: str,
+        tensor: Tensor,
+        place: tuple[nn.Module, str],
+        ranks: tuple[int, ...],
     ) -> Shard:
+        """The record. `ranks`: which hold the flat parameter together, replicas included."""
         flat, handle = self._flat, self.owner._handle
         if flat.is_meta:
             raise ValueError(
@@ -67,8 +70,11 @@ class FlatSlice:
         raw = partial(_local_shard, flat)
         shard = Shard(name, kind, shape, tensor, place, held, raw, info.offset_in_shard or 0, order)
         shard.replicas, shard.flat = () if outer is None else (outer,), not sharded
-        shard.owner_ranks = self.ranks
+        shard.owner_ranks = ranks
         return shard
+
+
+FlatSlices = dict[int, dict[str, FlatSlice]]  # by the id of the module, then by parameter name
 
 
 def _local_shard(flat: Any) -> Tensor:
@@ -76,19 +82,19 @@ def _local_shard(flat: Any) -> Tensor:
     return local
 
 
-def flat_parameters(model: nn.Module) -> Iterator[tuple[tuple[int, str], FlatSlice]]:
-    """((id of the module, parameter name), slice) of all that FSDP1 flattened, tied names included."""
-    for module in model.modules():
-        if not isinstance(module, FullyShardedDataParallel) or module._handle is None:
+def flat_slices(modules: Iterable[nn.Module]) -> FlatSlices:
+    """All that FSDP1 flattened in these modules, tied names included."""
+    found: FlatSlices = {}
+    for owner in modules:
+        if not isinstance(owner, FullyShardedDataParallel) or owner._handle is None:
             continue
-        flat, ranks = module._handle.flat_param, tuple(fsdp1_members(module)[0])
-        index = {}
+        flat = owner._handle.flat_param
         for i, info in enumerate(flat._param_infos):
-            index[info.module, info.param_name] = i
-            yield (id(info.module), info.param_name), FlatSlice(module, i, ranks)
+            found.setdefault(id(info.module), {})[info.param_name] = FlatSlice(owner, i)
         for shared in flat._shared_param_infos:
-            first = index[shared.prim_module, shared.prim_param_name]
-            yield (id(shared.module), shared.param_name), FlatSlice(module, first, ranks)
+            first = found[id(shared.prim_module)][shared.prim_param_name]
+            found.setdefault(id(shared.module), {})[shared.param_name] = first
+    return found
 
 
 def fsdp1_members(owner: FullyShardedDataParallel) -> tuple[list[int], dist.ProcessGroup | None]:

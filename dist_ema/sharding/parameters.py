@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from .names import canonical
 
-__all__ = ["Model", "Parameters", "fsdp2_records", "module_of"]
+__all__ = ["Model", "Parameters", "fsdp2_records", "module_of", "unsharded_copies"]
 
 
 Model = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -56,22 +56,13 @@ class Parameters(nn.Module):
 
     def _find_owners(self) -> list[nn.Module]:
         """The FSDP2 modules around. A copy that one of them unsharded gives way to the shard ([Note: stale roots])."""
-        names: dict[int, list[str]] = {}
-        for name, tensor in self._parameters.items():
-            names.setdefault(id(tensor), []).append(name)
-        owners: list[nn.Module] = []
-        for module, record in fsdp2_records():
-            copies = [
-                getattr(record, f"_{kind}_param", None)
-                for kind in ("unsharded", "sharded_post_forward")
-            ]
-            mine = [
-                name for one in (record.sharded_param, *copies) for name in names.get(id(one), [])
-            ]
-            self._parameters.update(dict.fromkeys(mine, record.sharded_param))
-            if mine and module not in owners:
-                owners.append(module)
-        return owners
+        modules = list(_module_state_mapping)
+        copies = unsharded_copies(modules)
+        for name, tensor in self.tensors.items():
+            self.tensors[name] = copies.get(id(tensor), tensor)
+        given = set(map(id, self.tensors.values()))
+        records = fsdp2_records(modules)
+        return list(dict.fromkeys(m for m, each in records if id(each.sharded_param) in given))
 
 
 _TAKES = "EMA takes a module, parameters, or pairs of a name and a parameter"
@@ -82,19 +73,26 @@ def module_of(model: Model) -> nn.Module:
     return model if isinstance(model, nn.Module) else Parameters(model)
 
 
-def fsdp2_records() -> Iterator[tuple[nn.Module, Any]]:
-    """(module, what FSDP2 keeps of one parameter) of every model of this process."""
-    states: list[tuple[nn.Module, Any]] = [
-        (module, state()) for module, state in _module_state_mapping.items()
-    ]
-    for module, state in states:
-        if isinstance(module, FSDPModule) and state is not None:
-            groups = getattr(state, "_fsdp_param_groups", None) or [
-                state._fsdp_param_group
-            ]  # torch 2.8: one
-            yield from (
-                (module, record)
-                for group in groups
-                if group is not None
-                for record in group.fsdp_params
-            )
+def fsdp2_records(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
+    """(module, what FSDP2 keeps of one parameter) of those of `modules` that were given to fully_shard."""
+    for module in modules:
+        reference = _module_state_mapping.get(module) if isinstance(module, FSDPModule) else None
+        state: Any = None if reference is None else reference()
+        if state is None:
+            continue
+        # torch 2.8 has one group.
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in groups:
+            for record in () if group is None else group.fsdp_params:
+                yield module, record
+
+
+def unsharded_copies(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
+    """The sharded parameter behind each parameter that FSDP2 unsharded, by the id of the copy."""
+    copies = {}
+    for _, record in fsdp2_records(modules):
+        for attribute in ("_unsharded_param", "_sharded_post_forward_param"):
+            copy = getattr(record, attribute, None)
+            if copy is not None:
+                copies[id(copy)] = record.sharded_param
+    return copies
