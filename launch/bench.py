@@ -345,18 +345,18 @@ def updates(args: argparse.Namespace) -> list[Row]:
     n = sum(p.numel() for p in model.parameters())
     plain = references(n, args.device)
     label = "ours" if args.averages == 1 else f"ours, {args.averages} averages in one pass"
-    mine = Case(f"{label}, fp32 shadow", *ours(model, torch.float32, args.averages))
-    rows = _rows([*plain, mine], interleave([*plain, mine], args.repeat, args))
+    full = Case(f"{label}, fp32 shadow", *ours(model, torch.float32, args.averages))
+    rows = _rows([*plain, full], interleave([*plain, full], args.repeat, args))
     compact = Case(f"{label}, bf16 shadow", *ours(model, torch.bfloat16, args.averages))
-    cases = [*plain, mine, compact]
-    rows += _rows(cases, interleave(cases, -(-args.repeat // 3), args), ours=mine.name)[-1:]
+    cases = [*plain, full, compact]
+    rows += _rows(cases, interleave(cases, -(-args.repeat // 3), args), ours=full.name)[-1:]
     del compact, cases
     for name, make in PEERS.items() if args.peers else ():
         gc.collect()
         try:
-            peer = Case(name, make(model), mine.nbytes)
-            cases = [*plain, mine, peer]
-            rows += _rows(cases, interleave(cases, args.repeat, args), ours=mine.name)[-1:]
+            peer = Case(name, make(model), full.nbytes)
+            cases = [*plain, full, peer]
+            rows += _rows(cases, interleave(cases, args.repeat, args), ours=full.name)[-1:]
         except ImportError:
             rows.append(Row(name, note="not installed"))
         except Exception as error:  # a peer that cannot do it is a result
@@ -512,9 +512,9 @@ def probe(args: argparse.Namespace, job: str, folder: Path) -> dict[str, float]:
     ema = EMA(model, DECAY)
     meter.start()
     result = verb(ema, job, folder)
-    said = meter.stop()
+    measured = meter.stop()
     del result
-    return said
+    return measured
 
 
 def verb(ema: EMA, name: str, folder: Path) -> object:
@@ -557,31 +557,31 @@ def _launch(
     fresh = multiprocessing.get_context("forkserver")
     fresh.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "dist_ema.ema"])
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
-        said = [Path(folder) / f"{rank}.json" for rank in range(len(environs))]
+        reports = [Path(folder) / f"{rank}.json" for rank in range(len(environs))]
         processes = [
             fresh.Process(
                 target=_report, args=(args, job, path, environ | {"STORE": f"{folder}/store"})
             )
-            for path, environ in zip(said, environs, strict=True)
+            for path, environ in zip(reports, environs, strict=True)
         ]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
-        if not all(path.exists() for path in said):
+        if not all(path.exists() for path in reports):
             codes = [process.exitcode for process in processes]
             raise RuntimeError(
                 f"measuring {job} failed with exit codes {codes}; what it printed stands above."
             )
-        results: list[dict[str, float]] = [json.loads(path.read_text()) for path in said]
+        results: list[dict[str, float]] = [json.loads(path.read_text()) for path in reports]
     return {key: max(result[key] for result in results) for key in results[0]}
 
 
 def _report(args: argparse.Namespace, job: str, path: Path, environ: dict[str, str]) -> None:
     """In a process of its own: measure `job`, and write what came out to `path`."""
     os.environ |= environ
-    said = (probe_ranks if "RANK" in environ else probe)(args, job, path.parent)
-    path.write_text(json.dumps(said))
+    measured = (probe_ranks if "RANK" in environ else probe)(args, job, path.parent)
+    path.write_text(json.dumps(measured))
     os._exit(0)  # gloo now and then aborts while the interpreter ends
 
 
@@ -672,13 +672,13 @@ def _lines(path: str) -> list[str]:
 
 
 def commit() -> str:
-    said = subprocess.run(
+    described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
     )
-    return said.stdout.strip() or "unknown"
+    return described.stdout.strip() or "unknown"
 
 
 def passes() -> str:

@@ -54,7 +54,7 @@ def read(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_update(tmp_path: Path, dtype: str) -> None:
     """The bytes of every row, and ratios that follow from them; every fact that a reader needs to repeat the run."""
-    said = bench(
+    printed = bench(
         "--model",
         "tiny",
         "--repeat",
@@ -81,7 +81,7 @@ def test_update(tmp_path: Path, dtype: str) -> None:
         "repeat",
     ):
         assert result[key] not in ("", None), key
-    assert result["command"] in said
+    assert result["command"] in printed
     n, live = result["elements"], 4 if dtype == "float32" else 2
     rows = {row["name"]: row for row in result["update"]}
     moved = {"add": 12 * n, "add_": 12 * n, "copy_": 8 * n}

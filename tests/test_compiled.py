@@ -317,7 +317,7 @@ def test_without_numba() -> None:
 
 
 def test_a_small_model_never_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numba takes half a second to import and a second to compile: below WORTH nobody looks whether it is there."""
+    """Importing and compiling take a second and a half: below WORTH a plan does not look for numba."""
 
     def refuse() -> bool:
         raise AssertionError("a small plan asked for numba")
@@ -359,13 +359,13 @@ def test_no_pass_for_what_only_looks_like_memory() -> None:
     class Quantised(Tensor):
         pass
 
-    plain, odd = torch.zeros(9), torch.ones(9).as_subclass(Quantised)
-    for shadow, live in ((plain, odd), (odd, plain)):
+    plain, quantised = torch.zeros(9), torch.ones(9).as_subclass(Quantised)
+    for shadow, live in ((plain, quantised), (quantised, plain)):
         assert count(UpdatePlan([ShadowPair("w", [shadow], live, torch.arange)], passes=True)) == 0
 
 
 def test_contraction_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch whose lerp rounds after the product, on either side of 0.5, is told from one that does not: `_same_bits`."""
+    """`_same_bits` sees a lerp that rounds after the product, on either side of 0.5."""
     tried, lerp = eager._same_bits.__wrapped__, torch.lerp
     for near, far in ((True, True), (True, False), (False, True)):
 
@@ -382,7 +382,7 @@ def test_contraction_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_numba
 def test_numba_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What numba refuses to compile is said once, and eager torch takes over."""
+    """Numba refuses to compile: one warning, and eager torch takes over."""
 
     from dist_ema.averaging.kernels import cpu_numba
 

@@ -361,7 +361,7 @@ def test_steps_in_other_modes(mode: Any, device: str | None) -> None:
     """Windows made in inference mode could never be written outside, casts would change bits. Guards inference_mode(False)
     in the hooks."""
     results = []
-    for odd in (True, False):
+    for other_mode in (True, False):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.bfloat16)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -370,7 +370,7 @@ def test_steps_in_other_modes(mode: Any, device: str | None) -> None:
         for step in range(4):
             for p in model.parameters():
                 p.grad = torch.full_like(p, step + 1)
-            with mode() if odd and step < 3 else nullcontext():
+            with mode() if other_mode and step < 3 else nullcontext():
                 optimizer.step()
         results.append([*ema.gather().values()])
     assert same(*results)
@@ -421,7 +421,7 @@ def test_another_default_dtype(device: str | None) -> None:
 
 
 def test_the_worker_bounds_its_own_threads() -> None:
-    mine = torch.get_num_threads()
+    before = torch.get_num_threads()
     seen: list[Any] = []
     worker = Worker(threads=1)
     ticket = worker.submit(
@@ -431,7 +431,7 @@ def test_the_worker_bounds_its_own_threads() -> None:
     )
     worker.wait(ticket)
     assert seen == [(1, False, True)]
-    assert torch.get_num_threads() == mine
+    assert torch.get_num_threads() == before
 
 
 # --- the hot path --------------------------------------------------------------------------------------------------
@@ -618,7 +618,7 @@ class Sinner:
         self._plan.run(weights, number, guard)
 
 
-def test_the_hot_path_waits_for_nobody() -> None:
+def test_the_hot_path_never_waits() -> None:
     """Red if anything on the way from a hook to the kernels looks at a value: see `SINS` and `Sinner`."""
     run_ranks(2, hot_path)
 

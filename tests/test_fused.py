@@ -44,7 +44,7 @@ EXACT = [0.0, 0.25, 0.5, 0.75, 1.0]  # products by these are not rounded
 
 
 def interpret() -> None:
-    assert "triton" not in sys.modules, "imported before it was told to interpret"
+    assert "triton" not in sys.modules, "imported before the interpreter was chosen"
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     warnings.simplefilter("error")
@@ -350,7 +350,7 @@ def test_supports(interpreted: Any) -> None:
 
 
 def test_not_without_the_interpreter() -> None:
-    """On a CPU nobody gets the kernel unless Triton is interpreted."""
+    """A CPU has the kernel only where Triton is interpreted."""
     assert not available(CPU)
     with pytest.raises(ValueError, match="w: no kernel takes"):
         FusedPlan([ShadowPair("w", [torch.ones(1)], torch.ones(1), numbers(0))])
@@ -610,7 +610,7 @@ def test_a_wrong_kernel_is_not_used(interpreted: Any, how: str) -> None:
     interpreted(check_proof, how)
 
 
-def test_nobody_else_compares() -> None:
+def test_the_comparison_does_not_recurse() -> None:
     """Without a fallback there is no comparison: the comparison itself must not recurse."""
     assert gpu_plan.FusedPlan([], 0)._others is None
 

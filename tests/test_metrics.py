@@ -332,7 +332,7 @@ def test_lag_of_a_host_thread() -> None:
 
 
 class Held:
-    """A worker that works when it is waited for; moves: or after somebody looked."""
+    """A worker that works when it is waited for; moves: or after it was asked."""
 
     def __init__(self, moves: bool = False) -> None:
         self._work: list[Callable[[], None]] = []
@@ -369,8 +369,8 @@ def test_averaged_buffers_are_in_the_times() -> None:
     assert 0 < known["stall_ms"] == known["update_ms"]
 
 
-def test_a_meter_that_nobody_reads() -> None:
-    """It keeps the last intervals only, and goes on when somebody reads."""
+def test_a_meter_that_is_not_read() -> None:
+    """It keeps the last intervals only, and goes on when it is read."""
     streams, meter = Streams(), Meter()
     streams.seen = 1e9
     for i in range(3 * UNREAD):

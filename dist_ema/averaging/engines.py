@@ -6,8 +6,8 @@ is a collective.
 
     compute   | forward | backward | step |  forward | backward | fence step |
     side                           update >==========>                          Overlapped
-    copy                           update >=====>                               HostThread: to a window,
-    thread                                     >=================>              averaged from the window
+    copy                           update >=====>                               HostThread: to a
+    thread                                     >=================>              window, and from it
 
 [Note: times]  Every engine times its updates and what it adds to a step, with marks that are read
 later, so that timing never waits. On an accelerator a mark is an event, elsewhere the host's clock.

@@ -56,7 +56,7 @@ def measure(states: Sequence[ParamState], started: bool, split: bool, ranks: int
 
 
 def compare(measured: Sequence[dict[str, Any]]) -> tuple[float, bool]:
-    """Combine what every rank measured: (relative L2 distance of live and average, replicas agree)."""
+    """From what every rank measured: (relative L2 distance to live, replicas are equal)."""
     apart, whole = (math.fsum(rank["squares"][i] for rank in measured) for i in (0, 1))
     # NOTE: nothing is a fraction of a model of zeros; nan says that live or the average holds one.
     distance = math.sqrt(apart / whole) if whole else math.inf if apart else 0.0

@@ -86,7 +86,8 @@ def compile_pass(live: torch.dtype, shadow: torch.dtype) -> Any:
 
     @jit
     def move(
-        live: Any, shadow: Any, n: int, weight: Any, guard: bool, key: Any, low: int, high: int, step: int
+        live: Any, shadow: Any, n: int, weight: Any, guard: bool,
+        key: Any, low: int, high: int, step: int,
     ) -> None:  # fmt: skip
         """Move n elements as torch.lerp does: from the nearer end."""
         near = abs(weight) < np.float32(0.5)

@@ -33,7 +33,7 @@ class ShadowPair:
 
     @property
     def rounds(self) -> bool:
-        """The shadows have 16 bits and are rounded stochastically ([Note: rounding] in rounding)."""
+        """The shadows have 16 bits: they round stochastically ([Note: rounding] in rounding)."""
         return self.shadows[0].dtype in (torch.bfloat16, torch.float16)
 
     @property
