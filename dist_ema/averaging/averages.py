@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -187,15 +188,21 @@ class AveragedWeights:
         """The model holds one of these averages."""
         return self._swaps.open
 
-    def refuse(self, verb: str, reads: Reads) -> None:
-        """Raise RuntimeError where `verb` would read or write something else than training weights."""
+    def refuse(self, verb: str, reads: Reads, further: Iterable[Tensor] = ()) -> None:
+        """Raise RuntimeError where `verb` would read or write something else than training weights.
+
+        Args:
+            verb: As the user called it.
+            reads: What it reads or writes.
+            further: Weights that belong to the whole model beside those that are known here.
+        """
         if self._swaps.open:
             hint = " metrics(distance=False) works here." if verb == "ema.metrics" else ""
             raise RuntimeError(
                 f"{verb}() inside ema.swap(): the model holds the average, not the training "
                 f"weights.{hint}"
             )
-        tensors = (state.shard.tensor for state in self.states)
+        tensors = chain((state.shard.tensor for state in self.states), further)
         if (reads & Reads.LIVE and self._swaps.open_beside) or (
             reads & Reads.WHOLE_MODEL and self._swaps.any_open(tensors)
         ):

@@ -60,5 +60,5 @@ class SwapRegistry:
 
     def any_open(self, tensors: Iterable[Tensor]) -> bool:
         """Some average in this process has swapped one of these weights or buffers."""
-        wanted = frozenset(map(id, tensors))
-        return any(other.open and not wanted.isdisjoint(other._weights) for other in _REGISTRIES)
+        swapped = [other._weights for other in _REGISTRIES if other.open]
+        return bool(swapped) and not frozenset().union(*swapped).isdisjoint(map(id, tensors))

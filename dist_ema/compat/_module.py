@@ -167,7 +167,7 @@ class ModuleAverage:
 
     def update(self, model: nn.Module, decay: float) -> None:
         """Move towards `model`; 0 copies. No collective, no host sync."""
-        self.follow(model)
+        self._begin_update(model)
         self.average.update(decay=decay)
         self._forget_buffers()
 
@@ -176,9 +176,14 @@ class ModuleAverage:
         self, model: nn.Module, rule: Callable[[Sequence[tuple[Tensor, Tensor]]], None]
     ) -> None:
         """Move by a function of (shadow, live) views of what this rank averages."""
-        self.follow(model)
+        self._begin_update(model)
         self.average.weights.move_by(rule)
         self._forget_buffers()
+
+    def _begin_update(self, model: nn.Module) -> None:
+        """An update copies frozen weights and buffers too, so nobody may have swapped those."""
+        self.follow(model)
+        self.average.weights.refuse("update", Reads.WHOLE_MODEL)
 
     def _forget_buffers(self) -> None:
         """An update ends what was recalibrated, as it overwrites the buffers of a copy."""

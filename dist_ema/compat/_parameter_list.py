@@ -304,11 +304,11 @@ class ParameterListAverage:
     def _held(self, verb: str, given: Model | None) -> list[Shard]:
         """The records of parameters that are not swapped, and that no update reads now."""
         self.follow()
-        self.weights.refuse(verb, Reads.WHOLE_MODEL)
-        self.weights.settle()
         model = self._ema.model if given is None else source(given)
         # The search frees what FSDP holds unsharded: the next forward reads what is written here.
         shards = discovery.find_shards(model).shards
+        self.weights.refuse(verb, Reads.WHOLE_MODEL, (shard.tensor for shard in shards))
+        self.weights.settle()
         by_name = {name: shard for shard in shards for name in (shard.name, *shard.aliases)}
         names = model.tensors if isinstance(model, Parameters) else self.names
         return [by_name[name] for name in names]
