@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dist_ema import EMA
 from dist_ema.averaging.engines import HostThread
 from dist_ema.compat import contrib, diffusers, ldm, shadow, torch_ema
+from dist_ema.compat._parameter_list import ParameterListAverage
 from dist_ema.sharding import wrappers
 from tests.kit import Collectives, Net, Oracle, Training, raises, run_ranks, same, snapshot, wrap
 from tests.test_compat_modules import Watch
@@ -873,6 +874,13 @@ def test_parameters_that_move() -> None:
     ):
         ema.update([*model.parameters()][::-1])
     assert same(before, ema.shadow_params)
+
+
+def test_another_model_is_refused() -> None:
+    """A list over a module names what another module lacks. Guards `ParameterListAverage._move_to`."""
+    average = ParameterListAverage(nn.Linear(2, 2), 0.5)
+    with pytest.raises(ValueError, match="the average and what was given differ in bias"):
+        average.update(0.5, nn.Linear(2, 2, bias=False))
 
 
 def test_tied_in_a_list() -> None:
