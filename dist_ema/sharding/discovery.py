@@ -24,12 +24,14 @@ whatever the shards hold by then. Every verb that writes shards, or that must fi
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -38,7 +40,16 @@ from torch.nn.parameter import is_lazy
 
 from .fsdp1 import FLAT_PARAMETER, FlatSlice, FlatSlices, flat_slices, fsdp1_members
 from .parameters import Parameters, unsharded_copies
-from .records import Kind, ModelShards, Region, Shard, registered, registered_buffer, storage_order
+from .records import (
+    Kind,
+    ModelShards,
+    Region,
+    Shard,
+    memory_of,
+    registered,
+    registered_buffer,
+    storage_order,
+)
 from .wrappers import Replicated, reshard, walk_modules
 
 __all__ = ["InventoryChanges", "compare_inventory", "find_shards", "redescribe"]
@@ -97,13 +108,19 @@ def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -
                 continue
             # NOTE: never split by rank; BatchNorm's differ between DDP ranks even after broadcast_buffers=True.
             shard = _plain(prefix + name, buffer, (module, name), None)
-            shard.persistent = persistent
+            shard.persistent = persistent and not shard.opaque
             seen[which] = shard
     shards = list(seen.values())
     for shard in shards if isinstance(model, Parameters) and model.average_frozen else ():
         shard.average_frozen = (
-            shard.dense and shard.dtype.itemsize > 1
+            shard.dense and shard.dtype.itemsize > 1 and not shard.opaque
         )  # the others can be copied, but not averaged
+    trained = [shard for shard in shards if shard.trainable]
+    if trained and not any(math.prod(shard.shape) for shard in trained):
+        raise ValueError(
+            f"{', '.join(shard.name for shard in trained[:5])} hold no elements on any rank. Are they "
+            "partitioned (DeepSpeed, ZeRO stage 3)? Build the EMA on whole weights, DDP or FSDP."
+        )
     members, group = _members([ddp for _, _, ddp in walk if ddp], shards, list(owners.values()))
     _choose_writers(shards, members)
     return ModelShards(shards, members, group, sharded, unfilled)
@@ -207,7 +224,7 @@ def _compare_buffers(
                     changes["new_buffers"].append(full)
             elif buffer is not None or not shard.persistent:
                 missing.discard(full)
-                persistent = name not in module._non_persistent_buffers_set
+                persistent = name not in module._non_persistent_buffers_set and not shard.opaque
                 tied = full != shard.name and buffer is registered(shard)
                 if persistent != shard.persistent or not (module is shard.place[0] or tied):
                     changes["replaced_buffers"].append(full)
@@ -222,15 +239,10 @@ def _key(shard: Shard, flats: FlatSlices) -> Any:
 
 
 def redescribe(shard: Shard) -> None:
-    """Describe what lies in a buffer's place now. Only for caches (in no state_dict), which may become any size."""
+    """Describe what is registered for a buffer now. Only for copied ones, which may become any size."""
     now = _plain(shard.name, registered_buffer(shard.name, shard.place), shard.place, None)
-    shard.shape, shard.local_region, shard.order, shard.local_tensor, shard.dense = (
-        now.shape,
-        now.local_region,
-        now.order,
-        now.local_tensor,
-        now.dense,
-    )
+    for field in ("shape", "tensor", "local_region", "order", "local_tensor", "dense", "opaque"):
+        setattr(shard, field, getattr(now, field))
 
 
 def _parameters(
@@ -262,6 +274,11 @@ def _plain(
         raise ValueError(
             f"{name} is on the meta device. Materialise the model (to_empty, then load), then build the EMA."
         )
+    if hasattr(tensor, "ds_id") or hasattr(tensor, "ds_tensor"):
+        raise ValueError(
+            f"{name} is partitioned by DeepSpeed (ZeRO stage 3), which dist_ema cannot average. "
+            "Use ZeRO stage 2 or below, or FSDP."
+        )
     kind: Kind = (
         "buffer"
         if place[1] in place[0]._buffers
@@ -269,13 +286,17 @@ def _plain(
         if tensor.requires_grad
         else "frozen"
     )
+    if memory_of(tensor) is None:
+        return _opaque(name, kind, tensor, place)
     if isinstance(tensor, DTensor):
         return _dtensor(name, kind, tensor, place)
     dense, order = storage_order(tensor.shape, tensor.stride())
     sizes = tuple(tensor.shape) if order is None else tuple(tensor.shape[i] for i in order)
     whole = Region((0,) * len(sizes), sizes, 0, tensor.numel())
     # NOTE: modules may register a new tensor under a buffer's name at any time; a Parameter must stay the same object.
-    raw = partial(registered_buffer, name, place) if kind == "buffer" else lambda: tensor
+    raw: Callable[[], Tensor] = (
+        partial(_buffer_memory, name, place) if kind == "buffer" else partial(_memory, tensor)
+    )
     if not dense:
         raw = partial(_copied, raw)
     shard = Shard(name, kind, tuple(tensor.shape), tensor, place, whole, raw, 0, order, dense=dense)
@@ -283,6 +304,34 @@ def _plain(
         shard.replicas, shard.flat = (ddp.group,), True
         shard.owner_ranks = tuple(dist.get_process_group_ranks(ddp.group))
     return shard
+
+
+def _opaque(name: str, kind: Kind, tensor: Tensor, place: tuple[nn.Module, str]) -> Shard:
+    """A record without elements: the subclass may be quantized, and its memory is never read."""
+    nothing = torch.empty(0, dtype=tensor.dtype)
+    shape, region = tuple(tensor.shape), Region((0,), (0,), 0, 0)
+    return Shard(
+        name,
+        kind,
+        shape,
+        tensor,
+        place,
+        region,
+        lambda: nothing,
+        opaque=True,
+        persistent=False,
+    )
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """The memory of what had one when it was described."""
+    local = tensor if type(tensor) is nn.Parameter else memory_of(tensor)
+    assert local is not None
+    return local
+
+
+def _buffer_memory(name: str, place: tuple[nn.Module, str]) -> Tensor:
+    return _memory(registered_buffer(name, place))
 
 
 def _copied(raw: Callable[[], Tensor]) -> Tensor:
@@ -306,7 +355,7 @@ def _dtensor(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module, str
         step = -(-sizes[dim] // mesh.size(i))  # torch.chunk: full chunks first
         start = min(step * coordinate[i], sizes[dim])
         offsets[dim], sizes[dim] = offsets[dim] + start, min(step, sizes[dim] - start)
-    local = tensor._local_tensor
+    local = _memory(tensor)
     if tuple(local.shape) != tuple(sizes):
         raise ValueError(
             f"{name}: {placements} over {mesh} should leave {tuple(sizes)} here, found {tuple(local.shape)}."
@@ -319,7 +368,7 @@ def _dtensor(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module, str
     by = range(len(sizes)) if order is None else order
     held = Region(tuple(offsets[i] for i in by), tuple(sizes[i] for i in by), 0, local.numel())
     shard = Shard(
-        name, kind, tuple(tensor.shape), tensor, place, held, lambda: tensor._local_tensor, 0, order
+        name, kind, tuple(tensor.shape), tensor, place, held, partial(_memory, tensor), 0, order
     )
     if kind != "buffer":
         shard.replicas = tuple(

@@ -17,7 +17,7 @@ in no state_dict) may become anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,9 @@ class ParamState:
     def moved(self) -> bool:
         """The model's elements lie elsewhere now ([Note: stale records]). *Cost*: 0.2 us."""
         # NOTE: of strided elements `local` is a copy, and the next copy may lie where the last one did.
-        return not self.shard.dense or self.shard.local_tensor().data_ptr() != self.address
+        if not self.shard.dense or self.shard.local_tensor().data_ptr() != self.address:
+            return True
+        return self.shard.kind == "buffer" and self.layout_changed  # resized in place
 
     @property
     def layout_changed(self) -> bool:
@@ -73,11 +75,15 @@ class ParamState:
 
     def rebind(self) -> None:
         """Follow elements that moved. Raises RuntimeError if they are not what they were."""
-        if not self.shard.persistent:
+        only_copied = self.shadow is None and self.teacher_copy is None
+        if self.shard.kind == "buffer" and only_copied:
             redescribe(self.shard)
-            self.averaged_region = self.saved_region = self.shard.local_region
+            begin, end = _saved_range(self)
+            self.averaged_region = self.shard.local_region
+            self.saved_region = replace(self.shard.local_region, begin=begin, end=end)
+            self.form = _form(self.shard.local_tensor())
         raw, old = self.shard.local_tensor(), self.local
-        changed = self.shard.persistent and self.layout_changed
+        changed = self.layout_changed
         if (
             self.shard.kind != "buffer"
         ):  # which may be another tensor: FSDP1 casts them, modules assign them
@@ -128,6 +134,12 @@ def assign(
     shards: Sequence[Shard], averaged: Callable[[Shard], bool], split: bool
 ) -> list[ParamState]:
     """One slot per shard, replicas divided among the ranks that hold them (`split=False`: for files only)."""
+    opaque = [shard.name for shard in shards if shard.opaque and averaged(shard)]
+    if opaque:
+        raise ValueError(
+            f"{', '.join(opaque[:5])} is a tensor subclass without exactly one inner tensor of its "
+            "shape and dtype, so its elements cannot be averaged. Freeze it, or leave it out with only=."
+        )
     spans: dict[int, tuple[int, int]] = {}
     for chosen in (True, False):  # two sequences, so that the averaged elements alone are balanced
         spans |= _spans([shard for shard in shards if shard.flat and averaged(shard) == chosen])

@@ -16,6 +16,7 @@ __all__ = [
     "ModelShards",
     "Region",
     "Shard",
+    "memory_of",
     "register",
     "registered",
     "registered_buffer",
@@ -64,6 +65,7 @@ class Shard:
         int, ...
     ] = ()  # global ranks that hold one copy of the weight together; (): each its own
     dense: bool = True  # False: strided or expanded, so `read` gives a copy and nothing can be averaged in place
+    opaque: bool = False  # a tensor subclass whose memory is not the weight: carried by name alone
     average_frozen: bool = False  # averaged whether or not it needs a gradient now
     is_writer: bool = True  # of several such copies, the one that files are written from
     persistent: bool = True  # part of state_dict()
@@ -137,6 +139,24 @@ class ModelShards:
     unfilled: list[
         tuple[str, tuple[nn.Module, str]]
     ]  # name and place of buffers of the state_dict that are None
+
+
+def memory_of(tensor: Tensor) -> Tensor | None:
+    """The plain tensor that holds a weight's elements on this rank; None where no single one does.
+
+    A subclass by dispatch is looked through while it has exactly one inner tensor, of the same shape and dtype.
+    *Aliases* `tensor`.
+    """
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    while type(local).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        names: list[str] = (
+            local.__tensor_flatten__()[0] if hasattr(local, "__tensor_flatten__") else []
+        )
+        inner = getattr(local, names[0]) if len(names) == 1 else None
+        if inner is None or (inner.shape, inner.dtype) != (local.shape, local.dtype):
+            return None
+        local = inner
+    return local
 
 
 def storage_order(
