@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_map
 
 from dist_ema import EMA, load_file
 from dist_ema.sharding import discovery
+from tests.kit import run_ranks
 from tests.living import programs
 
 
@@ -209,6 +212,30 @@ def test_a_subclass_in_a_subclass() -> None:
     ema.update()
     with ema.swap():
         assert model.w.detach().data_.data_.tolist() == [2, 2, 2]
+
+
+def sharded_subclass() -> None:
+    """torchtitan's float8 recipe: FSDP2 shards a wrapper, and the elements lie inside its shard."""
+    mesh = dist.init_device_mesh("cpu", (2,))
+    local = Single(torch.full((2, 3), float(dist.get_rank())))
+    weight: Any = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+    model = nn.Module()
+    model.w = nn.Parameter(weight)
+    ema = EMA(model, 0.5)
+    for _ in range(3):  # the third update compares addresses only
+        with torch.no_grad():
+            local.data_.add_(2)
+        ema.update()
+    full = ema.gather()
+    if full:
+        assert full["w"].tolist() == [[4.25] * 3] * 2 + [[5.25] * 3] * 2
+    with ema.swap():
+        assert (local.data_ == 4.25 + dist.get_rank()).all()
+    assert (local.data_ == 6 + dist.get_rank()).all()
+
+
+def test_a_sharded_subclass() -> None:
+    run_ranks(2, sharded_subclass)
 
 
 def two_tensors() -> Any:

@@ -25,12 +25,13 @@ class Addresses:
         self._dtensors: list[Any] = []  # whose local tensor FSDP2 replaces
         self._readers: dict[int, Callable[[], Tensor]] = {}  # FSDP1 flat parameters, buffers
         for shard in shards:
-            if isinstance(shard.tensor, DTensor):
+            local = shard.local_tensor()
+            if isinstance(shard.tensor, DTensor) and local is shard.tensor._local_tensor:
                 self._dtensors.append(shard.tensor)
-            elif shard.kind != "buffer" and shard.local_tensor() is shard.tensor:
+            elif shard.kind != "buffer" and local is shard.tensor:
                 self._pointers.append(shard.tensor.data_ptr)
             else:
-                self._readers[id(shard.local_tensor())] = shard.local_tensor
+                self._readers[id(local)] = shard.local_tensor
 
     def read(self) -> list[int]:
         """The addresses, in an order that stays the same."""
