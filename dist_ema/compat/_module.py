@@ -30,7 +30,7 @@ from ..checkpoint import dcp
 from ..ema import EMA
 from ..recipes import batchnorm
 from ..schedules import Schedule
-from ..sharding import discovery, wrappers
+from ..sharding import discovery, records, wrappers
 
 __all__ = [
     "AverageHolder",
@@ -156,12 +156,20 @@ class ModuleAverage:
         # buffers that no file holds.
         self._unwritten = [(s, unwritten[s.name]) for s in copied if s.name in unwritten]
 
-    def _form(self) -> list[tuple[int, bool, torch.dtype, torch.device]]:
+    def _form(self) -> tuple[object, ...]:
         """What must be as it was when the EMA was built. FSDP shows other parameters at times."""
-        teacher = self.average.weights.teacher
-        models = [] if teacher is None or teacher.sharded else [self.average.model, teacher.module]
-        weights = [weight for model in models for weight in model.parameters()]
-        return [(id(w), w.requires_grad, w.dtype, w.device) for w in weights]
+        weights = self.average.weights
+        if weights.teacher is None or weights.teacher.sharded:
+            return ()
+        shards = [state.shard for state in weights.states if state.shard.kind != "buffer"]
+        copies = weights.teacher.written
+        # A cast or a move takes all of a module along, so its first weight tells.
+        first = [next(s for s in side if s.dtype.is_floating_point) for side in (shards, copies)]
+        return (
+            [shard.trainable for shard in shards],
+            any(map(records.replaced, shards)) or any(map(records.replaced, copies)),
+            [(tensor.dtype, tensor.device) for tensor in (s.local_tensor() for s in first)],
+        )
 
     # --- moving ---------------------------------------------------------------------------------
 
@@ -269,7 +277,7 @@ class ModuleAverage:
         """For copies and pickles, to which the next update tells their model."""
         if self.module is None:
             raise RuntimeError(f"the average cannot be copied or pickled: {self._no_module}")
-        return {**vars(self), "_ema": None, "given": None, "_built_on": [], "_unwritten": []}
+        return {**vars(self), "_ema": None, "given": None, "_built_on": (), "_unwritten": []}
 
 
 def recalibrate_all(

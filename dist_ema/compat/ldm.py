@@ -25,7 +25,7 @@ class LitEma(nn.Module):
     Args:
         model: whose parameters are averaged.
         decay: in [0, 1].
-        use_num_upates: bound the decay of update n by (1 + n) / (10 + n). (The original's spelling.)
+        use_num_upates: bound the decay of update n by (1 + n) / (10 + n); the original's spelling.
         use_num_updates: the same.
 
     Raises:
