@@ -7,7 +7,8 @@ in the model, the same elements on the same rank:
     teacher     FSDP2, rank 0 of 2   |####|    |      plain  |#########| on every rank
 
 [Note: a read behind our back]  Nobody calls the EMA when a teacher computes. Hooks before its forwards, `state_dict` and
-`load_state_dict` wait for the update under way, and free what FSDP kept unsharded since ([Note: stale roots] in shards).
+`load_state_dict` wait for the update under way, and free what FSDP kept unsharded since ([Note: stale roots] in
+sharding.wrappers).
 They also sit on every module inside that owns weights, because teachers are called by methods of their own too; inside a
 compiled graph those are silent, as the hook of the outermost module has run before it.
 """
@@ -90,7 +91,7 @@ class Teacher:
 
     @property
     def moved(self) -> list[str]:
-        """What lies elsewhere than `memory` last said ([Note: stale records] in layout)."""
+        """What lies elsewhere than `memory` last said ([Note: stale records] in ownership)."""
         return [
             name
             for name, mine in self._given.items()

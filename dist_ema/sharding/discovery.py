@@ -1,25 +1,7 @@
-"""What PyTorch did to the model -> list[Shard].
+"""What PyTorch did to the model: one record per weight, and how the tree differs from the records.
 
-This is the one module that knows wrappers. DDP, FSDP1, FSDP2, HSDP, tensor parallel, torch.compile and activation
-checkpointing are dissolved here into plain records; nothing after this file asks who wrapped what.
-
-[Note: regions]  A rank holds one *region* of every weight: a box of the full weight, and a range [begin, end) of that
-box's row-major order.
-
-    DTensor, Shard(0)      FSDP1 flat, one process     HSDP: the box is split again over the replicas
-    +-----------+ rank 0   +-----+=====+ rank 0        +-----------+
-    |###########|          |     |#####|               |###########| rank 0 \\ the same box,
-    +-----------+          |#####|#####| rank 1        |-----------|         | two ranges
-    |           | rank 1   |#####|     |               |           | rank 2 /
-    +-----------+          +=====+-----+               +-----------+
-      a box, all of it       all of it, a range          a box, a range
-
-[Note: storage order]  A dense permuted weight (channels_last) is recorded in the order in which it lies in memory: its
-`order` lists the dimensions from slowest to fastest, and box and range speak of the permuted weight.
-
-[Note: stale roots]  After a forward without backward FSDP keeps weights unsharded, and the next forward reads that copy
-whatever the shards hold by then. Every verb that writes shards, or that must find them in `parameters()`, calls
-`reshard` first, and `swap` calls it on both sides.
+DDP, FSDP1, FSDP2, HSDP, tensor parallel, torch.compile and activation checkpointing are dissolved
+here. Nothing after this room asks how a model is wrapped.
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
-"""Who holds which elements, on which device, in which dtype.
+"""Which elements each rank averages, and which it writes.
 
-A `Slot` is one weight as this rank answers for it: the region that it averages (`own`), the region that it writes into
-files (`duty`), and the shadow. Where nothing is replicated the two regions are what the rank holds. Where ranks hold
-replicas, each takes an equal part:
+A `ParamState` is one weight on this rank: the region that it averages, the region that it saves, and
+the shadow. Where nothing is replicated both are the local region. Of replicas each rank takes an
+equal share:
 
-    DDP, 2 ranks: the weights end to end, one cut          split=False: everybody averages all, and still writes a part
-    | conv.weight | bn | fc.weight        | fc.bias |      own   |==================================| on every rank
-    |<------- rank 0 ------>|<------ rank 1 ------->|      duty  |<---- rank 0 --->|<--- rank 1 --->|
+    DDP, 2 ranks: the weights end to end, one cut
+    | conv.weight | bn | fc.weight        | fc.bias |
+    |<------- rank 0 ------>|<------ rank 1 ------->|   averaged_region and saved_region
 
-[Note: stale records]  FSDP2 pins local tensors anew at its first forward under CPU offload, and `.to()` keeps a Parameter
-but moves its storage. A slot keeps the Parameter and the address; addresses are compared before the first two updates,
-every 100th, and in every verb. The same elements elsewhere are followed, anything else raises by name; a cache (a buffer
-in no state_dict) may become anything.
+    split=False: every rank averages everything, and still saves its share only
+
+[Note: stale records]  FSDP2 pins local tensors anew at its first forward under CPU offload, and
+`.to()` keeps a Parameter but moves its storage. A record keeps the Parameter and the address.
+Elements that moved are followed; another shape, order, dtype or device raises by name. A buffer that
+is only copied may become anything.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class ParamState:
 
     @property
     def moved(self) -> bool:
-        """The model's elements lie elsewhere now ([Note: stale records]). *Cost*: 0.2 us."""
+        """The model's elements lie elsewhere now ([Note: stale records])."""
         # NOTE: of strided elements `local` is a copy, and the next copy may lie where the last one did.
         if not self.shard.dense or self.shard.local_tensor().data_ptr() != self.address:
             return True

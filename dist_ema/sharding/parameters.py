@@ -55,7 +55,10 @@ class Parameters(nn.Module):
         return self._parameters  # type: ignore[return-value]
 
     def _find_owners(self) -> list[nn.Module]:
-        """The FSDP2 modules around. A copy that one of them unsharded gives way to the shard ([Note: stale roots])."""
+        """The FSDP2 modules around. Copies that they unsharded give way to the shards.
+
+        See [Note: stale roots] in wrappers.
+        """
         modules = list(_module_state_mapping)
         copies = unsharded_copies(modules)
         for name, tensor in self.tensors.items():

@@ -1,4 +1,27 @@
-"""One record per weight: which elements this rank holds, and where they lie."""
+"""One record per weight: which elements this rank holds, and where they lie.
+
+[Note: words]  Five words for a part of a weight, and no others.
+
+    region   which elements: a box of the full weight, and a range of the box's row-major order
+    box      a hyper-rectangle: offsets and sizes
+    block    a box with its data, in transit to a file or another rank
+    window   a bounded buffer that blocks pass through
+    run      elements or bytes that follow each other without a gap
+
+[Note: regions]  A rank holds one region of every weight.
+
+    DTensor, Shard(0)      FSDP1 flat, one process     HSDP: the box is split over the replicas
+    +-----------+ rank 0   +-----+=====+ rank 0        +-----------+
+    |###########|          |     |#####|               |###########| rank 0 \\ the same box,
+    +-----------+          |#####|#####| rank 1        |-----------|         | two ranges
+    |           | rank 1   |#####|     |               |           | rank 2 /
+    +-----------+          +=====+-----+               +-----------+
+      a box, all of it       all of it, a range          a box, a range
+
+[Note: storage order]  A dense permuted weight (channels_last) is recorded in the order in which it
+lies in memory. `order` lists the dimensions from slowest to fastest, and the region is one of the
+permuted weight.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +67,8 @@ class Region:
 
 @dataclass
 class Shard:
-    """This rank's part of one named weight or buffer, found once and kept.
+    """The elements of one named weight or buffer that this rank holds, found once and kept.
 
-    `held` is what the rank's memory holds, `read()` returns those elements as they lie in the model's storage.
     *Aliases* the model.
     """
 
@@ -57,9 +79,9 @@ class Shard:
     place: tuple[nn.Module, str]  # where it is registered
     local_region: Region  # in storage order
     local_tensor: Callable[[], Tensor]  # the tensor whose storage holds the elements, read afresh
-    storage_offset: int = 0  # where `held` begins in raw, in elements
+    storage_offset: int = 0  # of the local region in the local tensor, in elements
     order: tuple[int, ...] | None = None  # [Note: storage order]; None: row-major
-    replicas: tuple[dist.ProcessGroup, ...] = ()  # groups that hold `held` too, outermost first
+    replicas: tuple[dist.ProcessGroup, ...] = ()  # groups that hold the region too, outermost first
     flat: bool = False  # cut with its neighbours as one flat sequence over its replicas
     owner_ranks: tuple[
         int, ...
@@ -80,14 +102,17 @@ class Shard:
         return self.kind != "buffer" and (self.average_frozen or self.tensor.requires_grad)
 
     def read(self) -> Tensor:
-        """The held elements. Shape [held.numel]. *Aliases* the model's storage, shares its version counter."""
+        """The elements of the local region: [local_region.numel].
+
+        *Aliases* the model's storage, and shares its version counter.
+        """
         raw = self.local_tensor().detach()
         return raw.as_strided(
             (self.local_region.numel,), (1,), raw.storage_offset() + self.storage_offset
         )
 
     def write(self, elements: Tensor) -> None:
-        """Put `elements`, one per held element, into the model's storage, where `read` gives a copy too."""
+        """Put `elements`, in the order of `read`, into the model's storage, strided or not."""
         now = self.read()
         if self.dense:
             now.copy_(elements)
@@ -100,8 +125,10 @@ class Shard:
             tensor.detach()[once].copy_(elements.view(tensor.shape)[once])
 
     def local(self, elements: Tensor) -> Tensor:
-        """`elements`, one per held element, in the shape and strides of the local tensor; a range of an FSDP1 flat parameter
-        stays one-dimensional. *Aliases* `elements`."""
+        """`elements`, in the order of `read`, in the shape and strides of the local tensor.
+
+        A range of an FSDP1 flat parameter stays one-dimensional. *Aliases* `elements`.
+        """
         raw = self.tensor._local_tensor if isinstance(self.tensor, DTensor) else self.tensor
         if getattr(raw, "_fsdp_flattened", False):
             return elements
@@ -110,7 +137,7 @@ class Shard:
         )
 
     def shaped(self, elements: Tensor) -> Tensor:
-        """The same as the model shows its own: a DTensor over the same mesh, if `elements` lie on its devices."""
+        """`local`, as a DTensor where the weight is one and `elements` lie on its mesh's devices."""
         local = self.local(elements)
         if (
             not isinstance(self.tensor, DTensor)
@@ -162,7 +189,10 @@ def memory_of(tensor: Tensor) -> Tensor | None:
 def storage_order(
     shape: torch.Size, stride: tuple[int, ...]
 ) -> tuple[bool, tuple[int, ...] | None]:
-    """Whether the elements lie without gaps, and the dimensions from slowest to fastest (None: their own order)."""
+    """Whether the elements lie without gaps, and their dimensions from slowest to fastest.
+
+    None for the dimensions stands for their own order.
+    """
     if 0 in shape:
         return True, None
     order = sorted(range(len(shape)), key=lambda i: (-stride[i], i))

@@ -1,4 +1,9 @@
-"""The wrappers that PyTorch puts around a module, and how to see through them."""
+"""The wrappers that PyTorch puts around a module, and how to see through them.
+
+[Note: stale roots]  After a forward without backward FSDP keeps weights unsharded, and the next
+forward reads that copy whatever the shards hold by then. Every verb that writes shards, or that
+must find them in `parameters()`, calls `reshard` first, and `swap` calls it at both ends.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +48,7 @@ _WRAPPED: tuple[tuple[type, str], ...] = (
 
 
 def reshard(sharded: list[nn.Module]) -> None:
-    """Free every unsharded copy of the weights, so that the next forward reads the shards ([Note: stale roots])."""
+    """Free every unsharded copy, so that the next forward reads the shards ([Note: stale roots])."""
     for module in sharded:
         if isinstance(module, FSDPModule):
             module.reshard()
