@@ -93,19 +93,23 @@ def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -
             shard.persistent = persistent and not shard.opaque
             seen[which] = shard
     shards = list(seen.values())
-    for shard in shards if isinstance(model, Parameters) and model.average_frozen else ():
-        shard.average_frozen = (
-            shard.dense and shard.dtype.itemsize > 1 and not shard.opaque
-        )  # the others can be copied, but not averaged
-    trained = [shard for shard in shards if shard.trainable]
-    if trained and not any(math.prod(shard.shape) for shard in trained):
-        raise ValueError(
-            f"{', '.join(shard.name for shard in trained[:5])} hold no elements on any rank. Are they "
-            "partitioned (DeepSpeed, ZeRO stage 3)? Build the EMA on whole weights, DDP or FSDP."
-        )
+    if isinstance(model, Parameters) and model.average_frozen:
+        for shard in shards:  # the others can be copied, but not averaged
+            shard.average_frozen = shard.dense and shard.dtype.itemsize > 1 and not shard.opaque
+    _refuse_empty(shards)
     members, group = _members([ddp for _, _, ddp in walk if ddp], shards, list(owners.values()))
     _choose_writers(shards, members)
     return ModelShards(shards, members, group, sharded, unfilled)
+
+
+def _refuse_empty(shards: list[Shard]) -> None:
+    """Raise ValueError if all trainable weights hold nothing, whatever partitioned them."""
+    trainable = [shard for shard in shards if shard.trainable]
+    if trainable and not any(math.prod(shard.shape) for shard in trainable):
+        raise ValueError(
+            f"{', '.join(shard.name for shard in trainable[:5])} hold no elements on any rank. Are "
+            "they partitioned (DeepSpeed, ZeRO stage 3)? Build the EMA on whole weights, DDP or FSDP."
+        )
 
 
 @dataclass(frozen=True)
