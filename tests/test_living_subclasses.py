@@ -217,15 +217,14 @@ def test_a_subclass_in_a_subclass() -> None:
 def sharded_subclass() -> None:
     """torchtitan's float8 recipe: FSDP2 shards a wrapper, and the elements lie inside its shard."""
     mesh = dist.init_device_mesh("cpu", (2,))
-    rows = Single(torch.full((2, 3), float(dist.get_rank())))
-    weight: Any = DTensor.from_local(rows, mesh, [Shard(0)], run_check=False)
+    local = Single(torch.full((2, 3), float(dist.get_rank())))
+    weight: Any = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
     model = nn.Module()
     model.w = nn.Parameter(weight)
     ema = EMA(model, 0.5)
-    local: Any = model.w._local_tensor
     for _ in range(3):  # the third update compares addresses only
         with torch.no_grad():
-            local.data_ = local.data_ + 2
+            local.data_.add_(2)
         ema.update()
     full = ema.gather()
     if full:
