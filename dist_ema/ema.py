@@ -28,12 +28,12 @@ from .averaging.averages import AveragedWeights, Reads
 from .averaging.clock import Clock
 from .averaging.inventory import Average, Placement, Selection
 from .averaging.optimizer_hooks import Attachment
-from .averaging.swap import WeightSwap, broadcast_to_replicas
+from .averaging.swap import WeightSwap
 from .checkpoint import dcp, reader, writer
 from .distributed.coordinator import FOREVER, Ranks
 from .schedules import Schedule
 from .schedules import schedule as coerce
-from .sharding import consistency, parameters, records, wrappers
+from .sharding import consistency, derived, parameters, records, wrappers
 
 __all__ = ["EMA"]
 
@@ -339,28 +339,51 @@ class EMA:
     def swap(self, which: Which = 0) -> Iterator[EMA]:
         """Put the average into the model: inside the block its weights and buffers are the average's. *Collective*.
 
-        Live weights, buffers and shadows are restored bit for bit, whatever the block raises. If the block changed a
-        floating buffer (recalibrated BatchNorm), it becomes the average's own until `reset_buffers()`. A rank that leaves
-        by an exception makes the others raise RuntimeError at their exit, after restoring.
+        Live weights and buffers are restored bit for bit, whatever the block raises, and so are shadows
+        that the block did not write. What it writes is named in a warning at the exit:
+
+        - A swapped weight (Embedding(max_norm), a clamp): the write becomes the average's, in every
+          dtype, placement and wrapper; of replicas, the owner's. `.data` hides a write from the warning.
+        - Another weight (merge_adapter() left merged): the write stays, nothing is restored.
+        - A persistent buffer (BatchNorm, an observer): all persistent buffers of its module become the
+          average's own, until `reset_buffers()`, unless one of them changed its shape.
+
+        Caches of weights are dropped at both ends: `parametrize.cached()`, autocast, and what a module
+        in eval mode drops in its own `train(True)`. Serialise inside the block: `state_dict()` refers to
+        the model's memory, and holds live weights again after the block.
+
+        A rank that leaves by an exception makes the others raise RuntimeError at their exit, after
+        restoring.
 
         Args:
             which: Of several averages, by number or schedule, here and in the other verbs.
 
+        Raises:
+            RuntimeError: Inside another swap, or the model cannot be reached. If a broadcast to replicas
+                fails, the swap stays open, and the EMA refuses every verb.
+
         Note:
             *Cost*: 4 MB where shadow and weight have one dtype, else a copy of this rank's shard.
         """
-        average, swap = self._apply_swap(which)
+        average, swap = self._prepare_swap(which)
         error: BaseException | None = None
+        entered = False
         try:
+            self._apply_swap(swap)
+            entered = True
             yield self
         except BaseException as caught:
             error = caught
             raise
         finally:
-            self._restore_swap(average, swap, error)
+            try:
+                if entered:
+                    self._restore_swap(average, swap, error)
+            finally:
+                swap.undo()
 
     @_outside_autograd
-    def _apply_swap(self, which: Which) -> tuple[Average, WeightSwap]:
+    def _prepare_swap(self, which: Which) -> tuple[Average, WeightSwap]:
         weights = self.weights
 
         def prepare() -> None:
@@ -378,17 +401,18 @@ class EMA:
 
         average = self._enter("swap", Reads.SHADOWS, which, prepare)
         self._warn_if_idle("swap")
-        swap = WeightSwap(average.states, average.own_buffers)
-        try:
+        split, alone = weights.placement.split, self._ranks.size == 1
+        return average, WeightSwap(
+            average.states, average.own_buffers, split, alone, weights.note_swap
+        )
+
+    @_outside_autograd
+    def _apply_swap(self, swap: WeightSwap) -> None:
+        with derived.caches_dropped(self.weights.model):
             self._ranks.run_on_all("swap", swap.apply)
-            weights.note_swap(True)
-            broadcast_to_replicas(average.averaged, weights.placement.split)
-        except BaseException:
-            swap.restore()
-            weights.note_swap(False)
-            raise
-        weights.mark()
-        return average, swap
+            swap.broadcast()
+        swap.watch()
+        self.weights.mark()
 
     @_outside_autograd
     def _restore_swap(
@@ -399,22 +423,27 @@ class EMA:
         message: dict[str, Any] = {}
         raised = error
         try:
+            weights.reshard()
+            written, unrestored = swap.written()
             if error is None:
-                buffers, message["changed"] = swap.floating_buffers()
+                buffers, message["changed"] = swap.changed_buffers()
         except Exception as caught:  # told to the others like an error of the block
-            raised = caught
+            written, unrestored, raised = [], [], caught
         if raised is not None:
             message["error"] = f"{type(raised).__name__}: {raised}"
-        try:
-            exits = self._ranks.all_gather_json(
-                "swap", message if any(message.values()) else None, FOREVER, combine=_combine_exits
-            )
-        finally:
-            weights.reshard()
-            swap.restore()
-        # NOTE: not in `finally`: while replicas are not whole again, the swap still counts as open.
-        broadcast_to_replicas(average.averaged, weights.placement.split)
-        weights.note_swap(False)
+        with derived.caches_dropped(weights.model):
+            try:
+                exits = self._ranks.all_gather_json(
+                    "swap",
+                    message if any(message.values()) else None,
+                    FOREVER,
+                    combine=_combine_exits,
+                )
+            finally:
+                swap.restore()
+            # NOTE: not in `finally`: while replicas are not whole, the swap still counts as open.
+            swap.broadcast()
+        swap.close()
         if raised is not error:
             raise raised  # type: ignore[misc]
         if exits["error"] and error is None:
@@ -424,6 +453,28 @@ class EMA:
             )
         if error is None:
             average.own_buffers |= {name: buffers[name] for name in exits["changed"]}
+        self._name_writes(written, unrestored, error)
+
+    def _name_writes(
+        self, written: list[str], unrestored: list[str], error: BaseException | None
+    ) -> None:
+        """Warn of what the block of a swap wrote, or note it on the exception that left the block."""
+        texts = []
+        if written:
+            texts.append(
+                f"{', '.join(written[:5])} was written inside ema.swap() (max_norm, a clamp, a "
+                "merge?). The average keeps what was written, live weights are restored."
+            )
+        if unrestored:
+            texts.append(
+                f"{', '.join(unrestored[:5])} is not averaged and was written inside ema.swap() (a "
+                "merged adapter?). It keeps what was written: undo that by hand."
+            )
+        if error is None:
+            self._warn_each(texts)
+        elif hasattr(error, "add_note"):
+            for text in texts:
+                error.add_note(text)
 
     @_outside_autograd
     def gather(self, which: Which = 0) -> dict[str, Tensor]:
@@ -437,7 +488,9 @@ class EMA:
         """
         average = self._enter("gather", Reads.WHOLE_MODEL, which)
         self._warn_if_idle("gather")
-        return gather.full(self._ranks, average.states, average.own_buffers, torch.device("cpu"))
+        return gather.full(
+            self._ranks, average.persistent, average.own_buffers, torch.device("cpu")
+        )
 
     @_outside_autograd
     def copy_to(self, module: parameters.Model, which: Which = 0) -> None:
@@ -451,7 +504,8 @@ class EMA:
             ValueError: The two models do not hold the same weights; they are named.
         """
         average = self._enter("copy_to", Reads.WHOLE_MODEL, which)
-        gather.copy_into(self._ranks, average.states, average.own_buffers, module)
+        with derived.caches_dropped(parameters.module_of(module)):
+            gather.copy_into(self._ranks, average.persistent, average.own_buffers, module)
         self.weights.mark()
 
     # --- files -------------------------------------------------------------------------------------------------
@@ -677,7 +731,7 @@ class EMA:
         weights.refuse("ema.state_dict", Reads.WHOLE_MODEL)
         weights.ready()
         states = {
-            average.name: dcp.state(average.averaged, average.floating_buffers, average.own_buffers)
+            average.name: dcp.state(average.averaged, average.buffers, average.own_buffers)
             for average in weights.averages
         }
         clock = [float(value) for value in weights.clock_to_dict().values()]
@@ -704,7 +758,7 @@ class EMA:
             clock.update(zip(weights.clock_to_dict(), state["clock"].tolist(), strict=True))
             Clock().set(clock)
             matched.extend(
-                dcp.match(given[average.name], average.averaged, average.floating_buffers)
+                dcp.match(given[average.name], average.averaged, average.buffers)
                 for average in weights.averages
             )
 

@@ -46,12 +46,7 @@ NORMED: dict[str, Callable[[], nn.Module]] = {
     "convolutions": normed_convolutions,
     "shared": normed_twice,
 }
-RED_NORMED: dict[str, str] = {
-    "shared": "0.parametrizations.weight.0._u has norm 0.5759475827217102",
-    "convolutions": "1.parametrizations.weight.0._u has norm 0.7448212504386902",
-    "old style": "0.weight_u has norm 0.6987526416778564",
-    "linears": "0.parametrizations.weight.0._u has norm 0.7421544790267944",
-}
+RED_NORMED: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("make", programs(NORMED, RED_NORMED))
@@ -170,11 +165,7 @@ STATES: dict[str, Callable[[], Any]] = {
     "BatchNorm": Normed,
     "assigned": Assigned,
 }
-RED_STATES: dict[str, str] = {
-    "assigned": "zero_point in the file is not the block's",
-    "BatchNorm": "norm.num_batches_tracked in the file is not the block's",
-    "observer": "zero_point in the file is not the block's",
-}
+RED_STATES: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("make", programs(STATES, RED_STATES))
@@ -199,11 +190,7 @@ def test_recalibrated_buffers_are_one_state(make: Any, tmp_path: Path) -> None:
             assert torch.equal(value, inside[name]), f"{name} is not lent again"
 
 
-RED_RESUME: dict[str, str] = {
-    "assigned": "zero_point",
-    "BatchNorm": "norm.num_batches_tracked",
-    "observer": "zero_point",
-}
+RED_RESUME: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("make", programs(STATES, RED_RESUME))
@@ -307,11 +294,7 @@ SHAPES: dict[str, Callable[[], nn.Module]] = {
     "not persistent": Rotary,
     "vanishes": Vanishing,
 }
-RED_SHAPES: dict[str, str] = {
-    "vanishes": "RuntimeError: bank is no buffer of the model any more. Call ema.rescan()",
-    "resized in place": "RuntimeError: bank was torch.float32 on cpu with 0 elements here",
-    "shrinks": "RuntimeError: bank was torch.float32 on cpu with 256 elements here, and i",
-}
+RED_SHAPES: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("make", programs(SHAPES, RED_SHAPES))
@@ -335,11 +318,7 @@ def test_copied_buffers_may_change_shape(make: Any, tmp_path: Path) -> None:
     assert distance(before, naive.state()) == 0
 
 
-RED_RESUMED: dict[str, str] = {
-    "resized in place": "ValueError: saved and the model disagree on 1 weights: 1 reshape",
-    "shrinks": "ValueError: saved and the model disagree on 1 weights: 1 reshaped (bank:",
-    "grows": "ValueError: saved and the model disagree on 1 weights: 1 reshaped (bank: (9",
-}
+RED_RESUMED: dict[str, str] = {}
 RESUMED = {title: SHAPES[title] for title in ("grows", "shrinks", "resized in place")}
 
 

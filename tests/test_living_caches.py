@@ -100,13 +100,7 @@ CACHES: dict[str, Callable[[], nn.Module]] = {
     "beside a norm": Swin,
     "nested": lambda: nn.Sequential(nn.Identity(), nn.ModuleDict({"a": Cached()})["a"], Cached()),
 }
-RED_CACHES: dict[str, str] = {
-    "nested": "the block evaluates live",
-    "beside a norm": "the block evaluates live",
-    "inherited": "the block evaluates live",
-    "keyed by size": "the block evaluates live",
-    "dropped by train(True)": "the block evaluates live",
-}
+RED_CACHES: dict[str, str] = {}
 
 
 def expected(model: nn.Module, make: Callable[[], nn.Module], x: Tensor) -> Tensor:
@@ -168,7 +162,7 @@ def test_weights_merged_by_eval_are_right_or_named() -> None:
     ema.update()
     x = torch.ones(3)
     want = (torch.ones(3) * 2 + torch.ones(3) * 3) * x
-    with ema.swap():
+    with pytest.warns(UserWarning, match="base was written inside"), ema.swap():
         model.eval()
         assert torch.allclose(model(x), want)
         model.train()
@@ -195,12 +189,7 @@ PARAMETRIZED: dict[str, Callable[[], nn.Module]] = {
     "two": two_parametrizations,
     "spectral_norm": spectral,
 }
-RED_PARAMETRIZED: dict[str, str] = {
-    "spectral_norm": "the cached weight is live's",
-    "two": "the cached weight is live's",
-    "orthogonal": "the cached weight is live's",
-    "weight_norm": "the cached weight is live's",
-}
+RED_PARAMETRIZED: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("make", programs(PARAMETRIZED, RED_PARAMETRIZED))
@@ -224,7 +213,6 @@ def test_parametrize_cached_sees_the_swap(make: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.xfail(strict=True, reason="assert False")
 def test_a_cache_opened_inside_the_block() -> None:
     model, x = plain_norm(), torch.randn(2, 3)
     ema = EMA(model, 0.9)
@@ -266,10 +254,7 @@ def teacher(model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
 
 
 COPIES: dict[str, Any] = {"compat.timm": drop_in_timm, "into=": teacher}
-RED_COPIES: dict[str, str] = {
-    "into=": "assert False",
-    "compat.timm": "assert False",
-}
+RED_COPIES: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("build", programs(COPIES, RED_COPIES))

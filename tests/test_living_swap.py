@@ -83,48 +83,7 @@ CASES = {
     for write in WRITES
     for option in OPTIONS
 }
-RED: dict[str, str] = {
-    "load_state_dict, compact": "the write into body.weight is silent",
-    "load_state_dict, host": "the write into body.weight is silent",
-    "load_state_dict, fp64": "the write into body.weight is silent",
-    "load_state_dict, bf16": "the write into body.weight is silent",
-    "load_state_dict, fp32": "the write into body.weight is silent",
-    "frozen bias, compact": "the write into frozen.bias is silent",
-    "frozen bias, host": "the write into frozen.bias is silent",
-    "frozen bias, fp64": "the write into frozen.bias is silent",
-    "frozen bias, bf16": "the write into frozen.bias is silent",
-    "frozen bias, fp32": "the write into frozen.bias is silent",
-    "a row, compact": "the write into lora is silent",
-    "a row, host": "the write into lora is silent",
-    "a row, fp64": "the write into lora is silent",
-    "a row, bf16": "the write into lora is silent",
-    "a row, fp32": "the write into lora is silent",
-    "init, compact": "the write into body.bias is silent",
-    "init, host": "the write into body.bias is silent",
-    "init, fp64": "the write into body.bias is silent",
-    "init, bf16": "the write into body.bias is silent",
-    "init, fp32": "the write into body.bias is silent",
-    "clamp, compact": "the write into body.weight is silent",
-    "clamp, host": "the write into body.weight is silent",
-    "clamp, fp64": "the write into body.weight is silent",
-    "clamp, bf16": "the write into body.weight is silent",
-    "clamp, fp32": "the write into body.weight is silent",
-    "forced normalisation, compact": "the write into body.weight is silent",
-    "forced normalisation, host": "the write into body.weight is silent",
-    "forced normalisation, fp64": "the write into body.weight is silent",
-    "forced normalisation, bf16": "the write into body.weight is silent",
-    "forced normalisation, fp32": "the write into body.weight is silent",
-    "merge left merged, compact": "the write into frozen.weight is silent",
-    "merge left merged, host": "the write into frozen.weight is silent",
-    "merge left merged, fp64": "the write into frozen.weight is silent",
-    "merge left merged, bf16": "the write into frozen.weight is silent",
-    "merge left merged, fp32": "the write into frozen.weight is silent",
-    "max_norm, compact": "the write into emb.weight is silent",
-    "max_norm, host": "the write into emb.weight is silent",
-    "max_norm, fp64": "the write into emb.weight is silent",
-    "max_norm, bf16": "the write into emb.weight is silent",
-    "max_norm, fp32": "the write into emb.weight is silent",
-}
+RED: dict[str, str] = {}
 
 
 def written_inside(ema: EMA, write: Callable[[Any], None], model: nn.Module) -> str:
@@ -165,14 +124,7 @@ def test_a_write_is_named_and_live_is_restored(case: Any) -> None:
     assert name in message, f"the write into {name} is silent"
 
 
-RED_SAME: dict[str, str] = {
-    "load_state_dict": "kept: {'fp32': True, 'bf16': False, 'fp64': True, 'host': True, '",
-    "a row": "kept: {'fp32': True, 'bf16': False, 'fp64': True, 'host': True, 'compact':",
-    "init": "kept: {'fp32': True, 'bf16': False, 'fp64': True, 'host': True, 'compact': F",
-    "clamp": "kept: {'fp32': True, 'bf16': False, 'fp64': True, 'host': True, 'compact':",
-    "forced normalisation": "kept: {'fp32': True, 'bf16': False, 'fp64': True, 'host': Tr",
-    "max_norm": "kept: {'fp32': True, 'bf16': False, 'fp64': True, 'host': True, 'compact",
-}
+RED_SAME: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("write", programs(WRITES, RED_SAME))
@@ -265,7 +217,6 @@ def test_what_is_serialised_inside_the_block_is_the_average() -> None:
         assert torch.equal(whole(x), model(x))
 
 
-@pytest.mark.xfail(strict=True, reason="assert ('state_dict()' in 'Lend the average to the model:")
 def test_the_docstring_of_swap_says_what_happens_to_writes_and_references() -> None:
     text = " ".join((EMA.swap.__doc__ or "").split())
     assert "inside" in text

@@ -25,26 +25,25 @@ def full(
     ranks: Ranks, slots: Sequence[ParamState], own_buffers: dict[str, Tensor], device: torch.device
 ) -> dict[str, Tensor]:
     """The complete state_dict, with every alias, on the first rank; {} elsewhere. *Collective*."""
-    kept = [slot for slot in slots if slot.shard.persistent]
     result: dict[str, Tensor] = {}
     mine: list[Block] = []
 
     def prepare() -> None:
         """NOTE: the memory for a whole model may be missing, and then the others must not begin to send."""
-        mine.extend(saved_blocks(kept, own_buffers))
-        for slot in kept if ranks.first else ():
+        mine.extend(saved_blocks(slots, own_buffers))
+        for slot in slots if ranks.first else ():
             result[slot.name] = torch.empty(
                 slot.shard.shape, dtype=saved_dtype(slot, own_buffers), device=device
             )
 
     def sink(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
         if result:
-            result[kept[number].name][Box(offsets, tuple(data.shape)).slices].copy_(data)
+            result[slots[number].name][Box(offsets, tuple(data.shape)).slices].copy_(data)
 
     ranks.run_on_all("gather", prepare)
-    stream(ranks, *saved_dtypes(kept, own_buffers), mine, sink)
+    stream(ranks, *saved_dtypes(slots, own_buffers), mine, sink)
     return result | {
-        alias: result[slot.name] for slot in kept if result for alias in slot.shard.aliases
+        alias: result[slot.name] for slot in slots if result for alias in slot.shard.aliases
     }
 
 
@@ -60,7 +59,6 @@ def copy_into(
     nobody divides (buffers) is sent. Otherwise every rank broadcasts its parts in turn, and each takes what meets its own
     shards. Raises ValueError with the names if the two models do not hold the same weights.
     """
-    kept = [slot for slot in slots if slot.shard.persistent]
     theirs: dict[str, Shard] = {}
     holes: dict[str, list[tuple[Box, Tensor]]] = {}
     apart: list[tuple[Shard, Tensor]] = []  # copies of strided weights, to be written back
@@ -69,35 +67,35 @@ def copy_into(
 
     def prepare() -> bool | None:
         found = discovery.find_shards(parameters.module_of(module))
-        _refuse_other(kept, found.shards)
+        _refuse_other(slots, found.shards)
         for shard in found.shards:
             theirs[shard.name] = shard
             elements = shard.read()
             holes[shard.name] = list(boxes_with_data(shard, shard.local_region, elements))
             apart.extend([] if shard.dense else [(shard, elements)])
-        mine.extend(saved_blocks(kept, own_buffers))
+        mine.extend(saved_blocks(slots, own_buffers))
         sharded.extend(found.sharded)
         return (
             True
             if any(
-                _cut_otherwise(slot, theirs[slot.name]) for slot in kept if slot.shard.owner_ranks
+                _cut_otherwise(slot, theirs[slot.name]) for slot in slots if slot.shard.owner_ranks
             )
             else None
         )
 
     def sink(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
         box = Box(offsets, tuple(data.shape))
-        for hole, view in holes[kept[number].name]:
+        for hole, view in holes[slots[number].name]:
             common = box.intersect(hole)
             if common is not None:
                 view[common.within(hole)].copy_(data[common.within(box)])
 
     _, otherwise = ranks.run_on_all("copy_to", prepare, combine=any)
-    for slot in kept if not otherwise else ():
+    for slot in slots if not otherwise else ():
         if slot.shard.owner_ranks:
             theirs[slot.name].write(slot.local if slot.shadow is None else slot.shadow)
-    sent = [part for part in mine if otherwise or not kept[part[0]].shard.owner_ranks]
-    stream(ranks, *saved_dtypes(kept, own_buffers), sent, sink, everywhere=True)
+    sent = [part for part in mine if otherwise or not slots[part[0]].shard.owner_ranks]
+    stream(ranks, *saved_dtypes(slots, own_buffers), sent, sink, everywhere=True)
     for shard, elements in apart:
         if otherwise or not shard.owner_ranks:
             shard.write(elements)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..schedules import Schedule
 from ..sharding import arena, discovery, ownership, records
+from ..sharding.derived import is_power_iteration_vector
 from ..sharding.ownership import ParamState
 from ..sharding.records import ModelShards, Shard
 from .skipped_steps import SkippedSteps
@@ -48,7 +49,7 @@ class Selection:
         return chosen and self.allows(shard.name)
 
     def _chooses_buffer(self, shard: Shard) -> bool:
-        if not shard.persistent or self.buffers == "copy":
+        if not shard.persistent or self.buffers == "copy" or is_power_iteration_vector(shard):
             return False
         return self.buffers == "average" or _matches(self.buffers, shard.name)
 
@@ -101,17 +102,30 @@ class Average:
 
     @property
     def persistent(self) -> list[ParamState]:
-        """What a state_dict holds."""
-        return [state for state in self.states if state.shard.persistent]
-
-    @property
-    def floating_buffers(self) -> list[ParamState]:
-        """The persistent buffers whose values are floats."""
+        """What a state_dict holds: a buffer that is None is not in it."""
         return [
             state
-            for state in self.persistent
-            if state.shard.kind == "buffer" and state.shard.dtype.is_floating_point
+            for state in self.states
+            if state.shard.persistent
+            and (state.shard.kind != "buffer" or records.registered(state.shard) is not None)
         ]
+
+    @property
+    def buffers(self) -> list[ParamState]:
+        """The buffers of a state_dict."""
+        return [state for state in self.persistent if state.shard.kind == "buffer"]
+
+    def forget_reshaped_buffers(self, states: Sequence[ParamState]) -> None:
+        """Own buffers end where live ones took another shape, for all buffers of the module."""
+        reshaped = {
+            id(state.shard.place[0])
+            for state in states
+            if (value := self.own_buffers.get(state.name)) is not None
+            and len(value) != state.shard.local_region.numel
+        }
+        for state in self.states if reshaped else ():
+            if id(state.shard.place[0]) in reshaped:
+                self.own_buffers.pop(state.name, None)
 
     def pace(self, now: float) -> tuple[float, float]:
         """(decay, half life in units of the clock) of the last update; before the first, of a step of one unit."""
@@ -303,4 +317,5 @@ class Inventory:
         for average in self.averages:
             for i in moved:
                 average.states[i].rebind()
+            average.forget_reshaped_buffers([average.states[i] for i in moved])
         return any(self.states[i].shadow is not None for i in moved)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..sharding import wrappers
+from ..sharding import derived, wrappers
 from ..sharding.ownership import ParamState
 from ..sharding.records import Shard
 from .teacher import Teacher
@@ -76,6 +76,8 @@ class TeacherSync:
         """The teacher's next forward reads what was written."""
         wrappers.reshard(self.teacher.sharded)
         self.is_stale = False
+        with derived.caches_dropped(self.teacher.module):
+            pass  # the teacher's weights were written already
 
     @property
     def shards(self) -> list[Shard]:

@@ -71,14 +71,18 @@ class ParamState:
         return self.shard.kind == "buffer" and self.layout_changed  # resized in place
 
     @property
+    def is_copied_buffer(self) -> bool:
+        """A buffer that is taken from live when the average is used."""
+        return self.shard.kind == "buffer" and self.shadow is None and self.teacher_copy is None
+
+    @property
     def layout_changed(self) -> bool:
         """They have another shape or order in memory now."""
         return _form(self.shard.local_tensor()) != self.form
 
     def rebind(self) -> None:
         """Follow elements that moved. Raises RuntimeError if they are not what they were."""
-        only_copied = self.shadow is None and self.teacher_copy is None
-        if self.shard.kind == "buffer" and only_copied:
+        if self.is_copied_buffer:
             redescribe(self.shard)
             begin, end = _saved_range(self)
             self.averaged_region = self.shard.local_region
@@ -240,6 +244,8 @@ def saved_blocks(
         data = slot.average
         if values and slot.name in values and data.numel():
             data = values[slot.name]
+        elif slot.is_copied_buffer:
+            data = data.clone()  # NOTE: numpy forbids to resize memory that it has seen
         for box, view in boxes_with_data(slot.shard, slot.saved_region, data):
             for block in split_box(box, MOST):
                 yield number, block.offsets, view[block.within(box)]

@@ -225,9 +225,6 @@ def register(shard: Shard, tensor: Tensor | None) -> None:
 
 
 def registered_buffer(name: str, place: tuple[nn.Module, str]) -> Tensor:
+    """What lies in a buffer's place: nothing where the module set it to None or deleted it."""
     buffer = place[0]._buffers.get(place[1])
-    if buffer is None and place[1] in place[0]._non_persistent_buffers_set:
-        return torch.empty(0)  # a cache that was dropped
-    if buffer is None:
-        raise RuntimeError(f"{name} is no buffer of the model any more. Call ema.rescan().")
-    return buffer
+    return torch.empty(0) if buffer is None else buffer
