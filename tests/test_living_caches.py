@@ -162,10 +162,15 @@ def test_weights_merged_by_eval_are_right_or_named() -> None:
     ema.update()
     x = torch.ones(3)
     want = (torch.ones(3) * 2 + torch.ones(3) * 3) * x
-    with pytest.warns(UserWarning, match="base was written inside"), ema.swap():
-        model.eval()
-        assert torch.allclose(model(x), want)
-        model.train()
+
+    def evaluate() -> None:
+        with ema.swap():
+            model.eval()
+            assert torch.allclose(model(x), want)
+            model.train()
+
+    with pytest.warns(UserWarning, match="base was written inside"):
+        evaluate()
     assert model.base.tolist() == [3, 3, 3]
     assert model.low.tolist() == [5, 5, 5]
     assert torch.allclose(ema.gather()["base"], torch.full((3,), 2.0))
