@@ -99,7 +99,7 @@ def test_saved(call: Call, shop: Path) -> None:
         ("extra", "epoch"),
         ("versions", f"dist_ema {meta['versions']['dist_ema']}, torch {torch.__version__}"),
         ("averaged", "3 weights"),
-        ("own buffers", "norm.running_mean, norm.running_var"),
+        ("own buffers", "norm.num_batches_tracked, norm.running_mean, norm.running_var"),
         ("alias", "head.weight is emb.weight"),
         ("in all", "weights 7, parameters 48, bytes 196"),
         ("F32", "weights 6, parameters 47, bytes 188"),
@@ -114,7 +114,7 @@ def test_saved(call: Call, shop: Path) -> None:
         ["emb.weight", "F32", "[7,", "4]", "averaged"],
         ["frozen", "F32", "[3]"],
         ["norm.bias", "F32", "[4]", "averaged"],
-        ["norm.num_batches_tracked", "I64", "[]"],
+        ["norm.num_batches_tracked", "I64", "[]", "own", "buffer"],
         ["norm.running_mean", "F32", "[4]", "own", "buffer"],
         ["norm.running_var", "F32", "[4]", "own", "buffer"],
         ["norm.weight", "F32", "[4]", "averaged"],
@@ -607,14 +607,20 @@ def test_several_averages(call: Call, tmp_path: Path) -> None:
     assert rows[0].startswith("Constant(decay=0.5), in the folder itself: weights 7")
     assert rows[0].endswith("own buffers none")
     assert rows[1].startswith("HalfLife(units=3.0), averages/1-HalfLife: weights 5")
-    assert rows[1].endswith("own buffers norm.running_mean, norm.running_var")
+    assert rows[1].endswith(
+        "own buffers norm.num_batches_tracked, norm.running_mean, norm.running_var"
+    )
     assert [value.split(":")[0] for word, value in said if word == "file"] == [
         "model.safetensors",
         "averages/1-HalfLife/model.safetensors",
     ]
     values = json.loads(call("inspect", tmp_path / "ema", "--json")[1])
     further = values["averages"]["1-HalfLife"]
-    assert further["own_buffers"] == ["norm.running_mean", "norm.running_var"]
+    assert further["own_buffers"] == [
+        "norm.num_batches_tracked",
+        "norm.running_mean",
+        "norm.running_var",
+    ]
     assert further["total"]["weights"] == len(further["weights"]) == 5
     assert len(values["files"]) == 2
     meta = json.loads((tmp_path / "ema" / META).read_text())

@@ -306,15 +306,10 @@ def table() -> dict[str, Callable[[], float]]:
 
 NAMES = ("body.", "head.", "weight", "bias")
 RED: dict[str, str] = {
-    "ddp: a write inside swap": "AssertionError: silent: the write is not named",
     "ddp: replaced head": "AssertionError: silent: a replaced head",
-    "fsdp1 orig: a write inside swap": "AssertionError: silent: the write is not named",
     "fsdp1 orig: replaced head": "AssertionError: silent: a replaced head",
-    "fsdp1 flat: a write inside swap": "AssertionError: silent: the write is not named",
     "fsdp1 flat: replaced head": "AssertionError: silent: a replaced head",
-    "fsdp2: a write inside swap": "AssertionError: silent: the write is not named",
     "fsdp2: replaced head": "AssertionError: silent: a replaced head",
-    "tp: a write inside swap": "AssertionError: silent: the write is not named",
     "tp: replaced head": "AssertionError: silent: a replaced head",
     "ddp: staged DCP": "unclear: aten.zeros_like.default on a part of an average: a FlatRange",
     "ddp: DCP, another decay": "CheckpointException: ssing key in checkpoint state_dict: {fqn",

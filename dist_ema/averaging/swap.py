@@ -74,7 +74,7 @@ class WeightSwap:
         self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._live_buffers: list[tuple[ParamState, Tensor, Tensor | None]] = []
         self._applied_buffers: list[tuple[ParamState, Tensor]] = []
-        self._versions: list[tuple[int, ...]] = []
+        self._versions: list[tuple[int, int]] = []
 
     def apply(self) -> None:
         """Write the average into the live weights. `restore` undoes it, also half way."""
@@ -176,15 +176,21 @@ class WeightSwap:
         self._versions = [_versions(state) for state in self._weights]
 
     def written(self) -> tuple[list[str], list[str]]:
-        """The names of swapped weights and of others that were written since `watch`."""
-        names = [
-            (state.name, state.shadow is not None)
-            for state, versions in zip(self._weights, self._versions, strict=False)
-            if _versions(state) != versions
-        ]
-        return [name for name, swapped in names if swapped], [
-            n for n, swapped in names if not swapped
-        ]
+        """The names of swapped weights and of others that were written since `watch`.
+
+        Weights whose storage moved are followed, and not named for that.
+
+        Raises:
+            RuntimeError: A weight has another dtype, device, shape or order now.
+        """
+        swapped, others = [], []
+        for state, versions in zip(self._weights, self._versions, strict=True):
+            if state.moved:
+                state.rebind()
+                versions = state.local._version, versions[1]
+            if _versions(state) != versions:
+                (others if state.shadow is None else swapped).append(state.name)
+        return swapped, others
 
     def changed_buffers(self) -> tuple[dict[str, Tensor], list[str]]:
         """What every persistent buffer holds now, and the names of those that are the average's.
@@ -258,10 +264,9 @@ def _take_written(live: Tensor, shadow: Tensor) -> None:
         average.copy_(torch.where(same.to(average.device), average, part.to(average)))
 
 
-def _versions(state: ParamState) -> tuple[int, ...]:
-    """The version counters through which the model's weight may be written."""
-    shard = state.shard
-    return state.local._version, shard.tensor._version, shard.local_tensor()._version
+def _versions(state: ParamState) -> tuple[int, int]:
+    """The version counters of the local elements, and of the Parameter: FSDP1 keeps them apart."""
+    return state.local._version, state.shard.tensor._version
 
 
 def _restore_buffer(state: ParamState, value: Tensor, tensor: Tensor | None) -> None:
