@@ -606,7 +606,7 @@ def test_several_averages(call: Call, tmp_path: Path) -> None:
     rows = [value for word, value in said if word.startswith("average ")]
     assert rows[0].startswith("Constant(decay=0.5), in the folder itself: weights 7")
     assert rows[0].endswith("own buffers none")
-    assert rows[1].startswith("HalfLife(units=3.0), averages/1-HalfLife: weights 5")
+    assert rows[1].startswith("HalfLife(units=3.0), averages/1-HalfLife: weights 6")
     assert rows[1].endswith(
         "own buffers norm.num_batches_tracked, norm.running_mean, norm.running_var"
     )
