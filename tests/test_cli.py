@@ -621,7 +621,7 @@ def test_several_averages(call: Call, tmp_path: Path) -> None:
         "norm.running_mean",
         "norm.running_var",
     ]
-    assert further["total"]["weights"] == len(further["weights"]) == 5
+    assert further["total"]["weights"] == len(further["weights"]) == 6
     assert len(values["files"]) == 2
     meta = json.loads((tmp_path / "ema" / META).read_text())
     (tmp_path / "ema" / META).write_text(json.dumps(meta | {"schedules": meta["schedules"][:1]}))

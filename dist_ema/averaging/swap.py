@@ -183,7 +183,8 @@ class WeightSwap:
         Raises:
             RuntimeError: A weight has another dtype, device, shape or order now.
         """
-        swapped, others = [], []
+        swapped: list[str] = []
+        others: list[str] = []
         for state, versions in zip(self._weights, self._versions, strict=True):
             if state.moved:
                 state.rebind()
