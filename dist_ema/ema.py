@@ -882,6 +882,12 @@ class EMA:
         if self._everyone is not None:
             self._everyone.timeout = seconds
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "an EMA can be neither copied nor pickled, nor can a module that owns one: it averages one model in place. "
+            "Build another EMA for a copy of the model, and carry the average over with save() and load()."
+        )
+
     def names(self) -> list[str]:
         """The canonical names of what is averaged."""
         return [state.name for state in self.weights.averages[0].averaged]

@@ -40,9 +40,6 @@ from .teacher_sync import TeacherSync
 __all__ = ["AveragedWeights", "Reads"]
 
 
-LOOK_EVERY = 100  # updates between two looks at what became trainable
-
-
 class Reads(enum.Flag):
     """What a verb reads or writes, and so inside which swaps it must not be called.
 
@@ -144,7 +141,7 @@ class AveragedWeights:
         if self._teacher_sync is not None:
             self._teacher_sync.adopt(self.states)
         further = [] if self._teacher_sync is None else self._teacher_sync.shards
-        self._watch.renew(self._averaged, further)
+        self._watch.renew(self._averaged, further, self._inventory.frozen)
         weights: list[ShadowPair] = []
         buffers: list[ShadowPair] = []
         for i, state in enumerate(self.states):
@@ -342,10 +339,8 @@ class AveragedWeights:
             once: A schedule in place of all others, for this update.
         """
         number = self.clock.updates
-        if number < 2 or number % LOOK_EVERY == 0:
+        if number < 2 or self._watch.changed():
             self._inventory.refuse_untracked()
-            self.follow()
-        elif self._watch.moved():
             self.follow()
         schedules = [once or average.schedule for average in self.averages]
         decays = self.clock.move(schedules, elapsed)

@@ -258,6 +258,18 @@ class Inventory:
                 state.shadow = new.shadow
         self.placement.dtype, self.placement.device = dtype, device
 
+    @property
+    def frozen(self) -> list[Tensor]:
+        """The weights that would be averaged if they needed a gradient."""
+        return [
+            state.shard.tensor
+            for state in self.states
+            if state.shadow is None
+            and state.shard.kind != "buffer"
+            and state.shard.dtype.is_floating_point
+            and self.selection.allows(state.name)
+        ]
+
     def average(self, which: int | str | Schedule) -> Average:
         """By number, by the schedule, or by its repr."""
         if isinstance(which, int) and 0 <= which < len(self.averages):

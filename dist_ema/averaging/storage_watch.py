@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from torch import Tensor
+
 from ..sharding.addresses import Addresses
 from ..sharding.ownership import ParamState
 from ..sharding.records import Shard
@@ -28,20 +30,31 @@ class StorageWatch:
         self._marked: tuple[int, Moment] | None = None
         self.renew([])
 
-    def renew(self, params: Sequence[ParamState], further: Iterable[Shard] = ()) -> None:
+    def renew(
+        self,
+        params: Sequence[ParamState],
+        further: Iterable[Shard] = (),
+        frozen: Sequence[Tensor] = (),
+    ) -> None:
         """Watch these from now on.
 
         Args:
             params: What is averaged. Its `local` tensors share the version counters of the model's.
             further: Records whose addresses count too: those of a teacher.
+            frozen: Weights that would be averaged if they needed a gradient.
         """
-        self._params = params
+        self._params, self._frozen = params, frozen
         self._addresses = Addresses([param.shard for param in params] + list(further))
         self._seen = self._addresses.read()
 
-    def moved(self) -> bool:
-        """Some storage lies elsewhere. *Cost*: 0.08 us per weight, and nothing else before an update."""
-        return self._addresses.read() != self._seen
+    def changed(self) -> bool:
+        """Some storage lies elsewhere, or a frozen weight needs a gradient now.
+
+        Note:
+            *Cost*: 0.08 us per averaged weight, 0.03 us per frozen one. Nothing else is looked at before an update.
+        """
+        unfrozen = True in [tensor.requires_grad for tensor in self._frozen]
+        return unfrozen or self._addresses.read() != self._seen
 
     # --- while an update reads behind the step -----------------------------------------------------------------
 
