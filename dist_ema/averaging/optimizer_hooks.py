@@ -1,12 +1,14 @@
 """Hooks on optimizers: an update after every step that really happened.
 
-The pre-step hook fences (live weights are overwritten in the step and nowhere else); the post-step hook of the last-listed
-optimizer moves the clock. A post hook fires once per real step under gradient accumulation, closures and GradScaler skips
-alike, with one exception: a fused optimizer steps inside its kernel, so its hook also fires for a skipped step, and
-`found_inf` is there on the device to say so. It becomes a weight of 0; the host never waits for it.
+The pre-step hook fences: live weights are overwritten in the step and nowhere else. The post-step hook moves the clock when
+every listed optimizer has stepped since the last update, in whatever order. A post hook fires once per real step under
+gradient accumulation, closures and GradScaler skips alike, with one exception. A fused optimizer steps inside its kernel, so
+its hook also fires for a skipped step, and `found_inf` on the device tells. It becomes a weight of 0 there; the host never
+waits for it.
 
-[Note: who holds whom]  An EMA holds its attachment, and an attachment the averages. The optimizer's hooks hold neither: an
-EMA that nobody can reach any more is freed, shadows and all, and the next step says so.
+[Note: who holds whom]  An EMA holds its attachment, and an attachment holds the averages. The optimizer's hooks hold neither.
+When nothing else reaches the EMA it is freed, shadows and all. Its hooks come off then, but for the one that says so at the
+next step.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from operator import index
 from typing import Any, Protocol
-from weakref import WeakMethod
+from weakref import WeakMethod, finalize
 
 import torch
 from torch import Tensor
@@ -26,6 +28,14 @@ from .clock import Clock
 
 __all__ = ["Attachment", "Averager"]
 
+PATIENCE = 128  # steps of one optimizer without an update, after which the others are named
+# Wrappers that take no hooks themselves and do nothing after the inner step: (package, class).
+TRANSPARENT = (
+    ("accelerate", "AcceleratedOptimizer"),
+    ("lightning", "LightningOptimizer"),
+    ("pytorch_lightning", "LightningOptimizer"),
+)
+
 
 class Averager(Protocol):
     """What an attachment drives."""
@@ -34,7 +44,7 @@ class Averager(Protocol):
         """Live weights are about to be overwritten."""
 
     def settle(self) -> None:
-        """No update is under way after this."""
+        """No update is in flight after this."""
 
     def begin(self) -> None:
         """Averaging begins, seeded from live."""
@@ -58,56 +68,76 @@ class Attachment:
     ) -> None:
         if not optimizers:
             raise ValueError("ema.attach() needs the optimizers that step the model.")
-        every, start = _whole("every", every), _whole("start", start)
+        every, start = _whole_number("every", every), _whole_number("start", start)
         if every < 1 or start < 0:
             raise ValueError(
                 f"every must be 1 or more and start 0 or more, got every={every}, start={start}."
             )
         elapsed = elapsed if callable(elapsed) else _units(elapsed)
-        inner = [_inner(optimizer) for optimizer in optimizers]
+        hooked = [_that_takes_hooks(optimizer) for optimizer in optimizers]
         self.every, self.start, self.guard = every, start, guard
         self._averager, self._clock, self._elapsed = averager, clock, elapsed
+        self._names = [type(optimizer).__name__ for optimizer in hooked]
+        self._places = {id(optimizer): place for place, optimizer in enumerate(hooked)}
+        self._steps = [0] * len(hooked)  # of each optimizer since the last round
         self._skips: list[
             Tensor | None
         ] = []  # of the steps since the last update; None: it happened
         self._handles: list[Any] = []
-        for optimizer in inner:
+        for optimizer in hooked:
             self._handles.append(optimizer.register_step_pre_hook(_Hook(self._before)))
-            self._handles.append(optimizer.register_step_post_hook(_Hook(self._note)))
-        self._handles.append(inner[-1].register_step_post_hook(_Hook(self._stepped, last=True)))
+            self._handles.append(optimizer.register_step_post_hook(_Hook(self._stepped)))
+        teller = hooked[-1].register_step_post_hook(_Hook(self._alive, tells=True))
+        finalize(self, _take_off, list(self._handles))
+        self._handles.append(teller)
         if clock.updates == 0 and clock.steps < start:
             clock.started = False
 
     def remove(self) -> None:
-        """Take the hooks off; an update under way is waited for, as nobody else would. Twice is once.
+        """Take the hooks off; the update in flight is waited for. Idempotent.
 
-        Raises RuntimeError if that update failed; the hooks are off all the same.
+        Raises:
+            RuntimeError: That update failed. The hooks are off all the same.
         """
         attached = self.active
-        while self._handles:
-            self._handles.pop().remove()
+        _take_off(self._handles)
         if attached:
             self._averager.settle()
 
     def to_dict(self) -> dict[str, Any]:
         """What is worth keeping in a file; a callable elapsed is not."""
-        return {
-            "every": self.every,
-            "start": self.start,
-            "elapsed": None if callable(self._elapsed) else self._elapsed,
-        }
+        elapsed = None if callable(self._elapsed) else self._elapsed
+        return {"every": self.every, "start": self.start, "elapsed": elapsed}
 
     @property
     def active(self) -> bool:
+        """The hooks are on."""
         return bool(self._handles)
+
+    def _alive(self, *_: Any) -> None:
+        """The hook that calls this tells when it no longer can."""
 
     def _before(self, *_: Any) -> None:
         self._averager.before_step()
 
-    def _note(self, optimizer: Optimizer, *_: Any) -> None:
+    def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
         self._skips.append(getattr(optimizer, "found_inf", None))
+        steps, place = self._steps, self._places[id(optimizer)]
+        steps[place] += 1
+        if all(steps):
+            self._steps = [0] * len(steps)
+            self._round()
+        elif steps[place] == PATIENCE:
+            silent = {name for name, count in zip(self._names, steps, strict=True) if not count}
+            warnings.warn(
+                f"{self._names[place]} has stepped {PATIENCE} times, and {', '.join(sorted(silent))} "
+                "never since: no update comes until every optimizer that ema.attach() was given has "
+                "stepped. Leave out the one that does not train.",
+                stacklevel=4,
+            )
 
-    def _stepped(self, *_: Any) -> None:
+    def _round(self) -> None:
+        """Every optimizer has stepped: the clock moves, and every so often the average."""
         clock = self._clock
         clock.tick(float(self._elapsed() if callable(self._elapsed) else self._elapsed))
         if not clock.started:
@@ -118,23 +148,21 @@ class Attachment:
         elif (clock.steps - self.start) % self.every == 0:
             # NOTE: a window or table made in inference mode could never be written outside it.
             with torch.inference_mode(False), torch.no_grad():
-                self._averager.move(clock.pending, self._void(), self.guard)
+                self._averager.move(clock.pending, self._all_skipped(), self.guard)
             clock.pending = 0.0
 
-    def _void(self) -> Tensor | None:
+    def _all_skipped(self) -> Tensor | None:
         """Not 0 on the device if every step since the last update was skipped; None: one of them happened for sure."""
         skips, self._skips = self._skips, []
         seen = [skip.reshape(()) for skip in skips if skip is not None]
-        if not seen or len(seen) < len(skips):
-            return None
-        return torch.stack([skip.to(seen[0].device) for skip in seen]).amin()
+        return torch.stack(seen).amin() if seen and len(seen) == len(skips) else None
 
 
 class _Hook:
     """A hook that does not keep its owner alive ([Note: who holds whom])."""
 
-    def __init__(self, method: Callable[..., None], last: bool = False) -> None:
-        self._method, self._tells = WeakMethod(method), last
+    def __init__(self, method: Callable[..., None], tells: bool = False) -> None:
+        self._method, self._tells = WeakMethod(method), tells
 
     def __call__(self, *args: Any) -> None:
         method = self._method()
@@ -143,13 +171,19 @@ class _Hook:
         elif self._tells:
             self._tells = False
             warnings.warn(
-                "the EMA that was attached to this optimizer is gone, so nothing is averaged any more. Keep the EMA (or what "
-                "ema.attach() returned) for as long as you train, or call ema.detach() before you drop it.",
+                "the EMA that was attached to this optimizer is gone, so nothing is averaged any "
+                "more. Keep the EMA (or what ema.attach() returned) for as long as you train, or "
+                "call ema.detach() before you drop it.",
                 stacklevel=2,
             )
 
 
-def _whole(name: str, steps: Any) -> int:
+def _take_off(handles: list[Any]) -> None:
+    while handles:
+        handles.pop().remove()
+
+
+def _whole_number(name: str, steps: Any) -> int:
     """Of whatever integer type: it goes into files."""
     try:
         return index(steps)
@@ -168,10 +202,29 @@ def _units(elapsed: Any) -> float:
     return elapsed if type(elapsed) is int else number
 
 
-def _inner(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside accelerate's, whose own hooks cannot be registered. ZeRO's outer one is right."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+def _that_takes_hooks(optimizer: Any) -> Optimizer:
+    """The optimizer whose hooks fire when its step is done, and after which nothing writes the weights.
+
+    Raises:
+        ValueError: No such optimizer is there: a wrapper (Lookahead, SAM, ZeRO) that may write after the inner step.
+    """
+    while _is_transparent(optimizer):
         optimizer = optimizer.optimizer
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"ema.attach() takes torch optimizers, got {type(optimizer).__name__}.")
-    return optimizer
+    # NOTE: Optimizer.__init__ patches `step` of the class to call hooks; a wrapper that skips it is never hooked.
+    fires = getattr(type(optimizer).step, "hooked", False) if _is_optimizer(optimizer) else False
+    if not fires or "_optimizer_step_post_hooks" not in vars(optimizer):
+        raise ValueError(
+            f"ema.attach() cannot hook {type(optimizer).__name__}: it takes torch optimizers whose "
+            "step hooks fire. A wrapper may write the weights after its inner optimizer has stepped, "
+            "so call ema.update() after its step() instead."
+        )
+    return optimizer  # type: ignore[no-any-return]
+
+
+def _is_transparent(optimizer: Any) -> bool:
+    kind = type(optimizer)
+    return (kind.__module__.split(".")[0], kind.__name__) in TRANSPARENT
+
+
+def _is_optimizer(optimizer: Any) -> bool:
+    return issubclass(type(optimizer), Optimizer)
