@@ -129,15 +129,7 @@ ORDERS: dict[str, Callable[[], float]] = {
     "three shuffled": three_shuffled,
     "every second": every_second,
 }
-RED_ORDERS: dict[str, str] = {
-    "every second": "silent: off by 0.1309",
-    "three shuffled": "silent: off by 0.06643",
-    "alternating": "silent: off by 0.07481",
-    "two, stepped other way": "silent: off by 0.07672",
-    "two, other way": "silent: off by 0.0536",
-    "in backward, shuffled": "silent: off by 0.01118",
-    "in backward, model order": "silent: off by 0.01273",
-}
+RED_ORDERS: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("program", programs(ORDERS, RED_ORDERS))
@@ -157,10 +149,7 @@ def silent_optimizer(first: bool) -> list[str]:
     return [str(each.message) for each in caught]
 
 
-RED_NEVER: dict[str, str] = {
-    "listed last": "assert 0 == 1",
-    "listed first": "assert 0 == 1",
-}
+RED_NEVER: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("first", programs({"listed first": True, "listed last": False}, RED_NEVER))
@@ -323,16 +312,7 @@ WRAPPED: dict[str, Callable[[Any], Any]] = {
     "accelerate": accelerated,
     "accelerate around Lookahead": lambda optimizer: accelerated(Derived(optimizer)),
 }
-RED_WRAPPED: dict[str, str] = {
-    "accelerate around Lookahead": "silent: off by 0.2051",
-    "another attribute": "silent: off by 0.4377",
-    "nested": "silent: off by 0.211",
-    "an Optimizer that forwards all": "silent: off by 0.2051",
-    "an Optimizer around one": "silent: off by 0.2051",
-    "master copies": "silent: off by 0.08425",
-    "clipper": "silent: off by 0.4377",
-    "Lookahead-like": "silent: off by 0.4167",
-}
+RED_WRAPPED: dict[str, str] = {}
 
 
 def trained_by(optimizer: Any, model: nn.Module, ema: EMA, naive: Naive, by_hand: bool) -> float:
@@ -380,7 +360,6 @@ def zero_module() -> Iterator[types.ModuleType]:
     del sys.modules["deepspeed"]
 
 
-@pytest.mark.xfail(strict=True, reason="assert 0.0842461691936478 <= 2e-05")
 def test_a_zero_optimizer_is_refused_or_right(zero_module: types.ModuleType) -> None:
     model = net()
     kind = type("DeepSpeedZeroOptimizer", (MasterCopy,), {"__module__": "deepspeed.runtime.zero"})
