@@ -228,7 +228,7 @@ def test_bad_arguments_name_themselves() -> None:
         ((optimizer,), {"every": 2.5}, "every must be a whole number of steps, got 2.5"),
         ((optimizer,), {"elapsed": 0}, "elapsed must be positive and finite, got 0"),
         ((optimizer,), {"elapsed": None}, "elapsed must be positive and finite"),
-        ((ema,), {}, "takes torch optimizers, got EMA"),
+        ((ema,), {}, "cannot hook EMA: it takes torch optimizers"),
     ]:
         with pytest.raises(ValueError, match=words):
             ema.attach(*arguments, **options)

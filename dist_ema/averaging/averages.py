@@ -340,7 +340,7 @@ class AveragedWeights:
         """
         number = self.clock.updates
         if number < 2 or self._watch.changed():
-            self._inventory.refuse_untracked()
+            self._inventory.refuse_unfrozen()
             self.follow()
         schedules = [once or average.schedule for average in self.averages]
         decays = self.clock.move(schedules, elapsed)

@@ -152,7 +152,6 @@ class Inventory:
         self.model, self.selection, self.placement = model, selection, placement
         self.averages = [Average(schedule) for schedule in schedules]
         self.sharded: list[nn.Module] = []  # the model's FSDP modules, and those of the teacher
-        self._unfilled: list[tuple[str, tuple[nn.Module, str]]] = []
 
     @property
     def states(self) -> list[ParamState]:
@@ -169,13 +168,11 @@ class Inventory:
         What is averaged already keeps its shadow, if it is the same object. Everything else that should have a shadow
         gets one, equal to live. What the model no longer holds is dropped.
         """
-        kept = {state.name for state in self.states if state.shadow is not None}
-        kept &= self._unchanged(found)
+        kept = self._kept(found)
         chosen = self.selection.averages
         fresh_shards = [shard for shard in found.shards if shard.name not in kept]
         fresh = ownership.assign(fresh_shards, chosen, self.placement.split)
         self._refuse_hopeless([shard for shard in found.shards if chosen(shard)], bool(kept))
-        by_name = {shard.name: shard for shard in found.shards}
         for average in self.averages:
             states = {state.name: replace(state) for state in fresh}
             if teacher_sync is None:
@@ -183,29 +180,38 @@ class Inventory:
                 arena.allocate(new, self.placement.dtype, self.placement.device)
             else:
                 self._bind_teacher(teacher_sync, states)
-            states |= {state.name: state for state in average.averaged if state.name in kept}
-            for state in states.values():
-                state.shard.aliases = by_name[state.name].aliases
-                state.shard.is_writer = by_name[state.name].is_writer
+            old_states = {state.name: state for state in average.averaged}
+            for shard in (shard for shard in found.shards if shard.name in kept):
+                states[shard.name] = old_states[kept[shard.name]]
+                states[shard.name].shard = shard
             average.states = [states[shard.name] for shard in found.shards]
             average.own_buffers = {
                 name: value for name, value in average.own_buffers.items() if name in states
             }
         teacher_modules = [] if teacher_sync is None else teacher_sync.teacher.sharded
         self.sharded = found.sharded + teacher_modules
-        self._unfilled = found.unfilled
 
-    def _unchanged(self, found: ModelShards) -> set[str]:
-        """The names under which the model still has the same tensor, held alike."""
-        known = {state.name: state.shard for state in self.states}
-        return {
-            shard.name
-            for shard in found.shards
-            if (old := known.get(shard.name)) is not None
-            and (old.tensor is shard.tensor or old.kind == "buffer")
-            and (old.shape, old.local_region, old.order)
-            == (shard.shape, shard.local_region, shard.order)
+    def _kept(self, found: ModelShards) -> dict[str, str]:
+        """What is averaged and still there, held alike: its name in `found` -> its name until now."""
+        known = {
+            name: state.shard
+            for state in self.states
+            if state.shadow is not None
+            for name in (state.name, *state.shard.aliases)
         }
+        kept = {}
+        for shard in found.shards:
+            # A weight that was tied since may come under another of its names first.
+            names = [name for name in (shard.name, *shard.aliases) if name in known]
+            old = known[names[0]] if names else None
+            if (
+                old is not None
+                and (old.tensor is shard.tensor or old.kind == shard.kind == "buffer")
+                and (old.shape, old.local_region, old.order)
+                == (shard.shape, shard.local_region, shard.order)
+            ):
+                kept[shard.name] = old.name
+        return kept
 
     def _bind_teacher(self, sync: TeacherSync, states: dict[str, ParamState]) -> None:
         """The teacher's memory is the shadow of what is averaged, and a copy of what else `only=` lets through."""
@@ -286,38 +292,38 @@ class Inventory:
         """Compare the records with the module tree. Returns whether something is new that needs no decision.
 
         Raises:
-            RuntimeError: A weight was replaced, is gone, or should be averaged and is not.
+            RuntimeError: A weight was replaced or tied otherwise, is gone, or should be averaged and is not.
         """
-        replaced = [state.name for state in self.states if records.replaced(state.shard)]
-        replaced += [f"{name} of the teacher" for name in (teacher.replaced if teacher else ())]
-        if replaced:
-            raise RuntimeError(
-                f"{', '.join(replaced[:5])} no longer shares memory with the model "
-                "(load_state_dict(assign=True)?). Build the EMA after that, and on the outermost "
-                "FSDP module (only= chooses parts)."
-            )
-        self.refuse_untracked()
-        return False
+        changes = discovery.compare_inventory(self.model, [state.shard for state in self.states])
+        averaged = {state.name for state in self.states if state.shadow is not None}
+        lost_buffers = averaged.intersection(changes.gone_buffers, changes.replaced_buffers)
+        _refuse(
+            [*changes.replaced, *(f"{name} of the teacher" for name in _replaced_of(teacher))],
+            "no longer shares memory with the model: another object has the name now (a replaced "
+            "module, load_state_dict(assign=True)?). Call ema.rescan() to average it from its value "
+            "now, or build the EMA after that, on the outermost FSDP module (only= chooses parts).",
+        )
+        _refuse(
+            [*changes.gone, *sorted(lost_buffers)],
+            "is gone from the model. Call ema.rescan() to drop it.",
+        )
+        _refuse(changes.retied, "is tied otherwise than when the EMA was built. Call ema.rescan().")
+        _refuse(
+            [name for name in changes.new_trainable if self.selection.allows(name)],
+            "is new and trainable. Call ema.rescan() to average it from its value now.",
+        )
+        self.refuse_unfrozen()
+        adopted = changes.new_trainable + changes.new_frozen + changes.new_buffers
+        return bool(adopted + changes.replaced_buffers + changes.gone_buffers)
 
-    def refuse_untracked(self) -> None:
+    def refuse_unfrozen(self) -> None:
         """Raise RuntimeError where a weight should be averaged and is not, by name."""
-        untracked = [
+        unfrozen = [
             state.name
             for state in self.states
             if state.shadow is None and self.selection.averages(state.shard)
         ]
-        if untracked:
-            raise RuntimeError(
-                f"{', '.join(untracked[:5])} became trainable after the EMA was built. Call "
-                "ema.rescan()."
-            )
-        filled = [
-            name for name, (module, key) in self._unfilled if module._buffers.get(key) is not None
-        ]
-        if filled:
-            raise RuntimeError(
-                f"{', '.join(filled[:5])} was None when the EMA was built. Call ema.rescan()."
-            )
+        _refuse(unfrozen, "became trainable after the EMA was built. Call ema.rescan().")
 
     def rebind_moved(self) -> bool:
         """Bind the records anew whose storages moved. Returns whether one of them is averaged.
@@ -331,3 +337,12 @@ class Inventory:
                 average.states[i].rebind()
             average.forget_reshaped_buffers([average.states[i] for i in moved])
         return any(self.states[i].shadow is not None for i in moved)
+
+
+def _refuse(names: Sequence[str], why: str) -> None:
+    if names:
+        raise RuntimeError(f"{', '.join(names[:5])} {why}")
+
+
+def _replaced_of(teacher: Teacher | None) -> Sequence[str]:
+    return () if teacher is None else teacher.replaced
