@@ -175,6 +175,7 @@ class EMA:
         found = self.weights.find()
         self._ranks = Ranks(found.members, found.group, wrappers.side_store, timeout)
         self._everyone: Ranks | None = None
+        self._swap_writes = 0  # by swaps of any EMA, when the block of ours began
         self._writer: writer.Writer | None = None
         self._adopt("EMA", found)
         self._overlap: bool | None = None
@@ -413,12 +414,13 @@ class EMA:
             swap.broadcast()
         swap.watch()
         self.weights.mark()
+        self._swap_writes = self.weights.swap_writes
 
     @_outside_autograd
     def _restore_swap(
         self, average: Average, swap: WeightSwap, error: BaseException | None
     ) -> None:
-        weights = self.weights
+        weights, writes_before = self.weights, self.weights.swap_writes
         buffers: dict[str, Tensor] = {}
         message: dict[str, Any] = {}
         raised = error
@@ -453,7 +455,8 @@ class EMA:
             )
         if error is None:
             average.own_buffers |= {name: buffers[name] for name in exits["changed"]}
-        self._name_writes(written, unrestored, error)
+        if self._swap_writes == writes_before:  # else another EMA's swap wrote, and restored
+            self._name_writes(written, unrestored, error)
 
     def _name_writes(
         self, written: list[str], unrestored: list[str], error: BaseException | None

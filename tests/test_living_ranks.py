@@ -306,11 +306,6 @@ def table() -> dict[str, Callable[[], float]]:
 
 NAMES = ("body.", "head.", "weight", "bias")
 RED: dict[str, str] = {
-    "ddp: replaced head": "AssertionError: silent: a replaced head",
-    "fsdp1 orig: replaced head": "AssertionError: silent: a replaced head",
-    "fsdp1 flat: replaced head": "AssertionError: silent: a replaced head",
-    "fsdp2: replaced head": "AssertionError: silent: a replaced head",
-    "tp: replaced head": "AssertionError: silent: a replaced head",
     "ddp: staged DCP": "unclear: aten.zeros_like.default on a part of an average: a FlatRange",
     "ddp: DCP, another decay": "CheckpointException: ssing key in checkpoint state_dict: {fqn",
     "ddp: DCP, another schedule": "CheckpointException: Missing key in checkpoint state_dict:",

@@ -192,30 +192,11 @@ ADOPTED: dict[str, Callable[[Any], None]] = {
     "buffers of a new module": buffer_inside_a_new_module,
     "transient buffer": transient_buffer,
 }
-RED_VERBS: dict[str, str] = {
-    "weight norm removed": "silent: off by inf",
-    "lora merged": "silent: off by inf",
-    "lora injected": "silent: off by inf",
-    "untied later": "gather did not raise",
-    "renamed": "silent: off by inf",
-    "popped": "silent: off by inf",
-    "deleted": "silent: off by inf",
-    "appended": "silent: off by inf",
-    "registered": "silent: off by inf",
-    "added": "silent: off by inf",
-    "two layers exchanged": "gather did not raise",
-    "resized head": "gather did not raise",
-    "replaced head": "gather did not raise",
-}
+RED_VERBS: dict[str, str] = {}
 RED_RESCAN: dict[str, str] = {
     "tied later": "RuntimeError: neck.weight no longer shares memory with the model (load",
 }
-RED_ADOPTED: dict[str, str] = {
-    "buffers of a new module": "gather is off by inf",
-    "new integer buffer": "gather is off by inf",
-    "new buffer": "gather is off by inf",
-    "frozen module": "gather is off by inf",
-}
+RED_ADOPTED: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("edit", programs(EDITS, RED_VERBS))
@@ -264,14 +245,7 @@ OTHER_VERBS: dict[str, Callable[[EMA, Path], Any]] = {
     "copy_to": lambda ema, path: ema.copy_to(Tree()),
     "reset": lambda ema, path: ema.reset(),
 }
-RED_OTHER: dict[str, str] = {
-    "reset": "DID NOT RAISE RuntimeError",
-    "copy_to": "DID NOT RAISE RuntimeError",
-    "metrics": "DID NOT RAISE RuntimeError",
-    "load": "DID NOT RAISE RuntimeError",
-    "load_state_dict": "DID NOT RAISE RuntimeError",
-    "state_dict": "DID NOT RAISE RuntimeError",
-}
+RED_OTHER: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("verb", programs(OTHER_VERBS, RED_OTHER))
@@ -285,7 +259,6 @@ def test_the_other_verbs_walk_too(verb: Any, tmp_path: Path) -> None:
         verb(program.ema, tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="KeyError: 'extra.weight'")
 def test_only_decides_whether_a_new_weight_is_one() -> None:
     """A second adapter is a weight of `only=`; a new head is not, and is live's."""
     program = Program(Tree(), only="lora_")
@@ -298,7 +271,6 @@ def test_only_decides_whether_a_new_weight_is_one() -> None:
         program.ema.gather()
 
 
-@pytest.mark.xfail(strict=True, reason="DID NOT RAISE RuntimeError")
 def test_an_adapter_merged_and_unloaded() -> None:
     """Nothing is left of what `only=` names: the verb says so, it does not lend an orphan."""
     program = Program(Tree(), only="lora_")

@@ -161,7 +161,7 @@ def test_buffers_registered_anew() -> None:
     with pytest.raises(RuntimeError, match="b was .* with 4 elements here, and is now .* with 8"):
         ema.gather()
     model.b = None
-    with pytest.raises(RuntimeError, match="b is no buffer of the model any more"):
+    with pytest.raises(RuntimeError, match="b is gone from the model"):
         ema.gather()
 
 
@@ -353,9 +353,6 @@ def test_a_buffer_that_is_filled_later(tmp_path: Path) -> None:
     assert torch.equal(ema.gather()["scale"], torch.ones(2))
     ema.save(tmp_path / "a")
     assert torch.equal(load_file(tmp_path / "a")["scale"], torch.ones(2))
-    with ema.swap():
-        model.scale = None
-    assert torch.equal(model.scale, torch.ones(2))
     assert ema.now == 1
 
 

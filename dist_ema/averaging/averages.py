@@ -185,6 +185,11 @@ class AveragedWeights:
         """The model holds one of these averages."""
         return self._swaps.open
 
+    @property
+    def swap_writes(self) -> int:
+        """Times that a swap of this EMA or of another one wrote the weights."""
+        return self._swaps.writes
+
     def refuse(self, verb: str, reads: Reads, further: Iterable[Tensor] = ()) -> None:
         """Raise RuntimeError where `verb` would read or write something else than training weights.
 

@@ -296,7 +296,7 @@ class Inventory:
         """
         changes = discovery.compare_inventory(self.model, [state.shard for state in self.states])
         averaged = {state.name for state in self.states if state.shadow is not None}
-        lost_buffers = averaged.intersection(changes.gone_buffers, changes.replaced_buffers)
+        lost_buffers = averaged.intersection(changes.gone_buffers + changes.replaced_buffers)
         _refuse(
             [*changes.replaced, *(f"{name} of the teacher" for name in _replaced_of(teacher))],
             "no longer shares memory with the model: another object has the name now (a replaced "
