@@ -38,12 +38,13 @@ class Naive:
         self.rescan()
 
     def rescan(self) -> None:
-        """Names whose Parameter is another one begin with its value; names that are gone are dropped."""
+        """Names whose Parameter is another one begin with its value; names that are gone are dropped.
+
+        Tied names hold one average.
+        """
         found, state = trained(self.model), self.state()
-        self.average = {
-            name: self.average[name] if self._seen.get(name) is p else state[name]
-            for name, p in found.items()
-        }
+        kept = {id(p): self.average[name] for name, p in found.items() if self._seen.get(name) is p}
+        self.average = {name: kept.get(id(p), state[name]) for name, p in found.items()}
         self._seen = found
 
     def state(self) -> State:

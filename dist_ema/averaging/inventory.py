@@ -203,14 +203,9 @@ class Inventory:
         for shard in found.shards:
             # A weight that was tied since may come under another of its names first.
             names = [name for name in (shard.name, *shard.aliases) if name in known]
-            old = known[names[0]] if names else None
-            if (
-                old is not None
-                and (old.tensor is shard.tensor or old.kind == shard.kind == "buffer")
-                and (old.shape, old.local_region, old.order)
-                == (shard.shape, shard.local_region, shard.order)
-            ):
-                kept[shard.name] = old.name
+            same = [known[name] for name in names if _held_alike(known[name], shard)]
+            if same:
+                kept[shard.name] = same[0].name
         return kept
 
     def _bind_teacher(self, sync: TeacherSync, states: dict[str, ParamState]) -> None:
@@ -337,6 +332,13 @@ class Inventory:
                 average.states[i].rebind()
             average.forget_reshaped_buffers([average.states[i] for i in moved])
         return any(self.states[i].shadow is not None for i in moved)
+
+
+def _held_alike(old: Shard, new: Shard) -> bool:
+    """The same tensor object, or a buffer of the same form, in the same region."""
+    same = old.tensor is new.tensor or old.kind == new.kind == "buffer"
+    forms = [(shard.shape, shard.local_region, shard.order) for shard in (old, new)]
+    return same and forms[0] == forms[1]
 
 
 def _refuse(names: Sequence[str], why: str) -> None:
