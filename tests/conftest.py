@@ -1,16 +1,18 @@
-"""One thread per process, because several of them share the machine; the command; the parity table at the end of a run."""
+"""One thread per process, the command as a fixture, and the parity table at the end of a run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from dist_ema.cli import main
-from tests.kit import Call
 
-torch.set_num_threads(1)
+Call = Callable[..., tuple[int, str, str]]  # `dist-ema`: exit code, stdout, stderr
+
+torch.set_num_threads(1)  # several processes share the machine
 
 
 @pytest.fixture

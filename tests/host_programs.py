@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrizations import spectral_norm
 
 from dist_ema import EMA, load_file
-from tests.kit import run_ranks
+from tests._ranks import run_ranks
 
 __all__ = ["ACTIONS", "WRAPPERS", "Outcome", "run"]
 

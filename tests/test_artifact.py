@@ -23,7 +23,10 @@ import dist_ema
 from dist_ema import EMA, Uniform, load_file
 from dist_ema.checkpoint import manifest, writer
 from dist_ema.distributed import transfer
-from tests.kit import Collectives, Core, Images, Net, Training, raises, run_ranks, wrap
+from tests._models import Core, Images, Net
+from tests._oracle import Collectives, Training
+from tests._ranks import raises, run_ranks
+from tests._wrappers import wrap
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

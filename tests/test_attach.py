@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA, Debiased, HalfLife, Power, Ratio, Uniform, Warmup
-from tests.kit import raises, run_ranks
+from tests._ranks import raises, run_ranks
 
 
 class Toy:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dist_ema import EMA, load_file
 from dist_ema.offline.average import in_order, shares
 from dist_ema.offline.export import export
-from tests.kit import Call
+from tests.conftest import Call
 
 
 @pytest.fixture

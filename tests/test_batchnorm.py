@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from dist_ema import EMA, load_file
 from dist_ema.recipes.batchnorm import recalibrate
 
-from .kit import raises, run_ranks
+from ._ranks import raises, run_ranks
 
 
 class Net(nn.Module):

@@ -27,7 +27,9 @@ from dist_ema import EMA, load_file
 from dist_ema.checkpoint import crc32, manifest, writer
 from dist_ema.checkpoint.background import BackgroundTask
 from dist_ema.distributed import transfer
-from tests.kit import Core, Images, Training, raises, run_ranks
+from tests._models import Core, Images
+from tests._oracle import Training
+from tests._ranks import raises, run_ranks
 
 ROOT = Path(__file__).parent.parent
 

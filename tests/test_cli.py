@@ -32,8 +32,9 @@ from dist_ema.cli import main
 from dist_ema.foreign import torch_dcp
 from dist_ema.offline import sources
 from dist_ema.offline.inspect import inspect
+from tests._models import Tied
+from tests.conftest import Call
 from tests.fuzz import damaged
-from tests.kit import Call, Tied
 
 
 @pytest.fixture(scope="module")

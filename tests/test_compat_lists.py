@@ -25,7 +25,10 @@ from dist_ema.averaging.engines import HostThread
 from dist_ema.compat import contrib, diffusers, ldm, shadow, torch_ema
 from dist_ema.compat._parameter_list import ParameterListAverage
 from dist_ema.sharding import wrappers
-from tests.kit import Collectives, Net, Oracle, Training, raises, run_ranks, same, snapshot, wrap
+from tests._models import Net
+from tests._oracle import Collectives, Oracle, Training, same, snapshot
+from tests._ranks import raises, run_ranks
+from tests._wrappers import wrap
 from tests.test_compat_modules import Watch
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16

@@ -35,7 +35,10 @@ from dist_ema.compat import ema_pytorch as ours_ema_pytorch
 from dist_ema.compat import swa_utils as ours_swa
 from dist_ema.compat import timm as ours_timm
 from dist_ema.compat import yolo
-from tests.kit import Net, Oracle, Training, raises, run_ranks, wrap
+from tests._models import Net
+from tests._oracle import Oracle, Training
+from tests._ranks import raises, run_ranks
+from tests._wrappers import wrap
 
 
 class Body(nn.Module):

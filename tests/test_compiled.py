@@ -28,7 +28,7 @@ from dist_ema.averaging.kernels.cpu_plan import CHUNK, SHARE, Pass, ramps
 from dist_ema.averaging.kernels.eager import WORTH, ShadowPair, UpdatePlan
 from dist_ema.averaging.kernels.pairs import LIVE, SHADOW
 from dist_ema.averaging.kernels.rounding import noise
-from tests.kit import draw
+from tests._models import draw
 
 needs_numba = pytest.mark.skipif(not cpu_plan.available(), reason="numba is not installed")
 both = pytest.mark.parametrize(

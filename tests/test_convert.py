@@ -35,7 +35,8 @@ from dist_ema.cli import convert as cli
 from dist_ema.foreign import recognise
 from dist_ema.offline import convert as offline
 from dist_ema.text import size
-from tests.kit import Call, Tied
+from tests._models import Tied
+from tests.conftest import Call
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is:UserWarning"

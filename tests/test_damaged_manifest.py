@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Call
 from tests.data import make_golden as golden
-from tests.kit import Call
 
 GOLDEN = Path(golden.__file__).parent / "golden"
 SAVED = "plain/attach"  # two averages of two files each

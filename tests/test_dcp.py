@@ -10,7 +10,8 @@ import torch.distributed.checkpoint as dcp
 
 from dist_ema import EMA, Uniform
 from dist_ema.checkpoint.dcp import FlatRange
-from tests.kit import Training, raises, run_ranks
+from tests._oracle import Training
+from tests._ranks import raises, run_ranks
 
 CHAIN = [("ddp", 2), ("fsdp1 flat", 3), ("fsdp2", 2), ("none", 1), ("hsdp", 4), ("ddp whole", 2)]
 ASYNC = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)

@@ -36,7 +36,9 @@ from dist_ema.checkpoint.torch_dtypes import DTYPES
 from dist_ema.foreign import torch_dcp, torch_zip, unpickler
 from dist_ema.foreign.dcp_metadata import Chunk
 from dist_ema.offline import sources
-from tests.kit import Call, Training, run_ranks
+from tests._oracle import Training
+from tests._ranks import run_ranks
+from tests.conftest import Call
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is:UserWarning"

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from dist_ema import EMA, Debiased
 from dist_ema.recipes.distill import SoftTargetLoss
 
-from .kit import Core, batch, run_ranks, wrap
+from ._models import Core, batch
+from ._ranks import run_ranks
+from ._wrappers import wrap
 
 SHAPES = [((6, 5), -1), ((2, 5, 3, 4), 1), ((2, 3, 5), -1), ((5,), 0)]
 

@@ -16,7 +16,7 @@ import torch
 
 from dist_ema.checkpoint import atomic
 from dist_ema.offline import doctor
-from tests.kit import Call
+from tests.conftest import Call
 
 
 @pytest.fixture

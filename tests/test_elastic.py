@@ -11,7 +11,10 @@ import torch.distributed as dist
 from filelock import FileLock  # torch depends on it
 
 from dist_ema import EMA, Power
-from tests.kit import Net, Training, run_ranks, wrap
+from tests._models import Net
+from tests._oracle import Training
+from tests._ranks import run_ranks
+from tests._wrappers import wrap
 
 SAVED = [("none", 1), ("ddp", 2), ("fsdp1 flat", 2), ("fsdp1 orig", 3), ("fsdp2", 3), ("hsdp", 4)]
 LOADED = [("none", 1), ("ddp", 3), ("fsdp1 flat", 3), ("fsdp1 orig", 2), ("fsdp2", 2), ("fsdp2", 4)]

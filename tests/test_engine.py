@@ -30,7 +30,8 @@ from dist_ema.averaging import executors
 from dist_ema.averaging.engines import Engine, HostThread, Overlapped, choose_engine
 from dist_ema.averaging.executors import Instant, Mark, Worker
 from dist_ema.distributed.coordinator import StoreCoordinator
-from tests.kit import raises, run_ranks, wrap
+from tests._ranks import raises, run_ranks
+from tests._wrappers import wrap
 
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 

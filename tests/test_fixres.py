@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_ema import EMA
 from dist_ema.recipes.fixres import freeze_for_resolution
 
-from .kit import run_ranks
+from ._ranks import run_ranks
 
 
 class Net(nn.Module):

@@ -31,7 +31,9 @@ from dist_ema.averaging.kernels.rounding import noise, noise_key
 from dist_ema.sharding import geometry
 from dist_ema.sharding.geometry import Numbering
 from dist_ema.sharding.records import Region, Shard
-from tests.kit import draw, run_ranks, wrap
+from tests._models import draw
+from tests._ranks import run_ranks
+from tests._wrappers import wrap
 from tests.test_engine import Late, Skippable, Watch, steps
 
 CPU, BF16, F16, F32 = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32

@@ -18,8 +18,9 @@ from safetensors.torch import load_file as read_safetensors
 from torch import Tensor, nn
 
 from dist_ema import EMA, load_file
+from tests._ranks import run_ranks
+from tests.conftest import Call
 from tests.data import make_golden as golden
-from tests.kit import Call, run_ranks
 
 GOLDEN = Path(golden.__file__).parent / "golden"
 FOLDERS = {f"plain/{name}": case for name, case in golden.CASES.items()}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests._ranks import run_ranks
 from tests.host_programs import Outcome, plan, run, run_many
-from tests.kit import run_ranks
 
 SEEDS = list(range(25))
 GROUPS = plan(SEEDS)

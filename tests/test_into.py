@@ -19,18 +19,10 @@ from torch import Tensor, nn
 from dist_ema import EMA, Warmup, load_file
 from dist_ema.averaging.engines import Overlapped
 from dist_ema.averaging.executors import Instant
-from tests.kit import (
-    Images,
-    Net,
-    Oracle,
-    Training,
-    image_batch,
-    raises,
-    run_ranks,
-    same,
-    snapshot,
-    wrap,
-)
+from tests._models import Images, Net, image_batch
+from tests._oracle import Oracle, Training, same, snapshot
+from tests._ranks import raises, run_ranks
+from tests._wrappers import wrap
 
 SCHEDULE = Warmup(0.9)
 

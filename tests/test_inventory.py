@@ -16,7 +16,10 @@ from torch.nn.utils import parametrizations, prune
 
 from dist_ema.sharding.discovery import compare_inventory, find_shards
 from dist_ema.sharding.parameters import Parameters
-from tests.kit import WRAPPERS, Block, Net, Training, batch, run_ranks, wrap
+from tests._models import Block, Net, batch
+from tests._oracle import Training
+from tests._ranks import run_ranks
+from tests._wrappers import WRAPPERS, wrap
 
 Changes = dict[str, set[str]]
 

@@ -32,7 +32,7 @@ from dist_ema.averaging.kernels.eager import (
 )
 from dist_ema.averaging.kernels.rounding import noise, noise_key, round_to_bfloat16
 from dist_ema.averaging.skipped_steps import SkippedSteps
-from tests.kit import draw
+from tests._models import draw
 
 Make = Callable[..., UpdatePlan]
 WIDE = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}

@@ -120,7 +120,7 @@ def torment(folder: Path, mode: str, kills: int, seed: int) -> Tally:
 def _round(folder: Path, mode: str, first: int, between: int, choose: random.Random) -> None:
     """Start two ranks, let them save, kill one or both at a random moment, then whoever is left."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.kit"])
+    context.set_forkserver_preload(["tests._ranks"])
     store = folder / f"store-{first}"
     ranks = [
         context.Process(

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from dist_ema import EMA
-from tests.kit import run_ranks, wrap
+from tests._ranks import run_ranks
+from tests._wrappers import wrap
 from tests.living import distance
 
 DECAY = 0.75

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from dist_ema import EMA, load_file
 from dist_ema.sharding import discovery
-from tests.kit import run_ranks
+from tests._ranks import run_ranks
 from tests.living import programs
 
 

@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from dist_ema import EMA, Uniform, load_file
 from dist_ema.checkpoint import manifest, reader, safetensors
+from tests._models import Core, Images, Net
+from tests._ranks import raises, run_ranks
+from tests._wrappers import wrap
 from tests.fuzz import damaged, mutations
-from tests.kit import Core, Images, Net, raises, run_ranks, wrap
 
 STARTS = "ignore:.*comes without ema.json:UserWarning"
 

@@ -22,7 +22,9 @@ from dist_ema.averaging import metrics
 from dist_ema.averaging.engines import HostThread, Overlapped
 from dist_ema.averaging.executors import UNREAD, Instant, Meter
 from dist_ema.distributed.coordinator import StoreCoordinator
-from tests.kit import Collectives, Images, Net, Training, batch, image_batch, raises, run_ranks
+from tests._models import Images, Net, batch, image_batch
+from tests._oracle import Collectives, Training
+from tests._ranks import raises, run_ranks
 
 # --- over ranks ----------------------------------------------------------------------------------------------------
 

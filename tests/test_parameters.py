@@ -13,7 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import EMA, Constant, Ramp, Ratio, Uniform, Warmup, load_file
-from tests.kit import Net, Oracle, Training, raises, run_ranks, same, snapshot, wrap
+from tests._models import Net
+from tests._oracle import Oracle, Training, same, snapshot
+from tests._ranks import raises, run_ranks
+from tests._wrappers import wrap
 
 SCHEDULE = Warmup(0.9)
 

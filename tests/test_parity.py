@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA, Warmup, load_file
-from tests.kit import Collectives, Net, Oracle, Training, raises, run_ranks, same, snapshot
+from tests._models import Net
+from tests._oracle import Collectives, Oracle, Training, same, snapshot
+from tests._ranks import raises, run_ranks
 
 ROWS = [
     ("none", 1), ("ddp", 2), ("ddp", 3), ("ddp whole", 2), ("fsdp1 flat", 2), ("fsdp1 orig", 2), ("fsdp1 orig", 3),

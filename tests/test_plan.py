@@ -17,7 +17,7 @@ from torch import nn
 
 from dist_ema import EMA, Constant, HalfLife, Power, Schedule
 from dist_ema.offline.plan import _response, cost, pace, scaled
-from tests.kit import Call
+from tests.conftest import Call
 
 
 @pytest.fixture

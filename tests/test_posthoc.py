@@ -36,7 +36,10 @@ from dist_ema import (
 from dist_ema.cli import main
 from dist_ema.posthoc import profiles, snapshots
 from dist_ema.posthoc.profiles import Mixer, Profile, coefficients, gamma
-from tests.kit import Call, Tied, run_ranks, wrap
+from tests._models import Tied
+from tests._ranks import run_ranks
+from tests._wrappers import wrap
+from tests.conftest import Call
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())
 ANY = [

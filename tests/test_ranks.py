@@ -28,7 +28,9 @@ from dist_ema.averaging.swap import WeightSwap
 from dist_ema.checkpoint import reader
 from dist_ema.distributed import coordinator
 from dist_ema.distributed.coordinator import FOREVER, StoreCoordinator
-from tests.kit import Net, raises, run_ranks, wrap
+from tests._models import Net
+from tests._ranks import raises, run_ranks
+from tests._wrappers import wrap
 
 WRITES = ("set", "add", "compare_set")
 

@@ -19,7 +19,10 @@ from torch import nn
 from dist_ema import EMA, Uniform, load_file
 from dist_ema.averaging.engines import Overlapped
 from dist_ema.checkpoint import writer
-from tests.kit import Core, Images, Net, raises, run_ranks, same, snapshot, wrap
+from tests._models import Core, Images, Net
+from tests._oracle import same, snapshot
+from tests._ranks import raises, run_ranks
+from tests._wrappers import wrap
 from tests.test_engine import Late
 
 

@@ -13,7 +13,9 @@ from torch import nn
 
 from dist_ema import EMA, Constant, HalfLife, Power, load_file
 from dist_ema.averaging.kernels.eager import Direct, Packed, UpdatePlan
-from tests.kit import Images, Training, image_batch, raises, run_ranks, same, snapshot
+from tests._models import Images, image_batch
+from tests._oracle import Training, same, snapshot
+from tests._ranks import raises, run_ranks
 
 SCHEDULES = [Power(gamma=2.0), 0.7, HalfLife(3.0)]
 

@@ -11,19 +11,10 @@ from torch import nn
 
 from dist_ema import EMA, Uniform
 from dist_ema.sharding import discovery, wrappers
-from tests.kit import (
-    Block,
-    Images,
-    Net,
-    Oracle,
-    Training,
-    image_batch,
-    raises,
-    run_ranks,
-    same,
-    snapshot,
-    wrap,
-)
+from tests._models import Block, Images, Net, image_batch
+from tests._oracle import Oracle, Training, same, snapshot
+from tests._ranks import raises, run_ranks
+from tests._wrappers import wrap
 
 NAMES = [name for name, _ in Net().named_parameters()]
 
@@ -65,7 +56,7 @@ def all_names() -> None:
     for kind in ("ddp", "fsdp1 flat", "fsdp1 orig", "fsdp2"):
         for how in ("plain", "compile first", "compiled blocks", "compile last", "checkpointed"):
             if kind.startswith("fsdp") and how == "compile first":
-                continue  # kit wraps model.core, which OptimizedModule forwards reads of but not writes
+                continue  # `wrap` wraps model.core, which OptimizedModule forwards reads of but not writes
             assert sorted(names_of(kind, how)) == sorted(NAMES), (kind, how)
     inner = torch.compile(Block(6, 5), backend="eager")
     assert wrappers.unwrapped(inner) is inner._orig_mod
@@ -88,7 +79,7 @@ def bf16_policy() -> None:
     """The shards stay fp32 under a bf16 policy; so does the average."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    from tests.kit import _fsdp2
+    from tests._wrappers import _fsdp2
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     torch.manual_seed(0)

@@ -15,7 +15,10 @@ from torch import nn
 
 from dist_ema import EMA, load_file
 from dist_ema.averaging.kernels.eager import SCRATCH
-from tests.kit import Images, Net, Training, image_batch, raises, run_ranks, same, snapshot, wrap
+from tests._models import Images, Net, image_batch
+from tests._oracle import Training, same, snapshot
+from tests._ranks import raises, run_ranks
+from tests._wrappers import wrap
 
 
 def trained(model: nn.Module, **options: Any) -> EMA:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from dist_ema import EMA, Constant, Uniform
 from dist_ema.averaging.engines import HostThread, Inline
-from tests.kit import Net, Training, run_ranks, same
+from tests._models import Net
+from tests._oracle import Training, same
+from tests._ranks import run_ranks
 from tests.test_engine import Late
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16

@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from numba import types
 
-__all__ = ["compile_pass", "is_disabled"]
+__all__ = [
+    "compile_pass",
+    "is_disabled",
+    "mix",
+    "read_bfloat16",
+    "read_float16",
+    "read_float32",
+    "write_bfloat16",
+    "write_float32",
+]
 
 jit = numba.njit(error_model="numpy", fastmath={"contract"})
 INFINITE = np.float32(np.inf)

@@ -31,7 +31,18 @@ from . import cpu_plan
 from .pairs import ShadowPair, Weights, join, merge
 from .rounding import draw_bits, noise_key, round_half_in_place, round_in_place, upper_bits
 
-__all__ = ["PACK", "SCRATCH", "SHORT", "WORTH", "ShadowPair", "Step", "UpdatePlan"]
+__all__ = [
+    "PACK",
+    "SCRATCH",
+    "SHORT",
+    "WORTH",
+    "Direct",
+    "Packed",
+    "Rounded",
+    "ShadowPair",
+    "Step",
+    "UpdatePlan",
+]
 
 SCRATCH = 1 << 20  # elements in one window: 4 MB of fp32; 256 KB is slower than no windows at all
 SHORT = 16 << 10  # elements below which tensors are packed

@@ -1,0 +1,130 @@
+"""Ranks for multi-process tests: gloo processes that report through result files.
+
+How to read a failure: `run_ranks` raises with the traceback of the first rank that failed.
+A rank that left no result is named with its exit code. Inside a rank a check is a plain assert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# What torch imports late, and a rank would spend most of its time on.
+PRELOAD = [
+    "tests._ranks",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+]
+
+
+def run_ranks(
+    world: int,
+    work: Callable[..., Any],
+    *args: Any,
+    timeout: float = 150.0,
+    allow_dead: bool = False,
+    method: str = "forkserver",
+) -> list[Any]:
+    """Run `work(*args)` on `world` gloo ranks.
+
+    Args:
+        world: How many ranks.
+        work: A function at the top level of a module.
+        args: Its arguments; they are pickled.
+        timeout: Seconds after which the ranks are killed.
+        allow_dead: Accept ranks that leave no result.
+        method: "spawn" for ranks in which nothing is imported yet.
+
+    Returns:
+        What `work` returned on every rank, None for a dead one.
+    """
+    context: Any = multiprocessing.get_context(method)
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        place = f"{work.__module__}:{work.__qualname__}"
+        ranks = [
+            context.Process(target=_rank, args=(rank, world, folder, place, args), daemon=True)
+            for rank in range(world)
+        ]
+        for rank in ranks:
+            rank.start()
+        deadline = time.monotonic() + timeout
+        for rank in ranks:
+            rank.join(max(0.1, deadline - time.monotonic()))
+        codes = [rank.exitcode for rank in ranks]
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+        return [_read(Path(folder), rank, codes[rank], allow_dead) for rank in range(world)]
+
+
+def _read(folder: Path, rank: int, code: int | None, allow_dead: bool) -> Any:
+    path = folder / f"result-{rank}.pt"
+    if not path.exists():
+        if allow_dead:
+            return None
+        raise AssertionError(f"rank {rank} left no result (exit code {code}; None: it hung)")
+    kind, value = torch.load(path, weights_only=False)
+    if kind == "error":
+        raise AssertionError(f"on rank {rank}:\n{value}")
+    return value
+
+
+def _rank(rank: int, world: int, folder: str, place: str, args: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    _allow_torch_warnings()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    try:
+        module, name = place.split(":")
+        outcome = ("value", getattr(importlib.import_module(module), name)(*args))
+    except BaseException:
+        outcome = ("error", traceback.format_exc())
+    torch.save(outcome, f"{folder}/part-{rank}.pt")
+    os.rename(f"{folder}/part-{rank}.pt", f"{folder}/result-{rank}.pt")
+    if outcome[0] == "value":
+        with contextlib.suppress(Exception):
+            dist.barrier()
+    os._exit(0)  # gloo aborts now and then in a normal exit, after everything passed
+
+
+def _allow_torch_warnings() -> None:
+    """torch warns of its own plans inside FSDP1, DTensor and DCP; ours stay errors."""
+    warnings.filterwarnings("ignore", module=r"torch\..*")
+    # torch 2.8, now and then
+    warnings.filterwarnings("ignore", message="Deallocating Tensor that still has live PyObject")
+    warnings.filterwarnings(
+        "ignore", message=r".*(NO_SHARD|FSDP|barrier\(\)|device_id|grad\.sizes).*"
+    )
+
+
+def raises(kind: type[BaseException], *words: str) -> contextlib.AbstractContextManager[None]:
+    """Inside a rank: the block must raise `kind`, and the message must hold all words."""
+
+    @contextlib.contextmanager
+    def guard() -> Iterator[None]:
+        try:
+            yield
+        except kind as error:
+            assert all(word in str(error) for word in words), f"{error} lacks one of {words}"
+        else:
+            raise AssertionError(f"{kind.__name__} was not raised")
+
+    return guard()
