@@ -15,6 +15,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils.parametrizations import spectral_norm
 
 from dist_ema import EMA, load_file
+from dist_ema.recipes.batchnorm import recalibrate
 from tests.living import Naive, Program, distance, outcome, programs, random_step
 
 # --- what may be averaged ------------------------------------------------------------------------
@@ -72,6 +73,45 @@ def test_vectors_of_a_spectral_norm_are_not_averaged(make: Any) -> None:
     for name, value in vectors.items():
         assert math.isclose(float(value.norm()), 1, abs_tol=1e-4), f"{name} has norm {value.norm()}"
         assert torch.equal(value, model.state_dict()[name]), f"{name} is not live's"
+
+
+@pytest.mark.parametrize("make", NORMED.values(), ids=NORMED)
+def test_recalibrate_refreshes_the_vectors_for_the_average(make: Any) -> None:
+    """Weights far from those that the vectors were made for: afterwards the norm is 1 again."""
+    torch.manual_seed(0)
+    model = make().eval()
+    ema = EMA(model, 0.5)
+    for p in model.parameters():
+        nn.init.normal_(p)
+    ema.update()
+    live = {name: value.clone() for name, value in model.named_buffers()}
+    with ema.swap():
+        assert max(spectra(model)) > 1.2, "stale vectors normalise by too little"
+        recalibrate(model, [torch.randn(8, 16) for _ in range(20)])
+        model(torch.randn(8, 16))
+        assert max(spectra(model)) < 1.05
+    assert all(torch.equal(value, live[name]) for name, value in model.named_buffers())
+    vectors = [name for name in live if name.endswith(("_u", "_v"))]
+    assert all(not torch.equal(ema.gather()[name], live[name]) for name in vectors), (
+        "the average's own"
+    )
+
+
+def test_vectors_are_restored_when_recalibrate_raises() -> None:
+    model = normed_linears()
+    for p in model.parameters():
+        nn.init.normal_(p)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    with pytest.raises(RuntimeError):
+        recalibrate(model, [torch.randn(8, 16), torch.randn(8, 3)])
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def spectra(model: nn.Module) -> list[float]:
+    """The largest singular value of every normed weight, as the last forward used it."""
+    normed = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d))]
+    model(torch.randn(8, 16))
+    return [float(torch.linalg.matrix_norm(m.weight.detach().flatten(1), 2)) for m in normed]
 
 
 class Quantizer(nn.Module):

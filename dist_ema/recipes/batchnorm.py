@@ -27,8 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..distributed import transfer
 from ..distributed.coordinator import Ranks
-from ..sharding import discovery, wrappers
+from ..sharding import derived, discovery, wrappers
 
 __all__ = ["recalibrate"]
 
@@ -47,14 +48,17 @@ def recalibrate(
 ) -> int:
     """Give every BatchNorm of `model` the mean and variance of what it sees over `loader`. *Collective*.
 
+    The singular vectors of every spectral norm, in both styles, are refreshed by power iterations for
+    the weights that the model holds now.
+
     Each rank runs its own batches, up to num_batches of them; the statistics are those of all ranks' data together, by
     one reduction per layer, and equal on all ranks. Ranks may have different numbers and sizes of batches. forward: calls
     the model with a batch; by default tuples and lists give their first element, mappings their values as keywords, on the
     model's device. group: the ranks whose data count, where no wrapper says so. The variance is the unbiased one, as
     BatchNorm keeps it. Returns the number of batches on this rank.
 
-    Nothing but running_mean and running_var changes; if anything raises, nothing does. Raises ValueError if there is no
-    BatchNorm that tracks statistics, no data, or if a layer saw NaN, infinity or what its dtype cannot hold, with the
+    Nothing but running_mean, running_var and singular vectors changes; if anything raises, nothing does. Raises ValueError if there is no
+    BatchNorm that tracks statistics and no spectral norm, no data, or if a layer saw NaN, infinity or what its dtype cannot hold, with the
     names. A layer that the forward does not reach keeps its statistics, with a warning. *Cost*: one layer's input in
     float64 at a time.
     """
@@ -66,10 +70,28 @@ def recalibrate(
         for name, m in inner.named_modules()
         if isinstance(m, LAYERS) and m.running_mean is not None
     }
-    if not layers:
-        raise ValueError(
-            f"{type(inner).__name__} has no BatchNorm that tracks statistics: nothing to recalibrate."
+    with derived.refreshed_vectors(inner) as vectors:
+        if not layers and not vectors:
+            raise ValueError(
+                f"{type(inner).__name__} has no BatchNorm that tracks statistics and no spectral "
+                "norm: nothing to recalibrate."
+            )
+        return _recalibrate(
+            model, inner, layers, vectors, loader, num_batches, forward, progress, group
         )
+
+
+def _recalibrate(
+    model: nn.Module,
+    inner: nn.Module,
+    layers: dict[str, Any],
+    vectors: list[Tensor],
+    loader: Iterable[Any],
+    num_batches: int,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    progress: bool,
+    group: dist.ProcessGroup | None,
+) -> int:
     found = discovery.find_shards(model)
     members = found.members if group is None else dist.get_process_group_ranks(group)
     ranks = Ranks(members, group or found.group, wrappers.side_store)
@@ -95,7 +117,14 @@ def recalibrate(
                 advance()
         return done
 
-    done, _ = ranks.run_on_all("recalibrate", run)
+    done, counts = ranks.run_on_all("recalibrate", run, combine=list)
+    if not any(counts):
+        raise ValueError("recalibrate() saw no data: the loader gave no batch on any rank.")
+    source = next(rank for rank, count in enumerate(counts) if count)
+    if (
+        ranks.group is not None and vectors
+    ):  # ranks with other batches iterated another number of times
+        transfer.broadcast(vectors, source, ranks.group)
     moments = {name: each.over(ranks) for name, each in watch.moments.items()}
     _refuse(moments, layers)
     with torch.no_grad():
@@ -281,7 +310,7 @@ def _watched(model: nn.Module, layers: Mapping[str, Any], watch: _Watch) -> Iter
 
 def _refuse(moments: Mapping[str, _Moments], layers: Mapping[str, Any]) -> None:
     """Raise for statistics that must not be written, the same way on every rank."""
-    if not any(each.count for each in moments.values()):
+    if moments and not any(each.count for each in moments.values()):
         raise ValueError(
             "recalibrate() saw no data: the loader gave no batch on any rank, or no BatchNorm was reached."
         )

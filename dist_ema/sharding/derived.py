@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.utils.hooks import RemovableHandle
 
 from .records import Shard
 
-__all__ = ["caches_dropped", "has_caches", "is_power_iteration_vector", "spectral_norms"]
+__all__ = ["caches_dropped", "is_power_iteration_vector", "refreshed_vectors"]
+
+ITERATIONS = 15  # as torch makes them at construction
 
 
 @contextmanager
@@ -42,16 +46,55 @@ def caches_dropped(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def has_caches(model: nn.Module) -> bool:
-    """Some module may keep what it derived from its weights."""
-    return any(_overrides_train(module) for module in model.modules())
-
-
 def _overrides_train(module: nn.Module) -> bool:
     return type(module).train is not nn.Module.train
 
 
-def spectral_norms(module: nn.Module) -> list[SpectralNorm]:
+@contextmanager
+def refreshed_vectors(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Every forward inside the block first refreshes the singular vectors of its spectral norms.
+
+    The forward is where wrappers show whole weights. If the block raises, the vectors are restored.
+
+    Returns:
+        The vectors, in the same order on every rank. *Aliases* the model.
+    """
+    hooks: list[RemovableHandle] = []
+    vectors: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, _SpectralNorm) and hasattr(module, "_u"):
+            hooks.append(module.register_forward_pre_hook(_iterate))
+            vectors += [module._u, module._v]
+        for norm in _spectral_norms(module):
+            hooks.append(module.register_forward_pre_hook(partial(_iterate_old, norm)))
+            vectors += [getattr(module, f"{norm.name}_u"), getattr(module, f"{norm.name}_v")]
+    before = [vector.clone() for vector in vectors]
+    try:
+        yield vectors
+    except BaseException:
+        for vector, value in zip(vectors, before, strict=True):
+            vector.copy_(value)
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _iterate(module: nn.Module, args: tuple[Tensor]) -> None:
+    assert isinstance(module, _SpectralNorm)
+    module._power_method(module._reshape_weight_to_matrix(args[0]), ITERATIONS)
+
+
+def _iterate_old(norm: SpectralNorm, module: nn.Module, _: object) -> None:
+    """After the norm's own hook, as FSDP's hook that gathers the weight comes before that."""
+    once, norm.n_power_iterations = norm.n_power_iterations, ITERATIONS
+    try:
+        setattr(module, norm.name, norm.compute_weight(module, do_power_iteration=True))
+    finally:
+        norm.n_power_iterations = once
+
+
+def _spectral_norms(module: nn.Module) -> list[SpectralNorm]:
     """The spectral norms of the old style that hang on this module as forward pre-hooks."""
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
 
@@ -61,4 +104,4 @@ def is_power_iteration_vector(shard: Shard) -> bool:
     module, name = shard.place
     if isinstance(module, _SpectralNorm):
         return name in ("_u", "_v")
-    return any(name in (f"{norm.name}_u", f"{norm.name}_v") for norm in spectral_norms(module))
+    return any(name in (f"{norm.name}_u", f"{norm.name}_v") for norm in _spectral_norms(module))
