@@ -404,7 +404,7 @@ class EMA:
         self._warn_if_idle("swap")
         split, alone = weights.placement.split, self._ranks.size == 1
         return average, WeightSwap(
-            average.states, average.own_buffers, split, alone, weights.note_swap
+            weights.model, average.states, average.own_buffers, split, alone, weights.note_swap
         )
 
     @_outside_autograd

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed.transfer import broadcast
 from ..sharding.ownership import ParamState, replica_broadcasts
@@ -43,7 +43,8 @@ class WeightSwap:
     """One swap, and how to undo it. Local: `broadcast_to_replicas` makes the replicas whole.
 
     Args:
-        states: Every weight and buffer of the model.
+        model: The live model.
+        states: Every weight and buffer of it.
         own_buffers: Recalibrated buffers of the average, by name.
         split: Replicated weights are divided among the ranks.
         alone: No other rank holds the model.
@@ -56,6 +57,7 @@ class WeightSwap:
 
     def __init__(
         self,
+        model: nn.Module,
         states: Sequence[ParamState],
         own_buffers: dict[str, Tensor],
         split: bool,
@@ -64,7 +66,8 @@ class WeightSwap:
     ) -> None:
         self._buffers = [state for state in states if state.shard.kind == "buffer"]
         self._weights = [state for state in states if state.shard.kind != "buffer"]
-        self._own_buffers = own_buffers
+        self._model, self._own_buffers = model, own_buffers
+        self._unfilled: list[tuple[nn.Module, str]] = []
         self._split, self._alone, self._note = split, alone, note
         self._open = False
         self._replicas_whole = True
@@ -80,6 +83,12 @@ class WeightSwap:
         """Write the average into the live weights. `restore` undoes it, also half way."""
         self._live_buffers = [
             (state, state.local.clone(), registered(state.shard)) for state in self._buffers
+        ]
+        self._unfilled = [
+            (module, name)
+            for module in self._model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is None
         ]
         self._open = True
         self._note(True)
@@ -102,6 +111,8 @@ class WeightSwap:
         for state, value, tensor in self._live_buffers:
             register(state.shard, tensor)
             _restore_buffer(state, value, tensor)
+        for module, name in self._unfilled:
+            module._buffers[name] = None  # the block may have filled it
         self._live_buffers = []
         torch.clear_autocast_cache()
 
