@@ -398,7 +398,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     """Every verb's parser."""
     (verbs,) = [
         action
-        for action in cli._parser()._actions
+        for action in cli.build_parser()._actions
         if isinstance(action, argparse._SubParsersAction)
     ]
     return dict(verbs.choices)
@@ -554,7 +554,7 @@ def test_never_imports_torch(shop: Path, tmp_path: Path) -> None:
         ["export", str(shop / "ema"), str(tmp_path / "new")],
     ]
     code = (
-        f"import sys; from dist_ema import cli; cli._parser(); early = 'numpy' in sys.modules\n"
+        f"import sys; from dist_ema import cli; cli.build_parser(); early = 'numpy' in sys.modules\n"
         f"codes = [cli.main(line) for line in {lines}]\n"
         "print(early, codes, sorted({'torch', 'safetensors', 'rich'} & set(sys.modules)), file=sys.stderr)"
     )

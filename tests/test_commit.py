@@ -53,7 +53,7 @@ def names(folder: Path) -> list[str]:
 
 def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without RENAME_EXCHANGE."""
-    monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(atomic, "exchange", lambda a, b: False)
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
@@ -72,7 +72,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
 
         monkeypatch.setattr(module, name, call)
 
-    for module, name in ((os, "rename"), (os, "fsync"), (shutil, "rmtree"), (atomic, "_exchange")):
+    for module, name in ((os, "rename"), (os, "fsync"), (shutil, "rmtree"), (atomic, "exchange")):
         patch(module, name)
     return lambda: count
 
@@ -92,7 +92,7 @@ def test_new_path(kind: str, tmp_path: Path) -> None:
 def test_exchange(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over an existing path: exchanged by one call, with no moment at which nothing stands there."""
     a, b = make(tmp_path / "a", "file", "a"), make(tmp_path / "b", "file", "b")
-    if not atomic._exchange(a, b):
+    if not atomic.exchange(a, b):
         pytest.skip("this file system has no RENAME_EXCHANGE")
     assert (read(a), read(b)) == ("b", "a")
     path = (
@@ -111,7 +111,7 @@ def test_exchange_says_what_failed(tmp_path: Path) -> None:
     """An error that is no missing support is raised with the path, not taken for one."""
     a = make(tmp_path / "a", "file", "a")
     with pytest.raises(FileNotFoundError, match="missing"):
-        atomic._exchange(a, tmp_path / "missing")
+        atomic.exchange(a, tmp_path / "missing")
 
 
 @pytest.mark.parametrize("kind", KINDS)

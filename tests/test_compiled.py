@@ -184,7 +184,7 @@ def test_tasks() -> None:
     for sizes in ([64] * 4000, [1], [CHUNK], [3, 1, 1, CHUNK - 1] * 9, [CHUNK] * 40):
         ends = np.cumsum(sizes)
         for tasks in (1, 2, 7, 64):
-            starts = cpu_plan._cut(ends, tasks)
+            starts = cpu_plan.cut_tasks(ends, tasks)
             assert (len(starts), starts[0], starts[-1]) == (tasks + 1, 0, len(sizes))
             work = [sum(sizes[a:b]) for a, b in itertools.pairwise(starts)]
             assert sum(work) == ends[-1]
@@ -205,7 +205,7 @@ def test_neighbours_become_one_row() -> None:
     )
     plan = UpdatePlan(pairs, passes=True)
     made = [step for step in plan.steps if isinstance(step, Pass)]
-    assert [step._rows[:, 0].tolist() for step in made] == [[30], [5]]
+    assert [step.rows[:, 0].tolist() for step in made] == [[30], [5]]
     plan.run([0.5], 0)
     assert all((pair.shadows[0] == 0.5).all() for pair in pairs)
 
@@ -229,11 +229,11 @@ def test_threads_are_torchs(
     threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many as torch's own kernels take here, and one per SHARE; a host thread's bound holds."""
-    eager._same_bits()  # which runs a pass once per process
+    eager.passes_same_bits()  # which runs a pass once per process
     seen: list[int] = []
-    run = cpu_plan._share
+    run = cpu_plan.run_on_threads
     monkeypatch.setattr(
-        cpu_plan, "_share", lambda move, starts, n: (seen.append(n), run(move, starts, n))
+        cpu_plan, "run_on_threads", lambda move, starts, n: (seen.append(n), run(move, starts, n))
     )
     threads(3)
     large, small = make(BF16, F32, 1, 4 * SHARE), make(BF16, F32, 1, SHARE)
@@ -294,7 +294,7 @@ def digest() -> list[str]:
         values = b"".join(
             value.view(torch.uint8).numpy().tobytes() for value in ema.gather().values()
         )
-        found += [str(count(ema.weights._plan)), hashlib.sha256(values).hexdigest()]
+        found += [str(count(ema.weights.plan)), hashlib.sha256(values).hexdigest()]
     return found
 
 
@@ -312,7 +312,7 @@ def test_without_numba() -> None:
     missing, here = done.stdout.split(), digest()
     assert missing[::2] == ["0", "0"]
     if cpu_plan.available():
-        assert here[::2] == [str(int(eager._same_bits()))] * 2
+        assert here[::2] == [str(int(eager.passes_same_bits()))] * 2
     assert missing[1::2] == here[1::2]
 
 
@@ -339,7 +339,7 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_numba
 def test_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled from WORTH elements on, where torch's lerp has the same bits, and never for what is not in host memory."""
-    monkeypatch.setattr(eager, "_same_bits", lambda: True)
+    monkeypatch.setattr(eager, "passes_same_bits", lambda: True)
 
     def passes(n: int, device: str = "cpu") -> int:
         pair = ShadowPair(
@@ -348,7 +348,7 @@ def test_worth(monkeypatch: pytest.MonkeyPatch) -> None:
         return count(UpdatePlan([pair]))
 
     assert (passes(WORTH - 1), passes(WORTH), passes(WORTH, "meta")) == (0, 1, 0)
-    monkeypatch.setattr(eager, "_same_bits", lambda: False)
+    monkeypatch.setattr(eager, "passes_same_bits", lambda: False)
     assert passes(WORTH) == 0
 
 
@@ -365,8 +365,8 @@ def test_no_pass_for_what_only_looks_like_memory() -> None:
 
 
 def test_contraction_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`_same_bits` sees a lerp that rounds after the product, on either side of 0.5."""
-    tried, lerp = eager._same_bits.__wrapped__, torch.lerp
+    """`passes_same_bits` sees a lerp that rounds after the product, on either side of 0.5."""
+    tried, lerp = eager.passes_same_bits.__wrapped__, torch.lerp
     for near, far in ((True, True), (True, False), (False, True)):
 
         def rounds_twice(
@@ -429,7 +429,7 @@ def test_an_average_of_a_model(tmp_path: Any) -> None:
     """Through the front door: compiled where the model is large enough, and saved and loaded with the same bits."""
     model = nn.Linear(400, 400)
     ema = EMA(model, 0.5)
-    assert bool(count(ema.weights._plan)) == eager._same_bits()
+    assert bool(count(ema.weights.plan)) == eager.passes_same_bits()
     with torch.no_grad():
         model.weight.zero_()
     ema.update()

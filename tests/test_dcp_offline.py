@@ -652,7 +652,7 @@ def test_runs() -> None:
                 for c in chunks
                 for a, b in itertools.pairwise(edges)
             ]
-        runs = torch_dcp._runs(shape, chunks)
+        runs = torch_dcp.chunk_runs(shape, chunks)
         dense = [
             whole.reshape(shape)[
                 tuple(slice(o, o + s) for o, s in zip(c.offsets, c.sizes, strict=True))

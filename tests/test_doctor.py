@@ -129,23 +129,23 @@ def test_folder(call: Call, tmp_path: Path) -> None:
     assert call(tmp_path / "nothing")[0] == 2
     for path in (a := tmp_path / "a", b := tmp_path / "b"):
         path.write_text(path.name)
-    can = atomic._exchange(a, b)
+    can = atomic.exchange(a, b)
     assert (a.read_text() == "b") == can
     assert atomic.exchanges(tmp_path) == can
-    checks = {check.what: check for check in doctor._of_folder(tmp_path)}
+    checks = {check.what: check for check in doctor.check_folder(tmp_path)}
     assert checks["replacing"].state == ("ok" if can else "note")
     assert "free" in checks["folder"].text
 
 
 def test_versions() -> None:
     """What is too old or missing is a problem where it is needed, a note elsewhere; local parts of versions do not count."""
-    assert doctor._package("torch", "99.1", True).state == "problem"
-    assert doctor._package("pytest", "99.1", False).state == "note"
-    assert doctor._package("pytest", "1", False).state == "ok"
-    missing = doctor._package("no-such-package", "1.2", True)
+    assert doctor.check_package("torch", "99.1", True).state == "problem"
+    assert doctor.check_package("pytest", "99.1", False).state == "note"
+    assert doctor.check_package("pytest", "1", False).state == "ok"
+    missing = doctor.check_package("no-such-package", "1.2", True)
     assert missing.text == "is not installed: pip install 'no-such-package>=1.2'"
-    assert doctor._numbers("2.13.0+cu128") == (2, 13, 0)
-    assert doctor._numbers("2.8.0a0+git1234") < doctor._numbers("2.10")
+    assert doctor.version_numbers("2.13.0+cu128") == (2, 13, 0)
+    assert doctor.version_numbers("2.8.0a0+git1234") < doctor.version_numbers("2.10")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_versions() -> None:
 )
 def test_launch(kind: str | None, set_: str, warned: bool) -> None:
     """The trap of accelerate on machines without a GPU is told where it can snap."""
-    said = list(doctor._of_launch({"accelerator": kind}, {"ACCELERATE_USE_CPU": set_}))
+    said = list(doctor.check_launch({"accelerator": kind}, {"ACCELERATE_USE_CPU": set_}))
     assert [check.state for check in said] == ["note"] * warned
 
 
@@ -184,7 +184,7 @@ def test_launch(kind: str | None, set_: str, warned: bool) -> None:
 def test_torch_facts(facts: dict[str, Any], what: str, state: str) -> None:
     """Drivers and backends that are missing."""
     known = {"devices": [], "cuda": None, "hip": None, "gloo": True, "nccl": False} | facts
-    assert {check.what: check.state for check in doctor._of_torch(known)}[what] == state
+    assert {check.what: check.state for check in doctor.check_torch(known)}[what] == state
 
 
 def test_help(call: Call) -> None:

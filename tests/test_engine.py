@@ -224,7 +224,7 @@ def test_a_worker_that_fails_reaches_the_trainer(kind: type[BaseException], tmp_
     def broken(*_: Any) -> None:
         raise kind("no room")
 
-    engine._windowed.run = broken  # type: ignore[attr-defined]
+    engine.windowed.run = broken  # type: ignore[attr-defined]
     optimizer.step()
     live = model.weight.detach().clone()
     words = f"update 1 of the average failed in the host thread: {kind.__name__}: no room"
@@ -250,9 +250,9 @@ def test_a_worker_survives_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
     worker, seen = Worker(), []
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # pytest's would tell of it
     worker.wait(worker.submit(sys.exit))
-    assert worker._thread is not None
-    worker._thread.join(10)
-    assert not worker._thread.is_alive()
+    assert worker.thread is not None
+    worker.thread.join(10)
+    assert not worker.thread.is_alive()
     worker.wait(worker.submit(lambda: seen.append(1)))
     assert seen == [1]
 
@@ -271,7 +271,7 @@ go = threading.Event()
 held = EMA(model, 0.5, device="cpu")
 held.update()
 held.weights.settle()
-held.weights.engine._windowed.run = lambda *_: go.wait()
+held.weights.engine.windowed.run = lambda *_: go.wait()
 held.update()
 child = os.fork()
 if child:
@@ -306,7 +306,7 @@ def test_one_copy_per_run_of_neighbours() -> None:
             wide -= 1
         ema.update()
         twin.update()
-    assert sorted(len(live) for _, live in ema.weights.engine._copies) == [10, 20, 20, 70]  # type: ignore[attr-defined]
+    assert sorted(len(live) for _, live in ema.weights.engine.copies) == [10, 20, 20, 70]  # type: ignore[attr-defined]
     assert same([*ema.gather().values()], [*twin.gather().values()])
 
 
@@ -317,7 +317,7 @@ def test_the_window_is_replaced_with_its_plan(monkeypatch: pytest.MonkeyPatch) -
     engine = ema.weights.engine = HostThread(None, Late(0))
     ema.update()
     engine.settle()
-    window, empty, gone = weakref.ref(engine._copies[0][0].untyped_storage()), torch.empty, []
+    window, empty, gone = weakref.ref(engine.copies[0][0].untyped_storage()), torch.empty, []
     model.weight.data = model.weight.data.clone()
 
     def watched(*sizes: Any, **options: Any) -> torch.Tensor:
@@ -576,9 +576,9 @@ def hot_path() -> None:
             patch.setattr(StoreCoordinator, "_next", refuse)  # of every message
             steps(optimizers, 8)
         assert 0 < watch.largest <= 1 << 20 < held, (kind, dtype, watch.largest, held)
-        plan = ema.weights._plan
+        plan = ema.weights.plan
         ema.weights.engine = Overlapped(Late(0))
-        ema.weights._plan = Sinner(plan)  # type: ignore[assignment]
+        ema.weights.plan = Sinner(plan)  # type: ignore[assignment]
         with raises(Waits), Watch():
             steps(optimizers, 8)
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save_file
 from torch import nn
 
-from dist_ema import EMA, _version, load_file
+from dist_ema import EMA, __version__, load_file
 from dist_ema.checkpoint import safetensors, strict_json
 from dist_ema.checkpoint.manifest import META
 from dist_ema.cli import main
@@ -430,7 +430,7 @@ def test_card(hf: Path, tmp_path: Path) -> None:
         "F32 1",
         "`saved`",
         f"CRC-32 {crc}",
-        f"dist_ema {_version.VERSION}",
+        f"dist_ema {__version__}",
     ):
         assert part.encode() in first, part
     (out / "README.md").write_bytes(b"mine\n" + first + b"after\n")

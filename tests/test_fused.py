@@ -211,7 +211,7 @@ def test_neighbours_stay(interpreted: Any) -> None:
 def test_the_key_is_linear(name: str) -> None:
     """[Note: keys]: crc of the whole from the crc of its ends."""
     for update in (0, 1, 12345):
-        head, columns = crc32(f"3/{update}/".encode()), gpu_plan._columns(name)
+        head, columns = crc32(f"3/{update}/".encode()), gpu_plan.name_columns(name)
         key = crc32(name.encode())
         for bit in range(32):
             key ^= columns[bit] & 0xFFFFFFFF if head >> bit & 1 else 0
@@ -372,7 +372,7 @@ def check_fallback() -> None:
     UpdatePlan(other, 4).run([0.25], 3)
     assert all(torch.equal(a.shadows[0], b.shadows[0]) for a, b in zip(pairs, other, strict=True))
     assert plan.pairs == pairs
-    assert len(plan._launches) == 2
+    assert len(plan.launches) == 2
     FusedPlan([], 4, UpdatePlan).run([0.5], 0)
 
 
@@ -388,8 +388,8 @@ def check_cost() -> None:
     tensors = [tensor.data_ptr() for tensor in plan.tensors]
     (weights,) = plan._weights.values()
     weights._places = [Fill(place, filled) for place in weights._places]  # type: ignore[misc]
-    for launch in plan._launches:
-        launch._kernel = Count(launch._kernel, programs)
+    for launch in plan.launches:
+        launch.kernel = Count(launch.kernel, programs)
     for update in range(4):
         plan.run([0.25, 0.5 if update < 2 else 0.75], update)
     assert filled == [0.25, 0.5, 0.75], "a weight is sent when it changes"
@@ -398,7 +398,7 @@ def check_cost() -> None:
     plan.run([0.25, torch.tensor(0.5)], 4)
     plan.run([0.25, 0.75], 5)
     assert filled == [0.25, 0.5, 0.75, 0.75], "a tensor came between"
-    assert FusedPlan([ShadowPair("w", [torch.ones(0)], torch.ones(0), numbers(0))])._launches == []
+    assert FusedPlan([ShadowPair("w", [torch.ones(0)], torch.ones(0), numbers(0))]).launches == []
 
 
 class Fill:
@@ -415,11 +415,11 @@ class Fill:
 
 class Count:
     def __init__(self, kernel: Any, seen: list[int]) -> None:
-        self._kernel, self._seen = kernel, seen
+        self.kernel, self._seen = kernel, seen
 
     def __getitem__(self, grid: tuple[int]) -> Any:
         self._seen.append(*grid)
-        return self._kernel[grid]
+        return self.kernel[grid]
 
 
 def test_cost(interpreted: Any) -> None:
@@ -431,11 +431,11 @@ def check_tables() -> None:
     pairs = [ShadowPair("a", [torch.zeros(600)], torch.ones(600), numbers(0))]
     pairs += [ShadowPair("b", [torch.zeros(5)[1:]], torch.ones(4), numbers(0))]
     plan = FusedPlan(pairs)
-    (launch,) = plan._launches
-    assert launch._blocks.tolist() == [0, 0, 0, 1]
-    rows = launch._tensors.tolist()
+    (launch,) = plan.launches
+    assert launch.blocks.tolist() == [0, 0, 0, 1]
+    rows = launch.rows.tolist()
     assert [row[:3] for row in rows] == [[600, 0, 1], [4, 3, 0]]
-    assert {t.data_ptr() for t in (pairs[1].live, launch._tensors, launch._blocks)} <= {
+    assert {t.data_ptr() for t in (pairs[1].live, launch.rows, launch.blocks)} <= {
         t.data_ptr() for t in plan.tensors
     }
     assert [row[4:] for row in rows] == [
@@ -484,7 +484,7 @@ def averaged(triton: bool, kind: str, options: dict[str, Any]) -> tuple[Any, lis
                 next(iter(model.parameters())).grad.view(-1)[::5] = float("nan")
         optimizer.found_inf = torch.full((), float(step in (2, 5)))
         optimizer.step()
-    return ema.weights._plan, [value for which in range(3) for value in ema.gather(which).values()]
+    return ema.weights.plan, [value for which in range(3) for value in ema.gather(which).values()]
 
 
 def check_ema(kind: str, options: dict[str, Any]) -> None:
@@ -492,10 +492,10 @@ def check_ema(kind: str, options: dict[str, Any]) -> None:
     other, want = averaged(False, kind, options)
     assert isinstance(plan, FusedPlan)
     assert isinstance(other, UpdatePlan)
-    assert plan._launches
+    assert plan.launches
     if kind == "none":
-        assert {launch._kind.live for launch in plan._launches} == {F32, BF16}
-        assert [pair.name for pair in plan._others.pairs] == ["d.weight", "d.bias"], (
+        assert {launch.kind.live for launch in plan.launches} == {F32, BF16}
+        assert [pair.name for pair in plan.others.pairs] == ["d.weight", "d.bias"], (
             "doubles go another way"
         )
     assert len(got) == len(want)
@@ -533,8 +533,8 @@ def check_the_hot_path() -> None:
     ema.weights.engine = Overlapped(Late(0))
     steps(optimizers, 4)
     launched: list[int] = []
-    for launch in ema.weights._plan._launches:
-        launch._kernel = Nothing(launched)
+    for launch in ema.weights.plan.launches:
+        launch.kernel = Nothing(launched)
     with Watch() as watch:
         steps(optimizers, 4)
     assert len(launched) >= 6, "two dtypes"
@@ -574,22 +574,22 @@ def test_switch(interpreted: Any) -> None:
 def check_proof(how: str) -> None:
     os.environ["DIST_EMA_TRITON"] = "1"
     model = torch.nn.Linear(50, 50)
-    call = gpu_plan._Launch.__call__
+    call = gpu_plan.Launch.__call__
 
     def broken(launch: Any, head: int, guard: bool) -> None:
         if how == "raises":
             raise OSError("no C compiler")
         call(launch, head + (how == "noise"), guard and how != "guard")
 
-    gpu_plan._is_proved.cache_clear()
-    gpu_plan._Launch.__call__ = broken  # type: ignore[method-assign]
+    gpu_plan.is_proved.cache_clear()
+    gpu_plan.Launch.__call__ = broken  # type: ignore[method-assign]
     try:
         with pytest.warns(UserWarning, match="is not used on cpu") as caught:
-            plan = EMA(model, 0.75, dtype=BF16).weights._plan
+            plan = EMA(model, 0.75, dtype=BF16).weights.plan
         assert len(caught) == 1
         assert (how == "raises") == ("OSError: no C compiler" in str(caught[0].message))
         assert isinstance(plan, FusedPlan)
-        assert plan._launches == []
+        assert plan.launches == []
         ema = EMA(model, [0.75, 0.5], dtype=F32)  # another kind: no further word, and no attempt
         before = ema.weights.averages[0].averaged[0].shadow.clone()
         with torch.no_grad():
@@ -600,10 +600,10 @@ def check_proof(how: str) -> None:
             before.lerp(model.weight.flatten(), 0.25),
         )
     finally:
-        gpu_plan._Launch.__call__ = call  # type: ignore[method-assign]
-        gpu_plan._is_proved.cache_clear()
-        gpu_plan._REFUSED.clear()
-    assert len(EMA(model, 0.75, dtype=BF16).weights._plan._launches) == 1
+        gpu_plan.Launch.__call__ = call  # type: ignore[method-assign]
+        gpu_plan.is_proved.cache_clear()
+        gpu_plan.REFUSED.clear()
+    assert len(EMA(model, 0.75, dtype=BF16).weights.plan.launches) == 1
 
 
 @pytest.mark.parametrize("how", ["raises", "noise", "guard"])
@@ -614,7 +614,7 @@ def test_a_wrong_kernel_is_not_used(interpreted: Any, how: str) -> None:
 
 def test_the_comparison_does_not_recurse() -> None:
     """Without a fallback there is no comparison: the comparison itself must not recurse."""
-    assert gpu_plan.FusedPlan([], 0)._others is None
+    assert gpu_plan.FusedPlan([], 0).others is None
 
 
 def test_triton_is_not_imported() -> None:
@@ -646,5 +646,5 @@ def test_addresses_beyond_63_bits() -> None:
     """Unified memory of an XPU may lie in the upper half: the table holds the same 64 bits."""
     live: Any = Placed((1 << 64) - 32)
     shadow: Any = Placed(1 << 63)
-    row = torch.tensor(gpu_plan._row(ShadowPair("w", [shadow], live, numbers(0)), None, 0))
+    row = torch.tensor(gpu_plan.table_row(ShadowPair("w", [shadow], live, numbers(0)), None, 0))
     assert [address & (1 << 64) - 1 for address in row[4:].tolist()] == [(1 << 64) - 32, 1 << 63]

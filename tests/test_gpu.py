@@ -355,8 +355,8 @@ def test_no_host_sync_in_training(
         step(poison if i in (5, 11) else x)
         ema.metrics(distance=False)
     torch.cuda.set_sync_debug_mode("default")
-    assert isinstance(ema.weights._plan, FusedPlan)
-    assert ema.weights._plan._launches, "the kernel failed its proof on this device"
+    assert isinstance(ema.weights.plan, FusedPlan)
+    assert ema.weights.plan.launches, "the kernel failed its proof on this device"
     assert ema.weights.skipped == 2
     for _ in range(2):  # it asks, and at the next call it knows
         heard = ema.metrics(distance=False)["skipped"]
@@ -383,7 +383,7 @@ def test_an_ema_with_triton_is_the_same(
         ema = EMA(model, [0.75, 0.5], dtype=dtype)
         ema.attach(optimizer, guard=True)
         assert isinstance(ema.weights.engine, Overlapped)
-        assert isinstance(ema.weights._plan, FusedPlan) == (triton == "1")
+        assert isinstance(ema.weights.plan, FusedPlan) == (triton == "1")
         for step in range(8):
             for p in model.parameters():
                 p.grad = torch.full_like(p, 0.25 * (step - 3))
@@ -403,8 +403,8 @@ def test_the_proof_holds(live: torch.dtype, shadow: torch.dtype) -> None:
     """The comparison that an EMA makes before it trusts the kernel; a warning would be an error here."""
     for averages in (1, 3):
         plan = FusedPlan(make(live, shadow, averages, 0), 5, UpdatePlan)
-        assert plan._others is None
-        assert plan._launches
+        assert plan.others is None
+        assert plan.launches
 
 
 # --- telemetry -----------------------------------------------------------------------------------------------------
@@ -458,9 +458,9 @@ def test_a_host_thread_on_its_device() -> None:
     engine = ema.weights.engine
     assert isinstance(engine, HostThread)
     seen: list[int] = []
-    engine._worker.wait(engine._worker.submit(lambda: seen.append(torch.cuda.current_device())))
+    engine.worker.wait(engine.worker.submit(lambda: seen.append(torch.cuda.current_device())))
     assert seen == [CUDA.index]
-    assert all(window.is_pinned() for window, _ in engine._copies)
+    assert all(window.is_pinned() for window, _ in engine.copies)
     assert all(slot.shadow.is_pinned() for slot in ema.weights.states if slot.shadow is not None), (
         "guards layout.allocate"
     )

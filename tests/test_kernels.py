@@ -590,12 +590,12 @@ def test_no_host_sync(plan: Make, kind: str, guard: bool) -> None:
 def test_a_step_allocates_nothing(plan: Make, kind: str) -> None:
     """After construction a step is lerp, cat into the scratch and copies: no other operator, so no new memory."""
     made = plan(KINDS[kind]())
-    scratch = {key: held.data_ptr() for key, held in made._scratch.items()}
+    scratch = {key: held.data_ptr() for key, held in made.scratch.items()}
     with watched() as watch:
         for update in range(3):
             made.run([0.5], update)
     assert set(watch.seen) <= STEP
-    assert {key: held.data_ptr() for key, held in made._scratch.items()} == scratch
+    assert {key: held.data_ptr() for key, held in made.scratch.items()} == scratch
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -52,7 +52,7 @@ def save_for_ever(rank: int, folder: Path, store: str, mode: str, first: int, be
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     if mode == "fallback":
-        atomic._exchange = lambda a, b: False
+        atomic.exchange = lambda a, b: False
         _die_between_renames(atomic, between)
     model = nn.Sequential(
         nn.Linear(400, 500), nn.Linear(500, 300, bias=False).requires_grad_(False)

@@ -186,9 +186,7 @@ def test_small_tensors_are_read_together(monkeypatch: pytest.MonkeyPatch) -> Non
     ema = EMA(model, 0.5)
     monkeypatch.setattr(metrics, "SCRATCH", 3000)
     slots = ema.weights.averages[0].averaged
-    sizes = [
-        len(live) for live, _ in metrics._batches([(slot.live, slot.shadow) for slot in slots])
-    ]
+    sizes = [len(live) for live, _ in metrics.batches([(slot.live, slot.shadow) for slot in slots])]
     assert sizes == [3000] * 13 + [1000, 3000, 3000, 1000]
 
 
@@ -377,10 +375,10 @@ def test_a_meter_that_is_not_read() -> None:
     streams.seen = 1e9
     for i in range(3 * UNREAD):
         meter.add(At(streams, 0), At(streams, i))
-    assert len(meter._intervals) == UNREAD
+    assert len(meter.intervals) == UNREAD
     assert meter.read() == 3 * UNREAD - 1
     assert meter.read() == 3 * UNREAD - 1
-    assert not meter._intervals
+    assert not meter.intervals
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

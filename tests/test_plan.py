@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dist_ema import EMA, Constant, HalfLife, Power, Schedule
-from dist_ema.offline.plan import _response, cost, pace, scaled
+from dist_ema.offline.plan import cost, impulse_response, pace, scaled
 from tests.conftest import Call
 
 
@@ -267,12 +267,12 @@ def test_refused(arguments: list[str], code: int, words: str, call: Call) -> Non
 def test_impulse_response(of: Schedule) -> None:
     """What the plot shows: the shares of all updates, which sum to what is not of the start."""
     shares, kept = (
-        [_response(of, 60.0, age) for age in range(60)],
+        [impulse_response(of, 60.0, age) for age in range(60)],
         math.prod(of(now) for now in range(1, 61)),
     )
     assert sum(shares) == pytest.approx(1 - kept, abs=1e-12)
     assert shares[0] == pytest.approx(1 - of(60))
-    assert _response(of, 60.0, 59.5) == 0
+    assert impulse_response(of, 60.0, 59.5) == 0
 
 
 def test_power_is_known() -> None:

@@ -153,7 +153,7 @@ class AveragedWeights:
             huge = math.prod(state.shard.shape) >= 1 << 32
             pair = ShadowPair(state.name, present, state.live, number, huge)
             (buffers if state.shard.kind == "buffer" else weights).append(pair)
-        self._plan = _plan(weights, self.seed)
+        self.plan = _plan(weights, self.seed)
         # Buffers are written by the next forward, so they are read before `move` returns. Modules may replace them at
         # every step, which leaves no time for tables on the device.
         self._buffer_plan = UpdatePlan(buffers, self.seed)
@@ -354,7 +354,7 @@ class AveragedWeights:
             average.last = decay, elapsed
             weight = average.skipped_steps.weigh(1 - decay, schedule.copies_first, skip)
             weights.append(weight)
-        self.engine.update(self._plan, weights, number, guard)
+        self.engine.update(self.plan, weights, number, guard)
         if self._buffer_plan.pairs:
             self._inline.update(self._buffer_plan, weights, number, guard)
         self._after_move()

@@ -183,7 +183,7 @@ class HostThread:
     """
 
     def __init__(self, copier: Executor | None, worker: Executor) -> None:
-        self._copier, self._worker = copier, worker
+        self._copier, self.worker = copier, worker
         self._copying = None if copier is None else _InFlight(copier)
         self._averaged: Any = None
         self._plan: Plan | None = None
@@ -214,21 +214,21 @@ class HostThread:
             self._weights[k] if isinstance(weight, Tensor) else weight
             for k, weight in enumerate(weights)
         ]
-        windowed = self._windowed
+        windowed = self.windowed
 
         def average() -> None:
             try:
                 self._await_copy(copied)
-                begin = self._worker.mark()
+                begin = self.worker.mark()
                 windowed.run(on_host, number, guard)
-                self._averages.add(begin, self._worker.mark())
+                self._averages.add(begin, self.worker.mark())
             except BaseException as error:  # surfaces at the next call
                 self._failed = (
                     f"update {number} of the average failed in the host thread: "
                     f"{type(error).__name__}: {error}"
                 )
 
-        return self._worker.submit(average)
+        return self.worker.submit(average)
 
     def _await_copy(self, copied: Any) -> None:
         """Orders: the copy, then the average; in the thread.
@@ -247,11 +247,11 @@ class HostThread:
         if self._copying is not None:
             self._copying.wait()
         if self._averaged is not None:
-            self._worker.wait(self._averaged)
+            self.worker.wait(self._averaged)
         self._refuse_failed()
 
     def times(self) -> Times:
-        lag = self._averaged is not None and not self._worker.done(self._averaged)
+        lag = self._averaged is not None and not self.worker.done(self._averaged)
         stalled = 0.0 if self._copying is None else self._copying.stalls.read()
         return Times(self._averages.read(), self._submits.read() + stalled, int(lag))
 
@@ -266,7 +266,7 @@ class HostThread:
         """Make one arena per dtype for the live side of the plan."""
         # NOTE: the old window is free before the new one is allocated, and if that fails the next
         # update tries again.
-        self._plan, self._copies, self._windowed = None, [], UpdatePlan([])
+        self._plan, self.copies, self.windowed = None, [], UpdatePlan([])
         pin = any(pair.live.device.type != "cpu" for pair in plan.pairs)
         pairs: list[ShadowPair] = []
         for dtype in dict.fromkeys(pair.live.dtype for pair in plan.pairs):
@@ -275,15 +275,15 @@ class HostThread:
             arena = torch.empty(sum(sizes), dtype=dtype, pin_memory=pin)
             windows = zip(alike, arena.split(sizes), strict=True)
             pairs += [replace(pair, live=window) for pair, window in windows]
-            self._copies += _runs(arena, [pair.live for pair in alike])
-        self._windowed = UpdatePlan(pairs, plan.seed)
+            self.copies += _runs(arena, [pair.live for pair in alike])
+        self.windowed = UpdatePlan(pairs, plan.seed)
         averages = max((len(pair.shadows) for pair in plan.pairs), default=0)
         self._weights = torch.zeros(averages, dtype=torch.float32, pin_memory=pin)
-        self.window_bytes = sum(window.nbytes for window, _ in self._copies) + self._weights.nbytes
+        self.window_bytes = sum(window.nbytes for window, _ in self.copies) + self._weights.nbytes
         self._plan = plan
 
     def _copy(self, weights: Weights) -> None:
-        for window, live in self._copies:
+        for window, live in self.copies:
             window.copy_(live, non_blocking=True)
         for k, weight in enumerate(weights):
             if isinstance(weight, Tensor):

@@ -86,15 +86,15 @@ class Meter:
 
     def __init__(self) -> None:
         # NOTE: bounded, because it may never be read; a thread may add while another reads.
-        self._intervals: deque[tuple[Mark, Mark]] = deque(maxlen=UNREAD)
+        self.intervals: deque[tuple[Mark, Mark]] = deque(maxlen=UNREAD)
         self._last = 0.0
 
     def add(self, begin: Mark, end: Mark) -> None:
-        self._intervals.append((begin, end))
+        self.intervals.append((begin, end))
 
     def read(self) -> float:
-        while self._intervals and self._intervals[0][1].query():
-            begin, end = self._intervals.popleft()
+        while self.intervals and self.intervals[0][1].query():
+            begin, end = self.intervals.popleft()
             self._last = begin.elapsed_time(end)
         return self._last
 
@@ -162,11 +162,11 @@ class Worker:
 
     def __init__(self, threads: int = 2, device: torch.device | None = None) -> None:
         self._threads, self._device = threads, device
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[], None]) -> threading.Event:
         # Orders: the work submitted before, then this; nothing that the caller does.
-        if self._thread is None or not self._thread.is_alive():
+        if self.thread is None or not self.thread.is_alive():
             self._start()
         done = threading.Event()
         self._queue.put((work, done))
@@ -175,7 +175,7 @@ class Worker:
     def wait(self, ticket: threading.Event) -> None:
         # Orders: the work, then what the caller does next, on the host.
         while not ticket.wait(PATIENCE):
-            if self._thread is None or not (self._thread.is_alive() or ticket.is_set()):
+            if self.thread is None or not (self.thread.is_alive() or ticket.is_set()):
                 raise RuntimeError(
                     "the thread that averages in host memory is gone: was this process forked? "
                     "Build the EMA in the process that updates it."
@@ -193,14 +193,14 @@ class Worker:
     def _start(self) -> None:
         # NOTE: the thread refers to the queue, not to self, or self would never be collected.
         self._queue: Tasks = queue.SimpleQueue()
-        self._thread = threading.Thread(
+        self.thread = threading.Thread(
             target=_serve, args=(self._queue,), name="dist_ema", daemon=True
         )
         weakref.finalize(self, self._queue.put, None)
         threads, ready, device = torch.get_num_threads(), threading.Event(), self._device
         few = min(self._threads, threads)
         self._queue.put((lambda: _settle_in(few, device), ready))
-        self._thread.start()
+        self.thread.start()
         ready.wait()
         # NOTE: the bound is the worker's alone; threads that are made later take the caller's.
         torch.set_num_threads(threads)

@@ -25,7 +25,7 @@ from ..sharding.fingerprint import fingerprints
 from ..sharding.ownership import ParamState
 from .kernels.eager import SCRATCH
 
-__all__ = ["compare", "measure"]
+__all__ = ["batches", "compare", "measure"]
 
 
 def measure(states: Sequence[ParamState], started: bool, split: bool, ranks: int) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _squares(states: Sequence[ParamState]) -> list[float]:
     """[|live - average|^2, |live|^2] over the elements that this rank saves, in float64."""
     sums: dict[torch.device, Tensor] = {}
     rows = [(state.local_view(state.saved_region), state.average) for state in states]
-    for live, shadow in _batches(rows):
+    for live, shadow in batches(rows):
         # NOTE: MPS has no float64, so its sums are taken on the host.
         home = torch.device("cpu") if shadow.device.type == "mps" else shadow.device
         wide = live.to(home).to(torch.float64)  # may alias live: nothing is done in place
@@ -99,7 +99,7 @@ def _squares(states: Sequence[ParamState]) -> list[float]:
     return [math.fsum(column) for column in columns]
 
 
-def _batches(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[list[Tensor]]:
+def batches(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[list[Tensor]]:
     """Columns of rows of equal length: windows of at most SCRATCH elements, short rows together."""
     batch: list[tuple[Tensor, ...]] = []
     for row in rows:

@@ -20,6 +20,7 @@ __all__ = [
     "LATEST",
     "Target",
     "ensure",
+    "exchange",
     "exchanges",
     "follow",
     "named",
@@ -97,7 +98,7 @@ def publish(new: Path, path: Path) -> None:
     sync(path.parent)
     if not path.exists():
         os.rename(new, path)
-    elif _exchange(new, path):
+    elif exchange(new, path):
         sync(path.parent)
         remove(new)
     else:
@@ -110,7 +111,7 @@ def exchanges(folder: Path) -> bool:
     two = temporary_sibling(folder / "a"), temporary_sibling(folder / "b")
     for path in two:
         path.touch()
-    return _exchange(*two)
+    return exchange(*two)
 
 
 def _rename_twice(new: Path, path: Path) -> None:
@@ -129,7 +130,7 @@ def _rename_twice(new: Path, path: Path) -> None:
     remove(old)
 
 
-def _exchange(a: Path, b: Path) -> bool:
+def exchange(a: Path, b: Path) -> bool:
     """Swap two paths atomically; False where the system or the file system cannot."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2

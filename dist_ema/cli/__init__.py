@@ -15,7 +15,7 @@ from ..text import sentence
 from . import average, convert, diff, doctor, export, inspect, plan, reconstruct, verify
 from .console import FINE, PROBLEM, USAGE, say
 
-__all__ = ["main"]
+__all__ = ["build_parser", "main"]
 
 VERBS = (inspect, verify, export, diff, convert, average, reconstruct, plan, doctor)
 
@@ -23,7 +23,7 @@ VERBS = (inspect, verify, export, diff, convert, average, reconstruct, plan, doc
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Wrong usage exits with code 2, through argparse."""
     _reopen()
-    parser = _parser()
+    parser = build_parser()
     options = parser.parse_args(arguments)
     if options.version:
         print(f"dist-ema {_version()}")
@@ -57,7 +57,7 @@ def _reopen() -> None:
         sys.stderr = io.StringIO()
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dist-ema",
         description="Look into, ship, compare and combine averaged weights, "

@@ -28,7 +28,7 @@ from ..dtypes import Bytes, gathered
 from . import dcp_metadata, torch_zip, unpickler
 from .dcp_metadata import META, NAMES, NO_TENSOR, Chunk, sizes
 
-__all__ = ["META", "Folder"]
+__all__ = ["META", "Folder", "chunk_runs"]
 
 _MAX_PICKLE = 1 << 20  # bytes of the pickle that describes one tensor
 _STORAGES = {
@@ -111,7 +111,7 @@ class _Runs(NamedTuple):
     inside: NDArray[np.int64]  # where the run begins in the chunk
 
 
-def _runs(shape: tuple[int, ...], chunks: Sequence[Chunk]) -> _Runs:
+def chunk_runs(shape: tuple[int, ...], chunks: Sequence[Chunk]) -> _Runs:
     """Raises ValueError where the chunks overlap, or leave a hole."""
     rows: list[tuple[NDArray[np.int64], ...]] = []
     for i, chunk in enumerate(chunks):
@@ -200,7 +200,7 @@ class Folder:
     def _make_runs(self, name: str) -> _Runs:
         entry, chunks = self._weights[name]
         try:
-            return _runs(entry.shape, chunks)
+            return chunk_runs(entry.shape, chunks)
         except ValueError as error:
             raise ValueError(f"{self.path}: {name} cannot be put together: {error}.") from None
 

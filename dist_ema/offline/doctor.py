@@ -21,7 +21,16 @@ from typing import Any
 from ..checkpoint import atomic
 from ..text import size
 
-__all__ = ["Check", "examine", "self_test"]
+__all__ = [
+    "Check",
+    "check_folder",
+    "check_launch",
+    "check_package",
+    "check_torch",
+    "examine",
+    "self_test",
+    "version_numbers",
+]
 
 # The oldest supported version; '' for packages that are only reported.
 _NEEDED = {"torch": "2.8", "numpy": "1.26", "ml_dtypes": "0.5", "safetensors": "0.4.3"}
@@ -48,15 +57,17 @@ def examine(folder: Path, *, timeout: float = 120.0, test: bool = True) -> Itera
     yield Check(
         "python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
     )
-    yield from (_package(name, least, True) for name, least in _NEEDED.items())
-    yield from (_package(name, least, False) for name, least in _KNOWN.items() if _version(name))
+    yield from (check_package(name, least, True) for name, least in _NEEDED.items())
+    yield from (
+        check_package(name, least, False) for name, least in _KNOWN.items() if _version(name)
+    )
     facts = _ask(timeout)
     if isinstance(facts, Check):
         yield facts
     else:
-        yield from _of_torch(facts)
-        yield from _of_launch(facts, os.environ)
-    yield from _of_folder(folder)
+        yield from check_torch(facts)
+        yield from check_launch(facts, os.environ)
+    yield from check_folder(folder)
     if test and not isinstance(facts, Check) and facts["gloo"]:
         yield self_test(timeout)
 
@@ -71,17 +82,17 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _package(name: str, least: str, needed: bool) -> Check:
+def check_package(name: str, least: str, needed: bool) -> Check:
     found = _version(name)
     if found is None:
         return Check(name, "problem", f"is not installed: pip install '{name}>={least}'")
-    if least and _numbers(found) < _numbers(least):
+    if least and version_numbers(found) < version_numbers(least):
         state = "problem" if needed else "note"
         return Check(name, state, f"{found} is older than {least}: pip install '{name}>={least}'")
     return Check(name, "ok", found)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def version_numbers(text: str) -> tuple[int, ...]:
     """'2.13.0+cpu' -> (2, 13, 0)"""
     return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", text)[0])))
 
@@ -121,7 +132,7 @@ def _last(text: str) -> str:
     return lines[-1][:500] if lines else ""
 
 
-def _of_torch(facts: Mapping[str, Any]) -> Iterator[Check]:
+def check_torch(facts: Mapping[str, Any]) -> Iterator[Check]:
     kind = facts["accelerator"]
     devices = ", ".join(sorted(set(facts["devices"])))
     built = (
@@ -155,7 +166,7 @@ def _of_torch(facts: Mapping[str, Any]) -> Iterator[Check]:
         yield Check("backends", "ok", "gloo, NCCL" if facts["nccl"] else "gloo")
 
 
-def _of_launch(facts: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[Check]:
+def check_launch(facts: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[Check]:
     on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in _TRUE
     if not facts["accelerator"] and _version("accelerate") and not on_cpu:
         yield Check(
@@ -173,7 +184,7 @@ _TRUE = ("1", "true", "yes", "on", "y", "t")
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def _of_folder(folder: Path) -> Iterator[Check]:
+def check_folder(folder: Path) -> Iterator[Check]:
     """Try the folder out, inside a temporary one that is removed."""
     try:
         with tempfile.TemporaryDirectory(prefix=".dist-ema-doctor-", dir=folder) as inside:

@@ -19,7 +19,17 @@ from typing import Any
 from ..schedules import Constant, Power, Schedule, gamma_of
 from . import plotting
 
-__all__ = ["BANDWIDTH", "Cost", "Memory", "Pace", "cost", "pace", "plot", "scaled"]
+__all__ = [
+    "BANDWIDTH",
+    "Cost",
+    "Memory",
+    "Pace",
+    "cost",
+    "impulse_response",
+    "pace",
+    "plot",
+    "scaled",
+]
 
 BANDWIDTH = {"gpu": 2000.0, "cpu": 50.0, "link": 25.0}  # GB/s, by default
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
@@ -237,7 +247,7 @@ def plot(path: str, of: Pace, other: Pace | None = None) -> None:
         ages = [min(length, 8 * of.half_life) * i / 400 for i in range(400)]
         clock = [max(1.0, length * i / 400) for i in range(1, 401)]
         for label, schedule in lines:
-            left.plot(ages, [_response(schedule, length, age) for age in ages], label=label)
+            left.plot(ages, [impulse_response(schedule, length, age) for age in ages], label=label)
             right.plot(clock, [1 - schedule(now, 1.0) for now in clock], label=label)
         if len(lines) == 1:
             # NOTE: matplotlib warns of a range that is one value.
@@ -253,7 +263,7 @@ def plot(path: str, of: Pace, other: Pace | None = None) -> None:
         right.legend()
 
 
-def _response(of: Schedule, now: float, age: float) -> float:
+def impulse_response(of: Schedule, now: float, age: float) -> float:
     """The share of the update of `age` steps ago."""
     then = now - age
     if then < 1:

@@ -2,7 +2,7 @@
 
 Functions here are compiled: `x` and the like are scalars, tables are C pointers, and 16-bit floats
 are read and written by their bits. `contract` lets the compiler fuse the product and the sum of a
-move into one multiply-add, as torch's lerp does; `eager._same_bits` checks that it did.
+move into one multiply-add, as torch's lerp does; `eager.passes_same_bits` checks that it did.
 """
 
 from __future__ import annotations

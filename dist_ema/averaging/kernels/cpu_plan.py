@@ -45,10 +45,12 @@ __all__ = [
     "Pass",
     "Ramp",
     "available",
+    "cut_tasks",
     "find_pass",
     "is_reachable",
     "plan_passes",
     "ramps",
+    "run_on_threads",
 ]
 
 CHUNK = 1 << 16  # elements in one row: live stays in the cache between averages
@@ -157,14 +159,14 @@ class Pass:
         self._names = [pair.name.encode() for pair in self.pairs] if first.rounds else []
         table = [row for k, entry in enumerate(group) for row in _rows(*entry, k)]
         columns = zip(*table, strict=True)
-        self._rows, self._lives, self._shadows = (np.array(x, dtype=np.int64) for x in columns)
-        self._ends = self._rows[:, 0].cumsum()
+        self.rows, self._lives, self._shadows = (np.array(x, dtype=np.int64) for x in columns)
+        self._ends = self.rows[:, 0].cumsum()
         self._threads = max(1, len(first.shadows) * int(self._ends[-1]) // SHARE)
         self._keys = np.zeros(len(self.pairs), dtype=np.uint32)
         self._weights = torch.zeros(len(first.shadows), dtype=torch.float32)
         self._places = self._weights.unbind()
         self._sweep = find_pass(first.live.dtype, first.shadows[0].dtype)
-        tables = [self._rows, self._lives, self._shadows, self._weights.numpy(), self._keys]
+        tables = [self.rows, self._lives, self._shadows, self._weights.numpy(), self._keys]
         kinds = self._sweep.ctypes.argtypes
         self._tables = [x.ctypes.data_as(kind) for x, kind in zip(tables, kinds, strict=False)]
         shadows = [shadow for pair in self.pairs for shadow in pair.shadows]
@@ -182,8 +184,10 @@ class Pass:
         torch.autograd.graph.increment_version(self._written)
         sweep, tables, averages = self._sweep.ctypes, self._tables, len(self._places)
         threads = min(torch.get_num_threads(), self._threads)
-        starts = _cut(self._ends, 1 if threads == 1 else DRAWS * threads)
-        _share(lambda begin, end: sweep(*tables, begin, end, averages, guard), starts, threads)
+        starts = cut_tasks(self._ends, 1 if threads == 1 else DRAWS * threads)
+        run_on_threads(
+            lambda begin, end: sweep(*tables, begin, end, averages, guard), starts, threads
+        )
 
 
 def _rows(pair: ShadowPair, numbers: list[Ramp], key: int) -> Iterator[tuple[list[int], ...]]:
@@ -198,7 +202,7 @@ def _rows(pair: ShadowPair, numbers: list[Ramp], key: int) -> Iterator[tuple[lis
         at += length
 
 
-def _cut(ends: Any, tasks: int) -> list[int]:
+def cut_tasks(ends: Any, tasks: int) -> list[int]:
     """Where each of these tasks begins in rows that end there, and where the last one ends."""
     starts = np.searchsorted(ends, ends[-1] * np.arange(tasks + 1) // tasks, side="right")
     return starts.tolist()  # type: ignore[no-any-return]
@@ -209,7 +213,7 @@ def _base(tensor: Tensor) -> Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
-def _share(move: Callable[[int, int], None], starts: list[int], threads: int) -> None:
+def run_on_threads(move: Callable[[int, int], None], starts: list[int], threads: int) -> None:
     """Move the rows between consecutive starts on several threads, and wait ([Note: threads]).
 
     `move(begin, end)` releases the interpreter. Orders: all rows, then what follows in the caller.

@@ -14,7 +14,7 @@ that an update allocates and decides nothing. Its steps, and what each of them m
 
 [Note: the same bits]  Compiled and eager plans give the same bits (but for the payload of a NaN),
 so a rank may take either. This holds where torch's own lerp is one fused multiply-add, as that of
-a pass is, which depends on the processor: `_same_bits` compares them.
+a pass is, which depends on the processor: `passes_same_bits` compares them.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ __all__ = [
     "ShadowPair",
     "Step",
     "UpdatePlan",
+    "passes_same_bits",
 ]
 
 SCRATCH = 1 << 20  # elements in one window: 4 MB of fp32; 256 KB is slower than no windows at all
@@ -145,7 +146,7 @@ class UpdatePlan:
     ) -> None:
         self.pairs, self.seed = list(pairs), seed
         self.steps: list[Step] = []
-        self._scratch: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
+        self.scratch: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
         rest = [pair for pair in pairs if pair.live.numel()]
         if passes or (passes is None and _is_worth_it(rest)):
             compiled, rest = cpu_plan.plan_passes(rest, seed)
@@ -195,15 +196,15 @@ class UpdatePlan:
     ) -> Tensor:
         """n elements of the scratch of that size for the dtype and device of `like`."""
         key = (dtype or like.dtype, like.device, size)
-        if key not in self._scratch:
-            self._scratch[key] = torch.empty(size, dtype=key[0], device=like.device)
-        return self._scratch[key][:n]
+        if key not in self.scratch:
+            self.scratch[key] = torch.empty(size, dtype=key[0], device=like.device)
+        return self.scratch[key][:n]
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that a run reads or writes."""
         pairs = [tensor for pair in self.pairs for tensor in (*pair.shadows, pair.live)]
-        return pairs + list(self._scratch.values())
+        return pairs + list(self.scratch.values())
 
     def run(self, weights: Weights, update: int, guard: bool = False) -> None:
         """Move every shadow towards live. No host sync.
@@ -220,11 +221,11 @@ class UpdatePlan:
 def _is_worth_it(pairs: Sequence[ShadowPair]) -> bool:
     """Compiling pays, and does not change a bit."""
     size = sum(len(pair.live) for pair in pairs if cpu_plan.is_reachable(pair))
-    return size >= WORTH and cpu_plan.available() and _same_bits()
+    return size >= WORTH and cpu_plan.available() and passes_same_bits()
 
 
 @lru_cache(maxsize=1)
-def _same_bits() -> bool:
+def passes_same_bits() -> bool:
     """A pass rounds as torch's lerp does ([Note: the same bits]), tried on some numbers.
 
     Each of these products is rounded when it is not fused with the addition.

@@ -45,7 +45,17 @@ from .rounding import key_prefix, signed
 if TYPE_CHECKING:
     from .eager import UpdatePlan
 
-__all__ = ["BLOCK", "FusedPlan", "Kind", "available"]
+__all__ = [
+    "BLOCK",
+    "REFUSED",
+    "FusedPlan",
+    "Kind",
+    "Launch",
+    "available",
+    "is_proved",
+    "name_columns",
+    "table_row",
+]
 
 BLOCK = 4096  # elements that one program moves, 16 per thread
 WARPS = 8
@@ -141,7 +151,7 @@ class FusedPlan:
         others = []
         for pair in self.pairs:
             taken = _kind(pair)
-            if taken is None or (fallback is not None and not _is_proved(taken[0], fallback)):
+            if taken is None or (fallback is not None and not is_proved(taken[0], fallback)):
                 others.append(pair)
             elif len(pair.live):
                 groups.setdefault(taken[0], []).append((pair, taken[1]))
@@ -151,11 +161,11 @@ class FusedPlan:
                 f"{names}: no kernel takes these dtypes, devices or element numbers. Use "
                 "UpdatePlan, or pass it as fallback=."
             )
-        self._others = fallback(others, seed) if others and fallback is not None else None
+        self.others = fallback(others, seed) if others and fallback is not None else None
         keys = {(kind.averages, kind.device) for kind in groups}
         self._weights = {key: _Weights(*key) for key in keys}
-        self._launches = [
-            _Launch(kind, group, self._weights[kind.averages, kind.device].values)
+        self.launches = [
+            Launch(kind, group, self._weights[kind.averages, kind.device].values)
             for kind, group in groups.items()
         ]
 
@@ -163,8 +173,8 @@ class FusedPlan:
     def tensors(self) -> list[Tensor]:
         """All that a run reads or writes; the stream that runs it must keep their memory."""
         pairs = [tensor for pair in self.pairs for tensor in (*pair.shadows, pair.live)]
-        tables = [table for launch in self._launches for table in launch.tables]
-        return pairs + tables + ([] if self._others is None else self._others.tensors)
+        tables = [table for launch in self.launches for table in launch.tables]
+        return pairs + tables + ([] if self.others is None else self.others.tensors)
 
     def run(self, weights: Weights, update: int, guard: bool = False) -> None:
         """Move every shadow towards live, on the current stream; as `UpdatePlan.run`.
@@ -174,10 +184,10 @@ class FusedPlan:
         for on_device in self._weights.values():
             on_device.set(weights)
         head = signed(crc32(key_prefix(self.seed, update)))  # [Note: keys]
-        for launch in self._launches:
+        for launch in self.launches:
             launch(head, guard)
-        if self._others is not None:
-            self._others.run(weights, update, guard)
+        if self.others is not None:
+            self.others.run(weights, update, guard)
 
 
 class _Weights:
@@ -199,7 +209,7 @@ class _Weights:
                 self._known[k] = weight
 
 
-class _Launch:
+class Launch:
     """The tables of one `Kind`, and the call of the kernel."""
 
     def __init__(
@@ -207,28 +217,28 @@ class _Launch:
     ) -> None:
         from . import gpu_triton
 
-        self._kind, self._weights, self._block = kind, weights, BLOCK
+        self.kind, self._weights, self._block = kind, weights, BLOCK
         programs = [-(-len(pair.live) // BLOCK) for pair, _ in group]
         *starts, self._programs = accumulate(programs, initial=0)
         blocks = torch.arange(len(group), dtype=torch.int32)
-        rows = [_row(*entry, start) for entry, start in zip(group, starts, strict=True)]
-        columns = [_columns(pair.name) for pair, _ in group] if kind.levels else [[0] * 32]
-        self._blocks = blocks.repeat_interleave(torch.tensor(programs)).to(kind.device)
-        self._tensors = torch.tensor(rows).to(kind.device)
+        rows = [table_row(*entry, start) for entry, start in zip(group, starts, strict=True)]
+        columns = [name_columns(pair.name) for pair, _ in group] if kind.levels else [[0] * 32]
+        self.blocks = blocks.repeat_interleave(torch.tensor(programs)).to(kind.device)
+        self.rows = torch.tensor(rows).to(kind.device)
         self._columns = torch.tensor(columns, dtype=torch.int32).to(kind.device)
-        self._kernel = gpu_triton.update_kernel
+        self.kernel = gpu_triton.update_kernel
         self._types = [gpu_triton.TYPES[dtype] for dtype in (kind.live, kind.shadow)]
 
     @property
     def tables(self) -> list[Tensor]:
-        return [self._blocks, self._tensors, self._columns, self._weights]
+        return [self.blocks, self.rows, self._columns, self._weights]
 
     def __call__(self, head: int, guard: bool) -> None:
-        kind, (live_type, shadow_type) = self._kind, self._types
+        kind, (live_type, shadow_type) = self.kind, self._types
         # NOTE: Triton launches on the current device, which need not be that of the tensors.
         module = None if kind.device.type == "cpu" else torch.get_device_module(kind.device)
         with contextlib.nullcontext() if module is None else module.device(kind.device):
-            self._kernel[(self._programs,)](
+            self.kernel[(self._programs,)](
                 *self.tables,
                 head,
                 live_type=live_type,
@@ -243,7 +253,7 @@ class _Launch:
             )
 
 
-def _row(pair: ShadowPair, numbering: Numbering | None, start: int) -> list[int]:
+def table_row(pair: ShadowPair, numbering: Numbering | None, start: int) -> list[int]:
     """One tensor of the table, as the kernel reads it."""
     addresses = [pair.live.data_ptr(), *(shadow.data_ptr() for shadow in pair.shadows)]
     wide = all(address % 16 == 0 for address in addresses)
@@ -257,7 +267,7 @@ def _row(pair: ShadowPair, numbering: Numbering | None, start: int) -> list[int]
     return row
 
 
-def _columns(name: str) -> list[int]:
+def name_columns(name: str) -> list[int]:
     """The matrix L of a name ([Note: keys]), one column per bit."""
     data = name.encode()
     return [signed(crc32(data, 1 << bit) ^ crc32(data)) for bit in range(32)]
@@ -265,16 +275,16 @@ def _columns(name: str) -> list[int]:
 
 # --- [Note: proof] --------------------------------------------------------------------------------
 
-_REFUSED: set[torch.device] = set()
+REFUSED: set[torch.device] = set()
 
 
 @lru_cache(maxsize=256)
-def _is_proved(kind: Kind, fallback: Fallback) -> bool:
+def is_proved(kind: Kind, fallback: Fallback) -> bool:
     """The kernel gives the bits of the fallback.
 
     *Cost*: once per kind, two small updates and what they compile.
     """
-    if kind.device in _REFUSED:
+    if kind.device in REFUSED:
         return False
     try:
         equal = all(_is_equal(kind, fallback, guard) for guard in (False, True))
@@ -282,7 +292,7 @@ def _is_proved(kind: Kind, fallback: Fallback) -> bool:
     except Exception as error:  # whatever Triton raises: a missing compiler, an unknown chip
         problem = f"{type(error).__name__}: {error}"
     if problem:
-        _REFUSED.add(kind.device)
+        REFUSED.add(kind.device)
         warnings.warn(
             f"the Triton kernel is not used on {kind.device} ({problem}); torch's own kernels "
             "update the averages, which is slower and right. Set DIST_EMA_TRITON=0 in the "
