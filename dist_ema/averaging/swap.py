@@ -55,6 +55,8 @@ class WeightSwap:
         every `finally` behind that would have done so.
     """
 
+    _open = False  # also of a swap whose construction was interrupted
+
     def __init__(
         self,
         model: nn.Module,
@@ -69,7 +71,6 @@ class WeightSwap:
         self._model, self._own_buffers = model, own_buffers
         self._unfilled: list[tuple[nn.Module, str]] = []
         self._split, self._alone, self._note = split, alone, note
-        self._open = False
         self._replicas_whole = True
         self._chunks: list[Chunk] = []
         self._done = 0  # copies, COPIES for each chunk
