@@ -276,8 +276,9 @@ class Program:
         self.own: dict[str, Tensor] = {}  # recalibrated buffers
         self.edited: set[str] = set()  # names that an edit replaced, until rescan
         self.folder = Path(self.shared(tempfile.mkdtemp() if self.first else None))
-        self.saved: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
+        self.saved: tuple[dict[str, Tensor], dict[str, Tensor], int] | None = None
         self.steps = 0
+        self.missed = 0  # steps whose update raised
         self.renew()
 
     @property
@@ -328,8 +329,15 @@ class Program:
 
     def step(self) -> None:
         self.backward()
-        self.optimizer.step()
-        self.naive.update()
+        try:
+            self.optimizer.step()
+        except RuntimeError:
+            self.missed += (
+                1  # the step happened, its update did not: the next one accounts for both
+            )
+            raise
+        self.naive.update(1 + self.missed)
+        self.missed = 0
         self.optimizer.zero_grad()
 
     def accumulate(self) -> None:
@@ -347,7 +355,7 @@ class Program:
         path = self.folder / f"save-{self.steps}"
         self.ema.save(path)
         self.compare(load_file(path))
-        self.saved = (self.naive.complete(self.own), dict(self.own))
+        self.saved = (self.naive.complete(self.own), dict(self.own), self.missed)
         self.path = path
 
     def export(self) -> None:
@@ -359,13 +367,13 @@ class Program:
         if self.saved is not None:
             self.ema.load(self.path)
             self.naive.average = {name: self.saved[0][name] for name in self.naive.average}
-            self.own = dict(self.saved[1])
+            self.own, self.missed = dict(self.saved[1]), self.saved[2]
             self.gather()
 
     def reset(self) -> None:
         self.ema.reset()
         self.naive.reset()
-        self.own = {}
+        self.own, self.missed = {}, 0
         self.gather()
 
     def rescan(self) -> None:
@@ -470,7 +478,9 @@ class Program:
     def load_assigned(self) -> None:
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(state, assign=True)
-        self.edited |= set(self.naive.average)
+        named = self.model.named_parameters(remove_duplicate=False)
+        weights = {name.removeprefix("module.") for name, _ in named}
+        self.edited |= set(self.naive.average) & weights  # buffers are followed
         self.renew()
 
     def replace(self) -> None:
@@ -507,8 +517,9 @@ class Program:
         self.gather()
 
     def unfreeze(self) -> None:
+        if not self.owner.frozen.weight.requires_grad:
+            self.edited |= {"frozen.weight", "frozen.bias"}
         self.owner.frozen.requires_grad_(True)
-        self.edited |= {"frozen.weight", "frozen.bias"}
         self.renew()
 
     def second(self) -> None:
@@ -527,7 +538,7 @@ class Program:
         gc.collect()
         self.ema = EMA(self.model, self.decay, **ENGINES[self.engine])
         self.naive.reset()
-        self.own, self.edited, self.saved = {}, set(), None
+        self.own, self.edited, self.saved, self.missed = {}, set(), None, 0
         self.renew()
 
     # --- the verdicts ------------------------------------------------------------------------------

@@ -308,8 +308,10 @@ class Inventory:
             "is new and trainable. Call ema.rescan() to average it from its value now.",
         )
         self.refuse_unfrozen()
+        emptied = {state.name for state in self.states if _is_empty_buffer(state.shard)}
         adopted = changes.new_trainable + changes.new_frozen + changes.new_buffers
-        return bool(adopted + changes.replaced_buffers + changes.gone_buffers)
+        adopted += changes.replaced_buffers + changes.gone_buffers
+        return not emptied.issuperset(adopted)
 
     def refuse_unfrozen(self) -> None:
         """Raise RuntimeError where a weight should be averaged and is not, by name."""
@@ -332,6 +334,12 @@ class Inventory:
                 average.states[i].rebind()
             average.forget_reshaped_buffers([average.states[i] for i in moved])
         return any(self.states[i].shadow is not None for i in moved)
+
+
+def _is_empty_buffer(shard: Shard) -> bool:
+    """Its module still has the buffer, which is None now: a block may fill it, and a swap must empty it again."""
+    module, name = shard.place
+    return shard.kind == "buffer" and module._buffers.get(name, shard) is None
 
 
 def _held_alike(old: Shard, new: Shard) -> bool:

@@ -154,7 +154,9 @@ class Attachment:
     def _all_skipped(self) -> Tensor | None:
         """Not 0 on the device if every step since the last update was skipped; None: one of them happened for sure."""
         skips, self._skips = self._skips, []
-        seen = [skip.reshape(()) for skip in skips if skip is not None]
+        flags = [skip for skip in skips if skip is not None]
+        # NOTE: two optimizers may have their flags on two devices; a copy between them is no host sync.
+        seen = [flag.reshape(()).to(flags[0].device) for flag in flags]
         return torch.stack(seen).amin() if seen and len(seen) == len(skips) else None
 
 

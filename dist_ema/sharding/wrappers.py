@@ -62,11 +62,13 @@ def reshard(sharded: list[nn.Module]) -> None:
 def blocker(sharded: list[nn.Module]) -> str | None:
     """Why the shards may not be written or read now, or None."""
     for module in sharded:
-        if (
-            isinstance(module, FullyShardedDataParallel)
-            and module.training_state != TrainingState.IDLE
-        ):
-            return "inside FSDP.summon_full_params() or a forward: what is written to the shards there is lost"
+        if not isinstance(module, FullyShardedDataParallel):
+            continue
+        if module.training_state != TrainingState.IDLE:
+            return (
+                "inside FSDP.summon_full_params() or a forward: what is written to the shards there "
+                "is lost"
+            )
     return None
 
 
