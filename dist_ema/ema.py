@@ -278,7 +278,8 @@ class EMA:
             A handle with `remove()`.
 
         Raises:
-            ValueError: An argument is wrong, or an optimizer trains the teacher.
+            ValueError: An argument is wrong, or an optimizer trains the teacher or cannot be hooked: a wrapper
+                may write after its inner step. Call `update` after its `step()` then.
             RuntimeError: Something is attached already.
         """
         if self.weights.teacher is not None:
