@@ -357,5 +357,6 @@ def accelerated_and_zero() -> None:
         ema.attach(ddp)
 
 
+@pytest.mark.multirank
 def test_accelerated_and_zero_redundancy_optimizers() -> None:
     run_ranks(2, accelerated_and_zero)

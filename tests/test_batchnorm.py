@@ -326,6 +326,7 @@ def _oracle_of(norm: Any, data: list[Tensor]) -> dict[str, Tensor]:
     return expected(Net(norm), data)
 
 
+@pytest.mark.multirank
 @pytest.mark.parametrize("world", [2, 3])
 def test_on_ranks(world: int) -> None:
     run_ranks(world, on_ranks)

@@ -1166,5 +1166,6 @@ def becomes_sharded() -> None:
         copy.deepcopy(ema)
 
 
+@pytest.mark.multirank
 def test_on_ranks(tmp_path: Path) -> None:
     run_ranks(2, on_ranks, str(tmp_path))

@@ -640,7 +640,7 @@ def run_ema_pytorch(seed: int) -> None:
                 train(model, random.Random(seed + step))
             ours.update()
             theirs.update()
-        elif ours._average is None:
+        elif theirs.ema_model is None:
             continue
         elif what == "load":
             saved = copy.deepcopy(ours.state_dict())
@@ -678,7 +678,7 @@ def run_ema_pytorch(seed: int) -> None:
         assert ours.get_current_decay() == pytest.approx(theirs.get_current_decay(), abs=1e-6), (
             where
         )
-    if ours._average is not None:
+    if theirs.ema_model is not None:
         x = torch.randn(3, 3, dtype=live.scale.dtype)
         for mine, want in [
             (ours(x), theirs(x)),
@@ -1010,5 +1010,6 @@ def by_distributed_checkpoint() -> None:
     )
 
 
+@pytest.mark.multirank
 def test_two_ranks() -> None:
     run_ranks(2, on_two_ranks)

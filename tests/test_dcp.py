@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -49,6 +50,7 @@ def load_all_then_save(kind: str, folder: str, earlier: list[str]) -> None:
         ema.reset()
 
 
+@pytest.mark.multirank
 def test_saved_and_resharded_under_every_wrapper(tmp_path: Path) -> None:
     """Each link of the chain loads what all earlier links saved, also with async_save, then saves its own."""
     earlier: list[str] = []
@@ -89,6 +91,7 @@ def refuse_arithmetic() -> None:
     )
 
 
+@pytest.mark.multirank
 def test_a_flat_range_is_a_handle() -> None:
     """Arithmetic on it raises instead of giving garbage; full tensors load into any cut."""
     run_ranks(2, refuse_arithmetic)

@@ -140,6 +140,7 @@ def save_ranks(folder: str) -> None:
         torch.save(full, f"{folder}/full.pt")
 
 
+@pytest.mark.multirank
 def test_ranks(tmp_path: Path) -> None:
     """Chunks of three ranks come together; what an average saved is what it gathers."""
     run_ranks(3, save_ranks, str(tmp_path))
@@ -149,7 +150,7 @@ def test_ranks(tmp_path: Path) -> None:
     with sources.open_model(tmp_path / "ranks") as folder:
         assert isinstance(folder, torch_dcp.Folder)
         assert read(folder, "columns", 24) == raw(torch.arange(70.0))
-        assert len({chunk.file for chunk in folder._weights["columns"][1]}) == 3
+        assert len({chunk.file for chunk in folder.weights["columns"][1]}) == 3
         for label, schedule in (("ema", "Constant(decay=0.5)"), ("ddp", "Constant(decay=0.9)")):
             prefix = f"{label}.averages.{schedule}.weights."
             names = [name for name in folder.entries if name.startswith(prefix)]

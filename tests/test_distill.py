@@ -131,5 +131,6 @@ def teach_on_ranks() -> None:
         )
 
 
+@pytest.mark.multirank
 def test_mean_teacher_on_ranks() -> None:
     run_ranks(2, teach_on_ranks)

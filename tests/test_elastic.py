@@ -93,6 +93,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     return folder
 
 
+@pytest.mark.multirank
 @pytest.mark.parametrize(("kind", "world"), LOADED)
 def test_every_pair_is_exact(saved: Path, kind: str, world: int) -> None:
     """6 x 6 pairs, each with an fp32 and a bf16 average: weights, clock, pending interval, and what is saved again."""
@@ -143,6 +144,7 @@ def copy_from_plain(source: torch.nn.Module, model: torch.nn.Module) -> None:
             view.copy_(weights[shard.name][box.slices])
 
 
+@pytest.mark.multirank
 def test_stochastic_rounding_does_not_depend_on_the_cut() -> None:
     """The same bits under any wrapper and world: the hash speaks of names and element numbers, not of ranks."""
     want = run_ranks(1, follow_a_fixed_path, "none")[0]

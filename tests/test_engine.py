@@ -619,6 +619,7 @@ class Sinner:
         self._plan.run(weights, number, guard)
 
 
+@pytest.mark.multirank
 def test_the_hot_path_never_waits() -> None:
     """Red if anything on the way from a hook to the kernels looks at a value: see `SINS` and `Sinner`."""
     run_ranks(2, hot_path)

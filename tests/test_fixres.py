@@ -125,5 +125,6 @@ def on_ranks() -> None:
             )
 
 
+@pytest.mark.multirank
 def test_on_ranks() -> None:
     run_ranks(2, on_ranks)

@@ -386,8 +386,8 @@ def check_cost() -> None:
     filled: list[float] = []
     programs: list[int] = []
     tensors = [tensor.data_ptr() for tensor in plan.tensors]
-    (weights,) = plan._weights.values()
-    weights._places = [Fill(place, filled) for place in weights._places]  # type: ignore[misc]
+    (weights,) = plan.device_weights.values()
+    weights.places = [Fill(place, filled) for place in weights.places]  # type: ignore[misc]
     for launch in plan.launches:
         launch.kernel = Count(launch.kernel, programs)
     for update in range(4):
@@ -518,6 +518,7 @@ def check_ranks() -> None:
     check_ema("ddp", {"dtype": BF16})
 
 
+@pytest.mark.multirank
 @pytest.mark.usefixtures("interpreted")
 def test_shards_of_an_ema_are_the_same() -> None:
     """Cut over two ranks, the element numbers do not begin at 0."""

@@ -207,6 +207,7 @@ def load_of_torch(wrap: Callable[[nn.Module], nn.Module], out: Path) -> None:
     ema.save(out / "of-torch" / "fsdp2" / "attach", **case.save)
 
 
+@pytest.mark.multirank
 def test_two_ranks(tmp_path: Path) -> None:
     """Under FSDP2 and DDP: the same bits in `gather`, the same bytes saved again and made anew."""
     assert [

@@ -31,6 +31,7 @@ def test_a_generated_program(seed: int) -> None:
     judge([run(seed)])
 
 
+@pytest.mark.multirank
 @red
 @pytest.mark.parametrize("group", SHARDED, ids=lambda group: f"{group[0]}, {group[1]}")
 def test_generated_programs_under_a_wrapper(group: tuple[str, int]) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import dist_ema
 
@@ -460,3 +461,135 @@ def test_absolute_paths_are_seen() -> None:
         "/" + "workers/1",
     ):
         assert not ABSOLUTE.search(good), good
+
+
+# --- words and reach -----------------------------------------------------------------------------
+
+COLUMNS = 100
+REACHES = 20
+OLD_WORDS = {
+    "said",
+    "told",
+    "odd",
+    "mine",
+    "theirs",
+    "hands",
+    "twin",
+    "loan",
+    "lend",
+    "lent",
+    "scribe",
+    "gate",
+    "duty",
+    "sink",
+    "telemetry",
+    "board",
+}
+
+
+def old_words(source: str) -> list[str]:
+    """Identifiers with a word of OLD_WORDS in them, as 'line: identifier'."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        for field in ("id", "attr", "name", "arg", "asname"):
+            name = getattr(node, field, None)
+            words = (
+                re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name) if isinstance(name, str) else []
+            )
+            if OLD_WORDS & {word.lower() for word in words}:
+                found.add(f"{getattr(node, 'lineno', 0)}: {name}")
+    return sorted(found)
+
+
+def test_old_words_are_seen() -> None:
+    """Names are split at underscores and capitals; a longer word that holds an old one passes."""
+    for bad in (
+        "said = 1",
+        "class ScribeJob: ...",
+        "def f(its_twin): ...",
+        "x.SINK",
+        "import a as odd",
+    ):
+        assert old_words(bad), bad
+    assert old_words("aside = oddity = delegate = navigate = 'said'") == []
+
+
+def wide_lines(source: str) -> list[int]:
+    """Numbers of the lines over COLUMNS characters."""
+    return [i for i, line in enumerate(source.splitlines(), 1) if len(line) > COLUMNS]
+
+
+def test_wide_lines_are_seen() -> None:
+    """A line of exactly COLUMNS characters passes, one more does not."""
+    assert wide_lines(f"{'x' * COLUMNS}\n{'x' * (COLUMNS + 1)}") == [2]
+
+
+def private_names(source: str) -> set[str]:
+    """The `_names` that a module defines: functions, classes, variables, attributes of self."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self":
+            names.add(node.attr)
+    return {name for name in names if re.match(r"_[^_]", name)}
+
+
+def reaches(source: str, private: set[str]) -> set[int]:
+    """Lines that take a private name of the package: by attribute, by import or as a string."""
+    names = private - private_names(source) - set(dir(torch.Tensor))
+    lines = set()
+    for node in ast.walk(ast.parse(source)):
+        taken = [getattr(node, field, None) for field in ("attr", "name", "value")]
+        if any(isinstance(name, str) and name in names for name in taken):
+            lines.add(node.lineno)  # type: ignore[attr-defined]
+    return lines
+
+
+def test_tests_use_public_names() -> None:
+    """Tests reach into the package on at most REACHES lines: what they need is public there."""
+    private = set().union(*(private_names(path.read_text()) for path in MODULES.values()))
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sorted(ROOT.glob("tests/**/*.py"))
+        for line in sorted(reaches(path.read_text(), private))
+    ]
+    assert len(found) <= REACHES, found
+
+
+def test_reaches_are_seen() -> None:
+    """Attributes, imports and strings count; names of a test's own and of torch do not."""
+    private = private_names(
+        "def _f(): ...\nclass A:\n    def __init__(self): self._alpha = 1\n_N = 2"
+    )
+    assert private == {"_f", "_alpha", "_N"}
+    assert reaches("ema._alpha\nfrom room import _f\nsetattr(room, '_N', 3)", private) == {1, 2, 3}
+    assert reaches("def _f(): ...\nroom._f\nema.plan\nx._version", private | {"_version"}) == set()
+
+
+def own_privates(source: str) -> list[str]:
+    """`._name` of what is called ema or _ema, or of an attribute with that name."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr):
+            owner = ast.unparse(node.value)
+            if re.search(r"(^|[._])ema$", owner):
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if name.startswith(("compat", "integrations"))]
+)
+def test_drop_ins_use_the_extension_api(module: str) -> None:
+    """compat and integrations take no private attribute of an EMA."""
+    assert own_privates(MODULES[module].read_text()) == []
+
+
+def test_own_privates_are_seen() -> None:
+    """The EMA of a drop-in is called ema, wherever it hangs; its public attributes pass."""
+    for bad in ("ema._average", "self.ema._ranks.size", "f(self._ema._x)", "their_ema._x"):
+        assert own_privates(bad), bad
+    assert own_privates("ema.weights\nself._ema.update()\nlive._replace()\nschema._x") == []

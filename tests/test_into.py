@@ -448,7 +448,7 @@ def test_copies_of_the_teacher_are_free() -> None:
     written = pickle.dumps(teacher)
     assert b"dist_ema" not in written
     copies = [copy.deepcopy(teacher), pickle.loads(written)]
-    waiting = ema.weights.engine._executor.waiting  # type: ignore[attr-defined]
+    waiting = ema.weights.engine.executor.waiting  # type: ignore[attr-defined]
     for each in copies:
         each(torch.ones(2, 3))
         each.load_state_dict(each.state_dict())
@@ -590,5 +590,6 @@ def on_ranks(folder: str) -> None:
     images_under_ddp()
 
 
+@pytest.mark.multirank
 def test_teachers_on_ranks(tmp_path: Path) -> None:
     run_ranks(2, on_ranks, str(tmp_path))

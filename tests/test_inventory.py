@@ -265,6 +265,7 @@ def wrapped_before() -> None:
     assert listed.changes == {"unfrozen": {"core.frozen.weight"}}
 
 
+@pytest.mark.multirank
 def test_every_wrapper() -> None:
     four = ["fsdp1 hybrid", "hsdp", "fsdp2 tp"]
     run_ranks(2, every_wrapper, [kind for kind in WRAPPERS if kind not in four])

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -343,6 +344,7 @@ def work() -> dict[str, str]:
     return verdicts
 
 
+@pytest.mark.multirank
 def test_living_models_on_two_ranks() -> None:
     verdicts = run_ranks(2, work)[0]
     seen = {title: verdict for title, verdict in verdicts.items() if verdict}

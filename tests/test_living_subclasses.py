@@ -234,6 +234,7 @@ def sharded_subclass() -> None:
     assert (local.data_ == 6 + dist.get_rank()).all()
 
 
+@pytest.mark.multirank
 def test_a_sharded_subclass() -> None:
     run_ranks(2, sharded_subclass)
 

@@ -121,6 +121,7 @@ class counted:  # noqa: N801
         StoreCoordinator._next = self._kept  # type: ignore[method-assign]
 
 
+@pytest.mark.multirank
 def test_over_ranks() -> None:
     run_ranks(2, ranks)
 

@@ -279,6 +279,7 @@ def refused() -> None:
             EMA(model.parameters())
 
 
+@pytest.mark.multirank
 def test_lists_on_ranks(tmp_path: Path) -> None:
     """Red without `Parameters._find_owners`: FSDP2 would evaluate, and train on, copies that no swap reaches."""
     run_ranks(2, on_ranks, str(tmp_path))

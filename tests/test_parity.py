@@ -110,6 +110,7 @@ def bytes_hold(kind: str, ema: EMA) -> bool:
     return bool(ema.metrics()["bytes"] <= 4 * (live + 1.01 * shared) + 64 * len(slots))
 
 
+@pytest.mark.multirank
 @pytest.mark.parametrize(("kind", "world"), ROWS, ids=lambda value: str(value))
 def test_parity(
     kind: str, world: int, tmp_path: Path, record_property: Callable[[str, Any], None]

@@ -518,6 +518,7 @@ def _collective(folder: str) -> list[str]:
     return out
 
 
+@pytest.mark.multirank
 def test_ranks(tmp_path: Path) -> None:
     """All ranks save when due, without asking each other; sharded and replicated snapshots mix alike."""
     assert run_ranks(2, _collective, str(tmp_path)) == [["ddp", "fsdp2"]] * 2

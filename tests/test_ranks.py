@@ -509,10 +509,12 @@ def die(folder: str) -> Any:
     raise AssertionError(f"{verb} passed without its other rank")
 
 
+@pytest.mark.multirank
 def test_verbs_on_ranks(tmp_path: Path) -> None:
     run_ranks(2, together, str(tmp_path))
 
 
+@pytest.mark.multirank
 def test_a_rank_that_dies_inside(tmp_path: Path) -> None:
     """The survivor raises within the timeout, says who, and what it lent is taken back."""
     found = [

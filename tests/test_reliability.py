@@ -114,6 +114,7 @@ def buffers_of_another_dtype() -> None:
     assert (other.module.norm.running_var == 3).all()
 
 
+@pytest.mark.multirank
 def test_on_ranks(tmp_path: Path) -> None:
     run_ranks(2, error_on_one_rank, str(tmp_path))
     run_ranks(2, slow_disk, str(tmp_path))

@@ -61,6 +61,7 @@ def several(folder: str, options: dict[str, Any]) -> None:
         assert all(torch.equal(fulls[2][name], value) for name, value in again.gather(2).items())
 
 
+@pytest.mark.multirank
 @pytest.mark.parametrize(
     "options", [{}, {"dtype": torch.bfloat16, "buffers": "average"}, {"device": "cpu"}], ids=str
 )

@@ -65,6 +65,7 @@ def all_names() -> None:
     )  # the forward that gathers the weights is its own
 
 
+@pytest.mark.multirank
 def test_names_are_canonical_under_every_wrapper() -> None:
     """No module., _orig_mod., _fsdp_wrapped_module. or _checkpoint_wrapped_module., and a user's own `module` stays."""
     run_ranks(2, all_names)
@@ -174,6 +175,7 @@ def copy_between_wrappers() -> None:
         ema.copy_to(wrap("ddp", Net(hidden=4)))
 
 
+@pytest.mark.multirank
 def test_more_rows() -> None:
     run_ranks(2, bf16_policy)
     run_ranks(3, channels_last)
@@ -223,6 +225,7 @@ def different_models() -> None:
         EMA(ddp, 0.5)
 
 
+@pytest.mark.multirank
 def test_ddp_ignored_and_unequal_replicas() -> None:
     run_ranks(2, ddp_ignored)
     run_ranks(2, different_models)
@@ -447,6 +450,7 @@ def repinned() -> None:
     assert torch.allclose(first.shadow, kept + 0.5)
 
 
+@pytest.mark.multirank
 def test_rescan_and_repinning_on_ranks() -> None:
     run_ranks(2, rescan_on_ranks)
     run_ranks(2, repinned)
@@ -467,5 +471,6 @@ def summon() -> None:
     ema.update()
 
 
+@pytest.mark.multirank
 def test_summon_full_params_is_refused() -> None:
     run_ranks(2, summon)

@@ -363,6 +363,7 @@ def missing_rank() -> None:
             ema.gather()
 
 
+@pytest.mark.multirank
 def test_swap_on_ranks() -> None:
     for kind in ("ddp", "fsdp1 orig", "fsdp2"):
         run_ranks(2, one_rank_raises, kind)

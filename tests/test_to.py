@@ -194,5 +194,6 @@ def on_ranks() -> None:
         assert all(torch.equal(value, results[1][name]) for name, value in results[0].items()), kind
 
 
+@pytest.mark.multirank
 def test_on_ranks() -> None:
     run_ranks(2, on_ranks)

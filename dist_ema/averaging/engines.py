@@ -103,7 +103,7 @@ class Overlapped:
     window_bytes = 0
 
     def __init__(self, executor: Executor) -> None:
-        self._executor, self._pass = executor, _InFlight(executor)
+        self.executor, self._pass = executor, _InFlight(executor)
         self._tickets: deque[Any] = deque()
         self._updates = Meter()
         self._weights: Weights = []
@@ -112,14 +112,14 @@ class Overlapped:
     def update(self, plan: Plan, weights: Weights, number: int, guard: bool) -> None:
         if plan is not self._plan:
             self._plan = plan
-            self._executor.keep(plan.tensors)
+            self.executor.keep(plan.tensors)
         # NOTE: kept until the next update, or their memory would be reused while it is read.
         self._weights = weights
 
         def run() -> None:
-            begin = self._executor.mark()
+            begin = self.executor.mark()
             plan.run(weights, number, guard)
-            self._updates.add(begin, self._executor.mark())
+            self._updates.add(begin, self.executor.mark())
 
         # Orders: the optimizer's step, then this update.
         self._tickets.append(self._pass.submit(run))
@@ -135,7 +135,7 @@ class Overlapped:
         return Times(self._updates.read(), self._pass.stalls.read(), self._lag())
 
     def _lag(self) -> int:
-        while self._tickets and self._executor.done(self._tickets[0]):
+        while self._tickets and self.executor.done(self._tickets[0]):
             self._tickets.popleft()
         return len(self._tickets)
 
@@ -144,24 +144,24 @@ class _InFlight:
     """The last work given to an executor, and how long the training step waited for it."""
 
     def __init__(self, executor: Executor) -> None:
-        self._executor = executor
+        self.executor = executor
         self._ticket: Any = None
         self._timed = False
         self.stalls = Meter()
 
     def submit(self, work: Callable[[], None]) -> Any:
-        self._ticket, self._timed = self._executor.submit(work), False
+        self._ticket, self._timed = self.executor.submit(work), False
         return self._ticket
 
     def wait(self, timed: bool = False) -> None:
         """Orders: the work, then what is issued from now on. timed: a training step waits."""
         if self._ticket is None:
             return
-        begin = self._executor.mark() if timed and not self._timed else None
+        begin = self.executor.mark() if timed and not self._timed else None
         # NOTE: every time, because the caller's stream may be another one now.
-        self._executor.wait(self._ticket)
+        self.executor.wait(self._ticket)
         if begin is not None:
-            self.stalls.add(begin, self._executor.mark())
+            self.stalls.add(begin, self.executor.mark())
             self._timed = True
 
 

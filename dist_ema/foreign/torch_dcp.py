@@ -164,9 +164,9 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._weights, self.others, self.paths = dcp_metadata.read(path / META)
+        self.weights, self.others, self.paths = dcp_metadata.read(path / META)
         self.entries = {
-            name: replace(entry, end=entry.nbytes) for name, (entry, _) in self._weights.items()
+            name: replace(entry, end=entry.nbytes) for name, (entry, _) in self.weights.items()
         }
         self._refuse_cut()
         self._open: dict[str, int] = {}
@@ -181,7 +181,7 @@ class Folder:
     def _refuse_cut(self) -> None:
         ends: dict[str, int] = {}
         for chunk in (
-            chunk for _, chunks in self._weights.values() for chunk in chunks if chunk.file
+            chunk for _, chunks in self.weights.values() for chunk in chunks if chunk.file
         ):
             ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.begin + chunk.length)
         for file, end in ends.items():
@@ -198,7 +198,7 @@ class Folder:
                 )
 
     def _make_runs(self, name: str) -> _Runs:
-        entry, chunks = self._weights[name]
+        entry, chunks = self.weights[name]
         try:
             return chunk_runs(entry.shape, chunks)
         except ValueError as error:
@@ -241,7 +241,7 @@ class Folder:
 
     def _make_place(self, name: str, number: int) -> tuple[str, int, _Tensor]:
         """The file, where the tensor's first element lies in it, and how the others follow."""
-        entry, chunks = self._weights[name]
+        entry, chunks = self.weights[name]
         chunk = chunks[number]
         where = f"{self.path / chunk.file}: {name[:200]}"
         read = partial(self._pread, chunk)

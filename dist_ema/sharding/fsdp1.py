@@ -13,7 +13,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .records import Kind, Region, Shard, storage_order
 
-__all__ = ["FLAT_PARAMETER", "FlatSlice", "FlatSlices", "flat_slices", "fsdp1_members"]
+__all__ = [
+    "FLAT_PARAMETER",
+    "FlatSlice",
+    "FlatSlices",
+    "flat_slices",
+    "fsdp1_members",
+    "local_shard",
+]
 
 
 FLAT_PARAMETER = "_flat_param"  # the name under which FSDP1 registers it
@@ -67,7 +74,7 @@ class FlatSlice:
         outer = getattr(self.owner, "_inter_node_pg", None) if sharded else self.owner.process_group
         kind: Kind = "trainable" if tensor.requires_grad else "frozen"
         # The shard outside forward and backward; before the first forward the flat parameter itself.
-        raw = partial(_local_shard, flat)
+        raw = partial(local_shard, flat)
         shard = Shard(name, kind, shape, tensor, place, held, raw, info.offset_in_shard or 0, order)
         shard.replicas, shard.flat = () if outer is None else (outer,), not sharded
         shard.owner_ranks = ranks
@@ -77,7 +84,7 @@ class FlatSlice:
 FlatSlices = dict[int, dict[str, FlatSlice]]  # by the id of the module, then by parameter name
 
 
-def _local_shard(flat: Any) -> Tensor:
+def local_shard(flat: Any) -> Tensor:
     local: Tensor = getattr(flat, "_local_shard", flat)
     return local
 

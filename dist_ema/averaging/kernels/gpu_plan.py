@@ -163,9 +163,9 @@ class FusedPlan:
             )
         self.others = fallback(others, seed) if others and fallback is not None else None
         keys = {(kind.averages, kind.device) for kind in groups}
-        self._weights = {key: _Weights(*key) for key in keys}
+        self.device_weights = {key: _Weights(*key) for key in keys}
         self.launches = [
-            Launch(kind, group, self._weights[kind.averages, kind.device].values)
+            Launch(kind, group, self.device_weights[kind.averages, kind.device].values)
             for kind, group in groups.items()
         ]
 
@@ -181,7 +181,7 @@ class FusedPlan:
 
         No host sync, and no memory of the device after the first call.
         """
-        for on_device in self._weights.values():
+        for on_device in self.device_weights.values():
             on_device.set(weights)
         head = signed(crc32(key_prefix(self.seed, update)))  # [Note: keys]
         for launch in self.launches:
@@ -195,12 +195,12 @@ class _Weights:
 
     def __init__(self, averages: int, device: torch.device) -> None:
         self.values = torch.zeros(averages, dtype=torch.float32, device=device)
-        self._places = list(self.values.unbind())
+        self.places = list(self.values.unbind())
         self._known: list[float | None] = [None] * averages
 
     def set(self, weights: Weights) -> None:
         """A float travels with a launch of fill_; a tensor is copied on the device."""
-        for k, (place, weight) in enumerate(zip(self._places, weights, strict=True)):
+        for k, (place, weight) in enumerate(zip(self.places, weights, strict=True)):
             if isinstance(weight, Tensor):
                 place.copy_(weight)
                 self._known[k] = None
