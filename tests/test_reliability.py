@@ -63,8 +63,9 @@ def slow_disk(folder: str) -> None:
     ema = EMA(wrap("ddp", Net()), 0.5)
     ema.timeout = 1.0
     if dist.get_rank() == 0:
-        close = writer._FileWriter.close
-        writer._FileWriter.close = lambda self: (time.sleep(4.0), close(self))[1]  # type: ignore[method-assign]
+        file_writer = writer._FileWriter
+        close = file_writer.close
+        file_writer.close = lambda self: (time.sleep(4.0), close(self))[1]  # type: ignore[method-assign]
     for mode in ("direct", "stream"):
         ema.save(f"{folder}/{mode}", mode=mode)  # type: ignore[arg-type]
     ema.load(f"{folder}/stream")
