@@ -508,8 +508,9 @@ class EMA:
             ValueError: The two models do not hold the same weights; they are named.
         """
         average = self._enter("copy_to", Reads.WHOLE_MODEL, which)
-        with derived.caches_dropped(parameters.module_of(module)):
-            gather.copy_into(self._ranks, average.persistent, average.own_buffers, module)
+        target = parameters.module_of(module)  # once: parameters may come from a generator
+        with derived.caches_dropped(target):
+            gather.copy_into(self._ranks, average.persistent, average.own_buffers, target)
         self.weights.mark()
 
     # --- files -------------------------------------------------------------------------------------------------
