@@ -22,7 +22,7 @@ from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
 from dist_ema.averaging.kernels.gpu_plan import FusedPlan, available
 from dist_ema.sharding.geometry import Numbering
 
-from .test_fused import AWKWARD, BOXES, EXACT, both
+from .test_gpu_triton import AWKWARD, BOXES, EXACT, both
 
 pytestmark = [
     pytest.mark.gpu,

@@ -23,7 +23,7 @@ from tests._models import Core, Images, Net
 from tests._oracle import same, snapshot
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
-from tests.test_engine import Late
+from tests.test_engines import Late
 
 
 def error_on_one_rank(folder: str) -> None:

@@ -16,7 +16,7 @@ from dist_ema.averaging.engines import HostThread, Inline
 from tests._models import Net
 from tests._oracle import Training, same
 from tests._ranks import run_ranks
-from tests.test_engine import Late
+from tests.test_engines import Late
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 

@@ -34,7 +34,7 @@ from dist_ema.sharding.records import Region, Shard
 from tests._models import draw
 from tests._ranks import run_ranks
 from tests._wrappers import wrap
-from tests.test_engine import Late, Skippable, Watch, steps
+from tests.test_engines import Late, Skippable, Watch, steps
 
 CPU, BF16, F16, F32 = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32
 # Nothing, one, less than a program, around its size (256 here), several programs, and a last one with one element.

@@ -300,7 +300,7 @@ def digest() -> list[str]:
 
 def test_without_numba() -> None:
     """Eager torch where numba is missing, and the same bits."""
-    code = "import sys; sys.modules['numba'] = None\nfrom tests.test_compiled import digest; print(*digest())"
+    code = "import sys; sys.modules['numba'] = None\nfrom tests.test_cpu_numba import digest; print(*digest())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent.parent,
