@@ -30,6 +30,7 @@ from .averaging.inventory import Average, Placement, Selection
 from .averaging.optimizer_hooks import Attachment
 from .averaging.swap import WeightSwap
 from .checkpoint import dcp, reader, writer
+from .checkpoint.manifest import Manifest
 from .distributed.coordinator import FOREVER, Ranks
 from .schedules import Schedule
 from .schedules import schedule as coerce
@@ -545,9 +546,9 @@ class EMA:
         Note:
             *Cost*: no gather. With wait=False this rank's share once more in host memory, until it is written.
         """
-        files, meta = self._average_files(), self._meta("ema") | {"extra": extra or {}}
+        files, facts = self._average_files(), self._manifest("ema", extra or {})
         request = writer.SaveRequest(
-            "save", _real_path(path), files, meta, max_shard_size, mode, keep=keep
+            "save", _real_path(path), files, facts, max_shard_size, mode, keep=keep
         )
         self._write(request, wait)
 
@@ -574,13 +575,13 @@ class EMA:
             ValueError: A finite value would become infinite in `dtype`.
         """
         average = self.weights.average(which)
-        meta = self._meta("export") | {"weights": "all"}
+        facts = replace(self._manifest("export"), weights="all")
         files = writer.AverageFiles(
             average.persistent, dict(average.own_buffers), average.schedule.to_dict()
         )
         self._write(
             writer.SaveRequest(
-                "export", _real_path(path), [files], meta, max_shard_size, mode, dtype
+                "export", _real_path(path), [files], facts, max_shard_size, mode, dtype
             )
         )
 
@@ -617,8 +618,8 @@ class EMA:
                 "another run, move them away: averages of two runs cannot be mixed.",
                 stacklevel=_stacklevel_of_caller(),
             )
-        meta = self._meta("ema" if dtype is None else "export")
-        self._write(writer.SaveRequest("save", path, self._average_files(), meta, dtype=dtype))
+        facts = self._manifest("ema" if dtype is None else "export")
+        self._write(writer.SaveRequest("save", path, self._average_files(), facts, dtype=dtype))
         return path
 
     def _average_files(self) -> list[writer.AverageFiles]:
@@ -656,9 +657,9 @@ class EMA:
             self._everyone = Ranks(members, None, wrappers.side_store, self._ranks.timeout)
         ranks = self._everyone or self._ranks
         if alone:  # an unwrapped model in a job of several ranks: the first one writes, if all hold the same
-            states = [state for files in request.trees for state in files.slots]
+            states = [state for files in request.averages for state in files.states]
             consistency.on_averages(request.verb, ranks, states)
-            request = request if ranks.first else request.with_parts(lambda _: [])
+            request = request if ranks.first else request.with_blocks(lambda _: [])
         if self._writer is None:
             self._writer = writer.Writer(ranks, wrappers.side_store)
         self._warn_each(self._writer.write(request, self.timeout, wait))
@@ -672,16 +673,16 @@ class EMA:
         for text in remarks:
             warnings.warn(text, stacklevel=_stacklevel_of_caller())
 
-    def _meta(self, kind: str) -> dict[str, Any]:
+    def _manifest(self, kind: str, extra: dict[str, Any] | None = None) -> Manifest:
         attached = self._attachment
-        return {
-            "kind": kind,
-            "weights": "all" if self.weights.selection.only is None else "averaged",
-            "clock": self.weights.clock_to_dict(),
-            "attach": None if attached is None else attached.to_dict(),
-            "rounding": {"seed": self.weights.seed},
-            "extra": {},
-        }
+        return Manifest(
+            kind=kind,
+            weights="all" if self.weights.selection.only is None else "averaged",
+            clock=self.weights.clock_to_dict(),
+            attach=None if attached is None else attached.to_dict(),
+            rounding={"seed": self.weights.seed},
+            extra=extra or {},
+        )
 
     @_outside_autograd
     def load(self, path: str | Path, *, strict: bool = True, verify: bool = True) -> None:

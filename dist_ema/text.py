@@ -6,13 +6,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
-__all__ = ["Bar", "Tick", "listed", "plural", "printable", "sentence", "silent", "size", "some"]
+__all__ = [
+    "Bar",
+    "Tick",
+    "listed",
+    "plural",
+    "printable",
+    "sentence",
+    "silent",
+    "size",
+    "size_of",
+    "some",
+]
 
 
 Tick: TypeAlias = Callable[[int], None]  # so many bytes more
 
 
 Bar: TypeAlias = Callable[[int], AbstractContextManager[Tick]]  # over so many bytes in all
+
+
+_UNITS = {
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1,
+}  # fmt: skip
 
 
 def printable(text: str) -> str:
@@ -48,6 +64,23 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
         nbytes /= 1000
     return f"{nbytes:,.3g} TB"
+
+
+def size_of(text: int | str) -> int:
+    """Bytes in 5_000_000, '5GB', '500MB', '2GiB'. Raises ValueError for anything else."""
+    try:
+        if isinstance(text, int):
+            size = text
+        else:
+            digits = text.strip().upper().rstrip("KMGIB")
+            size = int(float(digits) * _UNITS[text.strip().upper()[len(digits) :].strip()])
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        raise ValueError(
+            f"max_shard_size must be bytes or a text like '5GB', got {text!r}."
+        ) from None
+    if size <= 0:
+        raise ValueError(f"max_shard_size must be positive, got {text!r}.")
+    return size
 
 
 def sentence(error: Exception) -> str:

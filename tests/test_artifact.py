@@ -186,9 +186,7 @@ def test_extra_comes_back(ema: EMA, tmp_path: Path) -> None:
     """JSON makes texts of keys, which sort otherwise than numbers: the check sum is that of what is read."""
     ema.save(tmp_path / "a", extra={"of epoch": {2: "a", 10: ("b", None)}})
     ema.load(tmp_path / "a")
-    assert manifest.read_meta(tmp_path / "a")["extra"] == {
-        "of epoch": {"2": "a", "10": ["b", None]}
-    }
+    assert manifest.read(tmp_path / "a").extra == {"of epoch": {"2": "a", "10": ["b", None]}}
 
 
 def test_all_differences_at_once(ema: EMA, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_damaged_sources(tmp_path: Path, call: Call) -> None:
             meta,
             b'"updates": 0',
             b'"updates": 7',
-            r"a/ema\.json was changed since dist_ema wrote it",
+            r"a/ema\.json is damaged: crc32: ema\.json was changed since dist_ema wrote it",
         ),
     ):
         kept = path.read_bytes()

@@ -39,17 +39,17 @@ class Held:
 
     def __init__(self) -> None:
         self._gate = threading.Event()
-        self._real = real = writer._FileWriter.part
+        self._real = real = writer._FileWriter.write_block
 
         def part(writer: Any, *args: Any) -> None:
             assert threading.current_thread() is not threading.main_thread()
             assert self._gate.wait(60), "nobody freed the thread"
             real(writer, *args)
 
-        writer._FileWriter.part = part  # type: ignore[method-assign]
+        writer._FileWriter.write_block = part  # type: ignore[method-assign]
 
     def free(self) -> None:
-        writer._FileWriter.part = self._real  # type: ignore[method-assign]
+        writer._FileWriter.write_block = self._real  # type: ignore[method-assign]
         self._gate.set()
 
     def free_soon(self) -> None:
@@ -58,7 +58,7 @@ class Held:
 
 def whole(folder: Path) -> bool:
     """Every file has the check sum that ema.json says."""
-    for name, said in manifest.read_meta(folder)["files"].items():
+    for name, said in manifest.read(folder).files.items():
         total, data = crc32.RangeSum(said["size"]), (folder / name).read_bytes()
         total.add(0, data)
         assert (len(data), crc32.check_sum(len(data), [total.contribution])) == (
@@ -104,7 +104,7 @@ def training_goes_on(folder: str, kind: str, mode: Any) -> None:
             "core.emb.weight",
             "core.seen",
         }
-        assert manifest.read_meta(path)["clock"]["now"] == now
+        assert manifest.read(path).clock["now"] == now
         assert whole(path)
 
 
@@ -128,9 +128,7 @@ def one_at_a_time(folder: str, mode: Any) -> None:
         ema.save(f"{folder}/{number}")
         if dist.get_rank() == 0:
             assert whole(Path(folder, f"waited-{mode}"))
-            assert (
-                manifest.read_meta(Path(folder, f"waited-{mode}"))["clock"]["now"] == 2 * number + 1
-            )
+            assert manifest.read(Path(folder, f"waited-{mode}")).clock["now"] == 2 * number + 1
     assert ema.now == 2 * number + 1, "what was loaded is what was being written"
     held = Held()
     ema.save(f"{folder}/none", mode=mode, wait=False)
@@ -148,7 +146,7 @@ def one_at_a_time(folder: str, mode: Any) -> None:
         kept, later = load_file(f"{folder}/own"), load_file(f"{folder}/own-later")
         assert (kept["norm.running_mean"] == 5).all()
         assert (later["norm.running_mean"] == 6).all()
-        said = [manifest.read_meta(Path(folder, name))["own_buffers"] for name in ("none", "own")]
+        said = [manifest.read(Path(folder, name)).own_buffers for name in ("none", "own")]
         statistics = ["num_batches_tracked", "running_mean", "running_var"]
         assert said == [[], [f"norm.{name}" for name in statistics]], "all of the module's"
 
@@ -213,11 +211,11 @@ def disk_full(folder: str) -> None:
 
 def line_breaks(folder: str) -> None:
     """A rank that hangs for longer than the timeout while it sends: an error on both, and the next save has a new line.
-    Guards `self._line = None` in artifact."""
+    Guards `self._transfer = None` in writer."""
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
     ema.save(f"{folder}/a", mode="stream")
     assert ema._writer is not None
-    line, send = ema._writer._line, transfer.FileTransferGroup.send
+    line, send = ema._writer._transfer, transfer.FileTransferGroup.send
     assert line is not None
     if dist.get_rank() == 0:
         line._patience = timedelta(seconds=1)
@@ -271,7 +269,7 @@ def dies(folder: str, victim: int, mode: Any, wait: bool) -> str:
             os.kill(os.getpid(), signal.SIGKILL)
 
         if mode == "direct" or victim == 0:
-            writer._FileWriter.part = kill  # type: ignore[method-assign]
+            writer._FileWriter.write_block = kill  # type: ignore[method-assign]
         else:
             transfer.FileTransferGroup.send = kill  # type: ignore[method-assign]
     ema.update()
@@ -309,7 +307,7 @@ def test_a_rank_dies(victim: int, mode: str, wait: bool, words: str, tmp_path: P
     assert said.pop(victim) is None
     assert all(words in each for each in said), said
     assert whole(tmp_path / "kept")
-    assert manifest.read_meta(tmp_path / "kept")["clock"]["now"] == 0
+    assert manifest.read(tmp_path / "kept").clock["now"] == 0
     left = [name for name in os.listdir(tmp_path) if name != "kept"]
     assert len(left) == (victim == 0), "the first rank removes the temporary, if it lives"
     EMA(nn.Linear(2, 2), 0.5).save(tmp_path / "kept")

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import pytest
 
 from tests.conftest import Call
 from tests.data import make_golden as golden
+from tests.ema_json import stamped, text_of
 
 GOLDEN = Path(golden.__file__).parent / "golden"
 SAVED = "plain/attach"  # two averages of two files each
@@ -29,16 +29,6 @@ FIRST, LABEL = "model-00001-of-00002.safetensors", "1-Constant"
 INNER = f"averages/{LABEL}/{FIRST}"
 SECOND = f"averages|{LABEL}|own_buffers"
 GONE = object()  # as a value: the key is removed
-
-
-def text_of(meta: dict[str, Any]) -> bytes:
-    return (json.dumps(meta, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def stamped(meta: dict[str, Any]) -> bytes:
-    """ema.json with a check sum that agrees, so that only the damage is left to find."""
-    rest = {key: value for key, value in meta.items() if key != "crc32"}
-    return text_of(rest | {"crc32": f"{zlib.crc32(text_of(rest)):08x}"})
 
 
 def changed(meta: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
@@ -248,13 +238,6 @@ DAMAGES = {
         f"(?s)(?=.*clock)(?=.*Cubic)(?=.*own_buffers)(?=.*lost)(?=.*{INNER})",
     ),
 }  # fmt: skip
-AGREE = {  # where the three do so today; the others are to follow
-    "empty", "cut in the middle", "not UTF-8", "byte order mark", "a key twice", "NaN", "infinity",
-    "a number beyond float64", "half a character", "nested too deeply", "a list", "a folder",
-    "a pipe", "no format", "the format is a text", "the format is true", "a later format", "a huge format",
-    "averages are a list", "a label that leads out", "a label that is a parent", "no files",
-    "files are a list", "a wrong sum", "a wrong sum of the second", "a file that leads out",
-}  # fmt: skip
 
 
 def problems_of(text: str, folder: Path) -> list[str]:
@@ -306,24 +289,17 @@ def test_sound(folder: str, call: Call) -> None:
 
 
 def test_every_damage_is_done(tmp_path: Path) -> None:
-    """An expected failure must come from the verbs, not from a damage that missed its place."""
+    """What the verbs name must come from a damage, so no damage may miss its place."""
     for number, damage in enumerate(DAMAGES.values()):
         file, sound = tmp_path / str(number), (GOLDEN / damage.folder / "ema.json").read_bytes()
         file.write_bytes(sound)
         damage.do(file)
         assert file.is_symlink() or not file.is_file() or file.read_bytes() != sound
     assert len(DAMAGES) > 100
-    assert DAMAGES.keys() >= AGREE
-
-
-def _marked(damage: str) -> Any:
-    why = "load, verify and inspect validate separately"
-    apart = pytest.mark.xfail(strict=True, raises=AssertionError, reason=why)
-    return pytest.param(damage, marks=[] if damage in AGREE else [apart])
 
 
 @pytest.mark.filterwarnings("ignore:.*(clock at 0|frozen then)")
-@pytest.mark.parametrize("damage", [_marked(damage) for damage in DAMAGES])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_the_same_problems(damage: str, call: Call, tmp_path: Path) -> None:
     kind, folder = DAMAGES[damage], tmp_path / "a"
     shutil.copytree(GOLDEN / kind.folder, folder)
@@ -336,9 +312,6 @@ def test_the_same_problems(damage: str, call: Call, tmp_path: Path) -> None:
     assert re.search(kind.names, "\n".join(lists["load"])), lists
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="verify compares the text, load the values"
-)
 def test_another_layout(call: Call, tmp_path: Path) -> None:
     """The same values, laid out by another writer of JSON, are no damage."""
     shutil.copytree(GOLDEN / SAVED, tmp_path / "a")

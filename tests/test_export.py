@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dist_ema import EMA, __version__, load_file
-from dist_ema.checkpoint import safetensors, strict_json
-from dist_ema.checkpoint.manifest import META
+from dist_ema.checkpoint import safetensors
+from dist_ema.checkpoint.manifest import META, Manifest
 from dist_ema.cli import main
 from dist_ema.offline import model_card
 from dist_ema.offline.export import Exported, export
 from dist_ema.offline.verify import verify
+from tests.ema_json import stamped
 
 
 class Net(nn.Module):
@@ -180,8 +181,8 @@ def test_damaged_source(tmp_path: Path) -> None:
                     export(saved, tmp_path / "out", which=which)
         (saved / name).write_bytes(content)
     meta = json.loads((saved / META).read_text())
-    (saved / META).write_bytes(strict_json.dump(meta | {"averaged": ["lost"]}))
-    with pytest.raises(ValueError, match=r"averaged names lost.*dist-ema verify"):
+    (saved / META).write_bytes(stamped(meta | {"averaged": ["lost"]}))
+    with pytest.raises(ValueError, match=r"averaged: it names lost.*dist-ema verify"):
         export(saved, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
@@ -356,7 +357,7 @@ def test_part_of_a_model(tmp_path: Path) -> None:
         part := tmp_path / "part.safetensors",
     )
     assert export(saved, tmp_path / "out", like=part).weights == 2
-    with pytest.raises(ValueError, match="--which 1-Constant"):
+    with pytest.raises(ValueError, match="which='1-Constant'"):
         export(saved / "averages" / "1-Constant", tmp_path / "out2")
     with pytest.raises(ValueError, match="name the folder"):
         export(saved / "model.safetensors", tmp_path / "out2")
@@ -442,8 +443,8 @@ def test_card(hf: Path, tmp_path: Path) -> None:
 def test_card_is_not_written_by_files() -> None:
     """Names and schedules from a file can neither close the section nor write Markdown; a lone marker eats no text."""
     evil = {"name": f"`x`|{model_card.END}\n# big\x1b[2J"}
-    meta = {"schedules": [evil], "clock": {}, "source": {"name": "a|b`c", "crc32": {}}, "extra": {}}
-    section = model_card.section(meta, {"F32": 1})
+    facts = Manifest(schedules=[evil], source={"name": "a|b`c", "crc32": {}})
+    section = model_card.section(facts, {"F32": 1})
     assert section.count(model_card.END) == section.count(model_card.BEGIN) == 1
     assert "\n# big" not in section
     assert "\x1b" not in section
@@ -458,7 +459,7 @@ def test_force(hf: Path, tmp_path: Path) -> None:
     """Without --force nothing is replaced. With it the model is, and what lies beside it stays: adapters, notes, folders."""
     save_file({"w": torch.zeros(2, 2), "n": torch.tensor(7)}, src := tmp_path / "src.safetensors")
     before = {path.name: path.read_bytes() for path in hf.iterdir() if path.is_file()}
-    with pytest.raises(ValueError, match="exists. Pass --force"):
+    with pytest.raises(ValueError, match="exists. Pass force=True"):
         export(src, hf)
     assert {path.name: path.read_bytes() for path in hf.iterdir() if path.is_file()} == before
     save_file({"lora": torch.ones(1)}, hf / "adapter.safetensors")
@@ -473,7 +474,7 @@ def test_force(hf: Path, tmp_path: Path) -> None:
     assert (hf / "added_tokens.json").is_symlink()
     assert not (hf / "model-00001-of-00002.safetensors").exists()
     assert {name for name in before if not (hf / name).exists()} == set()
-    with pytest.raises(ValueError, match="exists. Pass --force"):
+    with pytest.raises(ValueError, match="exists. Pass force=True"):
         export(hf, src)
     export(hf, src, force=True)
     assert load_safetensors(src)["n"] == 7

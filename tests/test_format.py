@@ -12,6 +12,7 @@ import os
 import random
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from dist_ema import load_file as load_ours
 from dist_ema.checkpoint.crc32 import RangeSum, check_sum
-from dist_ema.checkpoint.manifest import FORMAT, META, read_meta
+from dist_ema.checkpoint.manifest import FORMAT, META, Manifest, read
 from dist_ema.checkpoint.safetensors import (
     INDEX,
     ITEMSIZE,
@@ -35,10 +36,11 @@ from dist_ema.checkpoint.safetensors import (
     plan,
     read_header,
     read_model,
-    size_of,
 )
 from dist_ema.checkpoint.strict_json import MOST_JSON, dump
 from dist_ema.checkpoint.torch_dtypes import DTYPES
+from dist_ema.text import size_of
+from tests.ema_json import stamped
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -467,7 +469,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is no file"):
             read_header(path)
     with pytest.raises(ValueError, match="is no file"):
-        read_meta(tmp_path)
+        read(tmp_path)
 
 
 def test_a_giant_index_is_not_read(tmp_path: Path) -> None:
@@ -475,7 +477,7 @@ def test_a_giant_index_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / META, "wb") as file:
         file.truncate(MOST_JSON + 1)
     with pytest.raises(ValueError, match=f"larger than {MOST_JSON} bytes"):
-        read_meta(tmp_path)
+        read(tmp_path)
 
 
 def test_weights_in_two_files(tmp_path: Path) -> None:
@@ -489,50 +491,57 @@ def test_weights_in_two_files(tmp_path: Path) -> None:
         read_model(tmp_path)
 
 
-META_GOOD = {"format": FORMAT, "files": {"model.safetensors": {"size": 1, "crc32": "00000000"}}}
+LISTED = {"model.safetensors": {"size": 1, "crc32": "00000000"}}
+GOOD_MANIFEST = Manifest(kind="ema", files=LISTED, extra={"é": [1, None, 0.1]})
 
 
-def test_read_meta(tmp_path: Path) -> None:
-    """ema.json comes back as it was written."""
-    (tmp_path / META).write_bytes(dump(META_GOOD | {"extra": {"é": [1, None, 0.1]}}))
-    assert read_meta(tmp_path) == META_GOOD | {"extra": {"é": [1, None, 0.1]}}
+def test_a_manifest_comes_back(tmp_path: Path) -> None:
+    """ema.json comes back as it was written, what a later version added included."""
+    full = replace(
+        GOOD_MANIFEST,
+        averages={"2-Power": ["a"], "10-Power": []},
+        own_buffers=["b"],
+        source={"name": "x"},
+        other={"later": 1},
+    )
+    (tmp_path / META).write_bytes(full.to_bytes())
+    found = read(tmp_path)
+    assert found == full
+    assert found.labels == ["", "2-Power", "10-Power"], "JSON keeps them the other way round"
+    assert found.own_buffers_of("2-Power") == ["a"]
+    assert found.own_buffers_of("") == ["b"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"format": FORMAT + 1},
-            f"holds format {FORMAT + 1}; this dist_ema reads up to {FORMAT}. Upgrade dist_ema",
-        ),
-        ({"format": 0}, "names no format"),
-        ({"format": "1"}, "names no format"),
-        ({"format": None}, "names no format"),
-        ({"format": 1.5}, "names no format"),
-        ({"format": True}, "names no format"),
-        ({"files": None}, "lists no files"),
-        ({"files": ["model.safetensors"]}, "lists no files"),
-        ({"files": {"../model.safetensors": {}}}, "lists no files"),
-        ({"files": {"/etc/passwd": {}}}, "lists no files"),
-    ],
-)
-def test_read_meta_refuses(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    """A newer format, no format, and files that lie elsewhere."""
-    (tmp_path / META).write_bytes(dump(META_GOOD | change))
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        read_meta(tmp_path)
-    assert message in str(caught.value)
+@pytest.mark.parametrize("version", [FORMAT + 1, 0, "1", None, 1.5, True])
+def test_a_format_that_cannot_be_read(version: Any, tmp_path: Path) -> None:
+    """A newer one, and none: an error that names the place, as nothing else in it can be judged."""
+    (tmp_path / META).write_bytes(stamped(GOOD_MANIFEST.to_json() | {"format": version}))
+    with pytest.raises(ValueError, match="format") as caught:
+        read(tmp_path)
+    newer = f"holds format {version}; this dist_ema reads up to {FORMAT}. Upgrade dist_ema"
+    assert (newer if version == FORMAT + 1 else "names no format") in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [None, ["model.safetensors"], *({name: {}} for name in ("../x.safetensors", "/etc/passwd"))],
+)
+def test_files_that_lie_elsewhere(files: Any, tmp_path: Path) -> None:
+    """Such names are never followed."""
+    (tmp_path / META).write_bytes(stamped(GOOD_MANIFEST.to_json() | {"files": files}))
+    found = read(tmp_path)
+    assert found is not None
+    assert found.files == {}
+    assert any(problem.startswith("files: ") for problem in found.problems())
+
+
 @pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff", b"[" * 200_000, b"null"])
-def test_read_meta_refuses_text(text: bytes, tmp_path: Path) -> None:
-    """ema.json that is no JSON object."""
-    with pytest.raises(ValueError, match="no average saved by dist_ema"):
-        read_meta(tmp_path)
+def test_a_manifest_that_is_no_object(text: bytes, tmp_path: Path) -> None:
+    assert read(tmp_path) is None
     (tmp_path / META).write_bytes(text)
     with pytest.raises(ValueError, match=r"not valid JSON|must hold an object"):
-        read_meta(tmp_path)
+        read(tmp_path)
 
 
 def test_entry() -> None:

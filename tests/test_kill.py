@@ -186,18 +186,19 @@ def _look(folder: Path, mode: str, tally: Tally) -> int:
         assert mode == "fallback", "an exchange leaves no moment without a version"
         tally.missing += 1
     atomic.recover(path)
-    meta = manifest.read_meta(path)
+    saved = manifest.read(path)
+    assert saved is not None
     files = safetensors.read_model(path)
-    assert files.keys() == meta["files"].keys()
+    assert files.keys() == saved.files.keys()
     assert len(files) == 3
-    for name, said in meta["files"].items():
+    for name, said in saved.files.items():
         data, total = (path / name).read_bytes(), crc32.RangeSum(said["size"])
         total.add(0, data)
         assert (len(data), crc32.check_sum(len(data), [total.contribution])) == (
             said["size"],
             said["crc32"],
         ), name
-    version: int = meta["extra"]["version"]
+    version: int = saved.extra["version"]
     for name, weight in load_file(path).items():
         assert (weight == version).all(), f"{name} is not of version {version}"
     # NOTE: behind training a call returns while its own version is under way, and after the one before was put in place.

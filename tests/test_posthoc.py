@@ -40,6 +40,7 @@ from tests._models import Tied
 from tests._ranks import run_ranks
 from tests._wrappers import wrap
 from tests.conftest import Call
+from tests.ema_json import stamped
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())
 ANY = [
@@ -617,8 +618,8 @@ def test_refused(run: Any, tmp_path: Path) -> None:
         ("schedules", meta["schedules"][:1]),
         ("averaged", 3),
     ):
-        (tmp_path / "wide" / "ema.json").write_text(json.dumps(meta | {key: value}))
-        with pytest.raises(ValueError, match="wide cannot be used as a snapshot"):
+        (tmp_path / "wide" / "ema.json").write_bytes(stamped(meta | {key: value}))
+        with pytest.raises(ValueError, match=f"wide/ema.json is damaged: {key}: "):
             snapshots.Snapshots([tmp_path / "wide", run[0]])
     assert not out.exists()
 
@@ -740,7 +741,7 @@ def test_skipped(run: Any, tmp_path: Path, call: Call) -> None:
         meta = json.loads((each / "ema.json").read_text())
         meta["clock"]["accepted"] -= 3
         (tmp_path / "s" / each.name / "ema.json").unlink()
-        (tmp_path / "s" / each.name / "ema.json").write_text(json.dumps(meta))
+        (tmp_path / "s" / each.name / "ema.json").write_bytes(stamped(meta))
     assert (
         "up to 3 updates were refused by the device"
         in call("reconstruct", tmp_path / "s", "--sigma-rel", 0.06)[2]

@@ -218,7 +218,7 @@ def test_readers_follow_it(ema: EMA, tmp_path: Path) -> None:
         other.load(latest)
         assert (other.now, torch.equal(other.gather()["weight"], want["weight"])) == (1, True)
         assert torch.equal(load_file(latest)["weight"], want["weight"])
-        assert inspect(latest).meta["clock"]["now"] == 1
+        assert inspect(latest).manifest.clock["now"] == 1
         with open_model(latest) as model:
             assert model.entries.keys() == want.keys()
     (tmp_path / "ema-2").rename(tmp_path / f".ema-2.old-{HEX}")  # an overwrite that was cut short

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dist_ema import EMA
-from dist_ema.checkpoint import crc32, safetensors
+from dist_ema.checkpoint import crc32, manifest, safetensors
+from dist_ema.checkpoint.manifest import Manifest
 from dist_ema.offline import sources, writer
 
 WEIGHTS = {
@@ -44,7 +45,9 @@ def rewrite(path: Path, out: Path, **options: object) -> None:
         files = safetensors.plan(dict(model.entries), "100B" if out.suffix == "" else "5GB")
         if out.suffix:
             files = {out.name: next(iter(files.values()))}
-        target = writer.Model(files, safetensors.INDEX, {"config.json": b"{}"}, {"format": 1})
+        target = writer.Model(
+            files, safetensors.INDEX, {"config.json": b"{}"}, Manifest(kind="export")
+        )
         writer.write(out, target, lambda name: sources.windows(model, name), **options)  # type: ignore[arg-type]
 
 
@@ -129,7 +132,7 @@ def test_target(tmp_path: Path) -> None:
     rewrite(src, out := tmp_path / "out")
     (out / "tokenizer.json").write_text("kept")
     (out / "sub").mkdir()
-    with pytest.raises(ValueError, match="exists. Pass --force"):
+    with pytest.raises(ValueError, match="exists. Pass force=True"):
         rewrite(src, out)
     (out / "model-00001-of-00009.safetensors").write_bytes(b"old")
     rewrite(src, out, force=True)
@@ -175,8 +178,9 @@ def test_which(tmp_path: Path) -> None:
         module.weight += 1
     ema.update()
     ema.save(tmp_path / "saved")
-    meta = json.loads((tmp_path / "saved" / "ema.json").read_text())
-    assert sources.labels(meta) == ["", *(f"{i}-Constant" for i in range(1, 12))]
+    saved = manifest.read(tmp_path / "saved")
+    assert saved is not None
+    assert saved.labels == ["", *(f"{i}-Constant" for i in range(1, 12))]
     for which in (0, 1, 2, 10, 11):
         names = [
             which,

@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dist_ema import EMA
-from dist_ema.checkpoint import crc32, manifest, safetensors
+from dist_ema.checkpoint import crc32, safetensors
 from dist_ema.checkpoint.manifest import META
 from dist_ema.checkpoint.safetensors import INDEX
 from dist_ema.cli import main
 from dist_ema.offline.verify import verify
 from dist_ema.text import Tick
+from tests.ema_json import stamped
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def copy(shop: Path, name: str, to: Path) -> Path:
 
 def edit(folder: Path, **changes: Any) -> None:
     meta = json.loads((folder / META).read_text())
-    (folder / META).write_bytes(manifest.stamp(meta | changes))
+    (folder / META).write_bytes(stamped(meta | changes))
 
 
 def problems(path: Path) -> str:
@@ -153,7 +154,10 @@ def test_meta(shop: Path, tmp_path: Path) -> None:
     files = json.loads((folder / META).read_text())["files"]
     listed = files["model.safetensors"]
     edit(folder, files=files | {"model.safetensors": {"size": listed["size"]}})
-    assert f"{folder / META} has no CRC-32 of model.safetensors." in problems(folder)
+    assert (
+        f"{folder / META} is not sound: files: model.safetensors must have a size and a CRC-32"
+        in problems(folder)
+    )
     edit(
         folder,
         files=files | {"model.safetensors": listed | {"size": 5}},
@@ -161,16 +165,18 @@ def test_meta(shop: Path, tmp_path: Path) -> None:
         own_buffers=["gone"],
     )
     said = verify(folder).problems
-    assert len(said) == 3
+    assert len(said) == 5
     assert all(str(folder / META) in each for each in said)
     edit(folder, files={}, averaged=[], own_buffers=[])
     assert "model.safetensors is not listed" in problems(folder)
     edit(folder, files=files, aliases={"0.weight": ["0.bias"]})
-    assert "the alias 0.bias is a weight too" in problems(folder)
+    assert "0.bias is listed as another name of 0.weight, and is a weight itself" in problems(
+        folder
+    )
     (folder / META).write_text("{")
     assert "is not valid JSON" in problems(folder)
     (folder / META).unlink()
-    assert "it is missing, though the folder holds further averages" in problems(folder)
+    assert "ema.json is missing, though the folder holds further averages" in problems(folder)
 
 
 def test_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +217,7 @@ def test_all_is_listed(shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert out.splitlines()[0] == f"{folder} is not sound: 3 problems"
     assert out.splitlines()[1].startswith(f"{shop / 'ema'} is sound")
     for part in (
-        "averaged names lost",
+        "averaged: it names lost",
         "NaN",
         "is damaged: its CRC-32 is",
         "nowhere does not exist",

@@ -1,45 +1,406 @@
-"""ema.json: what a saved folder says about itself."""
+"""ema.json: the one schema of what a saved folder says about itself. No torch.
+
+`load`, `verify` and `inspect` list the same problems, because all of them call `Manifest.problems`.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any
 
-from .safetensors import is_file_name
+from ..averaging.clock import Clock
+from ..schedules import from_dict
+from .safetensors import SafetensorsFile, is_file_name, read_model
 from .strict_json import dump, parse_json, read_json
 
-__all__ = ["FORMAT", "META", "changed", "group_aliases", "read_meta", "resumable", "stamp"]
-
+__all__ = [
+    "FORMAT",
+    "META",
+    "Manifest",
+    "group_aliases",
+    "is_resumable",
+    "read",
+    "read_files",
+    "refuse_damaged",
+]
 
 FORMAT = 1
-
-
 META = "ema.json"
+SUMS = {"crc32": 8, "sha256": 64}  # hexadecimal digits
+
+Files = Mapping[str, SafetensorsFile]
 
 
-def stamp(meta: dict[str, Any]) -> bytes:
-    """ema.json, with the CRC-32 of everything else in it under "crc32". Raises ValueError for what JSON cannot hold."""
-    try:
-        told: dict[str, Any] = parse_json(
-            dump(meta)
-        )  # as it will be read: JSON makes texts of keys, and sorts those
-    except (RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{META} cannot hold {brief(meta.get('extra', meta))}: {error}.") from None
-    return dump(told | {"crc32": _check_meta(told)})
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What ema.json says. Every field has its type; what was found instead is told in `damage`.
+
+    kind: 'ema', an average to resume from, or 'export', a model to ship.
+    weights: 'all' of the model's, or only those that are 'averaged'.
+    clock: the counters of `Clock`, and how many updates were accepted; {} where nobody knows.
+    attach: the arguments of `EMA.attach`, or None.
+    rounding: the seed of stochastic rounding, or None.
+    schedules: of every average, the first one first.
+    averages: label -> own buffers, of the averages beside the first, in the order of `schedules`.
+    averaged: the names of the averaged weights.
+    own_buffers: of the first average.
+    aliases: name in the files -> further names of the same weight.
+    dtypes: name -> the dtype that the model has, as torch calls it.
+    source: what an offline export was made of.
+    files: name -> size and check sums; averages/LABEL/... of a further average.
+    other: keys that this version does not know.
+    is_changed: since it was written, by its own check sum.
+    """
+
+    kind: str = "unknown"
+    weights: str = "all"
+    clock: dict[str, Any] = field(default_factory=dict)
+    attach: dict[str, Any] | None = None
+    rounding: dict[str, Any] | None = None
+    schedules: list[dict[str, Any]] = field(default_factory=list)
+    averages: dict[str, list[str]] = field(default_factory=dict)
+    averaged: list[str] = field(default_factory=list)
+    own_buffers: list[str] = field(default_factory=list)
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    other: dict[str, Any] = field(default_factory=dict)
+    damage: tuple[str, ...] = ()
+    is_changed: bool = False
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Manifest:
+        """Take every value that is sound. Raises ValueError for a format that cannot be read."""
+        version = values.get("format")
+        if type(version) is not int or version < 1:
+            raise ValueError(f"names no format, found {brief(version)}.")
+        if version > FORMAT:
+            raise ValueError(
+                f"holds format {brief(version)}; this dist_ema reads up to {FORMAT}. "
+                "Upgrade dist_ema."
+            )
+        known: dict[str, Any] = {}
+        damage: list[str] = []
+        for key, (form, is_sound) in _FORMS.items():
+            if key in values and is_sound(values[key]):
+                known[key] = values[key]
+            elif key in values:
+                damage.append(f"{key}: it must be {form}, found {brief(values[key])}")
+            elif key not in _OPTIONAL:
+                damage.append(f"{key}: it is missing")
+        for key, parse in (("averages", _parse_averages), ("files", _parse_files)):
+            if key in known:
+                known[key], problems = parse(known[key])
+                damage += problems
+        other = {key: value for key, value in values.items() if key not in _WRITTEN}
+        return cls(**known, other=other, damage=tuple(damage))
+
+    def to_json(self) -> dict[str, Any]:
+        """The values as `from_json` takes them, without the sum that `to_bytes` adds."""
+        values = {each: getattr(self, each) for each in _FORMS}
+        values["averages"] = {label: {_OWN: own} for label, own in self.averages.items()}
+        if self.source is None:
+            del values["source"]
+        return self.other | {"format": FORMAT} | values
+
+    def to_bytes(self) -> bytes:
+        """The file. Raises ValueError for what JSON cannot hold."""
+        try:
+            # As it will be read: JSON makes texts of keys, and `dump` sorts those.
+            values: dict[str, Any] = parse_json(dump(self.to_json()))
+        except (RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{META} cannot hold {brief(self.extra)}: {error}.") from None
+        return dump(values | {"crc32": _sum_of(values)})
+
+    @property
+    def labels(self) -> list[str]:
+        """Of all averages; '' is the first, which lies in the folder itself."""
+        return ["", *self.averages]
+
+    def own_buffers_of(self, label: str) -> list[str]:
+        """The buffers that this average has for itself, because they were recalibrated."""
+        return self.averages.get(label, []) if label else self.own_buffers
+
+    def files_of(self, label: str) -> dict[str, dict[str, Any]]:
+        """Bare name -> size and check sums, of one average."""
+        folder = f"averages/{label}" if label else ""
+        listed = ((os.path.split(name), entry) for name, entry in self.files.items())
+        return {name: entry for (where, name), entry in listed if where == folder}
+
+    def sums_of(self, name: str) -> dict[str, str]:
+        """The check sums of a file, by kind."""
+        entry = self.files.get(name, {})
+        return {kind: entry[kind] for kind in SUMS if kind in entry}
+
+    # --- what is wrong ---------------------------------------------------------------------------
+
+    def problems(self, files: Files | None = None) -> list[str]:
+        """Everything that is wrong, a clause each, as 'KEY: what'.
+
+        Args:
+            files: the headers of all files by name, as `read_files` gives them, to compare with.
+        """
+        found = [*self.damage, *self._of_clock(), *self._of_schedules(), *self._of_aliases()]
+        if self.is_changed:
+            found.append(f"crc32: {META} was changed since dist_ema wrote it")
+        return found if files is None else [*found, *self._of_files(files), *self._of_names(files)]
+
+    def _is_damaged(self, *keys: str) -> bool:
+        return any(problem.startswith(f"{key}: ") for problem in self.damage for key in keys)
+
+    def _of_clock(self) -> Iterator[str]:
+        if self._is_damaged("clock") or (self.kind == "export" and not self.clock):
+            return
+        try:
+            Clock().set(self.clock)
+        except ValueError as error:
+            yield f"clock: {str(error).rstrip('.')}"
+        accepted = self.clock.get("accepted")
+        if type(accepted) is not int or not 0 <= accepted < 1 << 63:
+            yield f"clock: accepted must be a whole number from 0, found {brief(accepted)}"
+
+    def _of_schedules(self) -> Iterator[str]:
+        for spec in self.schedules:
+            try:
+                from_dict(spec)
+            except (TypeError, ValueError) as error:
+                reason = str(error).rstrip(".")
+                yield f"schedules: a schedule cannot be rebuilt from {brief(spec)}: {reason}"
+        untold = self.kind == "export" and not self.schedules
+        count = len(self.labels)
+        if len(self.schedules) != count and not untold and not self._is_damaged("schedules"):
+            yield f"schedules: it names {len(self.schedules)} schedules for {count} averages"
+
+    def _of_aliases(self) -> Iterator[str]:
+        seen: dict[str, str] = {}
+        for name, others in self.aliases.items():
+            for other in others:
+                if seen.setdefault(other, name) != name:
+                    yield f"aliases: {other} is listed as another name of {seen[other]} and {name}"
+
+    def _of_files(self, files: Files) -> Iterator[str]:
+        if self._is_damaged("files") and not self.files:
+            return
+        for name, entry in self.files.items():
+            if name not in files:
+                yield f"files: {name} is listed, but is no part of the model"
+            elif "size" in entry and entry["size"] != files[name].size:
+                size = brief(entry["size"])
+                yield f"files: {name}: it holds {files[name].size} bytes, {META} says {size}"
+        yield from (f"files: {name} is not listed" for name in files if name not in self.files)
+
+    def _of_names(self, files: Files) -> Iterator[str]:
+        """Names of weights that the files do not hold, and weights that the names do not explain."""
+        held = {label: _weights_of(label, files) for label in self.labels}
+        first = held[""]
+        for key in ("averaged", "own_buffers", "aliases", "dtypes"):
+            yield from _lost(f"{key}: it", getattr(self, key), first)
+        for name, others in self.aliases.items():
+            for other in first.intersection(others):
+                yield f"aliases: {other} is listed as another name of {name}, and is a weight itself"
+        averaged = set(self.averaged)
+        for label, own in self.averages.items():
+            if not held[label]:
+                yield f"averages: averages/{label} holds no files"
+            yield from _lost(f"averages: own_buffers of {label}", own, held[label])
+            if self.weights == "all":
+                yield from _lost(f"averages: {label}", held[label], first)
+        unclear = self._is_damaged("averaged", "own_buffers", "averages")
+        for label in filter(held.get, self.labels) if not unclear else ():
+            extra = sorted(held[label] - averaged - set(self.own_buffers_of(label)))
+            if extra and (label or self.weights == "averaged"):
+                yield f"averaged: it lacks {', '.join(extra[:3])}, which {label or 'the folder'} holds"
+            if label and averaged - held[label]:
+                names = sorted(averaged - held[label])[:3]
+                yield f"averages: {label} lacks {', '.join(names)}, which is averaged"
 
 
-def changed(meta: dict[str, Any]) -> bool:
-    """Whether ema.json says something else than `stamp` wrote, however the JSON is laid out."""
-    return meta.get("crc32") != _check_meta(meta)
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _check_meta(meta: dict[str, Any]) -> str:
-    rest = {key: value for key, value in meta.items() if key != "crc32"}
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_seed(value: Any) -> bool:
+    return value is None or (_is_object(value) and type(value.get("seed")) is int)
+
+
+# key -> what it must be, and the test of that
+_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "kind": ("'ema' or 'export'", lambda value: value in ("ema", "export")),
+    "weights": ("'all' or 'averaged'", lambda value: value in ("all", "averaged")),
+    "clock": ("an object", _is_object),
+    "attach": ("an object or null", lambda value: value is None or _is_object(value)),
+    "rounding": ("an object with a whole seed, or null", _is_seed),
+    "schedules": ("a list", lambda value: isinstance(value, list)),
+    "averages": ("an object", _is_object),
+    "averaged": ("a list of names", _is_names),
+    "own_buffers": ("a list of names", _is_names),
+    "aliases": (
+        "an object of lists of names",
+        lambda value: _is_object(value) and all(map(_is_names, value.values())),
+    ),
+    "dtypes": (
+        "an object of names",
+        lambda value: _is_object(value) and _is_names(list(value.values())),
+    ),
+    "versions": ("an object", _is_object),
+    "extra": ("an object", _is_object),
+    "source": ("an object", _is_object),
+    "files": ("an object", _is_object),
+}
+_OPTIONAL = {"attach", "rounding", "averages", "dtypes", "source"}
+_OWN = "own_buffers"
+_WRITTEN = {*_FORMS, "format", "crc32"}
+_LABEL = re.compile(r"[0-9]+-\w+")  # the number of the average and its schedule
+
+
+def _parse_averages(averages: dict[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
+    """The labels in the order of the schedules, and what is wrong.
+
+    NOTE: JSON keeps labels as texts, '10-...' before '2-...'.
+    """
+    damage = [
+        f"averages: {brief(label)} is no NUMBER-SCHEDULE"
+        for label in averages
+        if not _LABEL.fullmatch(label)
+    ]
+    parsed: dict[str, list[str]] = {}
+    labels = filter(_LABEL.fullmatch, averages)
+    for label in sorted(labels, key=lambda label: int(label.split("-")[0])):
+        own: Any = averages[label].get(_OWN) if _is_object(averages[label]) else None
+        if not _is_names(own):
+            damage.append(f"averages: own_buffers of {label} must be a list of names")
+        parsed[label] = list(own) if _is_names(own) else []
+    return parsed, damage
+
+
+def _parse_files(files: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The files that lie in the folder, and what is wrong. An entry that is not sound is {}."""
+    damage = [
+        f"files: {brief(name)} does not lie in the folder" for name in files if not _is_place(name)
+    ]
+    parsed = {}
+    for name, entry in files.items():
+        if _is_place(name):
+            parsed[name] = entry if _is_entry(entry) else {}
+            if not parsed[name]:
+                damage.append(
+                    f"files: {name} must have a size and a CRC-32 of 8 digits, listed is {brief(entry)}"
+                )
+    return parsed, damage
+
+
+def _is_place(name: str) -> bool:
+    """A file of the folder, or of one of its further averages."""
+    *folders, file = name.split("/")
+    inside = len(folders) == 2 and folders[0] == "averages" and _LABEL.fullmatch(folders[1])
+    return is_file_name(file) and name.isprintable() and (not folders or bool(inside))
+
+
+def _is_entry(entry: Any) -> bool:
+    if not _is_object(entry) or type(entry.get("size")) is not int or "crc32" not in entry:
+        return False
+    return all(
+        isinstance(entry[kind], str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", entry[kind])
+        for kind, digits in SUMS.items()
+        if kind in entry
+    )
+
+
+def _weights_of(label: str, files: Files) -> set[str]:
+    folder = f"averages/{label}" if label else ""
+    inside = (file for name, file in files.items() if os.path.dirname(name) == folder)
+    return {weight for file in inside for weight in file.entries}
+
+
+def _lost(what: str, names: Iterable[str], weights: set[str]) -> Iterator[str]:
+    lost = sorted(set(names) - weights)
+    if lost:
+        yield f"{what} names {', '.join(lost[:3])}, which the files do not hold"
+
+
+def _sum_of(values: Mapping[str, Any]) -> str:
+    """The CRC-32 of all values but itself, however the JSON is laid out."""
+    rest = {key: value for key, value in values.items() if key != "crc32"}
     return f"{zlib.crc32(dump(rest)):08x}"
+
+
+# --- in a folder ---------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> Manifest | None:
+    """ema.json, or None if there is none.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON object, or is of a later format.
+    """
+    where = folder / META
+    if not os.path.lexists(where):
+        return None
+    try:
+        values = read_json(where)
+    except OSError as error:
+        raise type(error)(f"{where} cannot be read: {error.strerror}.") from None
+    try:
+        found = Manifest.from_json(values)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from None
+    try:
+        return replace(found, is_changed=values.get("crc32") != _sum_of(values))
+    except RecursionError:  # from Python 3.12 on, JSON is read deeper than it is written
+        raise ValueError(f"{where} is nested too deeply.") from None
+
+
+def read_files(folder: Path, found: Manifest | None) -> dict[str, SafetensorsFile]:
+    """The headers of all averages in a folder, by the names that ema.json has for the files.
+
+    Raises:
+        ValueError: the files of an average are no model.
+    """
+    files: dict[str, SafetensorsFile] = {}
+    for label in found.labels if found else [""]:
+        inside = f"averages/{label}/" if label else ""
+        if label and not (folder / inside).is_dir():
+            continue  # which `Manifest.problems` names
+        try:
+            model = read_model(folder / inside)
+        except OSError as error:
+            where = error.filename or folder / inside
+            raise ValueError(f"{where} cannot be read: {error.strerror}.") from None
+        files |= {f"{inside}{name}": file for name, file in model.items()}
+    return files
+
+
+def refuse_damaged(folder: Path, found: Manifest, files: Files | None = None) -> None:
+    """Raise ValueError with every problem of ema.json; of the files too, if they are given."""
+    problems = found.problems(files)
+    if problems:
+        raise ValueError(
+            f"{folder / META} is damaged: {'; '.join(problems)}. Move it away to start from the "
+            "weights alone, without clock and schedule."
+        )
+
+
+def is_resumable(path: Path) -> bool:
+    """Whether a run could resume from the folder."""
+    try:
+        found = read(path)
+    except (OSError, ValueError):
+        return False
+    return found is not None and found.kind == "ema"
 
 
 def group_aliases(aliases: Mapping[str, str]) -> dict[str, list[str]]:
@@ -48,44 +409,3 @@ def group_aliases(aliases: Mapping[str, str]) -> dict[str, list[str]]:
     for alias, name in aliases.items():
         lists.setdefault(name, []).append(alias)
     return lists
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """ema.json, its format checked. Raises ValueError."""
-    where = folder / META
-    if not os.path.lexists(where):
-        raise ValueError(f"{folder} holds no {META}: it is no average saved by dist_ema.")
-    meta = read_json(where)
-    version = meta.get("format")
-    if type(version) is not int or version < 1:
-        raise ValueError(f"{where} names no format.")
-    if version > FORMAT:
-        raise ValueError(
-            f"{folder} holds format {brief(version)}; this dist_ema reads up to {FORMAT}. Upgrade dist_ema."
-        )
-    files = meta.get("files")
-    if not isinstance(files, dict) or not all(_is_place(name) for name in files):
-        raise ValueError(f"{where} lists no files.")
-    averages = meta.get("averages", {})
-    if not isinstance(averages, dict) or not all(
-        _is_place(f"averages/{label}/x.safetensors") for label in averages
-    ):
-        raise ValueError(f"{where} names averages that lie elsewhere.")
-    return meta
-
-
-def _is_place(name: Any) -> bool:
-    """A file of the folder, or of one of its further averages."""
-    if not isinstance(name, str):
-        return False
-    *folders, file = name.split("/")
-    plain = len(folders) == 2 and folders[0] == "averages" and folders[1] not in ("", ".", "..")
-    return is_file_name(file) and name.isprintable() and (not folders or plain)
-
-
-def resumable(path: Path) -> bool:
-    """Whether `ema.save` wrote the folder."""
-    try:
-        return (path / META).exists() and read_meta(path).get("kind") == "ema"
-    except ValueError:  # nothing that a run could resume from
-        return False

@@ -46,8 +46,8 @@ def advance(path: Path, keep: int) -> list[str]:
     found: list[tuple[int, Path]] = []
     for name in os.listdir(path.parent):
         half = re.fullmatch(r"\.(.+)\.(gone|old|tmp)-[0-9a-f]{32}", name, re.DOTALL)
-        its, number = _split(half[1] if half else name)
-        if its != stem or number is None or last is None or number > last or name == path.name:
+        start, number = _split(half[1] if half else name)
+        if start != stem or number is None or last is None or number > last or name == path.name:
             continue
         if half is None:
             found.append((number, path.parent / name))
@@ -56,8 +56,8 @@ def advance(path: Path, keep: int) -> list[str]:
         else:  # a save that was killed: a series has one writer, and that is here now
             atomic.recover(path.parent / half[1])
             atomic.remove_leftovers(path.parent / half[1])
-    old = [each for _, each in sorted(found, reverse=True) if _is_save(each)]
-    return [said for each in old[keep - 1 :] if (said := _retire(each)) is not None]
+    old = [folder for _, folder in sorted(found, reverse=True) if _is_save(folder)]
+    return [remark for folder in old[keep - 1 :] if (remark := _retire(folder)) is not None]
 
 
 def _split(name: str) -> tuple[str, int | None]:
@@ -67,21 +67,20 @@ def _split(name: str) -> tuple[str, int | None]:
 
 
 def _is_save(folder: Path) -> bool:
-    """A complete average that `ema.save` wrote, and no link to one."""
+    """Whether it is a complete average that `ema.save` wrote, and no link to one."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     try:
-        meta = manifest.read_meta(folder)
-        ours = (
-            meta.get("kind") == "ema" and "dist_ema" in meta["versions"] and len(meta["files"]) > 0
-        )
-        return ours and all(_is_whole(folder / name, said) for name, said in meta["files"].items())
-    except (KeyError, OSError, TypeError, ValueError):
+        found = manifest.read(folder)
+        if found is None or found.kind != "ema" or not found.files or found.problems():
+            return False
+        return all(_is_whole(folder / name, entry["size"]) for name, entry in found.files.items())
+    except (OSError, ValueError):
         return False
 
 
-def _is_whole(path: Path, said: dict[str, object]) -> bool:
-    return not path.is_symlink() and safetensors.read_header(path).size == said["size"]
+def _is_whole(path: Path, size: int) -> bool:
+    return not path.is_symlink() and safetensors.read_header(path).size == size
 
 
 def _retire(folder: Path) -> str | None:
@@ -99,22 +98,18 @@ def _retire(folder: Path) -> str | None:
 
 
 def foreign(folder: Path) -> list[str]:
-    """What lies in a folder of ours that dist_ema did not write. Raises ValueError where ema.json is damaged."""
-    return sorted(_written(folder) - _listed(folder))
-
-
-def _written(folder: Path) -> set[str]:
+    """What lies in a folder of ours that dist_ema did not write; [] where ema.json does not tell."""
+    try:
+        found = manifest.read(folder)
+    except (OSError, ValueError):
+        return []
+    if found is None or not found.files:
+        return []
+    indexes = {(Path(name).parent / safetensors.INDEX).as_posix() for name in found.files}
     # NOTE: NFS keeps a file that somebody reads as .nfsID until he is done.
-    files = (each for each in folder.rglob("*") if each.is_symlink() or not each.is_dir())
-    return {
-        each.relative_to(folder).as_posix() for each in files if not each.name.startswith(".nfs")
+    there = {
+        each.relative_to(folder).as_posix()
+        for each in folder.rglob("*")
+        if (each.is_symlink() or not each.is_dir()) and not each.name.startswith(".nfs")
     }
-
-
-def _listed(folder: Path) -> set[str]:
-    files = set(manifest.read_meta(folder)["files"])
-    return (
-        files
-        | {manifest.META}
-        | {(Path(name).parent / safetensors.INDEX).as_posix() for name in files}
-    )
+    return sorted(there - found.files.keys() - indexes - {manifest.META})

@@ -18,12 +18,14 @@ import math
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as brief
 from typing import Any, BinaryIO
 
+from ..dtypes import NUMPY
+from ..text import size_of
 from .regular_file import open_regular, read_exactly
 from .strict_json import MOST_JSON, dump, parse_json, read_json
 
@@ -37,12 +39,13 @@ __all__ = [
     "header_of",
     "index",
     "is_file_name",
+    "is_model_name",
+    "is_shard",
     "plan",
     "read_header",
     "read_index",
     "read_model",
     "refuse_other_index",
-    "size_of",
 ]
 
 
@@ -58,15 +61,11 @@ MOST = 1 << 63  # below which torch counts elements and bytes
 MOST_DIMS = 64
 
 
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
+_MODEL = re.compile(rf"({'|'.join(STEMS)})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
 
 
-ITEMSIZE = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
+ITEMSIZE = {kind: dtype.itemsize for kind, dtype in NUMPY.items()}  # bytes
 
 
 @dataclass(frozen=True)
@@ -154,33 +153,6 @@ def index(files: dict[str, SafetensorsFile]) -> bytes:
     return dump({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
 
 
-def size_of(text: int | str) -> int:
-    """Bytes in 5_000_000, '5GB', '500MB', '2GiB'."""
-    units = {
-        "KIB": 1 << 10,
-        "MIB": 1 << 20,
-        "GIB": 1 << 30,
-        "KB": 10**3,
-        "MB": 10**6,
-        "GB": 10**9,
-        "B": 1,
-        "": 1,
-    }
-    try:
-        if isinstance(text, int):
-            size = text
-        else:
-            digits = text.strip().upper().rstrip("KMGIB")
-            size = int(float(digits) * units[text.strip().upper()[len(digits) :].strip()])
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-        raise ValueError(
-            f"max_shard_size must be bytes or a text like '5GB', got {text!r}."
-        ) from None
-    if size <= 0:
-        raise ValueError(f"max_shard_size must be positive, got {text!r}.")
-    return size
-
-
 def read_header(path: Path) -> SafetensorsFile:
     """The header of a safetensors file, checked against the file's size. Raises ValueError for anything unsound."""
     with open_regular(path) as file:
@@ -237,7 +209,7 @@ def find_model(folder: Path) -> str:
     """The index, or the only file, of a folder's model: of the stems that Hugging Face writes, else of the only one."""
     names = sorted(os.listdir(folder))
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
-    files = [name for name in names if name.endswith(".safetensors") and not _SHARD.search(name)]
+    files = [name for name in names if name.endswith(".safetensors") and not is_shard(name)]
     for stem in STEMS:
         for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
             if name in names:
@@ -249,13 +221,22 @@ def find_model(folder: Path) -> str:
     raise ValueError(f"{folder} holds no model.safetensors and no {INDEX}.{more}")
 
 
-def read_model(folder: Path, name: str | None = None) -> dict[str, SafetensorsFile]:
-    """The files of a model folder by name, each checked; the index must agree with them. name: what `find_model` finds."""
+def read_model(
+    folder: Path, name: str | None = None, read: Callable[[str], SafetensorsFile] | None = None
+) -> dict[str, SafetensorsFile]:
+    """The files of a model folder by name, each checked; the index must agree with them.
+
+    Args:
+        folder: where they lie.
+        name: the index or the only file; None stands for what `find_model` finds.
+        read: gives the header of a file; None reads it and closes the file.
+    """
     name = find_model(folder) if name is None else name
+    read = read or (lambda file: read_header(folder / file))
     if name.endswith(".safetensors"):
-        return {name: read_header(folder / name)}
+        return {name: read(name)}
     weights = read_index(folder, name)
-    files = {file: read_header(folder / file) for file in sorted(set(weights.values()))}
+    files = {file: read(file) for file in sorted(set(weights.values()))}
     refuse_other_index(folder / name, weights, files)
     return files
 
@@ -286,6 +267,16 @@ def refuse_other_index(
     if found != weights:
         odd = sorted(set(found.items()) ^ set(weights.items()))[:3]
         raise ValueError(f"{where} and the files disagree on {odd}.")
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is one of several of a model, by its name."""
+    return _SHARD.fullmatch(name) is not None
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a loader takes a file for a model, a part of one, or an index, by its name."""
+    return _MODEL.fullmatch(name) is not None
 
 
 def is_file_name(name: Any) -> bool:

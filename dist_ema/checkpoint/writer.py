@@ -5,7 +5,7 @@ several machines stream to the first rank, which writes: two NFS clients that wr
 one of them. Either way the bytes are the same, and nothing is seen under its name before it is whole.
 
 [Note: one decides]  Disks and files can differ between ranks. What depends on them is decided on the first rank
-(`Ranks.decide`) or agreed on (`Ranks.attempt`) before the next collective, so an error is an error everywhere.
+(`Ranks.run_on_first`) or compared (`Ranks.run_on_all`) before the next collective, so an error is an error everywhere.
 """
 
 from __future__ import annotations
@@ -33,28 +33,29 @@ from ..sharding.geometry import Box, runs
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
 from . import atomic, crc32, manifest, retention, safetensors
 from .background import BackgroundTask
-from .torch_dtypes import DTYPES
+from .manifest import Manifest
+from .torch_dtypes import DTYPES, KINDS
 
 __all__ = ["AverageFiles", "SaveRequest", "Writer"]
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class AverageFiles:
     """The model files of one average: in the folder itself, or under averages/LABEL."""
 
-    slots: list[ParamState]
+    states: list[ParamState]
     own_buffers: dict[str, Tensor]
-    spec: dict[str, Any]  # of its schedule
+    schedule: dict[str, Any]
     label: str = ""
-    taken: list[Block] | None = None  # instead of what the slots hold by now
+    staged: list[Block] | None = None  # copies, in place of what the states hold by now
 
     @cached_property
-    def parts(self) -> list[Block]:
-        """What this rank writes. *Aliases* shadows and live weights, unless copies were taken."""
+    def blocks(self) -> list[Block]:
+        """What this rank writes. *Aliases* shadows and live weights, unless copies are staged."""
         return (
-            list(saved_blocks(self.slots, self.own_buffers)) if self.taken is None else self.taken
+            list(saved_blocks(self.states, self.own_buffers))
+            if self.staged is None
+            else self.staged
         )
 
     @property
@@ -63,35 +64,43 @@ class AverageFiles:
 
     @property
     def aliases(self) -> dict[str, list[str]]:
-        return {slot.name: sorted(slot.shard.aliases) for slot in self.slots if slot.shard.aliases}
+        return {
+            state.name: sorted(state.shard.aliases) for state in self.states if state.shard.aliases
+        }
 
     @property
     def own_names(self) -> list[str]:
-        return sorted(slot.name for slot in self.slots if slot.name in self.own_buffers)
+        return sorted(state.name for state in self.states if state.name in self.own_buffers)
 
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What to write, and where. mode: 'direct', 'stream', or None to choose by what the ranks see of each other."""
+    """What to write, and where.
 
-    verb: str  # save: a folder that is replaced as one; export: also a single file, or files put into a folder
+    verb: 'save', a folder that is replaced as one; 'export', also one file, or files put into a folder.
+    manifest: as far as it does not follow from the averages and the files.
+    mode: 'direct', 'stream', or None to choose by what the ranks see of each other.
+    keep: how many of the numbered saves beside it are kept.
+    """
+
+    verb: str
     path: Path
-    trees: list[AverageFiles]
-    meta: dict[str, Any]
+    averages: list[AverageFiles]
+    manifest: Manifest
     max_shard_size: int | str = "5GB"
     mode: str | None = None
     dtype: torch.dtype | None = None
-    keep: int | None = None  # of the numbered saves beside it
+    keep: int | None = None
 
     @property
     def one_file(self) -> bool:
         return self.verb == "export" and self.path.suffix == ".safetensors"
 
-    def plan(self, tree: AverageFiles) -> dict[str, safetensors.SafetensorsFile]:
-        """The files by name. Raises ValueError for a dtype that they cannot hold, and for extra= that is no JSON."""
-        if not isinstance(self.meta["extra"], dict):
-            raise ValueError(f"extra must be a dict of JSON values, got {self.meta['extra']!r}.")
-        manifest.stamp(self.meta)
+    def refuse_unsound(self) -> None:
+        """Raise ValueError for arguments that nothing can be written with."""
+        if not isinstance(self.manifest.extra, dict):
+            raise ValueError(f"extra must be a dict of JSON values, got {self.manifest.extra!r}.")
+        self.manifest.to_bytes()
         if self.dtype is not None and not (
             isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point
         ):
@@ -100,55 +109,61 @@ class SaveRequest:
             )
         if self.mode not in (None, "direct", "stream"):
             raise ValueError(f"mode must be 'direct', 'stream' or None, got {self.mode!r}.")
+
+    def plan(self, average: AverageFiles) -> dict[str, safetensors.SafetensorsFile]:
+        """The files of an average by name. Raises ValueError for a dtype that they cannot hold."""
         table = {
-            slot.name: safetensors.Entry(self._kind(slot, tree), slot.shard.shape)
-            for slot in tree.slots
+            state.name: safetensors.Entry(self._kind_of(state, average), state.shard.shape)
+            for state in average.states
         }
         if not self.one_file:
-            return {
-                tree.prefix + name: file
-                for name, file in safetensors.plan(table, self.max_shard_size).items()
-            }
-        names = {alias: name for name, aliases in tree.aliases.items() for alias in aliases}
+            files = safetensors.plan(table, self.max_shard_size)
+            return {average.prefix + name: file for name, file in files.items()}
+        names = {alias: name for name, aliases in average.aliases.items() for alias in aliases}
         return {self.path.name: safetensors.header(table, names)}
 
-    def _kind(self, slot: ParamState, tree: AverageFiles) -> str:
+    def _kind_of(self, state: ParamState, average: AverageFiles) -> str:
         """save: the average's dtype. export: the model's, or the one asked for where it floats."""
-        which = saved_dtype(slot, tree.own_buffers) if self.verb == "save" else slot.shard.dtype
-        if self.dtype is not None and which.is_floating_point:
-            which = self.dtype
-        if which not in _NAMES:
+        saved = self.verb == "save"
+        dtype = saved_dtype(state, average.own_buffers) if saved else state.shard.dtype
+        if self.dtype is not None and dtype.is_floating_point:
+            dtype = self.dtype
+        if dtype not in KINDS:
             raise ValueError(
-                f"{slot.name} is {which}, which safetensors cannot hold. Pass dtype=, or leave it out with only=."
+                f"{state.name} is {dtype}, which safetensors cannot hold. Pass dtype=, or leave it "
+                "out with only=."
             )
-        return _NAMES[which]
+        return KINDS[dtype]
 
-    def with_parts(self, take: Callable[[list[Block]], list[Block]]) -> SaveRequest:
-        """The same job with other parts in each tree."""
-        return replace(self, trees=[replace(tree, taken=take(tree.parts)) for tree in self.trees])
+    def with_blocks(self, take: Callable[[list[Block]], list[Block]]) -> SaveRequest:
+        """The same request with other blocks of each average."""
+        averages = [replace(each, staged=take(each.blocks)) for each in self.averages]
+        return replace(self, averages=averages)
 
-    def full_meta(self, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        first, *others = self.trees
-        return self.meta | {
-            "format": manifest.FORMAT,
-            "files": files,
-            "averaged": sorted(slot.name for slot in first.slots if slot.shadow is not None),
-            "schedules": [tree.spec for tree in self.trees],
-            "averages": {tree.label: {"own_buffers": tree.own_names} for tree in others},
-            "own_buffers": first.own_names,
-            "aliases": first.aliases,
-            "dtypes": {
-                slot.name: str(slot.shard.dtype).removeprefix("torch.") for slot in first.slots
+    def full_manifest(self, files: dict[str, dict[str, Any]]) -> Manifest:
+        """What goes into ema.json. files: size and check sum of every file."""
+        first, *others = self.averages
+        return replace(
+            self.manifest,
+            files=files,
+            averaged=sorted(state.name for state in first.states if state.shadow is not None),
+            schedules=[each.schedule for each in self.averages],
+            averages={each.label: each.own_names for each in others},
+            own_buffers=first.own_names,
+            aliases=first.aliases,
+            dtypes={
+                state.name: str(state.shard.dtype).removeprefix("torch.") for state in first.states
             },
-            "versions": {"dist_ema": _version.VERSION, "torch": torch.__version__},
-        }
+            versions={"dist_ema": _version.VERSION, "torch": torch.__version__},
+        )
 
 
 class Writer:
-    """Writes jobs, one at a time, now or behind training. Made together on all ranks, and kept between saves.
+    """Writes one request at a time, now or in the background. Made together on all ranks, and kept between saves.
 
-    [Note: behind]  What happens behind training must not meet what training does, in another order on another rank. So
-    messages have names and a connection of their own, streams a process group of their own ([Note: turns] in wire).
+    [Note: background saves]  What happens in the background must not meet what training does, in another order on another
+    rank. So messages have names and a connection of their own, streams a process group of their own ([Note: turns] in
+    transfer).
     """
 
     def __init__(self, ranks: Ranks, open_store: Callable[[str], dist.Store]) -> None:
@@ -161,108 +176,123 @@ class Writer:
             if ranks.size == 1
             else Ranks(ranks.members, ranks.group, open_another, ranks.timeout)
         )
-        self._line: FileTransferGroup | None = None
-        self._behind = BackgroundTask()
+        self._transfer: FileTransferGroup | None = None
+        self._background = BackgroundTask()
 
     def finish(self) -> list[str]:
-        """Wait for the job behind training. Returns its remarks, or raises RuntimeError if it failed."""
-        return self._behind.finish()
+        """Wait for the request in the background. Returns its remarks, or raises RuntimeError if it failed."""
+        return self._background.finish()
 
-    def write(self, job: SaveRequest, timeout: float, wait: bool = True) -> list[str]:
-        """Write the job's folder or file. Returns remarks of what is not as it should be. *Collective*, atomic.
+    def write(self, request: SaveRequest, timeout: float, wait: bool = True) -> list[str]:
+        """Write the folder or file that is asked for, atomically.
 
-        *Cost*: two windows of 16 MB at most; with wait=False also a copy of this rank's share in host memory.
+        Args:
+            request: what to write, and where.
+            timeout: seconds that a rank waits for the others.
+            wait: False writes in the background.
+
+        Returns:
+            Remarks on what is not as it should be.
+
+        Note:
+            *Collective*. *Cost*: two windows of 16 MB at most; with wait=False also a copy of this
+            rank's share in host memory.
         """
         self._ranks.timeout = timeout
         if not wait:
-            job = self._staged(job)
-        ready = self._prepare(job)
+            request = self._staged(request)
+        prepared = self._prepare(request)
         if wait:
-            return self._carry_out(ready)
-        self._behind.start(
-            f"ema.{job.verb}({str(job.path)!r}, wait=False)", lambda: self._stay(ready)
+            return self._carry_out(prepared)
+        self._background.start(
+            f"ema.{request.verb}({str(request.path)!r}, wait=False)",
+            lambda: self._carry_out_together(prepared),
         )
         return []
 
-    def _stay(self, ready: _PreparedSave) -> list[str]:
-        """Write it, and go on until all have heard what came of it: the process that ends first may serve the messages."""
-        remarks = self._carry_out(ready)
+    def _carry_out_together(self, prepared: _PreparedSave) -> list[str]:
+        """Write it, and go on until all ranks know the outcome: the process that ends first may serve the messages."""
+        remarks = self._carry_out(prepared)
         with suppress(RuntimeError):
-            self._ranks.all_gather_json(ready.job.verb)
+            self._ranks.all_gather_json(prepared.request.verb)
         return remarks
 
-    def _staged(self, job: SaveRequest) -> SaveRequest:
-        """The job with copies of what it writes, or the same error on all ranks. *Collective*."""
-        copies: list[SaveRequest] = []
-        self._ranks.run_on_all(job.verb, lambda: copies.append(job.with_parts(_stage)))
-        return copies[0]
+    def _staged(self, request: SaveRequest) -> SaveRequest:
+        """The request with copies of what it writes, or the same error on all ranks. *Collective*."""
+        staged: list[SaveRequest] = []
+        self._ranks.run_on_all(request.verb, lambda: staged.append(request.with_blocks(_stage)))
+        return staged[0]
 
-    def _prepare(self, job: SaveRequest) -> _PreparedSave:
+    def _prepare(self, request: SaveRequest) -> _PreparedSave:
         """Everything that can be known before the first byte is written, and the space for all of them. *Collective*."""
         ranks = self._ranks
         plans: list[dict[str, safetensors.SafetensorsFile]] = []
-        ranks.run_on_all(job.verb, lambda: plans.extend(job.plan(tree) for tree in job.trees))
-        files = {name: file for plan in plans for name, file in plan.items()}
-        folder = Path(ranks.run_on_first(job.verb, lambda: str(_make(job, files))))
+
+        def plan() -> None:
+            request.refuse_unsound()
+            plans.extend(request.plan(average) for average in request.averages)
+
+        ranks.run_on_all(request.verb, plan)
+        files = {name: file for each in plans for name, file in each.items()}
+        folder = Path(ranks.run_on_first(request.verb, lambda: str(_make(request, files))))
         try:
-            direct = self._is_direct(job, folder, files)
-            if not direct and self._line is None and ranks.size > 1:
-                self._line = FileTransferGroup(ranks)
+            direct = self._is_direct(request, folder, files)
+            if not direct and self._transfer is None and ranks.size > 1:
+                self._transfer = FileTransferGroup(ranks)
         except BaseException:
             self._abandon(folder)
             raise
-        return _PreparedSave(job, plans, files, folder, None if direct else self._line)
+        return _PreparedSave(request, plans, files, folder, None if direct else self._transfer)
 
     def _is_direct(
-        self, job: SaveRequest, folder: Path, files: dict[str, safetensors.SafetensorsFile]
+        self, request: SaveRequest, folder: Path, files: dict[str, safetensors.SafetensorsFile]
     ) -> bool:
         """Ranks write into place where they are of one machine and all see the folder, or are told to. *Collective*.
 
         Raises ValueError where they would write parts of different files.
         """
-        here = _machine() if any(tree.parts for tree in job.trees) else None
+        here = _machine() if any(average.blocks for average in request.averages) else None
         asked = digest(
             [
-                job.mode,
-                [tree.spec for tree in job.trees],
+                request.mode,
+                [average.schedule for average in request.averages],
                 [(name, file.head) for name, file in files.items()],
             ]
         )
-        said = self._ranks.all_gather_json(
-            job.verb, [here, here is None or os.path.isdir(folder), asked]
+        messages = self._ranks.all_gather_json(
+            request.verb, [here, here is None or os.path.isdir(folder), asked]
         )
-        if any(theirs != said[0][2] for _, _, theirs in said):
+        machines, sees, wanted = zip(*messages, strict=True)
+        if len(set(wanted)) > 1:
             raise ValueError(
-                f"ema.{job.verb}(): the ranks ask for different files. which, dtype, max_shard_size and mode must be "
-                "alike on all of them."
+                f"ema.{request.verb}(): the ranks ask for different files. which, dtype, "
+                "max_shard_size and mode must be alike on all of them."
             )
-        blind = [
-            rank for rank, (_, sees, _) in zip(self._ranks.members, said, strict=True) if not sees
-        ]
-        if job.mode == "direct" and blind:
+        blind = [rank for rank, seen in zip(self._ranks.members, sees, strict=True) if not seen]
+        if request.mode == "direct" and blind:
             raise RuntimeError(
-                f"ema.{job.verb}(mode='direct'): rank {blind[0]} does not see the folder {folder.parent} that rank "
-                f"{self._ranks.members[0]} writes to. Choose a file system that all ranks share, or pass mode='stream'."
+                f"ema.{request.verb}(mode='direct'): rank {blind[0]} does not see the folder "
+                f"{folder.parent} that rank {self._ranks.members[0]} writes to. Choose a file system "
+                "that all ranks share, or pass mode='stream'."
             )
-        machines = {machine for machine, _, _ in said if machine is not None}
-        return job.mode == "direct" or (job.mode is None and not blind and len(machines) < 2)
+        one_machine = len(set(machines) - {None}) < 2
+        return request.mode == "direct" or (request.mode is None and not blind and one_machine)
 
-    def _carry_out(self, ready: _PreparedSave) -> list[str]:
+    def _carry_out(self, prepared: _PreparedSave) -> list[str]:
         """Write what was prepared, here or in a thread. *Collective*."""
-        ranks, verb = self._ranks, ready.job.verb
-        writers = ready.writers()
+        ranks, verb = self._ranks, prepared.request.verb
+        writers = prepared.writers()
+        sums: list[dict[str, int]] = []
         try:
-            if ready.line is None:
-                _, said = ranks.run_on_all(verb, lambda: ready.write(writers))
+            if prepared.transfer is None:
+                _, sums = ranks.run_on_all(verb, lambda: prepared.write(writers))
             else:
-                ready.collect(ranks, writers)
-            remarks = ranks.run_on_first(
-                verb, lambda: _finish(ready, said if ready.line is None else [_close(writers)])
-            )
+                prepared.stream(ranks, writers)
+            remarks = ranks.run_on_first(verb, lambda: _finish(prepared, sums or [_close(writers)]))
             return remarks if ranks.first else []
         except BaseException:
-            self._line = None  # it may be broken
-            self._abandon(ready.folder)
+            self._transfer = None  # it may be broken
+            self._abandon(prepared.folder)
             raise
         finally:
             for writer in writers:
@@ -275,39 +305,38 @@ class Writer:
 
 @dataclass(frozen=True)
 class _PreparedSave:
-    """A job whose files lie in a temporary folder, at their full size, without their weights."""
+    """A request whose files lie in a temporary folder, at their full size, without their weights."""
 
-    job: SaveRequest
+    request: SaveRequest
     plans: list[dict[str, safetensors.SafetensorsFile]]
     files: dict[str, safetensors.SafetensorsFile]
     folder: Path
-    line: FileTransferGroup | None
+    transfer: FileTransferGroup | None  # None: every rank writes into place
 
     def writers(self) -> list[_FileWriter]:
-        trees = zip(self.job.trees, self.plans, strict=True)
         return [
-            _FileWriter(self.folder, plan, [slot.name for slot in tree.slots])
-            for tree, plan in trees
+            _FileWriter(self.folder, plan, [state.name for state in average.states])
+            for average, plan in zip(self.request.averages, self.plans, strict=True)
         ]
 
     def write(self, writers: list[_FileWriter]) -> dict[str, int]:
         """Put what this rank answers for into place."""
-        for tree, writer in zip(self.job.trees, writers, strict=True):
-            for part in tree.parts:
-                writer.part(*part)
+        for average, writer in zip(self.request.averages, writers, strict=True):
+            for block in average.blocks:
+                writer.write_block(*block)
         return _close(writers)
 
-    def collect(self, ranks: Ranks, writers: list[_FileWriter]) -> None:
+    def stream(self, ranks: Ranks, writers: list[_FileWriter]) -> None:
         """Put what all ranks answer for into place, on the first one. *Collective*."""
-        assert self.line is not None
-        for tree, writer in zip(self.job.trees, writers, strict=True):
+        assert self.transfer is not None
+        for average, writer in zip(self.request.averages, writers, strict=True):
             stream_to_writers(
                 ranks,
-                self.line,
-                self.job.verb,
-                *saved_dtypes(tree.slots, tree.own_buffers),
-                tree.parts,
-                writer.part,
+                self.transfer,
+                self.request.verb,
+                *saved_dtypes(average.states, average.own_buffers),
+                average.blocks,
+                writer.write_block,
             )
 
 
@@ -324,13 +353,13 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _stage(mine: list[Block]) -> list[Block]:
-    """Copies in one block of host memory, pinned if they come from an accelerator. Waits until they are there."""
-    sizes = [-(-data.nbytes // ALIGN) * ALIGN for _, _, data in mine]
-    devices = {data.device for _, _, data in mine if data.device.type != "cpu"}
-    block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=bool(devices))
+def _stage(blocks: list[Block]) -> list[Block]:
+    """Copies in one buffer of host memory, pinned if they come from an accelerator. Waits until they are there."""
+    sizes = [-(-data.nbytes // ALIGN) * ALIGN for _, _, data in blocks]
+    devices = {data.device for _, _, data in blocks if data.device.type != "cpu"}
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=bool(devices))
     copies = []
-    for (number, offsets, data), room in zip(mine, block.split(sizes), strict=True):
+    for (number, offsets, data), room in zip(blocks, buffer.split(sizes), strict=True):
         copy = room[: data.nbytes].view(data.dtype).view(data.shape)
         copies.append((number, offsets, copy.copy_(data, non_blocking=True)))
     for device in devices:
@@ -338,10 +367,10 @@ def _stage(mine: list[Block]) -> list[Block]:
     return copies
 
 
-def _make(job: SaveRequest, files: dict[str, safetensors.SafetensorsFile]) -> Path:
+def _make(request: SaveRequest, files: dict[str, safetensors.SafetensorsFile]) -> Path:
     """Refuse a target that is not ours, then make the temporary folder with every file at its full size."""
-    _refuse(job)
-    folder = atomic.temporary_sibling(job.path)
+    _refuse_target(request)
+    folder = atomic.temporary_sibling(request.path)
     folder.mkdir()
     try:
         for name, file in files.items():
@@ -355,50 +384,44 @@ def _make(job: SaveRequest, files: dict[str, safetensors.SafetensorsFile]) -> Pa
     return folder
 
 
-def _refuse(job: SaveRequest) -> None:
+def _refuse_target(request: SaveRequest) -> None:
     """Raise ValueError for a target that is not ours. What died writers of ours left there is tidied up."""
-    path = job.path
-    if job.keep is not None:
-        retention.refuse(path, job.keep)
+    path = request.path
+    if request.keep is not None:
+        retention.refuse(path, request.keep)
     try:
         atomic.ensure(path.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{path} cannot be made: {error.filename} is a file.") from None
     atomic.recover(path)
     atomic.remove_leftovers(path)
-    if job.one_file and path.is_dir():
+    if request.one_file and path.is_dir():
         raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
-    if job.one_file or not path.exists():
+    if request.one_file or not path.exists():
         return
     if not path.is_dir():
         raise ValueError(
             f"{path} is a file. Give a folder, or let export write a name that ends in .safetensors."
         )
-    if job.verb == "export":
-        if manifest.resumable(path):
+    if request.verb == "export":
+        if manifest.is_resumable(path):
             raise ValueError(
                 f"{path} is an average to resume from: its clock would be lost. Choose another path."
             )
     elif any(path.iterdir()) and not (path / manifest.META).exists():
         raise ValueError(
-            f"{path} holds files but no {manifest.META}: it is not ours to replace. Choose another path."
+            f"{path} holds files but no {manifest.META}: it is not ours to replace. Choose another "
+            "path."
         )
-    elif foreign := _strangers(path):
+    elif foreign := retention.foreign(path):
         raise ValueError(
-            f"{path} holds {', '.join(foreign[:3])}, which ema.save() did not write and would remove. Choose another path."
+            f"{path} holds {', '.join(foreign[:3])}, which ema.save() did not write and would "
+            "remove. Choose another path."
         )
-
-
-def _strangers(path: Path) -> list[str]:
-    """What else lies in a save. Of a damaged one nobody can tell, and a new version is what it needs."""
-    try:
-        return retention.foreign(path)
-    except ValueError:
-        return []
 
 
 class _FileWriter:
-    """Puts parts into their places and keeps the check sums of what it wrote."""
+    """Puts blocks into their places and keeps the check sums of what it wrote."""
 
     def __init__(
         self, folder: Path, files: dict[str, safetensors.SafetensorsFile], names: Sequence[str]
@@ -408,27 +431,29 @@ class _FileWriter:
         self._open: dict[str, atomic.Target] = {}
         self._sums = {name: crc32.RangeSum(file.size) for name, file in files.items()}
 
-    def part(self, number: int, offsets: tuple[int, ...], data: Tensor) -> None:
-        name = self._where[self._names[number]]
+    def write_block(self, number: int, offsets: tuple[int, ...], data: Tensor) -> None:
+        """A block of the weight with that number, in the dtype of the file."""
+        weight = self._names[number]
+        name = self._where[weight]
         file = self._files[name]
-        entry = file.entries[self._names[number]]
+        entry = file.entries[weight]
         if name not in self._open:
             self._open[name] = atomic.Target(self._folder / name)
         dtype = DTYPES[entry.dtype]
-        cast = _cast(self._names[number], data, dtype).contiguous().view(-1).view(torch.uint8)
-        raw = memoryview(cast.numpy())  # type: ignore[arg-type]
-        at, base = 0, len(file.head) + entry.begin
+        raw = _cast(weight, data, dtype).contiguous().view(-1).view(torch.uint8)
+        view = memoryview(raw.numpy())  # type: ignore[arg-type]
+        done, base = 0, len(file.head) + entry.begin
         for start, n in runs(Box(offsets, tuple(data.shape)), entry.shape):
-            chunk = raw[at : at + n * dtype.itemsize]
-            self._open[name].write(chunk, base + start * dtype.itemsize)
-            self._sums[name].add(base + start * dtype.itemsize, chunk)
-            at += n * dtype.itemsize
+            run = view[done : done + n * dtype.itemsize]
+            self._open[name].write(run, base + start * dtype.itemsize)
+            self._sums[name].add(base + start * dtype.itemsize, run)
+            done += n * dtype.itemsize
 
     def close(self) -> dict[str, int]:
         for target in self._open.values():
             target.sync()
         self.abandon()
-        return {name: sum_.contribution for name, sum_ in self._sums.items()}
+        return {name: each.contribution for name, each in self._sums.items()}
 
     def abandon(self) -> None:
         while self._open:
@@ -449,46 +474,42 @@ def _cast(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
     return new.cpu()
 
 
-def _finish(ready: _PreparedSave, added: list[dict[str, int]]) -> list[str]:
+def _finish(prepared: _PreparedSave, sums: list[dict[str, int]]) -> list[str]:
     """Seal the temporary folder and put it in place. Returns remarks."""
-    job, folder, files = ready.job, ready.folder, ready.files
-    if job.one_file:
-        alone = atomic.temporary_sibling(job.path)
-        os.rename(folder / job.path.name, alone)
+    request, folder, files = prepared.request, prepared.folder, prepared.files
+    if request.one_file:
+        alone = atomic.temporary_sibling(request.path)
+        os.rename(folder / request.path.name, alone)
         folder.rmdir()
-        atomic.publish(alone, job.path)
+        atomic.publish(alone, request.path)
         return []
-    texts = {manifest.META: manifest.stamp(job.full_meta(_table(files, added)))}
-    for tree in job.trees:
-        own = {
-            Path(name).name: file
-            for name, file in files.items()
-            if Path(name).parent == Path(tree.prefix)
-        }
-        if len(own) > 1:
-            texts[tree.prefix + safetensors.INDEX] = safetensors.index(own)
+    texts = {manifest.META: request.full_manifest(_table(files, sums)).to_bytes()}
+    for average, plan in zip(request.averages, prepared.plans, strict=True):
+        if len(plan) > 1:
+            bare = {Path(name).name: file for name, file in plan.items()}
+            texts[average.prefix + safetensors.INDEX] = safetensors.index(bare)
     for name, text in texts.items():
         (folder / name).write_bytes(text)
         atomic.sync(folder / name)
     for inner in sorted({path.parent for path in folder.rglob("*")}, reverse=True):
         atomic.sync(inner)
-    if job.verb == "export" and job.path.exists():
-        _merge(folder, job.path, [*files, *texts])
+    if request.verb == "export" and request.path.exists():
+        _merge(folder, request.path, [*files, *texts])
     else:
-        atomic.publish(folder, job.path)
-    return [] if job.keep is None else retention.advance(job.path, job.keep)
+        atomic.publish(folder, request.path)
+    return [] if request.keep is None else retention.advance(request.path, request.keep)
 
 
 def _table(
-    files: dict[str, safetensors.SafetensorsFile], added: list[dict[str, int]]
+    files: dict[str, safetensors.SafetensorsFile], sums: list[dict[str, int]]
 ) -> dict[str, dict[str, Any]]:
-    """Size and check sum of every file, from what each rank wrote into it ([Note: check sums] in format)."""
+    """Size and check sum of every file, from what each rank wrote into it ([Note: check sums] in safetensors)."""
     table = {}
     for name, file in files.items():
         head = crc32.RangeSum(file.size)
         head.add(0, file.head)
-        sums = [head.contribution, *(each[name] for each in added)]
-        table[name] = {"size": file.size, "crc32": crc32.check_sum(file.size, sums)}
+        added = [head.contribution, *(of_rank[name] for of_rank in sums)]
+        table[name] = {"size": file.size, "crc32": crc32.check_sum(file.size, added)}
     return table
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-from ..checkpoint.safetensors import size_of
-from ..text import Tick, printable
+from ..text import Tick, printable, size_of
 
 __all__ = [
     "DTYPES",
@@ -173,8 +173,20 @@ def out_json(value: Any) -> None:
     out([json.dumps(value, indent=2, allow_nan=False)])
 
 
+_ARGUMENT = re.compile(r"\b([Pp]ass|with) (force|like|which)=(?:True|'([^']*)')?")
+
+
+def _as_option(argument: re.Match[str]) -> str:
+    value = "" if argument[3] is None else f" {argument[3]}"
+    return f"{argument[1]} --{argument[2]}{value}"
+
+
 def say(sentence: str, code: int) -> int:
-    """One sentence to stderr; returns the exit code that goes with it."""
+    """One sentence to stderr; returns the exit code that goes with it.
+
+    The library's errors name arguments (`Pass force=True`), the command's user knows options.
+    """
+    sentence = _ARGUMENT.sub(_as_option, sentence)
     print(f"dist-ema: {printable(sentence)}", file=sys.stderr)
     return code
 

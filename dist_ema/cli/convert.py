@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.safetensors import size_of
-from ..text import plural, printable, size, some
+from ..text import plural, printable, size, size_of, some
 from .console import (
     DTYPES,
     FINE,
@@ -174,7 +173,7 @@ def _write(request: ConvertRequest, options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         plan = offline.plan(request, stack)
         with progress(f"writing {options.target}", plan.nbytes) as tick:
-            meta = offline.write(
+            written = offline.write(
                 plan,
                 options.target,
                 force=options.force,
@@ -189,7 +188,7 @@ def _write(request: ConvertRequest, options: argparse.Namespace) -> int:
             "bytes": plan.nbytes,
             "aliases": dict(plan.aliases),
             "notes": list(plan.notes),
-            "extra": meta["extra"],
+            "extra": written.extra,
         }
         out_json(facts)
         return FINE

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.manifest import META
 from ..text import listed, printable, some
 from .console import (
     FINE,
@@ -70,7 +69,7 @@ def _inspect(options: argparse.Namespace) -> int:
     else:
         out(_text(report, SHOWN if options.weights is None else options.weights))
     for problem in report.problems:
-        say(f"{report.path}: {META} is not sound: {problem}.", PROBLEM)
+        say(f"{report.path}: ema.json is not sound: {problem}.", PROBLEM)
     return PROBLEM if report.problems else FINE
 
 
@@ -98,28 +97,24 @@ def _kind(report: ModelReport) -> str:
         "file": "a safetensors file",
         "other": "a checkpoint of another form",
     }
-    version = report.meta.get("format")
+    version = report.to_json()["format"]
     return kinds.get(report.kind, report.kind) + (f" (format {version})" if version else "")
 
 
 def _facts(report: ModelReport) -> Iterator[tuple[str, str]]:
     """(term, value) for each line of the summary."""
-    meta = report.meta
-    if meta.get("format"):
+    facts = report.manifest
+    if report.has_manifest:
         yield from _history(report)
-        rest = (
-            ""
-            if meta.get("weights") == "all"
-            else "; frozen weights and buffers are not in the files"
-        )
-        yield "averaged", f"{len(meta['averaged'])} weights{rest}"
-        if len(report.trees) == 1:
-            yield "own buffers", ", ".join(map(str, meta["own_buffers"])) or "none"
+        rest = "" if facts.weights == "all" else "; frozen weights and buffers are not in the files"
+        yield "averaged", f"{len(facts.averaged)} weights{rest}"
+        if len(report.averages) == 1:
+            yield "own buffers", ", ".join(facts.own_buffers) or "none"
     yield from (("alias", f"{alias} is {name}") for alias, name in report.aliases.items())
-    yield "in all", _total(report.trees[0].total)
+    yield "in all", _total(report.averages[0].total)
     yield from ((dtype, _total(total)) for dtype, total in report.totals.items())
     for name, file in ((name, file) for name, file in report.files.items() if name):
-        sums = ", ".join(f"{kind} {value}" for kind, value in report.sums(name).items())
+        sums = ", ".join(f"{kind} {value}" for kind, value in report.manifest.sums_of(name).items())
         yield "file", f"{name}: {file.size:,} bytes, {sums or 'no check sum'}"
     for why in sorted(set(report.others.values())):
         yield (
@@ -131,27 +126,27 @@ def _facts(report: ModelReport) -> Iterator[tuple[str, str]]:
 def _history(report: ModelReport) -> Iterator[tuple[str, str]]:
     from ..offline.model_card import format_clock
 
-    meta, attach = report.meta, report.meta.get("attach")
-    if meta["clock"]:
-        yield "clock", format_clock(meta["clock"])
+    facts, attach = report.manifest, report.manifest.attach
+    if facts.clock:
+        yield "clock", format_clock(facts.clock)
     yield from _schedules(report)
-    yield "attach", listed(attach) if isinstance(attach, dict) else "updated by hand"
-    if meta["extra"]:
-        yield "extra", ", ".join(meta["extra"])
-    yield "versions", listed(meta["versions"])
+    yield "attach", listed(attach) if attach else "updated by hand"
+    if facts.extra:
+        yield "extra", ", ".join(facts.extra)
+    yield "versions", listed(facts.versions)
 
 
 def _schedules(report: ModelReport) -> Iterator[tuple[str, str]]:
     """One line, or one for each of several averages with what is its own."""
     from ..offline.model_card import format_schedule
 
-    specs = report.meta["schedules"]
-    if len(report.trees) == 1:
+    specs = report.manifest.schedules
+    if len(report.averages) == 1:
         yield from (("schedule", format_schedule(spec)) for spec in specs)
         return
-    for i, tree in enumerate(report.trees):
+    for i, tree in enumerate(report.averages):
         where = f"averages/{tree.label}" if tree.label else "in the folder itself"
-        own = ", ".join(map(str, report.own_buffers(tree.label))) or "none"
+        own = ", ".join(report.manifest.own_buffers_of(tree.label)) or "none"
         spec = format_schedule(specs[i]) if i < len(specs) else "no schedule"
         yield f"average {i}", f"{spec}, {where}: {_total(tree.total)}; own buffers {own}"
 
@@ -163,8 +158,8 @@ def _total(total: Total) -> str:
 def _role(report: ModelReport, name: str) -> str:
     return (
         "averaged"
-        if name in report.meta["averaged"]
+        if name in report.manifest.averaged
         else "own buffer"
-        if name in report.meta["own_buffers"]
+        if name in report.manifest.own_buffers
         else ""
     )

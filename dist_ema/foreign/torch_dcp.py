@@ -160,7 +160,7 @@ class Folder:
     """
 
     aliases: Mapping[str, str] = {}
-    meta: dict[str, Any] | None = None
+    manifest: None = None  # it has no ema.json
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.manifest import Manifest
 from . import blend, writer
 from .sources import Source, open_model, refuse_odd
 
@@ -79,15 +80,15 @@ def average(
         kinds = {} if dtype is None else dict.fromkeys(names, dtype)
         mean = blend.Blend(list(zip(models, factors, strict=True)), last, names, kinds)
         terms = list(zip(chosen, factors, strict=True))
-        facts = {
+        made_of = {
             "models": [{"path": path, "weight": factor} for path, factor in terms],
             "taken_from_last": taken,
         }
-        meta = {"clock": {}, "schedules": [], "extra": {"average": facts}}
+        facts = Manifest(extra={"average": made_of})
         total = sum(entry.nbytes for entry in mean.entries.values())
         with progress("averaging", total) as tick:
             blend.write(
-                Path(out), mean, meta, max_shard_size=max_shard_size, force=force, tick=tick
+                Path(out), mean, facts, max_shard_size=max_shard_size, force=force, tick=tick
             )
     return AverageReport(Path(out), terms, len(names), taken)
 

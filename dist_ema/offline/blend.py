@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import numpy as np
 
 from .. import _version
 from ..checkpoint import manifest, safetensors
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.safetensors import ITEMSIZE
 from ..dtypes import FLOATS, TO_TORCH, Bytes, fitted, widen
 from ..text import some
 from . import model_card, writer
@@ -63,9 +65,7 @@ class Blend:
     def content(self, name: str) -> Iterator[Bytes]:
         """The bytes of a weight, in windows. *Cost*: 28 MB."""
         dtype = self._dtype(name)
-        count = (
-            self.rest.entries[name].nbytes // safetensors.ITEMSIZE[self.rest.entries[name].dtype]
-        )
+        count = self.rest.entries[name].nbytes // ITEMSIZE[self.rest.entries[name].dtype]
         for begin in range(0, count, WINDOW):
             end = min(begin + WINDOW, count)
             if name in self.summed:
@@ -90,7 +90,7 @@ class Blend:
         return fitted(name, total, _real(dtype))
 
     def _window(self, model: Source, name: str, begin: int, end: int) -> Bytes:
-        size = safetensors.ITEMSIZE[model.entries[name].dtype]
+        size = ITEMSIZE[model.entries[name].dtype]
         try:
             return self._checked[id(model)].read(name, begin * size, end * size)
         finally:
@@ -130,15 +130,15 @@ def locate(model: Source, name: str, like: Source) -> str:
 
 def alike(models: Sequence[Source], like: Source, names: Sequence[str] | None = None) -> None:
     """Raise ValueError with every difference in names, shapes and kinds of number. names: those to be compared (all)."""
-    said = [
+    found = [
         difference
         for model in models
         if model is not like
         for difference in _differences(model, like, names)
     ]
-    if said:
+    if found:
         raise ValueError(
-            f"the models do not hold the same weights as {like.path}, {len(said)} differences: {some(said, 20, '; ')}."
+            f"the models do not hold the same weights as {like.path}, {len(found)} differences: {some(found, 20, '; ')}."
         )
 
 
@@ -184,7 +184,7 @@ def _one(model: Source, name: str, other: str) -> bool:
 def write(
     out: Path,
     blend: Blend,
-    meta: Mapping[str, Any],
+    facts: Manifest,
     *,
     max_shard_size: int | str = "5GB",
     force: bool = False,
@@ -192,7 +192,7 @@ def write(
 ) -> None:
     """Write the blend as a model to ship: a folder with ema.json and what lies beside rest's model, or one file. Atomic.
 
-    meta: goes into ema.json: clock, schedules, extra. *Cost*: 28 MB.
+    facts: clock, schedules and extra for ema.json. *Cost*: 28 MB.
     """
     entries = blend.entries
     out = Path(os.path.realpath(out))  # through a link
@@ -201,14 +201,16 @@ def write(
         return writer.write(
             out, writer.Model(files), blend.content, force=force, tick=tick, check=blend.check
         )
-    origin = blend.rest.meta or {}
-    full = {
-        "format": manifest.FORMAT, "kind": "export", "weights": origin.get("weights", "all"), "attach": None, "rounding": None,
-        "averages": {}, "own_buffers": [], "aliases": manifest.group_aliases(dict(sorted(blend.rest.aliases.items()))),
-        "averaged": sorted(blend.summed),
-        "dtypes": {name: TO_TORCH[entry.dtype] for name, entry in entries.items()},
-        "versions": {"dist_ema": _version.VERSION},
-    } | dict(meta)  # fmt: skip
+    origin = blend.rest.manifest or Manifest()
+    full = replace(
+        facts,
+        kind="export",
+        weights=origin.weights,
+        averaged=sorted(blend.summed),
+        aliases=manifest.group_aliases(dict(sorted(blend.rest.aliases.items()))),
+        dtypes={name: TO_TORCH[entry.dtype] for name, entry in entries.items()},
+        versions={"dist_ema": _version.VERSION},
+    )
     beside = model_card.beside(blend.rest.path, out, full, entries)
     model = writer.Model(safetensors.plan(entries, max_shard_size), safetensors.INDEX, beside, full)
     return writer.write(out, model, blend.content, force=force, tick=tick, check=blend.check)

@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import _version
 from ..checkpoint import atomic, manifest, safetensors
+from ..checkpoint.manifest import Manifest
 from ..dtypes import FLOATS, TO_TORCH, Bytes, fitted, widen
 from ..foreign import recognise, torch_dcp, torch_save
 from ..foreign.recognise import FoundAverage, Leaf
@@ -453,7 +454,7 @@ def write(
     force: bool,
     tick: Callable[[int], None],
     max_shard_size: str = "5GB",
-) -> dict[str, Any]:
+) -> Manifest:
     """Write the model, atomically. Returns its ema.json. *Cost*: one window."""
     out = Path(os.path.realpath(out))  # through a link
     one = out.suffix == ".safetensors"
@@ -463,15 +464,16 @@ def write(
         if one
         else safetensors.plan(plan.entries, max_shard_size, metadata)
     )
-    meta: dict[str, Any] = {
-        "format": manifest.FORMAT, "kind": "export", "weights": "all" if plan.whole else "averaged",
-        "clock": {}, "schedules": [], "attach": None, "averages": {}, "averaged": sorted(plan.averaged), "own_buffers": [],
-        "aliases": manifest.group_aliases(plan.aliases),
-        "dtypes": {name: TO_TORCH[leaf.dtype] for name, leaf in plan.weights.items()},
-        "versions": {"dist_ema": _version.VERSION},
-        "extra": {"converted": {"from": plan.found.kind, "key": plan.found.key, **plan.found.extra}},
-    }  # fmt: skip
-    model = writer.Model(files, safetensors.INDEX, {}, meta)
+    facts = Manifest(
+        kind="export",
+        weights="all" if plan.whole else "averaged",
+        averaged=sorted(plan.averaged),
+        aliases=manifest.group_aliases(plan.aliases),
+        dtypes={name: TO_TORCH[leaf.dtype] for name, leaf in plan.weights.items()},
+        versions={"dist_ema": _version.VERSION},
+        extra={"converted": {"from": plan.found.kind, "key": plan.found.key, **plan.found.extra}},
+    )
+    model = writer.Model(files, safetensors.INDEX, {}, facts)
     writer.write(
         out,
         model,
@@ -479,7 +481,7 @@ def write(
         force=force,
         tick=tick,
     )
-    return meta
+    return facts
 
 
 def _content(leaf: Leaf, dtype: str, name: str = "") -> Iterator[Bytes]:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from .. import _version
 from ..checkpoint import manifest, safetensors
+from ..checkpoint.manifest import Manifest
 from ..dtypes import FLOATS, TORCH, Bytes, fitted, narrow, widen
-from ..text import Bar, silent, some
+from ..text import Bar, silent, size_of, some
 from . import model_card, writer
 from .report import report_on
-from .report import sums as recorded_sums
-from .sources import Checked, Safetensors, Source, labels, open_model, refuse_odd, windows
+from .sources import Checked, Safetensors, Source, open_model, refuse_odd, windows
 
 __all__ = ["Exported", "export"]
 
@@ -73,15 +72,15 @@ def export(
     writer.refuse_target(where, force)
     with open_model(src, which) as model:
         _refuse_part(model, like)
-        meta = _sound(model)
-        form = _form(model, meta, where, dtype, max_shard_size, like)
-        meta = _meta(model, meta, form)
+        saved = _sound(model)
+        form = _form(model, saved, where, dtype, max_shard_size, like)
+        facts = _facts(model, saved, form)
         beside = (
             {}
             if where.suffix == ".safetensors"
-            else model_card.beside(Path(like or model.path), where, meta, form.entries)
+            else model_card.beside(Path(like or model.path), where, facts, form.entries)
         )
-        target = writer.Model(form.files, form.index, beside, meta)
+        target = writer.Model(form.files, form.index, beside, facts)
         source = Checked(model)
 
         def content(name: str) -> Iterator[Bytes]:
@@ -91,7 +90,7 @@ def export(
 
         with bar(sum(entry.nbytes for entry in form.entries.values())) as tick:
             writer.write(where, target, content, force=force, tick=tick, check=source.finish)
-    average = ", ".join(map(model_card.format_schedule, meta["schedules"]))
+    average = ", ".join(map(model_card.format_schedule, facts.schedules))
     files = {name: file.size for name, file in form.files.items()}
     return Exported(
         str(out), str(src), average, files, len(form.entries), form.dtypes, sorted(beside)
@@ -106,35 +105,30 @@ def _refuse_part(model: Source, like: str | Path | None) -> None:
     path = Path(os.path.realpath(model.path))
     if not model.entries:
         raise ValueError(f"{model.path} holds no weights: there is nothing to export.")
-    if model.meta is not None and model.meta.get("weights") != "all" and like is None:
+    if model.manifest is not None and model.manifest.weights != "all" and like is None:
         raise ValueError(
             f"{model.path} holds averaged weights only (EMA(only=...)), so it is no complete model. Use ema.export(), or "
-            "pass --like with a model of the same names to prove that nothing is missing."
+            "pass like= with a model of the same names to prove that nothing is missing."
         )
     if like is None:  # which proves that nothing is missing
         refuse_odd(model)
     run = path.parent.parent
     if path.parent.name == "averages" and (run / manifest.META).exists():
-        raise ValueError(f"{model.path} is a part of {run}: export that with --which {path.name}.")
-    listed = (
-        path.is_file()
-        and (path.parent / manifest.META).exists()
-        and manifest.read_meta(path.parent)["files"]
-    )
-    if listed and path.name in listed:
+        raise ValueError(f"{model.path} is a part of {run}: export that with which={path.name!r}.")
+    if path.is_file() and isinstance(model, Safetensors) and model.listed is not None:
         raise ValueError(f"{model.path} is a part of {path.parent}: name the folder.")
 
 
-def _sound(model: Source) -> dict[str, Any]:
-    """ema.json with all its parts. Raises ValueError if it contradicts the files; {} where there is none."""
-    if model.meta is None:
-        return {}
-    report = report_on(model.path)
-    if report.problems:
+def _sound(model: Source) -> Manifest:
+    """ema.json. Raises ValueError if it contradicts the files."""
+    if model.manifest is None:
+        return Manifest()
+    problems = report_on(model.path).problems
+    if problems:
         raise ValueError(
-            f"{model.path / manifest.META} is not sound: {report.problems[0]}. `dist-ema verify` lists everything."
+            f"{model.path / manifest.META} is not sound: {problems[0]}. `dist-ema verify` lists everything."
         )
-    return report.meta
+    return model.manifest
 
 
 # --- what the files will hold ------------------------------------------------------------------------------------
@@ -142,21 +136,21 @@ def _sound(model: Source) -> dict[str, Any]:
 
 def _form(
     model: Source,
-    meta: dict[str, Any],
+    saved: Manifest,
     where: Path,
     dtype: str | None,
     size: int | str | None,
     like: str | Path | None,
 ) -> _Form:
     if size is not None:
-        safetensors.size_of(size)
+        size_of(size)
     if like is not None:
-        with open_model(like) as theirs:
-            return _as_theirs(model, theirs, where, dtype, size)
-    native = meta.get("dtypes", {}) if meta.get("kind") == "ema" else {}
+        with open_model(like) as pattern:
+            return _form_like(model, pattern, where, dtype, size)
+    native = saved.dtypes if saved.kind == "ema" else {}
     entries = {
         name: safetensors.Entry(
-            _kind(entry.dtype, dtype or TORCH.get(str(native.get(name)))), entry.shape
+            _kind(entry.dtype, dtype or TORCH.get(native.get(name, ""))), entry.shape
         )
         for name, entry in model.entries.items()
     }
@@ -185,7 +179,7 @@ def _one_file(
 ) -> dict[str, safetensors.SafetensorsFile]:
     """Aliases lie in the header, for want of an ema.json."""
     total = sum(entry.nbytes for entry in entries.values())
-    if size is not None and total > safetensors.size_of(size):
+    if size is not None and total > size_of(size):
         raise ValueError(
             f"{where.name} is one file of {total} bytes, max_shard_size is {size}. Name a folder."
         )
@@ -194,7 +188,7 @@ def _one_file(
 
 
 def _aliases(model: Source, names: dict[str, str]) -> dict[str, list[str]]:
-    """Of the names that the files do not have: which of theirs is the same weight."""
+    """Of the names that the files do not have: which of those in them is the same weight."""
     first: dict[str, str] = {}
     for name, source in names.items():
         first.setdefault(source, name)
@@ -205,20 +199,20 @@ def _aliases(model: Source, names: dict[str, str]) -> dict[str, list[str]]:
     return {name: sorted(others) for name, others in groups.items()}
 
 
-def _as_theirs(
-    model: Source, theirs: Source, where: Path, dtype: str | None, size: int | str | None
+def _form_like(
+    model: Source, pattern: Source, where: Path, dtype: str | None, size: int | str | None
 ) -> _Form:
-    """Their names, which choose among tied ones, their dtypes, files and order."""
+    """The names of the pattern, which choose among tied ones, its dtypes, files and order."""
     known = {name: name for name in model.entries} | dict(model.aliases)
-    _refuse_difference(model, theirs, known)
-    names = {name: known[name] for name in theirs.entries}
+    _refuse_difference(model, pattern, known)
+    names = {name: known[name] for name in pattern.entries}
     entries = {
         name: safetensors.Entry(_kind(entry.dtype, dtype), entry.shape)
-        for name, entry in theirs.entries.items()
+        for name, entry in pattern.entries.items()
     }
     aliases = _aliases(model, names)
-    split = _their_files(theirs)
-    name = next(iter(split)) if theirs.path.is_file() else safetensors.find_model(theirs.path)
+    split = _files_like(pattern)
+    name = next(iter(split)) if pattern.path.is_file() else safetensors.find_model(pattern.path)
     stem = name.removesuffix(".index.json").removesuffix(".safetensors")
     index = f"{stem}.safetensors.index.json"
     if where.suffix == ".safetensors":
@@ -240,12 +234,12 @@ def _as_theirs(
     return _Form(names, entries, files, index, aliases)
 
 
-def _their_files(theirs: Source) -> dict[str, list[str]]:
+def _files_like(pattern: Source) -> dict[str, list[str]]:
     """File -> its weights, as they lie there. What is no safetensors model is as one file of the usual name."""
     files = (
-        theirs.files
-        if isinstance(theirs, Safetensors)
-        else {"model.safetensors": safetensors.SafetensorsFile(b"", dict(theirs.entries))}
+        pattern.files
+        if isinstance(pattern, Safetensors)
+        else {"model.safetensors": safetensors.SafetensorsFile(b"", dict(pattern.entries))}
     )
     return {
         name: sorted(
@@ -256,7 +250,7 @@ def _their_files(theirs: Source) -> dict[str, list[str]]:
 
 
 def _order(names: list[str], entries: dict[str, safetensors.Entry]) -> list[str] | None:
-    """Their order; None, so our own, where other dtypes would put a weight at an odd address in it."""
+    """The order of the pattern; None, so our own, where other dtypes would put a weight at an odd address in it."""
     at = 0
     for name in names:
         if at % safetensors.ITEMSIZE[entries[name].dtype]:
@@ -265,65 +259,54 @@ def _order(names: list[str], entries: dict[str, safetensors.Entry]) -> list[str]
     return names
 
 
-def _refuse_difference(model: Source, theirs: Source, known: dict[str, str]) -> None:
+def _refuse_difference(model: Source, pattern: Source, known: dict[str, str]) -> None:
     """Raise ValueError with every weight that only one of the two has, or that has another shape or kind."""
-    said = [f"{name} is in {theirs.path} alone" for name in theirs.entries if name not in known]
-    taken = {known.get(name) for name in [*theirs.entries, *theirs.aliases]}
-    said += [f"{name} is in {model.path} alone" for name in model.entries if name not in taken]
-    for name, entry in theirs.entries.items():
-        mine = model.entries[known[name]] if name in known else entry
-        if mine.shape != entry.shape:
-            said.append(
-                f"{name} is {list(mine.shape)} in {model.path}, {list(entry.shape)} in {theirs.path}"
+    found = [f"{name} is in {pattern.path} alone" for name in pattern.entries if name not in known]
+    taken = {known.get(name) for name in [*pattern.entries, *pattern.aliases]}
+    found += [f"{name} is in {model.path} alone" for name in model.entries if name not in taken]
+    for name, entry in pattern.entries.items():
+        held = model.entries[known[name]] if name in known else entry
+        if held.shape != entry.shape:
+            found.append(
+                f"{name} is {list(held.shape)} in {model.path}, {list(entry.shape)} in {pattern.path}"
             )
-        elif mine.dtype != entry.dtype and not {mine.dtype, entry.dtype} <= set(FLOATS):
-            said.append(f"{name} is {mine.dtype} in {model.path}, {entry.dtype} in {theirs.path}")
-    if said:
+        elif held.dtype != entry.dtype and not {held.dtype, entry.dtype} <= set(FLOATS):
+            found.append(f"{name} is {held.dtype} in {model.path}, {entry.dtype} in {pattern.path}")
+    if found:
         raise ValueError(
-            f"{model.path} and {theirs.path} differ on {len(said)} weights: {some(said, 10, '; ')}."
+            f"{model.path} and {pattern.path} differ on {len(found)} weights: {some(found, 10, '; ')}."
         )
 
 
 # --- what lies beside --------------------------------------------------------------------------------------------
 
 
-def _meta(model: Source, meta: dict[str, Any], form: _Form) -> dict[str, Any]:
-    """ema.json of what is written, without what the sink fills in."""
+def _facts(model: Source, saved: Manifest, form: _Form) -> Manifest:
+    """ema.json of what is written, without what the writer fills in."""
     label = model.label if isinstance(model, Safetensors) else ""
-    chosen = meta.get("schedules", [])[labels(meta).index(label) :][:1]
-    own = meta["averages"][label]["own_buffers"] if label else meta.get("own_buffers", [])
-    crc = {
-        name: sums["crc32"]
-        for name in _files_of(model)
-        if (sums := recorded_sums(meta, name) if meta else {})
-    }
-    return {
-        "format": manifest.FORMAT,
-        "kind": "export",
-        "weights": "all",
-        "clock": meta.get("clock", {}),
-        "attach": meta.get("attach"),
-        "rounding": meta.get("rounding"),
-        "schedules": chosen,
-        "averages": {},
-        "averaged": sorted(
-            name for name, source in form.names.items() if source in set(meta.get("averaged", []))
-        ),
-        "own_buffers": sorted(name for name, source in form.names.items() if source in set(own)),
-        "aliases": form.aliases,
-        "dtypes": {
-            name: meta["dtypes"][source]
+    files = model.files if isinstance(model, Safetensors) else {}
+    own, averaged = set(saved.own_buffers_of(label)), set(saved.averaged)
+    sums = {name: entry["crc32"] for name, entry in saved.files.items() if name in files}
+    return replace(
+        saved,
+        kind="export",
+        weights="all",
+        schedules=saved.schedules[saved.labels.index(label) :][:1],
+        averages={},
+        averaged=sorted(name for name, source in form.names.items() if source in averaged),
+        own_buffers=sorted(name for name, source in form.names.items() if source in own),
+        aliases=form.aliases,
+        dtypes={
+            name: saved.dtypes[source]
             for name, source in form.names.items()
-            if source in meta.get("dtypes", {})
+            if source in saved.dtypes
         },
-        "versions": meta.get("versions", {}) | {"dist_ema": _version.VERSION},
-        "extra": {},
-        "source": {"name": Path(os.path.realpath(model.path)).name, "crc32": crc},
-    }
-
-
-def _files_of(model: Source) -> list[str]:
-    return list(model.files) if isinstance(model, Safetensors) else []
+        versions=saved.versions | {"dist_ema": _version.VERSION},
+        extra={},
+        source={"name": Path(os.path.realpath(model.path)).name, "crc32": sums},
+        files={},
+        other={},
+    )
 
 
 # --- the bytes ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import _version
 from ..checkpoint import manifest, safetensors
+from ..checkpoint.manifest import Manifest
 from ..text import listed, printable, some
 
 __all__ = ["CARD", "beside", "dtypes", "format_clock", "format_schedule", "section", "write_into"]
@@ -32,16 +33,16 @@ _STATE = (
 
 
 def beside(
-    folder: Path, out: Path, meta: Mapping[str, Any], entries: Mapping[str, safetensors.Entry]
+    folder: Path, out: Path, facts: Manifest, entries: Mapping[str, safetensors.Entry]
 ) -> dict[str, bytes | Path]:
     """What goes into `out` with the weights, and the card: that of `out`, else that of `folder`, with the section in it.
 
-    folder: the model that it comes from; a file has nothing beside it. meta: the ema.json that goes with the weights.
+    folder: the model that it comes from; a file has nothing beside it. facts: the ema.json that goes with the weights.
     """
     found = _beside(folder)
     old = out / CARD if (out / CARD).is_file() else found.get(CARD)
     text = old.read_bytes() if isinstance(old, Path) else b""
-    found[CARD] = write_into(text, section(meta, dtypes(entries)))
+    found[CARD] = write_into(text, section(facts, dtypes(entries)))
     return found
 
 
@@ -70,51 +71,51 @@ def _pickled(path: Path) -> bool:
         return file.read(4).startswith((b"PK\x03\x04", b"\x80"))
 
 
-def section(meta: Mapping[str, Any], dtypes: Mapping[str, int]) -> str:
-    """What average this is, as Markdown between two markers. meta: the ema.json that goes with it."""
-    mean = "average" in meta["extra"]
+def section(facts: Manifest, dtypes: Mapping[str, int]) -> str:
+    """What average this is, as Markdown between two markers. facts: the ema.json that goes with it."""
+    mean = "average" in facts.extra
     text = (
         f"These weights are an average over {'models' if mean else 'training, not its last step'}."
     )
     rows = [
-        *_history(meta, mean),
+        *_history(facts, mean),
         ("dtypes", listed(dict(dtypes))),
-        *_origin(meta),
+        *_origin(facts),
         ("made by", f"dist_ema {_version.VERSION}"),
     ]
-    table = [f"| {what} | {_code(said)} |" for what, said in rows]
+    table = [f"| {what} | {_code(text)} |" for what, text in rows]
     return "\n".join(
         [BEGIN, "## Averaged weights", "", text, "", "| | |", "|---|---|", *table, END]
     )
 
 
-def _history(meta: Mapping[str, Any], mean: bool) -> Iterator[tuple[str, str]]:
+def _history(facts: Manifest, mean: bool) -> Iterator[tuple[str, str]]:
     """A mean of models has no schedule of its own."""
     if not mean:
         yield (
             "average",
-            ", ".join(map(format_schedule, meta["schedules"])) or "not told by its source",
+            ", ".join(map(format_schedule, facts.schedules)) or "not told by its source",
         )
-        yield "clock", format_clock(meta["clock"]) or "not told by its source"
+        yield "clock", format_clock(facts.clock) or "not told by its source"
 
 
-def _origin(meta: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _origin(facts: Manifest) -> Iterator[tuple[str, str]]:
     """The file or folder that it was exported from, or the models that it was made of."""
-    if "source" in meta:
-        yield "source", meta["source"]["name"]
-        yield from (("", f"{name}: CRC-32 {crc}") for name, crc in meta["source"]["crc32"].items())
-    said = meta["extra"].get("average", {})
-    made = [(each["path"], each["weight"]) for each in said.get("models", ())]
-    made += meta["extra"].get("reconstruct", {}).get("weights", {}).items()
-    made.sort(key=lambda each: -abs(each[1]))
+    if facts.source is not None:
+        yield "source", facts.source["name"]
+        yield from (("", f"{name}: CRC-32 {crc}") for name, crc in facts.source["crc32"].items())
+    mean = facts.extra.get("average", {})
+    made = [(model["path"], model["weight"]) for model in mean.get("models", ())]
+    made += facts.extra.get("reconstruct", {}).get("weights", {}).items()
+    made.sort(key=lambda item: -abs(item[1]))
     yield from (
         ("" if i else "mixed from", f"{weight:.6g} of {name}")
         for i, (name, weight) in enumerate(made[:_MOST])
     )
     if len(made) > _MOST:
         yield "", f"and {len(made) - _MOST} more, in {manifest.META}"
-    if said.get("taken_from_last"):
-        yield "taken from the last", some(said["taken_from_last"])
+    if mean.get("taken_from_last"):
+        yield "taken from the last", some(mean["taken_from_last"])
 
 
 def format_schedule(spec: Any) -> str:
@@ -126,9 +127,9 @@ def format_schedule(spec: Any) -> str:
 
 def format_clock(clock: Mapping[str, Any]) -> str:
     """The clock as text, `now` first."""
-    said = dict(sorted(clock.items(), key=lambda item: item[0] != "now"))
-    started = said.pop("started", True)
-    return listed(said) + ("" if started else ", not started")
+    counters = dict(sorted(clock.items(), key=lambda item: item[0] != "now"))
+    started = counters.pop("started", True)
+    return listed(counters) + ("" if started else ", not started")
 
 
 def _code(text: str) -> str:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..checkpoint import atomic, crc32, manifest, regular_file, safetensors
+from ..checkpoint.manifest import Manifest
 from ..dtypes import Bytes
 from ..foreign import torch_dcp
 from ..schedules import from_dict
@@ -29,7 +31,6 @@ __all__ = [
     "Source",
     "choose",
     "find",
-    "labels",
     "open_model",
     "pickled",
     "read_at",
@@ -63,7 +64,7 @@ class Source(Protocol):
         """Further name -> the name in `entries` for the same weight."""
 
     @property
-    def meta(self) -> dict[str, Any] | None:
+    def manifest(self) -> Manifest | None:
         """ema.json, where dist_ema wrote the files."""
 
     def read(self, name: str, begin: int, end: int) -> Bytes:
@@ -120,42 +121,24 @@ def pickled(path: Path) -> bool:
     )
 
 
-def labels(meta: Mapping[str, Any]) -> list[str]:
-    """Of the averages in ema.json, in the order of their schedules: '' is the first, which lies in the folder itself."""
-
-    def number(label: str) -> tuple[int, str]:
-        digits = label.split("-")[0]
-        return (int(digits) if digits.isdecimal() else len(label)), label
-
-    return ["", *sorted(meta.get("averages", {}), key=number)]
-
-
-def choose(meta: Mapping[str, Any] | None, which: int | str) -> str:
+def choose(saved: Manifest | None, which: int | str) -> str:
     """The label of an average: by its number, label, schedule's name or repr. Raises ValueError with what there is."""
-    known = labels(meta or {})
+    saved = saved or Manifest()
+    specs = [*saved.schedules, *[None] * len(saved.labels)]
     names = [
-        (str(i), label, *_names(spec))
-        for i, (label, spec) in enumerate(zip(known, _specs(meta, known), strict=True))
+        (str(i), label, *_names_of(spec))
+        for i, (label, spec) in enumerate(zip(saved.labels, specs, strict=False))
     ]
-    fits = [
-        label for label, mine in zip(known, names, strict=True) if str(which) in mine and str(which)
-    ]
+    fits = [each[1] for each in names if str(which) in each and str(which)]
     if len(fits) != 1:
-        there = ", ".join(
-            f"{i}: {mine[-1] or label or 'the only one'}" for i, label, *mine in names
-        )
+        there = ", ".join(f"{i}: {text or label or 'the only one'}" for i, label, _, text in names)
         raise ValueError(
             f"there is {'more than one' if fits else 'no'} average {which!r}; there are {there}."
         )
     return fits[0]
 
 
-def _specs(meta: Mapping[str, Any] | None, known: list[str]) -> list[Any]:
-    specs = list((meta or {}).get("schedules") or [])
-    return (specs + [None] * len(known))[: len(known)]
-
-
-def _names(spec: Any) -> tuple[str, str]:
+def _names_of(spec: Any) -> tuple[str, str]:
     """`Power` and `Power(sigma_rel=0.1, gamma=None, origin='start')`"""
     try:
         return str(spec["name"]), repr(from_dict(spec))
@@ -187,15 +170,6 @@ def refuse_odd(model: Source) -> None:
         )
 
 
-def _own_buffers(said: Any) -> set[str]:
-    own = said.get("own_buffers", []) if isinstance(said, dict) else None
-    if not isinstance(own, list) or not all(isinstance(name, str) for name in own):
-        raise ValueError(
-            f"{manifest.META} is damaged: own_buffers must be a list of names, got {own!r}."
-        )
-    return set(own)
-
-
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -206,10 +180,10 @@ class Safetensors:
     def __init__(self, path: Path, which: int | str = 0) -> None:
         self.path = path
         self._folder = path if path.is_dir() else path.parent
-        self.meta = (
-            manifest.read_meta(path) if path.is_dir() and (path / manifest.META).exists() else None
-        )
-        self.label = choose(self.meta, which)
+        self._top = self._folder
+        self._saved: Manifest | None = None
+        self.manifest, self.listed = self._read_manifest()
+        self.label = choose(self.manifest, which)
         self.files = (
             safetensors.read_model(path)
             if path.is_dir()
@@ -228,10 +202,33 @@ class Safetensors:
         self._known = set[str]()
         self._open: dict[str, int] = {}
 
+    def _read_manifest(self) -> tuple[Manifest | None, dict[str, dict[str, Any]] | None]:
+        """ema.json of this folder; and what the ema.json that lists the files says of them, if one does.
+
+        Raises ValueError where that is damaged. One file, and the folder of a further average, have theirs elsewhere.
+        """
+        inside = self._folder.parent.name == "averages"
+        top = self._folder.parent.parent if inside else self._folder
+        found = manifest.read(top)
+        if found is None:
+            return None, None
+        self._top, self._saved = top, found
+        manifest.refuse_damaged(top, replace(found, is_changed=False))
+        if self.path == top:
+            return found, found.files
+        listed = found.files_of(self._folder.name if inside else "")
+        return None, listed if self.path.is_dir() or self.path.name in listed else None
+
+    def refuse_changed(self) -> None:
+        """Raise ValueError for an ema.json that was changed. What is not read may have such a one."""
+        if self._saved is not None:
+            manifest.refuse_damaged(self._top, self._saved)
+
     def _further(self) -> dict[str, safetensors.SafetensorsFile]:
         """The files under averages/LABEL. Raises ValueError where buffers of the first average would be taken for its own."""
-        assert self.meta is not None, "only ema.json knows labels"
-        foreign = sorted(_own_buffers(self.meta) - _own_buffers(self.meta["averages"][self.label]))
+        assert self.manifest is not None, "only ema.json knows labels"
+        own = self.manifest.own_buffers_of(self.label)
+        foreign = sorted(set(self.manifest.own_buffers) - set(own))
         if foreign:
             raise ValueError(
                 f"{self.path} holds {', '.join(foreign[:3])} as recalibrated for its first average only, so {self.label} is "
@@ -244,16 +241,11 @@ class Safetensors:
         }
 
     def _aliases(self) -> dict[str, str]:
-        listed: Any = self.meta.get("aliases", {}) if self.meta else {}
-        if not isinstance(listed, dict) or not all(
-            isinstance(others, list) for others in listed.values()
-        ):
-            raise ValueError(
-                f"{self.path / manifest.META}: aliases must map weights to lists of names, got {listed!r}."
-            )
-        found = {str(alias): name for name, others in listed.items() for alias in others}
-        for file in self.files.values():  # a single file has them in its header
-            found |= {alias: name for alias, name in file.metadata.items() if name in self.entries}
+        """Further name -> name in the files: of ema.json, and of the header where there is one file."""
+        listed = self.manifest.aliases if self.manifest else {}
+        found = {alias: name for name, others in listed.items() for alias in others}
+        for file in self.files.values():
+            found |= file.metadata
         return {
             alias: name
             for alias, name in found.items()
@@ -299,14 +291,16 @@ class Safetensors:
 class Checked:
     """Windows of a model, summed as they go by: what is made of damaged files must not be passed on as sound.
 
-    *Cost*: the windows; `finish` reads what nobody asked for. Nothing is summed where there is nothing to compare. Raises
-    ValueError for an ema.json that was changed.
+    *Cost*: the windows; `finish` reads what was not asked for. Nothing is summed where there is nothing to compare.
     """
 
     def __init__(self, model: Source) -> None:
         self._model, self.entries = model, model.entries
-        self._told = _listed(model.path) if isinstance(model, Safetensors) else None
-        self._summed = model if isinstance(model, Safetensors) and self._told is not None else None
+        if isinstance(model, Safetensors):
+            model.refuse_changed()
+        listed = model.listed if isinstance(model, Safetensors) else None
+        self._listed = listed or {}
+        self._summed = model if isinstance(model, Safetensors) and listed is not None else None
         files = self._summed.files if self._summed else {}
         self._sums = {name: crc32.RangeSum(file.size) for name, file in files.items()}
         self._seen: dict[
@@ -325,19 +319,18 @@ class Checked:
 
     def finish(self) -> None:
         """Raise ValueError for a file that is not what ema.json says, and close the model. Once."""
-        if self._summed is None or self._told is None:
+        if self._summed is None:
             return
         with self._summed as model:
             for name, file in model.files.items():
                 for begin, end in self._unseen(name, file):
                     self._sums[name].add(begin, model.raw(name, begin, end).data)
                 found = crc32.check_sum(file.size, [self._sums[name].contribution])
-                said = self._told.get(name)
-                told = said.get("crc32") if isinstance(said, dict) else None
-                if told != found:
+                recorded = self._listed.get(name, {}).get("crc32")
+                if recorded != found:
                     where = model.path / name if model.path.is_dir() else model.path
                     raise ValueError(
-                        f"{where} is damaged: its CRC-32 is {found}, {manifest.META} says {told}."
+                        f"{where} is damaged: its CRC-32 is {found}, {manifest.META} says {recorded}."
                     )
 
     def _unseen(self, name: str, file: safetensors.SafetensorsFile) -> Iterator[tuple[int, int]]:
@@ -352,21 +345,3 @@ class Checked:
         ]
         for begin, end in spans:
             yield from ((at, min(at + WINDOW, end)) for at in range(begin, end, WINDOW))
-
-
-def _listed(path: Path) -> dict[str, Any] | None:
-    """What ema.json says of the files of a model; None if it says nothing. Raises ValueError if it was changed."""
-    folder = path if path.is_dir() else path.parent
-    inside = f"{folder.parent.name}/{folder.name}/" if folder.parent.name == "averages" else ""
-    top = folder.parent.parent if inside else folder
-    if not (top / manifest.META).exists():
-        return None
-    meta = manifest.read_meta(top)
-    if manifest.changed(meta):
-        raise ValueError(f"{top / manifest.META} was changed since dist_ema wrote it.")
-    files = {
-        name.removeprefix(inside): said
-        for name, said in meta["files"].items()
-        if name.startswith(inside)
-    }
-    return files if path.is_dir() or path.name in files else None

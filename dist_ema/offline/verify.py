@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ import numpy as np
 from ..checkpoint import atomic, manifest, safetensors
 from ..dtypes import FLOATS, Bytes, finite, widen
 from ..text import Bar, Tick, sentence, silent
-from .report import ModelReport, native, report_on, sums
+from .report import ModelReport, native, report_on
 from .sources import WINDOW, find, open_model, read_at, windows
 
 __all__ = ["SUMS", "Verdict", "verify"]
 
 SUMS = {"crc32": "CRC-32", "sha256": "SHA-256"}
-_MODEL = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors")
 
 
 @dataclass
@@ -81,31 +79,26 @@ def _verify(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
         verdict.problems.extend(text for text in _broken(path) if text != str(error))
         return
     folder = path if path.is_dir() else path.parent
-    verdict.kind, listed = report.kind, _listed(path, report)
+    verdict.kind, sums = report.kind, _sums_of(path, report)
     verdict.weights = sum(len(file.entries) for file in report.files.values())
     verdict.problems.extend(
         f"{path / manifest.META} is not sound: {problem}." for problem in report.problems
     )
-    verdict.problems.extend(_strays(path, report))
+    if not report.problems:
+        verdict.problems.extend(_strays(path, report))
     verdict.bytes = sum(file.size for file in report.files.values())
     with bar(verdict.bytes) as tick:
         for name, file in report.files.items():
-            said = listed.get(name, {})
-            _verify_file(folder / name, name, file, said, seal, verdict, tick)
-            if report.meta["files"] and "crc32" not in said:
-                verdict.problems.append(f"{path / manifest.META} has no CRC-32 of {name}.")
-    verdict.sums = sorted(
-        {kind for said in listed.values() for kind in ("crc32", "sha256") if kind in said}
-    )
+            _verify_file(folder / name, name, file, sums[name], seal, verdict, tick)
+    verdict.sums = sorted({kind for recorded in sums.values() for kind in recorded})
     if seal:
         _seal(path, report, verdict)
 
 
-def _listed(path: Path, report: ModelReport) -> dict[str, dict[str, str]]:
+def _sums_of(path: Path, report: ModelReport) -> dict[str, dict[str, str]]:
     """The sums of each file in ema.json. One file may have them in the ema.json that lies beside it."""
-    if path.is_file() and (path.parent / manifest.META).is_file():
-        return {path.name: sums(manifest.read_meta(path.parent), path.name)}
-    return {name: report.sums(name) for name in report.files}
+    beside = manifest.read(path.parent) if path.is_file() else None
+    return {name: (beside or report.manifest).sums_of(name) for name in report.files}
 
 
 def _broken(path: Path) -> Iterator[str]:
@@ -125,17 +118,12 @@ def _strays(path: Path, report: ModelReport) -> Iterator[str]:
         return
     for each in sorted([*path.glob("*.safetensors"), *path.glob("averages/*/*.safetensors")]):
         name = each.relative_to(path).as_posix()
-        if _MODEL.fullmatch(each.name) and name not in report.files:
+        if safetensors.is_model_name(each.name) and name not in report.files:
             yield f"{each} is no part of the model, but some loaders would take it for one. Move it away."
-    if report.kind != "model" and (path / manifest.META).read_bytes() != manifest.stamp(
-        manifest.read_meta(path)
-    ):
-        yield f"{path / manifest.META} was changed since dist_ema wrote it."
-    for tree in report.trees if report.kind != "model" else ():
-        index = safetensors.find_model(
-            inside := path / "averages" / tree.label if tree.label else path
-        )
-        files = {Path(name).name: file for name, file in tree.files.items()}
+    for average in report.averages if report.has_manifest else ():
+        inside = path / "averages" / average.label if average.label else path
+        index = safetensors.find_model(inside)
+        files = {Path(name).name: file for name, file in average.files.items()}
         if index not in files and (inside / index).read_bytes() != safetensors.index(files):
             yield f"{inside / index} is not what dist_ema wrote."
 
@@ -144,15 +132,15 @@ def _verify_file(
     path: Path,
     name: str,
     file: safetensors.SafetensorsFile,
-    said: dict[str, str],
+    recorded: dict[str, str],
     seal: bool,
     verdict: Verdict,
     tick: Tick,
 ) -> None:
-    """One pass over one file: its sums against `said`, its weights' values."""
+    """One pass over one file: its sums against those `recorded`, its weights' values."""
     crc, sha = (
         zlib.crc32(file.head),
-        hashlib.sha256(file.head) if seal or "sha256" in said else None,
+        hashlib.sha256(file.head) if seal or "sha256" in recorded else None,
     )
     tick(len(file.head))
     fd = os.open(path, os.O_RDONLY)
@@ -176,7 +164,7 @@ def _verify_file(
     verdict.files[name] = {"size": file.size} | found
     verdict.problems.extend(
         f"{path} is damaged: its {SUMS[kind]} is {found[kind]}, {manifest.META} says {value}."
-        for kind, value in said.items()
+        for kind, value in recorded.items()
         if found[kind] != value
     )
 
@@ -213,21 +201,20 @@ def _seal(path: Path, report: ModelReport, verdict: Verdict) -> None:
     """Put the SHA-256 of every file into ema.json."""
     if verdict.problems:
         return
-    if not report.meta["files"]:
+    if not report.manifest.files:
         verdict.unsealed = (
             f"{path} has no {manifest.META} to seal: export it first, or keep the sums yourself."
         )
         return
-    where = path / manifest.META
-    meta = manifest.read_meta(path)
-    if any(report.sums(name) != sums(meta, name) for name in report.files):
+    where, found = path / manifest.META, manifest.read(path)
+    if found != report.manifest:
         raise ValueError(f"{path} was written anew while it was read. Run verify again.")
     sealed = {
-        name: said | {"sha256": verdict.files[name]["sha256"]}
-        for name, said in meta["files"].items()
+        name: entry | {"sha256": verdict.files[name]["sha256"]}
+        for name, entry in report.manifest.files.items()
     }
     try:
-        _replace(where, manifest.stamp(meta | {"files": sealed}))
+        _replace(where, replace(report.manifest, files=sealed).to_bytes())
     except OSError as error:
         verdict.unsealed = (
             f"{path} could not be sealed: {error.filename or where}: {error.strerror}."

@@ -5,27 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import atomic, manifest, safetensors
-from ..checkpoint.manifest import resumable
+from ..checkpoint.manifest import Manifest, is_resumable
 from ..dtypes import Bytes
 
 __all__ = ["Model", "refuse_place", "refuse_target", "write"]
-
-
-_MODEL = re.compile(
-    r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-)
-
-
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -37,7 +28,7 @@ class Model:
     beside: Mapping[str, bytes | Path] = field(
         default_factory=dict
     )  # name -> content, or a file to copy
-    meta: Mapping[str, Any] | None = None
+    manifest: Manifest | None = None
 
 
 def refuse_place(read: str | Path, out: str | Path) -> None:
@@ -62,7 +53,7 @@ def refuse_target(path: Path, force: bool) -> None:
     if not path.exists():
         return
     if not force:
-        raise ValueError(f"{path} exists. Pass --force to replace it, or name another path.")
+        raise ValueError(f"{path} exists. Pass force=True to replace it, or name another path.")
     if path.suffix == ".safetensors":
         if path.is_dir():
             raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
@@ -72,7 +63,7 @@ def refuse_target(path: Path, force: bool) -> None:
         raise ValueError(
             f"{path} holds files but no model: it is not ours to replace. Choose another path."
         )
-    elif resumable(path):
+    elif is_resumable(path):
         raise ValueError(
             f"{path} is an average to resume from: replaced, its clock would be lost. Choose another path."
         )
@@ -151,10 +142,12 @@ def _write_file(
 
 def _write_beside(folder: Path, model: Model, sums: dict[str, dict[str, Any]]) -> None:
     texts = dict(model.beside)
-    if model.index is not None and (len(model.files) > 1 or any(map(_SHARD.search, model.files))):
+    if model.index is not None and (
+        len(model.files) > 1 or any(map(safetensors.is_shard, model.files))
+    ):
         texts[model.index] = safetensors.index(model.files)
-    if model.meta is not None:
-        texts[manifest.META] = manifest.stamp({**model.meta, "files": sums})
+    if model.manifest is not None:
+        texts[manifest.META] = replace(model.manifest, files=sums).to_bytes()
     for name, text in texts.items():
         if isinstance(text, Path):
             shutil.copyfile(text, folder / name)
@@ -178,7 +171,7 @@ def _keep_others(old: Path, new: Path) -> None:
 
 def _names_of_model(folder: Path) -> set[str]:
     """The weights' files and index: what an index or ema.json names, and what Hugging Face's names give away."""
-    names = {each.name for each in folder.iterdir() if _MODEL.fullmatch(each.name)}
+    names = {each.name for each in folder.iterdir() if safetensors.is_model_name(each.name)}
     with contextlib.suppress(OSError, ValueError):  # damaged: the usual names have to do
         names |= {safetensors.find_model(folder), *safetensors.read_model(folder)}
     return names

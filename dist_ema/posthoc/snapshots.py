@@ -13,16 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..averaging.clock import Clock
 from ..checkpoint import manifest
+from ..checkpoint.manifest import Manifest
 from ..dtypes import FLOATS, TORCH
 from ..offline import blend, writer
-from ..offline.sources import Source, labels, open_model
+from ..offline.sources import Source, open_model
 from ..schedules import Power, Schedule, from_dict
 from ..text import some
 from .profiles import Fit, Mixer, Profile, coefficients
@@ -158,9 +159,9 @@ class Snapshots:
             names = [name for name, entry in rest.entries.items() if blend.numeric(entry.dtype)]
             dtypes = {name: dtype or _kind(newest.dtypes.get(name), rest, name) for name in names}
             mixture = blend.Blend(terms, rest, frozenset(newest.averaged), dtypes)
-            meta = self._meta(target, fit, at, newest)
+            facts = self._facts(target, fit, at, newest)
             blend.write(
-                Path(out), mixture, meta, max_shard_size=max_shard_size, force=force, tick=tick
+                Path(out), mixture, facts, max_shard_size=max_shard_size, force=force, tick=tick
             )
 
     def _refuse_mixed(self, chosen: list[Stored], models: list[Source], rest: Source) -> None:
@@ -175,7 +176,7 @@ class Snapshots:
                 )
         blend.alike(models, rest, newest.averaged)
 
-    def _meta(self, target: Schedule, fit: Fit, at: float | None, newest: Stored) -> dict[str, Any]:
+    def _facts(self, target: Schedule, fit: Fit, at: float | None, newest: Stored) -> Manifest:
         """The clock of the moment, the imitated schedule, and the mixture."""
         now, updates = self.moment(at)
         clock = newest.clock | {"now": now, "updates": updates, "accepted": updates, "pending": 0.0}
@@ -184,8 +185,8 @@ class Snapshots:
             for each, weight in zip(self.stored, fit.weights, strict=True)
             if weight
         }
-        facts = {"weights": weights, "residual": fit.residual, "condition": fit.condition}
-        return {"clock": clock, "schedules": [target.to_dict()], "extra": {"reconstruct": facts}}
+        made_of = {"weights": weights, "residual": fit.residual, "condition": fit.condition}
+        return Manifest(clock=clock, schedules=[target.to_dict()], extra={"reconstruct": made_of})
 
 
 def reconstruct(
@@ -250,25 +251,25 @@ def _folders(where: str | Path | Sequence[str | Path]) -> list[Path]:
 
 def _stored(folder: Path) -> list[Stored]:
     """All averages of a snapshot, their profiles from ema.json."""
-    meta = manifest.read_meta(folder)
-    try:
-        clock = Clock()
-        clock.set(meta["clock"])
-        schedules = [from_dict(spec) for spec in meta["schedules"]]
-        averaged, dtypes = tuple(map(str, meta["averaged"])), dict(meta.get("dtypes", {}))
-        names = labels(meta)
-        profiles = [Profile(each, clock.now, clock.updates, clock.before) for each in schedules]
-        recorded = {**asdict(clock), "accepted": int(meta["clock"]["accepted"])}
-        if not clock.started:
-            raise ValueError("averaging had not started")
-        if len(names) != len(profiles):
-            raise ValueError(f"{len(profiles)} schedules for {len(names)} averages")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder} cannot be used as a snapshot: {type(error).__name__}: {error}"
-        ) from None
-    pairs = zip(names, profiles, strict=True)
-    return [Stored(folder, label, profile, recorded, averaged, dtypes) for label, profile in pairs]
+    saved = manifest.read(folder)
+    if saved is None:
+        raise ValueError(f"{folder} holds no {manifest.META}.")
+    manifest.refuse_damaged(folder, saved)
+    if not saved.clock.get("started") or len(saved.schedules) != len(saved.labels):
+        raise ValueError(f"{folder} cannot be used as a snapshot: averaging had not started.")
+    clock = Clock()
+    clock.set(saved.clock)
+    return [
+        Stored(
+            folder,
+            label,
+            Profile(from_dict(spec), clock.now, clock.updates, clock.before),
+            saved.clock,
+            tuple(saved.averaged),
+            saved.dtypes,
+        )
+        for label, spec in zip(saved.labels, saved.schedules, strict=True)
+    ]
 
 
 def _kind(recorded: str | None, model: Source, name: str) -> str:
