@@ -10,6 +10,7 @@ import ast
 import importlib
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -539,7 +540,8 @@ def private_names(source: str) -> set[str]:
 
 def reaches(source: str, private: set[str]) -> set[int]:
     """Lines that take a private name of the package: by attribute, by import or as a string."""
-    names = private - private_names(source) - set(dir(torch.Tensor))
+    # Tensor and pickle have private names that the package has too; those are not ours.
+    names = private - private_names(source) - {*dir(torch.Tensor), *dir(pickle)}
     lines = set()
     for node in ast.walk(ast.parse(source)):
         taken = [getattr(node, field, None) for field in ("attr", "name", "value")]
