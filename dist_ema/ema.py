@@ -737,7 +737,7 @@ class EMA:
         weights.refuse("ema.state_dict", Reads.WHOLE_MODEL)
         weights.ready()
         states = {
-            average.name: dcp.state(average.averaged, average.buffers, average.own_buffers)
+            average.name: dcp.state(average.averaged, average.floating_buffers, average.own_buffers)
             for average in weights.averages
         }
         clock = [float(value) for value in weights.clock_to_dict().values()]
@@ -764,7 +764,7 @@ class EMA:
             clock.update(zip(weights.clock_to_dict(), state["clock"].tolist(), strict=True))
             Clock().set(clock)
             matched.extend(
-                dcp.match(given[average.name], average.averaged, average.buffers)
+                dcp.match(given[average.name], average.averaged, average.floating_buffers)
                 for average in weights.averages
             )
 

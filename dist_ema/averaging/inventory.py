@@ -115,6 +115,11 @@ class Average:
         """The buffers of a state_dict."""
         return [state for state in self.persistent if state.shard.kind == "buffer"]
 
+    @property
+    def floating_buffers(self) -> list[ParamState]:
+        """Those that torch.distributed.checkpoint carries: what was saved with the first version has no others."""
+        return [state for state in self.buffers if state.shard.dtype.is_floating_point]
+
     def forget_reshaped_buffers(self, states: Sequence[ParamState]) -> None:
         """Own buffers end where live ones took another shape, for all buffers of the module."""
         reshaped = {
