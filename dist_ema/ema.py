@@ -651,6 +651,7 @@ class EMA:
                 "for files that a model can load.",
                 stacklevel=_stacklevel_of_caller(),
             )
+        self._warn_of_unexplained_keys(request.verb)
         alone = self._ranks.size == 1 and dist.is_initialized() and dist.get_world_size() > 1
         if alone and self._everyone is None:
             members = range(dist.get_world_size())
@@ -663,6 +664,22 @@ class EMA:
         if self._writer is None:
             self._writer = writer.Writer(ranks, wrappers.side_store)
         self._warn_each(self._writer.write(request, self.timeout, wait))
+
+    def _warn_of_unexplained_keys(self, verb: str) -> None:
+        """What the model's state_dict holds and no parameter or buffer explains is in no file."""
+        weights = self.weights
+        if weights.selection.only is not None or isinstance(weights.model, parameters.Parameters):
+            return
+        persistent = [state for state in weights.states if state.shard.persistent]
+        known = {name for state in persistent for name in (state.name, *state.shard.aliases)}
+        keys = wrappers.unexplained_keys(weights.model, known)
+        if keys:
+            warnings.warn(
+                f"ema.{verb}(): {', '.join(keys[:5])} of the state_dict is no plain parameter or "
+                "buffer (quantisation state, extra state, a hook, a frozen tensor subclass?), so the "
+                "files do not hold it. Save it beside them.",
+                stacklevel=_stacklevel_of_caller(),
+            )
 
     def _finish_writing(self) -> None:
         """No save is in flight behind training after this. Raises RuntimeError if the last one failed."""

@@ -318,7 +318,6 @@ def test_the_clock_goes_on_over_a_rescan() -> None:
     assert torch.equal(gathered["head.weight"], program.model.head.weight)
 
 
-@pytest.mark.xfail(strict=True, reason="DID NOT WARN. No warnings of type (<class 'UserWarning'>,)")
 def test_keys_that_nothing_explains_are_named(tmp_path: Path) -> None:
     """Quantization state: the average of the weight beside live's scale is no model."""
     model = nn.ModuleDict({"q": Quantity(), "plain": nn.Linear(2, 2)})
@@ -328,7 +327,6 @@ def test_keys_that_nothing_explains_are_named(tmp_path: Path) -> None:
             verb(tmp_path / verb.__name__)
 
 
-@pytest.mark.xfail(strict=True, reason="DID NOT WARN. No warnings of type (<class 'UserWarning'>,)")
 def test_keys_added_by_a_hook_are_named(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     model._register_state_dict_hook(
@@ -340,7 +338,6 @@ def test_keys_added_by_a_hook_are_named(tmp_path: Path) -> None:
             verb(tmp_path / verb.__name__)
 
 
-@pytest.mark.xfail(strict=True, reason="DID NOT WARN. No warnings of type (<class 'UserWarning'>,)")
 def test_extra_state_is_named(tmp_path: Path) -> None:
     class Extra(nn.Linear):
         def get_extra_state(self) -> Tensor:

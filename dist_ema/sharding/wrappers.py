@@ -8,7 +8,7 @@ must find them in `parameters()`, calls `reshard` first, and `swap` calls it at 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,6 +34,7 @@ __all__ = [
     "is_compiled",
     "reshard",
     "side_store",
+    "unexplained_keys",
     "unwrapped",
     "walk_modules",
 ]
@@ -70,6 +71,17 @@ def blocker(sharded: list[nn.Module]) -> str | None:
                 "is lost"
             )
     return None
+
+
+def unexplained_keys(model: nn.Module, known: Collection[str]) -> list[str]:
+    """Keys of the model's state_dict beside `known`, by canonical name: quantisation state, extra state, what hooks add.
+
+    FSDP1 is not asked: its state_dict is collective.
+    """
+    inner = unwrapped(model)
+    if any(isinstance(module, FullyShardedDataParallel) for module in inner.modules()):
+        return []
+    return sorted({canonical(key) for key in inner.state_dict(keep_vars=True)}.difference(known))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
