@@ -90,14 +90,17 @@ class ParamState:
             self.form = _form(self.shard.local_tensor())
         raw, old = self.shard.local_tensor(), self.local
         changed = self.layout_changed
-        if (
-            self.shard.kind != "buffer"
-        ):  # which may be another tensor: FSDP1 casts them, modules assign them
+        # A buffer may be another tensor: FSDP1 casts them, modules assign them.
+        if self.shard.kind != "buffer":
             changed |= (raw.dtype, raw.device) != (old.dtype, old.device)
         if changed:
+            resized = raw.shape != self.form[0]
+            shapes = f" (shape {tuple(self.form[0])}, now {tuple(raw.shape)})" if resized else ""
+            cure = "Call ema.rescan()" if resized else "Build the EMA after model.to(...)"
             raise RuntimeError(
-                f"{self.name} was {old.dtype} on {old.device} with {old.numel()} elements here, and is now {raw.dtype} on "
-                f"{raw.device} with {raw.numel()}, or lies in another order. Build the EMA after model.to(...)."
+                f"{self.name} was {old.dtype} on {old.device} with {old.numel()} elements here, and "
+                f"is now {raw.dtype} on {raw.device} with {raw.numel()}{shapes}, or lies in another "
+                f"order. {cure}."
             )
         self.local, self.address = self.shard.read(), raw.data_ptr()
 
