@@ -672,7 +672,10 @@ class EMA:
             return
         persistent = [state for state in weights.states if state.shard.persistent]
         known = {name for state in persistent for name in (state.name, *state.shard.aliases)}
-        keys = wrappers.unexplained_keys(weights.model, known)
+        tensors = [records.registered(state.shard) for state in persistent]
+        tensors += [state.shard.tensor for state in persistent]
+        held = [tensor for tensor in tensors if tensor is not None]
+        keys = wrappers.unexplained_keys(weights.model, known, held)
         if keys:
             warnings.warn(
                 f"ema.{verb}(): {', '.join(keys[:5])} of the state_dict is no plain parameter or "

@@ -479,7 +479,7 @@ def together(folder: str) -> None:
 DEATHS: dict[str, tuple[int, Any, str]] = {
     "swap": (1, WeightSwap, "apply"),
     "gather": (1, coordinator.Ranks, "send"),
-    "load": (0, reader, "_place"),
+    "load": (0, reader, "_locate"),
 }
 
 

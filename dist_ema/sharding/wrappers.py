@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -73,15 +73,21 @@ def blocker(sharded: list[nn.Module]) -> str | None:
     return None
 
 
-def unexplained_keys(model: nn.Module, known: Collection[str]) -> list[str]:
-    """Keys of the model's state_dict beside `known`, by canonical name: quantisation state, extra state, what hooks add.
+def unexplained_keys(
+    model: nn.Module, known: Collection[str], tensors: Collection[Tensor]
+) -> list[str]:
+    """Keys of the model's state_dict beside what is `known` by canonical name or is one of `tensors`.
 
-    FSDP1 is not asked: its state_dict is collective.
+    Quantisation state, extra state, what hooks add. FSDP1 is not asked: its state_dict is collective.
     """
     inner = unwrapped(model)
     if any(isinstance(module, FullyShardedDataParallel) for module in inner.modules()):
         return []
-    return sorted({canonical(key) for key in inner.state_dict(keep_vars=True)}.difference(known))
+    # A wrapper deep inside has its prefix in the key, but the tensor is the one that is recorded.
+    recorded = set(map(id, tensors))
+    values = inner.state_dict(keep_vars=True)
+    others = {canonical(key) for key, value in values.items() if id(value) not in recorded}
+    return sorted(others.difference(known))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
