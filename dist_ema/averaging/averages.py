@@ -122,6 +122,7 @@ class AveragedWeights:
         """Average the model as `found` describes it. What is averaged already and still there keeps its shadow."""
         self._inventory.adopt(found, self._teacher_sync)
         self._swaps.watch(state.shard.tensor for state in self.averages[0].averaged)
+        self._rebind()
         self._replan()
         self.mark()
 
@@ -250,11 +251,16 @@ class AveragedWeights:
         """
         if tree and self._inventory.walk_tree(self.teacher):
             self.adopt(self.find())
-        moved = self._inventory.rebind_moved()
-        if self._teacher_sync is not None:
-            moved |= self._teacher_sync.follow(self.states)
-        if moved:
+        self._rebind()
+        # Not only what was rebound here: the exit of a swap rebinds what the block moved.
+        if self._watch.moved():
             self._replan()
+
+    def _rebind(self) -> None:
+        """Bind the records to where the elements lie now, before a plan is made of them."""
+        self._inventory.rebind_moved()
+        if self._teacher_sync is not None:
+            self._teacher_sync.follow(self.states)
 
     def note_swap(self, open_now: bool) -> None:
         """A swap of one of these averages has written the weights."""

@@ -327,18 +327,18 @@ class Inventory:
         ]
         _refuse(unfrozen, "became trainable after the EMA was built. Call ema.rescan().")
 
-    def rebind_moved(self) -> bool:
-        """Bind the records anew whose storages moved. Returns whether one of them is averaged.
+    def rebind_moved(self) -> None:
+        """Bind the records anew whose storages moved.
 
         Raises:
             RuntimeError: A weight has another dtype, device, shape or order now, by name.
         """
-        moved = [i for i, state in enumerate(self.states) if state.moved or state.layout_changed]
         for average in self.averages:
-            for i in moved:
-                average.states[i].rebind()
-            average.forget_reshaped_buffers([average.states[i] for i in moved])
-        return any(self.states[i].shadow is not None for i in moved)
+            # Each for itself: a swap of one average has rebound only its own.
+            moved = [state for state in average.states if state.moved or state.layout_changed]
+            for state in moved:
+                state.rebind()
+            average.forget_reshaped_buffers(moved)
 
 
 def _is_empty_buffer(shard: Shard) -> bool:

@@ -49,8 +49,8 @@ class TeacherSync:
             if param.shard.kind == "buffer":
                 _copy(param)
 
-    def follow(self, params: Sequence[ParamState]) -> bool:
-        """Bind the shadows and copies anew where the teacher's storages moved. Returns whether any did.
+    def follow(self, params: Sequence[ParamState]) -> None:
+        """Bind the shadows and copies anew where the teacher's storages moved.
 
         Raises:
             RuntimeError: A weight of the teacher has another dtype, device or size now.
@@ -70,7 +70,6 @@ class TeacherSync:
                 param.teacher_copy = new
             else:
                 param.shadow = new
-        return bool(moved)
 
     def reshard(self) -> None:
         """The teacher's next forward reads what was written."""
