@@ -32,7 +32,7 @@ from .averaging.swap import WeightSwap
 from .checkpoint import dcp, reader, writer
 from .checkpoint.manifest import Manifest
 from .distributed.coordinator import FOREVER, Ranks
-from .schedules import Schedule
+from .schedules import Schedule, schedule_list
 from .schedules import schedule as coerce
 from .sharding import consistency, derived, parameters, records, wrappers
 
@@ -154,9 +154,7 @@ class EMA:
             )
         if not isinstance(split, (bool, dist.ProcessGroup)):
             raise ValueError(f"split must be True, False or a process group, got {split!r}.")
-        schedules = [coerce(each) for each in (decay if isinstance(decay, Sequence) else [decay])]
-        if not schedules or len(set(schedules)) < len(schedules):
-            raise ValueError(f"decay must name one or more different schedules, got {decay!r}.")
+        schedules = schedule_list(decay)
         if into is not None:
             _refuse_beside_into(schedules, dtype, device)
         self.weights = AveragedWeights(

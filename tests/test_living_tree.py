@@ -400,3 +400,16 @@ def test_a_file_holds_what_the_model_is(tmp_path: Path) -> None:
     resized_head(other)
     other.load_state_dict(load_file(tmp_path / "out"), strict=True)
     assert distance(program.ema.gather(), other.state_dict()) == 0
+
+
+def test_a_complex_weight_that_is_unfrozen_is_noticed_too() -> None:
+    """At the next update, long after the first ones. Guards `can_average`, which both looks share."""
+    model = nn.Module()
+    model.real = nn.Parameter(torch.ones(2))
+    model.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64), requires_grad=False)
+    ema = EMA(model, 0.5)
+    for _ in range(4):
+        ema.update()
+    model.phase.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="phase became trainable"):
+        ema.update()

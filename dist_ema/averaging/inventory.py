@@ -43,10 +43,13 @@ class Selection:
 
     def averages(self, shard: Shard) -> bool:
         """The weight is trained, or the buffer was chosen; it floats, and `only=` lets it through."""
-        if not (shard.dtype.is_floating_point or shard.dtype.is_complex):
-            return False
-        chosen = shard.trainable or (shard.kind == "buffer" and self._chooses_buffer(shard))
-        return chosen and self.allows(shard.name)
+        chosen = self._chooses_buffer(shard) if shard.kind == "buffer" else shard.trainable
+        return chosen and self.can_average(shard)
+
+    def can_average(self, shard: Shard) -> bool:
+        """It has values that have a mean, and `only=` lets it through."""
+        floats = shard.dtype.is_floating_point or shard.dtype.is_complex
+        return floats and self.allows(shard.name)
 
     def _chooses_buffer(self, shard: Shard) -> bool:
         if not shard.persistent or self.buffers == "copy" or is_power_iteration_vector(shard):
@@ -272,8 +275,7 @@ class Inventory:
             for state in self.states
             if state.shadow is None
             and state.shard.kind != "buffer"
-            and state.shard.dtype.is_floating_point
-            and self.selection.allows(state.name)
+            and self.selection.can_average(state.shard)
         ]
 
     def average(self, which: int | str | Schedule) -> Average:

@@ -62,7 +62,6 @@ def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -
         if isinstance(m, FullyShardedDataParallel) and m._handle
     }
     seen: dict[Any, Shard] = {}
-    unfilled: list[tuple[str, tuple[nn.Module, str]]] = []
     for prefix, module, ddp in walk:
         for name, tensor, flat in _parameters(module, flats):
             key = id(tensor) if flat is None else flat.key
@@ -79,11 +78,9 @@ def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -
             persistent = name not in module._non_persistent_buffers_set
             if buffer is None:
                 if persistent:
-                    unfilled.append((prefix + name, (module, name)))
                     continue
-                buffer = registered_buffer(
-                    prefix + name, (module, name)
-                )  # a cache that is still to be filled
+                # A cache that is still to be filled.
+                buffer = registered_buffer((module, name))
             which = id(buffer) if module._buffers[name] is buffer else (id(module), name)
             if which in seen:
                 seen[which].aliases.append(prefix + name)
@@ -99,7 +96,7 @@ def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -
     _refuse_empty(shards)
     members, group = _members([ddp for _, _, ddp in walk if ddp], shards, list(owners.values()))
     _choose_writers(shards, members)
-    return ModelShards(shards, members, group, sharded, unfilled)
+    return ModelShards(shards, members, group, sharded)
 
 
 def _refuse_empty(shards: list[Shard]) -> None:
@@ -226,7 +223,7 @@ def _key(shard: Shard, flats: FlatSlices) -> Any:
 
 def redescribe(shard: Shard) -> None:
     """Describe what is registered for a buffer now. Only for copied ones, which may become any size."""
-    now = _plain(shard.name, registered_buffer(shard.name, shard.place), shard.place, None)
+    now = _plain(shard.name, registered_buffer(shard.place), shard.place, None)
     for field in ("shape", "tensor", "local_region", "order", "local_tensor", "dense", "opaque"):
         setattr(shard, field, getattr(now, field))
 
@@ -281,7 +278,7 @@ def _plain(
     whole = Region((0,) * len(sizes), sizes, 0, tensor.numel())
     # NOTE: modules may register a new tensor under a buffer's name at any time; a Parameter must stay the same object.
     raw: Callable[[], Tensor] = (
-        partial(_buffer_memory, name, place) if kind == "buffer" else partial(_memory, tensor)
+        partial(_buffer_memory, place) if kind == "buffer" else partial(_memory, tensor)
     )
     if not dense:
         raw = partial(_copied, raw)
@@ -316,8 +313,8 @@ def _memory(tensor: Tensor) -> Tensor:
     return local
 
 
-def _buffer_memory(name: str, place: tuple[nn.Module, str]) -> Tensor:
-    return _memory(registered_buffer(name, place))
+def _buffer_memory(place: tuple[nn.Module, str]) -> Tensor:
+    return _memory(registered_buffer(place))
 
 
 def _copied(raw: Callable[[], Tensor]) -> Tensor:

@@ -163,9 +163,6 @@ class ModelShards:
     members: list[int]  # global ranks; one entry: a world of one
     group: dist.ProcessGroup | None  # of exactly those ranks, where the wrapper has one
     sharded: list[nn.Module]  # the FSDP modules, for `reshard` and `blocker`
-    unfilled: list[
-        tuple[str, tuple[nn.Module, str]]
-    ]  # name and place of buffers of the state_dict that are None
 
 
 def memory_of(tensor: Tensor) -> Tensor | None:
@@ -224,7 +221,7 @@ def register(shard: Shard, tensor: Tensor | None) -> None:
         shard.place[0]._buffers[shard.place[1]] = tensor
 
 
-def registered_buffer(name: str, place: tuple[nn.Module, str]) -> Tensor:
+def registered_buffer(place: tuple[nn.Module, str]) -> Tensor:
     """What lies in a buffer's place: nothing where the module set it to None or deleted it."""
     buffer = place[0]._buffers.get(place[1])
     return torch.empty(0) if buffer is None else buffer
