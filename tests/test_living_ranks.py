@@ -27,7 +27,7 @@ from tests._wrappers import wrap
 from tests.living import distance
 
 DECAY = 0.75
-WRAPPERS = ["ddp", "fsdp1 orig", "fsdp1 flat", "fsdp2", "tp"]
+WRAPPERS = ["ddp", "fsdp1 orig", "fsdp1 flat", "fsdp1 no_shard", "fsdp2", "tp"]
 
 
 class Net(nn.Module):
@@ -277,6 +277,34 @@ def without_an_average(kind: str) -> Callable[[], float]:
     return program
 
 
+def assigned_before_a_verb(kind: str, convert_first: bool) -> Callable[[], float]:
+    """What the user assigns is live's, whatever verb comes before the next forward; and the block is the average's."""
+
+    def program() -> float:
+        run = Run(kind)
+        run.step(3)
+        if convert_first:
+            run.model.double().float()
+        before = full(run.model)
+        for p in run.model.parameters():
+            local = getattr(p, "_local_tensor", p).detach()
+            if isinstance(p, DTensor):
+                local.mul_(2)
+            else:
+                p.data = local * 2
+        run.ema.gather()
+        doubled = {name: 2 * value for name, value in before.items()}
+        off = [distance(doubled, full(run.model))]
+        with run.ema.swap(), torch.no_grad():
+            run.model(torch.ones(2, 4))
+            off.append(distance(run.average, full(run.model)))
+        off.append(distance(doubled, full(run.model)))
+        run.step(2)
+        return max(*off, run.off())
+
+    return program
+
+
 def table() -> dict[str, Callable[[], float]]:
     from dist_ema import HalfLife
 
@@ -286,6 +314,8 @@ def table() -> dict[str, Callable[[], float]]:
             f"{kind}: double().float()": converted(kind, lambda m: m.double().float()),
             f"{kind}: p.data =": converted(kind, reassigned),
             f"{kind}: p.data = on the host engine": host_engine(kind),
+            f"{kind}: values assigned before a verb": assigned_before_a_verb(kind, False),
+            f"{kind}: converted, then assigned": assigned_before_a_verb(kind, True),
             f"{kind}: references": references(kind),
             f"{kind}: to() when the EMA is gone": after_the_ema(
                 kind, lambda m: m.to(torch.float64)

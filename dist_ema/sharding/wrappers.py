@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -56,8 +57,24 @@ def reshard(sharded: list[nn.Module]) -> None:
         elif isinstance(module, FullyShardedDataParallel):
             handle = module._handle
             # NOTE: before the first forward there is nothing unsharded and no event queue yet.
-            if handle is not None and handle.uses_sharded_strategy and module._is_root is not None:
-                _reshard(module, handle, True)
+            if handle is None or module._is_root is None:
+                continue
+            _take_assigned(handle)
+            _reshard(module, handle, handle.uses_sharded_strategy)
+
+
+def _take_assigned(handle: Any) -> None:
+    """Bring what was assigned to the weights since (`p.data = ...`, `.double().float()`) into FSDP1's shard.
+
+    NOTE: FSDP1 does so itself before a forward, for its original parameters. A flat parameter that was moved
+    or assigned it gives up again after the next forward, and so would resharding.
+    """
+    if handle._use_orig_params and not handle._skipped_use_sharded_views:
+        handle._writeback_orig_params()
+    flat, shard = handle.flat_param, handle.flat_param._local_shard
+    alike = (flat.shape, flat.dtype, flat.device) == (shard.shape, shard.dtype, shard.device)
+    if alike and flat.data_ptr() != shard.data_ptr():
+        flat._local_shard = flat.data
 
 
 def blocker(sharded: list[nn.Module]) -> str | None:
