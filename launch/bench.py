@@ -1,21 +1,23 @@
 """How fast the average moves, how much memory it takes, and what the others need for the same.
 
-    python launch/bench.py                                       GPT-2 on the CPU: update, memory, training step
-    python launch/bench.py --dtype bfloat16 --only update        bf16 weights, fp32 and bf16 shadows
-    python launch/bench.py --model many --only update            4,000 tensors of 64 elements
-    python launch/bench.py --device cuda --model llama1b         on an accelerator, timed with events
-    python launch/bench.py --model tiny --repeat 2 --no-peers    does it run at all
+    python launch/bench.py                                     GPT-2 on the CPU: all three tables
+    python launch/bench.py --dtype bfloat16 --only update      bf16 weights, fp32 and bf16 shadows
+    python launch/bench.py --model many --only update          4,000 tensors of 64 elements
+    python launch/bench.py --device cuda --model llama1b       on an accelerator, timed with events
+    python launch/bench.py --model tiny --repeat 2 --no-peers  whether it runs at all
 
-An update is memory traffic: live is read, the shadow is read and written. So its time is given against an addition that
-moves as many bytes, timed in the same rounds: on a shared machine bandwidth changes by the minute, and a ratio of two
-runs says nothing. Every candidate is built, timed together with the additions and with ours, and dropped again.
+An update is memory traffic: the live weight is read, the shadow is read and written. So its time is
+given against an addition that moves as many bytes, timed in the same rounds. Bandwidth of a shared
+machine changes by the minute, so times from different runs cannot be compared. Every candidate is
+built, timed together with the additions and with dist_ema, and dropped again.
 
-    add     torch.add(a, b, out=c)   three streams. Into a third buffer; on a CPU that buffer's lines are read first
-    add_    a.add_(b)                three streams, in place: what an update does. The better of the two is the limit
+    add     torch.add(a, b, out=c)   three streams; a CPU reads the lines of c before it writes them
+    add_    a.add_(b)                three streams, in place, as an update moves them
     copy_   c.copy_(a)               two streams
 
-Peers are timed if they can be imported: timm, diffusers, ema-pytorch, torch_ema. Nothing is downloaded: models are lists
-of shapes. Memory is measured in a fresh process per figure, above what the process held before; on a CPU the kernel's
+The better of `add` and `add_` is the limit. Peers are timed if they can be imported: timm,
+diffusers, ema-pytorch, torch_ema. Nothing is downloaded: models are lists of shapes. Memory is
+measured in a fresh process per figure, above what the process held before. On a CPU the kernel's
 high-water mark is reset for that (/proc/self/clear_refs).
 """
 
@@ -63,7 +65,7 @@ Run = Callable[[], object]
 Shapes = list[tuple[int, ...]]
 
 
-# --- the models ------------------------------------------------------------------------------------------------
+# --- the models -----------------------------------------------------------------------------------
 
 
 def shapes(model: str) -> Shapes:
@@ -139,7 +141,7 @@ def build(model: str, dtype: torch.dtype, device: torch.device) -> nn.ParameterL
     )
 
 
-# --- time --------------------------------------------------------------------------------------------------------
+# --- time -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class Row:
 
 
 def stopwatch(device: torch.device) -> Callable[[Run], float]:
-    """A function that runs something and returns the seconds it took; on an accelerator the device's own."""
+    """A function that runs something and returns its seconds, on an accelerator by events."""
     if device.type == "cpu":
 
         def by_host(run: Run) -> float:
@@ -243,9 +245,9 @@ def ours(model: nn.Module, dtype: torch.dtype, averages: int) -> tuple[Run, int]
     return ema.update, moved
 
 
-# --- the peers ---------------------------------------------------------------------------------------------------
+# --- the peers ------------------------------------------------------------------------------------
 
-# Each takes the model and returns what moves its average once. Shadows are fp32, also of bf16 weights.
+# Each takes the model and returns what moves its average once. Shadows are fp32 for any weights.
 
 
 def _torch_foreach(model: nn.Module) -> Run:
@@ -386,7 +388,7 @@ def _rows(cases: Sequence[Case], seconds: dict[str, list[float]], ours: str = ""
     ]
 
 
-# --- a training step ---------------------------------------------------------------------------------------------
+# --- a training step ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -422,7 +424,7 @@ BIG = (2048, 16, 1024, 8)  # width, layers, tokens, rows: about 800 M weights
 
 
 def steps(args: argparse.Namespace) -> list[Step]:
-    """Time of a training step without an average, and with one that is updated inline, behind it, or on the host."""
+    """Time of a training step: without an average; with one inline, in flight or on the host."""
     trainer = Trainer(args.device, args.model == "tiny")
     beside = EMA(trainer.model, DECAY)
     host = EMA(trainer.model, DECAY, device="cpu")
@@ -452,7 +454,7 @@ def _train(trainer: Trainer, ema: EMA | None = None, overlap: bool = True) -> No
         ema.detach()
 
 
-# --- memory ------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -612,15 +614,14 @@ def probe_ranks(args: argparse.Namespace, job: str, folder: Path) -> dict[str, f
         )
         if way == "ours-behind":
             blocked = time.perf_counter()
-            ema.save(folder / "next", wait=True)  # which waits for it
+            ema.save(folder / "next", wait=True)  # the second save waits for the first
             return meter.stop() | {"model_mb": size, "seconds": blocked - meter.began}
     else:
-        twin = (
-            model if wrapper == "fsdp2" else AveragedModel(model.module)
-        )  # FSDP2 refuses to be copied
+        # A model under FSDP2 cannot be copied, so its live weights stand for the average.
+        average = model if wrapper == "fsdp2" else AveragedModel(model.module)
         dist.barrier()
         meter.start()
-        _save_gathered(twin, folder / "average.safetensors", synced=way == "torch-synced")
+        _save_gathered(average, folder / "average.safetensors", synced=way == "torch-synced")
     return meter.stop() | {"model_mb": size}
 
 
@@ -653,7 +654,7 @@ def _wrap(model: nn.Sequential, wrapper: str) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
-# --- the report --------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def machine(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""The whole script, also without a GPU: torchrun --standalone --nproc-per-node 2 launch/minimal_fsdp2.py"""
+"""The whole script: torchrun --standalone --nproc-per-node 2 launch/minimal_fsdp2.py"""
 
 import torch
 import torch.distributed as dist

@@ -1,8 +1,9 @@
-"""Draw docs/picture.svg and docs/picture-dark.svg: who holds which shard, and what averaging does to a weight.
+"""Draw docs/picture.svg and docs/picture-dark.svg: the shards of four ranks, and one weight's path.
 
     python launch/picture.py
 
-The curve is computed: a weight that jumps around its optimum, and its average at decay 0.95 (Debiased).
+The curves are computed: a weight that jumps around its optimum, and its average at decay 0.95
+(Debiased).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ DARK = {
 def text(
     x: float, y: float, words: str, kind: str = "ink", size: int = 14, anchor: str = "start"
 ) -> str:
-    return f'<text x="{x}" y="{y}" class="{kind}" font-size="{size}" text-anchor="{anchor}">{words}</text>'
+    place = f'x="{x}" y="{y}" class="{kind}" font-size="{size}" text-anchor="{anchor}"'
+    return f"<text {place}>{words}</text>"
 
 
 def column(x: float, y: float, held: set[int], kind: str) -> list[str]:
@@ -72,7 +74,8 @@ def curve() -> list[str]:
     drawn = ['<path d="M545 60V290H940" class="axis"/>', text(940, 310, "steps", "soft", 12, "end")]
     for points, kind, width in zip(lines, ("live", "average"), (1.6, 3), strict=True):
         drawn.append(
-            f'<polyline points="{" ".join(points)}" class="line {kind}-line" stroke-width="{width}"/>'
+            f'<polyline points="{" ".join(points)}" '
+            f'class="line {kind}-line" stroke-width="{width}"/>'
         )
     return drawn
 
@@ -102,7 +105,10 @@ def picture(colours: dict[str, str]) -> str:
         "Each of four ranks holds a quarter of the average. "
         "The average of a weight is smooth where the live weight jumps."
     )
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 345" role="img" aria-label="{label}">'
+    head = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 345" '
+        f'role="img" aria-label="{label}">'
+    )
     return "\n".join([head, f"<style>{''.join(style)}</style>", *drawn, "</svg>", ""])
 
 

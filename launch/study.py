@@ -1,21 +1,23 @@
-"""Does averaging weights help? Train, compare, and write a page of results that says so, or that it does not.
+"""Does averaging weights help? Train, compare, and write a page of results, whatever they say.
 
-    python launch/study.py                            everything: 40 minutes on two cores
-    python launch/study.py --quick                    the same in three minutes, smaller: too small to prove anything
-    python launch/study.py --only table               one experiment
-    python launch/study.py --page                     the page and its plots again, from results that are there
+    python launch/study.py                everything: 40 minutes on two cores
+    python launch/study.py --quick        smaller, three minutes: too small to prove anything
+    python launch/study.py --only table   one experiment
+    python launch/study.py --page         the page and its plots again, from results that are there
 
-    language      a GPT of a million weights on Python's own source, on two ranks: averages of a constant learning rate
-                  against runs that decay it; a sweep over widths afterwards
-    table         digits with 0, 20 and 40 % wrong labels: live weights, averages, SWA, with and without new BatchNorm
-                  statistics; accuracy, its fluctuation, and how far the predictions of two seeds differ
+    language      a GPT of a million weights on Python's own source, on two ranks: averages of a
+                  constant learning rate against runs that decay it; a sweep over widths afterwards
+    table         digits with 0, 20 and 40 % wrong labels: live weights, averages, SWA, with and
+                  without new BatchNorm statistics; accuracy, its fluctuation, and how far the
+                  predictions of two seeds differ
     forgetting    fine-tune on other digits: what is left of the first ones
     distillation  soft targets and mean teacher, with 150 labels
     resolution    train at 16 pixels, test at others, with and without the FixRes fine-tune
     equivalence   updates every 16 steps, twice the batch, compact shadows
 
-OUT/results/ gets one JSON file per run, plots, and study.json (settings, machine, versions, time); OUT/results.md is made of
-them and of nothing else. Start the same command again after an interruption: what is there is not done again.
+OUT/results/ gets one JSON file per run, plots, and study.json (settings, machine, versions, time).
+OUT/results.md is made of them and of nothing else. After an interruption the same command goes on
+with the runs that have no results yet.
 """
 
 from __future__ import annotations
@@ -54,7 +56,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", choices=EXPERIMENTS, help="one experiment; the page shows what is there"
     )
-    text = "folder for results.md and results/ (runs/study; with --quick runs/study-quick, with --smoke runs/study-smoke)"
+    text = (
+        "folder for results.md and results/ "
+        "(runs/study; with --quick runs/study-quick, with --smoke runs/study-smoke)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help=text)
     text = "processes beside each other, one thread each; the language model always takes two (2)"
     parser.add_argument("--workers", type=_whole, default=2, metavar="N", help=text)
@@ -87,8 +92,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"--page: there are no results in {args.out / 'results'}.")
     if facts and not args.page and facts["size"] != asdict(args.size):
         raise UsageError(
-            f"{args.out / 'results'} holds results of a {facts['size']['name']} study with other settings: "
-            "write to another --out, or remove them."
+            f"{args.out / 'results'} holds results of a {facts['size']['name']} study with other "
+            "settings: write to another --out, or remove them."
         )
     try:
         (args.out / "results").mkdir(parents=True, exist_ok=True)

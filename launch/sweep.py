@@ -1,10 +1,10 @@
-"""Choose the decay after training: store two averages of a digits run 32 times, then ask for every width there is.
+"""Choose the decay after training: store two averages 32 times, then reconstruct any width.
 
-    python launch/sweep.py                                       the table and plot of docs/choosing-a-decay.md
+    python launch/sweep.py     the table and plot of docs/choosing-a-decay.md
     python launch/sweep.py --seeds 1 --epochs 10 --out runs/quick
 
-One process on the CPU. The model, the data and the numbers are those of launch/train.py. Some widths are also tracked while
-training, so that what is mixed afterwards can be compared with what was there.
+One process on the CPU. The model, the data and the numbers are those of launch/train.py. Some
+widths are also tracked during training, to compare the reconstructed averages with.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         seen = f"{row['distance']:.1e}" if "distance" in row else ""
         lines.append(
-            f"| {row['sigma_rel']:.2f} | {row['loss']:.4f} | {row['accuracy']:.2%} | {row['residual']:.2%} | {seen} |"
+            f"| {row['sigma_rel']:.2f} | {row['loss']:.4f} | {row['accuracy']:.2%} "
+            f"| {row['residual']:.2%} | {seen} |"
         )
     return "\n".join(lines)
 
@@ -169,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     earlier = list(args.out.glob("seed-*"))  # nothing else in the folder is ours to remove
     if earlier and not (args.out / "sweep.json").exists():
         parser.error(
-            f"--out {args.out} holds {earlier[0].name}, but no sweep.json: name another, or remove it"
+            f"--out {args.out} holds {earlier[0].name}, but no sweep.json: "
+            "name another, or remove it"
         )
     for old in earlier:
         shutil.rmtree(old)
@@ -183,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs.append(sweep(trained, out, SWEPT))
         best = min(runs[-1], key=lambda row: row["loss"])
         print(
-            f"seed {seed}: live loss {live[-1]['loss']:.4f}, best {best['loss']:.4f} at sigma_rel {best['sigma_rel']:g}"
+            f"seed {seed}: live loss {live[-1]['loss']:.4f}, "
+            f"best {best['loss']:.4f} at sigma_rel {best['sigma_rel']:g}"
         )
     (args.out / "sweep.json").write_text(json.dumps({"runs": runs, "live": live}, indent=2) + "\n")
     plot(args.out / "sweep.png", runs, live)

@@ -1,22 +1,26 @@
-"""Train a digit classifier on one process or many, average it while it trains, and ship the average.
+"""Train a digit classifier on one process or many, average it meanwhile, and export the average.
 
-    python launch/train.py                                                         one process
-    torchrun --standalone --nproc-per-node 2 launch/train.py --wrapper fsdp2       or fsdp1, ddp
-    accelerate launch launch/train.py                                              as accelerate is configured
-    ACCELERATE_USE_CPU=1 torchrun --standalone --nproc-per-node 2 launch/train.py  accelerate, two ranks without GPUs
-    sbatch launch/slurm.sbatch                                                     two nodes
+    python launch/train.py                                    one process
+    torchrun --standalone --nproc-per-node 2 launch/train.py --wrapper fsdp2    or fsdp1, ddp
+    accelerate launch launch/train.py                         as accelerate is configured
+    ACCELERATE_USE_CPU=1 torchrun --standalone --nproc-per-node 2 launch/train.py
+                                                              accelerate, two ranks without GPUs
+    sbatch launch/slurm.sbatch                                two nodes
 
-[Note: the same numbers] Order and augmentation are drawn on the host from (seed, epoch, step) for the whole batch, and
-each rank takes its part. No generator lives from one step to the next, so a resumed run sees what an uninterrupted one
-would have seen, and the images do not depend on the number of ranks. Sums over the ranks are the same too if they add up
-in the same order: `settle_buckets` sees to that.
+[Note: the same numbers]  Order and augmentation are drawn on the host from (seed, epoch, step) for
+the whole batch, and each rank takes its share. No generator lives from one step to the next. So a
+resumed run sees what an uninterrupted one would have seen, and the images do not depend on the
+number of ranks. Sums over the ranks are the same too if they add up in the same order, which
+`settle_buckets` ensures.
 
-[Note: BatchNorm] Running statistics are buffers, no gradient ties them together, and each wrapper does something else:
-DDP takes those of rank 0, FSDP leaves every rank its own. Here they are averaged over the ranks in every step, so there
-is one model, whatever it is wrapped in. They also belong to the weights that produced them: averaged weights with the
-live statistics are a mixture, and its accuracy jumps about. `EMA(buffers="average")` averages them with the weights;
-`--buffers copy` shows what happens without. The live model suffers too, for its statistics lag behind its weights: with
-fresh ones it would make up three quarters of what the average is ahead here, so read the curves with that in mind.
+[Note: BatchNorm]  Running statistics are buffers, no gradient ties them together, and wrappers
+treat them differently: DDP takes those of rank 0, FSDP leaves every rank its own. Here they are
+averaged over the ranks in every step, so there is one model, whatever wraps it. They also belong to
+the weights that produced them: averaged weights with the live statistics are a mixture, whose
+accuracy jumps about. `EMA(buffers="average")` averages them with the weights; `--buffers copy`
+shows what happens without. The live model suffers too, as its statistics lag behind its weights.
+With fresh ones it would make up three quarters of the average's lead here: read the curves with
+that in mind.
 """
 
 from __future__ import annotations
@@ -46,7 +50,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from dist_ema import EMA, Debiased
 
-TRAIN_IMAGES = 1347  # the first ones; the other 450 are for testing. Neighbours may be by one hand: do not shuffle
+# The first images; the other 450 are for testing. One person may have written neighbouring digits,
+# so a shuffle before the split would leak.
+TRAIN_IMAGES = 1347
 KEEP = 2  # checkpoints
 
 
@@ -54,7 +60,7 @@ class UsageError(ValueError):
     """The run cannot start like this: one sentence for the person who started it."""
 
 
-# --- who takes part --------------------------------------------------------------------------------------------
+# --- who takes part -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,8 @@ def join(args: argparse.Namespace) -> Job:
     job = _join_accelerate(args) if by_accelerate else _join_torchrun(args)
     if args.batch_size % job.world or args.batch_size < 2 * job.world:
         raise UsageError(
-            f"--batch-size {args.batch_size} cannot be shared by {job.world} ranks: each needs the same number of images, "
-            "and BatchNorm at least 2."
+            f"--batch-size {args.batch_size} cannot be shared by {job.world} ranks: each needs the "
+            "same number of images, and BatchNorm at least 2."
         )
     return job
 
@@ -107,12 +113,14 @@ def _join_accelerate(args: argparse.Namespace) -> Job:
     started, world = _environ("WORLD_SIZE", 1), accelerator.num_processes
     if world != started:
         raise UsageError(
-            f"{started} processes were started, but in each of them accelerate has a world of {world}, and they would "
-            "overwrite each other's files: set ACCELERATE_USE_CPU=1 to train on the CPU, or start no more ranks than GPUs."
+            f"{started} processes were started, but in each of them accelerate has a world of "
+            f"{world}, and they would overwrite each other's files: set ACCELERATE_USE_CPU=1 to "
+            "train on the CPU, or start no more ranks than GPUs."
         )
     if args.device == "cuda" and accelerator.device.type != "cuda":
         raise UsageError(
-            f"--device cuda was asked, but accelerate chose {accelerator.device.type}: use --device auto."
+            f"--device cuda was asked, but accelerate chose {accelerator.device.type}: "
+            "use --device auto."
         )
     name = f"accelerate {accelerator.distributed_type.value}"
     return Job(accelerator.process_index, world, accelerator.device, name, accelerator)
@@ -123,8 +131,8 @@ def _join_torchrun(args: argparse.Namespace) -> Job:
     wrapper = args.wrapper or ("ddp" if world > 1 else "none")
     if wrapper == "none" and world > 1:
         raise UsageError(
-            f"--wrapper none trains in one process, but {world} were started, and they would overwrite each other's "
-            "files: use --wrapper ddp, fsdp1 or fsdp2."
+            f"--wrapper none trains in one process, but {world} were started, and they would "
+            "overwrite each other's files: use --wrapper ddp, fsdp1 or fsdp2."
         )
     if wrapper != "none" and "RANK" not in os.environ:
         raise UsageError(
@@ -156,7 +164,7 @@ def _device(asked: str, local_rank: int, local_world: int) -> torch.device:
 
 
 def decide(job: Job, work: Callable[[], int | None]) -> int:
-    """Do `work` on rank 0 and tell the others the number that came out; a refusal there ends them all. *Collective*."""
+    """Broadcast the number that `work` returns on rank 0; its refusal ends all. *Collective*."""
     number, refusal = 0, None
     if job.rank == 0:
         try:
@@ -173,7 +181,7 @@ def decide(job: Job, work: Callable[[], int | None]) -> int:
 
 
 def leave(code: int) -> None:
-    """Exit. gloo now and then aborts in the interpreter's teardown, when everything is done: a rank on gloo skips that."""
+    """Exit. On gloo the interpreter's teardown is skipped, where gloo aborts now and then."""
     gloo = dist.is_initialized() and dist.get_backend() == "gloo"
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -184,7 +192,7 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
-# --- the task --------------------------------------------------------------------------------------------------
+# --- the task -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -218,11 +226,11 @@ def draw(*key: int) -> torch.Generator:
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Turn by up to 17 degrees, scale by 15 %, shift by a pixel, add noise of 0.2."""
 
-    def spread(*size: int) -> Tensor:
+    def centred(*size: int) -> Tensor:  # uniform in [-1, 1)
         return torch.rand(size, generator=generator) * 2 - 1
 
     n = len(images)
-    angle, scale, shift = 0.3 * spread(n), 1 + 0.15 * spread(n), spread(n, 2) / 4
+    angle, scale, shift = 0.3 * centred(n), 1 + 0.15 * centred(n), centred(n, 2) / 4
     cos, sin = angle.cos() * scale, angle.sin() * scale
     rows = [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
@@ -238,8 +246,8 @@ def batches(
     for step in range(args.steps_per_epoch):
         rows = order[step * args.batch_size : (step + 1) * args.batch_size]
         images = augment(digits.images[rows], draw(args.seed, epoch, step + 1))
-        mine = slice(job.rank, None, job.world)
-        yield images[mine].to(job.device), digits.labels[rows][mine].to(job.device)
+        local = slice(job.rank, None, job.world)
+        yield images[local].to(job.device), digits.labels[rows][local].to(job.device)
 
 
 class Block(nn.Sequential):
@@ -254,12 +262,12 @@ class Net(nn.Sequential):
     """14,458 weights, and 160 running statistics."""
 
     def __init__(self, width: int = 16) -> None:
-        # NOTE: a stride where one expects max pooling, whose backward adds up in no fixed order on a GPU.
+        # NOTE: a stride in place of max pooling, whose backward adds in no fixed order on a GPU.
         blocks = Block(1, width), Block(width, 2 * width), Block(2 * width, 2 * width, stride=2)
         super().__init__(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
 
 
-# --- one run ---------------------------------------------------------------------------------------------------
+# --- one run --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -274,7 +282,8 @@ class Run:
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
-        return self.optimizer.optimizer if self.job.accelerator else self.optimizer  # type: ignore[no-any-return]
+        wrapped = self.optimizer
+        return wrapped.optimizer if self.job.accelerator else wrapped  # type: ignore[no-any-return]
 
 
 def build(job: Job, args: argparse.Namespace) -> Run:
@@ -325,7 +334,8 @@ def wrap(job: Job, model: nn.Module) -> nn.Module:
 def settle_buckets(model: nn.Module, optimizer: Any, device: torch.device) -> None:
     """Let DDP order its buckets, which it does after its first backward. *Collective*.
 
-    In another order three ranks or more add up differently, so the first step after a resume would not repeat the bits.
+    In another order three ranks or more add up differently, and the first step after a resume would
+    not repeat the bits.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model.eval()  # BatchNorm's statistics stay as they are
@@ -346,7 +356,7 @@ def train_epoch(run: Run, epoch: int, advance: Callable[[], None]) -> None:
 
 @torch.no_grad()
 def share_statistics(job: Job, model: nn.Module) -> None:
-    """Make BatchNorm's running statistics the mean over the ranks ([Note: BatchNorm]). *Collective*, 640 bytes."""
+    """Average BatchNorm statistics over ranks ([Note: BatchNorm]). *Collective*, 640 bytes."""
     if job.world == 1:
         return
     statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -362,9 +372,9 @@ def share_statistics(job: Job, model: nn.Module) -> None:
 def evaluate(run: Run) -> dict[str, float]:
     """Accuracy and loss on the test images, each rank its part. *Collective*."""
     run.model.eval()
-    mine = slice(run.job.rank, None, run.job.world)
-    labels = run.digits.test_labels[mine]
-    logits = run.model(run.digits.test_images[mine]).float()
+    local = slice(run.job.rank, None, run.job.world)
+    labels = run.digits.test_labels[local]
+    logits = run.model(run.digits.test_images[local]).float()
     right, loss = (
         (logits.argmax(1) == labels).sum(),
         F.cross_entropy(logits, labels, reduction="sum"),
@@ -376,11 +386,11 @@ def evaluate(run: Run) -> dict[str, float]:
     return {"accuracy": accuracy, "loss": loss}
 
 
-# --- files -----------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def save(run: Run, ema: EMA, epoch: int) -> None:
-    """out/epoch-0003 holds live/ (weights and optimizer), ema/ and state.json: all of it or nothing. *Collective*."""
+    """Write live/, ema/ and state.json to out/epoch-0003: all of it or nothing. *Collective*."""
     unfinished = run.args.out / ".unfinished"
     decide(run.job, lambda: _clear(unfinished))
     with quiet():
@@ -467,13 +477,17 @@ def _refuse_changes(args: argparse.Namespace, folder: Path, before: dict[str, An
         if before.get(key) != now:
             option = key.replace("_", "-")
             raise UsageError(
-                f"{folder} was trained with --{option} {before.get(key)}, and --resume came with {now}."
+                f"{folder} was trained with --{option} {before.get(key)}, "
+                f"and --resume came with {now}."
             )
 
 
 def restore(run: Run, epoch: int) -> None:
-    """Fill the live model and the optimizer. *Collective*. Before `ema.attach`: set_state_dict steps a fresh optimizer."""
-    # NOTE: DCP's .metadata is a pickle. --out is this run's own folder; do not resume from a stranger's.
+    """Fill the live model and the optimizer. *Collective*.
+
+    It comes before `ema.attach`, because set_state_dict steps a fresh optimizer.
+    """
+    # NOTE: DCP's .metadata is a pickle, so resume only from a folder that you trust.
     state = live_state(run)
     with quiet():
         dcp.load(state, checkpoint_id=run.args.out / f"epoch-{epoch:04d}" / "live")
@@ -486,7 +500,7 @@ def restore(run: Run, epoch: int) -> None:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The rows so far. A line without its end was being written when the run was killed: no row yet."""
+    """The rows so far, without a last line that a killed run left unfinished."""
     path = out / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
@@ -532,14 +546,14 @@ def plot(out: Path) -> None:
     pyplot.close(figure)
 
 
-# --- from start to end -----------------------------------------------------------------------------------------
+# --- from start to end ----------------------------------------------------------------------------
 
 
 @contextmanager
 def progress(
     job: Job, steps: int, done: int
 ) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
-    """(advance, say): a bar on rank 0, plain lines where there is no terminal, silence on the other ranks."""
+    """(advance, say): a bar on rank 0, plain lines without a terminal; other ranks are silent."""
     if job.rank != 0 or not sys.stdout.isatty():
         yield lambda: None, lambda text: print(text, flush=True) if job.rank == 0 else None
         return
@@ -626,7 +640,8 @@ def finish(run: Run, ema: EMA) -> None:
             sum(row[name]["accuracy"] for row in last) / len(last) for name in ("live", "ema")
         )
         print(
-            f"mean of the last {len(last)} epochs: live {live:.2%}, average {average:.2%}; {out / 'curves.png'}"
+            f"mean of the last {len(last)} epochs: live {live:.2%}, average {average:.2%}; "
+            f"{out / 'curves.png'}"
         )
         print(f"next: dist-ema inspect {out / 'export'}", flush=True)
 
@@ -659,9 +674,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="X",
         help="constant, which is what leaves noise to average away (0.1)",
     )
-    text = "share of the average that survives a step: 0.98 forgets half in 34 steps; corrected for the start (0.98)"
+    text = (
+        "share of the average that survives a step: 0.98 forgets half in 34 steps; "
+        "corrected for the start (0.98)"
+    )
     add("--decay", type=share, default=0.98, metavar="D", help=text)
-    text = "BatchNorm statistics of the average: averaged as well, or copied from live, which is worse (average)"
+    text = (
+        "BatchNorm statistics of the average: averaged as well, or copied from live, "
+        "which is worse (average)"
+    )
     add("--buffers", choices=["average", "copy"], default="average", help=text)
     add(
         "--seed",
@@ -670,9 +691,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="of initial weights, order and augmentation (0)",
     )
-    text = "folder for metrics.jsonl, curves.png, the last two checkpoints and the export (runs/digits)"
+    text = "folder for metrics.jsonl, curves.png, two checkpoints and the export (runs/digits)"
     add("--out", type=Path, default=Path("runs/digits"), metavar="DIR", help=text)
-    text = "go on from the last checkpoint in --out, on any wrapper and world; on the same ones to the same bits"
+    text = (
+        "go on from the last checkpoint in --out, on any wrapper and world; "
+        "on the same ones to the same bits"
+    )
     add("--resume", action="store_true", help=text)
     add(
         "--device",

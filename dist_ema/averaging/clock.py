@@ -32,11 +32,15 @@ class Clock:
     started: bool = True
 
     def at(self, schedule: Schedule) -> float:
-        """The clock as this schedule counts: from where averaging began, or from where training did."""
+        """The clock as this schedule counts: since averaging began, or since training began."""
         return self.now + self.before if schedule.origin == "training" else self.now
 
     def move(self, schedules: Sequence[Schedule], elapsed: float) -> list[float]:
-        """Advance by `elapsed` and return each schedule's decay for the move. Raises ValueError and stays if one cannot."""
+        """Advance by `elapsed`, and return the decay of each schedule for the move.
+
+        Raises:
+            ValueError: a schedule gives no decay; the clock has not advanced then.
+        """
         if not 0 < elapsed < math.inf:
             raise ValueError(f"elapsed must be positive and finite, got {elapsed}.")
         decays = [schedule(self.at(schedule) + elapsed, elapsed) for schedule in schedules]
