@@ -27,7 +27,8 @@ from dist_ema.averaging import gather
 from dist_ema.averaging.swap import WeightSwap
 from dist_ema.checkpoint import reader
 from dist_ema.distributed import coordinator
-from dist_ema.distributed.coordinator import FOREVER, StoreCoordinator
+from dist_ema.distributed.coordinator import FOREVER, Ranks, StoreCoordinator
+from dist_ema.sharding import wrappers
 from tests._models import Net
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
@@ -294,7 +295,7 @@ def test_the_missing_are_named(quick: None) -> None:
 
 
 def test_a_slow_rank_is_waited_for(quick: None) -> None:
-    """[Note: pulse]: work of four times the timeout, in `attempt`, in `decide`, and where bytes are moved."""
+    """[Note: heartbeat]: work of four times the timeout, in `run_on_all`, in `run_on_first`, and where bytes are moved."""
     world = World(3, timeout=0.2)
 
     def work(board: StoreCoordinator) -> Any:
@@ -344,8 +345,8 @@ def test_leaving_waits_and_says_for_whom(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without a limit: a line every so often, from one rank, names who is awaited."""
-    monkeypatch.setattr(coordinator, "SAY", 0.2)
-    monkeypatch.setattr(coordinator, "LOOK", 0.1)
+    monkeypatch.setattr(coordinator, "REMIND", 0.2)
+    monkeypatch.setattr(coordinator, "POLL", 0.1)
     world = World(4, timeout=0.1)
 
     def leave(board: StoreCoordinator) -> int:
@@ -470,10 +471,43 @@ def different_averages() -> None:
     ema.gather(1)
 
 
+def first_rank_late() -> None:
+    """The id of a new EMA does not arrive: who waits for it says so in time, and the next EMA works."""
+    rank, store = dist.get_rank(), wrappers.side_store("late")
+    model = wrap("ddp", Net())
+    if rank == 0:
+        store.wait(["given up"])
+        with raises(RuntimeError, "EMA(...) is collective, and rank 1 did not enter it within 0.4"):
+            EMA(model, 0.5, timeout=0.4)
+    else:
+        with raises(RuntimeError, "rank 0, or one that passes", "did not come within 0.4 s"):
+            EMA(model, 0.5, timeout=0.4)
+        store.set("given up", "")
+    EMA(model, 0.5).gather()
+
+
+def two_attempts() -> None:
+    """What a killed attempt left in the store is not read by the next ([Note: incarnations])."""
+    rank, answers = dist.get_rank(), []
+    for attempt in (1, 2):
+        for _ in range(2):  # as of an EMA and its writer
+            ranks = Ranks([0, 1], None, wrappers.side_store, 20.0)
+            if attempt == 2:
+                time.sleep(0.0 if rank == 1 else 0.3)  # rank 1 reads before rank 0 has written
+                answers.append(ranks.run_on_first("load", lambda: "new"))
+                answers.append(ranks.all_gather_json("load", rank))
+            elif rank == 0:  # rank 1 is killed before it reads
+                ranks.run_on_first("load", lambda: "old")
+        dist.barrier()
+    assert answers == ["new", [0, 1]] * 2
+
+
 def together(folder: str) -> None:
     for kind in ("ddp", "fsdp2"):
         late_failing_elsewhere(kind, f"{folder}/{kind}")
     different_averages()
+    first_rank_late()
+    two_attempts()
 
 
 DEATHS: dict[str, tuple[int, Any, str]] = {

@@ -1,17 +1,32 @@
-"""The ranks that hold a model together: checking in with a timeout, agreeing on errors, moving bytes.
+"""The ranks that hold a model together: messages with a timeout, one error for all, and sent bytes.
 
-Two channels. Messages (who is here, what failed, check sums) go over a `Board`: the key-value store of the process group,
-as JSON, with no collective, no pickle, and a timeout that can name who is missing. Bytes go through the process group
-(`wire` packs them into windows).
+Messages (who has come, what failed, hashes) go over a `StoreCoordinator`: JSON in the key-value
+store of the process group, with a timeout that names who is missing. Bytes go over the process
+group, which `transfer` feeds with windows.
 
-[Note: check in]  Exchanges are numbered, alike on every rank. Each rank adds one number to one counter, whose bits count
-who came, count who left a message, and sum a code of the verb. So the last one to come knows that all are here, whether
-there is anything to read, and whether all called the same verb; it combines the messages and publishes what came out. One
-write per rank, and nobody else reads what the others wrote. Names are looked up only when somebody waits: a rank that has
-waited for LOOK seconds says that it is here, and after the timeout the lowest of those names the ones who did not.
+[Note: check in]  Exchanges are numbered, alike on every rank. An exchange has these states:
 
-[Note: pulse]  While a rank works inside a verb it counts upwards in the store, so that the others can tell a slow disk
-from a dead process. Any sign of life begins the timeout anew.
+    enter     a rank takes the next number, and writes its message if it has one
+    count     it adds one number to one counter, whose bits count ranks, messages and verbs
+    publish   the last rank counted combines the messages and writes the answer
+    wait      the others poll for the answer and read it
+
+         enter --> count --+--> last: publish ----------------+--> answer on every rank
+                           +--> verbs differ: publish error --+
+                           +--> wait --+----------------------+
+                                       +--> silence: publish error
+
+A rank writes once, twice with a message, and reads once. Ranks are looked up one by one only in
+`silence`: a rank that waits longer than POLL writes that it is here. After the timeout the lowest
+of those publishes the names of the others.
+
+[Note: heartbeat]  A rank that works inside a verb increments one counter of the store. So the
+others can tell a slow disk from a dead process: every heartbeat begins the timeout anew.
+
+[Note: incarnations]  The store of torchrun outlives the processes that it restarts, and with them
+the messages of the killed attempt. So the keys of a coordinator begin with a random id, which the
+first rank draws at construction and broadcasts over the process group. No message of another
+attempt, or of another EMA, can be read.
 """
 
 from __future__ import annotations
@@ -20,30 +35,29 @@ import json
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar, overload
+from uuid import uuid4
 from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["FOREVER", "GRACE", "Ranks", "StoreCoordinator", "digest", "wire_device"]
+__all__ = ["FOREVER", "GRACE", "Ranks", "StoreCoordinator", "digest", "transfer_device"]
 
 T = TypeVar("T")
 Combine = Callable[[list[Any]], Any]
 log = logging.getLogger("dist_ema")
 
-GRACE = 2.0  # seconds between noticing that somebody is missing and naming who
-LOOK = 1.0  # seconds between two looks for a sign of life, at most
-SAY = 60.0  # seconds between two lines about who is awaited
+GRACE = 2.0  # seconds between the timeout and the search for missing ranks
+POLL = 1.0  # seconds between two looks for a heartbeat, at most
+REMIND = 60.0  # seconds between two lines about who is awaited
 FOREVER = 1e9
-_built: Counter[tuple[int, ...]] = Counter()  # boards so far, so that each has its own keys
 
 
-class _Call(NamedTuple):
+class _Exchange(NamedTuple):
     """An exchange: its number, the verb, and how many exchanges of that verb came before it."""
 
     number: int
@@ -55,20 +69,26 @@ class _Call(NamedTuple):
 
     @property
     def code(self) -> int:
+        """15 bits that differ between verbs, for the sum in the counter."""
         return crc32(f"{self.verb} {self.step}".encode()) & 0x7FFF
 
     def __str__(self) -> str:
-        return _called(self.verb)
+        return _call_text(self.verb)
 
     @property
-    def place(self) -> str:
+    def position(self) -> str:
         return f"step {self.step} of {self}" if self.step else str(self)
 
 
 class StoreCoordinator:
-    """Messages among `members`, of which this process is number `rank`, on a key-value store; none for a world of one.
+    """Exchanges of JSON messages among ranks, over a key-value store ([Note: check in]).
 
-    `timeout` (seconds, settable) covers entering a verb; inside it, the time without a sign of life.
+    Args:
+        store: Holds the messages. None for a world of one.
+        members: The global ranks.
+        rank: The index of this process in `members`.
+        timeout: Seconds that a rank waits for the others to enter a verb, and inside the verb the
+            seconds without a heartbeat. It may be set later.
     """
 
     def __init__(
@@ -79,38 +99,49 @@ class StoreCoordinator:
         self.timeout = timeout
         self._maybe_store = store
         self._number, self._verb, self._step = 0, "", 0
-        self._ours: list[tuple[int, str]] = []  # (number, key) of what others may still read
-        self._beaten = 0.0
+        self._written: list[tuple[int, str]] = []  # (number, key), not deleted yet
+        self._last_heartbeat = 0.0
 
     @property
     def _store(self) -> dist.Store:
-        assert self._maybe_store is not None, "a world of one has nobody to speak to"
+        assert self._maybe_store is not None, "a world of one exchanges no messages"
         return self._maybe_store
 
-    # --- verbs -----------------------------------------------------------------------------------------------
+    # --- verbs -----------------------------------------------------------------------------------
 
     def begin(self, verb: str) -> None:
-        """The next exchange is the one by which the verb is entered."""
+        """Make the next exchange the one by which `verb` is entered."""
         self._verb, self._step = verb, 0
 
     def all_gather_json(
         self, verb: str, message: Any = None, timeout: float | None = None, combine: Combine = list
     ) -> Any:
-        """`combine` of everybody's message (JSON) in rank order, by default all of them. *Collective*.
+        """Combine the messages of all ranks.
 
-        *Cost*: one write, two with a message, and one read. `combine` must be the same function on every rank; it runs on
-        one of them and all read what it returns, so let that be short.
+        Args:
+            verb: What the ranks do, for errors. It must be the same on every rank.
+            message: JSON, or None, which costs nothing.
+            timeout: In place of the coordinator's own.
+            combine: The same function on every rank. It runs on one of them, and should be short.
 
-        Raises RuntimeError on every rank that waits if some did not come in time or called another verb, with their names.
+        Returns:
+            What `combine` makes of the messages in rank order; by default their list.
+
+        Raises:
+            RuntimeError: Some ranks did not come in time, or called another verb. It names them,
+                and is raised on every rank that waits.
+
+        Note:
+            *Collective*. *Cost*: one write, two with a message, and one read.
         """
         if self.size == 1:
             return combine([message])
-        call = self._next(verb)
-        with _telling(call):
-            self._post(call, message, combine)
-            said = self._await(call, self.timeout if timeout is None else timeout)
-            self._forget(call)
-        return combine([None] * self.size) if said is None else said
+        exchange = self._next(verb)
+        with _store_errors(exchange):
+            self._post(exchange, message, combine)
+            answer = self._await(exchange, self.timeout if timeout is None else timeout)
+            self._forget(exchange)
+        return combine([None] * self.size) if answer is None else answer
 
     @overload
     def run_on_all(self, verb: str, work: Callable[[], T]) -> tuple[T, list[T]]: ...
@@ -121,234 +152,253 @@ class StoreCoordinator:
     def run_on_all(
         self, verb: str, work: Callable[[], T], combine: Combine = list
     ) -> tuple[T, Any]:
-        """Do `work` on every rank; return (mine, `combine` of everybody's), or raise on all if it failed on one.
-        *Collective*."""
+        """Do `work` on every rank, and wait for all.
+
+        Returns:
+            The result of this rank, and what `combine` makes of the results of all (JSON).
+
+        Raises:
+            Exception: What `work` raised here.
+            RuntimeError: `work` failed on another rank, which is named.
+
+        Note:
+            *Collective*. Heartbeats are sent while `work` runs.
+        """
         error: Exception | None = None
-        mine: Any = None
+        result: Any = None
         with self._heartbeats():
             try:
-                mine = work()
-            except Exception as caught:  # told to the others, then raised
+                result = work()
+            except Exception as caught:  # the others learn of it first
                 error = caught
-            except BaseException as caught:  # told too, but an interrupt waits for nobody
+            except BaseException as caught:  # an interrupt is posted, and waits for no rank
                 if self.size > 1:
-                    self._post(self._next(verb), {"error": _said(caught)}, self._judge(combine))
+                    message = {"error": _error_text(caught)}
+                    self._post(self._next(verb), message, self._error_or(combine))
                 raise
-        return mine, self._agree(verb, error, mine, combine)
+        return result, self._agree(verb, error, result, combine)
 
-    def _judge(self, combine: Combine) -> Combine:
-        def judge(said: list[Any]) -> Any:
-            failed = [
-                (self.members[i], each["error"])
-                for i, each in enumerate(said)
-                if each and "error" in each
-            ]
-            return (
-                {"failed": failed[:1]}
-                if failed
-                else {"all": combine([each and each["value"] for each in said])}
-            )
+    def _error_or(self, combine: Combine) -> Combine:
+        """`combine` of the values, or the first error among the messages."""
 
-        return judge
+        def first_error_or_values(messages: list[Any]) -> Any:
+            for member, message in zip(self.members, messages, strict=True):
+                if message and "error" in message:
+                    return {"failed": [member, message["error"]]}
+            return {"all": combine([message and message["value"] for message in messages])}
 
-    def _agree(self, verb: str, error: Exception | None, mine: Any, combine: Combine) -> Any:
-        """What comes of everybody's results, or one error on every rank that says whose it was."""
-        message = {"value": mine} if mine is not None else None
+        return first_error_or_values
+
+    def _agree(self, verb: str, error: Exception | None, result: Any, combine: Combine) -> Any:
+        """The combined results, or one error on every rank that names the rank that failed."""
+        message = {"value": result} if result is not None else None
         if error is not None:
-            message = {"error": _said(error)}
+            message = {"error": _error_text(error)}
         try:
-            said = self.all_gather_json(verb, message, combine=self._judge(combine))
+            answer = self.all_gather_json(verb, message, combine=self._error_or(combine))
         except RuntimeError as silence:
             raise (silence if error is None else error) from None
         if error is not None:
             raise error
-        for rank, text in said.get("failed", ()):
-            raise RuntimeError(f"{_called(verb)} failed on rank {rank}: {text}")
-        return said["all"]
+        if "failed" in answer:
+            rank, text = answer["failed"]
+            raise RuntimeError(f"{_call_text(verb)} failed on rank {rank}: {text}")
+        return answer["all"]
 
     def run_on_first(self, verb: str, work: Callable[[], T]) -> T:
-        """Do `work` on the first rank and tell the others what came out (JSON). *Collective*. *Cost*: one write in all,
-        one read each; the first rank waits for nobody."""
+        """Do `work` on the first rank, and return its result (JSON) on every rank.
+
+        Raises:
+            Exception: What `work` raised, on the first rank.
+            RuntimeError: The same on the others.
+
+        Note:
+            *Collective*. *Cost*: one write in all, one read each. The first rank waits for no one.
+        """
         if self.size == 1:
             return work()
-        call = self._next(verb)
-        with _telling(call):
+        exchange = self._next(verb)
+        with _store_errors(exchange):
             if self.rank > 0:
-                return self._await(call, self.timeout)  # type: ignore[no-any-return]
+                return self._await(exchange, self.timeout)  # type: ignore[no-any-return]
             try:
                 with self._heartbeats():
-                    text = json.dumps({"of": call, "said": work()})
+                    text = json.dumps({"exchange": exchange, "value": work()})
             except BaseException as error:
-                self._publish(
-                    call, {"refused": f"{call} failed on rank {self.members[0]}: {_said(error)}"}
-                )
+                failed = f"{exchange} failed on rank {self.members[0]}: {_error_text(error)}"
+                self._publish(exchange, {"error": failed})
                 raise
-            self._set(call, "done", text)
-            return json.loads(text)["said"]  # type: ignore[no-any-return]
+            self._set(exchange, "answer", text)
+            return json.loads(text)["value"]  # type: ignore[no-any-return]
 
-    # --- [Note: check in] ------------------------------------------------------------------------------------
+    # --- [Note: check in] ------------------------------------------------------------------------
 
-    def _next(self, verb: str) -> _Call:
+    def _next(self, verb: str) -> _Exchange:
         if verb != self._verb:
             self.begin(verb)
-        call = _Call(self._number, verb, self._step)
+        exchange = _Exchange(self._number, verb, self._step)
         self._number, self._step = self._number + 1, self._step + 1
-        return call
+        return exchange
 
-    def _post(self, call: _Call, message: Any, combine: Combine) -> None:
-        """Leave the message and be counted; the last one to come publishes."""
-        speaks = message is not None
-        if speaks:
-            self._set(call, str(self.rank), json.dumps(message))
-        total = self._store.add(call.key("count"), 1 | speaks << 16 | call.code << 32)
-        came, spoke, codes = total & 0xFFFF, total >> 16 & 0xFFFF, total >> 32
-        if codes != came * call.code:
-            self._publish(call, {"clash": [call, self.rank]})
-        elif came == self.size:
-            self._ours.append((call.number, call.key("count")))
-            self._publish(
-                call, {"of": call, "said": combine(self._collect(call, spoke)) if spoke else None}
-            )
+    def _post(self, exchange: _Exchange, message: Any, combine: Combine) -> None:
+        """Enter and count: write the message, add this rank to the counter.
 
-    def _collect(self, call: _Call, spoke: int) -> list[Any]:
-        keys = [call.key(str(rank)) for rank in range(self.size)]
-        if spoke == self.size:
+        The counter holds the number of ranks in its bits 0 to 15, the number of messages in bits
+        16 to 31, and the sum of the verbs' codes above. The rank that makes it full publishes.
+        """
+        has_message = message is not None
+        if has_message:
+            self._set(exchange, str(self.rank), json.dumps(message))
+        total = self._store.add(exchange.key("count"), 1 | has_message << 16 | exchange.code << 32)
+        ranks, messages, codes = total & 0xFFFF, total >> 16 & 0xFFFF, total >> 32
+        if codes != ranks * exchange.code:
+            self._publish(exchange, {"clash": [exchange, self.rank]})
+        elif ranks == self.size:
+            self._written.append((exchange.number, exchange.key("count")))
+            value = combine(self._messages(exchange, messages)) if messages else None
+            self._publish(exchange, {"exchange": exchange, "value": value})
+
+    def _messages(self, exchange: _Exchange, count: int) -> list[Any]:
+        """The messages in rank order, None of a rank that wrote none."""
+        keys = [exchange.key(str(rank)) for rank in range(self.size)]
+        if count == self.size:
             return [json.loads(text) for text in self._store.multi_get(keys)]
         return [
             json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys
         ]
 
-    def _set(self, call: _Call, name: str, text: str) -> None:
-        self._store.set(call.key(name), text)
-        self._ours.append((call.number, call.key(name)))
+    def _set(self, exchange: _Exchange, name: str, text: str) -> None:
+        self._store.set(exchange.key(name), text)
+        self._written.append((exchange.number, exchange.key(name)))
 
-    def _publish(self, call: _Call, answer: dict[str, Any]) -> None:
-        """Unless somebody else has."""
-        self._store.compare_set(call.key("done"), "", json.dumps(answer))
-        self._ours.append((call.number, call.key("done")))
+    def _publish(self, exchange: _Exchange, answer: dict[str, Any], name: str = "answer") -> None:
+        """Write the answer, unless another rank has written one."""
+        self._store.compare_set(exchange.key(name), "", json.dumps(answer))
+        self._written.append((exchange.number, exchange.key(name)))
 
-    def _await(self, call: _Call, timeout: float) -> Any:
-        """What was published. Gives up when nobody has shown a sign of life for `timeout` seconds."""
-        began = heard = said = time.monotonic()
-        pulse = None
-        while not self._comes(call, "done", min(LOOK, timeout / 4), began):
-            now, before = time.monotonic(), pulse
-            if before is None:
-                self._set(call, f"here/{self.rank}", json.dumps(call))
-            pulse = self._store.add("pulse", 0)
-            heard = now if before not in (None, pulse) else heard
-            # The lowest of those who wait speaks for all; if it has died, anybody does.
-            if now - heard >= timeout and (
-                self._lowest(call) or now - heard >= timeout + 5 * GRACE
-            ):
-                time.sleep(GRACE)  # whoever is only a moment late is not named
-                self._publish(call, self._silence(call, timeout))
-            elif now - said >= SAY:
-                said = now
-                if self._lowest(call):
-                    log.warning(
-                        "%s has waited %.0f s for %s",
-                        call,
-                        now - began,
-                        self._names(self._missing(call)),
-                    )
-        return self._taken(call)
+    def _await(self, exchange: _Exchange, timeout: float) -> Any:
+        """Wait for the answer and return its value.
 
-    def _comes(self, call: _Call, name: str, seconds: float, since: float) -> bool:
-        """Whether somebody has set the key, or does so within `seconds`. Looks more seldom the longer it has waited.
-
-        NOTE: store.wait() would do, but TCPStore writes two lines to stderr whenever it times out.
+        After `timeout` seconds without a heartbeat this rank publishes an error itself, if it is
+        the lowest that waits. Should that one have died, any other does so 5 * GRACE later.
         """
+        began = heard = reminded = time.monotonic()
+        heartbeats = None
+        while not self._appears(exchange, "answer", min(POLL, timeout / 4), began):
+            now, before = time.monotonic(), heartbeats
+            if before is None:
+                self._set(exchange, f"here/{self.rank}", json.dumps(exchange))
+            heartbeats = self._store.add("heartbeat", 0)
+            heard = now if before not in (None, heartbeats) else heard
+            silent = now - heard
+            if silent >= timeout and (self._is_lowest(exchange) or silent >= timeout + 5 * GRACE):
+                time.sleep(GRACE)  # a rank that is a moment late is not named
+                self._publish(exchange, {"error": self._silence(exchange, timeout)})
+            elif now - reminded >= REMIND:
+                reminded = now
+                if self._is_lowest(exchange):
+                    missing = self._names(self._missing(exchange))
+                    log.warning("%s has waited %.0f s for %s", exchange, now - began, missing)
+        return self._taken(exchange)
+
+    def _appears(self, exchange: _Exchange, name: str, seconds: float, since: float) -> bool:
+        """Wait up to `seconds` for a key. Polls less often the longer this rank has waited."""
+        # NOTE: store.wait() would do, but TCPStore writes two lines to stderr at every timeout.
         end = time.monotonic() + seconds
-        while not self._store.check([call.key(name)]):
+        while not self._store.check([exchange.key(name)]):
             now = time.monotonic()
             if now >= end:
                 return False
-            time.sleep(min(end - now, max(5e-4, min(LOOK / 4, (now - since) / 10))))
+            time.sleep(min(end - now, max(5e-4, min(POLL / 4, (now - since) / 10))))
         return True
 
-    def _taken(self, call: _Call) -> Any:
-        answer = json.loads(self._store.get(call.key("done")))
-        if "refused" in answer:
-            raise RuntimeError(answer["refused"])
+    def _taken(self, exchange: _Exchange) -> Any:
+        """The value of the published answer.
+
+        Raises:
+            RuntimeError: The answer is an error, or belongs to another exchange.
+        """
+        answer = json.loads(self._store.get(exchange.key("answer")))
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
         if "clash" in answer:
-            raise RuntimeError(self._clash(call, *answer["clash"]))
-        if _Call(*answer["of"]) != call:  # the first rank decided something else
-            raise RuntimeError(self._two_places((_Call(*answer["of"]), 0), (call, self.rank)))
-        return answer["said"]
+            raise RuntimeError(self._clash(exchange, *answer["clash"]))
+        published = _Exchange(*answer["exchange"])
+        if published != exchange:  # the first rank is in run_on_first, this one is not
+            raise RuntimeError(self._two_positions((published, 0), (exchange, self.rank)))
+        return answer["value"]
 
-    def _forget(self, call: _Call) -> None:
-        """Delete our keys of earlier exchanges: everybody has been counted here, so everybody has read them."""
-        for number, key in self._ours:
-            if number < call.number:
+    def _forget(self, exchange: _Exchange) -> None:
+        """Delete this rank's keys of earlier exchanges: every rank counted here has read them."""
+        for number, key in self._written:
+            if number < exchange.number:
                 self._store.delete_key(key)
-        self._ours = [each for each in self._ours if each[0] >= call.number]
+        self._written = [entry for entry in self._written if entry[0] >= exchange.number]
 
-    # --- when something is wrong -----------------------------------------------------------------------------
+    # --- when ranks disagree or are silent -------------------------------------------------------
 
-    def _silence(self, call: _Call, timeout: float) -> dict[str, str]:
-        missing = self._missing(call)
-        if not missing:  # all wait, so not all for the same thing
-            places = [
-                _Call(*json.loads(self._store.get(call.key(f"here/{rank}"))))
-                for rank in range(self.size)
-            ]
-            other = next((rank for rank, place in enumerate(places) if place != call), self.rank)
-            return {"refused": self._two_places((call, self.rank), (places[other], other))}
-        if call.step:
-            return {
-                "refused": f"{call}: {self._names(missing)} gave no sign of life for {timeout:g} s. Dead, or hung?"
-            }
-        return {
-            "refused": f"{call} is collective, and {self._names(missing)} did not enter it within {timeout:g} s."
-        }
+    def _silence(self, exchange: _Exchange, timeout: float) -> str:
+        """The error that names who is missing."""
+        missing = self._missing(exchange)
+        if not missing:  # all wait, so they wait for different things
+            texts = [self._store.get(exchange.key(f"here/{rank}")) for rank in range(self.size)]
+            positions = [_Exchange(*json.loads(text)) for text in texts]
+            other = next((i for i, found in enumerate(positions) if found != exchange), self.rank)
+            return self._two_positions((exchange, self.rank), (positions[other], other))
+        names = self._names(missing)
+        if exchange.step:
+            return f"{exchange}: {names} gave no sign of life for {timeout:g} s. Dead, or hung?"
+        return f"{exchange} is collective, and {names} did not enter it within {timeout:g} s."
 
-    def _clash(self, call: _Call, found: list[Any], finder: int) -> str:
-        """Two verbs at once. Those who wait in the other one than the finder's say which it is."""
-        if call != _Call(*found):
-            self._store.compare_set(call.key("other"), "", json.dumps([call, self.rank]))
-            self._ours.append((call.number, call.key("other")))
-        if not self._comes(call, "other", GRACE, time.monotonic()):
-            return f"{_Call(*found).place} was called on rank {self.members[finder]}, and something else on other ranks."
-        other, rank = json.loads(self._store.get(call.key("other")))
-        return self._two_places((_Call(*found), finder), (_Call(*other), rank))
+    def _clash(self, exchange: _Exchange, found: list[Any], finder: int) -> str:
+        """The error for two verbs at once. A rank in the other verb than the finder's adds its."""
+        finders = _Exchange(*found)
+        if exchange != finders:
+            self._publish(exchange, {"clash": [exchange, self.rank]}, "other")
+        if not self._appears(exchange, "other", GRACE, time.monotonic()):
+            return (
+                f"{finders.position} was called on rank {self.members[finder]}, and something else "
+                "on other ranks."
+            )
+        other, rank = json.loads(self._store.get(exchange.key("other")))["clash"]
+        return self._two_positions((finders, finder), (_Exchange(*other), rank))
 
-    def _two_places(self, *places: tuple[_Call, int]) -> str:
-        (one, low), (two, high) = sorted(places, key=lambda place: place[1])
+    def _two_positions(self, *positions: tuple[_Exchange, int]) -> str:
+        (one, low), (two, high) = sorted(positions, key=lambda position: position[1])
         return (
-            f"rank {self.members[low]} is in {one.place} and rank {self.members[high]} in {two.place}: every rank must call "
-            "the collective verbs, in the same order."
+            f"rank {self.members[low]} is in {one.position} and rank {self.members[high]} in "
+            f"{two.position}: every rank must call the collective verbs, in the same order."
         )
 
-    def _lowest(self, call: _Call) -> bool:
+    def _is_lowest(self, exchange: _Exchange) -> bool:
         """No rank below this one waits."""
-        return not any(self._store.check([call.key(f"here/{rank}")]) for rank in range(self.rank))
+        keys = [exchange.key(f"here/{rank}") for rank in range(self.rank)]
+        return not any(self._store.check([key]) for key in keys)
 
-    def _missing(self, call: _Call) -> list[int]:
-        return [
-            rank for rank in range(self.size) if not self._store.check([call.key(f"here/{rank}")])
-        ]
+    def _missing(self, exchange: _Exchange) -> list[int]:
+        keys = [exchange.key(f"here/{rank}") for rank in range(self.size)]
+        return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
 
     def _names(self, ranks: list[int]) -> str:
-        return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(
-            str(self.members[rank]) for rank in ranks
-        )
+        names = ", ".join(str(self.members[rank]) for rank in ranks)
+        return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"
 
-    # --- [Note: pulse] ---------------------------------------------------------------------------------------
+    # --- [Note: heartbeat] -----------------------------------------------------------------------
 
     @contextmanager
     def _heartbeats(self) -> Iterator[None]:
+        """Send heartbeats from a thread while the block runs."""
         if self.size == 1:
             yield
             return
         done = threading.Event()
 
         def beat() -> None:
-            with suppress(RuntimeError):  # if the store is gone, the next exchange says so
-                while not done.wait(min(LOOK, self.timeout / 4)):
-                    self._store.add("pulse", 1)
+            with suppress(RuntimeError):  # if the store is gone, the next exchange reports it
+                while not done.wait(min(POLL, self.timeout / 4)):
+                    self._store.add("heartbeat", 1)
 
-        thread = threading.Thread(target=beat, name="dist_ema pulse", daemon=True)
+        thread = threading.Thread(target=beat, name="dist_ema heartbeat", daemon=True)
         thread.start()
         try:
             yield
@@ -357,38 +407,54 @@ class StoreCoordinator:
             thread.join()
 
     def heartbeat(self) -> None:
-        """A sign of life from work outside `attempt`."""
+        """Send a heartbeat from other work than `run_on_all` runs, at most one per POLL."""
         now = time.monotonic()
-        if self.size > 1 and now - self._beaten >= min(LOOK, self.timeout / 4):
-            self._beaten = now
-            self._store.add("pulse", 1)
+        if self.size > 1 and now - self._last_heartbeat >= min(POLL, self.timeout / 4):
+            self._last_heartbeat = now
+            self._store.add("heartbeat", 1)
 
 
 def digest(value: Any) -> int:
-    """Of numbers, texts, bytes and lists of them: for ranks to compare what is too long to send."""
+    """A hash of numbers, texts, bytes and lists of them, to compare what is too long to send."""
     return crc32(repr(value).encode())
 
 
-def _called(verb: str) -> str:
+def _call_text(verb: str) -> str:
     return "EMA(...)" if verb == "EMA" else f"ema.{verb}()"
 
 
-def _said(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
 @contextmanager
-def _telling(call: _Call) -> Iterator[None]:
+def _store_errors(exchange: _Exchange) -> Iterator[None]:
+    """Name the verb and the usual cause when the store is gone."""
     try:
         yield
     except dist.DistNetworkError as error:
         raise RuntimeError(
-            f"{call}: the key-value store of the process group is gone; did the process that holds it (rank 0) die? {error}"
+            f"{exchange}: the key-value store of the process group is gone; did the process that "
+            f"holds it (rank 0) die? {error}"
         ) from error
 
 
 class Ranks:
-    """`size` processes that call the collective verbs together; a world of one needs no process group."""
+    """The processes that call the collective verbs together. A world of one needs no process group.
+
+    Args:
+        members: Global ranks, this process among them.
+        group: A process group of exactly these ranks, if there is one.
+        open_store: Opens the key-value store of the job under a prefix.
+        timeout: Seconds that a rank waits for the others.
+
+    Raises:
+        RuntimeError: The id of [Note: incarnations] did not arrive in time.
+
+    Note:
+        *Collective*: broadcasts 16 bytes, and makes a process group if `group` is not given and
+        the ranks are not the whole job.
+    """
 
     def __init__(
         self,
@@ -401,34 +467,35 @@ class Ranks:
         self.size = len(self.members)
         self.rank = self.members.index(dist.get_rank()) if self.size > 1 else 0
         self.group = self._whole_group(group) if self.size > 1 else None
-        self._coordinator = StoreCoordinator(
-            self._store(open_store), self.members, self.rank, timeout
-        )
-        self.begin, self.all_gather_json = (
-            self._coordinator.begin,
-            self._coordinator.all_gather_json,
-        )
-        self.run_on_all, self.run_on_first = (
-            self._coordinator.run_on_all,
-            self._coordinator.run_on_first,
-        )
+        store = open_store(f"dist_ema/{self._incarnation(timeout)}") if self.size > 1 else None
+        self._coordinator = coordinator = StoreCoordinator(store, self.members, self.rank, timeout)
+        self.begin, self.all_gather_json = coordinator.begin, coordinator.all_gather_json
+        self.run_on_all, self.run_on_first = coordinator.run_on_all, coordinator.run_on_first
 
     def _whole_group(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
         if self.size == dist.get_world_size():
             return dist.group.WORLD
-        return (
-            group
-            if group is not None
-            else dist.new_group(self.members, use_local_synchronization=True)
-        )
+        if group is None:
+            group = dist.new_group(self.members, use_local_synchronization=True)
+        return group
 
-    def _store(self, open_store: Callable[[str], dist.Store]) -> dist.Store | None:
-        if self.size == 1:
-            return None
-        _built[tuple(self.members)] += 1
-        return open_store(
-            f"dist_ema/{crc32(str(self.members).encode()):08x}/{_built[tuple(self.members)]}"
-        )
+    def _incarnation(self, timeout: float) -> str:
+        """A random id, the same on all ranks ([Note: incarnations])."""
+        # NOTE: not from torch's generator, whose numbers belong to the training.
+        token = torch.tensor(list(uuid4().bytes), dtype=torch.uint8, device=self.transfer_device())
+        work = dist.broadcast(token, self.members[0], group=self.group, async_op=True)
+        began = time.monotonic()
+        while not work.is_completed():
+            waited = time.monotonic() - began
+            if waited >= timeout:
+                raise RuntimeError(
+                    f"ranks {self.members} must build the EMA together, and rank "
+                    f"{self.members[0]}, or one that passes its message on, did not come within "
+                    f"{timeout:g} s."
+                )
+            time.sleep(min(POLL / 4, max(5e-4, waited / 10)))
+        work.wait()  # raises what failed, and orders the stream of an accelerator
+        return bytes(token.tolist()).hex()
 
     @property
     def first(self) -> bool:
@@ -443,28 +510,33 @@ class Ranks:
     def timeout(self, seconds: float) -> None:
         self._coordinator.timeout = seconds
 
-    # --- bytes -----------------------------------------------------------------------------------------------
+    # --- bytes -----------------------------------------------------------------------------------
 
-    def wire_device(self) -> torch.device:
-        return wire_device(self.group)
+    def transfer_device(self) -> torch.device:
+        """`transfer_device` of the group of these ranks."""
+        return transfer_device(self.group)
 
     def send(self, data: Tensor, to: int) -> None:
+        """Send to the rank with index `to` in `members`, with a heartbeat."""
         self._coordinator.heartbeat()
         dist.send(data, self.members[to], group=self.group)
 
     def receive(self, data: Tensor, source: int) -> None:
+        """Receive from the rank with index `source`, with a heartbeat."""
         self._coordinator.heartbeat()
         dist.recv(data, self.members[source], group=self.group)
 
-    def share(self, data: Tensor, source: int) -> None:
-        """Broadcast within these ranks."""
+    def broadcast(self, data: Tensor, source: int) -> None:
+        """Broadcast from the rank with index `source`, with a heartbeat. *Collective*."""
         self._coordinator.heartbeat()
         dist.broadcast(data, self.members[source], group=self.group)
 
 
-def wire_device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where bytes must lie to be sent: the host if the group has a CPU backend, else its accelerator."""
-    if group is None or "cpu" in str(dist.get_backend_config(group)).lower():
+def transfer_device(group: dist.ProcessGroup | None) -> torch.device:
+    """The device of sent bytes: the host if the group has a backend for it, else an accelerator."""
+    # The configuration reads "cpu:gloo,cuda:nccl": a device type, then its backend.
+    pairs = [] if group is None else dist.get_backend_config(group).split(",")
+    if group is None or "cpu" in dict(pair.split(":") for pair in pairs):
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None

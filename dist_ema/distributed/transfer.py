@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .coordinator import Ranks, wire_device
+from .coordinator import Ranks, transfer_device
 
 __all__ = [
     "Block",
@@ -45,7 +45,7 @@ def broadcast(pieces: list[Tensor], source: int, group: dist.ProcessGroup) -> No
     """
     root = dist.get_global_rank(group, source)
     mine = dist.get_rank(group) == source
-    wire = wire_device(group)
+    wire = transfer_device(group)
     for bucket in _buckets([piece.view(torch.uint8) for piece in pieces if piece.numel()]):
         if len(bucket) == 1 and wire.type in ("cpu", bucket[0].device.type):
             dist.broadcast(bucket[0], root, group=group)
@@ -88,10 +88,10 @@ def stream(
 
     dtypes and dims describe the weights by number, alike on every rank.
     """
-    wire = ranks.wire_device()
+    wire = ranks.transfer_device()
 
     def out(data: Tensor) -> None:
-        ranks.share(data, ranks.rank) if everywhere else ranks.send(data, 0)
+        ranks.broadcast(data, ranks.rank) if everywhere else ranks.send(data, 0)
 
     for source in range(ranks.size):
         if source == ranks.rank:
@@ -102,7 +102,7 @@ def stream(
         elif everywhere or ranks.first:
 
             def take(data: Tensor, source: int = source) -> None:
-                ranks.share(data, source) if everywhere else ranks.receive(data, source)
+                ranks.broadcast(data, source) if everywhere else ranks.receive(data, source)
 
             for part in _receive(take, dtypes, dims, wire):
                 sink(*part)

@@ -171,7 +171,7 @@ def _together(
 
 def _any(ranks: Ranks, *flags: bool) -> list[bool]:
     """Whether each is true on some rank. *Collective*."""
-    said = torch.tensor(flags, dtype=torch.float32, device=ranks.wire_device())
+    said = torch.tensor(flags, dtype=torch.float32, device=ranks.transfer_device())
     if ranks.size > 1:
         dist.all_reduce(said, dist.ReduceOp.MAX, group=ranks.group)
     return [bool(each) for each in said.tolist()]
@@ -234,7 +234,7 @@ class _Moments:
         if ranks.size == 1:
             return self
         mine = torch.cat([self.mean.new_tensor([self.count]), self.mean, self.squares]).to(
-            ranks.wire_device()
+            ranks.transfer_device()
         )
         said = [torch.empty_like(mine) for _ in range(ranks.size)]
         dist.all_gather(said, mine, group=ranks.group)

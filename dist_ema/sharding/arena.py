@@ -12,15 +12,10 @@ from .ownership import ParamState
 __all__ = ["ALIGN", "allocate", "shadow_dtype"]
 
 
-ALIGN = 64  # bytes; where a long piece starts in the arena
+ALIGN = 64  # bytes; where a long chain starts in the arena
 
-
-LONG = (
-    16 << 10
-)  # elements; shorter pieces lie end to end, so that one flat lerp can take many of them
-
-
-# --- shadows -----------------------------------------------------------------------------------------------------
+# elements; shorter chains lie end to end, so that one flat lerp can take many of them
+LONG = 16 << 10
 
 
 def shadow_dtype(live: torch.dtype, asked: torch.dtype) -> torch.dtype:
@@ -31,64 +26,66 @@ def shadow_dtype(live: torch.dtype, asked: torch.dtype) -> torch.dtype:
 
 
 def allocate(
-    slots: Sequence[ParamState], dtype: torch.dtype, device: torch.device | None
+    states: Sequence[ParamState], dtype: torch.dtype, device: torch.device | None
 ) -> list[Tensor]:
-    """Give every slot a shadow equal to the one that it has, or to its live weights, in one arena per dtype and device.
-    Returns the arenas.
+    """Lay shadows into one arena per dtype and device.
 
-    Neighbours in the model stay neighbours in the arena, as one chain. Short chains lie end to end before the long ones,
-    each of which starts at 64 bytes.
+    Neighbours in the model stay neighbours in the arena, as one chain. Short chains lie end to end
+    before the long ones, each of which starts at a multiple of `ALIGN`.
+
+    Args:
+        states: What is averaged. Each gets a shadow equal to the one that it has, or to its live
+            weights.
+        dtype: Of the shadows.
+        device: Of the shadows; None: of each weight.
+
+    Returns:
+        The arenas, 1-D. *Aliases* the shadows.
     """
     arenas = []
-    keys = [(shadow_dtype(slot.shard.dtype, dtype), device or slot.local.device) for slot in slots]
+    keys = [
+        (shadow_dtype(state.shard.dtype, dtype), device or state.local.device) for state in states
+    ]
     for key in dict.fromkeys(keys):
-        mine = [slot for slot, its in zip(slots, keys, strict=True) if its == key]
-        starts, total = _starts(mine, ALIGN // key[0].itemsize)
-        # Host memory beside an accelerator is pinned, once for all: `swap` moves it over the host link.
-        pinned = key[1].type == "cpu" and any(slot.local.device.type != "cpu" for slot in mine)
+        chosen = [state for state, other in zip(states, keys, strict=True) if other == key]
+        starts, total = _starts(chosen, ALIGN // key[0].itemsize)
+        # Pinned once for all beside an accelerator: `swap` moves it over the host link.
+        pinned = key[1].type == "cpu" and any(s.local.device.type != "cpu" for s in chosen)
         arena = torch.empty(total, dtype=key[0], device=key[1], pin_memory=pinned)
         arenas.append(arena)
-        for slot, start in zip(mine, starts, strict=True):
-            before = slot.live if slot.shadow is None else slot.shadow
-            slot.shadow = arena[start : start + slot.averaged_region.numel].copy_(before)
+        for state, start in zip(chosen, starts, strict=True):
+            before = state.live if state.shadow is None else state.shadow
+            state.shadow = arena[start : start + state.averaged_region.numel].copy_(before)
     return arenas
 
 
-def _starts(slots: Sequence[ParamState], align: int) -> tuple[list[int], int]:
-    """Where each slot starts, and where the last one ends."""
-    starts, total = [0] * len(slots), 0
-    long = []
-    for chain, length in _chains(slots):
+def _starts(states: Sequence[ParamState], align: int) -> tuple[list[int], int]:
+    """The first element of each shadow in the arena, and the arena's length."""
+    starts, total = [0] * len(states), 0
+    chains = list(_chains(states))
+    # NOTE: sorted() keeps the order of the model within the short and within the long chains.
+    for chain, length in sorted(chains, key=lambda entry: entry[1] >= LONG):
         if length >= LONG:
-            long.append((chain, length))
-            continue
-        total = _place(chain, slots, starts, total)
-    for chain, _ in long:
-        total = _place(chain, slots, starts, -(-total // align) * align)
+            total = -(-total // align) * align
+        for i in chain:
+            starts[i] = total
+            total += states[i].averaged_region.numel
     return starts, total
 
 
-def _place(chain: list[int], slots: Sequence[ParamState], starts: list[int], at: int) -> int:
-    """Lay a chain end to end from `at`; returns its end."""
-    for i in chain:
-        starts[i] = at
-        at += slots[i].averaged_region.numel
-    return at
-
-
-def _chains(slots: Sequence[ParamState]) -> Iterator[tuple[list[int], int]]:
-    """(numbers of slots whose live elements follow each other in memory, how many elements)."""
+def _chains(states: Sequence[ParamState]) -> Iterator[tuple[list[int], int]]:
+    """(indices of states whose live elements follow each other in memory, number of elements)."""
     chain: list[int] = []
-    length, ends_at = 0, None
-    for i, slot in enumerate(slots):
-        live = slot.live
-        if live.numel() and live.data_ptr() != ends_at:
+    length, end = 0, None
+    for i, state in enumerate(states):
+        live = state.live
+        if live.numel() and live.data_ptr() != end:
             if chain:
                 yield chain, length
             chain, length = [], 0
         chain.append(i)
         length += live.numel()
         if live.numel():
-            ends_at = live.data_ptr() + live.nbytes
+            end = live.data_ptr() + live.nbytes
     if chain:
         yield chain, length

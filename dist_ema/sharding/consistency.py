@@ -1,4 +1,4 @@
-"""All ranks see the same weights, and what is called replicated is: compared by hash, named where it is not."""
+"""All ranks see the same weights, and replicas are equal. Only what differs is named."""
 
 from __future__ import annotations
 
@@ -13,103 +13,112 @@ __all__ = ["on_averages", "on_weights"]
 
 
 def on_weights(
-    verb: str, ranks: Ranks, slots: Sequence[ParamState], averaged: Sequence[bool]
+    verb: str, ranks: Ranks, states: Sequence[ParamState], averaged: Sequence[bool]
 ) -> None:
-    """Raise ValueError on every rank if names, shapes or dtypes differ, or replicas do not hold the same bits.
+    """Compare the models of the ranks, and the bits of replicas.
 
-    *Collective*. *Cost*: one read of the replicated weights, three numbers sent; one rank compares.
+    Args:
+        verb: The verb that compares.
+        ranks: The ranks that hold the model.
+        states: The weights and buffers, in the order of the model.
+        averaged: Whether each of them is averaged.
+
+    Raises:
+        ValueError: Names, shapes or dtypes differ, or replicas hold other bits. On every rank.
+
+    Note:
+        *Collective*. *Cost*: one read of the replicated weights, three numbers sent. One rank
+        compares.
     """
     if ranks.size == 1:
         return
     weights: list[list[object]] = [
-        [slot.name, list(slot.shard.shape), str(slot.shard.dtype), chosen]
-        for slot, chosen in zip(slots, averaged, strict=True)
-        if slot.shard.kind != "buffer"
+        [state.name, list(state.shard.shape), str(state.shard.dtype), is_averaged]
+        for state, is_averaged in zip(states, averaged, strict=True)
+        if state.shard.kind != "buffer"
     ]
     replicas = [
-        slot
-        for slot in slots
-        if slot.shard.replicas or 0 < len(slot.shard.owner_ranks) < ranks.size
+        state
+        for state in states
+        if state.shard.replicas or 0 < len(state.shard.owner_ranks) < ranks.size
     ]
-    where = [
-        [
-            slot.name,
-            *slot.shard.local_region.offsets,
-            slot.shard.local_region.begin,
-            slot.shard.local_region.end,
-        ]
-        for slot in replicas
+    regions = [
+        [state.name, *region.offsets, region.begin, region.end]
+        for state in replicas
+        for region in [state.shard.local_region]
     ]
-    mine: dict[str, list[Any]] = {"weights": weights, "where": where}
+    inventory: dict[str, list[Any]] = {"weights": weights, "regions": regions}
 
-    def brief() -> dict[str, int]:
-        mine["values"] = fingerprints([slot.local for slot in replicas])
-        return {key: digest(value) for key, value in mine.items()}
+    def digests() -> dict[str, int]:
+        inventory["hashes"] = fingerprints([state.local for state in replicas])
+        return {key: digest(value) for key, value in inventory.items()}
 
-    if not ranks.run_on_all(verb, brief, combine=_alike)[
-        1
-    ]:  # seen by all, so all go on to name what differs
-        _compare(ranks.members, ranks.all_gather_json(verb, mine))
+    _, equal = ranks.run_on_all(verb, digests, combine=_all_equal)
+    if not equal:  # every rank learned this, so all of them exchange what differs
+        _name_differences(ranks.members, ranks.all_gather_json(verb, inventory))
 
 
-def _alike(brief: Sequence[dict[str, int]]) -> bool:
-    values = {each["where"]: each["values"] for each in brief}
+def _all_equal(digests: Sequence[dict[str, int]]) -> bool:
+    hashes = {entry["regions"]: entry["hashes"] for entry in digests}
     return all(
-        each["weights"] == brief[0]["weights"] and values[each["where"]] == each["values"]
-        for each in brief
+        entry["weights"] == digests[0]["weights"] and hashes[entry["regions"]] == entry["hashes"]
+        for entry in digests
     )
 
 
-def _compare(members: Sequence[int], said: Sequence[dict[str, Any]]) -> None:
-    """Every rank compares all the others too, so that all of them raise or none."""
-    holders: dict[str, int] = {}
-    for i, other in enumerate(said):
-        if other["weights"] != said[0]["weights"]:
-            pairs = zip(said[0]["weights"], other["weights"], strict=False)
-            differ = [f"{a} and {b}" for a, b in pairs if a != b]
-            counts = f"{len(said[0]['weights'])} and {len(other['weights'])} weights"
+def _name_differences(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError for the first difference. Every rank compares all, so that all raise."""
+    first_holders: dict[str, int] = {}  # by the regions that they hold
+    first = inventories[0]["weights"]
+    for i, inventory in enumerate(inventories):
+        weights = inventory["weights"]
+        if weights != first:
+            pairs = [f"{a} and {b}" for a, b in zip(first, weights, strict=False) if a != b]
+            found = "; ".join(pairs[:3]) or f"{len(first)} and {len(weights)} weights"
             raise ValueError(
-                f"ranks {members[0]} and {members[i]} hold different models: {'; '.join(differ[:3]) or counts}."
+                f"ranks {members[0]} and {members[i]} hold different models: {found}. Build the "
+                "same model on every rank."
             )
-        first = holders.setdefault(str(other["where"]), i)
-        names = [entry[0] for entry in other["where"]]
-        _refuse_odd(names, said[first]["values"], other["values"], members[first], members[i])
+        holder = first_holders.setdefault(str(inventory["regions"]), i)
+        hashes = zip(inventories[holder]["hashes"], inventory["hashes"], strict=True)
+        entries = zip(inventory["regions"], hashes, strict=True)
+        mismatched = [region[0] for region, (a, b) in entries if a != b]
+        if mismatched:
+            raise ValueError(
+                f"{', '.join(mismatched[:5])} differ between ranks {members[holder]} and "
+                f"{members[i]}, which should hold replicas. Broadcast the weights before building "
+                "the EMA, or tell DDP to ignore them."
+            )
 
 
-def _refuse_odd(names: list[str], a: list[int], b: list[int], one: int, other: int) -> None:
-    odd = [name for name, x, y in zip(names, a, b, strict=True) if x != y]
-    if odd:
-        raise ValueError(
-            f"{', '.join(odd[:5])} differ between ranks {one} and {other}, which should hold replicas. Broadcast the "
-            "weights before building the EMA, or tell DDP to ignore them."
-        )
+def on_averages(verb: str, ranks: Ranks, states: Sequence[ParamState]) -> None:
+    """Compare the averages of a model that is not wrapped, in a job of several ranks.
 
+    Buffers may differ, as those of BatchNorm do under DDP. Files get the first rank's.
 
-def on_averages(verb: str, ranks: Ranks, slots: Sequence[ParamState]) -> None:
-    """Raise RuntimeError on every rank unless each holds the same average of a model that nobody wrapped.
+    Raises:
+        RuntimeError: The ranks hold different averages. On every rank.
 
-    Buffers may differ, as BatchNorm's do under DDP, which drop-ins take off: files get the first rank's, as there.
+    Note:
+        *Collective*. *Cost*: one read of the averages.
     """
-    names = [slot.name for slot in slots]
-    weights = [slot for slot in slots if slot.shard.kind != "buffer"]
+    names = [state.name for state in states]
+    weights = [state for state in states if state.shard.kind != "buffer"]
     ranks.begin(verb)
-    _, odd = ranks.run_on_all(
+    _, positions = ranks.run_on_all(
         verb,
-        lambda: [digest(names), *fingerprints([slot.average for slot in weights])],
-        combine=_differing,
+        lambda: [digest(names), *fingerprints([state.average for state in weights])],
+        combine=_mismatched,
     )
-    if odd:
-        said = (
-            ", ".join(sorted(weights[i - 1].name for i in odd if i)[:3])
-            if odd[0]
-            else "the names of the weights"
-        )
+    if positions:
+        mismatched = ", ".join(sorted(weights[i - 1].name for i in positions if i)[:3])
         raise RuntimeError(
-            f"ema.{verb}(): the model is not wrapped, and {said} differ between the ranks of this job. Wrap the model (DDP, "
-            "fully_shard), or start one process."
+            f"ema.{verb}(): the model is not wrapped, and "
+            f"{mismatched if positions[0] else 'the names of the weights'} differ between the "
+            "ranks of this job. Wrap the model (DDP, fully_shard), or start one process."
         )
 
 
-def _differing(said: list[list[int]]) -> list[int]:
-    """The first places where not all say the same."""
-    return [i for i, values in enumerate(zip(*said, strict=False)) if len(set(values)) > 1][:10]
+def _mismatched(hashes: list[list[int]]) -> list[int]:
+    """The first positions at which the ranks differ."""
+    return [i for i, values in enumerate(zip(*hashes, strict=False)) if len(set(values)) > 1][:10]
