@@ -319,7 +319,7 @@ def test_partial_page(studies: Callable[[str], Any], tmp_path: Path) -> None:
     page = studies("page").text(studies("results").Results(facts, results.size, results.found))
     assert page.count("Not run, or not complete.") == 5
     assert "too small to prove anything" in page
-    assert max(len(line) for line in page.split("\n") if not line.startswith(("|", "!"))) <= 120
+    assert max(len(line) for line in page.split("\n") if not line.startswith(("|", "!"))) <= 100
 
 
 def test_results_are_read_back(studies: Callable[[str], Any], tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 sizes         what is run: cells, and how long each is
 digits        the image task that most experiments share
 table         live weights against averages, with clean and wrong labels
-language      a small GPT on two ranks: constant learning rate, averages, decayed branches, a sweep afterwards
+language      a small GPT on two ranks: constant learning rate, averages, decayed branches, a sweep
 forgetting    fine-tune on other classes
 distillation  soft targets and mean teacher, from few labels
 resolution    train at one resolution, test at others

@@ -1,4 +1,4 @@
-"""The image task that most experiments share: scikit-learn's digits at 16 x 16, and the network of launch/train.py."""
+"""The task of most experiments: scikit-learn's digits at 16 x 16, with launch/train.py's network."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Task:
         )
 
     def with_wrong_labels(self, percent: int) -> Task:
-        """That share of the training labels is another digit, the same ones for every seed of a run."""
+        """That share of the training labels is another digit, the same ones for every seed."""
         generator, n = train.draw(9, percent), len(self.labels)
         wrong = torch.randperm(n, generator=generator)[: n * percent // 100]
         labels = self.labels.clone()
@@ -82,7 +82,10 @@ def build(seed: int, width: int = 16, lr: float = LR) -> tuple[nn.Module, torch.
 def batches(
     task: Task, seed: int, epoch: int, steps: int, size: int = BATCH, view: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented images and labels; drawn from (seed, epoch, step) alone. view: the same images, augmented anew."""
+    """Augmented images and labels, drawn from (seed, epoch, step) alone.
+
+    view: the same images, augmented anew.
+    """
     order = torch.randperm(len(task.images), generator=train.draw(seed, epoch))
     for step in range(min(steps, len(order) // size)):
         rows = order[step * size : (step + 1) * size]
@@ -129,6 +132,6 @@ def accuracy(model: nn.Module, task: Task) -> float:
 
 
 def restate(model: nn.Module, task: Task, count: int) -> None:
-    """Population statistics for these weights, over `count` batches of 64 augmented training images."""
+    """Population statistics for these weights over `count` batches of 64 augmented images."""
     stream = (batch for epoch in range(count) for batch in batches(task, 8, epoch + 1, count, 64))
     recalibrate(model, stream, count, progress=False)

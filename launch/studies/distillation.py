@@ -1,4 +1,4 @@
-"""Few labels: a small student alone, with the soft targets of a wide teacher, and with its own average for a teacher."""
+"""Few labels: a small student alone, with a teacher's soft targets, and with its own average."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
-    """Test accuracy of live weights and of the average, at the end of each training. 8 x 8 pixels."""
+    """Test accuracy of live weights and of the average, after each training. 8 x 8 pixels."""
     task = digits.load(size, 8)
     few = replace(task, images=task.images[:LABELLED], labels=task.labels[:LABELLED])
     lesson = Lesson(task, few, cell.seed, size, tick)
@@ -56,7 +56,7 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
 
 
 class Lesson:
-    """What all trainings share: the stream of images, the labelled ones among them, and how they end."""
+    """What all trainings share: the images, the labelled ones among them, and how they end."""
 
     def __init__(
         self, task: digits.Task, few: digits.Task, seed: int, size: Size, tick: digits.Tick
@@ -101,7 +101,7 @@ class Lesson:
         }
 
     def mean_teacher(self) -> dict[str, float]:
-        """The student learns from labels, and from its own average, which sees the same images augmented anew."""
+        """The student learns from labels and its own average, which sees other augmentations."""
         self.step = 0
         model, optimizer = digits.build(self.seed, 8)
         teacher = copy.deepcopy(model)

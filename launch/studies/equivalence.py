@@ -22,7 +22,7 @@ RATE, MOMENTUM = 0.05, 0.9  # of the batch of 32
 
 
 def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
-    """One run with all averages of batch 32, one of batch 64; both go on from one that has found its way."""
+    """One run with all averages of batch 32, one of batch 64; both go on from a trained one."""
     task = digits.load(size)
     model, optimizer = digits.build(cell.seed)
     for epoch in range(1, size.equivalence_epochs // 2 + 1):
@@ -38,7 +38,7 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
 
 
 def apart(one: Watched, two: Watched) -> dict[str, float]:
-    """Where the averages of the larger batch ended, from where that of the smaller one did: shares of the way it went."""
+    """The distance between the averages of both batches, as shares of the smaller one's way."""
     there = one.averages[LONG]
     way = float((there - one.start).norm())
     found = {
@@ -100,7 +100,7 @@ class Watched:
         return {"loss": float(loss), "gone": float((flat(probe.parameters()) - self.start).norm())}
 
     def compare(self, exact: EMA, others: dict[str, EMA]) -> list[dict[str, Any]]:
-        """Every shadow against the fp32 one that moved in each step. Distances are shares of the way from the start."""
+        """Every shadow against the fp32 one that was updated in each step, as shares of its way."""
         rows = []
         for number, decay in enumerate((DECAY, LONG)):
             reference, right = self.weights(exact, number)
@@ -169,7 +169,10 @@ class Nearest:
 
 
 def scaled(model: nn.Module, times: int) -> torch.optim.SGD:
-    """SGD for a batch that many times as large: momentum is a decay too, and the sum of all steps grows with the batch."""
+    """SGD for a batch that many times as large.
+
+    Momentum is a decay too, and the sum of all steps grows with the batch.
+    """
     momentum = MOMENTUM**times
     return torch.optim.SGD(
         model.parameters(), lr=times * RATE * (1 - momentum) / (1 - MOMENTUM), momentum=momentum

@@ -1,4 +1,4 @@
-"""Fine-tune on other classes: the average keeps the old ones longer, and comes to the new ones later."""
+"""Fine-tune on other classes: the average keeps the old ones longer, learns the new ones later."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ RATE, EVERY = 0.02, 15
 
 
 def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
-    """Accuracy on the test images of the first five digits and of the other five, among all ten answers.
+    """Accuracy on the test images of the first five digits and of the other five, among all ten
+    answers.
 
-    The averages begin as the model that knows the first five; nothing of those is seen again, BatchNorm's statistics are
-    averaged with the weights.
+    The averages begin as the model that knows the first five; nothing of those is seen again,
+    BatchNorm's statistics are averaged with the weights.
     """
     task = digits.load(size)
     old, new = task.only(range(5)), task.only(range(5, 10))

@@ -1,11 +1,14 @@
-"""A small GPT on the source code of Python's standard library: two ranks, FSDP2, a constant learning rate, averages.
+"""A small GPT on the source code of Python's standard library: two ranks, FSDP2, a constant
+learning rate, averages.
 
-Three questions to one run. How far do averages of several horizons come down to a run whose learning rate decays? The
-decayed runs branch off checkpoints of the constant one, and end where its averages are looked at. And what would an average
-of another width have been? Two stored Power profiles are mixed into it afterwards.
+Three questions to one run. How far do averages of several horizons come down to a run whose
+learning rate decays? The decayed runs branch off checkpoints of the constant one, and end where its
+averages are looked at. And what would an average of another width have been? Two stored Power
+profiles are mixed into it afterwards.
 
-[Note: going on] Model, optimizer and averages are saved together every `gpt_every` steps, the rows so far with them; the
-batch of a step is drawn from its number. So a killed run goes on with the same bits.
+[Note: going on] Model, optimizer and averages are saved together every `gpt_every` steps, the rows
+so far with them; the batch of a step is drawn from its number. So a killed run goes on with the
+same bits.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ SKIPPED = {
 }
 
 
-# --- the task --------------------------------------------------------------------------------------------------
+# --- the task -------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -120,7 +123,7 @@ def next_byte_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-# --- one run ---------------------------------------------------------------------------------------------------
+# --- one run --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -208,7 +211,7 @@ def validate(model: nn.Module, size: Size, rank: int = 0, world: int = 1) -> Ten
     return torch.stack(parts).sum() / len(at)
 
 
-# --- the constant learning rate, and its averages --------------------------------------------------------------
+# --- the constant learning rate, and its averages -------------------------------------------------
 
 
 def names() -> list[str]:
@@ -259,7 +262,10 @@ def averaged(run: Run, ema: EMA) -> dict[str, float]:
 
 
 def keep(run: Run, number: int, rows: list[dict[str, Any]], ema: EMA, stored: EMA) -> None:
-    """One checkpoint, whole or not at all ([Note: going on]); older ones go, but for the starts of branches. *Collective*."""
+    """One checkpoint, whole or not at all ([Note: going on]). *Collective*.
+
+    Older ones are removed, except where a branch starts.
+    """
     place = run.save()
     ema.save(place / "ema")
     stored.save(place / "stored")
@@ -278,11 +284,11 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-# --- branches, and the sweep -----------------------------------------------------------------------------------
+# --- branches, and the sweep ----------------------------------------------------------------------
 
 
 def branch(run: Run, end: int) -> list[dict[str, Any]]:
-    """From a checkpoint of the constant run, with a learning rate that falls linearly to 0 at `end`."""
+    """From a checkpoint of the constant run; the learning rate falls linearly to 0 at `end`."""
     decay = run.size.gpt_decay
     run.load(run.folder / f"step-{end - decay:06}")
     rows = []
@@ -294,7 +300,7 @@ def branch(run: Run, end: int) -> list[dict[str, Any]]:
 
 
 def sweep(run: Run) -> list[dict[str, Any]]:
-    """Every width, mixed from the stored averages and evaluated in one process: this rank's share of them."""
+    """This rank's share of the widths: mixed from the stored averages, evaluated in one process."""
     store, rows = Snapshots(run.folder / "snapshots"), []
     model = Gpt(run.size.gpt_width, run.size.gpt_layers)
     for sigma in SIGMAS[run.rank :: run.world]:
@@ -308,7 +314,7 @@ def sweep(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-# --- from start to end -----------------------------------------------------------------------------------------
+# --- from start to end ----------------------------------------------------------------------------
 
 
 def work(rank: int, world: int, size: Size, folder: Path, tick: Tick) -> dict[str, Any]:

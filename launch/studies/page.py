@@ -53,14 +53,14 @@ def text(results: Results) -> str:
 
 
 def _fill(page: str) -> str:
-    """Paragraphs and items of lists in lines of 120; tables, code, headings and images as they are."""
+    """Paragraphs and list items in lines of 100; tables, code, headings, images as they are."""
     blocks = []
     for block in page.split("\n\n"):
         if block.startswith("- "):
-            block = "\n".join(fill(item, 120, subsequent_indent="  ") for item in block.split("\n"))
+            block = "\n".join(fill(item, 100, subsequent_indent="  ") for item in block.split("\n"))
         elif not block.startswith(("|", "#", "!", "```")):
             block = fill(
-                " ".join(block.split()), 120, break_long_words=False, break_on_hyphens=False
+                " ".join(block.split()), 100, break_long_words=False, break_on_hyphens=False
             )
         blocks.append(block)
     return "\n\n".join(blocks)
@@ -85,7 +85,7 @@ def _verdicts(found: Sequence[Verdict]) -> str:
     )
 
 
-# --- head and foot -----------------------------------------------------------------------------------------------
+# --- head and foot --------------------------------------------------------------------------------
 
 
 def _head(results: Results) -> str:
@@ -99,15 +99,17 @@ def _head(results: Results) -> str:
     )
     return f"""# Results: does averaging help?
 
-`launch/study.py` trains, compares, and writes this page from its files of results: every number, verdict and plot
-below is computed, and the page of the committed results is compared with a new one in the tests. {_count(results)} on
-a machine with {machine["cores"]} CPU cores and no GPU; what was chosen beforehand is the average that verdicts speak
-of (decay {HEADLINE}, with recalibrated BatchNorm statistics) and the rule: a difference counts if it is more than two
-standard errors over the seeds, seed by seed. Tables have mean ± standard deviation over the seeds, differences have
-mean ± standard error; in plots, lines are means and bands or bars standard deviations.{small}
+`launch/study.py` trains, compares, and writes this page from its files of results: every number,
+verdict and plot below is computed, and the page of the committed results is compared with a new one
+in the tests. {_count(results)} on a machine with {machine["cores"]} CPU cores and no GPU; what was
+chosen beforehand is the average that verdicts speak of (decay {HEADLINE}, with recalibrated
+BatchNorm statistics) and the rule: a difference counts if it is more than two standard errors over
+the seeds, seed by seed. Tables have mean ± standard deviation over the seeds, differences have mean
+± standard error; in plots, lines are means and bands or bars standard deviations.{small}
 
-Of {len(found)} comparisons with what others have published, {agree} agree; each section says which do not. The models
-are small and the tasks are easy: what carries over to large ones is the mechanism, not the size of the numbers."""
+Of {len(found)} comparisons with what others have published, {agree} agree; each section says which
+do not. The models are small and the tasks are easy: what carries over to large ones is the
+mechanism, not the size of the numbers."""
 
 
 def _count(results: Results) -> str:
@@ -127,7 +129,8 @@ def _all_verdicts(results: Results) -> list[list[Verdict]]:
 def _how(results: Results) -> str:
     facts = results.facts
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    machine = f"{facts['machine']['cores']} cores, {facts['machine']['architecture']}, {facts['machine']['system']}"
+    box = facts["machine"]
+    machine = f"{box['cores']} cores, {box['architecture']}, {box['system']}"
     commands = list(dict.fromkeys(session["command"] for session in facts["sessions"]))
     workers = ", ".join(dict.fromkeys(str(session["workers"]) for session in facts["sessions"]))
     wall = sum(session["seconds"] for session in facts["sessions"]) / 60
@@ -143,12 +146,13 @@ def _how(results: Results) -> str:
 {chr(10).join(commands)}
 ```
 
-{wall:.0f} minutes in {_sessions(facts)} with {workers} workers: {one / 60:.0f} minutes of one core for the digits,
-{two / 60:.0f} minutes of two for the language model. Machine: {machine}. Versions: {versions}. The time is that on
-the clock, whatever else the machine had to do. The language model learns the source of the Python that runs it, so
-another Python has other losses. The same machine and versions give the same files, interrupted or not, but for the
-seconds in them. What is there is not done again, so remove it first or name another `--out`. `--quick` is the same in
-three minutes, `--only NAME` one experiment, `--page` this page again."""
+{wall:.0f} minutes in {_sessions(facts)} with {workers} workers: {one / 60:.0f} minutes of one core
+for the digits, {two / 60:.0f} minutes of two for the language model. Machine: {machine}. Versions:
+{versions}. The time is that on the clock, whatever else the machine had to do. The language model
+learns the source of the Python that runs it, so another Python has other losses. The same machine
+and versions give the same files, interrupted or not, but for the seconds in them. What is there is
+not done again, so remove it first or name another `--out`. `--quick` is the same in three minutes,
+`--only NAME` one experiment, `--page` this page again."""
 
 
 def _sessions(facts: dict[str, Any]) -> str:
@@ -156,7 +160,7 @@ def _sessions(facts: dict[str, Any]) -> str:
     return "one session" if count == 1 else f"{count} sessions"
 
 
-# --- the sections ------------------------------------------------------------------------------------------------
+# --- the sections ---------------------------------------------------------------------------------
 
 
 def _table(results: Results) -> str:
@@ -184,21 +188,22 @@ def _table(results: Results) -> str:
         ]
         blocks.append(f"### {noise} % wrong labels\n\n" + _rows(head, rows, left=2))
     reasons = "\n\n".join(verdicts.why(results))
-    return f"""scikit-learn's digits at 16 x 16 pixels, turned, scaled, shifted and with noise; the network of
-launch/train.py (14,458 weights, BatchNorm), SGD with momentum at a constant learning rate of 0.1, batch 32,
-{size.epochs} epochs of {size.steps_per_epoch} steps; {size.tests} test images. A share of the training labels is
-wrong, the same ones for every seed. All averages of a run come from that one run; SWA is the mean of the live weights
-after each epoch of the last quarter. *Last epoch* is the test accuracy after it, *last quarter* its mean over the
-epochs of that quarter; *fluctuation* the standard deviation of its change from one epoch to the next in the last
-quarter; *churn* the share of test images on which two seeds differ, over all pairs (the standard error of a
+    return f"""scikit-learn's digits at 16 x 16 pixels, turned, scaled, shifted and with noise; the
+network of launch/train.py (14,458 weights, BatchNorm), SGD with momentum at a constant learning
+rate of 0.1, batch 32, {size.epochs} epochs of {size.steps_per_epoch} steps; {size.tests} test
+images. A share of the training labels is wrong, the same ones for every seed. All averages of a run
+come from that one run; SWA is the mean of the live weights after each epoch of the last quarter.
+*Last epoch* is the test accuracy after it, *last quarter* its mean over the epochs of that quarter;
+*fluctuation* the standard deviation of its change from one epoch to the next in the last quarter;
+*churn* the share of test images on which two seeds differ, over all pairs (the standard error of a
 difference by leaving out one seed after the other).
 
 {_verdicts(verdicts.of_table(results))}
 
-Published: [Morales-Brotons et al. 2024](https://arxiv.org/abs/2411.18704). Here: decay {HEADLINE} with recalibrated
-statistics against the live weights with their own. Accuracy after the last epoch was the measure to begin with; its
-mean over the last quarter was added after a first look at the results, because live weights jump so much that their
-last epoch says little.
+Published: [Morales-Brotons et al. 2024](https://arxiv.org/abs/2411.18704). Here: decay {HEADLINE}
+with recalibrated statistics against the live weights with their own. Accuracy after the last epoch
+was the measure to begin with; its mean over the last quarter was added after a first look at the
+results, because live weights jump so much that their last epoch says little.
 
 {reasons}
 
@@ -237,32 +242,36 @@ def _language(results: Results) -> str:
     widths = [
         [f"{row['sigma_rel']:.2f}", f"{row['loss']:.4f}", f"{row['residual']:.1%}"] for row in sweep
     ]
-    return f"""A GPT of {cell["parameters"]:,} weights learns bytes of the Python standard library's source
-({cell["bytes"][0] / 1e6:.1f} MB; every tenth file, {cell["bytes"][1] / 1e6:.1f} MB, is for validation), on
-{cell["world"]} ranks under FSDP2: {size.gpt_steps} steps of {size.gpt_batch} x 128 bytes, AdamW at a constant
-learning rate of 0.003. Averages of several windows (1 / (1 - decay) steps) are tracked in the same run. From three
-checkpoints a branch goes on with a learning rate that falls to 0 within {size.gpt_decay} steps. One seed. Validation
-loss in nats per byte, where the branches end:
+    return f"""A GPT of {cell["parameters"]:,} weights learns bytes of the Python standard library's
+source ({cell["bytes"][0] / 1e6:.1f} MB; every tenth file, {cell["bytes"][1] / 1e6:.1f} MB, is for
+validation), on {cell["world"]} ranks under FSDP2: {size.gpt_steps} steps of {size.gpt_batch} x 128
+bytes, AdamW at a constant learning rate of 0.003. Averages of several windows (1 / (1 - decay)
+steps) are tracked in the same run. From three checkpoints a branch goes on with a learning rate
+that falls to 0 within {size.gpt_decay} steps. One seed. Validation loss in nats per byte, where the
+branches end:
 
 {_rows(["step", "live", *windows, "decayed branch"], rows, left=0)}
 
 {_verdicts(verdicts.of_language(cell))}
 
-Published: [Hägele et al. 2024](https://arxiv.org/abs/2405.18392). "Comes close" means here that the best of the
-windows closes at least half of the gap; the best is chosen after the fact, which is what the sweep below makes cheap.
+Published: [Hägele et al. 2024](https://arxiv.org/abs/2405.18392). "Comes close" means here that the
+best of the windows closes at least half of the gap; the best is chosen after the fact, which is
+what the sweep below makes cheap.
 
 ![validation loss over steps, and over sigma_rel](results/language.png)
 
-Two Power averages were stored every {size.gpt_every} steps (`ema.snapshot`), and every other width was mixed from
-them afterwards with `dist_ema.posthoc`. The best of those tried is sigma_rel {best["sigma_rel"]:g} with
-{best["loss"]:.4f}, where live has {last["live"]:.4f}. {_same(mixed["loss"], last[tracked], mixed["sigma_rel"])}
+Two Power averages were stored every {size.gpt_every} steps (`ema.snapshot`), and every other width
+was mixed from them afterwards with `dist_ema.posthoc`. The best of those tried is sigma_rel
+{best["sigma_rel"]:g} with {best["loss"]:.4f}, where live has {last["live"]:.4f}.
+{_same(mixed["loss"], last[tracked], mixed["sigma_rel"])}
 
 {_rows(["sigma_rel", "loss", "residual"], widths, left=0)}"""
 
 
 def _same(mixed: float, tracked: float, sigma: float) -> str:
     return (
-        f"At {sigma:g}, tracked during the run as well, the mixture has {mixed:.5f} and the tracked average {tracked:.5f}: "
+        f"At {sigma:g}, tracked during the run as well, the mixture has {mixed:.5f} "
+        f"and the tracked average {tracked:.5f}: "
         f"{abs(mixed - tracked):.1e} apart."
     )
 
@@ -313,15 +322,16 @@ def _forgetting(results: Results) -> str:
         f"{label[9:]} has {old} % of the old and {new} % of the new"
         for label, *_, old, new in (rows[1], rows[-1])
     ]
-    return f"""Trained on the digits 0 to 4, fine-tuned on 5 to 9 at a learning rate of 0.02 without ever seeing the
-first five again; asked among all ten. The averages begin as the model that knows the first five, and BatchNorm's
-statistics are averaged with the weights.
+    return f"""Trained on the digits 0 to 4, fine-tuned on 5 to 9 at a learning rate of 0.02 without
+ever seeing the first five again; asked among all ten. The averages begin as the model that knows
+the first five, and BatchNorm's statistics are averaged with the weights.
 
 {_rows(head, rows)}
 
-*Best* is the evaluated step with the highest mean of both halves, for each kind of weights its own, looked up on the
-test images. At its best moment the average with {brake} is {here.points()} points from live at its own, {said}. The
-horizon decides when the average passes from the old to the new: at the end {ends[0]}, {ends[1]}.
+*Best* is the evaluated step with the highest mean of both halves, for each kind of weights its own,
+looked up on the test images. At its best moment the average with {brake} is {here.points()} points
+from live at its own, {said}. The horizon decides when the average passes from the old to the new:
+at the end {ends[0]}, {ends[1]}.
 
 ![accuracy on both halves over the steps of the fine-tuning](results/forgetting.png)"""
 
@@ -333,12 +343,13 @@ def _distillation(results: Results) -> str:
         [name, *(_percent([cell[name][kind] for cell in cells]) for kind in ("live", "average"))]
         for name in names
     ]
-    return f"""150 training images have labels, the other 1,197 are images alone; 8 x 8 pixels. The teacher is twice
-as wide as the student and learns from the same 150 labels; its average gives the soft targets (temperature 2) on all
-images. The mean teacher is the student's own average (`EMA(student, into=teacher)`, decay 0.99), which looks at
-another augmentation of each image. The last row knows all labels. Test accuracy, %:
+    return f"""150 training images have labels, the other 1,197 are images alone; 8 x 8 pixels. The
+teacher is twice as wide as the student and learns from the same 150 labels; its average gives the
+soft targets (temperature 2) on all images. The mean teacher is the student's own average
+(`EMA(student, into=teacher)`, decay 0.99), which looks at another augmentation of each image. The
+last row knows all labels. Test accuracy, %:
 
-{_rows(["", "live", "average, decay 0.99"], rows)}
+{_rows(["training", "live", "average, decay 0.99"], rows)}
 
 {_verdicts(verdicts.of_distillation(cells))}
 
@@ -354,10 +365,10 @@ def _resolution(results: Results) -> str:
         table.append(
             [str(side), *(_percent([cell["rows"][i][way] for cell in cells]) for way in ways)]
         )
-    return f"""Trained on random parts of the images (half to the whole side) at 16 x 16 pixels, so that strokes look
-larger than in whole images; tested on whole images at other sides. *Fine-tuned*: classifier and last BatchNorm alone,
-three epochs at that side with the test's preprocessing (`recipes.fixres`). All from the average of decay 0.99. Test
-accuracy, %:
+    return f"""Trained on random parts of the images (half to the whole side) at 16 x 16 pixels, so
+that strokes look larger than in whole images; tested on whole images at other sides. *Fine-tuned*:
+classifier and last BatchNorm alone, three epochs at that side with the test's preprocessing
+(`recipes.fixres`). All from the average of decay 0.99. Test accuracy, %:
 
 {_rows(["side of the test images", *ways], table)}
 
@@ -390,17 +401,18 @@ def _equivalence(results: Results) -> str:
         "way from the start, %",
         "accuracy, %",
     ]
-    return f"""Runs of the digits task that go on from one that has found its way; averages begin there. The first row
-of each decay is the reference: fp32, updated in every step. Distances are over all weights, as shares of the way that
-the reference went; accuracy has recalibrated BatchNorm statistics. *Rounded to nearest* is what a bf16 shadow does
-without stochastic rounding, done by hand.
+    return f"""Runs of the digits task that go on from one that has found its way; averages begin
+there. The first row of each decay is the reference: fp32, updated in every step. Distances are over
+all weights, as shares of the way that the reference went; accuracy has recalibrated BatchNorm
+statistics. *Rounded to nearest* is what a bf16 shadow does without stochastic rounding, done by
+hand.
 
 {_rows(head, rows, left=2)}
 
 {_no_difference(cells)}
 
-**Twice the batch.** A second run has batch 64 (SGD with the learning rate and the momentum that correspond). With
-decay² its average should be that of batch 32 after the same number of images:
+**Twice the batch.** A second run has batch 64 (SGD with the learning rate and the momentum that
+correspond). With decay² its average should be that of batch 32 after the same number of images:
 
 {_batch(cells)}
 
@@ -426,7 +438,8 @@ def _no_difference(cells: Cells) -> str:
             else "makes a difference"
         )
         sentences.append(
-            f"At decay 0.999 *{row['shadow']}* {verdict}: {way:.1%} of the way, {here.points()} points. Its weights are "
+            f"At decay 0.999 *{row['shadow']}* {verdict}: {way:.1%} of the way, "
+            f"{here.points()} points. Its weights are "
             f"{apart:.1%} of the way apart from the reference."
         )
     return "\n".join(f"- {sentence}" for sentence in sentences)
@@ -459,4 +472,4 @@ def _batch(cells: Cells) -> str:
             for a, b in zip(last(run, decay, "gone"), last("small", small, "gone"), strict=True)
         ]
         rows.append([label, numbers(last(run, decay, "loss")), _percent(share)])
-    return _rows(["", "test loss of the average", "way from the start, % of batch 32"], rows)
+    return _rows(["run", "test loss of the average", "way from the start, % of batch 32"], rows)

@@ -1,4 +1,4 @@
-"""The PNGs: labelled axes, the mean over seeds as a line, their standard deviation as a band. No torch."""
+"""The PNGs: the mean over seeds as a line, their standard deviation as a band. No torch."""
 
 from __future__ import annotations
 

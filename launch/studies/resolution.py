@@ -27,7 +27,7 @@ TUNED_EPOCHS, TUNED_RATE = 3, 0.01
 
 
 def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
-    """Test accuracy by side: of the average as it was trained, with new BatchNorm statistics, and fine-tuned."""
+    """Test accuracy by side: the average as trained, with new BatchNorm statistics, fine-tuned."""
     sharp = digits.load(size, 32)
     model, optimizer = digits.build(cell.seed)
     ema = EMA(model, Debiased(0.99), buffers="average")
@@ -71,7 +71,7 @@ def at(model: nn.Module, task: digits.Task, seed: int, size: Size) -> dict[str, 
 
 
 def crops(task: digits.Task, seed: int, epoch: int, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of half to the whole side, at a random place, sampled at TRAINED pixels a side, with noise."""
+    """Parts of half to the whole side, at random places, at TRAINED pixels a side, with noise."""
     order = torch.randperm(len(task.images), generator=train.draw(seed, epoch)).split(digits.BATCH)
     for step, rows in enumerate(order[:steps]):
         generator, n = train.draw(seed, epoch, step + 1), len(rows)

@@ -84,7 +84,7 @@ def paired(better: Sequence[float], than: Sequence[float]) -> Estimate:
 
 
 def fluctuation(cell: dict[str, Any], name: str) -> float:
-    """The standard deviation of the change of accuracy from one epoch to the next, in the last quarter."""
+    """The standard deviation of the change of accuracy between epochs, in the last quarter."""
     late = [row["accuracy"][name] for row in cell["rows"] if row["epoch"] > cell["late"]]
     return spread([b - a for a, b in pairwise(late)])[1]
 
@@ -95,7 +95,7 @@ def churn(cells: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def calmer(cells: Sequence[dict[str, Any]], name: str, than: str) -> Estimate:
-    """By how much the churn of `name` is lower, on the same seeds: the standard error by leaving out one after the other."""
+    """How much lower the churn of `name` is on the same seeds, with its jackknife standard error."""
     n, one, two = len(cells), _differ(cells, than), _differ(cells, name)
 
     def lower(seeds: list[int]) -> float:

@@ -20,7 +20,7 @@ __all__ = [
 EXPERIMENTS = ("language", "table", "forgetting", "distillation", "resolution", "equivalence")
 NOISES = (0, 20, 40)  # % of wrong training labels
 DECAYS = (0.99, 0.995, 0.999)
-HEADLINE = 0.995  # the average that verdicts speak of: chosen before the run, so that they cannot pick the luckiest
+HEADLINE = 0.995  # the average of the verdicts: chosen before the run, not the luckiest after it
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,10 @@ class Cell:
 
 
 def cells(size: Size, only: str | None = None) -> list[Cell]:
-    """All cells of a study, or those of one experiment. The language model comes first: it takes two processes."""
+    """All cells of a study, or those of one experiment.
+
+    The language model comes first: it takes two processes.
+    """
     epoch, some = size.steps_per_epoch, range(size.seeds)
     branches = len(set(size.gpt_ends)) * size.gpt_decay
     found = [Cell("language", "", 0, GPT_COST * (size.gpt_steps + branches))]

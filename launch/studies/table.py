@@ -19,9 +19,11 @@ __all__ = ["run"]
 
 
 def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
-    """Test accuracy of every kind of weights and BatchNorm statistics, and the last predictions as a string of digits.
+    """Test accuracy of every kind of weights and BatchNorm statistics, and the last predictions as
+    a string of digits.
 
-    Every epoch of the last quarter is evaluated, in which fluctuation is measured, and every fifth before.
+    Every epoch of the last quarter is evaluated, in which fluctuation is measured, and every fifth
+    before.
     """
     noise, _, cosine = cell.variant.partition("-")
     task = digits.load(size).with_wrong_labels(int(noise))
@@ -52,7 +54,7 @@ def run(cell: Cell, size: Size, tick: digits.Tick) -> dict[str, Any]:
 
 
 class Averages:
-    """Several decays in one pass, and the mean of the last quarter, which starts late and so is an EMA of its own."""
+    """Several decays in one pass, and the mean of the last quarter as an EMA that starts late."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, late: int, steps: int
@@ -63,7 +65,7 @@ class Averages:
         self.swa.attach(optimizer, start=late * steps, every=steps)
 
     def into(self, probe: nn.Module) -> Iterator[str]:
-        """Write one average after the other into `probe`, with averaged BatchNorm statistics; their names."""
+        """Write each average into `probe`, with averaged BatchNorm statistics; yields its name."""
         for number, decay in enumerate(DECAYS):
             self.ema.copy_to(probe, number)
             yield str(decay)
@@ -75,7 +77,7 @@ class Averages:
 def all_of(
     model: nn.Module, averages: Averages | None, task: digits.Task, size: Size
 ) -> Iterator[tuple[str, nn.Module]]:
-    """(weights/statistics, the model that has them). copied: those of the live weights at that moment."""
+    """(weights/statistics, the model that has them). copied: from live weights at that moment."""
     probe = copy.deepcopy(model)
     yield "live/own", probe
     digits.restate(probe, task, size.recalibrate)

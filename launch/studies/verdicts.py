@@ -1,4 +1,5 @@
-"""Sentences that follow from the numbers: what was published, what came out here, and whether the two agree. No torch.
+"""Sentences that follow from the numbers: what was published, what came out here, and whether the
+two agree. No torch.
 
 A difference counts if it is more than two standard errors, over the seeds and seed by seed.
 """
@@ -61,7 +62,7 @@ def final(cells: Cells, name: str) -> list[float]:
 
 
 def lasting(cells: Cells, name: str) -> list[float]:
-    """Mean accuracy over the epochs of the last quarter, by seed: what one may expect of stopping at any of them."""
+    """Mean accuracy over the epochs of the last quarter, by seed: the expected end of a run."""
     return [
         fmean(row["accuracy"][name] for row in cell["rows"] if row["epoch"] > cell["late"])
         for cell in cells
@@ -130,7 +131,7 @@ def _gains(cells: Cells, measure: Measure) -> list[float]:
 
 
 def why(results: Results) -> list[str]:
-    """What the gain is made of, noise by noise, and what it is worth beside a decayed learning rate."""
+    """What the gain is made of at each noise, and its worth beside a decayed learning rate."""
     lines = []
     for noise in NOISES:
         cells, cosine = results.of("table", f"{noise}"), results.of("table", f"{noise}-cosine")
@@ -140,9 +141,10 @@ def why(results: Results) -> list[str]:
         best = max((LIVE, "live/recalibrated"), key=lambda name: fmean(final(cosine, name)))
         beside = paired(final(cells, AVERAGE), final(cosine, best))
         lines.append(
-            f"**{noise} % wrong labels**: of {whole.points()} points in the last quarter, {fresh.points()} come from fresh "
-            f"BatchNorm statistics, which live weights can have too, and {rest.points()} from averaging the weights. A "
-            f"second run whose learning rate falls to 0 (cosine, with the better of its two kinds of statistics) ends "
+            f"**{noise} % wrong labels**: of {whole.points()} points in the last quarter, "
+            f"{fresh.points()} come from fresh BatchNorm statistics, which live weights can have "
+            f"too, and {rest.points()} from averaging the weights. A second run whose learning rate "
+            f"falls to 0 (cosine, with the better of its two kinds of statistics) ends "
             f"{_beside(beside)}."
         )
         if not (gain(cells).beyond and calm(cells).beyond):
@@ -157,7 +159,8 @@ def _beside(beside: Estimate) -> str:
         return (
             f"ahead of the average, by {Estimate(-beside.mean, beside.error).points()[1:]} points"
         )
-    return f"level with it: the average is {beside.points()} points away, which is within two standard errors"
+    away = f"the average is {beside.points()} points away"
+    return f"level with it: {away}, which is within two standard errors"
 
 
 def _shortfall(noise: int, cells: Cells) -> str:
@@ -171,10 +174,12 @@ def _shortfall(noise: int, cells: Cells) -> str:
     live, average = (_range(final(cells, name)) for name in (LIVE, AVERAGE))
     verdict = "more than" if steady.beyond else "not more than"
     return (
-        f"At {noise} % the average does **not** beat live by more than two standard errors in {' and '.join(lacks)} after "
-        f"the last epoch. Why: live accuracy changes by {100 * jumps:.1f} points (standard deviation) from one epoch to the "
-        f"next, so the last one is a matter of luck: over {len(cells)} seeds it is {live} %, that of the average {average} "
-        f"%. In the mean of the last quarter the average is {steady.points()} points ahead, {verdict} two standard errors."
+        f"At {noise} % the average does **not** beat live by more than two standard errors in "
+        f"{' and '.join(lacks)} after the last epoch. Why: live accuracy changes by "
+        f"{100 * jumps:.1f} points (standard deviation) from one epoch to the next, so the last "
+        f"one is a matter of luck: over {len(cells)} seeds it is {live} %, that of the average "
+        f"{average} %. In the mean of the last quarter the average is {steady.points()} points ahead, "
+        f"{verdict} two standard errors."
     )
 
 
@@ -183,16 +188,20 @@ def _range(values: list[float]) -> str:
 
 
 def of_language(cell: dict[str, Any]) -> list[Verdict]:
-    """At each end of a branch: the share of the gap between live and decayed that the best average closes."""
+    """At each end of a branch: the share of live's gap to decayed that the best average closes."""
     found = []
-    text = "An average of a constant learning rate comes close to a run that decays it (Hägele et al. 2024)"
+    text = (
+        "An average of a constant learning rate comes close to a run that decays it "
+        "(Hägele et al. 2024)"
+    )
     for end, rows in cell["branches"].items():
         row = next(each for each in cell["rows"] if each["step"] == int(end))
         best = min((name for name in row if name.startswith("window")), key=lambda name: row[name])
         decayed, gap = rows[-1]["live"], row["live"] - rows[-1]["live"]
         closed = (row["live"] - row[best]) / gap if gap > 0 else 0.0
         share = f"{closed:.0%} of the gap" if gap > 0 else "no gap, as decaying did not help"
-        here = f"step {end}: live {row['live']:.3f}, {best} {row[best]:.3f}, decayed {decayed:.3f}: {share}"
+        losses = f"live {row['live']:.3f}, {best} {row[best]:.3f}, decayed {decayed:.3f}"
+        here = f"step {end}: {losses}: {share}"
         found.append(Verdict(text, here, AGREES if closed >= 0.5 else DISAGREES))
     return found
 

@@ -1,7 +1,9 @@
-"""Processes, progress and files. The main process never imports torch: a server does it once, and forks the others.
+"""Processes, progress and files. The main process never imports torch: a server does it once, and
+forks the others.
 
-[Note: killed]  A cell's file appears by a rename when it is done, so a killed study does the cell again that it was at; the
-language model goes on from its last checkpoint. Workers wait for the end of the main process in a thread and end with it.
+[Note: killed] A cell's file appears by a rename when it is done, so a killed study does the cell
+again that it was at; the language model goes on from its last checkpoint. Workers wait for the end
+of the main process in a thread and end with it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ class StudyError(RuntimeError):
 
 
 def run(todo: Sequence[Cell], size: Size, out: Path, workers: int) -> None:
-    """Do these cells; each leaves out/NAME.json. Raises what a cell raised, and StudyError if a process died."""
+    """Do these cells; each leaves out/NAME.json.
+
+    Raises what a cell raised, and StudyError if a process died.
+    """
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -91,7 +96,7 @@ def result_of(out: Path, cell: Cell) -> Path:
     return out / f"{cell.name}.json"
 
 
-# --- in the processes ------------------------------------------------------------------------------------------
+# --- in the processes -----------------------------------------------------------------------------
 
 
 _counter: Any = None
@@ -137,7 +142,7 @@ def _write(cell: Cell, out: Path, result: dict[str, Any], seconds: float) -> Non
 def _on_ranks(
     context: Any, cell: Cell, size: Size, out: Path, counter: Any, poll: Callable[[], None]
 ) -> None:
-    """A cell of two processes. They are judged by the file that they leave: gloo now and then aborts at the exit."""
+    """A cell of two processes, judged by the file that they leave: gloo may abort at the exit."""
     scratch = out / ".scratch" / cell.name
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / "rendezvous").unlink(missing_ok=True)
@@ -158,7 +163,8 @@ def _on_ranks(
         rank.join()
     if not result_of(out, cell).exists():
         raise StudyError(
-            f"{cell.name}: the ranks ended with codes {[rank.exitcode for rank in ranks]}; see above."
+            f"{cell.name}: the ranks ended with codes "
+            f"{[rank.exitcode for rank in ranks]}; see above."
         )
     shutil.rmtree(out / ".scratch")
 
@@ -179,7 +185,7 @@ def _rank(rank: int, cell: Cell, size: Size, out: Path, scratch: Path, counter: 
     os._exit(0)
 
 
-# --- what the person sees --------------------------------------------------------------------------------------
+# --- what the person sees -------------------------------------------------------------------------
 
 
 @contextmanager
