@@ -1,4 +1,4 @@
-"""The task of most experiments: scikit-learn's digits at 16 x 16, with launch/train.py's network."""
+"""The task of most experiments: scikit-learn's digits at 16 x 16, on launch/train.py's network."""
 
 from __future__ import annotations
 

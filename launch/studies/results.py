@@ -95,7 +95,7 @@ def churn(cells: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def calmer(cells: Sequence[dict[str, Any]], name: str, than: str) -> Estimate:
-    """How much lower the churn of `name` is on the same seeds, with its jackknife standard error."""
+    """How much lower the churn of `name` is on the same seeds, with a jackknife standard error."""
     n, one, two = len(cells), _differ(cells, than), _differ(cells, name)
 
     def lower(seeds: list[int]) -> float:

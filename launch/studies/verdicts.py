@@ -143,8 +143,8 @@ def why(results: Results) -> list[str]:
         lines.append(
             f"**{noise} % wrong labels**: of {whole.points()} points in the last quarter, "
             f"{fresh.points()} come from fresh BatchNorm statistics, which live weights can have "
-            f"too, and {rest.points()} from averaging the weights. A second run whose learning rate "
-            f"falls to 0 (cosine, with the better of its two kinds of statistics) ends "
+            f"too, and {rest.points()} from averaging the weights. A second run whose learning "
+            f"rate falls to 0 (cosine, with the better of its two kinds of statistics) ends "
             f"{_beside(beside)}."
         )
         if not (gain(cells).beyond and calm(cells).beyond):
@@ -178,8 +178,8 @@ def _shortfall(noise: int, cells: Cells) -> str:
         f"{' and '.join(lacks)} after the last epoch. Why: live accuracy changes by "
         f"{100 * jumps:.1f} points (standard deviation) from one epoch to the next, so the last "
         f"one is a matter of luck: over {len(cells)} seeds it is {live} %, that of the average "
-        f"{average} %. In the mean of the last quarter the average is {steady.points()} points ahead, "
-        f"{verdict} two standard errors."
+        f"{average} %. In the mean of the last quarter the average is {steady.points()} points "
+        f"ahead, {verdict} two standard errors."
     )
 
 
