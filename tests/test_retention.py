@@ -194,7 +194,7 @@ def test_latest_of_somebody_else(ema: EMA, tmp_path: Path) -> None:
         run.mkdir()
         make(run / "latest")
         with pytest.raises(
-            ValueError, match="latest is there and names no ema-NUMBER: it is not ours to replace"
+            ValueError, match="latest exists and names no ema-NUMBER: it is not ours to replace"
         ):
             ema.save(run / "ema-2", keep=1)
         assert names(run) == ["latest"]

@@ -316,7 +316,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "offsets beyond 2^63": (pack({"a": spec(1 << 63, 1 << 64)}), "whole numbers"),
     "a number of 4,000 digits": (pack(b'{"a": %s}' % (b"9" * 4000)), "broken safetensors header"),
     "a number of 5,000 digits": (pack(b'{"a": %s}' % (b"9" * 5000)), "broken safetensors header"),
-    "the same key twice": (pack(b'{"a": 1, "a": 2}'), "the key 'a' stands twice"),
+    "the same key twice": (pack(b'{"a": 1, "a": 2}'), "the key 'a' occurs twice"),
     "not a number": (pack(b'{"a": NaN}'), "NaN is no finite number"),
     "no finite number": (pack(b'{"a": 1e999}'), "1e999 is no finite number"),
     "UTF-16": (pack('{"a": 1}'.encode("utf-16")), "broken safetensors header: UnicodeDecodeError"),
@@ -403,7 +403,7 @@ def test_read_model_stays_inside(name: Any, tmp_path: Path) -> None:
         (b'{"weight_map": {}}', "no sound weight_map"),
         (
             b'{"weight_map": {"a": "x.safetensors", "a": "x.safetensors", "b": "x.safetensors"}}',
-            "'a' stands twice",
+            "'a' occurs twice",
         ),
         (b'{"weight_map": {"a": "x.safetensors"}}', r"disagree on \[\('b', 'x.safetensors'\)\]"),
         (

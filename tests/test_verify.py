@@ -117,8 +117,8 @@ def test_files(shop: Path, tmp_path: Path) -> None:
     (folder / first).write_bytes(one[:-1])
     (folder / second).write_bytes(two + b"\0")
     said = problems(folder)
-    assert f"{folder / first} holds {len(one) - 1} bytes, its header speaks of {len(one)}" in said
-    assert f"{folder / second} holds {len(two) + 1} bytes, its header speaks of {len(two)}" in said
+    assert f"{folder / first} holds {len(one) - 1} bytes, its header describes {len(one)}" in said
+    assert f"{folder / second} holds {len(two) + 1} bytes, its header describes {len(two)}" in said
     (folder / first).unlink()
     (folder / second).write_bytes(two)
     assert first in problems(folder)

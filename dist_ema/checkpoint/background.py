@@ -1,4 +1,4 @@
-"""Work behind the caller: one piece at a time, not lost when the program ends, its errors handed to the next call."""
+"""A task in a background thread: the interpreter waits for it, and the next call gets its error."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ log = logging.getLogger("dist_ema")
 
 
 class BackgroundTask:
-    """One piece of work at a time, in a thread.
+    """Runs one task at a time in a thread.
 
-    The thread is no daemon, so the interpreter waits for it before it ends (`os._exit` and a signal do not). An error is
-    logged when it happens, because there may be no next call.
+    The thread is no daemon, so the interpreter waits for it before it exits (`os._exit` and a
+    signal do not wait). An error is logged when it happens, because there may be no next call.
     """
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._what = ""
         self._error: BaseException | None = None
-        self._said: list[str] = []
+        self._remarks: list[str] = []
 
     def start(self, what: str, work: Callable[[], list[str]]) -> None:
-        """Do `work`, which returns remarks. Call `finish` first."""
+        """Run `work`, which returns remarks. Call `finish` first."""
         assert self._thread is None
-        self._what, self._error, self._said = what, None, []
+        self._what, self._error, self._remarks = what, None, []
 
         def run() -> None:
             try:
-                self._said = work()
+                self._remarks = work()
             except BaseException as error:
                 log.error("%s failed behind training: %s", what, error)
                 self._error = error
@@ -40,7 +40,7 @@ class BackgroundTask:
         self._thread.start()
 
     def finish(self) -> list[str]:
-        """Wait for what is under way; its remarks. Raises RuntimeError, once, if it failed."""
+        """Wait for the task and return its remarks. Raises RuntimeError, once, if it failed."""
         if self._thread is None:
             return []
         self._thread.join()
@@ -48,4 +48,4 @@ class BackgroundTask:
         if self._error is not None:
             error, self._error = self._error, None
             raise RuntimeError(f"{self._what} failed behind training: {error}") from error
-        return self._said
+        return self._remarks

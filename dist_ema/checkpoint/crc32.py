@@ -1,4 +1,9 @@
-"""CRC-32 of a file, combined from what each byte range contributes."""
+"""CRC-32 of a file, combined from what each byte range contributes.
+
+[Note: check sums]  CRC-32 is affine over GF(2). So the sum of a file is the XOR of what each range
+contributes, shifted by the number of bytes behind it. Every rank sums its own ranges and posts one
+number per file. The result does not depend on the partition.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,11 @@ from functools import lru_cache
 __all__ = ["RangeSum", "check_sum"]
 
 
-# --- [Note: check sums] ------------------------------------------------------------------------------------------
-
 _POLYNOMIAL = 0xEDB88320
 
 
 class RangeSum:
-    """What some byte ranges, added in any order, contribute to the CRC-32 of a file of `size` bytes."""
+    """What byte ranges, added in any order, contribute to the CRC-32 of a file of `size` bytes."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -54,7 +57,7 @@ def _multiply(a: int, b: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _power(n: int) -> int:
-    """x^(8n): what n further bytes do to a sum. A negative n undoes them (the order of x is 2^32 - 1)."""
+    """x^(8n): the effect of n more bytes; a negative n undoes it (the order of x is 2^32 - 1)."""
     n = (8 * n) % 0xFFFFFFFF
     result, square = 0x80000000, 0x40000000
     while n:

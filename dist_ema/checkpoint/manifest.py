@@ -199,14 +199,16 @@ class Manifest:
         yield from (f"files: {name} is not listed" for name in files if name not in self.files)
 
     def _of_names(self, files: Files) -> Iterator[str]:
-        """Names of weights that the files do not hold, and weights that the names do not explain."""
+        """Names that no weight in the files has, and weights that no name explains."""
         held = {label: _weights_of(label, files) for label in self.labels}
         first = held[""]
         for key in ("averaged", "own_buffers", "aliases", "dtypes"):
             yield from _lost(f"{key}: it", getattr(self, key), first)
         for name, others in self.aliases.items():
             for other in first.intersection(others):
-                yield f"aliases: {other} is listed as another name of {name}, and is a weight itself"
+                yield (
+                    f"aliases: {other} is listed as another name of {name}, and is a weight itself"
+                )
         averaged = set(self.averaged)
         for label, own in self.averages.items():
             if not held[label]:
@@ -218,7 +220,8 @@ class Manifest:
         for label in filter(held.get, self.labels) if not unclear else ():
             extra = sorted(held[label] - averaged - set(self.own_buffers_of(label)))
             if extra and (label or self.weights == "averaged"):
-                yield f"averaged: it lacks {', '.join(extra[:3])}, which {label or 'the folder'} holds"
+                where = label or "the folder"
+                yield f"averaged: it lacks {', '.join(extra[:3])}, which {where} holds"
             if label and averaged - held[label]:
                 names = sorted(averaged - held[label])[:3]
                 yield f"averages: {label} lacks {', '.join(names)}, which is averaged"
@@ -297,7 +300,8 @@ def _parse_files(files: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list
             parsed[name] = entry if _is_entry(entry) else {}
             if not parsed[name]:
                 damage.append(
-                    f"files: {name} must have a size and a CRC-32 of 8 digits, listed is {brief(entry)}"
+                    f"files: {name} must have a size and a CRC-32 of 8 digits, listed is "
+                    f"{brief(entry)}"
                 )
     return parsed, damage
 

@@ -1,10 +1,10 @@
-"""Saved forms, read by ranks: only the slices that each one keeps, and nothing changes before everything is checked.
+"""Saved forms, read by ranks: each rank reads only its regions, and checks come before any change.
 
-What is read: a folder that `ema.save` wrote, which is resumed, clock and all; or any safetensors model (an export, a
-Hugging Face folder, one file), from which an average starts.
+A folder that `ema.save` wrote is resumed with its clock. Any other safetensors model (an export, a
+Hugging Face folder, one file) is a start.
 
-Every file is opened once, and checked, summed and read through that one handle: a save that replaces the folder in between
-cannot mix two versions.
+Every file is opened once, and checked, summed and read through that one handle. So a save that
+replaces the folder in between cannot mix two versions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WINDOW = 4 << 20  # bytes read at a time
 Aliases = dict[str, list[str]]  # name in the file -> further names of the same weight
 
 
-# --- one file ----------------------------------------------------------------------------------------------------
+# --- one file ------------------------------------------------------------------------------------
 
 
 class OpenFile:
@@ -54,7 +54,7 @@ class OpenFile:
         self._handle.close()
 
     def read(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
-        """The box of a weight in blocks of at most one window. *Aliases*: the next block overwrites this one."""
+        """Blocks of a box, each at most a window. *Aliases*: the next block overwrites this one."""
         entry = self.header.entries[name]
         dtype, begin = DTYPES[entry.dtype], len(self.header.head) + entry.begin
         blocks = list(split_box(box, WINDOW // dtype.itemsize))
@@ -74,7 +74,7 @@ class OpenFile:
         regular_file.read_into(self._handle.fileno(), self.path, into, offset)
 
     def contribution(self, rank: int, size: int) -> int:
-        """What this rank's part of the bytes adds to the check sum of the file ([Note: check sums] in format)."""
+        """What this rank's bytes add to the check sum of the file ([Note: check sums] in crc32)."""
         total = self.header.size
         at, end = total * rank // size, total * (rank + 1) // size
         found, buffer = crc32.RangeSum(total), memoryview(bytearray(min(WINDOW, end - at)))
@@ -101,7 +101,7 @@ class _Weight(NamedTuple):
         return DTYPES[self.entry.dtype]
 
 
-# --- what is there -----------------------------------------------------------------------------------------------
+# --- what is there -------------------------------------------------------------------------------
 
 
 class _Location(NamedTuple):
@@ -165,7 +165,7 @@ def _aliases_of_file(path: Path, found: manifest.Manifest) -> Aliases:
     return aliases
 
 
-# --- what is to be read ------------------------------------------------------------------------------------------
+# --- what is to be read --------------------------------------------------------------------------
 
 
 class LoadTarget(NamedTuple):
@@ -209,7 +209,7 @@ def _plan_start(place: _Location, targets: Sequence[LoadTarget]) -> list[_ReadPl
 def _plan_resume(
     place: _Location, saved: manifest.Manifest, targets: Sequence[LoadTarget], remarks: list[str]
 ) -> list[_ReadPlan]:
-    """For each average the saved one with its schedule; those that are left over follow each other in order."""
+    """Each average gets the saved one with its schedule; the rest are paired in order."""
     path, schedules = Path(place.folder), saved.schedules
     if len(targets) > len(schedules):
         raise ValueError(f"{path} holds {len(schedules)} averages, this EMA has {len(targets)}.")
@@ -233,7 +233,7 @@ def _plan_resume(
 
 
 def _match_schedules(saved: Sequence[Any], wanted: Sequence[Any]) -> list[int]:
-    """For each that is wanted the place of the saved one that is equal, else of the next that is left over."""
+    """For each wanted schedule the index of the equal saved one, else of the next unmatched one."""
     equal = [saved.index(each) if each in saved else None for each in wanted]
     left = (k for k in range(len(saved)) if k not in equal)
     return [next(left) if k is None else k for k in equal]
@@ -296,7 +296,7 @@ class OpenCheckpoint:
             self._open.popitem()[1].close()
 
     def open(self) -> int:
-        """Open every file and compare it with the model. Returns a hash of what came out, alike on every rank."""
+        """Open every file and compare it with the model. Returns a hash of the differences."""
         for plan in self._plans:
             chosen, report = _compare(plan, self._table(plan))
             self._chosen.append(chosen)
@@ -363,8 +363,8 @@ class OpenCheckpoint:
         what = "is an export" if exported else f"comes without {manifest.META}"
         where = Path(self._place.folder, "" if exported else self._place.model)
         self.warnings.append(
-            f"{where} {what}: the average starts from it, and its clock at 0. What ema.save() wrote "
-            "has a clock to go on with."
+            f"{where} {what}: the average starts from it, and its clock at 0. What ema.save() "
+            "wrote has a clock to go on with."
         )
 
     def _warn_of_frozen(self, saved: manifest.Manifest) -> None:
@@ -448,7 +448,8 @@ def open_checkpoint(
             raise ValueError("ema.load(): strict and verify must be alike on all ranks.")
         if not files:
             raise ValueError(
-                f"the ranks see different files in {place.folder}. Is it on a file system that all of them share?"
+                f"the ranks see different files in {place.folder}. Is it on a file system that all "
+                "of them share?"
             )
         found.judge(strict)
         if verify and place.listed:
@@ -534,14 +535,14 @@ def _compare(plan: _ReadPlan, table: dict[str, _Weight]) -> tuple[dict[str, _Wei
 
 
 def _converts(there: torch.dtype, here: torch.dtype) -> bool:
-    """Only what floats may become something that floats, and complex numbers stay complex; other weights are not read."""
+    """Floats convert to floats, complex numbers to complex ones, integers to any real dtype."""
     if there.is_complex or here.is_complex:
         return there.is_complex and here.is_complex
     return there.is_floating_point or not here.is_floating_point
 
 
 def _refuse_untied(state: ParamState, held: Sequence[_Weight]) -> None:
-    """One weight here, several in the file: they must be the same, or reading one would lose the others."""
+    """Raise ValueError where names that are tied in the model hold different bytes in the file."""
     first, *others = held
     for other in others:
         pairs = zip(_blocks(state, first), _blocks(state, other), strict=True)
@@ -585,14 +586,23 @@ def _read(state: ParamState, region: Region, data: Tensor, weight: _Weight) -> N
             view[block.within(box)].copy_(values)
 
 
-# --- full weights ------------------------------------------------------------------------------------------------
+# --- full weights --------------------------------------------------------------------------------
 
 
 def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The complete state_dict of a saved average or any safetensors model: a folder, or one .safetensors file.
+    """The complete state_dict of a saved average or of any safetensors model.
 
-    Every alias is back, so `model.load_state_dict(load_file(path), strict=True)` passes. Headers, sizes and the index are
-    checked, sums are not (`dist-ema verify`). *Aliases*: pages of the file, copied when written to.
+    Every alias is restored, so `model.load_state_dict(load_file(path), strict=True)` passes.
+
+    Args:
+        path: A folder, or one .safetensors file.
+
+    Raises:
+        ValueError: A header, a size or the index is unsound. Sums are not compared
+            (`dist-ema verify` does).
+
+    Note:
+        *Aliases*: the tensors are pages of the file, copied when they are written to.
     """
     place = _locate(Path(path))
     folder = Path(place.folder)
@@ -613,7 +623,7 @@ def _mapped(path: Path, file: safetensors.SafetensorsFile) -> Iterable[tuple[str
     for name, entry in file.entries.items():
         start, dtype = len(file.head) + entry.begin, DTYPES[entry.dtype]
         raw = torch.from_numpy(pages[start : start + entry.nbytes])
-        # NOTE: files of other writers may be packed at any byte; views of a wider dtype need alignment.
+        # NOTE: other writers pack at any byte, and views of a wider dtype need alignment.
         raw = raw if start % dtype.itemsize == 0 else raw.clone()
         yield (
             name,

@@ -10,11 +10,12 @@ from typing import BinaryIO
 __all__ = ["open_regular", "read_exactly", "read_into"]
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
 def open_regular(path: Path) -> BinaryIO:
-    """Open for reading, unbuffered. Raises ValueError for what is no file: a pipe would block, a device never end."""
+    """Open for reading, unbuffered.
+
+    Raises:
+        ValueError: It is no regular file. A pipe would block, and a device would never end.
+    """
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -23,7 +24,8 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_into(fd: int, path: Path, into: memoryview, offset: int) -> None:
-    """Fill `into` from an open file. Raises ValueError where that ends before. NOTE: one call moves at most 2 GiB."""
+    """Fill `into` from an open file. Raises ValueError where the file ends before."""
+    # NOTE: one call moves at most 2 GiB.
     while into:
         count = os.preadv(fd, [into], offset)
         if not count:
@@ -32,7 +34,7 @@ def read_into(fd: int, path: Path, into: memoryview, offset: int) -> None:
 
 
 def read_exactly(file: BinaryIO, n: int) -> bytes:
-    """NOTE: an unbuffered read may return less than it was asked for."""
+    """Read n bytes, or up to the end: one unbuffered read may return fewer than were asked for."""
     parts = []
     while n and (part := file.read(n)):
         parts.append(part)

@@ -1,8 +1,8 @@
-"""The saves of one run side by side: run/ema-001000, run/ema-002000, and run/latest, a file that names the newest.
+"""The numbered saves of one run: run/ema-001000, run/ema-002000, and the pointer run/latest.
 
-Deleting is the most dangerous thing that a library does. Only folders go whose name has the same stem and a number, that are
-complete, and that hold nothing but what dist_ema wrote there; numbers beyond the new one belong to a run that was rewound,
-and stay.
+Deleting is the most dangerous thing that a library does. A folder is removed only if its name has
+the same stem and a number, if it is complete, and if it holds nothing but what dist_ema wrote.
+Numbers beyond the new one belong to a run that was rewound, and stay.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ def refuse(path: Path, keep: int) -> None:
         name = atomic.named(latest)
         if name is None or _split(name)[0] != stem:
             raise ValueError(
-                f"{latest} is there and names no {stem}NUMBER: it is not ours to replace. Save with keep= into a folder of "
-                "its own."
+                f"{latest} exists and names no {stem}NUMBER: it is not ours to replace. Save with "
+                "keep= into a folder of its own."
             )
 
 
 def advance(path: Path, keep: int) -> list[str]:
-    """After `path` was published: point to it, and remove all but the last `keep` saves up to its number.
+    """Point to the published `path`, and remove all but the last `keep` saves up to its number.
 
-    Returns a sentence for everything that should have gone and is still there.
+    Returns:
+        A sentence for every save that should have been removed and was not.
     """
     atomic.point(path)
     stem, last = _split(path.name)
@@ -53,7 +54,7 @@ def advance(path: Path, keep: int) -> list[str]:
             found.append((number, path.parent / name))
         elif half[2] == "gone":
             atomic.remove(path.parent / name)
-        else:  # a save that was killed: a series has one writer, and that is here now
+        else:  # a save that was killed: the saves of a run have one writer, this one
             atomic.recover(path.parent / half[1])
             atomic.remove_leftovers(path.parent / half[1])
     old = [folder for _, folder in sorted(found, reverse=True) if _is_save(folder)]
@@ -84,11 +85,13 @@ def _is_whole(path: Path, size: int) -> bool:
 
 
 def _retire(folder: Path) -> str | None:
-    """Remove a save: out of sight at once, so that nobody ever finds half of it. Returns what kept it here."""
+    """Rename a save, so that no reader finds half of it, and remove it. Returns what failed."""
     try:
         others = foreign(folder)
         if others:
-            return f"{folder} is kept beyond keep=: it holds {', '.join(others[:3])}, which ema.save() did not write."
+            names = ", ".join(others[:3])
+            why = f"it holds {names}, which ema.save() did not write."
+            return f"{folder} is kept beyond keep=: {why}"
         gone = atomic.temporary_sibling(folder, "gone")
         os.rename(folder, gone)
         shutil.rmtree(gone)
@@ -98,7 +101,7 @@ def _retire(folder: Path) -> str | None:
 
 
 def foreign(folder: Path) -> list[str]:
-    """What lies in a folder of ours that dist_ema did not write; [] where ema.json does not tell."""
+    """The files in a save that dist_ema did not write; [] where ema.json cannot be read."""
     try:
         found = manifest.read(folder)
     except (OSError, ValueError):
@@ -106,7 +109,7 @@ def foreign(folder: Path) -> list[str]:
     if found is None or not found.files:
         return []
     indexes = {(Path(name).parent / safetensors.INDEX).as_posix() for name in found.files}
-    # NOTE: NFS keeps a file that somebody reads as .nfsID until he is done.
+    # NOTE: NFS keeps a removed file as .nfsID while a process reads it.
     there = {
         each.relative_to(folder).as_posix()
         for each in folder.rglob("*")

@@ -1,14 +1,12 @@
-"""The bytes of an artifact: safetensors header and index, ema.json, CRC-32. No torch.
+"""The bytes of a saved model: safetensors headers and index. No torch.
 
     ema-001000/
-      model.safetensors        or model-00001-of-00004.safetensors ... and model.safetensors.index.json
-      ema.json                 clock, schedules, aliases, check sums ...
+      model.safetensors     or model-00001-of-00004.safetensors ... and INDEX
+      ema.json              clock, schedules, aliases, check sums ...
 
-The header fixes where every weight lies before anything is written, so ranks write their own parts into place, and the
-bytes depend on the weights alone: keys by (dtype size descending, name), padded to 8 bytes.
-
-[Note: check sums]  CRC-32 is affine over GF(2), so the sum of a file is the XOR of what each part adds, shifted by the
-number of bytes behind it. Every rank sums its own ranges and posts one number per file, whatever the partition.
+The header fixes where every weight lies before anything is written, so ranks write their own
+regions into place. The bytes depend on the weights alone: keys are sorted by dtype size
+(descending) and name, and the header is padded to 8 bytes.
 """
 
 from __future__ import annotations
@@ -50,21 +48,11 @@ __all__ = [
 
 
 INDEX = "model.safetensors.index.json"
-
-
 STEMS = ("model", "diffusion_pytorch_model")  # of transformers, and of diffusers
-
-
 MOST = 1 << 63  # below which torch counts elements and bytes
-
-
 MOST_DIMS = 64
-
-
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 _MODEL = re.compile(rf"({'|'.join(STEMS)})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
-
-
 ITEMSIZE = {kind: dtype.itemsize for kind, dtype in NUMPY.items()}  # bytes
 
 
@@ -95,7 +83,7 @@ class SafetensorsFile:
         return len(self.head) + max((entry.end for entry in self.entries.values()), default=0)
 
 
-# --- writing -----------------------------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------
 
 
 def header(
@@ -103,10 +91,11 @@ def header(
     metadata: dict[str, str] | None = None,
     order: Sequence[str] | None = None,
 ) -> SafetensorsFile:
-    """Lay the weights out: the same file for the same weights, in whatever order they come, unless it is given."""
+    """Lay the weights out in `order`, or in the canonical order, which their names determine."""
     if "__metadata__" in entries:
         raise ValueError(
-            "a weight is called __metadata__, which safetensors keeps for itself. Give it another name."
+            "a weight is called __metadata__, which safetensors keeps for itself. Give it another "
+            "name."
         )
     placed, at = {}, 0
     for name in order or sorted(entries, key=lambda name: (-ITEMSIZE[entries[name].dtype], name)):
@@ -130,7 +119,10 @@ def header(
 def plan(
     entries: dict[str, Entry], max_shard_size: int | str, metadata: dict[str, str] | None = None
 ) -> dict[str, SafetensorsFile]:
-    """The files of a model, by name: one, or as many as keep each under max_shard_size (bytes, or '5GB')."""
+    """The files of a model by name.
+
+    Each holds at most max_shard_size (bytes, or '5GB'), unless one weight is larger.
+    """
     most = size_of(max_shard_size)
     bins: list[dict[str, Entry]] = [{}]
     filled = 0
@@ -154,7 +146,7 @@ def index(files: dict[str, SafetensorsFile]) -> bytes:
 
 
 def read_header(path: Path) -> SafetensorsFile:
-    """The header of a safetensors file, checked against the file's size. Raises ValueError for anything unsound."""
+    """The header, checked against the file's size. Raises ValueError if it is unsound."""
     with open_regular(path) as file:
         return header_of(file, path)
 
@@ -182,12 +174,14 @@ def header_of(file: BinaryIO, path: Path) -> SafetensorsFile:
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != at or entry.end - entry.begin != entry.nbytes:
             raise ValueError(
-                f"{path}: {name} lies at bytes {entry.begin} to {entry.end}, expected {entry.nbytes} from {at}."
+                f"{path}: {name} lies at bytes {entry.begin} to {entry.end}, expected "
+                f"{entry.nbytes} from {at}."
             )
         at = entry.end
     if size != 8 + length + at:
         raise ValueError(
-            f"{path} holds {size} bytes, its header speaks of {8 + length + at}. It was cut short or damaged."
+            f"{path} holds {size} bytes, its header describes {8 + length + at}. It was cut short "
+            "or damaged."
         )
     return SafetensorsFile(struct.pack("<Q", length) + text, entries, metadata)
 
@@ -206,7 +200,7 @@ def _entry(value: dict[str, Any]) -> Entry:
 
 
 def find_model(folder: Path) -> str:
-    """The index, or the only file, of a folder's model: of the stems that Hugging Face writes, else of the only one."""
+    """The index or only file of a model: a name of Hugging Face, else the only candidate."""
     names = sorted(os.listdir(folder))
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
     files = [name for name in names if name.endswith(".safetensors") and not is_shard(name)]
@@ -265,8 +259,8 @@ def refuse_other_index(
     """Raise ValueError unless the files hold what the index says, each weight once."""
     found = {weight: name for name, file in files.items() for weight in file.entries}
     if found != weights:
-        odd = sorted(set(found.items()) ^ set(weights.items()))[:3]
-        raise ValueError(f"{where} and the files disagree on {odd}.")
+        mismatched = sorted(set(found.items()) ^ set(weights.items()))[:3]
+        raise ValueError(f"{where} and the files disagree on {mismatched}.")
 
 
 def is_shard(name: str) -> bool:

@@ -14,7 +14,8 @@ from .regular_file import open_regular, read_exactly
 __all__ = ["MOST_JSON", "dump", "parse_json", "read_json"]
 
 
-MOST_JSON = 100_000_000  # bytes of a header, which is what the safetensors library accepts, of an index or of ema.json
+# Bytes of a header, an index or ema.json; the safetensors library accepts as many in a header.
+MOST_JSON = 100_000_000
 
 
 def dump(value: Any) -> bytes:
@@ -36,13 +37,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes) -> Any:
-    """JSON as the standard has it: UTF-8, no key twice, only finite numbers. Python's own reader is not so strict."""
+    """Parse JSON as the standard has it: UTF-8, unique keys, finite numbers.
+
+    Python's own reader accepts more.
+    """
     value = json.loads(
         text.decode(), object_pairs_hook=_object, parse_constant=_finite, parse_float=_finite
     )
-    if (
-        b"\\ud" in text or b"\\uD" in text
-    ):  # half a character would fail much later, where it is printed or written
+    # Half a surrogate pair would fail much later, where it is printed or written.
+    if b"\\ud" in text or b"\\uD" in text:
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -51,7 +54,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         raise ValueError(
-            f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} stands twice"
+            f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} occurs twice"
         )
     return result
 

@@ -1,11 +1,13 @@
 """The saved form, written by ranks.
 
-Ranks of one machine write the bytes that they answer for straight into place: no gather, no copy of the model. Ranks of
-several machines stream to the first rank, which writes: two NFS clients that write neighbouring bytes of one page can lose
-one of them. Either way the bytes are the same, and nothing is seen under its name before it is whole.
+Ranks of one machine write their regions straight into place: no gather, no copy of the model. Ranks
+of several machines stream to the first rank, which writes. NFS forces that: of two clients that
+write neighbouring bytes of one page, one can lose its bytes. Either way the bytes are the same, and
+nothing appears under its name before it is whole.
 
-[Note: one decides]  Disks and files can differ between ranks. What depends on them is decided on the first rank
-(`Ranks.run_on_first`) or compared (`Ranks.run_on_all`) before the next collective, so an error is an error everywhere.
+[Note: one decides]  Disks and files can differ between ranks. What depends on them is decided on
+the first rank (`Ranks.run_on_first`) or compared (`Ranks.run_on_all`) before the next collective.
+So an error on one rank is an error on all.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class AverageFiles:
 class SaveRequest:
     """What to write, and where.
 
-    verb: 'save', a folder that is replaced as one; 'export', also one file, or files put into a folder.
+    verb: 'save' replaces a folder as one; 'export' also writes one file, or keeps foreign files.
     manifest: as far as it does not follow from the averages and the files.
     mode: 'direct', 'stream', or None to choose by what the ranks see of each other.
     keep: how many of the numbered saves beside it are kept.
@@ -159,16 +161,16 @@ class SaveRequest:
 
 
 class Writer:
-    """Writes one request at a time, now or in the background. Made together on all ranks, and kept between saves.
+    """Writes one request at a time, now or in the background. Made on all ranks together, and kept.
 
-    [Note: background saves]  What happens in the background must not meet what training does, in another order on another
-    rank. So messages have names and a connection of their own, streams a process group of their own ([Note: turns] in
-    transfer).
+    [Note: background saves]  Ranks interleave background work and training in different orders. So
+    the background has keys and a connection of its own, and streams have a process group of their
+    own ([Note: turns] in transfer).
     """
 
     def __init__(self, ranks: Ranks, open_store: Callable[[str], dist.Store]) -> None:
         def open_another(prefix: str) -> dist.Store:
-            # NOTE: a connection that waits is locked, and training would wait with it.
+            # NOTE: a waiting call locks its connection, and training would wait with it.
             return open_store(prefix).clone()  # type: ignore[attr-defined, no-any-return]
 
         self._ranks = (
@@ -180,7 +182,7 @@ class Writer:
         self._background = BackgroundTask()
 
     def finish(self) -> list[str]:
-        """Wait for the request in the background. Returns its remarks, or raises RuntimeError if it failed."""
+        """Wait for the background request; return its remarks. Raises RuntimeError if it failed."""
         return self._background.finish()
 
     def write(self, request: SaveRequest, timeout: float, wait: bool = True) -> list[str]:
@@ -211,20 +213,20 @@ class Writer:
         return []
 
     def _carry_out_together(self, prepared: _PreparedSave) -> list[str]:
-        """Write it, and go on until all ranks know the outcome: the process that ends first may serve the messages."""
+        """Write it, and stay until all ranks know the outcome: this process may serve the store."""
         remarks = self._carry_out(prepared)
         with suppress(RuntimeError):
             self._ranks.all_gather_json(prepared.request.verb)
         return remarks
 
     def _staged(self, request: SaveRequest) -> SaveRequest:
-        """The request with copies of what it writes, or the same error on all ranks. *Collective*."""
+        """The request with its blocks copied, or the same error on all ranks. *Collective*."""
         staged: list[SaveRequest] = []
         self._ranks.run_on_all(request.verb, lambda: staged.append(request.with_blocks(_stage)))
         return staged[0]
 
     def _prepare(self, request: SaveRequest) -> _PreparedSave:
-        """Everything that can be known before the first byte is written, and the space for all of them. *Collective*."""
+        """Check everything before the first byte is written; reserve the space. *Collective*."""
         ranks = self._ranks
         plans: list[dict[str, safetensors.SafetensorsFile]] = []
 
@@ -247,9 +249,9 @@ class Writer:
     def _is_direct(
         self, request: SaveRequest, folder: Path, files: dict[str, safetensors.SafetensorsFile]
     ) -> bool:
-        """Ranks write into place where they are of one machine and all see the folder, or are told to. *Collective*.
+        """Whether ranks write into place: they share one machine and the folder, or `mode` says so.
 
-        Raises ValueError where they would write parts of different files.
+        *Collective*. Raises ValueError where the ranks would write different files.
         """
         here = _machine() if any(average.blocks for average in request.averages) else None
         asked = digest(
@@ -272,8 +274,8 @@ class Writer:
         if request.mode == "direct" and blind:
             raise RuntimeError(
                 f"ema.{request.verb}(mode='direct'): rank {blind[0]} does not see the folder "
-                f"{folder.parent} that rank {self._ranks.members[0]} writes to. Choose a file system "
-                "that all ranks share, or pass mode='stream'."
+                f"{folder.parent} that rank {self._ranks.members[0]} writes to. Choose a file "
+                "system that all ranks share, or pass mode='stream'."
             )
         one_machine = len(set(machines) - {None}) < 2
         return request.mode == "direct" or (request.mode is None and not blind and one_machine)
@@ -305,7 +307,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class _PreparedSave:
-    """A request whose files lie in a temporary folder, at their full size, without their weights."""
+    """A request whose files exist in a temporary folder, at their full size, without weights."""
 
     request: SaveRequest
     plans: list[dict[str, safetensors.SafetensorsFile]]
@@ -320,14 +322,14 @@ class _PreparedSave:
         ]
 
     def write(self, writers: list[_FileWriter]) -> dict[str, int]:
-        """Put what this rank answers for into place."""
+        """Put the blocks of this rank into place."""
         for average, writer in zip(self.request.averages, writers, strict=True):
             for block in average.blocks:
                 writer.write_block(*block)
         return _close(writers)
 
     def stream(self, ranks: Ranks, writers: list[_FileWriter]) -> None:
-        """Put what all ranks answer for into place, on the first one. *Collective*."""
+        """Put the blocks of all ranks into place, on the first rank. *Collective*."""
         assert self.transfer is not None
         for average, writer in zip(self.request.averages, writers, strict=True):
             stream_to_writers(
@@ -346,7 +348,7 @@ def _close(writers: list[_FileWriter]) -> dict[str, int]:
 
 
 def _machine() -> str:
-    """What ranks of one machine have in common: its kernel, and with it one page cache, whatever containers are called."""
+    """An id of the running kernel, which containers of one machine share with its page cache."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -354,7 +356,7 @@ def _machine() -> str:
 
 
 def _stage(blocks: list[Block]) -> list[Block]:
-    """Copies in one buffer of host memory, pinned if they come from an accelerator. Waits until they are there."""
+    """Copy into one staging buffer on the host, pinned for an accelerator, and wait for it."""
     sizes = [-(-data.nbytes // ALIGN) * ALIGN for _, _, data in blocks]
     devices = {data.device for _, _, data in blocks if data.device.type != "cpu"}
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=bool(devices))
@@ -368,7 +370,7 @@ def _stage(blocks: list[Block]) -> list[Block]:
 
 
 def _make(request: SaveRequest, files: dict[str, safetensors.SafetensorsFile]) -> Path:
-    """Refuse a target that is not ours, then make the temporary folder with every file at its full size."""
+    """Refuse a target that is not ours, then make the temporary folder, every file at full size."""
     _refuse_target(request)
     folder = atomic.temporary_sibling(request.path)
     folder.mkdir()
@@ -385,7 +387,7 @@ def _make(request: SaveRequest, files: dict[str, safetensors.SafetensorsFile]) -
 
 
 def _refuse_target(request: SaveRequest) -> None:
-    """Raise ValueError for a target that is not ours. What died writers of ours left there is tidied up."""
+    """Raise ValueError for a target that is not ours. Leftovers of dead writers are removed."""
     path = request.path
     if request.keep is not None:
         retention.refuse(path, request.keep)
@@ -401,12 +403,14 @@ def _refuse_target(request: SaveRequest) -> None:
         return
     if not path.is_dir():
         raise ValueError(
-            f"{path} is a file. Give a folder, or let export write a name that ends in .safetensors."
+            f"{path} is a file. Give a folder, or let export write a name that ends in "
+            ".safetensors."
         )
     if request.verb == "export":
         if manifest.is_resumable(path):
             raise ValueError(
-                f"{path} is an average to resume from: its clock would be lost. Choose another path."
+                f"{path} is an average to resume from: its clock would be lost. Choose another "
+                "path."
             )
     elif any(path.iterdir()) and not (path / manifest.META).exists():
         raise ValueError(
@@ -503,7 +507,7 @@ def _finish(prepared: _PreparedSave, sums: list[dict[str, int]]) -> list[str]:
 def _table(
     files: dict[str, safetensors.SafetensorsFile], sums: list[dict[str, int]]
 ) -> dict[str, dict[str, Any]]:
-    """Size and check sum of every file, from what each rank wrote into it ([Note: check sums] in safetensors)."""
+    """Size and check sum of every file, from what each rank wrote ([Note: check sums] in crc32)."""
     table = {}
     for name, file in files.items():
         head = crc32.RangeSum(file.size)
@@ -514,9 +518,9 @@ def _table(
 
 
 def _merge(folder: Path, path: Path, names: list[str]) -> None:
-    """Replace one file after another, then drop the model files of an earlier export that are no longer named.
+    """Replace one file after another, then drop the model files of an earlier export.
 
-    NOTE: the index goes first and comes last, so that a reader in between is refused, and never sees shards of two models.
+    NOTE: the index goes first and comes last, so that a reader in between is refused.
     """
     last = [name for name in (safetensors.INDEX, manifest.META) if name in names]
     for name in (safetensors.INDEX, manifest.META):
