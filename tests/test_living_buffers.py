@@ -422,3 +422,31 @@ def test_observers_of_quantization_aware_training() -> None:
     assert naive.error(ema.gather()) <= 2e-5
     ema.detach()
     random_step(optimizer)
+
+
+class Rotary(nn.Module):
+    """Its table grows with the longest input, under whatever mode the forward runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("table", torch.ones(2), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > len(self.table):
+            self.register_buffer("table", torch.arange(float(len(x))), persistent=False)
+        out: Tensor = self.linear(x) * self.table[: len(x), None]
+        return out
+
+
+def test_a_buffer_assigned_under_inference_mode_is_restored() -> None:
+    """Such a tensor is written in that mode only, and a swap restores every buffer."""
+    program = Program(Rotary())
+    program.step(3)
+    with torch.inference_mode():
+        program.model(torch.ones(5, 4))
+    assert program.swap() < 2e-5
+    with program.ema.swap(), torch.inference_mode():
+        program.model(torch.ones(9, 4))
+    assert program.model.table.tolist() == list(range(5))
+    assert program.gather() < 2e-5

@@ -309,6 +309,39 @@ def test_a_subclass_without_dispatch_is_plain_memory() -> None:
     assert model.w.tolist() == [3, 3, 3]
 
 
+STRANGE: dict[str, Any] = {
+    "sparse": lambda: torch.eye(4).to_sparse(),
+    "compressed rows": lambda: torch.eye(4).to_sparse_csr(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors|quantized tensor)")
+@pytest.mark.parametrize("make", programs(STRANGE, {}))
+def test_a_buffer_that_is_no_strided_memory_is_carried_by_name(tmp_path: Path, make: Any) -> None:
+    """A graph's adjacency, a quantized table: neither read nor written, and named at export."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("table", make())
+    ema = EMA(model, 0.5)
+    with torch.no_grad():
+        old = model.weight.detach().clone()
+        model.weight.add_(2)
+    ema.update()
+    with ema.swap():
+        assert torch.allclose(model.weight, old + 1)
+    assert sorted(ema.gather()) == ["bias", "weight"]
+    with pytest.warns(UserWarning, match=r"table of the state_dict"):
+        ema.export(tmp_path / "export")
+
+
+def test_a_trained_sparse_weight_is_refused_by_name() -> None:
+    model = nn.Linear(2, 2)
+    model.register_parameter("table", nn.Parameter(torch.eye(4).to_sparse()))
+    with pytest.raises(ValueError, match="table is sparse"):
+        EMA(model, 0.5)
+
+
 # --- weights that hold nothing here ---------------------------------------------------------------
 
 

@@ -283,6 +283,8 @@ def _versions(state: ParamState) -> tuple[int, int]:
 
 
 def _restore_buffer(state: ParamState, value: Tensor, tensor: Tensor | None) -> None:
+    if state.shard.opaque:
+        return
     if tensor is not None and tensor.shape != state.shard.shape:
         tensor.resize_(state.shard.shape)  # the block resized it in place
         state.rebind()

@@ -290,9 +290,10 @@ def _plain(
 
 
 def _opaque(name: str, kind: Kind, tensor: Tensor, place: tuple[nn.Module, str]) -> Shard:
-    """A record without elements: the subclass may be quantized, and its memory is never read."""
-    nothing = torch.empty(0, dtype=tensor.dtype)
-    shape, region = tuple(tensor.shape), Region((0,), (0,), 0, 0)
+    """A record without elements: the tensor may be sparse or quantized, and its memory is never read."""
+    nothing = torch.empty(0, dtype=torch.uint8 if tensor.is_quantized else tensor.dtype)
+    shape = () if tensor.is_nested else tuple(tensor.shape)
+    region = Region((0,), (0,), 0, 0)
     return Shard(
         name,
         kind,

@@ -146,8 +146,9 @@ def assign(
     opaque = [shard.name for shard in shards if shard.opaque and averaged(shard)]
     if opaque:
         raise ValueError(
-            f"{', '.join(opaque[:5])} is a tensor subclass without exactly one inner tensor of its "
-            "shape and dtype, so its elements cannot be averaged. Freeze it, or leave it out with only=."
+            f"{', '.join(opaque[:5])} is sparse, quantized, or a tensor subclass without exactly one "
+            "inner tensor of its shape and dtype, so its elements cannot be averaged. Freeze it, or "
+            "leave it out with only=."
         )
     spans: dict[int, tuple[int, int]] = {}
     for chosen in (True, False):  # two sequences, so that the averaged elements alone are balanced

@@ -115,7 +115,9 @@ class Shard:
         """Put `elements`, in the order of `read`, into the model's storage, strided or not."""
         now = self.read()
         if self.dense:
-            now.copy_(elements)
+            # A module may assign a buffer under inference mode, which is written only there.
+            with torch.inference_mode(now.is_inference()):
+                now.copy_(elements)
         elif not torch.equal(now, elements.to(now)):
             tensor = registered(self) if self.kind == "buffer" else self.tensor
             assert tensor is not None
@@ -169,7 +171,7 @@ def memory_of(tensor: Tensor) -> Tensor | None:
     """The plain tensor that holds a weight's elements on this rank; None where no single one does.
 
     A subclass by dispatch is looked through while it has exactly one inner tensor, of the same shape and dtype.
-    *Aliases* `tensor`.
+    Sparse, nested and quantized tensors have none. *Aliases* `tensor`.
     """
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     while type(local).__torch_dispatch__ is not Tensor.__torch_dispatch__:
@@ -180,7 +182,8 @@ def memory_of(tensor: Tensor) -> Tensor | None:
         if inner is None or (inner.shape, inner.dtype) != (local.shape, local.dtype):
             return None
         local = inner
-    return local
+    plain = local.layout is torch.strided and not (local.is_quantized or local.is_nested)
+    return local if plain else None
 
 
 def storage_order(
