@@ -660,7 +660,7 @@ class EMA:
             consistency.on_averages(request.verb, ranks, states)
             request = request if ranks.first else request.with_blocks(lambda _: [])
         if self._writer is None:
-            self._writer = writer.Writer(ranks, wrappers.side_store)
+            self._writer = writer.Writer(ranks)
         self._warn_each(self._writer.write(request, self.timeout, wait))
 
     def _warn_of_unexplained_keys(self, verb: str) -> None:

@@ -218,7 +218,7 @@ def line_breaks(folder: str) -> None:
     line, send = ema._writer._transfer, transfer.FileTransferGroup.send
     assert line is not None
     if dist.get_rank() == 0:
-        line._patience = timedelta(seconds=1)
+        line._timeout = timedelta(seconds=1)
     else:
         transfer.FileTransferGroup.send = lambda *args: (time.sleep(3), send(*args))[1]  # type: ignore[method-assign]
     with raises(RuntimeError, "rank 1 broke off what it was sending"):

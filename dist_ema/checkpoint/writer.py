@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import _version
@@ -168,16 +167,8 @@ class Writer:
     own ([Note: turns] in transfer).
     """
 
-    def __init__(self, ranks: Ranks, open_store: Callable[[str], dist.Store]) -> None:
-        def open_another(prefix: str) -> dist.Store:
-            # NOTE: a waiting call locks its connection, and training would wait with it.
-            return open_store(prefix).clone()  # type: ignore[attr-defined, no-any-return]
-
-        self._ranks = (
-            ranks
-            if ranks.size == 1
-            else Ranks(ranks.members, ranks.group, open_another, ranks.timeout)
-        )
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks.with_own_messages()
         self._transfer: FileTransferGroup | None = None
         self._background = BackgroundTask()
 
@@ -363,7 +354,7 @@ def _stage(blocks: list[Block]) -> list[Block]:
     copies = []
     for (number, offsets, data), room in zip(blocks, buffer.split(sizes), strict=True):
         copy = room[: data.nbytes].view(data.dtype).view(data.shape)
-        copies.append((number, offsets, copy.copy_(data, non_blocking=True)))
+        copies.append(Block(number, offsets, copy.copy_(data, non_blocking=True)))
     for device in devices:
         torch.accelerator.synchronize(device)
     return copies

@@ -37,6 +37,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from typing import Any, NamedTuple, TypeVar, overload
 from uuid import uuid4
 from zlib import crc32
@@ -467,10 +468,28 @@ class Ranks:
         self.size = len(self.members)
         self.rank = self.members.index(dist.get_rank()) if self.size > 1 else 0
         self.group = self._whole_group(group) if self.size > 1 else None
-        store = open_store(f"dist_ema/{self._incarnation(timeout)}") if self.size > 1 else None
+        self._open_store, self._copies = open_store, 0
+        self._prefix = f"dist_ema/{self._incarnation(timeout)}" if self.size > 1 else ""
+        self._connect(open_store(self._prefix) if self.size > 1 else None, timeout)
+
+    def _connect(self, store: dist.Store | None, timeout: float) -> None:
         self._coordinator = coordinator = StoreCoordinator(store, self.members, self.rank, timeout)
         self.begin, self.all_gather_json = coordinator.begin, coordinator.all_gather_json
         self.run_on_all, self.run_on_first = coordinator.run_on_all, coordinator.run_on_first
+
+    def with_own_messages(self) -> Ranks:
+        """The same ranks, with message names and a connection to the store of their own.
+
+        Note:
+            Every rank calls it as often as the others do. It sends nothing.
+        """
+        # NOTE: a connection that waits is locked, and training would wait with it.
+        self._copies += 1
+        other, store = copy(self), None
+        if self.size > 1:
+            store = self._open_store(f"{self._prefix}/{self._copies}").clone()  # type: ignore[attr-defined]
+        other._connect(store, self.timeout)
+        return other
 
     def _whole_group(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
         if self.size == dist.get_world_size():

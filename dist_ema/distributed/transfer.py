@@ -1,11 +1,13 @@
-"""Bounded windows of bytes between ranks.
+"""Windows of bytes between ranks.
 
-[Note: windows]  Everything travels as uint8, because gloo cannot send int16 or float8 in collectives, and packed: one
-flat window of the bytes of 300 small tensors takes a hundredth of the time of 300 collectives.
+[Note: windows]  Everything travels as uint8, because gloo cannot send int16 or float8 in
+collectives. Small tensors are packed: one window with the bytes of 300 of them takes a hundredth of
+the time of 300 collectives.
 
-[Note: turns]  Files may be written behind training, and ranks may die or fill a disk meanwhile. So bytes for files travel on
-a process group of their own, on which nobody else waits; and a rank sends only after the first one has said that all went
-well with the rank before: who waits for its turn is not stuck in a send that nobody will ever receive.
+[Note: turns]  Files may be written in the background, and ranks may die or fill a disk meanwhile.
+So bytes for files travel on a process group of their own, and a failure there stops no training.
+A rank sends only after the first rank has reported success for the rank before. So a rank that
+waits for its turn is never stuck in a send that no rank will receive.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,113 +38,126 @@ __all__ = [
 WINDOW = 4 << 20  # bytes that one broadcast moves
 STREAM = 16 << 20  # bytes that one send moves
 CPU = torch.device("cpu")
-Block = tuple[
-    int, tuple[int, ...], Tensor
-]  # number of the weight, offsets of the block in it, the block
 
 
-def broadcast(pieces: list[Tensor], source: int, group: dist.ProcessGroup) -> None:
-    """Overwrite 1-D `pieces` with the source's, in place. *Collective* over `group`; `source` is a rank in it.
+class Block(NamedTuple):
+    """A box of a weight with its data, in transit."""
 
-    *Cost*: one scratch of 4 MB; long pieces travel from and into place, short ones packed together.
+    number: int  # of the weight
+    offsets: tuple[int, ...]
+    data: Tensor
+
+
+Consume = Callable[[int, tuple[int, ...], Tensor], None]  # takes the fields of a Block
+
+
+def broadcast(tensors: list[Tensor], source: int, group: dist.ProcessGroup) -> None:
+    """Overwrite 1-D `tensors` with those of `source`, in place.
+
+    Args:
+        tensors: Of the same lengths and dtypes on every rank.
+        source: A rank in `group`.
+        group: The ranks that take part.
+
+    Note:
+        *Collective* over `group`. *Cost*: one scratch of 4 MB. Long tensors travel from and into
+        place, short ones are packed.
     """
     root = dist.get_global_rank(group, source)
-    mine = dist.get_rank(group) == source
-    wire = transfer_device(group)
-    for bucket in _buckets([piece.view(torch.uint8) for piece in pieces if piece.numel()]):
-        if len(bucket) == 1 and wire.type in ("cpu", bucket[0].device.type):
-            dist.broadcast(bucket[0], root, group=group)
+    is_source = dist.get_rank(group) == source
+    device = transfer_device(group)
+    for window in _packed([tensor.view(torch.uint8) for tensor in tensors if tensor.numel()]):
+        if len(window) == 1 and device.type in ("cpu", window[0].device.type):
+            dist.broadcast(window[0], root, group=group)
             continue
-        packed = torch.cat(bucket).to(bucket[0].device if wire.type == "cpu" else wire)
-        dist.broadcast(packed, root, group=group)
-        if not mine:
-            torch._foreach_copy_(bucket, list(packed.split([piece.numel() for piece in bucket])))
+        data = torch.cat(window).to(window[0].device if device.type == "cpu" else device)
+        dist.broadcast(data, root, group=group)
+        if not is_source:
+            torch._foreach_copy_(window, list(data.split([len(tensor) for tensor in window])))
 
 
-def _buckets(pieces: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Windows of at most WINDOW bytes: slices of long pieces, and runs of short ones of one device."""
-    bucket: list[Tensor] = []
+def _packed(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Windows of at most WINDOW bytes: slices of long tensors, and short ones of one device."""
+    window: list[Tensor] = []
     size = 0
-    for piece in pieces:
-        if bucket and (size + piece.numel() > WINDOW or piece.device != bucket[0].device):
-            yield bucket
-            bucket, size = [], 0
-        if piece.numel() >= WINDOW // 4:
-            yield from ([part] for part in piece.split(WINDOW))
+    for tensor in tensors:
+        if window and (size + len(tensor) > WINDOW or tensor.device != window[0].device):
+            yield window
+            window, size = [], 0
+        if len(tensor) >= WINDOW // 4:
+            yield from ([run] for run in tensor.split(WINDOW))
         else:
-            bucket.append(piece)
-            size += piece.numel()
-    if bucket:
-        yield bucket
-
-
-Sink = Callable[[int, tuple[int, ...], Tensor], None]
+            window.append(tensor)
+            size += len(tensor)
+    if window:
+        yield window
 
 
 def stream(
     ranks: Ranks,
     dtypes: Sequence[torch.dtype],
     dims: Sequence[int],
-    mine: Sequence[Block],
-    sink: Sink,
+    blocks: Sequence[Block],
+    consume: Consume,
     everywhere: bool = False,
 ) -> None:
-    """Hand every rank's parts to `sink` on the first rank, or on all. *Collective*. *Cost*: one window and one copy.
+    """Hand the blocks of every rank to `consume`, on the first rank or on all.
 
-    dtypes and dims describe the weights by number, alike on every rank.
+    Args:
+        ranks: The ranks that take part.
+        dtypes: Of the weights by number, alike on every rank.
+        dims: Numbers of dimensions of the weights, alike on every rank.
+        blocks: Of this rank.
+        consume: Takes one block.
+        everywhere: On all ranks.
+
+    Note:
+        *Collective*. *Cost*: one window and one copy.
     """
-    wire = ranks.transfer_device()
-
-    def out(data: Tensor) -> None:
-        ranks.broadcast(data, ranks.rank) if everywhere else ranks.send(data, 0)
-
+    device = ranks.transfer_device()
     for source in range(ranks.size):
         if source == ranks.rank:
-            for part in mine:
-                sink(*part)
-            if ranks.size > 1 and (everywhere or source > 0):
-                _send(mine, out, wire)
+            for block in blocks:
+                consume(*block)
+            if everywhere and ranks.size > 1:
+                _send(blocks, partial(ranks.broadcast, source=source), device)
+            elif source > 0:
+                _send(blocks, partial(ranks.send, to=0), device)
         elif everywhere or ranks.first:
-
-            def take(data: Tensor, source: int = source) -> None:
-                ranks.broadcast(data, source) if everywhere else ranks.receive(data, source)
-
-            for part in _receive(take, dtypes, dims, wire):
-                sink(*part)
+            receive = ranks.broadcast if everywhere else ranks.receive
+            for block in _receive(partial(receive, source=source), dtypes, dims, device):
+                consume(*block)
 
 
 class FileTransferGroup:
     """A process group for files alone ([Note: turns]). *Collective*.
 
-    NOTE: its methods, not `torch.distributed.send`: they still work after the program has called destroy_process_group(),
-    while a file is being written behind it.
+    NOTE: it calls methods of the group, not functions of `torch.distributed`. They still work after
+    the program has called destroy_process_group() while a file is written in the background.
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self._patience = timedelta(seconds=ranks.timeout)
-        group = dist.new_group(
-            ranks.members, timeout=self._patience, backend="gloo", use_local_synchronization=True
+        self._timeout = timedelta(seconds=ranks.timeout)
+        self._group = dist.new_group(
+            ranks.members, timeout=self._timeout, backend="gloo", use_local_synchronization=True
         )
-        self._group, self._places = (
-            group,
-            [dist.get_group_rank(group, member) for member in ranks.members],
-        )
+        self._ranks = [dist.get_group_rank(self._group, member) for member in ranks.members]
 
     def send(self, data: Tensor, to: int) -> None:
-        with _naming():
-            self._group.send([data], self._places[to], 0).wait(self._patience)
+        with _transfer_errors():
+            self._group.send([data], self._ranks[to], 0).wait(self._timeout)
 
     def receive(self, data: Tensor, source: int) -> None:
-        with _naming():
-            self._group.recv([data], self._places[source], 0).wait(self._patience)
+        with _transfer_errors():
+            self._group.recv([data], self._ranks[source], 0).wait(self._timeout)
 
 
 class FileTransferError(RuntimeError):
-    """The other end is gone, or hangs."""
+    """The other rank is dead, or hangs."""
 
 
 @contextmanager
-def _naming() -> Iterator[None]:
+def _transfer_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -148,141 +166,136 @@ def _naming() -> Iterator[None]:
 
 def stream_to_writers(
     ranks: Ranks,
-    line: FileTransferGroup,
+    group: FileTransferGroup,
     verb: str,
     dtypes: Sequence[torch.dtype],
     dims: Sequence[int],
-    mine: Sequence[Block],
-    sink: Sink,
+    blocks: Sequence[Block],
+    consume: Consume,
 ) -> None:
-    """`stream` to the first rank, over `line` and in turns: what fails there is raised on all. *Collective*.
+    """`stream` to the first rank, over `group` and in turns. What fails there is raised on all.
 
-    *Cost*: one window on every rank; one message per rank, read by all.
+    Note:
+        *Collective*. *Cost*: one window on every rank; one message per rank, read by all.
     """
-    broken: Exception | None = None
+    failed_send: Exception | None = None
     for source in range(ranks.size):
 
-        def turn(source: int = source) -> None:
-            """On the first rank: the part of `source`, whose turn it is."""
+        def take_turn(source: int = source) -> None:
+            """On the first rank: consume the blocks of `source`."""
             if source == ranks.rank:
-                return _pour(mine, sink)
+                return _consume_all(blocks, consume)
+            receive = partial(group.receive, source=source)
             try:
-                _pour(_receive(lambda data: line.receive(data, source), dtypes, dims, CPU), sink)
+                _consume_all(_receive(receive, dtypes, dims, CPU), consume)
             except FileTransferError as error:
                 raise RuntimeError(
                     f"rank {ranks.members[source]} broke off what it was sending: {error}"
                 ) from error
 
         try:
-            ranks.run_on_first(verb, turn)
+            ranks.run_on_first(verb, take_turn)
         except RuntimeError as refused:
-            raise refused from broken
+            raise refused from failed_send
         if ranks.rank == source + 1:
             try:
-                _send(mine, lambda data: line.send(data, 0), CPU)
-            except Exception as error:  # the first rank finds out, and says so to all
-                broken = error
+                _send(blocks, partial(group.send, to=0), CPU)
+            except Exception as error:  # the first rank notices, and raises on all
+                failed_send = error
 
 
-def _pour(parts: Iterable[Block], sink: Sink) -> None:
-    """Hand parts to `sink`. After an error the others are taken and dropped: their sender must get rid of them."""
+def _consume_all(blocks: Iterable[Block], consume: Consume) -> None:
+    """Consume blocks. After an error the rest is received and dropped, for their sender's sake."""
     failed = None
-    for part in parts:
+    for block in blocks:
         if failed is None:
             try:
-                sink(*part)
+                consume(*block)
             except Exception as error:
                 failed = error
     if failed is not None:
         raise failed
 
 
-def _bounded(parts: Iterable[Block]) -> Iterator[Block]:
-    """The same elements in parts of at most one window: a long block goes in slices of its first dimension."""
-    for number, offsets, data in parts:
+def _bounded(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The same elements in blocks of at most one window: long ones in slices of one dimension."""
+    for block in blocks:
+        number, offsets, data = block
         if data.nbytes <= STREAM:
-            yield number, offsets, data
+            yield block
             continue
         dim = next(d for d, size in enumerate(data.shape) if size > 1)
         rows = max(1, STREAM * data.shape[dim] // data.nbytes)
-        for start, piece in zip(
-            range(0, data.shape[dim], rows), data.split(rows, dim), strict=True
-        ):
-            yield from _bounded(
-                [(number, (*offsets[:dim], offsets[dim] + start, *offsets[dim + 1 :]), piece)]
-            )
+        start = offsets[dim]
+        for rows_of in data.split(rows, dim):
+            inner = (*offsets[:dim], start, *offsets[dim + 1 :])
+            yield from _bounded([Block(number, inner, rows_of)])
+            start += rows_of.shape[dim]
 
 
-def _send(parts: Iterable[Block], out: Callable[[Tensor], None], wire: torch.device) -> None:
-    mine = list(_bounded(parts))
-    table = [n for number, offsets, data in mine for n in (number, *offsets, *data.shape)]
-    out(torch.tensor([len(mine), len(table)]).to(wire))
-    if mine:
-        out(torch.tensor(table).to(wire))
-    sizes = [data.nbytes for _, _, data in mine]
+def _send(blocks: Iterable[Block], send: Callable[[Tensor], None], device: torch.device) -> None:
+    bounded = list(_bounded(blocks))
+    table = [n for number, offsets, data in bounded for n in (number, *offsets, *data.shape)]
+    send(torch.tensor([len(bounded), len(table)]).to(device))
+    if bounded:
+        send(torch.tensor(table).to(device))
+    sizes = [data.nbytes for _, _, data in bounded]
     windows = list(_windows(sizes))
-    scratch = _scratch([window for window in windows if len(window) > 1], sizes, wire)
+    scratch = _scratch([window for window in windows if len(window) > 1], sizes, device)
     for window in windows:
-        flat = [mine[i][2].contiguous().view(-1).view(torch.uint8).to(wire) for i in window]
-        out(flat[0] if len(flat) == 1 else torch.cat(flat, out=scratch[: sum(map(len, flat))]))
+        flat = [bounded[i].data.contiguous().view(-1).view(torch.uint8).to(device) for i in window]
+        send(flat[0] if len(flat) == 1 else torch.cat(flat, out=scratch[: sum(map(len, flat))]))
 
 
 def _receive(
-    take: Callable[[Tensor], None],
+    receive: Callable[[Tensor], None],
     dtypes: Sequence[torch.dtype],
     dims: Sequence[int],
-    wire: torch.device,
+    device: torch.device,
 ) -> Iterator[Block]:
-    head = torch.empty(2, dtype=torch.int64, device=wire)
-    take(head)
+    head = torch.empty(2, dtype=torch.int64, device=device)
+    receive(head)
     count, length = head.tolist()
     if not count:
         return
-    numbers = torch.empty(length, dtype=torch.int64, device=wire)
-    take(numbers)
-    table = _read_table(numbers.tolist(), dims)
+    numbers = torch.empty(length, dtype=torch.int64, device=device)
+    receive(numbers)
+    table = list(_read_table(numbers.tolist(), dims))
     sizes = [math.prod(shape) * dtypes[number].itemsize for number, _, shape in table]
     windows = list(_windows(sizes))
-    scratch = _scratch(windows, sizes, wire)
+    scratch = _scratch(windows, sizes, device)
     for window in windows:
         data = scratch[: sum(sizes[i] for i in window)]
-        take(data)
+        receive(data)
         for i, raw in zip(window, data.split([sizes[i] for i in window]), strict=True):
             number, offsets, shape = table[i]
+            dtype = dtypes[number]
             # NOTE: a view of another dtype needs an offset that its size divides.
-            aligned = raw.storage_offset() % dtypes[number].itemsize == 0
-            yield (
-                number,
-                offsets,
-                (raw if aligned else raw.clone()).view(dtypes[number]).view(shape),
-            )
+            aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
+            yield Block(number, offsets, aligned.view(dtype).view(shape))
 
 
-def _scratch(windows: Sequence[Sequence[int]], sizes: Sequence[int], wire: torch.device) -> Tensor:
-    """Memory for each of the windows in turn. NOTE: were it freed in between, its place would not be found again."""
+def _scratch(windows: Sequence[list[int]], sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Memory for each of the windows in turn.
+
+    NOTE: allocated once. Were it freed in between, the allocator would not find the place again.
+    """
     longest = max((sum(sizes[i] for i in window) for window in windows), default=0)
-    return torch.empty(longest, dtype=torch.uint8, device=wire)
+    return torch.empty(longest, dtype=torch.uint8, device=device)
 
 
 def _read_table(
     numbers: list[int], dims: Sequence[int]
-) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    table, at = [], 0
-    while at < len(numbers):
-        number, d = numbers[at], dims[numbers[at]]
-        table.append(
-            (
-                number,
-                tuple(numbers[at + 1 : at + 1 + d]),
-                tuple(numbers[at + 1 + d : at + 1 + 2 * d]),
-            )
-        )
-        at += 1 + 2 * d
-    return table
+) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """Number, offsets and shape of every block."""
+    rest = iter(numbers)
+    for number in rest:
+        offsets, shape = (tuple(islice(rest, dims[number])) for _ in range(2))
+        yield number, offsets, shape
 
 
 def _windows(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Runs of parts of at most one window of bytes together, the same on both ends of the wire."""
+    """Neighbouring blocks of at most one window together, the same for sender and receiver."""
     window: list[int] = []
     filled = 0
     for i, n in enumerate(sizes):

@@ -1,15 +1,16 @@
-"""Precise BN: population statistics for the weights that are in the model now (Wu & Johnson 2021, section 3).
+"""Precise BN: population statistics for the weights that are in the model now.
 
     with ema.swap():
-        recalibrate(model, loader)      # the average keeps these statistics, the live model gets its own back
+        recalibrate(model, loader)      # the average keeps these statistics, live restores its own
 
-A running mean lags behind moving weights, and it never fits averaged ones. Here a number of batches go through the model,
-and every BatchNorm gets the mean and variance of all that it saw, each layer normalising by its own batch as it does in
-training.
+A running mean lags behind moving weights, and it never fits averaged ones. Here a number of batches
+go through the model, and every BatchNorm takes the mean and variance of all that it saw. Each layer
+normalises by its own batch, as it does in training (Wu & Johnson 2021, section 3).
 
-[Note: no training mode]  Nothing is put into training mode: a hook in front of each layer takes the batch's statistics and
-lends them to the layer, which then normalises as in evaluation. So dropout stays off, momentum and counters are not
-touched, and SyncBatchNorm sends nothing, which would hang where ranks have different numbers of batches.
+[Note: no training mode]  No module is put into training mode. A hook in front of each layer writes
+the batch's statistics into the layer, which then normalises as in evaluation. So dropout stays off,
+momentum and counters are not touched, and SyncBatchNorm sends nothing. It would hang where ranks
+have different numbers of batches.
 """
 
 from __future__ import annotations
@@ -46,21 +47,33 @@ def recalibrate(
     progress: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> int:
-    """Give every BatchNorm of `model` the mean and variance of what it sees over `loader`. *Collective*.
+    """Give every BatchNorm of `model` the mean and variance of what it sees over `loader`.
 
-    The singular vectors of every spectral norm, in both styles, are refreshed by power iterations for
-    the weights that the model holds now.
+    The statistics are those of the data of all ranks together, and equal on all ranks. The variance
+    is the unbiased one, as BatchNorm keeps it. The singular vectors of every spectral norm, in both
+    styles, are refreshed by power iterations for the weights that the model holds now. Nothing else
+    changes, and if anything raises, nothing does.
 
-    Each rank runs its own batches, up to num_batches of them; the statistics are those of all ranks' data together, by
-    one reduction per layer, and equal on all ranks. Ranks may have different numbers and sizes of batches. forward: calls
-    the model with a batch; by default tuples and lists give their first element, mappings their values as keywords, on the
-    model's device. group: the ranks whose data count, where no wrapper says so. The variance is the unbiased one, as
-    BatchNorm keeps it. Returns the number of batches on this rank.
+    Args:
+        model: Of any wrapper.
+        loader: The batches of this rank. Ranks may have different numbers and sizes of batches.
+        num_batches: How many batches each rank runs at most.
+        forward: Calls the model with a batch. By default tuples and lists give their first element
+            and mappings their values as keywords, on the model's device.
+        progress: Show a bar on the first rank, if stderr is a terminal.
+        group: The ranks whose data count, where no wrapper defines them.
 
-    Nothing but running_mean, running_var and singular vectors changes; if anything raises, nothing does. Raises ValueError if there is no
-    BatchNorm that tracks statistics and no spectral norm, no data, or if a layer saw NaN, infinity or what its dtype cannot hold, with the
-    names. A layer that the forward does not reach keeps its statistics, with a warning. *Cost*: one layer's input in
-    float64 at a time.
+    Returns:
+        The number of batches that this rank ran.
+
+    Raises:
+        ValueError: The model has neither a BatchNorm that tracks statistics nor a spectral norm, or
+            there is no data, or a layer saw NaN, infinity or what its dtype cannot hold. Layers are
+            named.
+
+    Note:
+        *Collective*: one reduction per layer. *Cost*: one layer's input in float64 at a time. A
+        layer that the forward does not reach keeps its statistics, with a warning.
     """
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}.")
@@ -96,7 +109,7 @@ def _recalibrate(
     members = found.members if group is None else dist.get_process_group_ranks(group)
     ranks = Ranks(members, group or found.group, wrappers.side_store)
     watch = _Watch({name: _Moments.none(module) for name, module in layers.items()})
-    steps = _together(loader, num_batches, ranks if found.sharded else None)
+    steps = _steps(loader, num_batches, ranks if found.sharded else None)
     bar = (
         _bar(loader, num_batches)
         if progress and ranks.first and sys.stderr.isatty()
@@ -121,9 +134,8 @@ def _recalibrate(
     if not any(counts):
         raise ValueError("recalibrate() saw no data: the loader gave no batch on any rank.")
     source = next(rank for rank, count in enumerate(counts) if count)
-    if (
-        ranks.group is not None and vectors
-    ):  # ranks with other batches iterated another number of times
+    if ranks.group is not None and vectors:
+        # Ranks with other batches iterated another number of times.
         transfer.broadcast(vectors, source, ranks.group)
     moments = {name: each.over(ranks) for name, each in watch.moments.items()}
     _refuse(moments, layers)
@@ -135,14 +147,15 @@ def _recalibrate(
     return done
 
 
-# --- running the batches -----------------------------------------------------------------------------------------
+# --- running the batches --------------------------------------------------------------------------
 
 
-def _together(
-    loader: Iterable[Any], most: int, sharded: Ranks | None
-) -> Iterator[tuple[Any, bool]]:
-    """(batch, whether it counts). NOTE: a sharded forward is collective, so a rank that has run out of data repeats its
-    last batch, uncounted, until all have."""
+def _steps(loader: Iterable[Any], most: int, sharded: Ranks | None) -> Iterator[tuple[Any, bool]]:
+    """Batches, and whether each counts.
+
+    NOTE: a sharded forward is collective. So a rank that has run out of data repeats its last
+    batch, uncounted, until all have.
+    """
     batches = islice(loader, most)
     if sharded is None:
         yield from ((batch, True) for batch in batches)
@@ -152,9 +165,7 @@ def _together(
         batch, failure = _END, None
         try:
             batch = next(batches, _END)
-        except (
-            Exception
-        ) as error:  # raised when the others know: they would wait for this rank in the forward
+        except Exception as error:  # raised when all know, as they would wait in the forward
             failure = error
         last = batch if batch is not _END else last
         more, lacking, failed = _any(sharded, batch is not _END, last is _END, failure is not None)
@@ -171,21 +182,21 @@ def _together(
 
 def _any(ranks: Ranks, *flags: bool) -> list[bool]:
     """Whether each is true on some rank. *Collective*."""
-    said = torch.tensor(flags, dtype=torch.float32, device=ranks.transfer_device())
+    on_any = torch.tensor(flags, dtype=torch.float32, device=ranks.transfer_device())
     if ranks.size > 1:
-        dist.all_reduce(said, dist.ReduceOp.MAX, group=ranks.group)
-    return [bool(each) for each in said.tolist()]
+        dist.all_reduce(on_any, dist.ReduceOp.MAX, group=ranks.group)
+    return [bool(flag) for flag in on_any.tolist()]
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
-    def there(value: Any) -> Any:
+    def on_device(value: Any) -> Any:
         return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
     if isinstance(batch, Mapping):
-        return model(**{key: there(value) for key, value in batch.items()})
-    return model(there(batch[0] if isinstance(batch, (tuple, list)) else batch))
+        return model(**{key: on_device(value) for key, value in batch.items()})
+    return model(on_device(batch[0] if isinstance(batch, (tuple, list)) else batch))
 
 
 @contextmanager
@@ -194,16 +205,14 @@ def _bar(loader: Iterable[Any], most: int) -> Iterator[Callable[[], None]]:
     from rich.progress import Progress
 
     total = most
-    with suppress(
-        TypeError
-    ):  # a DataLoader has a length until it is asked for that of an iterable dataset
+    with suppress(TypeError):  # a DataLoader of an iterable dataset has a length until it is asked
         total = min(most, len(loader))  # type: ignore[arg-type]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("BatchNorm statistics", total=total)
         yield lambda: progress.advance(task)
 
 
-# --- watching the layers -----------------------------------------------------------------------------------------
+# --- watching the layers --------------------------------------------------------------------------
 
 
 @dataclass
@@ -220,28 +229,31 @@ class _Moments:
         return _Moments(0.0, zeros, zeros)
 
     def add(self, count: float, mean: Tensor, squares: Tensor) -> None:
-        """The moments of two sets together, from those of each (Chan et al. 1983): exact for any sizes."""
+        """Add the moments of another set (Chan et al. 1983): exact for any sizes."""
         if count == 0:
             return
-        whole = self.count + count
-        apart = mean - self.mean
-        self.squares = self.squares + squares + apart.square() * (self.count * count / whole)
-        self.mean = self.mean + apart * (count / whole)
-        self.count = whole
+        total = self.count + count
+        difference = mean - self.mean
+        self.squares = self.squares + squares + difference.square() * (self.count * count / total)
+        self.mean = self.mean + difference * (count / total)
+        self.count = total
 
     def over(self, ranks: Ranks) -> _Moments:
         """Of all ranks' data, the same bits on every rank. *Collective*: one reduction."""
         if ranks.size == 1:
             return self
-        mine = torch.cat([self.mean.new_tensor([self.count]), self.mean, self.squares]).to(
-            ranks.transfer_device()
-        )
-        said = [torch.empty_like(mine) for _ in range(ranks.size)]
-        dist.all_gather(said, mine, group=ranks.group)
-        whole = _Moments(0.0, torch.zeros_like(self.mean), torch.zeros_like(self.squares))
-        for count, values in ((float(each[0]), each[1:].to(self.mean.device)) for each in said):
-            whole.add(count, *values.chunk(2))
-        return whole
+        local = torch.cat([self.mean.new_tensor([self.count]), self.mean, self.squares])
+        local = local.to(ranks.transfer_device())
+        gathered = [torch.empty_like(local) for _ in range(ranks.size)]
+        dist.all_gather(gathered, local, group=ranks.group)
+        total = _Moments(0.0, torch.zeros_like(self.mean), torch.zeros_like(self.squares))
+        for values in gathered:
+            total.add(float(values[0]), *values[1:].to(self.mean.device).chunk(2))
+        return total
+
+    @property
+    def finite(self) -> bool:
+        return bool((self.mean + self.squares).isfinite().all())
 
     @property
     def variance(self) -> Tensor:
@@ -249,10 +261,8 @@ class _Moments:
 
     def fits(self, module: Any) -> bool:
         """Whether the module's dtype can hold it: a variance leaves float16 at values of 256."""
-        mean, variance = (
-            self.mean.to(module.running_mean.dtype),
-            self.variance.to(module.running_var.dtype),
-        )
+        mean = self.mean.to(module.running_mean.dtype)
+        variance = self.variance.to(module.running_var.dtype)
         return bool(mean.isfinite().all() and variance.isfinite().all())
 
 
@@ -263,10 +273,10 @@ class _Watch:
     moments: dict[str, _Moments]
     counting: bool = True
 
-    def look(
+    def before_layer(
         self, name: str, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        """In front of a layer: note the batch's moments, and lend them to the layer ([Note: no training mode])."""
+        """Note the batch's moments, and write them into the layer ([Note: no training mode])."""
         seen: Tensor = args[0] if args else kwargs["input"]
         x = _wide(seen.detach()).transpose(0, 1).flatten(1) if seen.dim() > 1 else _wide(seen)[None]
         count = x.shape[1]  # [C, everything else]
@@ -285,14 +295,14 @@ def _wide(x: Tensor) -> Tensor:
 
 @contextmanager
 def _watched(model: nn.Module, layers: Mapping[str, Any], watch: _Watch) -> Iterator[None]:
-    """Everything in evaluation mode, a hook on every layer; modes and statistics restored whatever raises."""
+    """Evaluation mode, and a hook on every layer. Modes and statistics are restored at the end."""
     modes = {module: module.training for module in model.modules()}
     kept = {
         module: (module.running_mean.clone(), module.running_var.clone())
         for module in layers.values()
     }
     hooks = [
-        module.register_forward_pre_hook(partial(watch.look, name), with_kwargs=True)
+        module.register_forward_pre_hook(partial(watch.before_layer, name), with_kwargs=True)
         for name, module in layers.items()
     ]
     model.eval()
@@ -310,30 +320,32 @@ def _watched(model: nn.Module, layers: Mapping[str, Any], watch: _Watch) -> Iter
 
 def _refuse(moments: Mapping[str, _Moments], layers: Mapping[str, Any]) -> None:
     """Raise for statistics that must not be written, the same way on every rank."""
-    if moments and not any(each.count for each in moments.values()):
+    unreached = [name for name, each in moments.items() if each.count == 0]
+    if moments and len(unreached) == len(moments):
         raise ValueError(
-            "recalibrate() saw no data: the loader gave no batch on any rank, or no BatchNorm was reached."
+            "recalibrate() saw no data: the loader gave no batch on any rank, or no BatchNorm was "
+            "reached."
         )
-    single = [name for name, each in moments.items() if each.count == 1]
+    reached = {name: each for name, each in moments.items() if each.count}
+    single = [name for name, each in reached.items() if each.count == 1]
     if single:
         raise ValueError(
-            f"{', '.join(single[:5])} saw one value per channel: that has no variance. Give more data."
+            f"{', '.join(single[:5])} saw one value per channel: that has no variance. Give more "
+            "data."
         )
-    bad = [
-        name
-        for name, each in moments.items()
-        if not bool((each.mean + each.squares).isfinite().all())
-    ]
-    if bad:
-        raise ValueError(f"{', '.join(bad[:5])} saw NaN or infinity. No statistics were changed.")
-    large = [name for name, each in moments.items() if each.count and not each.fits(layers[name])]
+    infinite = [name for name, each in reached.items() if not each.finite]
+    if infinite:
+        raise ValueError(
+            f"{', '.join(infinite[:5])} saw NaN or infinity. No statistics were changed."
+        )
+    large = [name for name, each in reached.items() if not each.fits(layers[name])]
     if large:
         dtype = str(layers[large[0]].running_var.dtype).removeprefix("torch.")
         raise ValueError(
-            f"{', '.join(large[:5])} saw values whose statistics are beyond {dtype}. None were changed."
+            f"{', '.join(large[:5])} saw values whose statistics are beyond {dtype}. None were "
+            "changed."
         )
-    idle = [name for name, each in moments.items() if each.count == 0]
-    if idle:
+    if unreached:
         warnings.warn(
-            f"{', '.join(idle[:5])} was not reached and keeps its statistics.", stacklevel=3
+            f"{', '.join(unreached[:5])} was not reached and keeps its statistics.", stacklevel=3
         )

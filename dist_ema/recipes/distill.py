@@ -1,4 +1,4 @@
-"""Distillation with soft targets (Hinton et al. 2015), from a fixed teacher or from the average itself.
+"""Distillation with soft targets (Hinton et al. 2015), from a fixed teacher or from the average.
 
 teacher = copy.deepcopy(student)
 ema = EMA(student, decay=0.999, into=teacher)       # mean teacher (Tarvainen & Valpola 2017)
@@ -21,10 +21,14 @@ __all__ = ["SoftTargetLoss"]
 class SoftTargetLoss(nn.Module):
     """T^2 KL(softmax(teacher / T) || softmax(student / T)), the mean over all positions.
 
-    T^2 keeps the size of the gradient: without it a higher temperature would weigh the soft targets less (Hinton et al.
-    2015, section 2). Classes are the last dimension of [N, C] and [N, T, C], and the second of [N, C, H, W]; pass dim= for
-    other shapes. Both sides are taken to float32 before the softmax, so that bf16 logits lose nothing more. The teacher's
-    logits carry no gradient.
+    T^2 keeps the size of the gradient. Without it a higher temperature would weigh the soft targets
+    less (Hinton et al. 2015, section 2). Both sides are cast to float32 before the softmax, so that
+    bf16 logits lose nothing more. The teacher's logits carry no gradient.
+
+    Args:
+        temperature: T, positive.
+        dim: Of the classes. By default the last of [N, C] and [N, T, C], and the second of
+            [N, C, H, W].
     """
 
     def __init__(self, temperature: float = 1.0, dim: int | None = None) -> None:
@@ -37,10 +41,11 @@ class SoftTargetLoss(nn.Module):
         return f"temperature={self.temperature}" + ("" if self.dim is None else f", dim={self.dim}")
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """student, teacher: logits of one shape. Returns a scalar, in float32 (float64 for float64 logits)."""
+        """The loss of logits of one shape: a scalar in float32, in float64 for float64 logits."""
         if student.shape != teacher.shape:
             raise ValueError(
-                f"logits must have one shape, got {tuple(student.shape)} and {tuple(teacher.shape)}."
+                f"logits must have one shape, got {tuple(student.shape)} and "
+                f"{tuple(teacher.shape)}."
             )
         if student.dim() < 1 or student.numel() == 0:
             raise ValueError(
@@ -50,11 +55,11 @@ class SoftTargetLoss(nn.Module):
         wide = torch.float64 if student.dtype == torch.float64 else torch.float32
         log_q = torch.log_softmax(student.to(wide) / self.temperature, dim)
         log_p = torch.log_softmax(teacher.detach().to(wide) / self.temperature, dim)
-        apart = log_p.exp() * (log_p - log_q)
+        divergence = log_p.exp() * (log_p - log_q)
         # NOTE: a class that both exclude (-inf) counts 0, not NaN.
-        apart = torch.where(log_p == -math.inf, torch.zeros_like(apart), apart)
+        divergence = torch.where(log_p == -math.inf, torch.zeros_like(divergence), divergence)
         positions = student.numel() // student.shape[dim]
-        return apart.sum() * (self.temperature**2 / positions)
+        return divergence.sum() * (self.temperature**2 / positions)
 
     def _classes(self, dims: int) -> int:
         if self.dim is not None:
@@ -64,5 +69,6 @@ class SoftTargetLoss(nn.Module):
         if dims == 4:
             return 1
         raise ValueError(
-            f"logits of {dims} dimensions: say which one holds the classes, SoftTargetLoss(dim=...)."
+            f"logits of {dims} dimensions: say which one holds the classes, "
+            "SoftTargetLoss(dim=...)."
         )

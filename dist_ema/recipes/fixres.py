@@ -1,8 +1,9 @@
 """FixRes: adapt a trained model to the resolution of the test (Touvron et al. 2019, section 4).
 
-Random crops at training time make objects look larger than centre crops do at test time, and the activations before the
-classifier follow other statistics at another resolution. The cure: a few epochs at the test resolution, with the test's
-preprocessing, in which the classifier and the last normalisation alone are trained.
+Random crops in training make objects look larger than centre crops do in a test, and the
+activations before the classifier follow other statistics at another resolution. The cure is a few
+epochs at the resolution and with the preprocessing of the test, which train the classifier and the
+last normalisation alone.
 
     frozen = freeze_for_resolution(model, classifier="fc", norm="layer4.1.bn2")
     optimizer = torch.optim.SGD(frozen.parameters(), lr=1e-3)
@@ -25,7 +26,7 @@ __all__ = ["Frozen", "freeze_for_resolution"]
 
 @dataclass
 class Frozen:
-    """What `freeze_for_resolution` changed, and the way back. A context manager too: leaving it undoes."""
+    """What `freeze_for_resolution` changed, and how to undo it. As a context manager it undoes."""
 
     model: nn.Module
     names: list[str]  # of the parameters that are trained
@@ -39,7 +40,7 @@ class Frozen:
         return iter(self._free)
 
     def undo(self) -> None:
-        """Every requires_grad and every mode as it was before. Twice is once."""
+        """Every requires_grad and every mode as it was before. Idempotent."""
         if self._hook is None:
             return
         self._hook.remove()
@@ -57,14 +58,21 @@ class Frozen:
 
 
 def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None = None) -> Frozen:
-    """Train only the modules named `classifier` and `norm` (the last normalisation before it); the rest is in eval mode.
+    """Train the modules named `classifier` and `norm` only; the rest stays in evaluation mode.
 
-    Names are those of the model without wrappers. The rest stays in evaluation mode even when the loop calls
-    `model.train()`, and `norm` follows model.train(), so that a BatchNorm learns its statistics again. Build the optimizer
-    on `.parameters()` of what is returned, or let it skip parameters without a gradient. Call it before FSDP1 wraps the
-    model (its flat parameters need one requires_grad for all, unless use_orig_params=True), and build the EMA after it.
+    The rest stays in it even when the loop calls `model.train()`. `norm` follows that call, so that
+    a BatchNorm learns its statistics again. Build the optimizer on `.parameters()` of the
+    result, or let it skip parameters without a gradient. Call this before FSDP1 wraps the model,
+    whose flat parameters need one requires_grad for all (unless use_orig_params=True). Build the
+    EMA after it.
 
-    Raises ValueError, naming what exists, where a name is no module of the model or has no parameters.
+    Args:
+        model: The trained model.
+        classifier: Its name, without the prefixes of wrappers.
+        norm: The name of the last normalisation before it.
+
+    Raises:
+        ValueError: A name is no module of the model, or has no parameters. Existing names follow.
     """
     modules = {
         wrappers.canonical(name): module
@@ -73,16 +81,16 @@ def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None
     chosen = [_pick(modules, "classifier", classifier)] + (
         [] if norm is None else [_pick(modules, "norm", norm)]
     )
-    awake = {inner for module in chosen for inner in module.modules()}
+    trained = {inner for module in chosen for inner in module.modules()}
     free = list(dict.fromkeys(parameter for module in chosen for parameter in module.parameters()))
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modes = {module: module.training for module in model.modules()}
     for parameter in required:
         parameter.requires_grad_(parameter in set(free))
 
-    def sleep(*_: Any) -> None:
+    def keep_in_eval(*_: Any) -> None:
         for module in model.modules():
-            if module not in awake:
+            if module not in trained:
                 module.training = False
 
     names = [
@@ -90,7 +98,9 @@ def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None
         for name, each in wrappers.unwrapped(model).named_parameters()
         if each.requires_grad
     ]
-    return Frozen(model, names, free, required, modes, model.register_forward_pre_hook(sleep))
+    return Frozen(
+        model, names, free, required, modes, model.register_forward_pre_hook(keep_in_eval)
+    )
 
 
 def _pick(modules: dict[str, nn.Module], what: str, name: str) -> nn.Module:
@@ -101,10 +111,12 @@ def _pick(modules: dict[str, nn.Module], what: str, name: str) -> nn.Module:
             if each and any(True for _ in module.parameters(recurse=False))
         ]
         raise ValueError(
-            f"{what}={name!r} is no module of the model; the last ones with weights: {', '.join(near[-5:])}."
+            f"{what}={name!r} is no module of the model; the last ones with weights: "
+            f"{', '.join(near[-5:])}."
         )
     if not any(True for _ in modules[name].parameters()):
         raise ValueError(
-            f"{what}={name!r} is a {type(modules[name]).__name__} without parameters: nothing to train."
+            f"{what}={name!r} is a {type(modules[name]).__name__} without parameters: nothing to "
+            "train."
         )
     return modules[name]

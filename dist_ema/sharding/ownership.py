@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed.transfer import Block
 from .discovery import redescribe
 from .geometry import boxes_with_data, split_box
 from .records import Region, Shard
@@ -239,7 +240,7 @@ def _sources(slot: ParamState, size: int) -> range:
 
 def saved_blocks(
     slots: Sequence[ParamState], values: dict[str, Tensor] | None = None
-) -> Iterator[tuple[int, tuple[int, ...], Tensor]]:
+) -> Iterator[Block]:
     """What this rank answers for, in blocks of at most `MOST` elements: (number of the slot, offsets, block).
 
     values: own buffers by name, taken in place of the model's. *Aliases* shadows and live weights.
@@ -252,7 +253,7 @@ def saved_blocks(
             data = data.clone()  # NOTE: numpy forbids to resize memory that it has seen
         for box, view in boxes_with_data(slot.shard, slot.saved_region, data):
             for block in split_box(box, MOST):
-                yield number, block.offsets, view[block.within(box)]
+                yield Block(number, block.offsets, view[block.within(box)])
 
 
 def saved_dtype(slot: ParamState, values: dict[str, Tensor]) -> torch.dtype:
