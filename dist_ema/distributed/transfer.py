@@ -199,7 +199,7 @@ def stream_to_writers(
             raise refused from failed_send
         if ranks.rank == source + 1:
             try:
-                _send(blocks, partial(group.send, to=0), CPU)
+                _send(blocks, lambda data: group.send(data, 0), CPU)
             except Exception as error:  # the first rank notices, and raises on all
                 failed_send = error
 
