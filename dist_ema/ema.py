@@ -1,7 +1,8 @@
 """class EMA: the verbs, and the order of calls.
 
-Every collective verb does the same things in the same order. It refuses what is not allowed now, all ranks enter together,
-the module tree is walked, the engine settles, and only then the room that does the work is called.
+Every collective verb does the same things in the same order. It refuses what is not allowed now,
+all ranks enter together, the module tree is walked, the engine settles, and only then the room that
+does the work is called.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _NEW_CLOCK = Clock().to_dict() | {"accepted": 0}
 
 
 def _outside_autograd(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA, P], T]:
-    """Run outside autograd and inference mode: a shadow made in inference mode cannot be updated outside of it."""
+    """Run outside autograd and inference mode, whose shadows could not be updated outside it."""
 
     @wraps(method)
     def run(self: EMA, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -73,7 +74,7 @@ def _refuse_beside_into(schedules: Sequence[Schedule], dtype: torch.dtype, devic
 
 
 def _stacklevel_of_caller() -> int:
-    """The stacklevel of a warning that points at the user's line, however deep in here it is raised."""
+    """The stacklevel of a warning that points at the user's line."""
     frame, level = sys._getframe(1), 1
     here = (str(Path(__file__).parent), contextlib.__file__)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
@@ -94,7 +95,7 @@ def _combine_exits(exits: list[Any]) -> dict[str, Any]:
 
 
 def _real_path(path: str | Path) -> Path:
-    """Where a link leads: the temporary must lie beside the folder itself, on the same file system."""
+    """Where a link leads: the temporary folder must lie on the same file system."""
     return Path(os.path.realpath(path))
 
 
@@ -102,19 +103,26 @@ class EMA:
     """An exponential moving average of a model's weights; each rank keeps its own shard of it.
 
     Args:
-        model: As it will be trained: plain, DDP, FSDP1, FSDP2, HSDP, tensor parallel, compiled, checkpointed. Wrap first.
-            Or its parameters, with or without names: `model.parameters()`, `model.named_parameters()`.
-        decay: A float (`Constant`), a schedule of `dist_ema`, or a list of them: several averages that read each live
-            weight once.
+        model: As it will be trained: plain, DDP, FSDP1, FSDP2, HSDP, tensor parallel, compiled,
+            checkpointed. Wrap first. Or its parameters, with or without names:
+            `model.parameters()`, `model.named_parameters()`.
+        decay: A float (`Constant`), a schedule of `dist_ema`, or a list of them: several averages
+            that read each live weight once.
         dtype: Of the shadows: float32, float64, or bfloat16 (compact, rounded stochastically).
-        device: Of the shadows; None keeps each beside its weight, "cpu" averages in pinned host memory.
-        split: Divide replicated weights (DDP, HSDP) among the ranks that hold them. With False every rank keeps a full
-            copy. A process group says that plain weights are replicated over it, and divides them too.
-        buffers: "copy" takes buffers from the live model when the average is used. "average" averages the floating ones.
-            A regex or a predicate on names averages those that it chooses.
-        only: A regex searched in names, or a predicate on them. The rest is treated like frozen weights.
-        into: A module, built and wrapped like the model, whose weights become the average ([Note: into]).
-        timeout: Seconds that a rank waits for the others to enter a verb; `ema.timeout` changes it later.
+        device: Of the shadows; None keeps each beside its weight, "cpu" averages in pinned host
+            memory.
+        split: Divide replicated weights (DDP, HSDP) among the ranks that hold them. With False
+            every rank keeps a full copy. A process group says that plain weights are replicated
+            over it, and divides them too.
+        buffers: "copy" takes buffers from the live model when the average is used. "average"
+            averages the floating ones. A regex or a predicate on names averages those that it
+            chooses.
+        only: A regex searched in names, or a predicate on them. The rest is treated like frozen
+            weights.
+        into: A module, built and wrapped like the model, whose weights become the average ([Note:
+            into]).
+        timeout: Seconds that a rank waits for the others to enter a verb; `ema.timeout` changes it
+            later.
 
     Raises:
         ValueError: A weight cannot be averaged, or nothing matches; the weights are named.
@@ -123,14 +131,16 @@ class EMA:
         *Collective*: construction and every verb but `update`, `attach`, `detach` and `state_dict`.
         *Cost*: 4 bytes per element of this rank's shard (of 1/replicas of it), and 8 MB of scratch.
 
-    [Note: into]  Mean teacher, DINO, BYOL: the shadows are the teacher's own memory, in its dtype, divided as it is divided.
-    Live overwrites it now and at `load`, and its weights need no gradient from now on. Frozen weights follow when live ones
-    are written. Buffers are those of live at the last update, or averaged. What `only=` leaves out is not touched: without
-    BatchNorm's buffers a teacher in training mode keeps statistics of its own. Names that the teacher alone has stay as
+    [Note: into]  Mean teacher, DINO, BYOL: the shadows are the teacher's own memory, in its dtype,
+    divided as it is divided. Live overwrites it now and at `load`, and its weights need no gradient
+    from now on. Frozen weights follow when live ones are written. Buffers are those of live at the
+    last update, or averaged. What `only=` leaves out is not touched: without BatchNorm's buffers a
+    teacher in training mode keeps statistics of its own. Names that the teacher alone has stay as
     they are. The teacher may run, be saved, copied and compiled like any module.
 
     Attributes:
-        weights: The `AveragedWeights` of this rank: the extension API for drop-ins and integrations.
+        weights: The `AveragedWeights` of this rank: the extension API for drop-ins and
+            integrations.
     """
 
     @_outside_autograd
@@ -177,14 +187,7 @@ class EMA:
         self._swap_writes = 0  # by swaps of any EMA, when the block of ours began
         self._writer: writer.Writer | None = None
         self._adopt("EMA", found)
-        self._overlap: bool | None = None
-        self._use_engine()
-
-    def _use_engine(self) -> None:
-        """As `attach` asked for; without it an update overlaps in host memory only."""
-        weights = self.weights
-        on_host = weights.far_on_host if weights.teacher else weights.placement.on_host
-        weights.use_engine(on_host if self._overlap is None else self._overlap, on_host)
+        self.weights.use_engine()
 
     def _adopt(self, verb: str, found: records.ModelShards) -> None:
         self._ranks.run_on_all(verb, lambda: self.weights.adopt(found))
@@ -199,7 +202,7 @@ class EMA:
         which: Which = 0,
         prepare: Callable[[], None] | None = None,
     ) -> Average:
-        """The beginning of every collective verb: all ranks come, mean the same average and can go on, or all raise."""
+        """Begin a verb: all ranks come, mean the same average and can go on, or raise."""
         weights = self.weights
 
         def ready() -> int | None:
@@ -227,7 +230,7 @@ class EMA:
                 stacklevel=_stacklevel_of_caller(),
             )
 
-    # --- update ------------------------------------------------------------------------------------------------
+    # --- update -----------------------------------------------------------------------------------
 
     @_outside_autograd
     def update(self, elapsed: float = 1.0, *, decay: float | Schedule | None = None) -> None:
@@ -235,8 +238,8 @@ class EMA:
 
         Args:
             elapsed: Steps, images or tokens since the last update ([Note: elapsed] in schedules).
-            decay: Replaces the schedule for this update alone, for loops that compute a decay themselves; 0 copies. The
-                clock moves all the same, and files name the schedule.
+            decay: Replaces the schedule for this update alone, for loops that compute a decay
+                themselves; 0 copies. The clock moves all the same, and files name the schedule.
 
         Raises:
             RuntimeError: Inside `swap`, or a weight changed its form since the EMA was built.
@@ -265,20 +268,22 @@ class EMA:
         """Update after every step that really happened.
 
         Args:
-            optimizers: All that step the model. An update comes when each has stepped since the last one.
+            optimizers: All that step the model. An update comes when each has stepped since the
+                last one.
             every: Steps between updates; the decay accounts for all of them.
             start: The step at which the shadow is seeded from live and averaging begins.
             elapsed: Units of the clock per step, a number or a callable.
-            overlap: Run behind the next forward, on a side stream of an accelerator or in a host thread (device="cpu").
-                False is the bit-identical reference.
+            overlap: Run behind the next forward, on a side stream of an accelerator or in a host
+                thread (device="cpu"). False is the bit-identical reference.
             guard: Keep the shadow, element by element, where live is not finite.
 
         Returns:
             A handle with `remove()`.
 
         Raises:
-            ValueError: An argument is wrong, or an optimizer trains the teacher or cannot be hooked: a wrapper
-                may write after its inner step. Call `update` after its `step()` then.
+            ValueError: An argument is wrong, or an optimizer trains the teacher or cannot be
+                hooked: a wrapper may write after its inner step. Call `update` after its `step()`
+                then.
             RuntimeError: Something is attached already.
         """
         if self.weights.teacher is not None:
@@ -288,8 +293,7 @@ class EMA:
                 "ema.attach() was called before. Call ema.detach() first, or list all optimizers "
                 "in one call."
             )
-        self._overlap = overlap
-        self._use_engine()
+        self.weights.use_engine(overlap)
         self._attachment = Attachment(
             self.weights, self.weights.clock, optimizers, every, start, elapsed, guard
         )
@@ -304,8 +308,9 @@ class EMA:
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> EMA:
         """Move the shadows to `device` and cast them to `dtype`; None leaves that as it is.
 
-        The update in flight is waited for, and what `attach` put on stays: the next updates run where the shadows lie now.
-        A cast to bfloat16 rounds to nearest. No collective, but call it alike on every rank.
+        The update in flight is waited for, and what `attach` put on stays: the next updates run
+        where the shadows lie now. A cast to bfloat16 rounds to nearest. No collective, but call it
+        alike on every rank.
 
         Returns:
             The EMA.
@@ -331,27 +336,27 @@ class EMA:
         weights.reallocate(
             dtype or placement.dtype, placement.device if device is None else torch.device(device)
         )
-        self._use_engine()
         return self
 
-    # --- the average in use ------------------------------------------------------------------------------------
+    # --- the average in use -----------------------------------------------------------------------
 
     @contextmanager
     def swap(self, which: Which = 0) -> Iterator[EMA]:
-        """Put the average into the model: inside the block its weights and buffers are the average's. *Collective*.
+        """Put the average into the model, weights and buffers, for the block. *Collective*.
 
-        Live weights and buffers are restored bit for bit, whatever the block raises, and so are shadows
-        that the block did not write. What it writes is named in a warning at the exit:
+        Live weights and buffers are restored bit for bit, whatever the block raises, and so are
+        shadows that the block did not write. What it writes is named in a warning at the exit:
 
         - A swapped weight (Embedding(max_norm), a clamp): the write becomes the average's, in every
-          dtype, placement and wrapper; of replicas, the owner's. `.data` hides a write from the warning.
+          dtype, placement and wrapper; of replicas, the owner's. `.data` hides a write from the
+          warning.
         - Another weight (merge_adapter() left merged): the write stays, nothing is restored.
-        - A persistent buffer (BatchNorm, an observer): all persistent buffers of its module become the
-          average's own, until `reset_buffers()`, unless one of them changed its shape.
+        - A persistent buffer (BatchNorm, an observer): all persistent buffers of its module become
+          the average's own, until `reset_buffers()`, unless one of them changed its shape.
 
-        Caches of weights are dropped at both ends: `parametrize.cached()`, autocast, and what a module
-        in eval mode drops in its own `train(True)`. Serialise inside the block: `state_dict()` refers to
-        the model's memory, and holds live weights again after the block.
+        Caches of weights are dropped at both ends: `parametrize.cached()`, autocast, and what a
+        module in eval mode drops in its own `train(True)`. Serialise inside the block:
+        `state_dict()` refers to the model's memory, and holds live weights again after the block.
 
         A rank that leaves by an exception makes the others raise RuntimeError at their exit, after
         restoring.
@@ -360,8 +365,8 @@ class EMA:
             which: Of several averages, by number or schedule, here and in the other verbs.
 
         Raises:
-            RuntimeError: Inside another swap, or the model cannot be reached. If a broadcast to replicas
-                fails, the swap stays open, and the EMA refuses every verb.
+            RuntimeError: Inside another swap, or the model cannot be reached. If a broadcast to
+                replicas fails, the swap stays open, and the EMA refuses every verb.
 
         Note:
             *Cost*: 4 MB where shadow and weight have one dtype, else a copy of this rank's shard.
@@ -414,13 +419,13 @@ class EMA:
             swap.broadcast()
         swap.watch()
         self.weights.mark()
-        self._swap_writes = self.weights.swap_writes
+        self._swap_writes = self.weights.swaps.writes
 
     @_outside_autograd
     def _restore_swap(
         self, average: Average, swap: WeightSwap, error: BaseException | None
     ) -> None:
-        weights, writes_before = self.weights, self.weights.swap_writes
+        weights, writes_before = self.weights, self.weights.swaps.writes
         buffers: dict[str, Tensor] = {}
         message: dict[str, Any] = {}
         raised = error
@@ -461,7 +466,7 @@ class EMA:
     def _name_writes(
         self, written: list[str], unrestored: list[str], error: BaseException | None
     ) -> None:
-        """Warn of what the block of a swap wrote, or note it on the exception that left the block."""
+        """Warn of what the block wrote, or note it on the exception that left the block."""
         texts = []
         if written:
             texts.append(
@@ -483,8 +488,8 @@ class EMA:
     def gather(self, which: Which = 0) -> dict[str, Tensor]:
         """The complete state_dict, on the host of the first rank; {} elsewhere. *Collective*.
 
-        Averaged weights come in the shadows' dtype, frozen weights and buffers from the live model, with every alias: it
-        passes `load_state_dict(strict=True)`.
+        Averaged weights come in the shadows' dtype, frozen weights and buffers from the live model,
+        with every alias: it passes `load_state_dict(strict=True)`.
 
         Note:
             *Cost*: the model on the first rank's host, 16 MB windows elsewhere.
@@ -497,7 +502,9 @@ class EMA:
 
     @_outside_autograd
     def copy_to(self, module: parameters.Model, which: Which = 0) -> None:
-        """Write the average, the frozen weights and the buffers into `module`, however it is wrapped. *Collective*.
+        """Write the average into another model, however it is wrapped. *Collective*.
+
+        Frozen weights and buffers are written too.
 
         Args:
             module: Or its parameters, in the order or under the names that this EMA was given.
@@ -512,7 +519,7 @@ class EMA:
             gather.copy_into(self._ranks, average.persistent, average.own_buffers, target)
         self.weights.mark()
 
-    # --- files -------------------------------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------------
 
     @_outside_autograd
     def save(
@@ -525,24 +532,27 @@ class EMA:
         keep: int | None = None,
         wait: bool = True,
     ) -> None:
-        """Write the average as a folder to resume from, itself a safetensors model. *Collective*, atomic.
+        """Write a folder to resume from, itself a safetensors model. *Collective*, atomic.
 
-        With `only=` the folder holds the averaged weights alone. Of several averages the first lies in the folder, the
-        others under averages/.
+        With `only=` the folder holds the averaged weights alone. Of several averages the first lies
+        in the folder, the others under averages/.
 
         Args:
             path: The folder.
             max_shard_size: Of each file: bytes, or a text like "5GB".
-            mode: "direct": every rank writes its own bytes into place. "stream": the first rank writes. None: direct on
-                one machine, stream across machines.
+            mode: "direct": every rank writes its own bytes into place. "stream": the first rank
+                writes. None: direct on one machine, stream across machines.
             extra: A dict of JSON values to keep in ema.json; finite numbers only.
-            keep: `path` must end in a number. Of the folders that are called alike, keep those with the highest numbers up
-                to this one, and let the file `latest` beside them name this one; `load` follows it.
-            wait: False copies what this rank writes to the host and returns; a thread writes behind training. The next
-                save or export waits for it and raises what went wrong; the end of the program waits too.
+            keep: `path` must end in a number. Of the folders that are called alike, keep those with
+                the highest numbers up to this one, and let the file `latest` beside them name this
+                one; `load` follows it.
+            wait: False copies what this rank writes to the host and returns; a thread writes behind
+                training. The next save or export waits for it and raises what went wrong; the end
+                of the program waits too.
 
         Note:
-            *Cost*: no gather. With wait=False this rank's share once more in host memory, until it is written.
+            *Cost*: no gather. With wait=False this rank's share once more in host memory, until it
+            is written.
         """
         files, facts = self._average_files(), self._manifest("ema", extra or {})
         request = writer.SaveRequest(
@@ -560,10 +570,11 @@ class EMA:
         max_shard_size: int | str = "5GB",
         mode: Literal["direct", "stream"] | None = None,
     ) -> None:
-        """Write the file to ship: the complete model, in the model's own dtypes or in `dtype`. *Collective*.
+        """Write the file to ship: the complete model, in its own dtypes or `dtype`. *Collective*.
 
         Args:
-            path: A folder (what else it holds, like config.json, stays), or one file ending in .safetensors.
+            path: A folder (what else it holds, like config.json, stays), or one file ending in
+                .safetensors.
             which: See `swap`.
             dtype: Of all floating weights.
             max_shard_size: See `save`.
@@ -587,10 +598,10 @@ class EMA:
     def snapshot(
         self, folder: str | Path, *, every: float, dtype: torch.dtype | None = None
     ) -> Path | None:
-        """Save all averages as folder/0000001000 when the clock passes a multiple of `every`; call it in each step.
+        """Save all averages as folder/0000001000 when the clock passes a multiple of `every`.
 
-        `posthoc.reconstruct` chooses a decay from such snapshots after training. *Collective* when it saves; all ranks
-        know by their clocks.
+        Call it in each step. `posthoc.reconstruct` chooses a decay from such snapshots after
+        training. *Collective* when it saves; all ranks know by their clocks.
 
         Args:
             folder: Where the snapshots lie.
@@ -621,7 +632,7 @@ class EMA:
         return path
 
     def _average_files(self) -> list[writer.AverageFiles]:
-        """The first average as a complete model (with `only=`, what is averaged), the others without what they share."""
+        """The first average is complete (with `only=`: what is averaged), others share its rest."""
         complete = self.weights.selection.only is None
         files = []
         for i, average in enumerate(self.weights.averages):
@@ -655,7 +666,7 @@ class EMA:
             members = range(dist.get_world_size())
             self._everyone = Ranks(members, None, wrappers.side_store, self._ranks.timeout)
         ranks = self._everyone or self._ranks
-        if alone:  # an unwrapped model in a job of several ranks: the first one writes, if all hold the same
+        if alone:  # an unwrapped model in a job of ranks: the first writes, if all hold the same
             states = [state for files in request.averages for state in files.states]
             consistency.on_averages(request.verb, ranks, states)
             request = request if ranks.first else request.with_blocks(lambda _: [])
@@ -677,13 +688,16 @@ class EMA:
         if keys:
             warnings.warn(
                 f"ema.{verb}(): {', '.join(keys[:5])} of the state_dict is no plain parameter or "
-                "buffer (quantisation state, extra state, a hook, a frozen tensor subclass?), so the "
-                "files do not hold it. Save it beside them.",
+                "buffer (quantisation state, extra state, a hook, a frozen tensor subclass?), so "
+                "the files do not hold it. Save it beside them.",
                 stacklevel=_stacklevel_of_caller(),
             )
 
     def _finish_writing(self) -> None:
-        """No save is in flight behind training after this. Raises RuntimeError if the last one failed."""
+        """No save is in flight behind training after this.
+
+        Raises RuntimeError if the last one failed.
+        """
         if self._writer is not None:
             self._warn_each(self._writer.finish())
 
@@ -704,20 +718,27 @@ class EMA:
 
     @_outside_autograd
     def load(self, path: str | Path, *, strict: bool = True, verify: bool = True) -> None:
-        """Go on from a saved average, of any world size and wrapper. *Collective*. The live model is not touched.
+        """Go on from a saved average, of any world size and wrapper. *Collective*.
+
+        The live model is not touched.
 
         Args:
-            path: What `save` wrote is resumed with its clock; an EMA whose `attach(start=...)` is not reached goes on too.
-                Any other safetensors model (an export, a Hugging Face folder, its index, one file) is a start: the
-                averaged weights are read, in any floating dtype, the clock is that of a new EMA, frozen weights and
-                buffers in it are passed over.
-            strict: Names must agree. With False, weights that the folder lacks start from live, weights that the model
-                lacks are left out, and a warning names them. Another shape always raises, as its values would be lost.
-            verify: Compare the files' check sums first, each rank a part of every file. Only what dist_ema wrote has them.
+            path: What `save` wrote is resumed with its clock; an EMA whose `attach(start=...)` is
+                not reached goes on too. Any other safetensors model (an export, a Hugging Face
+                folder, its index, one file) is a start: the averaged weights are read, in any
+                floating dtype, the clock is that of a new EMA, frozen weights and buffers in it are
+                passed over.
+            strict: Names must agree. With False, weights that the folder lacks start from live,
+                weights that the model lacks are left out, and a warning names them. Another shape
+                always raises, as its values would be lost.
+            verify: Compare the files' check sums first, each rank a part of every file. Only what
+                dist_ema wrote has them.
 
         Raises:
-            ValueError: The folder is damaged, or differs from the model; all differences are named. Nothing has changed.
-            RuntimeError: The disk failed while reading. The average is a new one then: equal to live, its clock at 0.
+            ValueError: The folder is damaged, or differs from the model; all differences are named.
+                Nothing has changed.
+            RuntimeError: The disk failed while reading. The average is a new one then: equal to
+                live, its clock at 0.
 
         Note:
             *Cost*: only the slices that this rank keeps are read, through a window of 4 MB.
@@ -743,11 +764,13 @@ class EMA:
         weights.set_clock(found.clock or _NEW_CLOCK)
         weights.forget_mark()
 
-    # --- state_dict, for torch.distributed.checkpoint ----------------------------------------------------------
+    # --- state_dict, for torch.distributed.checkpoint ---------------------------------------------
 
     @_outside_autograd
     def state_dict(self) -> dict[str, Any]:
-        """Tensors for `dcp.save({"ema": ema})` and `dcp.load`, under any wrapper. *Aliases* the shadows.
+        """Tensors for `dcp.save({"ema": ema})` and `dcp.load`, under any wrapper.
+
+        *Aliases* the shadows.
 
         Weights are plain tensors where this rank averages all of one, else `dcp.FlatRange`.
         """
@@ -763,10 +786,11 @@ class EMA:
 
     @_outside_autograd
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave, after DCP filled it, or with full weights from elsewhere. *Collective*.
+        """Take what `state_dict` gave and DCP filled, or full weights by name. *Collective*.
 
         Raises:
-            ValueError: Something is missing or does not fit (RuntimeError on other ranks). Nothing has changed then.
+            ValueError: Something is missing or does not fit (RuntimeError on other ranks). Nothing
+                has changed then.
         """
         weights = self.weights
         matched: list[tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]] = []
@@ -795,11 +819,11 @@ class EMA:
         weights.set_clock(clock)
         weights.forget_mark()
 
-    # --- the rest ----------------------------------------------------------------------------------------------
+    # --- the rest ---------------------------------------------------------------------------------
 
     @_outside_autograd
     def reset(self) -> None:
-        """Begin again: the shadow is the live model, the clock is 0, recalibrated buffers are forgotten. *Collective*."""
+        """Begin again: the shadow is live, the clock 0, no buffer recalibrated. *Collective*."""
         self._enter("reset", Reads.LIVE)
         attached = self._attachment
         late = attached is not None and attached.active and attached.start > 0
@@ -821,8 +845,8 @@ class EMA:
     def rescan(self) -> None:
         """Take the model for what it is now. *Collective*.
 
-        A weight that was replaced, added or unfrozen is averaged from now on, seeded from live. What is gone is dropped.
-        Everything else keeps its average.
+        A weight that was replaced, added or unfrozen is averaged from now on, seeded from live.
+        What is gone is dropped. Everything else keeps its average.
         """
         weights = self.weights
         found: list[records.ModelShards] = []
@@ -839,29 +863,27 @@ class EMA:
     def metrics(self, which: Which = 0, *, distance: bool = True) -> dict[str, float]:
         """What there is to log, as plain numbers.
 
-        | key | meaning |
-        | --- | --- |
-        | decay, half_life | of the last update, in units of the clock |
-        | now, updates | the clock; moves of the shadow, skipped ones included |
-        | bytes, pinned | of shadows beside their weights; in host memory, windows included. On this rank |
-        | update_ms | the time that the last finished update took, 0 before the first |
-        | stall_ms | what it added to the training step: the wait of the device, or the work in the hook |
-        | lag | updates submitted but not finished |
-        | skipped | updates that the device refused; with distance=False as far as it has told by now |
-        | distance | norm(live - average) / norm(live), over the whole model, each element counted once |
-        | replicas_agree | shadows of weights that several ranks average whole have the same bits on all of them |
+        | key | meaning | | --- | --- | | decay, half_life | of the last update, in units of the
+        clock | | now, updates | the clock; moves of the shadow, skipped ones included | | bytes,
+        pinned | of shadows beside their weights; in host memory, windows included. On this rank | |
+        update_ms | the time that the last finished update took, 0 before the first | | stall_ms |
+        what it added to the training step: the wait of the device, or the work in the hook | | lag
+        | updates submitted but not finished | | skipped | updates that the device refused; with
+        distance=False as far as it has told by now | | distance | norm(live - average) /
+        norm(live), over the whole model, each element counted once | | replicas_agree | shadows of
+        weights that several ranks average whole have the same bits on all of them |
 
         Args:
             which: See `swap`.
-            distance: False leaves out distance and replicas_agree. Then the verb is local and never waits, for loops that
-                log on one rank only; else it is *collective*.
+            distance: False leaves out distance and replicas_agree. Then the verb is local and never
+                waits, for loops that log on one rank only; else it is *collective*.
 
         Raises:
             RuntimeError: Inside `swap`, where live is the average, unless distance=False.
 
         Note:
-            *Cost* of the distance: the engine settles, live and shadow are read once in chunks, and each rank sends one
-            short message.
+            *Cost* of the distance: the engine settles, live and shadow are read once in chunks, and
+            each rank sends one short message.
         """
         weights, average = self.weights, self.weights.average(which)
         known = weights.report(average)
@@ -908,8 +930,9 @@ class EMA:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            "an EMA can be neither copied nor pickled, nor can a module that owns one: it averages one model in place. "
-            "Build another EMA for a copy of the model, and carry the average over with save() and load()."
+            "an EMA can be neither copied nor pickled, nor can a module that owns one: it "
+            "averages one model in place. Build another EMA for a copy of the model, and carry "
+            "the average over with save() and load()."
         )
 
     def names(self) -> list[str]:

@@ -443,7 +443,7 @@ def test_times_are_those_of_the_device() -> None:
 def test_times_inline() -> None:
     """Events around the update, not the time of the launches; the step waits for all of it."""
     ema = EMA(net(), 0.9)
-    ema.weights.use_engine(overlap=False, host=False)
+    ema.weights.use_engine(overlap=False)
     ema.update()
     torch.cuda.synchronize()
     known = ema.metrics(distance=False)

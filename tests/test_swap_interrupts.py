@@ -80,7 +80,7 @@ def test_every_line_of_entry_and_exit(options: Any, monkeypatch: pytest.MonkeyPa
 
     line = 1
     while interrupted_at(line, block):
-        assert not ema.weights.swapped, f"the swap stayed open after line {line}"
+        assert not ema.weights.swaps.open, f"the swap stayed open after line {line}"
         assert unlike() == [], f"after line {line}"
         line += 1
     assert line > 300, "the lines of a swap were not traced"

@@ -1,10 +1,10 @@
-"""The averages of one model on this rank, the clock that they share, and what it takes to move them.
+"""The averages of one model on this rank, the clock that they share, and how they move.
 
     AveragedWeights          what `EMA.weights` gives: the extension API
       Inventory              which weights, with which shadows; follows the module tree
       StorageWatch           addresses and version counters of the live weights
       SwapRegistry           who else averages these weights, and whose swap is open
-      TeacherSync            with into=: what is copied into the teacher, and when it may be read
+      Teacher                with into=: whose memory the shadows are, and when it may be read
       Engine                 when the arithmetic runs
 
 `EMA` adds what needs other ranks. The hooks of `attach` call in here directly.
@@ -35,7 +35,6 @@ from .storage_watch import StorageWatch
 from .swap import broadcast_to_replicas
 from .swap_registry import SwapRegistry
 from .teacher import Teacher
-from .teacher_sync import TeacherSync
 
 __all__ = ["AveragedWeights", "Reads"]
 
@@ -54,11 +53,17 @@ class Reads(enum.Flag):
 class AveragedWeights:
     """All averages of one model, as far as this rank holds them.
 
-    The extension API: what drop-ins, integrations and tests use beside `EMA` itself. Nothing here is collective but `pull`.
+    The extension API: what drop-ins, integrations and tests use beside `EMA` itself. Nothing here
+    is collective but `pull`.
 
     Attributes:
         model: The live model, as it was given.
+        averages: In the order of the schedules that the EMA was given.
+        selection: Which weights and buffers are averaged.
+        placement: Where shadows lie.
+        teacher: The module of into=, whose weights are the shadows.
         clock: How far training and the average have moved.
+        swaps: Which swaps of these weights are open.
         engine: When updates run.
         seed: Of stochastic rounding.
     """
@@ -71,77 +76,51 @@ class AveragedWeights:
         placement: Placement,
         into: nn.Module | None = None,
     ) -> None:
-        self.clock, self.seed = Clock(), 0
-        self._inventory = Inventory(model, schedules, selection, placement)
-        self._swaps = SwapRegistry()
-        self._teacher_sync: TeacherSync | None = None
-        if into is not None:
-            self._teacher_sync = TeacherSync(Teacher(into, self.sync_teacher))
-        self._watch = StorageWatch()
+        self.clock, self.swaps, self.seed = Clock(), SwapRegistry(), 0
+        self._inventory = inventory = Inventory(model, schedules, selection, placement)
+        self.model, self.averages = inventory.model, inventory.averages
+        self.selection, self.placement = inventory.selection, inventory.placement
+        self.average, self.find = inventory.average, inventory.find
+        self.teacher = None if into is None else Teacher(into, self.sync_teacher)
+        self._watch = watch = StorageWatch(self.clock, self.swaps)
+        self.mark, self.forget_mark = watch.mark, watch.forget_mark
         self.engine: Engine = Inline()
         self._inline: Engine = Inline()
         self._engine_choice: Any = None
+        self._overlap: bool | None = None
 
-    # --- what is averaged --------------------------------------------------------------------------------------
-
-    @property
-    def model(self) -> nn.Module:
-        """The live model, as it was given."""
-        return self._inventory.model
-
-    @property
-    def averages(self) -> list[Average]:
-        """In the order of the schedules that the EMA was given."""
-        return self._inventory.averages
+    # --- what is averaged -------------------------------------------------------------------------
 
     @property
     def states(self) -> list[ParamState]:
-        """Every weight and buffer of the model, with the shadow of the first average where it has one."""
+        """Every weight and buffer, with the shadow of the first average where it has one."""
         return self._inventory.states
 
-    @property
-    def selection(self) -> Selection:
-        """Which weights and buffers are averaged."""
-        return self._inventory.selection
-
-    @property
-    def placement(self) -> Placement:
-        """Where shadows lie."""
-        return self._inventory.placement
-
-    @property
-    def teacher(self) -> Teacher | None:
-        """The module of into=, whose weights are the shadows."""
-        return None if self._teacher_sync is None else self._teacher_sync.teacher
-
-    def average(self, which: int | str | Schedule) -> Average:
-        """One average by number, by its schedule, or by the schedule's repr. Raises ValueError if there is none."""
-        return self._inventory.average(which)
-
     def adopt(self, found: discovery.ModelShards) -> None:
-        """Average the model as `found` describes it. What is averaged already and still there keeps its shadow."""
-        self._inventory.adopt(found, self._teacher_sync)
-        self._swaps.watch(state.shard.tensor for state in self.averages[0].averaged)
+        """Average the model as `found` describes it.
+
+        What is averaged already and still there keeps its shadow.
+        """
+        self._inventory.adopt(found, self.teacher)
+        self.swaps.watch(state.shard.tensor for state in self.averages[0].averaged)
         self._rebind()
         self._replan()
         self.mark()
 
-    def find(self) -> discovery.ModelShards:
-        """The records of the model as it is now; free what FSDP holds unsharded."""
-        return self._inventory.find()
-
     def reallocate(self, dtype: torch.dtype, device: torch.device | None) -> None:
-        """The same shadows in another dtype or on another device, updated where and how `use_engine` said."""
+        """The same shadows in another dtype or on another device, updated where they lie then."""
         self._inventory.reallocate(dtype, device)
         self._replan()
         self._engine_choice = None  # an engine that stayed would keep the old shadows alive
+        self.use_engine(self._overlap)
 
     def _replan(self) -> None:
         """Make the steps of an update anew: once for each set of addresses, never per step."""
         self._averaged = self.averages[0].averaged
-        if self._teacher_sync is not None:
-            self._teacher_sync.adopt(self.states)
-        further = [] if self._teacher_sync is None else self._teacher_sync.shards
+        further = []
+        if self.teacher is not None:
+            self.teacher.adopt(self.states)
+            further = self.teacher.addressed
         self._watch.renew(self._averaged, further, self._inventory.frozen)
         weights: list[ShadowPair] = []
         buffers: list[ShadowPair] = []
@@ -155,41 +134,36 @@ class AveragedWeights:
             pair = ShadowPair(state.name, present, state.live, number, huge)
             (buffers if state.shard.kind == "buffer" else weights).append(pair)
         self.plan = _plan(weights, self.seed)
-        # Buffers are written by the next forward, so they are read before `move` returns. Modules may replace them at
-        # every step, which leaves no time for tables on the device.
+        # Buffers are written by the next forward, so they are read before `move` returns. Modules
+        # may replace them at every step, which leaves no time for tables on the device.
         self._buffer_plan = UpdatePlan(buffers, self.seed)
 
-    def use_engine(self, overlap: bool, host: bool) -> None:
-        """Choose when updates run from now on; an engine of the right kind stays, with its thread and window."""
+    def use_engine(self, overlap: bool | None = None) -> None:
+        """Choose when updates run from now on.
+
+        An engine of the right kind stays, with its thread and window.
+
+        Args:
+            overlap: As `attach` asks for; None: an update overlaps in host memory only.
+        """
         self.settle()
-        devices = {state.local.device for state in self._averaged}
-        if not host:  # a teacher may lie on another device than the model
-            devices |= {state.shadow.device for state in self._averaged if state.shadow is not None}
-        choice = (overlap, host, frozenset(devices))
+        live = {state.local.device for state in self._averaged}
+        shadows = {state.shadow.device for state in self._averaged if state.shadow is not None}
+        if self.teacher is None:
+            on_host = self.placement.on_host
+        else:  # a teacher may lie on another device than the model
+            on_host = {device.type for device in shadows} == {"cpu"} and all(
+                device.type != "cpu" for device in live
+            )
+        devices = frozenset(live if on_host else live | shadows)
+        self._overlap = overlap
+        choice = (on_host if overlap is None else overlap, on_host, devices)
         if choice != self._engine_choice:
-            self.engine = choose_engine(choice[2], host, overlap)
-            self._inline = choose_engine(choice[2], host, overlap=False)
+            self.engine = choose_engine(devices, on_host, choice[0])
+            self._inline = choose_engine(devices, on_host, overlap=False)
             self._engine_choice = choice
 
-    @property
-    def far_on_host(self) -> bool:
-        """Every shadow lies in host memory and its live weight on a device."""
-        pairs = [
-            (state.shadow, state.local) for state in self._averaged if state.shadow is not None
-        ]
-        return all(shadow.device.type == "cpu" != local.device.type for shadow, local in pairs)
-
-    # --- the state of the model --------------------------------------------------------------------------------
-
-    @property
-    def swapped(self) -> bool:
-        """The model holds one of these averages."""
-        return self._swaps.open
-
-    @property
-    def swap_writes(self) -> int:
-        """Times that a swap of this EMA or of another one wrote the weights."""
-        return self._swaps.writes
+    # --- the state of the model -------------------------------------------------------------------
 
     def refuse(self, verb: str, reads: Reads, further: Iterable[Tensor] = ()) -> None:
         """Raise RuntimeError where `verb` would read or write something else than training weights.
@@ -199,15 +173,15 @@ class AveragedWeights:
             reads: What it reads or writes.
             further: Weights that belong to the whole model beside those that are known here.
         """
-        if self._swaps.open:
+        if self.swaps.open:
             hint = " metrics(distance=False) works here." if verb == "ema.metrics" else ""
             raise RuntimeError(
                 f"{verb}() inside ema.swap(): the model holds the average, not the training "
                 f"weights.{hint}"
             )
         tensors = chain((state.shard.tensor for state in self.states), further)
-        if (reads & Reads.LIVE and self._swaps.open_beside) or (
-            reads & Reads.WHOLE_MODEL and self._swaps.any_open(tensors)
+        if (reads & Reads.LIVE and self.swaps.open_beside) or (
+            reads & Reads.WHOLE_MODEL and self.swaps.any_open(tensors)
         ):
             raise RuntimeError(
                 f"{verb}() inside the swap of another EMA: the model does not hold its training "
@@ -225,13 +199,14 @@ class AveragedWeights:
         """Shadows may be read and live weights written after this.
 
         Raises:
-            RuntimeError: The module tree is not what it was ([Note: a model lives] in storage_watch).
+            RuntimeError: The module tree is not what it was ([Note: a model lives] in
+                storage_watch).
         """
         self.reshard()
         self.settle()
         self.follow(tree=True)
-        if self._teacher_sync is not None:
-            self._teacher_sync.copy_frozen()
+        if self.teacher is not None:
+            self.teacher.copy_frozen()
         if not self.clock.started:
             self.copy_live()  # until averaging starts, the average is the live model
 
@@ -259,39 +234,31 @@ class AveragedWeights:
     def _rebind(self) -> None:
         """Bind the records to where the elements lie now, before a plan is made of them."""
         self._inventory.rebind_moved()
-        if self._teacher_sync is not None:
-            self._teacher_sync.follow(self.states)
-
-    def note_swap(self, open_now: bool) -> None:
-        """A swap of one of these averages has written the weights."""
-        self._swaps.note(open_now)
-        self.mark()
-
-    def mark(self) -> None:
-        """Remember how often weights were written, to notice training that no update follows."""
-        self._watch.mark(self.clock, self._swaps)
-
-    def forget_mark(self) -> None:
-        """The next look at `idle` says nothing: who has just resumed may still be writing."""
-        self._watch.forget_mark()
+        if self.teacher is not None:
+            self.teacher.follow(self.states)
 
     @property
     def idle(self) -> bool:
         """Weights were written since `mark`, not by an EMA's swap, and the clock stood still."""
-        return self._watch.trained_unseen(self.clock, self._swaps)
+        return self._watch.trained_unseen()
+
+    def note_swap(self, open_now: bool) -> None:
+        """A swap of one of these averages has written the weights."""
+        self.swaps.note(open_now)
+        self.mark()
 
     def sync_teacher(self) -> None:
-        """The teacher is about to be read ([Note: reads that nobody announces] in teacher)."""
-        sync = self._teacher_sync
-        if sync is None or not sync.is_stale:
+        """The teacher is about to be read ([Note: unannounced reads] in teacher)."""
+        teacher = self.teacher
+        if teacher is None or not teacher.is_stale:
             return
         with torch.inference_mode(False), torch.no_grad():
             if not self.clock.started:
                 self.copy_live()
             self.settle()
-            sync.reshard()
+            teacher.reshard()
 
-    # --- moving ------------------------------------------------------------------------------------------------
+    # --- moving -----------------------------------------------------------------------------------
 
     def copy_live(self) -> None:
         """Every shadow is its live weight again."""
@@ -299,16 +266,16 @@ class AveragedWeights:
             for state in average.averaged:
                 assert state.shadow is not None
                 state.shadow.copy_(state.live)
-        if self._teacher_sync is not None:
-            self._teacher_sync.forget_copies()
+        if self.teacher is not None:
+            self.teacher.forget_copies()
         self._after_move()
 
     def _after_move(self) -> None:
         """What is not averaged goes into the teacher."""
-        if self._teacher_sync is not None:
-            self._teacher_sync.copy_frozen()
-            self._teacher_sync.copy_buffers()
-            self._teacher_sync.is_stale = True
+        if self.teacher is not None:
+            self.teacher.copy_frozen()
+            self.teacher.copy_buffers()
+            self.teacher.is_stale = True
 
     def before_step(self) -> None:
         """Live weights are about to be overwritten: wait for the update that reads them.
@@ -317,8 +284,8 @@ class AveragedWeights:
             RuntimeError: They were written since the update began to read them, by name.
         """
         self.refuse("optimizer.step", Reads.LIVE)
-        if self._teacher_sync is not None:
-            self._teacher_sync.is_stale |= not self.clock.started
+        if self.teacher is not None:
+            self.teacher.is_stale |= not self.clock.started
         self.engine.fence()
         written = self._watch.end_read()
         if written:
@@ -368,10 +335,13 @@ class AveragedWeights:
             self._watch.begin_read()
 
     def move_by(self, rule: Callable[[Sequence[tuple[Tensor, Tensor]]], None]) -> None:
-        """One update by somebody else's arithmetic: rule((shadow, live), ...) writes the shadows of the first average.
+        """One update by the arithmetic of a drop-in.
 
-        The views have the shapes of whole weights where this rank averages all of one, else of the boxes that it holds.
-        Live comes in the shadow's dtype, on its device.
+        Args:
+            rule: rule([(shadow, live), ...]) writes the shadows of the first average.
+
+        The views have the shapes of whole weights where this rank averages all of one, else of the
+        boxes that it holds. Live comes in the shadow's dtype, on its device.
         """
         self.refuse("ema.update", Reads.LIVE)
         self.settle()
@@ -428,7 +398,7 @@ class AveragedWeights:
         """Updates that the device refused. Waits for the device."""
         return self.averages[0].skipped_steps.count()
 
-    # --- what is known of it -----------------------------------------------------------------------------------
+    # --- what is known of it ----------------------------------------------------------------------
 
     def report(self, average: Average) -> dict[str, float]:
         """The local half of `EMA.metrics`. Never waits."""
@@ -458,7 +428,7 @@ class AveragedWeights:
         )
 
     def _bytes(self) -> tuple[int, int]:
-        """Of the shadows that lie beside their weights; of those in host memory for a device, and of windows."""
+        """Of shadows beside their weights; of those elsewhere, and of windows."""
         kept = [0, self.engine.window_bytes]
         for state in (state for average in self.averages for state in average.averaged):
             assert state.shadow is not None

@@ -18,7 +18,6 @@ from ..sharding.ownership import ParamState
 from ..sharding.records import ModelShards, Shard
 from .skipped_steps import SkippedSteps
 from .teacher import Teacher
-from .teacher_sync import TeacherSync
 
 __all__ = ["Average", "Inventory", "Placement", "Selection"]
 
@@ -31,7 +30,8 @@ class Selection:
 
     Args:
         only: A regex searched in names, or a predicate on them; None: every trainable weight.
-        buffers: "copy": none. "average": every floating one. Else a regex or a predicate that chooses them by name.
+        buffers: "copy": none. "average": every floating one. Else a regex or a predicate that
+            chooses them by name.
     """
 
     only: Chooser | None = None
@@ -42,7 +42,7 @@ class Selection:
         return self.only is None or _matches(self.only, name)
 
     def averages(self, shard: Shard) -> bool:
-        """The weight is trained, or the buffer was chosen; it floats, and `only=` lets it through."""
+        """The weight is trained or the buffer chosen; it floats, and `only=` lets it through."""
         chosen = self._chooses_buffer(shard) if shard.kind == "buffer" else shard.trainable
         return chosen and self.can_average(shard)
 
@@ -120,7 +120,7 @@ class Average:
 
     @property
     def floating_buffers(self) -> list[ParamState]:
-        """Those that torch.distributed.checkpoint carries: what was saved with the first version has no others."""
+        """Those that torch.distributed.checkpoint carries; older checkpoints have no others."""
         return [state for state in self.buffers if state.shard.dtype.is_floating_point]
 
     def forget_reshaped_buffers(self, states: Sequence[ParamState]) -> None:
@@ -136,7 +136,7 @@ class Average:
                 self.own_buffers.pop(state.name, None)
 
     def pace(self, now: float) -> tuple[float, float]:
-        """(decay, half life in units of the clock) of the last update; before the first, of a step of one unit."""
+        """(decay, half life in units of the clock) of the last update, or of a first step of 1."""
         decay, elapsed = self.last or (self.schedule(now + 1.0, 1.0), 1.0)
         if not 0 < decay < 1:
             return decay, 0.0 if decay == 0 else math.inf
@@ -147,7 +147,8 @@ class Inventory:
     """The records of a model's weights and buffers, with a shadow for each that is averaged.
 
     Note:
-        Local to this rank, except that `find` may exchange process groups under FSDP1's hybrid strategies.
+        Local to this rank, except that `find` may exchange process groups under FSDP1's hybrid
+        strategies.
     """
 
     def __init__(
@@ -163,18 +164,21 @@ class Inventory:
 
     @property
     def states(self) -> list[ParamState]:
-        """Every weight and buffer, as the first average has it; regions and live weights are the same in all."""
+        """Every weight and buffer, with the shadow of the first average where it has one.
+
+        Regions and live weights are the same in all averages.
+        """
         return self.averages[0].states
 
     def find(self) -> ModelShards:
         """The records of the model as it is now."""
         return discovery.find_shards(self.model, self.placement.replicated)
 
-    def adopt(self, found: ModelShards, teacher_sync: TeacherSync | None) -> None:
+    def adopt(self, found: ModelShards, teacher: Teacher | None) -> None:
         """Take `found` for what the model holds now.
 
-        What is averaged already keeps its shadow, if it is the same object. Everything else that should have a shadow
-        gets one, equal to live. What the model no longer holds is dropped.
+        What is averaged already keeps its shadow, if it is the same object. Everything else that
+        should have a shadow gets one, equal to live. What the model no longer holds is dropped.
         """
         kept = self._kept(found)
         chosen = self.selection.averages
@@ -183,11 +187,11 @@ class Inventory:
         self._refuse_hopeless([shard for shard in found.shards if chosen(shard)], bool(kept))
         for average in self.averages:
             states = {state.name: replace(state) for state in fresh}
-            if teacher_sync is None:
+            if teacher is None:
                 new = [state for state in states.values() if chosen(state.shard)]
                 arena.allocate(new, self.placement.dtype, self.placement.device)
             else:
-                self._bind_teacher(teacher_sync, states)
+                self._bind_teacher(teacher, states)
             old_states = {state.name: state for state in average.averaged}
             for shard in (shard for shard in found.shards if shard.name in kept):
                 states[shard.name] = old_states[kept[shard.name]]
@@ -196,11 +200,10 @@ class Inventory:
             average.own_buffers = {
                 name: value for name, value in average.own_buffers.items() if name in states
             }
-        teacher_modules = [] if teacher_sync is None else teacher_sync.teacher.sharded
-        self.sharded = found.sharded + teacher_modules
+        self.sharded = found.sharded + ([] if teacher is None else teacher.sharded)
 
     def _kept(self, found: ModelShards) -> dict[str, str]:
-        """What is averaged and still there, held alike: its name in `found` -> its name until now."""
+        """What is averaged, still there and held alike: name in `found` -> name until now."""
         known = {
             name: state.shard
             for state in self.states
@@ -216,19 +219,19 @@ class Inventory:
                 kept[shard.name] = same[0].name
         return kept
 
-    def _bind_teacher(self, sync: TeacherSync, states: dict[str, ParamState]) -> None:
-        """The teacher's memory is the shadow of what is averaged, and a copy of what else `only=` lets through."""
+    def _bind_teacher(self, teacher: Teacher, states: dict[str, ParamState]) -> None:
+        """The teacher's memory is the shadow of what is averaged, and a copy of the rest."""
         asked = [
             state.shard
             for state in states.values()
             if state.shard.persistent and self.selection.allows(state.name)
         ]
-        for name, memory in sync.teacher.give(asked).items():
+        for name, memory in teacher.give(asked).items():
             if self.selection.averages(states[name].shard):
                 states[name].shadow = memory
             else:
                 states[name].teacher_copy = memory
-        sync.is_stale = True
+        teacher.is_stale = True
 
     def _refuse_hopeless(self, chosen: Sequence[Shard], some_kept: bool) -> None:
         buffers = self.selection.buffers
@@ -288,13 +291,17 @@ class Inventory:
         names = ", ".join(f"{i}: {average.name}" for i, average in enumerate(self.averages))
         raise ValueError(f"there is no average {which!r}; there are {names}.")
 
-    # --- [Note: a model lives] ---------------------------------------------------------------------------------
+    # --- [Note: a model lives] -------------------------------------------------------------------
 
     def walk_tree(self, teacher: Teacher | None) -> bool:
-        """Compare the records with the module tree. Returns whether something is new that needs no decision.
+        """Compare the records with the module tree.
+
+        Returns:
+            Something is new that needs no decision.
 
         Raises:
-            RuntimeError: A weight was replaced or tied otherwise, is gone, or should be averaged and is not.
+            RuntimeError: A weight was replaced or tied otherwise, is gone, or should be averaged
+                and is not.
         """
         changes = discovery.compare_inventory(self.model, [state.shard for state in self.states])
         averaged = {state.name for state in self.states if state.shadow is not None}
@@ -302,8 +309,9 @@ class Inventory:
         _refuse(
             [*changes.replaced, *(f"{name} of the teacher" for name in _replaced_of(teacher))],
             "no longer shares memory with the model: another object has the name now (a replaced "
-            "module, load_state_dict(assign=True)?). Call ema.rescan() to average it from its value "
-            "now, or build the EMA after that, on the outermost FSDP module (only= chooses parts).",
+            "module, load_state_dict(assign=True)?). Call ema.rescan() to average it from its "
+            "value now, or build the EMA after that, on the outermost FSDP module (only= chooses "
+            "parts).",
         )
         _refuse(
             [*changes.gone, *sorted(lost_buffers)],
@@ -344,7 +352,7 @@ class Inventory:
 
 
 def _is_empty_buffer(shard: Shard) -> bool:
-    """Its module still has the buffer, which is None now: a block may fill it, and a swap must empty it again."""
+    """Its module still has the buffer, which is None now. A swap must empty what a block fills."""
     module, name = shard.place
     return shard.kind == "buffer" and module._buffers.get(name, shard) is None
 

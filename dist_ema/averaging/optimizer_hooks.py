@@ -1,14 +1,16 @@
 """Hooks on optimizers: an update after every step that really happened.
 
-The pre-step hook fences: live weights are overwritten in the step and nowhere else. The post-step hook moves the clock when
-every listed optimizer has stepped since the last update, in whatever order. A post hook fires once per real step under
-gradient accumulation, closures and GradScaler skips alike, with one exception. A fused optimizer steps inside its kernel, so
-its hook also fires for a skipped step, and `found_inf` on the device tells. It becomes a weight of 0 there; the host never
-waits for it.
+The pre-step hook fences: live weights are overwritten in the step and nowhere else. The post-step
+hook moves the clock when every listed optimizer has stepped since the last update, in whatever
+order. A post hook fires once per real step under gradient accumulation, closures and GradScaler
+skips alike, with one exception. A fused optimizer steps inside its kernel, so its hook also fires
+for a skipped step, and `found_inf` on the device tells. It becomes a weight of 0 there; the host
+never waits for it.
 
-[Note: who holds whom]  An EMA holds its attachment, and an attachment holds the averages. The optimizer's hooks hold neither.
-When nothing else reaches the EMA it is freed, shadows and all. Its hooks come off then, but for the one that says so at the
-next step.
+[Note: who holds whom]  An EMA holds its attachment, and an attachment holds the averages. The
+optimizer's hooks hold neither. When nothing else reaches the EMA it is freed, shadows and all. Its
+hooks come off then, but for one that says so at the next step. The next `attach` to that optimizer
+takes that one off.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from operator import index
 from typing import Any, Protocol
 from weakref import WeakMethod, finalize
@@ -80,16 +83,18 @@ class Attachment:
         self._names = [type(optimizer).__name__ for optimizer in hooked]
         self._places = {id(optimizer): place for place, optimizer in enumerate(hooked)}
         self._steps = [0] * len(hooked)  # of each optimizer since the last round
-        self._skips: list[
-            Tensor | None
-        ] = []  # of the steps since the last update; None: it happened
-        self._handles: list[Any] = []
+        # Flags of the steps since the last update; None: the step happened.
+        self._skips: list[Tensor | None] = []
+        self._hooks, self.active = ExitStack(), True
         for optimizer in hooked:
-            self._handles.append(optimizer.register_step_pre_hook(_Hook(self._before)))
-            self._handles.append(optimizer.register_step_post_hook(_Hook(self._stepped)))
-        teller = hooked[-1].register_step_post_hook(_Hook(self._alive, tells=True))
-        finalize(self, _take_off, list(self._handles))
-        self._handles.append(teller)
+            _forget_dead_hooks(optimizer)
+            for handle in (
+                optimizer.register_step_pre_hook(_StepHook(self._before)),
+                optimizer.register_step_post_hook(_StepHook(self._stepped)),
+            ):
+                self._hooks.callback(handle.remove)
+        finalize(self, self._hooks.close)
+        self._last = hooked[-1].register_step_post_hook(_StepHook(self._alive, tells=True))
         if clock.updates == 0 and clock.steps < start:
             clock.started = False
 
@@ -99,20 +104,16 @@ class Attachment:
         Raises:
             RuntimeError: That update failed. The hooks are off all the same.
         """
-        attached = self.active
-        _take_off(self._handles)
-        if attached:
+        self._hooks.close()
+        self._last.remove()
+        if self.active:
+            self.active = False
             self._averager.settle()
 
     def to_dict(self) -> dict[str, Any]:
         """What is worth keeping in a file; a callable elapsed is not."""
         elapsed = None if callable(self._elapsed) else self._elapsed
         return {"every": self.every, "start": self.start, "elapsed": elapsed}
-
-    @property
-    def active(self) -> bool:
-        """The hooks are on."""
-        return bool(self._handles)
 
     def _alive(self, *_: Any) -> None:
         """The hook that calls this tells when it no longer can."""
@@ -130,9 +131,9 @@ class Attachment:
         elif steps[place] == PATIENCE:
             silent = {name for name, count in zip(self._names, steps, strict=True) if not count}
             warnings.warn(
-                f"{self._names[place]} has stepped {PATIENCE} times, and {', '.join(sorted(silent))} "
-                "never since: no update comes until every optimizer that ema.attach() was given has "
-                "stepped. Leave out the one that does not train.",
+                f"{self._names[place]} has stepped {PATIENCE} times, and "
+                f"{', '.join(sorted(silent))} never since: no update comes until every optimizer "
+                "that ema.attach() was given has stepped. Leave out the one that does not train.",
                 stacklevel=4,
             )
 
@@ -152,22 +153,26 @@ class Attachment:
             clock.pending = 0.0
 
     def _all_skipped(self) -> Tensor | None:
-        """Not 0 on the device if every step since the last update was skipped; None: one of them happened for sure."""
+        """Not 0 on the device if every step since the last update was skipped.
+
+        None: one of them happened for sure.
+        """
         skips, self._skips = self._skips, []
         flags = [skip for skip in skips if skip is not None]
-        # NOTE: two optimizers may have their flags on two devices; a copy between them is no host sync.
+        # NOTE: two optimizers may have their flags on two devices; a copy between them is no host
+        # sync.
         seen = [flag.reshape(()).to(flags[0].device) for flag in flags]
         return torch.stack(seen).amin() if seen and len(seen) == len(skips) else None
 
 
-class _Hook:
+class _StepHook:
     """A hook that does not keep its owner alive ([Note: who holds whom])."""
 
     def __init__(self, method: Callable[..., None], tells: bool = False) -> None:
-        self._method, self._tells = WeakMethod(method), tells
+        self.method, self._tells = WeakMethod(method), tells
 
     def __call__(self, *args: Any) -> None:
-        method = self._method()
+        method = self.method()
         if method is not None:
             method(*args)
         elif self._tells:
@@ -180,9 +185,12 @@ class _Hook:
             )
 
 
-def _take_off(handles: list[Any]) -> None:
-    while handles:
-        handles.pop().remove()
+def _forget_dead_hooks(optimizer: Optimizer) -> None:
+    """NOTE: not by the hook itself, as torch iterates over them while it runs."""
+    hooks = optimizer._optimizer_step_post_hooks
+    for key, hook in list(hooks.items()):
+        if isinstance(hook, _StepHook) and hook.method() is None:
+            del hooks[key]
 
 
 def _whole_number(name: str, steps: Any) -> int:
@@ -205,20 +213,22 @@ def _units(elapsed: Any) -> float:
 
 
 def _that_takes_hooks(optimizer: Any) -> Optimizer:
-    """The optimizer whose hooks fire when its step is done, and after which nothing writes the weights.
+    """The optimizer whose hooks fire when its step is done, and after which no weight is written.
 
     Raises:
-        ValueError: No such optimizer is there: a wrapper (Lookahead, SAM, ZeRO) that may write after the inner step.
+        ValueError: No such optimizer is there: a wrapper (Lookahead, SAM, ZeRO) that may write
+            after the inner step.
     """
     while _is_transparent(optimizer):
         optimizer = optimizer.optimizer
-    # NOTE: Optimizer.__init__ patches `step` of the class to call hooks; a wrapper that skips it is never hooked.
+    # NOTE: Optimizer.__init__ patches `step` of the class to call hooks; a wrapper that skips it is
+    # never hooked.
     fires = getattr(type(optimizer).step, "hooked", False) if _is_optimizer(optimizer) else False
     if not fires or "_optimizer_step_post_hooks" not in vars(optimizer):
         raise ValueError(
             f"ema.attach() cannot hook {type(optimizer).__name__}: it takes torch optimizers whose "
-            "step hooks fire. A wrapper may write the weights after its inner optimizer has stepped, "
-            "so call ema.update() after its step() instead."
+            "step hooks fire. A wrapper may write the weights after its inner optimizer has "
+            "stepped, so call ema.update() after its step() instead."
         )
     return optimizer  # type: ignore[no-any-return]
 

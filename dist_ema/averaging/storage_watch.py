@@ -1,8 +1,9 @@
-"""What happened to the live weights since the last look: where they lie, and whether somebody wrote them.
+"""What happened to the live weights since the last look: where they lie, and how often written.
 
-[Note: a model lives]  A training program may move a storage (`p.data = ...`, `.double().float()`, SAM, offloading), write a
-weight outside the optimizer's step, or change the module tree at any line. Hence two rules. An update trusts no address
-that it did not check. A verb trusts no module tree that it did not walk.
+[Note: a model lives]  A training program may move a storage (`p.data = ...`, `.double().float()`,
+SAM, offloading), write a weight outside the optimizer's step, or change the module tree at any
+line. Hence two rules. An update trusts no address that it did not check. A verb trusts no module
+tree that it did not walk.
 """
 
 from __future__ import annotations
@@ -23,9 +24,15 @@ Moment = tuple[int, int, int]  # steps and updates of the clock, writes by swaps
 
 
 class StorageWatch:
-    """The addresses and version counters of the averaged weights, as they were at the last look."""
+    """The addresses and version counters of the averaged weights, as they were at the last look.
 
-    def __init__(self) -> None:
+    Args:
+        clock: Moves with the average.
+        swaps: Counts the writes by swaps.
+    """
+
+    def __init__(self, clock: Clock, swaps: SwapRegistry) -> None:
+        self._clock, self._swaps = clock, swaps
         self._read_versions: list[int] | None = None  # while an update may be reading
         self._marked: tuple[int, Moment] | None = None
         self.renew([])
@@ -51,7 +58,8 @@ class StorageWatch:
         """Some storage lies elsewhere, or a frozen weight needs a gradient now.
 
         Note:
-            *Cost*: 0.08 us per averaged weight, 0.03 us per frozen one. Nothing else is looked at before an update.
+            *Cost*: 0.08 us per averaged weight, 0.03 us per frozen one. Nothing else is looked at
+            before an update.
         """
         return True in [tensor.requires_grad for tensor in self._frozen] or self.moved()
 
@@ -59,7 +67,7 @@ class StorageWatch:
         """Some storage lies elsewhere than when the plan was made."""
         return self._addresses.read() != self._seen
 
-    # --- while an update reads behind the step -----------------------------------------------------------------
+    # --- while an update reads behind the step ----------------------------------------------------
 
     def begin_read(self) -> None:
         """An update has begun to read the weights, and goes on after this returns."""
@@ -77,17 +85,18 @@ class StorageWatch:
             if param.local._version != version and param.shard.kind != "buffer"
         ]
 
-    # --- training that no update follows -----------------------------------------------------------------------
+    # --- training that no update follows ----------------------------------------------------------
 
-    def mark(self, clock: Clock, swaps: SwapRegistry) -> tuple[int, Moment]:
+    def mark(self) -> tuple[int, Moment]:
         """Remember how often the weights were written until now."""
         writes = sum(param.local._version for param in self._params)
-        self._marked = writes, (clock.steps, clock.updates, swaps.writes)
+        moment = self._clock.steps, self._clock.updates, self._swaps.writes
+        self._marked = writes, moment
         return self._marked
 
-    def trained_unseen(self, clock: Clock, swaps: SwapRegistry) -> bool:
+    def trained_unseen(self) -> bool:
         """Since the last mark the weights were written by no swap, and the clock stood still."""
-        before, now = self._marked, self.mark(clock, swaps)
+        before, now = self._marked, self.mark()
         return before is not None and now[0] != before[0] and now[1] == before[1]
 
     def forget_mark(self) -> None:

@@ -15,10 +15,10 @@ elements that differ from the cast average are taken, so the others keep their p
 which each may be repeated, and `_done` counts them after they were made. Whatever the count says,
 the copy that follows it may have been made already or not, in both directions:
 
-    exchange    0  scratch <- live    1  live <- shadow    2  shadow <- scratch    3
-                0                     1  live <- scratch   2  shadow <- live       3  scratch <- shadow
-    cast        0  aside <- live      1  live <- shadow    2                       3
-                0                     1  live <- aside     2                       3  shadow <- live
+    exchange   0  scratch <- live   1  live <- shadow    2  shadow <- scratch  3
+               0                    1  live <- scratch   2  shadow <- live     3  scratch <- shadow
+    cast       0  aside <- live     1  live <- shadow    2                     3
+               0                    1  live <- aside     2                     3  shadow <- live
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class WeightSwap:
         self._replicas_whole = self._alone or not self._done
 
     def close(self) -> None:
-        """Live weights are back on every replica, or the swap stays open and every verb is refused."""
+        """Live weights are back on every replica; else the swap stays open."""
         if self._open and self._replicas_whole and not self._done:
             self._note(False)
             self._open = False
@@ -176,7 +176,7 @@ class WeightSwap:
             self._scratch[key] = torch.empty(SCRATCH, dtype=live.dtype, device=live.device)
         return self._scratch[key][: len(live)]
 
-    # --- what the block wrote --------------------------------------------------------------------
+    # --- what the block wrote ---------------------------------------------------------------------
 
     def watch(self) -> None:
         """The swap is complete: what is written from now on, the block wrote."""
@@ -270,7 +270,7 @@ def _views(state: ParamState, begin: int, end: int) -> tuple[Tensor, Tensor]:
 
 
 def _take_written(live: Tensor, shadow: Tensor) -> None:
-    """What differs from the cast average was written by the block ([Note: writes inside a swap])."""
+    """What differs from the cast average, the block wrote ([Note: writes inside a swap])."""
     for part, average in zip(live.split(SCRATCH), shadow.split(SCRATCH), strict=True):
         cast = average.to(part)
         same = (cast == part) | (cast.isnan() & part.isnan())

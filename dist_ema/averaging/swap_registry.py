@@ -1,10 +1,12 @@
 """Which averages of this process share weights, and which of them have a swap open.
 
-Several EMAs may average one model, or parts of it. While one of them has swapped its average in, the live weights are not
-the training weights, and the others must know. Averages are related by the identity of the weights that they share.
+Several EMAs may average one model, or parts of it. While one of them has swapped its average in,
+the live weights are not the training weights, and the others must know. Averages are related by the
+identity of the weights that they share.
 
-NOTE: no weak reference to a weight is kept. `torch.utils.swap_tensors` refuses a tensor that has one, and with it every
-`model.to()` of a sharded model. Identities suffice: an average keeps its weights alive, so none is used twice.
+NOTE: no weak reference to a weight is kept. `torch.utils.swap_tensors` refuses a tensor that has
+one, and with it every `model.to()` of a sharded model. Identities suffice: an average keeps its
+weights alive, so none is used twice.
 """
 
 from __future__ import annotations

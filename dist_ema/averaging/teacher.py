@@ -1,72 +1,93 @@
 """Another module whose weights are the average: `EMA(model, into=teacher)`.
 
-The teacher's own memory is the shadow: there is no second copy, and nothing to lend. Each weight must lie there as it does
-in the model, the same elements on the same rank:
+The teacher's own memory is the shadow: there is no second copy, and a swap has nothing to exchange.
+Each weight must lie there as it does in the model, the same elements on the same rank:
 
     model       FSDP2, rank 0 of 2   |####|    |      DDP    |#########|
     teacher     FSDP2, rank 0 of 2   |####|    |      plain  |#########| on every rank
 
-[Note: a read behind our back]  Nobody calls the EMA when a teacher computes. Hooks before its forwards, `state_dict` and
-`load_state_dict` wait for the update under way, and free what FSDP kept unsharded since ([Note: stale roots] in
-sharding.wrappers).
-They also sit on every module inside that owns weights, because teachers are called by methods of their own too; inside a
-compiled graph those are silent, as the hook of the outermost module has run before it.
+[Note: unannounced reads]  No verb of the EMA is called when a teacher computes. Hooks before its
+forwards, `state_dict` and `load_state_dict` wait for the update in flight, and free what FSDP has
+kept unsharded since ([Note: stale roots] in sharding.wrappers). They also sit on every module
+inside that owns weights, because teachers are called by methods of their own too. Inside a compiled
+graph those are silent, as the hook of the outermost module has run before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
-from weakref import WeakMethod
+from weakref import WeakMethod, finalize
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from ..sharding import discovery, parameters, records, wrappers
+from ..sharding import derived, discovery, parameters, records, wrappers
+from ..sharding.ownership import ParamState
 from ..sharding.records import Shard
 
 __all__ = ["Teacher"]
 
 
 class Teacher:
-    """The memory behind the names of the model's weights. Local: nothing in here is collective but finding it."""
+    """The teacher's memory under the names of the model's weights, and what keeps it in step.
+
+    Besides the updates, which write the shadows, frozen weights and buffers are copied into it.
+    Local: nothing in here is collective but finding the records.
+
+    Args:
+        model: The teacher.
+        announce: Called before the teacher is read; a bound method, whose owner is not kept alive.
+
+    Attributes:
+        is_stale: The teacher was written since its last forward, so FSDP may hold an old unsharded
+            copy ([Note: stale roots] in sharding.wrappers).
+    """
 
     def __init__(self, model: parameters.Model, announce: Callable[[], None]) -> None:
-        """announce: called before anybody reads the teacher; a bound method, whose owner is not kept alive."""
-        self.module = parameters.module_of(model)
+        self.module, self.is_stale = parameters.module_of(model), False
         found = discovery.find_shards(self.module)
         self.sharded = found.sharded
         self._shards = {
             name: shard for shard in found.shards for name in (shard.name, *shard.aliases)
         }
         self._given: dict[str, Shard] = {}  # by the model's names: what the EMA writes
-        self._seen: dict[str, int] = {}
-        self._handles: list[RemovableHandle] = []
+        self._addresses: dict[str, int] = {}
+        self._copied: list[ParamState] = []  # frozen weights and buffers
+        self._copied_versions: list[int] = []
+        self._hooks = ExitStack()
         for module, outer in wrappers.entrances(self.module, self.sharded):
-            hook = _Hook(announce, outer)
-            self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
-            self._handles.append(module.register_load_state_dict_pre_hook(hook))
-            self._handles.append(wrappers.before_state_dict(module, hook))
+            hook = _ReadHook(announce, outer)
+            for handle in (
+                module.register_forward_pre_hook(hook, prepend=True),
+                module.register_load_state_dict_pre_hook(hook),
+                wrappers.before_state_dict(module, hook),
+            ):
+                self._hooks.callback(handle.remove)
+        finalize(self, self._hooks.close)
 
     def release(self) -> None:
         """Take the hooks off, for another EMA that writes this teacher from now on."""
-        while self._handles:
-            self._handles.pop().remove()
+        self._hooks.close()
+
+    # --- whose memory is whose -------------------------------------------------------------------
 
     def give(self, asked: Sequence[Shard]) -> dict[str, Tensor]:
-        """The teacher's elements for what each shard of the model holds here, overwritten with them, by name.
+        """The teacher's elements for what each shard of the model holds here, by name.
 
-        From now on they are the EMA's to write: weights among them need no gradient any more. *Aliases* the teacher.
-        Raises ValueError, naming the first weights, for what the teacher lacks or holds otherwise.
+        They are overwritten with the model's. From now on they are the EMA's to write, and weights
+        among them need no gradient any more. *Aliases* the teacher.
+
+        Raises:
+            ValueError: The teacher lacks a weight, or holds it otherwise.
         """
         lacks = [shard.name for shard in asked if shard.name not in self._shards]
         if lacks:
             raise ValueError(
-                f"the teacher has no {', '.join(lacks[:5])}, which the model has. Leave out with only= what is not to be "
-                "averaged into it."
+                f"the teacher has no {', '.join(lacks[:5])}, which the model has. Leave out with "
+                "only= what is not to be averaged into it."
             )
         for shard in asked:
             self._refuse_unlike(shard, self._shards[shard.name])
@@ -75,14 +96,14 @@ class Teacher:
         for shard in asked:
             if shard.kind != "buffer":
                 self._given[shard.name].tensor.requires_grad_(False)
-            memory[shard.name] = self.memory(shard.name).copy_(shard.read())
+            memory[shard.name] = self._memory(shard.name).copy_(shard.read())
         return memory
 
-    def memory(self, name: str) -> Tensor:
-        """The elements as they lie there now. Shape [held.numel]. *Aliases* the teacher."""
-        mine = self._given[name]
-        self._seen[name] = mine.local_tensor().data_ptr()
-        return mine.read()
+    def _memory(self, name: str) -> Tensor:
+        """The elements as they lie there now. Shape [local_region.numel]. *Aliases* the teacher."""
+        shard = self._given[name]
+        self._addresses[name] = shard.local_tensor().data_ptr()
+        return shard.read()
 
     @property
     def written(self) -> list[Shard]:
@@ -90,87 +111,149 @@ class Teacher:
         return list(self._given.values())
 
     @property
-    def moved(self) -> list[str]:
-        """What lies elsewhere than `memory` last said ([Note: stale records] in ownership)."""
-        return [
-            name
-            for name, mine in self._given.items()
-            if mine.local_tensor().data_ptr() != self._seen[name]
-        ]
+    def addressed(self) -> list[Shard]:
+        """Whose addresses count: the teacher's memory, and the frozen weights copied into it."""
+        frozen = [state.shard for state in self._copied if state.shard.kind != "buffer"]
+        return self.written + [shard for shard in frozen if shard.dense]
 
     @property
     def replaced(self) -> list[str]:
         """The teacher registers another Parameter under these names now."""
-        return [name for name, mine in self._given.items() if records.replaced(mine)]
+        return [name for name, shard in self._given.items() if records.replaced(shard)]
+
+    def follow(self, states: Sequence[ParamState]) -> None:
+        """Bind shadows and copies anew where the teacher's storages moved.
+
+        Raises:
+            RuntimeError: A weight of the teacher has another dtype, device or size now.
+        """
+        for state in states:
+            shard = self._given.get(state.name)
+            # [Note: stale records] in ownership
+            if shard is None or shard.local_tensor().data_ptr() == self._addresses[state.name]:
+                continue
+            old = state.teacher_copy if state.shadow is None else state.shadow
+            new = self._memory(state.name)
+            assert old is not None
+            if (new.dtype, new.device, len(new)) != (old.dtype, old.device, len(old)):
+                raise RuntimeError(
+                    f"{state.name} of the teacher was {old.dtype} on {old.device} with {len(old)} "
+                    f"elements here, and is now {new.dtype} on {new.device} with {len(new)}. "
+                    "Build the EMA after teacher.to(...)."
+                )
+            if state.shadow is None:
+                state.teacher_copy = new
+            else:
+                state.shadow = new
 
     def refuse_training(self, optimizers: Iterable[Optimizer]) -> None:
         """Raise ValueError if an optimizer would train what is the average."""
-        mine = {id(shard.tensor): name for name, shard in self._given.items()}
-        trained = [
-            mine[id(p)]
-            for o in optimizers
-            for group in o.param_groups
-            for p in group["params"]
-            if id(p) in mine
-        ]
+        names = {id(shard.tensor): name for name, shard in self._given.items()}
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        trained = [names[id(p)] for group in groups for p in group["params"] if id(p) in names]
         if trained:
             raise ValueError(
-                f"the optimizer trains {', '.join(trained[:5])} of the teacher, which is the average: give it the model's "
-                "parameters only."
+                f"the optimizer trains {', '.join(trained[:5])} of the teacher, which is the "
+                "average: give it the model's parameters only."
             )
 
-    def _refuse_unlike(self, shard: Shard, mine: Shard) -> None:
-        name = shard.name
-        if mine.shape != shard.shape:
+    def _refuse_unlike(self, shard: Shard, memory: Shard) -> None:
+        """The teacher's record must be able to hold the average of the model's."""
+        name, live, dtype = shard.name, shard.dtype, memory.dtype
+        if memory.shape != shard.shape:
             raise ValueError(
-                f"{name} is {shard.shape} in the model and {mine.shape} in the teacher."
+                f"{name} is {shard.shape} in the model and {memory.shape} in the teacher."
             )
-        if (mine.local_region, mine.order) != (shard.local_region, shard.order):
+        if (memory.local_region, memory.order) != (shard.local_region, shard.order):
             raise ValueError(
-                f"{name}: this rank holds {_where(shard)} in the model and {_where(mine)} in the teacher. Wrap both the same "
-                "way, on the same mesh, in the same memory format; beside a DDP model leave the teacher plain."
+                f"{name}: this rank holds {_place(shard)} in the model and {_place(memory)} in the "
+                "teacher. Wrap both the same way, on the same mesh, in the same memory format; "
+                "beside a DDP model leave the teacher plain."
             )
-        one, other = shard.dtype, mine.dtype
-        cast = one == other or (
-            one.is_floating_point and other.is_floating_point and other.itemsize > 1
-        )
-        if not cast:
+        floats = live.is_floating_point and dtype.is_floating_point and dtype.itemsize > 1
+        if live != dtype and not floats:
             raise ValueError(
-                f"{name} is {one} in the model and {other} in the teacher, which cannot hold its average."
+                f"{name} is {live} in the model and {dtype} in the teacher, which cannot hold its "
+                "average."
             )
-        if not mine.dense:
+        if not memory.dense:
             raise ValueError(
-                f"{name} of the teacher is strided or expanded. Make it contiguous, or leave it out with only=."
+                f"{name} of the teacher is strided or expanded. Make it contiguous, or leave it "
+                "out with only=."
             )
-        odd = [alias for alias in shard.aliases if self._shards.get(alias) is not mine]
-        odd += [other for other, given in self._given.items() if given is mine and other != name]
-        if odd:
+        untied = [alias for alias in shard.aliases if self._shards.get(alias) is not memory]
+        untied += [key for key, given in self._given.items() if given is memory and key != name]
+        if untied:
             raise ValueError(
-                f"{name} and {odd[0]} are tied in one of the model and the teacher, and not in the other."
+                f"{name} and {untied[0]} are tied in one of the model and the teacher, and not in "
+                "the other."
             )
-        if (
-            shard.trainable
-            and mine.read().data_ptr() == shard.read().data_ptr()
-            and shard.local_region.numel
-        ):
+        same = memory.read().data_ptr() == shard.read().data_ptr()
+        if shard.trainable and same and shard.local_region.numel:
             raise ValueError(
                 f"{name} is one weight in the model and the teacher: give into= a copy."
             )
 
+    # --- what is copied --------------------------------------------------------------------------
 
-def _where(shard: Shard) -> str:
-    held = shard.local_region
+    def adopt(self, states: Sequence[ParamState]) -> None:
+        """Keep the copies of these from now on; each is copied at the next sync."""
+        self._copied = [state for state in states if state.teacher_copy is not None]
+        self.forget_copies()
+
+    def forget_copies(self) -> None:
+        """The next `copy_frozen` copies everything."""
+        self._copied_versions = [-1 for _ in self._copied]
+
+    def copy_frozen(self) -> None:
+        """Frozen weights follow whenever live was written, by `load_state_dict` for one."""
+        for i, state in enumerate(self._copied):
+            version = state.local._version
+            written = version != self._copied_versions[i] or not state.shard.dense
+            if state.shard.kind != "buffer" and written:
+                _copy(state)
+                self._copied_versions[i], self.is_stale = version, True
+
+    def copy_buffers(self) -> None:
+        """Buffers follow at every update."""
+        for state in self._copied:
+            if state.shard.kind == "buffer":
+                _copy(state)
+
+    def reshard(self) -> None:
+        """The teacher's next forward reads what was written."""
+        wrappers.reshard(self.sharded)
+        self.is_stale = False
+        with derived.caches_dropped(self.module):
+            pass  # the teacher's weights were written already
+
+
+def _copy(state: ParamState) -> None:
+    """Read afresh: modules may register a new buffer at every step."""
+    assert state.teacher_copy is not None
+    state.teacher_copy.copy_(state.shard.read())
+
+
+def _place(shard: Shard) -> str:
+    region = shard.local_region
     order = "" if shard.order is None else f", dimensions in the order {shard.order},"
-    return f"elements {held.begin}:{held.end} of the block {held.sizes} at {held.offsets}{order}"
+    return (
+        f"elements {region.begin}:{region.end} of the block {region.sizes} at "
+        f"{region.offsets}{order}"
+    )
 
 
-class _Hook:
-    """Announces a read. A deep copy or a pickle of the teacher is no teacher: it gets a hook that does nothing."""
+class _ReadHook:
+    """Announces a read.
+
+    A deep copy or a pickle of the teacher is no teacher: it gets a hook that does nothing.
+    """
 
     def __init__(self, announce: Callable[[], None], outer: bool) -> None:
         self._announce, self._outer = WeakMethod(announce), outer
-        # NOTE: a graph cannot wait; it breaks where a read must be announced. Every hook has this, as dynamo runs what it
-        # compiled for the hook of one module with that of another (config.skip_nnmodule_hook_guards).
+        # NOTE: a graph cannot wait; it breaks where a read must be announced. Every hook has this,
+        # as dynamo runs what it compiled for the hook of one module with that of another
+        # (config.skip_nnmodule_hook_guards).
         self._breaking = torch.compiler.disable(self._tell)
 
     def __call__(self, *_: Any) -> None:
@@ -185,5 +268,6 @@ class _Hook:
             announce()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # NOTE: a function of the standard library's, so that pickled models load where dist_ema is not installed.
+        # NOTE: a function of the standard library's, so that pickled models load where dist_ema is
+        # not installed.
         return getattr, (nullcontext(), "__exit__")
