@@ -455,11 +455,18 @@ def test_copies_of_the_teacher_are_free() -> None:
         torch.compile(each, backend="eager", fullgraph=True)(torch.ones(2, 3))
         assert len(waiting) == 1, "a copy announced a read of the teacher"
     gone = weakref.ref(ema.weights)
+    assert hooks_on(teacher) > 0
     ema.detach()
     del ema, waiting
     gc.collect()
     assert gone() is None
+    assert hooks_on(teacher) == 0, "a dead EMA takes its hooks off"
     teacher(torch.ones(2, 3))
+
+
+def hooks_on(module: nn.Module) -> int:
+    kinds = ("_forward_pre_hooks", "_load_state_dict_pre_hooks", "_state_dict_pre_hooks")
+    return sum(len(getattr(each, kind)) for each in module.modules() for kind in kinds)
 
 
 # --- files -------------------------------------------------------------------------------------------------------

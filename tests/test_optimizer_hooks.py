@@ -249,8 +249,12 @@ def test_numbers_of_any_kind(tmp_path: Path) -> None:
     )
 
 
+def hooks_on(optimizer: torch.optim.Optimizer) -> int:
+    return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+
+
 def test_an_ema_that_is_dropped_is_freed() -> None:
-    """The optimizer does not keep it: shadows go, and the next step says so, once. Guards `WeakMethod` in _Hook."""
+    """The optimizer does not keep it: shadows go, and the next step says so, once. Guards `WeakMethod` in _StepHook."""
     toy = Toy()
     average, shadow = (
         weakref.ref(toy.ema.weights),
@@ -268,8 +272,10 @@ def test_an_ema_that_is_dropped_is_freed() -> None:
     with pytest.warns(UserWarning, match="attached to this optimizer is gone") as caught:
         toy.step(3)
     assert len(caught) == 1
+    assert hooks_on(toy.optimizer) == 1, "the one that said so"
     again = EMA(toy.model, 0.5)
     again.attach(toy.optimizer)
+    assert hooks_on(toy.optimizer) == 3, "the spent one came off, or each EMA would leave one"
     toy.step(2)
     assert again.now == 2
 
