@@ -245,7 +245,7 @@ def test_inside_the_swap_of_another_average(name: str, verb: str) -> None:
         case = Case(make, applied=verb == "restore")
         trained = [p for p in case.parameters if p.requires_grad]
         chosen = trained if swapped == "trained" else [case.model.frozen]
-        others = EMA(Parameters(chosen, always=True), 0.5)
+        others = EMA(Parameters(chosen, average_frozen=True), 0.5)
         with torch.no_grad():
             for parameter in chosen:
                 parameter.add_(1)

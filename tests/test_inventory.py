@@ -211,7 +211,7 @@ def test_lists_of_parameters() -> None:
     seen = Seen(Parameters([("w", weight), ("b", bias)]))
     bias.requires_grad_(False)
     assert seen.changes == {"frozen": {"b"}}
-    always = Seen(Parameters([weight, bias], always=True))
+    always = Seen(Parameters([weight, bias], average_frozen=True))
     weight.requires_grad_(False)
     assert always.changes == {}
 

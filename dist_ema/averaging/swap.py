@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.transfer import broadcast
-from ..sharding.ownership import ParamState, replica_broadcasts
+from ..sharding.ownership import ParamState, replica_pieces
 from ..sharding.records import register, registered
 from .kernels.eager import SCRATCH
 
@@ -240,8 +240,8 @@ def broadcast_to_replicas(states: Sequence[ParamState], split: bool) -> None:
     """
     if split:
         averaged = [state for state in states if state.shadow is not None]
-        for group, source, views in replica_broadcasts(averaged):
-            broadcast(views, source, group)
+        for group, pieces in replica_pieces(averaged):
+            broadcast(pieces, group)
 
 
 def _chunks(state: ParamState) -> list[Chunk]:

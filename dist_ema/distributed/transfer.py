@@ -35,7 +35,7 @@ __all__ = [
     "stream_to_writers",
 ]
 
-WINDOW = 4 << 20  # bytes that one broadcast moves
+WINDOW = 4 << 20  # bytes that one collective moves
 STREAM = 16 << 20  # bytes that one send moves
 CPU = torch.device("cpu")
 
@@ -51,46 +51,61 @@ class Block(NamedTuple):
 Consume = Callable[[int, tuple[int, ...], Tensor], None]  # takes the fields of a Block
 
 
-def broadcast(tensors: list[Tensor], source: int, group: dist.ProcessGroup) -> None:
-    """Overwrite 1-D `tensors` with those of `source`, in place.
+def broadcast(pieces: Iterable[tuple[int, Tensor]], group: dist.ProcessGroup) -> None:
+    """Overwrite 1-D pieces with what their sources hold, in place.
+
+    A window that several ranks fill is summed: each contributes its bytes, and zeros for those of
+    the others. So the number of collectives does not grow with the number of ranks.
 
     Args:
-        tensors: Of the same lengths and dtypes on every rank.
-        source: A rank in `group`.
+        pieces: (source, as a rank in the group; piece), the same sources and lengths on every rank.
         group: The ranks that take part.
 
     Note:
-        *Collective* over `group`. *Cost*: one scratch of 4 MB. Long tensors travel from and into
-        place, short ones are packed.
+        *Collective* over `group`. *Cost*: one collective per 4 MB, through one window. A long
+        piece travels in place.
     """
-    root = dist.get_global_rank(group, source)
-    is_source = dist.get_rank(group) == source
-    device = transfer_device(group)
-    for window in _packed([tensor.view(torch.uint8) for tensor in tensors if tensor.numel()]):
-        if len(window) == 1 and device.type in ("cpu", window[0].device.type):
-            dist.broadcast(window[0], root, group=group)
+    rank, transport = dist.get_rank(group), transfer_device(group)
+    for window in _packed(pieces):
+        views = [view for _, view in window]
+        root = dist.get_global_rank(group, window[0][0])
+        device = views[0].device if transport.type == "cpu" else transport
+        if len(views) == 1 and device.type == views[0].device.type:
+            dist.broadcast(views[0], root, group=group)
             continue
-        data = torch.cat(window).to(window[0].device if device.type == "cpu" else device)
-        dist.broadcast(data, root, group=group)
-        if not is_source:
-            torch._foreach_copy_(window, list(data.split([len(tensor) for tensor in window])))
-
-
-def _packed(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Windows of at most WINDOW bytes: slices of long tensors, and short ones of one device."""
-    window: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if window and (size + len(tensor) > WINDOW or tensor.device != window[0].device):
-            yield window
-            window, size = [], 0
-        if len(tensor) >= WINDOW // 4:
-            yield from ([run] for run in tensor.split(WINDOW))
+        size = sum(map(len, views))
+        words = torch.zeros(-(-size // 4), dtype=torch.int32, device=device)
+        parts = words.view(torch.uint8)[:size].split([len(view) for view in views])
+        entries = list(zip(window, parts, strict=True))
+        _copy([(part, view) for (source, view), part in entries if source == rank])
+        if len({source for source, _ in window}) == 1:
+            dist.broadcast(words, root, group=group)
         else:
-            window.append(tensor)
-            size += len(tensor)
+            dist.all_reduce(words, group=group)
+        _copy([(view, part) for (source, view), part in entries if source != rank])
+
+
+def _packed(pieces: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    """The bytes of the pieces in windows of one device, as full as can be."""
+    window: list[tuple[int, Tensor]] = []
+    free = WINDOW
+    for source, piece in pieces:
+        data = piece.view(torch.uint8)
+        while len(data):
+            if window and (not free or data.device != window[0][1].device):
+                yield window
+                window, free = [], WINDOW
+            window.append((source, data[:free]))
+            data, free = data[free:], max(0, free - len(data))
     if window:
         yield window
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy into the first of each pair the second."""
+    if pairs:
+        targets, values = zip(*pairs, strict=True)
+        torch._foreach_copy_(targets, values)
 
 
 def stream(

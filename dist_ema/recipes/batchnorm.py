@@ -136,7 +136,7 @@ def _recalibrate(
     source = next(rank for rank, count in enumerate(counts) if count)
     if ranks.group is not None and vectors:
         # Ranks with other batches iterated another number of times.
-        transfer.broadcast(vectors, source, ranks.group)
+        transfer.broadcast([(source, vector) for vector in vectors], ranks.group)
     moments = {name: each.over(ranks) for name, each in watch.moments.items()}
     _refuse(moments, layers)
     with torch.no_grad():

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .records import Shard
+from .torch_classes import is_dtensor
 
 __all__ = ["Addresses"]
 
@@ -26,7 +26,7 @@ class Addresses:
         self._readers: dict[int, Callable[[], Tensor]] = {}  # FSDP1 flat parameters, buffers
         for shard in shards:
             local = shard.local_tensor()
-            if isinstance(shard.tensor, DTensor) and local is shard.tensor._local_tensor:
+            if is_dtensor(shard.tensor) and local is shard.tensor._local_tensor:
                 self._dtensors.append(shard.tensor)
             elif shard.kind != "buffer" and local is shard.tensor:
                 self._pointers.append(shard.tensor.data_ptr)

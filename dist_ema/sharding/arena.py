@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .ownership import ParamState
 
-__all__ = ["ALIGN", "allocate", "shadow_dtype"]
+__all__ = ["ALIGN", "allocate"]
 
 
 ALIGN = 64  # bytes; where a long chain starts in the arena
 
 # elements; shorter chains lie end to end, so that one flat lerp can take many of them
 LONG = 16 << 10
-
-
-def shadow_dtype(live: torch.dtype, asked: torch.dtype) -> torch.dtype:
-    """Complex weights keep complex shadows, of at least the asked precision."""
-    if not live.is_complex:
-        return asked
-    return torch.complex128 if asked == torch.float64 else torch.complex64
 
 
 def allocate(
@@ -42,50 +35,55 @@ def allocate(
     Returns:
         The arenas, 1-D. *Aliases* the shadows.
     """
-    arenas = []
-    keys = [
-        (shadow_dtype(state.shard.dtype, dtype), device or state.local.device) for state in states
-    ]
-    for key in dict.fromkeys(keys):
-        chosen = [state for state, other in zip(states, keys, strict=True) if other == key]
-        starts, total = _starts(chosen, ALIGN // key[0].itemsize)
-        # Pinned once for all beside an accelerator: `swap` moves it over the host link.
-        pinned = key[1].type == "cpu" and any(s.local.device.type != "cpu" for s in chosen)
-        arena = torch.empty(total, dtype=key[0], device=key[1], pin_memory=pinned)
-        arenas.append(arena)
-        for state, start in zip(chosen, starts, strict=True):
-            before = state.live if state.shadow is None else state.shadow
-            state.shadow = arena[start : start + state.averaged_region.numel].copy_(before)
-    return arenas
+    by_arena: dict[tuple[torch.dtype, torch.device], list[ParamState]] = {}
+    for state in states:
+        key = _shadow_dtype(state.shard.dtype, dtype), device or state.local.device
+        by_arena.setdefault(key, []).append(state)
+    return [_fill_arena(chosen, *key) for key, chosen in by_arena.items()]
+
+
+def _shadow_dtype(live: torch.dtype, asked: torch.dtype) -> torch.dtype:
+    """Complex weights keep complex shadows, of at least the asked precision."""
+    if not live.is_complex:
+        return asked
+    return torch.complex128 if asked == torch.float64 else torch.complex64
+
+
+def _fill_arena(states: list[ParamState], dtype: torch.dtype, device: torch.device) -> Tensor:
+    starts, total = _starts(states, ALIGN // dtype.itemsize)
+    # Pinned once for all beside an accelerator: `swap` moves it over the host link.
+    pinned = device.type == "cpu" and any(state.local.device.type != "cpu" for state in states)
+    arena = torch.empty(total, dtype=dtype, device=device, pin_memory=pinned)
+    for state, start in zip(states, starts, strict=True):
+        before = state.live if state.shadow is None else state.shadow
+        state.shadow = arena[start : start + state.averaged_region.numel].copy_(before)
+    return arena
 
 
 def _starts(states: Sequence[ParamState], align: int) -> tuple[list[int], int]:
     """The first element of each shadow in the arena, and the arena's length."""
     starts, total = [0] * len(states), 0
-    chains = list(_chains(states))
+    chains = _chains(states)
+    lengths = [sum(states[i].averaged_region.numel for i in chain) for chain in chains]
     # NOTE: sorted() keeps the order of the model within the short and within the long chains.
-    for chain, length in sorted(chains, key=lambda entry: entry[1] >= LONG):
-        if length >= LONG:
+    for is_long, number in sorted((length >= LONG, j) for j, length in enumerate(lengths)):
+        if is_long:
             total = -(-total // align) * align
-        for i in chain:
+        for i in chains[number]:
             starts[i] = total
             total += states[i].averaged_region.numel
     return starts, total
 
 
-def _chains(states: Sequence[ParamState]) -> Iterator[tuple[list[int], int]]:
-    """(indices of states whose live elements follow each other in memory, number of elements)."""
-    chain: list[int] = []
-    length, end = 0, None
+def _chains(states: Sequence[ParamState]) -> list[list[int]]:
+    """The indices of states whose live elements follow each other in memory."""
+    chains: list[list[int]] = []
+    end = None
     for i, state in enumerate(states):
         live = state.live
-        if live.numel() and live.data_ptr() != end:
-            if chain:
-                yield chain, length
-            chain, length = [], 0
-        chain.append(i)
-        length += live.numel()
+        if not chains or (live.numel() and live.data_ptr() != end):
+            chains.append([])
+        chains[-1].append(i)
         if live.numel():
             end = live.data_ptr() + live.nbytes
-    if chain:
-        yield chain, length
+    return chains

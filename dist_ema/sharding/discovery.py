@@ -10,17 +10,15 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from .fsdp1 import FLAT_PARAMETER, FlatSlice, FlatSlices, flat_slices, fsdp1_members
+from .fsdp1 import FLAT_PARAMETER, FlatSlice, FlatSlices, flat_slices, ranks_and_group
 from .parameters import Parameters, unsharded_copies
 from .records import (
     Kind,
@@ -32,64 +30,44 @@ from .records import (
     registered_buffer,
     storage_order,
 )
+from .torch_classes import is_dtensor, is_fsdp1, is_fsdp2
 from .wrappers import Replicated, reshard, walk_modules
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["InventoryChanges", "compare_inventory", "find_shards", "redescribe"]
 
+RanksAndGroup = tuple[list[int], dist.ProcessGroup | None]  # the group is of exactly these ranks
+
 
 def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> ModelShards:
-    """Dissolve the wrappers of `model`. Names are canonical: no module., _orig_mod., _fsdp_wrapped_module. ...
+    """Dissolve the wrappers of `model`.
 
-    replicated: the ranks that hold the same plain parameters, where no DDP says so.
+    Names are canonical: without module., _orig_mod., _fsdp_wrapped_module. and the like.
 
-    Raises ValueError for what cannot be averaged by elements: meta tensors, strided or expanded weights, Partial
-    placements, FSDP1 over tensor parallel.
+    Args:
+        model: Wrapped as it is trained.
+        replicated: The ranks that hold the same plain parameters, where no DDP says so.
+
+    Raises:
+        ValueError: Something cannot be averaged by elements: meta tensors, Partial placements,
+            FSDP1 over tensor parallel.
+
+    Note:
+        *Collective* under FSDP1's hybrid strategies.
     """
     outer = None if replicated is None else Replicated(replicated, frozenset())
     walk = list(walk_modules(model, outer))
     modules = list(dict.fromkeys(module for _, module, _ in walk))
-    sharded: list[nn.Module] = [
-        m for m in modules if isinstance(m, (FSDPModule, FullyShardedDataParallel))
-    ]
+    sharded: list[nn.Module] = [m for m in modules if is_fsdp2(m) or is_fsdp1(m)]
     if isinstance(model, Parameters):
         sharded = model.owners
     reshard(sharded)
-    flats = flat_slices(modules)
     # NOTE: in the order of the modules, not of a set: every rank must ask in the same order.
-    owners = {
-        m: fsdp1_members(m)
-        for m in modules
-        if isinstance(m, FullyShardedDataParallel) and m._handle
-    }
-    seen: dict[Any, Shard] = {}
-    for prefix, module, ddp in walk:
-        for name, tensor, flat in _parameters(module, flats):
-            key = id(tensor) if flat is None else flat.key
-            if key in seen:
-                seen[key].aliases.append(prefix + name)
-                continue
-            if flat is not None:
-                ranks = tuple(owners[flat.owner][0])
-                seen[key] = flat(prefix + name, tensor, (module, name), ranks)
-                continue
-            around = ddp if ddp and prefix + name not in ddp.parameters_to_ignore else None
-            seen[key] = _plain(prefix + name, tensor, (module, name), around)
-        for name, buffer in module._buffers.items():
-            persistent = name not in module._non_persistent_buffers_set
-            if buffer is None:
-                if persistent:
-                    continue
-                # A cache that is still to be filled.
-                buffer = registered_buffer((module, name))
-            which = id(buffer) if module._buffers[name] is buffer else (id(module), name)
-            if which in seen:
-                seen[which].aliases.append(prefix + name)
-                continue
-            # NOTE: never split by rank; BatchNorm's differ between DDP ranks even after broadcast_buffers=True.
-            shard = _plain(prefix + name, buffer, (module, name), None)
-            shard.persistent = persistent and not shard.opaque
-            seen[which] = shard
-    shards = list(seen.values())
+    owners = {m: ranks_and_group(m) for m in modules if is_fsdp1(m) and m._handle}
+    shards = _describe(walk, {owner: tuple(ranks) for owner, (ranks, _) in owners.items()})
     if isinstance(model, Parameters) and model.average_frozen:
         for shard in shards:  # the others can be copied, but not averaged
             shard.average_frozen = shard.dense and shard.dtype.itemsize > 1 and not shard.opaque
@@ -99,14 +77,255 @@ def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -
     return ModelShards(shards, members, group, sharded)
 
 
+def _describe(
+    walk: list[tuple[str, nn.Module, Replicated | None]], owners: dict[Any, tuple[int, ...]]
+) -> list[Shard]:
+    """One record for each weight and buffer. Tied names become aliases of the first one.
+
+    owners: the ranks that hold the flat parameter of an FSDP1 module together.
+    """
+    flats = flat_slices(owners)
+    found: dict[Any, Shard] = {}
+    for prefix, module, ddp in walk:
+        for name, tensor, flat in _parameters(module, flats):
+            key, full = _identity(tensor, flat), prefix + name
+            if key in found:
+                found[key].aliases.append(full)
+            elif flat is not None:
+                found[key] = flat.record(full, (module, name), owners[flat.owner])
+            else:
+                around = ddp if ddp and full not in ddp.parameters_to_ignore else None
+                found[key] = _plain(full, tensor, (module, name), around)
+        for name, buffer in module._buffers.items():
+            persistent, place = name not in module._non_persistent_buffers_set, (module, name)
+            if buffer is None and persistent:
+                continue
+            key = id(buffer) if buffer is not None else (id(module), name)  # a cache to be filled
+            if key in found:
+                found[key].aliases.append(prefix + name)
+                continue
+            # NOTE: never split by rank. BatchNorm's differ between DDP ranks even after
+            # broadcast_buffers=True.
+            found[key] = shard = _plain(prefix + name, registered_buffer(place), place, None)
+            shard.persistent = persistent and not shard.opaque
+    return list(found.values())
+
+
+def _parameters(
+    module: nn.Module, flats: FlatSlices
+) -> Iterator[tuple[str, Tensor, FlatSlice | None]]:
+    """The module's own parameters, in their order.
+
+    Yields:
+        (name, tensor, slice of an FSDP1 flat parameter or None)
+    """
+    slices, own = flats.get(id(module), {}), module._parameters
+    for name, parameter in own.items():
+        if parameter is not None and name != FLAT_PARAMETER:
+            flat = slices.get(name)
+            known = flat is not None and flat.tensor is parameter  # else it was replaced
+            yield name, parameter, flat if known else None
+    for name, flat in slices.items():
+        if own.get(name) is None:
+            yield name, flat.tensor, flat
+
+
+def _identity(tensor: Tensor, flat: FlatSlice | None) -> Any:
+    """Equal for tied names."""
+    return id(tensor) if flat is None else flat.key
+
+
 def _refuse_empty(shards: list[Shard]) -> None:
     """Raise ValueError if all trainable weights hold nothing, whatever partitioned them."""
     trainable = [shard for shard in shards if shard.trainable]
     if trainable and not any(math.prod(shard.shape) for shard in trainable):
         raise ValueError(
             f"{', '.join(shard.name for shard in trainable[:5])} hold no elements on any rank. Are "
-            "they partitioned (DeepSpeed, ZeRO stage 3)? Build the EMA on whole weights, DDP or FSDP."
+            "they partitioned (DeepSpeed, ZeRO stage 3)? Build the EMA on whole weights, DDP or "
+            "FSDP."
         )
+
+
+# --- one record ---------------------------------------------------------------------------------
+
+
+def _plain(
+    name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: Replicated | None
+) -> Shard:
+    """The record of a tensor that a module registers itself."""
+    _refuse_unfilled(name, tensor)
+    kind: Kind = "trainable" if tensor.requires_grad else "frozen"
+    if place[1] in place[0]._buffers:
+        kind = "buffer"
+    if memory_of(tensor) is None:
+        return _opaque(name, kind, tensor, place)
+    if is_dtensor(tensor):
+        return _dtensor(name, kind, tensor, place)
+    dense, order = storage_order(tensor.shape, tensor.stride())
+    sizes = tuple(tensor.shape) if order is None else tuple(tensor.shape[i] for i in order)
+    whole = Region((0,) * len(sizes), sizes, 0, tensor.numel())
+    # NOTE: modules may register a new tensor under a buffer's name at any time; a Parameter must
+    # stay the same object.
+    by_place = partial(_buffer_memory, place)
+    local: Callable[[], Tensor] = by_place if kind == "buffer" else partial(_memory, tensor)
+    if not dense:
+        local = partial(_copied, local)
+    shard = Shard(name, kind, tuple(tensor.shape), tensor, place, whole, local, 0, order)
+    shard.dense = dense
+    if ddp:
+        shard.replicas, shard.owner_ranks = (ddp.group,), ddp.ranks
+    return shard
+
+
+def _refuse_unfilled(name: str, tensor: Tensor) -> None:
+    """Raise ValueError where the elements are not here yet, or not here alone."""
+    problem = None
+    if is_lazy(tensor):
+        problem = "is not initialised yet. Run one forward through the lazy module"
+    elif tensor.is_meta:
+        problem = "is on the meta device. Materialise the model (to_empty, then load)"
+    elif hasattr(tensor, "ds_id") or hasattr(tensor, "ds_tensor"):
+        problem = (
+            "is partitioned by DeepSpeed (ZeRO stage 3), which dist_ema cannot average. Use ZeRO "
+            "stage 2 or below, or FSDP"
+        )
+    if problem:
+        raise ValueError(f"{name} {problem}, then build the EMA.")
+
+
+def _opaque(name: str, kind: Kind, tensor: Tensor, place: tuple[nn.Module, str]) -> Shard:
+    """A record without elements: it may be sparse or quantized, and its memory is never read."""
+    nothing = torch.empty(0, dtype=torch.uint8 if tensor.is_quantized else tensor.dtype)
+    shape, region = () if tensor.is_nested else tuple(tensor.shape), Region((0,), (0,), 0, 0)
+    shard = Shard(name, kind, shape, tensor, place, region, lambda: nothing)
+    shard.opaque, shard.persistent = True, False
+    return shard
+
+
+def _dtensor(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module, str]) -> Shard:
+    """The record of a DTensor: a box, replicated over the mesh dimensions that do not cut it."""
+    mesh, placements, local = tensor.device_mesh, tensor.placements, _memory(tensor)
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(
+            f"{name} has placements {placements}: a Partial weight is a sum still to be made. "
+            "Redistribute it."
+        )
+    cuts = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    offsets, sizes = _box_of_dtensor(tensor, cuts)
+    if tuple(local.shape) != sizes:
+        raise ValueError(
+            f"{name}: {placements} over {mesh} should leave {sizes} here, found "
+            f"{tuple(local.shape)}."
+        )
+    dense, order = storage_order(local.shape, local.stride())
+    if not dense:
+        raise ValueError(
+            f"{name}: the local tensor has shape {tuple(local.shape)} and strides "
+            f"{local.stride()}. Strided and expanded weights cannot be averaged in place: make it "
+            "contiguous before building the EMA."
+        )
+    by = range(len(sizes)) if order is None else order
+    region = Region(tuple(offsets[i] for i in by), tuple(sizes[i] for i in by), 0, local.numel())
+    read, shape = partial(_memory, tensor), tuple(tensor.shape)
+    shard = Shard(name, kind, shape, tensor, place, region, read, 0, order)
+    if kind != "buffer":
+        whole = [i for i in range(len(placements)) if i not in cuts]
+        shard.replicas = tuple(mesh.get_group(i) for i in whole)
+    if cuts or kind != "buffer":
+        shard.owner_ranks = _mesh_ranks(mesh)
+    return shard
+
+
+def _box_of_dtensor(
+    tensor: DTensor, cuts: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offsets and sizes of the local tensor. `cuts`: the mesh dimensions that cut the weight."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
+    # NOTE: FSDP2 over TP splits right to left: _StridedShard (on the left) cuts what Shard (on the
+    # right) left over.
+    strided = [i for i in cuts if type(placements[i]).__name__ == "_StridedShard"]
+    for i in [i for i in cuts if i not in strided] + strided[::-1]:
+        dim: int = placements[i].dim  # type: ignore[attr-defined]
+        step = -(-sizes[dim] // mesh.size(i))  # torch.chunk: full chunks first
+        start = min(step * coordinate[i], sizes[dim])
+        offsets[dim], sizes[dim] = offsets[dim] + start, min(step, sizes[dim] - start)
+    return tuple(offsets), tuple(sizes)
+
+
+@lru_cache(maxsize=16)
+def _mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
+    """Its global ranks: once per mesh, because a weight must not cost more in a larger world."""
+    return tuple(mesh.mesh.flatten().tolist())
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """The memory of what had one when it was described."""
+    local = tensor if type(tensor) is nn.Parameter else memory_of(tensor)
+    assert local is not None
+    return local
+
+
+def _buffer_memory(place: tuple[nn.Module, str]) -> Tensor:
+    return _memory(registered_buffer(place))
+
+
+def _copied(read: Callable[[], Tensor]) -> Tensor:
+    return read().detach().contiguous()
+
+
+def redescribe(shard: Shard) -> None:
+    """Describe what is registered for a copied buffer now, which may have become any size."""
+    now = _plain(shard.name, registered_buffer(shard.place), shard.place, None)
+    for field in ("shape", "tensor", "local_region", "order", "local_tensor", "dense", "opaque"):
+        setattr(shard, field, getattr(now, field))
+
+
+# --- the ranks that hold the model together -----------------------------------------------------
+
+
+def _members(
+    replicated: list[Replicated], shards: list[Shard], fsdp1: list[RanksAndGroup]
+) -> RanksAndGroup:
+    """The widest mesh or group found.
+
+    Raises:
+        ValueError: It does not contain the others.
+    """
+    tensors = [shard.tensor for shard in shards]
+    meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_dtensor(tensor))
+    found: list[RanksAndGroup] = [
+        (sorted(_mesh_ranks(mesh)), mesh.get_group() if mesh.ndim == 1 else None) for mesh in meshes
+    ]
+    found += [(list(each.ranks), each.group) for each in dict.fromkeys(replicated)]
+    found += fsdp1
+    if not found:
+        return [dist.get_rank() if dist.is_initialized() else 0], None
+    widest = max(found, key=lambda entry: len(entry[0]))
+    for members, _ in found:
+        if not set(members) <= set(widest[0]):
+            raise ValueError(
+                f"the model's weights live on ranks {widest[0]} and on ranks {members}; EMA needs "
+                "one set of ranks that holds the model together. Build one EMA per part with only=."
+            )
+    return widest
+
+
+def _choose_writers(shards: list[Shard], members: list[int]) -> None:
+    """Mark which copy is written where ranks hold copies that are not known to be replicas.
+
+    They are buffers, weights outside every wrapper or that DDP ignores, and weights on a part of
+    the mesh.
+    """
+    is_first = members[0] == (dist.get_rank() if dist.is_initialized() else 0)
+    for shard in shards:
+        owners = shard.owner_ranks
+        shard.is_writer = members[0] in owners if owners else is_first
+
+
+# --- how the tree differs from the records ------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -163,12 +382,12 @@ def _compare_weights(
 ) -> defaultdict[str, list[str]]:
     """The changes of weights, by the fields of `InventoryChanges`."""
     flats = flat_slices(module for _, module in walk)
-    keys = {shard.name: _key(shard, flats) if flats else id(shard.tensor) for shard in weights}
+    keys = {shard.name: _registered_identity(shard, flats) for shard in weights}
     expected = dict(keys)
     expected |= {alias: keys[shard.name] for shard in weights for alias in shard.aliases}
     changes: defaultdict[str, list[str]] = defaultdict(list)
     found = {
-        prefix + name: id(tensor) if flat is None else flat.key
+        prefix + name: _identity(tensor, flat)
         for prefix, module in walk
         if module._parameters or flats
         for name, tensor, flat in _parameters(module, flats)
@@ -181,7 +400,7 @@ def _compare_weights(
     for prefix, module in walk:
         for name, tensor, flat in _parameters(module, flats):
             full, tensor = prefix + name, copies.get(id(tensor), tensor)
-            key = id(tensor) if flat is None else flat.key
+            key = _identity(tensor, flat)
             if expected.get(full) == key:
                 continue
             if key in known or (full in expected and full not in keys):
@@ -214,195 +433,10 @@ def _compare_buffers(
     changes["gone_buffers"] += [name for name in expected if name in missing]
 
 
-def _key(shard: Shard, flats: FlatSlices) -> Any:
-    """What `_parameters` finds where the weight is still registered."""
+def _registered_identity(shard: Shard, flats: FlatSlices) -> Any:
+    """The `_identity` that `_parameters` finds where the weight is still registered."""
     module, name = shard.place
     flat = flats.get(id(module), {}).get(name)
-    return flat.key if flat is not None and flat.tensor is shard.tensor else id(shard.tensor)
-
-
-def redescribe(shard: Shard) -> None:
-    """Describe what is registered for a buffer now. Only for copied ones, which may become any size."""
-    now = _plain(shard.name, registered_buffer(shard.place), shard.place, None)
-    for field in ("shape", "tensor", "local_region", "order", "local_tensor", "dense", "opaque"):
-        setattr(shard, field, getattr(now, field))
-
-
-def _parameters(
-    module: nn.Module, flats: FlatSlices
-) -> Iterator[tuple[str, Tensor, FlatSlice | None]]:
-    """(name, tensor, slice of an FSDP1 flat parameter or None) of the module's own parameters, in their order."""
-    slices, own = flats.get(id(module), {}), module._parameters
-    for name, parameter in own.items():
-        if parameter is not None and name != FLAT_PARAMETER:
-            slice_ = slices.get(name)
-            known = slice_ is not None and slice_.tensor is parameter  # else it was replaced
-            yield name, parameter, slice_ if known else None
-    for name, slice_ in slices.items():
-        if own.get(name) is None:
-            yield name, slice_.tensor, slice_
-
-
-# --- one record --------------------------------------------------------------------------------------------------
-
-
-def _plain(
-    name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: Replicated | None
-) -> Shard:
-    if is_lazy(tensor):
-        raise ValueError(
-            f"{name} is not initialised yet. Run one forward through the lazy module, then build the EMA."
-        )
-    if tensor.is_meta:
-        raise ValueError(
-            f"{name} is on the meta device. Materialise the model (to_empty, then load), then build the EMA."
-        )
-    if hasattr(tensor, "ds_id") or hasattr(tensor, "ds_tensor"):
-        raise ValueError(
-            f"{name} is partitioned by DeepSpeed (ZeRO stage 3), which dist_ema cannot average. "
-            "Use ZeRO stage 2 or below, or FSDP."
-        )
-    kind: Kind = (
-        "buffer"
-        if place[1] in place[0]._buffers
-        else "trainable"
-        if tensor.requires_grad
-        else "frozen"
+    return _identity(
+        shard.tensor, flat if flat is not None and flat.tensor is shard.tensor else None
     )
-    if memory_of(tensor) is None:
-        return _opaque(name, kind, tensor, place)
-    if isinstance(tensor, DTensor):
-        return _dtensor(name, kind, tensor, place)
-    dense, order = storage_order(tensor.shape, tensor.stride())
-    sizes = tuple(tensor.shape) if order is None else tuple(tensor.shape[i] for i in order)
-    whole = Region((0,) * len(sizes), sizes, 0, tensor.numel())
-    # NOTE: modules may register a new tensor under a buffer's name at any time; a Parameter must stay the same object.
-    raw: Callable[[], Tensor] = (
-        partial(_buffer_memory, place) if kind == "buffer" else partial(_memory, tensor)
-    )
-    if not dense:
-        raw = partial(_copied, raw)
-    shard = Shard(name, kind, tuple(tensor.shape), tensor, place, whole, raw, 0, order, dense=dense)
-    if ddp:
-        shard.replicas, shard.flat = (ddp.group,), True
-        shard.owner_ranks = tuple(dist.get_process_group_ranks(ddp.group))
-    return shard
-
-
-def _opaque(name: str, kind: Kind, tensor: Tensor, place: tuple[nn.Module, str]) -> Shard:
-    """A record without elements: the tensor may be sparse or quantized, and its memory is never read."""
-    nothing = torch.empty(0, dtype=torch.uint8 if tensor.is_quantized else tensor.dtype)
-    shape = () if tensor.is_nested else tuple(tensor.shape)
-    region = Region((0,), (0,), 0, 0)
-    return Shard(
-        name,
-        kind,
-        shape,
-        tensor,
-        place,
-        region,
-        lambda: nothing,
-        opaque=True,
-        persistent=False,
-    )
-
-
-def _memory(tensor: Tensor) -> Tensor:
-    """The memory of what had one when it was described."""
-    local = tensor if type(tensor) is nn.Parameter else memory_of(tensor)
-    assert local is not None
-    return local
-
-
-def _buffer_memory(place: tuple[nn.Module, str]) -> Tensor:
-    return _memory(registered_buffer(place))
-
-
-def _copied(raw: Callable[[], Tensor]) -> Tensor:
-    return raw().detach().contiguous()
-
-
-def _dtensor(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module, str]) -> Shard:
-    mesh, placements = tensor.device_mesh, tensor.placements
-    if any(p.is_partial() for p in placements):
-        raise ValueError(
-            f"{name} has placements {placements}: a Partial weight is a sum still to be made. Redistribute it."
-        )
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
-    # NOTE: FSDP2 over TP splits right to left: _StridedShard (on the left) cuts what Shard (on the right) left over.
-    shards = [i for i, p in enumerate(placements) if not p.is_replicate()]
-    strided = [i for i in shards if type(placements[i]).__name__ == "_StridedShard"]
-    for i in [i for i in shards if i not in strided] + strided[::-1]:
-        dim: int = placements[i].dim  # type: ignore[attr-defined]
-        step = -(-sizes[dim] // mesh.size(i))  # torch.chunk: full chunks first
-        start = min(step * coordinate[i], sizes[dim])
-        offsets[dim], sizes[dim] = offsets[dim] + start, min(step, sizes[dim] - start)
-    local = _memory(tensor)
-    if tuple(local.shape) != tuple(sizes):
-        raise ValueError(
-            f"{name}: {placements} over {mesh} should leave {tuple(sizes)} here, found {tuple(local.shape)}."
-        )
-    dense, order = storage_order(local.shape, local.stride())
-    if not dense:
-        raise ValueError(
-            f"{name}: the local tensor has shape {tuple(local.shape)} and strides {local.stride()}. {_DENSE}"
-        )
-    by = range(len(sizes)) if order is None else order
-    held = Region(tuple(offsets[i] for i in by), tuple(sizes[i] for i in by), 0, local.numel())
-    shard = Shard(
-        name, kind, tuple(tensor.shape), tensor, place, held, partial(_memory, tensor), 0, order
-    )
-    if kind != "buffer":
-        shard.replicas = tuple(
-            mesh.get_group(i) for i, p in enumerate(placements) if p.is_replicate()
-        )
-    if shards or kind != "buffer":
-        shard.owner_ranks = tuple(mesh.mesh.flatten().tolist())
-    return shard
-
-
-_DENSE = "Strided and expanded weights cannot be averaged in place: make it contiguous before building the EMA."
-
-
-# --- who belongs together ----------------------------------------------------------------------------------------
-
-
-def _members(
-    replicated: list[Replicated],
-    shards: list[Shard],
-    fsdp1: list[tuple[list[int], dist.ProcessGroup | None]],
-) -> tuple[list[int], dist.ProcessGroup | None]:
-    """The ranks that hold the model together: the widest mesh or group found, which must contain the others."""
-    found: list[tuple[list[int], dist.ProcessGroup | None]] = []
-    for shard in shards:
-        if isinstance(shard.tensor, DTensor):
-            mesh = shard.tensor.device_mesh
-            found.append(
-                (sorted(mesh.mesh.flatten().tolist()), mesh.get_group() if mesh.ndim == 1 else None)
-            )
-    found += [
-        (dist.get_process_group_ranks(each.group), each.group) for each in dict.fromkeys(replicated)
-    ]
-    found += fsdp1
-    if not found:
-        return [dist.get_rank() if dist.is_initialized() else 0], None
-    widest = max(found, key=lambda entry: len(entry[0]))
-    for members, _ in found:
-        if not set(members) <= set(widest[0]):
-            raise ValueError(
-                f"the model's weights live on ranks {widest[0]} and on ranks {members}; EMA needs one set of ranks that "
-                "holds the model together. Build one EMA per part with only=."
-            )
-    return widest
-
-
-def _choose_writers(shards: list[Shard], members: list[int]) -> None:
-    """Mark which copy of a weight is written where the ranks hold copies that nobody calls replicas: buffers, weights
-    outside every wrapper or that DDP ignores, and weights on a part of the mesh."""
-    mine = dist.get_rank() if dist.is_initialized() else 0
-    for shard in shards:
-        shard.is_writer = (
-            members[0] in shard.owner_ranks if shard.owner_ranks else members[0] == mine
-        )

@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["fingerprint", "fingerprints"]
 
 WINDOW = 1 << 16  # words of 4 bytes that are hashed at once
-ODD = 0x2545F4914F6CDD1D
+MULTIPLIER = 0x2545F4914F6CDD1D
 
 
 def fingerprint(data: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def fingerprint(data: Tensor) -> Tensor:
             window = torch.cat([window, window.new_zeros(-len(window) % 4)])
         words = window.view(torch.int32)
         hashed = products[: len(words)].copy_(words).mul_(factors[: len(words)])
-        total.mul_(ODD).add_(hashed.sum())
+        total.mul_(MULTIPLIER).add_(hashed.sum())
     return total
 
 
@@ -47,6 +47,6 @@ def fingerprints(data: Sequence[Tensor]) -> list[int]:
 def _factors(n: int, device: torch.device) -> Tensor:
     """Odd numbers that look random and are the same on every device. int64 [n]"""
     # NOTE: factors that grow evenly would give all permutations of equal rows one hash.
-    x = torch.arange(1, n + 1, device=device) * ODD
+    x = torch.arange(1, n + 1, device=device) * MULTIPLIER
     x = (x ^ (x >> 29)) * 0x7FB5D329728EA185
     return (x ^ (x >> 32)) | 1

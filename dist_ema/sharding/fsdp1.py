@@ -1,27 +1,30 @@
-"""FSDP1: flat parameters and the ranges that each rank holds of them."""
+"""FSDP1: flat parameters, and the range of each weight that this rank holds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .records import Kind, Region, Shard, storage_order
+from .torch_classes import is_fsdp1
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
 __all__ = [
     "FLAT_PARAMETER",
     "FlatSlice",
     "FlatSlices",
     "flat_slices",
-    "fsdp1_members",
-    "local_shard",
+    "is_busy",
+    "ranks_and_group",
+    "reshard_flat_parameter",
 ]
-
 
 FLAT_PARAMETER = "_flat_param"  # the name under which FSDP1 registers it
 
@@ -35,25 +38,30 @@ class FlatSlice:
 
     @property
     def key(self) -> tuple[int, int]:
+        """Equal for tied names."""
         return id(self._flat), self.index
+
+    @property
+    def tensor(self) -> Tensor:
+        """The Parameter that the module shows; without use_orig_params the flat parameter."""
+        params = self._flat._params
+        return self._flat if params is None else params[self.index]  # type: ignore[no-any-return]
 
     @property
     def _flat(self) -> Any:
         return self.owner._handle.flat_param  # type: ignore[union-attr]
 
-    @property
-    def tensor(self) -> Tensor:
-        params = self._flat._params  # use_orig_params=True
-        return self._flat if params is None else params[self.index]  # type: ignore[no-any-return]
+    def record(self, name: str, place: tuple[nn.Module, str], ranks: tuple[int, ...]) -> Shard:
+        """The record of the weight.
 
-    def __call__(
-        self,
-        name: str,
-        tensor: Tensor,
-        place: tuple[nn.Module, str],
-        ranks: tuple[int, ...],
-    ) -> Shard:
-        """The record. `ranks`: which hold the flat parameter together, replicas included."""
+        Args:
+            name: Its canonical name.
+            place: The module and the name under which it is registered.
+            ranks: Those that hold the flat parameter together, replicas included.
+
+        Raises:
+            ValueError: It is on the meta device, or a DTensor.
+        """
         flat, handle = self._flat, self.owner._handle
         if flat.is_meta:
             raise ValueError(
@@ -65,35 +73,41 @@ class FlatSlice:
             )
         shape, info = tuple(flat._shapes[self.index]), flat._shard_param_infos[self.index]
         _, order = storage_order(flat._shapes[self.index], flat._strides[self.index])
+        begin = info.intra_param_start_idx if info.in_shard else 0
+        end = max(begin, info.intra_param_end_idx + 1) if info.in_shard else 0
         sizes = shape if order is None else tuple(shape[i] for i in order)
-        begin, end = (
-            (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
-        )
-        held = Region((0,) * len(shape), sizes, begin, max(begin, end))
+        region = Region((0,) * len(shape), sizes, begin, end)
         sharded = handle.uses_sharded_strategy  # type: ignore[union-attr]
         outer = getattr(self.owner, "_inter_node_pg", None) if sharded else self.owner.process_group
-        kind: Kind = "trainable" if tensor.requires_grad else "frozen"
-        # The shard outside forward and backward; before the first forward the flat parameter itself.
-        raw = partial(local_shard, flat)
-        shard = Shard(name, kind, shape, tensor, place, held, raw, info.offset_in_shard or 0, order)
-        shard.replicas, shard.flat = () if outer is None else (outer,), not sharded
-        shard.owner_ranks = ranks
-        return shard
+        kind: Kind = "trainable" if self.tensor.requires_grad else "frozen"
+        return Shard(
+            name,
+            kind,
+            shape,
+            self.tensor,
+            place,
+            region,
+            partial(_local_shard, flat),
+            info.offset_in_shard or 0,
+            order,
+            replicas=() if outer is None else (outer,),
+            owner_ranks=ranks,
+        )
 
 
 FlatSlices = dict[int, dict[str, FlatSlice]]  # by the id of the module, then by parameter name
 
 
-def local_shard(flat: Any) -> Tensor:
-    local: Tensor = getattr(flat, "_local_shard", flat)
-    return local
+def _local_shard(flat: Any) -> Tensor:
+    """What this rank holds; before the first forward that is the flat parameter itself."""
+    return getattr(flat, "_local_shard", flat)  # type: ignore[no-any-return]
 
 
 def flat_slices(modules: Iterable[nn.Module]) -> FlatSlices:
     """All that FSDP1 flattened in these modules, tied names included."""
     found: FlatSlices = {}
     for owner in modules:
-        if not isinstance(owner, FullyShardedDataParallel) or owner._handle is None:
+        if not is_fsdp1(owner) or owner._handle is None:
             continue
         flat = owner._handle.flat_param
         for i, info in enumerate(flat._param_infos):
@@ -104,11 +118,47 @@ def flat_slices(modules: Iterable[nn.Module]) -> FlatSlices:
     return found
 
 
-def fsdp1_members(owner: FullyShardedDataParallel) -> tuple[list[int], dist.ProcessGroup | None]:
+def ranks_and_group(owner: FullyShardedDataParallel) -> tuple[list[int], dist.ProcessGroup | None]:
+    """The ranks that hold a flat parameter together, and their group where FSDP1 has one.
+
+    Note:
+        *Collective* under hybrid strategies.
+    """
     inner = dist.get_process_group_ranks(owner.process_group)
     outer = getattr(owner, "_inter_node_pg", None)
     if outer is None or not owner._handle.uses_sharded_strategy:  # type: ignore[union-attr]
         return inner, owner.process_group
-    everyone: list[Any] = [None] * outer.size()
-    dist.all_gather_object(everyone, inner, group=outer)
-    return sorted(rank for ranks in everyone for rank in ranks), None
+    all_ranks: list[Any] = [None] * outer.size()
+    dist.all_gather_object(all_ranks, inner, group=outer)
+    return sorted(rank for ranks in all_ranks for rank in ranks), None
+
+
+def is_busy(owner: FullyShardedDataParallel) -> bool:
+    """It is inside summon_full_params or a forward, so a write to its shard would be lost."""
+    return owner.training_state.name != "IDLE"
+
+
+def reshard_flat_parameter(owner: FullyShardedDataParallel) -> None:
+    """Free the unsharded copy. What was assigned to the weights comes into the shard first."""
+    from torch.distributed.fsdp._runtime_utils import _reshard
+
+    handle = owner._handle
+    # NOTE: before the first forward there is nothing unsharded and no event queue yet.
+    if handle is None or owner._is_root is None:
+        return
+    _take_assigned(handle)
+    _reshard(owner, handle, handle.uses_sharded_strategy)
+
+
+def _take_assigned(handle: Any) -> None:
+    """Bring what was assigned to the weights (`p.data = ...`, `.double().float()`) into the shard.
+
+    NOTE: FSDP1 does so itself before a forward, for its original parameters. A flat parameter that
+    was moved or assigned it gives up again after the next forward, and so would resharding.
+    """
+    if handle._use_orig_params and not handle._skipped_use_sharded_views:
+        handle._writeback_orig_params()
+    flat, shard = handle.flat_param, handle.flat_param._local_shard
+    alike = (flat.shape, flat.dtype, flat.device) == (shard.shape, shard.dtype, shard.device)
+    if alike and flat.data_ptr() != shard.data_ptr():
+        flat._local_shard = flat.data

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = ["CHECKPOINTED", "COMPILED", "FSDP1", "canonical"]
 
-# The child under which a wrapper keeps the module that it wraps. DDP and DataParallel use `module`, as models do too.
+# The child under which a wrapper keeps the module that it wraps. DDP and DataParallel call it
+# `module`, as models do too.
 COMPILED, FSDP1, CHECKPOINTED = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"
 
 

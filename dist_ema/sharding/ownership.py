@@ -1,8 +1,8 @@
 """Which elements each rank averages, and which it writes.
 
-A `ParamState` is one weight on this rank: the region that it averages, the region that it saves, and
-the shadow. Where nothing is replicated both are the local region. Of replicas each rank takes an
-equal share:
+A `ParamState` is one weight on this rank: the region that it averages, the region that it saves,
+and the shadow. Where nothing is replicated both are the local region. What the same replicas hold
+is laid end to end, and each of them takes an equal share of that sequence:
 
     DDP, 2 ranks: the weights end to end, one cut
     | conv.weight | bn | fc.weight        | fc.bias |
@@ -12,14 +12,15 @@ equal share:
 
 [Note: stale records]  FSDP2 pins local tensors anew at its first forward under CPU offload, and
 `.to()` keeps a Parameter but moves its storage. A record keeps the Parameter and the address.
-Elements that moved are followed; another shape, order, dtype or device raises by name. A buffer that
-is only copied may become anything.
+Elements that moved are followed. Another shape, order, dtype or device raises by name. A buffer
+that is only copied may become anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,14 +35,14 @@ __all__ = [
     "ParamState",
     "assign",
     "even",
-    "replica_broadcasts",
+    "replica_pieces",
     "saved_blocks",
     "saved_dtype",
     "saved_dtypes",
 ]
 
 
-MOST = 4 << 20  # elements in one part of a file or a stream
+MAX_BLOCK = 4 << 20  # elements in one block of a file or a stream
 
 
 @dataclass
@@ -50,60 +51,16 @@ class ParamState:
 
     shard: Shard
     averaged_region: Region  # averaged here
-    saved_region: Region  # answered for here: written into files, sent to others
-    local: Tensor  # [shard.held.numel], all that the model holds here
-    span: tuple[int, int] | None = None  # (start, total) in the flat sequence that it is cut with
-    shadow: Tensor | None = None  # [own.numel]; None: not averaged
-    teacher_copy: Tensor | None = (
-        None  # [shard.held.numel]; of what is not averaged, the copy that a teacher holds
-    )
+    saved_region: Region  # written into files and sent to others by this rank
+    local: Tensor  # [shard.local_region.numel], all that the model holds here
+    sequence: tuple[int, int]  # (start of `local`, end of all) in what its replicas divide
+    shadow: Tensor | None = None  # [averaged_region.numel]; None: not averaged
+    teacher_copy: Tensor | None = None  # shape of `local`; a teacher's copy of what has no shadow
     address: int = 0  # where the elements lay when `local` was made
 
     def __post_init__(self) -> None:
-        raw = self.shard.local_tensor()
-        self.address, self.form = raw.data_ptr(), _form(raw)
-
-    @property
-    def moved(self) -> bool:
-        """The model's elements lie elsewhere now ([Note: stale records])."""
-        # NOTE: of strided elements `local` is a copy, and the next copy may lie where the last one did.
-        if not self.shard.dense or self.shard.local_tensor().data_ptr() != self.address:
-            return True
-        return self.shard.kind == "buffer" and self.layout_changed  # resized in place
-
-    @property
-    def is_copied_buffer(self) -> bool:
-        """A buffer that is taken from live when the average is used."""
-        return self.shard.kind == "buffer" and self.shadow is None and self.teacher_copy is None
-
-    @property
-    def layout_changed(self) -> bool:
-        """They have another shape or order in memory now."""
-        return _form(self.shard.local_tensor()) != self.form
-
-    def rebind(self) -> None:
-        """Follow elements that moved. Raises RuntimeError if they are not what they were."""
-        if self.is_copied_buffer:
-            redescribe(self.shard)
-            begin, end = _saved_range(self)
-            self.averaged_region = self.shard.local_region
-            self.saved_region = replace(self.shard.local_region, begin=begin, end=end)
-            self.form = _form(self.shard.local_tensor())
-        raw, old = self.shard.local_tensor(), self.local
-        changed = self.layout_changed
-        # A buffer may be another tensor: FSDP1 casts them, modules assign them.
-        if self.shard.kind != "buffer":
-            changed |= (raw.dtype, raw.device) != (old.dtype, old.device)
-        if changed:
-            resized = raw.shape != self.form[0]
-            shapes = f" (shape {tuple(self.form[0])}, now {tuple(raw.shape)})" if resized else ""
-            cure = "Call ema.rescan()" if resized else "Build the EMA after model.to(...)"
-            raise RuntimeError(
-                f"{self.name} was {old.dtype} on {old.device} with {old.numel()} elements here, and "
-                f"is now {raw.dtype} on {raw.device} with {raw.numel()}{shapes}, or lies in another "
-                f"order. {cure}."
-            )
-        self.local, self.address = self.shard.read(), raw.data_ptr()
+        memory = self.shard.local_tensor()
+        self.address, self.form = memory.data_ptr(), _form(memory)
 
     @property
     def name(self) -> str:
@@ -111,158 +68,203 @@ class ParamState:
 
     @property
     def live(self) -> Tensor:
+        """What is averaged here: [averaged_region.numel]."""
         return self.local_view(self.averaged_region)
 
     @property
     def average(self) -> Tensor:
-        """What a file or a gather takes for `duty`: the shadow or twin, or the live weight where there is none."""
+        """What files and `gather` take: [saved_region.numel]. Where nothing is averaged, live."""
         if self.shadow is not None:
-            return self.shadow.narrow(
-                0, self.saved_region.begin - self.averaged_region.begin, self.saved_region.numel
-            )
+            return _part(self.shadow, self.averaged_region, self.saved_region)
         if self.teacher_copy is not None:
-            return self.teacher_copy.narrow(
-                0, self.saved_region.begin - self.shard.local_region.begin, self.saved_region.numel
-            )
+            return _part(self.teacher_copy, self.shard.local_region, self.saved_region)
         return self.local_view(self.saved_region)
 
     def local_view(self, region: Region) -> Tensor:
-        return self.local.narrow(0, region.begin - self.shard.local_region.begin, region.numel)
+        """The elements of `region` in the model."""
+        return _part(self.local, self.shard.local_region, region)
+
+    @property
+    def is_copied_buffer(self) -> bool:
+        """A buffer that is taken from live when the average is used."""
+        return self.shard.kind == "buffer" and self.shadow is None and self.teacher_copy is None
+
+    @property
+    def moved(self) -> bool:
+        """The model's elements lie elsewhere now ([Note: stale records])."""
+        # NOTE: `local` copies strided elements, and the next copy may lie where the last one did.
+        if not self.shard.dense or self.shard.local_tensor().data_ptr() != self.address:
+            return True
+        return self.shard.kind == "buffer" and self.layout_changed  # resized in place
+
+    @property
+    def layout_changed(self) -> bool:
+        """They have another shape or order in memory now."""
+        return _form(self.shard.local_tensor()) != self.form
+
+    def rebind(self) -> None:
+        """Follow elements that moved.
+
+        Raises:
+            RuntimeError: They have another dtype, device, shape or order now.
+        """
+        if self.is_copied_buffer:
+            redescribe(self.shard)
+            self.averaged_region = self.saved_region = whole = self.shard.local_region
+            if not self.shard.is_writer:
+                self.saved_region = replace(whole, end=0)
+            self.form = _form(self.shard.local_tensor())
+        memory, old = self.shard.local_tensor(), self.local
+        changed = self.layout_changed
+        # A buffer may be another tensor: FSDP1 casts them, modules assign them.
+        if self.shard.kind != "buffer":
+            changed |= (memory.dtype, memory.device) != (old.dtype, old.device)
+        if changed:
+            resized = memory.shape != self.form[0]
+            shapes = f" (shape {tuple(self.form[0])}, now {tuple(memory.shape)})" if resized else ""
+            cure = "Call ema.rescan()" if resized else "Build the EMA after model.to(...)"
+            raise RuntimeError(
+                f"{self.name} was {old.dtype} on {old.device} with {old.numel()} elements here, "
+                f"and is now {memory.dtype} on {memory.device} with {memory.numel()}{shapes}, or "
+                f"lies in another order. {cure}."
+            )
+        self.local, self.address = self.shard.read(), memory.data_ptr()
 
 
-def _form(raw: Tensor) -> tuple[torch.Size, list[int]]:
+def _part(data: Tensor, whole: Region, region: Region) -> Tensor:
+    """The elements of `region` in `data`, which holds `whole`."""
+    return data.narrow(0, region.begin - whole.begin, region.numel)
+
+
+def _form(memory: Tensor) -> tuple[torch.Size, list[int]]:
     """Shape and order in memory. The stride of a dimension of length 1 says nothing."""
-    return raw.shape, [
-        step for step, length in zip(raw.stride(), raw.shape, strict=True) if length > 1
-    ]
+    strides = zip(memory.stride(), memory.shape, strict=True)
+    return memory.shape, [step for step, length in strides if length > 1]
 
 
-# --- cutting -----------------------------------------------------------------------------------------------------
+# --- who owns what ------------------------------------------------------------------------------
 
 
 def assign(
     shards: Sequence[Shard], averaged: Callable[[Shard], bool], split: bool
 ) -> list[ParamState]:
-    """One slot per shard, replicas divided among the ranks that hold them (`split=False`: for files only)."""
-    opaque = [shard.name for shard in shards if shard.opaque and averaged(shard)]
+    """One state per shard, each saved by exactly one of its replicas.
+
+    Args:
+        shards: What the model holds here.
+        averaged: Whether a shard is averaged. These form sequences of their own, so that the
+            averaged elements alone are balanced.
+        split: Each replica averages what it saves; else all that it holds.
+
+    Raises:
+        ValueError: What should be averaged is a tensor subclass with unknown memory.
+    """
+    keys = [(shard.replicas, averaged(shard)) for shard in shards]
+    pairs = list(zip(shards, keys, strict=True))
+    opaque = [shard.name for shard, (_, is_averaged) in pairs if is_averaged and shard.opaque]
     if opaque:
         raise ValueError(
-            f"{', '.join(opaque[:5])} is sparse, quantized, or a tensor subclass without exactly one "
-            "inner tensor of its shape and dtype, so its elements cannot be averaged. Freeze it, or "
-            "leave it out with only=."
+            f"{', '.join(opaque[:5])} is sparse, quantized, or a tensor subclass without exactly "
+            "one inner tensor of its shape and dtype, so its elements cannot be averaged. Freeze "
+            "it, or leave it out with only=."
         )
-    spans: dict[int, tuple[int, int]] = {}
-    for chosen in (True, False):  # two sequences, so that the averaged elements alone are balanced
-        spans |= _spans([shard for shard in shards if shard.flat and averaged(shard) == chosen])
-    slots = []
-    for shard in shards:
-        slot = ParamState(
-            shard, shard.local_region, shard.local_region, shard.read(), spans.get(id(shard))
-        )
-        begin, end = _saved_range(slot)
-        slot.saved_region = Region(
-            shard.local_region.offsets,
-            shard.local_region.sizes,
-            shard.local_region.begin + begin,
-            shard.local_region.begin + end,
-        )
-        if split and shard.replicas:
-            slot.averaged_region = slot.saved_region
-        slots.append(slot)
-    return slots
+    ends: dict[Any, int] = {}
+    for shard, key in pairs:
+        ends[key] = ends.get(key, 0) + shard.local_region.numel
+    own = {key: _own_range(key[0], end) for key, end in ends.items()}
+    next_starts, states = dict.fromkeys(ends, 0), []
+    for shard, key in pairs:
+        region, start = shard.local_region, next_starts[key]
+        next_starts[key] += region.numel
+        bounds = own[key] if shard.is_writer else (0, 0)
+        begin, end = (region.begin + min(max(at - start, 0), region.numel) for at in bounds)
+        saved = replace(region, begin=begin, end=end)
+        mean = saved if split and shard.replicas else region
+        states.append(ParamState(shard, mean, saved, shard.read(), (start, ends[key])))
+    return states
 
 
-def _spans(shards: Sequence[Shard]) -> dict[int, tuple[int, int]]:
-    """Lay the weights of each group end to end: id(shard) -> (start, length of the whole sequence)."""
-    totals: dict[tuple[dist.ProcessGroup, ...], int] = {}
-    starts = {}
-    for shard in shards:
-        starts[id(shard)] = totals.get(shard.replicas, 0)
-        totals[shard.replicas] = starts[id(shard)] + shard.local_region.numel
-    return {id(shard): (starts[id(shard)], totals[shard.replicas]) for shard in shards}
-
-
-def _saved_range(slot: ParamState) -> tuple[int, int]:
-    """This rank's part of what its replicas hold too; nothing of a copy that somebody else answers for."""
-    groups = slot.shard.replicas
-    if not slot.shard.is_writer:
-        return 0, 0
-    if not groups:
-        return 0, slot.shard.local_region.numel
-    return _range_of(slot, len(groups) - 1, dist.get_rank(groups[-1]))
-
-
-def _range_of(slot: ParamState, depth: int, source: int) -> tuple[int, int]:
-    """The range of the held elements that rank `source` of the replica group at `depth` answers for."""
-    n, groups = slot.shard.local_region.numel, slot.shard.replicas
-    if slot.span:
-        start, total = slot.span
-        low, high = even(0, total, source, groups[depth].size())
-        return min(max(low - start, 0), n), min(max(high - start, 0), n)
-    begin, end = 0, n
-    for group in groups[:depth]:
-        begin, end = even(begin, end, dist.get_rank(group), group.size())
-    return even(begin, end, source, groups[depth].size())
+def _own_range(groups: Sequence[dist.ProcessGroup], end: int) -> tuple[int, int]:
+    """This rank's range of the sequence [0, end), which the outermost group divides first."""
+    low, high = 0, end
+    for group in groups:
+        low, high = even(low, high, dist.get_rank(group), group.size())
+    return low, high
 
 
 def even(begin: int, end: int, rank: int, size: int) -> tuple[int, int]:
-    """The rank's part of [begin, end) when it is divided evenly."""
+    """The rank's range of [begin, end) when it is divided evenly."""
     n = end - begin
     return begin + n * rank // size, begin + n * (rank + 1) // size
 
 
-def replica_broadcasts(
-    slots: Iterable[ParamState],
-) -> Iterator[tuple[dist.ProcessGroup, int, list[Tensor]]]:
-    """The broadcasts that make every replica whole again after each rank wrote its own part: (group, source rank in
-    it, views into the model), innermost group first, the same sequence on every rank of a group."""
-    by_groups: dict[tuple[dist.ProcessGroup, ...], list[ParamState]] = {}
-    for slot in slots:
-        by_groups.setdefault(slot.shard.replicas, []).append(slot)
-    for groups, together in by_groups.items():
+def replica_pieces(
+    states: Iterable[ParamState],
+) -> Iterator[tuple[dist.ProcessGroup, list[tuple[int, Tensor]]]]:
+    """What must be copied between replicas after each rank wrote the regions that it averages.
+
+    Yields:
+        (group, pieces), the innermost group first. A piece is (its source, as a rank in the group;
+        a view into the model). Every rank of the group has the same sources in the same order.
+
+    Note:
+        *Cost*: a piece per weight and one more per rank of the group.
+    """
+    by_replicas: dict[tuple[dist.ProcessGroup, ...], list[ParamState]] = {}
+    for state in states:
+        by_replicas.setdefault(state.shard.replicas, []).append(state)
+    for groups, chosen in by_replicas.items():
         for depth in reversed(range(len(groups))):
-            views: list[list[Tensor]] = [[] for _ in range(groups[depth].size())]
-            for slot in together:
-                for source in _sources(slot, len(views)):
-                    a, b = _range_of(slot, depth, source)
-                    views[source].append(slot.local[a:b])
-            yield from ((groups[depth], source, mine) for source, mine in enumerate(views))
+            yield groups[depth], [piece for state in chosen for piece in _pieces(state, depth)]
 
 
-def _sources(slot: ParamState, size: int) -> range:
-    """The ranks of a replica group whose part of the slot is not empty: in a flat sequence, few of them."""
-    n = slot.shard.local_region.numel
-    if slot.span is None or not n:
-        return range(size if n else 0)
-    start, total = slot.span
-    return range(start * size // total, min(size, -(-(start + n) * size // total)))
+def _pieces(state: ParamState, depth: int) -> Iterator[tuple[int, Tensor]]:
+    """The weight, cut where the source changes in the replica group at `depth`."""
+    groups, (start, total) = state.shard.replicas, state.sequence
+    low, high = _own_range(groups[:depth], total)
+    size, begin = groups[depth].size(), max(low, start)
+    end = min(high, start + state.shard.local_region.numel)
+    while begin < end:
+        source = -(-(begin - low + 1) * size // (high - low)) - 1  # whose range holds `begin`
+        stop = min(end, even(low, high, source, size)[1])
+        yield source, state.local[begin - start : stop - start]
+        begin = stop
+
+
+# --- what this rank saves -----------------------------------------------------------------------
 
 
 def saved_blocks(
-    slots: Sequence[ParamState], values: dict[str, Tensor] | None = None
+    states: Sequence[ParamState], values: dict[str, Tensor] | None = None
 ) -> Iterator[Block]:
-    """What this rank answers for, in blocks of at most `MOST` elements: (number of the slot, offsets, block).
+    """What this rank saves, in blocks of at most `MAX_BLOCK` elements.
 
-    values: own buffers by name, taken in place of the model's. *Aliases* shadows and live weights.
+    Args:
+        states: The weights and buffers.
+        values: Own buffers by name, taken in place of the model's.
+
+    Yields:
+        Blocks, numbered like the states. *Aliases* shadows and live weights.
     """
-    for number, slot in enumerate(slots):
-        data = slot.average
-        if values and slot.name in values and data.numel():
-            data = values[slot.name]
-        elif slot.is_copied_buffer:
+    for number, state in enumerate(states):
+        data = state.average
+        if values and state.name in values and data.numel():
+            data = values[state.name]
+        elif state.is_copied_buffer:
             data = data.clone()  # NOTE: numpy forbids to resize memory that it has seen
-        for box, view in boxes_with_data(slot.shard, slot.saved_region, data):
-            for block in split_box(box, MOST):
+        for box, view in boxes_with_data(state.shard, state.saved_region, data):
+            for block in split_box(box, MAX_BLOCK):
                 yield Block(number, block.offsets, view[block.within(box)])
 
 
-def saved_dtype(slot: ParamState, values: dict[str, Tensor]) -> torch.dtype:
-    """Of what `parts` gives: an own buffer is not rounded to the shadow's."""
-    return values.get(slot.name, slot.average).dtype
+def saved_dtype(state: ParamState, values: dict[str, Tensor]) -> torch.dtype:
+    """Of what `saved_blocks` gives: an own buffer is not rounded to the shadow's."""
+    return values.get(state.name, state.average).dtype
 
 
 def saved_dtypes(
-    slots: Sequence[ParamState], values: dict[str, Tensor]
+    states: Sequence[ParamState], values: dict[str, Tensor]
 ) -> tuple[list[torch.dtype], list[int]]:
     """dtype and number of dimensions of each, what a stream must know of the weights."""
-    return [saved_dtype(slot, values) for slot in slots], [len(slot.shard.shape) for slot in slots]
+    dims = [len(state.shard.shape) for state in states]
+    return [saved_dtype(state, values) for state in states], dims

@@ -7,40 +7,51 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping
-from torch.distributed.fsdp import FSDPModule
 
 from .names import canonical
+from .torch_classes import is_fsdp2
 
-__all__ = ["Model", "Parameters", "fsdp2_records", "module_of", "unsharded_copies"]
+__all__ = ["Model", "Parameters", "module_of", "unsharded_copies"]
 
 
 Model = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 
+def module_of(model: Model) -> nn.Module:
+    """The model, or a module around the parameters that were given in its place."""
+    return model if isinstance(model, nn.Module) else Parameters(model)
+
+
 class Parameters(nn.Module):
-    """Parameters that came without their module, under their names, or under 0, 1, ... in their order.
+    """Parameters without their module, under their names, or under 0, 1, ... in their order.
 
-    What a module would tell is not known of them: that DDP replicates them, that the model registers another object now,
-    which buffers belong to them. FSDP2's are found through its own records, FSDP1's cannot be held from outside.
+    It is not known whether DDP replicates them, whether the model registers another object now, or
+    which buffers belong to them. FSDP2's are found through its own records. FSDP1's cannot be held
+    from outside.
 
-    always: frozen ones are averaged too, as loops may freeze and thaw them at any step.
+    Args:
+        given: Parameters, or pairs of a name and a parameter.
+        average_frozen: Average the frozen ones too, as loops may freeze and thaw them at any step.
+
+    Raises:
+        ValueError: Something else was given, FSDP1 moves a parameter, or a name comes twice.
     """
 
     def __init__(
-        self, given: Iterable[Tensor] | Iterable[tuple[str, Tensor]], always: bool = False
+        self, given: Iterable[Tensor] | Iterable[tuple[str, Tensor]], average_frozen: bool = False
     ) -> None:
         super().__init__()
-        self.average_frozen = always
+        self.average_frozen, self.nameless = average_frozen, False
         if isinstance(given, (Tensor, str)) or not isinstance(given, Iterable):
             raise ValueError(f"{_TAKES}, got {type(given).__name__}.")
-        self.nameless = False
         for i, item in enumerate(given):
             name, tensor = item if isinstance(item, tuple) and len(item) == 2 else (str(i), item)
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise ValueError(f"{_TAKES}, got {type(item).__name__} as number {i}.")
             if getattr(tensor, "_fsdp_flattened", False):
                 raise ValueError(
-                    f"parameter {name} belongs to FSDP1, which moves its parameters at every forward: pass the model."
+                    f"parameter {name} belongs to FSDP1, which moves its parameters at every "
+                    "forward: pass the model."
                 )
             name = canonical(name)
             if name in self._parameters:
@@ -64,38 +75,32 @@ class Parameters(nn.Module):
         for name, tensor in self.tensors.items():
             self.tensors[name] = copies.get(id(tensor), tensor)
         given = set(map(id, self.tensors.values()))
-        records = fsdp2_records(modules)
+        records = _fsdp2_records(modules)
         return list(dict.fromkeys(m for m, each in records if id(each.sharded_param) in given))
 
 
 _TAKES = "EMA takes a module, parameters, or pairs of a name and a parameter"
 
 
-def module_of(model: Model) -> nn.Module:
-    """The model, or a module around the parameters that were given in its place."""
-    return model if isinstance(model, nn.Module) else Parameters(model)
-
-
-def fsdp2_records(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
-    """(module, what FSDP2 keeps of one parameter) of those of `modules` that were given to fully_shard."""
-    for module in modules:
-        reference = _module_state_mapping.get(module) if isinstance(module, FSDPModule) else None
-        state: Any = None if reference is None else reference()
-        if state is None:
-            continue
-        # torch 2.8 has one group.
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for group in groups:
-            for record in () if group is None else group.fsdp_params:
-                yield module, record
-
-
 def unsharded_copies(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
     """The sharded parameter behind each parameter that FSDP2 unsharded, by the id of the copy."""
     copies = {}
-    for _, record in fsdp2_records(modules):
+    for _, record in _fsdp2_records(modules):
         for attribute in ("_unsharded_param", "_sharded_post_forward_param"):
             copy = getattr(record, attribute, None)
             if copy is not None:
                 copies[id(copy)] = record.sharded_param
     return copies
+
+
+def _fsdp2_records(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
+    """(module, what FSDP2 keeps of one parameter) of the modules given to fully_shard."""
+    for module in modules:
+        reference = _module_state_mapping.get(module) if is_fsdp2(module) else None
+        state: Any = None if reference is None else reference()
+        if state is not None:
+            # torch 2.8 has one group.
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            yield from (
+                (module, record) for group in groups if group for record in group.fsdp_params
+            )

@@ -10,7 +10,7 @@
 
 [Note: regions]  A rank holds one region of every weight.
 
-    DTensor, Shard(0)      FSDP1 flat, one process     HSDP: the box is split over the replicas
+    DTensor, Shard(0)      FSDP1 flat, one process     HSDP: the replicas divide what they hold
     +-----------+ rank 0   +-----+=====+ rank 0        +-----------+
     |###########|          |     |#####|               |###########| rank 0 \\ the same box,
     +-----------+          |#####|#####| rank 1        |-----------|         | two ranges
@@ -32,7 +32,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from .torch_classes import is_dtensor
 
 __all__ = [
     "Kind",
@@ -82,14 +83,11 @@ class Shard:
     storage_offset: int = 0  # of the local region in the local tensor, in elements
     order: tuple[int, ...] | None = None  # [Note: storage order]; None: row-major
     replicas: tuple[dist.ProcessGroup, ...] = ()  # groups that hold the region too, outermost first
-    flat: bool = False  # cut with its neighbours as one flat sequence over its replicas
-    owner_ranks: tuple[
-        int, ...
-    ] = ()  # global ranks that hold one copy of the weight together; (): each its own
-    dense: bool = True  # False: strided or expanded, so `read` gives a copy and nothing can be averaged in place
-    opaque: bool = False  # a tensor subclass whose memory is not the weight: carried by name alone
+    owner_ranks: tuple[int, ...] = ()  # global ranks that share one copy of the weight; (): none do
+    dense: bool = True  # False: strided or expanded, so `read` copies and it cannot be averaged
+    opaque: bool = False  # a subclass whose memory is not the weight: carried by name alone
     average_frozen: bool = False  # averaged whether or not it needs a gradient now
-    is_writer: bool = True  # of several such copies, the one that files are written from
+    is_writer: bool = True  # of several copies that are no replicas, the one that files hold
     persistent: bool = True  # part of state_dict()
     aliases: list[str] = field(default_factory=list)
 
@@ -106,10 +104,9 @@ class Shard:
 
         *Aliases* the model's storage, and shares its version counter.
         """
-        raw = self.local_tensor().detach()
-        return raw.as_strided(
-            (self.local_region.numel,), (1,), raw.storage_offset() + self.storage_offset
-        )
+        local = self.local_tensor().detach()
+        offset = local.storage_offset() + self.storage_offset
+        return local.as_strided((self.local_region.numel,), (1,), offset)
 
     def write(self, elements: Tensor) -> None:
         """Put `elements`, in the order of `read`, into the model's storage, strided or not."""
@@ -121,9 +118,8 @@ class Shard:
         elif not torch.equal(now, elements.to(now)):
             tensor = registered(self) if self.kind == "buffer" else self.tensor
             assert tensor is not None
-            once = tuple(
-                slice(0, 1) if step == 0 else slice(None) for step in tensor.stride()
-            )  # expanded
+            # Each element once, where it is expanded.
+            once = tuple(slice(0, 1) if step == 0 else slice(None) for step in tensor.stride())
             tensor.detach()[once].copy_(elements.view(tensor.shape)[once])
 
     def local(self, elements: Tensor) -> Tensor:
@@ -131,35 +127,31 @@ class Shard:
 
         A range of an FSDP1 flat parameter stays one-dimensional. *Aliases* `elements`.
         """
-        raw = self.tensor._local_tensor if isinstance(self.tensor, DTensor) else self.tensor
-        if getattr(raw, "_fsdp_flattened", False):
+        local = self.tensor._local_tensor if is_dtensor(self.tensor) else self.tensor
+        if getattr(local, "_fsdp_flattened", False):
             return elements
-        return (
-            elements.as_strided(raw.shape, raw.stride()) if self.dense else elements.view(raw.shape)
-        )
+        if not self.dense:
+            return elements.view(local.shape)
+        return elements.as_strided(local.shape, local.stride())
 
     def shaped(self, elements: Tensor) -> Tensor:
-        """`local`, as a DTensor where the weight is one and `elements` lie on its mesh's devices."""
-        local = self.local(elements)
-        if (
-            not isinstance(self.tensor, DTensor)
-            or local.device.type != self.tensor.device_mesh.device_type
-        ):
+        """`local`; a DTensor where the weight is one and `elements` lie on its mesh's devices."""
+        local, like = self.local(elements), self.tensor
+        if not is_dtensor(like) or local.device.type != like.device_mesh.device_type:
             return local
-        mesh, placements = self.tensor.device_mesh, self.tensor.placements
-        return DTensor.from_local(
+        return type(like).from_local(
             local,
-            mesh,
-            placements,
+            like.device_mesh,
+            like.placements,
             run_check=False,
-            shape=self.tensor.shape,
-            stride=self.tensor.stride(),
+            shape=like.shape,
+            stride=like.stride(),
         )
 
 
 @dataclass
 class ModelShards:
-    """Every weight and buffer of a model as this rank holds it, and the ranks that hold the model together."""
+    """Every weight and buffer of a model as this rank holds it, and the ranks that share it."""
 
     shards: list[Shard]
     members: list[int]  # global ranks; one entry: a world of one
@@ -168,16 +160,15 @@ class ModelShards:
 
 
 def memory_of(tensor: Tensor) -> Tensor | None:
-    """The plain tensor that holds a weight's elements on this rank; None where no single one does.
+    """The plain tensor that holds a weight's elements here; None where no single one does.
 
-    A subclass by dispatch is looked through while it has exactly one inner tensor, of the same shape and dtype.
-    Sparse, nested and quantized tensors have none. *Aliases* `tensor`.
+    A subclass by dispatch is looked through while it has exactly one inner tensor, of the same
+    shape and dtype. Sparse, nested and quantized tensors have none. *Aliases* `tensor`.
     """
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = tensor._local_tensor if is_dtensor(tensor) else tensor
     while type(local).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        names: list[str] = (
-            local.__tensor_flatten__()[0] if hasattr(local, "__tensor_flatten__") else []
-        )
+        flatten = getattr(local, "__tensor_flatten__", None)
+        names: list[str] = flatten()[0] if flatten else []
         inner = getattr(local, names[0]) if len(names) == 1 else None
         if inner is None or (inner.shape, inner.dtype) != (local.shape, local.dtype):
             return None
@@ -196,21 +187,21 @@ def storage_order(
     if 0 in shape:
         return True, None
     order = sorted(range(len(shape)), key=lambda i: (-stride[i], i))
-    real = [i for i in order if shape[i] != 1]
+    longer = [i for i in order if shape[i] != 1]
     step = 1
-    for i in reversed(real):
+    for i in reversed(longer):
         if stride[i] != step:
             return False, None
         step *= shape[i]
-    return True, None if real == sorted(real) else tuple(order)
+    return True, None if longer == sorted(longer) else tuple(order)
 
 
 def replaced(shard: Shard) -> bool:
-    """The model registers another tensor object now (load_state_dict(assign=True), a new Parameter)."""
+    """The model registers another tensor object: load_state_dict(assign=True), a new Parameter."""
     module, name = shard.place
-    if getattr(shard.tensor, "_is_flat_param", False):
+    if shard.kind == "buffer" or getattr(shard.tensor, "_is_flat_param", False):
         return False
-    return shard.kind != "buffer" and module._parameters.get(name) is not shard.tensor
+    return module._parameters.get(name) is not shard.tensor
 
 
 def registered(shard: Shard) -> Tensor | None:

@@ -10,20 +10,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.distributed_c10d import _get_default_store
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.fsdp._common_utils import TrainingState
-from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from .fsdp1 import is_busy, reshard_flat_parameter
 from .names import CHECKPOINTED, COMPILED, FSDP1, canonical
+from .torch_classes import is_fsdp1, is_fsdp2
 
 __all__ = [
     "Replicated",
@@ -40,67 +37,51 @@ __all__ = [
     "walk_modules",
 ]
 
-# The child under which each wrapper keeps the module that it wraps.
-_WRAPPED: tuple[tuple[type, str], ...] = (
-    (DistributedDataParallel, "module"),
-    (DataParallel, "module"),
-    (FullyShardedDataParallel, FSDP1),
-    (CheckpointWrapper, CHECKPOINTED),
-)
+# The child under which each wrapper of torch keeps the module that it wraps.
+_WRAPPED = {
+    "OptimizedModule": COMPILED,
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": FSDP1,
+    "CheckpointWrapper": CHECKPOINTED,
+}
 
 
 def reshard(sharded: list[nn.Module]) -> None:
-    """Free every unsharded copy, so that the next forward reads the shards ([Note: stale roots])."""
+    """Free the unsharded copies: the next forward reads the shards ([Note: stale roots])."""
     for module in sharded:
-        if isinstance(module, FSDPModule):
+        if is_fsdp2(module):
             module.reshard()
-        elif isinstance(module, FullyShardedDataParallel):
-            handle = module._handle
-            # NOTE: before the first forward there is nothing unsharded and no event queue yet.
-            if handle is None or module._is_root is None:
-                continue
-            _take_assigned(handle)
-            _reshard(module, handle, handle.uses_sharded_strategy)
-
-
-def _take_assigned(handle: Any) -> None:
-    """Bring what was assigned to the weights since (`p.data = ...`, `.double().float()`) into FSDP1's shard.
-
-    NOTE: FSDP1 does so itself before a forward, for its original parameters. A flat parameter that was moved
-    or assigned it gives up again after the next forward, and so would resharding.
-    """
-    if handle._use_orig_params and not handle._skipped_use_sharded_views:
-        handle._writeback_orig_params()
-    flat, shard = handle.flat_param, handle.flat_param._local_shard
-    alike = (flat.shape, flat.dtype, flat.device) == (shard.shape, shard.dtype, shard.device)
-    if alike and flat.data_ptr() != shard.data_ptr():
-        flat._local_shard = flat.data
+        elif is_fsdp1(module):
+            reshard_flat_parameter(module)
 
 
 def blocker(sharded: list[nn.Module]) -> str | None:
     """Why the shards may not be written or read now, or None."""
-    for module in sharded:
-        if not isinstance(module, FullyShardedDataParallel):
-            continue
-        if module.training_state != TrainingState.IDLE:
-            return (
-                "inside FSDP.summon_full_params() or a forward: what is written to the shards there "
-                "is lost"
-            )
+    if any(is_fsdp1(module) and is_busy(module) for module in sharded):
+        return (
+            "inside FSDP.summon_full_params() or a forward: what is written to the shards there "
+            "is lost"
+        )
     return None
 
 
 def unexplained_keys(
     model: nn.Module, known: Collection[str], tensors: Collection[Tensor]
 ) -> list[str]:
-    """Keys of the model's state_dict beside what is `known` by canonical name or is one of `tensors`.
+    """Keys of the model's state_dict that no record explains.
 
-    Quantisation state, extra state, what hooks add. FSDP1 is not asked: its state_dict is collective.
+    They are quantisation state, extra state, and what hooks add. FSDP1 is not asked, because its
+    state_dict is collective.
+
+    Args:
+        model: The live model.
+        known: Canonical names of what is recorded.
+        tensors: What is recorded. A wrapper deep inside has its prefix in the key.
     """
     inner = unwrapped(model)
-    if any(isinstance(module, FullyShardedDataParallel) for module in inner.modules()):
+    if any(is_fsdp1(module) for module in inner.modules()):
         return []
-    # A wrapper deep inside has its prefix in the key, but the tensor is the one that is recorded.
     recorded = set(map(id, tensors))
     values = inner.state_dict(keep_vars=True)
     others = {canonical(key) for key, value in values.items() if id(value) not in recorded}
@@ -108,31 +89,36 @@ def unexplained_keys(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Without DDP, DataParallel and torch.compile around it: a forward that is no collective of theirs. FSDP stays."""
+    """The model without DDP, DataParallel and torch.compile around it. FSDP stays.
+
+    Its forward is no collective of theirs.
+    """
     while isinstance(model, (DistributedDataParallel, DataParallel)) or (
-        is_compiled(model) and not isinstance(model, FSDPModule)
+        is_compiled(model) and not is_fsdp2(model)
     ):
         model = model._modules[_wrapped_child(model) or ""]  # type: ignore[assignment]
     return model
 
 
 def entrances(module: nn.Module, sharded: Sequence[nn.Module]) -> list[tuple[nn.Module, bool]]:
-    """The modules whose forward reads weights: (module, whether it is `module` itself, a wrapper or what it wraps)."""
-    outer = {id(each) for each in sharded} | {
-        id(each) for prefix, each, _ in walk_modules(module) if not prefix
-    }
-    inside = [*sharded, *module.modules()]
+    """The modules whose forward reads weights.
+
+    Returns:
+        (module, whether it is `module` itself, a wrapper or what it wraps)
+    """
+    outer = set(map(id, sharded))
+    outer |= {id(each) for prefix, each, _ in walk_modules(module) if not prefix}
     return [
-        (m, id(m) in outer)
-        for m in dict.fromkeys(inside)
-        if id(m) in outer or m._parameters or m._buffers
+        (each, id(each) in outer)
+        for each in dict.fromkeys([*sharded, *module.modules()])
+        if id(each) in outer or each._parameters or each._buffers
     ]
 
 
 def before_state_dict(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
-    """Run `hook` before `module.state_dict()`, and before FSDP1's own hook, which reads the weights already."""
-    hooks = module._state_dict_pre_hooks
-    handle: RemovableHandle = module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+    """Run `hook` before `module.state_dict()`, and before FSDP1's own hook, which reads weights."""
+    hooks, register = module._state_dict_pre_hooks, module.register_state_dict_pre_hook
+    handle: RemovableHandle = register(hook)  # type: ignore[no-untyped-call]
     for other in [key for key in hooks if key != handle.id]:
         hooks[other] = hooks.pop(other)
     return handle
@@ -151,7 +137,7 @@ def side_store(prefix: str) -> dist.Store:
     return dist.PrefixStore(prefix, _get_default_store())
 
 
-# --- walking -----------------------------------------------------------------------------------------------------
+# --- walking ------------------------------------------------------------------------------------
 
 
 def walk_modules(
@@ -182,6 +168,11 @@ class Replicated:
     group: dist.ProcessGroup
     parameters_to_ignore: frozenset[str]
 
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """Global: asked once, because a weight must not cost more in a larger world."""
+        return tuple(dist.get_process_group_ranks(self.group))
+
 
 def is_compiled(module: nn.Module) -> bool:
     """torch.compile was called on this module, not on one inside it."""
@@ -195,7 +186,6 @@ def _wrapped_child(module: nn.Module) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _wrapped_child_of(module_class: type[nn.Module]) -> str | None:
-    # fully_shard(torch.compile(block)) makes a subclass of OptimizedModule.
-    if any(parent.__name__ == "OptimizedModule" for parent in module_class.__mro__):
-        return COMPILED
-    return next((child for wrapper, child in _WRAPPED if issubclass(module_class, wrapper)), None)
+    # By name, so that no wrapper is imported. fully_shard(torch.compile(block)) makes a subclass.
+    names = [each.__name__ for each in module_class.__mro__ if each.__module__.startswith("torch.")]
+    return next((child for wrapper, child in _WRAPPED.items() if wrapper in names), None)

@@ -1,0 +1,131 @@
+"""Bytes between ranks: every window arrives whole, and their number does not grow with the world.
+
+How to read a failure: in ranks a check is a plain assert and names the case. Numbers are counts of
+collectives or of calls, never seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from dist_ema import EMA
+from dist_ema.distributed import transfer
+from dist_ema.sharding import discovery, ownership
+from tests._oracle import Collectives
+from tests._ranks import run_ranks
+
+# Bytes that a sum as numbers would change: the bits of NaNs, -0.0, and a bool that is no 1.
+BITS = torch.randint(0, 256, (64,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def pieces_of(rank: int) -> list[tuple[int, Tensor]]:
+    """Pieces of many dtypes and sources; what is not the rank's own holds other bytes."""
+    dtypes = [torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.int16]
+    pieces = []
+    for i, (source, n) in enumerate([(0, 16), (0, 3), (1, 1), (2, 5), (2, 0), (1, 2), (0, 64)]):
+        n = n if n < 64 else 64 * 8  # longer than a window, so a part travels in place
+        right = BITS.repeat(64)[i : i + 8 * n]
+        dtype = torch.uint8 if i == 2 else dtypes[i % len(dtypes)]
+        data = (right if source == rank else torch.full_like(right, 7)).clone()
+        pieces.append((source, data[: len(data) // 16 * 16].view(dtype) if n > 1 else data))
+    return pieces
+
+
+def whole_windows() -> None:
+    for transfer.WINDOW in (40, 96, 1 << 20):
+        pieces = pieces_of(dist.get_rank())
+        with Collectives() as collectives:
+            transfer.broadcast(pieces, dist.group.WORLD)
+        for i, (source, piece) in enumerate(pieces):
+            right = dict(enumerate(pieces_of(source)))[i][1]
+            assert torch.equal(piece.view(torch.uint8), right.view(torch.uint8)), i
+        total = sum(piece.nbytes for _, piece in pieces)
+        assert collectives.count == math.ceil(total / transfer.WINDOW)
+    transfer.WINDOW = 4 << 20
+
+
+def nested_replicas() -> None:
+    """Two replicate dimensions, one beside a shard, and a weight with fewer elements than ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    model = nn.Module()
+    torch.manual_seed(0)
+    for name, n, placements in [
+        ("both", 7, [Replicate(), Replicate()]),
+        ("rows", 6, [Replicate(), Shard(0)]),
+        ("columns", 6, [Shard(0), Replicate()]),
+        ("few", 1, [Replicate(), Replicate()]),
+    ]:
+        local = torch.randint(9, (n, 3)).float()
+        for cut in placements:
+            local = local[: n // 2] if isinstance(cut, Shard) else local
+        weight = DTensor.from_local(local, mesh, placements, run_check=False)
+        model.register_parameter(name, nn.Parameter(weight))
+    ema = EMA(model, 0.5)
+    before = {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.to_local().add_(2.0)
+    ema.update()
+    sizes = [
+        len(state.shadow) for state in ema.weights.averages[0].averaged if state.shard.replicas
+    ]
+    shares: list[int] = [0] * 4
+    dist.all_gather_object(shares, sum(sizes))
+    assert sum(shares) == (7 + 1 + 6 + 6) * 3, shares
+    assert max(shares) - min(shares) <= 4, shares  # one element per sequence and depth
+    with ema.swap():
+        for name, p in model.named_parameters():
+            assert torch.equal(p.detach().to_local(), before[name][: len(p.to_local())] + 1), name
+
+
+@pytest.mark.multirank
+def test_broadcast_on_ranks() -> None:
+    """Windows of one source and of several arrive bit for bit, and replicas of replicas too."""
+    run_ranks(3, whole_windows)
+    run_ranks(4, nested_replicas)
+
+
+@pytest.fixture(params=[8, 512, 4096])
+def world(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A world of which only rank 3 exists."""
+    dist.init_process_group("fake", rank=3, world_size=request.param, store=FakeStore())
+    yield request.param
+    dist.destroy_process_group()
+
+
+def test_swap_scales(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A swap sends 2 P / 4 MB + 2 collectives, and looks at no rank whose range holds nothing of a
+    weight: neither grows with the world."""
+    divisions = 0
+    divide = ownership.even
+
+    def even(*args: int) -> tuple[int, int]:
+        nonlocal divisions
+        divisions += 1
+        return divide(*args)
+
+    monkeypatch.setattr(ownership, "even", even)
+    model = nn.Sequential(*[nn.Linear(96, 96) for _ in range(150)])
+    model.append(nn.Linear(1100, 1000))
+    shards = discovery.find_shards(model, dist.group.WORLD).shards
+    states = ownership.assign(shards, lambda shard: True, split=True)
+    total = sum(state.local.nbytes for state in states)
+    divisions = 0
+    ((group, pieces),) = ownership.replica_pieces(states)
+    assert len(pieces) <= len(states) + world
+    assert divisions <= 2 * len(pieces)
+    assert sum(piece.nbytes for _, piece in pieces) == total
+    mine = [piece for source, piece in pieces if source == 3]
+    assert sum(map(len, mine)) == sum(state.averaged_region.numel for state in states)
+    with Collectives() as collectives:
+        transfer.broadcast(pieces, group)
+    assert collectives.count <= total / transfer.WINDOW + 1
