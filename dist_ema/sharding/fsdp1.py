@@ -87,7 +87,7 @@ class FlatSlice:
             self.tensor,
             place,
             region,
-            partial(_local_shard, flat),
+            partial(_sharded, flat),
             info.offset_in_shard or 0,
             order,
             replicas=() if outer is None else (outer,),
@@ -98,7 +98,7 @@ class FlatSlice:
 FlatSlices = dict[int, dict[str, FlatSlice]]  # by the id of the module, then by parameter name
 
 
-def _local_shard(flat: Any) -> Tensor:
+def _sharded(flat: Any) -> Tensor:
     """What this rank holds; before the first forward that is the flat parameter itself."""
     return getattr(flat, "_local_shard", flat)  # type: ignore[no-any-return]
 
