@@ -1,7 +1,7 @@
 """The command line: it parses, prints and exits; `offline` does the work.
 
-A verb is a module whose `add` puts a parser under the command. The `run` of that parser returns the
-exit code. Parsing imports neither numpy nor torch.
+A verb is a module with a TEXT, ARGUMENTS, and `run`, which returns the exit code; `add_groups` adds
+arguments that exclude each other. Parsing imports neither numpy nor torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from ..text import sentence
 from . import average, convert, diff, doctor, export, inspect, plan, reconstruct, verify
-from .console import FINE, PROBLEM, USAGE, say
+from .console import FINE, PROBLEM, USAGE, add_verb, say
 
 __all__ = ["build_parser", "main"]
 
@@ -22,7 +22,8 @@ VERBS = (inspect, verify, export, diff, convert, average, reconstruct, plan, doc
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Wrong usage exits with code 2, through argparse."""
-    _reopen()
+    # A stream that the shell closed (`>&-`) is None here.
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.version:
@@ -49,14 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return say("stopped; nothing was left behind.", 130)
 
 
-def _reopen() -> None:
-    """Replace a stream that the shell closed (`>&-`), which is None here, by one that discards."""
-    if sys.stdout is None:
-        sys.stdout = io.StringIO()
-    if sys.stderr is None:
-        sys.stderr = io.StringIO()
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dist-ema",
@@ -68,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=None)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     for verb in VERBS:
-        verb.add(verbs)
+        add_verb(verbs, verb)
     return parser
 
 

@@ -5,29 +5,26 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..text import printable, some
 from .console import (
     DTYPES,
-    FINE,
     USAGE,
     Arguments,
     add_arguments,
-    add_verb,
     columns,
     number,
-    out,
-    out_json,
     progress,
     say,
+    show,
     writing,
 )
 
 if TYPE_CHECKING:
     from ..offline.average import AverageReport
 
-__all__ = ["add"]
+__all__ = ["ARGUMENTS", "TEXT", "add_groups", "run"]
 
 TEXT = """\
 average several models into one: uniform, the last N, growing or given weights
@@ -72,13 +69,11 @@ WEIGHTING: Arguments = {
 }
 
 
-def add(verbs: Any) -> None:
-    verb = add_verb(verbs, "average", TEXT, _average, ARGUMENTS)
-    which = verb.add_mutually_exclusive_group()
-    add_arguments(which, WEIGHTING)
+def add_groups(verb: argparse.ArgumentParser) -> None:
+    add_arguments(verb.add_mutually_exclusive_group(), WEIGHTING)
 
 
-def _average(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from ..offline import average as offline
 
     *models, target = options.paths
@@ -97,11 +92,7 @@ def _average(options: argparse.Namespace) -> int:
         force=options.force,
         progress=progress,
     )
-    if options.json:
-        out_json(report.to_json())
-    else:
-        out(_text(report))
-    return FINE
+    return show(options, report.to_json(), _text(report))
 
 
 def _text(report: AverageReport) -> Iterator[str]:

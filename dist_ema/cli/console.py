@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, TypeAlias
 
 from ..text import Tick, printable, size_of
@@ -35,6 +36,7 @@ __all__ = [
     "out_json",
     "progress",
     "say",
+    "show",
     "writing",
 ]
 
@@ -55,35 +57,30 @@ WHICH = {
 
 
 def add_verb(
-    verbs: Any,
-    name: str,
-    text: str,
-    run: Callable[[argparse.Namespace], int],
-    arguments: Arguments,
-    codes: str = "0 all is well, 1 a problem was found",
-) -> argparse.ArgumentParser:
-    """Add a verb's parser.
+    verbs: Any, module: ModuleType, codes: str = "0 all is well, 1 a problem was found"
+) -> None:
+    """Add the parser of a verb.
 
     Args:
         verbs: What add_subparsers returned.
-        name: Of the verb.
-        text: The line for the list of verbs, an empty line, the description, and the examples.
-        run: Does the work and returns the exit code.
-        arguments: Those of the verb.
-        codes: What exit codes 0 and 1 mean.
+        module: The verb. Its TEXT is the line for the list of verbs, an empty line, the
+            description, and the examples.
+        codes: What exit codes 0 and 1 mean, unless the module has CODES.
     """
-    summary, _, rest = text.partition("\n\n")
+    summary, _, rest = module.TEXT.partition("\n\n")
     description, _, examples = rest.partition("\nexamples:\n")
+    codes = getattr(module, "CODES", codes)
     verb: argparse.ArgumentParser = verbs.add_parser(
-        name,
+        module.__name__.rpartition(".")[2],
         help=summary,
         description=description,
         epilog=f"examples:\n{examples}\nexit code: {codes}, 2 the command is wrong",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verb.set_defaults(run=run, verb=verb)
-    add_arguments(verb, arguments)
-    return verb
+    verb.set_defaults(run=module.run, verb=verb)
+    add_arguments(verb, module.ARGUMENTS)
+    if hasattr(module, "add_groups"):
+        module.add_groups(verb)
 
 
 def add_arguments(parser: Any, arguments: Arguments) -> None:
@@ -171,6 +168,15 @@ def out(lines: Iterable[str]) -> None:
 def out_json(value: Any) -> None:
     """One JSON document to stdout. Raises ValueError for NaN and infinity."""
     out([json.dumps(value, indent=2, allow_nan=False)])
+
+
+def show(options: argparse.Namespace, facts: Any, lines: Iterable[str]) -> int:
+    """The result of a verb: JSON where --json asks for it, else lines."""
+    if options.json:
+        out_json(facts)
+    else:
+        out(lines)
+    return FINE
 
 
 _ARGUMENT = re.compile(r"\b([Pp]ass|with) (force|like|which)=(?:True|'([^']*)')?")

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..text import plural, printable, size, size_of, some
 from .console import (
     DTYPES,
-    FINE,
     Arguments,
-    add_verb,
     checked,
     columns,
-    out,
-    out_json,
     progress,
+    show,
     writing,
 )
 
 if TYPE_CHECKING:
+    from ..foreign.recognise import FoundAverage
     from ..offline.convert import ConvertRequest
 
-__all__ = ["add"]
+__all__ = ["ARGUMENTS", "KINDS", "TEXT", "run"]
 
 TEXT = """\
 make a model of other people's EMA checkpoints, and of torch.distributed.checkpoint folders
@@ -97,11 +97,7 @@ ARGUMENTS: Arguments = {
 }
 
 
-def add(verbs: Any) -> None:
-    add_verb(verbs, "convert", TEXT, _convert, ARGUMENTS)
-
-
-def _convert(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from ..offline import convert as offline
 
     request = offline.ConvertRequest(
@@ -117,13 +113,13 @@ def _convert(options: argparse.Namespace) -> int:
         max_size=None if options.max_size is None else size_of(options.max_size),
     )
     if options.list:
-        return _list(request, options.json)
+        return _list(request, options)
     if options.target is None:
         options.verb.error("the following arguments are required: OUT (or --list)")
     return _write(request, options)
 
 
-def _list(request: ConvertRequest, as_json: bool) -> int:
+def _list(request: ConvertRequest, options: argparse.Namespace) -> int:
     from ..offline import convert as offline
 
     found, others = offline.candidates(request)
@@ -139,31 +135,30 @@ def _list(request: ConvertRequest, as_json: bool) -> int:
         }
         for table in found
     ]
-    if as_json:
-        out_json({"path": str(request.source), "tables": rows, "others": dict(others)})
-        return FINE
+    facts = {"path": str(request.source), "tables": rows, "others": dict(others)}
+    return show(options, facts, _tables(request.source, found, sorted(others)))
+
+
+def _tables(source: Path, found: Sequence[FoundAverage], others: Sequence[str]) -> Iterator[str]:
     cells = [
         (
             table.key or "(all)",
             table.kind,
-            f"{row['tensors']}",
+            f"{len(table.weights) or len(table.nameless)}",
             "average" if table.average else "live, or unknown",
             table.why,
         )
-        for table, row in zip(found, rows, strict=True)
+        for table in found
     ]
     if cells:
-        out(columns([("key", "kind", "tensors", "holds", "why"), *cells]))
+        yield from columns([("key", "kind", "tensors", "holds", "why"), *cells])
     else:
-        out([printable(f"{request.source} holds no table of tensors.")])
+        yield printable(f"{source} holds no table of tensors.")
     if others:
-        out(["", printable(f"left unread: {some(sorted(others), 10)}")])
-    return FINE
+        yield from ("", printable(f"left unread: {some(others, 10)}"))
 
 
 def _write(request: ConvertRequest, options: argparse.Namespace) -> int:
-    from contextlib import ExitStack
-
     from ..offline import convert as offline
     from ..offline.writer import refuse_place, refuse_target
 
@@ -180,19 +175,16 @@ def _write(request: ConvertRequest, options: argparse.Namespace) -> int:
                 tick=tick,
                 max_shard_size=options.max_shard_size,
             )
-    if options.json:
-        facts = {
-            "path": str(options.target),
-            "weights": len(plan.weights),
-            "averaged": len(plan.averaged),
-            "bytes": plan.nbytes,
-            "aliases": dict(plan.aliases),
-            "notes": list(plan.notes),
-            "extra": written.extra,
-        }
-        out_json(facts)
-        return FINE
+    facts = {
+        "path": str(options.target),
+        "weights": len(plan.weights),
+        "averaged": len(plan.averaged),
+        "bytes": plan.nbytes,
+        "aliases": dict(plan.aliases),
+        "notes": list(plan.notes),
+        "extra": written.extra,
+    }
     rest = len(plan.weights) - len(plan.averaged)
     weights = plural(len(plan.weights), "weight") + (f", {rest} not averaged" if rest else "")
-    out(map(printable, [*plan.notes, f"wrote {options.target}: {weights}, {size(plan.nbytes)}"]))
-    return FINE
+    lines = [*plan.notes, f"wrote {options.target}: {weights}, {size(plan.nbytes)}"]
+    return show(options, facts, map(printable, lines))

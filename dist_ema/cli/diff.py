@@ -14,19 +14,17 @@ from .console import (
     PROBLEM,
     WHICH,
     Arguments,
-    add_verb,
     columns,
     count,
     number,
-    out,
-    out_json,
     progress,
+    show,
 )
 
 if TYPE_CHECKING:
     from ..offline.diff import Difference, Row
 
-__all__ = ["add"]
+__all__ = ["ARGUMENTS", "CODES", "TEXT", "run"]
 
 TEXT = """\
 compare two models, weight by weight, the farthest first
@@ -42,6 +40,7 @@ examples:
   dist-ema diff a.safetensors b.safetensors --json     every weight, for programs
 """
 
+CODES = "0 the same, 1 they differ"
 SHOWN = 20  # rows of the table, by default
 
 
@@ -64,23 +63,18 @@ ARGUMENTS: Arguments = {
 }
 
 
-def add(verbs: Any) -> None:
-    add_verb(verbs, "diff", TEXT, _diff, ARGUMENTS, "0 the same, 1 they differ")
-
-
-def _diff(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from ..offline.diff import diff
 
     which = options.which_a, options.which_b
     found = diff(options.a, options.b, which=which, bar=partial(progress, "compare"))
-    if options.json:
-        out_json(_plain(found, options.threshold, options.weights))
-    else:
-        out(_text(found, options.threshold, SHOWN if options.weights is None else options.weights))
+    facts = _to_json(found, options.threshold, options.weights)
+    shown = SHOWN if options.weights is None else options.weights
+    show(options, facts, _text(found, options.threshold, shown))
     return FINE if found.same(options.threshold) else PROBLEM
 
 
-def _plain(found: Difference, threshold: float | None, shown: int | None) -> dict[str, Any]:
+def _to_json(found: Difference, threshold: float | None, shown: int | None) -> dict[str, Any]:
     rows = {
         row.name: {
             "distance": row.distance if math.isfinite(row.distance) else None,
@@ -91,19 +85,18 @@ def _plain(found: Difference, threshold: float | None, shown: int | None) -> dic
         }
         for row in found.rows[:shown]
     }
-    compared = {
+    return {
         "a": found.a,
         "b": found.b,
         "same": found.same(threshold),
         "compared": len(found.rows),
+        "threshold": threshold,
+        "beyond": len(found.beyond(threshold)),
+        "missing": found.missing,
+        "unexpected": found.unexpected,
+        "reshaped": found.reshaped,
+        "weights": rows,
     }
-    differ = {"missing": found.missing, "unexpected": found.unexpected, "reshaped": found.reshaped}
-    return (
-        compared
-        | {"threshold": threshold, "beyond": len(found.beyond(threshold))}
-        | differ
-        | {"weights": rows}
-    )
 
 
 def _text(found: Difference, threshold: float | None, shown: int) -> Iterator[str]:

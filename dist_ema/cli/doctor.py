@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ..text import printable
 from .console import (
@@ -13,13 +12,12 @@ from .console import (
     JSON,
     PROBLEM,
     Arguments,
-    add_verb,
     number,
     out,
     out_json,
 )
 
-__all__ = ["add"]
+__all__ = ["ARGUMENTS", "TEXT", "run"]
 
 TEXT = """\
 check this machine: versions, file system, and a self-test on two ranks
@@ -57,11 +55,7 @@ ARGUMENTS: Arguments = {
 }
 
 
-def add(verbs: Any) -> None:
-    add_verb(verbs, "doctor", TEXT, _doctor, ARGUMENTS)
-
-
-def _doctor(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from ..offline.doctor import examine
 
     if not options.folder.is_dir():

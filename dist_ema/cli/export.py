@@ -5,25 +5,22 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..text import listed, plural, printable, size
 from .console import (
     DTYPES,
-    FINE,
     WHICH,
     Arguments,
-    add_verb,
-    out,
-    out_json,
     progress,
+    show,
     writing,
 )
 
 if TYPE_CHECKING:
     from ..offline.export import Exported
 
-__all__ = ["add"]
+__all__ = ["ARGUMENTS", "TEXT", "run"]
 
 TEXT = """\
 write the model to ship: one file, or a folder as Hugging Face lays it out
@@ -61,11 +58,7 @@ ARGUMENTS: Arguments = {
 }
 
 
-def add(verbs: Any) -> None:
-    add_verb(verbs, "export", TEXT, _export, ARGUMENTS)
-
-
-def _export(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from ..offline.export import export
 
     done = export(
@@ -78,11 +71,7 @@ def _export(options: argparse.Namespace) -> int:
         force=options.force,
         bar=partial(progress, "export"),
     )
-    if options.json:
-        out_json(asdict(done))
-    else:
-        out(map(printable, _text(done)))
-    return FINE
+    return show(options, asdict(done), map(printable, _text(done)))
 
 
 def _text(done: Exported) -> list[str]:

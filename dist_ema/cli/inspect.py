@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..text import listed, printable, some
 from .console import (
     FINE,
     PROBLEM,
     Arguments,
-    add_verb,
     columns,
     count,
-    out,
-    out_json,
     say,
+    show,
 )
 
 if TYPE_CHECKING:
     from ..offline.report import ModelReport, Total
 
-__all__ = ["add"]
+__all__ = ["ARGUMENTS", "TEXT", "run"]
 
 TEXT = """\
 say what is in a saved average, an exported model or any safetensors file
@@ -54,20 +52,13 @@ ARGUMENTS: Arguments = {
 }
 
 
-def add(verbs: Any) -> None:
-    add_verb(verbs, "inspect", TEXT, _inspect, ARGUMENTS)
-
-
-def _inspect(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from ..offline.inspect import inspect
 
     report = inspect(options.path)
-    if options.json:
-        values = report.to_json()
-        values["weights"] = dict(list(values["weights"].items())[: options.weights])
-        out_json(values)
-    else:
-        out(_text(report, SHOWN if options.weights is None else options.weights))
+    values = report.to_json()
+    values["weights"] = dict(list(values["weights"].items())[: options.weights])
+    show(options, values, _text(report, SHOWN if options.weights is None else options.weights))
     for problem in report.problems:
         say(f"{report.path}: ema.json is not sound: {problem}.", PROBLEM)
     return PROBLEM if report.problems else FINE

@@ -6,28 +6,25 @@ import argparse
 import math
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..text import size
 from .console import (
-    FINE,
     JSON,
     USAGE,
     WIDEST,
     Arguments,
     add_arguments,
-    add_verb,
     columns,
     number,
-    out,
-    out_json,
     say,
+    show,
 )
 
 if TYPE_CHECKING:
     from ..offline.plan import Cost, Pace
 
-__all__ = ["add"]
+__all__ = ["ARGUMENTS", "TEXT", "add_groups", "run"]
 
 TEXT = """\
 convert decay, half-life, window and sigma_rel; scale with the batch; count memory and time
@@ -141,21 +138,20 @@ COST: Arguments = {
         "help": "between gpu and host, for --device cpu (25)",
     },
 }
-OUTPUT: Arguments = {
+ARGUMENTS: Arguments = {
     "--plot": {"metavar": "PNG", "help": "impulse response and decay (needs matplotlib)"},
     **JSON,
 }
 
 
-def add(verbs: Any) -> None:
-    verb = add_verb(verbs, "plan", TEXT, _plan, OUTPUT)
+def add_groups(verb: argparse.ArgumentParser) -> None:
     decay = verb.add_argument_group("the decay (one of the first four)")
     add_arguments(decay.add_mutually_exclusive_group(), DECAYS)
     add_arguments(decay, UNITS)
     add_arguments(verb.add_argument_group("the cost"), COST)
 
 
-def _plan(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from ..offline import plan as offline
 
     given = {key: getattr(options, key) for key in ("decay", "half_life", "window", "sigma_rel")}
@@ -184,18 +180,31 @@ def _plan(options: argparse.Namespace) -> int:
         )
     if options.plot:
         offline.plot(options.plot, pace, other)  # type: ignore[arg-type]
-    if options.json:
-        facts = {"pace": pace, "scaled": other, "cost": cost}
-        out_json({name: fact.to_json() for name, fact in facts.items() if fact is not None})
-        return FINE
-    out(_of_pace(pace, options.every) if pace else ())
-    out(_of_scaling(pace, other, options.scale_batch) if pace and other else ())
-    out(_of_cost(cost, options) if cost else ())
-    return FINE
+    parts = {"pace": pace, "scaled": other, "cost": cost}
+    facts = {name: part.to_json() for name, part in parts.items() if part is not None}
+    return show(options, facts, _text(options, pace, other, cost))
+
+
+def _text(
+    options: argparse.Namespace, pace: Pace | None, other: Pace | None, cost: Cost | None
+) -> Iterator[str]:
+    if pace:
+        yield from _of_pace(pace, options.every)
+    if pace and other:
+        yield from _of_scaling(pace, other, options.scale_batch)
+    if cost:
+        yield from _of_cost(cost, options)
 
 
 def _of_pace(pace: Pace, every: int) -> Iterator[str]:
-    yield from columns([("measure", *pace.units), *_paces(pace)])
+    paces = {"half-life": pace.half_life, "window": pace.window, "width": pace.width}
+    if pace.length is not None:
+        paces["training"] = pace.length
+    rows = [
+        (word, *(_count(steps * count) for count in pace.units.values()))
+        for word, steps in paces.items()
+    ]
+    yield from columns([("measure", *pace.units), *rows])
     yield ""
     yield from columns(list(_facts(pace, every)))
     yield ""
@@ -203,17 +212,6 @@ def _of_pace(pace: Pace, every: int) -> Iterator[str]:
     yield "window     1 / (1 - decay): the mean age, plus one"
     yield "width      standard deviation of the ages; by the length of the training it is sigma_rel"
     yield ""
-
-
-def _paces(pace: Pace) -> Iterator[tuple[str, ...]]:
-    for word, steps in (
-        ("half-life", pace.half_life),
-        ("window", pace.window),
-        ("width", pace.width),
-    ):
-        yield word, *(_count(steps * count) for count in pace.units.values())
-    if pace.length is not None:
-        yield "training", *(_count(pace.length * count) for count in pace.units.values())
 
 
 def _count(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..text import printable
 from .console import (
@@ -15,20 +15,18 @@ from .console import (
     WIDEST,
     Arguments,
     add_arguments,
-    add_verb,
     columns,
     number,
-    out,
-    out_json,
     progress,
     say,
+    show,
     writing,
 )
 
 if TYPE_CHECKING:
     from ..posthoc.report import ReconstructReport
 
-__all__ = ["add"]
+__all__ = ["ARGUMENTS", "TEXT", "add_groups", "run"]
 
 TEXT = """\
 choose the decay after training: mix stored snapshots into an average that nobody tracked
@@ -68,9 +66,7 @@ ARGUMENTS: Arguments = {
 }
 
 
-def add(verbs: Any) -> None:
-    verb = add_verb(verbs, "reconstruct", TEXT, _reconstruct, ARGUMENTS)
-    which = verb.add_mutually_exclusive_group(required=True)
+def add_groups(verb: argparse.ArgumentParser) -> None:
     widths: Arguments = {
         "--sigma-rel": {
             "type": _sigma,
@@ -83,7 +79,7 @@ def add(verbs: Any) -> None:
             "help": "one model for each width, under OUT",
         },
     }
-    add_arguments(which, widths)
+    add_arguments(verb.add_mutually_exclusive_group(required=True), widths)
 
 
 def _sweep(text: str) -> list[float]:
@@ -101,7 +97,7 @@ def _sweep(text: str) -> list[float]:
     return [round(first + i * step, 12) for i in range(count)]
 
 
-def _reconstruct(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from ..posthoc import report as offline
 
     if options.sweep and options.out and options.out.endswith(".safetensors"):
@@ -120,10 +116,7 @@ def _reconstruct(options: argparse.Namespace) -> int:
         plot=options.plot,
         progress=progress,
     )
-    if options.json:
-        out_json(report.to_json())
-    else:
-        out(_text(options.snapshots, report))
+    show(options, report.to_json(), _text(options.snapshots, report))
     for warning in _warnings(report):
         say(warning, FINE)
     return FINE

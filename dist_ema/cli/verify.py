@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..text import plural, printable, size
 from .console import (
@@ -13,7 +13,6 @@ from .console import (
     PROBLEM,
     USAGE,
     Arguments,
-    add_verb,
     out,
     out_json,
     progress,
@@ -23,7 +22,7 @@ from .console import (
 if TYPE_CHECKING:
     from ..offline.verify import Verdict
 
-__all__ = ["add"]
+__all__ = ["ARGUMENTS", "TEXT", "run"]
 
 TEXT = """\
 read everything and list all that is damaged, missing or not finite
@@ -51,11 +50,7 @@ ARGUMENTS: Arguments = {
 }
 
 
-def add(verbs: Any) -> None:
-    add_verb(verbs, "verify", TEXT, _verify, ARGUMENTS)
-
-
-def _verify(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     from ..offline.verify import verify
 
     verdicts, code = [], FINE
