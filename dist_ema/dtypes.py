@@ -19,6 +19,7 @@ __all__ = [
     "TO_TORCH",
     "Bytes",
     "Floats",
+    "cast",
     "finite",
     "fitted",
     "gathered",
@@ -59,7 +60,7 @@ def narrow(values: Floats, dtype: str) -> Bytes:
     as in torch.
     """
     if values.dtype == np.float64 and dtype in ("BF16", "F8_E4M3", "F8_E5M2"):
-        values = _rounded_to_odd(values)
+        values = _with_sticky_bit(values)
     if dtype == "F8_E4M3":
         values = values.clip(-_LARGEST_E4M3, _LARGEST_E4M3)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -73,11 +74,21 @@ def fitted(name: str, values: Floats, dtype: str) -> Bytes:
         ValueError: A finite value would become infinite or NaN.
     """
     raw = narrow(values, dtype)
-    if finite(raw, dtype) != int(np.isfinite(values).sum()):
+    is_narrower = NUMPY[dtype].itemsize < values.itemsize
+    if is_narrower and finite(raw, dtype) != int(np.isfinite(values).sum()):
         raise ValueError(
             f"{name} holds values that are too large for {dtype}. Choose another dtype."
         )
     return raw
+
+
+def cast(name: str, raw: Bytes, was: str, now: str) -> Bytes:
+    """The bytes of weight `name` in another floating dtype; raw itself where it is the same.
+
+    Raises:
+        ValueError: A finite value would become infinite or NaN.
+    """
+    return raw if was == now else fitted(name, widen(raw, was), now)
 
 
 def finite(raw: Bytes, dtype: str) -> int:
@@ -125,7 +136,7 @@ def _view(raw: Bytes, dtype: str) -> NDArray[Any]:
     return aligned.view(NUMPY[dtype])
 
 
-def _rounded_to_odd(values: NDArray[np.float64]) -> NDArray[np.float32]:
+def _with_sticky_bit(values: NDArray[np.float64]) -> NDArray[np.float32]:
     """float64 as float32 whose last bit says that something was cut off.
 
     ml_dtypes casts float64 through float32, which rounds twice: what float32 rounds to the middle

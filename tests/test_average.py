@@ -225,6 +225,8 @@ def test_shards(shop: list[Path], tmp_path: Path, call: Call) -> None:
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 1
     one, many = load_file(tmp_path / "one"), load_file(tmp_path / "many")
     assert all(torch.equal(one[name], many[name]) for name in one)
+    code, _, err = call(*shop, tmp_path / "one.safetensors", "--max-shard-size", "200B")
+    assert (code, "bytes, max_shard_size is 200B. Name a folder." in err) == (1, True)
 
 
 def test_windows(

@@ -32,7 +32,7 @@ from dist_ema.checkpoint.safetensors import INDEX
 from dist_ema.cli import main
 from dist_ema.foreign import torch_dcp
 from dist_ema.offline import sources
-from dist_ema.offline.inspect import inspect
+from dist_ema.offline.report import report_on
 from tests._models import Tied
 from tests.conftest import Call
 from tests.ema_json import stamped
@@ -280,7 +280,7 @@ def test_problems(what: str, call: Call, shop: Path, tmp_path: Path) -> None:
 
 def test_no_problem_is_made_up(shop: Path) -> None:
     """Every sound artifact of the shop has no problem."""
-    assert [path.name for path in shop.iterdir() if inspect(path).problems] == []
+    assert [path.name for path in shop.iterdir() if report_on(path).problems] == []
 
 
 def broken(tmp_path: Path, shop: Path) -> dict[str, tuple[Path, str]]:
@@ -646,7 +646,7 @@ def test_another_source(
     (tmp_path / "dcp").mkdir()
     (tmp_path / "dcp" / torch_dcp.META).touch()
     there = sources.open_model(shop / "one.safetensors")
-    monkeypatch.setattr("dist_ema.offline.inspect.open_model", lambda path: there)
+    monkeypatch.setattr("dist_ema.offline.report.open_model", lambda path: there)
     code, out, err = call("inspect", tmp_path / "dcp")
     assert (code, err) == (0, "")
     assert "a checkpoint of another form" in out

@@ -214,6 +214,12 @@ def overlap(said: Any) -> None:
     ] * 2
 
 
+def share(said: Any) -> None:
+    """Two weights in the same bytes, as a small folder that claims a large model would have them."""
+    a, b = place(said, "app.model.half"), place(said, "app.model.middle")
+    b.relative_path, b.offset, b.length = a.relative_path, a.offset, a.length
+
+
 EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "outside": (lambda s: setattr(place(s, "app.model.half"), "relative_path", "../__0_0.distcp"), "no file of the folder"),
     "absolute": (lambda s: setattr(place(s, "app.model.half"), "relative_path", os.sep + "etc"), "no file of the folder"),
@@ -242,6 +248,8 @@ EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no table": (lambda s: setattr(s, "state_dict_metadata", [1]), "AttributeError"),
     "swapped": (swap_places, "is not the tensor that .metadata names"),
     "overlap": (overlap, "its chunks overlap"),
+    "one place for two": (share, "middle: its chunks overlap those of app.model.half in __0_0.distcp"),
+    "too few bytes": (lambda s: setattr(place(s, "app.model.half"), "length", 33), "is larger than the 33 bytes"),
 }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def trained(*decays: float, **options: Any) -> EMA:
 def same_files(a: Path, b: Path) -> bool:
     """Whether two folders hold the same model, byte by byte."""
     names = [
-        {path.name for path in each.iterdir() if path.name not in (META, model_card.CARD)}
+        {path.name for path in each.iterdir() if path.name not in (META, model_card.README)}
         for each in (a, b)
     ]
     return names[0] == names[1] and all(

@@ -17,7 +17,7 @@ from torch import nn
 
 from dist_ema import EMA, load_file
 from dist_ema.checkpoint import atomic
-from dist_ema.offline.inspect import inspect
+from dist_ema.offline.report import report_on
 from dist_ema.offline.sources import open_model
 
 HEX = "0123456789abcdef" * 2
@@ -218,7 +218,7 @@ def test_readers_follow_it(ema: EMA, tmp_path: Path) -> None:
         other.load(latest)
         assert (other.now, torch.equal(other.gather()["weight"], want["weight"])) == (1, True)
         assert torch.equal(load_file(latest)["weight"], want["weight"])
-        assert inspect(latest).manifest.clock["now"] == 1
+        assert report_on(latest).manifest.clock["now"] == 1
         with open_model(latest) as model:
             assert model.entries.keys() == want.keys()
     (tmp_path / "ema-2").rename(tmp_path / f".ema-2.old-{HEX}")  # an overwrite that was cut short
@@ -251,7 +251,7 @@ def test_it_leads_nowhere_else(text: str, ema: EMA, tmp_path: Path) -> None:
     ema.save(tmp_path / "x")
     (run / "link").symlink_to(tmp_path / "x")
     (run / "latest").write_text(text)
-    for read in (load_file, ema.load, inspect, open_model):
+    for read in (load_file, ema.load, report_on, open_model):
         with pytest.raises(ValueError, match="latest must name one folder beside it"):
             read(run / "latest")
 

@@ -5,9 +5,36 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
-__all__ = ["open_regular", "read_exactly", "read_into"]
+__all__ = ["OpenFiles", "open_regular", "read_exactly", "read_into"]
+
+
+_Opened = TypeVar("_Opened", bound="OpenFiles")
+
+
+class OpenFiles:
+    """Descriptors of a folder's files, each opened when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[str, int] = {}
+
+    def fd(self, name: str) -> int:
+        if name not in self._open:
+            self._open[name] = os.open(self._folder / name, os.O_RDONLY)
+        return self._open[name]
+
+    def close(self) -> None:
+        """Close them all. The next `fd` opens its file again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __enter__(self: _Opened) -> _Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -89,12 +89,11 @@ def add_arguments(parser: Any, arguments: Arguments) -> None:
         parser.add_argument(name, **options)
 
 
-def writing(dtype: str, shard_size: str | None = "5GB") -> Arguments:
+def writing(dtype: str) -> Arguments:
     """The arguments of a verb that writes a model. dtype: the default of its floating weights."""
     return {
         "--max-shard-size": {
             "type": checked(size_of),
-            "default": shard_size,
             "metavar": "SIZE",
             "help": "of each file in a folder (default 5GB)",
         },

@@ -54,7 +54,7 @@ ARGUMENTS: Arguments = {
         "help": "a model whose file names, order, dtypes and config are taken",
     },
     "--which": WHICH,
-    **writing("those of the model that was averaged", None),
+    **writing("those of the model that was averaged"),
 }
 
 

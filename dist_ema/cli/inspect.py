@@ -53,9 +53,9 @@ ARGUMENTS: Arguments = {
 
 
 def run(options: argparse.Namespace) -> int:
-    from ..offline.inspect import inspect
+    from ..offline.report import report_on
 
-    report = inspect(options.path)
+    report = report_on(options.path)
     values = report.to_json()
     values["weights"] = dict(list(values["weights"].items())[: options.weights])
     show(options, values, _text(report, SHOWN if options.weights is None else options.weights))

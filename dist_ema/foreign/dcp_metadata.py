@@ -158,7 +158,7 @@ def _table(entries: Any, places: Mapping[Any, dict[str, Any]], plan: Any) -> Tab
             table.others[name] = f"of {dtype}, which safetensors cannot hold"
             continue
         chunks = [
-            _chunk(name, shape, _fields(chunk, "ChunkStorageMetadata"), places)
+            _chunk(name, dtype, shape, _fields(chunk, "ChunkStorageMetadata"), places)
             for chunk in fields["chunks"]
         ]
         if sum(chunk.numel for chunk in chunks) != math.prod(shape):
@@ -184,7 +184,11 @@ def _dtype(properties: Any) -> str:
 
 
 def _chunk(
-    name: str, shape: tuple[int, ...], fields: dict[str, Any], places: Mapping[Any, dict[str, Any]]
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    fields: dict[str, Any],
+    places: Mapping[Any, dict[str, Any]],
 ) -> Chunk:
     chunk, label = Chunk(sizes(fields["offsets"]), sizes(fields["sizes"])), name[:_MAX_NAME]
     ends = [begin + size for begin, size in zip(chunk.offsets, chunk.sizes, strict=False)]
@@ -205,6 +209,6 @@ def _chunk(
     plain = type(file) is str and file == os.path.basename(file) and "\0" not in file
     if not plain or file in ("", ".", ".."):
         raise ValueError(f"{label} lies in {file!r:.100}, which is no file of the folder")
-    if chunk.numel > length:
+    if chunk.numel * safetensors.ITEMSIZE[dtype] > length:
         raise ValueError(f"a chunk of {label} is larger than the {length} bytes that hold it")
     return replace(chunk, file=file, begin=begin, length=length)

@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,7 +150,7 @@ def _of_chunk(shape: tuple[int, ...], chunk: Chunk) -> tuple[NDArray[np.int64], 
 # --- the folder -----------------------------------------------------------------------------------
 
 
-class Folder:
+class Folder(regular_file.OpenFiles):
     """A folder of torch.distributed.checkpoint as a `Source`.
 
     Names are those of the state_dict, its keys joined by dots.
@@ -159,17 +160,21 @@ class Folder:
         paths: Name -> the keys that it is made of.
     """
 
+    # What only dist_ema writes down.
     aliases: Mapping[str, str] = {}
-    manifest: None = None  # it has no ema.json
+    files: Mapping[str, safetensors.SafetensorsFile] = {}
+    label = ""
+    manifest = listed = None
 
     def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self.path = path
         self.weights, self.others, self.paths = dcp_metadata.read(path / META)
         self.entries = {
             name: replace(entry, end=entry.nbytes) for name, (entry, _) in self.weights.items()
         }
         self._refuse_cut()
-        self._open: dict[str, int] = {}
+        self._refuse_shared()
         self._runs = lru_cache(maxsize=1)(self._make_runs)
         self._places = lru_cache(maxsize=4096)(self._make_place)
 
@@ -195,6 +200,21 @@ class Folder:
                 raise ValueError(
                     f"{path} holds {path.stat().st_size} bytes, and {META} names {end}. It was cut "
                     "short."
+                )
+
+    def _refuse_shared(self) -> None:
+        """Chunks that share bytes: a small folder must not become a large model."""
+        placed = sorted(
+            (chunk.file, chunk.begin, chunk.length, name)
+            for name, (_, chunks) in self.weights.items()
+            for chunk in chunks
+            if chunk.file
+        )
+        for (file, begin, length, name), (next_file, next_begin, _, other) in pairwise(placed):
+            if next_file == file and next_begin < begin + length:
+                raise ValueError(
+                    f"{self.path}: {other[:200]}: its chunks overlap those of {name[:200]} in "
+                    f"{file}. It was not written by torch.distributed.checkpoint, or is damaged."
                 )
 
     def _make_runs(self, name: str) -> _Runs:
@@ -227,7 +247,7 @@ class Folder:
         if not _dense(tensor):
             into[:] = self._gathered(file, start, tensor, begin, begin + len(into))
             return
-        regular_file.read_into(self._fd(file), self.path / file, into.data, start + begin)
+        regular_file.read_into(self.fd(file), self.path / file, into.data, start + begin)
 
     def _gathered(self, file: str, start: int, tensor: _Tensor, begin: int, end: int) -> Bytes:
         """Bytes of a tensor that was saved with its dimensions in another order.
@@ -263,25 +283,10 @@ class Folder:
         return chunk.file, chunk.begin + begin, tensor
 
     def _pread(self, chunk: Chunk, begin: int, end: int) -> bytes:
-        data = os.pread(self._fd(chunk.file), end - begin, chunk.begin + begin)
+        data = os.pread(self.fd(chunk.file), end - begin, chunk.begin + begin)
         if len(data) != end - begin:
             raise ValueError(f"{self.path / chunk.file} became shorter while it was read.")
         return data
-
-    def _fd(self, file: str) -> int:
-        if file not in self._open:
-            self._open[file] = os.open(self.path / file, os.O_RDONLY)
-        return self._open[file]
-
-    def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def __enter__(self) -> Folder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _dense(tensor: _Tensor) -> bool:

@@ -17,6 +17,7 @@ import io
 import pickle
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 __all__ = ["MAX_BYTES", "Record", "StandIn", "read", "record"]
@@ -25,28 +26,24 @@ MAX_BYTES = 128 << 20  # of a pickle; its objects take up to fifty times as much
 _MAX_INT_BYTES = 16
 
 
+@dataclass(eq=False, slots=True)
 class Record:
-    """An object of a pickle: the class it names, the arguments, the state. Hashed by identity."""
+    """An object of a pickle: the class it names, and its state. Hashed by identity."""
 
-    __slots__ = ("args", "kind", "state")
-
-    def __init__(self, kind: str, *args: Any) -> None:
-        self.kind, self.args = kind, args
-        self.state: Any = None
+    kind: str
+    state: Any = None
 
 
+@dataclass(eq=False, slots=True)
 class StandIn:
     """A function of the allow-list, on the stack. Only such may be called."""
 
-    __slots__ = ("call",)
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.call = call
+    call: Callable[..., Any]
 
 
 def record(kind: str) -> Callable[..., Record]:
     """The entry of an allow-list for a class whose objects become records."""
-    return lambda *args: Record(kind, *args)
+    return lambda *args: Record(kind)
 
 
 def read(

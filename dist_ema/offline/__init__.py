@@ -1,3 +1,3 @@
-"""The work of the command line: files in, files or facts out; one process, no GPU, a bounded amount of memory."""
+"""The work of the command line: files in, files or facts out, in one process with bounded memory."""
 
 __all__ = ()

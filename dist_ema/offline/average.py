@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checkpoint.manifest import Manifest
 from . import blend, writer
-from .sources import Source, open_model, refuse_odd
+from .sources import is_equal, open_model, refuse_unsupported
 
 __all__ = ["AverageReport", "average", "in_order", "shares"]
 
@@ -44,7 +44,7 @@ def average(
     lawa: int | None = None,
     wma: bool = False,
     dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     force: bool = False,
     progress: Callable[[str, int], Any],
 ) -> AverageReport:
@@ -67,16 +67,23 @@ def average(
         # NOTE: OUT may be one of them, because it is read before it is replaced.
         if os.path.realpath(path) != os.path.realpath(out):
             writer.refuse_place(path, out)
+    models = [open_model(path) for path in chosen]
+    last = models[-1]
     with ExitStack() as stack:
-        models = [stack.enter_context(open_model(path)) for path in chosen]
-        last = models[-1]
         for model in models:
-            refuse_odd(model)
+            stack.enter_context(model)
+            refuse_unsupported(model)
         blend.alike(models, last)
         names = frozenset(
             name for name, entry in last.entries.items() if blend.numeric(entry.dtype)
         )
-        taken = [name for name in sorted(set(last.entries) - names) if _differs(models, name)]
+        taken = [
+            name
+            for name in sorted(set(last.entries) - names)
+            if not all(
+                is_equal(model, blend.locate(model, name, last), last, name) for model in models
+            )
+        ]
         kinds = {} if dtype is None else dict.fromkeys(names, dtype)
         mean = blend.Blend(list(zip(models, factors, strict=True)), last, names, kinds)
         terms = list(zip(chosen, factors, strict=True))
@@ -119,25 +126,5 @@ def in_order(paths: Sequence[str]) -> list[str]:
     differ = [i for i in range(lengths.pop()) if len({each[i] for each in split}) > 1]
     if len(differ) != 1 or differ[0] % 2 == 0:
         return list(paths)
-    return [
-        path
-        for _, path in sorted(zip((int(each[differ[0]]) for each in split), paths, strict=True))
-    ]
-
-
-def _differs(models: Sequence[Source], name: str) -> bool:
-    """Whether a weight is not the same, bit for bit, in all models."""
-    last = models[-1]
-    entry = last.entries[name]
-    for begin in range(0, entry.nbytes, blend.WINDOW):
-        end = min(begin + blend.WINDOW, entry.nbytes)
-        wanted = last.read(name, begin, end)
-        for model in models[:-1]:
-            here = blend.locate(model, name, last)
-            same = model.entries[here].dtype == entry.dtype and bool(
-                (model.read(here, begin, end) == wanted).all()
-            )
-            model.close()
-            if not same:
-                return True
-    return False
+    numbers = [int(each[differ[0]]) for each in split]
+    return [path for _, path in sorted(zip(numbers, paths, strict=True))]

@@ -3,8 +3,8 @@
     blend = Blend([(model, 0.25), (other, 0.75)], rest=other, summed=frozenset(names))
     write(out, blend, ...)
 
-Products are summed in float64 and rounded once. One window of one model is in memory at a time, and one file open: a
-thousand checkpoints need no more of either than two.
+Products are summed in float64 and rounded once. One window of one model is in memory at a time, and
+one file open: a thousand checkpoints need no more of either than two.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from .. import _version
 from ..checkpoint import manifest, safetensors
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.safetensors import ITEMSIZE
-from ..dtypes import FLOATS, TO_TORCH, Bytes, fitted, widen
+from ..dtypes import FLOATS, TO_TORCH, Bytes, cast, fitted, widen
 from ..text import some
-from . import model_card, writer
-from .sources import Checked, Source, windows
+from . import writer
+from .model_card import beside
+from .sources import Checked, Source, is_equal
 
 __all__ = ["WINDOW", "Blend", "alike", "locate", "numeric", "write"]
 
@@ -34,14 +35,13 @@ WINDOW = 1 << 20  # elements: 4 MB as read, 8 of the sum, 8 of the product
 
 @dataclass(frozen=True)
 class Blend:
-    """What to write: the sum of weight times model for some weights, and the rest of one model as it is."""
+    """What to write: the sum of weight times model for some weights, the others of one model."""
 
     terms: Sequence[tuple[Source, float]]
     rest: Source  # gives names, shapes, aliases, and whatever is not summed
     summed: frozenset[str]
-    dtypes: Mapping[str, str] = field(
-        default_factory=dict
-    )  # of floating weights; the others stay as in rest
+    # of floating weights; the others stay as in rest
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _checked(self) -> dict[int, Checked]:
@@ -71,12 +71,8 @@ class Blend:
             if name in self.summed:
                 yield self._sum(name, begin, end, dtype)
             else:
-                yield _converted(
-                    name,
-                    self._window(self.rest, name, begin, end),
-                    self.rest.entries[name].dtype,
-                    dtype,
-                )
+                raw = self._window(self.rest, name, begin, end)
+                yield cast(name, raw, self.rest.entries[name].dtype, dtype)
 
     def _sum(self, name: str, begin: int, end: int, dtype: str) -> Bytes:
         """NOTE: a window of a complex dtype holds twice as many floats."""
@@ -94,16 +90,12 @@ class Blend:
         try:
             return self._checked[id(model)].read(name, begin * size, end * size)
         finally:
-            model.close()  # it opens again by itself; thousands of models would run out of open files
+            model.close()  # it opens again by itself: thousands of models would run out of files
 
     def check(self) -> None:
         """Raise ValueError for a model that is not what its ema.json says. Once."""
         for each in self._checked.values():
             each.finish()
-
-
-def _converted(name: str, raw: Bytes, was: str, dtype: str) -> Bytes:
-    return raw if was == dtype else fitted(name, widen(raw, was), dtype)
 
 
 def _real(dtype: str) -> str:
@@ -121,7 +113,11 @@ def _sort(dtype: str) -> str:
 
 
 def locate(model: Source, name: str, like: Source) -> str:
-    """The name that `model` has for a weight of `like`, which may tie it to others. Raises KeyError if it has none."""
+    """The name that `model` has for a weight of `like`, which may tie it to others.
+
+    Raises:
+        KeyError: It has none.
+    """
     for each in (name, *(alias for alias, of in like.aliases.items() if of == name)):
         if each in model.entries or each in model.aliases:
             return each if each in model.entries else model.aliases[each]
@@ -129,7 +125,10 @@ def locate(model: Source, name: str, like: Source) -> str:
 
 
 def alike(models: Sequence[Source], like: Source, names: Sequence[str] | None = None) -> None:
-    """Raise ValueError with every difference in names, shapes and kinds of number. names: those to be compared (all)."""
+    """Raise ValueError with every difference in names, shapes and kinds of number.
+
+    names: Those to be compared, by default all.
+    """
     found = [
         difference
         for model in models
@@ -138,7 +137,8 @@ def alike(models: Sequence[Source], like: Source, names: Sequence[str] | None = 
     ]
     if found:
         raise ValueError(
-            f"the models do not hold the same weights as {like.path}, {len(found)} differences: {some(found, 20, '; ')}."
+            f"the models do not hold the same weights as {like.path}, {len(found)} differences: "
+            f"{some(found, 20, '; ')}."
         )
 
 
@@ -151,7 +151,8 @@ def _differences(model: Source, like: Source, names: Sequence[str] | None) -> It
             yield f"{model.path} lacks {name}"
             continue
         if here.shape != there.shape:
-            yield f"{name} is {list(here.shape)} in {model.path}, {list(there.shape)} in {like.path}"
+            shapes = list(here.shape), list(there.shape)
+            yield f"{name} is {shapes[0]} in {model.path}, {shapes[1]} in {like.path}"
         elif _sort(here.dtype) != _sort(there.dtype):
             yield f"{name} is {here.dtype} in {model.path}, {there.dtype} in {like.path}"
     if names is None:
@@ -160,25 +161,13 @@ def _differences(model: Source, like: Source, names: Sequence[str] | None) -> It
             others = {alias for alias, of in model.aliases.items() if of == name}
             if not known & {name, *others}:
                 yield f"{model.path} has {name} besides"
-            elif name in like.aliases and not _one(
-                model, name, locate(model, like.aliases[name], like)
+            elif name in like.aliases and not is_equal(
+                model, name, model, locate(model, like.aliases[name], like)
             ):
-                yield f"{name} is tied to {like.aliases[name]} in {like.path}, another weight in {model.path}"
-
-
-def _one(model: Source, name: str, other: str) -> bool:
-    """Whether both are the same, bit for bit: files of other writers may hold tied weights twice."""
-    a, b = model.entries[name], model.entries[other]
-    try:
-        return name == other or (
-            (a.dtype, a.shape) == (b.dtype, b.shape)
-            and all(
-                bool((one == two).all())
-                for one, two in zip(windows(model, name), windows(model, other), strict=True)
-            )
-        )
-    finally:
-        model.close()
+                yield (
+                    f"{name} is tied to {like.aliases[name]} in {like.path}, another weight in "
+                    f"{model.path}"
+                )
 
 
 def write(
@@ -186,21 +175,28 @@ def write(
     blend: Blend,
     facts: Manifest,
     *,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     force: bool = False,
     tick: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Write the blend as a model to ship: a folder with ema.json and what lies beside rest's model, or one file. Atomic.
+    """Write the blend as a model to ship. Atomic.
 
-    facts: clock, schedules and extra for ema.json. *Cost*: 28 MB.
+    A folder gets an ema.json, and what lies beside the model of `rest`.
+
+    Args:
+        out: A folder, or a file that ends in .safetensors.
+        blend: What is written.
+        facts: Clock, schedules and extra for ema.json.
+        max_shard_size: Of each file in a folder, by default 5 GB.
+        force: Replace a model at `out`.
+        tick: Receives how many bytes were written.
+
+    Note:
+        *Cost*: 28 MB.
     """
     entries = blend.entries
     out = Path(os.path.realpath(out))  # through a link
-    if out.suffix == ".safetensors":
-        files = {out.name: safetensors.header(entries, dict(blend.rest.aliases))}
-        return writer.write(
-            out, writer.Model(files), blend.content, force=force, tick=tick, check=blend.check
-        )
+    files = writer.lay_out(out, entries, blend.rest.aliases, max_shard_size)
     origin = blend.rest.manifest or Manifest()
     full = replace(
         facts,
@@ -211,6 +207,6 @@ def write(
         dtypes={name: TO_TORCH[entry.dtype] for name, entry in entries.items()},
         versions={"dist_ema": _version.VERSION},
     )
-    beside = model_card.beside(blend.rest.path, out, full, entries)
-    model = writer.Model(safetensors.plan(entries, max_shard_size), safetensors.INDEX, beside, full)
-    return writer.write(out, model, blend.content, force=force, tick=tick, check=blend.check)
+    others = beside(blend.rest.path, out, full, entries)
+    model = writer.Model(files, safetensors.INDEX, others, full)
+    writer.write(out, model, blend.content, force=force, tick=tick, check=blend.check)

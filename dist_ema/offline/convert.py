@@ -17,12 +17,12 @@ from typing import Any
 from .. import _version
 from ..checkpoint import atomic, manifest, safetensors
 from ..checkpoint.manifest import Manifest
-from ..dtypes import FLOATS, TO_TORCH, Bytes, fitted, widen
+from ..dtypes import FLOATS, TO_TORCH, Bytes, cast
 from ..foreign import recognise, torch_dcp, torch_save
 from ..foreign.recognise import FoundAverage, Leaf
 from ..text import plural, size, some
 from . import writer
-from .sources import WINDOW, Safetensors, Source, pickled
+from .sources import WINDOW, Safetensors, Source, locate, pickled
 
 __all__ = ["ConvertPlan", "ConvertRequest", "candidates", "plan", "write"]
 
@@ -81,10 +81,9 @@ class _ObjectTree:
     root: Any
     form: str  # "dcp", "torch", "safetensors"
     ordered: bool = False
-    unsupported: dict[str, str] = field(
-        default_factory=dict
-    )  # tensors that cannot be converted, and why
-    left: dict[str, str] = field(default_factory=dict)  # what is no tensor, and lies apart
+    # name -> why: the tensors that cannot be converted, and what is no tensor
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -105,11 +104,7 @@ class _InFile:
 
 def _open(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
     """Raises FileNotFoundError, and ValueError for what is no checkpoint."""
-    path = atomic.follow(path)
-    if not path.exists():
-        atomic.recover(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
+    path = locate(path)
     if not path.is_dir():
         return _open_file(path, inert, stack)
     if (path / torch_dcp.META).exists():
@@ -137,9 +132,8 @@ def _lists(node: Any) -> Any:
         return node
     values = {key: _lists(value) for key, value in node.items()}
     numbered = [str(i) for i in range(len(values))]
-    if values and sorted(values) == sorted(numbered):
-        return [values[key] for key in numbered]
-    return values
+    is_list = bool(values) and values.keys() == set(numbered)
+    return [values[key] for key in numbered] if is_list else values
 
 
 def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
@@ -151,11 +145,8 @@ def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectT
     indices = [each.name for each in path.glob("*.safetensors.index.json")]
     files = sorted(each.name for each in path.glob("*.safetensors"))
     if len(indices) == 1 or len(files) == 1:
-        names = (
-            sorted(set(safetensors.read_index(path, indices[0]).values()))
-            if len(indices) == 1
-            else files
-        )
+        indexed = safetensors.read_index(path, indices[0]).values() if len(indices) == 1 else files
+        names = sorted(set(indexed))
         models = [stack.enter_context(Safetensors(path / name)) for name in names]
         root = {name: _InFile(model, name) for model in models for name in model.entries}
         return _ObjectTree(root, "safetensors", extra=_of_config(path / "config.json"))
@@ -174,14 +165,18 @@ def _of_config(path: Path) -> dict[str, Any]:
 
     Without it the folder is a model.
     """
-    try:
-        config = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+    config = _read_json(path) if path.is_file() else {}
     if not isinstance(config, dict) or "optimization_step" not in config:
         return {}
     values = {name: recognise.scalar(config.get(name)) for name in _DIFFUSERS}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
 
 
 def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
@@ -206,7 +201,7 @@ def candidates(request: ConvertRequest) -> tuple[list[FoundAverage], Mapping[str
     """Every table that can be converted, averages first; and what is left unread, name -> why."""
     with ExitStack() as stack:
         tree = _open(request.source, request.inert, stack)
-        return _found(tree), tree.left | tree.unsupported
+        return _found(tree), {**tree.left, **tree.unsupported}
 
 
 def _found(tree: _ObjectTree) -> list[FoundAverage]:
@@ -292,10 +287,7 @@ def _named(request: ConvertRequest, found: FoundAverage, stack: ExitStack) -> Fo
             "model.named_parameters()."
         )
     if request.like.suffix == ".json":
-        try:
-            names = json.loads(request.like.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{request.like} is not valid JSON: {error}.") from None
+        names = _read_json(request.like)
         if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
             raise ValueError(f"{request.like} must hold a list of names.")
         return recognise.name(found, names, True)
@@ -327,11 +319,8 @@ def _complete(
     tied = _tied(weights, rest)
     notes.extend(f"{name} is tied to {other} in the live model" for name, other in tied.items())
     weights |= {name: weights[other] for name, other in tied.items()}
-    more = (
-        {}
-        if request.averaged_only
-        else {name: leaf for name, leaf in rest.items() if name not in weights}
-    )
+    wanted = {} if request.averaged_only else rest
+    more = {name: leaf for name, leaf in wanted.items() if name not in weights}
     if more:
         notes.append(
             f"{len(more)} weights that are not averaged come from the live model: "
@@ -343,16 +332,13 @@ def _complete(
     whole = not request.averaged_only and (
         bool(more) or (found.kind != "dist-ema" and not nameless)
     )
-    weights = weights | more
-    if request.prefix:
-        weights = {
-            name[len(request.prefix) :]: leaf
-            for name, leaf in weights.items()
-            if name.startswith(request.prefix)
-        }
-        averaged = [
-            name[len(request.prefix) :] for name in averaged if name.startswith(request.prefix)
-        ]
+    cut = len(request.prefix)
+    weights = {
+        name[cut:]: leaf
+        for name, leaf in (weights | more).items()
+        if name.startswith(request.prefix)
+    }
+    averaged = [name[cut:] for name in averaged if name.startswith(request.prefix)]
     if not weights:
         raise ValueError(f"no weight of {_title(found)} begins with {request.prefix!r}.")
     chosen = ConvertPlan(
@@ -363,10 +349,8 @@ def _complete(
 
 def _refuse_growth(request: ConvertRequest, leaves: Sequence[Leaf]) -> None:
     """Raise ValueError where more would be written than the source explains: views repeat bytes."""
-    once = {
-        getattr(leaf, "key", id(leaf)): leaf for leaf in leaves
-    }.values()  # tied weights are one
-    entries = [safetensors.Entry(_output_dtype(request, leaf), tuple(leaf.shape)) for leaf in once]
+    once = {_key(leaf): leaf for leaf in leaves}.values()  # tied weights are one
+    entries = [safetensors.Entry(_output_dtype(request, leaf), leaf.shape) for leaf in once]
     nbytes = sum(entry.nbytes for entry in entries)
     held = sum(_nbytes_at(path) for path in (request.source, request.like) if path is not None)
     limit = _MAX_GROWTH * held if request.max_size is None else request.max_size
@@ -411,23 +395,25 @@ def _tied(averaged: Mapping[str, Leaf], live: Mapping[str, Leaf]) -> dict[str, s
     """
     known = {name: live[name] for name in averaged if name in live}
     found = {}
-    for name, leaf in live.items():
-        like = [
-            other
-            for other, one in known.items()
-            if (one.dtype, one.shape) == (leaf.dtype, leaf.shape)
-        ]
-        same = [other for other in like if name not in averaged and _is_one(leaf, known[other])]
+    for name in (name for name in live if name not in averaged):
+        same = [other for other, leaf in known.items() if _is_one(live[name], leaf)]
         if same:
             found[name] = same[0]
     return found
 
 
 def _is_one(a: Leaf, b: Leaf) -> bool:
-    if getattr(a, "key", a) == getattr(b, "key", b):
-        return 0 not in a.shape
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or 0 in a.shape:
+        return False
+    if _key(a) == _key(b):
+        return True
     pairs = zip(_content(a, a.dtype), _content(b, b.dtype), strict=True)
-    return len(a.shape) > 1 and 0 not in a.shape and all(bool((x == y).all()) for x, y in pairs)
+    return len(a.shape) > 1 and all(bool((x == y).all()) for x, y in pairs)
+
+
+def _key(leaf: Leaf) -> Any:
+    """The same for leaves that are one tensor."""
+    return getattr(leaf, "key", id(leaf))
 
 
 def _deduplicated(request: ConvertRequest, plan: ConvertPlan) -> ConvertPlan:
@@ -435,7 +421,7 @@ def _deduplicated(request: ConvertRequest, plan: ConvertPlan) -> ConvertPlan:
     first: dict[Any, str] = {}
     aliases: dict[str, str] = {}
     for name, leaf in plan.weights.items():
-        key = getattr(leaf, "key", id(leaf)) if 0 not in leaf.shape else id(leaf)
+        key = _key(leaf) if 0 not in leaf.shape else id(leaf)
         if first.setdefault(key, name) != name:
             aliases[name] = first[key]
     kept = {name: leaf for name, leaf in plan.weights.items() if name not in aliases}
@@ -453,17 +439,11 @@ def write(
     *,
     force: bool,
     tick: Callable[[int], None],
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
 ) -> Manifest:
     """Write the model, atomically. Returns its ema.json. *Cost*: one window."""
     out = Path(os.path.realpath(out))  # through a link
-    one = out.suffix == ".safetensors"
-    metadata = dict(plan.aliases) if one else {}
-    files = (
-        {out.name: safetensors.header(plan.entries, metadata)}
-        if one
-        else safetensors.plan(plan.entries, max_shard_size, metadata)
-    )
+    files = writer.lay_out(out, plan.entries, plan.aliases, max_shard_size)
     facts = Manifest(
         kind="export",
         weights="all" if plan.whole else "averaged",
@@ -487,5 +467,4 @@ def write(
 def _content(leaf: Leaf, dtype: str, name: str = "") -> Iterator[Bytes]:
     size = safetensors.Entry(leaf.dtype, tuple(leaf.shape)).nbytes
     for begin in range(0, size, WINDOW):
-        raw = leaf.read(begin, min(begin + WINDOW, size))
-        yield (raw if leaf.dtype == dtype else fitted(name, widen(raw, leaf.dtype), dtype))
+        yield cast(name, leaf.read(begin, min(begin + WINDOW, size)), leaf.dtype, dtype)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..checkpoint.safetensors import ITEMSIZE
 from ..dtypes import FLOATS, NUMPY, Bytes, widen
 from ..text import Bar, Tick, silent
-from .sources import Source, open_model, refuse_odd, windows
+from .sources import Source, open_model, refuse_unsupported, windows
 
 __all__ = ["Difference", "Row", "diff"]
 
@@ -90,8 +90,8 @@ def diff(
         ValueError: A path is no model, or tensors of it cannot be read.
     """
     with open_model(a, which[0]) as one, open_model(b, which[1]) as other:
-        refuse_odd(one)
-        refuse_odd(other)
+        refuse_unsupported(one)
+        refuse_unsupported(other)
         found, pairs = Difference(str(a), str(b)), _pairs(one, other)
         found.missing = sorted(set(one.entries) - {in_a for in_a, _ in pairs.values()})
         found.unexpected = sorted(set(other.entries) - {in_b for _, in_b in pairs.values()})
@@ -134,14 +134,9 @@ def _row(name: str, one: Source, in_a: str, other: Source, in_b: str, tick: Tick
             squares += _square(delta)
             changed += n
         tick(len(raw))
-    return Row(
-        name,
-        _ratio(squares, norm, changed),
-        largest,
-        changed,
-        math.prod(a.shape),
-        (a.dtype, b.dtype),
-    )
+    ratio = math.sqrt(squares) / math.sqrt(norm) if norm > 0 else math.inf
+    distance = _far(ratio) if changed else 0.0
+    return Row(name, distance, largest, changed, math.prod(a.shape), (a.dtype, b.dtype))
 
 
 def _square(values: NDArray[Any]) -> float:
@@ -151,12 +146,6 @@ def _square(values: NDArray[Any]) -> float:
     """
     with np.errstate(over="ignore"):
         return float(np.multiply(values, values, out=values).sum())
-
-
-def _ratio(squares: float, norm: float, changed: int) -> float:
-    if not changed:
-        return 0.0
-    return _far(math.sqrt(squares) / math.sqrt(norm) if norm > 0 else math.inf)
 
 
 def _far(value: float) -> float:

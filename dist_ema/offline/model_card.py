@@ -1,6 +1,7 @@
-"""What lies beside weights that are shipped: config and tokenizer files, and a section of the model card. No torch.
+"""What lies beside weights that are shipped: config and tokenizer, and a section of the model card.
 
-One rule for every verb that writes a folder to ship: `beside`. The section tells what average the weights are.
+One rule for every verb that writes a model to ship: `beside`. The section says what average the
+weights are. No torch.
 """
 
 from __future__ import annotations
@@ -16,13 +17,21 @@ from ..checkpoint import manifest, safetensors
 from ..checkpoint.manifest import Manifest
 from ..text import listed, printable, some
 
-__all__ = ["CARD", "beside", "dtypes", "format_clock", "format_schedule", "section", "write_into"]
+__all__ = [
+    "README",
+    "beside",
+    "count_dtypes",
+    "format_clock",
+    "format_schedule",
+    "section",
+    "write_into",
+]
 
-CARD = "README.md"
+README = "README.md"  # the model card
 BEGIN, END = "<!-- dist_ema: begin -->", "<!-- dist_ema: end -->"
 SUFFIXES = (".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".vocab", ".py")
 NAMES = ("LICENSE", "NOTICE")
-_MOST = 20  # models that the card names
+_MOST = 20  # models that the section names
 _STATE = (
     "trainer_state.json",
     "all_results.json",
@@ -35,50 +44,56 @@ _STATE = (
 def beside(
     folder: Path, out: Path, facts: Manifest, entries: Mapping[str, safetensors.Entry]
 ) -> dict[str, bytes | Path]:
-    """What goes into `out` with the weights, and the card: that of `out`, else that of `folder`, with the section in it.
+    """What goes into a folder with the weights: name -> content, or a file to copy.
 
-    folder: the model that it comes from; a file has nothing beside it. facts: the ema.json that goes with the weights.
+    The model card is that of `out`, else that of `folder`, with the section in it.
+
+    Args:
+        folder: The model that the weights come from; a file has nothing beside it.
+        out: A folder; a file that ends in .safetensors gets nothing.
+        facts: The ema.json that goes with the weights.
+        entries: The weights.
     """
-    found = _beside(folder)
-    old = out / CARD if (out / CARD).is_file() else found.get(CARD)
+    if out.suffix == ".safetensors":
+        return {}
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    found: dict[str, bytes | Path] = {each.name: each for each in files if _is_shipped(each)}
+    old = out / README if (out / README).is_file() else found.get(README)
     text = old.read_bytes() if isinstance(old, Path) else b""
-    found[CARD] = write_into(text, section(facts, dtypes(entries)))
+    found[README] = write_into(text, section(facts, count_dtypes(entries)))
     return found
 
 
-def dtypes(entries: Mapping[str, safetensors.Entry]) -> dict[str, int]:
+def count_dtypes(entries: Mapping[str, safetensors.Entry]) -> dict[str, int]:
     """dtype -> how many weights have it, the most first."""
     counted = Counter(entry.dtype for entry in entries.values())
     return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _beside(folder: Path) -> dict[str, bytes | Path]:
-    """Config, tokenizer, licence, code and card of a model folder: no weights, no pickles, no training state."""
-    found: dict[str, bytes | Path] = {}
-    for each in sorted(folder.iterdir()) if folder.is_dir() else ():
-        named = each.name.endswith(SUFFIXES) or each.name.startswith(NAMES)
-        other = (
-            each.name in _STATE or each.name.endswith(".index.json") or each.name.startswith(".")
-        )
-        if named and not other and each.is_file() and not _pickled(each):
-            found[each.name] = each
-    return found
-
-
-def _pickled(path: Path) -> bool:
-    """By its first bytes, whatever it is called: torch.save and pickle begin like that, text and protobuf do not."""
-    with open(path, "rb") as file:
-        return file.read(4).startswith((b"PK\x03\x04", b"\x80"))
+def _is_shipped(path: Path) -> bool:
+    """Config, tokenizer, licence, code and card: no weights, no pickles, no training state."""
+    name = path.name
+    kept = name.endswith(SUFFIXES) or name.startswith(NAMES)
+    left = name in _STATE or name.endswith(".index.json") or name.startswith(".")
+    if not kept or left or not path.is_file():
+        return False
+    with open(path, "rb") as file:  # torch.save and pickle begin so, text and protobuf do not
+        return not file.read(4).startswith((b"PK\x03\x04", b"\x80"))
 
 
 def section(facts: Manifest, dtypes: Mapping[str, int]) -> str:
-    """What average this is, as Markdown between two markers. facts: the ema.json that goes with it."""
+    """What average this is, as Markdown between two markers."""
     mean = "average" in facts.extra
     text = (
         f"These weights are an average over {'models' if mean else 'training, not its last step'}."
     )
+    schedules = ", ".join(map(format_schedule, facts.schedules))
+    history = [  # a mean of models has no schedule of its own
+        ("average", schedules or "not told by its source"),
+        ("clock", format_clock(facts.clock) or "not told by its source"),
+    ]
     rows = [
-        *_history(facts, mean),
+        *(history if not mean else ()),
         ("dtypes", listed(dict(dtypes))),
         *_origin(facts),
         ("made by", f"dist_ema {_version.VERSION}"),
@@ -87,16 +102,6 @@ def section(facts: Manifest, dtypes: Mapping[str, int]) -> str:
     return "\n".join(
         [BEGIN, "## Averaged weights", "", text, "", "| | |", "|---|---|", *table, END]
     )
-
-
-def _history(facts: Manifest, mean: bool) -> Iterator[tuple[str, str]]:
-    """A mean of models has no schedule of its own."""
-    if not mean:
-        yield (
-            "average",
-            ", ".join(map(format_schedule, facts.schedules)) or "not told by its source",
-        )
-        yield "clock", format_clock(facts.clock) or "not told by its source"
 
 
 def _origin(facts: Manifest) -> Iterator[tuple[str, str]]:
@@ -122,7 +127,8 @@ def format_schedule(spec: Any) -> str:
     """Power(sigma_rel=0.1) from {"name": "Power", "sigma_rel": 0.1}."""
     if not isinstance(spec, dict):
         return str(spec)
-    return f"{spec.get('name')}({', '.join(f'{key}={value!r}' for key, value in spec.items() if key != 'name')})"
+    values = [f"{key}={value!r}" for key, value in spec.items() if key != "name"]
+    return f"{spec.get('name')}({', '.join(values)})"
 
 
 def format_clock(clock: Mapping[str, Any]) -> str:
@@ -137,11 +143,11 @@ def _code(text: str) -> str:
     return "`" + re.sub(r"[`|<>]", "?", printable(text)) + "`"
 
 
-def write_into(card: bytes, section: str) -> bytes:
-    """The card with the section in it: in place of an earlier one, else at the end. All other bytes stay."""
+def write_into(page: bytes, section: str) -> bytes:
+    """The page with the section in place of an earlier one, else at its end. Other bytes stay."""
     text = section.encode()
     begin, end = re.escape(BEGIN.encode()), re.escape(END.encode())
-    found = list(re.finditer(rb"%b(?:(?!%b).)*?%b" % (begin, begin, end), card, re.DOTALL))
+    found = list(re.finditer(rb"%b(?:(?!%b).)*?%b" % (begin, begin, end), page, re.DOTALL))
     if found:
-        return card[: found[0].start()] + text + card[found[0].end() :]
-    return card + (b"" if not card else b"\n" if card.endswith(b"\n") else b"\n\n") + text + b"\n"
+        return page[: found[0].start()] + text + page[found[0].end() :]
+    return page + (b"" if not page else b"\n" if page.endswith(b"\n") else b"\n\n") + text + b"\n"

@@ -158,8 +158,8 @@ def _decay(
         raise ValueError(
             f"sigma_rel={sigma_rel:g} is a share of the training, whose length was not given."
         )
-    spread = sigma_rel * steps  # = sqrt(d) / (1 - d), solved for 1 - d
-    return 1 - 2 / (1 + math.hypot(1, 2 * spread))
+    deviation = sigma_rel * steps  # = sqrt(d) / (1 - d), solved for 1 - d
+    return 1 - 2 / (1 + math.hypot(1, 2 * deviation))
 
 
 def scaled(of: Pace, factor: float) -> Pace:

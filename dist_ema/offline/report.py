@@ -1,11 +1,12 @@
-"""What a file or folder says that it holds: headers and ema.json, and where the two contradict each other. No torch.
+"""What a file or folder holds, by its headers and ema.json, and where these contradict each other.
 
-Files come from anywhere, so nothing in them is trusted: what cannot be read is a ValueError with one sentence, what can be
-read but is wrong goes into `ModelReport.problems`.
+Files come from anywhere, so nothing in them is trusted. What cannot be read is a ValueError with
+one sentence; what can be read but is wrong goes into `ModelReport.problems`. No torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -16,29 +17,32 @@ from ..checkpoint.manifest import Manifest
 from ..foreign import torch_dcp
 from ..text import sentence
 from . import sources
+from .sources import open_model
 
-__all__ = ["AverageListing", "ModelReport", "Total", "native", "of_source", "report_on"]
+__all__ = ["AverageListing", "ModelReport", "Total", "report_on"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Total:
     """How many weights, elements in them, and bytes."""
 
-    weights: int = 0
-    parameters: int = 0
-    bytes: int = 0
+    weights: int
+    parameters: int
+    bytes: int
 
-    def add(self, entry: safetensors.Entry) -> None:
-        self.weights += 1
-        self.parameters += prod(entry.shape)
-        self.bytes += entry.nbytes
+    @classmethod
+    def of(cls, entries: Iterable[safetensors.Entry]) -> Total:
+        held = list(entries)
+        shapes = (entry.shape for entry in held)
+        return cls(len(held), sum(map(prod, shapes)), sum(entry.nbytes for entry in held))
 
 
 @dataclass(frozen=True)
 class AverageListing:
     """The files of one average. label: '' of the first, which lies in the folder itself.
 
-    files: by their names in ema.json, so averages/LABEL/... of a further one; '' where none is seen.
+    files: by their names in ema.json, so averages/LABEL/... of a further one; '' where there is no
+        file to name.
     """
 
     label: str
@@ -57,10 +61,7 @@ class AverageListing:
     @property
     def total(self) -> Total:
         """Of all dtypes together."""
-        every = Total()
-        for _, entry in self.weights.values():
-            every.add(entry)
-        return every
+        return Total.of(entry for _, entry in self.weights.values())
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,11 @@ class ModelReport:
     @property
     def totals(self) -> dict[str, Total]:
         """Of the first average by dtype, the most bytes first."""
-        totals: dict[str, Total] = {}
-        for _, entry in self.weights.values():
-            totals.setdefault(entry.dtype, Total()).add(entry)
+        entries = [entry for _, entry in self.weights.values()]
+        totals = {
+            dtype: Total.of(entry for entry in entries if entry.dtype == dtype)
+            for dtype in {entry.dtype for entry in entries}
+        }
         return dict(sorted(totals.items(), key=lambda item: (-item[1].bytes, item[0])))
 
     @property
@@ -147,29 +150,17 @@ def _entries_to_json(average: AverageListing) -> dict[str, Any]:
     }
 
 
-def native(path: str | Path) -> bool:
-    """Whether safetensors lie there: what `look` can look at without opening a weight."""
-    return not (Path(path) / torch_dcp.META).exists()
-
-
-def of_source(model: sources.Source) -> ModelReport:
-    """A model of another form, as far as it can be told."""
-    entries = {
-        name: safetensors.Entry(entry.dtype, entry.shape, 0, entry.nbytes)
-        for name, entry in model.entries.items()
-    }
-    listing = AverageListing("", {"": safetensors.SafetensorsFile(b"", entries)})
-    facts = Manifest(aliases=manifest.group_aliases(model.aliases))
-    others = dict(model.others) if isinstance(model, torch_dcp.Folder) else {}
-    return ModelReport(str(model.path), "other", [listing], facts, [], others)
-
-
 def report_on(path: str | Path) -> ModelReport:
-    """Headers and ema.json of a saved average, an exported model, a Hugging Face folder or one .safetensors file.
+    """Look at the headers and ema.json of whatever `sources.open_model` opens. Reads no weight.
 
-    Raises FileNotFoundError if nothing is there, ValueError if it is no model or its weights cannot be told.
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: It is no model, or its weights cannot be told.
     """
     path = sources.find(path)
+    if (path / torch_dcp.META).exists():
+        with open_model(path) as model:
+            return _of_source(model)
     try:
         if path.is_dir():
             return _of_folder(path)
@@ -177,9 +168,19 @@ def report_on(path: str | Path) -> ModelReport:
     except OSError as error:
         raise ValueError(sentence(error)) from None
     aliases = {alias: name for alias, name in file.metadata.items() if name in file.entries}
-    listing = AverageListing("", {path.name: file})
     facts = Manifest(aliases=manifest.group_aliases(aliases))
-    return ModelReport(str(path), "file", [listing], facts)
+    return ModelReport(str(path), "file", [AverageListing("", {path.name: file})], facts)
+
+
+def _of_source(model: sources.Source) -> ModelReport:
+    """A model of another form, as far as it can be told."""
+    entries = {
+        name: safetensors.Entry(entry.dtype, entry.shape, 0, entry.nbytes)
+        for name, entry in model.entries.items()
+    }
+    listing = AverageListing("", {"": safetensors.SafetensorsFile(b"", entries)})
+    facts = Manifest(aliases=manifest.group_aliases(model.aliases))
+    return ModelReport(str(model.path), "other", [listing], facts, [], dict(model.others))
 
 
 def _of_folder(path: Path) -> ModelReport:

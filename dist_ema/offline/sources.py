@@ -4,8 +4,8 @@
         for name, entry in model.entries.items():
             for raw in source.windows(model, name): ...
 
-Whatever the form on disk, it is a table of names and a way to read bytes of each: everything behind this door knows no
-more. A window is 16 MB, whatever the size of the weight.
+Whatever the form on disk, a model is a table of names and a way to read bytes of each. A window is
+16 MB, whatever the size of the weight.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -31,10 +31,12 @@ __all__ = [
     "Source",
     "choose",
     "find",
+    "is_equal",
+    "locate",
     "open_model",
     "pickled",
     "read_at",
-    "refuse_odd",
+    "refuse_unsupported",
     "windows",
 ]
 
@@ -43,38 +45,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
 
 
 def read_at(fd: int, path: Path, begin: int, end: int) -> Bytes:
-    """Bytes [begin, end) of an open file. Raises ValueError where it is shorter. *Cost*: no more than these bytes."""
+    """Bytes [begin, end) of an open file. Raises ValueError where it is shorter."""
     data = np.empty(end - begin, np.uint8)
     regular_file.read_into(fd, path, data.data, begin)
     return data
-
-
-class Source(Protocol):
-    """A model in files. Weights are dense and row-major, whatever lies on disk."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def entries(self) -> Mapping[str, safetensors.Entry]:
-        """name -> dtype (a name of safetensors) and shape. begin and end mean nothing."""
-
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        """Further name -> the name in `entries` for the same weight."""
-
-    @property
-    def manifest(self) -> Manifest | None:
-        """ema.json, where dist_ema wrote the files."""
-
-    def read(self, name: str, begin: int, end: int) -> Bytes:
-        """Bytes [begin, end) of a weight. Raises OSError, and ValueError where the file is shorter than it was."""
-
-    def close(self) -> None: ...
-
-    def __enter__(self) -> Source: ...
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 def windows(model: Source | Checked, name: str, window: int = WINDOW) -> Iterator[Bytes]:
@@ -84,36 +58,65 @@ def windows(model: Source | Checked, name: str, window: int = WINDOW) -> Iterato
         yield model.read(name, begin, min(begin + window, nbytes))
 
 
-def find(path: str | Path) -> Path:
-    """The folder or file at `path`. Raises FileNotFoundError if nothing is there, ValueError for what cannot hold a model."""
-    path = atomic.follow(Path(path))
+def is_equal(model: Source, name: str, other: Source, its_name: str) -> bool:
+    """Whether two weights have the same dtype, shape and bits. Closes both models."""
+    a, b = model.entries[name], other.entries[its_name]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    try:
+        pairs = zip(windows(model, name), windows(other, its_name), strict=True)
+        return all(bool((one == two).all()) for one, two in pairs)
+    finally:
+        model.close()
+        other.close()
+
+
+def locate(path: Path) -> Path:
+    """The path behind links, after a save over it that was cut short is finished.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+    """
+    path = atomic.follow(path)
     if not path.exists():
-        atomic.recover(path)  # a save over it may have been cut short
+        atomic.recover(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
+    return path
+
+
+def find(path: str | Path) -> Path:
+    """The folder or file of safetensors at `path`.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: It cannot hold a model, or is one to convert.
+    """
+    path = locate(Path(path))
     if path.is_dir():
-        _refuse_other_folder(path)
+        names = sorted(each.name for each in path.iterdir())
+        pickles = [name for name in names if name.endswith(PICKLES)]
+        known = torch_dcp.META in names or any(".safetensors" in name for name in names)
+        if pickles and not known:
+            raise ValueError(
+                f"{path} holds no safetensors. It does hold {', '.join(pickles[:3])}: "
+                "`dist-ema convert` makes safetensors of it."
+            )
     elif not path.is_file():
         raise ValueError(f"{path} is neither a folder nor a file.")
     elif pickled(path):
         raise ValueError(
-            f"{path} is a pickled checkpoint, no safetensors file. `dist-ema convert {path} OUT` makes one."
+            f"{path} is a pickled checkpoint, no safetensors file. `dist-ema convert {path} OUT` "
+            "makes one."
         )
     return path
 
 
-def _refuse_other_folder(path: Path) -> None:
-    """A folder that holds pickled checkpoints alone."""
-    names = sorted(each.name for each in path.iterdir())
-    others = [name for name in names if name.endswith(PICKLES)]
-    if others and torch_dcp.META not in names and not any(".safetensors" in name for name in names):
-        raise ValueError(
-            f"{path} holds no safetensors. It does hold {', '.join(others[:3])}: `dist-ema convert` makes safetensors of it."
-        )
-
-
 def pickled(path: Path) -> bool:
-    """By the first bytes: torch.save writes a zip, earlier a bare pickle. A safetensors header is never that long."""
+    """Whether the first bytes are those of a zip archive or of a bare pickle, as torch.save writes.
+
+    A header of safetensors is never as long as these bytes would mean.
+    """
     with open(path, "rb") as file:
         first = file.read(8)
     return any(first[3:]) and (
@@ -122,7 +125,11 @@ def pickled(path: Path) -> bool:
 
 
 def choose(saved: Manifest | None, which: int | str) -> str:
-    """The label of an average: by its number, label, schedule's name or repr. Raises ValueError with what there is."""
+    """The label of an average, by its number, label, schedule's name or repr.
+
+    Raises:
+        ValueError: None or several fit; the error lists what there is.
+    """
     saved = saved or Manifest()
     specs = [*saved.schedules, *[None] * len(saved.labels)]
     names = [
@@ -147,10 +154,16 @@ def _names_of(spec: Any) -> tuple[str, str]:
 
 
 def open_model(path: str | Path, which: int | str = 0) -> Source:
-    """A saved average, an export, a Hugging Face folder, one of torch.distributed.checkpoint, or one .safetensors file.
+    """Open a saved average, an export, a folder of Hugging Face or torch, or a .safetensors file.
 
-    which: of several averages; those behind the first are completed with the weights that it alone has. Raises
-    FileNotFoundError if nothing is there, ValueError if it is no model, its headers are unsound or `which` is not there.
+    Args:
+        path: The folder or file.
+        which: Of several averages. Those behind the first are completed with the weights that the
+            first alone has.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+        ValueError: It is no model, its headers are unsound, or `which` is not there.
     """
     path = find(path)
     if (path / torch_dcp.META).exists():
@@ -159,12 +172,11 @@ def open_model(path: str | Path, which: int | str = 0) -> Source:
     return Safetensors(path, which)
 
 
-def refuse_odd(model: Source) -> None:
-    """Raise ValueError where tensors of a checkpoint cannot be read, so that what is made of it would lack them."""
-    unsupported = model.unsupported if isinstance(model, torch_dcp.Folder) else {}
-    if unsupported:
-        name, why = next(iter(unsupported.items()))
-        more = f", and so would {len(unsupported) - 1} more" if len(unsupported) > 1 else ""
+def refuse_unsupported(model: Source) -> None:
+    """Raise ValueError where a checkpoint has tensors that its copy would lack."""
+    if model.unsupported:
+        name, why = next(iter(model.unsupported.items()))
+        more = f", and so would {len(model.unsupported) - 1} more" * (len(model.unsupported) > 1)
         raise ValueError(
             f"{model.path}: {name} would be left out ({why}){more}. `dist-ema inspect` lists them."
         )
@@ -174,12 +186,21 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-class Safetensors:
-    """A folder or file of safetensors."""
+class Safetensors(regular_file.OpenFiles):
+    """A folder or file of safetensors.
+
+    Attributes:
+        manifest: ema.json of this folder, if dist_ema wrote it.
+        listed: What an ema.json says of the files, wherever it lies; None if there is none.
+        label: Of the average that is read.
+    """
+
+    others: Mapping[str, str] = {}  # every tensor is among the entries
+    unsupported: Mapping[str, str] = {}
 
     def __init__(self, path: Path, which: int | str = 0) -> None:
         self.path = path
-        self._folder = path if path.is_dir() else path.parent
+        super().__init__(path if path.is_dir() else path.parent)
         self._top = self._folder
         self._saved: Manifest | None = None
         self.manifest, self.listed = self._read_manifest()
@@ -200,12 +221,12 @@ class Safetensors:
         self.aliases = self._aliases()
         self._stamps = {file: _stamp(os.stat(self._folder / file)) for file in self.files}
         self._known = set[str]()
-        self._open: dict[str, int] = {}
 
     def _read_manifest(self) -> tuple[Manifest | None, dict[str, dict[str, Any]] | None]:
-        """ema.json of this folder; and what the ema.json that lists the files says of them, if one does.
+        """`manifest` and `listed`. One file, and a further average's folder, have them elsewhere.
 
-        Raises ValueError where that is damaged. One file, and the folder of a further average, have theirs elsewhere.
+        Raises:
+            ValueError: ema.json is damaged.
         """
         inside = self._folder.parent.name == "averages"
         top = self._folder.parent.parent if inside else self._folder
@@ -220,28 +241,31 @@ class Safetensors:
         return None, listed if self.path.is_dir() or self.path.name in listed else None
 
     def refuse_changed(self) -> None:
-        """Raise ValueError for an ema.json that was changed. What is not read may have such a one."""
+        """Raise ValueError where ema.json was changed. Only what reads weights refuses that."""
         if self._saved is not None:
             manifest.refuse_damaged(self._top, self._saved)
 
     def _further(self) -> dict[str, safetensors.SafetensorsFile]:
-        """The files under averages/LABEL. Raises ValueError where buffers of the first average would be taken for its own."""
+        """The files under averages/LABEL.
+
+        Raises:
+            ValueError: Buffers of the first average would be taken for this one's.
+        """
         assert self.manifest is not None, "only ema.json knows labels"
         own = self.manifest.own_buffers_of(self.label)
         foreign = sorted(set(self.manifest.own_buffers) - set(own))
         if foreign:
             raise ValueError(
-                f"{self.path} holds {', '.join(foreign[:3])} as recalibrated for its first average only, so {self.label} is "
-                f"not complete in it. Recalibrate inside ema.swap(which) before ema.save(), or use ema.export(which=...)."
+                f"{self.path} holds {', '.join(foreign[:3])} as recalibrated for its first average "
+                f"only, so {self.label} is not complete in it. Recalibrate inside ema.swap(which) "
+                "before ema.save(), or use ema.export(which=...)."
             )
         inside = f"averages/{self.label}"
-        return {
-            f"{inside}/{name}": file
-            for name, file in safetensors.read_model(self._folder / inside).items()
-        }
+        files = safetensors.read_model(self._folder / inside)
+        return {f"{inside}/{name}": file for name, file in files.items()}
 
     def _aliases(self) -> dict[str, str]:
-        """Further name -> name in the files: of ema.json, and of the header where there is one file."""
+        """Further name -> name in the files: of ema.json, and of the headers."""
         listed = self.manifest.aliases if self.manifest else {}
         found = {alias: name for name, others in listed.items() for alias in others}
         for file in self.files.values():
@@ -253,6 +277,7 @@ class Safetensors:
         }
 
     def read(self, name: str, begin: int, end: int) -> Bytes:
+        """Bytes [begin, end) of a weight."""
         file, start = self.place(name)
         return self.raw(file, start + begin, start + end)
 
@@ -262,53 +287,49 @@ class Safetensors:
         return file, len(content.head) + content.entries[name].begin
 
     def raw(self, file: str, begin: int, end: int) -> Bytes:
-        """Bytes [begin, end) of a file. Raises ValueError if it is another one than the headers were read from."""
-        if file not in self._open:
-            self._reach(file, self.files[file].head)
-        return read_at(self._open[file], self._folder / file, begin, end)
+        """Bytes [begin, end) of a file.
 
-    def _reach(self, name: str, head: bytes) -> None:
-        """NOTE: files are opened when they are read, so a save may have replaced them; two versions must not mix."""
-        fd = self._open[name] = os.open(self._folder / name, os.O_RDONLY)
+        Raises:
+            ValueError: It is another file than the headers were read from, or a shorter one.
+        """
+        return read_at(self.fd(file), self._folder / file, begin, end)
+
+    def fd(self, name: str) -> int:
+        """NOTE: a save may have replaced the file since its header was read; two must not mix."""
+        if name in self._open:
+            return self._open[name]
+        fd, head = super().fd(name), self.files[name].head
         same = _stamp(os.fstat(fd)) == self._stamps[name]
         if same and name not in self._known:  # the stamp was taken after the header was read
             same = read_at(fd, self._folder / name, 0, len(head)).tobytes() == head
             self._known.add(name)
         if not same:
             raise ValueError(f"{self._folder / name} was replaced while it was read. Try again.")
+        return fd
 
-    def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
 
-    def __enter__(self) -> Safetensors:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+# A model in files. Weights are dense and row-major, whatever lies on disk.
+Source: TypeAlias = Safetensors | torch_dcp.Folder
 
 
 class Checked:
-    """Windows of a model, summed as they go by: what is made of damaged files must not be passed on as sound.
+    """Windows of a model, summed as they go by: damaged files must not become a sound copy.
 
-    *Cost*: the windows; `finish` reads what was not asked for. Nothing is summed where there is nothing to compare.
+    *Cost*: the windows; `finish` reads what was not asked for. Without sums to compare, nothing.
     """
 
     def __init__(self, model: Source) -> None:
         self._model, self.entries = model, model.entries
+        self._summed: Safetensors | None = None
         if isinstance(model, Safetensors):
             model.refuse_changed()
-        listed = model.listed if isinstance(model, Safetensors) else None
-        self._listed = listed or {}
-        self._summed = model if isinstance(model, Safetensors) and listed is not None else None
+            self._summed = model if model.listed is not None else None
         files = self._summed.files if self._summed else {}
         self._sums = {name: crc32.RangeSum(file.size) for name, file in files.items()}
-        self._seen: dict[
-            tuple[str, str], int
-        ] = {}  # (file, weight) -> how many of its bytes were summed
+        self._seen: dict[tuple[str, str], int] = {}  # (file, weight) -> bytes that were summed
 
     def read(self, name: str, begin: int, end: int) -> Bytes:
-        """As the method of that name. Windows in order count once, however often they are asked for."""
+        """Bytes [begin, end) of a weight. Windows in order count once, however often read."""
         raw = self._model.read(name, begin, end)
         if self._summed is not None:
             file, at = self._summed.place(name)
@@ -326,22 +347,21 @@ class Checked:
                 for begin, end in self._unseen(name, file):
                     self._sums[name].add(begin, model.raw(name, begin, end).data)
                 found = crc32.check_sum(file.size, [self._sums[name].contribution])
-                recorded = self._listed.get(name, {}).get("crc32")
+                recorded = (model.listed or {}).get(name, {}).get("crc32")
                 if recorded != found:
                     where = model.path / name if model.path.is_dir() else model.path
                     raise ValueError(
-                        f"{where} is damaged: its CRC-32 is {found}, {manifest.META} says {recorded}."
+                        f"{where} is damaged: its CRC-32 is {found}, {manifest.META} says "
+                        f"{recorded}."
                     )
 
     def _unseen(self, name: str, file: safetensors.SafetensorsFile) -> Iterator[tuple[int, int]]:
         """The byte ranges of a file that nobody asked for, in windows."""
-        spans = [(0, len(file.head))]
-        spans += [
-            (
-                len(file.head) + entry.begin + self._seen.get((name, weight), 0),
-                len(file.head) + entry.end,
-            )
+        head = len(file.head)
+        ranges = [(0, head)]
+        ranges += [
+            (head + entry.begin + self._seen.get((name, weight), 0), head + entry.end)
             for weight, entry in file.entries.items()
         ]
-        for begin, end in spans:
+        for begin, end in ranges:
             yield from ((at, min(at + WINDOW, end)) for at in range(begin, end, WINDOW))

@@ -1,6 +1,6 @@
-"""Whether files still are what was written: structure, ema.json, check sums, finite values. No torch.
+"""Whether files still are what was written: structure, ema.json, check sums, finite values.
 
-*Cost*: one pass over the bytes, a window of 16 MB at a time.
+*Cost*: one pass over the bytes, a window of 16 MB at a time. No torch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from ..checkpoint import atomic, manifest, safetensors
 from ..dtypes import FLOATS, Bytes, finite, widen
 from ..text import Bar, Tick, sentence, silent
-from .report import ModelReport, native, report_on
+from .report import ModelReport, report_on
 from .sources import WINDOW, find, open_model, read_at, windows
 
 __all__ = ["SUMS", "Verdict", "verify"]
@@ -29,7 +30,10 @@ SUMS = {"crc32": "CRC-32", "sha256": "SHA-256"}
 
 @dataclass
 class Verdict:
-    """What was found at a path. sums: the kinds of check sums that were compared, so [] where there were none."""
+    """What was found at a path.
+
+    sums: The kinds of check sums that were compared; [] where there were none.
+    """
 
     path: str
     kind: str = "unknown"
@@ -50,16 +54,18 @@ class Verdict:
 def verify(path: str | Path, *, seal: bool = False, bar: Bar = silent) -> Verdict:
     """Read everything at `path` and list all that is wrong with it.
 
-    seal: add SHA-256 to ema.json, atomically, if nothing is; `Verdict.unsealed` says why it cannot be. Raises
-    FileNotFoundError if nothing is there.
+    Args:
+        path: Whatever `sources.open_model` opens.
+        seal: Add SHA-256 to ema.json, atomically, if nothing is wrong. `Verdict.unsealed` says why
+            it could not be added.
+        bar: Shows the progress.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
     """
     verdict = Verdict(str(path))
     try:
-        where = find(path)
-        if native(where):
-            _verify(where, verdict, seal, bar)
-        else:
-            _verify_other(where, verdict, seal, bar)
+        _verify(find(path), verdict, seal, bar)
     except FileNotFoundError:
         if not Path(path).exists():
             raise
@@ -76,50 +82,76 @@ def _verify(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
         report = report_on(path)
     except ValueError as error:
         verdict.problems.append(str(error))
-        verdict.problems.extend(text for text in _broken(path) if text != str(error))
+        broken = (sentence(each) for each in _broken(path))
+        verdict.problems.extend(text for text in broken if text != str(error))
         return
-    folder = path if path.is_dir() else path.parent
-    verdict.kind, sums = report.kind, _sums_of(path, report)
-    verdict.weights = sum(len(file.entries) for file in report.files.values())
+    verdict.kind = report.kind
     verdict.problems.extend(
         f"{path / manifest.META} is not sound: {problem}." for problem in report.problems
     )
     if not report.problems:
         verdict.problems.extend(_strays(path, report))
-    verdict.bytes = sum(file.size for file in report.files.values())
+    totals = [average.total for average in report.averages]
+    verdict.weights = sum(total.weights for total in totals)
+    verdict.bytes = sum(file.size for file in report.files.values()) or totals[0].bytes
     with bar(verdict.bytes) as tick:
-        for name, file in report.files.items():
-            _verify_file(folder / name, name, file, sums[name], seal, verdict, tick)
-    verdict.sums = sorted({kind for recorded in sums.values() for kind in recorded})
+        if report.kind == "other":
+            _verify_values(path, verdict, tick)
+        else:
+            _verify_files(path, report, verdict, seal, tick)
     if seal:
         _seal(path, report, verdict)
 
 
+def _verify_values(path: Path, verdict: Verdict, tick: Tick) -> None:
+    """Not safetensors: nothing was summed, so values are all that can be looked at."""
+    with open_model(path) as model:
+        for name, entry in model.entries.items():
+            found = Counter[str]()
+            for raw in windows(model, name):
+                found += _not_finite(raw, entry.dtype)
+                tick(len(raw))
+            _note(verdict, name, found)
+
+
+def _verify_files(
+    path: Path, report: ModelReport, verdict: Verdict, seal: bool, tick: Tick
+) -> None:
+    folder, sums = path if path.is_dir() else path.parent, _sums_of(path, report)
+    for name, file in report.files.items():
+        _verify_file(folder / name, name, file, sums[name], seal, verdict, tick)
+    verdict.sums = sorted({kind for recorded in sums.values() for kind in recorded})
+
+
 def _sums_of(path: Path, report: ModelReport) -> dict[str, dict[str, str]]:
-    """The sums of each file in ema.json. One file may have them in the ema.json that lies beside it."""
+    """The sums of each file in ema.json; for one file, in the ema.json that lies beside it."""
     beside = manifest.read(path.parent) if path.is_file() else None
     return {name: (beside or report.manifest).sums_of(name) for name in report.files}
 
 
-def _broken(path: Path) -> Iterator[str]:
+def _weight_files(path: Path) -> list[Path]:
+    """Every .safetensors file where averages lie in a folder."""
+    return sorted([*path.glob("*.safetensors"), *path.glob("averages/*/*.safetensors")])
+
+
+def _broken(path: Path) -> Iterator[Exception]:
     """What is wrong with each file of a folder by itself."""
-    if not path.is_dir():
-        return
-    for each in sorted([*path.glob("*.safetensors"), *path.glob("averages/*/*.safetensors")]):
+    for each in _weight_files(path):
         try:
             safetensors.read_header(each)
         except (OSError, ValueError) as error:
-            yield sentence(error)
+            yield error
 
 
 def _strays(path: Path, report: ModelReport) -> Iterator[str]:
     """Files that another loader would take for the model, or for a part of it."""
-    if not path.is_dir():
-        return
-    for each in sorted([*path.glob("*.safetensors"), *path.glob("averages/*/*.safetensors")]):
+    for each in _weight_files(path):
         name = each.relative_to(path).as_posix()
         if safetensors.is_model_name(each.name) and name not in report.files:
-            yield f"{each} is no part of the model, but some loaders would take it for one. Move it away."
+            yield (
+                f"{each} is no part of the model, but some loaders would take it for one. Move it "
+                "away."
+            )
     for average in report.averages if report.has_manifest else ():
         inside = path / "averages" / average.label if average.label else path
         index = safetensors.find_model(inside)
@@ -148,16 +180,17 @@ def _verify_file(
         for weight, entry in sorted(
             file.entries.items(), key=lambda item: (item[1].begin, item[1].end)
         ):
-            count = _Count(entry.dtype)
-            for raw in _of_weight(fd, path, len(file.head), entry):
+            count = Counter[str]()
+            base = len(file.head)
+            for begin in range(entry.begin, entry.end, WINDOW):
+                raw = read_at(fd, path, base + begin, base + min(begin + WINDOW, entry.end))
                 crc = zlib.crc32(raw.data, crc)
                 if sha is not None:
                     sha.update(raw.data)
-                count.add(raw)
+                count += _not_finite(raw, entry.dtype)
                 tick(len(raw))
-            count.into(
-                verdict, weight if "/" not in name else f"{Path(name).parent.as_posix()}: {weight}"
-            )
+            inside = name.rpartition("/")[0]
+            _note(verdict, f"{inside}: {weight}" if inside else weight, count)
     finally:
         os.close(fd)
     found = {"crc32": f"{crc:08x}"} | ({"sha256": sha.hexdigest()} if sha is not None else {})
@@ -169,32 +202,23 @@ def _verify_file(
     )
 
 
-def _of_weight(fd: int, path: Path, base: int, entry: safetensors.Entry) -> Iterator[Bytes]:
-    for begin in range(entry.begin, entry.end, WINDOW):
-        yield read_at(fd, path, base + begin, base + min(begin + WINDOW, entry.end))
+def _not_finite(raw: Bytes, dtype: str) -> Counter[str]:
+    """How many values are NaN, and how many infinite."""
+    if dtype not in (*FLOATS, "C64") or finite(raw, dtype) * safetensors.ITEMSIZE[dtype] == len(
+        raw
+    ):
+        return Counter()
+    values = widen(raw, "F32" if dtype == "C64" else dtype)
+    return Counter(nan=int(np.isnan(values).sum()), inf=int(np.isinf(values).sum()))
 
 
-class _Count:
-    """NaN and infinite values of one weight."""
-
-    def __init__(self, dtype: str) -> None:
-        self._dtype, self.nan, self.inf = dtype, 0, 0
-
-    def add(self, raw: Bytes) -> None:
-        if self._dtype not in (*FLOATS, "C64"):
-            return
-        if finite(raw, self._dtype) == len(raw) // safetensors.ITEMSIZE[self._dtype]:
-            return
-        values = widen(raw, "F32" if self._dtype == "C64" else self._dtype)
-        self.nan += int(np.isnan(values).sum())
-        self.inf += int(np.isinf(values).sum())
-
-    def into(self, verdict: Verdict, weight: str) -> None:
-        if self.nan or self.inf:
-            verdict.not_finite[weight] = {"nan": self.nan, "inf": self.inf}
-            verdict.problems.append(
-                f"{verdict.path}: {weight} holds {self.nan:,} NaN and {self.inf:,} infinite values."
-            )
+def _note(verdict: Verdict, weight: str, found: Counter[str]) -> None:
+    if found:
+        nan, inf = found["nan"], found["inf"]
+        verdict.not_finite[weight] = {"nan": nan, "inf": inf}
+        verdict.problems.append(
+            f"{verdict.path}: {weight} holds {nan:,} NaN and {inf:,} infinite values."
+        )
 
 
 def _seal(path: Path, report: ModelReport, verdict: Verdict) -> None:
@@ -233,19 +257,3 @@ def _replace(where: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):  # it says what the first error says
             new.unlink()
-
-
-def _verify_other(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
-    """Not safetensors: nothing was summed, so values are all that can be looked at."""
-    with open_model(path) as model:
-        verdict.kind, verdict.weights = "other", len(model.entries)
-        verdict.bytes = sum(entry.nbytes for entry in model.entries.values())
-        with bar(verdict.bytes) as tick:
-            for name, entry in model.entries.items():
-                count = _Count(entry.dtype)
-                for raw in windows(model, name):
-                    count.add(raw)
-                    tick(len(raw))
-                count.into(verdict, name)
-    if seal and verdict.sound:
-        verdict.unsealed = f"{path} has no {manifest.META} to seal: export it first."

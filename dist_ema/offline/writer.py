@@ -1,4 +1,7 @@
-"""A model written to files by one process: streaming, summed, and seen under its name only when it is whole. No torch."""
+"""A model written to files by one process: streaming, summed, under its name only when whole.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +18,54 @@ from typing import Any
 from ..checkpoint import atomic, manifest, safetensors
 from ..checkpoint.manifest import Manifest, is_resumable
 from ..dtypes import Bytes
+from ..text import size_of
 
-__all__ = ["Model", "refuse_place", "refuse_target", "write"]
+__all__ = ["Model", "lay_out", "refuse_place", "refuse_target", "write"]
 
 
 @dataclass(frozen=True)
 class Model:
-    """What to write: the laid-out files by name, other files beside them, and ema.json (its `files` is filled in)."""
+    """What to write; of a folder also the index, what lies beside the weights, and ema.json.
+
+    index: its name, where there are several files.
+    beside: name -> content, or a file to copy.
+    manifest: without `files`, which the writer fills in.
+    """
 
     files: dict[str, safetensors.SafetensorsFile]
-    index: str | None = None  # the index's name, where there are several files
-    beside: Mapping[str, bytes | Path] = field(
-        default_factory=dict
-    )  # name -> content, or a file to copy
+    index: str | None = None
+    beside: Mapping[str, bytes | Path] = field(default_factory=dict)
     manifest: Manifest | None = None
+
+
+def lay_out(
+    out: Path,
+    entries: dict[str, safetensors.Entry],
+    aliases: Mapping[str, str],
+    max_shard_size: int | str | None = None,
+    order: Sequence[str] | None = None,
+) -> dict[str, safetensors.SafetensorsFile]:
+    """The files of a model, by name: those of a folder, or one if `out` ends in .safetensors.
+
+    Args:
+        out: The folder or file to write.
+        entries: Dtype and shape of each weight.
+        aliases: Further name -> weight. One file has them in its header, for want of an ema.json.
+        max_shard_size: Of each file in a folder, by default 5 GB.
+        order: Of the weights in the one file, by default our own.
+
+    Raises:
+        ValueError: `max_shard_size` is none, or is asked of one file that is larger.
+    """
+    if out.suffix != ".safetensors":
+        return safetensors.plan(entries, "5GB" if max_shard_size is None else max_shard_size)
+    total = sum(entry.nbytes for entry in entries.values())
+    if max_shard_size is not None and total > size_of(max_shard_size):
+        raise ValueError(
+            f"{out.name} is one file of {total} bytes, max_shard_size is {max_shard_size}. Name a "
+            "folder."
+        )
+    return {out.name: safetensors.header(entries, dict(aliases), order)}
 
 
 def refuse_place(read: str | Path, out: str | Path) -> None:
@@ -43,9 +80,9 @@ def refuse_place(read: str | Path, out: str | Path) -> None:
 
 
 def refuse_target(path: Path, force: bool) -> None:
-    """Raise ValueError where `path` may not be written. With force only a model is replaced; what lies beside it stays.
+    """Raise ValueError where `path` may not be written. A link stands for what it leads to.
 
-    A link stands for what it leads to.
+    With force only a model is replaced; what lies beside it stays.
     """
     path = Path(os.path.realpath(path))
     if path.is_symlink():
@@ -65,7 +102,8 @@ def refuse_target(path: Path, force: bool) -> None:
         )
     elif is_resumable(path):
         raise ValueError(
-            f"{path} is an average to resume from: replaced, its clock would be lost. Choose another path."
+            f"{path} is an average to resume from: replaced, its clock would be lost. Choose "
+            "another path."
         )
 
 
@@ -78,17 +116,23 @@ def write(
     tick: Callable[[int], None] = lambda count: None,
     check: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write a folder, or one file if `path` ends in .safetensors. Atomic: a temporary sibling, synced, then renamed.
+    """Write a folder, or one file if `path` ends in .safetensors.
 
-    content: the bytes of a weight in order, in any windows; asked for once each, in the order of the files. tick: told
-    how many bytes were written. check: called when they are, and if it raises, nothing is put in place. *Cost*: what
-    content yields at a time.
+    Atomic: a temporary sibling is written, synced, and renamed.
+
+    Args:
+        path: Where it goes.
+        model: What is written.
+        content: Gives the bytes of a weight in order, in any windows. It is asked once for each
+            weight, in the order of the files.
+        force: Replace a model at `path`.
+        tick: Receives how many bytes were written.
+        check: Called when they are; if it raises, nothing is put in place.
+
+    Note:
+        *Cost*: what `content` yields at a time.
     """
     refuse_target(path, force)
-    if path.suffix == ".safetensors" and len(model.files) != 1:
-        raise ValueError(
-            f"{path} is one file, but max_shard_size asks for {len(model.files)}. Name a folder."
-        )
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.recover(path)
     atomic.remove_leftovers(path)
@@ -158,9 +202,11 @@ def _write_beside(folder: Path, model: Model, sums: dict[str, dict[str, Any]]) -
 
 
 def _keep_others(old: Path, new: Path) -> None:
-    """What lies in the folder beside the old model (config, tokenizer, a card) moves on with the new one."""
-    model = _names_of_model(old) | {manifest.META} if old.is_dir() else set()
-    for each in sorted(old.iterdir()) if old.is_dir() else ():
+    """What lies beside the old model (config, tokenizer, model card) moves on with the new one."""
+    if not old.is_dir():
+        return
+    model = _names_of_model(old) | {manifest.META}
+    for each in sorted(old.iterdir()):
         if each.name in model or (new / each.name).exists():
             continue
         if each.is_dir() and not each.is_symlink():
@@ -170,7 +216,7 @@ def _keep_others(old: Path, new: Path) -> None:
 
 
 def _names_of_model(folder: Path) -> set[str]:
-    """The weights' files and index: what an index or ema.json names, and what Hugging Face's names give away."""
+    """The files and index of the weights, by Hugging Face's names and by the index itself."""
     names = {each.name for each in folder.iterdir() if safetensors.is_model_name(each.name)}
     with contextlib.suppress(OSError, ValueError):  # damaged: the usual names have to do
         names |= {safetensors.find_model(folder), *safetensors.read_model(folder)}
@@ -178,7 +224,7 @@ def _names_of_model(folder: Path) -> set[str]:
 
 
 def _link(old: str | Path, new: str | Path) -> None:
-    """The same file under both names until the old folder goes; a copy where the file system has no links."""
+    """The same file under both names until the old folder goes; a copy where there are no links."""
     try:
         os.link(old, new, follow_symlinks=False)
     except OSError:

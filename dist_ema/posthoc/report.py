@@ -82,7 +82,7 @@ def reconstruct(
     folders: bool = False,
     at: float | None = None,
     dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str | None = None,
     force: bool = False,
     plot: str | None = None,
     progress: Callable[[str, int], Any],

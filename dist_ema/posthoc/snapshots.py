@@ -124,7 +124,7 @@ class Snapshots:
         *,
         at: float | None = None,
         dtype: str | None = None,
-        max_shard_size: int | str = "5GB",
+        max_shard_size: int | str | None = None,
         force: bool = False,
         tick: Callable[[int], None] = lambda count: None,
     ) -> None:
@@ -138,7 +138,7 @@ class Snapshots:
             fit: From `fit`.
             at: The clock of the moment.
             dtype: Of floating weights ('F32', 'BF16' ...); None takes the model's own.
-            max_shard_size: Of each file.
+            max_shard_size: Of each file in a folder, by default 5 GB.
             force: Replace a model at `out`.
             tick: Receives the number of bytes written.
 
@@ -150,12 +150,13 @@ class Snapshots:
             (each, weight) for each, weight in zip(self.stored, fit.weights, strict=True) if weight
         ]
         newest = chosen[-1][0]
+        rest = open_model(newest.snapshot)
+        terms = [(open_model(each.files), weight) for each, weight in chosen]
+        models = [model for model, _ in terms]
         with ExitStack() as stack:
-            rest = stack.enter_context(open_model(newest.snapshot))
-            terms = [
-                (stack.enter_context(open_model(each.files)), weight) for each, weight in chosen
-            ]
-            self._refuse_mixed([each for each, _ in chosen], [model for model, _ in terms], rest)
+            for model in (rest, *models):
+                stack.enter_context(model)
+            self._refuse_mixed([each for each, _ in chosen], models, rest)
             names = [name for name, entry in rest.entries.items() if blend.numeric(entry.dtype)]
             dtypes = {name: dtype or _kind(newest.dtypes.get(name), rest, name) for name in names}
             mixture = blend.Blend(terms, rest, frozenset(newest.averaged), dtypes)
@@ -197,7 +198,7 @@ def reconstruct(
     target: Schedule | None = None,
     at: float | None = None,
     dtype: str | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     force: bool = False,
 ) -> Fit:
     """Write the average that a schedule would have tracked.
@@ -209,7 +210,7 @@ def reconstruct(
         target: The schedule to imitate.
         at: The clock at the end of the average, by default of the last snapshot.
         dtype: Of floating weights ('F32', 'BF16' ...), by default the model's own.
-        max_shard_size: Of each file in a folder.
+        max_shard_size: Of each file in a folder, by default 5 GB.
         force: Replace a model at `out`.
 
     Returns:
