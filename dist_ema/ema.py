@@ -365,8 +365,9 @@ class EMA:
             which: Of several averages, by number or schedule, here and in the other verbs.
 
         Raises:
-            RuntimeError: Inside another swap, or the model cannot be reached. If a broadcast to
-                replicas fails, the swap stays open, and the EMA refuses every verb.
+            RuntimeError: Inside another swap of this EMA, or the model cannot be reached. At the
+                exit: the swap of another EMA that was entered inside is still open. If a broadcast
+                to replicas fails, the swap stays open, and the EMA refuses every verb.
 
         Note:
             *Cost*: 4 MB where shadow and weight have one dtype, else a copy of this rank's shard.
@@ -384,9 +385,10 @@ class EMA:
         finally:
             try:
                 if entered:
+                    self.weights.swaps.refuse_covered()
                     self._restore_swap(average, swap, error)
             finally:
-                swap.undo()
+                self.weights.swaps.when_outermost(swap.undo)
 
     @_outside_autograd
     def _prepare_swap(self, which: Which) -> tuple[Average, WeightSwap]:

@@ -61,6 +61,15 @@ def loaded(m: Net) -> None:
     m.load_state_dict({name: value + 1 for name, value in m.state_dict().items()})
 
 
+def assigned(m: Net) -> None:
+    """A storage that moves with other values: `vector_to_parameters`, a cast there and back."""
+    m.body.weight.data = m.body.weight.data + 1
+
+
+def frozen_assigned(m: Net) -> None:
+    m.frozen.weight.data = m.frozen.weight.data.round()
+
+
 WRITES: dict[str, tuple[Callable[[Any], None], str]] = {
     "max_norm": (renormed, "emb.weight"),
     "merge left merged": (merged, "frozen.weight"),
@@ -70,6 +79,8 @@ WRITES: dict[str, tuple[Callable[[Any], None], str]] = {
     "a row": (row_written, "lora"),
     "frozen bias": (frozen_bias, "frozen.bias"),
     "load_state_dict": (loaded, "body.weight"),
+    "data": (assigned, "body.weight"),
+    "frozen data": (frozen_assigned, "frozen.weight"),
 }
 OPTIONS: dict[str, Any] = {
     "fp32": (torch.float32, {}),
@@ -155,6 +166,7 @@ def test_a_pure_evaluation_names_nothing() -> None:
         model(torch.arange(6))
         model.train()
         model(torch.arange(6))
+        model.double().float()  # moves every storage, with the same values
 
 
 def test_gradients_inside_the_block_are_no_writes() -> None:
@@ -221,3 +233,25 @@ def test_the_docstring_of_swap_says_what_happens_to_writes_and_references() -> N
     text = " ".join((EMA.swap.__doc__ or "").split())
     assert "inside" in text
     assert "state_dict()" in text or "serialis" in text
+
+
+def test_swaps_that_are_left_in_another_order_are_named_and_restore_live() -> None:
+    """Two callbacks swap before an evaluation and restore after it, the first one first."""
+    model = Net()
+    outer, inner = EMA(model, 0.5), EMA(model, 0.9)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    outer.update()
+    inner.update()
+    live = copy.deepcopy(model.state_dict())
+    averages = [ema.gather() for ema in (outer, inner)]
+    first, second = outer.swap(), inner.swap()
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(RuntimeError, match="reverse order"):
+        first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert all(map(torch.equal, model.state_dict().values(), live.values()))
+    for ema, average in zip((outer, inner), averages, strict=True):
+        assert all(map(torch.equal, ema.gather().values(), average.values()))

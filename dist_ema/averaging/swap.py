@@ -190,7 +190,7 @@ class WeightSwap:
     def written(self) -> tuple[list[str], list[str]]:
         """The names of swapped weights and of others that were written since `watch`.
 
-        Weights whose storage moved are followed, and not named for that.
+        Weights whose storage moved are followed, and named if the new one holds other values.
 
         Raises:
             RuntimeError: A weight has another dtype, device, shape or order now.
@@ -199,9 +199,12 @@ class WeightSwap:
         others: list[str] = []
         for state, versions in zip(self._weights, self._versions, strict=True):
             if state.moved:
+                before = state.local
                 state.rebind()
-                versions = state.local._version, versions[1]
-            if _versions(state) != versions:
+                written = before._version != versions[0] or not _same_bits(before, state.local)
+            else:
+                written = _versions(state) != versions
+            if written:
                 (others if state.shadow is None else swapped).append(state.name)
         return swapped, others
 

@@ -11,7 +11,9 @@ weights alive, so none is used twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
+from functools import partial
 from weakref import WeakSet
 
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch import Tensor
 __all__ = ["SwapRegistry"]
 
 _REGISTRIES: WeakSet[SwapRegistry] = WeakSet()
+_OPENINGS = itertools.count(1)
 
 
 class SwapRegistry:
@@ -28,6 +31,8 @@ class SwapRegistry:
         self.open = False  # the model holds one of our averages
         self.open_beside = 0  # averages of the same weights that have a swap open
         self.writes = 0  # times that a swap, ours or theirs, wrote the weights
+        self._opened = 0  # when our swap was opened, counted over all of them
+        self._waiting: list[Callable[[], None]] = []  # for our swap, which covers theirs
         self._weights: frozenset[int] = frozenset()
         self._related: WeakSet[SwapRegistry] = WeakSet()
         _REGISTRIES.add(self)
@@ -59,6 +64,34 @@ class SwapRegistry:
             other.writes += 1
             other.open_beside += 0 if other is self else open_now - self.open
         self.open = open_now
+        if open_now:
+            self._opened = next(_OPENINGS)
+            return
+        waiting, self._waiting = self._waiting, []
+        for finish in waiting:
+            finish()
+
+    def refuse_covered(self) -> None:
+        """Raise RuntimeError where a swap that was entered inside ours is still open."""
+        if self._inner() is not None:
+            raise RuntimeError(
+                "ema.swap() was left before the swap of another EMA that was entered inside it. "
+                "Leave swaps in the reverse order; live weights are restored when the inner one is "
+                "left."
+            )
+
+    def when_outermost(self, finish: Callable[[], None]) -> None:
+        """Call `finish` now, or when no swap is open inside ours any more."""
+        inner = self._inner()
+        if inner is None:
+            finish()
+        else:
+            inner._waiting.append(partial(self.when_outermost, finish))
+
+    def _inner(self) -> SwapRegistry | None:
+        """An open swap that was entered inside ours: it holds our average as live weights."""
+        later = [other for other in self._related if other.open and other._opened > self._opened]
+        return later[0] if self.open and later else None
 
     def any_open(self, tensors: Iterable[Tensor]) -> bool:
         """Some average in this process has swapped one of these weights or buffers."""
