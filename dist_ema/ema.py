@@ -779,41 +779,38 @@ class EMA:
         weights = self.weights
         weights.refuse("ema.state_dict", Reads.WHOLE_MODEL)
         weights.ready()
-        states = {
-            average.name: dcp.state(average.averaged, average.floating_buffers, average.own_buffers)
-            for average in weights.averages
-        }
         clock = [float(value) for value in weights.clock_to_dict().values()]
-        return {"averages": states, "clock": torch.tensor(clock, dtype=torch.float64)}
+        return {
+            "averages": dcp.Averages(weights.averages),
+            "clock": torch.tensor(clock, dtype=torch.float64),
+        }
 
     @_outside_autograd
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave and DCP filled, or full weights by name. *Collective*.
+
+        An average that was saved with another schedule goes on with that of this EMA, and a
+        warning names both.
 
         Raises:
             ValueError: Something is missing or does not fit (RuntimeError on other ranks). Nothing
                 has changed then.
         """
         weights = self.weights
-        matched: list[tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]] = []
         clock: dict[str, Any] = {}
 
-        def check() -> None:
-            given = state.get("averages", {})
-            missing = [average.name for average in weights.averages if average.name not in given]
-            if missing or "clock" not in state:
-                raise ValueError(
-                    f"the state_dict of the EMA lacks {', '.join(missing) or 'clock'}."
-                )
+        def check() -> tuple[list[dcp.Matched], list[str]]:
+            if "clock" not in state:
+                raise ValueError("the state_dict of the EMA lacks clock.")
             clock.update(zip(weights.clock_to_dict(), state["clock"].tolist(), strict=True))
             Clock().set(clock)
-            matched.extend(
-                dcp.match(given[average.name], average.averaged, average.floating_buffers)
-                for average in weights.averages
-            )
+            return dcp.match_all(state.get("averages", {}), weights.averages)
 
         self._enter("load_state_dict", Reads.SHADOWS)
-        self._ranks.run_on_all("load_state_dict", check)
+        matches: list[tuple[list[dcp.Matched], list[str]]] = []
+        self._ranks.run_on_all("load_state_dict", lambda: matches.append(check()))
+        matched, remarks = matches[0]
+        self._warn_each(remarks)
         for average, (copies, own_buffers) in zip(weights.averages, matched, strict=True):
             for shadow, value in copies:
                 shadow.copy_(value)

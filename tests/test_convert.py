@@ -416,17 +416,15 @@ def test_dcp(call: Call, tmp_path: Path) -> None:
     assert call(tmp_path / "dcp", "--list")[1].endswith("\n\nleft unread: step\n")
     code, _, err = call(tmp_path / "dcp", tmp_path / "x")
     assert code == 1
-    assert "several averages: ema.averages.Constant(decay=0.5) (dist-ema" in err
-    assert (
-        call(tmp_path / "dcp", tmp_path / "out", "--key", "ema.averages.Constant(decay=0.5)")[0]
-        == 0
-    )
+    assert "several averages: ema.averages.average_0 (dist-ema" in err
+    assert call(tmp_path / "dcp", tmp_path / "out", "--key", "ema.averages.average_0")[0] == 0
     found, meta = model(tmp_path / "out")
     want = ema.gather()
     equal(found, {name: want[name] for name in module.state_dict()})
     assert meta["extra"]["converted"]["clock"]["updates"] == 1
+    assert meta["extra"]["converted"]["schedule"] == "Constant(decay=0.5)"
     assert "norm.num_batches_tracked" in found
-    key = ("--key", "ema.averages.Constant(decay=0.9)", "--averaged-only", "--from", "dcp")
+    key = ("--key", "ema.averages.average_1", "--averaged-only", "--from", "dcp")
     assert call(tmp_path / "dcp", tmp_path / "part", *key)[0] == 0
     found, meta = model(tmp_path / "part")
     assert meta["weights"] == "averaged"

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import pickle
+from concurrent.futures import Future
+from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed._state_dict_utils import _create_cpu_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from dist_ema import EMA, Uniform
+from dist_ema import EMA, HalfLife, Uniform
 from dist_ema.checkpoint.dcp import FlatRange
 from tests._oracle import Training
 from tests._ranks import raises, run_ranks
+from tests.data import make_golden as golden
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 CHAIN = [("ddp", 2), ("fsdp1 flat", 3), ("fsdp2", 2), ("none", 1), ("hsdp", 4), ("ddp whole", 2)]
 ASYNC = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 
@@ -63,7 +74,7 @@ def test_saved_and_resharded_under_every_wrapper(tmp_path: Path) -> None:
 def refuse_arithmetic() -> None:
     _, ema = build("ddp")
     state = ema.state_dict()
-    part = state["averages"]["Uniform()"]
+    part = state["averages"]["average_0"]
     ranges = [value for value in part["weights"].values() if isinstance(value, FlatRange)]
     assert ranges, "with two ranks some weight is cut"
     with raises(RuntimeError, "only for torch.distributed.checkpoint"):
@@ -71,11 +82,11 @@ def refuse_arithmetic() -> None:
     assert "elements of" in repr(ranges[0])
     ema.load_state_dict(state)
     with raises(ValueError, "lacks scale, core.emb.weight"):
-        ema.load_state_dict(state | {"averages": {"Uniform()": part | {"weights": {}}}})
+        ema.load_state_dict(state | {"averages": {"average_0": part | {"weights": {}}}})
     with raises(ValueError, "lacks Uniform()"):
         ema.load_state_dict(state | {"averages": {}})
     whole = {name: torch.full(tuple(value.shape), 2.0) for name, value in part["weights"].items()}
-    ema.load_state_dict(state | {"averages": {"Uniform()": part | {"weights": whole}}})
+    ema.load_state_dict(state | {"averages": {"average_0": part | {"weights": whole}}})
     full = ema.gather()
     assert all((full[name] == 2).all() for name in full if name in ema.names())
     odd = {name: torch.full(tuple(value.shape), 3.0) for name, value in part["weights"].items()}
@@ -84,7 +95,7 @@ def refuse_arithmetic() -> None:
     with raises(
         ValueError if dist.get_rank() == 1 else RuntimeError, "(2, 2, 2) in the state_dict"
     ):
-        ema.load_state_dict(state | {"averages": {"Uniform()": part | {"weights": odd}}})
+        ema.load_state_dict(state | {"averages": {"average_0": part | {"weights": odd}}})
     again = ema.gather()
     assert all(torch.equal(again[name], full[name]) for name in full), (
         "nothing was written on any rank"
@@ -112,3 +123,137 @@ def test_one_process_gets_plain_tensors(tmp_path: Path) -> None:
         for a, b in zip(ema.gather().values(), again.gather().values(), strict=True)
     )
     assert again.now == 1
+
+
+def save_staged(folder: str) -> None:
+    """Each of torch's stagers, twice: the second copy goes into the buffers of the first."""
+    run, ema = build("ddp")
+    ema.attach(run.optimizer)
+    scalars = [
+        type(value)
+        for value in ema.state_dict()["averages"]["average_0"]["weights"].values()
+        if value.dim() == 0
+    ]
+    assert scalars == [FlatRange if dist.get_rank() else torch.Tensor], "not on this rank"
+    options = {"use_pinned_memory": False, "use_non_blocking_copy": False}
+    stagers: dict[str, Any] = {
+        "blocking": BlockingAsyncStager(),
+        "cached": BlockingAsyncStager(cache_staged_state_dict=True),
+        "shared": BlockingAsyncStager(cache_staged_state_dict=True),
+    }
+    if ASYNC:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        stagers["default"] = DefaultStager(StagingOptions(use_async_staging=False, **options))
+        stagers["thread"] = DefaultStager(StagingOptions(use_shared_memory=False, **options))
+    state = {"ema": ema.state_dict()}
+    # NOTE: without an accelerator torch cannot make the pinned buffers that it would keep.
+    stagers["cached"].state_dict_cache = _create_cpu_state_dict(state)
+    stagers["shared"].state_dict_cache = _create_cpu_state_dict(state, share_memory=True)
+    for name, stager in stagers.items():
+        for _ in range(2):
+            run.train(1)
+            staged = stager.stage({"ema": ema.state_dict()})
+        staged = staged.result() if isinstance(staged, Future) else staged
+        want = ema.gather()
+        run.train(1)
+        dcp.save(staged, checkpoint_id=f"{folder}/{name}")
+        if name in ("shared", "default"):  # as it is sent to a process that writes
+            staged = pickle.loads(ForkingPickler.dumps(staged))
+            dcp.save(staged, checkpoint_id=f"{folder}/{name}-sent")
+        for source in (name, f"{name}-sent") if name in ("shared", "default") else (name,):
+            _, other = build("ddp")
+            dcp.load({"ema": other}, checkpoint_id=f"{folder}/{source}")
+            full = other.gather()
+            assert [n for n in other.names() if full and not torch.equal(full[n], want[n])] == []
+
+
+@pytest.mark.multirank
+def test_staged_copies(tmp_path: Path) -> None:
+    """Guards the operators and attributes of a FlatRange, and that no rank writes a scalar it lacks."""
+    run_ranks(2, save_staged, str(tmp_path))
+
+
+def averaged(decays: Any, steps: int = 2) -> EMA:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 4)
+    ema = EMA(model, decays)
+    for _ in range(steps):
+        with torch.no_grad():
+            model.weight += 1
+        ema.update()
+    return ema
+
+
+def load(ema: EMA, folder: Path, planner: Any = None) -> None:
+    dcp.load({"ema": ema}, checkpoint_id=folder, no_dist=True, planner=planner)
+
+
+def weights(ema: EMA) -> list[torch.Tensor]:
+    return [ema.gather(which)["weight"].clone() for which in range(len(ema.weights.averages))]
+
+
+def equal(found: list[torch.Tensor], want: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_another_schedule_goes_on(tmp_path: Path) -> None:
+    """Averages are matched by schedule, then in order, and a warning names what differs."""
+    saved = averaged([0.5, HalfLife(3)])
+    first, second = weights(saved)
+    dcp.save({"ema": saved}, checkpoint_id=tmp_path, no_dist=True)
+    turned = averaged([HalfLife(3), 0.5], steps=0)
+    load(turned, tmp_path)
+    assert equal(weights(turned), [second, first])
+    assert turned.now == 2
+    other = averaged([Uniform(), 0.5], steps=0)
+    with pytest.warns(
+        UserWarning, match=r"averaged with HalfLife\(units=3\); this EMA goes on with Uniform\(\)"
+    ):
+        load(other, tmp_path)
+    assert equal(weights(other), [second, first])
+    alone = averaged(0.5, steps=0)
+    load(alone, tmp_path)
+    assert torch.equal(weights(alone)[0], first)
+    with pytest.raises(CheckpointException, match="holds 2 averages, this EMA has 3"):
+        load(averaged([0.1, 0.2, 0.3], steps=0), tmp_path)
+
+
+def test_a_checkpoint_without_an_average(tmp_path: Path) -> None:
+    """The error says what is there and what to do; a planner that loads what it finds does."""
+    ema = averaged(0.5)
+    state = {"model": torch.nn.Linear(3, 4).state_dict(), "step": 3}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(CheckpointException) as caught:
+        load(ema, tmp_path)
+    assert "holds no average of dist_ema, only model, step. Leave the EMA out" in str(caught.value)
+    load(ema, tmp_path, DefaultLoadPlanner(allow_partial_load=True))
+    assert ema.now == 2
+
+
+def test_keys_of_earlier_versions() -> None:
+    """They held the schedule. An equal schedule is found by it, another one where only one is left."""
+    case = golden.CASES["attach"]
+    folder = Path(__file__).parent / "data" / "golden" / "dcp"
+
+    def start(decays: list[float]) -> EMA:
+        return golden.ema_of(replace(case, decay=decays), golden.model_of(case))
+
+    same, other = start([0.75, 0.5]), start([0.5, 0.9])
+    load(same, folder)
+    with pytest.warns(UserWarning, match=r"with Constant\(decay=0.75\); .* Constant\(decay=0.9\)"):
+        load(other, folder)
+    name = same.names()[0]
+    for a, b in ((0, 1), (1, 0)):
+        assert torch.equal(same.gather(a)[name], other.gather(b)[name])
+    assert not torch.equal(same.gather(0)[name], same.gather(1)[name])
+    with pytest.raises(CheckpointException, match=r"Build the EMA with the saved schedules"):
+        load(start([0.1, 0.2]), folder)
+    state = same.state_dict()  # as torch.save kept it
+    for average in state["averages"].values():
+        del average["schedule"]
+    second, first = state["averages"].values()
+    averages = {"Constant(decay=0.5)": first, "Constant(decay=0.75)": second}
+    with pytest.warns(UserWarning, match=r"with Constant\(decay=0.75\); .* Constant\(decay=0.9\)"):
+        other.load_state_dict(state | {"averages": averages})
+    assert torch.equal(other.gather(1)[name], same.gather(0)[name])

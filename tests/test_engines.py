@@ -125,7 +125,7 @@ def play(
         elif action == "state":
             seen += [
                 value.clone()
-                for value in ema.state_dict()["averages"][repr(ema.schedule)]["weights"].values()
+                for value in ema.state_dict()["averages"]["average_0"]["weights"].values()
             ]
         elif action == "update":
             ema.update(2.0)

@@ -1,174 +1,421 @@
-"""Regions as torch.distributed.checkpoint sees them.
+"""The average as torch.distributed.checkpoint (DCP) sees it.
 
-DCP asks a tensor in a state_dict which chunks of the whole it holds (the protocol that DTensor implements too). A range of
-a weight is a handful of boxes, so flat shards save and reshard like any other, with no communication of ours.
+DCP asks a tensor in a state_dict which chunks of the whole it holds (the protocol that DTensor
+implements too). The region of a rank is a handful of boxes. So flat shards save and reshard like
+any other, and no rank sends anything.
+
+    averages.average_0.weights.NAME    the shadow
+    averages.average_0.buffers.NAME    every floating buffer
+    averages.average_0.own             1 for each buffer that the average has for itself
+    averages.average_0.schedule        JSON, padded with zeros to a fixed shape
+    clock                              the counters
+
+All values are tensors, because DCP pickles everything else.
+
+[Note: keys of DCP]  `dcp.load` calls `state_dict` before it opens the checkpoint, and refuses a
+key that the checkpoint lacks. So a key holds nothing that a resumed run may change. Earlier
+versions had the schedule's repr in the place of `average_0`. `Averages` reads those too.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadPlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
+from ..averaging.inventory import Average
+from ..schedules import Schedule, from_dict
 from ..sharding.geometry import boxes_with_data
 from ..sharding.ownership import ParamState
 from ..sharding.records import Region
+from .reader import match_schedules
 
-__all__ = ["FlatRange", "match", "state", "whole"]
+__all__ = ["Averages", "FlatRange", "match", "match_all", "state", "whole"]
+
+SCHEDULE_BYTES = 1024  # the shape must not depend on the schedule
+
+Blocks = list[tuple[tuple[int, ...], Tensor]]  # (offsets, elements in the block's shape)
+Matched = tuple[
+    list[tuple[Tensor, Tensor]], dict[str, Tensor]
+]  # (shadow, value) pairs, own buffers
+
+
+# --- a region of a weight ------------------------------------------------------------------------
 
 
 class FlatRange(Tensor):
-    """The boxes of a weight that this rank averages, as one entry of a state_dict. *Aliases* the shadow.
+    """The boxes of a weight that this rank averages, as one entry of a state_dict.
 
-    It is a handle for DCP, with the shape of the full weight and none of its memory; arithmetic on it raises.
+    It is a handle for DCP with the shape of the full weight and none of its memory. It can be
+    staged (copied, shared, pickled); arithmetic on it raises.
+
+    Note:
+        *Aliases* the shadow.
     """
 
-    blocks: list[tuple[tuple[int, ...], Tensor]]  # (offsets, elements in the block's shape)
-    writes: bool  # some other rank writes the same elements if not
+    blocks: Blocks
+    writes: bool  # False: another rank writes the same elements
 
     @staticmethod
     def __new__(
         cls,
-        shape: tuple[int, ...],
-        like: Tensor,
-        blocks: list[tuple[tuple[int, ...], Tensor]],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        blocks: Blocks,
         writes: bool,
     ) -> FlatRange:
-        self: FlatRange = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=like.dtype, device=like.device
-        )  # type: ignore[attr-defined]
+        self: FlatRange = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=dtype, device=device
+        )
         self.blocks, self.writes = blocks, writes
         return self
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         return [
             WriteItem(
-                index=MetadataIndex(fqn, torch.Size(offsets), i),
+                index=MetadataIndex(fqn, chunk.offsets, i),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(torch.Size(offsets), view.size()),
-                    properties=TensorProperties.create_from_tensor(view),
+                    chunk=chunk,
+                    properties=TensorProperties.create_from_tensor(self.blocks[i][1]),
                     size=self.size(),
                 ),
             )
-            for i, (offsets, view) in enumerate(self.blocks if self.writes else [])
+            for i, chunk in enumerate(self.__create_chunk_list__() if self.writes else [])
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [
-            ChunkStorageMetadata(torch.Size(offsets), view.size()) for offsets, view in self.blocks
+            ChunkStorageMetadata(torch.Size(offsets), data.size()) for offsets, data in self.blocks
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(view for offsets, view in self.blocks if torch.Size(offsets) == index.offset)
+        return next(data for offsets, data in self.blocks if torch.Size(offsets) == index.offset)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        held = sum(view.numel() for _, view in self.blocks)
+        held = sum(data.numel() for _, data in self.blocks)
         return f"FlatRange({held} of {self.numel()} elements of {tuple(self.shape)}, {self.dtype})"
+
+    def share_memory_(self) -> FlatRange:
+        """Move the blocks into shared memory, for a process that writes the checkpoint."""
+        for _, data in self.blocks:
+            data.share_memory_()
+        return self
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        # NOTE: async_save stages with new_empty and then copies the attributes.
-        if func is torch.ops.aten.new_empty.default:
-            return cls(tuple(args[0].shape), args[0], [], False)
-        if func is torch.ops.aten.detach.default:
-            return cls(tuple(args[0].shape), args[0], args[0].blocks, args[0].writes)
-        raise RuntimeError(
-            f"{func} on a part of an average: a FlatRange is only for torch.distributed.checkpoint."
+        if str(func) not in _STAGING:
+            raise RuntimeError(
+                f"{func} on a part of an average: a FlatRange is only for "
+                "torch.distributed.checkpoint."
+            )
+        return _STAGING[str(func)](*args, **(kwargs or {}))
+
+
+# NOTE: the signatures below are those of the operators that torch's stagers call.
+
+
+def _with_blocks(source: FlatRange, device: Any, take: Callable[[Tensor], Tensor]) -> FlatRange:
+    blocks = [(offsets, take(data)) for offsets, data in source.blocks]
+    return FlatRange(source.shape, source.dtype, device or source.device, blocks, source.writes)
+
+
+def _detach(source: FlatRange) -> FlatRange:
+    return _with_blocks(source, None, Tensor.detach)
+
+
+def _new_empty(source: FlatRange, size: Any, *, device: Any = None, **_: Any) -> FlatRange:
+    """The stager sets the attributes afterwards."""
+    return FlatRange(source.shape, source.dtype, device or source.device, [], False)
+
+
+def _zeros_like(source: FlatRange, *, device: Any = None, **_: Any) -> FlatRange:
+    return _with_blocks(source, device, lambda data: torch.zeros_like(data, device=device))
+
+
+def _copied(source: FlatRange, *, device: Any = None, **_: Any) -> FlatRange:
+    return _with_blocks(source, device, lambda data: data.to(device or data.device, copy=True))
+
+
+def _copy_into(target: Tensor, source: FlatRange, non_blocking: bool = False) -> Tensor:
+    if not isinstance(target, FlatRange):
+        # A stager keeps a plain tensor for every 0-dim entry, and DCP would write that of any rank.
+        if target.dim() or source.writes or not isinstance(source, FlatRange):
+            raise RuntimeError(f"{source!r} cannot be copied into a plain tensor.")
+        target.__class__ = FlatRange  # type: ignore[assignment]
+        target.blocks, target.writes = [], False  # type: ignore[attr-defined]
+        return target
+    for (_, data), (_, value) in zip(target.blocks, source.blocks, strict=True):
+        data.copy_(value, non_blocking=non_blocking)
+    return target
+
+
+_STAGING: dict[str, Callable[..., Tensor]] = {
+    "aten.detach.default": _detach,
+    "aten.new_empty.default": _new_empty,
+    "aten.zeros_like.default": _zeros_like,
+    "aten.clone.default": _copied,
+    "aten._to_copy.default": _copied,
+    "aten.copy_.default": _copy_into,
+}
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+class Averages(dict[str, Any]):
+    """average_0, average_1 ... -> `state` of that average.
+
+    While `dcp.load` asks for the keys, they are those of its checkpoint ([Note: keys of DCP]).
+    """
+
+    def __init__(self, averages: Sequence[Average]) -> None:
+        states = (state(each, each.floating_buffers) for each in averages)
+        super().__init__({f"average_{i}": each for i, each in enumerate(states)})
+        self._schedules = [each.schedule for each in averages]
+        self.saved_labels = list(self)  # as the checkpoint calls them
+
+    def items(self) -> Any:  # type: ignore[override]
+        metadata = _metadata_of_load()
+        if metadata is None:
+            return super().items()
+        keys = list(metadata.state_dict_metadata)
+        found = [match[1] for match in map(_OWN_KEY.search, keys) if match]
+        if not found:
+            others = ", ".join(sorted({key.split(".")[0] for key in keys})[:5])
+            raise ValueError(
+                f"the checkpoint holds no average of dist_ema, only {others or 'nothing'}. Leave "
+                "the EMA out of dcp.load() to start from the live weights, or name a checkpoint of "
+                'dcp.save({"ema": ema}).'
+            )
+        self.saved_labels = _labels_of(found, self._schedules)
+        # NOTE: DCP assigns what it iterates, so the dict may hold the saved labels by now, too.
+        states = (self[f"average_{i}"] for i in range(len(self.saved_labels)))
+        pairs = zip(self.saved_labels, states, strict=True)
+        return {label: _as_saved(label, state) for label, state in pairs}.items()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Copies and pickles are of a class that torch.load(weights_only=True) knows.
+        return OrderedDict, (), None, None, iter(super().items())
+
+
+_OWN_KEY = re.compile(r"(?:^|\.)averages\.(.+)\.own$")
+_LABEL = re.compile(r"average_[0-9]+")
+
+
+def _metadata_of_load() -> Metadata | None:
+    """The metadata of the checkpoint that a planner of `dcp.load` is about to read, else None.
+
+    NOTE: DCP gives a Stateful no way to see the checkpoint. So this looks for the planner up the
+    stack. Without one, or with one that loads what it finds, the keys are this version's.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        planner = frame.f_locals.get("self")
+        if isinstance(planner, LoadPlanner):
+            partial = getattr(planner, "allow_partial_load", False)
+            found = frame.f_locals.get("metadata", getattr(planner, "metadata", None))
+            return found if isinstance(found, Metadata) and not partial else None
+        frame = frame.f_back
+    return None
+
+
+def _labels_of(found: Collection[str], schedules: Sequence[Schedule]) -> list[str]:
+    """The key of a saved average for each schedule. Raises ValueError where that is not clear."""
+    labels = [f"average_{i}" for i in range(len(schedules))]
+    if any(map(_LABEL.fullmatch, found)):
+        if missing := [label for label in labels if label not in found]:
+            count = len(labels) - len(missing)
+            raise ValueError(
+                f"the checkpoint holds {count} averages, this EMA has {len(labels)}: build it with "
+                f"{count} schedules."
+            )
+        return labels
+    names = [repr(each) for each in schedules]
+    if not found:
+        raise ValueError(f"the state_dict of the EMA lacks {', '.join(names)}.")
+    unmatched = [name for name in dict.fromkeys(found) if name not in names]
+    missing = [name for name in names if name not in found]
+    if len(missing) > 1 or (missing and len(unmatched) != 1):
+        raise ValueError(
+            f"the checkpoint holds averages of {', '.join(found)}, this EMA has "
+            f"{', '.join(names)}. Build the EMA with the saved schedules, load, and save it with "
+            "this version; from then on any schedule can go on."
         )
+    return [name if name in found else unmatched[0] for name in names]
 
 
-def state(
-    averages: Sequence[ParamState], buffers: Sequence[ParamState], own: dict[str, Tensor]
-) -> dict[str, Any]:
-    """One average, only tensors, because DCP pickles everything else: the weights, every floating buffer, and which of
-    these are the average's own."""
-    now = {
-        slot.name: slot.local if slot.teacher_copy is None else slot.teacher_copy
-        for slot in buffers
+def _as_saved(label: str, state: dict[str, Any]) -> dict[str, Any]:
+    """Earlier versions saved no schedule beside the weights."""
+    if _LABEL.fullmatch(label):
+        return state
+    return {key: value for key, value in state.items() if key != "schedule"}
+
+
+# --- averages ------------------------------------------------------------------------------------
+
+
+def match_all(
+    saved: Mapping[str, Any], averages: Sequence[Average]
+) -> tuple[list[Matched], list[str]]:
+    """`match` for each average, with the saved one of the same schedule or the next in order.
+
+    Returns:
+        The matches, and a remark on every average that goes on with another schedule.
+    """
+    wanted = [each.schedule.to_dict() for each in averages]
+    labels = _labels_of(saved, [each.schedule for each in averages])
+    states = [saved[label] for label in labels]
+    recorded = [_schedule_of(*each) for each in zip(states, wanted, strict=True)]
+    order = match_schedules(recorded, wanted)
+    saved_labels = saved.saved_labels if isinstance(saved, Averages) else labels
+    names = [
+        repr(from_dict(recorded[k])) if _LABEL.fullmatch(saved_labels[k]) else saved_labels[k]
+        for k in order
+    ]
+    remarks = [
+        f"the checkpoint was averaged with {name}; this EMA goes on with {each.schedule!r}."
+        for name, each in zip(names, averages, strict=True)
+        if name != repr(each.schedule)
+    ]
+    matched = [
+        match(states[k], each, each.floating_buffers)
+        for k, each in zip(order, averages, strict=True)
+    ]
+    if order != sorted(order):  # values that alias other shadows would be overwritten
+        matched = [([(s, value.clone()) for s, value in copies], own) for copies, own in matched]
+    return matched, remarks
+
+
+def _schedule_of(state: Mapping[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """The schedule that an average was saved with; `default` where it is not recorded."""
+    if "schedule" not in state:
+        return default
+    found: dict[str, Any] = json.loads(bytes(state["schedule"].tolist()).rstrip(b"\0"))
+    return found
+
+
+def state(average: Average, buffers: Sequence[ParamState]) -> dict[str, Any]:
+    """One average as tensors: weights, buffers, which of them are its own, its schedule.
+
+    Note:
+        *Aliases* the shadows; buffers are copies.
+    """
+    own = average.own_buffers
+    live = {
+        each.name: each.local if each.teacher_copy is None else each.teacher_copy
+        for each in buffers
     }
-    held = {name: own.get(name, value).clone() for name, value in now.items()}
+    copies = {name: own.get(name, value).clone() for name, value in live.items()}
+    text = json.dumps(average.schedule.to_dict()).encode().ljust(SCHEDULE_BYTES, b"\0")
+    assert len(text) == SCHEDULE_BYTES, "a schedule is a few numbers"
     return {
         "weights": {
-            s.name: _entry(s, s.averaged_region, s.shadow) for s in averages if s.shadow is not None
+            each.name: _entry(each, each.averaged_region, each.shadow)
+            for each in average.averaged
+            if each.shadow is not None
         },
-        "buffers": {s.name: _entry(s, s.shard.local_region, held[s.name]) for s in buffers},
-        "own": torch.tensor([slot.name in own for slot in buffers], dtype=torch.uint8),
+        "buffers": {
+            each.name: _entry(each, each.shard.local_region, copies[each.name]) for each in buffers
+        },
+        "own": torch.tensor([each.name in own for each in buffers], dtype=torch.uint8),
+        "schedule": torch.tensor(list(text), dtype=torch.uint8),
     }
 
 
-def whole(slots: Sequence[ParamState], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One average under the names of the model's state_dict, tied ones included, frozen weights and buffers from live."""
+def whole(states: Sequence[ParamState], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One average under the names of the model's state_dict, aliases included.
+
+    Frozen weights and buffers are live.
+    """
     result: dict[str, Tensor] = {}
-    for slot in slots:
-        held = own.get(slot.name, slot.local).clone() if slot.shadow is None else slot.shadow
-        region = slot.averaged_region if slot.shadow is not None else slot.shard.local_region
-        result |= dict.fromkeys((slot.name, *slot.shard.aliases), _entry(slot, region, held))
+    for each in states:
+        if each.shadow is not None:
+            entry = _entry(each, each.averaged_region, each.shadow)
+        else:
+            entry = _entry(each, each.shard.local_region, own.get(each.name, each.local).clone())
+        result |= dict.fromkeys((each.name, *each.shard.aliases), entry)
     return result
 
 
-def _entry(slot: ParamState, region: Region, data: Tensor) -> Tensor:
-    """A plain tensor where this rank holds all of it, and is the one to say what it holds; else a FlatRange."""
-    blocks = [(box.offsets, part) for box, part in boxes_with_data(slot.shard, region, data)]
-    # NOTE: of plain tensors under one name DCP writes any rank's; a buffer's must be the first rank's.
-    if region.numel == math.prod(slot.shard.shape) and slot.shard.is_writer:
-        return blocks[0][1] if blocks else data.view(slot.shard.shape)
-    return FlatRange(slot.shard.shape, data, blocks, slot.saved_region.numel > 0)
+def _entry(state: ParamState, region: Region, data: Tensor) -> Tensor:
+    """A plain tensor where this rank holds all of the weight and writes it; else a FlatRange."""
+    shape = state.shard.shape
+    blocks = [(box.offsets, part) for box, part in boxes_with_data(state.shard, region, data)]
+    # NOTE: of plain tensors under one name DCP writes any rank's. A buffer's must be the writer's.
+    if region.numel == math.prod(shape) and state.shard.is_writer:
+        return blocks[0][1] if blocks else data.view(shape)
+    return FlatRange(shape, data.dtype, data.device, blocks, state.saved_region.numel > 0)
 
 
-def match(
-    state: dict[str, Any], averages: Sequence[ParamState], buffers: Sequence[ParamState]
-) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """What to copy into the shadows of one average, as (shadow, value) pairs of one shape, and the memory of its own
-    buffers among them. Nothing is written here. Raises ValueError for what is missing or does not fit."""
+def match(state: Mapping[str, Any], average: Average, buffers: Sequence[ParamState]) -> Matched:
+    """Pair the shadows of one average with the values of `state`. Nothing is written.
+
+    Returns:
+        (shadow, value) pairs of one shape, and the memory of the own buffers among them.
+
+    Raises:
+        ValueError: A value is missing or does not fit.
+    """
     missing = [key for key in ("weights", "buffers", "own") if key not in state]
-    missing = missing or [slot.name for slot in averages if slot.name not in state["weights"]]
+    weights = state.get("weights", {})
+    missing = missing or [each.name for each in average.averaged if each.name not in weights]
     if missing:
         raise ValueError(f"the state_dict of the EMA lacks {', '.join(missing[:5])}.")
     copies: list[tuple[Tensor, Tensor]] = []
-    for slot in averages:
-        assert slot.shadow is not None
-        copies += _fitting(slot, slot.averaged_region, slot.shadow, state["weights"][slot.name])
+    for each in average.averaged:
+        assert each.shadow is not None
+        copies += _pairs(each, each.averaged_region, each.shadow, weights[each.name])
     own = {}
-    for slot, flag in zip(buffers, state["own"].tolist(), strict=True):
-        into = slot.teacher_copy
+    for each, flag in zip(buffers, state["own"].tolist(), strict=True):
+        into = each.teacher_copy
         if into is None and flag:
-            into = own[slot.name] = slot.local.clone()
+            into = own[each.name] = each.local.clone()
         if into is not None:
-            copies += _fitting(slot, slot.shard.local_region, into, state["buffers"][slot.name])
+            copies += _pairs(each, each.shard.local_region, into, state["buffers"][each.name])
     return copies, own
 
 
-def _fitting(
-    slot: ParamState, region: Region, data: Tensor, value: Tensor
+def _pairs(
+    state: ParamState, region: Region, data: Tensor, value: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What of `value`, which `_entry` gave (here or in a run cut alike) or which is the full weight, goes into `data`."""
-    if tuple(value.shape) != slot.shard.shape:
+    """Pair `data` with `value`: the full weight, or what `_entry` gave for the same region."""
+    if tuple(value.shape) != state.shard.shape:
         raise ValueError(
-            f"{slot.name} is {tuple(value.shape)} in the state_dict, {slot.shard.shape} in the model."
+            f"{state.name} is {tuple(value.shape)} in the state_dict, {state.shard.shape} in the "
+            "model."
         )
-    given = (
-        {(o, tuple(part.shape)): part for o, part in value.blocks}
-        if isinstance(value, FlatRange)
-        else None
-    )
-    for box, part in boxes_with_data(slot.shard, region, data):
-        if given is None:
+    held: dict[Any, Tensor] | None = None
+    if isinstance(value, FlatRange):
+        held = {(offsets, tuple(part.shape)): part for offsets, part in value.blocks}
+    for box, part in boxes_with_data(state.shard, region, data):
+        if held is None:
             yield part, value[box.slices]
-        elif (box.offsets, box.sizes) in given:
-            yield part, given[box.offsets, box.sizes]
+        elif (box.offsets, box.sizes) in held:
+            yield part, held[box.offsets, box.sizes]
         else:
             raise ValueError(
-                f"{slot.name} in the state_dict is cut for another rank; load it through dcp.load."
+                f"{state.name} in the state_dict is cut for another rank; load it through dcp.load."
             )

@@ -29,7 +29,14 @@ from ..text import some
 from . import atomic, crc32, manifest, regular_file, safetensors
 from .torch_dtypes import DTYPES
 
-__all__ = ["LoadTarget", "OpenCheckpoint", "OpenFile", "load_file", "open_checkpoint"]
+__all__ = [
+    "LoadTarget",
+    "OpenCheckpoint",
+    "OpenFile",
+    "load_file",
+    "match_schedules",
+    "open_checkpoint",
+]
 
 WINDOW = 4 << 20  # bytes read at a time
 
@@ -215,7 +222,7 @@ def _plan_resume(
         raise ValueError(f"{path} holds {len(schedules)} averages, this EMA has {len(targets)}.")
     plans = []
     for k, target in zip(
-        _match_schedules(schedules, [t.schedule for t in targets]), targets, strict=True
+        match_schedules(schedules, [t.schedule for t in targets]), targets, strict=True
     ):
         if schedules[k] != target.schedule:
             remarks.append(
@@ -232,7 +239,7 @@ def _plan_resume(
     return plans
 
 
-def _match_schedules(saved: Sequence[Any], wanted: Sequence[Any]) -> list[int]:
+def match_schedules(saved: Sequence[Any], wanted: Sequence[Any]) -> list[int]:
     """For each wanted schedule the index of the equal saved one, else of the next unmatched one."""
     equal = [saved.index(each) if each in saved else None for each in wanted]
     left = (k for k in range(len(saved)) if k not in equal)

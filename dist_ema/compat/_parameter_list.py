@@ -199,9 +199,9 @@ class ParameterListAverage:
             names = ", ".join(sorted(known ^ found)[:5])
             raise ValueError(f"the average and what was given differ in {names}.")
         before, after = old.averages[0], ema.weights.averages[0]
-        state = dcp.state(before.averaged, before.buffers, before.own_buffers)
+        state = dcp.state(before, before.buffers)
         try:
-            copies, after.own_buffers = dcp.match(state, after.averaged, after.buffers)
+            copies, after.own_buffers = dcp.match(state, after, after.buffers)
         except ValueError as error:
             raise ValueError(
                 f"the average does not fit what was given: {error} A sharded average is gathered "

@@ -19,8 +19,9 @@ diffusers    shadow_params, a list without names, beside optimization_step     o
 torch-ema    shadow_params, a list without names, beside num_updates           num_updates
 mmengine     state_dict, where ema_state_dict holds steps and module.NAME: the steps
              hook exchanges the two, so ema_state_dict is the live model
-dist-ema     averages.SCHEDULE.weights.NAME beside clock: what EMA.state_dict  clock
-             gives to torch.distributed.checkpoint
+dist-ema     averages.LABEL.weights.NAME beside clock: what EMA.state_dict     clock
+             gives to torch.distributed.checkpoint; LABEL was the schedule
+             before it became average_0, average_1 ...
 raw          a table of tensors under a key that says so: ema, model_ema ...   numbers beside it
 """
 
@@ -34,7 +35,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..checkpoint.strict_json import parse_json
 from ..dtypes import NUMPY, Bytes
+from ..schedules import from_dict
 from ..sharding.names import canonical
 
 __all__ = ["KINDS", "FoundAverage", "Leaf", "at", "find", "name", "scalar", "without_wrappers"]
@@ -47,6 +50,7 @@ _AVERAGE = re.compile(r"(^|[_.])(ema|average|averaged|avg|swa|shadow|polyak|teac
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _CLOCK = ("now", "before", "steps", "updates", "pending", "started", "accepted")
 _MAX_DEPTH = 8
+_MOST_SCHEDULE = 1024  # bytes of JSON
 
 
 class Leaf(Protocol):
@@ -279,12 +283,25 @@ def _dist_ema(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAve
     if clock is None or (clock.dtype, clock.shape) != ("F64", (len(_CLOCK),)):
         return
     numbers = clock.read(0, 8 * len(_CLOCK)).view(np.float64).tolist()
-    for schedule, state in averages.items() if isinstance(averages, Mapping) else ():
+    for label, state in averages.items() if isinstance(averages, Mapping) else ():
         if isinstance(state, Mapping) and (weights := _leaves(state.get("weights"))):
+            schedule = _schedule_of(state) or label
             extra = {"schedule": schedule, "clock": dict(zip(_CLOCK, numbers, strict=True))}
-            where, why = _join(key, f"averages.{schedule}"), "averages and clock"
+            where, why = _join(key, f"averages.{label}"), "averages and clock"
             rest = _leaves(state.get("buffers"))
             yield FoundAverage(where, "dist-ema", weights, why, extra=extra, rest=rest)
+
+
+def _schedule_of(state: Mapping[str, Any]) -> str:
+    """The repr of the schedule beside the weights; '' where it is not recorded."""
+    leaf = _leaves(state).get("schedule")
+    if leaf is None or leaf.dtype != "U8" or len(leaf.shape) != 1:
+        return ""
+    text = leaf.read(0, min(leaf.shape[0], _MOST_SCHEDULE)).tobytes().rstrip(b"\0")
+    try:
+        return repr(from_dict(parse_json(text)))
+    except (AttributeError, TypeError, ValueError):
+        return ""
 
 
 def _raw(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
