@@ -146,7 +146,7 @@ HARMLESS = {
     "average", "averages", "copied", "child", "opt_state", "zero_grad", "add_param_group", "bn_update",
     "get_decay", "get_current_decay", "is_frozen", "model", "reset_num_updates", "update_attr",
     "from_pretrained", "save_pretrained", "init_ema", "register", "restore_ema_model_device",
-    "add_to_optimizer_post_step_hook", "n_averaged", "decay", "num_updates", "initted",
+    "add_to_optimizer_post_step_hook", "n_averaged", "decay", "num_updates", "initted", "collected_params",
 }  # fmt: skip
 DROP_INS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, tuple[Reads, Verb]]]] = {
     "timm V1": (lambda m: timm.ModelEma(m, 0.5), HOLDER),

@@ -281,14 +281,18 @@ class ModuleAverage:
 
 
 def recalibrate_all(
-    model: nn.Module,
     loader: Iterable[Any],
+    model: nn.Module,
     device: Device = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """`recalibrate` over every batch, whose first element goes to `device`.
+    """Give every BatchNorm the statistics of all batches together, of all ranks. *Collective*.
 
-    A model without BatchNorm is left alone.
+    Args:
+        loader: batches, or tuples and lists whose first element is the batch.
+        model: without BatchNorm it is left alone.
+        device: where batches go; None leaves them.
+        group: whose ranks bring batches; None: those of the model's wrapper.
     """
 
     def forward(module: nn.Module, batch: Any) -> object:

@@ -28,7 +28,7 @@ from ..sharding.ownership import ParamState
 from ..sharding.parameters import Model, Parameters
 from ..sharding.records import Shard
 
-__all__ = ["ParameterListAverage", "ShadowParams", "source"]
+__all__ = ["ListDropIn", "ParameterListAverage", "ShadowParams", "source"]
 
 
 def source(given: Model, *, frozen: bool = False, only_trainable: bool = False) -> nn.Module:
@@ -103,17 +103,12 @@ class ParameterListAverage:
                 "a sharded average cannot be copied or pickled: use average.save(path) and "
                 "average.load(path)."
             )
-        table, clock = self.table, self.weights.clock_to_dict()
-        return {
-            "ema": {"model": self._ema.model, **self._options()},
-            "table": table,
-            "clock": clock,
-        }
+        ema = {"model": self._ema.model, **self._options()}
+        return {"ema": ema, "average": self._ema.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._use(EMA(**state["ema"]))
-        self.fill(state["table"])
-        self.weights.set_clock(state["clock"])
+        self._ema.load_state_dict(state["average"])
 
     @property
     def ema(self) -> EMA:
@@ -126,13 +121,6 @@ class ParameterListAverage:
         """Of the ranks that hold the average together, this is the one that writes files."""
         members = self.weights.find().members
         return len(members) == 1 or members[0] == dist.get_rank()
-
-    @property
-    def _states(self) -> list[ParamState]:
-        """In the order of `names`, among which tied weights have several."""
-        states = self.weights.states
-        by_name = {name: s for s in states for name in (s.name, *s.shard.aliases)}
-        return [by_name[name] for name in self.names]
 
     # --- [Note: other parameters] ---------------------------------------------------------------
 
@@ -237,8 +225,15 @@ class ParameterListAverage:
                 state.shadow.copy_(state.live)
 
     @property
-    def shadows(self) -> list[Tensor]:
-        """In the order of `names`, no update in flight. *Aliases* the average.
+    def _states(self) -> dict[str, ParamState]:
+        """By name, in the order of `names`, among which tied weights have several."""
+        states = self.weights.states
+        by_name = {name: s for s in states for name in (s.name, *s.shard.aliases)}
+        return {name: by_name[name] for name in self.names}
+
+    @property
+    def shadows(self) -> dict[str, Tensor]:
+        """By name, in the order of `names`, no update in flight. *Aliases* the average.
 
         What cannot be averaged (integers) is the live tensor.
         """
@@ -246,16 +241,12 @@ class ParameterListAverage:
         self.weights.refuse("shadows", Reads.WHOLE_MODEL)
         self.weights.settle()
         self.weights.follow()
-        return [
-            state.shard.shaped(state.local if state.shadow is None else _own_storage(state.shadow))
-            for state in self._states
-        ]
-
-    @property
-    def table(self) -> dict[str, Tensor]:
-        """The shadows by name, without what cannot be averaged. *Aliases* the average."""
-        named = zip(self.names, self.shadows, self._states, strict=True)
-        return {name: shadow for name, shadow, state in named if state.shadow is not None}
+        return {
+            name: state.shard.shaped(
+                state.local if state.shadow is None else _own_storage(state.shadow)
+            )
+            for name, state in self._states.items()
+        }
 
     @torch.no_grad()
     def fill(self, values: Sequence[Tensor] | Mapping[str, Tensor]) -> None:
@@ -271,8 +262,8 @@ class ParameterListAverage:
         self.follow()
         self.weights.refuse("load_state_dict", Reads.SHADOWS)
         self.weights.ready()
-        named = [item for item in zip(self.names, self._states, strict=True) if item[0] in by_name]
-        _overwrite([(s.shard, s.shadow, by_name[name]) for name, s in named])
+        states = self._states.items()
+        _overwrite([(s.shard, s.shadow, by_name[name]) for name, s in states if name in by_name])
 
     @torch.no_grad()
     def keep(self, given: Model | None = None, device: str | None = None) -> list[Tensor]:
@@ -325,20 +316,45 @@ class ParameterListAverage:
         self._ema.copy_to(self._named(given) if listed else given)
 
 
-class ShadowParams:
-    """The base of drop-ins whose shadows are a list."""
+class ListDropIn:
+    """The base of drop-ins over a list, which keep parameters aside between two calls.
+
+    Attributes:
+        collected_params: what `store` kept.
+    """
 
     _list: ParameterListAverage
+    _default: Model | None = None  # the parameters of a call without any; None: those of the list
+    collected_params: list[Tensor] | None = None
 
     @property
     def average(self) -> EMA:
         """The EMA behind it, which saves, loads and exports for any layout."""
         return self._list.ema
 
+    def copy_to(self, parameters: Model | None = None) -> None:
+        """Write the average into the parameters. *Collective* where the average is sharded."""
+        self._list.copy_to(self._default if parameters is None else parameters)
+
+    def store(self, parameters: Model | None = None) -> None:
+        """Keep a copy of the parameters for `restore`."""
+        self.collected_params = self._list.keep(self._default if parameters is None else parameters)
+
+    def restore(self, parameters: Model | None = None) -> None:
+        """Write what `store` kept into the parameters. Raises RuntimeError if nothing was."""
+        if self.collected_params is None:
+            raise RuntimeError("restore() without a store() before it.")
+        given = self._default if parameters is None else parameters
+        self._list.put_back(self.collected_params, given)
+
+
+class ShadowParams(ListDropIn):
+    """The base of those whose shadows are a list."""
+
     @property
     def shadow_params(self) -> list[Tensor]:
         """One tensor per parameter, in its form, made at each access. *Aliases* the average."""
-        return self._list.shadows
+        return list(self._list.shadows.values())
 
     @shadow_params.setter
     def shadow_params(self, values: list[Tensor]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..averaging.averages import Reads
@@ -51,46 +51,39 @@ class SWA(Optimizer):
         swa_freq: int | None = None,
         swa_lr: float | None = None,
     ) -> None:
-        start, freq = _whole("swa_start", swa_start), _whole("swa_freq", swa_freq)
-        if (start is None) != (freq is None):
-            warnings.warn(
-                "swa_start and swa_freq count together only: the one that was given is ignored.",
-                stacklevel=2,
-            )
-        self._auto_mode = start is not None and freq is not None
-        if self._auto_mode:
+        lacking = [swa_start, swa_freq].count(None)
+        if lacking == 1:
+            _warn("Some of swa_start, swa_freq is None, ignoring other")
+        if lacking and swa_lr is not None:
+            _warn("Some of swa_start, swa_freq is None, ignoring swa_lr")
+        if not all(isinstance(steps, (int, NoneType)) for steps in (swa_start, swa_freq)):
+            _warn("Casting swa_start, swa_freq to int")
+        self._auto_mode, self.optimizer = not lacking, optimizer
+        self.swa_start = self.swa_freq = self.swa_lr = None
+        if swa_start is not None and swa_freq is not None:
+            self.swa_start, self.swa_freq, self.swa_lr = int(swa_start), int(swa_freq), swa_lr
             for name, value, least in (
-                ("swa_start", start, 0),
-                ("swa_freq", freq, 1),
-                ("swa_lr", swa_lr, 0),
+                ("swa_start", self.swa_start, 0),
+                ("swa_freq", self.swa_freq, 1),
+                ("SWA learning rate", swa_lr, 0),
             ):
                 if value is not None and value < least:
-                    raise ValueError(f"{name} must be {least} or more, got {value}.")
-        elif swa_lr is not None:
-            warnings.warn(
-                "swa_lr counts with swa_start and swa_freq only, and is ignored.", stacklevel=2
-            )
-        self.swa_start, self.swa_freq = (start, freq) if self._auto_mode else (None, None)
-        self.swa_lr = swa_lr if self._auto_mode else None
-        self.optimizer = optimizer
+                    raise ValueError(f"Invalid {name}: {value}")
         # What Optimizer.__init__ would make, but the groups are those of the optimizer inside.
-        defaults = dict(optimizer.defaults)
-        groups = {"param_groups": optimizer.param_groups, "defaults": defaults}
-        self.__setstate__({**groups, "state": defaultdict(dict)})
-        self._means: list[ParameterListAverage | None] = []
-        self._kept: list[list[Tensor]] = []  # the weights of a group while its mean replaces them
+        defaults, groups = dict(optimizer.defaults), optimizer.param_groups
+        self.__setstate__(
+            {"param_groups": groups, "defaults": defaults, "state": defaultdict(dict)}
+        )
+        self._means: dict[int, ParameterListAverage] = {}  # by the number of the group
+        self._kept: dict[int, list[Tensor]] = {}  # the weights of a group, its mean in their place
         for group in self.param_groups:
-            self._count(group)
-
-    def _count(self, group: Group) -> None:
-        group["n_avg"] = group["step_counter"] = 0
-        self._means.append(None)
-        self._kept.append([])
+            group["n_avg"] = group["step_counter"] = 0
 
     @property
     def averages(self) -> list[EMA | None]:
         """The EMA of each group that has a mean, which saves, loads and exports."""
-        return [None if mean is None else mean.ema for mean in self._means]
+        groups = range(len(self.param_groups))
+        return [self._means[i].ema if i in self._means else None for i in groups]
 
     @property
     def opt_state(self) -> Any:
@@ -120,10 +113,6 @@ class SWA(Optimizer):
                 self.update_swa_group(group)
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the optimizer inside does."""
-        self.optimizer.zero_grad(set_to_none)
-
     def update_swa(self) -> None:
         """The weights of all groups join their means. Raises RuntimeError as `step` does."""
         for group in self.param_groups:
@@ -132,56 +121,52 @@ class SWA(Optimizer):
     def update_swa_group(self, group: Group) -> None:
         """The same for one of `param_groups`."""
         self._refuse_swapped("update_swa")
+        number = next(i for i, known in enumerate(self.param_groups) if known is group)
         n = group["n_avg"]
-        self._mean(group).update(n / (n + 1))
+        self._mean(number).update(n / (n + 1))
         group["n_avg"] = n + 1
         self._show()
 
-    def _mean(self, group: Group) -> ParameterListAverage:
-        number = next(i for i, known in enumerate(self.param_groups) if known is group)
-        mean = self._means[number]
-        if mean is None:
-            mean = ParameterListAverage(source(group["params"], frozen=True), Uniform())
-            self._means[number] = mean
-        return mean
+    def _mean(self, number: int) -> ParameterListAverage:
+        if number not in self._means:
+            model = source(self.param_groups[number]["params"], frozen=True)
+            self._means[number] = ParameterListAverage(model, Uniform())
+        return self._means[number]
 
     def swap_swa_sgd(self) -> None:
         """Exchange weights and means; a second call undoes it, bit for bit.
 
-        Groups without a mean keep their weights, with a warning.
+        Groups without a mean keep their weights, with a warning for each of them.
 
         Note:
             *Collective* where the weights are sharded.
         """
-        missing = [str(i) for i, mean in enumerate(self._means) if mean is None]
-        if missing:
-            warnings.warn(
-                f"parameter groups without a mean keep their weights: {', '.join(missing)}.",
-                stacklevel=2,
-            )
-        for i, mean in enumerate(self._means):
-            if mean is not None and self._kept[i]:
-                mean.put_back(self._kept[i])
-                self._kept[i] = []
-            elif mean is not None:
-                self._kept[i] = mean.keep()
+        for number, group in enumerate(self.param_groups):
+            mean = self._means.get(number)
+            if mean is None:
+                for parameter in group["params"]:
+                    _warn(f"SWA wasn't applied to param {parameter}; skipping it")
+            elif number in self._kept:
+                mean.put_back(self._kept[number])
+                del self._kept[number]
+            else:
+                self._kept[number] = mean.keep()
                 mean.copy_to()
         self._show()
 
     def _refuse_swapped(self, verb: str) -> None:
-        if any(self._kept):
+        if self._kept:
             raise RuntimeError(
                 f"{verb}() while the means are in the model: call swap_swa_sgd() first."
             )
-        for mean in self._means:
-            if mean is not None:
-                mean.weights.refuse(verb, Reads.LIVE)
+        for mean in self._means.values():
+            mean.weights.refuse(verb, Reads.LIVE)
 
     def _show(self) -> None:
         """state[p]["swa_buffer"]: the mean, or the weights while it replaces them. *Aliases*."""
-        for group, mean, kept in zip(self.param_groups, self._means, self._kept, strict=True):
-            buffers = kept or (mean.shadows if mean is not None else [])
-            for parameter, buffer in zip(group["params"], buffers, strict=False):
+        for number, mean in self._means.items():
+            buffers = self._kept.get(number) or mean.shadows.values()
+            for parameter, buffer in zip(self.param_groups[number]["params"], buffers, strict=True):
                 self.state[parameter]["swa_buffer"] = buffer
 
     # --- state ----------------------------------------------------------------------------------
@@ -207,34 +192,23 @@ class SWA(Optimizer):
             {"state": state_dict["opt_state"], "param_groups": state_dict["param_groups"]}
         )
         self.param_groups, saved = self.optimizer.param_groups, state_dict["swa_state"]
-        self._means, self._kept = [None] * len(self.param_groups), [[] for _ in self.param_groups]
+        self._means, self._kept = {}, {}
         self.state.clear()
         first = 0
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             numbers = range(first, first := first + len(group["params"]))
             buffers = [saved[i]["swa_buffer"] for i in numbers if i in saved]
             if buffers:
-                self._mean(group).fill(buffers)
+                self._mean(number).fill(buffers)
         self._show()
 
     def add_param_group(self, param_group: Group) -> None:
         """Give the optimizer inside another group, which begins a mean of its own."""
         self.optimizer.add_param_group(param_group)
-        self._count(self.param_groups[-1])
+        self.param_groups[-1]["n_avg"] = self.param_groups[-1]["step_counter"] = 0
 
-    @staticmethod
-    def bn_update(
-        loader: Iterable[Any], model: nn.Module, device: str | torch.device | None = None
-    ) -> None:
-        """Give every BatchNorm the statistics of all batches together, of all ranks. *Collective*.
-
-        The first element of a batch goes into the model, to `device` first if there is one.
-        """
-        recalibrate_all(model, loader, device)
+    bn_update = staticmethod(recalibrate_all)
 
 
-def _whole(name: str, value: float | None) -> int | None:
-    if value is not None and not isinstance(value, int):
-        warnings.warn(f"{name}={value!r} is taken as {int(value)}.", stacklevel=3)
-        return int(value)
-    return value
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)

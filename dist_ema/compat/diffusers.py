@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..schedules import Constant
 from ..sharding.parameters import Model
 from ._parameter_list import ParameterListAverage, ShadowParams, source
 
@@ -93,15 +94,11 @@ class EMAModel(ShadowParams):
         self.cur_decay_value = self.get_decay(self.optimization_step)
         self._list.update(self.cur_decay_value, parameters, copy_frozen=True)
 
-    def copy_to(self, parameters: Model) -> None:
-        """Write the average into the parameters. *Collective* where the average is sharded."""
-        self._list.copy_to(parameters)
-
-    def store(self, parameters: Model) -> None:
+    def store(self, parameters: Model | None = None) -> None:
         """Keep a copy of the parameters in host memory for `restore`."""
         self.temp_stored_params = self._list.keep(parameters, "cpu")
 
-    def restore(self, parameters: Model) -> None:
+    def restore(self, parameters: Model | None = None) -> None:
         """Write what `store` kept into the parameters and forget it. Else raises RuntimeError."""
         if self.temp_stored_params is None:
             raise RuntimeError("restore() without a store() before it.")
@@ -140,8 +137,7 @@ class EMAModel(ShadowParams):
         for name, value in given.items():
             if not isinstance(value, _SETTINGS[name]):
                 raise ValueError(f"{name} must be {_SETTINGS[name][0].__name__}, got {value!r}.")
-        if not 0 <= given.get("decay", 0) <= 1:
-            raise ValueError(f"decay must be in [0, 1], got {given['decay']}.")
+        Constant(given.get("decay", 0))  # refuses what is none
         shadows = state_dict.get("shadow_params")
         if shadows is not None:
             if not isinstance(shadows, list) or not all(isinstance(s, Tensor) for s in shadows):

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ema import EMA
-from ..sharding.parameters import Model
 from ._count import Count
-from ._parameter_list import ParameterListAverage, source
+from ._parameter_list import ListDropIn, ParameterListAverage, source
 
 __all__ = ["LitEma"]
 
 
-class LitEma(nn.Module):
+class LitEma(ListDropIn, nn.Module):
     """The average of the trainable parameters of `model`, as buffers under names without dots.
 
     Other than the original: shadows of 16-bit parameters are float32; decay and shadows keep their
@@ -49,7 +47,7 @@ class LitEma(nn.Module):
         super().__init__()
         counted = use_num_upates if use_num_updates is None else use_num_updates
         self._list = ParameterListAverage(source(model, only_trainable=True), decay)
-        shadows = self._list.table
+        shadows = self._list.shadows
         self.m_name2s_name = {name: name.replace(".", "") for name in shadows}
         short = ["decay", *self.m_name2s_name.values()]
         taken = [
@@ -65,13 +63,7 @@ class LitEma(nn.Module):
         number = torch.tensor(0 if counted else -1, dtype=torch.int, device=device)
         self.register_buffer("num_updates", number)
         self._known_decay, self._known_updates = Count(), Count()
-        self.collected_params: list[Tensor] = []
         self._show()
-
-    @property
-    def average(self) -> EMA:
-        """The EMA behind it, which saves, loads and exports for any layout."""
-        return self._list.ema
 
     def reset_num_updates(self) -> None:
         """Count the updates from 0 again."""
@@ -92,21 +84,13 @@ class LitEma(nn.Module):
         if self._list.ema is not before:
             self._show()
 
-    def copy_to(self, model: nn.Module) -> None:
+    def copy_to(self, model: nn.Module) -> None:  # type: ignore[override]
         """Write the average into the parameters of `model`. *Collective* where it is sharded."""
-        self._list.copy_to(self._list.parameters_of(model))
-
-    def store(self, parameters: Model) -> None:
-        """Keep a copy of the parameters for `restore`."""
-        self.collected_params = self._list.keep(parameters)
-
-    def restore(self, parameters: Model) -> None:
-        """Write what `store` kept into the parameters. Raises ValueError for another number."""
-        self._list.put_back(self.collected_params, parameters)
+        super().copy_to(self._list.parameters_of(model))
 
     def _show(self) -> None:
         """Register the shadows as buffers. *Aliases*."""
-        for name, shadow in self._list.table.items():
+        for name, shadow in self._list.shadows.items():
             self._buffers[self.m_name2s_name[name]] = shadow
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LitEma:

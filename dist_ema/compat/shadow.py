@@ -28,6 +28,41 @@ class _Backup:
         """The EMA behind it. Raises RuntimeError before `register`."""
         return self._registered("average").ema
 
+    @property
+    def shadow(self) -> dict[str, Tensor]:
+        """By name, in the form of the weights; {} before `register`. *Aliases* the average.
+
+        What is not averaged is the model's. A table of other shapes (of `EMA`: of other names)
+        raises ValueError when it is set, and changes nothing.
+        """
+        return {} if self._list is None else self._list.shadows
+
+    @shadow.setter
+    def shadow(self, values: dict[str, Tensor]) -> None:
+        if self._list is None:
+            self._begin()
+        self._registered("shadow").fill(values)
+
+    def update(self) -> None:
+        """Move towards the model. No collective.
+
+        Raises:
+            ValueError: others are trainable than at the beginning of an `EMA`.
+        """
+        average = self._registered("update")
+        average.update(self.decay, average.parameters_of(self.model))
+
+    def restore(self) -> None:
+        """Write `backup` into the model and forget it. Raises RuntimeError if there is none."""
+        if not self.backup:
+            raise RuntimeError("restore() without parameters in backup: nothing was applied.")
+        average = self._registered("restore")
+        average.put_back([self.backup[name] for name in average.names])
+        self.backup = {}
+
+    def _begin(self) -> None:
+        self._list = ParameterListAverage(source(self.model, only_trainable=True), self.decay)
+
     def _registered(self, verb: str) -> ParameterListAverage:
         if self._list is None:
             raise RuntimeError(f"{verb} without a register() before it.")
@@ -37,14 +72,6 @@ class _Backup:
         average = self._registered(verb)
         self.backup = dict(zip(average.names, average.keep(), strict=True))
         average.copy_to()
-
-    def restore(self) -> None:
-        """Write `backup` into the model and forget it. Raises RuntimeError if there is none."""
-        if not self.backup:
-            raise RuntimeError("restore() without parameters in backup: nothing was applied.")
-        average = self._registered("restore")
-        average.put_back([self.backup[name] for name in average.names])
-        self.backup = {}
 
 
 class EMA(_Backup):
@@ -58,32 +85,9 @@ class EMA(_Backup):
         *Collective* where the model is sharded: `register` and `apply_shadow`.
     """
 
-    @property
-    def shadow(self) -> dict[str, Tensor]:
-        """By name, in the form of the parameters; {} before `register`. *Aliases* the average.
-
-        A table of other names or shapes raises ValueError when it is set, and changes nothing.
-        """
-        return {} if self._list is None else self._list.table
-
-    @shadow.setter
-    def shadow(self, values: dict[str, Tensor]) -> None:
-        if self._list is None:
-            self.register()
-        self._registered("shadow").fill(values)
-
     def register(self) -> None:
         """Begin, or begin again, at the parameters of now. Raises ValueError if all are frozen."""
-        self._list = ParameterListAverage(source(self.model, only_trainable=True), self.decay)
-
-    def update(self) -> None:
-        """Move towards the parameters. No collective.
-
-        Raises:
-            ValueError: others are trainable than at `register`.
-        """
-        average = self._registered("update")
-        average.update(self.decay, average.parameters_of(self.model))
+        self._begin()
 
     def apply_shadow(self) -> None:
         """Keep the parameters in `backup`, and write the average into the model."""
@@ -103,26 +107,7 @@ class ModelEMA(_Backup):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, decay)
-        self._list: ParameterListAverage = ParameterListAverage(
-            wrappers.unwrapped(model), decay, buffers="average"
-        )
-
-    @property
-    def shadow(self) -> dict[str, Tensor]:
-        """By name, in the form of the weights; frozen ones and integers are those of the model.
-
-        A table of other shapes raises ValueError when it is set, and changes nothing. What is not
-        averaged is passed over. *Aliases* both.
-        """
-        return dict(zip(self._list.names, self._list.shadows, strict=True))
-
-    @shadow.setter
-    def shadow(self, values: dict[str, Tensor]) -> None:
-        self._list.fill(values)
-
-    def update(self) -> None:
-        """Move towards the model. No collective."""
-        self._list.update(self.decay)
+        self._list = ParameterListAverage(wrappers.unwrapped(model), decay, buffers="average")
 
     def apply(self) -> None:
         """Keep weights and buffers in `backup`, and write the average into the model."""

@@ -174,10 +174,10 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: Device = None) ->
     """
     copied = model.copied if isinstance(model, CopiedModule) else None
     if copied is None:
-        recalibrate_all(model, loader, device)
+        recalibrate_all(loader, model, device)
     elif copied.module is None:
         with copied.average.swap() as ema:
-            recalibrate_all(ema.model, loader, device)
+            recalibrate_all(loader, ema.model, device)
     else:
         wrapped = copied.module if copied.given is None else copied.given
-        recalibrate_all(copied.evaluated, loader, device, discovery.find_shards(wrapped).group)
+        recalibrate_all(loader, copied.evaluated, device, discovery.find_shards(wrapped).group)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..schedules import Constant
 from ..sharding.parameters import Model
 from ._parameter_list import ParameterListAverage, ShadowParams, source
 
@@ -37,9 +37,8 @@ class ExponentialMovingAverage(ShadowParams):
     def __init__(self, parameters: Model, decay: float, use_num_updates: bool = True) -> None:
         self.decay = decay
         self.num_updates: int | None = 0 if use_num_updates else None
-        self.collected_params: list[Tensor] | None = None
-        self._given = source(parameters, frozen=True)
-        self._list = ParameterListAverage(self._given, decay)
+        self._default = source(parameters, frozen=True)
+        self._list = ParameterListAverage(self._default, decay)
 
     def update(self, parameters: Model | None = None) -> None:
         """Move towards the parameters, by default those of the construction. No collective."""
@@ -47,27 +46,12 @@ class ExponentialMovingAverage(ShadowParams):
         if self.num_updates is not None:
             self.num_updates += 1
             decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
-        self._list.update(decay, self._given if parameters is None else parameters)
-
-    def copy_to(self, parameters: Model | None = None) -> None:
-        """Write the average into the parameters. *Collective* where the average is sharded."""
-        self._list.copy_to(self._given if parameters is None else parameters)
-
-    def store(self, parameters: Model | None = None) -> None:
-        """Keep a copy of the parameters for `restore`."""
-        self.collected_params = self._list.keep(self._given if parameters is None else parameters)
-
-    def restore(self, parameters: Model | None = None) -> None:
-        """Write what `store` kept into the parameters. Raises RuntimeError if nothing was."""
-        if self.collected_params is None:
-            raise RuntimeError("restore() without a store() before it.")
-        given = self._given if parameters is None else parameters
-        self._list.put_back(self.collected_params, given)
+        self._list.update(decay, self._default if parameters is None else parameters)
 
     @contextmanager
     def average_parameters(self, parameters: Model | None = None) -> Iterator[None]:
         """The parameters are the average inside the block. *Collective* where they are sharded."""
-        given = source(self._given if parameters is None else parameters)
+        given = self._default if parameters is None else source(parameters)
         self.store(given)
         self.copy_to(given)
         try:
@@ -84,11 +68,10 @@ class ExponentialMovingAverage(ShadowParams):
             ValueError: the dtype is none of float32, float64 and bfloat16.
         """
         self.average.to(device, dtype)
-        if self.collected_params is not None:
-            self.collected_params = [
-                kept.to(device=device, dtype=dtype if kept.is_floating_point() else None)
-                for kept in self.collected_params
-            ]
+        self.collected_params = self.collected_params and [
+            kept.to(device=device, dtype=dtype if kept.is_floating_point() else None)
+            for kept in self.collected_params
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """The original's keys. Tensors have the form of the parameters: this rank's part."""
@@ -105,8 +88,7 @@ class ExponentialMovingAverage(ShadowParams):
         decay, count, shadows, collected = (
             state_dict[key] for key in ("decay", "num_updates", "shadow_params", "collected_params")
         )
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be in [0, 1], got {decay}.")
+        Constant(decay)  # refuses what is none
         if not (count is None or isinstance(count, int)):
             raise ValueError(f"num_updates must be an int or None, got {count!r}.")
         if collected is not None and len(collected) != len(shadows):
