@@ -23,24 +23,13 @@ import inspect
 import json
 import math
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
 
 from ..averaging.inventory import Average
 from ..schedules import Schedule, from_dict
@@ -48,6 +37,10 @@ from ..sharding.geometry import boxes_with_data
 from ..sharding.ownership import ParamState
 from ..sharding.records import Region
 from .reader import match_schedules
+
+if TYPE_CHECKING:  # a program that never calls DCP does not pay for its import
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem
 
 __all__ = ["Averages", "FlatRange", "match", "match_all", "state", "whole"]
 
@@ -91,13 +84,15 @@ class FlatRange(Tensor):
         return self
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        from torch.distributed.checkpoint import metadata, planner
+
         return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets, i),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
+            planner.WriteItem(
+                index=metadata.MetadataIndex(fqn, chunk.offsets, i),
+                type=planner.WriteItemType.SHARD,
+                tensor_data=planner.TensorWriteData(
                     chunk=chunk,
-                    properties=TensorProperties.create_from_tensor(self.blocks[i][1]),
+                    properties=metadata.TensorProperties.create_from_tensor(self.blocks[i][1]),
                     size=self.size(),
                 ),
             )
@@ -105,6 +100,8 @@ class FlatRange(Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
         return [
             ChunkStorageMetadata(torch.Size(offsets), data.size()) for offsets, data in self.blocks
         ]
@@ -231,6 +228,10 @@ def _metadata_of_load() -> Metadata | None:
     NOTE: DCP gives a Stateful no way to see the checkpoint. So this looks for the planner up the
     stack. Without one, or with one that loads what it finds, the keys are this version's.
     """
+    if "torch.distributed.checkpoint" not in sys.modules:
+        return None
+    from torch.distributed.checkpoint import LoadPlanner, Metadata
+
     frame = inspect.currentframe()
     while frame is not None:
         planner = frame.f_locals.get("self")
