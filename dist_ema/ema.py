@@ -630,7 +630,8 @@ class EMA:
                 stacklevel=_stacklevel_of_caller(),
             )
         facts = self._manifest("ema" if dtype is None else "export")
-        self._write(writer.SaveRequest("save", path, self._average_files(), facts, dtype=dtype))
+        files = self._average_files()
+        self._write(writer.SaveRequest("save", path, files, facts, dtype=dtype, numbered=True))
         return path
 
     def _average_files(self) -> list[writer.AverageFiles]:

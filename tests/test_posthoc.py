@@ -476,6 +476,27 @@ def test_due(tmp_path: Path) -> None:
         late.snapshot(tmp_path / "s", every=10)
 
 
+def test_leftovers(tmp_path: Path) -> None:
+    """What a killed snapshot left is removed by a later one, unless that is of an earlier clock."""
+    for clock in (5, 15):
+        (tmp_path / f".{clock:010}.tmp-{'0' * 32}").mkdir()
+    ema = EMA(nn.Linear(2, 2), TWO)
+    ema.update(10)
+    ema.snapshot(tmp_path, every=10)
+    names = sorted(each.name for each in tmp_path.iterdir())
+    assert names == [f".0000000015.tmp-{'0' * 32}", "0000000010"]
+
+
+def test_more_averages_than_updates(tmp_path: Path) -> None:
+    """Their profiles depend on each other; ema.json holds a finite condition."""
+    ema = EMA(nn.Linear(2, 2), TWO)
+    for _ in range(2):
+        ema.update(100)
+        ema.snapshot(tmp_path / "s", every=100)
+    fit = snapshots.reconstruct(tmp_path / "s", tmp_path / "out", sigma_rel=0.07)
+    assert fit.condition == pytest.approx(2**52)
+
+
 def test_resumed(tmp_path: Path) -> None:
     """A run cut short and resumed stores the same sequence, with no snapshot of its own at the seam."""
     model = nn.Linear(2, 2)

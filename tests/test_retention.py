@@ -156,6 +156,30 @@ def test_half_removed_folders_go(ema: EMA, tmp_path: Path) -> None:
     assert names(tmp_path) == [*others, "ema-0", "ema-2", "latest"]
 
 
+def test_a_removal_is_durable_before_files_go(
+    ema: EMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power lost in between would leave a save under its name without some of its files."""
+    calls: list[str] = []
+
+    def note(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            calls.append(f"{name} {' '.join(map(str, args))}")
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    ema.save(tmp_path / "ema-1", keep=1)
+    for module, name in ((os, "rename"), (shutil, "rmtree"), (atomic, "sync")):
+        note(module, name)
+    ema.save(tmp_path / "ema-2", keep=1)
+    retired = [i for i, call in enumerate(calls) if "gone" in call]
+    assert [calls[i].split()[0] for i in retired] == ["rename", "rmtree"]
+    assert f"sync {tmp_path}" in calls[retired[0] : retired[1]]
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 

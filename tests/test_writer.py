@@ -49,6 +49,26 @@ def ema() -> EMA:
     return ema
 
 
+# --- what is durable ---------------------------------------------------------------------------
+
+
+def test_every_file_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that holds only empty weights too: no rank writes into it after it is made."""
+    real, synced = os.fsync, set()
+
+    def note(fd: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", note)
+    model = nn.Module()
+    model.full, model.void = nn.Parameter(torch.ones(99)), nn.Parameter(torch.ones(0, 3))
+    EMA(model, 0.5).save(tmp_path / "average", max_shard_size="100B")
+    files = {each.name for each in (tmp_path / "average").iterdir()}
+    assert len(files) == 4  # two shards, the index, ema.json
+    assert files <= synced
+
+
 # --- what is in it -----------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import atomic, manifest, safetensors
 
-__all__ = ["advance", "foreign", "refuse"]
+__all__ = ["advance", "foreign", "refuse", "remove_leftovers"]
 
 
 def refuse(path: Path, keep: int) -> None:
@@ -46,19 +46,30 @@ def advance(path: Path, keep: int) -> list[str]:
     stem, last = _split(path.name)
     found: list[tuple[int, Path]] = []
     for name in os.listdir(path.parent):
-        half = re.fullmatch(r"\.(.+)\.(gone|old|tmp)-[0-9a-f]{32}", name, re.DOTALL)
-        start, number = _split(half[1] if half else name)
+        start, number = _split(name)
         if start != stem or number is None or last is None or number > last or name == path.name:
             continue
-        if half is None:
-            found.append((number, path.parent / name))
-        elif half[2] == "gone":
-            atomic.remove(path.parent / name)
-        else:  # a save that was killed: the saves of a run have one writer, this one
-            atomic.recover(path.parent / half[1])
-            atomic.remove_leftovers(path.parent / half[1])
+        found.append((number, path.parent / name))
     old = [folder for _, folder in sorted(found, reverse=True) if _is_save(folder)]
     return [remark for folder in old[keep - 1 :] if (remark := _retire(folder)) is not None]
+
+
+def remove_leftovers(path: Path) -> None:
+    """Finish or remove what killed saves left whose stem is that of `path`, up to its number.
+
+    The saves of a run have one writer, this one.
+    """
+    stem, last = _split(path.name)
+    for name in os.listdir(path.parent):
+        half = re.fullmatch(r"\.(.+)\.(gone|old|tmp)-[0-9a-f]{32}", name, re.DOTALL)
+        start, number = _split(half[1]) if half else ("", None)
+        if half is None or start != stem or number is None or last is None or number > last:
+            continue
+        if half[2] == "gone":
+            atomic.remove(path.parent / name)
+        else:
+            atomic.recover(path.parent / half[1])
+            atomic.remove_leftovers(path.parent / half[1])
 
 
 def _split(name: str) -> tuple[str, int | None]:
@@ -94,6 +105,7 @@ def _retire(folder: Path) -> str | None:
             return f"{folder} is kept beyond keep=: {why}"
         gone = atomic.temporary_sibling(folder, "gone")
         os.rename(folder, gone)
+        atomic.sync(folder.parent)  # or a crash could undo the rename of a folder that lacks files
         shutil.rmtree(gone)
     except OSError as error:
         return f"{folder} should have gone by keep=, and could not be removed: {error}."

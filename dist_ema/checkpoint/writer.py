@@ -82,6 +82,7 @@ class SaveRequest:
     manifest: as far as it does not follow from the averages and the files.
     mode: 'direct', 'stream', or None to choose by what the ranks see of each other.
     keep: how many of the numbered saves beside it are kept.
+    numbered: what killed saves of the run left under lower numbers is removed, as with keep.
     """
 
     verb: str
@@ -92,6 +93,7 @@ class SaveRequest:
     mode: str | None = None
     dtype: torch.dtype | None = None
     keep: int | None = None
+    numbered: bool = False
 
     @property
     def one_file(self) -> bool:
@@ -371,6 +373,8 @@ def _make(request: SaveRequest, files: dict[str, safetensors.SafetensorsFile]) -
             with open(folder / name, "wb") as handle:
                 atomic.reserve(handle.fileno(), file.size)
                 atomic.write_at(handle.fileno(), file.head, 0)
+                if file.size == len(file.head):  # its weights are empty: no rank will sync it
+                    os.fsync(handle.fileno())
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -386,6 +390,8 @@ def _refuse_target(request: SaveRequest) -> None:
         atomic.ensure(path.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{path} cannot be made: {error.filename} is a file.") from None
+    if request.numbered or request.keep is not None:
+        retention.remove_leftovers(path)
     atomic.recover(path)
     atomic.remove_leftovers(path)
     if request.one_file and path.is_dir():

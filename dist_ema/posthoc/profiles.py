@@ -240,7 +240,9 @@ class Mixer:
         missed = np.linalg.norm(stored @ weights - wanted) / np.linalg.norm(wanted)
         every = np.zeros(self._count)
         every[self._used] = weights
-        return Fit(tuple(every.tolist()), float(missed), float(np.linalg.cond(scaled)))
+        # More profiles than updates depend on each other: ema.json cannot hold an infinity.
+        condition = min(np.linalg.cond(scaled), 1 / np.finfo(np.float64).eps)
+        return Fit(tuple(every.tolist()), float(missed), float(condition))
 
     def shape(self, target: Schedule, fit: Fit, points: int = 400) -> tuple[Array, Array, Array]:
         """To plot: the clock, and the share of an update there in the target and the mixture."""

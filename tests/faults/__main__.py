@@ -1,8 +1,10 @@
-"""`python -m tests.faults`: a table of what came of the faults."""
+"""`python -m tests.faults`: a table of what came of the faults and of losing power."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import logging
 import os
 import subprocess
@@ -10,28 +12,38 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
 from . import shim
+
+if TYPE_CHECKING:
+    from .power import Loss
+    from .walk import Walk
+
+STRIDE = 17  # prime to the number of kinds, so that a short walk meets all of them
+STATES = 10  # after a power loss, that a short walk reads
 
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--all", action="store_true", help="every fault at every operation")
+    parser.add_argument("--peers", action="store_true", help="dcp.save, torch.save, save_file too")
     parser.add_argument("--only", default="", help="verbs whose name holds this text")
     parser.add_argument("--folder", type=Path, help="on the file system to test")
-    parser.add_argument("-v", "--verbose", action="store_true", help="list what was found")
+    parser.add_argument("--json", action="store_true", help="print all findings as JSON")
+    parser.add_argument("-v", "--verbose", action="store_true", help="list all findings")
     return parser.parse_args(words)
 
 
 def main(words: list[str]) -> int:
     options = parse(words)
-    if not shim.loaded():
-        return preload(words)
-    return run(options)
-
-
-def preload(words: list[str]) -> int:
-    """Start this command again with the shim in it."""
+    if shim.loaded():
+        return run(options)
     if reason := shim.why_not():
         print(f"skipped: {reason}")
         return 0
@@ -43,22 +55,64 @@ def preload(words: list[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Walk, lose power, and print. Returns 1 where a version was lost."""
+    from .power import lose_power
     from .verbs import ema_cases
     from .walk import walk
 
-    logging.getLogger("dist_ema").setLevel(logging.CRITICAL)
+    logging.disable()  # errors are expected
     warnings.simplefilter("ignore")
     default = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.TemporaryDirectory(dir=options.folder or default) as name:
+    results = []
+    stride, limit = (1, None) if options.all else (STRIDE, STATES)
+    progress = Progress(console=Console(stderr=True), disable=options.json, transient=True)
+    with tempfile.TemporaryDirectory(dir=options.folder or default) as name, progress:
         folder = Path(os.path.realpath(name))
-        for case in ema_cases(folder / "sources"):
-            if options.only not in case.name:
-                continue
-            found = walk(case, folder / case.name, stride=1 if options.all else 7)
-            print(found.case, found.operations, found.faults, *sorted({f.kind for f in found.findings}), flush=True)
-            for finding in found.findings if options.verbose else []:
-                print("   ", finding)
-    return 0
+        cases = ema_cases(folder / "sources")
+        if options.peers:
+            from .peers import peer_cases
+
+            cases += peer_cases()
+        cases = [case for case in cases if options.only in case.name]
+        whole = progress.add_task("verbs", total=len(cases))
+        current = progress.add_task("")
+
+        def show(done: int, total: int) -> None:
+            progress.update(current, completed=done, total=total)
+
+        for case in cases:
+            progress.update(current, description=f"{case.name}: faults")
+            walked = walk(case, folder / case.name / "walk", stride=stride, show=show)
+            progress.update(current, description=f"{case.name}: power")
+            loss = lose_power(case, folder / case.name / "power", limit=limit, show=show)
+            results.append((walked, loss))
+            progress.advance(whole)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(a) | dataclasses.asdict(b) for a, b in results]))
+    else:
+        print_table(results, options.verbose)
+    return int(any(walked.count("lost") or loss.lost for walked, loss in results))
+
+
+def print_table(results: list[tuple[Walk, Loss]], verbose: bool) -> None:
+    from .walk import KINDS_OF_FINDINGS
+
+    out = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("verb")
+    for column in ("operations", "faults", *KINDS_OF_FINDINGS, "states", "lost"):
+        table.add_column(column, justify="right")
+    for walked, loss in results:
+        numbers = [walked.operations, walked.faults, *map(walked.count, KINDS_OF_FINDINGS)]
+        table.add_row(walked.case, *map(str, [*numbers, loss.states, len(loss.lost)]))
+    out.print(table)
+    for kind, meaning in KINDS_OF_FINDINGS.items():
+        out.print(f"{kind:<10} {meaning}")
+    out.print(f"{'states':<10} different contents of the disk after power was lost; last: lost")
+    for walked, loss in results if verbose else []:
+        texts = [*map(str, walked.findings), *(f"power: {text}" for text in loss.lost)]
+        for text in texts:
+            out.print(f"{walked.case}: {text}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ __all__ = ["Loss", "lose_power"]
 SUBSETS = 40  # of operations in flight, at each moment, beside the systematic ones
 BLOCK = 512  # bytes that reach the disk together
 
+Tree = list[tuple[str, bytes | None]]  # path and content of every file; None for a folder
+
 
 @dataclass(frozen=True)
 class Step:
@@ -241,9 +243,8 @@ class Loss:
 def lose_power(
     case: Case,
     folder: Path,
-    seed: int = 0,
-    share: float = 1.0,
-    tick: Callable[[], None] = lambda: None,
+    limit: int | None = None,
+    show: Callable[[int, int], None] = lambda done, total: None,
 ) -> Loss:
     """Read every state that a write can leave when power is lost.
 
@@ -252,10 +253,35 @@ def lose_power(
     Args:
         case: The verb.
         folder: An empty folder, by its real path.
-        seed: Of the random subsets.
-        share: Of the states that are read.
-        tick: Called after each state.
+        limit: Of the states that are read, chosen at random; None reads all.
+        show: Called after each state with their number until now, and in all.
     """
+    root, draw = folder / "root", random.Random(0)
+    operations = record(case, folder)
+    recording = Recording(root, folder / "before", operations)
+    recording.check()
+    found: dict[tuple[bytes, bool], tuple[int, Tree]] = {}
+    for moment, disk in recording.states(draw):
+        tree = list(disk.tree(0))
+        digest = hashlib.sha256(repr(tree).encode()).digest()
+        found.setdefault((digest, moment == len(operations)), (moment, tree))
+    states = list(found.values())
+    if limit is not None and limit < len(states):
+        states = draw.sample(states, limit)
+    loss = Loss()
+    for loss.states, (moment, tree) in enumerate(states, 1):
+        returned = moment == len(operations)
+        put(tree, root)
+        allowed = {case.target} if returned else {case.last, case.target}
+        if text := read_back(case, root, allowed):
+            after = "the return" if returned else operations[moment - 1] if moment else "nothing"
+            loss.lost.append(f"after {after}: {text}")
+        show(loss.states, len(states))
+    return loss
+
+
+def record(case: Case, folder: Path) -> list[Operation]:
+    """The operations of a write in folder/root, over a copy of folder/before."""
     root, before = folder / "root", folder / "before"
     before.mkdir(parents=True)
     for version in case.before:
@@ -266,30 +292,11 @@ def lose_power(
         case.write(root, case.target)
     finally:
         shim.disarm()
-    operations = shim.read_log(folder / "log")
-    recording = Recording(root, before, operations)
-    recording.check()
-    draw, loss, seen = random.Random(seed), Loss(), set()
-    for moment, disk in recording.states(draw):
-        tree = list(disk.tree(0))
-        returned = moment == len(operations)
-        key = hashlib.sha256(repr((tree, returned)).encode()).digest()
-        if key in seen:
-            continue
-        seen.add(key)
-        if draw.random() > share:
-            continue
-        loss.states += 1
-        put(tree, root)
-        allowed = {case.target} if returned else {case.last, case.target}
-        if text := read_back(case, root, allowed):
-            after = "the return" if returned else str(operations[moment - 1]) if moment else "nothing"
-            loss.lost.append(f"after {after}: {text}")
-        tick()
-    return loss
+    seen = shim.read_log(folder / "log")
+    return [*seen, *case.unseen(seen)]
 
 
-def put(tree: Sequence[tuple[str, bytes | None]], root: Path) -> None:
+def put(tree: Tree, root: Path) -> None:
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     for path, content in tree:

@@ -304,6 +304,16 @@ ssize_t pwritev(int fd, const struct iovec *parts, int n, off_t offset) {
 
 ssize_t pwritev64(int fd, const struct iovec *parts, int n, off_t offset) { return pwritev(fd, parts, n, offset); }
 
+ssize_t pwritev2(int fd, const struct iovec *parts, int n, off_t offset, int flags) {
+    if (folder[0] == 0)
+        return REAL(pwritev2)(fd, parts, n, offset, flags);
+    return offset == -1 ? writev(fd, parts, n) : pwritev(fd, parts, n, offset);
+}
+
+ssize_t pwritev64v2(int fd, const struct iovec *parts, int n, off_t offset, int flags) {
+    return pwritev2(fd, parts, n, offset, flags);
+}
+
 /* Copies inside the kernel are refused, so that their callers read and write instead. */
 ssize_t sendfile(int out, int in, off_t *offset, size_t size) {
     ssize_t (*real)(int, int, off_t *, size_t) = dlsym(RTLD_NEXT, "sendfile");

@@ -20,6 +20,8 @@ from dist_ema.cli import main
 from dist_ema.offline.verify import verify
 from dist_ema.schedules import Power
 
+from .shim import Operation
+
 __all__ = ["Case", "ema_cases"]
 
 SMALL = "500B"  # the size of shards that divides the model
@@ -36,6 +38,7 @@ class Case:
         before: The versions in place when the fault comes.
         exchange: Whether the file system has RENAME_EXCHANGE.
         rewrites: The verb writes the same version again.
+        unseen: The last operations, which the shim does not see, from those that it saw.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Case:
     before: tuple[int, ...] = ()
     exchange: bool = True
     rewrites: bool = False
+    unseen: Callable[[list[Operation]], list[Operation]] = lambda seen: []
 
     @property
     def last(self) -> int | None:
@@ -160,9 +164,9 @@ class Verbs:
             self.save("a")(folder, version)
             self.save("b")(folder, version)
             torch.save({"state_dict": self._model.state_dict()}, folder / "c.pt")
-            for clock in (100, 200):
-                ema = EMA(self._model, [Power(sigma_rel=0.05), Power(sigma_rel=0.1)])
-                ema.update(elapsed=clock)
+            ema = EMA(self._model, [Power(sigma_rel=0.05), Power(sigma_rel=0.1)])
+            for _ in range(2):
+                ema.update(elapsed=100)
                 ema.snapshot(folder / "snapshots", every=100)
 
     # --- reading back ---------------------------------------------------------------------------
@@ -250,7 +254,13 @@ def _command_cases(verbs: Verbs) -> list[Case]:
         "dist-ema export folder": ("export", "{source}/a", folder),
         "dist-ema average": ("average", "{source}/a", "{source}/b", folder, *shards),
         "dist-ema convert": ("convert", "{source}/c.pt", folder, "--key", "state_dict"),
-        "dist-ema reconstruct": ("reconstruct", "{source}/snapshots", folder, "--sigma-rel", "0.07"),
+        "dist-ema reconstruct": (
+            "reconstruct",
+            "{source}/snapshots",
+            folder,
+            "--sigma-rel",
+            "0.07",
+        ),
     }
     cases = []
     for name, command in words.items():

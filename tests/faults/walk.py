@@ -60,7 +60,7 @@ def walk(
     folder: Path,
     kinds: Sequence[Fault] = shim.KINDS,
     stride: int = 1,
-    tick: Callable[[], None] = lambda: None,
+    show: Callable[[int, int], None] = lambda done, total: None,
 ) -> Walk:
     """Try the faults at the operations of a verb.
 
@@ -69,19 +69,18 @@ def walk(
         folder: An empty folder, by its real path.
         kinds: The faults.
         stride: 1 tries every fault at every operation; k every k-th of these pairs.
-        tick: Called after each fault.
+        show: Called after each fault with their number until now, and in all.
     """
     bench = _Bench(case, folder)
     operations = bench.record()
     found = Walk(case.name, len(operations))
-    pairs = [(at, kind) for at in range(1, len(operations) + 1) for kind in kinds]
-    for at, kind in pairs[::stride]:
+    pairs = [(at, kind) for at in range(1, len(operations) + 1) for kind in kinds][::stride]
+    for found.faults, (at, kind) in enumerate(pairs, 1):
         operation = f"{at} ({operations[at - 1]})"
         found.findings += [
             Finding(what, kind.name, operation, text) for what, text in bench.strike(at, kind)
         ]
-        found.faults += 1
-        tick()
+        show(found.faults, len(pairs))
     return found
 
 
@@ -92,6 +91,7 @@ class _Bench:
         self._case = case
         self._root, self._before = folder / "root", folder / "before"
         self._log = folder / "log"
+        self._normal: set[str] = set()  # hidden files after a write that meets no fault
         self._before.mkdir(parents=True)
         for version in case.before:
             case.write(self._before, version)
@@ -112,6 +112,7 @@ class _Bench:
             assert self._case.newest(self._root) == self._case.target
         self._case.write(self._root, self._case.following)
         assert self._case.newest(self._root) == self._case.following
+        self._normal = self._hidden()
         return shim.read_log(self._log)
 
     def strike(self, at: int, fault: Fault) -> Iterator[tuple[str, str]]:
@@ -149,8 +150,11 @@ class _Bench:
             return
         if version != case.following:
             yield "stuck", f"the next write left version {version}"
-        if left := [each.name for each in self._root.rglob(".*")]:
-            yield "left", ", ".join(left)
+        if left := self._hidden() - self._normal:
+            yield "left", ", ".join(sorted(left))
+
+    def _hidden(self) -> set[str]:
+        return {each.name for each in self._root.rglob(".*")}
 
     def _call(self, at: int, fault: Fault) -> tuple[str, str]:
         """The write in this process, with an error at an operation."""
