@@ -468,7 +468,7 @@ class Ranks:
         self.size = len(self.members)
         self.rank = self.members.index(dist.get_rank()) if self.size > 1 else 0
         self.group = self._whole_group(group) if self.size > 1 else None
-        self._open_store, self._copies = open_store, 0
+        self._open_store, self._stores = open_store, 0
         self._prefix = f"dist_ema/{self._incarnation(timeout)}" if self.size > 1 else ""
         self._connect(open_store(self._prefix) if self.size > 1 else None, timeout)
 
@@ -477,17 +477,23 @@ class Ranks:
         self.begin, self.all_gather_json = coordinator.begin, coordinator.all_gather_json
         self.run_on_all, self.run_on_first = coordinator.run_on_all, coordinator.run_on_first
 
-    def with_own_messages(self) -> Ranks:
-        """The same ranks, with message names and a connection to the store of their own.
+    def own_store(self) -> dist.Store:
+        """Another connection to the store, with a prefix that only this call uses.
 
         Note:
             Every rank calls it as often as the others do. It sends nothing.
         """
+        self._stores += 1
+        store: Any = self._open_store(f"{self._prefix}/{self._stores}")
         # NOTE: a connection that waits is locked, and training would wait with it.
-        self._copies += 1
+        return store.clone()  # type: ignore[no-any-return]
+
+    def with_own_messages(self) -> Ranks:
+        """The same ranks, with messages on a store of their own, as of `own_store`."""
         other, store = copy(self), None
         if self.size > 1:
-            store = self._open_store(f"{self._prefix}/{self._copies}").clone()  # type: ignore[attr-defined]
+            store = self.own_store()
+            other._prefix, other._stores = f"{self._prefix}/{self._stores}", 0
         other._connect(store, self.timeout)
         return other
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -147,24 +147,24 @@ def stream(
 class FileTransferGroup:
     """A process group for files alone ([Note: turns]). *Collective*.
 
-    NOTE: it calls methods of the group, not functions of `torch.distributed`. They still work after
-    the program has called destroy_process_group() while a file is written in the background.
+    torch does not know it, so it works after destroy_process_group(), while a file is written in
+    the background. Its addresses lie under the keys of `ranks` ([Note: incarnations]), so gloo does
+    not connect to those of a killed attempt.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._timeout = timedelta(seconds=ranks.timeout)
-        self._group = dist.new_group(
-            ranks.members, timeout=self._timeout, backend="gloo", use_local_synchronization=True
+        self._group: Any = dist.ProcessGroupGloo(
+            ranks.own_store(), ranks.rank, ranks.size, self._timeout
         )
-        self._ranks = [dist.get_group_rank(self._group, member) for member in ranks.members]
 
     def send(self, data: Tensor, to: int) -> None:
         with _transfer_errors():
-            self._group.send([data], self._ranks[to], 0).wait(self._timeout)
+            self._group.send([data], to, 0).wait(self._timeout)
 
     def receive(self, data: Tensor, source: int) -> None:
         with _transfer_errors():
-            self._group.recv([data], self._ranks[source], 0).wait(self._timeout)
+            self._group.recv([data], source, 0).wait(self._timeout)
 
 
 class FileTransferError(RuntimeError):
