@@ -161,6 +161,7 @@ DROP_INS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, tuple[Reads, Ver
         lambda m: ema_pytorch.EMA(m, beta=0.5, update_after_step=0, update_every=1),
         {
             "eval": (SHADOWS, lambda case: case.average.eval()(INPUT)),
+            "forward": MODULE["forward"],
             "forward_eval": (SHADOWS, lambda case: case.average.forward_eval(INPUT)),
             "state_dict": (WHOLE, plain("state_dict")),
             "load_state_dict": (WHOLE, loaded),

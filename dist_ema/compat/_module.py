@@ -38,11 +38,13 @@ __all__ = [
     "Device",
     "ModuleAverage",
     "ModuleFn",
+    "UpdateRule",
     "recalibrate_all",
 ]
 
 ModuleFn = Callable[[], nn.Module]
 Device = torch.device | str | int | None
+UpdateRule = Callable[[Sequence[tuple[Tensor, Tensor]]], None]
 
 
 class ModuleAverage:
@@ -148,10 +150,8 @@ class ModuleAverage:
             if old.teacher is not None:
                 old.teacher.release()
         self._built_on = self._form()
-        states = [
-            s for s in self._ema.weights.states if s.shadow is None and s.teacher_copy is None
-        ]
-        unwritten = {state.name: state.shard for state in states}
+        states = self._ema.weights.states
+        unwritten = {s.name: s.shard for s in states if s.shadow is None and s.teacher_copy is None}
         # Of the copy and the model, what the EMA does not write: what `only` leaves out, and
         # buffers that no file holds.
         self._unwritten = [(s, unwritten[s.name]) for s in copied if s.name in unwritten]
@@ -173,29 +173,23 @@ class ModuleAverage:
 
     # --- moving ---------------------------------------------------------------------------------
 
-    def update(self, model: nn.Module, decay: float) -> None:
-        """Move towards `model`; 0 copies. No collective, no host sync."""
-        self._begin_update(model)
-        self.average.update(decay=decay)
-        self._forget_buffers()
-
     @torch.no_grad()
-    def update_by(
-        self, model: nn.Module, rule: Callable[[Sequence[tuple[Tensor, Tensor]]], None]
-    ) -> None:
-        """Move by a function of (shadow, live) views of what this rank averages."""
-        self._begin_update(model)
-        self.average.weights.move_by(rule)
-        self._forget_buffers()
+    def update(self, model: nn.Module, move: float | UpdateRule) -> None:
+        """Move towards `model`. No collective, no host sync.
 
-    def _begin_update(self, model: nn.Module) -> None:
-        """An update copies frozen weights and buffers too, so nobody may have swapped those."""
+        Args:
+            model: as it is now ([Note: which model]).
+            move: a decay, where 0 copies; or a function of (shadow, live) views of what this rank
+                averages.
+        """
         self.follow(model)
+        # An update copies frozen weights and buffers too, so none of them may be swapped.
         self.average.weights.refuse("update", Reads.WHOLE_MODEL)
-
-    def _forget_buffers(self) -> None:
-        """An update ends what was recalibrated, as it overwrites the buffers of a copy."""
-        if self.module is None:
+        if callable(move):
+            self.average.weights.move_by(move)
+        else:
+            self.average.update(decay=move)
+        if self.module is None:  # an update ends what was recalibrated, as in a copy
             self.average.reset_buffers()
 
     @torch.no_grad()
@@ -252,15 +246,14 @@ class ModuleAverage:
         if self.module is not None:
             self.evaluated.load_state_dict(named)
             return
-        state, kinds = self.average.state_dict(), ("weights", "buffers")
-        ((name, saved),) = state["averages"].items()
-        missing = [key for kind in kinds for key in saved[kind] if key not in named]
+        state = self.average.state_dict()
+        (average,) = state["averages"].values()
+        missing = [key for key in (*average["weights"], *average["buffers"]) if key not in named]
         if missing:
             raise ValueError(f"the state_dict lacks {', '.join(missing[:5])} of the average.")
-        loaded = {kind: {key: named[key] for key in saved[kind]} for kind in kinds}
-        own = [key not in saved["weights"] for key in saved["buffers"]]
-        average = {**loaded, "own": torch.tensor(own, dtype=torch.uint8)}
-        self.average.load_state_dict(state | {"averages": {name: average}})
+        own = [key not in average["weights"] for key in average["buffers"]]
+        average |= {"weights": named, "buffers": named, "own": torch.tensor(own, dtype=torch.uint8)}
+        self.average.load_state_dict(state)
 
     def named_here(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a checkpoint holds, its names without the wrappers that the copy does not have."""
@@ -353,6 +346,10 @@ class CopiedModule(nn.Module):
         self._average = average
         if average.module is not None:
             self._modules[self.child] = average.module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the average."""
+        return getattr(self, self.child)(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         # Only what is found nowhere else comes here, children included.

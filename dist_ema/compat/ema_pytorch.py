@@ -95,6 +95,7 @@ class EMA(CopiedModule):
         if lazy_init_ema and ema_model is not None:
             raise ValueError("EMA takes one of ema_model and lazy_init_ema, got both.")
         self.beta, self.inv_gamma, self.power, self.min_value = beta, inv_gamma, power, min_value
+        self.is_frozen = beta == 1.0  # nothing moves the average but copies
         self.update_after_step, self.update_every = update_after_step, update_every
         self.param_or_buffer_names_no_ema = param_or_buffer_names_no_ema
         self.ignore_names, self.ignore_startswith_names = ignore_names, ignore_startswith_names
@@ -128,11 +129,6 @@ class EMA(CopiedModule):
         """The model that is followed."""
         model: nn.Module = self.online_model if self.include_online_model else self.online_model[0]
         return model
-
-    @property
-    def is_frozen(self) -> bool:
-        """beta is 1: nothing moves the average but copies."""
-        return self.beta == 1.0
 
     # --- which names ----------------------------------------------------------------------------
 
@@ -237,9 +233,6 @@ class EMA(CopiedModule):
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
 
     # --- the copy -------------------------------------------------------------------------------
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.ema_model(*args, **kwargs)
 
     def eval(self) -> nn.Module:  # type: ignore[override]
         """Put the copy into evaluation mode, and return it."""

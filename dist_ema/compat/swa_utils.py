@@ -13,7 +13,7 @@ from torch.optim.swa_utils import SWALR
 from ..schedules import Constant, Schedule, Uniform
 from ..sharding import discovery
 from ._count import Count
-from ._module import CopiedModule, Device, ModuleAverage, ModuleFn, recalibrate_all
+from ._module import CopiedModule, Device, ModuleAverage, ModuleFn, UpdateRule, recalibrate_all
 
 __all__ = [
     "SWALR",
@@ -32,7 +32,10 @@ MultiAvgFn = Callable[[Sequence[Tensor], Sequence[Tensor], Number], None]
 
 @dataclass(frozen=True)
 class _Rule:
-    """A schedule as an averaging function; `AveragedModel` takes the schedule out of it."""
+    """A schedule as an averaging function of one tensor, or of lists in place.
+
+    `AveragedModel` takes the schedule out of it.
+    """
 
     schedule: Schedule
 
@@ -40,39 +43,25 @@ class _Rule:
         """After so many models."""
         return self.schedule(float(averaged) + 1, 1.0)
 
-
-class _AvgFn(_Rule):
     @torch.no_grad()
-    def __call__(self, averaged: Tensor, current: Tensor, num_averaged: Number) -> Tensor:
-        return torch.lerp(averaged, current.to(averaged), 1 - self.decay(num_averaged))
+    def __call__(self, averaged: Any, current: Any, num_averaged: Number) -> Any:
+        weight = 1 - self.decay(num_averaged)
+        if isinstance(averaged, Tensor):
+            return torch.lerp(averaged, current.to(averaged), weight)
+        return torch._foreach_lerp_(list(averaged), list(current), weight)
 
 
-class _MultiAvgFn(_Rule):
-    @torch.no_grad()
-    def __call__(
-        self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Number
-    ) -> None:
-        torch._foreach_lerp_(list(averaged), list(current), 1 - self.decay(num_averaged))
-
-
-def get_ema_avg_fn(decay: float = 0.999) -> AvgFn:
+def get_ema_avg_fn(decay: float = 0.999) -> _Rule:
     """decay * averaged + (1 - decay) * current. Raises ValueError for a decay outside [0, 1]."""
-    return _AvgFn(Constant(decay))
+    return _Rule(Constant(decay))
 
 
-def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAvgFn:
-    """The same on lists, in place."""
-    return _MultiAvgFn(Constant(decay))
-
-
-def get_swa_avg_fn() -> AvgFn:
+def get_swa_avg_fn() -> _Rule:
     """The plain mean of all models so far."""
-    return _AvgFn(Uniform())
+    return _Rule(Uniform())
 
 
-def get_swa_multi_avg_fn() -> MultiAvgFn:
-    """The same on lists, in place."""
-    return _MultiAvgFn(Uniform())
+get_ema_multi_avg_fn, get_swa_multi_avg_fn = get_ema_avg_fn, get_swa_avg_fn
 
 
 class AveragedModel(CopiedModule):
@@ -124,10 +113,6 @@ class AveragedModel(CopiedModule):
     def _rule(self) -> AvgFn | MultiAvgFn:
         return self.multi_avg_fn or self.avg_fn or get_swa_multi_avg_fn()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the average."""
-        return self.module(*args, **kwargs)
-
     def update_parameters(self, model: nn.Module) -> None:
         """Take in the model as it is now; the first one is copied.
 
@@ -135,27 +120,26 @@ class AveragedModel(CopiedModule):
             No collective, and no host sync but after somebody else wrote `n_averaged`.
         """
         averaged, rule = self._count.of(self.n_averaged), self._rule()
+        move: float | UpdateRule = self._apply_functions
         if averaged == 0:
-            self.copied.update(model, 0.0)
+            move = 0.0
         elif isinstance(rule, _Rule):
-            self.copied.update(model, rule.decay(averaged))
-        else:
-            self.copied.update_by(model, self._apply_functions)
+            move = rule.decay(averaged)
+        self.copied.update(model, move)
         self.copied.copy_rest()
         self._count.up(self.n_averaged)
 
     def _apply_functions(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        kinds: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
         for average, live in pairs:
             if self.avg_fn is not None:
                 number = self.n_averaged.to(average.device)
                 average.copy_(self.avg_fn(average, live, number))
-            averages, lives = kinds.setdefault((average.device, average.dtype), ([], []))
-            averages.append(average)
-            lives.append(live)
+            kinds.setdefault((average.device, average.dtype), []).append((average, live))
         for (device, _), group in kinds.items():
             if self.multi_avg_fn is not None:
-                self.multi_avg_fn(*group, self.n_averaged.to(device))
+                averages, lives = map(list, zip(*group, strict=True))
+                self.multi_avg_fn(averages, lives, self.n_averaged.to(device))
 
 
 def update_bn(loader: Iterable[Any], model: nn.Module, device: Device = None) -> None:

@@ -8,7 +8,6 @@ FSDP comes first.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import nn
@@ -70,10 +69,6 @@ class _Versioned(CopiedModule):
     def set(self, model: nn.Module) -> None:
         """The average is `model` as it is now. No collective."""
         self.copied.update(model, 0.0)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the average."""
-        return self.module(*args, **kwargs)
 
 
 class ModelEmaV2(_Versioned):
