@@ -297,6 +297,15 @@ class EMA:
         self._attachment = Attachment(
             self.weights, self.weights.clock, optimizers, every, start, elapsed, guard
         )
+        if not self.weights.stepped_by(optimizers):
+            self.weights.follow(tree=True)  # it may hold what has replaced them
+            names = ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
+            warnings.warn(
+                f"ema.attach(): {names} holds none of the averaged weights. If it steps copies of "
+                "them (fp32 master weights), the average is one step behind: call ema.update() after "
+                "they were written back.",
+                stacklevel=_stacklevel_of_caller(),
+            )
         return self._attachment
 
     def detach(self) -> None:

@@ -451,3 +451,26 @@ RED_BETWEEN: dict[str, str] = {}
 @pytest.mark.parametrize("case", programs(BETWEEN, RED_BETWEEN))
 def test_writes_between_steps(case: Any) -> None:
     outcome(lambda: written_between(*case), ["weight", "bias"])
+
+
+def test_an_optimizer_of_copies_is_named() -> None:
+    """Master weights: the model gets what was stepped only after the step, so the average would be late."""
+    model = nn.Linear(4, 4).bfloat16()
+    masters = [nn.Parameter(p.detach().float()) for p in model.parameters()]
+    ema = EMA(model, 0.5)
+    with pytest.warns(UserWarning, match="SGD holds none of the averaged weights"):
+        ema.attach(torch.optim.SGD(masters, lr=0.1))
+
+
+def test_optimizers_of_views_and_beside_others_are_known() -> None:
+    """Warnings are errors here: a flat buffer that the weights are views of, and a GAN's two."""
+    model = nn.Linear(4, 4)
+    flat = nn.Parameter(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+    torch.nn.utils.vector_to_parameters(flat.detach(), model.parameters())
+    ema = EMA(model, 0.5)
+    ema.attach(torch.optim.SGD([flat], lr=0.1))
+    ema.detach()
+    other = nn.Linear(4, 4)
+    ema.attach(
+        torch.optim.SGD(other.parameters(), lr=0.1), torch.optim.SGD(model.parameters(), lr=0.1)
+    )

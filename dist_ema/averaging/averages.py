@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..schedules import Schedule
-from ..sharding import discovery, geometry, wrappers
+from ..sharding import discovery, geometry, records, wrappers
 from ..sharding.ownership import ParamState
 from .clock import Clock
 from .engines import Engine, Inline, Times, choose_engine
@@ -90,6 +91,15 @@ class AveragedWeights:
         self._overlap: bool | None = None
 
     # --- what is averaged -------------------------------------------------------------------------
+
+    def stepped_by(self, optimizers: Iterable[Optimizer]) -> bool:
+        """One of the optimizers holds an averaged weight, or memory of one."""
+        params = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+        storages = {state.local.untyped_storage().data_ptr() for state in self._averaged}
+        memories = [memory for p in params if (memory := records.memory_of(p)) is not None]
+        return not {id(p) for p in params}.isdisjoint(
+            id(state.shard.tensor) for state in self._averaged
+        ) or any(memory.untyped_storage().data_ptr() in storages for memory in memories)
 
     @property
     def states(self) -> list[ParamState]:
@@ -317,9 +327,10 @@ class AveragedWeights:
             once: A schedule in place of all others, for this update.
         """
         number = self.clock.updates
-        if number < 2 or self._watch.changed():
+        replaced = self._watch.replaced(number)
+        if number < 2 or replaced or self._watch.changed():
             self._inventory.refuse_unfrozen()
-            self.follow()
+            self.follow(tree=replaced)
         schedules = [once or average.schedule for average in self.averages]
         decays = self.clock.move(schedules, elapsed)
         weights = []

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..sharding import records
 from ..sharding.addresses import Addresses
 from ..sharding.ownership import ParamState
 from ..sharding.records import Shard
@@ -53,6 +54,20 @@ class StorageWatch:
         self._params, self._frozen = params, frozen
         self._addresses = Addresses([param.shard for param in params] + list(further))
         self._seen = self._addresses.read()
+        # FSDP registers other objects between a forward and a backward.
+        self._plain = [
+            param.shard
+            for param in params
+            if type(param.shard.tensor) is nn.Parameter
+            and not getattr(param.shard.tensor, "_fsdp_flattened", False)
+        ]
+
+    def replaced(self, update: int) -> bool:
+        """The model registers another object now for one of the weights, the next one in each update.
+
+        What replaces all of them is seen at once: `model.to("meta")`, `load_state_dict(assign=True)`.
+        """
+        return bool(self._plain) and records.replaced(self._plain[update % len(self._plain)])
 
     def changed(self) -> bool:
         """Some storage lies elsewhere, or a frozen weight needs a gradient now.

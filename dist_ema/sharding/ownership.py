@@ -106,7 +106,7 @@ class ParamState:
         """Follow elements that moved.
 
         Raises:
-            RuntimeError: They have another dtype, device, shape or order now.
+            RuntimeError: They have another dtype, device, shape or order now, or no memory.
         """
         if self.is_copied_buffer:
             redescribe(self.shard)
@@ -115,6 +115,11 @@ class ParamState:
                 self.saved_region = replace(whole, end=0)
             self.form = _form(self.shard.local_tensor())
         memory, old = self.shard.local_tensor(), self.local
+        if memory.numel() and not memory.data_ptr():
+            raise RuntimeError(
+                f"{self.name} has no memory now: its storage was freed or offloaded. Bring it back "
+                "before the next update or verb."
+            )
         changed = self.layout_changed
         # A buffer may be another tensor: FSDP1 casts them, modules assign them.
         if self.shard.kind != "buffer":
