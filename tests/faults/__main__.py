@@ -56,7 +56,7 @@ def main(words: list[str]) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Walk, lose power, and print. Returns 1 where a version was lost."""
-    from .power import lose_power
+    from .power import Loss, lose_power
     from .verbs import ema_cases
     from .walk import walk
 
@@ -87,6 +87,10 @@ def run(options: argparse.Namespace) -> int:
             loss = lose_power(case, folder / case.name / "power", limit=limit, show=show)
             results.append((walked, loss))
             progress.advance(whole)
+        if options.only in "2 ranks":
+            from .ranks import walk_on_ranks
+
+            results += [(each, Loss()) for each in walk_on_ranks(folder / "ranks", stride)]
     if options.json:
         print(json.dumps([dataclasses.asdict(a) | dataclasses.asdict(b) for a, b in results]))
     else:

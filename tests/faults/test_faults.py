@@ -25,11 +25,11 @@ PEERS = {"dcp.save over", "torch.save over", "safetensors save_file over"}
 pytestmark = pytest.mark.skipif(bool(shim.why_not()), reason=shim.why_not() or "has a compiler")
 
 IN_PLACE = "shards of an earlier export are replaced one by one"
-NAMELESS = "an error of the disk names no path"
 RED = {  # verb -> kinds of findings -> why; remove what is right
     "export shards over": {"lost": IN_PLACE, "power": IN_PLACE},
     "export folder over": {"lost": IN_PLACE, "power": IN_PLACE},
     "export folder over, two renames": {"lost": IN_PLACE, "power": IN_PLACE},
+    "2 ranks: export folder over": {"lost": IN_PLACE},
 }
 
 
@@ -49,6 +49,8 @@ def walked(library: Path) -> list[dict[str, Any]]:
     return results
 
 
+@pytest.mark.slow
+@pytest.mark.multirank
 def test_nothing_is_lost(library: Path) -> None:
     """Of every verb the old or the new version stands; peers that write in place lose both."""
     found = {each["case"]: each for each in walked(library)}

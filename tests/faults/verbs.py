@@ -22,7 +22,7 @@ from dist_ema.schedules import Power
 
 from .shim import Operation
 
-__all__ = ["Case", "ema_cases"]
+__all__ = ["Case", "ema_cases", "rank_cases"]
 
 SMALL = "500B"  # the size of shards that divides the model
 
@@ -101,10 +101,12 @@ def model_version(path: Path) -> int | None:
 class Verbs:
     """The state that the cases share: a model, its average, and the sources of offline verbs."""
 
-    def __init__(self, sources: Path) -> None:
+    def __init__(
+        self, sources: Path, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
+    ) -> None:
         self._sources = sources
         self._model = Model()
-        self._ema = EMA(self._model, [0.5, 0.9])
+        self._ema = EMA(wrap(self._model), [0.5, 0.9], timeout=20)
         self._reader = EMA(Model(), [0.5, 0.9])
 
     def _fill(self, version: int) -> EMA:
@@ -244,6 +246,17 @@ def ema_cases(sources: Path) -> list[Case]:
         ),
     ]
     return cases + _command_cases(verbs)
+
+
+def rank_cases(wrap: Callable[[nn.Module], nn.Module]) -> list[Case]:
+    """Verbs that every rank calls; `newest` is for one of them."""
+    verbs, saved = Verbs(Path(), wrap), exported("ema")
+    return [
+        Case("save over", verbs.save("ema"), saved, (1,)),
+        Case("save over, streamed", verbs.save("ema", mode="stream"), saved, (1,)),
+        Case("save wait=False", verbs.save_behind, saved, (1,)),
+        Case("export folder over", verbs.export_changing, beside_config, (1,)),
+    ]
 
 
 def _command_cases(verbs: Verbs) -> list[Case]:

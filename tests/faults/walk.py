@@ -18,12 +18,13 @@ from . import shim
 from .shim import Fault
 from .verbs import Case
 
-__all__ = ["KINDS_OF_FINDINGS", "Finding", "Walk", "walk"]
+__all__ = ["KINDS_OF_FINDINGS", "Finding", "Walk", "call", "held", "walk"]
 
 KINDS_OF_FINDINGS = {
     "lost": "neither the old version nor the new one can be read",
     "silent": "the verb returned, and the new version is not there",
     "stuck": "the next write fails",
+    "uneven": "one rank raised, and another returned",
     "left": "a temporary is left after the next write",
     "leak": "a thread or a descriptor is left open",
     "nameless": "the error names no path",
@@ -119,16 +120,14 @@ class _Bench:
         """(kind of finding, what was seen) of one fault."""
         case = self._case
         self.put_back()
-        before = _held()
+        before = held()
         outcome, text = (self._fork if fault.code == -1 else self._call)(at, fault)
         if outcome == "crash":
             yield "crash", text
         if outcome == "raised" and str(self._root) not in text:
             yield "nameless", text
-        if _held() - before:
-            gc.collect()  # what hangs on the traceback alone
-        if held := _held() - before:
-            yield "leak", ", ".join(sorted(held))
+        if leaked := held() - before:
+            yield "leak", ", ".join(sorted(leaked))
         try:
             version = case.newest(self._root)
         except Exception as error:
@@ -160,14 +159,9 @@ class _Bench:
         """The write in this process, with an error at an operation."""
         shim.arm(self._root, at, fault, exchange=self._case.exchange)
         try:
-            self._case.write(self._root, self._case.target)
-        except (OSError, RuntimeError, ValueError) as error:
-            return "raised", f"{type(error).__name__}: {error}"
-        except BaseException as error:
-            return "crash", f"{type(error).__name__}: {error}"
+            return call(lambda: self._case.write(self._root, self._case.target))
         finally:
             shim.disarm()
-        return "returned", ""
 
     def _fork(self, at: int, fault: Fault) -> tuple[str, str]:
         """The write in a copy of this process, which is killed at an operation."""
@@ -183,7 +177,19 @@ class _Bench:
         return ("killed" if killed else "returned"), ""
 
 
-def _held() -> set[str]:
-    """The threads and descriptors of this process."""
+def call(write: Callable[[], None]) -> tuple[str, str]:
+    """'returned', 'raised' or 'crash', and the error."""
+    try:
+        write()
+    except (OSError, RuntimeError, ValueError) as error:
+        return "raised", f"{type(error).__name__}: {error}"
+    except BaseException as error:
+        return "crash", f"{type(error).__name__}: {error}"
+    return "returned", ""
+
+
+def held() -> set[str]:
+    """The threads and descriptors of this process. Descriptors that only garbage holds are closed."""
+    gc.collect(0)
     fds = {f"descriptor {fd}" for fd in os.listdir("/proc/self/fd")}
     return fds | {f"thread {each.name} {each.ident}" for each in threading.enumerate()}
