@@ -1,7 +1,8 @@
 /* Fails, kills at, or records file operations under one folder. Loaded by LD_PRELOAD.
 
    faults_arm(folder, at, error, sticky, log) starts counting: operation number `at` fails with errno
-   `error`, or ends the process where error is -1 (SIGKILL). sticky: so do all later ones that an error
+   `error`, or ends the process where error is -1 (SIGKILL), or, of a write, moves half of its bytes
+   where error is -2. sticky: so do all later ones that an error
    of that kind would reach. at = 0: none fails. log: a file that receives every operation, or NULL.
    faults_disarm() stops and returns the count. Without these calls the variables FAULTS_FOLDER,
    FAULTS_AT, FAULTS_ERROR (a number), FAULTS_STICKY and FAULTS_LOG arm the process when it starts.
@@ -42,6 +43,7 @@ struct operation {
     int64_t offset, size; /* of an open: whether the file was there, and the flags */
     const void *data;
     int allocates; /* whether a full disk would refuse it */
+    int halved;    /* whether a write moves half of its bytes */
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -131,6 +133,9 @@ static int enter(struct operation *op, int *code) {
     if (at > 0 && (count == at || (sticky && count > at && reached))) {
         if (error == -1)
             kill(getpid(), SIGKILL);
+        op->halved = error == -2;
+        if (op->halved)
+            return 1;
         *code = error;
         record(op, error);
         pthread_mutex_unlock(&lock);
@@ -234,6 +239,7 @@ ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) {
         errno = code;
         return -1;
     }
+    size = op.halved && size > 1 ? size / 2 : size;
     ssize_t result = REAL(pwrite)(fd, data, size, offset);
     op.size = result < 0 ? 0 : result;
     if (watched)
@@ -258,6 +264,7 @@ ssize_t write(int fd, const void *data, size_t size) {
         errno = code;
         return -1;
     }
+    size = op.halved && size > 1 ? size / 2 : size;
     ssize_t result = real(fd, data, size);
     op.size = result < 0 ? 0 : result;
     if (watched)

@@ -22,7 +22,7 @@ _HEAD = struct.Struct("16sqqiiii")
 class Fault:
     """What an operation meets.
 
-    code: An errno, or -1 for SIGKILL.
+    code: An errno, -1 for SIGKILL, or -2 for a write that moves half of its bytes.
     sticky: All later operations that such a state of the disk reaches fail too.
     """
 
@@ -36,6 +36,7 @@ KINDS = (
     Fault("ENOSPC", errno.ENOSPC),
     Fault("disk full", errno.ENOSPC, sticky=True),
     Fault("read-only", errno.EROFS, sticky=True),
+    Fault("short write", -2),
     Fault("SIGKILL", -1),
 )
 

@@ -115,3 +115,6 @@ def test_shim(library: Path, tmp_path: Path) -> None:
         assert shell(library, tmp_path / str(at), SCRIPT, **fault) == (1, OPERATIONS[:at])
     killed = shell(library, tmp_path / "killed", SCRIPT, FAULTS_AT="8", FAULTS_ERROR="-1")
     assert killed == (-signal.SIGKILL, OPERATIONS[:7])
+    short = shell(library, tmp_path / "short", SCRIPT, FAULTS_AT="3", FAULTS_ERROR="-2")
+    assert short == (0, OPERATIONS)
+    assert (tmp_path / "short" / "e").read_bytes() == b"onet\0\0three"

@@ -208,14 +208,12 @@ def exported(name: str) -> Callable[[Path], int | None]:
 
 
 def beside_config(root: Path) -> int | None:
-    version = model_version(root / "out") if _holds_model(root / "out") else None
-    if version is not None:
-        assert (root / "out" / "config.json").read_bytes() == b"{}", "another's file is gone"
-    return version
-
-
-def _holds_model(folder: Path) -> bool:
-    return folder.is_dir() and any(each.name != "config.json" for each in folder.iterdir())
+    out = root / "out"
+    if out.is_dir():
+        assert (out / "config.json").read_bytes() == b"{}", "another's file is gone"
+        if len(list(out.iterdir())) == 1:
+            return None
+    return model_version(out)
 
 
 def ema_cases(sources: Path) -> list[Case]:
