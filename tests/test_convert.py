@@ -554,6 +554,14 @@ ARCHIVES: dict[str, tuple[Callable[[dict[str, bytes]], bytes], str]] = {
     "one name twice": (doubled, "holds data.pkl twice"),
     "overlapping": (overlapping, "x overlaps another record"),
     "beyond the records": (beyond, "reaches beyond the records"),
+    "a shorter record": (
+        lambda content: zipped(content | {"archive/data/0": content["archive/data/0"][:-8]}),
+        "more or fewer bytes than its record",
+    ),
+    "a longer record": (
+        lambda content: zipped(content | {"archive/data/1": content["archive/data/1"] * 2}),
+        "more or fewer bytes than its record",
+    ),
     "TorchScript": (
         lambda content: zipped(content | {"archive/constants.pkl": b""}),
         "is a TorchScript program",

@@ -300,6 +300,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "entry is a list": (pack({"a": [1]}), "broken safetensors header"),
     "entry lacks offsets": (pack({"a": {"dtype": "F32", "shape": [2]}}), "broken safetensors header: KeyError"),
     "metadata is a text": (pack({"__metadata__": "x"}), "broken safetensors header"),
+    "metadata is an empty list": (pack({"__metadata__": []}), "must map texts to texts"),
     "metadata holds a list": (pack({"__metadata__": {"a": []}}), "broken safetensors header"),
     "unknown dtype": (pack({"a": spec(0, 8, "F77")}, bytes(8)), "unknown dtype 'F77'"),
     "dtype is a list": (pack({"a": spec(0, 8, ["F32"])}, bytes(8)), "broken safetensors header"),

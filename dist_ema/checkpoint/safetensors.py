@@ -162,9 +162,9 @@ def header_of(file: BinaryIO, path: Path) -> SafetensorsFile:
     text = read_exactly(file, length)
     try:
         table = parse_json(text)
-        metadata = dict(table.pop("__metadata__", None) or {})
+        metadata = table.pop("__metadata__", None)
         entries = {name: _entry(value) for name, value in table.items()}
-        if not all(isinstance(value, str) for value in metadata.values()):
+        if metadata is not None and not _is_texts(metadata):
             raise ValueError("metadata must map texts to texts")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
@@ -183,7 +183,11 @@ def header_of(file: BinaryIO, path: Path) -> SafetensorsFile:
             f"{path} holds {size} bytes, its header describes {8 + length + at}. It was cut short "
             "or damaged."
         )
-    return SafetensorsFile(struct.pack("<Q", length) + text, entries, metadata)
+    return SafetensorsFile(struct.pack("<Q", length) + text, entries, metadata or {})
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def _entry(value: dict[str, Any]) -> Entry:

@@ -120,8 +120,7 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
     known: list[Any] = [(_placeholder(name), name) for name in {*_SETTINGS, *inert} - {*_DICTS}]
     known += [(dict, name) for name in _DICTS] + [(_default_dict, "collections.defaultdict")]
     mapped = _is_archive(path)
-    if mapped:
-        _refuse_unsound(path)
+    records = _records(path) if mapped else {}
     unsafe: list[str] = []  # classes that torch would not load
     try:
         # NOTE: torch warns of its own storages, and its errors advise to run the code.
@@ -135,7 +134,10 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
     except Exception as error:
         raise ValueError(_refusal(path, error, unsafe)) from None
     trees = _Trees(str(path))
-    return trees.make(loaded), trees.unsupported
+    tree = trees.make(loaded)
+    if mapped:
+        _refuse_other_lengths(path, trees.storages, records)
+    return tree, trees.unsupported
 
 
 def _is_archive(path: Path) -> bool:
@@ -144,13 +146,35 @@ def _is_archive(path: Path) -> bool:
         return file.read(4) == b"PK\3\4"
 
 
-def _refuse_unsound(path: Path) -> None:
-    """Check the records: torch maps a compressed one as if its bytes were elements."""
+def _records(path: Path) -> dict[int, int]:
+    """Begin -> length of each record. Raises ValueError for one that torch would map wrongly.
+
+    It maps a compressed record as if its bytes were elements.
+    """
     with regular_file.open_regular(path) as file:
-        torch_zip.records(
+        records = torch_zip.records(
             lambda begin, end: os.pread(file.fileno(), end - begin, begin),
             path.stat().st_size,
             str(path),
+        )
+    return {begin: end - begin for begin, end in records.values()}
+
+
+def _refuse_other_lengths(path: Path, storages: dict[int, int], records: dict[int, int]) -> None:
+    """Raise ValueError unless each storage is a record: torch maps what follows a shorter one.
+
+    Args:
+        path: The file.
+        storages: Address -> length.
+        records: Begin in the file -> length. The address of the file is not known, but it is the
+            one at which every storage begins where a record does.
+    """
+    if storages and not any(
+        all(records.get(at - (min(storages) - begin)) == size for at, size in storages.items())
+        for begin in records
+    ):
+        raise ValueError(
+            f"{path} is damaged: a tensor is said to hold more or fewer bytes than its record."
         )
 
 
@@ -217,6 +241,7 @@ class _Trees:
     def __init__(self, where: str) -> None:
         self._where = where
         self._made: dict[int, Any] = {}
+        self.storages: dict[int, int] = {}  # address -> bytes
         self.unsupported: dict[str, str] = {}
 
     def make(self, value: Any, path: tuple[str, ...] = ()) -> Any:
@@ -245,6 +270,9 @@ class _Trees:
         dtype = TORCH.get(str(tensor.dtype).removeprefix("torch."))
         plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
         if dtype is not None and plain and tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                self.storages[storage.data_ptr()] = storage.nbytes()
             return Mapped(tensor.resolve_conj().resolve_neg(), dtype)
         kind = type(tensor).__name__ + " on meta" * tensor.is_meta
         self.unsupported[name] = f"a {kind} of {tensor.dtype}, {tensor.layout}"

@@ -1,8 +1,9 @@
-"""Saved averages with something wrong: cut, flipped, edited, linked elsewhere. What reads files is tried on them.
+"""Checkpoints with something wrong: cut, flipped, edited, linked elsewhere. Readers are tried on them.
 
     for label, folder in itertools.islice(damaged(good, tmp_path / "case" / "a", seed), 300): ...
 
-The same seed gives the same changes. What links lead to is made beside the folder, under names that begin with 'outside'.
+The same seed gives the same changes. What links lead to is made beside the folder, under names that
+begin with 'outside'. `python -m tests.fuzz --files 1000` tries every verb on such files.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import os
 import random
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-__all__ = ["damaged", "mutations"]
+__all__ = ["BYTES", "MODEL", "damaged", "mutations"]
 
 Change = Callable[[Path], None]
+Draw = Callable[[random.Random, Path], None]
 
 ODD: list[Any] = [
     None, True, -1, 0, 1, 3.5, 1e308, 1 << 62, 1 << 63, 10**30, "", "x", "../x", "../x.safetensors", "/etc/passwd", [], {},
@@ -40,21 +42,30 @@ RAW = [
 ]
 
 
-def damaged(good: Path, at: Path, seed: int) -> Iterator[tuple[str, Path]]:
-    """(what was done, a copy of `good` to which it was done), one after the other at the same place, alone in its folder."""
-    for label, change in mutations(seed):
+def damaged(
+    good: Path, at: Path, seed: int, changes: Mapping[str, Draw] | None = None
+) -> Iterator[tuple[str, Path]]:
+    """(what was done, the copy of `good` to which it was done), one after the other at one place.
+
+    The copy is alone in its folder.
+    """
+    for label, change in mutations(seed, changes):
         shutil.rmtree(at.parent, ignore_errors=True)
         shutil.copytree(good, at)
         change(at)
         yield label, at
 
 
-def mutations(seed: int) -> Iterator[tuple[str, Change]]:
-    """(what was done, function that does it to a folder), without end."""
+def mutations(seed: int, changes: Mapping[str, Draw] | None = None) -> Iterator[tuple[str, Change]]:
+    """(what was done, function that does it to a folder), without end.
+
+    changes: To choose from, by default those of a folder that dist_ema saved.
+    """
+    known = _CHANGES if changes is None else changes
     for i in count():
         draw = random.Random(f"{seed} {i}")
-        name = draw.choice(list(_CHANGES))
-        yield f"{i} {name}", partial(_CHANGES[name], draw)
+        name = draw.choice(list(known))
+        yield f"{i} {name}", partial(known[name], draw)
 
 
 def _files(folder: Path, *suffixes: str) -> list[Path]:
@@ -291,9 +302,15 @@ def _folders(draw: random.Random, folder: Path) -> None:
         os.symlink(draw.choice(["/", "..", path.name]), path)
 
 
-_CHANGES: dict[str, Callable[[random.Random, Path], None]] = {
+_CHANGES: dict[str, Draw] = {
     "cut": _cut, "append": _append, "flip": _flip, "flip again": _flip, "blank": _blank, "exchange": _exchange_files,
     "remove": _remove, "replace": _replace, "length": _length, "header": _edit_header, "header again": _edit_header,
     "meta": _meta, "meta again": _meta, "index": _index, "clock": _clock, "another file": _another_file, "link": _link,
     "no file": _no_file, "folders": _folders,
 }  # fmt: skip
+# of any file, and of a model that has no ema.json
+BYTES = {name: _CHANGES[name] for name in ("cut", "append", "remove", "replace", "link", "no file")}
+MODEL = BYTES | {
+    name: _CHANGES[name]
+    for name in ("flip", "blank", "exchange", "length", "header", "header again", "index")
+}
