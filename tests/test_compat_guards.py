@@ -145,13 +145,18 @@ VERSIONED = {"update": (WHOLE, model("update")), "set": (WHOLE, model("set"))}
 HARMLESS = {
     "average", "averages", "copied", "child", "opt_state", "zero_grad", "add_param_group", "bn_update",
     "get_decay", "get_current_decay", "is_frozen", "model", "reset_num_updates", "update_attr",
-    "from_pretrained", "save_pretrained", "init_ema", "register", "restore_ema_model_device",
+    "from_pretrained", "save_pretrained", "get_params_iter", "get_buffers_iter", "init_ema", "register", "restore_ema_model_device",
     "add_to_optimizer_post_step_hook", "n_averaged", "decay", "num_updates", "initted", "collected_params",
 }  # fmt: skip
 DROP_INS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, tuple[Reads, Verb]]]] = {
     "timm V1": (lambda m: timm.ModelEma(m, 0.5), HOLDER),
     "timm V2": (lambda m: timm.ModelEmaV2(m, 0.5), MODULE | VERSIONED),
-    "timm V3": (lambda m: timm.ModelEmaV3(m, 0.5, exclude_buffers=True), MODULE | VERSIONED),
+    "timm V3": (
+        lambda m: timm.ModelEmaV3(m, 0.5, exclude_buffers=True),
+        MODULE
+        | VERSIONED
+        | {"apply_update_": (WHOLE, lambda case: case.average.apply_update_(case.model, 0.5))},
+    ),
     "yolo": (lambda m: yolo.ModelEMA(m, 0.5), HOLDER),
     "swa_utils": (
         swa_utils.AveragedModel,

@@ -300,6 +300,41 @@ def test_torch_ema_differs() -> None:
     assert [kept.dtype for kept in ours.collected_params or []] == [F64, torch.int64]
 
 
+def test_torch_ema_in_float16() -> None:
+    """Shadows take the dtype as the original's do, go on in it, and keep it in copies and after a cast of the weights."""
+    from torch_ema import ExponentialMovingAverage
+
+    model = nn.Linear(11, 3)
+    both = [
+        of(model.parameters(), 0.9, False)
+        for of in (ExponentialMovingAverage, torch_ema.ExponentialMovingAverage)
+    ]
+    for ema in both:
+        ema.to(dtype=torch.float16)
+    theirs, ours = both
+    assert [t.dtype for t in ours.shadow_params] == [t.dtype for t in theirs.shadow_params]
+    assert {t.dtype for t in ours.shadow_params} == {torch.float16}
+    want = model.weight.detach().double()
+    for seed in range(20):
+        move([model], seed)
+        for ema in both:
+            ema.update()
+        want = 0.9 * want + 0.1 * model.weight.detach().double()
+    assert torch.allclose(ours.shadow_params[0].double(), want, rtol=0, atol=2e-3)
+    kept = ours.shadow_params[0].clone()
+    twin, again = copy.deepcopy((model, ours))
+    assert torch.equal(again.shadow_params[0], kept)
+    twin.double()
+    again.update(twin.parameters())
+    assert {t.dtype for t in again.shadow_params} == {torch.float16}
+    ours.shadow_params[0].zero_()
+    assert ours.shadow_params[0].eq(0).all(), "the list is the average, in this dtype too"
+    ours.to(dtype=F64)
+    assert {t.dtype for t in ours.shadow_params} == {F64}
+    with pytest.raises(ValueError, match="dtype must be"):
+        ours.to(dtype=torch.int8)
+
+
 # --- diffusers ---------------------------------------------------------------------------------------------------
 
 

@@ -423,6 +423,19 @@ def without_timm() -> Iterator[None]:
         yield
 
 
+def test_timm_third_version_takes_a_decay() -> None:
+    """`apply_update_`, for loops that compute the decay themselves."""
+    live = make(random.Random(1), tied=False)
+    both = [of.ModelEmaV3(live, decay=0.9) for of in (ours_timm, timms())]
+    for seed, decay in enumerate((0.0, 0.3, 1.0, 0.7)):
+        train(live, random.Random(seed))
+        for average in both:
+            with torch.no_grad():
+                average.apply_update_(live, decay)
+        states = [dict(average.module.state_dict()) for average in both]
+        compare(*states, f"decay {decay}", lambda key: "tracked" in key)
+
+
 def test_timm_tied_weights_are_averaged_once() -> None:
     """timm walks the state_dict, where a tied weight stands twice, and moves it twice: a decay of 0.81 in place of 0.9."""
     live = Body()
@@ -687,6 +700,41 @@ def run_ema_pytorch(seed: int) -> None:
         ]:
             assert torch.allclose(mine, want, atol=1e-5)
         assert torch.allclose(ours.forward_eval(x), theirs.forward_eval(x), atol=1e-5)
+
+
+def test_ema_pytorch_names_what_floats() -> None:
+    """The iterators of the original, in its order; integers are in neither."""
+    live = Body()
+    live.register_buffer("codes", torch.arange(3))
+    ours, theirs = ours_ema_pytorch.EMA(live), their_ema_pytorch.EMA(live)
+    for name in ("get_params_iter", "get_buffers_iter"):
+        mine, want = (list(getattr(ema, name)(live)) for ema in (ours, theirs))
+        assert [key for key, _ in mine] == [key for key, _ in want]
+        assert all(a is b for (_, a), (_, b) in zip(mine, want, strict=True))
+    assert "norm.running_mean" in dict(mine)
+    assert "codes" not in dict(mine)
+
+
+def test_ema_pytorch_ignores_names_from_then_on() -> None:
+    """The sets may change during training: the next move heeds them, and what is averaged goes on."""
+    options = {"beta": 0.5, "update_after_step": 0, "update_every": 1, "inv_gamma": 0.1}
+    live, other = make(random.Random(3)), make(random.Random(3))
+    pairs = [
+        (ours_ema_pytorch.EMA(live, **options), live),
+        (their_ema_pytorch.EMA(other, **options), other),
+    ]
+    sets = ["ignore_names", "param_or_buffer_names_no_ema", "ignore_startswith_names"]
+    for step, (name, added) in enumerate(zip(sets, ["a.bias", "b.weight", "norm."], strict=True)):
+        for ema, model in pairs:
+            for seed in (10 * step, 10 * step + 1):
+                train(model, random.Random(seed))
+                ema.update()
+            getattr(ema, name).add(added)
+            train(model, random.Random(10 * step + 2))
+            ema.update()
+        states = [dict(ema.ema_model.state_dict()) for ema, _ in pairs]
+        compare(*states, f"{name} {added}", lambda key: "tracked" in key)
+    assert pairs[0][0].average.now == 9
 
 
 def test_ema_pytorch_writes_16_bits_to_the_nearest() -> None:

@@ -133,6 +133,11 @@ class ModuleAverage:
             self._build(live, keep=True)
         self.given = model
 
+    def choose(self, model: nn.Module, only: Callable[[str], bool]) -> None:
+        """Average what `only` says of `model` from now on, and go on from the copy."""
+        self._options["only"] = only
+        self._build(wrappers.unwrapped(model), keep=True)
+
     def _build(self, live: nn.Module, keep: bool) -> None:
         old = None if self._ema is None else self._ema.weights
         if self.module is None and old is not None:

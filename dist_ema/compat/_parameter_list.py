@@ -28,7 +28,10 @@ from ..sharding.ownership import ParamState
 from ..sharding.parameters import Model, Parameters
 from ..sharding.records import Shard
 
-__all__ = ["ListDropIn", "ParameterListAverage", "ShadowParams", "source"]
+__all__ = ["Device", "ListDropIn", "ParameterListAverage", "ShadowParams", "source"]
+
+
+Device = str | torch.device | None
 
 
 def source(given: Model, *, frozen: bool = False, only_trainable: bool = False) -> nn.Module:
@@ -93,7 +96,8 @@ class ParameterListAverage:
     def _options(self) -> dict[str, Any]:
         """What makes an EMA of another model like this one."""
         placement, buffers = self.weights.placement, self.weights.selection.buffers
-        options = {"dtype": placement.dtype, "device": placement.device, "buffers": buffers}
+        dtype = torch.float32 if placement.dtype == torch.float16 else placement.dtype
+        options = {"dtype": dtype, "device": placement.device, "buffers": buffers}
         return options | {"decay": self._ema.schedule, "split": False}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,11 +108,13 @@ class ParameterListAverage:
                 "average.load(path)."
             )
         ema = {"model": self._ema.model, **self._options()}
-        return {"ema": ema, "average": self._ema.state_dict()}
+        dtype = self.weights.placement.dtype
+        return {"ema": ema, "dtype": dtype, "average": self._ema.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._use(EMA(**state["ema"]))
         self._ema.load_state_dict(state["average"])
+        self._cast_to_half(state["dtype"])
 
     @property
     def ema(self) -> EMA:
@@ -199,6 +205,7 @@ class ParameterListAverage:
             shadow.copy_(value)
         ema.weights.set_clock(old.clock_to_dict())
         self._use(ema)
+        self._cast_to_half(old.placement.dtype)
 
     # --- verbs ----------------------------------------------------------------------------------
 
@@ -303,6 +310,17 @@ class ParameterListAverage:
         by_name = {name: shard for shard in shards for name in (shard.name, *shard.aliases)}
         names = model.tensors if isinstance(model, Parameters) else self.names
         return [by_name[name] for name in names]
+
+    def to(self, device: Device = None, dtype: torch.dtype | None = None) -> None:
+        """Move and cast the shadows. Raises ValueError if the dtype does not float."""
+        self.ema.to(device, None if dtype == torch.float16 else dtype)
+        self._cast_to_half(dtype)
+
+    def _cast_to_half(self, dtype: torch.dtype | None) -> None:
+        """Cast the shadows if that is float16, which only lists offer, as their originals do."""
+        if dtype == torch.float16:
+            self.weights.reallocate(dtype, self.weights.placement.device)
+            self.weights.use_engine()
 
     def copy_to(self, given: Model | None = None) -> None:
         """Write the shadows into other parameters, by default into their own.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..schedules import Constant
 from ..sharding.parameters import Model
-from ._parameter_list import ParameterListAverage, ShadowParams, source
+from ._parameter_list import Device, ParameterListAverage, ShadowParams, source
 
 __all__ = ["EMAModel"]
 
@@ -106,17 +106,14 @@ class EMAModel(ShadowParams):
         self.temp_stored_params = None
 
     def to(
-        self,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        non_blocking: bool = False,
+        self, device: Device = None, dtype: torch.dtype | None = None, non_blocking: bool = False
     ) -> None:
-        """Move and cast the shadows, always in order.
+        """Move and cast the shadows, always in order. 16-bit shadows are rounded stochastically.
 
         Raises:
-            ValueError: the dtype is none of float32, float64 and bfloat16.
+            ValueError: the dtype is no floating one of 16 bits or more.
         """
-        self.average.to(device, dtype)
+        self._list.to(device, dtype)
 
     def pin_memory(self) -> None:
         """Move the shadows to host memory, pinned beside an accelerator; a thread updates them."""

@@ -5,7 +5,7 @@ For its `KarrasEMA` and `PostHocEMA` use `dist_ema.EMA` with `Power` and `dist_e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ class EMA(CopiedModule):
         inv_gamma: of the warm-up.
         power: of the warm-up.
         min_value: the lower bound of the decay.
-        param_or_buffer_names_no_ema: names that moves copy.
+        param_or_buffer_names_no_ema: names that moves copy. This set and the next two may change
+            during training.
         ignore_names: names that moves do not touch.
         ignore_startswith_names: their beginnings.
         include_online_model: the model is in `state_dict` too.
@@ -97,8 +98,9 @@ class EMA(CopiedModule):
         self.beta, self.inv_gamma, self.power, self.min_value = beta, inv_gamma, power, min_value
         self.is_frozen = beta == 1.0  # nothing moves the average but copies
         self.update_after_step, self.update_every = update_after_step, update_every
-        self.param_or_buffer_names_no_ema = param_or_buffer_names_no_ema
-        self.ignore_names, self.ignore_startswith_names = ignore_names, ignore_startswith_names
+        self.param_or_buffer_names_no_ema = set(param_or_buffer_names_no_ema)
+        self.ignore_names = set(ignore_names)
+        self.ignore_startswith_names = set(ignore_startswith_names)
         self.include_online_model = include_online_model
         self.update_model_with_ema_every = update_model_with_ema_every
         self.update_model_with_ema_beta = update_model_with_ema_beta
@@ -117,8 +119,7 @@ class EMA(CopiedModule):
         """Make the copy, or take this module for it, as it is. *Collective* under FSDP."""
         warmup = min(self.power, self.inv_gamma) > 0
         schedule = Warmup(self.beta, self.power, self.inv_gamma) if warmup else Constant(self.beta)
-        left_out = (self.param_or_buffer_names_no_ema, self.ignore_names)
-        only = self._averaged if any([*left_out, self.ignore_startswith_names]) else None
+        self._chosen, only = self._left_out(), self._averaged if any(self._left_out()) else None
         build = (lambda: ema_model) if isinstance(ema_model, nn.Module) else ema_model
         self._use(ModuleAverage(self.model, schedule, build, only=only, fresh=False))
         for name in self.forward_method_names:
@@ -131,6 +132,18 @@ class EMA(CopiedModule):
         return model
 
     # --- which names ----------------------------------------------------------------------------
+
+    def get_params_iter(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Names and parameters of what floats in a model like this one."""
+        return _floating(model.named_parameters())
+
+    def get_buffers_iter(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The same of its buffers."""
+        return _floating(model.named_buffers())
+
+    def _left_out(self) -> tuple[set[str], ...]:
+        names = self.param_or_buffer_names_no_ema, self.ignore_names, self.ignore_startswith_names
+        return tuple(map(set, names))
 
     def _ignored(self, name: str) -> bool:
         return name in self.ignore_names or name.startswith(tuple(self.ignore_startswith_names))
@@ -179,6 +192,9 @@ class EMA(CopiedModule):
         if self.is_frozen:
             return
         decay = self.get_current_decay() if current_decay is None else current_decay
+        if self._chosen != self._left_out():
+            self._chosen = self._left_out()
+            self.copied.choose(self.model, self._averaged)
         if ma_model is self.model:
             copies = self.param_or_buffer_names_no_ema
 
@@ -247,3 +263,7 @@ class EMA(CopiedModule):
     def restore_ema_model_device(self) -> None:
         """Bring the copy where `initted` is."""
         self.ema_model.to(self.initted.device)
+
+
+def _floating(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    return (each for each in named if each[1].is_floating_point() or each[1].is_complex())

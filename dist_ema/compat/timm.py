@@ -178,6 +178,10 @@ class ModelEmaV3(_Versioned):
 
     def update(self, model: nn.Module, step: int | None = None) -> None:
         """Move towards `model`. No collective, no host sync."""
-        self.copied.update(model, self.get_decay(step))
+        self.apply_update_(model, self.get_decay(step))
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        """The same with a decay of the caller's."""
+        self.copied.update(model, decay)
         if self.exclude_buffers:
             self.copied.copy_rest()

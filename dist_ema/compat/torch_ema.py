@@ -10,7 +10,7 @@ import torch
 
 from ..schedules import Constant
 from ..sharding.parameters import Model
-from ._parameter_list import ParameterListAverage, ShadowParams, source
+from ._parameter_list import Device, ParameterListAverage, ShadowParams, source
 
 __all__ = ["ExponentialMovingAverage"]
 
@@ -59,15 +59,13 @@ class ExponentialMovingAverage(ShadowParams):
         finally:
             self.restore(given)
 
-    def to(
-        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        """Move and cast shadows and stored parameters.
+    def to(self, device: Device = None, dtype: torch.dtype | None = None) -> None:
+        """Move and cast shadows and stored parameters. 16-bit shadows are rounded stochastically.
 
         Raises:
-            ValueError: the dtype is none of float32, float64 and bfloat16.
+            ValueError: the dtype is no floating one of 16 bits or more.
         """
-        self.average.to(device, dtype)
+        self._list.to(device, dtype)
         self.collected_params = self.collected_params and [
             kept.to(device=device, dtype=dtype if kept.is_floating_point() else None)
             for kept in self.collected_params
