@@ -285,7 +285,7 @@ def test_teacher_that_changes_is_named() -> None:
     ema = EMA(model, 0.5, into=teacher)
     teacher.load_state_dict(model.state_dict(), assign=True)
     with pytest.raises(
-        RuntimeError, match="weight of the teacher, bias of the teacher no longer shares memory"
+        RuntimeError, match="weight, bias of the teacher is another object"
     ):
         ema.gather()
 
@@ -600,3 +600,36 @@ def on_ranks(folder: str) -> None:
 @pytest.mark.multirank
 def test_teachers_on_ranks(tmp_path: Path) -> None:
     run_ranks(2, on_ranks, str(tmp_path))
+
+
+def test_a_teacher_whose_weights_are_replaced_is_named() -> None:
+    """A new head, or `load_state_dict(assign=True)`: the average would go on in the old objects."""
+
+    def head_replaced(teacher: Any) -> None:
+        teacher[1] = nn.Linear(4, 4)
+
+    def loaded(teacher: Any) -> None:
+        state = {name: value.clone() for name, value in teacher.state_dict().items()}
+        teacher.load_state_dict(state, assign=True)
+
+    for edit in (head_replaced, loaded):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        teacher = copy.deepcopy(model)
+        ema = EMA(model, 0.5, into=teacher)
+        ema.update()
+        edit(teacher)
+        for verb in (ema.gather, ema.metrics):
+            with pytest.raises(RuntimeError, match=r"1\.weight.* of the teacher is another object"):
+                verb()
+
+
+def test_an_update_names_the_assigned_weights_of_a_teacher() -> None:
+    model = nn.Linear(4, 4)
+    teacher = copy.deepcopy(model)
+    ema = EMA(model, 0.5, into=teacher)
+    for _ in range(3):
+        ema.update()
+    teacher.load_state_dict({n: v.clone() for n, v in teacher.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match="weight, bias of the teacher"):
+        for _ in range(4):  # of model and teacher each update looks at one weight
+            ema.update()

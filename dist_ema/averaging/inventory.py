@@ -307,11 +307,16 @@ class Inventory:
         averaged = {state.name for state in self.states if state.shadow is not None}
         lost_buffers = averaged.intersection(changes.gone_buffers + changes.replaced_buffers)
         _refuse(
-            [*changes.replaced, *(f"{name} of the teacher" for name in _replaced_of(teacher))],
+            changes.replaced,
             "no longer shares memory with the model: another object has the name now (a replaced "
             "module, load_state_dict(assign=True)?). Call ema.rescan() to average it from its "
             "value now, or build the EMA after that, on the outermost FSDP module (only= chooses "
             "parts).",
+        )
+        _refuse(
+            () if teacher is None else teacher.replaced,
+            "of the teacher is another object now, or none: the average would go on in the old one. "
+            "Build another EMA with into=.",
         )
         _refuse(
             [*changes.gone, *sorted(lost_buffers)],
@@ -367,7 +372,3 @@ def _held_alike(old: Shard, new: Shard) -> bool:
 def _refuse(names: Sequence[str], why: str) -> None:
     if names:
         raise RuntimeError(f"{', '.join(names[:5])} {why}")
-
-
-def _replaced_of(teacher: Teacher | None) -> Sequence[str]:
-    return () if teacher is None else teacher.replaced

@@ -52,14 +52,15 @@ class StorageWatch:
             frozen: Weights that would be averaged if they needed a gradient.
         """
         self._params, self._frozen = params, frozen
-        self._addresses = Addresses([param.shard for param in params] + list(further))
+        watched = [param.shard for param in params] + list(further)
+        self._addresses = Addresses(watched)
         self._seen = self._addresses.read()
         # FSDP registers other objects between a forward and a backward.
         self._plain = [
-            param.shard
-            for param in params
-            if type(param.shard.tensor) is nn.Parameter
-            and not getattr(param.shard.tensor, "_fsdp_flattened", False)
+            shard
+            for shard in watched
+            if type(shard.tensor) is nn.Parameter
+            and not getattr(shard.tensor, "_fsdp_flattened", False)
         ]
 
     def replaced(self, update: int) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..sharding import derived, discovery, parameters, records, wrappers
+from ..sharding import derived, discovery, parameters, wrappers
 from ..sharding.ownership import ParamState
 from ..sharding.records import Shard
 
@@ -50,6 +50,7 @@ class Teacher:
         self.module, self.is_stale = parameters.module_of(model), False
         found = discovery.find_shards(self.module)
         self.sharded = found.sharded
+        self._records = found.shards
         self._shards = {
             name: shard for shard in found.shards for name in (shard.name, *shard.aliases)
         }
@@ -118,8 +119,10 @@ class Teacher:
 
     @property
     def replaced(self) -> list[str]:
-        """The teacher registers another Parameter under these names now."""
-        return [name for name, shard in self._given.items() if records.replaced(shard)]
+        """Names under which the teacher has another object now, or none."""
+        changes = discovery.compare_inventory(self.module, self._records)
+        lost = {*changes.replaced, *changes.gone, *changes.retied, *changes.gone_buffers}
+        return [name for name, shard in self._given.items() if shard.name in lost]
 
     def follow(self, states: Sequence[ParamState]) -> None:
         """Bind shadows and copies anew where the teacher's storages moved.
