@@ -415,6 +415,28 @@ class Program:
 
         self.write(scale)
 
+    def swap_and_assign(self) -> None:
+        """Values that come with another storage."""
+
+        def assign() -> None:
+            for p in self.model.parameters():
+                p.data = p.data * 1.5
+
+        self.write(assign)
+
+    def swap_twice(self) -> None:
+        """Another average inside ours, left in the right order or in the wrong one."""
+        before, other = full(self.model), EMA(self.model, 0.5)
+        wrong, swaps = self.random.random() < 0.5, [self.ema.swap(), other.swap()]
+        for swap in swaps:
+            swap.__enter__()
+        for swap in swaps if wrong else swaps[::-1]:
+            with contextlib.suppress(RuntimeError if wrong and swap is swaps[0] else ()):
+                swap.__exit__(None, None, None)
+        self.compare(full(self.model), before)
+        if not (wrong and self.ranks):
+            self.gather()
+
     def write(self, inside: Callable[[], None]) -> None:
         """Named by a warning or an error; both leave live as it was, and the average is asked again."""
         before, lent, left = full(self.model), {}, {}
@@ -545,6 +567,7 @@ class Program:
 
     def names(self) -> set[str]:
         names = set(self.naive.average) | self.edited | set(full(self.model))
+        names |= set(self.saved[0] if self.saved else ())
         return names | {name.rsplit(".", 1)[0] + "." for name in names if "." in name}
 
     def run(self) -> Outcome:
@@ -614,6 +637,8 @@ ACTIONS: dict[str, int] = {
     "swap_and_evaluate": 3,
     "swap_and_write": 2,
     "swap_and_raise": 2,
+    "swap_and_assign": 1,
+    "swap_twice": 1,
     "swap_and_recalibrate": 2,
     "metrics": 2,
     "to_and_back": 2,

@@ -284,9 +284,7 @@ def test_teacher_that_changes_is_named() -> None:
     teacher = nn.Linear(3, 3)
     ema = EMA(model, 0.5, into=teacher)
     teacher.load_state_dict(model.state_dict(), assign=True)
-    with pytest.raises(
-        RuntimeError, match="weight, bias of the teacher is another object"
-    ):
+    with pytest.raises(RuntimeError, match="weight, bias of the teacher is another object"):
         ema.gather()
 
 
