@@ -1,8 +1,16 @@
 """A new version of a folder or file appears whole or not at all.
 
-Everything is written to a hidden sibling (`.NAME.tmp-ID`), synced, and renamed. Over an existing path the two are
-exchanged in one system call where the file system can; elsewhere the old one steps aside (`.NAME.old-ID`), the new one
-steps in, and whoever comes next finishes what was interrupted (`recover`).
+Everything is written to a hidden sibling (`.NAME.tmp-ID`), synced, and put in place. A file
+replaces a file in one call. Two folders are exchanged in one call where the file system can.
+Elsewhere the old one steps aside (`.NAME.old-ID`) before the new one steps in.
+
+A folder that cannot be renamed (a mount point, or a parent without write permission) is rolled
+forward: the new version is completed inside it (`.tmp-ID`, then `.new-ID`), and its files are
+linked over the old ones.
+
+[Note: who repairs]  A writer can die between two steps. The next writer finishes for it
+(`recover`). Readers rename nothing: they read where the whole version lies (`whole`). One process
+writes to a path at a time.
 """
 
 from __future__ import annotations
@@ -14,24 +22,34 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+from ..text import size
 
 __all__ = [
     "LATEST",
+    "NotDurableError",
     "Target",
+    "disk_errors",
     "ensure",
     "exchange",
     "exchanges",
     "follow",
+    "link_or_copy",
     "named",
     "point",
     "publish",
+    "read_one_version",
     "recover",
     "remove",
     "remove_leftovers",
     "reserve",
     "sync",
+    "temporary_folder",
     "temporary_sibling",
+    "whole",
     "write_at",
 ]
 
@@ -39,11 +57,118 @@ LATEST = "latest"  # a file that names a folder beside it
 WINDOW = 16 << 20  # bytes that may wait for the disk
 _EXCHANGE = 2  # RENAME_EXCHANGE
 _HERE = -100  # AT_FDCWD
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MOST_ATTEMPTS = 100  # of a reader, while writers replace what it reads
+
+T = TypeVar("T")
+
+
+class NotDurableError(OSError):
+    """The new version is in place, and the disk did not confirm it."""
+
+
+# --- names ---------------------------------------------------------------------------------------
 
 
 def temporary_sibling(path: Path, kind: str = "tmp") -> Path:
-    """A hidden sibling that nobody else uses."""
+    """A hidden sibling that no other process uses."""
     return _beside(path, kind, uuid.uuid4().hex)
+
+
+def _make_temporary(path: Path) -> Path:
+    """Make the folder that a new version of the folder `path` is written to."""
+    fixed = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+    folder = _inside(path, "tmp", uuid.uuid4().hex) if fixed else temporary_sibling(path)
+    folder.mkdir()
+    return folder
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """The folder of a new version, removed if the block raises before it is in place."""
+    folder = _make_temporary(path)
+    try:
+        yield folder
+    except NotDurableError:  # the earlier version lies there now
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _beside(path: Path, kind: str, token: str) -> Path:
+    return path.parent / f".{path.name}.{kind}-{token}"
+
+
+def _inside(path: Path, kind: str, token: str) -> Path:
+    return path / f".{kind}-{token}"
+
+
+def _all_beside(path: Path, kind: str) -> list[Path]:
+    return _named_with(path.parent, f".{path.name}.{kind}-")
+
+
+def _all_inside(path: Path, kind: str) -> list[Path]:
+    return _named_with(path, f".{kind}-")
+
+
+def _named_with(folder: Path, prefix: str) -> list[Path]:
+    # NOTE: no glob, because names may hold its characters, or end in '.tmp-1' themselves.
+    pattern = re.compile(re.escape(prefix) + "[0-9a-f]{32}")
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in names if pattern.fullmatch(name)]
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def whole(path: Path) -> Path:
+    """Where the whole version of `path` lies now, which is elsewhere while a writer replaces it."""
+    for _ in range(3):  # a writer can finish between two looks
+        if path.exists():
+            return next(iter(_all_inside(path, "new")), path)
+        for old in _all_beside(path, "old"):
+            # NOTE: an old version steps aside only when the new one is complete.
+            for each in (_beside(path, "tmp", old.name[-32:]), old):
+                if each.exists():
+                    return each
+    return path
+
+
+def read_one_version(path: Path, read: Callable[[Path], T]) -> T:
+    """`read` of the whole version of `path`, repeated where a writer replaced it meanwhile."""
+    for attempt in range(_MOST_ATTEMPTS):
+        where = whole(path)
+        before = _identity(where)
+        try:
+            result = read(where)
+        except (OSError, ValueError):
+            changed = _identity(where) != before if before else _is_somewhere(path)
+            if not changed or attempt == _MOST_ATTEMPTS - 1:
+                raise
+            continue
+        if _identity(where) == before:
+            return result
+    raise ValueError(f"{path} is replaced again and again while it is read.")
+
+
+def _is_somewhere(path: Path) -> bool:
+    """NOTE: an old version goes after the new one came, so one of the three looks finds a version."""
+    return path.exists() or bool(_all_beside(path, "old")) or path.exists()
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+# --- writing -------------------------------------------------------------------------------------
 
 
 def ensure(folder: Path) -> None:
@@ -54,80 +179,118 @@ def ensure(folder: Path) -> None:
         sync(folder.parent)
 
 
-def _beside(path: Path, kind: str, token: str) -> Path:
-    return path.parent / f".{path.name}.{kind}-{token}"
+def publish(new: Path, path: Path) -> None:
+    """Put the synced `new` at `path`, and remove what was there.
+
+    Raises:
+        NotDurableError: `new` is in place, and what was there stays beside it.
+        OSError: `path` is what it was.
+    """
+    if new.parent == path:
+        _roll_forward(new, path)
+        return
+    sync(path.parent)
+    old: Path | None = None
+    if not new.is_dir():
+        os.replace(new, path)
+    elif not os.path.lexists(path):
+        os.rename(new, path)
+    elif exchange(new, path):
+        old = new
+    else:
+        old = _rename_twice(new, path)
+    try:
+        sync(path.parent)
+    except OSError as error:
+        stays = "" if old is None else f" The earlier version stays at {old} until the next save."
+        text = f"{error.strerror}: the new version is in place, but its durability is not certain."
+        raise NotDurableError(error.errno, f"{text}{stays}", os.fspath(path)) from error
+    if old is not None:
+        remove(old)
 
 
-def _tokens(path: Path, kind: str) -> list[str]:
-    """Of the siblings of that kind. NOTE: no glob, because names may hold its characters, or end in '.tmp-1' themselves."""
-    pattern = re.compile(re.escape(f".{path.name}.{kind}-") + "([0-9a-f]{32})")
-    found = (
-        (pattern.fullmatch(name) for name in os.listdir(path.parent))
-        if path.parent.is_dir()
-        else ()
-    )
-    return [match[1] for match in found if match]
+def _rename_twice(new: Path, path: Path) -> Path:
+    """Returns where the old version lies."""
+    old = _beside(path, "old", new.name[-32:])
+    os.rename(path, old)
+    # NOTE: no sync in between. After a power loss `whole` and `recover` take either rename alone.
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    return old
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what writers that died left beside `path`. Nobody else may be writing it."""
-    for token in _tokens(path, "tmp"):
-        remove(_beside(path, "tmp", token))
+def _roll_forward(new: Path, path: Path) -> None:
+    """Put a version that was completed inside `path` in place of the files there."""
+    sync(path)
+    staged = _inside(path, "new", new.name[-32:])
+    os.rename(new, staged)  # from here on it is the version that counts
+    sync(path)
+    _link_over(staged, path)
+    _retire(staged, path)
+
+
+def _link_over(staged: Path, path: Path) -> None:
+    """Give every file of `staged` its name in `path`, JSON files last, and remove the others."""
+    names = sorted(os.listdir(staged), key=lambda name: (name.endswith(".json"), name))
+    for name in names:
+        if (staged / name).is_dir():
+            (path / name).mkdir(exist_ok=True)
+            _link_over(staged / name, path / name)
+        elif not (path / name).exists() or not os.path.samefile(staged / name, path / name):
+            link = temporary_sibling(path / name)
+            link_or_copy(staged / name, link)
+            os.replace(link, path / name)
+    for name in set(os.listdir(path)) - set(names) - {staged.name}:
+        remove(path / name)
+    sync(path)
+
+
+def _retire(staged: Path, path: Path) -> None:
+    gone = _inside(path, "tmp", staged.name[-32:])
+    os.rename(staged, gone)
+    remove(gone)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """The same file under both names; a synced copy where the file system has no links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+        if not os.path.islink(target):
+            sync(Path(target))
 
 
 def recover(path: Path) -> None:
-    """Finish or undo an exchange by two renames that was cut short. Readers call this too.
-
-    `.NAME.old-ID` exists only after `.NAME.tmp-ID` was complete and synced, so finishing is always right.
-    """
-    for token in _tokens(path, "old"):
-        old, new = _beside(path, "old", token), _beside(path, "tmp", token)
-        if not path.exists():
-            try:
-                os.rename(new if new.exists() else old, path)
-            except FileNotFoundError:  # another reader was faster
-                if not path.exists():
-                    raise
+    """Finish what a writer of `path` that died has begun. Only writers call this."""
+    for staged in _all_inside(path, "new"):
+        _link_over(staged, path)
+        _retire(staged, path)
+    for old in _all_beside(path, "old"):
+        if not os.path.lexists(path):
+            os.rename(whole(path), path)
             sync(path.parent)
-        if old.exists():
-            remove(old)
+        remove(old)
 
 
-def publish(new: Path, path: Path) -> None:
-    """Put the synced `new` at `path`, and remove what was there."""
-    sync(path.parent)
-    if not path.exists():
-        os.rename(new, path)
-    elif exchange(new, path):
-        sync(path.parent)
-        remove(new)
-    else:
-        _rename_twice(new, path)
-    sync(path.parent)
+def remove_leftovers(path: Path) -> None:
+    """Remove what writers that died left beside `path`. No other process may be writing it."""
+    found = [*_all_beside(path, "tmp"), *_all_inside(path, "tmp")]
+    if found:
+        sync(path.parent)  # what is in place is on disk before an earlier version goes
+    for each in found:
+        remove(each)
 
 
 def exchanges(folder: Path) -> bool:
-    """Whether `publish` over an existing path is one step in this folder. Tried out on two files that are left there."""
+    """Whether `publish` over an existing folder is one step in this one. Leaves two files there."""
     two = temporary_sibling(folder / "a"), temporary_sibling(folder / "b")
     for path in two:
         path.touch()
     return exchange(*two)
-
-
-def _rename_twice(new: Path, path: Path) -> None:
-    old = _beside(path, "old", new.name[-32:])
-    os.rename(path, old)
-    sync(path.parent)
-    try:
-        os.rename(new, path)
-    except FileNotFoundError:  # a reader that came between has finished it
-        if not path.exists():
-            raise
-    except OSError:
-        os.rename(old, path)
-        raise
-    sync(path.parent)
-    remove(old)
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -144,6 +307,9 @@ def exchange(a: Path, b: Path) -> bool:
     raise OSError(code, os.strerror(code), os.fspath(b))
 
 
+# --- the pointer to the newest save --------------------------------------------------------------
+
+
 def point(path: Path) -> None:
     """Have the pointer beside `path` name it."""
     latest = path.parent / LATEST
@@ -151,21 +317,22 @@ def point(path: Path) -> None:
     new = temporary_sibling(latest)
     new.write_bytes(f"{path.name}\n".encode())
     sync(new)
-    os.replace(new, latest)
-    sync(path.parent)
+    publish(new, latest)
 
 
 def follow(path: Path) -> Path:
-    """The folder that a pointer names; any other path as it is. Readers call this, on one rank.
+    """The folder that a pointer names; any other path as it is.
 
-    Raises ValueError for a pointer that names no folder beside it.
+    Raises:
+        ValueError: The pointer names no folder beside it.
     """
     if path.name != LATEST or not path.is_file():
         return path
     name = named(path)
     if name is None or (path.parent / name).is_symlink():
         raise ValueError(
-            f"{path} must name one folder beside it, as ema.save(keep=...) has it. Name the folder itself."
+            f"{path} must name one folder beside it, as ema.save(keep=...) has it. Name the folder "
+            "itself."
         )
     return path.parent / name
 
@@ -182,13 +349,32 @@ def named(pointer: Path) -> str | None:
     return name if name and plain and name != LATEST else None
 
 
+# --- bytes ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, needed: int) -> Iterator[None]:
+    """Give errors of the disk a path, and of a full one the bytes that are needed and free."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in _FULL
+        if error.errno is None or (error.filename is not None and not full):
+            raise
+        text = error.strerror or os.strerror(error.errno)
+        if full:
+            free = shutil.disk_usage(path.parent).free
+            text = f"{text}: {size(needed)} are needed, {size(free)} are free"
+        raise type(error)(error.errno, text, os.fspath(path)) from error
+
+
 def reserve(fd: int, size: int) -> None:
     """Take `size` bytes of disk now, so that a full disk is found before anything is written."""
     try:
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(fd, 0, max(size, 1))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
             raise
     os.ftruncate(fd, size)
 
@@ -211,7 +397,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """What cannot go now (NFS keeps mapped files) or is gone already is left to the next sweep: `path` is in place."""
+    """Remove a file or folder. What cannot go now (NFS keeps mapped files) is left for later."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -220,11 +406,12 @@ def remove(path: Path) -> None:
 
 
 class Target:
-    """A file that is written in any order, and handed to the disk while it is written.
+    """A file that is written in any order, and sent to the disk while it is written.
 
-    [Note: pages]  A write fills the page cache and an fsync empties it. Of a large file that takes the machine's memory
-    away from training, and has the disk wait first and everybody else afterwards. So every window is sent to the disk when
-    it is full (POSIX_FADV_DONTNEED starts writing dirty pages), and its pages are given back when the next one is.
+    [Note: pages]  A write fills the page cache and an fsync empties it. A large file would take the
+    machine's memory from training, and all disk time would come at the end. So every full window is
+    sent to the disk (POSIX_FADV_DONTNEED starts writing dirty pages), and its pages are dropped
+    when the next window is full.
     """
 
     def __init__(self, path: Path) -> None:

@@ -123,8 +123,7 @@ class _Location(NamedTuple):
 
 def _locate(path: Path) -> _Location:
     """Raises ValueError for what is no model, and for an ema.json that is not sound."""
-    path = atomic.follow(Path(os.path.realpath(path)))
-    atomic.recover(path)  # what a save that was cut short meant to leave there
+    path = atomic.whole(atomic.follow(Path(os.path.realpath(path))))
     if not path.exists():
         raise ValueError(
             f"{path} does not exist: there is no folder and no file to read an average from."
@@ -611,7 +610,12 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Note:
         *Aliases*: the tensors are pages of the file, copied when they are written to.
     """
-    place = _locate(Path(path))
+    where = atomic.follow(Path(os.path.realpath(path)))
+    return atomic.read_one_version(where, _load_file)
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
+    place = _locate(path)
     folder = Path(place.folder)
     files = safetensors.read_model(folder, place.model)
     if place.manifest is not None:

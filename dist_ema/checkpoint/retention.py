@@ -13,8 +13,9 @@ import shutil
 from pathlib import Path
 
 from . import atomic, manifest, safetensors
+from .foreign_files import foreign
 
-__all__ = ["advance", "foreign", "refuse", "remove_leftovers"]
+__all__ = ["advance", "refuse", "remove_leftovers"]
 
 
 def refuse(path: Path, keep: int) -> None:
@@ -110,21 +111,3 @@ def _retire(folder: Path) -> str | None:
     except OSError as error:
         return f"{folder} should have gone by keep=, and could not be removed: {error}."
     return None
-
-
-def foreign(folder: Path) -> list[str]:
-    """The files in a save that dist_ema did not write; [] where ema.json cannot be read."""
-    try:
-        found = manifest.read(folder)
-    except (OSError, ValueError):
-        return []
-    if found is None or not found.files:
-        return []
-    indexes = {(Path(name).parent / safetensors.INDEX).as_posix() for name in found.files}
-    # NOTE: NFS keeps a removed file as .nfsID while a process reads it.
-    there = {
-        each.relative_to(folder).as_posix()
-        for each in folder.rglob("*")
-        if (each.is_symlink() or not each.is_dir()) and not each.name.startswith(".nfs")
-    }
-    return sorted(there - found.files.keys() - indexes - {manifest.META})

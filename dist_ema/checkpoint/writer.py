@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..distributed.transfer import Block, FileTransferGroup, stream_to_writers
 from ..sharding.arena import ALIGN
 from ..sharding.geometry import Box, runs
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
-from . import atomic, crc32, manifest, retention, safetensors
+from . import atomic, crc32, foreign_files, manifest, retention, safetensors
 from .background import BackgroundTask
 from .manifest import Manifest
 from .torch_dtypes import DTYPES, KINDS
@@ -285,9 +285,10 @@ class Writer:
                 prepared.stream(ranks, writers)
             remarks = ranks.run_on_first(verb, lambda: _finish(prepared, sums or [_close(writers)]))
             return remarks if ranks.first else []
-        except BaseException:
+        except BaseException as error:
             self._transfer = None  # it may be broken
-            self._abandon(prepared.folder)
+            if not isinstance(error, atomic.NotDurableError):  # the earlier version lies there
+                self._abandon(prepared.folder)
             raise
         finally:
             for writer in writers:
@@ -314,25 +315,30 @@ class _PreparedSave:
             for average, plan in zip(self.request.averages, self.plans, strict=True)
         ]
 
+    def disk_errors(self) -> AbstractContextManager[None]:
+        return atomic.disk_errors(self.request.path, _total(self.files))
+
     def write(self, writers: list[_FileWriter]) -> dict[str, int]:
         """Put the blocks of this rank into place."""
-        for average, writer in zip(self.request.averages, writers, strict=True):
-            for block in average.blocks:
-                writer.write_block(*block)
-        return _close(writers)
+        with self.disk_errors():
+            for average, writer in zip(self.request.averages, writers, strict=True):
+                for block in average.blocks:
+                    writer.write_block(*block)
+            return _close(writers)
 
     def stream(self, ranks: Ranks, writers: list[_FileWriter]) -> None:
         """Put the blocks of all ranks into place, on the first rank. *Collective*."""
         assert self.transfer is not None
-        for average, writer in zip(self.request.averages, writers, strict=True):
-            stream_to_writers(
-                ranks,
-                self.transfer,
-                self.request.verb,
-                *saved_dtypes(average.states, average.own_buffers),
-                average.blocks,
-                writer.write_block,
-            )
+        with self.disk_errors():
+            for average, writer in zip(self.request.averages, writers, strict=True):
+                stream_to_writers(
+                    ranks,
+                    self.transfer,
+                    self.request.verb,
+                    *saved_dtypes(average.states, average.own_buffers),
+                    average.blocks,
+                    writer.write_block,
+                )
 
 
 def _close(writers: list[_FileWriter]) -> dict[str, int]:
@@ -364,21 +370,22 @@ def _stage(blocks: list[Block]) -> list[Block]:
 
 def _make(request: SaveRequest, files: dict[str, safetensors.SafetensorsFile]) -> Path:
     """Refuse a target that is not ours, then make the temporary folder, every file at full size."""
-    _refuse_target(request)
-    folder = atomic.temporary_sibling(request.path)
-    folder.mkdir()
-    try:
-        for name, file in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with open(folder / name, "wb") as handle:
-                atomic.reserve(handle.fileno(), file.size)
-                atomic.write_at(handle.fileno(), file.head, 0)
-                if file.size == len(file.head):  # its weights are empty: no rank will sync it
-                    os.fsync(handle.fileno())
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return folder
+    with atomic.disk_errors(request.path, _total(files)):
+        _refuse_target(request)
+        with atomic.temporary_folder(request.path) as folder:
+            for name, file in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                with open(folder / name, "wb") as handle:
+                    atomic.reserve(handle.fileno(), file.size)
+                    atomic.write_at(handle.fileno(), file.head, 0)
+                    if file.size == len(file.head):  # its weights are empty: no rank will sync it
+                        os.fsync(handle.fileno())
+        return folder
+
+
+def _total(files: dict[str, safetensors.SafetensorsFile]) -> int:
+    """The bytes of all files."""
+    return sum(file.size for file in files.values())
 
 
 def _refuse_target(request: SaveRequest) -> None:
@@ -414,7 +421,7 @@ def _refuse_target(request: SaveRequest) -> None:
             f"{path} holds files but no {manifest.META}: it is not ours to replace. Choose another "
             "path."
         )
-    elif foreign := retention.foreign(path):
+    elif foreign := foreign_files.foreign(path):
         raise ValueError(
             f"{path} holds {', '.join(foreign[:3])}, which ema.save() did not write and would "
             "remove. Choose another path."
@@ -477,13 +484,20 @@ def _cast(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _finish(prepared: _PreparedSave, sums: list[dict[str, int]]) -> list[str]:
     """Seal the temporary folder and put it in place. Returns remarks."""
+    request, folder = prepared.request, prepared.folder
+    with prepared.disk_errors():
+        if request.one_file:
+            atomic.publish(folder / request.path.name, request.path)
+            atomic.remove(folder)
+            return []
+        _seal(prepared, sums)
+        atomic.publish(folder, request.path)
+        return [] if request.keep is None else retention.advance(request.path, request.keep)
+
+
+def _seal(prepared: _PreparedSave, sums: list[dict[str, int]]) -> None:
+    """Complete the temporary folder: ema.json, indexes, and what an export keeps of others."""
     request, folder, files = prepared.request, prepared.folder, prepared.files
-    if request.one_file:
-        alone = atomic.temporary_sibling(request.path)
-        os.rename(folder / request.path.name, alone)
-        folder.rmdir()
-        atomic.publish(alone, request.path)
-        return []
     texts = {manifest.META: request.full_manifest(_table(files, sums)).to_bytes()}
     for average, plan in zip(request.averages, prepared.plans, strict=True):
         if len(plan) > 1:
@@ -492,13 +506,12 @@ def _finish(prepared: _PreparedSave, sums: list[dict[str, int]]) -> list[str]:
     for name, text in texts.items():
         (folder / name).write_bytes(text)
         atomic.sync(folder / name)
+    if request.verb == "export" and request.path.exists():
+        stale = {path.name for path in request.path.glob("model-*-of-*.safetensors")}
+        stale |= {"model.safetensors", safetensors.INDEX, manifest.META}
+        foreign_files.carry_over(request.path, folder, stale)
     for inner in sorted({path.parent for path in folder.rglob("*")}, reverse=True):
         atomic.sync(inner)
-    if request.verb == "export" and request.path.exists():
-        _merge(folder, request.path, [*files, *texts])
-    else:
-        atomic.publish(folder, request.path)
-    return [] if request.keep is None else retention.advance(request.path, request.keep)
 
 
 def _table(
@@ -512,21 +525,3 @@ def _table(
         added = [head.contribution, *(of_rank[name] for of_rank in sums)]
         table[name] = {"size": file.size, "crc32": crc32.check_sum(file.size, added)}
     return table
-
-
-def _merge(folder: Path, path: Path, names: list[str]) -> None:
-    """Replace one file after another, then drop the model files of an earlier export.
-
-    NOTE: the index goes first and comes last, so that a reader in between is refused.
-    """
-    last = [name for name in (safetensors.INDEX, manifest.META) if name in names]
-    for name in (safetensors.INDEX, manifest.META):
-        (path / name).unlink(missing_ok=True)
-    atomic.sync(path)
-    for name in [name for name in names if name not in last] + last:
-        os.replace(folder / name, path / name)
-    for old in [*path.glob("model-*-of-*.safetensors"), path / "model.safetensors"]:
-        if old.name not in names:
-            old.unlink(missing_ok=True)
-    atomic.sync(path)
-    folder.rmdir()

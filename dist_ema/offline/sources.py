@@ -72,14 +72,12 @@ def is_equal(model: Source, name: str, other: Source, its_name: str) -> bool:
 
 
 def locate(path: Path) -> Path:
-    """The path behind links, after a save over it that was cut short is finished.
+    """Where the whole version of what the path names lies.
 
     Raises:
         FileNotFoundError: Nothing is there.
     """
-    path = atomic.follow(path)
-    if not path.exists():
-        atomic.recover(path)
+    path = atomic.whole(atomic.follow(path))
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     return path

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import atomic, manifest, safetensors
+from ..checkpoint.foreign_files import carry_over
 from ..checkpoint.manifest import Manifest, is_resumable
 from ..dtypes import Bytes
 from ..text import size_of
@@ -133,28 +134,26 @@ def write(
         *Cost*: what `content` yields at a time.
     """
     refuse_target(path, force)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.recover(path)
-    atomic.remove_leftovers(path)
-    folder = atomic.temporary_sibling(path)
-    folder.mkdir()
-    try:
-        sums = {
-            name: _write_file(folder / name, file, content, tick)
-            for name, file in model.files.items()
-        }
-        check()
-        if path.suffix == ".safetensors":
-            alone = atomic.temporary_sibling(path)
-            os.rename(folder / next(iter(model.files)), alone)
-            folder.rmdir()
-            return atomic.publish(alone, path)
-        _write_beside(folder, model, sums)
-        _keep_others(path, folder)
-        atomic.publish(folder, path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with atomic.disk_errors(path, sum(file.size for file in model.files.values())):
+        atomic.ensure(path.parent)
+        atomic.recover(path)
+        atomic.remove_leftovers(path)
+        with atomic.temporary_folder(path) as folder:
+            sums = {
+                name: _write_file(folder / name, file, content, tick)
+                for name, file in model.files.items()
+            }
+            check()
+            if path.suffix == ".safetensors":
+                atomic.publish(folder / next(iter(model.files)), path)
+                atomic.remove(folder)
+                return
+            _write_beside(folder, model, sums)
+            if path.is_dir():
+                carry_over(path, folder, _names_of_model(path) | {manifest.META})
+            for inner in {each.parent for each in folder.rglob("*")}:
+                atomic.sync(inner)
+            atomic.publish(folder, path)
 
 
 def _write_file(
@@ -198,21 +197,6 @@ def _write_beside(folder: Path, model: Model, sums: dict[str, dict[str, Any]]) -
         else:
             (folder / name).write_bytes(text)
         atomic.sync(folder / name)
-    atomic.sync(folder)
-
-
-def _keep_others(old: Path, new: Path) -> None:
-    """What lies beside the old model (config, tokenizer, model card) moves on with the new one."""
-    if not old.is_dir():
-        return
-    model = _names_of_model(old) | {manifest.META}
-    for each in sorted(old.iterdir()):
-        if each.name in model or (new / each.name).exists():
-            continue
-        if each.is_dir() and not each.is_symlink():
-            shutil.copytree(each, new / each.name, symlinks=True, copy_function=_link)
-        else:
-            _link(each, new / each.name)
 
 
 def _names_of_model(folder: Path) -> set[str]:
@@ -221,11 +205,3 @@ def _names_of_model(folder: Path) -> set[str]:
     with contextlib.suppress(OSError, ValueError):  # damaged: the usual names have to do
         names |= {safetensors.find_model(folder), *safetensors.read_model(folder)}
     return names
-
-
-def _link(old: str | Path, new: str | Path) -> None:
-    """The same file under both names until the old folder goes; a copy where there are no links."""
-    try:
-        os.link(old, new, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(old, new, follow_symlinks=False)
