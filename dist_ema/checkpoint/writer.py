@@ -311,7 +311,7 @@ class _PreparedSave:
 
     def writers(self) -> list[_FileWriter]:
         return [
-            _FileWriter(self.folder, plan, [state.name for state in average.states])
+            _FileWriter(self, plan, [state.name for state in average.states])
             for average, plan in zip(self.request.averages, self.plans, strict=True)
         ]
 
@@ -320,25 +320,23 @@ class _PreparedSave:
 
     def write(self, writers: list[_FileWriter]) -> dict[str, int]:
         """Put the blocks of this rank into place."""
-        with self.disk_errors():
-            for average, writer in zip(self.request.averages, writers, strict=True):
-                for block in average.blocks:
-                    writer.write_block(*block)
-            return _close(writers)
+        for average, writer in zip(self.request.averages, writers, strict=True):
+            for block in average.blocks:
+                writer.write_block(*block)
+        return _close(writers)
 
     def stream(self, ranks: Ranks, writers: list[_FileWriter]) -> None:
         """Put the blocks of all ranks into place, on the first rank. *Collective*."""
         assert self.transfer is not None
-        with self.disk_errors():
-            for average, writer in zip(self.request.averages, writers, strict=True):
-                stream_to_writers(
-                    ranks,
-                    self.transfer,
-                    self.request.verb,
-                    *saved_dtypes(average.states, average.own_buffers),
-                    average.blocks,
-                    writer.write_block,
-                )
+        for average, writer in zip(self.request.averages, writers, strict=True):
+            stream_to_writers(
+                ranks,
+                self.transfer,
+                self.request.verb,
+                *saved_dtypes(average.states, average.own_buffers),
+                average.blocks,
+                writer.write_block,
+            )
 
 
 def _close(writers: list[_FileWriter]) -> dict[str, int]:
@@ -432,10 +430,13 @@ class _FileWriter:
     """Puts blocks into their places and keeps the check sums of what it wrote."""
 
     def __init__(
-        self, folder: Path, files: dict[str, safetensors.SafetensorsFile], names: Sequence[str]
+        self,
+        prepared: _PreparedSave,
+        files: dict[str, safetensors.SafetensorsFile],
+        names: Sequence[str],
     ) -> None:
         self._where = {weight: name for name, file in files.items() for weight in file.entries}
-        self._folder, self._files, self._names = folder, files, names
+        self._prepared, self._files, self._names = prepared, files, names
         self._open: dict[str, atomic.Target] = {}
         self._sums = {name: crc32.RangeSum(file.size) for name, file in files.items()}
 
@@ -445,21 +446,23 @@ class _FileWriter:
         name = self._where[weight]
         file = self._files[name]
         entry = file.entries[weight]
-        if name not in self._open:
-            self._open[name] = atomic.Target(self._folder / name)
         dtype = DTYPES[entry.dtype]
         raw = _cast(weight, data, dtype).contiguous().view(-1).view(torch.uint8)
         view = memoryview(raw.numpy())  # type: ignore[arg-type]
         done, base = 0, len(file.head) + entry.begin
-        for start, n in runs(Box(offsets, tuple(data.shape)), entry.shape):
-            run = view[done : done + n * dtype.itemsize]
-            self._open[name].write(run, base + start * dtype.itemsize)
-            self._sums[name].add(base + start * dtype.itemsize, run)
-            done += n * dtype.itemsize
+        with self._prepared.disk_errors():
+            if name not in self._open:
+                self._open[name] = atomic.Target(self._prepared.folder / name)
+            for start, n in runs(Box(offsets, tuple(data.shape)), entry.shape):
+                run = view[done : done + n * dtype.itemsize]
+                self._open[name].write(run, base + start * dtype.itemsize)
+                self._sums[name].add(base + start * dtype.itemsize, run)
+                done += n * dtype.itemsize
 
     def close(self) -> dict[str, int]:
-        for target in self._open.values():
-            target.sync()
+        with self._prepared.disk_errors():
+            for target in self._open.values():
+                target.sync()
         self.abandon()
         return {name: each.contribution for name, each in self._sums.items()}
 
