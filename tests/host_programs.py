@@ -420,22 +420,22 @@ class Program:
 
         def assign() -> None:
             for p in self.model.parameters():
-                p.data = p.data * 1.5
+                if p.requires_grad:
+                    p.data = p.data * 1.5
 
         self.write(assign)
 
     def swap_twice(self) -> None:
-        """Another average inside ours, left in the right order or in the wrong one."""
+        """Another average inside ours, left in the right order or, where one rank can undo it, in the wrong one."""
         before, other = full(self.model), EMA(self.model, 0.5)
-        wrong, swaps = self.random.random() < 0.5, [self.ema.swap(), other.swap()]
+        wrong, swaps = not self.ranks, [self.ema.swap(), other.swap()]
         for swap in swaps:
             swap.__enter__()
         for swap in swaps if wrong else swaps[::-1]:
             with contextlib.suppress(RuntimeError if wrong and swap is swaps[0] else ()):
                 swap.__exit__(None, None, None)
         self.compare(full(self.model), before)
-        if not (wrong and self.ranks):
-            self.gather()
+        self.gather()
 
     def write(self, inside: Callable[[], None]) -> None:
         """Named by a warning or an error; both leave live as it was, and the average is asked again."""
