@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -486,13 +487,17 @@ def test_reserve_finds_a_full_disk(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
         "fd = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)\n"
         "atomic.reserve(fd, 1 << 16)\n"
-        "try:\n    atomic.reserve(fd, (1 << 16) + 1)\n"
-        "except OSError as error:\n    print(error.errno, os.fstat(fd).st_size)"
+        "from pathlib import Path\n"
+        "try:\n    with atomic.disk_errors(Path(sys.argv[1]), 70_000):\n"
+        "        atomic.reserve(fd, (1 << 16) + 1)\n"
+        "except OSError as error:\n    print(error.errno, os.fstat(fd).st_size)\n    print(error)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == [str(errno.EFBIG), str(1 << 16)]
+    first, text = done.stdout.splitlines()
+    assert first.split() == [str(errno.EFBIG), str(1 << 16)]
+    assert re.search(rf": 70 kB are needed, .* [GT]B are free: '{tmp_path}/a'$", text)
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import dist_ema
 from dist_ema import EMA, Uniform, load_file
-from dist_ema.checkpoint import manifest, writer
+from dist_ema.checkpoint import atomic, manifest, writer
 from dist_ema.distributed import transfer
 from tests._models import Core, Images, Net
 from tests._oracle import Collectives, Training
@@ -153,6 +153,38 @@ def test_complex128_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="w is torch.complex128"):
         EMA(model, 0.5, dtype=torch.float64).save(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_over_an_export(ema: EMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies beside the model files stays, in the new folder that takes the place of the old one. An error before
+    that changes nothing."""
+    folder = tmp_path / "out"
+    ema.export(folder, max_shard_size=300)
+    (folder / "vocab" / "inner").mkdir(parents=True)
+    (folder / "vocab" / "inner" / "merges.txt").write_text("m")
+    (folder / "config.json").write_text("{}")
+    (folder / "unet").symlink_to("vocab")
+    safetensors.torch.save_file(
+        {"live": torch.ones(1)}, folder / "diffusion_pytorch_model.safetensors"
+    )
+    folder.chmod(0o750)
+    before = files_of(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "publish", None)
+        with pytest.raises(TypeError):
+            ema.export(folder)
+    assert files_of(folder) == before
+    ema.export(folder)
+    kept = {
+        name: data for name, data in before.items() if not name.startswith(("model", "ema.json"))
+    }
+    assert len(kept) >= 3
+    after = files_of(folder)
+    assert {name: after[name] for name in kept} == kept
+    assert after.keys() - kept.keys() == {"model.safetensors", "ema.json"}
+    assert os.readlink(folder / "unet") == "vocab"
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert os.listdir(tmp_path) == ["out"]
 
 
 # --- refusing ----------------------------------------------------------------------------------------------------
