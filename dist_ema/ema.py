@@ -32,7 +32,7 @@ from .averaging.optimizer_hooks import Attachment
 from .averaging.swap import WeightSwap
 from .checkpoint import dcp, reader, writer
 from .checkpoint.manifest import Manifest
-from .distributed.coordinator import FOREVER, Ranks
+from .distributed.coordinator import Ranks
 from .schedules import Schedule, schedule_list
 from .schedules import schedule as coerce
 from .sharding import consistency, derived, parameters, records, wrappers
@@ -387,7 +387,8 @@ class EMA:
         try:
             self._apply_swap(swap)
             entered = True
-            yield self
+            with self._ranks.heartbeats():
+                yield self
         except BaseException as caught:
             error = caught
             raise
@@ -418,9 +419,9 @@ class EMA:
 
         average = self._enter("swap", Reads.SHADOWS, which, prepare)
         self._warn_if_idle("swap")
-        split, alone = weights.placement.split, self._ranks.size == 1
+        split, ranks, note = weights.placement.split, self._ranks, weights.note_swap
         return average, WeightSwap(
-            weights.model, average.states, average.own_buffers, split, alone, weights.note_swap
+            weights.model, average.states, average.own_buffers, split, ranks, note
         )
 
     @_outside_autograd
@@ -454,7 +455,6 @@ class EMA:
                 exits = self._ranks.all_gather_json(
                     "swap",
                     message if any(message.values()) else None,
-                    FOREVER,
                     combine=_combine_exits,
                 )
             finally:

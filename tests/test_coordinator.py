@@ -132,7 +132,7 @@ def test_values_are_combined_by_one() -> None:
         world.spread(lambda board: board.run_on_first("save", lambda: {"by": board.rank}))
         == [{"by": 0}] * 64
     )
-    assert world.operations() == {"set": 1, "get": 63}
+    assert world.operations() == {"compare_set": 1, "get": 63}
 
 
 def test_no_keys_stay() -> None:
@@ -295,15 +295,14 @@ def test_the_missing_are_named(quick: None) -> None:
 
 
 def test_a_slow_rank_is_waited_for(quick: None) -> None:
-    """[Note: heartbeat]: work of four times the timeout, in `run_on_all`, in `run_on_first`, and where bytes are moved."""
+    """[Note: heartbeat]: work of four times the timeout, in every verb and in a block."""
     world = World(3, timeout=0.2)
 
     def work(board: StoreCoordinator) -> Any:
         board.run_on_all("save", lambda: time.sleep(0.8) if board.rank == 1 else None)
         if board.rank == 2:
-            for _ in range(16):
-                time.sleep(0.05)
-                board.heartbeat()
+            with board.heartbeats():
+                time.sleep(0.8)
         board.all_gather_json("save")
         return board.run_on_first("save", lambda: time.sleep(0.8) or 7)
 
@@ -344,14 +343,16 @@ def test_the_one_who_speaks_may_die_too(quick: None) -> None:
 def test_leaving_waits_and_says_for_whom(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without a limit: a line every so often, from one rank, names who is awaited."""
+    """A line every so often, from one rank, names who is awaited while it shows signs of life."""
+    monkeypatch.setattr(coordinator, "FIRST_REMINDER", 0.2)
     monkeypatch.setattr(coordinator, "REMIND", 0.2)
     monkeypatch.setattr(coordinator, "POLL", 0.1)
-    world = World(4, timeout=0.1)
+    world = World(4, timeout=0.4)
 
     def leave(board: StoreCoordinator) -> int:
-        time.sleep(1.2 if board.rank in (1, 3) else 0.0)
-        return board.all_gather_json("swap", 1, FOREVER, combine=sum)  # type: ignore[no-any-return]
+        with board.heartbeats():
+            time.sleep(1.2 if board.rank in (1, 3) else 0.0)
+        return board.all_gather_json("swap", 1, combine=sum)  # type: ignore[no-any-return]
 
     with caplog.at_level(logging.WARNING, "dist_ema"):
         assert world.spread(leave) == [4] * 4

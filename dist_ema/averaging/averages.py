@@ -390,7 +390,8 @@ class AveragedWeights:
                 number = geometry.numbering(state.shard, region, device)
                 pairs.append(ShadowPair(state.name, [state.live], state.shadow, number))
         UpdatePlan(pairs, self.seed).run([weight], self.clock.updates)
-        broadcast_to_replicas(self._averaged, self.placement.split)
+        if self.placement.split:
+            broadcast_to_replicas(self._averaged)
         self.mark()
 
     def set_clock(self, counters: dict[str, Any]) -> None:

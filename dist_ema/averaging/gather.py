@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.coordinator import Ranks
-from ..distributed.transfer import Block, stream
+from ..distributed.transfer import Block, stream, stream_to_all
 from ..sharding import discovery, parameters, wrappers
 from ..sharding.geometry import Box, boxes_with_data
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
@@ -45,7 +45,7 @@ def full(
             result[states[number].name][Box(offsets, tuple(data.shape)).slices].copy_(data)
 
     ranks.run_on_all("gather", prepare)
-    stream(ranks, *saved_dtypes(states, own_buffers), blocks, receive)
+    stream(ranks, ranks, "gather", *saved_dtypes(states, own_buffers), blocks, receive)
     return result | {
         alias: result[state.name] for state in states if result for alias in state.shard.aliases
     }
@@ -96,7 +96,7 @@ def copy_into(
         if state.shard.owner_ranks:
             targets[state.name].write(state.local if state.shadow is None else state.shadow)
     sent = [block for block in blocks if otherwise or not states[block[0]].shard.owner_ranks]
-    stream(ranks, *saved_dtypes(states, own_buffers), sent, receive, everywhere=True)
+    stream_to_all(ranks, "copy_to", *saved_dtypes(states, own_buffers), sent, receive)
     for shard, elements in strided:
         if otherwise or not shard.owner_ranks:
             shard.write(elements)

@@ -26,8 +26,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..distributed.coordinator import Ranks
 from ..distributed.transfer import broadcast
 from ..sharding.ownership import ParamState, replica_pieces
 from ..sharding.records import register, registered
@@ -47,7 +49,7 @@ class WeightSwap:
         states: Every weight and buffer of it.
         own_buffers: Recalibrated buffers of the average, by name.
         split: Replicated weights are divided among the ranks.
-        alone: No other rank holds the model.
+        ranks: All that enter the swap.
         note: Told whether the model holds the average now.
 
     Note:
@@ -63,14 +65,15 @@ class WeightSwap:
         states: Sequence[ParamState],
         own_buffers: dict[str, Tensor],
         split: bool,
-        alone: bool,
+        ranks: Ranks,
         note: Callable[[bool], None],
     ) -> None:
         self._buffers = [state for state in states if state.shard.kind == "buffer"]
         self._weights = [state for state in states if state.shard.kind != "buffer"]
         self._model, self._own_buffers = model, own_buffers
         self._unfilled: list[tuple[nn.Module, str]] = []
-        self._split, self._alone, self._note = split, alone, note
+        self._ranks, self._note = ranks, note
+        self._has_replicas = split and any(state.shard.replicas for state in self._weights)
         self._replicas_whole = True
         self._chunks: list[Chunk] = []
         self._done = 0  # copies, COPIES for each chunk
@@ -119,10 +122,12 @@ class WeightSwap:
 
     def broadcast(self) -> None:
         """Make the replicas whole: they hold what their owners hold. *Collective*."""
-        self._replicas_whole = self._alone
-        broadcast_to_replicas(self._weights, self._split)
+        ranks = self._ranks
+        self._replicas_whole = ranks.size == 1
+        if self._has_replicas:
+            ranks.run_transfer("swap", lambda: broadcast_to_replicas(self._weights, ranks.wait_for))
         # After the entry they hold the average, and only the exit makes them whole.
-        self._replicas_whole = self._alone or not self._done
+        self._replicas_whole = ranks.size == 1 or not self._done
 
     def close(self) -> None:
         """Live weights are back on every replica; else the swap stays open."""
@@ -234,17 +239,13 @@ class WeightSwap:
         return values, names
 
 
-def broadcast_to_replicas(states: Sequence[ParamState], split: bool) -> None:
-    """Broadcast what each rank averages to the ranks that hold it too. *Collective*.
-
-    Args:
-        states: What is averaged.
-        split: Replicated weights are divided among the ranks; else there is nothing to do.
-    """
-    if split:
-        averaged = [state for state in states if state.shadow is not None]
-        for group, pieces in replica_pieces(averaged):
-            broadcast(pieces, group)
+def broadcast_to_replicas(
+    states: Sequence[ParamState], wait_for: Callable[[dist.Work], object] = dist.Work.wait
+) -> None:
+    """Copy what each rank averages to the ranks that hold it too. *Collective*."""
+    averaged = [state for state in states if state.shadow is not None]
+    for group, pieces in replica_pieces(averaged):
+        broadcast(pieces, group, wait_for)
 
 
 def _chunks(state: ParamState) -> list[Chunk]:

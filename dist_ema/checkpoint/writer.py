@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import _version
 from ..averaging.kernels.eager import SCRATCH
 from ..distributed.coordinator import Ranks, digest
-from ..distributed.transfer import Block, FileTransferGroup, stream_to_writers
+from ..distributed.transfer import Block, FileTransferGroup, stream
 from ..sharding.arena import ALIGN
 from ..sharding.geometry import Box, runs
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
@@ -329,7 +329,7 @@ class _PreparedSave:
         """Put the blocks of all ranks into place, on the first rank. *Collective*."""
         assert self.transfer is not None
         for average, writer in zip(self.request.averages, writers, strict=True):
-            stream_to_writers(
+            stream(
                 ranks,
                 self.transfer,
                 self.request.verb,

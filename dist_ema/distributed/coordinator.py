@@ -20,8 +20,15 @@ A rank writes once, twice with a message, and reads once. Ranks are looked up on
 `silence`: a rank that waits longer than POLL writes that it is here. After the timeout the lowest
 of those publishes the names of the others.
 
-[Note: heartbeat]  A rank that works inside a verb increments one counter of the store. So the
-others can tell a slow disk from a dead process: every heartbeat begins the timeout anew.
+[Note: heartbeat]  A rank that works inside a verb, or in the block of a swap, increments two
+counters of the store from a thread: one of its own, and one that all share. So the others can tell
+a slow disk or a long evaluation from a dead process: every heartbeat begins the timeout anew. The
+thread has a connection of its own, because one that waits is locked.
+
+[Note: bytes]  Bytes travel inside `run_transfer`, in windows. A window that fails, or that does not
+arrive within the timeout, ends the transfer on every rank. The rank that notices looks whose
+counter stands still, and publishes that as the answer of the exchange that ends the transfer. A
+rank that waits for a window looks for that answer every POLL, so all raise the same sentence.
 
 [Note: incarnations]  The store of torchrun outlives the processes that it restarts, and with them
 the messages of the killed attempt. So the keys of a coordinator begin with a random id, which the
@@ -38,6 +45,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, overload
 from uuid import uuid4
 from zlib import crc32
@@ -54,7 +62,8 @@ log = logging.getLogger("dist_ema")
 
 GRACE = 2.0  # seconds between the timeout and the search for missing ranks
 POLL = 1.0  # seconds between two looks for a heartbeat, at most
-REMIND = 60.0  # seconds between two lines about who is awaited
+FIRST_REMINDER = 10.0  # seconds until the first line about who is awaited
+REMIND = 60.0  # seconds between two such lines
 FOREVER = 1e9
 
 
@@ -89,11 +98,17 @@ class StoreCoordinator:
         members: The global ranks.
         rank: The index of this process in `members`.
         timeout: Seconds that a rank waits for the others to enter a verb, and inside the verb the
-            seconds without a heartbeat. It may be set later.
+            seconds without a heartbeat or a window of bytes. It may be set later.
+        heartbeat_store: Another connection to `store`, for heartbeats.
     """
 
     def __init__(
-        self, store: dist.Store | None, members: Sequence[int], rank: int, timeout: float = 300.0
+        self,
+        store: dist.Store | None,
+        members: Sequence[int],
+        rank: int,
+        timeout: float = 300.0,
+        heartbeat_store: dist.Store | None = None,
     ) -> None:
         assert len(members) < 1 << 16, "the counter has 16 bits for the ranks"
         self.members, self.rank, self.size = list(members), rank, len(members)
@@ -101,7 +116,8 @@ class StoreCoordinator:
         self._maybe_store = store
         self._number, self._verb, self._step = 0, "", 0
         self._written: list[tuple[int, str]] = []  # (number, key), not deleted yet
-        self._last_heartbeat = 0.0
+        self._heartbeat_store = heartbeat_store or store
+        self._transfer: _Exchange | None = None  # the exchange that ends the bytes under way
 
     @property
     def _store(self) -> dist.Store:
@@ -114,15 +130,12 @@ class StoreCoordinator:
         """Make the next exchange the one by which `verb` is entered."""
         self._verb, self._step = verb, 0
 
-    def all_gather_json(
-        self, verb: str, message: Any = None, timeout: float | None = None, combine: Combine = list
-    ) -> Any:
+    def all_gather_json(self, verb: str, message: Any = None, combine: Combine = list) -> Any:
         """Combine the messages of all ranks.
 
         Args:
             verb: What the ranks do, for errors. It must be the same on every rank.
             message: JSON, or None, which costs nothing.
-            timeout: In place of the coordinator's own.
             combine: The same function on every rank. It runs on one of them, and should be short.
 
         Returns:
@@ -140,7 +153,7 @@ class StoreCoordinator:
         exchange = self._next(verb)
         with _store_errors(exchange):
             self._post(exchange, message, combine)
-            answer = self._await(exchange, self.timeout if timeout is None else timeout)
+            answer = self._await(exchange, self.timeout)
             self._forget(exchange)
         return combine([None] * self.size) if answer is None else answer
 
@@ -167,17 +180,58 @@ class StoreCoordinator:
         """
         error: Exception | None = None
         result: Any = None
-        with self._heartbeats():
+        with self.heartbeats():
             try:
                 result = work()
             except Exception as caught:  # the others learn of it first
                 error = caught
-            except BaseException as caught:  # an interrupt is posted, and waits for no rank
-                if self.size > 1:
-                    message = {"error": _error_text(caught)}
-                    self._post(self._next(verb), message, self._error_or(combine))
+            except BaseException as caught:  # an interrupt is published, and waits for no rank
+                self._publish_failure(self._next(verb), caught)
                 raise
         return result, self._agree(verb, error, result, combine)
+
+    def run_transfer(self, verb: str, work: Callable[[], None]) -> None:
+        """Do `work`, which waits for bytes by `wait_for`, on every rank ([Note: bytes]).
+
+        Raises:
+            Exception: What `work` raised here.
+            RuntimeError: It failed on another rank. The rank to blame is named.
+
+        Note:
+            *Collective*. An error waits for no rank.
+        """
+        if self.size == 1:
+            work()
+            return
+        exchange = self._transfer = self._next(verb)
+        with _store_errors(exchange):
+            try:
+                with self.heartbeats():
+                    work()
+            except BaseException as error:
+                self._publish_failure(exchange, error)
+                raise
+            self._post(exchange, None, list)
+            self._await(exchange, self.timeout)
+            self._forget(exchange)
+
+    def wait_for(self, transfer: dist.Work) -> None:
+        """Wait until a window of bytes has arrived or gone. Only inside `run_transfer`.
+
+        Raises:
+            RuntimeError: It failed, or took longer than the timeout, here or on another rank.
+        """
+        assert self._transfer is not None
+        began = time.monotonic()
+        while not _completes(transfer, self._interval):
+            if self._store.check([self._transfer.key("answer")]):
+                self._taken(self._transfer, self._store.get(self._transfer.key("answer")))
+            if time.monotonic() - began >= self.timeout:
+                raise RuntimeError(self._blame(self._transfer, f"for {self.timeout:g} s"))
+        try:
+            transfer.wait()  # raises what failed, and orders the stream of an accelerator
+        except RuntimeError as error:
+            raise RuntimeError(self._blame(self._transfer, f"({error})")) from error
 
     def _error_or(self, combine: Combine) -> Combine:
         """`combine` of the values, or the first error among the messages."""
@@ -206,8 +260,13 @@ class StoreCoordinator:
             raise RuntimeError(f"{_call_text(verb)} failed on rank {rank}: {text}")
         return answer["all"]
 
-    def run_on_first(self, verb: str, work: Callable[[], T]) -> T:
+    def run_on_first(self, verb: str, work: Callable[[], T], timeout: float | None = None) -> T:
         """Do `work` on the first rank, and return its result (JSON) on every rank.
+
+        Args:
+            verb: See `all_gather_json`.
+            work: What to do there.
+            timeout: Seconds that the others wait without a heartbeat, in place of the usual.
 
         Raises:
             Exception: What `work` raised, on the first rank.
@@ -221,16 +280,16 @@ class StoreCoordinator:
         exchange = self._next(verb)
         with _store_errors(exchange):
             if self.rank > 0:
-                return self._await(exchange, self.timeout)  # type: ignore[no-any-return]
+                seconds = self.timeout if timeout is None else timeout
+                return self._await(exchange, seconds)  # type: ignore[no-any-return]
             try:
-                with self._heartbeats():
-                    text = json.dumps({"exchange": exchange, "value": work()})
+                with self.heartbeats():
+                    answer = {"exchange": exchange, "value": work()}
+                    published = self._publish(exchange, answer)
             except BaseException as error:
-                failed = f"{exchange} failed on rank {self.members[0]}: {_error_text(error)}"
-                self._publish(exchange, {"error": failed})
+                self._publish_failure(exchange, error)
                 raise
-            self._set(exchange, "answer", text)
-            return json.loads(text)["value"]  # type: ignore[no-any-return]
+            return self._taken(exchange, published)  # type: ignore[no-any-return]
 
     # --- [Note: check in] ------------------------------------------------------------------------
 
@@ -272,35 +331,44 @@ class StoreCoordinator:
         self._store.set(exchange.key(name), text)
         self._written.append((exchange.number, exchange.key(name)))
 
-    def _publish(self, exchange: _Exchange, answer: dict[str, Any], name: str = "answer") -> None:
-        """Write the answer, unless another rank has written one."""
-        self._store.compare_set(exchange.key(name), "", json.dumps(answer))
+    def _publish(self, exchange: _Exchange, answer: dict[str, Any], name: str = "answer") -> Any:
+        """Write the answer, unless another rank has written one. Returns what was written."""
         self._written.append((exchange.number, exchange.key(name)))
+        return self._store.compare_set(exchange.key(name), "", json.dumps(answer))
+
+    def _publish_failure(self, exchange: _Exchange, error: BaseException) -> None:
+        """Publish that `error` was raised here, unless another answer is known."""
+        if self.size > 1:
+            rank = self.members[self.rank]
+            self._publish(
+                exchange, {"error": f"{exchange} failed on rank {rank}: {_error_text(error)}"}
+            )
 
     def _await(self, exchange: _Exchange, timeout: float) -> Any:
         """Wait for the answer and return its value.
 
         After `timeout` seconds without a heartbeat this rank publishes an error itself, if it is
-        the lowest that waits. Should that one have died, any other does so 5 * GRACE later.
+        the lowest that waits. Should that one have died, any other does so 2 * GRACE later.
         """
-        began = heard = reminded = time.monotonic()
-        heartbeats = None
-        while not self._appears(exchange, "answer", min(POLL, timeout / 4), began):
+        began = heard = time.monotonic()
+        remind_at, heartbeats = began + FIRST_REMINDER, None
+        while not self._appears(exchange, "answer", self._interval, began):
             now, before = time.monotonic(), heartbeats
             if before is None:
                 self._set(exchange, f"here/{self.rank}", json.dumps(exchange))
-            heartbeats = self._store.add("heartbeat", 0)
+            heartbeats = self._store.add("heartbeats", 0)
             heard = now if before not in (None, heartbeats) else heard
             silent = now - heard
-            if silent >= timeout and (self._is_lowest(exchange) or silent >= timeout + 5 * GRACE):
+            if silent >= timeout and (self._is_lowest(exchange) or silent >= timeout + 2 * GRACE):
                 time.sleep(GRACE)  # a rank that is a moment late is not named
                 self._publish(exchange, {"error": self._silence(exchange, timeout)})
-            elif now - reminded >= REMIND:
-                reminded = now
+            elif now >= remind_at:
+                remind_at = now + REMIND
                 if self._is_lowest(exchange):
-                    missing = self._names(self._missing(exchange))
-                    log.warning("%s has waited %.0f s for %s", exchange, now - began, missing)
-        return self._taken(exchange)
+                    missing = self._missing(exchange)
+                    names, hint = self._names(missing), self._usual_cause(exchange, missing)
+                    log.warning("%s has waited %.0f s for %s%s", exchange, now - began, names, hint)
+        return self._taken(exchange, self._store.get(exchange.key("answer")))
 
     def _appears(self, exchange: _Exchange, name: str, seconds: float, since: float) -> bool:
         """Wait up to `seconds` for a key. Polls less often the longer this rank has waited."""
@@ -313,20 +381,20 @@ class StoreCoordinator:
             time.sleep(min(end - now, max(5e-4, min(POLL / 4, (now - since) / 10))))
         return True
 
-    def _taken(self, exchange: _Exchange) -> Any:
+    def _taken(self, exchange: _Exchange, published: str | bytes) -> Any:
         """The value of the published answer.
 
         Raises:
             RuntimeError: The answer is an error, or belongs to another exchange.
         """
-        answer = json.loads(self._store.get(exchange.key("answer")))
+        answer = json.loads(published)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         if "clash" in answer:
             raise RuntimeError(self._clash(exchange, *answer["clash"]))
-        published = _Exchange(*answer["exchange"])
-        if published != exchange:  # the first rank is in run_on_first, this one is not
-            raise RuntimeError(self._two_positions((published, 0), (exchange, self.rank)))
+        decided = _Exchange(*answer["exchange"])
+        if decided != exchange:  # the first rank is in run_on_first, this one is not
+            raise RuntimeError(self._two_positions((decided, 0), (exchange, self.rank)))
         return answer["value"]
 
     def _forget(self, exchange: _Exchange) -> None:
@@ -349,7 +417,17 @@ class StoreCoordinator:
         names = self._names(missing)
         if exchange.step:
             return f"{exchange}: {names} gave no sign of life for {timeout:g} s. Dead, or hung?"
-        return f"{exchange} is collective, and {names} did not enter it within {timeout:g} s."
+        hint = self._usual_cause(exchange, missing)
+        return f"{exchange} is collective, and {names} did not enter it within {timeout:g} s{hint}."
+
+    def _usual_cause(self, exchange: _Exchange, missing: list[int]) -> str:
+        """A hint where one rank alone has entered a verb."""
+        if exchange.step or len(missing) < self.size - 1:
+            return ""
+        return (
+            ". Is it called under a condition like `if rank == 0:`? Call it on every rank, and leave "
+            "the rest inside the condition"
+        )
 
     def _clash(self, exchange: _Exchange, found: list[Any], finder: int) -> str:
         """The error for two verbs at once. A rank in the other verb than the finder's adds its."""
@@ -380,24 +458,50 @@ class StoreCoordinator:
         keys = [exchange.key(f"here/{rank}") for rank in range(self.size)]
         return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
 
+    def _blame(self, exchange: _Exchange, cause: str) -> str:
+        """Publish and return why bytes did not arrive: the ranks whose heartbeats stand still."""
+        before = self._heartbeats_of_each()
+        time.sleep(GRACE)
+        now = self._heartbeats_of_each()
+        # A rank that has sent and taken everything is in the exchange, and not missing there.
+        missing = [rank for rank in self._missing(exchange) if rank != self.rank]
+        silent = [rank for rank in missing if before[rank] == now[rank]]
+        text = f"{exchange}: no bytes arrived {cause}, although every rank gives signs of life."
+        if silent:
+            text = (
+                f"{exchange}: {self._names(silent)} sent and took no bytes {cause}. Dead, or hung?"
+            )
+        answer: dict[str, str] = json.loads(self._publish(exchange, {"error": text}))
+        return answer["error"]
+
+    def _heartbeats_of_each(self) -> list[int]:
+        return [self._store.add(f"heartbeats/{rank}", 0) for rank in range(self.size)]
+
     def _names(self, ranks: list[int]) -> str:
         names = ", ".join(str(self.members[rank]) for rank in ranks)
         return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"
 
     # --- [Note: heartbeat] -----------------------------------------------------------------------
 
+    @property
+    def _interval(self) -> float:
+        """Seconds between two heartbeats."""
+        return min(POLL, self.timeout / 4)
+
     @contextmanager
-    def _heartbeats(self) -> Iterator[None]:
+    def heartbeats(self) -> Iterator[None]:
         """Send heartbeats from a thread while the block runs."""
         if self.size == 1:
             yield
             return
-        done = threading.Event()
+        done, store = threading.Event(), self._heartbeat_store
+        assert store is not None
 
         def beat() -> None:
             with suppress(RuntimeError):  # if the store is gone, the next exchange reports it
-                while not done.wait(min(POLL, self.timeout / 4)):
-                    self._store.add("heartbeat", 1)
+                while not done.wait(self._interval):
+                    store.add(f"heartbeats/{self.rank}", 1)
+                    store.add("heartbeats", 1)
 
         thread = threading.Thread(target=beat, name="dist_ema heartbeat", daemon=True)
         thread.start()
@@ -406,13 +510,6 @@ class StoreCoordinator:
         finally:
             done.set()
             thread.join()
-
-    def heartbeat(self) -> None:
-        """Send a heartbeat from other work than `run_on_all` runs, at most one per POLL."""
-        now = time.monotonic()
-        if self.size > 1 and now - self._last_heartbeat >= min(POLL, self.timeout / 4):
-            self._last_heartbeat = now
-            self._store.add("heartbeat", 1)
 
 
 def digest(value: Any) -> int:
@@ -426,6 +523,17 @@ def _call_text(verb: str) -> str:
 
 def _error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def _completes(work: dist.Work, seconds: float) -> bool:
+    """Wait up to `seconds` for the end of `work`. Polls less often the longer it takes."""
+    began, waited = time.monotonic(), 0.0
+    while not work.is_completed():
+        if waited >= seconds:
+            return False
+        time.sleep(max(5e-5, min(POLL / 4, waited / 10, seconds - waited)))
+        waited = time.monotonic() - began
+    return True
 
 
 @contextmanager
@@ -468,32 +576,44 @@ class Ranks:
         self.size = len(self.members)
         self.rank = self.members.index(dist.get_rank()) if self.size > 1 else 0
         self.group = self._whole_group(group) if self.size > 1 else None
-        self._open_store, self._stores = open_store, 0
+        self._open_store, self._prefixes = open_store, 0
         self._prefix = f"dist_ema/{self._incarnation(timeout)}" if self.size > 1 else ""
         self._connect(open_store(self._prefix) if self.size > 1 else None, timeout)
 
     def _connect(self, store: dist.Store | None, timeout: float) -> None:
-        self._coordinator = coordinator = StoreCoordinator(store, self.members, self.rank, timeout)
+        heartbeat_store = self._another_connection(self._prefix) if self.size > 1 else None
+        self._coordinator = coordinator = StoreCoordinator(
+            store, self.members, self.rank, timeout, heartbeat_store
+        )
         self.begin, self.all_gather_json = coordinator.begin, coordinator.all_gather_json
         self.run_on_all, self.run_on_first = coordinator.run_on_all, coordinator.run_on_first
+        self.run_transfer, self.wait_for = coordinator.run_transfer, coordinator.wait_for
+        self.heartbeats = coordinator.heartbeats
 
-    def own_store(self) -> dist.Store:
-        """Another connection to the store, with a prefix that only this call uses.
+    def _another_connection(self, prefix: str) -> dist.Store:
+        """NOTE: a connection that waits is locked, and another thread would wait with it."""
+        store: Any = self._open_store(prefix)
+        return store.clone()  # type: ignore[no-any-return]
+
+    def _new_prefix(self) -> str:
+        """A prefix that no other call uses. Every rank calls this as often as the others do."""
+        self._prefixes += 1
+        return f"{self._prefix}/{self._prefixes}"
+
+    def new_store(self) -> dist.Store:
+        """A connection to the store, with a prefix of its own.
 
         Note:
             Every rank calls it as often as the others do. It sends nothing.
         """
-        self._stores += 1
-        store: Any = self._open_store(f"{self._prefix}/{self._stores}")
-        # NOTE: a connection that waits is locked, and training would wait with it.
-        return store.clone()  # type: ignore[no-any-return]
+        return self._another_connection(self._new_prefix())
 
     def with_own_messages(self) -> Ranks:
-        """The same ranks, with messages on a store of their own, as of `own_store`."""
+        """The same ranks, with messages as on a `new_store`."""
         other, store = copy(self), None
         if self.size > 1:
-            store = self.own_store()
-            other._prefix, other._stores = f"{self._prefix}/{self._stores}", 0
+            other._prefix, other._prefixes = self._new_prefix(), 0
+            store = self._another_connection(other._prefix)
         other._connect(store, self.timeout)
         return other
 
@@ -509,16 +629,11 @@ class Ranks:
         # NOTE: not from torch's generator, whose numbers belong to the training.
         token = torch.tensor(list(uuid4().bytes), dtype=torch.uint8, device=self.transfer_device())
         work = dist.broadcast(token, self.members[0], group=self.group, async_op=True)
-        began = time.monotonic()
-        while not work.is_completed():
-            waited = time.monotonic() - began
-            if waited >= timeout:
-                raise RuntimeError(
-                    f"ranks {self.members} must build the EMA together, and rank "
-                    f"{self.members[0]}, or one that passes its message on, did not come within "
-                    f"{timeout:g} s."
-                )
-            time.sleep(min(POLL / 4, max(5e-4, waited / 10)))
+        if not _completes(work, timeout):
+            raise RuntimeError(
+                f"ranks {self.members} must build the EMA together, and rank {self.members[0]}, or "
+                f"one that passes its message on, did not come within {timeout:g} s."
+            )
         work.wait()  # raises what failed, and orders the stream of an accelerator
         return bytes(token.tolist()).hex()
 
@@ -542,19 +657,20 @@ class Ranks:
         return transfer_device(self.group)
 
     def send(self, data: Tensor, to: int) -> None:
-        """Send to the rank with index `to` in `members`, with a heartbeat."""
-        self._coordinator.heartbeat()
-        dist.send(data, self.members[to], group=self.group)
+        """Send to the rank with index `to` in `members`, within the timeout."""
+        transfer = dist.isend(data, self.members[to], group=self.group)
+        assert transfer is not None
+        transfer.wait(timedelta(seconds=self.timeout))
 
     def receive(self, data: Tensor, source: int) -> None:
-        """Receive from the rank with index `source`, with a heartbeat."""
-        self._coordinator.heartbeat()
-        dist.recv(data, self.members[source], group=self.group)
+        """Receive from the rank with index `source`, within the timeout."""
+        transfer = dist.irecv(data, self.members[source], group=self.group)
+        assert transfer is not None
+        transfer.wait(timedelta(seconds=self.timeout))
 
     def broadcast(self, data: Tensor, source: int) -> None:
-        """Broadcast from the rank with index `source`, with a heartbeat. *Collective*."""
-        self._coordinator.heartbeat()
-        dist.broadcast(data, self.members[source], group=self.group)
+        """Broadcast from the rank with index `source`, inside `run_transfer`. *Collective*."""
+        self.wait_for(dist.broadcast(data, self.members[source], group=self.group, async_op=True))
 
 
 def transfer_device(group: dist.ProcessGroup | None) -> torch.device:

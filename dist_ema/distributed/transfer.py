@@ -4,21 +4,22 @@
 collectives. Small tensors are packed: one window with the bytes of 300 of them takes a hundredth of
 the time of 300 collectives.
 
-[Note: turns]  Files may be written in the background, and ranks may die or fill a disk meanwhile.
+[Note: turns]  Bytes for the first rank are sent in turns. A rank sends only after the first rank
+has reported success for the rank before. So a rank that waits for its turn is never stuck in a send
+that no rank will receive, and every window has a deadline of its own.
+
+[Note: files]  Files may be written in the background, and ranks may die or fill a disk meanwhile.
 So bytes for files travel on a process group of their own, and a failure there stops no training.
-A rank sends only after the first rank has reported success for the rank before. So a rank that
-waits for its turn is never stuck in a send that no rank will receive.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,16 +29,16 @@ from .coordinator import Ranks, transfer_device
 
 __all__ = [
     "Block",
-    "FileTransferError",
     "FileTransferGroup",
+    "PointToPoint",
     "broadcast",
     "stream",
-    "stream_to_writers",
+    "stream_to_all",
 ]
 
 WINDOW = 4 << 20  # bytes that one collective moves
 STREAM = 16 << 20  # bytes that one send moves
-CPU = torch.device("cpu")
+AFTER_FAILURE = 5.0  # seconds without a heartbeat of the first rank, once a send to it has failed
 
 
 class Block(NamedTuple):
@@ -51,7 +52,21 @@ class Block(NamedTuple):
 Consume = Callable[[int, tuple[int, ...], Tensor], None]  # takes the fields of a Block
 
 
-def broadcast(pieces: Iterable[tuple[int, Tensor]], group: dist.ProcessGroup) -> None:
+class PointToPoint(Protocol):
+    """Sends windows between two ranks, each within a timeout: `Ranks`, or a group for files."""
+
+    def transfer_device(self) -> torch.device: ...
+
+    def send(self, data: Tensor, to: int) -> None: ...
+
+    def receive(self, data: Tensor, source: int) -> None: ...
+
+
+def broadcast(
+    pieces: Iterable[tuple[int, Tensor]],
+    group: dist.ProcessGroup,
+    wait_for: Callable[[dist.Work], object] = dist.Work.wait,
+) -> None:
     """Overwrite 1-D pieces with what their sources hold, in place.
 
     A window that several ranks fill is summed: each contributes its bytes, and zeros for those of
@@ -60,6 +75,7 @@ def broadcast(pieces: Iterable[tuple[int, Tensor]], group: dist.ProcessGroup) ->
     Args:
         pieces: (source, as a rank in the group; piece), the same sources and lengths on every rank.
         group: The ranks that take part.
+        wait_for: Waits for a collective; `Ranks.wait_for` within a timeout.
 
     Note:
         *Collective* over `group`. *Cost*: one collective per 4 MB, through one window. A long
@@ -71,7 +87,7 @@ def broadcast(pieces: Iterable[tuple[int, Tensor]], group: dist.ProcessGroup) ->
         root = dist.get_global_rank(group, window[0][0])
         device = views[0].device if transport.type == "cpu" else transport
         if len(views) == 1 and device.type == views[0].device.type:
-            dist.broadcast(views[0], root, group=group)
+            wait_for(dist.broadcast(views[0], root, group=group, async_op=True))
             continue
         size = sum(map(len, views))
         words = torch.zeros(-(-size // 4), dtype=torch.int32, device=device)
@@ -79,9 +95,9 @@ def broadcast(pieces: Iterable[tuple[int, Tensor]], group: dist.ProcessGroup) ->
         entries = list(zip(window, parts, strict=True))
         _copy([(part, view) for (source, view), part in entries if source == rank])
         if len({source for source, _ in window}) == 1:
-            dist.broadcast(words, root, group=group)
+            wait_for(dist.broadcast(words, root, group=group, async_op=True))
         else:
-            dist.all_reduce(words, group=group)
+            wait_for(dist.all_reduce(words, group=group, async_op=True))
         _copy([(view, part) for (source, view), part in entries if source != rank])
 
 
@@ -108,44 +124,46 @@ def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
         torch._foreach_copy_(targets, values)
 
 
-def stream(
+def stream_to_all(
     ranks: Ranks,
+    verb: str,
     dtypes: Sequence[torch.dtype],
     dims: Sequence[int],
     blocks: Sequence[Block],
     consume: Consume,
-    everywhere: bool = False,
 ) -> None:
-    """Hand the blocks of every rank to `consume`, on the first rank or on all.
+    """Hand the blocks of every rank to `consume`, on all ranks.
 
     Args:
         ranks: The ranks that take part.
+        verb: What they do, for errors.
         dtypes: Of the weights by number, alike on every rank.
         dims: Numbers of dimensions of the weights, alike on every rank.
         blocks: Of this rank.
         consume: Takes one block.
-        everywhere: On all ranks.
 
     Note:
         *Collective*. *Cost*: one window and one copy.
     """
-    device = ranks.transfer_device()
-    for source in range(ranks.size):
-        if source == ranks.rank:
+
+    def work() -> None:
+        device = ranks.transfer_device()
+        for source in range(ranks.size):
+            transfer = partial(ranks.broadcast, source=source)
+            if source != ranks.rank:
+                for block in _receive(transfer, dtypes, dims, device):
+                    consume(*block)
+                continue
             for block in blocks:
                 consume(*block)
-            if everywhere and ranks.size > 1:
-                _send(blocks, partial(ranks.broadcast, source=source), device)
-            elif source > 0:
-                _send(blocks, partial(ranks.send, to=0), device)
-        elif everywhere or ranks.first:
-            receive = ranks.broadcast if everywhere else ranks.receive
-            for block in _receive(partial(receive, source=source), dtypes, dims, device):
-                consume(*block)
+            if ranks.size > 1:
+                _send(blocks, transfer, device)
+
+    ranks.run_transfer(verb, work)
 
 
 class FileTransferGroup:
-    """A process group for files alone ([Note: turns]). *Collective*.
+    """A process group for files alone ([Note: files]). *Collective*.
 
     torch does not know it, so it works after destroy_process_group(), while a file is written in
     the background. Its addresses lie under the keys of `ranks` ([Note: incarnations]), so gloo does
@@ -155,66 +173,68 @@ class FileTransferGroup:
     def __init__(self, ranks: Ranks) -> None:
         self._timeout = timedelta(seconds=ranks.timeout)
         self._group: Any = dist.ProcessGroupGloo(
-            ranks.own_store(), ranks.rank, ranks.size, self._timeout
+            ranks.new_store(), ranks.rank, ranks.size, self._timeout
         )
 
+    def transfer_device(self) -> torch.device:
+        return torch.device("cpu")
+
     def send(self, data: Tensor, to: int) -> None:
-        with _transfer_errors():
-            self._group.send([data], to, 0).wait(self._timeout)
+        self._group.send([data], to, 0).wait(self._timeout)
 
     def receive(self, data: Tensor, source: int) -> None:
-        with _transfer_errors():
-            self._group.recv([data], source, 0).wait(self._timeout)
+        self._group.recv([data], source, 0).wait(self._timeout)
 
 
-class FileTransferError(RuntimeError):
-    """The other rank is dead, or hangs."""
-
-
-@contextmanager
-def _transfer_errors() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise FileTransferError(str(error)) from error
-
-
-def stream_to_writers(
+def stream(
     ranks: Ranks,
-    group: FileTransferGroup,
+    link: PointToPoint,
     verb: str,
     dtypes: Sequence[torch.dtype],
     dims: Sequence[int],
     blocks: Sequence[Block],
     consume: Consume,
 ) -> None:
-    """`stream` to the first rank, over `group` and in turns. What fails there is raised on all.
+    """Hand the blocks of every rank to `consume` on the first rank ([Note: turns]).
+
+    Args:
+        ranks: The ranks that take part.
+        link: Sends the windows.
+        verb: What they do, for errors.
+        dtypes: Of the weights by number, alike on every rank.
+        dims: Numbers of dimensions of the weights, alike on every rank.
+        blocks: Of this rank.
+        consume: Takes one block. What fails there is raised on all ranks.
 
     Note:
         *Collective*. *Cost*: one window on every rank; one message per rank, read by all.
     """
+    device = link.transfer_device()
     failed_send: Exception | None = None
     for source in range(ranks.size):
 
         def take_turn(source: int = source) -> None:
             """On the first rank: consume the blocks of `source`."""
-            if source == ranks.rank:
-                return _consume_all(blocks, consume)
-            receive = partial(group.receive, source=source)
-            try:
-                _consume_all(_receive(receive, dtypes, dims, CPU), consume)
-            except FileTransferError as error:
-                raise RuntimeError(
-                    f"rank {ranks.members[source]} broke off what it was sending: {error}"
-                ) from error
+
+            def receive(data: Tensor) -> None:
+                try:
+                    link.receive(data, source)
+                except RuntimeError as error:
+                    raise RuntimeError(
+                        f"ema.{verb}(): rank {ranks.members[source]} broke off what it was "
+                        f"sending. Dead, or hung? ({error})"
+                    ) from error
+
+            remote = source != ranks.rank
+            _consume_all(_receive(receive, dtypes, dims, device) if remote else blocks, consume)
 
         try:
-            ranks.run_on_first(verb, take_turn)
+            ranks.run_on_first(verb, take_turn, AFTER_FAILURE if failed_send else None)
         except RuntimeError as refused:
             raise refused from failed_send
         if ranks.rank == source + 1:
             try:
-                _send(blocks, lambda data: group.send(data, 0), CPU)
+                _send(blocks, lambda data: link.send(data, 0), device)
             except Exception as error:  # the first rank notices, and raises on all
                 failed_send = error
 

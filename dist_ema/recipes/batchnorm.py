@@ -133,11 +133,17 @@ def _recalibrate(
     done, counts = ranks.run_on_all("recalibrate", run, combine=list)
     if not any(counts):
         raise ValueError("recalibrate() saw no data: the loader gave no batch on any rank.")
-    source = next(rank for rank, count in enumerate(counts) if count)
-    if ranks.group is not None and vectors:
-        # Ranks with other batches iterated another number of times.
-        transfer.broadcast([(source, vector) for vector in vectors], ranks.group)
-    moments = {name: each.over(ranks) for name, each in watch.moments.items()}
+    moments: dict[str, _Moments] = {}
+
+    def share() -> None:
+        if ranks.group is not None and vectors:
+            # Ranks with other batches iterated another number of times.
+            source = next(rank for rank, count in enumerate(counts) if count)
+            pieces = [(source, vector) for vector in vectors]
+            transfer.broadcast(pieces, ranks.group, ranks.wait_for)
+        moments.update((name, each.over(ranks)) for name, each in watch.moments.items())
+
+    ranks.run_transfer("recalibrate", share)
     _refuse(moments, layers)
     with torch.no_grad():
         for name, module in layers.items():
@@ -245,7 +251,7 @@ class _Moments:
         local = torch.cat([self.mean.new_tensor([self.count]), self.mean, self.squares])
         local = local.to(ranks.transfer_device())
         gathered = [torch.empty_like(local) for _ in range(ranks.size)]
-        dist.all_gather(gathered, local, group=ranks.group)
+        ranks.wait_for(dist.all_gather(gathered, local, group=ranks.group, async_op=True))
         total = _Moments(0.0, torch.zeros_like(self.mean), torch.zeros_like(self.squares))
         for values in gathered:
             total.add(float(values[0]), *values[1:].to(self.mean.device).chunk(2))
