@@ -160,4 +160,3 @@ def test_the_others_raise_in_time_and_name_rank_and_verb(cases: list[Case], tmp_
             assert f"ema.{verb}()" in text, (case, text)
             assert f"rank {victim} " in text, (case, text)
             assert seconds < TIMEOUT + 10, (case, text, seconds)
-            print(case, text, seconds)

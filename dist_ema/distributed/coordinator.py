@@ -231,7 +231,8 @@ class StoreCoordinator:
         try:
             transfer.wait()  # raises what failed, and orders the stream of an accelerator
         except RuntimeError as error:
-            raise RuntimeError(self._blame(self._transfer, f"({error})")) from error
+            cause = f"({str(error).split('. ')[0]})"  # gloo's first sentence
+            raise RuntimeError(self._blame(self._transfer, cause)) from error
 
     def _error_or(self, combine: Combine) -> Combine:
         """`combine` of the values, or the first error among the messages."""

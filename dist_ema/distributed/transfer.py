@@ -222,7 +222,7 @@ def stream(
                 except RuntimeError as error:
                     raise RuntimeError(
                         f"ema.{verb}(): rank {ranks.members[source]} broke off what it was "
-                        f"sending. Dead, or hung? ({error})"
+                        f"sending. Dead, or hung? ({str(error).split('. ')[0]})"
                     ) from error
 
             remote = source != ranks.rank
