@@ -426,8 +426,8 @@ class StoreCoordinator:
         if exchange.step or len(missing) < self.size - 1:
             return ""
         return (
-            ". Is it called under a condition like `if rank == 0:`? Call it on every rank, and leave "
-            "the rest inside the condition"
+            ". Is it called under a condition like `if rank == 0:`? Call it on every rank, and "
+            "leave the rest inside the condition"
         )
 
     def _clash(self, exchange: _Exchange, found: list[Any], finder: int) -> str:
