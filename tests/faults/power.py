@@ -287,7 +287,7 @@ def record(case: Case, folder: Path) -> list[Operation]:
     for version in case.before:
         case.write(before, version)
     shutil.copytree(before, root)
-    shim.arm(root, log=folder / "log", exchange=case.exchange)
+    shim.arm(root, log=folder / "log", disk=case.disk)
     try:
         case.write(root, case.target)
     finally:

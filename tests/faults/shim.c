@@ -43,13 +43,15 @@ struct operation {
     int64_t offset, size; /* of an open: whether the file was there, and the flags */
     const void *data;
     int allocates; /* whether a full disk would refuse it */
-    int halved;    /* whether a write moves half of its bytes */
+    int changes_names;
+    int halved; /* whether a write moves half of its bytes */
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char folder[PATH_MAX];
 static long count, at;
 static int error, sticky, log_fd = -1, refuses_exchange;
+static char fixed[PATH_MAX]; /* a folder without write permission, also for root */
 
 void faults_arm(const char *path, long number, int code, int stays, const char *log) {
     pthread_mutex_lock(&lock);
@@ -72,6 +74,8 @@ long faults_disarm(void) {
 }
 
 void faults_refuse_exchange(int refuse) { refuses_exchange = refuse; }
+
+void faults_fix(const char *path) { snprintf(fixed, sizeof fixed, "%s", path); }
 
 __attribute__((constructor)) static void from_environment(void) {
     const char *path = getenv("FAULTS_FOLDER"), *number = getenv("FAULTS_AT");
@@ -106,6 +110,11 @@ static int under(const char *path) {
     return n > 0 && strncmp(path, folder, n) == 0 && (path[n] == '/' || path[n] == 0);
 }
 
+static int is_fixed(const char *path) {
+    size_t n = strlen(fixed);
+    return n > 0 && strncmp(path, fixed, n) == 0 && path[n] == '/' && !strchr(path + n + 1, '/');
+}
+
 static void record(const struct operation *op, int code) {
     if (log_fd < 0)
         return;
@@ -123,6 +132,10 @@ static int enter(struct operation *op, int *code) {
     *code = 0;
     if (folder[0] == 0)
         return 0;
+    if (op->changes_names && (is_fixed(op->path) || is_fixed(op->second))) {
+        *code = EACCES;
+        return 1;
+    }
     pthread_mutex_lock(&lock);
     if (!under(op->path) && !under(op->second)) {
         pthread_mutex_unlock(&lock);
@@ -168,10 +181,14 @@ static void leave(struct operation *op, int code) {
     if (folder[0] != 0)                                                                            \
     resolve(dir, file, op.path)
 
+#define ON_NAME(text, dir, file, allocating)                                                       \
+    ON_PATH(text, dir, file, allocating);                                                          \
+    op.changes_names = 1
+
 #define ON_FILE(text, fd, allocating) ON_PATH(text, fd, "", allocating)
 
 #define ON_TWO(text, dir, file, other_dir, other, allocating)                                      \
-    ON_PATH(text, dir, file, allocating);                                                          \
+    ON_NAME(text, dir, file, allocating);                                                          \
     if (folder[0] != 0)                                                                            \
     resolve(other_dir, other, op.second)
 
@@ -184,6 +201,7 @@ static int opens(int dir, const char *path, int flags, mode_t mode) {
     ON_PATH("open", dir, path, flags & O_CREAT);
     struct stat there;
     op.offset = fstatat(dir, path, &there, 0) == 0;
+    op.changes_names = !op.offset;
     op.size = flags;
     GUARDED(int, op, real(dir, path, flags, mode));
 }
@@ -413,7 +431,7 @@ int linkat(int dir, const char *path, int other_dir, const char *other, int flag
 int link(const char *path, const char *other) { return linkat(AT_FDCWD, path, AT_FDCWD, other, 0); }
 
 int symlinkat(const char *target, int dir, const char *path) {
-    ON_PATH("symlink", dir, path, 1);
+    ON_NAME("symlink", dir, path, 1);
     if (folder[0] != 0)
         op.data = target, op.size = (int64_t)strlen(target);
     GUARDED(int, op, REAL(symlinkat)(target, dir, path));
@@ -422,14 +440,14 @@ int symlinkat(const char *target, int dir, const char *path) {
 int symlink(const char *target, const char *path) { return symlinkat(target, AT_FDCWD, path); }
 
 int mkdirat(int dir, const char *path, mode_t mode) {
-    ON_PATH("mkdir", dir, path, 1);
+    ON_NAME("mkdir", dir, path, 1);
     GUARDED(int, op, REAL(mkdirat)(dir, path, mode));
 }
 
 int mkdir(const char *path, mode_t mode) { return mkdirat(AT_FDCWD, path, mode); }
 
 int unlinkat(int dir, const char *path, int flags) {
-    ON_PATH(flags & AT_REMOVEDIR ? "rmdir" : "unlink", dir, path, 0);
+    ON_NAME(flags & AT_REMOVEDIR ? "rmdir" : "unlink", dir, path, 0);
     GUARDED(int, op, REAL(unlinkat)(dir, path, flags));
 }
 
@@ -439,4 +457,12 @@ int rmdir(const char *path) { return unlinkat(AT_FDCWD, path, AT_REMOVEDIR); }
 int remove(const char *path) {
     int result = unlink(path);
     return result < 0 && errno == EISDIR ? rmdir(path) : result;
+}
+
+int access(const char *path, int mode) {
+    if (fixed[0] != 0 && mode & W_OK && strcmp(path, fixed) == 0) {
+        errno = EACCES;
+        return -1;
+    }
+    return REAL(access)(path, mode);
 }

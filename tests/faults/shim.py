@@ -12,7 +12,18 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["KINDS", "Fault", "Operation", "arm", "build", "disarm", "loaded", "read_log", "why_not"]
+__all__ = [
+    "KINDS",
+    "Disk",
+    "Fault",
+    "Operation",
+    "arm",
+    "build",
+    "disarm",
+    "loaded",
+    "read_log",
+    "why_not",
+]
 
 SOURCE = Path(__file__).with_name("shim.c")
 _HEAD = struct.Struct("16sqqiiii")
@@ -29,6 +40,18 @@ class Fault:
     name: str
     code: int
     sticky: bool = False
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a file system can do.
+
+    exchange: RENAME_EXCHANGE, which NFS refuses.
+    fixed: What lies in the armed folder can be written to, and neither made, renamed nor removed.
+    """
+
+    exchange: bool = True
+    fixed: bool = False
 
 
 KINDS = (
@@ -91,7 +114,7 @@ def arm(
     at: int = 0,
     fault: Fault = KINDS[0],
     log: Path | None = None,
-    exchange: bool = True,
+    disk: Disk | None = None,
 ) -> None:
     """Count the operations under `folder` from now on, and fail the `at`-th (from 1; 0: none).
 
@@ -100,10 +123,12 @@ def arm(
         at: The number of the operation.
         fault: What it meets.
         log: A file outside of the folder that receives every operation.
-        exchange: False has RENAME_EXCHANGE refused, as NFS does.
+        disk: What it can do; None: everything.
     """
+    disk = disk or Disk()
     library = ctypes.CDLL(None)
-    library.faults_refuse_exchange(int(not exchange))
+    library.faults_fix(os.fsencode(folder) if disk.fixed else b"")
+    library.faults_refuse_exchange(int(not disk.exchange))
     library.faults_arm(
         os.fsencode(folder),
         ctypes.c_long(at),
@@ -118,6 +143,7 @@ def disarm() -> int:
     library = ctypes.CDLL(None)
     library.faults_disarm.restype = ctypes.c_long
     library.faults_refuse_exchange(0)
+    library.faults_fix(b"")
     count: int = library.faults_disarm()
     return count
 

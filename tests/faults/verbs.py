@@ -20,10 +20,13 @@ from dist_ema.cli import main
 from dist_ema.offline.verify import verify
 from dist_ema.schedules import Power
 
-from .shim import Operation
+from .shim import Disk, Operation
 
 __all__ = ["Case", "ema_cases", "rank_cases"]
 
+WHOLE = Disk()
+TWO_RENAMES = Disk(exchange=False)
+FIXED = Disk(fixed=True)
 SMALL = "500B"  # the size of shards that divides the model
 
 
@@ -36,7 +39,7 @@ class Case:
         newest: The newest version that readers find there, None where there is none. Raises
             AssertionError for a version that is not whole.
         before: The versions in place when the fault comes.
-        exchange: Whether the file system has RENAME_EXCHANGE.
+        disk: What the file system can do.
         rewrites: The verb writes the same version again.
         unseen: The last operations, which the shim does not see, from those that it saw.
     """
@@ -45,7 +48,7 @@ class Case:
     write: Callable[[Path, int], None]
     newest: Callable[[Path], int | None]
     before: tuple[int, ...] = ()
-    exchange: bool = True
+    disk: Disk = WHOLE
     rewrites: bool = False
     unseen: Callable[[list[Operation]], list[Operation]] = lambda seen: []
 
@@ -225,7 +228,8 @@ def ema_cases(sources: Path) -> list[Case]:
     cases = [
         Case("save new", verbs.save("ema"), verbs.saved),
         Case("save over", verbs.save("ema"), verbs.saved, (1,)),
-        Case("save over, two renames", verbs.save("ema"), verbs.saved, (1,), exchange=False),
+        Case("save over, two renames", verbs.save("ema"), verbs.saved, (1,), TWO_RENAMES),
+        Case("save over, fixed folder", verbs.save("ema"), verbs.saved, (1,), FIXED),
         Case("save shards over", verbs.save("ema", max_shard_size=SMALL), verbs.saved, (1,)),
         Case("save wait=False", verbs.save_behind, verbs.saved, (1,)),
         Case("save keep=", verbs.save_keep, verbs.kept, (1, 2)),
@@ -240,8 +244,9 @@ def ema_cases(sources: Path) -> list[Case]:
             verbs.export_changing,
             beside_config,
             (1,),
-            exchange=False,
+            TWO_RENAMES,
         ),
+        Case("export folder over, fixed", verbs.export_changing, beside_config, (1,), FIXED),
     ]
     return cases + _command_cases(verbs)
 

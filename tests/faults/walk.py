@@ -105,7 +105,7 @@ class _Bench:
         """The operations of a write that meets no fault."""
         for log in (None, self._log):  # the first one may open and import what stays
             self.put_back()
-            shim.arm(self._root, log=log, exchange=self._case.exchange)
+            shim.arm(self._root, log=log, disk=self._case.disk)
             try:
                 self._case.write(self._root, self._case.target)
             finally:
@@ -142,11 +142,14 @@ class _Bench:
     def _go_on(self) -> Iterator[tuple[str, str]]:
         case = self._case
         try:
+            shim.arm(self._root, disk=case.disk)
             case.write(self._root, case.following)
             version = case.newest(self._root)
         except Exception as error:
             yield "stuck", f"{type(error).__name__}: {error}"
             return
+        finally:
+            shim.disarm()
         if version != case.following:
             yield "stuck", f"the next write left version {version}"
         if left := self._hidden() - self._normal:
@@ -157,7 +160,7 @@ class _Bench:
 
     def _call(self, at: int, fault: Fault) -> tuple[str, str]:
         """The write in this process, with an error at an operation."""
-        shim.arm(self._root, at, fault, exchange=self._case.exchange)
+        shim.arm(self._root, at, fault, disk=self._case.disk)
         try:
             return call(lambda: self._case.write(self._root, self._case.target))
         finally:
@@ -168,7 +171,7 @@ class _Bench:
         child = os.fork()
         if child == 0:
             try:
-                shim.arm(self._root, at, fault, exchange=self._case.exchange)
+                shim.arm(self._root, at, fault, disk=self._case.disk)
                 self._case.write(self._root, self._case.target)
             finally:
                 os._exit(0)
