@@ -348,6 +348,45 @@ def test_rolled_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert step >= 6
 
 
+def test_a_stale_file_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rolled forward: it would be part of the new version, so readers keep to the one inside."""
+    path, new = forward(tmp_path, monkeypatch)
+    real = Path.unlink
+
+    def unlink(each: Path, *args: Any, **options: Any) -> None:
+        if each.name == "stale":
+            raise OSError(errno.EIO, "the disk fails", str(each))
+        real(each, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(OSError, match="the disk fails"):
+            atomic.publish(new, path)
+    assert read(atomic.whole(path)) == "new"
+    assert (path / "stale").exists()
+    atomic.recover(path)
+    assert read(path) == "new"
+
+
+def test_rolled_forward_is_durable_before_files_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power lost in between would leave the version inside without some of its files."""
+    path, new = forward(tmp_path, monkeypatch)
+    calls: list[str] = []
+    for module, name in ((os, "rename"), (atomic, "sync"), (atomic, "remove")):
+        real = getattr(module, name)
+
+        def call(*args: Any, real: Any = real, name: str = name) -> None:
+            calls.append(f"{name} {' '.join(each.name for each in args)}")
+            real(*args)
+
+        monkeypatch.setattr(module, name, call)
+    atomic.publish(new, path)
+    token = new.name[-32:]
+    assert calls[-3:] == [f"rename .new-{token} .tmp-{token}", "sync ema", f"remove .tmp-{token}"]
+
+
 # --- leftovers ---------------------------------------------------------------------------------------------------
 
 AWKWARD = [

@@ -244,13 +244,15 @@ def _link_over(staged: Path, path: Path) -> None:
             link_or_copy(staged / name, link)
             os.replace(link, path / name)
     for name in set(os.listdir(path)) - set(names) - {staged.name}:
-        remove(path / name)
+        if not name.startswith(".nfs"):
+            _remove_or_raise(path / name)  # loaders would take it for a part of the new version
     sync(path)
 
 
 def _retire(staged: Path, path: Path) -> None:
     gone = _inside(path, "tmp", staged.name[-32:])
     os.rename(staged, gone)
+    sync(path)  # or a power loss could undo the rename of a folder that lacks files
     remove(gone)
 
 
@@ -403,6 +405,13 @@ def remove(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _remove_or_raise(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 class Target:
