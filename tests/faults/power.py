@@ -1,4 +1,4 @@
-"""What a disk can hold after power was lost: the recorded operations, replayed without some of them.
+"""What a disk can hold after a power loss: the recorded operations, replayed without some of them.
 
 [Note: what survives]  The model is that of ALICE (Pillai et al., OSDI 2014) at its weakest: between
 two fsyncs the disk may take data, sizes and names in any order. An fsync of a file makes its data
@@ -216,7 +216,7 @@ class Recording:
 
 
 def subsets(steps: Sequence[int], draw: random.Random) -> Iterator[frozenset[int]]:
-    """All subsets of a few steps; of many: each one missing, each one alone, prefixes, random ones."""
+    """All subsets of a few steps; of many those without one, with one, prefixes and random ones."""
     if len(steps) <= 6:
         for n in range(len(steps) + 1):
             yield from map(frozenset, itertools.combinations(steps, n))

@@ -1,14 +1,15 @@
 /* Fails, kills at, or records file operations under one folder. Loaded by LD_PRELOAD.
 
-   faults_arm(folder, at, error, sticky, log) starts counting: operation number `at` fails with errno
-   `error`, or ends the process where error is -1 (SIGKILL), or, of a write, moves half of its bytes
-   where error is -2. sticky: so do all later ones that an error
-   of that kind would reach. at = 0: none fails. log: a file that receives every operation, or NULL.
-   faults_disarm() stops and returns the count. Without these calls the variables FAULTS_FOLDER,
-   FAULTS_AT, FAULTS_ERROR (a number), FAULTS_STICKY and FAULTS_LOG arm the process when it starts.
+   faults_arm(folder, at, error, sticky, log) starts counting. Operation number `at` fails with the
+   errno `error`. -1 stands for SIGKILL, -2 for a write that moves half of its bytes. sticky: all
+   later operations that such a disk refuses fail too. at = 0: none fails. log: a file that receives
+   every operation, or NULL. faults_disarm() stops and returns the count. Without these calls the
+   variables FAULTS_FOLDER, FAULTS_AT, FAULTS_ERROR (a number), FAULTS_STICKY and FAULTS_LOG arm the
+   process when it starts.
 
-   An operation is an open for writing, write, fsync, rename, link, unlink, mkdir, rmdir, truncate or
-   fallocate, by whatever call of the C library. Writes through mmap are not seen. */
+   An operation is an open for writing, a write, fsync, rename, link, unlink, mkdir, rmdir, truncate
+   or fallocate, by whatever call of the C library. Writes through mmap and system calls that
+   bypass the C library are not seen. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -28,6 +29,8 @@
 #include <unistd.h>
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+/* Of the calls for large files: off_t has 64 bits anyhow. */
+#define SAME(name, of) extern __typeof__(of) name __attribute__((alias(#of)))
 #define EXCHANGE 2 /* RENAME_EXCHANGE */
 
 /* One record of the log; the two paths and the data follow it. */
@@ -58,7 +61,8 @@ void faults_arm(const char *path, long number, int code, int stays, const char *
     snprintf(folder, sizeof folder, "%s", path);
     count = 0, at = number, error = code, sticky = stays;
     if (log != NULL)
-        log_fd = (int)syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+        log_fd = (int)syscall(SYS_openat, AT_FDCWD, log,
+                              O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     pthread_mutex_unlock(&lock);
 }
 
@@ -127,7 +131,7 @@ static void record(const struct operation *op, int code) {
     syscall(SYS_write, log_fd, op->data, head.data_length);
 }
 
-/* Whether the operation is one to watch. If it is, the lock is held until `leave`, unless it fails. */
+/* Whether the operation is one to watch. If so the lock is held until `leave`, unless it fails. */
 static int enter(struct operation *op, int *code) {
     *code = 0;
     if (folder[0] == 0)
@@ -192,7 +196,7 @@ static void leave(struct operation *op, int code) {
     if (folder[0] != 0)                                                                            \
     resolve(other_dir, other, op.second)
 
-/* --- opens ------------------------------------------------------------------------------------- */
+/* --- opens ----------------------------------------------------------------------------------- */
 
 static int opens(int dir, const char *path, int flags, mode_t mode) {
     int (*real)(int, const char *, int, ...) = REAL(openat);
@@ -215,12 +219,23 @@ static int opens(int dir, const char *path, int flags, mode_t mode) {
         va_end(rest);                                                                              \
     }
 
-int open(const char *path, int flags, ...) { MODE_OF(flags) return opens(AT_FDCWD, path, flags, mode); }
-int open64(const char *path, int flags, ...) { MODE_OF(flags) return opens(AT_FDCWD, path, flags, mode); }
-int openat(int dir, const char *path, int flags, ...) { MODE_OF(flags) return opens(dir, path, flags, mode); }
-int openat64(int dir, const char *path, int flags, ...) { MODE_OF(flags) return opens(dir, path, flags, mode); }
-int creat(const char *path, mode_t mode) { return opens(AT_FDCWD, path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
-int creat64(const char *path, mode_t mode) { return opens(AT_FDCWD, path, O_CREAT | O_WRONLY | O_TRUNC, mode); }
+int open(const char *path, int flags, ...) {
+    MODE_OF(flags)
+    return opens(AT_FDCWD, path, flags, mode);
+}
+
+int openat(int dir, const char *path, int flags, ...) {
+    MODE_OF(flags)
+    return opens(dir, path, flags, mode);
+}
+
+int creat(const char *path, mode_t mode) {
+    return opens(AT_FDCWD, path, O_CREAT | O_WRONLY | O_TRUNC, mode);
+}
+
+SAME(open64, open);
+SAME(openat64, openat);
+SAME(creat64, creat);
 
 static FILE *opens_stream(const char *path, const char *mode) {
     FILE *(*real)(const char *, const char *) = REAL(fopen);
@@ -244,9 +259,9 @@ static FILE *opens_stream(const char *path, const char *mode) {
 }
 
 FILE *fopen(const char *path, const char *mode) { return opens_stream(path, mode); }
-FILE *fopen64(const char *path, const char *mode) { return opens_stream(path, mode); }
+SAME(fopen64, fopen);
 
-/* --- bytes ------------------------------------------------------------------------------------- */
+/* --- bytes ----------------------------------------------------------------------------------- */
 
 ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) {
     ON_FILE("write", fd, 1);
@@ -265,7 +280,7 @@ ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) {
     return result;
 }
 
-ssize_t pwrite64(int fd, const void *data, size_t size, off_t offset) { return pwrite(fd, data, size, offset); }
+SAME(pwrite64, pwrite);
 
 ssize_t write(int fd, const void *data, size_t size) {
     ssize_t (*real)(int, const void *, size_t) = REAL(write);
@@ -327,7 +342,7 @@ ssize_t pwritev(int fd, const struct iovec *parts, int n, off_t offset) {
     return result;
 }
 
-ssize_t pwritev64(int fd, const struct iovec *parts, int n, off_t offset) { return pwritev(fd, parts, n, offset); }
+SAME(pwritev64, pwritev);
 
 ssize_t pwritev2(int fd, const struct iovec *parts, int n, off_t offset, int flags) {
     if (folder[0] == 0)
@@ -335,9 +350,7 @@ ssize_t pwritev2(int fd, const struct iovec *parts, int n, off_t offset, int fla
     return offset == -1 ? writev(fd, parts, n) : pwritev(fd, parts, n, offset);
 }
 
-ssize_t pwritev64v2(int fd, const struct iovec *parts, int n, off_t offset, int flags) {
-    return pwritev2(fd, parts, n, offset, flags);
-}
+SAME(pwritev64v2, pwritev2);
 
 /* Copies inside the kernel are refused, so that their callers read and write instead. */
 ssize_t sendfile(int out, int in, off_t *offset, size_t size) {
@@ -348,7 +361,7 @@ ssize_t sendfile(int out, int in, off_t *offset, size_t size) {
     return -1;
 }
 
-ssize_t sendfile64(int out, int in, off_t *offset, size_t size) { return sendfile(out, in, offset, size); }
+SAME(sendfile64, sendfile);
 
 ssize_t copy_file_range(int in, off_t *from, int out, off_t *to, size_t size, unsigned flags) {
     if (folder[0] == 0)
@@ -373,7 +386,7 @@ int ftruncate(int fd, off_t size) {
     GUARDED(int, op, REAL(ftruncate)(fd, size));
 }
 
-int ftruncate64(int fd, off_t size) { return ftruncate(fd, size); }
+SAME(ftruncate64, ftruncate);
 
 int truncate(const char *path, off_t size) {
     ON_PATH("truncate", AT_FDCWD, path, 0);
@@ -381,7 +394,7 @@ int truncate(const char *path, off_t size) {
     GUARDED(int, op, REAL(truncate)(path, size));
 }
 
-int truncate64(const char *path, off_t size) { return truncate(path, size); }
+SAME(truncate64, truncate);
 
 int fallocate(int fd, int mode, off_t offset, off_t size) {
     ON_FILE("fallocate", fd, 1);
@@ -389,7 +402,7 @@ int fallocate(int fd, int mode, off_t offset, off_t size) {
     GUARDED(int, op, REAL(fallocate)(fd, mode, offset, size));
 }
 
-int fallocate64(int fd, int mode, off_t offset, off_t size) { return fallocate(fd, mode, offset, size); }
+SAME(fallocate64, fallocate);
 
 int posix_fallocate(int fd, off_t offset, off_t size) {
     ON_FILE("fallocate", fd, 1);
@@ -404,9 +417,9 @@ int posix_fallocate(int fd, off_t offset, off_t size) {
     return result;
 }
 
-int posix_fallocate64(int fd, off_t offset, off_t size) { return posix_fallocate(fd, offset, size); }
+SAME(posix_fallocate64, posix_fallocate);
 
-/* --- names ------------------------------------------------------------------------------------- */
+/* --- names ----------------------------------------------------------------------------------- */
 
 int renameat2(int dir, const char *path, int other_dir, const char *other, unsigned flags) {
     if (folder[0] != 0 && refuses_exchange && flags & EXCHANGE) {
@@ -421,7 +434,9 @@ int renameat(int dir, const char *path, int other_dir, const char *other) {
     return renameat2(dir, path, other_dir, other, 0);
 }
 
-int rename(const char *path, const char *other) { return renameat2(AT_FDCWD, path, AT_FDCWD, other, 0); }
+int rename(const char *path, const char *other) {
+    return renameat2(AT_FDCWD, path, AT_FDCWD, other, 0);
+}
 
 int linkat(int dir, const char *path, int other_dir, const char *other, int flags) {
     ON_TWO("link", dir, path, other_dir, other, 1);

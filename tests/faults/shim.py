@@ -1,4 +1,4 @@
-"""The library of `shim.c`: built where a compiler is, preloaded into a process, driven by ctypes."""
+"""The library of `shim.c`: built where a compiler is, preloaded, and driven by ctypes."""
 
 from __future__ import annotations
 

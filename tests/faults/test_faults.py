@@ -1,4 +1,4 @@
-"""No version is lost to a disk that fails, a kill or a power loss: a short walk of `python -m tests.faults`.
+"""No version is lost to a failing disk, a kill or a power loss: a short `python -m tests.faults`.
 
 How to read a failure: each line names the verb, the kind of finding, the fault, and the operation
 by its number and name. `python -m tests.faults --only VERB -v --all` finds all of one verb.
@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from . import shim
+from .__main__ import PEERS
 
 ROOT = Path(__file__).resolve().parents[2]
-PEERS = {"dcp.save over", "torch.save over", "safetensors save_file over"}
 
 pytestmark = pytest.mark.skipif(bool(shim.why_not()), reason=shim.why_not() or "has a compiler")
 
@@ -49,7 +49,7 @@ def test_nothing_is_lost(library: Path) -> None:
     assert len(found) > 20
     assert all(found[name]["lost"] for name in PEERS), "the harness sees a loss where there is one"
     seen, texts = {}, []
-    for name in found.keys() - PEERS:
+    for name in found.keys() - set(PEERS):
         kinds = {finding["kind"] for finding in found[name]["findings"]}
         kinds |= {"power"} if found[name]["lost"] else set()
         if kinds:

@@ -192,7 +192,7 @@ def call(write: Callable[[], None]) -> tuple[str, str]:
 
 
 def held() -> set[str]:
-    """The threads and descriptors of this process. Descriptors that only garbage holds are closed."""
+    """The threads and descriptors of this process, without those that only garbage holds."""
     gc.collect(0)
     fds = {f"descriptor {fd}" for fd in os.listdir("/proc/self/fd")}
     return fds | {f"thread {each.name} {each.ident}" for each in threading.enumerate()}
