@@ -156,7 +156,7 @@ def read_one_version(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _is_somewhere(path: Path) -> bool:
-    """NOTE: an old version goes after the new one came, so one of the three looks finds a version."""
+    """NOTE: an old version goes after the new one came, so one of three looks finds a version."""
     return path.exists() or bool(_all_beside(path, "old")) or path.exists()
 
 
@@ -199,14 +199,19 @@ def publish(new: Path, path: Path) -> None:
         old = new
     else:
         old = _rename_twice(new, path)
-    try:
-        sync(path.parent)
-    except OSError as error:
-        stays = "" if old is None else f" The earlier version stays at {old} until the next save."
-        text = f"{error.strerror}: the new version is in place, but its durability is not certain."
-        raise NotDurableError(error.errno, f"{text}{stays}", os.fspath(path)) from error
+    stays = "" if old is None else f" The earlier version stays at {old} until the next save."
+    _confirm(path.parent, path, stays)
     if old is not None:
         remove(old)
+
+
+def _confirm(folder: Path, path: Path, stays: str = "") -> None:
+    """Sync the folder in which a rename has put the new version of `path` in place."""
+    try:
+        sync(folder)
+    except OSError as error:
+        text = f"{error.strerror}: the new version is in place, but its durability is not certain."
+        raise NotDurableError(error.errno, f"{text}{stays}", os.fspath(path)) from error
 
 
 def _rename_twice(new: Path, path: Path) -> Path:
@@ -250,9 +255,10 @@ def _link_over(staged: Path, path: Path) -> None:
 
 
 def _retire(staged: Path, path: Path) -> None:
+    """The files in `path` count from here on."""
     gone = _inside(path, "tmp", staged.name[-32:])
     os.rename(staged, gone)
-    sync(path)  # or a power loss could undo the rename of a folder that lacks files
+    _confirm(path, path)  # or a power loss could undo the rename of a folder that lacks files
     remove(gone)
 
 
