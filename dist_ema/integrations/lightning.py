@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -58,7 +59,7 @@ class EMACallback(Callback):  # type: ignore[misc]
     ) -> None:
         self._ema_options = {"decay": schedule_list(decay), **options}
         self._every, self._start = every, start
-        self._swap: AbstractContextManager[EMA] | None = None
+        self._swap = ExitStack()  # what the end of an evaluation undoes
         self._fit: ExitStack | None = None  # what the end of the fit undoes
         self._ema: EMA | None = None
         self._after_fit: tuple[list[object], dict[str, Any]] | None = None  # placement and state
@@ -85,23 +86,23 @@ class EMACallback(Callback):  # type: ignore[misc]
         """Weights are wrapped and restored, optimizers exist, and no step was taken."""
         if self._fit is not None:
             return
-        ema = self._ema = EMA(_wrapped(trainer), **self._ema_options)
+        ema = self._ema = EMA(trainer.strategy.model, **self._ema_options)
         self._after_fit = None
         ema.attach(*trainer.optimizers, every=self._every, start=self._start)
         if trainer.ckpt_path is not None:
             ema.load(_existing(trainer.ckpt_path))
         strategy, self._fit = trainer.strategy, ExitStack()
         self._fit.callback(ema.detach)
-        for name, wrap in (("save_checkpoint", _wrap_save), ("remove_checkpoint", _wrap_remove)):
+        for name, wrapper in (("save_checkpoint", _save), ("remove_checkpoint", _remove)):
             original = getattr(strategy, name)
-            setattr(strategy, name, wrap(trainer, ema, original))
+            setattr(strategy, name, partial(wrapper, trainer, ema, original))
             self._fit.callback(setattr, strategy, name, original)
 
     on_sanity_check_start = on_train_start
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end_fit()
-        if self._ema is not None and self._after_fit is None and self._swap is None:
+        if self._ema is not None and self._after_fit is None and not self._ema.weights.swaps.open:
             self._after_fit = _placement(self._ema.model), self._ema.state_dict()
 
     def _end_fit(self) -> None:
@@ -135,8 +136,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         if self._fit is None:
             self._find(trainer)
         assert self.ema is not None
-        self._swap = self.ema.swap()
-        self._swap.__enter__()
+        self._swap.enter_context(self.ema.swap())
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -151,16 +151,14 @@ class EMACallback(Callback):  # type: ignore[misc]
         self._restore(exception)
 
     def _restore(self, error: BaseException | None = None) -> None:
-        swap, self._swap = self._swap, None
-        if swap is not None:
-            swap.__exit__(None if error is None else type(error), error, None)
+        self._swap.__exit__(None if error is None else type(error), error, None)
 
     def _find(self, trainer: Trainer) -> None:
         """The average for `validate`, `test` or `predict` outside of a fit.
 
         It is that of the checkpoint which they were given, else that of the last fit.
         """
-        model = _wrapped(trainer)
+        model = trainer.strategy.model
         if trainer.ckpt_path is not None:
             self._ema, self._after_fit = EMA(model, **self._ema_options), None
             self._ema.load(_existing(trainer.ckpt_path))
@@ -176,36 +174,35 @@ class EMACallback(Callback):  # type: ignore[misc]
         self._ema.weights.forget_mark()
 
 
-def _wrap_save(trainer: Trainer, ema: EMA, original: Callable[..., None]) -> Callable[..., None]:
-    def save_checkpoint(
-        checkpoint: dict[str, Any], filepath: str | os.PathLike[str], *args: Any, **kwargs: Any
-    ) -> None:
-        # The average comes first, so that every checkpoint that exists has its average.
-        ema.save(_path_of(trainer.strategy.broadcast(filepath)))
-        original(checkpoint, filepath, *args, **kwargs)
+def _save(
+    trainer: Trainer,
+    ema: EMA,
+    original: Callable[..., None],
+    checkpoint: dict[str, Any],
+    filepath: str | os.PathLike[str],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    # The average comes first, so that every checkpoint that exists has its average.
+    ema.save(_path_of(trainer.strategy.broadcast(filepath)))
+    original(checkpoint, filepath, *args, **kwargs)
 
-    return save_checkpoint
 
-
-def _wrap_remove(trainer: Trainer, ema: EMA, original: Callable[..., None]) -> Callable[..., None]:
-    def remove_checkpoint(filepath: str | os.PathLike[str]) -> None:
-        path, is_link = _path_of(filepath), os.path.islink(filepath)
-        original(filepath)
-        # The checkpoint that a link names is still there, and so must be its average.
-        if trainer.is_global_zero and not is_link and os.path.isdir(path):
-            trainer.strategy.checkpoint_io.remove_checkpoint(path)
-
-    return remove_checkpoint
+def _remove(
+    trainer: Trainer,
+    ema: EMA,
+    original: Callable[..., None],
+    filepath: str | os.PathLike[str],
+) -> None:
+    path, is_link = _path_of(filepath), os.path.islink(filepath)
+    original(filepath)
+    # The checkpoint that a link names is still there, and so must be its average.
+    if trainer.is_global_zero and not is_link and os.path.isdir(path):
+        trainer.strategy.checkpoint_io.remove_checkpoint(path)
 
 
 def _placement(model: nn.Module) -> list[object]:
     return [(weight.device, weight.dtype) for weight in model.parameters()]
-
-
-def _wrapped(trainer: Trainer) -> nn.Module:
-    model = trainer.strategy.model
-    assert isinstance(model, nn.Module)
-    return model
 
 
 def _path_of(checkpoint: str | os.PathLike[str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -90,8 +91,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             self.ema.load(_folder_of(resumed))
         if self._trainer is not trainer:
             self._trainer = trainer
-            for name, wrap in (("evaluation_loop", self._wrap_evaluation), ("log", self._wrap_log)):
-                setattr(trainer, name, wrap(getattr(trainer, name)))
+            trainer.evaluation_loop = partial(self._evaluate, trainer.evaluation_loop)
+            trainer.log = partial(self._log, trainer.log)
 
     def on_save(
         self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -113,28 +114,30 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     # --- [Note: reaching the trainer] -----------------------------------------------------------
 
-    def _wrap_evaluation(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def evaluation_loop(*args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-            assert self.ema is not None
-            if not self._live:
-                with self.ema.swap():
-                    return original(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            live = original(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def _evaluate(
+        self,
+        original: Callable[..., Any],
+        *args: Any,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> Any:
+        assert self.ema is not None
+        if not self._live:
             with self.ema.swap():
-                average = original(*args, metric_key_prefix=f"{metric_key_prefix}_ema", **kwargs)
-            return average._replace(metrics=live.metrics | average.metrics)
+                return original(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        live = original(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self.ema.swap():
+            average = original(*args, metric_key_prefix=f"{metric_key_prefix}_ema", **kwargs)
+        return average._replace(metrics=live.metrics | average.metrics)
 
-        return evaluation_loop
-
-    def _wrap_log(self, original: Callable[..., None]) -> Callable[..., None]:
-        def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            assert self.ema is not None
-            if "loss" in logs:  # of training steps
-                values = self.ema.metrics(distance=False)
-                logs = logs | {f"ema_{key}": values[key] for key in ("decay", "updates", "skipped")}
-            original(logs, *args, **kwargs)
-
-        return log
+    def _log(
+        self, original: Callable[..., None], logs: dict[str, float], *args: Any, **kwargs: Any
+    ) -> None:
+        assert self.ema is not None
+        if "loss" in logs:  # of training steps
+            values = self.ema.metrics(distance=False)
+            logs = logs | {f"ema_{key}": values[key] for key in ("decay", "updates", "skipped")}
+        original(logs, *args, **kwargs)
 
 
 def _caller() -> tuple[Trainer, str | None]:
