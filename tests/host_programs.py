@@ -577,6 +577,8 @@ class Program:
         if "fsdp" in self.wrapper:  # an edit of a sharded tree is another program
             edits = ("replace", "add", "delete", "freeze", "unfreeze", "load_assigned")
             plan = [action for action in plan if action not in edits]
+        if self.wrapper == "fsdp1 flat":  # which gives up what was assigned after the next forward
+            plan = [action for action in plan if action != "swap_and_assign"]
         for number, action in enumerate(plan):
             verdict = self.judged(action)
             both: list[Any] = [None] * dist.get_world_size() if self.ranks else [verdict]

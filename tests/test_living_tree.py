@@ -413,3 +413,28 @@ def test_a_complex_weight_that_is_unfrozen_is_noticed_too() -> None:
     model.phase.requires_grad_(True)
     with pytest.raises(RuntimeError, match="phase became trainable"):
         ema.update()
+
+
+def test_an_averaged_buffer_that_is_gone_is_named() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("scale", torch.ones(2))
+    ema = EMA(model, 0.5, buffers="average")
+    ema.update()
+    del model.scale
+    with pytest.raises(RuntimeError, match="scale is gone"):
+        ema.gather()
+    ema.rescan()
+    assert sorted(ema.gather()) == ["bias", "weight"]
+
+
+def test_rescan_seeds_a_weight_that_was_resized_in_place() -> None:
+    """The same Parameter with more rows: its old shadow cannot go on."""
+    model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
+    program = Program(model)
+    program.step(3)
+    kept = program.ema.gather()["1.weight"]
+    model[0].weight.data = torch.cat([model[0].weight.data, torch.ones(3, 2)])
+    program.ema.rescan()
+    weights = program.ema.gather()
+    assert torch.equal(weights["0.weight"], model[0].weight)
+    assert torch.equal(weights["1.weight"], kept)
