@@ -180,12 +180,18 @@ class EMA:
             None if into is None else parameters.module_of(into),
         )
         self._attachment: Attachment | None = None
+        self._attach_arguments: dict[str, Any] = {}
         self._last_looks: dict[str, float] = {}  # the clock at the last `snapshot` into each folder
         found = self.weights.find()
         self._ranks = Ranks(found.members, found.group, wrappers.side_store, timeout)
         self._everyone: Ranks | None = None
         self._swap_writes = 0  # by swaps of any EMA, when the block of ours began
         self._writer: writer.Writer | None = None
+        arguments: dict[str, Any] = {"decay": schedules, "dtype": dtype, "buffers": buffers}
+        arguments |= {"only": only, "split": split, "into": into is not None}
+        # Ranks have accelerators of their own, so their numbers may differ.
+        arguments["device"] = None if device is None else torch.device(device).type
+        self._ranks.begin("EMA", arguments)
         self._adopt("EMA", found)
         self.weights.use_engine()
 
@@ -201,25 +207,29 @@ class EMA:
         reads: Reads,
         which: Which = 0,
         prepare: Callable[[], None] | None = None,
+        arguments: dict[str, Any] | None = None,
     ) -> Average:
-        """Begin a verb: all ranks come, mean the same average and can go on, or raise."""
+        """Begin a verb: all ranks come, were called alike and can go on, or raise."""
         weights = self.weights
 
-        def ready() -> int | None:
+        def ready() -> None:
             weights.refuse(f"ema.{verb}", reads)
-            number = weights.averages.index(weights.average(which))
+            weights.average(which)
             (prepare or weights.ready)()
-            return number if len(weights.averages) > 1 else None
 
-        self._ranks.begin(verb)
-        _, asked = self._ranks.run_on_all(
-            verb, ready, combine=lambda numbers: sorted({number or 0 for number in numbers})
-        )
-        if len(asked) > 1:
-            names = " and ".join(weights.averages[number].name for number in asked)
-            raise ValueError(f"ema.{verb}(): the ranks ask for different averages: {names}.")
-        first: int = asked[0]
-        return weights.averages[first]
+        self._ranks.begin(verb, self._common(which, arguments or {}))
+        self._ranks.run_on_all(verb, ready)
+        return weights.average(which)
+
+    def _common(self, which: Which, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What must be the same on every rank: `arguments`, and what led to the averages."""
+        names = [average.name for average in self.weights.averages]
+        chosen = names[which] if isinstance(which, int) and which < len(names) else which
+        common = arguments | {"which": str(chosen)} | self.weights.clock.to_dict()
+        common["(decay, elapsed) of the last update"] = [a.last for a in self.weights.averages]
+        if self._attachment is not None and self._attachment.active:
+            common |= self._attach_arguments
+        return common
 
     def _warn_if_idle(self, verb: str) -> None:
         if self.weights.idle:
@@ -297,6 +307,9 @@ class EMA:
         self._attachment = Attachment(
             self.weights, self.weights.clock, optimizers, every, start, elapsed, guard
         )
+        arguments = {"every": every, "start": start, "elapsed": elapsed, "guard": guard}
+        arguments |= {"overlap": overlap, "optimizers": len(optimizers)}
+        self._attach_arguments = {f"attach({name}=)": arguments[name] for name in arguments}
         if not self.weights.stepped_by(optimizers):
             self.weights.follow(tree=True)  # it may hold what has replaced them
             names = ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
@@ -569,7 +582,9 @@ class EMA:
         request = writer.SaveRequest(
             "save", _real_path(path), files, facts, max_shard_size, mode, keep=keep
         )
-        self._write(request, wait)
+        arguments: dict[str, Any] = {"path": os.fspath(path), "max_shard_size": max_shard_size}
+        arguments |= {"mode": mode, "extra": extra, "keep": keep, "wait": wait}
+        self._write(request, arguments, wait=wait)
 
     @_outside_autograd
     def export(
@@ -599,11 +614,11 @@ class EMA:
         files = writer.AverageFiles(
             average.persistent, dict(average.own_buffers), average.schedule.to_dict()
         )
-        self._write(
-            writer.SaveRequest(
-                "export", _real_path(path), [files], facts, max_shard_size, mode, dtype
-            )
+        request = writer.SaveRequest(
+            "export", _real_path(path), [files], facts, max_shard_size, mode, dtype
         )
+        arguments = {"path": os.fspath(path), "max_shard_size": max_shard_size, "mode": mode}
+        self._write(request, arguments | {"dtype": dtype}, which)
 
     @_outside_autograd
     def snapshot(
@@ -640,7 +655,8 @@ class EMA:
             )
         facts = self._manifest("ema" if dtype is None else "export")
         files = self._average_files()
-        self._write(writer.SaveRequest("save", path, files, facts, dtype=dtype, numbered=True))
+        request = writer.SaveRequest("save", path, files, facts, dtype=dtype, numbered=True)
+        self._write(request, {"folder": os.fspath(folder), "every": every, "dtype": dtype})
         return path
 
     def _average_files(self) -> list[writer.AverageFiles]:
@@ -660,9 +676,15 @@ class EMA:
             files.append(writer.AverageFiles(states, own_buffers, schedule, label))
         return files
 
-    def _write(self, request: writer.SaveRequest, wait: bool = True) -> None:
+    def _write(
+        self,
+        request: writer.SaveRequest,
+        arguments: dict[str, Any],
+        which: Which = 0,
+        wait: bool = True,
+    ) -> None:
         self._finish_writing()
-        self._enter(request.verb, Reads.WHOLE_MODEL)
+        self._enter(request.verb, Reads.WHOLE_MODEL, which, arguments=arguments)
         self._warn_if_idle(request.verb)
         model = self.weights.model
         if isinstance(model, parameters.Parameters) and model.nameless:
@@ -680,7 +702,8 @@ class EMA:
         ranks = self._everyone or self._ranks
         if alone:  # an unwrapped model in a job of ranks: the first writes, if all hold the same
             states = [state for files in request.averages for state in files.states]
-            consistency.on_averages(request.verb, ranks, states)
+            common = self._common(which, arguments)
+            consistency.on_averages(request.verb, ranks, states, common)
             request = request if ranks.first else request.with_blocks(lambda _: [])
         if self._writer is None:
             self._writer = writer.Writer(ranks)
@@ -756,7 +779,8 @@ class EMA:
             *Cost*: only the slices that this rank keeps are read, through a window of 4 MB.
         """
         self._finish_writing()
-        self._enter("load", Reads.LIVE)
+        arguments = {"path": os.fspath(path), "strict": strict, "verify": verify}
+        self._enter("load", Reads.LIVE, arguments=arguments)
         weights = self.weights
         targets = [
             reader.LoadTarget(average.schedule.to_dict(), average.persistent)
@@ -872,15 +896,18 @@ class EMA:
     def metrics(self, which: Which = 0, *, distance: bool = True) -> dict[str, float]:
         """What there is to log, as plain numbers.
 
-        | key | meaning | | --- | --- | | decay, half_life | of the last update, in units of the
-        clock | | now, updates | the clock; moves of the shadow, skipped ones included | | bytes,
-        pinned | of shadows beside their weights; in host memory, windows included. On this rank | |
-        update_ms | the time that the last finished update took, 0 before the first | | stall_ms |
-        what it added to the training step: the wait of the device, or the work in the hook | | lag
-        | updates submitted but not finished | | skipped | updates that the device refused; with
-        distance=False as far as it has told by now | | distance | norm(live - average) /
-        norm(live), over the whole model, each element counted once | | replicas_agree | shadows of
-        weights that several ranks average whole have the same bits on all of them |
+        | key | meaning |
+        | --- | --- |
+        | decay, half_life | of the last update, in units of the clock |
+        | now, updates | the clock; moves of the shadow, skipped ones included |
+        | bytes | of shadows beside their weights, on this rank |
+        | pinned | bytes in host memory on this rank, windows included |
+        | update_ms | the time that the last finished update took, 0 before the first |
+        | stall_ms | what it added to the step: the wait of the device, or the work in the hook |
+        | lag | updates submitted but not finished |
+        | skipped | updates that the device refused; with distance=False as far as it is known |
+        | distance | norm(live - average) / norm(live) of the model, each element counted once |
+        | replicas_agree | shadows that several ranks hold whole have the same bits on all of them |
 
         Args:
             which: See `swap`.
@@ -907,7 +934,7 @@ class EMA:
             split = weights.placement.split
             return metrics.measure(average.averaged, weights.clock.started, split, self._ranks.size)
 
-        self._ranks.begin("metrics")
+        self._ranks.begin("metrics", self._common(which, {}))
         _, (apart, agree) = self._ranks.run_on_all("metrics", measure, metrics.compare)
         return known | {"skipped": weights.skipped, "distance": apart, "replicas_agree": agree}
 

@@ -12,9 +12,12 @@ group, which `transfer` feeds with windows.
     wait      the others poll for the answer and read it
 
          enter --> count --+--> last: publish ----------------+--> answer on every rank
-                           +--> verbs differ: publish error --+
+                           +--> calls differ: publish error --+
                            +--> wait --+----------------------+
                                        +--> silence: publish error
+
+The counter also sums a code of the verb and its arguments, so a rank that passes others is found
+without a message. Only then two ranks publish what they passed.
 
 A rank writes once, twice with a message, and reads once. Ranks are looked up one by one only in
 `silence`: a rank that waits longer than POLL writes that it is here. After the timeout the lowest
@@ -40,6 +43,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,14 +77,14 @@ class _Exchange(NamedTuple):
     number: int
     verb: str
     step: int
+    arguments: int = 0  # a digest, in the first exchange of a verb
 
     def key(self, name: str) -> str:
         return f"{self.number}/{name}"
 
-    @property
-    def code(self) -> int:
-        """15 bits that differ between verbs, for the sum in the counter."""
-        return crc32(f"{self.verb} {self.step}".encode()) & 0x7FFF
+    def code(self, ranks: int) -> int:
+        """A hash of the call, of as many bits as the counter has room for in the sum of `ranks`."""
+        return digest([self.verb, self.step, self.arguments]) >> (1 + (ranks - 1).bit_length())
 
     def __str__(self) -> str:
         return _call_text(self.verb)
@@ -115,6 +119,7 @@ class StoreCoordinator:
         self.timeout = timeout
         self._maybe_store = store
         self._number, self._verb, self._step = 0, "", 0
+        self._arguments: dict[str, str] = {}
         self._written: list[tuple[int, str]] = []  # (number, key), not deleted yet
         self._heartbeat_store = heartbeat_store or store
         self._transfer: _Exchange | None = None  # the exchange that ends the bytes under way
@@ -126,9 +131,16 @@ class StoreCoordinator:
 
     # --- verbs -----------------------------------------------------------------------------------
 
-    def begin(self, verb: str) -> None:
-        """Make the next exchange the one by which `verb` is entered."""
+    def begin(self, verb: str, arguments: dict[str, Any] | None = None) -> None:
+        """Make the next exchange the one by which `verb` is entered.
+
+        Args:
+            verb: What the ranks do.
+            arguments: What must be the same on every rank, by the names that errors use. The next
+                exchange raises ValueError where it is not.
+        """
         self._verb, self._step = verb, 0
+        self._arguments = {name: _text(value) for name, value in (arguments or {}).items()}
 
     def all_gather_json(self, verb: str, message: Any = None, combine: Combine = list) -> Any:
         """Combine the messages of all ranks.
@@ -297,7 +309,8 @@ class StoreCoordinator:
     def _next(self, verb: str) -> _Exchange:
         if verb != self._verb:
             self.begin(verb)
-        exchange = _Exchange(self._number, verb, self._step)
+        arguments = 0 if self._step else digest(sorted(self._arguments.items()))
+        exchange = _Exchange(self._number, verb, self._step, arguments)
         self._number, self._step = self._number + 1, self._step + 1
         return exchange
 
@@ -305,15 +318,16 @@ class StoreCoordinator:
         """Enter and count: write the message, add this rank to the counter.
 
         The counter holds the number of ranks in its bits 0 to 15, the number of messages in bits
-        16 to 31, and the sum of the verbs' codes above. The rank that makes it full publishes.
+        16 to 31, and the sum of the calls' codes above. The rank that makes it full publishes.
         """
         has_message = message is not None
         if has_message:
             self._set(exchange, str(self.rank), json.dumps(message))
-        total = self._store.add(exchange.key("count"), 1 | has_message << 16 | exchange.code << 32)
+        code = exchange.code(self.size)
+        total = self._store.add(exchange.key("count"), 1 | has_message << 16 | code << 32)
         ranks, messages, codes = total & 0xFFFF, total >> 16 & 0xFFFF, total >> 32
-        if codes != ranks * exchange.code:
-            self._publish(exchange, {"clash": [exchange, self.rank]})
+        if codes != ranks * code:
+            self._publish(exchange, {"clash": [exchange, self.rank, self._arguments]})
         elif ranks == self.size:
             self._written.append((exchange.number, exchange.key("count")))
             value = combine(self._messages(exchange, messages)) if messages else None
@@ -387,12 +401,13 @@ class StoreCoordinator:
 
         Raises:
             RuntimeError: The answer is an error, or belongs to another exchange.
+            ValueError: The ranks passed different arguments.
         """
         answer = json.loads(published)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         if "clash" in answer:
-            raise RuntimeError(self._clash(exchange, *answer["clash"]))
+            raise self._clash(exchange, *answer["clash"])
         decided = _Exchange(*answer["exchange"])
         if decided != exchange:  # the first rank is in run_on_first, this one is not
             raise RuntimeError(self._two_positions((decided, 0), (exchange, self.rank)))
@@ -430,18 +445,33 @@ class StoreCoordinator:
             "leave the rest inside the condition"
         )
 
-    def _clash(self, exchange: _Exchange, found: list[Any], finder: int) -> str:
-        """The error for two verbs at once. A rank in the other verb than the finder's adds its."""
+    def _clash(
+        self, exchange: _Exchange, found: list[Any], finder: int, arguments: dict[str, str]
+    ) -> Exception:
+        """The error for two calls at once. A rank whose call is not the finder's adds its own."""
         finders = _Exchange(*found)
         if exchange != finders:
-            self._publish(exchange, {"clash": [exchange, self.rank]}, "other")
+            self._publish(exchange, {"clash": [exchange, self.rank, self._arguments]}, "other")
         if not self._appears(exchange, "other", GRACE, time.monotonic()):
-            return (
+            return RuntimeError(
                 f"{finders.position} was called on rank {self.members[finder]}, and something else "
                 "on other ranks."
             )
-        other, rank = json.loads(self._store.get(exchange.key("other")))["clash"]
-        return self._two_positions((finders, finder), (_Exchange(*other), rank))
+        found, rank, others = json.loads(self._store.get(exchange.key("other")))["clash"]
+        other = _Exchange(*found)
+        if other._replace(arguments=0) != finders._replace(arguments=0):
+            return RuntimeError(self._two_positions((finders, finder), (other, rank)))
+        (low, first), (high, second) = sorted([(finder, arguments), (rank, others)])
+        differences = [
+            f"{name} is {first.get(name, 'not given')[:100]} on rank {self.members[low]} and "
+            f"{second.get(name, 'not given')[:100]} on rank {self.members[high]}"
+            for name in {**first, **second}
+            if first.get(name) != second.get(name)
+        ]
+        return ValueError(
+            f"{exchange}: {'; '.join(differences[:5])}. Every rank must pass the same arguments and "
+            "take the same steps."
+        )
 
     def _two_positions(self, *positions: tuple[_Exchange, int]) -> str:
         (one, low), (two, high) = sorted(positions, key=lambda position: position[1])
@@ -516,6 +546,14 @@ class StoreCoordinator:
 def digest(value: Any) -> int:
     """A hash of numbers, texts, bytes and lists of them, to compare what is too long to send."""
     return crc32(repr(value).encode())
+
+
+def _text(value: Any) -> str:
+    """Equal for arguments that mean the same on two ranks: no address, no order of keys."""
+    if isinstance(value, dict):
+        entries = sorted(f"{key!r}: {_text(entry)}" for key, entry in value.items())
+        return f"{{{', '.join(entries)}}}"
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _call_text(verb: str) -> str:

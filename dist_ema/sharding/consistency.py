@@ -91,20 +91,29 @@ def _name_differences(members: Sequence[int], inventories: Sequence[dict[str, An
             )
 
 
-def on_averages(verb: str, ranks: Ranks, states: Sequence[ParamState]) -> None:
+def on_averages(
+    verb: str, ranks: Ranks, states: Sequence[ParamState], arguments: dict[str, Any]
+) -> None:
     """Compare the averages of a model that is not wrapped, in a job of several ranks.
 
     Buffers may differ, as those of BatchNorm do under DDP. Files get the first rank's.
 
+    Args:
+        verb: The verb that compares.
+        ranks: All ranks of the job.
+        states: What the verb writes.
+        arguments: What the verb was given.
+
     Raises:
         RuntimeError: The ranks hold different averages. On every rank.
+        ValueError: They passed different arguments.
 
     Note:
         *Collective*. *Cost*: one read of the averages.
     """
     names = [state.name for state in states]
     weights = [state for state in states if state.shard.kind != "buffer"]
-    ranks.begin(verb)
+    ranks.begin(verb, arguments)
     _, positions = ranks.run_on_all(
         verb,
         lambda: [digest(names), *fingerprints([state.average for state in weights])],
