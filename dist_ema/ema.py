@@ -578,13 +578,15 @@ class EMA:
             *Cost*: no gather. With wait=False this rank's share once more in host memory, until it
             is written.
         """
-        files, facts = self._average_files(), self._manifest("ema", extra or {})
-        request = writer.SaveRequest(
-            "save", _real_path(path), files, facts, max_shard_size, mode, keep=keep
-        )
+
+        def request() -> writer.SaveRequest:
+            files, facts = self._average_files(), self._manifest("ema", extra or {})
+            target = _real_path(path)
+            return writer.SaveRequest("save", target, files, facts, max_shard_size, mode, keep=keep)
+
         arguments: dict[str, Any] = {"path": os.fspath(path), "max_shard_size": max_shard_size}
         arguments |= {"mode": mode, "extra": extra, "keep": keep, "wait": wait}
-        self._write(request, arguments, wait=wait)
+        self._write("save", request, arguments, wait=wait)
 
     @_outside_autograd
     def export(
@@ -609,16 +611,16 @@ class EMA:
         Raises:
             ValueError: A finite value would become infinite in `dtype`.
         """
-        average = self.weights.average(which)
-        facts = replace(self._manifest("export"), weights="all")
-        files = writer.AverageFiles(
-            average.persistent, dict(average.own_buffers), average.schedule.to_dict()
-        )
-        request = writer.SaveRequest(
-            "export", _real_path(path), [files], facts, max_shard_size, mode, dtype
-        )
+
+        def request() -> writer.SaveRequest:
+            average, target = self.weights.average(which), _real_path(path)
+            facts = replace(self._manifest("export"), weights="all")
+            own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
+            files = [writer.AverageFiles(average.persistent, own_buffers, schedule)]
+            return writer.SaveRequest("export", target, files, facts, max_shard_size, mode, dtype)
+
         arguments = {"path": os.fspath(path), "max_shard_size": max_shard_size, "mode": mode}
-        self._write(request, arguments | {"dtype": dtype}, which)
+        self._write("export", request, arguments | {"dtype": dtype}, which)
 
     @_outside_autograd
     def snapshot(
@@ -653,10 +655,13 @@ class EMA:
                 "another run, move them away: averages of two runs cannot be mixed.",
                 stacklevel=_stacklevel_of_caller(),
             )
-        facts = self._manifest("ema" if dtype is None else "export")
-        files = self._average_files()
-        request = writer.SaveRequest("save", path, files, facts, dtype=dtype, numbered=True)
-        self._write(request, {"folder": os.fspath(folder), "every": every, "dtype": dtype})
+
+        def request() -> writer.SaveRequest:
+            files, facts = self._average_files(), self._manifest("export" if dtype else "ema")
+            return writer.SaveRequest("save", path, files, facts, dtype=dtype, numbered=True)
+
+        arguments = {"folder": os.fspath(folder), "every": every, "dtype": dtype}
+        self._write("save", request, arguments)
         return path
 
     def _average_files(self) -> list[writer.AverageFiles]:
@@ -678,13 +683,21 @@ class EMA:
 
     def _write(
         self,
-        request: writer.SaveRequest,
+        verb: str,
+        make_request: Callable[[], writer.SaveRequest],
         arguments: dict[str, Any],
         which: Which = 0,
         wait: bool = True,
     ) -> None:
         self._finish_writing()
-        self._enter(request.verb, Reads.WHOLE_MODEL, which, arguments=arguments)
+        made: list[writer.SaveRequest] = []
+
+        def prepare() -> None:
+            self.weights.ready()
+            made.append(make_request())  # with the buffers that were filled since
+
+        self._enter(verb, Reads.WHOLE_MODEL, which, prepare, arguments)
+        request = made[0]
         self._warn_if_idle(request.verb)
         model = self.weights.model
         if isinstance(model, parameters.Parameters) and model.nameless:

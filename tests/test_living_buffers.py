@@ -450,3 +450,16 @@ def test_a_buffer_assigned_under_inference_mode_is_restored() -> None:
         program.model(torch.ones(9, 4))
     assert program.model.table.tolist() == list(range(5))
     assert program.gather() < 2e-5
+
+
+def test_files_hold_a_buffer_that_was_filled_since(tmp_path: Path) -> None:
+    """A cache that the forward fills is in the very next file, not in the one after it."""
+    model = nn.Linear(3, 2)
+    model.register_buffer("cache", None)
+    ema = EMA(model, 0.5)
+    for verb, value in [("save", 1.0), ("export", 2.0)]:
+        model.cache = torch.full((2,), value)
+        getattr(ema, verb)(tmp_path / verb)
+        assert load_file(tmp_path / verb)["cache"].tolist() == [value] * 2
+        model.cache = None
+        ema.gather()
