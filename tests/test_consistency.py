@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from dist_ema import EMA, HalfLife
 from dist_ema.distributed import coordinator
-from dist_ema.distributed.coordinator import StoreCoordinator
+from dist_ema.distributed.coordinator import Ranks
+from dist_ema.sharding import wrappers
 from tests._models import Net
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
@@ -157,17 +158,36 @@ def clocks(folder: str) -> None:
             ema.gather()
 
 
-def one_message(folder: str) -> None:
+class CountingStore:
+    """The store of the job, and the messages that were written to it."""
+
+    def __init__(self, prefix: str) -> None:
+        self.store, self.messages = wrappers.side_store(prefix), []
+
+    def set(self, key: str, value: str) -> None:
+        self.messages.append(key)
+        self.store.set(key, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+def no_message() -> None:
     """Arguments cost no message: they are in the number by which a rank is counted."""
-    ema = EMA(wrap("ddp", Net()), 0.5)
-    sent: list[str] = []
-    real = StoreCoordinator._set
-    StoreCoordinator._set = lambda self, exchange, name, text: sent.append(name)  # type: ignore[method-assign]
-    try:
-        ema.reset()
-    finally:
-        StoreCoordinator._set = real  # type: ignore[method-assign]
-    assert sent in ([], ["answer"]), sent
+    stores: list[CountingStore] = []
+
+    def counting(prefix: str) -> Any:
+        stores.append(CountingStore(prefix))
+        return stores[-1]
+
+    ranks = Ranks(range(3), None, counting, 20.0)
+    ranks.begin("reset", {"path": "a", "extra": {"b": 1}})
+    ranks.run_on_all("reset", lambda: None)
+    assert len(stores) == 1
+    assert [key for key in stores[0].messages if "/here/" not in key] == []
+    ranks.begin("reset", {"path": dist.get_rank()})
+    with raises(ValueError, "ema.reset(): path is "):
+        ranks.run_on_all("reset", lambda: None)
 
 
 def together(folder: str) -> None:
@@ -175,7 +195,7 @@ def together(folder: str) -> None:
     construction()
     arguments(folder)
     clocks(folder)
-    one_message(folder)
+    no_message()
 
 
 @pytest.mark.multirank
