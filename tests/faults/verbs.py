@@ -129,6 +129,10 @@ class Verbs:
     def save_keep(self, root: Path, version: int) -> None:
         self._fill(version).save(root / f"ema-{version:03}", keep=2)
 
+    def save_keep_again(self, root: Path, version: int) -> None:
+        """Over the newest save, from the second version on."""
+        self._fill(version).save(root / f"ema-{min(version, 2):03}", keep=2)
+
     def export(self, name: str, **options: Any) -> Callable[[Path, int], None]:
         return lambda root, version: self._fill(version).export(root / name, **options)
 
@@ -191,14 +195,16 @@ class Verbs:
 
     def kept(self, root: Path) -> int | None:
         """Every save beside `latest` is whole, and `latest` names one."""
-        numbers = sorted(root.glob("ema-[0-9]*"))
-        versions = {path: self.resumed(path) for path in numbers}
+        # A save that a writer has put aside is read by its own name.
+        names = {each.name.removeprefix(".").split(".")[0] for each in root.glob("*ema-*")}
+        found = {name: self.resumed(root / name) for name in sorted(names)}
+        versions = [version for version in found.values() if version is not None]
         if not (root / "latest").exists():
             assert not versions, "no pointer to the saves"
             return None
         version = self.resumed(root / "latest")
-        assert version in versions.values()
-        assert len(versions) >= min(2, version or 0), "fewer saves than keep="
+        assert version in versions, f"latest is version {version}, the saves are {found}"
+        assert len(versions) >= min(2, version or 0), f"fewer saves than keep=: {found}"
         return version
 
     def snapped(self, root: Path) -> int | None:
@@ -233,6 +239,7 @@ def ema_cases(sources: Path) -> list[Case]:
         Case("save shards over", verbs.save("ema", max_shard_size=SMALL), verbs.saved, (1,)),
         Case("save wait=False", verbs.save_behind, verbs.saved, (1,)),
         Case("save keep=", verbs.save_keep, verbs.kept, (1, 2)),
+        Case("save keep=, again", verbs.save_keep_again, verbs.kept, (1, 2), TWO_RENAMES),
         Case("snapshot", verbs.snapshot, verbs.snapped, (1,)),
         Case("export file new", verbs.export("model.safetensors"), file),
         Case("export file over", verbs.export("model.safetensors"), file, (1,)),
