@@ -574,7 +574,7 @@ def _fill(plan: _ReadPlan, chosen: dict[str, _Weight]) -> dict[str, Tensor]:
     for state in plan.states:
         weight, held = chosen.get(state.name), state.shard.local_region
         if state.shadow is not None and weight is None:
-            state.shadow.copy_(state.live)
+            state.shadow.copy_(state.source)
         elif state.shadow is not None and weight is not None:
             _read(state, state.averaged_region, state.shadow, weight)
         if state.teacher_copy is not None and weight is not None:

@@ -229,7 +229,7 @@ class ParameterListAverage:
         for state in self.weights.averages[0].averaged if copy_frozen else ():
             if not state.shard.tensor.requires_grad and state.shadow is not None:
                 self.weights.settle()
-                state.shadow.copy_(state.live)
+                state.shadow.copy_(state.source)
 
     @property
     def _states(self) -> dict[str, ParamState]:

@@ -32,6 +32,8 @@ class Addresses:
                 self._pointers.append(shard.tensor.data_ptr)
             else:
                 self._readers[id(local)] = shard.local_tensor
+            if shard.master is not None:
+                self._readers[id(shard)] = shard.master
 
     def read(self) -> list[int]:
         """The addresses, in an order that stays the same."""

@@ -1,0 +1,63 @@
+"""Step hooks for a DeepSpeed engine, with the methods of a torch optimizer.
+
+The hooks of DeepSpeed's inner optimizer fire before the 16-bit copies are written, and for each
+parameter group. Only the end of `engine.step()` says that a step is complete, and
+`was_step_applied()` that it happened: accumulation and overflows skip it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["EngineSteps", "is_engine"]
+
+
+def is_engine(optimizer: Any) -> bool:
+    """What deepspeed.initialize returned first, or a class made of its class."""
+    return any(parent.__name__ == "DeepSpeedEngine" for parent in type(optimizer).__mro__)
+
+
+class EngineSteps:
+    """The step hooks of one engine. Made once, and kept on it."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._step = engine, engine.step
+        self._before: OrderedDict[int, Callable[..., None]] = OrderedDict()
+        self._after: OrderedDict[int, Callable[..., None]] = OrderedDict()
+        engine.step = self.step
+
+    @classmethod
+    def of(cls, engine: Any) -> EngineSteps:
+        """Those that are on the engine already, or new ones."""
+        steps = getattr(engine.step, "__self__", None)
+        return steps if isinstance(steps, cls) else cls(engine)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """`engine.step()`, between the hooks."""
+        for hook in list(self._before.values()):
+            hook(self, args, kwargs)
+        result = self._step(*args, **kwargs)
+        if self._engine.was_step_applied():
+            for hook in list(self._after.values()):
+                hook(self, args, kwargs)
+        return result
+
+    def register_step_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Run `hook` before every call of `engine.step()`."""
+        return _registered(self._before, hook)
+
+    def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Run `hook` after every step that was applied."""
+        return _registered(self._after, hook)
+
+
+def _registered(
+    hooks: OrderedDict[int, Callable[..., None]], hook: Callable[..., None]
+) -> RemovableHandle:
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle

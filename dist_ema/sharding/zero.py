@@ -1,0 +1,147 @@
+"""DeepSpeed ZeRO: which elements of a weight this rank steps, and where their masters lie.
+
+DeepSpeed is not imported: what it leaves on the parameters says everything.
+
+[Note: masters]  The optimizer steps fp32 masters, and their 16-bit copies serve the forward. An
+average of the copies would miss what a step changes by less than their precision. So an update
+reads the masters, and a swap writes the copies. The masters belong to the optimizer alone.
+
+    ZeRO-1, ZeRO-2    the copies are whole on every rank; their flat buffer is cut evenly
+    ZeRO-3            of the copies a rank has the flat range [r k, r k + k), the last one padded
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .records import Region, Shard
+
+__all__ = [
+    "is_partitioned",
+    "partition",
+    "replicated_group",
+    "take_masters",
+    "zero3_group",
+    "zero3_shard",
+]
+
+AVAILABLE = "AVAILABLE"  # the name of DeepSpeed's status of a weight that is whole on this rank
+UNSUPPORTED = "which dist_ema cannot average. Turn that off, or use ZeRO stage 2 or FSDP."
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """ZeRO-3 holds this parameter."""
+    return hasattr(tensor, "ds_id") or hasattr(tensor, "ds_tensor")
+
+
+def zero3_group(tensor: Tensor) -> dist.ProcessGroup | None:
+    """The ranks that hold a ZeRO-3 parameter together; None for any other."""
+    return getattr(tensor, "ds_process_group", None)
+
+
+def partition(module: nn.Module) -> None:
+    """Free the whole copies of this module's own ZeRO-3 parameters: the next forward gathers anew."""
+    for parameter in module._parameters.values():
+        weight: Any = parameter
+        if hasattr(weight, "ds_tensor") and weight.ds_status.name == AVAILABLE:
+            weight.partition()
+
+
+def zero3_shard(name: str, kind: Any, tensor: Any, place: tuple[nn.Module, str]) -> Shard:
+    """The record of a ZeRO-3 parameter: a flat range of it lies here, and its masters beside."""
+    reason = _unsupported(tensor)
+    if reason is not None:
+        raise ValueError(
+            f"{name} is partitioned by DeepSpeed (ZeRO stage 3) {reason}, {UNSUPPORTED}"
+        )
+    group, shape, numel = tensor.ds_process_group, tuple(tensor.ds_shape), int(tensor.ds_numel)
+    length = len(tensor.ds_tensor)
+    begin = min(dist.get_rank(group) * length, numel)
+    region = Region((0,) * len(shape), shape, begin, min(begin + length, numel))
+    shard = Shard(name, kind, shape, tensor, place, region, partial(_partition_of, tensor))
+    shard.owner_ranks = tuple(dist.get_process_group_ranks(group))
+    optimizer = getattr(tensor, "_z3_optimizer", None)
+    if kind == "trainable" and optimizer is not None:
+        shard.master = partial(_zero3_master, optimizer, tensor, region.numel)
+    return shard
+
+
+def _unsupported(tensor: Any) -> str | None:
+    if getattr(tensor, "ds_secondary_tensor", None) is not None:
+        return "with secondary partitions (zero_hpz_partition_size)"
+    if hasattr(tensor, "comm"):
+        return "in replicated groups (MiCS)"
+    if hasattr(tensor.ds_tensor, "ds_quant_scale"):
+        return "with quantized weights"
+    location = getattr(tensor.ds_tensor, "final_location", None)
+    if getattr(location, "value", None) == "nvme":
+        return "with parameters on NVMe"
+    optimizer = getattr(tensor, "_z3_optimizer", None)
+    if optimizer is not None and getattr(optimizer, "swap_optimizer", False):
+        return "with its optimizer on NVMe"
+    return None
+
+
+def _partition_of(tensor: Any) -> Tensor:
+    partition: Tensor = tensor.ds_tensor
+    return partition
+
+
+def _zero3_master(optimizer: Any, tensor: Any, numel: int) -> Tensor:
+    # NOTE: the public getter copies masters that are offloaded to host memory.
+    master, _ = optimizer._get_fp32_opt_state_partition(tensor, release_swap_buffers=False)
+    flat: Tensor = master[:numel]
+    return flat.detach()
+
+
+def replicated_group(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
+    """The data-parallel group of ZeRO-1 or ZeRO-2, whose ranks hold all weights; None without them."""
+    for module in modules:
+        for parameter in module._parameters.values():
+            group = getattr(parameter, "_dp_group", None)
+            if group is not None and hasattr(parameter, "_hp_mapping"):
+                return group  # type: ignore[no-any-return]
+    return None
+
+
+def take_masters(shard: Shard) -> None:
+    """Note in the record of a ZeRO-1 or ZeRO-2 parameter how it is cut, and where its masters lie.
+
+    Raises:
+        ValueError: The optimizer cuts it in another way than the flat buffer says.
+    """
+    tensor: Any = shard.tensor
+    if not hasattr(tensor, "_hp_mapping"):
+        return
+    group, mapping = tensor._dp_group, tensor._hp_mapping
+    start, total = tensor.storage_offset(), tensor.untyped_storage().nbytes() // tensor.itemsize
+    size, rank = total // group.size(), group.rank()
+    begin = min(max(rank * size - start, 0), tensor.numel())
+    end = min(max((rank + 1) * size - start, 0), tensor.numel())
+    held = (0, 0) if mapping is None else _range(mapping.lp_fragment_address)
+    if total % group.size() or shard.order is not None or (held != (begin, end) and begin < end):
+        raise ValueError(
+            f"{shard.name} is cut by DeepSpeed at {held} on rank {rank}, where the flat buffer of "
+            f"{total} elements says {(begin, end)}. dist_ema does not know this layout."
+        )
+    shard.replicas, shard.flat, shard.cut = (group,), True, (start, total)
+    shard.owner_ranks = tuple(dist.get_process_group_ranks(group))
+    shard.master = partial(_fragment, tensor)
+
+
+def _range(address: Any) -> tuple[int, int]:
+    return address.start, address.start + address.numel
+
+
+def _fragment(tensor: Any) -> Tensor:
+    mapping = tensor._hp_mapping
+    if mapping is None:  # this rank steps no element of it
+        return torch.empty(0, dtype=torch.float32, device=tensor.device)
+    fragment: Tensor = mapping.hp_fragment
+    return fragment.detach()
