@@ -52,12 +52,15 @@ class Core(nn.Module):
 
 
 class Net(nn.Module):
-    """The core, and a scalar outside every FSDP group, which would refuse it."""
+    """The core, and a scalar outside every FSDP group, which would refuse it.
 
-    def __init__(self, hidden: int = 5) -> None:
+    scalar: False gives it one dimension, for DeepSpeed, which takes no scalars.
+    """
+
+    def __init__(self, hidden: int = 5, scalar: bool = True) -> None:
         super().__init__()
         self.core = Core(hidden)
-        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.scale = nn.Parameter(torch.tensor(0.7 if scalar else [0.7]))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.core(tokens) * self.scale

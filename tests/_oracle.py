@@ -29,9 +29,11 @@ class Training:
         # Ranks of one tensor parallel group see one batch. Without a wrapper there is one lane.
         self.lanes = {"fsdp2 tp": world // 2, "none": 1}.get(kind, world)
         self.lane = {"fsdp2 tp": rank // 2, "none": 0}.get(kind, rank)
-        self.optimizer = torch.optim.SGD(
-            [p for p in self.model.parameters() if p.requires_grad], lr=0.05, momentum=0.5
-        )
+        self.optimizer: Any = self.model  # a DeepSpeed engine is both
+        if not kind.startswith("zero"):
+            self.optimizer = torch.optim.SGD(
+                [p for p in self.model.parameters() if p.requires_grad], lr=0.05, momentum=0.5
+            )
         self.twin_optimizer = torch.optim.SGD(
             [p for p in self.twin.parameters() if p.requires_grad], lr=0.05, momentum=0.5
         )
@@ -43,11 +45,16 @@ class Training:
             self.step += 1
             after()
 
-    def _one(self, model: nn.Module, optimizer: torch.optim.Optimizer, lanes: Any) -> None:
+    def _one(self, model: nn.Module, optimizer: Any, lanes: Any) -> None:
         batches = [self.data(self.step, lane) for lane in lanes]
         inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         output = model(inputs)
-        F.cross_entropy(output.flatten(0, -2), labels.flatten()).backward()
+        loss = F.cross_entropy(output.flatten(0, -2), labels.flatten())
+        if isinstance(optimizer, nn.Module):
+            model.backward(loss)  # type: ignore[operator]
+            optimizer.step()
+            return
+        loss.backward()
         if model is self.model and self.kind not in ("none",):
             self._reduce_lone_gradients()
         optimizer.step()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests import _deepspeed
 from tests._models import Block, Net
 
 CPU = torch.device("cpu")
@@ -112,6 +113,12 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp2 offload": lambda model: _fsdp2(model, offload_policy=_offload()),
     "hsdp": _hsdp,
     "fsdp2 tp": _tensor_parallel,
+    "zero1": lambda model: _deepspeed.engine(model, 1),
+    "zero2": lambda model: _deepspeed.engine(model, 2),
+    "zero3": lambda model: _deepspeed.engine(model, 3),
+    "zero3 kept": lambda model: _deepspeed.engine(
+        model, 3, stage3_param_persistence_threshold=10_000
+    ),
 }
 
 

@@ -22,7 +22,8 @@ from tests._ranks import raises, run_ranks
 ROWS = [
     ("none", 1), ("ddp", 2), ("ddp", 3), ("ddp whole", 2), ("fsdp1 flat", 2), ("fsdp1 orig", 2), ("fsdp1 orig", 3),
     ("fsdp1 grad_op", 2), ("fsdp1 no_shard", 2), ("fsdp1 hybrid", 4), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2 kept", 2),
-    ("fsdp2 offload", 2), ("hsdp", 4), ("fsdp2 tp", 4),
+    ("fsdp2 offload", 2), ("hsdp", 4), ("fsdp2 tp", 4), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3),
+    ("zero3 kept", 2),
 ]  # fmt: skip
 SCHEDULE = Warmup(0.95)
 COLUMNS = [
@@ -32,7 +33,7 @@ COLUMNS = [
 
 
 def make(kind: str) -> nn.Module:
-    return Net(hidden=8) if kind == "fsdp2 tp" else Net()
+    return Net(hidden=8 if kind == "fsdp2 tp" else 5, scalar=not kind.startswith("zero"))
 
 
 def check_wrapper(kind: str, folder: str) -> dict[str, Any]:

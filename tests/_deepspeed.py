@@ -1,0 +1,54 @@
+"""DeepSpeed on CPU ranks: no operator is compiled, and no warning of its own is an error."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+
+
+def deepspeed() -> Any:
+    """The package, on this CPU rank."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
+    warnings.simplefilter("ignore")
+    import deepspeed as package
+
+    logging.disable(logging.WARNING)
+    # NOTE: `deepspeed.comm.torch` is PyTorch itself there. A killed compile of the operator for
+    # shared memory would leave a lock on which every later run waits.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    return package
+
+
+def engine(
+    model: nn.Module,
+    stage: int,
+    dtype: torch.dtype = torch.float32,
+    accumulate: int = 1,
+    **zero: Any,
+) -> Any:
+    """A DeepSpeed engine around `model`, with SGD on what it trains."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 6,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
+    }
+    if dtype != torch.float32:
+        config["bf16" if dtype == torch.bfloat16 else "fp16"] = {"enabled": True}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.5)
+    return deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0]
