@@ -141,7 +141,7 @@ class AveragedWeights:
             number = geometry.numbering(state.shard, state.averaged_region, state.shadow.device)
             present = [shadow for shadow in shadows if shadow is not None]
             huge = math.prod(state.shard.shape) >= 1 << 32
-            pair = ShadowPair(state.name, present, state.live, number, huge)
+            pair = ShadowPair(state.name, present, state.source, number, huge)
             (buffers if state.shard.kind == "buffer" else weights).append(pair)
         self.plan = _plan(weights, self.seed)
         # Buffers are written by the next forward, so they are read before `move` returns. Modules
@@ -157,7 +157,7 @@ class AveragedWeights:
             overlap: As `attach` asks for; None: an update overlaps in host memory only.
         """
         self.settle()
-        live = {state.local.device for state in self._averaged}
+        live = {state.source.device for state in self._averaged}
         shadows = {state.shadow.device for state in self._averaged if state.shadow is not None}
         if self.teacher is None:
             on_host = self.placement.on_host
@@ -275,7 +275,7 @@ class AveragedWeights:
         for average in self.averages:
             for state in average.averaged:
                 assert state.shadow is not None
-                state.shadow.copy_(state.live)
+                state.shadow.copy_(state.source)
         if self.teacher is not None:
             self.teacher.forget_copies()
         self._after_move()
@@ -361,7 +361,7 @@ class AveragedWeights:
         pairs = []
         for state in self._averaged:
             assert state.shadow is not None
-            live = state.live.to(state.shadow)
+            live = state.source.to(state.shadow)
             boxes = (
                 geometry.boxes_with_data(state.shard, state.averaged_region, data)
                 for data in (state.shadow, live)
@@ -384,12 +384,15 @@ class AveragedWeights:
         for state in self._averaged:
             assert state.shadow is not None
             if weight == 1:
-                state.live.copy_(state.shadow)
+                state.source.copy_(state.shadow)
             else:
-                region, device = state.averaged_region, state.local.device
+                region, device = state.averaged_region, state.source.device
                 number = geometry.numbering(state.shard, region, device)
-                pairs.append(ShadowPair(state.name, [state.live], state.shadow, number))
+                pairs.append(ShadowPair(state.name, [state.source], state.shadow, number))
         UpdatePlan(pairs, self.seed).run([weight], self.clock.updates)
+        for state in self._averaged:
+            if state.shard.master is not None:
+                state.live.copy_(state.source)
         if self.placement.split:
             broadcast_to_replicas(self._averaged)
         self.mark()

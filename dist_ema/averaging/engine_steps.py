@@ -18,7 +18,10 @@ __all__ = ["EngineSteps", "is_engine"]
 
 def is_engine(optimizer: Any) -> bool:
     """What deepspeed.initialize returned first, or a class made of its class."""
-    return any(parent.__name__ == "DeepSpeedEngine" for parent in type(optimizer).__mro__)
+    return any(
+        parent.__name__ == "DeepSpeedEngine" and parent.__module__.startswith("deepspeed.")
+        for parent in type(optimizer).__mro__
+    )
 
 
 class EngineSteps:
@@ -27,7 +30,7 @@ class EngineSteps:
     def __init__(self, engine: Any) -> None:
         self._engine, self._step = engine, engine.step
         self._before: OrderedDict[int, Callable[..., None]] = OrderedDict()
-        self._after: OrderedDict[int, Callable[..., None]] = OrderedDict()
+        self._optimizer_step_post_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
         engine.step = self.step
 
     @classmethod
@@ -42,7 +45,7 @@ class EngineSteps:
             hook(self, args, kwargs)
         result = self._step(*args, **kwargs)
         if self._engine.was_step_applied():
-            for hook in list(self._after.values()):
+            for hook in list(self._optimizer_step_post_hooks.values()):
                 hook(self, args, kwargs)
         return result
 
@@ -52,7 +55,7 @@ class EngineSteps:
 
     def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Run `hook` after every step that was applied."""
-        return _registered(self._after, hook)
+        return _registered(self._optimizer_step_post_hooks, hook)
 
 
 def _registered(

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .clock import Clock
+from .engine_steps import EngineSteps, is_engine
 
 __all__ = ["Attachment", "Averager"]
 
@@ -185,7 +186,7 @@ class _StepHook:
             )
 
 
-def _forget_dead_hooks(optimizer: Optimizer) -> None:
+def _forget_dead_hooks(optimizer: Optimizer | EngineSteps) -> None:
     """NOTE: not by the hook itself, as torch iterates over them while it runs."""
     hooks = optimizer._optimizer_step_post_hooks
     for key, hook in list(hooks.items()):
@@ -212,13 +213,15 @@ def _units(elapsed: Any) -> float:
     return elapsed if type(elapsed) is int else number
 
 
-def _that_takes_hooks(optimizer: Any) -> Optimizer:
+def _that_takes_hooks(optimizer: Any) -> Optimizer | EngineSteps:
     """The optimizer whose hooks fire when its step is done, and after which no weight is written.
 
     Raises:
         ValueError: No such optimizer is there: a wrapper (Lookahead, SAM, ZeRO) that may write
             after the inner step.
     """
+    if is_engine(optimizer):
+        return EngineSteps.of(optimizer)
     while _is_transparent(optimizer):
         optimizer = optimizer.optimizer
     # NOTE: Optimizer.__init__ patches `step` of the class to call hooks; a wrapper that skips it is
@@ -228,7 +231,8 @@ def _that_takes_hooks(optimizer: Any) -> Optimizer:
         raise ValueError(
             f"ema.attach() cannot hook {type(optimizer).__name__}: it takes torch optimizers whose "
             "step hooks fire. A wrapper may write the weights after its inner optimizer has "
-            "stepped, so call ema.update() after its step() instead."
+            "stepped, so call ema.update() after its step() instead. Under DeepSpeed give "
+            "ema.attach() the engine: its optimizers step before the model's weights are written."
         )
     return optimizer  # type: ignore[no-any-return]
 

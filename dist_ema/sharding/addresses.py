@@ -33,7 +33,7 @@ class Addresses:
             else:
                 self._readers[id(local)] = shard.local_tensor
             if shard.master is not None:
-                self._readers[id(shard)] = shard.master
+                self._readers[id(shard.master())] = shard.master
 
     def read(self) -> list[int]:
         """The addresses, in an order that stays the same."""

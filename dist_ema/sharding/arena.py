@@ -37,7 +37,7 @@ def allocate(
     """
     by_arena: dict[tuple[torch.dtype, torch.device], list[ParamState]] = {}
     for state in states:
-        key = _shadow_dtype(state.shard.dtype, dtype), device or state.local.device
+        key = _shadow_dtype(state.shard.dtype, dtype), device or state.source.device
         by_arena.setdefault(key, []).append(state)
     return [_fill_arena(chosen, *key) for key, chosen in by_arena.items()]
 
@@ -55,7 +55,7 @@ def _fill_arena(states: list[ParamState], dtype: torch.dtype, device: torch.devi
     pinned = device.type == "cpu" and any(state.local.device.type != "cpu" for state in states)
     arena = torch.empty(total, dtype=dtype, device=device, pin_memory=pinned)
     for state, start in zip(states, starts, strict=True):
-        before = state.live if state.shadow is None else state.shadow
+        before = state.source if state.shadow is None else state.shadow
         state.shadow = arena[start : start + state.averaged_region.numel].copy_(before)
     return arena
 
@@ -80,7 +80,7 @@ def _chains(states: Sequence[ParamState]) -> list[list[int]]:
     chains: list[list[int]] = []
     end = None
     for i, state in enumerate(states):
-        live = state.live
+        live = state.source
         if not chains or (live.numel() and live.data_ptr() != end):
             chains.append([])
         chains[-1].append(i)

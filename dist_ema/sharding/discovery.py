@@ -32,6 +32,14 @@ from .records import (
 )
 from .torch_classes import is_dtensor, is_fsdp1, is_fsdp2
 from .wrappers import Replicated, reshard, walk_modules
+from .zero import (
+    holds_partitions,
+    is_partitioned,
+    replicated_group,
+    take_masters,
+    zero3_group,
+    zero3_shard,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,10 +66,13 @@ def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -
     Note:
         *Collective* under FSDP1's hybrid strategies.
     """
+    replicated = replicated or replicated_group(model.modules())
     outer = None if replicated is None else Replicated(replicated, frozenset())
     walk = list(walk_modules(model, outer))
     modules = list(dict.fromkeys(module for _, module, _ in walk))
-    sharded: list[nn.Module] = [m for m in modules if is_fsdp2(m) or is_fsdp1(m)]
+    sharded: list[nn.Module] = [
+        m for m in modules if is_fsdp2(m) or is_fsdp1(m) or holds_partitions(m)
+    ]
     if isinstance(model, Parameters):
         sharded = model.owners
     reshard(sharded)
@@ -157,6 +168,8 @@ def _plain(
     kind: Kind = "trainable" if tensor.requires_grad else "frozen"
     if place[1] in place[0]._buffers:
         kind = "buffer"
+    if is_partitioned(tensor):
+        return zero3_shard(name, kind, tensor, place)
     if memory_of(tensor) is None:
         return _opaque(name, kind, tensor, place)
     if is_dtensor(tensor):
@@ -174,6 +187,7 @@ def _plain(
     shard.dense = dense
     if ddp:
         shard.replicas, shard.owner_ranks = (ddp.group,), ddp.ranks
+    take_masters(shard)
     return shard
 
 
@@ -184,11 +198,6 @@ def _refuse_unfilled(name: str, tensor: Tensor) -> None:
         problem = "is not initialised yet. Run one forward through the lazy module"
     elif tensor.is_meta:
         problem = "is on the meta device. Materialise the model (to_empty, then load)"
-    elif hasattr(tensor, "ds_id") or hasattr(tensor, "ds_tensor"):
-        problem = (
-            "is partitioned by DeepSpeed (ZeRO stage 3), which dist_ema cannot average. Use ZeRO "
-            "stage 2 or below, or FSDP"
-        )
     if problem:
         raise ValueError(f"{name} {problem}, then build the EMA.")
 
@@ -301,6 +310,8 @@ def _members(
     ]
     found += [(list(each.ranks), each.group) for each in dict.fromkeys(replicated)]
     found += fsdp1
+    zero3 = [group for shard in shards if (group := zero3_group(shard.tensor)) is not None]
+    found += [(dist.get_process_group_ranks(group), group) for group in dict.fromkeys(zero3)]
     if not found:
         return [dist.get_rank() if dist.is_initialized() else 0], None
     widest = max(found, key=lambda entry: len(entry[0]))

@@ -72,6 +72,14 @@ class ParamState:
         return self.local_view(self.averaged_region)
 
     @property
+    def source(self) -> Tensor:
+        """What updates read: the optimizer's masters of the averaged region, else `live`."""
+        shard, length = self.shard, self.averaged_region.numel
+        if shard.master is None:
+            return self.live
+        return shard.master().detach().narrow(0, shard.master_offset, length)
+
+    @property
     def average(self) -> Tensor:
         """What files and `gather` take: [saved_region.numel]. Where nothing is averaged, live."""
         if self.shadow is not None:
@@ -174,18 +182,19 @@ def assign(
             "it, or leave it out with only=."
         )
     ends: dict[Any, int] = {}
+    starts = []
     for shard, key in pairs:
-        ends[key] = ends.get(key, 0) + shard.local_region.numel
-    own = {key: _own_range(key[0], end) for key, end in ends.items()}
-    next_starts, states = dict.fromkeys(ends, 0), []
-    for shard, key in pairs:
-        region, start = shard.local_region, next_starts[key]
-        next_starts[key] += region.numel
-        bounds = own[key] if shard.is_writer else (0, 0)
-        begin, end = (region.begin + min(max(at - start, 0), region.numel) for at in bounds)
+        starts.append(ends.get(key, 0))
+        if shard.cut is None:
+            ends[key] = starts[-1] + shard.local_region.numel
+    states = []
+    for (shard, key), start in zip(pairs, starts, strict=True):
+        region, sequence = shard.local_region, shard.cut or (start, ends[key])
+        bounds = _own_range(shard.replicas, sequence[1]) if shard.is_writer else (0, 0)
+        begin, end = (region.begin + min(max(at - sequence[0], 0), region.numel) for at in bounds)
         saved = replace(region, begin=begin, end=end)
         mean = saved if split and shard.replicas else region
-        states.append(ParamState(shard, mean, saved, shard.read(), (start, ends[key])))
+        states.append(ParamState(shard, mean, saved, shard.read(), sequence))
     return states
 
 

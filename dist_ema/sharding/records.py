@@ -83,6 +83,9 @@ class Shard:
     storage_offset: int = 0  # of the local region in the local tensor, in elements
     order: tuple[int, ...] | None = None  # [Note: storage order]; None: row-major
     replicas: tuple[dist.ProcessGroup, ...] = ()  # groups that hold the region too, outermost first
+    cut: tuple[int, int] | None = None  # (start, end of all) in a sequence that a wrapper divides
+    master: Callable[[], Tensor] | None = None  # 1-D, holds what the optimizer steps, read afresh
+    master_offset: int = 0  # of the averaged region in the master, in elements
     owner_ranks: tuple[int, ...] = ()  # global ranks that share one copy of the weight; (): none do
     dense: bool = True  # False: strided or expanded, so `read` copies and it cannot be averaged
     opaque: bool = False  # a subclass whose memory is not the weight: carried by name alone
@@ -125,10 +128,10 @@ class Shard:
     def local(self, elements: Tensor) -> Tensor:
         """`elements`, in the order of `read`, in the shape and strides of the local tensor.
 
-        A range of an FSDP1 flat parameter stays one-dimensional. *Aliases* `elements`.
+        A range of an FSDP1 or ZeRO-3 parameter stays one-dimensional. *Aliases* `elements`.
         """
         local = self.tensor._local_tensor if is_dtensor(self.tensor) else self.tensor
-        if getattr(local, "_fsdp_flattened", False):
+        if getattr(local, "_fsdp_flattened", False) or hasattr(local, "ds_tensor"):
             return elements
         if not self.dense:
             return elements.view(local.shape)

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from .fsdp1 import is_busy, reshard_flat_parameter
 from .names import CHECKPOINTED, COMPILED, FSDP1, canonical
 from .torch_classes import is_fsdp1, is_fsdp2
+from .zero import partition
 
 __all__ = [
     "Replicated",
@@ -37,13 +38,14 @@ __all__ = [
     "walk_modules",
 ]
 
-# The child under which each wrapper of torch keeps the module that it wraps.
+# The child under which each wrapper keeps the module that it wraps.
 _WRAPPED = {
     "OptimizedModule": COMPILED,
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "FullyShardedDataParallel": FSDP1,
     "CheckpointWrapper": CHECKPOINTED,
+    "DeepSpeedEngine": "module",
 }
 
 
@@ -54,6 +56,8 @@ def reshard(sharded: list[nn.Module]) -> None:
             module.reshard()
         elif is_fsdp1(module):
             reshard_flat_parameter(module)
+        else:
+            partition(module)
 
 
 def blocker(sharded: list[nn.Module]) -> str | None:
@@ -187,5 +191,8 @@ def _wrapped_child(module: nn.Module) -> str | None:
 @lru_cache(maxsize=1024)
 def _wrapped_child_of(module_class: type[nn.Module]) -> str | None:
     # By name, so that no wrapper is imported. fully_shard(torch.compile(block)) makes a subclass.
-    names = [each.__name__ for each in module_class.__mro__ if each.__module__.startswith("torch.")]
+    libraries = ("torch.", "deepspeed.")
+    names = [
+        each.__name__ for each in module_class.__mro__ if each.__module__.startswith(libraries)
+    ]
     return next((child for wrapper, child in _WRAPPED.items() if wrapper in names), None)

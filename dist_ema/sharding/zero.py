@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .records import Region, Shard
 
 __all__ = [
+    "holds_partitions",
     "is_partitioned",
     "partition",
     "replicated_group",
@@ -38,6 +39,11 @@ UNSUPPORTED = "which dist_ema cannot average. Turn that off, or use ZeRO stage 2
 def is_partitioned(tensor: Tensor) -> bool:
     """ZeRO-3 holds this parameter."""
     return hasattr(tensor, "ds_id") or hasattr(tensor, "ds_tensor")
+
+
+def holds_partitions(module: nn.Module) -> bool:
+    """The module's own parameters are ZeRO-3's: `partition` frees their whole copies."""
+    return any(hasattr(parameter, "ds_tensor") for parameter in module._parameters.values())
 
 
 def zero3_group(tensor: Tensor) -> dist.ProcessGroup | None:
@@ -68,7 +74,10 @@ def zero3_shard(name: str, kind: Any, tensor: Any, place: tuple[nn.Module, str])
     shard.owner_ranks = tuple(dist.get_process_group_ranks(group))
     optimizer = getattr(tensor, "_z3_optimizer", None)
     if kind == "trainable" and optimizer is not None:
-        shard.master = partial(_zero3_master, optimizer, tensor, region.numel)
+        number, offset, _ = optimizer.grad_position[optimizer.get_param_id(tensor)]
+        # NOTE: the getter of DeepSpeed waits for the device, and an update must not.
+        shard.master = partial(_at, optimizer.fp32_partitioned_groups_flat, number)
+        shard.master_offset = offset
     return shard
 
 
@@ -93,11 +102,8 @@ def _partition_of(tensor: Any) -> Tensor:
     return partition
 
 
-def _zero3_master(optimizer: Any, tensor: Any, numel: int) -> Tensor:
-    # NOTE: the public getter copies masters that are offloaded to host memory.
-    master, _ = optimizer._get_fp32_opt_state_partition(tensor, release_swap_buffers=False)
-    flat: Tensor = master[:numel]
-    return flat.detach()
+def _at(masters: list[Tensor], number: int) -> Tensor:
+    return masters[number]
 
 
 def replicated_group(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
@@ -130,18 +136,17 @@ def take_masters(shard: Shard) -> None:
             f"{shard.name} is cut by DeepSpeed at {held} on rank {rank}, where the flat buffer of "
             f"{total} elements says {(begin, end)}. dist_ema does not know this layout."
         )
-    shard.replicas, shard.flat, shard.cut = (group,), True, (start, total)
+    shard.replicas, shard.cut = (group,), (start, total)
     shard.owner_ranks = tuple(dist.get_process_group_ranks(group))
-    shard.master = partial(_fragment, tensor)
+    nothing = torch.empty(0, dtype=torch.float32, device=tensor.device)
+    shard.master = partial(_fragment, tensor, nothing)
 
 
 def _range(address: Any) -> tuple[int, int]:
     return address.start, address.start + address.numel
 
 
-def _fragment(tensor: Any) -> Tensor:
+def _fragment(tensor: Any, nothing: Tensor) -> Tensor:
     mapping = tensor._hp_mapping
-    if mapping is None:  # this rank steps no element of it
-        return torch.empty(0, dtype=torch.float32, device=tensor.device)
-    fragment: Tensor = mapping.hp_fragment
-    return fragment.detach()
+    fragment: Tensor = nothing if mapping is None else mapping.hp_fragment
+    return fragment
