@@ -28,7 +28,7 @@ from .averaging import gather, metrics
 from .averaging.averages import AveragedWeights, Reads
 from .averaging.clock import Clock
 from .averaging.inventory import Average, Placement, Selection
-from .averaging.optimizer_hooks import Attachment
+from .averaging.optimizer_hooks import Attachment, refuse_beside_masters
 from .averaging.swap import WeightSwap
 from .checkpoint import dcp, reader, writer
 from .checkpoint.manifest import Manifest
@@ -279,7 +279,7 @@ class EMA:
 
         Args:
             optimizers: All that step the model. An update comes when each has stepped since the
-                last one.
+                last one. Under DeepSpeed the engine.
             every: Steps between updates; the decay accounts for all of them.
             start: The step at which the shadow is seeded from live and averaging begins.
             elapsed: Units of the clock per step, a number or a callable.
@@ -298,6 +298,7 @@ class EMA:
         """
         if self.weights.teacher is not None:
             self.weights.teacher.refuse_training(optimizers)
+        refuse_beside_masters(self.weights.averages[0].averaged, optimizers)
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError(
                 "ema.attach() was called before. Call ema.detach() first, or list all optimizers "

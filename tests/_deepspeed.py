@@ -47,8 +47,8 @@ def engine(
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
     }
-    if dtype != torch.float32:
-        config["bf16" if dtype == torch.bfloat16 else "fp16"] = {"enabled": True}
+    if dtype == torch.bfloat16:
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.5)
     return deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0]

@@ -88,7 +88,7 @@ def _hash_copies(states: Sequence[ParamState]) -> list[int]:
 def _squares(states: Sequence[ParamState]) -> list[float]:
     """[|live - average|^2, |live|^2] over the elements that this rank saves, in float64."""
     sums: dict[torch.device, Tensor] = {}
-    rows = [(state.local_view(state.saved_region), state.average) for state in states]
+    rows = [(state.saved_source, state.average) for state in states]
     for live, shadow in batches(rows):
         # NOTE: MPS has no float64, so its sums are taken on the host.
         home = torch.device("cpu") if shadow.device.type == "mps" else shadow.device

@@ -30,6 +30,7 @@ from ..distributed.transfer import Block
 from .discovery import redescribe
 from .geometry import boxes_with_data, split_box
 from .records import Region, Shard
+from .zero import refuse_taken_over
 
 __all__ = [
     "ParamState",
@@ -80,6 +81,11 @@ class ParamState:
         return shard.master().detach().narrow(0, shard.master_offset, length)
 
     @property
+    def saved_source(self) -> Tensor:
+        """`source` where `average` is: [saved_region.numel]."""
+        return _part(self.source, self.averaged_region, self.saved_region)
+
+    @property
     def average(self) -> Tensor:
         """What files and `gather` take: [saved_region.numel]. Where nothing is averaged, live."""
         if self.shadow is not None:
@@ -122,6 +128,7 @@ class ParamState:
             if not self.shard.is_writer:
                 self.saved_region = replace(whole, end=0)
             self.form = _form(self.shard.local_tensor())
+        refuse_taken_over(self.shard)
         memory, old = self.shard.local_tensor(), self.local
         if memory.numel() and not memory.data_ptr():
             raise RuntimeError(
@@ -180,6 +187,12 @@ def assign(
             f"{', '.join(opaque[:5])} is sparse, quantized, or a tensor subclass without exactly "
             "one inner tensor of its shape and dtype, so its elements cannot be averaged. Freeze "
             "it, or leave it out with only=."
+        )
+    divided = [shard.name for shard in shards if shard.cut and shard.master and not split]
+    if divided:
+        raise ValueError(
+            f"{', '.join(divided[:5])} has fp32 masters that DeepSpeed divides among the ranks, so "
+            "no rank can average all of it. Leave split=False out."
         )
     ends: dict[Any, int] = {}
     starts = []

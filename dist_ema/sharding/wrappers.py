@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -158,6 +159,9 @@ def walk_modules(
         if inner is not None and isinstance(module, DistributedDataParallel):
             ignored = frozenset(prefix + canonical(name) for name in module.parameters_to_ignore)
             ddp = Replicated(module.process_group, ignored)
+        elif inner is not None and hasattr(module, "seq_data_parallel_group"):
+            group: Any = module.seq_data_parallel_group  # a DeepSpeed engine
+            ddp = Replicated(group, frozenset())
         yield prefix, module, ddp
         if module._modules:
             for name, child in reversed(module._modules.items()):

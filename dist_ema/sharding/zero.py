@@ -26,6 +26,7 @@ __all__ = [
     "holds_partitions",
     "is_partitioned",
     "partition",
+    "refuse_taken_over",
     "replicated_group",
     "take_masters",
     "zero3_group",
@@ -140,6 +141,17 @@ def take_masters(shard: Shard) -> None:
     shard.owner_ranks = tuple(dist.get_process_group_ranks(group))
     nothing = torch.empty(0, dtype=torch.float32, device=tensor.device)
     shard.master = partial(_fragment, tensor, nothing)
+
+
+def refuse_taken_over(shard: Shard) -> None:
+    """Raise RuntimeError if DeepSpeed has taken the weight over since it was recorded."""
+    unknown = is_partitioned(shard.tensor) or hasattr(shard.tensor, "_hp_mapping")
+    known = shard.cut is not None or shard.local_tensor() is not shard.tensor
+    if unknown and not known:
+        raise RuntimeError(
+            f"{shard.name} belongs to DeepSpeed now, whose optimizer keeps fp32 masters of it. "
+            "Build the EMA after deepspeed.initialize."
+        )
 
 
 def _range(address: Any) -> tuple[int, int]:

@@ -1,0 +1,351 @@
+"""DeepSpeed ZeRO on two ranks: the average of the fp32 masters, in every stage and precision.
+
+How to read a failure: the key of the result names stage, precision and check; the value is the
+difference to a float64 average of the masters, or the error.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_ema import EMA, load_file
+from tests import _deepspeed
+from tests._models import Net, batch
+from tests._oracle import Training
+from tests._ranks import raises, run_ranks
+
+DECAY = 0.75
+EPS = 3e-7
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Model(nn.Module):
+    """Tied, frozen and normalised weights; sizes that no world divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.tied, self.b = nn.Linear(5, 7), nn.Linear(5, 7), nn.Linear(7, 3)
+        self.tied.weight = self.a.weight
+        self.norm = nn.BatchNorm1d(7)
+        self.frozen = nn.Parameter(torch.arange(3.0), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(torch.relu(self.a(x) + self.tied(x)))) + self.frozen
+
+
+class Run:
+    """An engine with its EMA, and the naive average of its masters on every rank."""
+
+    def __init__(self, stage: int, precision: str, accumulate: int = 1, **zero: Any) -> None:
+        torch.manual_seed(0)
+        self.dtype, self.stage, self.accumulate = PRECISIONS[precision], stage, accumulate
+        self.module = Model().to(self.dtype)
+        self.engine = _deepspeed.engine(self.module, stage, self.dtype, accumulate, **zero)
+        self.trained = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self.ema = EMA(self.engine, DECAY)
+        self.ema.attach(self.engine)
+        self.average, self.count = self.masters(), 0
+
+    def masters(self) -> dict[str, Tensor]:
+        """The optimizer's own fp32 weights in float64, by DeepSpeed's own getter."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {n: safe_get_full_fp32_param(p).double().clone() for n, p in self.trained.items()}
+
+    def live(self) -> dict[str, Tensor]:
+        """What the model computes with, in float64."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(list(self.trained.values()), enabled=self.stage == 3):
+            return {n: p.detach().double().clone() for n, p in self.trained.items()}
+
+    def batch(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(6, 5, generator=generator).to(self.dtype)
+
+    def step(self, n: int = 1, scale: float = 1.0) -> None:
+        for _ in range(n):
+            for _ in range(self.accumulate):
+                self.count += 1
+                output = self.engine(self.batch(10 * self.count + dist.get_rank()))
+                self.engine.backward(output.float().square().mean() * scale)
+                self.engine.step()
+            if self.engine.was_step_applied():
+                for name, master in self.masters().items():
+                    self.average[name].lerp_(master, 1 - DECAY)
+
+    @torch.no_grad()
+    def probe(self) -> Tensor:
+        """In eval mode; DeepSpeed may keep weights gathered behind it."""
+        self.engine.eval()
+        output = self.engine(self.batch(1))
+        self.engine.train()
+        return output.double().clone()
+
+    def off(self) -> float:
+        """The difference of the average on rank 0, on all ranks."""
+        gathered = self.ema.gather()
+        off = torch.tensor(distance(self.average, gathered) if gathered else 0.0)
+        dist.broadcast(off, 0)
+        return float(off)
+
+    def rounded(self) -> dict[str, Tensor]:
+        """The average as the model would hold it."""
+        return {name: value.to(self.dtype).double() for name, value in self.average.items()}
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return max(
+        (value - b[name].reshape(value.shape)).abs().max().item() for name, value in a.items()
+    )
+
+
+def trained(stage: int, precision: str, accumulate: int) -> float:
+    run = Run(stage, precision, accumulate)
+    run.step(4)
+    return run.off()
+
+
+def swapped(stage: int, precision: str, warm: bool) -> float:
+    """A swap lends the average to the 16-bit weights and leaves the masters alone, also after a warm evaluation."""
+    run = Run(stage, precision)
+    run.step(3)
+    if warm:
+        run.probe()
+    live, masters = run.live(), run.masters()
+    before = run.probe()
+    with run.ema.swap():
+        inside, seen = run.live(), run.probe()
+    assert not torch.equal(before, seen)
+    assert torch.equal(before, run.probe())
+    assert distance(live, run.live()) == distance(masters, run.masters()) == 0
+    with raises(KeyError, "evaluation failed"), run.ema.swap():
+        run.probe()
+        raise KeyError("evaluation failed")
+    assert distance(live, run.live()) == 0
+    off = distance(run.rounded(), inside)
+    run.step(2)
+    return max(off if run.dtype == torch.float32 else 0.0 if off < 0.01 else off, run.off())
+
+
+def stored(stage: int, precision: str) -> float:
+    """A file holds everything, and gives the average back bit for bit."""
+    run = Run(stage, precision)
+    run.step(3)
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    run.ema.save(f"{folder[0]}/average")
+    first = run.ema.gather()
+    stored = load_file(f"{folder[0]}/average")
+    assert stored.keys() == run.module.state_dict().keys()
+    assert stored["frozen"].tolist() == [0, 1, 2]
+    assert distance(run.average, stored) < EPS
+    run.step(1)
+    run.ema.load(f"{folder[0]}/average")
+    second = run.ema.gather()
+    assert all(torch.equal(first[name], second[name]) for name in first if name in run.trained)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+    return 0.0
+
+
+def copied(stage: int, precision: str) -> float:
+    """copy_to the model itself writes masters too: else the next step would go on from the old ones."""
+    run = Run(stage, precision)
+    run.step(3)
+    run.ema.weights.pull(1.0)
+    off = max(distance(run.average, run.masters()), run.off())
+    assert distance(run.rounded(), run.live()) < (EPS if run.dtype == torch.float32 else 0.01)
+    run.step(2)
+    return max(off, run.off())
+
+
+def other_verbs(stage: int, precision: str) -> float:
+    """reset and rescan take the masters, metrics reads them, and update by hand averages them."""
+    run = Run(stage, precision)
+    run.step(3)
+    masters, average = run.masters(), run.average
+    found = run.ema.metrics()
+    square = sum((masters[n] - average[n]).square().sum().item() for n in masters)
+    norm = sum(value.square().sum().item() for value in masters.values())
+    assert abs(found["distance"] - (square / norm) ** 0.5) < 1e-5, found
+    run.ema.rescan()
+    off = run.off()
+    run.ema.detach()
+    run.ema.update()
+    for name, master in run.masters().items():
+        run.average[name].lerp_(master, 1 - DECAY)
+    off = max(off, run.off())
+    run.ema.reset()
+    run.average = run.masters()
+    return max(off, run.off())
+
+
+def offloaded(stage: int, precision: str) -> float:
+    """Masters in host memory, and under ZeRO-3 the partitions too."""
+    zero: dict[str, Any] = {"offload_optimizer": {"device": "cpu"}}
+    if stage == 3:
+        zero["offload_param"] = {"device": "cpu"}
+    run = Run(stage, precision, **zero)
+    run.step(3)
+    run.probe()
+    with run.ema.swap():
+        inside = run.live()
+    run.step(1)
+    return max(run.off(), 0.0 if distance(run.rounded(), inside) < 1 else 1.0)
+
+
+def persistent(stage: int, precision: str) -> float:
+    """Small weights that ZeRO-3 keeps gathered."""
+    run = Run(stage, precision, stage3_param_persistence_threshold=100_000)
+    run.step(3)
+    live = run.live()
+    before = run.probe()
+    with run.ema.swap():
+        assert not torch.equal(before, run.probe())
+    assert torch.equal(before, run.probe())
+    assert distance(live, run.live()) == 0
+    run.step(2)
+    return run.off()
+
+
+def overflowed(stage: int) -> float:
+    """A step that overflows is skipped, and is no step of the average."""
+    run = Run(stage, "bf16")
+    run.step(2)
+    run.step(1, scale=float("inf"))
+    assert not run.engine.was_step_applied()
+    assert run.ema.metrics()["updates"] == 2
+    run.step(1)
+    return run.off()
+
+
+def module_alone(stage: int) -> float:
+    """The engine's module has everything that is looked at."""
+    run = Run(stage, "bf16")
+    run.ema.detach()
+    run.ema = EMA(run.engine.module, DECAY)
+    run.ema.attach(run.engine)
+    run.step(3)
+    return run.off()
+
+
+def refused(stage: int) -> float:
+    run = Run(stage, "bf16")
+    run.ema.detach()
+    with raises(ValueError, "engine"):
+        run.ema.attach(run.engine.optimizer)
+    with raises(ValueError, "engine"):
+        run.ema.attach(run.engine.optimizer.optimizer)
+    if stage < 3:
+        with raises(ValueError, "a.weight", "split=False"):
+            EMA(run.engine, DECAY, split=False)
+    return 0.0
+
+
+def built_too_early(stage: int) -> float:
+    """The optimizer takes the weights over, and has masters from then on."""
+    model = Model()
+    ema = EMA(model, DECAY)
+    engine = _deepspeed.engine(model, stage)
+    engine.backward(engine(torch.ones(6, 5)).mean())
+    engine.step()
+    with raises(RuntimeError, "belongs to DeepSpeed", "deepspeed.initialize"):
+        ema.update()
+    return 0.0
+
+
+def table() -> dict[str, Callable[[], float]]:
+    found: dict[str, Callable[[], float]] = {}
+    for stage in (1, 2, 3):
+        for precision in ("fp32", "bf16"):
+            title = f"zero{stage} {precision}"
+            found |= {
+                f"{title}: average": lambda s=stage, p=precision: trained(s, p, 1),
+                f"{title}: accumulation": lambda s=stage, p=precision: trained(s, p, 3),
+                f"{title}: swap": lambda s=stage, p=precision: swapped(s, p, False),
+                f"{title}: swap after a warm evaluation": lambda s=stage, p=precision: swapped(
+                    s, p, True
+                ),
+                f"{title}: file": lambda s=stage, p=precision: stored(s, p),
+                f"{title}: copied into the model": lambda s=stage, p=precision: copied(s, p),
+                f"{title}: other verbs": lambda s=stage, p=precision: other_verbs(s, p),
+                f"{title}: offloaded": lambda s=stage, p=precision: offloaded(s, p),
+            }
+        found |= {
+            f"zero{stage} bf16: overflow": lambda s=stage: overflowed(s),
+            f"zero{stage}: the module alone": lambda s=stage: module_alone(s),
+            f"zero{stage}: refused": lambda s=stage: refused(s),
+            f"zero{stage}: built too early": lambda s=stage: built_too_early(s),
+        }
+    found["zero3 bf16: persistent"] = lambda: persistent(3, "bf16")
+    return found
+
+
+def run_table() -> dict[str, str]:
+    """What is not right, by title."""
+    _deepspeed.deepspeed()
+    wrong = {}
+    for title, program in table().items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                off = program()
+            except Exception as error:
+                wrong[title] = f"{type(error).__name__}: {error}"
+                continue
+        if not off < EPS:
+            wrong[title] = f"off by {off:.2g}"
+    return wrong
+
+
+@_deepspeed.needs_deepspeed
+@pytest.mark.multirank
+def test_zero_on_two_ranks() -> None:
+    """Every stage and precision equals the average of the masters."""
+    assert run_ranks(2, run_table) == [{}, {}]
+
+
+# --- elastic ---------------------------------------------------------------------------------------
+
+CHAIN = [("fsdp2", 4), ("zero3", 2), ("ddp", 3), ("zero1", 3), ("none", 1), ("zero3", 3), ("zero2", 2), ("fsdp2", 2)]  # fmt: skip
+
+
+def next_link(kind: str, source: str, target: str) -> None:
+    """Load what the last wrapper saved, and save it again; the first one trains."""
+    if kind.startswith("zero"):
+        _deepspeed.deepspeed()
+    run = Training(kind, lambda: Net(scalar=False), batch)
+    ema = EMA(run.model, 0.9)
+    if source:
+        ema.load(source)
+    else:
+        ema.attach(run.optimizer)
+        run.train(5)
+    ema.save(target)
+
+
+@_deepspeed.needs_deepspeed
+@pytest.mark.multirank
+def test_elastic_chain(tmp_path: Path) -> None:
+    """One average through eight wrappers and worlds: the same bits at the end."""
+    source = ""
+    for number, (kind, world) in enumerate(CHAIN):
+        target = str(tmp_path / f"{number}-{kind}-{world}")
+        run_ranks(world, next_link, kind, source, target)
+        source = target
+    first, last = load_file(tmp_path / "0-fsdp2-4"), load_file(source)
+    assert first.keys() == last.keys()
+    averaged = [name for name in first if "frozen" not in name and "seen" not in name]
+    assert [name for name in averaged if not torch.equal(first[name], last[name])] == []
