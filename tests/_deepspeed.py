@@ -31,6 +31,21 @@ def deepspeed() -> Any:
     return package
 
 
+def config(stage: int, dtype: torch.dtype, accumulate: int, **zero: Any) -> dict[str, Any]:
+    """What a CPU rank needs beside the stage. zero: further options of "zero_optimization"."""
+    found: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 6,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": 0.0,  # else 1, and the plain twin has none
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
+    }
+    if dtype == torch.bfloat16:
+        found["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    return found
+
+
 def engine(
     model: nn.Module,
     stage: int,
@@ -39,16 +54,7 @@ def engine(
     **zero: Any,
 ) -> Any:
     """A DeepSpeed engine around `model`, with SGD on what it trains."""
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 6,
-        "gradient_accumulation_steps": accumulate,
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
-    }
-    if dtype == torch.bfloat16:
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.5)
-    return deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0]
+    options = config(stage, dtype, accumulate, **zero)
+    return deepspeed().initialize(model=model, optimizer=optimizer, config=options)[0]

@@ -6,6 +6,7 @@ difference to a float64 average of the masters, or the error.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import warnings
@@ -268,21 +269,21 @@ def built_too_early(stage: int) -> float:
 
 def table() -> dict[str, Callable[[], float]]:
     found: dict[str, Callable[[], float]] = {}
+    for stage, precision in ((1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")):
+        title = f"zero{stage} {precision}"
+        found |= {
+            f"{title}: average": lambda s=stage, p=precision: trained(s, p, 1),
+            f"{title}: accumulation": lambda s=stage, p=precision: trained(s, p, 3),
+            f"{title}: swap": lambda s=stage, p=precision: swapped(s, p, False),
+            f"{title}: swap after a warm evaluation": lambda s=stage, p=precision: swapped(
+                s, p, True
+            ),
+            f"{title}: file": lambda s=stage, p=precision: stored(s, p),
+            f"{title}: copied into the model": lambda s=stage, p=precision: copied(s, p),
+            f"{title}: other verbs": lambda s=stage, p=precision: other_verbs(s, p),
+            f"{title}: offloaded": lambda s=stage, p=precision: offloaded(s, p),
+        }
     for stage in (1, 2, 3):
-        for precision in ("fp32", "bf16"):
-            title = f"zero{stage} {precision}"
-            found |= {
-                f"{title}: average": lambda s=stage, p=precision: trained(s, p, 1),
-                f"{title}: accumulation": lambda s=stage, p=precision: trained(s, p, 3),
-                f"{title}: swap": lambda s=stage, p=precision: swapped(s, p, False),
-                f"{title}: swap after a warm evaluation": lambda s=stage, p=precision: swapped(
-                    s, p, True
-                ),
-                f"{title}: file": lambda s=stage, p=precision: stored(s, p),
-                f"{title}: copied into the model": lambda s=stage, p=precision: copied(s, p),
-                f"{title}: other verbs": lambda s=stage, p=precision: other_verbs(s, p),
-                f"{title}: offloaded": lambda s=stage, p=precision: offloaded(s, p),
-            }
         found |= {
             f"zero{stage} bf16: overflow": lambda s=stage: overflowed(s),
             f"zero{stage}: the module alone": lambda s=stage: module_alone(s),
@@ -312,14 +313,137 @@ def run_table() -> dict[str, str]:
 
 @_deepspeed.needs_deepspeed
 @pytest.mark.multirank
+@pytest.mark.slow
 def test_zero_on_two_ranks() -> None:
     """Every stage and precision equals the average of the masters."""
     assert run_ranks(2, run_table) == [{}, {}]
 
 
+# --- frameworks -----------------------------------------------------------------------------------
+
+
+def config(stage: int, precision: str, accumulate: int) -> dict[str, Any]:
+    return _deepspeed.config(stage, PRECISIONS[precision], accumulate)
+
+
+def through_accelerate(stage: int, folder: str) -> dict[str, Any]:
+    """prepare, accumulate, save_state and load_state, as docs/deepspeed.md has them."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    _deepspeed.deepspeed()
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from dist_ema.integrations.accelerate import register
+
+    plugin = DeepSpeedPlugin(hf_ds_config=config(stage, "bf16", 2))
+    accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    model: Any = Model().bfloat16()
+    optimizer: Any = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    loader: Any = DataLoader(TensorDataset(torch.randn(96, 5).bfloat16()), batch_size=6)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    run = Run.__new__(Run)
+    run.trained = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
+    run.ema = ema = EMA(model, DECAY)
+    with raises(ValueError, "ema.attach(engine)"):
+        ema.attach(optimizer)
+    ema.attach(model)
+    register(accelerator, ema)
+    run.average = run.masters()
+
+    def epoch() -> None:
+        for (x,) in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(x).float().square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                for name, master in run.masters().items():
+                    run.average[name].lerp_(master, 1 - DECAY)
+
+    epoch()
+    off = run.off()
+    accelerator.save_state(f"{folder}/state-{stage}")
+    kept = ema.gather()
+    epoch()
+    off = max(off, run.off())
+    accelerator.load_state(f"{folder}/state-{stage}")
+    back = ema.gather()
+    same = all(torch.equal(kept[name], back[name]) for name in kept if name in run.trained)
+    return {"exact": off < EPS, "loaded": same, "updates": ema.metrics(distance=False)["updates"]}
+
+
+class Regression(nn.Module):
+    """What `Trainer` wants: a dictionary with the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        y = self.b(torch.tanh(self.a(x))).squeeze(-1)
+        return {"loss": (y - labels).square().mean(), "logits": y}
+
+
+def through_trainer(stage: int, folder: str, resume: str | None) -> int:
+    """Eight steps of `Trainer`, with a checkpoint after four."""
+    _deepspeed.deepspeed()
+    from transformers import Trainer, TrainingArguments
+
+    from dist_ema.integrations.transformers import EMACallback
+
+    arguments: dict[str, Any] = {
+        "max_steps": 8, "save_steps": 4, "learning_rate": 0.1, "gradient_accumulation_steps": 2,
+        "report_to": [], "disable_tqdm": True, "label_names": ["labels"], "optim": "adamw_torch",
+        "per_device_train_batch_size": 6, "max_grad_norm": 0.0, "ddp_backend": "gloo",
+    }  # fmt: skip
+    arguments["deepspeed"] = config(stage, "fp32", 2)
+    x = torch.randn(256, 2, generator=torch.Generator().manual_seed(0))
+    rows = [{"x": each, "labels": each @ torch.tensor([1.0, -2.0])} for each in x]
+    torch.manual_seed(0)
+    callback = EMACallback(decay=0.5)
+    made = Trainer(
+        Regression(),
+        TrainingArguments(output_dir=folder, **arguments),
+        train_dataset=rows,
+        callbacks=[callback],
+    )
+    made.train(resume_from_checkpoint=resume)
+    assert callback.ema is not None
+    return int(callback.ema.metrics(distance=False)["updates"])
+
+
+def frameworks(folder: str) -> list[Any]:
+    """Both in one process: importing them takes longer than training."""
+    found: list[Any] = [through_accelerate(3, folder)]
+    from accelerate.state import AcceleratorState
+
+    for resume in (None, f"{folder}/trainer/checkpoint-4"):
+        AcceleratorState._reset_state(True)
+        found.append(through_trainer(2, f"{folder}/trainer", resume))
+        dist.barrier()
+        if dist.get_rank() == 0 and resume is None:  # the job dies there
+            os.rename(f"{folder}/trainer/checkpoint-8", f"{folder}/whole")
+        dist.barrier()
+    return found
+
+
+@_deepspeed.needs_deepspeed
+@pytest.mark.multirank
+@pytest.mark.slow
+def test_frameworks(tmp_path: Path) -> None:
+    """accelerate and Trainer: averages of the masters, saved and resumed bit for bit."""
+    expected = [{"exact": True, "loaded": True, "updates": 8}, 8, 8]
+    assert run_ranks(2, frameworks, str(tmp_path)) == [expected, expected]
+    whole = load_file(tmp_path / "whole" / "ema")
+    again = load_file(tmp_path / "trainer" / "checkpoint-8" / "ema")
+    assert whole.keys() == again.keys()
+    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+
+
 # --- elastic ---------------------------------------------------------------------------------------
 
-CHAIN = [("fsdp2", 4), ("zero3", 2), ("ddp", 3), ("zero1", 3), ("none", 1), ("zero3", 3), ("zero2", 2), ("fsdp2", 2)]  # fmt: skip
+CHAIN = [("fsdp2", 4), ("zero3", 2), ("ddp", 3), ("zero1", 2), ("none", 1), ("zero3", 3), ("fsdp2", 2)]  # fmt: skip
 
 
 def next_link(kind: str, source: str, target: str) -> None:
@@ -338,6 +462,7 @@ def next_link(kind: str, source: str, target: str) -> None:
 
 @_deepspeed.needs_deepspeed
 @pytest.mark.multirank
+@pytest.mark.slow
 def test_elastic_chain(tmp_path: Path) -> None:
     """One average through eight wrappers and worlds: the same bits at the end."""
     source = ""

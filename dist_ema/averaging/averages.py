@@ -27,6 +27,7 @@ from ..schedules import Schedule
 from ..sharding import discovery, geometry, records, wrappers
 from ..sharding.ownership import ParamState
 from .clock import Clock
+from .engine_steps import stepped_parameters
 from .engines import Engine, Inline, Times, choose_engine
 from .inventory import Average, Inventory, Placement, Selection
 from .kernels.eager import UpdatePlan
@@ -94,7 +95,7 @@ class AveragedWeights:
 
     def stepped_by(self, optimizers: Iterable[Optimizer]) -> bool:
         """One of the optimizers holds an averaged weight, or memory of one."""
-        params = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+        params = [p for each in optimizers for p in stepped_parameters(each)]
         storages = {state.local.untyped_storage().data_ptr() for state in self._averaged}
         memories = [memory for p in params if (memory := records.memory_of(p)) is not None]
         return not {id(p) for p in params}.isdisjoint(

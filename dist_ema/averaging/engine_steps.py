@@ -11,9 +11,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["EngineSteps", "is_engine"]
+__all__ = ["EngineSteps", "is_engine", "stepped_parameters"]
 
 
 def is_engine(optimizer: Any) -> bool:
@@ -22,6 +23,13 @@ def is_engine(optimizer: Any) -> bool:
         parent.__name__ == "DeepSpeedEngine" and parent.__module__.startswith("deepspeed.")
         for parent in type(optimizer).__mro__
     )
+
+
+def stepped_parameters(optimizer: Any) -> list[Tensor]:
+    """What an optimizer holds, and of an engine the weights that it trains."""
+    if is_engine(optimizer):
+        return list(optimizer.parameters())
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 class EngineSteps:

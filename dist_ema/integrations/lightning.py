@@ -86,9 +86,12 @@ class EMACallback(Callback):  # type: ignore[misc]
         """Weights are wrapped and restored, optimizers exist, and no step was taken."""
         if self._fit is not None:
             return
-        ema = self._ema = EMA(trainer.strategy.model, **self._ema_options)
+        model = trainer.strategy.model
+        ema = self._ema = EMA(model, **self._ema_options)
         self._after_fit = None
-        ema.attach(*trainer.optimizers, every=self._every, start=self._start)
+        # A DeepSpeed engine steps its optimizers itself.
+        steps = [model] if hasattr(model, "was_step_applied") else trainer.optimizers
+        ema.attach(*steps, every=self._every, start=self._start)
         if trainer.ckpt_path is not None:
             ema.load(_existing(trainer.ckpt_path))
         strategy, self._fit = trainer.strategy, ExitStack()

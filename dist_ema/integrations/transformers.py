@@ -86,7 +86,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             self.ema.detach()
         assert trainer.optimizer is not None
         self.ema = EMA(trainer.model_wrapped, **self._ema_options)
-        self.ema.attach(trainer.optimizer, every=self._every, start=self._start)
+        steps = getattr(trainer, "deepspeed", None) or trainer.optimizer
+        self.ema.attach(steps, every=self._every, start=self._start)
         if resumed is not None:
             self.ema.load(_folder_of(resumed))
         if self._trainer is not trainer:

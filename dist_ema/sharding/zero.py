@@ -44,7 +44,7 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 def holds_partitions(module: nn.Module) -> bool:
     """The module's own parameters are ZeRO-3's: `partition` frees their whole copies."""
-    return any(hasattr(parameter, "ds_tensor") for parameter in module._parameters.values())
+    return any(hasattr(parameter, "ds_status") for parameter in module._parameters.values())
 
 
 def zero3_group(tensor: Tensor) -> dist.ProcessGroup | None:
@@ -53,10 +53,10 @@ def zero3_group(tensor: Tensor) -> dist.ProcessGroup | None:
 
 
 def partition(module: nn.Module) -> None:
-    """Free the whole copies of this module's own ZeRO-3 parameters: the next forward gathers anew."""
+    """Free whole copies of the module's own ZeRO-3 parameters: the next forward gathers."""
     for parameter in module._parameters.values():
         weight: Any = parameter
-        if hasattr(weight, "ds_tensor") and weight.ds_status.name == AVAILABLE:
+        if hasattr(weight, "ds_status") and weight.ds_status.name == AVAILABLE:
             weight.partition()
 
 
@@ -83,6 +83,8 @@ def zero3_shard(name: str, kind: Any, tensor: Any, place: tuple[nn.Module, str])
 
 
 def _unsupported(tensor: Any) -> str | None:
+    if getattr(tensor, "ds_tensor", None) is None or not hasattr(tensor, "ds_process_group"):
+        return "without a partition of it"
     if getattr(tensor, "ds_secondary_tensor", None) is not None:
         return "with secondary partitions (zero_hpz_partition_size)"
     if hasattr(tensor, "comm"):
