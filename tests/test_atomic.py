@@ -387,6 +387,47 @@ def test_rolled_forward_is_durable_before_files_go(
     assert calls[-3:] == [f"rename .new-{token} .tmp-{token}", "sync ema", f"remove .tmp-{token}"]
 
 
+def test_rolled_forward_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index and ema.json get their names after the files that they name, so that none names a missing file."""
+    path, new = forward(tmp_path, monkeypatch)
+    for name in ("ema.json", "z"):
+        (new / name).write_text("new")
+    real, order = os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        order.append(target.name)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    atomic.publish(new, path)
+    assert order == ["a", "b", "z", "ema.json"]
+
+
+def test_a_reader_comes_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lay elsewhere is gone when it is opened, because the writer has put it in place: read again."""
+    path, real = make(tmp_path / "ema", "folder", "new"), atomic.whole
+    places = iter([tmp_path / "gone", path])
+    monkeypatch.setattr(atomic, "whole", lambda _: next(places))
+    assert atomic.read_one_version(path, texts) == {"new"}
+    monkeypatch.setattr(atomic, "whole", real)
+    with pytest.raises(FileNotFoundError, match="never"):
+        atomic.read_one_version(tmp_path / "never", texts)
+
+
+def texts(path: Path) -> set[str]:
+    return {(path / name).read_text() for name in ("a", "sub/b")}
+
+
+def test_errors_that_name_a_path_keep_it(tmp_path: Path) -> None:
+    """Only what names none gets one, and a full disk its bytes."""
+    for name, want in (("b", f"{tmp_path}/b"), (None, f"{tmp_path}/a")):
+        with pytest.raises(OSError, match="error") as caught, atomic.disk_errors(tmp_path / "a", 9):
+            raise OSError(
+                errno.EIO, os.strerror(errno.EIO), *([f"{tmp_path}/{name}"] if name else [])
+            )
+        assert (caught.value.filename, caught.value.errno) == (want, errno.EIO)
+
+
 # --- leftovers ---------------------------------------------------------------------------------------------------
 
 AWKWARD = [
@@ -457,7 +498,7 @@ def test_ensure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def numbers(path: Path) -> set[int]:
     """What the files of a folder hold, of whatever versions."""
-    return {int((path / name).read_text()) for name in ("a", "sub/b")}
+    return set(map(int, texts(path)))
 
 
 SECONDS = float(os.environ.get("DIST_EMA_RACE_SECONDS", "2"))

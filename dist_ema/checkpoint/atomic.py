@@ -127,15 +127,14 @@ def _named_with(folder: Path, prefix: str) -> list[Path]:
 
 def whole(path: Path) -> Path:
     """Where the whole version of `path` lies now, which is elsewhere while a writer replaces it."""
-    for _ in range(3):  # a writer can finish between two looks
-        if path.exists():
-            return next(iter(_all_inside(path, "new")), path)
-        for old in _all_beside(path, "old"):
-            # NOTE: an old version steps aside only when the new one is complete.
-            for each in (_beside(path, "tmp", old.name[-32:]), old):
-                if each.exists():
-                    return each
-    return path
+    if path.exists():
+        return next(iter(_all_inside(path, "new")), path)
+    for old in _all_beside(path, "old"):
+        # NOTE: an old version steps aside only when the new one is complete.
+        for each in (_beside(path, "tmp", old.name[-32:]), old):
+            if each.exists():
+                return each
+    return path  # there is none, or a writer has just put it in place
 
 
 def read_one_version(path: Path, read: Callable[[Path], T]) -> T:
@@ -244,7 +243,7 @@ def _link_over(staged: Path, path: Path) -> None:
         if (staged / name).is_dir():
             (path / name).mkdir(exist_ok=True)
             _link_over(staged / name, path / name)
-        elif not (path / name).exists() or not os.path.samefile(staged / name, path / name):
+        else:
             link = temporary_sibling(path / name)
             link_or_copy(staged / name, link)
             os.replace(link, path / name)
