@@ -30,7 +30,7 @@ from .averaging.clock import Clock
 from .averaging.inventory import Average, Placement, Selection
 from .averaging.optimizer_hooks import Attachment, refuse_beside_masters
 from .averaging.swap import WeightSwap
-from .checkpoint import dcp, reader, writer
+from .checkpoint import atomic, dcp, reader, writer
 from .checkpoint.manifest import Manifest
 from .distributed.coordinator import Ranks
 from .schedules import Schedule, schedule_list
@@ -112,8 +112,9 @@ class EMA:
         device: Of the shadows; None keeps each beside its weight, "cpu" averages in pinned host
             memory.
         split: Divide replicated weights (DDP, HSDP) among the ranks that hold them. With False
-            every rank keeps a full copy. A process group says that plain weights are replicated
-            over it, and divides them too.
+            every rank keeps a full copy: where all weights are replicated (DDP), `swap`, `gather`
+            and `export` are local then, and one rank may call them alone. A process group says that
+            plain weights are replicated over it, and divides them too.
         buffers: "copy" takes buffers from the live model when the average is used. "average"
             averages the floating ones. A regex or a predicate on names averages those that it
             chooses.
@@ -185,6 +186,8 @@ class EMA:
         found = self.weights.find()
         self._ranks = Ranks(found.members, found.group, wrappers.side_store, timeout)
         self._everyone: Ranks | None = None
+        self._alone = Ranks([self._ranks.members[self._ranks.rank]], None, wrappers.side_store)
+        self._may_be_alone = False  # every rank averages the whole model
         self._swap_writes = 0  # by swaps of any EMA, when the block of ours began
         self._writer: writer.Writer | None = None
         arguments: dict[str, Any] = {"decay": schedules, "dtype": dtype, "buffers": buffers}
@@ -196,10 +199,26 @@ class EMA:
         self.weights.use_engine()
 
     def _adopt(self, verb: str, found: records.ModelShards) -> None:
-        self._ranks.run_on_all(verb, lambda: self.weights.adopt(found))
+        def adopt() -> bool | None:
+            self.weights.adopt(found)
+            return self._averages_all or None
+
+        _, self._may_be_alone = self._ranks.run_on_all(verb, adopt, combine=all)
         states = self.weights.states
         averaged = [state.shadow is not None for state in states]
         consistency.on_weights(verb, self._ranks, states, averaged)
+
+    @property
+    def _averages_all(self) -> bool:
+        """Nothing is divided among ranks."""
+        shards = [state.shard for state in self.weights.states]
+        whole = all(shard.local_region.numel == math.prod(shard.shape) for shard in shards)
+        return whole and not self.weights.placement.split and self._ranks.size > 1
+
+    @property
+    def _needed(self) -> Ranks:
+        """The ranks that must enter `swap`, `gather` and `export`: one where each has it all."""
+        return self._alone if self._may_be_alone and self._averages_all else self._ranks
 
     def _enter(
         self,
@@ -208,6 +227,7 @@ class EMA:
         which: Which = 0,
         prepare: Callable[[], None] | None = None,
         arguments: dict[str, Any] | None = None,
+        ranks: Ranks | None = None,
     ) -> Average:
         """Begin a verb: all ranks come, were called alike and can go on, or raise."""
         weights = self.weights
@@ -217,8 +237,9 @@ class EMA:
             weights.average(which)
             (prepare or weights.ready)()
 
-        self._ranks.begin(verb, self._common(which, arguments or {}))
-        self._ranks.run_on_all(verb, ready)
+        ranks = ranks or self._ranks
+        ranks.begin(verb, self._common(which, arguments or {}))
+        ranks.run_on_all(verb, ready)
         return weights.average(which)
 
     def _common(self, which: Which, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -382,7 +403,9 @@ class EMA:
         `state_dict()` refers to the model's memory, and holds live weights again after the block.
 
         A rank that leaves by an exception makes the others raise RuntimeError at their exit, after
-        restoring.
+        restoring. The exit waits for ranks that are still in the block, however long they evaluate.
+        One that died or was stopped there is named after `timeout` seconds. With `split=False` on
+        replicated weights the swap is local, and no rank waits for another.
 
         Args:
             which: Of several averages, by number or schedule, here and in the other verbs.
@@ -401,7 +424,7 @@ class EMA:
         try:
             self._apply_swap(swap)
             entered = True
-            with self._ranks.heartbeats():
+            with swap.ranks.heartbeats():
                 yield self
         except BaseException as caught:
             error = caught
@@ -431,9 +454,10 @@ class EMA:
                 )
             weights.ready()
 
-        average = self._enter("swap", Reads.SHADOWS, which, prepare)
+        ranks = self._needed
+        average = self._enter("swap", Reads.SHADOWS, which, prepare, ranks=ranks)
         self._warn_if_idle("swap")
-        split, ranks, note = weights.placement.split, self._ranks, weights.note_swap
+        split, note = weights.placement.split, weights.note_swap
         return average, WeightSwap(
             weights.model, average.states, average.own_buffers, split, ranks, note
         )
@@ -441,7 +465,7 @@ class EMA:
     @_outside_autograd
     def _apply_swap(self, swap: WeightSwap) -> None:
         with derived.caches_dropped(self.weights.model):
-            self._ranks.run_on_all("swap", swap.apply)
+            swap.ranks.run_on_all("swap", swap.apply)
             swap.broadcast()
         swap.watch()
         self.weights.mark()
@@ -466,7 +490,7 @@ class EMA:
             message["error"] = f"{type(raised).__name__}: {raised}"
         with derived.caches_dropped(weights.model):
             try:
-                exits = self._ranks.all_gather_json(
+                exits = swap.ranks.all_gather_json(
                     "swap",
                     message if any(message.values()) else None,
                     combine=_combine_exits,
@@ -481,7 +505,7 @@ class EMA:
         if exits["error"] and error is None:
             rank, text = exits["error"]
             raise RuntimeError(
-                f"rank {self._ranks.members[rank]} left ema.swap() by an exception: {text}"
+                f"rank {swap.ranks.members[rank]} left ema.swap() by an exception: {text}"
             )
         if error is None:
             average.own_buffers |= {name: buffers[name] for name in exits["changed"]}
@@ -517,13 +541,13 @@ class EMA:
         with every alias: it passes `load_state_dict(strict=True)`.
 
         Note:
-            *Cost*: the model on the first rank's host, 16 MB windows elsewhere.
+            With `split=False` on replicated weights it is local, and every rank that calls it gets
+            the state_dict. *Cost*: the model on the first rank's host, 16 MB windows elsewhere.
         """
-        average = self._enter("gather", Reads.WHOLE_MODEL, which)
+        ranks = self._needed
+        average = self._enter("gather", Reads.WHOLE_MODEL, which, ranks=ranks)
         self._warn_if_idle("gather")
-        return gather.full(
-            self._ranks, average.persistent, average.own_buffers, torch.device("cpu")
-        )
+        return gather.full(ranks, average.persistent, average.own_buffers, torch.device("cpu"))
 
     @_outside_autograd
     def copy_to(self, module: parameters.Model, which: Which = 0) -> None:
@@ -611,14 +635,19 @@ class EMA:
 
         Raises:
             ValueError: A finite value would become infinite in `dtype`.
+
+        Note:
+            With `split=False` on replicated weights it is local: every rank that calls it writes
+            the files, one rank after another.
         """
 
         def request() -> writer.SaveRequest:
             average, target = self.weights.average(which), _real_path(path)
             facts = replace(self._manifest("export"), weights="all")
             own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
-            files = [writer.AverageFiles(average.persistent, own_buffers, schedule)]
-            return writer.SaveRequest("export", target, files, facts, max_shard_size, mode, dtype)
+            alone = self._needed is self._alone
+            files = writer.AverageFiles(average.persistent, own_buffers, schedule, alone=alone)
+            return writer.SaveRequest("export", target, [files], facts, max_shard_size, mode, dtype)
 
         arguments = {"path": os.fspath(path), "max_shard_size": max_shard_size, "mode": mode}
         self._write("export", request, arguments | {"dtype": dtype}, which)
@@ -697,7 +726,8 @@ class EMA:
             self.weights.ready()
             made.append(make_request())  # with the buffers that were filled since
 
-        self._enter(verb, Reads.WHOLE_MODEL, which, prepare, arguments)
+        ranks = self._needed if verb == "export" else self._ranks
+        self._enter(verb, Reads.WHOLE_MODEL, which, prepare, arguments, ranks)
         request = made[0]
         self._warn_if_idle(request.verb)
         model = self.weights.model
@@ -709,6 +739,10 @@ class EMA:
                 stacklevel=_stacklevel_of_caller(),
             )
         self._warn_of_unexplained_keys(request.verb)
+        if ranks is self._alone:
+            with atomic.locked(request.path):  # all ranks may export to one path
+                self._warn_each(writer.Writer(ranks).write(request, self.timeout))
+            return
         alone = self._ranks.size == 1 and dist.is_initialized() and dist.get_world_size() > 1
         if alone and self._everyone is None:
             members = range(dist.get_world_size())

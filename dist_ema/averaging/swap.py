@@ -72,7 +72,7 @@ class WeightSwap:
         self._weights = [state for state in states if state.shard.kind != "buffer"]
         self._model, self._own_buffers = model, own_buffers
         self._unfilled: list[tuple[nn.Module, str]] = []
-        self._ranks, self._note = ranks, note
+        self.ranks, self._note = ranks, note
         self._has_replicas = split and any(state.shard.replicas for state in self._weights)
         self._replicas_whole = True
         self._chunks: list[Chunk] = []
@@ -122,7 +122,7 @@ class WeightSwap:
 
     def broadcast(self) -> None:
         """Make the replicas whole: they hold what their owners hold. *Collective*."""
-        ranks = self._ranks
+        ranks = self.ranks
         self._replicas_whole = ranks.size == 1
         if self._has_replicas:
             ranks.run_transfer("swap", lambda: broadcast_to_replicas(self._weights, ranks.wait_for))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -38,6 +39,7 @@ __all__ = [
     "exchanges",
     "follow",
     "link_or_copy",
+    "locked",
     "named",
     "point",
     "publish",
@@ -94,6 +96,22 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep the other processes out that replace `path` under this lock.
+
+    NOTE: the lock is on the parent folder. NFS refuses that, and then nothing keeps them out.
+    """
+    ensure(path.parent)
+    fd = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _beside(path: Path, kind: str, token: str) -> Path:

@@ -49,12 +49,13 @@ class AverageFiles:
     schedule: dict[str, Any]
     label: str = ""
     staged: list[Block] | None = None  # copies, in place of what the states hold by now
+    alone: bool = False  # this rank writes everything
 
     @cached_property
     def blocks(self) -> list[Block]:
         """What this rank writes. *Aliases* shadows and live weights, unless copies are staged."""
         return (
-            list(saved_blocks(self.states, self.own_buffers))
+            list(saved_blocks(self.states, self.own_buffers, self.alone))
             if self.staged is None
             else self.staged
         )

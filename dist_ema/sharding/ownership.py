@@ -88,11 +88,15 @@ class ParamState:
     @property
     def average(self) -> Tensor:
         """What files and `gather` take: [saved_region.numel]. Where nothing is averaged, live."""
+        return self.average_in(self.saved_region)
+
+    def average_in(self, region: Region) -> Tensor:
+        """The average, or live where nothing is averaged: [region.numel]."""
         if self.shadow is not None:
-            return _part(self.shadow, self.averaged_region, self.saved_region)
+            return _part(self.shadow, self.averaged_region, region)
         if self.teacher_copy is not None:
-            return _part(self.teacher_copy, self.shard.local_region, self.saved_region)
-        return self.local_view(self.saved_region)
+            return _part(self.teacher_copy, self.shard.local_region, region)
+        return self.local_view(region)
 
     def local_view(self, region: Region) -> Tensor:
         """The elements of `region` in the model."""
@@ -262,24 +266,26 @@ def _pieces(state: ParamState, depth: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def saved_blocks(
-    states: Sequence[ParamState], values: dict[str, Tensor] | None = None
+    states: Sequence[ParamState], values: dict[str, Tensor] | None = None, alone: bool = False
 ) -> Iterator[Block]:
     """What this rank saves, in blocks of at most `MAX_BLOCK` elements.
 
     Args:
         states: The weights and buffers.
         values: Own buffers by name, taken in place of the model's.
+        alone: Everything that this rank holds, as no other rank saves the rest.
 
     Yields:
         Blocks, numbered like the states. *Aliases* shadows and live weights.
     """
     for number, state in enumerate(states):
-        data = state.average
+        region = state.shard.local_region if alone else state.saved_region
+        data = state.average_in(region)
         if values and state.name in values and data.numel():
             data = values[state.name]
         elif state.is_copied_buffer:
             data = data.clone()  # NOTE: numpy forbids to resize memory that it has seen
-        for box, view in boxes_with_data(state.shard, state.saved_region, data):
+        for box, view in boxes_with_data(state.shard, region, data):
             for block in split_box(box, MAX_BLOCK):
                 yield Block(number, block.offsets, view[block.within(box)])
 
