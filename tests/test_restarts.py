@@ -70,7 +70,7 @@ def train(folder: str, die: Callable[[int], None] = lambda step: None) -> None:
             torch.save(live, root / f"live-{step:04}-{rank}.pt")
             fast.save(root / "fast" / f"{step:04}", mode="stream", keep=9, wait=False)
             fast.gather()
-            fast._finish_writing()  # `latest` names a step of which both averages are whole
+            fast.load(root / "fast" / f"{step:04}")  # waits: `latest` names a step that is whole
             slow.save(root / "slow" / f"{step:04}", keep=9)
     with slow.swap():
         assert model(torch.zeros(2, 9)).isfinite().all()

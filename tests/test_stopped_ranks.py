@@ -60,7 +60,7 @@ MORE = [
 ]
 
 
-def arm(ema: EMA, case: Case) -> None:
+def arm(case: Case) -> None:
     """From now on, count operations and fail before the one of the case."""
     done = 0
 
@@ -74,26 +74,16 @@ def arm(ema: EMA, case: Case) -> None:
 
         return call
 
-    if case.kind == BYTES:
-        for name in BYTES:
-            setattr(dist, name, counted(getattr(dist, name)))
-        return
-    coordinator = ema._ranks._coordinator
-    store = coordinator._maybe_store
-
-    class Counted:
-        def __getattr__(self, name: str) -> Any:
-            call = getattr(store, name)
-            return counted(call) if name in MESSAGES else call
-
-    coordinator._maybe_store = Counted()  # type: ignore[assignment]
+    place: Any = dist if case.kind == BYTES else dist.PrefixStore
+    for name in case.kind:
+        setattr(place, name, counted(getattr(place, name)))
 
 
 def use(ema: EMA, case: Case, other: nn.Module, folder: Path, is_victim: bool) -> None:
     """The verb of the case, in which the victim fails."""
     if case.verb not in ("leave", "block"):
         if is_victim:
-            arm(ema, case)
+            arm(case)
         calls: dict[str, Callable[[], Any]] = {
             "gather": ema.gather,
             "copy_to": lambda: ema.copy_to(other),
@@ -107,7 +97,7 @@ def use(ema: EMA, case: Case, other: nn.Module, folder: Path, is_victim: bool) -
         time.sleep(2 * TIMEOUT if is_victim else 0)
     with ema.swap():
         if is_victim and case.verb == "leave":
-            arm(ema, case)
+            arm(case)
         elif is_victim:
             os.kill(os.getpid(), case.fault)
 
