@@ -75,7 +75,7 @@ def fitted(name: str, values: Floats, dtype: str) -> Bytes:
     """
     raw = narrow(values, dtype)
     is_narrower = NUMPY[dtype].itemsize < values.itemsize
-    if is_narrower and finite(raw, dtype) != int(np.isfinite(values).sum()):
+    if is_narrower and finite(raw, dtype) != np.count_nonzero(np.isfinite(values)):
         raise ValueError(
             f"{name} holds values that are too large for {dtype}. Choose another dtype."
         )
@@ -99,7 +99,7 @@ def finite(raw: Bytes, dtype: str) -> int:
     if dtype not in (*FLOATS, "C64"):
         raise ValueError(f"finite() counts elements of floating dtypes, got {dtype}.")
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        return int(np.isfinite(_view(raw, dtype)).sum())
+        return int(np.count_nonzero(np.isfinite(_view(raw, dtype))))
 
 
 def gathered(

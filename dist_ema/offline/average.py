@@ -54,7 +54,7 @@ def average(
         ValueError: The models do not hold the same weights; the error lists all differences.
 
     Note:
-        *Cost*: 28 MB, and the headers.
+        *Cost*: 32 MB, and the headers.
     """
     ordered = list(paths) if weights else in_order(paths)
     chosen = ordered[-lawa:] if lawa else ordered

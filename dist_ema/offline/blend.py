@@ -63,7 +63,7 @@ class Blend:
         return self.dtypes.get(name, was) if was in FLOATS else was
 
     def content(self, name: str) -> Iterator[Bytes]:
-        """The bytes of a weight, in windows. *Cost*: 28 MB."""
+        """The bytes of a weight, in windows. *Cost*: 32 MB."""
         dtype = self._dtype(name)
         count = self.rest.entries[name].nbytes // ITEMSIZE[self.rest.entries[name].dtype]
         for begin in range(0, count, WINDOW):
@@ -192,7 +192,7 @@ def write(
         tick: Receives how many bytes were written.
 
     Note:
-        *Cost*: 28 MB.
+        *Cost*: 32 MB.
     """
     entries = blend.entries
     out = Path(os.path.realpath(out))  # through a link

@@ -1,6 +1,6 @@
 """A model made ready to ship, in one pass: weights under the names, files and dtypes users expect.
 
-*Cost*: one window of 16 MB and its copies in other dtypes, whatever the model's size. No torch.
+*Cost*: two windows of 8 MB and their copies in other dtypes, whatever the model's size. No torch.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
             for raw in source.windows(model, name): ...
 
 Whatever the form on disk, a model is a table of names and a way to read bytes of each. A window is
-16 MB, whatever the size of the weight.
+8 MB, whatever the size of the weight.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
     "windows",
 ]
 
-WINDOW = 16 << 20  # bytes
+WINDOW = 8 << 20  # bytes
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
 
 

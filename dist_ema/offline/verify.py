@@ -1,14 +1,11 @@
 """Whether files still are what was written: structure, ema.json, check sums, finite values.
 
-*Cost*: one pass over the bytes, a window of 16 MB at a time. No torch.
+*Cost*: one pass over the bytes, a window of 8 MB at a time. No torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +19,7 @@ from ..dtypes import FLOATS, Bytes, finite, widen
 from ..text import Bar, Tick, sentence, silent
 from .report import ModelReport, report_on
 from .sources import WINDOW, find, open_model, read_at, windows
+from .sums import FileSums
 
 __all__ = ["SUMS", "Verdict", "verify"]
 
@@ -170,30 +168,23 @@ def _verify_file(
     tick: Tick,
 ) -> None:
     """One pass over one file: its sums against those `recorded`, its weights' values."""
-    crc, sha = (
-        zlib.crc32(file.head),
-        hashlib.sha256(file.head) if seal or "sha256" in recorded else None,
-    )
-    tick(len(file.head))
-    fd = os.open(path, os.O_RDONLY)
-    try:
+    with_sha256 = seal or "sha256" in recorded
+    with open(path, "rb") as handle, FileSums(file.head, with_sha256) as sums:
+        tick(len(file.head))
         for weight, entry in sorted(
             file.entries.items(), key=lambda item: (item[1].begin, item[1].end)
         ):
             count = Counter[str]()
             base = len(file.head)
             for begin in range(entry.begin, entry.end, WINDOW):
-                raw = read_at(fd, path, base + begin, base + min(begin + WINDOW, entry.end))
-                crc = zlib.crc32(raw.data, crc)
-                if sha is not None:
-                    sha.update(raw.data)
+                end = min(begin + WINDOW, entry.end)
+                raw = read_at(handle.fileno(), path, base + begin, base + end)
+                sums.add(raw)
                 count += _not_finite(raw, entry.dtype)
                 tick(len(raw))
             inside = name.rpartition("/")[0]
             _note(verdict, f"{inside}: {weight}" if inside else weight, count)
-    finally:
-        os.close(fd)
-    found = {"crc32": f"{crc:08x}"} | ({"sha256": sha.hexdigest()} if sha is not None else {})
+        found = sums.to_json()
     verdict.files[name] = {"size": file.size} | found
     verdict.problems.extend(
         f"{path} is damaged: its {SUMS[kind]} is {found[kind]}, {manifest.META} says {value}."

@@ -6,10 +6,8 @@ No torch.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from ..checkpoint.foreign_files import carry_over
 from ..checkpoint.manifest import Manifest, is_resumable
 from ..dtypes import Bytes
 from ..text import size_of
+from .sums import FileSums
 
 __all__ = ["Model", "lay_out", "refuse_place", "refuse_target", "write"]
 
@@ -163,24 +162,23 @@ def _write_file(
     tick: Callable[[int], None],
 ) -> dict[str, Any]:
     """Returns its line in ema.json: size and sums."""
-    crc, sha, at = zlib.crc32(file.head), hashlib.sha256(file.head), len(file.head)
-    with open(path, "wb") as handle:
+    at = len(file.head)
+    with open(path, "wb") as handle, FileSums(file.head, with_sha256=True) as sums:
         atomic.reserve(handle.fileno(), file.size)
         atomic.write_at(handle.fileno(), file.head, 0)
         for name, entry in sorted(
             file.entries.items(), key=lambda item: (item[1].begin, item[1].end)
         ):
             for raw in content(name):
-                view = raw.data
-                atomic.write_at(handle.fileno(), view, at)
-                crc, at = zlib.crc32(view, crc), at + len(view)
-                sha.update(view)
-                tick(len(view))
+                sums.add(raw)
+                atomic.write_at(handle.fileno(), raw.data, at)
+                at += len(raw)
+                tick(len(raw))
             assert at == len(file.head) + entry.end, (
                 f"{name} is {entry.nbytes} bytes, the content was not"
             )
         os.fsync(handle.fileno())
-    return {"size": file.size, "crc32": f"{crc:08x}", "sha256": sha.hexdigest()}
+        return {"size": file.size} | sums.to_json()
 
 
 def _write_beside(folder: Path, model: Model, sums: dict[str, dict[str, Any]]) -> None:

@@ -143,7 +143,7 @@ class Snapshots:
             tick: Receives the number of bytes written.
 
         Note:
-            *Cost*: 28 MB, whatever the model and the number of snapshots.
+            *Cost*: 32 MB, whatever the model and the number of snapshots.
         """
         self.refuse_place(out)
         chosen = [
@@ -221,7 +221,7 @@ def reconstruct(
         ValueError: The snapshots cannot be mixed into it; nothing is written then.
 
     Note:
-        *Cost*: 28 MB.
+        *Cost*: 32 MB.
     """
     if (sigma_rel is None) == (target is None):
         raise ValueError(
