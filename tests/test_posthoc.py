@@ -627,8 +627,8 @@ def test_refused(run: Any, tmp_path: Path) -> None:
     ema.save(tmp_path / "wide")
     with pytest.raises(ValueError, match=r"emb.weight is \[7, 4\] in .*, \[7, 6\] in .*wide"):
         snapshots.reconstruct([run[0], tmp_path / "wide"], out, target=Power(sigma_rel=0.08))
-    late = EMA(Small(), TWO)
-    late.attach(torch.optim.SGD(Small().parameters(), 0.1), start=5)
+    late = EMA(begun := Small(), TWO)
+    late.attach(torch.optim.SGD(begun.parameters(), 0.1), start=5)
     late.save(tmp_path / "late")
     with pytest.raises(ValueError, match="late cannot be used as a snapshot: .* had not started"):
         snapshots.Snapshots([run[0], tmp_path / "late"])
