@@ -13,9 +13,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from ..sharding import records
-from ..sharding.addresses import Addresses
 from ..sharding.ownership import ParamState
-from ..sharding.records import Shard
+from ..sharding.records import Addresses, Shard
 from .clock import Clock
 from .swap_registry import SwapRegistry
 

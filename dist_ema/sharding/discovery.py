@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -181,10 +181,9 @@ def _plain(
     # stay the same object.
     by_place = partial(_buffer_memory, place)
     local: Callable[[], Tensor] = by_place if kind == "buffer" else partial(_memory, tensor)
-    if not dense:
-        local = partial(_copied, local)
-    shard = Shard(name, kind, tuple(tensor.shape), tensor, place, whole, local, 0, order)
-    shard.dense = dense
+    read = local if dense else partial(_copied, local)
+    shape = tuple(tensor.shape)
+    shard = Shard(name, kind, shape, tensor, place, whole, read, 0, order, dense=dense)
     if ddp:
         shard.replicas, shard.owner_ranks = (ddp.group,), ddp.ranks
     take_masters(shard)
@@ -343,7 +342,7 @@ def _choose_writers(shards: list[Shard], members: list[int]) -> None:
 class InventoryChanges:
     """How a module tree differs from the records of it, by canonical names.
 
-    False where nothing changed. `replaced`, `gone` and `retied` need a decision of the user.
+    `replaced`, `gone` and `retied` need a decision of the user.
     """
 
     replaced: tuple[str, ...] = ()  # weights: another tensor object stands under the name
@@ -356,9 +355,6 @@ class InventoryChanges:
     new_buffers: tuple[str, ...] = ()  # those that were None among them
     replaced_buffers: tuple[str, ...] = ()  # by another module's, or tied otherwise
     gone_buffers: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return any(getattr(self, field.name) for field in fields(self))
 
 
 def compare_inventory(model: nn.Module, shards: Sequence[Shard]) -> InventoryChanges:

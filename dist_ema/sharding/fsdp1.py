@@ -21,7 +21,6 @@ __all__ = [
     "FlatSlice",
     "FlatSlices",
     "flat_slices",
-    "is_busy",
     "ranks_and_group",
     "reshard_flat_parameter",
 ]
@@ -131,11 +130,6 @@ def ranks_and_group(owner: FullyShardedDataParallel) -> tuple[list[int], dist.Pr
     all_ranks: list[Any] = [None] * outer.size()
     dist.all_gather_object(all_ranks, inner, group=outer)
     return sorted(rank for ranks in all_ranks for rank in ranks), None
-
-
-def is_busy(owner: FullyShardedDataParallel) -> bool:
-    """It is inside summon_full_params or a forward, so a write to its shard would be lost."""
-    return owner.training_state.name != "IDLE"
 
 
 def reshard_flat_parameter(owner: FullyShardedDataParallel) -> None:

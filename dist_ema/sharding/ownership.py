@@ -57,11 +57,11 @@ class ParamState:
     sequence: tuple[int, int]  # (start of `local`, end of all) in what its replicas divide
     shadow: Tensor | None = None  # [averaged_region.numel]; None: not averaged
     teacher_copy: Tensor | None = None  # shape of `local`; a teacher's copy of what has no shadow
-    address: int = 0  # where the elements lay when `local` was made
 
     def __post_init__(self) -> None:
         memory = self.shard.local_tensor()
-        self.address, self.form = memory.data_ptr(), _form(memory)
+        # Where and how the elements lay when `local` was made.
+        self._address, self._form = memory.data_ptr(), _form(memory)
 
     @property
     def name(self) -> str:
@@ -111,14 +111,14 @@ class ParamState:
     def moved(self) -> bool:
         """The model's elements lie elsewhere now ([Note: stale records])."""
         # NOTE: `local` copies strided elements, and the next copy may lie where the last one did.
-        if not self.shard.dense or self.shard.local_tensor().data_ptr() != self.address:
+        if not self.shard.dense or self.shard.local_tensor().data_ptr() != self._address:
             return True
         return self.shard.kind == "buffer" and self.layout_changed  # resized in place
 
     @property
     def layout_changed(self) -> bool:
         """They have another shape or order in memory now."""
-        return _form(self.shard.local_tensor()) != self.form
+        return _form(self.shard.local_tensor()) != self._form
 
     def rebind(self) -> None:
         """Follow elements that moved.
@@ -131,7 +131,7 @@ class ParamState:
             self.averaged_region = self.saved_region = whole = self.shard.local_region
             if not self.shard.is_writer:
                 self.saved_region = replace(whole, end=0)
-            self.form = _form(self.shard.local_tensor())
+            self._form = _form(self.shard.local_tensor())
         refuse_taken_over(self.shard)
         memory, old = self.shard.local_tensor(), self.local
         if memory.numel() and not memory.data_ptr():
@@ -144,15 +144,17 @@ class ParamState:
         if self.shard.kind != "buffer":
             changed |= (memory.dtype, memory.device) != (old.dtype, old.device)
         if changed:
-            resized = memory.shape != self.form[0]
-            shapes = f" (shape {tuple(self.form[0])}, now {tuple(memory.shape)})" if resized else ""
+            resized = memory.shape != self._form[0]
+            shapes = (
+                f" (shape {tuple(self._form[0])}, now {tuple(memory.shape)})" if resized else ""
+            )
             cure = "Call ema.rescan()" if resized else "Build the EMA after model.to(...)"
             raise RuntimeError(
                 f"{self.name} was {old.dtype} on {old.device} with {old.numel()} elements here, "
                 f"and is now {memory.dtype} on {memory.device} with {memory.numel()}{shapes}, or "
                 f"lies in another order. {cure}."
             )
-        self.local, self.address = self.shard.read(), memory.data_ptr()
+        self.local, self._address = self.shard.read(), memory.data_ptr()
 
 
 def _part(data: Tensor, whole: Region, region: Region) -> Tensor:

@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from .fsdp1 import is_busy, reshard_flat_parameter
+from .fsdp1 import reshard_flat_parameter
 from .names import CHECKPOINTED, COMPILED, FSDP1, canonical
 from .torch_classes import is_fsdp1, is_fsdp2
 from .zero import partition
@@ -63,7 +63,7 @@ def reshard(sharded: list[nn.Module]) -> None:
 
 def blocker(sharded: list[nn.Module]) -> str | None:
     """Why the shards may not be written or read now, or None."""
-    if any(is_fsdp1(module) and is_busy(module) for module in sharded):
+    if any(is_fsdp1(module) and module.training_state.name != "IDLE" for module in sharded):
         return (
             "inside FSDP.summon_full_params() or a forward: what is written to the shards there "
             "is lost"
@@ -101,7 +101,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, (DistributedDataParallel, DataParallel)) or (
         is_compiled(model) and not is_fsdp2(model)
     ):
-        model = model._modules[_wrapped_child(model) or ""]  # type: ignore[assignment]
+        model = model._modules[_wrapped_child(type(model)) or ""]  # type: ignore[assignment]
     return model
 
 
@@ -155,7 +155,7 @@ def walk_modules(
     stack = [("", module, ddp)]
     while stack:
         prefix, module, ddp = stack.pop()
-        inner = _wrapped_child(module)
+        inner = _wrapped_child(type(module))
         if inner is not None and isinstance(module, DistributedDataParallel):
             ignored = frozenset(prefix + canonical(name) for name in module.parameters_to_ignore)
             ddp = Replicated(module.process_group, ignored)
@@ -184,16 +184,12 @@ class Replicated:
 
 def is_compiled(module: nn.Module) -> bool:
     """torch.compile was called on this module, not on one inside it."""
-    return _wrapped_child(module) == COMPILED
-
-
-def _wrapped_child(module: nn.Module) -> str | None:
-    """The name of the child that a wrapper wraps; None for any other module."""
-    return _wrapped_child_of(type(module))  # type: ignore[arg-type]
+    return _wrapped_child(type(module)) == COMPILED
 
 
 @lru_cache(maxsize=1024)
-def _wrapped_child_of(module_class: type[nn.Module]) -> str | None:
+def _wrapped_child(module_class: type[nn.Module]) -> str | None:
+    """The name of the child that a wrapper wraps; None for any other class of modules."""
     # By name, so that no wrapper is imported. fully_shard(torch.compile(block)) makes a subclass.
     libraries = ("torch.", "deepspeed.")
     names = [
