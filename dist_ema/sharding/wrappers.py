@@ -101,7 +101,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, (DistributedDataParallel, DataParallel)) or (
         is_compiled(model) and not is_fsdp2(model)
     ):
-        model = model._modules[_wrapped_child(type(model)) or ""]  # type: ignore[assignment]
+        model = model._modules[_wrapped_child(model) or ""]  # type: ignore[assignment]
     return model
 
 
@@ -155,7 +155,7 @@ def walk_modules(
     stack = [("", module, ddp)]
     while stack:
         prefix, module, ddp = stack.pop()
-        inner = _wrapped_child(type(module))
+        inner = _wrapped_child(module)
         if inner is not None and isinstance(module, DistributedDataParallel):
             ignored = frozenset(prefix + canonical(name) for name in module.parameters_to_ignore)
             ddp = Replicated(module.process_group, ignored)
@@ -184,12 +184,16 @@ class Replicated:
 
 def is_compiled(module: nn.Module) -> bool:
     """torch.compile was called on this module, not on one inside it."""
-    return _wrapped_child(type(module)) == COMPILED
+    return _wrapped_child(module) == COMPILED
+
+
+def _wrapped_child(module: nn.Module) -> str | None:
+    """The name of the child that a wrapper wraps; None for any other module."""
+    return _wrapped_child_of(type(module))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=1024)
-def _wrapped_child(module_class: type[nn.Module]) -> str | None:
-    """The name of the child that a wrapper wraps; None for any other class of modules."""
+def _wrapped_child_of(module_class: type[nn.Module]) -> str | None:
     # By name, so that no wrapper is imported. fully_shard(torch.compile(block)) makes a subclass.
     libraries = ("torch.", "deepspeed.")
     names = [
