@@ -155,6 +155,10 @@ def save_staged(folder: str) -> None:
             run.train(1)
             staged = stager.stage({"ema": ema.state_dict()})
         staged = staged.result() if isinstance(staged, Future) else staged
+        part = staged["ema"]["averages"]["average_0"]["weights"]
+        assert isinstance(part["scale"], FlatRange) == bool(dist.get_rank()), "another one writes"
+        blocks = [b for v in part.values() if isinstance(v, FlatRange) for _, b in v.blocks]
+        assert all(b.is_shared() for b in blocks if name in ("shared", "default"))
         want = ema.gather()
         run.train(1)
         dcp.save(staged, checkpoint_id=f"{folder}/{name}")

@@ -61,6 +61,7 @@ _EXCHANGE = 2  # RENAME_EXCHANGE
 _HERE = -100  # AT_FDCWD
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MOST_ATTEMPTS = 100  # of a reader, while writers replace what it reads
+_LOOKS = 5  # until a missing version is believed to be missing
 
 T = TypeVar("T")
 
@@ -163,18 +164,15 @@ def read_one_version(path: Path, read: Callable[[Path], T]) -> T:
         try:
             result = read(where)
         except (OSError, ValueError):
-            changed = _identity(where) != before if before else _is_somewhere(path)
-            if not changed or attempt == _MOST_ATTEMPTS - 1:
+            # NOTE: a version can come and go between two looks, so a missing one is looked for again.
+            missing_still = before is None and attempt < _LOOKS
+            changed = _identity(where) != before
+            if attempt == _MOST_ATTEMPTS - 1 or not (changed or missing_still):
                 raise
             continue
         if _identity(where) == before:
             return result
     raise ValueError(f"{path} is replaced again and again while it is read.")
-
-
-def _is_somewhere(path: Path) -> bool:
-    """NOTE: an old version goes after the new one came, so one of three looks finds a version."""
-    return path.exists() or bool(_all_beside(path, "old")) or path.exists()
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
