@@ -27,7 +27,8 @@ Bar: TypeAlias = Callable[[int], AbstractContextManager[Tick]]  # over so many b
 
 
 _UNITS = {
-    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1,
 }  # fmt: skip
 
 

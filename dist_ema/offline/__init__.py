@@ -1,3 +1,3 @@
-"""The work of the command line: files in, files or facts out, in one process with bounded memory."""
+"""The work of the command line: files in, files or facts out, one process, bounded memory."""
 
 __all__ = ()

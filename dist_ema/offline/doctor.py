@@ -36,7 +36,8 @@ __all__ = [
 _NEEDED = {"torch": "2.8", "numpy": "1.26", "ml_dtypes": "0.5"}
 _KNOWN = {
     "accelerate": "1.2", "transformers": "4.46", "lightning": "2.4", "pytorch-lightning": "",
-    "deepspeed": "", "diffusers": "", "triton": "", "numba": "", "rich": "", "safetensors": "", "matplotlib": "",
+    "deepspeed": "", "diffusers": "", "triton": "", "numba": "", "rich": "", "safetensors": "",
+    "matplotlib": "",
 }  # fmt: skip
 _NETWORK = ("nfs", "lustre", "gpfs", "ceph", "beegfs", "smb", "cifs", "fuse", "9p")
 _WORLD = 2
