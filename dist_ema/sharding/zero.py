@@ -110,7 +110,7 @@ def _at(masters: list[Tensor], number: int) -> Tensor:
 
 
 def replicated_group(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
-    """The data-parallel group of ZeRO-1 or ZeRO-2, whose ranks hold all weights; None without them."""
+    """The data-parallel group of ZeRO-1 or ZeRO-2, which replicates all weights; None without."""
     for module in modules:
         for parameter in module._parameters.values():
             group = getattr(parameter, "_dp_group", None)
