@@ -337,8 +337,8 @@ class EMA:
             names = ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
             warnings.warn(
                 f"ema.attach(): {names} holds none of the averaged weights. If it steps copies of "
-                "them (fp32 master weights), the average is one step behind: call ema.update() after "
-                "they were written back.",
+                "them (fp32 master weights), the average is one step behind: call ema.update() "
+                "after they were written back.",
                 stacklevel=_stacklevel_of_caller(),
             )
         return self._attachment

@@ -39,17 +39,17 @@ class Held:
 
     def __init__(self) -> None:
         self._gate = threading.Event()
-        self._real = real = writer._FileWriter.write_block
+        self._real = real = writer.FileWriter.write_block
 
         def part(writer: Any, *args: Any) -> None:
             assert threading.current_thread() is not threading.main_thread()
             assert self._gate.wait(60), "nobody freed the thread"
             real(writer, *args)
 
-        writer._FileWriter.write_block = part  # type: ignore[method-assign]
+        writer.FileWriter.write_block = part  # type: ignore[method-assign]
 
     def free(self) -> None:
-        writer._FileWriter.write_block = self._real  # type: ignore[method-assign]
+        writer.FileWriter.write_block = self._real  # type: ignore[method-assign]
         self._gate.set()
 
     def free_soon(self) -> None:
@@ -267,7 +267,7 @@ def dies(folder: str, victim: int, mode: Any, wait: bool) -> str:
             os.kill(os.getpid(), signal.SIGKILL)
 
         if mode == "direct" or victim == 0:
-            writer._FileWriter.write_block = kill  # type: ignore[method-assign]
+            writer.FileWriter.write_block = kill  # type: ignore[method-assign]
         else:
             transfer.FileTransferGroup.send = kill  # type: ignore[method-assign]
     ema.update()

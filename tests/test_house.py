@@ -525,6 +525,12 @@ def old_words(source: str) -> list[str]:
     return sorted(found)
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_old_words(module: str) -> None:
+    """No identifier holds a word that the glossary replaced."""
+    assert old_words(MODULES[module].read_text()) == []
+
+
 def test_old_words_are_seen() -> None:
     """Names are split at underscores and capitals; a longer word that holds an old one passes."""
     for bad in (
@@ -541,6 +547,29 @@ def test_old_words_are_seen() -> None:
 def wide_lines(source: str) -> list[int]:
     """Numbers of the lines over COLUMNS characters."""
     return [i for i, line in enumerate(source.splitlines(), 1) if len(line) > COLUMNS]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_wide_lines(module: str) -> None:
+    """Code, strings, docstrings and comments keep to COLUMNS columns."""
+    assert wide_lines(MODULES[module].read_text()) == []
+
+
+def own_buffer_keys(sources: dict[str, str]) -> set[str]:
+    """The modules with the key "own_buffers" in quotes."""
+    return {name for name, source in sources.items() if re.search("([\"'])own_buffers\\1", source)}
+
+
+def test_own_buffers_have_owners() -> None:
+    """At most 3 modules know the key of the manifest: everyone else asks `Manifest`."""
+    found = own_buffer_keys({name: path.read_text() for name, path in MODULES.items()})
+    assert len(found) <= 3, found
+
+
+def test_own_buffer_keys_are_seen() -> None:
+    """Either quote counts; an attribute or an argument does not."""
+    sources = {"a": 'x["own_buffers"]', "b": "x['own_buffers']", "c": "x.own_buffers"}
+    assert own_buffer_keys(sources) == {"a", "b"}
 
 
 def test_wide_lines_are_seen() -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA, Warmup, load_file
+from tests import _deepspeed
 from tests._models import Net
 from tests._oracle import Collectives, Oracle, Training, same, snapshot
 from tests._ranks import raises, run_ranks
@@ -112,7 +113,14 @@ def bytes_hold(kind: str, ema: EMA) -> bool:
 
 
 @pytest.mark.multirank
-@pytest.mark.parametrize(("kind", "world"), ROWS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [
+        pytest.param(*row, marks=_deepspeed.needs_deepspeed if "zero" in row[0] else ())
+        for row in ROWS
+    ],
+    ids=lambda value: str(value),
+)
 def test_parity(
     kind: str, world: int, tmp_path: Path, record_property: Callable[[str, Any], None]
 ) -> None:

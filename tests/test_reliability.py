@@ -65,7 +65,7 @@ def slow_disk(folder: str) -> None:
     ema = EMA(wrap("ddp", Net()), 0.5)
     ema.timeout = 1.0
     if dist.get_rank() == 0:
-        file_writer = writer._FileWriter
+        file_writer = writer.FileWriter
         close = file_writer.close
         file_writer.close = lambda self: (time.sleep(4.0), close(self))[1]  # type: ignore[method-assign]
     for mode in ("direct", "stream"):

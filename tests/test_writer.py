@@ -603,10 +603,10 @@ def another_file_system(folder: str) -> None:
 
 
 def other_machines(folder: str) -> None:
-    """What _machine says decides, unless a mode is given: two machines stream, two ranks of one write into place."""
+    """What machine_id says decides, unless a mode is given: two machines stream, two ranks of one write into place."""
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
-    assert len(writer._machine()) > 3
-    assert len(set(ema._ranks.all_gather_json("test", writer._machine()))) == 1
+    assert len(writer.machine_id()) > 3
+    assert len(set(ema._ranks.all_gather_json("test", writer.machine_id()))) == 1
     sent: list[int] = []
     real = transfer.FileTransferGroup.send
     transfer.FileTransferGroup.send = lambda *args: (sent.append(1), real(*args))[1]  # type: ignore[method-assign]
@@ -616,7 +616,7 @@ def other_machines(folder: str) -> None:
         (1, "direct", False),
         (0, "stream", True),
     ):
-        writer._machine = lambda apart=machine: f"host {apart * dist.get_rank()}"  # type: ignore[misc]
+        writer.machine_id = lambda apart=machine: f"host {apart * dist.get_rank()}"  # type: ignore[misc]
         sent.clear()
         ema.save(f"{folder}/a", mode=mode)  # type: ignore[arg-type]
         assert bool(sent) == (streams and dist.get_rank() == 1), (machine, mode)

@@ -315,8 +315,8 @@ class Inventory:
         )
         _refuse(
             () if teacher is None else teacher.replaced,
-            "of the teacher is another object now, or none: the average would go on in the old one. "
-            "Build another EMA with into=.",
+            "of the teacher is another object now, or none: the average would go on in the old "
+            "one. Build another EMA with into=.",
         )
         _refuse(
             [*changes.gone, *sorted(lost_buffers)],

@@ -224,9 +224,9 @@ def refuse_beside_masters(states: Sequence[ParamState], optimizers: Sequence[Any
     mastered = [state for state in states if state.shard.master is not None]
     if mastered and not all(engines):
         raise ValueError(
-            f"{mastered[0].name} has fp32 masters at DeepSpeed, and its optimizers step them before "
-            "the step is complete. Call ema.attach(engine), with what deepspeed.initialize returned "
-            "first."
+            f"{mastered[0].name} has fp32 masters at DeepSpeed, and its optimizers step them "
+            "before the step is complete. Call ema.attach(engine), with what deepspeed.initialize "
+            "returned first."
         )
     hidden = [
         state.name

@@ -63,9 +63,9 @@ class StorageWatch:
         ]
 
     def replaced(self, update: int) -> bool:
-        """The model registers another object now for one of the weights, the next one in each update.
+        """The model registers another object for one of the weights, the next in each update.
 
-        What replaces all of them is seen at once: `model.to("meta")`, `load_state_dict(assign=True)`.
+        What replaces all of them is seen at once: `model.to("meta")`, an assigned state_dict.
         """
         return bool(self._plain) and records.replaced(self._plain[update % len(self._plain)])
 

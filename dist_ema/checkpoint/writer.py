@@ -37,7 +37,7 @@ from .background import BackgroundTask
 from .manifest import Manifest
 from .torch_dtypes import DTYPES, KINDS
 
-__all__ = ["AverageFiles", "SaveRequest", "Writer"]
+__all__ = ["AverageFiles", "FileWriter", "SaveRequest", "Writer", "machine_id"]
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class Writer:
 
         *Collective*. Raises ValueError where the ranks would write different files.
         """
-        here = _machine() if any(average.blocks for average in request.averages) else None
+        here = machine_id() if any(average.blocks for average in request.averages) else None
         asked = digest(
             [
                 request.mode,
@@ -310,23 +310,23 @@ class _PreparedSave:
     folder: Path
     transfer: FileTransferGroup | None  # None: every rank writes into place
 
-    def writers(self) -> list[_FileWriter]:
+    def writers(self) -> list[FileWriter]:
         return [
-            _FileWriter(self, plan, [state.name for state in average.states])
+            FileWriter(self, plan, [state.name for state in average.states])
             for average, plan in zip(self.request.averages, self.plans, strict=True)
         ]
 
     def disk_errors(self) -> AbstractContextManager[None]:
         return atomic.disk_errors(self.request.path, _total(self.files))
 
-    def write(self, writers: list[_FileWriter]) -> dict[str, int]:
+    def write(self, writers: list[FileWriter]) -> dict[str, int]:
         """Put the blocks of this rank into place."""
         for average, writer in zip(self.request.averages, writers, strict=True):
             for block in average.blocks:
                 writer.write_block(*block)
         return _close(writers)
 
-    def stream(self, ranks: Ranks, writers: list[_FileWriter]) -> None:
+    def stream(self, ranks: Ranks, writers: list[FileWriter]) -> None:
         """Put the blocks of all ranks into place, on the first rank. *Collective*."""
         assert self.transfer is not None
         for average, writer in zip(self.request.averages, writers, strict=True):
@@ -340,12 +340,12 @@ class _PreparedSave:
             )
 
 
-def _close(writers: list[_FileWriter]) -> dict[str, int]:
+def _close(writers: list[FileWriter]) -> dict[str, int]:
     """What was added to the check sum of every file."""
     return {name: added for writer in writers for name, added in writer.close().items()}
 
 
-def _machine() -> str:
+def machine_id() -> str:
     """An id of the running kernel, which containers of one machine share with its page cache."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -427,7 +427,7 @@ def _refuse_target(request: SaveRequest) -> None:
         )
 
 
-class _FileWriter:
+class FileWriter:
     """Puts blocks into their places and keeps the check sums of what it wrote."""
 
     def __init__(

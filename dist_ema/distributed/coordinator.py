@@ -469,8 +469,8 @@ class StoreCoordinator:
             if first.get(name) != second.get(name)
         ]
         return ValueError(
-            f"{exchange}: {'; '.join(differences[:5])}. Every rank must pass the same arguments and "
-            "take the same steps."
+            f"{exchange}: {'; '.join(differences[:5])}. Every rank must pass the same arguments "
+            "and take the same steps."
         )
 
     def _two_positions(self, *positions: tuple[_Exchange, int]) -> str:
