@@ -34,7 +34,7 @@ def full(
 
     def prepare() -> None:
         # NOTE: memory for a whole model may be missing. Then the others must not begin to send.
-        blocks.extend(saved_blocks(states, own_buffers, alone=ranks.size == 1))
+        blocks.extend(saved_blocks(states, own_buffers, ranks.size == 1))
         for state in states if ranks.first else ():
             result[state.name] = torch.empty(
                 state.shard.shape, dtype=saved_dtype(state, own_buffers), device=device
