@@ -164,7 +164,8 @@ def read_one_version(path: Path, read: Callable[[Path], T]) -> T:
         try:
             result = read(where)
         except (OSError, ValueError):
-            # NOTE: a version can come and go between two looks, so a missing one is looked for again.
+            # NOTE: a version can come and go between two looks, so a missing one is looked for
+            # again.
             missing_still = before is None and attempt < _LOOKS
             changed = _identity(where) != before
             if attempt == _MOST_ATTEMPTS - 1 or not (changed or missing_still):
