@@ -27,12 +27,13 @@ from dist_ema.averaging import gather
 from dist_ema.averaging.swap import WeightSwap
 from dist_ema.checkpoint import reader
 from dist_ema.distributed import coordinator
-from dist_ema.distributed.coordinator import FOREVER, Ranks, StoreCoordinator
+from dist_ema.distributed.coordinator import Ranks, StoreCoordinator
 from dist_ema.sharding import wrappers
 from tests._models import Net
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
 
+FOREVER = 1e9
 WRITES = ("set", "add", "compare_set")
 
 

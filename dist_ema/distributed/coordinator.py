@@ -58,7 +58,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["FOREVER", "GRACE", "Ranks", "StoreCoordinator", "digest", "transfer_device"]
+__all__ = ["GRACE", "Ranks", "StoreCoordinator", "digest", "transfer_device"]
 
 T = TypeVar("T")
 Combine = Callable[[list[Any]], Any]
@@ -68,7 +68,6 @@ GRACE = 2.0  # seconds between the timeout and the search for missing ranks
 POLL = 1.0  # seconds between two looks for a heartbeat, at most
 FIRST_REMINDER = 10.0  # seconds until the first line about who is awaited
 REMIND = 60.0  # seconds between two such lines
-FOREVER = 1e9
 
 
 class _Exchange(NamedTuple):
