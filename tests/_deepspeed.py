@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
-)
+is_installed = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not is_installed, reason="deepspeed is not installed")
 
 
 def deepspeed() -> Any:
