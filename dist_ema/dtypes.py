@@ -74,8 +74,8 @@ def fitted(name: str, values: Floats, dtype: str) -> Bytes:
         ValueError: A finite value would become infinite or NaN.
     """
     raw = narrow(values, dtype)
-    is_narrower = NUMPY[dtype].itemsize < values.itemsize
-    if is_narrower and finite(raw, dtype) != np.count_nonzero(np.isfinite(values)):
+    held = finite(raw, dtype) if NUMPY[dtype].itemsize < values.itemsize else len(values)
+    if held < len(values) and held != np.count_nonzero(np.isfinite(values)):
         raise ValueError(
             f"{name} holds values that are too large for {dtype}. Choose another dtype."
         )

@@ -76,13 +76,15 @@ class Blend:
 
     def _sum(self, name: str, begin: int, end: int, dtype: str) -> Bytes:
         """NOTE: a window of a complex dtype holds twice as many floats."""
-        total: Any = 0.0
+        total: Any = None
         for model, weight in self.terms:
             if weight:  # 0 * NaN would be NaN
                 here = locate(model, name, self.rest)
                 kind = _real(model.entries[here].dtype)
                 values = widen(self._window(model, here, begin, end), kind)
-                total = total + np.multiply(values, weight, dtype=np.float64)
+                product = np.multiply(values, weight, dtype=np.float64)
+                total = product if total is None else np.add(total, product, out=total)
+                del product, values  # before the sum is rounded, which takes memory too
         return fitted(name, total, _real(dtype))
 
     def _window(self, model: Source, name: str, begin: int, end: int) -> Bytes:
