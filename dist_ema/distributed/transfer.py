@@ -15,6 +15,7 @@ So bytes for files travel on a process group of their own, and a failure there s
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 WINDOW = 4 << 20  # bytes that one collective moves
+AHEAD = 2  # windows in place that are under way while the oldest is waited for
 STREAM = 16 << 20  # bytes that one send moves
 AFTER_FAILURE = 5.0  # seconds without a heartbeat of the first rank, once a send to it has failed
 
@@ -82,12 +84,15 @@ def broadcast(
         piece travels in place.
     """
     rank, transport = dist.get_rank(group), transfer_device(group)
+    in_flight: deque[dist.Work] = deque()
     for window in _packed(pieces):
         views = [view for _, view in window]
         root = dist.get_global_rank(group, window[0][0])
         device = views[0].device if transport.type == "cpu" else transport
         if len(views) == 1 and device.type == views[0].device.type:
-            wait_for(dist.broadcast(views[0], root, group=group, async_op=True))
+            in_flight.append(dist.broadcast(views[0], root, group=group, async_op=True))
+            if len(in_flight) > AHEAD:
+                wait_for(in_flight.popleft())
             continue
         size = sum(map(len, views))
         words = torch.zeros(-(-size // 4), dtype=torch.int32, device=device)
@@ -99,6 +104,8 @@ def broadcast(
         else:
             wait_for(dist.all_reduce(words, group=group, async_op=True))
         _copy([(view, part) for (source, view), part in entries if source != rank])
+    for collective in in_flight:
+        wait_for(collective)
 
 
 def _packed(pieces: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
