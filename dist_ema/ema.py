@@ -82,18 +82,6 @@ def _stacklevel_of_caller() -> int:
     return level
 
 
-def _combine_exits(exits: list[Any]) -> dict[str, Any]:
-    """Which rank left a swap by an exception, and which buffers were recalibrated.
-
-    NOTE: DDP rewrites the other ranks' buffers in every forward, so the first rank says which.
-    """
-    errors = [[rank, each["error"]] for rank, each in enumerate(exits) if each and "error" in each]
-    return {
-        "error": errors[0] if errors else None,
-        "changed": (exits[0] or {}).get("changed", []),
-    }
-
-
 def _real_path(path: str | Path) -> Path:
     """Where a link leads: the temporary folder must lie on the same file system."""
     return Path(os.path.realpath(path))
@@ -188,7 +176,6 @@ class EMA:
         self._everyone: Ranks | None = None
         self._alone = Ranks([self._ranks.members[self._ranks.rank]], None, wrappers.side_store)
         self._may_be_alone = False  # every rank averages the whole model
-        self._swap_writes = 0  # by swaps of any EMA, when the block of ours began
         self._writer: writer.Writer | None = None
         arguments: dict[str, Any] = {"decay": schedules, "dtype": dtype, "buffers": buffers}
         arguments |= {"only": only, "split": split, "into": into is not None}
@@ -405,7 +392,9 @@ class EMA:
         A rank that leaves by an exception makes the others raise RuntimeError at their exit, after
         restoring. The exit waits for ranks that are still in the block, however long they evaluate.
         One that died or was stopped there is named after `timeout` seconds. With `split=False` on
-        replicated weights the swap is local, and no rank waits for another.
+        replicated weights the swap is local, and no rank waits for another. An interrupt (Ctrl-C,
+        an alarm) comes when the ranks are whole again; a second one, or `timeout` seconds after the
+        first, does not wait for other ranks.
 
         Args:
             which: Of several averages, by number or schedule, here and in the other verbs.
@@ -413,32 +402,30 @@ class EMA:
         Raises:
             RuntimeError: Inside another swap of this EMA, or the model cannot be reached. At the
                 exit: the swap of another EMA that was entered inside is still open. If a broadcast
-                to replicas fails, the swap stays open, and the EMA refuses every verb.
+                to replicas fails, they hold parts of the average: the EMA refuses every verb until
+                the model's weights were loaded again, and then the average by `load`.
 
         Note:
             *Cost*: 4 MB where shadow and weight have one dtype, else a copy of this rank's shard.
         """
-        average, swap = self._prepare_swap(which)
+        swap = self._prepare_swap(which)
         error: BaseException | None = None
-        entered = False
         try:
-            self._apply_swap(swap)
-            entered = True
-            with swap.ranks.heartbeats():
-                yield self
-        except BaseException as caught:
-            error = caught
-            raise
-        finally:
             try:
-                if entered:
-                    self.weights.swaps.refuse_covered()
-                    self._restore_swap(average, swap, error)
+                swap.enter()
+                with swap.ranks.heartbeats():
+                    yield self
+            except BaseException as caught:
+                error = caught
+                raise
             finally:
-                self.weights.swaps.when_outermost(swap.undo)
+                swap.leave(error)
+        finally:
+            swap.leave(error)  # after an interrupt between the lines above; else it does nothing
+        self._warn_each(swap.remarks)
 
     @_outside_autograd
-    def _prepare_swap(self, which: Which) -> tuple[Average, WeightSwap]:
+    def _prepare_swap(self, which: Which) -> WeightSwap:
         weights = self.weights
 
         def prepare() -> None:
@@ -457,81 +444,7 @@ class EMA:
         ranks = self._needed
         average = self._enter("swap", Reads.SHADOWS, which, prepare, ranks=ranks)
         self._warn_if_idle("swap")
-        split, note = weights.placement.split, weights.note_swap
-        return average, WeightSwap(
-            weights.model, average.states, average.own_buffers, split, ranks, note
-        )
-
-    @_outside_autograd
-    def _apply_swap(self, swap: WeightSwap) -> None:
-        with derived.caches_dropped(self.weights.model):
-            swap.ranks.run_on_all("swap", swap.apply)
-            swap.broadcast()
-        swap.watch()
-        self.weights.mark()
-        self._swap_writes = self.weights.swaps.writes
-
-    @_outside_autograd
-    def _restore_swap(
-        self, average: Average, swap: WeightSwap, error: BaseException | None
-    ) -> None:
-        weights, writes_before = self.weights, self.weights.swaps.writes
-        buffers: dict[str, Tensor] = {}
-        message: dict[str, Any] = {}
-        raised = error
-        try:
-            weights.reshard()
-            written, unrestored = swap.written()
-            if error is None:
-                buffers, message["changed"] = swap.changed_buffers()
-        except Exception as caught:  # told to the others like an error of the block
-            written, unrestored, raised = [], [], caught
-        if raised is not None:
-            message["error"] = f"{type(raised).__name__}: {raised}"
-        with derived.caches_dropped(weights.model):
-            try:
-                exits = swap.ranks.all_gather_json(
-                    "swap",
-                    message if any(message.values()) else None,
-                    combine=_combine_exits,
-                )
-            finally:
-                swap.restore()
-            # NOTE: not in `finally`: while replicas are not whole, the swap still counts as open.
-            swap.broadcast()
-        swap.close()
-        if raised is not error:
-            raise raised  # type: ignore[misc]
-        if exits["error"] and error is None:
-            rank, text = exits["error"]
-            raise RuntimeError(
-                f"rank {swap.ranks.members[rank]} left ema.swap() by an exception: {text}"
-            )
-        if error is None:
-            average.own_buffers |= {name: buffers[name] for name in exits["changed"]}
-        if self._swap_writes == writes_before:  # else another EMA's swap wrote, and restored
-            self._name_writes(written, unrestored, error)
-
-    def _name_writes(
-        self, written: list[str], unrestored: list[str], error: BaseException | None
-    ) -> None:
-        """Warn of what the block wrote, or note it on the exception that left the block."""
-        texts = []
-        if written:
-            texts.append(
-                f"{', '.join(written[:5])} was written inside ema.swap() (max_norm, a clamp, a "
-                "merge?). The average keeps what was written, live weights are restored."
-            )
-        if unrestored:
-            texts.append(
-                f"{', '.join(unrestored[:5])} is not averaged and was written inside ema.swap() (a "
-                "merged adapter?). It keeps what was written: undo that by hand."
-            )
-        if error is None:
-            self._warn_each(texts)
-        elif hasattr(error, "add_note"):
-            for text in texts:
-                error.add_note(text)
+        return WeightSwap(weights, average, ranks)
 
     @_outside_autograd
     def gather(self, which: Which = 0) -> dict[str, Tensor]:
@@ -828,7 +741,7 @@ class EMA:
         """
         self._finish_writing()
         arguments = {"path": os.fspath(path), "strict": strict, "verify": verify}
-        self._enter("load", Reads.LIVE, arguments=arguments)
+        self._enter("load", Reads.LIVE | Reads.REPLACED, arguments=arguments)
         weights = self.weights
         targets = [
             reader.LoadTarget(average.schedule.to_dict(), average.persistent)
@@ -845,8 +758,7 @@ class EMA:
                 raise
         for average, buffers in zip(weights.averages, own_buffers, strict=True):
             average.own_buffers = {} if weights.teacher else buffers
-        weights.set_clock(found.clock or _NEW_CLOCK)
-        weights.forget_mark()
+        weights.resume(found.clock or _NEW_CLOCK)
 
     # --- state_dict, for torch.distributed.checkpoint ---------------------------------------------
 
@@ -888,7 +800,7 @@ class EMA:
             Clock().set(clock)
             return dcp.match_all(state.get("averages", {}), weights.averages)
 
-        self._enter("load_state_dict", Reads.SHADOWS)
+        self._enter("load_state_dict", Reads.SHADOWS | Reads.REPLACED)
         matches: list[tuple[list[dcp.Matched], list[str]]] = []
         self._ranks.run_on_all("load_state_dict", lambda: matches.append(check()))
         matched, remarks = matches[0]
@@ -897,8 +809,7 @@ class EMA:
             for shadow, value in copies:
                 shadow.copy_(value)
             average.own_buffers = {} if weights.teacher else dict(own_buffers)
-        weights.set_clock(clock)
-        weights.forget_mark()
+        weights.resume(clock)
 
     # --- the rest ---------------------------------------------------------------------------------
 

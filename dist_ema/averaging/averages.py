@@ -34,7 +34,7 @@ from .kernels.eager import UpdatePlan
 from .kernels.gpu_plan import FusedPlan, available
 from .kernels.pairs import ShadowPair
 from .storage_watch import StorageWatch
-from .swap import broadcast_to_replicas
+from .swap_journal import broadcast_to_replicas
 from .swap_registry import SwapRegistry
 from .teacher import Teacher
 
@@ -50,6 +50,7 @@ class Reads(enum.Flag):
     SHADOWS = enum.auto()  # nothing but shadows: allowed inside the swap of another EMA
     LIVE = enum.auto()  # averaged live weights: refused where another EMA has swapped one of them
     WHOLE_MODEL = enum.auto()  # every weight and buffer: refused where any of them is swapped
+    REPLACED = enum.auto()  # shadows that are replaced: allowed after a swap that failed
 
 
 class AveragedWeights:
@@ -184,7 +185,14 @@ class AveragedWeights:
             reads: What it reads or writes.
             further: Weights that belong to the whole model beside those that are known here.
         """
-        if self.swaps.open:
+        if self.swaps.failed:
+            if Reads.REPLACED not in reads:
+                raise RuntimeError(
+                    f"{verb}() after an ema.swap() that failed while ranks sent each other weights:"
+                    " the model holds parts of the average. Load the model's weights again, and "
+                    "then the average by ema.load()."
+                )
+        elif self.swaps.open:
             hint = " metrics(distance=False) works here." if verb == "ema.metrics" else ""
             raise RuntimeError(
                 f"{verb}() inside ema.swap(): the model holds the average, not the training "
@@ -404,6 +412,14 @@ class AveragedWeights:
         for average in self.averages:
             average.skipped_steps.reset(accepted=counters["accepted"] > 0)
         self.mark()
+
+    def resume(self, counters: dict[str, Any]) -> None:
+        """The shadows were replaced: go on from a saved clock, and forget a swap that failed."""
+        self.set_clock(counters)
+        if self.swaps.failed:
+            self.swaps.failed = False
+            self.note_swap(False)
+        self.forget_mark()
 
     def clock_to_dict(self) -> dict[str, Any]:
         """The clock as it is saved. Waits for the device."""

@@ -27,6 +27,7 @@ __all__ = [
     "Worker",
     "has_streams",
     "mark",
+    "run_shielded",
 ]
 
 NAP = 0.0005  # seconds between two polls of the device by a thread
@@ -225,3 +226,56 @@ def _serve(tasks: Tasks) -> None:
                 done.set()
             # NOTE: without this the last update's tensors would live until the next update.
             del task, work, done
+
+
+def run_shielded(
+    work: Callable[[], None],
+    devices: Iterable[torch.device],
+    patience: float,
+    abandon: Callable[[], None],
+) -> None:
+    """Run `work` in a thread and wait for it, whatever signal handlers raise meanwhile.
+
+    Handlers run in the main thread alone. What one raises is raised here when the work is done. A
+    second interrupt, or `patience` seconds after the first one, end the wait.
+
+    Args:
+        work: What must not stop half way.
+        devices: Those whose current streams the work continues.
+        patience: Seconds.
+        abandon: Called where the wait ends before the work.
+    """
+    # Orders: what the caller issued, then the work, then what the caller issues next.
+    streams = [
+        torch.accelerator.current_stream(device) for device in devices if has_streams(device)
+    ]
+    first, done = threading.Lock(), threading.Event()
+    raised: list[BaseException] = []
+    interrupts: list[BaseException] = []
+
+    def run() -> None:
+        if not first.acquire(blocking=False):
+            return
+        try:
+            for stream in streams:
+                torch.accelerator.set_stream(stream)
+            work()
+        except BaseException as error:
+            raised.append(error)
+        finally:
+            done.set()
+
+    while not done.is_set():
+        try:
+            # NOTE: an interrupt does not tell whether a thread has started. Only one does the work.
+            threading.Thread(target=run, name="dist_ema swap", daemon=True).start()
+            if not done.wait(patience if interrupts else None):
+                break
+        except BaseException as interrupt:
+            interrupts.append(interrupt)
+            if len(interrupts) == 2:
+                break
+    if not done.is_set():
+        abandon()
+    for error in (*interrupts, *raised):
+        raise error

@@ -12,25 +12,40 @@ weights alive, so none is used twice.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from weakref import WeakSet
 
 from torch import Tensor
 
-__all__ = ["SwapRegistry"]
+from ..sharding.ownership import ParamState
+
+__all__ = ["SwapRegistry", "Versions", "versions"]
+
+Versions = tuple[int, int]  # of a weight's local elements, and of its Parameter
 
 _REGISTRIES: WeakSet[SwapRegistry] = WeakSet()
 _OPENINGS = itertools.count(1)
 
 
+def versions(state: ParamState) -> Versions:
+    """The version counters of a weight; FSDP1 keeps the two apart."""
+    return state.local._version, state.shard.tensor._version
+
+
 class SwapRegistry:
-    """The open swaps that concern one set of averages."""
+    """The open swaps that concern one set of averages.
+
+    Attributes:
+        open: The model holds one of our averages.
+        failed: Not all replicas could be restored after our swap, so that it stays open.
+        writes: Times that a swap, ours or another, wrote the weights.
+        nested: By the identity of a weight: how often other swaps wrote it inside ours.
+    """
 
     def __init__(self) -> None:
-        self.open = False  # the model holds one of our averages
-        self.open_beside = 0  # averages of the same weights that have a swap open
-        self.writes = 0  # times that a swap, ours or theirs, wrote the weights
+        self.open, self.failed, self.writes = False, False, 0
+        self.nested: dict[int, Versions] = {}
         self._opened = 0  # when our swap was opened, counted over all of them
         self._waiting: list[Callable[[], None]] = []  # for our swap, which covers theirs
         self._weights: frozenset[int] = frozenset()
@@ -40,29 +55,20 @@ class SwapRegistry:
     def watch(self, weights: Iterable[Tensor]) -> None:
         """Relate to every other average of one of these weights."""
         self._weights = frozenset(map(id, weights))
-        related = [other for other in _REGISTRIES if other is not self and self._shares(other)]
-        for other in {*self._related, *related}:
-            other._relate(self, other in related)
-            self._relate(other, other in related)
+        for other in [other for other in _REGISTRIES if other is not self]:
+            shares = not self._weights.isdisjoint(other._weights)
+            for one, two in ((self, other), (other, self)):
+                one._related.add(two) if shares else one._related.discard(two)
 
-    def _shares(self, other: SwapRegistry) -> bool:
-        return not self._weights.isdisjoint(other._weights)
-
-    def _relate(self, other: SwapRegistry, related: bool) -> None:
-        if related == (other in self._related):
-            return
-        if related:
-            self._related.add(other)
-            self.open_beside += other.open
-        else:
-            self._related.discard(other)
-            self.open_beside -= other.open
+    @property
+    def open_beside(self) -> bool:
+        """Another average of the same weights has a swap open."""
+        return any(other.open for other in self._related)
 
     def note(self, open_now: bool) -> None:
         """Our swap wrote the weights: it has put an average in, or restored them."""
         for other in (self, *self._related):
             other.writes += 1
-            other.open_beside += 0 if other is self else open_now - self.open
         self.open = open_now
         if open_now:
             self._opened = next(_OPENINGS)
@@ -92,6 +98,14 @@ class SwapRegistry:
         """An open swap that was entered inside ours: it holds our average as live weights."""
         later = [other for other in self._related if other.open and other._opened > self._opened]
         return later[0] if self.open and later else None
+
+    def discount(self, states: Sequence[ParamState], before: Sequence[Versions]) -> None:
+        """Our swap is over: a swap around it takes no write since `before` for one of its block."""
+        for state, (local, param) in zip(states, before, strict=True):
+            key, now = id(state.shard.tensor), versions(state)
+            for other in self._related:
+                first, second = other.nested.get(key, (0, 0))
+                other.nested[key] = first + now[0] - local, second + now[1] - param
 
     def any_open(self, tensors: Iterable[Tensor]) -> bool:
         """Some average in this process has swapped one of these weights or buffers."""

@@ -1,0 +1,176 @@
+"""How weights and shadows change places, and back, whatever comes between.
+
+With one dtype and device their contents are exchanged through a scratch of 4 MB: no second model
+exists. Otherwise an exchange would round, so the live elements are kept aside and the average is
+cast in. Everything here is a write to model storage, never a pointer change, so compiled code and
+CUDA graphs see it.
+
+[Note: the journal]  An interrupt may come between any two lines. Every chunk moves by copies of
+which each may be repeated, and `_done` counts them after they were made. Whatever the count says,
+the copy that follows it may have been made already or not, in both directions:
+
+    exchange   0  scratch <- live   1  live <- shadow    2  shadow <- scratch  3
+               0                    1  live <- scratch   2  shadow <- live     3  scratch <- shadow
+    cast       0  aside <- live     1  live <- shadow    2                     3
+               0                    1  live <- aside     2                     3  shadow <- live
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..distributed.transfer import broadcast
+from ..sharding.ownership import ParamState, replica_pieces
+from ..sharding.records import register, registered
+from .kernels.eager import SCRATCH
+
+__all__ = ["SwapJournal", "broadcast_to_replicas"]
+
+Chunk = tuple[ParamState, int, int]  # elements [begin, end) of what is averaged here
+COPIES = 3  # per chunk ([Note: the journal])
+
+
+class SwapJournal:
+    """What one swap has moved on this rank, and how to undo it. Local.
+
+    Args:
+        model: The live model.
+        states: Every weight and buffer of it.
+        own_buffers: Recalibrated buffers of the average, by name.
+    """
+
+    def __init__(
+        self, model: nn.Module, states: Sequence[ParamState], own_buffers: dict[str, Tensor]
+    ) -> None:
+        self._buffers = [state for state in states if state.shard.kind == "buffer"]
+        self._weights = [state for state in states if state.shard.kind != "buffer"]
+        self._model, self._own_buffers = model, own_buffers
+        self._unfilled: list[tuple[nn.Module, str]] = []
+        self._chunks: list[Chunk] = []
+        self._done = 0  # copies, COPIES for each chunk
+        self._aside: dict[int, Tensor] = {}
+        self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._live_buffers: list[tuple[ParamState, Tensor, Tensor | None]] = []
+
+    def apply(self) -> None:
+        """Write the average into the live weights. `restore` undoes it, also half way."""
+        self._live_buffers = [
+            (state, state.local.clone(), registered(state.shard)) for state in self._buffers
+        ]
+        self._unfilled = [
+            (module, name)
+            for module in self._model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is None
+        ]
+        self._chunks = [chunk for state in self._weights for chunk in _chunks(state)]
+        while self._done < COPIES * len(self._chunks):
+            self._advance(*self._chunks[self._done // COPIES], self._done % COPIES)
+            self._done += 1
+        for state in self._buffers:
+            average = self._own_buffers.get(state.name, state.shadow)
+            if average is not None:
+                state.shard.write(average)
+
+    def restore(self) -> None:
+        """Restore live weights, buffers and shadows, bit for bit. Idempotent."""
+        while self._done:
+            chunk = self._chunks[(self._done - 1) // COPIES]
+            self._retreat(*chunk, (self._done - 1) % COPIES + 1)
+            self._done -= 1
+        for state, value, tensor in self._live_buffers:
+            register(state.shard, tensor)
+            _restore_buffer(state, value, tensor)
+        for module, name in self._unfilled:
+            module._buffers[name] = None  # the block may have filled it
+        self._live_buffers = []
+
+    def _advance(self, state: ParamState, begin: int, end: int, copies: int) -> None:
+        live, shadow = _views(state, begin, end)
+        kept = self._kept(state, live)
+        if copies == 0:
+            kept.copy_(live)
+        elif copies == 1:
+            live.copy_(shadow)
+        elif _exchanged(state):
+            shadow.copy_(kept)
+
+    def _retreat(self, state: ParamState, begin: int, end: int, copies: int) -> None:
+        live, shadow = _views(state, begin, end)
+        kept = self._kept(state, live)
+        if not _exchanged(state):
+            if copies == COPIES:
+                _take_written(live, shadow)
+            elif copies == 1:
+                live.copy_(kept)
+        elif copies == COPIES:
+            kept.copy_(shadow)
+        elif copies == COPIES - 1:
+            shadow.copy_(live)
+        else:
+            live.copy_(kept)
+
+    def _kept(self, state: ParamState, live: Tensor) -> Tensor:
+        """Where live elements are while the average stands in their place. Shape of `live`."""
+        if not _exchanged(state):
+            if id(state) not in self._aside:
+                self._aside[id(state)] = torch.empty_like(live)
+            return self._aside[id(state)]
+        key = (live.dtype, live.device)
+        if key not in self._scratch:
+            self._scratch[key] = torch.empty(SCRATCH, dtype=live.dtype, device=live.device)
+        return self._scratch[key][: len(live)]
+
+
+def broadcast_to_replicas(
+    states: Sequence[ParamState], wait_for: Callable[[dist.Work], object] = dist.Work.wait
+) -> None:
+    """Copy what each rank averages to the ranks that hold it too. *Collective*."""
+    for group, pieces in replica_pieces(states):
+        broadcast(pieces, group, wait_for)
+
+
+def _chunks(state: ParamState) -> list[Chunk]:
+    """What moves at once: as much as the scratch holds, or all that must be kept aside."""
+    if state.shadow is None:
+        return []
+    total = state.averaged_region.numel
+    step = SCRATCH if _exchanged(state) else max(total, 1)
+    return [(state, begin, min(begin + step, total)) for begin in range(0, total, step)]
+
+
+def _exchanged(state: ParamState) -> bool:
+    assert state.shadow is not None
+    return (state.local.dtype, state.local.device) == (state.shadow.dtype, state.shadow.device)
+
+
+def _views(state: ParamState, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """Live and shadow. *Aliases* both."""
+    assert state.shadow is not None
+    if len(state.shadow) != state.averaged_region.numel:
+        raise RuntimeError(
+            f"{state.name}: the shadow has {len(state.shadow)} elements and the weight has "
+            f"{state.averaged_region.numel}."
+        )
+    return state.live[begin:end], state.shadow[begin:end]
+
+
+def _take_written(live: Tensor, shadow: Tensor) -> None:
+    """What differs from the cast average, the block wrote ([Note: writes] in swap_writes)."""
+    for part, average in zip(live.split(SCRATCH), shadow.split(SCRATCH), strict=True):
+        cast = average.to(part)
+        same = (cast == part) | (cast.isnan() & part.isnan())
+        average.copy_(torch.where(same.to(average.device), average, part.to(average)))
+
+
+def _restore_buffer(state: ParamState, value: Tensor, tensor: Tensor | None) -> None:
+    if state.shard.opaque:
+        return
+    if tensor is not None and tensor.shape != state.shard.shape:
+        tensor.resize_(state.shard.shape)  # the block resized it in place
+        state.rebind()
+    state.shard.write(value)
