@@ -61,7 +61,7 @@ _EXCHANGE = 2  # RENAME_EXCHANGE
 _HERE = -100  # AT_FDCWD
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MOST_ATTEMPTS = 100  # of a reader, while writers replace what it reads
-_LOOKS = 5  # until a missing version is believed to be missing
+_LOOKS = 5  # of a reader, until what is missing or elsewhere is taken as it is
 
 T = TypeVar("T")
 
@@ -160,25 +160,38 @@ def read_one_version(path: Path, read: Callable[[Path], T]) -> T:
     """`read` of the whole version of `path`, repeated where a writer replaced it meanwhile."""
     for attempt in range(_MOST_ATTEMPTS):
         where = whole(path)
-        before = _identity(where)
-        try:
-            result = read(where)
-        except (OSError, ValueError):
-            # NOTE: a version can come and go between two looks, so a missing one is looked for
-            # again.
-            missing_still = before is None and attempt < _LOOKS
-            changed = _identity(where) != before
-            if attempt == _MOST_ATTEMPTS - 1 or not (changed or missing_still):
-                raise
-            continue
-        if _identity(where) == before:
-            return result
+        with _held(where) as before:
+            try:
+                result = read(where)
+            except (OSError, ValueError):
+                # What is missing may have come since, and what steps aside is removed soon.
+                on_the_move = (before is None or where != path) and attempt < _LOOKS
+                changed = _identity(where) != before
+                if attempt == _MOST_ATTEMPTS - 1 or not (changed or on_the_move):
+                    raise
+                continue
+            if _identity(where) == before:
+                return result
     raise ValueError(f"{path} is replaced again and again while it is read.")
 
 
-def _identity(path: Path) -> tuple[int, ...] | None:
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[tuple[int, ...] | None]:
+    """The identity of `path`. While it is open, no other file can get its inode number."""
     try:
-        found = path.stat()
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except OSError:  # there is none, or the system opens no folders
+        yield _identity(path)
+        return
+    try:
+        yield _identity(fd)
+    finally:
+        os.close(fd)
+
+
+def _identity(path: Path | int) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_mtime_ns
