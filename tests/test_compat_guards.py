@@ -194,6 +194,7 @@ DROP_INS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, tuple[Reads, Ver
         {
             "forward": (LIVE, lambda case: case.average(case.model)),
             "state_dict": (LIVE, plain("state_dict")),
+            "shadow_params": (LIVE, attribute("shadow_params")),
             "copy_to": (LIVE, model("copy_to")),
             "store": (WHOLE, listed("store")),
             "restore": (WHOLE, listed("restore")),

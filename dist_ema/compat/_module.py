@@ -299,8 +299,9 @@ def recalibrate_all(
 
     tracked = (m.running_mean for m in model.modules() if isinstance(m, batchnorm.LAYERS))
     if any(mean is not None for mean in tracked):
-        most = sys.maxsize
-        batchnorm.recalibrate(model, loader, most, forward=forward, progress=False, group=group)
+        batchnorm.recalibrate(
+            model, loader, sys.maxsize, forward=forward, progress=False, group=group
+        )
 
 
 class AverageHolder:

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..averaging.averages import Reads
 from ..checkpoint import dcp
@@ -28,7 +28,7 @@ from ..sharding.ownership import ParamState
 from ..sharding.parameters import Model, Parameters
 from ..sharding.records import Shard
 
-__all__ = ["Device", "ListDropIn", "ParameterListAverage", "ShadowParams", "source"]
+__all__ = ["Device", "ListDropIn", "ParameterListAverage", "source"]
 
 
 Device = str | torch.device | None
@@ -121,12 +121,6 @@ class ParameterListAverage:
         """The EMA behind the list; another one after [Note: other parameters]."""
         self.follow()
         return self._ema
-
-    @property
-    def is_writer(self) -> bool:
-        """Of the ranks that hold the average together, this is the one that writes files."""
-        members = self.weights.find().members
-        return len(members) == 1 or members[0] == dist.get_rank()
 
     # --- [Note: other parameters] ---------------------------------------------------------------
 
@@ -365,10 +359,6 @@ class ListDropIn:
         given = self._default if parameters is None else parameters
         self._list.put_back(self.collected_params, given)
 
-
-class ShadowParams(ListDropIn):
-    """The base of those whose shadows are a list."""
-
     @property
     def shadow_params(self) -> list[Tensor]:
         """One tensor per parameter, in its form, made at each access. *Aliases* the average."""
@@ -414,11 +404,10 @@ def _overwrite(targets: Sequence[tuple[Shard, Tensor | None, Tensor]]) -> None:
     for shard, elements, value in targets:
         if elements is None:
             continue
-        form, given = shard.shaped(elements), value.detach()
-        if type(given) is type(form) and given.shape == form.shape:
+        given = value.detach()
+        form = (shard.shaped if isinstance(given, DTensor) else shard.local)(elements)
+        if given.shape == form.shape:
             form.copy_(given)
-        elif tuple(given.shape) == shard.shape:
-            for box, block in geometry.boxes_with_data(shard, shard.local_region, elements):
-                block.copy_(given[box.slices])
-        else:
-            shard.local(elements).copy_(given)
+            continue
+        for box, block in geometry.boxes_with_data(shard, shard.local_region, elements):
+            block.copy_(given[box.slices])

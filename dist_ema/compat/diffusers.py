@@ -6,11 +6,12 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..schedules import Constant
 from ..sharding.parameters import Model
-from ._parameter_list import Device, ParameterListAverage, ShadowParams, source
+from ._parameter_list import Device, ListDropIn, ParameterListAverage, source
 
 __all__ = ["EMAModel"]
 
@@ -26,7 +27,7 @@ _SETTINGS: dict[str, tuple[type, ...]] = {
 }
 
 
-class EMAModel(ShadowParams):
+class EMAModel(ListDropIn):
     """The average of all given parameters, updated by hand; frozen ones are copied at every step.
 
     Other than the original: shadows of 16-bit parameters are float32; another number of parameters
@@ -160,7 +161,8 @@ class EMAModel(ShadowParams):
         model = self.model_cls.from_config(self.model_config)
         model.register_to_config(**{name: getattr(self, name) for name in _SETTINGS})
         self.copy_to(model.parameters())
-        if self._list.is_writer:
+        members = self.average.weights.find().members  # the ranks that hold it together
+        if len(members) == 1 or members[0] == dist.get_rank():
             model.save_pretrained(path)
 
     @classmethod

@@ -48,15 +48,13 @@ class ModelEma(AverageHolder):
         place = None if device == "" else device
         self._average = ModuleAverage(model, decay, module_fn, device=place, evaluates=True)
         self.ema_has_module = hasattr(self._average.module, "module")
-        if resume:
-            self._load_checkpoint(resume)
-
-    def _load_checkpoint(self, path: str) -> None:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not resume:
+            return
+        saved = torch.load(resume, map_location="cpu", weights_only=True)
         if isinstance(saved, dict) and "state_dict_ema" in saved:
             self.load_state_dict(saved["state_dict_ema"])
         else:
-            _logger.warning("%s has no state_dict_ema: the average starts from the model.", path)
+            _logger.warning("%s has no state_dict_ema: the average starts from the model.", resume)
 
     def update(self, model: nn.Module) -> None:
         """Move towards `model`. No collective, no host sync."""

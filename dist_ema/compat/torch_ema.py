@@ -10,12 +10,12 @@ import torch
 
 from ..schedules import Constant
 from ..sharding.parameters import Model
-from ._parameter_list import Device, ParameterListAverage, ShadowParams, source
+from ._parameter_list import Device, ListDropIn, ParameterListAverage, source
 
 __all__ = ["ExponentialMovingAverage"]
 
 
-class ExponentialMovingAverage(ShadowParams):
+class ExponentialMovingAverage(ListDropIn):
     """The average of all given parameters, frozen ones included, updated by hand.
 
     Other than the original: shadows of 16-bit parameters are float32, the parameters are kept
