@@ -84,8 +84,11 @@ class ParameterListAverage:
         dtype = torch.float64 if wide else torch.float32
         self._use(EMA(model, decay, dtype=dtype, split=False, buffers=buffers))
 
-    def _use(self, ema: EMA) -> None:
+    def _use(self, ema: EMA, dtype: torch.dtype | None = None) -> None:
         self._ema, self.weights, model = ema, ema.weights, ema.model
+        if dtype == torch.float16:  # which only lists offer, as their originals do
+            self.weights.reallocate(dtype, self.weights.placement.device)
+            self.weights.use_engine()
         if isinstance(model, Parameters):
             self.names = list(model.tensors)
         else:
@@ -112,9 +115,8 @@ class ParameterListAverage:
         return {"ema": ema, "dtype": dtype, "average": self._ema.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._use(EMA(**state["ema"]))
+        self._use(EMA(**state["ema"]), state["dtype"])
         self._ema.load_state_dict(state["average"])
-        self._cast_to_half(state["dtype"])
 
     @property
     def ema(self) -> EMA:
@@ -198,8 +200,7 @@ class ParameterListAverage:
         for shadow, value in copies:
             shadow.copy_(value)
         ema.weights.set_clock(old.clock_to_dict())
-        self._use(ema)
-        self._cast_to_half(old.placement.dtype)
+        self._use(ema, old.placement.dtype)
 
     # --- verbs ----------------------------------------------------------------------------------
 
@@ -308,13 +309,7 @@ class ParameterListAverage:
     def to(self, device: Device = None, dtype: torch.dtype | None = None) -> None:
         """Move and cast the shadows. Raises ValueError if the dtype does not float."""
         self.ema.to(device, None if dtype == torch.float16 else dtype)
-        self._cast_to_half(dtype)
-
-    def _cast_to_half(self, dtype: torch.dtype | None) -> None:
-        """Cast the shadows if that is float16, which only lists offer, as their originals do."""
-        if dtype == torch.float16:
-            self.weights.reallocate(dtype, self.weights.placement.device)
-            self.weights.use_engine()
+        self._use(self._ema, dtype)
 
     def copy_to(self, given: Model | None = None) -> None:
         """Write the shadows into other parameters, by default into their own.
