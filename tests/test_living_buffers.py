@@ -463,3 +463,51 @@ def test_files_hold_a_buffer_that_was_filled_since(tmp_path: Path) -> None:
         assert load_file(tmp_path / verb)["cache"].tolist() == [value] * 2
         model.cache = None
         ema.gather()
+
+
+class State(nn.Module):
+    """Three buffers that are one state: a mean, a count, and a bank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("bank", torch.zeros(2))
+
+
+def recalibrated() -> tuple[State, EMA]:
+    """The mean alone was written inside a swap, then training wrote mean and count."""
+    model = State()
+    ema = EMA(model, 0.5)
+    with ema.swap():
+        model.mean.add_(1)
+    model.mean.add_(5)
+    model.count.add_(5)
+    return model, ema
+
+
+def test_a_buffer_that_the_block_left_alone_is_kept_with_its_module() -> None:
+    _, ema = recalibrated()
+    weights = ema.gather()
+    assert weights["mean"].tolist() == [1, 1] and weights["count"] == 0
+
+
+def test_a_module_whose_bank_grew_inside_keeps_no_state() -> None:
+    model = State()
+    ema = EMA(model, 0.5)
+    with ema.swap():
+        model.mean.add_(1)
+        model.bank = torch.zeros(3)
+    model.count.add_(5)
+    weights = ema.gather()
+    assert weights["mean"].tolist() == [0, 0] and weights["count"] == 5
+    assert weights["bank"].shape == (2,)
+
+
+def test_own_buffers_end_when_training_resizes_one_of_them() -> None:
+    model, ema = recalibrated()
+    model.bank = torch.zeros(3)
+    weights = ema.gather()
+    assert weights["mean"].tolist() == [5, 5] and weights["count"] == 5
+    assert weights["bank"].shape == (3,)

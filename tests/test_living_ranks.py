@@ -191,6 +191,31 @@ def written_inside(kind: str) -> Callable[[], float]:
     return program
 
 
+def assigned_inside(kind: str) -> Callable[[], float]:
+    """After a step FSDP1 counts writes into its flat parameter apart from those into its shard."""
+
+    def program() -> float:
+        model = build(kind)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        ema = EMA(model, DECAY)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with ema.swap():
+                model(torch.ones(2, 4))
+        quiet = not any("written" in str(each.message) for each in caught)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with ema.swap():
+                for p in model.parameters():
+                    p.data = p.data * 1.5
+        named = any("body.weight" in str(each.message) for each in caught)
+        return 0.0 if quiet and named else 1.0
+
+    return program
+
+
 def replaced_head(kind: str) -> Callable[[], float]:
     def program() -> float:
         run = Run(kind)
@@ -333,6 +358,7 @@ def table() -> dict[str, Callable[[], float]]:
         }
     for kind in ("fsdp1 orig", "fsdp1 flat"):
         entries[f"{kind}: offload between phases"] = moves_between_phases(kind)
+    entries["fsdp1 orig: assigned inside a swap"] = assigned_inside("fsdp1 orig")
     return entries
 
 

@@ -29,8 +29,10 @@ _OPENINGS = itertools.count(1)
 
 
 def versions(state: ParamState) -> Versions:
-    """The version counters of a weight; FSDP1 keeps the two apart."""
-    return state.local._version, state.shard.tensor._version
+    """The version counters of a weight; FSDP1 keeps them apart, and one more of the flat parameter."""
+    flat = state.shard.flat_parameter
+    writes = 0 if flat is None else flat._version
+    return state.local._version, state.shard.tensor._version + writes
 
 
 class SwapRegistry:

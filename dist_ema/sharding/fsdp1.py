@@ -91,6 +91,7 @@ class FlatSlice:
             order,
             replicas=() if outer is None else (outer,),
             owner_ranks=ranks,
+            flat_parameter=flat,
         )
 
 

@@ -91,6 +91,7 @@ class Shard:
     dense: bool = True  # False: strided or expanded, so `read` copies and it cannot be averaged
     opaque: bool = False  # a subclass whose memory is not the weight: carried by name alone
     average_frozen: bool = False  # averaged whether or not it needs a gradient now
+    flat_parameter: Tensor | None = None  # FSDP1's around the weight; it counts its own writes
     is_writer: bool = True  # of several copies that are no replicas, the one that files hold
     persistent: bool = True  # part of state_dict()
     aliases: list[str] = field(default_factory=list)
