@@ -490,7 +490,8 @@ def recalibrated() -> tuple[State, EMA]:
 def test_a_buffer_that_the_block_left_alone_is_kept_with_its_module() -> None:
     _, ema = recalibrated()
     weights = ema.gather()
-    assert weights["mean"].tolist() == [1, 1] and weights["count"] == 0
+    assert weights["mean"].tolist() == [1, 1]
+    assert weights["count"] == 0
 
 
 def test_a_module_whose_bank_grew_inside_keeps_no_state() -> None:
@@ -501,7 +502,8 @@ def test_a_module_whose_bank_grew_inside_keeps_no_state() -> None:
         model.bank = torch.zeros(3)
     model.count.add_(5)
     weights = ema.gather()
-    assert weights["mean"].tolist() == [0, 0] and weights["count"] == 5
+    assert weights["mean"].tolist() == [0, 0]
+    assert weights["count"] == 5
     assert weights["bank"].shape == (2,)
 
 
@@ -509,5 +511,6 @@ def test_own_buffers_end_when_training_resizes_one_of_them() -> None:
     model, ema = recalibrated()
     model.bank = torch.zeros(3)
     weights = ema.gather()
-    assert weights["mean"].tolist() == [5, 5] and weights["count"] == 5
+    assert weights["mean"].tolist() == [5, 5]
+    assert weights["count"] == 5
     assert weights["bank"].shape == (3,)
