@@ -137,6 +137,7 @@ def test_every_mode_is_restored() -> None:
     ema.update()
     model.train()
     model["a"].eval()
+    model["a"].norm.train()
     model["b"].norm.eval()
     modes = {name: module.training for name, module in model.named_modules()}
     with ema.swap():

@@ -474,3 +474,11 @@ def test_a_storage_moved_inside_a_swap(tmp_path: Path) -> None:
         return max(off, program.gather())
 
     outcome(evaluate, program.ema.names())
+
+
+def test_a_model_that_was_cast_for_good_is_named() -> None:
+    program = Program(net())
+    program.step(3)
+    program.model.half()
+    with pytest.raises(RuntimeError, match=r"0\.weight was torch.float32.*now torch.float16"):
+        program.ema.update()

@@ -35,7 +35,6 @@ def caches_dropped(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        parametrize._cache.clear()
         for module in sleeping:
             module.train(False)
         # NOTE: `train` of a parent reaches its children, which may have had another mode.
