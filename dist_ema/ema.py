@@ -285,6 +285,9 @@ class EMA:
     ) -> Attachment:
         """Update after every step that really happened.
 
+        The average takes weights as the step leaves them. What the loop writes after it (a clamp)
+        comes with the next step: call `update` at the end of the loop to average that.
+
         Args:
             optimizers: All that step the model. An update comes when each has stepped since the
                 last one. Under DeepSpeed the engine.
