@@ -9,7 +9,6 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -430,26 +429,36 @@ def test_links_are_followed(tmp_path: Path) -> None:
     assert again.now == 1
 
 
-def test_an_export_cut_short_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never shards of two exports together: the index goes first and comes last. Guards the order in artifact._merge."""
-    ema = EMA(Core(), 0.0)
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_an_export_cut_short_changes_nothing(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never shards of two exports together. Guards that the folder is built beside the old one."""
+    model = Core()
+    ema = EMA(model, 0.0)
     ema.export(tmp_path / "out", max_shard_size=300)
-    replace, calls = os.replace, []
+    before = load_file(tmp_path / "out")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    ema.update()
+    fsync, calls = os.fsync, []
 
-    def once(*args: Any) -> None:
-        calls.append(args)
-        if len(calls) == 3:
+    def once(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == stop:
             raise KeyboardInterrupt
-        replace(*args)
+        fsync(descriptor)
 
-    monkeypatch.setattr(os, "replace", once)
+    monkeypatch.setattr(os, "fsync", once)
     with pytest.raises(KeyboardInterrupt):
         ema.export(tmp_path / "out", max_shard_size=300)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="no model.safetensors"):
-        load_file(tmp_path / "out")
+    after = load_file(tmp_path / "out")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
     ema.export(tmp_path / "out", max_shard_size=300)
-    assert load_file(tmp_path / "out").keys() == Core().state_dict().keys()
+    assert not torch.equal(load_file(tmp_path / "out")["frozen.weight"], before["frozen.weight"])
 
 
 def test_frozen_then_and_averaged_now(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ _OPENINGS = itertools.count(1)
 
 
 def versions(state: ParamState) -> Versions:
-    """The version counters of a weight; FSDP1 keeps them apart, and one more of the flat parameter."""
+    """The version counters of a weight. FSDP1 keeps them apart, and one more of the flat one."""
     flat = state.shard.flat_parameter
     writes = 0 if flat is None else flat._version
     return state.local._version, state.shard.tensor._version + writes
