@@ -126,7 +126,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     code, said = interrupt_when(results / "table-0-0.json", *words)
     assert (code, said.splitlines()[-1][:22]) == (130, "study.py: interrupted;"), said
     assert "Traceback" not in said
-    assert not (results / "table-20-0.json").exists(), "what had not begun was begun after Ctrl-C"
+    assert not (results / "equivalence-1.json").exists(), "the last cell was begun after Ctrl-C"
     kill_when(results / "table-20-0.json", *words)
     assert not (results / "equivalence-1.json").exists()
     before = (results / "table-20-0.json").stat().st_mtime_ns

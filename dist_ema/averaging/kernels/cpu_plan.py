@@ -11,12 +11,10 @@ once. Tables that are built once say where:
 
 [Note: threads]  Threads draw tasks from one iterator; who moves an element does not change its
 bits. They are Python's: an update that is worth more than one starts them and joins them before it
-returns. Calling torch's own OpenMP runtime through its C interface is no faster. Of its time, this
-pass took (fp32 from fp32, fp32 from bf16, bf16 from fp32; medians of ratios in turns, 32 M
-elements): 0.98, 0.97, 0.91 with one thread, and with two on a busy machine 0.83 to 1.27, 0.75 to
-1.29, 0.98 to 1.03. `numba.prange` took 1.02, 0.96, 0.79 and 0.95, 0.96, 0.80, and is not used for
-another reason: it ends the process where one that used it has forked, or where two threads run it
-at once on numba's own thread pool.
+returns. A call of torch's own OpenMP runtime through its C interface takes as long with one thread
+and 0.9 of the time with two that torch has just used, because they spin on a core. `numba.prange`
+is not used, because it ends the process where one that used it has forked, or where two threads
+run it at once on numba's own thread pool.
 
 [Note: no cache]  Compiling takes about a second per process and a tenth per further pair of
 dtypes, when a plan is made. numba could keep the result on disk, as a pickle, which this library
