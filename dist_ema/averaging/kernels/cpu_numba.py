@@ -23,6 +23,7 @@ __all__ = [
     "compile_pass",
     "is_disabled",
     "mix",
+    "prefer_narrow_vectors",
     "read_bfloat16",
     "read_float16",
     "read_float32",
