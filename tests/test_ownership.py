@@ -19,8 +19,8 @@ from dist_ema.averaging.kernels.eager import Direct, Packed, ShadowPair, UpdateP
 from dist_ema.sharding import arena, discovery, ownership
 from dist_ema.sharding.arena import allocate
 from dist_ema.sharding.fingerprint import WINDOW, fingerprint
-from dist_ema.sharding.geometry import Box, boxes, boxes_with_data, numbering, runs, split_box
-from dist_ema.sharding.ownership import assign, even
+from dist_ema.sharding.geometry import Box, boxes, boxes_with_data, even, numbering, runs, split_box
+from dist_ema.sharding.ownership import assign
 from dist_ema.sharding.records import Region, Shard
 
 CPU = torch.device("cpu")

@@ -14,15 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["EngineSteps", "is_engine", "stepped_parameters"]
+from ..sharding.zero import is_engine
 
-
-def is_engine(optimizer: Any) -> bool:
-    """What deepspeed.initialize returned first, or a class made of its class."""
-    return any(
-        parent.__name__ == "DeepSpeedEngine" and parent.__module__.startswith("deepspeed.")
-        for parent in type(optimizer).__mro__
-    )
+__all__ = ["EngineSteps", "stepped_parameters"]
 
 
 def stepped_parameters(optimizer: Any) -> list[Tensor]:
@@ -38,6 +32,7 @@ class EngineSteps:
     def __init__(self, engine: Any) -> None:
         self._engine, self._step = engine, engine.step
         self._before: OrderedDict[int, Callable[..., None]] = OrderedDict()
+        # Named as those of torch's optimizers, among which an attachment looks for dead ones.
         self._optimizer_step_post_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
         engine.step = self.step
 

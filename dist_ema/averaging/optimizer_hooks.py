@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sharding.ownership import ParamState
+from ..sharding.zero import is_engine
 from .clock import Clock
-from .engine_steps import EngineSteps, is_engine
+from .engine_steps import EngineSteps
 
 __all__ = ["Attachment", "Averager", "refuse_beside_masters"]
 

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from .records import Region, Shard
 
-__all__ = ["Box", "Numbering", "boxes", "boxes_with_data", "numbering", "runs", "split_box"]
+__all__ = [
+    "Box",
+    "Numbering",
+    "boxes",
+    "boxes_with_data",
+    "even",
+    "numbering",
+    "runs",
+    "split_box",
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,12 @@ class Box:
         offsets = tuple(max(a.start, b.start) for a, b in pairs)
         sizes = tuple(min(a.stop, b.stop) - o for (a, b), o in zip(pairs, offsets, strict=True))
         return Box(offsets, sizes) if all(n > 0 for n in sizes) else None
+
+
+def even(begin: int, end: int, rank: int, size: int) -> tuple[int, int]:
+    """The rank's range of [begin, end) when it is divided evenly."""
+    n = end - begin
+    return begin + n * rank // size, begin + n * (rank + 1) // size
 
 
 # --- boxes of a range ---------------------------------------------------------------------------

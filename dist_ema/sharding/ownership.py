@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,14 +29,13 @@ from torch import Tensor
 
 from ..distributed.transfer import Block
 from .discovery import redescribe
-from .geometry import boxes_with_data, split_box
+from .geometry import boxes_with_data, even, split_box
 from .records import Region, Shard
 from .zero import refuse_taken_over
 
 __all__ = [
     "ParamState",
     "assign",
-    "even",
     "replica_pieces",
     "saved_blocks",
     "saved_dtype",
@@ -206,10 +206,11 @@ def assign(
         starts.append(ends.get(key, 0))
         if shard.cut is None:
             ends[key] = starts[-1] + shard.local_region.numel
+    own_range = cache(_own_range)  # asks the groups once for each sequence
     states = []
     for (shard, key), start in zip(pairs, starts, strict=True):
         region, sequence = shard.local_region, shard.cut or (start, ends[key])
-        bounds = _own_range(shard.replicas, sequence[1]) if shard.is_writer else (0, 0)
+        bounds = own_range(shard.replicas, sequence[1]) if shard.is_writer else (0, 0)
         begin, end = (region.begin + min(max(at - sequence[0], 0), region.numel) for at in bounds)
         saved = replace(region, begin=begin, end=end)
         mean = saved if split and shard.replicas else region
@@ -223,12 +224,6 @@ def _own_range(groups: Sequence[dist.ProcessGroup], end: int) -> tuple[int, int]
     for group in groups:
         low, high = even(low, high, dist.get_rank(group), group.size())
     return low, high
-
-
-def even(begin: int, end: int, rank: int, size: int) -> tuple[int, int]:
-    """The rank's range of [begin, end) when it is divided evenly."""
-    n = end - begin
-    return begin + n * rank // size, begin + n * (rank + 1) // size
 
 
 def replica_pieces(

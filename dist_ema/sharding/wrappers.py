@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from .fsdp1 import reshard_flat_parameter
 from .names import CHECKPOINTED, COMPILED, FSDP1, canonical
 from .torch_classes import is_fsdp1, is_fsdp2
-from .zero import partition
+from .zero import is_engine, partition
 
 __all__ = [
     "Replicated",
@@ -159,8 +159,8 @@ def walk_modules(
         if inner is not None and isinstance(module, DistributedDataParallel):
             ignored = frozenset(prefix + canonical(name) for name in module.parameters_to_ignore)
             ddp = Replicated(module.process_group, ignored)
-        elif inner is not None and hasattr(module, "seq_data_parallel_group"):
-            group: Any = module.seq_data_parallel_group  # a DeepSpeed engine
+        elif inner is not None and is_engine(module):
+            group: Any = module.seq_data_parallel_group
             ddp = Replicated(group, frozenset())
         yield prefix, module, ddp
         if module._modules:

@@ -13,17 +13,19 @@ reads the masters, and a swap writes the copies. The masters belong to the optim
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .geometry import even
 from .records import Region, Shard
 
 __all__ = [
     "holds_partitions",
+    "is_engine",
     "is_partitioned",
     "partition",
     "refuse_taken_over",
@@ -35,6 +37,14 @@ __all__ = [
 
 AVAILABLE = "AVAILABLE"  # the name of DeepSpeed's status of a weight that is whole on this rank
 UNSUPPORTED = "which dist_ema cannot average. Turn that off, or use ZeRO stage 2 or FSDP."
+
+
+def is_engine(value: object) -> bool:
+    """What deepspeed.initialize returned first, or an object of a class made of its class."""
+    return any(
+        parent.__name__ == "DeepSpeedEngine" and parent.__module__.startswith("deepspeed.")
+        for parent in type(value).__mro__
+    )
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -72,7 +82,7 @@ def zero3_shard(name: str, kind: Any, tensor: Any, place: tuple[nn.Module, str])
     begin = min(dist.get_rank(group) * length, numel)
     region = Region((0,) * len(shape), shape, begin, min(begin + length, numel))
     shard = Shard(name, kind, shape, tensor, place, region, partial(_partition_of, tensor))
-    shard.owner_ranks = tuple(dist.get_process_group_ranks(group))
+    shard.owner_ranks = _ranks(group)
     optimizer = getattr(tensor, "_z3_optimizer", None)
     if kind == "trainable" and optimizer is not None:
         number, offset, _ = optimizer.grad_position[optimizer.get_param_id(tensor)]
@@ -98,6 +108,12 @@ def _unsupported(tensor: Any) -> str | None:
     if optimizer is not None and getattr(optimizer, "swap_optimizer", False):
         return "with its optimizer on NVMe"
     return None
+
+
+@lru_cache(maxsize=16)
+def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
+    """Global: asked once, because a weight must not cost more in a larger world."""
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def _partition_of(tensor: Any) -> Tensor:
@@ -130,17 +146,16 @@ def take_masters(shard: Shard) -> None:
         return
     group, mapping = tensor._dp_group, tensor._hp_mapping
     start, total = tensor.storage_offset(), tensor.untyped_storage().nbytes() // tensor.itemsize
-    size, rank = total // group.size(), group.rank()
-    begin = min(max(rank * size - start, 0), tensor.numel())
-    end = min(max((rank + 1) * size - start, 0), tensor.numel())
+    own = even(0, total, group.rank(), group.size())
+    begin, end = (min(max(at - start, 0), tensor.numel()) for at in own)
     held = (0, 0) if mapping is None else _range(mapping.lp_fragment_address)
     if total % group.size() or shard.order is not None or (held != (begin, end) and begin < end):
         raise ValueError(
-            f"{shard.name} is cut by DeepSpeed at {held} on rank {rank}, where the flat buffer of "
-            f"{total} elements says {(begin, end)}. dist_ema does not know this layout."
+            f"{shard.name} is cut by DeepSpeed at {held} on rank {group.rank()}, where the flat buffer "
+            f"of {total} elements says {(begin, end)}. dist_ema does not know this layout."
         )
     shard.replicas, shard.cut = (group,), (start, total)
-    shard.owner_ranks = tuple(dist.get_process_group_ranks(group))
+    shard.owner_ranks = _ranks(group)
     nothing = torch.empty(0, dtype=torch.float32, device=tensor.device)
     shard.master = partial(_fragment, tensor, nothing)
 

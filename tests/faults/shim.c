@@ -263,21 +263,27 @@ SAME(fopen64, fopen);
 
 /* --- bytes ----------------------------------------------------------------------------------- */
 
-ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) {
-    ON_FILE("write", fd, 1);
-    op.offset = offset, op.size = (int64_t)size, op.data = data;
+/* Write at op->offset, or where the descriptor stands. */
+static ssize_t put(struct operation *op, int fd, const void *data, size_t size, int placed) {
+    op->size = (int64_t)size, op->data = data;
     int code;
-    int watched = enter(&op, &code);
+    int watched = enter(op, &code);
     if (code) {
         errno = code;
         return -1;
     }
-    size = op.halved && size > 1 ? size / 2 : size;
-    ssize_t result = REAL(pwrite)(fd, data, size, offset);
-    op.size = result < 0 ? 0 : result;
+    size = op->halved && size > 1 ? size / 2 : size;
+    ssize_t result = placed ? REAL(pwrite)(fd, data, size, op->offset) : REAL(write)(fd, data, size);
+    op->size = result < 0 ? 0 : result;
     if (watched)
-        leave(&op, result < 0 ? errno : 0);
+        leave(op, result < 0 ? errno : 0);
     return result;
+}
+
+ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) {
+    ON_FILE("write", fd, 1);
+    op.offset = offset;
+    return put(&op, fd, data, size, 1);
 }
 
 SAME(pwrite64, pwrite);
@@ -290,19 +296,7 @@ ssize_t write(int fd, const void *data, size_t size) {
     struct stat now;
     int appends = fcntl(fd, F_GETFL) & O_APPEND && fstat(fd, &now) == 0;
     op.offset = appends ? now.st_size : lseek(fd, 0, SEEK_CUR);
-    op.size = (int64_t)size, op.data = data;
-    int code;
-    int watched = enter(&op, &code);
-    if (code) {
-        errno = code;
-        return -1;
-    }
-    size = op.halved && size > 1 ? size / 2 : size;
-    ssize_t result = real(fd, data, size);
-    op.size = result < 0 ? 0 : result;
-    if (watched)
-        leave(&op, result < 0 ? errno : 0);
-    return result;
+    return put(&op, fd, data, size, 0);
 }
 
 /* Several buffers are written as one, so that the log knows their bytes. */
