@@ -151,8 +151,8 @@ def take_masters(shard: Shard) -> None:
     held = (0, 0) if mapping is None else _range(mapping.lp_fragment_address)
     if total % group.size() or shard.order is not None or (held != (begin, end) and begin < end):
         raise ValueError(
-            f"{shard.name} is cut by DeepSpeed at {held} on rank {group.rank()}, where the flat buffer "
-            f"of {total} elements says {(begin, end)}. dist_ema does not know this layout."
+            f"{shard.name} is cut by DeepSpeed at {held} on rank {group.rank()}, where the flat "
+            f"buffer of {total} elements says {(begin, end)}. dist_ema does not know this layout."
         )
     shard.replicas, shard.cut = (group,), (start, total)
     shard.owner_ranks = _ranks(group)
