@@ -1,8 +1,10 @@
-"""Programs that nobody thought of: seeded training programs around an EMA, judged by a naive average.
+"""Programs that nobody thought of: seeded training programs around an EMA, judged by a naive
+average.
 
-A seed draws a model, a wrapper, an engine, a dtype and 30 actions. The reference is a float64 copy made anew from
-`state_dict()` at every step. Every outcome of an action is *equal* to the reference, or *raised*: an error that names a
-weight of the action. The rest is *silent* (a wrong number) or *unclear* (an error that names nothing).
+A seed draws a model, a wrapper, an engine, a dtype and 30 actions. The reference is a float64 copy
+made anew from `state_dict()` at every step. Every outcome of an action is *equal* to the reference,
+or *raised*: an error that names a weight of the action. The rest is *silent* (a wrong number) or
+*unclear* (an error that names nothing).
 
     python -m tests.host_programs --seeds 300              # a table of outcomes
     python -m tests.host_programs --seed 17 --trace        # one program, action by action
@@ -233,7 +235,9 @@ def difference(want: dict[str, Tensor], got: dict[str, Tensor]) -> tuple[float, 
 
 @dataclass
 class Outcome:
-    """What came of a seed: its draw, the verdict of each action, the first one that is neither equal nor raised."""
+    """What came of a seed: its draw, the verdict of each action, the first one that is neither
+    equal nor raised.
+    """
 
     seed: int
     title: str
@@ -325,7 +329,7 @@ class Program:
         if worst[0] > self.tolerance:
             raise WrongNumberError(f"off by {worst[0]:.3g} at {worst[1]}")
 
-    # --- actions -----------------------------------------------------------------------------------
+    # --- actions ----------------------------------------------------------------------------------
 
     def step(self) -> None:
         self.backward()
@@ -426,7 +430,9 @@ class Program:
         self.write(assign)
 
     def swap_twice(self) -> None:
-        """Another average inside ours, left in the right order or, where one rank can undo it, in the wrong one."""
+        """Another average inside ours, left in the right order or, where one rank can undo it, in
+        the wrong one.
+        """
         before, other = full(self.model), EMA(self.model, 0.5)
         wrong, swaps = not self.ranks, [self.ema.swap(), other.swap()]
         for swap in swaps:
@@ -438,7 +444,9 @@ class Program:
         self.gather()
 
     def write(self, inside: Callable[[], None]) -> None:
-        """Named by a warning or an error; both leave live as it was, and the average is asked again."""
+        """Named by a warning or an error; both leave live as it was, and the average is asked
+        again.
+        """
         before, lent, left = full(self.model), {}, {}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -563,7 +571,7 @@ class Program:
         self.own, self.edited, self.saved, self.missed = {}, set(), None, 0
         self.renew()
 
-    # --- the verdicts ------------------------------------------------------------------------------
+    # --- the verdicts -----------------------------------------------------------------------------
 
     def names(self) -> set[str]:
         names = set(self.naive.average) | self.edited | set(full(self.model))
@@ -612,7 +620,8 @@ class Program:
             return f"{'raised' if named else 'unclear'}: {message[:160]}"
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            return f"unclear: {type(error).__name__} {error} at {Path(where.filename).name}:{where.lineno}"
+            place = f"{Path(where.filename).name}:{where.lineno}"
+            return f"unclear: {type(error).__name__} {error} at {place}"
         return "equal"
 
     def recover(self) -> None:

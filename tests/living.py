@@ -1,8 +1,9 @@
-"""What the tests of living models share: a naive average, and the only two outcomes that are allowed.
+"""What the tests of living models share: a naive average, and the only two outcomes that are
+allowed.
 
-How to read a failure: "silent" is a wrong number without a word, and the difference follows. "does not name" is an error
-that leaves the user searching. A program is marked red in the table beside it, with what was seen; remove its entry when
-the program is right.
+How to read a failure: "silent" is a wrong number without a word, and the difference follows. "does
+not name" is an error that leaves the user searching. A program is marked red in the table beside
+it, with what was seen; remove its entry when the program is right.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class Naive:
-    """A float64 copy made anew from `state_dict()` at every update; what is not trained is live's."""
+    """A float64 copy made anew from `state_dict()` at every update; what is not trained is
+    live's.
+    """
 
     def __init__(self, model: nn.Module, decay: float = DECAY) -> None:
         self.model, self.decay = model, decay
@@ -38,7 +41,8 @@ class Naive:
         self.rescan()
 
     def rescan(self) -> None:
-        """Names whose Parameter is another one begin with its value; names that are gone are dropped.
+        """Names whose Parameter is another one begin with its value; names that are gone are
+        dropped.
 
         Tied names hold one average.
         """
@@ -87,7 +91,9 @@ def distance(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> float:
 def outcome(
     program: Callable[[], float], names: Iterable[str] = (), tolerance: float = 2e-5
 ) -> str:
-    """'equal' or 'raised'; anything else fails: a silent difference, or an error that names no weight."""
+    """'equal' or 'raised'; anything else fails: a silent difference, or an error that names no
+    weight.
+    """
     names = list(names)
     try:
         off = program()
@@ -105,7 +111,9 @@ def parts(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def programs(table: Mapping[str, Any], red: Mapping[str, str]) -> Any:
-    """Parametrize over a table of programs; those of `red` are expected to fail, with what was seen."""
+    """Parametrize over a table of programs; those of `red` are expected to fail, with what was
+    seen.
+    """
     assert red.keys() <= table.keys(), f"no such program: {red.keys() - table.keys()}"
     return [
         pytest.param(
@@ -118,7 +126,9 @@ def programs(table: Mapping[str, Any], red: Mapping[str, str]) -> Any:
 
 
 def random_step(optimizer: torch.optim.Optimizer) -> None:
-    """A step with random gradients for all weights of the optimizer, whether or not a forward reaches them."""
+    """A step with random gradients for all weights of the optimizer, whether or not a forward
+    reaches them.
+    """
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.randn_like(p)

@@ -1,6 +1,9 @@
-"""What the tests of scripts share: a launcher of ranks, and the scripts of the docs, run, killed, and resumed.
+"""What the tests of scripts share: a launcher of ranks, and the scripts of the docs, run, killed,
+and resumed.
 
-python -m tests.loops torch sklearn.datasets       what a `Launcher` starts: imports, then forks for each line of stdin
+    python -m tests.loops torch sklearn.datasets
+
+is what a `Launcher` starts. It imports the modules, then forks for each line of stdin.
 """
 
 from __future__ import annotations
@@ -40,9 +43,11 @@ def script_of(page: str, folder: Path) -> Path:
 
 
 class Launcher:
-    """Starts ranks as torchrun does, with its variables, from one process that has imported `modules` before.
+    """Starts ranks as torchrun does, with its variables, from one process that has imported
+    `modules` before.
 
-    Importing takes ten times as long as the scripts themselves. torchrun itself is run by tests/test_train.py.
+    Importing takes ten times as long as the scripts themselves. torchrun itself is run by
+    tests/test_train.py.
     """
 
     def __init__(self, *modules: str, **environment: str) -> None:
@@ -90,7 +95,8 @@ class Job:
     def wait(self, made: Path, timeout: float = 150.0) -> str:
         """What it printed, once it has ended; raises with that if it did not come to make `made`.
 
-        NOTE: by what it made, not by its exit code: gloo aborts now and then at the exit, after everything is done.
+        NOTE: by what it made, not by its exit code: gloo aborts now and then at the exit, after
+        everything is done.
         """
         deadline = time.monotonic() + timeout
         while self._alive and time.monotonic() < deadline:
@@ -121,7 +127,10 @@ class Job:
 
 
 def serve(modules: list[str]) -> None:
-    """What a `Launcher` starts: forks the ranks of each job that stdin names. A forked rank returns when it is done."""
+    """What a `Launcher` starts: forks the ranks of each job that stdin names.
+
+    A forked rank returns when it is done.
+    """
     for module in modules:
         importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the ended ones vanish by themselves

@@ -63,7 +63,9 @@ def train(accelerator: Accelerator, model: Any, optimizer: Any, batches: int) ->
 
 
 def test_accumulation_and_state(accelerator: Accelerator, tmp_path: Path) -> None:
-    """Four batches are two steps; a state brings weights, average and clock back; remove() ends it."""
+    """Four batches are two steps; a state brings weights, average and clock back; remove() ends
+    it.
+    """
     model, optimizer, ema = prepared(accelerator)
     registration = register(accelerator, ema)
     train(accelerator, model, optimizer, 4)
@@ -137,7 +139,9 @@ def test_refuses_another_model(accelerator: Accelerator) -> None:
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
-    """SIGKILL in the middle; live, optimizer and average equal the uninterrupted run, byte for byte."""
+    """SIGKILL in the middle; live, optimizer and average equal the uninterrupted run, byte for
+    byte.
+    """
     script = script_of("accelerate.md", tmp_path)
     with Launcher("accelerate", "torch._dynamo", ACCELERATE_USE_CPU="1") as launcher:
         whole = launcher.start(script, tmp_path / "whole")

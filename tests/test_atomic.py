@@ -1,7 +1,8 @@
-"""A new version appears whole or not at all: every step of a publication is interrupted once, on a real file system.
+"""A new version appears whole or not at all: every step of a publication is interrupted once, on a
+real file system.
 
-How to read a failure: `step` counts the system calls that were let through before the interruption; `kind` is what is
-published, a folder or a file.
+How to read a failure: `step` counts the system calls that were let through before the interruption;
+`kind` is what is published, a folder or a file.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], int]:
     return lambda: count
 
 
-# --- publish -----------------------------------------------------------------------------------------------------
+# --- publish --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,7 +95,9 @@ def test_new_path(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_exchange(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over an existing path: exchanged by one call, with no moment at which nothing stands there."""
+    """Over an existing path: exchanged by one call, with no moment at which nothing stands
+    there.
+    """
     a, b = make(tmp_path / "a", "file", "a"), make(tmp_path / "b", "file", "b")
     if not atomic.exchange(a, b):
         pytest.skip("this file system has no RENAME_EXCHANGE")
@@ -120,7 +123,9 @@ def test_exchange_says_what_failed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_renames(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without RENAME_EXCHANGE: of folders the old aside, the new in, the old removed; files by one call."""
+    """Without RENAME_EXCHANGE: of folders the old aside, the new in, the old removed; files by one
+    call.
+    """
     no_exchange(monkeypatch)
     if kind == "file":
         monkeypatch.setattr(os, "rename", None)
@@ -171,7 +176,7 @@ def test_the_second_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (read(path), read(new), len(names(tmp_path))) == ("old", "new", 2)
 
 
-# --- interrupted -------------------------------------------------------------------------------------------------
+# --- interrupted ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,8 +184,9 @@ def test_the_second_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_killed_at_any_step(
     kind: str, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted at any rename, fsync or removal: after `recover` the old or the new stands there, whole; then nothing
-    is left over. Recovery itself is interrupted at every step too."""
+    """Interrupted at any rename, fsync or removal: after `recover` the old or the new stands there,
+    whole; then nothing is left over. Recovery itself is interrupted at every step too.
+    """
     seen = set()
     for step in range(30):
         for again in range(8):
@@ -218,8 +224,9 @@ def _runs_into_death(work: Callable[[], None]) -> bool:
 
 
 def test_recover_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut short between the two renames: readers take the complete new version where it lies, and rename nothing; the
-    next writer puts it in place and removes the old one."""
+    """Cut short between the two renames: readers take the complete new version where it lies, and
+    rename nothing; the next writer puts it in place and removes the old one.
+    """
     path = _cut_between_renames(tmp_path, "ema", monkeypatch)
     before = names(tmp_path)
     assert read(atomic.whole(path)) == "new"
@@ -272,8 +279,9 @@ def test_recover_of_nothing(kind: str, tmp_path: Path) -> None:
 def test_the_disk_does_not_confirm(
     kind: str, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sync behind the rename fails: the new version stays, the earlier folder too, and the error says so. The next
-    write succeeds and leaves nothing."""
+    """The sync behind the rename fails: the new version stays, the earlier folder too, and the
+    error says so. The next write succeeds and leaves nothing.
+    """
     path = make(tmp_path / "ema", kind, "old")
     real, calls = os.fsync, []
 
@@ -319,7 +327,10 @@ def forward(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
 
 
 def test_rolled_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mount point keeps its folder. Killed at any step, readers find a whole version, and the next writer finishes."""
+    """A mount point keeps its folder.
+
+    Killed at any step, readers find a whole version, and the next writer finishes.
+    """
     seen = set()
     for step in range(30):
         (tmp_path / str(step)).mkdir()
@@ -388,7 +399,9 @@ def test_rolled_forward_is_durable_before_files_go(
 
 
 def test_rolled_forward_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An index and ema.json get their names after the files that they name, so that none names a missing file."""
+    """An index and ema.json get their names after the files that they name, so that none names a
+    missing file.
+    """
     path, new = forward(tmp_path, monkeypatch)
     for name in ("ema.json", "z"):
         (new / name).write_text("new")
@@ -404,7 +417,9 @@ def test_rolled_forward_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_reader_comes_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lay elsewhere is gone when it is opened, because the writer has put it in place: read again."""
+    """What lay elsewhere is gone when it is opened, because the writer has put it in place: read
+    again.
+    """
     path, real = make(tmp_path / "ema", "folder", "new"), atomic.whole
     places = iter([tmp_path / "gone", path])
     monkeypatch.setattr(atomic, "whole", lambda _: next(places))
@@ -428,7 +443,7 @@ def test_errors_that_name_a_path_keep_it(tmp_path: Path) -> None:
         assert (caught.value.filename, caught.value.errno) == (want, errno.EIO)
 
 
-# --- leftovers ---------------------------------------------------------------------------------------------------
+# --- leftovers ------------------------------------------------------------------------------------
 
 AWKWARD = [
     "ema",
@@ -447,7 +462,9 @@ AWKWARD = [
 
 @pytest.mark.parametrize("name", AWKWARD)
 def test_sweep_takes_its_own(name: str, tmp_path: Path) -> None:
-    """sweep removes what died writers of this name left, whatever characters are in it, and of no other name."""
+    """sweep removes what died writers of this name left, whatever characters are in it, and of no
+    other name.
+    """
     others = ["ema1", "exa", "x", "ema", "ema.tmp", "emaX", *AWKWARD]
     for other in {*others} - {name}:
         make(atomic.temporary_sibling(tmp_path / other), "folder", "theirs")
@@ -508,8 +525,10 @@ SECONDS = float(os.environ.get("DIST_EMA_RACE_SECONDS", "2"))
 def test_readers_while_a_writer_replaces(
     exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three readers get whole versions only, and none that is older than what the writer had returned before they began.
-    They rename nothing: a version that a reader puts back would be stale. DIST_EMA_RACE_SECONDS=20 for the long run."""
+    """Three readers get whole versions only, and none that is older than what the writer had
+    returned before they began. They rename nothing: a version that a reader puts back would be
+    stale. DIST_EMA_RACE_SECONDS=20 for the long run.
+    """
     if not exchange:
         no_exchange(monkeypatch)
     path = make(tmp_path / "ema", "folder", "0")
@@ -547,7 +566,7 @@ def test_readers_while_a_writer_replaces(
     assert min(reads) > 5
 
 
-# --- bytes -------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 100_001])
@@ -561,7 +580,9 @@ def test_reserve(size: int, tmp_path: Path) -> None:
 
 
 def test_reserve_finds_a_full_disk(tmp_path: Path) -> None:
-    """What does not fit is found before anything is written: here a limit on the size of files, a real EFBIG."""
+    """What does not fit is found before anything is written: here a limit on the size of files, a
+    real EFBIG.
+    """
     code = (
         "import os, resource, sys; from dist_ema.checkpoint import atomic\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
@@ -638,7 +659,9 @@ def test_write_in_any_order(tmp_path: Path) -> None:
 
 
 def test_windows_go_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """[Note: pages] in commit: what is written is handed on when a window is full, and given back with the next one."""
+    """[Note: pages] in commit: what is written is handed on when a window is full, and given back
+    with the next one.
+    """
     real, hints = os.posix_fadvise, []
 
     def spy(fd: int, begin: int, n: int, advice: int) -> None:

@@ -1,4 +1,5 @@
-"""`dist-ema average`: float64 sums of files, in any form and number, and every difference named before anything is written.
+"""`dist-ema average`: float64 sums of files, in any form and number, and every difference named
+before anything is written.
 
 How to read a failure: expected values are torch's own, in float64, rounded once.
 """
@@ -80,7 +81,8 @@ def shop(tmp_path: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("options", "weights"),
     [
-        ([], [1 / 3, 1 / 3, 1 / 3]), (["--wma"], [1 / 6, 2 / 6, 3 / 6]), (["--weights", "2,0,-1"], [2.0, 0.0, -1.0]),
+        ([], [1 / 3, 1 / 3, 1 / 3]), (["--wma"], [1 / 6, 2 / 6, 3 / 6]),
+        (["--weights", "2,0,-1"], [2.0, 0.0, -1.0]),
         (["--weights", "0.2,0.2,0.1"], [0.4, 0.4, 0.2]), (["--lawa", "2"], [0.0, 0.5, 0.5]),
         (["--lawa", "2", "--wma"], [0.0, 1 / 3, 2 / 3]),
     ],
@@ -89,7 +91,9 @@ def shop(tmp_path: Path) -> list[Path]:
 def test_average(
     options: list[str], weights: list[float], shop: list[Path], tmp_path: Path, call: Call
 ) -> None:
-    """Bit for bit the float64 sum; whole numbers from the last model, and said where they differ; config beside it."""
+    """Bit for bit the float64 sum; whole numbers from the last model, and said where they differ;
+    config beside it.
+    """
     code, out, err = call(*shop, tmp_path / "out", *options)
     assert (code, err) == (0, "")
     found, wanted = load_file(tmp_path / "out"), expected([model(i) for i in range(3)], weights)
@@ -116,7 +120,9 @@ def test_average(
 
 
 def test_float64(tmp_path: Path, call: Call) -> None:
-    """Sums of bf16 models lose nothing before the one rounding at the end; equal models come out as they are."""
+    """Sums of bf16 models lose nothing before the one rounding at the end; equal models come out as
+    they are.
+    """
     values = [
         torch.tensor([1.0, 256.0]),
         torch.tensor([2.0**-8, 1.0]),
@@ -161,7 +167,9 @@ class Tied(nn.Module):
 
 
 def test_ours(tmp_path: Path, call: Call) -> None:
-    """Saved averages, exports, another dtype, and a file that has a tied weight under its other name."""
+    """Saved averages, exports, another dtype, and a file that has a tied weight under its other
+    name.
+    """
     EMA(Tied(1.0)).save(tmp_path / "saved")
     EMA(Tied(4.0, torch.bfloat16)).export(tmp_path / "export")
     save_file(
@@ -182,8 +190,10 @@ def test_ours(tmp_path: Path, call: Call) -> None:
 
 
 def test_damaged_sources(tmp_path: Path, call: Call) -> None:
-    """One byte of a saved average, or a number of its ema.json: named, and nothing is written. What has no weight is not
-    read."""
+    """One byte of a saved average, or a number of its ema.json: named, and nothing is written.
+
+    What has no weight is not read.
+    """
     for name in "ab":
         EMA(Tied(2.0)).save(tmp_path / name)
     weights, meta = tmp_path / "a" / "model.safetensors", tmp_path / "a" / "ema.json"
@@ -219,7 +229,9 @@ def test_damaged_sources(tmp_path: Path, call: Call) -> None:
 
 
 def test_shards(shop: list[Path], tmp_path: Path, call: Call) -> None:
-    """--max-shard-size: several files and an index, the same weights; windows may end inside weights."""
+    """--max-shard-size: several files and an index, the same weights; windows may end inside
+    weights.
+    """
     assert call(*shop, tmp_path / "one")[0] == 0
     assert call(*shop, tmp_path / "many", "--max-shard-size", "200B")[0] == 0
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 1
@@ -252,8 +264,8 @@ def test_differences(tmp_path: Path, call: Call) -> None:
     code, out, err = call(*(tmp_path / f"{name}.safetensors" for name in "bca"), tmp_path / "out")
     assert (code, out) == (1, "")
     for words in (
-        "5 differences", "b.safetensors lacks half", "b.safetensors has more besides", "scalar is [1] in", "same is F32 in",
-        "wave is F32 in",
+        "5 differences", "b.safetensors lacks half", "b.safetensors has more besides",
+        "scalar is [1] in", "same is F32 in", "wave is F32 in",
     ):  # fmt: skip
         assert words in err, err
     assert not (tmp_path / "out").exists()
@@ -293,11 +305,13 @@ def test_memory(tmp_path: Path, call: Call) -> None:
     assert set(load_file(tmp_path / "out")["w"].tolist()) == {2.5}
 
 
-# --- order and weights -------------------------------------------------------------------------------------------
+# --- order and weights ----------------------------------------------------------------------------
 
 
 def test_order() -> None:
-    """A shell sorts 10 before 9; where one number alone differs it is the order, else what was given is."""
+    """A shell sorts 10 before 9; where one number alone differs it is the order, else what was
+    given is.
+    """
     assert in_order(["run/ema-10", "run/ema-9", "run/ema-100"]) == [
         "run/ema-9",
         "run/ema-10",
@@ -344,7 +358,9 @@ def test_shares() -> None:
 
 
 def test_what_goes_along(shop: list[Path], tmp_path: Path, call: Call) -> None:
-    """The licence, what links lead to, and a card that says what was averaged; the same as with export."""
+    """The licence, what links lead to, and a card that says what was averaged; the same as with
+    export.
+    """
     (shop[2] / "LICENSE").write_text("free")
     (shop[2] / "tokenizer.json").symlink_to(shop[1] / "config.json")
     assert call(*shop, tmp_path / "out", "--weights", "1,1,2")[0] == 0
@@ -374,7 +390,9 @@ def test_what_goes_along(shop: list[Path], tmp_path: Path, call: Call) -> None:
 
 
 def test_tied(tmp_path: Path, call: Call) -> None:
-    """Tied weights meet under whatever name each file has; a model that does not tie them is named, not cut."""
+    """Tied weights meet under whatever name each file has; a model that does not tie them is named,
+    not cut.
+    """
     one, two = torch.randn(3, 2), torch.randn(3, 2)
     save_file({"emb": one}, a := tmp_path / "a.safetensors", {"head": "emb"})
     save_file({"head": two}, b := tmp_path / "b.safetensors")
@@ -414,7 +432,7 @@ def test_through_links(shop: list[Path], tmp_path: Path, call: Call) -> None:
     ]
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_refused(shop: list[Path], tmp_path: Path, call: Call) -> None:

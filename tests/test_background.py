@@ -1,7 +1,8 @@
-"""Saves behind training: the bytes of the moment of the call, no waiting on training, and every error on every rank.
+"""Saves behind training: the bytes of the moment of the call, no waiting on training, and every
+error on every rank.
 
-How to read a failure: `Held` stops the thread before it writes its first part, so that what happens meanwhile does happen
-meanwhile; nothing here depends on who is faster.
+How to read a failure: `Held` stops the thread before it writes its first part, so that what happens
+meanwhile does happen meanwhile; nothing here depends on who is faster.
 """
 
 from __future__ import annotations
@@ -68,12 +69,14 @@ def whole(folder: Path) -> bool:
     return True
 
 
-# --- ranks -------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def training_goes_on(folder: str, kind: str, mode: Any) -> None:
-    """The file holds the call's moment: shadows, frozen weights and buffers, however much is trained meanwhile, with
-    training's own collectives and those of other verbs in between. Guards the copies in artifact._stage."""
+    """The file holds the call's moment: shadows, frozen weights and buffers, however much is
+    trained meanwhile, with training's own collectives and those of other verbs in between. Guards
+    the copies in artifact._stage.
+    """
     run = Training(kind)
     ema = EMA(run.model, [0.5, 0.9])
     ema.attach(run.optimizer)
@@ -109,7 +112,10 @@ def training_goes_on(folder: str, kind: str, mode: Any) -> None:
 
 
 def one_at_a_time(folder: str, mode: Any) -> None:
-    """A second save, a load and an export wait for what is under way. Guards _finish_writing in each."""
+    """A second save, a load and an export wait for what is under way.
+
+    Guards _finish_writing in each.
+    """
     model = nn.parallel.DistributedDataParallel(Images())
     ema = EMA(model, 0.5)
     for number, verb in enumerate(
@@ -152,7 +158,9 @@ def one_at_a_time(folder: str, mode: Any) -> None:
 
 
 def disk_full(folder: str) -> None:
-    """Behind training, on one rank: told on both at the next save, once, with its cause; the save before is intact."""
+    """Behind training, on one rank: told on both at the next save, once, with its cause; the save
+    before is intact.
+    """
     model = nn.parallel.DistributedDataParallel(
         nn.Sequential(*(nn.Linear(600, 600, bias=False) for _ in range(4)))
     )
@@ -208,8 +216,9 @@ def disk_full(folder: str) -> None:
 
 
 def line_breaks(folder: str) -> None:
-    """A rank that hangs for longer than the timeout while it sends: an error on both, and the next save has a new line.
-    Guards `self._transfer = None` in writer."""
+    """A rank that hangs for longer than the timeout while it sends: an error on both, and the next
+    save has a new line. Guards `self._transfer = None` in writer.
+    """
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
     ema.save(f"{folder}/a", mode="stream")
     assert ema._writer is not None
@@ -300,7 +309,9 @@ def dies(folder: str, victim: int, mode: Any, wait: bool) -> str:
     ],
 )
 def test_a_rank_dies(victim: int, mode: str, wait: bool, words: str, tmp_path: Path) -> None:
-    """The others raise with its name, in the middle of writing too; what was there is intact, and the next save tidies up."""
+    """The others raise with its name, in the middle of writing too; what was there is intact, and
+    the next save tidies up.
+    """
     said = run_ranks(3, dies, str(tmp_path), victim, mode, wait, allow_dead=True)
     assert said.pop(victim) is None
     assert all(words in each for each in said), said
@@ -312,7 +323,7 @@ def test_a_rank_dies(victim: int, mode: str, wait: bool, words: str, tmp_path: P
     assert os.listdir(tmp_path) == ["kept"]
 
 
-# --- the end of the program --------------------------------------------------------------------------------------
+# --- the end of the program -----------------------------------------------------------------------
 
 PROGRAM = """
 import os, sys, time
@@ -339,7 +350,7 @@ if rank == 0:
     while not (folder / "average").exists():
         time.sleep(0.01)
     store.set("seen", "")
-else:  # NOTE: this keeps the connection of the store for itself, as training may do when it makes a group
+else:  # NOTE: this keeps the connection of the store for itself, as the making of a group may
     store.wait(["seen"], timedelta(seconds=60))
 ema.save(folder / "last", mode="stream", wait=False)
 dist.destroy_process_group()
@@ -347,8 +358,10 @@ dist.destroy_process_group()
 
 
 def test_the_end_of_the_program_waits(tmp_path: Path) -> None:
-    """It ends right after the call, with the process group destroyed: the save is whole, and nobody complains. And the thread
-    needs nothing that the program may be waiting with: guards clone() in artifact."""
+    """It ends right after the call, with the process group destroyed: the save is whole, and nobody
+    complains. And the thread needs nothing that the program may be waiting with: guards clone() in
+    artifact.
+    """
     command = [sys.executable, "-c", PROGRAM]
     environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ranks = [
@@ -366,7 +379,7 @@ def test_the_end_of_the_program_waits(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["average", "last", "port"]
 
 
-# --- the thread --------------------------------------------------------------------------------------------------
+# --- the thread -----------------------------------------------------------------------------------
 
 
 def test_an_error_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

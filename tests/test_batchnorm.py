@@ -1,7 +1,7 @@
 """Precise BN: population statistics against float64 over the concatenated data.
 
-How to read a failure: `expected` is the oracle. The model is linear up to each norm but for the norms themselves, so the
-input of the second norm is rebuilt batch by batch in float64.
+How to read a failure: `expected` is the oracle. The model is linear up to each norm but for the
+norms themselves, so the input of the second norm is rebuilt batch by batch in float64.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from ._ranks import raises, run_ranks
 
 
 class Net(nn.Module):
-    """Two norms of one kind around a pointwise layer, dropout behind them, and a norm that keeps no statistics."""
+    """Two norms of one kind around a pointwise layer, dropout behind them, and a norm that keeps no
+    statistics.
+    """
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
@@ -38,8 +40,8 @@ class Net(nn.Module):
 
 
 KINDS = [
-    (nn.BatchNorm1d, ()), (nn.BatchNorm1d, (4,)), (nn.BatchNorm2d, (4, 2)), (nn.BatchNorm3d, (2, 2, 3)),
-    (nn.SyncBatchNorm, (4, 2)),
+    (nn.BatchNorm1d, ()), (nn.BatchNorm1d, (4,)), (nn.BatchNorm2d, (4, 2)),
+    (nn.BatchNorm3d, (2, 2, 3)), (nn.SyncBatchNorm, (4, 2)),
 ]  # fmt: skip
 SIZES = [[9, 4, 6], [5], [7, 3]]  # batches of each rank: unequal numbers and sizes
 
@@ -53,7 +55,9 @@ def batches(rank: int, shape: tuple[int, ...]) -> list[Tensor]:
 
 
 def expected(model: Net, data: list[Tensor]) -> dict[str, Tensor]:
-    """Of all batches together, in float64; each batch is normalised by itself on its way to the second norm."""
+    """Of all batches together, in float64; each batch is normalised by itself on its way to the
+    second norm.
+    """
 
     def flat(x: Tensor) -> Tensor:
         return x.transpose(0, 1).flatten(1)
@@ -109,7 +113,10 @@ def same_but_statistics(model: nn.Module, before: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("norm", "shape"), KINDS)
 def test_one_process(norm: Any, shape: tuple[int, ...]) -> None:
-    """Equals float64 over all data; nothing else changes. Guards the correction for the means in _Moments.add."""
+    """Equals float64 over all data; nothing else changes.
+
+    Guards the correction for the means in _Moments.add.
+    """
     model = Net(norm)
     model.second.eval()  # modes are restored one by one
     before = state(model)
@@ -120,7 +127,9 @@ def test_one_process(norm: Any, shape: tuple[int, ...]) -> None:
 
 
 def test_one_batch_is_momentum_one() -> None:
-    """The convention is BatchNorm's own: over one batch the result is what momentum=1 would keep."""
+    """The convention is BatchNorm's own: over one batch the result is what momentum=1 would
+    keep.
+    """
     ours, theirs = nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=1.0)
     x = 5 + torch.randn(6, 3, 4, 4)
     recalibrate(ours, [x])
@@ -149,7 +158,9 @@ class Stream(IterableDataset[Tensor]):
 
 
 def test_progress_without_a_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal too, a DataLoader of an iterable dataset is fine: it has `__len__`, which raises."""
+    """On a terminal too, a DataLoader of an iterable dataset is fine: it has `__len__`, which
+    raises.
+    """
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     model = nn.BatchNorm1d(3)
     assert recalibrate(model, DataLoader(Stream(), batch_size=4)) == 2
@@ -212,7 +223,9 @@ def test_refuses(model: nn.Module, loader: Any, error: type[Exception], words: s
 
 
 def test_no_graph_and_empty_batches() -> None:
-    """Autograd is off, so that batches do not pile up; a batch without images is one that adds nothing."""
+    """Autograd is off, so that batches do not pile up; a batch without images is one that adds
+    nothing.
+    """
     model, data, grads = nn.Sequential(nn.BatchNorm1d(3)), batches(0, ()), []
     with torch.no_grad():
         model[0].running_var.fill_(7.0)
@@ -243,7 +256,10 @@ def test_a_layer_aside_is_named() -> None:
 
 
 def test_compiled() -> None:
-    """A graph that was compiled before has no hooks, so the eager code runs. Guards the stance, and `bare`."""
+    """A graph that was compiled before has no hooks, so the eager code runs.
+
+    Guards the stance, and `bare`.
+    """
     data = batches(0, (4, 2))
     for in_place in (True, False):
         model = Net(nn.BatchNorm2d)
@@ -259,7 +275,9 @@ def test_compiled() -> None:
 
 
 def test_the_average_keeps_them(tmp_path: Path) -> None:
-    """Inside swap: live has its own back, the next swap and the export have the recalibrated ones, to the bit."""
+    """Inside swap: live has its own back, the next swap and the export have the recalibrated ones,
+    to the bit.
+    """
     model, data = Net(nn.BatchNorm2d), batches(0, (4, 2))
     ema = EMA(model, decay=0.5)
     with torch.no_grad():
@@ -281,7 +299,9 @@ def test_the_average_keeps_them(tmp_path: Path) -> None:
 
 
 def on_ranks() -> None:
-    """DDP, FSDP1 and FSDP2 with unequal data, inside and outside swap; SyncBatchNorm sends nothing."""
+    """DDP, FSDP1 and FSDP2 with unequal data, inside and outside swap; SyncBatchNorm sends
+    nothing.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     for norm, shape in KINDS:
         everything = [x for each in range(world) for x in batches(each, shape)]

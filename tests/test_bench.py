@@ -1,4 +1,5 @@
-"""launch/bench.py runs and writes what it promises, and what docs/benchmarks.md says of compact shadows holds.
+"""launch/bench.py runs and writes what it promises, and what docs/benchmarks.md says of compact
+shadows holds.
 
 Nothing here looks at seconds: the machines that run tests are shared.
 """
@@ -53,7 +54,9 @@ def read(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_update(tmp_path: Path, dtype: str) -> None:
-    """The bytes of every row, and ratios that follow from them; every fact that a reader needs to repeat the run."""
+    """The bytes of every row, and ratios that follow from them; every fact that a reader needs to
+    repeat the run.
+    """
     printed = bench(
         "--model",
         "tiny",
@@ -120,7 +123,10 @@ def test_step(tmp_path: Path) -> None:
     not Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux"
 )
 def test_memory(tmp_path: Path) -> None:
-    """One row per verb, and for two ranks under two wrappers that save in five ways. Nothing else is left in the folder."""
+    """One row per verb, and for two ranks under two wrappers that save in five ways.
+
+    Nothing else is left in the folder.
+    """
     bench("--model", "tiny", "--repeat", "1", "--only", "memory", "--out", str(tmp_path))
     names = [row["name"] for row in read(tmp_path)["memory"]]
     ways = ("ours", "ours-stream", "ours-behind", "torch", "torch-synced")
@@ -145,12 +151,14 @@ def test_refusals(tmp_path: Path, words: list[str], sentence: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-# --- [Note: rounding] in rounding ----------------------------------------------------------------------------------
+# --- [Note: rounding] in rounding -----------------------------------------------------------------
 
 
 def walk(exact: Tensor, live: Tensor, weight: float) -> Tensor:
-    """The variance that one rounding adds at the oracle's place: u^2 p (1 - p), p being the share of a spacing u that is
-    cut off. What was added before is multiplied by decay^2 in every later update."""
+    """The variance that one rounding adds at the oracle's place: u^2 p (1 - p), p being the share
+    of a spacing u that is cut off. What was added before is multiplied by decay^2 in every later
+    update.
+    """
     _, exponent = torch.frexp(exact)
     spacing = torch.ldexp(torch.ones_like(exact), exponent - 8)
     share = (weight * (live - exact).abs() / spacing).frac()
@@ -158,8 +166,10 @@ def walk(exact: Tensor, live: Tensor, weight: float) -> Tensor:
 
 
 def test_compact_follows_the_oracle() -> None:
-    """Acceptance of the compact shadow at decay 0.9999 over 20,000 updates, with fewer elements than in docs/benchmarks.md:
-    no drift, and no more noise than the rounding itself explains. Rounded to nearest it would not have moved at all."""
+    """Acceptance of the compact shadow at decay 0.9999 over 20,000 updates, with fewer elements
+    than in docs/benchmarks.md: no drift, and no more noise than the rounding itself explains.
+    Rounded to nearest it would not have moved at all.
+    """
     n, updates, decay = 1024, 20_000, 0.9999
     draws = torch.Generator().manual_seed(0)
     start = (torch.randn(n, generator=draws) * 0.02).to(torch.bfloat16)

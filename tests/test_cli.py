@@ -1,6 +1,8 @@
-"""The command line: what it says of sound and unsound artifacts, its exit codes, and that it stays light.
+"""The command line: what it says of sound and unsound artifacts, its exit codes, and that it stays
+light.
 
-How to read a failure: `command` starts a real process, `call` runs `main` in this one; both give (code, stdout, stderr).
+How to read a failure: `command` starts a real process, `call` runs `main` in this one; both give
+(code, stdout, stderr).
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ from tests.fuzz import damaged
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved average (in one file and in two), an averaged part, two exports, and files of other writers."""
+    """A saved average (in one file and in two), an averaged part, two exports, and files of other
+    writers.
+    """
     folder = tmp_path_factory.mktemp("shop")
     torch.manual_seed(0)
     model = Tied()
@@ -85,11 +89,13 @@ def facts(out: str) -> list[tuple[str, str]]:
     return [(word, rest.strip()) for word, rest in rows]
 
 
-# --- what it says ------------------------------------------------------------------------------------------------
+# --- what it says ---------------------------------------------------------------------------------
 
 
 def test_saved(call: Call, shop: Path) -> None:
-    """A folder from ema.save: every fact of ema.json and every weight, each with its part in the average."""
+    """A folder from ema.save: every fact of ema.json and every weight, each with its part in the
+    average.
+    """
     code, out, err = call("inspect", shop / "ema")
     assert (code, err) == (0, "")
     assert out.startswith(f"{shop / 'ema'}: an average to resume from (format 1)\n")
@@ -125,7 +131,9 @@ def test_saved(call: Call, shop: Path) -> None:
 
 
 def test_columns_line_up(call: Call, shop: Path) -> None:
-    """Plain aligned text: every dtype of the table stands in one column, and no line ends in spaces."""
+    """Plain aligned text: every dtype of the table stands in one column, and no line ends in
+    spaces.
+    """
     _, out, _ = call("inspect", shop / "ema")
     table = out.split("\n\n")[2].splitlines()
     places = {
@@ -137,7 +145,9 @@ def test_columns_line_up(call: Call, shop: Path) -> None:
 
 
 def test_other_kinds(call: Call, shop: Path) -> None:
-    """Several files, an average of a part, exports, a foreign folder, a lone file: each is called by its name."""
+    """Several files, an average of a part, exports, a foreign folder, a lone file: each is called
+    by its name.
+    """
     found = {
         name: call("inspect", shop / name)
         for name in ("sharded", "part", "out", "one.safetensors", "hf", "lone.safetensors")
@@ -220,7 +230,7 @@ def test_json(call: Call, shop: Path) -> None:
         assert (other["format"], other["clock"], len(other["weights"])) == (None, {}, 1)
 
 
-# --- what is wrong -----------------------------------------------------------------------------------------------
+# --- what is wrong --------------------------------------------------------------------------------
 
 
 def copy(shop: Path, name: str, to: Path) -> Path:
@@ -238,30 +248,59 @@ CLOCK = {
     "started": True,
 }  # without what was accepted
 META_BREAKS: dict[str, tuple[dict[str, Any], str]] = {
-    "a file that is not there": ({"files": {"gone.safetensors": {"size": 5, "crc32": "00000000"}}}, "gone.safetensors is listed"),
-    "another size": ({"files": {"model.safetensors": {"size": 5, "crc32": "00000000"}}}, "bytes, ema.json says 5"),
-    "files of no size": ({"files": {"model.safetensors": 7}}, "model.safetensors must have a size and a CRC-32 of 8 digits, listed is 7"),
+    "a file that is not there": (
+        {"files": {"gone.safetensors": {"size": 5, "crc32": "00000000"}}},
+        "gone.safetensors is listed",
+    ),
+    "another size": (
+        {"files": {"model.safetensors": {"size": 5, "crc32": "00000000"}}},
+        "bytes, ema.json says 5",
+    ),
+    "files of no size": (
+        {"files": {"model.safetensors": 7}},
+        "model.safetensors must have a size and a CRC-32 of 8 digits, listed is 7",
+    ),
     "no files": ({"files": {}}, "model.safetensors is not listed"),
-    "averages lost": ({"averaged": ["emb.weight", "lost.weight"]}, "averaged: it names lost.weight, which the files do not hold"),
-    "buffers lost": ({"own_buffers": [["x"]]}, "own_buffers: it must be a list of names, found [['x']]"),
+    "averages lost": (
+        {"averaged": ["emb.weight", "lost.weight"]},
+        "averaged: it names lost.weight, which the files do not hold",
+    ),
+    "buffers lost": (
+        {"own_buffers": [["x"]]},
+        "own_buffers: it must be a list of names, found [['x']]",
+    ),
     "aliases lost": ({"aliases": {"lost": ["x"]}}, "aliases: it names lost, which"),
-    "alias of itself": ({"aliases": {"emb.weight": ["frozen"]}}, "frozen is listed as another name of emb.weight, and is a weight itself"),
-    "aliases of no list": ({"aliases": {"emb.weight": 7}, "clock": []}, "clock: it must be an object, found []"),
+    "alias of itself": (
+        {"aliases": {"emb.weight": ["frozen"]}},
+        "frozen is listed as another name of emb.weight, and is a weight itself",
+    ),
+    "aliases of no list": (
+        {"aliases": {"emb.weight": 7}, "clock": []},
+        "clock: it must be an object, found []",
+    ),
     "no clock": ({"clock": None}, "clock: it must be an object, found None"),
     "a clock of words": ({"clock": {"now": "late"}}, "the saved clock has no sound 'now'"),
-    "a clock that lost a hand": ({"clock": CLOCK}, "clock: accepted must be a whole number from 0, found None"),
+    "a clock that lost a hand": (
+        {"clock": CLOCK},
+        "clock: accepted must be a whole number from 0, found None",
+    ),
     "an unknown schedule": ({"schedules": [{"name": "Cubic"}]}, "no schedule is called 'Cubic'"),
     "a schedule of nothing": ({"schedules": [None, 7]}, "a schedule cannot be rebuilt from None"),
     "no schedule": ({"schedules": []}, "it names 0 schedules for 1 averages"),
     "schedules of no list": ({"schedules": "Ratio"}, "schedules: it must be a list, found 'Ratio'"),
     "an unknown kind": ({"kind": ["ema"]}, "kind: it must be 'ema' or 'export', found"),
-    "odd everything": (dict.fromkeys(("versions", "extra", "attach", "rounding", "averaged", "weights"), 7), "averaged: it must be a list"),
-}  # fmt: skip
+    "odd everything": (
+        dict.fromkeys(("versions", "extra", "attach", "rounding", "averaged", "weights"), 7),
+        "averaged: it must be a list",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", META_BREAKS)
 def test_problems(what: str, call: Call, shop: Path, tmp_path: Path) -> None:
-    """ema.json that contradicts the files, or that ema.load would refuse: the report, a sentence, and code 1."""
+    """ema.json that contradicts the files, or that ema.load would refuse: the report, a sentence,
+    and code 1.
+    """
     change, message = META_BREAKS[what]
     folder = copy(shop, "ema", tmp_path / "ema")
     meta = json.loads((folder / META).read_text())
@@ -319,7 +358,9 @@ def broken(tmp_path: Path, shop: Path) -> dict[str, tuple[Path, str]]:
 
 
 def test_unreadable(call: Call, shop: Path, tmp_path: Path) -> None:
-    """What is no artifact, or is damaged: one sentence to stderr that names it, nothing to stdout, code 1."""
+    """What is no artifact, or is damaged: one sentence to stderr that names it, nothing to stdout,
+    code 1.
+    """
     for what, (path, message) in broken(tmp_path, shop).items():
         code, out, err = call("inspect", path)
         assert (code, out) == (1, ""), what
@@ -386,13 +427,15 @@ def test_deep_extra(call: Call, shop: Path, tmp_path: Path) -> None:
     assert codes == {0, 1}
 
 
-# --- whatever is asked -------------------------------------------------------------------------------------------
+# --- whatever is asked ----------------------------------------------------------------------------
 
 NONSENSE = [
-    "", " ", ".", "..", "~", "*", "-", "--", "-1", "0", "1", "7", "1e309", "nan", "5GB", "all", "none", "bf16", "int8",
-    "Constant", "\0", "a\0b", "x" * 5000, "d/" * 3000, "\ud800", "größe/\U0001f600", "\x1b[2J", "%s%n", "{0}", "-x", "=",
-    "--unknown", "--json", "--force", "--help", "/dev/null", "/dev/zero", "/proc/self/mem", "/dev/null/x", "nowhere",
-    "nowhere/x.safetensors",
+    "", " ", ".", "..", "~", "*", "-", "--", "-1", "0", "1", "7", "1e309", "nan", "5GB", "all",
+    "none", "bf16", "int8",
+    "Constant", "\0", "a\0b", "x" * 5000, "d/" * 3000, "\ud800", "größe/\U0001f600", "\x1b[2J",
+    "%s%n", "{0}", "-x", "=",
+    "--unknown", "--json", "--force", "--help", "/dev/null", "/dev/zero", "/proc/self/mem",
+    "/dev/null/x", "nowhere", "nowhere/x.safetensors",
 ]  # fmt: skip
 BESIDES = {"doctor"}  # runs processes, and has a test of its own
 
@@ -464,7 +507,9 @@ def written(before: dict[Path, Any], folder: Path, targets: list[str]) -> list[P
 def test_random_arguments(
     call: Call, shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """100 random argument lists over all verbs: never a traceback, exit code 0, 1 or 2, never a write outside OUT."""
+    """100 random argument lists over all verbs: never a traceback, exit code 0, 1 or 2, never a
+    write outside OUT.
+    """
     rng, codes, home = random.Random(20), Counter[int](), tmp_path / "home"
     for i in range(100):
         shutil.rmtree(home, ignore_errors=True)
@@ -520,7 +565,9 @@ def _values(path: Path) -> Any:
 
 @pytest.mark.parametrize("seed", [11, 12])
 def test_damaged_artifacts(seed: int, call: Call, shop: Path, tmp_path: Path) -> None:
-    """Whatever is done to an artifact: no traceback, no write outside OUT, and verify passes no changed byte."""
+    """Whatever is done to an artifact: no traceback, no write outside OUT, and verify passes no
+    changed byte.
+    """
     ema = EMA(Tied(), [0.5, HalfLife(3.0)])
     ema.save(good := tmp_path / "good", max_shard_size=100)
     want = links_followed(good)
@@ -545,11 +592,12 @@ def test_damaged_artifacts(seed: int, call: Call, shop: Path, tmp_path: Path) ->
         assert {path.name for path in tmp_path.iterdir()} == {"good", "case"}, label
 
 
-# --- how it runs -------------------------------------------------------------------------------------------------
+# --- how it runs ----------------------------------------------------------------------------------
 
 
 def test_never_imports_torch(shop: Path, tmp_path: Path) -> None:
-    """The command is for machines without a GPU or time: torch (1.6 s) is not imported, whatever is looked at.
+    """The command is for machines without a GPU or time: torch (1.6 s) is not imported, whatever is
+    looked at.
 
     Nor is numpy (0.1 s) before a verb has work for it.
     """
@@ -563,16 +611,19 @@ def test_never_imports_torch(shop: Path, tmp_path: Path) -> None:
         ["export", str(shop / "ema"), str(tmp_path / "new")],
     ]
     code = (
-        f"import sys; from dist_ema import cli; cli.build_parser(); early = 'numpy' in sys.modules\n"
+        "import sys; from dist_ema import cli; cli.build_parser(); early = 'numpy' in "
+        "sys.modules\n"
         f"codes = [cli.main(line) for line in {lines}]\n"
-        "print(early, codes, sorted({'torch', 'safetensors', 'rich'} & set(sys.modules)), file=sys.stderr)"
+        "print(early, codes, sorted({'torch', 'safetensors', 'rich'} & set(sys.modules)), "
+        "file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == f"False {[0] * len(lines)} []"
 
 
 def test_inspect_is_light(tmp_path: Path) -> None:
-    """1,000 tensors: nothing is imported that the answer does not need, so it comes within half a second.
+    """1,000 tensors: nothing is imported that the answer does not need, so it comes within half a
+    second.
 
     NOTE: no seconds are asserted, because machines differ; modules and what they cost do not.
     """
@@ -580,7 +631,10 @@ def test_inspect_is_light(tmp_path: Path) -> None:
         {f"layers.{i}.weight": torch.ones(2) for i in range(1000)},
         path := tmp_path / "a.safetensors",
     )
-    code = "import sys; from dist_ema.cli import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+    code = (
+        "import sys; from dist_ema.cli import main; main(sys.argv[1:]); "
+        "print(*sys.modules, file=sys.stderr)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "inspect", str(path)],
         capture_output=True,
@@ -604,7 +658,9 @@ def test_inspect_is_light(tmp_path: Path) -> None:
 
 
 def test_several_averages(call: Call, tmp_path: Path) -> None:
-    """Each average with its schedule, its place, its weights and its own buffers, in text and in JSON."""
+    """Each average with its schedule, its place, its weights and its own buffers, in text and in
+    JSON.
+    """
     model = Tied()
     ema = EMA(model, [0.5, HalfLife(3.0)])
     with ema.swap(1):
@@ -697,7 +753,9 @@ def test_full(shop: Path) -> None:
 
 
 def test_closed(shop: Path) -> None:
-    """`dist-ema ... >&-` and `2>&-`: the same exit code and no traceback; what goes to the other is the same."""
+    """`dist-ema ... >&-` and `2>&-`: the same exit code and no traceback; what goes to the other is
+    the same.
+    """
     for verb, path, code in (
         ("inspect", "ema", 0),
         ("verify", "ema", 0),
@@ -732,7 +790,9 @@ def test_version(call: Call) -> None:
 
 
 def test_help(call: Call) -> None:
-    """--help teaches: the verbs with what they do, and for each verb examples, which parse, and its exit codes."""
+    """--help teaches: the verbs with what they do, and for each verb examples, which parse, and its
+    exit codes.
+    """
     code, out, err = call("--help")
     assert (code, err) == (0, "")
     parser = parsers()
@@ -748,7 +808,9 @@ def test_help(call: Call) -> None:
 
 
 def test_looks_after_a_cut_save(call: Call, shop: Path, tmp_path: Path) -> None:
-    """A save that was cut short between its two renames: looking finds the whole version, and renames nothing."""
+    """A save that was cut short between its two renames: looking finds the whole version, and
+    renames nothing.
+    """
     new = copy(shop, "ema", tmp_path / f".ema.tmp-{'0' * 32}")
     copy(shop, "part", tmp_path / f".ema.old-{'0' * 32}")
     before = sorted(os.listdir(tmp_path))

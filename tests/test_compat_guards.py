@@ -143,10 +143,11 @@ VERSIONED = {"update": (WHOLE, model("update")), "set": (WHOLE, model("set"))}
 # NOTE: where a drop-in averages frozen weights too, LIVE means every weight: WHOLE in this table.
 # What reads and writes no tensor of the average or the model, or only names and numbers.
 HARMLESS = {
-    "average", "averages", "copied", "child", "opt_state", "zero_grad", "add_param_group", "bn_update",
-    "get_decay", "get_current_decay", "is_frozen", "model", "reset_num_updates", "update_attr",
-    "from_pretrained", "save_pretrained", "get_params_iter", "get_buffers_iter", "init_ema", "register", "restore_ema_model_device",
-    "add_to_optimizer_post_step_hook", "n_averaged", "decay", "num_updates", "initted", "collected_params",
+    "average", "averages", "copied", "child", "opt_state", "zero_grad", "add_param_group",
+    "bn_update", "get_decay", "get_current_decay", "is_frozen", "model", "reset_num_updates",
+    "update_attr", "from_pretrained", "save_pretrained", "get_params_iter", "get_buffers_iter",
+    "init_ema", "register", "restore_ema_model_device", "add_to_optimizer_post_step_hook",
+    "n_averaged", "decay", "num_updates", "initted", "collected_params",
 }  # fmt: skip
 DROP_INS: dict[str, tuple[Callable[[nn.Module], Any], dict[str, tuple[Reads, Verb]]]] = {
     "timm V1": (lambda m: timm.ModelEma(m, 0.5), HOLDER),

@@ -1,7 +1,9 @@
-"""Drop-ins that keep lists and tables, beside their originals: the same calls in the same random order, the same numbers.
+"""Drop-ins that keep lists and tables, beside their originals: the same calls in the same random
+order, the same numbers.
 
-How to read a failure: sequences are numbered, and the number is the seed of everything in them. Snippets that are no
-package are written here in float64. What a drop-in does otherwise than its original is asserted as such.
+How to read a failure: sequences are numbered, and the number is the seed of everything in them.
+Snippets that are no package are written here in float64. What a drop-in does otherwise than its
+original is asserted as such.
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 SEQUENCES = 200
 
 
-# --- models and what both sides do to them -----------------------------------------------------------------------
+# --- models and what both sides do to them --------------------------------------------------------
 
 
 class Odd(nn.Module):
-    """Tied weights, a frozen one, a 0-dim one, an integer one, a channels_last one, BatchNorm; dtypes by chance."""
+    """Tied weights, a frozen one, a 0-dim one, an integer one, a channels_last one, BatchNorm;
+    dtypes by chance.
+    """
 
     def __init__(
         self, pick: random.Random, dtype: torch.dtype | None = None, codes: bool = True
@@ -98,13 +102,17 @@ def near(ours: Any, theirs: Any) -> bool:
 
 
 def align(to: nn.Module, model: nn.Module) -> None:
-    """The live weights of both sides may be apart by a rounding now; from here on they are the same again."""
+    """The live weights of both sides may be apart by a rounding now; from here on they are the same
+    again.
+    """
     assert near(model.state_dict().values(), to.state_dict().values())
     to.load_state_dict(model.state_dict())
 
 
 class Play:
-    """Two copies of a model, the original on one and the drop-in on the other, and random calls on both."""
+    """Two copies of a model, the original on one and the drop-in on the other, and random calls on
+    both.
+    """
 
     ours: Any
     theirs: Any
@@ -139,7 +147,7 @@ class Play:
             check()
 
 
-# --- torch_ema ---------------------------------------------------------------------------------------------------
+# --- torch_ema ------------------------------------------------------------------------------------
 
 
 class TorchEma(Play):
@@ -156,7 +164,7 @@ class TorchEma(Play):
             shadow.to(self.wide()) if shadow.is_floating_point() else shadow
             for shadow in ema.shadow_params
         ]
-        return ema  # NOTE: of what is to be compared, that is the one difference: bfloat16 shadows stall
+        return ema  # NOTE: the one difference of what is compared: bfloat16 shadows stall
 
     def wide(self) -> torch.dtype:
         return F64 if any(parameter.dtype == F64 for parameter in self.mine.parameters()) else F32
@@ -251,7 +259,9 @@ def test_torch_ema() -> None:
 
 
 def test_torch_ema_differs() -> None:
-    """What is otherwise, on purpose: bfloat16 does not stall, integers are taken as they are, errors change nothing."""
+    """What is otherwise, on purpose: bfloat16 does not stall, integers are taken as they are,
+    errors change nothing.
+    """
     from torch_ema import ExponentialMovingAverage
 
     weight = nn.Parameter(torch.ones(4, dtype=BF16))
@@ -301,7 +311,9 @@ def test_torch_ema_differs() -> None:
 
 
 def test_torch_ema_in_float16() -> None:
-    """Shadows take the dtype as the original's do, go on in it, and keep it in copies and after a cast of the weights."""
+    """Shadows take the dtype as the original's do, go on in it, and keep it in copies and after a
+    cast of the weights.
+    """
     from torch_ema import ExponentialMovingAverage
 
     model = nn.Linear(11, 3)
@@ -335,7 +347,7 @@ def test_torch_ema_in_float16() -> None:
         ours.to(dtype=torch.int8)
 
 
-# --- diffusers ---------------------------------------------------------------------------------------------------
+# --- diffusers ------------------------------------------------------------------------------------
 
 
 class Diffusers(Play):
@@ -493,7 +505,7 @@ def test_diffusers_arguments() -> None:
     assert same(ema.shadow_params, other)
 
 
-# --- snippets, in float64 ----------------------------------------------------------------------------------------
+# --- snippets, in float64 -------------------------------------------------------------------------
 
 
 class Table:
@@ -533,7 +545,9 @@ def floating(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_lit_ema(counted: bool) -> None:
-    """decay and num_updates as buffers, shadows under names without dots; saved, loaded, lent, given back."""
+    """decay and num_updates as buffers, shadows under names without dots; saved, loaded, lent,
+    given back.
+    """
     for seed in range(SEQUENCES // 2):
         play = Play(seed, codes=False)
         model, decay = play.mine, play.pick.choice([0.0, 0.5, 0.9, 0.9999])
@@ -579,7 +593,9 @@ def lend_and_restore(ema: ldm.LitEma, model: nn.Module, table: Table) -> None:
 
 
 def test_lit_ema_inside_a_module() -> None:
-    """Saved and loaded with what is around it, under the original's keys; nothing of the model is in there twice."""
+    """Saved and loaded with what is around it, under the original's keys; nothing of the model is
+    in there twice.
+    """
 
     class Around(nn.Module):
         def __init__(self) -> None:
@@ -725,11 +741,13 @@ def test_shadow_refuses() -> None:
         ema.update()
 
 
-# --- torchcontrib ------------------------------------------------------------------------------------------------
+# --- torchcontrib ---------------------------------------------------------------------------------
 
 
 class Groups:
-    """SWA's formulas for two groups of parameters in float64: buffer += (weight - buffer) / (n + 1)."""
+    """SWA's formulas for two groups of parameters in float64: buffer += (weight - buffer) / (n +
+    1).
+    """
 
     def __init__(self, groups: list[list[Tensor]]) -> None:
         self._groups = groups
@@ -803,7 +821,9 @@ def test_swa(automatic: bool) -> None:
 
 
 def test_swa_as_an_optimizer() -> None:
-    """A scheduler, hooks, a group added late, what is saved while the mean is in the model, and what is refused."""
+    """A scheduler, hooks, a group added late, what is saved while the mean is in the model, and
+    what is refused.
+    """
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     inner = torch.optim.SGD(model[0].parameters(), 0.1)
     opt, seen = contrib.SWA(inner), []
@@ -866,7 +886,9 @@ def test_swa_says_what_the_original_says() -> None:
 
 
 def test_bn_update() -> None:
-    """The statistics of all batches, of tensors or of lists; a model without BatchNorm is left alone."""
+    """The statistics of all batches, of tensors or of lists; a model without BatchNorm is left
+    alone.
+    """
     torch.manual_seed(0)
     model, loader = nn.Sequential(nn.BatchNorm1d(3)), [torch.randn(5, 3) + i for i in range(4)]
     together = torch.cat(loader)
@@ -878,11 +900,13 @@ def test_bn_update() -> None:
     contrib.SWA.bn_update(loader, nn.Linear(3, 3))
 
 
-# --- parameters that become others -------------------------------------------------------------------------------
+# --- parameters that become others ----------------------------------------------------------------
 
 
 def test_parameters_that_move() -> None:
-    """The same weights in another dtype, order or object go on with their average. Guards `ParameterListAverage.follow`.
+    """The same weights in another dtype, order or object go on with their average.
+
+    Guards `ParameterListAverage.follow`.
 
     (Another device is followed the same way: dtype and device are compared together.)
     """
@@ -927,7 +951,10 @@ def test_parameters_that_move() -> None:
 
 
 def test_another_model_is_refused() -> None:
-    """A list over a module names what another module lacks. Guards `ParameterListAverage._move_to`."""
+    """A list over a module names what another module lacks.
+
+    Guards `ParameterListAverage._move_to`.
+    """
     average = ParameterListAverage(nn.Linear(2, 2), 0.5)
     with pytest.raises(ValueError, match="the average and what was given differ in bias"):
         average.update(0.5, nn.Linear(2, 2, bias=False))
@@ -946,8 +973,10 @@ def test_tied_in_a_list() -> None:
 
 
 def test_copies_and_pickles() -> None:
-    """Of model and average together, as loops and spawned processes make them: each pair goes on by itself, from the same
-    state, in the same buffers and tables. Guards `ParameterListAverage.__getstate__` and `LitEma.__setstate__`."""
+    """Of model and average together, as loops and spawned processes make them: each pair goes on by
+    itself, from the same state, in the same buffers and tables. Guards
+    `ParameterListAverage.__getstate__` and `LitEma.__setstate__`.
+    """
     makes: dict[str, Callable[[nn.Module], Any]] = {
         "torch_ema": lambda model: torch_ema.ExponentialMovingAverage(model.parameters(), 0.5),
         "diffusers": lambda model: diffusers.EMAModel(model.parameters(), 0.5, min_decay=0.2),
@@ -997,13 +1026,15 @@ def test_refused_while_lent() -> None:
                 call()
 
 
-# --- ranks -------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 DECAY = 0.9
 
 
 class Loop:
-    """A drop-in in a training loop: how it is built and called, and its table of full weights by name."""
+    """A drop-in in a training loop: how it is built and called, and its table of full weights by
+    name.
+    """
 
     def __init__(self, kind: str, name: str) -> None:
         self.run, self.kind = Training(kind), kind
@@ -1043,8 +1074,8 @@ class Loop:
         ratio = min(DECAY, (1 + now) / (10 + now))
         late = 0.0 if now < 2 else max(0.2, min(DECAY, now / (9 + now)))
         return {
-            "torch_ema": ratio, "diffusers": late, "ldm": min(DECAY, ratio), "shadow": DECAY, "state": DECAY,
-            "contrib": (now - 1) / now,
+            "torch_ema": ratio, "diffusers": late, "ldm": min(DECAY, ratio), "shadow": DECAY,
+            "state": DECAY, "contrib": (now - 1) / now,
         }[self.name]  # fmt: skip
 
     def table(self) -> dict[str, Tensor]:
@@ -1084,7 +1115,8 @@ class Loop:
             self.ema.restore(given or model.parameters())
             return
         start, stop = {
-            "shadow": ("apply_shadow", "restore"), "state": ("apply", "restore"), "contrib": ("swap_swa_sgd",) * 2
+            "shadow": ("apply_shadow", "restore"), "state": ("apply", "restore"),
+            "contrib": ("swap_swa_sgd",) * 2
         }[self.name]  # fmt: skip
         getattr(self.ema, start)()
         yield
@@ -1104,8 +1136,9 @@ def on_ranks(folder: str) -> None:
 
 
 def in_a_loop(kind: str, name: str, folder: str) -> None:
-    """Four steps, each behind a no_grad forward that leaves FSDP's root unsharded: the float64 oracle; the model evaluates
-    and trains on; what each rank saved it loads again."""
+    """Four steps, each behind a no_grad forward that leaves FSDP's root unsharded: the float64
+    oracle; the model evaluates and trains on; what each rank saved it loads again.
+    """
     torch.manual_seed(0)
     run = (loop := Loop(kind, name)).run
     oracle = Oracle(run.twin, loop.schedule)
@@ -1131,7 +1164,9 @@ def in_a_loop(kind: str, name: str, folder: str) -> None:
 
 
 def saved_and_loaded(loop: Loop, path: str) -> None:
-    """Each rank its own file, as the original's users save it, into a drop-in that has gone elsewhere since."""
+    """Each rank its own file, as the original's users save it, into a drop-in that has gone
+    elsewhere since.
+    """
     before = shadows_of(loop)
     torch.save(loop.ema.state_dict(), path)
     if loop.name == "contrib":
@@ -1154,7 +1189,9 @@ def shadows_of(loop: Loop) -> list[Tensor]:
 
 
 def on_one_rank(loop: Loop) -> None:
-    """Loops that validate on the main process only: under DDP nothing here waits for another rank."""
+    """Loops that validate on the main process only: under DDP nothing here waits for another
+    rank.
+    """
     if dist.get_rank() == 0:
         with loop.lent():
             loop.run.model.module.eval()(loop.run.data(1, 0)[0])
@@ -1163,7 +1200,10 @@ def on_one_rank(loop: Loop) -> None:
 
 
 def copied_in_place() -> None:
-    """copy_to a model that is cut alike sends only what nobody divides. Guards `_cut_otherwise` in gather."""
+    """copy_to a model that is cut alike sends only what nobody divides.
+
+    Guards `_cut_otherwise` in gather.
+    """
     for kind in ("fsdp2", "fsdp1 flat"):
         torch.manual_seed(1)
         ema, other = EMA(wrap(kind, Net()), 0.5), wrap(kind, Net())
@@ -1178,7 +1218,9 @@ def copied_in_place() -> None:
 
 
 def becomes_sharded() -> None:
-    """Built before the model was wrapped, as scripts do that call `prepare` late: the average goes on on the shards."""
+    """Built before the model was wrapped, as scripts do that call `prepare` late: the average goes
+    on on the shards.
+    """
     torch.manual_seed(0)
     model = Net()
     ema = diffusers.EMAModel(model.parameters(), 0.5)

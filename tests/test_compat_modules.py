@@ -1,7 +1,9 @@
-"""Drop-ins that hold a module: each against the package that it stands in for, and on two ranks against the oracle.
+"""Drop-ins that hold a module: each against the package that it stands in for, and on two ranks
+against the oracle.
 
-How to read a failure: a differential test names its seed, the step and the key; `run(KIND, seed)` repeats it alone. One live
-model is shared by the original and by ours, so both see the same weights.
+How to read a failure: a differential test names its seed, the step and the key; `run(KIND, seed)`
+repeats it alone. One live model is shared by the original and by ours, so both see the same
+weights.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ from tests._wrappers import wrap
 
 
 class Body(nn.Module):
-    """A tied pair, a frozen weight, a scalar, BatchNorm (floating and integer buffers), and a buffer that no file holds."""
+    """A tied pair, a frozen weight, a scalar, BatchNorm (floating and integer buffers), and a
+    buffer that no file holds.
+    """
 
     def __init__(self, tied: bool = True) -> None:
         super().__init__()
@@ -102,7 +106,7 @@ def compare(
             )
 
 
-# --- torch.optim.swa_utils ---------------------------------------------------------------------------------------
+# --- torch.optim.swa_utils ------------------------------------------------------------------------
 
 
 def halve(averaged: Tensor, current: Tensor, count: Any) -> Tensor:
@@ -137,7 +141,8 @@ def run_swa(seed: int) -> None:
     draw = random.Random(seed)
     live, options = make(draw), {"device": draw.choice([None, "cpu", torch.device("cpu")])}
     function, decay = draw.choice(FUNCTIONS), draw.choice([0.0, 0.5, 0.9, 1.0])
-    # NOTE: torch's average raises for the integer buffers with functions for many tensors that take a mean.
+    # NOTE: torch's average raises for the integer buffers with functions for many tensors that take
+    # a mean.
     options["use_buffers"] = draw.random() < 0.5 and function not in (FUNCTIONS[4], FUNCTIONS[6])
     theirs = theirs_swa.AveragedModel(live, **options, **function(theirs_swa, decay))
     ours = ours_swa.AveragedModel(live, **options, **function(ours_swa, decay))
@@ -206,7 +211,9 @@ def test_bfloat16_does_not_stall() -> None:
 
 
 def test_the_model_may_change() -> None:
-    """Wrapped later, cast, the copy cast: the average goes on where it was; what is the same model builds nothing anew."""
+    """Wrapped later, cast, the copy cast: the average goes on where it was; what is the same model
+    builds nothing anew.
+    """
     live = Body()
     average = ours_swa.AveragedModel(live, avg_fn=ours_swa.get_ema_avg_fn(0.5))
     average.update_parameters(live)
@@ -239,7 +246,9 @@ def test_the_model_may_change() -> None:
 
 
 def test_checkpoints_of_wrapped_models() -> None:
-    """torch writes DDP's and torch.compile's prefixes into the keys; here they are taken off at load."""
+    """torch writes DDP's and torch.compile's prefixes into the keys; here they are taken off at
+    load.
+    """
     live = Body()
     average = ours_swa.AveragedModel(live)
     state = {key: value + 1 for key, value in average.state_dict().items()}
@@ -298,7 +307,9 @@ def test_swa_utils_refuses() -> None:
 
 
 def test_update_bn_is_of_all_data() -> None:
-    """The variance over all batches, where torch takes the mean of the batches' own; models without BatchNorm pass."""
+    """The variance over all batches, where torch takes the mean of the batches' own; models without
+    BatchNorm pass.
+    """
     live = Body()
     average = ours_swa.AveragedModel(live)
     batches = [torch.randn(4, 3) + i for i in range(3)]
@@ -312,7 +323,7 @@ def test_update_bn_is_of_all_data() -> None:
     ours_swa.update_bn(batches, nn.Linear(3, 3))
 
 
-# --- timm --------------------------------------------------------------------------------------------------------
+# --- timm -----------------------------------------------------------------------------------------
 
 
 def timms() -> Any:
@@ -413,7 +424,9 @@ def run_timm(seed: int, their_class: Any, our_class: Any, folder: Path) -> None:
 
 @contextlib.contextmanager
 def without_timm() -> Iterator[None]:
-    """Its loader of checkpoints lies where torchvision would be imported: one that does the same stands in."""
+    """Its loader of checkpoints lies where torchvision would be imported: one that does the same
+    stands in.
+    """
     stand_in = types.ModuleType("timm.models._helpers")
     stand_in._torch_load = torch.load  # type: ignore[attr-defined]
     names = {"timm": types.ModuleType("timm"), "timm.models": types.ModuleType("timm.models")}
@@ -437,7 +450,9 @@ def test_timm_third_version_takes_a_decay() -> None:
 
 
 def test_timm_tied_weights_are_averaged_once() -> None:
-    """timm walks the state_dict, where a tied weight stands twice, and moves it twice: a decay of 0.81 in place of 0.9."""
+    """timm walks the state_dict, where a tied weight stands twice, and moves it twice: a decay of
+    0.81 in place of 0.9.
+    """
     live = Body()
     before, theirs = live.a.weight.detach().clone(), timms()
     for version, name in (("ModelEma", "ema"), ("ModelEmaV2", "module"), ("ModelEmaV3", "module")):
@@ -454,7 +469,9 @@ def test_timm_tied_weights_are_averaged_once() -> None:
 
 
 def test_timm_dtypes() -> None:
-    """A bf16 average moves, by chance in proportion, as timm's third version does and the others do not."""
+    """A bf16 average moves, by chance in proportion, as timm's third version does and the others do
+    not.
+    """
     live = nn.Linear(40, 40).bfloat16()
     with torch.no_grad():
         live.weight.fill_(1.0)
@@ -490,11 +507,13 @@ def test_timm_resumes_from_other_files(tmp_path: Path, caplog: pytest.LogCapture
     assert torch.equal(average.ema.a.weight, live.a.weight)
 
 
-# --- YOLO --------------------------------------------------------------------------------------------------------
+# --- YOLO -----------------------------------------------------------------------------------------
 
 
 def test_yolo_is_its_formula() -> None:
-    """e = d e + (1 - d) m over all that floats in the state_dict, d = decay (1 - exp(-updates / tau)), in float64."""
+    """e = d e + (1 - d) m over all that floats in the state_dict, d = decay (1 - exp(-updates /
+    tau)), in float64.
+    """
     for seed in range(200):
         run_yolo(seed)
 
@@ -549,8 +568,9 @@ def run_yolo(seed: int) -> None:
 
 
 def test_yolo_validates_in_16_bits() -> None:
-    """Its validation casts the average and casts it back, in every epoch: each time the average is built again around it,
-    and no hooks of before are left. Guards `Teacher.release`."""
+    """Its validation casts the average and casts it back, in every epoch: each time the average is
+    built again around it, and no hooks of before are left. Guards `Teacher.release`.
+    """
     torch.manual_seed(0)
     live = nn.Linear(2, 2)
     ema = yolo.ModelEMA(live, tau=5)
@@ -588,7 +608,7 @@ def test_yolo_attributes() -> None:
     assert average.ema.reducer == "no"
 
 
-# --- ema_pytorch -------------------------------------------------------------------------------------------------
+# --- ema_pytorch ----------------------------------------------------------------------------------
 
 
 def test_ema_pytorch_is_ema_pytorchs() -> None:
@@ -716,7 +736,9 @@ def test_ema_pytorch_names_what_floats() -> None:
 
 
 def test_ema_pytorch_ignores_names_from_then_on() -> None:
-    """The sets may change during training: the next move heeds them, and what is averaged goes on."""
+    """The sets may change during training: the next move heeds them, and what is averaged goes
+    on.
+    """
     options = {"beta": 0.5, "update_after_step": 0, "update_every": 1, "inv_gamma": 0.1}
     live, other = make(random.Random(3)), make(random.Random(3))
     pairs = [
@@ -766,7 +788,7 @@ def test_ema_pytorch_alone() -> None:
         _ = ours_ema_pytorch.EMA(live, lazy_init_ema=True).ema_model
 
 
-# --- two ranks ---------------------------------------------------------------------------------------------------
+# --- two ranks ------------------------------------------------------------------------------------
 
 
 def swa(model: nn.Module, **options: Any) -> nn.Module:
@@ -970,7 +992,10 @@ def statistics_of_all_ranks() -> None:
 
 
 def saved_with_the_first_ranks_buffers() -> None:
-    """BatchNorm's buffers differ between the ranks of DDP. Guards the choice of what `on_averages` compares."""
+    """BatchNorm's buffers differ between the ranks of DDP.
+
+    Guards the choice of what `on_averages` compares.
+    """
     folder: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     torch.manual_seed(0)
@@ -999,7 +1024,9 @@ def saved_with_the_first_ranks_buffers() -> None:
 
 
 def writes_to_the_model(kind: str) -> None:
-    """Hare to tortoise: the model that is trained becomes a mixture with its average, on every rank."""
+    """Hare to tortoise: the model that is trained becomes a mixture with its average, on every
+    rank.
+    """
     training = Training(kind)
     options = {
         "update_after_step": 0,
@@ -1032,7 +1059,9 @@ def another_sharded_model() -> None:
 
 
 def by_distributed_checkpoint() -> None:
-    """The keys are the originals', so a folder of torch.distributed.checkpoint holds `module.NAME` in full."""
+    """The keys are the originals', so a folder of torch.distributed.checkpoint holds `module.NAME`
+    in full.
+    """
     from torch.distributed import checkpoint
 
     folder: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]

@@ -39,15 +39,27 @@ def named(verb: str, argument: str, first: str, second: str) -> Any:
 
 CONSTRUCTION: list[tuple[str, Any, Any, str, str]] = [
     ("decay", 0.5, 0.75, "[Constant(decay=0.5)]", "[Constant(decay=0.75)]"),
-    ("decay", 0.5, [0.5, 0.9], "[Constant(decay=0.5)]", "[Constant(decay=0.5), Constant(decay=0.9)]"),
+    (
+        "decay",
+        0.5,
+        [0.5, 0.9],
+        "[Constant(decay=0.5)]",
+        "[Constant(decay=0.5), Constant(decay=0.9)]",
+    ),
     ("decay", HalfLife(8), HalfLife(9), "[HalfLife(units=8)]", "[HalfLife(units=9)]"),
     ("dtype", torch.float32, torch.bfloat16, "torch.float32", "torch.bfloat16"),
     ("buffers", "copy", "average", "'copy'", "'average'"),
     ("only", None, "core", "None", "'core'"),
-    ("only", str.islower, str.isascii, "<method 'islower' of 'str' objects>", "<method 'isascii' of 'str' objects>"),
+    (
+        "only",
+        str.islower,
+        str.isascii,
+        "<method 'islower' of 'str' objects>",
+        "<method 'isascii' of 'str' objects>",
+    ),
     ("split", True, False, "True", "False"),
     ("device", None, "cpu", "None", "'cpu'"),
-]  # fmt: skip
+]
 
 
 def construction() -> None:
@@ -102,7 +114,9 @@ ARGUMENTS: list[tuple[str, str, Any, Any]] = [
 
 
 def arguments(folder: str) -> None:
-    """Each argument of each verb; then the verbs go on, and equal dicts in another order are equal."""
+    """Each argument of each verb; then the verbs go on, and equal dicts in another order are
+    equal.
+    """
     ema = EMA(wrap("ddp", Net()), [0.5, 0.75])
     ema.save(f"{folder}/kept-1")
     calls = verbs(ema, wrap("ddp", Net()), folder)
@@ -201,5 +215,7 @@ def together(folder: str) -> None:
 
 @pytest.mark.multirank
 def test_ranks_that_disagree(tmp_path: Path) -> None:
-    """Every argument of construction, of `attach` and of every verb, and the clock: named on all ranks."""
+    """Every argument of construction, of `attach` and of every verb, and the clock: named on all
+    ranks.
+    """
     run_ranks(3, together, str(tmp_path))

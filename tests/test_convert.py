@@ -1,7 +1,9 @@
-"""Other people's checkpoints: each structure as its package writes it, what is taken from it, and what is refused.
+"""Other people's checkpoints: each structure as its package writes it, what is taken from it, and
+what is refused.
 
-How to read a failure: `MADE` builds a checkpoint by the names of its kind; `converted` runs the command and reads the model
-back with safetensors. The real packages' own files were converted too; their structures are what is built here.
+How to read a failure: `MADE` builds a checkpoint by the names of its kind; `converted` runs the
+command and reads the model back with safetensors. The real packages' own files were converted too;
+their structures are what is built here.
 """
 
 from __future__ import annotations
@@ -81,55 +83,120 @@ EMA_PYTORCH = {"initted": torch.tensor(True), "step": torch.tensor(5)} | {
     p + n: v for p, s in ONE.items() for n, v in s.items()
 }
 LIGHTNING = {
-    "pytorch-lightning_version": "2.6.6", "global_step": 8, "epoch": 4, "loops": {"fit_loop": {}}, "callbacks": {},
+    "pytorch-lightning_version": "2.6.6",
+    "global_step": 8,
+    "epoch": 4,
+    "loops": {"fit_loop": {}},
+    "callbacks": {},
     "hyper_parameters": {"a": 1},
-    "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(7, 4)}}, "param_groups": [{"params": [0]}]}],
-}  # fmt: skip
+    "optimizer_states": [
+        {"state": {0: {"exp_avg": torch.ones(7, 4)}}, "param_groups": [{"params": [0]}]}
+    ],
+}
 SHADOWS = [SHADOW[name] for name in PARAMETERS]
 
-# (what torch.save gets, the key that must be taken, the kind, the state_dict that must come out, what goes into extra)
+# (what torch.save gets, the key that must be taken, the kind, the state_dict that must come out,
+# what goes into extra)
 MADE: dict[str, tuple[Any, str, str, State, dict[str, Any]]] = {
-    "averaged model": (AVERAGED, "", "torch", {n[7:]: v for n, v in AVERAGED.items() if n != "n_averaged"}, CLOCK),
+    "averaged model": (
+        AVERAGED,
+        "",
+        "torch",
+        {n[7:]: v for n, v in AVERAGED.items() if n != "n_averaged"},
+        CLOCK,
+    ),
     "torchvision": (
-        {"model": LIVE, "model_ema": AVERAGED, "epoch": 3, "args": argparse.Namespace(lr=0.1)}, "model_ema", "torch",
-        {n[7:]: v for n, v in AVERAGED.items() if n != "n_averaged"}, CLOCK,
+        {"model": LIVE, "model_ema": AVERAGED, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
+        "model_ema",
+        "torch",
+        {n[7:]: v for n, v in AVERAGED.items() if n != "n_averaged"},
+        CLOCK,
     ),
     "lightning": (
-        LIGHTNING | {
-            "state_dict": under("model.", SHADOW), "current_model_state": under("model.", LIVE),
+        LIGHTNING
+        | {
+            "state_dict": under("model.", SHADOW),
+            "current_model_state": under("model.", LIVE),
             "averaging_state": {"n_averaged": torch.tensor(8)},
         },
-        "state_dict", "lightning", under("model.", SHADOW), {"n_averaged": 8, "global_step": 8, "epoch": 4},
+        "state_dict",
+        "lightning",
+        under("model.", SHADOW),
+        {"n_averaged": 8, "global_step": 8, "epoch": 4},
     ),
     "lightning swa": (
-        LIGHTNING | {"state_dict": LIVE, "callbacks": {
-            "StochasticWeightAveraging": {"n_averaged": 4, "average_model_state": SHADOW}, "X{'a': None}": {}}},
-        "callbacks.StochasticWeightAveraging.average_model_state", "lightning", SHADOW, {"n_averaged": 4},
+        LIGHTNING
+        | {
+            "state_dict": LIVE,
+            "callbacks": {
+                "StochasticWeightAveraging": {"n_averaged": 4, "average_model_state": SHADOW},
+                "X{'a': None}": {},
+            },
+        },
+        "callbacks.StochasticWeightAveraging.average_model_state",
+        "lightning",
+        SHADOW,
+        {"n_averaged": 4},
     ),
     "timm": (
-        {"epoch": 3, "arch": "r", "state_dict": LIVE, "state_dict_ema": SHADOW, "metric": 0.5,
-         "args": argparse.Namespace(lr=1)},
-        "state_dict_ema", "timm", SHADOW, {"epoch": 3, "arch": "r", "metric": 0.5},
+        {
+            "epoch": 3,
+            "arch": "r",
+            "state_dict": LIVE,
+            "state_dict_ema": SHADOW,
+            "metric": 0.5,
+            "args": argparse.Namespace(lr=1),
+        },
+        "state_dict_ema",
+        "timm",
+        SHADOW,
+        {"epoch": 3, "arch": "r", "metric": 0.5},
     ),
-    "timm, wrapped": ({"state_dict_ema": under("module.", SHADOW)}, "state_dict_ema", "timm", SHADOW, {}),
+    "timm, wrapped": (
+        {"state_dict_ema": under("module.", SHADOW)},
+        "state_dict_ema",
+        "timm",
+        SHADOW,
+        {},
+    ),
     "ema-pytorch": (EMA_PYTORCH, "", "ema-pytorch", SHADOW, {"step": 5, "initted": True}),
-    "ema-pytorch in a trainer": ({"model": LIVE, "opt": {}, "ema": EMA_PYTORCH}, "ema", "ema-pytorch", SHADOW, {"step": 5}),
+    "ema-pytorch in a trainer": (
+        {"model": LIVE, "opt": {}, "ema": EMA_PYTORCH},
+        "ema",
+        "ema-pytorch",
+        SHADOW,
+        {"step": 5},
+    ),
     "ldm": (
-        {"state_dict": LDM_LIVE | {
-            "model_ema.diffusionab": torch.ones(3), "model_ema.diffusionac": torch.zeros(2),
-            "model_ema.decay": torch.tensor(0.5), "model_ema.num_updates": torch.tensor(9, dtype=torch.int32)}},
-        "state_dict.model_ema", "ldm",
+        {
+            "state_dict": LDM_LIVE
+            | {
+                "model_ema.diffusionab": torch.ones(3),
+                "model_ema.diffusionac": torch.zeros(2),
+                "model_ema.decay": torch.tensor(0.5),
+                "model_ema.num_updates": torch.tensor(9, dtype=torch.int32),
+            }
+        },
+        "state_dict.model_ema",
+        "ldm",
         LDM_LIVE | {"model.diffusion.a.b": torch.ones(3), "model.diffusion.a.c": torch.zeros(2)},
         {"num_updates": 9, "decay": 0.5},
     ),
     "mmengine": (
-        {"state_dict": SHADOW, "ema_state_dict": under("module.", LIVE) | {"steps": torch.tensor(6)}, "meta": {"iter": 1}},
-        "state_dict", "mmengine", SHADOW, {"steps": 6},
+        {
+            "state_dict": SHADOW,
+            "ema_state_dict": under("module.", LIVE) | {"steps": torch.tensor(6)},
+            "meta": {"iter": 1},
+        },
+        "state_dict",
+        "mmengine",
+        SHADOW,
+        {"steps": 6},
     ),
     "plain": ({"params": LIVE, "params_ema": SHADOW}, "params_ema", "raw", SHADOW, {}),
     "wrapped": ({"net_ema": under("module._orig_mod.", SHADOW)}, "net_ema", "raw", SHADOW, {}),
     "only a table": (SHADOW, "", "raw", SHADOW, {}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -155,12 +222,14 @@ def equal(found: State, want: State) -> None:
     ] == []
 
 
-# --- each kind ---------------------------------------------------------------------------------------------------
+# --- each kind ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", MADE)
 def test_kinds(what: str, call: Call, tmp_path: Path) -> None:
-    """The average is found, named and written; what the command says names the key; --list shows it first."""
+    """The average is found, named and written; what the command says names the key; --list shows it
+    first.
+    """
     content, key, kind, want, extra = MADE[what]
     torch.save(content, src := tmp_path / "a.pt")
     code, out, err = call(src, tmp_path / "out")
@@ -188,7 +257,9 @@ def test_kinds(what: str, call: Call, tmp_path: Path) -> None:
 
 
 def test_live_tables_can_be_asked_for(call: Call, tmp_path: Path) -> None:
-    """--key takes any table, --prefix cuts names; with mmengine ema_state_dict is the live model, and is not offered."""
+    """--key takes any table, --prefix cuts names; with mmengine ema_state_dict is the live model,
+    and is not offered.
+    """
     torch.save(MADE["mmengine"][0], src := tmp_path / "a.pt")
     listed = {
         row["key"]: row["average"] for row in json.loads(call(src, "--list", "--json")[1])["tables"]
@@ -206,7 +277,9 @@ def test_live_tables_can_be_asked_for(call: Call, tmp_path: Path) -> None:
 
 
 def test_rest(call: Call, tmp_path: Path) -> None:
-    """--rest names the live table that completes an average; where the two differ in shape they are of two models."""
+    """--rest names the live table that completes an average; where the two differ in shape they are
+    of two models.
+    """
     live = {"w": torch.zeros(2), "b": torch.zeros(3)}
     torch.save(
         {"shadow": {"w": torch.ones(2)}, "net": live, "other": {"w": torch.zeros(5)}},
@@ -238,7 +311,9 @@ def test_several_averages(call: Call, tmp_path: Path) -> None:
 
 
 def test_no_average(call: Call, tmp_path: Path) -> None:
-    """Live weights are taken only when named, or where there is nothing else; a wrong --from says what there is."""
+    """Live weights are taken only when named, or where there is nothing else; a wrong --from says
+    what there is.
+    """
     torch.save(
         {"model": LIVE, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
         src := tmp_path / "a.pt",
@@ -267,7 +342,7 @@ def test_no_average(call: Call, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-# --- lists without names -----------------------------------------------------------------------------------------
+# --- lists without names --------------------------------------------------------------------------
 
 NAMELESS = {
     "torch-ema": {
@@ -282,7 +357,9 @@ NAMELESS = {
 
 @pytest.mark.parametrize("kind", NAMELESS)
 def test_names_from_the_live_model(kind: str, call: Call, tmp_path: Path) -> None:
-    """The order of a state_dict names them, statistics and aliases come from it; a JSON list names them too."""
+    """The order of a state_dict names them, statistics and aliases come from it; a JSON list names
+    them too.
+    """
     torch.save({"epoch": 1, "ema": NAMELESS[kind]}, src := tmp_path / "a.pt")
     torch.save(LIVE, live := tmp_path / "live.pt")
     assert "is a list without names. Give the live model" in call(src, tmp_path / "out")[2]
@@ -301,7 +378,9 @@ def test_names_from_the_live_model(kind: str, call: Call, tmp_path: Path) -> Non
 
 
 def test_names_that_do_not_fit(call: Call, tmp_path: Path) -> None:
-    """Another number, other shapes, a file that sorts its names, and lists that are none: refused, nothing guessed."""
+    """Another number, other shapes, a file that sorts its names, and lists that are none: refused,
+    nothing guessed.
+    """
     torch.save(NAMELESS["torch-ema"], src := tmp_path / "a.pt")
     short = {n: v for n, v in LIVE.items() if n not in ("head.weight", "frozen")}
     torch.save(short, tmp_path / "short.pt")
@@ -347,11 +426,13 @@ def test_shapes_that_tell(call: Call, tmp_path: Path) -> None:
     equal(model(tmp_path / "out")[0], want)
 
 
-# --- forms -------------------------------------------------------------------------------------------------------
+# --- forms ----------------------------------------------------------------------------------------
 
 
 def test_forms_of_files(call: Call, tmp_path: Path) -> None:
-    """safetensors, one and several, diffusers' folder with its clock, and the files of torch before 1.6."""
+    """safetensors, one and several, diffusers' folder with its clock, and the files of torch before
+    1.6.
+    """
     want = {name: value.clone() for name, value in SHADOW.items()}
     save_file(
         under("ema_model.", want) | {"step": torch.tensor(5), "initted": torch.tensor(True)},
@@ -403,7 +484,9 @@ def test_forms_of_files(call: Call, tmp_path: Path) -> None:
 
 
 def test_dcp(call: Call, tmp_path: Path) -> None:
-    """dist_ema's own Stateful beside the live model: complete, with the clock; and any other table by its key."""
+    """dist_ema's own Stateful beside the live model: complete, with the clock; and any other table
+    by its key.
+    """
     module = net(3)
     module.small = nn.Parameter(torch.randn(3).bfloat16())
     ema = EMA(module, [0.5, 0.9])
@@ -446,7 +529,9 @@ def test_dcp(call: Call, tmp_path: Path) -> None:
 
 
 def test_rounding_aliases_and_one_file(call: Call, tmp_path: Path) -> None:
-    """--dtype rounds as torch does and leaves integers; tied weights are written once; one file carries its aliases."""
+    """--dtype rounds as torch does and leaves integers; tied weights are written once; one file
+    carries its aliases.
+    """
     torch.save(
         {"model_ema": SHADOW | {"strided": torch.randn(4, 5).t(), "empty": torch.empty(0, 2)}},
         src := tmp_path / "a.pt",
@@ -475,11 +560,13 @@ def test_rounding_aliases_and_one_file(call: Call, tmp_path: Path) -> None:
     assert (tmp_path / "two" / "model.safetensors.index.json").exists()
 
 
-# --- archives ----------------------------------------------------------------------------------------------------
+# --- archives -------------------------------------------------------------------------------------
 
 
 class Pipe(io.RawIOBase):
-    """A file that cannot seek, so that zipfile writes sizes behind each record, in a data descriptor."""
+    """A file that cannot seek, so that zipfile writes sizes behind each record, in a data
+    descriptor.
+    """
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -519,7 +606,9 @@ def encrypted(content: dict[str, bytes]) -> bytes:
 
 
 def doubled(content: dict[str, bytes]) -> bytes:
-    """One name with other bytes behind it, under another folder, which torch leaves out of the name."""
+    """One name with other bytes behind it, under another folder, which torch leaves out of the
+    name.
+    """
     return zipped(content | {"other/data.pkl": content["archive/data.pkl"]})
 
 
@@ -587,7 +676,7 @@ def test_archives(what: str, call: Call, tmp_path: Path) -> None:
         equal(model(tmp_path / "out")[0], weights)
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 class Mine:
@@ -611,7 +700,9 @@ class Evil:
 
 
 def test_classes_are_not_run(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Objects of unknown classes are refused by name; --inert reads past them; whole modules and calls never run."""
+    """Objects of unknown classes are refused by name; --inert reads past them; whole modules and
+    calls never run.
+    """
     monkeypatch.chdir(tmp_path)
     mine = Mine()
     vars(mine)["a"] = 1
@@ -641,7 +732,9 @@ def test_classes_are_not_run(call: Call, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_unreadable(call: Call, tmp_path: Path) -> None:
-    """What is no checkpoint, or cannot be converted: one sentence, code 1 (2 for a path that is not there)."""
+    """What is no checkpoint, or cannot be converted: one sentence, code 1 (2 for a path that is not
+    there).
+    """
     torch.save(SHADOW, good := tmp_path / "good.pt")
     (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:-100])
     (tmp_path / "text.pt").write_text("hello")
@@ -688,10 +781,10 @@ def test_unreadable(call: Call, tmp_path: Path) -> None:
         "name.pt": "is called __metadata__",
         "cut.pt": "", "text.pt": "is no safetensors file", "byte.pt": "is no safetensors file",
         "old.pt": "is no checkpoint of torch.save",
-        "number.pt": "holds a int", "sparse.pt": "model_ema.w cannot be converted", "wide.pt": "holds no table",
-        "twice.pt": "are both a", "deep.pt": "deep", "dots.pt": "fits no live weight",
-        "both.pt": "fits model.a.b and model.ab", "empty": "no checkpoint", "two": "a.pt, b.pt",
-        "ours": "dist_ema's own already",
+        "number.pt": "holds a int", "sparse.pt": "model_ema.w cannot be converted",
+        "wide.pt": "holds no table", "twice.pt": "are both a", "deep.pt": "deep",
+        "dots.pt": "fits no live weight", "both.pt": "fits model.a.b and model.ab",
+        "empty": "no checkpoint", "two": "a.pt, b.pt", "ours": "dist_ema's own already",
     }  # fmt: skip
     for name, words in said.items():
         code, out, err = call(tmp_path / name, tmp_path / "out")
@@ -705,7 +798,9 @@ def test_unreadable(call: Call, tmp_path: Path) -> None:
 
 
 def test_cut_and_flipped(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 copies, cut or with bytes changed, of both forms of file: a model or one sentence, and nothing left beside it."""
+    """200 copies, cut or with bytes changed, of both forms of file: a model or one sentence, and
+    nothing left beside it.
+    """
     monkeypatch.chdir(tmp_path)
     content = {
         "model_ema": {"a": torch.randn(5, 7), "b": torch.arange(3), "t": torch.randn(4, 6).t()},
@@ -744,7 +839,9 @@ def test_a_directory_beyond_the_limit(call: Call, tmp_path: Path) -> None:
 
 
 def test_amplification(call: Call, tmp_path: Path) -> None:
-    """A view that repeats one element says more bytes than the file explains: refused, unless allowed by its size."""
+    """A view that repeats one element says more bytes than the file explains: refused, unless
+    allowed by its size.
+    """
     big = torch.ones(1).expand(30_000, 10_000)
     tied = dict.fromkeys((f"layers.{i}.w" for i in range(20)), torch.ones(50_000))
     torch.save({"model_ema": {"w": big, "v": torch.ones(3)}}, src := tmp_path / "a.pt")
@@ -785,7 +882,9 @@ def test_shared_structures_are_walked_once(tmp_path: Path) -> None:
 
 
 def test_memory_is_a_window(tmp_path: Path) -> None:
-    """A checkpoint of 200 MB, one weight not row by row: mapped pages aside, no more than a few windows."""
+    """A checkpoint of 200 MB, one weight not row by row: mapped pages aside, no more than a few
+    windows.
+    """
     torch.save(
         {"model_ema": {"a": torch.ones(25 << 20), "b": torch.ones(1 << 13, 3 << 10).t()}},
         src := tmp_path / "a.pt",
@@ -793,10 +892,13 @@ def test_memory_is_a_window(tmp_path: Path) -> None:
     code = (
         "import sys, re, pathlib, torch\n"
         "from contextlib import ExitStack; from dist_ema.offline import convert\n"
-        "held = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]) >> 10\n"
+        "held = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', "
+        "pathlib.Path('/proc/self/status').read_text())[1]) >> 10\n"
         "stack = ExitStack(); before = held(); most = [0]\n"
-        "plan = convert.plan(convert.ConvertRequest(pathlib.Path(sys.argv[1]), dtype='BF16'), stack)\n"
-        "convert.write(plan, pathlib.Path(sys.argv[2]), force=False, tick=lambda n: most.append(held() - before))\n"
+        "plan = convert.plan(convert.ConvertRequest(pathlib.Path(sys.argv[1]), dtype='BF16'), "
+        "stack)\n"
+        "convert.write(plan, pathlib.Path(sys.argv[2]), force=False, tick=lambda n: "
+        "most.append(held() - before))\n"
         "print(max(most))"
     )
     line = [sys.executable, "-c", code, str(src), str(tmp_path / "out.safetensors")]
@@ -807,18 +909,22 @@ def test_memory_is_a_window(tmp_path: Path) -> None:
     assert bool((found["a"] == 1).all())
 
 
-# --- the tables --------------------------------------------------------------------------------------------------
+# --- the tables -----------------------------------------------------------------------------------
 
 
 def test_kinds_agree() -> None:
-    """The command's choices are the kinds that `foreign` knows; every kind stands in its table of facts."""
+    """The command's choices are the kinds that `foreign` knows; every kind stands in its table of
+    facts.
+    """
     assert set(cli.KINDS) == {*recognise.KINDS, "auto", "swa", "dcp"}
     assert recognise.__doc__ is not None
     assert all(f"\n{kind} " in recognise.__doc__ for kind in recognise.KINDS)
 
 
 def test_plain_values() -> None:
-    """Numbers for ema.json: tensors of one element are read, nothing else is, and no NaN gets into JSON."""
+    """Numbers for ema.json: tensors of one element are read, nothing else is, and no NaN gets into
+    JSON.
+    """
 
     class Leaf:
         def __init__(self, value: Any, dtype: str) -> None:
@@ -838,7 +944,8 @@ def test_plain_values() -> None:
 def test_help(call: Call) -> None:
     """--help teaches by examples, and parsing needs neither torch nor numpy."""
     assert "dist-ema convert last.ckpt --list" in call("--help")[1]
-    code = "import sys; from dist_ema.cli import main\ntry: main(['convert', '--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from dist_ema.cli import main\n"
+    code += "try: main(['convert', '--help'])\nexcept SystemExit: pass\n"
     code += "print(sorted({'torch', 'numpy'} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"

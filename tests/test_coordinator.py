@@ -1,7 +1,9 @@
-"""Checking in: what it costs, who is named, who is waited for, and that an error anywhere is an error everywhere.
+"""Checking in: what it costs, who is named, who is waited for, and that an error anywhere is an
+error everywhere.
 
-How to read a failure: up to 64 ranks are threads on one HashStore, each with a real `Board`; `spread` returns what each
-rank returned or raised. Real processes follow at the end, each verb of EMA with a rank that is late, elsewhere, or dead.
+How to read a failure: up to 64 ranks are threads on one HashStore, each with a real `Board`;
+`spread` returns what each rank returned or raised. Real processes follow at the end, each verb of
+EMA with a rank that is late, elsewhere, or dead.
 """
 
 from __future__ import annotations
@@ -93,11 +95,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coordinator, "GRACE", 0.6)
 
 
-# --- what it costs -----------------------------------------------------------------------------------------------
+# --- what it costs --------------------------------------------------------------------------------
 
 
 def test_a_verb_costs_one_write_per_rank() -> None:
-    """64 ranks enter: each adds to one counter and reads what came out; the last one publishes. Nobody reads names."""
+    """64 ranks enter: each adds to one counter and reads what came out; the last one publishes.
+
+    Nobody reads names.
+    """
     world = World(64)
 
     def enter(board: StoreCoordinator) -> Any:
@@ -115,7 +120,9 @@ def test_a_verb_costs_one_write_per_rank() -> None:
 
 
 def test_values_are_combined_by_one() -> None:
-    """Messages cost a write more each; one rank reads them all, in one call, and the others what it made of them."""
+    """Messages cost a write more each; one rank reads them all, in one call, and the others what it
+    made of them.
+    """
     world = World(64)
     assert (
         world.spread(lambda board: board.all_gather_json("save", board.rank, combine=sum))
@@ -168,11 +175,13 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-# --- an error on one is an error on all --------------------------------------------------------------------------
+# --- an error on one is an error on all -----------------------------------------------------------
 
 
 def test_errors_are_told() -> None:
-    """The rank itself raises what happened, the others whose error it was; then all are in step again."""
+    """The rank itself raises what happened, the others whose error it was; then all are in step
+    again.
+    """
     world = World(6)
 
     def fail(board: StoreCoordinator) -> None:
@@ -189,7 +198,9 @@ def test_errors_are_told() -> None:
 
 
 def test_an_interrupt_is_told_and_waits_for_nobody() -> None:
-    """Ctrl-C inside a verb: that rank leaves at once, also where nobody else has come; the others do not time out."""
+    """Ctrl-C inside a verb: that rank leaves at once, also where nobody else has come; the others
+    do not time out.
+    """
     world = World(3)
 
     def work(board: StoreCoordinator) -> None:
@@ -211,8 +222,9 @@ def test_an_interrupt_is_told_and_waits_for_nobody() -> None:
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
 def test_different_verbs_at_once(order: list[int]) -> None:
-    """Not by a timeout, which says something else: whoever comes to the wrong verb sees it in the counter. Both verbs and
-    a rank of each are named, and the same sentence is raised everywhere."""
+    """Not by a timeout, which says something else: whoever comes to the wrong verb sees it in the
+    counter. Both verbs and a rank of each are named, and the same sentence is raised everywhere.
+    """
     world = World(4, timeout=30)
     turns = [threading.Event() for _ in range(5)]
     turns[0].set()
@@ -270,11 +282,13 @@ def test_all_wait_for_different_things(quick: None) -> None:
     ] == [True, True]
 
 
-# --- who is missing ----------------------------------------------------------------------------------------------
+# --- who is missing -------------------------------------------------------------------------------
 
 
 def test_the_missing_are_named(quick: None) -> None:
-    """By those who wait, on all of them, and by the late ones when they come; whoever came just in time is not named."""
+    """By those who wait, on all of them, and by the late ones when they come; whoever came just in
+    time is not named.
+    """
     world = World(5, timeout=0.6)
     given_up = threading.Event()
 
@@ -387,7 +401,7 @@ def test_the_store_may_die() -> None:
             StoreCoordinator(store, [0, 1], 1, FOREVER).run_on_all("save", lambda: time.sleep(1.5))
 
 
-# --- every verb --------------------------------------------------------------------------------------------------
+# --- every verb -----------------------------------------------------------------------------------
 
 
 def verbs(ema: EMA, other: nn.Module, folder: str) -> dict[str, Callable[[], Any]]:
@@ -413,7 +427,10 @@ def verbs(ema: EMA, other: nn.Module, folder: str) -> dict[str, Callable[[], Any
 
 
 def late_failing_elsewhere(kind: str, folder: str) -> None:
-    """Each verb: one rank does not come; one rank fails; the ranks come to different verbs. Then all goes on."""
+    """Each verb: one rank does not come; one rank fails; the ranks come to different verbs.
+
+    Then all goes on.
+    """
     mine = dist.get_rank() == 1
     model, other = wrap(kind, Net()), wrap(kind, Net())
     ema = EMA(model, 0.5)
@@ -474,7 +491,9 @@ def different_averages() -> None:
 
 
 def first_rank_late() -> None:
-    """The id of a new EMA does not arrive: who waits for it says so in time, and the next EMA works."""
+    """The id of a new EMA does not arrive: who waits for it says so in time, and the next EMA
+    works.
+    """
     rank, store = dist.get_rank(), wrappers.side_store("late")
     model = wrap("ddp", Net())
     if rank == 0:
@@ -520,8 +539,9 @@ DEATHS: dict[str, tuple[int, Any, str]] = {
 
 
 def die(folder: str) -> Any:
-    """Each pair of ranks has a verb in which one of the two dies; what the other one raises, and whether its model is
-    as it was."""
+    """Each pair of ranks has a verb in which one of the two dies; what the other one raises, and
+    whether its model is as it was.
+    """
     pairs = [dist.new_group([2 * i, 2 * i + 1]) for i in range(len(DEATHS))]
     verb = list(DEATHS)[dist.get_rank() // 2]
     victim, place, name = DEATHS[verb]

@@ -1,7 +1,8 @@
-"""The compiled passes of a CPU: the bits of eager torch, on any number of threads, and eager torch where there are none.
+"""The compiled passes of a CPU: the bits of eager torch, on any number of threads, and eager torch
+where there are none.
 
-How to read a failure: `live` and `shadow` name the pass. The oracle is `UpdatePlan` without passes, which test_kernels
-proves against float64.
+How to read a failure: `live` and `shadow` name the pass. The oracle is `UpdatePlan` without passes,
+which test_kernels proves against float64.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def threads() -> Iterator[Callable[[int], None]]:
 def make(
     live: torch.dtype, shadow: torch.dtype, averages: int = 1, more: int = 0
 ) -> list[ShadowPair]:
-    """Lengths around a vector and a chunk, at addresses that no vector is aligned to; always the same."""
+    """Lengths around a vector and a chunk, at addresses that no vector is aligned to; always the
+    same.
+    """
     pairs = []
     for k, n in enumerate((1, 7, 64, 1000, CHUNK - 1, CHUNK + 17, more)):
         shadows = [draw(n + 1, shadow, 100 * k + i)[1:] for i in range(averages)]
@@ -79,14 +82,16 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-# --- the bits of eager torch -------------------------------------------------------------------------------------
+# --- the bits of eager torch ----------------------------------------------------------------------
 
 
 @needs_numba
 @both
 @pytest.mark.parametrize("guard", [False, True])
 def test_bits(live: torch.dtype, shadow: torch.dtype, guard: bool) -> None:
-    """Three averages, weights on both sides of 0.5, as floats and as tensors: the bits of an eager plan."""
+    """Three averages, weights on both sides of 0.5, as floats and as tensors: the bits of an eager
+    plan.
+    """
     runs = [
         [0.001, 0.3, 0.5],
         [0.7, 1.0, 0.0],
@@ -102,7 +107,9 @@ def test_bits(live: torch.dtype, shadow: torch.dtype, guard: bool) -> None:
 @pytest.mark.parametrize("shadow", SHADOW, ids=str)
 @pytest.mark.parametrize("live", [BF16, torch.float16], ids=str)
 def test_every_number_of_16_bits(live: torch.dtype, shadow: torch.dtype) -> None:
-    """All patterns, subnormal, infinite and nan ones too; what becomes nan is nan, whatever its payload."""
+    """All patterns, subnormal, infinite and nan ones too; what becomes nan is nan, whatever its
+    payload.
+    """
     every = torch.arange(1 << 16).to(torch.int16).view(live)
     for guard, weight in ((False, 0.25), (True, 0.25), (False, 1.0)):
         results = []
@@ -117,7 +124,9 @@ def test_every_number_of_16_bits(live: torch.dtype, shadow: torch.dtype) -> None
 
 @needs_numba
 def test_rounding_of_every_shadow() -> None:
-    """At weight 0 a compact shadow keeps its bits, whichever they are; towards a weight it moves as `noise` says."""
+    """At weight 0 a compact shadow keeps its bits, whichever they are; towards a weight it moves as
+    `noise` says.
+    """
     every = torch.arange(1 << 16).to(torch.int16).view(BF16)
     pair = ShadowPair("w", [every.clone()], torch.zeros(1 << 16), torch.arange)
     UpdatePlan([pair], passes=True).run([0.0], 1)
@@ -149,7 +158,9 @@ NUMBERS: dict[str, Callable[[int, int], Tensor]] = {
 @needs_numba
 @pytest.mark.parametrize("name", NUMBERS)
 def test_element_numbers(name: str) -> None:
-    """Noise is numbered by the element in the full weight, however its numbers run; too short runs are left to eager code."""
+    """Noise is numbered by the element in the full weight, however its numbers run; too short runs
+    are left to eager code.
+    """
     n, results = 300_000, []
     for passes in (False, True):
         pair = ShadowPair("w", [draw(n, BF16, 1)], draw(n, F32, 2), NUMBERS[name])
@@ -176,7 +187,7 @@ def test_ramps(name: str, n: int) -> None:
     assert len(runs) <= 2 + n // cpu_plan.FEW
 
 
-# --- the table ---------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def test_tasks() -> None:
@@ -210,7 +221,7 @@ def test_neighbours_become_one_row() -> None:
     assert all((pair.shadows[0] == 0.5).all() for pair in pairs)
 
 
-# --- [Note: threads] ----------------------------------------------------------------------------------------------
+# --- [Note: threads] ------------------------------------------------------------------------------
 
 
 @needs_numba
@@ -275,11 +286,13 @@ def test_forked() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=300)
 
 
-# --- when there is a pass ----------------------------------------------------------------------------------------
+# --- when there is a pass -------------------------------------------------------------------------
 
 
 def digest() -> list[str]:
-    """(passes that were used, hash of the average) of an fp32 and a compact average of a bfloat16 model."""
+    """(passes that were used, hash of the average) of an fp32 and a compact average of a bfloat16
+    model.
+    """
     draws, found = torch.Generator().manual_seed(0), []
     model = nn.Sequential(nn.Linear(300, 500), nn.Linear(500, 7)).to(BF16)
     with torch.no_grad():
@@ -300,7 +313,8 @@ def digest() -> list[str]:
 
 def test_without_numba() -> None:
     """Eager torch where numba is missing, and the same bits."""
-    code = "import sys; sys.modules['numba'] = None\nfrom tests.test_cpu_numba import digest; print(*digest())"
+    code = "import sys; sys.modules['numba'] = None\n"
+    code += "from tests.test_cpu_numba import digest; print(*digest())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent.parent,
@@ -317,7 +331,9 @@ def test_without_numba() -> None:
 
 
 def test_a_small_model_never_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Importing and compiling take a second and a half: below WORTH a plan does not look for numba."""
+    """Importing and compiling take a second and a half: below WORTH a plan does not look for
+    numba.
+    """
 
     def refuse() -> bool:
         raise AssertionError("a small plan asked for numba")
@@ -338,7 +354,9 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_numba
 def test_worth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled from WORTH elements on, where torch's lerp has the same bits, and never for what is not in host memory."""
+    """Compiled from WORTH elements on, where torch's lerp has the same bits, and never for what is
+    not in host memory.
+    """
     monkeypatch.setattr(eager, "passes_same_bits", lambda: True)
 
     def passes(n: int, device: str = "cpu") -> int:
@@ -354,7 +372,9 @@ def test_worth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_numba
 def test_no_pass_for_what_only_looks_like_memory() -> None:
-    """Tensor subclasses may hold nothing at their address, or something else than what they show: `is_reachable`."""
+    """Tensor subclasses may hold nothing at their address, or something else than what they show:
+    `is_reachable`.
+    """
 
     class Quantised(Tensor):
         pass
@@ -398,12 +418,14 @@ def test_numba_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (pair.shadows[0] == 0.5).all()
 
 
-# --- autograd ----------------------------------------------------------------------------------------------------
+# --- autograd -------------------------------------------------------------------------------------
 
 
 @needs_numba
 def test_autograd_sees_the_write() -> None:
-    """A shadow that autograd saved (a teacher's weight) is known to be overwritten: `increment_version` in Pass.run."""
+    """A shadow that autograd saved (a teacher's weight) is known to be overwritten:
+    `increment_version` in Pass.run.
+    """
     teacher = nn.Parameter(torch.ones(4))
     arena = torch.zeros(8)
     pairs = [ShadowPair("t", [teacher.detach()], torch.zeros(4), torch.arange)]
@@ -426,7 +448,9 @@ def test_in_inference_mode() -> None:
 
 @needs_numba
 def test_an_average_of_a_model(tmp_path: Any) -> None:
-    """Through the front door: compiled where the model is large enough, and saved and loaded with the same bits."""
+    """Through the front door: compiled where the model is large enough, and saved and loaded with
+    the same bits.
+    """
     model = nn.Linear(400, 400)
     ema = EMA(model, 0.5)
     assert bool(count(ema.weights.plan)) == eager.passes_same_bits()

@@ -1,4 +1,6 @@
-"""torch.distributed.checkpoint: the average is Stateful, and reshards between wrappers and worlds."""
+"""torch.distributed.checkpoint: the average is Stateful, and reshards between wrappers and
+worlds.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def load_all_then_save(kind: str, folder: str, earlier: list[str]) -> None:
 
 @pytest.mark.multirank
 def test_saved_and_resharded_under_every_wrapper(tmp_path: Path) -> None:
-    """Each link of the chain loads what all earlier links saved, also with async_save, then saves its own."""
+    """Each link of the chain loads what all earlier links saved, also with async_save, then saves
+    its own.
+    """
     earlier: list[str] = []
     for kind, world in CHAIN:
         run_ranks(world, load_all_then_save, kind, str(tmp_path), earlier)
@@ -174,7 +178,9 @@ def save_staged(folder: str) -> None:
 
 @pytest.mark.multirank
 def test_staged_copies(tmp_path: Path) -> None:
-    """Guards the operators and attributes of a FlatRange, and that no rank writes a scalar it lacks."""
+    """Guards the operators and attributes of a FlatRange, and that no rank writes a scalar it
+    lacks.
+    """
     run_ranks(2, save_staged, str(tmp_path))
 
 
@@ -236,7 +242,10 @@ def test_a_checkpoint_without_an_average(tmp_path: Path) -> None:
 
 
 def test_keys_of_earlier_versions() -> None:
-    """They held the schedule. An equal schedule is found by it, another one where only one is left."""
+    """They held the schedule.
+
+    An equal schedule is found by it, another one where only one is left.
+    """
     case = golden.CASES["attach"]
     folder = Path(__file__).parent / "data" / "golden" / "dcp"
 

@@ -1,7 +1,8 @@
-"""Folders of torch.distributed.checkpoint without torch: the same bytes as torch reads, and nothing that they hold is run.
+"""Folders of torch.distributed.checkpoint without torch: the same bytes as torch reads, and nothing
+that they hold is run.
 
-How to read a failure: `same` compares every tensor of a folder with what dcp.load gives; `refused` wants a ValueError with
-these words, and looks for the file that an attack would have made.
+How to read a failure: `same` compares every tensor of a folder with what dcp.load gives; `refused`
+wants a ValueError with these words, and looks for the file that an attack would have made.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def same(path: Path, window: int = 1 << 20) -> int:
     return len(state)
 
 
-# --- what is read ------------------------------------------------------------------------------------------------
+# --- what is read ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("window", [1 << 20, 24, 8])
@@ -112,7 +113,9 @@ def test_one_process(saved: Path, window: int) -> None:
 
 
 def save_ranks(folder: str) -> None:
-    """FSDP2 with uneven shards and its average; DDP's ranges of the average; shards on dim 1, and on both dims."""
+    """FSDP2 with uneven shards and its average; DDP's ranges of the average; shards on dim 1, and
+    on both dims.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -165,7 +168,8 @@ def test_never_imports_torch(saved: Path) -> None:
     code = (
         "import sys; from dist_ema.cli import main\n"
         "code = main(['inspect', sys.argv[1]])\n"
-        "print(code, sorted({'torch', 'pickle5', 'safetensors'} & set(sys.modules)), file=sys.stderr)"
+        "print(code, sorted({'torch', 'pickle5', 'safetensors'} & set(sys.modules)), "
+        "file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(saved)], capture_output=True, text=True, check=True
@@ -182,7 +186,7 @@ def test_without_a_plan(copy: Path) -> None:
         assert folder.paths["app.model.half"] == ("app.model.half",)
 
 
-# --- what is not sound -------------------------------------------------------------------------------------------
+# --- what is not sound ----------------------------------------------------------------------------
 
 
 def edit(folder: Path, change: Callable[[Any], Any]) -> None:
@@ -215,42 +219,89 @@ def overlap(said: Any) -> None:
 
 
 def share(said: Any) -> None:
-    """Two weights in the same bytes, as a small folder that claims a large model would have them."""
+    """Two weights in the same bytes, as a small folder that claims a large model would have
+    them.
+    """
     a, b = place(said, "app.model.half"), place(said, "app.model.middle")
     b.relative_path, b.offset, b.length = a.relative_path, a.offset, a.length
 
 
 EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "outside": (lambda s: setattr(place(s, "app.model.half"), "relative_path", "../__0_0.distcp"), "no file of the folder"),
-    "absolute": (lambda s: setattr(place(s, "app.model.half"), "relative_path", os.sep + "etc"), "no file of the folder"),
-    "parent": (lambda s: setattr(place(s, "app.model.half"), "relative_path", ".."), "no file of the folder"),
-    "a number for a file": (lambda s: setattr(place(s, "app.model.half"), "relative_path", 7), "no file of the folder"),
-    "another file": (lambda s: setattr(place(s, "app.model.half"), "relative_path", "__9_0.distcp"), "is not there"),
-    "beyond the end": (lambda s: setattr(place(s, "app.model.half"), "length", 10**9), "It was cut short"),
-    "before the start": (lambda s: setattr(place(s, "app.model.half"), "offset", -1), "sizes that are none"),
-    "compressed": (lambda s: setattr(place(s, "app.model.half"), "transform_descriptors", ["zstd"]), "only its writer can"),
+    "outside": (
+        lambda s: setattr(place(s, "app.model.half"), "relative_path", "../__0_0.distcp"),
+        "no file of the folder",
+    ),
+    "absolute": (
+        lambda s: setattr(place(s, "app.model.half"), "relative_path", os.sep + "etc"),
+        "no file of the folder",
+    ),
+    "parent": (
+        lambda s: setattr(place(s, "app.model.half"), "relative_path", ".."),
+        "no file of the folder",
+    ),
+    "a number for a file": (
+        lambda s: setattr(place(s, "app.model.half"), "relative_path", 7),
+        "no file of the folder",
+    ),
+    "another file": (
+        lambda s: setattr(place(s, "app.model.half"), "relative_path", "__9_0.distcp"),
+        "is not there",
+    ),
+    "beyond the end": (
+        lambda s: setattr(place(s, "app.model.half"), "length", 10**9),
+        "It was cut short",
+    ),
+    "before the start": (
+        lambda s: setattr(place(s, "app.model.half"), "offset", -1),
+        "sizes that are none",
+    ),
+    "compressed": (
+        lambda s: setattr(place(s, "app.model.half"), "transform_descriptors", ["zstd"]),
+        "only its writer can",
+    ),
     "nowhere": (lambda s: s.storage_data.clear(), "names no file for a chunk"),
-    "too large a chunk": (lambda s: setattr(chunk(s, "app.model.half"), "sizes", torch.Size([34])), "lies outside its shape"),
-    "too small a chunk": (lambda s: setattr(chunk(s, "app.model.half"), "sizes", torch.Size([32])), "do not cover its shape"),
-    "no chunk": (lambda s: s.state_dict_metadata["app.model.half"].chunks.clear(), "do not cover its shape"),
+    "too large a chunk": (
+        lambda s: setattr(chunk(s, "app.model.half"), "sizes", torch.Size([34])),
+        "lies outside its shape",
+    ),
+    "too small a chunk": (
+        lambda s: setattr(chunk(s, "app.model.half"), "sizes", torch.Size([32])),
+        "do not cover its shape",
+    ),
+    "no chunk": (
+        lambda s: s.state_dict_metadata["app.model.half"].chunks.clear(),
+        "do not cover its shape",
+    ),
     "a huge weight": (
         lambda s: s.state_dict_metadata["app.model.half"].__dict__.update(
-            size=torch.Size([1 << 50]), chunks=[type(chunk(s, "app.model.half"))(torch.Size([0]), torch.Size([1 << 50]))]
+            size=torch.Size([1 << 50]),
+            chunks=[type(chunk(s, "app.model.half"))(torch.Size([0]), torch.Size([1 << 50]))],
         ),
         "is larger than the",
     ),
     "many dimensions": (
-        lambda s: s.state_dict_metadata["app.model.scalar"].__dict__.update(size=torch.Size([1] * 65)),
+        lambda s: s.state_dict_metadata["app.model.scalar"].__dict__.update(
+            size=torch.Size([1] * 65)
+        ),
         "damaged pickle",
     ),
     "no sizes": (lambda s: setattr(chunk(s, "app.model.half"), "sizes", None), "TypeError"),
-    "no properties": (lambda s: setattr(s.state_dict_metadata["app.model.half"], "properties", 3), "expected TensorProperties, found a int"),
+    "no properties": (
+        lambda s: setattr(s.state_dict_metadata["app.model.half"], "properties", 3),
+        "expected TensorProperties, found a int",
+    ),
     "no table": (lambda s: setattr(s, "state_dict_metadata", [1]), "AttributeError"),
     "swapped": (swap_places, "is not the tensor that .metadata names"),
     "overlap": (overlap, "its chunks overlap"),
-    "one place for two": (share, "middle: its chunks overlap those of app.model.half in __0_0.distcp"),
-    "too few bytes": (lambda s: setattr(place(s, "app.model.half"), "length", 33), "is larger than the 33 bytes"),
-}  # fmt: skip
+    "one place for two": (
+        share,
+        "middle: its chunks overlap those of app.model.half in __0_0.distcp",
+    ),
+    "too few bytes": (
+        lambda s: setattr(place(s, "app.model.half"), "length", 33),
+        "is larger than the 33 bytes",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", EDITS)
@@ -301,7 +352,9 @@ def test_what_is_left_out_is_said(tmp_path: Path, call: Call) -> None:
 
 
 def test_items_that_are_no_plain_tensors(copy: Path) -> None:
-    """Compressed records, views that use an element twice, other sizes, lazy conjugates, and what is no tensor at all."""
+    """Compressed records, views that use an element twice, other sizes, lazy conjugates, and what
+    is no tensor at all.
+    """
     items = {
         "middle is no sound archive of torch.save: data.pkl is compressed": (
             "app.model.middle",
@@ -343,7 +396,7 @@ def test_metadata_that_is_no_file(tmp_path: Path) -> None:
         torch_dcp.Folder(tmp_path)
 
 
-# --- what would run ----------------------------------------------------------------------------------------------
+# --- what would run -------------------------------------------------------------------------------
 
 
 class Evil:
@@ -472,7 +525,9 @@ def refused(folder: Path, words: str, marker: Path) -> None:
 
 
 def test_attacks_on_metadata(copy: Path, tmp_path: Path) -> None:
-    """Calls at the top, in a place that is read, in one that is not, and as a key: refused by name, and not run."""
+    """Calls at the top, in a place that is read, in one that is not, and as a key: refused by name,
+    and not run.
+    """
     marker = tmp_path / "ran"
     for words, evil in touch(marker).items():
         for protocol in (2, 4):
@@ -553,10 +608,16 @@ def test_bombs(tmp_path: Path) -> None:
         torch_dcp.Folder(tmp_path / "folder")
 
 
-# Small pickles that make the C unpickler allocate, recurse or compute without a bound: (pickle, what must be said).
+# Small pickles that make the C unpickler allocate, recurse or compute without a bound: (pickle,
+# what must be said).
 BOUNDED = {
     "a far memo index": (b"Nr\xff\xff\xff\x7f.", ""),
-    "many far memo indices": (b"N" + b"".join(b"r" + i.to_bytes(4, "little") for i in range(1 << 31, 1 << 32, 1 << 21)) + b".", ""),
+    "many far memo indices": (
+        b"N"
+        + b"".join(b"r" + i.to_bytes(4, "little") for i in range(1 << 31, 1 << 32, 1 << 21))
+        + b".",
+        "",
+    ),
     "bytes that are not there": (b"B\xff\xff\xff\xff.", "damaged pickle"),
     "bytes of 64 bits": (b"\x8e" + b"\xff" * 7 + b"\x7f.", "opcode 0x8e"),
     "a byte array": (b"\x96" + b"\xff" * 4 + b"\0\0\0\0.", "opcode 0x96"),
@@ -566,16 +627,21 @@ BOUNDED = {
     "a number in digits": (b"L" + b"9" * 1_000_000 + b"L\n.", "opcode 0x4c"),
     "a deep tuple": (b")" + b"\x85" * 200_000 + b"0N.", ""),
     "a deep key": (b"})" + b"\x85" * 200_000 + b"Ns.", "uses a tuple as a key"),
-    "a key whose hash takes 2^60 steps": (b"})" + b"q\0h\0\x86" * 60 + b"Ns.", "uses a tuple as a key"),
+    "a key whose hash takes 2^60 steps": (
+        b"})" + b"q\0h\0\x86" * 60 + b"Ns.",
+        "uses a tuple as a key",
+    ),
     "a set": (b"\x8f(" + b")" + b"q\0h\0\x86" * 60 + b"\x90.", "opcode 0x8f"),
     "lists that share lists": (b"]" + b"q\0]h\0ah\0a" * 100_000 + b".", ""),
     "more objects than fit": (b"]" * (4 << 20), "needs more memory"),
     "marks": (b"(" * (4 << 20), "needs more memory"),
-}  # fmt: skip
+}
 
 
 def test_bounds() -> None:
-    """Each is over in seconds, in 192 MB of further address space: a value, or a ValueError with its reason."""
+    """Each is over in seconds, in 192 MB of further address space: a value, or a ValueError with
+    its reason.
+    """
     code = (
         "import pathlib, pickle, re, resource, sys, time\n"
         "from dist_ema.foreign import unpickler\n"
@@ -589,7 +655,8 @@ def test_bounds() -> None:
         "        unpickler.read(data, {}, 'it')\n"
         "    except ValueError as error:\n"
         "        found = str(error)\n"
-        "    if words not in found or bool(words) != bool(found) or time.monotonic() - start > 30:\n"
+        "    if words not in found or bool(words) != bool(found) or time.monotonic() - start > "
+        "30:\n"
         "        print(what, repr(found), time.monotonic() - start)\n"
     )
     done = subprocess.run(
@@ -599,7 +666,9 @@ def test_bounds() -> None:
 
 
 def test_cut_and_flipped(copy: Path) -> None:
-    """400 copies, cut or with bytes changed: a ValueError of one line, or tensors of some bytes; never anything else."""
+    """400 copies, cut or with bytes changed: a ValueError of one line, or tensors of some bytes;
+    never anything else.
+    """
     generator = random.Random(7)
     sound = {name: (copy / name).read_bytes() for name in (torch_dcp.META, "__0_0.distcp")}
     outcomes = {"read": 0, "refused": 0}
@@ -624,7 +693,7 @@ def test_cut_and_flipped(copy: Path) -> None:
     assert min(outcomes.values()) > 40, outcomes
 
 
-# --- archives ----------------------------------------------------------------------------------------------------
+# --- archives -------------------------------------------------------------------------------------
 
 
 def test_archives(tmp_path: Path) -> None:

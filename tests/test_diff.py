@@ -1,4 +1,6 @@
-"""`dist-ema diff`: distances as torch computes them in float64, and nothing that differs is called the same."""
+"""`dist-ema diff`: distances as torch computes them in float64, and nothing that differs is called
+the same.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +132,9 @@ def test_integers_are_exact(tmp_path: Path) -> None:
 
 
 def test_names_and_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What only one has, and what has another shape, is named and never the same, whatever the threshold."""
+    """What only one has, and what has another shape, is named and never the same, whatever the
+    threshold.
+    """
     one, two = torch.ones(2, 3), torch.ones(3, 2)
     found = compare(
         tmp_path, {"a": one, "same": one, "turned": one}, {"b": one, "same": one, "turned": two}
@@ -158,7 +162,9 @@ def test_names_and_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_threshold(tmp_path: Path) -> None:
-    """0 allows other dtypes of the same values; a distance equal to the threshold is not beyond it."""
+    """0 allows other dtypes of the same values; a distance equal to the threshold is not beyond
+    it.
+    """
     a = {"w": torch.ones(4)}
     assert compare(tmp_path, a, a).same()
     cast = compare(tmp_path, a, {"w": torch.ones(4).bfloat16()})
@@ -194,7 +200,9 @@ def test_tied(tmp_path: Path) -> None:
 
 
 def test_several_averages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--which-a and --which-b: number, label, schedule; the frozen weights that the first alone has are there too."""
+    """--which-a and --which-b: number, label, schedule; the frozen weights that the first alone has
+    are there too.
+    """
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
     ema = EMA(model, [Constant(0.5), Constant(0.9)])
@@ -218,7 +226,9 @@ def test_several_averages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The table holds what differs, --weights limits it; JSON holds every weight, and null where no number is."""
+    """The table holds what differs, --weights limits it; JSON holds every weight, and null where no
+    number is.
+    """
     a = {f"w{i:02}": torch.full((2,), 1.0) for i in range(30)}
     b = {name: value + 0.001 * i for i, (name, value) in enumerate(a.items())}
     b["w29"] = torch.tensor([1.0, NAN])

@@ -1,4 +1,6 @@
-"""Wrappers are dissolved: canonical names, odd weights, records that go stale, models that cannot be averaged."""
+"""Wrappers are dissolved: canonical names, odd weights, records that go stale, models that cannot
+be averaged.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from tests._wrappers import wrap
 NAMES = [name for name, _ in Net().named_parameters()]
 
 
-# --- names -------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def names_of(kind: str, how: str) -> list[str]:
@@ -56,7 +58,8 @@ def all_names() -> None:
     for kind in ("ddp", "fsdp1 flat", "fsdp1 orig", "fsdp2"):
         for how in ("plain", "compile first", "compiled blocks", "compile last", "checkpointed"):
             if kind.startswith("fsdp") and how == "compile first":
-                continue  # `wrap` wraps model.core, which OptimizedModule forwards reads of but not writes
+                # `wrap` wraps model.core, of which OptimizedModule forwards reads but not writes.
+                continue
             assert sorted(names_of(kind, how)) == sorted(NAMES), (kind, how)
     inner = torch.compile(Block(6, 5), backend="eager")
     assert wrappers.unwrapped(inner) is inner._orig_mod
@@ -67,13 +70,15 @@ def all_names() -> None:
 
 @pytest.mark.multirank
 def test_names_are_canonical_under_every_wrapper() -> None:
-    """No module., _orig_mod., _fsdp_wrapped_module. or _checkpoint_wrapped_module., and a user's own `module` stays."""
+    """No module., _orig_mod., _fsdp_wrapped_module. or _checkpoint_wrapped_module., and a user's
+    own `module` stays.
+    """
     run_ranks(2, all_names)
     own = nn.ModuleDict({"module": nn.Linear(2, 2)})
     assert [s.name for s in discovery.find_shards(own).shards] == ["module.weight", "module.bias"]
 
 
-# --- more rows of the parity table -------------------------------------------------------------------------------
+# --- more rows of the parity table ----------------------------------------------------------------
 
 
 def bf16_policy() -> None:
@@ -108,7 +113,9 @@ def bf16_policy() -> None:
 
 
 def channels_last() -> None:
-    """Dense permuted weights are cut in storage order, and files and gather are row-major all the same."""
+    """Dense permuted weights are cut in storage order, and files and gather are row-major all the
+    same.
+    """
     run = Training(
         "ddp", lambda: Images().to(memory_format=torch.channels_last).eval(), image_batch
     )
@@ -134,7 +141,9 @@ def channels_last() -> None:
 
 
 def sync_batchnorm() -> None:
-    """SyncBatchNorm trains on accelerators only; its weights and statistics average and swap like any other."""
+    """SyncBatchNorm trains on accelerators only; its weights and statistics average and swap like
+    any other.
+    """
     ddp = nn.parallel.DistributedDataParallel(Images())
     ddp.module = nn.SyncBatchNorm.convert_sync_batchnorm(
         ddp.module
@@ -183,11 +192,13 @@ def test_more_rows() -> None:
     run_ranks(2, copy_between_wrappers)
 
 
-# --- odd weights -------------------------------------------------------------------------------------------------
+# --- odd weights ----------------------------------------------------------------------------------
 
 
 def ddp_ignored() -> None:
-    """What DDP was told to ignore stays whole and local; a replica that differs is named at construction."""
+    """What DDP was told to ignore stays whole and local; a replica that differs is named at
+    construction.
+    """
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         model, ["1.weight", "1.bias"]
@@ -256,7 +267,9 @@ def test_dtypes_of_live_weights(dtype: torch.dtype) -> None:
 
 
 def test_frozen_integer_bool_and_float8_pass_through() -> None:
-    """They are not averaged, and are there when gathered; a trainable float8 weight is refused by name."""
+    """They are not averaged, and are there when gathered; a trainable float8 weight is refused by
+    name.
+    """
     model = nn.Module()
     model.w = nn.Parameter(torch.ones(2))
     model.q = nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn), requires_grad=False)
@@ -307,7 +320,7 @@ def test_arguments() -> None:
             EMA(nn.Linear(2, 2), **options)
 
 
-# --- stale records -----------------------------------------------------------------------------------------------
+# --- stale records --------------------------------------------------------------------------------
 
 
 def test_moved_storage_is_followed() -> None:
@@ -331,7 +344,9 @@ def test_moved_storage_is_followed() -> None:
 
 
 def test_replaced_weights_raise_by_name() -> None:
-    """load_state_dict(assign=True) registers other Parameters: the optimizer does not move those either."""
+    """load_state_dict(assign=True) registers other Parameters: the optimizer does not move those
+    either.
+    """
     model = nn.Linear(2, 2)
     ema = EMA(model, 0.5)
     model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()}, assign=True)
@@ -350,8 +365,9 @@ def test_replaced_weights_raise_by_name() -> None:
 
 
 def test_caches_may_become_any_size() -> None:
-    """A buffer that no state_dict holds (a table of positions) is the module's own: followed, lent by nobody, given back as
-    it was."""
+    """A buffer that no state_dict holds (a table of positions) is the module's own: followed, lent
+    by nobody, given back as it was.
+    """
 
     def assign(*sizes: int) -> torch.Tensor:
         model.register_buffer("table", torch.randn(sizes), persistent=False)
@@ -435,7 +451,9 @@ def rescan_on_ranks() -> None:
 
 
 def repinned() -> None:
-    """FSDP2 may pin its local tensors anew at the first forward: the same Parameter, other memory."""
+    """FSDP2 may pin its local tensors anew at the first forward: the same Parameter, other
+    memory.
+    """
     run = Training("fsdp2 offload")
     ema = EMA(run.model, 0.5)
     for p in run.model.parameters():

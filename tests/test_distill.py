@@ -1,4 +1,6 @@
-"""Soft targets: the value and the gradient against float64 formulas, and torch's own construction."""
+"""Soft targets: the value and the gradient against float64 formulas, and torch's own
+construction.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def logits(shape: tuple[int, ...], scale: float = 3.0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("shape", "dim"), SHAPES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_value_and_gradient(shape: tuple[int, ...], dim: int, temperature: float) -> None:
-    """T^2 KL(p || q) per position; d/ds = T (q - p) / positions. Guards the square of the temperature."""
+    """T^2 KL(p || q) per position; d/ds = T (q - p) / positions.
+
+    Guards the square of the temperature.
+    """
     student, teacher = logits(shape)
     student.requires_grad_()
     teacher.requires_grad_()
@@ -50,7 +55,9 @@ def test_equals_torch() -> None:
 
 
 def test_low_precision() -> None:
-    """bf16 logits lose what bf16 lost, and nothing more: also for large logits, and under autocast."""
+    """bf16 logits lose what bf16 lost, and nothing more: also for large logits, and under
+    autocast.
+    """
     student, teacher = (each.to(torch.bfloat16) for each in logits((64, 1000), scale=40.0))
     exact = SoftTargetLoss(2.0)(student.double(), teacher.double())
     with torch.autocast("cpu", torch.bfloat16):
@@ -87,11 +94,13 @@ def test_refuses_shapes() -> None:
     assert repr(loss) == "SoftTargetLoss(temperature=2.0)"
 
 
-# --- the mean teacher --------------------------------------------------------------------------------------------
+# --- the mean teacher -----------------------------------------------------------------------------
 
 
 def lessons(student: nn.Module, teacher: nn.Module, lanes: range, steps: int) -> EMA:
-    """Labels, and the student's own average as a teacher, on the batches of these lanes together."""
+    """Labels, and the student's own average as a teacher, on the batches of these lanes
+    together.
+    """
     optimizer = torch.optim.SGD(
         [p for p in student.parameters() if p.requires_grad], lr=0.5, momentum=0.5
     )
@@ -113,7 +122,9 @@ def lessons(student: nn.Module, teacher: nn.Module, lanes: range, steps: int) ->
 
 
 def teach_on_ranks() -> None:
-    """FSDP2 on all ranks is the run of one process that sees all batches: student, teacher, and what the teacher says."""
+    """FSDP2 on all ranks is the run of one process that sees all batches: student, teacher, and
+    what the teacher says.
+    """
     torch.manual_seed(0)
     plain = Core()
     alone, shown = copy.deepcopy(plain), copy.deepcopy(plain)

@@ -1,6 +1,8 @@
-"""doctor: sound here, and what it says of a torch that cannot be imported, ranks that fail or hang, and a bad folder.
+"""doctor: sound here, and what it says of a torch that cannot be imported, ranks that fail or hang,
+and a bad folder.
 
-How to read a failure: `fault` puts a sitecustomize.py before the child processes, so that something really breaks in them.
+How to read a failure: `fault` puts a sitecustomize.py before the child processes, so that something
+really breaks in them.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def fault(
 
 
 def test_sound(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here everything works, also inside somebody's job; nothing is left behind; every check has a line."""
+    """Here everything works, also inside somebody's job; nothing is left behind; every check has a
+    line.
+    """
     for key, value in (
         ("RANK", "3"),
         ("WORLD_SIZE", "8"),
@@ -102,7 +106,8 @@ def test_ranks_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert check.text == "; ".join(
         f"rank {i} at 'start Python': died with exit code 7" for i in range(2)
     )
-    # One that would wait for ever for the other: without the grace in doctor._wait this takes ten minutes.
+    # One that would wait for ever for the other: without the grace in doctor._wait this takes ten
+    # minutes.
     one = "os._exit(7) if sys.orig_argv[-3] == '1' else time.sleep(600)"
     one = f"import sys, os, time\nif sys.orig_argv[-2:-1] == ['2']: {one}\n"
     fault(tmp_path, monkeypatch, one)
@@ -110,7 +115,9 @@ def test_ranks_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_rank_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that never starts, within the timeout: it is named, and so is whoever waits for it; both are ended."""
+    """One that never starts, within the timeout: it is named, and so is whoever waits for it; both
+    are ended.
+    """
     fault(
         tmp_path,
         monkeypatch,
@@ -122,7 +129,9 @@ def test_rank_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_folder(call: Call, tmp_path: Path) -> None:
-    """A folder that cannot be written is a problem, one that is none is wrong usage; the file system is tried out."""
+    """A folder that cannot be written is a problem, one that is none is wrong usage; the file
+    system is tried out.
+    """
     code, out, _ = call("/proc", "--no-self-test")
     assert code == 1
     assert "PROBLEM  folder: /proc cannot be written to" in out
@@ -138,7 +147,9 @@ def test_folder(call: Call, tmp_path: Path) -> None:
 
 
 def test_versions() -> None:
-    """What is too old or missing is a problem where it is needed, a note elsewhere; local parts of versions do not count."""
+    """What is too old or missing is a problem where it is needed, a note elsewhere; local parts of
+    versions do not count.
+    """
     assert doctor.check_package("torch", "99.1", True).state == "problem"
     assert doctor.check_package("pytest", "99.1", False).state == "note"
     assert doctor.check_package("pytest", "1", False).state == "ok"

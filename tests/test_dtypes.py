@@ -20,7 +20,9 @@ def raw(tensor: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_widen(dtype: str) -> None:
-    """Every pattern of 8 and 16 bits, random patterns of the others: torch's own values, NaN where it has NaN."""
+    """Every pattern of 8 and 16 bits, random patterns of the others: torch's own values, NaN where
+    it has NaN.
+    """
     bits = np.random.default_rng(0).integers(0, 256, 1 << 17, dtype=np.uint8)
     if DTYPES[dtype].itemsize <= 2:
         bits = np.arange(1 << 16, dtype=np.uint16).view(np.uint8)
@@ -40,7 +42,9 @@ def test_widen_unaligned() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_narrow_from_float32(dtype: str) -> None:
-    """float32 is rounded as torch rounds: ties, overflow, subnormal numbers, infinities and signed zeros."""
+    """float32 is rounded as torch rounds: ties, overflow, subnormal numbers, infinities and signed
+    zeros.
+    """
     bits = np.random.default_rng(1).integers(0, 1 << 32, 1 << 17, dtype=np.uint32)
     every_code = widen(np.arange(1 << 16, dtype=np.uint16).view(np.uint8), "F16")
     codes = np.unique(
@@ -63,7 +67,9 @@ def test_nan_stays(dtype: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "bits"), [("BF16", 7), ("F8_E4M3", 3), ("F8_E5M2", 2)])
 def test_float64_is_rounded_once(dtype: str, bits: int) -> None:
-    """A value 2^-40 beside the middle of two numbers is no tie; rounded to float32 first, it would be one."""
+    """A value 2^-40 beside the middle of two numbers is no tie; rounded to float32 first, it would
+    be one.
+    """
     middle = 1 + 2.0 ** -(bits + 1)
     above, below = middle + 2.0**-40, middle - 2.0**-40
     values = np.array([above, below, -above, -below, middle])

@@ -1,4 +1,6 @@
-"""Saved under one wrapper and world, loaded under another: the same bits, the same clock, the same file again."""
+"""Saved under one wrapper and world, loaded under another: the same bits, the same clock, the same
+file again.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 @pytest.mark.multirank
 @pytest.mark.parametrize(("kind", "world"), LOADED)
 def test_every_pair_is_exact(saved: Path, kind: str, world: int) -> None:
-    """6 x 6 pairs, each with an fp32 and a bf16 average: weights, clock, pending interval, and what is saved again."""
+    """6 x 6 pairs, each with an fp32 and a bf16 average: weights, clock, pending interval, and what
+    is saved again.
+    """
     held = run_ranks(world, load_all, kind, str(saved))[0]
     assert len(held) == 2 * len(SAVED)
     assert all(held.values()), held
@@ -135,7 +139,9 @@ def follow_a_fixed_path(kind: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def copy_from_plain(source: torch.nn.Module, model: torch.nn.Module) -> None:
-    """Write a plain model's weights into the shards of a wrapped one, by the regions that the shards name."""
+    """Write a plain model's weights into the shards of a wrapped one, by the regions that the
+    shards name.
+    """
     from dist_ema.sharding import discovery, geometry
 
     weights = source.state_dict()
@@ -146,7 +152,9 @@ def copy_from_plain(source: torch.nn.Module, model: torch.nn.Module) -> None:
 
 @pytest.mark.multirank
 def test_stochastic_rounding_does_not_depend_on_the_cut() -> None:
-    """The same bits under any wrapper and world: the hash speaks of names and element numbers, not of ranks."""
+    """The same bits under any wrapper and world: the hash speaks of names and element numbers, not
+    of ranks.
+    """
     want = run_ranks(1, follow_a_fixed_path, "none")[0]
     moved = Net().state_dict()
     assert any(not torch.equal(want[name].float(), moved[name]) for name in moved)

@@ -1,7 +1,8 @@
 """Engines that defer the arithmetic equal the inline one bit for bit, and every wait is needed.
 
-The device is played by `Late`: work that was submitted is done as late as possible (when somebody waits for it, or when
-more is submitted behind it) or at once, by the throw of a coin. A wait that is missing then shows as a wrong bit, always.
+The device is played by `Late`: work that was submitted is done as late as possible (when somebody
+waits for it, or when more is submitted behind it) or at once, by the throw of a coin. A wait that
+is missing then shows as a wrong bit, always.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ def engines(seed: int) -> list[Engine]:
 def play(
     seed: int, engine: Engine | None, folder: Path, every: int, guard: bool, dtype: torch.dtype
 ) -> list[Any]:
-    """One random schedule of step, swap, gather, save, manual update and reset; returns all that could be seen."""
+    """One random schedule of step, swap, gather, save, manual update and reset; returns all that
+    could be seen.
+    """
     torch.manual_seed(seed)
     chance = random.Random(seed)
     model = Net()
@@ -145,7 +148,9 @@ def same(a: list[Any], b: list[Any]) -> bool:
 @pytest.mark.filterwarnings("ignore:ema..*no update came")
 @pytest.mark.parametrize("block", range(4))
 def test_two_hundred_random_schedules(block: int, tmp_path: Path) -> None:
-    """Guards every settle() and fence(): in ready, begin, before_step and in the engines themselves."""
+    """Guards every settle() and fence(): in ready, begin, before_step and in the engines
+    themselves.
+    """
     for seed in range(50 * block, 50 * block + 50):
         options = {
             "every": 1 + seed % 3,
@@ -168,7 +173,9 @@ def test_the_executor_does_defer() -> None:
 
 
 def test_weights_written_behind_the_step_are_named() -> None:
-    """A forced normalisation in the forward would race with the deferred read; inline there is nothing to race with."""
+    """A forced normalisation in the forward would race with the deferred read; inline there is
+    nothing to race with.
+    """
     for overlap in (True, False):
         model = nn.Linear(3, 3)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -210,8 +217,9 @@ def test_a_host_thread_equals_inline() -> None:
 
 @pytest.mark.parametrize("kind", [MemoryError, SystemExit])
 def test_a_worker_that_fails_reaches_the_trainer(kind: type[BaseException], tmp_path: Path) -> None:
-    """The error names the update and comes at the next call; live weights are untouched, and nothing is saved. Guards
-    `except BaseException` and `_refuse_failed` in fence and settle."""
+    """The error names the update and comes at the next call; live weights are untouched, and
+    nothing is saved. Guards `except BaseException` and `_refuse_failed` in fence and settle.
+    """
     model = nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     ema = EMA(model, 0.5, device="cpu")
@@ -246,7 +254,10 @@ def test_a_worker_that_fails_reaches_the_trainer(kind: type[BaseException], tmp_
 
 
 def test_a_worker_survives_and_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task that ends the thread neither hangs who waits for it nor the next task. Guards is_alive() in submit."""
+    """A task that ends the thread neither hangs who waits for it nor the next task.
+
+    Guards is_alive() in submit.
+    """
     worker, seen = Worker(), []
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # pytest's would tell of it
     worker.wait(worker.submit(sys.exit))
@@ -288,13 +299,18 @@ os._exit(3)
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_fork_neither_hangs_nor_loses_a_word() -> None:
-    """The child has no thread: what it waited for is named as gone, what it starts anew goes on. Guards Worker.wait."""
+    """The child has no thread: what it waited for is named as gone, what it starts anew goes on.
+
+    Guards Worker.wait.
+    """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], timeout=60, check=False)
     assert done.returncode == 0
 
 
 def test_one_copy_per_run_of_neighbours() -> None:
-    """Weights that lie end to end go to the window at once: FSDP1's flat parameters, arenas of the user."""
+    """Weights that lie end to end go to the window at once: FSDP1's flat parameters, arenas of the
+    user.
+    """
     flat, wide = torch.randn(100), torch.randn(20, dtype=torch.float64)
     views = [flat[:30], flat[30:30], flat[30:70], flat[80:100], wide[:10], wide[10:], flat[70:80]]
     model = nn.ParameterList([nn.Parameter(view) for view in views])
@@ -311,7 +327,10 @@ def test_one_copy_per_run_of_neighbours() -> None:
 
 
 def test_the_window_is_replaced_with_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that moved get a window of their own; the old one is gone before. Guards `Plan([])` in _open_window."""
+    """Weights that moved get a window of their own; the old one is gone before.
+
+    Guards `Plan([])` in _open_window.
+    """
     model = nn.Linear(5, 5)
     ema = EMA(model, 0.5, device="cpu")
     engine = ema.weights.engine = HostThread(None, Late(0))
@@ -332,7 +351,10 @@ def test_the_window_is_replaced_with_its_plan(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_window_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The update raises; the next one tries again, and does not average from nothing. Guards the order in _open_window."""
+    """The update raises; the next one tries again, and does not average from nothing.
+
+    Guards the order in _open_window.
+    """
     model = nn.Linear(5, 5)
     ema = EMA(model, 0.5, device="cpu")
     ema.update()
@@ -359,8 +381,10 @@ def test_a_window_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     "mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
 )
 def test_steps_in_other_modes(mode: Any, device: str | None) -> None:
-    """Windows made in inference mode could never be written outside, casts would change bits. Guards inference_mode(False)
-    in the hooks."""
+    """Windows made in inference mode could never be written outside, casts would change bits.
+
+    Guards inference_mode(False) in the hooks.
+    """
     results = []
     for other_mode in (True, False):
         torch.manual_seed(0)
@@ -401,7 +425,9 @@ def test_steps_inside_compiled_functions() -> None:
 
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_another_default_dtype(device: str | None) -> None:
-    """Weights of skipped steps are fp32 whatever torch's default is: 0.0001 is no bfloat16 number."""
+    """Weights of skipped steps are fp32 whatever torch's default is: 0.0001 is no bfloat16
+    number.
+    """
     results = []
     for default in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
@@ -435,14 +461,15 @@ def test_the_worker_bounds_its_own_threads() -> None:
     assert torch.get_num_threads() == before
 
 
-# --- the hot path --------------------------------------------------------------------------------------------------
+# --- the hot path ---------------------------------------------------------------------------------
 
 
 class Watch:
-    """Inside the block a host sync, a copy from device to host, or a collective raises; allocations are measured.
+    """Inside the block a host sync, a copy from device to host, or a collective raises; allocations
+    are measured.
 
-    CPU tensors play the device. What reaches the dispatcher is seen there, whoever called it; `.cpu()`, `.tolist()` and
-    the like do nothing on a CPU, so they are seen as calls.
+    CPU tensors play the device. What reaches the dispatcher is seen there, whoever called it;
+    `.cpu()`, `.tolist()` and the like do nothing on a CPU, so they are seen as calls.
     """
 
     def __init__(self) -> None:
@@ -520,7 +547,8 @@ class _Called(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        # NOTE: the device of another tensor is the device that the CPU plays here; a host is called by its name.
+        # NOTE: the device of another tensor is the device that the CPU plays here; a host is called
+        # by its name.
         if name in self.NAMES or (
             name == "to" and "cpu" in [x for x in args[1:] if isinstance(x, str)]
         ):
@@ -546,7 +574,9 @@ SINS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 def hot_path() -> None:
-    """Hooks, gate, engine and kernels: no sync, no collective, no message, and nothing allocated as long as a shard."""
+    """Hooks, gate, engine and kernels: no sync, no collective, no message, and nothing allocated as
+    long as a shard.
+    """
     for sin in SINS.values():
         with raises(Waits), Watch():
             sin(torch.ones(3))
@@ -621,7 +651,9 @@ class Sinner:
 
 @pytest.mark.multirank
 def test_the_hot_path_never_waits() -> None:
-    """Red if anything on the way from a hook to the kernels looks at a value: see `SINS` and `Sinner`."""
+    """Red if anything on the way from a hook to the kernels looks at a value: see `SINS` and
+    `Sinner`.
+    """
     run_ranks(2, hot_path)
 
 
@@ -630,7 +662,8 @@ import torch
 from torch import nn
 from dist_ema import EMA
 torch.set_num_threads(1)
-warm = nn.ParameterList([nn.Parameter(torch.ones(1 << 20))])  # what a thread, scratches and compiled passes cost
+# what a thread, scratches and compiled passes cost
+warm = nn.ParameterList([nn.Parameter(torch.ones(1 << 20))])
 for dtype in (torch.float32, torch.float64):
     ema = EMA(warm, 0.5, device="cpu", dtype=dtype)
     ema.update()
@@ -639,7 +672,10 @@ size = 24 << 20
 model = nn.ParameterList([nn.Parameter(torch.ones(size // 8)) for _ in range(8)])
 optimizer = torch.optim.SGD(model.parameters(), 0.1)
 # ru_maxrss would begin at what the parent had
-peak = lambda: next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+def peak():
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
 ema = EMA(model, 0.9, device="cpu")
@@ -668,7 +704,9 @@ def test_memory_of_a_host_thread() -> None:
 
 
 def test_choice() -> None:
-    """CPU weights have nothing to hide behind unless host shadows were asked for; several devices share no stream."""
+    """CPU weights have nothing to hide behind unless host shadows were asked for; several devices
+    share no stream.
+    """
     assert type(choose_engine({CPU}, host=False)).__name__ == "Inline"
     assert type(choose_engine({CPU}, host=True)).__name__ == "HostThread"
     assert type(choose_engine({CPU}, host=True, overlap=False)).__name__ == "Inline"

@@ -1,4 +1,6 @@
-"""`dist-ema export`: the bytes that ema.export writes, the files that other loaders open, and nothing half done."""
+"""`dist-ema export`: the bytes that ema.export writes, the files that other loaders open, and
+nothing half done.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from tests.ema_json import stamped
 
 
 class Net(nn.Module):
-    """Two pairs of tied weights, bf16, a frozen layer, a scalar, an empty one, integers, BatchNorm."""
+    """Two pairs of tied weights, bf16, a frozen layer, a scalar, an empty one, integers,
+    BatchNorm.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,14 +71,16 @@ def same_files(a: Path, b: Path) -> bool:
     )
 
 
-# --- the bytes ---------------------------------------------------------------------------------------------------
+# --- the bytes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"dtype": torch.bfloat16}, {"dtype": torch.float64}], ids=str
 )
 def test_as_ema_export(options: dict[str, Any], tmp_path: Path) -> None:
-    """From every form of a saved average: the files of ema.export of the same average, to the last byte."""
+    """From every form of a saved average: the files of ema.export of the same average, to the last
+    byte.
+    """
     ema = trained(0.9, 0.5, **options)
     ema.save(tmp_path / "saved")
     ema.save(tmp_path / "sharded", max_shard_size=100)
@@ -138,7 +144,9 @@ def test_loads(tmp_path: Path) -> None:
 
 
 def test_export_of_an_export(tmp_path: Path) -> None:
-    """What was cast stays cast: an export has the dtypes that it was given, whatever the model had."""
+    """What was cast stays cast: an export has the dtypes that it was given, whatever the model
+    had.
+    """
     ema = trained()
     ema.save(tmp_path / "saved")
     ema.export(tmp_path / "half", dtype=torch.bfloat16)
@@ -147,7 +155,9 @@ def test_export_of_an_export(tmp_path: Path) -> None:
 
 
 def test_own_buffers_of_another(tmp_path: Path) -> None:
-    """Statistics that were recalibrated for the first average only must not be shipped with the second."""
+    """Statistics that were recalibrated for the first average only must not be shipped with the
+    second.
+    """
     ema = trained(0.9, 0.5)
     with ema.swap():
         ema.weights.model.norm(torch.randn(8, 4))  # type: ignore[operator]
@@ -155,13 +165,16 @@ def test_own_buffers_of_another(tmp_path: Path) -> None:
     export(tmp_path / "saved", tmp_path / "first")
     with pytest.raises(
         ValueError,
-        match=r"holds norm\.num_batches_tracked, norm\.running_mean, norm\.running_var as recalibrated for its first",
+        match=r"holds norm\.num_batches_tracked, norm\.running_mean, norm\.running_var as "
+        "recalibrated for its first",
     ):
         export(tmp_path / "saved", tmp_path / "second", which=1)
 
 
 def test_damaged_source(tmp_path: Path) -> None:
-    """Bytes that are not those of the sums are not passed on with new sums: wherever they lie, nothing is written."""
+    """Bytes that are not those of the sums are not passed on with new sums: wherever they lie,
+    nothing is written.
+    """
     trained(0.9, 0.5).save(saved := tmp_path / "saved")
     for name, which in (
         ("model.safetensors", 0),
@@ -208,7 +221,7 @@ def test_too_large_for_the_dtype(tmp_path: Path) -> None:
     assert load_file(tmp_path / "out")["w"].tolist() == [1.0, float("inf")]
 
 
-# --- --like ------------------------------------------------------------------------------------------------------
+# --- --like ---------------------------------------------------------------------------------------
 
 
 def test_like(tmp_path: Path) -> None:
@@ -284,7 +297,9 @@ def test_like_odd_order(tmp_path: Path) -> None:
 
 
 def test_like_refuses(tmp_path: Path) -> None:
-    """Every weight that only one has, or that has another shape or kind, by name and at once; nothing is written."""
+    """Every weight that only one has, or that has another shape or kind, by name and at once;
+    nothing is written.
+    """
     save_file(
         {"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(1), "n": torch.tensor(3)},
         tmp_path / "a.safetensors",
@@ -303,7 +318,9 @@ def test_like_refuses(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_from_dcp(tmp_path: Path) -> None:
-    """A folder of torch.distributed.checkpoint is verified, compared and shipped like any other model."""
+    """A folder of torch.distributed.checkpoint is verified, compared and shipped like any other
+    model.
+    """
     weights = {"a.w": torch.randn(6, 4), "n": torch.tensor(3), "h": torch.randn(5).bfloat16()}
     dcp.save(dict(weights), checkpoint_id=tmp_path / "dcp", no_dist=True)
     save_file(weights, tmp_path / "like.safetensors", {"format": "pt"})
@@ -324,7 +341,9 @@ def test_from_dcp(tmp_path: Path) -> None:
 
 
 def test_latest(tmp_path: Path) -> None:
-    """The pointer to the newest save stands for the folder: as what is read, and as what must not be written into."""
+    """The pointer to the newest save stands for the folder: as what is read, and as what must not
+    be written into.
+    """
     ema = trained()
     for step in (1, 2):
         ema.save(tmp_path / "run" / f"ema-{step}", keep=2)
@@ -343,7 +362,9 @@ def test_nothing_to_export(tmp_path: Path) -> None:
 
 
 def test_part_of_a_model(tmp_path: Path) -> None:
-    """What was saved with only= is no model, unless --like proves that nothing is missing; nor is one file of a folder."""
+    """What was saved with only= is no model, unless --like proves that nothing is missing; nor is
+    one file of a folder.
+    """
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     ema = EMA(model, [0.9, 0.5], only=r"^0\.")
     ema.save(saved := tmp_path / "saved")
@@ -363,12 +384,13 @@ def test_part_of_a_model(tmp_path: Path) -> None:
         export(saved / "model.safetensors", tmp_path / "out2")
 
 
-# --- where it goes -----------------------------------------------------------------------------------------------
+# --- where it goes --------------------------------------------------------------------------------
 
 
 COPIED = {
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "preprocessor_config.json", "modeling_x.py", "LICENSE", "chat_template.jinja",
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "vocab.json", "merges.txt", "special_tokens_map.json", "preprocessor_config.json",
+    "modeling_x.py", "LICENSE", "chat_template.jinja",
 }  # fmt: skip
 LEFT = (
     "trainer_state.json",
@@ -403,7 +425,9 @@ def hf(tmp_path: Path) -> Path:
 
 
 def test_beside(hf: Path, tmp_path: Path) -> None:
-    """Config, tokenizer, licence and code go along, links followed; pickles, weights and training state do not."""
+    """Config, tokenizer, licence and code go along, links followed; pickles, weights and training
+    state do not.
+    """
     save_file({"w": torch.zeros(2, 2), "n": torch.tensor(7)}, tmp_path / "src.safetensors")
     done = export(tmp_path / "src.safetensors", out := tmp_path / "out", like=hf)
     wanted = COPIED | {"tokenizer.model", "added_tokens.json", "README.md"}
@@ -415,7 +439,9 @@ def test_beside(hf: Path, tmp_path: Path) -> None:
 
 
 def test_card(hf: Path, tmp_path: Path) -> None:
-    """The section says what average this is; a second export replaces it and nothing else of the card."""
+    """The section says what average this is; a second export replaces it and nothing else of the
+    card.
+    """
     ema = EMA(nn.Linear(2, 2, bias=False), 0.9)
     ema.save(tmp_path / "saved")
     crc = json.loads((tmp_path / "saved" / META).read_text())["files"]["model.safetensors"]["crc32"]
@@ -441,7 +467,9 @@ def test_card(hf: Path, tmp_path: Path) -> None:
 
 
 def test_card_is_not_written_by_files() -> None:
-    """Names and schedules from a file can neither close the section nor write Markdown; a lone marker eats no text."""
+    """Names and schedules from a file can neither close the section nor write Markdown; a lone
+    marker eats no text.
+    """
     evil = {"name": f"`x`|{model_card.END}\n# big\x1b[2J"}
     facts = Manifest(schedules=[evil], source={"name": "a|b`c", "crc32": {}})
     section = model_card.section(facts, {"F32": 1})
@@ -456,7 +484,10 @@ def test_card_is_not_written_by_files() -> None:
 
 
 def test_force(hf: Path, tmp_path: Path) -> None:
-    """Without --force nothing is replaced. With it the model is, and what lies beside it stays: adapters, notes, folders."""
+    """Without --force nothing is replaced.
+
+    With it the model is, and what lies beside it stays: adapters, notes, folders.
+    """
     save_file({"w": torch.zeros(2, 2), "n": torch.tensor(7)}, src := tmp_path / "src.safetensors")
     before = {path.name: path.read_bytes() for path in hf.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match="exists. Pass force=True"):
@@ -500,7 +531,9 @@ def test_no_links(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_places(tmp_path: Path) -> None:
-    """OUT is not SRC, not in it, not around it, nor --like; links are seen through; an average to resume from stays."""
+    """OUT is not SRC, not in it, not around it, nor --like; links are seen through; an average to
+    resume from stays.
+    """
     ema = EMA(nn.Linear(2, 2))
     ema.save(a := tmp_path / "runs" / "a")
     ema.save(b := tmp_path / "runs" / "b")
@@ -548,7 +581,7 @@ def test_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert wrong[0] in capsys.readouterr().err
 
 
-# --- other people's loaders --------------------------------------------------------------------------------------
+# --- other people's loaders -----------------------------------------------------------------------
 
 
 @contextmanager
@@ -572,7 +605,9 @@ def silence(name: str) -> Iterator[None]:
 def shipped(
     model: nn.Module, home: Path, name: str, **options: Any
 ) -> tuple[Path, dict[str, torch.Tensor], Exported]:
-    """Save theirs, average it with weights that moved, export like theirs: the folder, and the average's weights."""
+    """Save theirs, average it with weights that moved, export like theirs: the folder, and the
+    average's weights.
+    """
     model.save_pretrained(home / name, **options)  # type: ignore[operator]
     ema = EMA(model, 0.5)
     with torch.no_grad():
@@ -621,7 +656,9 @@ def test_transformers(tmp_path: Path) -> None:
 
 
 def test_diffusers(tmp_path: Path) -> None:
-    """ModelMixin.from_pretrained finds diffusion_pytorch_model.safetensors, in one file and in shards, without a warning."""
+    """ModelMixin.from_pretrained finds diffusion_pytorch_model.safetensors, in one file and in
+    shards, without a warning.
+    """
     from diffusers import UNet2DModel
 
     blocks = {
@@ -643,7 +680,7 @@ def test_diffusers(tmp_path: Path) -> None:
         assert all(torch.equal(again.state_dict()[key], value) for key, value in full.items())
 
 
-# --- memory ------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 LIMITED = """
 import resource, sys

@@ -46,7 +46,9 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_what_moves() -> None:
-    """The classifier, and the last norm with its statistics, although the loop calls model.train()."""
+    """The classifier, and the last norm with its statistics, although the loop calls
+    model.train().
+    """
     model = Net()
     model.body[3].eval()
     modes = {module: module.training for module in model.modules()}
@@ -103,7 +105,10 @@ def test_refuses(names: Any, words: str) -> None:
 
 
 def on_ranks() -> None:
-    """Frozen before DDP, which takes what still needs a gradient, and after; compiled too. Names are without wrappers."""
+    """Frozen before DDP, which takes what still needs a gradient, and after; compiled too.
+
+    Names are without wrappers.
+    """
     statistics = {"last.1.running_mean", "last.1.running_var", "last.1.num_batches_tracked"}
     for frozen_first in (True, False):
         for compiled in (False, True):

@@ -71,7 +71,9 @@ def test_what_it_notices(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_short_run() -> None:
-    """Every verb on damaged files of every form: see tests/fuzz/__main__.py for what is asserted."""
+    """Every verb on damaged files of every form: see tests/fuzz/__main__.py for what is
+    asserted.
+    """
     output = run("-W", "ignore", "-m", "tests.fuzz", "--files", "14", "--seed", "7")
     assert re.search(r"1\d files, 1\d\d runs, 0 failures\n$", output), output
 

@@ -61,8 +61,9 @@ COUNTER = "num_batches_tracked"
 def new_differences(path: str, out: Path) -> list[str]:
     """The same, for what was recalibrated anew.
 
-    NOTE: a module's buffers are one state since, so BatchNorm's counter is an own buffer too: it is named as one, and lies
-    in the files of further averages. Everything else must have the same bits.
+    NOTE: a module's buffers are one state since, so BatchNorm's counter is an own buffer too: it is
+    named as one, and lies in the files of further averages. Everything else must have the same
+    bits.
     """
     meta = GOLDEN / path / "ema.json"
     if not meta.exists() or '"running_mean"' not in meta.read_text().replace("norm.", ""):
@@ -72,7 +73,9 @@ def new_differences(path: str, out: Path) -> list[str]:
 
 
 def without_counter(folder: Path) -> dict[str, Any]:
-    """The values of ema.json and the weights, without the counter and what sizes and sums say of it."""
+    """The values of ema.json and the weights, without the counter and what sizes and sums say of
+    it.
+    """
     values: dict[str, Any] = dict(files_of(folder)["ema.json"])
     own = [
         values.pop("own_buffers"),

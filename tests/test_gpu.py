@@ -1,8 +1,9 @@
-"""What only a CUDA device can show: the compiled kernel, streams that race, and a host that never waits.
+"""What only a CUDA device can show: the compiled kernel, streams that race, and a host that never
+waits.
 
-How to read a failure: a race shows as wrong numbers, and every race test has a control, the same run with its wait taken
-out, which must differ; when the control fails, the delays are too short to prove anything on this device. A host sync
-shows as torch's own error, with the line that waits.
+How to read a failure: a race shows as wrong numbers, and every race test has a control, the same
+run with its wait taken out, which must differ; when the control fails, the delays are too short to
+prove anything on this device. A host sync shows as torch's own error, with the line that waits.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SIZES = [*AWKWARD, 4095, 4096, 4097, (1 << 20) + 5]
 LONG = 20_000_000  # cycles of `_sleep`: some 10 ms
 
 
-# --- the kernel ----------------------------------------------------------------------------------------------------
+# --- the kernel -----------------------------------------------------------------------------------
 
 
 def make(live: torch.dtype, shadow: torch.dtype, averages: int, off: int) -> list[ShadowPair]:
@@ -65,7 +66,9 @@ def twin(pairs: list[ShadowPair]) -> list[ShadowPair]:
 
 
 def differ(pair: ShadowPair, other: ShadowPair) -> tuple[float, float]:
-    """(the largest difference in ulp of the larger operand in fp32, the share of elements that differ)."""
+    """(the largest difference in ulp of the larger operand in fp32, the share of elements that
+    differ).
+    """
     worst = share = 0.0
     for a, b in zip(pair.shadows, other.shadows, strict=True):
         if len(a):
@@ -79,7 +82,9 @@ def differ(pair: ShadowPair, other: ShadowPair) -> tuple[float, float]:
 @pytest.mark.parametrize("shadow", [F32, BF16], ids=str)
 @pytest.mark.parametrize("live", [F32, BF16, F16], ids=str)
 def test_fused_equals_plan(live: torch.dtype, shadow: torch.dtype, off: int) -> None:
-    """Bit for bit where products are exact; else 1 ulp of fp32, which moves a rounding once in 65536 elements."""
+    """Bit for bit where products are exact; else 1 ulp of fp32, which moves a rounding once in
+    65536 elements.
+    """
     assert available(CUDA)
     weights: list[float | Tensor] = [*EXACT, torch.tensor(0.25, device=CUDA), 0.001, 0.3, 0.9]
     for weight in weights:
@@ -123,7 +128,9 @@ def test_guard(live: torch.dtype, shadow: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", BOXES)
 def test_boxes(kind: str) -> None:
-    """Noise of column shards and channels_last weights, by the compiled kernel: the bits of the CPU."""
+    """Noise of column shards and channels_last weights, by the compiled kernel: the bits of the
+    CPU.
+    """
     numbering, want = both(kind)
     n = BOXES[kind][2].numel
     shadow, live = torch.randn(n).to(BF16), torch.randn(n)
@@ -196,7 +203,9 @@ def never_wait() -> Any:
 
 
 def test_a_run_allocates_nothing_and_never_waits(never_wait: Callable[[], None]) -> None:
-    """After the first run: no memory of the device, no host sync, with weights on host and device, and a guard."""
+    """After the first run: no memory of the device, no host sync, with weights on host and device,
+    and a guard.
+    """
     plan = FusedPlan(make(BF16, F32, 2, 0) + make(F32, BF16, 2, 0))
     skip = torch.tensor(0.0, device=CUDA)
     for guard in (False, True):
@@ -220,7 +229,7 @@ def test_updates_allocate_nothing() -> None:
     assert allocations() == before
 
 
-# --- streams -------------------------------------------------------------------------------------------------------
+# --- streams --------------------------------------------------------------------------------------
 
 
 def net() -> nn.Module:
@@ -243,7 +252,9 @@ class Slow(SideStream):
 def train(
     steps: int, overlap: bool, slow: bool = False, fence: bool = True, **options: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(average, live) after steps whose gradients are elementwise, so that the device has no choice of order."""
+    """(average, live) after steps whose gradients are elementwise, so that the device has no choice
+    of order.
+    """
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     ema = EMA(model, 0.9, **options)
@@ -277,7 +288,9 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_side_stream_equals_inline(slow: bool, dtype: torch.dtype) -> None:
-    """50 steps with the update behind the next step, on a side stream that is late, against the inline update."""
+    """50 steps with the update behind the next step, on a side stream that is late, against the
+    inline update.
+    """
     want, live = train(50, overlap=False, dtype=dtype)
     got, got_live = train(50, overlap=True, slow=slow, dtype=dtype)
     assert same(live, got_live), "the run itself is not reproducible on this device"
@@ -285,14 +298,18 @@ def test_a_side_stream_equals_inline(slow: bool, dtype: torch.dtype) -> None:
 
 
 def test_a_missing_wait_is_seen() -> None:
-    """The control of the test above: without `fence` the late side stream reads weights of the next step."""
+    """The control of the test above: without `fence` the late side stream reads weights of the next
+    step.
+    """
     want, _ = train(9, overlap=False)
     got, _ = train(9, overlap=True, slow=True, fence=False)
     assert not same(want, got)
 
 
 def test_a_host_thread_equals_inline() -> None:
-    """Shadows in host memory: the copy stream may be late, the result is that of the inline update, bit for bit."""
+    """Shadows in host memory: the copy stream may be late, the result is that of the inline update,
+    bit for bit.
+    """
     want, _ = train(50, overlap=False, device="cpu")
     assert same(want, train(50, overlap=True, device="cpu")[0])
     assert same(want, train(50, overlap=True, device="cpu", slow=True)[0])
@@ -305,7 +322,9 @@ def test_a_host_thread_equals_inline() -> None:
 
 @pytest.mark.parametrize("kind", [UpdatePlan, FusedPlan])
 def test_memory_outlives_its_owner(kind: Any) -> None:
-    """Shadows that are dropped while the side stream writes them must not become somebody else's memory."""
+    """Shadows that are dropped while the side stream writes them must not become somebody else's
+    memory.
+    """
     n = 1 << 22
     pair = ShadowPair(
         "w", [torch.zeros(n, device=CUDA)], torch.ones(n, device=CUDA), Numbering(device=CUDA)
@@ -323,7 +342,7 @@ def test_memory_outlives_its_owner(kind: Any) -> None:
     assert all((other == 7).all() for other in others)
 
 
-# --- a host that never waits ---------------------------------------------------------------------------------------
+# --- a host that never waits ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -331,7 +350,9 @@ def test_memory_outlives_its_owner(kind: Any) -> None:
 def test_no_host_sync_in_training(
     overlap: bool, dtype: torch.dtype, never_wait: Callable[[], None]
 ) -> None:
-    """20 attached steps of a fused optimizer under GradScaler, two of them skipped by the device: torch sees no sync."""
+    """20 attached steps of a fused optimizer under GradScaler, two of them skipped by the device:
+    torch sees no sync.
+    """
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     scaler = torch.amp.GradScaler("cuda", init_scale=256.0)
@@ -366,7 +387,7 @@ def test_no_host_sync_in_training(
     assert all(value.isfinite().all() for value in ema.gather().values())
 
 
-# --- the kernel inside EMA -----------------------------------------------------------------------------------------
+# --- the kernel inside EMA ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("live", [F32, BF16, F16], ids=str)
@@ -374,7 +395,9 @@ def test_no_host_sync_in_training(
 def test_an_ema_with_triton_is_the_same(
     dtype: torch.dtype, live: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attached, overlapped, guarded, two averages, one step skipped: the bits of torch's own kernels."""
+    """Attached, overlapped, guarded, two averages, one step skipped: the bits of torch's own
+    kernels.
+    """
     results = []
     for triton in ("1", "0"):
         monkeypatch.setenv("DIST_EMA_TRITON", triton)
@@ -400,18 +423,22 @@ def test_an_ema_with_triton_is_the_same(
 @pytest.mark.parametrize("shadow", [F32, BF16], ids=str)
 @pytest.mark.parametrize("live", [F32, BF16, F16], ids=str)
 def test_the_proof_holds(live: torch.dtype, shadow: torch.dtype) -> None:
-    """The comparison that an EMA makes before it trusts the kernel; a warning would be an error here."""
+    """The comparison that an EMA makes before it trusts the kernel; a warning would be an error
+    here.
+    """
     for averages in (1, 3):
         plan = FusedPlan(make(live, shadow, averages, 0), 5, UpdatePlan)
         assert plan.others is None
         assert plan.launches
 
 
-# --- telemetry -----------------------------------------------------------------------------------------------------
+# --- telemetry ------------------------------------------------------------------------------------
 
 
 def test_times_are_those_of_the_device() -> None:
-    """A side stream that sleeps some 20 ms around each update: nobody waits to learn of it, and the step was held up."""
+    """A side stream that sleeps some 20 ms around each update: nobody waits to learn of it, and the
+    step was held up.
+    """
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     ema = EMA(model, 0.9)
@@ -451,7 +478,9 @@ def test_times_inline() -> None:
 
 
 def test_a_host_thread_on_its_device() -> None:
-    """The thread looks at events of the model's device, from that device, and the window is pinned."""
+    """The thread looks at events of the model's device, from that device, and the window is
+    pinned.
+    """
     model = net()
     ema = EMA(model, 0.9, device="cpu")
     ema.update()

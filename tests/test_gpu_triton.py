@@ -1,9 +1,10 @@
 """The Triton kernel equals `UpdatePlan`, in Triton's interpreter, on the CPU.
 
-How to read a failure: every check runs in a process of its own (the interpreter must be chosen before Triton is
-imported), and its traceback is the inner one. The interpreter says nothing of races, alignment or speed: that is
-`test_gpu.py`. Where a weight is no power of two, older interpreters round twice ([Note: contraction] in gpu_triton), so those
-rows allow 1 ulp; noise, masks, tables and addresses have no such excuse, so all others are compared bit for bit.
+How to read a failure: every check runs in a process of its own (the interpreter must be chosen
+before Triton is imported), and its traceback is the inner one. The interpreter says nothing of
+races, alignment or speed: that is `test_gpu.py`. Where a weight is no power of two, older
+interpreters round twice ([Note: contraction] in gpu_triton), so those rows allow 1 ulp; noise,
+masks, tables and addresses have no such excuse, so all others are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ from tests._wrappers import wrap
 from tests.test_engines import Late, Skippable, Watch, steps
 
 CPU, BF16, F16, F32 = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32
-# Nothing, one, less than a program, around its size (256 here), several programs, and a last one with one element.
+# Nothing, one, less than a program, around its size (256 here), several programs, and a last one
+# with one element.
 AWKWARD = [0, 1, 3, 255, 256, 257, 0, 1023, 1024, 1025]
 EXACT = [0.0, 0.25, 0.5, 0.75, 1.0]  # products by these are not rounded
 
 
-# --- the process ---------------------------------------------------------------------------------------------------
+# --- the process ----------------------------------------------------------------------------------
 
 
 def interpret() -> None:
@@ -65,7 +67,8 @@ def version() -> tuple[int, ...] | None:
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Callable[..., None]]:
     """Runs a function of this module where Triton is interpreted."""
-    # Spawned: Triton takes the word when it is imported, and the server that the ranks are forked from has imported it.
+    # Spawned: Triton takes the word when it is imported, and the server that the ranks are forked
+    # from has imported it.
     with ProcessPoolExecutor(1, get_context("spawn"), interpret) as pool:
         found = pool.submit(version).result(timeout=120)
         if found is None:
@@ -75,7 +78,7 @@ def interpreted() -> Iterator[Callable[..., None]]:
         yield lambda check, *args: pool.submit(check, *args).result(timeout=120)
 
 
-# --- pairs ---------------------------------------------------------------------------------------------------------
+# --- pairs ----------------------------------------------------------------------------------------
 
 
 def cut(sizes: list[int], dtype: torch.dtype, seed: int, where: str) -> list[Tensor]:
@@ -129,7 +132,7 @@ def compare(pairs: list[ShadowPair], weights: list[Any], ulps: int = 0, **option
             )
 
 
-# --- equal to UpdatePlan -----------------------------------------------------------------------------------------
+# --- equal to UpdatePlan --------------------------------------------------------------------------
 
 
 def check_equal(live: torch.dtype, shadow: torch.dtype, where: str) -> None:
@@ -145,7 +148,9 @@ def check_equal(live: torch.dtype, shadow: torch.dtype, where: str) -> None:
 @pytest.mark.parametrize("shadow", [F32, BF16], ids=str)
 @pytest.mark.parametrize("live", [F32, BF16, F16], ids=str)
 def test_equal(interpreted: Any, live: torch.dtype, shadow: torch.dtype, where: str) -> None:
-    """One and three averages, weights on host and device, every length and alignment: the bits of `UpdatePlan.run`."""
+    """One and three averages, weights on host and device, every length and alignment: the bits of
+    `UpdatePlan.run`.
+    """
     interpreted(check_equal, live, shadow, where)
 
 
@@ -173,7 +178,8 @@ def test_guard(interpreted: Any, live: torch.dtype, shadow: torch.dtype) -> None
 def check_poison() -> None:
     infinite = [0x7F800000, -0x00800000, 0x3F800000]
     for shadow in (F32, BF16):
-        # nan of both signs and some payloads, 50 times, because the noise differs; then inf, -inf and 1
+        # nan of both signs and some payloads, 50 times, because the noise differs; then inf, -inf
+        # and 1
         live = torch.tensor(
             [-1, 0x7FFFFFFF, 0x7FC00001, 0x7FC00000] * 50 + infinite, dtype=torch.int32
         ).view(F32)
@@ -185,7 +191,9 @@ def check_poison() -> None:
 
 
 def test_poison_passes(interpreted: Any) -> None:
-    """Without guard the infinite stay infinite and nan stays nan: a carry of the rounding must not make one the other."""
+    """Without guard the infinite stay infinite and nan stays nan: a carry of the rounding must not
+    make one the other.
+    """
     interpreted(check_poison)
 
 
@@ -204,7 +212,7 @@ def test_neighbours_stay(interpreted: Any) -> None:
     interpreted(check_neighbours)
 
 
-# --- the noise -----------------------------------------------------------------------------------------------------
+# --- the noise ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["", "w", "layers.0.attn.qkv.weight", "gewichtß"])
@@ -218,7 +226,8 @@ def test_the_key_is_linear(name: str) -> None:
         assert key == noise_key(3, update, name)
 
 
-# A range of a row-major weight; rows and columns of it; a box inside; channels_last: whole, a range, some channels.
+# A range of a row-major weight; rows and columns of it; a box inside; channels_last: whole, a
+# range, some channels.
 BOXES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, Region]] = {
     "range": ((40, 30), None, Region((0, 0), (40, 30), 217, 1150)),
     "rows": ((40, 30), None, Region((5, 0), (20, 30), 7, 551)),
@@ -239,7 +248,9 @@ BOXES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, Region]] = {
 
 
 def both(kind: str) -> tuple[Numbering, Callable[[int, int], Tensor]]:
-    """The formula that `geometry` makes, and the numbers cut out of a tensor that holds them all."""
+    """The formula that `geometry` makes, and the numbers cut out of a tensor that holds them
+    all.
+    """
     shape, order, region = BOXES[kind]
     raw = torch.zeros(shape)
     record = Shard(
@@ -263,7 +274,9 @@ def test_numbering(kind: str) -> None:
 
 
 def test_numbering_is_short() -> None:
-    """Every dimension costs the kernel a division: neighbours are joined, and those of size 1 left out."""
+    """Every dimension costs the kernel a division: neighbours are joined, and those of size 1 left
+    out.
+    """
     assert Numbering(0, 0, (40, 5, 6), (30, 6, 1)).joined == ([], 1)
     assert Numbering(0, 0, (40, 1, 6), (30, 6, 1)).joined == ([(6, 1)], 30)
     assert Numbering(0, 0, (1, 8, 5, 7, 3), (9, 105, 7, 1, 35)).joined == ([(3, 35), (35, 1)], 105)
@@ -281,7 +294,9 @@ def check_boxes(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", BOXES)
 def test_boxes(interpreted: Any, kind: str) -> None:
-    """Compact shadows of column shards and channels_last weights: the kernel's digits, `_numbers`."""
+    """Compact shadows of column shards and channels_last weights: the kernel's digits,
+    `_numbers`.
+    """
     interpreted(check_boxes, kind)
 
 
@@ -320,7 +335,7 @@ def test_noise(interpreted: Any) -> None:
     interpreted(check_every_bit)
 
 
-# --- what is taken, and what it costs ------------------------------------------------------------------------------
+# --- what is taken, and what it costs -------------------------------------------------------------
 
 
 def check_supports() -> None:
@@ -347,7 +362,9 @@ def check_supports() -> None:
 
 
 def test_supports(interpreted: Any) -> None:
-    """What no launch takes is refused by name: other dtypes, strides, lengths and element numbers."""
+    """What no launch takes is refused by name: other dtypes, strides, lengths and element
+    numbers.
+    """
     interpreted(check_supports)
 
 
@@ -448,7 +465,7 @@ def test_tables(interpreted: Any) -> None:
     interpreted(check_tables)
 
 
-# --- inside EMA ----------------------------------------------------------------------------------------------------
+# --- inside EMA -----------------------------------------------------------------------------------
 
 
 class Mixed(torch.nn.Module):
@@ -509,7 +526,9 @@ def check_ema(kind: str, options: dict[str, Any]) -> None:
     ids=str,
 )
 def test_an_ema_is_the_same(interpreted: Any, options: dict[str, Any]) -> None:
-    """Attached, guarded, with skipped steps, three averages: with Triton and without, bit for bit."""
+    """Attached, guarded, with skipped steps, three averages: with Triton and without, bit for
+    bit.
+    """
     interpreted(check_ema, "none", options)
 
 
@@ -557,7 +576,7 @@ def test_the_hot_path(interpreted: Any) -> None:
     interpreted(check_the_hot_path)
 
 
-# --- [Note: proof] -------------------------------------------------------------------------------------------------
+# --- [Note: proof] --------------------------------------------------------------------------------
 
 
 def check_switch() -> None:

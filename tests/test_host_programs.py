@@ -1,7 +1,8 @@
-"""25 generated programs: every outcome is equal to the naive average, or an error that names a weight.
+"""25 generated programs: every outcome is equal to the naive average, or an error that names a
+weight.
 
-How to go on from a failure: `python -m tests.host_programs --seed N --trace` prints every action; `--without ACTION ...`
-leaves actions out; `--seeds 300` is the whole proof.
+How to go on from a failure: `python -m tests.host_programs --seed N --trace` prints every action;
+`--without ACTION ...` leaves actions out; `--seeds 300` is the whole proof.
 """
 
 from __future__ import annotations

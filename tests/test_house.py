@@ -1,7 +1,8 @@
 """The house keeps its rules: contracts, doors, names, sizes, and a README that runs.
 
-How to read a failure: every rule is a function that returns sentences, one per breach, with file and line. Each rule is
-also shown a synthetic breach, so a rule that has stopped seeing anything turns red too.
+How to read a failure: every rule is a function that returns sentences, one per breach, with file
+and line. Each rule is also shown a synthetic breach, so a rule that has stopped seeing anything
+turns red too.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ MODULES = {
 
 
 def imported(module: str, tree: ast.AST) -> Iterator[tuple[int, str, str | None]]:
-    """(line, module as dotted path, name taken from it) of every import, wherever in the file it stands."""
+    """(line, module as dotted path, name taken from it) of every import, wherever in the file it
+    stands.
+    """
     package = ["dist_ema", *module.split(".")[:-1]]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -88,11 +91,14 @@ def linted(root: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True)
 
 
-# --- the door ----------------------------------------------------------------------------------------------------
+# --- the door -------------------------------------------------------------------------------------
 
 
 def foreign(path: str) -> bool:
-    """A wrapper or a private name of torch. `_foreach_*` is torch's documented name for list kernels."""
+    """A wrapper or a private name of torch.
+
+    `_foreach_*` is torch's documented name for list kernels.
+    """
     if re.match(r"torch\.(distributed\.fsdp|nn\.parallel)(\.|$)", path):
         return True
     parts = path.split(".")
@@ -103,7 +109,9 @@ def foreign(path: str) -> bool:
 
 
 def leaks(module: str, source: str) -> list[str]:
-    """Where a module names wrappers or private torch: by import, or by attributes of an imported torch module."""
+    """Where a module names wrappers or private torch: by import, or by attributes of an imported
+    torch module.
+    """
     tree = ast.parse(source)
     paths = [
         (line, f"{origin}.{name}" if name else origin)
@@ -114,7 +122,8 @@ def leaks(module: str, source: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and re.fullmatch(r"[\w.]+", ast.unparse(node)):
             root, *rest = ast.unparse(node).split(".")
-            # NOTE: only modules are followed; what a class of torch has (Tensor._version) is its own affair.
+            # NOTE: only modules are followed; what a class of torch has (Tensor._version) is its
+            # own affair.
             if (
                 root in known
                 and known[root].split(".")[-1].islower()
@@ -144,12 +153,16 @@ def bound(tree: ast.AST) -> dict[str, str]:
     ],
 )
 def test_wrappers_stay_in_sharding(module: str) -> None:
-    """Only sharding/ may name FSDP, DDP or private torch: everything behind it is plain tensors and regions."""
+    """Only sharding/ may name FSDP, DDP or private torch: everything behind it is plain tensors and
+    regions.
+    """
     assert leaks(module, MODULES[module].read_text()) == []
 
 
 def test_sharding_would_leak() -> None:
-    """The checker sees the one module that must name wrappers; if it does not, it sees nothing anywhere."""
+    """The checker sees the one module that must name wrappers; if it does not, it sees nothing
+    anywhere.
+    """
     names = [name for name in MODULES if name.startswith("sharding.")]
     assert sum(len(leaks(name, MODULES[name].read_text())) for name in names) >= 5
 
@@ -179,11 +192,12 @@ def test_leaks_seen(source: str) -> None:
 def test_leaks_allows() -> None:
     """Public torch, dunders, list kernels, and private names of our own pass the door."""
     ours = "from .x import _y\nimport sys\nsys._getframe()"
-    torchs = "import torch\nfrom torch import Tensor\ntorch.__version__\ntorch._foreach_copy_\nTensor._make_subclass"
+    torchs = "import torch\nfrom torch import Tensor\n"
+    torchs += "torch.__version__\ntorch._foreach_copy_\nTensor._make_subclass"
     assert leaks("sharding.x", f"{ours}\n{torchs}") == []
 
 
-# --- names -------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def public(tree: ast.Module) -> set[str]:
@@ -223,7 +237,9 @@ TAKEN = taken(MODULES)
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module != "__main__"])
 def test_all_is_complete(module: str) -> None:
-    """`__all__` is sorted, exists, and holds every public def and class and all that another room imports."""
+    """`__all__` is sorted, exists, and holds every public def and class and all that another room
+    imports.
+    """
     tree = ast.parse(MODULES[module].read_text())
     names = listed(tree)
     assert names is not None, f"{module} has no __all__"
@@ -246,7 +262,9 @@ def test_all_is_read() -> None:
 
 
 def test_front_door_is_lazy() -> None:
-    """`import dist_ema` and the schedules must not import torch: PEP 562 in __init__.py, `_ROOMS`."""
+    """`import dist_ema` and the schedules must not import torch: PEP 562 in __init__.py,
+    `_ROOMS`.
+    """
     code = (
         "import sys, json, dist_ema; bare = sorted({'torch', 'numpy'} & set(sys.modules)); "
         "dist_ema.HalfLife(3); print(json.dumps([bare, 'torch' in sys.modules, dir(dist_ema)]))"
@@ -295,7 +313,7 @@ def test_front_door_is_typed() -> None:
     assert seen == set(dist_ema.__all__)
 
 
-# --- numbers and settings ----------------------------------------------------------------------------------------
+# --- numbers and settings -------------------------------------------------------------------------
 
 
 def test_version() -> None:
@@ -309,17 +327,22 @@ def test_version() -> None:
 
 
 def test_warnings_are_errors(pytestconfig: pytest.Config) -> None:
-    """`filterwarnings = ["error"]` in pyproject.toml: first, so that what follows can only except by name."""
+    """`filterwarnings = ["error"]` in pyproject.toml: first, so that what follows can only except
+    by name.
+    """
     assert pytestconfig.getini("filterwarnings")[0] == "error"
     with pytest.raises(UserWarning, match="loud"):
         warnings.warn("loud", stacklevel=1)
 
 
-# --- the README --------------------------------------------------------------------------------------------------
+# --- the README -----------------------------------------------------------------------------------
 
 
 def blocks(text: str) -> list[tuple[int, str, str | None]]:
-    """(line, code, reason not to run it) of every python block. Raises ValueError for a reason left out."""
+    """(line, code, reason not to run it) of every python block.
+
+    Raises ValueError for a reason left out.
+    """
     lines, result = text.splitlines(), []
     for i, line in enumerate(lines):
         if not re.match(r"```python\b", line):
@@ -358,7 +381,9 @@ def test_readme_runs(
 
 
 def test_every_other_page_is_run_or_says_so() -> None:
-    """A python block of the docs is part of a page that a test runs from top to bottom, or is marked `no-run`."""
+    """A python block of the docs is part of a page that a test runs from top to bottom, or is
+    marked `no-run`.
+    """
     run = {"accelerate.md", "lightning.md", "transformers.md", "recipes.md", "schedules.md"}
     assert {
         page.name for page in ROOT.glob("docs/**/*.md") if "```python\n" in page.read_text()
@@ -371,7 +396,8 @@ def test_every_other_page_is_run_or_says_so() -> None:
 
 def test_blocks_are_read() -> None:
     """The reader of the README finds blocks, lines and reasons, and demands a reason."""
-    text = "a\n```python\nx = 1\n```\n```bash\nls\n```\n<!-- not run: needs a GPU -->\n```python\ny\nz\n```"
+    text = "a\n```python\nx = 1\n```\n```bash\nls\n```\n"
+    text += "<!-- not run: needs a GPU -->\n```python\ny\nz\n```"
     assert blocks(text) == [(3, "x = 1", None), (10, "y\nz", "needs a GPU")]
     for bad in ("<!-- not run -->", "<!-- not run: -->", "<!-- not run:  -->"):
         with pytest.raises(ValueError, match="say why"):
@@ -404,7 +430,7 @@ def test_both_start_pages_say_the_same() -> None:
     assert codes[0] == codes[1]
 
 
-# --- style -------------------------------------------------------------------------------------------------------
+# --- style ----------------------------------------------------------------------------------------
 
 LONGEST = 60
 VAGUE = {"utils", "util", "common", "helpers", "helper", "core", "base", "manager"}
@@ -467,7 +493,9 @@ def test_no_absolute_paths() -> None:
 
 
 def test_absolute_paths_are_seen() -> None:
-    """The pattern finds paths of one machine, and leaves relative ones, links and lists of words alone."""
+    """The pattern finds paths of one machine, and leaves relative ones, links and lists of words
+    alone.
+    """
     for bad in (
         "/" + "root/x",
         "cd /" + "tmp",

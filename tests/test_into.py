@@ -1,4 +1,6 @@
-"""The average as another module's weights: every teacher equals the plain run, waits for its update, and is what is saved."""
+"""The average as another module's weights: every teacher equals the plain run, waits for its
+update, and is what is saved.
+"""
 
 from __future__ import annotations
 
@@ -42,11 +44,13 @@ def shift(module: nn.Module, by: float = 1.0) -> None:
             p += by * p.requires_grad
 
 
-# --- whose memory ------------------------------------------------------------------------------------------------
+# --- whose memory ---------------------------------------------------------------------------------
 
 
 def test_teacher_is_the_shadow() -> None:
-    """Overwritten with live, frozen, and moved bit for bit like an EMA of its own, in no memory but its own."""
+    """Overwritten with live, frozen, and moved bit for bit like an EMA of its own, in no memory but
+    its own.
+    """
     model, teacher = Net(), Net()
     ema, alone = EMA(model, SCHEDULE, into=teacher), EMA(model, SCHEDULE)
     assert equal(state(model), state(teacher))
@@ -114,17 +118,37 @@ def strided() -> nn.Module:
 
 
 REFUSED: list[tuple[Callable[[], nn.Module], Callable[[nn.Module], Any], str]] = [
-    (Net, lambda _: Net(hidden=6), r"up.weight is \(5, 6\) in the model and \(6, 6\) in the teacher"),
-    (Images, lambda _: Images().to(memory_format=torch.channels_last), r"a.weight: this rank holds elements 0:135"),
+    (
+        Net,
+        lambda _: Net(hidden=6),
+        r"up.weight is \(5, 6\) in the model and \(6, 6\) in the teacher",
+    ),
+    (
+        Images,
+        lambda _: Images().to(memory_format=torch.channels_last),
+        r"a.weight: this rank holds elements 0:135",
+    ),
     (Net, copy.copy, "is one weight in the model and the teacher: give into= a copy"),
     (Net, lambda _: untied(), r"core.emb.weight and core.head.weight are tied in one"),
     (untied, lambda _: Net(), r"core.head.weight and core.emb.weight are tied in one"),
     (lambda: nn.Linear(4, 4), lambda _: strided(), "weight of the teacher is strided or expanded"),
-    (lambda: nn.Linear(4, 4), lambda _: nn.Linear(4, 4).to(torch.float8_e5m2), "float8_e5m2 in the teacher"),
-    (lambda: nn.Linear(4, 4), lambda _: nn.Linear(4, 4, dtype=torch.complex64), "complex64 in the teacher"),
-    (lambda: nn.Linear(4, 4), lambda _: nn.Linear(4, 4, device="meta"), "weight is on the meta device"),
+    (
+        lambda: nn.Linear(4, 4),
+        lambda _: nn.Linear(4, 4).to(torch.float8_e5m2),
+        "float8_e5m2 in the teacher",
+    ),
+    (
+        lambda: nn.Linear(4, 4),
+        lambda _: nn.Linear(4, 4, dtype=torch.complex64),
+        "complex64 in the teacher",
+    ),
+    (
+        lambda: nn.Linear(4, 4),
+        lambda _: nn.Linear(4, 4, device="meta"),
+        "weight is on the meta device",
+    ),
     (lambda: nn.Linear(4, 4), lambda _: 7, "got int"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +191,7 @@ def test_lists_teach_lists() -> None:
     assert torch.allclose(teacher.core.emb.weight, model.core.emb.weight - 0.5)
 
 
-# --- buffers and frozen weights ----------------------------------------------------------------------------------
+# --- buffers and frozen weights -------------------------------------------------------------------
 
 
 def trained_images(**options: Any) -> tuple[Images, Images, EMA, EMA]:
@@ -184,7 +208,9 @@ def trained_images(**options: Any) -> tuple[Images, Images, EMA, EMA]:
 
 
 def test_buffers() -> None:
-    """copy: live's of the last update; average: averaged, integers copied; left out: the teacher's own."""
+    """copy: live's of the last update; average: averaged, integers copied; left out: the teacher's
+    own.
+    """
     model, teacher, ema, _ = trained_images()
     for (name, live), mine in zip(model.named_buffers(), teacher.buffers(), strict=True):
         assert torch.equal(live, mine), name
@@ -217,7 +243,9 @@ def test_registered_anew() -> None:
 
 
 def test_frozen_weights_follow() -> None:
-    """A checkpoint that is loaded after the EMA was built reaches the teacher's frozen weights too."""
+    """A checkpoint that is loaded after the EMA was built reaches the teacher's frozen weights
+    too.
+    """
     model, teacher = Net(), Net()
     ema = EMA(model, 0.5, into=teacher)
     model.load_state_dict(Net().state_dict())
@@ -246,12 +274,15 @@ def test_rescan() -> None:
     assert torch.allclose(teacher.core.frozen.weight, model.core.frozen.weight - 0.5)
 
 
-# --- dtypes ------------------------------------------------------------------------------------------------------
+# --- dtypes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_teacher_rounds_stochastically(dtype: torch.dtype) -> None:
-    """bfloat16: the same bits as a compact shadow. Rounded to nearest neither would ever have moved."""
+    """bfloat16: the same bits as a compact shadow.
+
+    Rounded to nearest neither would ever have moved.
+    """
     model = nn.Linear(64, 64)
     teacher = copy.deepcopy(model).to(dtype)
     ema, compact = EMA(model, 0.9999, into=teacher), EMA(model, 0.9999, dtype=torch.bfloat16)
@@ -288,7 +319,7 @@ def test_teacher_that_changes_is_named() -> None:
         ema.gather()
 
 
-# --- reads behind our back ---------------------------------------------------------------------------------------
+# --- reads behind our back ------------------------------------------------------------------------
 
 
 class Late:
@@ -439,8 +470,9 @@ def test_live_until_start() -> None:
 
 
 def test_copies_of_the_teacher_are_free() -> None:
-    """A deep copy or a pickle is a module like any other, and the EMA is not kept alive by its teacher. The pickle loads
-    where dist_ema is not installed."""
+    """A deep copy or a pickle is a module like any other, and the EMA is not kept alive by its
+    teacher. The pickle loads where dist_ema is not installed.
+    """
     model, teacher, optimizer, ema = late()
     step(model, optimizer)
     written = pickle.dumps(teacher)
@@ -467,11 +499,13 @@ def hooks_on(module: nn.Module) -> int:
     return sum(len(getattr(each, kind)) for each in module.modules() for kind in kinds)
 
 
-# --- files -------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_verbs_read_and_write_the_teacher(tmp_path: Path) -> None:
-    """save, export, gather and copy_to take the teacher as it is, buffers and frozen weights included; load fills it."""
+    """save, export, gather and copy_to take the teacher as it is, buffers and frozen weights
+    included; load fills it.
+    """
     _, teacher, ema, _ = trained_images()
     teacher.norm.running_mean.fill_(3.0)  # recalibrated
     want = state(teacher)
@@ -508,10 +542,16 @@ def test_state_dict() -> None:
     again.load_state_dict(trained_images(buffers="average")[3].state_dict())
 
 
-# --- ranks -------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
-PAIRS = [("ddp", "none"), ("fsdp1 flat", "fsdp1 flat"), ("fsdp1 orig", "fsdp1 orig"), ("fsdp2", "fsdp2"),
-         ("fsdp2 offload", "fsdp2 offload"), ("fsdp1 no_shard", "none")]  # fmt: skip
+PAIRS = [
+    ("ddp", "none"),
+    ("fsdp1 flat", "fsdp1 flat"),
+    ("fsdp1 orig", "fsdp1 orig"),
+    ("fsdp2", "fsdp2"),
+    ("fsdp2 offload", "fsdp2 offload"),
+    ("fsdp1 no_shard", "none"),
+]
 
 
 def pupil_of(kind: str) -> nn.Module:
@@ -520,7 +560,9 @@ def pupil_of(kind: str) -> nn.Module:
 
 
 def alternate(kind: str, teacher_kind: str, folder: str) -> None:
-    """Update and forward, three times: what the teacher computes is what one process computes with the oracle."""
+    """Update and forward, three times: what the teacher computes is what one process computes with
+    the oracle.
+    """
     run = Training(kind)
     teacher = pupil_of(teacher_kind)
     run._probe(teacher)  # unsharded before the EMA comes
@@ -576,7 +618,9 @@ def cut_otherwise() -> None:
 
 
 def images_under_ddp() -> None:
-    """Each rank's teacher follows its own rank's statistics, as live does; the first rank's go into files."""
+    """Each rank's teacher follows its own rank's statistics, as live does; the first rank's go into
+    files.
+    """
     run = Training("ddp", Images, image_batch)
     teacher = Images().eval()
     ema = EMA(run.model, 0.5, into=teacher)

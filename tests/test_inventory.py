@@ -1,6 +1,7 @@
 """The records of a model compared with its module tree: what changed, by name, under every wrapper.
 
-How to read a failure: both sides are fields of `InventoryChanges`; only fields that hold names are shown.
+How to read a failure: both sides are fields of `InventoryChanges`; only fields that hold names are
+shown.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ Changes = dict[str, set[str]]
 
 
 class Tree(nn.Module):
-    """Two layers of one shape, a tied pair, a shared module, a frozen layer, buffers of three sorts."""
+    """Two layers of one shape, a tied pair, a shared module, a frozen layer, buffers of three
+    sorts.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,9 @@
-"""The update's arithmetic: every path of a Plan against float64, exactness where it is promised, and a silent hot path.
+"""The update's arithmetic: every path of a Plan against float64, exactness where it is promised,
+and a silent hot path.
 
-How to read a failure: `kind` names the path of an eager `Plan.run` (direct, cast, packed, packed and cast, rounded), and
-[compiled] that the plan was made with compiled passes for what they take. The oracle is one line of float64 per element.
+How to read a failure: `kind` names the path of an eager `Plan.run` (direct, cast, packed, packed
+and cast, rounded), and [compiled] that the plan was made with compiled passes for what they take.
+The oracle is one line of float64 per element.
 """
 
 from __future__ import annotations
@@ -67,29 +69,44 @@ def pair_up(shadows: list[Tensor], lives: list[Tensor]) -> list[ShadowPair]:
     return [ShadowPair(f"w{i}", [shadow], live, numbers()) for i, (shadow, live) in enumerate(both)]
 
 
-# Every path of Plan.run, with sizes at its borders: empty, one, around SHORT and SCRATCH. Short neighbours are packed.
+# Every path of Plan.run, with sizes at its borders: empty, one, around SHORT and SCRATCH. Short
+# neighbours are packed.
 TINY = [3, 0, 1, 17, 5, 0, 64]
 KINDS: dict[str, Callable[[], list[ShadowPair]]] = {
-    "direct": lambda: pair_up(apart([SHORT + 5, 7, 0], torch.float32, 0), apart([SHORT + 5, 7, 0], torch.float32, 9)),
+    "direct": lambda: pair_up(
+        apart([SHORT + 5, 7, 0], torch.float32, 0), apart([SHORT + 5, 7, 0], torch.float32, 9)
+    ),
     "merged": lambda: pair_up(arena(TINY, torch.float32, 1), arena(TINY, torch.float32, 2)),
     "direct float64": lambda: pair_up(apart(TINY, torch.float64, 1), arena(TINY, torch.float64, 2)),
-    "direct complex": lambda: pair_up(arena([9, 40], torch.complex64, 1), arena([9, 40], torch.complex64, 2)),
-    "cast bf16": lambda: pair_up(apart([SHORT, 5, 0], torch.float32, 1), apart([SHORT, 5, 0], BF16, 7)),
-    "cast fp16": lambda: pair_up(apart([SHORT + 1, 2], torch.float32, 1), apart([SHORT + 1, 2], torch.float16, 7)),
-    "cast float64": lambda: pair_up(apart([33, 8], torch.float32, 1), apart([33, 8], torch.float64, 7)),
+    "direct complex": lambda: pair_up(
+        arena([9, 40], torch.complex64, 1), arena([9, 40], torch.complex64, 2)
+    ),
+    "cast bf16": lambda: pair_up(
+        apart([SHORT, 5, 0], torch.float32, 1), apart([SHORT, 5, 0], BF16, 7)
+    ),
+    "cast fp16": lambda: pair_up(
+        apart([SHORT + 1, 2], torch.float32, 1), apart([SHORT + 1, 2], torch.float16, 7)
+    ),
+    "cast float64": lambda: pair_up(
+        apart([33, 8], torch.float32, 1), apart([33, 8], torch.float64, 7)
+    ),
     "cast up": lambda: pair_up(apart([33, 8], torch.float64, 1), apart([33, 8], torch.float32, 7)),
     "packed": lambda: pair_up(arena(TINY, torch.float32, 1), apart(TINY, torch.float32, 7)),
-    "packed complex": lambda: pair_up(arena(TINY, torch.complex64, 1), apart(TINY, torch.complex64, 7)),
+    "packed complex": lambda: pair_up(
+        arena(TINY, torch.complex64, 1), apart(TINY, torch.complex64, 7)
+    ),
     "packed cast": lambda: pair_up(arena(TINY, torch.float32, 1), apart(TINY, BF16, 7)),
     "packed cast up": lambda: pair_up(arena(TINY, torch.float64, 1), apart(TINY, torch.float16, 7)),
     "rounded": lambda: pair_up(apart(TINY, BF16, 1), apart(TINY, torch.float32, 7)),
     "rounded bf16": lambda: pair_up(apart(TINY, BF16, 1), apart(TINY, BF16, 7)),
-}  # fmt: skip
+}
 PLAIN = [kind for kind in KINDS if not kind.startswith("rounded")]
 
 
 def oracle(pairs: list[ShadowPair], weight: float) -> list[tuple[Tensor, Tensor]]:
-    """What each shadow must become, and the size of the larger number that goes into it, both in float64."""
+    """What each shadow must become, and the size of the larger number that goes into it, both in
+    float64.
+    """
     result = []
     for pair in pairs:
         wide = WIDE.get(pair.shadows[0].dtype, torch.float64)
@@ -114,13 +131,15 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(map(torch.equal, a, b))
 
 
-# --- the oracle --------------------------------------------------------------------------------------------------
+# --- the oracle -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weight", [0.0, 0.001, 0.3, 0.75, 1.0])
 def test_oracle(plan: Make, kind: str, weight: float) -> None:
-    """Every path of Plan.run is shadow + weight * (live - shadow), on every element and no other."""
+    """Every path of Plan.run is shadow + weight * (live - shadow), on every element and no
+    other.
+    """
     pairs = KINDS[kind]()
     expected = oracle(pairs, weight)
     plan(pairs).run([weight], update=0)
@@ -130,7 +149,9 @@ def test_oracle(plan: Make, kind: str, weight: float) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weight", [0.0, 2.0**-10, 0.25, 1.0])
 def test_tensor_weight_gives_the_same_bits(plan: Make, kind: str, weight: float) -> None:
-    """A weight on the device (fact 15) gives the bits of the same weight on the host: `weight.to` in _move."""
+    """A weight on the device (fact 15) gives the bits of the same weight on the host: `weight.to`
+    in _move.
+    """
     one, other = KINDS[kind](), KINDS[kind]()
     plan(one).run([weight], update=3)
     plan(other).run([torch.tensor(weight)], update=3)
@@ -148,7 +169,10 @@ def test_weight_zero_keeps_every_bit(plan: Make, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fixed_point(plan: Make, kind: str) -> None:
-    """Fact 10: equal tensors do not move at any weight. `mul_` then `add_` moves a fifth of them."""
+    """Fact 10: equal tensors do not move at any weight.
+
+    `mul_` then `add_` moves a fifth of them.
+    """
     pairs = KINDS[kind]()
     for pair in pairs:
         pair.live.copy_(pair.shadows[0])
@@ -163,7 +187,9 @@ def test_fixed_point(plan: Make, kind: str) -> None:
 @pytest.mark.parametrize("live", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("shadow", [torch.float32, BF16], ids=str)
 def test_longer_than_the_scratch(plan: Make, shadow: torch.dtype, live: torch.dtype) -> None:
-    """Chunks of SCRATCH elements, the last one short, with the right element numbers (`start` in Plan.__init__)."""
+    """Chunks of SCRATCH elements, the last one short, with the right element numbers (`start` in
+    Plan.__init__).
+    """
     n = 2 * SCRATCH + 3
     pairs = pair_up([draw(n, shadow, 1)], [draw(n, live, 2)])
     expected = oracle(pairs, 0.25)
@@ -198,7 +224,7 @@ def scratch_bytes(plan: UpdatePlan) -> int:
     return sum(tensor.nbytes for tensor in plan.tensors if id(tensor) not in given)
 
 
-# --- how a plan is made ------------------------------------------------------------------------------------------
+# --- how a plan is made ---------------------------------------------------------------------------
 
 
 def is_apart(step: Packed) -> bool:
@@ -207,7 +233,9 @@ def is_apart(step: Packed) -> bool:
 
 
 def shape(pairs: list[ShadowPair]) -> tuple[list[int], list[list[int]], int]:
-    """(lengths of the direct pairs, lengths of the tensors in each packed or cast step, number of rounded steps)."""
+    """(lengths of the direct pairs, lengths of the tensors in each packed or cast step, number of
+    rounded steps).
+    """
     plan = UpdatePlan(pairs)
     return (
         [len(step.live) for step in of(plan, Direct) if step.cast is None]
@@ -250,7 +278,9 @@ def test_neighbours_on_one_side_are_packed() -> None:
 @pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.parametrize("live", [torch.float32, BF16, torch.float64], ids=str)
 def test_apart_on_both_sides(live: torch.dtype, guard: bool, weight: Any) -> None:
-    """The shadows of another module: many short pairs in one call, a pack at a time, others of the same plan between."""
+    """The shadows of another module: many short pairs in one call, a pack at a time, others of the
+    same plan between.
+    """
     sizes = [7, 3, SHORT + 1, 5000, 5000, 5000, 5000, 1]
     pairs = pair_up(apart(sizes, torch.float32, 1), apart(sizes, live, 2))
     pairs += pair_up(apart([4, 4], torch.float64, 3), apart([4, 4], torch.float64, 4))
@@ -282,7 +312,9 @@ def test_order_and_gaps_are_respected(plan: Make) -> None:
 
 
 def test_dtypes_are_not_mixed() -> None:
-    """A run of short pieces breaks where the live dtype changes: `torch.cat(out=)` would promote."""
+    """A run of short pieces breaks where the live dtype changes: `torch.cat(out=)` would
+    promote.
+    """
     pairs = pair_up(
         arena([4, 4, 4], torch.float32, 1),
         [draw(4, dtype, 3) for dtype in (BF16, BF16, torch.float16)],
@@ -291,7 +323,9 @@ def test_dtypes_are_not_mixed() -> None:
 
 
 def test_equal_pointers_of_other_dtypes_do_not_touch(plan: Make) -> None:
-    """Two dtypes over one storage can have offsets that seem to continue: `a.dtype == b.dtype` in touch."""
+    """Two dtypes over one storage can have offsets that seem to continue: `a.dtype == b.dtype` in
+    touch.
+    """
     raw = draw(8, torch.float64, 3).view(torch.uint8)
     shadow = arena([4, 4], torch.float64, 1)
     pairs = pair_up(shadow, [raw.view(torch.float32)[:4], raw.view(torch.float64)[4:8]])
@@ -309,7 +343,7 @@ def test_nothing_to_do(plan: Make) -> None:
         assert made.steps == []
 
 
-# --- guard -------------------------------------------------------------------------------------------------------
+# --- guard ----------------------------------------------------------------------------------------
 
 
 def poison(pairs: list[ShadowPair]) -> list[Tensor]:
@@ -327,7 +361,9 @@ def poison(pairs: list[ShadowPair]) -> list[Tensor]:
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_guard(plan: Make, kind: str, weight: float | Tensor) -> None:
-    """guard=True keeps the shadow, bit for bit, where live is not finite, and moves the rest (facts 13 and 15)."""
+    """guard=True keeps the shadow, bit for bit, where live is not finite, and moves the rest (facts
+    13 and 15).
+    """
     pairs, clean = KINDS[kind](), KINDS[kind]()
     for pair, other in zip(pairs, clean, strict=True):
         other.live.copy_(pair.live)
@@ -342,7 +378,9 @@ def test_guard(plan: Make, kind: str, weight: float | Tensor) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_guard_is_needed(plan: Make, kind: str) -> None:
-    """Without guard poison reaches the shadow, even at weight 0: what the guard in the kernel is there for."""
+    """Without guard poison reaches the shadow, even at weight 0: what the guard in the kernel is
+    there for.
+    """
     pairs = KINDS[kind]()
     masks = poison(pairs)
     plan(pairs).run([torch.zeros(())], update=0)
@@ -361,7 +399,9 @@ def test_guard_changes_nothing_finite(plan: Make, kind: str) -> None:
 
 
 def test_guard_sees_what_the_cast_makes(plan: Make) -> None:
-    """A float64 weight beyond fp32 is finite where it lies and infinite in the shadow: checked after the cast."""
+    """A float64 weight beyond fp32 is finite where it lies and infinite in the shadow: checked
+    after the cast.
+    """
     pairs = pair_up([torch.ones(2)], [torch.tensor([1e300, 3.0], dtype=torch.float64)])
     plan(pairs).run([0.5], update=0, guard=True)
     assert pairs[0].shadows[0].tolist() == [1.0, 2.0]
@@ -377,11 +417,13 @@ def test_guard_in_chunks(plan: Make) -> None:
     assert (pairs[0].shadows[0][:-1] == 0.5).all()
 
 
-# --- [Note: rounding] --------------------------------------------------------------------------------------------
+# --- [Note: rounding] -----------------------------------------------------------------------------
 
 
 def test_rounding_is_unbiased() -> None:
-    """Up by chance in proportion to the distance: the mean of n roundings is the value, to 5 standard errors."""
+    """Up by chance in proportion to the distance: the mean of n roundings is the value, to 5
+    standard errors.
+    """
     n = 200_000
     for value in (1.001, -1.001, 3.14159e-20, 0.999999, 1e-40, -123456.789):
         wide = torch.full((n,), value)
@@ -395,7 +437,9 @@ def test_rounding_is_unbiased() -> None:
 
 
 def test_exact_values_stay() -> None:
-    """What bfloat16 can hold is never moved, at any noise: nothing is cut off, so nothing can carry."""
+    """What bfloat16 can hold is never moved, at any noise: nothing is cut off, so nothing can
+    carry.
+    """
     every = torch.arange(1 << 16).to(torch.int16).view(BF16)
     every = every[~every.isnan()]
     for word in (0, 0xFFFFFFFF, 0x80000000):
@@ -404,7 +448,9 @@ def test_exact_values_stay() -> None:
 
 
 def test_rounding_passes_the_infinite() -> None:
-    """inf, -inf and nan stay what they are: a carry would turn inf into nan, and a small nan payload into inf."""
+    """inf, -inf and nan stay what they are: a carry would turn inf into nan, and a small nan
+    payload into inf.
+    """
     wide = torch.tensor(
         [0x7F800000, -0x00800000, 0x7FC00000, 0x7F800001, -1], dtype=torch.int32
     ).view(torch.float32)
@@ -416,7 +462,9 @@ def test_rounding_passes_the_infinite() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-13, 2.0**-15, 2.0**-20, 2.0**-26])
 def test_float16_is_unbiased(scale: float) -> None:
-    """The half below or above, by chance in proportion to the distance, also where halves are counted in steps of 2^-24."""
+    """The half below or above, by chance in proportion to the distance, also where halves are
+    counted in steps of 2^-24.
+    """
     n = 4096
     for value in (0.7123, -0.3321):
         wide = torch.full((n,), value * scale)
@@ -454,7 +502,9 @@ def test_rounding_keeps_the_sign_of_zero() -> None:
 
 
 def test_compact_moves(plan: Make) -> None:
-    """Fact 13: a bf16 shadow rounded to nearest stays at 1.0 for ever at decay 0.999; rounded by chance it follows."""
+    """Fact 13: a bf16 shadow rounded to nearest stays at 1.0 for ever at decay 0.999; rounded by
+    chance it follows.
+    """
     n, decay, updates = 4096, 0.999, 300
     shadow, live = torch.ones(n, dtype=BF16), torch.full((n,), 1.5)
     made = plan([ShadowPair("w", [shadow], live, numbers())])
@@ -468,7 +518,9 @@ def test_compact_moves(plan: Make) -> None:
 
 @pytest.mark.parametrize("cut", [0, 1, 777, 1999, 2000])
 def test_noise_does_not_depend_on_the_cut(plan: Make, cut: int) -> None:
-    """The same bits on any world size: noise is numbered by the element in the full weight, not in the piece."""
+    """The same bits on any world size: noise is numbered by the element in the full weight, not in
+    the piece.
+    """
     n = 2000
     whole = ShadowPair("w", [draw(n, BF16, 1)], draw(n, torch.float32, 2), numbers())
     shadow, live = whole.shadows[0].clone(), whole.live.clone()
@@ -502,8 +554,10 @@ def test_noise_differs() -> None:
 
 
 def test_noise_is_no_permutation() -> None:
-    """CRC-32 is linear: the keys of two names of one length differ by the same bits in every update. With one mix the noise
-    of one weight would be that of the other in another order, for ever: the second `_mix` in noise."""
+    """CRC-32 is linear: the keys of two names of one length differ by the same bits in every
+    update. With one mix the noise of one weight would be that of the other in another order, for
+    ever: the second `_mix` in noise.
+    """
     index = torch.arange(1000)
     for update in range(3):
         apart = noise_key(0, update, "layer.1") ^ noise_key(0, update, "layer.2")
@@ -514,12 +568,14 @@ def test_noise_is_no_permutation() -> None:
 
 
 def test_noise_of_huge_weights() -> None:
-    """Element numbers beyond 2^32 do not repeat the noise of the first 4 billion: `indices >> 32` in noise."""
+    """Element numbers beyond 2^32 do not repeat the noise of the first 4 billion: `indices >> 32`
+    in noise.
+    """
     index = torch.arange(1000)
     assert (noise(0, 0, "w", index) == noise(0, 0, "w", index + (1 << 32))).sum() < 3
 
 
-# --- the hot path ------------------------------------------------------------------------------------------------
+# --- the hot path ---------------------------------------------------------------------------------
 
 SYNCS = {
     "_local_scalar_dense",
@@ -542,7 +598,9 @@ STEP = {
 
 
 class Watch(TorchDispatchMode):
-    """Counts operators, and raises on those that make the host wait for the device or copy from it."""
+    """Counts operators, and raises on those that make the host wait for the device or copy from
+    it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -588,7 +646,9 @@ def test_no_host_sync(plan: Make, kind: str, guard: bool) -> None:
 
 @pytest.mark.parametrize("kind", PLAIN)
 def test_a_step_allocates_nothing(plan: Make, kind: str) -> None:
-    """After construction a step is lerp, cat into the scratch and copies: no other operator, so no new memory."""
+    """After construction a step is lerp, cat into the scratch and copies: no other operator, so no
+    new memory.
+    """
     made = plan(KINDS[kind]())
     scratch = {key: held.data_ptr() for key, held in made.scratch.items()}
     with watched() as watch:
@@ -620,8 +680,10 @@ def status(field):
 n, f32, bf16 = 16 * SCRATCH, torch.float32, torch.bfloat16
 for shadow, live in ((f32, f32), (f32, bf16), (bf16, f32)):
     sizes = [8, 5000, n - 10_000, 4992]
-    shadows, lives = torch.zeros(n, dtype=shadow).split(sizes), [torch.ones(k, dtype=live) for k in sizes]
-    plan = UpdatePlan([ShadowPair(f"{i}", [s], x, torch.arange) for i, (s, x) in enumerate(zip(shadows, lives))], passes=PASSES)
+    shadows = torch.zeros(n, dtype=shadow).split(sizes)
+    numbered = enumerate(zip(shadows, [torch.ones(k, dtype=live) for k in sizes]))
+    pairs = [ShadowPair(f"{i}", [s], x, torch.arange) for i, (s, x) in numbered]
+    plan = UpdatePlan(pairs, passes=PASSES)
     for guard in (False, True):
         plan.run([0.5], 0, guard)
         Path("/proc/self/clear_refs").write_text("5")
@@ -636,8 +698,10 @@ for shadow, live in ((f32, f32), (f32, bf16), (bf16, f32)):
     not Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux"
 )
 def test_memory_of_an_update(plan: Make) -> None:
-    """After the first update a further one takes no memory at all, but for chunks where eager code guards or rounds. The
-    weights have 16 chunks, and every row of figures is in chunks; in a process of its own, because garbage counts too."""
+    """After the first update a further one takes no memory at all, but for chunks where eager code
+    guards or rounds. The weights have 16 chunks, and every row of figures is in chunks; in a
+    process of its own, because garbage counts too.
+    """
     passes = plan.keywords["passes"]  # type: ignore[attr-defined]
     code = MEMORY.replace("PASSES", str(passes))
     done = subprocess.run(
@@ -662,7 +726,9 @@ def test_gate_does_not_wait(copies_first: bool) -> None:
 
 
 def test_gate_copies_until_accepted() -> None:
-    """Until one update was accepted, schedules whose first decay is 0 copy; a plain update opens the gate for good."""
+    """Until one update was accepted, schedules whose first decay is 0 copy; a plain update opens
+    the gate for good.
+    """
     gate = SkippedSteps()
     assert gate.weigh(1.0, True, torch.tensor(1.0)) == 0
     assert gate.weigh(0.5, True, torch.tensor(1.0)) == 0

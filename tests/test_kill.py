@@ -1,14 +1,15 @@
-"""Ranks that save over and over are killed at random moments: what stands there is one whole version, and not an old one.
+"""Ranks that save over and over are killed at random moments: what stands there is one whole
+version, and not an old one.
 
-    python tests/test_kill.py --kills 50                      50 kills in each mode, about a second each on an idle machine
+    python tests/test_kill.py --kills 50    50 kills in each mode, about a second each
     python tests/test_kill.py --kills 50 --mode fallback
 
-Each round starts two ranks on what the last kill left, kills one or both (SIGKILL) while they overwrite `average`, and looks
-at a copy: so the next round's first save has to tidy up by itself. `fallback` does without RENAME_EXCHANGE, and is killed
-between its two renames too.
+Each round starts two ranks on what the last kill left, kills one or both (SIGKILL) while they
+overwrite `average`, and looks at a copy: so the next round's first save has to tidy up by itself.
+`fallback` does without RENAME_EXCHANGE, and is killed between its two renames too.
 
-How to read a failure: the message names the seed, the mode and the round; --seed repeats the same choices, though not the
-same moments.
+How to read a failure: the message names the seed, the mode and the round; --seed repeats the same
+choices, though not the same moments.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ MODES = ("direct", "stream", "fallback", "behind")
 KILLS = int(os.environ.get("DIST_EMA_KILLS", "2"))  # in each mode
 
 
-# --- the ranks ---------------------------------------------------------------------------------------------------
+# --- the ranks ------------------------------------------------------------------------------------
 
 
 def save_for_ever(rank: int, folder: Path, store: str, mode: str, first: int, between: int) -> None:
@@ -85,7 +86,7 @@ def _die_between_renames(atomic: Any, after: int) -> None:
     atomic.os.rename = rename
 
 
-# --- the killer --------------------------------------------------------------------------------------------------
+# --- the killer -----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -201,7 +202,8 @@ def _look(folder: Path, mode: str, tally: Tally) -> int:
     version: int = saved.extra["version"]
     for name, weight in load_file(path).items():
         assert (weight == version).all(), f"{name} is not of version {version}"
-    # NOTE: behind training a call returns while its own version is under way, and after the one before was put in place.
+    # NOTE: behind training a call returns while its own version is under way, and after the one
+    # before was put in place.
     oldest = last - 1 if mode == "behind" else last
     assert oldest <= version <= last + 2, f"version {version} stands there, {last} had returned"
     tally.newer += version > last

@@ -1,4 +1,6 @@
-"""Lightning: the script of docs/lightning.md, killed and resumed; swaps, checkpoints and refusals in one process."""
+"""Lightning: the script of docs/lightning.md, killed and resumed; swaps, checkpoints and refusals
+in one process.
+"""
 
 from __future__ import annotations
 
@@ -63,14 +65,16 @@ def trainer(folder: Path, callback: EMACallback, **options: Any) -> Trainer:
         folder, filename="{epoch}", monitor="loss", save_top_k=1, save_last=True
     )
     quiet: dict[str, Any] = {
-        "accelerator": "cpu", "max_epochs": 3, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-        "callbacks": [checkpoints, callback],
+        "accelerator": "cpu", "max_epochs": 3, "logger": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "callbacks": [checkpoints, callback],
     }  # fmt: skip
     return Trainer(**quiet | options)
 
 
 def test_fit_test_predict(tmp_path: Path) -> None:
-    """Everything but training sees the average; files hold the live model, and its average beside; both are rotated."""
+    """Everything but training sees the average; files hold the live model, and its average beside;
+    both are rotated.
+    """
     callback, net = EMACallback(decay=0.5), Net()
     made = trainer(tmp_path, callback)
     made.fit(net, data(), data())
@@ -98,7 +102,9 @@ def test_fit_test_predict(tmp_path: Path) -> None:
 
 
 def test_refuses(tmp_path: Path) -> None:
-    """A test without any average, a resume from a checkpoint without one, one elsewhere, a save under the average."""
+    """A test without any average, a resume from a checkpoint without one, one elsewhere, a save
+    under the average.
+    """
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 2"):
         EMACallback(decay=2)
     with pytest.raises(ValueError, match=r"decay must be a float or a schedule .* got None"):
@@ -143,7 +149,9 @@ def test_a_validation_that_raises(tmp_path: Path) -> None:
 
 
 def test_after_a_fit_that_raises(tmp_path: Path) -> None:
-    """The next fit has an average of its own, and its files; another model is not taken for the one that was fitted."""
+    """The next fit has an average of its own, and its files; another model is not taken for the one
+    that was fitted.
+    """
 
     class Late(Net):
         def validation_step(self, batch: Any, index: int) -> None:
@@ -167,8 +175,10 @@ def test_after_a_fit_that_raises(tmp_path: Path) -> None:
 
 
 def test_moved_after_the_fit(tmp_path: Path) -> None:
-    """Lightning moves the module to the host behind a fit. Here it is cast, which an EMA refuses to follow for the same
-    reason. Guards the property `ema`."""
+    """Lightning moves the module to the host behind a fit.
+
+    Here it is cast, which an EMA refuses to follow for the same reason. Guards the property `ema`.
+    """
     callback, net = EMACallback(decay=0.5), Net()
     made = trainer(tmp_path, callback)
     made.fit(net, data(), data())
@@ -237,7 +247,9 @@ def test_logs(tmp_path: Path) -> None:
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
-    """2 processes, SIGKILL in the middle of an epoch: live and average equal the uninterrupted run."""
+    """2 processes, SIGKILL in the middle of an epoch: live and average equal the uninterrupted
+    run.
+    """
     script = script_of("lightning.md", tmp_path)
     with Launcher("lightning", "torch._dynamo", ACCELERATE_USE_CPU="1") as launcher:
         whole = launcher.start(script, tmp_path / "whole")

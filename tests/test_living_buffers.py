@@ -115,7 +115,9 @@ def spectra(model: nn.Module) -> list[float]:
 
 
 class Quantizer(nn.Module):
-    """A codebook kept by cluster sizes and sums: their ratio is the code, the mean of ratios is not."""
+    """A codebook kept by cluster sizes and sums: their ratio is the code, the mean of ratios is
+    not.
+    """
 
     def __init__(self) -> None:
         super().__init__()

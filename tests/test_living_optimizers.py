@@ -1,4 +1,6 @@
-"""When an update comes: after every listed optimizer has stepped, in whatever order, and after what wraps it."""
+"""When an update comes: after every listed optimizer has stepped, in whatever order, and after what
+wraps it.
+"""
 
 from __future__ import annotations
 
@@ -212,7 +214,9 @@ class Clipper(Outer):
 
 
 class MasterCopy(Outer):
-    """ZeRO's way: the inner optimizer steps fp32 masters, and the model's weights are copied after it."""
+    """ZeRO's way: the inner optimizer steps fp32 masters, and the model's weights are copied after
+    it.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         groups = [list(group["params"]) for group in optimizer.param_groups]
@@ -422,7 +426,9 @@ def test_two_phase_sam() -> None:
 
 
 def written_between(write: Callable[[nn.Module], None], overlap: bool, device: str | None) -> float:
-    """Forced normalisation or a clamp between steps: averaged as the reference sees it, or named."""
+    """Forced normalisation or a clamp between steps: averaged as the reference sees it, or
+    named.
+    """
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     naive, ema = Naive(model), EMA(model, 0.75, device=device)
@@ -454,7 +460,9 @@ def test_writes_between_steps(case: Any) -> None:
 
 
 def test_an_optimizer_of_copies_is_named() -> None:
-    """Master weights: the model gets what was stepped only after the step, so the average would be late."""
+    """Master weights: the model gets what was stepped only after the step, so the average would be
+    late.
+    """
     model = nn.Linear(4, 4).bfloat16()
     masters = [nn.Parameter(p.detach().float()) for p in model.parameters()]
     ema = EMA(model, 0.5)

@@ -1,7 +1,7 @@
 """Living models on two ranks: DDP, FSDP1, FSDP2 and tensor parallel in one spawn, and DCP.
 
-Each program is either right or raises by name; the table `RED` holds those that are silent or unclear today, and must be
-equal to what is seen: an engineer who makes one right removes its line.
+Each program is either right or raises by name; the table `RED` holds those that are silent or
+unclear today, and must be equal to what is seen: an engineer who makes one right removes its line.
 """
 
 from __future__ import annotations
@@ -303,7 +303,9 @@ def without_an_average(kind: str) -> Callable[[], float]:
 
 
 def assigned_before_a_verb(kind: str, convert_first: bool) -> Callable[[], float]:
-    """What the user assigns is live's, whatever verb comes before the next forward; and the block is the average's."""
+    """What the user assigns is live's, whatever verb comes before the next forward; and the block
+    is the average's.
+    """
 
     def program() -> float:
         run = Run(kind)

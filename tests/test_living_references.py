@@ -1,6 +1,7 @@
 """No weak reference to a Parameter is kept: torch's `swap_tensors` refuses a tensor that has one.
 
-`module.to` of a sharded model goes through it, so one reference makes `model.cpu()` raise for the life of the model.
+`module.to` of a sharded model goes through it, so one reference makes `model.cpu()` raise for the
+life of the model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Storages move between updates: the next update follows them, or raises by name, and lets the old memory go."""
+"""Storages move between updates: the next update follows them, or raises by name, and lets the old
+memory go.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +136,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", programs(CASES, RED))
 def test_a_storage_that_moved(case: Any) -> None:
-    """After `at` updates, when nothing is looked at any more; then a few steps, and the reference."""
+    """After `at` updates, when nothing is looked at any more; then a few steps, and the
+    reference.
+    """
     move, at = case
     program = Program(net())
 
@@ -268,7 +272,9 @@ def test_every_engine_follows(title: str) -> None:
 
 
 def test_the_memory_of_the_old_storage_is_let_go() -> None:
-    """Weeks of training beside a dead copy of the model is what an average of the wrong storage costs."""
+    """Weeks of training beside a dead copy of the model is what an average of the wrong storage
+    costs.
+    """
 
     def alive(size: int) -> int:
         gc.collect()
@@ -300,7 +306,9 @@ def test_a_weight_on_the_meta_device_is_named() -> None:
 
 
 def test_assigned_parameters_are_named_by_the_next_update() -> None:
-    """An update looks at one registered weight, so whatever replaces all of them is seen at once."""
+    """An update looks at one registered weight, so whatever replaces all of them is seen at
+    once.
+    """
     program = Program(net())
     program.step(5)
     state = {name: value.clone() for name, value in program.model.state_dict().items()}

@@ -1,4 +1,6 @@
-"""Tensor subclasses, and weights that hold nothing here: carried by name, averaged inside, or refused by name."""
+"""Tensor subclasses, and weights that hold nothing here: carried by name, averaged inside, or
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ class Int8(Wrapped):
 
 
 class Single(Wrapped):
-    """A weight that only chooses another all-gather: one inner tensor of the same shape and dtype."""
+    """A weight that only chooses another all-gather: one inner tensor of the same shape and
+    dtype.
+    """
 
     inner_names = ("data_",)
 

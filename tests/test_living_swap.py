@@ -1,4 +1,6 @@
-"""What a block writes while weights are lent: named, and the same in every dtype; what is taken out of it."""
+"""What a block writes while weights are lent: named, and the same in every dtype; what is taken out
+of it.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,9 @@ class Low(nn.Module):
 
 
 class Tree(nn.Module):
-    """Named branches for the edits: two of one shape, a list, a tied pair, an adapter, a frozen layer."""
+    """Named branches for the edits: two of one shape, a list, a tied pair, an adapter, a frozen
+    layer.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -390,7 +392,9 @@ def test_freezing_is_followed_or_named() -> None:
 
 
 def test_a_file_holds_what_the_model_is(tmp_path: Path) -> None:
-    """The case of a resized classifier: after `rescan` the file loads into the new model, strictly."""
+    """The case of a resized classifier: after `rescan` the file loads into the new model,
+    strictly.
+    """
     program = Program(Tree())
     program.step(2)
     resized_head(program.model)  # type: ignore[arg-type]
@@ -403,7 +407,10 @@ def test_a_file_holds_what_the_model_is(tmp_path: Path) -> None:
 
 
 def test_a_complex_weight_that_is_unfrozen_is_noticed_too() -> None:
-    """At the next update, long after the first ones. Guards `can_average`, which both looks share."""
+    """At the next update, long after the first ones.
+
+    Guards `can_average`, which both looks share.
+    """
     model = nn.Module()
     model.real = nn.Parameter(torch.ones(2))
     model.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64), requires_grad=False)

@@ -1,8 +1,8 @@
-"""What `ema.metrics()` says is true: distances against float64, copies against a flipped bit, times against a clock that
-the test holds.
+"""What `ema.metrics()` says is true: distances against float64, copies against a flipped bit, times
+against a clock that the test holds.
 
-How to read a failure: `ranks` compares with sums over full weights in one process; `Streams` is a device whose two streams
-are two numbers, so every time is known in advance.
+How to read a failure: `ranks` compares with sums over full weights in one process; `Streams` is a
+device whose two streams are two numbers, so every time is known in advance.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests._models import Images, Net, batch, image_batch
 from tests._oracle import Collectives, Training
 from tests._ranks import raises, run_ranks
 
-# --- over ranks ----------------------------------------------------------------------------------------------------
+# --- over ranks -----------------------------------------------------------------------------------
 
 
 def relative(run: Training, ema: EMA, which: int) -> float:
@@ -126,7 +126,7 @@ def test_over_ranks() -> None:
     run_ranks(2, ranks)
 
 
-# --- in one process ------------------------------------------------------------------------------------------------
+# --- in one process -------------------------------------------------------------------------------
 
 
 def test_distance_of_awkward_models() -> None:
@@ -191,7 +191,7 @@ def test_small_tensors_are_read_together(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sizes == [3000] * 13 + [1000, 3000, 3000, 1000]
 
 
-# --- times ---------------------------------------------------------------------------------------------------------
+# --- times ----------------------------------------------------------------------------------------
 
 
 class At:
@@ -237,7 +237,9 @@ class Streams:
 
 
 def test_times_of_a_side_stream() -> None:
-    """A step of 3 ms hides 3 of the 5 ms; what has not passed is not known, and never waited for."""
+    """A step of 3 ms hides 3 of the 5 ms; what has not passed is not known, and never waited
+    for.
+    """
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     ema = EMA(model, 0.5)
@@ -277,7 +279,9 @@ def test_a_stall_is_timed_once() -> None:
 
 
 def test_times_of_the_others() -> None:
-    """Inline the step waits for all of it; a host thread adds the copy to it and averages behind it."""
+    """Inline the step waits for all of it; a host thread adds the copy to it and averages behind
+    it.
+    """
     for device in (None, "cpu"):
         model = nn.Linear(300, 300)
         ema = EMA(model, 0.5, device=device)
@@ -300,7 +304,10 @@ def test_times_of_the_others() -> None:
 
 
 def test_the_distance_settles() -> None:
-    """It is that of the average after the last update, and of the weights where they are now. Guards settle and follow."""
+    """It is that of the average after the last update, and of the weights where they are now.
+
+    Guards settle and follow.
+    """
     for engine in (
         lambda: None,
         lambda: Overlapped(Held()),

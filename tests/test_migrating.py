@@ -106,7 +106,9 @@ class Snippet:
 
     @staticmethod
     def swa(_: Any, swa_start: int, swa_freq: int) -> Formula:
-        """torchcontrib: buffer += (weight - buffer) / (n + 1) in some of the steps; n counts them."""
+        """torchcontrib: buffer += (weight - buffer) / (n + 1) in some of the steps; n counts
+        them.
+        """
 
         def kept(step: int) -> float:
             if step <= swa_start:

@@ -1,6 +1,7 @@
 """launch/minimal_fsdp2.py: short, and it does what it says when torchrun starts it.
 
-A rank is judged by what it printed and wrote: gloo processes now and then abort at interpreter exit.
+A rank is judged by what it printed and wrote: gloo processes now and then abort at interpreter
+exit.
 """
 
 from __future__ import annotations

@@ -98,7 +98,9 @@ def test_closures_and_steps_that_raise() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_skipped_steps_under_a_scaler(fused: bool) -> None:
-    """A fused optimizer's hook fires for a skipped step too (fact 16): weight 0, taken from found_inf on the device."""
+    """A fused optimizer's hook fires for a skipped step too (fact 16): weight 0, taken from
+    found_inf on the device.
+    """
     toy = Toy(0.5, optimizer=lambda p: torch.optim.SGD(p, lr=1.0, fused=fused))
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1000)
     for gradient in (1.0, float("inf"), 1.0):
@@ -117,7 +119,10 @@ def test_skipped_steps_under_a_scaler(fused: bool) -> None:
 
 @pytest.mark.parametrize("schedule", [Uniform(), Debiased(0.9), Power(gamma=2.0)])
 def test_a_skipped_first_update_does_not_keep_the_start(schedule: Any) -> None:
-    """Schedules whose first decay is 0 go on copying until one update was accepted. Guards Gate.weigh's where()."""
+    """Schedules whose first decay is 0 go on copying until one update was accepted.
+
+    Guards Gate.weigh's where().
+    """
     toy = Toy(schedule, optimizer=lambda p: torch.optim.SGD(p, lr=1.0, fused=True))
     toy.optimizer.found_inf = torch.tensor(1.0)
     with torch.no_grad():
@@ -133,7 +138,9 @@ def test_a_skipped_first_update_does_not_keep_the_start(schedule: Any) -> None:
 
 
 def test_non_finite_live_weights_are_kept_out() -> None:
-    """guard=True keeps the shadow element by element; a weight of 0 would not (fact 15: 0 * NaN is NaN)."""
+    """guard=True keeps the shadow element by element; a weight of 0 would not (fact 15: 0 * NaN is
+    NaN).
+    """
     for guard in (True, False):
         model = nn.Linear(3, 1, bias=False)
         optimizer = torch.optim.SGD(model.parameters(), 1.0)
@@ -237,7 +244,9 @@ def test_bad_arguments_name_themselves() -> None:
 
 
 def test_numbers_of_any_kind(tmp_path: Path) -> None:
-    """Of numpy and torch too: the clock and the attachment go into ema.json, where only Python's do."""
+    """Of numpy and torch too: the clock and the attachment go into ema.json, where only Python's
+    do.
+    """
     toy = Toy(HalfLife(10.0), every=np.int64(2), start=torch.tensor(1), elapsed=np.float32(4.0))
     toy.step(3)
     toy.ema.update(torch.tensor(3))
@@ -254,7 +263,10 @@ def hooks_on(optimizer: torch.optim.Optimizer) -> int:
 
 
 def test_an_ema_that_is_dropped_is_freed() -> None:
-    """The optimizer does not keep it: shadows go, and the next step says so, once. Guards `WeakMethod` in _StepHook."""
+    """The optimizer does not keep it: shadows go, and the next step says so, once.
+
+    Guards `WeakMethod` in _StepHook.
+    """
     toy = Toy()
     average, shadow = (
         weakref.ref(toy.ema.weights),
@@ -289,7 +301,10 @@ def test_a_detached_ema_is_silent() -> None:
 
 
 def test_detach_in_the_middle() -> None:
-    """Of an interval: time that went by is not lost. Of a swap, after a refusal: the loan is taken back all the same."""
+    """Of an interval: time that went by is not lost.
+
+    Of a swap, after a refusal: the loan is taken back all the same.
+    """
     toy = Toy(Uniform(), every=3)
     toy.step(2)
     toy.ema.detach()

@@ -1,6 +1,7 @@
 """Geometry of regions, by brute force: every element is counted once and lies where it says.
 
-How to read a failure: the seed is fixed, so a failing draw comes back; the assertion names sizes, range or box.
+How to read a failure: the seed is fixed, so a failing draw comes back; the assertion names sizes,
+range or box.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def numbered(shape: tuple[int, ...]) -> np.ndarray:
     return np.arange(math.prod(shape)).reshape(shape)
 
 
-# --- boxes and runs ----------------------------------------------------------------------------------------------
+# --- boxes and runs -------------------------------------------------------------------------------
 
 
 def test_boxes_cover() -> None:
@@ -78,14 +79,17 @@ def test_boxes_of_whole() -> None:
 
 
 def test_runs() -> None:
-    """runs: the contiguous stretches of a block in the file, in the block's own order, and as few as there can be."""
+    """runs: the contiguous stretches of a block in the file, in the block's own order, and as few
+    as there can be.
+    """
     for draw, shape in shapes(2000, seed=2):
         box = a_box(draw, shape)
         found = list(runs(box, shape))
         covered = list(itertools.chain.from_iterable(range(start, start + n) for start, n in found))
         wanted = numbered(shape)[box.slices].ravel()
         assert covered == wanted.tolist(), (box, shape)
-        # NOTE: as few as the dimensions that are covered completely allow; rows that touch by chance stay apart.
+        # NOTE: as few as the dimensions that are covered completely allow; rows that touch by
+        # chance stay apart.
         whole = next((d for d in reversed(range(len(shape))) if box.sizes[d] != shape[d]), 0)
         assert len(found) == math.prod(box.sizes[:whole])
 
@@ -108,7 +112,9 @@ def test_split_box_wastes_nothing() -> None:
 
 
 def test_box() -> None:
-    """Box.meet is the set intersection, None if empty; Box.within cuts it out of a tensor that holds the outer box."""
+    """Box.meet is the set intersection, None if empty; Box.within cuts it out of a tensor that
+    holds the outer box.
+    """
     met = 0
     for draw, shape in shapes(2000, seed=4):
         a, b = a_box(draw, shape), a_box(draw, shape)
@@ -138,7 +144,7 @@ def test_even() -> None:
         assert max(lengths) - min(lengths) <= 1
 
 
-# --- regions of permuted weights ---------------------------------------------------------------------------------
+# --- regions of permuted weights ------------------------------------------------------------------
 
 
 def shard(weight: Tensor, order: tuple[int, ...] | None, region: Region) -> Shard:
@@ -150,7 +156,9 @@ def shard(weight: Tensor, order: tuple[int, ...] | None, region: Region) -> Shar
 
 
 def drawn(seed: int, n: int = 800) -> Iterator[tuple[Shard, Region, Tensor]]:
-    """(record, region, elements of the full weight in the region's order); half of the weights are permuted."""
+    """(record, region, elements of the full weight in the region's order); half of the weights are
+    permuted.
+    """
     for draw, shape in shapes(n, seed):
         order = tuple(draw.sample(range(len(shape)), len(shape)))
         plain = order == tuple(range(len(shape))) or draw.random() < 0.5
@@ -168,7 +176,9 @@ def drawn(seed: int, n: int = 800) -> Iterator[tuple[Shard, Region, Tensor]]:
 
 
 def test_pieces() -> None:
-    """pieces: each block of the full row-major weight with its view, whatever the storage order; all of it, once."""
+    """pieces: each block of the full row-major weight with its view, whatever the storage order;
+    all of it, once.
+    """
     for record, region, elements in drawn(seed=5):
         weight, seen = record.tensor, []
         data = elements.clone()
@@ -191,7 +201,9 @@ def test_pieces_write_through() -> None:
 
 
 def test_numbering() -> None:
-    """numbering: row-major numbers in the full weight, so that rounding noise is the same under any cut and order."""
+    """numbering: row-major numbers in the full weight, so that rounding noise is the same under any
+    cut and order.
+    """
     draw = random.Random(7)
     for record, region, elements in drawn(seed=7):
         start, stop = a_range(draw, region.numel)
@@ -207,7 +219,9 @@ def test_numbering() -> None:
 
 
 def test_numbering_of_nothing() -> None:
-    """An empty shard of a rank beyond the rows (fact 4) has no numbers, and no division by its size of 0."""
+    """An empty shard of a rank beyond the rows (fact 4) has no numbers, and no division by its size
+    of 0.
+    """
     for order in (None, (1, 0)):
         empty = Region((4, 0), (0, 3), 0, 0)
         assert numbering(shard(torch.zeros(4, 3), order, empty), empty, CPU)(0, 0).tolist() == []
@@ -230,11 +244,13 @@ def test_channels_last(shape: tuple[int, ...]) -> None:
     )
 
 
-# --- slots and shadows -------------------------------------------------------------------------------------------
+# --- slots and shadows ----------------------------------------------------------------------------
 
 
 class Odd(nn.Module):
-    """Long and short neighbours in one storage, a lone long weight, a 0-dim, an empty, a half and a complex one."""
+    """Long and short neighbours in one storage, a lone long weight, a 0-dim, an empty, a half and a
+    complex one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,8 +266,9 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_allocate(dtype: torch.dtype) -> None:
-    """Shadows begin as live, in one arena per dtype; neighbours stay neighbours, lone long ones are aligned, and short ones
-    that touch nothing lie before them, end to end."""
+    """Shadows begin as live, in one arena per dtype; neighbours stay neighbours, lone long ones are
+    aligned, and short ones that touch nothing lie before them, end to end.
+    """
     torch.manual_seed(0)
     slots = assign(discovery.find_shards(Odd()).shards, lambda _: True, split=True)
     arenas = allocate(slots, dtype, None)
@@ -279,7 +296,9 @@ def test_allocate(dtype: torch.dtype) -> None:
 
 
 def test_short_weights_share_one_pack() -> None:
-    """Biases between long matrices become one step of a plan: short chains lie together in the arena (`_starts`)."""
+    """Biases between long matrices become one step of a plan: short chains lie together in the
+    arena (`_starts`).
+    """
     model = nn.Sequential(*[nn.Linear(128, 130) for _ in range(3)])
     slots = assign(discovery.find_shards(model).shards, lambda _: True, split=True)
     allocate(slots, torch.float32, None)
@@ -295,8 +314,9 @@ def test_short_weights_share_one_pack() -> None:
 
 
 def test_neighbours_in_one_storage_stay_one() -> None:
-    """What lies end to end in the model (FSDP1's flat parameters) is one chain, long or short, with empty ones in between,
-    in the order of the model, and so one step of a plan."""
+    """What lies end to end in the model (FSDP1's flat parameters) is one chain, long or short, with
+    empty ones in between, in the order of the model, and so one step of a plan.
+    """
     for sizes in ([7, 0, arena.LONG, 5], [arena.LONG // 2] * 3, [4, 0, 4]):
         model, flat = nn.Module(), torch.randn(sum(sizes))
         model.first = nn.Parameter(
@@ -329,7 +349,9 @@ def test_allocate_elsewhere() -> None:
 
 
 def test_slot_of_one_process() -> None:
-    """In a world of one a slot owns and answers for all that it holds, and `average` is live until there is a shadow."""
+    """In a world of one a slot owns and answers for all that it holds, and `average` is live until
+    there is a shadow.
+    """
     model = nn.Linear(3, 2)
     slots = assign(discovery.find_shards(model).shards, lambda _: True, split=True)
     for slot, weight in zip(slots, model.parameters(), strict=True):
@@ -343,7 +365,9 @@ def test_slot_of_one_process() -> None:
 
 
 def test_parts_cover() -> None:
-    """parts: what a rank answers for in blocks of at most MOST, own buffers in place of the model's."""
+    """parts: what a rank answers for in blocks of at most MOST, own buffers in place of the
+    model's.
+    """
     model = nn.BatchNorm1d(3)
     slots = assign(
         discovery.find_shards(model).shards, lambda shard: shard.kind != "buffer", split=True
@@ -354,16 +378,19 @@ def test_parts_cover() -> None:
         for number, offsets, block in ownership.saved_blocks(slots, own)
     }
     assert found == {
-        "weight": ((0,), [1.0] * 3), "bias": ((0,), [0.0] * 3), "running_mean": ((0,), [7.0, 8.0, 9.0]),
-        "running_var": ((0,), [1.0] * 3), "num_batches_tracked": ((), 0),
+        "weight": ((0,), [1.0] * 3), "bias": ((0,), [0.0] * 3),
+        "running_mean": ((0,), [7.0, 8.0, 9.0]), "running_var": ((0,), [1.0] * 3),
+        "num_batches_tracked": ((), 0),
     }  # fmt: skip
 
 
-# --- fingerprints ------------------------------------------------------------------------------------------------
+# --- fingerprints ---------------------------------------------------------------------------------
 
 
 def test_fingerprint_sees_every_byte() -> None:
-    """Equal bits, equal hash; any byte changed, any two elements exchanged, another length: another hash."""
+    """Equal bits, equal hash; any byte changed, any two elements exchanged, another length: another
+    hash.
+    """
     data = torch.randn(64, generator=torch.Generator().manual_seed(0))
     seen = {int(fingerprint(data))}
     assert int(fingerprint(data.clone())) in seen
@@ -380,7 +407,9 @@ def test_fingerprint_sees_every_byte() -> None:
 
 
 def test_fingerprint_sees_permutations() -> None:
-    """Replicas that hold the same values in another order differ: all 5 x 5 permutation matrices, one hash each."""
+    """Replicas that hold the same values in another order differ: all 5 x 5 permutation matrices,
+    one hash each.
+    """
     rows = torch.eye(5)
     orders = list(itertools.permutations(range(5)))
     assert len({int(fingerprint(rows[list(order)].view(-1))) for order in orders}) == len(orders)

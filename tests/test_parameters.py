@@ -1,4 +1,6 @@
-"""An EMA over parameters that came without their module: plain, DDP, FSDP2; what cannot be held is refused by name."""
+"""An EMA over parameters that came without their module: plain, DDP, FSDP2; what cannot be held is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,13 @@ def bits(tensors: Any) -> list[Tensor]:
     return [t.detach().clone() for t in tensors]
 
 
-# --- one process -------------------------------------------------------------------------------------------------
+# --- one process ----------------------------------------------------------------------------------
 
 
 def test_list_equals_the_model() -> None:
-    """A list averages what the model does, under 0, 1, ...; pairs keep the names, and `only=` searches them."""
+    """A list averages what the model does, under 0, 1, ...; pairs keep the names, and `only=`
+    searches them.
+    """
     model = Net()
     whole = EMA(model, 0.5)
     bare, named = EMA(model.parameters(), 0.5), EMA(model.named_parameters(), 0.5, only="blocks")
@@ -107,12 +111,14 @@ def test_split_takes_a_group() -> None:
         EMA(nn.Linear(2, 2), split="yes")  # type: ignore[arg-type]
 
 
-# --- what loops bring along --------------------------------------------------------------------------------------
+# --- what loops bring along -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", [Warmup(0.95), Ratio(), Ramp(tau=3.0), Uniform()], ids=repr)
 def test_a_decay_for_one_update(schedule: Any) -> None:
-    """`update(decay=...)` in place of the schedule's, which is asked in vain; the clock moves all the same."""
+    """`update(decay=...)` in place of the schedule's, which is asked in vain; the clock moves all
+    the same.
+    """
     model = nn.Linear(3, 3)
     scheduled, given = EMA(model, schedule), EMA(model, Constant(0.123))
     for now in range(1, 6):
@@ -156,7 +162,7 @@ def test_swap_in_two_calls() -> None:
     assert same(before, snapshot(model))
 
 
-# --- ranks -------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def trained(kind: str, build: Any) -> tuple[Training, EMA, Oracle]:
@@ -186,7 +192,9 @@ def check_error(ema: EMA, oracle: Oracle, run: Training, nameless: bool) -> None
 
 
 def check_swap(run: Training, ema: EMA, oracle: Oracle) -> None:
-    """The root is warm on both sides: without the resharding both forwards would read stale copies."""
+    """The root is warm on both sides: without the resharding both forwards would read stale
+    copies.
+    """
     run.probe()
     before = bits(
         shard._local_tensor if hasattr(shard, "_local_tensor") else shard
@@ -222,7 +230,10 @@ def on_ranks(folder: str) -> None:
 
 
 def share(kind: str, ema: EMA) -> None:
-    """FSDP2's DTensors tell how they are cut. Nothing tells that DDP's parameters are replicas: each rank holds all."""
+    """FSDP2's DTensors tell how they are cut.
+
+    Nothing tells that DDP's parameters are replicas: each rank holds all.
+    """
     held = sum(slot.averaged_region.numel for slot in ema.weights.averages[0].averaged)
     total = sum(p.numel() for p in Net().parameters() if p.requires_grad)
     assert (held == total) == (kind == "ddp")
@@ -230,7 +241,9 @@ def share(kind: str, ema: EMA) -> None:
 
 
 def files(path: str) -> None:
-    """Taken by name from one model, an average goes on under a list of another, in the same files."""
+    """Taken by name from one model, an average goes on under a list of another, in the same
+    files.
+    """
     run = Training("fsdp2")
     ema = EMA(run.model.named_parameters(), 0.5)
     ema.attach(run.optimizer)
@@ -248,7 +261,9 @@ def files(path: str) -> None:
 
 
 def divided(path: str) -> None:
-    """split=group: cut like DDP's, half of it on each rank, and equal to the EMA of the DDP model."""
+    """split=group: cut like DDP's, half of it on each rank, and equal to the EMA of the DDP
+    model.
+    """
     run = Training("ddp")
     whole, parts = (
         EMA(run.model, SCHEDULE),
@@ -281,6 +296,8 @@ def refused() -> None:
 
 @pytest.mark.multirank
 def test_lists_on_ranks(tmp_path: Path) -> None:
-    """Red without `Parameters._find_owners`: FSDP2 would evaluate, and train on, copies that no swap reaches."""
+    """Red without `Parameters._find_owners`: FSDP2 would evaluate, and train on, copies that no
+    swap reaches.
+    """
     run_ranks(2, on_ranks, str(tmp_path))
     assert load_file(tmp_path / "fsdp2").keys() == load_file(tmp_path / "ddp").keys()

@@ -1,6 +1,9 @@
-"""Every wrapper equals the plain run. Prints one table: wrappers x checks; a cell holds or the test is red.
+"""Every wrapper equals the plain run.
 
-How to read a failure: the assertion inside `check_wrapper` names the column; the parameters name the row.
+Prints one table: wrappers x checks; a cell holds or the test is red.
+
+How to read a failure: the assertion inside `check_wrapper` names the column; the parameters name
+the row.
 """
 
 from __future__ import annotations
@@ -21,15 +24,15 @@ from tests._oracle import Collectives, Oracle, Training, same, snapshot
 from tests._ranks import raises, run_ranks
 
 ROWS = [
-    ("none", 1), ("ddp", 2), ("ddp", 3), ("ddp whole", 2), ("fsdp1 flat", 2), ("fsdp1 orig", 2), ("fsdp1 orig", 3),
-    ("fsdp1 grad_op", 2), ("fsdp1 no_shard", 2), ("fsdp1 hybrid", 4), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2 kept", 2),
-    ("fsdp2 offload", 2), ("hsdp", 4), ("fsdp2 tp", 4), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3),
-    ("zero3 kept", 2),
+    ("none", 1), ("ddp", 2), ("ddp", 3), ("ddp whole", 2), ("fsdp1 flat", 2), ("fsdp1 orig", 2),
+    ("fsdp1 orig", 3), ("fsdp1 grad_op", 2), ("fsdp1 no_shard", 2), ("fsdp1 hybrid", 4),
+    ("fsdp2", 2), ("fsdp2", 3), ("fsdp2 kept", 2), ("fsdp2 offload", 2), ("hsdp", 4),
+    ("fsdp2 tp", 4), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3), ("zero3 kept", 2),
 ]  # fmt: skip
 SCHEDULE = Warmup(0.95)
 COLUMNS = [
-    "no collective in update", "update = oracle", "swap forward", "restored", "restored after raise", "trains on",
-    "file = gather", "load exact", "bytes",
+    "no collective in update", "update = oracle", "swap forward", "restored",
+    "restored after raise", "trains on", "file = gather", "load exact", "bytes",
 ]  # fmt: skip
 
 
@@ -98,7 +101,9 @@ def check_wrapper(kind: str, folder: str) -> dict[str, Any]:
 
 
 def bytes_hold(kind: str, ema: EMA) -> bool:
-    """At most 4 x the elements of this rank's live shard (1/replicas of them + 1 %) + 64 per piece."""
+    """At most 4 x the elements of this rank's live shard (1/replicas of them + 1 %) + 64 per
+    piece.
+    """
     slots = ema.weights.averages[0].averaged
     live = sum(slot.shard.local_region.numel for slot in slots if not slot.shard.replicas)
     shared = 0.0

@@ -1,4 +1,6 @@
-"""`dist-ema plan`: conversions checked against replayed averages, costs against the counts they are made of."""
+"""`dist-ema plan`: conversions checked against replayed averages, costs against the counts they are
+made of.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,13 @@ def call(call: Call) -> Call:
     return partial(call, "plan")
 
 
-# --- the decay ---------------------------------------------------------------------------------------------------
+# --- the decay ------------------------------------------------------------------------------------
 
 
 def test_widths() -> None:
-    """Half-life, window and width are what the weights of a replayed average have: median, mean age + 1, deviation."""
+    """Half-life, window and width are what the weights of a replayed average have: median, mean age
+    + 1, deviation.
+    """
     of = pace(decay=0.99, length=5000)
     ages = np.arange(4000)
     weights = 0.01 * 0.99**ages
@@ -74,7 +78,9 @@ def test_power_of_that_width() -> None:
 
 
 def test_scaling() -> None:
-    """At twice the batch half the updates on twice the samples: the same average of weights that move with the samples."""
+    """At twice the batch half the updates on twice the samples: the same average of weights that
+    move with the samples.
+    """
     one = pace(half_life=50_000, unit="samples", batch_size=100, length=1e6)
     two = scaled(one, 2)
     assert two.decay == pytest.approx(one.decay**2, rel=1e-12)
@@ -141,7 +147,9 @@ def test_json(call: Call) -> None:
 
 
 def test_plot(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A PNG, with and without a length and a second batch size; refused where matplotlib is missing."""
+    """A PNG, with and without a length and a second batch size; refused where matplotlib is
+    missing.
+    """
     for name, more in (
         ("a", []),
         ("b", ["--length", "5k"]),
@@ -155,7 +163,7 @@ def test_plot(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (code, "pip install 'dist-ema[plot]'" in err) == (1, True)
 
 
-# --- the cost ----------------------------------------------------------------------------------------------------
+# --- the cost -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -218,7 +226,7 @@ def test_cost_table(call: Call) -> None:
     assert "50 GB/s (assumed), link 25 GB/s (assumed)" in out
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Choosing the decay after training: profiles, the fit, snapshots, and what is written.
 
-How to read a failure: `recursion` is the oracle of profiles, 10 lines that replay every update; `dense` the oracle of the
-fit, which solves the constrained problem on the whole matrix by Lagrange multipliers.
+How to read a failure: `recursion` is the oracle of profiles, 10 lines that replay every update;
+`dense` the oracle of the fit, which solves the constrained problem on the whole matrix by Lagrange
+multipliers.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ from tests.ema_json import stamped
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())
 ANY = [
-    Constant(0.9), Constant(1.0), HalfLife(30), Warmup(0.99), Ratio(0.97), Ramp(0.99, tau=20), Power(sigma_rel=0.1),
-    Power(gamma=2.5, origin="training"), Cosine(0.9, total=200), Uniform(), Debiased(0.95), Constant(0.0),
+    Constant(0.9), Constant(1.0), HalfLife(30), Warmup(0.99), Ratio(0.97), Ramp(0.99, tau=20),
+    Power(sigma_rel=0.1), Power(gamma=2.5, origin="training"), Cosine(0.9, total=200), Uniform(),
+    Debiased(0.95), Constant(0.0),
 ]  # fmt: skip
 TWO = (Power(sigma_rel=0.05), Power(sigma_rel=0.10))
 
@@ -89,14 +91,15 @@ def dense(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
 def inner_product(a: float, end_a: float, b: float, end_b: float) -> float:
     """The integral of two profiles t^a on [0, end_a] and t^b on [0, end_b], each scaled to area 1.
 
-    Karras et al. 2023, appendix C: (a+1)(b+1) / (a+b+1) / later * (earlier / later)^(exponent of the later one).
+    Karras et al. 2023, appendix C: (a+1)(b+1) / (a+b+1) / later * (earlier / later)^(exponent of
+    the later one).
     """
     if end_a > end_b:
         return inner_product(b, end_b, a, end_a)
     return (a + 1) * (b + 1) / (a + b + 1) / end_b * (end_a / end_b) ** b
 
 
-# --- profiles ----------------------------------------------------------------------------------------------------
+# --- profiles -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("of", ANY, ids=repr)
@@ -112,7 +115,9 @@ def test_profile(of: Schedule, elapsed: float, before: float) -> None:
 
 
 def test_inner_product() -> None:
-    """The closed form of the paper: as the golden file has it, as an integral, and as the limit of what is stored."""
+    """The closed form of the paper: as the golden file has it, as an integral, and as the limit of
+    what is stored.
+    """
     assert "(g_i+1)(g_j+1)(t_i/t_j)^e / ((g_i+g_j+1) max(t_i,t_j))" in GOLDEN["post_hoc"]
     for (a, s), (b, t) in (
         ((17.0, 3.0), (7.0, 5.0)),
@@ -138,7 +143,9 @@ def test_inner_product() -> None:
     "target", [*TWO, Power(sigma_rel=0.07), Power(gamma=0), Constant(0.99), Uniform()], ids=repr
 )
 def test_fit(target: Schedule) -> None:
-    """The streaming solution is that of the whole matrix; a stored profile comes out with weight 1, alone."""
+    """The streaming solution is that of the whole matrix; a stored profile comes out with weight 1,
+    alone.
+    """
     some = stored(count=8, each=25)
     fit, columns = coefficients(some, target), matrix(some)
     wanted = recursion(target, 200)
@@ -161,7 +168,9 @@ def test_fit(target: Schedule) -> None:
 
 
 def test_paper() -> None:
-    """The paper's solution, from integrals: of a long run the discrete one is the same, and only its sum is not held to 1."""
+    """The paper's solution, from integrals: of a long run the discrete one is the same, and only
+    its sum is not held to 1.
+    """
     some = stored(count=12, each=2000)
     ends = [(gamma(each.schedule), each.now) for each in some]  # type: ignore[arg-type]
     target = (gamma(Power(sigma_rel=0.08)), 24000.0)
@@ -177,7 +186,9 @@ def test_paper() -> None:
     "of", [Constant(0.99), Power(gamma=3, origin="training"), Warmup(0.98)], ids=repr
 )
 def test_start(of: Schedule) -> None:
-    """Schedules that keep a share of the start: profiles and mixtures sum to 1 with it, so a frozen weight stays itself."""
+    """Schedules that keep a share of the start: profiles and mixtures sum to 1 with it, so a frozen
+    weight stays itself.
+    """
     some = stored([of, Constant(0.97)], count=6, each=10, before=30)
     columns, target = matrix(some), Constant(0.98)
     fit = coefficients(some, target)
@@ -199,7 +210,9 @@ def test_nothing_yet(of: Schedule) -> None:
 
 
 def test_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many updates share cells: what is in the span stays exact, and the rest moves by less than the cells are wide."""
+    """Many updates share cells: what is in the span stays exact, and the rest moves by less than
+    the cells are wide.
+    """
     some = stored(count=8, each=125)
     exact = {target: coefficients(some, target) for target in (TWO[0], Power(sigma_rel=0.08))}
     monkeypatch.setattr(profiles, "MOST_CELLS", 130)
@@ -230,7 +243,9 @@ def test_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_at() -> None:
-    """An earlier moment: later snapshots get no weight, and a moment between two updates is that of the earlier one."""
+    """An earlier moment: later snapshots get no weight, and a moment between two updates is that of
+    the earlier one.
+    """
     some = stored(count=8, each=25)
     assert coefficients(some, TWO[1], at=100).weights == pytest.approx(
         [float(i == 7) for i in range(16)], abs=1e-10
@@ -269,7 +284,7 @@ def test_not_one_run() -> None:
         coefficients([Profile(Ratio(), 5, 10), Profile(Ratio(), 10, 20)], TWO[0])
 
 
-# --- snapshots ---------------------------------------------------------------------------------------------------
+# --- snapshots ------------------------------------------------------------------------------------
 
 
 class Small(Tied):
@@ -333,7 +348,9 @@ def minus(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> dict[str, t
 
 
 def test_reconstruct(run: Any, tmp_path: Path) -> None:
-    """Mixed is what was tracked, weight by weight; the rest comes from the newest snapshot; every name is back."""
+    """Mixed is what was tracked, weight by weight; the rest comes from the newest snapshot; every
+    name is back.
+    """
     out, tracked, model = run
     for sigma, wanted in tracked.items():
         fit = snapshots.reconstruct(out, tmp_path / str(sigma), sigma_rel=sigma)
@@ -416,7 +433,9 @@ def attached(path: Path, options: dict[str, Any], size: float) -> Any:
 
 
 def test_compact(tmp_path: Path) -> None:
-    """bf16 snapshots: half the size, errors of bf16, and a start without a clock, not something to resume from."""
+    """bf16 snapshots: half the size, errors of bf16, and a start without a clock, not something to
+    resume from.
+    """
     _, ema, beside = train(tmp_path / "s", dtype=torch.bfloat16, tracked=[Power(sigma_rel=0.07)])
     fit = snapshots.reconstruct(tmp_path / "s", tmp_path / "out", sigma_rel=0.07)
     error = far(load_file(tmp_path / "out"), beside.gather(), ["emb.weight", "norm.weight"])
@@ -428,7 +447,9 @@ def test_compact(tmp_path: Path) -> None:
 
 
 def test_compact_float8(tmp_path: Path) -> None:
-    """Frozen float8 weights are wider in a bf16 snapshot, and their own dtype again in the mixture, bit for bit."""
+    """Frozen float8 weights are wider in a bf16 snapshot, and their own dtype again in the mixture,
+    bit for bit.
+    """
     model = nn.Linear(2, 2)
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
         frozen = torch.randn(8).to(kind)
@@ -448,7 +469,9 @@ def test_compact_float8(tmp_path: Path) -> None:
 
 
 def test_due(tmp_path: Path) -> None:
-    """When the clock passes a multiple: once, whatever the steps, and never before averaging began."""
+    """When the clock passes a multiple: once, whatever the steps, and never before averaging
+    began.
+    """
     model = nn.Linear(2, 2)
     ema = EMA(model, 0.9)
     assert ema.snapshot(tmp_path / "s", every=10) is None
@@ -498,7 +521,9 @@ def test_more_averages_than_updates(tmp_path: Path) -> None:
 
 
 def test_resumed(tmp_path: Path) -> None:
-    """A run cut short and resumed stores the same sequence, with no snapshot of its own at the seam."""
+    """A run cut short and resumed stores the same sequence, with no snapshot of its own at the
+    seam.
+    """
     model = nn.Linear(2, 2)
     for name, cut in (("whole", 0), ("cut", 25)):
         ema = EMA(model, TWO)
@@ -542,7 +567,9 @@ def _collective(folder: str) -> list[str]:
 
 @pytest.mark.multirank
 def test_ranks(tmp_path: Path) -> None:
-    """All ranks save when due, without asking each other; sharded and replicated snapshots mix alike."""
+    """All ranks save when due, without asking each other; sharded and replicated snapshots mix
+    alike.
+    """
     assert run_ranks(2, _collective, str(tmp_path)) == [["ddp", "fsdp2"]] * 2
     for kind in ("ddp", "fsdp2"):
         assert len(list((tmp_path / kind).iterdir())) == 5
@@ -587,7 +614,9 @@ def test_eleven_averages(tmp_path: Path) -> None:
 
 
 def test_refused(run: Any, tmp_path: Path) -> None:
-    """Too few, mixed models, mixed runs, damage, and widths that the snapshots cannot express: by name, nothing written."""
+    """Too few, mixed models, mixed runs, damage, and widths that the snapshots cannot express: by
+    name, nothing written.
+    """
     out = tmp_path / "out"
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         snapshots.reconstruct(tmp_path / "nowhere", out, sigma_rel=0.1)
@@ -645,7 +674,7 @@ def test_refused(run: Any, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-# --- the command -------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def test_command(run: Any, tmp_path: Path, call: Call) -> None:
@@ -673,7 +702,10 @@ def test_command(run: Any, tmp_path: Path, call: Call) -> None:
 
 
 def test_sweep(run: Any, tmp_path: Path, call: Call) -> None:
-    """A model per width and a plot; JSON has the weights. Nothing is written if one of them is refused."""
+    """A model per width and a plot; JSON has the weights.
+
+    Nothing is written if one of them is refused.
+    """
     plot = tmp_path / "fit.png"
     code, out, _ = call(
         "reconstruct", run[0], tmp_path / "o", "--sweep", "0.05:0.09:0.02", "--json", "--plot", plot
@@ -769,7 +801,7 @@ def test_skipped(run: Any, tmp_path: Path, call: Call) -> None:
     )
 
 
-# --- a real run --------------------------------------------------------------------------------------------------
+# --- a real run -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -787,7 +819,9 @@ def digits() -> ModuleType:
 
 
 def test_digits(digits: ModuleType, tmp_path: Path) -> None:
-    """2 stored profiles, 32 snapshots of a real run: what is mixed equals what was tracked to 1e-3, and is worth having."""
+    """2 stored profiles, 32 snapshots of a real run: what is mixed equals what was tracked to 1e-3,
+    and is worth having.
+    """
     sigmas = (0.03, 0.07, 0.12, 0.15, 0.20)
     trained = digits.train_and_store(tmp_path, epochs=10, seed=0, snapshots=32, tracked=sigmas)
     assert len(list(trained.snapshots.iterdir())) == 32

@@ -1,7 +1,9 @@
-"""Reading: what differs is said at once, what is damaged changes nothing, and any safetensors model is a start.
+"""Reading: what differs is said at once, what is damaged changes nothing, and any safetensors model
+is a start.
 
-How to read a failure: `small` makes a model of a few weights whose values say which weight they are; `values` is what an
-average holds. The fuzz at the end names the mutation; tests/fuzz.py makes it again from the seed.
+How to read a failure: `small` makes a model of a few weights whose values say which weight they
+are; `values` is what an average holds. The fuzz at the end names the mutation; tests/fuzz.py makes
+it again from the seed.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def nothing_changes(ema: EMA) -> Iterator[None]:
     assert clock == ema.weights.clock_to_dict()
 
 
-# --- names and shapes --------------------------------------------------------------------------------------------
+# --- names and shapes -----------------------------------------------------------------------------
 
 
 def wide(names: str, size: int = 3) -> nn.Module:
@@ -74,7 +76,9 @@ def wide(names: str, size: int = 3) -> nn.Module:
 
 
 def test_all_differences_are_listed(tmp_path: Path) -> None:
-    """Three lists with counts, five names each; the message says how to load what is common, unless shapes differ."""
+    """Three lists with counts, five names each; the message says how to load what is common, unless
+    shapes differ.
+    """
     moved(wide("abcdefgh")).save(tmp_path / "a")
     ema = EMA(wide("aABCDEFGH"), 0.5)
     with (
@@ -94,7 +98,9 @@ def test_all_differences_are_listed(tmp_path: Path) -> None:
 
 
 def test_what_is_common(tmp_path: Path) -> None:
-    """strict=False: new weights take the live values, left-over ones are ignored, and both are named."""
+    """strict=False: new weights take the live values, left-over ones are ignored, and both are
+    named.
+    """
     old = moved(wide("abc"))
     old.save(tmp_path / "a")
     ema = EMA(wide("bcde"), 0.5)
@@ -131,7 +137,9 @@ def test_another_kind_is_no_weight(tmp_path: Path) -> None:
 
 
 def test_an_ema_that_has_not_started(tmp_path: Path) -> None:
-    """attach(start=...) not reached: loading what had started goes on at once; what had not started has not."""
+    """attach(start=...) not reached: loading what had started goes on at once; what had not started
+    has not.
+    """
     saved = moved(wide("ab"))
     saved.save(tmp_path / "a")
     model = wide("ab")
@@ -165,7 +173,7 @@ def test_a_state_dict_with_a_broken_clock() -> None:
             ema.load_state_dict(state)
 
 
-# --- a start from any model --------------------------------------------------------------------------------------
+# --- a start from any model -----------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings(STARTS)
@@ -174,7 +182,9 @@ def test_a_state_dict_with_a_broken_clock() -> None:
 def test_every_dtype_is_a_start(
     shadow: torch.dtype, stored: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Converted window by window, here of 64 bytes; the clock is that of a new EMA, buffers are not taken."""
+    """Converted window by window, here of 64 bytes; the clock is that of a new EMA, buffers are not
+    taken.
+    """
     monkeypatch.setattr(reader, "WINDOW", 64)
     source = {
         name: (value.to(stored) if value.is_floating_point() else value)
@@ -238,7 +248,10 @@ LAYOUTS = [
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tied", ["emb.weight", "head.weight", "both"])
 def test_every_layout_is_a_start(layout: str, tied: str, tmp_path: Path) -> None:
-    """Of tied names the file may hold either, or both if they agree. Frozen weights and buffers need not be there."""
+    """Of tied names the file may hold either, or both if they agree.
+
+    Frozen weights and buffers need not be there.
+    """
     weights = {name: torch.randn(value.shape) for name, value in Core().named_parameters()}
     weights["head.weight"] = weights["emb.weight"].clone()
     for name in {"emb.weight", "head.weight"} - (
@@ -287,7 +300,9 @@ def test_tied_here_and_not_there(tmp_path: Path) -> None:
 
 
 def test_an_export_is_a_start(tmp_path: Path) -> None:
-    """A folder says that it has no clock to go on with; its sums are checked; one file is as good."""
+    """A folder says that it has no clock to go on with; its sums are checked; one file is as
+    good.
+    """
     saved = moved(Core())
     saved.export(tmp_path / "out", max_shard_size=300)
     saved.export(tmp_path / "one.safetensors")
@@ -315,7 +330,10 @@ def flip(path: Path) -> None:
 
 @pytest.mark.filterwarnings(STARTS)
 def test_several_start_and_resume(tmp_path: Path) -> None:
-    """All averages start from one model. Saved ones are found by their schedules, also beyond ten; the rest in order."""
+    """All averages start from one model.
+
+    Saved ones are found by their schedules, also beyond ten; the rest in order.
+    """
     decays = [i / 16 for i in range(12)]
     saved = EMA(wide("ab"), decays)
     for i, profile in enumerate(saved.weights.averages):
@@ -345,7 +363,7 @@ def test_several_start_and_resume(tmp_path: Path) -> None:
     assert [int(values(two, i)["b"][0]) for i in range(2)] == [8, 8]
 
 
-# --- the disk ----------------------------------------------------------------------------------------------------
+# --- the disk -------------------------------------------------------------------------------------
 
 
 def test_files_that_nobody_summed(tmp_path: Path) -> None:
@@ -391,17 +409,22 @@ def test_a_file_of_a_folder_is_summed_too(verb: str, tmp_path: Path) -> None:
 
 
 ODD_META: list[dict[str, Any]] = [
-    {"files": {"model.safetensors": {}}}, {"files": {"model.safetensors": 7}}, {"kind": "sun"}, {"weights": "some"},
-    {"files": {"model.safetensors": {"size": "1", "crc32": "00000000"}}}, {"aliases": []}, {"aliases": {"a": "b"}},
-    {"files": {"model.safetensors": {"size": 1, "crc32": None}}}, {"aliases": {"a": [7]}}, {"averaged": "ab"},
-    {"averaged": [1]}, {"own_buffers": {"a": 1}}, {"averages": {"x-Constant": {"own_buffers": []}}}, {"schedules": [7]},
-    {"averages": {"1-Constant": {}}}, {"schedules": [{"name": "Power", "sigma_rel": 1e-300}]}, {"clock": [1]},
+    {"files": {"model.safetensors": {}}}, {"files": {"model.safetensors": 7}}, {"kind": "sun"},
+    {"weights": "some"}, {"files": {"model.safetensors": {"size": "1", "crc32": "00000000"}}},
+    {"aliases": []}, {"aliases": {"a": "b"}},
+    {"files": {"model.safetensors": {"size": 1, "crc32": None}}}, {"aliases": {"a": [7]}},
+    {"averaged": "ab"}, {"averaged": [1]}, {"own_buffers": {"a": 1}},
+    {"averages": {"x-Constant": {"own_buffers": []}}}, {"schedules": [7]},
+    {"averages": {"1-Constant": {}}}, {"schedules": [{"name": "Power", "sigma_rel": 1e-300}]},
+    {"clock": [1]},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("odd", ODD_META, ids=str)
 def test_ema_json_is_not_trusted(odd: dict[str, Any], tmp_path: Path) -> None:
-    """What reading would trip over in the middle is one sentence at the beginning: Manifest.problems."""
+    """What reading would trip over in the middle is one sentence at the beginning:
+    Manifest.problems.
+    """
     ema = moved(wide("ab"))
     ema.save(tmp_path / "a")
     path = tmp_path / "a" / manifest.META
@@ -473,7 +496,9 @@ def test_aliases_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A save over the folder between the check and the reading: one version is read, the one that was checked."""
+    """A save over the folder between the check and the reading: one version is read, the one that
+    was checked.
+    """
     old, new = moved(Core()), moved(Core(), updates=5)
     old.save(tmp_path / "a")
     fill = reader.OpenCheckpoint.fill
@@ -490,7 +515,10 @@ def test_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_disk_that_fails_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut between the check and the reading: an error, and a new average instead of a mixture. Guards _begin_again."""
+    """Cut between the check and the reading: an error, and a new average instead of a mixture.
+
+    Guards _begin_again.
+    """
     moved(Core()).save(tmp_path / "a")
     fill = reader.OpenCheckpoint.fill
 
@@ -524,7 +552,8 @@ from torch import nn
 from dist_ema import EMA
 
 def field(name):
-    return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith(name))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith(name))
 
 torch.set_num_threads(1)
 model = nn.Sequential(*(nn.utils.skip_init(nn.Linear, 6144, 4096) for _ in range(2)))
@@ -546,7 +575,9 @@ print(field("VmHWM") - base)
 
 
 def test_memory_while_loading(tmp_path: Path) -> None:
-    """201 MB of weights come in through windows of 4 MB; some 30 MB is the code that runs for the first time."""
+    """201 MB of weights come in through windows of 4 MB; some 30 MB is the code that runs for the
+    first time.
+    """
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "a")],
         capture_output=True,
@@ -556,7 +587,7 @@ def test_memory_while_loading(tmp_path: Path) -> None:
     assert int(done.stdout) <= 48, done.stdout
 
 
-# --- load_file ---------------------------------------------------------------------------------------------------
+# --- load_file ------------------------------------------------------------------------------------
 
 
 def test_load_file(tmp_path: Path) -> None:
@@ -594,8 +625,8 @@ def test_load_file_refuses(tmp_path: Path) -> None:
     ema = moved(wide("ab"))
     ema.save(tmp_path / "a")
     for name, words in [
-        ("nowhere", "does not exist"), ("a.pt", "is no safetensors file"), ("empty", "holds no model.safetensors"),
-        ("a/ema.json", "no sound weight_map"),
+        ("nowhere", "does not exist"), ("a.pt", "is no safetensors file"),
+        ("empty", "holds no model.safetensors"), ("a/ema.json", "no sound weight_map"),
     ]:  # fmt: skip
         for read in (ema.load, load_file):
             with pytest.raises(ValueError, match=words):
@@ -606,7 +637,9 @@ def test_load_file_refuses(tmp_path: Path) -> None:
 
 
 def test_metadata_is_not_always_an_alias(tmp_path: Path) -> None:
-    """Other writers keep other things there: 'format' is never a weight, and a weight is never overwritten."""
+    """Other writers keep other things there: 'format' is never a weight, and a weight is never
+    overwritten.
+    """
     save_file(
         {"pt": torch.ones(1), "b": torch.zeros(1)},
         tmp_path / "a.safetensors",
@@ -617,7 +650,7 @@ def test_metadata_is_not_always_an_alias(tmp_path: Path) -> None:
     assert found["b"] == found["c"] == 0
 
 
-# --- ranks -------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -684,7 +717,9 @@ def names_on_ranks(kind: str, folder: str) -> None:
 
 
 def slices_on_ranks(kind: str, folder: str) -> None:
-    """A rank reads what it averages, in the file's dtype, and its half of every file if the sums are checked."""
+    """A rank reads what it averages, in the file's dtype, and its half of every file if the sums
+    are checked.
+    """
     if dist.get_rank() == 0:
         source = {name: torch.randn(v.shape).bfloat16() for name, v in Net().named_parameters()}
         os.makedirs(f"{folder}/hf")
@@ -708,7 +743,9 @@ def slices_on_ranks(kind: str, folder: str) -> None:
 
 
 def damage_on_ranks(kind: str, folder: str) -> None:
-    """A flipped bit is an error on all, whoever's part it lies in; so are files that the ranks do not see alike."""
+    """A flipped bit is an error on all, whoever's part it lies in; so are files that the ranks do
+    not see alike.
+    """
     mine = dist.get_rank() == 1
     ema = EMA(wrap(kind, Net()), 0.5)
     for _ in range(2):
@@ -746,7 +783,7 @@ def test_on_ranks(tmp_path: Path) -> None:
     run_ranks(2, on_ranks, str(tmp_path))
 
 
-# --- fuzz --------------------------------------------------------------------------------------------------------
+# --- fuzz -----------------------------------------------------------------------------------------
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int, bytes]]:
@@ -772,8 +809,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_fuzz(good: Path, seed: int, tmp_path: Path) -> None:
-    """100 damaged folders a seed: a ValueError or OSError, or exactly the weights and the clock that were saved; nothing is
-    written, and an average that could not be loaded is as it was."""
+    """100 damaged folders a seed: a ValueError or OSError, or exactly the weights and the clock
+    that were saved; nothing is written, and an average that could not be loaded is as it was.
+    """
     ema = moved(Core(), [0.5, Uniform()])
     ema.load(good)
     want, clock = [values(ema, i) for i in range(2)], ema.weights.clock_to_dict()

@@ -21,8 +21,9 @@ LOADER = [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(5)]
 
 
 def test_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every python block in one namespace, and every command; then LAWA's mean is the mean of what was kept, and the brake
-    has let go of the share that was asked."""
+    """Every python block in one namespace, and every command; then LAWA's mean is the mean of what
+    was kept, and the brake has let go of the share that was asked.
+    """
     monkeypatch.chdir(tmp_path)
     place: dict[str, Any] = {"__name__": "recipes"}
     blocks = re.findall(r"^```(python|sh)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
@@ -64,7 +65,9 @@ def one_epoch(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def test_swa_is_torchs() -> None:
-    """Uniform() with start= and every= beside SWALR is torch's AveragedModel, updated after each epoch from then on."""
+    """Uniform() with start= and every= beside SWALR is torch's AveragedModel, updated after each
+    epoch from then on.
+    """
     model, optimizer = small()
     ema = EMA(model, decay=Uniform())
     ema.attach(optimizer, start=2 * len(LOADER), every=len(LOADER))
@@ -83,7 +86,9 @@ def test_swa_is_torchs() -> None:
 
 @pytest.mark.parametrize("left", [0.1, 0.5])
 def test_brake(left: float) -> None:
-    """The share of the old weights that is left after the fine-tuning is the one that the half-life was chosen for."""
+    """The share of the old weights that is left after the fine-tuning is the one that the half-life
+    was chosen for.
+    """
     steps = 40
     model = nn.Linear(2, 2, bias=False)
     old, new = torch.ones(2, 2), torch.full((2, 2), 5.0)

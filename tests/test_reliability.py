@@ -1,4 +1,6 @@
-"""What if it happens on one rank only, late, twice, or behind our back? Each test is a way in which averages were lost."""
+"""What if it happens on one rank only, late, twice, or behind our back? Each test is a way in which
+averages were lost.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from tests.test_engines import Late
 
 
 def error_on_one_rank(folder: str) -> None:
-    """One rank's replaced weight is an error on all, at once, with its cause; afterwards they are in step again."""
+    """One rank's replaced weight is an error on all, at once, with its cause; afterwards they are
+    in step again.
+    """
     model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
     ema = EMA(model, 0.5)
     ema.timeout = 20
@@ -104,7 +108,10 @@ def groups_in_groups(folder: str) -> None:
 
 
 def buffers_of_another_dtype() -> None:
-    """A recalibrated bf16 buffer beside an fp32 average of it: the wire carries one dtype. Guards .to() in layout.parts."""
+    """A recalibrated bf16 buffer beside an fp32 average of it: the wire carries one dtype.
+
+    Guards .to() in layout.parts.
+    """
     model = wrap("ddp", Images().to(torch.bfloat16))
     ema = EMA(model, 0.5, buffers="average")
     with ema.swap():
@@ -124,7 +131,7 @@ def test_on_ranks(tmp_path: Path) -> None:
     run_ranks(2, buffers_of_another_dtype)
 
 
-# --- behind our back ---------------------------------------------------------------------------------------------
+# --- behind our back ------------------------------------------------------------------------------
 
 
 def test_weights_that_move_before_averaging_starts() -> None:
@@ -141,7 +148,9 @@ def test_weights_that_move_before_averaging_starts() -> None:
 
 
 class Counting(nn.Module):
-    """Registers a new buffer object at every step, as running statistics written by hand often do."""
+    """Registers a new buffer object at every step, as running statistics written by hand often
+    do.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +200,9 @@ def test_strided_buffers_and_frozen_weights_pass_through() -> None:
 
 @torch.no_grad()
 def _strided_ones_follow(model: nn.Module, ema: EMA) -> None:
-    """What was written to them is in the next gather, a swap restores them, and a copy reaches them."""
+    """What was written to them is in the next gather, a swap restores them, and a copy reaches
+    them.
+    """
     for _ in range(4):
         model.every_second += 1
         model.mask[0] *= 2  # one row, that all rows are
@@ -222,7 +233,7 @@ def _strided_ones_follow(model: nn.Module, ema: EMA) -> None:
         assert torch.equal(teacher.mask, model.mask)
 
 
-# --- order of calls ----------------------------------------------------------------------------------------------
+# --- order of calls -------------------------------------------------------------------------------
 
 
 def test_updates_by_hand_before_the_start() -> None:
@@ -412,7 +423,7 @@ def test_host_threads_end_with_their_owner() -> None:
     assert threading.active_count() <= before
 
 
-# --- files -------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_links_are_followed(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Saves side by side: what `keep=` removes, and above all what it never does; and the file that names the newest.
+"""Saves side by side: what `keep=` removes, and above all what it never does; and the file that
+names the newest.
 
 How to read a failure: `names` are the entries of the run's folder, hidden ones too.
 """
@@ -32,7 +33,7 @@ def names(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-# --- what goes ---------------------------------------------------------------------------------------------------
+# --- what goes ------------------------------------------------------------------------------------
 
 
 def test_the_last_few_are_kept(ema: EMA, tmp_path: Path) -> None:
@@ -72,7 +73,10 @@ def test_a_rewound_run(ema: EMA, tmp_path: Path) -> None:
 
 
 def test_what_is_not_ours_stays(ema: EMA, tmp_path: Path) -> None:
-    """Only complete averages under the same stem and a number. Each of these guards a condition in series.advance."""
+    """Only complete averages under the same stem and a number.
+
+    Each of these guards a condition in series.advance.
+    """
     run = tmp_path / "run"
     for name in (
         "ema-1",
@@ -141,8 +145,9 @@ def test_an_error_while_removing_is_a_warning(ema: EMA, tmp_path: Path) -> None:
 
 
 def test_half_removed_folders_go(ema: EMA, tmp_path: Path) -> None:
-    """What a killed removal or save left, of this stem and no other; and a pointer that was not put in place. A save that was
-    killed between two renames is finished."""
+    """What a killed removal or save left, of this stem and no other; and a pointer that was not put
+    in place. A save that was killed between two renames is finished.
+    """
     (tmp_path / f".latest.tmp-{HEX}").write_text("ema-1\n")
     for name in ("ema-1", "ema-3", "teacher-1"):
         (tmp_path / f".{name}.gone-{HEX}").mkdir()
@@ -180,7 +185,7 @@ def test_a_removal_is_durable_before_files_go(
     assert f"sync {tmp_path}" in calls[retired[0] : retired[1]]
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [0, -1, True, 2.0, "3"])
@@ -199,7 +204,9 @@ def test_a_name_without_a_number(ema: EMA, tmp_path: Path) -> None:
 
 
 def test_latest_of_somebody_else(ema: EMA, tmp_path: Path) -> None:
-    """DeepSpeed keeps a file of that name, others a link or a folder: refused before anything is written."""
+    """DeepSpeed keeps a file of that name, others a link or a folder: refused before anything is
+    written.
+    """
     pointer = tmp_path / "pointer"
     pointer.write_text("ema-1\n")
     for number, make in enumerate(
@@ -226,7 +233,7 @@ def test_latest_of_somebody_else(ema: EMA, tmp_path: Path) -> None:
         ema.save(tmp_path / "0" / "latest")
 
 
-# --- the pointer -------------------------------------------------------------------------------------------------
+# --- the pointer ----------------------------------------------------------------------------------
 
 
 def test_readers_follow_it(ema: EMA, tmp_path: Path) -> None:

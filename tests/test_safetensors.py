@@ -1,7 +1,8 @@
-"""The bytes of an artifact: what the safetensors library reads, the same bytes for the same weights, sums that add up,
-and a sentence for every file that is not sound.
+"""The bytes of an artifact: what the safetensors library reads, the same bytes for the same
+weights, sums that add up, and a sentence for every file that is not sound.
 
-How to read a failure: the oracles are the safetensors and huggingface_hub libraries and `zlib.crc32`.
+How to read a failure: the oracles are the safetensors and huggingface_hub libraries and
+`zlib.crc32`.
 """
 
 from __future__ import annotations
@@ -89,11 +90,13 @@ def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert raw(found[name]) == raw(value), name
 
 
-# --- the header --------------------------------------------------------------------------------------------------
+# --- the header -----------------------------------------------------------------------------------
 
 
 def test_safetensors_reads_it(tmp_path: Path) -> None:
-    """header: what the safetensors library itself loads, every dtype, 0-dim and empty weights included."""
+    """header: what the safetensors library itself loads, every dtype, 0-dim and empty weights
+    included.
+    """
     weights = odd_weights()
     write(tmp_path / "model.safetensors", weights, {"alias": "scalar"})
     same(load_file(tmp_path / "model.safetensors"), weights)
@@ -103,7 +106,9 @@ def test_safetensors_reads_it(tmp_path: Path) -> None:
 
 
 def test_we_read_safetensors(tmp_path: Path) -> None:
-    """read_header and load_file: the files of the safetensors library, its own order of weights included."""
+    """read_header and load_file: the files of the safetensors library, its own order of weights
+    included.
+    """
     weights = odd_weights()
     save_file(weights, tmp_path / "model.safetensors", {"who": "them"})
     assert read_header(tmp_path / "model.safetensors").metadata == {"who": "them"}
@@ -120,7 +125,9 @@ def test_our_header_comes_back(tmp_path: Path) -> None:
 
 
 def test_bytes_are_canonical() -> None:
-    """The header depends on the weights alone: by dtype size descending, then name, padded to 8 bytes."""
+    """The header depends on the weights alone: by dtype size descending, then name, padded to 8
+    bytes.
+    """
     weights, draw = entries(odd_weights()), random.Random(0)
     made = header(weights)
     for _ in range(20):
@@ -144,12 +151,14 @@ def test_sizes_agree_with_torch() -> None:
     assert {code: dtype.itemsize for code, dtype in DTYPES.items()} == ITEMSIZE
 
 
-# --- several files -----------------------------------------------------------------------------------------------
+# --- several files --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("most", ["1GB", 400, "0.3KB", 250])
 def test_plan_agrees_with_hugging_face(most: int | str, tmp_path: Path) -> None:
-    """plan and index: the files, the weight_map and the total that huggingface_hub makes of the sorted weights."""
+    """plan and index: the files, the weight_map and the total that huggingface_hub makes of the
+    sorted weights.
+    """
     draw = torch.Generator().manual_seed(1)
     sizes = torch.randint(1, 60, (20,), generator=draw).tolist()
     weights = {f"layer.{i}.w": torch.ones(n) for i, n in enumerate(sizes)}
@@ -192,9 +201,19 @@ def test_plan_of_a_giant() -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [(5_000_000, 5_000_000), ("5GB", 5 * 10**9), ("5 GB", 5 * 10**9), (" 500mb ", 5 * 10**8), ("2GiB", 2 << 30),
-     ("1.5KiB", 1536), ("3MiB", 3 << 20), ("7", 7), ("7B", 7), ("1e3KB", 10**6)],
-)  # fmt: skip
+    [
+        (5_000_000, 5_000_000),
+        ("5GB", 5 * 10**9),
+        ("5 GB", 5 * 10**9),
+        (" 500mb ", 5 * 10**8),
+        ("2GiB", 2 << 30),
+        ("1.5KiB", 1536),
+        ("3MiB", 3 << 20),
+        ("7", 7),
+        ("7B", 7),
+        ("1e3KB", 10**6),
+    ],
+)
 def test_size_of(text: int | str, size: int) -> None:
     """size_of: bytes from what Hugging Face users write."""
     assert size_of(text) == size
@@ -210,7 +229,7 @@ def test_size_of_refuses(text: Any) -> None:
         size_of(text)
 
 
-# --- [Note: check sums] ------------------------------------------------------------------------------------------
+# --- [Note: check sums] ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 64, 1000, 70_001])
@@ -254,7 +273,9 @@ def test_sums_see() -> None:
 
 
 def test_sums_of_huge_files() -> None:
-    """Offsets beyond 2^32 bytes: moving a part by the order of x changes nothing, by anything else it does."""
+    """Offsets beyond 2^32 bytes: moving a part by the order of x changes nothing, by anything else
+    it does.
+    """
     size, order = 1 << 40, (1 << 32) - 1
     marks = []
     for start in (0, 1, (1 << 32) + 5, (1 << 39) + 5):
@@ -267,7 +288,7 @@ def test_sums_of_huge_files() -> None:
     assert moved.contribution == marks[0]
 
 
-# --- files that are not sound ------------------------------------------------------------------------------------
+# --- files that are not sound ---------------------------------------------------------------------
 
 
 def pack(table: Any, data: bytes = b"") -> bytes:
@@ -298,7 +319,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "a number": (pack(b"7"), "broken safetensors header"),
     "null": (pack(b"null"), "broken safetensors header"),
     "entry is a list": (pack({"a": [1]}), "broken safetensors header"),
-    "entry lacks offsets": (pack({"a": {"dtype": "F32", "shape": [2]}}), "broken safetensors header: KeyError"),
+    "entry lacks offsets": (
+        pack({"a": {"dtype": "F32", "shape": [2]}}),
+        "broken safetensors header: KeyError",
+    ),
     "metadata is a text": (pack({"__metadata__": "x"}), "broken safetensors header"),
     "metadata is an empty list": (pack({"__metadata__": []}), "must map texts to texts"),
     "metadata holds a list": (pack({"__metadata__": {"a": []}}), "broken safetensors header"),
@@ -309,11 +333,23 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "offset is a bool": (pack({"a": spec(False, 8)}, bytes(8)), "whole numbers"),
     "negative shape": (pack({"a": spec(0, 8, shape=[-1, -2])}, bytes(8)), "whole numbers"),
     "shape is a number": (pack({"a": spec(0, 8, shape=2)}, bytes(8)), "broken safetensors header"),
-    "shape and range differ": (pack({"a": spec(0, 8, shape=[3])}, bytes(8)), "a lies at bytes 0 to 8, expected 12 from 0"),
-    "overflowing shape": (pack({"a": spec(0, 8, shape=[1 << 62, 1 << 62])}, bytes(8)), "a shape of 2 dimensions that"),
+    "shape and range differ": (
+        pack({"a": spec(0, 8, shape=[3])}, bytes(8)),
+        "a lies at bytes 0 to 8, expected 12 from 0",
+    ),
+    "overflowing shape": (
+        pack({"a": spec(0, 8, shape=[1 << 62, 1 << 62])}, bytes(8)),
+        "a shape of 2 dimensions that",
+    ),
     "half a character": (pack({"\ud800": spec(0, 8)}, bytes(8)), "surrogates not allowed"),
-    "a size hidden by a 0": (pack({"a": spec(0, 0, shape=[0, 1 << 62, 1 << 62])}), "a shape of 3 dimensions that cannot be"),
-    "too many dimensions": (pack({"a": spec(0, 4, shape=[1] * 65)}, bytes(4)), "a shape of 65 dimensions that cannot be"),
+    "a size hidden by a 0": (
+        pack({"a": spec(0, 0, shape=[0, 1 << 62, 1 << 62])}),
+        "a shape of 3 dimensions that cannot be",
+    ),
+    "too many dimensions": (
+        pack({"a": spec(0, 4, shape=[1] * 65)}, bytes(4)),
+        "a shape of 65 dimensions that cannot be",
+    ),
     "offsets beyond 2^63": (pack({"a": spec(1 << 63, 1 << 64)}), "whole numbers"),
     "a number of 4,000 digits": (pack(b'{"a": %s}' % (b"9" * 4000)), "broken safetensors header"),
     "a number of 5,000 digits": (pack(b'{"a": %s}' % (b"9" * 5000)), "broken safetensors header"),
@@ -321,18 +357,32 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "not a number": (pack(b'{"a": NaN}'), "NaN is no finite number"),
     "no finite number": (pack(b'{"a": 1e999}'), "1e999 is no finite number"),
     "UTF-16": (pack('{"a": 1}'.encode("utf-16")), "broken safetensors header: UnicodeDecodeError"),
-    "overlap": (pack({"a": spec(0, 8), "b": spec(4, 12)}, bytes(12)), "b lies at bytes 4 to 12, expected 8 from 8"),
-    "the same bytes twice": (pack({"a": spec(0, 8), "b": spec(0, 8)}, bytes(8)), "b lies at bytes 0 to 8"),
-    "a gap": (pack({"a": spec(0, 8), "b": spec(12, 20)}, bytes(20)), "b lies at bytes 12 to 20, expected 8 from 8"),
-    "a hole at the start": (pack({"a": spec(4, 12)}, bytes(12)), "a lies at bytes 4 to 12, expected 8 from 0"),
+    "overlap": (
+        pack({"a": spec(0, 8), "b": spec(4, 12)}, bytes(12)),
+        "b lies at bytes 4 to 12, expected 8 from 8",
+    ),
+    "the same bytes twice": (
+        pack({"a": spec(0, 8), "b": spec(0, 8)}, bytes(8)),
+        "b lies at bytes 0 to 8",
+    ),
+    "a gap": (
+        pack({"a": spec(0, 8), "b": spec(12, 20)}, bytes(20)),
+        "b lies at bytes 12 to 20, expected 8 from 8",
+    ),
+    "a hole at the start": (
+        pack({"a": spec(4, 12)}, bytes(12)),
+        "a lies at bytes 4 to 12, expected 8 from 0",
+    ),
     "backwards": (pack({"a": spec(8, 0)}, bytes(8)), "a lies at bytes 8 to 0"),
     "outside": (pack({"a": spec(0, 8)}, bytes(4)), "cut short or damaged"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_read_header_refuses(what: str, tmp_path: Path) -> None:
-    """Every unsound file is a ValueError that names the file and what is wrong, before a byte of weights is read."""
+    """Every unsound file is a ValueError that names the file and what is wrong, before a byte of
+    weights is read.
+    """
     content, message = BROKEN[what]
     path = tmp_path / "broken.safetensors"
     path.write_bytes(content)
@@ -357,7 +407,7 @@ def test_every_cut_is_seen(tmp_path: Path) -> None:
             read_header(path)
 
 
-# --- folders -----------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -378,7 +428,9 @@ def test_every_cut_is_seen(tmp_path: Path) -> None:
     ],
 )
 def test_read_model_stays_inside(name: Any, tmp_path: Path) -> None:
-    """An index that leads out of its folder, or to something else than safetensors, is refused: `_is_file_name`."""
+    """An index that leads out of its folder, or to something else than safetensors, is refused:
+    `_is_file_name`.
+    """
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
     for place in (tmp_path, folder, folder / "sub"):
@@ -422,7 +474,9 @@ def test_read_model_refuses_index(text: bytes, message: str, tmp_path: Path) -> 
 
 
 def test_read_model_of_missing_files(tmp_path: Path) -> None:
-    """A folder without a model, and an index that names a file that is not there: one sentence with the name."""
+    """A folder without a model, and an index that names a file that is not there: one sentence with
+    the name.
+    """
     with pytest.raises(ValueError, match=r"holds no model\.safetensors and no"):
         read_model(tmp_path)
     (tmp_path / INDEX).write_bytes(dump({"weight_map": {"a": "model-00002-of-00002.safetensors"}}))
@@ -431,7 +485,9 @@ def test_read_model_of_missing_files(tmp_path: Path) -> None:
 
 
 def test_stems(tmp_path: Path) -> None:
-    """find_model: transformers' stem, then diffusers', then whatever is alone; an index before a file; never shards."""
+    """find_model: transformers' stem, then diffusers', then whatever is alone; an index before a
+    file; never shards.
+    """
 
     def holds(*names: str) -> str:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -462,7 +518,9 @@ def test_stems(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
-    """A pipe would block for ever, a device never end, a folder says so itself: refused before anything is read."""
+    """A pipe would block for ever, a device never end, a folder says so itself: refused before
+    anything is read.
+    """
     os.mkfifo(tmp_path / "model.safetensors")
     os.symlink("/dev/zero", tmp_path / META)
     (tmp_path / "folder").mkdir()
@@ -482,7 +540,9 @@ def test_a_giant_index_is_not_read(tmp_path: Path) -> None:
 
 
 def test_weights_in_two_files(tmp_path: Path) -> None:
-    """A weight in two files of one model: the index can name one of them, and the other is not passed over."""
+    """A weight in two files of one model: the index can name one of them, and the other is not
+    passed over.
+    """
     for name in ("x.safetensors", "y.safetensors"):
         (tmp_path / name).write_bytes(GOOD)
     (tmp_path / INDEX).write_bytes(

@@ -42,19 +42,19 @@ NAMED = {
     "HalfLife(500)": HalfLife(500),
 }
 CLOSED: list[Schedule] = [
-    Constant(0.0), Constant(0.9), Constant(0.9999), Constant(1.0), HalfLife(500), HalfLife(0.3), Power(sigma_rel=0.05),
-    Power(sigma_rel=0.28), Power(gamma=0), Power(gamma=3.5, origin="training"), Uniform(), Debiased(0.0), Debiased(0.5),
-    Debiased(0.9999),
+    Constant(0.0), Constant(0.9), Constant(0.9999), Constant(1.0), HalfLife(500), HalfLife(0.3),
+    Power(sigma_rel=0.05), Power(sigma_rel=0.28), Power(gamma=0),
+    Power(gamma=3.5, origin="training"), Uniform(), Debiased(0.0), Debiased(0.5), Debiased(0.9999),
 ]  # fmt: skip
 STEPPED: list[Schedule] = [
-    Ratio(), Ratio(0.5), Warmup(), Warmup(0.99, power=0.75, inv_gamma=4), Ramp(), Ramp(0.9, tau=7), Cosine(0.99, 300),
-    Cosine(0.9, 50, final=0.95),
+    Ratio(), Ratio(0.5), Warmup(), Warmup(0.99, power=0.75, inv_gamma=4), Ramp(), Ramp(0.9, tau=7),
+    Cosine(0.99, 300), Cosine(0.9, 50, final=0.95),
 ]  # fmt: skip
 # The copy (decay 0) and the plain 1 that make composition trivial are wanted at these clocks too.
 CLOCKS = [(1, 1), (2, 1), (2, 2), (3, 2), (10, 3), (100, 99), (100, 100), (1000, 64), (5000, 1024)]
 
 
-# --- values ------------------------------------------------------------------------------------------------------
+# --- values ---------------------------------------------------------------------------------------
 
 
 def test_golden_is_whole() -> None:
@@ -96,10 +96,12 @@ def test_sigma_rel_to_gamma(sigma: str, gamma: float) -> None:
 @pytest.mark.parametrize(
     ("of", "now", "elapsed", "decay"),
     [
-        (Constant(0.5), 1, 1, 0.5), (Constant(0.5), 7, 3, 0.125), (Constant(0.0), 3, 2, 0.0), (Constant(1.0), 3, 2, 1.0),
-        (HalfLife(500), 500, 500, 0.5), (HalfLife(8), 4, 4, math.sqrt(0.5)), (Cosine(0.9, 100), 0, 1, 0.9),
-        (Cosine(0.9, 100), 50, 1, 0.95), (Cosine(0.9, 100), 100, 1, 1.0), (Cosine(0.9, 100), 400, 1, 1.0),
-        (Power(gamma=0), 4, 1, 0.75), (Power(gamma=1), 4, 2, 0.25), (Uniform(), 4, 3, 0.25), (Debiased(0.5), 2, 1, 1 / 3),
+        (Constant(0.5), 1, 1, 0.5), (Constant(0.5), 7, 3, 0.125), (Constant(0.0), 3, 2, 0.0),
+        (Constant(1.0), 3, 2, 1.0), (HalfLife(500), 500, 500, 0.5),
+        (HalfLife(8), 4, 4, math.sqrt(0.5)), (Cosine(0.9, 100), 0, 1, 0.9),
+        (Cosine(0.9, 100), 50, 1, 0.95), (Cosine(0.9, 100), 100, 1, 1.0),
+        (Cosine(0.9, 100), 400, 1, 1.0), (Power(gamma=0), 4, 1, 0.75), (Power(gamma=1), 4, 2, 0.25),
+        (Uniform(), 4, 3, 0.25), (Debiased(0.5), 2, 1, 1 / 3),
     ],
 )  # fmt: skip
 def test_by_hand(of: Schedule, now: float, elapsed: float, decay: float) -> None:
@@ -135,7 +137,7 @@ def test_profile(of: Schedule, mean: Any) -> None:
     assert weights == pytest.approx([0.0, *(value / total for value in mean(n))], abs=1e-14)
 
 
-# --- [Note: elapsed] ---------------------------------------------------------------------------------------------
+# --- [Note: elapsed] ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("of", [*CLOSED, *STEPPED], ids=repr)
@@ -182,7 +184,7 @@ def test_stepped_at_the_limit(of: Schedule) -> None:
     assert of(2000, 1024.0) == of(2000, MOST_STEPS)
 
 
-# --- values that print, compare and are saved --------------------------------------------------------------------
+# --- values that print, compare and are saved -----------------------------------------------------
 
 
 @pytest.mark.parametrize("of", [*CLOSED, *STEPPED], ids=repr)
@@ -222,7 +224,7 @@ def test_copies_first(of: Schedule) -> None:
     assert of.origin == ("training" if of.copies_first != (of(1) == 0) else "start")
 
 
-# --- arguments ---------------------------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------------
 
 
 def test_float_means_constant() -> None:

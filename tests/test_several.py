@@ -1,4 +1,6 @@
-"""Several averages in one pass: each equals an EMA of its own, and each has its own files, swaps and buffers."""
+"""Several averages in one pass: each equals an EMA of its own, and each has its own files, swaps
+and buffers.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ def rewrite(path: Path, out: Path, **options: object) -> None:
 
 @pytest.mark.parametrize("form", ["file", "folder", "saved"])
 def test_read(form: str, tmp_path: Path) -> None:
-    """The same bytes from a file, a folder of several shards, and a saved average, in windows that end inside weights."""
+    """The same bytes from a file, a folder of several shards, and a saved average, in windows that
+    end inside weights.
+    """
     module = torch.nn.Linear(5, 7)
     module.register_buffer("count", torch.tensor(3))
     weights = WEIGHTS
@@ -69,7 +71,9 @@ def test_read(form: str, tmp_path: Path) -> None:
 
 
 def test_aliases(tmp_path: Path) -> None:
-    """From ema.json in a folder, from the header in a file; names that the files do not hold are no aliases."""
+    """From ema.json in a folder, from the header in a file; names that the files do not hold are no
+    aliases.
+    """
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     net[1].weight = net[0].weight
     ema = EMA(net)
@@ -99,7 +103,9 @@ def test_cut_while_read(tmp_path: Path) -> None:
 
 
 def test_write(tmp_path: Path) -> None:
-    """safetensors reads what was written, the sums are those of the files, and the bytes are those that ranks write."""
+    """safetensors reads what was written, the sums are those of the files, and the bytes are those
+    that ranks write.
+    """
     save_file(WEIGHTS, tmp_path / "model.safetensors")
     ticks: list[int] = []
     rewrite(tmp_path / "model.safetensors", tmp_path / "out", tick=ticks.append)
@@ -125,7 +131,9 @@ def test_write(tmp_path: Path) -> None:
 
 
 def test_target(tmp_path: Path) -> None:
-    """Nothing is replaced without force; with force only a model is, and what lies beside it stays."""
+    """Nothing is replaced without force; with force only a model is, and what lies beside it
+    stays.
+    """
     save_file(WEIGHTS, src := tmp_path / "model.safetensors")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
@@ -170,7 +178,9 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_which(tmp_path: Path) -> None:
-    """A further average is complete: what it shares with the first is read from there, the rest from its own files."""
+    """A further average is complete: what it shares with the first is read from there, the rest
+    from its own files.
+    """
     module = torch.nn.Linear(5, 7)
     module.bias.requires_grad_(False)
     ema = EMA(module, [*(0.5 + i / 100 for i in range(12))])
@@ -207,7 +217,9 @@ def test_which(tmp_path: Path) -> None:
 
 
 def test_checked(tmp_path: Path) -> None:
-    """Sound however much was asked for, and in any windows; a turned bit anywhere is found, in a file that is named too."""
+    """Sound however much was asked for, and in any windows; a turned bit anywhere is found, in a
+    file that is named too.
+    """
     EMA(torch.nn.Linear(5, 7)).save(path := tmp_path / "saved", max_shard_size=100)
     for asked in ([], ["weight"], ["weight", "bias", "bias", "weight"]):
         with sources.open_model(path) as model:
@@ -241,7 +253,9 @@ def versions(tmp_path: Path) -> None:
 
 
 def test_two_versions_do_not_mix(tmp_path: Path) -> None:
-    """A save that replaces the folder behind an open source: what is open is read on, the rest is refused."""
+    """A save that replaces the folder behind an open source: what is open is read on, the rest is
+    refused.
+    """
     versions(tmp_path)
     with sources.open_model(tmp_path / "a") as model:
         model.read("weight", 0, 4)
@@ -254,7 +268,9 @@ def test_two_versions_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_replaced_between_header_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A save of another shape that comes right after the headers: nothing is read at the old places."""
+    """A save of another shape that comes right after the headers: nothing is read at the old
+    places.
+    """
     EMA(torch.nn.Linear(5, 7)).save(path := tmp_path / "a")
     really = safetensors.read_model
 
@@ -281,7 +297,9 @@ def test_closed_is_opened_again(tmp_path: Path) -> None:
 
 
 def test_pickles(tmp_path: Path) -> None:
-    """What torch.save and pickle wrote is told by its first bytes and pointed at convert; no header is taken for it."""
+    """What torch.save and pickle wrote is told by its first bytes and pointed at convert; no header
+    is taken for it.
+    """
     torch.save(WEIGHTS, tmp_path / "zip.bin")
     torch.save(WEIGHTS, tmp_path / "old", _use_new_zipfile_serialization=False)
     (tmp_path / "plain").write_bytes(pickle.dumps({"a": 1}))

@@ -1,6 +1,8 @@
-"""launch/study.py: killed and resumed it leaves the same files, and its page says what the numbers say.
+"""launch/study.py: killed and resumed it leaves the same files, and its page says what the numbers
+say.
 
-How to read a failure: a study that fails prints the traceback of the cell; `study` raises with all that it printed.
+How to read a failure: a study that fails prints the traceback of the cell; `study` raises with all
+that it printed.
 """
 
 from __future__ import annotations
@@ -57,8 +59,9 @@ def study(*words: str, code: int = 0) -> str:
 
 
 def kill_when(there: Path, *words: str, worker: bool = False) -> tuple[int, str]:
-    """SIGKILL to the main process alone, or to one of its workers alone, once the path exists; the others must end by
-    themselves. Returns the exit code and what was printed."""
+    """SIGKILL to the main process alone, or to one of its workers alone, once the path exists; the
+    others must end by themselves. Returns the exit code and what was printed.
+    """
     process = start(*words)
     deadline = time.monotonic() + 120
     while not there.exists():
@@ -75,7 +78,10 @@ def kill_when(there: Path, *words: str, worker: bool = False) -> tuple[int, str]
 
 
 def interrupt_when(there: Path, *words: str) -> tuple[int, str]:
-    """Ctrl-C, which reaches all processes of the terminal, once the path exists. The exit code and what was printed."""
+    """Ctrl-C, which reaches all processes of the terminal, once the path exists.
+
+    The exit code and what was printed.
+    """
     process = start(*words)
     while not there.exists():
         assert process.poll() is None, process.communicate()[0]
@@ -109,14 +115,17 @@ def files(out: Path) -> dict[str, str]:
     return found
 
 
-# --- the whole of it ---------------------------------------------------------------------------------------------
+# --- the whole of it ------------------------------------------------------------------------------
 
 
 @needs_proc
 def test_killed_and_resumed(tmp_path: Path) -> None:
-    """Every experiment through the real code. A rank of the language model killed, the main process killed in the table,
-    and resumed each time, the study leaves what an undisturbed one leaves. Guards the order of saving in language.keep,
-    the rename of a cell's file, and the workers' watch on their parent."""
+    """Every experiment through the real code.
+
+    A rank of the language model killed, the main process killed in the table, and resumed each
+    time, the study leaves what an undisturbed one leaves. Guards the order of saving in
+    language.keep, the rename of a cell's file, and the workers' watch on their parent.
+    """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     study("--smoke", "--out", str(whole))
     results, words = broken / "results", ("--smoke", "--out", str(broken))
@@ -182,20 +191,23 @@ def test_committed_page(studies: Callable[[str], Any]) -> None:
     page = (ROOT / "docs" / "results.md").read_text()
     assert studies("page").text(found) == page
     assert "Not run" not in page
-    # "No difference" is said of what it is true of: the weights of a compact shadow are apart, and the sentence says so.
+    # "No difference" is said of what it is true of: the weights of a compact shadow are apart, and
+    # the sentence says so.
     assert (
-        "no difference to way and accuracy: 100.8% of the way, +0.0 ± 0.1 points. Its weights are 14.7%"
-        in " ".join(page.split())
+        "no difference to way and accuracy: 100.8% of the way, +0.0 ± 0.1 points. Its weights are "
+        "14.7%" in " ".join(page.split())
     )
     plots = {word.split("(")[1].rstrip(")") for word in page.split() if word.endswith(".png)")}
     assert plots == {f"results/{path.name}" for path in (ROOT / "docs" / "results").glob("*.png")}
 
 
-# --- statistics and verdicts -------------------------------------------------------------------------------------
+# --- statistics and verdicts ----------------------------------------------------------------------
 
 
 def test_estimates(studies: Callable[[str], Any]) -> None:
-    """Differences are taken seed by seed; more than two standard errors, and never with one seed."""
+    """Differences are taken seed by seed; more than two standard errors, and never with one
+    seed.
+    """
     results = studies("results")
     here = results.paired([0.9, 0.8, 0.7], [0.8, 0.6, 0.4])
     assert here.mean == pytest.approx(0.2)
@@ -214,8 +226,8 @@ def test_churn_and_fluctuation(studies: Callable[[str], Any]) -> None:
     cells = [{"predictions": {"a": a, "b": b}} for a, b in texts]
     assert results.churn(cells, "a") == pytest.approx((0.25 + 0.5 + 0.5) / 3)
     assert results.churn(cells, "b") == pytest.approx((0 + 0.25 + 0.25) / 3)
-    # Without one seed after the other each pair of seeds is left, and b is calmer by 0.25 in all of them: without an error,
-    # although the churn of either has one.
+    # Without one seed after the other each pair of seeds is left, and b is calmer by 0.25 in all of
+    # them: without an error, although the churn of either has one.
     here = results.calmer(cells, "b", "a")
     assert (here.mean, here.error) == (pytest.approx(0.25), pytest.approx(0))
     cells[2]["predictions"]["b"] = "0123"
@@ -232,7 +244,9 @@ def test_churn_and_fluctuation(studies: Callable[[str], Any]) -> None:
 
 
 def table_of(studies: Callable[[str], Any], better: float) -> Any:
-    """A complete table in which the average is ahead of live by that much, give or take a little, and calmer if ahead."""
+    """A complete table in which the average is ahead of live by that much, give or take a little,
+    and calmer if ahead.
+    """
     size, sizes = studies("sizes").SMOKE, studies("sizes")
     found = {}
     for cell in sizes.cells(size, "table"):
@@ -261,7 +275,9 @@ def table_of(studies: Callable[[str], Any], better: float) -> Any:
 
 
 def test_verdicts_follow_the_numbers(studies: Callable[[str], Any]) -> None:
-    """The same sentences with the opposite verdict for the opposite numbers; a shortfall is said and explained."""
+    """The same sentences with the opposite verdict for the opposite numbers; a shortfall is said
+    and explained.
+    """
     verdicts = studies("verdicts")
     for better, word in ((0.05, "agrees"), (-0.05, "does not agree: the opposite")):
         results = table_of(studies, better)
@@ -293,7 +309,9 @@ def language_of(live: float, average: float, decayed: float) -> dict[str, Any]:
 
 
 def test_language_verdicts(studies: Callable[[str], Any]) -> None:
-    """The share of the gap that the best window closes; no verdict in favour where there is no gap."""
+    """The share of the gap that the best window closes; no verdict in favour where there is no
+    gap.
+    """
     verdicts = studies("verdicts")
     for numbers, share, agrees in (
         ((2.0, 1.7, 1.6), "75% of the gap", True),

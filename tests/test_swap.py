@@ -33,7 +33,9 @@ def trained(model: nn.Module, **options: Any) -> EMA:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
 def test_live_and_shadow_come_back(dtype: torch.dtype, live: torch.dtype) -> None:
-    """With one dtype the contents are exchanged; with two the live weights are kept aside, because casts round."""
+    """With one dtype the contents are exchanged; with two the live weights are kept aside, because
+    casts round.
+    """
     model = nn.Sequential(nn.Linear(300, 400), nn.Linear(7, 3)).to(live)
     ema = trained(model, dtype=dtype)
     before, shadows = (
@@ -48,7 +50,10 @@ def test_live_and_shadow_come_back(dtype: torch.dtype, live: torch.dtype) -> Non
 
 
 def test_no_second_model_in_memory() -> None:
-    """With one dtype the exchange goes through one scratch. Guards against a clone of the live weights."""
+    """With one dtype the exchange goes through one scratch.
+
+    Guards against a clone of the live weights.
+    """
     model = nn.Linear(2048, 4096)
     ema = trained(model)
     made: list[int] = []
@@ -69,7 +74,9 @@ def test_no_second_model_in_memory() -> None:
 
 
 def test_order_of_calls() -> None:
-    """Everything that would read or move the wrong weights raises inside a swap, and names itself."""
+    """Everything that would read or move the wrong weights raises inside a swap, and names
+    itself.
+    """
     model = nn.Linear(2, 2)
     ema = trained(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -92,7 +99,10 @@ def test_order_of_calls() -> None:
 
 
 def test_half_a_swap_is_undone() -> None:
-    """If writing fails in the middle, what was written is taken back. Guards `restore` in WeightSwap.leave."""
+    """If writing fails in the middle, what was written is taken back.
+
+    Guards `restore` in WeightSwap.leave.
+    """
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2))
     ema = trained(model)
     before = snapshot(model)
@@ -126,7 +136,10 @@ def test_abandoned_and_interrupted() -> None:
 
 
 def test_autocast_sees_the_average() -> None:
-    """Autocast caches its casts of the weights (fact 18). Guards torch.clear_autocast_cache() on both sides."""
+    """Autocast caches its casts of the weights (fact 18).
+
+    Guards torch.clear_autocast_cache() on both sides.
+    """
     model = nn.Linear(4, 4)
     ema = trained(model)
     x = torch.randn(2, 4)
@@ -143,7 +156,10 @@ def test_autocast_sees_the_average() -> None:
 
 
 def test_inference_mode_and_no_grad() -> None:
-    """Built, updated and swapped inside inference_mode, trained outside (fact 14). Guards inference_mode(False)."""
+    """Built, updated and swapped inside inference_mode, trained outside (fact 14).
+
+    Guards inference_mode(False).
+    """
     model = nn.Linear(3, 3)
     with torch.inference_mode():
         ema = EMA(model, 0.5)
@@ -163,7 +179,10 @@ def test_inference_mode_and_no_grad() -> None:
 
 
 def test_a_swap_between_forward_and_backward_raises() -> None:
-    """Writes bump the version counter, so autograd refuses stale gradients (fact 19). Guards against `.data`."""
+    """Writes bump the version counter, so autograd refuses stale gradients (fact 19).
+
+    Guards against `.data`.
+    """
     model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
     ema = trained(model)
     loss = model(torch.randn(2, 2)).sum()
@@ -174,7 +193,10 @@ def test_a_swap_between_forward_and_backward_raises() -> None:
 
 
 def test_compiled_models_see_the_swap() -> None:
-    """Contents change, addresses do not: no recompilation. Frozen code cannot see it, and is refused (fact 18)."""
+    """Contents change, addresses do not: no recompilation.
+
+    Frozen code cannot see it, and is refused (fact 18).
+    """
     model = nn.Linear(3, 3)
     compiled = torch.compile(model, backend="eager")
     ema = trained(compiled)
@@ -195,7 +217,7 @@ def test_compiled_models_see_the_swap() -> None:
         config.freezing = False
 
 
-# --- buffers -----------------------------------------------------------------------------------------------------
+# --- buffers --------------------------------------------------------------------------------------
 
 
 def test_recalibrated_buffers_become_the_averages_own(tmp_path: Any) -> None:
@@ -264,7 +286,7 @@ def test_averaged_buffers() -> None:
     assert torch.equal(shadow, want), "what the block wrote does not reach the shadow"
 
 
-# --- ranks -------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def one_rank_raises(kind: str) -> None:
@@ -287,7 +309,9 @@ def one_rank_raises(kind: str) -> None:
 
 
 def ddp_buffers() -> None:
-    """DDP writes the first rank's buffers over the others' in every forward, also in eval: no recalibration (fact 6)."""
+    """DDP writes the first rank's buffers over the others' in every forward, also in eval: no
+    recalibration (fact 6).
+    """
     run = Training("ddp", Images, image_batch)
     ema = EMA(run.model, 0.5)
     ema.attach(run.optimizer)
@@ -306,7 +330,9 @@ def ddp_buffers() -> None:
 
 
 def a_buffer_is_gone() -> None:
-    """One rank's block lost a buffer, so its values cannot be read at the exit: told to all, and everything is back."""
+    """One rank's block lost a buffer, so its values cannot be read at the exit: told to all, and
+    everything is back.
+    """
     model = wrap("ddp", Images())
     ema = trained(model)
     before, mine = snapshot(model), dist.get_rank() == 1

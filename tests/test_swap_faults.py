@@ -1,4 +1,6 @@
-"""A swap that fails among ranks, and what its block writes, under every wrapper and beside others."""
+"""A swap that fails among ranks, and what its block writes, under every wrapper and beside
+others.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def no_memory_after(ema: EMA) -> Iterator[None]:
 
 
 def writes(kind: str) -> None:
-    """Every weight is doubled inside: live is restored, the average and frozen weights keep it, all named."""
+    """Every weight is doubled inside: live is restored, the average and frozen weights keep it, all
+    named.
+    """
     model = wrap(kind, Net())
     ema = EMA(model, 0.5)
     ema.update()
@@ -133,7 +137,9 @@ def message_of(block: Callable[[], None]) -> list[str]:
 
 
 def test_the_swap_of_another_ema_hides_no_write() -> None:
-    """Guards SwapRegistry.discount: the inner swap is no write, and the block's are named once each."""
+    """Guards SwapRegistry.discount: the inner swap is no write, and the block's are named once
+    each.
+    """
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     one, two = EMA(model, 0.5), EMA(model, 0.9)
     part = EMA(model, 0.5, only="^0")

@@ -22,7 +22,9 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
 def step(model: nn.Module, seed: int) -> None:
-    """Move the weights by multiples of 1/8 that bfloat16 holds, so that halving averages are exact in every dtype."""
+    """Move the weights by multiples of 1/8 that bfloat16 holds, so that halving averages are exact
+    in every dtype.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -42,9 +44,11 @@ def shadows(ema: EMA) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_equals_a_fresh_one(device: str | None, dtype: torch.dtype) -> None:
-    """Cast after two updates, then two more: bit for bit what an EMA of that dtype and place has from the beginning.
+    """Cast after two updates, then two more: bit for bit what an EMA of that dtype and place has
+    from the beginning.
 
-    Guards what `allocate` starts from, `_replan`, and that EMA keeps dtype and device for `rescan` and repr.
+    Guards what `allocate` starts from, `_replan`, and that EMA keeps dtype and device for `rescan`
+    and repr.
     """
     model = Net()
     step(model, 0)
@@ -75,7 +79,8 @@ def test_equals_a_fresh_one(device: str | None, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_while_attached(overlap: bool) -> None:
-    """Into host memory and back between two steps, with an update under way: nothing is lost, and hooks go on.
+    """Into host memory and back between two steps, with an update under way: nothing is lost, and
+    hooks go on.
 
     Guards `ready` before the shadows are copied, and that the overlap of `attach` is kept.
     """
@@ -102,7 +107,10 @@ def test_while_attached(overlap: bool) -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    """The old shadows are freed when the call returns. Guards `_chosen = None`: an engine that stayed would hold them."""
+    """The old shadows are freed when the call returns.
+
+    Guards `_chosen = None`: an engine that stayed would hold them.
+    """
     model = nn.Linear(300, 300)
     ema = EMA(model, 0.5, device="cpu")
     ema.update()
@@ -113,7 +121,9 @@ def test_nothing_is_left_behind() -> None:
 
 
 def test_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no memory for the second average, the first has not moved either, and updates go on."""
+    """Where there is no memory for the second average, the first has not moved either, and updates
+    go on.
+    """
     model = nn.Linear(5, 5)
     step(model, 0)
     ema, twin = EMA(model, [0.5, 0.75]), EMA(model, [0.5, 0.75])
@@ -137,7 +147,9 @@ def test_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_own_buffers_and_files_stay(tmp_path: Path) -> None:
-    """Clock, recalibrated buffers and what a file holds are those of before; the file loads into either dtype."""
+    """Clock, recalibrated buffers and what a file holds are those of before; the file loads into
+    either dtype.
+    """
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     ema = EMA(model, Uniform(), buffers="average")
     for i in range(3):
@@ -177,7 +189,9 @@ def test_refused() -> None:
 
 
 def on_ranks() -> None:
-    """FSDP2 and DDP, cut: each rank moves its own part, and the average goes on as if it had been there all along."""
+    """FSDP2 and DDP, cut: each rank moves its own part, and the average goes on as if it had been
+    there all along.
+    """
     for kind in ("fsdp2", "ddp"):
         results = []
         for moves in (False, True):

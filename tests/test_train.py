@@ -1,7 +1,9 @@
-"""The main job, launch/train.py: every way to start it, resumed runs, refusals, and that the average is worth it.
+"""The main job, launch/train.py: every way to start it, resumed runs, refusals, and that the
+average is worth it.
 
-A rank is judged by the files it wrote: gloo processes now and then abort at interpreter exit after everything is done. When
-a resume test fails, the two metrics.jsonl show the first epoch that differs.
+A rank is judged by the files it wrote: gloo processes now and then abort at interpreter exit after
+everything is done. When a resume test fails, the two metrics.jsonl show the first epoch that
+differs.
 """
 
 from __future__ import annotations
@@ -80,7 +82,9 @@ TIMES = ("update_ms", "stall_ms", "lag")
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl holds, but for the time that it took; sums over ranks to 9 digits, as cuts order them."""
+    """What metrics.jsonl holds, but for the time that it took; sums over ranks to 9 digits, as cuts
+    order them.
+    """
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         row["averaging"] = {
@@ -153,13 +157,15 @@ def train(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-# --- started in every way --------------------------------------------------------------------------------------
+# --- started in every way -------------------------------------------------------------------------
 
 
 def test_two_epochs_and_two_resumed_are_four_under_ddp(
     tmp_path: Path, start_ranks: StartRanks
 ) -> None:
-    """Three ranks, where the order of additions shows: guards settle_buckets and share_statistics."""
+    """Three ranks, where the order of additions shows: guards settle_buckets and
+    share_statistics.
+    """
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     batch = ["--batch-size", "33"]
     start_ranks(3, whole, "ddp", 4, *batch)
@@ -172,7 +178,9 @@ def test_two_epochs_and_two_resumed_are_four_under_ddp(
 def test_two_epochs_and_two_resumed_are_four_under_fsdp2_and_across_wrappers(
     tmp_path: Path, start_ranks: StartRanks
 ) -> None:
-    """FSDP1 and then accelerate's DDP give the same bits as FSDP2 throughout: two ranks have one order to add in."""
+    """FSDP1 and then accelerate's DDP give the same bits as FSDP2 throughout: two ranks have one
+    order to add in.
+    """
     whole = tmp_path / "whole"
     start(
         *TORCHRUN, "2", SCRIPT, "--wrapper", "fsdp2", "--out", str(whole), "--epochs", "4", *QUICK
@@ -201,7 +209,9 @@ def test_plain_python(tmp_path: Path) -> None:
 
 
 def test_resume_in_one_process(tmp_path: Path, train: ModuleType) -> None:
-    """Also from a folder that a killed run left: an unfinished checkpoint, and a line of an epoch that was not saved."""
+    """Also from a folder that a killed run left: an unfinished checkpoint, and a line of an epoch
+    that was not saved.
+    """
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train.main(["--out", str(whole), "--epochs", "4", *QUICK]) == 0
     assert train.main(["--out", str(parts), "--epochs", "2", *QUICK]) == 0
@@ -223,7 +233,7 @@ def test_accelerate_launch(tmp_path: Path) -> None:
     assert load_file(out / "export").keys() == load_file(out / "epoch-0001" / "ema").keys()
 
 
-# --- what it makes ---------------------------------------------------------------------------------------------
+# --- what it makes --------------------------------------------------------------------------------
 
 
 def test_the_average_is_better_and_steadier_than_live(tmp_path: Path, train: ModuleType) -> None:
@@ -260,7 +270,7 @@ def test_ranks_share_the_batches_of_one_process(train: ModuleType) -> None:
     assert not torch.equal(first, second)
 
 
-# --- what it refuses -------------------------------------------------------------------------------------------
+# --- what it refuses ------------------------------------------------------------------------------
 
 
 def test_torchrun_under_accelerate_without_the_cpu_variable(tmp_path: Path) -> None:
@@ -341,22 +351,24 @@ def test_a_run_is_not_overwritten_nor_changed(
     assert [row["epoch"] for row in metrics(tmp_path / "run")] == [1]
 
 
-# --- the launchers ---------------------------------------------------------------------------------------------
+# --- the launchers --------------------------------------------------------------------------------
 
 
 def test_help_names_every_option(train: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train.main(["--help"])
     text = capsys.readouterr().out
-    options = "wrapper epochs batch-size lr decay seed out resume device save-every steps-per-epoch buffers"
-    for option in options.split():
+    options = "wrapper epochs batch-size lr decay seed out resume device save-every"
+    for option in [*options.split(), "steps-per-epoch", "buffers"]:
         assert re.search(rf"--{option}\b", text), option
     assert "torchrun --standalone --nproc-per-node 2 launch/train.py --wrapper fsdp2" in text
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
 def test_accelerate_reads_the_configs(name: str, kind: str, train: ModuleType) -> None:
-    """Every key is one that accelerate's launcher knows, and the layer that it is to wrap exists."""
+    """Every key is one that accelerate's launcher knows, and the layer that it is to wrap
+    exists.
+    """
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 

@@ -1,4 +1,6 @@
-"""transformers: the script of docs/transformers.md, killed and resumed; what the callback reports, loads and refuses."""
+"""transformers: the script of docs/transformers.md, killed and resumed; what the callback reports,
+loads and refuses.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ pytestmark = pytest.mark.filterwarnings("default")  # the framework warns of its
 
 
 class Net(nn.Module):
-    """y = w x, with a loss that a test can make raise, and a record of the weights that evaluations saw."""
+    """y = w x, with a loss that a test can make raise, and a record of the weights that evaluations
+    saw.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,8 +48,9 @@ def rows(count: int) -> list[dict[str, Tensor]]:
 
 def trainer(folder: Path, callback: EMACallback, **options: Any) -> Trainer:
     arguments: dict[str, Any] = {
-        "max_steps": 8, "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "learning_rate": 0.1, "logging_steps": 4,
-        "gradient_accumulation_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "label_names": ["labels"],
+        "max_steps": 8, "eval_strategy": "steps", "eval_steps": 4, "save_steps": 4,
+        "learning_rate": 0.1, "logging_steps": 4, "gradient_accumulation_steps": 2, "report_to": [],
+        "use_cpu": True, "disable_tqdm": True, "label_names": ["labels"],
     }  # fmt: skip
     args = TrainingArguments(output_dir=str(folder), **arguments | options)
     return Trainer(Net(), args, train_dataset=rows(64), eval_dataset=rows(16), callbacks=[callback])
@@ -56,7 +61,9 @@ def history(made: Trainer, key: str) -> list[float]:
 
 
 def test_both_metrics(tmp_path: Path) -> None:
-    """Live first, then the average; predictions are the average's; logs say the decay; updates are steps."""
+    """Live first, then the average; predictions are the average's; logs say the decay; updates are
+    steps.
+    """
     callback = EMACallback(decay=0.5)
     made = trainer(tmp_path, callback)
     made.train()
@@ -79,7 +86,9 @@ def test_both_metrics(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("metric", ["eval_schema_loss", "eval_ema_schema_loss", "ema_schema_loss"])
 def test_the_best_wins(metric: str, tmp_path: Path) -> None:
-    """The first evaluation is made the best: the model ends as what won then, live or average, and so does the EMA."""
+    """The first evaluation is made the best: the model ends as what won then, live or average, and
+    so does the EMA.
+    """
     callback = EMACallback(decay=0.9)
     made = trainer(
         tmp_path,
@@ -152,7 +161,9 @@ def test_outside_a_trainer() -> None:
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:
-    """2 processes, SIGKILL in the middle: live, average and the best of both equal the uninterrupted run, byte for byte."""
+    """2 processes, SIGKILL in the middle: live, average and the best of both equal the
+    uninterrupted run, byte for byte.
+    """
     script = script_of("transformers.md", tmp_path)
     with Launcher("transformers.trainer", "torch._dynamo", ACCELERATE_USE_CPU="1") as launcher:
         whole = launcher.start(script, tmp_path / "whole")

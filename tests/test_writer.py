@@ -1,4 +1,6 @@
-"""The saved form: canonical, atomic, checked, and an error everywhere when it is an error anywhere."""
+"""The saved form: canonical, atomic, checked, and an error everywhere when it is an error
+anywhere.
+"""
 
 from __future__ import annotations
 
@@ -69,11 +71,13 @@ def test_every_file_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert files <= synced
 
 
-# --- what is in it -----------------------------------------------------------------------------------------------
+# --- what is in it --------------------------------------------------------------------------------
 
 
 def test_a_save_is_a_model(ema: EMA, tmp_path: Path) -> None:
-    """Every tool that reads safetensors can read it; aliases are back in load_file, so a strict load passes."""
+    """Every tool that reads safetensors can read it; aliases are back in load_file, so a strict
+    load passes.
+    """
     ema.save(tmp_path / "average", extra={"epoch": 3})
     full = ema.gather()
     stored = load_file(tmp_path / "average")
@@ -131,7 +135,10 @@ def test_export(ema: EMA, tmp_path: Path) -> None:
 
 
 def test_too_large_for_the_dtype(tmp_path: Path) -> None:
-    """A finite value must not become infinite; what was infinite may stay so. Only floats are a dtype to ship."""
+    """A finite value must not become infinite; what was infinite may stay so.
+
+    Only floats are a dtype to ship.
+    """
     model = nn.Linear(2, 1)
     with torch.no_grad():
         model.bias.fill_(70000.0)
@@ -156,8 +163,9 @@ def test_complex128_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_export_over_an_export(ema: EMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever lies beside the model files stays, in the new folder that takes the place of the old one. An error before
-    that changes nothing."""
+    """Whatever lies beside the model files stays, in the new folder that takes the place of the old
+    one. An error before that changes nothing.
+    """
     folder = tmp_path / "out"
     ema.export(folder, max_shard_size=300)
     (folder / "vocab" / "inner").mkdir(parents=True)
@@ -187,7 +195,7 @@ def test_export_over_an_export(ema: EMA, tmp_path: Path, monkeypatch: pytest.Mon
     assert os.listdir(tmp_path) == ["out"]
 
 
-# --- refusing ----------------------------------------------------------------------------------------------------
+# --- refusing -------------------------------------------------------------------------------------
 
 
 def test_targets_that_are_not_ours(ema: EMA, tmp_path: Path) -> None:
@@ -208,7 +216,9 @@ def test_targets_that_are_not_ours(ema: EMA, tmp_path: Path) -> None:
 
 
 def test_nothing_else_is_replaced(ema: EMA, tmp_path: Path) -> None:
-    """A save takes the place of a save, not of what somebody put beside its files; an export takes no average away."""
+    """A save takes the place of a save, not of what somebody put beside its files; an export takes
+    no average away.
+    """
     ema.save(tmp_path / "a", max_shard_size=300)
     ema.save(tmp_path / "a", max_shard_size=300)
     with pytest.raises(ValueError, match="average to resume from"):
@@ -235,7 +245,9 @@ def test_extra_that_no_reader_takes(extra: Any, ema: EMA, tmp_path: Path) -> Non
 
 
 def test_extra_comes_back(ema: EMA, tmp_path: Path) -> None:
-    """JSON makes texts of keys, which sort otherwise than numbers: the check sum is that of what is read."""
+    """JSON makes texts of keys, which sort otherwise than numbers: the check sum is that of what is
+    read.
+    """
     ema.save(tmp_path / "a", extra={"of epoch": {2: "a", 10: ("b", None)}})
     ema.load(tmp_path / "a")
     assert manifest.read(tmp_path / "a").extra == {"of epoch": {"2": "a", "10": ["b", None]}}
@@ -314,7 +326,9 @@ def test_another_schedule_is_said(ema: EMA, tmp_path: Path) -> None:
 
 
 def test_nothing_is_ever_pickled() -> None:
-    """No module of the package imports pickle or calls torch.save; torch.load only reads tensors: other tools' files."""
+    """No module of the package imports pickle or calls torch.save; torch.load only reads tensors:
+    other tools' files.
+    """
     for path in Path(dist_ema.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = (
@@ -338,7 +352,7 @@ def test_nothing_is_ever_pickled() -> None:
                 assert "weights_only=True" in ast.unparse(node)
 
 
-# --- ranks -------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -359,7 +373,9 @@ def small_windows() -> Iterator[list[int]]:
 
 
 def direct_and_stream(folder: str) -> None:
-    """Two ways to write, one file; writing in place needs no collective, and an overwrite replaces all."""
+    """Two ways to write, one file; writing in place needs no collective, and an overwrite replaces
+    all.
+    """
     for kind in ("ddp", "fsdp1 flat", "fsdp2"):
         run = Training(kind)
         ema = EMA(run.model, 0.5)
@@ -388,8 +404,10 @@ def direct_and_stream(folder: str) -> None:
 
 
 class Zoo(nn.Module):
-    """Every kind of weight that a file can hold in an awkward place: tied, 0-dim, empty, of 16, 8 and 64 bits, complex,
-    channels_last, frozen; buffers of bools and integers, and one that no state_dict has."""
+    """Every kind of weight that a file can hold in an awkward place: tied, 0-dim, empty, of 16, 8
+    and 64 bits, complex, channels_last, frozen; buffers of bools and integers, and one that no
+    state_dict has.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -410,8 +428,9 @@ class Zoo(nn.Module):
 
 
 def canonical(folder: str) -> None:
-    """The same bytes in every file, whoever holds what, in both modes, now or behind, with several averages; and those of a
-    model that nobody wrapped."""
+    """The same bytes in every file, whoever holds what, in both modes, now or behind, with several
+    averages; and those of a model that nobody wrapped.
+    """
     for kind in ("zoo", "net"):
         torch.manual_seed(3)
         twin = Zoo() if kind == "zoo" else Net()
@@ -469,7 +488,9 @@ def canonical(folder: str) -> None:
 
 
 def one_rank_fails(folder: str) -> None:
-    """A disk that is full for one rank is an error on all; the average that was there is whole, the temporary is gone."""
+    """A disk that is full for one rank is an error on all; the average that was there is whole, the
+    temporary is gone.
+    """
     model = nn.parallel.DistributedDataParallel(nn.Linear(300, 400))
     ema = EMA(model, 0.5)
     ema.timeout = 20
@@ -535,7 +556,9 @@ def ranks_that_differ(folder: str) -> None:
 
 @contextlib.contextmanager
 def obeying_modes() -> Iterator[None]:
-    """Root without its power over the modes of files (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH): this thread only."""
+    """Root without its power over the modes of files (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH): this
+    thread only.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     head, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert libc.capget(head, sets) == 0
@@ -550,7 +573,9 @@ def obeying_modes() -> Iterator[None]:
 
 
 def permission_lost(folder: str) -> None:
-    """On the rank that makes the folder: an error on both that names the place; what was there is intact."""
+    """On the rank that makes the folder: an error on both that names the place; what was there is
+    intact.
+    """
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(3, 4)), 0.5)
     ema.timeout = 20
     run, first = Path(folder, "run"), dist.get_rank() == 0
@@ -581,7 +606,9 @@ def permission_lost(folder: str) -> None:
 
 
 def another_file_system(folder: str) -> None:
-    """Rank 1 does not see what rank 0 made: streamed without being told, and refused by name where it was told otherwise."""
+    """Rank 1 does not see what rank 0 made: streamed without being told, and refused by name where
+    it was told otherwise.
+    """
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
     ema.timeout = 20
     hidden = Path(folder, "hidden")
@@ -603,7 +630,9 @@ def another_file_system(folder: str) -> None:
 
 
 def other_machines(folder: str) -> None:
-    """What machine_id says decides, unless a mode is given: two machines stream, two ranks of one write into place."""
+    """What machine_id says decides, unless a mode is given: two machines stream, two ranks of one
+    write into place.
+    """
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
     assert len(writer.machine_id()) > 3
     assert len(set(ema._ranks.all_gather_json("test", writer.machine_id()))) == 1
@@ -623,7 +652,9 @@ def other_machines(folder: str) -> None:
 
 
 def nobody_wrapped(folder: str) -> None:
-    """A plain module in a job of several ranks: the first writes if all hold the same, else all raise."""
+    """A plain module in a job of several ranks: the first writes if all hold the same, else all
+    raise.
+    """
     torch.manual_seed(0)
     model = Net()
     ema = EMA(model, 0.5)

@@ -118,7 +118,9 @@ def trained(stage: int, precision: str, accumulate: int) -> float:
 
 
 def swapped(stage: int, precision: str, warm: bool) -> float:
-    """A swap lends the average to the 16-bit weights and leaves the masters alone, also after a warm evaluation."""
+    """A swap lends the average to the 16-bit weights and leaves the masters alone, also after a
+    warm evaluation.
+    """
     run = Run(stage, precision)
     run.step(3)
     if warm:
@@ -162,7 +164,9 @@ def stored(stage: int, precision: str) -> float:
 
 
 def copied(stage: int, precision: str) -> float:
-    """copy_to the model itself writes masters too: else the next step would go on from the old ones."""
+    """copy_to the model itself writes masters too: else the next step would go on from the old
+    ones.
+    """
     run = Run(stage, precision)
     run.step(3)
     run.ema.weights.pull(1.0)
@@ -441,9 +445,17 @@ def test_frameworks(tmp_path: Path) -> None:
     assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
 
 
-# --- elastic ---------------------------------------------------------------------------------------
+# --- elastic --------------------------------------------------------------------------------------
 
-CHAIN = [("fsdp2", 4), ("zero3", 2), ("ddp", 3), ("zero1", 2), ("none", 1), ("zero3", 3), ("fsdp2", 2)]  # fmt: skip
+CHAIN = [
+    ("fsdp2", 4),
+    ("zero3", 2),
+    ("ddp", 3),
+    ("zero1", 2),
+    ("none", 1),
+    ("zero3", 3),
+    ("fsdp2", 2),
+]
 
 
 def next_link(kind: str, source: str, target: str) -> None:

@@ -1,4 +1,6 @@
-"""Checkpoints with something wrong: cut, flipped, edited, linked elsewhere. Readers are tried on them.
+"""Checkpoints with something wrong: cut, flipped, edited, linked elsewhere.
+
+Readers are tried on them.
 
     for label, folder in itertools.islice(damaged(good, tmp_path / "case" / "a", seed), 300): ...
 
@@ -25,8 +27,9 @@ Change = Callable[[Path], None]
 Draw = Callable[[random.Random, Path], None]
 
 ODD: list[Any] = [
-    None, True, -1, 0, 1, 3.5, 1e308, 1 << 62, 1 << 63, 10**30, "", "x", "../x", "../x.safetensors", "/etc/passwd", [], {},
-    ["x"], [None], {"x": 1}, {"x": ["y"]}, [[[]]], "\ud800", "a\0b", "y" * 5000, [1] * 70,
+    None, True, -1, 0, 1, 3.5, 1e308, 1 << 62, 1 << 63, 10**30, "", "x", "../x", "../x.safetensors",
+    "/etc/passwd", [], {}, ["x"], [None], {"x": 1}, {"x": ["y"]}, [[[]]], "\ud800", "a\0b",
+    "y" * 5000, [1] * 70,
 ]  # fmt: skip
 RAW = [
     "NaN",
@@ -77,7 +80,7 @@ def _weights(folder: Path) -> list[Path]:
     return _files(folder, ".safetensors")
 
 
-# --- bytes -------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def _cut(draw: random.Random, folder: Path) -> None:
@@ -147,7 +150,7 @@ def _length(draw: random.Random, folder: Path) -> None:
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
 
 
-# --- headers and JSON --------------------------------------------------------------------------------------------
+# --- headers and JSON -----------------------------------------------------------------------------
 
 
 def _edit_header(draw: random.Random, folder: Path) -> None:
@@ -160,12 +163,14 @@ def _edit_header(draw: random.Random, folder: Path) -> None:
     name, other = draw.choice(names), draw.choice(names)
     begin, end = table[name]["data_offsets"]
     entries: list[Any] = [
-        {"data_offsets": [-8, begin]}, {"data_offsets": [begin, end + 4]}, {"data_offsets": [end, begin]},
-        {"data_offsets": [begin + (1 << 40), end + (1 << 40)]}, {"data_offsets": [0, end - begin]},
-        {"data_offsets": table[other]["data_offsets"]}, {"data_offsets": [float(begin), end]}, {"data_offsets": []},
-        {"shape": [*table[name]["shape"], 1]}, {"shape": table[name]["shape"][::-1]}, {"shape": [0, 1 << 62, 1 << 62]},
-        {"shape": [-1]}, {"shape": [1] * 100}, {"dtype": "F16"}, {"dtype": "I32"}, {"dtype": "F4"},
-        {"dtype": draw.choice(ODD)}, {"shape": draw.choice(ODD)}, {"data_offsets": draw.choice(ODD)},
+        {"data_offsets": [-8, begin]}, {"data_offsets": [begin, end + 4]},
+        {"data_offsets": [end, begin]}, {"data_offsets": [begin + (1 << 40), end + (1 << 40)]},
+        {"data_offsets": [0, end - begin]}, {"data_offsets": table[other]["data_offsets"]},
+        {"data_offsets": [float(begin), end]}, {"data_offsets": []},
+        {"shape": [*table[name]["shape"], 1]}, {"shape": table[name]["shape"][::-1]},
+        {"shape": [0, 1 << 62, 1 << 62]}, {"shape": [-1]}, {"shape": [1] * 100}, {"dtype": "F16"},
+        {"dtype": "I32"}, {"dtype": "F4"}, {"dtype": draw.choice(ODD)}, {"shape": draw.choice(ODD)},
+        {"data_offsets": draw.choice(ODD)},
     ]  # fmt: skip
     what = draw.choice(
         ["entry", "entry", "entry", "swap", "rename", "drop", "twice", "raw", "metadata", "odd"]
@@ -262,11 +267,13 @@ def _another_file(draw: random.Random, folder: Path) -> None:
     index.write_text(json.dumps(table))
 
 
-# --- places ------------------------------------------------------------------------------------------------------
+# --- places ---------------------------------------------------------------------------------------
 
 
 def _link(draw: random.Random, folder: Path) -> None:
-    """A file becomes a link: to its like outside, to a changed one, to itself, to nothing, to what is no file."""
+    """A file becomes a link: to its like outside, to a changed one, to itself, to nothing, to what
+    is no file.
+    """
     path = draw.choice(_files(folder))
     outside = folder.parent / f"outside-{draw.randrange(1 << 60):x}"
     what = draw.choice(["same", "changed", "itself", "nothing", "endless", "folder"])
@@ -303,9 +310,10 @@ def _folders(draw: random.Random, folder: Path) -> None:
 
 
 _CHANGES: dict[str, Draw] = {
-    "cut": _cut, "append": _append, "flip": _flip, "flip again": _flip, "blank": _blank, "exchange": _exchange_files,
-    "remove": _remove, "replace": _replace, "length": _length, "header": _edit_header, "header again": _edit_header,
-    "meta": _meta, "meta again": _meta, "index": _index, "clock": _clock, "another file": _another_file, "link": _link,
+    "cut": _cut, "append": _append, "flip": _flip, "flip again": _flip, "blank": _blank,
+    "exchange": _exchange_files, "remove": _remove, "replace": _replace, "length": _length,
+    "header": _edit_header, "header again": _edit_header, "meta": _meta, "meta again": _meta,
+    "index": _index, "clock": _clock, "another file": _another_file, "link": _link,
     "no file": _no_file, "folders": _folders,
 }  # fmt: skip
 # of any file, and of a model that has no ema.json

@@ -55,10 +55,12 @@ class Form:
 FORMS = {
     "ema": Form(None, 30),
     "hf": Form(MODEL, 10),
-    "file": Form({k: v for k, v in MODEL.items() if k not in ("exchange", "index")}, 15, "x.safetensors"),
+    "file": Form(
+        {k: v for k, v in MODEL.items() if k not in ("exchange", "index")}, 15, "x.safetensors"
+    ),
     "dcp": Form(BYTES | {"flip": MODEL["flip"]} | DCP_CHANGES, 20),
     "pt": Form(BYTES | {"flip": MODEL["flip"]} | ARCHIVE_CHANGES, 25, "x.pt"),
-}  # fmt: skip
+}
 
 
 def build(folder: Path) -> None:

@@ -22,12 +22,13 @@ CANARY = "canary"
 _SHELL = f"touch {CANARY}"
 _CODE = f"open({CANARY!r}, 'w').close()"
 _EVIL = [  # module, name, argument
-    ("os", "system", _SHELL), ("posix", "system", _SHELL), ("subprocess", "call", f"touch {CANARY}"),
-    ("subprocess", "getoutput", _SHELL), ("builtins", "exec", _CODE), ("builtins", "eval", _CODE),
-    ("builtins", "open", "/etc/passwd"), ("builtins", "__import__", "antigravity"),
-    ("pathlib", "Path", CANARY), ("shutil", "rmtree", "."), ("torch", "load", "x.pt"),
-    ("torch.hub", "load", "x"), ("numpy", "fromfile", "/dev/zero"), ("pickle", "loads", "x"),
-    ("runpy", "run_path", "x"), ("torch.storage", "_load_from_bytes", "x"), ("code", "interact", ""),
+    ("os", "system", _SHELL), ("posix", "system", _SHELL),
+    ("subprocess", "call", f"touch {CANARY}"), ("subprocess", "getoutput", _SHELL),
+    ("builtins", "exec", _CODE), ("builtins", "eval", _CODE), ("builtins", "open", "/etc/passwd"),
+    ("builtins", "__import__", "antigravity"), ("pathlib", "Path", CANARY),
+    ("shutil", "rmtree", "."), ("torch", "load", "x.pt"), ("torch.hub", "load", "x"),
+    ("numpy", "fromfile", "/dev/zero"), ("pickle", "loads", "x"), ("runpy", "run_path", "x"),
+    ("torch.storage", "_load_from_bytes", "x"), ("code", "interact", ""),
 ]  # fmt: skip
 _NUMBERS = [
     0,
@@ -44,8 +45,9 @@ _NUMBERS = [
     1 << 100,
 ]
 _TEXTS = [
-    "", "x", ".", "..", "../x", "../../x", "/etc/passwd", "a\0b", "data", "storage", "little", "big",
-    "cpu", "cuda:0", "meta", "y" * 300, "\U0001f600", "a.b", "model_ema", "0", "__class__", "averages",
+    "", "x", ".", "..", "../x", "../../x", "/etc/passwd", "a\0b", "data", "storage", "little",
+    "big", "cpu", "cuda:0", "meta", "y" * 300, "\U0001f600", "a.b", "model_ema", "0", "__class__",
+    "averages",
 ]  # fmt: skip
 
 
@@ -99,15 +101,25 @@ def _bomb(draw: random.Random) -> bytes:
             pickle.NONE + pickle.LONG_BINPUT + struct.pack("<I", 1 << 31) + pickle.POP,
             pickle.FRAME + struct.pack("<Q", 1 << 60),
             pickle.EMPTY_TUPLE + pickle.TUPLE1 * deep + pickle.POP,
-            pickle.EMPTY_DICT + pickle.EMPTY_TUPLE + (pickle.DUP + pickle.TUPLE2) * 60
-            + pickle.NONE + pickle.SETITEM + pickle.POP,
+            pickle.EMPTY_DICT
+            + pickle.EMPTY_TUPLE
+            + (pickle.DUP + pickle.TUPLE2) * 60
+            + pickle.NONE
+            + pickle.SETITEM
+            + pickle.POP,
             pickle.EMPTY_LIST * deep + pickle.POP * deep,
-            pickle.EMPTY_DICT + pickle.MEMOIZE + _text("me") + pickle.BINGET + b"\0" + pickle.SETITEM + pickle.POP,
+            pickle.EMPTY_DICT
+            + pickle.MEMOIZE
+            + _text("me")
+            + pickle.BINGET
+            + b"\0"
+            + pickle.SETITEM
+            + pickle.POP,
             pickle.EXT1 + b"\1",
             pickle.PERSID + b"x\n",
             pickle.NONE + pickle.BINPERSID + pickle.POP,
         ]
-    )  # fmt: skip
+    )
 
 
 def change_pickle(draw: random.Random, data: bytes) -> bytes:
@@ -124,8 +136,22 @@ def change_pickle(draw: random.Random, data: bytes) -> bytes:
     names = [i for i, (code, _, _) in enumerate(operations) if code.name == "GLOBAL"]
     at, other = draw.randrange(1, len(parts)), draw.randrange(1, len(parts))
     what = draw.choice(
-        ["number", "number", "text", "text", "name", "call", "call", "bomb", "bomb", "drop", "twice", "swap", "flip"]
-    )  # fmt: skip
+        [
+            "number",
+            "number",
+            "text",
+            "text",
+            "name",
+            "call",
+            "call",
+            "bomb",
+            "bomb",
+            "drop",
+            "twice",
+            "swap",
+            "flip",
+        ]
+    )
     if what == "number" and numbers:
         parts[draw.choice(numbers)] = _number(draw.choice([*_NUMBERS, -1, -(1 << 40)]))
     elif what == "text" and texts:
@@ -177,8 +203,20 @@ def _rezip(draw: random.Random, data: bytes) -> bytes:
     method, i = zipfile.ZIP_STORED, draw.randrange(len(records))
     name, content = records[i]
     what = draw.choice(
-        ["deflate", "lzma", "drop", "rename", "twice", "shorter", "longer", "order", "comment", "empty", "script"]
-    )  # fmt: skip
+        [
+            "deflate",
+            "lzma",
+            "drop",
+            "rename",
+            "twice",
+            "shorter",
+            "longer",
+            "order",
+            "comment",
+            "empty",
+            "script",
+        ]
+    )
     if what in ("deflate", "lzma"):
         method = zipfile.ZIP_DEFLATED if what == "deflate" else zipfile.ZIP_LZMA
     elif what == "drop":
@@ -257,10 +295,10 @@ def _chunks(draw: random.Random, folder: Path) -> None:
 
 
 ARCHIVE_CHANGES: dict[str, Callable[[random.Random, Path], None]] = {
-    "fields": _of_archive(_fields), "fields again": _of_archive(_fields), "zip": _of_archive(_rezip),
-    "zip again": _of_archive(_rezip), "pickle": _of_archive(_change_record),
-    "pickle again": _of_archive(_change_record), "pickle once more": _of_archive(_change_record),
-    "bare pickle": _of_archive(_bare_pickle),
+    "fields": _of_archive(_fields), "fields again": _of_archive(_fields),
+    "zip": _of_archive(_rezip), "zip again": _of_archive(_rezip),
+    "pickle": _of_archive(_change_record), "pickle again": _of_archive(_change_record),
+    "pickle once more": _of_archive(_change_record), "bare pickle": _of_archive(_bare_pickle),
 }  # fmt: skip
 DCP_CHANGES: dict[str, Callable[[random.Random, Path], None]] = {
     "metadata": _metadata, "metadata again": _metadata, "metadata once more": _metadata,
