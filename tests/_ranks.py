@@ -38,6 +38,7 @@ def run_ranks(
     timeout: float = 150.0,
     allow_dead: bool = False,
     method: str = "forkserver",
+    server: bool = False,
 ) -> list[Any]:
     """Run `work(*args)` on `world` gloo ranks.
 
@@ -48,16 +49,24 @@ def run_ranks(
         timeout: Seconds after which the ranks are killed.
         allow_dead: Accept ranks that leave no result.
         method: "spawn" for ranks in which nothing is imported yet.
+        server: Keep the store in this process, for tests that stop ranks. A store in a file has a
+            lock, and a rank that is stopped while it holds the lock blocks all ranks.
 
     Returns:
         What `work` returned on every rank, None for a dead one.
     """
     context: Any = multiprocessing.get_context(method)
     context.set_forkserver_preload(PRELOAD)
+    store = (
+        dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if server else None
+    )
     with tempfile.TemporaryDirectory() as folder:
         place = f"{work.__module__}:{work.__qualname__}"
+        port = store.port if store else None
         ranks = [
-            context.Process(target=_rank, args=(rank, world, folder, place, args), daemon=True)
+            context.Process(
+                target=_rank, args=(rank, world, folder, port, place, args), daemon=True
+            )
             for rank in range(world)
         ]
         for rank in ranks:
@@ -84,14 +93,19 @@ def _read(folder: Path, rank: int, code: int | None, allow_dead: bool) -> Any:
     return value
 
 
-def _rank(rank: int, world: int, folder: str, place: str, args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, world: int, folder: str, port: int | None, place: str, args: tuple[Any, ...]
+) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     _allow_torch_warnings()
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    store: dist.Store = (
+        dist.TCPStore("127.0.0.1", port)
+        if port is not None
+        else dist.FileStore(f"{folder}/rendezvous", world)
     )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     try:
         module, name = place.split(":")
         outcome = ("value", getattr(importlib.import_module(module), name)(*args))

@@ -139,7 +139,10 @@ def fault(folder: str, cases: list[Case]) -> tuple[int, str, float] | None:
 def test_the_others_raise_in_time_and_name_rank_and_verb(cases: list[Case], tmp_path: Path) -> None:
     """Guards the deadlines of bytes, and the heartbeats inside the block of a swap."""
     world = sum(case.size for case in cases)
-    found = iter(run_ranks(world, fault, str(tmp_path), cases, timeout=70, allow_dead=True))
+    outcomes_of_all = run_ranks(
+        world, fault, str(tmp_path), cases, timeout=200, allow_dead=True, server=True
+    )
+    found = iter(outcomes_of_all)
     for case in cases:
         outcomes = [next(found) for _ in range(case.size)]
         assert outcomes.pop(case.victim) is None
@@ -149,4 +152,4 @@ def test_the_others_raise_in_time_and_name_rank_and_verb(cases: list[Case], tmp_
             verb = "swap" if case.verb in ("leave", "block") else case.verb
             assert f"ema.{verb}()" in text, (case, text)
             assert f"rank {victim} " in text, (case, text)
-            assert seconds < TIMEOUT + 10, (case, text, seconds)
+            assert seconds < 60, (case, text, seconds)  # the process group would wait half an hour
