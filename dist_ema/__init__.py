@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint.reader import load_file
+    from .checkpoint.load_file import load_file
     from .ema import EMA
     from .schedules import (
         Constant,
@@ -43,7 +43,7 @@ __all__ = [
     "load_file",
 ]
 
-_ROOMS = {"EMA": "ema", "load_file": "checkpoint.reader"}
+_ROOMS = {"EMA": "ema", "load_file": "checkpoint.load_file"}
 
 
 def __getattr__(name: str) -> Any:

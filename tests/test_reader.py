@@ -27,7 +27,7 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 
 from dist_ema import EMA, Uniform, load_file
-from dist_ema.checkpoint import manifest, reader, safetensors
+from dist_ema.checkpoint import manifest, open_file, reader, safetensors
 from tests._models import Core, Images, Net
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
@@ -185,7 +185,7 @@ def test_every_dtype_is_a_start(
     """Converted window by window, here of 64 bytes; the clock is that of a new EMA, buffers are not
     taken.
     """
-    monkeypatch.setattr(reader, "WINDOW", 64)
+    monkeypatch.setattr(open_file, "WINDOW", 64)
     source = {
         name: (value.to(stored) if value.is_floating_point() else value)
         for name, value in Images().state_dict().items()

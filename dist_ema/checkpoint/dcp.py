@@ -36,7 +36,7 @@ from ..schedules import Schedule, from_dict
 from ..sharding.geometry import boxes_with_data
 from ..sharding.ownership import ParamState
 from ..sharding.records import Region
-from .reader import match_schedules
+from .matching import match_schedules
 
 if TYPE_CHECKING:  # a program that never calls DCP does not pay for its import
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex

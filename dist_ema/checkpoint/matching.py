@@ -1,0 +1,200 @@
+"""Which saved weight fills which average, and every way in which a saved form and a model differ.
+
+The averages that are to be filled are paired with the saved ones by their schedules, and weights by
+their names. Nothing is changed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..schedules import from_dict
+from ..sharding.geometry import boxes_with_data
+from ..sharding.ownership import ParamState
+from ..text import some
+from . import manifest, safetensors
+from .location import Aliases, Location
+from .open_file import OpenWeight
+
+__all__ = [
+    "Differences",
+    "LoadTarget",
+    "ReadPlan",
+    "match_schedules",
+    "plan_resume",
+    "plan_start",
+]
+
+
+class LoadTarget(NamedTuple):
+    """An average that is to be filled."""
+
+    schedule: dict[str, Any]
+    states: list[ParamState]  # of all that the model persists
+
+
+@dataclass
+class Differences:
+    """How one folder and the model differ."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
+    of_another_kind: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)  # which is no difference that matters
+
+    @property
+    def _lists(self) -> dict[str, list[str]]:
+        return {what: names for what, names in vars(self).items() if what != "passed_over"}
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self._lists.values()))
+
+    @property
+    def are_fatal(self) -> bool:
+        """Whether nothing can be loaded, with strict=False either."""
+        return bool(self.reshaped or self.of_another_kind)
+
+    def text(self) -> str:
+        """`1 missing (a), 2 reshaped (b: ...; c: ...)`"""
+        return ", ".join(
+            f"{len(names)} {what.replace('_', ' ')} ({some(names, between='; ')})"
+            for what, names in self._lists.items()
+            if names
+        )
+
+    def warnings(self, folder: Path) -> Iterator[str]:
+        """One sentence for each kind of difference that does no harm."""
+        for names, text in (
+            (self.missing, "lacks {}: what is averaged starts from the live value there."),
+            (self.unexpected, "holds {}, which the model lacks: left out."),
+            (
+                self.passed_over,
+                "holds recalibrated buffers of another shape ({}): the average uses the model's.",
+            ),
+        ):
+            if names:
+                yield f"{folder} {text.format(some(names, between='; '))}"
+
+
+@dataclass
+class ReadPlan:
+    """Where one average is read from, and, once it was compared, what it is filled with."""
+
+    folder: Path
+    states: list[ParamState]
+    aliases: Aliases
+    model: str = "model.safetensors"
+    whole: bool = False  # the folder must hold the complete model, not only what is averaged
+    own_buffers: Sequence[str] = ()
+    listed: dict[str, dict[str, Any]] | None = None  # size and check sum of its files, if known
+    chosen: dict[str, OpenWeight] = field(default_factory=dict)  # by the model's names
+    differences: Differences = field(default_factory=Differences)
+
+    def compare(self, table: dict[str, OpenWeight]) -> None:
+        """Choose from the weights of the folder, and note every difference."""
+        report = self.differences
+        known = {name for state in self.states for name in (state.name, *state.shard.aliases)}
+        report.unexpected += sorted(table.keys() - known)
+        for state in self.states:
+            names = [name for name in (state.name, *state.shard.aliases) if name in table]
+            held = list(dict.fromkeys(table[name] for name in names))
+            own = state.name in self.own_buffers
+            asked = self.whole or own or state.shadow is not None
+            if not asked and (state.teacher_copy is None or not held):
+                continue  # what a teacher holds beside the average is taken where it is
+            if not held:
+                report.missing.append(state.name)
+            elif state.is_copied_buffer and not own:
+                continue  # the live model's counts, in whatever shape it has
+            elif held[0].entry.shape != state.shard.shape:
+                on_disk, shape = held[0].entry.shape, state.shard.shape
+                # NOTE: observers and growing banks change their shape after recalibration.
+                reshaped = report.passed_over if state.is_copied_buffer else report.reshaped
+                reshaped.append(f"{state.name}: {on_disk} on disk, {shape} in the model")
+            elif not _converts(held[0].dtype, state.average.dtype):
+                report.of_another_kind.append(
+                    f"{state.name}: {held[0].dtype} on disk, {state.average.dtype} in the model"
+                )
+            else:
+                _refuse_untied(state, held)
+                self.chosen[state.name] = held[0]
+
+
+def plan_start(place: Location, targets: Sequence[LoadTarget]) -> list[ReadPlan]:
+    """Every average starts from the one model; frozen weights and buffers may be in it or not."""
+    listed = place.listed if place.manifest or place.listed else None
+    folder = Path(place.folder)
+    return [
+        ReadPlan(folder, target.states, place.aliases, place.model, listed=listed)
+        for target in targets
+    ]
+
+
+def plan_resume(
+    place: Location, saved: manifest.Manifest, targets: Sequence[LoadTarget], remarks: list[str]
+) -> list[ReadPlan]:
+    """Each average gets the saved one with its schedule; the rest are paired in order."""
+    path, schedules = Path(place.folder), saved.schedules
+    if len(targets) > len(schedules):
+        raise ValueError(f"{path} holds {len(schedules)} averages, this EMA has {len(targets)}.")
+    plans = []
+    for k, target in zip(
+        match_schedules(schedules, [t.schedule for t in targets]), targets, strict=True
+    ):
+        if schedules[k] != target.schedule:
+            remarks.append(
+                f"{path} was averaged with {from_dict(schedules[k])!r}; this EMA goes on with "
+                f"{from_dict(target.schedule)!r}."
+            )
+        label = saved.labels[k]
+        folder = path / "averages" / label if label else path
+        listed = saved.files_of(label)
+        model = safetensors.INDEX if len(listed) > 1 else "model.safetensors"
+        whole = saved.weights == "all" and not k
+        own = saved.own_buffers_of(label)
+        plans.append(ReadPlan(folder, target.states, place.aliases, model, whole, own, listed))
+    return plans
+
+
+def match_schedules(saved: Sequence[Any], wanted: Sequence[Any]) -> list[int]:
+    """For each wanted schedule the index of the equal saved one, else of the next unmatched one."""
+    equal = [saved.index(each) if each in saved else None for each in wanted]
+    left = (k for k in range(len(saved)) if k not in equal)
+    return [next(left) if k is None else k for k in equal]
+
+
+def _converts(there: torch.dtype, here: torch.dtype) -> bool:
+    """Floats convert to floats, complex numbers to complex ones, integers to any real dtype."""
+    if there.is_complex or here.is_complex:
+        return there.is_complex and here.is_complex
+    return there.is_floating_point or not here.is_floating_point
+
+
+def _refuse_untied(state: ParamState, held: Sequence[OpenWeight]) -> None:
+    """Raise ValueError where names that are tied in the model hold different bytes in the file."""
+    first, *others = held
+    for other in others:
+        pairs = zip(_blocks(state, first), _blocks(state, other), strict=True)
+        same = first.entry.shape == other.entry.shape and first.dtype == other.dtype
+        if not same or not all(
+            torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+            for a, b in pairs
+        ):
+            raise ValueError(
+                f"{first.name} and {other.name} are one weight in the model, and differ in "
+                f"{first.file.path.parent}."
+            )
+
+
+def _blocks(state: ParamState, weight: OpenWeight) -> Iterator[Tensor]:
+    """What this rank averages of a weight, a window at a time."""
+    for box, _ in boxes_with_data(state.shard, state.averaged_region, state.live):
+        yield from (data for _, data in weight.file.read(weight.name, box))

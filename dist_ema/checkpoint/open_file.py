@@ -1,0 +1,84 @@
+"""One safetensors file that stays open: blocks of its weights, and each rank's part of its CRC-32.
+
+It is checked, summed and read through one handle. So a save that replaces the file in between
+cannot mix two versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..sharding.geometry import Box, runs, split_box
+from . import crc32, regular_file, safetensors
+from .torch_dtypes import DTYPES
+
+__all__ = ["OpenFile", "OpenWeight"]
+
+WINDOW = 4 << 20  # bytes read at a time
+
+
+class OpenFile:
+    """The file, open from the moment that its header was read until `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._handle = path, regular_file.open_regular(path)
+        try:
+            self.header = safetensors.header_of(self._handle, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._handle.close()
+
+    def read(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+        """Blocks of a box, each at most a window. *Aliases*: the next block overwrites this one."""
+        entry = self.header.entries[name]
+        dtype, begin = DTYPES[entry.dtype], len(self.header.head) + entry.begin
+        blocks = list(split_box(box, WINDOW // dtype.itemsize))
+        buffer = torch.empty(
+            max(block.numel for block in blocks) * dtype.itemsize, dtype=torch.uint8
+        )
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        for block in blocks:
+            at = 0
+            for start, n in runs(block, entry.shape):
+                end = at + n * dtype.itemsize
+                self._read(view[at:end], begin + start * dtype.itemsize)
+                at = end
+            yield block, buffer[:at].view(dtype).view(block.sizes)
+
+    def _read(self, into: memoryview, offset: int) -> None:
+        regular_file.read_into(self._handle.fileno(), self.path, into, offset)
+
+    def contribution(self, rank: int, size: int) -> int:
+        """What this rank's bytes add to the check sum of the file ([Note: check sums] in crc32)."""
+        total = self.header.size
+        at, end = total * rank // size, total * (rank + 1) // size
+        found, buffer = crc32.RangeSum(total), memoryview(bytearray(min(WINDOW, end - at)))
+        while at < end:
+            part = buffer[: min(WINDOW, end - at)]
+            self._read(part, at)
+            found.add(at, part)
+            at += len(part)
+        return found.contribution
+
+
+class OpenWeight(NamedTuple):
+    """A weight in an open file, under the name that the file has for it."""
+
+    file: OpenFile
+    name: str
+
+    @property
+    def entry(self) -> safetensors.Entry:
+        return self.file.header.entries[self.name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.entry.dtype]
