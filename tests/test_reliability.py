@@ -33,7 +33,7 @@ def error_on_one_rank(folder: str) -> None:
     """
     model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
     ema = EMA(model, 0.5)
-    ema.timeout = 20
+    ema.timeout = 140
     kept, mine = model.module[0].weight, dist.get_rank() == 1
     started = time.monotonic()
     for verb in (
@@ -59,7 +59,7 @@ def error_on_one_rank(folder: str) -> None:
         ema.save(f"{folder}/c", max_shard_size="many" if mine else "1GB")
     with raises(ValueError, "max_shard_size"):
         ema.save(f"{folder}/c", max_shard_size="many")
-    assert time.monotonic() - started < 15, "nobody waited for a timeout"
+    assert time.monotonic() - started < 100, "nobody waited for a timeout"
     ema.save(f"{folder}/b")
 
 

@@ -186,8 +186,10 @@ def test_real_interrupts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
             with interrupts() as arm:
                 arm(max(1e-6, draw.uniform(0, duration)))
                 trained.block()
+            duration *= 0.9  # the machine is faster now than when it was measured
         except KeyboardInterrupt:
             hits += 1
+            duration *= 1.03
         trained.check(f"interrupt {number}")
     assert hits > 50, "the interrupts came too late"
     trained.check_swap()
