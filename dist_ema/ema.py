@@ -251,13 +251,21 @@ class EMA:
     # --- update -----------------------------------------------------------------------------------
 
     @_outside_autograd
-    def update(self, elapsed: float = 1.0, *, decay: float | Schedule | None = None) -> None:
+    def update(
+        self,
+        elapsed: float = 1.0,
+        *,
+        decay: float | Schedule | None = None,
+        guard: bool | None = None,
+    ) -> None:
         """Move the average towards the live weights. No collective, no host sync.
 
         Args:
             elapsed: Steps, images or tokens since the last update ([Note: elapsed] in schedules).
             decay: Replaces the schedule for this update alone, for loops that compute a decay
                 themselves; 0 copies. The clock moves all the same, and files name the schedule.
+            guard: Keep the shadow, element by element, where live is not finite. None: as `attach`
+                was asked to.
 
         Raises:
             RuntimeError: Inside `swap`, or a weight changed its form since the EMA was built.
@@ -271,7 +279,10 @@ class EMA:
             trial.start()
             trial.move([once or average.schedule for average in weights.averages], float(elapsed))
             weights.begin()
-        weights.move(float(elapsed), once=once)
+        if guard is None:
+            attached = self._attachment
+            guard = attached is not None and attached.active and attached.guard
+        weights.move(float(elapsed), guard=guard, once=once)
         weights.before_step()  # no hook will wait for the read
 
     def attach(
@@ -779,7 +790,7 @@ class EMA:
         clock = [float(value) for value in weights.clock_to_dict().values()]
         return {
             "averages": dcp.Averages(weights.averages),
-            "clock": torch.tensor(clock, dtype=torch.float64),
+            "clock": torch.tensor(clock, dtype=torch.float64, device="cpu"),
         }
 
     @_outside_autograd

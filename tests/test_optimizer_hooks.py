@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import weakref
 from pathlib import Path
@@ -381,3 +382,20 @@ def accelerated_and_zero() -> None:
 @pytest.mark.multirank
 def test_accelerated_and_zero_redundancy_optimizers() -> None:
     run_ranks(2, accelerated_and_zero)
+
+
+def test_an_update_by_hand_guards_as_attach_was_asked_to() -> None:
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ema = EMA(model, 0.5)
+    handle = ema.attach(optimizer, guard=True)
+    before = ema.gather()["weight"].clone()
+    with torch.no_grad():
+        model.weight.fill_(math.nan)
+    ema.update()
+    assert torch.equal(ema.gather()["weight"], before)
+    handle.remove()
+    ema.update(guard=True)
+    assert torch.equal(ema.gather()["weight"], before)
+    ema.update()
+    assert ema.gather()["weight"].isnan().all()

@@ -272,13 +272,13 @@ class HostThread:
         for dtype in dict.fromkeys(pair.live.dtype for pair in plan.pairs):
             alike = [pair for pair in plan.pairs if pair.live.dtype == dtype]
             sizes = [len(pair.live) for pair in alike]
-            arena = torch.empty(sum(sizes), dtype=dtype, pin_memory=pin)
+            arena = torch.empty(sum(sizes), dtype=dtype, device="cpu", pin_memory=pin)
             windows = zip(alike, arena.split(sizes), strict=True)
             pairs += [replace(pair, live=window) for pair, window in windows]
             self.copies += _runs(arena, [pair.live for pair in alike])
         self.windowed = UpdatePlan(pairs, plan.seed)
         averages = max((len(pair.shadows) for pair in plan.pairs), default=0)
-        self._weights = torch.zeros(averages, dtype=torch.float32, pin_memory=pin)
+        self._weights = torch.zeros(averages, dtype=torch.float32, device="cpu", pin_memory=pin)
         self.window_bytes = sum(window.nbytes for window, _ in self.copies) + self._weights.nbytes
         self._plan = plan
 

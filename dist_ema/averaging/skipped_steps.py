@@ -67,7 +67,7 @@ class SkippedSteps:
         if self._request is not None and self._request[1].query():
             self._known, self._request = int(self._request[0]), None
         if self._request is None:
-            answer = torch.empty((), dtype=torch.float32, pin_memory=True)
+            answer = torch.empty((), dtype=torch.float32, device="cpu", pin_memory=True)
             # Orders: the copy, then the mark, so that the answer is whole when the mark has passed.
             self._request = (
                 answer.copy_(self._skipped, non_blocking=True),

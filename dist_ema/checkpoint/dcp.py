@@ -332,6 +332,7 @@ def state(average: Average, buffers: Sequence[ParamState]) -> dict[str, Any]:
     copies = {name: own.get(name, value).clone() for name, value in live.items()}
     text = json.dumps(average.schedule.to_dict()).encode().ljust(SCHEDULE_BYTES, b"\0")
     assert len(text) == SCHEDULE_BYTES, "a schedule is a few numbers"
+    as_bytes: dict[str, Any] = {"dtype": torch.uint8, "device": "cpu"}
     return {
         "weights": {
             each.name: _entry(each, each.averaged_region, each.shadow)
@@ -341,8 +342,8 @@ def state(average: Average, buffers: Sequence[ParamState]) -> dict[str, Any]:
         "buffers": {
             each.name: _entry(each, each.shard.local_region, copies[each.name]) for each in buffers
         },
-        "own": torch.tensor([each.name in own for each in buffers], dtype=torch.uint8),
-        "schedule": torch.tensor(list(text), dtype=torch.uint8),
+        "own": torch.tensor([each.name in own for each in buffers], **as_bytes),
+        "schedule": torch.tensor(list(text), **as_bytes),
     }
 
 

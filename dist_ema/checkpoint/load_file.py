@@ -62,5 +62,5 @@ def _mapped(path: Path, file: safetensors.SafetensorsFile) -> Iterable[tuple[str
             name,
             raw.view(dtype).view(entry.shape)
             if entry.nbytes
-            else torch.empty(entry.shape, dtype=dtype),
+            else torch.empty(entry.shape, dtype=dtype, device="cpu"),
         )

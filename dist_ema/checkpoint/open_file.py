@@ -42,7 +42,7 @@ class OpenFile:
         dtype, begin = DTYPES[entry.dtype], len(self.header.head) + entry.begin
         blocks = list(split_box(box, WINDOW // dtype.itemsize))
         buffer = torch.empty(
-            max(block.numel for block in blocks) * dtype.itemsize, dtype=torch.uint8
+            max(block.numel for block in blocks) * dtype.itemsize, dtype=torch.uint8, device="cpu"
         )
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]
         for block in blocks:

@@ -357,7 +357,7 @@ def _stage(blocks: list[Block]) -> list[Block]:
     """Copy into one staging buffer on the host, pinned for an accelerator, and wait for it."""
     sizes = [-(-data.nbytes // ALIGN) * ALIGN for _, _, data in blocks]
     devices = {data.device for _, _, data in blocks if data.device.type != "cpu"}
-    buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=bool(devices))
+    buffer = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=bool(devices))
     copies = []
     for (number, offsets, data), room in zip(blocks, buffer.split(sizes), strict=True):
         copy = room[: data.nbytes].view(data.dtype).view(data.shape)

@@ -257,7 +257,8 @@ class ModuleAverage:
         if missing:
             raise ValueError(f"the state_dict lacks {', '.join(missing[:5])} of the average.")
         own = [key not in average["weights"] for key in average["buffers"]]
-        average |= {"weights": named, "buffers": named, "own": torch.tensor(own, dtype=torch.uint8)}
+        flags = torch.tensor(own, dtype=torch.uint8, device="cpu")
+        average |= {"weights": named, "buffers": named, "own": flags}
         self.average.load_state_dict(state)
 
     def named_here(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

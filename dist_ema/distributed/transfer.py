@@ -278,9 +278,9 @@ def _bounded(blocks: Iterable[Block]) -> Iterator[Block]:
 def _send(blocks: Iterable[Block], send: Callable[[Tensor], None], device: torch.device) -> None:
     bounded = list(_bounded(blocks))
     table = [n for number, offsets, data in bounded for n in (number, *offsets, *data.shape)]
-    send(torch.tensor([len(bounded), len(table)]).to(device))
+    send(torch.tensor([len(bounded), len(table)], device=device))
     if bounded:
-        send(torch.tensor(table).to(device))
+        send(torch.tensor(table, device=device))
     sizes = [data.nbytes for _, _, data in bounded]
     windows = list(_windows(sizes))
     scratch = _scratch([window for window in windows if len(window) > 1], sizes, device)

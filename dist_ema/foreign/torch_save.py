@@ -89,7 +89,11 @@ class Mapped:
         if self._tensor.is_contiguous():
             raw: Bytes = self._tensor.reshape(-1).view(torch.uint8)[begin:end].numpy().copy()
             return raw
-        storage = torch.empty(0, dtype=torch.uint8).set_(self._tensor.untyped_storage()).numpy()
+        storage = (
+            torch.empty(0, dtype=torch.uint8, device="cpu")
+            .set_(self._tensor.untyped_storage())
+            .numpy()
+        )
         first, strides, size = (
             int(self._tensor.storage_offset()),
             self._tensor.stride(),

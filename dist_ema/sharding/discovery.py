@@ -203,7 +203,8 @@ def _refuse_unfilled(name: str, tensor: Tensor) -> None:
 
 def _opaque(name: str, kind: Kind, tensor: Tensor, place: tuple[nn.Module, str]) -> Shard:
     """A record without elements: it may be sparse or quantized, and its memory is never read."""
-    nothing = torch.empty(0, dtype=torch.uint8 if tensor.is_quantized else tensor.dtype)
+    dtype = torch.uint8 if tensor.is_quantized else tensor.dtype
+    nothing = torch.empty(0, dtype=dtype, device="cpu")
     shape, region = () if tensor.is_nested else tuple(tensor.shape), Region((0,), (0,), 0, 0)
     shard = Shard(name, kind, shape, tensor, place, region, lambda: nothing)
     shard.opaque, shard.persistent = True, False

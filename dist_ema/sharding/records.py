@@ -253,4 +253,4 @@ def register(shard: Shard, tensor: Tensor | None) -> None:
 def registered_buffer(place: tuple[nn.Module, str]) -> Tensor:
     """What lies in a buffer's place: nothing where the module set it to None or deleted it."""
     buffer = place[0]._buffers.get(place[1])
-    return torch.empty(0) if buffer is None else buffer
+    return torch.empty(0, device="cpu") if buffer is None else buffer

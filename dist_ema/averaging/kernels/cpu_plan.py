@@ -161,7 +161,7 @@ class Pass:
         self._ends = self.rows[:, 0].cumsum()
         self._threads = max(1, len(first.shadows) * int(self._ends[-1]) // SHARE)
         self._keys = np.zeros(len(self.pairs), dtype=np.uint32)
-        self._weights = torch.zeros(len(first.shadows), dtype=torch.float32)
+        self._weights = torch.zeros(len(first.shadows), dtype=torch.float32, device="cpu")
         self._places = self._weights.unbind()
         self._sweep = find_pass(first.live.dtype, first.shadows[0].dtype)
         tables = [self.rows, self._lives, self._shadows, self._weights.numpy(), self._keys]

@@ -230,7 +230,8 @@ def passes_same_bits() -> bool:
 
     Each of these products is rounded when it is not fused with the addition.
     """
-    start, end = ((torch.arange(1003) * factor % 1009 - 504) / 1009 for factor in (71, 917))
+    ramp = torch.arange(1003, device="cpu")
+    start, end = ((ramp * factor % 1009 - 504).float() / 1009 for factor in (71, 917))
     for weight in (11 / 32 + 2.0**-20, 23 / 32 + 2.0**-20):  # on either side of 0.5
         shadow = start.clone()
         UpdatePlan([ShadowPair("", [shadow], end, torch.arange)], passes=True).run([weight], 0)

@@ -220,12 +220,12 @@ class Launch:
         self.kind, self._weights, self._block = kind, weights, BLOCK
         programs = [-(-len(pair.live) // BLOCK) for pair, _ in group]
         *starts, self._programs = accumulate(programs, initial=0)
-        blocks = torch.arange(len(group), dtype=torch.int32)
+        blocks = torch.arange(len(group), dtype=torch.int32, device="cpu")
         rows = [table_row(*entry, start) for entry, start in zip(group, starts, strict=True)]
         columns = [name_columns(pair.name) for pair, _ in group] if kind.levels else [[0] * 32]
-        self.blocks = blocks.repeat_interleave(torch.tensor(programs)).to(kind.device)
-        self.rows = torch.tensor(rows).to(kind.device)
-        self._columns = torch.tensor(columns, dtype=torch.int32).to(kind.device)
+        self.blocks = blocks.repeat_interleave(torch.tensor(programs, device="cpu")).to(kind.device)
+        self.rows = torch.tensor(rows, device="cpu").to(kind.device)
+        self._columns = torch.tensor(columns, dtype=torch.int32, device="cpu").to(kind.device)
         self.kernel = gpu_triton.update_kernel
         self._types = [gpu_triton.TYPES[dtype] for dtype in (kind.live, kind.shadow)]
 
@@ -319,10 +319,10 @@ def _is_equal(kind: Kind, fallback: Fallback, guard: bool) -> bool:
 
 def _probes(kind: Kind, guard: bool) -> list[ShadowPair]:
     """Less than one program, and more than one; the same at every call."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(n: int, dtype: torch.dtype) -> Tensor:
-        drawn = torch.randn(n, generator=generator, dtype=torch.float32)
+        drawn = torch.randn(n, generator=generator, dtype=torch.float32, device="cpu")
         return drawn.to(kind.device, dtype)
 
     sizes, strides = (7, 5, 3, 4), (1000, 91, 17, 1)  # no two of them can be joined
