@@ -474,6 +474,7 @@ class EMA:
         ranks = self._needed
         average = self._enter("gather", Reads.WHOLE_MODEL, which, ranks=ranks)
         self._warn_if_idle("gather")
+        self._warn_of_unexplained_keys("gather")
         return gather.full(ranks, average.persistent, average.own_buffers, torch.device("cpu"))
 
     @_outside_autograd
@@ -689,17 +690,19 @@ class EMA:
         weights = self.weights
         if weights.selection.only is not None or isinstance(weights.model, parameters.Parameters):
             return
-        persistent = [state for state in weights.states if state.shard.persistent]
-        known = {name for state in persistent for name in (state.name, *state.shard.aliases)}
-        tensors = [records.registered(state.shard) for state in persistent]
-        tensors += [state.shard.tensor for state in persistent]
-        held = [tensor for tensor in tensors if tensor is not None]
-        keys = wrappers.unexplained_keys(weights.model, known, held)
+        recorded = {
+            name: records.registered_buffer(shard.place) if shard.kind == "buffer" else shard.tensor
+            for shard in (state.shard for state in weights.averages[0].persistent)
+            for name in (shard.name, *shard.aliases)
+        }
+        keys = wrappers.unexplained_keys(weights.model, recorded)
+        if verb == "gather":  # what its state_dict lacks is named by load_state_dict
+            keys = [key for key in keys if key in recorded]
         if keys:
             warnings.warn(
                 f"ema.{verb}(): {', '.join(keys[:5])} of the state_dict is no plain parameter or "
-                "buffer (quantisation state, extra state, a hook, a frozen tensor subclass?), so "
-                "the files do not hold it. Save it beside them.",
+                "buffer, or not the one of that name (quantisation state, extra state, a hook, a "
+                "frozen tensor subclass?), so the average does not hold it. Save it beside.",
                 stacklevel=_stacklevel_of_caller(),
             )
 

@@ -183,6 +183,22 @@ def test_teacher_is_not_trained() -> None:
     ema.attach(torch.optim.SGD(model.parameters()))
 
 
+def test_a_teacher_of_two_averages_is_refused() -> None:
+    """Its memory would be neither of them. Parts may be of two, and a dropped EMA gives it free."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    teacher = copy.deepcopy(model)
+    first = EMA(model, 0.5, into=teacher, only="^0")
+    second = EMA(model, 0.9, into=teacher, only="^1")
+    for only in (None, "weight"):  # through another module that holds the same weights
+        with pytest.raises(ValueError, match=r"0\.weight.* is the average of another EMA already"):
+            EMA(model, 0.9, into=nn.Sequential(*teacher), only=only)
+    before = first.gather()
+    del first, second
+    again = EMA(model, 0.9, into=teacher)
+    again.rescan()
+    assert all(map(torch.equal, before.values(), again.gather().values()))
+
+
 def test_lists_teach_lists() -> None:
     model, teacher = Net(), Net()
     ema = EMA(model.parameters(), 0.5, into=teacher.parameters())
@@ -403,6 +419,7 @@ def test_compiled_teacher() -> None:
     """Its graph does not break: the hook of the module that was compiled runs outside."""
     model, inner, optimizer, ema = late()
     ema.detach()
+    del ema
     graphs: list[Any] = []
     teacher = torch.compile(inner, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     ema = EMA(model, 0.5, into=teacher)

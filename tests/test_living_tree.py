@@ -340,6 +340,46 @@ def test_keys_added_by_a_hook_are_named(tmp_path: Path) -> None:
             verb(tmp_path / verb.__name__)
 
 
+class Scaled(nn.Linear):
+    """Keeps its weight in another scale in files: the key is the weight's, the value is not."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight * 2
+
+
+def exchanged(module: nn.Module, state: Any, prefix: str, _: Any) -> None:
+    """A value that is recorded, under the name of another one."""
+    state[prefix + "weight"] = module.bias
+
+
+def halved(module: nn.Module, state: Any, prefix: str, _: Any) -> None:
+    state[prefix + "weight"] = state[prefix + "weight"].half()
+
+
+def cloned(module: nn.Module, state: Any, prefix: str, _: Any) -> None:
+    state[prefix + "weight"] = state[prefix + "weight"].clone()
+
+
+def hooked(hook: Any) -> nn.Module:
+    linear = nn.Linear(2, 2)
+    linear._register_state_dict_hook(hook)
+    return linear
+
+
+@pytest.mark.parametrize("make", [Scaled, exchanged, halved], ids=lambda make: make.__name__)
+def test_other_values_under_the_name_of_a_weight_are_named(make: Any, tmp_path: Path) -> None:
+    inner = make(2, 2) if make is Scaled else hooked(make)
+    ema = EMA(nn.ModuleDict({"q": inner, "plain": nn.Linear(2, 2)}), 0.5)
+    for verb in (ema.export, ema.save, lambda _: ema.gather()):
+        with pytest.warns(UserWarning, match=r": q\.weight of the state_dict is"):
+            verb(tmp_path / "files")
+
+
+def test_a_copy_under_the_name_of_a_weight_needs_no_warning(tmp_path: Path) -> None:
+    EMA(hooked(cloned), 0.5).save(tmp_path / "saved")  # warnings are errors here
+
+
 def test_extra_state_is_named(tmp_path: Path) -> None:
     class Extra(nn.Linear):
         def get_extra_state(self) -> Tensor:

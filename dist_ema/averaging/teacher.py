@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
-from weakref import WeakMethod, finalize
+from weakref import WeakMethod, WeakSet, finalize
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from ..sharding.ownership import ParamState
 from ..sharding.records import Shard
 
 __all__ = ["Teacher"]
+
+_TEACHERS: WeakSet[Teacher] = WeakSet()  # those that an EMA writes
 
 
 class Teacher:
@@ -72,6 +74,7 @@ class Teacher:
     def release(self) -> None:
         """Take the hooks off, for another EMA that writes this teacher from now on."""
         self._hooks.close()
+        _TEACHERS.discard(self)
 
     # --- whose memory is whose -------------------------------------------------------------------
 
@@ -82,7 +85,7 @@ class Teacher:
         among them need no gradient any more. *Aliases* the teacher.
 
         Raises:
-            ValueError: The teacher lacks a weight, or holds it otherwise.
+            ValueError: The teacher lacks a weight, holds it otherwise, or another EMA writes it.
         """
         lacks = [shard.name for shard in asked if shard.name not in self._shards]
         if lacks:
@@ -93,11 +96,13 @@ class Teacher:
         for shard in asked:
             self._refuse_unlike(shard, self._shards[shard.name])
             self._given[shard.name] = self._shards[shard.name]
+        self._refuse_taken()
         memory = {}
         for shard in asked:
             if shard.kind != "buffer":
                 self._given[shard.name].tensor.requires_grad_(False)
             memory[shard.name] = self._memory(shard.name).copy_(shard.read())
+        _TEACHERS.add(self)
         return memory
 
     def _memory(self, name: str) -> Tensor:
@@ -158,6 +163,17 @@ class Teacher:
             raise ValueError(
                 f"the optimizer trains {', '.join(trained[:5])} of the teacher, which is the "
                 "average: give it the model's parameters only."
+            )
+
+    def _refuse_taken(self) -> None:
+        """Two averages in one memory would be none."""
+        others = [shard for each in _TEACHERS if each is not self for shard in each.written]
+        taken = {id(shard.tensor) for shard in others}
+        names = [name for name, shard in self._given.items() if id(shard.tensor) in taken]
+        if names:
+            raise ValueError(
+                f"{', '.join(names[:5])} of the teacher is the average of another EMA already. "
+                "Give each EMA a teacher of its own, or drop the other EMA first."
             )
 
     def _refuse_unlike(self, shard: Shard, memory: Shard) -> None:

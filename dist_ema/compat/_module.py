@@ -145,6 +145,8 @@ class ModuleAverage:
         copied = [] if self.module is None else discovery.find_shards(self.module).shards
         if old is not None:
             old.settle()
+            if old.teacher is not None:
+                old.teacher.release()
         kept = [(shard, shard.read().clone()) for shard in copied if keep]
         self._ema = EMA(live, into=self.module, **self._options)
         with torch.no_grad():
@@ -152,8 +154,6 @@ class ModuleAverage:
                 shard.write(value)
         if old is not None:
             self._ema.weights.set_clock(old.clock_to_dict())
-            if old.teacher is not None:
-                old.teacher.release()
         self._built_on = self._form()
         states = self._ema.weights.states
         unwritten = {s.name: s.shard for s in states if s.shadow is None and s.teacher_copy is None}

@@ -8,11 +8,12 @@ must find them in `parameters()`, calls `reshard` first, and `swap` calls it at 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
@@ -21,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .fsdp1 import reshard_flat_parameter
 from .names import CHECKPOINTED, COMPILED, FSDP1, canonical
+from .records import memory_of
 from .torch_classes import is_fsdp1, is_fsdp2
 from .zero import is_engine, partition
 
@@ -71,26 +73,36 @@ def blocker(sharded: list[nn.Module]) -> str | None:
     return None
 
 
-def unexplained_keys(
-    model: nn.Module, known: Collection[str], tensors: Collection[Tensor]
-) -> list[str]:
-    """Keys of the model's state_dict that no record explains.
+def unexplained_keys(model: nn.Module, recorded: Mapping[str, Tensor]) -> list[str]:
+    """Keys of the model's state_dict that no record explains, or that hold other values.
 
-    They are quantisation state, extra state, and what hooks add. FSDP1 is not asked, because its
-    state_dict is collective.
+    They are quantisation state, extra state, and what hooks add or convert. FSDP1 is not asked,
+    because its state_dict is collective.
 
     Args:
         model: The live model.
-        known: Canonical names of what is recorded.
-        tensors: What is recorded. A wrapper deep inside has its prefix in the key.
+        recorded: By canonical name. A wrapper deep inside has its prefix in the key.
     """
     inner = unwrapped(model)
     if any(is_fsdp1(module) for module in inner.modules()):
         return []
-    recorded = set(map(id, tensors))
-    values = inner.state_dict(keep_vars=True)
-    others = {canonical(key) for key, value in values.items() if id(value) not in recorded}
-    return sorted(others.difference(known))
+    held = set(map(id, recorded.values()))
+    unexplained = set()
+    for key, value in inner.state_dict(keep_vars=True).items():
+        own = recorded.get(canonical(key))
+        if id(value) not in held if own is None else not _same_values(value, own):
+            unexplained.add(canonical(key))
+    return sorted(unexplained)
+
+
+def _same_values(value: Any, own: Tensor) -> bool:
+    """A hook may give a copy."""
+    if value is own:
+        return True
+    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (own.shape, own.dtype):
+        return False
+    pair = [memory_of(tensor.detach()) for tensor in (value, own)]
+    return None not in pair and torch.equal(*pair)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
