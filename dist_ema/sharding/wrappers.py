@@ -101,8 +101,8 @@ def _same_values(value: Any, own: Tensor) -> bool:
         return True
     if not isinstance(value, Tensor) or (value.shape, value.dtype) != (own.shape, own.dtype):
         return False
-    pair = [memory_of(tensor.detach()) for tensor in (value, own)]
-    return None not in pair and torch.equal(*pair)
+    given, recorded = memory_of(value.detach()), memory_of(own.detach())
+    return given is not None and recorded is not None and torch.equal(given, recorded)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
