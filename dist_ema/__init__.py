@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Uniform,
         Warmup,
     )
+    from .service.follow import follow
 
 from . import _version
 
@@ -40,10 +41,15 @@ __all__ = [
     "Schedule",
     "Uniform",
     "Warmup",
+    "follow",
     "load_file",
 ]
 
-_ROOMS = {"EMA": "ema", "load_file": "checkpoint.load_file"}
+_ROOMS = {
+    "EMA": "ema",
+    "follow": "service.follow",
+    "load_file": "checkpoint.load_file",
+}
 
 
 def __getattr__(name: str) -> Any:

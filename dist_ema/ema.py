@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -30,8 +31,9 @@ from .averaging.clock import Clock
 from .averaging.inventory import Average, Placement, Selection
 from .averaging.optimizer_hooks import Attachment, refuse_beside_masters
 from .averaging.swap import WeightSwap
-from .checkpoint import atomic, dcp, reader, writer
+from .checkpoint import atomic, dcp, reader, versions, writer
 from .checkpoint.manifest import Manifest
+from .checkpoint.publishing import Publication
 from .distributed.coordinator import Ranks
 from .schedules import Schedule, schedule_list
 from .schedules import schedule as coerce
@@ -170,7 +172,9 @@ class EMA:
         )
         self._attachment: Attachment | None = None
         self._attach_arguments: dict[str, Any] = {}
-        self._last_looks: dict[str, float] = {}  # the clock at the last `snapshot` into each folder
+        # The clock at the last look for each folder of `snapshot` and `publish`.
+        self._last_looks: dict[str, float] = {}
+        self._publication: Publication | None = None
         found = self.weights.find()
         self._ranks = Ranks(found.members, found.group, wrappers.side_store, timeout)
         self._everyone: Ranks | None = None
@@ -284,6 +288,7 @@ class EMA:
             guard = attached is not None and attached.active and attached.guard
         weights.move(float(elapsed), guard=guard, once=once)
         weights.before_step()  # no hook will wait for the read
+        weights.updated()
 
     def attach(
         self,
@@ -599,12 +604,9 @@ class EMA:
         """
         if not 0 < every < math.inf:
             raise ValueError(f"every must be positive and finite, got {every}.")
-        clock, last = self.weights.clock, self.weights.averages[0].last
-        before = self._last_looks.get(str(folder), clock.now - (last[1] if last else 0.0))
-        self._last_looks[str(folder)] = clock.now
-        if clock.now // every <= before // every:
+        if not self._passes(folder, every):
             return None
-        path = _real_path(Path(folder) / f"{int(clock.now):010}")
+        path = _real_path(Path(folder) / f"{int(self.weights.clock.now):010}")
         known = path.parent.glob("[0-9]*") if self._ranks.first else ()
         later = [each.name for each in known if each.name > path.name]
         if later:
@@ -621,6 +623,119 @@ class EMA:
         arguments = {"folder": os.fspath(folder), "every": every, "dtype": dtype}
         self._write("save", request, arguments)
         return path
+
+    def _passes(self, folder: str | Path, every: float) -> bool:
+        """Whether the clock has passed a multiple of `every` since the last look for `folder`."""
+        now, last = self.weights.clock.now, self.weights.averages[0].last
+        before = self._last_looks.get(str(folder), now - (last[1] if last else 0.0))
+        self._last_looks[str(folder)] = now
+        return now // every > before // every
+
+    @_outside_autograd
+    def publish(
+        self,
+        folder: str | Path,
+        *,
+        every: float = 1000,
+        keep: int = 3,
+        keep_at_most: int | None = None,
+        dtype: torch.dtype | None = torch.bfloat16,
+        which: Which = 0,
+        max_shard_size: int | str = "5GB",
+        mode: Literal["direct", "stream"] | None = None,
+    ) -> Publication:
+        """From now on, publish a version each time the clock passes a multiple of `every`.
+
+        A version is a complete model in `folder`/version-000001 and so on, written behind training,
+        and never changed. `dist_ema.follow` and `dist-ema watch` pick versions up. A version that
+        is due while an earlier one is written is skipped and counted. What the disk refuses is a
+        warning, and training goes on. *Collective*, as is each update that publishes.
+
+        Args:
+            folder: Of the versions. One training publishes to it at a time.
+            every: Units of the clock between two versions.
+            keep: The versions that stay. A version that a reader has leased stays too, and so does
+                the one that `best` names.
+            keep_at_most: The versions that stay in all, leased or not; by default 4 x keep.
+            dtype: Of all floating weights; None takes the model's own.
+            which: See `swap`.
+            max_shard_size: See `save`.
+            mode: See `save`.
+
+        Returns:
+            A handle with `remove()`, counters, and `metrics`, which go into the next versions.
+
+        Raises:
+            RuntimeError: This EMA publishes already.
+            ValueError: An argument is wrong.
+
+        Note:
+            *Cost* to the step that publishes: one copy of this rank's share into host memory.
+        """
+        earlier, made = self._publication, list[Publication]()
+        form = {"dtype": dtype, "max_shard_size": max_shard_size, "mode": mode}
+
+        def prepare() -> None:
+            if earlier is not None and earlier.active:
+                raise RuntimeError(
+                    f"ema.publish() was called before, for {earlier.folder}. Call remove() on its "
+                    "handle first."
+                )
+            finish = WeakMethod(self._finish_writing)
+            made.append(
+                Publication(_real_path(folder), every, keep, keep_at_most, which, form, finish)
+            )
+
+        arguments = {"folder": os.fspath(folder), "every": every, "keep": keep}
+        self._enter(
+            "publish",
+            Reads.SHADOWS,
+            which,
+            prepare,
+            arguments | {"keep_at_most": keep_at_most} | form,
+        )
+        self._publication = made[0]
+        made[0].number = self._ranks.run_on_first("publish", made[0].begin)
+        self._passes(made[0].folder, every)
+        self.weights.after_update = WeakMethod(self._publish_due)
+        return made[0]
+
+    @_outside_autograd
+    def _publish_due(self) -> None:
+        """Publish a version if one is due. No error of the disk reaches the optimizer's step."""
+        publication = self._publication
+        if publication is None or not publication.active:
+            return
+        if not self._passes(publication.folder, publication.every):
+            return
+        ranks = self._file_ranks()
+        if ranks.run_on_first("publish", lambda: self._writer is not None and self._writer.busy):
+            publication.skipped += 1
+            return
+        publication.number += 1
+        arguments = {"folder": os.fspath(publication.folder), "version": publication.number}
+        try:
+            self._write("publish", self._version, arguments, publication.which, wait=False)
+        except Exception as error:
+            self._warn_each(publication.note(error, aloud=ranks.first))
+
+    def _version(self) -> writer.SaveRequest:
+        publication, clock = self._publication, self.weights.clock
+        assert publication is not None
+        average = self.weights.average(publication.which)
+        own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
+        now, step = clock.at(average.schedule), clock.steps or clock.updates
+        facts = {versions.KEY: publication.facts(average.name, step, now)}
+        return writer.SaveRequest(
+            "publish",
+            publication.folder / versions.name_of(publication.number),
+            [writer.AverageFiles(average.persistent, own_buffers, schedule)],
+            replace(self._manifest("export", facts), weights="all"),
+            keep=publication.keep,
+            numbered=True,
+            publication=publication,
+            **publication.form,
+        )
 
     def _average_files(self) -> list[writer.AverageFiles]:
         """The first average is complete (with `only=`: what is averaged), others share its rest."""
@@ -671,12 +786,10 @@ class EMA:
             with atomic.locked(request.path):  # all ranks may export to one path
                 self._warn_each(writer.Writer(ranks).write(request, self.timeout))
             return
-        alone = self._ranks.size == 1 and dist.is_initialized() and dist.get_world_size() > 1
-        if alone and self._everyone is None:
-            members = range(dist.get_world_size())
-            self._everyone = Ranks(members, None, wrappers.side_store, self._ranks.timeout)
-        ranks = self._everyone or self._ranks
-        if alone:  # an unwrapped model in a job of ranks: the first writes, if all hold the same
+        ranks = self._file_ranks()
+        if (
+            ranks is self._everyone
+        ):  # an unwrapped model in a job of ranks: the first writes, if all hold the same
             states = [state for files in request.averages for state in files.states]
             common = self._common(which, arguments)
             consistency.on_averages(request.verb, ranks, states, common)
@@ -684,6 +797,14 @@ class EMA:
         if self._writer is None:
             self._writer = writer.Writer(ranks)
         self._warn_each(self._writer.write(request, self.timeout, wait))
+
+    def _file_ranks(self) -> Ranks:
+        """The ranks that write files together: all of the job for an unwrapped model in one."""
+        alone = self._ranks.size == 1 and dist.is_initialized() and dist.get_world_size() > 1
+        if alone and self._everyone is None:
+            members = range(dist.get_world_size())
+            self._everyone = Ranks(members, None, wrappers.side_store, self._ranks.timeout)
+        return self._everyone or self._ranks
 
     def _warn_of_unexplained_keys(self, verb: str) -> None:
         """What the model's state_dict holds and no parameter or buffer explains is in no file."""

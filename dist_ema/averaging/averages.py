@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,7 @@ class AveragedWeights:
         swaps: Which swaps of these weights are open.
         engine: When updates run.
         seed: Of stochastic rounding.
+        after_update: A method that is called when an update was submitted and the clock has moved.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class AveragedWeights:
         self._inline: Engine = Inline()
         self._engine_choice: Any = None
         self._overlap: bool | None = None
+        self.after_update: WeakMethod[Callable[[], None]] | None = None
 
     # --- what is averaged -------------------------------------------------------------------------
 
@@ -353,6 +356,12 @@ class AveragedWeights:
         self._after_move()
         if self.engine.deferred:
             self._watch.begin_read()
+
+    def updated(self) -> None:
+        """An update was submitted, and the clock has moved."""
+        method = self.after_update and self.after_update()
+        if method:
+            method()
 
     def move_by(self, rule: Callable[[Sequence[tuple[Tensor, Tensor]]], None]) -> None:
         """One update by the arithmetic of a drop-in.

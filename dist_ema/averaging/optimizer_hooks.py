@@ -58,6 +58,9 @@ class Averager(Protocol):
     def move(self, elapsed: float, skip: Tensor | None, guard: bool) -> None:
         """Update; skip: not 0 on the device if nothing happened."""
 
+    def updated(self) -> None:
+        """The update was submitted, and no unit of the clock is pending."""
+
 
 class Attachment:
     """What `EMA.attach` returns; `remove()` takes the hooks off again."""
@@ -154,6 +157,7 @@ class Attachment:
             with torch.inference_mode(False), torch.no_grad():
                 self._averager.move(clock.pending, self._all_skipped(), self.guard)
             clock.pending = 0.0
+            self._averager.updated()
 
     def _all_skipped(self) -> Tensor | None:
         """Not 0 on the device if every step since the last update was skipped.

@@ -39,6 +39,11 @@ class BackgroundTask:
         self._thread = threading.Thread(target=run, name="dist_ema files")
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """A task is running."""
+        return self._thread is not None and self._thread.is_alive()
+
     def finish(self) -> list[str]:
         """Wait for the task and return its remarks. Raises RuntimeError, once, if it failed."""
         if self._thread is None:

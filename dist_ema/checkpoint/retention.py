@@ -12,8 +12,9 @@ import re
 import shutil
 from pathlib import Path
 
-from . import atomic, manifest, safetensors
+from . import atomic, manifest, safetensors, versions
 from .foreign_files import foreign
+from .leases import LeaseWatch
 
 __all__ = ["advance", "refuse", "remove_leftovers"]
 
@@ -37,8 +38,16 @@ def refuse(path: Path, keep: int) -> None:
             )
 
 
-def advance(path: Path, keep: int) -> list[str]:
+def advance(
+    path: Path, keep: int, leases: LeaseWatch | None = None, keep_at_most: int = 0
+) -> list[str]:
     """Point to the published `path`, and remove all but the last `keep` saves up to its number.
+
+    Args:
+        path: The save.
+        keep: How many stay, this one included.
+        leases: Of published versions: what is leased stays too, and so does the best.
+        keep_at_most: How many stay with them.
 
     Returns:
         A sentence for every save that should have been removed and was not.
@@ -51,8 +60,19 @@ def advance(path: Path, keep: int) -> list[str]:
         if start != stem or number is None or last is None or number > last or name == path.name:
             continue
         found.append((number, path.parent / name))
-    old = [folder for _, folder in sorted(found, reverse=True) if _is_save(folder)]
-    return [remark for folder in old[keep - 1 :] if (remark := _retire(folder)) is not None]
+    old = [
+        folder for _, folder in sorted(found, reverse=True) if _is_save(folder, leases is not None)
+    ][keep - 1 :]
+    if leases is not None:
+        best = atomic.named(path.parent / versions.BEST)
+        old = [folder for folder in old if folder.name != best]
+        try:
+            stays = leases.retire([folder.name for folder in old])
+        except OSError as error:
+            return [f"{path.parent}: versions beyond keep={keep} stay for now: {error}."]
+        leased = [folder for folder in old if folder.name in stays][: keep_at_most - keep]
+        old = [folder for folder in old if folder not in leased]
+    return [remark for folder in old if (remark := _retire(folder)) is not None]
 
 
 def remove_leftovers(path: Path) -> None:
@@ -79,13 +99,15 @@ def _split(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (name, None)
 
 
-def _is_save(folder: Path) -> bool:
-    """Whether it is a complete average that `ema.save` wrote, and no link to one."""
+def _is_save(folder: Path, published: bool) -> bool:
+    """Whether `ema.save` (or `publish`) wrote it, and completed it; a link to one is none."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     try:
         found = manifest.read(folder)
-        if found is None or found.kind != "ema" or not found.files or found.problems():
+        if found is None or not found.files or found.problems():
+            return False
+        if versions.facts_of(found) is None if published else found.kind != "ema":
             return False
         return all(_is_whole(folder / name, entry["size"]) for name, entry in found.files.items())
     except (OSError, ValueError):

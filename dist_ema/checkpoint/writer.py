@@ -35,6 +35,7 @@ from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dt
 from . import atomic, crc32, foreign_files, manifest, retention, safetensors
 from .background import BackgroundTask
 from .manifest import Manifest
+from .publishing import Publication
 from .torch_dtypes import DTYPES, KINDS
 
 __all__ = ["AverageFiles", "FileWriter", "SaveRequest", "Writer", "machine_id"]
@@ -79,11 +80,13 @@ class AverageFiles:
 class SaveRequest:
     """What to write, and where.
 
-    verb: 'save' replaces a folder as one; 'export' also writes one file, or keeps foreign files.
+    verb: 'save' replaces a folder as one; 'export' also writes one file, or keeps foreign files;
+        'publish' replaces nothing.
     manifest: as far as it does not follow from the averages and the files.
     mode: 'direct', 'stream', or None to choose by what the ranks see of each other.
     keep: how many of the numbered saves beside it are kept.
     numbered: what killed saves of the run left under lower numbers is removed, as with keep.
+    publication: of which this is a version; it takes the errors of background work.
     """
 
     verb: str
@@ -95,6 +98,7 @@ class SaveRequest:
     dtype: torch.dtype | None = None
     keep: int | None = None
     numbered: bool = False
+    publication: Publication | None = None
 
     @property
     def one_file(self) -> bool:
@@ -175,6 +179,11 @@ class Writer:
         self._transfer: FileTransferGroup | None = None
         self._background = BackgroundTask()
 
+    @property
+    def busy(self) -> bool:
+        """A background request is being written."""
+        return self._background.busy
+
     def finish(self) -> list[str]:
         """Wait for the background request; return its remarks. Raises RuntimeError if it failed."""
         return self._background.finish()
@@ -208,9 +217,18 @@ class Writer:
 
     def _carry_out_together(self, prepared: _PreparedSave) -> list[str]:
         """Write it, and stay until all ranks know the outcome: this process may serve the store."""
-        remarks = self._carry_out(prepared)
-        with suppress(RuntimeError):
-            self._ranks.all_gather_json(prepared.request.verb)
+        publication, error = prepared.request.publication, None
+        try:
+            remarks = self._carry_out(prepared)
+        except Exception as caught:
+            if publication is None:
+                raise
+            remarks, error = [], caught
+        else:
+            with suppress(RuntimeError):
+                self._ranks.all_gather_json(prepared.request.verb)
+        if publication is not None:
+            remarks = remarks + publication.note(error, aloud=self._ranks.first)
         return remarks
 
     def _staged(self, request: SaveRequest) -> SaveRequest:
@@ -404,6 +422,11 @@ def _refuse_target(request: SaveRequest) -> None:
         raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
     if request.one_file or not path.exists():
         return
+    if request.verb == "publish":
+        raise ValueError(
+            f"{path} exists. Does another trainer publish to {path.parent}? Give each its own "
+            "folder."
+        )
     if not path.is_dir():
         raise ValueError(
             f"{path} is a file. Give a folder, or let export write a name that ends in "
@@ -496,7 +519,11 @@ def _finish(prepared: _PreparedSave, sums: list[dict[str, int]]) -> list[str]:
             return []
         _seal(prepared, sums)
         atomic.publish(folder, request.path)
-        return [] if request.keep is None else retention.advance(request.path, request.keep)
+        if request.keep is None:
+            return []
+        watch = request.publication
+        bounds = () if watch is None else (watch.leases, watch.keep_at_most)
+        return retention.advance(request.path, request.keep, *bounds)
 
 
 def _seal(prepared: _PreparedSave, sums: list[dict[str, int]]) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ..checkpoint.publishing import Publication
 from ..ema import EMA
 from ..schedules import Schedule, schedule_list
 
@@ -48,6 +49,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         start: as for `EMA.attach`.
         live: evaluate the live weights too. Without it an evaluation takes no longer than before,
             and metrics under their own names are the average's.
+        publish: the folder to publish to, or the arguments of `EMA.publish` as a dict. The last
+            metrics that the trainer logged go into each version.
         options: further arguments of `EMA`.
 
     Attributes:
@@ -64,8 +67,11 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         every: int = 1,
         start: int = 0,
         live: bool = True,
+        publish: str | dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        self._publish = {"folder": publish} if isinstance(publish, str) else publish
+        self._publication: Publication | None = None
         self._ema_options = {"decay": schedule_list(decay), **options}
         self._every, self._start, self._live = every, start, live
         self._trainer: Trainer | None = None
@@ -90,6 +96,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self.ema.attach(steps, every=self._every, start=self._start)
         if resumed is not None:
             self.ema.load(_folder_of(resumed))
+        if self._publish is not None:
+            self._publication = self.ema.publish(**self._publish)
         if self._trainer is not trainer:
             self._trainer = trainer
             trainer.evaluation_loop = partial(self._evaluate, trainer.evaluation_loop)
@@ -107,6 +115,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         assert self.ema is not None
         assert self._trainer is not None
         self.ema.detach()
+        if self._publication is not None:
+            self._publication.remove(stop=state.is_world_process_zero)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.ema.load(_folder_of(state.best_model_checkpoint))
             # The trainer has loaded the live weights of the best checkpoint by now.
@@ -138,6 +148,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if "loss" in logs:  # of training steps
             values = self.ema.metrics(distance=False)
             logs = logs | {f"ema_{key}": values[key] for key in ("decay", "updates", "skipped")}
+        if self._publication is not None:
+            self._publication.metrics |= logs
         original(logs, *args, **kwargs)
 
 

@@ -1,0 +1,130 @@
+"""The handle of `EMA.publish`: when a version is due, what it says, and how many were left out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import atomic, versions
+from .leases import LeaseWatch
+
+__all__ = ["Publication"]
+
+log = logging.getLogger("dist_ema")
+
+
+class Publication:
+    """What `EMA.publish` returns.
+
+    Attributes:
+        folder: Where versions appear.
+        every: Units of the clock between two versions.
+        keep: How many stay.
+        keep_at_most: How many stay with those that are leased.
+        which: The average that is published.
+        form: Its dtype, and how files are written.
+        metrics: JSON values of yours, like {"loss": 0.3}, which go into the next versions. The
+            first rank's count.
+        number: Of the last version that was begun.
+        published: Versions in place, as far as this rank knows.
+        skipped: Versions that were due while an earlier one was written.
+        failed: Versions that the disk refused; a warning named each.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every: float,
+        keep: int,
+        keep_at_most: int | None,
+        which: Any,
+        form: dict[str, Any],
+        finish: Callable[[], Callable[[], None] | None],
+    ) -> None:
+        if not 0 < every < math.inf:
+            raise ValueError(f"every must be positive and finite, got {every}.")
+        if type(keep) is not int or keep < 1:
+            raise ValueError(f"keep must be a whole number of versions, at least 1, got {keep!r}.")
+        keep_at_most = 4 * keep if keep_at_most is None else keep_at_most
+        if keep_at_most < keep:
+            raise ValueError(
+                f"keep_at_most={keep_at_most} is less than keep={keep}: it bounds what leases may "
+                "add to keep."
+            )
+        self.folder, self.every = folder, every
+        self.keep, self.keep_at_most = keep, keep_at_most
+        self.which, self.form = which, form
+        self.metrics: dict[str, Any] = {}
+        self.number = self.published = self.skipped = self.failed = 0
+        self.active = True
+        self.leases = LeaseWatch(folder)
+        self._finish = finish  # a weak reference: the EMA holds this, and not the other way round
+
+    def begin(self) -> int:
+        """Prepare the folder on the first rank. Returns the number of its last version."""
+        atomic.ensure(self.folder)
+        atomic.remove(self.folder / versions.STOP)
+        return versions.highest(self.folder)
+
+    def facts(self, average: str, step: int, now: float) -> dict[str, Any]:
+        """What ema.json says under `versions.KEY`."""
+        return {
+            "version": self.number,
+            "id": uuid.uuid4().hex,
+            "average": average,
+            "step": step,
+            "now": now,
+            "time": time.time(),
+            "every": self.every,
+            "skipped": self.skipped,
+            "metrics": dict(self.metrics),
+        }
+
+    def note(self, error: Exception | None, aloud: bool = True) -> list[str]:
+        """The outcome of a version. Returns a remark where training goes on without it.
+
+        Args:
+            error: What went wrong.
+            aloud: This rank reports it.
+        """
+        if error is None:
+            self.published += 1
+            return []
+        self.failed += 1
+        if not aloud:
+            return []
+        remark = (
+            f"version {self.number} could not be published in {self.folder}: {error} Training goes "
+            "on, and the next version is tried when it is due."
+        )
+        log.error(remark)
+        return [remark]
+
+    def wait(self) -> None:
+        """Wait for the version that is being written; warn if it failed."""
+        finish = self._finish()
+        if finish is not None:
+            finish()
+
+    def remove(self, stop: bool = False) -> None:
+        """Publish no more; the version that is being written is waited for. Idempotent.
+
+        Args:
+            stop: Leave a stop file, so that those who follow the folder end. Pass it on one rank.
+        """
+        self.active = False
+        self.wait()
+        if stop:
+            (self.folder / versions.STOP).touch()
+
+    def __repr__(self) -> str:
+        return (
+            f"Publication({os.fspath(self.folder)!r}, every={self.every:g}, keep={self.keep}, "
+            f"published={self.published}, skipped={self.skipped}, failed={self.failed})"
+        )

@@ -1,0 +1,51 @@
+"""The published versions of a run: names, order, and what each says about itself. No torch.
+
+    published/version-000007/     a complete model, with ema.json
+    published/latest, best        files that name a version
+    published/stop                ends those who follow
+    published/.leases/            who reads what ([Note: leases] in leases)
+
+A number is used once. A run that was rewound to an earlier step goes on with the next number, so a
+version never changes, and newer is higher.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .manifest import Manifest
+
+__all__ = ["BEST", "KEY", "STOP", "facts_of", "highest", "name_of", "numbered"]
+
+BEST = "best"
+STOP = "stop"
+KEY = "publish"  # in the extra of ema.json
+_NAME = re.compile(r"version-([0-9]{6,})")
+
+
+def name_of(number: int) -> str:
+    return f"version-{number:06}"
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """The versions in a folder by number, ascending; none if there is no folder yet."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    found = {int(match[1]): folder / match[0] for match in map(_NAME.fullmatch, names) if match}
+    return dict(sorted(found.items()))
+
+
+def highest(folder: Path) -> int:
+    """The number of the newest version, 0 if there is none."""
+    return max(numbered(folder), default=0)
+
+
+def facts_of(saved: Manifest) -> dict[str, Any] | None:
+    """What a publisher says of a version: version, id, step, average, metrics; None of others."""
+    facts = saved.extra.get(KEY)
+    return facts if isinstance(facts, dict) and saved.kind == "export" else None

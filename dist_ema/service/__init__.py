@@ -1,0 +1,1 @@
+"""What others do with published versions: follow, evaluate, serve, look. No torch at the top."""

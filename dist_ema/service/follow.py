@@ -1,0 +1,197 @@
+"""Follow a folder of published versions: each one once, whole, and leased while it is in use.
+
+    for version in dist_ema.follow("run/published"):
+        version.load_into(model)
+        print(version.step, evaluate(model))
+
+A follower polls, because network file systems send no events. It needs nothing of the trainer but
+the folder, which may come later, and survives whatever happens to it ([Note: leases] in
+checkpoint.leases).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import manifest, versions
+from ..checkpoint.leases import EXPIRY, Lease
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["Follower", "Version", "follow", "open_version"]
+
+POLL = 0.5  # seconds between two looks
+
+
+class Version:
+    """A published version that this process has leased.
+
+    Attributes:
+        path: Its folder, a complete safetensors model. It stays until `release`.
+        number: Of the version; newer is higher.
+        step: Of the training.
+        metadata: What the publisher says: version, id, step, now, average, time, metrics.
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, Any], lease: Lease) -> None:
+        self.path, self.metadata, self._lease = path, metadata, lease
+        self.number, self.step = int(metadata["version"]), int(metadata["step"])
+
+    def load_into(self, module: nn.Module) -> None:
+        """Write the weights into a module in place, each rank into its own shards.
+
+        Args:
+            module: The same model, however it is wrapped, in any floating dtype.
+
+        Raises:
+            ValueError: The module holds other weights; they are named, and nothing was written.
+
+        Note:
+            *Cost*: pages of the files, no second model.
+        """
+        from ..checkpoint.load_into import load_into
+
+        load_into(self.path, module)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The complete state_dict. *Aliases* pages of the files, which outlive `release`."""
+        from ..checkpoint.load_file import load_file
+
+        return load_file(self.path)
+
+    def release(self) -> None:
+        """The version is not in use any more, and may be removed. Idempotent."""
+        self._lease.release()
+
+    def __enter__(self) -> Version:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"Version({self.number}, step={self.step}, {os.fspath(self.path)!r})"
+
+
+def open_version(path: Path, expiry: float = EXPIRY) -> Version | None:
+    """Lease a version. None where it is gone, or no new readers may come.
+
+    Args:
+        path: Its folder.
+        expiry: Seconds after the death of this process until the lease counts no more.
+    """
+    try:
+        lease = Lease(path, expiry)
+    except FileNotFoundError:
+        return None
+    try:
+        saved = manifest.read(path)
+        metadata = None if saved is None else versions.facts_of(saved)
+        if saved is not None and metadata is not None:
+            manifest.refuse_damaged(path, saved, manifest.read_files(path, saved))
+            return Version(path, metadata, lease)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        if path.is_dir():
+            warnings.warn(f"{path} is passed over: {error}", stacklevel=2)
+    lease.release()
+    return None
+
+
+class Follower:
+    """What `follow` returns: an iterator, and an asynchronous one."""
+
+    def __init__(
+        self, folder: Path, timeout: float | None, every: bool, after: int, poll: float
+    ) -> None:
+        self._folder, self._every, self._poll = folder, every, poll
+        self._timeout = math.inf if timeout is None else timeout
+        self._last, self._asked = after, 0.0
+        self._version: Version | None = None
+
+    def __iter__(self) -> Follower:
+        return self
+
+    def __next__(self) -> Version:
+        self._asked = time.monotonic()
+        while True:
+            stopped, version = self._stopped, self._look()
+            if version is not None:
+                return version
+            if stopped or self._timed_out:
+                raise StopIteration
+            time.sleep(self._poll)
+
+    def __aiter__(self) -> Follower:
+        return self
+
+    async def __anext__(self) -> Version:
+        self._asked = time.monotonic()
+        while True:
+            stopped, version = self._stopped, await asyncio.to_thread(self._look)
+            if version is not None:
+                return version
+            if stopped or self._timed_out:
+                raise StopAsyncIteration
+            await asyncio.sleep(self._poll)
+
+    @property
+    def _stopped(self) -> bool:
+        """NOTE: asked before a look, so that what was published before the stop is not missed."""
+        return (self._folder / versions.STOP).exists()
+
+    @property
+    def _timed_out(self) -> bool:
+        return time.monotonic() - self._asked > self._timeout
+
+    def _look(self) -> Version | None:
+        """The next version, if there is one; the one before is released."""
+        self.close()
+        found = versions.numbered(self._folder)
+        if found and max(found) < self._last:  # the folder was emptied, and a new run began
+            self._last = 0
+        new = [number for number in found if number > self._last]
+        for number in new if self._every else new[-1:]:
+            self._last, self._version = number, open_version(found[number])
+            if self._version is not None:
+                return self._version
+        return None
+
+    def close(self) -> None:
+        """Release the version that was taken last. Idempotent."""
+        if self._version is not None:
+            self._version.release()
+
+
+def follow(
+    folder: str | Path,
+    timeout: float | None = None,
+    every: bool = True,
+    *,
+    after: int = 0,
+    poll: float = POLL,
+) -> Follower:
+    """Iterate over the versions that `ema.publish` writes to a folder, each of them once.
+
+    `for` and `async for` take it. A version is leased until the next one is asked for, so it stays
+    while you use it. The trainer may be killed, restarted and rewound meanwhile: then numbers go
+    on, and steps begin again where it does.
+
+    Args:
+        folder: As `ema.publish` has it. It need not exist yet.
+        timeout: Seconds without a new version after which the iteration ends; None waits for ever.
+            A file called `stop` in the folder ends it too, after the versions that are there.
+        every: False passes over all but the newest version.
+        after: The number of a version: begin behind it.
+        poll: Seconds between two looks.
+
+    Returns:
+        An iterator of `Version`.
+    """
+    return Follower(Path(folder), timeout, every, after, poll)

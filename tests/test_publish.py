@@ -1,0 +1,280 @@
+"""Publishing behind training, leases, and those who follow.
+
+How to read a failure: `versions_in` are the numbers of the sealed versions in the folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from dist_ema import EMA, follow, load_file
+from dist_ema.checkpoint import atomic, leases, versions, writer
+from dist_ema.offline.verify import verify
+from dist_ema.service.follow import open_version
+from tests._ranks import run_ranks
+
+
+def versions_in(folder: Path) -> list[int]:
+    return list(versions.numbered(folder))
+
+
+class Trainer:
+    """A plain model that publishes; `step` waits for the version in flight."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.ema = EMA(self.model, 0.5)
+        self.ema.attach(self.optimizer)
+        self.handle = self.ema.publish(folder, **{"every": 1, "dtype": None} | options)
+
+    def step(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.model(torch.randn(5, 4)).square().sum().backward()
+            self.optimizer.step()
+            self.handle.wait()
+
+
+# --- publishing ----------------------------------------------------------------------------------
+
+
+def publish_on_ranks(folder: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = EMA(model, 0.5)
+    ema.attach(optimizer)
+    handle = ema.publish(f"{folder}/published", every=2, keep=2, dtype=None)
+    handle.metrics["loss"] = 0.25
+    for step in range(1, 8):
+        model(torch.randn(3, 6)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 2 == 0:
+            ema.save(f"{folder}/saved-{step}")  # waits for the version, and has the same weights
+    handle.remove()
+    assert (handle.number, handle.published, handle.skipped, handle.failed) == (3, 3, 0, 0)
+    fresh = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    for layer in fresh:
+        fully_shard(layer)
+    for version in follow(f"{folder}/published", timeout=0):
+        version.load_into(fresh)
+        wanted = version.state_dict()
+        for name, parameter in fresh.named_parameters():
+            assert torch.equal(parameter.full_tensor(), wanted[name])  # type: ignore[attr-defined]
+
+
+def test_ranks_publish_what_save_writes(tmp_path: Path) -> None:
+    """Two FSDP2 ranks: versions are numbered, kept by keep=, whole, and what `save` has."""
+    run_ranks(2, publish_on_ranks, str(tmp_path))
+    folder = tmp_path / "published"
+    assert versions_in(folder) == [2, 3]
+    assert (folder / "latest").read_text() == "version-000003\n"
+    for number, step in ((2, 4), (3, 6)):
+        path = folder / versions.name_of(number)
+        assert verify(path).problems == []
+        published, saved = load_file(path), load_file(tmp_path / f"saved-{step}")
+        assert all(torch.equal(published[name], saved[name]) for name in saved)
+        facts = json.loads((path / "ema.json").read_text())["extra"]["publish"]
+        assert (facts["version"], facts["step"], facts["now"]) == (number, step, step)
+        assert facts["metrics"] == {"loss": 0.25}
+    assert sorted(os.listdir(folder)) == [
+        ".leases", "latest", "version-000002", "version-000003",
+    ]  # fmt: skip
+
+
+def test_a_version_in_flight_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is due while a version is written is skipped and counted. Guards `busy`."""
+    gate, real = threading.Event(), writer.FileWriter.write_block
+
+    def held(self: writer.FileWriter, *args: Any) -> None:
+        assert gate.wait(60)
+        real(self, *args)
+
+    monkeypatch.setattr(writer.FileWriter, "write_block", held)
+    trainer = Trainer(tmp_path / "published")
+    for _ in range(4):
+        trainer.model(torch.randn(5, 4)).sum().backward()
+        trainer.optimizer.step()
+    gate.set()
+    trainer.handle.remove(stop=True)
+    assert (trainer.handle.published, trainer.handle.skipped) == (1, 3)
+    (version,) = follow(tmp_path / "published")
+    assert version.step == 1, "the weights of the step that published"
+    trainer.ema.publish(tmp_path / "other")
+    with pytest.raises(RuntimeError, match="called before"):
+        trainer.ema.publish(tmp_path / "third")
+
+
+def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes on, and the next version is tried; nothing half-written stays."""
+    trainer = Trainer(tmp_path / "published")
+    trainer.step()
+    with monkeypatch.context() as patch:
+
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(atomic, "reserve", full)
+        with pytest.warns(UserWarning, match="version 2 could not be published.*No space left"):
+            trainer.step()
+    trainer.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.Target, "write", full)
+        with pytest.warns(UserWarning, match="version 4 could not be published"):
+            trainer.step()  # behind training: who waits for it learns of it
+    trainer.step()
+    trainer.handle.remove()
+    assert (trainer.handle.published, trainer.handle.failed) == (3, 2)
+    assert versions_in(tmp_path / "published") == [1, 3, 5]
+    assert not [name for name in os.listdir(tmp_path / "published") if ".tmp-" in name]
+
+
+# --- leases --------------------------------------------------------------------------------------
+
+
+def test_leases_keep_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Live leases and the best stay, up to keep_at_most; dead leases end; retired ones are shut."""
+    folder = tmp_path / "published"
+    trainer = Trainer(folder, keep=1, keep_at_most=3)
+    trainer.step()
+    first = open_version(folder / "version-000001")
+    assert first is not None
+    trainer.step()
+    assert versions_in(folder) == [1, 2], "leased"
+    assert open_version(folder / "version-000001") is None, "retired: no new readers"
+    (folder / versions.BEST).write_text("version-000002\n")
+    trainer.step()
+    assert versions_in(folder) == [1, 2, 3], "leased, the best, the newest"
+    (folder / versions.BEST).unlink()
+    first.release()
+    first.release()
+    trainer.step()
+    assert versions_in(folder) == [4]
+    held = [open_version(folder / "version-000004")]
+    for number in (5, 6, 7, 8):
+        trainer.step()
+        held.append(open_version(folder / versions.name_of(number)))
+        assert len(versions_in(folder)) <= 3
+    assert versions_in(folder) == [6, 7, 8], "no lease can grow the folder"
+    for version in held:
+        assert version is not None
+        version.release()
+    dead = folder / leases.FOLDER / "version-000008.dead"
+    dead.write_text(json.dumps({"expiry": 5.0}))
+    torn = folder / leases.FOLDER / "version-000008.torn"
+    torn.write_text("{")
+    clock = time.monotonic()
+    monkeypatch.setattr(leases.time, "monotonic", lambda: clock)
+    trainer.step()
+    clock += 4
+    trainer.step()
+    assert 8 in versions_in(folder), "seen for 4 s of the publisher's clock"
+    clock += 2
+    dead.write_text(json.dumps({"expiry": 5.0, "renewed": 1}))
+    trainer.step()
+    assert dead.exists(), "renewed meanwhile"
+    clock += 61
+    trainer.step()
+    assert versions_in(folder) == [12]
+    assert not dead.exists()
+    assert not torn.exists()
+    trainer.handle.remove()
+
+
+def test_leases_are_renewed_and_released(tmp_path: Path) -> None:
+    """The renewal changes the file; the end of the process removes it."""
+    folder = tmp_path / "published"
+    trainer = Trainer(folder)
+    trainer.step()
+    version = open_version(folder / "version-000001", expiry=0.01)
+    assert version is not None
+    (before,) = leases.read_all(folder).values()
+    while leases.read_all(folder).values() == {before}:
+        time.sleep(0.001)
+    version.release()
+    assert leases.read_all(folder) == {}
+    trainer.handle.remove()
+
+
+# --- following -----------------------------------------------------------------------------------
+
+
+def test_following_over_restarts(tmp_path: Path) -> None:
+    """Each version once, whatever the trainer does: absent, killed, rewound, begun anew."""
+    folder = tmp_path / "published"
+    followed = follow(folder, timeout=0, poll=0.001)
+    newest = follow(folder, timeout=0, every=False, poll=0.001)
+    assert list(followed) == [], "there is no folder yet"
+    trainer = Trainer(folder)
+    trainer.step(2)
+    assert [(each.number, each.step) for each in followed] == [(1, 1), (2, 2)]
+    assert [each.number for each in newest] == [2]
+    trainer.handle.remove()
+    (folder / f".version-000003.tmp-{'0' * 32}").mkdir()  # a trainer was killed
+    rewound = Trainer(folder)
+    rewound.step()
+    assert [(each.number, each.step) for each in followed] == [(3, 1)]
+    assert not [name for name in os.listdir(folder) if ".tmp-" in name]
+    rewound.step(6)
+    assert [each.number for each in followed] == [7, 8, 9], "keep=3"
+    assert [each.number for each in newest] == [9]
+    assert [each.number for each in follow(folder, timeout=0, after=8)] == [9]
+    rewound.handle.remove(stop=True)
+    for path in versions.numbered(folder).values():
+        atomic.remove(path)
+    again = Trainer(folder)
+    assert not (folder / versions.STOP).exists(), "a new training takes the stop file away"
+    again.step()
+    assert [each.number for each in followed] == [1], "another run in an emptied folder"
+    (folder / "version-000001" / "model.safetensors").write_bytes(b"short")
+    with pytest.warns(UserWarning, match="passed over"):
+        assert list(follow(folder, timeout=0)) == []
+    again.handle.remove()
+
+
+def test_following_loads(tmp_path: Path) -> None:
+    """In place and as a state_dict, synchronous and asynchronous, until the stop file."""
+    folder = tmp_path / "published"
+    trainer = Trainer(folder)
+    trainer.step(3)
+    with trainer.ema.swap():
+        wanted = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.handle.remove(stop=True)
+
+    async def collect() -> list[int]:
+        return [version.number async for version in follow(folder)]
+
+    assert asyncio.run(collect()) == [1, 2, 3]
+    fresh = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    pointers = [value.data_ptr() for value in fresh.state_dict().values()]
+    for version in follow(folder):
+        version.load_into(fresh)
+        state = version.state_dict()
+    assert pointers == [value.data_ptr() for value in fresh.state_dict().values()], "in place"
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(value, wanted[name])
+        assert torch.equal(state[name], wanted[name])
+    with pytest.raises(ValueError, match=r"differ in 1.bias, 1.num_batches_tracked"):
+        version.load_into(nn.Sequential(nn.Linear(4, 3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.ema.load(version.path)  # a version is a start for another training
