@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from dist_ema import load_file
+from dist_ema import follow, load_file
 from dist_ema.integrations.transformers import EMACallback
 
 from .loops import Launcher, same_files, script_of
@@ -64,11 +64,15 @@ def test_both_metrics(tmp_path: Path) -> None:
     """Live first, then the average; predictions are the average's; logs say the decay; updates are
     steps.
     """
-    callback = EMACallback(decay=0.5)
+    folder = tmp_path / "published"
+    callback = EMACallback(decay=0.5, publish={"folder": str(folder), "every": 5, "dtype": None})
     made = trainer(tmp_path, callback)
     made.train()
     assert callback.ema is not None
     assert callback.ema.now == 8
+    (version,) = follow(folder)  # until the stop file that the end of the training left
+    assert version.step == 5
+    assert version.metadata["metrics"]["loss"] == history(made, "loss")[0]
     live, average = made.model.seen[0], made.model.seen[-1]
     assert not torch.equal(live, average)
     assert torch.equal(average, callback.ema.gather()["w"])

@@ -347,14 +347,14 @@ def exchange(a: Path, b: Path) -> bool:
 # --- the pointer to the newest save --------------------------------------------------------------
 
 
-def point(path: Path) -> None:
-    """Have the pointer beside `path` name it."""
-    latest = path.parent / LATEST
-    remove_leftovers(latest)
-    new = temporary_sibling(latest)
+def point(path: Path, name: str = LATEST) -> None:
+    """Have the pointer with that name beside `path` name it."""
+    pointer = path.parent / name
+    remove_leftovers(pointer)
+    new = temporary_sibling(pointer)
     new.write_bytes(f"{path.name}\n".encode())
     sync(new)
-    publish(new, latest)
+    publish(new, pointer)
 
 
 def follow(path: Path) -> Path:

@@ -8,6 +8,7 @@ and `log` gains the values of the average.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -149,7 +150,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             values = self.ema.metrics(distance=False)
             logs = logs | {f"ema_{key}": values[key] for key in ("decay", "updates", "skipped")}
         if self._publication is not None:
-            self._publication.metrics |= logs
+            self._publication.metrics |= {
+                key: value for key, value in logs.items() if math.isfinite(value)
+            }
         original(logs, *args, **kwargs)
 
 

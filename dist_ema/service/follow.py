@@ -25,7 +25,7 @@ from ..checkpoint.leases import EXPIRY, Lease
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Follower", "Version", "follow", "open_version"]
+__all__ = ["POLL", "Follower", "Version", "follow", "open_version"]
 
 POLL = 0.5  # seconds between two looks
 

@@ -1,0 +1,223 @@
+"""The ledger: what was done with each version, in SQLite, so that it is done once. No torch.
+
+[Note: claims]  A row is a task and a version, and the primary key lets one watcher insert it. The
+owner of a row that runs increments its beat. A watcher that sees a beat stand still for `expiry`
+seconds of its own clock takes the row over, which fails if another was faster. A result is recorded
+by the owner alone. So a version is recorded once, whatever dies; its command runs again where a
+watcher died in it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import atomic, versions
+from .follow import Version
+
+__all__ = [
+    "DONE",
+    "FAILED",
+    "NAME",
+    "RUNNING",
+    "Ledger",
+    "Outcome",
+    "Record",
+    "best_of",
+    "finite_numbers",
+    "read_records",
+]
+
+NAME = "ledger.sqlite"
+RUNNING, DONE, FAILED = "running", "done", "failed"
+PATIENCE = 60.0  # seconds that SQLite waits for another's lock
+_TABLE = """\
+CREATE TABLE IF NOT EXISTS records (
+    task TEXT, id TEXT, version INTEGER, step INTEGER, live TEXT, state TEXT, owner TEXT,
+    beat INTEGER, attempts INTEGER, seconds REAL, metrics TEXT, error TEXT,
+    PRIMARY KEY (task, id)
+)"""
+_COLUMNS = "task, id, version, step, live, state, attempts, seconds, metrics, error"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a version: numbers by name, or an error."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row. live: the metrics that the publisher gave with the version."""
+
+    task: str
+    id: str
+    version: int
+    step: int
+    live: dict[str, Any]
+    state: str
+    attempts: int
+    seconds: float
+    metrics: dict[str, float]
+    error: str
+
+
+class Ledger:
+    """One watcher's access.
+
+    Args:
+        path: The file, made if it is not there.
+        task: What is done with versions: each version once for each task.
+        expiry: Seconds without a beat until a row is taken over.
+        metric: What the pointer `best` beside the versions goes by; None leaves it alone.
+        mode: 'min' or 'max'.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        task: str,
+        expiry: float = 60.0,
+        metric: str | None = None,
+        mode: str = "min",
+    ) -> None:
+        self._path, self._task, self._expiry = path, task, expiry
+        self._metric, self._sign = metric, 1 if mode == "min" else -1
+        self._owner = uuid.uuid4().hex
+        self._beats: dict[str, tuple[Any, float]] = {}  # (owner, beat) of others, and since when
+        atomic.ensure(path.parent)
+        with _transaction(path) as db:
+            db.execute(_TABLE)
+
+    def claim(self, version: Version) -> bool:
+        """Make a version ours to work on. False where it is done, or another works on it."""
+        key, facts = str(version.metadata["id"]), version.metadata
+        live = json.dumps(facts.get("metrics", {}))
+        with _transaction(self._path) as db:
+            added = db.execute(
+                "INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0, 0, '{}', '')",
+                (self._task, key, version.number, version.step, live, RUNNING, self._owner),
+            ).rowcount
+            if added:
+                return True
+            state, *beat = db.execute(
+                "SELECT state, owner, beat FROM records WHERE task = ? AND id = ?",
+                (self._task, key),
+            ).fetchone()
+            if state != RUNNING or beat[0] == self._owner or not self._stands_still(key, beat):
+                return False
+            db.execute(
+                "UPDATE records SET owner = ?, beat = beat + 1 WHERE task = ? AND id = ?",
+                (self._owner, self._task, key),
+            )
+        return True
+
+    def _stands_still(self, key: str, beat: Any) -> bool:
+        now = time.monotonic()
+        known, since = self._beats.get(key, (None, now))
+        self._beats[key] = beat, (since if beat == known else now)
+        return now - self._beats[key][1] > self._expiry
+
+    def states(self) -> dict[str, str]:
+        """id -> state, of this task."""
+        with _transaction(self._path, "DEFERRED") as db:
+            rows = db.execute("SELECT id, state FROM records WHERE task = ?", (self._task,))
+            return dict(rows.fetchall())
+
+    def beat(self) -> None:
+        """Show that the owner of these rows lives."""
+        with _transaction(self._path) as db:
+            db.execute(
+                "UPDATE records SET beat = beat + 1 WHERE owner = ? AND state = ?",
+                (self._owner, RUNNING),
+            )
+
+    def give_back(self) -> None:
+        """Claim nothing any more: what runs is done by others, or later."""
+        with _transaction(self._path) as db:
+            db.execute("DELETE FROM records WHERE owner = ? AND state = ?", (self._owner, RUNNING))
+
+    def finish(
+        self, version: Version, outcome: Outcome, attempts: int, seconds: float
+    ) -> Record | None:
+        """Record the outcome and move the pointer. None where another has taken the row over."""
+        key = str(version.metadata["id"])
+        result = FAILED if outcome.error else DONE, attempts, seconds, json.dumps(outcome.metrics)
+        with _transaction(self._path) as db:
+            changed = db.execute(
+                "UPDATE records SET state = ?, attempts = ?, seconds = ?, metrics = ?, error = ? "
+                "WHERE task = ? AND id = ? AND owner = ? AND state = ?",
+                (*result, outcome.error, self._task, key, self._owner, RUNNING),
+            ).rowcount
+            if not changed:
+                return None
+            records = [each for each in _records(db) if each.task == self._task]
+            best = best_of(records, self._metric, self._sign)
+            # NOTE: inside the transaction, which keeps other watchers out.
+            if best is not None and best.id == key:
+                atomic.point(version.path, versions.BEST)
+            return next(each for each in records if each.id == key)
+
+
+def best_of(records: list[Record], metric: str | None, sign: int) -> Record | None:
+    """The record with the least sign x metric; of equal ones the newest."""
+    rated = [each for each in records if each.state == DONE and metric in each.metrics]
+    return min(
+        rated, key=lambda each: (sign * each.metrics[str(metric)], -each.version), default=None
+    )
+
+
+def read_records(path: Path) -> list[Record]:
+    """All rows of a ledger, by task and version; none if there is no ledger."""
+    if not path.exists():
+        return []
+    with _transaction(path, "DEFERRED") as db:
+        return _records(db)
+
+
+def _records(db: sqlite3.Connection) -> list[Record]:
+    rows = db.execute(f"SELECT {_COLUMNS} FROM records ORDER BY task, version").fetchall()
+    names = _COLUMNS.split(", ")
+    records = []
+    for row in rows:
+        values: dict[str, Any] = dict(zip(names, row, strict=True))
+        parsed = {name: json.loads(values[name]) for name in ("live", "metrics")}
+        records.append(Record(**values | parsed))
+    return records
+
+
+@contextmanager
+def _transaction(path: Path, lock: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
+    """A connection that commits at the end of the block. IMMEDIATE locks out other writers.
+
+    Raises:
+        OSError: The file is no ledger, or the disk refuses it.
+    """
+    try:
+        # NOTE: a connection for each transaction, because network file systems flush at close.
+        with closing(sqlite3.connect(path, PATIENCE, isolation_level=None)) as db:
+            db.execute(f"BEGIN {lock}")
+            yield db
+            db.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise OSError(f"the ledger {path} cannot be used: {error}.") from error
+
+
+def finite_numbers(values: Any) -> dict[str, float]:
+    """The finite numbers of a JSON object, by name."""
+    pairs = values.items() if isinstance(values, dict) else ()
+    return {
+        str(key): value
+        for key, value in pairs
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }

@@ -1,0 +1,80 @@
+"""Tell an inference server that a version is there, in the server's own terms. No torch.
+
+SGLang takes {"model_path", "weight_version"} at /update_weights_from_disk, and answers with
+"success" and a "message". vLLM takes {"method": "reload_weights", "kwargs": {"weights_path"}} at
+/collective_rpc, and its cached prefixes are dropped after it by /reset_prefix_cache.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+from ..text import printable
+from .follow import Version
+from .ledger import Outcome
+
+__all__ = ["notify", "refuse_address"]
+
+VLLM = "/collective_rpc"
+
+
+def refuse_address(url: str) -> None:
+    """Raise ValueError for what is no address of a server."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError(
+            f"must be an address like http://host:30000/update_weights_from_disk, got {url!r}."
+        )
+
+
+def notify(url: str, version: Version, timeout: float = 600.0) -> Outcome:
+    """Have a server load a version, and wait until it has.
+
+    Args:
+        url: Of the server's call. One that ends in /collective_rpc is vLLM's.
+        version: What to load. The server must see the same path.
+        timeout: Seconds for the server to answer.
+
+    Returns:
+        An error holds what the server answered, like a rollback to the weights that it had.
+    """
+    path = str(version.path.absolute())
+    if urlsplit(url).path.endswith(VLLM):
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+        error = _post(url, reload, timeout)
+        # NOTE: cached prefixes are of the weights before.
+        error = error or _post(url.replace(VLLM, "/reset_prefix_cache"), {}, timeout)
+    else:
+        request = {"model_path": path, "weight_version": str(version.number)}
+        error = _post(url, request, timeout)
+    return Outcome(error=f"{url} did not load version {version.number}: {error}" if error else "")
+
+
+def _post(url: str, body: dict[str, Any], timeout: float) -> str:
+    """Returns what went wrong."""
+    data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+    try:
+        with urlopen(Request(url, data, headers), timeout=timeout) as answer:
+            text = answer.read(1 << 20).decode(errors="replace")
+    except HTTPError as error:
+        text = error.read(1 << 20).decode(errors="replace")
+        return f"HTTP {error.code}: {_message(text)}"
+    except (OSError, URLError) as error:
+        return f"no answer: {error}"
+    try:
+        failed = json.loads(text).get("success") is False
+    except (AttributeError, ValueError):  # an empty answer of vLLM
+        failed = False
+    return _message(text) if failed else ""
+
+
+def _message(text: str) -> str:
+    """The sentence in an answer."""
+    with suppress(KeyError, TypeError, ValueError):
+        text = str(json.loads(text)["message"])
+    return printable(text)[:500]

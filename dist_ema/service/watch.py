@@ -1,0 +1,203 @@
+"""Do something with every published version, once, over restarts and several watchers. No torch.
+
+A watcher leases a version, claims it in the ledger, runs its work, records the outcome, and only
+then releases it ([Note: claims] in ledger).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeAlias
+
+from ..checkpoint import versions
+from ..offline import plotting
+from ..text import printable
+from .follow import POLL, Version, open_version
+from .ledger import RUNNING, Ledger, Outcome, Record, finite_numbers
+
+__all__ = ["Watch", "Work", "plot", "run_command"]
+
+_PASSED_OVER = ""  # the id of a version that cannot be opened: retired, damaged, another's
+Work: TypeAlias = Callable[[Version], Outcome]
+
+
+def run_command(command: str, version: Version) -> Outcome:
+    """Run a shell command for a version, and read its metrics from its last line of JSON.
+
+    Args:
+        command: {path}, {step} and {version} in it are replaced.
+        version: The version.
+    """
+    facts = {"path": str(version.path), "step": version.step, "version": version.number}
+    for name, value in facts.items():
+        command = command.replace(f"{{{name}}}", shlex.quote(str(value)))
+    done = subprocess.run(
+        command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        return Outcome(error=f"exit code {done.returncode}: {printable(''.join(last))[:500]}")
+    return Outcome(_metrics_of(done.stdout))
+
+
+def _metrics_of(text: str) -> dict[str, float]:
+    """The numbers in the last line that is a JSON object; {} if there is none."""
+    for line in reversed(text.splitlines()):
+        with suppress(ValueError):
+            values = json.loads(line)
+            if isinstance(values, dict):
+                return finite_numbers(values)
+    return {}
+
+
+class Watch:
+    """One watcher.
+
+    Args:
+        folder: Of published versions; it need not exist yet.
+        work: What to do with a version. Threads call it.
+        ledger: Where outcomes are recorded.
+        newest: Pass over versions that are not the newest when a job is free.
+        jobs: How many versions are worked on at the same time.
+        retries: How often work that failed is repeated.
+        timeout: Seconds without a new version after which the watcher ends; None waits for ever.
+        expiry: Of leases and claims, in seconds.
+        poll: Seconds between two looks.
+        report: Receives each record of this watcher.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        work: Work,
+        ledger: Ledger,
+        *,
+        newest: bool = False,
+        jobs: int = 1,
+        retries: int = 2,
+        timeout: float | None = None,
+        expiry: float = 60.0,
+        poll: float = POLL,
+        report: Callable[[Record], None] = lambda record: None,
+    ) -> None:
+        self._folder, self._work, self._ledger = folder, work, ledger
+        self._newest, self._jobs, self._retries = newest, jobs, retries
+        self._timeout = math.inf if timeout is None else timeout
+        self._expiry, self._poll, self._report = expiry, poll, report
+        self._over = threading.Event()
+        self._known: dict[tuple[str, int], str] = {}  # (name, time of change) -> id
+        self._changed = time.monotonic()
+
+    def run(self) -> None:
+        """Watch until the stop file or the timeout, and until no version is left undone."""
+        running: list[Future[None]] = []
+        with self._heartbeats(), ThreadPoolExecutor(self._jobs) as pool:
+            try:
+                while True:
+                    stopped = (self._folder / versions.STOP).exists()
+                    for each in [each for each in running if each.done()]:
+                        running.remove(each)
+                        each.result()
+                    undone, states = False, self._ledger.states()
+                    for path in self._candidates():
+                        known = self._id(path)
+                        if known == _PASSED_OVER or states.get(known or "", RUNNING) != RUNNING:
+                            continue
+                        undone = True
+                        if len(running) < self._jobs and (version := self._take(path)):
+                            running.append(pool.submit(self._run, version))
+                    idle = time.monotonic() - self._changed > self._timeout
+                    if (stopped or idle) and not running and not undone:
+                        return
+                    time.sleep(self._poll)
+            except BaseException:
+                self._over.set()
+                raise
+
+    @contextmanager
+    def _heartbeats(self) -> Iterator[None]:
+        """Claims and leases stay alive while the block runs; those that it leaves are given up."""
+
+        def beat() -> None:
+            while not self._over.wait(self._expiry / 4):
+                with suppress(OSError):  # the next one comes before the expiry
+                    self._ledger.beat()
+
+        thread = threading.Thread(target=beat, name="dist_ema ledger", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+            self._ledger.give_back()
+
+    def _candidates(self) -> list[Path]:
+        found = list(versions.numbered(self._folder).values())
+        return found[-1:] if self._newest else found
+
+    def _id(self, path: Path) -> str | None:
+        """Of a version that was looked at before; None of others."""
+        with suppress(OSError):
+            return self._known.get((path.name, path.stat().st_mtime_ns))
+        return _PASSED_OVER  # it is gone
+
+    def _take(self, path: Path) -> Version | None:
+        """The version, leased and claimed; None where there is nothing to do."""
+        version, new = open_version(path, self._expiry), self._id(path) is None
+        key = _PASSED_OVER if version is None else str(version.metadata["id"])
+        with suppress(OSError):
+            self._known[path.name, path.stat().st_mtime_ns] = key
+        if version is None:
+            return None
+        if new:
+            self._changed = time.monotonic()
+        if self._ledger.claim(version):
+            return version
+        version.release()
+        return None
+
+    def _run(self, version: Version) -> None:
+        began = time.monotonic()
+        with version:
+            for attempt in range(1, self._retries + 2):
+                outcome = self._work(version)
+                last = not outcome.error or attempt > self._retries
+                if last or self._over.wait(min(attempt, 30) * self._poll):
+                    break
+            if outcome.error and self._over.is_set():
+                return  # the interrupt stopped the command too
+            record = self._ledger.finish(version, outcome, attempt, time.monotonic() - began)
+        self._changed = time.monotonic()
+        if record is not None:
+            self._report(record)
+
+
+def plot(path: str, records: Sequence[Record], metric: str) -> None:
+    """A PNG of a metric over the steps: of the average, and of live where it is reported.
+
+    Live is `live_METRIC` of the command, or METRIC as the publisher gave it.
+    """
+    average = [(each.step, each.metrics[metric]) for each in records if metric in each.metrics]
+    if not average:
+        raise ValueError(f"no version has the metric {metric!r} yet.")
+    live = []
+    for each in records:
+        value = finite_numbers(each.live | each.metrics | {metric: each.live.get(metric)})
+        found = value.get(f"live_{metric}", value.get(metric))
+        live += [] if found is None else [(each.step, found)]
+    with plotting.panels(path, 1) as (axes,):
+        axes.plot(*zip(*sorted(average), strict=True), marker="o", label="average")
+        if live:
+            axes.plot(*zip(*sorted(live), strict=True), marker="o", label="live")
+        axes.set(xlabel="step", ylabel=metric)
+        axes.legend()
