@@ -483,6 +483,25 @@ class EMA:
         return gather.full(ranks, average.persistent, average.own_buffers, torch.device("cpu"))
 
     @_outside_autograd
+    def tensors(self, which: Which = 0) -> Iterator[tuple[str, Tensor]]:
+        """Each averaged or frozen weight in turn, full, on every rank. *Collective*, to the end.
+
+        No second model is made, and the live model is not touched: for transports that send the
+        average to an inference server (`dist_ema.integrations.vllm.EMASource`). Buffers are left
+        out. Do not train before the last weight has come.
+
+        Args:
+            which: See `swap`.
+
+        Note:
+            *Cost*: 256 MB of full weights at a time, or one weight.
+        """
+        ranks = self._needed
+        average = self._enter("tensors", Reads.WHOLE_MODEL, which, ranks=ranks)
+        states = [state for state in average.persistent if state.shard.kind != "buffer"]
+        return gather.full_weights(ranks, states, average.own_buffers)
+
+    @_outside_autograd
     def copy_to(self, module: parameters.Model, which: Which = 0) -> None:
         """Write the average into another model, however it is wrapped. *Collective*.
 
@@ -641,6 +660,7 @@ class EMA:
         keep_at_most: int | None = None,
         dtype: torch.dtype | None = torch.bfloat16,
         which: Which = 0,
+        beside: str | Path | None = None,
         max_shard_size: int | str = "5GB",
         mode: Literal["direct", "stream"] | None = None,
     ) -> Publication:
@@ -659,6 +679,8 @@ class EMA:
             keep_at_most: The versions that stay in all, leased or not; by default 4 x keep.
             dtype: Of all floating weights; None takes the model's own.
             which: See `swap`.
+            beside: A folder whose config.json, tokenizer and other files without weights each
+                version gets too, as links where the disk has them, for loaders that need them.
             max_shard_size: See `save`.
             mode: See `save`.
 
@@ -682,9 +704,8 @@ class EMA:
                     "handle first."
                 )
             finish = WeakMethod(self._finish_writing)
-            made.append(
-                Publication(_real_path(folder), every, keep, keep_at_most, which, form, finish)
-            )
+            place, rest = _real_path(folder), None if beside is None else _real_path(beside)
+            made.append(Publication(place, every, keep, keep_at_most, which, rest, form, finish))
 
         arguments = {"folder": os.fspath(folder), "every": every, "keep": keep}
         self._enter(

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from dist_ema import EMA, follow, load_file
 from dist_ema.checkpoint import atomic, leases, versions, writer
+from dist_ema.integrations.vllm import EMASource
 from dist_ema.offline.verify import verify
 from dist_ema.service.follow import open_version
 from tests._ranks import run_ranks
@@ -68,6 +69,16 @@ def publish_on_ranks(folder: str) -> None:
         optimizer.zero_grad()
         if step % 2 == 0:
             ema.save(f"{folder}/saved-{step}")  # waits for the version, and has the same weights
+    source = EMASource(ema, dtype=torch.bfloat16)
+    whole = ema.gather()
+    for _ in range(2):  # it can be sent again
+        sent = dict(source)
+        assert [(m.name, m.dtype, m.shape) for m in source.metadata()] == [
+            (name, torch.bfloat16, tuple(value.shape)) for name, value in sent.items()
+        ]
+        assert sent.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+        for name in whole:  # on the first rank
+            assert torch.equal(sent[name], whole[name].bfloat16())
     handle.remove()
     assert (handle.number, handle.published, handle.skipped, handle.failed) == (3, 3, 0, 0)
     fresh = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
@@ -253,9 +264,16 @@ def test_following_over_restarts(tmp_path: Path) -> None:
 
 def test_following_loads(tmp_path: Path) -> None:
     """In place and as a state_dict, synchronous and asynchronous, until the stop file."""
-    folder = tmp_path / "published"
-    trainer = Trainer(folder)
-    trainer.step(3)
+    folder, base = tmp_path / "published", tmp_path / "base"
+    base.mkdir()
+    for name in ("config.json", "tokenizer.model", "model.safetensors", "pytorch_model.bin"):
+        (base / name).write_text("{}")
+    trainer = Trainer(folder, beside=base)
+    trainer.step(4)
+    assert versions_in(folder) == [2, 3, 4], "what came from beside= goes with its version"
+    assert sorted(os.listdir(folder / "version-000004")) == [
+        "config.json", "ema.json", "model.safetensors", "tokenizer.model",
+    ]  # fmt: skip
     with trainer.ema.swap():
         wanted = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.handle.remove(stop=True)
@@ -263,7 +281,7 @@ def test_following_loads(tmp_path: Path) -> None:
     async def collect() -> list[int]:
         return [version.number async for version in follow(folder)]
 
-    assert asyncio.run(collect()) == [1, 2, 3]
+    assert asyncio.run(collect()) == [2, 3, 4]
     fresh = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     pointers = [value.data_ptr() for value in fresh.state_dict().values()]
     for version in follow(folder):

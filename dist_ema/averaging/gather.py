@@ -7,7 +7,8 @@ its own result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ from ..sharding.geometry import Box, boxes_with_data
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
 from ..sharding.records import Shard
 
-__all__ = ["copy_into", "full"]
+__all__ = ["copy_into", "full", "full_weights"]
+
+WINDOW = 256 << 20  # bytes of full weights
 
 
 def full(
@@ -49,6 +52,40 @@ def full(
     return result | {
         alias: result[state.name] for state in states if result for alias in state.shard.aliases
     }
+
+
+def full_weights(
+    ranks: Ranks, states: Sequence[ParamState], own_buffers: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each full weight in turn, on every rank and beside its shard. *Collective*.
+
+    *Cost*: `WINDOW` bytes of full weights at a time, or one weight.
+    """
+    window: list[ParamState] = []
+    for state, following in zip(states, [*states[1:], None], strict=True):
+        window.append(state)
+        sizes = (math.prod(each.shard.shape) * each.average.itemsize for each in window)
+        if following is None or sum(sizes) >= WINDOW:
+            yield from _full_window(ranks, window, own_buffers)
+            window = []
+
+
+@torch.no_grad()
+def _full_window(
+    ranks: Ranks, states: Sequence[ParamState], own_buffers: dict[str, Tensor]
+) -> list[tuple[str, Tensor]]:
+    dtypes, dims = saved_dtypes(states, own_buffers)
+    tensors = [
+        torch.empty(state.shard.shape, dtype=dtype, device=state.local.device)
+        for state, dtype in zip(states, dtypes, strict=True)
+    ]
+
+    def receive(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
+        tensors[number][Box(offsets, tuple(data.shape)).slices].copy_(data)
+
+    blocks = list(saved_blocks(states, own_buffers, ranks.size == 1))
+    stream_to_all(ranks, "tensors", dtypes, dims, blocks, receive)
+    return [(state.name, tensor) for state, tensor in zip(states, tensors, strict=True)]
 
 
 def copy_into(

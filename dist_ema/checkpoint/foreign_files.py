@@ -8,7 +8,19 @@ from pathlib import Path
 
 from . import atomic, manifest, safetensors
 
-__all__ = ["carry_over", "foreign"]
+__all__ = ["carry_over", "companions", "foreign"]
+
+WEIGHTS = (
+    ".bin",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".index.json",
+    ".msgpack",
+    ".pt",
+    ".pth",
+    ".safetensors",
+)
 
 
 def foreign(folder: Path) -> list[str]:
@@ -26,6 +38,15 @@ def foreign(folder: Path) -> list[str]:
         if (each.is_symlink() or not each.is_dir()) and not _is_of_nfs(each)
     }
     return sorted(there - found.files.keys() - indexes - {manifest.META})
+
+
+def companions(folder: Path) -> list[str]:
+    """The files of a model that hold no weights: a config, a tokenizer."""
+    plain = [each.name for each in folder.iterdir() if each.is_file()]
+    hidden = (".", manifest.META)
+    return sorted(
+        name for name in plain if not name.endswith(WEIGHTS) and not name.startswith(hidden)
+    )
 
 
 def carry_over(old: Path, new: Path, replaced: Collection[str]) -> None:

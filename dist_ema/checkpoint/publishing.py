@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import atomic, versions
+from .foreign_files import companions
 from .leases import LeaseWatch
 
 __all__ = ["Publication"]
@@ -28,6 +29,7 @@ class Publication:
         keep: How many stay.
         keep_at_most: How many stay with those that are leased.
         which: The average that is published.
+        beside: The folder whose config and tokenizer each version gets.
         form: Its dtype, and how files are written.
         metrics: JSON values of yours, like {"loss": 0.3}, which go into the next versions. The
             first rank's count.
@@ -44,6 +46,7 @@ class Publication:
         keep: int,
         keep_at_most: int | None,
         which: Any,
+        beside: Path | None,
         form: dict[str, Any],
         finish: Callable[[], Callable[[], None] | None],
     ) -> None:
@@ -59,7 +62,11 @@ class Publication:
             )
         self.folder, self.every = folder, every
         self.keep, self.keep_at_most = keep, keep_at_most
-        self.which, self.form = which, form
+        self.which, self.beside, self.form = which, beside, form
+        if beside is not None and not beside.is_dir():
+            raise ValueError(
+                f"beside={os.fspath(beside)!r} is no folder. Name one with config.json."
+            )
         self.metrics: dict[str, Any] = {}
         self.number = self.published = self.skipped = self.failed = 0
         self.active = True
@@ -83,6 +90,7 @@ class Publication:
             "time": time.time(),
             "every": self.every,
             "skipped": self.skipped,
+            "beside": [] if self.beside is None else companions(self.beside),
             "metrics": dict(self.metrics),
         }
 

@@ -121,7 +121,9 @@ def _is_whole(path: Path, size: int) -> bool:
 def _retire(folder: Path) -> str | None:
     """Rename a save, so that no reader finds half of it, and remove it. Returns what failed."""
     try:
-        others = foreign(folder)
+        saved = manifest.read(folder)
+        ours = (versions.facts_of(saved) or {}).get("beside", ()) if saved is not None else ()
+        others = [name for name in foreign(folder) if name not in ours]
         if others:
             names = ", ".join(others[:3])
             why = f"it holds {names}, which ema.save() did not write."

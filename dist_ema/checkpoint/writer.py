@@ -32,7 +32,7 @@ from ..distributed.transfer import Block, FileTransferGroup, stream
 from ..sharding.arena import ALIGN
 from ..sharding.geometry import Box, runs
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
-from . import atomic, crc32, foreign_files, manifest, retention, safetensors
+from . import atomic, crc32, foreign_files, manifest, retention, safetensors, versions
 from .background import BackgroundTask
 from .manifest import Manifest
 from .publishing import Publication
@@ -541,6 +541,10 @@ def _seal(prepared: _PreparedSave, sums: list[dict[str, int]]) -> None:
         stale = {path.name for path in request.path.glob("model-*-of-*.safetensors")}
         stale |= {"model.safetensors", safetensors.INDEX, manifest.META}
         foreign_files.carry_over(request.path, folder, stale)
+    published = versions.facts_of(request.manifest) or {"beside": ()}
+    for name in published["beside"]:
+        assert request.publication is not None
+        atomic.link_or_copy(f"{request.publication.beside}/{name}", folder / name)
     for inner in sorted({path.parent for path in folder.rglob("*")}, reverse=True):
         atomic.sync(inner)
 
