@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from weakref import WeakMethod
@@ -31,13 +31,14 @@ from .averaging.clock import Clock
 from .averaging.inventory import Average, Placement, Selection
 from .averaging.optimizer_hooks import Attachment, refuse_beside_masters
 from .averaging.swap import WeightSwap
-from .checkpoint import atomic, dcp, reader, versions, writer
+from .checkpoint import atomic, dcp, library_files, reader, versions, writer
 from .checkpoint.manifest import Manifest
 from .checkpoint.publishing import Publication
 from .distributed.coordinator import Ranks
 from .schedules import Schedule, schedule_list
 from .schedules import schedule as coerce
 from .sharding import consistency, derived, parameters, records, wrappers
+from .sharding.ownership import ParamState
 
 __all__ = ["EMA"]
 
@@ -536,7 +537,8 @@ class EMA:
         """Write a folder to resume from, itself a safetensors model. *Collective*, atomic.
 
         With `only=` the folder holds the averaged weights alone. Of several averages the first lies
-        in the folder, the others under averages/.
+        in the folder, the others under averages/. Of a PeftModel whose averaged weights belong to
+        one adapter it holds that adapter, and `PeftModel.from_pretrained` opens it.
 
         Args:
             path: The folder.
@@ -557,7 +559,8 @@ class EMA:
         """
 
         def request() -> writer.SaveRequest:
-            files, facts = self._average_files(), self._manifest("ema", extra or {})
+            files, weights = self._average_files()
+            facts = replace(self._manifest("ema", extra or {}), weights=weights)
             target = _real_path(path)
             return writer.SaveRequest("save", target, files, facts, max_shard_size, mode, keep=keep)
 
@@ -574,8 +577,13 @@ class EMA:
         dtype: torch.dtype | None = None,
         max_shard_size: int | str = "5GB",
         mode: Literal["direct", "stream"] | None = None,
+        merged: bool = False,
     ) -> None:
         """Write the file to ship: the complete model, in its own dtypes or `dtype`. *Collective*.
+
+        A model of transformers or diffusers gives the folder its config.json. Of a PeftModel whose
+        averaged weights all belong to adapters the folder holds the adapters, as `save_pretrained`
+        lays them out: the one called default in it, another one in a folder of its own name.
 
         Args:
             path: A folder (what else it holds, like config.json, stays), or one file ending in
@@ -584,25 +592,51 @@ class EMA:
             dtype: Of all floating weights.
             max_shard_size: See `save`.
             mode: See `save`.
+            merged: Of a PeftModel the model with the active adapters merged into it, under the
+                names that it has without them. It is written inside a `swap`, with a copy of the
+                weights that adapters sit on.
 
         Raises:
-            ValueError: A finite value would become infinite in `dtype`.
+            ValueError: A finite value would become infinite in `dtype`, or `merged` is asked of
+                what cannot be merged.
 
         Note:
             With `split=False` on replicated weights it is local: every rank that calls it writes
             the files, one rank after another.
         """
+        model, target, average = self.weights.model, _real_path(path), self.weights.average(which)
+        arguments: dict[str, Any] = {"path": os.fspath(path), "max_shard_size": max_shard_size}
+        arguments |= {"mode": mode, "dtype": dtype, "merged": merged}
 
-        def request() -> writer.SaveRequest:
-            average, target = self.weights.average(which), _real_path(path)
-            facts = replace(self._manifest("export"), weights="all")
-            own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
-            alone = self._needed is self._alone
-            files = writer.AverageFiles(average.persistent, own_buffers, schedule, alone=alone)
-            return writer.SaveRequest("export", target, [files], facts, max_shard_size, mode, dtype)
+        def request(
+            form: library_files.FileForm, states: list[ParamState] | None = None
+        ) -> writer.SaveRequest:
+            states = states or average.persistent
+            if form.is_adapter:
+                states = [state for state in states if state.name in form.names]
+            own_buffers = {} if merged else dict(average.own_buffers)
+            schedule, alone = average.schedule.to_dict(), self._needed is self._alone
+            files = writer.AverageFiles(states, own_buffers, schedule, alone=alone, form=form)
+            weights = "adapter" if form.is_adapter else "all"
+            facts = replace(self._manifest("export"), weights=weights)
+            where = target / form.folder
+            return writer.SaveRequest("export", where, [files], facts, max_shard_size, mode, dtype)
 
-        arguments = {"path": os.fspath(path), "max_shard_size": max_shard_size, "mode": mode}
-        self._write("export", request, arguments | {"dtype": dtype}, which)
+        if merged:
+            self._finish_writing()
+            with (
+                self.swap(which),
+                library_files.merged(model, average.persistent, dtype) as (
+                    states,
+                    form,
+                ),
+            ):
+                self._submit(request(form, states), self._needed, which, arguments)
+            return
+        one_file = target.suffix == ".safetensors"
+        forms = [] if one_file else library_files.adapters_of(model, self.names())
+        for form in forms or [library_files.complete_form(model, dtype)]:
+            self._write("export", partial(request, form), arguments, which)
 
     @_outside_autograd
     def snapshot(
@@ -636,7 +670,8 @@ class EMA:
             )
 
         def request() -> writer.SaveRequest:
-            files, facts = self._average_files(), self._manifest("export" if dtype else "ema")
+            files, weights = self._average_files()
+            facts = replace(self._manifest("export" if dtype else "ema"), weights=weights)
             return writer.SaveRequest("save", path, files, facts, dtype=dtype, numbered=True)
 
         arguments = {"folder": os.fspath(folder), "every": every, "dtype": dtype}
@@ -758,9 +793,15 @@ class EMA:
             **publication.form,
         )
 
-    def _average_files(self) -> list[writer.AverageFiles]:
-        """The first average is complete (with `only=`: what is averaged), others share its rest."""
-        complete = self.weights.selection.only is None
+    def _average_files(self) -> tuple[list[writer.AverageFiles], str]:
+        """The first average is complete (with `only=`: what is averaged), others share its rest.
+
+        Returns:
+            The files, and what `Manifest.weights` says of them.
+        """
+        adapters = library_files.adapters_of(self.weights.model, names := self.names())
+        form = library_files.only_used(adapters, names)
+        complete = self.weights.selection.only is None and not adapters
         files = []
         for i, average in enumerate(self.weights.averages):
             states = [
@@ -769,11 +810,12 @@ class EMA:
                 if state.shadow is not None
                 or state.name in average.own_buffers
                 or (i == 0 and complete)
+                or (form.is_adapter and state.name in form.names)
             ]
             label = f"{i}-{type(average.schedule).__name__}" if i else ""
             own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
-            files.append(writer.AverageFiles(states, own_buffers, schedule, label))
-        return files
+            files.append(writer.AverageFiles(states, own_buffers, schedule, label, form=form))
+        return files, "adapter" if form.is_adapter else "all" if complete else "averaged"
 
     def _write(
         self,
@@ -792,8 +834,18 @@ class EMA:
 
         ranks = self._needed if verb == "export" else self._ranks
         self._enter(verb, Reads.WHOLE_MODEL, which, prepare, arguments, ranks)
-        request = made[0]
-        self._warn_if_idle(request.verb)
+        self._warn_if_idle(verb)
+        self._submit(made[0], ranks, which, arguments, wait)
+
+    def _submit(
+        self,
+        request: writer.SaveRequest,
+        ranks: Ranks,
+        which: Which,
+        arguments: dict[str, Any],
+        wait: bool = True,
+    ) -> None:
+        """Write what all ranks ask for."""
         model = self.weights.model
         if isinstance(model, parameters.Parameters) and model.nameless:
             warnings.warn(
@@ -802,15 +854,14 @@ class EMA:
                 "for files that a model can load.",
                 stacklevel=_stacklevel_of_caller(),
             )
-        self._warn_of_unexplained_keys(request.verb)
+        if request.manifest.weights == "all":
+            self._warn_of_unexplained_keys(request.verb)
         if ranks is self._alone:
             with atomic.locked(request.path):  # all ranks may export to one path
                 self._warn_each(writer.Writer(ranks).write(request, self.timeout))
             return
         ranks = self._file_ranks()
-        if (
-            ranks is self._everyone
-        ):  # an unwrapped model in a job of ranks: the first writes, if all hold the same
+        if ranks is self._everyone:  # an unwrapped model: the first writes, if all hold the same
             states = [state for files in request.averages for state in files.states]
             common = self._common(which, arguments)
             consistency.on_averages(request.verb, ranks, states, common)
@@ -864,7 +915,6 @@ class EMA:
         attached = self._attachment
         return Manifest(
             kind=kind,
-            weights="all" if self.weights.selection.only is None else "averaged",
             clock=self.weights.clock_to_dict(),
             attach=None if attached is None else attached.to_dict(),
             rounding={"seed": self.weights.seed},
@@ -902,8 +952,11 @@ class EMA:
         arguments = {"path": os.fspath(path), "strict": strict, "verify": verify}
         self._enter("load", Reads.LIVE | Reads.REPLACED, arguments=arguments)
         weights = self.weights
+        adapters = library_files.adapters_of(weights.model, names := self.names())
+        form = library_files.only_used(adapters, names)
+        model_names = {there: name for name, there in form.names.items()}
         targets = [
-            reader.LoadTarget(average.schedule.to_dict(), average.persistent)
+            reader.LoadTarget(average.schedule.to_dict(), average.persistent, model_names)
             for average in weights.averages
         ]
         with reader.open_checkpoint(

@@ -185,3 +185,59 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
         load_file(a / f"checkpoint-{best}" / "ema"),
     )
     assert all(torch.equal(final[name], average[name]) for name in final)
+
+
+def tiny(kind: str) -> Any:
+    """A model whose files have other names than it has in memory."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "vocab_size": 16,
+    }  # fmt: skip
+    if kind == "fused experts":
+        config = transformers.MixtralConfig(
+            **sizes, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0, eos_token_id=0,
+            bos_token_id=0,
+        )  # fmt: skip
+        return transformers.MixtralForCausalLM(config)
+    vision = {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 4, "patch_size": 2,
+    }  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision),
+        text_config=transformers.LlamaConfig(**sizes),
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("kind", ["fused experts", "vision and language"])
+def test_export_has_the_names_of_save_pretrained(kind: str, tmp_path: Path) -> None:
+    """Names and shapes of save_pretrained, the average's values, and a config.json."""
+    model = tiny(kind)
+    callback = EMACallback(decay=0.5)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
+        save_strategy="no", learning_rate=0.1,
+    )  # fmt: skip
+    row = {"input_ids": torch.arange(3, 7), "labels": torch.arange(3, 7)}
+    with pytest.raises(RuntimeError, match="before trainer.train"):
+        callback.export(tmp_path / "early")
+    Trainer(model, args, train_dataset=[row] * 32, callbacks=[callback]).train()
+    assert callback.ema is not None
+    callback.export(tmp_path / "out")
+    with callback.ema.swap():
+        model.save_pretrained(tmp_path / "theirs")
+        average = {name: value.clone() for name, value in model.state_dict().items()}
+    ours, theirs = (load_file(tmp_path / each) for each in ("out", "theirs"))
+    assert ours.keys() == theirs.keys() != average.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    opened = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(opened[name], average[name]) for name in average)
+    callback.ema.export(tmp_path / "memory")
+    configs = [
+        json.loads((tmp_path / each / "config.json").read_text()) for each in ("memory", "theirs")
+    ]
+    assert configs[0] == configs[1]

@@ -35,7 +35,9 @@ def foreign(folder: Path) -> list[str]:
     there = {
         each.relative_to(folder).as_posix()
         for each in folder.rglob("*")
-        if (each.is_symlink() or not each.is_dir()) and not _is_of_nfs(each)
+        if (each.is_symlink() or not each.is_dir())
+        and not _is_of_nfs(each)
+        and each.name != safetensors.ADAPTER_CONFIG
     }
     return sorted(there - found.files.keys() - indexes - {manifest.META})
 

@@ -42,7 +42,8 @@ class Manifest:
     """What ema.json says. Every field has its type; what was found instead is told in `damage`.
 
     kind: 'ema', an average to resume from, or 'export', a model to ship.
-    weights: 'all' of the model's, or only those that are 'averaged'.
+    weights: 'all' of the model's, only those that are 'averaged', or an 'adapter' in peft's form,
+        with peft's names.
     clock: the counters of `Clock`, and how many updates were accepted; {} where nobody knows.
     attach: the arguments of `EMA.attach`, or None.
     rounding: the seed of stochastic rounding, or None.
@@ -242,7 +243,10 @@ def _is_seed(value: Any) -> bool:
 # key -> what it must be, and the test of that
 _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "kind": ("'ema' or 'export'", lambda value: value in ("ema", "export")),
-    "weights": ("'all' or 'averaged'", lambda value: value in ("all", "averaged")),
+    "weights": (
+        "'all', 'averaged' or 'adapter'",
+        lambda value: value in ("all", "averaged", "adapter"),
+    ),
     "clock": ("an object", _is_object),
     "attach": ("an object or null", lambda value: value is None or _is_object(value)),
     "rounding": ("an object with a whole seed, or null", _is_seed),

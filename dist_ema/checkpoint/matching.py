@@ -7,7 +7,7 @@ their names. Nothing is changed here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ class LoadTarget(NamedTuple):
 
     schedule: dict[str, Any]
     states: list[ParamState]  # of all that the model persists
+    names: dict[str, str]  # name in the files -> the model's, where they differ
 
 
 @dataclass
@@ -97,10 +98,12 @@ class ReadPlan:
     listed: dict[str, dict[str, Any]] | None = None  # size and check sum of its files, if known
     chosen: dict[str, OpenWeight] = field(default_factory=dict)  # by the model's names
     differences: Differences = field(default_factory=Differences)
+    names: dict[str, str] = field(default_factory=dict)  # as in LoadTarget
 
     def compare(self, table: dict[str, OpenWeight]) -> None:
         """Choose from the weights of the folder, and note every difference."""
         report = self.differences
+        table = {self.names.get(name, name): weight for name, weight in table.items()}
         known = {name for state in self.states for name in (state.name, *state.shard.aliases)}
         report.unexpected += sorted(table.keys() - known)
         for state in self.states:
@@ -133,8 +136,8 @@ def plan_start(place: Location, targets: Sequence[LoadTarget]) -> list[ReadPlan]
     listed = place.listed if place.manifest or place.listed else None
     folder = Path(place.folder)
     return [
-        ReadPlan(folder, target.states, place.aliases, place.model, listed=listed)
-        for target in targets
+        ReadPlan(folder, t.states, place.aliases, place.model, listed=listed, names=t.names)
+        for t in targets
     ]
 
 
@@ -157,10 +160,11 @@ def plan_resume(
         label = saved.labels[k]
         folder = path / "averages" / label if label else path
         listed = saved.files_of(label)
-        model = safetensors.INDEX if len(listed) > 1 else "model.safetensors"
+        model = safetensors.INDEX if len(listed) > 1 else next(iter(listed))
         whole = saved.weights == "all" and not k
-        own = saved.own_buffers_of(label)
-        plans.append(ReadPlan(folder, target.states, place.aliases, model, whole, own, listed))
+        own = [target.names.get(name, name) for name in saved.own_buffers_of(label)]
+        plan = ReadPlan(folder, target.states, place.aliases, model, whole, own, listed)
+        plans.append(replace(plan, names=target.names))
     return plans
 
 

@@ -99,12 +99,13 @@ class OpenCheckpoint:
 
     def _warn_of_frozen(self, saved: manifest.Manifest) -> None:
         """Weights that are averaged now and were frozen when they were saved."""
-        names = saved.averaged
-        averaged = set(names).union(*(saved.aliases.get(name, ()) for name in names))
+        plan, names = self._plans[0], saved.averaged
+        listed = set(names).union(*(saved.aliases.get(name, ()) for name in names))
+        averaged = {plan.names.get(name, name) for name in listed}
         frozen = sorted(
             state.name
-            for state in self._plans[0].states
-            if state.shadow is not None and state.name in self._plans[0].chosen.keys() - averaged
+            for state in plan.states
+            if state.shadow is not None and state.name in plan.chosen.keys() - averaged
         )
         if frozen:
             self.warnings.append(

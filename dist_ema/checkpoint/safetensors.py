@@ -28,6 +28,8 @@ from .regular_file import open_regular, read_exactly
 from .strict_json import MOST_JSON, dump, parse_json, read_json
 
 __all__ = [
+    "ADAPTER",
+    "ADAPTER_CONFIG",
     "INDEX",
     "ITEMSIZE",
     "Entry",
@@ -48,6 +50,7 @@ __all__ = [
 
 
 INDEX = "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of peft
 STEMS = ("model", "diffusion_pytorch_model")  # of transformers, and of diffusers
 MOST = 1 << 63  # below which torch counts elements and bytes
 MOST_DIMS = 64

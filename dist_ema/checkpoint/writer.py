@@ -17,7 +17,7 @@ import shutil
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from ..sharding.geometry import Box, runs
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
 from . import atomic, crc32, foreign_files, manifest, retention, safetensors, versions
 from .background import BackgroundTask
+from .library_files import FileForm
 from .manifest import Manifest
 from .publishing import Publication
 from .torch_dtypes import DTYPES, KINDS
@@ -51,6 +52,7 @@ class AverageFiles:
     label: str = ""
     staged: list[Block] | None = None  # copies, in place of what the states hold by now
     alone: bool = False  # this rank writes everything
+    form: FileForm = field(default_factory=FileForm)
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -65,15 +67,22 @@ class AverageFiles:
     def prefix(self) -> str:
         return f"averages/{self.label}/" if self.label else ""
 
+    def name_of(self, state: ParamState) -> str:
+        """In the files."""
+        return self.form.name_of(state.name)
+
     @property
     def aliases(self) -> dict[str, list[str]]:
         return {
-            state.name: sorted(state.shard.aliases) for state in self.states if state.shard.aliases
+            self.name_of(state): sorted(map(self.form.name_of, state.shard.aliases))
+            for state in self.states
+            if state.shard.aliases
         }
 
     @property
     def own_names(self) -> list[str]:
-        return sorted(state.name for state in self.states if state.name in self.own_buffers)
+        own = (state for state in self.states if state.name in self.own_buffers)
+        return sorted(map(self.name_of, own))
 
 
 @dataclass(frozen=True)
@@ -121,11 +130,15 @@ class SaveRequest:
     def plan(self, average: AverageFiles) -> dict[str, safetensors.SafetensorsFile]:
         """The files of an average by name. Raises ValueError for a dtype that they cannot hold."""
         table = {
-            state.name: safetensors.Entry(self._kind_of(state, average), state.shard.shape)
+            average.name_of(state): safetensors.Entry(
+                self._kind_of(state, average), state.shard.shape
+            )
             for state in average.states
         }
         if not self.one_file:
             files = safetensors.plan(table, self.max_shard_size)
+            if average.form.is_adapter:
+                files = {safetensors.ADAPTER: safetensors.header(table)}
             return {average.prefix + name: file for name, file in files.items()}
         names = {alias: name for name, aliases in average.aliases.items() for alias in aliases}
         return {self.path.name: safetensors.header(table, names)}
@@ -154,13 +167,16 @@ class SaveRequest:
         return replace(
             self.manifest,
             files=files,
-            averaged=sorted(state.name for state in first.states if state.shadow is not None),
+            averaged=sorted(
+                first.name_of(state) for state in first.states if state.shadow is not None
+            ),
             schedules=[each.schedule for each in self.averages],
             averages={each.label: each.own_names for each in others},
             own_buffers=first.own_names,
             aliases=first.aliases,
             dtypes={
-                state.name: str(state.shard.dtype).removeprefix("torch.") for state in first.states
+                first.name_of(state): str(state.shard.dtype).removeprefix("torch.")
+                for state in first.states
             },
             versions={"dist_ema": _version.VERSION, "torch": torch.__version__},
         )
@@ -330,7 +346,7 @@ class _PreparedSave:
 
     def writers(self) -> list[FileWriter]:
         return [
-            FileWriter(self, plan, [state.name for state in average.states])
+            FileWriter(self, plan, list(map(average.name_of, average.states)))
             for average, plan in zip(self.request.averages, self.plans, strict=True)
         ]
 
@@ -534,12 +550,16 @@ def _seal(prepared: _PreparedSave, sums: list[dict[str, int]]) -> None:
         if len(plan) > 1:
             bare = {Path(name).name: file for name, file in plan.items()}
             texts[average.prefix + safetensors.INDEX] = safetensors.index(bare)
+        for name, text in average.form.texts.items():
+            if average.form.is_adapter or not (request.path / name).exists():
+                texts[average.prefix + name] = text
     for name, text in texts.items():
         (folder / name).write_bytes(text)
         atomic.sync(folder / name)
     if request.verb == "export" and request.path.exists():
         stale = {path.name for path in request.path.glob("model-*-of-*.safetensors")}
         stale |= {"model.safetensors", safetensors.INDEX, manifest.META}
+        stale |= {safetensors.ADAPTER, safetensors.ADAPTER_CONFIG}  # loaders would add it again
         foreign_files.carry_over(request.path, folder, stale)
     published = versions.facts_of(request.manifest) or {"beside": ()}
     for name in published["beside"]:

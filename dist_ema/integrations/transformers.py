@@ -55,7 +55,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         options: further arguments of `EMA`.
 
     Attributes:
-        ema: the `EMA`, from the beginning of the training on. After it: `callback.ema.export(...)`.
+        ema: the `EMA`, from the beginning of the training on. After it: `callback.export(...)`.
 
     Raises:
         ValueError: `decay` is none that `EMA` takes.
@@ -123,6 +123,31 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             # The trainer has loaded the live weights of the best checkpoint by now.
             if not self._live or "_ema_" in f"_{args.metric_for_best_model}":
                 self.ema.copy_to(self._trainer.model_wrapped)
+
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write the average by the model's own `save_pretrained`. *Collective*.
+
+        transformers holds some weights under other names than it writes (fused experts, models of
+        vision and language). These files have the names that `from_pretrained` asks for, where
+        `callback.ema.export` has those of the model in memory.
+
+        Raises:
+            RuntimeError: Before the training.
+
+        Note:
+            *Cost*: the model on the first rank's host, twice.
+        """
+        if self.ema is None or self._trainer is None:
+            raise RuntimeError("EMACallback.export() before trainer.train(): there is no average.")
+        dtypes = {
+            name: state.shard.dtype
+            for state in self.ema.weights.states
+            for name in (state.name, *state.shard.aliases)
+        }
+        weights = {name: value.to(dtypes[name]) for name, value in self.ema.gather().items()}
+        if weights:
+            model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+            model.save_pretrained(path, state_dict=weights)
 
     # --- [Note: reaching the trainer] -----------------------------------------------------------
 

@@ -114,6 +114,11 @@ def _refuse_part(model: Source, like: str | Path | None) -> None:
     if not model.entries:
         raise ValueError(f"{model.path} holds no weights: there is nothing to export.")
     if like is None:  # which proves that nothing is missing
+        if model.manifest is not None and model.manifest.weights == "adapter":
+            raise ValueError(
+                f"{model.path} holds an adapter, which peft opens as it is: copy the folder. "
+                "ema.export(merged=True) writes a complete model."
+            )
         if model.manifest is not None and model.manifest.weights != "all":
             raise ValueError(
                 f"{model.path} holds averaged weights only (EMA(only=...)), so it is no complete "

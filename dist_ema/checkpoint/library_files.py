@@ -1,0 +1,210 @@
+"""What other libraries expect of a model's folder: config.json, and adapters in peft's form.
+
+Duck-typed: a model that has these was made by its library, so nothing is imported here.
+
+[Note: adapters]  A PeftModel whose averaged weights all belong to adapters is saved as its adapter
+alone. peft writes the form itself: its `save_pretrained` gets the number of each weight in place of
+the weight, and the file that comes back says which weight has which name in it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain, takewhile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..sharding.ownership import ParamState
+from ..sharding.wrappers import canonical, walk_modules
+from .load_file import load_file
+from .safetensors import ADAPTER, ADAPTER_CONFIG
+
+__all__ = ["FileForm", "adapters_of", "complete_form", "merged", "only_used"]
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class FileForm:
+    """What the files of a model are called, and what lies beside them.
+
+    names: the model's canonical name -> the name in the files, where they differ.
+    texts: file -> its content.
+    folder: of an adapter, where `save_pretrained` puts it; '' for the one called default.
+    is_adapter: the files hold the weights in `names` alone ([Note: adapters]).
+    """
+
+    names: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
+    folder: str = ""
+    is_adapter: bool = False
+
+    def name_of(self, name: str) -> str:
+        """In the files."""
+        return self.names.get(name, name)
+
+
+def _inner(model: nn.Module) -> Any:
+    """The module inside all wrappers."""
+    outer = takewhile(_has_no_prefix, walk_modules(model))
+    return [module for _, module, _ in outer][-1]
+
+
+def _has_no_prefix(item: tuple[str, Any, Any]) -> bool:
+    return not item[0]
+
+
+def _is_peft_model(module: nn.Module) -> bool:
+    return any(
+        each.__name__ == "PeftModel" and each.__module__.startswith("peft.")
+        for each in type(module).__mro__
+    )
+
+
+def adapters_of(model: nn.Module, averaged: Sequence[str]) -> list[FileForm]:
+    """The adapters of a PeftModel, or [] where something else is averaged too.
+
+    Prompt learning and AdaLoRA too give []: peft computes what it writes for them.
+
+    Args:
+        model: However it is wrapped.
+        averaged: The canonical names of what is averaged.
+    """
+    inner = _inner(model)
+    if not _is_peft_model(inner) or any(map(_is_computed, inner.peft_config.values())):
+        return []
+    held = chain(
+        inner.named_parameters(remove_duplicate=False), inner.named_buffers(remove_duplicate=False)
+    )
+    names = [name for name, _ in held]
+    numbers = {name: torch.tensor(i) for i, name in enumerate(names)}
+    found = []
+    with TemporaryDirectory() as folder:
+        inner.save_pretrained(folder, state_dict=numbers, save_embedding_layers=False)
+        for adapter in inner.peft_config:
+            place = "" if adapter == "default" else adapter
+            where = Path(folder, place)
+            named = {
+                canonical(names[number]): canonical(name)
+                for name, number in load_file(where / ADAPTER).items()
+            }
+            texts = {ADAPTER_CONFIG: (where / ADAPTER_CONFIG).read_bytes()}
+            found.append(FileForm(named, texts, place, is_adapter=True))
+    known = {name for adapter in found for name in adapter.names}
+    return found if known.issuperset(averaged) else []
+
+
+def only_used(adapters: Sequence[FileForm], averaged: Sequence[str]) -> FileForm:
+    """The adapter that holds all averaged weights; the plain form where there is no such one."""
+    used = [form for form in adapters if not form.names.keys().isdisjoint(averaged)]
+    return used[0] if len(used) == 1 else FileForm()
+
+
+def _is_computed(config: Any) -> bool:
+    return bool(config.is_prompt_learning) or str(config.peft_type).endswith("ADALORA")
+
+
+# --- the merged model ----------------------------------------------------------------------------
+
+
+@contextmanager
+def merged(
+    model: nn.Module, states: Sequence[ParamState], dtype: torch.dtype | None
+) -> Iterator[tuple[list[ParamState], FileForm]]:
+    """Merge the active adapters into the weights below them, for the block.
+
+    Args:
+        model: A PeftModel, however it is wrapped.
+        states: What it persists.
+        dtype: See `complete_form`.
+
+    Yields:
+        (what the merged model persists, as it lies in `model`; the form of its files)
+
+    Raises:
+        ValueError: `model` is no PeftModel, or a rank holds a part of a weight that peft cannot
+            merge.
+
+    Note:
+        *Cost*: a copy of the weights that adapters sit on.
+    """
+    inner = _inner(model)
+    if not _is_peft_model(inner):
+        raise ValueError(f"merged=True needs a PeftModel, got {type(inner).__name__}.")
+    known = [name for state in states for name in (state.name, *state.shard.aliases)]
+    names = _merged_names(inner, known)
+    cut = [
+        state.name
+        for state in states
+        if state.shard.flat_parameter is not None or hasattr(state.shard.tensor, "ds_tensor")
+    ]
+    if cut:
+        raise ValueError(
+            f"merged=True: {cut[0]} is a flat part of a weight here (FSDP1, ZeRO-3), which peft "
+            "cannot merge. Export the adapter, and merge it offline: "
+            "PeftModel.from_pretrained(base, out).merge_and_unload()."
+        )
+    below = [p for name, p in inner.named_parameters() if ".base_layer." in name]
+    kept = [p.data for p in below]
+    try:
+        for p in below:
+            p.data = p.data.clone()
+        inner.base_model.merge_adapter()
+        chosen = [state for state in states if state.name in names]
+        now = [replace(state, shadow=None, local=state.shard.read()) for state in chosen]
+        yield now, FileForm(names, _config_files(inner.get_base_model(), dtype))
+    finally:
+        inner.base_model.unmerge_adapter()
+        for p, data in zip(below, kept, strict=True):
+            p.data = data
+
+
+def _merged_names(inner: Any, names: Sequence[str]) -> dict[str, str]:
+    """Canonical name -> the name in the model without adapters."""
+    own = {name for adapter in adapters_of(inner, []) for name in adapter.names}
+    active = inner.active_adapter
+    found = {}
+    for name in names:
+        plain = name.replace(".base_layer.", ".").replace(f".modules_to_save.{active}.", ".")
+        replaced = ".original_module." in name or ".modules_to_save." in plain
+        if not replaced and (name not in own or plain != name):
+            found[name] = plain.removeprefix(_PREFIX)
+    return found
+
+
+# --- config.json ---------------------------------------------------------------------------------
+
+
+def complete_form(model: nn.Module, dtype: torch.dtype | None) -> FileForm:
+    """The whole model, beside it config.json, as its library writes it, where it has one to give.
+
+    Args:
+        model: However it is wrapped.
+        dtype: That the floating weights are exported in; None: their own.
+    """
+    return FileForm(texts=_config_files(_inner(model), dtype))
+
+
+def _config_files(inner: Any, dtype: torch.dtype | None) -> dict[str, bytes]:
+    config: Any = getattr(inner, "config", None)
+    if _is_peft_model(inner):
+        return {}  # the config is that of the model inside
+    if hasattr(inner, "to_json_string"):  # diffusers
+        return {"config.json": inner.to_json_string().encode()}
+    if not hasattr(config, "to_json_string"):
+        return {}
+    config = copy.deepcopy(config)
+    config.architectures = [type(inner).__name__.removeprefix("FSDP")]
+    config.dtype = str(dtype or inner.dtype).removeprefix("torch.")
+    files = {"config.json": config.to_json_string().encode()}
+    generation = getattr(inner, "generation_config", None)
+    if generation is not None:
+        files["generation_config.json"] = generation.to_json_string().encode()
+    return files
