@@ -1,4 +1,4 @@
-"""Adapters: what is saved and exported opens in peft, resumes here, and merges as peft merges it."""
+"""Adapters: what is saved and exported opens in peft, resumes, and merges as peft merges it."""
 
 from __future__ import annotations
 
