@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dist_ema import EMA, Power, load_file
 from dist_ema.posthoc import Snapshots
+from dist_ema.service import sweep as golden
 
 STORED = (0.05, 0.10)
 TRACKED = (0.02, 0.03, 0.07, 0.12, 0.15, 0.20)
@@ -91,6 +92,25 @@ def sweep(trained: Trained, out: Path, sigmas: Sequence[float]) -> list[dict[str
             row["distance"] = distance(mixed, trained.tracked[sigma])
         rows.append(row)
     return rows
+
+
+def search(trained: Trained, out: Path, rows: list[dict[str, Any]]) -> None:
+    """Find the best width with a third of the evaluations, and say whether the table agrees."""
+
+    def loss(place: Path, _: float) -> float:
+        trained.run.model.load_state_dict(load_file(place))
+        return train.evaluate(trained.run)["loss"]
+
+    found = golden.sweep(
+        trained.snapshots, out / "search", loss, low=SWEPT[0], high=SWEPT[-1], evaluations=8
+    )
+    best = min(rows, key=lambda row: row["loss"])["sigma_rel"]
+    low, high = found.interval
+    print(
+        f"search: {found.best.mean:.4f} at sigma_rel {found.best.sigma_rel:g} after "
+        f"{len(found.candidates)} evaluations; between {low:.3f} and {high:.3f}, where the table's "
+        f"{best:g} {'lies' if low <= best <= high else 'does not lie'}"
+    )
 
 
 def mean(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -188,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"seed {seed}: live loss {live[-1]['loss']:.4f}, "
             f"best {best['loss']:.4f} at sigma_rel {best['sigma_rel']:g}"
         )
+        search(trained, out, runs[-1])
     (args.out / "sweep.json").write_text(json.dumps({"runs": runs, "live": live}, indent=2) + "\n")
     plot(args.out / "sweep.png", runs, live)
     print(table(mean(runs)))

@@ -12,12 +12,24 @@ import sys
 from collections.abc import Sequence
 
 from ..text import sentence
-from . import average, convert, diff, doctor, export, inspect, plan, reconstruct, verify, watch
+from . import (
+    average,
+    convert,
+    diff,
+    doctor,
+    export,
+    inspect,
+    plan,
+    reconstruct,
+    sweep,
+    verify,
+    watch,
+)
 from .console import FINE, PROBLEM, USAGE, add_verb, say
 
 __all__ = ["build_parser", "main"]
 
-VERBS = (inspect, verify, export, diff, convert, average, reconstruct, plan, watch, doctor)
+VERBS = (inspect, verify, export, diff, convert, average, reconstruct, sweep, plan, watch, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,20 +24,25 @@ from ..text import printable
 from .follow import POLL, Version, open_version
 from .ledger import RUNNING, Ledger, Outcome, Record, finite_numbers
 
-__all__ = ["Watch", "Work", "plot", "run_command"]
+__all__ = ["Watch", "Work", "plot", "run_command", "run_shell"]
 
 _PASSED_OVER = ""  # the id of a version that cannot be opened: retired, damaged, another's
 Work: TypeAlias = Callable[[Version], Outcome]
 
 
 def run_command(command: str, version: Version) -> Outcome:
-    """Run a shell command for a version, and read its metrics from its last line of JSON.
+    """Run a shell command for a version; {path}, {step} and {version} in it are replaced."""
+    facts = {"path": version.path, "step": version.step, "version": version.number}
+    return run_shell(command, facts)
+
+
+def run_shell(command: str, facts: Mapping[str, object]) -> Outcome:
+    """Run a shell command, and read its metrics from its last line of JSON.
 
     Args:
-        command: {path}, {step} and {version} in it are replaced.
-        version: The version.
+        command: Names of `facts` in braces are replaced by their values, quoted.
+        facts: By name.
     """
-    facts = {"path": str(version.path), "step": version.step, "version": version.number}
     for name, value in facts.items():
         command = command.replace(f"{{{name}}}", shlex.quote(str(value)))
     done = subprocess.run(

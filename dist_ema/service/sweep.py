@@ -1,0 +1,249 @@
+"""Which decay is best, after training: reconstruct, evaluate, narrow down. No torch.
+
+[Note: search]  The metric is taken as a function of log(sigma_rel) with one least value. Golden
+section narrows it down with one evaluation a step: of two inner points the worse becomes an end.
+Points whose means differ by less than twice their standard error cannot be told apart, and the
+search ends there. The interval is at least what was left. A parabola through the nearest points
+widens it, to where it has risen by twice the scatter of the points around it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint import atomic
+from ..checkpoint.strict_json import dump, read_json
+from ..offline import plotting
+from ..posthoc.snapshots import WARNED, Snapshots
+from ..schedules import Power
+
+__all__ = ["BEST", "STATE", "Candidate", "SweepReport", "expressible", "plot", "sweep"]
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+NEAREST = 7  # points that the parabola goes through
+STATE = "sweep.json"
+BEST = "best"
+
+Evaluate = Callable[[Path, float], float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A width and its metric, once for each repeat."""
+
+    sigma_rel: float
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean, 0 where there is one value."""
+        return (
+            float(np.std(self.values, ddof=1) / len(self.values) ** 0.5) if self.values[1:] else 0.0
+        )
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What was evaluated, by width; the best of it; and where the least value lies."""
+
+    candidates: list[Candidate]
+    best: Candidate
+    interval: tuple[float, float]
+    at_the_edge: bool  # of the widths that were allowed
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "best": self.best.sigma_rel,
+            "interval": list(self.interval),
+            "at_the_edge": self.at_the_edge,
+            "candidates": [
+                {"sigma_rel": each.sigma_rel, "mean": each.mean, "error": each.error}
+                | {"values": list(each.values)}
+                for each in self.candidates
+            ],
+        }
+
+
+def expressible(run: Snapshots, at: float | None = None) -> tuple[float, float]:
+    """The narrowest and the widest average that the snapshots express well.
+
+    Raises:
+        ValueError: They express none.
+    """
+    widths = np.geomspace(0.01, 0.28, 40)
+    fine = [s for s in widths if run.fit(Power(sigma_rel=float(s)), at).residual <= WARNED]
+    if not fine:
+        raise ValueError(
+            f"no width can be mixed from these snapshots within {WARNED:.0%}. Store more of them, "
+            "or averages nearer to what you look for."
+        )
+    return float(fine[0]), float(fine[-1])
+
+
+def sweep(
+    snapshots: str | Path,
+    out: str | Path,
+    evaluate: Evaluate,
+    *,
+    what: str = "",
+    sign: int = 1,
+    low: float | None = None,
+    high: float | None = None,
+    evaluations: int = 8,
+    repeats: int = 1,
+    at: float | None = None,
+    dtype: str | None = None,
+    report: Callable[[Candidate], None] = lambda candidate: None,
+) -> SweepReport:
+    """Find the best width, and write that average to out/best.
+
+    What was evaluated before is taken from out/sweep.json, so an interrupted sweep goes on.
+
+    Args:
+        snapshots: The folder given to `ema.snapshot`.
+        out: A folder.
+        evaluate: Called with the folder of a candidate and its width; returns the metric.
+        what: Of what evaluation the values are; a sweep goes on from its own alone.
+        sign: 1 looks for the least value, -1 for the greatest.
+        low: The narrowest average to try; None takes what the snapshots express.
+        high: The widest.
+        evaluations: How many widths to try at most.
+        repeats: How often each is evaluated, where the metric is noisy.
+        at: The clock of the moment, by default of the last snapshot.
+        dtype: Of floating weights, by default the model's own.
+        report: Receives each candidate.
+
+    Raises:
+        ValueError: The widths, the snapshots or an evaluation are no good.
+    """
+    run, out = Snapshots(snapshots), Path(out)
+    run.refuse_place(out / BEST)
+    narrowest, widest = expressible(run, at)
+    low, high = low or narrowest, high or widest
+    if not 0 < low < high:
+        raise ValueError(f"the narrowest width must be below the widest, got {low} and {high}.")
+    origin = [what, str(Path(snapshots).absolute()), list(run.moment(at)), dtype]
+    known = _read(out, origin)
+
+    def write(place: Path, sigma: float) -> None:
+        target = Power(sigma_rel=sigma)
+        fit = run.fit(target, at)
+        run.refuse(target, fit)
+        run.write(place, target, fit, at=at, dtype=dtype, force=True)
+
+    def rate(position: float) -> Candidate:
+        sigma = float(f"{math.exp(position):.4g}")
+        values, place = known.get(sigma, ()), out / f"candidate-{sigma:g}"
+        if len(values) < repeats:
+            write(place, sigma)
+            for _ in range(repeats - len(values)):
+                values = (*values, evaluate(place, sigma))
+                known[sigma] = values
+                _write(out, origin, known)
+            atomic.remove(place)
+        candidate = Candidate(sigma, values)
+        report(candidate)
+        return candidate
+
+    limits = math.log(low), math.log(high)
+    bracket, tried = _search(rate, *limits, evaluations, sign)
+    best = min(tried, key=lambda each: sign * each.mean)
+    write(out / BEST, best.sigma_rel)
+    interval = _interval(tried, bracket, limits, sign)
+    edge = bracket[0] == limits[0] or bracket[1] == limits[1]
+    tried.sort(key=lambda each: each.sigma_rel)
+    return SweepReport(tried, best, interval, edge)
+
+
+def _search(
+    rate: Callable[[float], Candidate], low: float, high: float, evaluations: int, sign: int
+) -> tuple[tuple[float, float], list[Candidate]]:
+    """Returns what is left of the range, and what was tried ([Note: search])."""
+    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    at_left, at_right = rate(left), rate(right)
+    tried = [at_left, at_right]
+    while len(tried) < evaluations:
+        apart = sign * (at_right.mean - at_left.mean)
+        if apart == 0 or abs(apart) < 2 * math.hypot(at_left.error, at_right.error):
+            break
+        if apart > 0:
+            high, right, at_right = right, left, at_left
+            left = high - GOLDEN * (high - low)
+            at_left = rate(left)
+            tried.append(at_left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + GOLDEN * (high - low)
+            at_right = rate(right)
+            tried.append(at_right)
+    return (low, high), tried
+
+
+def _interval(
+    tried: Sequence[Candidate],
+    bracket: tuple[float, float],
+    limits: tuple[float, float],
+    sign: int,
+) -> tuple[float, float]:
+    """Where the least value may lie ([Note: search])."""
+    low, high = bracket
+    best = min(tried, key=lambda each: sign * each.mean)
+    distances = {abs(math.log(each.sigma_rel / best.sigma_rel)): each for each in tried}
+    nearest = [distances[distance] for distance in sorted(distances)][:NEAREST]
+    if len(nearest) > 3:
+        x = np.log([each.sigma_rel for each in nearest])
+        y = sign * np.array([each.mean for each in nearest])
+        curve, slope, _ = fit = np.polyfit(x, y, 2)
+        scatter = math.sqrt(np.square(y - np.polyval(fit, x)).sum() / (len(nearest) - 3))
+        if curve > 0:
+            least, half = -slope / (2 * curve), math.sqrt(2 * scatter / curve)
+            low, high = min(low, least - half), max(high, least + half)
+    return math.exp(max(low, limits[0])), math.exp(min(high, limits[1]))
+
+
+def _read(out: Path, origin: list[Any]) -> dict[float, tuple[float, ...]]:
+    path = out / STATE
+    if not path.exists():
+        return {}
+    state = read_json(path)
+    if state.get("origin") != origin:
+        raise ValueError(
+            f"{path} holds another sweep, of {state.get('origin')}. Name another folder, or remove "
+            "that file."
+        )
+    return {float(sigma): tuple(values) for sigma, values in state["values"].items()}
+
+
+def _write(out: Path, origin: list[Any], known: dict[float, tuple[float, ...]]) -> None:
+    atomic.ensure(out)
+    path = out / STATE
+    new = atomic.temporary_sibling(path)
+    values = {str(sigma): list(each) for sigma, each in known.items()}
+    new.write_bytes(dump({"origin": origin, "values": values}))
+    os.replace(new, path)
+
+
+def plot(path: str, found: SweepReport, metric: str) -> None:
+    """A PNG of the metric over the width, with the best and the interval."""
+    with plotting.panels(path, 1) as (axes,):
+        axes.axvspan(*found.interval, alpha=0.15, label="interval")
+        axes.errorbar(
+            [each.sigma_rel for each in found.candidates],
+            [each.mean for each in found.candidates],
+            [2 * each.error for each in found.candidates],
+            marker="o",
+        )
+        axes.axvline(found.best.sigma_rel, color="C1", label=f"best, {found.best.sigma_rel:g}")
+        axes.set(xlabel="sigma_rel", ylabel=metric, xscale="log")
+        axes.legend()
