@@ -27,6 +27,7 @@ class ModelEMA(AverageHolder):
     Attributes:
         updates: the count; it may be set to resume.
         decay: the function of it.
+        enabled: False makes updates do nothing, as in ultralytics.
 
     Note:
         *Collective* under FSDP: construction. Under DDP one rank alone may keep it.
@@ -45,11 +46,13 @@ class ModelEMA(AverageHolder):
         self._average = ModuleAverage(model, schedule, module_fn, evaluates=True)
         self.updates = updates
         self.decay: Callable[[float], float] = schedule
+        self.enabled = True
 
     def update(self, model: nn.Module) -> None:
         """Move towards `model`. No collective, no host sync."""
-        self.updates += 1
-        self._average.update(model, self.decay(self.updates))
+        if self.enabled:
+            self.updates += 1
+            self._average.update(model, self.decay(self.updates))
 
     def update_attr(
         self,
