@@ -535,7 +535,6 @@ OLD_WORDS = {
     "duty",
     "sink",
     "telemetry",
-    "board",
 }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from ..text import sentence
 from . import (
     average,
+    board,
     convert,
     diff,
     doctor,
@@ -29,7 +30,20 @@ from .console import FINE, PROBLEM, USAGE, add_verb, say
 
 __all__ = ["build_parser", "main"]
 
-VERBS = (inspect, verify, export, diff, convert, average, reconstruct, sweep, plan, watch, doctor)
+VERBS = (
+    inspect,
+    verify,
+    export,
+    diff,
+    convert,
+    average,
+    reconstruct,
+    sweep,
+    plan,
+    watch,
+    board,
+    doctor,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,6 +33,7 @@ __all__ = [
     "Record",
     "best_of",
     "finite_numbers",
+    "live_value",
     "read_records",
 ]
 
@@ -70,6 +71,12 @@ class Record:
     seconds: float
     metrics: dict[str, float]
     error: str
+
+
+def live_value(record: Record, metric: str) -> float | None:
+    """The live weights' metric: live_METRIC of the command, or METRIC of the publisher."""
+    given = finite_numbers({metric: record.live.get(metric)})
+    return record.metrics.get(f"live_{metric}", given.get(metric))
 
 
 class Ledger:

@@ -22,7 +22,7 @@ from ..checkpoint import versions
 from ..offline import plotting
 from ..text import printable
 from .follow import POLL, Version, open_version
-from .ledger import RUNNING, Ledger, Outcome, Record, finite_numbers
+from .ledger import RUNNING, Ledger, Outcome, Record, finite_numbers, live_value
 
 __all__ = ["Watch", "Work", "plot", "run_command", "run_shell"]
 
@@ -188,18 +188,12 @@ class Watch:
 
 
 def plot(path: str, records: Sequence[Record], metric: str) -> None:
-    """A PNG of a metric over the steps: of the average, and of live where it is reported.
-
-    Live is `live_METRIC` of the command, or METRIC as the publisher gave it.
-    """
+    """A PNG of a metric over the steps: of the average, and of live where it is reported."""
     average = [(each.step, each.metrics[metric]) for each in records if metric in each.metrics]
     if not average:
         raise ValueError(f"no version has the metric {metric!r} yet.")
-    live = []
-    for each in records:
-        value = finite_numbers(each.live | each.metrics | {metric: each.live.get(metric)})
-        found = value.get(f"live_{metric}", value.get(metric))
-        live += [] if found is None else [(each.step, found)]
+    values = [(each.step, live_value(each, metric)) for each in records]
+    live = [(step, value) for step, value in values if value is not None]
     with plotting.panels(path, 1) as (axes,):
         axes.plot(*zip(*sorted(average), strict=True), marker="o", label="average")
         if live:

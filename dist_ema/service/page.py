@@ -1,0 +1,262 @@
+"""One page to look at: the published versions of a run, as HTML that needs no network. No torch.
+
+Every text on it comes from files that others wrote, so all of it passes through `escape`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import atomic, leases, manifest, versions
+from ..checkpoint.manifest import Manifest
+from ..text import size
+from .ledger import NAME, Record, finite_numbers, live_value, read_records
+
+__all__ = ["build", "serve"]
+
+Points = Sequence[tuple[float, float]]
+
+_STYLE = """\
+:root{color-scheme:light dark;--line:#8885;--a:#0a8f7f;--b:#c2571a}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}
+table{border-collapse:collapse;display:block;overflow-x:auto}
+td,th{padding:.25rem .8rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+td:first-child,th:first-child{text-align:left}
+tr.best td{font-weight:600;color:var(--a)}
+.charts{display:flex;flex-wrap:wrap;gap:1.5rem}figure{margin:0}
+svg{width:320px;height:200px}svg text{font-size:11px;fill:currentColor}
+.a{stroke:var(--a);fill:var(--a);color:var(--a)}.b{stroke:var(--b);fill:var(--b);color:var(--b)}
+polyline{fill:none!important;stroke-width:1.5}
+"""
+
+
+def build(folder: Path, metrics: Path | None = None, ledger: Path | None = None) -> str:
+    """The page, as it is now.
+
+    Args:
+        folder: Of published versions.
+        metrics: Lines of JSON that the training wrote; by default metrics.jsonl beside the folder.
+        ledger: Of `dist-ema watch`; by default in the folder.
+
+    Raises:
+        FileNotFoundError: There is no folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist.")
+    found = dict(_read_versions(folder))
+    records = read_records(ledger or folder / NAME)
+    rows = _read_rows(metrics or folder.parent / "metrics.jsonl")
+    latest, best = (atomic.named(folder / name) for name in (atomic.LATEST, versions.BEST))
+    parts = [
+        f"<h1>{escape(str(folder))}</h1>",
+        f"<p>{_summary(folder, found, latest, best)}</p>",
+        '<div class="charts">',
+        *_charts(records, rows),
+        "</div><h2>Versions</h2>",
+        _table(*_version_rows(folder, found, best)),
+        "<h2>Evaluations</h2>",
+        _table(*_record_rows(records, best)),
+        "<h2>Leases</h2>",
+        _table(["version", "host", "pid", "expiry"], _lease_rows(folder)),
+    ]
+    head = f"<meta charset=utf-8><title>{escape(folder.name)}</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def serve(port: int, folder: Path, metrics: Path | None, ledger: Path | None) -> None:
+    """Serve the page on this machine, built anew for each request, until an interrupt."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            data = build(folder, metrics, ledger).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server, suppress(KeyboardInterrupt):
+        print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
+        server.serve_forever()
+
+
+# --- what there is -------------------------------------------------------------------------------
+
+
+def _read_versions(folder: Path) -> Iterator[tuple[str, Manifest]]:
+    for path in versions.numbered(folder).values():
+        with suppress(OSError, ValueError):  # it is gone, or damaged
+            saved = manifest.read(path)
+            if saved is not None and versions.facts_of(saved) is not None:
+                yield path.name, saved
+
+
+def _read_rows(path: Path) -> list[dict[str, float]]:
+    """The numbers of each line, {"live": {"loss": 1}} as live.loss."""
+    rows = []
+    with suppress(OSError):
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                rows.append(finite_numbers(dict(_flat("", json.loads(line)))))
+    return rows
+
+
+def _flat(prefix: str, values: Any) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, dict):
+            yield from _flat(f"{prefix}{key}.", value)
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _summary(folder: Path, found: dict[str, Manifest], latest: str | None, best: str | None) -> str:
+    facts = [versions.facts_of(saved) or {} for saved in found.values()]
+    total = sum(entry.get("size", 0) for saved in found.values() for entry in saved.files.values())
+    texts = [f"{len(found)} versions, {size(total)}"]
+    texts += [f"latest {latest}"] if latest else []
+    texts += [f"best {best}"] if best else []
+    if facts:
+        texts += [
+            f"{facts[-1].get('average')}",
+            f"step {facts[-1].get('step')}",
+            f"clock {facts[-1].get('now')}",
+            f"{facts[-1].get('skipped')} skipped in this training",
+        ]
+    if (folder / versions.STOP).exists():
+        texts.append("the training has stopped")
+    return escape(" · ".join(texts))
+
+
+def _version_rows(
+    folder: Path, found: dict[str, Manifest], best: str | None
+) -> tuple[list[str], list[tuple[bool, list[Any]]]]:
+    facts = {name: versions.facts_of(saved) or {} for name, saved in found.items()}
+    live = sorted({key for each in facts.values() for key in each.get("metrics") or {}})
+    leased = [path.name.rpartition(".")[0] for path in leases.read_all(folder)]
+    rows = []
+    for name, saved in found.items():
+        nbytes = sum(entry.get("size", 0) for entry in saved.files.values())
+        each, given = facts[name], facts[name].get("metrics") or {}
+        cells = [name, each.get("step"), each.get("now"), size(nbytes), leased.count(name)]
+        rows.append((name == best, cells + [given.get(key) for key in live]))
+    return ["version", "step", "clock", "size", "leases", *live], rows
+
+
+def _record_rows(
+    records: Sequence[Record], best: str | None
+) -> tuple[list[str], list[tuple[bool, list[Any]]]]:
+    names = sorted({name for each in records for name in each.metrics})
+    rows = []
+    for each in records:
+        cells = [
+            each.task,
+            each.version,
+            each.step,
+            each.state,
+            each.attempts,
+            f"{each.seconds:.1f}",
+        ]
+        cells += [each.metrics.get(name) for name in names]
+        rows.append((versions.name_of(each.version) == best, [*cells, each.error]))
+    header = ["task", "version", "step", "state", "attempts", "seconds", *names, "error"]
+    return header, rows
+
+
+def _lease_rows(folder: Path) -> list[tuple[bool, list[Any]]]:
+    rows = []
+    for path, content in leases.read_all(folder).items():
+        facts: Any = {}
+        with suppress(ValueError):
+            facts = json.loads(content)
+        facts = facts if isinstance(facts, dict) else {}
+        values = [facts.get(key) for key in ("host", "pid", "expiry")]
+        rows.append((False, [path.name.rpartition(".")[0], *values]))
+    return rows
+
+
+# --- HTML ----------------------------------------------------------------------------------------
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
+    return escape(text)
+
+
+def _table(header: Sequence[str], rows: Sequence[tuple[bool, list[Any]]]) -> str:
+    """Rows with whether each is the best."""
+    if not rows:
+        return "<p>none</p>"
+    head = "".join(f"<th>{_cell(each)}</th>" for each in header)
+    body = [
+        f"<tr{' class=best' * best}>{''.join(f'<td>{_cell(each)}</td>' for each in cells)}</tr>"
+        for best, cells in rows
+    ]
+    return f"<table><tr>{head}</tr>{''.join(body)}</table>"
+
+
+def _charts(records: Sequence[Record], rows: Sequence[dict[str, float]]) -> Iterator[str]:
+    """Of evaluations over steps, live beside average; and of what the training wrote."""
+    names = sorted({name for each in records for name in each.metrics})
+    for name in names:
+        if name.startswith("live_") and name[5:] in names:
+            continue
+        average = [(each.step, each.metrics[name]) for each in records if name in each.metrics]
+        values = [(each.step, live_value(each, name)) for each in records]
+        live = [(step, value) for step, value in values if value is not None]
+        yield _chart(name, average, live)
+    keys = sorted({key for row in rows for key in row})
+    clock = next((key for key in ("step", "averaging.now", "now", "epoch") if key in keys), None)
+    for key in keys:
+        other = key.replace("ema.", "live.", 1)
+        if key.startswith("ema.") and other in keys:
+            pair = _over(rows, clock, key), _over(rows, clock, other)
+            yield _chart(key[4:], *pair)
+        elif key.rpartition(".")[2] in ("distance", "decay"):
+            yield _chart(key, _over(rows, clock, key), [])
+
+
+def _over(rows: Iterable[dict[str, float]], clock: str | None, key: str) -> Points:
+    """A key of the training's rows over the clock."""
+    pairs = enumerate(rows)
+    return [(row.get(clock or "", i), row[key]) for i, row in pairs if key in row]
+
+
+def _chart(title: str, average: Points, live: Points) -> str:
+    """An SVG of one or two curves."""
+    points = [*average, *live]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    wide, tall = (right - left) or 1, (high - low) or 1
+
+    def curve(kind: str, pairs: Points) -> str:
+        places = [
+            (50 + 250 * (x - left) / wide, 165 - 145 * (y - low) / tall) for x, y in sorted(pairs)
+        ]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in places)
+        return f'<g class="{kind}"><polyline points="{line}"/>{dots}</g>'
+
+    texts = [(46, 25, "end", f"{high:.4g}"), (46, 168, "end", f"{low:.4g}")]
+    texts += [(50, 182, "start", f"{left:g}"), (300, 182, "end", f"{right:g}")]
+    labels = "".join(
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+        for x, y, anchor, text in texts
+    )
+    axes = '<path d="M50 20V165H300" fill="none" stroke="currentColor" stroke-opacity=".4"/>'
+    drawing = f"{axes}{labels}{curve('b', live)}{curve('a', average)}"
+    name = escape(title)
+    legend = ": <span class=a>average</span>, <span class=b>live</span>" if live else ""
+    return (
+        f'<figure><figcaption>{name}{legend}</figcaption><svg viewBox="0 0 320 200" role="img" '
+        f'aria-label="{name}">{drawing}</svg></figure>'
+    )
