@@ -305,25 +305,93 @@ def test_a_weight_on_the_meta_device_is_named() -> None:
         program.ema.update()
 
 
-def test_assigned_parameters_are_named_by_the_next_update() -> None:
-    """An update looks at one registered weight, so whatever replaces all of them is seen at
-    once.
-    """
-    program = Program(net())
-    program.step(5)
-    state = {name: value.clone() for name, value in program.model.state_dict().items()}
-    program.model.load_state_dict(state, assign=True)
-    with pytest.raises(RuntimeError, match=r"0\.weight.* no longer shares memory"):
-        program.step(1)
+def assigned_all(model: nn.Module) -> None:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
 
 
-def test_one_replaced_parameter_is_named_after_as_many_updates_as_there_are_weights() -> None:
-    program = Program(net())
+def one_parameter(model: Any) -> None:
+    model[2].bias = nn.Parameter(torch.zeros_like(model[2].bias))
+
+
+def one_module(model: Any) -> None:
+    model[2] = nn.Linear(6, 3)
+
+
+def one_more_child(model: Any) -> None:
+    model.add_module("2 more", nn.Linear(3, 3))
+
+
+def one_more_weight(model: Any) -> None:
+    model[1].gain = nn.Parameter(torch.ones(3))
+
+
+def one_less(model: Any) -> None:
+    model[2].bias = None
+
+
+def biasless(model: Any) -> None:
+    model[3].weight = nn.Parameter(torch.ones(3, 3))
+
+
+EDITS: dict[str, tuple[Callable[[Any], None], str]] = {
+    "all assigned": (assigned_all, r"0\.weight.* no longer shares memory"),
+    "a parameter": (one_parameter, r"^2\.bias no longer shares memory"),
+    "a module": (one_module, r"^2\.weight, 2\.bias no longer shares memory"),
+    "another child": (one_more_child, r"^2 more\.weight, 2 more\.bias is new and trainable"),
+    "another weight": (one_more_weight, r"^1\.gain is new and trainable"),
+    "one less": (one_less, r"^2\.bias is gone"),
+    "beside none": (biasless, r"^3\.weight no longer shares memory"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_the_next_update_sees_an_edit_of_the_tree(edit: Any) -> None:
+    """Guards each of the lists that `Addresses` asks."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.Linear(3, 3, bias=False))
+    program = Program(model)
     program.step(5)
-    last = [module for module in program.model.modules() if isinstance(module, nn.Linear)][-1]
-    last.bias = nn.Parameter(torch.zeros_like(last.bias))
-    with pytest.raises(RuntimeError, match="bias no longer shares memory"):
-        program.step(len(program.ema))
+    edit[0](model)
+    with pytest.raises(RuntimeError, match=edit[1]):
+        program.ema.update()
+    program.ema.rescan()
+    program.naive.rescan()
+    program.renew()
+    program.step(2)
+    assert program.gather() < 1e-5
+
+
+def test_a_child_without_weights_is_no_edit() -> None:
+    program = Program(nn.Sequential(nn.Linear(4, 4), nn.Sequential()))
+    program.step(3)
+    program.model[1].add_module("0", nn.ReLU())
+    program.step(2)
+    assert program.gather() < 1e-5
+
+
+class Convolutions(nn.Module):
+    """Shapes that stay alike when two dimensions change places, in both memory formats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square, self.rows = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.conv = nn.Conv2d(3, 3, 3).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["square", "conv"])
+def test_a_weight_that_is_transposed_in_place_is_named(name: str) -> None:
+    """The address is the same and so is the shape: only the strides tell which element is which."""
+    program = Program(Convolutions())
+    program.step(3)
+    weight = getattr(program.model, name).weight
+    weight.data = weight.data.transpose(-1, -2)
+    with pytest.raises(RuntimeError, match=rf"^{name}\.weight was .* lies in another order"):
+        program.ema.update()
+    with pytest.raises(RuntimeError, match=rf"^{name}\.weight was .* lies in another order"):
+        program.ema.gather()
+    weight.data = weight.data.transpose(-1, -2)
+    program.step(2)
+    assert program.gather() < 1e-5
 
 
 def test_a_storage_that_was_freed_is_named_and_followed_when_it_is_back() -> None:

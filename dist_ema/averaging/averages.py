@@ -132,11 +132,14 @@ class AveragedWeights:
     def _replan(self) -> None:
         """Make the steps of an update anew: once for each set of addresses, never per step."""
         self._averaged = self.averages[0].averaged
-        further = []
+        further, roots = [], [self.model]
         if self.teacher is not None:
             self.teacher.adopt(self.states)
             further = self.teacher.addressed
-        self._watch.renew(self._averaged, further, self._inventory.frozen)
+            roots.append(self.teacher.module)
+        if self._inventory.sharded:
+            roots = []
+        self._watch.renew(self._averaged, further, self._inventory.frozen, roots)
         weights: list[ShadowPair] = []
         buffers: list[ShadowPair] = []
         for i, state in enumerate(self.states):
@@ -319,7 +322,7 @@ class AveragedWeights:
 
     def begin(self) -> None:
         """Averaging begins at the live weights."""
-        self.follow()
+        self.follow(tree=self._watch.sees_tree)
         self.copy_live()
         self.clock.start()
 
@@ -339,10 +342,9 @@ class AveragedWeights:
             once: A schedule in place of all others, for this update.
         """
         number = self.clock.updates
-        replaced = self._watch.replaced(number)
-        if number < 2 or replaced or self._watch.changed():
+        if number < 2 or self._watch.changed():
             self._inventory.refuse_unfrozen()
-            self.follow(tree=replaced)
+            self.follow(tree=self._watch.sees_tree)
         schedules = [once or average.schedule for average in self.averages]
         decays = self.clock.move(schedules, elapsed)
         weights = []
@@ -374,7 +376,7 @@ class AveragedWeights:
         """
         self.refuse("ema.update", Reads.LIVE)
         self.settle()
-        self.follow()
+        self.follow(tree=self._watch.sees_tree and self._watch.changed())
         self.clock.move([average.schedule for average in self.averages], 1.0)
         pairs = []
         for state in self._averaged:

@@ -3,7 +3,7 @@
 [Note: a model lives]  A training program may move a storage (`p.data = ...`, `.double().float()`,
 SAM, offloading), write a weight outside the optimizer's step, or change the module tree at any
 line. Hence two rules. An update trusts no address that it did not check. A verb trusts no module
-tree that it did not walk.
+tree that it did not walk. An update walks it too where a module of it is another one now.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from ..sharding import records
 from ..sharding.ownership import ParamState
 from ..sharding.records import Addresses, Shard
 from .clock import Clock
@@ -42,6 +41,7 @@ class StorageWatch:
         params: Sequence[ParamState],
         further: Iterable[Shard] = (),
         frozen: Sequence[Tensor] = (),
+        roots: Sequence[nn.Module] = (),
     ) -> None:
         """Watch these from now on.
 
@@ -49,38 +49,25 @@ class StorageWatch:
             params: What is averaged. Its `local` tensors share the version counters of the model's.
             further: Records whose addresses count too: those of a teacher.
             frozen: Weights that would be averaged if they needed a gradient.
+            roots: Modules whose tree is watched. FSDP registers other objects between a forward
+                and a backward, so its modules are none.
         """
-        self._params, self._frozen = params, frozen
+        self._params, self._frozen, self.sees_tree = params, frozen, bool(roots)
         watched = [param.shard for param in params] + list(further)
-        self._addresses = Addresses(watched)
-        self._seen = self._addresses.read()
-        # FSDP registers other objects between a forward and a backward.
-        self._plain = [
-            shard
-            for shard in watched
-            if type(shard.tensor) is nn.Parameter
-            and not getattr(shard.tensor, "_fsdp_flattened", False)
-        ]
-
-    def replaced(self, update: int) -> bool:
-        """The model registers another object for one of the weights, the next in each update.
-
-        What replaces all of them is seen at once: `model.to("meta")`, an assigned state_dict.
-        """
-        return bool(self._plain) and records.replaced(self._plain[update % len(self._plain)])
+        self._addresses = Addresses(watched, roots)
 
     def changed(self) -> bool:
-        """Some storage lies elsewhere, or a frozen weight needs a gradient now.
+        """Some storage lies elsewhere, the tree is another, or a frozen weight needs a gradient.
 
         Note:
-            *Cost*: 0.08 us per averaged weight, 0.03 us per frozen one. Nothing else is looked at
+            *Cost*: that of `Addresses`, and 0.03 us per frozen weight. Nothing else is looked at
             before an update.
         """
         return True in [tensor.requires_grad for tensor in self._frozen] or self.moved()
 
     def moved(self) -> bool:
-        """Some storage lies elsewhere than when the plan was made."""
-        return self._addresses.read() != self._seen
+        """Some storage lies elsewhere than when the plan was made, or in another order."""
+        return self._addresses.changed()
 
     # --- while an update reads behind the step ----------------------------------------------------
 
