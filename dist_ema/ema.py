@@ -980,7 +980,7 @@ class EMA:
 
         *Aliases* the shadows.
 
-        Weights are plain tensors where this rank averages all of one, else `dcp.FlatRange`.
+        Weights are plain tensors where this rank averages all of one, else `FlatRange`.
         """
         weights = self.weights
         weights.refuse("ema.state_dict", Reads.WHOLE_MODEL)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from dist_ema import EMA, HalfLife, Uniform
-from dist_ema.checkpoint.dcp import FlatRange
+from dist_ema.checkpoint.flat_range import FlatRange
 from tests._oracle import Training
 from tests._ranks import raises, run_ranks
 from tests.data import make_golden as golden

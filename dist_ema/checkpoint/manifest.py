@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import os
-import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as brief
@@ -16,7 +15,8 @@ from typing import Any
 
 from ..averaging.clock import Clock
 from ..schedules import from_dict
-from .safetensors import SafetensorsFile, is_file_name, read_model
+from .manifest_forms import FORMS, OPTIONAL, OWN, SUMS, parse_averages, parse_files
+from .safetensors import SafetensorsFile, read_model
 from .strict_json import dump, parse_json, read_json
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
 
 FORMAT = 1
 META = "ema.json"
-SUMS = {"crc32": 8, "sha256": 64}  # hexadecimal digits
 
 Files = Mapping[str, SafetensorsFile]
 
@@ -91,24 +90,26 @@ class Manifest:
             )
         known: dict[str, Any] = {}
         damage: list[str] = []
-        for key, (form, is_sound) in _FORMS.items():
+        for key, (form, is_sound) in FORMS.items():
             if key in values and is_sound(values[key]):
                 known[key] = values[key]
             elif key in values:
                 damage.append(f"{key}: it must be {form}, found {brief(values[key])}")
-            elif key not in _OPTIONAL:
+            elif key not in OPTIONAL:
                 damage.append(f"{key}: it is missing")
-        for key, parse in (("averages", _parse_averages), ("files", _parse_files)):
+        for key, parse in (("averages", parse_averages), ("files", parse_files)):
             if key in known:
                 known[key], problems = parse(known[key])
                 damage += problems
-        other = {key: value for key, value in values.items() if key not in _WRITTEN}
+        other = {
+            key: value for key, value in values.items() if key not in {*FORMS, "format", "crc32"}
+        }
         return cls(**known, other=other, damage=tuple(damage))
 
     def to_json(self) -> dict[str, Any]:
         """The values as `from_json` takes them, without the sum that `to_bytes` adds."""
-        values = {each: getattr(self, each) for each in _FORMS}
-        values["averages"] = {label: {_OWN: own} for label, own in self.averages.items()}
+        values = {each: getattr(self, each) for each in FORMS}
+        values["averages"] = {label: {OWN: own} for label, own in self.averages.items()}
         if self.source is None:
             del values["source"]
         return self.other | {"format": FORMAT} | values
@@ -226,105 +227,6 @@ class Manifest:
             if label and averaged - held[label]:
                 names = sorted(averaged - held[label])[:3]
                 yield f"averages: {label} lacks {', '.join(names)}, which is averaged"
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _is_seed(value: Any) -> bool:
-    return value is None or (_is_object(value) and type(value.get("seed")) is int)
-
-
-# key -> what it must be, and the test of that
-_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "kind": ("'ema' or 'export'", lambda value: value in ("ema", "export")),
-    "weights": (
-        "'all', 'averaged' or 'adapter'",
-        lambda value: value in ("all", "averaged", "adapter"),
-    ),
-    "clock": ("an object", _is_object),
-    "attach": ("an object or null", lambda value: value is None or _is_object(value)),
-    "rounding": ("an object with a whole seed, or null", _is_seed),
-    "schedules": ("a list", lambda value: isinstance(value, list)),
-    "averages": ("an object", _is_object),
-    "averaged": ("a list of names", _is_names),
-    "own_buffers": ("a list of names", _is_names),
-    "aliases": (
-        "an object of lists of names",
-        lambda value: _is_object(value) and all(map(_is_names, value.values())),
-    ),
-    "dtypes": (
-        "an object of names",
-        lambda value: _is_object(value) and _is_names(list(value.values())),
-    ),
-    "versions": ("an object", _is_object),
-    "extra": ("an object", _is_object),
-    "source": ("an object", _is_object),
-    "files": ("an object", _is_object),
-}
-_OPTIONAL = {"attach", "rounding", "averages", "dtypes", "source"}
-_OWN = "own_buffers"
-_WRITTEN = {*_FORMS, "format", "crc32"}
-_LABEL = re.compile(r"[0-9]+-\w+")  # the number of the average and its schedule
-
-
-def _parse_averages(averages: dict[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
-    """The labels in the order of the schedules, and what is wrong.
-
-    NOTE: JSON keeps labels as texts, '10-...' before '2-...'.
-    """
-    damage = [
-        f"averages: {brief(label)} is no NUMBER-SCHEDULE"
-        for label in averages
-        if not _LABEL.fullmatch(label)
-    ]
-    parsed: dict[str, list[str]] = {}
-    labels = filter(_LABEL.fullmatch, averages)
-    for label in sorted(labels, key=lambda label: int(label.split("-")[0])):
-        own: Any = averages[label].get(_OWN) if _is_object(averages[label]) else None
-        if not _is_names(own):
-            damage.append(f"averages: own_buffers of {label} must be a list of names")
-        parsed[label] = list(own) if _is_names(own) else []
-    return parsed, damage
-
-
-def _parse_files(files: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The files that lie in the folder, and what is wrong. An entry that is not sound is {}."""
-    damage = [
-        f"files: {brief(name)} does not lie in the folder" for name in files if not _is_place(name)
-    ]
-    parsed = {}
-    for name, entry in files.items():
-        if _is_place(name):
-            parsed[name] = entry if _is_entry(entry) else {}
-            if not parsed[name]:
-                damage.append(
-                    f"files: {name} must have a size and a CRC-32 of 8 digits, listed is "
-                    f"{brief(entry)}"
-                )
-    return parsed, damage
-
-
-def _is_place(name: str) -> bool:
-    """A file of the folder, or of one of its further averages."""
-    *folders, file = name.split("/")
-    inside = len(folders) == 2 and folders[0] == "averages" and _LABEL.fullmatch(folders[1])
-    return is_file_name(file) and name.isprintable() and (not folders or bool(inside))
-
-
-def _is_entry(entry: Any) -> bool:
-    if not _is_object(entry) or type(entry.get("size")) is not int or "crc32" not in entry:
-        return False
-    return all(
-        isinstance(entry[kind], str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", entry[kind])
-        for kind, digits in SUMS.items()
-        if kind in entry
-    )
 
 
 def _weights_of(label: str, files: Files) -> set[str]:

@@ -232,7 +232,7 @@ class ModuleAverage:
         """What the state_dict of the copy holds.
 
         Where there is no copy: as torch.distributed.checkpoint takes it, a plain tensor where this
-        rank holds a whole one, else a `dcp.FlatRange`. *Aliases* the average.
+        rank holds a whole one, else a `FlatRange`. *Aliases* the average.
         """
         if self.module is not None:
             return self.evaluated.state_dict()

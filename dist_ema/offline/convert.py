@@ -1,16 +1,14 @@
-"""Other people's checkpoints into a model folder or file, through one window of memory.
+"""`dist-ema convert`: the average in a foreign checkpoint, chosen, named and written as a model.
 
-A checkpoint of any form becomes a tree of tables. `recognise` finds the average in it and gives its
-weights the model's names; the result is laid out as `export` does.
+*Cost*: one window of memory.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,16 @@ from .. import _version
 from ..checkpoint import atomic, manifest, safetensors
 from ..checkpoint.manifest import Manifest
 from ..dtypes import FLOATS, TO_TORCH, Bytes, cast
-from ..foreign import recognise, torch_dcp, torch_save
+from ..foreign import recognise, torch_dcp, weight_names
 from ..foreign.recognise import FoundAverage, Leaf
 from ..text import plural, size, some
 from . import writer
-from .sources import WINDOW, Safetensors, Source, locate, pickled
+from .checkpoint_trees import ObjectTree, open_tree, read_json
+from .sources import WINDOW
 
 __all__ = ["ConvertPlan", "ConvertRequest", "candidates", "plan", "write"]
 
 _MAX_GROWTH = 4
-_TORCH_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin", "*.tar")
-_DIFFUSERS = (
-    "optimization_step", "decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma",
-    "power",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,137 +68,17 @@ class ConvertPlan:
         }
 
 
-@dataclass
-class _ObjectTree:
-    """A checkpoint, opened. ordered: its tables have the model's order."""
-
-    root: Any
-    form: str  # "dcp", "torch", "safetensors"
-    ordered: bool = False
-    # name -> why: the tensors that cannot be converted, and what is no tensor
-    unsupported: Mapping[str, str] = field(default_factory=dict)
-    left: Mapping[str, str] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-class _InFile:
-    """A weight of a Source, as `foreign.Leaf`."""
-
-    def __init__(self, model: Source, name: str) -> None:
-        self._model, self._name = model, name
-        self.dtype, self.shape = model.entries[name].dtype, tuple(model.entries[name].shape)
-        self.key = (id(model), name)
-
-    def read(self, begin: int, end: int) -> Bytes:
-        return self._model.read(self._name, begin, end)
-
-
-# --- what comes in --------------------------------------------------------------------------------
-
-
-def _open(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
-    """Raises FileNotFoundError, and ValueError for what is no checkpoint."""
-    path = locate(path)
-    if not path.is_dir():
-        return _open_file(path, inert, stack)
-    if (path / torch_dcp.META).exists():
-        return _open_dcp(stack.enter_context(torch_dcp.Folder(path)))
-    return _open_folder(path, inert, stack)
-
-
-def _open_dcp(folder: torch_dcp.Folder) -> _ObjectTree:
-    root: dict[str, Any] = {}
-    for name in folder.entries:
-        *above, last = folder.paths[name]
-        node = root
-        for key in above:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"{folder.path}: {name} lies inside another tensor.")
-        node[last] = _InFile(folder, name)
-    left = {name: why for name, why in folder.others.items() if name not in folder.unsupported}
-    return _ObjectTree(_lists(root), "dcp", False, folder.unsupported, left)
-
-
-def _lists(node: Any) -> Any:
-    """Mappings numbered from 0 were lists."""
-    if not isinstance(node, dict):
-        return node
-    values = {key: _lists(value) for key, value in node.items()}
-    numbered = [str(i) for i in range(len(values))]
-    is_list = bool(values) and values.keys() == set(numbered)
-    return [values[key] for key in numbered] if is_list else values
-
-
-def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
-    """A folder of Hugging Face, diffusers, or with one checkpoint in it."""
-    if (path / manifest.META).exists():
-        raise ValueError(
-            f"{path} is dist_ema's own already: `dist-ema export {path} OUT` makes a model of it."
-        )
-    indices = [each.name for each in path.glob("*.safetensors.index.json")]
-    files = sorted(each.name for each in path.glob("*.safetensors"))
-    if len(indices) == 1 or len(files) == 1:
-        indexed = safetensors.read_index(path, indices[0]).values() if len(indices) == 1 else files
-        names = sorted(set(indexed))
-        models = [stack.enter_context(Safetensors(path / name)) for name in names]
-        root = {name: _InFile(model, name) for model in models for name in model.entries}
-        return _ObjectTree(root, "safetensors", extra=_of_config(path / "config.json"))
-    others = sorted(each for pattern in _TORCH_FILES for each in path.glob(pattern))
-    if len(others) == 1 and not files:
-        return _open_file(others[0], inert, stack)
-    there = ", ".join([*files, *(each.name for each in others)][:5])
-    raise ValueError(
-        f"{path} holds {'several checkpoints: ' + there if there else 'no checkpoint'}. Name one "
-        "file."
-    )
-
-
-def _of_config(path: Path) -> dict[str, Any]:
-    """What diffusers' EMAModel.save_pretrained puts into config.json.
-
-    Without it the folder is a model.
-    """
-    config = _read_json(path) if path.is_file() else {}
-    if not isinstance(config, dict) or "optimization_step" not in config:
-        return {}
-    values = {name: recognise.scalar(config.get(name)) for name in _DIFFUSERS}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from None
-
-
-def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> _ObjectTree:
-    if not path.is_file():
-        raise ValueError(f"{path} is neither a folder nor a file.")
-    if path.suffix == ".safetensors" or not pickled(path):
-        model = stack.enter_context(Safetensors(path))
-        return _ObjectTree({name: _InFile(model, name) for name in model.entries}, "safetensors")
-    root, unsupported = torch_save.load(path, inert)
-    if not isinstance(root, (dict, list)):
-        raise ValueError(
-            f"{path} holds a {type(root).__name__}, not a table of tensors. Save state_dict() of "
-            "it."
-        )
-    return _ObjectTree(root, "torch", True, unsupported)
-
-
 # --- what is chosen -------------------------------------------------------------------------------
 
 
 def candidates(request: ConvertRequest) -> tuple[list[FoundAverage], Mapping[str, str]]:
     """Every table that can be converted, averages first; and what is left unread, name -> why."""
     with ExitStack() as stack:
-        tree = _open(request.source, request.inert, stack)
+        tree = open_tree(request.source, request.inert, stack)
         return _found(tree), {**tree.left, **tree.unsupported}
 
 
-def _found(tree: _ObjectTree) -> list[FoundAverage]:
+def _found(tree: ObjectTree) -> list[FoundAverage]:
     found = recognise.find(tree.root)
     if tree.extra:
         why = "config.json has an optimization_step: EMAModel.save_pretrained"
@@ -221,7 +95,7 @@ def plan(request: ConvertRequest, stack: ExitStack) -> ConvertPlan:
 
     Raises ValueError with what to do. The stack closes what is read from.
     """
-    tree = _open(request.source, request.inert, stack)
+    tree = open_tree(request.source, request.inert, stack)
     found = (
         recognise.at(tree.root, request.key) if request.key is not None else _choose(request, tree)
     )
@@ -242,7 +116,7 @@ def plan(request: ConvertRequest, stack: ExitStack) -> ConvertPlan:
     return _complete(request, tree, found, notes, nameless)
 
 
-def _choose(request: ConvertRequest, tree: _ObjectTree) -> FoundAverage:
+def _choose(request: ConvertRequest, tree: ObjectTree) -> FoundAverage:
     found = _found(tree)
     wanted = [each for each in found if request.kind in ("auto", "dcp", each.kind)]
     if request.kind == "dcp" and tree.form != "dcp":
@@ -287,28 +161,28 @@ def _named(request: ConvertRequest, found: FoundAverage, stack: ExitStack) -> Fo
             "model.named_parameters()."
         )
     if request.like.suffix == ".json":
-        names = _read_json(request.like)
+        names = read_json(request.like)
         if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
             raise ValueError(f"{request.like} must hold a list of names.")
-        return recognise.name(found, names, True)
-    tree = _open(request.like, request.inert, stack)
+        return weight_names.give_names(found, names, True)
+    tree = open_tree(request.like, request.inert, stack)
     live = [each for each in recognise.find(tree.root) if each.weights and not each.average]
     if len(live) != 1:
         raise ValueError(
             f"{request.like} must hold one table of live weights, found {_listed(live) or 'none'}."
         )
-    return recognise.name(found, live[0].weights, tree.ordered)
+    return weight_names.give_names(found, live[0].weights, tree.ordered)
 
 
 def _complete(
     request: ConvertRequest,
-    tree: _ObjectTree,
+    tree: ObjectTree,
     found: FoundAverage,
     notes: list[str],
     nameless: bool,
 ) -> ConvertPlan:
-    weights = recognise.without_wrappers(found.weights)
-    rest = recognise.without_wrappers(_rest(request, tree, found))
+    weights = weight_names.without_wrappers(found.weights)
+    rest = weight_names.without_wrappers(_rest(request, tree, found))
     _refuse_growth(request, [*weights.values(), *rest.values()])
     for name in sorted(rest.keys() & weights.keys()):
         if rest[name].shape != weights[name].shape:
@@ -326,25 +200,29 @@ def _complete(
             f"{len(more)} weights that are not averaged come from the live model: "
             f"{', '.join(sorted(more)[:3])} ..."
         )
-    averaged = sorted(
-        name for name, leaf in weights.items() if leaf.dtype in FLOATS and found.average
-    )
     whole = not request.averaged_only and (
         bool(more) or (found.kind != "dist-ema" and not nameless)
     )
     cut = len(request.prefix)
-    weights = {
+    chosen = {
         name[cut:]: leaf
         for name, leaf in (weights | more).items()
         if name.startswith(request.prefix)
     }
-    averaged = [name[cut:] for name in averaged if name.startswith(request.prefix)]
-    if not weights:
+    if not chosen:
         raise ValueError(f"no weight of {_title(found)} begins with {request.prefix!r}.")
-    chosen = ConvertPlan(
-        replace(found, extra={**tree.extra, **found.extra}), weights, averaged, {}, {}, whole, notes
+    aliases = _aliases(chosen)
+    kept = {name: leaf for name, leaf in chosen.items() if name not in aliases}
+    averaged = [name for name in kept if found.average and request.prefix + name in weights]
+    return ConvertPlan(
+        replace(found, extra={**tree.extra, **found.extra}),
+        kept,
+        sorted(name for name in averaged if kept[name].dtype in FLOATS),
+        aliases,
+        {name: _output_dtype(request, leaf) for name, leaf in kept.items()},
+        whole,
+        notes,
     )
-    return _deduplicated(request, chosen)
 
 
 def _refuse_growth(request: ConvertRequest, leaves: Sequence[Leaf]) -> None:
@@ -372,7 +250,7 @@ def _output_dtype(request: ConvertRequest, leaf: Leaf) -> str:
     return request.dtype if request.dtype and leaf.dtype in FLOATS else leaf.dtype
 
 
-def _rest(request: ConvertRequest, tree: _ObjectTree, found: FoundAverage) -> Mapping[str, Leaf]:
+def _rest(request: ConvertRequest, tree: ObjectTree, found: FoundAverage) -> Mapping[str, Leaf]:
     """The live model beside the average, for what is not averaged."""
     if request.rest is not None:
         return {**recognise.at(tree.root, request.rest).weights, **found.rest}
@@ -382,7 +260,7 @@ def _rest(request: ConvertRequest, tree: _ObjectTree, found: FoundAverage) -> Ma
     live = [
         each
         for each in recognise.find(tree.root)
-        if not each.average and names <= set(recognise.without_wrappers(each.weights))
+        if not each.average and names <= set(weight_names.without_wrappers(each.weights))
     ]
     return {**(live[0].weights if len(live) == 1 else {}), **found.rest}
 
@@ -416,18 +294,13 @@ def _key(leaf: Leaf) -> Any:
     return getattr(leaf, "key", id(leaf))
 
 
-def _deduplicated(request: ConvertRequest, plan: ConvertPlan) -> ConvertPlan:
-    """Tied weights once, under the name that comes first; and the dtypes of the output."""
+def _aliases(weights: Mapping[str, Leaf]) -> dict[str, str]:
+    """Further name -> the first one, of weights that are one tensor."""
     first: dict[Any, str] = {}
-    aliases: dict[str, str] = {}
-    for name, leaf in plan.weights.items():
-        key = _key(leaf) if 0 not in leaf.shape else id(leaf)
-        if first.setdefault(key, name) != name:
-            aliases[name] = first[key]
-    kept = {name: leaf for name, leaf in plan.weights.items() if name not in aliases}
-    dtypes = {name: _output_dtype(request, leaf) for name, leaf in kept.items()}
-    averaged = [name for name in plan.averaged if name in kept]
-    return replace(plan, weights=kept, averaged=averaged, aliases=aliases, dtypes=dtypes)
+    for name, leaf in weights.items():
+        first.setdefault(_key(leaf) if 0 not in leaf.shape else id(leaf), name)
+    names = {name: first.get(_key(leaf), name) for name, leaf in weights.items()}
+    return {alias: name for alias, name in names.items() if alias != name}
 
 
 # --- what goes out --------------------------------------------------------------------------------

@@ -1,0 +1,144 @@
+"""Other people's checkpoints, opened as one tree of tables, whatever their form on disk. No torch.
+
+A file of torch.save, a folder of torch.distributed.checkpoint, safetensors of Hugging Face or
+diffusers: each becomes mappings and lists with a `recognise.Leaf` for each tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import manifest, safetensors
+from ..dtypes import Bytes
+from ..foreign import recognise, torch_dcp, torch_save
+from .sources import Safetensors, Source, locate, pickled
+
+__all__ = ["InFile", "ObjectTree", "open_tree", "read_json"]
+
+_TORCH_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin", "*.tar")
+_DIFFUSERS = (
+    "optimization_step", "decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma",
+    "power",
+)  # fmt: skip
+
+
+@dataclass
+class ObjectTree:
+    """A checkpoint, opened. ordered: its tables have the model's order."""
+
+    root: Any
+    form: str  # "dcp", "torch", "safetensors"
+    ordered: bool = False
+    # name -> why: the tensors that cannot be converted, and what is no tensor
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class InFile:
+    """A weight of a Source, as `foreign.Leaf`."""
+
+    def __init__(self, model: Source, name: str) -> None:
+        self._model, self._name = model, name
+        self.dtype, self.shape = model.entries[name].dtype, tuple(model.entries[name].shape)
+        self.key = (id(model), name)
+
+    def read(self, begin: int, end: int) -> Bytes:
+        return self._model.read(self._name, begin, end)
+
+
+def open_tree(path: Path, inert: Sequence[str], stack: ExitStack) -> ObjectTree:
+    """Raises FileNotFoundError, and ValueError for what is no checkpoint."""
+    path = locate(path)
+    if not path.is_dir():
+        return _open_file(path, inert, stack)
+    if (path / torch_dcp.META).exists():
+        return _open_dcp(stack.enter_context(torch_dcp.Folder(path)))
+    return _open_folder(path, inert, stack)
+
+
+def _open_dcp(folder: torch_dcp.Folder) -> ObjectTree:
+    root: dict[str, Any] = {}
+    for name in folder.entries:
+        *above, last = folder.paths[name]
+        node = root
+        for key in above:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{folder.path}: {name} lies inside another tensor.")
+        node[last] = InFile(folder, name)
+    left = {name: why for name, why in folder.others.items() if name not in folder.unsupported}
+    return ObjectTree(_lists(root), "dcp", False, folder.unsupported, left)
+
+
+def _lists(node: Any) -> Any:
+    """Mappings numbered from 0 were lists."""
+    if not isinstance(node, dict):
+        return node
+    values = {key: _lists(value) for key, value in node.items()}
+    numbered = [str(i) for i in range(len(values))]
+    is_list = bool(values) and values.keys() == set(numbered)
+    return [values[key] for key in numbered] if is_list else values
+
+
+def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> ObjectTree:
+    """A folder of Hugging Face, diffusers, or with one checkpoint in it."""
+    if (path / manifest.META).exists():
+        raise ValueError(
+            f"{path} is dist_ema's own already: `dist-ema export {path} OUT` makes a model of it."
+        )
+    indices = [each.name for each in path.glob("*.safetensors.index.json")]
+    files = sorted(each.name for each in path.glob("*.safetensors"))
+    if len(indices) == 1 or len(files) == 1:
+        indexed = safetensors.read_index(path, indices[0]).values() if len(indices) == 1 else files
+        names = sorted(set(indexed))
+        models = [stack.enter_context(Safetensors(path / name)) for name in names]
+        root = {name: InFile(model, name) for model in models for name in model.entries}
+        return ObjectTree(root, "safetensors", extra=_of_config(path / "config.json"))
+    others = sorted(each for pattern in _TORCH_FILES for each in path.glob(pattern))
+    if len(others) == 1 and not files:
+        return _open_file(others[0], inert, stack)
+    there = ", ".join([*files, *(each.name for each in others)][:5])
+    raise ValueError(
+        f"{path} holds {'several checkpoints: ' + there if there else 'no checkpoint'}. Name one "
+        "file."
+    )
+
+
+def _of_config(path: Path) -> dict[str, Any]:
+    """What diffusers' EMAModel.save_pretrained puts into config.json.
+
+    Without it the folder is a model.
+    """
+    config = read_json(path) if path.is_file() else {}
+    if not isinstance(config, dict) or "optimization_step" not in config:
+        return {}
+    values = {name: recognise.scalar(config.get(name)) for name in _DIFFUSERS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None
+
+
+def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> ObjectTree:
+    if not path.is_file():
+        raise ValueError(f"{path} is neither a folder nor a file.")
+    if path.suffix == ".safetensors" or not pickled(path):
+        model = stack.enter_context(Safetensors(path))
+        return ObjectTree({name: InFile(model, name) for name in model.entries}, "safetensors")
+    root, unsupported = torch_save.load(path, inert)
+    if not isinstance(root, (dict, list)):
+        raise ValueError(
+            f"{path} holds a {type(root).__name__}, not a table of tensors. Save state_dict() of "
+            "it."
+        )
+    return ObjectTree(root, "torch", True, unsupported)
