@@ -177,7 +177,7 @@ class EMA:
         self._last_looks: dict[str, float] = {}
         self._publication: Publication | None = None
         found = self.weights.find()
-        self._ranks = Ranks(found.members, found.group, wrappers.side_store, timeout)
+        self._ranks = Ranks(found.members, found.group, wrappers.side_store, timeout, found.device)
         self._everyone: Ranks | None = None
         self._alone = Ranks([self._ranks.members[self._ranks.rank]], None, wrappers.side_store)
         self._may_be_alone = False  # every rank averages the whole model

@@ -30,6 +30,7 @@ from ..sharding.ownership import ParamState
 from .clock import Clock
 from .engine_steps import stepped_parameters
 from .engines import Engine, Inline, Times, choose_engine
+from .executors import await_host_reads, has_streams, is_capturing
 from .inventory import Average, Inventory, Placement, Selection
 from .kernels.eager import UpdatePlan
 from .kernels.gpu_plan import FusedPlan, available
@@ -93,6 +94,7 @@ class AveragedWeights:
         self._inline: Engine = Inline()
         self._engine_choice: Any = None
         self._overlap: bool | None = None
+        self._device: torch.device | None = None  # of the live weights, if they have one
         self.after_update: WeakMethod[Callable[[], None]] | None = None
 
     # --- what is averaged -------------------------------------------------------------------------
@@ -166,6 +168,7 @@ class AveragedWeights:
         """
         self.settle()
         live = {state.source.device for state in self._averaged}
+        self._device = next((device for device in live if has_streams(device)), None)
         shadows = {state.shadow.device for state in self._averaged if state.shadow is not None}
         if self.teacher is None:
             on_host = self.placement.on_host
@@ -212,6 +215,12 @@ class AveragedWeights:
                 f"{verb}() inside the swap of another EMA: the model does not hold its training "
                 "weights."
             )
+        if is_capturing(self._device):
+            raise RuntimeError(
+                f"{verb}() while a CUDA graph is captured: a replay runs neither hooks nor the "
+                "clock of the average. Call ema.detach() before the capture, and ema.update() "
+                "after each replay."
+            )
         why = wrappers.blocker(self._inventory.sharded)
         if why:
             raise RuntimeError(f"{verb}() {why}.")
@@ -239,6 +248,12 @@ class AveragedWeights:
         """No update is in flight after this."""
         self.engine.settle()
         self._watch.end_read()
+        self._await_teacher_reads()
+
+    def _await_teacher_reads(self) -> None:
+        """Orders: copies of an offloaded teacher that its last forward asked for, then a write."""
+        if self.teacher is not None:
+            await_host_reads(state.shadow for state in self._averaged if state.shadow is not None)
 
     def follow(self, tree: bool = False) -> None:
         """Bind anew what moved ([Note: a model lives] in storage_watch).
@@ -352,6 +367,7 @@ class AveragedWeights:
             average.last = decay, elapsed
             weight = average.skipped_steps.weigh(1 - decay, schedule.copies_first, skip)
             weights.append(weight)
+        self._await_teacher_reads()
         self.engine.update(self.plan, weights, number, guard)
         if self._buffer_plan.pairs:
             self._inline.update(self._buffer_plan, weights, number, guard)
@@ -400,6 +416,7 @@ class AveragedWeights:
             *Collective* where replicated weights are split among the ranks.
         """
         self.ready()
+        await_host_reads(state.local for state in self._averaged)
         pairs = []
         for state in self._averaged:
             assert state.shadow is not None

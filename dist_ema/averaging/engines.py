@@ -283,11 +283,12 @@ class HostThread:
         self._plan = plan
 
     def _copy(self, weights: Weights) -> None:
+        ordered = self._copier is not None  # else nothing tells when a copy has arrived
         for window, live in self.copies:
-            window.copy_(live, non_blocking=True)
+            window.copy_(live, non_blocking=ordered)
         for k, weight in enumerate(weights):
             if isinstance(weight, Tensor):
-                self._weights[k].copy_(weight, non_blocking=True)
+                self._weights[k].copy_(weight, non_blocking=ordered)
 
 
 def _runs(arena: Tensor, lives: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -25,7 +25,9 @@ __all__ = [
     "Meter",
     "SideStream",
     "Worker",
+    "await_host_reads",
     "has_streams",
+    "is_capturing",
     "mark",
     "run_shielded",
 ]
@@ -70,6 +72,28 @@ def has_streams(device: torch.device) -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return True
+
+
+def is_capturing(device: torch.device | None) -> bool:
+    """The device's current stream records a graph, and does no work."""
+    if device is None or device.type == "cpu":
+        return False
+    stream = torch.accelerator.current_stream(device)
+    if hasattr(stream, "is_capturing"):
+        return bool(stream.is_capturing())
+    ask = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return ask is not None and bool(ask())
+
+
+def await_host_reads(tensors: Iterable[Tensor]) -> None:
+    """Orders: copies out of these that a device was given, then what the host writes into them.
+
+    Devices read pinned memory alone while the host goes on: weights that FSDP offloads.
+    """
+    if torch.accelerator.is_available() and any(
+        tensor.device.type == "cpu" and tensor.is_pinned() for tensor in tensors
+    ):
+        torch.accelerator.synchronize()
 
 
 def mark(device: torch.device | None) -> Mark:
@@ -249,6 +273,9 @@ def run_shielded(
     streams = [
         torch.accelerator.current_stream(device) for device in devices if has_streams(device)
     ]
+    if torch.accelerator.is_available():
+        # NOTE: set last, because a stream brings its device, and a new thread is on device 0.
+        streams.append(torch.accelerator.current_stream())
     first, done = threading.Lock(), threading.Event()
     raised: list[BaseException] = []
     interrupts: list[BaseException] = []

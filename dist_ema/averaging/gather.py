@@ -19,6 +19,7 @@ from ..sharding import discovery, parameters, wrappers
 from ..sharding.geometry import Box, boxes_with_data
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
 from ..sharding.records import Shard
+from .executors import await_host_reads
 
 __all__ = ["copy_into", "full", "full_weights"]
 
@@ -116,6 +117,7 @@ def copy_into(
             targets[shard.name], elements = shard, shard.read()
             views[shard.name] = list(boxes_with_data(shard, shard.local_region, elements))
             strided.extend([] if shard.dense else [(shard, elements)])
+        await_host_reads(shard.local_tensor() for shard in found.shards)
         blocks.extend(saved_blocks(states, own_buffers))
         sharded.extend(found.sharded)
         divided = [state for state in states if state.shard.owner_ranks]

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..distributed.transfer import broadcast
 from ..sharding.ownership import ParamState, replica_pieces
 from ..sharding.records import register, registered
+from .executors import await_host_reads
 from .kernels.eager import SCRATCH
 
 __all__ = ["SwapJournal", "broadcast_to_replicas"]
@@ -68,6 +69,7 @@ class SwapJournal:
             if buffer is None
         ]
         self._chunks = [chunk for state in self._weights for chunk in _chunks(state)]
+        await_host_reads(state.local for state in self._weights)
         while self._done < COPIES * len(self._chunks):
             self._advance(*self._chunks[self._done // COPIES], self._done % COPIES)
             self._done += 1
@@ -78,6 +80,8 @@ class SwapJournal:
 
     def restore(self) -> None:
         """Restore live weights, buffers and shadows, bit for bit. Idempotent."""
+        if self._done:
+            await_host_reads(state.local for state in self._weights)
         while self._done:
             chunk = self._chunks[(self._done - 1) // COPIES]
             self._retreat(*chunk, (self._done - 1) % COPIES + 1)

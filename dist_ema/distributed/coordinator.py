@@ -594,6 +594,7 @@ class Ranks:
         group: A process group of exactly these ranks, if there is one.
         open_store: Opens the key-value store of the job under a prefix.
         timeout: Seconds that a rank waits for the others.
+        device: Of the model on this rank, where a group that knows no other sends bytes.
 
     Raises:
         RuntimeError: The id of [Note: incarnations] did not arrive in time.
@@ -609,8 +610,9 @@ class Ranks:
         group: dist.ProcessGroup | None,
         open_store: Callable[[str], dist.Store],
         timeout: float = 300.0,
+        device: torch.device | None = None,
     ) -> None:
-        self.members = list(members)
+        self.members, self.device = list(members), device
         self.size = len(self.members)
         self.rank = self.members.index(dist.get_rank()) if self.size > 1 else 0
         self.group = self._whole_group(group) if self.size > 1 else None
@@ -692,7 +694,7 @@ class Ranks:
 
     def transfer_device(self) -> torch.device:
         """`transfer_device` of the group of these ranks."""
-        return transfer_device(self.group)
+        return transfer_device(self.group, self.device)
 
     def send(self, data: Tensor, to: int) -> None:
         """Send to the rank with index `to` in `members`, within the timeout."""
@@ -711,12 +713,20 @@ class Ranks:
         self.wait_for(dist.broadcast(data, self.members[source], group=self.group, async_op=True))
 
 
-def transfer_device(group: dist.ProcessGroup | None) -> torch.device:
-    """The device of sent bytes: the host if the group has a backend for it, else an accelerator."""
+def transfer_device(
+    group: dist.ProcessGroup | None, beside: torch.device | None = None
+) -> torch.device:
+    """The device of sent bytes: the host if the group has a backend for it, else an accelerator.
+
+    That is `beside`, where the bytes lie, or the one that the group is bound to, or the current.
+    """
     # The configuration reads "cpu:gloo,cuda:nccl": a device type, then its backend.
     pairs = [] if group is None else dist.get_backend_config(group).split(",")
     if group is None or "cpu" in dict(pair.split(":") for pair in pairs):
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+    if beside is not None and beside.type == accelerator.type:
+        return beside
+    bound = group.bound_device_id
+    return bound or torch.device(accelerator.type, torch.accelerator.current_device_index())

@@ -83,12 +83,13 @@ def broadcast(
         *Collective* over `group`. *Cost*: one collective per 4 MB, through one window. A long
         piece travels in place.
     """
-    rank, transport = dist.get_rank(group), transfer_device(group)
+    rank = dist.get_rank(group)
     in_flight: deque[dist.Work] = deque()
     for window in _packed(pieces):
         views = [view for _, view in window]
         root = dist.get_global_rank(group, window[0][0])
-        device = views[0].device if transport.type == "cpu" else transport
+        device = transfer_device(group, views[0].device)
+        device = views[0].device if device.type == "cpu" else device
         if len(views) == 1 and device.type == views[0].device.type:
             in_flight.append(dist.broadcast(views[0], root, group=group, async_op=True))
             if len(in_flight) > AHEAD:

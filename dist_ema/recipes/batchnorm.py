@@ -107,7 +107,8 @@ def _recalibrate(
 ) -> int:
     found = discovery.find_shards(model)
     members = found.members if group is None else dist.get_process_group_ranks(group)
-    ranks = Ranks(members, group or found.group, wrappers.side_store)
+    group = group or found.group
+    ranks = Ranks(members, group, wrappers.side_store, device=found.device)
     watch = _Watch({name: _Moments.none(module) for name, module in layers.items()})
     steps = _steps(loader, num_batches, ranks if found.sharded else None)
     bar = (

@@ -246,6 +246,12 @@ class ModelShards:
     group: dist.ProcessGroup | None  # of exactly those ranks, where the wrapper has one
     sharded: list[nn.Module]  # the FSDP modules, for `reshard` and `blocker`
 
+    @property
+    def device(self) -> torch.device | None:
+        """Of the first weight that does not lie in host memory."""
+        devices = (shard.local_tensor().device for shard in self.shards)
+        return next((device for device in devices if device.type != "cpu"), None)
+
 
 def memory_of(tensor: Tensor) -> Tensor | None:
     """The plain tensor that holds a weight's elements here; None where no single one does.

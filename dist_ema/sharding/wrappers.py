@@ -57,6 +57,9 @@ def reshard(sharded: list[nn.Module]) -> None:
     for module in sharded:
         if is_fsdp2(module):
             module.reshard()
+            # NOTE: set_post_optim_event() makes the next all-gather wait for the optimizer alone,
+            # and not for what is written to the shards after it. Without it, it waits for all.
+            module._get_fsdp_state()._state_ctx.post_optim_event = None
         elif is_fsdp1(module):
             reshard_flat_parameter(module)
         else:
