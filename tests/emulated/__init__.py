@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
 import sys
 import sysconfig
@@ -28,6 +29,8 @@ import torch.distributed as dist
 __all__ = ["load", "needs", "refusing_syncs", "schedule"]
 
 SOURCE = Path(__file__).with_name("device.cpp")
+# Beside the interpreter, where pip puts ninja; a virtual environment need not be active.
+TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 BUILD = Path(__file__).parents[2] / "build" / "emulated"
 
 
@@ -37,7 +40,7 @@ def missing() -> str:
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     lacking = {
         "a C++ compiler": not compiler,
-        "ninja (pip install ninja)": not shutil.which("ninja"),
+        "ninja (pip install ninja)": not shutil.which("ninja", path=TOOLS),
         "the headers of Python": not header.exists(),
         "torch 2.13 or newer": tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
     }
@@ -56,6 +59,7 @@ def load() -> Any:
     """
     from torch.utils import cpp_extension
 
+    os.environ["PATH"] = TOOLS
     text = SOURCE.read_bytes() + SOURCE.with_name("process_group.h").read_bytes()
     text += f"{torch.__version__} {sys.version}".encode()
     folder = BUILD / hashlib.sha256(text).hexdigest()[:12]
