@@ -176,7 +176,7 @@ class EMA:
         # The clock at the last look for each folder of `snapshot` and `publish`.
         self._last_looks: dict[str, float] = {}
         self._publication: Publication | None = None
-        found = self.weights.find()
+        found = self.weights.find(timeout)
         self._ranks = Ranks(found.members, found.group, wrappers.side_store, timeout, found.device)
         self._everyone: Ranks | None = None
         self._alone = Ranks([self._ranks.members[self._ranks.rank]], None, wrappers.side_store)
@@ -1058,7 +1058,7 @@ class EMA:
         def prepare() -> None:
             weights.reshard()
             weights.settle()
-            found.append(weights.find())
+            found.append(weights.find(self.timeout))
 
         self._enter("rescan", Reads.WHOLE_MODEL, prepare=prepare)
         self._adopt("rescan", found[0])

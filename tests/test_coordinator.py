@@ -396,7 +396,8 @@ def test_the_store_may_die() -> None:
         store = dist.TCPStore("127.0.0.1", int(server.stdout.readline()), None, False)
         threading.Timer(0.3, server.kill).start()
         with pytest.raises(
-            RuntimeError, match=r"the key-value store of the process group is gone; did .*rank 0"
+            RuntimeError,
+            match=r"the key-value store of the process group is gone or .* did .*rank 0",
         ):
             StoreCoordinator(store, [0, 1], 1, FOREVER).run_on_all("save", lambda: time.sleep(1.5))
 
@@ -501,7 +502,7 @@ def first_rank_late() -> None:
         with raises(RuntimeError, "EMA(...) is collective, and rank 1 did not enter it within 0.4"):
             EMA(model, 0.5, timeout=0.4)
     else:
-        with raises(RuntimeError, "rank 0, or one that passes", "did not come within 0.4 s"):
+        with raises(RuntimeError, "EMA(...) is collective, and rank 0 did not come within 0.4 s"):
             EMA(model, 0.5, timeout=0.4)
         store.set("given up", "")
     EMA(model, 0.5).gather()
@@ -534,7 +535,7 @@ def together(folder: str) -> None:
 DEATHS: dict[str, tuple[int, Any, str]] = {
     "swap": (1, WeightSwap, "apply"),
     "gather": (1, coordinator.Ranks, "send"),
-    "load": (0, reader, "_locate"),
+    "load": (0, reader, "locate"),
 }
 
 
@@ -553,6 +554,7 @@ def die(folder: str) -> Any:
     before = [p.detach().clone() for p in model.parameters()]
     dist.barrier()
     if dist.get_rank() % 2 == victim:
+        assert hasattr(place, name)
         setattr(place, name, lambda *_, **__: os._exit(0))
     try:
         verbs(ema, model, folder)[verb]()

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 NOTICES = """
 import json, os, sys, time
 from pathlib import Path
-from tests.fuzz import __main__ as fuzz
+from tests.fuzz import sandbox as fuzz
 
-fuzz.SECONDS = 0.5
+fuzz.SECONDS = 3
 folder = Path(sys.argv[1])
 (inside := folder / "to").mkdir()
 
@@ -38,7 +38,7 @@ actions = {
     "starts": lambda: os.system("true"),
     "raises": raises,
     "memory": lambda: len(bytearray(600 << 20)) and 0,
-    "time": lambda: time.sleep(5) or 0,
+    "time": lambda: time.sleep(99) or 0,
 }
 print(json.dumps({name: fuzz.run(action, folder, inside) for name, action in actions.items()}))
 """

@@ -170,9 +170,9 @@ class Inventory:
         """
         return self.averages[0].states
 
-    def find(self) -> ModelShards:
+    def find(self, timeout: float = 300.0) -> ModelShards:
         """The records of the model as it is now."""
-        return discovery.find_shards(self.model, self.placement.replicated)
+        return discovery.find_shards(self.model, self.placement.replicated, timeout)
 
     def adopt(self, found: ModelShards, teacher: Teacher | None) -> None:
         """Take `found` for what the model holds now.

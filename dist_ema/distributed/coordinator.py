@@ -35,7 +35,7 @@ rank that waits for a window looks for that answer every POLL, so all raise the 
 
 [Note: incarnations]  The store of torchrun outlives the processes that it restarts, and with them
 the messages of the killed attempt. So the keys of a coordinator begin with a random id, which the
-first rank draws at construction and broadcasts over the process group. No message of another
+first rank draws at construction and the process group hands to all. No message of another
 attempt, or of another EMA, can be read.
 """
 
@@ -57,6 +57,8 @@ from zlib import crc32
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .deadlines import BoundedStore, store_is_silent, together, within
 
 __all__ = ["GRACE", "Ranks", "StoreCoordinator", "digest", "transfer_device"]
 
@@ -107,11 +109,11 @@ class StoreCoordinator:
 
     def __init__(
         self,
-        store: dist.Store | None,
+        store: dist.Store | BoundedStore | None,
         members: Sequence[int],
         rank: int,
         timeout: float = 300.0,
-        heartbeat_store: dist.Store | None = None,
+        heartbeat_store: dist.Store | BoundedStore | None = None,
     ) -> None:
         assert len(members) < 1 << 16, "the counter has 16 bits for the ranks"
         self.members, self.rank, self.size = list(members), rank, len(members)
@@ -124,7 +126,12 @@ class StoreCoordinator:
         self._transfer: _Exchange | None = None  # the exchange that ends the bytes under way
 
     @property
-    def _store(self) -> dist.Store:
+    def verb(self) -> str:
+        """The verb that was entered last."""
+        return self._verb
+
+    @property
+    def _store(self) -> dist.Store | BoundedStore:
         assert self._maybe_store is not None, "a world of one exchanges no messages"
         return self._maybe_store
 
@@ -162,7 +169,7 @@ class StoreCoordinator:
         if self.size == 1:
             return combine([message])
         exchange = self._next(verb)
-        with _store_errors(exchange):
+        with _store_errors(exchange.verb):
             self._post(exchange, message, combine)
             answer = self._await(exchange, self.timeout)
             self._forget(exchange)
@@ -215,7 +222,7 @@ class StoreCoordinator:
             work()
             return
         exchange = self._transfer = self._next(verb)
-        with _store_errors(exchange):
+        with _store_errors(exchange.verb):
             try:
                 with self.heartbeats():
                     work()
@@ -290,7 +297,7 @@ class StoreCoordinator:
         if self.size == 1:
             return work()
         exchange = self._next(verb)
-        with _store_errors(exchange):
+        with _store_errors(exchange.verb):
             if self.rank > 0:
                 seconds = self.timeout if timeout is None else timeout
                 return self._await(exchange, seconds)  # type: ignore[no-any-return]
@@ -575,15 +582,12 @@ def _completes(work: dist.Work, seconds: float) -> bool:
 
 
 @contextmanager
-def _store_errors(exchange: _Exchange) -> Iterator[None]:
+def _store_errors(verb: str) -> Iterator[None]:
     """Name the verb and the usual cause when the store is gone."""
     try:
         yield
     except dist.DistNetworkError as error:
-        raise RuntimeError(
-            f"{exchange}: the key-value store of the process group is gone; did the process that "
-            f"holds it (rank 0) die? {error}"
-        ) from error
+        raise RuntimeError(f"{_call_text(verb)}: {store_is_silent(error)}") from error
 
 
 class Ranks:
@@ -597,10 +601,10 @@ class Ranks:
         device: Of the model on this rank, where a group that knows no other sends bytes.
 
     Raises:
-        RuntimeError: The id of [Note: incarnations] did not arrive in time.
+        RuntimeError: Ranks did not come within `timeout`; they are named.
 
     Note:
-        *Collective*: broadcasts 16 bytes, and makes a process group if `group` is not given and
+        *Collective*: sums 16 bytes, and makes a process group if `group` is not given and
         the ranks are not the whole job.
     """
 
@@ -615,15 +619,30 @@ class Ranks:
         self.members, self.device = list(members), device
         self.size = len(self.members)
         self.rank = self.members.index(dist.get_rank()) if self.size > 1 else 0
-        self.group = self._whole_group(group) if self.size > 1 else None
-        self._open_store, self._prefixes = open_store, 0
-        self._prefix = f"dist_ema/{self._incarnation(timeout)}" if self.size > 1 else ""
-        self._connect(open_store(self._prefix) if self.size > 1 else None, timeout)
+        self.group: dist.ProcessGroup | None = None
+        self._open_store, self._prefixes, self._prefix = open_store, 0, ""
+        stores: list[dist.Store] = []
+        if self.size > 1:
+            counters = open_store("dist_ema/construction")
+            stores = together(
+                "EMA(...)", self.members, counters, timeout, lambda: self._assemble(group)
+            )
+        self._connect(stores, timeout)
 
-    def _connect(self, store: dist.Store | None, timeout: float) -> None:
-        heartbeat_store = self._another_connection(self._prefix) if self.size > 1 else None
+    def _assemble(self, group: dist.ProcessGroup | None) -> list[dist.Store]:
+        self.group = self._whole_group(group)
+        self._prefix = f"dist_ema/{self._incarnation()}"
+        return [self._open_store(self._prefix), self._another_connection(self._prefix)]
+
+    def _connect(self, stores: Sequence[dist.Store], timeout: float) -> None:
+        """Send messages over the first store, and heartbeats over the second."""
+        self._stores = [BoundedStore(store, timeout) for store in stores]
         self._coordinator = coordinator = StoreCoordinator(
-            store, self.members, self.rank, timeout, heartbeat_store
+            self._stores[0] if self._stores else None,
+            self.members,
+            self.rank,
+            timeout,
+            self._stores[-1] if self._stores else None,
         )
         self.begin, self.all_gather_json = coordinator.begin, coordinator.all_gather_json
         self.run_on_all, self.run_on_first = coordinator.run_on_all, coordinator.run_on_first
@@ -640,21 +659,28 @@ class Ranks:
         self._prefixes += 1
         return f"{self._prefix}/{self._prefixes}"
 
-    def new_store(self) -> dist.Store:
-        """A connection to the store, with a prefix of its own.
+    def within_timeout(self, work: Callable[[dist.Store], T]) -> T:
+        """Do `work` with a connection to the store that has a prefix of its own.
+
+        Raises:
+            RuntimeError: It takes longer than the timeout.
 
         Note:
             Every rank calls it as often as the others do. It sends nothing.
         """
-        return self._another_connection(self._new_prefix())
+        prefix = self._new_prefix()
+        with _store_errors(self._coordinator.verb):
+            return within(self.timeout, lambda: work(self._another_connection(prefix)))
 
     def with_own_messages(self) -> Ranks:
-        """The same ranks, with messages as on a `new_store`."""
-        other, store = copy(self), None
+        """The same ranks, with messages over a connection of their own."""
+        other, stores = copy(self), list[dist.Store]()
         if self.size > 1:
-            other._prefix, other._prefixes = self._new_prefix(), 0
-            store = self._another_connection(other._prefix)
-        other._connect(store, self.timeout)
+            other._prefix, other._prefixes = f"{self._prefix}/{self._prefixes + 1}", 0
+            stores = self.within_timeout(
+                lambda store: [store, other._another_connection(other._prefix)]
+            )
+        other._connect(stores, self.timeout)
         return other
 
     def _whole_group(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -664,18 +690,14 @@ class Ranks:
             group = dist.new_group(self.members, use_local_synchronization=True)
         return group
 
-    def _incarnation(self, timeout: float) -> str:
+    def _incarnation(self) -> str:
         """A random id, the same on all ranks ([Note: incarnations])."""
         # NOTE: not from torch's generator, whose numbers belong to the training.
-        token = torch.tensor(list(uuid4().bytes), dtype=torch.uint8, device=self.transfer_device())
-        work = dist.broadcast(token, self.members[0], group=self.group, async_op=True)
-        if not _completes(work, timeout):
-            raise RuntimeError(
-                f"ranks {self.members} must build the EMA together, and rank {self.members[0]}, or "
-                f"one that passes its message on, did not come within {timeout:g} s."
-            )
-        work.wait()  # raises what failed, and orders the stream of an accelerator
-        return bytes(token.tolist()).hex()
+        token = list(uuid4().bytes) if self.first else [0] * 16
+        data = torch.tensor(token, dtype=torch.uint8, device=self.transfer_device())
+        # NOTE: a sum and no broadcast, which a rank may leave before the others have come.
+        dist.all_reduce(data, group=self.group)
+        return bytes(data.tolist()).hex()
 
     @property
     def first(self) -> bool:
@@ -689,6 +711,8 @@ class Ranks:
     @timeout.setter
     def timeout(self, seconds: float) -> None:
         self._coordinator.timeout = seconds
+        for store in self._stores:
+            store.timeout = seconds
 
     # --- bytes -----------------------------------------------------------------------------------
 

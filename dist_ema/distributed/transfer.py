@@ -180,8 +180,8 @@ class FileTransferGroup:
 
     def __init__(self, ranks: Ranks) -> None:
         self._timeout = timedelta(seconds=ranks.timeout)
-        self._group: Any = dist.ProcessGroupGloo(
-            ranks.new_store(), ranks.rank, ranks.size, self._timeout
+        self._group: Any = ranks.within_timeout(
+            lambda store: dist.ProcessGroupGloo(store, ranks.rank, ranks.size, self._timeout)
         )
 
     def transfer_device(self) -> torch.device:

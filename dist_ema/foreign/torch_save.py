@@ -45,6 +45,7 @@ _DICTS = (
     "lightning.pytorch.utilities.parsing.AttributeDict",
 )  # fmt: skip
 _MAX_DEPTH = 50
+_LOOKED_AT = 1 << 20  # bytes of a bare pickle, for the first name that it asks for
 
 
 class _Nothing:
@@ -227,7 +228,8 @@ def _first_asked(path: Path) -> str:
     """
     texts: list[str] = []
     with open(path, "rb") as file, suppress(ValueError):
-        for code, argument, _ in genops(file):
+        # NOTE: a file reserves what an opcode claims, before it reads; bytes do not.
+        for code, argument, _ in genops(file.read(_LOOKED_AT)):
             if code.name == "GLOBAL":
                 return str(argument).replace(" ", ".")
             if code.name == "STACK_GLOBAL":

@@ -50,7 +50,9 @@ __all__ = ["InventoryChanges", "compare_inventory", "find_shards", "redescribe"]
 RanksAndGroup = tuple[list[int], dist.ProcessGroup | None]  # the group is of exactly these ranks
 
 
-def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -> ModelShards:
+def find_shards(
+    model: nn.Module, replicated: dist.ProcessGroup | None = None, timeout: float = 300.0
+) -> ModelShards:
     """Dissolve the wrappers of `model`.
 
     Names are canonical: without module., _orig_mod., _fsdp_wrapped_module. and the like.
@@ -58,6 +60,7 @@ def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -
     Args:
         model: Wrapped as it is trained.
         replicated: The ranks that hold the same plain parameters, where no DDP says so.
+        timeout: Seconds that ranks wait for each other where this is collective.
 
     Raises:
         ValueError: Something cannot be averaged by elements: meta tensors, Partial placements,
@@ -77,7 +80,7 @@ def find_shards(model: nn.Module, replicated: dist.ProcessGroup | None = None) -
         sharded = model.owners
     reshard(sharded)
     # NOTE: in the order of the modules, not of a set: every rank must ask in the same order.
-    owners = {m: ranks_and_group(m) for m in modules if is_fsdp1(m) and m._handle}
+    owners = {m: ranks_and_group(m, timeout) for m in modules if is_fsdp1(m) and m._handle}
     shards = _describe(walk, {owner: tuple(ranks) for owner, (ranks, _) in owners.items()})
     if isinstance(model, Parameters) and model.average_frozen:
         for shard in shards:  # the others can be copied, but not averaged

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
 
+from ..distributed.deadlines import together
 from .records import Kind, Region, Shard, storage_order
 from .torch_classes import is_fsdp1
 
@@ -118,18 +120,26 @@ def flat_slices(modules: Iterable[nn.Module]) -> FlatSlices:
     return found
 
 
-def ranks_and_group(owner: FullyShardedDataParallel) -> tuple[list[int], dist.ProcessGroup | None]:
+def ranks_and_group(
+    owner: FullyShardedDataParallel, timeout: float
+) -> tuple[list[int], dist.ProcessGroup | None]:
     """The ranks that hold a flat parameter together, and their group where FSDP1 has one.
 
     Note:
-        *Collective* under hybrid strategies.
+        *Collective* under hybrid strategies, where ranks wait for `timeout` seconds.
     """
     inner = dist.get_process_group_ranks(owner.process_group)
     outer = getattr(owner, "_inter_node_pg", None)
     if outer is None or not owner._handle.uses_sharded_strategy:  # type: ignore[union-attr]
         return inner, owner.process_group
     all_ranks: list[Any] = [None] * outer.size()
-    dist.all_gather_object(all_ranks, inner, group=outer)
+    together(
+        "EMA(...) over FSDP with a hybrid strategy",
+        dist.get_process_group_ranks(outer),
+        dist.PrefixStore("dist_ema/hybrid", _get_default_store()),
+        timeout,
+        lambda: dist.all_gather_object(all_ranks, inner, group=outer),
+    )
     return sorted(rank for ranks in all_ranks for rank in ranks), None
 
 

@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BYTES", "MODEL", "damaged", "mutations"]
+__all__ = ["BYTES", "CHANGES", "MODEL", "damaged", "mutations"]
 
 Change = Callable[[Path], None]
 Draw = Callable[[random.Random, Path], None]
@@ -64,7 +64,7 @@ def mutations(seed: int, changes: Mapping[str, Draw] | None = None) -> Iterator[
 
     changes: To choose from, by default those of a folder that dist_ema saved.
     """
-    known = _CHANGES if changes is None else changes
+    known = CHANGES if changes is None else changes
     for i in count():
         draw = random.Random(f"{seed} {i}")
         name = draw.choice(list(known))
@@ -309,7 +309,7 @@ def _folders(draw: random.Random, folder: Path) -> None:
         os.symlink(draw.choice(["/", "..", path.name]), path)
 
 
-_CHANGES: dict[str, Draw] = {
+CHANGES: dict[str, Draw] = {
     "cut": _cut, "append": _append, "flip": _flip, "flip again": _flip, "blank": _blank,
     "exchange": _exchange_files, "remove": _remove, "replace": _replace, "length": _length,
     "header": _edit_header, "header again": _edit_header, "meta": _meta, "meta again": _meta,
@@ -317,8 +317,8 @@ _CHANGES: dict[str, Draw] = {
     "no file": _no_file, "folders": _folders,
 }  # fmt: skip
 # of any file, and of a model that has no ema.json
-BYTES = {name: _CHANGES[name] for name in ("cut", "append", "remove", "replace", "link", "no file")}
+BYTES = {name: CHANGES[name] for name in ("cut", "append", "remove", "replace", "link", "no file")}
 MODEL = BYTES | {
-    name: _CHANGES[name]
+    name: CHANGES[name]
     for name in ("flip", "blank", "exchange", "length", "header", "header again", "index")
 }

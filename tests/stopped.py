@@ -1,0 +1,193 @@
+"""Ranks that stop themselves (SIGSTOP) or die (SIGKILL) before an operation of a verb.
+
+    python -m tests.stopped [--only save gather]    every verb before each of its operations, on 2
+                                                    and 3 ranks; half an hour
+
+Each case is a group of ranks with an average of its own, all in one world. The victim counts what
+it does in the verb, and fails before the operation of the case. `fault` returns on every other rank
+what was raised, and after how long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_ema import EMA
+from dist_ema.distributed import transfer
+from tests._models import Net
+from tests._ranks import run_ranks
+
+__all__ = ["BYTES", "KILL", "MESSAGES", "STOP", "TIMEOUT", "Case", "outcomes", "problem"]
+
+VERBS = ("EMA", "swap", "leave", "gather", "copy_to", "load", "save", "stream", "export")
+TIMEOUT = 3.0
+AT_ONCE = 6  # cases in one world
+MESSAGES, BYTES = ("add", "compare_set", "set"), ("broadcast", "all_reduce", "isend", "irecv")
+
+
+class Case(NamedTuple):
+    """A group of `size` ranks, of which `victim` fails before operation `number` of a kind."""
+
+    verb: str  # as the error names it
+    size: int
+    victim: int
+    fault: signal.Signals
+    kind: tuple[str, ...] = BYTES
+    number: int = 0
+
+
+STOP, KILL = signal.SIGSTOP, signal.SIGKILL
+
+
+def arm(case: Case) -> None:
+    """From now on, count operations and fail before the one of the case."""
+    done = 0
+
+    def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done > case.number:
+                os.kill(os.getpid(), case.fault)
+                time.sleep(0.5)  # another thread may take the signal
+            return operation(*args, **kwargs)
+
+        return call
+
+    place: Any = dist.PrefixStore if case.kind == MESSAGES else dist
+    for name in case.kind:
+        setattr(place, name, counted(getattr(place, name)))
+
+
+def use(ema: EMA, case: Case, other: nn.Module, folder: Path, is_victim: bool) -> None:
+    """The verb of the case, in which the victim fails."""
+    if case.verb not in ("leave", "block"):
+        if is_victim:
+            arm(case)
+        calls: dict[str, Callable[[], Any]] = {
+            "gather": ema.gather,
+            "copy_to": lambda: ema.copy_to(other),
+            "load": lambda: ema.load(folder / "kept"),
+            "save": lambda: ema.save(folder / "new"),
+            "stream": lambda: ema.save(folder / "new", mode="stream"),
+            "export": lambda: ema.export(folder / "out"),
+            "swap": lambda: ema.swap().__enter__(),
+            "EMA": lambda: EMA(other, 0.5, timeout=TIMEOUT),
+        }
+        calls[case.verb]()
+        return
+    with ema.swap():
+        # A rank at work is waited for, also by one that has left the block long ago.
+        time.sleep(2 * TIMEOUT if is_victim else 0)
+    with ema.swap():
+        if is_victim and case.verb == "leave":
+            arm(case)
+        elif is_victim:
+            os.kill(os.getpid(), case.fault)
+
+
+def fault(folder: str, cases: list[Case]) -> tuple[int, str, float]:
+    """(the victim, what was raised or '', after how many seconds)."""
+    ends = [sum(case.size for case in cases[: i + 1]) for i in range(len(cases))]
+    groups = [
+        dist.new_group(list(range(end - case.size, end)))
+        for case, end in zip(cases, ends, strict=True)
+    ]
+    number = next(i for i, end in enumerate(ends) if dist.get_rank() < end)
+    case, group = cases[number], groups[number]
+    victim, path = ends[number] - case.size + case.victim, Path(folder, str(number))
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(Net(), process_group=group)
+    ema = EMA(model, 0.5, timeout=60)
+    ema.save(path / "kept")
+    transfer.WINDOW = transfer.STREAM = 512
+    pids: list[Any] = [None] * case.size
+    dist.all_gather_object(pids, os.getpid(), group=group)
+    before = [p.detach().clone() for p in model.parameters()]
+    dist.barrier()
+    ema.timeout, began, text = TIMEOUT, time.monotonic(), ""
+    try:
+        other = model if case.verb == "EMA" else Net()
+        use(ema, case, other, path, dist.get_rank() == victim)
+    except RuntimeError as error:
+        text = str(error)
+    seconds = time.monotonic() - began - (2 * TIMEOUT if case.verb in ("leave", "block") else 0)
+    if dist.get_rank() != victim:
+        time.sleep(2.0)  # the others must come to their own end
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pids[case.victim], signal.SIGKILL)
+    if case.verb in ("gather", "load", "save", "stream", "export", "EMA"):
+        assert all(map(torch.equal, before, model.parameters()))
+    return victim, text, seconds
+
+
+Outcome = tuple[int, str, float] | None  # of a rank; None of one that left no result
+
+
+def outcomes(cases: list[Case]) -> list[tuple[Outcome, list[Outcome]]]:
+    """Of the victim and of the others, for each case."""
+    world = sum(case.size for case in cases)
+    with tempfile.TemporaryDirectory() as folder:
+        found = run_ranks(world, fault, folder, cases, timeout=200, allow_dead=True, server=True)
+    rest, pairs = iter(found), []
+    for case in cases:
+        each = [next(rest) for _ in range(case.size)]
+        pairs.append((each.pop(case.victim), each))
+    return pairs
+
+
+def problem(case: Case, outcome: Outcome, limit: float) -> str:
+    """What is wrong with how another rank took the fault. limit: Seconds in which it must end."""
+    if outcome is None:
+        return "left no result"
+    victim, text, seconds = outcome
+    verb = {"leave": "swap", "block": "swap", "stream": "save"}.get(case.verb, case.verb)
+    call = "EMA(...)" if verb == "EMA" else f"ema.{verb}()"
+    if text and not (call in text and re.search(rf"\branks? ([\d, ]*, )?{victim}\b", text)):
+        return f"{call} or rank {victim} is not named: {text}"
+    return "" if seconds < limit else f"took {seconds:.1f} s: {text}"
+
+
+def walk(verbs: list[str]) -> int:
+    """Try every verb before each operation, until the victim does not come that far."""
+    failures = faults = 0
+    kinds, places = (MESSAGES, BYTES), ((2, 1), (3, 0), (3, 1))
+    rows = dict.fromkeys(product(verbs, places, (STOP, KILL), kinds), 0)
+    while rows:
+        batch = list(rows)[:AT_ONCE]
+        cases = [
+            Case(verb, *place, signal_, kind, rows[verb, place, signal_, kind])
+            for verb, place, signal_, kind in batch
+        ]
+        for row, case, (own, others) in zip(batch, cases, outcomes(cases), strict=True):
+            rows[row] += 1
+            if own is not None:
+                del rows[row]
+                continue
+            faults += 1
+            for text in filter(None, (problem(case, each, TIMEOUT + 10) for each in others)):
+                failures += 1
+                print(f"{case}: {text}", flush=True)
+        print(f"{faults} faults, {failures} failures, {len(rows)} rows to go", flush=True)
+    return failures
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Every verb, before each of its operations.")
+    parser.add_argument("--only", nargs="+", choices=VERBS, default=list(VERBS))
+    sys.exit(bool(walk(parser.parse_args().only)))
