@@ -1,6 +1,4 @@
-"""Saved under one wrapper and world, loaded under another: the same bits, the same clock, the same
-file again.
-"""
+"""A part of the 64 conversions of `python -m tests.elastic`, with shapes that no world divides."""
 
 from __future__ import annotations
 
@@ -12,74 +10,14 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock  # torch depends on it
 
-from dist_ema import EMA, Power
+from dist_ema import EMA
+from tests import elastic
 from tests._models import Net
-from tests._oracle import Training
 from tests._ranks import run_ranks
 from tests._wrappers import wrap
 
 SAVED = [("none", 1), ("ddp", 2), ("fsdp1 flat", 2), ("fsdp1 orig", 3), ("fsdp2", 3), ("hsdp", 4)]
 LOADED = [("none", 1), ("ddp", 3), ("fsdp1 flat", 3), ("fsdp1 orig", 2), ("fsdp2", 2), ("fsdp2", 4)]
-SCHEDULE = Power(gamma=2.0)
-EVERY = 4
-
-
-def averages(run: Training) -> dict[str, EMA]:
-    """A plain one and a compact one; both end inside an interval."""
-    return {
-        "fp32": EMA(run.model, SCHEDULE),
-        "bf16": EMA(run.model, SCHEDULE, dtype=torch.bfloat16),
-    }
-
-
-def save_one(kind: str, folder: str) -> None:
-    run = Training(kind)
-    found = averages(run)
-    for ema in found.values():
-        ema.attach(run.optimizer, every=EVERY, elapsed=3.0)
-    run.train(6)
-    with found["fp32"].swap():
-        for buffer in run.model.buffers():
-            if buffer.is_floating_point():
-                buffer += 0.25 * (dist.get_rank() + 1)  # recalibrated, differently on every rank
-    for name, ema in found.items():
-        ema.save(f"{folder}/{kind}-{name}", max_shard_size=600, extra={"epoch": 6})
-        full = ema.gather()
-        if full:
-            torch.save(full, f"{folder}/{kind}-{name}.pt")
-
-
-def load_all(kind: str, folder: str) -> dict[str, bool]:
-    held = {}
-    for source, _ in SAVED:
-        run = Training(kind)
-        for name, ema in averages(run).items():
-            path = f"{folder}/{source}-{name}"
-            ema.load(path)
-            assert (ema.now, ema.metrics()["updates"]) == (12.0, 1)
-            assert (ema.weights.clock.steps, ema.weights.clock.pending) == (
-                6,
-                6.0,
-            )
-            full = ema.gather()
-            ema.save(
-                f"{path}-from-{kind}-{dist.get_world_size()}",
-                max_shard_size=600,
-                extra={"epoch": 6},
-            )
-            if full:
-                want = torch.load(f"{path}.pt")
-                held[f"{source} {name}"] = full.keys() == want.keys() and all(
-                    torch.equal(full[k], want[k]) for k in ema.names()
-                )
-            ema.attach(run.optimizer, every=EVERY, elapsed=3.0)
-            run.train(1)
-            assert ema.metrics()["updates"] == 1
-            run.train(1)
-            assert ema.metrics()["updates"] == 2
-            assert ema.now == 24.0
-            ema.detach()
-    return held
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +29,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     with FileLock(f"{folder}.lock"):
         for kind, world in SAVED:
             if not (folder / f"{kind}-bf16.pt").exists():
-                run_ranks(world, save_one, kind, str(folder))
+                run_ranks(world, elastic.save_one, kind, str(folder))
     return folder
 
 
@@ -101,22 +39,14 @@ def test_every_pair_is_exact(saved: Path, kind: str, world: int) -> None:
     """6 x 6 pairs, each with an fp32 and a bf16 average: weights, clock, pending interval, and what
     is saved again.
     """
-    held = run_ranks(world, load_all, kind, str(saved))[0]
+    sources = [source for source, _ in SAVED]
+    held = run_ranks(world, elastic.load_all, kind, str(saved), sources)[0]
     assert len(held) == 2 * len(SAVED)
     assert all(held.values()), held
-    for source, _ in SAVED:
-        for name in ("fp32", "bf16"):
-            first = saved / f"{source}-{name}"
+    for source in sources:
+        for name in elastic.NAMES:
             again = saved / f"{source}-{name}-from-{kind}-{world}"
-            shards = sorted(path.name for path in first.glob("*.safetensors"))
-            assert len(shards) > 1
-            for shard in shards:
-                if any(
-                    word in (first / shard).read_bytes().decode("latin1")
-                    for word in ('"core.frozen', '"core.seen')
-                ):
-                    continue  # holds what is taken from the live model, which is another one here
-                assert (first / shard).read_bytes() == (again / shard).read_bytes(), shard
+            elastic.refuse_other_bytes(saved / f"{source}-{name}", again)
 
 
 def follow_a_fixed_path(kind: str) -> dict[str, Any]:
