@@ -39,8 +39,9 @@ def run_ranks(
     allow_dead: bool = False,
     method: str = "forkserver",
     server: bool = False,
+    backend: str = "gloo",
 ) -> list[Any]:
-    """Run `work(*args)` on `world` gloo ranks.
+    """Run `work(*args)` on `world` ranks.
 
     Args:
         world: How many ranks.
@@ -51,6 +52,7 @@ def run_ranks(
         method: "spawn" for ranks in which nothing is imported yet.
         server: Keep the store in this process, for tests that stop ranks. A store in a file has a
             lock, and a rank that is stopped while it holds the lock blocks all ranks.
+        backend: Of the default group. Where "emulated" is in it, each rank has such a device.
 
     Returns:
         What `work` returned on every rank, None for a dead one.
@@ -65,7 +67,7 @@ def run_ranks(
         port = store.port if store else None
         ranks = [
             context.Process(
-                target=_rank, args=(rank, world, folder, port, place, args), daemon=True
+                target=_rank, args=(rank, world, folder, port, place, args, backend), daemon=True
             )
             for rank in range(world)
         ]
@@ -94,7 +96,13 @@ def _read(folder: Path, rank: int, code: int | None, allow_dead: bool) -> Any:
 
 
 def _rank(
-    rank: int, world: int, folder: str, port: int | None, place: str, args: tuple[Any, ...]
+    rank: int,
+    world: int,
+    folder: str,
+    port: int | None,
+    place: str,
+    args: tuple[Any, ...],
+    backend: str,
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
@@ -105,7 +113,11 @@ def _rank(
         if port is not None
         else dist.FileStore(f"{folder}/rendezvous", world)
     )
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    if "emulated" in backend:
+        emulated = importlib.import_module("tests.emulated")
+        emulated.load().schedule(False, 0.0, 0, emulated.PATIENCE)
+        torch.accelerator.set_device_index(rank)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         module, name = place.split(":")
         outcome = ("value", getattr(importlib.import_module(module), name)(*args))

@@ -197,8 +197,6 @@ class HostThread:
         self.settle()  # orders: the last average, then the next copy into its window
         if plan is not self._plan:
             self._open_window(plan)
-            if self._copier is not None:
-                self._copier.keep([pair.live for pair in plan.pairs])
         copied = None
         if self._copying is None:
             self._copy(weights)
@@ -244,8 +242,7 @@ class HostThread:
             self._copying.wait(timed=True)
 
     def settle(self) -> None:
-        if self._copying is not None:
-            self._copying.wait()
+        # The thread has waited for the copy.
         if self._averaged is not None:
             self.worker.wait(self._averaged)
         self._refuse_failed()

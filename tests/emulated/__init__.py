@@ -26,9 +26,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-__all__ = ["load", "needs", "refusing_syncs", "schedule"]
+__all__ = ["PATIENCE", "load", "needs", "refusing_syncs", "schedule"]
 
 SOURCE = Path(__file__).with_name("device.cpp")
+PATIENCE = 3  # milliseconds after which the streams of a rank work unasked
 # Beside the interpreter, where pip puts ninja; a virtual environment need not be active.
 TOOLS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 BUILD = Path(__file__).parents[2] / "build" / "emulated"

@@ -10,6 +10,7 @@ import copy
 import gc
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -190,15 +191,14 @@ def test_memory_outlives_its_owner(device: torch.device, dropped: bool) -> None:
     dropped: the control, an engine that does not keep them.
     """
     n = 4096
-    pair = ShadowPair(
-        "w", [torch.zeros(n, device=device)], torch.ones(n, device=device), Numbering(device=device)
-    )
+    shadow, live = torch.zeros(n, device=device), torch.ones(n, device=device)
+    pair = ShadowPair("w", [shadow], live, Numbering(device=device))
     plan, engine = UpdatePlan([pair]), Overlapped(SideStream(device))
     torch.accelerator.synchronize()
     if dropped:
         engine.executor.keep = lambda tensors: None  # type: ignore[method-assign]
     engine.update(plan, [1.0], 1, False)
-    del pair, plan, engine
+    del shadow, live, pair, plan, engine
     gc.collect()
     others = [torch.full((n,), float(value), device=device) for value in range(7, 11)]
     torch.accelerator.synchronize()
@@ -206,21 +206,27 @@ def test_memory_outlives_its_owner(device: torch.device, dropped: bool) -> None:
     assert all(kept) != dropped
 
 
-def test_no_host_sync_in_training(device: torch.device) -> None:
-    """With a guard, and steps that the device skips."""
-    model = net(device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ema = EMA(model, 0.9)
-    ema.attach(optimizer, guard=True)
-    flags = [torch.tensor(float(step in (5, 11)), device=device) for step in range(20)]
-    for step in range(20):
-        optimizer.found_inf, optimizer.grad_scale = flags[step], None
-        for p in model.parameters():
-            p.grad = torch.full_like(p, 0.25)
-        with refusing_syncs():
-            optimizer.step()
-            ema.metrics(distance=False)
-    assert ema.metrics()["skipped"] == 2
+@pytest.mark.parametrize("options", PLACES, ids=str)
+def test_no_host_sync_in_training(device: torch.device, options: dict[str, Any]) -> None:
+    """With a guard, and steps that the device skips, whose flags are dropped at once."""
+    averages = []
+    for overlap in (False, True):
+        model = net(device)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        ema = EMA(model, 0.9, **options)
+        ema.attach(optimizer, guard=True, overlap=overlap)
+        for step in range(20):
+            optimizer.found_inf = torch.tensor(float(step in (5, 11)), device=device)
+            optimizer.grad_scale = None
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 0.25)
+            with refusing_syncs() if overlap else nullcontext():
+                optimizer.step()
+                ema.metrics(distance=False)
+        assert ema.metrics()["skipped"] == 2
+        averages.append([value.cpu() for value in ema.gather().values()])
+    assert all(value.isfinite().all() for value in averages[0])
+    assert same(*averages)
 
 
 def test_skipped_steps_are_heard_whole(device: torch.device) -> None:
