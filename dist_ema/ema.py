@@ -222,16 +222,24 @@ class EMA:
         ranks: Ranks | None = None,
     ) -> Average:
         """Begin a verb: all ranks come, were called alike and can go on, or raise."""
-        weights = self.weights
+        weights, ranks = self.weights, ranks or self._ranks
 
-        def ready() -> None:
+        def ready() -> dict[str, int] | None:
             weights.refuse(f"ema.{verb}", reads)
             weights.average(which)
             (prepare or weights.ready)()
+            compares = ranks.size > 1 and Reads.WHOLE_MODEL in reads
+            return consistency.sample(weights.states, ranks.size) if compares else None
 
-        ranks = ranks or self._ranks
         ranks.begin(verb, self._common(which, arguments or {}))
-        ranks.run_on_all(verb, ready)
+        _, equal = ranks.run_on_all(verb, ready, combine=consistency.all_equal)
+        if not equal:  # every rank learned this, so all of them exchange what differs
+            warnings.warn(
+                f"ema.{verb}(): {consistency.name_replicas(verb, ranks, weights.states)}, which "
+                "should hold replicas, so the average holds parts of both. Was one rank's model "
+                "written by hand, or does each rank step alone (local SGD)?",
+                stacklevel=_stacklevel_of_caller(),
+            )
         return weights.average(which)
 
     def _common(self, which: Which, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -307,7 +315,9 @@ class EMA:
 
         Args:
             optimizers: All that step the model. An update comes when each has stepped since the
-                last one. Under DeepSpeed the engine.
+                last one. In a loop of G, D, D that is at the step of G, before the two of D: call
+                `update` at the end of the round to average those with it. Under DeepSpeed the
+                engine.
             every: Steps between updates; the decay accounts for all of them.
             start: The step at which the shadow is seeded from live and averaging begins.
             elapsed: Units of the clock per step, a number or a callable.
@@ -1078,7 +1088,7 @@ class EMA:
         | lag | updates submitted but not finished |
         | skipped | updates that the device refused; with distance=False as far as it is known |
         | distance | norm(live - average) / norm(live) of the model, each element counted once |
-        | replicas_agree | shadows that several ranks hold whole have the same bits on all of them |
+        | replicas_agree | copies on several ranks have the same bits: shadows, a sample of live |
 
         Args:
             which: See `swap`.
