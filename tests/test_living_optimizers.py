@@ -101,7 +101,7 @@ def one_more_often(order: str, moments: str) -> float:
             round and of the later ones. The docstring of `attach` and limits.md say so.
     """
     model = net()
-    naive, ema = Naive(model), EMA(model, DECAY)
+    naive, ema = Naive(model), EMA(model, 0.75)
     optimizers = {
         "G": torch.optim.SGD(model[0].parameters(), lr=0.1),
         "D": torch.optim.SGD(model[2].parameters(), lr=0.1),
