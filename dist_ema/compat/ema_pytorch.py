@@ -15,13 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ..averaging.averages import Reads
 from ..schedules import Constant, Warmup
+from ._bases import ModuleDropIn
 from ._count import Count
-from ._module import CopiedModule, ModuleAverage
+from ._module import ModuleAverage
 
 __all__ = ["EMA"]
 
 
-class EMA(CopiedModule):
+class EMA(ModuleDropIn):
     """A copy of the model that follows it, with a warm-up of the decay; called, it calls the copy.
 
     The decay is 1 - (1 + n / inv_gamma)^-power, where n counts the calls after

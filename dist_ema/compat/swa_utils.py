@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR
 
+from ..recipes import batchnorm
 from ..schedules import Constant, Schedule, Uniform
 from ..sharding import discovery
+from ._bases import ModuleDropIn
 from ._count import Count
-from ._module import CopiedModule, Device, ModuleAverage, ModuleFn, UpdateRule, recalibrate_all
+from ._module import Device, ModuleAverage, ModuleFn, UpdateRule
 
 __all__ = [
     "SWALR",
@@ -64,7 +68,7 @@ def get_swa_avg_fn() -> _Rule:
 get_ema_multi_avg_fn, get_swa_multi_avg_fn = get_ema_avg_fn, get_swa_avg_fn
 
 
-class AveragedModel(CopiedModule):
+class AveragedModel(ModuleDropIn):
     """A running average of a model: the plain mean, or what `avg_fn` or `multi_avg_fn` says.
 
     Keys of `state_dict` are `n_averaged` and `module.NAME`.
@@ -142,6 +146,32 @@ class AveragedModel(CopiedModule):
                 self.multi_avg_fn(averages, lives, self.n_averaged.to(device))
 
 
+def recalibrate_all(
+    loader: Iterable[Any],
+    model: nn.Module,
+    device: Device = None,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Give every BatchNorm the statistics of all batches together, of all ranks. *Collective*.
+
+    Args:
+        loader: batches, or tuples and lists whose first element is the batch.
+        model: without BatchNorm it is left alone.
+        device: where batches go; None leaves them.
+        group: whose ranks bring batches; None: those of the model's wrapper.
+    """
+
+    def forward(module: nn.Module, batch: Any) -> object:
+        inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
+        return module(inputs if device is None else inputs.to(device))
+
+    tracked = (m.running_mean for m in model.modules() if isinstance(m, batchnorm.LAYERS))
+    if any(mean is not None for mean in tracked):
+        batchnorm.recalibrate(
+            model, loader, sys.maxsize, forward=forward, progress=False, group=group
+        )
+
+
 def update_bn(loader: Iterable[Any], model: nn.Module, device: Device = None) -> None:
     """Give every BatchNorm the statistics of what it sees over the whole loader.
 
@@ -156,7 +186,7 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: Device = None) ->
         *Collective* where the model is sharded, or DDP wrapped it at the last update of its
         average. The statistics are those of all ranks' data then.
     """
-    copied = model.copied if isinstance(model, CopiedModule) else None
+    copied = model.copied if isinstance(model, ModuleDropIn) else None
     if copied is None:
         recalibrate_all(loader, model, device)
     elif copied.module is None:
