@@ -1,4 +1,4 @@
-"""Decay as a pure function of the clock.
+"""Decay schedules: pure functions of the clock, from `Constant` to `Power`, and their JSON form.
 
 A schedule is called with `now`, the clock *after* the update, and `elapsed`, how far the clock
 moved. Both count in the user's units: steps, images or tokens. The first update has

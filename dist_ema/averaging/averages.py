@@ -1,4 +1,4 @@
-"""The averages of one model on this rank, the clock that they share, and how they move.
+"""`AveragedWeights`: all averages of one model on this rank, their clock, and what an update does.
 
     AveragedWeights          what `EMA.weights` gives: the extension API
       Inventory              which weights, with which shadows; follows the module tree

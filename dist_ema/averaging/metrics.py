@@ -1,4 +1,4 @@
-"""How far the average is from the live weights, and whether replicas are equal.
+"""`ema.metrics`: the distance of the average from the live weights, and whether replicas are equal.
 
 Each rank sends one message. Tensors are read in windows on the device where the shadows lie, and
 the sums are fetched once, at the end. Every element is counted by the one rank that writes it into

@@ -1,4 +1,4 @@
-"""Saved forms, read by ranks: each rank reads only its regions, and checks come before any change.
+"""`ema.load` on every rank: each reads only its regions, and all is checked before any change.
 
 A folder that `ema.save` wrote is resumed with its clock. Any other safetensors model (an export, a
 Hugging Face folder, one file) is a start.

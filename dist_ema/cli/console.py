@@ -1,4 +1,4 @@
-"""What the verbs share: arguments, tables, sentences and progress bars. No torch.
+"""What the verbs of the command line share: options, tables, exit codes, progress. No torch.
 
 Names come from files, so each text passes through `printable` before it reaches a terminal.
 """

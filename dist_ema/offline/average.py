@@ -1,4 +1,4 @@
-"""The weighted mean of checkpoints, streaming."""
+"""`dist-ema average`: which checkpoints are averaged, in which order, with which weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checkpoint.manifest import Manifest
 from . import blend, writer
-from .sources import is_equal, open_model, refuse_unsupported
+from .sources import Source, is_equal, open_model, refuse_unsupported
 
 __all__ = ["AverageReport", "average", "in_order", "shares"]
 
@@ -56,48 +56,49 @@ def average(
     Note:
         *Cost*: 32 MB, and the headers.
     """
-    ordered = list(paths) if weights else in_order(paths)
-    chosen = ordered[-lawa:] if lawa else ordered
+    chosen = _chosen(paths, lawa, as_given=weights is not None)
     factors = shares(len(chosen), weights, wma)
-    if lawa and lawa > len(ordered):
-        raise ValueError(
-            f"lawa={lawa} asks for more models than the {len(ordered)} that were given."
-        )
     for path in chosen:
         # NOTE: OUT may be one of them, because it is read before it is replaced.
         if os.path.realpath(path) != os.path.realpath(out):
             writer.refuse_place(path, out)
-    models = [open_model(path) for path in chosen]
-    last = models[-1]
     with ExitStack() as stack:
+        models = [open_model(path) for path in chosen]
         for model in models:
             stack.enter_context(model)
             refuse_unsupported(model)
+        last = models[-1]
         blend.alike(models, last)
-        names = frozenset(
-            name for name, entry in last.entries.items() if blend.numeric(entry.dtype)
-        )
-        taken = [
-            name
-            for name in sorted(set(last.entries) - names)
-            if not all(
-                is_equal(model, blend.locate(model, name, last), last, name) for model in models
-            )
-        ]
+        entries = last.entries.items()
+        names = frozenset(name for name, entry in entries if blend.numeric(entry.dtype))
+        taken = [name for name in sorted(set(last.entries) - names) if _differs(name, models)]
         kinds = {} if dtype is None else dict.fromkeys(names, dtype)
         mean = blend.Blend(list(zip(models, factors, strict=True)), last, names, kinds)
-        terms = list(zip(chosen, factors, strict=True))
-        made_of = {
-            "models": [{"path": path, "weight": factor} for path, factor in terms],
-            "taken_from_last": taken,
-        }
+        report = AverageReport(
+            Path(out), list(zip(chosen, factors, strict=True)), len(names), taken
+        )
+        made_of = {key: report.to_json()[key] for key in ("models", "taken_from_last")}
         facts = Manifest(extra={"average": made_of})
         total = sum(entry.nbytes for entry in mean.entries.values())
         with progress("averaging", total) as tick:
             blend.write(
                 Path(out), mean, facts, max_shard_size=max_shard_size, force=force, tick=tick
             )
-    return AverageReport(Path(out), terms, len(names), taken)
+    return report
+
+
+def _chosen(paths: Sequence[str], lawa: int | None, as_given: bool) -> list[str]:
+    """The models to average, the last `lawa` of them where it is given."""
+    if lawa and lawa > len(paths):
+        raise ValueError(f"lawa={lawa} asks for more models than the {len(paths)} that were given.")
+    ordered = list(paths) if as_given else in_order(paths)
+    return ordered[-lawa:] if lawa else ordered
+
+
+def _differs(name: str, models: Sequence[Source]) -> bool:
+    """Whether a weight of the last model has other bits in another one."""
+    last = models[-1]
+    return not all(is_equal(model, blend.locate(model, name, last), last, name) for model in models)
 
 
 def shares(count: int, weights: Sequence[float] | None, wma: bool) -> list[float]:

@@ -1,4 +1,4 @@
-"""Mix stored averages into others, and report how near they come."""
+"""`dist-ema reconstruct`: one mixture for each width, its fit reported and plotted."""
 
 from __future__ import annotations
 

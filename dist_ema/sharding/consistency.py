@@ -1,4 +1,4 @@
-"""All ranks see the same weights, and replicas are equal. Only what differs is named."""
+"""Checks at construction: all ranks see the same weights and equal replicas."""
 
 from __future__ import annotations
 
