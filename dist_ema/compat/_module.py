@@ -29,11 +29,7 @@ from ..ema import EMA
 from ..schedules import Schedule
 from ..sharding import discovery, records, wrappers
 
-__all__ = [
-    "ModuleAverage",
-    "ModuleFn",
-    "UpdateRule",
-]
+__all__ = ["Device", "ModuleAverage", "ModuleFn", "UpdateRule"]
 
 ModuleFn = Callable[[], nn.Module]
 Device = torch.device | str | int | None

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from ..averaging.averages import Reads
 from ..ema import EMA
 from ..schedules import Uniform
+from ._batchnorm import recalibrate_all
 from ._parameter_list import ParameterListAverage, source
-from .swa_utils import recalibrate_all
 
 __all__ = ["SWA"]
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR
 
-from ..recipes import batchnorm
 from ..schedules import Constant, Schedule, Uniform
 from ..sharding import discovery
 from ._bases import ModuleDropIn
+from ._batchnorm import recalibrate_all
 from ._count import Count
 from ._module import Device, ModuleAverage, ModuleFn, UpdateRule
 
@@ -144,32 +142,6 @@ class AveragedModel(ModuleDropIn):
             if self.multi_avg_fn is not None:
                 averages, lives = map(list, zip(*group, strict=True))
                 self.multi_avg_fn(averages, lives, self.n_averaged.to(device))
-
-
-def recalibrate_all(
-    loader: Iterable[Any],
-    model: nn.Module,
-    device: Device = None,
-    group: dist.ProcessGroup | None = None,
-) -> None:
-    """Give every BatchNorm the statistics of all batches together, of all ranks. *Collective*.
-
-    Args:
-        loader: batches, or tuples and lists whose first element is the batch.
-        model: without BatchNorm it is left alone.
-        device: where batches go; None leaves them.
-        group: whose ranks bring batches; None: those of the model's wrapper.
-    """
-
-    def forward(module: nn.Module, batch: Any) -> object:
-        inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
-        return module(inputs if device is None else inputs.to(device))
-
-    tracked = (m.running_mean for m in model.modules() if isinstance(m, batchnorm.LAYERS))
-    if any(mean is not None for mean in tracked):
-        batchnorm.recalibrate(
-            model, loader, sys.maxsize, forward=forward, progress=False, group=group
-        )
 
 
 def update_bn(loader: Iterable[Any], model: nn.Module, device: Device = None) -> None:
