@@ -77,7 +77,10 @@ class Publication:
         """Prepare the folder on the first rank. Returns the number of its last version."""
         atomic.ensure(self.folder)
         atomic.remove(self.folder / versions.STOP)
-        return versions.highest(self.folder)
+        number = versions.highest(self.folder)
+        if not number:
+            self.leases.begin_anew()
+        return number
 
     def facts(self, average: str, step: int, now: float) -> dict[str, Any]:
         """What ema.json says under `versions.KEY`."""
