@@ -35,7 +35,7 @@ from .checkpoint import atomic, dcp, library_files, reader, versions, writer
 from .checkpoint.manifest import Manifest
 from .checkpoint.publishing import Publication
 from .distributed.coordinator import Ranks
-from .schedules import Schedule, schedule_list
+from .schedules import BlockMean, Schedule, Window, schedule_list
 from .schedules import schedule as coerce
 from .sharding import consistency, derived, parameters, records, wrappers
 from .sharding.ownership import ParamState
@@ -65,9 +65,10 @@ def _refuse_dtype(dtype: torch.dtype) -> None:
 
 
 def _refuse_beside_into(schedules: Sequence[Schedule], dtype: torch.dtype, device: Any) -> None:
-    if len(schedules) > 1:
+    if len(schedules) > 1 or isinstance(schedules[0], Window):
         raise ValueError(
-            f"into= takes one average, got {len(schedules)} decays. Build one EMA per teacher."
+            f"into= takes one average that moves in place, got {schedules}. Build one EMA per "
+            "teacher, and windows without into=."
         )
     if device is not None or dtype != torch.float32:
         raise ValueError(
@@ -240,7 +241,7 @@ class EMA:
                 "written by hand, or does each rank step alone (local SGD)?",
                 stacklevel=_stacklevel_of_caller(),
             )
-        return weights.average(which)
+        return weights.used(which)
 
     def _common(self, which: Which, arguments: dict[str, Any]) -> dict[str, Any]:
         """What must be the same on every rank: `arguments`, and what led to the averages."""
@@ -569,7 +570,7 @@ class EMA:
         """
 
         def request() -> writer.SaveRequest:
-            files, weights = self._average_files()
+            files, weights = self._average_files(mixed=True)
             facts = replace(self._manifest("ema", extra or {}), weights=weights)
             target = _real_path(path)
             return writer.SaveRequest("save", target, files, facts, max_shard_size, mode, keep=keep)
@@ -614,13 +615,14 @@ class EMA:
             With `split=False` on replicated weights it is local: every rank that calls it writes
             the files, one rank after another.
         """
-        model, target, average = self.weights.model, _real_path(path), self.weights.average(which)
+        model, target = self.weights.model, _real_path(path)
         arguments: dict[str, Any] = {"path": os.fspath(path), "max_shard_size": max_shard_size}
         arguments |= {"mode": mode, "dtype": dtype, "merged": merged}
 
         def request(
             form: library_files.FileForm, states: list[ParamState] | None = None
         ) -> writer.SaveRequest:
+            average = self.weights.used(which)
             states = states or average.persistent
             if form.is_adapter:
                 states = [state for state in states if state.name in form.names]
@@ -634,13 +636,8 @@ class EMA:
 
         if merged:
             self._finish_writing()
-            with (
-                self.swap(which),
-                library_files.merged(model, average.persistent, dtype) as (
-                    states,
-                    form,
-                ),
-            ):
+            persistent = self.weights.average(which).persistent
+            with self.swap(which), library_files.merged(model, persistent, dtype) as (states, form):
                 self._submit(request(form, states), self._needed, which, arguments)
             return
         one_file = target.suffix == ".safetensors"
@@ -788,7 +785,7 @@ class EMA:
     def _version(self) -> writer.SaveRequest:
         publication, clock = self._publication, self.weights.clock
         assert publication is not None
-        average = self.weights.average(publication.which)
+        average = self.weights.used(publication.which)
         own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
         now, step = clock.at(average.schedule), clock.steps or clock.updates
         facts = {versions.KEY: publication.facts(average.name, step, now)}
@@ -803,8 +800,12 @@ class EMA:
             **publication.form,
         )
 
-    def _average_files(self) -> tuple[list[writer.AverageFiles], str]:
+    def _average_files(self, mixed: bool = False) -> tuple[list[writer.AverageFiles], str]:
         """The first average is complete (with `only=`: what is averaged), others share its rest.
+
+        Args:
+            mixed: A window is what it is used as, and its blocks come after all averages. Without
+                it is the block under way, from which `posthoc` reconstructs any curve.
 
         Returns:
             The files, and what `Manifest.weights` says of them.
@@ -812,8 +813,11 @@ class EMA:
         adapters = library_files.adapters_of(self.weights.model, names := self.names())
         form = library_files.only_used(adapters, names)
         complete = self.weights.selection.only is None and not adapters
-        files = []
-        for i, average in enumerate(self.weights.averages):
+        files, blocks = [], []
+        for i, raw in enumerate(self.weights.averages):
+            average = self.weights.used(i) if mixed else raw
+            if mixed and raw.ring is not None:
+                blocks += raw.ring.saved(raw.averaged, self.weights.clock.now)
             states = [
                 state
                 for state in average.persistent
@@ -825,6 +829,9 @@ class EMA:
             label = f"{i}-{type(average.schedule).__name__}" if i else ""
             own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
             files.append(writer.AverageFiles(states, own_buffers, schedule, label, form=form))
+        for i, (mean, states) in enumerate(blocks, len(files)):
+            label = f"{i}-{type(mean).__name__}"
+            files.append(writer.AverageFiles(states, {}, mean.to_dict(), label, form=form))
         return files, "adapter" if form.is_adapter else "all" if complete else "averaged"
 
     def _write(
@@ -965,10 +972,20 @@ class EMA:
         adapters = library_files.adapters_of(weights.model, names := self.names())
         form = library_files.only_used(adapters, names)
         model_names = {there: name for name, there in form.names.items()}
-        targets = [
-            reader.LoadTarget(average.schedule.to_dict(), average.persistent, model_names)
-            for average in weights.averages
-        ]
+        full: list[tuple[Average, BlockMean, list[ParamState]]] = []
+        begins: list[float | None] = []
+
+        def targets(saved: Sequence[dict[str, Any]]) -> list[reader.LoadTarget]:
+            found = []
+            for average in weights.averages:
+                blocks = average.ring.matching(saved) if average.ring else []
+                spec = (blocks[-1] if blocks else average.schedule).to_dict()
+                found.append(reader.LoadTarget(spec, average.persistent, model_names))
+                begins.append(blocks[-1].begin if blocks else None)
+                full.extend((average, mean, average.empty()) for mean in blocks[:-1])
+            blocks_of = (reader.LoadTarget(m.to_dict(), to, model_names) for _, m, to in full)
+            return [*found, *blocks_of]
+
         with reader.open_checkpoint(
             self._ranks, path, targets, strict=strict, verify=verify
         ) as found:
@@ -978,9 +995,13 @@ class EMA:
             except BaseException:
                 self._begin_again(started=True)
                 raise
-        for average, buffers in zip(weights.averages, own_buffers, strict=True):
+        for average, buffers in zip(weights.averages, own_buffers, strict=False):
             average.own_buffers = {} if weights.teacher else buffers
         weights.resume(found.clock or _NEW_CLOCK)
+        for average, begin in zip(weights.averages, begins, strict=True):
+            if average.ring is not None and begin is not None:
+                blocks = [(mean, states) for each, mean, states in full if each is average]
+                average.ring.resume(blocks, begin)
 
     # --- state_dict, for torch.distributed.checkpoint ---------------------------------------------
 
@@ -993,6 +1014,11 @@ class EMA:
         Weights are plain tensors where this rank averages all of one, else `FlatRange`.
         """
         weights = self.weights
+        if any(average.ring for average in weights.averages):
+            raise RuntimeError(
+                "ema.state_dict() of an EMA with a Window: DCP's keys must not depend on how many "
+                "blocks are full. Save and load it by ema.save() and ema.load()."
+            )
         weights.refuse("ema.state_dict", Reads.WHOLE_MODEL)
         weights.ready()
         clock = [float(value) for value in weights.clock_to_dict().values()]
@@ -1102,8 +1128,8 @@ class EMA:
             *Cost* of the distance: the engine settles, live and shadow are read once in chunks, and
             each rank sends one short message.
         """
-        weights, average = self.weights, self.weights.average(which)
-        known = weights.report(average)
+        weights = self.weights
+        known = weights.report(weights.average(which))
         if not distance:
             return known
 
@@ -1112,7 +1138,7 @@ class EMA:
             weights.reshard()
             weights.settle()
             weights.follow(tree=True)
-            split = weights.placement.split
+            split, average = weights.placement.split, weights.used(which)
             return metrics.measure(average.averaged, weights.clock.started, split, self._ranks.size)
 
         self._ranks.begin("metrics", self._common(which, {}))

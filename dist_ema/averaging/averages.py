@@ -298,6 +298,10 @@ class AveragedWeights:
             self.settle()
             teacher.reshard()
 
+    def used(self, which: int | str | Schedule) -> Average:
+        """An average as verbs use it. No update may be in flight."""
+        return self.average(which).used(which, self.clock.now)
+
     # --- moving -----------------------------------------------------------------------------------
 
     def copy_live(self) -> None:
@@ -306,6 +310,8 @@ class AveragedWeights:
             for state in average.averaged:
                 assert state.shadow is not None
                 state.shadow.copy_(state.source)
+            if average.ring is not None:
+                average.ring.clear()
         if self.teacher is not None:
             self.teacher.forget_copies()
         self._after_move()
@@ -360,6 +366,7 @@ class AveragedWeights:
         if number < 2 or self._watch.changed():
             self._inventory.refuse_unfrozen()
             self.follow(tree=self._watch.sees_tree)
+        self._keep_full_blocks(elapsed)
         schedules = [once or average.schedule for average in self.averages]
         decays = self.clock.move(schedules, elapsed)
         weights = []
@@ -374,6 +381,14 @@ class AveragedWeights:
         self._after_move()
         if self.engine.deferred:
             self._watch.begin_read()
+
+    def _keep_full_blocks(self, elapsed: float) -> None:
+        """The next update begins another block of a window: the last one goes into the ring."""
+        now = self.clock.now
+        for average in self.averages:
+            if average.ring is not None and average.ring.is_full(now, elapsed):
+                self.settle()
+                average.ring.push(average.averaged, now)
 
     def updated(self) -> None:
         """An update was submitted, and the clock has moved."""
@@ -444,6 +459,9 @@ class AveragedWeights:
     def resume(self, counters: dict[str, Any]) -> None:
         """The shadows were replaced: go on from a saved clock, and forget a swap that failed."""
         self.set_clock(counters)
+        for average in self.averages:
+            if average.ring is not None:
+                average.ring.clear(self.clock.now)
         if self.swaps.failed:
             self.swaps.failed = False
             self.note_swap(False)
@@ -493,7 +511,8 @@ class AveragedWeights:
         for state in (state for average in self.averages for state in average.averaged):
             assert state.shadow is not None
             kept[state.shadow.device != state.local.device] += state.shadow.nbytes
-        return kept[0], kept[1]
+        rings = sum(average.ring.nbytes for average in self.averages if average.ring is not None)
+        return kept[0], kept[1] + rings
 
 
 def _plan(pairs: Sequence[ShadowPair], seed: int) -> UpdatePlan | FusedPlan:
