@@ -5,6 +5,7 @@ The oracle keeps all weights in float64 and sums them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema import EMA, Window, load_file
+from dist_ema.cli import console, main
 from dist_ema.schedules import CURVES, from_dict
 
 from ._models import Net
@@ -211,3 +213,54 @@ def test_refused(tmp_path: Path) -> None:
     window = Window(8, "cosine", 4, ring=str(tmp_path))
     assert from_dict(window.to_dict()) == window
     assert repr(window) == "Window(8, 'cosine', blocks=4)"
+
+
+# --- offline ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_reconstruct(curve: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Snapshots at the ends of blocks span a linear window; the residual of others is told."""
+    ema = EMA(line(), Window(LENGTH, blocks=BLOCKS), dtype=torch.float64)
+    past = []
+    for step in range(24):
+        past += walk(ema, 1, step)
+        ema.snapshot(tmp_path / "snapshots", every=LENGTH / BLOCKS)
+    out = str(tmp_path / "out.safetensors")
+    command = ["reconstruct", str(tmp_path / "snapshots"), out, "--curve", curve]
+    assert main([*command, "--window", str(LENGTH), "--json"]) == 0
+    (made,) = json.loads(capsys.readouterr().out)["mixtures"]
+    assert made["target"] == Window(LENGTH, curve).to_dict()
+    assert (made["residual"] < 1e-9) is (curve == "linear")
+    expected = oracle(past[-LENGTH:], CURVES[curve], True)
+    torch.testing.assert_close(load_file(out)["w"], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Models count by their clocks: each stands for the updates since the one before."""
+    ema = EMA(line(), 0.0, dtype=torch.float64)
+    paths, values = [], []
+    for count in (4, 4, 1, 3, 8):
+        values.append(walk(ema, count, count)[-1])
+        paths.append(str(tmp_path / f"ema-{len(paths)}"))
+        ema.save(paths[-1])
+    out = str(tmp_path / "out.safetensors")
+    assert main(["average", *paths, out, "--curve", "minus-sqrt", "--window", "14"]) == 0
+    at = [((now - 6) / 14) ** 0.5 for now in (8, 9, 12, 20)]
+    shares = [after - before for before, after in zip([0.0, *at[:-1]], at, strict=True)]
+    expected = sum(share * value for share, value in zip(shares, values[1:], strict=True))
+    torch.testing.assert_close(load_file(out)["w"], expected, rtol=1e-12, atol=1e-12)
+    capsys.readouterr()
+    for arguments, text in (
+        (["--curve", "linear"], "go together"),
+        (["--curve", "linear", "--window", "5"], "a window of 5 holds 1 of 5 models"),
+    ):
+        assert main(["average", *paths, out, *arguments, "--force"]) != 0
+        assert text in capsys.readouterr().err
+    ema.export(plain := str(tmp_path / "plain.safetensors"))
+    assert main(["average", *paths, plain, out, "--curve", "linear", "--window", "9"]) != 0
+    assert "has no clock: a window takes what ema.save() wrote" in capsys.readouterr().err
+
+
+def test_the_command_line_has_every_curve() -> None:
+    assert console.CURVE["choices"] == list(CURVES)

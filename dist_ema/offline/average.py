@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.manifest import Manifest
+from ..schedules import Window
 from . import blend, writer
 from .sources import Source, is_equal, open_model, refuse_unsupported
 
@@ -43,6 +44,7 @@ def average(
     weights: Sequence[float] | None = None,
     lawa: int | None = None,
     wma: bool = False,
+    window: Window | None = None,
     dtype: str | None = None,
     max_shard_size: str | None = None,
     force: bool = False,
@@ -50,14 +52,20 @@ def average(
 ) -> AverageReport:
     """Write sum(weight * model) as a model to ship. Whole numbers that differ are the last model's.
 
+    With `window` each model stands for the updates since the one before, by the clocks in ema.json;
+    those that lie before the window are left out.
+
     Raises:
         ValueError: The models do not hold the same weights; the error lists all differences.
 
     Note:
         *Cost*: 32 MB, and the headers.
     """
-    chosen = _chosen(paths, lawa, as_given=weights is not None)
-    factors = shares(len(chosen), weights, wma)
+    if window is None:
+        chosen = _chosen(paths, lawa, as_given=weights is not None)
+        factors = shares(len(chosen), weights, wma)
+    else:
+        chosen, factors = _in_window(paths, window)
     for path in chosen:
         # NOTE: OUT may be one of them, because it is read before it is replaced.
         if os.path.realpath(path) != os.path.realpath(out):
@@ -99,6 +107,29 @@ def _differs(name: str, models: Sequence[Source]) -> bool:
     """Whether a weight of the last model has other bits in another one."""
     last = models[-1]
     return not all(is_equal(model, blend.locate(model, name, last), last, name) for model in models)
+
+
+def _in_window(paths: Sequence[str], window: Window) -> tuple[list[str], list[float]]:
+    """The models inside a window that ends with the last one, and the share of each."""
+    clocks = {path: _clock(path) for path in paths}
+    inside = sorted(
+        (now, path) for path, now in clocks.items() if now > max(clocks.values()) - window.length
+    )
+    begin = max(0.0, inside[-1][0] - window.length)
+    if len(inside) < 2:
+        raise ValueError(
+            f"a window of {window.length:g} holds {len(inside)} of {len(paths)} models, whose "
+            f"clocks are {', '.join(f'{now:g}' for now in sorted(clocks.values()))}."
+        )
+    return [path for _, path in inside], window.shares(begin, [now for now, _ in inside])
+
+
+def _clock(path: str) -> float:
+    with open_model(path) as model:
+        clock = {} if model.manifest is None else model.manifest.clock
+    if "now" not in clock:
+        raise ValueError(f"{path} has no clock: a window takes what ema.save() wrote.")
+    return float(clock["now"])
 
 
 def shares(count: int, weights: Sequence[float] | None, wma: bool) -> list[float]:
