@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from .averaging import gather, metrics
 from .averaging.averages import AveragedWeights, Reads
 from .averaging.clock import Clock
-from .averaging.inventory import Average, Placement, Selection
+from .averaging.inventory import OWN, Average, Placement, Selection
 from .averaging.optimizer_hooks import Attachment, refuse_beside_masters
 from .averaging.swap import WeightSwap
 from .checkpoint import atomic, dcp, library_files, reader, versions, writer
@@ -109,7 +109,7 @@ class EMA:
             plain weights are replicated over it, and divides them too.
         buffers: "copy" takes buffers from the live model when the average is used. "average"
             averages the floating ones. A regex or a predicate on names averages those that it
-            chooses.
+            chooses. "own", with into=, leaves those of the teacher alone.
         only: A regex searched in names, or a predicate on them. The rest is treated like frozen
             weights.
         into: A module, built and wrapped like the model, whose weights become the average ([Note:
@@ -127,9 +127,10 @@ class EMA:
     [Note: into]  Mean teacher, DINO, BYOL: the shadows are the teacher's own memory, in its dtype,
     divided as it is divided. Live overwrites it now and at `load`, and its weights need no gradient
     from now on. Frozen weights follow when live ones are written. Buffers are those of live at the
-    last update, or averaged. What `only=` leaves out is not touched: without BatchNorm's buffers a
-    teacher in training mode keeps statistics of its own. Names that the teacher alone has stay as
-    they are. The teacher may run, be saved, copied and compiled like any module.
+    last update, averaged, or with `buffers="own"` the teacher's: in training mode its BatchNorm
+    keeps statistics of its own, and files hold those. What `only=` leaves out is not touched. Names
+    that the teacher alone has stay as they are. The teacher may run, be saved, copied and compiled
+    like any module.
 
     Attributes:
         weights: The `AveragedWeights` of this rank: the extension API for drop-ins and
@@ -155,6 +156,8 @@ class EMA:
             raise ValueError(
                 f"buffers must be 'copy', 'average', a regex or a predicate, got {buffers!r}."
             )
+        if buffers == OWN and into is None:
+            raise ValueError("buffers='own' needs into=: the buffers are those of the teacher.")
         if not isinstance(split, (bool, dist.ProcessGroup)):
             raise ValueError(f"split must be True, False or a process group, got {split!r}.")
         schedules = schedule_list(decay)

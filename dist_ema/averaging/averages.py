@@ -31,7 +31,7 @@ from .clock import Clock
 from .engine_steps import stepped_parameters
 from .engines import Engine, Inline, Times, choose_engine
 from .executors import await_host_reads, has_streams, is_capturing
-from .inventory import Average, Inventory, Placement, Selection
+from .inventory import OWN, Average, Inventory, Placement, Selection
 from .kernels.eager import UpdatePlan
 from .kernels.gpu_plan import FusedPlan, available
 from .kernels.pairs import ShadowPair
@@ -87,7 +87,9 @@ class AveragedWeights:
         self.model, self.averages = inventory.model, inventory.averages
         self.selection, self.placement = inventory.selection, inventory.placement
         self.average, self.find = inventory.average, inventory.find
-        self.teacher = None if into is None else Teacher(into, self.sync_teacher)
+        self.teacher = (
+            None if into is None else Teacher(into, self.sync_teacher, selection.buffers == OWN)
+        )
         self._watch = watch = StorageWatch(self.clock, self.swaps)
         self.mark, self.forget_mark = watch.mark, watch.forget_mark
         self.engine: Engine = Inline()

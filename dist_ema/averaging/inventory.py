@@ -20,9 +20,10 @@ from .skipped_steps import SkippedSteps
 from .teacher import Teacher
 from .window_ring import WindowRing, ring_of
 
-__all__ = ["Average", "Inventory", "Placement", "Selection"]
+__all__ = ["OWN", "Average", "Inventory", "Placement", "Selection"]
 
 Chooser = str | Callable[[str], bool]
+OWN = "own"
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Selection:
 
     Args:
         only: A regex searched in names, or a predicate on them; None: every trainable weight.
-        buffers: "copy": none. "average": every floating one. Else a regex or a predicate that
-            chooses them by name.
+        buffers: "copy": none. "average": every floating one. OWN: none, and a teacher keeps its
+            own. Else a regex or a predicate that chooses them by name.
     """
 
     only: Chooser | None = None
@@ -53,7 +54,11 @@ class Selection:
         return floats and self.allows(shard.name)
 
     def _chooses_buffer(self, shard: Shard) -> bool:
-        if not shard.persistent or self.buffers == "copy" or is_power_iteration_vector(shard):
+        if (
+            not shard.persistent
+            or self.buffers in ("copy", OWN)
+            or is_power_iteration_vector(shard)
+        ):
             return False
         return self.buffers == "average" or _matches(self.buffers, shard.name)
 
@@ -251,7 +256,9 @@ class Inventory:
 
     def _refuse_hopeless(self, chosen: Sequence[Shard], some_kept: bool) -> None:
         buffers = self.selection.buffers
-        if buffers not in ("copy", "average") and all(shard.kind != "buffer" for shard in chosen):
+        if buffers not in ("copy", "average", OWN) and all(
+            shard.kind != "buffer" for shard in chosen
+        ):
             raise ValueError(
                 "buffers must be 'copy', 'average', or a regex or predicate that chooses some: "
                 f"{buffers!r} chooses no floating-point buffer of {type(self.model).__name__}."
