@@ -32,7 +32,7 @@ Array: TypeAlias = "NDArray[np.float64]"
 def _recursive(decays: Array) -> Array:
     """Shares of a_j = d_j a_(j-1) + (1 - d_j) w_j, where a_0 is the start."""
     kept = np.append(np.cumprod(decays[::-1])[::-1], 1.0)  # what survives from update j on
-    return np.append(1.0, 1 - decays) * kept
+    return np.asarray(np.append(1.0, 1 - decays) * kept)
 
 
 def ema(n: int, decay: float) -> Array:
@@ -77,7 +77,7 @@ def bema(
     behind a drift; the start needs its own copy for that.
     """
     rate = lag + gamma * np.arange(1, n + 1)
-    shares = _recursive(1 - rate**-kappa)
+    shares = _recursive(np.asarray(1 - rate**-kappa, np.float64))
     alpha = rate[-1] ** -eta
     shares[0] -= alpha
     shares[-1] += alpha
