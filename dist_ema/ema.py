@@ -65,10 +65,14 @@ def _refuse_dtype(dtype: torch.dtype) -> None:
 
 
 def _refuse_beside_into(schedules: Sequence[Schedule], dtype: torch.dtype, device: Any) -> None:
-    if len(schedules) > 1 or isinstance(schedules[0], Window):
+    if len(schedules) > 1:
         raise ValueError(
-            f"into= takes one average that moves in place, got {schedules}. Build one EMA per "
-            "teacher, and windows without into=."
+            f"into= takes one average, got {len(schedules)} decays. Build one EMA per teacher."
+        )
+    if isinstance(schedules[0], Window):
+        raise ValueError(
+            f"into= takes an average that moves in place, got {schedules[0]!r}, which is mixed "
+            "when it is used. Write it into the other model by ema.copy_to()."
         )
     if device is not None or dtype != torch.float32:
         raise ValueError(

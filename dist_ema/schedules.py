@@ -433,7 +433,8 @@ def from_dict(spec: dict[str, Any]) -> Schedule:
     values = dict(spec)
     name = values.pop("name", None)
     if not isinstance(name, str) or name not in kinds:
-        raise ValueError(f"no schedule is called {name!r}; known are {', '.join(sorted(kinds))}.")
+        known = sorted(kinds.keys() - {BlockMean.__name__})
+        raise ValueError(f"no schedule is called {name!r}; known are {', '.join(known)}.")
     try:
         return kinds[name](**values)
     except TypeError as error:

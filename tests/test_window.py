@@ -206,7 +206,7 @@ def test_refused(tmp_path: Path) -> None:
         EMA(line(), Window(8, quadratic))
     with pytest.raises(ValueError, match="have blocks of one size"):
         EMA(line(), [Window(8, blocks=4), Window(16, blocks=8)])
-    with pytest.raises(ValueError, match="into= takes one average that moves in place"):
+    with pytest.raises(ValueError, match="into= takes an average that moves in place"):
         EMA(line(), Window(8), into=line())
     with pytest.raises(RuntimeError, match="with a Window: DCP's keys"):
         EMA(line(), Window(8)).state_dict()

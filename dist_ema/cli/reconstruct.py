@@ -168,10 +168,13 @@ def _text(where: str, report: ReconstructReport) -> Iterator[str]:
 
 
 def _warnings(report: ReconstructReport) -> Iterator[str]:
+    from ..schedules import Window
+
     poor = [f"{each.name} ({each.fit.residual:.1%})" for each in report.mixtures if each.poor]
+    kind = "" if isinstance(report.mixtures[0].target, Window) else "sigma_rel "
     if poor:
         yield (
-            f"the snapshots do not express {', '.join(poor)} well: the mixture is "
+            f"the snapshots do not express {kind}{', '.join(poor)} well: the mixture is "
             "another profile by that much. More snapshots, or stored profiles nearer to it, would."
         )
     if report.snapshots.skipped:
