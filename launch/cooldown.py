@@ -91,16 +91,11 @@ class Run:
 
 def merged(run: Run, past: dict[int, list[Tensor]], steps: Sequence[int]) -> float:
     """The loss of the plain mean of the weights after these steps."""
-    weights = list(run.model.parameters())
-    live = [weight.detach().clone() for weight in weights]
+    model = copy.deepcopy(run.model)
     with torch.no_grad():
-        for i, weight in enumerate(weights):
+        for i, weight in enumerate(model.parameters()):
             weight.copy_(torch.stack([past[step][i].double() for step in steps]).mean(0))
-    loss = run.loss()
-    with torch.no_grad():
-        for weight, value in zip(weights, live, strict=True):
-            weight.copy_(value)
-    return loss
+    return float(language.validate(model, run.plan))  # type: ignore[arg-type]
 
 
 def study(plan: Plan, seed: int) -> list[dict[str, Any]]:
