@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check coverage study study-quick docs clean
+.PHONY: demo test check coverage gpu study study-quick docs clean
 
 $(READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,9 @@ test: check  ## the check and the whole suite
 
 coverage: $(READY)  ## the suite with line coverage of all ranks, in htmlcov/
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=dist_ema --cov-report=term:skip-covered --cov-report=html
+
+gpu: $(READY)  ## with a GPU: its tests, the bench, the kernels, into docs/benchmarks-gpu.md
+	$(BIN)/python launch/gpu.py
 
 study: $(READY)  ## the experiments of docs/results.md, 40 minutes on two cores, into runs/study; resumes
 	$(BIN)/python launch/study.py

@@ -104,17 +104,15 @@ class Overlapped:
 
     def __init__(self, executor: Executor) -> None:
         self.executor, self._pass = executor, _InFlight(executor)
-        self._tickets: deque[Any] = deque()
+        # NOTE: weights are kept with their ticket, or their memory would be reused while it is read.
+        self._tickets: deque[tuple[Any, Weights]] = deque()
         self._updates = Meter()
-        self._weights: Weights = []
         self._plan: Plan | None = None
 
     def update(self, plan: Plan, weights: Weights, number: int, guard: bool) -> None:
         if plan is not self._plan:
             self._plan = plan
             self.executor.keep(plan.tensors)
-        # NOTE: kept until the next update, or their memory would be reused while it is read.
-        self._weights = weights
 
         def run() -> None:
             begin = self.executor.mark()
@@ -122,7 +120,7 @@ class Overlapped:
             self._updates.add(begin, self.executor.mark())
 
         # Orders: the optimizer's step, then this update.
-        self._tickets.append(self._pass.submit(run))
+        self._tickets.append((self._pass.submit(run), weights))
         self._lag()  # keeps the list short
 
     def fence(self) -> None:
@@ -135,7 +133,7 @@ class Overlapped:
         return Times(self._updates.read(), self._pass.stalls.read(), self._lag())
 
     def _lag(self) -> int:
-        while self._tickets and self.executor.done(self._tickets[0]):
+        while self._tickets and self.executor.done(self._tickets[0][0]):
             self._tickets.popleft()
         return len(self._tickets)
 

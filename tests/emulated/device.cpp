@@ -290,6 +290,7 @@ struct Block {
   size_t size;
   Queue* home;  // the stream that allocated it, and on whose order it is used again
   std::map<Queue*, uint64_t> uses;  // by other streams: how many of their tasks must be done
+  bool spoiled = false;  // since it was freed
 };
 
 auto& blocks = *new std::map<char*, Block*>;  // all, by address
@@ -303,12 +304,20 @@ bool in_use(const Block& block) {
 }
 
 // NOTE: what is enqueued takes the lock, so it is called without it.
-void poison(Block* block) {
-  auto spoil = [block] { std::memset(block->data, 0xFF, block->size); };
+void spoil(Block* block) {
+  auto overwrite = [block] { std::memset(block->data, 0xFF, block->size); };
+  block->spoiled = true;
   if (block->home)
-    enqueue(*block->home, spoil);
+    enqueue(*block->home, overwrite);
   else
-    spoil();
+    overwrite();
+}
+
+void make_unused(Block* block) {
+  // Where another stream is current, nothing but a new owner comes on the stream of the block.
+  block->spoiled = false;
+  if (!block->home || block->home == &current_queue(block->home->device))
+    spoil(block);
   Lock lock(mutex);
   block->uses.clear();
   unused.emplace(std::pair(block->home, block->size), block);
@@ -324,7 +333,7 @@ void release_passed() {
     waiting.erase(middle, waiting.end());
   }
   for (auto* block : passed)
-    poison(block);
+    make_unused(block);
 }
 
 void release(void* context) {
@@ -348,17 +357,25 @@ Block* find_block(const void* data) {
   return data < begin + block->size ? block : nullptr;
 }
 
-Block* take_block(Queue* home, size_t size) {
-  release_passed();
+Block* take_unused(Queue* home, size_t size) {
   Lock lock(mutex);
   ++allocations;
   auto [first, found] = unused.equal_range({home, size});
-  if (first != found) {  // the block that was freed last
-    --found;
-    auto* block = found->second;
-    unused.erase(found);
+  if (first == found)
+    return nullptr;
+  auto* block = (--found)->second;  // the block that was freed last
+  unused.erase(found);
+  return block;
+}
+
+Block* take_block(Queue* home, size_t size) {
+  release_passed();
+  if (auto* block = take_unused(home, size)) {
+    if (!block->spoiled)
+      spoil(block);
     return block;
   }
+  Lock lock(mutex);
   auto* data = std::aligned_alloc(512, size);
   std::memset(data, 0xFF, size);
   return blocks[static_cast<char*>(data)] = new Block{data, size, home, {}};
