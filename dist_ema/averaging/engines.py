@@ -104,7 +104,7 @@ class Overlapped:
 
     def __init__(self, executor: Executor) -> None:
         self.executor, self._pass = executor, _InFlight(executor)
-        # NOTE: weights are kept with their ticket: their memory must not be reused while it is read.
+        # NOTE: weights are kept with their ticket, so that no memory is reused while it is read.
         self._tickets: deque[tuple[Any, Weights]] = deque()
         self._updates = Meter()
         self._plan: Plan | None = None

@@ -82,16 +82,16 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def test_work_is_late_and_events_order_it(device: torch.device) -> None:
     host_view = load().host_view
-    one = torch.ones(3, device=device)
-    assert host_view(one).isnan().all(), "it did not run yet"
+    value = torch.full((3,), 12345.0, device=device)
+    assert (host_view(value) != 12345).all(), "it did not run yet"
     side = torch.Stream(device)
     with side:
-        unordered = one + 1
-    assert unordered.cpu().isnan().all(), "the stream did not wait for another"
+        unordered = value + 1
+        assert (unordered.cpu() != 12346).all(), "the stream did not wait for another"
     side.wait_stream(torch.accelerator.current_stream(device))
     with side:
-        ordered = one + 1
-        assert (ordered.cpu() == 2).all()
+        ordered = value + 1
+        assert (ordered.cpu() == 12346).all()
 
 
 def test_freed_memory_is_lost(device: torch.device) -> None:
