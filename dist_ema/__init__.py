@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         Schedule,
         Uniform,
         Warmup,
-        Window,
     )
     from .service.follow import follow
 
@@ -42,7 +41,6 @@ __all__ = [
     "Schedule",
     "Uniform",
     "Warmup",
-    "Window",
     "follow",
     "load_file",
 ]

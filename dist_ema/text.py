@@ -1,4 +1,4 @@
-"""Texts for people: plurals, sizes in bytes and their parsing, lists of names, error sentences."""
+"""Sentences and progress for people: plurals, sizes, lists of names."""
 
 from __future__ import annotations
 

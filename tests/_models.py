@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -21,6 +24,70 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(self.norm(x))))
 
 
+class GroupedExperts(nn.Module):
+    """up: [experts, width, hidden], down: [experts, hidden, width]. They may be DTensors."""
+
+    def __init__(self, width: int, hidden: int, number: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(number, width, hidden) / width)
+        self.down = nn.Parameter(torch.randn(number, hidden, width) / hidden)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        up, down = (getattr(w, "to_local", lambda w=w: w)() for w in (self.up, self.down))
+        hidden = torch.tanh(torch.einsum("...w,ewh->...eh", x, up))
+        return torch.einsum("...eh,ehw,...e->...w", hidden, down, weights)
+
+
+class Experts(nn.Module):
+    """Every token visits every expert, weighted by a router.
+
+    group: the ranks that divide the experts; each of them computes its own for the tokens of all.
+    """
+
+    group: Any = None
+
+    def __init__(self, width: int, hidden: int, number: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, number)
+        self.grouped = GroupedExperts(width, hidden, number)
+        self.register_buffer("expert_bias", torch.zeros(number))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(self.router(x) + self.expert_bias, -1)
+        if self.training:
+            self.expert_bias += 0.1
+        if self.group is None:
+            return x + self.grouped(x, weights)
+        rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        number = -(-len(self.expert_bias) // size)
+        own = of_all(weights, rank, size, self.group).split(number, -1)[rank]
+        mixed = self.grouped(of_all(x, rank, size, self.group), own)
+        return x + Sum.apply(mixed, self.group)[rank]
+
+
+class Sum(torch.autograd.Function):
+    """The sum over a group, as its backward too."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, group: Any) -> Tensor:
+        context.group, summed = group, x.clone()
+        dist.all_reduce(summed, group=group)
+        return summed
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        summed = gradients[0].clone()
+        dist.all_reduce(summed, group=context.group)
+        return summed, None
+
+
+def of_all(x: Tensor, rank: int, size: int, group: Any) -> Tensor:
+    """What each rank of the group holds, [size, *x.shape], by a sum with zeros."""
+    own = torch.stack([x if i == rank else torch.zeros_like(x) for i in range(size)])
+    summed: Tensor = Sum.apply(own, group)
+    return summed
+
+
 class Core(nn.Module):
     """Awkward on purpose.
 
@@ -28,8 +95,9 @@ class Core(nn.Module):
     weights, a frozen layer, a layer without gradient, an integer and a floating buffer.
     """
 
-    def __init__(self, hidden: int = 5) -> None:
+    def __init__(self, hidden: int = 5, experts: int = 0) -> None:
         super().__init__()
+        self.experts = Experts(6, 4, experts) if experts else None
         self.emb = nn.Embedding(7, 6)
         self.blocks = nn.ModuleList([Block(6, hidden), Block(6, 4)])
         self.frozen = nn.Linear(6, 6)
@@ -46,6 +114,8 @@ class Core(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = x * torch.sigmoid(self.gate(x)) + self.frozen(x)
+        if self.experts is not None:
+            x = self.experts(x)
         if self.training:
             self.seen += 1
         return self.head(x)
@@ -57,9 +127,9 @@ class Net(nn.Module):
     scalar: False gives it one dimension, for DeepSpeed, which takes no scalars.
     """
 
-    def __init__(self, hidden: int = 5, scalar: bool = True) -> None:
+    def __init__(self, hidden: int = 5, scalar: bool = True, experts: int = 0) -> None:
         super().__init__()
-        self.core = Core(hidden)
+        self.core = Core(hidden, experts)
         self.scale = nn.Parameter(torch.tensor(0.7 if scalar else [0.7]))
 
     def forward(self, tokens: Tensor) -> Tensor:

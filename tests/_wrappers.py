@@ -98,6 +98,27 @@ def _tensor_parallel(model: nn.Module) -> nn.Module:
     return _fsdp2(model, mesh["data"])
 
 
+def _experts(model: nn.Module) -> nn.Module:
+    """As torchtitan: experts are divided over `ep`, then sharded over what is left of the ranks.
+
+    FSDP2 cuts `up` in another dimension, and `down` in the one that `ep` has cut.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("efsdp", "ep"))
+    experts, ep = model.core.experts, mesh["ep"]
+    experts.group = ep.get_group()
+    for name in ("up", "down"):
+        whole = getattr(experts.grouped, name).detach()
+        setattr(experts.grouped, name, nn.Parameter(distribute_tensor(whole, ep, [Shard(0)])))
+    cut = {experts.grouped.up: Shard(1), experts.grouped.down: Shard(0)}
+    grouped = fully_shard(experts.grouped, mesh=mesh["efsdp"], shard_placement_fn=lambda p: cut[p])
+    grouped.set_gradient_divide_factor(4)  # tokens come from all ranks
+    return _fsdp2(model)
+
+
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "none": lambda model: model,
     "ddp": _ddp,
@@ -113,6 +134,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp2 offload": lambda model: _fsdp2(model, offload_policy=_offload()),
     "hsdp": _hsdp,
     "fsdp2 tp": _tensor_parallel,
+    "fsdp2 ep": _experts,
     "zero1": lambda model: _deepspeed.engine(model, 1),
     "zero2": lambda model: _deepspeed.engine(model, 2),
     "zero3": lambda model: _deepspeed.engine(model, 3),

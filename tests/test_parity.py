@@ -27,7 +27,8 @@ ROWS = [
     ("none", 1), ("ddp", 2), ("ddp", 3), ("ddp whole", 2), ("fsdp1 flat", 2), ("fsdp1 orig", 2),
     ("fsdp1 orig", 3), ("fsdp1 grad_op", 2), ("fsdp1 no_shard", 2), ("fsdp1 hybrid", 4),
     ("fsdp2", 2), ("fsdp2", 3), ("fsdp2 kept", 2), ("fsdp2 offload", 2), ("hsdp", 4),
-    ("fsdp2 tp", 4), ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3), ("zero3 kept", 2),
+    ("fsdp2 tp", 4), ("fsdp2 ep", 4),
+    ("zero1", 2), ("zero2", 3), ("zero3", 2), ("zero3", 3), ("zero3 kept", 2),
 ]  # fmt: skip
 SCHEDULE = Warmup(0.95)
 COLUMNS = [
@@ -37,7 +38,8 @@ COLUMNS = [
 
 
 def make(kind: str) -> nn.Module:
-    return Net(hidden=8 if kind == "fsdp2 tp" else 5, scalar=not kind.startswith("zero"))
+    hidden, experts = 8 if kind == "fsdp2 tp" else 5, 3 if kind == "fsdp2 ep" else 0
+    return Net(hidden, scalar=not kind.startswith("zero"), experts=experts)
 
 
 def check_wrapper(kind: str, folder: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`AveragedWeights`: all averages of one model on this rank, their clock, and what an update does.
+"""The averages of one model on this rank, the clock that they share, and how they move.
 
     AveragedWeights          what `EMA.weights` gives: the extension API
       Inventory              which weights, with which shadows; follows the module tree
@@ -31,7 +31,7 @@ from .clock import Clock
 from .engine_steps import stepped_parameters
 from .engines import Engine, Inline, Times, choose_engine
 from .executors import await_host_reads, has_streams, is_capturing
-from .inventory import OWN, Average, Inventory, Placement, Selection
+from .inventory import Average, Inventory, Placement, Selection
 from .kernels.eager import UpdatePlan
 from .kernels.gpu_plan import FusedPlan, available
 from .kernels.pairs import ShadowPair
@@ -87,9 +87,7 @@ class AveragedWeights:
         self.model, self.averages = inventory.model, inventory.averages
         self.selection, self.placement = inventory.selection, inventory.placement
         self.average, self.find = inventory.average, inventory.find
-        self.teacher = (
-            None if into is None else Teacher(into, self.sync_teacher, selection.buffers == OWN)
-        )
+        self.teacher = None if into is None else Teacher(into, self.sync_teacher)
         self._watch = watch = StorageWatch(self.clock, self.swaps)
         self.mark, self.forget_mark = watch.mark, watch.forget_mark
         self.engine: Engine = Inline()
@@ -169,9 +167,10 @@ class AveragedWeights:
             overlap: As `attach` asks for; None: an update overlaps in host memory only.
         """
         self.settle()
-        live = {state.source.device for state in self._averaged}
+        pairs = [*self.plan.pairs, *self._buffer_plan.pairs]
+        live = {pair.live.device for pair in pairs}
         self._device = next((device for device in live if has_streams(device)), None)
-        shadows = {state.shadow.device for state in self._averaged if state.shadow is not None}
+        shadows = {pair.shadows[0].device for pair in pairs}
         if self.teacher is None:
             on_host = self.placement.on_host
         else:  # a teacher may lie on another device than the model
@@ -300,10 +299,6 @@ class AveragedWeights:
             self.settle()
             teacher.reshard()
 
-    def used(self, which: int | str | Schedule) -> Average:
-        """An average as verbs use it. No update may be in flight."""
-        return self.average(which).used(which, self.clock.now)
-
     # --- moving -----------------------------------------------------------------------------------
 
     def copy_live(self) -> None:
@@ -312,8 +307,6 @@ class AveragedWeights:
             for state in average.averaged:
                 assert state.shadow is not None
                 state.shadow.copy_(state.source)
-            if average.ring is not None:
-                average.ring.clear()
         if self.teacher is not None:
             self.teacher.forget_copies()
         self._after_move()
@@ -368,7 +361,6 @@ class AveragedWeights:
         if number < 2 or self._watch.changed():
             self._inventory.refuse_unfrozen()
             self.follow(tree=self._watch.sees_tree)
-        self._keep_full_blocks(elapsed)
         schedules = [once or average.schedule for average in self.averages]
         decays = self.clock.move(schedules, elapsed)
         weights = []
@@ -383,14 +375,6 @@ class AveragedWeights:
         self._after_move()
         if self.engine.deferred:
             self._watch.begin_read()
-
-    def _keep_full_blocks(self, elapsed: float) -> None:
-        """The next update begins another block of a window: the last one goes into the ring."""
-        now = self.clock.now
-        for average in self.averages:
-            if average.ring is not None and average.ring.is_full(now, elapsed):
-                self.settle()
-                average.ring.push(average.averaged, now)
 
     def updated(self) -> None:
         """An update was submitted, and the clock has moved."""
@@ -461,9 +445,6 @@ class AveragedWeights:
     def resume(self, counters: dict[str, Any]) -> None:
         """The shadows were replaced: go on from a saved clock, and forget a swap that failed."""
         self.set_clock(counters)
-        for average in self.averages:
-            if average.ring is not None:
-                average.ring.clear(self.clock.now)
         if self.swaps.failed:
             self.swaps.failed = False
             self.note_swap(False)
@@ -513,8 +494,7 @@ class AveragedWeights:
         for state in (state for average in self.averages for state in average.averaged):
             assert state.shadow is not None
             kept[state.shadow.device != state.local.device] += state.shadow.nbytes
-        rings = sum(average.ring.nbytes for average in self.averages if average.ring is not None)
-        return kept[0], kept[1] + rings
+        return kept[0], kept[1]
 
 
 def _plan(pairs: Sequence[ShadowPair], seed: int) -> UpdatePlan | FusedPlan:

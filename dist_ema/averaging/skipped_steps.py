@@ -1,4 +1,4 @@
-"""`SkippedSteps`: steps that GradScaler or a guard skipped, counted on the device with no wait."""
+"""Steps that the device skipped: counted there, without waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ema.load` on every rank: each reads only its regions, and all is checked before any change.
+"""Saved forms, read by ranks: each rank reads only its regions, and checks come before any change.
 
 A folder that `ema.save` wrote is resumed with its clock. Any other safetensors model (an export, a
 Hugging Face folder, one file) is a start.
@@ -7,10 +7,9 @@ Hugging Face folder, one file) is a start.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -147,7 +146,7 @@ class OpenCheckpoint:
 def open_checkpoint(
     ranks: Ranks,
     path: str | os.PathLike[str],
-    make_targets: Callable[[Sequence[dict[str, Any]]], list[LoadTarget]],
+    targets: Sequence[LoadTarget],
     *,
     strict: bool,
     verify: bool,
@@ -157,7 +156,7 @@ def open_checkpoint(
     Args:
         ranks: all that call this.
         path: a folder that `ema.save` wrote, or any safetensors model.
-        make_targets: gives the averages, in their order, for the schedules that are saved there.
+        targets: the averages, in their order.
         strict: names must agree.
         verify: compare check sums.
 
@@ -169,9 +168,8 @@ def open_checkpoint(
         file.
     """
     place = Location(*ranks.run_on_first("load", lambda: locate(Path(path))))
-    saved = [] if place.manifest is None else place.manifest["schedules"]
     with ExitStack() as stack:
-        found = OpenCheckpoint(place, make_targets(saved), stack)
+        found = OpenCheckpoint(place, targets, stack)
         _, alike = ranks.run_on_all("load", found.open, combine=_are_alike)
         if not alike:
             raise ValueError(

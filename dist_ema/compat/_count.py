@@ -1,4 +1,4 @@
-"""`Count`: the number in a buffer, read from the device only after another writer."""
+"""A number that checkpoints hold as a buffer."""
 
 from __future__ import annotations
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._bases import ListDropIn
 from ._count import Count
-from ._parameter_list import ParameterListAverage, source
+from ._parameter_list import ListDropIn, ParameterListAverage, source
 
 __all__ = ["LitEma"]
 

@@ -13,15 +13,14 @@ import torch
 from torch import nn
 
 from ..schedules import Constant, Warmup
-from ._bases import HolderDropIn, ModuleDropIn
-from ._module import Device, ModuleAverage, ModuleFn
+from ._module import AverageHolder, CopiedModule, Device, ModuleAverage, ModuleFn
 
 __all__ = ["ModelEma", "ModelEmaV2", "ModelEmaV3"]
 
 _logger = logging.getLogger(__name__)
 
 
-class ModelEma(HolderDropIn):
+class ModelEma(AverageHolder):
     """The first version: `ema` is the module, in evaluation mode.
 
     Args:
@@ -62,7 +61,7 @@ class ModelEma(HolderDropIn):
         self._average.update(model, self.decay)
 
 
-class _Versioned(ModuleDropIn):
+class _Versioned(CopiedModule):
     """What the second and the third version share."""
 
     def set(self, model: nn.Module) -> None:

@@ -7,13 +7,12 @@ from collections.abc import Callable, Collection
 from torch import nn
 
 from ..schedules import Ramp
-from ._bases import HolderDropIn
-from ._module import ModuleAverage, ModuleFn
+from ._module import AverageHolder, ModuleAverage, ModuleFn
 
 __all__ = ["ModelEMA"]
 
 
-class ModelEMA(HolderDropIn):
+class ModelEMA(AverageHolder):
     """An average of all floating weights and buffers with decay * (1 - exp(-updates / tau)).
 
     Integer buffers are the model's of the last update.

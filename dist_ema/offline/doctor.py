@@ -1,4 +1,4 @@
-"""`dist-ema doctor`: packages, torch, launch, file system, and a self-test in other processes."""
+"""Checks of this machine, this Python and a folder. What can crash runs in another process."""
 
 from __future__ import annotations
 

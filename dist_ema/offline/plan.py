@@ -1,4 +1,4 @@
-"""`dist-ema plan`: what a decay means in other units, at another batch size, and what it costs.
+"""What a decay means, what it becomes at another batch size, and what an average costs.
 
 Arithmetic alone.
 

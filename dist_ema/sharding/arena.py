@@ -1,4 +1,4 @@
-"""Arenas: the shadows allocated in one flat buffer per dtype and device."""
+"""Shadows in one flat buffer per dtype and device."""
 
 from __future__ import annotations
 
@@ -50,37 +50,37 @@ def _shadow_dtype(live: torch.dtype, asked: torch.dtype) -> torch.dtype:
 
 
 def _fill_arena(states: list[ParamState], dtype: torch.dtype, device: torch.device) -> Tensor:
-    starts, total = _starts(states, ALIGN // dtype.itemsize)
+    sources = [state.source for state in states]
+    starts, total = _starts(sources, ALIGN // dtype.itemsize)
     # Pinned once for all beside an accelerator: `swap` moves it over the host link.
     pinned = device.type == "cpu" and any(state.local.device.type != "cpu" for state in states)
     arena = torch.empty(total, dtype=dtype, device=device, pin_memory=pinned)
-    for state, start in zip(states, starts, strict=True):
-        before = state.source if state.shadow is None else state.shadow
-        state.shadow = arena[start : start + state.averaged_region.numel].copy_(before)
+    for state, source, start in zip(states, sources, starts, strict=True):
+        before = source if state.shadow is None else state.shadow
+        state.shadow = arena.narrow(0, start, source.numel()).copy_(before)
     return arena
 
 
-def _starts(states: Sequence[ParamState], align: int) -> tuple[list[int], int]:
+def _starts(sources: Sequence[Tensor], align: int) -> tuple[list[int], int]:
     """The first element of each shadow in the arena, and the arena's length."""
-    starts, total = [0] * len(states), 0
-    chains = _chains(states)
-    lengths = [sum(states[i].averaged_region.numel for i in chain) for chain in chains]
+    starts, total = [0] * len(sources), 0
+    chains = _chains(sources)
+    lengths = [sum(sources[i].numel() for i in chain) for chain in chains]
     # NOTE: sorted() keeps the order of the model within the short and within the long chains.
     for is_long, number in sorted((length >= LONG, j) for j, length in enumerate(lengths)):
         if is_long:
             total = -(-total // align) * align
         for i in chains[number]:
             starts[i] = total
-            total += states[i].averaged_region.numel
+            total += sources[i].numel()
     return starts, total
 
 
-def _chains(states: Sequence[ParamState]) -> list[list[int]]:
-    """The indices of states whose live elements follow each other in memory."""
+def _chains(sources: Sequence[Tensor]) -> list[list[int]]:
+    """The indices of tensors that follow each other in memory."""
     chains: list[list[int]] = []
     end = None
-    for i, state in enumerate(states):
-        live = state.source
+    for i, live in enumerate(sources):
         if not chains or (live.numel() and live.data_ptr() != end):
             chains.append([])
         chains[-1].append(i)

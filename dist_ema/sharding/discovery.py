@@ -1,4 +1,4 @@
-"""`find_shards`: one record per weight of any wrapped model, and how the tree has changed since.
+"""What PyTorch did to the model: one record per weight, and how the tree differs from the records.
 
 DDP, FSDP1, FSDP2, HSDP, tensor parallel, torch.compile and activation checkpointing are dissolved
 here. Nothing after this room asks how a model is wrapped.
@@ -44,6 +44,7 @@ from .zero import (
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
 __all__ = ["InventoryChanges", "compare_inventory", "find_shards", "redescribe"]
 
@@ -222,8 +223,7 @@ def _dtensor(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module, str
             f"{name} has placements {placements}: a Partial weight is a sum still to be made. "
             "Redistribute it."
         )
-    cuts = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
-    offsets, sizes = _box_of_dtensor(tensor, cuts)
+    cuts, offsets, sizes = _box_of_dtensor(mesh, placements, tensor.shape)
     if tuple(local.shape) != sizes:
         raise ValueError(
             f"{name}: {placements} over {mesh} should leave {sizes} here, found "
@@ -248,14 +248,18 @@ def _dtensor(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module, str
     return shard
 
 
+@lru_cache(maxsize=256)
 def _box_of_dtensor(
-    tensor: DTensor, cuts: Sequence[int]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offsets and sizes of the local tensor. `cuts`: the mesh dimensions that cut the weight."""
-    mesh, placements = tensor.device_mesh, tensor.placements
+    mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Size
+) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:
+    """The mesh dimensions that cut the weight; offsets and sizes of the local tensor.
+
+    Asked once for all weights of one shape: a model may have ten thousand experts.
+    """
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
-    offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
+    cuts = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    offsets, sizes = [0] * len(shape), list(shape)
     # NOTE: FSDP2 over TP splits right to left: _StridedShard (on the left) cuts what Shard (on the
     # right) left over.
     strided = [i for i in cuts if type(placements[i]).__name__ == "_StridedShard"]
@@ -264,7 +268,7 @@ def _box_of_dtensor(
         step = -(-sizes[dim] // mesh.size(i))  # torch.chunk: full chunks first
         start = min(step * coordinate[i], sizes[dim])
         offsets[dim], sizes[dim] = offsets[dim] + start, min(step, sizes[dim] - start)
-    return tuple(offsets), tuple(sizes)
+    return cuts, tuple(offsets), tuple(sizes)
 
 
 @lru_cache(maxsize=16)
@@ -275,9 +279,12 @@ def _mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
 
 def _memory(tensor: Tensor) -> Tensor:
     """The memory of what had one when it was described."""
-    local = tensor if type(tensor) is nn.Parameter else memory_of(tensor)
-    assert local is not None
-    return local
+    if type(tensor) is nn.Parameter:
+        return tensor
+    local = getattr(tensor, "_local_tensor", None)  # of a DTensor, and mostly plain
+    memory = local if type(local) is Tensor else memory_of(tensor)
+    assert memory is not None
+    return memory
 
 
 def _buffer_memory(place: tuple[nn.Module, str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""`Box`: boxes, ranges, runs and element numbers of row-major weights. No tensors are moved."""
+"""Boxes, ranges and element numbers of row-major weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ParamState`: which elements of a weight each rank averages, and which it writes to files.
+"""Which elements each rank averages, and which it writes.
 
 A `ParamState` is one weight on this rank: the region that it averages, the region that it saves,
 and the shadow. Where nothing is replicated both are the local region. What the same replicas hold
@@ -52,7 +52,7 @@ class ParamState:
 
     shard: Shard
     averaged_region: Region  # averaged here
-    saved_region: Region  # written into files and sent to others by this rank
+    owned_region: Region  # of several replicas this one answers for it
     local: Tensor  # [shard.local_region.numel], all that the model holds here
     sequence: tuple[int, int]  # (start of `local`, end of all) in what its replicas divide
     shadow: Tensor | None = None  # [averaged_region.numel]; None: not averaged
@@ -66,6 +66,12 @@ class ParamState:
     @property
     def name(self) -> str:
         return self.shard.name
+
+    @property
+    def saved_region(self) -> Region:
+        """Written into files and sent to others by this rank."""
+        owned = self.owned_region
+        return owned if self.shard.is_writer else replace(owned, end=owned.begin)
 
     @property
     def live(self) -> Tensor:
@@ -128,9 +134,7 @@ class ParamState:
         """
         if self.is_copied_buffer:
             redescribe(self.shard)
-            self.averaged_region = self.saved_region = whole = self.shard.local_region
-            if not self.shard.is_writer:
-                self.saved_region = replace(whole, end=0)
+            self.averaged_region = self.owned_region = self.shard.local_region
             self._form = _form(self.shard.local_tensor())
         refuse_taken_over(self.shard)
         memory, old = self.shard.local_tensor(), self.local
@@ -210,11 +214,11 @@ def assign(
     states = []
     for (shard, key), start in zip(pairs, starts, strict=True):
         region, sequence = shard.local_region, shard.cut or (start, ends[key])
-        bounds = own_range(shard.replicas, sequence[1]) if shard.is_writer else (0, 0)
+        bounds = own_range(shard.replicas, sequence[1])
         begin, end = (region.begin + min(max(at - sequence[0], 0), region.numel) for at in bounds)
-        saved = replace(region, begin=begin, end=end)
-        mean = saved if split and shard.replicas else region
-        states.append(ParamState(shard, mean, saved, shard.read(), sequence))
+        owned = Region(region.offsets, region.sizes, begin, end)
+        mean = owned if split and shard.replicas else region
+        states.append(ParamState(shard, mean, owned, shard.read(), sequence))
     return states
 
 

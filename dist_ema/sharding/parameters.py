@@ -1,4 +1,4 @@
-"""`Parameters`: a list of parameters that came without their module, as a module."""
+"""Parameters that came without their module."""
 
 from __future__ import annotations
 

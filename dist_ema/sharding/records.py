@@ -1,4 +1,4 @@
-"""`Shard` and `Region`: the record of one weight, which elements this rank holds, where they lie.
+"""One record per weight: which elements this rank holds, and where they lie.
 
 [Note: words]  Five words for a part of a weight, and no others.
 
@@ -156,6 +156,9 @@ class Shard:
         )
 
 
+_LOCAL_TENSOR = operator.attrgetter("_local_tensor")  # of a DTensor
+
+
 class Addresses:
     """Where some weights lie, asked as cheaply as PyTorch can tell, and the tree that holds them.
 
@@ -224,7 +227,7 @@ class Addresses:
         except (TypeError, RuntimeError):  # None stands in its place, or what has no memory
             return []
         addresses += map(Tensor.data_ptr, self._others)
-        addresses += [tensor._local_tensor.data_ptr() for tensor in self._dtensors]
+        addresses += map(Tensor.data_ptr, map(_LOCAL_TENSOR, self._dtensors))
         addresses += [reader().data_ptr() for reader in self._readers.values()]
         addresses += map(Tensor.stride, self._permuted)
         addresses.append(all(map(Tensor.is_contiguous, self._row_major)))

@@ -1,4 +1,4 @@
-"""`ShadowPair`: the tensors that every kernel is given, and how neighbours are joined."""
+"""What every kernel is given, and which neighbours it may take as one."""
 
 from __future__ import annotations
 
