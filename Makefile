@@ -15,9 +15,11 @@ $(READY): pyproject.toml Makefile
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q --no-deps triton || true  # torch's own, or for its interpreter
 	touch $@
 
-demo: $(READY)  ## train on two ranks, export the average, look into the file
+demo: $(READY)  ## train on two ranks, publish averages, evaluate each, look at them and at the export
 	rm -rf runs/demo
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 launch/train.py --wrapper fsdp2 --epochs 6 --out runs/demo
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 launch/train.py --wrapper fsdp2 --epochs 6 --publish 50 --out runs/demo
+	OMP_NUM_THREADS=1 $(BIN)/dist-ema watch runs/demo/published --metric loss --exec '$(BIN)/python launch/evaluate.py {path}'
+	$(BIN)/dist-ema board runs/demo/published
 	$(BIN)/dist-ema inspect runs/demo/export
 
 check: $(READY)  ## format, lint, the contracts between packages, types

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Schedule,
         Uniform,
         Warmup,
+        Window,
     )
     from .service.follow import follow
 
@@ -41,6 +42,7 @@ __all__ = [
     "Schedule",
     "Uniform",
     "Warmup",
+    "Window",
     "follow",
     "load_file",
 ]

@@ -1,4 +1,4 @@
-"""The dtypes of safetensors: their names elsewhere, and their elements in numpy. No torch.
+"""The dtypes of safetensors: their names elsewhere, their elements in numpy, casts. No torch.
 
 Rounding is to nearest, ties to even, as torch casts.
 """

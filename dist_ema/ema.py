@@ -1,4 +1,4 @@
-"""class EMA: the verbs, and the order of calls.
+"""`class EMA`: every public verb, its arguments checked, and the order of the calls beneath.
 
 Every collective verb does the same things in the same order. It refuses what is not allowed now,
 all ranks enter together, the module tree is walked, the engine settles, and only then the room that
@@ -28,14 +28,14 @@ from torch.optim import Optimizer
 from .averaging import gather, metrics
 from .averaging.averages import AveragedWeights, Reads
 from .averaging.clock import Clock
-from .averaging.inventory import Average, Placement, Selection
+from .averaging.inventory import OWN, Average, Placement, Selection
 from .averaging.optimizer_hooks import Attachment, refuse_beside_masters
 from .averaging.swap import WeightSwap
 from .checkpoint import atomic, dcp, library_files, reader, versions, writer
 from .checkpoint.manifest import Manifest
 from .checkpoint.publishing import Publication
 from .distributed.coordinator import Ranks
-from .schedules import Schedule, schedule_list
+from .schedules import BlockMean, Schedule, Window, schedule_list
 from .schedules import schedule as coerce
 from .sharding import consistency, derived, parameters, records, wrappers
 from .sharding.ownership import ParamState
@@ -68,6 +68,11 @@ def _refuse_beside_into(schedules: Sequence[Schedule], dtype: torch.dtype, devic
     if len(schedules) > 1:
         raise ValueError(
             f"into= takes one average, got {len(schedules)} decays. Build one EMA per teacher."
+        )
+    if isinstance(schedules[0], Window):
+        raise ValueError(
+            f"into= takes an average that moves in place, got {schedules[0]!r}, which is mixed "
+            "when it is used. Write it into the other model by ema.copy_to()."
         )
     if device is not None or dtype != torch.float32:
         raise ValueError(
@@ -108,7 +113,7 @@ class EMA:
             plain weights are replicated over it, and divides them too.
         buffers: "copy" takes buffers from the live model when the average is used. "average"
             averages the floating ones. A regex or a predicate on names averages those that it
-            chooses.
+            chooses. "own", with into=, leaves those of the teacher alone.
         only: A regex searched in names, or a predicate on them. The rest is treated like frozen
             weights.
         into: A module, built and wrapped like the model, whose weights become the average ([Note:
@@ -126,9 +131,10 @@ class EMA:
     [Note: into]  Mean teacher, DINO, BYOL: the shadows are the teacher's own memory, in its dtype,
     divided as it is divided. Live overwrites it now and at `load`, and its weights need no gradient
     from now on. Frozen weights follow when live ones are written. Buffers are those of live at the
-    last update, or averaged. What `only=` leaves out is not touched: without BatchNorm's buffers a
-    teacher in training mode keeps statistics of its own. Names that the teacher alone has stay as
-    they are. The teacher may run, be saved, copied and compiled like any module.
+    last update, averaged, or with `buffers="own"` the teacher's: in training mode its BatchNorm
+    keeps statistics of its own, and files hold those. What `only=` leaves out is not touched. Names
+    that the teacher alone has stay as they are. The teacher may run, be saved, copied and compiled
+    like any module.
 
     Attributes:
         weights: The `AveragedWeights` of this rank: the extension API for drop-ins and
@@ -154,6 +160,8 @@ class EMA:
             raise ValueError(
                 f"buffers must be 'copy', 'average', a regex or a predicate, got {buffers!r}."
             )
+        if buffers == OWN and into is None:
+            raise ValueError("buffers='own' needs into=: the buffers are those of the teacher.")
         if not isinstance(split, (bool, dist.ProcessGroup)):
             raise ValueError(f"split must be True, False or a process group, got {split!r}.")
         schedules = schedule_list(decay)
@@ -222,17 +230,25 @@ class EMA:
         ranks: Ranks | None = None,
     ) -> Average:
         """Begin a verb: all ranks come, were called alike and can go on, or raise."""
-        weights = self.weights
+        weights, ranks = self.weights, ranks or self._ranks
 
-        def ready() -> None:
+        def ready() -> dict[str, int] | None:
             weights.refuse(f"ema.{verb}", reads)
             weights.average(which)
             (prepare or weights.ready)()
+            compares = ranks.size > 1 and Reads.WHOLE_MODEL in reads
+            return consistency.sample(weights.states, ranks.size) if compares else None
 
-        ranks = ranks or self._ranks
         ranks.begin(verb, self._common(which, arguments or {}))
-        ranks.run_on_all(verb, ready)
-        return weights.average(which)
+        _, equal = ranks.run_on_all(verb, ready, combine=consistency.all_equal)
+        if not equal:  # every rank learned this, so all of them exchange what differs
+            warnings.warn(
+                f"ema.{verb}(): {consistency.name_replicas(verb, ranks, weights.states)}, which "
+                "should hold replicas, so the average holds parts of both. Was one rank's model "
+                "written by hand, or does each rank step alone (local SGD)?",
+                stacklevel=_stacklevel_of_caller(),
+            )
+        return weights.used(which)
 
     def _common(self, which: Which, arguments: dict[str, Any]) -> dict[str, Any]:
         """What must be the same on every rank: `arguments`, and what led to the averages."""
@@ -307,7 +323,9 @@ class EMA:
 
         Args:
             optimizers: All that step the model. An update comes when each has stepped since the
-                last one. Under DeepSpeed the engine.
+                last one. In a loop of G, D, D that is at the step of G, before the two of D: call
+                `update` at the end of the round to average those with it. Under DeepSpeed the
+                engine.
             every: Steps between updates; the decay accounts for all of them.
             start: The step at which the shadow is seeded from live and averaging begins.
             elapsed: Units of the clock per step, a number or a callable.
@@ -559,7 +577,7 @@ class EMA:
         """
 
         def request() -> writer.SaveRequest:
-            files, weights = self._average_files()
+            files, weights = self._average_files(mixed=True)
             facts = replace(self._manifest("ema", extra or {}), weights=weights)
             target = _real_path(path)
             return writer.SaveRequest("save", target, files, facts, max_shard_size, mode, keep=keep)
@@ -604,13 +622,14 @@ class EMA:
             With `split=False` on replicated weights it is local: every rank that calls it writes
             the files, one rank after another.
         """
-        model, target, average = self.weights.model, _real_path(path), self.weights.average(which)
+        model, target = self.weights.model, _real_path(path)
         arguments: dict[str, Any] = {"path": os.fspath(path), "max_shard_size": max_shard_size}
         arguments |= {"mode": mode, "dtype": dtype, "merged": merged}
 
         def request(
             form: library_files.FileForm, states: list[ParamState] | None = None
         ) -> writer.SaveRequest:
+            average = self.weights.used(which)
             states = states or average.persistent
             if form.is_adapter:
                 states = [state for state in states if state.name in form.names]
@@ -624,13 +643,8 @@ class EMA:
 
         if merged:
             self._finish_writing()
-            with (
-                self.swap(which),
-                library_files.merged(model, average.persistent, dtype) as (
-                    states,
-                    form,
-                ),
-            ):
+            persistent = self.weights.average(which).persistent
+            with self.swap(which), library_files.merged(model, persistent, dtype) as (states, form):
                 self._submit(request(form, states), self._needed, which, arguments)
             return
         one_file = target.suffix == ".safetensors"
@@ -778,7 +792,7 @@ class EMA:
     def _version(self) -> writer.SaveRequest:
         publication, clock = self._publication, self.weights.clock
         assert publication is not None
-        average = self.weights.average(publication.which)
+        average = self.weights.used(publication.which)
         own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
         now, step = clock.at(average.schedule), clock.steps or clock.updates
         facts = {versions.KEY: publication.facts(average.name, step, now)}
@@ -793,8 +807,12 @@ class EMA:
             **publication.form,
         )
 
-    def _average_files(self) -> tuple[list[writer.AverageFiles], str]:
+    def _average_files(self, mixed: bool = False) -> tuple[list[writer.AverageFiles], str]:
         """The first average is complete (with `only=`: what is averaged), others share its rest.
+
+        Args:
+            mixed: A window is what it is used as, and its blocks come after all averages. Without
+                it is the block under way, from which `posthoc` reconstructs any curve.
 
         Returns:
             The files, and what `Manifest.weights` says of them.
@@ -802,8 +820,11 @@ class EMA:
         adapters = library_files.adapters_of(self.weights.model, names := self.names())
         form = library_files.only_used(adapters, names)
         complete = self.weights.selection.only is None and not adapters
-        files = []
-        for i, average in enumerate(self.weights.averages):
+        files, blocks = [], []
+        for i, raw in enumerate(self.weights.averages):
+            average = self.weights.used(i) if mixed else raw
+            if mixed and raw.ring is not None:
+                blocks += raw.ring.saved(raw.averaged, self.weights.clock.now)
             states = [
                 state
                 for state in average.persistent
@@ -815,6 +836,9 @@ class EMA:
             label = f"{i}-{type(average.schedule).__name__}" if i else ""
             own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
             files.append(writer.AverageFiles(states, own_buffers, schedule, label, form=form))
+        for i, (mean, states) in enumerate(blocks, len(files)):
+            label = f"{i}-{type(mean).__name__}"
+            files.append(writer.AverageFiles(states, {}, mean.to_dict(), label, form=form))
         return files, "adapter" if form.is_adapter else "all" if complete else "averaged"
 
     def _write(
@@ -955,10 +979,20 @@ class EMA:
         adapters = library_files.adapters_of(weights.model, names := self.names())
         form = library_files.only_used(adapters, names)
         model_names = {there: name for name, there in form.names.items()}
-        targets = [
-            reader.LoadTarget(average.schedule.to_dict(), average.persistent, model_names)
-            for average in weights.averages
-        ]
+        full: list[tuple[Average, BlockMean, list[ParamState]]] = []
+        begins: list[float | None] = []
+
+        def targets(saved: Sequence[dict[str, Any]]) -> list[reader.LoadTarget]:
+            found = []
+            for average in weights.averages:
+                blocks = average.ring.matching(saved) if average.ring else []
+                spec = (blocks[-1] if blocks else average.schedule).to_dict()
+                found.append(reader.LoadTarget(spec, average.persistent, model_names))
+                begins.append(blocks[-1].begin if blocks else None)
+                full.extend((average, mean, average.empty()) for mean in blocks[:-1])
+            blocks_of = (reader.LoadTarget(m.to_dict(), to, model_names) for _, m, to in full)
+            return [*found, *blocks_of]
+
         with reader.open_checkpoint(
             self._ranks, path, targets, strict=strict, verify=verify
         ) as found:
@@ -968,9 +1002,13 @@ class EMA:
             except BaseException:
                 self._begin_again(started=True)
                 raise
-        for average, buffers in zip(weights.averages, own_buffers, strict=True):
+        for average, buffers in zip(weights.averages, own_buffers, strict=False):
             average.own_buffers = {} if weights.teacher else buffers
         weights.resume(found.clock or _NEW_CLOCK)
+        for average, begin in zip(weights.averages, begins, strict=True):
+            if average.ring is not None and begin is not None:
+                blocks = [(mean, states) for each, mean, states in full if each is average]
+                average.ring.resume(blocks, begin)
 
     # --- state_dict, for torch.distributed.checkpoint ---------------------------------------------
 
@@ -983,6 +1021,11 @@ class EMA:
         Weights are plain tensors where this rank averages all of one, else `FlatRange`.
         """
         weights = self.weights
+        if any(average.ring for average in weights.averages):
+            raise RuntimeError(
+                "ema.state_dict() of an EMA with a Window: DCP's keys must not depend on how many "
+                "blocks are full. Save and load it by ema.save() and ema.load()."
+            )
         weights.refuse("ema.state_dict", Reads.WHOLE_MODEL)
         weights.ready()
         clock = [float(value) for value in weights.clock_to_dict().values()]
@@ -1078,7 +1121,7 @@ class EMA:
         | lag | updates submitted but not finished |
         | skipped | updates that the device refused; with distance=False as far as it is known |
         | distance | norm(live - average) / norm(live) of the model, each element counted once |
-        | replicas_agree | shadows that several ranks hold whole have the same bits on all of them |
+        | replicas_agree | copies on several ranks have the same bits: shadows, a sample of live |
 
         Args:
             which: See `swap`.
@@ -1092,8 +1135,8 @@ class EMA:
             *Cost* of the distance: the engine settles, live and shadow are read once in chunks, and
             each rank sends one short message.
         """
-        weights, average = self.weights, self.weights.average(which)
-        known = weights.report(average)
+        weights = self.weights
+        known = weights.report(weights.average(which))
         if not distance:
             return known
 
@@ -1102,7 +1145,7 @@ class EMA:
             weights.reshard()
             weights.settle()
             weights.follow(tree=True)
-            split = weights.placement.split
+            split, average = weights.placement.split, weights.used(which)
             return metrics.measure(average.averaged, weights.clock.started, split, self._ranks.size)
 
         self._ranks.begin("metrics", self._common(which, {}))

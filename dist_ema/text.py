@@ -1,4 +1,4 @@
-"""Sentences and progress for people: plurals, sizes, lists of names."""
+"""Texts for people: plurals, sizes in bytes and their parsing, lists of names, error sentences."""
 
 from __future__ import annotations
 

@@ -425,29 +425,45 @@ BIG = (2048, 16, 1024, 8)  # width, layers, tokens, rows: about 800 M weights
 
 def steps(args: argparse.Namespace) -> list[Step]:
     """Time of a training step: without an average; with one inline, in flight or on the host."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _steps(args, Path(folder))
+
+
+def _steps(args: argparse.Namespace, folder: Path) -> list[Step]:
     trainer = Trainer(args.device, args.model == "tiny")
     beside = EMA(trainer.model, DECAY)
     host = EMA(trainer.model, DECAY, device="cpu")
+    published = EMA(trainer.model, DECAY)
     cases = [Case("no average", lambda: _train(trainer), 0)]
     cases.append(Case("inline", lambda: _train(trainer, beside, overlap=False), 0))
     if args.device.type != "cpu":
         cases.append(Case("overlapped", lambda: _train(trainer, beside), 0))
     cases.append(Case("offloaded", lambda: _train(trainer, host), 0))
+    cases.append(Case(LONG, lambda: _train(trainer, beside, False, PUBLISHED), 0))
+    cases.append(Case(PUBLISHING, lambda: _train(trainer, published, False, PUBLISHED), 0))
+    _train(trainer, published, False, PUBLISHED // 2)  # a version is due amid each measurement
+    handle = published.publish(folder, every=PUBLISHED)
     seconds = {
-        name: statistics.median(each) for name, each in interleave(cases, args.repeat, args).items()
+        name: statistics.median(each) / (PUBLISHED if name in (LONG, PUBLISHING) else STEPS)
+        for name, each in interleave(cases, args.repeat, args).items()
     }
+    handle.remove()
     plain = seconds["no average"]
-    return [Step(name, took / STEPS * 1e3, took / plain) for name, took in seconds.items()]
+    return [Step(name, took * 1e3, took / plain) for name, took in seconds.items()]
 
 
 STEPS = 10  # in one measurement
+PUBLISHED = 50  # steps between two versions, and in the measurements of that
+LONG, PUBLISHING = f"inline, {PUBLISHED} steps", f"inline, publishing every {PUBLISHED}"
 
 
-def _train(trainer: Trainer, ema: EMA | None = None, overlap: bool = True) -> None:
+def _train(
+    trainer: Trainer, ema: EMA | None = None, overlap: bool = True, count: int = STEPS
+) -> None:
     """Some steps, and the wait for the last update: on average a step pays for all of its own."""
     if ema is not None:
         ema.attach(trainer.optimizer, overlap=overlap)
-    for _ in range(STEPS):
+    for _ in range(count):
         trainer.step()
     if ema is not None:
         ema.state_dict()

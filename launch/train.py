@@ -588,6 +588,8 @@ def main_job(job: Job, args: argparse.Namespace) -> None:
     ema.attach(run.optimizer)
     if start:
         ema.load(args.out / f"epoch-{start:04d}" / "ema")
+    if args.publish:
+        published = ema.publish(args.out / "published", every=args.publish, keep=10, dtype=None)
     with progress(job, args.epochs * args.steps_per_epoch, start * args.steps_per_epoch) as (
         advance,
         say,
@@ -602,6 +604,8 @@ def main_job(job: Job, args: argparse.Namespace) -> None:
             )
         for epoch in range(start + 1, args.epochs + 1):
             say(one_epoch(run, ema, epoch, advance))
+    if args.publish:
+        published.remove(stop=job.rank == 0)
     finish(run, ema)
 
 
@@ -717,6 +721,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="end epochs early, for a quick look (all training images)",
     )
+    text = "steps between the versions of the average in OUT/published (none)"
+    add("--publish", type=whole, metavar="N", help=text)
     return parser.parse_args(arguments)
 
 

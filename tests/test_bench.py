@@ -116,7 +116,9 @@ def test_several_averages(tmp_path: Path) -> None:
 
 def test_step(tmp_path: Path) -> None:
     bench("--model", "tiny", "--repeat", "1", "--only", "step", "--out", str(tmp_path))
-    assert [row["name"] for row in read(tmp_path)["step"]] == ["no average", "inline", "offloaded"]
+    names = [row["name"] for row in read(tmp_path)["step"]]
+    assert names[:3] == ["no average", "inline", "offloaded"]
+    assert names[3:] == ["inline, 50 steps", "inline, publishing every 50"]
 
 
 @pytest.mark.skipif(

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils as theirs_swa
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_ema import EMA, Ramp, load_file
+from dist_ema import EMA, Power, Ramp, load_file
 from dist_ema.compat import ema_pytorch as ours_ema_pytorch
 from dist_ema.compat import swa_utils as ours_swa
 from dist_ema.compat import timm as ours_timm
@@ -1090,3 +1090,37 @@ def by_distributed_checkpoint() -> None:
 @pytest.mark.multirank
 def test_two_ranks() -> None:
     run_ranks(2, on_two_ranks)
+
+
+# --- ema_pytorch's KarrasEMA ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"sigma_rel": 0.1}, {"gamma": 3.0, "frozen": True}])
+def test_karras_is_ema_pytorchs(options: dict[str, Any], tmp_path: Path) -> None:
+    """Weights, buffers, decay, keys and counts in every call; a checkpoint goes both ways."""
+    ours_class, theirs_class = ours_ema_pytorch.KarrasEMA, their_ema_pytorch.KarrasEMA
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    arguments = options | {"update_every": 3, "ignore_startswith_names": {"2."}}
+    ours, theirs = ours_class(model, **arguments), theirs_class(model, **arguments)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for _ in range(10):
+        model(torch.randn(6, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for ema in (ours, theirs):
+            ema.update()
+        assert ours.beta == pytest.approx(theirs.beta, rel=1e-12)
+        ours_state, theirs_state = ours.state_dict(), theirs.state_dict()
+        assert ours_state.keys() == theirs_state.keys()
+        for name, value in theirs_state.items():
+            if value.is_floating_point() or "ema_model" not in name:
+                torch.testing.assert_close(ours_state[name], value)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
+    again = ours_class(model, **arguments)
+    again.load_state_dict(torch.load(tmp_path / "theirs.pt"))
+    assert int(again.step) == 10
+    torch.testing.assert_close(again.ema_model[0].weight, theirs.ema_model[0].weight)
+    assert again.average.schedule == Power(gamma=ours.gamma)
+    with pytest.raises(ValueError, match="one of sigma_rel and gamma, got None and None"):
+        ours_class(model)

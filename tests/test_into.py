@@ -691,3 +691,31 @@ def test_an_update_names_the_assigned_weights_of_a_teacher() -> None:
     teacher.load_state_dict({n: v.clone() for n, v in teacher.state_dict().items()}, assign=True)
     with pytest.raises(RuntimeError, match="weight, bias of the teacher"):
         ema.update()
+
+
+# --- the teacher's own buffers --------------------------------------------------------------------
+
+
+def test_own_buffers(tmp_path: Path) -> None:
+    """A teacher in training mode keeps its BatchNorm's statistics, which files hold and load."""
+    torch.manual_seed(0)
+    model, teacher = Images(), Images()
+    teacher.norm.running_mean.fill_(7.0)
+    ema = EMA(model, 0.5, into=teacher, buffers="own")
+    assert teacher.norm.running_mean.eq(7).all()
+    for step in range(2):
+        shift(model)
+        model(image_batch(step, 0)[0])
+        teacher(image_batch(step, 1)[0])
+        own = teacher.norm.running_mean.clone()
+        ema.update()
+        assert torch.equal(teacher.norm.running_mean, own)
+        assert not torch.equal(own, model.norm.running_mean)
+    ema.save(tmp_path)
+    assert torch.equal(load_file(tmp_path)["norm.running_mean"], own)
+    assert torch.equal(ema.gather()["norm.running_mean"], own)
+    teacher.norm.running_mean.zero_()
+    ema.load(tmp_path)
+    assert torch.equal(teacher.norm.running_mean, own)
+    with pytest.raises(ValueError, match="buffers='own' needs into="):
+        EMA(model, buffers="own")

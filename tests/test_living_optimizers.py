@@ -92,6 +92,29 @@ def several_of_one() -> float:
     return naive.error(ema.gather())
 
 
+def one_more_often(order: str, moments: str) -> float:
+    """A generator that steps once for two steps of the critic.
+
+    Args:
+        order: Of the steps in a round.
+        moments: The step, by its place, after which the update of a round comes: of the first
+            round and of the later ones. The docstring of `attach` and limits.md say so.
+    """
+    model = net()
+    naive, ema = Naive(model), EMA(model, 0.75)
+    optimizers = {
+        "G": torch.optim.SGD(model[0].parameters(), lr=0.1),
+        "D": torch.optim.SGD(model[2].parameters(), lr=0.1),
+    }
+    ema.attach(*optimizers.values())
+    for round_ in range(4):
+        for place, name in enumerate(order):
+            random_step(optimizers[name])
+            if place == int(moments[min(round_, 1)]):
+                naive.update()
+    return naive.error(ema.gather()) + abs(ema.metrics()["updates"] - 4)
+
+
 def three_shuffled() -> float:
     model = net()
     optimizers = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in range(3)]
@@ -128,6 +151,8 @@ ORDERS: dict[str, Callable[[], float]] = {
     "two, stepped other way": lambda: two(1, -1),
     "alternating": alternating_order,
     "several critic steps": several_of_one,
+    "G, D, D": lambda: one_more_often("GDD", "10"),
+    "D, D, G": lambda: one_more_often("DDG", "22"),
     "three shuffled": three_shuffled,
     "every second": every_second,
 }

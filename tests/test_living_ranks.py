@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from dist_ema import EMA
-from tests._ranks import run_ranks
+from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
 from tests.living import distance
 
@@ -332,6 +332,64 @@ def assigned_before_a_verb(kind: str, convert_first: bool) -> Callable[[], float
     return program
 
 
+def left_in_another_order(kind: str) -> Callable[[], float]:
+    """On all ranks alike: the first exit is refused, the last one makes every replica whole."""
+
+    def program() -> float:
+        run = Run(kind)
+        run.step(2)
+        other, live = EMA(run.model, 0.9), full(run.model)
+        first, second = run.ema.swap(), other.swap()
+        first.__enter__()
+        second.__enter__()
+        with raises(RuntimeError, "Leave swaps in the reverse order"):
+            first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+        restored = distance(live, full(run.model))
+        run.step(1)
+        return max(restored, run.off())
+
+    return program
+
+
+def replicas_apart(write: Callable[[nn.Module], None]) -> Callable[[], float]:
+    """A weight of one rank alone was written: every verb that reads the whole model names it."""
+
+    def program() -> float:
+        run = Run("ddp")
+        run.step(1)
+        assert run.ema.metrics()["replicas_agree"]
+        if dist.get_rank() == 1:
+            with torch.no_grad():
+                write(run.model.module)
+        assert not run.ema.metrics()["replicas_agree"]
+        folder = shared_folder()
+        verbs = {
+            "gather": run.ema.gather,
+            "save": lambda: run.ema.save(f"{folder}/save"),
+            "export": lambda: run.ema.export(f"{folder}/export"),
+            "copy_to": lambda: run.ema.copy_to(build("ddp")),
+        }
+        for verb, call in verbs.items():
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                call()
+            seen = [str(each.message) for each in caught]
+            named = f"ema.{verb}(): body.weight differ between ranks 0 and 1"
+            assert any(named in text for text in seen), seen
+        return 0.0
+
+    return program
+
+
+def scaled(model: Any) -> None:
+    model.body.weight.mul_(2)
+
+
+def assigned_alone(model: Any) -> None:
+    model.body.weight.data = torch.zeros_like(model.body.weight)
+
+
 def table() -> dict[str, Callable[[], float]]:
     from dist_ema import HalfLife
 
@@ -360,6 +418,10 @@ def table() -> dict[str, Callable[[], float]]:
         }
     for kind in ("fsdp1 orig", "fsdp1 flat"):
         entries[f"{kind}: offload between phases"] = moves_between_phases(kind)
+    for kind in ("ddp", "fsdp1 orig", "fsdp2"):
+        entries[f"{kind}: swaps left in another order"] = left_in_another_order(kind)
+    for write in (scaled, assigned_alone):
+        entries[f"ddp: one rank is {write.__name__}"] = replicas_apart(write)
     entries["fsdp1 orig: assigned inside a swap"] = assigned_inside("fsdp1 orig")
     return entries
 

@@ -749,7 +749,7 @@ def test_poor(run: Any, tmp_path: Path, call: Call) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["S", "O"], "one of the arguments --sigma-rel --sweep is required"),
+        (["S", "O"], "one of the arguments --sigma-rel --sweep --curve is required"),
         (["S", "O", "--sigma-rel", "0.3"], "must be between 0 and 0.2887"),
         (["S", "O", "--sigma-rel", "nan"], "must be between 0 and 0.2887"),
         (["S", "O", "--sweep", "0.1:0.2"], "must be FROM:TO:STEP"),

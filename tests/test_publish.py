@@ -241,6 +241,11 @@ def test_following_over_restarts(tmp_path: Path) -> None:
     assert [each.number for each in newest] == [2]
     trainer.handle.remove()
     (folder / f".version-000003.tmp-{'0' * 32}").mkdir()  # a trainer was killed
+    (folder / "latest").unlink()
+    rewound = Trainer(folder, keep=1)
+    assert versions_in(folder) == [2], "keep=1: what the one before left goes"
+    assert (folder / "latest").read_text() == "version-000002\n"
+    rewound.handle.remove()
     rewound = Trainer(folder)
     rewound.step()
     assert [(each.number, each.step) for each in followed] == [(3, 1)]

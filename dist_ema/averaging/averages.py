@@ -1,4 +1,4 @@
-"""The averages of one model on this rank, the clock that they share, and how they move.
+"""`AveragedWeights`: all averages of one model on this rank, their clock, and what an update does.
 
     AveragedWeights          what `EMA.weights` gives: the extension API
       Inventory              which weights, with which shadows; follows the module tree
@@ -31,7 +31,7 @@ from .clock import Clock
 from .engine_steps import stepped_parameters
 from .engines import Engine, Inline, Times, choose_engine
 from .executors import await_host_reads, has_streams, is_capturing
-from .inventory import Average, Inventory, Placement, Selection
+from .inventory import OWN, Average, Inventory, Placement, Selection
 from .kernels.eager import UpdatePlan
 from .kernels.gpu_plan import FusedPlan, available
 from .kernels.pairs import ShadowPair
@@ -87,7 +87,9 @@ class AveragedWeights:
         self.model, self.averages = inventory.model, inventory.averages
         self.selection, self.placement = inventory.selection, inventory.placement
         self.average, self.find = inventory.average, inventory.find
-        self.teacher = None if into is None else Teacher(into, self.sync_teacher)
+        self.teacher = (
+            None if into is None else Teacher(into, self.sync_teacher, selection.buffers == OWN)
+        )
         self._watch = watch = StorageWatch(self.clock, self.swaps)
         self.mark, self.forget_mark = watch.mark, watch.forget_mark
         self.engine: Engine = Inline()
@@ -299,6 +301,10 @@ class AveragedWeights:
             self.settle()
             teacher.reshard()
 
+    def used(self, which: int | str | Schedule) -> Average:
+        """An average as verbs use it. No update may be in flight."""
+        return self.average(which).used(which, self.clock.now)
+
     # --- moving -----------------------------------------------------------------------------------
 
     def copy_live(self) -> None:
@@ -307,6 +313,8 @@ class AveragedWeights:
             for state in average.averaged:
                 assert state.shadow is not None
                 state.shadow.copy_(state.source)
+            if average.ring is not None:
+                average.ring.clear()
         if self.teacher is not None:
             self.teacher.forget_copies()
         self._after_move()
@@ -361,6 +369,7 @@ class AveragedWeights:
         if number < 2 or self._watch.changed():
             self._inventory.refuse_unfrozen()
             self.follow(tree=self._watch.sees_tree)
+        self._keep_full_blocks(elapsed)
         schedules = [once or average.schedule for average in self.averages]
         decays = self.clock.move(schedules, elapsed)
         weights = []
@@ -375,6 +384,14 @@ class AveragedWeights:
         self._after_move()
         if self.engine.deferred:
             self._watch.begin_read()
+
+    def _keep_full_blocks(self, elapsed: float) -> None:
+        """The next update begins another block of a window: the last one goes into the ring."""
+        now = self.clock.now
+        for average in self.averages:
+            if average.ring is not None and average.ring.is_full(now, elapsed):
+                self.settle()
+                average.ring.push(average.averaged, now)
 
     def updated(self) -> None:
         """An update was submitted, and the clock has moved."""
@@ -445,6 +462,9 @@ class AveragedWeights:
     def resume(self, counters: dict[str, Any]) -> None:
         """The shadows were replaced: go on from a saved clock, and forget a swap that failed."""
         self.set_clock(counters)
+        for average in self.averages:
+            if average.ring is not None:
+                average.ring.clear(self.clock.now)
         if self.swaps.failed:
             self.swaps.failed = False
             self.note_swap(False)
@@ -494,7 +514,8 @@ class AveragedWeights:
         for state in (state for average in self.averages for state in average.averaged):
             assert state.shadow is not None
             kept[state.shadow.device != state.local.device] += state.shadow.nbytes
-        return kept[0], kept[1]
+        rings = sum(average.ring.nbytes for average in self.averages if average.ring is not None)
+        return kept[0], kept[1] + rings
 
 
 def _plan(pairs: Sequence[ShadowPair], seed: int) -> UpdatePlan | FusedPlan:

@@ -1,4 +1,4 @@
-"""Step hooks for a DeepSpeed engine, with the methods of a torch optimizer.
+"""Step hooks for a DeepSpeed engine, in the place of a torch optimizer's.
 
 The hooks of DeepSpeed's inner optimizer fire before the 16-bit copies are written, and for each
 parameter group. Only the end of `engine.step()` says that a step is complete, and

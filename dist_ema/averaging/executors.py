@@ -1,4 +1,4 @@
-"""Places beside the caller where work is done in order, and marks that say how long it took.
+"""Executors under the engines: the caller, a stream or a worker thread; events and their times.
 
 Reading a mark never waits: it is set where work is issued, and read once it has passed.
 """

@@ -1,4 +1,4 @@
-"""Full weights by name, in memory, and the copy into another model.
+"""`ema.gather` and `copy_to`: full weights by name in memory, and an average copied into a model.
 
 Both are one stream: each rank in turn packs the blocks that it answers for into windows of 16 MB
 and sends them. There is no collective per weight, and no rank holds more than the windows beside

@@ -11,17 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..schedules import Schedule
+from ..schedules import Schedule, Window
 from ..sharding import arena, discovery, ownership, records
 from ..sharding.derived import is_power_iteration_vector
 from ..sharding.ownership import ParamState
 from ..sharding.records import ModelShards, Shard
 from .skipped_steps import SkippedSteps
 from .teacher import Teacher
+from .window_ring import WindowRing, ring_of
 
-__all__ = ["Average", "Inventory", "Placement", "Selection"]
+__all__ = ["OWN", "Average", "Inventory", "Placement", "Selection"]
 
 Chooser = str | Callable[[str], bool]
+OWN = "own"
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class Selection:
 
     Args:
         only: A regex searched in names, or a predicate on them; None: every trainable weight.
-        buffers: "copy": none. "average": every floating one. Else a regex or a predicate that
-            chooses them by name.
+        buffers: "copy": none. "average": every floating one. OWN: none, and a teacher keeps its
+            own. Else a regex or a predicate that chooses them by name.
     """
 
     only: Chooser | None = None
@@ -52,7 +54,11 @@ class Selection:
         return floats and self.allows(shard.name)
 
     def _chooses_buffer(self, shard: Shard) -> bool:
-        if not shard.persistent or self.buffers == "copy" or is_power_iteration_vector(shard):
+        if (
+            not shard.persistent
+            or self.buffers in ("copy", OWN)
+            or is_power_iteration_vector(shard)
+        ):
             return False
         return self.buffers == "average" or _matches(self.buffers, shard.name)
 
@@ -92,11 +98,24 @@ class Average:
     own_buffers: dict[str, Tensor] = field(default_factory=dict)  # recalibrated inside a swap
     skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
     last: tuple[float, float] | None = None  # decay and elapsed of the last update
+    ring: WindowRing | None = None  # of a Window, whose shadows are the block under way
 
     @property
     def name(self) -> str:
         """The repr of the schedule."""
         return repr(self.schedule)
+
+    def used(self, which: int | str | Schedule, now: float) -> Average:
+        """As verbs use it: a window is mixed from its ring. No update may be in flight."""
+        if self.ring is None:
+            return self
+        window = which if isinstance(which, Window) else self.ring.window
+        return replace(self, schedule=window, states=self.ring.mixed(self.states, window, now))
+
+    def empty(self) -> list[ParamState]:
+        """States to read a full block of a window into."""
+        assert self.ring is not None
+        return self.ring.empty(self.averaged)
 
     @property
     def averaged(self) -> list[ParamState]:
@@ -159,7 +178,7 @@ class Inventory:
         placement: Placement,
     ) -> None:
         self.model, self.selection, self.placement = model, selection, placement
-        self.averages = [Average(schedule) for schedule in schedules]
+        self.averages = [Average(each, ring=ring_of(each)) for each in schedules]
         self.sharded: list[nn.Module] = []  # the model's FSDP modules, and those of the teacher
 
     @property
@@ -201,6 +220,8 @@ class Inventory:
                 states[shard.name] = old_states[kept[shard.name]]
                 states[shard.name].shard = shard
             average.states = [states[shard.name] for shard in found.shards]
+            if average.ring is not None:
+                average.ring.forget_all_but(set(kept.values()))
             average.own_buffers = {
                 name: value for name, value in average.own_buffers.items() if name in states
             }
@@ -239,7 +260,9 @@ class Inventory:
 
     def _refuse_hopeless(self, chosen: Sequence[Shard], some_kept: bool) -> None:
         buffers = self.selection.buffers
-        if buffers not in ("copy", "average") and all(shard.kind != "buffer" for shard in chosen):
+        if buffers not in ("copy", "average", OWN) and all(
+            shard.kind != "buffer" for shard in chosen
+        ):
             raise ValueError(
                 "buffers must be 'copy', 'average', or a regex or predicate that chooses some: "
                 f"{buffers!r} chooses no floating-point buffer of {type(self.model).__name__}."
@@ -291,6 +314,9 @@ class Inventory:
             return self.averages[which]
         for average in self.averages:
             if which in (average.name, average.schedule):
+                return average
+        for average in self.averages:
+            if isinstance(which, Window) and average.ring and average.ring.window.spans(which):
                 return average
         names = ", ".join(f"{i}: {average.name}" for i, average in enumerate(self.averages))
         raise ValueError(f"there is no average {which!r}; there are {names}.")

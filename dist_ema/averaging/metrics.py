@@ -1,4 +1,4 @@
-"""How far the average is from the live weights, and whether replicas are equal.
+"""`ema.metrics`: the distance of the average from the live weights, and whether replicas are equal.
 
 Each rank sends one message. Tensors are read in windows on the device where the shadows lie, and
 the sums are fetched once, at the end. Every element is counted by the one rank that writes it into
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.coordinator import digest
+from ..sharding import consistency
 from ..sharding.fingerprint import fingerprints
 from ..sharding.ownership import ParamState
 from .kernels.eager import SCRATCH
@@ -51,6 +52,7 @@ def measure(states: Sequence[ParamState], started: bool, split: bool, ranks: int
             kinds.setdefault(kind, []).append(state)
     return {
         "squares": _squares(states) if started else [0.0, 0.0],
+        "live": consistency.sample(states, ranks),
         "copies": {kind: _hash_copies(copied) for kind, copied in kinds.items()},
     }
 
@@ -61,7 +63,7 @@ def compare(measured: Sequence[dict[str, Any]]) -> tuple[float, bool]:
     # NOTE: nothing is a fraction of a model of zeros; nan says that live or the average holds one.
     distance = math.sqrt(apart / whole) if whole else math.inf if apart else 0.0
     known: dict[tuple[str, int], int] = {}
-    agree = all(
+    agree = consistency.all_equal([rank["live"] for rank in measured]) and all(
         known.setdefault((kind, elements), bits) == bits
         for rank in measured
         for kind, (elements, bits) in rank["copies"].items()

@@ -1,4 +1,4 @@
-"""Steps that the device skipped: counted there, without waiting."""
+"""`SkippedSteps`: steps that GradScaler or a guard skipped, counted on the device with no wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order in which ranks put an average into the model, and restore what was there.
+"""`ema.swap()`: the steps in which ranks apply an average to the model and restore what was there.
 
 [Note: one swap]  Each rank exchanges what it averages (`swap_journal`), and the ranks exchange
 messages and broadcasts around that:
@@ -62,6 +62,7 @@ class WeightSwap:
         )
         self._owes_message = False  # all have entered, and wait for each other at the exit
         self._stale_replicas = False  # they hold the average, or parts of it
+        self._covered = False  # left before the swap of another EMA inside, perhaps on all ranks
         self.remarks: list[str] = []
 
     def enter(self) -> None:
@@ -87,7 +88,7 @@ class WeightSwap:
 
     def __del__(self) -> None:
         if self._open:
-            self._owes_message = False
+            self._owes_message = self._covered = False
             self._restore_alone()
 
     def _run(self, work: Callable[..., None], *args: Any) -> None:
@@ -128,8 +129,9 @@ class WeightSwap:
         self._journal.apply()
 
     def _leave(self, error: BaseException | None) -> None:
-        self._owes_message = False
+        self._owes_message, self._covered = False, True
         self._weights.swaps.refuse_covered()
+        self._covered = False
         buffers: dict[str, Tensor] = {}
         names: tuple[list[str], list[str]] = [], []
         message: dict[str, Any] = {}
@@ -167,16 +169,32 @@ class WeightSwap:
                 exits = self.ranks.all_gather_json("swap", posted, _combine_exits)
             finally:
                 self._journal.restore()
-            self._broadcast()
-            self._stale_replicas = False
+            self._broadcast_restored()
         return exits  # type: ignore[no-any-return]
 
+    def _broadcast_restored(self) -> None:
+        self._broadcast()
+        self._stale_replicas = False
+
     def _restore_alone(self) -> None:
-        """Restore what this rank can restore alone, and close what is whole then. Idempotent."""
+        """Restore what this rank can restore alone, and close what is whole then. Idempotent.
+
+        Replicas too where this swap was left too early: then all ranks come here together, by the
+        exit of the swap that was inside it, or the broadcast fails by the names of the others.
+        """
         if not self._open or self._abandoned:
             return
         with torch.inference_mode(False), torch.no_grad():
             self._journal.restore()
+        covered, self._covered = self._covered, False
+        try:
+            if covered and self._stale_replicas:
+                with derived.caches_dropped(self._weights.model):
+                    self._run(self._broadcast_restored)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         if not self._stale_replicas:
             self._weights.swaps.discount(self._swapped, self._before)
             self._weights.note_swap(False)

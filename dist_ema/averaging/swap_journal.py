@@ -1,4 +1,4 @@
-"""How weights and shadows change places, and back, whatever comes between.
+"""The exchange of live weights and shadows, window by window, and its undoing after an interrupt.
 
 With one dtype and device their contents are exchanged through a scratch of 4 MB: no second model
 exists. Otherwise an exchange would round, so the live elements are kept aside and the average is

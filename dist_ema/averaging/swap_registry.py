@@ -1,4 +1,4 @@
-"""Which averages of this process share weights, and which of them have a swap open.
+"""`SwapRegistry`: which averages of this process share weights, and which have a swap open.
 
 Several EMAs may average one model, or parts of it. While one of them has swapped its average in,
 the live weights are not the training weights, and the others must know. Averages are related by the

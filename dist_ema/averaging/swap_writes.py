@@ -1,4 +1,4 @@
-"""What the block of a swap writes.
+"""`SwapWrites`: what user code writes to weights inside a swap, and what is kept of it.
 
 [Note: writes]  What the block writes into a swapped weight becomes the average's, whether contents
 were exchanged or cast. It is the only outcome that is the same everywhere and costs no second

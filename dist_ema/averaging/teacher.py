@@ -1,4 +1,4 @@
-"""Another module whose weights are the average: `EMA(model, into=teacher)`.
+"""`EMA(model, into=teacher)`: the teacher's copy of the average, and how it is kept in sync.
 
 The teacher's own memory is the shadow: there is no second copy, and a swap has nothing to exchange.
 Each weight must lie there as it does in the model, the same elements on the same rank:
@@ -42,14 +42,18 @@ class Teacher:
     Args:
         model: The teacher.
         announce: Called before the teacher is read; a bound method, whose owner is not kept alive.
+        own_buffers: Its buffers are left alone.
 
     Attributes:
         is_stale: The teacher was written since its last forward, so FSDP may hold an old unsharded
             copy ([Note: stale roots] in sharding.wrappers).
     """
 
-    def __init__(self, model: parameters.Model, announce: Callable[[], None]) -> None:
+    def __init__(
+        self, model: parameters.Model, announce: Callable[[], None], own_buffers: bool = False
+    ) -> None:
         self.module, self.is_stale = parameters.module_of(model), False
+        self._own_buffers = own_buffers
         found = discovery.find_shards(self.module)
         self.sharded = found.sharded
         self._records = found.shards
@@ -101,7 +105,9 @@ class Teacher:
         for shard in asked:
             if shard.kind != "buffer":
                 self._given[shard.name].tensor.requires_grad_(False)
-            memory[shard.name] = self._memory(shard.name).copy_(shard.read())
+            memory[shard.name] = self._memory(shard.name)
+            if not (self._own_buffers and shard.kind == "buffer"):
+                memory[shard.name].copy_(shard.read())
         _TEACHERS.add(self)
         return memory
 
@@ -234,8 +240,8 @@ class Teacher:
                 self._copied_versions[i], self.is_stale = version, True
 
     def copy_buffers(self) -> None:
-        """Buffers follow at every update."""
-        for state in self._copied:
+        """Buffers follow at every update, but for the teacher's own."""
+        for state in self._copied if not self._own_buffers else ():
             if state.shard.kind == "buffer":
                 _copy(state)
 

@@ -1,4 +1,4 @@
-"""What lies in a folder beside the files that dist_ema wrote: a config, a tokenizer, a card."""
+"""Files in a save that dist_ema did not write (config, tokenizer, card), and how they are kept."""
 
 from __future__ import annotations
 

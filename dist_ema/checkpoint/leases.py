@@ -35,6 +35,7 @@ __all__ = ["EXPIRY", "FOLDER", "RETIRED", "Lease", "LeaseWatch", "read_all"]
 FOLDER = ".leases"
 RETIRED = "retired"
 EXPIRY = 60.0  # seconds
+MOST_RETIRED = 1000  # names
 LONGEST = 3600.0  # seconds that a lease may ask for
 
 
@@ -115,10 +116,16 @@ class LeaseWatch:
         mark = self._folder / FOLDER / RETIRED
         atomic.ensure(mark.parent)
         atomic.remove_leftovers(mark)
+        # NOTE: those that are gone too, which a stale cache of a reader may still hold.
+        listed = [name for name in _read_retired(self._folder) if name not in names]
         new = atomic.temporary_sibling(mark)
-        new.write_text(json.dumps(list(names)))
+        new.write_text(json.dumps([*listed, *names][-MOST_RETIRED:]))
         os.replace(new, mark)
         return self._leased().intersection(names)
+
+    def begin_anew(self) -> None:
+        """The folder holds no version: names that were retired may come again."""
+        atomic.remove(self._folder / FOLDER / RETIRED)
 
     def _leased(self) -> set[str]:
         now, leases = time.monotonic(), read_all(self._folder)

@@ -1,4 +1,4 @@
-"""ema.json: the one schema of what a saved folder says about itself. No torch.
+"""`Manifest`: the one schema of ema.json, what is wrong in it, and reading it. No torch.
 
 `load`, `verify` and `inspect` list the same problems, because all of them call `Manifest.problems`.
 """

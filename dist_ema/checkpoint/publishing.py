@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import atomic, versions
+from . import atomic, retention, versions
 from .foreign_files import companions
 from .leases import LeaseWatch
 
@@ -77,7 +77,14 @@ class Publication:
         """Prepare the folder on the first rank. Returns the number of its last version."""
         atomic.ensure(self.folder)
         atomic.remove(self.folder / versions.STOP)
-        return versions.highest(self.folder)
+        number = versions.highest(self.folder)
+        newest = self.folder / versions.name_of(number)
+        retention.refuse(newest, self.keep)
+        if number:  # a trainer that was killed may have left one too many
+            retention.advance(newest, self.keep, self.leases, self.keep_at_most)
+        else:
+            self.leases.begin_anew()
+        return number
 
     def facts(self, average: str, step: int, now: float) -> dict[str, Any]:
         """What ema.json says under `versions.KEY`."""

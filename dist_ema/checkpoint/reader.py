@@ -1,4 +1,4 @@
-"""Saved forms, read by ranks: each rank reads only its regions, and checks come before any change.
+"""`ema.load` on every rank: each reads only its regions, and all is checked before any change.
 
 A folder that `ema.save` wrote is resumed with its clock. Any other safetensors model (an export, a
 Hugging Face folder, one file) is a start.
@@ -7,9 +7,10 @@ Hugging Face folder, one file) is a start.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -146,7 +147,7 @@ class OpenCheckpoint:
 def open_checkpoint(
     ranks: Ranks,
     path: str | os.PathLike[str],
-    targets: Sequence[LoadTarget],
+    make_targets: Callable[[Sequence[dict[str, Any]]], list[LoadTarget]],
     *,
     strict: bool,
     verify: bool,
@@ -156,7 +157,7 @@ def open_checkpoint(
     Args:
         ranks: all that call this.
         path: a folder that `ema.save` wrote, or any safetensors model.
-        targets: the averages, in their order.
+        make_targets: gives the averages, in their order, for the schedules that are saved there.
         strict: names must agree.
         verify: compare check sums.
 
@@ -168,8 +169,9 @@ def open_checkpoint(
         file.
     """
     place = Location(*ranks.run_on_first("load", lambda: locate(Path(path))))
+    saved = [] if place.manifest is None else place.manifest["schedules"]
     with ExitStack() as stack:
-        found = OpenCheckpoint(place, targets, stack)
+        found = OpenCheckpoint(place, make_targets(saved), stack)
         _, alike = ranks.run_on_all("load", found.open, combine=_are_alike)
         if not alike:
             raise ValueError(

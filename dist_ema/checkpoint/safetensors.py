@@ -1,4 +1,4 @@
-"""The bytes of a saved model: safetensors headers and index. No torch.
+"""The safetensors format: headers, shards and their index, written and parsed. No torch.
 
     ema-001000/
       model.safetensors     or model-00001-of-00004.safetensors ... and INDEX

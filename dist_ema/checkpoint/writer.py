@@ -1,4 +1,4 @@
-"""The saved form, written by ranks.
+"""`ema.save` on every rank: who writes which bytes of which file, staged, summed and sealed.
 
 Ranks of one machine write their regions straight into place: no gather, no copy of the model. Ranks
 of several machines stream to the first rank, which writes. NFS forces that: of two clients that

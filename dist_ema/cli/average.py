@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from ..text import printable, some
 from .console import (
+    CURVE,
     DTYPES,
     USAGE,
+    WINDOW,
     Arguments,
     add_arguments,
     columns,
@@ -39,6 +41,7 @@ examples:
   dist-ema average run/epoch-*/model out --lawa 5  the last five (LAWA)
   dist-ema average run/epoch-*/model out --wma     later ones weigh more: 1, 2, 3 ...
   dist-ema average a b out --weights 0.7,0.3
+  dist-ema average run/ema-* out --curve minus-sqrt --window 5000   a virtual cooldown, by the clock
 """
 
 
@@ -53,6 +56,7 @@ ARGUMENTS: Arguments = {
         "metavar": "N",
         "help": "only the last N models",
     },
+    **WINDOW,
     **writing("as in the last model"),
 }
 WEIGHTING: Arguments = {
@@ -66,6 +70,7 @@ WEIGHTING: Arguments = {
         "help": "one per model; scaled to sum to 1",
     },
     "--wma": {"action": "store_true", "help": "weights that grow linearly"},
+    "--curve": CURVE,
 }
 
 
@@ -75,18 +80,22 @@ def add_groups(verb: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..offline import average as offline
+    from ..schedules import Window
 
     *models, target = options.paths
     if len(models) < 2:
         return say(
             f"average takes at least two models and an OUT, got {' '.join(options.paths)}.", USAGE
         )
+    if (options.curve is None) != (options.window is None):
+        return say("--curve and --window go together.", USAGE)
     report = offline.average(
         models,
         target,
         weights=options.weights,
         lawa=options.lawa,
         wma=options.wma,
+        window=None if options.curve is None else Window(options.window, options.curve),
         dtype=DTYPES.get(options.dtype),
         max_shard_size=options.max_shard_size,
         force=options.force,

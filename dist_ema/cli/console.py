@@ -1,4 +1,4 @@
-"""What the verbs share: arguments, tables, sentences and progress bars. No torch.
+"""What the verbs of the command line share: options, tables, exit codes, progress. No torch.
 
 Names come from files, so each text passes through `printable` before it reaches a terminal.
 """
@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 from ..text import Tick, printable, size_of
 
 __all__ = [
+    "CURVE",
     "DTYPES",
     "FINE",
     "JSON",
@@ -25,6 +26,7 @@ __all__ = [
     "USAGE",
     "WHICH",
     "WIDEST",
+    "WINDOW",
     "Arguments",
     "add_arguments",
     "add_verb",
@@ -138,6 +140,19 @@ def number(
         return value
 
     return parsed
+
+
+CURVE: Mapping[str, Any] = {
+    "choices": ["linear", "minus-sqrt", "cosine"],  # of schedules.CURVES
+    "help": "a virtual cooldown: weights as the decay of a learning rate over --window gives them",
+}
+WINDOW: Arguments = {
+    "--window": {
+        "type": number("positive", lambda value: 0 < value < math.inf),
+        "metavar": "LENGTH",
+        "help": "of --curve, in units of the clock",
+    }
+}
 
 
 def count(text: str) -> int:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from ..text import printable
 from .console import (
+    CURVE,
     DTYPES,
     FINE,
     USAGE,
     WIDEST,
+    WINDOW,
     Arguments,
     add_arguments,
     columns,
@@ -34,13 +36,15 @@ choose the decay after training: mix stored snapshots into an average that nobod
 Mix the averages that ema.snapshot(folder, every=...) stored into the one that Power(sigma_rel=S)
 would have tracked (post-hoc EMA, Karras et al. 2023). The weights follow from the clocks and
 schedules in ema.json; no training data and no GPU are needed. sigma_rel is the width of the average
-as a share of the training so far.
+as a share of the training so far. Or mix them into a virtual cooldown: every update of the last
+--window units of the clock, weighted by the decay of a learning rate (WSM, arXiv 2507.17634).
 
 examples:
   dist-ema reconstruct run/snapshots out --sigma-rel 0.07
   dist-ema reconstruct run/snapshots out --sigma-rel 0.07 --at 50000       as of an earlier step
   dist-ema reconstruct run/snapshots out --sweep 0.03:0.15:0.01            out/sigma-0.030 ...
   dist-ema reconstruct run/snapshots --sweep 0.03:0.25:0.02 --plot fit.png  only report
+  dist-ema reconstruct run/snapshots out --curve linear --window 5000
 """
 MAX_SWEEP = 1000  # models
 _sigma = number(
@@ -62,6 +66,7 @@ ARGUMENTS: Arguments = {
         "metavar": "PNG",
         "help": "target and mixture, and the residual (needs matplotlib)",
     },
+    **WINDOW,
     **writing("the model's own"),
 }
 
@@ -78,6 +83,7 @@ def add_groups(verb: argparse.ArgumentParser) -> None:
             "metavar": "FROM:TO:STEP",
             "help": "one model for each width, under OUT",
         },
+        "--curve": CURVE,
     }
     add_arguments(verb.add_mutually_exclusive_group(required=True), widths)
 
@@ -99,15 +105,23 @@ def _sweep(text: str) -> list[float]:
 
 def run(options: argparse.Namespace) -> int:
     from ..posthoc import report as offline
+    from ..schedules import Power, Schedule, Window
 
     if options.sweep and options.out and options.out.endswith(".safetensors"):
         return say(
             f"--sweep writes several models: OUT must be a folder, got {options.out}.", USAGE
         )
+    if (options.curve is None) != (options.window is None):
+        return say("--curve and --window go together.", USAGE)
+    targets: list[Schedule] = (
+        [Power(sigma_rel=sigma) for sigma in options.sweep or [options.sigma_rel]]
+        if options.curve is None
+        else [Window(options.window, options.curve)]
+    )
     report = offline.reconstruct(
         options.snapshots,
         options.out,
-        options.sweep or [options.sigma_rel],
+        targets,
         folders=bool(options.sweep),
         at=options.at,
         dtype=DTYPES.get(options.dtype),
@@ -135,7 +149,7 @@ def _text(where: str, report: ReconstructReport) -> Iterator[str]:
     yield ""
     rows = [
         (
-            f"{each.sigma_rel:g}",
+            each.name,
             f"{each.fit.residual:.2%}",
             f"{each.fit.condition:.3g}",
             f"{each.fit.largest:.3f}",
@@ -145,7 +159,7 @@ def _text(where: str, report: ReconstructReport) -> Iterator[str]:
         for each in report.mixtures
     ]
     yield from columns(
-        [("sigma_rel", "residual", "condition", "largest", "gain", "written to"), *rows]
+        [("target", "residual", "condition", "largest", "gain", "written to"), *rows]
     )
     yield ""
     yield "residual   how much of the wanted profile is missed; the weights are off by far less"
@@ -154,12 +168,13 @@ def _text(where: str, report: ReconstructReport) -> Iterator[str]:
 
 
 def _warnings(report: ReconstructReport) -> Iterator[str]:
-    poor = [
-        f"{each.sigma_rel:g} ({each.fit.residual:.1%})" for each in report.mixtures if each.poor
-    ]
+    from ..schedules import Window
+
+    poor = [f"{each.name} ({each.fit.residual:.1%})" for each in report.mixtures if each.poor]
+    kind = "" if isinstance(report.mixtures[0].target, Window) else "sigma_rel "
     if poor:
         yield (
-            f"the snapshots do not express sigma_rel {', '.join(poor)} well: the mixture is "
+            f"the snapshots do not express {kind}{', '.join(poor)} well: the mixture is "
             "another profile by that much. More snapshots, or stored profiles nearer to it, would."
         )
     if report.snapshots.skipped:

@@ -1,4 +1,4 @@
-"""A number that checkpoints hold as a buffer."""
+"""`Count`: the number in a buffer, read from the device only after another writer."""
 
 from __future__ import annotations
 

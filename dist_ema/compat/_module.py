@@ -1,4 +1,4 @@
-"""A module that is the average of another one: what the drop-ins of this shape share.
+"""`ModuleAverage`: a copy of a model that an EMA averages into, followed through every update.
 
 [Note: the copy]  `EMA(model, into=copy)` averages into the memory of a copy: a deep copy of the
 model without DDP and torch.compile around it, or what `module_fn` builds. A model under FSDP cannot
@@ -17,30 +17,19 @@ scripts may keep the average on one rank only. Under FSDP construction is collec
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..averaging.averages import Reads
 from ..checkpoint import dcp
 from ..ema import EMA
-from ..recipes import batchnorm
 from ..schedules import Schedule
 from ..sharding import discovery, records, wrappers
 
-__all__ = [
-    "AverageHolder",
-    "CopiedModule",
-    "Device",
-    "ModuleAverage",
-    "ModuleFn",
-    "UpdateRule",
-    "recalibrate_all",
-]
+__all__ = ["Device", "ModuleAverage", "ModuleFn", "UpdateRule"]
 
 ModuleFn = Callable[[], nn.Module]
 Device = torch.device | str | int | None
@@ -277,109 +266,3 @@ class ModuleAverage:
         if self.module is None:
             raise RuntimeError(f"the average cannot be copied or pickled: {self._no_module}")
         return {**vars(self), "_ema": None, "given": None, "_built_on": (), "_unwritten": []}
-
-
-def recalibrate_all(
-    loader: Iterable[Any],
-    model: nn.Module,
-    device: Device = None,
-    group: dist.ProcessGroup | None = None,
-) -> None:
-    """Give every BatchNorm the statistics of all batches together, of all ranks. *Collective*.
-
-    Args:
-        loader: batches, or tuples and lists whose first element is the batch.
-        model: without BatchNorm it is left alone.
-        device: where batches go; None leaves them.
-        group: whose ranks bring batches; None: those of the model's wrapper.
-    """
-
-    def forward(module: nn.Module, batch: Any) -> object:
-        inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
-        return module(inputs if device is None else inputs.to(device))
-
-    tracked = (m.running_mean for m in model.modules() if isinstance(m, batchnorm.LAYERS))
-    if any(mean is not None for mean in tracked):
-        batchnorm.recalibrate(
-            model, loader, sys.maxsize, forward=forward, progress=False, group=group
-        )
-
-
-class AverageHolder:
-    """The base of drop-ins that are no module, and hold one as `ema`, in evaluation mode."""
-
-    _average: ModuleAverage
-
-    @property
-    def ema(self) -> nn.Module:
-        """The module. Raises RuntimeError where FSDP shards the model and no module holds it."""
-        return self._average.evaluated
-
-    @property
-    def average(self) -> EMA:
-        """The `EMA` behind it, which saves for any number of ranks, and swaps under FSDP."""
-        return self._average.average
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """That of `ema`; where there is none, this rank's part. *Aliases* the average."""
-        return self._average.entries()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state_dict` gave on as many ranks, or full weights. *Collective* (FSDP)."""
-        self._average.load(state)
-
-
-class CopiedModule(nn.Module):
-    """The base of drop-ins that are a module, with the average as a child."""
-
-    child = "module"
-    _average: ModuleAverage | None = None
-
-    @property
-    def copied(self) -> ModuleAverage:
-        """The average behind it."""
-        if self._average is None:
-            raise RuntimeError(
-                f"{type(self).__name__} has no average yet: the first update makes it."
-            )
-        return self._average
-
-    @property
-    def average(self) -> EMA:
-        """The `EMA` behind it, which saves for any number of ranks, and swaps under FSDP."""
-        return self.copied.average
-
-    def _use(self, average: ModuleAverage) -> None:
-        self._average = average
-        if average.module is not None:
-            self._modules[self.child] = average.module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the average."""
-        return getattr(self, self.child)(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        # Only what is found nowhere else comes here, children included.
-        return self.copied.evaluated if name == self.child else super().__getattr__(name)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._average is not None and self._average.module is None:
-            entries = self._average.entries().items()
-            destination.update({f"{prefix}{self.child}.{key}": value for key, value in entries})
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
-    ) -> None:
-        start = f"{prefix}{self.child}."
-        if self._average is not None:
-            keys = [key for key in state_dict if key.startswith(start)]
-            entries = {key.removeprefix(start): state_dict.pop(key) for key in keys}
-            if self._average.module is None:
-                self._average.load(entries)
-            else:
-                named = self._average.named_here(entries)
-                state_dict.update({start + key: value for key, value in named.items()})
-        super()._load_from_state_dict(state_dict, prefix, *rest, **options)

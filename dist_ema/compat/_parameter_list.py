@@ -1,4 +1,4 @@
-"""An average as a list of tensors beside the parameters, the form of several packages, over an EMA.
+"""`ParameterListAverage`: shadows as a list of tensors, one for each parameter that a loop passes.
 
 [Note: what a rank sees]  A tensor of the list has the form of its parameter: plain, a DTensor over
 the same mesh under FSDP2, this rank's range of it under FSDP1. Under DDP every rank holds all of
@@ -28,10 +28,9 @@ from ..sharding.ownership import ParamState
 from ..sharding.parameters import Model, Parameters
 from ..sharding.records import Shard
 
-__all__ = ["Device", "ListDropIn", "ParameterListAverage", "source"]
+__all__ = ["Device", "ParameterListAverage", "source"]
 
-
-Device = str | torch.device | None
+Device = torch.device | str | None
 
 
 def source(given: Model, *, frozen: bool = False, only_trainable: bool = False) -> nn.Module:
@@ -321,47 +320,6 @@ class ParameterListAverage:
         given = self._ema.model if given is None else given
         listed = isinstance(self._ema.model, Parameters)
         self._ema.copy_to(self._named(given) if listed else given)
-
-
-class ListDropIn:
-    """The base of drop-ins over a list, which keep parameters aside between two calls.
-
-    Attributes:
-        collected_params: what `store` kept.
-    """
-
-    _list: ParameterListAverage
-    _default: Model | None = None  # the parameters of a call without any; None: those of the list
-    collected_params: list[Tensor] | None = None
-
-    @property
-    def average(self) -> EMA:
-        """The EMA behind it, which saves, loads and exports for any layout."""
-        return self._list.ema
-
-    def copy_to(self, parameters: Model | None = None) -> None:
-        """Write the average into the parameters. *Collective* where the average is sharded."""
-        self._list.copy_to(self._default if parameters is None else parameters)
-
-    def store(self, parameters: Model | None = None) -> None:
-        """Keep a copy of the parameters for `restore`."""
-        self.collected_params = self._list.keep(self._default if parameters is None else parameters)
-
-    def restore(self, parameters: Model | None = None) -> None:
-        """Write what `store` kept into the parameters. Raises RuntimeError if nothing was."""
-        if self.collected_params is None:
-            raise RuntimeError("restore() without a store() before it.")
-        given = self._default if parameters is None else parameters
-        self._list.put_back(self.collected_params, given)
-
-    @property
-    def shadow_params(self) -> list[Tensor]:
-        """One tensor per parameter, in its form, made at each access. *Aliases* the average."""
-        return list(self._list.shadows.values())
-
-    @shadow_params.setter
-    def shadow_params(self, values: list[Tensor]) -> None:
-        self._list.fill(values)
 
 
 def _changed_form(state: ParamState) -> bool:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..averaging.averages import Reads
 from ..ema import EMA
 from ..schedules import Uniform
-from ._module import recalibrate_all
+from ._batchnorm import recalibrate_all
 from ._parameter_list import ParameterListAverage, source
 
 __all__ = ["SWA"]

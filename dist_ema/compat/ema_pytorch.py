@@ -1,6 +1,6 @@
-"""The `EMA` of the package ema_pytorch: `from dist_ema.compat.ema_pytorch import EMA`.
+"""`EMA` and `KarrasEMA` of the package ema_pytorch: `from dist_ema.compat.ema_pytorch import EMA`.
 
-For its `KarrasEMA` and `PostHocEMA` use `dist_ema.EMA` with `Power` and `dist_ema.posthoc`.
+For its `PostHocEMA` use `dist_ema.EMA` with `Power`, and `dist_ema.posthoc`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..averaging.averages import Reads
-from ..schedules import Constant, Warmup
+from ..schedules import Constant, Power, Schedule, Warmup, gamma_of
+from ._bases import ModuleDropIn
 from ._count import Count
-from ._module import CopiedModule, ModuleAverage
+from ._module import ModuleAverage
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "KarrasEMA"]
 
 
-class EMA(CopiedModule):
+class EMA(ModuleDropIn):
     """A copy of the model that follows it, with a warm-up of the decay; called, it calls the copy.
 
     The decay is 1 - (1 + n / inv_gamma)^-power, where n counts the calls after
@@ -117,13 +118,16 @@ class EMA(CopiedModule):
 
     def init_ema(self, ema_model: nn.Module | Callable[[], nn.Module] | None = None) -> None:
         """Make the copy, or take this module for it, as it is. *Collective* under FSDP."""
-        warmup = min(self.power, self.inv_gamma) > 0
-        schedule = Warmup(self.beta, self.power, self.inv_gamma) if warmup else Constant(self.beta)
         self._chosen, only = self._left_out(), self._averaged if any(self._left_out()) else None
         build = (lambda: ema_model) if isinstance(ema_model, nn.Module) else ema_model
-        self._use(ModuleAverage(self.model, schedule, build, only=only, fresh=False))
+        self._use(ModuleAverage(self.model, self._schedule(), build, only=only, fresh=False))
         for name in self.forward_method_names:
             setattr(self, name, getattr(self.ema_model, name))
+
+    def _schedule(self) -> Schedule:
+        """That files name."""
+        warmup = min(self.power, self.inv_gamma) > 0
+        return Warmup(self.beta, self.power, self.inv_gamma) if warmup else Constant(self.beta)
 
     @property
     def model(self) -> nn.Module:
@@ -263,6 +267,83 @@ class EMA(CopiedModule):
     def restore_ema_model_device(self) -> None:
         """Bring the copy where `initted` is."""
         self.ema_model.to(self.initted.device)
+
+
+class KarrasEMA(EMA):
+    """The power function of Karras et al. 2023: (1 - 1 / (n + 1))^(1 + gamma) is decay n.
+
+    Saved by `average.save` or `average.snapshot`, its averages are mixed by `dist_ema.posthoc`,
+    where `Power` is the schedule. Keys of `state_dict` are `initted`, `step`, `ema_model.NAME`.
+
+    Args:
+        model: a module.
+        sigma_rel: the width of the profile, as a share of the training.
+        gamma: the exponent, in place of the width.
+        ema_model: as for `EMA`.
+        update_every: calls from one move to the next.
+        frozen: nothing moves the average but copies.
+        param_or_buffer_names_no_ema: as for `EMA`, and so are the next two.
+        ignore_names: as for `EMA`.
+        ignore_startswith_names: as for `EMA`.
+        allow_different_devices: changes nothing: devices may differ.
+        move_ema_to_online_device: as for `EMA`.
+
+    Raises:
+        ValueError: both of `sigma_rel` and `gamma` are given, or none.
+
+    Attributes:
+        beta: the decay of the last call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sigma_rel: float | None = None,
+        gamma: float | None = None,
+        ema_model: nn.Module | Callable[[], nn.Module] | None = None,
+        update_every: int = 100,
+        frozen: bool = False,
+        param_or_buffer_names_no_ema: Collection[str] = (),
+        ignore_names: Collection[str] = (),
+        ignore_startswith_names: Collection[str] = (),
+        allow_different_devices: bool = False,
+        move_ema_to_online_device: bool = False,
+    ) -> None:
+        if (sigma_rel is None) == (gamma is None):
+            raise ValueError(
+                f"KarrasEMA takes one of sigma_rel and gamma, got {sigma_rel} and {gamma}."
+            )
+        self.gamma = gamma_of(sigma_rel) if sigma_rel is not None else gamma
+        super().__init__(
+            model,
+            ema_model,
+            beta=0.0,
+            update_every=update_every,
+            param_or_buffer_names_no_ema=param_or_buffer_names_no_ema,
+            ignore_names=ignore_names,
+            ignore_startswith_names=ignore_startswith_names,
+            include_online_model=False,
+            move_ema_to_online_device=move_ema_to_online_device,
+        )
+        self.is_frozen = frozen
+
+    def _schedule(self) -> Schedule:
+        return Power(gamma=self.gamma)
+
+    def get_current_decay(self) -> float:
+        """Of the last call of `update`."""
+        assert self.gamma is not None
+        return float((1 - 1 / (self._steps.of(self.step) + 1)) ** (1 + self.gamma))
+
+    def update(self) -> None:
+        """Call it after every step of the optimizer. No collective, no host sync."""
+        step = self._steps.up(self.step)
+        self.beta = self.get_current_decay()
+        if step % self.update_every == 0:
+            if not self._begun.of(self.initted):
+                self.copy_params_from_model_to_ema()
+                self.initted.fill_(True)
+            self.update_moving_average(self.copied.module, self.model)
 
 
 def _floating(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._bases import ListDropIn
 from ._count import Count
-from ._parameter_list import ListDropIn, ParameterListAverage, source
+from ._parameter_list import ParameterListAverage, source
 
 __all__ = ["LitEma"]
 

@@ -12,8 +12,10 @@ from torch.optim.swa_utils import SWALR
 
 from ..schedules import Constant, Schedule, Uniform
 from ..sharding import discovery
+from ._bases import ModuleDropIn
+from ._batchnorm import recalibrate_all
 from ._count import Count
-from ._module import CopiedModule, Device, ModuleAverage, ModuleFn, UpdateRule, recalibrate_all
+from ._module import Device, ModuleAverage, ModuleFn, UpdateRule
 
 __all__ = [
     "SWALR",
@@ -64,7 +66,7 @@ def get_swa_avg_fn() -> _Rule:
 get_ema_multi_avg_fn, get_swa_multi_avg_fn = get_ema_avg_fn, get_swa_avg_fn
 
 
-class AveragedModel(CopiedModule):
+class AveragedModel(ModuleDropIn):
     """A running average of a model: the plain mean, or what `avg_fn` or `multi_avg_fn` says.
 
     Keys of `state_dict` are `n_averaged` and `module.NAME`.
@@ -156,7 +158,7 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: Device = None) ->
         *Collective* where the model is sharded, or DDP wrapped it at the last update of its
         average. The statistics are those of all ranks' data then.
     """
-    copied = model.copied if isinstance(model, CopiedModule) else None
+    copied = model.copied if isinstance(model, ModuleDropIn) else None
     if copied is None:
         recalibrate_all(loader, model, device)
     elif copied.module is None:

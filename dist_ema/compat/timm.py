@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 from ..schedules import Constant, Warmup
-from ._module import AverageHolder, CopiedModule, Device, ModuleAverage, ModuleFn
+from ._bases import HolderDropIn, ModuleDropIn
+from ._module import Device, ModuleAverage, ModuleFn
 
 __all__ = ["ModelEma", "ModelEmaV2", "ModelEmaV3"]
 
 _logger = logging.getLogger(__name__)
 
 
-class ModelEma(AverageHolder):
+class ModelEma(HolderDropIn):
     """The first version: `ema` is the module, in evaluation mode.
 
     Args:
@@ -61,7 +62,7 @@ class ModelEma(AverageHolder):
         self._average.update(model, self.decay)
 
 
-class _Versioned(CopiedModule):
+class _Versioned(ModuleDropIn):
     """What the second and the third version share."""
 
     def set(self, model: nn.Module) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Collection
 from torch import nn
 
 from ..schedules import Ramp
-from ._module import AverageHolder, ModuleAverage, ModuleFn
+from ._bases import HolderDropIn
+from ._module import ModuleAverage, ModuleFn
 
 __all__ = ["ModelEMA"]
 
 
-class ModelEMA(AverageHolder):
+class ModelEMA(HolderDropIn):
     """An average of all floating weights and buffers with decay * (1 - exp(-updates / tau)).
 
     Integer buffers are the model's of the last update.

@@ -1,4 +1,4 @@
-"""The ranks that hold a model together: messages with a timeout, one error for all, and sent bytes.
+"""`Ranks` and `StoreCoordinator`: messages over the store, timeouts, and one error for all ranks.
 
 Messages (who has come, what failed, hashes) go over a `StoreCoordinator`: JSON in the key-value
 store of the process group, with a timeout that names who is missing. Bytes go over the process

@@ -1,4 +1,4 @@
-"""Windows of bytes between ranks.
+"""Bytes between ranks in bounded windows: broadcasts, and the streams of a save to its writers.
 
 [Note: windows]  Everything travels as uint8, because gloo cannot send int16 or float8 in
 collectives. Small tensors are packed: one window with the bytes of 300 of them takes a hundredth of

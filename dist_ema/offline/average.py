@@ -1,4 +1,4 @@
-"""The weighted mean of checkpoints, streaming."""
+"""`dist-ema average`: which checkpoints are averaged, in which order, with which weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.manifest import Manifest
+from ..schedules import Window
 from . import blend, writer
-from .sources import is_equal, open_model, refuse_unsupported
+from .sources import Source, is_equal, open_model, refuse_unsupported
 
 __all__ = ["AverageReport", "average", "in_order", "shares"]
 
@@ -43,6 +44,7 @@ def average(
     weights: Sequence[float] | None = None,
     lawa: int | None = None,
     wma: bool = False,
+    window: Window | None = None,
     dtype: str | None = None,
     max_shard_size: str | None = None,
     force: bool = False,
@@ -50,54 +52,84 @@ def average(
 ) -> AverageReport:
     """Write sum(weight * model) as a model to ship. Whole numbers that differ are the last model's.
 
+    With `window` each model stands for the updates since the one before, by the clocks in ema.json;
+    those that lie before the window are left out.
+
     Raises:
         ValueError: The models do not hold the same weights; the error lists all differences.
 
     Note:
         *Cost*: 32 MB, and the headers.
     """
-    ordered = list(paths) if weights else in_order(paths)
-    chosen = ordered[-lawa:] if lawa else ordered
-    factors = shares(len(chosen), weights, wma)
-    if lawa and lawa > len(ordered):
-        raise ValueError(
-            f"lawa={lawa} asks for more models than the {len(ordered)} that were given."
-        )
+    if window is None:
+        chosen = _chosen(paths, lawa, as_given=weights is not None)
+        factors = shares(len(chosen), weights, wma)
+    else:
+        chosen, factors = _in_window(paths, window)
     for path in chosen:
         # NOTE: OUT may be one of them, because it is read before it is replaced.
         if os.path.realpath(path) != os.path.realpath(out):
             writer.refuse_place(path, out)
-    models = [open_model(path) for path in chosen]
-    last = models[-1]
     with ExitStack() as stack:
+        models = [open_model(path) for path in chosen]
         for model in models:
             stack.enter_context(model)
             refuse_unsupported(model)
+        last = models[-1]
         blend.alike(models, last)
-        names = frozenset(
-            name for name, entry in last.entries.items() if blend.numeric(entry.dtype)
-        )
-        taken = [
-            name
-            for name in sorted(set(last.entries) - names)
-            if not all(
-                is_equal(model, blend.locate(model, name, last), last, name) for model in models
-            )
-        ]
+        entries = last.entries.items()
+        names = frozenset(name for name, entry in entries if blend.numeric(entry.dtype))
+        taken = [name for name in sorted(set(last.entries) - names) if _differs(name, models)]
         kinds = {} if dtype is None else dict.fromkeys(names, dtype)
         mean = blend.Blend(list(zip(models, factors, strict=True)), last, names, kinds)
-        terms = list(zip(chosen, factors, strict=True))
-        made_of = {
-            "models": [{"path": path, "weight": factor} for path, factor in terms],
-            "taken_from_last": taken,
-        }
+        report = AverageReport(
+            Path(out), list(zip(chosen, factors, strict=True)), len(names), taken
+        )
+        made_of = {key: report.to_json()[key] for key in ("models", "taken_from_last")}
         facts = Manifest(extra={"average": made_of})
         total = sum(entry.nbytes for entry in mean.entries.values())
         with progress("averaging", total) as tick:
             blend.write(
                 Path(out), mean, facts, max_shard_size=max_shard_size, force=force, tick=tick
             )
-    return AverageReport(Path(out), terms, len(names), taken)
+    return report
+
+
+def _chosen(paths: Sequence[str], lawa: int | None, as_given: bool) -> list[str]:
+    """The models to average, the last `lawa` of them where it is given."""
+    if lawa and lawa > len(paths):
+        raise ValueError(f"lawa={lawa} asks for more models than the {len(paths)} that were given.")
+    ordered = list(paths) if as_given else in_order(paths)
+    return ordered[-lawa:] if lawa else ordered
+
+
+def _differs(name: str, models: Sequence[Source]) -> bool:
+    """Whether a weight of the last model has other bits in another one."""
+    last = models[-1]
+    return not all(is_equal(model, blend.locate(model, name, last), last, name) for model in models)
+
+
+def _in_window(paths: Sequence[str], window: Window) -> tuple[list[str], list[float]]:
+    """The models inside a window that ends with the last one, and the share of each."""
+    clocks = {path: _clock(path) for path in paths}
+    inside = sorted(
+        (now, path) for path, now in clocks.items() if now > max(clocks.values()) - window.length
+    )
+    begin = max(0.0, inside[-1][0] - window.length)
+    if len(inside) < 2:
+        raise ValueError(
+            f"a window of {window.length:g} holds {len(inside)} of {len(paths)} models, whose "
+            f"clocks are {', '.join(f'{now:g}' for now in sorted(clocks.values()))}."
+        )
+    return [path for _, path in inside], window.shares(begin, [now for now, _ in inside])
+
+
+def _clock(path: str) -> float:
+    with open_model(path) as model:
+        clock = {} if model.manifest is None else model.manifest.clock
+    if "now" not in clock:
+        raise ValueError(f"{path} has no clock: a window takes what ema.save() wrote.")
+    return float(clock["now"])
 
 
 def shares(count: int, weights: Sequence[float] | None, wma: bool) -> list[float]:

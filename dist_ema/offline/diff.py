@@ -1,4 +1,4 @@
-"""How far two models are apart, weight by weight. No torch.
+"""`dist-ema diff`: the distance of two models in float64, weight by weight. No torch.
 
     distance = ||A - B|| / ||A||, in float64, over the elements of one weight
 

@@ -1,4 +1,4 @@
-"""Checks of this machine, this Python and a folder. What can crash runs in another process."""
+"""`dist-ema doctor`: packages, torch, launch, file system, and a self-test in other processes."""
 
 from __future__ import annotations
 

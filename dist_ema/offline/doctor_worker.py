@@ -1,4 +1,4 @@
-"""What `doctor` runs in processes of their own: facts about torch, one rank of the self-test.
+"""The child processes of `doctor`: facts about torch, and one rank of the self-test.
 
     python -m dist_ema.offline.doctor_worker facts
     python -m dist_ema.offline.doctor_worker rank R W FOLDER

@@ -1,4 +1,4 @@
-"""A model made ready to ship, in one pass: weights under the names, files and dtypes users expect.
+"""`dist-ema export`: names, files, dtypes and order of the model to ship, written in one pass.
 
 *Cost*: two windows of 8 MB and their copies in other dtypes, whatever the model's size. No torch.
 """

@@ -1,4 +1,4 @@
-"""What a decay means, what it becomes at another batch size, and what an average costs.
+"""`dist-ema plan`: what a decay means in other units, at another batch size, and what it costs.
 
 Arithmetic alone.
 

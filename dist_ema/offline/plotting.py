@@ -1,4 +1,4 @@
-"""PNGs, where matplotlib is installed. No torch."""
+"""Axes that become a PNG, where matplotlib is installed. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in files, read a window at a time. No torch.
+"""`open_model`: safetensors of any origin as a table of names and windows of bytes. No torch.
 
     with source.open_model(path) as model:
         for name, entry in model.entries.items():

@@ -1,4 +1,4 @@
-"""Check sums of a file while it is read or written. No torch."""
+"""`FileSums`: CRC-32 and SHA-256 of a file, on threads beside the reads and writes. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether files still are what was written: structure, ema.json, check sums, finite values.
+"""`dist-ema verify`: files read to the last byte against their sums, NaN counted, ema.json sealed.
 
 *Cost*: one pass over the bytes, a window of 8 MB at a time. No torch.
 """

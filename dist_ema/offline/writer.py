@@ -1,4 +1,4 @@
-"""A model written to files by one process: streaming, summed, under its name only when whole.
+"""`write`: a model written to files by one process: streamed, summed, published. No torch.
 
 No torch.
 """

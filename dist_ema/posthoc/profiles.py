@@ -1,4 +1,4 @@
-"""The profile of an average, and the mixture of stored averages nearest to another. numpy alone.
+"""Profiles of averages along a run, and the least-squares mixture nearest to another. numpy alone.
 
 An average is a weighted sum of the live weights after each update; its *profile* is those weights.
 They follow from the schedule and the clock, so nothing has to be measured. Stored averages can be
@@ -26,7 +26,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schedules import Power, Schedule, gamma_of
+from ..schedules import Power, Schedule, Window, gamma_of
 
 __all__ = ["MOST_CELLS", "Fit", "Mixer", "Profile", "Timeline", "coefficients", "gamma"]
 
@@ -176,6 +176,20 @@ class _Track:
         return np.where(alive, self._gained[rows] * kept, 0.0)
 
 
+class _Curve:
+    """The shares of a window that ends with the timeline, were every update in it by itself."""
+
+    def __init__(self, window: Window, line: Timeline) -> None:
+        begin = max(0.0, line.edges[-1] - window.length)
+        at = np.clip((line.edges - begin) / (line.edges[-1] - begin), 0.0, 1.0)
+        scales = np.array([window.scale(t) for t in at.tolist()])
+        self._shares = np.append(0.0, scales[:-1] - scales[1:])
+
+    def shares(self, end: int, rows: slice) -> Array:
+        """As `_Track.shares`."""
+        return self._shares[rows]
+
+
 def coefficients(profiles: Sequence[Profile], target: Schedule, at: float | None = None) -> Fit:
     """Find the mixture of `profiles` that is nearest to what `target` would have tracked.
 
@@ -184,7 +198,7 @@ def coefficients(profiles: Sequence[Profile], target: Schedule, at: float | None
 
     Args:
         profiles: Of one run. Those after `at` get no weight.
-        target: The schedule to imitate.
+        target: The schedule to imitate. Of a `Window` the exact curve, not its blocks.
         at: The clock at the end of the imitated average, by default of the last profile.
 
     Raises:
@@ -260,10 +274,11 @@ class Mixer:
 
     def _columns(self, target: Schedule, rows: slice) -> Array:
         """One column per profile, and the target's."""
-        asked = [(each.schedule, each.now) for each in self._profiles] + [(target, self.now)]
-        return np.stack(
-            [self._track(of).shares(self._line.row(now), rows) for of, now in asked], axis=1
-        )
+        line = self._line
+        tracks = [(self._track(each.schedule), each.now) for each in self._profiles]
+        wanted = _Curve(target, line) if isinstance(target, Window) else self._track(target)
+        columns = [track.shares(line.row(now), rows) for track, now in tracks]
+        return np.stack([*columns, wanted.shares(line.row(self.now), rows)], axis=1)
 
     def _track(self, of: Schedule) -> _Track:
         if of not in self._tracks:

@@ -1,4 +1,4 @@
-"""Mix stored averages into others, and report how near they come."""
+"""`dist-ema reconstruct`: one mixture for each width, its fit reported and plotted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..offline import plotting, writer
 from ..offline.sources import open_model
-from ..schedules import Power
+from ..schedules import Power, Schedule
 from .profiles import Fit
 from .snapshots import WARNED, Snapshots
 
@@ -20,9 +20,14 @@ __all__ = ["Mixture", "ReconstructReport", "reconstruct"]
 class Mixture:
     """One target, its fit, and where it was written."""
 
-    sigma_rel: float
+    target: Schedule
     fit: Fit
     out: Path | None
+
+    @property
+    def name(self) -> str:
+        """The width of a power function, else the schedule."""
+        return _name(self.target)
 
     @property
     def poor(self) -> bool:
@@ -30,7 +35,8 @@ class Mixture:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "sigma_rel": self.sigma_rel,
+            "target": self.target.to_dict(),
+            "sigma_rel": getattr(self.target, "sigma_rel", None),
             "residual": self.fit.residual,
             "condition": self.fit.condition,
             "largest": self.fit.largest,
@@ -77,7 +83,7 @@ class ReconstructReport:
 def reconstruct(
     where: str,
     out: str | None,
-    sigmas: Sequence[float],
+    targets: Sequence[Schedule],
     *,
     folders: bool = False,
     at: float | None = None,
@@ -87,13 +93,13 @@ def reconstruct(
     plot: str | None = None,
     progress: Callable[[str, int], Any],
 ) -> ReconstructReport:
-    """Write one model per sigma_rel. Whatever can be refused is refused before the first.
+    """Write one model per target. Whatever can be refused is refused before the first.
 
     Args:
         where: The folder of snapshots.
         out: The model to write; None only reports.
-        sigmas: The widths.
-        folders: Write to out/sigma-0.030 and so on, in place of `out` itself.
+        targets: What they imitate.
+        folders: Of power functions: write to out/sigma-0.030 and so on, in place of `out` itself.
         at: The clock of the moment, by default of the last snapshot.
         dtype: Of floating weights, by default the model's own.
         max_shard_size: Of each file.
@@ -102,22 +108,21 @@ def reconstruct(
         progress: Shows a bar over so many bytes.
     """
     run = Snapshots(where)
-    targets = {sigma: Power(sigma_rel=sigma) for sigma in sigmas}
-    fits = {sigma: run.fit(target, at) for sigma, target in targets.items()}
-    for sigma, fit in fits.items() if out is not None else ():
-        run.refuse(targets[sigma], fit)
-    places = _places(out, sigmas, folders)
+    fits = {target: run.fit(target, at) for target in targets}
+    for target, fit in fits.items() if out is not None else ():
+        run.refuse(target, fit)
+    places = _places(out, [_sigma(target) for target in targets], folders)
     for place in places:
         run.refuse_place(place)
         writer.refuse_target(place, force)
     if plot is not None:
-        _draw(plot, run, targets, fits, at)
-    for place, sigma in zip(places, sigmas, strict=False):
-        with progress(f"sigma_rel {sigma:g}", _bytes(run)) as tick:
+        _draw(plot, run, fits, at)
+    for place, target in zip(places, targets, strict=False):
+        with progress(_name(target), _bytes(run)) as tick:
             run.write(
                 place,
-                targets[sigma],
-                fits[sigma],
+                target,
+                fits[target],
                 at=at,
                 dtype=dtype,
                 max_shard_size=max_shard_size,
@@ -125,9 +130,18 @@ def reconstruct(
                 tick=tick,
             )
     mixtures = [
-        Mixture(sigma, fits[sigma], places[i] if places else None) for i, sigma in enumerate(sigmas)
+        Mixture(target, fits[target], places[i] if places else None)
+        for i, target in enumerate(targets)
     ]
     return ReconstructReport(run, run.moment(at), mixtures)
+
+
+def _sigma(target: Schedule) -> float:
+    return getattr(target, "sigma_rel", None) or 0.0
+
+
+def _name(target: Schedule) -> str:
+    return f"{target.sigma_rel:g}" if isinstance(target, Power) else repr(target)
 
 
 def _places(out: str | None, sigmas: Sequence[float], folders: bool) -> list[Path]:
@@ -147,21 +161,20 @@ def _bytes(run: Snapshots) -> int:
         return sum(entry.nbytes for entry in model.entries.values())
 
 
-def _draw(
-    plot: str, run: Snapshots, targets: dict[float, Power], fits: dict[float, Fit], at: float | None
-) -> None:
+def _draw(plot: str, run: Snapshots, fits: dict[Schedule, Fit], at: float | None) -> None:
     """Target and mixture over the clock, and the residual over sigma_rel."""
     with plotting.panels(plot, 2) as (left, right):
-        some = list(targets)[:: max(1, len(targets) // 4)]
-        for number, sigma in enumerate(some):
-            clock, wanted, mixed = run.shape(targets[sigma], fits[sigma], at)
-            left.plot(clock, wanted, color=f"C{number}", lw=3, alpha=0.35, label=f"{sigma:g}")
+        some = list(fits)[:: max(1, len(fits) // 4)]
+        for number, target in enumerate(some):
+            clock, wanted, mixed = run.shape(target, fits[target], at)
+            left.plot(clock, wanted, color=f"C{number}", lw=3, alpha=0.35, label=_name(target))
             left.plot(clock, mixed, color=f"C{number}", lw=1, ls="--")
         left.set(
             xlabel="clock", ylabel="share of an update", title="target (wide) and mixture (dashed)"
         )
         left.legend(title="sigma_rel")
-        right.semilogy(list(fits), [max(fit.residual, 1e-6) for fit in fits.values()], marker=".")
+        residuals = [max(fit.residual, 1e-6) for fit in fits.values()]
+        right.semilogy([_sigma(target) for target in fits], residuals, marker=".")
         right.axhline(WARNED, color="grey", lw=0.8)
         right.set(
             xlabel="sigma_rel", ylabel="residual", title="share of the profile that is missed"

@@ -1,4 +1,4 @@
-"""Choose the decay after training: mix stored averages into one that was not tracked. No torch.
+"""`posthoc.reconstruct`: the stored averages of a run, mixed into an untracked one. No torch.
 
     ema = EMA(model, decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.10)])
     ...

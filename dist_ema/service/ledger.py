@@ -14,7 +14,7 @@ import math
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,7 @@ CREATE TABLE IF NOT EXISTS records (
     beat INTEGER, attempts INTEGER, seconds REAL, metrics TEXT, error TEXT,
     PRIMARY KEY (task, id)
 )"""
+_LOST = "the watcher died, and no other can take the version over: it is retired, or not the newest"
 _COLUMNS = "task, id, version, step, live, state, attempts, seconds, metrics, error"
 
 
@@ -140,6 +141,26 @@ class Ledger:
         with _transaction(self._path, "DEFERRED") as db:
             rows = db.execute("SELECT id, state FROM records WHERE task = ?", (self._task,))
             return dict(rows.fetchall())
+
+    def give_up_lost(self, candidates: Collection[int]) -> None:
+        """What a dead watcher had claimed has failed if no watcher will take it over.
+
+        Args:
+            candidates: The numbers of the versions that one would take.
+        """
+        with _transaction(self._path) as db:
+            rows = db.execute(
+                "SELECT id, version, owner, beat FROM records "
+                "WHERE task = ? AND state = ? AND owner != ?",
+                (self._task, RUNNING, self._owner),
+            ).fetchall()
+            for key, number, *beat in rows:
+                if number not in candidates and self._stands_still(key, beat):
+                    db.execute(
+                        "UPDATE records SET state = ?, owner = ?, error = ? "
+                        "WHERE task = ? AND id = ?",
+                        (FAILED, self._owner, _LOST, self._task, key),
+                    )
 
     def beat(self) -> None:
         """Show that the owner of these rows lives."""

@@ -112,10 +112,13 @@ class Watch:
                     for each in [each for each in running if each.done()]:
                         running.remove(each)
                         each.result()
-                    undone, states = False, self._ledger.states()
-                    for path in self._candidates():
-                        known = self._id(path)
-                        if known == _PASSED_OVER or states.get(known or "", RUNNING) != RUNNING:
+                    states = self._ledger.states()
+                    undone = RUNNING in states.values()  # here, or by another watcher
+                    candidates = self._candidates()
+                    if undone:
+                        self._ledger.give_up_lost(candidates)
+                    for path in candidates.values():
+                        if states.get(self._id(path) or "", RUNNING) != RUNNING:
                             continue
                         undone = True
                         if len(running) < self._jobs and (version := self._take(path)):
@@ -146,9 +149,10 @@ class Watch:
             thread.join()
             self._ledger.give_back()
 
-    def _candidates(self) -> list[Path]:
-        found = list(versions.numbered(self._folder).values())
-        return found[-1:] if self._newest else found
+    def _candidates(self) -> dict[int, Path]:
+        """The versions that may be worked on, by number."""
+        found = list(versions.numbered(self._folder).items())[-1 if self._newest else 0 :]
+        return {number: path for number, path in found if self._id(path) != _PASSED_OVER}
 
     def _id(self, path: Path) -> str | None:
         """Of a version that was looked at before; None of others."""

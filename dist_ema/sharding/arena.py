@@ -1,4 +1,4 @@
-"""Shadows in one flat buffer per dtype and device."""
+"""Arenas: the shadows allocated in one flat buffer per dtype and device."""
 
 from __future__ import annotations
 

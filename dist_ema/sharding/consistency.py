@@ -1,15 +1,18 @@
-"""All ranks see the same weights, and replicas are equal. Only what differs is named."""
+"""Checks at construction: all ranks see the same weights and equal replicas."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..distributed.coordinator import Ranks, digest
 from .fingerprint import fingerprints
 from .ownership import ParamState
 
-__all__ = ["on_averages", "on_weights"]
+__all__ = ["all_equal", "name_replicas", "on_averages", "on_weights", "sample"]
 
 
 def on_weights(
@@ -37,38 +40,82 @@ def on_weights(
         for state, is_averaged in zip(states, averaged, strict=True)
         if state.shard.kind != "buffer"
     ]
-    replicas = [
-        state
-        for state in states
-        if state.shard.replicas or 0 < len(state.shard.owner_ranks) < ranks.size
-    ]
-    regions = [
-        [state.name, *region.offsets, region.begin, region.end]
-        for state in replicas
-        for region in [state.shard.local_region]
-    ]
-    inventory: dict[str, list[Any]] = {"weights": weights, "regions": regions}
+    replicas = _replicas(states, ranks.size)
+    inventory: dict[str, list[Any]] = {"weights": weights, "regions": _regions(replicas)}
 
     def digests() -> dict[str, int]:
         inventory["hashes"] = fingerprints([state.local for state in replicas])
         return {key: digest(value) for key, value in inventory.items()}
 
-    _, equal = ranks.run_on_all(verb, digests, combine=_all_equal)
+    _, equal = ranks.run_on_all(verb, digests, combine=all_equal)
     if not equal:  # every rank learned this, so all of them exchange what differs
-        _name_differences(ranks.members, ranks.all_gather_json(verb, inventory))
+        inventories = ranks.all_gather_json(verb, inventory)
+        _refuse_other_models(ranks.members, inventories)
+        names = _differing_replicas(ranks.members, inventories)
+        if names:
+            raise ValueError(
+                f"{names}, which should hold replicas. Broadcast the weights before building the "
+                "EMA, or tell DDP to ignore them."
+            )
 
 
-def _all_equal(digests: Sequence[dict[str, int]]) -> bool:
-    hashes = {entry["regions"]: entry["hashes"] for entry in digests}
+def _replicas(states: Sequence[ParamState], ranks: int) -> list[ParamState]:
+    return [
+        state
+        for state in states
+        if state.shard.replicas or 0 < len(state.shard.owner_ranks) < ranks
+    ]
+
+
+def _regions(states: Sequence[ParamState]) -> list[list[object]]:
+    regions = [(state.name, state.shard.local_region) for state in states]
+    return [[name, *region.offsets, region.begin, region.end] for name, region in regions]
+
+
+def sample(states: Sequence[ParamState], ranks: int) -> dict[str, int] | None:
+    """Hash some elements of every weight that is replicated; None if there is none.
+
+    Replicas that went apart differ in nearly all elements, so a few of each weight tell.
+
+    Returns:
+        What `all_equal` compares.
+
+    Note:
+        *Cost*: 64 to 127 elements per weight are read. Waits for the device.
+    """
+    by_kind: dict[Any, list[Tensor]] = {}
+    replicas = _replicas(states, ranks)
+    for state in replicas:
+        spaced = state.local[:: max(1, len(state.local) // 64)]
+        by_kind.setdefault((spaced.dtype, spaced.device), []).append(spaced)
+    hashes = fingerprints([torch.cat(each) for each in by_kind.values()])
+    return {"regions": digest(_regions(replicas)), "hashes": digest(hashes)} if replicas else None
+
+
+def all_equal(digests: Sequence[dict[str, int] | None]) -> bool:
+    """Ranks that hold the same regions sent the same hashes, and all sent the same weights."""
+    sent = [entry for entry in digests if entry is not None]
+    hashes = {entry["regions"]: entry["hashes"] for entry in sent}
     return all(
-        entry["weights"] == digests[0]["weights"] and hashes[entry["regions"]] == entry["hashes"]
-        for entry in digests
+        entry.get("weights") == sent[0].get("weights")
+        and hashes[entry["regions"]] == entry["hashes"]
+        for entry in sent
     )
 
 
-def _name_differences(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> None:
+def name_replicas(verb: str, ranks: Ranks, states: Sequence[ParamState]) -> str:
+    """The names of weights that differ between replicas, and on which ranks. *Collective*.
+
+    *Cost*: one read of the replicated weights.
+    """
+    replicas = _replicas(states, ranks.size)
+    hashes = fingerprints([state.local for state in replicas])
+    inventory = {"regions": _regions(replicas), "hashes": hashes}
+    return _differing_replicas(ranks.members, ranks.all_gather_json(verb, inventory))
+
+
+def _refuse_other_models(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError for the first difference. Every rank compares all, so that all raise."""
-    first_holders: dict[str, int] = {}  # by the regions that they hold
     first = inventories[0]["weights"]
     for i, inventory in enumerate(inventories):
         weights = inventory["weights"]
@@ -79,16 +126,20 @@ def _name_differences(members: Sequence[int], inventories: Sequence[dict[str, An
                 f"ranks {members[0]} and {members[i]} hold different models: {found}. Build the "
                 "same model on every rank."
             )
+
+
+def _differing_replicas(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> str:
+    """Of the first rank that differs; "" where none does."""
+    first_holders: dict[str, int] = {}  # by the regions that they hold
+    for i, inventory in enumerate(inventories):
         holder = first_holders.setdefault(str(inventory["regions"]), i)
         hashes = zip(inventories[holder]["hashes"], inventory["hashes"], strict=True)
         entries = zip(inventory["regions"], hashes, strict=True)
         mismatched = [region[0] for region, (a, b) in entries if a != b]
         if mismatched:
-            raise ValueError(
-                f"{', '.join(mismatched[:5])} differ between ranks {members[holder]} and "
-                f"{members[i]}, which should hold replicas. Broadcast the weights before building "
-                "the EMA, or tell DDP to ignore them."
-            )
+            ranks = f"ranks {members[holder]} and {members[i]}"
+            return f"{', '.join(mismatched[:5])} differ between {ranks}"
+    return ""
 
 
 def on_averages(

@@ -1,4 +1,4 @@
-"""What PyTorch did to the model: one record per weight, and how the tree differs from the records.
+"""`find_shards`: one record per weight of any wrapped model, and how the tree has changed since.
 
 DDP, FSDP1, FSDP2, HSDP, tensor parallel, torch.compile and activation checkpointing are dissolved
 here. Nothing after this room asks how a model is wrapped.

@@ -1,4 +1,4 @@
-"""A hash of the bits of tensors, for ranks to compare."""
+"""Hashes of the bits of tensors, for ranks to compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Boxes, ranges and element numbers of row-major weights."""
+"""`Box`: boxes, ranges, runs and element numbers of row-major weights. No tensors are moved."""
 
 from __future__ import annotations
 

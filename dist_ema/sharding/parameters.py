@@ -1,4 +1,4 @@
-"""Parameters that came without their module."""
+"""`Parameters`: a list of parameters that came without their module, as a module."""
 
 from __future__ import annotations
 

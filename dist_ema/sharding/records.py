@@ -1,4 +1,4 @@
-"""One record per weight: which elements this rank holds, and where they lie.
+"""`Shard` and `Region`: the record of one weight, which elements this rank holds, where they lie.
 
 [Note: words]  Five words for a part of a weight, and no others.
 

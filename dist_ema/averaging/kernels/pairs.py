@@ -1,4 +1,4 @@
-"""What every kernel is given, and which neighbours it may take as one."""
+"""`ShadowPair`: the tensors that every kernel is given, and how neighbours are joined."""
 
 from __future__ import annotations
 

@@ -1,0 +1,84 @@
+"""Published averages of weights, each as the share of every update. numpy alone.
+
+A function takes the number of updates n and returns an array [n + 1]: entry 0 is the share of the
+weights at the start, entry j that of the weights after update j. Each sums to 1. It is the impulse
+response of the average: what is left after update n of a step that update j alone had made is the
+sum of the entries from j on.
+
+| Average | Here | Online, by `EMA` |
+| --- | --- | --- |
+| constant decay | `ema` | `Constant(decay)` |
+| tail averaging, SWA | `tail` | `Uniform()` with `attach(start=)` |
+| LAWA | `lawa` | - ; `dist-ema average --lawa` over saves |
+| a decay of the learning rate (WSM) | `cooldown` | `Window(length, curve)` |
+| BEMA | `bema` | `ema.update(decay=1 - beta)`, and the start's file |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..schedules import CURVES
+
+__all__ = ["bema", "cooldown", "ema", "lawa", "tail"]
+
+Array: TypeAlias = "NDArray[np.float64]"
+
+
+def _recursive(decays: Array) -> Array:
+    """Shares of a_j = d_j a_(j-1) + (1 - d_j) w_j, where a_0 is the start."""
+    kept = np.append(np.cumprod(decays[::-1])[::-1], 1.0)  # what survives from update j on
+    return np.asarray(np.append(1.0, 1 - decays) * kept)
+
+
+def ema(n: int, decay: float) -> Array:
+    """d^n for the start, (1 - d) d^(n - j) for update j: the exponential moving average."""
+    return _recursive(np.full(n, decay))
+
+
+def tail(n: int, start: int) -> Array:
+    """1 / (n - start) for every update after `start` (Polyak and Juditsky 1992; SWA, 2018)."""
+    return np.where(np.arange(n + 1) > start, 1 / (n - start), 0.0)
+
+
+def lawa(n: int, every: int, k: int) -> Array:
+    """1 / k for each of the last k checkpoints, made every `every` updates (LAWA, 2209.14981).
+
+    With fewer than k so far: the mean of those.
+    """
+    steps = np.arange(n + 1)
+    made = (steps > 0) & (steps % every == 0)
+    chosen = made & (steps > (n // every - k) * every)
+    return np.asarray(chosen / max(1, chosen.sum()))
+
+
+def cooldown(n: int, length: int, curve: str | Callable[[float], float] = "linear") -> Array:
+    """w_j - w_(j+1) for a curve w over the last `length` updates (WSM, 2507.17634).
+
+    The first update of the window has w = 1, and after the last one w = 0. A run whose steps in the
+    window are scaled by w ends at this sum. "linear" is the mean of the window, "minus-sqrt" gives
+    sqrt(j / length) - sqrt((j - 1) / length) to the j-th update of it.
+    """
+    function = CURVES[curve] if isinstance(curve, str) else curve
+    scales = np.array([function(j / length) for j in range(length + 1)])
+    return np.append(np.zeros(n + 1 - length), scales[:-1] - scales[1:])
+
+
+def bema(
+    n: int, kappa: float = 0.5, eta: float = 0.2, lag: float = 10.0, gamma: float = 1.0
+) -> Array:
+    """EMA_n + alpha_n (w_n - w_0), with alpha_t = (lag + gamma t)^-eta (BEMA, 2508.00180).
+
+    The EMA moves by beta_t = (lag + gamma t)^-kappa. The correction takes back the lag of the EMA
+    behind a drift; the start needs its own copy for that.
+    """
+    rate = lag + gamma * np.arange(1, n + 1)
+    shares = _recursive(np.asarray(1 - rate**-kappa, np.float64))
+    alpha = rate[-1] ** -eta
+    shares[0] -= alpha
+    shares[-1] += alpha
+    return shares

@@ -1,0 +1,103 @@
+"""Published averages: shares against the recursion of the paper, to 1e-12, and closed forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dist_ema.posthoc import published
+
+N = 40
+PATH = np.random.default_rng(0).normal(size=N + 1).cumsum()  # the weights, the start first
+
+
+def _ema() -> float:
+    average = PATH[0]
+    for weight in PATH[1:]:
+        average = 0.9 * average + 0.1 * weight
+    return float(average)
+
+
+def _tail() -> float:
+    average = 0.0
+    for count, weight in enumerate(PATH[26:], 1):
+        average += (weight - average) / count
+    return float(average)
+
+
+def _lawa() -> float:
+    queue: list[float] = []
+    for step in range(1, N + 1):
+        if step % 7 == 0:
+            queue = [*queue, PATH[step]][-3:]
+    return sum(queue) / len(queue)
+
+
+def _cooldown() -> float:
+    """The run whose last 16 steps are scaled by the curve: the meaning of the shares."""
+    weight = PATH[N - 16]
+    for j, step in enumerate(np.diff(PATH)[-16:]):
+        weight += (1 - math.sqrt(j / 16)) * step
+    return float(weight)
+
+
+def _bema() -> float:
+    average = PATH[0]
+    for t, weight in enumerate(PATH[1:], 1):
+        beta = (10 + 2 * t) ** -0.7
+        average = (1 - beta) * average + beta * weight
+    return float(average + (10 + 2 * N) ** -0.3 * (PATH[-1] - PATH[0]))
+
+
+CASES: list[tuple[NDArray[np.float64], Callable[[], float]]] = [
+    (published.ema(N, 0.9), _ema),
+    (published.tail(N, 25), _tail),
+    (published.lawa(N, 7, 3), _lawa),
+    (published.cooldown(N, 16, "minus-sqrt"), _cooldown),
+    (published.bema(N, 0.7, 0.3, 10, 2), _bema),
+]
+
+
+@pytest.mark.parametrize(("shares", "recursion"), CASES)
+def test_recursion(shares: NDArray[np.float64], recursion: Callable[[], float]) -> None:
+    assert shares.shape == (N + 1,)
+    assert shares.sum() == pytest.approx(1, abs=1e-12)
+    assert shares @ PATH == pytest.approx(recursion(), abs=1e-12)
+
+
+def test_closed_forms() -> None:
+    """Shares, and what is left of a step that one update had made."""
+    shares = published.ema(N, 0.9)
+    for j in (1, 7, N):
+        assert shares[j] == pytest.approx(0.1 * 0.9 ** (N - j), abs=1e-12)
+        assert shares[j:].sum() == pytest.approx(1 - 0.9 ** (N - j + 1), abs=1e-12)
+    assert shares[0] == pytest.approx(0.9**N, abs=1e-12)
+    assert published.tail(N, 25)[26:] == pytest.approx(np.full(15, 1 / 15), abs=1e-12)
+    assert published.tail(N, 25)[:26].sum() == 0
+    assert np.flatnonzero(published.lawa(N, 7, 3)).tolist() == [21, 28, 35]
+    assert np.flatnonzero(published.lawa(15, 7, 3)).tolist() == [7, 14]
+    linear = published.cooldown(N, 16)
+    assert linear == pytest.approx(published.tail(N, N - 16), abs=1e-12)
+    for curve in ("linear", "minus-sqrt", "cosine"):
+        left = published.cooldown(N, 16, curve)[::-1].cumsum()[::-1][-16:]
+        function = published.CURVES[curve]
+        expected = [function(j / 16) for j in range(16)]
+        assert left == pytest.approx(expected, abs=1e-12)
+    drift = np.arange(N + 1.0)  # BEMA takes back a part of the lag of its EMA
+    lag = N - published._recursive(1 - (10 + np.arange(1, N + 1.0)) ** -0.5) @ drift
+    assert N - published.bema(N) @ drift == pytest.approx(lag - (10 + N) ** -0.2 * N, abs=1e-10)
+
+
+def test_bema_is_that_of_trl() -> None:
+    """The rates of TRL's callback, with its defaults."""
+    callbacks = pytest.importorskip("trl.trainer.callbacks")
+    callback = callbacks.BEMACallback(update_freq=1, min_ema_multiplier=0.0)
+    average = PATH[0]
+    for t, weight in enumerate(PATH[1:], 1):
+        average += callback._ema_beta(t) * (weight - average)
+    expected = average + callback._bema_alpha(N) * (PATH[-1] - PATH[0])
+    assert published.bema(N) @ PATH == pytest.approx(expected, abs=1e-12)
