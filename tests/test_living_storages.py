@@ -369,6 +369,44 @@ def test_a_child_without_weights_is_no_edit() -> None:
     assert program.gather() < 1e-5
 
 
+def test_two_weights_in_one_memory_are_named() -> None:
+    """Tied by `.data` in mid-training: a swap cannot put two averages into one memory."""
+    program = Program(nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}))
+    program.step(2)
+    a, b = (program.model[name].weight for name in "ab")
+    b.data = a.data
+    for verb in (program.ema.update, program.ema.gather, program.ema.rescan):
+        with pytest.raises(RuntimeError, match=r"[ab]\.weight lies in the memory of [ab]\.weight"):
+            verb()
+    b.data = a.data.clone()
+    program.step(2)
+    assert program.swap() < 1e-5
+
+
+def test_two_weights_that_always_lay_in_one_memory_may_move() -> None:
+    """Their averages are the same. One is a transposed view of the other."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Linear(3, 4)})
+    model["b"].weight.data = model["a"].weight.data.t()
+    program = Program(model)
+    program.step(2)
+    model["a"].weight.data = model["a"].weight.data.clone()
+    model["b"].weight.data = model["a"].weight.data.t()
+    program.step(2)
+    assert program.swap() < 1e-5
+
+
+def test_a_conjugated_view_is_named() -> None:
+    """Address, shape and strides are the same, and the elements are not."""
+    model = nn.ParameterDict({"c": nn.Parameter(torch.randn(3, dtype=torch.cfloat))})
+    ema = EMA(model, 0.5)
+    for _ in range(3):
+        ema.update()
+    model["c"].data = model["c"].data.conj()
+    for verb in (ema.update, ema.gather):
+        with pytest.raises(RuntimeError, match=r"^c was .* lies in another order"):
+            verb()
+
+
 class Convolutions(nn.Module):
     """Shapes that stay alike when two dimensions change places, in both memory formats."""
 

@@ -122,6 +122,12 @@ class ParamState:
         return self.shard.kind == "buffer" and self.layout_changed  # resized in place
 
     @property
+    def address(self) -> int:
+        """Where the first element that the model holds here lies now."""
+        memory = self.shard.local_tensor()
+        return memory.data_ptr() + self.shard.storage_offset * memory.element_size()
+
+    @property
     def layout_changed(self) -> bool:
         """They have another shape or order in memory now."""
         return _form(self.shard.local_tensor()) != self._form
@@ -166,10 +172,13 @@ def _part(data: Tensor, whole: Region, region: Region) -> Tensor:
     return data.narrow(0, region.begin - whole.begin, region.numel)
 
 
-def _form(memory: Tensor) -> tuple[torch.Size, list[int]]:
-    """Shape and order in memory. The stride of a dimension of length 1 says nothing."""
+def _form(memory: Tensor) -> tuple[torch.Size, list[int], bool]:
+    """Shape, order in memory, and whether a view conjugates.
+
+    The stride of a dimension of length 1 says nothing.
+    """
     strides = zip(memory.stride(), memory.shape, strict=True)
-    return memory.shape, [step for step, length in strides if length > 1]
+    return memory.shape, [step for step, length in strides if length > 1], memory.is_conj()
 
 
 # --- who owns what ------------------------------------------------------------------------------

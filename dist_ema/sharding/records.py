@@ -189,6 +189,7 @@ class Addresses:
         turnable = [tensor for tensor in plain.values() if _has_equal_dimensions(tensor)]
         self._row_major = [tensor for tensor in turnable if tensor.is_contiguous()]
         self._permuted = [tensor for tensor in turnable if not tensor.is_contiguous()]
+        self._complex = [tensor for tensor in plain.values() if tensor.is_complex()]
         self._dicts: list[dict[str, Tensor]] = []  # of parameters that are all recorded
         self._owners: list[dict[str, Tensor]] = []  # of other parameters too, or of none (None)
         self._names: list[str] = []  # one for each owner
@@ -230,6 +231,7 @@ class Addresses:
         addresses += map(Tensor.data_ptr, map(_LOCAL_TENSOR, self._dtensors))
         addresses += [reader().data_ptr() for reader in self._readers.values()]
         addresses += map(Tensor.stride, self._permuted)
+        addresses += map(Tensor.is_conj, self._complex)
         addresses.append(all(map(Tensor.is_contiguous, self._row_major)))
         return addresses
 
