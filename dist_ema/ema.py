@@ -59,6 +59,18 @@ def _outside_autograd(method: Callable[Concatenate[EMA, P], T]) -> Callable[Conc
     return run  # type: ignore[return-value]
 
 
+def _collective(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA, P], T]:
+    """Outside autograd; an interrupt at the entry is an error on the other ranks."""
+
+    @wraps(method)
+    def run(self: EMA, *args: P.args, **kwargs: P.kwargs) -> T:
+        ranks = self._needed if method.__name__ == "gather" else self._ranks
+        with ranks.entering(method.__name__):
+            return method(self, *args, **kwargs)
+
+    return _outside_autograd(run)  # type: ignore[arg-type]
+
+
 def _refuse_dtype(dtype: torch.dtype) -> None:
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise ValueError(f"dtype must be torch.float32, float64 or bfloat16, got {dtype}.")
@@ -446,21 +458,22 @@ class EMA:
         Note:
             *Cost*: 4 MB where shadow and weight have one dtype, else a copy of this rank's shard.
         """
-        swap = self._prepare_swap(which)
-        error: BaseException | None = None
-        try:
+        with self._needed.entering("swap"):
+            swap = self._prepare_swap(which)
+            error: BaseException | None = None
             try:
-                swap.enter()
-                with swap.ranks.heartbeats():
-                    yield self
-            except BaseException as caught:
-                error = caught
-                raise
+                try:
+                    swap.enter()
+                    with swap.ranks.heartbeats():
+                        yield self
+                except BaseException as caught:
+                    error = caught
+                    raise
+                finally:
+                    swap.leave(error)
             finally:
-                swap.leave(error)
-        finally:
-            swap.leave(error)  # after an interrupt between the lines above; else it does nothing
-        self._warn_each(swap.remarks)
+                swap.leave(error)  # after an interrupt between the lines above; else idempotent
+            self._warn_each(swap.remarks)
 
     @_outside_autograd
     def _prepare_swap(self, which: Which) -> WeightSwap:
@@ -484,7 +497,7 @@ class EMA:
         self._warn_if_idle("swap")
         return WeightSwap(weights, average, ranks)
 
-    @_outside_autograd
+    @_collective
     def gather(self, which: Which = 0) -> dict[str, Tensor]:
         """The complete state_dict, on the host of the first rank; {} elsewhere. *Collective*.
 
@@ -520,7 +533,7 @@ class EMA:
         states = [state for state in average.persistent if state.shard.kind != "buffer"]
         return gather.full_weights(ranks, states, average.own_buffers)
 
-    @_outside_autograd
+    @_collective
     def copy_to(self, module: parameters.Model, which: Which = 0) -> None:
         """Write the average into another model, however it is wrapped. *Collective*.
 
@@ -945,7 +958,7 @@ class EMA:
             extra=extra or {},
         )
 
-    @_outside_autograd
+    @_collective
     def load(self, path: str | Path, *, strict: bool = True, verify: bool = True) -> None:
         """Go on from a saved average, of any world size and wrapper. *Collective*.
 

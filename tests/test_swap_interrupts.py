@@ -243,17 +243,39 @@ def any_rank(value: bool) -> bool:
     return bool(total)
 
 
+class EntryInterrupter(Interrupter):
+    """Interrupts a line before the work of the entry, in the messages too."""
+
+    def __call__(self, frame: Any, event: str, _: Any) -> Any:
+        inside = frame.f_code.co_filename in (str(HERE / "ema.py"), coordinator.__file__)
+        if not inside or frame.f_code.co_name in ("beat", "__exit__"):
+            return None
+        if event == "line":
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+            if "swap.enter()" in line:
+                self.line = min(self.line, self.seen)  # all lines before were executed
+            if not self.seen and "swap = self._prepare_swap" not in line:
+                return self
+            self.seen += 1
+            if self.seen == self.line:
+                self.place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self
+
+
 def before_the_work() -> None:
-    """Rank 1 is interrupted before it moves anything: the other one waits for `timeout`."""
+    """Rank 1 is interrupted before it moves anything: the other one learns of it at once."""
     trained = Trained(wrap("ddp", Small()))
-    trained.ema.timeout, grace, coordinator.GRACE = 0.5, coordinator.GRACE, 0.1
-    if dist.get_rank() == 1:
-        assert Interrupter(1, "swap.enter()").run(trained.block)
-    else:
-        with raises(RuntimeError, "rank 1 gave no sign of life for 0.5 s"):
-            trained.block()
-    coordinator.GRACE = grace
-    trained.check("an interrupt before the work")
+    trained.ema.timeout = 60.0
+    began, hits = time.monotonic(), 0
+    for number in range(1, 200, 5):  # what follows are turns of the loop that waits
+        interrupter = EntryInterrupter(number if dist.get_rank() == 1 else -1)
+        interrupter.run(lambda: quietly(trained.block))
+        trained.check(f"line {number}, {interrupter.place}")
+        hits += any_rank(bool(interrupter.place))
+    assert hits > 10, "the lines of the entry were not traced"
+    assert time.monotonic() - began < 60, "a rank waited for the timeout"
+    trained.check_swap()
 
 
 def twice(folder: str) -> None:

@@ -169,7 +169,7 @@ class StoreCoordinator:
         if self.size == 1:
             return combine([message])
         exchange = self._next(verb)
-        with _store_errors(exchange.verb):
+        with self._reported(exchange):
             self._post(exchange, message, combine)
             answer = self._await(exchange, self.timeout)
             self._forget(exchange)
@@ -297,7 +297,7 @@ class StoreCoordinator:
         if self.size == 1:
             return work()
         exchange = self._next(verb)
-        with _store_errors(exchange.verb):
+        with self._reported(exchange):
             if self.rank > 0:
                 seconds = self.timeout if timeout is None else timeout
                 return self._await(exchange, seconds)  # type: ignore[no-any-return]
@@ -357,13 +357,46 @@ class StoreCoordinator:
         self._written.append((exchange.number, exchange.key(name)))
         return self._store.compare_set(exchange.key(name), "", json.dumps(answer))
 
-    def _publish_failure(self, exchange: _Exchange, error: BaseException) -> None:
-        """Publish that `error` was raised here, unless another answer is known."""
-        if self.size > 1:
-            rank = self.members[self.rank]
-            self._publish(
-                exchange, {"error": f"{exchange} failed on rank {rank}: {_error_text(error)}"}
-            )
+    def _publish_failure(self, exchange: _Exchange, error: BaseException) -> bool:
+        """Publish that `error` was raised here. Returns False if all had agreed to go on."""
+        if self.size == 1:
+            return True
+        rank = self.members[self.rank]
+        text = f"{exchange} failed on rank {rank}: {_error_text(error)}"
+        answer = json.loads(self._publish(exchange, {"error": text}))
+        return "error" in answer or "clash" in answer or "failed" in (answer["value"] or ())
+
+    @contextmanager
+    def _reported(self, exchange: _Exchange) -> Iterator[None]:
+        """The others, who wait in `exchange`, learn of an interrupt at once."""
+        try:
+            with _store_errors(exchange.verb):
+                yield
+        except Exception:
+            raise
+        except BaseException as interrupt:
+            self._publish_failure(exchange, interrupt)
+            raise
+
+    @contextmanager
+    def entering(self, verb: str) -> Iterator[None]:
+        """Enter a verb of two exchanges or more.
+
+        An interrupt before the second one is published in the exchange in which the others wait, so
+        the ranks stay in step.
+        """
+        first = self._number
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException as interrupt:
+            if self._number == first:
+                self._next(verb)
+            is_second = self._number == first + 1
+            if is_second and not self._publish_failure(_Exchange(first, verb, 0), interrupt):
+                self._publish_failure(self._next(verb), interrupt)
+            raise
 
     def _await(self, exchange: _Exchange, timeout: float) -> Any:
         """Wait for the answer and return its value.
@@ -647,7 +680,7 @@ class Ranks:
         self.begin, self.all_gather_json = coordinator.begin, coordinator.all_gather_json
         self.run_on_all, self.run_on_first = coordinator.run_on_all, coordinator.run_on_first
         self.run_transfer, self.wait_for = coordinator.run_transfer, coordinator.wait_for
-        self.heartbeats = coordinator.heartbeats
+        self.heartbeats, self.entering = coordinator.heartbeats, coordinator.entering
 
     def _another_connection(self, prefix: str) -> dist.Store:
         """NOTE: a connection that waits is locked, and another thread would wait with it."""

@@ -101,7 +101,9 @@ def together(
     if _ends(future, COUNT) and not isinstance(future.exception(), RuntimeError):
         return future.result()
     try:
-        absent = _absent(ranks, BoundedStore(store, timeout), end, future)
+        # NOTE: `work` may wait on the connection, and that locks it.
+        own = BoundedStore(within(timeout, store.clone), timeout)  # type: ignore[attr-defined]
+        absent = _absent(ranks, own, end, future)
     except dist.DistNetworkError as error:
         raise RuntimeError(f"{doing}: {store_is_silent(error)}") from error
     if future.done() and not absent:
