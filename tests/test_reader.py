@@ -27,7 +27,7 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 
 from dist_ema import EMA, Uniform, load_file
-from dist_ema.checkpoint import manifest, open_file, reader, safetensors
+from dist_ema.checkpoint import atomic, manifest, open_file, reader, safetensors
 from tests._models import Core, Images, Net
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
@@ -674,6 +674,7 @@ def on_ranks(folder: str) -> None:
         names_on_ranks(kind, f"{folder}/{kind}")
         slices_on_ranks(kind, f"{folder}/{kind}")
         damage_on_ranks(kind, f"{folder}/{kind}")
+    replaced_between_ranks(folder)
 
 
 def names_on_ranks(kind: str, folder: str) -> None:
@@ -777,6 +778,34 @@ def damage_on_ranks(kind: str, folder: str) -> None:
             ema.load(f"{folder}/fresh", strict=False)
     finally:
         os.open = opened
+
+
+def replaced_between_ranks(folder: str) -> None:
+    """Another job saves over the folder while the ranks open it: all of them load one version."""
+    ema = moved(wrap("ddp", Net()))
+    ema.save(f"{folder}/race")
+    with torch.no_grad():
+        for p in ema.weights.model.parameters():
+            p += 1
+    ema.update()
+    ema.save(f"{folder}/next")
+    wanted, path = values(ema), Path(os.path.realpath(folder), "race")
+    opened = reader.OpenFile
+
+    def replace(file: Path) -> open_file.OpenFile:
+        reader.OpenFile = opened  # type: ignore[misc]
+        new = atomic.temporary_sibling(path)
+        shutil.copytree(f"{folder}/next", new)
+        atomic.publish(new, path)
+        return opened(file)
+
+    dist.barrier()
+    if dist.get_rank() == 1:
+        reader.OpenFile = replace  # type: ignore[misc, assignment]
+    ema.reset()
+    ema.load(path, verify=False)
+    assert reader.OpenFile is opened, "nothing was replaced"
+    assert same(values(ema), wanted)
 
 
 def test_on_ranks(tmp_path: Path) -> None:

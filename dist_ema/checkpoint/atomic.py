@@ -38,6 +38,8 @@ __all__ = [
     "exchange",
     "exchanges",
     "follow",
+    "held",
+    "identity",
     "link_or_copy",
     "locked",
     "named",
@@ -160,36 +162,37 @@ def read_one_version(path: Path, read: Callable[[Path], T]) -> T:
     """`read` of the whole version of `path`, repeated where a writer replaced it meanwhile."""
     for attempt in range(_MOST_ATTEMPTS):
         where = whole(path)
-        with _held(where) as before:
+        with held(where) as before:
             try:
                 result = read(where)
             except (OSError, ValueError):
                 # What is missing may have come since, and what steps aside is removed soon.
                 on_the_move = (before is None or where != path) and attempt < _LOOKS
-                changed = _identity(where) != before
+                changed = identity(where) != before
                 if attempt == _MOST_ATTEMPTS - 1 or not (changed or on_the_move):
                     raise
                 continue
-            if _identity(where) == before:
+            if identity(where) == before:
                 return result
     raise ValueError(f"{path} is replaced again and again while it is read.")
 
 
 @contextlib.contextmanager
-def _held(path: Path) -> Iterator[tuple[int, ...] | None]:
+def held(path: Path) -> Iterator[tuple[int, ...] | None]:
     """The identity of `path`. While it is open, no other file can get its inode number."""
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError:  # there is none, or the system opens no folders
-        yield _identity(path)
+        yield identity(path)
         return
     try:
-        yield _identity(fd)
+        yield identity(fd)
     finally:
         os.close(fd)
 
 
-def _identity(path: Path | int) -> tuple[int, ...] | None:
+def identity(path: Path | int) -> tuple[int, ...] | None:
+    """Device, inode and time of change; None where nothing is."""
     try:
         found = os.stat(path)
     except OSError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from ..distributed.coordinator import Ranks, digest
 from ..sharding.geometry import boxes_with_data
 from ..sharding.ownership import ParamState
 from ..sharding.records import Region
-from . import crc32, manifest, safetensors
+from . import atomic, crc32, manifest, safetensors
 from .location import Location, locate, refuse_unlisted, with_aliases
 from .matching import LoadTarget, ReadPlan, plan_resume, plan_start
 from .open_file import OpenFile, OpenWeight
 
 __all__ = ["LoadTarget", "OpenCheckpoint", "open_checkpoint"]
+
+MakeTargets = Callable[[Sequence[dict[str, Any]]], list[LoadTarget]]
+
+ATTEMPTS = 10  # to open one version on all ranks, while another job replaces it
 
 
 class OpenCheckpoint:
@@ -45,11 +50,26 @@ class OpenCheckpoint:
         )
         self._open: dict[Path, OpenFile] = {}
 
-    def open(self) -> int:
-        """Open every file and compare it with the model. Returns a hash of the differences."""
-        for plan in self._plans:
-            plan.compare(self._table(plan))
-        return digest([vars(plan.differences) for plan in self._plans])
+    def open(self, version: list[int] | None, is_last: bool) -> tuple[int, bool]:
+        """Open every file and compare it with the model.
+
+        Args:
+            version: Of the model, as the first rank found it.
+            is_last: Take what is there now, whatever its version.
+
+        Returns:
+            A hash of the differences, and whether the model was replaced.
+        """
+        with atomic.held(Path(self._place.folder, self._place.model)):
+            try:
+                for plan in self._plans:
+                    plan.compare(self._table(plan))
+            except (OSError, ValueError):
+                if is_last or _version(self._place) == version:
+                    raise
+                return 0, True
+            replaced = not is_last and _version(self._place) != version
+        return digest([vars(plan.differences) for plan in self._plans]), replaced
 
     def _table(self, plan: ReadPlan) -> dict[str, OpenWeight]:
         """Every weight of a folder, under its name and all aliases."""
@@ -116,6 +136,8 @@ class OpenCheckpoint:
 
     def verify(self, ranks: Ranks) -> None:
         """Raise ValueError for a file whose check sum is not what ema.json says. *Collective*."""
+        if not self._place.listed:
+            return
 
         def contributions() -> dict[str, int]:
             files = self._open.items()
@@ -147,7 +169,7 @@ class OpenCheckpoint:
 def open_checkpoint(
     ranks: Ranks,
     path: str | os.PathLike[str],
-    make_targets: Callable[[Sequence[dict[str, Any]]], list[LoadTarget]],
+    make_targets: MakeTargets,
     *,
     strict: bool,
     verify: bool,
@@ -168,25 +190,60 @@ def open_checkpoint(
         *Collective*. *Cost*: headers on every rank; with verify each rank reads its part of every
         file.
     """
-    place = Location(*ranks.run_on_first("load", lambda: locate(Path(path))))
-    saved = [] if place.manifest is None else place.manifest["schedules"]
     with ExitStack() as stack:
-        found = OpenCheckpoint(place, make_targets(saved), stack)
-        _, alike = ranks.run_on_all("load", found.open, combine=_are_alike)
-        if not alike:
-            raise ValueError(
-                f"the ranks see different files in {place.folder}. Is it on a file system that all "
-                "of them share?"
-            )
+        found = _open_one_version(ranks, Path(path), make_targets, stack)
         found.judge(strict)
-        if verify and place.listed:
+        if verify:
             found.verify(ranks)
         yield found
 
 
-def _are_alike(messages: list[int]) -> bool:
-    """All ranks say the same."""
-    return len(set(messages)) == 1
+def _open_one_version(
+    ranks: Ranks, path: Path, make_targets: MakeTargets, stack: ExitStack
+) -> OpenCheckpoint:
+    """Open the files of one version on all ranks, again where another job replaces it meanwhile.
+
+    NOTE: a file system may show ranks different times of one file, so the last attempt goes on.
+    """
+    for left in reversed(range(ATTEMPTS)):
+        *fields, version = ranks.run_on_first("load", lambda: _locate_version(path))
+        place = Location(*fields)
+        files = stack.enter_context(ExitStack())
+        saved = [] if place.manifest is None else place.manifest["schedules"]
+        found = OpenCheckpoint(place, make_targets(saved), files)
+        work = partial(found.open, version, not left)
+        _, (alike, replaced) = ranks.run_on_all("load", work, combine=_combine_opened)
+        if not replaced:
+            break
+        files.close()
+    if not alike:
+        raise ValueError(
+            f"the ranks see different files in {place.folder}. Is it on a file system that all "
+            "of them share?"
+        )
+    return found
+
+
+def _locate_version(path: Path) -> list[Any]:
+    """The fields of a `Location`, and the version of what it names."""
+
+    def read(where: Path) -> list[Any]:
+        place = locate(where)
+        return [*place, _version(place)]
+
+    return atomic.read_one_version(atomic.follow(Path(os.path.realpath(path))), read)
+
+
+def _version(place: Location) -> list[int] | None:
+    # NOTE: the number of the device differs between hosts.
+    found = atomic.identity(Path(place.folder, place.model))
+    return None if found is None else list(found[1:])
+
+
+def _combine_opened(messages: list[tuple[int, bool]]) -> tuple[bool, bool]:
+    """Whether all ranks found the same differences, and whether one saw another version."""
+    differences, replaced = zip(*messages, strict=True)
+    return len(set(differences)) == 1, any(replaced)
 
 
 def _combine_sums(messages: list[dict[str, int]]) -> dict[str, int]:
