@@ -997,6 +997,8 @@ class EMA:
 
         def targets(saved: Sequence[dict[str, Any]]) -> list[reader.LoadTarget]:
             found = []
+            full.clear()  # of a version that was replaced meanwhile
+            begins.clear()
             for average in weights.averages:
                 blocks = average.ring.matching(saved) if average.ring else []
                 spec = (blocks[-1] if blocks else average.schedule).to_dict()
