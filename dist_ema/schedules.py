@@ -90,7 +90,7 @@ class Schedule(ABC):
 
     @property
     def origin(self) -> str:
-        """Where the clock begins: 'start' of averaging, or 'training', whose clock never resets."""
+        """The clock's origin: 'start' of averaging, or 'training', whose clock is never reset."""
         return "start"
 
     @property

@@ -33,7 +33,7 @@ _UNITS = {
 
 
 def printable(text: str) -> str:
-    """What would move the cursor is shown, not sent."""
+    """The text with control characters as escapes, so that none reaches a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -85,7 +85,7 @@ def size_of(text: int | str) -> int:
 
 
 def sentence(error: Exception) -> str:
-    """What an error says; of what the system refused, the file's name first, if there is one."""
+    """The message of an error; for an OSError, the file's name and the system's reason."""
     if isinstance(error, OSError) and error.strerror:
         return (
             f"{error.strerror}."
@@ -97,5 +97,5 @@ def sentence(error: Exception) -> str:
 
 @contextmanager
 def silent(total: int) -> Iterator[Tick]:
-    """A bar that nobody sees."""
+    """A progress bar that shows nothing."""
     yield lambda done: None

@@ -18,7 +18,7 @@ Aliases = dict[str, list[str]]  # name in the file -> further names of the same 
 
 
 class Location(NamedTuple):
-    """What lies at a path, as JSON values: the first rank finds it and tells the others."""
+    """A saved model at a path, as JSON values that the first rank sends to the others."""
 
     folder: str
     model: str  # the index, or the only file

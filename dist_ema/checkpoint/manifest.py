@@ -38,12 +38,12 @@ Files = Mapping[str, SafetensorsFile]
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What ema.json says. Every field has its type; what was found instead is told in `damage`.
+    """The contents of ema.json. Every field has its type; `damage` lists values of another type.
 
     kind: 'ema', an average to resume from, or 'export', a model to ship.
     weights: 'all' of the model's, only those that are 'averaged', or an 'adapter' in peft's form,
         with peft's names.
-    clock: the counters of `Clock`, and how many updates were accepted; {} where nobody knows.
+    clock: the counters of `Clock`, and how many updates were accepted; {} where they are not known.
     attach: the arguments of `EMA.attach`, or None.
     rounding: the seed of stochastic rounding, or None.
     schedules: of every average, the first one first.
@@ -125,7 +125,7 @@ class Manifest:
 
     @property
     def labels(self) -> list[str]:
-        """Of all averages; '' is the first, which lies in the folder itself."""
+        """The labels of all averages; '' is the first one, which lies in the folder itself."""
         return ["", *self.averages]
 
     def own_buffers_of(self, label: str) -> list[str]:

@@ -87,7 +87,7 @@ class Differences:
 
 @dataclass
 class ReadPlan:
-    """Where one average is read from, and, once it was compared, what it is filled with."""
+    """The source of one average, and, once it was compared, the weights that fill it."""
 
     folder: Path
     states: list[ParamState]
@@ -199,6 +199,6 @@ def _refuse_untied(state: ParamState, held: Sequence[OpenWeight]) -> None:
 
 
 def _blocks(state: ParamState, weight: OpenWeight) -> Iterator[Tensor]:
-    """What this rank averages of a weight, a window at a time."""
+    """This rank's averaged region of a weight, a window at a time."""
     for box, _ in boxes_with_data(state.shard, state.averaged_region, state.live):
         yield from (data for _, data in weight.file.read(weight.name, box))

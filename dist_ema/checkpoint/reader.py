@@ -32,7 +32,7 @@ ATTEMPTS = 10  # to open one version on all ranks, while another job replaces it
 
 
 class OpenCheckpoint:
-    """What `open_checkpoint` found, every file open.
+    """A saved form with every file open, compared with the averages that are to be filled.
 
     clock: None where an average starts from it without one.
     """

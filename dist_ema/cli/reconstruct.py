@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["ARGUMENTS", "TEXT", "add_groups", "run"]
 
 TEXT = """\
-choose the decay after training: mix stored snapshots into an average that nobody tracked
+choose the decay after training: mix stored snapshots into an average that was not tracked
 
 Mix the averages that ema.snapshot(folder, every=...) stored into the one that Power(sigma_rel=S)
 would have tracked (post-hoc EMA, Karras et al. 2023). The weights follow from the clocks and

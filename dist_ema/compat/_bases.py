@@ -74,7 +74,7 @@ class HolderDropIn:
         return self._average.average
 
     def state_dict(self) -> dict[str, Tensor]:
-        """That of `ema`; where there is none, this rank's part. *Aliases* the average."""
+        """The state_dict of `ema`, or this rank's part of it. *Aliases* the average."""
         return self._average.entries()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ __all__ = ["Count"]
 
 
 class Count:
-    """The value of a buffer, read from its device only after somebody else wrote it."""
+    """The value of a buffer, read from its device only after another writer changed it."""
 
     def __init__(self) -> None:
         self._value, self._buffer, self._version = 0.0, torch.tensor(0), -1

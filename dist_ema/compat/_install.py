@@ -41,7 +41,7 @@ _PLACES = {
 
 
 class Installed(AbstractContextManager["Installed"]):
-    """What `install` replaced; the end of a `with` block takes it back.
+    """The handle of `install`: the end of a `with` block restores what was replaced.
 
     Attributes:
         places: "module.name" of everything that was replaced.

@@ -151,7 +151,7 @@ class ModuleAverage:
         self._unwritten = [(s, unwritten[s.name]) for s in copied if s.name in unwritten]
 
     def _form(self) -> tuple[object, ...]:
-        """What must be as it was when the EMA was built. FSDP shows other parameters at times."""
+        """The facts that the EMA was built on. Other facts mean a new EMA."""
         weights = self.average.weights
         if weights.teacher is None or weights.teacher.sharded:
             return ()
@@ -218,7 +218,7 @@ class ModuleAverage:
     # --- checkpoints ----------------------------------------------------------------------------
 
     def entries(self) -> dict[str, Tensor]:
-        """What the state_dict of the copy holds.
+        """The state_dict of the copy.
 
         Where there is no copy: as torch.distributed.checkpoint takes it, a plain tensor where this
         rank holds a whole one, else a `FlatRange`. *Aliases* the average.
@@ -251,7 +251,7 @@ class ModuleAverage:
         self.average.load_state_dict(state)
 
     def named_here(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a checkpoint holds, its names without the wrappers that the copy does not have."""
+        """The weights of a checkpoint without prefixes of wrappers that the copy lacks."""
         if self.module is not None and discovery.find_shards(self.module).sharded:
             return dict(weights)  # FSDP1 has names of its own, and its state_dict is collective
         known, named = self.entries(), {}

@@ -96,7 +96,7 @@ class ParameterListAverage:
             self.names = [s.name for s in shards if listed or s.kind != "buffer"]
 
     def _options(self) -> dict[str, Any]:
-        """What makes an EMA of another model like this one."""
+        """The arguments that make an EMA of another model like this one."""
         placement, buffers = self.weights.placement, self.weights.selection.buffers
         dtype = torch.float32 if placement.dtype == torch.float16 else placement.dtype
         options = {"dtype": dtype, "device": placement.device, "buffers": buffers}
@@ -227,14 +227,14 @@ class ParameterListAverage:
 
     @property
     def _states(self) -> dict[str, ParamState]:
-        """By name, in the order of `names`, among which tied weights have several."""
+        """The states by name, in the order of `names`; a tied weight has several names."""
         states = self.weights.states
         by_name = {name: s for s in states for name in (s.name, *s.shard.aliases)}
         return {name: by_name[name] for name in self.names}
 
     @property
     def shadows(self) -> dict[str, Tensor]:
-        """By name, in the order of `names`, no update in flight. *Aliases* the average.
+        """The shadows by name, in the order of `names`, no update in flight. *Aliases* the average.
 
         What cannot be averaged (integers) is the live tensor.
         """
@@ -331,7 +331,7 @@ def _changed_form(state: ParamState) -> bool:
 
 
 def _own_storage(elements: Tensor) -> Tensor:
-    """The same memory as a storage of its own. *Aliases*.
+    """A tensor over the same memory, with a storage of its own. *Aliases* the shadow.
 
     Of a view torch.save writes the whole storage, and a DTensor over one it cannot write.
     """

@@ -119,7 +119,7 @@ class SWA(Optimizer):
             self.update_swa_group(group)
 
     def update_swa_group(self, group: Group) -> None:
-        """The same for one of `param_groups`."""
+        """The weights of one of `param_groups` join its mean."""
         self._refuse_swapped("update_swa")
         number = next(i for i, known in enumerate(self.param_groups) if known is group)
         n = group["n_avg"]

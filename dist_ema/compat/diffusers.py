@@ -170,7 +170,7 @@ class EMAModel(ListDropIn):
     def from_pretrained(
         cls, path: str | os.PathLike[str], model_cls: Any, foreach: bool = False
     ) -> EMAModel:
-        """What `save_pretrained` wrote, the original's too."""
+        """Load what `save_pretrained` wrote, here or in the original."""
         _, settings = model_cls.from_config(model_cls.load_config(path), return_unused_kwargs=True)
         model = model_cls.from_pretrained(path)
         made_of = {"model_cls": model_cls, "model_config": model.config, "foreach": foreach}

@@ -142,7 +142,7 @@ class EMA(ModuleDropIn):
         return _floating(model.named_parameters())
 
     def get_buffers_iter(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """The same of its buffers."""
+        """Names and buffers of what floats in a model like this one."""
         return _floating(model.named_buffers())
 
     def _left_out(self) -> tuple[set[str], ...]:
@@ -158,7 +158,7 @@ class EMA(ModuleDropIn):
     # --- moving ---------------------------------------------------------------------------------
 
     def get_current_decay(self) -> float:
-        """Of the move that belongs to the last call of `update`."""
+        """The decay of the move that belongs to the last call of `update`."""
         n = self._steps.of(self.step) - self.update_after_step - 1
         value = 0.0 if n <= 0 else 1 - (1 + n / self.inv_gamma) ** -self.power
         return 0.0 if n <= 0 else float(min(max(value, self.min_value), self.beta))
@@ -168,7 +168,7 @@ class EMA(ModuleDropIn):
 
         Note:
             No collective, except under FSDP where it makes the copy or, under HSDP, writes the
-            model. No host sync but after somebody else wrote `step` or `initted`.
+            model. A host sync only after another writer changed `step` or `initted`.
         """
         step, every = self._steps.up(self.step), self.update_model_with_ema_every
         due = step % self.update_every == 0

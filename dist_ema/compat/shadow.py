@@ -30,7 +30,7 @@ class _Backup:
 
     @property
     def shadow(self) -> dict[str, Tensor]:
-        """By name, in the form of the weights; {} before `register`. *Aliases* the average.
+        """The shadows by name, in the form of the weights; {} before `register`. *Aliases* them.
 
         What is not averaged is the model's. A table of other shapes (of `EMA`: of other names)
         raises ValueError when it is set, and changes nothing.

@@ -119,7 +119,7 @@ class AveragedModel(ModuleDropIn):
         """Take in the model as it is now; the first one is copied.
 
         Note:
-            No collective, and no host sync but after somebody else wrote `n_averaged`.
+            No collective. A host sync only after another writer changed `n_averaged`.
         """
         averaged, rule = self._count.of(self.n_averaged), self._rule()
         move: float | UpdateRule = self._apply_functions

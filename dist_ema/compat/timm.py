@@ -63,7 +63,7 @@ class ModelEma(HolderDropIn):
 
 
 class _Versioned(ModuleDropIn):
-    """What the second and the third version share."""
+    """The method that the second and the third version share."""
 
     def set(self, model: nn.Module) -> None:
         """The average is `model` as it is now. No collective."""
@@ -180,7 +180,7 @@ class ModelEmaV3(_Versioned):
         self.apply_update_(model, self.get_decay(step))
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """The same with a decay of the caller's."""
+        """Move towards `model` with the caller's decay. No collective, no host sync."""
         self.copied.update(model, decay)
         if self.exclude_buffers:
             self.copied.copy_rest()

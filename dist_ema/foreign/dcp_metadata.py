@@ -94,7 +94,7 @@ class Chunk:
 
 
 class Table(NamedTuple):
-    """What a folder holds, by name."""
+    """The contents of a folder, by name."""
 
     weights: dict[str, tuple[safetensors.Entry, list[Chunk]]]
     others: dict[str, str]  # why it is not among the weights

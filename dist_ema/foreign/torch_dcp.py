@@ -47,7 +47,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """Where the elements of a tensor lie in a storage, in elements."""
+    """A tensor as a view of a storage: offset, shape and strides in elements."""
 
     storage: _Storage
     begin: int
@@ -131,7 +131,7 @@ def chunk_runs(shape: tuple[int, ...], chunks: Sequence[Chunk]) -> _Runs:
 
 
 def _of_chunk(shape: tuple[int, ...], chunk: Chunk) -> tuple[NDArray[np.int64], int]:
-    """Where the runs of a chunk begin in the weight, in the chunk's order, and their length.
+    """The begins of a chunk's runs in the weight, in the chunk's order, and their length.
 
     A run spans the last dimensions that the chunk has in full, and its own range of the one before.
     """
@@ -180,7 +180,7 @@ class Folder(regular_file.OpenFiles):
 
     @property
     def unsupported(self) -> dict[str, str]:
-        """Those of the others that are tensors: without them it is another model."""
+        """The entries of `others` that are tensors: without them it is another model."""
         return {name: why for name, why in self.others.items() if why != NO_TENSOR}
 
     def _refuse_cut(self) -> None:
@@ -300,7 +300,7 @@ def _dense(tensor: _Tensor) -> bool:
 
 
 def _last(tensor: _Tensor) -> int:
-    """Where the last element lies, from the first on."""
+    """The offset of the last element from the first."""
     steps = zip(tensor.shape, tensor.strides, strict=True)
     return sum((size - 1) * stride for size, stride in steps)
 

@@ -35,7 +35,7 @@ WINDOW = 1 << 20  # elements: 4 MB as read, 8 of the sum, 8 of the product
 
 @dataclass(frozen=True)
 class Blend:
-    """What to write: the sum of weight times model for some weights, the others of one model."""
+    """The sum of factor times model for some weights, and the other weights of one model."""
 
     terms: Sequence[tuple[Source, float]]
     rest: Source  # gives names, shapes, aliases, and whatever is not summed
@@ -45,7 +45,7 @@ class Blend:
 
     @cached_property
     def _checked(self) -> dict[int, Checked]:
-        """Of every model that is read, by its id."""
+        """`Checked` of every model that is read, by the model's id."""
         return {
             id(model): Checked(model)
             for model in (self.rest, *(model for model, weight in self.terms if weight))

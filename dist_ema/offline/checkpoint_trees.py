@@ -111,7 +111,7 @@ def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> ObjectTr
 
 
 def _of_config(path: Path) -> dict[str, Any]:
-    """What diffusers' EMAModel.save_pretrained puts into config.json.
+    """The settings that diffusers' EMAModel.save_pretrained puts into config.json.
 
     Without it the folder is a model.
     """

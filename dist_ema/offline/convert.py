@@ -30,7 +30,7 @@ _MAX_GROWTH = 4
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What is asked for. kind: one of foreign.KINDS, 'dcp', or 'auto'."""
+    """The arguments of a conversion."""
 
     source: Path
     kind: str = "auto"  # or one of recognise.KINDS, or "dcp"
@@ -290,7 +290,7 @@ def _is_one(a: Leaf, b: Leaf) -> bool:
 
 
 def _key(leaf: Leaf) -> Any:
-    """The same for leaves that are one tensor."""
+    """A key that leaves of one tensor share."""
     return getattr(leaf, "key", id(leaf))
 
 

@@ -25,7 +25,7 @@ __all__ = ["Exported", "export"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. beside: the names of what lies beside the weights."""
+    """The result of an export. beside: the names of the files beside the weights."""
 
     path: str
     source: str
@@ -38,7 +38,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Form:
-    """What the files will hold."""
+    """The names, dtypes and places of the weights in the files to write."""
 
     names: dict[str, str]  # name in the files -> name in the source
     entries: dict[str, safetensors.Entry]  # by the names in the files

@@ -44,7 +44,7 @@ _STATE = (
 def beside(
     folder: Path, out: Path, facts: Manifest, entries: Mapping[str, safetensors.Entry]
 ) -> dict[str, bytes | Path]:
-    """What goes into a folder with the weights: name -> content, or a file to copy.
+    """The other files of a folder of weights: name -> content, or a file to copy.
 
     The model card is that of `out`, else that of `folder`, with the section in it.
 
@@ -82,7 +82,7 @@ def _is_shipped(path: Path) -> bool:
 
 
 def section(facts: Manifest, dtypes: Mapping[str, int]) -> str:
-    """What average this is, as Markdown between two markers."""
+    """A section of the model card on this average, as Markdown between two markers."""
     mean = "average" in facts.extra
     text = (
         f"These weights are an average over {'models' if mean else 'training, not its last step'}."

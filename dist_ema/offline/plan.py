@@ -184,7 +184,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Cost:
-    """What averaging takes on each rank."""
+    """The memory, traffic and time that averaging takes on each rank."""
 
     elements: int
     memory: Memory

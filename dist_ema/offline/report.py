@@ -60,13 +60,13 @@ class AverageListing:
 
     @property
     def total(self) -> Total:
-        """Of all dtypes together."""
+        """The total of all dtypes together."""
         return Total.of(entry for _, entry in self.weights.values())
 
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What lies at a path.
+    """The contents of a file or folder, by its headers and ema.json.
 
     kind: 'ema' or 'export' (written by dist_ema), 'model' (another folder), 'file', 'other'.
     averages: the first one, then the others in the order of their schedules.
@@ -87,17 +87,17 @@ class ModelReport:
 
     @property
     def weights(self) -> dict[str, tuple[str, safetensors.Entry]]:
-        """Of the first average: name -> (file, entry), by name."""
+        """The weights of the first average: name -> (file, entry), by name."""
         return self.averages[0].weights
 
     @property
     def files(self) -> dict[str, safetensors.SafetensorsFile]:
-        """Of all averages."""
+        """The files of all averages."""
         return {name: file for each in self.averages for name, file in each.files.items() if name}
 
     @property
     def totals(self) -> dict[str, Total]:
-        """Of the first average by dtype, the most bytes first."""
+        """The totals of the first average by dtype, the most bytes first."""
         entries = [entry for _, entry in self.weights.values()]
         totals = {
             dtype: Total.of(entry for entry in entries if entry.dtype == dtype)

@@ -72,7 +72,7 @@ def is_equal(model: Source, name: str, other: Source, its_name: str) -> bool:
 
 
 def locate(path: Path) -> Path:
-    """Where the whole version of what the path names lies.
+    """The path of the whole version, through links and interrupted replacements.
 
     Raises:
         FileNotFoundError: Nothing is there.
@@ -354,7 +354,7 @@ class Checked:
                     )
 
     def _unseen(self, name: str, file: safetensors.SafetensorsFile) -> Iterator[tuple[int, int]]:
-        """The byte ranges of a file that nobody asked for, in windows."""
+        """The byte ranges of a file that were not read, in windows."""
         head = len(file.head)
         ranges = [(0, head)]
         ranges += [

@@ -28,7 +28,7 @@ SUMS = {"crc32": "CRC-32", "sha256": "SHA-256"}
 
 @dataclass
 class Verdict:
-    """What was found at a path.
+    """The findings at a path.
 
     sums: The kinds of check sums that were compared; [] where there were none.
     """
@@ -133,7 +133,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _broken(path: Path) -> Iterator[Exception]:
-    """What is wrong with each file of a folder by itself."""
+    """The error of each file of a folder that is unsound by itself."""
     for each in _weight_files(path):
         try:
             safetensors.read_header(each)

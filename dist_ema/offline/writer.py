@@ -25,7 +25,7 @@ __all__ = ["Model", "lay_out", "refuse_place", "refuse_target", "write"]
 
 @dataclass(frozen=True)
 class Model:
-    """What to write; of a folder also the index, what lies beside the weights, and ema.json.
+    """A model to write: its files; for a folder also the index, other files, and ema.json.
 
     index: its name, where there are several files.
     beside: name -> content, or a file to copy.

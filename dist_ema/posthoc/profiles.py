@@ -259,7 +259,7 @@ class Mixer:
         return Fit(tuple(every.tolist()), float(missed), float(condition))
 
     def shape(self, target: Schedule, fit: Fit, points: int = 400) -> tuple[Array, Array, Array]:
-        """To plot: the clock, and the share of an update there in the target and the mixture."""
+        """Points to plot: the clock, and the share of an update there in target and mixture."""
         edges, widths = self._line.edges, self._line.widths
         weights = np.array(fit.weights)[self._used]
         bins = np.unique(

@@ -246,7 +246,7 @@ class _Moments:
         self.count = total
 
     def over(self, ranks: Ranks) -> _Moments:
-        """Of all ranks' data, the same bits on every rank. *Collective*: one reduction."""
+        """The moments of all ranks' data, equal on all ranks. *Collective*: one reduction."""
         if ranks.size == 1:
             return self
         local = torch.cat([self.mean.new_tensor([self.count]), self.mean, self.squares])
@@ -275,7 +275,7 @@ class _Moments:
 
 @dataclass
 class _Watch:
-    """What the hooks write to."""
+    """The moments that the hooks of all layers collect."""
 
     moments: dict[str, _Moments]
     counting: bool = True

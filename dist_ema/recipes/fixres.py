@@ -26,7 +26,7 @@ __all__ = ["Frozen", "freeze_for_resolution"]
 
 @dataclass
 class Frozen:
-    """What `freeze_for_resolution` changed, and how to undo it. As a context manager it undoes."""
+    """The changes of `freeze_for_resolution`. `undo` or the end of a `with` block reverts them."""
 
     model: nn.Module
     names: list[str]  # of the parameters that are trained
@@ -36,7 +36,7 @@ class Frozen:
     _hook: Any = field(repr=False)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What to give to the optimizer."""
+        """The parameters for the optimizer."""
         return iter(self._free)
 
     def undo(self) -> None:
