@@ -15,6 +15,12 @@ from tests._models import Block, Net
 CPU = torch.device("cpu")
 
 
+def net(kind: str) -> Net:
+    """The model that a wrapper can take."""
+    hidden, experts = 8 if kind == "fsdp2 tp" else 5, 3 if kind == "fsdp2 ep" else 0
+    return Net(hidden, scalar=not kind.startswith("zero"), experts=experts)
+
+
 def wrap(kind: str, model: nn.Module) -> nn.Module:
     """`model` under one of the wrappers of the parity table."""
     return WRAPPERS[kind](model)

@@ -21,7 +21,7 @@ from tests import _deepspeed
 from tests._models import Block, Net, batch
 from tests._oracle import Training
 from tests._ranks import run_ranks
-from tests._wrappers import WRAPPERS, wrap
+from tests._wrappers import WRAPPERS, net, wrap
 
 Changes = dict[str, set[str]]
 
@@ -221,7 +221,7 @@ def test_lists_of_parameters() -> None:
 def under(kind: str) -> None:
     """No change by training, nor by a forward that leaves weights unsharded; then edits."""
     zero = kind.startswith("zero")
-    run = Training(kind, lambda: Net(hidden=4 if kind == "fsdp2 tp" else 5, scalar=not zero))
+    run = Training(kind, lambda: net(kind))
     seen = Seen(run.model)
     run.train(2)
     assert seen.changes == {}, kind
@@ -270,7 +270,7 @@ def wrapped_before() -> None:
 
 @pytest.mark.multirank
 def test_every_wrapper() -> None:
-    four = ["fsdp1 hybrid", "hsdp", "fsdp2 tp"]
+    four = ["fsdp1 hybrid", "hsdp", "fsdp2 tp", "fsdp2 ep"]
     two = [kind for kind in WRAPPERS if kind not in four]
     if not _deepspeed.is_installed:
         two = [kind for kind in two if not kind.startswith("zero")]

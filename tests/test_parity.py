@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from dist_ema import EMA, Warmup, load_file
 from tests import _deepspeed
-from tests._models import Net
 from tests._oracle import Collectives, Oracle, Training, same, snapshot
 from tests._ranks import raises, run_ranks
+from tests._wrappers import net
 
 ROWS = [
     ("none", 1), ("ddp", 2), ("ddp", 3), ("ddp whole", 2), ("fsdp1 flat", 2), ("fsdp1 orig", 2),
@@ -37,15 +36,10 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-def make(kind: str) -> nn.Module:
-    hidden, experts = 8 if kind == "fsdp2 tp" else 5, 3 if kind == "fsdp2 ep" else 0
-    return Net(hidden, scalar=not kind.startswith("zero"), experts=experts)
-
-
 def check_wrapper(kind: str, folder: str) -> dict[str, Any]:
     """All columns of one row, on one rank."""
     held: dict[str, Any] = {}
-    run = Training(kind, lambda: make(kind))
+    run = Training(kind, lambda: net(kind))
     ema = EMA(run.model, SCHEDULE, split=kind != "ddp whole")
     oracle = Oracle(run.twin, SCHEDULE)
     ema.attach(run.optimizer)
