@@ -83,7 +83,7 @@ def read(version: Version, report: Path) -> ledger.Outcome:
 
 
 def run_follower(folder: Path, report: Path, name: str) -> None:
-    for version in follow(folder, every=name != "follower-newest", poll=0.02):
+    for version in follow(folder, every=name != "follower-newest", poll=0.05):
         read(version, report)
         time.sleep(0.2 if name == "follower-slow" else 0.0)
 
@@ -95,7 +95,7 @@ def run_watcher(folder: Path, report: Path) -> None:
         time.sleep(0.05)
         return read(version, report)
 
-    watch.Watch(folder, work, book, jobs=2, expiry=EXPIRY, poll=0.02).run()
+    watch.Watch(folder, work, book, jobs=2, expiry=EXPIRY, poll=0.05).run()
 
 
 def run_server(folder: Path, report: Path) -> None:
@@ -125,7 +125,7 @@ def run_server(folder: Path, report: Path) -> None:
         def work(version: Version) -> ledger.Outcome:
             return notify.notify(url, version)
 
-        watch.Watch(folder, work, book, newest=True, expiry=EXPIRY, poll=0.02).run()
+        watch.Watch(folder, work, book, newest=True, expiry=EXPIRY, poll=0.05).run()
         server.shutdown()
 
 

@@ -16,9 +16,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from . import atomic
 from .manifest import Manifest
 
-__all__ = ["BEST", "KEY", "STOP", "facts_of", "highest", "name_of", "numbered"]
+__all__ = ["BEST", "KEY", "STOP", "facts_of", "highest", "is_stopped", "name_of", "numbered"]
 
 BEST = "best"
 STOP = "stop"
@@ -43,6 +44,18 @@ def numbered(folder: Path) -> dict[int, Path]:
 def highest(folder: Path) -> int:
     """The number of the newest version, 0 if there is none."""
     return max(numbered(folder), default=0)
+
+
+def is_stopped(folder: Path, seen: int) -> bool:
+    """Whether the training has ended, and no version comes after the number `seen`.
+
+    NOTE: a listing on a network file system may be older than the stop file. The pointer is opened,
+    which asks the server, so a listing that lacks what it names is looked at again.
+    """
+    latest = atomic.named(folder / atomic.LATEST) or ""
+    match = _NAME.fullmatch(latest)
+    missed = match is not None and int(match[1]) > seen and (folder / latest).is_dir()
+    return (folder / STOP).exists() and not missed
 
 
 def facts_of(saved: Manifest) -> dict[str, Any] | None:

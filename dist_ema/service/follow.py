@@ -121,10 +121,10 @@ class Follower:
     def __next__(self) -> Version:
         self._asked = time.monotonic()
         while True:
-            stopped, version = self._stopped, self._look()
+            version = self._look()
             if version is not None:
                 return version
-            if stopped or self._timed_out:
+            if self._is_over:
                 raise StopIteration
             time.sleep(self._poll)
 
@@ -134,21 +134,17 @@ class Follower:
     async def __anext__(self) -> Version:
         self._asked = time.monotonic()
         while True:
-            stopped, version = self._stopped, await asyncio.to_thread(self._look)
+            version = await asyncio.to_thread(self._look)
             if version is not None:
                 return version
-            if stopped or self._timed_out:
+            if self._is_over:
                 raise StopAsyncIteration
             await asyncio.sleep(self._poll)
 
     @property
-    def _stopped(self) -> bool:
-        """NOTE: asked before a look, so that what was published before the stop is not missed."""
-        return (self._folder / versions.STOP).exists()
-
-    @property
-    def _timed_out(self) -> bool:
-        return time.monotonic() - self._asked > self._timeout
+    def _is_over(self) -> bool:
+        timed_out = time.monotonic() - self._asked > self._timeout
+        return timed_out or versions.is_stopped(self._folder, self._last)
 
     def _look(self) -> Version | None:
         """The next version, if there is one; the one before is released."""

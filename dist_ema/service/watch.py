@@ -100,7 +100,7 @@ class Watch:
         self._expiry, self._poll, self._report = expiry, poll, report
         self._over = threading.Event()
         self._known: dict[tuple[str, int], str] = {}  # (name, time of change) -> id
-        self._changed = time.monotonic()
+        self._changed, self._seen = time.monotonic(), 0  # the newest version in the last listing
 
     def run(self) -> None:
         """Watch until the stop file or the timeout, and until no version is left undone."""
@@ -108,7 +108,6 @@ class Watch:
         with self._heartbeats(), ThreadPoolExecutor(self._jobs) as pool:
             try:
                 while True:
-                    stopped = (self._folder / versions.STOP).exists()
                     for each in [each for each in running if each.done()]:
                         running.remove(each)
                         each.result()
@@ -124,7 +123,8 @@ class Watch:
                         if len(running) < self._jobs and (version := self._take(path)):
                             running.append(pool.submit(self._run, version))
                     idle = time.monotonic() - self._changed > self._timeout
-                    if (stopped or idle) and not running and not undone:
+                    over = idle or versions.is_stopped(self._folder, self._seen)
+                    if over and not running and not undone:
                         return
                     time.sleep(self._poll)
             except BaseException:
@@ -152,6 +152,7 @@ class Watch:
     def _candidates(self) -> dict[int, Path]:
         """The versions that may be worked on, by number."""
         found = list(versions.numbered(self._folder).items())[-1 if self._newest else 0 :]
+        self._seen = max((number for number, _ in found), default=0)
         return {number: path for number, path in found if self._id(path) != _PASSED_OVER}
 
     def _id(self, path: Path) -> str | None:
