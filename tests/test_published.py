@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
+from dist_ema import EMA, load_file
+from dist_ema.cli import main
 from dist_ema.posthoc import published
 
 N = 40
@@ -101,3 +106,24 @@ def test_bema_is_that_of_trl() -> None:
         average += callback._ema_beta(t) * (weight - average)
     expected = average + callback._bema_alpha(N) * (PATH[-1] - PATH[0])
     assert published.bema(N) @ PATH == pytest.approx(expected, abs=1e-12)
+
+
+def test_bema_by_files(tmp_path: Path) -> None:
+    """An EMA with the rates of the paper, and its correction from the files of live and start."""
+    model = nn.Module()
+    model.w = nn.Parameter(torch.tensor([PATH[0]]))
+    ema = EMA(model, dtype=torch.float64)
+    live = EMA(model, 0.0, dtype=torch.float64)
+    live.save(tmp_path / "start")
+    for t, weight in enumerate(PATH[1:], 1):
+        with torch.no_grad():
+            model.w.fill_(weight)
+        ema.update(decay=1 - (10 + t) ** -0.5)
+    live.update()
+    ema.save(tmp_path / "ema")
+    live.save(tmp_path / "live")
+    alpha = (10 + N) ** -0.2
+    paths = [str(tmp_path / each) for each in ("ema", "live", "start", "out")]
+    assert main(["average", *paths, f"--weights=1,{alpha},{-alpha}"]) == 0
+    average = load_file(tmp_path / "out")["w"].item()
+    assert average == pytest.approx(published.bema(N) @ PATH, abs=1e-12)

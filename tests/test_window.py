@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dist_ema import EMA, Window, load_file
 from dist_ema.cli import console, main
+from dist_ema.posthoc import published
 from dist_ema.schedules import CURVES, from_dict
 
 from ._models import Net
@@ -123,6 +124,23 @@ def test_elapsed_and_skipped_blocks(every: int) -> None:
             values.append(step * step)
     assert len(values) == {2: 5, 5: 2}[every]
     assert ema.gather()["w"][0].item() == pytest.approx(sum(values) / len(values), rel=1e-12)
+
+
+def test_lawa() -> None:
+    """A block per update: the mean of the last 3 checkpoints, made every 7 steps."""
+    ema = EMA(line(), Window(21, blocks=3), dtype=torch.float64)
+    optimizer = torch.optim.SGD(ema.model.parameters(), 1.0)
+    ema.attach(optimizer, every=7)
+    past = [torch.zeros(5, dtype=torch.double)]
+    for step in range(1, 41):
+        ema.model.w.grad = torch.full((5,), float(step), dtype=torch.double)
+        optimizer.step()
+        past.append(ema.model.w.detach().clone())
+        shares = torch.from_numpy(published.lawa(step, 7, 3))
+        if step >= 7:
+            average = ema.gather()["w"]
+            expected = (shares[:, None] * torch.stack(past)).sum(0)
+            torch.testing.assert_close(average, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_resume(tmp_path: Path) -> None:

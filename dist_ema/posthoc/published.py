@@ -9,9 +9,9 @@ sum of the entries from j on.
 | --- | --- | --- |
 | constant decay | `ema` | `Constant(decay)` |
 | tail averaging, SWA | `tail` | `Uniform()` with `attach(start=)` |
-| LAWA | `lawa` | - ; `dist-ema average --lawa` over saves |
+| LAWA | `lawa` | `Window(k * every, blocks=k)` with `attach(every=)` |
 | a decay of the learning rate (WSM) | `cooldown` | `Window(length, curve)` |
-| BEMA | `bema` | `ema.update(decay=1 - beta)`, and the start's file |
+| BEMA | `bema` | `ema.update(decay=1 - beta)`, then `dist-ema average --weights=1,a,-a` |
 """
 
 from __future__ import annotations
