@@ -126,6 +126,28 @@ def test_elapsed_and_skipped_blocks(every: int) -> None:
     assert ema.gather()["w"][0].item() == pytest.approx(sum(values) / len(values), rel=1e-12)
 
 
+def test_a_replaced_weight_has_no_past() -> None:
+    """After rescan its blocks are forgotten; others keep theirs."""
+    ema = EMA(line(), Window(LENGTH, blocks=BLOCKS), dtype=torch.float64)
+    walk(ema, 8, 6)
+    ema.model.w = nn.Parameter(torch.full((5,), 3.0, dtype=torch.double))
+    ema.rescan()
+    assert torch.equal(ema.gather()["w"], ema.model.w)
+    entries = ema.weights.averages[0].ring.entries
+    assert len(entries) == 2
+    assert not any(each.values for each in entries)
+
+
+def test_metrics() -> None:
+    """The distance is that of the mixed window; full blocks count as host memory."""
+    ema = EMA(line(), Window(LENGTH, blocks=BLOCKS), dtype=torch.float64)
+    past = walk(ema, 10, 7)
+    assert ema.metrics(distance=False)["pinned"] == 3 * 5 * 8
+    mean = torch.stack(past[-window_of(10) :]).mean(0)
+    apart = (past[-1] - mean).norm() / past[-1].norm()
+    assert ema.metrics()["distance"] == pytest.approx(apart.item(), rel=1e-9)
+
+
 def test_lawa() -> None:
     """A block per update: the mean of the last 3 checkpoints, made every 7 steps."""
     ema = EMA(line(), Window(21, blocks=3), dtype=torch.float64)
