@@ -6,6 +6,7 @@ The oracle keeps all weights in float64 and sums them.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema import EMA, Window, load_file
+from dist_ema.averaging.engines import HostThread
 from dist_ema.cli import console, main
 from dist_ema.posthoc import published
 from dist_ema.schedules import CURVES, from_dict
@@ -136,6 +138,29 @@ def test_a_replaced_weight_has_no_past() -> None:
     entries = ema.weights.averages[0].ring.entries
     assert len(entries) == 2
     assert not any(each.values for each in entries)
+
+
+def test_a_start_has_no_past(tmp_path: Path) -> None:
+    """What is loaded without blocks begins another window."""
+    ema = EMA(line(), Window(LENGTH, blocks=BLOCKS), dtype=torch.float64)
+    walk(ema, 8, 6)
+    ema.export(tmp_path)
+    with pytest.warns(UserWarning, match="is an export"):
+        ema.load(tmp_path)
+    past = walk(ema, 4, 8)
+    torch.testing.assert_close(ema.gather()["w"], torch.stack(past).mean(0), rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_is_kept_when_its_last_update_is_done() -> None:
+    """A host thread averages behind training; here it is late."""
+    ema = EMA(line(), Window(LENGTH, blocks=BLOCKS), dtype=torch.float64, device="cpu")
+    engine = ema.weights.engine
+    assert isinstance(engine, HostThread)
+    past = walk(ema, 2, 0)
+    ema.weights.settle()
+    engine.worker.submit(lambda: time.sleep(0.2))
+    past += walk(ema, 2, 1)
+    torch.testing.assert_close(ema.gather()["w"], torch.stack(past).mean(0), rtol=1e-12, atol=1e-12)
 
 
 def test_metrics() -> None:
