@@ -336,10 +336,14 @@ def test_memory_outlives_its_owner(kind: Any) -> None:
     places = {pair.shadows[0].data_ptr(), pair.live.data_ptr()}
     del pair, plan, engine
     gc.collect()
-    others = [torch.full((n,), 7.0, device=CUDA) for _ in range(2)]
+    # Two numbers: a late update would make them equal.
+    others = [torch.full((n,), value, device=CUDA) for value in (7.0, 9.0)]
     assert places.isdisjoint(other.data_ptr() for other in others), "memory was reused too early"
     torch.cuda.synchronize()
-    assert all((other == 7).all() for other in others)
+    assert [bool((other == value).all()) for other, value in zip(others, (7, 9), strict=True)] == [
+        True,
+        True,
+    ]
 
 
 # --- a host that never waits ----------------------------------------------------------------------

@@ -154,6 +154,36 @@ def test_equal(interpreted: Any, live: torch.dtype, shadow: torch.dtype, where: 
     interpreted(check_equal, live, shadow, where)
 
 
+def check_rows(live: torch.dtype, shadow: torch.dtype, want: list[tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    sizes = [100, 900, 50]
+    n = sum(sizes)
+    columns = [torch.randn(n + 1).to(dtype)[1:].split(sizes) for dtype in (live, shadow)]
+    pairs = [
+        ShadowPair(f"w.{i}", [own], value, Numbering(11 * i))
+        for i, (value, own) in enumerate(zip(*columns, strict=True))
+    ]
+    (launch,) = FusedPlan(pairs).launches
+    assert [(row[0], row[2]) for row in launch.rows.tolist()] == want
+    for weight in EXACT:
+        compare(pairs, [weight])
+
+
+@pytest.mark.parametrize(
+    ("live", "shadow", "want"),
+    [
+        (F32, F32, [(3, 0), (1047, 1)]),
+        (BF16, F32, [(7, 0), (1043, 1)]),
+        # What is rounded is not joined: the name is a part of its key.
+        (BF16, BF16, [(100, 0), (3, 0), (897, 1), (50, 0)]),
+    ],
+    ids=str,
+)
+def test_rows_of_a_cut_shard(interpreted: Any, live: Any, shadow: Any, want: Any) -> None:
+    """(length, wide accesses) of neighbours that begin one element behind 16 bytes."""
+    interpreted(check_rows, live, shadow, want)
+
+
 def check_guard(live: torch.dtype, shadow: torch.dtype) -> None:
     for weight in (0.25, torch.tensor(0.0), 1.0):
         pairs = make(live, shadow, 2)

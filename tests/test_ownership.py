@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_ema import EMA
 from dist_ema.averaging.kernels.eager import Direct, Packed, ShadowPair, UpdatePlan
 from dist_ema.sharding import arena, discovery, ownership
 from dist_ema.sharding.arena import allocate
@@ -293,6 +294,18 @@ def test_allocate(dtype: torch.dtype) -> None:
     assert all(offset[name] * dtype.itemsize % arena.ALIGN == 0 for name in ("lone", "a", "last"))
     assert offset["small"] - offset["scalar"] == 1
     assert offset["small"] + 15 <= min(offset[name] for name in ("lone", "a", "b", "c", "last"))
+
+
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("first", range(9))
+def test_a_cut_weight_and_its_shadow_are_misaligned_alike(first: int, live: torch.dtype) -> None:
+    """Some element lies at a multiple of 16 bytes in both: guards `_offset` in arena."""
+    model = nn.Linear(1, 1, bias=False).to(live)
+    model.weight.data = torch.zeros(first + arena.LONG, dtype=live)[first:].view(-1, 1)
+    (state,) = EMA(model).weights.averages[0].averaged
+    assert state.shadow is not None
+    ahead = -state.local.data_ptr() % 16 // live.itemsize
+    assert (state.shadow.data_ptr() + ahead * state.shadow.element_size()) % 16 == 0
 
 
 def test_short_weights_share_one_pack() -> None:

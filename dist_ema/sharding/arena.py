@@ -13,6 +13,7 @@ __all__ = ["ALIGN", "allocate"]
 
 
 ALIGN = 64  # bytes; where a long chain starts in the arena
+WIDE = 16  # bytes of one access
 
 # elements; shorter chains lie end to end, so that one flat lerp can take many of them
 LONG = 16 << 10
@@ -24,7 +25,8 @@ def allocate(
     """Lay shadows into one arena per dtype and device.
 
     Neighbours in the model stay neighbours in the arena, as one chain. Short chains lie end to end
-    before the long ones, each of which starts at a multiple of `ALIGN`.
+    before the long ones. Each of these starts at a multiple of `ALIGN`, or as far behind one as its
+    live elements are behind a multiple of `WIDE`, so that one kernel reads both in wide accesses.
 
     Args:
         states: What is averaged. Each gets a shadow equal to the one that it has, or to its live
@@ -69,11 +71,17 @@ def _starts(sources: Sequence[Tensor], align: int) -> tuple[list[int], int]:
     # NOTE: sorted() keeps the order of the model within the short and within the long chains.
     for is_long, number in sorted((length >= LONG, j) for j, length in enumerate(lengths)):
         if is_long:
-            total = -(-total // align) * align
+            total = -(-total // align) * align + _offset(sources[chains[number][0]], align)
         for i in chains[number]:
             starts[i] = total
             total += sources[i].numel()
     return starts, total
+
+
+def _offset(live: Tensor, align: int) -> int:
+    """Elements by which a shadow must start late, to reach a multiple of WIDE bytes with `live`."""
+    ahead = -live.data_ptr() % WIDE // live.element_size()
+    return -ahead % (align * WIDE // ALIGN)
 
 
 def _chains(sources: Sequence[Tensor]) -> list[list[int]]:

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ...sharding.geometry import Numbering
-from .pairs import LIVE, SHADOW, ShadowPair, Weights
+from .pairs import LIVE, SHADOW, ShadowPair, Weights, merge
 from .rounding import key_prefix, signed
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ __all__ = [
 
 BLOCK = 4096  # elements that one program moves, 16 per thread
 WARPS = 8
+WIDE = 16  # bytes that one access moves at best
 LEVELS = 4  # dimensions of a Numbering, neighbours joined
 
 Fallback: TypeAlias = "Callable[[list[ShadowPair], int], UpdatePlan]"
@@ -125,6 +126,45 @@ def _kind(pair: ShadowPair) -> tuple[Kind, Numbering | None] | None:
     return replace(kind, levels=len(inner) + 1, huge=pair.indices.last(n) >= 1 << 32), pair.indices
 
 
+Row: TypeAlias = "tuple[ShadowPair, Numbering | None]"
+
+
+def _rows(group: Sequence[Row]) -> list[Row]:
+    """The rows of one launch: neighbours as one where nothing is rounded, and wide where possible.
+
+    A row whose tensors are misaligned alike begins with a short row, after which accesses are wide.
+    """
+    if group[0][1] is None:
+        group = [(pair, None) for pair in merge([pair for pair, _ in group])]
+    rows: list[Row] = []
+    for pair, numbering in group:
+        head = _misaligned(pair)
+        if head:
+            rows.append((_part(pair, slice(head)), numbering))
+            pair = _part(pair, slice(head, None))
+        if head and numbering is not None:
+            numbering = replace(numbering, begin=numbering.begin + head)
+        rows.append((pair, numbering))
+    return rows
+
+
+def _misaligned(pair: ShadowPair) -> int:
+    """Elements before all tensors are at multiples of 16 bytes; 0 if that is never or not worth it.
+
+    The arena sees to it that they get there together.
+    """
+    tensors = [pair.live, *pair.shadows]
+    for head in range(WIDE // 2):
+        if all((t.data_ptr() + head * t.element_size()) % WIDE == 0 for t in tensors):
+            return head if len(pair.live) >= head + BLOCK else 0
+    return 0
+
+
+def _part(pair: ShadowPair, part: slice) -> ShadowPair:
+    shadows = [shadow[part] for shadow in pair.shadows]
+    return replace(pair, shadows=shadows, live=pair.live[part])
+
+
 # --- the plan -------------------------------------------------------------------------------------
 
 
@@ -147,7 +187,7 @@ class FusedPlan:
         self, pairs: Sequence[ShadowPair], seed: int = 0, fallback: Fallback | None = None
     ) -> None:
         self.pairs, self.seed = list(pairs), seed
-        groups: dict[Kind, list[tuple[ShadowPair, Numbering | None]]] = {}
+        groups: dict[Kind, list[Row]] = {}
         others = []
         for pair in self.pairs:
             taken = _kind(pair)
@@ -165,7 +205,7 @@ class FusedPlan:
         keys = {(kind.averages, kind.device) for kind in groups}
         self.device_weights = {key: _Weights(*key) for key in keys}
         self.launches = [
-            Launch(kind, group, self.device_weights[kind.averages, kind.device].values)
+            Launch(kind, _rows(group), self.device_weights[kind.averages, kind.device].values)
             for kind, group in groups.items()
         ]
 
@@ -212,9 +252,7 @@ class _Weights:
 class Launch:
     """The tables of one `Kind`, and the call of the kernel."""
 
-    def __init__(
-        self, kind: Kind, group: list[tuple[ShadowPair, Numbering | None]], weights: Tensor
-    ) -> None:
+    def __init__(self, kind: Kind, group: Sequence[Row], weights: Tensor) -> None:
         from . import gpu_triton
 
         self.kind, self._weights, self._block = kind, weights, BLOCK
@@ -256,7 +294,7 @@ class Launch:
 def table_row(pair: ShadowPair, numbering: Numbering | None, start: int) -> list[int]:
     """One tensor of the table, as the kernel reads it."""
     addresses = [pair.live.data_ptr(), *(shadow.data_ptr() for shadow in pair.shadows)]
-    wide = all(address % 16 == 0 for address in addresses)
+    wide = all(address % WIDE == 0 for address in addresses)
     row = [len(pair.live), start, int(wide), signed(crc32(pair.name.encode()))]
     # NOTE: addresses of an XPU may lie above 2^63, and the table is int64: the kernel casts back.
     row += [signed(address, 64) for address in addresses]
