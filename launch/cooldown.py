@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -142,13 +143,14 @@ def table(results: dict[str, Any]) -> Iterator[str]:
     """Markdown, of a results file and of nothing else."""
     plan, rows, threads = results["plan"], results["rows"], results["threads"]
     ends = ", ".join(map(str, plan["ends"]))
-    yield (
+    text = (
         f"{plan['name'].capitalize()} study: {results['parameters']:,} weights, "
         f"{plan['seeds']} seeds, branches that end at {ends} steps, "
         f"{results['seconds'] / 60:.0f} minutes on {threads} thread{'s' * (threads > 1)}. Distance "
         "of the validation loss from that of the real branch, in percent of it: mean over seeds "
         "and moments, ± the standard error over seeds."
     )
+    yield from textwrap.wrap(text, 100)
     yield ""
     kinds = ["live", "linear", *(f"merge {points}" for points in reversed(POINTS))]
     kinds += ["minus-sqrt", "cosine"]
