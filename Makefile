@@ -48,4 +48,4 @@ docs: $(READY)  ## the site, in site/; strict: a link that leads nowhere fails
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs site dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build runs site dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache
