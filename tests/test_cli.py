@@ -437,7 +437,8 @@ NONSENSE = [
     "--unknown", "--json", "--force", "--help", "/dev/null", "/dev/zero", "/proc/self/mem",
     "/dev/null/x", "nowhere", "nowhere/x.safetensors",
 ]  # fmt: skip
-BESIDES = {"doctor"}  # runs processes, and has a test of its own
+# They run processes, wait for versions, or write beside a folder, and have tests of their own.
+BESIDES = {"board", "doctor", "sweep", "watch"}
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
