@@ -34,7 +34,7 @@ from .averaging.swap import WeightSwap
 from .checkpoint import atomic, dcp, library_files, reader, versions, writer
 from .checkpoint.manifest import Manifest
 from .checkpoint.publishing import Publication
-from .distributed.coordinator import Ranks
+from .distributed.ranks import Ranks
 from .schedules import BlockMean, Schedule, Window, schedule_list
 from .schedules import schedule as coerce
 from .sharding import consistency, derived, parameters, records, wrappers
@@ -211,11 +211,11 @@ class EMA:
         self.weights.use_engine()
 
     def _adopt(self, verb: str, found: records.ModelShards) -> None:
-        def adopt() -> bool | None:
+        def adopt() -> bool:
             self.weights.adopt(found)
-            return self._averages_all or None
+            return self._averages_all
 
-        _, self._may_be_alone = self._ranks.run_on_all(verb, adopt, combine=all)
+        self._may_be_alone = self._ranks.count_on_all(verb, adopt) == self._ranks.size
         states = self.weights.states
         averaged = [state.shadow is not None for state in states]
         consistency.on_weights(verb, self._ranks, states, averaged)
@@ -244,16 +244,17 @@ class EMA:
         """Begin a verb: all ranks come, were called alike and can go on, or raise."""
         weights, ranks = self.weights, ranks or self._ranks
 
-        def ready() -> dict[str, int] | None:
+        def ready() -> bool:
             weights.refuse(f"ema.{verb}", reads)
             weights.average(which)
             (prepare or weights.ready)()
             compares = ranks.size > 1 and Reads.WHOLE_MODEL in reads
-            return consistency.sample(weights.states, ranks.size) if compares else None
+            return compares and not consistency.sampled_alike(weights.states, ranks)
 
         ranks.begin(verb, self._common(which, arguments or {}))
-        _, equal = ranks.run_on_all(verb, ready, combine=consistency.all_equal)
-        if not equal:  # every rank learned this, so all of them exchange what differs
+        if ranks.count_on_all(
+            verb, ready
+        ):  # every rank learned this, so all of them exchange what differs
             warnings.warn(
                 f"ema.{verb}(): {consistency.name_replicas(verb, ranks, weights.states)}, which "
                 "should hold replicas, so the average holds parts of both. Was one rank's model "
@@ -512,7 +513,7 @@ class EMA:
         average = self._enter("gather", Reads.WHOLE_MODEL, which, ranks=ranks)
         self._warn_if_idle("gather")
         self._warn_of_unexplained_keys("gather")
-        return gather.full(ranks, average.persistent, average.own_buffers, torch.device("cpu"))
+        return gather.full(ranks, average.persistent, average.own_buffers)
 
     @_outside_autograd
     def tensors(self, which: Which = 0) -> Iterator[tuple[str, Tensor]]:
@@ -574,8 +575,9 @@ class EMA:
         Args:
             path: The folder.
             max_shard_size: Of each file: bytes, or a text like "5GB".
-            mode: "direct": every rank writes its own bytes into place. "stream": the first rank
-                writes. None: direct on one machine, stream across machines.
+            mode: "direct": every rank writes its own bytes into place. "stream": bytes go to the
+                machine that writes them, all machines at once; on one machine to the first rank.
+                None: direct on one machine, stream across machines.
             extra: A dict of JSON values to keep in ema.json; finite numbers only.
             keep: `path` must end in a number. Of the folders that are called alike, keep those with
                 the highest numbers up to this one, and let the file `latest` beside them name this
@@ -1161,10 +1163,12 @@ class EMA:
             weights.settle()
             weights.follow(tree=True)
             split, average = weights.placement.split, weights.used(which)
-            return metrics.measure(average.averaged, weights.clock.started, split, self._ranks.size)
+            return metrics.measure(average.averaged, weights.clock.started, split, self._ranks)
 
         self._ranks.begin("metrics", self._common(which, {}))
-        _, (apart, agree) = self._ranks.run_on_all("metrics", measure, metrics.compare)
+        _, (apart, agree) = self._ranks.run_and_reduce(
+            "metrics", measure, metrics.combine, metrics.conclude
+        )
         return known | {"skipped": weights.skipped, "distance": apart, "replicas_agree": agree}
 
     @property

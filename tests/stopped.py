@@ -28,16 +28,17 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA
-from dist_ema.distributed import transfer
+from dist_ema.distributed import connections, transfer
 from tests._models import Net
 from tests._ranks import run_ranks
 
-__all__ = ["BYTES", "KILL", "MESSAGES", "STOP", "TIMEOUT", "Case", "outcomes", "problem"]
+__all__ = ["BYTES", "KILL", "MESSAGES", "RUNS", "STOP", "TIMEOUT", "Case", "outcomes", "problem"]
 
 VERBS = ("EMA", "swap", "leave", "gather", "copy_to", "load", "save", "stream", "export")
 TIMEOUT = 3.0
 AT_ONCE = 6  # cases in one world
-MESSAGES, BYTES = ("add", "compare_set", "set"), ("broadcast", "all_reduce", "isend", "irecv")
+MESSAGES, BYTES = ("add", "compare_set", "set"), ("broadcast", "all_reduce")
+RUNS = ("send", "receive_into")  # of bytes over connections
 
 
 class Case(NamedTuple):
@@ -69,7 +70,8 @@ def arm(case: Case) -> None:
 
         return call
 
-    place: Any = dist.PrefixStore if case.kind == MESSAGES else dist
+    places = {MESSAGES: dist.PrefixStore, RUNS: connections._Stream}
+    place: Any = places.get(case.kind, dist)
     for name in case.kind:
         setattr(place, name, counted(getattr(place, name)))
 
@@ -115,7 +117,7 @@ def fault(folder: str, cases: list[Case]) -> tuple[int, str, float]:
     model = nn.parallel.DistributedDataParallel(Net(), process_group=group)
     ema = EMA(model, 0.5, timeout=60)
     ema.save(path / "kept")
-    transfer.WINDOW = transfer.STREAM = 512
+    transfer.WINDOW = transfer.STREAM = connections.WINDOW = 512
     pids: list[Any] = [None] * case.size
     dist.all_gather_object(pids, os.getpid(), group=group)
     before = [p.detach().clone() for p in model.parameters()]
@@ -166,7 +168,7 @@ def problem(case: Case, outcome: Outcome, limit: float) -> str:
 def walk(verbs: list[str]) -> int:
     """Try every verb before each operation, until the victim does not come that far."""
     failures = faults = 0
-    kinds, places = (MESSAGES, BYTES), ((2, 1), (3, 0), (3, 1))
+    kinds, places = (MESSAGES, BYTES, RUNS), ((2, 1), (3, 0), (3, 1))
     rows = dict.fromkeys(product(verbs, places, (STOP, KILL), kinds), 0)
     while rows:
         batch = list(rows)[:AT_ONCE]

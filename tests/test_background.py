@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA, load_file
-from dist_ema.checkpoint import crc32, manifest, writer
+from dist_ema.checkpoint import crc32, file_writer, manifest
 from dist_ema.checkpoint.background import BackgroundTask
-from dist_ema.distributed import transfer
+from dist_ema.distributed import connections, heartbeat
 from tests._models import Core, Images
 from tests._oracle import Training
 from tests._ranks import raises, run_ranks
@@ -40,17 +39,17 @@ class Held:
 
     def __init__(self) -> None:
         self._gate = threading.Event()
-        self._real = real = writer.FileWriter.write_block
+        self._real = real = file_writer.FileWriter.write
 
         def part(writer: Any, *args: Any) -> None:
             assert threading.current_thread() is not threading.main_thread()
             assert self._gate.wait(60), "nobody freed the thread"
             real(writer, *args)
 
-        writer.FileWriter.write_block = part  # type: ignore[method-assign]
+        file_writer.FileWriter.write = part  # type: ignore[method-assign]
 
     def free(self) -> None:
-        writer.FileWriter.write_block = self._real  # type: ignore[method-assign]
+        file_writer.FileWriter.write = self._real  # type: ignore[method-assign]
         self._gate.set()
 
     def free_soon(self) -> None:
@@ -164,7 +163,7 @@ def disk_full(folder: str) -> None:
     model = nn.parallel.DistributedDataParallel(
         nn.Sequential(*(nn.Linear(600, 600, bias=False) for _ in range(4)))
     )
-    transfer.STREAM = 1 << 20  # rank 1 has two windows to get rid of
+    connections.WINDOW = 1 << 20  # rank 1 has two windows to get rid of
     ema = EMA(model, 0.5)
     ema.timeout = 30
     ema.save(f"{folder}/kept")
@@ -216,21 +215,21 @@ def disk_full(folder: str) -> None:
 
 
 def line_breaks(folder: str) -> None:
-    """A rank that hangs for longer than the timeout while it sends: an error on both, and the next
-    save has a new line. Guards `self._transfer = None` in writer.
+    """A rank that gives no sign of life while it sends: an error on both, and the next save goes
+    on over new connections.
     """
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
     ema.save(f"{folder}/a", mode="stream")
     assert ema._writer is not None
-    line, send = ema._writer._transfer, transfer.FileTransferGroup.send
-    assert line is not None
-    if dist.get_rank() == 0:
-        line._timeout = timedelta(seconds=1)
-    else:
-        transfer.FileTransferGroup.send = lambda *args: (time.sleep(3), send(*args))[1]  # type: ignore[method-assign]
-    with raises(RuntimeError, "rank 1 broke off what it was sending"):
+    send, beat = connections.Connections.send, heartbeat.Heartbeats.send
+    if dist.get_rank() == 1:
+        connections.Connections.send = lambda *args: (time.sleep(7), send(*args))[1]  # type: ignore[method-assign]
+        heartbeat.Heartbeats.send = lambda self: None  # type: ignore[method-assign]
+    timeout, ema.timeout = ema.timeout, 1.0
+    with raises(RuntimeError, "ema.save(): rank 1 gave no sign of life for 1 s"):
         ema.save(f"{folder}/b", mode="stream")
-    transfer.FileTransferGroup.send = send  # type: ignore[method-assign]
+    connections.Connections.send, heartbeat.Heartbeats.send = send, beat  # type: ignore[method-assign]
+    ema.timeout = timeout
     ema.save(f"{folder}/a", mode="stream")
     if dist.get_rank() == 0:
         assert os.listdir(folder) == ["a"]
@@ -276,9 +275,9 @@ def dies(folder: str, victim: int, mode: Any, wait: bool) -> str:
             os.kill(os.getpid(), signal.SIGKILL)
 
         if mode == "direct" or victim == 0:
-            writer.FileWriter.write_block = kill  # type: ignore[method-assign]
+            file_writer.FileWriter.write = kill  # type: ignore[method-assign]
         else:
-            transfer.FileTransferGroup.send = kill  # type: ignore[method-assign]
+            connections.Connections.send = kill  # type: ignore[method-assign]
     ema.update()
     started = time.monotonic()
     try:
@@ -299,12 +298,12 @@ def dies(folder: str, victim: int, mode: Any, wait: bool) -> str:
             False,
             "failed behind training: ema.save(): rank 1 gave no sign of life for 4 s",
         ),
-        (1, "stream", True, "rank 1 broke off what it was sending"),
+        (1, "stream", True, "ema.save(): rank 1 gave no sign of life for 4 s"),
         (
             0,
             "stream",
             False,
-            "failed behind training: ema.save(): rank 0 gave no sign of life for 4 s",
+            "failed behind training: ema.save(): rank 0 sent and took no bytes (",
         ),
     ],
 )

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from dist_ema import EMA, HalfLife
 from dist_ema.distributed import coordinator
-from dist_ema.distributed.coordinator import Ranks
+from dist_ema.distributed.ranks import Ranks
 from dist_ema.sharding import wrappers
 from tests._models import Net
 from tests._ranks import raises, run_ranks

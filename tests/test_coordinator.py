@@ -29,27 +29,34 @@ from dist_ema.averaging import gather
 from dist_ema.averaging.swap import WeightSwap
 from dist_ema.checkpoint import reader
 from dist_ema.distributed import coordinator
-from dist_ema.distributed.coordinator import Ranks, StoreCoordinator
+from dist_ema.distributed.connections import Connections
+from dist_ema.distributed.coordinator import StoreCoordinator
+from dist_ema.distributed.ranks import Ranks
 from dist_ema.sharding import wrappers
 from tests._models import Net
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
 
 FOREVER = 1e9
-WRITES = ("set", "add", "compare_set")
 
 
 class Counted:
-    """A store that notes every call of this rank but the waiting (`check`): (operation, key)."""
+    """A store that notes every call of this rank but the looks of one that waits: (operation, key),
+    and the bytes that were read.
+    """
 
     def __init__(self, store: dist.Store) -> None:
-        self._store, self.calls = store, list[tuple[str, str]]()
+        self._store, self.calls, self.read = store, list[tuple[str, str]](), 0
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(key: Any, *args: Any) -> Any:
-            if name != "check":
-                self.calls.extend((name, each) for each in ([key] if isinstance(key, str) else key))
-            return getattr(self._store, name)(key, *args)
+            result = getattr(self._store, name)(key, *args)
+            looks = name == "check" or (name == "get" and key.endswith("/count"))
+            if not looks:
+                self.calls.append((name, str(key)))
+                values = result if isinstance(result, list) else [result]
+                self.read += sum(len(value) for value in values if isinstance(value, bytes))
+            return result
 
         return call
 
@@ -98,49 +105,63 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what it costs --------------------------------------------------------------------------------
 
 
-def test_a_verb_costs_one_write_per_rank() -> None:
-    """64 ranks enter: each adds to one counter and reads what came out; the last one publishes.
-
-    Nobody reads names.
-    """
+def test_entering_costs_one_operation_per_rank() -> None:
+    """64 ranks enter: each adds to one counter. No rank reads names, and none publishes."""
     world = World(64)
 
     def enter(board: StoreCoordinator) -> Any:
         board.begin("save")
-        return board.run_on_all("save", lambda: None)
+        return board.run_on_all("save", lambda: board.rank)
 
-    assert world.spread(enter) == [(None, [None] * 64)] * 64
-    assert world.operations() == {"add": 64, "compare_set": 1, "get": 64}
-    for counted in world.counted:
-        assert sum(name in WRITES for name, _ in counted.seen) <= 2  # type: ignore[attr-defined]
+    assert world.spread(enter) == list(range(64))
+    assert world.operations() == {"add": 64}
     world.spread(enter)
-    assert world.operations() == {"add": 64, "compare_set": 1, "get": 64, "delete_key": 2}, (
-        "the one before is forgotten"
-    )
-
-
-def test_values_are_combined_by_one() -> None:
-    """Messages cost a write more each; one rank reads them all, in one call, and the others what it
-    made of them.
-    """
-    world = World(64)
+    assert world.operations() == {"add": 64, "delete_key": 1}, "the one before is forgotten"
     assert (
-        world.spread(lambda board: board.all_gather_json("save", board.rank, combine=sum))
-        == [sum(range(64))] * 64
+        world.spread(lambda board: board.count_on_all("save", lambda: board.rank > 9)) == [54] * 64
     )
-    assert world.operations() == {
-        "set": 64,
-        "add": 64,
-        "multi_get": 64,
-        "compare_set": 1,
-        "get": 64,
-    }
-    assert sum(any(name == "multi_get" for name, _ in each.seen) for each in world.counted) == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [8, 64, 512])
+def test_values_are_combined_on_the_way(size: int) -> None:
+    """No rank reads more than FAN_IN messages and the answer, whatever the number of ranks."""
+    world = World(size)
+
+    def add_up(board: StoreCoordinator) -> Any:
+        return board.run_and_reduce("save", lambda: board.rank, sum, lambda total: total + 1)
+
+    total = sum(range(size)) + 1
+    for _ in range(2):
+        assert world.spread(add_up) == [(rank, total) for rank in range(size)]
+        for counted in world.counted:
+            assert len(counted.seen) <= 7, counted.seen  # type: ignore[attr-defined]
+        assert world.operations()["get"] == size - 1
+    assert max(counted.read for counted in world.counted) <= 2 * 600
     assert (
         world.spread(lambda board: board.run_on_first("save", lambda: {"by": board.rank}))
-        == [{"by": 0}] * 64
+        == [{"by": 0}] * size
     )
-    assert world.operations() == {"compare_set": 1, "get": 63}
+    assert world.operations()["get"] == size - 1
+
+
+def test_messages_of_all_in_their_order() -> None:
+    world = World(9)
+    found = world.spread(lambda board: board.gather("EMA", str(board.rank), "".join))
+    assert found == ["012345678"] * 9
+    assert max(counted.read for counted in world.counted[1:]) < 100, "the first rank reads them"
+
+
+def test_is_same() -> None:
+    """Guards the name of the exchange in the keys: what was said before does not count."""
+    world = World(6)
+    for odd in ({}, {4: "b"}, {0: "b", 1: "b", 2: "b", 3: "b", 4: "b", 5: "b"}):
+
+        def work(board: StoreCoordinator, odd: dict[int, str] = odd) -> bool:
+            return board.is_same("weights", odd.get(board.rank, "a"))
+
+        same = world.spread(lambda board: board.count_on_all("EMA", lambda: work(board)))
+        assert same == [6 if len(odd) != 1 else same[0]] * 6
+        assert (same[0] < 6) == (len(odd) == 1)
 
 
 def test_no_keys_stay() -> None:
@@ -150,19 +171,29 @@ def test_no_keys_stay() -> None:
         found = []
         for i in range(50):
             board.begin("save")
-            board.run_on_all("save", lambda: None)
-            found.append(board.all_gather_json("save", [i, board.rank])[3])
+            board.run_on_all("save", lambda: board.is_same("it", 3))
+            found.append(board.run_and_reduce("save", lambda: [board.rank], _joined)[1])
             found.append(board.run_on_first("save", lambda i=i: i))  # type: ignore[misc]
         return found
 
-    assert world.spread(many) == [[x for i in range(50) for x in ([i, 3], i)]] * 5
-    assert world.store.num_keys() < 12
+    everyone = list(range(5))
+    found = world.spread(many)
+    assert all(sorted(each) == everyone for each in found[0][::2])
+    assert found == [found[0]] * 5
+    assert found[0][1::2] == list(range(50))
+    assert world.store.num_keys() < 14
+
+
+def _joined(lists: list[list[int]]) -> list[int]:
+    return [value for each in lists for value in each]
 
 
 def test_a_world_of_one_needs_no_store() -> None:
     board = StoreCoordinator(None, [0], 0)
-    assert board.all_gather_json("save", 3) == [3]
-    assert board.run_on_all("save", lambda: 4) == (4, [4])
+    assert board.run_and_reduce("save", lambda: 3, sum, str) == (3, "3")
+    assert board.gather("save", 3, list) == [3]
+    assert board.run_on_all("save", lambda: 4) == 4
+    assert board.count_on_all("save", lambda: True) == 1
     assert board.run_on_first("save", lambda: 5) == 5
     for verb in (board.run_on_all, board.run_on_first):
         with pytest.raises(ZeroDivisionError):
@@ -173,6 +204,15 @@ def test_a_world_of_one_needs_no_store() -> None:
 
 def interrupt() -> None:
     raise KeyboardInterrupt
+
+
+def save(board: StoreCoordinator) -> None:
+    board.run_on_all("save", lambda: None)
+
+
+def total(board: StoreCoordinator, verb: str) -> int:
+    """The number of ranks, combined on the way."""
+    return board.run_and_reduce(verb, lambda: 1, sum)[1]  # type: ignore[no-any-return]
 
 
 # --- an error on one is an error on all -----------------------------------------------------------
@@ -194,7 +234,7 @@ def test_errors_are_told() -> None:
     found = world.spread(lambda board: board.run_on_first("load", lambda: [][0]))
     assert isinstance(found[0], IndexError)
     assert "ema.load() failed on rank 10: IndexError: list index" in str(found[1])
-    assert world.spread(lambda board: board.all_gather_json("gather", 1, combine=sum)) == [6] * 6
+    assert world.spread(lambda board: total(board, "gather")) == [6] * 6
 
 
 def test_an_interrupt_is_told_and_waits_for_nobody() -> None:
@@ -242,20 +282,18 @@ def test_different_verbs_at_once(order: list[int]) -> None:
     assert "rank 12 is in ema.gather()" in text or "rank 12 in ema.gather()" in text
     assert "in ema.save()" in text
     assert "in the same order" in text
-    assert world.spread(lambda board: board.all_gather_json("load", 1, combine=sum)) == [4] * 4, (
-        "in step again"
-    )
+    assert world.spread(lambda board: total(board, "load")) == [4] * 4, "in step again"
 
 
 def test_the_same_verb_begun_anew() -> None:
     """A rank that left a verb alone and calls it again does not meet the middle of it."""
     world = World(2, timeout=30)
-    world.spread(lambda board: board.all_gather_json("save"))
+    world.spread(lambda board: board.run_on_all("save", lambda: None))
 
     def call(board: StoreCoordinator) -> None:
         if board.rank == 1:
             board.begin("save")
-        board.all_gather_json("save")
+        board.run_on_all("save", lambda: None)
 
     assert "rank 10 is in step 1 of ema.save() and rank 11 in ema.save()" in str(
         world.spread(call)[0]
@@ -264,9 +302,7 @@ def test_the_same_verb_begun_anew() -> None:
 
 def test_the_first_rank_decides_something_else() -> None:
     world = World(2, timeout=30)
-    found = world.spread(
-        lambda b: b.run_on_first("load", lambda: 1) if b.rank == 0 else b.all_gather_json("save")
-    )
+    found = world.spread(lambda b: b.run_on_first("load", lambda: 1) if b.rank == 0 else save(b))
     assert found[0] == 1
     assert "rank 10 is in ema.load() and rank 11 in ema.save()" in str(found[1])
 
@@ -274,9 +310,7 @@ def test_the_first_rank_decides_something_else() -> None:
 def test_all_wait_for_different_things(quick: None) -> None:
     """Nobody is missing, and nobody can go on: the timeout says where they are."""
     world = World(2, timeout=0.4)
-    found = world.spread(
-        lambda b: b.all_gather_json("save") if b.rank == 0 else b.run_on_first("load", lambda: 1)
-    )
+    found = world.spread(lambda b: save(b) if b.rank == 0 else b.run_on_first("load", lambda: 1))
     assert [
         "rank 10 is in ema.save() and rank 11 in ema.load()" in str(error) for error in found
     ] == [True, True]
@@ -304,9 +338,7 @@ def test_the_missing_are_named(quick: None) -> None:
 
     found = {str(error) for error in world.spread(call)}
     assert found == {"ema.save() is collective, and ranks 10, 13 did not enter it within 0.6 s."}
-    assert world.spread(lambda board: board.all_gather_json("load", 1, combine=sum)) == [5] * 5, (
-        "in step again"
-    )
+    assert world.spread(lambda board: total(board, "load")) == [5] * 5, "in step again"
 
 
 def test_a_slow_rank_is_waited_for(quick: None) -> None:
@@ -318,7 +350,7 @@ def test_a_slow_rank_is_waited_for(quick: None) -> None:
         if board.rank == 2:
             with board.heartbeats():
                 time.sleep(0.8)
-        board.all_gather_json("save")
+        board.run_on_all("save", lambda: None)
         return board.run_on_first("save", lambda: time.sleep(0.8) or 7)
 
     assert world.spread(work) == [7] * 3
@@ -329,9 +361,9 @@ def test_a_dead_rank_is_named(quick: None) -> None:
     world = World(3, timeout=0.4)
 
     def work(board: StoreCoordinator) -> None:
-        board.all_gather_json("save")
+        board.run_on_all("save", lambda: None)
         if board.rank != 1:
-            board.all_gather_json("save")
+            board.run_on_all("save", lambda: None)
 
     found = world.spread(work)
     assert found[1] is None
@@ -348,11 +380,13 @@ def test_a_dead_rank_is_named(quick: None) -> None:
 
 
 def test_the_one_who_speaks_may_die_too(quick: None) -> None:
-    """The lowest rank that waits names the missing; if it is gone by then, another one does."""
+    """The first rank that waits too long names the missing; if it is gone by then, another one
+    does, and names it too.
+    """
     world = World(3, timeout=0.4)
-    world.store.set("0/here/0", '[0, "save", 0]')
-    found = world.spread(lambda board: board.all_gather_json("save") if board.rank == 1 else None)
-    assert "rank 12 did not enter it" in str(found[1])
+    world.store.set("0/speaker", "0")
+    found = world.spread(lambda board: save(board) if board.rank == 1 else None)
+    assert "ranks 10, 12 did not enter it" in str(found[1])
 
 
 def test_leaving_waits_and_says_for_whom(
@@ -367,7 +401,7 @@ def test_leaving_waits_and_says_for_whom(
     def leave(board: StoreCoordinator) -> int:
         with board.heartbeats():
             time.sleep(1.2 if board.rank in (1, 3) else 0.0)
-        return board.all_gather_json("swap", 1, combine=sum)  # type: ignore[no-any-return]
+        return total(board, "swap")  # type: ignore[no-any-return]
 
     with caplog.at_level(logging.WARNING, "dist_ema"):
         assert world.spread(leave) == [4] * 4
@@ -517,7 +551,7 @@ def two_attempts() -> None:
             if attempt == 2:
                 time.sleep(0.0 if rank == 1 else 0.3)  # rank 1 reads before rank 0 has written
                 answers.append(ranks.run_on_first("load", lambda: "new"))
-                answers.append(ranks.all_gather_json("load", rank))
+                answers.append(ranks.gather("load", rank, list))
             elif rank == 0:  # rank 1 is killed before it reads
                 ranks.run_on_first("load", lambda: "old")
         dist.barrier()
@@ -534,7 +568,7 @@ def together(folder: str) -> None:
 
 DEATHS: dict[str, tuple[int, Any, str]] = {
     "swap": (1, WeightSwap, "apply"),
-    "gather": (1, coordinator.Ranks, "send"),
+    "gather": (1, Connections, "send"),
     "load": (0, reader, "locate"),
 }
 

@@ -111,9 +111,9 @@ class counted:  # noqa: N801
     def __enter__(self) -> None:
         self._kept: Callable[..., Any] = StoreCoordinator._next
 
-        def numbered(board: StoreCoordinator, verb: str) -> Any:
+        def numbered(board: StoreCoordinator, verb: str, *args: Any, **kwargs: Any) -> Any:
             self._seen.append(verb)
-            return self._kept(board, verb)
+            return self._kept(board, verb, *args, **kwargs)
 
         StoreCoordinator._next = numbered  # type: ignore[method-assign]
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import EMA, follow, load_file
-from dist_ema.checkpoint import atomic, leases, versions, writer
+from dist_ema.checkpoint import atomic, file_writer, leases, versions
 from dist_ema.integrations.vllm import EMASource
 from dist_ema.offline.verify import verify
 from dist_ema.service.follow import open_version
@@ -114,13 +114,13 @@ def test_a_version_in_flight_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is due while a version is written is skipped and counted. Guards `busy`."""
-    gate, real = threading.Event(), writer.FileWriter.write_block
+    gate, real = threading.Event(), file_writer.FileWriter.write
 
-    def held(self: writer.FileWriter, *args: Any) -> None:
+    def held(self: file_writer.FileWriter, *args: Any) -> None:
         assert gate.wait(60)
         real(self, *args)
 
-    monkeypatch.setattr(writer.FileWriter, "write_block", held)
+    monkeypatch.setattr(file_writer.FileWriter, "write", held)
     trainer = Trainer(tmp_path / "published")
     for _ in range(4):
         trainer.model(torch.randn(5, 4)).sum().backward()

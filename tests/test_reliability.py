@@ -19,7 +19,7 @@ from torch import nn
 
 from dist_ema import EMA, Uniform, load_file
 from dist_ema.averaging.engines import Overlapped
-from dist_ema.checkpoint import writer
+from dist_ema.checkpoint import file_writer
 from tests._models import Core, Images, Net
 from tests._oracle import same, snapshot
 from tests._ranks import raises, run_ranks
@@ -68,9 +68,9 @@ def slow_disk(folder: str) -> None:
     ema = EMA(wrap("ddp", Net()), 0.5)
     ema.timeout = 1.0
     if dist.get_rank() == 0:
-        file_writer = writer.FileWriter
-        close = file_writer.close
-        file_writer.close = lambda self: (time.sleep(4.0), close(self))[1]  # type: ignore[method-assign]
+        opened = file_writer.FileWriter
+        sync = opened.sync
+        opened.sync = lambda self: (time.sleep(4.0), sync(self))[1]  # type: ignore[method-assign]
     for mode in ("direct", "stream"):
         ema.save(f"{folder}/{mode}", mode=mode)  # type: ignore[arg-type]
     ema.load(f"{folder}/stream")

@@ -18,14 +18,14 @@ from torch import nn
 from dist_ema import EMA
 from tests._models import Net
 from tests._ranks import run_ranks
-from tests.stopped import KILL, MESSAGES, STOP, Case, outcomes, problem
+from tests.stopped import KILL, MESSAGES, RUNS, STOP, Case, outcomes, problem
 
 IN_VERBS = [
     Case("swap", 3, 2, STOP),
     Case("swap", 3, 0, KILL),
-    Case("gather", 3, 1, STOP, number=1),
-    Case("gather", 2, 0, STOP, number=1),
-    Case("gather", 3, 2, KILL, number=1),
+    Case("gather", 3, 1, STOP, RUNS, 1),
+    Case("gather", 2, 0, STOP, RUNS, 1),
+    Case("gather", 3, 2, KILL, RUNS, 1),
     Case("copy_to", 3, 1, STOP, number=2),
     Case("EMA", 3, 1, STOP, ("all_reduce",)),
 ]

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 import dist_ema
 from dist_ema import EMA, Uniform, load_file
-from dist_ema.checkpoint import atomic, manifest, writer
-from dist_ema.distributed import transfer
+from dist_ema.checkpoint import atomic, manifest
+from dist_ema.distributed import connections, machines
 from tests._models import Core, Images, Net
 from tests._oracle import Collectives, Training
 from tests._ranks import raises, run_ranks
@@ -359,17 +359,18 @@ def test_nothing_is_ever_pickled() -> None:
 def small_windows() -> Iterator[list[int]]:
     """Streams move 24 bytes at a time inside; yields how many bytes each send of weights had."""
     sent: list[int] = []
-    real, window = transfer.FileTransferGroup.send, transfer.STREAM
+    real, window = connections._windows, connections.WINDOW
 
-    def send(self: transfer.FileTransferGroup, data: Tensor, to: int) -> None:
-        sent.extend([data.nbytes] if data.dtype == torch.uint8 else [])
-        real(self, data, to)
+    def windows(runs: Iterable[connections.Run]) -> Iterator[list[connections.Run]]:
+        for each in real(runs):
+            sent.append(sum(len(run.data) for run in each))
+            yield each
 
-    transfer.FileTransferGroup.send, transfer.STREAM = send, 24  # type: ignore[method-assign]
+    connections._windows, connections.WINDOW = windows, 24
     try:
         yield sent
     finally:
-        transfer.FileTransferGroup.send, transfer.STREAM = real, window  # type: ignore[method-assign]
+        connections._windows, connections.WINDOW = real, window
 
 
 def direct_and_stream(folder: str) -> None:
@@ -630,25 +631,27 @@ def another_file_system(folder: str) -> None:
 
 
 def other_machines(folder: str) -> None:
-    """What machine_id says decides, unless a mode is given: two machines stream, two ranks of one
-    write into place.
+    """What the machine is called decides, unless a mode is given: two machines stream, two ranks of
+    one write into place.
     """
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
-    assert len(writer.machine_id()) > 3
-    assert len(set(ema._ranks.all_gather_json("test", writer.machine_id()))) == 1
+    assert len(machines.machine_id()) > 3
+    assert len(set(ema._ranks.gather("test", machines.machine_id(), list))) == 1
     sent: list[int] = []
-    real = transfer.FileTransferGroup.send
-    transfer.FileTransferGroup.send = lambda *args: (sent.append(1), real(*args))[1]  # type: ignore[method-assign]
+    real = connections.Connections.send
+    connections.Connections.send = lambda *args: (sent.append(1), real(*args))[1]  # type: ignore[method-assign]
     for machine, mode, streams in (
         (0, None, False),
         (1, None, True),
         (1, "direct", False),
         (0, "stream", True),
     ):
-        writer.machine_id = lambda apart=machine: f"host {apart * dist.get_rank()}"  # type: ignore[misc]
+        os.environ[machines.MACHINE] = f"host {machine * dist.get_rank()}"
         sent.clear()
+        ema._writer = None
         ema.save(f"{folder}/a", mode=mode)  # type: ignore[arg-type]
         assert bool(sent) == (streams and dist.get_rank() == 1), (machine, mode)
+    del os.environ[machines.MACHINE]
 
 
 def nobody_wrapped(folder: str) -> None:

@@ -1,8 +1,8 @@
 """`ema.gather` and `copy_to`: full weights by name in memory, and an average copied into a model.
 
-Both are one stream: each rank in turn packs the blocks that it answers for into windows of 16 MB
-and sends them. There is no collective per weight, and no rank holds more than the windows beside
-its own result.
+Ranks send the blocks that they answer for in windows of 16 MB. There is no collective per weight,
+and no rank holds more than the windows beside its own result. To one rank, those of other machines
+send through a rank of its machine ([Note: columns]).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..distributed.coordinator import Ranks
-from ..distributed.transfer import Block, stream, stream_to_all
+from ..distributed.connections import Run
+from ..distributed.ranks import Ranks
+from ..distributed.transfer import Block, stream_to_all
 from ..sharding import discovery, parameters, wrappers
-from ..sharding.geometry import Box, boxes_with_data
+from ..sharding.geometry import Box, boxes_with_data, runs
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
 from ..sharding.records import Shard
 from .executors import await_host_reads
@@ -27,32 +28,56 @@ WINDOW = 256 << 20  # bytes of full weights
 
 
 def full(
-    ranks: Ranks,
-    states: Sequence[ParamState],
-    own_buffers: dict[str, Tensor],
-    device: torch.device,
+    ranks: Ranks, states: Sequence[ParamState], own_buffers: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The complete state_dict, with every alias, on the first rank; {} elsewhere. *Collective*."""
     result: dict[str, Tensor] = {}
+    places: dict[int, memoryview] = {}
     blocks: list[Block] = []
 
     def prepare() -> None:
         # NOTE: memory for a whole model may be missing. Then the others must not begin to send.
         blocks.extend(saved_blocks(states, own_buffers, ranks.size == 1))
-        for state in states if ranks.first else ():
-            result[state.name] = torch.empty(
-                state.shard.shape, dtype=saved_dtype(state, own_buffers), device=device
-            )
+        for number, state in enumerate(states if ranks.first else ()):
+            dtype = saved_dtype(state, own_buffers)
+            full = result[state.name] = torch.empty(state.shard.shape, dtype=dtype, device="cpu")
+            places[number] = _bytes_of(full)
 
-    def receive(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
-        if result:
-            result[states[number].name][Box(offsets, tuple(data.shape)).slices].copy_(data)
+    def consume(number: int, offset: int, data: memoryview) -> None:
+        places[number][offset : offset + len(data)] = data
 
     ranks.run_on_all("gather", prepare)
-    stream(ranks, ranks, "gather", *saved_dtypes(states, own_buffers), blocks, receive)
+    if ranks.first:
+        for number, offsets, data in blocks:
+            result[states[number].name][Box(offsets, tuple(data.shape)).slices].copy_(data)
+    if ranks.size > 1:
+        connections, machines = ranks.connections("gather"), ranks.machines("gather")
+        relay = machines.column(machines.columns[ranks.rank])[machines.numbers[0]]
+
+        def send() -> None:
+            if not ranks.first:
+                runs_here = _runs(states, blocks)
+                connections.send(0, runs_here, None if relay in (0, ranks.rank) else relay)
+
+        with connections.receiving(consume):
+            ranks.run_transfer("gather", send)
     return result | {
         alias: result[state.name] for state in states if result for alias in state.shard.aliases
     }
+
+
+def _runs(states: Sequence[ParamState], blocks: Sequence[Block]) -> Iterator[Run]:
+    """The bytes of the blocks as runs of the full weights, which are numbered like the states."""
+    for number, offsets, data in blocks:
+        view, done = _bytes_of(data.cpu().contiguous()), 0
+        for start, n in runs(Box(offsets, tuple(data.shape)), states[number].shard.shape):
+            end = done + n * data.itemsize
+            yield Run(number, start * data.itemsize, view[done:end])
+            done = end
+
+
+def _bytes_of(data: Tensor) -> memoryview:
+    return memoryview(data.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def full_weights(
@@ -110,7 +135,7 @@ def copy_into(
     blocks: list[Block] = []
     sharded: list[nn.Module] = []
 
-    def prepare() -> bool | None:
+    def prepare() -> bool:
         found = discovery.find_shards(parameters.module_of(module))
         _refuse_other(states, found.shards)
         for shard in found.shards:
@@ -121,7 +146,7 @@ def copy_into(
         blocks.extend(saved_blocks(states, own_buffers))
         sharded.extend(found.sharded)
         divided = [state for state in states if state.shard.owner_ranks]
-        return any(_is_cut_otherwise(state, targets[state.name]) for state in divided) or None
+        return any(_is_cut_otherwise(state, targets[state.name]) for state in divided)
 
     def receive(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
         box = Box(offsets, tuple(data.shape))
@@ -130,7 +155,7 @@ def copy_into(
             if common is not None:
                 view[common.within(target)].copy_(data[common.within(box)])
 
-    _, otherwise = ranks.run_on_all("copy_to", prepare, combine=any)
+    otherwise = ranks.count_on_all("copy_to", prepare)
     for state in states if not otherwise else ():
         if state.shard.owner_ranks:
             targets[state.name].write(state.local if state.shadow is None else state.shadow)

@@ -20,23 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.coordinator import digest
+from ..distributed.diagnosis import digest
+from ..distributed.ranks import Ranks
 from ..sharding import consistency
 from ..sharding.fingerprint import fingerprints
 from ..sharding.ownership import ParamState
 from .kernels.eager import SCRATCH
 
-__all__ = ["batches", "compare", "measure"]
+__all__ = ["batches", "combine", "conclude", "measure"]
 
 
-def measure(states: Sequence[ParamState], started: bool, split: bool, ranks: int) -> dict[str, Any]:
-    """Measure what `compare` needs of this rank. Waits for the device.
+def measure(
+    states: Sequence[ParamState], started: bool, split: bool, ranks: Ranks
+) -> dict[str, Any]:
+    """Measure what `conclude` needs of this rank. Waits for the device.
 
     Args:
         states: The weights that are averaged.
         started: Averaging has begun. Before that the average is live, whatever the shadows hold.
         split: The average of replicated weights is cut over the ranks.
-        ranks: The number of ranks.
+        ranks: Those whose next exchange compares.
 
     Returns:
         A dictionary that JSON can hold.
@@ -47,28 +50,28 @@ def measure(states: Sequence[ParamState], started: bool, split: bool, ranks: int
     """
     kinds: dict[str, list[ParamState]] = {}
     for state in states:
-        if state.shard.kind != "buffer" and _is_copied(state, split, ranks):
+        if state.shard.kind != "buffer" and _is_copied(state, split, ranks.size):
             kind = f"{len(state.shard.replicas)}/{len(state.shard.owner_ranks)}"
             kinds.setdefault(kind, []).append(state)
-    return {
-        "squares": _squares(states) if started else [0.0, 0.0],
-        "live": consistency.sample(states, ranks),
-        "copies": {kind: _hash_copies(copied) for kind, copied in kinds.items()},
-    }
+    agree = consistency.sampled_alike(states, ranks)
+    for kind, copied in kinds.items():
+        elements, bits = _hash_copies(copied)
+        agree &= ranks.is_same(f"{kind}/{elements}", bits)
+    return {"squares": _squares(states) if started else [0.0, 0.0], "agree": agree}
 
 
-def compare(measured: Sequence[dict[str, Any]]) -> tuple[float, bool]:
-    """From what every rank measured: (relative L2 distance to live, replicas are equal)."""
-    apart, whole = (math.fsum(rank["squares"][i] for rank in measured) for i in (0, 1))
+def combine(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What several ranks measured, as of one."""
+    columns = zip(*(rank["squares"] for rank in measured), strict=True)
+    return {"squares": list(map(sum, columns)), "agree": all(rank["agree"] for rank in measured)}
+
+
+def conclude(measured: dict[str, Any]) -> tuple[float, bool]:
+    """From what all ranks measured: (relative L2 distance to live, replicas are equal)."""
+    apart, whole = measured["squares"]
     # NOTE: nothing is a fraction of a model of zeros; nan says that live or the average holds one.
     distance = math.sqrt(apart / whole) if whole else math.inf if apart else 0.0
-    known: dict[tuple[str, int], int] = {}
-    agree = consistency.all_equal([rank["live"] for rank in measured]) and all(
-        known.setdefault((kind, elements), bits) == bits
-        for rank in measured
-        for kind, (elements, bits) in rank["copies"].items()
-    )
-    return distance, agree
+    return distance, measured["agree"]
 
 
 def _is_copied(state: ParamState, split: bool, ranks: int) -> bool:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed.coordinator import Ranks
+from ..distributed.ranks import Ranks
 from ..sharding import derived
 from .averages import AveragedWeights
 from .executors import run_shielded
@@ -149,28 +149,38 @@ class WeightSwap:
         exits = self._exchange_and_restore(message)
         if raised is not error:
             raise raised  # type: ignore[misc]
-        if exits["error"] and error is None:
-            rank, text = exits["error"]
+        if "error" in exits and error is None:
             raise RuntimeError(
-                f"rank {self.ranks.members[rank]} left ema.swap() by an exception: {text}"
+                f"rank {self.ranks.members[exits['rank']]} left ema.swap() by an exception: "
+                f"{exits['error']}"
             )
         self.remarks = describe(*names)
         if error is None:
-            self._average.own_buffers |= {name: buffers[name] for name in exits["changed"]}
+            self._average.own_buffers |= {name: buffers[name] for name in exits.get("changed", ())}
         elif hasattr(error, "add_note"):
             for text in self.remarks:
                 error.add_note(text)
 
     def _exchange_and_restore(self, message: dict[str, Any]) -> dict[str, Any]:
         """All ranks' messages, combined; live weights are back on every replica, if possible."""
-        posted = message if any(message.values()) else None
         with derived.caches_dropped(self._weights.model):
             try:
-                exits = self.ranks.all_gather_json("swap", posted, _combine_exits)
+                exits = self._exchange(message)
             finally:
                 self._journal.restore()
             self._broadcast_restored()
         return exits  # type: ignore[no-any-return]
+
+    def _exchange(self, message: dict[str, Any]) -> dict[str, Any]:
+        """All ranks' messages, combined, once all have come."""
+        ranks = self.ranks
+        # NOTE: DDP rewrites the other ranks' buffers in every forward, so the first rank says which
+        # of them changed.
+        tells = ranks.first or "error" in message
+        message = message | {"rank": ranks.rank} if tells else {}
+        if not ranks.count_on_all("swap", lambda: any(map(message.get, ("error", "changed")))):
+            return {}
+        return ranks.run_and_reduce("swap", lambda: message, _combine_exits)[1]  # type: ignore[no-any-return]
 
     def _broadcast_restored(self) -> None:
         self._broadcast()
@@ -204,14 +214,9 @@ class WeightSwap:
             self._open = False
 
 
-def _combine_exits(exits: list[Any]) -> dict[str, Any]:
-    """Which rank left a swap by an exception, and which buffers were recalibrated.
-
-    NOTE: DDP rewrites the other ranks' buffers in every forward, so the first rank says which.
-    """
-    messages = [each or {} for each in exits]
-    errors = [[rank, each["error"]] for rank, each in enumerate(messages) if "error" in each]
-    return {
-        "error": errors[0] if errors else None,
-        "changed": messages[0].get("changed", []),
-    }
+def _combine_exits(exits: list[dict[str, Any]]) -> dict[str, Any]:
+    """The error of the lowest rank that left a swap by one, and what the first rank says."""
+    errors = [each for each in exits if "error" in each]
+    lowest = min(errors, key=lambda each: each["rank"], default={})
+    changed = [name for each in exits for name in each.get("changed", ())]
+    return lowest | {"changed": changed}

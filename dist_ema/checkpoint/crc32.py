@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from functools import lru_cache
 
-__all__ = ["RangeSum", "check_sum"]
+__all__ = ["RangeSum", "check_sum", "combine"]
 
 
 _POLYNOMIAL = 0xEDB88320
@@ -42,6 +42,15 @@ def check_sum(size: int, contributions: list[int]) -> str:
     for contribution in contributions:
         value ^= contribution
     return f"{value:08x}"
+
+
+def combine(parts: list[dict[str, int]]) -> dict[str, int]:
+    """Contributions of several ranks to the sums of files, as of one."""
+    sums: dict[str, int] = {}
+    for contributions in parts:
+        for file, contribution in contributions.items():
+            sums[file] = sums.get(file, 0) ^ contribution
+    return sums
 
 
 def _multiply(a: int, b: int) -> int:

@@ -18,7 +18,7 @@ Aliases = dict[str, list[str]]  # name in the file -> further names of the same 
 
 
 class Location(NamedTuple):
-    """A saved model at a path, as JSON values that the first rank sends to the others."""
+    """A saved model at a path, as JSON values, of which ranks compare a hash."""
 
     folder: str
     model: str  # the index, or the only file
@@ -27,8 +27,16 @@ class Location(NamedTuple):
     listed: dict[str, dict[str, Any]]  # size and check sum of the files, as far as they are known
 
 
-def locate(path: Path) -> Location:
-    """Raises ValueError for what is no model, and for an ema.json that is not sound."""
+def locate(path: Path, read_headers: bool = True) -> Location:
+    """Find a model.
+
+    Args:
+        path: A folder or a file.
+        read_headers: Compare ema.json with the headers of the files too.
+
+    Raises:
+        ValueError: It is no model, or an ema.json is not sound.
+    """
     path = atomic.whole(atomic.follow(Path(os.path.realpath(path))))
     if not path.exists():
         raise ValueError(
@@ -44,7 +52,8 @@ def locate(path: Path) -> Location:
                 "ema.save() wrote."
             )
         return Location(str(path), safetensors.find_model(path), {}, None, {})
-    manifest.refuse_damaged(path, found, manifest.read_files(path, found))
+    files = (manifest.read_files(path, found),) if read_headers else ()
+    manifest.refuse_damaged(path, found, *files)
     model = safetensors.find_model(path)
     return Location(str(path), model, found.aliases, found.to_json(), found.files_of(""))
 

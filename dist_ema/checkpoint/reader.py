@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..distributed.coordinator import Ranks, digest
+from ..distributed.diagnosis import digest
+from ..distributed.ranks import Ranks
 from ..sharding.geometry import boxes_with_data
 from ..sharding.ownership import ParamState
 from ..sharding.records import Region
@@ -140,19 +141,27 @@ class OpenCheckpoint:
             return
 
         def contributions() -> dict[str, int]:
-            files = self._open.items()
-            return {str(path): f.contribution(ranks.rank, ranks.size) for path, f in files}
+            files = sorted(self._open.items())
+            parts = [file.contribution(ranks.rank, ranks.size) for _, file in files]
+            return {str(number): part for number, part in enumerate(parts) if part}
 
-        _, sums = ranks.run_on_all("load", contributions, combine=_combine_sums)
+        _, problem = ranks.run_and_reduce("load", contributions, crc32.combine, self._damage)
+        if problem:
+            raise ValueError(problem)
+
+    def _damage(self, sums: dict[str, int]) -> str:
+        """Which file has another check sum than ema.json says."""
+        numbers = {path: str(number) for number, path in enumerate(sorted(self._open))}
         for plan in self._plans:
             for name, entry in (plan.listed or {}).items():
                 path = plan.folder / name
-                crc = crc32.check_sum(entry["size"], [sums[str(path)]])
+                crc = crc32.check_sum(entry["size"], [sums.get(numbers[path], 0)])
                 if crc != entry["crc32"]:
-                    raise ValueError(
+                    return (
                         f"{path} is damaged: its CRC-32 is {crc}, {manifest.META} says "
                         f"{entry['crc32']}."
                     )
+        return ""
 
     def fill(self, ranks: Ranks) -> list[dict[str, Tensor]]:
         """Write the shadows. Returns the own buffers of each average.
@@ -206,53 +215,60 @@ def _open_one_version(
     NOTE: a file system may show ranks different times of one file, so the last attempt goes on.
     """
     for left in reversed(range(ATTEMPTS)):
-        *fields, version = ranks.run_on_first("load", lambda: _locate_version(path))
-        place = Location(*fields)
+        places: list[Location] = []
+        opened: list[OpenCheckpoint] = []
         files = stack.enter_context(ExitStack())
-        saved = [] if place.manifest is None else place.manifest["schedules"]
-        found = OpenCheckpoint(place, make_targets(saved), files)
-        work = partial(found.open, version, not left)
-        _, (alike, replaced) = ranks.run_on_all("load", work, combine=_combine_opened)
-        if not replaced:
-            break
+
+        def look(places: list[Location] = places) -> list[Any]:
+            places.append(atomic.read_one_version(_followed(path), locate))
+            return [digest(places[0]), _version(places[0])]
+
+        first_sees, version = ranks.run_on_first("load", look)
+        # NOTE: no rank tells the others what ema.json says, which grows with the model.
+        work = partial(_open, ranks, path, make_targets, places, opened, files)
+        if not ranks.count_on_all("load", partial(work, first_sees, version, not left)):
+            return opened[0]
         files.close()
-    if not alike:
-        raise ValueError(
-            f"the ranks see different files in {place.folder}. Is it on a file system that all "
-            "of them share?"
-        )
-    return found
+    raise ValueError(
+        f"the ranks see different files in {path}. Is it on a file system that all of them share?"
+    )
 
 
-def _locate_version(path: Path) -> list[Any]:
-    """The fields of a `Location`, and the version of what it names."""
+def _open(
+    ranks: Ranks,
+    path: Path,
+    make_targets: MakeTargets,
+    places: list[Location],
+    opened: list[OpenCheckpoint],
+    files: ExitStack,
+    first_sees: int,
+    version: list[int] | None,
+    is_last: bool,
+) -> bool:
+    """Open what the first rank sees. Returns whether this rank sees something else."""
+    try:
+        place = places[0] if places else locate(_followed(path), read_headers=False)
+    except (OSError, ValueError):
+        if is_last:
+            raise
+        return True
+    if digest(place) != first_sees:
+        return True
+    saved = [] if place.manifest is None else place.manifest["schedules"]
+    found = OpenCheckpoint(place, make_targets(saved), files)
+    differences, replaced = found.open(version, is_last)
+    opened.append(found)
+    return replaced or not ranks.is_same("files", differences)
 
-    def read(where: Path) -> list[Any]:
-        place = locate(where)
-        return [*place, _version(place)]
 
-    return atomic.read_one_version(atomic.follow(Path(os.path.realpath(path))), read)
+def _followed(path: Path) -> Path:
+    return atomic.follow(Path(os.path.realpath(path)))
 
 
 def _version(place: Location) -> list[int] | None:
     # NOTE: the number of the device differs between hosts.
     found = atomic.identity(Path(place.folder, place.model))
     return None if found is None else list(found[1:])
-
-
-def _combine_opened(messages: list[tuple[int, bool]]) -> tuple[bool, bool]:
-    """Whether all ranks found the same differences, and whether one saw another version."""
-    differences, replaced = zip(*messages, strict=True)
-    return len(set(differences)) == 1, any(replaced)
-
-
-def _combine_sums(messages: list[dict[str, int]]) -> dict[str, int]:
-    """Contributions to a check sum add up by exclusive or."""
-    sums = dict.fromkeys(messages[0], 0)
-    for contributions in messages:
-        for name, contribution in contributions.items():
-            sums[name] ^= contribution
-    return sums
 
 
 def _fill(plan: ReadPlan) -> dict[str, Tensor]:

@@ -1,15 +1,8 @@
-"""Bytes between ranks in bounded windows: broadcasts, and the streams of a save to its writers.
+"""Bytes between ranks in bounded windows: broadcasts, and streams to all ranks.
 
 [Note: windows]  Everything travels as uint8, because gloo cannot send int16 or float8 in
 collectives. Small tensors are packed: one window with the bytes of 300 of them takes a hundredth of
 the time of 300 collectives.
-
-[Note: turns]  Bytes for the first rank are sent in turns. A rank sends only after the first rank
-has reported success for the rank before. So a rank that waits for its turn is never stuck in a send
-that no rank will receive, and every window has a deadline of its own.
-
-[Note: files]  Files may be written in the background, and ranks may die or fill a disk meanwhile.
-So bytes for files travel on a process group of their own, and a failure there stops no training.
 """
 
 from __future__ import annotations
@@ -17,30 +10,25 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .coordinator import Ranks, transfer_device
+from .ranks import Ranks, transfer_device
 
 __all__ = [
     "Block",
-    "FileTransferGroup",
-    "PointToPoint",
     "broadcast",
-    "stream",
     "stream_to_all",
 ]
 
 WINDOW = 4 << 20  # bytes that one collective moves
 AHEAD = 2  # windows in place that are under way while the oldest is waited for
 STREAM = 16 << 20  # bytes that one send moves
-AFTER_FAILURE = 5.0  # seconds without a heartbeat of the first rank, once a send to it has failed
 
 
 class Block(NamedTuple):
@@ -52,16 +40,6 @@ class Block(NamedTuple):
 
 
 Consume = Callable[[int, tuple[int, ...], Tensor], None]  # takes the fields of a Block
-
-
-class PointToPoint(Protocol):
-    """Sends windows between two ranks, each within a timeout: `Ranks`, or a group for files."""
-
-    def transfer_device(self) -> torch.device: ...
-
-    def send(self, data: Tensor, to: int) -> None: ...
-
-    def receive(self, data: Tensor, source: int) -> None: ...
 
 
 def broadcast(
@@ -168,96 +146,6 @@ def stream_to_all(
                 _send(blocks, transfer, device)
 
     ranks.run_transfer(verb, work)
-
-
-class FileTransferGroup:
-    """A process group for files alone ([Note: files]). *Collective*.
-
-    torch does not know it, so it works after destroy_process_group(), while a file is written in
-    the background. Its addresses lie under the keys of `ranks` ([Note: incarnations]), so gloo does
-    not connect to those of a killed attempt.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._timeout = timedelta(seconds=ranks.timeout)
-        self._group: Any = ranks.within_timeout(
-            lambda store: dist.ProcessGroupGloo(store, ranks.rank, ranks.size, self._timeout)
-        )
-
-    def transfer_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def send(self, data: Tensor, to: int) -> None:
-        self._group.send([data], to, 0).wait(self._timeout)
-
-    def receive(self, data: Tensor, source: int) -> None:
-        self._group.recv([data], source, 0).wait(self._timeout)
-
-
-def stream(
-    ranks: Ranks,
-    link: PointToPoint,
-    verb: str,
-    dtypes: Sequence[torch.dtype],
-    dims: Sequence[int],
-    blocks: Sequence[Block],
-    consume: Consume,
-) -> None:
-    """Hand the blocks of every rank to `consume` on the first rank ([Note: turns]).
-
-    Args:
-        ranks: The ranks that take part.
-        link: Sends the windows.
-        verb: What they do, for errors.
-        dtypes: Of the weights by number, alike on every rank.
-        dims: Numbers of dimensions of the weights, alike on every rank.
-        blocks: Of this rank.
-        consume: Takes one block. What fails there is raised on all ranks.
-
-    Note:
-        *Collective*. *Cost*: one window on every rank; one message per rank, read by all.
-    """
-    device = link.transfer_device()
-    failed_send: Exception | None = None
-    for source in range(ranks.size):
-
-        def take_turn(source: int = source) -> None:
-            """On the first rank: consume the blocks of `source`."""
-
-            def receive(data: Tensor) -> None:
-                try:
-                    link.receive(data, source)
-                except RuntimeError as error:
-                    raise RuntimeError(
-                        f"ema.{verb}(): rank {ranks.members[source]} broke off what it was "
-                        f"sending. Dead, or hung? ({str(error).split('. ')[0]})"
-                    ) from error
-
-            remote = source != ranks.rank
-            _consume_all(_receive(receive, dtypes, dims, device) if remote else blocks, consume)
-
-        try:
-            ranks.run_on_first(verb, take_turn, AFTER_FAILURE if failed_send else None)
-        except RuntimeError as refused:
-            raise refused from failed_send
-        if ranks.rank == source + 1:
-            try:
-                _send(blocks, lambda data: link.send(data, 0), device)
-            except Exception as error:  # the first rank notices, and raises on all
-                failed_send = error
-
-
-def _consume_all(blocks: Iterable[Block], consume: Consume) -> None:
-    """Consume blocks. After an error the rest is received and dropped, for their sender's sake."""
-    failed = None
-    for block in blocks:
-        if failed is None:
-            try:
-                consume(*block)
-            except Exception as error:
-                failed = error
-    if failed is not None:
-        raise failed
 
 
 def _bounded(blocks: Iterable[Block]) -> Iterator[Block]:

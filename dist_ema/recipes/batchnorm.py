@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed import transfer
-from ..distributed.coordinator import Ranks
+from ..distributed.ranks import Ranks
 from ..sharding import derived, discovery, wrappers
 
 __all__ = ["recalibrate"]
@@ -117,8 +117,10 @@ def _recalibrate(
         else nullcontext(lambda: None)
     )
 
-    def run() -> int:
-        done = 0
+    done = 0
+
+    def run() -> list[int]:
+        nonlocal done
         with (
             bar as advance,
             _watched(inner, layers, watch),
@@ -129,18 +131,17 @@ def _recalibrate(
                 (forward or _forward)(inner, batch)
                 done += watch.counting
                 advance()
-        return done
+        return [ranks.rank] if done else []
 
-    done, counts = ranks.run_on_all("recalibrate", run, combine=list)
-    if not any(counts):
+    # The lowest rank with data: ranks with other batches iterated vectors another number of times.
+    source = ranks.run_and_reduce("recalibrate", run, _lowest)[1]
+    if not source:
         raise ValueError("recalibrate() saw no data: the loader gave no batch on any rank.")
     moments: dict[str, _Moments] = {}
 
     def share() -> None:
         if ranks.group is not None and vectors:
-            # Ranks with other batches iterated another number of times.
-            source = next(rank for rank, count in enumerate(counts) if count)
-            pieces = [(source, vector) for vector in vectors]
+            pieces = [(source[0], vector) for vector in vectors]
             transfer.broadcast(pieces, ranks.group, ranks.wait_for)
         moments.update((name, each.over(ranks)) for name, each in watch.moments.items())
 
@@ -152,6 +153,10 @@ def _recalibrate(
                 module.running_mean.copy_(moments[name].mean)  # type: ignore[union-attr]
                 module.running_var.copy_(moments[name].variance)  # type: ignore[union-attr]
     return done
+
+
+def _lowest(ranks: list[list[int]]) -> list[int]:
+    return sorted(rank for each in ranks for rank in each)[:1]
 
 
 # --- running the batches --------------------------------------------------------------------------

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..distributed.coordinator import Ranks, digest
+from ..distributed.diagnosis import digest
+from ..distributed.ranks import Ranks
 from .fingerprint import fingerprints
 from .ownership import ParamState
 
-__all__ = ["all_equal", "name_replicas", "on_averages", "on_weights", "sample"]
+__all__ = ["name_replicas", "on_averages", "on_weights", "sampled_alike"]
 
 
 def on_weights(
@@ -43,20 +45,23 @@ def on_weights(
     replicas = _replicas(states, ranks.size)
     inventory: dict[str, list[Any]] = {"weights": weights, "regions": _regions(replicas)}
 
-    def digests() -> dict[str, int]:
+    def differs() -> bool:
         inventory["hashes"] = fingerprints([state.local for state in replicas])
-        return {key: digest(value) for key, value in inventory.items()}
+        kinds = digest(inventory["regions"]), digest(inventory["hashes"])
+        same = ranks.is_same("weights", digest(weights))
+        return not (ranks.is_same(f"hashes of {kinds[0]}", kinds[1]) and same)
 
-    _, equal = ranks.run_on_all(verb, digests, combine=all_equal)
-    if not equal:  # every rank learned this, so all of them exchange what differs
-        inventories = ranks.all_gather_json(verb, inventory)
-        _refuse_other_models(ranks.members, inventories)
-        names = _differing_replicas(ranks.members, inventories)
-        if names:
-            raise ValueError(
-                f"{names}, which should hold replicas. Broadcast the weights before building the "
-                "EMA, or tell DDP to ignore them."
-            )
+    if ranks.count_on_all(verb, differs):  # every rank learned this, so all say what they hold
+        raise ValueError(ranks.gather(verb, inventory, partial(_difference, ranks.members)))
+
+
+def _difference(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> str:
+    """What differs between the models, or between replicas."""
+    models = _other_models(members, inventories)
+    return models or (
+        f"{_differing_replicas(members, inventories)}, which should hold replicas. Broadcast the "
+        "weights before building the EMA, or tell DDP to ignore them."
+    )
 
 
 def _replicas(states: Sequence[ParamState], ranks: int) -> list[ParamState]:
@@ -72,35 +77,22 @@ def _regions(states: Sequence[ParamState]) -> list[list[object]]:
     return [[name, *region.offsets, region.begin, region.end] for name, region in regions]
 
 
-def sample(states: Sequence[ParamState], ranks: int) -> dict[str, int] | None:
-    """Hash some elements of every weight that is replicated; None if there is none.
+def sampled_alike(states: Sequence[ParamState], ranks: Ranks) -> bool:
+    """Whether ranks that hold the same regions hold the same bits in some elements of each weight.
 
-    Replicas that went apart differ in nearly all elements, so a few of each weight tell.
-
-    Returns:
-        What `all_equal` compares.
+    Replicas that went apart differ in nearly all elements, so a few of each weight tell. Call it in
+    the work of an exchange, see `Ranks.is_same`.
 
     Note:
         *Cost*: 64 to 127 elements per weight are read. Waits for the device.
     """
     by_kind: dict[Any, list[Tensor]] = {}
-    replicas = _replicas(states, ranks)
+    replicas = _replicas(states, ranks.size)
     for state in replicas:
         spaced = state.local[:: max(1, len(state.local) // 64)]
         by_kind.setdefault((spaced.dtype, spaced.device), []).append(spaced)
     hashes = fingerprints([torch.cat(each) for each in by_kind.values()])
-    return {"regions": digest(_regions(replicas)), "hashes": digest(hashes)} if replicas else None
-
-
-def all_equal(digests: Sequence[dict[str, int] | None]) -> bool:
-    """Ranks that hold the same regions sent the same hashes, and all sent the same weights."""
-    sent = [entry for entry in digests if entry is not None]
-    hashes = {entry["regions"]: entry["hashes"] for entry in sent}
-    return all(
-        entry.get("weights") == sent[0].get("weights")
-        and hashes[entry["regions"]] == entry["hashes"]
-        for entry in sent
-    )
+    return not replicas or ranks.is_same(f"live {digest(_regions(replicas))}", digest(hashes))
 
 
 def name_replicas(verb: str, ranks: Ranks, states: Sequence[ParamState]) -> str:
@@ -111,21 +103,23 @@ def name_replicas(verb: str, ranks: Ranks, states: Sequence[ParamState]) -> str:
     replicas = _replicas(states, ranks.size)
     hashes = fingerprints([state.local for state in replicas])
     inventory = {"regions": _regions(replicas), "hashes": hashes}
-    return _differing_replicas(ranks.members, ranks.all_gather_json(verb, inventory))
+    text: str = ranks.gather(verb, inventory, partial(_differing_replicas, ranks.members))
+    return text
 
 
-def _refuse_other_models(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError for the first difference. Every rank compares all, so that all raise."""
+def _other_models(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> str:
+    """The first difference; "" where all hold the same."""
     first = inventories[0]["weights"]
     for i, inventory in enumerate(inventories):
         weights = inventory["weights"]
         if weights != first:
             pairs = [f"{a} and {b}" for a, b in zip(first, weights, strict=False) if a != b]
             found = "; ".join(pairs[:3]) or f"{len(first)} and {len(weights)} weights"
-            raise ValueError(
+            return (
                 f"ranks {members[0]} and {members[i]} hold different models: {found}. Build the "
                 "same model on every rank."
             )
+    return ""
 
 
 def _differing_replicas(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> str:
@@ -165,12 +159,14 @@ def on_averages(
     names = [state.name for state in states]
     weights = [state for state in states if state.shard.kind != "buffer"]
     ranks.begin(verb, arguments)
-    _, positions = ranks.run_on_all(
-        verb,
-        lambda: [digest(names), *fingerprints([state.average for state in weights])],
-        combine=_mismatched,
-    )
-    if positions:
+    hashes: list[int] = []
+
+    def differs() -> bool:
+        hashes.extend([digest(names), *fingerprints([state.average for state in weights])])
+        return not ranks.is_same("averages", digest(hashes))
+
+    if ranks.count_on_all(verb, differs):
+        positions = ranks.gather(verb, hashes, _mismatched)
         mismatched = ", ".join(sorted(weights[i - 1].name for i in positions if i)[:3])
         raise RuntimeError(
             f"ema.{verb}(): the model is not wrapped, and "

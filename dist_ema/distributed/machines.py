@@ -1,0 +1,120 @@
+"""Which ranks share a machine, and how bytes reach a machine without a connection of every rank.
+
+[Note: columns]  Rank i of a machine sends to rank i of every other machine, which writes or passes
+on. So a rank has one connection per machine, and not one per rank:
+
+    machine 0   rank 0   rank 1   rank 2   rank 3
+                  |        |        |        |        columns
+    machine 1   rank 4   rank 5   rank 6   rank 7
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import socket
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MACHINE", "Machines", "addresses", "machine_id", "numbered", "pack", "unpack"]
+
+MACHINE = "DIST_EMA_MACHINE"  # an environment variable that overrides the machine's identity
+_ADDRESS_OF = 0x8915  # SIOCGIFADDR
+
+
+class Machines:
+    """The ranks of each machine.
+
+    Args:
+        numbers: For each rank the number of its machine; they are numbered as they appear.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = list(numbers)
+        self.ranks: list[list[int]] = [[] for _ in range(max(numbers) + 1)]
+        self.columns = [0] * len(numbers)  # of each rank: its place among those of its machine
+        for rank, number in enumerate(numbers):
+            self.columns[rank] = len(self.ranks[number])
+            self.ranks[number].append(rank)
+
+    @property
+    def width(self) -> int:
+        """The number of columns."""
+        return max(map(len, self.ranks))
+
+    def column(self, number: int) -> list[int]:
+        """One rank of each machine ([Note: columns])."""
+        return [ranks[number % len(ranks)] for ranks in self.ranks]
+
+
+def machine_id() -> str:
+    """An id of the running kernel, which containers of one machine share with its page cache."""
+    if MACHINE in os.environ:
+        return os.environ[MACHINE]
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def numbered(ids: Sequence[str]) -> list[int]:
+    """The ids as numbers, in the order in which they appear."""
+    order = {name: number for number, name in enumerate(dict.fromkeys(ids))}
+    return [order[name] for name in ids]
+
+
+def pack(value: Any) -> str:
+    """JSON, compressed: a table of machines repeats itself."""
+    return base64.b64encode(zlib.compress(json.dumps(value).encode(), 9)).decode()
+
+
+def unpack(text: str | bytes) -> Any:
+    return json.loads(zlib.decompress(base64.b64decode(text)))
+
+
+def addresses(store: Any) -> list[str]:
+    """Where other machines may reach this one, the likeliest first.
+
+    That is the interface named by GLOO_SOCKET_IFNAME, the one that leads to the key-value store,
+    and what the host's name stands for.
+    """
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    found = [
+        _of_interface(os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]),
+        _towards(getattr(store, "host", "")),
+        _of_name(socket.gethostname()),
+        "127.0.0.1",
+    ]
+    return list(dict.fromkeys(address for address in found if address))
+
+
+def _of_interface(name: str) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            reply = fcntl.ioctl(probe.fileno(), _ADDRESS_OF, struct.pack("256s", name.encode()))
+        except OSError:  # no such interface, or none was named
+            return ""
+        return socket.inet_ntoa(reply[20:24])
+
+
+def _towards(host: str) -> str:
+    """The address of this machine's interface that leads to `host`. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0]) if host else ""
+
+
+def _of_name(host: str) -> str:
+    try:
+        return socket.gethostbyname(host)
+    except OSError:
+        return ""

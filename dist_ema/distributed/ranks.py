@@ -1,0 +1,197 @@
+"""The ranks that hold a model together: their process group, and messages over its store.
+
+[Note: incarnations]  The store of torchrun outlives the processes that it restarts, and with them
+the messages of the killed attempt. So the keys of a coordinator begin with a random id, which the
+first rank draws at construction and the process group hands to all. No message of another
+attempt, or of another EMA, can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Any
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .connections import Connections
+from .coordinator import StoreCoordinator, store_errors
+from .deadlines import BoundedStore, together, within
+from .machines import Machines, addresses, machine_id, numbered, pack, unpack
+
+__all__ = ["Ranks", "transfer_device"]
+
+
+class Ranks:
+    """The processes that call the collective verbs together. A world of one needs no process group.
+
+    Args:
+        members: Global ranks, this process among them.
+        group: A process group of exactly these ranks, if there is one.
+        open_store: Opens the key-value store of the job under a prefix.
+        timeout: Seconds that a rank waits for the others.
+        device: Of the model on this rank, where a group that knows no other sends bytes.
+
+    Raises:
+        RuntimeError: Ranks did not come within `timeout`; they are named.
+
+    Note:
+        *Collective*: sums 16 bytes, and makes a process group if `group` is not given and
+        the ranks are not the whole job.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[int],
+        group: dist.ProcessGroup | None,
+        open_store: Callable[[str], dist.Store],
+        timeout: float = 300.0,
+        device: torch.device | None = None,
+    ) -> None:
+        self.members, self.device = list(members), device
+        self.size = len(self.members)
+        self.rank = self.members.index(dist.get_rank()) if self.size > 1 else 0
+        self.group: dist.ProcessGroup | None = None
+        self._open_store, self._prefixes, self._prefix = open_store, 0, ""
+        stores: list[dist.Store] = []
+        if self.size > 1:
+            counters = open_store("dist_ema/construction")
+            stores = together(
+                "EMA(...)", self.members, counters, timeout, lambda: self._assemble(group)
+            )
+        self._connect(stores, timeout)
+
+    def _assemble(self, group: dist.ProcessGroup | None) -> list[dist.Store]:
+        self.group = self._whole_group(group)
+        self._prefix = f"dist_ema/{self._incarnation()}"
+        return [self._open_store(self._prefix), self._another_connection(self._prefix)]
+
+    def _connect(self, stores: Sequence[dist.Store], timeout: float) -> None:
+        """Send messages over the first store, and heartbeats over the second."""
+        self._stores = [BoundedStore(store, timeout) for store in stores]
+        coordinator = StoreCoordinator(
+            self._stores[0] if self._stores else None,
+            self.members,
+            self.rank,
+            timeout,
+            self._stores[-1] if self._stores else None,
+        )
+        self._use(coordinator)
+
+    def _use(self, coordinator: StoreCoordinator) -> None:
+        self._coordinator = coordinator
+        self.begin, self.gather = coordinator.begin, coordinator.gather
+        self.run_on_all, self.run_on_first = coordinator.run_on_all, coordinator.run_on_first
+        self.run_and_reduce, self.count_on_all = (
+            coordinator.run_and_reduce,
+            coordinator.count_on_all,
+        )
+        self.is_same, self.compare = coordinator.is_same, coordinator.compare
+        self.run_transfer, self.wait_for = coordinator.run_transfer, coordinator.wait_for
+        self.heartbeats, self.entering = coordinator.heartbeats, coordinator.entering
+        self._machines: Machines | None = None
+        self._connections: Connections | None = None
+
+    def _another_connection(self, prefix: str) -> dist.Store:
+        """NOTE: a connection that waits is locked, and another thread would wait with it."""
+        store: Any = self._open_store(prefix)
+        return store.clone()  # type: ignore[no-any-return]
+
+    def with_own_messages(self) -> Ranks:
+        """The same ranks, with messages over connections of their own.
+
+        Raises:
+            RuntimeError: It takes longer than the timeout.
+        """
+        other, stores = copy(self), list[dist.Store]()
+        if self.size > 1:
+            self._prefixes += 1  # every rank calls this as often as the others do
+            prefix = other._prefix = f"{self._prefix}/{self._prefixes}"
+            other._prefixes = 0
+
+            def connect() -> list[dist.Store]:
+                return [self._another_connection(prefix) for _ in range(2)]
+
+            with store_errors(self._coordinator.verb):
+                stores = within(self.timeout, connect)
+        other._connect(stores, self.timeout)
+        return other
+
+    def _whole_group(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+        if self.size == dist.get_world_size():
+            return dist.group.WORLD
+        if group is None:
+            group = dist.new_group(self.members, use_local_synchronization=True)
+        return group
+
+    def _incarnation(self) -> str:
+        """A random id, the same on all ranks ([Note: incarnations])."""
+        # NOTE: not from torch's generator, whose numbers belong to the training.
+        token = list(uuid4().bytes) if self.first else [0] * 16
+        data = torch.tensor(token, dtype=torch.uint8, device=self.transfer_device())
+        # NOTE: a sum and no broadcast, which a rank may leave before the others have come.
+        dist.all_reduce(data, group=self.group)
+        return bytes(data.tolist()).hex()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that a rank waits for the others to enter a verb."""
+        return self._coordinator.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._coordinator.timeout = seconds
+        for store in self._stores:
+            store.timeout = seconds
+
+    # --- bytes -----------------------------------------------------------------------------------
+
+    def transfer_device(self) -> torch.device:
+        """`transfer_device` of the group of these ranks."""
+        return transfer_device(self.group, self.device)
+
+    def machines(self, verb: str) -> Machines:
+        """Which ranks share a machine. The first call is *collective*, and names its verb."""
+        if self._machines is None:
+            numbers = self.gather(verb, machine_id(), lambda ids: pack(numbered(ids)))
+            self._machines = Machines(unpack(numbers))
+        return self._machines
+
+    def connections(self, verb: str) -> Connections:
+        """Connections that carry bytes between two ranks. See `machines`."""
+        if self._connections is None:
+            store = self._open_store(self._prefix)
+            self._connections = Connections(
+                self._coordinator, self.machines(verb), self._prefix, addresses(store), verb
+            )
+        return self._connections
+
+    def broadcast(self, data: Tensor, source: int) -> None:
+        """Broadcast from the rank with index `source`, inside `run_transfer`. *Collective*."""
+        self.wait_for(dist.broadcast(data, self.members[source], group=self.group, async_op=True))
+
+
+def transfer_device(
+    group: dist.ProcessGroup | None, beside: torch.device | None = None
+) -> torch.device:
+    """The device of sent bytes: the host if the group has a backend for it, else an accelerator.
+
+    That is `beside`, where the bytes lie, or the one that the group is bound to, or the current.
+    """
+    # The configuration reads "cpu:gloo,cuda:nccl": a device type, then its backend.
+    pairs = [] if group is None else dist.get_backend_config(group).split(",")
+    if group is None or "cpu" in dict(pair.split(":") for pair in pairs):
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    if beside is not None and beside.type == accelerator.type:
+        return beside
+    bound = group.bound_device_id
+    return bound or torch.device(accelerator.type, torch.accelerator.current_device_index())
