@@ -115,16 +115,14 @@ def _verify_values(path: Path, verdict: Verdict, tick: Tick) -> None:
 def _verify_files(
     path: Path, report: ModelReport, verdict: Verdict, seal: bool, tick: Tick
 ) -> None:
-    folder, sums = path if path.is_dir() else path.parent, _sums_of(path, report)
-    for name, file in report.files.items():
-        _verify_file(folder / name, name, file, sums[name], seal, verdict, tick)
-    verdict.sums = sorted({kind for recorded in sums.values() for kind in recorded})
-
-
-def _sums_of(path: Path, report: ModelReport) -> dict[str, dict[str, str]]:
-    """The sums of each file in ema.json; for one file, in the ema.json that lies beside it."""
+    """Compare each file with its sums in ema.json; for one file, in the one that lies beside it."""
     beside = manifest.read(path.parent) if path.is_file() else None
-    return {name: (beside or report.manifest).sums_of(name) for name in report.files}
+    folder, kinds = path if path.is_dir() else path.parent, set[str]()
+    for name, file in report.files.items():
+        recorded = (beside or report.manifest).sums_of(name)
+        kinds.update(recorded)
+        _verify_file(folder / name, name, file, recorded, seal, verdict, tick)
+    verdict.sums = sorted(kinds)
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,8 @@ class Snapshots:
         self.stored = sorted(
             found, key=lambda each: (each.profile.now, each.snapshot.name, each.label)
         )
-        self._mixer = lru_cache(maxsize=None)(self._new_mixer)
-
-    def _new_mixer(self, at: float | None) -> Mixer:
-        return Mixer([each.profile for each in self.stored], at)
+        profiles = [each.profile for each in self.stored]
+        self._mixer = lru_cache(maxsize=None)(partial(Mixer, profiles))
 
     @property
     def skipped(self) -> int:
