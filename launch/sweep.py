@@ -101,9 +101,10 @@ def search(trained: Trained, out: Path, rows: list[dict[str, Any]]) -> None:
         trained.run.model.load_state_dict(load_file(place))
         return train.evaluate(trained.run)["loss"]
 
-    found = golden.sweep(
-        trained.snapshots, out / "search", loss, low=SWEPT[0], high=SWEPT[-1], evaluations=8
-    )
+    # A short run expresses fewer widths than the table has.
+    narrowest, widest = golden.expressible(Snapshots(trained.snapshots))
+    low, high = max(SWEPT[0], narrowest), min(SWEPT[-1], widest)
+    found = golden.sweep(trained.snapshots, out / "search", loss, low=low, high=high, evaluations=8)
     best = min(rows, key=lambda row: row["loss"])["sigma_rel"]
     low, high = found.interval
     print(
