@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..text import size
+from .regular_file import beginning
 
 __all__ = [
     "LATEST",
@@ -382,7 +383,7 @@ def named(pointer: Path) -> str | None:
     if pointer.is_symlink() or not pointer.is_file() or pointer.stat().st_size > 1024:
         return None
     try:
-        name = pointer.read_bytes().decode().removesuffix("\n")
+        name = beginning(pointer, 1024).decode().removesuffix("\n")
     except UnicodeDecodeError:
         return None
     plain = name.isprintable() and name == os.path.basename(name) and not name.startswith(".")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-__all__ = ["OpenFiles", "open_regular", "read_exactly", "read_into"]
+__all__ = ["OpenFiles", "beginning", "open_regular", "read_errors", "read_exactly", "read_into"]
 
 
 _Opened = TypeVar("_Opened", bound="OpenFiles")
@@ -47,14 +49,32 @@ def open_regular(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise ValueError(f"{path} is no file, so nothing can be read from it.")
-    return open(fd, "rb", buffering=0)
+    return open(path, "rb", buffering=0, opener=lambda *_: fd)
+
+
+@contextmanager
+def read_errors(path: str | Path) -> Iterator[None]:
+    """Give errors on reading the path of the file, which reads by a descriptor lack."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def beginning(path: Path, n: int) -> bytes:
+    """The first n bytes of a file, or all of a shorter one."""
+    with open_regular(path) as file:
+        return read_exactly(file, n)
 
 
 def read_into(fd: int, path: Path, into: memoryview, offset: int) -> None:
     """Fill `into` from an open file. Raises ValueError where the file ends before."""
     # NOTE: one call moves at most 2 GiB.
     while into:
-        count = os.preadv(fd, [into], offset)
+        with read_errors(path):
+            count = os.preadv(fd, [into], offset)
         if not count:
             raise ValueError(f"{path} became shorter while it was read.")
         into, offset = into[count:], offset + count
@@ -63,7 +83,8 @@ def read_into(fd: int, path: Path, into: memoryview, offset: int) -> None:
 def read_exactly(file: BinaryIO, n: int) -> bytes:
     """Read n bytes, or up to the end: one unbuffered read may return fewer than were asked for."""
     parts = []
-    while n and (part := file.read(n)):
-        parts.append(part)
-        n -= len(part)
+    with read_errors(file.name):
+        while n and (part := file.read(n)):
+            parts.append(part)
+            n -= len(part)
     return b"".join(parts)

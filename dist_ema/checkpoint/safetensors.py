@@ -157,7 +157,7 @@ def read_header(path: Path) -> SafetensorsFile:
 def header_of(file: BinaryIO, path: Path) -> SafetensorsFile:
     """`read_header` of a file that is open; path: what errors call it."""
     size = os.fstat(file.fileno()).st_size
-    length = struct.unpack("<Q", (file.read(8) + bytes(8))[:8])[0]
+    length = struct.unpack("<Q", (read_exactly(file, 8) + bytes(8))[:8])[0]
     if size < 8 or length > min(MOST_JSON, size - 8):
         raise ValueError(
             f"{path} is no safetensors file, or is cut short: {size} bytes, header of {length}."

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint import safetensors
+from ..checkpoint import regular_file, safetensors
 from ..dtypes import TORCH
 from . import unpickler
 from .unpickler import Record, record
@@ -110,7 +110,7 @@ def read(path: Path) -> Table:
         raise ValueError(
             f"{path} holds {size:,} bytes; dist_ema reads up to {unpickler.MAX_BYTES:,}."
         )
-    unpickled = unpickler.read(path.read_bytes(), _NAMES, str(path))
+    unpickled = unpickler.read(regular_file.beginning(path, size), _NAMES, str(path))
     try:
         fields = _fields(unpickled, "Metadata")
         places = {

@@ -283,7 +283,8 @@ class Folder(regular_file.OpenFiles):
         return chunk.file, chunk.begin + begin, tensor
 
     def _pread(self, chunk: Chunk, begin: int, end: int) -> bytes:
-        data = os.pread(self.fd(chunk.file), end - begin, chunk.begin + begin)
+        with regular_file.read_errors(self.path / chunk.file):
+            data = os.pread(self.fd(chunk.file), end - begin, chunk.begin + begin)
         if len(data) != end - begin:
             raise ValueError(f"{self.path / chunk.file} became shorter while it was read.")
         return data

@@ -129,7 +129,11 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
     unsafe: list[str] = []  # classes that torch would not load
     try:
         # NOTE: torch warns of its own storages, and its errors advise to run the code.
-        with warnings.catch_warnings(), torch.serialization.safe_globals(known):
+        with (
+            regular_file.read_errors(path),
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(known),
+        ):
             warnings.simplefilter("ignore")
             if mapped:
                 unsafe += sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -147,8 +151,7 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
 
 def _is_archive(path: Path) -> bool:
     """Whether the file begins as an archive does, so that a damaged one is an archive too."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\3\4"
+    return regular_file.beginning(path, 4) == b"PK\3\4"
 
 
 def _records(path: Path) -> dict[int, int]:
@@ -156,7 +159,7 @@ def _records(path: Path) -> dict[int, int]:
 
     It maps a compressed record as if its bytes were elements.
     """
-    with regular_file.open_regular(path) as file:
+    with regular_file.open_regular(path) as file, regular_file.read_errors(path):
         records = torch_zip.records(
             lambda begin, end: os.pread(file.fileno(), end - begin, begin),
             path.stat().st_size,
@@ -227,9 +230,9 @@ def _first_asked(path: Path) -> str:
     '' if there is none.
     """
     texts: list[str] = []
-    with open(path, "rb") as file, suppress(ValueError):
+    with suppress(ValueError):
         # NOTE: a file reserves what an opcode claims, before it reads; bytes do not.
-        for code, argument, _ in genops(file.read(_LOOKED_AT)):
+        for code, argument, _ in genops(regular_file.beginning(path, _LOOKED_AT)):
             if code.name == "GLOBAL":
                 return str(argument).replace(" ", ".")
             if code.name == "STACK_GLOBAL":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import manifest, safetensors
+from ..checkpoint import manifest, regular_file, safetensors
 from ..dtypes import Bytes
 from ..foreign import recognise, torch_dcp, torch_save
 from .sources import Safetensors, Source, locate, pickled
@@ -124,7 +124,8 @@ def _of_config(path: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        with regular_file.read_errors(path):
+            return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
 

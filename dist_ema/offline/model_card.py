@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _version
-from ..checkpoint import manifest, safetensors
+from ..checkpoint import manifest, regular_file, safetensors
 from ..checkpoint.manifest import Manifest
 from ..text import listed, printable, some
 
@@ -77,8 +77,8 @@ def _is_shipped(path: Path) -> bool:
     left = name in _STATE or name.endswith(".index.json") or name.startswith(".")
     if not kept or left or not path.is_file():
         return False
-    with open(path, "rb") as file:  # torch.save and pickle begin so, text and protobuf do not
-        return not file.read(4).startswith((b"PK\x03\x04", b"\x80"))
+    # torch.save and pickle begin so, text and protobuf do not
+    return not regular_file.beginning(path, 4).startswith((b"PK\x03\x04", b"\x80"))
 
 
 def section(facts: Manifest, dtypes: Mapping[str, int]) -> str:

@@ -115,8 +115,7 @@ def pickled(path: Path) -> bool:
 
     A header of safetensors is never as long as these bytes would mean.
     """
-    with open(path, "rb") as file:
-        first = file.read(8)
+    first = regular_file.beginning(path, 8)
     return any(first[3:]) and (
         first[:4] == b"PK\x03\x04" or (first[0] == 0x80 and 2 <= first[1] <= 5)
     )

@@ -88,6 +88,11 @@ def run(options: argparse.Namespace) -> int:
             loss = lose_power(case, folder / case.name / "power", limit=limit, show=show)
             results.append((walked, loss))
             progress.advance(whole)
+        if options.only in "reads":
+            from .reads import reading_walks
+
+            walks = reading_walks(folder / "sources", folder / "out", stride)
+            results += [(each, Loss()) for each in walks]
         if options.only in "2 ranks":
             from .ranks import walk_on_ranks
 

@@ -7,7 +7,7 @@
    variables FAULTS_FOLDER, FAULTS_AT, FAULTS_ERROR (a number), FAULTS_STICKY and FAULTS_LOG arm the
    process when it starts.
 
-   An operation is an open for writing, a write, fsync, rename, link, unlink, mkdir, rmdir, truncate
+   After faults_watch_reads(1) an operation is an open for reading or a read. Else it is an open for writing, a write, fsync, rename, link, unlink, mkdir, rmdir, truncate
    or fallocate, by whatever call of the C library. Writes through mmap and system calls that
    bypass the C library are not seen. */
 
@@ -48,12 +48,14 @@ struct operation {
     int allocates; /* whether a full disk would refuse it */
     int changes_names;
     int halved; /* whether a write moves half of its bytes */
+    int reads;
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char folder[PATH_MAX];
 static long count, at;
 static int error, sticky, log_fd = -1, refuses_exchange;
+static int watches_reads;
 static char fixed[PATH_MAX]; /* a folder without write permission, also for root */
 
 void faults_arm(const char *path, long number, int code, int stays, const char *log) {
@@ -78,6 +80,9 @@ long faults_disarm(void) {
 }
 
 void faults_refuse_exchange(int refuse) { refuses_exchange = refuse; }
+
+/* Count opens for reading and reads, in place of what changes the disk. */
+void faults_watch_reads(int on) { watches_reads = on; }
 
 void faults_fix(const char *path) { snprintf(fixed, sizeof fixed, "%s", path); }
 
@@ -140,6 +145,8 @@ static int enter(struct operation *op, int *code) {
         *code = EACCES;
         return 1;
     }
+    if (op->reads != watches_reads)
+        return 0;
     pthread_mutex_lock(&lock);
     if (!under(op->path) && !under(op->second)) {
         pthread_mutex_unlock(&lock);
@@ -200,9 +207,11 @@ static void leave(struct operation *op, int code) {
 
 static int opens(int dir, const char *path, int flags, mode_t mode) {
     int (*real)(int, const char *, int, ...) = REAL(openat);
-    if (folder[0] == 0 || !(flags & (O_WRONLY | O_RDWR | O_CREAT)))
+    int reads = !(flags & (O_WRONLY | O_RDWR | O_CREAT));
+    if (folder[0] == 0 || (reads && !watches_reads))
         return real(dir, path, flags, mode);
     ON_PATH("open", dir, path, flags & O_CREAT);
+    op.reads = reads;
     struct stat there;
     op.offset = fstatat(dir, path, &there, 0) == 0;
     op.changes_names = !op.offset;
@@ -262,6 +271,35 @@ FILE *fopen(const char *path, const char *mode) { return opens_stream(path, mode
 SAME(fopen64, fopen);
 
 /* --- bytes ----------------------------------------------------------------------------------- */
+
+#define READING(fd, call)                                                                          \
+    if (folder[0] == 0 || !watches_reads)                                                          \
+        return call;                                                                               \
+    ON_FILE("read", fd, 0);                                                                        \
+    op.reads = 1;                                                                                  \
+    GUARDED(ssize_t, op, call)
+
+ssize_t read(int fd, void *data, size_t size) { READING(fd, REAL(read)(fd, data, size)); }
+
+ssize_t pread(int fd, void *data, size_t size, off_t offset) {
+    READING(fd, REAL(pread)(fd, data, size, offset));
+}
+
+ssize_t readv(int fd, const struct iovec *parts, int n) {
+    READING(fd, REAL(readv)(fd, parts, n));
+}
+
+ssize_t preadv(int fd, const struct iovec *parts, int n, off_t offset) {
+    READING(fd, REAL(preadv)(fd, parts, n, offset));
+}
+
+ssize_t preadv2(int fd, const struct iovec *parts, int n, off_t offset, int flags) {
+    READING(fd, REAL(preadv2)(fd, parts, n, offset, flags));
+}
+
+SAME(pread64, pread);
+SAME(preadv64, preadv);
+SAME(preadv64v2, preadv2);
 
 /* Write at op->offset, or where the descriptor stands. */
 static ssize_t put(struct operation *op, int fd, const void *data, size_t size, int placed) {

@@ -57,6 +57,7 @@ class Disk:
 KINDS = (
     Fault("EIO", errno.EIO),
     Fault("ENOSPC", errno.ENOSPC),
+    Fault("EDQUOT", errno.EDQUOT),
     Fault("disk full", errno.ENOSPC, sticky=True),
     Fault("read-only", errno.EROFS, sticky=True),
     Fault("short write", -2),
@@ -115,6 +116,7 @@ def arm(
     fault: Fault = KINDS[0],
     log: Path | None = None,
     disk: Disk | None = None,
+    reads: bool = False,
 ) -> None:
     """Count the operations under `folder` from now on, and fail the `at`-th (from 1; 0: none).
 
@@ -124,11 +126,13 @@ def arm(
         fault: What it meets.
         log: A file outside of the folder that receives every operation.
         disk: What it can do; None: everything.
+        reads: Opens for reading and reads, in place of what changes the disk.
     """
     disk = disk or Disk()
     library = ctypes.CDLL(None)
     library.faults_fix(os.fsencode(folder) if disk.fixed else b"")
     library.faults_refuse_exchange(int(not disk.exchange))
+    library.faults_watch_reads(int(reads))
     library.faults_arm(
         os.fsencode(folder),
         ctypes.c_long(at),
@@ -143,6 +147,7 @@ def disarm() -> int:
     library = ctypes.CDLL(None)
     library.faults_disarm.restype = ctypes.c_long
     library.faults_refuse_exchange(0)
+    library.faults_watch_reads(0)
     library.faults_fix(b"")
     count: int = library.faults_disarm()
     return count

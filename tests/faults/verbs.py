@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,42 @@ class Verbs:
             for _ in range(2):
                 ema.update(elapsed=100)
                 ema.snapshot(folder / "snapshots", every=100)
+
+    def reading(self, root: Path, out: Path) -> dict[str, Callable[[], None]]:
+        """Verbs that read what lies in `root` (see `prepare`); an output comes to `out`."""
+
+        def run(*words: str) -> Callable[[], None]:
+            def verb() -> None:
+                shutil.rmtree(out, ignore_errors=True)
+                errors = io.StringIO()
+                filled = [word.format(root=root, out=out) for word in words]
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+                    code = main(filled)
+                if code:
+                    assert not list(out.parent.glob("*out*")), "something was left"
+                    raise RuntimeError(errors.getvalue())
+
+            return verb
+
+        def load() -> None:
+            self._reader.load(root / "a")
+            assert constant({"first": self._reader.gather()["first"]}) == 1
+
+        lines = {
+            "inspect": ("inspect", "{root}/a"),
+            "verify": ("verify", "{root}/a"),
+            "diff": ("diff", "{root}/a", "{root}/b"),
+            "export": ("export", "{root}/a", "{out}"),
+            "convert": ("convert", "{root}/c.pt", "{out}", "--key", "state_dict"),
+            "average": ("average", "{root}/a", "{root}/b", "{out}"),
+            "reconstruct": ("reconstruct", "{root}/snapshots", "{out}", "--sigma-rel", "0.07"),
+        }
+        calls: dict[str, Callable[[], None]] = {"load": load}
+        calls["load_file"] = lambda: self._load_file(root / "a")
+        return calls | {f"dist-ema {name}": run(*line) for name, line in lines.items()}
+
+    def _load_file(self, path: Path) -> None:
+        assert constant(load_file(path)) == 1
 
     # --- reading back ---------------------------------------------------------------------------
 
