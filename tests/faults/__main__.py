@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .power import Loss
     from .walk import Walk
 
-STRIDE = 17  # prime to the number of kinds, so that a short walk meets all of them
+STRIDE = 23  # prime to the number of kinds, so that a short walk meets all of them
 STATES = 10  # after a power loss, that a short walk reads
 PEERS = ("dcp.save over", "torch.save over", "safetensors save_file over")
 
