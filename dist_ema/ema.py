@@ -31,7 +31,7 @@ from .averaging.clock import Clock
 from .averaging.inventory import OWN, Average, Placement, Selection
 from .averaging.optimizer_hooks import Attachment, refuse_beside_masters
 from .averaging.swap import WeightSwap
-from .checkpoint import atomic, dcp, library_files, reader, versions, writer
+from .checkpoint import atomic, dcp, library_files, reader, stages, versions, writer
 from .checkpoint.manifest import Manifest
 from .checkpoint.publishing import Publication
 from .distributed.ranks import Ranks
@@ -113,7 +113,8 @@ class EMA:
     Args:
         model: As it will be trained: plain, DDP, FSDP1, FSDP2, HSDP, tensor parallel, compiled,
             checkpointed. Wrap first. Or its parameters, with or without names:
-            `model.parameters()`, `model.named_parameters()`.
+            `model.parameters()`, `model.named_parameters()`. Or the list of the stages of a
+            pipeline that this rank holds ([Note: stages]).
         decay: A float (`Constant`), a schedule of `dist_ema`, or a list of them: several averages
             that read each live weight once.
         dtype: Of the shadows: float32, float64, or bfloat16 (compact, rounded stochastically).
@@ -140,6 +141,11 @@ class EMA:
         *Collective*: construction and every verb but `update`, `attach`, `detach` and `state_dict`.
         *Cost*: 4 bytes per element of this rank's shard (of 1/replicas of it), and 8 MB of scratch.
 
+    [Note: stages]  The stages of a rank are one EMA, each wrapped or not. Weights have the names
+    that the stages give them. All ranks of the job call the collective verbs together, and make one
+    model of it: one file, one `gather`. Replicas are sought inside a stage alone, on the ranks of
+    its wrappers. A weight that stands on two stages must have equal bits, and is written once.
+
     [Note: into]  Mean teacher, DINO, BYOL: the shadows are the teacher's own memory, in its dtype,
     divided as it is divided. Live overwrites it now and at `load`, and its weights need no gradient
     from now on. Frozen weights follow when live ones are written. Buffers are those of live at the
@@ -156,7 +162,7 @@ class EMA:
     @_outside_autograd
     def __init__(
         self,
-        model: parameters.Model,
+        model: parameters.ModelOrStages,
         decay: float | Schedule | Sequence[float | Schedule] = 0.9999,
         *,
         dtype: torch.dtype = torch.float32,
@@ -197,7 +203,12 @@ class EMA:
         self._last_looks: dict[str, float] = {}
         self._publication: Publication | None = None
         found = self.weights.find(timeout)
-        self._ranks = Ranks(found.members, found.group, wrappers.side_store, timeout, found.device)
+        self._is_staged = isinstance(self.weights.model, parameters.Stages)
+        members, group = found.members, found.group
+        if self._is_staged and dist.is_initialized():
+            members, group = list(range(dist.get_world_size())), None
+        self._stage = found.members  # the global ranks that hold the same weights
+        self._ranks = Ranks(members, group, wrappers.side_store, timeout, found.device)
         self._everyone: Ranks | None = None
         self._alone = Ranks([self._ranks.members[self._ranks.rank]], None, wrappers.side_store)
         self._may_be_alone = False  # every rank averages the whole model
@@ -216,16 +227,31 @@ class EMA:
             return self._averages_all
 
         self._may_be_alone = self._ranks.count_on_all(verb, adopt) == self._ranks.size
-        states = self.weights.states
+        states, self._stage = self.weights.states, found.members
         averaged = [state.shadow is not None for state in states]
-        consistency.on_weights(verb, self._ranks, states, averaged)
+        consistency.on_weights(verb, self._ranks, self._stage, states, averaged)
+        if self._is_staged:
+            lacking = self._ranks.gather(verb, self.weights.lacks, stages.lacking)
+            if lacking:
+                raise ValueError(lacking)
+            self._agree(verb)
+
+    def _agree(self, verb: str) -> None:
+        """Which stage writes what stands on several. *Collective*."""
+        if self._is_staged:
+            stages.agree(verb, self._ranks, self._stage, self.weights.averages)
+
+    def _leads(self, ranks: Ranks) -> bool:
+        """This is the first rank that holds this model, or this stage of it."""
+        return ranks.members[ranks.rank] == self._stage[0] if ranks is self._ranks else ranks.first
 
     @property
     def _averages_all(self) -> bool:
         """Nothing is divided among ranks."""
         shards = [state.shard for state in self.weights.states]
         whole = all(shard.local_region.numel == math.prod(shard.shape) for shard in shards)
-        return whole and not self.weights.placement.split and self._ranks.size > 1
+        several = self._ranks.size > 1 and not self._is_staged
+        return whole and several and not self.weights.placement.split
 
     @property
     def _needed(self) -> Ranks:
@@ -368,9 +394,11 @@ class EMA:
             self.weights, self.weights.clock, optimizers, every, start, elapsed, guard
         )
         arguments = {"every": every, "start": start, "elapsed": elapsed, "guard": guard}
-        arguments |= {"overlap": overlap, "optimizers": len(optimizers)}
+        arguments |= {"overlap": overlap}
+        if not self._is_staged:  # a rank may hold more stages than another
+            arguments["optimizers"] = len(optimizers)
         self._attach_arguments = {f"attach({name}=)": arguments[name] for name in arguments}
-        if not self.weights.stepped_by(optimizers):
+        if len(self) and not self.weights.stepped_by(optimizers):
             self.weights.follow(tree=True)  # it may hold what has replaced them
             names = ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
             warnings.warn(
@@ -496,7 +524,7 @@ class EMA:
         ranks = self._needed
         average = self._enter("swap", Reads.SHADOWS, which, prepare, ranks=ranks)
         self._warn_if_idle("swap")
-        return WeightSwap(weights, average, ranks)
+        return WeightSwap(weights, average, ranks, self._leads(ranks))
 
     @_collective
     def gather(self, which: Which = 0) -> dict[str, Tensor]:
@@ -513,7 +541,12 @@ class EMA:
         average = self._enter("gather", Reads.WHOLE_MODEL, which, ranks=ranks)
         self._warn_if_idle("gather")
         self._warn_of_unexplained_keys("gather")
-        return gather.full(ranks, average.persistent, average.own_buffers)
+        table: dict[str, gather.Form] | None = None
+        if self._is_staged:
+            self._agree("gather")
+            files = [writer.AverageFiles(average.persistent, average.own_buffers, {})]
+            table = stages.forms(*stages.unite("gather", ranks, self._stage, files))
+        return gather.full(ranks, average.persistent, average.own_buffers, table)
 
     @_outside_autograd
     def tensors(self, which: Which = 0) -> Iterator[tuple[str, Tensor]]:
@@ -529,6 +562,7 @@ class EMA:
         Note:
             *Cost*: 256 MB of full weights at a time, or one weight.
         """
+        self._refuse_staged("tensors")
         ranks = self._needed
         average = self._enter("tensors", Reads.WHOLE_MODEL, which, ranks=ranks)
         states = [state for state in average.persistent if state.shard.kind != "buffer"]
@@ -547,11 +581,19 @@ class EMA:
         Raises:
             ValueError: The two models do not hold the same weights; they are named.
         """
+        self._refuse_staged("copy_to")
         average = self._enter("copy_to", Reads.WHOLE_MODEL, which)
         target = parameters.module_of(module)  # once: parameters may come from a generator
         with derived.caches_dropped(target):
             gather.copy_into(self._ranks, average.persistent, average.own_buffers, target)
         self.weights.mark()
+
+    def _refuse_staged(self, verb: str) -> None:
+        if self._is_staged:
+            raise RuntimeError(
+                f"ema.{verb}() of the stages of a pipeline: no rank holds the whole model. Use "
+                "save() and load(), or gather()."
+            )
 
     # --- files ------------------------------------------------------------------------------------
 
@@ -900,6 +942,10 @@ class EMA:
                 self._warn_each(writer.Writer(ranks).write(request, self.timeout))
             return
         ranks = self._file_ranks()
+        if self._is_staged:
+            self._agree(request.verb)
+            files = stages.unite(request.verb, ranks, self._stage, request.averages)
+            request = replace(request, averages=files)
         if ranks is self._everyone:  # an unwrapped model: the first writes, if all hold the same
             states = [state for files in request.averages for state in files.states]
             common = self._common(which, arguments)
@@ -994,6 +1040,10 @@ class EMA:
         adapters = library_files.adapters_of(weights.model, names := self.names())
         form = library_files.only_used(adapters, names)
         model_names = {there: name for name, there in form.names.items()}
+        elsewhere, stage = frozenset[str](), self._stage if self._is_staged else ()
+        if self._is_staged:
+            persistent = weights.averages[0].persistent
+            elsewhere = stages.names_of_all("load", self._ranks, self._stage, persistent)
         full: list[tuple[Average, BlockMean, list[ParamState]]] = []
         begins: list[float | None] = []
 
@@ -1004,14 +1054,16 @@ class EMA:
             for average in weights.averages:
                 blocks = average.ring.matching(saved) if average.ring else []
                 spec = (blocks[-1] if blocks else average.schedule).to_dict()
-                found.append(reader.LoadTarget(spec, average.persistent, model_names))
+                found.append(reader.LoadTarget(spec, average.persistent, model_names, elsewhere))
                 begins.append(blocks[-1].begin if blocks else None)
                 full.extend((average, mean, average.empty()) for mean in blocks[:-1])
-            blocks_of = (reader.LoadTarget(m.to_dict(), to, model_names) for _, m, to in full)
-            return [*found, *blocks_of]
+            return found + [
+                reader.LoadTarget(mean.to_dict(), to, model_names, elsewhere)
+                for _, mean, to in full
+            ]
 
         with reader.open_checkpoint(
-            self._ranks, path, targets, strict=strict, verify=verify
+            self._ranks, path, targets, strict=strict, verify=verify, stage=stage
         ) as found:
             self._warn_each(found.warnings)
             try:
@@ -1163,8 +1215,12 @@ class EMA:
             weights.settle()
             weights.follow(tree=True)
             split, average = weights.placement.split, weights.used(which)
-            return metrics.measure(average.averaged, weights.clock.started, split, self._ranks)
+            started, holders = weights.clock.started, len(self._stage)
+            return metrics.measure(average.averaged, started, split, self._ranks, holders)
 
+        if self._is_staged:
+            self._enter("metrics", Reads.LIVE, which)
+            self._agree("metrics")
         self._ranks.begin("metrics", self._common(which, {}))
         _, (apart, agree) = self._ranks.run_and_reduce(
             "metrics", measure, metrics.combine, metrics.conclude
@@ -1216,7 +1272,8 @@ class EMA:
         states = weights.averages[0].averaged
         held = sum(state.averaged_region.numel for state in states)
         total = sum(math.prod(state.shard.shape) for state in states)
-        first = next(state.shadow for state in states if state.shadow is not None)
+        shadows = (state.shadow for state in states if state.shadow is not None)
+        first = next(shadows, torch.empty(0))  # a stage may have nothing to average
         dtype = first.dtype if weights.teacher else weights.placement.dtype
         into = f" into {type(weights.teacher.module).__name__}" if weights.teacher else ""
         schedules = ", ".join(average.name for average in weights.averages)

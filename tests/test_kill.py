@@ -9,7 +9,7 @@ overwrite `average`, and looks at a copy: so the next round's first save has to 
 `fallback` does without RENAME_EXCHANGE, and is killed between its two renames too.
 
 How to read a failure: the message names the seed, the mode and the round; --seed repeats the same
-choices, though not the same moments.
+choices, though not the same moments. In `stages` the ranks are stages of a pipeline.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES = ("direct", "stream", "fallback", "behind")
+MODES = ("direct", "stream", "fallback", "behind", "stages")
 KILLS = int(os.environ.get("DIST_EMA_KILLS", "2"))  # in each mode
 
 
@@ -58,7 +59,10 @@ def save_for_ever(rank: int, folder: Path, store: str, mode: str, first: int, be
     model = nn.Sequential(
         nn.Linear(400, 500), nn.Linear(500, 300, bias=False).requires_grad_(False)
     )
-    ema = EMA(nn.parallel.DistributedDataParallel(model), 0.5)
+    if mode == "stages":
+        ema = EMA([nn.Sequential(OrderedDict({str(rank): model[rank]}))], 0.5)
+    else:
+        ema = EMA(nn.parallel.DistributedDataParallel(model), 0.5)
     log = os.open(folder / f"returned-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for version in itertools.count(first):
         for p in model.parameters():

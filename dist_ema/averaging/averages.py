@@ -111,6 +111,11 @@ class AveragedWeights:
         ) or any(memory.untyped_storage().data_ptr() in storages for memory in memories)
 
     @property
+    def lacks(self) -> list[str]:
+        """Errors, unless another stage of the pipeline has what these say."""
+        return self._inventory.lacks
+
+    @property
     def states(self) -> list[ParamState]:
         """Every weight and buffer, with the shadow of the first average where it has one."""
         return self._inventory.states

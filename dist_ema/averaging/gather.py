@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +23,37 @@ from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dt
 from ..sharding.records import Shard
 from .executors import await_host_reads
 
-__all__ = ["copy_into", "full", "full_weights"]
+__all__ = ["Form", "copy_into", "full", "full_weights"]
 
 WINDOW = 256 << 20  # bytes of full weights
 
 
+class Form(NamedTuple):
+    """What a full weight looks like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    aliases: Sequence[str]
+
+
 def full(
-    ranks: Ranks, states: Sequence[ParamState], own_buffers: dict[str, Tensor]
+    ranks: Ranks,
+    states: Sequence[ParamState],
+    own_buffers: dict[str, Tensor],
+    table: dict[str, Form] | None = None,
 ) -> dict[str, Tensor]:
-    """The complete state_dict, with every alias, on the first rank; {} elsewhere. *Collective*."""
+    """The complete state_dict, with every alias, on the first rank; {} elsewhere. *Collective*.
+
+    table: what all ranks hold together, where they hold different weights.
+    """
+    if table is None:
+        table = {
+            state.name: Form(
+                state.shard.shape, saved_dtype(state, own_buffers), tuple(state.shard.aliases)
+            )
+            for state in states
+        }
+    numbers = {name: number for number, name in enumerate(table)}
     result: dict[str, Tensor] = {}
     places: dict[int, memoryview] = {}
     blocks: list[Block] = []
@@ -38,10 +61,9 @@ def full(
     def prepare() -> None:
         # NOTE: memory for a whole model may be missing. Then the others must not begin to send.
         blocks.extend(saved_blocks(states, own_buffers, ranks.size == 1))
-        for number, state in enumerate(states if ranks.first else ()):
-            dtype = saved_dtype(state, own_buffers)
-            full = result[state.name] = torch.empty(state.shard.shape, dtype=dtype, device="cpu")
-            places[number] = _bytes_of(full)
+        for name, form in table.items() if ranks.first else ():
+            full = result[name] = torch.empty(form.shape, dtype=form.dtype, device="cpu")
+            places[numbers[name]] = _bytes_of(full)
 
     def consume(number: int, offset: int, data: memoryview) -> None:
         places[number][offset : offset + len(data)] = data
@@ -56,23 +78,25 @@ def full(
 
         def send() -> None:
             if not ranks.first:
-                runs_here = _runs(states, blocks)
+                runs_here = _runs(states, blocks, numbers)
                 connections.send(0, runs_here, None if relay in (0, ranks.rank) else relay)
 
         with connections.receiving(consume):
             ranks.run_transfer("gather", send)
     return result | {
-        alias: result[state.name] for state in states if result for alias in state.shard.aliases
+        alias: result[name] for name, form in table.items() if result for alias in form.aliases
     }
 
 
-def _runs(states: Sequence[ParamState], blocks: Sequence[Block]) -> Iterator[Run]:
-    """The bytes of the blocks as runs of the full weights, which are numbered like the states."""
-    for number, offsets, data in blocks:
-        view, done = _bytes_of(data.cpu().contiguous()), 0
-        for start, n in runs(Box(offsets, tuple(data.shape)), states[number].shard.shape):
+def _runs(
+    states: Sequence[ParamState], blocks: Sequence[Block], numbers: dict[str, int]
+) -> Iterator[Run]:
+    """The bytes of the blocks as runs of the full weights, by their numbers."""
+    for i, offsets, data in blocks:
+        view, done, state = _bytes_of(data.cpu().contiguous()), 0, states[i]
+        for start, n in runs(Box(offsets, tuple(data.shape)), state.shard.shape):
             end = done + n * data.itemsize
-            yield Run(number, start * data.itemsize, view[done:end])
+            yield Run(numbers[state.name], start * data.itemsize, view[done:end])
             done = end
 
 

@@ -16,6 +16,7 @@ from ..schedules import Schedule, Window
 from ..sharding import arena, discovery, ownership, records
 from ..sharding.derived import is_power_iteration_vector
 from ..sharding.ownership import ParamState
+from ..sharding.parameters import Stages
 from ..sharding.records import ModelShards, Shard
 from .skipped_steps import SkippedSteps
 from .teacher import Teacher
@@ -180,6 +181,7 @@ class Inventory:
     ) -> None:
         self.model, self.selection, self.placement = model, selection, placement
         self.averages = [Average(each, ring=ring_of(each)) for each in schedules]
+        self.lacks: list[str] = []  # what a pipeline may have on another stage
         self.sharded: list[nn.Module] = []  # the model's FSDP modules, and those of the teacher
 
     @property
@@ -208,7 +210,11 @@ class Inventory:
 
         fresh_shards = [shard for shard in found.shards if shard.name not in kept]
         fresh = ownership.assign(fresh_shards, chosen, self.placement.split)
-        self._refuse_hopeless([shard for shard in found.shards if chosen(shard)], bool(kept))
+        averaged = [shard for shard in found.shards if chosen(shard)]
+        self.lacks = self._what_is_lacking(averaged, bool(kept))
+        if self.lacks and not isinstance(self.model, Stages):
+            raise ValueError(self.lacks[0])
+        self._refuse_hopeless(averaged)
         for i, average in enumerate(self.averages):
             states = {state.name: replace(state) if i else state for state in fresh}
             if teacher is None:
@@ -259,20 +265,24 @@ class Inventory:
                 states[name].teacher_copy = memory
         teacher.is_stale = True
 
-    def _refuse_hopeless(self, chosen: Sequence[Shard], some_kept: bool) -> None:
-        buffers = self.selection.buffers
-        if buffers not in ("copy", "average", OWN) and all(
-            shard.kind != "buffer" for shard in chosen
-        ):
-            raise ValueError(
-                "buffers must be 'copy', 'average', or a regex or predicate that chooses some: "
-                f"{buffers!r} chooses no floating-point buffer of {type(self.model).__name__}."
-            )
+    def _what_is_lacking(self, chosen: Sequence[Shard], some_kept: bool) -> list[str]:
+        """Errors where nothing is averaged; a stage of a pipeline may have nothing to average."""
+        buffers, found = self.selection.buffers, []
         if not some_kept and all(shard.kind == "buffer" for shard in chosen):
-            raise ValueError(
+            found.append(
                 f"EMA found no trainable floating-point weights in {type(self.model).__name__}. "
                 f"Are all frozen, or does only={self.selection.only!r} match nothing?"
             )
+        if buffers not in ("copy", "average", OWN) and all(
+            shard.kind != "buffer" for shard in chosen
+        ):
+            found.append(
+                "buffers must be 'copy', 'average', or a regex or predicate that chooses some: "
+                f"{buffers!r} chooses no floating-point buffer of {type(self.model).__name__}."
+            )
+        return found
+
+    def _refuse_hopeless(self, chosen: Sequence[Shard]) -> None:
         sparse = [shard.name for shard in chosen if not shard.dense]
         if sparse:
             raise ValueError(

@@ -31,7 +31,7 @@ __all__ = ["batches", "combine", "conclude", "measure"]
 
 
 def measure(
-    states: Sequence[ParamState], started: bool, split: bool, ranks: Ranks
+    states: Sequence[ParamState], started: bool, split: bool, ranks: Ranks, holders: int
 ) -> dict[str, Any]:
     """Measure what `conclude` needs of this rank. Waits for the device.
 
@@ -40,6 +40,7 @@ def measure(
         started: Averaging has begun. Before that the average is live, whatever the shadows hold.
         split: The average of replicated weights is cut over the ranks.
         ranks: Those whose next exchange compares.
+        holders: How many of them hold this model, or this stage of it.
 
     Returns:
         A dictionary that JSON can hold.
@@ -50,7 +51,7 @@ def measure(
     """
     kinds: dict[str, list[ParamState]] = {}
     for state in states:
-        if state.shard.kind != "buffer" and _is_copied(state, split, ranks.size):
+        if state.shard.kind != "buffer" and _is_copied(state, split, holders):
             kind = f"{len(state.shard.replicas)}/{len(state.shard.owner_ranks)}"
             kinds.setdefault(kind, []).append(state)
     agree = consistency.sampled_alike(states, ranks)

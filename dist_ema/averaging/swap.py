@@ -51,8 +51,11 @@ class WeightSwap:
 
     _open = _abandoned = False  # also of a swap whose construction was interrupted
 
-    def __init__(self, weights: AveragedWeights, average: Average, ranks: Ranks) -> None:
+    def __init__(
+        self, weights: AveragedWeights, average: Average, ranks: Ranks, leads: bool
+    ) -> None:
         self._weights, self._average, self.ranks = weights, average, ranks
+        self._leads = leads  # the first rank that holds this model, or this stage of it
         self._swapped = [state for state in average.averaged if state.shard.kind != "buffer"]
         self._before = [versions(state) for state in self._swapped]
         self._journal = SwapJournal(weights.model, average.states, average.own_buffers)
@@ -156,7 +159,8 @@ class WeightSwap:
             )
         self.remarks = describe(*names)
         if error is None:
-            self._average.own_buffers |= {name: buffers[name] for name in exits.get("changed", ())}
+            changed = [name for name in exits.get("changed", ()) if name in buffers]
+            self._average.own_buffers |= {name: buffers[name] for name in changed}
         elif hasattr(error, "add_note"):
             for text in self.remarks:
                 error.add_note(text)
@@ -176,7 +180,7 @@ class WeightSwap:
         ranks = self.ranks
         # NOTE: DDP rewrites the other ranks' buffers in every forward, so the first rank says which
         # of them changed.
-        tells = ranks.first or "error" in message
+        tells = self._leads or "error" in message
         message = message | {"rank": ranks.rank} if tells else {}
         if not ranks.count_on_all("swap", lambda: any(map(message.get, ("error", "changed")))):
             return {}

@@ -38,6 +38,7 @@ class LoadTarget(NamedTuple):
     schedule: dict[str, Any]
     states: list[ParamState]  # of all that the model persists
     names: dict[str, str]  # name in the files -> the model's, where they differ
+    elsewhere: frozenset[str] = frozenset()  # what other stages of a pipeline hold
 
 
 @dataclass
@@ -99,13 +100,14 @@ class ReadPlan:
     chosen: dict[str, OpenWeight] = field(default_factory=dict)  # by the model's names
     differences: Differences = field(default_factory=Differences)
     names: dict[str, str] = field(default_factory=dict)  # as in LoadTarget
+    elsewhere: frozenset[str] = frozenset()  # as in LoadTarget
 
     def compare(self, table: dict[str, OpenWeight]) -> None:
         """Choose from the weights of the folder, and note every difference."""
         report = self.differences
         table = {self.names.get(name, name): weight for name, weight in table.items()}
         known = {name for state in self.states for name in (state.name, *state.shard.aliases)}
-        report.unexpected += sorted(table.keys() - known)
+        report.unexpected += sorted(table.keys() - known - self.elsewhere)
         for state in self.states:
             names = [name for name in (state.name, *state.shard.aliases) if name in table]
             held = list(dict.fromkeys(table[name] for name in names))
@@ -136,8 +138,16 @@ def plan_start(place: Location, targets: Sequence[LoadTarget]) -> list[ReadPlan]
     listed = place.listed if place.manifest or place.listed else None
     folder = Path(place.folder)
     return [
-        ReadPlan(folder, t.states, place.aliases, place.model, listed=listed, names=t.names)
-        for t in targets
+        ReadPlan(
+            folder,
+            target.states,
+            place.aliases,
+            place.model,
+            listed=listed,
+            names=target.names,
+            elsewhere=target.elsewhere,
+        )
+        for target in targets
     ]
 
 
@@ -164,7 +174,7 @@ def plan_resume(
         whole = saved.weights == "all" and not k
         own = [target.names.get(name, name) for name in saved.own_buffers_of(label)]
         plan = ReadPlan(folder, target.states, place.aliases, model, whole, own, listed)
-        plans.append(replace(plan, names=target.names))
+        plans.append(replace(plan, names=target.names, elsewhere=target.elsewhere))
     return plans
 
 

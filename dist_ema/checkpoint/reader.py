@@ -182,6 +182,7 @@ def open_checkpoint(
     *,
     strict: bool,
     verify: bool,
+    stage: Sequence[int] = (),
 ) -> Iterator[OpenCheckpoint]:
     """Check a saved form against the averages that are to be filled, and change nothing.
 
@@ -191,6 +192,7 @@ def open_checkpoint(
         make_targets: gives the averages, in their order, for the schedules that are saved there.
         strict: names must agree.
         verify: compare check sums.
+        stage: the ranks that hold the same weights, where not all do.
 
     Raises:
         ValueError: the saved form is damaged, or does not fit.
@@ -200,15 +202,22 @@ def open_checkpoint(
         file.
     """
     with ExitStack() as stack:
-        found = _open_one_version(ranks, Path(path), make_targets, stack)
-        found.judge(strict)
+        found = _open_one_version(ranks, Path(path), make_targets, stack, stage)
+        if stage:  # what differs there differs on no other stage
+            ranks.run_on_all("load", lambda: found.judge(strict))
+        else:
+            found.judge(strict)
         if verify:
             found.verify(ranks)
         yield found
 
 
 def _open_one_version(
-    ranks: Ranks, path: Path, make_targets: MakeTargets, stack: ExitStack
+    ranks: Ranks,
+    path: Path,
+    make_targets: MakeTargets,
+    stack: ExitStack,
+    stage: Sequence[int],
 ) -> OpenCheckpoint:
     """Open the files of one version on all ranks, again where another job replaces it meanwhile.
 
@@ -225,7 +234,7 @@ def _open_one_version(
 
         first_sees, version = ranks.run_on_first("load", look)
         # NOTE: no rank tells the others what ema.json says, which grows with the model.
-        work = partial(_open, ranks, path, make_targets, places, opened, files)
+        work = partial(_open, ranks, stage, path, make_targets, places, opened, files)
         if not ranks.count_on_all("load", partial(work, first_sees, version, not left)):
             return opened[0]
         files.close()
@@ -236,6 +245,7 @@ def _open_one_version(
 
 def _open(
     ranks: Ranks,
+    stage: Sequence[int],
     path: Path,
     make_targets: MakeTargets,
     places: list[Location],
@@ -258,7 +268,7 @@ def _open(
     found = OpenCheckpoint(place, make_targets(saved), files)
     differences, replaced = found.open(version, is_last)
     opened.append(found)
-    return replaced or not ranks.is_same("files", differences)
+    return replaced or not ranks.is_same(f"files {list(stage)}", differences)
 
 
 def _followed(path: Path) -> Path:

@@ -18,13 +18,18 @@ __all__ = ["name_replicas", "on_averages", "on_weights", "sampled_alike"]
 
 
 def on_weights(
-    verb: str, ranks: Ranks, states: Sequence[ParamState], averaged: Sequence[bool]
+    verb: str,
+    ranks: Ranks,
+    stage: Sequence[int],
+    states: Sequence[ParamState],
+    averaged: Sequence[bool],
 ) -> None:
     """Compare the models of the ranks, and the bits of replicas.
 
     Args:
         verb: The verb that compares.
         ranks: The ranks that hold the model.
+        stage: The global ranks of this rank's stage of a pipeline; else all of them.
         states: The weights and buffers, in the order of the model.
         averaged: Whether each of them is averaged.
 
@@ -42,13 +47,14 @@ def on_weights(
         for state, is_averaged in zip(states, averaged, strict=True)
         if state.shard.kind != "buffer"
     ]
-    replicas = _replicas(states, ranks.size)
+    replicas = _replicas(states, len(stage))
     inventory: dict[str, list[Any]] = {"weights": weights, "regions": _regions(replicas)}
+    inventory["stage"] = list(stage)
 
     def differs() -> bool:
         inventory["hashes"] = fingerprints([state.local for state in replicas])
-        kinds = digest(inventory["regions"]), digest(inventory["hashes"])
-        same = ranks.is_same("weights", digest(weights))
+        kinds = digest([list(stage), inventory["regions"]]), digest(inventory["hashes"])
+        same = ranks.is_same(f"weights of {digest(list(stage))}", digest(weights))
         return not (ranks.is_same(f"hashes of {kinds[0]}", kinds[1]) and same)
 
     if ranks.count_on_all(verb, differs):  # every rank learned this, so all say what they hold
@@ -109,15 +115,16 @@ def name_replicas(verb: str, ranks: Ranks, states: Sequence[ParamState]) -> str:
 
 def _other_models(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> str:
     """The first difference; "" where all hold the same."""
-    first = inventories[0]["weights"]
+    leaders: dict[str, int] = {}  # the first rank of each stage
     for i, inventory in enumerate(inventories):
-        weights = inventory["weights"]
+        leader = leaders.setdefault(str(inventory["stage"]), i)
+        first, weights = inventories[leader]["weights"], inventory["weights"]
         if weights != first:
             pairs = [f"{a} and {b}" for a, b in zip(first, weights, strict=False) if a != b]
             found = "; ".join(pairs[:3]) or f"{len(first)} and {len(weights)} weights"
             return (
-                f"ranks {members[0]} and {members[i]} hold different models: {found}. Build the "
-                "same model on every rank."
+                f"ranks {members[leader]} and {members[i]} hold different models: {found}. Build "
+                "the same model on every rank."
             )
     return ""
 
@@ -126,7 +133,7 @@ def _differing_replicas(members: Sequence[int], inventories: Sequence[dict[str, 
     """Of the first rank that differs; "" where none does."""
     first_holders: dict[str, int] = {}  # by the regions that they hold
     for i, inventory in enumerate(inventories):
-        holder = first_holders.setdefault(str(inventory["regions"]), i)
+        holder = first_holders.setdefault(str([inventory.get("stage"), inventory["regions"]]), i)
         hashes = zip(inventories[holder]["hashes"], inventory["hashes"], strict=True)
         entries = zip(inventory["regions"], hashes, strict=True)
         mismatched = [region[0] for region, (a, b) in entries if a != b]

@@ -101,20 +101,29 @@ def _describe(
     """
     flats = flat_slices(owners)
     found: dict[Any, Shard] = {}
+    names: set[str] = set()
     for prefix, module, ddp in walk:
         for name, tensor, flat in _parameters(module, flats):
             key, full = _identity(tensor, flat), prefix + name
+            if full in names and (key not in found or found[key].kind == "buffer"):
+                raise ValueError(
+                    f"{full} stands on two stages of this rank, which hold different tensors. Give "
+                    "both the same Parameter."
+                )
             if key in found:
-                found[key].aliases.append(full)
+                found[key].aliases += [] if full in names else [full]
             elif flat is not None:
                 found[key] = flat.record(full, (module, name), owners[flat.owner])
             else:
                 around = ddp if ddp and full not in ddp.parameters_to_ignore else None
                 found[key] = _plain(full, tensor, (module, name), around)
+            names.add(full)
         for name, buffer in module._buffers.items():
             persistent, place = name not in module._non_persistent_buffers_set, (module, name)
-            if buffer is None and persistent:
+            # The first of several stages with such a buffer is the one that is recorded.
+            if (buffer is None and persistent) or prefix + name in names:
                 continue
+            names.add(prefix + name)
             key = id(buffer) if buffer is not None else (id(module), name)  # a cache to be filled
             if key in found:
                 found[key].aliases.append(prefix + name)
@@ -434,10 +443,13 @@ def _compare_buffers(
     walk: list[tuple[str, nn.Module]], buffers: list[Shard], changes: defaultdict[str, list[str]]
 ) -> None:
     expected = {name: shard for shard in buffers for name in (shard.name, *shard.aliases)}
-    missing = set(expected)
+    missing, seen = set(expected), set()
     for prefix, module in walk:
         for name, buffer in module._buffers.items() if module._buffers else ():
             full = prefix + name
+            if full in seen:  # of another stage
+                continue
+            seen.add(full)
             shard = expected.get(full)
             if shard is None:
                 if buffer is not None:

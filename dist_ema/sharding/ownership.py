@@ -34,6 +34,7 @@ from .records import Region, Shard
 from .zero import refuse_taken_over
 
 __all__ = [
+    "MAX_BLOCK",
     "ParamState",
     "assign",
     "replica_pieces",
@@ -70,8 +71,9 @@ class ParamState:
     @property
     def saved_region(self) -> Region:
         """Written into files and sent to others by this rank."""
-        owned = self.owned_region
-        return owned if self.shard.is_writer else replace(owned, end=owned.begin)
+        owned, shard = self.owned_region, self.shard
+        is_saved = shard.is_writer and not shard.written_elsewhere
+        return owned if is_saved else replace(owned, end=owned.begin)
 
     @property
     def live(self) -> Tensor:

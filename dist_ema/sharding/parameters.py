@@ -1,8 +1,8 @@
-"""`Parameters`: a list of parameters that came without their module, as a module."""
+"""`Stages` and `Parameters`: a model that came in parts, as a module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,15 +11,27 @@ from torch.distributed._composable_state import _module_state_mapping
 from .names import canonical
 from .torch_classes import is_fsdp2
 
-__all__ = ["Model", "Parameters", "module_of", "unsharded_copies"]
+__all__ = ["Model", "ModelOrStages", "Parameters", "Stages", "module_of", "unsharded_copies"]
 
 
 Model = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+ModelOrStages = Model | Sequence[nn.Module]
 
 
-def module_of(model: Model) -> nn.Module:
-    """The model, or a module around the parameters that were given in its place."""
-    return model if isinstance(model, nn.Module) else Parameters(model)
+def module_of(model: ModelOrStages) -> nn.Module:
+    """The model, or a module around the stages or parameters that were given in its place."""
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, (list, tuple)) and model and isinstance(model[0], nn.Module):
+        return Stages(model)
+    return Parameters(model)  # type: ignore[arg-type]
+
+
+class Stages(nn.ModuleList):
+    """The stages of a pipeline that this rank holds, as one model.
+
+    Weights have the names that their stages give them.
+    """
 
 
 class Parameters(nn.Module):
@@ -79,7 +91,7 @@ class Parameters(nn.Module):
         return list(dict.fromkeys(m for m, each in records if id(each.sharded_param) in given))
 
 
-_TAKES = "EMA takes a module, parameters, or pairs of a name and a parameter"
+_TAKES = "EMA takes a module, a list of stages, parameters, or pairs of a name and a parameter"
 
 
 def unsharded_copies(modules: Iterable[nn.Module]) -> dict[int, Tensor]:

@@ -95,6 +95,7 @@ class Shard:
     average_frozen: bool = False  # averaged whether or not it needs a gradient now
     flat_parameter: Tensor | None = None  # FSDP1's around the weight; it counts its own writes
     is_writer: bool = True  # of several copies that are no replicas, the one that files hold
+    written_elsewhere: bool = False  # an earlier stage of the pipeline holds and writes it too
     persistent: bool = True  # part of state_dict()
     aliases: list[str] = field(default_factory=list)
 

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .fsdp1 import reshard_flat_parameter
 from .names import CHECKPOINTED, COMPILED, FSDP1, canonical
+from .parameters import Stages
 from .records import memory_of
 from .torch_classes import is_fsdp1, is_fsdp2
 from .zero import is_engine, partition
@@ -86,15 +87,15 @@ def unexplained_keys(model: nn.Module, recorded: Mapping[str, Tensor]) -> list[s
         model: The live model.
         recorded: By canonical name. A wrapper deep inside has its prefix in the key.
     """
-    inner = unwrapped(model)
-    if any(is_fsdp1(module) for module in inner.modules()):
+    if any(is_fsdp1(module) for module in model.modules()):
         return []
     held = set(map(id, recorded.values()))
     unexplained = set()
-    for key, value in inner.state_dict(keep_vars=True).items():
-        own = recorded.get(canonical(key))
-        if id(value) not in held if own is None else not _same_values(value, own):
-            unexplained.add(canonical(key))
+    for stage in model if isinstance(model, Stages) else [model]:
+        for key, value in unwrapped(stage).state_dict(keep_vars=True).items():
+            own = recorded.get(canonical(key))
+            if id(value) not in held if own is None else not _same_values(value, own):
+                unexplained.add(canonical(key))
     return sorted(unexplained)
 
 
@@ -181,7 +182,8 @@ def walk_modules(
         if module._modules:
             for name, child in reversed(module._modules.items()):
                 if child is not None:
-                    stack.append((prefix if name == inner else f"{prefix}{name}.", child, ddp))
+                    is_same = name == inner or isinstance(module, Stages)
+                    stack.append((prefix if is_same else f"{prefix}{name}.", child, ddp))
 
 
 @dataclass(frozen=True)

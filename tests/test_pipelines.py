@@ -1,0 +1,377 @@
+"""The stages of a pipeline are one EMA, and all ranks write one model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+)
+
+from dist_ema import EMA, Warmup, load_file
+from tests._oracle import Collectives, Oracle, same, snapshot
+from tests._ranks import raises, run_ranks
+from tests._wrappers import wrap
+from tests.test_parity import COLUMNS
+
+WIDTH, LAYERS, MICROBATCHES = 6, 4, 4
+SCHEDULE = Warmup(0.95)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("expert_bias", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(self.norm(x)))
+
+
+class Model(nn.Module):
+    """A model whose stages are copies of it without the layers of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb: nn.Module | None = nn.Linear(5, WIDTH)
+        self.layers = nn.ModuleDict({str(i): Layer() for i in range(LAYERS)})
+        self.head: nn.Module | None = nn.Linear(WIDTH, 7)
+        self.register_buffer("frequencies", torch.arange(3.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.emb is None else self.emb(x)
+        for layer in self.layers.values():
+            x = layer(x)
+        return x if self.head is None else self.head(x)
+
+    def keep(self, stage: int, stages: int) -> Model:
+        """Only what the stage runs."""
+        first, last = LAYERS * stage // stages, LAYERS * (stage + 1) // stages
+        for i in set(range(LAYERS)) - set(range(first, last)):
+            del self.layers[str(i)]
+        self.emb = self.emb if stage == 0 else None
+        self.head = self.head if stage == stages - 1 else None
+        return self
+
+
+def make(stage: int | None = None, stages: int = 1) -> Model:
+    torch.manual_seed(0)
+    model = Model()
+    return model if stage is None else model.keep(stage, stages)
+
+
+def batch(step: int, lane: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + lane)
+    return torch.randn(8, 5, generator=generator), torch.randint(0, 7, (8,), generator=generator)
+
+
+class Pipeline:
+    """The stages of this rank, trained beside a plain twin that sees all batches.
+
+    kind: how each stage is wrapped: "none", "ddp" or "fsdp2".
+    local: stages per rank, run interleaved if there are several.
+    """
+
+    def __init__(self, kind: str = "none", local: int = 1, pipeline: int = 2) -> None:
+        world = dist.get_world_size()
+        mesh = init_device_mesh("cpu", (pipeline, world // pipeline), mesh_dim_names=("pp", "dp"))
+        rank, self.lane = mesh.get_coordinate() or (0, 0)
+        self.lanes, count = world // pipeline, pipeline * local
+        if kind == "tp":  # its ranks see one batch
+            self.lane, self.lanes = 0, 1
+        self.numbers = [rank + i * pipeline for i in range(local)]
+        self.parts = [_wrapped(kind, make(number, count), mesh["dp"]) for number in self.numbers]
+        group = mesh["pp"].get_group()
+        run = [
+            PipelineStage(part, number, count, torch.device("cpu"), group=group)
+            for part, number in zip(self.parts, self.numbers, strict=True)
+        ]
+        self.schedule: Any = (
+            Schedule1F1B(run[0], MICROBATCHES, loss_fn=F.cross_entropy)
+            if local == 1
+            else ScheduleInterleaved1F1B(run, MICROBATCHES, loss_fn=F.cross_entropy)
+        )
+        self.is_first, self.is_last = rank == 0, rank == pipeline - 1
+        self.optimizers = [_optimizer(part) for part in self.parts]
+        self.twin = make()
+        self.twin_optimizer, self.step = _optimizer(self.twin), 0
+
+    def train(self, steps: int, after: Any = lambda: None) -> None:
+        for _ in range(steps):
+            inputs, labels = batch(self.step, self.lane)
+            self.run(inputs, labels)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            pairs = [batch(self.step, lane) for lane in range(self.lanes)]
+            (sum(F.cross_entropy(self.twin(x), y) for x, y in pairs) / self.lanes).backward()
+            self.twin_optimizer.step()
+            self.twin_optimizer.zero_grad()
+            self.step += 1
+            after()
+
+    def run(self, inputs: Tensor, labels: Tensor) -> None:
+        given = (inputs,) if self.is_first else ()
+        self.schedule.step(*given, **({"target": labels} if self.is_last else {}))
+
+    @torch.no_grad()
+    def probe(self) -> Tensor | None:
+        """What the pipeline computes now, on the ranks of the last stage."""
+        inputs, labels = batch(10_000, 0)
+        given = (inputs,) if self.is_first else ()
+        if not hasattr(self.schedule, "eval"):  # an older torch
+            return None
+        output = self.schedule.eval(*given, **({"target": labels} if self.is_last else {}))
+        return output if self.is_last else None
+
+    def snapshot(self) -> list[Tensor]:
+        return [tensor for part in self.parts for tensor in snapshot(part)]
+
+    @torch.no_grad()
+    def lent(self, oracle: Oracle) -> Tensor:
+        """What one process computes with the float64 average."""
+        weights = {name: value.float() for name, value in oracle.average.items()}
+        return torch.func.functional_call(self.twin, weights, batch(10_000, 0)[0])
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+
+
+def _wrapped(kind: str, part: Model, mesh: DeviceMesh) -> nn.Module:
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(part, process_group=mesh.get_group())
+    if kind == "tp":
+        from torch.distributed.tensor import Replicate
+        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+        plan = {"layers.*.linear": ColwiseParallel(output_layouts=Replicate())}
+        return parallelize_module(part, mesh, plan)
+    if kind == "fsdp2":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in part.layers.values():
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(part, mesh=mesh)
+    return part
+
+
+def check_pipeline(kind: str, local: int, folder: str) -> dict[str, bool]:
+    """All columns of one row of the parity table, on one rank."""
+    run, held = Pipeline(kind, local), {}
+    ema, oracle = EMA(run.parts, SCHEDULE), Oracle(run.twin, SCHEDULE)
+    ema.attach(*run.optimizers)
+    run.train(4, oracle.update)
+    ema.detach()
+    with Collectives() as collectives:
+        ema.update()
+    held["no collective in update"] = collectives.count == 0
+    oracle.update()
+    full = ema.gather()
+    if full:
+        held["update = oracle"] = oracle.error(full) < 2e-6
+
+    run.probe()
+    before = run.snapshot()
+    with ema.swap():
+        seen = run.probe()
+    restored = run.snapshot()
+    held["swap forward"] = seen is None or bool((seen - run.lent(oracle)).abs().max() < 2e-5)
+    held["restored"] = same(before, restored)
+    with raises(KeyError, "evaluation failed"), ema.swap():
+        run.probe()
+        raise KeyError("evaluation failed")
+    held["restored after raise"] = same(before, run.snapshot())
+
+    ema.attach(*run.optimizers)
+    run.train(2, oracle.update)
+    ema.detach()
+    full = ema.gather()
+    held["trains on"] = not full or oracle.error(full) < 2e-6
+    ema.save(f"{folder}/ema", max_shard_size=300)
+    ema.export(f"{folder}/model.safetensors")
+    if full:
+        assert full.keys() == make().state_dict().keys()
+        held["file = gather"] = all(
+            stored.keys() == full.keys() and all(torch.equal(stored[k], full[k]) for k in full)
+            for stored in (load_file(f"{folder}/{name}") for name in ("ema", "model.safetensors"))
+        )
+        torch.save(full, f"{folder}/full.pt")
+    again = EMA(run.parts, SCHEDULE)
+    again.load(f"{folder}/ema")
+    reread = again.gather()
+    held["load exact"] = again.now == ema.now and all(torch.equal(reread[k], full[k]) for k in full)
+    elements = sum(math.prod(state.shard.shape) for state in ema.weights.averages[0].averaged)
+    share = elements / (run.lanes if kind != "none" else 1)
+    held["bytes"] = ema.metrics()["bytes"] <= 4 * share * 1.5
+    return held
+
+
+ROWS = [("none", 1, 2), ("none", 2, 2), ("fsdp2", 1, 4), ("ddp", 1, 4), ("tp", 1, 4)]
+NAMES = {("none", 1): "pp 2", ("none", 2): "pp 2 interleaved", ("fsdp2", 1): "pp 2 x fsdp2"}
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize(("kind", "local", "world"), ROWS)
+def test_parity(
+    kind: str,
+    local: int,
+    world: int,
+    tmp_path: Path,
+    record_property: Callable[[str, Any], None],
+) -> None:
+    """One process in float64 is what 1F1B and interleaved 1F1B average, and what all ranks write.
+
+    What 2 x 2 ranks saved is then loaded by other worlds.
+    """
+    row: dict[str, bool] = {}
+    for held in run_ranks(world, check_pipeline, kind, local, str(tmp_path)):
+        for column, cell in held.items():
+            row[column] = row.get(column, True) and cell
+    name = NAMES.get((kind, local), f"pp 2 x {kind}")
+    record_property("parity", [f"{name} W={world}", row])  # conftest prints the table
+    assert all(row.values()), row
+    assert sorted(row) == sorted(COLUMNS)
+    if kind == "fsdp2":
+        for other, ranks in (("stages of 1", 4), ("one module", 2), ("one module", 1)):
+            run_ranks(ranks, load_elsewhere, other, str(tmp_path))
+
+
+def load_elsewhere(kind: str, folder: str) -> None:
+    """Two stages of two ranks become four stages, none under FSDP2, and one process."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    want = torch.load(f"{folder}/full.pt")
+    model: Any = [make(rank, world)] if kind == "stages of 1" else make()
+    model = wrap("fsdp2", model) if kind == "one module" and world > 1 else model
+    ema = EMA(model, SCHEDULE)
+    ema.load(f"{folder}/ema")
+    full = ema.gather()
+    assert all(torch.equal(full[name], want[name]) for name in full)
+    assert bool(full) == (rank == 0)
+    assert ema.now == 7
+    ema.save(f"{folder}/again-{kind}-{world}", max_shard_size=300)
+    for path in Path(f"{folder}/ema").glob("*.safetensors") if rank == 0 else ():
+        again = Path(f"{folder}/again-{kind}-{world}", path.name)
+        assert again.read_bytes() == path.read_bytes()
+
+
+class Tied(nn.Module):
+    """A stage with the embedding that another stage has too, and a layer of its own."""
+
+    def __init__(self, number: int, value: float = 0.5) -> None:
+        super().__init__()
+        self.emb = nn.Linear(3, 4, bias=False)
+        self.emb.weight.data.fill_(value)
+        self.register_buffer("count", torch.tensor(number))  # may differ
+        setattr(self, f"own{number}", nn.Linear(2, 2))
+        if number == 1:
+            self.head = nn.Linear(3, 4, bias=False)
+            self.head.weight = self.emb.weight
+            self.register_buffer("expert_bias", torch.ones(3))
+
+
+def share_weights(folder: str) -> None:
+    rank = dist.get_rank()
+    stage = Tied(rank)
+    with raises(ValueError, "emb.weight", "other bits", "[0]", "[1]"):
+        EMA([Tied(rank, rank)])
+    ema = EMA([stage], 0.5, buffers="expert_bias")  # which one stage has
+    ema.save(f"{folder}/tied")
+    assert ema.metrics()["replicas_agree"]
+    stored = load_file(f"{folder}/tied")
+    names = ["count", "emb.weight", "expert_bias", "head.weight", *OWN]
+    assert sorted(stored) == names, sorted(stored)
+    assert stored["count"] == 0  # the first stage writes
+    assert stored["head.weight"].data_ptr() == stored["emb.weight"].data_ptr()
+    assert sorted(ema.gather()) == (names if rank == 0 else [])
+    ema.load(f"{folder}/tied")
+    stage.emb.weight.data += rank
+    ema.update()
+    with raises(ValueError, "emb.weight", "other bits"):
+        ema.save(f"{folder}/tied")
+    with raises(ValueError, "emb.weight", "other bits"):
+        ema.gather()
+    assert load_file(f"{folder}/tied").keys() == stored.keys()
+    half_frozen = Tied(rank)
+    half_frozen.emb.weight.requires_grad_(rank == 0)
+    with raises(ValueError, "emb.weight", "alike"):
+        EMA([half_frozen])
+    for verb in (lambda: ema.copy_to(stage), ema.tensors):
+        with raises(RuntimeError, "stages of a pipeline"):
+            verb()
+
+
+OWN = ["own0.bias", "own0.weight", "own1.bias", "own1.weight"]
+
+
+def differ_by_stage(folder: str) -> None:
+    rank = dist.get_rank()
+    parts: list[nn.Module] = [nn.Sequential(nn.Linear(2, 2))]
+    if rank:
+        parts = [Tied(2), nn.Module()]
+        parts[0].requires_grad_(False)
+    ema = EMA(parts, 0.5)
+    assert len(ema) == (0 if rank else 2)
+    assert repr(ema).startswith("EMA(")
+    ema.attach(*(torch.optim.SGD(p.parameters(), 0.1) for p in parts if list(p.parameters())))
+    ema.update()
+    with ema.swap():
+        pass
+    ema.save(f"{folder}/part")
+    ema.load(f"{folder}/part")
+    whole = load_file(f"{folder}/part")
+    assert sorted(whole) == [
+        "0.bias",
+        "0.weight",
+        "count",
+        "emb.weight",
+        "own2.bias",
+        "own2.weight",
+    ]
+    with raises(ValueError if rank else (ValueError, RuntimeError), "nothing"):
+        EMA(parts, only="no such name")
+    missing = [*parts, nn.Sequential(nn.Linear(2, 2), nn.Linear(1, 1))][-1:] if rank == 0 else parts
+    again = EMA(missing, 0.5)
+    with raises((ValueError, RuntimeError), "1.weight"):  # both ranks learn of it
+        again.load(f"{folder}/part")
+    with raises(ValueError, "two stages of this rank", "weight"):
+        EMA([nn.Linear(1, 1), nn.Linear(1, 1)])
+
+
+def save_through_dcp(folder: str) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    run = Pipeline("none", 2)
+    ema = EMA(run.parts, SCHEDULE)
+    ema.attach(*run.optimizers)
+    run.train(2)
+    dcp.save({"ema": ema}, checkpoint_id=f"{folder}/dcp")
+    other = EMA(run.parts, SCHEDULE)
+    dcp.load({"ema": other}, checkpoint_id=f"{folder}/dcp")
+    want, full = ema.gather(), other.gather()
+    assert all(torch.equal(full[name], want[name]) for name in want)
+    assert other.now == ema.now == 2
+    with ema.swap():  # every stage says which of its buffers were recalibrated
+        for part in run.parts:
+            for layer in part.layers.values():
+                layer.expert_bias += 1 + dist.get_rank()
+    full = ema.gather()
+    for i in range(LAYERS) if full else ():
+        assert bool((full[f"layers.{i}.expert_bias"] == 1 + i % 2).all())
+
+
+@pytest.mark.multirank
+@pytest.mark.parametrize("work", [share_weights, differ_by_stage, save_through_dcp])
+def test_two_stages(work: Callable[[str], None], tmp_path: Path) -> None:
+    run_ranks(2, work, str(tmp_path))
