@@ -85,9 +85,7 @@ class Writer:
             rank's share in host memory.
         """
         self._ranks.timeout = timeout
-        if not wait:
-            request = self._staged(request)
-        prepared = self._prepare(request)
+        prepared = self._prepare(request, stage=not wait)
         if wait:
             return self._carry_out(prepared)
         self._background.start(
@@ -112,41 +110,50 @@ class Writer:
             remarks = remarks + publication.note(error, aloud=self._ranks.first)
         return remarks
 
-    def _staged(self, request: SaveRequest) -> SaveRequest:
-        """The request with its blocks copied, or the same error on all ranks. *Collective*."""
-        return self._ranks.run_on_all(request.verb, lambda: request.with_blocks(_stage))
-
-    def _prepare(self, request: SaveRequest) -> _PreparedSave:
+    def _prepare(self, request: SaveRequest, stage: bool) -> _PreparedSave:
         """Check everything before the first byte is written; reserve the space. *Collective*."""
-        ranks = self._ranks
+        ranks, made = self._ranks, list[SaveRequest]()
 
-        def plan() -> None:
+        def make() -> str:
             request.refuse_unsound()
-            assert request.plans
+            return str(sealing.make(request))
 
-        ranks.run_on_all(request.verb, plan)
-        folder = Path(ranks.run_on_first(request.verb, lambda: str(sealing.make(request))))
+        folder = Path(ranks.run_on_first(request.verb, make))
         try:
-            return _PreparedSave(request, folder, self._routes(request, folder))
+            routes = self._routes(request, folder, stage, made)
+            return _PreparedSave(made[0], folder, routes)
         except BaseException:
             self._abandon(folder)
             raise
 
-    def _routes(self, request: SaveRequest, folder: Path) -> Routes | None:
+    def _routes(
+        self, request: SaveRequest, folder: Path, stage: bool, made: list[SaveRequest]
+    ) -> Routes | None:
         """Which ranks write what. None: all write into place, as they share machine and folder.
 
-        *Collective*.
+        *Collective*. The request goes to `made`, with its blocks copied if they are to be staged.
 
         Raises:
             ValueError: The ranks would write different files.
             RuntimeError: A rank that must write does not see the folder.
         """
         ranks, verb = self._ranks, request.verb
-        heads = [(name, file.head) for name, file in request.files.items()]
+        error: Exception | None = None
+        try:
+            heads = [(name, file.head) for name, file in request.files.items()]
+        except Exception as caught:  # raised below, where the others learn that this rank differs
+            heads, error = [], caught
         ranks.compare({"files": digest([[each.schedule for each in request.averages], heads])})
         sees = os.path.isdir(folder)
+
+        def ready() -> bool:
+            if error is not None:
+                raise error
+            made.append(request.with_blocks(_stage) if stage else request)
+            return not sees
+
         try:
-            blind = ranks.count_on_all(verb, lambda: not sees)
+            blind = ranks.count_on_all(verb, ready)
         except RanksDifferError as error:
             raise ValueError(
                 f"ema.{verb}(): the ranks ask for different files. which, dtype, max_shard_size "

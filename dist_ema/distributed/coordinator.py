@@ -298,9 +298,10 @@ class StoreCoordinator:
         self._last, self._ends_when_full = exchange, ends_when_full
         # Ranks take turns in deleting the keys of exchanges.
         keys = ["count"] if ends_when_full else ["count", "answer"]
-        leaves = self.size - self.size // 2  # which combine no messages
+        combining = (self.size - 2) // FAN_IN + 1  # the others delete
         for i, name in enumerate(keys):
-            if self.size // 2 + (2 * exchange.number + i) % leaves == self.rank:
+            turn = (2 * exchange.number + i) % (self.size - combining)
+            if combining + turn == self.rank:
                 self._written.append((exchange.number, exchange.key(name)))
         return exchange
 
