@@ -4,6 +4,7 @@ memory go.
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -393,6 +394,87 @@ def test_two_weights_that_always_lay_in_one_memory_may_move() -> None:
     model["b"].weight.data = model["a"].weight.data.t()
     program.step(2)
     assert program.swap() < 1e-5
+
+
+def teacher_transposed(model: Any, teacher: Any, ema: EMA) -> None:
+    teacher[0].weight.data = teacher[0].weight.data.t()
+
+
+def teacher_of_one_memory(model: Any, teacher: Any, ema: EMA) -> None:
+    teacher[2].weight.data = teacher[0].weight.data
+
+
+def teacher_in_the_model(model: Any, teacher: Any, ema: EMA) -> None:
+    teacher[0].weight.data = model[0].weight.data
+
+
+TEACHERS: dict[str, tuple[Any, str]] = {
+    "transposed": (teacher_transposed, r"^0\.weight of the teacher was .* in another order"),
+    "one memory": (teacher_of_one_memory, r"^[02]\.weight lies in the memory of [02]\.weight"),
+    "the model's": (teacher_in_the_model, r"^0\.weight lies in the memory of the average"),
+}
+
+
+@pytest.mark.parametrize("edit", TEACHERS.values(), ids=TEACHERS)
+def test_a_teacher_whose_memory_is_no_longer_its_own(edit: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    teacher = copy.deepcopy(model)
+    ema = EMA(model, 0.5, into=teacher)
+    for _ in range(3):
+        ema.update()
+    edit[0](model, teacher, ema)
+    for verb in (ema.update, ema.gather):
+        with pytest.raises(RuntimeError, match=edit[1]):
+            verb()
+
+
+def test_live_in_the_memory_of_the_average_is_named() -> None:
+    """`state_dict()` aliases the shadows: what is assigned from it would be its own average."""
+    program = Program(nn.Sequential(nn.Linear(4, 4)))
+    program.step(2)
+    shadow = program.ema.weights.states[0].shadow
+    assert shadow is not None
+    program.model[0].weight.data = shadow.view(4, 4)
+    for verb in (program.ema.update, program.ema.gather):
+        with pytest.raises(RuntimeError, match=r"^0\.weight lies in the memory of the average"):
+            verb()
+
+
+def test_a_weight_transposed_inside_a_swap_is_named_at_the_exit() -> None:
+    program = Program(nn.Sequential(nn.Linear(4, 4)))
+    program.step(2)
+    weight = program.model[0].weight
+    named = pytest.raises(RuntimeError, match=r"^0\.weight was .* lies in another order")
+    with named, program.ema.swap():
+        weight.data = weight.data.t()
+    weight.data = weight.data.t()
+    program.step(1)
+    assert program.swap() < 1e-5
+
+
+class Gram(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("gram", torch.randn(3, 3))
+
+
+def test_an_averaged_buffer_that_is_transposed_in_place_is_named() -> None:
+    model = Gram()
+    ema = EMA(model, 0.5, buffers="average")
+    for _ in range(3):
+        ema.update()
+    model.gram.data = model.gram.data.t()
+    with pytest.raises(RuntimeError, match=r"^gram was .* lies in another order"):
+        ema.update()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_module_is_averaged() -> None:
+    """Its dicts of parameters and modules are no dicts."""
+    program = Program(torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))))
+    program.step(3)
+    assert program.gather() < 1e-5
 
 
 def test_a_conjugated_view_is_named() -> None:

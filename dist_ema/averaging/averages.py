@@ -35,6 +35,7 @@ from .inventory import OWN, Average, Inventory, Placement, Selection
 from .kernels.eager import UpdatePlan
 from .kernels.gpu_plan import FusedPlan, available
 from .kernels.pairs import ShadowPair
+from .shared_memory import refuse_shared
 from .storage_watch import StorageWatch
 from .swap_journal import broadcast_to_replicas
 from .swap_registry import SwapRegistry
@@ -128,6 +129,7 @@ class AveragedWeights:
         self._inventory.adopt(found, self.teacher)
         self.swaps.watch(state.shard.tensor for state in self.averages[0].averaged)
         self._rebind()
+        refuse_shared(self.averages)
         self._replan()
         self.mark()
 
@@ -277,6 +279,7 @@ class AveragedWeights:
         self._rebind()
         # Not only what was rebound here: the exit of a swap rebinds what the block moved.
         if self._watch.moved():
+            refuse_shared(self.averages)
             self._replan()
 
     def _rebind(self) -> None:

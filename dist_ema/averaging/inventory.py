@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -387,42 +386,14 @@ class Inventory:
         """Bind the records anew whose storages moved.
 
         Raises:
-            RuntimeError: A weight has another dtype, device, shape or order now, or lies in the
-                memory of another one, by name.
+            RuntimeError: A weight has another dtype, device, shape or order now, by name.
         """
         for average in self.averages:
             # Each for itself: a swap of one average has rebound only its own.
             moved = [state for state in average.states if state.moved or state.layout_changed]
-            if any(state.shadow is not None and state.shard.dense for state in moved):
-                _refuse_shared_memory([s for s in average.averaged if s.shard.kind != "buffer"])
             for state in moved:
                 state.rebind()
             average.forget_reshaped_buffers(moved)
-
-
-def _refuse_shared_memory(states: Sequence[ParamState]) -> None:
-    """One memory cannot hold two averages, as it must in a swap."""
-    lying = [state for state in states if state.shard.local_tensor().data_ptr()]
-    placed = sorted((state for state in lying if state.local.numel()), key=_address)
-    for one, other in itertools.pairwise(placed):
-        shares = other.address < one.address + one.local.nbytes
-        shares &= one.local.device == other.local.device
-        if shares and not _same_shadows(one, other):
-            raise RuntimeError(
-                f"{other.name} lies in the memory of {one.name} now, and their averages differ. "
-                "Give each its own memory, or register one Parameter under both names and call "
-                "ema.rescan()."
-            )
-
-
-def _address(state: ParamState) -> tuple[str, int]:
-    return str(state.local.device), state.address
-
-
-def _same_shadows(one: ParamState, other: ParamState) -> bool:
-    assert one.shadow is not None
-    assert other.shadow is not None
-    return torch.equal(one.shadow, other.shadow)
 
 
 def _is_empty_buffer(shard: Shard) -> bool:

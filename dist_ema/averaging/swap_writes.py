@@ -54,7 +54,7 @@ class SwapWrites:
         for state, before in zip(self._weights, self._versions, strict=True):
             local, param = self._swaps.nested.get(id(state.shard.tensor), (0, 0))
             expected = before[0] + local, before[1] + param
-            if state.moved:
+            if state.moved or (state.layout_changed and state.shadow is not None):
                 old = state.local
                 state.rebind()
                 written = old._version != expected[0] or not _same_bits(old, state.local)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..sharding import derived, discovery, parameters, wrappers
-from ..sharding.ownership import ParamState
+from ..sharding.ownership import ParamState, form
 from ..sharding.records import Shard
 
 __all__ = ["Teacher"]
@@ -61,7 +61,7 @@ class Teacher:
             name: shard for shard in found.shards for name in (shard.name, *shard.aliases)
         }
         self._given: dict[str, Shard] = {}  # by the model's names: what the EMA writes
-        self._addresses: dict[str, int] = {}
+        self._places: dict[str, Any] = {}  # address and form
         self._copied: list[ParamState] = []  # frozen weights and buffers
         self._copied_versions: list[int] = []
         self._hooks = ExitStack()
@@ -114,7 +114,7 @@ class Teacher:
     def _memory(self, name: str) -> Tensor:
         """The elements as they lie there now. Shape [local_region.numel]. *Aliases* the teacher."""
         shard = self._given[name]
-        self._addresses[name] = shard.local_tensor().data_ptr()
+        self._places[name] = _place_in_memory(shard)
         return shard.read()
 
     @property
@@ -144,17 +144,19 @@ class Teacher:
         for state in states:
             shard = self._given.get(state.name)
             # [Note: stale records] in ownership
-            if shard is None or shard.local_tensor().data_ptr() == self._addresses[state.name]:
+            if shard is None or _place_in_memory(shard) == self._places[state.name]:
                 continue
-            old = state.teacher_copy if state.shadow is None else state.shadow
-            new = self._memory(state.name)
+            old, before = state.teacher_copy if state.shadow is None else state.shadow, self._places
             assert old is not None
-            if (new.dtype, new.device, len(new)) != (old.dtype, old.device, len(old)):
+            new = shard.read()
+            kinds = [(each.dtype, each.device, len(each)) for each in (new, old)]
+            if kinds[0] != kinds[1] or _place_in_memory(shard)[1] != before[state.name][1]:
                 raise RuntimeError(
                     f"{state.name} of the teacher was {old.dtype} on {old.device} with {len(old)} "
-                    f"elements here, and is now {new.dtype} on {new.device} with {len(new)}. "
-                    "Build the EMA after teacher.to(...)."
+                    f"elements here, and is now {new.dtype} on {new.device} with {len(new)}, or "
+                    "lies in another order. Build the EMA after teacher.to(...)."
                 )
+            self._memory(state.name)
             if state.shadow is None:
                 state.teacher_copy = new
             else:
@@ -257,6 +259,11 @@ def _copy(state: ParamState) -> None:
     """Read afresh: modules may register a new buffer at every step."""
     assert state.teacher_copy is not None
     state.teacher_copy.copy_(state.shard.read())
+
+
+def _place_in_memory(shard: Shard) -> tuple[int, Any]:
+    memory = shard.local_tensor()
+    return memory.data_ptr(), form(memory)
 
 
 def _place(shard: Shard) -> str:

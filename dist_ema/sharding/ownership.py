@@ -37,6 +37,7 @@ __all__ = [
     "MAX_BLOCK",
     "ParamState",
     "assign",
+    "form",
     "replica_pieces",
     "saved_blocks",
     "saved_dtype",
@@ -62,7 +63,7 @@ class ParamState:
     def __post_init__(self) -> None:
         memory = self.shard.local_tensor()
         # Where and how the elements lay when `local` was made.
-        self._address, self._form = memory.data_ptr(), _form(memory)
+        self._address, self._form = memory.data_ptr(), form(memory)
 
     @property
     def name(self) -> str:
@@ -124,15 +125,9 @@ class ParamState:
         return self.shard.kind == "buffer" and self.layout_changed  # resized in place
 
     @property
-    def address(self) -> int:
-        """Where the first element that the model holds here lies now."""
-        memory = self.shard.local_tensor()
-        return memory.data_ptr() + self.shard.storage_offset * memory.element_size()
-
-    @property
     def layout_changed(self) -> bool:
         """They have another shape or order in memory now."""
-        return _form(self.shard.local_tensor()) != self._form
+        return form(self.shard.local_tensor()) != self._form
 
     def rebind(self) -> None:
         """Follow elements that moved.
@@ -143,7 +138,7 @@ class ParamState:
         if self.is_copied_buffer:
             redescribe(self.shard)
             self.averaged_region = self.owned_region = self.shard.local_region
-            self._form = _form(self.shard.local_tensor())
+            self._form = form(self.shard.local_tensor())
         refuse_taken_over(self.shard)
         memory, old = self.shard.local_tensor(), self.local
         if memory.numel() and not memory.data_ptr():
@@ -174,7 +169,7 @@ def _part(data: Tensor, whole: Region, region: Region) -> Tensor:
     return data.narrow(0, region.begin - whole.begin, region.numel)
 
 
-def _form(memory: Tensor) -> tuple[torch.Size, list[int], bool]:
+def form(memory: Tensor) -> tuple[torch.Size, list[int], bool]:
     """Shape, order in memory, and whether a view conjugates.
 
     The stride of a dimension of length 1 says nothing.

@@ -197,6 +197,8 @@ class Addresses:
         self._parents: list[dict[str, Any]] = []
         for module in dict.fromkeys(module for root in roots for module in root.modules()):
             registered: Any = module._parameters
+            if not isinstance(registered, dict):  # a scripted module's, which cannot be edited
+                continue
             known = [name for name, tensor in registered.items() if id(tensor) in plain]
             if len(known) == len(registered):
                 self._dicts.append(registered)
@@ -230,7 +232,8 @@ class Addresses:
             return []
         addresses += map(Tensor.data_ptr, self._others)
         addresses += map(Tensor.data_ptr, map(_LOCAL_TENSOR, self._dtensors))
-        addresses += [reader().data_ptr() for reader in self._readers.values()]
+        for local in [reader() for reader in self._readers.values()]:
+            addresses += local.data_ptr(), local.stride()
         addresses += map(Tensor.stride, self._permuted)
         addresses += map(Tensor.is_conj, self._complex)
         addresses.append(all(map(Tensor.is_contiguous, self._row_major)))
