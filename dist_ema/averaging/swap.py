@@ -184,7 +184,9 @@ class WeightSwap:
         message = message | {"rank": ranks.rank} if tells else {}
         if not ranks.count_on_all("swap", lambda: any(map(message.get, ("error", "changed")))):
             return {}
-        return ranks.run_and_reduce("swap", lambda: message, _combine_exits)[1]  # type: ignore[no-any-return]
+        exits: dict[str, Any]
+        _, exits = ranks.run_and_reduce("swap", lambda: message, _combine_exits)
+        return exits
 
     def _broadcast_restored(self) -> None:
         self._broadcast()

@@ -34,7 +34,7 @@ from .coordinator import StoreCoordinator
 from .diagnosis import error_text
 from .machines import Machines, pack, unpack
 
-__all__ = ["Connections", "Consume", "Run"]
+__all__ = ["Connections", "Consume", "Receiver", "Run"]
 
 WINDOW = 16 << 20  # bytes that a receiver holds at once
 MOST_RUNS = 1 << 16  # in one window

@@ -45,7 +45,7 @@ from .deadlines import store_is_silent
 from .diagnosis import Exchange, call_text, error_text
 from .heartbeat import Heartbeats
 
-__all__ = ["GRACE", "Combine", "StoreCoordinator", "completes"]
+__all__ = ["GRACE", "Combine", "Count", "StoreCoordinator", "completes", "store_errors"]
 
 T = TypeVar("T")
 Combine = Callable[[list[Any]], Any]
@@ -351,9 +351,9 @@ class StoreCoordinator:
                 raise error
             return result, (conclude or _same)(result)  # type: ignore[return-value]
         exchange = self._next(verb)
-        message = {"value": result}
+        message: dict[str, Any] = {"value": result}
         if error is not None:
-            message = {"error": [self.members[self.rank], error_text(error)]}  # type: ignore[dict-item]
+            message = {"error": [self.members[self.rank], error_text(error)]}
         with self._reported(exchange):
             try:
                 answer = self._climb(exchange, message, combine, conclude or _same, fan_in)
