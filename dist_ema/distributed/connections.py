@@ -129,7 +129,7 @@ class Connections:
         """
         error, peer = b"", rank if relay is None else relay
         try:
-            with self.connect(peer, rank) as connection:
+            with self._patiently(peer, rank) as connection:
                 stream = _Stream(connection, lambda moved: self._refuse_stall(peer, moved))
                 for window in _windows(runs):
                     sizes = [len(run.data) for run in window]
@@ -154,6 +154,15 @@ class Connections:
         return moved
 
     _beats = (-1, 0)
+
+    def _patiently(self, rank: int, target: int) -> socket.socket:
+        """`connect`, again while a rank that does not answer gives signs of life."""
+        moved = time.monotonic()
+        while True:
+            try:
+                return self.connect(rank, target)
+            except TimeoutError:
+                moved = self._refuse_stall(rank, moved)
 
     def connect(self, rank: int, target: int) -> socket.socket:
         """A connection to a rank, for bytes that `target` consumes.
