@@ -38,7 +38,7 @@ WORLD = 2
 LR = 0.1
 EVERY = 100  # verbs between two counts
 SLACK = 16 << 20  # bytes by which the resident set may differ; allocators keep some
-DEAD = 3  # keys that stay in the store of an EMA that is gone: its last exchange, its heartbeat
+DEAD = 5  # keys that stay in the store of an EMA that is gone: of its last two exchanges
 WEIGHTS = {
     "step": 40,
     "swap": 6,
