@@ -443,9 +443,12 @@ class EMA:
         weights.refuse("ema.to", Reads.SHADOWS)
         weights.ready()
         placement = weights.placement
-        weights.reallocate(
-            dtype or placement.dtype, placement.device if device is None else torch.device(device)
+        target = (
+            dtype or placement.dtype,
+            placement.device if device is None else torch.device(device),
         )
+        if target != (placement.dtype, placement.device):
+            weights.reallocate(*target)
         return self
 
     # --- the average in use -----------------------------------------------------------------------

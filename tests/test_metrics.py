@@ -185,7 +185,7 @@ def test_small_tensors_are_read_together(monkeypatch: pytest.MonkeyPatch) -> Non
         [nn.Parameter(torch.randn(1000)) for _ in range(40)] + [nn.Parameter(torch.randn(7000))]
     )
     ema = EMA(model, 0.5)
-    monkeypatch.setattr(metrics, "SCRATCH", 3000)
+    monkeypatch.setattr(metrics, "WINDOW", 3000)
     slots = ema.weights.averages[0].averaged
     sizes = [len(live) for live, _ in metrics.batches([(slot.live, slot.shadow) for slot in slots])]
     assert sizes == [3000] * 13 + [1000, 3000, 3000, 1000]

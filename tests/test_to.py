@@ -211,3 +211,10 @@ def on_ranks() -> None:
 @pytest.mark.multirank
 def test_on_ranks() -> None:
     run_ranks(2, on_ranks)
+
+
+def test_what_lies_there_already_is_not_copied() -> None:
+    ema = EMA(nn.Linear(3, 2), 0.5, device="cpu")
+    places = [state.shadow.data_ptr() for state in ema.weights.averages[0].averaged]  # type: ignore[union-attr]
+    ema.to("cpu").to(dtype=torch.float32)
+    assert [state.shadow.data_ptr() for state in ema.weights.averages[0].averaged] == places  # type: ignore[union-attr]

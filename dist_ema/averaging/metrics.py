@@ -25,9 +25,11 @@ from ..distributed.ranks import Ranks
 from ..sharding import consistency
 from ..sharding.fingerprint import fingerprints
 from ..sharding.ownership import ParamState
-from .kernels.eager import SCRATCH
 
 __all__ = ["batches", "combine", "conclude", "measure"]
+
+
+WINDOW = 1 << 18  # elements that are compared at once, in 8 bytes each
 
 
 def measure(
@@ -100,19 +102,20 @@ def _squares(states: Sequence[ParamState]) -> list[float]:
         home = torch.device("cpu") if shadow.device.type == "mps" else shadow.device
         wide = live.to(home).to(torch.float64)  # may alias live: nothing is done in place
         total = sums.setdefault(home, torch.zeros(2, dtype=torch.float64, device=home))
-        total += torch.stack([(wide - shadow.to(home)).square_().sum(), wide.square().sum()])
+        apart = wide - shadow.to(home)
+        total += torch.stack([apart.dot(apart), wide.dot(wide)])
     columns = zip([0.0, 0.0], *(total.tolist() for total in sums.values()), strict=True)
     return [math.fsum(column) for column in columns]
 
 
 def batches(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[list[Tensor]]:
-    """Columns of rows of equal length: windows of at most SCRATCH elements, short rows together."""
+    """Columns of rows of equal length: windows of at most WINDOW elements, short rows together."""
     batch: list[tuple[Tensor, ...]] = []
     size = 0
     for row in rows:
-        for window in zip(*(_real(x).split(SCRATCH) for x in row), strict=True):
+        for window in zip(*(_real(x).split(WINDOW) for x in row), strict=True):
             length = len(window[0])
-            if batch and (size + length > SCRATCH or _kinds(batch[0]) != _kinds(window)):
+            if batch and (size + length > WINDOW or _kinds(batch[0]) != _kinds(window)):
                 yield _columns(batch)
                 batch, size = [], 0
             batch.append(window)
