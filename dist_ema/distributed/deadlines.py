@@ -4,7 +4,7 @@
 stopped. So operations run in a thread of the connection, and the caller waits `timeout` seconds for
 each. After one that was not answered, the next ones fail at once, until the host answers.
 
-[Note: construction]  Ranks that build an EMA share no id yet ([Note: incarnations] in coordinator),
+[Note: construction]  Ranks that build an EMA share no id yet ([Note: incarnations] in ranks),
 so a key of the store may be a killed attempt's. Only a counter that moves says who is here: a rank
 that waits counts, and after the timeout it names those whose counters stood still meanwhile.
 """
