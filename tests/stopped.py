@@ -70,7 +70,7 @@ def arm(case: Case) -> None:
 
         return call
 
-    places = {MESSAGES: dist.PrefixStore, RUNS: connections._Stream}
+    places = {MESSAGES: dist.PrefixStore, RUNS: connections.Stream}
     place: Any = places.get(case.kind, dist)
     for name in case.kind:
         setattr(place, name, counted(getattr(place, name)))

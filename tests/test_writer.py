@@ -359,18 +359,18 @@ def test_nothing_is_ever_pickled() -> None:
 def small_windows() -> Iterator[list[int]]:
     """Streams move 24 bytes at a time inside; yields how many bytes each send of weights had."""
     sent: list[int] = []
-    real, window = connections._windows, connections.WINDOW
+    real, window = connections.windows, connections.WINDOW
 
     def windows(runs: Iterable[connections.Run]) -> Iterator[list[connections.Run]]:
         for each in real(runs):
             sent.append(sum(len(run.data) for run in each))
             yield each
 
-    connections._windows, connections.WINDOW = windows, 24
+    connections.windows, connections.WINDOW = windows, 24
     try:
         yield sent
     finally:
-        connections._windows, connections.WINDOW = real, window
+        connections.windows, connections.WINDOW = real, window
 
 
 def direct_and_stream(folder: str) -> None:

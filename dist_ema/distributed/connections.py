@@ -34,7 +34,7 @@ from .coordinator import StoreCoordinator
 from .diagnosis import error_text
 from .machines import Machines, pack, unpack
 
-__all__ = ["Connections", "Consume", "Receiver", "Run"]
+__all__ = ["WINDOW", "Connections", "Consume", "Receiver", "Run", "Stream", "windows"]
 
 WINDOW = 16 << 20  # bytes that a receiver holds at once
 MOST_RUNS = 1 << 16  # in one window
@@ -130,8 +130,8 @@ class Connections:
         error, peer = b"", rank if relay is None else relay
         try:
             with self._patiently(peer, rank) as connection:
-                stream = _Stream(connection, lambda moved: self._refuse_stall(peer, moved))
-                for window in _windows(runs):
+                stream = Stream(connection, lambda moved: self._refuse_stall(peer, moved))
+                for window in windows(runs):
                     sizes = [len(run.data) for run in window]
                     stream.send(_HEAD.pack(len(window), sum(sizes)))
                     table = [[run.buffer, run.offset, len(run.data)] for run in window]
@@ -281,11 +281,11 @@ class Receiver:
 
     def _take(self, connection: socket.socket, target: int) -> bool:
         """Consume one window, or pass on all. Returns whether the sender has come to its end."""
-        stream = _Stream(connection, self._refuse_stopped)
+        stream = Stream(connection, self._refuse_stopped)
         if target == self._coordinator.rank:
             return self._window(stream, None)
         with self._connections.connect(target, target) as onward:
-            while not self._window(stream, _Stream(onward, self._refuse_stopped)):
+            while not self._window(stream, Stream(onward, self._refuse_stopped)):
                 pass
         return True
 
@@ -294,7 +294,7 @@ class Receiver:
             raise _StoppedError
         return moved
 
-    def _window(self, stream: _Stream, onward: _Stream | None) -> bool:
+    def _window(self, stream: Stream, onward: Stream | None) -> bool:
         """Consume one window or pass it on. Returns whether it was the end."""
         head = stream.receive(_HEAD.size)
         count, size = _HEAD.unpack(head)
@@ -339,7 +339,7 @@ class _StoppedError(Exception):
     """The block of `receiving` has ended."""
 
 
-class _Stream:
+class Stream:
     """A connection with a time limit on every call; `stalled` takes and gives when bytes moved."""
 
     def __init__(self, connection: socket.socket, stalled: Callable[[float], float]) -> None:
@@ -373,7 +373,7 @@ class _Stream:
             view, self._moved = view[got:], time.monotonic()
 
 
-def _windows(runs: Iterable[Run]) -> Iterator[list[Run]]:
+def windows(runs: Iterable[Run]) -> Iterator[list[Run]]:
     """Runs of at most one window together; long ones are cut."""
     window: list[Run] = []
     free = WINDOW
