@@ -375,3 +375,32 @@ def save_through_dcp(folder: str) -> None:
 @pytest.mark.parametrize("work", [share_weights, differ_by_stage, save_through_dcp])
 def test_two_stages(work: Callable[[str], None], tmp_path: Path) -> None:
     run_ranks(2, work, str(tmp_path))
+
+
+def stages_alone(folder: str) -> None:
+    """Each stage has an EMA of its own, which saves to one path: one of the two is refused."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "shard"))
+    stage = dist.get_rank() // 2
+    ema = EMA(_wrapped("fsdp2", make(stage, 2), mesh["shard"]), 0.5)
+    for _ in range(2):
+        refusal = ""
+        try:
+            ema.save(f"{folder}/one")
+        except (RuntimeError, ValueError) as error:
+            refusal = str(error)
+        refusals: list[str] = [""] * 4
+        dist.all_gather_object(refusals, refusal)
+        lost = [i for i, text in enumerate(refusals) if text]
+        assert lost in ([0, 1], [2, 3]), refusals
+        others = [rank for rank in range(4) if rank not in lost]
+        assert all(f"ranks {others} save other weights" in refusals[i] for i in lost), refusals
+        assert "EMA([stage, ...])" in refusals[lost[0]]
+        dist.barrier()
+    ema.save(f"{folder}/{stage}")
+    if not refusal:
+        assert load_file(f"{folder}/one").keys() == load_file(f"{folder}/{stage}").keys()
+
+
+@pytest.mark.multirank
+def test_stages_alone_do_not_replace_each_other(tmp_path: Path) -> None:
+    run_ranks(4, stages_alone, str(tmp_path))

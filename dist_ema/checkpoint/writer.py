@@ -116,6 +116,7 @@ class Writer:
 
         def make() -> str:
             request.refuse_unsound()
+            self._refuse_other_parts(request)
             return str(sealing.make(request))
 
         folder = Path(ranks.run_on_first(request.verb, make))
@@ -125,6 +126,18 @@ class Writer:
         except BaseException:
             self._abandon(folder)
             raise
+
+    def _refuse_other_parts(self, request: SaveRequest) -> None:
+        """Raise ValueError if an average of other weights on other ranks is saved to the path."""
+        weights = {name for files in request.averages for name in files.inventory}
+        names = str(digest(sorted(weights)))
+        members, found = self._ranks.claim(str(request.path), names)
+        if found != names:
+            raise ValueError(
+                f"ema.{request.verb}(): ranks {members} save other weights to {request.path}, and "
+                "one would replace the other. For the stages of a pipeline build "
+                "EMA([stage, ...]) on every rank; else give each average a path of its own."
+            )
 
     def _routes(
         self, request: SaveRequest, folder: Path, stage: bool, made: list[SaveRequest]

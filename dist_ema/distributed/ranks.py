@@ -8,6 +8,7 @@ attempt, or of another EMA, can be read.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
@@ -135,6 +136,24 @@ class Ranks:
         # NOTE: a sum and no broadcast, which a rank may leave before the others have come.
         dist.all_reduce(data, group=self.group)
         return bytes(data.tolist()).hex()
+
+    def claim(self, key: str, value: str) -> tuple[list[int], str]:
+        """Put a value into the store of the job, unless other ranks put one there before.
+
+        Returns:
+            (ranks, value) that stand there now: these ranks' own, or those of the others.
+        """
+        own = [self.members, value]
+        if not dist.is_initialized() or self.size == dist.get_world_size():
+            return self.members, value
+        with store_errors(self._coordinator.verb):
+            store = within(self.timeout, lambda: self._another_connection("dist_ema/claims"))
+            bounded = BoundedStore(store, self.timeout)
+            members, found = json.loads(bounded.compare_set(key, "", json.dumps(own)))
+            if members == self.members and found != value:
+                bounded.set(key, json.dumps(own))
+                found = value
+        return members, found
 
     @property
     def first(self) -> bool:
