@@ -138,7 +138,7 @@ class Cost(NamedTuple):
 
 def job(size: int, rank: int, store: dist.Store) -> EMA:
     """An EMA of a small model, of which this rank saves its part."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
     ema = EMA(model, 0.5)

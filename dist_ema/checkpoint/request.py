@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _version
 from ..distributed.transfer import Block
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype
+from ..text import size_of
 from . import safetensors
 from .library_files import FileForm
 from .manifest import Manifest
@@ -139,6 +140,7 @@ class SaveRequest:
             )
         if self.mode not in (None, "direct", "stream"):
             raise ValueError(f"mode must be 'direct', 'stream' or None, got {self.mode!r}.")
+        size_of(self.max_shard_size)
 
     @cached_property
     def plans(self) -> list[dict[str, safetensors.SafetensorsFile]]:

@@ -114,8 +114,9 @@ class Writer:
         """Check everything before the first byte is written; reserve the space. *Collective*."""
         ranks, made = self._ranks, list[SaveRequest]()
 
+        request.refuse_unsound()  # alike on all ranks, which have compared their arguments
+
         def make() -> str:
-            request.refuse_unsound()
             self._refuse_other_parts(request)
             return str(sealing.make(request))
 
