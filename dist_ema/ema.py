@@ -278,9 +278,8 @@ class EMA:
             return compares and not consistency.sampled_alike(weights.states, ranks)
 
         ranks.begin(verb, self._common(which, arguments or {}))
-        if ranks.count_on_all(
-            verb, ready
-        ):  # every rank learned this, so all of them exchange what differs
+        differ = ranks.count_on_all(verb, ready)
+        if differ:  # every rank learned this, so all of them exchange what differs
             warnings.warn(
                 f"ema.{verb}(): {consistency.name_replicas(verb, ranks, weights.states)}, which "
                 "should hold replicas, so the average holds parts of both. Was one rank's model "

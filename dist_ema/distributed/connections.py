@@ -347,14 +347,7 @@ class Stream:
         self._moved = time.monotonic()
 
     def send(self, data: bytes | memoryview) -> None:
-        view = memoryview(data).cast("B")
-        while view:
-            try:
-                sent = self._connection.send(view)
-            except TimeoutError:
-                self._moved = self._stalled(self._moved)
-                continue
-            view, self._moved = view[sent:], time.monotonic()
+        self._move(self._connection.send, memoryview(data).cast("B"))
 
     def receive(self, size: int) -> bytes:
         data = bytearray(size)
@@ -362,15 +355,19 @@ class Stream:
         return bytes(data)
 
     def receive_into(self, view: memoryview) -> None:
+        self._move(self._connection.recv_into, view)
+
+    def _move(self, operation: Callable[[memoryview], int], view: memoryview) -> None:
+        """Repeat `operation`, which moves some bytes, until it has moved all of the view."""
         while view:
             try:
-                got = self._connection.recv_into(view)
+                count = operation(view)
             except TimeoutError:
                 self._moved = self._stalled(self._moved)
                 continue
-            if not got:
+            if not count:
                 raise ConnectionResetError(104, "Connection closed")
-            view, self._moved = view[got:], time.monotonic()
+            view, self._moved = view[count:], time.monotonic()
 
 
 def windows(runs: Iterable[Run]) -> Iterator[list[Run]]:

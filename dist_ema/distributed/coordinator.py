@@ -215,8 +215,7 @@ class StoreCoordinator:
         def concatenate(messages: list[Any]) -> Any:
             return [each for some in messages for each in some]
 
-        combine = concatenate
-        return self._reduce(verb, lambda: [message], combine, conclude, self.size)[1]
+        return self._reduce(verb, lambda: [message], concatenate, conclude, self.size)[1]
 
     def run_on_first(self, verb: str, work: Callable[[], T]) -> T:
         """Do `work` on the first rank, and return its result (JSON) on every rank.
