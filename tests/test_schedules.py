@@ -27,7 +27,8 @@ from dist_ema import (
     Uniform,
     Warmup,
 )
-from dist_ema.schedules import MOST_STEPS, from_dict, gamma_of, schedule
+from dist_ema.schedules import from_dict, gamma_of, schedule
+from dist_ema.schedules.decays import MOST_STEPS
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())
 NAMED = {

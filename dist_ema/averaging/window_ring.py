@@ -1,7 +1,7 @@
 """The means of the last blocks of updates, from which windows are mixed.
 
-A `Window` moves one shadow like any schedule: it holds the mean of the block under way. When a
-block is full, its mean is copied to the host, and the next update begins another one.
+[Note: ring]  A `Window` moves one shadow like any schedule: it holds the mean of the block under
+way. When a block is full, its mean is copied to the host, and the next update begins another one.
 
     host       | mean 5 | mean 6 | mean 7 |          ring, blocks - 1 entries
     shadow                                | mean 8   so far

@@ -1,0 +1,147 @@
+"""`Window`: the decay of a learning rate over the last steps, as an average of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from .decays import Schedule, refuse_unless_positive
+
+__all__ = ["CURVES", "BlockMean", "Window"]
+
+
+def _linear(t: float) -> float:
+    return 1 - t
+
+
+def _minus_sqrt(t: float) -> float:
+    return 1 - math.sqrt(t)
+
+
+def _cosine(t: float) -> float:
+    return (1 + math.cos(math.pi * t)) / 2
+
+
+# The decay of a learning rate over a window: from 1 at t = 0 to 0 at t = 1.
+CURVES: dict[str, Callable[[float], float]] = {
+    "linear": _linear,
+    "minus-sqrt": _minus_sqrt,
+    "cosine": _cosine,
+}
+
+
+@dataclass(frozen=True)
+class Window(Schedule):
+    """What decaying the learning rate over the last `length` units would have given.
+
+    For a curve w that falls from 1 to 0 over the window, the weights after an update that moves
+    from a to b of it get the share w(a) - w(b): a sum of c_j = w_j - w_(j+1) times weights is the
+    run whose every step was scaled by w (WSM, arXiv 2507.17634). "linear" is the plain mean of the
+    window.
+
+    Every update is averaged, into the mean of one of `blocks` blocks ([Note: ring] in
+    averaging.window_ring says where they lie). The window consists of whole blocks, and of what the
+    block under way holds: it is `length` long when a block ends, else up to a block shorter. Within
+    a block all updates count alike. That is exact for "linear"; for other curves `error` bounds it.
+
+    Args:
+        length: Of the window, in units of the clock.
+        curve: "linear", "minus-sqrt" (1 - sqrt(t)), "cosine", or a function on [0, 1] with w(0) = 1
+            and w(1) = 0. A function cannot be tracked, as files cannot hold it: read it from a
+            tracked window by `which=`.
+        blocks: Of the window.
+        ring: A folder on a local disk, where full blocks lie in temporary files; None: host memory.
+
+    Called like any schedule, it gives the decay of the mean of the block under way.
+    """
+
+    length: float
+    curve: str | Callable[[float], float] = "linear"
+    blocks: int = 16
+    ring: str | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        refuse_unless_positive("length", self.length)
+        if isinstance(self.blocks, bool) or self.blocks != int(self.blocks) or self.blocks < 1:
+            raise ValueError(f"blocks must be a whole number from 1, got {self.blocks}.")
+        if isinstance(self.curve, str) and self.curve not in CURVES:
+            known = ", ".join(CURVES)
+            raise ValueError(f"curve must be {known} or a function, got {self.curve!r}.")
+        ends = self.scale(0.0), self.scale(1.0)
+        if max(abs(ends[0] - 1), abs(ends[1])) > 1e-9:
+            raise ValueError(f"curve must fall from 1 to 0, got {ends[0]:g} and {ends[1]:g}.")
+
+    def __call__(self, now: float, elapsed: float = 1.0) -> float:
+        # The clock stands at multiples of `elapsed`: at the last one before this block.
+        begin = math.floor(self.block_at(now) * self.block / elapsed + 1e-9) * elapsed
+        return max(0.0, (now - elapsed - begin) / (now - begin))
+
+    @property
+    def block(self) -> float:
+        """Units of the clock in one block."""
+        return self.length / self.blocks
+
+    def block_at(self, now: float) -> int:
+        """The number of the block that an update at `now` belongs to."""
+        return math.ceil(now / self.block - 1e-9) - 1
+
+    def scale(self, t: float) -> float:
+        """The curve at t in [0, 1] of the window."""
+        return CURVES[self.curve](t) if isinstance(self.curve, str) else self.curve(t)
+
+    def shares(self, begin: float, ends: Sequence[float]) -> list[float]:
+        """The share of each part of a window that begins at `begin`, by where the parts end."""
+        length = ends[-1] - begin
+        at = [1.0, *(self.scale((end - begin) / length) for end in ends[:-1]), 0.0]
+        return [before - after for before, after in pairwise(at)]
+
+    def spans(self, other: Window) -> bool:
+        """`other` can be mixed from the blocks of this one."""
+        return self.blocks >= other.blocks and abs(self.block - other.block) < 1e-9 * self.block
+
+    def error(self, updates: int) -> float:
+        """How far block means are from the exact curve, as half the sum of |share - exact share|.
+
+        No element of the average is further off than this times the spread of that element over
+        the window.
+
+        Args:
+            updates: In a full window; a multiple of `blocks`.
+        """
+        each = updates // self.blocks
+        exact = self.shares(0, [float(i + 1) for i in range(updates)])
+        means = self.shares(0, [float((i + 1) * each) for i in range(self.blocks)])
+        return sum(abs(share - means[i // each] / each) for i, share in enumerate(exact)) / 2
+
+    def to_dict(self) -> dict[str, Any]:
+        if not isinstance(self.curve, str):
+            raise ValueError(
+                f"{self!r}: files cannot hold a function. Track a window with a named curve "
+                f"({', '.join(CURVES)}), and read this one by which=."
+            )
+        return {key: value for key, value in super().to_dict().items() if key != "ring"}
+
+    def __repr__(self) -> str:
+        curve = self.curve if isinstance(self.curve, str) else self.curve.__qualname__
+        return f"Window({self.length:g}, {curve!r}, blocks={self.blocks})"
+
+
+@dataclass(frozen=True)
+class BlockMean(Schedule):
+    """A block of a saved window: the mean of the weights after each update in (begin, end].
+
+    Args:
+        size: Units of the clock in a full block.
+        begin: The clock before the first update.
+        end: The clock after the last one.
+    """
+
+    size: float
+    begin: float
+    end: float
+
+    def __call__(self, now: float, elapsed: float = 1.0) -> float:
+        return max(0.0, (now - elapsed) / now)
