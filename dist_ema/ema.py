@@ -689,14 +689,11 @@ class EMA:
             form: library_files.FileForm, states: list[ParamState] | None = None
         ) -> writer.SaveRequest:
             average = self.weights.used(which)
-            states = states or average.persistent
-            if form.is_adapter:
-                states = [state for state in states if state.name in form.names]
+            held = [state for state in states or average.persistent if form.holds(state.name)]
             own_buffers = {} if merged else dict(average.own_buffers)
             schedule, alone = average.schedule.to_dict(), self._needed is self._alone
-            files = writer.AverageFiles(states, own_buffers, schedule, alone=alone, form=form)
-            weights = "adapter" if form.is_adapter else "all"
-            facts = replace(self._manifest("export"), weights=weights)
+            files = writer.AverageFiles(held, own_buffers, schedule, alone=alone, form=form)
+            facts = replace(self._manifest("export"), weights=form.weights)
             where = target / form.folder
             return writer.SaveRequest("export", where, [files], facts, max_shard_size, mode, dtype)
 
@@ -775,9 +772,10 @@ class EMA:
         """From now on, publish a version each time the clock passes a multiple of `every`.
 
         A version is a complete model in `folder`/version-000001 and so on, written behind training,
-        and never changed. `dist_ema.follow` and `dist-ema watch` pick versions up. A version that
-        is due while an earlier one is written is skipped and counted. What the disk refuses is a
-        warning, and training goes on. *Collective*, as is each update that publishes.
+        and never changed. Of a PeftModel whose averaged weights all belong to one adapter it is
+        that adapter, in peft's form. `dist_ema.follow` and `dist-ema watch` pick versions up. A
+        version that is due while an earlier one is written is skipped and counted. What the disk
+        refuses is a warning, and training goes on. *Collective*, as is each update that publishes.
 
         Args:
             folder: Of the versions. One training publishes to it at a time.
@@ -813,7 +811,10 @@ class EMA:
                 )
             finish = WeakMethod(self._finish_writing)
             place, rest = _real_path(folder), None if beside is None else _real_path(beside)
-            made.append(Publication(place, every, keep, keep_at_most, which, rest, form, finish))
+            files = library_files.form_of(self.weights.model, self.names(), dtype)
+            made.append(
+                Publication(place, every, keep, keep_at_most, which, rest, files, form, finish)
+            )
 
         arguments = {"folder": os.fspath(folder), "every": every, "keep": keep}
         self._enter(
@@ -854,12 +855,14 @@ class EMA:
         average = self.weights.used(publication.which)
         own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
         now, step = clock.at(average.schedule), clock.steps or clock.updates
+        form = publication.files
+        held = [state for state in average.persistent if form.holds(state.name)]
         facts = {versions.KEY: publication.facts(average.name, step, now)}
         return writer.SaveRequest(
             "publish",
             publication.folder / versions.name_of(publication.number),
-            [writer.AverageFiles(average.persistent, own_buffers, schedule)],
-            replace(self._manifest("export", facts), weights="all"),
+            [writer.AverageFiles(held, own_buffers, schedule, form=form)],
+            replace(self._manifest("export", facts), weights=form.weights),
             keep=publication.keep,
             numbered=True,
             publication=publication,

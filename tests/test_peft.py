@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ema import EMA, load_file
+from dist_ema import EMA, follow, load_file
 from dist_ema.checkpoint.manifest import read
 from dist_ema.cli import main
 from dist_ema.offline.export import export
@@ -52,8 +52,9 @@ def adapted(**options: Any) -> Any:
     return peft.get_peft_model(base(), config)
 
 
-def train(model: nn.Module, **options: Any) -> EMA:
+def train(model: nn.Module, published: str = "", **options: Any) -> EMA:
     ema = EMA(model, 0.5, **options)
+    handle = ema.publish(published, every=3, dtype=None) if published else None
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     ema.attach(optimizer)
     for step in range(3):
@@ -61,6 +62,8 @@ def train(model: nn.Module, **options: Any) -> EMA:
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+    if handle is not None:
+        handle.remove()
     return ema
 
 
@@ -72,7 +75,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_peft_opens_it(form: str, tmp_path: Path) -> None:
     """A save, an export and save_pretrained have the same files and names, and give the average."""
     model = adapted(**FORMS[form])
-    ema = train(model)
+    ema = train(model, f"{tmp_path}/published")
     ema.save(tmp_path / "saved")
     ema.save(tmp_path / "saved")  # over its own adapter_config.json
     ema.export(tmp_path / "exported")
@@ -80,7 +83,7 @@ def test_peft_opens_it(form: str, tmp_path: Path) -> None:
         average = copy.deepcopy(model.state_dict())
         model.save_pretrained(tmp_path / "pefts")
     names = {"adapter_model.safetensors", "adapter_config.json", "ema.json"}
-    for folder in ("saved", "exported"):
+    for folder in ("saved", "exported", "published/version-000001"):
         assert {each.name for each in (tmp_path / folder).iterdir()} == names
         assert equal(load_file(tmp_path / folder), load_file(tmp_path / "pefts"))
         configs = [
@@ -97,6 +100,9 @@ def test_peft_opens_it(form: str, tmp_path: Path) -> None:
         assert main(["verify", str(tmp_path / folder)]) == 0
         with pytest.raises(ValueError, match="holds an adapter, which peft opens as it is"):
             export(tmp_path / folder, tmp_path / "out")
+    (version,) = follow(tmp_path / "published", timeout=0)
+    version.load_into(model)
+    assert all(torch.equal(v, average[n]) for n, v in model.state_dict().items() if "lora_" in n)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -286,7 +292,7 @@ def test_accelerate(tmp_path: Path) -> None:
 
 def rank(kind: str, folder: str) -> None:
     model = wrap(kind, adapted(use_dora=kind == "ddp"))
-    ema = train(model)
+    ema = train(model, f"{folder}/published")
     ema.save(f"{folder}/saved")
     ema.export(f"{folder}/exported")
     if kind.startswith("fsdp1"):
@@ -295,6 +301,11 @@ def rank(kind: str, folder: str) -> None:
     else:
         ema.export(f"{folder}/merged", merged=True)
     ema.load(f"{folder}/saved")
+    fresh = wrap(kind, adapted(use_dora=kind == "ddp"))
+    for version in follow(f"{folder}/published", timeout=0):
+        version.load_into(fresh)
+    mean, loaded = ema.gather(), EMA(fresh).gather()
+    assert all(torch.equal(mean[name], loaded[name]) for name in mean if "lora_" in name)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp1 orig"])
@@ -304,7 +315,7 @@ def test_ranks(kind: str, tmp_path: Path) -> None:
     ema = train(adapted(use_dora=kind == "ddp"))
     ema.export(tmp_path / "alone")
     alone = load_file(tmp_path / "alone")
-    for folder in ("saved", "exported"):
+    for folder in ("saved", "exported", "published/version-000001"):
         written = load_file(tmp_path / folder)
         assert written.keys() == alone.keys()
         for name in alone:

@@ -10,7 +10,7 @@ the weight, and the file that comes back says which weight has which name in it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, takewhile
@@ -26,7 +26,15 @@ from ..sharding.wrappers import canonical, walk_modules
 from .load_file import load_file
 from .safetensors import ADAPTER, ADAPTER_CONFIG
 
-__all__ = ["FileForm", "adapters_of", "complete_form", "merged", "only_used"]
+__all__ = [
+    "FileForm",
+    "adapter_in",
+    "adapters_of",
+    "complete_form",
+    "form_of",
+    "merged",
+    "only_used",
+]
 
 _PREFIX = "base_model.model."
 
@@ -45,6 +53,15 @@ class FileForm:
     texts: dict[str, bytes] = field(default_factory=dict)
     folder: str = ""
     is_adapter: bool = False
+
+    @property
+    def weights(self) -> str:
+        """What `Manifest.weights` says of a complete model, or of an adapter."""
+        return "adapter" if self.is_adapter else "all"
+
+    def holds(self, name: str) -> bool:
+        """Whether a weight of the model is in the files."""
+        return not self.is_adapter or name in self.names
 
     def name_of(self, name: str) -> str:
         """In the files."""
@@ -105,6 +122,14 @@ def only_used(adapters: Sequence[FileForm], averaged: Sequence[str]) -> FileForm
     """The adapter that holds all averaged weights; the plain form where there is no such one."""
     used = [form for form in adapters if not form.names.keys().isdisjoint(averaged)]
     return used[0] if len(used) == 1 else FileForm()
+
+
+def adapter_in(model: nn.Module, names: Collection[str]) -> FileForm:
+    """The model's adapter whose files hold these names; the plain form where there is none."""
+    for form in adapters_of(model, []):
+        if set(form.names.values()) == set(names):
+            return form
+    return FileForm()
 
 
 def _is_computed(config: Any) -> bool:
@@ -190,6 +215,12 @@ def complete_form(model: nn.Module, dtype: torch.dtype | None) -> FileForm:
         dtype: That the floating weights are exported in; None: their own.
     """
     return FileForm(texts=_config_files(_inner(model), dtype))
+
+
+def form_of(model: nn.Module, averaged: Sequence[str], dtype: torch.dtype | None) -> FileForm:
+    """The adapter that is averaged, or else the whole model."""
+    adapters = adapters_of(model, averaged)
+    return only_used(adapters, averaged) if adapters else complete_form(model, dtype)
 
 
 def _config_files(inner: Any, dtype: torch.dtype | None) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from typing import Any
 from . import atomic, retention, versions
 from .foreign_files import companions
 from .leases import LeaseWatch
+from .library_files import FileForm
 
 __all__ = ["Publication"]
 
@@ -30,7 +31,8 @@ class Publication:
         keep_at_most: How many stay with those that are leased.
         which: The average that is published.
         beside: The folder whose config and tokenizer each version gets.
-        form: Its dtype, and how files are written.
+        files: What they are called, and the config beside them.
+        form: Their dtype, and how they are written.
         metrics: JSON values of yours, like {"loss": 0.3}, which go into the next versions. The
             first rank's count.
         number: Of the last version that was begun.
@@ -47,6 +49,7 @@ class Publication:
         keep_at_most: int | None,
         which: Any,
         beside: Path | None,
+        files: FileForm,
         form: dict[str, Any],
         finish: Callable[[], Callable[[], None] | None],
     ) -> None:
@@ -62,7 +65,8 @@ class Publication:
             )
         self.folder, self.every = folder, every
         self.keep, self.keep_at_most = keep, keep_at_most
-        self.which, self.beside, self.form = which, beside, form
+        self.which, self.beside = which, beside
+        self.files, self.form = files, form
         if beside is not None and not beside.is_dir():
             raise ValueError(
                 f"beside={os.fspath(beside)!r} is no folder. Name one with config.json."

@@ -108,13 +108,15 @@ def finish(request: SaveRequest, folder: Path, sums: dict[str, int]) -> list[str
 
 def _seal(request: SaveRequest, folder: Path, sums: dict[str, int]) -> None:
     """Complete the temporary folder: ema.json, indexes, and what an export keeps of others."""
+    published = versions.facts_of(request.manifest) or {"beside": ()}
     texts = {manifest.META: request.full_manifest(_table(request, sums)).to_bytes()}
     for average, plan in zip(request.averages, request.plans, strict=True):
         if len(plan) > 1:
             bare = {Path(name).name: file for name, file in plan.items()}
             texts[average.prefix + safetensors.INDEX] = safetensors.index(bare)
         for name, text in average.form.texts.items():
-            if average.form.is_adapter or not (request.path / name).exists():
+            kept = name in published["beside"] or (request.path / name).exists()
+            if average.form.is_adapter or not kept:
                 texts[average.prefix + name] = text
     for name, text in texts.items():
         (folder / name).write_bytes(text)
@@ -124,7 +126,6 @@ def _seal(request: SaveRequest, folder: Path, sums: dict[str, int]) -> None:
         stale |= {"model.safetensors", safetensors.INDEX, manifest.META}
         stale |= {safetensors.ADAPTER, safetensors.ADAPTER_CONFIG}  # loaders would add it again
         foreign_files.carry_over(request.path, folder, stale)
-    published = versions.facts_of(request.manifest) or {"beside": ()}
     for name in published["beside"]:
         assert request.publication is not None
         atomic.link_or_copy(f"{request.publication.beside}/{name}", folder / name)
