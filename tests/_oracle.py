@@ -34,6 +34,7 @@ class Training:
             self.optimizer = torch.optim.SGD(
                 [p for p in self.model.parameters() if p.requires_grad], lr=0.05, momentum=0.5
             )
+        self.optimizers = [self.optimizer]
         self.twin_optimizer = torch.optim.SGD(
             [p for p in self.twin.parameters() if p.requires_grad], lr=0.05, momentum=0.5
         )

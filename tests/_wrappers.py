@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests import _deepspeed
-from tests._models import Block, Net
+from tests._models import Block, Experts, Net
 
 CPU = torch.device("cpu")
 
@@ -114,14 +114,16 @@ def _experts(model: nn.Module) -> nn.Module:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("efsdp", "ep"))
-    experts, ep = model.core.experts, mesh["ep"]
-    experts.group = ep.get_group()
-    for name in ("up", "down"):
-        whole = getattr(experts.grouped, name).detach()
-        setattr(experts.grouped, name, nn.Parameter(distribute_tensor(whole, ep, [Shard(0)])))
-    cut = {experts.grouped.up: Shard(1), experts.grouped.down: Shard(0)}
-    grouped = fully_shard(experts.grouped, mesh=mesh["efsdp"], shard_placement_fn=lambda p: cut[p])
-    grouped.set_gradient_divide_factor(4)  # tokens come from all ranks
+    ep, cut = mesh["ep"], dict[nn.Parameter, Shard]()
+    for experts in (each for each in model.modules() if isinstance(each, Experts)):
+        experts.group = ep.get_group()
+        for name, dimension in (("up", 1), ("down", 0)):
+            whole = getattr(experts.grouped, name).detach()
+            part = nn.Parameter(distribute_tensor(whole, ep, [Shard(0)]))
+            setattr(experts.grouped, name, part)
+            cut[part] = Shard(dimension)
+        fully_shard(experts.grouped, mesh=mesh["efsdp"], shard_placement_fn=cut.get)
+        experts.grouped.set_gradient_divide_factor(4)  # tokens come from all ranks
     return _fsdp2(model)
 
 

@@ -3,174 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleInterleaved1F1B,
-)
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from dist_ema import EMA, Warmup, load_file
-from tests._oracle import Collectives, Oracle, same, snapshot
+from tests._oracle import Collectives, Oracle, same
+from tests._pipelines import LAYERS, Pipeline, make, wrapped
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
 from tests.test_parity import COLUMNS
 
-WIDTH, LAYERS, MICROBATCHES = 6, 4, 4
 SCHEDULE = Warmup(0.95)
 
 
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.linear = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.register_buffer("expert_bias", torch.zeros(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.linear(self.norm(x)))
-
-
-class Model(nn.Module):
-    """A model whose stages are copies of it without the layers of the others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb: nn.Module | None = nn.Linear(5, WIDTH)
-        self.layers = nn.ModuleDict({str(i): Layer() for i in range(LAYERS)})
-        self.head: nn.Module | None = nn.Linear(WIDTH, 7)
-        self.register_buffer("frequencies", torch.arange(3.0), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x if self.emb is None else self.emb(x)
-        for layer in self.layers.values():
-            x = layer(x)
-        return x if self.head is None else self.head(x)
-
-    def keep(self, stage: int, stages: int) -> Model:
-        """Only what the stage runs."""
-        first, last = LAYERS * stage // stages, LAYERS * (stage + 1) // stages
-        for i in set(range(LAYERS)) - set(range(first, last)):
-            del self.layers[str(i)]
-        self.emb = self.emb if stage == 0 else None
-        self.head = self.head if stage == stages - 1 else None
-        return self
-
-
-def make(stage: int | None = None, stages: int = 1) -> Model:
-    torch.manual_seed(0)
-    model = Model()
-    return model if stage is None else model.keep(stage, stages)
-
-
-def batch(step: int, lane: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(100 * step + lane)
-    return torch.randn(8, 5, generator=generator), torch.randint(0, 7, (8,), generator=generator)
-
-
-class Pipeline:
-    """The stages of this rank, trained beside a plain twin that sees all batches.
-
-    kind: how each stage is wrapped: "none", "ddp" or "fsdp2".
-    local: stages per rank, run interleaved if there are several.
-    """
-
-    def __init__(self, kind: str = "none", local: int = 1, pipeline: int = 2) -> None:
-        world = dist.get_world_size()
-        mesh = init_device_mesh("cpu", (pipeline, world // pipeline), mesh_dim_names=("pp", "dp"))
-        rank, self.lane = mesh.get_coordinate() or (0, 0)
-        self.lanes, count = world // pipeline, pipeline * local
-        if kind == "tp":  # its ranks see one batch
-            self.lane, self.lanes = 0, 1
-        self.numbers = [rank + i * pipeline for i in range(local)]
-        self.parts = [_wrapped(kind, make(number, count), mesh["dp"]) for number in self.numbers]
-        group = mesh["pp"].get_group()
-        run = [
-            PipelineStage(part, number, count, torch.device("cpu"), group=group)
-            for part, number in zip(self.parts, self.numbers, strict=True)
-        ]
-        self.schedule: Any = (
-            Schedule1F1B(run[0], MICROBATCHES, loss_fn=F.cross_entropy)
-            if local == 1
-            else ScheduleInterleaved1F1B(run, MICROBATCHES, loss_fn=F.cross_entropy)
-        )
-        self.is_first, self.is_last = rank == 0, rank == pipeline - 1
-        self.optimizers = [_optimizer(part) for part in self.parts]
-        self.twin = make()
-        self.twin_optimizer, self.step = _optimizer(self.twin), 0
-
-    def train(self, steps: int, after: Any = lambda: None) -> None:
-        for _ in range(steps):
-            inputs, labels = batch(self.step, self.lane)
-            self.run(inputs, labels)
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            pairs = [batch(self.step, lane) for lane in range(self.lanes)]
-            (sum(F.cross_entropy(self.twin(x), y) for x, y in pairs) / self.lanes).backward()
-            self.twin_optimizer.step()
-            self.twin_optimizer.zero_grad()
-            self.step += 1
-            after()
-
-    def run(self, inputs: Tensor, labels: Tensor) -> None:
-        given = (inputs,) if self.is_first else ()
-        self.schedule.step(*given, **({"target": labels} if self.is_last else {}))
-
-    @torch.no_grad()
-    def probe(self) -> Tensor | None:
-        """What the pipeline computes now, on the ranks of the last stage."""
-        inputs, labels = batch(10_000, 0)
-        given = (inputs,) if self.is_first else ()
-        if not hasattr(self.schedule, "eval"):  # an older torch
-            return None
-        output = self.schedule.eval(*given, **({"target": labels} if self.is_last else {}))
-        return output if self.is_last else None
-
-    def snapshot(self) -> list[Tensor]:
-        return [tensor for part in self.parts for tensor in snapshot(part)]
-
-    @torch.no_grad()
-    def lent(self, oracle: Oracle) -> Tensor:
-        """What one process computes with the float64 average."""
-        weights = {name: value.float() for name, value in oracle.average.items()}
-        return torch.func.functional_call(self.twin, weights, batch(10_000, 0)[0])
-
-
-def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
-
-
-def _wrapped(kind: str, part: Model, mesh: DeviceMesh) -> nn.Module:
-    if kind == "ddp":
-        return nn.parallel.DistributedDataParallel(part, process_group=mesh.get_group())
-    if kind == "tp":
-        from torch.distributed.tensor import Replicate
-        from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-        plan = {"layers.*.linear": ColwiseParallel(output_layouts=Replicate())}
-        return parallelize_module(part, mesh, plan)
-    if kind == "fsdp2":
-        from torch.distributed.fsdp import fully_shard
-
-        for layer in part.layers.values():
-            fully_shard(layer, mesh=mesh)
-        return fully_shard(part, mesh=mesh)
-    return part
-
-
-def check_pipeline(kind: str, local: int, folder: str) -> dict[str, bool]:
+def check_pipeline(
+    kind: str, local: int, folder: str, order: Sequence[str] = ("pp", "dp", "tp")
+) -> dict[str, bool]:
     """All columns of one row of the parity table, on one rank."""
-    run, held = Pipeline(kind, local), {}
-    ema, oracle = EMA(run.parts, SCHEDULE), Oracle(run.twin, SCHEDULE)
+    run, held = Pipeline(kind, local, order=order), {}
+    ema, oracle = EMA(run.model, SCHEDULE), Oracle(run.twin, SCHEDULE)
     ema.attach(*run.optimizers)
     run.train(4, oracle.update)
     ema.detach()
@@ -208,7 +66,7 @@ def check_pipeline(kind: str, local: int, folder: str) -> dict[str, bool]:
             for stored in (load_file(f"{folder}/{name}") for name in ("ema", "model.safetensors"))
         )
         torch.save(full, f"{folder}/full.pt")
-    again = EMA(run.parts, SCHEDULE)
+    again = EMA(run.model, SCHEDULE)
     again.load(f"{folder}/ema")
     reread = again.gather()
     held["load exact"] = again.now == ema.now and all(torch.equal(reread[k], full[k]) for k in full)
@@ -353,17 +211,17 @@ def save_through_dcp(folder: str) -> None:
     import torch.distributed.checkpoint as dcp
 
     run = Pipeline("none", 2)
-    ema = EMA(run.parts, SCHEDULE)
+    ema = EMA(run.model, SCHEDULE)
     ema.attach(*run.optimizers)
     run.train(2)
     dcp.save({"ema": ema}, checkpoint_id=f"{folder}/dcp")
-    other = EMA(run.parts, SCHEDULE)
+    other = EMA(run.model, SCHEDULE)
     dcp.load({"ema": other}, checkpoint_id=f"{folder}/dcp")
     want, full = ema.gather(), other.gather()
     assert all(torch.equal(full[name], want[name]) for name in want)
     assert other.now == ema.now == 2
     with ema.swap():  # every stage says which of its buffers were recalibrated
-        for part in run.parts:
+        for part in run.model:
             for layer in part.layers.values():
                 layer.expert_bias += 1 + dist.get_rank()
     full = ema.gather()
@@ -379,9 +237,9 @@ def test_two_stages(work: Callable[[str], None], tmp_path: Path) -> None:
 
 def stages_alone(folder: str) -> None:
     """Each stage has an EMA of its own, which saves to one path: one of the two is refused."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "shard"))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "dp"))
     stage = dist.get_rank() // 2
-    ema = EMA(_wrapped("fsdp2", make(stage, 2), mesh["shard"]), 0.5)
+    ema = EMA(wrapped("fsdp2", make(stage, 2), mesh), 0.5)
     for _ in range(2):
         refusal = ""
         try:
