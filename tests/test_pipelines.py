@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from dist_ema import EMA, Warmup, load_file
+from dist_ema.checkpoint import safetensors
 from tests._oracle import Collectives, Oracle, same
 from tests._pipelines import LAYERS, Pipeline, make, wrapped
 from tests._ranks import raises, run_ranks
@@ -127,12 +128,17 @@ def load_elsewhere(kind: str, folder: str) -> None:
 class Tied(nn.Module):
     """A stage with the embedding that another stage has too, and a layer of its own."""
 
-    def __init__(self, number: int, value: float = 0.5) -> None:
+    def __init__(self, number: int, value: float = 0.5, first: str = "emb") -> None:
         super().__init__()
+        if first == "head" and number == 1:  # its weight has that name there, and emb's as an alias
+            self.head = nn.Linear(3, 4, bias=False)
         self.emb = nn.Linear(3, 4, bias=False)
         self.emb.weight.data.fill_(value)
         self.register_buffer("count", torch.tensor(number))  # may differ
         setattr(self, f"own{number}", nn.Linear(2, 2))
+        if first == "untied" and number == 0:
+            self.head = nn.Linear(3, 4, bias=False)
+            self.head.weight.data.fill_(value)
         if number == 1:
             self.head = nn.Linear(3, 4, bias=False)
             self.head.weight = self.emb.weight
@@ -140,10 +146,16 @@ class Tied(nn.Module):
 
 
 def share_weights(folder: str) -> None:
+    for first in ("emb", "head", "untied"):
+        share_one(f"{folder}/{first}", first)
+
+
+def share_one(folder: str, first: str) -> None:
+    """Stage 1 ties head to emb, under either name; stage 0 has emb alone, or both, untied."""
     rank = dist.get_rank()
-    stage = Tied(rank)
+    stage = Tied(rank, first=first)
     with raises(ValueError, "emb.weight", "other bits", "[0]", "[1]"):
-        EMA([Tied(rank, rank)])
+        EMA([Tied(rank, rank, first)])
     ema = EMA([stage], 0.5, buffers="expert_bias")  # which one stage has
     ema.save(f"{folder}/tied")
     assert ema.metrics()["replicas_agree"]
@@ -151,6 +163,9 @@ def share_weights(folder: str) -> None:
     names = ["count", "emb.weight", "expert_bias", "head.weight", *OWN]
     assert sorted(stored) == names, sorted(stored)
     assert stored["count"] == 0  # the first stage writes
+    assert (
+        "head.weight" not in safetensors.read_header(Path(folder, "tied/model.safetensors")).entries
+    )
     assert stored["head.weight"].data_ptr() == stored["emb.weight"].data_ptr()
     assert sorted(ema.gather()) == (names if rank == 0 else [])
     ema.load(f"{folder}/tied")
@@ -161,7 +176,7 @@ def share_weights(folder: str) -> None:
     with raises(ValueError, "emb.weight", "other bits"):
         ema.gather()
     assert load_file(f"{folder}/tied").keys() == stored.keys()
-    half_frozen = Tied(rank)
+    half_frozen = Tied(rank, first=first)
     half_frozen.emb.weight.requires_grad_(rank == 0)
     with raises(ValueError, "emb.weight", "alike"):
         EMA([half_frozen])

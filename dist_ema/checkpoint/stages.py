@@ -7,7 +7,7 @@ No rank holds the weights of another stage: only names, shapes and check sums ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from .request import AverageFiles, WeightRecord
 
 __all__ = ["agree", "forms", "lacking", "names_of_all", "unite"]
 
-Holders = dict[str, list[list[int]]]  # name -> the ranks of each stage that holds it
+Holder = list[Any]  # [the ranks of a stage, the name that it gives the weight]
 
 
 def agree(verb: str, ranks: Ranks, stage: Sequence[int], averages: Sequence[Average]) -> None:
@@ -44,23 +44,23 @@ def agree(verb: str, ranks: Ranks, stage: Sequence[int], averages: Sequence[Aver
         *Collective*. *Cost*: a message per stage; one read of the weights that stand on several.
     """
     states = averages[0].persistent
-    form = {state.name: _form(state) for state in states}
+    form = {state.name: (_form(state), state.shard.aliases) for state in states}
     leads = ranks.members[ranks.rank] == stage[0]
     answer = ranks.gather(verb, [list(stage), form] if leads else None, _shared)
     if "error" in answer:
         raise ValueError(answer["error"])
-    shared: Holders = answer["shared"]
+    shared: list[list[Holder]] = answer["shared"]
+    writers = {name: holders[0] for holders in shared for at, name in holders if at == list(stage)}
     for state in states:
-        holders = shared.get(state.name, [list(stage)])
-        state.shard.written_elsewhere = holders[0] != list(stage)
-    compared = [name for name in shared if not answer["buffers"].count(name)]
-    if not compared:
+        own = [list(stage), state.name]
+        state.shard.written_elsewhere = writers.get(state.name, own) != own
+    if not answer["compared"]:
         return
     sums = {
         f"{i} {state.name}": _contribution(state)
         for i, average in enumerate(averages)
         for state in average.persistent
-        if state.name in compared and state.shard.is_writer
+        if state.name in writers and state.shard.kind != "buffer" and state.shard.is_writer
     }
     problem = ranks.gather(verb, [list(stage), sums], partial(_other_bits, shared))
     if problem:
@@ -76,19 +76,43 @@ def _form(state: ParamState) -> list[Any]:
 
 def _shared(messages: list[Any]) -> dict[str, Any]:
     """Which names stand on several stages, the first stage first."""
-    holders: Holders = {}
+    answers = list(filter(None, messages))
+    leads = _leading_names({name: each[1] for name, each in form.items()} for _, form in answers)
+    holders: dict[str, list[Holder]] = {}
     forms: dict[str, list[Any]] = {}
-    for stage, form in filter(None, messages):
-        for name, found in form.items():
-            holders.setdefault(name, []).append(stage)
-            if forms.setdefault(name, found) != found:
-                first = holders[name][0]
+    for stage, form in answers:
+        for name, (found, _) in form.items():
+            lead = leads[name]
+            holders.setdefault(lead, []).append([stage, name])
+            if forms.setdefault(lead, found) != found:
+                first = holders[lead][0][0]
                 return {
-                    "error": f"{name} is {forms[name]} on ranks {first} and {found} on ranks "
+                    "error": f"{lead} is {forms[lead]} on ranks {first} and {found} on ranks "
                     f"{stage}. Stages that share a weight must hold it alike."
                 }
-    shared = {name: stages for name, stages in holders.items() if len(stages) > 1}
-    return {"shared": shared, "buffers": [name for name in shared if forms[name] == ["buffer"]]}
+    shared = {lead: each for lead, each in holders.items() if len(each) > 1}
+    compared = any(forms[lead] != ["buffer"] for lead in shared)
+    return {"shared": list(shared.values()), "compared": compared}
+
+
+def _leading_names(tables: Iterable[Mapping[str, Sequence[str]]]) -> dict[str, str]:
+    """Every name of a weight, and the one that the first stage with it gives it.
+
+    Names that one stage ties are one weight on all.
+
+    Args:
+        tables: name -> aliases, of each stage.
+    """
+    leads: dict[str, str] = {}
+    for table in tables:
+        for name, aliases in table.items():
+            known = {leads[each] for each in (name, *aliases) if each in leads}
+            lead = next(iter(known), name)
+            if len(known) > 1:  # this stage ties what earlier ones did not
+                lead = next(each for each in leads if each in known)
+                leads = {each: lead if old in known else old for each, old in leads.items()}
+            leads |= dict.fromkeys((name, *aliases), lead)
+    return leads
 
 
 def _contribution(state: ParamState) -> int:
@@ -107,16 +131,19 @@ def _contribution(state: ParamState) -> int:
     return total.contribution
 
 
-def _other_bits(shared: Holders, messages: list[Any]) -> str:
+def _other_bits(shared: Sequence[Sequence[Holder]], messages: list[Any]) -> str:
     """The first weight whose bits differ between stages."""
     sums: dict[str, dict[str, int]] = {}  # by stage
     for stage, found in messages:
         sums[str(stage)] = crc32.combine([sums.get(str(stage), {}), found])
-    for name, (first, *others) in shared.items():
-        for other in others:
-            one, two = sums.get(str(first), {}), sums.get(str(other), {})
-            keys = [key for key in one if key.partition(" ")[2] == name]
-            if any(one[key] != two.get(key) for key in keys):
+    table: dict[tuple[str, str], dict[str, int]] = {}  # stage, name -> sum of each average
+    for stage, found in sums.items():
+        for key, total in found.items():
+            number, _, name = key.partition(" ")
+            table.setdefault((stage, name), {})[number] = total
+    for (first, name), *others in shared:
+        for other, alias in others:
+            if table.get((str(first), name)) != table.get((str(other), alias)):
                 return (
                     f"{name} stands on two stages and has other bits on ranks {first} than on "
                     f"ranks {other}. Give both the same values, and the same gradients"
@@ -138,23 +165,22 @@ def unite(
 
 
 def _united(messages: list[Any]) -> list[dict[str, WeightRecord]]:
-    """One table for each average. What stands on several stages has the aliases of all."""
-    tables: list[dict[str, WeightRecord]] = []
-    for of_stage in filter(None, messages):
-        tables = tables or [{} for _ in of_stage]
-        for table, found in zip(tables, of_stage, strict=True):
-            for name, fields in found.items():
-                record = WeightRecord(*fields)
-                known = table.get(name, record)
-                aliases = sorted({*known.aliases, *record.aliases})
-                table[name] = known._replace(aliases=aliases, own=known.own or record.own)
-    return [
-        {
-            name: record._replace(aliases=[each for each in record.aliases if each not in table])
-            for name, record in table.items()
-        }
-        for table in tables
-    ]
+    """One table for each average. What stands on several stages has the names of all."""
+    answers = list(filter(None, messages))
+    return [_merged([each[i] for each in answers]) for i in range(len(answers[0]))]
+
+
+def _merged(tables: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, WeightRecord]:
+    stages = [{name: WeightRecord(*each) for name, each in table.items()} for table in tables]
+    leads = _leading_names({name: each.aliases for name, each in table.items()} for table in stages)
+    merged: dict[str, WeightRecord] = {}
+    for name, record in ((name, each) for table in stages for name, each in table.items()):
+        known = merged.get(leads[name], record)
+        merged[leads[name]] = known._replace(aliases=[], own=known.own or record.own)
+    for name, lead in sorted(leads.items()):
+        if name != lead:
+            merged[lead].aliases.append(name)
+    return merged
 
 
 def names_of_all(
