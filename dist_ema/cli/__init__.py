@@ -11,6 +11,7 @@ import io
 import sys
 from collections.abc import Sequence
 
+from .._version import VERSION
 from ..text import sentence
 from . import (
     average,
@@ -52,9 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     parser = build_parser()
     options = parser.parse_args(arguments)
-    if options.version:
-        print(f"dist-ema {_version()}")
-        return FINE
     if options.run is None:
         parser.print_help(sys.stderr)
         return USAGE
@@ -83,18 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
         "without a GPU or a process group.",
         epilog="`dist-ema VERB --help` explains a verb, with examples.",
     )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--version", action="version", version=f"dist-ema {VERSION}")
     parser.set_defaults(run=None)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     for verb in VERBS:
         add_verb(verbs, verb)
     return parser
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version  # 20 ms, for --version alone
-
-    try:
-        return version("dist-ema")
-    except PackageNotFoundError:
-        return "(run from its source, not installed)"

@@ -20,6 +20,7 @@ from .console import (
     progress,
     say,
     show,
+    window_of,
     writing,
 )
 
@@ -80,22 +81,19 @@ def add_groups(verb: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..offline import average as offline
-    from ..schedules import Window
 
     *models, target = options.paths
     if len(models) < 2:
         return say(
             f"average takes at least two models and an OUT, got {' '.join(options.paths)}.", USAGE
         )
-    if (options.curve is None) != (options.window is None):
-        return say("--curve and --window go together.", USAGE)
     report = offline.average(
         models,
         target,
         weights=options.weights,
         lawa=options.lawa,
         wma=options.wma,
-        window=None if options.curve is None else Window(options.window, options.curve),
+        window=window_of(options),
         dtype=DTYPES.get(options.dtype),
         max_shard_size=options.max_shard_size,
         force=options.force,

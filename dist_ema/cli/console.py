@@ -13,9 +13,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..text import Tick, printable, size_of
+
+if TYPE_CHECKING:
+    from ..schedules import Window
 
 __all__ = [
     "CURVE",
@@ -39,6 +42,7 @@ __all__ = [
     "progress",
     "say",
     "show",
+    "window_of",
     "writing",
 ]
 
@@ -58,20 +62,17 @@ WHICH = {
 }
 
 
-def add_verb(
-    verbs: Any, module: ModuleType, codes: str = "0 all is well, 1 a problem was found"
-) -> None:
+def add_verb(verbs: Any, module: ModuleType) -> None:
     """Add the parser of a verb.
 
     Args:
         verbs: What add_subparsers returned.
         module: The verb. Its TEXT is the line for the list of verbs, an empty line, the
-            description, and the examples.
-        codes: What exit codes 0 and 1 mean, unless the module has CODES.
+            description, and the examples. CODES says what exit codes 0 and 1 mean.
     """
     summary, _, rest = module.TEXT.partition("\n\n")
     description, _, examples = rest.partition("\nexamples:\n")
-    codes = getattr(module, "CODES", codes)
+    codes = getattr(module, "CODES", "0 all is well, 1 a problem was found")
     verb: argparse.ArgumentParser = verbs.add_parser(
         module.__name__.rpartition(".")[2],
         help=summary,
@@ -153,6 +154,15 @@ WINDOW: Arguments = {
         "help": "of --curve, in units of the clock",
     }
 }
+
+
+def window_of(options: argparse.Namespace) -> Window | None:
+    """The window that --curve and --window describe; one without the other is wrong usage."""
+    from ..schedules import Window  # which imports numpy
+
+    if (options.curve is None) != (options.window is None):
+        options.verb.error("--curve and --window go together")
+    return None if options.curve is None else Window(options.window, options.curve)
 
 
 def count(text: str) -> int:

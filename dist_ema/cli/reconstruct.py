@@ -22,6 +22,7 @@ from .console import (
     progress,
     say,
     show,
+    window_of,
     writing,
 )
 
@@ -105,23 +106,17 @@ def _sweep(text: str) -> list[float]:
 
 def run(options: argparse.Namespace) -> int:
     from ..posthoc import report as offline
-    from ..schedules import Power, Schedule, Window
+    from ..schedules import Power
 
     if options.sweep and options.out and options.out.endswith(".safetensors"):
         return say(
             f"--sweep writes several models: OUT must be a folder, got {options.out}.", USAGE
         )
-    if (options.curve is None) != (options.window is None):
-        return say("--curve and --window go together.", USAGE)
-    targets: list[Schedule] = (
-        [Power(sigma_rel=sigma) for sigma in options.sweep or [options.sigma_rel]]
-        if options.curve is None
-        else [Window(options.window, options.curve)]
-    )
+    window, widths = window_of(options), options.sweep or [options.sigma_rel]
     report = offline.reconstruct(
         options.snapshots,
         options.out,
-        targets,
+        [window] if window else [Power(sigma_rel=sigma) for sigma in widths],
         folders=bool(options.sweep),
         at=options.at,
         dtype=DTYPES.get(options.dtype),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..text import printable
-from .console import DTYPES, FINE, JSON, WIDEST, Arguments, columns, number, out, out_json, say
+from .console import DTYPES, FINE, JSON, WIDEST, Arguments, columns, number, say, show
 
 if TYPE_CHECKING:
     from ..service.sweep import SweepReport
@@ -90,10 +90,7 @@ def run(options: argparse.Namespace) -> int:
         at=options.at,
         dtype=DTYPES.get(options.dtype),
     )
-    if options.json:
-        out_json(found.to_json())
-    else:
-        out(_text(options.out, options.metric, found))
+    show(options, found.to_json(), _text(options.out, options.metric, found))
     if found.at_the_edge:
         say("the best lies at the edge of the widths: --from and --to allow others.", FINE)
     if options.plot:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..text import printable
 from .console import FINE, PROBLEM, Arguments, add_arguments, checked, columns, number, out, say
@@ -47,8 +48,6 @@ def _address(url: str) -> None:
     refuse_address(url)
 
 
-_positive = partial(number, "a positive number", lambda value: 0 < value < float("inf"))
-_whole = partial(number, "a whole number from 0", lambda value: value >= 0, parse=int)
 ARGUMENTS: Arguments = {
     "folder": {"metavar": "FOLDER", "help": "the folder given to ema.publish"},
     "--metric": {"metavar": "NAME", "help": "of the last line of JSON; FOLDER/best goes by it"},
@@ -68,7 +67,7 @@ ARGUMENTS: Arguments = {
         "help": "versions at the same time (default 1)",
     },
     "--retries": {
-        "type": _whole(),
+        "type": number("a whole number from 0", lambda value: value >= 0, parse=int),
         "default": 2,
         "metavar": "N",
         "help": "of what failed (default 2)",
@@ -79,7 +78,7 @@ ARGUMENTS: Arguments = {
         "help": "end after so long without a new version; 0: when all are done (default: never)",
     },
     "--expiry": {
-        "type": _positive(),
+        "type": number("a positive number", lambda value: 0 < value < float("inf")),
         "default": 60.0,
         "metavar": "SECONDS",
         "help": "until a dead watcher's version is done by another (default 60)",
@@ -142,7 +141,8 @@ def run(options: argparse.Namespace) -> int:
         return say(f"{path} does not exist: nothing was watched there yet. Pass --exec.", PROBLEM)
     records = [each for each in ledger.read_records(path) if each.task == task or not options.exec]
     if not options.json:
-        out(_table(records, options.metric, -1 if options.mode == "max" else 1))
+        sign = -1 if options.mode == "max" else 1
+        out(_table(records, ledger.best_of(records, options.metric, sign)))
     elif not (options.exec or options.notify):
         for each in records:
             _report_json(each)
@@ -158,16 +158,11 @@ def _report(record: Record) -> None:
 
 
 def _report_json(record: Record) -> None:
-    from dataclasses import asdict
-
     print(json.dumps(asdict(record)), flush=True)
 
 
-def _table(records: list[Record], metric: str | None, sign: int) -> Iterator[str]:
-    from ..service.ledger import best_of
-
+def _table(records: list[Record], best: Record | None) -> Iterator[str]:
     names = sorted({name for each in records for name in each.metrics})
-    best: Any = best_of(records, metric, sign)
     rows = [
         (
             str(each.version) + (" best" if each is best else ""),
