@@ -50,6 +50,7 @@ __all__ = [
     "recover",
     "remove",
     "remove_leftovers",
+    "replace_file",
     "reserve",
     "sync",
     "temporary_folder",
@@ -326,6 +327,19 @@ def remove_leftovers(path: Path) -> None:
         remove(each)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file anew, durably and in one rename. No other process may be writing it."""
+    remove_leftovers(path)
+    new = temporary_sibling(path)
+    try:
+        new.write_bytes(content)
+        sync(new)
+        publish(new, path)
+    finally:
+        with contextlib.suppress(OSError):  # it says what the first error says
+            new.unlink()
+
+
 def exchanges(folder: Path) -> bool:
     """Whether `publish` over an existing folder is one step in this one. Leaves two files there."""
     two = temporary_sibling(folder / "a"), temporary_sibling(folder / "b")
@@ -353,12 +367,7 @@ def exchange(a: Path, b: Path) -> bool:
 
 def point(path: Path, name: str = LATEST) -> None:
     """Have the pointer with that name beside `path` name it."""
-    pointer = path.parent / name
-    remove_leftovers(pointer)
-    new = temporary_sibling(pointer)
-    new.write_bytes(f"{path.name}\n".encode())
-    sync(new)
-    publish(new, pointer)
+    replace_file(path.parent / name, f"{path.name}\n".encode())
 
 
 def follow(path: Path) -> Path:

@@ -30,7 +30,7 @@ from weakref import finalize
 
 from . import atomic
 
-__all__ = ["EXPIRY", "FOLDER", "RETIRED", "Lease", "LeaseWatch", "read_all"]
+__all__ = ["EXPIRY", "FOLDER", "RETIRED", "Lease", "LeaseWatch", "facts_of", "read_all"]
 
 FOLDER = ".leases"
 RETIRED = "retired"
@@ -115,12 +115,9 @@ class LeaseWatch:
         """Close versions to new readers. Returns those of them that must stay for now."""
         mark = self._folder / FOLDER / RETIRED
         atomic.ensure(mark.parent)
-        atomic.remove_leftovers(mark)
         # NOTE: those that are gone too, which a stale cache of a reader may still hold.
         listed = [name for name in _read_retired(self._folder) if name not in names]
-        new = atomic.temporary_sibling(mark)
-        new.write_text(json.dumps([*listed, *names][-MOST_RETIRED:]))
-        os.replace(new, mark)
+        atomic.replace_file(mark, json.dumps([*listed, *names][-MOST_RETIRED:]).encode())
         return self._leased().intersection(names)
 
     def begin_anew(self) -> None:
@@ -139,10 +136,18 @@ class LeaseWatch:
         return {path.name.rpartition(".")[0] for path in self._seen}
 
 
-def _expiry(content: bytes) -> float:
-    """Of a lease; a torn one, whose reader died while it wrote, has the usual."""
+def facts_of(content: bytes) -> dict[str, Any]:
+    """What a lease says; nothing where it is torn, because its reader died while it wrote."""
     try:
-        facts: Any = json.loads(content)
-        return min(max(float(facts["expiry"]), 0.0), LONGEST)
+        facts = json.loads(content)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _expiry(content: bytes) -> float:
+    """Of a lease; a torn one has the usual."""
+    try:
+        return min(max(float(facts_of(content)["expiry"]), 0.0), LONGEST)
     except (KeyError, TypeError, ValueError):
         return EXPIRY

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # the reader, as `| head`, has ended
         return FINE
-    except FileNotFoundError as error:
+    except (FileNotFoundError, argparse.ArgumentTypeError) as error:
         return say(sentence(error), USAGE)
     except (ImportError, OSError, ValueError) as error:
         return say(sentence(error), PROBLEM)

@@ -161,7 +161,7 @@ def window_of(options: argparse.Namespace) -> Window | None:
     from ..schedules import Window  # which imports numpy
 
     if (options.curve is None) != (options.window is None):
-        options.verb.error("--curve and --window go together")
+        raise argparse.ArgumentTypeError("--curve and --window go together.")
     return None if options.curve is None else Window(options.window, options.curve)
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -229,22 +228,10 @@ def _seal(path: Path, report: ModelReport, verdict: Verdict) -> None:
         for name, entry in report.manifest.files.items()
     }
     try:
-        _replace(where, replace(report.manifest, files=sealed).to_bytes())
+        atomic.replace_file(where, replace(report.manifest, files=sealed).to_bytes())
     except OSError as error:
         verdict.unsealed = (
             f"{path} could not be sealed: {error.filename or where}: {error.strerror}."
         )
         return
     verdict.sealed = True
-
-
-def _replace(where: Path, content: bytes) -> None:
-    atomic.remove_leftovers(where)
-    new = atomic.temporary_sibling(where)
-    try:
-        new.write_bytes(content)
-        atomic.sync(new)
-        atomic.publish(new, where)
-    finally:
-        with contextlib.suppress(OSError):  # it says what the first error says
-            new.unlink()

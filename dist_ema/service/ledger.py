@@ -14,11 +14,11 @@ import math
 import sqlite3
 import time
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..checkpoint import atomic, versions
 from .follow import Version
@@ -30,15 +30,17 @@ __all__ = [
     "RUNNING",
     "Ledger",
     "Outcome",
+    "Points",
     "Record",
     "best_of",
+    "curves",
     "finite_numbers",
-    "live_value",
     "read_records",
 ]
 
 NAME = "ledger.sqlite"
 RUNNING, DONE, FAILED = "running", "done", "failed"
+Points: TypeAlias = Sequence[tuple[float, float]]
 PATIENCE = 60.0  # seconds that SQLite waits for another's lock
 _TABLE = """\
 CREATE TABLE IF NOT EXISTS records (
@@ -74,10 +76,17 @@ class Record:
     error: str
 
 
-def live_value(record: Record, metric: str) -> float | None:
-    """The live weights' metric: live_METRIC of the command, or METRIC of the publisher."""
-    given = finite_numbers({metric: record.live.get(metric)})
-    return record.metrics.get(f"live_{metric}", given.get(metric))
+def curves(records: Sequence[Record], metric: str) -> tuple[Points, Points]:
+    """A metric over the steps, of the average and of the live weights.
+
+    The latter is live_METRIC of the command, or METRIC of the publisher.
+    """
+    given = [(each, finite_numbers(each.live)) for each in records]
+    values = [
+        (each.step, each.metrics.get(f"live_{metric}", live.get(metric))) for each, live in given
+    ]
+    average = [(each.step, each.metrics[metric]) for each in records if metric in each.metrics]
+    return average, [(step, value) for step, value in values if value is not None]
 
 
 class Ledger:
@@ -215,13 +224,9 @@ def read_records(path: Path) -> list[Record]:
 
 def _records(db: sqlite3.Connection) -> list[Record]:
     rows = db.execute(f"SELECT {_COLUMNS} FROM records ORDER BY task, version").fetchall()
-    names = _COLUMNS.split(", ")
-    records = []
-    for row in rows:
-        values: dict[str, Any] = dict(zip(names, row, strict=True))
-        parsed = {name: json.loads(values[name]) for name in ("live", "metrics")}
-        records.append(Record(**values | parsed))
-    return records
+    tables = (dict(zip(_COLUMNS.split(", "), row, strict=True)) for row in rows)
+    parsed = ("live", "metrics")
+    return [Record(**each | {name: json.loads(each[name]) for name in parsed}) for each in tables]
 
 
 @contextmanager

@@ -11,16 +11,17 @@ from contextlib import suppress
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..checkpoint import atomic, leases, manifest, versions
 from ..checkpoint.manifest import Manifest
 from ..text import size
-from .ledger import NAME, Record, finite_numbers, live_value, read_records
+from .ledger import NAME, Points, Record, curves, finite_numbers, read_records
 
 __all__ = ["build", "serve"]
 
-Points = Sequence[tuple[float, float]]
+Facts: TypeAlias = dict[str, Any]  # of a version
+Row: TypeAlias = tuple[bool, list[Any]]  # whether it is the best, and its cells
 
 _STYLE = """\
 :root{color-scheme:light dark;--line:#8885;--a:#0a8f7f;--b:#c2571a}
@@ -93,12 +94,15 @@ def serve(port: int, folder: Path, metrics: Path | None, ledger: Path | None) ->
 # --- what there is -------------------------------------------------------------------------------
 
 
-def _read_versions(folder: Path) -> Iterator[tuple[str, Manifest]]:
+def _read_versions(folder: Path) -> Iterator[tuple[str, Facts]]:
+    """What each version says about itself, and its bytes."""
     for path in versions.numbered(folder).values():
         with suppress(OSError, ValueError):  # it is gone, or damaged
-            saved = manifest.read(path)
-            if saved is not None and versions.facts_of(saved) is not None:
-                yield path.name, saved
+            saved = manifest.read(path) or Manifest()
+            facts = versions.facts_of(saved)
+            if facts is not None:
+                nbytes = sum(entry.get("size", 0) for entry in saved.files.values())
+                yield path.name, facts | {"bytes": nbytes}
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
@@ -119,18 +123,16 @@ def _flat(prefix: str, values: Any) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _summary(folder: Path, found: dict[str, Manifest], latest: str | None, best: str | None) -> str:
-    facts = [versions.facts_of(saved) or {} for saved in found.values()]
-    total = sum(entry.get("size", 0) for saved in found.values() for entry in saved.files.values())
+def _summary(folder: Path, found: dict[str, Facts], latest: str | None, best: str | None) -> str:
+    total = sum(facts["bytes"] for facts in found.values())
     texts = [f"{len(found)} versions, {size(total)}"]
-    texts += [f"latest {latest}"] if latest else []
-    texts += [f"best {best}"] if best else []
-    if facts:
+    texts += [f"{word} {name}" for word, name in (("latest", latest), ("best", best)) if name]
+    for newest in list(found.values())[-1:]:
         texts += [
-            f"{facts[-1].get('average')}",
-            f"step {facts[-1].get('step')}",
-            f"clock {facts[-1].get('now')}",
-            f"{facts[-1].get('skipped')} skipped in this training",
+            f"{newest.get('average')}",
+            f"step {newest.get('step')}",
+            f"clock {newest.get('now')}",
+            f"{newest.get('skipped')} skipped in this training",
         ]
     if (folder / versions.STOP).exists():
         texts.append("the training has stopped")
@@ -138,50 +140,48 @@ def _summary(folder: Path, found: dict[str, Manifest], latest: str | None, best:
 
 
 def _version_rows(
-    folder: Path, found: dict[str, Manifest], best: str | None
-) -> tuple[list[str], list[tuple[bool, list[Any]]]]:
-    facts = {name: versions.facts_of(saved) or {} for name, saved in found.items()}
-    live = sorted({key for each in facts.values() for key in each.get("metrics") or {}})
+    folder: Path, found: dict[str, Facts], best: str | None
+) -> tuple[list[str], list[Row]]:
+    given = {name: facts.get("metrics") or {} for name, facts in found.items()}
+    live = sorted({key for each in given.values() for key in each})
     leased = [path.name.rpartition(".")[0] for path in leases.read_all(folder)]
-    rows = []
-    for name, saved in found.items():
-        nbytes = sum(entry.get("size", 0) for entry in saved.files.values())
-        each, given = facts[name], facts[name].get("metrics") or {}
-        cells = [name, each.get("step"), each.get("now"), size(nbytes), leased.count(name)]
-        rows.append((name == best, cells + [given.get(key) for key in live]))
+    rows = [
+        (
+            name == best,
+            [
+                *(name, facts.get("step"), facts.get("now"), size(facts["bytes"])),
+                leased.count(name),
+                *map(given[name].get, live),
+            ],
+        )
+        for name, facts in found.items()
+    ]
     return ["version", "step", "clock", "size", "leases", *live], rows
 
 
-def _record_rows(
-    records: Sequence[Record], best: str | None
-) -> tuple[list[str], list[tuple[bool, list[Any]]]]:
+def _record_rows(records: Sequence[Record], best: str | None) -> tuple[list[str], list[Row]]:
     names = sorted({name for each in records for name in each.metrics})
-    rows = []
-    for each in records:
-        cells = [
-            each.task,
-            each.version,
-            each.step,
-            each.state,
-            each.attempts,
-            f"{each.seconds:.1f}",
-        ]
-        cells += [each.metrics.get(name) for name in names]
-        rows.append((versions.name_of(each.version) == best, [*cells, each.error]))
-    header = ["task", "version", "step", "state", "attempts", "seconds", *names, "error"]
-    return header, rows
+    rows = [
+        (
+            versions.name_of(each.version) == best,
+            [
+                *(each.task, each.version, each.step, each.state, each.attempts),
+                f"{each.seconds:.1f}",
+                *map(each.metrics.get, names),
+                each.error,
+            ],
+        )
+        for each in records
+    ]
+    return ["task", "version", "step", "state", "attempts", "seconds", *names, "error"], rows
 
 
-def _lease_rows(folder: Path) -> list[tuple[bool, list[Any]]]:
-    rows = []
-    for path, content in leases.read_all(folder).items():
-        facts: Any = {}
-        with suppress(ValueError):
-            facts = json.loads(content)
-        facts = facts if isinstance(facts, dict) else {}
-        values = [facts.get(key) for key in ("host", "pid", "expiry")]
-        rows.append((False, [path.name.rpartition(".")[0], *values]))
-    return rows
+def _lease_rows(folder: Path) -> list[Row]:
+    facts = {path: leases.facts_of(held) for path, held in leases.read_all(folder).items()}
+    return [
+        (False, [path.name.rpartition(".")[0], *map(each.get, ("host", "pid", "expiry"))])
+        for path, each in facts.items()
+    ]
 
 
 # --- HTML ----------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def _cell(value: Any) -> str:
     return escape(text)
 
 
-def _table(header: Sequence[str], rows: Sequence[tuple[bool, list[Any]]]) -> str:
+def _table(header: Sequence[str], rows: Sequence[Row]) -> str:
     """Rows with whether each is the best."""
     if not rows:
         return "<p>none</p>"
@@ -208,12 +208,8 @@ def _charts(records: Sequence[Record], rows: Sequence[dict[str, float]]) -> Iter
     """Of evaluations over steps, live beside average; and of what the training wrote."""
     names = sorted({name for each in records for name in each.metrics})
     for name in names:
-        if name.startswith("live_") and name[5:] in names:
-            continue
-        average = [(each.step, each.metrics[name]) for each in records if name in each.metrics]
-        values = [(each.step, live_value(each, name)) for each in records]
-        live = [(step, value) for step, value in values if value is not None]
-        yield _chart(name, average, live)
+        if not (name.startswith("live_") and name[5:] in names):
+            yield _chart(name, *curves(records, name))
     keys = sorted({key for row in rows for key in row})
     clock = next((key for key in ("step", "averaging.now", "now", "epoch") if key in keys), None)
     for key in keys:

@@ -22,7 +22,7 @@ from ..checkpoint import versions
 from ..offline import plotting
 from ..text import printable
 from .follow import POLL, Version, open_version
-from .ledger import RUNNING, Ledger, Outcome, Record, finite_numbers, live_value
+from .ledger import RUNNING, Ledger, Outcome, Record, curves, finite_numbers
 
 __all__ = ["Watch", "Work", "plot", "run_command", "run_shell"]
 
@@ -194,11 +194,9 @@ class Watch:
 
 def plot(path: str, records: Sequence[Record], metric: str) -> None:
     """A PNG of a metric over the steps: of the average, and of live where it is reported."""
-    average = [(each.step, each.metrics[metric]) for each in records if metric in each.metrics]
+    average, live = curves(records, metric)
     if not average:
         raise ValueError(f"no version has the metric {metric!r} yet.")
-    values = [(each.step, live_value(each, metric)) for each in records]
-    live = [(step, value) for step, value in values if value is not None]
     with plotting.panels(path, 1) as (axes,):
         axes.plot(*zip(*sorted(average), strict=True), marker="o", label="average")
         if live:
