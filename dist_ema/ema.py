@@ -7,18 +7,14 @@ does the work is called.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
-from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -28,24 +24,28 @@ from torch.optim import Optimizer
 from .averaging import gather, metrics
 from .averaging.averages import AveragedWeights, Reads
 from .averaging.clock import Clock
-from .averaging.inventory import OWN, Average, Placement, Selection
+from .averaging.inventory import OWN, Placement, Selection
 from .averaging.optimizer_hooks import Attachment, refuse_beside_masters
 from .averaging.swap import WeightSwap
-from .checkpoint import atomic, dcp, library_files, reader, stages, versions, writer
-from .checkpoint.manifest import Manifest
+from .checkpoint import dcp, library_files, stages
+from .checkpoint.library_files import FileForm
 from .checkpoint.publishing import Publication
-from .distributed.ranks import Ranks
-from .schedules import BlockMean, Schedule, Window, schedule_list
+from .checkpoint.request import AverageFiles, SaveRequest
+from .schedules import Schedule, Window, schedule_list
 from .schedules import schedule as coerce
-from .sharding import consistency, derived, parameters, records, wrappers
+from .sharding import derived, parameters, records, wrappers
 from .sharding.ownership import ParamState
+from .text import warn
+from .verbs.entry import Entry, Which
+from .verbs.files import Files, real_path
+from .verbs.load import load
+from .verbs.publisher import Publisher
+from .verbs.remarks import warn_if_idle, warn_of_unexplained_keys
 
 __all__ = ["EMA"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Which = int | str | Schedule
-_NEW_CLOCK = Clock().to_dict() | {"accepted": 0}
 
 
 def _outside_autograd(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA, P], T]:
@@ -64,7 +64,8 @@ def _collective(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenat
 
     @wraps(method)
     def run(self: EMA, *args: P.args, **kwargs: P.kwargs) -> T:
-        ranks = self._needed if method.__name__ == "gather" else self._ranks
+        entry = self._entry
+        ranks = entry.needed if method.__name__ == "gather" else entry.ranks
         with ranks.entering(method.__name__):
             return method(self, *args, **kwargs)
 
@@ -91,20 +92,6 @@ def _refuse_beside_into(schedules: Sequence[Schedule], dtype: torch.dtype, devic
             f"device={device!r}, dtype={dtype} together with into=: the shadows are the teacher's "
             "weights. Move and cast the teacher before building the EMA."
         )
-
-
-def _stacklevel_of_caller() -> int:
-    """The stacklevel of a warning that points at the user's line."""
-    frame, level = sys._getframe(1), 1
-    here = (str(Path(__file__).parent), contextlib.__file__)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-def _real_path(path: str | Path) -> Path:
-    """Where a link leads: the temporary folder must lie on the same file system."""
-    return Path(os.path.realpath(path))
 
 
 class EMA:
@@ -197,115 +184,14 @@ class EMA:
             ),
             None if into is None else parameters.module_of(into),
         )
-        self._attachment: Attachment | None = None
-        self._attach_arguments: dict[str, Any] = {}
-        # The clock at the last look for each folder of `snapshot` and `publish`.
-        self._last_looks: dict[str, float] = {}
-        self._publication: Publication | None = None
-        found = self.weights.find(timeout)
-        self._is_staged = isinstance(self.weights.model, parameters.Stages)
-        members, group = found.members, found.group
-        if self._is_staged and dist.is_initialized():
-            members, group = list(range(dist.get_world_size())), None
-        self._stage = found.members  # the global ranks that hold the same weights
-        self._ranks = Ranks(members, group, wrappers.side_store, timeout, found.device)
-        self._everyone: Ranks | None = None
-        self._alone = Ranks([self._ranks.members[self._ranks.rank]], None, wrappers.side_store)
-        self._may_be_alone = False  # every rank averages the whole model
-        self._writer: writer.Writer | None = None
         arguments: dict[str, Any] = {"decay": schedules, "dtype": dtype, "buffers": buffers}
         arguments |= {"only": only, "split": split, "into": into is not None}
         # Ranks have accelerators of their own, so their numbers may differ.
         arguments["device"] = None if device is None else torch.device(device).type
-        self._ranks.begin("EMA", arguments)
-        self._adopt("EMA", found)
+        self._entry = Entry(self.weights, arguments, timeout)
+        self._files = Files(self._entry)
+        self._publisher = Publisher(self._entry, self._files)
         self.weights.use_engine()
-
-    def _adopt(self, verb: str, found: records.ModelShards) -> None:
-        def adopt() -> bool:
-            self.weights.adopt(found)
-            return self._averages_all
-
-        self._may_be_alone = self._ranks.count_on_all(verb, adopt) == self._ranks.size
-        states, self._stage = self.weights.states, found.members
-        averaged = [state.shadow is not None for state in states]
-        consistency.on_weights(verb, self._ranks, self._stage, states, averaged)
-        if self._is_staged:
-            lacking = self._ranks.gather(verb, self.weights.lacks, stages.lacking)
-            if lacking:
-                raise ValueError(lacking)
-            self._agree(verb)
-
-    def _agree(self, verb: str) -> None:
-        """Which stage writes what stands on several. *Collective*."""
-        if self._is_staged:
-            stages.agree(verb, self._ranks, self._stage, self.weights.averages)
-
-    def _leads(self, ranks: Ranks) -> bool:
-        """This is the first rank that holds this model, or this stage of it."""
-        return ranks.members[ranks.rank] == self._stage[0] if ranks is self._ranks else ranks.first
-
-    @property
-    def _averages_all(self) -> bool:
-        """Nothing is divided among ranks."""
-        shards = [state.shard for state in self.weights.states]
-        whole = all(shard.local_region.numel == math.prod(shard.shape) for shard in shards)
-        several = self._ranks.size > 1 and not self._is_staged
-        return whole and several and not self.weights.placement.split
-
-    @property
-    def _needed(self) -> Ranks:
-        """The ranks that must enter `swap`, `gather` and `export`: one where each has it all."""
-        return self._alone if self._may_be_alone and self._averages_all else self._ranks
-
-    def _enter(
-        self,
-        verb: str,
-        reads: Reads,
-        which: Which = 0,
-        prepare: Callable[[], None] | None = None,
-        arguments: dict[str, Any] | None = None,
-        ranks: Ranks | None = None,
-    ) -> Average:
-        """Begin a verb: all ranks come, were called alike and can go on, or raise."""
-        weights, ranks = self.weights, ranks or self._ranks
-
-        def ready() -> bool:
-            weights.refuse(f"ema.{verb}", reads)
-            weights.average(which)
-            (prepare or weights.ready)()
-            compares = ranks.size > 1 and Reads.WHOLE_MODEL in reads
-            return compares and not consistency.sampled_alike(weights.states, ranks)
-
-        ranks.begin(verb, self._common(which, arguments or {}))
-        differ = ranks.count_on_all(verb, ready)
-        if differ:  # every rank learned this, so all of them exchange what differs
-            warnings.warn(
-                f"ema.{verb}(): {consistency.name_replicas(verb, ranks, weights.states)}, which "
-                "should hold replicas, so the average holds parts of both. Was one rank's model "
-                "written by hand, or does each rank step alone (local SGD)?",
-                stacklevel=_stacklevel_of_caller(),
-            )
-        return weights.used(which)
-
-    def _common(self, which: Which, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What must be the same on every rank: `arguments`, and what led to the averages."""
-        names = [average.name for average in self.weights.averages]
-        chosen = names[which] if isinstance(which, int) and which < len(names) else which
-        common = arguments | {"which": str(chosen)} | self.weights.clock.to_dict()
-        common["(decay, elapsed) of the last update"] = [a.last for a in self.weights.averages]
-        if self._attachment is not None and self._attachment.active:
-            common |= self._attach_arguments
-        return common
-
-    def _warn_if_idle(self, verb: str) -> None:
-        if self.weights.idle:
-            warnings.warn(
-                f"ema.{verb}(): the weights were written since the last call, and no update came. "
-                "Was ema.attach() given the optimizer that steps, or ema.update() called? (A "
-                "replayed CUDA graph runs no hooks.)",
-                stacklevel=_stacklevel_of_caller(),
-            )
 
     # --- update -----------------------------------------------------------------------------------
 
@@ -339,7 +225,7 @@ class EMA:
             trial.move([once or average.schedule for average in weights.averages], float(elapsed))
             weights.begin()
         if guard is None:
-            attached = self._attachment
+            attached = self._entry.attachment
             guard = attached is not None and attached.active and attached.guard
         weights.move(float(elapsed), guard=guard, once=once)
         weights.before_step()  # no hook will wait for the read
@@ -383,35 +269,34 @@ class EMA:
         if self.weights.teacher is not None:
             self.weights.teacher.refuse_training(optimizers)
         refuse_beside_masters(self.weights.averages[0].averaged, optimizers)
-        if self._attachment is not None and self._attachment.active:
+        if self._entry.attachment is not None and self._entry.attachment.active:
             raise RuntimeError(
                 "ema.attach() was called before. Call ema.detach() first, or list all optimizers "
                 "in one call."
             )
         self.weights.use_engine(overlap)
-        self._attachment = Attachment(
-            self.weights, self.weights.clock, optimizers, every, start, elapsed, guard
-        )
+        weights, entry = self.weights, self._entry
+        attachment = Attachment(weights, weights.clock, optimizers, every, start, elapsed, guard)
+        entry.attachment = attachment
         arguments = {"every": every, "start": start, "elapsed": elapsed, "guard": guard}
         arguments |= {"overlap": overlap}
-        if not self._is_staged:  # a rank may hold more stages than another
+        if not entry.is_staged:  # a rank may hold more stages than another
             arguments["optimizers"] = len(optimizers)
-        self._attach_arguments = {f"attach({name}=)": arguments[name] for name in arguments}
+        attachment.arguments = {f"attach({name}=)": arguments[name] for name in arguments}
         if len(self) and not self.weights.stepped_by(optimizers):
             self.weights.follow(tree=True)  # it may hold what has replaced them
             names = ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
-            warnings.warn(
+            warn(
                 f"ema.attach(): {names} holds none of the averaged weights. If it steps copies of "
                 "them (fp32 master weights), the average is one step behind: call ema.update() "
-                "after they were written back.",
-                stacklevel=_stacklevel_of_caller(),
+                "after they were written back."
             )
-        return self._attachment
+        return attachment
 
     def detach(self) -> None:
         """Take off what `attach` put on the optimizers. Idempotent."""
-        if self._attachment is not None:
-            self._attachment.remove()
+        if self._entry.attachment is not None:
+            self._entry.attachment.remove()
 
     @_outside_autograd
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> EMA:
@@ -489,7 +374,7 @@ class EMA:
         Note:
             *Cost*: 4 MB where shadow and weight have one dtype, else a copy of this rank's shard.
         """
-        with self._needed.entering("swap"):
+        with self._entry.needed.entering("swap"):
             swap = self._prepare_swap(which)
             error: BaseException | None = None
             try:
@@ -504,7 +389,7 @@ class EMA:
                     swap.leave(error)
             finally:
                 swap.leave(error)  # after an interrupt between the lines above; else idempotent
-            self._warn_each(swap.remarks)
+            warn(*swap.remarks)
 
     @_outside_autograd
     def _prepare_swap(self, which: Which) -> WeightSwap:
@@ -523,10 +408,10 @@ class EMA:
                 )
             weights.ready()
 
-        ranks = self._needed
-        average = self._enter("swap", Reads.SHADOWS, which, prepare, ranks=ranks)
-        self._warn_if_idle("swap")
-        return WeightSwap(weights, average, ranks, self._leads(ranks))
+        ranks = self._entry.needed
+        average = self._entry.begin("swap", Reads.SHADOWS, which, prepare, ranks=ranks)
+        warn_if_idle("swap", weights)
+        return WeightSwap(weights, average, ranks, self._entry.leads(ranks))
 
     @_collective
     def gather(self, which: Which = 0) -> dict[str, Tensor]:
@@ -539,15 +424,15 @@ class EMA:
             With `split=False` on replicated weights it is local, and every rank that calls it gets
             the state_dict. *Cost*: the model on the first rank's host, 16 MB windows elsewhere.
         """
-        ranks = self._needed
-        average = self._enter("gather", Reads.WHOLE_MODEL, which, ranks=ranks)
-        self._warn_if_idle("gather")
-        self._warn_of_unexplained_keys("gather")
+        entry, ranks = self._entry, self._entry.needed
+        average = entry.begin("gather", Reads.WHOLE_MODEL, which, ranks=ranks)
+        warn_if_idle("gather", self.weights)
+        warn_of_unexplained_keys("gather", self.weights)
         table: dict[str, gather.Form] | None = None
-        if self._is_staged:
-            self._agree("gather")
-            files = [writer.AverageFiles(average.persistent, average.own_buffers, {})]
-            table = stages.forms(*stages.unite("gather", ranks, self._stage, files))
+        if entry.is_staged:
+            entry.agree("gather")
+            files = [AverageFiles(average.persistent, average.own_buffers, {})]
+            table = stages.forms(*stages.unite("gather", ranks, entry.stage, files))
         return gather.full(ranks, average.persistent, average.own_buffers, table)
 
     @_outside_autograd
@@ -564,9 +449,9 @@ class EMA:
         Note:
             *Cost*: 256 MB of full weights at a time, or one weight.
         """
-        self._refuse_staged("tensors")
-        ranks = self._needed
-        average = self._enter("tensors", Reads.WHOLE_MODEL, which, ranks=ranks)
+        self._entry.refuse_staged("tensors")
+        ranks = self._entry.needed
+        average = self._entry.begin("tensors", Reads.WHOLE_MODEL, which, ranks=ranks)
         states = [state for state in average.persistent if state.shard.kind != "buffer"]
         return gather.full_weights(ranks, states, average.own_buffers)
 
@@ -583,19 +468,13 @@ class EMA:
         Raises:
             ValueError: The two models do not hold the same weights; they are named.
         """
-        self._refuse_staged("copy_to")
-        average = self._enter("copy_to", Reads.WHOLE_MODEL, which)
+        self._entry.refuse_staged("copy_to")
+        average = self._entry.begin("copy_to", Reads.WHOLE_MODEL, which)
         target = parameters.module_of(module)  # once: parameters may come from a generator
         with derived.caches_dropped(target):
-            gather.copy_into(self._ranks, average.persistent, average.own_buffers, target)
+            ranks = self._entry.ranks
+            gather.copy_into(ranks, average.persistent, average.own_buffers, target)
         self.weights.mark()
-
-    def _refuse_staged(self, verb: str) -> None:
-        if self._is_staged:
-            raise RuntimeError(
-                f"ema.{verb}() of the stages of a pipeline: no rank holds the whole model. Use "
-                "save() and load(), or gather()."
-            )
 
     # --- files ------------------------------------------------------------------------------------
 
@@ -635,15 +514,14 @@ class EMA:
             is written.
         """
 
-        def request() -> writer.SaveRequest:
-            files, weights = self._average_files(mixed=True)
-            facts = replace(self._manifest("ema", extra or {}), weights=weights)
-            target = _real_path(path)
-            return writer.SaveRequest("save", target, files, facts, max_shard_size, mode, keep=keep)
+        options: dict[str, Any] = {"max_shard_size": max_shard_size, "mode": mode, "keep": keep}
 
-        arguments: dict[str, Any] = {"path": os.fspath(path), "max_shard_size": max_shard_size}
-        arguments |= {"mode": mode, "extra": extra, "keep": keep, "wait": wait}
-        self._write("save", request, arguments, wait=wait)
+        def request() -> SaveRequest:
+            target = real_path(path)
+            return self._files.all_averages(target, "ema", mixed=True, extra=extra, **options)
+
+        arguments = {"path": os.fspath(path), "extra": extra, "wait": wait} | options
+        self._files.write("save", request, arguments, wait=wait)
 
     @_outside_autograd
     def export(
@@ -681,32 +559,24 @@ class EMA:
             With `split=False` on replicated weights it is local: every rank that calls it writes
             the files, one rank after another.
         """
-        model, target = self.weights.model, _real_path(path)
-        arguments: dict[str, Any] = {"path": os.fspath(path), "max_shard_size": max_shard_size}
-        arguments |= {"mode": mode, "dtype": dtype, "merged": merged}
+        model, files, target = self.weights.model, self._files, real_path(path)
+        options: dict[str, Any] = {"max_shard_size": max_shard_size, "mode": mode, "dtype": dtype}
+        arguments = {"path": os.fspath(path), "merged": merged} | options
 
-        def request(
-            form: library_files.FileForm, states: list[ParamState] | None = None
-        ) -> writer.SaveRequest:
-            average = self.weights.used(which)
-            held = [state for state in states or average.persistent if form.holds(state.name)]
-            own_buffers = {} if merged else dict(average.own_buffers)
-            schedule, alone = average.schedule.to_dict(), self._needed is self._alone
-            files = writer.AverageFiles(held, own_buffers, schedule, alone=alone, form=form)
-            facts = replace(self._manifest("export"), weights=form.weights)
-            where = target / form.folder
-            return writer.SaveRequest("export", where, [files], facts, max_shard_size, mode, dtype)
+        def request(form: FileForm, states: list[ParamState] | None = None) -> SaveRequest:
+            average, where = self.weights.used(which), target / form.folder
+            return files.one_average("export", where, average, form, merged=states, **options)
 
         if merged:
-            self._finish_writing()
+            files.finish()
             persistent = self.weights.average(which).persistent
             with self.swap(which), library_files.merged(model, persistent, dtype) as (states, form):
-                self._submit(request(form, states), self._needed, which, arguments)
+                files.submit(request(form, states), self._entry.needed, which, arguments)
             return
         one_file = target.suffix == ".safetensors"
         forms = [] if one_file else library_files.adapters_of(model, self.names())
         for form in forms or [library_files.complete_form(model, dtype)]:
-            self._write("export", partial(request, form), arguments, which)
+            files.write("export", partial(request, form), arguments, which)
 
     @_outside_autograd
     def snapshot(
@@ -727,33 +597,24 @@ class EMA:
         """
         if not 0 < every < math.inf:
             raise ValueError(f"every must be positive and finite, got {every}.")
-        if not self._passes(folder, every):
+        if not self._files.passes(folder, every):
             return None
-        path = _real_path(Path(folder) / f"{int(self.weights.clock.now):010}")
-        known = path.parent.glob("[0-9]*") if self._ranks.first else ()
+        path = real_path(Path(folder) / f"{int(self.weights.clock.now):010}")
+        known = path.parent.glob("[0-9]*") if self._entry.ranks.first else ()
         later = [each.name for each in known if each.name > path.name]
         if later:
-            warnings.warn(
+            warn(
                 f"{folder} holds snapshots of a later clock ({min(later)} ...). If they are of "
-                "another run, move them away: averages of two runs cannot be mixed.",
-                stacklevel=_stacklevel_of_caller(),
+                "another run, move them away: averages of two runs cannot be mixed."
             )
 
-        def request() -> writer.SaveRequest:
-            files, weights = self._average_files()
-            facts = replace(self._manifest("export" if dtype else "ema"), weights=weights)
-            return writer.SaveRequest("save", path, files, facts, dtype=dtype, numbered=True)
+        def request() -> SaveRequest:
+            kind = "export" if dtype else "ema"
+            return self._files.all_averages(path, kind, mixed=False, dtype=dtype, numbered=True)
 
         arguments = {"folder": os.fspath(folder), "every": every, "dtype": dtype}
-        self._write("save", request, arguments)
+        self._files.write("save", request, arguments)
         return path
-
-    def _passes(self, folder: str | Path, every: float) -> bool:
-        """Whether the clock has passed a multiple of `every` since the last look for `folder`."""
-        now, last = self.weights.clock.now, self.weights.averages[0].last
-        before = self._last_looks.get(str(folder), now - (last[1] if last else 0.0))
-        self._last_looks[str(folder)] = now
-        return now // every > before // every
 
     @_outside_autograd
     def publish(
@@ -800,216 +661,8 @@ class EMA:
         Note:
             *Cost* to the step that publishes: one copy of this rank's share into host memory.
         """
-        earlier, made = self._publication, list[Publication]()
         form = {"dtype": dtype, "max_shard_size": max_shard_size, "mode": mode}
-
-        def prepare() -> None:
-            if earlier is not None and earlier.active:
-                raise RuntimeError(
-                    f"ema.publish() was called before, for {earlier.folder}. Call remove() on its "
-                    "handle first."
-                )
-            finish = WeakMethod(self._finish_writing)
-            place, rest = _real_path(folder), None if beside is None else _real_path(beside)
-            files = library_files.form_of(self.weights.model, self.names(), dtype)
-            made.append(
-                Publication(place, every, keep, keep_at_most, which, rest, files, form, finish)
-            )
-
-        arguments = {"folder": os.fspath(folder), "every": every, "keep": keep}
-        self._enter(
-            "publish",
-            Reads.SHADOWS,
-            which,
-            prepare,
-            arguments | {"keep_at_most": keep_at_most} | form,
-        )
-        self._publication = made[0]
-        made[0].number = self._ranks.run_on_first("publish", made[0].begin)
-        self._passes(made[0].folder, every)
-        self.weights.after_update = WeakMethod(self._publish_due)
-        return made[0]
-
-    @_outside_autograd
-    def _publish_due(self) -> None:
-        """Publish a version if one is due. No error of the disk reaches the optimizer's step."""
-        publication = self._publication
-        if publication is None or not publication.active:
-            return
-        if not self._passes(publication.folder, publication.every):
-            return
-        ranks = self._file_ranks()
-        if ranks.run_on_first("publish", lambda: self._writer is not None and self._writer.busy):
-            publication.skipped += 1
-            return
-        publication.number += 1
-        arguments = {"folder": os.fspath(publication.folder), "version": publication.number}
-        try:
-            self._write("publish", self._version, arguments, publication.which, wait=False)
-        except Exception as error:
-            self._warn_each(publication.note(error, aloud=ranks.first))
-
-    def _version(self) -> writer.SaveRequest:
-        publication, clock = self._publication, self.weights.clock
-        assert publication is not None
-        average = self.weights.used(publication.which)
-        own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
-        now, step = clock.at(average.schedule), clock.steps or clock.updates
-        form = publication.files
-        held = [state for state in average.persistent if form.holds(state.name)]
-        facts = {versions.KEY: publication.facts(average.name, step, now)}
-        return writer.SaveRequest(
-            "publish",
-            publication.folder / versions.name_of(publication.number),
-            [writer.AverageFiles(held, own_buffers, schedule, form=form)],
-            replace(self._manifest("export", facts), weights=form.weights),
-            keep=publication.keep,
-            numbered=True,
-            publication=publication,
-            **publication.form,
-        )
-
-    def _average_files(self, mixed: bool = False) -> tuple[list[writer.AverageFiles], str]:
-        """The first average is complete (with `only=`: what is averaged), others share its rest.
-
-        Args:
-            mixed: A window is what it is used as, and its blocks come after all averages. Without
-                it is the block under way, from which `posthoc` reconstructs any curve.
-
-        Returns:
-            The files, and what `Manifest.weights` says of them.
-        """
-        adapters = library_files.adapters_of(self.weights.model, names := self.names())
-        form = library_files.only_used(adapters, names)
-        complete = self.weights.selection.only is None and not adapters
-        files, blocks = [], []
-        for i, raw in enumerate(self.weights.averages):
-            average = self.weights.used(i) if mixed else raw
-            if mixed and raw.ring is not None:
-                blocks += raw.ring.saved(raw.averaged, self.weights.clock.now)
-            states = [
-                state
-                for state in average.persistent
-                if state.shadow is not None
-                or state.name in average.own_buffers
-                or (i == 0 and complete)
-                or (form.is_adapter and state.name in form.names)
-            ]
-            label = f"{i}-{type(average.schedule).__name__}" if i else ""
-            own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
-            files.append(writer.AverageFiles(states, own_buffers, schedule, label, form=form))
-        for i, (mean, states) in enumerate(blocks, len(files)):
-            label = f"{i}-{type(mean).__name__}"
-            files.append(writer.AverageFiles(states, {}, mean.to_dict(), label, form=form))
-        return files, "adapter" if form.is_adapter else "all" if complete else "averaged"
-
-    def _write(
-        self,
-        verb: str,
-        make_request: Callable[[], writer.SaveRequest],
-        arguments: dict[str, Any],
-        which: Which = 0,
-        wait: bool = True,
-    ) -> None:
-        self._finish_writing()
-        made: list[writer.SaveRequest] = []
-
-        def prepare() -> None:
-            self.weights.ready()
-            made.append(make_request())  # with the buffers that were filled since
-
-        ranks = self._needed if verb == "export" else self._ranks
-        self._enter(verb, Reads.WHOLE_MODEL, which, prepare, arguments, ranks)
-        self._warn_if_idle(verb)
-        self._submit(made[0], ranks, which, arguments, wait)
-
-    def _submit(
-        self,
-        request: writer.SaveRequest,
-        ranks: Ranks,
-        which: Which,
-        arguments: dict[str, Any],
-        wait: bool = True,
-    ) -> None:
-        """Write what all ranks ask for."""
-        model = self.weights.model
-        if isinstance(model, parameters.Parameters) and model.nameless:
-            warnings.warn(
-                f"ema.{request.verb}(): the parameters came without names, so the files call them "
-                "by their place in the list: 0, 1, ... Pass model.named_parameters() or the model "
-                "for files that a model can load.",
-                stacklevel=_stacklevel_of_caller(),
-            )
-        if request.manifest.weights == "all":
-            self._warn_of_unexplained_keys(request.verb)
-        if ranks is self._alone:
-            with atomic.locked(request.path):  # all ranks may export to one path
-                self._warn_each(writer.Writer(ranks).write(request, self.timeout))
-            return
-        ranks = self._file_ranks()
-        if self._is_staged:
-            self._agree(request.verb)
-            files = stages.unite(request.verb, ranks, self._stage, request.averages)
-            request = replace(request, averages=files)
-        if ranks is self._everyone:  # an unwrapped model: the first writes, if all hold the same
-            states = [state for files in request.averages for state in files.states]
-            common = self._common(which, arguments)
-            consistency.on_averages(request.verb, ranks, states, common)
-            request = request if ranks.first else request.with_blocks(lambda _: [])
-        if self._writer is None:
-            self._writer = writer.Writer(ranks)
-        self._warn_each(self._writer.write(request, self.timeout, wait))
-
-    def _file_ranks(self) -> Ranks:
-        """The ranks that write files together: all of the job for an unwrapped model in one."""
-        alone = self._ranks.size == 1 and dist.is_initialized() and dist.get_world_size() > 1
-        if alone and self._everyone is None:
-            members = range(dist.get_world_size())
-            self._everyone = Ranks(members, None, wrappers.side_store, self._ranks.timeout)
-        return self._everyone or self._ranks
-
-    def _warn_of_unexplained_keys(self, verb: str) -> None:
-        """What the model's state_dict holds and no parameter or buffer explains is in no file."""
-        weights = self.weights
-        if weights.selection.only is not None or isinstance(weights.model, parameters.Parameters):
-            return
-        recorded = {
-            name: records.registered_buffer(shard.place) if shard.kind == "buffer" else shard.tensor
-            for shard in (state.shard for state in weights.averages[0].persistent)
-            for name in (shard.name, *shard.aliases)
-        }
-        keys = wrappers.unexplained_keys(weights.model, recorded)
-        if verb == "gather":  # what its state_dict lacks is named by load_state_dict
-            keys = [key for key in keys if key in recorded]
-        if keys:
-            warnings.warn(
-                f"ema.{verb}(): {', '.join(keys[:5])} of the state_dict is no plain parameter or "
-                "buffer, or not the one of that name (quantisation state, extra state, a hook, a "
-                "frozen tensor subclass?), so the average does not hold it. Save it beside.",
-                stacklevel=_stacklevel_of_caller(),
-            )
-
-    def _finish_writing(self) -> None:
-        """No save is in flight behind training after this.
-
-        Raises RuntimeError if the last one failed.
-        """
-        if self._writer is not None:
-            self._warn_each(self._writer.finish())
-
-    def _warn_each(self, remarks: list[str]) -> None:
-        for text in remarks:
-            warnings.warn(text, stacklevel=_stacklevel_of_caller())
-
-    def _manifest(self, kind: str, extra: dict[str, Any] | None = None) -> Manifest:
-        attached = self._attachment
-        return Manifest(
-            kind=kind,
-            clock=self.weights.clock_to_dict(),
-            attach=None if attached is None else attached.to_dict(),
-            rounding={"seed": self.weights.seed},
-            extra=extra or {},
-        )
+        return self._publisher.begin(folder, every, keep, keep_at_most, which, beside, form)
 
     @_collective
     def load(self, path: str | Path, *, strict: bool = True, verify: bool = True) -> None:
@@ -1038,51 +691,10 @@ class EMA:
         Note:
             *Cost*: only the slices that this rank keeps are read, through a window of 4 MB.
         """
-        self._finish_writing()
+        self._files.finish()
         arguments = {"path": os.fspath(path), "strict": strict, "verify": verify}
-        self._enter("load", Reads.LIVE | Reads.REPLACED, arguments=arguments)
-        weights = self.weights
-        adapters = library_files.adapters_of(weights.model, names := self.names())
-        form = library_files.only_used(adapters, names)
-        model_names = {there: name for name, there in form.names.items()}
-        elsewhere, stage = frozenset[str](), self._stage if self._is_staged else ()
-        if self._is_staged:
-            persistent = weights.averages[0].persistent
-            elsewhere = stages.names_of_all("load", self._ranks, self._stage, persistent)
-        full: list[tuple[Average, BlockMean, list[ParamState]]] = []
-        begins: list[float | None] = []
-
-        def targets(saved: Sequence[dict[str, Any]]) -> list[reader.LoadTarget]:
-            found = []
-            full.clear()  # of a version that was replaced meanwhile
-            begins.clear()
-            for average in weights.averages:
-                blocks = average.ring.matching(saved) if average.ring else []
-                spec = (blocks[-1] if blocks else average.schedule).to_dict()
-                found.append(reader.LoadTarget(spec, average.persistent, model_names, elsewhere))
-                begins.append(blocks[-1].begin if blocks else None)
-                full.extend((average, mean, average.empty()) for mean in blocks[:-1])
-            return found + [
-                reader.LoadTarget(mean.to_dict(), to, model_names, elsewhere)
-                for _, mean, to in full
-            ]
-
-        with reader.open_checkpoint(
-            self._ranks, path, targets, strict=strict, verify=verify, stage=stage
-        ) as found:
-            self._warn_each(found.warnings)
-            try:
-                own_buffers = found.fill(self._ranks)
-            except BaseException:
-                self._begin_again(started=True)
-                raise
-        for average, buffers in zip(weights.averages, own_buffers, strict=False):
-            average.own_buffers = {} if weights.teacher else buffers
-        weights.resume(found.clock or _NEW_CLOCK)
-        for average, begin in zip(weights.averages, begins, strict=True):
-            if average.ring is not None and begin is not None:
-                blocks = [(mean, states) for each, mean, states in full if each is average]
-                average.ring.resume(blocks, begin)
+        self._entry.begin("load", Reads.LIVE | Reads.REPLACED, arguments=arguments)
+        load(self._entry, path, strict=strict, verify=verify)
 
     # --- state_dict, for torch.distributed.checkpoint ---------------------------------------------
 
@@ -1129,11 +741,11 @@ class EMA:
             Clock().set(clock)
             return dcp.match_all(state.get("averages", {}), weights.averages)
 
-        self._enter("load_state_dict", Reads.SHADOWS | Reads.REPLACED)
+        self._entry.begin("load_state_dict", Reads.SHADOWS | Reads.REPLACED)
         matches: list[tuple[list[dcp.Matched], list[str]]] = []
-        self._ranks.run_on_all("load_state_dict", lambda: matches.append(check()))
+        self._entry.ranks.run_on_all("load_state_dict", lambda: matches.append(check()))
         matched, remarks = matches[0]
-        self._warn_each(remarks)
+        warn(*remarks)
         for average, (copies, own_buffers) in zip(weights.averages, matched, strict=True):
             for shadow, value in copies:
                 shadow.copy_(value)
@@ -1145,16 +757,10 @@ class EMA:
     @_outside_autograd
     def reset(self) -> None:
         """Begin again: the shadow is live, the clock 0, no buffer recalibrated. *Collective*."""
-        self._enter("reset", Reads.LIVE)
-        attached = self._attachment
+        self._entry.begin("reset", Reads.LIVE)
+        attached = self._entry.attachment
         late = attached is not None and attached.active and attached.start > 0
-        self._begin_again(started=not late)
-
-    def _begin_again(self, started: bool) -> None:
-        self.weights.copy_live()
-        for average in self.weights.averages:
-            average.own_buffers = {}
-        self.weights.set_clock(_NEW_CLOCK | {"started": started})
+        self.weights.begin_again(started=not late)
 
     def reset_buffers(self) -> None:
         """Forget recalibrated buffers: the average takes the live model's again."""
@@ -1177,8 +783,8 @@ class EMA:
             weights.settle()
             found.append(weights.find(self.timeout))
 
-        self._enter("rescan", Reads.WHOLE_MODEL, prepare=prepare)
-        self._adopt("rescan", found[0])
+        self._entry.begin("rescan", Reads.WHOLE_MODEL, prepare=prepare)
+        self._entry.adopt("rescan", found[0])
 
     @_outside_autograd
     def metrics(self, which: Which = 0, *, distance: bool = True) -> dict[str, float]:
@@ -1209,7 +815,7 @@ class EMA:
             *Cost* of the distance: the engine settles, live and shadow are read once in chunks, and
             each rank sends one short message.
         """
-        weights = self.weights
+        weights, entry = self.weights, self._entry
         known = weights.report(weights.average(which))
         if not distance:
             return known
@@ -1220,14 +826,14 @@ class EMA:
             weights.settle()
             weights.follow(tree=True)
             split, average = weights.placement.split, weights.used(which)
-            started, holders = weights.clock.started, len(self._stage)
-            return metrics.measure(average.averaged, started, split, self._ranks, holders)
+            started, holders = weights.clock.started, len(entry.stage)
+            return metrics.measure(average.averaged, started, split, entry.ranks, holders)
 
-        if self._is_staged:
-            self._enter("metrics", Reads.LIVE, which)
-            self._agree("metrics")
-        self._ranks.begin("metrics", self._common(which, {}))
-        _, (apart, agree) = self._ranks.run_and_reduce(
+        if entry.is_staged:
+            entry.begin("metrics", Reads.LIVE, which)
+            entry.agree("metrics")
+        entry.ranks.begin("metrics", entry.common(which, {}))
+        _, (apart, agree) = entry.ranks.run_and_reduce(
             "metrics", measure, metrics.combine, metrics.conclude
         )
         return known | {"skipped": weights.skipped, "distance": apart, "replicas_agree": agree}
@@ -1250,13 +856,11 @@ class EMA:
     @property
     def timeout(self) -> float:
         """Seconds that a rank waits for the others to enter a verb."""
-        return self._ranks.timeout
+        return self._entry.ranks.timeout
 
     @timeout.setter
     def timeout(self, seconds: float) -> None:
-        self._ranks.timeout = seconds
-        if self._everyone is not None:
-            self._everyone.timeout = seconds
+        self._entry.set_timeout(seconds)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -1267,7 +871,7 @@ class EMA:
 
     def names(self) -> list[str]:
         """The canonical names of what is averaged."""
-        return [state.name for state in self.weights.averages[0].averaged]
+        return self.weights.names()
 
     def __len__(self) -> int:
         return len(self.weights.averages[0].averaged)

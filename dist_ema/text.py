@@ -1,9 +1,13 @@
-"""Texts for people: plurals, sizes in bytes and their parsing, lists of names, error sentences."""
+"""Texts for people: plurals, sizes in bytes and their parsing, lists of names, warnings."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 __all__ = [
@@ -17,6 +21,7 @@ __all__ = [
     "size",
     "size_of",
     "some",
+    "warn",
 ]
 
 
@@ -99,3 +104,13 @@ def sentence(error: Exception) -> str:
 def silent(total: int) -> Iterator[Tick]:
     """A progress bar that shows nothing."""
     yield lambda done: None
+
+
+def warn(*texts: str) -> None:
+    """Warn at the user's line, the innermost one outside of this package."""
+    frame, level = sys._getframe(), 1
+    here = (str(Path(__file__).parent), contextlib.__file__)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
+        frame, level = frame.f_back, level + 1
+    for text in texts:
+        warnings.warn(text, stacklevel=level)

@@ -142,7 +142,7 @@ def job(size: int, rank: int, store: dist.Store) -> EMA:
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
     ema = EMA(model, 0.5)
-    ema._ranks = ThreadRanks(size, rank, store)
+    ema._entry.ranks = ThreadRanks(size, rank, store)
     states = ema.weights.averages[0].persistent
     begin, end = even(0, sum(state.local.numel() for state in states), rank, size)
     at = 0
@@ -161,7 +161,7 @@ def verbs(ema: EMA, folder: str) -> dict[str, Callable[[], Any]]:
 
     def save_behind() -> None:
         ema.save(f"{folder}/behind", wait=False)
-        ema._finish_writing()
+        ema._files.finish()
 
     return {
         "save": lambda: ema.save(f"{folder}/saved"),
@@ -210,7 +210,9 @@ def count(size: int, names: Sequence[str] = tuple(EXCHANGES)) -> dict[str, Cost]
 
 
 def _counts(ema: EMA) -> tuple[int, int, int]:
-    ranks: list[Any] = [ema._ranks] + ([] if ema._writer is None else [ema._writer._ranks])
+    ranks: list[Any] = [ema._entry.ranks] + (
+        [] if ema._files.writer is None else [ema._files.writer._ranks]
+    )
     # The writer's ranks are a copy, and share the list of stores.
     return ranks[0].counts()  # type: ignore[no-any-return]
 
@@ -294,11 +296,11 @@ def save_on_hosts(folder: str, total: int, hosts: int) -> tuple[int, int, int]:
     size = math.ceil(layers / 16) * 4 * width * width
     ema.save(f"{folder}/one", max_shard_size=size)
     os.environ[machines.MACHINE] = f"host {rank}"
-    ema._writer = None
+    ema._files.writer = None
     file_writer.FileWriter.write = write  # type: ignore[method-assign, assignment]
     ema.save(f"{folder}/hosts", max_shard_size=size)
-    assert ema._writer is not None
-    connections = ema._writer._ranks.connections("save")  # type: ignore[attr-defined]
+    assert ema._files.writer is not None
+    connections = ema._files.writer._ranks.connections("save")  # type: ignore[attr-defined]
     if rank == 0:
         names = sorted(os.listdir(f"{folder}/one"))
         same = names == sorted(os.listdir(f"{folder}/hosts")) and all(

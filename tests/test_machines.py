@@ -48,8 +48,8 @@ class Written:
 
 
 def connections_of(ema: EMA) -> connections.Connections:
-    assert ema._writer is not None
-    return ema._writer._ranks.connections("save")
+    assert ema._files.writer is not None
+    return ema._files.writer._ranks.connections("save")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -76,10 +76,10 @@ def each_writes_its_part(folder: Path, kind: str) -> None:
         ("one", 40_000, False),
         ("one-file", "5GB", True),
     ):
-        received = 0 if ema._writer is None else connections_of(ema).received
+        received = 0 if ema._files.writer is None else connections_of(ema).received
         with Written() as written:
             ema.save(folder / "four", max_shard_size=size, wait=wait)
-            ema._finish_writing()
+            ema._files.finish()
 
         received = connections_of(ema).received - received
         dist.barrier()
@@ -136,7 +136,7 @@ def one_disk_is_full(folder: Path) -> None:
         words = ("File too large",) if rank == 2 else ("ema.save() failed on rank 2", "too large")
         with raises((OSError, RuntimeError), *words):  # type: ignore[arg-type]
             ema.save(folder / "kept", wait=wait)
-            ema._finish_writing()
+            ema._files.finish()
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         dist.barrier()
         assert os.listdir(folder) == ["kept"]

@@ -237,7 +237,7 @@ def share(kind: str, ema: EMA) -> None:
     held = sum(slot.averaged_region.numel for slot in ema.weights.averages[0].averaged)
     total = sum(p.numel() for p in Net().parameters() if p.requires_grad)
     assert (held == total) == (kind == "ddp")
-    assert ema._ranks.size == (1 if kind == "ddp" else 2)
+    assert ema._entry.ranks.size == (1 if kind == "ddp" else 2)
 
 
 def files(path: str) -> None:

@@ -43,6 +43,8 @@ from .teacher import Teacher
 
 __all__ = ["AveragedWeights", "Reads"]
 
+NEW_CLOCK = Clock().to_dict() | {"accepted": 0}
+
 
 class Reads(enum.Flag):
     """What a verb reads or writes, and so inside which swaps it must not be called.
@@ -120,6 +122,10 @@ class AveragedWeights:
     def states(self) -> list[ParamState]:
         """Every weight and buffer, with the shadow of the first average where it has one."""
         return self._inventory.states
+
+    def names(self) -> list[str]:
+        """The canonical names of what is averaged."""
+        return [state.name for state in self.averages[0].averaged]
 
     def adopt(self, found: discovery.ModelShards) -> None:
         """Average the model as `found` describes it.
@@ -467,9 +473,16 @@ class AveragedWeights:
             average.skipped_steps.reset(accepted=counters["accepted"] > 0)
         self.mark()
 
-    def resume(self, counters: dict[str, Any]) -> None:
+    def begin_again(self, started: bool = True) -> None:
+        """A new average: the shadows are live, no buffer is recalibrated, the clock stands at 0."""
+        self.copy_live()
+        for average in self.averages:
+            average.own_buffers = {}
+        self.set_clock(NEW_CLOCK | {"started": started})
+
+    def resume(self, counters: dict[str, Any] | None) -> None:
         """The shadows were replaced: go on from a saved clock, and forget a swap that failed."""
-        self.set_clock(counters)
+        self.set_clock(counters or NEW_CLOCK)
         for average in self.averages:
             if average.ring is not None:
                 average.ring.clear(self.clock.now)

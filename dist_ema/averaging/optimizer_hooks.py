@@ -63,7 +63,11 @@ class Averager(Protocol):
 
 
 class Attachment:
-    """What `EMA.attach` returns; `remove()` takes the hooks off again."""
+    """What `EMA.attach` returns; `remove()` takes the hooks off again.
+
+    Attributes:
+        arguments: What `attach` was given, which must be alike on all ranks.
+    """
 
     def __init__(
         self,
@@ -85,6 +89,7 @@ class Attachment:
         elapsed = elapsed if callable(elapsed) else _units(elapsed)
         hooked = [_that_takes_hooks(optimizer) for optimizer in optimizers]
         self.every, self.start, self.guard = every, start, guard
+        self.arguments: dict[str, Any] = {}
         self._averager, self._clock, self._elapsed = averager, clock, elapsed
         self._names = [type(optimizer).__name__ for optimizer in hooked]
         self._places = {id(optimizer): place for place, optimizer in enumerate(hooked)}
@@ -156,8 +161,8 @@ class Attachment:
             # NOTE: a window or table made in inference mode could never be written outside it.
             with torch.inference_mode(False), torch.no_grad():
                 self._averager.move(clock.pending, self._all_skipped(), self.guard)
-            clock.pending = 0.0
-            self._averager.updated()
+                clock.pending = 0.0
+                self._averager.updated()
 
     def _all_skipped(self) -> Tensor | None:
         """Not 0 on the device if every step since the last update was skipped.

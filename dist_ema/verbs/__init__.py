@@ -1,0 +1,5 @@
+"""What the verbs of `EMA` do: how ranks begin one together, and what files are asked for."""
+
+from __future__ import annotations
+
+__all__ = ()

@@ -1,0 +1,171 @@
+"""`Entry`: who must come to a collective verb, and what all ranks check before it begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from ..averaging.averages import AveragedWeights, Reads
+from ..averaging.inventory import Average
+from ..averaging.optimizer_hooks import Attachment
+from ..checkpoint import stages
+from ..distributed.ranks import Ranks
+from ..schedules import Schedule
+from ..sharding import consistency, parameters, wrappers
+from ..sharding.records import ModelShards
+from ..text import warn
+
+__all__ = ["Entry", "Which"]
+
+Which = int | str | Schedule
+
+
+class Entry:
+    """The ranks of an EMA, and how they begin a verb together.
+
+    Args:
+        weights: What the EMA averages; it adopts the model here.
+        arguments: Of the constructor, alike on every rank.
+        timeout: Seconds that a rank waits for the others.
+
+    Attributes:
+        ranks: Those that hold the model; of the stages of a pipeline, all ranks of the job.
+        alone: This rank, for verbs that are local here.
+        stage: The global ranks that hold the same weights as this one.
+        is_staged: The model is the stages that this rank holds.
+        attachment: What `attach` returned last.
+
+    Note:
+        *Collective*.
+    """
+
+    def __init__(self, weights: AveragedWeights, arguments: dict[str, Any], timeout: float) -> None:
+        found = weights.find(timeout)
+        members, group = found.members, found.group
+        self.is_staged = isinstance(weights.model, parameters.Stages)
+        if self.is_staged and dist.is_initialized():
+            members, group = list(range(dist.get_world_size())), None
+        self.weights, self.stage = weights, found.members
+        self.attachment: Attachment | None = None
+        self.ranks = Ranks(members, group, wrappers.side_store, timeout, found.device)
+        self.alone = Ranks([self.ranks.members[self.ranks.rank]], None, wrappers.side_store)
+        self._everyone: Ranks | None = None
+        self._may_be_alone = False  # every rank averages the whole model
+        self.ranks.begin("EMA", arguments)
+        self.adopt("EMA", found)
+
+    def adopt(self, verb: str, found: ModelShards) -> None:
+        """Average the model as `found` describes it, where all ranks hold it alike.
+
+        Raises:
+            ValueError: They do not, or nothing can be averaged.
+        """
+
+        def adopt() -> bool:
+            self.weights.adopt(found)
+            return self._averages_all
+
+        self._may_be_alone = self.ranks.count_on_all(verb, adopt) == self.ranks.size
+        states, self.stage = self.weights.states, found.members
+        averaged = [state.shadow is not None for state in states]
+        consistency.on_weights(verb, self.ranks, self.stage, states, averaged)
+        if self.is_staged:
+            lacking = self.ranks.gather(verb, self.weights.lacks, stages.lacking)
+            if lacking:
+                raise ValueError(lacking)
+            self.agree(verb)
+
+    def agree(self, verb: str) -> None:
+        """Which stage writes what stands on several. *Collective*."""
+        if self.is_staged:
+            stages.agree(verb, self.ranks, self.stage, self.weights.averages)
+
+    def refuse_staged(self, verb: str) -> None:
+        """Raise RuntimeError for a verb that the stages of a pipeline do not have."""
+        if self.is_staged:
+            raise RuntimeError(
+                f"ema.{verb}() of the stages of a pipeline: no rank holds the whole model. Use "
+                "save() and load(), or gather()."
+            )
+
+    def leads(self, ranks: Ranks) -> bool:
+        """This is the first rank that holds this model, or this stage of it."""
+        return ranks.members[ranks.rank] == self.stage[0] if ranks is self.ranks else ranks.first
+
+    @property
+    def _averages_all(self) -> bool:
+        """Nothing is divided among ranks."""
+        shards = [state.shard for state in self.weights.states]
+        whole = all(shard.local_region.numel == math.prod(shard.shape) for shard in shards)
+        several = self.ranks.size > 1 and not self.is_staged
+        return whole and several and not self.weights.placement.split
+
+    @property
+    def needed(self) -> Ranks:
+        """The ranks that must enter `swap`, `gather` and `export`: one where each has it all."""
+        return self.alone if self._may_be_alone and self._averages_all else self.ranks
+
+    @property
+    def everyone(self) -> Ranks:
+        """The ranks that write files together: all of the job for an unwrapped model in one."""
+        alone = self.ranks.size == 1 and dist.is_initialized() and dist.get_world_size() > 1
+        if alone and self._everyone is None:
+            members = range(dist.get_world_size())
+            self._everyone = Ranks(members, None, wrappers.side_store, self.ranks.timeout)
+        return self._everyone or self.ranks
+
+    def set_timeout(self, seconds: float) -> None:
+        """For all verbs from now on."""
+        for ranks in filter(None, (self.ranks, self._everyone)):
+            ranks.timeout = seconds
+
+    def begin(
+        self,
+        verb: str,
+        reads: Reads,
+        which: Which = 0,
+        prepare: Callable[[], None] | None = None,
+        arguments: dict[str, Any] | None = None,
+        ranks: Ranks | None = None,
+    ) -> Average:
+        """Begin a verb: all ranks come, were called alike and can go on, or raise. *Collective*.
+
+        Args:
+            verb: As the user called it.
+            reads: What it reads or writes.
+            which: The average that it uses.
+            prepare: What must work on every rank; None: `AveragedWeights.ready`.
+            arguments: Alike on every rank.
+            ranks: Those that come; None: all that hold the model.
+        """
+        weights, ranks = self.weights, ranks or self.ranks
+
+        def ready() -> bool:
+            weights.refuse(f"ema.{verb}", reads)
+            weights.average(which)
+            (prepare or weights.ready)()
+            compares = ranks.size > 1 and Reads.WHOLE_MODEL in reads
+            return compares and not consistency.sampled_alike(weights.states, ranks)
+
+        ranks.begin(verb, self.common(which, arguments or {}))
+        differ = ranks.count_on_all(verb, ready)
+        if differ:  # every rank learned this, so all of them exchange what differs
+            warn(
+                f"ema.{verb}(): {consistency.name_replicas(verb, ranks, weights.states)}, which "
+                "should hold replicas, so the average holds parts of both. Was one rank's model "
+                "written by hand, or does each rank step alone (local SGD)?"
+            )
+        return weights.used(which)
+
+    def common(self, which: Which, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What must be the same on every rank: `arguments`, and what led to the averages."""
+        names = [average.name for average in self.weights.averages]
+        chosen = names[which] if isinstance(which, int) and which < len(names) else which
+        common = arguments | {"which": str(chosen)} | self.weights.clock.to_dict()
+        common["(decay, elapsed) of the last update"] = [a.last for a in self.weights.averages]
+        if self.attachment is not None and self.attachment.active:
+            common |= self.attachment.arguments
+        return common

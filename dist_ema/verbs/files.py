@@ -1,0 +1,219 @@
+"""`Files`: what `save`, `export`, `snapshot` and `publish` ask of the writer, and when."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..averaging.averages import Reads
+from ..averaging.inventory import Average
+from ..checkpoint import atomic, library_files, stages
+from ..checkpoint.library_files import FileForm
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.request import AverageFiles, SaveRequest
+from ..checkpoint.writer import Writer
+from ..distributed.ranks import Ranks
+from ..sharding import consistency
+from ..sharding.ownership import ParamState
+from ..text import warn
+from .entry import Entry, Which
+from .remarks import warn_if_idle, warn_if_nameless, warn_of_unexplained_keys
+
+__all__ = ["Files", "real_path"]
+
+
+def real_path(path: str | Path) -> Path:
+    """Where a link leads: the temporary folder must lie on the same file system."""
+    return Path(os.path.realpath(path))
+
+
+class Files:
+    """The files that one EMA writes, one request at a time.
+
+    Attributes:
+        writer: Made by the first request, and kept.
+    """
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry, self._weights = entry, entry.weights
+        self.writer: Writer | None = None
+        # The clock at the last look for each folder of `snapshot` and `publish`.
+        self._last_looks: dict[str, float] = {}
+
+    def passes(self, folder: str | Path, every: float) -> bool:
+        """Whether the clock has passed a multiple of `every` since the last look for `folder`."""
+        now, last = self._weights.clock.now, self._weights.averages[0].last
+        before = self._last_looks.get(str(folder), now - (last[1] if last else 0.0))
+        self._last_looks[str(folder)] = now
+        return now // every > before // every
+
+    # --- what to write ----------------------------------------------------------------------------
+
+    def all_averages(
+        self,
+        path: Path,
+        kind: str,
+        *,
+        mixed: bool,
+        extra: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> SaveRequest:
+        """A folder with all averages.
+
+        Args:
+            path: The folder.
+            kind: "ema" has a clock to resume with, "export" has none.
+            mixed: A window is what it is used as, and its blocks come after all averages. Without
+                it is the block under way, from which `posthoc` reconstructs any curve.
+            extra: For ema.json.
+            options: Of the request.
+        """
+        averages, weights = self._average_files(mixed)
+        facts = replace(self._manifest(kind, extra), weights=weights)
+        return SaveRequest("save", path, averages, facts, **options)
+
+    def one_average(
+        self,
+        verb: str,
+        path: Path,
+        average: Average,
+        form: FileForm,
+        *,
+        merged: list[ParamState] | None = None,
+        extra: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> SaveRequest:
+        """A complete model, or an adapter, with one average in it.
+
+        Args:
+            verb: "export" or "publish".
+            path: The folder or file.
+            average: As verbs use it.
+            form: Of the files.
+            merged: What a model with merged adapters persists, in place of the average's states.
+            extra: For ema.json.
+            options: Of the request.
+        """
+        states = average.persistent if merged is None else merged
+        held = [state for state in states if form.holds(state.name)]
+        own_buffers = dict(average.own_buffers) if merged is None else {}
+        alone = verb == "export" and self._entry.needed is self._entry.alone
+        schedule = average.schedule.to_dict()
+        files = AverageFiles(held, own_buffers, schedule, alone=alone, form=form)
+        facts = replace(self._manifest("export", extra), weights=form.weights)
+        return SaveRequest(verb, path, [files], facts, **options)
+
+    def _average_files(self, mixed: bool) -> tuple[list[AverageFiles], str]:
+        """The first average is complete (with `only=`: what is averaged), others share its rest.
+
+        Returns:
+            The files, and what `Manifest.weights` says of them.
+        """
+        weights = self._weights
+        names = weights.names()
+        adapters = library_files.adapters_of(weights.model, names)
+        form = library_files.only_used(adapters, names)
+        complete = weights.selection.only is None and not adapters
+        files, blocks = [], []
+        for i, raw in enumerate(weights.averages):
+            average = weights.used(i) if mixed else raw
+            if mixed and raw.ring is not None:
+                blocks += raw.ring.saved(raw.averaged, weights.clock.now)
+            states = [
+                state
+                for state in average.persistent
+                if state.shadow is not None
+                or state.name in average.own_buffers
+                or (i == 0 and complete)
+                or (form.is_adapter and state.name in form.names)
+            ]
+            label = f"{i}-{type(average.schedule).__name__}" if i else ""
+            own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
+            files.append(AverageFiles(states, own_buffers, schedule, label, form=form))
+        for i, (mean, states) in enumerate(blocks, len(files)):
+            label = f"{i}-{type(mean).__name__}"
+            files.append(AverageFiles(states, {}, mean.to_dict(), label, form=form))
+        return files, "adapter" if form.is_adapter else "all" if complete else "averaged"
+
+    def _manifest(self, kind: str, extra: dict[str, Any] | None) -> Manifest:
+        attached = self._entry.attachment
+        return Manifest(
+            kind=kind,
+            clock=self._weights.clock_to_dict(),
+            attach=None if attached is None else attached.to_dict(),
+            rounding={"seed": self._weights.seed},
+            extra=extra or {},
+        )
+
+    # --- writing it -------------------------------------------------------------------------------
+
+    def write(
+        self,
+        verb: str,
+        make_request: Callable[[], SaveRequest],
+        arguments: dict[str, Any],
+        which: Which = 0,
+        wait: bool = True,
+    ) -> None:
+        """Begin the verb and write what it asks for. *Collective*.
+
+        Args:
+            verb: As the user called it.
+            make_request: Called when the shadows may be read.
+            arguments: Of the verb, alike on every rank.
+            which: The average that it uses.
+            wait: False writes in the background.
+        """
+        self.finish()
+        made: list[SaveRequest] = []
+
+        def prepare() -> None:
+            self._weights.ready()
+            made.append(make_request())  # with the buffers that were filled since
+
+        ranks = self._entry.needed if verb == "export" else self._entry.ranks
+        self._entry.begin(verb, Reads.WHOLE_MODEL, which, prepare, arguments, ranks)
+        warn_if_idle(verb, self._weights)
+        self.submit(made[0], ranks, which, arguments, wait)
+
+    def submit(
+        self,
+        request: SaveRequest,
+        ranks: Ranks,
+        which: Which,
+        arguments: dict[str, Any],
+        wait: bool = True,
+    ) -> None:
+        """Write what all ranks ask for, inside a verb that has begun. *Collective*."""
+        entry, verb = self._entry, request.verb
+        warn_if_nameless(verb, self._weights)
+        if request.manifest.weights == "all":
+            warn_of_unexplained_keys(verb, self._weights)
+        if ranks is entry.alone:
+            with atomic.locked(request.path):  # all ranks may export to one path
+                warn(*Writer(ranks).write(request, entry.ranks.timeout))
+            return
+        ranks = entry.everyone
+        if entry.is_staged:
+            entry.agree(verb)
+            files = stages.unite(verb, ranks, entry.stage, request.averages)
+            request = replace(request, averages=files)
+        if ranks is not entry.ranks:  # an unwrapped model: the first writes, if all hold the same
+            states = [state for files in request.averages for state in files.states]
+            consistency.on_averages(verb, ranks, states, entry.common(which, arguments))
+            request = request if ranks.first else request.with_blocks(lambda _: [])
+        if self.writer is None:
+            self.writer = Writer(ranks)
+        warn(*self.writer.write(request, entry.ranks.timeout, wait))
+
+    def finish(self) -> None:
+        """No save is in flight behind training after this.
+
+        Raises:
+            RuntimeError: The last one failed.
+        """
+        if self.writer is not None:
+            warn(*self.writer.finish())
