@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from dist_ema import follow, load_file
 from dist_ema.integrations.transformers import EMACallback
+from dist_ema.offline import export as offline
 
 from .loops import Launcher, same_files, script_of
 
@@ -241,3 +242,11 @@ def test_export_has_the_names_of_save_pretrained(kind: str, tmp_path: Path) -> N
         json.loads((tmp_path / each / "config.json").read_text()) for each in ("memory", "theirs")
     ]
     assert configs[0] == configs[1]
+    callback.ema.save(tmp_path / "saved")
+    for source in ("saved", "memory"):
+        offline.export(
+            tmp_path / source, out := tmp_path / f"{source}-out", like=tmp_path / "theirs"
+        )
+        named = load_file(out)
+        assert list(named) == list(theirs)
+        assert all(torch.equal(named[name], theirs[name]) for name in theirs)

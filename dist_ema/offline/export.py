@@ -1,6 +1,7 @@
 """`dist-ema export`: names, files, dtypes and order of the model to ship, written in one pass.
 
-*Cost*: two windows of 8 MB and their copies in other dtypes, whatever the model's size. No torch.
+*Cost*: two windows of 8 MB and their copies in other dtypes, whatever the model's size. No torch,
+where the names in memory are those of the files.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..checkpoint.manifest import Manifest
 from ..dtypes import FLOATS, TORCH, Bytes, cast
 from ..text import Bar, silent, size_of, some
 from . import writer
+from .library_names import Reverted, reverted
 from .model_card import beside, count_dtypes, format_schedule
 from .report import report_on
 from .sources import Checked, Source, open_model, refuse_unsupported, windows
@@ -69,7 +71,9 @@ def export(
         out: Where it goes.
         dtype: Of all floating weights, by default the model's own.
         max_shard_size: Of each file in a folder, by default 5 GB.
-        like: A model whose files, names, order and dtypes are taken.
+        like: A model whose files, names, order and dtypes are taken. With a config.json of
+            transformers beside it, weights that the library fuses in memory are split as it saves
+            them; that takes transformers and torch.
         which: Of several averages.
         force: Replace a model at `out`.
         bar: Shows the progress.
@@ -85,19 +89,21 @@ def export(
     with open_model(src, which) as model:
         _refuse_part(model, like)
         saved = _sound(model)
-        form = _form(model, saved, where, dtype, max_shard_size, like)
-        facts = _facts(model, saved, form)
+        checked = Checked(model)
+        named = None if like is None else reverted(model, checked, like)
+        source = named or checked
+        form = _form(named or model, saved, where, dtype, max_shard_size, like)
+        facts = _facts(model, saved, form, {} if named is None else named.owners)
         others = beside(Path(like or model.path), where, facts, form.entries)
         target = writer.Model(form.files, form.index, others, facts)
-        source = Checked(model)
 
         def content(name: str) -> Iterator[Bytes]:
-            was, now = model.entries[form.names[name]].dtype, form.entries[name].dtype
+            was, now = source.entries[form.names[name]].dtype, form.entries[name].dtype
             for raw in windows(source, form.names[name]):
                 yield cast(name, raw, was, now)
 
         with bar(sum(entry.nbytes for entry in form.entries.values())) as tick:
-            writer.write(where, target, content, force=force, tick=tick, check=source.finish)
+            writer.write(where, target, content, force=force, tick=tick, check=checked.finish)
     average = ", ".join(map(format_schedule, facts.schedules))
     files = {name: file.size for name, file in form.files.items()}
     return Exported(
@@ -150,7 +156,7 @@ def _sound(model: Source) -> Manifest:
 
 
 def _form(
-    model: Source,
+    model: Source | Reverted,
     saved: Manifest,
     where: Path,
     dtype: str | None,
@@ -180,7 +186,11 @@ def _dtype(have: str, want: str | None) -> str:
 
 
 def _form_like(
-    model: Source, pattern: Source, where: Path, dtype: str | None, size: int | str | None
+    model: Source | Reverted,
+    pattern: Source,
+    where: Path,
+    dtype: str | None,
+    size: int | str | None,
 ) -> _Form:
     """The names of the pattern, which choose among tied ones, its dtypes, files and order."""
     known = {name: name for name in model.entries} | dict(model.aliases)
@@ -233,7 +243,7 @@ def _order(names: list[str], entries: dict[str, safetensors.Entry]) -> list[str]
     return names
 
 
-def _refuse_difference(model: Source, pattern: Source, known: dict[str, str]) -> None:
+def _refuse_difference(model: Source | Reverted, pattern: Source, known: dict[str, str]) -> None:
     """Raise ValueError with every weight that one of the two lacks or has in another shape."""
     found = [f"{name} is in {pattern.path} alone" for name in pattern.entries if name not in known]
     taken = {known.get(name) for name in [*pattern.entries, *pattern.aliases]}
@@ -254,8 +264,16 @@ def _refuse_difference(model: Source, pattern: Source, known: dict[str, str]) ->
         )
 
 
-def _facts(model: Source, saved: Manifest, form: _Form) -> Manifest:
-    """ema.json of what is written, without what the writer fills in."""
+def _facts(model: Source, saved: Manifest, form: _Form, owners: dict[str, str]) -> Manifest:
+    """ema.json of what is written, without what the writer fills in.
+
+    Args:
+        model: The source.
+        saved: Its ema.json.
+        form: What is written.
+        owners: Name in the form -> the weight in the source, where it is a part of it.
+    """
+    sources = {name: owners.get(source, source) for name, source in form.names.items()}
     own, averaged = set(saved.own_buffers_of(model.label)), set(saved.averaged)
     sums = {name: entry["crc32"] for name, entry in saved.files.items() if name in model.files}
     return replace(
@@ -264,13 +282,11 @@ def _facts(model: Source, saved: Manifest, form: _Form) -> Manifest:
         weights="all",
         schedules=saved.schedules[saved.labels.index(model.label) :][:1],
         averages={},
-        averaged=sorted(name for name, source in form.names.items() if source in averaged),
-        own_buffers=sorted(name for name, source in form.names.items() if source in own),
+        averaged=sorted(name for name, source in sources.items() if source in averaged),
+        own_buffers=sorted(name for name, source in sources.items() if source in own),
         aliases=form.aliases,
         dtypes={
-            name: saved.dtypes[source]
-            for name, source in form.names.items()
-            if source in saved.dtypes
+            name: saved.dtypes[source] for name, source in sources.items() if source in saved.dtypes
         },
         versions=saved.versions | {"dist_ema": _version.VERSION},
         extra={},

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from ..schedules import from_dict
 __all__ = [
     "WINDOW",
     "Checked",
+    "Readable",
     "Safetensors",
     "Source",
     "choose",
@@ -51,7 +52,17 @@ def read_at(fd: int, path: Path, begin: int, end: int) -> Bytes:
     return data
 
 
-def windows(model: Source | Checked, name: str, window: int = WINDOW) -> Iterator[Bytes]:
+class Readable(Protocol):
+    """Whatever has weights as bytes."""
+
+    entries: dict[str, safetensors.Entry]
+
+    def read(self, name: str, begin: int, end: int) -> Bytes:
+        """Bytes [begin, end) of a weight."""
+        ...
+
+
+def windows(model: Readable, name: str, window: int = WINDOW) -> Iterator[Bytes]:
     """The bytes of a weight in order, `window` at a time (whole elements). *Cost*: one window."""
     nbytes = model.entries[name].nbytes
     for begin in range(0, nbytes, window):
