@@ -484,6 +484,105 @@ def test_writes_between_steps(case: Any) -> None:
     outcome(lambda: written_between(*case), ["weight", "bias"])
 
 
+class Projected:
+    """A model and an attached EMA; what the optimizer's own hook writes belongs to the step."""
+
+    def __init__(self) -> None:
+        self.model = net()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5)
+        self.naive, self.ema = Naive(self.model), EMA(self.model, 0.75)
+        self.ema.attach(self.optimizer)
+
+    def project(self, *_: Any) -> None:
+        in_place(self.model)
+
+    def error(self, step: Callable[[], Any] | None = None) -> float:
+        for _ in range(4):
+            for p in self.model.parameters():
+                p.grad = torch.randn_like(p)
+            (step or self.optimizer.step)()
+            self.naive.update()
+        return self.naive.error(self.ema.gather())
+
+
+def test_the_update_comes_after_hooks_that_were_registered_later() -> None:
+    """Guards the order of hooks in `_before`, for two averages of one optimizer."""
+    program = Projected()
+    program.optimizer.register_step_post_hook(program.project)
+    other = EMA(program.model, 0.5)
+    other.attach(program.optimizer)
+    assert program.error() <= 2e-5
+    program.ema.detach()
+    assert other.now == 4
+
+
+def clamped_by_hand(program: Projected) -> None:
+    """What weight clippers and constraint libraries do."""
+    inner = program.optimizer.step
+
+    def step() -> None:
+        inner()
+        program.project()
+
+    program.optimizer.step = step  # type: ignore[method-assign, assignment]
+
+
+def scheduled(program: Projected) -> None:
+    torch.optim.lr_scheduler.ExponentialLR(program.optimizer, 0.9)
+
+
+def scheduled_in_accelerate(program: Projected) -> None:
+    accelerated(program.optimizer)
+    scheduled(program)
+
+
+def test_a_step_that_was_replaced_on_the_optimizer_is_named_once() -> None:
+    program = Projected()
+    clamped_by_hand(program)
+    with pytest.warns(UserWarning, match="SGD.step was replaced on the optimizer") as caught:
+        program.error()
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("replace", [scheduled, scheduled_in_accelerate])
+def test_steps_that_libraries_replace_are_not_named(replace: Any) -> None:
+    """Warnings are errors here."""
+    program = Projected()
+    replace(program)
+    assert program.error() <= 2e-5
+
+
+def test_another_optimizer_that_steps_instead_is_named() -> None:
+    """A second phase of training with an optimizer that nobody attached."""
+    program = Projected()
+    program.error()
+    for _ in range(2):
+        random_step(torch.optim.SGD(net().parameters(), lr=0.1))  # of another model
+    program.ema.gather()
+    second = torch.optim.Adam(program.model.parameters())
+    random_step(program.optimizer)
+    random_step(second)
+    random_step(second)
+    with pytest.warns(UserWarning, match="no update came"):
+        program.ema.gather()
+
+
+def test_an_update_is_not_traced_with_a_compiled_step() -> None:
+    """Tracing took minutes for 200 weights; a storage that moves is still followed."""
+    program = Projected()
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    step = torch.compile(lambda: program.optimizer.step(), backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert program.error(step) <= 2e-5
+        assert graphs["unique_graphs"] == 1, "other graphs are those of the update"
+        for p in program.model.parameters():
+            p.data = p.data.clone()
+        assert program.error(step) <= 2e-5
+
+
 def test_an_optimizer_of_copies_is_named() -> None:
     """Master weights: the model gets what was stepped only after the step, so the average would be
     late.

@@ -189,6 +189,39 @@ def test_an_optimizer_that_steps_inside_is_named() -> None:
         optimizer.step()
 
 
+def replaced_inside(m: Any) -> None:
+    m.body = nn.Linear(4, 4)
+
+
+def assigned_inside(m: Any) -> None:
+    m.load_state_dict({name: v.clone() for name, v in m.state_dict().items()}, assign=True)
+
+
+def removed_inside(m: Any) -> None:
+    """As inference recipes fold weight norms and batch norms."""
+    m.body = nn.Identity()
+
+
+@pytest.mark.parametrize("edit", [replaced_inside, assigned_inside, removed_inside])
+def test_a_weight_that_leaves_the_model_inside_is_named(edit: Any) -> None:
+    """Its live value cannot be put back: guards `_lost` in swap."""
+    model = Net()
+    ema = EMA(model, 0.5)
+    with pytest.warns(UserWarning, match=r"body\.weight.* was replaced or removed"), ema.swap():
+        edit(model)
+    with pytest.raises(RuntimeError, match=r"body\.weight"):
+        ema.update()
+
+
+def test_a_module_that_leaves_and_comes_back_inside_is_not_named() -> None:
+    model = Net()
+    ema, body = EMA(model, 0.5), model.body
+    with ema.swap():
+        model.body = nn.Identity()  # type: ignore[assignment]
+        model.body = body
+    ema.update()
+
+
 def test_a_block_that_raises_restores_what_it_wrote() -> None:
     model = Net()
     ema = EMA(model, 0.5)

@@ -74,6 +74,7 @@ class AveragedWeights:
         swaps: Which swaps of these weights are open.
         engine: When updates run.
         seed: Of stochastic rounding.
+        bypassed: Steps of averaged weights by optimizers that are not attached, since one that is.
         after_update: A method that is called when an update was submitted and the clock has moved.
     """
 
@@ -86,6 +87,7 @@ class AveragedWeights:
         into: nn.Module | None = None,
     ) -> None:
         self.clock, self.swaps, self.seed = Clock(), SwapRegistry(), 0
+        self.bypassed = 0
         self._inventory = inventory = Inventory(model, schedules, selection, placement)
         self.model, self.averages = inventory.model, inventory.averages
         self.selection, self.placement = inventory.selection, inventory.placement
@@ -296,8 +298,11 @@ class AveragedWeights:
 
     @property
     def idle(self) -> bool:
-        """Weights were written since `mark`, not by an EMA's swap, and the clock stood still."""
-        return self._watch.trained_unseen()
+        """Weights were written since `mark`, not by an EMA's swap, and the clock stood still.
+
+        Or optimizers that are not attached step them.
+        """
+        return self._watch.trained_unseen() or self.bypassed > 1
 
     def note_swap(self, open_now: bool) -> None:
         """A swap of one of these averages has written the weights."""

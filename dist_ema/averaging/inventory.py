@@ -345,9 +345,8 @@ class Inventory:
         """
         changes = discovery.compare_inventory(self.model, [state.shard for state in self.states])
         averaged = {state.name for state in self.states if state.shadow is not None}
-        lost_buffers = averaged.intersection(changes.gone_buffers + changes.replaced_buffers)
         _refuse(
-            changes.replaced,
+            [*changes.replaced, *sorted(averaged.intersection(changes.replaced_buffers))],
             "no longer shares memory with the model: another object has the name now (a replaced "
             "module, load_state_dict(assign=True)?). Call ema.rescan() to average it from its "
             "value now, or build the EMA after that, on the outermost FSDP module (only= chooses "
@@ -359,7 +358,7 @@ class Inventory:
             "one. Build another EMA with into=.",
         )
         _refuse(
-            [*changes.gone, *sorted(lost_buffers)],
+            [*changes.gone, *sorted(averaged.intersection(changes.gone_buffers))],
             "is gone from the model. Call ema.rescan() to drop it.",
         )
         _refuse(changes.retied, "is tied otherwise than when the EMA was built. Call ema.rescan().")

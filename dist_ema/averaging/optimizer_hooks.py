@@ -21,11 +21,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from operator import index
 from typing import Any, Protocol
-from weakref import WeakMethod, finalize
+from weakref import WeakKeyDictionary, WeakMethod, finalize
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..sharding.ownership import ParamState
 from ..sharding.zero import is_engine
@@ -41,16 +42,27 @@ TRANSPARENT = (
     ("lightning", "LightningOptimizer"),
     ("pytorch_lightning", "LightningOptimizer"),
 )
+# Packages whose functions around `optimizer.step` do not write after it.
+KNOWN_WRAPPERS = ("torch", "accelerate", "lightning", "pytorch_lightning")
 
 
 class Averager(Protocol):
-    """What an attachment drives."""
+    """What an attachment drives.
+
+    Attributes:
+        bypassed: Steps of averaged weights by other optimizers, since an attached one has stepped.
+    """
+
+    bypassed: int
 
     def before_step(self) -> None:
         """Live weights are about to be overwritten."""
 
     def settle(self) -> None:
         """No update is in flight after this."""
+
+    def stepped_by(self, optimizers: Sequence[Optimizer]) -> bool:
+        """One of the optimizers holds an averaged weight."""
 
     def begin(self) -> None:
         """Averaging begins, seeded from live."""
@@ -96,14 +108,19 @@ class Attachment:
         self._steps = [0] * len(hooked)  # of each optimizer since the last round
         # Flags of the steps since the last update; None: the step happened.
         self._skips: list[Tensor | None] = []
+        self._unlisted: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
+        self._wrapped: set[int] = set()  # optimizers whose step was named
         self._hooks, self.active = ExitStack(), True
+        self._keys: dict[int, int] = {}
         for optimizer in hooked:
             _forget_dead_hooks(optimizer)
-            for handle in (
-                optimizer.register_step_pre_hook(_StepHook(self._before)),
-                optimizer.register_step_post_hook(_StepHook(self._stepped)),
-            ):
-                self._hooks.callback(handle.remove)
+            before = optimizer.register_step_pre_hook(_StepHook(self._before))
+            after = optimizer.register_step_post_hook(_StepHook(self._stepped))
+            self._keys[id(optimizer)] = after.id
+            self._hooks.callback(before.remove)
+            self._hooks.callback(after.remove)
+        every_step = register_optimizer_step_post_hook(_StepHook(self._stepped_unlisted))
+        self._hooks.callback(every_step.remove)
         finalize(self, self._hooks.close)
         self._last = hooked[-1].register_step_post_hook(_StepHook(self._alive, tells=True))
         if clock.updates == 0 and clock.steps < start:
@@ -118,7 +135,7 @@ class Attachment:
         self._hooks.close()
         self._last.remove()
         if self.active:
-            self.active = False
+            self.active, self._averager.bypassed = False, 0
             self._averager.settle()
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,10 +146,23 @@ class Attachment:
     def _alive(self, *_: Any) -> None:
         """The hook that calls this tells when it no longer can."""
 
-    def _before(self, *_: Any) -> None:
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        # The update reads what hooks write that were registered since (a projection).
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(self._keys[id(optimizer)])
         self._averager.before_step()
 
+    def _stepped_unlisted(self, optimizer: Optimizer, *_: Any) -> None:
+        """Count the steps of averaged weights by optimizers that are not attached."""
+        if id(optimizer) in self._places:
+            return
+        if optimizer not in self._unlisted:
+            self._unlisted[optimizer] = self._averager.stepped_by([optimizer])
+        self._averager.bypassed += self._unlisted[optimizer]
+
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        self._averager.bypassed = 0
+        self._warn_of_wrapped_step(optimizer)
         self._skips.append(getattr(optimizer, "found_inf", None))
         steps, place = self._steps, self._places[id(optimizer)]
         steps[place] += 1
@@ -147,6 +177,17 @@ class Attachment:
                 "that ema.attach() was given has stepped. Leave out the one that does not train.",
                 stacklevel=4,
             )
+
+    def _warn_of_wrapped_step(self, optimizer: Optimizer) -> None:
+        if id(optimizer) in self._wrapped or not _is_wrapped(optimizer):
+            return
+        self._wrapped.add(id(optimizer))
+        warnings.warn(
+            f"{type(optimizer).__name__}.step was replaced on the optimizer itself. What the new "
+            "one writes after the inner step comes with the next update: call ema.update() after "
+            "step() instead of ema.attach() if it writes (a clamp, a projection).",
+            stacklevel=5,
+        )
 
     def _round(self) -> None:
         """Every optimizer has stepped: the clock moves, and every so often the average."""
@@ -182,8 +223,13 @@ class _StepHook:
 
     def __init__(self, method: Callable[..., None], tells: bool = False) -> None:
         self.method, self._tells = WeakMethod(method), tells
+        # NOTE: a compiled step would trace the update: minutes, and for these addresses alone.
+        self._untraced = torch.compiler.disable(self._run)
 
     def __call__(self, *args: Any) -> None:
+        self._untraced(*args)
+
+    def _run(self, *args: Any) -> None:
         method = self.method()
         if method is not None:
             method(*args)
@@ -272,6 +318,17 @@ def _that_takes_hooks(optimizer: Any) -> Optimizer | EngineSteps:
             "ema.attach() the engine: its optimizers step before the model's weights are written."
         )
     return optimizer  # type: ignore[no-any-return]
+
+
+def _is_wrapped(optimizer: Optimizer) -> bool:
+    """A function stands around the optimizer's step that no library known here put there."""
+    step, own = vars(optimizer).get("step"), type(optimizer).step
+    while step is not None and getattr(step, "__func__", step) is not own:
+        module = getattr(step, "__globals__", {}).get("__name__", "")
+        if module.split(".")[0] not in KNOWN_WRAPPERS:
+            return True
+        step = getattr(step, "__wrapped__", None)
+    return False
 
 
 def _is_transparent(optimizer: Any) -> bool:

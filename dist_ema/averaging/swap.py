@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..distributed.ranks import Ranks
 from ..sharding import derived
+from ..sharding.discovery import compare_inventory
 from .averages import AveragedWeights
 from .executors import run_shielded
 from .inventory import Average
@@ -157,13 +158,20 @@ class WeightSwap:
                 f"rank {self.ranks.members[exits['rank']]} left ema.swap() by an exception: "
                 f"{exits['error']}"
             )
-        self.remarks = describe(*names)
+        self.remarks = describe(*names, self._lost())
         if error is None:
             changed = [name for name in exits.get("changed", ()) if name in buffers]
             self._average.own_buffers |= {name: buffers[name] for name in changed}
         elif hasattr(error, "add_note"):
             for text in self.remarks:
                 error.add_note(text)
+
+    def _lost(self) -> list[str]:
+        """Swapped weights that the block took out of the model: they are restored outside of it."""
+        shards = [state.shard for state in self._average.states]
+        changes = compare_inventory(self._weights.model, shards)
+        swapped = {state.name for state in self._swapped}
+        return [name for name in (*changes.replaced, *changes.gone) if name in swapped]
 
     def _exchange_and_restore(self, message: dict[str, Any]) -> dict[str, Any]:
         """All ranks' messages, combined; live weights are back on every replica, if possible."""

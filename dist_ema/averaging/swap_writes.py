@@ -90,8 +90,8 @@ class SwapWrites:
         return values, names
 
 
-def describe(swapped: Sequence[str], others: Sequence[str]) -> list[str]:
-    """A sentence about each kind of writes that there were."""
+def describe(swapped: Sequence[str], others: Sequence[str], lost: Sequence[str]) -> list[str]:
+    """A sentence about each kind of writes that there were, and about weights that are gone."""
     texts = []
     if swapped:
         texts.append(
@@ -102,6 +102,11 @@ def describe(swapped: Sequence[str], others: Sequence[str]) -> list[str]:
         texts.append(
             f"{', '.join(others[:5])} is not averaged and was written inside ema.swap() (a "
             "merged adapter?). It keeps what was written: undo that by hand."
+        )
+    if lost:
+        texts.append(
+            f"{', '.join(lost[:5])} was replaced or removed inside ema.swap(): the model does not "
+            "hold its live value any more. Edit a copy: copy.deepcopy(model) inside the block."
         )
     return texts
 
