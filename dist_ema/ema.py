@@ -24,14 +24,15 @@ from torch.optim import Optimizer
 from .averaging import gather, metrics
 from .averaging.averages import AveragedWeights, Reads
 from .averaging.clock import Clock
-from .averaging.inventory import OWN, Placement, Selection
 from .averaging.optimizer_hooks import Attachment, refuse_beside_masters
+from .averaging.selection import OWN, Placement, Selection, refuse_dtype
 from .averaging.swap import WeightSwap
+from .averaging.teacher import refuse_beside_teacher
 from .checkpoint import dcp, library_files, stages
 from .checkpoint.library_files import FileForm
 from .checkpoint.publishing import Publication
 from .checkpoint.request import AverageFiles, SaveRequest
-from .schedules import Schedule, Window, schedule_list
+from .schedules import Schedule, schedule_list
 from .schedules import schedule as coerce
 from .sharding import derived, parameters, records, wrappers
 from .sharding.ownership import ParamState
@@ -70,28 +71,6 @@ def _collective(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenat
             return method(self, *args, **kwargs)
 
     return _outside_autograd(run)  # type: ignore[arg-type]
-
-
-def _refuse_dtype(dtype: torch.dtype) -> None:
-    if dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise ValueError(f"dtype must be torch.float32, float64 or bfloat16, got {dtype}.")
-
-
-def _refuse_beside_into(schedules: Sequence[Schedule], dtype: torch.dtype, device: Any) -> None:
-    if len(schedules) > 1:
-        raise ValueError(
-            f"into= takes one average, got {len(schedules)} decays. Build one EMA per teacher."
-        )
-    if isinstance(schedules[0], Window):
-        raise ValueError(
-            f"into= takes an average that moves in place, got {schedules[0]!r}, which is mixed "
-            "when it is used. Write it into the other model by ema.copy_to()."
-        )
-    if device is not None or dtype != torch.float32:
-        raise ValueError(
-            f"device={device!r}, dtype={dtype} together with into=: the shadows are the teacher's "
-            "weights. Move and cast the teacher before building the EMA."
-        )
 
 
 class EMA:
@@ -160,28 +139,25 @@ class EMA:
         into: parameters.Model | None = None,
         timeout: float = 300.0,
     ) -> None:
-        _refuse_dtype(dtype)
-        if not (isinstance(buffers, str) or callable(buffers)):
-            raise ValueError(
-                f"buffers must be 'copy', 'average', a regex or a predicate, got {buffers!r}."
-            )
-        if buffers == OWN and into is None:
+        refuse_dtype(dtype)
+        schedules, selection = schedule_list(decay), Selection(only, buffers)
+        if into is not None:
+            refuse_beside_teacher(schedules, dtype, device)
+        elif buffers == OWN:
             raise ValueError("buffers='own' needs into=: the buffers are those of the teacher.")
         if not isinstance(split, (bool, dist.ProcessGroup)):
             raise ValueError(f"split must be True, False or a process group, got {split!r}.")
-        schedules = schedule_list(decay)
-        if into is not None:
-            _refuse_beside_into(schedules, dtype, device)
+        placement = Placement(
+            split is not False and into is None,
+            dtype,
+            None if device is None else torch.device(device),
+            None if isinstance(split, bool) else split,
+        )
         self.weights = AveragedWeights(
             parameters.module_of(model),
             schedules,
-            Selection(only, buffers),
-            Placement(
-                split is not False and into is None,
-                dtype,
-                None if device is None else torch.device(device),
-                None if isinstance(split, bool) else split,
-            ),
+            selection,
+            placement,
             None if into is None else parameters.module_of(into),
         )
         arguments: dict[str, Any] = {"decay": schedules, "dtype": dtype, "buffers": buffers}
@@ -318,7 +294,7 @@ class EMA:
         """
         weights = self.weights
         if dtype is not None:
-            _refuse_dtype(dtype)
+            refuse_dtype(dtype)
         if weights.teacher is not None:
             raise RuntimeError(
                 "ema.to() of an EMA with into=: the shadows are the teacher's weights. Build the "
@@ -816,7 +792,7 @@ class EMA:
             each rank sends one short message.
         """
         weights, entry = self.weights, self._entry
-        known = weights.report(weights.average(which))
+        known = metrics.known(weights, weights.average(which))
         if not distance:
             return known
 

@@ -74,7 +74,7 @@ def whole(folder: Path) -> bool:
 def training_goes_on(folder: str, kind: str, mode: Any) -> None:
     """The file holds the call's moment: shadows, frozen weights and buffers, however much is
     trained meanwhile, with training's own collectives and those of other verbs in between. Guards
-    the copies in artifact._stage.
+    the copies in writer._stage.
     """
     run = Training(kind)
     ema = EMA(run.model, [0.5, 0.9])
@@ -113,7 +113,7 @@ def training_goes_on(folder: str, kind: str, mode: Any) -> None:
 def one_at_a_time(folder: str, mode: Any) -> None:
     """A second save, a load and an export wait for what is under way.
 
-    Guards _finish_writing in each.
+    Guards Files.finish in each.
     """
     model = nn.parallel.DistributedDataParallel(Images())
     ema = EMA(model, 0.5)

@@ -473,7 +473,7 @@ def test_diffusers_arguments() -> None:
     model = nn.Linear(3, 3)
     ema = diffusers.EMAModel(model, max_value=0.8, min_value=0.1, device="cpu")
     assert (ema.decay, ema.min_decay, ema.use_ema_warmup) == (0.8, 0.1, True)
-    assert isinstance(ema.average.weights.engine, HostThread), (
+    assert isinstance(ema.average.weights.updates.engine, HostThread), (
         "device= is where shadows are averaged"
     )
     move([model], 0)

@@ -105,7 +105,7 @@ def play(
     ema = EMA(model, Power(gamma=1.0), dtype=dtype, buffers="average")
     ema.attach(optimizer, every=every, guard=guard, overlap=False)
     if engine is not None:
-        ema.weights.engine = engine
+        ema.weights.updates.engine = engine
     seen: list[Any] = []
     for _ in range(12):
         action = chance.choice(
@@ -182,7 +182,7 @@ def test_weights_written_behind_the_step_are_named() -> None:
         ema = EMA(model, 0.5)
         ema.attach(optimizer)
         if overlap:
-            ema.weights.engine = Overlapped(Late(0))
+            ema.weights.updates.engine = Overlapped(Late(0))
         model.weight.grad = torch.ones(3, 3)
         optimizer.step()
         with torch.no_grad():
@@ -210,7 +210,7 @@ def test_a_host_thread_equals_inline() -> None:
             model(torch.randn(8, 5)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        assert isinstance(ema.weights.engine, HostThread) == (device == "cpu")
+        assert isinstance(ema.weights.updates.engine, HostThread) == (device == "cpu")
         results.append([*ema.gather().values()])
     assert same(*results)
 
@@ -226,7 +226,7 @@ def test_a_worker_that_fails_reaches_the_trainer(kind: type[BaseException], tmp_
     ema.attach(optimizer)
     model.weight.grad = torch.ones(3, 3)
     optimizer.step()
-    engine = ema.weights.engine
+    engine = ema.weights.updates.engine
     engine.settle()
 
     def broken(*_: Any) -> None:
@@ -282,7 +282,7 @@ go = threading.Event()
 held = EMA(model, 0.5, device="cpu")
 held.update()
 held.weights.settle()
-held.weights.engine.windowed.run = lambda *_: go.wait()
+held.weights.updates.engine.windowed.run = lambda *_: go.wait()
 held.update()
 child = os.fork()
 if child:
@@ -322,7 +322,7 @@ def test_one_copy_per_run_of_neighbours() -> None:
             wide -= 1
         ema.update()
         twin.update()
-    assert sorted(len(live) for _, live in ema.weights.engine.copies) == [10, 20, 20, 70]  # type: ignore[attr-defined]
+    assert sorted(len(live) for _, live in ema.weights.updates.engine.copies) == [10, 20, 20, 70]  # type: ignore[attr-defined]
     assert same([*ema.gather().values()], [*twin.gather().values()])
 
 
@@ -333,7 +333,7 @@ def test_the_window_is_replaced_with_its_plan(monkeypatch: pytest.MonkeyPatch) -
     """
     model = nn.Linear(5, 5)
     ema = EMA(model, 0.5, device="cpu")
-    engine = ema.weights.engine = HostThread(None, Late(0))
+    engine = ema.weights.updates.engine = HostThread(None, Late(0))
     ema.update()
     engine.settle()
     window, empty, gone = weakref.ref(engine.copies[0][0].untyped_storage()), torch.empty, []
@@ -595,7 +595,7 @@ def hot_path() -> None:
         optimizers: list[Any] = [Skippable(part, {}) for part in halves(model)]
         ema = EMA(model, decay, dtype=dtype, buffers="average")
         ema.attach(*optimizers, every=2, guard=guard)
-        ema.weights.engine = Overlapped(Late(0))
+        ema.weights.updates.engine = Overlapped(Late(0))
         steps(optimizers, 8)  # the first updates look at addresses
         held = min(
             slot.averaged_region.numel
@@ -606,9 +606,9 @@ def hot_path() -> None:
             patch.setattr(StoreCoordinator, "_next", refuse)  # of every message
             steps(optimizers, 8)
         assert 0 < watch.largest <= 1 << 20 < held, (kind, dtype, watch.largest, held)
-        plan = ema.weights.plan
-        ema.weights.engine = Overlapped(Late(0))
-        ema.weights.plan = Sinner(plan)  # type: ignore[assignment]
+        plan = ema.weights.updates.plan
+        ema.weights.updates.engine = Overlapped(Late(0))
+        ema.weights.updates.plan = Sinner(plan)  # type: ignore[assignment]
         with raises(Waits), Watch():
             steps(optimizers, 8)
 

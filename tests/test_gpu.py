@@ -261,9 +261,11 @@ def train(
     ema.attach(optimizer, overlap=overlap)
     if slow:
         late = Slow(CUDA)
-        ema.weights.engine = HostThread(late, Worker()) if "device" in options else Overlapped(late)
+        ema.weights.updates.engine = (
+            HostThread(late, Worker()) if "device" in options else Overlapped(late)
+        )
     if not fence:
-        ema.weights.engine.fence = lambda: None  # type: ignore[method-assign]
+        ema.weights.updates.engine.fence = lambda: None  # type: ignore[method-assign]
     for step in range(steps):
         for p in model.parameters():
             (p * (1 + step) + 0.1).sin().sum().backward()
@@ -380,8 +382,8 @@ def test_no_host_sync_in_training(
         step(poison if i in (5, 11) else x)
         ema.metrics(distance=False)
     torch.cuda.set_sync_debug_mode("default")
-    assert isinstance(ema.weights.plan, FusedPlan)
-    assert ema.weights.plan.launches, "the kernel failed its proof on this device"
+    assert isinstance(ema.weights.updates.plan, FusedPlan)
+    assert ema.weights.updates.plan.launches, "the kernel failed its proof on this device"
     assert ema.weights.skipped == 2
     for _ in range(2):  # it asks, and at the next call it knows
         heard = ema.metrics(distance=False)["skipped"]
@@ -409,8 +411,8 @@ def test_an_ema_with_triton_is_the_same(
         optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True)
         ema = EMA(model, [0.75, 0.5], dtype=dtype)
         ema.attach(optimizer, guard=True)
-        assert isinstance(ema.weights.engine, Overlapped)
-        assert isinstance(ema.weights.plan, FusedPlan) == (triton == "1")
+        assert isinstance(ema.weights.updates.engine, Overlapped)
+        assert isinstance(ema.weights.updates.plan, FusedPlan) == (triton == "1")
         for step in range(8):
             for p in model.parameters():
                 p.grad = torch.full_like(p, 0.25 * (step - 3))
@@ -447,7 +449,7 @@ def test_times_are_those_of_the_device() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     ema = EMA(model, 0.9)
     ema.attach(optimizer)
-    ema.weights.engine = Overlapped(Slow(CUDA))
+    ema.weights.updates.engine = Overlapped(Slow(CUDA))
     for _ in range(4):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
@@ -488,7 +490,7 @@ def test_a_host_thread_on_its_device() -> None:
     model = net()
     ema = EMA(model, 0.9, device="cpu")
     ema.update()
-    engine = ema.weights.engine
+    engine = ema.weights.updates.engine
     assert isinstance(engine, HostThread)
     seen: list[int] = []
     engine.worker.wait(engine.worker.submit(lambda: seen.append(torch.cuda.current_device())))

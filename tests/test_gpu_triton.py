@@ -520,7 +520,7 @@ def averaged(triton: bool, kind: str, options: dict[str, Any]) -> tuple[Any, lis
     ema = EMA(model, [0.75, 0.5, Constant(0.0)], buffers="average", **options)
     ema.attach(optimizer, guard=True, start=1)
     if "overlapped" in options.get("only", ""):
-        ema.weights.engine = Overlapped(Late(0))
+        ema.weights.updates.engine = Overlapped(Late(0))
     generator = torch.Generator().manual_seed(1)
     for step in range(7):
         with torch.no_grad():
@@ -531,7 +531,9 @@ def averaged(triton: bool, kind: str, options: dict[str, Any]) -> tuple[Any, lis
                 next(iter(model.parameters())).grad.view(-1)[::5] = float("nan")
         optimizer.found_inf = torch.full((), float(step in (2, 5)))
         optimizer.step()
-    return ema.weights.plan, [value for which in range(3) for value in ema.gather(which).values()]
+    return ema.weights.updates.plan, [
+        value for which in range(3) for value in ema.gather(which).values()
+    ]
 
 
 def check_ema(kind: str, options: dict[str, Any]) -> None:
@@ -580,10 +582,10 @@ def check_the_hot_path() -> None:
     optimizers = [Skippable(model.parameters(), {})]
     ema = EMA(model, [Power(gamma=1.0), 0.99], dtype=BF16)
     ema.attach(*optimizers)
-    ema.weights.engine = Overlapped(Late(0))
+    ema.weights.updates.engine = Overlapped(Late(0))
     steps(optimizers, 4)
     launched: list[int] = []
-    for launch in ema.weights.plan.launches:
+    for launch in ema.weights.updates.plan.launches:
         launch.kernel = Nothing(launched)
     with Watch() as watch:
         steps(optimizers, 4)
@@ -635,7 +637,7 @@ def check_proof(how: str) -> None:
     gpu_plan.Launch.__call__ = broken  # type: ignore[method-assign]
     try:
         with pytest.warns(UserWarning, match="is not used on cpu") as caught:
-            plan = EMA(model, 0.75, dtype=BF16).weights.plan
+            plan = EMA(model, 0.75, dtype=BF16).weights.updates.plan
         assert len(caught) == 1
         assert (how == "raises") == ("OSError: no C compiler" in str(caught[0].message))
         assert isinstance(plan, FusedPlan)
@@ -653,7 +655,7 @@ def check_proof(how: str) -> None:
         gpu_plan.Launch.__call__ = call  # type: ignore[method-assign]
         gpu_plan.is_proved.cache_clear()
         gpu_plan.REFUSED.clear()
-    assert len(EMA(model, 0.75, dtype=BF16).weights.plan.launches) == 1
+    assert len(EMA(model, 0.75, dtype=BF16).weights.updates.plan.launches) == 1
 
 
 @pytest.mark.parametrize("how", ["raises", "noise", "guard"])

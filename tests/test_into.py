@@ -393,7 +393,7 @@ def late(start: int = 0) -> tuple[Encoder, Encoder, torch.optim.Optimizer, EMA]:
     ema = EMA(model, 0.5, into=teacher)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     ema.attach(optimizer, start=start)
-    ema.weights.engine = Overlapped(Late())
+    ema.weights.updates.engine = Overlapped(Late())
     return model, teacher, optimizer, ema
 
 
@@ -424,7 +424,7 @@ def test_compiled_teacher() -> None:
     teacher = torch.compile(inner, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     ema = EMA(model, 0.5, into=teacher)
     ema.attach(optimizer)
-    ema.weights.engine = Overlapped(Late())
+    ema.weights.updates.engine = Overlapped(Late())
     for _ in range(3):
         step(model, optimizer)
         with torch.no_grad():
@@ -495,7 +495,7 @@ def test_copies_of_the_teacher_are_free() -> None:
     written = pickle.dumps(teacher)
     assert b"dist_ema" not in written
     copies = [copy.deepcopy(teacher), pickle.loads(written)]
-    waiting = ema.weights.engine.executor.waiting  # type: ignore[attr-defined]
+    waiting = ema.weights.updates.engine.executor.waiting  # type: ignore[attr-defined]
     for each in copies:
         each(torch.ones(2, 3))
         each.load_state_dict(each.state_dict())
@@ -612,7 +612,7 @@ def alternate(kind: str, teacher_kind: str, folder: str) -> None:
 
 def full_state_dict(run: Training, teacher: nn.Module, ema: EMA) -> None:
     """FSDP1 gathers in a hook of its own before state_dict: ours must have waited by then."""
-    ema.weights.engine = Overlapped(Late())
+    ema.weights.updates.engine = Overlapped(Late())
     run.train(1)
     held = state(teacher.core)
     full = ema.gather()

@@ -245,7 +245,7 @@ def test_times_of_a_side_stream() -> None:
     ema = EMA(model, 0.5)
     ema.attach(optimizer)
     streams = Streams()
-    ema.weights.engine = Overlapped(streams)
+    ema.weights.updates.engine = Overlapped(streams)
     for step in range(4):
         streams.compute += 3
         model.weight.grad = torch.ones(2, 2)
@@ -270,7 +270,7 @@ def test_a_stall_is_timed_once() -> None:
     model = nn.Linear(2, 2)
     ema = EMA(model, 0.5)
     streams = Streams()
-    engine = ema.weights.engine = Overlapped(streams)
+    engine = ema.weights.updates.engine = Overlapped(streams)
     ema.weights.move(1.0)
     for _ in range(3):
         engine.fence()
@@ -317,7 +317,7 @@ def test_the_distance_settles() -> None:
         model = nn.Linear(2, 2, bias=False)
         nn.init.ones_(model.weight)
         ema = EMA(model, 0.5)
-        ema.weights.engine = engine() or ema.weights.engine
+        ema.weights.updates.engine = engine() or ema.weights.updates.engine
         with torch.no_grad():
             model.weight.fill_(3.0)
         ema.weights.move(1.0)
@@ -331,7 +331,7 @@ def test_lag_of_a_host_thread() -> None:
     model = nn.Linear(2, 2)
     ema = EMA(model, 0.5)
     late = Held()
-    ema.weights.engine = HostThread(None, late)
+    ema.weights.updates.engine = HostThread(None, late)
     ema.update()
     assert ema.metrics(distance=False)["lag"] == 1
     assert ema.metrics(distance=False)["update_ms"] == 0
@@ -371,7 +371,7 @@ def test_averaged_buffers_are_in_the_times() -> None:
     """They are averaged in the step, whatever the engine hides."""
     model = nn.BatchNorm1d(3)
     ema = EMA(model, 0.5, buffers="average")
-    ema.weights.engine = Overlapped(Streams())
+    ema.weights.updates.engine = Overlapped(Streams())
     ema.update()
     known = ema.metrics(distance=False)
     assert 0 < known["stall_ms"] == known["update_ms"]

@@ -517,7 +517,7 @@ def test_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_disk_that_fails_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut between the check and the reading: an error, and a new average instead of a mixture.
 
-    Guards _begin_again.
+    Guards AveragedWeights.begin_again.
     """
     moved(Core()).save(tmp_path / "a")
     fill = reader.OpenCheckpoint.fill

@@ -265,7 +265,7 @@ def test_detach_with_an_update_under_way() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     ema = EMA(model, 0.0)
     ema.attach(optimizer)
-    ema.weights.engine = Overlapped(Late(0))
+    ema.weights.updates.engine = Overlapped(Late(0))
     model.weight.grad = torch.ones(1, 1)
     optimizer.step()
     want = model.weight.item()

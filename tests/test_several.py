@@ -93,7 +93,7 @@ def test_which_names_an_average() -> None:
 def test_live_is_read_once() -> None:
     """One cast of live per window, whatever the number of averages: one step per window."""
     model = nn.Linear(2048, 2048).to(torch.bfloat16)
-    pairs = [EMA(model, decay).weights.plan.pairs for decay in (0.5, [0.5, 0.6, 0.7])]
+    pairs = [EMA(model, decay).weights.updates.plan.pairs for decay in (0.5, [0.5, 0.6, 0.7])]
     plans = [UpdatePlan(each, passes=False) for each in pairs]
     cast = [
         [s for s in plan.steps if isinstance(s, Direct | Packed) and s.cast is not None]

@@ -66,8 +66,8 @@ def test_equals_a_fresh_one(device: str | None, dtype: torch.dtype) -> None:
     assert [t.dtype for t in shadows(moved)] == [t.dtype for t in shadows(fresh)]
     assert same(shadows(moved), shadows(fresh))
     assert (
-        type(moved.weights.engine)
-        is type(fresh.weights.engine)
+        type(moved.weights.updates.engine)
+        is type(fresh.weights.updates.engine)
         is (HostThread if device else Inline)
     )
     assert repr(moved) == repr(fresh)
@@ -91,15 +91,19 @@ def test_while_attached(overlap: bool) -> None:
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
         ema = EMA(model, 0.9, device="cpu")
         ema.attach(optimizer, overlap=overlap)
-        late = ema.weights.engine = HostThread(None, Late(1)) if overlap else ema.weights.engine
+        late = ema.weights.updates.engine = (
+            HostThread(None, Late(1)) if overlap else ema.weights.updates.engine
+        )
         for i in range(12):
             model(torch.randn(8, 5)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             if moves and i in (2, 5, 8):
                 ema.to(dtype=F64)
-                assert ema.weights.engine is not late, "the old engine would keep the old shadows"
-                assert isinstance(ema.weights.engine, HostThread) == overlap
+                assert ema.weights.updates.engine is not late, (
+                    "the old engine would keep the old shadows"
+                )
+                assert isinstance(ema.weights.updates.engine, HostThread) == overlap
                 ema.to("cpu", F32)
         results.append([*ema.gather().values()])
         assert ema.now == 12

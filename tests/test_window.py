@@ -154,7 +154,7 @@ def test_a_start_has_no_past(tmp_path: Path) -> None:
 def test_a_block_is_kept_when_its_last_update_is_done() -> None:
     """A host thread averages behind training; here it is late."""
     ema = EMA(line(), Window(LENGTH, blocks=BLOCKS), dtype=torch.float64, device="cpu")
-    engine = ema.weights.engine
+    engine = ema.weights.updates.engine
     assert isinstance(engine, HostThread)
     past = walk(ema, 2, 0)
     ema.weights.settle()

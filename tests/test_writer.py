@@ -460,7 +460,7 @@ def canonical(folder: str) -> None:
                 ("stream", False),
             ):
                 averages[1].save(f"{folder}/{mode}", max_shard_size=size, mode=mode, wait=wait)  # type: ignore[arg-type]
-                averages[1]._finish_writing()
+                averages[1]._files.finish()
                 if want:
                     found = files_of(Path(folder, mode))
                     assert {name for name, data in found.items() ^ want.items()} == set(), (

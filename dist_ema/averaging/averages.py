@@ -5,7 +5,7 @@
       StorageWatch           addresses and version counters of the live weights
       SwapRegistry           who else averages these weights, and whose swap is open
       Teacher                with into=: whose memory the shadows are, and when it may be read
-      Engine                 when the arithmetic runs
+      Updates                the steps of an update, and the engine that runs them
 
 `EMA` adds what needs other ranks. The hooks of `attach` call in here directly.
 """
@@ -13,9 +13,7 @@
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 from weakref import WeakMethod
@@ -27,19 +25,20 @@ from torch.optim import Optimizer
 from ..schedules import Schedule
 from ..sharding import discovery, geometry, records, wrappers
 from ..sharding.ownership import ParamState
+from .average import Average
 from .clock import Clock
 from .engine_steps import stepped_parameters
-from .engines import Engine, Inline, Times, choose_engine
-from .executors import await_host_reads, has_streams, is_capturing
-from .inventory import OWN, Average, Inventory, Placement, Selection
+from .executors import await_host_reads, is_capturing
+from .inventory import Inventory
 from .kernels.eager import UpdatePlan
-from .kernels.gpu_plan import FusedPlan, available
 from .kernels.pairs import ShadowPair
+from .selection import OWN, Placement, Selection
 from .shared_memory import refuse_shared
 from .storage_watch import StorageWatch
 from .swap_journal import broadcast_to_replicas
 from .swap_registry import SwapRegistry
 from .teacher import Teacher
+from .updates import Updates
 
 __all__ = ["AveragedWeights", "Reads"]
 
@@ -72,7 +71,7 @@ class AveragedWeights:
         teacher: The module of into=, whose weights are the shadows.
         clock: How far training and the average have moved.
         swaps: Which swaps of these weights are open.
-        engine: When updates run.
+        updates: The plan of an update, and when it runs.
         seed: Of stochastic rounding.
         bypassed: Steps of averaged weights by optimizers that are not attached, since one that is.
         after_update: A method that is called when an update was submitted and the clock has moved.
@@ -97,11 +96,7 @@ class AveragedWeights:
         )
         self._watch = watch = StorageWatch(self.clock, self.swaps)
         self.mark, self.forget_mark = watch.mark, watch.forget_mark
-        self.engine: Engine = Inline()
-        self._inline: Engine = Inline()
-        self._engine_choice: Any = None
-        self._overlap: bool | None = None
-        self._device: torch.device | None = None  # of the live weights, if they have one
+        self.updates = Updates()
         self.after_update: WeakMethod[Callable[[], None]] | None = None
 
     # --- what is averaged -------------------------------------------------------------------------
@@ -145,8 +140,7 @@ class AveragedWeights:
         """The same shadows in another dtype or on another device, updated where they lie then."""
         self._inventory.reallocate(dtype, device)
         self._replan()
-        self._engine_choice = None  # an engine that stayed would keep the old shadows alive
-        self.use_engine(self._overlap)
+        self.updates.choose(self._on_host, self.updates.overlap, anew=True)
 
     def _replan(self) -> None:
         """Make the steps of an update anew: once for each set of addresses, never per step."""
@@ -159,21 +153,7 @@ class AveragedWeights:
         if self._inventory.sharded:
             roots = []
         self._watch.renew(self._averaged, further, self._inventory.frozen, roots)
-        weights: list[ShadowPair] = []
-        buffers: list[ShadowPair] = []
-        for i, state in enumerate(self.states):
-            if state.shadow is None:
-                continue
-            shadows = [average.states[i].shadow for average in self.averages]
-            number = geometry.numbering(state.shard, state.averaged_region, state.shadow.device)
-            present = [shadow for shadow in shadows if shadow is not None]
-            huge = math.prod(state.shard.shape) >= 1 << 32
-            pair = ShadowPair(state.name, present, state.source, number, huge)
-            (buffers if state.shard.kind == "buffer" else weights).append(pair)
-        self.plan = _plan(weights, self.seed)
-        # Buffers are written by the next forward, so they are read before `move` returns. Modules
-        # may replace them at every step, which leaves no time for tables on the device.
-        self._buffer_plan = UpdatePlan(buffers, self.seed)
+        self.updates.renew(self.averages, self.seed)
 
     def use_engine(self, overlap: bool | None = None) -> None:
         """Choose when updates run from now on.
@@ -184,23 +164,12 @@ class AveragedWeights:
             overlap: As `attach` asks for; None: an update overlaps in host memory only.
         """
         self.settle()
-        pairs = [*self.plan.pairs, *self._buffer_plan.pairs]
-        live = {pair.live.device for pair in pairs}
-        self._device = next((device for device in live if has_streams(device)), None)
-        shadows = {pair.shadows[0].device for pair in pairs}
-        if self.teacher is None:
-            on_host = self.placement.on_host
-        else:  # a teacher may lie on another device than the model
-            on_host = {device.type for device in shadows} == {"cpu"} and all(
-                device.type != "cpu" for device in live
-            )
-        devices = frozenset(live if on_host else live | shadows)
-        self._overlap = overlap
-        choice = (on_host if overlap is None else overlap, on_host, devices)
-        if choice != self._engine_choice:
-            self.engine = choose_engine(devices, on_host, choice[0])
-            self._inline = choose_engine(devices, on_host, overlap=False)
-            self._engine_choice = choice
+        self.updates.choose(self._on_host, overlap)
+
+    @property
+    def _on_host(self) -> bool | None:
+        """Shadows were asked into host memory. None: a teacher's lie where it lies."""
+        return self.placement.on_host if self.teacher is None else None
 
     # --- the state of the model -------------------------------------------------------------------
 
@@ -233,7 +202,7 @@ class AveragedWeights:
                 f"{verb}() inside the swap of another EMA: the model does not hold its training "
                 "weights."
             )
-        if is_capturing(self._device):
+        if is_capturing(self.updates.device):
             raise RuntimeError(
                 f"{verb}() while a CUDA graph is captured: a replay runs neither hooks nor the "
                 "clock of the average. Call ema.detach() before the capture, and ema.update() "
@@ -264,7 +233,7 @@ class AveragedWeights:
 
     def settle(self) -> None:
         """No update is in flight after this."""
-        self.engine.settle()
+        self.updates.engine.settle()
         self._watch.end_read()
         self._await_teacher_reads()
 
@@ -354,7 +323,7 @@ class AveragedWeights:
         self.refuse("optimizer.step", Reads.LIVE)
         if self.teacher is not None:
             self.teacher.is_stale |= not self.clock.started
-        self.engine.fence()
+        self.updates.engine.fence()
         written = self._watch.end_read()
         if written:
             raise RuntimeError(
@@ -397,11 +366,9 @@ class AveragedWeights:
             weight = average.skipped_steps.weigh(1 - decay, schedule.copies_first, skip)
             weights.append(weight)
         self._await_teacher_reads()
-        self.engine.update(self.plan, weights, number, guard)
-        if self._buffer_plan.pairs:
-            self._inline.update(self._buffer_plan, weights, number, guard)
+        self.updates.run(weights, number, guard)
         self._after_move()
-        if self.engine.deferred:
+        if self.updates.engine.deferred:
             self._watch.begin_read()
 
     def _keep_full_blocks(self, elapsed: float) -> None:
@@ -504,49 +471,3 @@ class AveragedWeights:
     def skipped(self) -> int:
         """Updates that the device refused. Waits for the device."""
         return self.averages[0].skipped_steps.count()
-
-    # --- what is known of it ----------------------------------------------------------------------
-
-    def report(self, average: Average) -> dict[str, float]:
-        """The local half of `EMA.metrics`. Never waits."""
-        now, times = self.clock.at(average.schedule), self._times()
-        decay, half_life = average.pace(now)
-        beside, on_host = self._bytes()
-        return {
-            "decay": decay,
-            "now": now,
-            "updates": self.clock.updates,
-            "half_life": half_life,
-            "bytes": beside,
-            "pinned": on_host,
-            "update_ms": times.update_ms,
-            "stall_ms": times.stall_ms,
-            "lag": times.lag,
-            "skipped": self.averages[0].skipped_steps.heard(),
-        }
-
-    def _times(self) -> Times:
-        """Of the engine, and of the buffers, which are averaged before `move` returns."""
-        times, buffers = self.engine.times(), self._inline.times()
-        return replace(
-            times,
-            update_ms=times.update_ms + buffers.update_ms,
-            stall_ms=times.stall_ms + buffers.stall_ms,
-        )
-
-    def _bytes(self) -> tuple[int, int]:
-        """Of shadows beside their weights; of those elsewhere, and of windows."""
-        kept = [0, self.engine.window_bytes]
-        for state in (state for average in self.averages for state in average.averaged):
-            assert state.shadow is not None
-            kept[state.shadow.device != state.local.device] += state.shadow.nbytes
-        rings = sum(average.ring.nbytes for average in self.averages if average.ring is not None)
-        return kept[0], kept[1] + rings
-
-
-def _plan(pairs: Sequence[ShadowPair], seed: int) -> UpdatePlan | FusedPlan:
-    """One launch per dtype where a Triton kernel takes the pairs and is right on their devices."""
-    devices = {shadow.device for pair in pairs for shadow in pair.shadows}
-    if devices and all(available(device) for device in devices):
-        return FusedPlan(pairs, seed, UpdatePlan)
-    return UpdatePlan(pairs, seed)

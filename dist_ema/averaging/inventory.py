@@ -2,165 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..schedules import Schedule, Window
-from ..sharding import arena, discovery, ownership, records
-from ..sharding.derived import is_power_iteration_vector
+from ..sharding import arena, discovery, ownership
 from ..sharding.ownership import ParamState
 from ..sharding.parameters import Stages
 from ..sharding.records import ModelShards, Shard
-from .skipped_steps import SkippedSteps
+from .average import Average
+from .selection import OWN, Placement, Selection
 from .teacher import Teacher
-from .window_ring import WindowRing, ring_of
+from .window_ring import ring_of
 
-__all__ = ["OWN", "Average", "Inventory", "Placement", "Selection"]
-
-Chooser = str | Callable[[str], bool]
-OWN = "own"
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which weights and buffers are averaged.
-
-    Args:
-        only: A regex searched in names, or a predicate on them; None: every trainable weight.
-        buffers: "copy": none. "average": every floating one. OWN: none, and a teacher keeps its
-            own. Else a regex or a predicate that chooses them by name.
-    """
-
-    only: Chooser | None = None
-    buffers: Chooser = "copy"
-
-    def allows(self, name: str) -> bool:
-        """`only=` lets the name through."""
-        return self.only is None or _matches(self.only, name)
-
-    def averages(self, shard: Shard) -> bool:
-        """The weight is trained or the buffer chosen; it floats, and `only=` lets it through."""
-        chosen = self._chooses_buffer(shard) if shard.kind == "buffer" else shard.trainable
-        return chosen and self.can_average(shard)
-
-    def can_average(self, shard: Shard) -> bool:
-        """It has values that have a mean, and `only=` lets it through."""
-        floats = shard.dtype.is_floating_point or shard.dtype.is_complex
-        return floats and self.allows(shard.name)
-
-    def _chooses_buffer(self, shard: Shard) -> bool:
-        if (
-            not shard.persistent
-            or self.buffers in ("copy", OWN)
-            or is_power_iteration_vector(shard)
-        ):
-            return False
-        return self.buffers == "average" or _matches(self.buffers, shard.name)
-
-
-def _matches(chooser: Chooser, name: str) -> bool:
-    return re.search(chooser, name) is not None if isinstance(chooser, str) else chooser(name)
-
-
-@dataclass
-class Placement:
-    """Where shadows lie.
-
-    Args:
-        split: Divide replicated weights among the ranks that hold them.
-        dtype: Of the shadows.
-        device: Of the shadows; None keeps each beside its weight.
-        replicated: The ranks that hold the same plain weights, where no DDP says so.
-    """
-
-    split: bool = True
-    dtype: torch.dtype = torch.float32
-    device: torch.device | None = None
-    replicated: dist.ProcessGroup | None = None
-
-    @property
-    def on_host(self) -> bool:
-        """Shadows were asked into host memory."""
-        return self.device is not None and self.device.type == "cpu"
-
-
-@dataclass
-class Average:
-    """One average: a schedule, and a shadow for every weight that is averaged."""
-
-    schedule: Schedule
-    states: list[ParamState] = field(default_factory=list)  # every weight and buffer of the model
-    own_buffers: dict[str, Tensor] = field(default_factory=dict)  # recalibrated inside a swap
-    skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
-    last: tuple[float, float] | None = None  # decay and elapsed of the last update
-    ring: WindowRing | None = None  # of a Window, whose shadows are the block under way
-
-    @property
-    def name(self) -> str:
-        """The repr of the schedule."""
-        return repr(self.schedule)
-
-    def used(self, which: int | str | Schedule, now: float) -> Average:
-        """As verbs use it: a window is mixed from its ring. No update may be in flight."""
-        if self.ring is None:
-            return self
-        window = which if isinstance(which, Window) else self.ring.window
-        return replace(self, schedule=window, states=self.ring.mixed(self.states, window, now))
-
-    def empty(self) -> list[ParamState]:
-        """States to read a full block of a window into."""
-        assert self.ring is not None
-        return self.ring.empty(self.averaged)
-
-    @property
-    def averaged(self) -> list[ParamState]:
-        """What has a shadow."""
-        return [state for state in self.states if state.shadow is not None]
-
-    @property
-    def persistent(self) -> list[ParamState]:
-        """What a state_dict holds: a buffer that is None is not in it."""
-        return [
-            state
-            for state in self.states
-            if state.shard.persistent
-            and (state.shard.kind != "buffer" or records.registered(state.shard) is not None)
-        ]
-
-    @property
-    def buffers(self) -> list[ParamState]:
-        """The buffers of a state_dict."""
-        return [state for state in self.persistent if state.shard.kind == "buffer"]
-
-    @property
-    def floating_buffers(self) -> list[ParamState]:
-        """Those that torch.distributed.checkpoint carries; older checkpoints have no others."""
-        return [state for state in self.buffers if state.shard.dtype.is_floating_point]
-
-    def forget_reshaped_buffers(self, states: Sequence[ParamState]) -> None:
-        """Own buffers end where live ones took another shape, for all buffers of the module."""
-        reshaped = {
-            id(state.shard.place[0])
-            for state in states
-            if (value := self.own_buffers.get(state.name)) is not None
-            and len(value) != state.shard.local_region.numel
-        }
-        for state in self.states if reshaped else ():
-            if id(state.shard.place[0]) in reshaped:
-                self.own_buffers.pop(state.name, None)
-
-    def pace(self, now: float) -> tuple[float, float]:
-        """(decay, half life in units of the clock) of the last update, or of a first step of 1."""
-        decay, elapsed = self.last or (self.schedule(now + 1.0, 1.0), 1.0)
-        if not 0 < decay < 1:
-            return decay, 0.0 if decay == 0 else math.inf
-        return decay, elapsed * math.log(0.5) / math.log(decay)
+__all__ = ["Inventory"]
 
 
 class Inventory:

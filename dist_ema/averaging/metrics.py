@@ -1,4 +1,4 @@
-"""`ema.metrics`: the distance of the average from the live weights, and whether replicas are equal.
+"""`ema.metrics`: what the host knows, the distance to live weights, and whether replicas are equal.
 
 Each rank sends one message. Tensors are read in windows on the device where the shadows lie, and
 the sums are fetched once, at the end. Every element is counted by the one rank that writes it into
@@ -25,11 +25,42 @@ from ..distributed.ranks import Ranks
 from ..sharding import consistency
 from ..sharding.fingerprint import fingerprints
 from ..sharding.ownership import ParamState
+from .average import Average
+from .averages import AveragedWeights
 
-__all__ = ["batches", "combine", "conclude", "measure"]
+__all__ = ["batches", "combine", "conclude", "known", "measure"]
 
 
 WINDOW = 1 << 18  # elements that are compared at once, in 8 bytes each
+
+
+def known(weights: AveragedWeights, average: Average) -> dict[str, float]:
+    """What the host knows of an average. Never waits."""
+    now, times = weights.clock.at(average.schedule), weights.updates.times()
+    decay, half_life = average.pace(now)
+    beside, on_host = _bytes(weights)
+    return {
+        "decay": decay,
+        "now": now,
+        "updates": weights.clock.updates,
+        "half_life": half_life,
+        "bytes": beside,
+        "pinned": on_host,
+        "update_ms": times.update_ms,
+        "stall_ms": times.stall_ms,
+        "lag": times.lag,
+        "skipped": weights.averages[0].skipped_steps.heard(),
+    }
+
+
+def _bytes(weights: AveragedWeights) -> tuple[int, int]:
+    """Of shadows beside their weights; of those elsewhere, and of windows."""
+    kept = [0, weights.updates.engine.window_bytes]
+    for state in (state for average in weights.averages for state in average.averaged):
+        assert state.shadow is not None
+        kept[state.shadow.device != state.local.device] += state.shadow.nbytes
+    rings = sum(average.ring.nbytes for average in weights.averages if average.ring is not None)
+    return kept[0], kept[1] + rings
 
 
 def measure(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..sharding.ownership import ParamState
-from .inventory import Average
+from .average import Average
 
 __all__ = ["refuse_shared"]
 

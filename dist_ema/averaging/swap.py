@@ -28,9 +28,9 @@ from torch import Tensor
 from ..distributed.ranks import Ranks
 from ..sharding import derived
 from ..sharding.discovery import compare_inventory
+from .average import Average
 from .averages import AveragedWeights
 from .executors import run_shielded
-from .inventory import Average
 from .swap_journal import SwapJournal, broadcast_to_replicas
 from .swap_registry import versions
 from .swap_writes import SwapWrites, describe

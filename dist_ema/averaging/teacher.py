@@ -24,11 +24,31 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..schedules import Schedule, Window
 from ..sharding import derived, discovery, parameters, wrappers
 from ..sharding.ownership import ParamState, form
 from ..sharding.records import Shard
 
-__all__ = ["Teacher"]
+__all__ = ["Teacher", "refuse_beside_teacher"]
+
+
+def refuse_beside_teacher(schedules: Sequence[Schedule], dtype: torch.dtype, device: Any) -> None:
+    """Raise ValueError for arguments that the teacher's own memory decides."""
+    if len(schedules) > 1:
+        raise ValueError(
+            f"into= takes one average, got {len(schedules)} decays. Build one EMA per teacher."
+        )
+    if isinstance(schedules[0], Window):
+        raise ValueError(
+            f"into= takes an average that moves in place, got {schedules[0]!r}, which is mixed "
+            "when it is used. Write it into the other model by ema.copy_to()."
+        )
+    if device is not None or dtype != torch.float32:
+        raise ValueError(
+            f"device={device!r}, dtype={dtype} together with into=: the shadows are the teacher's "
+            "weights. Move and cast the teacher before building the EMA."
+        )
+
 
 _TEACHERS: WeakSet[Teacher] = WeakSet()  # those that an EMA writes
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..averaging.inventory import Average
+from ..averaging.average import Average
 from ..schedules import Schedule, from_dict
 from ..sharding.geometry import boxes_with_data
 from ..sharding.ownership import ParamState

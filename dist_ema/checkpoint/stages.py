@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from ..averaging.average import Average
 from ..averaging.gather import Form
-from ..averaging.inventory import Average
 from ..distributed.ranks import Ranks
 from ..sharding.geometry import boxes_with_data, runs, split_box
 from ..sharding.ownership import MAX_BLOCK, ParamState

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..averaging.average import Average
 from ..averaging.averages import AveragedWeights, Reads
-from ..averaging.inventory import Average
 from ..averaging.optimizer_hooks import Attachment
 from ..checkpoint import stages
 from ..distributed.ranks import Ranks

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..averaging.average import Average
 from ..averaging.averages import Reads
-from ..averaging.inventory import Average
 from ..checkpoint import atomic, library_files, stages
 from ..checkpoint.library_files import FileForm
 from ..checkpoint.manifest import Manifest

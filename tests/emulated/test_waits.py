@@ -143,11 +143,11 @@ def test_behind_the_step_equals_inline(
 
 
 def no_fence(ema: EMA) -> None:
-    ema.weights.engine.fence = lambda: None  # type: ignore[method-assign]
+    ema.weights.updates.engine.fence = lambda: None  # type: ignore[method-assign]
 
 
 def no_settle(ema: EMA) -> None:
-    ema.weights.engine.settle = lambda: None  # type: ignore[method-assign]
+    ema.weights.updates.engine.settle = lambda: None  # type: ignore[method-assign]
 
 
 def no_submit(ema: EMA) -> None:
@@ -159,7 +159,7 @@ def no_submit(ema: EMA) -> None:
                 work()
             return self._stream.record_event()
 
-    ema.weights.engine = Overlapped(Unordered(torch.device("emulated", 0)))
+    ema.weights.updates.engine = Overlapped(Unordered(torch.device("emulated", 0)))
 
 
 @pytest.mark.parametrize("spoil", [no_fence, no_settle, no_submit])

@@ -1,0 +1,90 @@
+"""`Average`: a schedule, and a shadow for every weight that is averaged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from ..schedules import Schedule, Window
+from ..sharding import records
+from ..sharding.ownership import ParamState
+from .skipped_steps import SkippedSteps
+from .window_ring import WindowRing
+
+__all__ = ["Average"]
+
+
+@dataclass
+class Average:
+    """One average: a schedule, and a shadow for every weight that is averaged."""
+
+    schedule: Schedule
+    states: list[ParamState] = field(default_factory=list)  # every weight and buffer of the model
+    own_buffers: dict[str, Tensor] = field(default_factory=dict)  # recalibrated inside a swap
+    skipped_steps: SkippedSteps = field(default_factory=SkippedSteps)
+    last: tuple[float, float] | None = None  # decay and elapsed of the last update
+    ring: WindowRing | None = None  # of a Window, whose shadows are the block under way
+
+    @property
+    def name(self) -> str:
+        """The repr of the schedule."""
+        return repr(self.schedule)
+
+    def used(self, which: int | str | Schedule, now: float) -> Average:
+        """As verbs use it: a window is mixed from its ring. No update may be in flight."""
+        if self.ring is None:
+            return self
+        window = which if isinstance(which, Window) else self.ring.window
+        return replace(self, schedule=window, states=self.ring.mixed(self.states, window, now))
+
+    def empty(self) -> list[ParamState]:
+        """States to read a full block of a window into."""
+        assert self.ring is not None
+        return self.ring.empty(self.averaged)
+
+    @property
+    def averaged(self) -> list[ParamState]:
+        """What has a shadow."""
+        return [state for state in self.states if state.shadow is not None]
+
+    @property
+    def persistent(self) -> list[ParamState]:
+        """What a state_dict holds: a buffer that is None is not in it."""
+        return [
+            state
+            for state in self.states
+            if state.shard.persistent
+            and (state.shard.kind != "buffer" or records.registered(state.shard) is not None)
+        ]
+
+    @property
+    def buffers(self) -> list[ParamState]:
+        """The buffers of a state_dict."""
+        return [state for state in self.persistent if state.shard.kind == "buffer"]
+
+    @property
+    def floating_buffers(self) -> list[ParamState]:
+        """Those that torch.distributed.checkpoint carries; older checkpoints have no others."""
+        return [state for state in self.buffers if state.shard.dtype.is_floating_point]
+
+    def forget_reshaped_buffers(self, states: Sequence[ParamState]) -> None:
+        """Own buffers end where live ones took another shape, for all buffers of the module."""
+        reshaped = {
+            id(state.shard.place[0])
+            for state in states
+            if (value := self.own_buffers.get(state.name)) is not None
+            and len(value) != state.shard.local_region.numel
+        }
+        for state in self.states if reshaped else ():
+            if id(state.shard.place[0]) in reshaped:
+                self.own_buffers.pop(state.name, None)
+
+    def pace(self, now: float) -> tuple[float, float]:
+        """(decay, half life in units of the clock) of the last update, or of a first step of 1."""
+        decay, elapsed = self.last or (self.schedule(now + 1.0, 1.0), 1.0)
+        if not 0 < decay < 1:
+            return decay, 0.0 if decay == 0 else math.inf
+        return decay, elapsed * math.log(0.5) / math.log(decay)

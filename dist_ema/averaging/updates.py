@@ -1,0 +1,101 @@
+"""`Updates`: the plan of an update over the shadows, and the engine that runs it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..sharding import geometry
+from .average import Average
+from .engines import Engine, Inline, Times, choose_engine
+from .executors import has_streams
+from .kernels.eager import UpdatePlan
+from .kernels.gpu_plan import FusedPlan, available
+from .kernels.pairs import ShadowPair, Weights
+
+__all__ = ["Updates"]
+
+
+class Updates:
+    """How shadows move: a plan over their addresses, and when it runs.
+
+    Attributes:
+        plan: Of the weights.
+        engine: Runs the plan.
+        overlap: As it was asked for last.
+        device: An accelerator on which live weights lie, if there is one.
+    """
+
+    def __init__(self) -> None:
+        self.engine: Engine = Inline()
+        self.overlap: bool | None = None
+        self.device: torch.device | None = None
+        self._inline: Engine = Inline()
+        self._choice: Any = None
+
+    def renew(self, averages: Sequence[Average], seed: int) -> None:
+        """Make the plan anew: once for each set of addresses, never per step."""
+        weights: list[ShadowPair] = []
+        buffers: list[ShadowPair] = []
+        for states in zip(*(average.states for average in averages), strict=True):
+            shadows = [state.shadow for state in states if state.shadow is not None]
+            if shadows:
+                first = states[0]
+                number = geometry.numbering(first.shard, first.averaged_region, shadows[0].device)
+                huge = math.prod(first.shard.shape) >= 1 << 32
+                pair = ShadowPair(first.name, shadows, first.source, number, huge)
+                (buffers if first.shard.kind == "buffer" else weights).append(pair)
+        self.plan = _plan(weights, seed)
+        # Buffers are written by the next forward, so they are read before `run` returns. Modules
+        # may replace them at every step, which leaves no time for tables on the device.
+        self._buffers = UpdatePlan(buffers, seed)
+
+    def choose(self, on_host: bool | None, overlap: bool | None, anew: bool = False) -> None:
+        """Choose when updates run. An engine of the right kind stays, with its thread and window.
+
+        Args:
+            on_host: Shadows lie in host memory; None: the shadows say so themselves.
+            overlap: As `attach` asks for; None: an update overlaps in host memory only.
+            anew: The shadows are other ones, which an engine that stayed would keep alive.
+        """
+        pairs = [*self.plan.pairs, *self._buffers.pairs]
+        live = {pair.live.device for pair in pairs}
+        shadows = {pair.shadows[0].device for pair in pairs}
+        if on_host is None:
+            away = all(device.type != "cpu" for device in live)
+            on_host = away and {device.type for device in shadows} == {"cpu"}
+        devices = frozenset(live if on_host else live | shadows)
+        self.device = next((device for device in live if has_streams(device)), None)
+        self.overlap = overlap
+        choice = (on_host if overlap is None else overlap, on_host, devices)
+        if anew or choice != self._choice:
+            self.engine = choose_engine(devices, on_host, choice[0])
+            self._inline = choose_engine(devices, on_host, overlap=False)
+            self._choice = choice
+
+    def run(self, weights: Weights, number: int, guard: bool) -> None:
+        """One update. weights: 1 - decay of each average."""
+        self.engine.update(self.plan, weights, number, guard)
+        if self._buffers.pairs:
+            self._inline.update(self._buffers, weights, number, guard)
+
+    def times(self) -> Times:
+        """Of the engine, and of the buffers, which are averaged before `run` returns."""
+        times, buffers = self.engine.times(), self._inline.times()
+        return replace(
+            times,
+            update_ms=times.update_ms + buffers.update_ms,
+            stall_ms=times.stall_ms + buffers.stall_ms,
+        )
+
+
+def _plan(pairs: Sequence[ShadowPair], seed: int) -> UpdatePlan | FusedPlan:
+    """One launch per dtype where a Triton kernel takes the pairs and is right on their devices."""
+    devices = {shadow.device for pair in pairs for shadow in pair.shadows}
+    if devices and all(available(device) for device in devices):
+        return FusedPlan(pairs, seed, UpdatePlan)
+    return UpdatePlan(pairs, seed)
