@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
@@ -23,6 +24,7 @@ def deepspeed() -> Any:
     warnings.simplefilter("ignore")
     import deepspeed as package
 
+    gc.freeze()  # every ZeRO-3 engine collects garbage, and would look at all of torch each time
     logging.disable(logging.WARNING)
     # NOTE: `deepspeed.comm.torch` is PyTorch itself there. A killed compile of the operator for
     # shared memory would leave a lock on which every later run waits.

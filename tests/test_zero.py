@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -330,15 +331,22 @@ def config(stage: int, precision: str, accumulate: int) -> dict[str, Any]:
     return _deepspeed.config(stage, PRECISIONS[precision], accumulate)
 
 
-def through_accelerate(stage: int, folder: str) -> dict[str, Any]:
-    """prepare, accumulate, save_state and load_state, as docs/deepspeed.md has them."""
+def through_accelerate(
+    stage: int, folder: str, resume: bool = False, die: bool = False
+) -> dict[str, Any]:
+    """prepare, accumulate, save_state and load_state, as docs/deepspeed.md has them.
+
+    Two epochs; `die` in the second one, `resume` after the first.
+    """
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     _deepspeed.deepspeed()
     from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
     from torch.utils.data import DataLoader, TensorDataset
 
     from dist_ema.integrations.accelerate import register
 
+    AcceleratorState._reset_state(True)
     plugin = DeepSpeedPlugin(hf_ds_config=config(stage, "bf16", 2))
     accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=2)
     torch.manual_seed(0)
@@ -354,9 +362,10 @@ def through_accelerate(stage: int, folder: str) -> dict[str, Any]:
     ema.attach(model)
     register(accelerator, ema)
     run.average = run.masters()
+    state = f"{folder}/state-{stage}"
 
-    def epoch() -> None:
-        for (x,) in loader:
+    def epoch(last: int = 1000) -> None:
+        for number, (x,) in enumerate(loader):
             with accelerator.accumulate(model):
                 accelerator.backward(model(x).float().square().mean())
                 optimizer.step()
@@ -364,17 +373,24 @@ def through_accelerate(stage: int, folder: str) -> dict[str, Any]:
             if accelerator.sync_gradients:
                 for name, master in run.masters().items():
                     run.average[name].lerp_(master, 1 - DECAY)
+            if number == last:
+                os.kill(os.getpid(), signal.SIGKILL)
 
+    if resume:
+        accelerator.load_state(state)
+        epoch()
+        return {"average": ema.gather()}
     epoch()
     off = run.off()
-    accelerator.save_state(f"{folder}/state-{stage}")
+    accelerator.save_state(state)
     kept = ema.gather()
-    epoch()
-    off = max(off, run.off())
-    accelerator.load_state(f"{folder}/state-{stage}")
+    epoch(5 if die else 1000)
+    off, whole = max(off, run.off()), ema.gather()
+    updates = ema.metrics(distance=False)["updates"]
+    accelerator.load_state(state)
     back = ema.gather()
     same = all(torch.equal(kept[name], back[name]) for name in kept if name in run.trained)
-    return {"exact": off < EPS, "loaded": same, "updates": ema.metrics(distance=False)["updates"]}
+    return {"exact": off < EPS, "loaded": same, "updates": updates, "average": whole}
 
 
 class Regression(nn.Module):
@@ -389,13 +405,20 @@ class Regression(nn.Module):
         return {"loss": (y - labels).square().mean(), "logits": y}
 
 
-def through_trainer(stage: int, folder: str, resume: str | None) -> int:
-    """Eight steps of `Trainer`, with a checkpoint after four."""
+def through_trainer(stage: int, folder: str, resume: str | None = None, die: bool = False) -> int:
+    """Eight steps of `Trainer`, with a checkpoint after four; `die` after six."""
     _deepspeed.deepspeed()
-    from transformers import Trainer, TrainingArguments
+    from accelerate.state import AcceleratorState
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from dist_ema.integrations.transformers import EMACallback
 
+    class Death(TrainerCallback):
+        def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
+            if die and state.global_step == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    AcceleratorState._reset_state(True)
     arguments: dict[str, Any] = {
         "max_steps": 8, "save_steps": 4, "learning_rate": 0.1, "gradient_accumulation_steps": 2,
         "report_to": [], "disable_tqdm": True, "label_names": ["labels"], "optim": "adamw_torch",
@@ -410,39 +433,55 @@ def through_trainer(stage: int, folder: str, resume: str | None) -> int:
         Regression(),
         TrainingArguments(output_dir=folder, **arguments),
         train_dataset=rows,
-        callbacks=[callback],
+        callbacks=[callback, Death()],
     )
     made.train(resume_from_checkpoint=resume)
     assert callback.ema is not None
     return int(callback.ema.metrics(distance=False)["updates"])
 
 
-def frameworks(folder: str) -> list[Any]:
-    """Both in one process: importing them takes longer than training."""
-    found: list[Any] = [through_accelerate(3, folder)]
-    from accelerate.state import AcceleratorState
+def live_and_die(folder: str) -> None:
+    """Whole runs of both, then one of accelerate that is killed in its second epoch."""
+    found = [through_accelerate(stage, folder) for stage in (3, 2)]
+    updates = through_trainer(2, f"{folder}/whole")
+    torch.save((found, updates), f"{folder}/whole-{dist.get_rank()}.pt")
+    dist.barrier()
+    through_accelerate(2, f"{folder}/killed", die=True)
 
-    for resume in (None, f"{folder}/trainer/checkpoint-4"):
-        AcceleratorState._reset_state(True)
-        found.append(through_trainer(2, f"{folder}/trainer", resume))
-        dist.barrier()
-        if dist.get_rank() == 0 and resume is None:  # the job dies there
-            os.rename(f"{folder}/trainer/checkpoint-8", f"{folder}/whole")
-        dist.barrier()
-    return found
+
+def resume_and_die(folder: str) -> None:
+    """accelerate goes on where the killed job saved; a Trainer is killed between checkpoints."""
+    found = through_accelerate(2, f"{folder}/killed", resume=True)
+    torch.save(found, f"{folder}/resumed-{dist.get_rank()}.pt")
+    dist.barrier()
+    through_trainer(2, f"{folder}/trainer", die=True)
 
 
 @_deepspeed.needs_deepspeed
 @pytest.mark.multirank
 @pytest.mark.slow
-def test_frameworks(tmp_path: Path) -> None:
-    """accelerate and Trainer: averages of the masters, saved and resumed bit for bit."""
-    expected = [{"exact": True, "loaded": True, "updates": 8}, 8, 8]
-    assert run_ranks(2, frameworks, str(tmp_path)) == [expected, expected]
-    whole = load_file(tmp_path / "whole" / "ema")
-    again = load_file(tmp_path / "trainer" / "checkpoint-8" / "ema")
-    assert whole.keys() == again.keys()
-    assert [name for name in whole if not torch.equal(whole[name], again[name])] == []
+def test_frameworks_are_killed_and_resumed(tmp_path: Path) -> None:
+    """accelerate and Trainer: averages of the masters, as if the job had never died."""
+    (tmp_path / "killed").mkdir()
+    folder, expected = str(tmp_path), {"exact": True, "loaded": True, "updates": 16}
+    assert run_ranks(2, live_and_die, folder, allow_dead=True) == [None, None]
+    assert run_ranks(2, resume_and_die, folder, allow_dead=True) == [None, None]
+    assert not (tmp_path / "trainer" / "checkpoint-8").exists()
+    checkpoint = f"{folder}/trainer/checkpoint-4"
+    assert run_ranks(2, through_trainer, 2, f"{folder}/trainer", checkpoint) == [8, 8]
+    for rank in range(2):
+        found, updates = torch.load(tmp_path / f"whole-{rank}.pt")
+        assert [each | {"average": {}} for each in found] == [expected | {"average": {}}] * 2
+        assert updates == 8
+        refuse_other_bits(found[1], torch.load(tmp_path / f"resumed-{rank}.pt"))
+    places = (tmp_path / name / "checkpoint-8" / "ema" for name in ("whole", "trainer"))
+    refuse_other_bits(*({"average": load_file(place)} for place in places))
+
+
+def refuse_other_bits(a: dict[str, Any], b: dict[str, Any]) -> None:
+    first, second = a["average"], b["average"]
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 # --- elastic --------------------------------------------------------------------------------------
