@@ -2,6 +2,7 @@
 
     python launch/scale.py                   worlds of 8 to 4,096 ranks, formula and count
     python launch/scale.py --bytes 1GB       4 machines on this one: what each writes and receives
+    python launch/scale.py --checks          what a step pays to know that its weights are the same
 
 Messages are counted on real verbs: every rank is a thread with an EMA of its own, all on one
 key-value store in memory, which counts operations and bytes. Up to COUNTED ranks run; beyond that
@@ -18,6 +19,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +34,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dist_ema import EMA
+from dist_ema.averaging.clock import Clock
+from dist_ema.averaging.storage_watch import StorageWatch
+from dist_ema.averaging.swap_registry import SwapRegistry
 from dist_ema.checkpoint import file_writer
 from dist_ema.distributed import coordinator, machines, ranks, transfer
 from dist_ema.distributed.coordinator import FAN_IN, StoreCoordinator
@@ -320,6 +325,50 @@ def bytes_of_hosts(total: int, hosts: int = 4) -> list[tuple[int, int, int]]:
         return run_ranks(hosts, place, folder, total, hosts, timeout=600)
 
 
+# --- what every step checks -----------------------------------------------------------------------
+
+
+def check_costs(tensors: int, square: bool, rounds: int = 200) -> list[float]:
+    """Microseconds of the fastest rounds, beside `_foreach_lerp_` of the same weights.
+
+    Args:
+        tensors: Weights of linear layers without bias.
+        square: Their order in memory is looked at too.
+        rounds: Each times all four.
+
+    Returns:
+        Address checks before an update, version counters after it and before the next step, both
+        together, and the update by torch.
+    """
+    width = 32 if square else 24
+    model = nn.Sequential(*(nn.Linear(width, 32, bias=False) for _ in range(tensors)))
+    states = EMA(model, 0.5).weights.averages[0].averaged
+    watch = StorageWatch(Clock(), SwapRegistry())
+    watch.renew(states, roots=[model])
+    live = [state.local for state in states]
+    shadows = [each.clone() for each in live]
+
+    def versions() -> None:
+        watch.begin_read()
+        watch.end_read()
+
+    def together() -> None:
+        watch.changed()
+        versions()
+
+    def lerp() -> None:
+        torch._foreach_lerp_(shadows, live, 0.1)
+
+    cases = [watch.changed, versions, together, lerp]
+    seconds: list[list[float]] = [[] for _ in cases]
+    for _ in range(rounds):
+        for case, found in zip(cases, seconds, strict=True):
+            start = time.perf_counter()
+            case()
+            found.append(time.perf_counter() - start)
+    return [1e6 * min(found) for found in seconds]
+
+
 # --- tables ---------------------------------------------------------------------------------------
 
 
@@ -344,6 +393,9 @@ HEADS = {
         "ranks", "verb", "operations of a rank, at most", "counted",
         "bytes read by a rank, at most", "counted", "operations of all", "looks of one that waits",
     ),
+    "checks": (
+        "weights", "addresses, us", "version counters", "together", "`_foreach_lerp_`",
+    ),
     "collectives": ("ranks", "collectives of a swap under DDP, at most", "counted"),
     "bytes": ("host", "bytes written", "of total / hosts", "bytes received", "of total / hosts"),
 }  # fmt: skip
@@ -362,9 +414,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--bytes", help="save so many bytes on 4 machines, like 1GB")
     parser.add_argument("--counted", type=int, default=COUNTED, help="ranks that run, at most")
+    parser.add_argument("--checks", action="store_true", help="what every step pays")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable()
+    if arguments.checks:
+        torch.set_num_threads(1)
+        rows = []
+        for n, square in ((150, False), (1000, False), (150, True), (1000, True)):
+            costs = [f"{cost:.0f}" for cost in check_costs(n, square)]
+            rows.append([f"{n:,} square" if square else f"{n:,}", *costs])
+        show("checks", rows)
+        return
     if arguments.bytes:
         total = size_of(arguments.bytes)
         share = total / 4
@@ -377,8 +438,8 @@ def main() -> None:
         )
         return
     show("messages", message_table(arguments.counted))
-    rows = [(size, *swap_collectives(size)) for size in WORLDS]
-    show("collectives", [[str(size), str(most), str(found)] for size, found, most in rows])
+    swaps = [(size, *swap_collectives(size)) for size in WORLDS]
+    show("collectives", [[str(size), str(most), str(found)] for size, found, most in swaps])
 
 
 if __name__ == "__main__":

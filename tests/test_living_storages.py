@@ -348,7 +348,7 @@ EDITS: dict[str, tuple[Callable[[Any], None], str]] = {
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 def test_the_next_update_sees_an_edit_of_the_tree(edit: Any) -> None:
-    """Guards each of the lists that `Addresses` asks."""
+    """Guards each of the lists that `MemoryWatch` asks."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.Linear(3, 3, bias=False))
     program = Program(model)
     program.step(5)
@@ -368,6 +368,16 @@ def test_a_child_without_weights_is_no_edit() -> None:
     program.model[1].add_module("0", nn.ReLU())
     program.step(2)
     assert program.gather() < 1e-5
+
+
+def test_two_weights_that_trade_their_memory_are_followed() -> None:
+    """The addresses are the same ones, in another order."""
+    program = Program(nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}))
+    program.step(3)
+    a, b = (program.model[name].weight for name in "ab")
+    a.data, b.data = b.data, a.data
+    program.step(2)
+    assert program.swap() < 1e-5
 
 
 def test_two_weights_in_one_memory_are_named() -> None:

@@ -9,16 +9,19 @@ tree that it did not walk. An update walks it too where a module of it is anothe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 from torch import Tensor, nn
 
+from ..sharding.memory_watch import MemoryWatch
 from ..sharding.ownership import ParamState
-from ..sharding.records import Addresses, Shard
+from ..sharding.records import Shard
 from .clock import Clock
 from .swap_registry import SwapRegistry
 
 __all__ = ["StorageWatch"]
 
+_VERSION = attrgetter("_version")
 Moment = tuple[int, int, int]  # steps and updates of the clock, writes by swaps
 
 
@@ -53,47 +56,53 @@ class StorageWatch:
                 and a backward, so its modules are none.
         """
         self._params, self._frozen, self.sees_tree = params, frozen, bool(roots)
-        watched = [param.shard for param in params] + list(further)
-        self._addresses = Addresses(watched, roots)
+        self._counted = [param.local for param in params]
+        self._memory = MemoryWatch([*(param.shard for param in params), *further], roots)
 
     def changed(self) -> bool:
         """Some storage lies elsewhere, the tree is another, or a frozen weight needs a gradient.
 
         Note:
-            *Cost*: that of `Addresses`, and 0.03 us per frozen weight. Nothing else is looked at
+            *Cost*: that of `MemoryWatch`, and 0.05 us per frozen weight. Nothing else is looked at
             before an update.
         """
         return True in [tensor.requires_grad for tensor in self._frozen] or self.moved()
 
     def moved(self) -> bool:
         """Some storage lies elsewhere than when the plan was made, or in another order."""
-        return self._addresses.changed()
+        return self._memory.changed()
 
     # --- while an update reads behind the step ----------------------------------------------------
 
     def begin_read(self) -> None:
         """An update has begun to read the weights, and goes on after this returns."""
-        self._read_versions = [param.local._version for param in self._params]
+        self._read_versions = self._versions()
 
     def end_read(self) -> list[str]:
-        """The read is over. Returns the names of weights that were written meanwhile."""
-        versions, self._read_versions = self._read_versions, None
-        if versions is None:
+        """The read is over. Returns the names of weights that were written meanwhile.
+
+        Note:
+            *Cost*: that of `begin_read`, 0.05 us per weight.
+        """
+        before, self._read_versions = self._read_versions, None
+        if before is None or before == (now := self._versions()):
             return []
-        pairs = zip(self._params, versions, strict=True)
+        versions = zip(self._params, before, now, strict=True)
         return [
             param.name
-            for param, version in pairs
-            if param.local._version != version and param.shard.kind != "buffer"
+            for param, old, new in versions
+            if old != new and param.shard.kind != "buffer"
         ]
+
+    def _versions(self) -> list[int]:
+        return list(map(_VERSION, self._counted))
 
     # --- training that no update follows ----------------------------------------------------------
 
     def mark(self) -> tuple[int, Moment]:
         """Remember how often the weights were written until now."""
-        writes = sum(param.local._version for param in self._params)
         moment = self._clock.steps, self._clock.updates, self._swaps.writes
-        self._marked = writes, moment
+        self._marked = sum(self._versions()), moment
         return self._marked
 
     def trained_unseen(self) -> bool:

@@ -25,11 +25,9 @@ permuted weight.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -38,7 +36,6 @@ from torch import Tensor, nn
 from .torch_classes import is_dtensor
 
 __all__ = [
-    "Addresses",
     "Kind",
     "ModelShards",
     "Region",
@@ -155,95 +152,6 @@ class Shard:
             shape=like.shape,
             stride=like.stride(),
         )
-
-
-_LOCAL_TENSOR = operator.attrgetter("_local_tensor")  # of a DTensor
-
-
-class Addresses:
-    """Where some weights lie, asked as cheaply as PyTorch can tell, and the tree that holds them.
-
-    Args:
-        shards: The records of the weights.
-        roots: Modules whose tree is looked at too: what a module registers now is asked for its
-            address, in place of what it registered when it was recorded.
-
-    Note:
-        *Cost*: 0.1 us per weight, 0.03 us per module, and 0.05 us more per weight of which two
-        dimensions are equal. All weights of one FSDP1 flat parameter count once.
-    """
-
-    def __init__(self, shards: Iterable[Shard], roots: Iterable[nn.Module] = ()) -> None:
-        plain: dict[int, Tensor] = {}
-        self._dtensors: list[Any] = []  # whose local tensor FSDP2 replaces
-        self._readers: dict[int, Callable[[], Tensor]] = {}  # FSDP1 flat parameters, buffers
-        for shard in shards:
-            local = shard.local_tensor()
-            if is_dtensor(shard.tensor) and local is shard.tensor._local_tensor:
-                self._dtensors.append(shard.tensor)
-            elif shard.kind != "buffer" and local is shard.tensor:
-                plain[id(local)] = local
-            else:
-                self._readers[id(local)] = shard.local_tensor
-            if shard.master is not None:
-                self._readers[id(shard.master())] = shard.master
-        turnable = [tensor for tensor in plain.values() if _has_equal_dimensions(tensor)]
-        self._row_major = [tensor for tensor in turnable if tensor.is_contiguous()]
-        self._permuted = [tensor for tensor in turnable if not tensor.is_contiguous()]
-        self._complex = [tensor for tensor in plain.values() if tensor.is_complex()]
-        self._dicts: list[dict[str, Tensor]] = []  # of parameters that are all recorded
-        self._owners: list[dict[str, Tensor]] = []  # of other parameters too, or of none (None)
-        self._names: list[str] = []  # one for each owner
-        self._parents: list[dict[str, Any]] = []
-        for module in dict.fromkeys(module for root in roots for module in root.modules()):
-            registered: Any = module._parameters
-            if not isinstance(registered, dict):  # a scripted module's, which cannot be edited
-                continue
-            known = [name for name, tensor in registered.items() if id(tensor) in plain]
-            if len(known) == len(registered):
-                self._dicts.append(registered)
-            else:
-                self._owners += [registered] * len(known)
-                self._names += known
-            if module._modules or not registered:
-                self._parents.append(module._modules)
-        found = {id(tensor) for tensor in self._registered()}
-        self._others = [tensor for key, tensor in plain.items() if key not in found]
-        self._tree = [*self._children(), self]
-        self._seen = self._read()
-
-    def _registered(self) -> Iterator[Any]:
-        whole = chain.from_iterable(map(dict.values, self._dicts))
-        return chain(whole, map(dict.get, self._owners, self._names))
-
-    def _children(self) -> Iterator[Any]:
-        return chain.from_iterable(map(dict.values, self._parents))
-
-    def changed(self) -> bool:
-        """Something lies elsewhere, in another order, or was replaced."""
-        tree = chain(self._children(), (self,))  # which ends both, and is no child
-        return not all(map(operator.is_, tree, self._tree)) or self._read() != self._seen
-
-    def _read(self) -> list[Any]:
-        """What stays equal as long as nothing moves; [] where a weight is gone."""
-        try:
-            addresses: list[Any] = list(map(Tensor.data_ptr, self._registered()))
-        except (TypeError, RuntimeError):  # None stands in its place, or what has no memory
-            return []
-        addresses += map(Tensor.data_ptr, self._others)
-        addresses += map(Tensor.data_ptr, map(_LOCAL_TENSOR, self._dtensors))
-        for local in [reader() for reader in self._readers.values()]:
-            addresses += local.data_ptr(), local.stride()
-        addresses += map(Tensor.stride, self._permuted)
-        addresses += map(Tensor.is_conj, self._complex)
-        addresses.append(all(map(Tensor.is_contiguous, self._row_major)))
-        return addresses
-
-
-def _has_equal_dimensions(tensor: Tensor) -> bool:
-    """A transposed view at the same address may have the same shape."""
-    long = [length for length in tensor.shape if length > 1]
-    return len(set(long)) < len(long)
 
 
 @dataclass
