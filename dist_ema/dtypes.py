@@ -42,6 +42,7 @@ NUMPY: dict[str, np.dtype[Any]] = {
     kind: np.dtype(getattr(ml_dtypes, name, name)) for name, kind in TORCH.items()
 }
 _LARGEST_E4M3 = 448.0
+_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00}  # their bits, all of which infinity and NaN have
 
 
 def widen(raw: Bytes, dtype: str) -> Floats:
@@ -98,8 +99,12 @@ def finite(raw: Bytes, dtype: str) -> int:
     """
     if dtype not in (*FLOATS, "C64"):
         raise ValueError(f"finite() counts elements of floating dtypes, got {dtype}.")
+    values, exponent = _view(raw, dtype), _EXPONENTS.get(dtype)
+    if exponent is not None:  # ml_dtypes takes eight times as long, and holds the lock
+        bits = values.view(f"u{values.itemsize}")
+        return int(np.count_nonzero((bits & exponent) != exponent))
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        return int(np.count_nonzero(np.isfinite(_view(raw, dtype))))
+        return int(np.count_nonzero(np.isfinite(values)))
 
 
 def gathered(
@@ -144,8 +149,9 @@ def _with_sticky_bit(values: NDArray[np.float64]) -> NDArray[np.float32]:
     """
     with np.errstate(over="ignore", invalid="ignore"):
         short = values.astype(np.float32)
-    inexact = short.astype(np.float64) != values
+    wanted, found = np.abs(values), np.abs(short).astype(np.float64)
+    above, below = found > wanted, found < wanted  # neither, where it is NaN
     bits = short.view(np.uint32)
-    bits[inexact & (np.abs(short.astype(np.float64)) > np.abs(values))] -= 1  # towards zero
-    bits[inexact & ~np.isnan(values)] |= 1
+    bits -= above  # towards zero
+    bits |= above | below
     return short

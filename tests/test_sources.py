@@ -6,9 +6,9 @@ import hashlib
 import json
 import pickle
 import shutil
+import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,7 @@ from dist_ema import EMA
 from dist_ema.checkpoint import crc32, manifest, safetensors
 from dist_ema.checkpoint.manifest import Manifest
 from dist_ema.offline import sources, writer
+from dist_ema.offline.sums import Window
 
 WEIGHTS = {
     "a.weight": torch.randn(7, 5),
@@ -48,7 +49,8 @@ def rewrite(path: Path, out: Path, **options: object) -> None:
         target = writer.Model(
             files, safetensors.INDEX, {"config.json": b"{}"}, Manifest(kind="export")
         )
-        writer.write(out, target, lambda name: sources.windows(model, name), **options)  # type: ignore[arg-type]
+        checked = sources.Checked(model)
+        writer.write(out, target, lambda name: sources.windows(checked, name), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", ["file", "folder", "saved"])
@@ -163,7 +165,7 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
     rewrite(src, out := tmp_path / "out")
     before = read_all(out)
 
-    def content(name: str) -> list[np.ndarray]:
+    def content(name: str) -> list[Window]:
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="gone"):
@@ -225,9 +227,11 @@ def test_checked(tmp_path: Path) -> None:
         with sources.open_model(path) as model:
             checked = sources.Checked(model)
             for name in asked:
-                assert b"".join(map(bytes, sources.windows(checked, name))) == b"".join(
+                parts = list(sources.windows(checked, name))
+                assert b"".join(bytes(part.data) for part in parts) == b"".join(
                     map(bytes, sources.windows(model, name))
                 )
+                assert all(part.crc32 in (None, zlib.crc32(part.data)) for part in parts)
                 checked.read(name, 4, 8)
             checked.finish()
     content = (file := path / "model-00002-of-00002.safetensors").read_bytes()

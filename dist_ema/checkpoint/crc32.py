@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from functools import lru_cache
 
-__all__ = ["RangeSum", "check_sum", "combine"]
+__all__ = ["RangeSum", "appended", "check_sum", "combine"]
 
 
 _POLYNOMIAL = 0xEDB88320
@@ -24,12 +24,12 @@ class RangeSum:
         self._at = 0
         self._value = 0
 
-    def add(self, start: int, data: bytes | memoryview) -> None:
-        n = len(data)
-        self._value = (
-            _multiply(self._value, _power(start + n - self._at)) ^ zlib.crc32(data) ^ _zeros(n)
-        )
+    def add(self, start: int, data: bytes | memoryview) -> int:
+        """Returns the CRC-32 of `data` alone."""
+        n, found = len(data), zlib.crc32(data)
+        self._value = _multiply(self._value, _power(start + n - self._at)) ^ found ^ _zeros(n)
         self._at = start + n
+        return found
 
     @property
     def contribution(self) -> int:
@@ -42,6 +42,11 @@ def check_sum(size: int, contributions: list[int]) -> str:
     for contribution in contributions:
         value ^= contribution
     return f"{value:08x}"
+
+
+def appended(value: int, more: int, n: int) -> int:
+    """The CRC-32 of bytes whose CRC-32 is `value`, followed by n bytes whose CRC-32 is `more`."""
+    return _multiply(value, _power(n)) ^ more
 
 
 def combine(parts: list[dict[str, int]]) -> dict[str, int]:

@@ -10,27 +10,33 @@ one file open: a thousand checkpoints need no more of either than two.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import _version
 from ..checkpoint import manifest, safetensors
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.safetensors import ITEMSIZE
-from ..dtypes import FLOATS, TO_TORCH, Bytes, cast, fitted, widen
+from ..dtypes import FLOATS, TO_TORCH, Floats, fitted, widen
 from ..text import some
 from . import writer
 from .model_card import beside
-from .sources import Checked, Source, is_equal
+from .sources import Checked, Source, is_equal, windows
+from .sums import Window
 
 __all__ = ["WINDOW", "Blend", "alike", "locate", "numeric", "write"]
 
-WINDOW = 1 << 20  # elements: 4 MB as read, 8 of the sum, 8 of the product
+WINDOW = 1 << 19  # elements: 2 MB as read, 4 of the sum, 4 of the product
+AHEAD = 2  # windows that are read before they are asked for
+MOST_OPEN = 64  # models whose files stay open
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,11 @@ class Blend:
             for model in (self.rest, *(model for model, weight in self.terms if weight))
         }
 
+    @cached_property
+    def _scratch(self) -> NDArray[np.float64]:
+        """The sum and the product of a window."""
+        return np.empty((2, 2 * WINDOW))
+
     @property
     def entries(self) -> dict[str, safetensors.Entry]:
         return {
@@ -62,37 +73,55 @@ class Blend:
         was = self.rest.entries[name].dtype
         return self.dtypes.get(name, was) if was in FLOATS else was
 
-    def content(self, name: str) -> Iterator[Bytes]:
-        """The bytes of a weight, in windows. *Cost*: 32 MB."""
-        dtype = self._dtype(name)
-        count = self.rest.entries[name].nbytes // ITEMSIZE[self.rest.entries[name].dtype]
-        for begin in range(0, count, WINDOW):
-            end = min(begin + WINDOW, count)
-            if name in self.summed:
-                yield self._sum(name, begin, end, dtype)
-            else:
-                raw = self._window(self.rest, name, begin, end)
-                yield cast(name, raw, self.rest.entries[name].dtype, dtype)
+    @cached_property
+    def _reader(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1)
 
-    def _sum(self, name: str, begin: int, end: int, dtype: str) -> Bytes:
-        """NOTE: a window of a complex dtype holds twice as many floats."""
-        total: Any = None
-        for model, weight in self.terms:
-            if weight:  # 0 * NaN would be NaN
-                here = locate(model, name, self.rest)
-                kind = _real(model.entries[here].dtype)
-                values = widen(self._window(model, here, begin, end), kind)
-                product = np.multiply(values, weight, dtype=np.float64)
+    def content(self, name: str) -> Iterator[Window]:
+        """The bytes of a weight, in windows. *Cost*: 32 MB, with those in flight."""
+        was, dtype = self.rest.entries[name].dtype, self._dtype(name)
+        if name not in self.summed:
+            for window in windows(self._checked[id(self.rest)], name):
+                yield window.cast(name, was, dtype)
+            return
+        count = self.rest.entries[name].nbytes // ITEMSIZE[was]
+        factors = [(model, weight) for model, weight in self.terms if weight]  # 0 * NaN is NaN
+        values = self._read_ahead(
+            partial(self._values, model, locate(model, name, self.rest), begin, count)
+            for begin in range(0, count, WINDOW)
+            for model, _ in factors
+        )
+        for _ in range(0, count, WINDOW):
+            total: Any = None
+            for (_, weight), term in zip(factors, values, strict=False):
+                # Fresh pages for each product would cost more than the sum.
+                scratch = self._scratch[int(total is not None), : len(term)]
+                product = np.multiply(term, weight, out=scratch, dtype=np.float64)
                 total = product if total is None else np.add(total, product, out=total)
-                del product, values  # before the sum is rounded, which takes memory too
-        return fitted(name, total, _real(dtype))
+            # What is in flight must not lie in the scratch.
+            total = total.copy() if dtype == "F64" else total
+            yield Window(fitted(name, total, _real(dtype)))
 
-    def _window(self, model: Source, name: str, begin: int, end: int) -> Bytes:
-        size = ITEMSIZE[model.entries[name].dtype]
+    def _values(self, model: Source, name: str, begin: int, count: int) -> Floats:
+        """Of a window that begins at an element. A complex number is two values."""
+        dtype, end = model.entries[name].dtype, min(begin + WINDOW, count)
+        size = ITEMSIZE[dtype]
         try:
-            return self._checked[id(model)].read(name, begin * size, end * size)
+            window = self._checked[id(model)].read(name, begin * size, end * size)
         finally:
-            model.close()  # it opens again by itself: thousands of models would run out of files
+            if len(self.terms) > MOST_OPEN:
+                model.close()  # it opens again by itself
+        return widen(window.data, _real(dtype))
+
+    def _read_ahead(self, reads: Iterable[Callable[[], Floats]]) -> Iterator[Floats]:
+        """The results of `reads`, in order. A thread makes the next ones meanwhile."""
+        coming = deque[Future[Floats]]()
+        for read in reads:
+            coming.append(self._reader.submit(read))
+            if len(coming) > AHEAD:
+                yield coming.popleft().result()
+        for each in coming:
+            yield each.result()
 
     def check(self) -> None:
         """Raise ValueError for a model that is not what its ema.json says. Once."""

@@ -22,6 +22,7 @@ from ..text import plural, size, some
 from . import writer
 from .checkpoint_trees import ObjectTree, open_tree, read_json
 from .sources import WINDOW
+from .sums import Window
 
 __all__ = ["ConvertPlan", "ConvertRequest", "candidates", "plan", "write"]
 
@@ -330,7 +331,7 @@ def write(
     writer.write(
         out,
         model,
-        lambda name: _content(plan.weights[name], plan.dtypes[name], name),
+        lambda name: map(Window, _content(plan.weights[name], plan.dtypes[name], name)),
         force=force,
         tick=tick,
     )

@@ -1,7 +1,7 @@
 """`dist-ema export`: names, files, dtypes and order of the model to ship, written in one pass.
 
-*Cost*: two windows of 8 MB and their copies in other dtypes, whatever the model's size. No torch,
-where the names in memory are those of the files.
+*Cost*: windows of 4 MB, six at a time, whatever the model's size. No torch, where the names in
+memory are those of the files.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from pathlib import Path
 from .. import _version
 from ..checkpoint import manifest, safetensors
 from ..checkpoint.manifest import Manifest
-from ..dtypes import FLOATS, TORCH, Bytes, cast
+from ..dtypes import FLOATS, TORCH
 from ..text import Bar, silent, size_of, some
 from . import writer
 from .library_names import Reverted, reverted
 from .model_card import beside, count_dtypes, format_schedule
 from .report import report_on
 from .sources import Checked, Source, open_model, refuse_unsupported, windows
+from .sums import Window
 
 __all__ = ["Exported", "export"]
 
@@ -97,10 +98,10 @@ def export(
         others = beside(Path(like or model.path), where, facts, form.entries)
         target = writer.Model(form.files, form.index, others, facts)
 
-        def content(name: str) -> Iterator[Bytes]:
+        def content(name: str) -> Iterator[Window]:
             was, now = source.entries[form.names[name]].dtype, form.entries[name].dtype
-            for raw in windows(source, form.names[name]):
-                yield cast(name, raw, was, now)
+            for window in windows(source, form.names[name]):
+                yield window.cast(name, was, now)
 
         with bar(sum(entry.nbytes for entry in form.entries.values())) as tick:
             writer.write(where, target, content, force=force, tick=tick, check=checked.finish)

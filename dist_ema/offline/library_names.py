@@ -17,6 +17,7 @@ import numpy as np
 from ..checkpoint import safetensors
 from ..dtypes import Bytes
 from .sources import Checked, Source, open_model, windows
+from .sums import Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,15 +91,17 @@ class Reverted:
                     self.aliases[saved] = names[model.aliases[name]]
         self._parts = lru_cache(HELD)(self._parts_of)
 
-    def read(self, name: str, begin: int, end: int) -> Bytes:
+    def read(self, name: str, begin: int, end: int) -> Window:
         """Bytes [begin, end) of a weight."""
-        return self._parts(self.owners[name])[name][begin:end]
+        return Window(self._parts(self.owners[name])[name][begin:end])
 
     def _parts_of(self, owner: str) -> dict[str, Bytes]:
         import torch
 
         entry = self._checked.entries[owner]
-        raw = torch.from_numpy(np.concatenate(list(windows(self._checked, owner))))
+        raw = torch.from_numpy(
+            np.concatenate([window.data for window in windows(self._checked, owner)])
+        )
         parts = self._revert(owner, raw.view(self._dtypes[entry.dtype]).view(entry.shape))
         return {
             name: part.contiguous().view(-1).view(torch.uint8).numpy()

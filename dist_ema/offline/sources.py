@@ -5,7 +5,7 @@
             for raw in source.windows(model, name): ...
 
 Whatever the form on disk, a model is a table of names and a way to read bytes of each. A window is
-8 MB, whatever the size of the weight.
+4 MB, whatever the size of the weight.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from ..checkpoint.manifest import Manifest
 from ..dtypes import Bytes
 from ..foreign import torch_dcp
 from ..schedules import from_dict
+from .sums import Window
 
 __all__ = [
     "WINDOW",
@@ -41,7 +42,10 @@ __all__ = [
     "windows",
 ]
 
-WINDOW = 8 << 20  # bytes
+WINDOW = 4 << 20  # bytes
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
 
 
@@ -52,17 +56,17 @@ def read_at(fd: int, path: Path, begin: int, end: int) -> Bytes:
     return data
 
 
-class Readable(Protocol):
-    """Whatever has weights as bytes."""
+class Readable(Protocol[T_co]):
+    """Whatever has weights as windows of bytes."""
 
     entries: dict[str, safetensors.Entry]
 
-    def read(self, name: str, begin: int, end: int) -> Bytes:
+    def read(self, name: str, begin: int, end: int) -> T_co:
         """Bytes [begin, end) of a weight."""
         ...
 
 
-def windows(model: Readable, name: str, window: int = WINDOW) -> Iterator[Bytes]:
+def windows(model: Readable[T], name: str, window: int = WINDOW) -> Iterator[T]:
     """The bytes of a weight in order, `window` at a time (whole elements). *Cost*: one window."""
     nbytes = model.entries[name].nbytes
     for begin in range(0, nbytes, window):
@@ -336,15 +340,15 @@ class Checked:
         self._sums = {name: crc32.RangeSum(file.size) for name, file in files.items()}
         self._seen: dict[tuple[str, str], int] = {}  # (file, weight) -> bytes that were summed
 
-    def read(self, name: str, begin: int, end: int) -> Bytes:
+    def read(self, name: str, begin: int, end: int) -> Window:
         """Bytes [begin, end) of a weight. Windows in order count once, however often read."""
         raw = self._model.read(name, begin, end)
         if self._summed is not None:
             file, at = self._summed.place(name)
             if begin == self._seen.get((file, name), 0):
-                self._sums[file].add(at + begin, raw.data)
                 self._seen[file, name] = end
-        return raw
+                return Window(raw, self._sums[file].add(at + begin, raw.data))
+        return Window(raw)
 
     def finish(self) -> None:
         """Raise ValueError for a file that is not what ema.json says, and close the model. Once."""
