@@ -245,6 +245,48 @@ def test_the_model_may_change() -> None:
     assert kept.n_averaged == 6
 
 
+def new_layer(live: Body) -> None:
+    live.b = nn.Linear(4, 3)
+
+
+def synchronised(live: Body) -> None:
+    nn.SyncBatchNorm.convert_sync_batchnorm(live)
+
+
+EDITED: dict[str, Callable[[Body], Any]] = {
+    "swa_utils": lambda m: ours_swa.AveragedModel(m, use_buffers=True),
+    "timm": lambda m: ours_timm.ModelEmaV2(m, decay=0.5),
+    "ema_pytorch": lambda m: ours_ema_pytorch.EMA(m, update_every=1, update_after_step=-1),
+}
+
+
+@pytest.mark.parametrize("kind", EDITED)
+@pytest.mark.parametrize("edit", [new_layer, synchronised])
+def test_modules_may_be_replaced(kind: str, edit: Any) -> None:
+    """As the originals, which read the model by its names: the average goes on towards the new
+    module.
+    """
+    live, draw = Body(tied=False), random.Random(1)
+    average = EDITED[kind](live)
+    copied = average.ema_model if kind == "ema_pytorch" else average.module
+    for step in range(4):
+        if step == 2:
+            edit(live)
+        train(live, draw)
+        before = {name: value.clone() for name, value in copied.state_dict().items()}
+        if kind == "swa_utils":
+            average.update_parameters(live)
+        else:
+            average.update(*[] if kind == "ema_pytorch" else [live])
+        after, goal = copied.state_dict(), live.state_dict()
+        moved, newer, buffer = (
+            float((after[name] - before[name]).sum() / (goal[name] - before[name]).sum())
+            for name in ("scale", "b.weight", "norm.running_mean")
+        )
+        assert newer == pytest.approx(moved, abs=1e-3)
+        assert buffer == pytest.approx(moved, abs=1e-3)
+
+
 def test_checkpoints_of_wrapped_models() -> None:
     """torch writes DDP's and torch.compile's prefixes into the keys; here they are taken off at
     load.

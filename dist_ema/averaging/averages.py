@@ -259,6 +259,11 @@ class AveragedWeights:
             refuse_shared(self.averages)
             self._replan()
 
+    @property
+    def is_moved(self) -> bool:
+        """The next update will look for what moved, or for what the module tree is now."""
+        return self._watch.changed()
+
     def _rebind(self) -> None:
         """Bind the records to where the elements lie now, before a plan is made of them."""
         self._inventory.rebind_moved()

@@ -118,7 +118,8 @@ class ModuleAverage:
     def follow(self, model: nn.Module) -> None:
         """Average `model` from now on. *Collective* where it is sharded, and another one."""
         live = wrappers.unwrapped(model)
-        if self._ema is None or live is not self._ema.model or self._form() != self._built_on:
+        known = self._ema is not None and live is self._ema.model
+        if not known or self._form() != self._built_on or self._is_edited():
             self._build(live, keep=True)
         self.given = model
 
@@ -164,6 +165,19 @@ class ModuleAverage:
             any(map(records.replaced, shards)) or any(map(records.replaced, copies)),
             [(tensor.dtype, tensor.device) for tensor in (s.local_tensor() for s in first)],
         )
+
+    def _is_edited(self) -> bool:
+        """Other modules have the model's names, or weights lie in another order, and none is gone.
+
+        The originals read the model by its names at every update.
+        """
+        weights = self.average.weights
+        if weights.teacher is None or not weights.is_moved:
+            return False
+        changes = discovery.compare_inventory(weights.model, [s.shard for s in weights.states])
+        replaced = changes.replaced or changes.replaced_buffers
+        turned = any(state.moved and state.layout_changed for state in weights.states)
+        return not changes.gone and bool(replaced or turned)
 
     # --- moving ---------------------------------------------------------------------------------
 
