@@ -926,17 +926,14 @@ def test_plain_values() -> None:
     JSON.
     """
 
-    class Leaf:
-        def __init__(self, value: Any, dtype: str) -> None:
-            self._value, self.dtype, self.shape = np.array(value), dtype, np.shape(value)
+    def leaf(value: Any, dtype: str) -> recognise.Leaf:
+        raw = np.array(value).reshape(-1).view(np.uint8)
+        return recognise.Leaf(dtype, np.shape(value), lambda begin, end: raw[begin:end], "key")
 
-        def read(self, begin: int, end: int) -> Any:
-            return self._value.reshape(-1).view(np.uint8)[begin:end]
-
-    assert recognise.scalar(Leaf(np.int64(7), "I64")) == 7
-    assert recognise.scalar(Leaf(np.float32(0.5), "F32")) == 0.5
-    assert recognise.scalar(Leaf(np.ones(2, np.float32), "F32")) is None
-    assert recognise.scalar(Leaf(np.float32("nan"), "F32")) == "nan"
+    assert recognise.scalar(leaf(np.int64(7), "I64")) == 7
+    assert recognise.scalar(leaf(np.float32(0.5), "F32")) == 0.5
+    assert recognise.scalar(leaf(np.ones(2, np.float32), "F32")) is None
+    assert recognise.scalar(leaf(np.float32("nan"), "F32")) == "nan"
     assert recognise.scalar([1]) is None
     assert recognise.scalar(OrderedDict()) is None
 

@@ -8,9 +8,8 @@ and in the one that defines it, for modules that are imported later.
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from importlib import import_module
-from types import TracebackType
 
 __all__ = ["Installed", "install"]
 
@@ -40,7 +39,7 @@ _PLACES = {
 }
 
 
-class Installed(AbstractContextManager["Installed"]):
+class Installed(ExitStack):
     """The handle of `install`: the end of a `with` block restores what was replaced.
 
     Attributes:
@@ -48,24 +47,12 @@ class Installed(AbstractContextManager["Installed"]):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.places: list[str] = []
-        self._undo = ExitStack()
 
     def remove(self) -> None:
         """Give the library its own classes again. Averages that exist stay. Idempotent."""
-        self._undo.close()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-    def _replace(self, module: object, name: str, value: object) -> None:
-        self._undo.callback(setattr, module, name, getattr(module, name))
-        setattr(module, name, value)
+        self.close()
 
 
 def install(library: str) -> Installed:
@@ -109,7 +96,8 @@ def install(library: str) -> Installed:
             place = getattr(module, "__name__", "")
             inside = place == library or place.startswith(f"{library}.")
             if inside and vars(module).get(name) is original:
-                installed._replace(module, name, drop_in)
+                installed.callback(setattr, module, name, original)
+                setattr(module, name, drop_in)
                 installed.places.append(f"{place}.{name}")
     if not installed.places:
         raise ImportError(

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from ..averaging.averages import Reads
 from ..ema import EMA
 from ..schedules import Uniform
-from ._batchnorm import recalibrate_all
 from ._parameter_list import ParameterListAverage, source
+from .swa_utils import update_bn
 
 __all__ = ["SWA"]
 
@@ -53,11 +53,11 @@ class SWA(Optimizer):
     ) -> None:
         lacking = [swa_start, swa_freq].count(None)
         if lacking == 1:
-            _warn("Some of swa_start, swa_freq is None, ignoring other")
+            warnings.warn("Some of swa_start, swa_freq is None, ignoring other", stacklevel=2)
         if lacking and swa_lr is not None:
-            _warn("Some of swa_start, swa_freq is None, ignoring swa_lr")
+            warnings.warn("Some of swa_start, swa_freq is None, ignoring swa_lr", stacklevel=2)
         if not all(isinstance(steps, (int, NoneType)) for steps in (swa_start, swa_freq)):
-            _warn("Casting swa_start, swa_freq to int")
+            warnings.warn("Casting swa_start, swa_freq to int", stacklevel=2)
         self._auto_mode, self.optimizer = not lacking, optimizer
         self.swa_start = self.swa_freq = self.swa_lr = None
         if swa_start is not None and swa_freq is not None:
@@ -145,7 +145,9 @@ class SWA(Optimizer):
             mean = self._means.get(number)
             if mean is None:
                 for parameter in group["params"]:
-                    _warn(f"SWA wasn't applied to param {parameter}; skipping it")
+                    warnings.warn(
+                        f"SWA wasn't applied to param {parameter}; skipping it", stacklevel=2
+                    )
             elif number in self._kept:
                 mean.put_back(self._kept[number])
                 del self._kept[number]
@@ -207,8 +209,4 @@ class SWA(Optimizer):
         self.optimizer.add_param_group(param_group)
         self.param_groups[-1]["n_avg"] = self.param_groups[-1]["step_counter"] = 0
 
-    bn_update = staticmethod(recalibrate_all)
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
+    bn_update = staticmethod(update_bn)

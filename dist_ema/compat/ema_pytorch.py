@@ -15,8 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..averaging.averages import Reads
 from ..schedules import Constant, Power, Schedule, Warmup, gamma_of
-from ._bases import ModuleDropIn
-from ._count import Count
+from ._bases import Count, ModuleDropIn
 from ._module import ModuleAverage
 
 __all__ = ["EMA", "KarrasEMA"]

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._bases import ListDropIn
-from ._count import Count
+from ._bases import Count, ListDropIn
 from ._parameter_list import ParameterListAverage, source
 
 __all__ = ["LitEma"]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR
 
+from ..recipes import batchnorm
 from ..schedules import Constant, Schedule, Uniform
 from ..sharding import discovery
-from ._bases import ModuleDropIn
-from ._batchnorm import recalibrate_all
-from ._count import Count
+from ._bases import Count, ModuleDropIn
 from ._module import Device, ModuleAverage, ModuleFn, UpdateRule
 
 __all__ = [
@@ -158,12 +159,23 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: Device = None) ->
         *Collective* where the model is sharded, or DDP wrapped it at the last update of its
         average. The statistics are those of all ranks' data then.
     """
+
+    def forward(module: nn.Module, batch: Any) -> object:
+        inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
+        return module(inputs if device is None else inputs.to(device))
+
+    def over_all(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        layers = (each for each in model.modules() if isinstance(each, batchnorm.LAYERS))
+        if any(each.running_mean is not None for each in layers):
+            options: dict[str, Any] = {"forward": forward, "progress": False, "group": group}
+            batchnorm.recalibrate(model, loader, sys.maxsize, **options)
+
     copied = model.copied if isinstance(model, ModuleDropIn) else None
     if copied is None:
-        recalibrate_all(loader, model, device)
+        over_all(model)
     elif copied.module is None:
         with copied.average.swap() as ema:
-            recalibrate_all(loader, ema.model, device)
+            over_all(ema.model)
     else:
         wrapped = copied.module if copied.given is None else copied.given
-        recalibrate_all(loader, copied.evaluated, device, discovery.find_shards(wrapped).group)
+        over_all(copied.evaluated, discovery.find_shards(wrapped).group)

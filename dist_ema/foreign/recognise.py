@@ -27,9 +27,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -49,16 +49,14 @@ _MAX_DEPTH = 8
 _MOST_SCHEDULE = 1024  # bytes of JSON
 
 
-class Leaf(Protocol):
-    """A tensor in a file: its dtype as safetensors names it, its shape, its bytes."""
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor in a file."""
 
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def read(self, begin: int, end: int) -> Bytes: ...
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Bytes]  # its bytes [begin, end), in row-major order
+    key: Hashable  # the same for leaves that are one tensor, as tied weights are
 
 
 @dataclass(frozen=True)
@@ -126,20 +124,22 @@ def _walk(node: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[FoundAve
             skipped = "averages" if any(_dist_ema(node, key, last)) else None
             children = [(name, value) for name, value in node.items() if name != skipped]
     elif isinstance(node, (list, tuple)) and node:
-        if all(map(_is_leaf, node)) and _AVERAGE.search(last.lower()) and last != "shadow_params":
+        if _AVERAGE.search(last.lower()) and last != "shadow_params" and _are_leaves(node):
             yield FoundAverage(key, "raw", {}, f"a list of tensors under {last!r}", True, node)
         children = [(str(i), value) for i, value in enumerate(node) if isinstance(value, Mapping)]
     for name, value in children:
         yield from _walk(value, (*path, name), seen)
 
 
-def _is_leaf(value: Any) -> bool:
-    return hasattr(value, "dtype") and hasattr(value, "shape") and hasattr(value, "read")
+def _are_leaves(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, Leaf) for value in values)
 
 
 def _leaves(node: Any) -> dict[str, Leaf]:
     items = node.items() if isinstance(node, Mapping) else ()
-    return {name: value for name, value in items if isinstance(name, str) and _is_leaf(value)}
+    return {
+        name: value for name, value in items if isinstance(name, str) and isinstance(value, Leaf)
+    }
 
 
 def _under(leaves: Mapping[str, Leaf], prefix: str) -> dict[str, Leaf]:
@@ -156,7 +156,7 @@ def _numbers(node: Any, *names: str) -> dict[str, Any]:
 
 def scalar(value: Any) -> Any:
     """A number or text; a tensor of one element as the number that it holds; None for all else."""
-    if _is_leaf(value):
+    if isinstance(value, Leaf):
         if math.prod(value.shape) != 1:
             return None
         kind = NUMPY[value.dtype]
@@ -211,11 +211,8 @@ def _mmengine(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAve
 
 def _timm(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     if weights := _leaves(node.get("state_dict_ema")):
-        where, extra = (
-            _join(key, "state_dict_ema"),
-            _numbers(node, "epoch", "arch", "metric", "version"),
-        )
-        yield FoundAverage(where, "timm", weights, "state_dict_ema", extra=extra)
+        extra, where = _numbers(node, "epoch", "arch", "metric", "version"), "state_dict_ema"
+        yield FoundAverage(_join(key, where), "timm", weights, where, extra=extra)
 
 
 def _ema_pytorch(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
@@ -263,7 +260,7 @@ def _dotted(dotless: Mapping[str, Leaf], live: Mapping[str, Leaf], where: str) -
 
 def _lists(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     shadows = node.get("shadow_params")
-    if isinstance(shadows, list) and shadows and all(map(_is_leaf, shadows)):
+    if isinstance(shadows, list) and shadows and _are_leaves(shadows):
         diffusers = "optimization_step" in node
         extra = _numbers(
             node, "num_updates", "decay", "min_decay", "optimization_step", "update_after_step",

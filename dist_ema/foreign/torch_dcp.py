@@ -12,7 +12,6 @@ unread.
 from __future__ import annotations
 
 import math
-import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -283,11 +282,10 @@ class Folder(regular_file.OpenFiles):
         return chunk.file, chunk.begin + begin, tensor
 
     def _pread(self, chunk: Chunk, begin: int, end: int) -> bytes:
-        with regular_file.read_errors(self.path / chunk.file):
-            data = os.pread(self.fd(chunk.file), end - begin, chunk.begin + begin)
-        if len(data) != end - begin:
-            raise ValueError(f"{self.path / chunk.file} became shorter while it was read.")
-        return data
+        data, at = bytearray(end - begin), chunk.begin + begin
+        path = self.path / chunk.file
+        regular_file.read_into(self.fd(chunk.file), path, memoryview(data), at)
+        return bytes(data)
 
 
 def _dense(tensor: _Tensor) -> bool:

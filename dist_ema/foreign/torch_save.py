@@ -21,11 +21,12 @@ from ..checkpoint import regular_file, safetensors
 from ..dtypes import TORCH, Bytes, gathered
 from ..text import some
 from . import torch_zip
+from .recognise import Leaf
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Mapped", "load"]
+__all__ = ["load"]
 
 # Records of settings that other packages put beside weights. Objects of these become empty
 # placeholders; their code, or the package, is not needed and not run.
@@ -66,45 +67,25 @@ def _default_dict(*args: Any) -> dict[Any, Any]:
     return {}
 
 
-class Mapped:
-    """A tensor of a file, as `foreign.Leaf`.
+def _leaf_of(tensor: Tensor, dtype: str) -> Leaf:
+    shape, first, strides = tuple(tensor.shape), int(tensor.storage_offset()), tensor.stride()
+    key = (tensor.untyped_storage().data_ptr(), first, shape, strides, dtype)
 
-    key: the same for tensors that are one, as tied weights are.
-    """
-
-    def __init__(self, tensor: Tensor, dtype: str) -> None:
-        self.dtype, self.shape = dtype, tuple(tensor.shape)
-        self.key = (
-            tensor.untyped_storage().data_ptr(),
-            tensor.storage_offset(),
-            self.shape,
-            tensor.stride(),
-            dtype,
-        )
-        self._tensor = tensor.detach()
-
-    def read(self, begin: int, end: int) -> Bytes:
-        """Bytes [begin, end) in row-major order."""
+    def read(begin: int, end: int) -> Bytes:
         import torch
 
-        if self._tensor.is_contiguous():
-            raw: Bytes = self._tensor.reshape(-1).view(torch.uint8)[begin:end].numpy().copy()
+        if tensor.is_contiguous():
+            raw: Bytes = tensor.reshape(-1).view(torch.uint8)[begin:end].numpy().copy()
             return raw
-        storage = (
-            torch.empty(0, dtype=torch.uint8, device="cpu")
-            .set_(self._tensor.untyped_storage())
-            .numpy()
-        )
-        first, strides, size = (
-            int(self._tensor.storage_offset()),
-            self._tensor.stride(),
-            safetensors.ITEMSIZE[self.dtype],
-        )
-        return gathered(storage, first, self.shape, strides, size, begin, end)
+        memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage())
+        size = safetensors.ITEMSIZE[dtype]
+        return gathered(memory.numpy(), first, shape, strides, size, begin, end)
+
+    return Leaf(dtype, shape, read, key)
 
 
 def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
-    """Read the objects of a file, with a `Mapped` for each tensor.
+    """Read the objects of a file, with a `Leaf` for each tensor.
 
     Args:
         path: A file that torch.save wrote.
@@ -242,7 +223,7 @@ def _first_asked(path: Path) -> str:
 
 
 class _Trees:
-    """Trees of `Mapped` from what torch.load gave.
+    """Trees of `Leaf` from what torch.load gave.
 
     An object that is held often is converted once.
     """
@@ -273,7 +254,7 @@ class _Trees:
             return [self.make(item, (*path, str(i))) for i, item in enumerate(value)]
         return value if isinstance(value, (bool, int, float, str)) else None
 
-    def _leaf(self, tensor: Tensor, name: str) -> Mapped | None:
+    def _leaf(self, tensor: Tensor, name: str) -> Leaf | None:
         import torch
 
         dtype = TORCH.get(str(tensor.dtype).removeprefix("torch."))
@@ -282,7 +263,7 @@ class _Trees:
             storage = tensor.untyped_storage()
             if storage.nbytes():
                 self.storages[storage.data_ptr()] = storage.nbytes()
-            return Mapped(tensor.resolve_conj().resolve_neg(), dtype)
+            return _leaf_of(tensor.detach().resolve_conj().resolve_neg(), dtype)
         kind = type(tensor).__name__ + " on meta" * tensor.is_meta
         self.unsupported[name] = f"a {kind} of {tensor.dtype}, {tensor.layout}"
         return None

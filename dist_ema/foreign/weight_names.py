@@ -34,7 +34,7 @@ def give_names(
     if not isinstance(names, Mapping):
         return replace(found, weights=_pair(found, list(names)), nameless=())
     # A tied weight is one parameter.
-    first = {getattr(leaf, "key", name): name for name, leaf in reversed(list(names.items()))}
+    first = {leaf.key: name for name, leaf in reversed(list(names.items()))}
     parameters = {
         name: leaf
         for name, leaf in names.items()

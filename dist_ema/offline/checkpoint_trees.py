@@ -10,15 +10,16 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import manifest, regular_file, safetensors
-from ..dtypes import Bytes
 from ..foreign import recognise, torch_dcp, torch_save
+from ..foreign.recognise import Leaf
 from .sources import Safetensors, Source, locate, pickled
 
-__all__ = ["InFile", "ObjectTree", "open_tree", "read_json"]
+__all__ = ["ObjectTree", "open_tree", "read_json"]
 
 _TORCH_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin", "*.tar")
 _DIFFUSERS = (
@@ -40,16 +41,12 @@ class ObjectTree:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-class InFile:
-    """A weight of a Source, as `foreign.Leaf`."""
-
-    def __init__(self, model: Source, name: str) -> None:
-        self._model, self._name = model, name
-        self.dtype, self.shape = model.entries[name].dtype, tuple(model.entries[name].shape)
-        self.key = (id(model), name)
-
-    def read(self, begin: int, end: int) -> Bytes:
-        return self._model.read(self._name, begin, end)
+def _leaves_of(model: Source) -> dict[str, Leaf]:
+    """The weights of a model, by name."""
+    return {
+        name: Leaf(entry.dtype, tuple(entry.shape), partial(model.read, name), (id(model), name))
+        for name, entry in model.entries.items()
+    }
 
 
 def open_tree(path: Path, inert: Sequence[str], stack: ExitStack) -> ObjectTree:
@@ -64,14 +61,14 @@ def open_tree(path: Path, inert: Sequence[str], stack: ExitStack) -> ObjectTree:
 
 def _open_dcp(folder: torch_dcp.Folder) -> ObjectTree:
     root: dict[str, Any] = {}
-    for name in folder.entries:
+    for name, leaf in _leaves_of(folder).items():
         *above, last = folder.paths[name]
         node = root
         for key in above:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 raise ValueError(f"{folder.path}: {name} lies inside another tensor.")
-        node[last] = InFile(folder, name)
+        node[last] = leaf
     left = {name: why for name, why in folder.others.items() if name not in folder.unsupported}
     return ObjectTree(_lists(root), "dcp", False, folder.unsupported, left)
 
@@ -98,7 +95,7 @@ def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> ObjectTr
         indexed = safetensors.read_index(path, indices[0]).values() if len(indices) == 1 else files
         names = sorted(set(indexed))
         models = [stack.enter_context(Safetensors(path / name)) for name in names]
-        root = {name: InFile(model, name) for model in models for name in model.entries}
+        root = {name: leaf for model in models for name, leaf in _leaves_of(model).items()}
         return ObjectTree(root, "safetensors", extra=_of_config(path / "config.json"))
     others = sorted(each for pattern in _TORCH_FILES for each in path.glob(pattern))
     if len(others) == 1 and not files:
@@ -134,8 +131,7 @@ def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> ObjectTree
     if not path.is_file():
         raise ValueError(f"{path} is neither a folder nor a file.")
     if path.suffix == ".safetensors" or not pickled(path):
-        model = stack.enter_context(Safetensors(path))
-        return ObjectTree({name: InFile(model, name) for name in model.entries}, "safetensors")
+        return ObjectTree(_leaves_of(stack.enter_context(Safetensors(path))), "safetensors")
     root, unsupported = torch_save.load(path, inert)
     if not isinstance(root, (dict, list)):
         raise ValueError(

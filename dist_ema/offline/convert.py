@@ -228,7 +228,7 @@ def _complete(
 
 def _refuse_growth(request: ConvertRequest, leaves: Sequence[Leaf]) -> None:
     """Raise ValueError where more would be written than the source explains: views repeat bytes."""
-    once = {_key(leaf): leaf for leaf in leaves}.values()  # tied weights are one
+    once = {leaf.key: leaf for leaf in leaves}.values()  # tied weights are one
     entries = [safetensors.Entry(_output_dtype(request, leaf), leaf.shape) for leaf in once]
     nbytes = sum(entry.nbytes for entry in entries)
     held = sum(_nbytes_at(path) for path in (request.source, request.like) if path is not None)
@@ -284,23 +284,18 @@ def _tied(averaged: Mapping[str, Leaf], live: Mapping[str, Leaf]) -> dict[str, s
 def _is_one(a: Leaf, b: Leaf) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape) or 0 in a.shape:
         return False
-    if _key(a) == _key(b):
+    if a.key == b.key:
         return True
     pairs = zip(_content(a, a.dtype), _content(b, b.dtype), strict=True)
     return len(a.shape) > 1 and all(bool((x == y).all()) for x, y in pairs)
-
-
-def _key(leaf: Leaf) -> Any:
-    """A key that leaves of one tensor share."""
-    return getattr(leaf, "key", id(leaf))
 
 
 def _aliases(weights: Mapping[str, Leaf]) -> dict[str, str]:
     """Further name -> the first one, of weights that are one tensor."""
     first: dict[Any, str] = {}
     for name, leaf in weights.items():
-        first.setdefault(_key(leaf) if 0 not in leaf.shape else id(leaf), name)
-    names = {name: first.get(_key(leaf), name) for name, leaf in weights.items()}
+        first.setdefault(leaf.key if 0 not in leaf.shape else id(leaf), name)
+    names = {name: first.get(leaf.key, name) for name, leaf in weights.items()}
     return {alias: name for alias, name in names.items() if alias != name}
 
 

@@ -27,7 +27,8 @@ class Mixture:
     @property
     def name(self) -> str:
         """The width of a power function, else the schedule."""
-        return _name(self.target)
+        target = self.target
+        return f"{target.sigma_rel:g}" if isinstance(target, Power) else repr(target)
 
     @property
     def poor(self) -> bool:
@@ -54,10 +55,6 @@ class ReconstructReport:
     at: tuple[float, int]
     mixtures: list[Mixture]
 
-    @property
-    def names(self) -> list[str]:
-        return [each.name for each in self.snapshots.stored]
-
     def to_json(self) -> dict[str, Any]:
         stored = [
             {
@@ -67,16 +64,16 @@ class ReconstructReport:
             }
             for each in self.snapshots.stored
         ]
-        made = [
-            mixture.to_json() | {"weights": dict(zip(self.names, mixture.fit.weights, strict=True))}
-            for mixture in self.mixtures
-        ]
+        names = [each.name for each in self.snapshots.stored]
         return {
             "at": self.at[0],
             "updates": self.at[1],
             "skipped": self.snapshots.skipped,
             "stored": stored,
-            "mixtures": made,
+            "mixtures": [
+                each.to_json() | {"weights": dict(zip(names, each.fit.weights, strict=True))}
+                for each in self.mixtures
+            ],
         }
 
 
@@ -108,31 +105,30 @@ def reconstruct(
         progress: Shows a bar over so many bytes.
     """
     run = Snapshots(where)
-    fits = {target: run.fit(target, at) for target in targets}
-    for target, fit in fits.items() if out is not None else ():
-        run.refuse(target, fit)
-    places = _places(out, [_sigma(target) for target in targets], folders)
-    for place in places:
-        run.refuse_place(place)
-        writer.refuse_target(place, force)
-    if plot is not None:
-        _draw(plot, run, fits, at)
-    for place, target in zip(places, targets, strict=False):
-        with progress(_name(target), _bytes(run)) as tick:
-            run.write(
-                place,
-                target,
-                fits[target],
-                at=at,
-                dtype=dtype,
-                max_shard_size=max_shard_size,
-                force=force,
-                tick=tick,
-            )
     mixtures = [
-        Mixture(target, fits[target], places[i] if places else None)
-        for i, target in enumerate(targets)
+        Mixture(target, run.fit(target, at), place)
+        for target, place in zip(targets, _places(out, targets, folders), strict=True)
     ]
+    for each in mixtures:
+        if each.out is not None:
+            run.refuse(each.target, each.fit)
+            run.refuse_place(each.out)
+            writer.refuse_target(each.out, force)
+    if plot is not None:
+        _draw(plot, run, mixtures, at)
+    for each in mixtures:
+        if each.out is not None:
+            with progress(each.name, _bytes(run)) as tick:
+                run.write(
+                    each.out,
+                    each.target,
+                    each.fit,
+                    at=at,
+                    dtype=dtype,
+                    max_shard_size=max_shard_size,
+                    force=force,
+                    tick=tick,
+                )
     return ReconstructReport(run, run.moment(at), mixtures)
 
 
@@ -140,19 +136,13 @@ def _sigma(target: Schedule) -> float:
     return getattr(target, "sigma_rel", None) or 0.0
 
 
-def _name(target: Schedule) -> str:
-    return f"{target.sigma_rel:g}" if isinstance(target, Power) else repr(target)
-
-
-def _places(out: str | None, sigmas: Sequence[float], folders: bool) -> list[Path]:
-    if out is None:
-        return []
-    if not folders:
-        return [Path(out)]
+def _places(out: str | None, targets: Sequence[Schedule], folders: bool) -> Sequence[Path | None]:
+    if out is None or not folders:
+        return [None if out is None else Path(out) for _ in targets]
     digits = next(
-        n for n in (3, 4, 6, 12) if len({f"{sigma:.{n}f}" for sigma in sigmas}) == len(sigmas)
+        n for n in (3, 4, 6, 12) if len({f"{_sigma(t):.{n}f}" for t in targets}) == len(targets)
     )
-    return [Path(out) / f"sigma-{sigma:.{digits}f}" for sigma in sigmas]
+    return [Path(out) / f"sigma-{_sigma(target):.{digits}f}" for target in targets]
 
 
 def _bytes(run: Snapshots) -> int:
@@ -161,20 +151,19 @@ def _bytes(run: Snapshots) -> int:
         return sum(entry.nbytes for entry in model.entries.values())
 
 
-def _draw(plot: str, run: Snapshots, fits: dict[Schedule, Fit], at: float | None) -> None:
+def _draw(plot: str, run: Snapshots, mixtures: Sequence[Mixture], at: float | None) -> None:
     """Target and mixture over the clock, and the residual over sigma_rel."""
     with plotting.panels(plot, 2) as (left, right):
-        some = list(fits)[:: max(1, len(fits) // 4)]
-        for number, target in enumerate(some):
-            clock, wanted, mixed = run.shape(target, fits[target], at)
-            left.plot(clock, wanted, color=f"C{number}", lw=3, alpha=0.35, label=_name(target))
+        for number, each in enumerate(mixtures[:: max(1, len(mixtures) // 4)]):
+            clock, wanted, mixed = run.shape(each.target, each.fit, at)
+            left.plot(clock, wanted, color=f"C{number}", lw=3, alpha=0.35, label=each.name)
             left.plot(clock, mixed, color=f"C{number}", lw=1, ls="--")
         left.set(
             xlabel="clock", ylabel="share of an update", title="target (wide) and mixture (dashed)"
         )
         left.legend(title="sigma_rel")
-        residuals = [max(fit.residual, 1e-6) for fit in fits.values()]
-        right.semilogy([_sigma(target) for target in fits], residuals, marker=".")
+        residuals = [max(each.fit.residual, 1e-6) for each in mixtures]
+        right.semilogy([_sigma(each.target) for each in mixtures], residuals, marker=".")
         right.axhline(WARNED, color="grey", lw=0.8)
         right.set(
             xlabel="sigma_rel", ylabel="residual", title="share of the profile that is missed"

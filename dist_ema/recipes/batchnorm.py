@@ -264,18 +264,20 @@ class _Moments:
         return total
 
     @property
-    def finite(self) -> bool:
-        return bool((self.mean + self.squares).isfinite().all())
-
-    @property
     def variance(self) -> Tensor:
         return self.squares / (self.count - 1)
 
-    def fits(self, module: Any) -> bool:
-        """Whether the module's dtype can hold it: a variance leaves float16 at values of 256."""
-        mean = self.mean.to(module.running_mean.dtype)
-        variance = self.variance.to(module.running_var.dtype)
-        return bool(mean.isfinite().all() and variance.isfinite().all())
+    def problem(self, module: Any) -> str:
+        """Why the module must not take these statistics; '' if it may."""
+        if self.count == 1:
+            return "saw one value per channel: that has no variance. Give more data."
+        if not (self.mean + self.squares).isfinite().all():
+            return "saw NaN or infinity. No statistics were changed."
+        dtype = module.running_var.dtype  # float16 ends at the variance of values of 256
+        if not torch.cat([self.mean, self.variance]).to(dtype).isfinite().all():
+            kind = str(dtype).removeprefix("torch.")
+            return f"saw values whose statistics are beyond {kind}. None were changed."
+        return ""
 
 
 @dataclass
@@ -338,25 +340,11 @@ def _refuse(moments: Mapping[str, _Moments], layers: Mapping[str, Any]) -> None:
             "recalibrate() saw no data: the loader gave no batch on any rank, or no BatchNorm was "
             "reached."
         )
-    reached = {name: each for name, each in moments.items() if each.count}
-    single = [name for name, each in reached.items() if each.count == 1]
-    if single:
-        raise ValueError(
-            f"{', '.join(single[:5])} saw one value per channel: that has no variance. Give more "
-            "data."
-        )
-    infinite = [name for name, each in reached.items() if not each.finite]
-    if infinite:
-        raise ValueError(
-            f"{', '.join(infinite[:5])} saw NaN or infinity. No statistics were changed."
-        )
-    large = [name for name, each in reached.items() if not each.fits(layers[name])]
-    if large:
-        dtype = str(layers[large[0]].running_var.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"{', '.join(large[:5])} saw values whose statistics are beyond {dtype}. None were "
-            "changed."
-        )
+    problems = {name: each.problem(layers[name]) for name, each in moments.items() if each.count}
+    first = next(filter(None, problems.values()), "")
+    if first:
+        named = [name for name, problem in problems.items() if problem == first]
+        raise ValueError(f"{', '.join(named[:5])} {first}")
     if unreached:
         warnings.warn(
             f"{', '.join(unreached[:5])} was not reached and keeps its statistics.", stacklevel=3

@@ -62,13 +62,10 @@ class SoftTargetLoss(nn.Module):
         return divergence.sum() * (self.temperature**2 / positions)
 
     def _classes(self, dims: int) -> int:
-        if self.dim is not None:
-            return self.dim
-        if dims in (1, 2, 3):
-            return -1
-        if dims == 4:
-            return 1
-        raise ValueError(
-            f"logits of {dims} dimensions: say which one holds the classes, "
-            "SoftTargetLoss(dim=...)."
-        )
+        known = {1: -1, 2: -1, 3: -1, 4: 1}
+        if self.dim is None and dims not in known:
+            raise ValueError(
+                f"logits of {dims} dimensions: say which one holds the classes, "
+                "SoftTargetLoss(dim=...)."
+            )
+        return known[dims] if self.dim is None else self.dim

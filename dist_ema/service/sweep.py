@@ -10,9 +10,9 @@ widens it, to where it has risen by twice the scatter of the points around it.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import numpy as np
 from ..checkpoint import atomic
 from ..checkpoint.strict_json import dump, read_json
 from ..offline import plotting
-from ..posthoc.snapshots import WARNED, Snapshots
+from ..posthoc.profiles import Fit
+from ..posthoc.snapshots import WARNED, Snapshots, reconstruct
 from ..schedules import Power
 
 __all__ = ["BEST", "STATE", "Candidate", "SweepReport", "expressible", "plot", "sweep"]
@@ -104,7 +105,6 @@ def sweep(
     repeats: int = 1,
     at: float | None = None,
     dtype: str | None = None,
-    report: Callable[[Candidate], None] = lambda candidate: None,
 ) -> SweepReport:
     """Find the best width, and write that average to out/best.
 
@@ -122,7 +122,6 @@ def sweep(
         repeats: How often each is evaluated, where the metric is noisy.
         at: The clock of the moment, by default of the last snapshot.
         dtype: Of floating weights, by default the model's own.
-        report: Receives each candidate.
 
     Raises:
         ValueError: The widths, the snapshots or an evaluation are no good.
@@ -133,37 +132,45 @@ def sweep(
     low, high = low or narrowest, high or widest
     if not 0 < low < high:
         raise ValueError(f"the narrowest width must be below the widest, got {low} and {high}.")
-    origin = [what, str(Path(snapshots).absolute()), list(run.moment(at)), dtype]
-    known = _read(out, origin)
-
-    def write(place: Path, sigma: float) -> None:
-        target = Power(sigma_rel=sigma)
-        fit = run.fit(target, at)
-        run.refuse(target, fit)
-        run.write(place, target, fit, at=at, dtype=dtype, force=True)
-
-    def rate(position: float) -> Candidate:
-        sigma = float(f"{math.exp(position):.4g}")
-        values, place = known.get(sigma, ()), out / f"candidate-{sigma:g}"
-        if len(values) < repeats:
-            write(place, sigma)
-            for _ in range(repeats - len(values)):
-                values = (*values, evaluate(place, sigma))
-                known[sigma] = values
-                _write(out, origin, known)
-            atomic.remove(place)
-        candidate = Candidate(sigma, values)
-        report(candidate)
-        return candidate
-
+    moment = run.moment(at)
+    origin = [what, str(Path(snapshots).absolute()), list(moment), dtype]
+    write = partial(reconstruct, snapshots, at=moment[0], dtype=dtype, force=True)
+    trials = _Trials(out, origin, write, evaluate, repeats, _read(out, origin))
     limits = math.log(low), math.log(high)
-    bracket, tried = _search(rate, *limits, evaluations, sign)
+    bracket, tried = _search(trials.rate, *limits, evaluations, sign)
     best = min(tried, key=lambda each: sign * each.mean)
-    write(out / BEST, best.sigma_rel)
+    write(out / BEST, sigma_rel=best.sigma_rel)
     interval = _interval(tried, bracket, limits, sign)
     edge = bracket[0] == limits[0] or bracket[1] == limits[1]
     tried.sort(key=lambda each: each.sigma_rel)
     return SweepReport(tried, best, interval, edge)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """The candidates of a sweep, each of which is written, evaluated, recorded and removed."""
+
+    out: Path
+    origin: list[Any]
+    write: Callable[..., Fit]
+    evaluate: Evaluate
+    repeats: int
+    known: dict[float, tuple[float, ...]]  # the values of each width
+
+    def rate(self, position: float) -> Candidate:
+        """The candidate at log(sigma_rel)."""
+        sigma = float(f"{math.exp(position):.4g}")
+        place, values = self.out / f"candidate-{sigma:g}", self.known.get(sigma, ())
+        if len(values) < self.repeats:
+            self.write(place, sigma_rel=sigma)
+            for _ in range(self.repeats - len(values)):
+                self.known[sigma] = (*self.known.get(sigma, ()), self.evaluate(place, sigma))
+                table = {str(sigma): list(each) for sigma, each in self.known.items()}
+                atomic.ensure(self.out)
+                state = dump({"origin": self.origin, "values": table})
+                atomic.replace_file(self.out / STATE, state)
+            atomic.remove(place)
+        return Candidate(sigma, self.known[sigma])
 
 
 def _search(
@@ -223,15 +230,6 @@ def _read(out: Path, origin: list[Any]) -> dict[float, tuple[float, ...]]:
             "that file."
         )
     return {float(sigma): tuple(values) for sigma, values in state["values"].items()}
-
-
-def _write(out: Path, origin: list[Any], known: dict[float, tuple[float, ...]]) -> None:
-    atomic.ensure(out)
-    path = out / STATE
-    new = atomic.temporary_sibling(path)
-    values = {str(sigma): list(each) for sigma, each in known.items()}
-    new.write_bytes(dump({"origin": origin, "values": values}))
-    os.replace(new, path)
 
 
 def plot(path: str, found: SweepReport, metric: str) -> None:
