@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..text import plural, printable, size, size_of, some
 from .console import (
@@ -20,7 +20,6 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from ..foreign.recognise import FoundAverage
     from ..offline.convert import ConvertRequest
 
 __all__ = ["ARGUMENTS", "KINDS", "TEXT", "run"]
@@ -136,26 +135,27 @@ def _list(request: ConvertRequest, options: argparse.Namespace) -> int:
         for table in found
     ]
     facts = {"path": str(request.source), "tables": rows, "others": dict(others)}
-    return show(options, facts, _tables(request.source, found, sorted(others)))
+    return show(options, facts, _tables(facts))
 
 
-def _tables(source: Path, found: Sequence[FoundAverage], others: Sequence[str]) -> Iterator[str]:
+def _tables(facts: dict[str, Any]) -> Iterator[str]:
+    """The facts of --list as lines."""
     cells = [
         (
-            table.key or "(all)",
-            table.kind,
-            f"{len(table.weights) or len(table.nameless)}",
-            "average" if table.average else "live, or unknown",
-            table.why,
+            table["key"] or "(all)",
+            table["kind"],
+            str(table["tensors"]),
+            "average" if table["average"] else "live, or unknown",
+            table["why"],
         )
-        for table in found
+        for table in facts["tables"]
     ]
     if cells:
         yield from columns([("key", "kind", "tensors", "holds", "why"), *cells])
     else:
-        yield printable(f"{source} holds no table of tensors.")
-    if others:
-        yield from ("", printable(f"left unread: {some(others, 10)}"))
+        yield printable(f"{facts['path']} holds no table of tensors.")
+    if facts["others"]:
+        yield from ("", printable(f"left unread: {some(sorted(facts['others']), 10)}"))
 
 
 def _write(request: ConvertRequest, options: argparse.Namespace) -> int:

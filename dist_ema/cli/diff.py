@@ -66,8 +66,8 @@ ARGUMENTS: Arguments = {
 def run(options: argparse.Namespace) -> int:
     from ..offline.diff import diff
 
-    which = options.which_a, options.which_b
-    found = diff(options.a, options.b, which=which, bar=partial(progress, "compare"))
+    which, bar = (options.which_a, options.which_b), partial(progress, "compare")
+    found = diff(options.a, options.b, which=which, bar=bar)
     facts = _to_json(found, options.threshold, options.weights)
     shown = SHOWN if options.weights is None else options.weights
     show(options, facts, _text(found, options.threshold, shown))
@@ -123,12 +123,10 @@ def _text(found: Difference, threshold: float | None, shown: int) -> Iterator[st
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    was, now = row.dtypes
-    changed = f"{row.changed:,} of {row.elements:,}"
     return (
         row.name,
         f"{row.distance:.3e}",
         f"{row.largest:.3e}",
-        changed,
-        was if was == now else f"{was} -> {now}",
+        f"{row.changed:,} of {row.elements:,}",
+        " -> ".join(dict.fromkeys(row.dtypes)),
     )

@@ -38,6 +38,11 @@ examples:
   dist-ema plan --sigma-rel 0.1 --length 100k --plot decay.png
   dist-ema plan --params 7B --world 64 --wrapper fsdp --weights bf16 --bandwidth 3350
 """
+_WORDS = """
+half-life  half of the average is younger
+window     1 / (1 - decay): the mean age, plus one
+width      standard deviation of the ages; by the length of the training it is sigma_rel
+"""
 FACTORS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
@@ -190,8 +195,8 @@ def _text(
 ) -> Iterator[str]:
     if pace:
         yield from _of_pace(pace, options.every)
-    if pace and other:
-        yield from _of_scaling(pace, other, options.scale_batch)
+        if other:
+            yield from _of_scaling(pace, other, options.scale_batch)
     if cost:
         yield from _of_cost(cost, options)
 
@@ -207,11 +212,7 @@ def _of_pace(pace: Pace, every: int) -> Iterator[str]:
     yield from columns([("measure", *pace.units), *rows])
     yield ""
     yield from columns(list(_facts(pace, every)))
-    yield ""
-    yield "half-life  half of the average is younger"
-    yield "window     1 / (1 - decay): the mean age, plus one"
-    yield "width      standard deviation of the ages; by the length of the training it is sigma_rel"
-    yield ""
+    yield _WORDS
 
 
 def _count(value: float) -> str:
@@ -237,19 +238,16 @@ def _facts(pace: Pace, every: int) -> Iterator[tuple[str, str]]:
         ema = f"EMA(model, decay=HalfLife({pace.half_life * count:.6g}))"
         yield "as HalfLife", f"{ema}, attach(optimizer, elapsed={count:g})"
     if pace.length is not None:
-        yield "sigma_rel", f"{pace.sigma_rel:.4g}"
-        yield (
-            "of the start is left",
-            f"{pace.start_left:.3g} of the average, at the end of training",
-        )
+        left = f"{pace.start_left:.3g} of the average, at the end of training"
+        power = "none: wider than the plain mean of the whole training (0.2887)"
         if pace.gamma is not None:
-            yield (
-                "as Power",
-                f"EMA(model, decay=Power(sigma_rel={pace.sigma_rel:.4g}))  "
-                f"(gamma {pace.gamma:.4g})",
-            )
-        else:
-            yield "as Power", "none: wider than the plain mean of the whole training (0.2887)"
+            ema = f"EMA(model, decay=Power(sigma_rel={pace.sigma_rel:.4g}))"
+            power = f"{ema}  (gamma {pace.gamma:.4g})"
+        yield from (
+            ("sigma_rel", f"{pace.sigma_rel:.4g}"),
+            ("of the start is left", left),
+            ("as Power", power),
+        )
 
 
 def _of_scaling(pace: Pace, other: Pace, factor: float) -> Iterator[str]:

@@ -47,6 +47,10 @@ examples:
   dist-ema reconstruct run/snapshots --sweep 0.03:0.25:0.02 --plot fit.png  only report
   dist-ema reconstruct run/snapshots out --curve linear --window 5000
 """
+_WORDS = """
+residual   how much of the wanted profile is missed; the weights are off by far less
+condition  of the stored profiles: how many digits their similarity costs
+gain       what rounding in the stored weights is multiplied by"""
 MAX_SWEEP = 1000  # models
 _sigma = number(
     f"between 0 and {WIDEST:.4f} (the width of the plain mean)", lambda value: 0 < value < WIDEST
@@ -156,17 +160,12 @@ def _text(where: str, report: ReconstructReport) -> Iterator[str]:
     yield from columns(
         [("target", "residual", "condition", "largest", "gain", "written to"), *rows]
     )
-    yield ""
-    yield "residual   how much of the wanted profile is missed; the weights are off by far less"
-    yield "condition  of the stored profiles: how many digits their similarity costs"
-    yield "gain       what rounding in the stored weights is multiplied by"
+    yield _WORDS
 
 
 def _warnings(report: ReconstructReport) -> Iterator[str]:
-    from ..schedules import Window
-
     poor = [f"{each.name} ({each.fit.residual:.1%})" for each in report.mixtures if each.poor]
-    kind = "" if isinstance(report.mixtures[0].target, Window) else "sigma_rel "
+    kind = "sigma_rel " if hasattr(report.mixtures[0].target, "sigma_rel") else ""
     if poor:
         yield (
             f"the snapshots do not express {kind}{', '.join(poor)} well: the mixture is "

@@ -42,6 +42,7 @@ _KNOWN = {
 _NETWORK = ("nfs", "lustre", "gpfs", "ceph", "beegfs", "smb", "cifs", "fuse", "9p")
 _WORLD = 2
 _GRACE = 2.0  # seconds
+_WORKER = (sys.executable, "-m", "dist_ema.offline.doctor_worker")
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,14 @@ def examine(folder: Path, *, timeout: float = 120.0, test: bool = True) -> Itera
     yield Check(
         "python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
     )
-    yield from (check_package(name, least, True) for name, least in _NEEDED.items())
-    yield from (
-        check_package(name, least, False) for name, least in _KNOWN.items() if _version(name)
-    )
+    for name, least in (_NEEDED | _KNOWN).items():
+        if name in _NEEDED or _version(name):
+            yield check_package(name, least, name in _NEEDED)
     facts = _ask(timeout)
     if isinstance(facts, Check):
         yield facts
     else:
-        yield from check_torch(facts)
-        yield from check_launch(facts, os.environ)
+        yield from (*check_torch(facts), *check_launch(facts, os.environ))
     yield from check_folder(folder)
     if test and not isinstance(facts, Check) and facts["gloo"]:
         yield self_test(timeout)
@@ -85,11 +84,12 @@ def _version(name: str) -> str | None:
 
 def check_package(name: str, least: str, needed: bool) -> Check:
     found = _version(name)
+    cure = f"pip install '{name}>={least}'"
     if found is None:
-        return Check(name, "problem", f"is not installed: pip install '{name}>={least}'")
+        return Check(name, "problem", f"is not installed: {cure}")
     if least and version_numbers(found) < version_numbers(least):
         state = "problem" if needed else "note"
-        return Check(name, state, f"{found} is older than {least}: pip install '{name}>={least}'")
+        return Check(name, state, f"{found} is older than {least}: {cure}")
     return Check(name, "ok", found)
 
 
@@ -103,11 +103,9 @@ def version_numbers(text: str) -> tuple[int, ...]:
 
 def _ask(timeout: float) -> dict[str, Any] | Check:
     """The facts about torch, from a process of its own: importing it can crash."""
-    line = [sys.executable, "-m", "dist_ema.offline.doctor_worker", "facts"]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": timeout}
     try:
-        done = subprocess.run(
-            line, capture_output=True, text=True, timeout=timeout, env=_environment()
-        )
+        done = subprocess.run([*_WORKER, "facts"], env=_environment(), **options)
     except subprocess.TimeoutExpired:
         return Check("torch", "problem", f"did not answer within {timeout:g} s of being imported")
     try:
@@ -272,15 +270,7 @@ def self_test(timeout: float) -> Check:
 
 
 def _start(rank: int, folder: Path) -> subprocess.Popen[bytes]:
-    line = [
-        sys.executable,
-        "-m",
-        "dist_ema.offline.doctor_worker",
-        "rank",
-        str(rank),
-        str(_WORLD),
-        str(folder),
-    ]
+    line = [*_WORKER, "rank", str(rank), str(_WORLD), str(folder)]
     with open(folder / f"rank-{rank}.txt", "wb") as errors:
         return subprocess.Popen(line, env=_environment(), stdout=subprocess.DEVNULL, stderr=errors)
 
@@ -306,10 +296,8 @@ def _read(path: Path) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
     except (OSError, ValueError):
         report = {"step": "start Python", "error": None}
-    with contextlib.suppress(OSError):
-        if report["step"] != "done":
-            last = _last(path.with_suffix(".txt").read_text())
-            report["error"] = report["error"] or last or None
+    if report["step"] != "done":
+        report["error"] = report["error"] or _last(path.with_suffix(".txt").read_text())
     return report
 
 

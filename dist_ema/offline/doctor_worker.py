@@ -55,6 +55,7 @@ def rank(number: int, world: int, folder: Path) -> None:
     with log.step("import torch and dist_ema"):
         import torch
         import torch.distributed as dist
+        from torch.nn.parallel import DistributedDataParallel
 
         torch.set_num_threads(1)
     with log.step("join the group (gloo)"):
@@ -62,7 +63,7 @@ def rank(number: int, world: int, folder: Path) -> None:
         dist.init_process_group(
             "gloo", init_method=where, rank=number, world_size=world, timeout=timedelta(seconds=60)
         )
-    for name, wrap in (("FSDP2", _shard), ("DDP", _replicate)):
+    for name, wrap in (("FSDP2", _shard), ("DDP", DistributedDataParallel)):
         _round(log, name, wrap, folder)
     log.write("done")
     dist.barrier()
@@ -111,12 +112,6 @@ def _shard(model: Any) -> Any:
     if hasattr(sharded, "set_force_sum_reduction_for_comms"):
         sharded.set_force_sum_reduction_for_comms(True)
     return sharded
-
-
-def _replicate(model: Any) -> Any:
-    from torch.nn.parallel import DistributedDataParallel
-
-    return DistributedDataParallel(model)
 
 
 def _same(found: dict[str, Any], want: dict[str, Any], exact: bool = False) -> None:

@@ -32,9 +32,8 @@ class Total:
 
     @classmethod
     def of(cls, entries: Iterable[safetensors.Entry]) -> Total:
-        held = list(entries)
-        shapes = (entry.shape for entry in held)
-        return cls(len(held), sum(map(prod, shapes)), sum(entry.nbytes for entry in held))
+        sizes = [(prod(entry.shape), entry.nbytes) for entry in entries]
+        return cls(len(sizes), sum(n for n, _ in sizes), sum(nbytes for _, nbytes in sizes))
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,13 @@ class AverageListing:
     def total(self) -> Total:
         """The total of all dtypes together."""
         return Total.of(entry for _, entry in self.weights.values())
+
+    def to_json(self) -> dict[str, Any]:
+        weights = {
+            name: {"dtype": entry.dtype, "shape": list(entry.shape), "file": file}
+            for name, (file, entry) in self.weights.items()
+        }
+        return {"total": vars(self.total), "weights": weights}
 
 
 @dataclass(frozen=True)
@@ -112,42 +118,22 @@ class ModelReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
-        values = self.manifest.to_json()
-        averages = {
-            each.label: {
-                **values["averages"].get(each.label, {}),
-                "total": vars(each.total),
-                "weights": _entries_to_json(each),
-            }
-            for each in self.averages[1:]
+        values, sums = self.manifest.to_json(), self.manifest.sums_of
+        facts = {
+            "format": values["format"] if self.has_manifest else None,
+            "kind": self.kind,
+            "holds": self.manifest.weights if self.has_manifest else None,
+            "averages": {
+                each.label: values["averages"].get(each.label, {}) | each.to_json()
+                for each in self.averages[1:]
+            },
+            "files": {name: {"size": file.size} | sums(name) for name, file in self.files.items()},
+            "dtypes": {dtype: vars(total) for dtype, total in self.totals.items()},
+            "dtypes_of_the_model": self.manifest.dtypes,
+            "others": self.others,
+            "problems": self.problems,
         }
-        sums = self.manifest.sums_of
-        return (
-            {"path": self.path}
-            | values
-            | {
-                "format": values["format"] if self.has_manifest else None,
-                "kind": self.kind,
-                "holds": self.manifest.weights if self.has_manifest else None,
-                "averages": averages,
-                "files": {
-                    name: {"size": file.size} | sums(name) for name, file in self.files.items()
-                },
-                "total": vars(self.averages[0].total),
-                "dtypes": {dtype: vars(total) for dtype, total in self.totals.items()},
-                "dtypes_of_the_model": self.manifest.dtypes,
-                "weights": _entries_to_json(self.averages[0]),
-                "others": self.others,
-                "problems": self.problems,
-            }
-        )
-
-
-def _entries_to_json(average: AverageListing) -> dict[str, Any]:
-    return {
-        name: {"dtype": entry.dtype, "shape": list(entry.shape), "file": file}
-        for name, (file, entry) in average.weights.items()
-    }
+        return {"path": self.path} | values | facts | self.averages[0].to_json()
 
 
 def report_on(path: str | Path) -> ModelReport:

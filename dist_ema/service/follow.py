@@ -120,31 +120,27 @@ class Follower:
 
     def __next__(self) -> Version:
         self._asked = time.monotonic()
-        while True:
-            version = self._look()
-            if version is not None:
-                return version
+        while (version := self._look()) is None:
             if self._is_over:
                 raise StopIteration
             time.sleep(self._poll)
+        return version
 
     def __aiter__(self) -> Follower:
         return self
 
     async def __anext__(self) -> Version:
         self._asked = time.monotonic()
-        while True:
-            version = await asyncio.to_thread(self._look)
-            if version is not None:
-                return version
+        while (version := await asyncio.to_thread(self._look)) is None:
             if self._is_over:
                 raise StopAsyncIteration
             await asyncio.sleep(self._poll)
+        return version
 
     @property
     def _is_over(self) -> bool:
-        timed_out = time.monotonic() - self._asked > self._timeout
-        return timed_out or versions.is_stopped(self._folder, self._last)
+        waited = time.monotonic() - self._asked
+        return waited > self._timeout or versions.is_stopped(self._folder, self._last)
 
     def _look(self) -> Version | None:
         """The next version, if there is one; the one before is released."""

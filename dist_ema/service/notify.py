@@ -44,14 +44,14 @@ def notify(url: str, version: Version, timeout: float = 600.0) -> Outcome:
         An error holds what the server answered, like a rollback to the weights that it had.
     """
     path = str(version.path.absolute())
+    body: dict[str, Any] = {"model_path": path, "weight_version": str(version.number)}
+    calls = {url: body}
     if urlsplit(url).path.endswith(VLLM):
-        reload = {"method": "reload_weights", "kwargs": {"weights_path": path}}
-        error = _post(url, reload, timeout)
+        body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
         # NOTE: cached prefixes are of the weights before.
-        error = error or _post(url.replace(VLLM, "/reset_prefix_cache"), {}, timeout)
-    else:
-        request = {"model_path": path, "weight_version": str(version.number)}
-        error = _post(url, request, timeout)
+        calls = {url: body, url.replace(VLLM, "/reset_prefix_cache"): {}}
+    answers = (_post(to, body, timeout) for to, body in calls.items())
+    error = next(filter(None, answers), "")
     return Outcome(error=f"{url} did not load version {version.number}: {error}" if error else "")
 
 
