@@ -109,9 +109,11 @@ class ParameterListAverage:
                 "a sharded average cannot be copied or pickled: use average.save(path) and "
                 "average.load(path)."
             )
-        ema = {"model": self._ema.model, **self._options()}
-        dtype = self.weights.placement.dtype
-        return {"ema": ema, "dtype": dtype, "average": self._ema.state_dict()}
+        return {
+            "ema": {"model": self._ema.model, **self._options()},
+            "dtype": self.weights.placement.dtype,
+            "average": self._ema.state_dict(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._use(EMA(**state["ema"]), state["dtype"])
@@ -228,8 +230,7 @@ class ParameterListAverage:
     @property
     def _states(self) -> dict[str, ParamState]:
         """The states by name, in the order of `names`; a tied weight has several names."""
-        states = self.weights.states
-        by_name = {name: s for s in states for name in (s.name, *s.shard.aliases)}
+        by_name = {n: s for s in self.weights.states for n in (s.name, *s.shard.aliases)}
         return {name: by_name[name] for name in self.names}
 
     @property
@@ -263,8 +264,8 @@ class ParameterListAverage:
         self.follow()
         self.weights.refuse("load_state_dict", Reads.SHADOWS)
         self.weights.ready()
-        states = self._states.items()
-        _overwrite([(s.shard, s.shadow, by_name[name]) for name, s in states if name in by_name])
+        states = {name: state for name, state in self._states.items() if name in by_name}
+        _overwrite([(s.shard, s.shadow, by_name[name]) for name, s in states.items()])
 
     @torch.no_grad()
     def keep(self, given: Model | None = None, device: str | None = None) -> list[Tensor]:
@@ -274,8 +275,9 @@ class ParameterListAverage:
             given: other parameters than those of the list.
             device: of the copies; None: beside the parameters.
         """
-        held = self._held("store", given)
-        return [shard.shaped(shard.read().to(device, copy=True)) for shard in held]
+        return [
+            shard.shaped(shard.read().to(device, copy=True)) for shard in self._held("store", given)
+        ]
 
     @torch.no_grad()
     def put_back(self, kept: Sequence[Tensor], given: Model | None = None) -> None:

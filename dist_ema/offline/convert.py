@@ -204,9 +204,8 @@ def _complete(
     whole = not request.averaged_only and (
         bool(more) or (found.kind != "dist-ema" and not nameless)
     )
-    cut = len(request.prefix)
     chosen = {
-        name[cut:]: leaf
+        name.removeprefix(request.prefix): leaf
         for name, leaf in (weights | more).items()
         if name.startswith(request.prefix)
     }
@@ -322,10 +321,9 @@ def write(
         versions={"dist_ema": _version.VERSION},
         extra={"converted": {"from": plan.found.kind, "key": plan.found.key, **plan.found.extra}},
     )
-    model = writer.Model(files, safetensors.INDEX, {}, facts)
     writer.write(
         out,
-        model,
+        writer.Model(files, safetensors.INDEX, {}, facts),
         lambda name: map(Window, _content(plan.weights[name], plan.dtypes[name], name)),
         force=force,
         tick=tick,
