@@ -165,13 +165,12 @@ def window_of(options: argparse.Namespace) -> Window | None:
     return None if options.curve is None else Window(options.window, options.curve)
 
 
-def count(text: str) -> int:
-    """An argument's type: how many lines to show."""
-    if text == "all":
-        return sys.maxsize
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number or 'all', got {text!r}")
-    return int(text)
+# An argument's type: how many lines to show.
+count = number(
+    "a whole number or 'all'",
+    lambda value: value >= 0,
+    lambda text: sys.maxsize if text == "all" else int(text),
+)
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -104,7 +104,7 @@ def _facts(report: ModelReport) -> Iterator[tuple[str, str]]:
     yield from (("alias", f"{alias} is {name}") for alias, name in report.aliases.items())
     yield "in all", _total(report.averages[0].total)
     yield from ((dtype, _total(total)) for dtype, total in report.totals.items())
-    for name, file in ((name, file) for name, file in report.files.items() if name):
+    for name, file in report.files.items():
         sums = ", ".join(f"{kind} {value}" for kind, value in report.manifest.sums_of(name).items())
         yield "file", f"{name}: {file.size:,} bytes, {sums or 'no check sum'}"
     for why in sorted(set(report.others.values())):
@@ -115,31 +115,24 @@ def _facts(report: ModelReport) -> Iterator[tuple[str, str]]:
 
 
 def _history(report: ModelReport) -> Iterator[tuple[str, str]]:
-    from ..offline.model_card import format_clock
+    from ..offline.model_card import format_clock, format_schedule
 
     facts, attach = report.manifest, report.manifest.attach
     if facts.clock:
         yield "clock", format_clock(facts.clock)
-    yield from _schedules(report)
+    specs = list(map(format_schedule, facts.schedules))
+    if len(report.averages) == 1:
+        yield from (("schedule", spec) for spec in specs)
+    else:  # a line for each, with what is its own
+        for i, tree in enumerate(report.averages):
+            where = f"averages/{tree.label}" if tree.label else "in the folder itself"
+            own = ", ".join(facts.own_buffers_of(tree.label)) or "none"
+            spec = specs[i] if i < len(specs) else "no schedule"
+            yield f"average {i}", f"{spec}, {where}: {_total(tree.total)}; own buffers {own}"
     yield "attach", listed(attach) if attach else "updated by hand"
     if facts.extra:
         yield "extra", ", ".join(facts.extra)
     yield "versions", listed(facts.versions)
-
-
-def _schedules(report: ModelReport) -> Iterator[tuple[str, str]]:
-    """One line, or one for each of several averages with what is its own."""
-    from ..offline.model_card import format_schedule
-
-    specs = report.manifest.schedules
-    if len(report.averages) == 1:
-        yield from (("schedule", format_schedule(spec)) for spec in specs)
-        return
-    for i, tree in enumerate(report.averages):
-        where = f"averages/{tree.label}" if tree.label else "in the folder itself"
-        own = ", ".join(report.manifest.own_buffers_of(tree.label)) or "none"
-        spec = format_schedule(specs[i]) if i < len(specs) else "no schedule"
-        yield f"average {i}", f"{spec}, {where}: {_total(tree.total)}; own buffers {own}"
 
 
 def _total(total: Total) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -87,6 +87,10 @@ class Timeline:
         knots: (now, updates) at some moments; between two of them all moves count as equal.
         before: Units of training before averaging began.
 
+    Attributes:
+        edges: The clock at the end of each row.
+        widths: Updates in each row; the start counts as one.
+
     Raises:
         ValueError: The clocks cannot be of one run.
     """
@@ -101,29 +105,15 @@ class Timeline:
                     f"{later:g}. Was averaging begun again in between (ema.reset), or do the "
                     "snapshots come from two runs?"
                 )
-        self._merge = max(1, -(-self._knots[-1][1] // MOST_CELLS))  # updates per cell
-
-    @cached_property
-    def _cells(self) -> tuple[Array, Array]:
-        """(clock at the edges, updates in each cell); every knot is an edge."""
-        edges, counts = [np.zeros(1)], []
+        merged = max(1, -(-self._knots[-1][1] // MOST_CELLS))  # updates per cell
+        edges, counts = [np.zeros(1)], [np.ones(1)]
         for (now, updates), (later, more) in pairwise(self._knots):
-            moves = np.append(np.arange(0.0, more - updates, self._merge), more - updates)
+            moves = np.append(np.arange(0.0, more - updates, merged), more - updates)
             inner = now + moves[1:] * ((later - now) / (more - updates))
-            inner[-1] = later
+            inner[-1] = later  # every knot is an edge
             edges.append(inner)
             counts.append(np.diff(moves))
-        return np.concatenate(edges), np.concatenate([*counts, np.zeros(0)])
-
-    @property
-    def edges(self) -> Array:
-        """The clock at the end of each row."""
-        return self._cells[0]
-
-    @property
-    def widths(self) -> Array:
-        """Updates in each row; the start counts as one."""
-        return np.append(1.0, self._cells[1])
+        self.edges, self.widths = np.concatenate(edges), np.concatenate(counts)
 
     def row(self, now: float) -> int:
         """The row that ends at a knot's clock."""
@@ -238,7 +228,7 @@ class Mixer:
         self._line = Timeline(
             [*(knots[i] for i in self._used), (self.now, self.updates)], befores[0]
         )
-        self._tracks: dict[Schedule, _Track] = {}
+        self._track = lru_cache(maxsize=None)(partial(_Track, line=self._line))
 
     def fit(self, target: Schedule) -> Fit:
         """The weights of the nearest mixture ([Note: sum])."""
@@ -279,11 +269,6 @@ class Mixer:
         wanted = _Curve(target, line) if isinstance(target, Window) else self._track(target)
         columns = [track.shares(line.row(now), rows) for track, now in tracks]
         return np.stack([*columns, wanted.shares(line.row(self.now), rows)], axis=1)
-
-    def _track(self, of: Schedule) -> _Track:
-        if of not in self._tracks:
-            self._tracks[of] = _Track(of, self._line)
-        return self._tracks[of]
 
     def _reduced(self, target: Schedule) -> Array:
         """The triangle R of QR of all columns, weighted by the cells' widths.
