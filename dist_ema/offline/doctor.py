@@ -290,25 +290,25 @@ def _wait(ranks: list[subprocess.Popen[bytes]], until: float) -> list[int | None
     return [rank.poll() for rank in ranks]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The last report of a rank; its error is the last line on stderr where it wrote none."""
-    try:
-        report: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
-        report = {"step": "start Python", "error": None}
-    if report["step"] != "done":
-        report["error"] = report["error"] or _last(path.with_suffix(".txt").read_text())
-    return report
+def _read(path: Path) -> tuple[str, str]:
+    """The step that a rank came to, and the last line on its stderr."""
+    step = path.with_suffix(".step")
+    return (
+        step.read_text() if step.exists() else "start Python",
+        _last(path.with_suffix(".txt").read_text()),
+    )
 
 
 def _failures(
-    codes: list[int | None], reports: list[dict[str, Any]], timeout: float
+    codes: list[int | None], reports: list[tuple[str, str]], timeout: float
 ) -> Iterator[str]:
     """The ranks that failed; where none did, those that have not finished."""
-    ranks = [(i, code, reports[i]["step"], reports[i]["error"]) for i, code in enumerate(codes)]
-    failed = [rank for rank in ranks if rank[3] or (rank[1] and rank[2] != "done")]
+    ranks = [
+        (i, code, *report) for i, (code, report) in enumerate(zip(codes, reports, strict=True))
+    ]
+    unfinished = [rank for rank in ranks if rank[2] != "done"]
+    failed = [rank for rank in unfinished if rank[1]]
     for i, code, step, error in failed:
         yield f"rank {i} at '{step}': {error or f'died with exit code {code}'}"
-    for i, _, step, _ in ranks if not failed else ():
-        if step != "done":
-            yield f"rank {i} was still at '{step}' after {timeout:g} s"
+    for i, _, step, _ in unfinished if not failed else ():
+        yield f"rank {i} was still at '{step}' after {timeout:g} s"

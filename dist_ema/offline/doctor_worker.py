@@ -3,8 +3,9 @@
     python -m dist_ema.offline.doctor_worker facts
     python -m dist_ema.offline.doctor_worker rank R W FOLDER
 
-A rank writes the step that it is at to FOLDER/rank-R.json, so that an error can name it. It does
-what a user's script does, so it names wrappers, as `sharding` does.
+A rank writes the step that it is at to FOLDER/rank-R.step, so that an error can name it. The error
+itself is the last line on stderr. A rank does what a user's script does, so it names wrappers, as
+`sharding` does.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +52,33 @@ def rank(number: int, world: int, folder: Path) -> None:
 
     It trains, averages, saves, loads, and compares with full weights.
     """
-    log = _Log(folder / f"rank-{number}.json")
-    with log.step("import torch and dist_ema"):
-        import torch
-        import torch.distributed as dist
-        from torch.nn.parallel import DistributedDataParallel
+    begin = partial(_begin, folder / f"rank-{number}")
+    begin("import torch and dist_ema")
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
 
-        torch.set_num_threads(1)
-    with log.step("join the group (gloo)"):
-        where = f"file://{folder.resolve()}/rendezvous"
-        dist.init_process_group(
-            "gloo", init_method=where, rank=number, world_size=world, timeout=timedelta(seconds=60)
-        )
+    torch.set_num_threads(1)
+    begin("join the group (gloo)")
+    where = f"file://{folder.resolve()}/rendezvous"
+    dist.init_process_group(
+        "gloo", init_method=where, rank=number, world_size=world, timeout=timedelta(seconds=60)
+    )
     for name, wrap in (("FSDP2", _shard), ("DDP", DistributedDataParallel)):
-        _round(log, name, wrap, folder)
-    log.write("done")
+        _round(begin, name, wrap, folder)
+    begin("done")
     dist.barrier()
 
 
-def _round(log: _Log, name: str, wrap: Callable[[Any], Any], folder: Path) -> None:
+def _begin(file: Path, step: str) -> None:
+    """Record the step that this rank is at."""
+    file.with_suffix(".new").write_text(step)
+    os.replace(file.with_suffix(".new"), file.with_suffix(".step"))
+
+
+def _round(
+    begin: Callable[[str], None], name: str, wrap: Callable[[Any], Any], folder: Path
+) -> None:
     import torch
 
     from ..ema import EMA
@@ -77,29 +86,27 @@ def _round(log: _Log, name: str, wrap: Callable[[Any], Any], folder: Path) -> No
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
     want = {key: value.detach().clone() for key, value in module.named_parameters()}
-    with log.step(f"{name}: wrap a model"):
-        model = wrap(module)
-        ema = EMA(model, 0.5)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        ema.attach(optimizer)
-    with log.step(f"{name}: train and average"):
-        torch.manual_seed(1)
-        for _ in range(3):
-            model(torch.randn(4, 5)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            live = EMA(model, 0.5).gather()
-            want = {
-                key: value.lerp(live[key], 0.5) if live else value for key, value in want.items()
-            }
-    with log.step(f"{name}: compare with full weights"):
-        _same(ema.gather(), want)
-    with log.step(f"{name}: save and load"):
-        ema.save(folder / f"average-{name}")
-        before = ema.gather()
-        ema.reset()
-        ema.load(folder / f"average-{name}")
-        _same(ema.gather(), before, exact=True)
+    begin(f"{name}: wrap a model")
+    model = wrap(module)
+    ema = EMA(model, 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ema.attach(optimizer)
+    begin(f"{name}: train and average")
+    torch.manual_seed(1)
+    for _ in range(3):
+        model(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        live = EMA(model, 0.5).gather()
+        want = {key: value.lerp(live[key], 0.5) if live else value for key, value in want.items()}
+    begin(f"{name}: compare with full weights")
+    _same(ema.gather(), want)
+    begin(f"{name}: save and load")
+    ema.save(folder / f"average-{name}")
+    before = ema.gather()
+    ema.reset()
+    ema.load(folder / f"average-{name}")
+    _same(ema.gather(), before, exact=True)
 
 
 def _shard(model: Any) -> Any:
@@ -120,42 +127,22 @@ def _same(found: dict[str, Any], want: dict[str, Any], exact: bool = False) -> N
 
     for name, value in found.items():
         other = want[name]
-        if not (
-            torch.equal(value, other)
-            if exact
-            else torch.allclose(value, other, rtol=1e-5, atol=1e-6)
-        ):
+        near = torch.allclose(value, other, rtol=1e-5, atol=1e-6)
+        if not (torch.equal(value, other) if exact else near):
             raise ValueError(f"{name} is off by {(value - other).abs().max().item():.3g}")
-
-
-class _Log:
-    """The step that this rank is at, in a file that is replaced atomically."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def write(self, step: str, error: str | None = None) -> None:
-        new = self._path.with_suffix(".new")
-        new.write_text(json.dumps({"step": step, "error": error}))
-        os.replace(new, self._path)
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        self.write(name)
-        try:
-            yield
-        except BaseException as error:
-            self.write(name, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
-            raise
 
 
 def _main(arguments: list[str]) -> None:
     if arguments[0] == "facts":
         print(json.dumps(facts()))
         return
-    rank(int(arguments[1]), int(arguments[2]), Path(arguments[3]))
-    sys.stdout.flush()
-    os._exit(0)  # gloo sometimes aborts in a normal exit, after everything passed
+    code = 0
+    try:
+        rank(int(arguments[1]), int(arguments[2]), Path(arguments[3]))
+    except BaseException as error:
+        code, text = 1, " ".join(str(error).split())[:500]
+        print(f"{type(error).__name__}: {text}", file=sys.stderr, flush=True)
+    os._exit(code)  # gloo sometimes aborts in a normal exit, after everything passed
 
 
 if __name__ == "__main__":
