@@ -100,13 +100,13 @@ class ThreadRanks(Ranks):
         self.stores: list[Store] = []
         self._connect([], 120.0)
 
-    def _connect(self, stores: Sequence[dist.Store], timeout: float) -> None:
+    def _connect(self, stores: Sequence[Any], timeout: float) -> None:
         store = Store(dist.PrefixStore(self._prefix, self._base))
         self.stores.append(store)
         beats = dist.PrefixStore(self._prefix, self._base)
         self._use(StoreCoordinator(store, self.members, self.rank, timeout, beats))
 
-    def _another_connection(self, prefix: str) -> dist.Store:
+    def _open_bounded(self, prefix: str, timeout: float) -> Any:
         return dist.PrefixStore(prefix, self._base)
 
     def _open_store(self, prefix: str) -> dist.Store:  # type: ignore[override]

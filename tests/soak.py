@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import EMA, HalfLife, Uniform, load_file
+from dist_ema.distributed.deadlines import BoundedStore
 from tests._ranks import run_ranks
 from tests._wrappers import wrap
 
@@ -38,7 +39,6 @@ WORLD = 2
 LR = 0.1
 EVERY = 100  # verbs between two counts
 SLACK = 16 << 20  # bytes by which the resident set may differ; allocators keep some
-DEAD = 5  # keys that stay in the store of an EMA that is gone: of its last two exchanges
 WEIGHTS = {
     "step": 40,
     "swap": 6,
@@ -55,7 +55,7 @@ WEIGHTS = {
     "attach": 4,
     "reset": 1,
     "rescan": 2,
-    "another": 1,
+    "another": 2,
 }
 
 
@@ -70,14 +70,20 @@ class Counts:
     files: int
 
     @classmethod
-    def now(cls, store: dist.Store, folder: Path, dead: int) -> Counts:
+    def now(cls, store: dist.Store, folder: Path) -> Counts:
         gc.collect()
+        stores = sum(type(each) is BoundedStore for each in gc.get_objects())
+        for _ in range(1000):  # the thread of one that is gone ends a moment later
+            names = [thread.name for thread in threading.enumerate()]
+            if names.count("dist_ema store") == stores:
+                break
+            time.sleep(0.01)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return cls(
             pages * os.sysconf("SC_PAGESIZE"),
             len(os.listdir("/proc/self/fd")),
             threading.active_count(),
-            store.num_keys() - DEAD * dead,
+            store.num_keys(),
             sum(1 for _ in folder.rglob("*")),
         )
 
@@ -129,7 +135,8 @@ class Soak:
         self.reference.begin(self.live)
         self.handle: Any = None
         self.saved: dict[Path, Reference] = {}
-        self.count = self.epoch = self.dead = 0
+        self.count = self.epoch = 0
+        self.another()
 
     def verb(self) -> str:
         """Do one verb, the same on every rank; returns its name."""
@@ -247,7 +254,7 @@ class Soak:
         other = EMA(self.model, 0.5)
         other.update()
         other.gather()
-        self.dead += 1
+        other.export(self.folder / "other")
 
 
 def _as(target: Tensor, full: Tensor) -> Tensor:
@@ -279,7 +286,7 @@ def rank(folder: str, verbs: int, wrapper: str, seed: int, every: int = EVERY) -
         if number % every == 0:
             soak.save()  # waits for one that is in flight
             dist.barrier()
-            counts.append(Counts.now(store, root, soak.dead))
+            counts.append(Counts.now(store, root))
             dist.barrier()
             if dist.get_rank() == 0 and verbs > 1000 and number % 1000 == 0:
                 print(f"{number} verbs, {time.monotonic() - began:.0f} s, {counts[-1]}", flush=True)

@@ -53,6 +53,7 @@ class Case(NamedTuple):
 
 
 STOP, KILL = signal.SIGSTOP, signal.SIGKILL
+ENTERED: list[Any] = []
 
 
 def arm(case: Case) -> None:
@@ -76,6 +77,12 @@ def arm(case: Case) -> None:
         setattr(place, name, counted(getattr(place, name)))
 
 
+def enter_swap(ema: EMA) -> None:
+    """Enter it alone: a swap that is dropped is left, and that takes a timeout of its own."""
+    ENTERED.append(ema.swap())
+    ENTERED[-1].__enter__()
+
+
 def use(ema: EMA, case: Case, other: nn.Module, folder: Path, is_victim: bool) -> None:
     """The verb of the case, in which the victim fails."""
     if case.verb not in ("leave", "block"):
@@ -88,7 +95,7 @@ def use(ema: EMA, case: Case, other: nn.Module, folder: Path, is_victim: bool) -
             "save": lambda: ema.save(folder / "new"),
             "stream": lambda: ema.save(folder / "new", mode="stream"),
             "export": lambda: ema.export(folder / "out"),
-            "swap": lambda: ema.swap().__enter__(),
+            "swap": lambda: enter_swap(ema),
             "EMA": lambda: EMA(other, 0.5, timeout=TIMEOUT),
         }
         calls[case.verb]()

@@ -8,6 +8,7 @@ EMA with a rank that is late, elsewhere, or dead.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -31,6 +32,7 @@ from dist_ema.checkpoint import reader
 from dist_ema.distributed import coordinator
 from dist_ema.distributed.connections import Connections
 from dist_ema.distributed.coordinator import StoreCoordinator
+from dist_ema.distributed.diagnosis import Exchange, digest
 from dist_ema.distributed.ranks import Ranks
 from dist_ema.sharding import wrappers
 from tests._models import Net
@@ -377,6 +379,25 @@ def test_a_dead_rank_is_named(quick: None) -> None:
         lambda board: board.run_on_first("save", lambda: 1) if board.rank else None
     )
     assert "rank 10 did not enter it" in str(found[1]), "the one who decides"
+
+
+def test_a_rank_that_dies_while_it_answers_costs_one_timeout(quick: None) -> None:
+    """Its answer holds. Guards that the next exchange does not wait for the timeout again."""
+    world = World(2, timeout=0.4)
+    exchange = Exchange(0, "save", 0, digest([]))
+    world.store.set("0/answer", json.dumps({"exchange": exchange, "value": 7}))
+
+    def work(board: StoreCoordinator) -> Any:
+        board.begin("save")
+        if board.rank == 1:
+            answer = board.run_on_first("save", lambda: 0)
+            board.timeout = FOREVER
+            with raises(RuntimeError, "rank 10 gave no sign of life"):
+                board.run_on_all("save", lambda: None)
+            return answer
+        return None
+
+    assert world.spread(work) == [None, 7]
 
 
 def test_the_one_who_speaks_may_die_too(quick: None) -> None:

@@ -14,7 +14,7 @@ from tests._ranks import run_ranks
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_nothing_grows(wrapper: str, tmp_path: Path) -> None:
     """The average equals float64, and the second half of the run holds no more than the first."""
-    for counts in run_ranks(soak.WORLD, soak.rank, str(tmp_path), 160, wrapper, 1, 20):
+    for counts in run_ranks(soak.WORLD, soak.rank, str(tmp_path), 160, wrapper, 5, 20):
         assert len(counts) == 8
         assert soak.grown(counts) == {}
 

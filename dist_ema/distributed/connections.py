@@ -40,7 +40,7 @@ WINDOW = 16 << 20  # bytes that a receiver holds at once
 MOST_RUNS = 1 << 16  # in one window
 
 ACCEPTED = b"1"
-PATIENCE = 10.0  # seconds until an address that does not answer is given up
+PATIENCE = 10.0  # seconds until the addresses of a rank are given up, and tried again
 IDLE = 0.02  # seconds between two looks whether a transfer has ended
 
 _GREETING, _HEAD, _COUNT = struct.Struct("<32sQ"), struct.Struct("<IQ"), struct.Struct("<I")
@@ -103,6 +103,7 @@ class Connections:
             column = self._machines.column(number)
             text = pack([[rank, *table[rank]] for rank in column])
             self._coordinator.store.set(f"column/{number}", text)
+            self._coordinator.keep(f"column/{number}")
 
     def _address(self, rank: int) -> tuple[int, list[str]]:
         column = self._machines.columns[rank]
@@ -172,6 +173,7 @@ class Connections:
         """
         port, addresses = self._address(rank)
         patience = max(self._coordinator.interval, min(PATIENCE, self._coordinator.timeout))
+        patience /= len(addresses)
         failure: OSError | None = None
         for address in addresses:
             try:

@@ -58,6 +58,7 @@ REMIND = 60.0  # seconds between two such lines
 FAN_IN = 8  # messages that one rank combines with its own
 LOOKS = 50_000  # at the counters, of all ranks together in a second, at most
 
+KEPT = 1 << 62  # the number of keys that are no exchange's
 FLAG, ANSWERED, CODE = 1 << 15, 1 << 30, 1 << 35
 
 
@@ -101,11 +102,13 @@ class StoreCoordinator:
         self._number, self._verb, self._step = 0, "", 0
         self._arguments: dict[str, str] = {}
         self._is_compared = False
-        self._written: list[tuple[int, str]] = []  # (number, key), not deleted yet
+        self.written: list[tuple[int, str]] = []  # (number, key) of this rank, not deleted yet
+        self.keep(f"heartbeats/{rank}", *["heartbeats"] * (rank == 0))
         self._heartbeats = Heartbeats(heartbeat_store or store, rank, self.size)
         self._transfer: Exchange | None = None  # the exchange that ends the bytes under way
         self._last = Exchange(0, "", 0)
         self._ends_when_full = False  # the current exchange needs no answer
+        self._lost_one = False  # a rank died after its answer: the next wait need not be long
 
     # --- verbs -----------------------------------------------------------------------------------
 
@@ -124,6 +127,10 @@ class StoreCoordinator:
         """
         self._verb, self._step = verb, 0
         self.compare(arguments or {})
+
+    def keep(self, *keys: str) -> None:
+        """Leave keys that this rank writes in the store until all ranks are gone."""
+        self.written += [(KEPT, key) for key in keys]
 
     def compare(self, arguments: dict[str, Any]) -> None:
         """Have the next exchange raise ValueError where the arguments differ between ranks."""
@@ -174,7 +181,7 @@ class StoreCoordinator:
         key, own = f"{self._number}/same/{about}", f"{value}@{self.rank}"
         first = self.store.compare_set(key, "", own).decode()
         if first == own:
-            self._written.append((self._number, key))
+            self.written.append((self._number, key))
         return bool(first.rpartition("@")[0] == str(value))
 
     def run_and_reduce(
@@ -301,7 +308,7 @@ class StoreCoordinator:
         for i, name in enumerate(keys):
             turn = (2 * exchange.number + i) % (self.size - combining)
             if combining + turn == self.rank:
-                self._written.append((exchange.number, exchange.key(name)))
+                self.written.append((exchange.number, exchange.key(name)))
         return exchange
 
     def _attempt(self, verb: str, work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -323,7 +330,7 @@ class StoreCoordinator:
         failure = exchange.key("error")
         with self._reported(exchange):
             if error is not None:
-                self._written.append((exchange.number, failure))
+                self.written.append((exchange.number, failure))
                 text = json.dumps([self.members[self.rank], error_text(error)])
                 self.store.compare_set(failure, "", text)
             self._count(exchange, flag or error is not None)
@@ -410,13 +417,13 @@ class StoreCoordinator:
 
     def _set(self, exchange: Exchange, name: str, text: str) -> None:
         self.store.set(exchange.key(name), text)
-        self._written.append((exchange.number, exchange.key(name)))
+        self.written.append((exchange.number, exchange.key(name)))
 
     def _publish(self, exchange: Exchange, answer: dict[str, Any], name: str = "answer") -> Any:
         """Write the answer, unless another rank has written one. Returns what was written."""
         key, count, text = exchange.key(name), exchange.key("count"), json.dumps(answer)
         if "value" not in answer:  # an exchange that succeeds has no such key
-            self._written.append((exchange.number, key))
+            self.written.append((exchange.number, key))
         published = self.store.compare_set(key, "", text)
         if name == "answer" and published == text.encode():
             total = Count.of(self.store.add(count, ANSWERED))
@@ -474,6 +481,9 @@ class StoreCoordinator:
         Should that one have died, any other does so 2 * GRACE later.
         """
         began = heard = time.monotonic()
+        if self._lost_one:
+            heard -= self.timeout - 2 * self.interval
+            self._lost_one = False
         remind_at, heartbeats, is_here, speaks = began + FIRST_REMINDER, None, False, False
         while True:
             ended, value = self._look(exchange, ready, began)
@@ -497,6 +507,7 @@ class StoreCoordinator:
                     if not self._counted(exchange).answers:
                         # An answer is there, and the rank that published it died at once.
                         self.store.add(exchange.key("count"), ANSWERED)
+                        self._lost_one = True
                 elif called:
                     remind_at = now + REMIND
                     self._remind(exchange, now - began)
@@ -556,17 +567,17 @@ class StoreCoordinator:
 
     def _forget(self, exchange: Exchange) -> None:
         """Delete this rank's keys of earlier exchanges: every rank counted here has read them."""
-        for number, key in self._written:
+        for number, key in self.written:
             if number < exchange.number:
                 self.store.delete_key(key)
-        self._written = [entry for entry in self._written if entry[0] >= exchange.number]
+        self.written[:] = [entry for entry in self.written if entry[0] >= exchange.number]
 
     # --- when ranks disagree or are silent -------------------------------------------------------
 
     def _speaks(self, exchange: Exchange) -> bool:
         """This rank is the one that calls the roll; it is if no other was faster."""
         key, rank = exchange.key("speaker"), str(self.rank)
-        self._written.append((exchange.number, key))
+        self.written.append((exchange.number, key))
         return bool(self.store.compare_set(key, "", rank) == rank.encode())
 
     def _missing(self, exchange: Exchange) -> list[int]:

@@ -8,7 +8,6 @@ attempt, or of another EMA, can be read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
@@ -18,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import leftovers
+from .claims import Claims
 from .connections import Connections
 from .coordinator import StoreCoordinator, store_errors
 from .deadlines import BoundedStore, together, within
@@ -57,22 +58,26 @@ class Ranks:
         self.rank = self.members.index(dist.get_rank()) if self.size > 1 else 0
         self.group: dist.ProcessGroup | None = None
         self._open_store, self._prefixes, self._prefix = open_store, 0, ""
-        stores: list[dist.Store] = []
+        self._claims = Claims(self._open_claims)
+        stores: list[BoundedStore] = []
         if self.size > 1:
             counters = open_store("dist_ema/construction")
             stores = together(
-                "EMA(...)", self.members, counters, timeout, lambda: self._assemble(group)
+                "EMA(...)", self.members, counters, timeout, lambda: self._assemble(group, timeout)
             )
         self._connect(stores, timeout)
 
-    def _assemble(self, group: dist.ProcessGroup | None) -> list[dist.Store]:
+    def _assemble(self, group: dist.ProcessGroup | None, timeout: float) -> list[BoundedStore]:
         self.group = self._whole_group(group)
+        leftovers.count(self._open_store)
         self._prefix = f"dist_ema/{self._incarnation()}"
-        return [self._open_store(self._prefix), self._another_connection(self._prefix)]
+        leftovers.delete(self._open_store)
+        messages = BoundedStore(self._open_store(self._prefix), timeout)
+        return [messages, self._open_bounded(self._prefix, timeout)]
 
-    def _connect(self, stores: Sequence[dist.Store], timeout: float) -> None:
+    def _connect(self, stores: Sequence[BoundedStore], timeout: float) -> None:
         """Send messages over the first store, and heartbeats over the second."""
-        self._stores = [BoundedStore(store, timeout) for store in stores]
+        self._stores = list(stores)
         coordinator = StoreCoordinator(
             self._stores[0] if self._stores else None,
             self.members,
@@ -80,6 +85,8 @@ class Ranks:
             timeout,
             self._stores[-1] if self._stores else None,
         )
+        if stores:
+            leftovers.note_when_gone(coordinator, self._prefix, stores[0])
         self._use(coordinator)
 
     def _use(self, coordinator: StoreCoordinator) -> None:
@@ -96,10 +103,16 @@ class Ranks:
         self._machines: Machines | None = None
         self._connections: Connections | None = None
 
-    def _another_connection(self, prefix: str) -> dist.Store:
-        """NOTE: a connection that waits is locked, and another thread would wait with it."""
+    def _open_bounded(self, prefix: str, timeout: float) -> BoundedStore:
+        """Another connection to the store. Raises DistNetworkError if that takes `timeout`."""
+        # NOTE: a connection that waits is locked, and another thread would wait with it.
         store: Any = self._open_store(prefix)
-        return store.clone()  # type: ignore[no-any-return]
+        return BoundedStore(within(timeout, store.clone), timeout)
+
+    def _open_claims(self, timeout: float) -> BoundedStore:
+        # NOTE: torchrun keeps the store when it starts anew with more or fewer ranks, which form
+        # other groups. As many ranks as before form the same groups.
+        return self._open_bounded(f"dist_ema/claims/{dist.get_world_size()}", timeout)
 
     def with_own_messages(self) -> Ranks:
         """The same ranks, with messages over connections of their own.
@@ -107,17 +120,12 @@ class Ranks:
         Raises:
             RuntimeError: It takes longer than the timeout.
         """
-        other, stores = copy(self), list[dist.Store]()
+        other, stores = copy(self), list[BoundedStore]()
         if self.size > 1:
             self._prefixes += 1  # every rank calls this as often as the others do
-            prefix = other._prefix = f"{self._prefix}/{self._prefixes}"
-            other._prefixes = 0
-
-            def connect() -> list[dist.Store]:
-                return [self._another_connection(prefix) for _ in range(2)]
-
+            other._prefixes, other._prefix = 0, f"{self._prefix}/{self._prefixes}"
             with store_errors(self._coordinator.verb):
-                stores = within(self.timeout, connect)
+                stores = [self._open_bounded(other._prefix, self.timeout) for _ in range(2)]
         other._connect(stores, self.timeout)
         return other
 
@@ -143,17 +151,10 @@ class Ranks:
         Returns:
             (ranks, value) that stand there now: these ranks' own, or those of the others.
         """
-        own = [self.members, value]
         if not dist.is_initialized() or self.size == dist.get_world_size():
             return self.members, value
         with store_errors(self._coordinator.verb):
-            store = within(self.timeout, lambda: self._another_connection("dist_ema/claims"))
-            bounded = BoundedStore(store, self.timeout)
-            members, found = json.loads(bounded.compare_set(key, "", json.dumps(own)))
-            if members == self.members and found != value:
-                bounded.set(key, json.dumps(own))
-                found = value
-        return members, found
+            return self._claims.claim(key, self.members, value, self.timeout)
 
     @property
     def first(self) -> bool:
