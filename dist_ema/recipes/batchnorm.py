@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -310,26 +310,16 @@ def _wide(x: Tensor) -> Tensor:
 @contextmanager
 def _watched(model: nn.Module, layers: Mapping[str, Any], watch: _Watch) -> Iterator[None]:
     """Evaluation mode, and a hook on every layer. Modes and statistics are restored at the end."""
-    modes = {module: module.training for module in model.modules()}
-    kept = {
-        module: (module.running_mean.clone(), module.running_var.clone())
-        for module in layers.values()
-    }
-    hooks = [
-        module.register_forward_pre_hook(partial(watch.before_layer, name), with_kwargs=True)
-        for name, module in layers.items()
-    ]
-    model.eval()
-    try:
+    with ExitStack() as undo:
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        for name, layer in layers.items():
+            for statistic in (layer.running_mean, layer.running_var):
+                undo.callback(statistic.copy_, statistic.clone())
+            hook = partial(watch.before_layer, name)
+            undo.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        model.eval()
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, (mean, variance) in kept.items():
-            module.running_mean.copy_(mean)
-            module.running_var.copy_(variance)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _refuse(moments: Mapping[str, _Moments], layers: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ last normalisation alone.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -24,16 +24,17 @@ from ..sharding import wrappers
 __all__ = ["Frozen", "freeze_for_resolution"]
 
 
-@dataclass
-class Frozen:
-    """The changes of `freeze_for_resolution`. `undo` or the end of a `with` block reverts them."""
+class Frozen(ExitStack):
+    """The changes of `freeze_for_resolution`. `undo` or the end of a `with` block reverts them.
 
-    model: nn.Module
-    names: list[str]  # of the parameters that are trained
-    _free: list[nn.Parameter]
-    _required: dict[nn.Parameter, bool] = field(repr=False)
-    _modes: dict[nn.Module, bool] = field(repr=False)
-    _hook: Any = field(repr=False)
+    Attributes:
+        model: As it was given.
+        names: Of the parameters that are trained.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str], free: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.model, self.names, self._free = model, names, free
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters for the optimizer."""
@@ -41,20 +42,7 @@ class Frozen:
 
     def undo(self) -> None:
         """Every requires_grad and every mode as it was before. Idempotent."""
-        if self._hook is None:
-            return
-        self._hook.remove()
-        self._hook = None
-        for parameter, required in self._required.items():
-            parameter.requires_grad_(required)
-        for module, mode in self._modes.items():
-            module.training = mode
-
-    def __enter__(self) -> Frozen:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
+        self.close()
 
 
 def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None = None) -> Frozen:
@@ -83,24 +71,22 @@ def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None
     )
     trained = {inner for module in chosen for inner in module.modules()}
     free = list(dict.fromkeys(parameter for module in chosen for parameter in module.parameters()))
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    modes = {module: module.training for module in model.modules()}
-    for parameter in required:
+    named = wrappers.unwrapped(model).named_parameters()
+    names = [wrappers.canonical(name) for name, parameter in named if parameter in set(free)]
+    frozen = Frozen(model, names, free)
+    for parameter in model.parameters():
+        frozen.callback(parameter.requires_grad_, parameter.requires_grad)
         parameter.requires_grad_(parameter in set(free))
+    for module in model.modules():
+        frozen.callback(setattr, module, "training", module.training)
 
     def keep_in_eval(*_: Any) -> None:
         for module in model.modules():
             if module not in trained:
                 module.training = False
 
-    names = [
-        wrappers.canonical(name)
-        for name, each in wrappers.unwrapped(model).named_parameters()
-        if each.requires_grad
-    ]
-    return Frozen(
-        model, names, free, required, modes, model.register_forward_pre_hook(keep_in_eval)
-    )
+    frozen.callback(model.register_forward_pre_hook(keep_in_eval).remove)
+    return frozen
 
 
 def _pick(modules: dict[str, nn.Module], what: str, name: str) -> nn.Module:
