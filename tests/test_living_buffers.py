@@ -516,3 +516,46 @@ def test_own_buffers_end_when_training_resizes_one_of_them() -> None:
     assert weights["mean"].tolist() == [5, 5]
     assert weights["count"] == 5
     assert weights["bank"].shape == (3,)
+
+
+class Shared(nn.Module):
+    """One buffer tensor in two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+        table = torch.zeros(2)
+        self.a.register_buffer("table", table)
+        self.b.register_buffer("table", table)
+
+
+@pytest.mark.parametrize("split", ["ab", "b"])
+def test_an_averaged_buffer_that_is_no_longer_shared_is_named(split: str) -> None:
+    """Guards `taken` in Inventory: after `rescan` each name has an average of its own."""
+    model = Shared()
+    ema = EMA(model, 0.5, buffers="average")
+    ema.update()
+    for name in split:
+        getattr(model, name).table = torch.full((2,), 4.0)
+    with pytest.raises(RuntimeError, match=r"^b\.table no longer shares memory"):
+        ema.gather()
+    ema.rescan()
+    ema.update()
+    weights = ema.gather()
+    assert weights["a.table"].tolist() == [2.0 if split == "ab" else 0.0] * 2
+    assert weights["b.table"].tolist() == [4.0, 4.0]
+
+
+@pytest.mark.parametrize("buffers", ["average", "copy"])
+def test_buffers_that_move_to_another_module(buffers: Any) -> None:
+    """SyncBatchNorm in the place of BatchNorm: the weights are the same objects."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    program = Program(model, buffers=buffers)
+    program.step(2)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if buffers == "average":
+        with pytest.raises(RuntimeError, match=r"1\.running_mean, .* no longer shares memory"):
+            program.ema.gather()
+        program.ema.rescan()
+    program.step(2)
+    assert program.swap() < 2e-5

@@ -438,6 +438,14 @@ def test_a_teacher_whose_memory_is_no_longer_its_own(edit: Any) -> None:
             verb()
 
 
+def test_rescan_does_not_follow_another_module_in_the_teacher() -> None:
+    model, teacher = net(), net()
+    ema = EMA(model, 0.5, into=teacher)
+    model[2], teacher[2] = nn.Linear(6, 5), nn.Linear(6, 5)
+    with pytest.raises(RuntimeError, match=r"^2\.weight, 2\.bias of the teacher is another"):
+        ema.rescan()
+
+
 def test_live_in_the_memory_of_the_average_is_named() -> None:
     """`state_dict()` aliases the shadows: what is assigned from it would be its own average."""
     program = Program(nn.Sequential(nn.Linear(4, 4)))

@@ -59,6 +59,7 @@ class Inventory:
         What is averaged already keeps its shadow, if it is the same object. Everything else that
         should have a shadow gets one, equal to live. What the model no longer holds is dropped.
         """
+        _refuse_replaced(teacher)
         kept = self._kept(found)
         names = {shard.name for shard in found.shards if self.selection.averages(shard)}
 
@@ -99,13 +100,15 @@ class Inventory:
             if state.shadow is not None
             for name in (state.name, *state.shard.aliases)
         }
-        kept = {}
+        kept: dict[str, str] = {}
+        taken: set[str] = set()
         for shard in found.shards:
             # A weight that was tied since may come under another of its names first.
             names = [name for name in (shard.name, *shard.aliases) if name in known]
             same = [known[name] for name in names if _held_alike(known[name], shard)]
-            if same:
+            if same and same[0].name not in taken:  # by another name of a buffer that was shared
                 kept[shard.name] = same[0].name
+                taken.add(same[0].name)
         return kept
 
     def _bind_teacher(self, teacher: Teacher, states: dict[str, ParamState]) -> None:
@@ -202,7 +205,12 @@ class Inventory:
                 and is not.
         """
         changes = discovery.compare_inventory(self.model, [state.shard for state in self.states])
-        averaged = {state.name for state in self.states if state.shadow is not None}
+        averaged = {
+            name
+            for state in self.states
+            if state.shadow is not None
+            for name in (state.name, *state.shard.aliases)
+        }
         _refuse(
             [*changes.replaced, *sorted(averaged.intersection(changes.replaced_buffers))],
             "no longer shares memory with the model: another object has the name now (a replaced "
@@ -210,11 +218,7 @@ class Inventory:
             "value now, or build the EMA after that, on the outermost FSDP module (only= chooses "
             "parts).",
         )
-        _refuse(
-            () if teacher is None else teacher.replaced,
-            "of the teacher is another object now, or none: the average would go on in the old "
-            "one. Build another EMA with into=.",
-        )
+        _refuse_replaced(teacher)
         _refuse(
             [*changes.gone, *sorted(averaged.intersection(changes.gone_buffers))],
             "is gone from the model. Call ema.rescan() to drop it.",
@@ -264,6 +268,14 @@ def _held_alike(old: Shard, new: Shard) -> bool:
     same = old.tensor is new.tensor or old.kind == new.kind == "buffer"
     forms = [(shard.shape, shard.local_region, shard.order) for shard in (old, new)]
     return same and forms[0] == forms[1]
+
+
+def _refuse_replaced(teacher: Teacher | None) -> None:
+    _refuse(
+        () if teacher is None else teacher.replaced,
+        "of the teacher is another object now, or none: the average would go on in the old one. "
+        "Build another EMA with into=.",
+    )
 
 
 def _refuse(names: Sequence[str], why: str) -> None:
