@@ -15,6 +15,7 @@ from dist_ema import EMA
 
 from ._ranks import run_ranks
 from ._wrappers import wrap
+from .loops import Launcher
 
 pytestmark = pytest.mark.filterwarnings("default")  # TRL warns of its own plans
 
@@ -116,6 +117,41 @@ def test_grpo_adapter(tmp_path: Path) -> None:
     assert not any(p.requires_grad for _, p in reference)
     held = dict(model.named_parameters())
     assert all(torch.equal(held[name], value) for name, value in base.items())
+
+
+ON_RANKS = """
+import os
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from tests.test_rl import grpo, reference_adapter
+run, rank = Path(os.environ["RUN"]), int(os.environ["RANK"])
+trainer, callback = grpo(run / f"rank-{rank}", adapter=os.environ["ADAPTER"] == "yes")
+trainer.train()
+assert (dist.get_world_size(), callback.ema.now) == (2, 20)
+named = reference_adapter(trainer.model)
+reference = [p for _, p in named] or list(trainer.ref_model.parameters())
+callback.oracle.check(reference)
+for value in reference:
+    first = value.detach().clone()
+    dist.broadcast(first, 0)
+    assert torch.equal(first, value)
+dist.barrier()
+(run / f"done-{rank}").touch()
+"""
+
+
+@pytest.mark.slow
+def test_grpo_on_two_ranks(tmp_path: Path) -> None:
+    """As above under DDP: on each rank, and the same on both; as a model and as an adapter."""
+    pytest.importorskip("trl")
+    script = tmp_path / "train.py"
+    script.write_text(ON_RANKS)
+    with Launcher("trl", "peft", ACCELERATE_USE_CPU="1") as launcher:
+        for adapter in ("no", "yes"):
+            job = launcher.start(script, tmp_path / adapter, ADAPTER=adapter)
+            job.wait(tmp_path / adapter / "done-0")
+            assert (tmp_path / adapter / "done-1").exists(), job.log.read_text()[-6000:]
 
 
 class Adapted(nn.Module):
