@@ -1,6 +1,6 @@
 """How fast the average moves, how much memory it takes, and what the others need for the same.
 
-    python launch/bench.py                                     GPT-2 on the CPU: all three tables
+    python launch/bench.py                                     GPT-2 on the CPU: all tables
     python launch/bench.py --dtype bfloat16 --only update      bf16 weights, fp32 and bf16 shadows
     python launch/bench.py --model many --only update          4,000 tensors of 64 elements
     python launch/bench.py --device cuda --model llama1b       on an accelerator, timed with events
@@ -57,7 +57,7 @@ from dist_ema.averaging.kernels import cpu_plan
 
 DECAY = 0.999
 MOST = 1 << 27  # elements of a reference buffer: far beyond any cache
-PARTS = ("update", "memory", "step")
+PARTS = ("update", "memory", "step", "publish")
 WAYS = ("ours", "ours-stream", "ours-behind", "torch", "torch-synced")  # of saving on two ranks
 VERBS = ("build", "update", "swap", "gather", "save")
 
@@ -425,49 +425,96 @@ BIG = (2048, 16, 1024, 8)  # width, layers, tokens, rows: about 800 M weights
 
 def steps(args: argparse.Namespace) -> list[Step]:
     """Time of a training step: without an average; with one inline, in flight or on the host."""
-    with tempfile.TemporaryDirectory() as folder:
-        return _steps(args, Path(folder))
-
-
-def _steps(args: argparse.Namespace, folder: Path) -> list[Step]:
     trainer = Trainer(args.device, args.model == "tiny")
     beside = EMA(trainer.model, DECAY)
     host = EMA(trainer.model, DECAY, device="cpu")
-    published = EMA(trainer.model, DECAY)
     cases = [Case("no average", lambda: _train(trainer), 0)]
     cases.append(Case("inline", lambda: _train(trainer, beside, overlap=False), 0))
     if args.device.type != "cpu":
         cases.append(Case("overlapped", lambda: _train(trainer, beside), 0))
     cases.append(Case("offloaded", lambda: _train(trainer, host), 0))
-    cases.append(Case(LONG, lambda: _train(trainer, beside, False, PUBLISHED), 0))
-    cases.append(Case(PUBLISHING, lambda: _train(trainer, published, False, PUBLISHED), 0))
-    _train(trainer, published, False, PUBLISHED // 2)  # a version is due amid each measurement
-    handle = published.publish(folder, every=PUBLISHED)
     seconds = {
-        name: statistics.median(each) / (PUBLISHED if name in (LONG, PUBLISHING) else STEPS)
+        name: statistics.median(each) / STEPS
         for name, each in interleave(cases, args.repeat, args).items()
     }
-    handle.remove()
     plain = seconds["no average"]
     return [Step(name, took * 1e3, took / plain) for name, took in seconds.items()]
 
 
 STEPS = 10  # in one measurement
-PUBLISHED = 50  # steps between two versions, and in the measurements of that
-LONG, PUBLISHING = f"inline, {PUBLISHED} steps", f"inline, publishing every {PUBLISHED}"
 
 
-def _train(
-    trainer: Trainer, ema: EMA | None = None, overlap: bool = True, count: int = STEPS
-) -> None:
+def _train(trainer: Trainer, ema: EMA | None = None, overlap: bool = True) -> None:
     """Some steps, and the wait for the last update: on average a step pays for all of its own."""
     if ema is not None:
         ema.attach(trainer.optimizer, overlap=overlap)
-    for _ in range(count):
+    for _ in range(STEPS):
         trainer.step()
     if ema is not None:
         ema.state_dict()
         ema.detach()
+
+
+@dataclass
+class PublishCost:
+    """The line of the table of publishing. low, high: 95 % confidence of times_plain."""
+
+    name: str
+    ms: float
+    times_plain: float
+    low: float
+    high: float
+    pairs: int
+
+
+PUBLISHED = 50  # steps between two versions
+SEGMENT, DUE = 20, 5  # steps in a measurement, and the one that publishes
+PAIRS = 2  # for each round that is asked for
+
+
+def publishing(args: argparse.Namespace) -> list[PublishCost]:
+    """What publishing adds to the steps of a run.
+
+    Short segments of one run alternate, with one version published in it and without. A segment
+    that publishes lasts until its version is in place. What it takes longer than its neighbour is
+    what a version costs, so it is spread over the steps between two versions. The interval is that
+    of a median: two of the sorted values.
+    """
+    trainer = Trainer(args.device, args.model == "tiny")
+    ema = EMA(trainer.model, DECAY)
+    ema.attach(trainer.optimizer, overlap=False)
+    plain, extra = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(-1, PAIRS * args.repeat):
+            both = {
+                each: _segment(trainer, ema, folder, each)
+                for each in (turn % 2 == 0, turn % 2 == 1)
+            }
+            if turn >= 0:  # the first pair warms up
+                plain.append(both[False] / SEGMENT)
+                extra.append(both[True] - both[False])
+    step, n = statistics.median(plain), len(extra)
+    ratios = sorted(1 + each / (PUBLISHED * step) for each in extra)
+    low = max(0, int(n / 2 - 0.98 * n**0.5))
+    name, middle = f"publishing every {PUBLISHED}", statistics.median(ratios)
+    return [PublishCost(name, step * 1e3, middle, ratios[low], ratios[n - 1 - low], n)]
+
+
+def _segment(trainer: Trainer, ema: EMA, folder: str, publishes: bool) -> float:
+    """Seconds of some steps."""
+    handle = ema.publish(folder, every=ema.now + DUE) if publishes else None
+
+    def steps() -> None:
+        for _ in range(SEGMENT):
+            trainer.step()
+        if handle is not None:
+            handle.wait()
+
+    seconds = stopwatch(trainer.data.device)(steps)
+    if handle is not None:
+        handle.remove()
+        assert (handle.published, handle.skipped) == (1, 0)
+    return seconds
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -726,7 +773,7 @@ def heading(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def cells(rows: Sequence[Row | Step | Peak]) -> list[list[str]]:
+def cells(rows: Sequence[Row | Step | Peak | PublishCost]) -> list[list[str]]:
     """A head and the rows as text; columns that are empty everywhere are left out."""
     names = [
         key for key in asdict(rows[0]) if any(asdict(row)[key] not in (None, "") for row in rows)
@@ -740,7 +787,8 @@ def _text(key: str, value: float | str | None) -> str:
         return value or ""
     return (
         f"{value:.3f}"
-        if key in ("times_limit", "times_plain", "times_ours", "at_best") or value < 1
+        if key in ("times_limit", "times_plain", "times_ours", "at_best", "low", "high")
+        or value < 1
         else f"{value:.2f}"
         if value < 100
         else f"{value:.0f}"
@@ -812,6 +860,7 @@ BARS = {
         "fraction of the bandwidth of a plain addition (more is better)",
     ),
     "step": ("ms", "milliseconds per training step (less is better)"),
+    "publish": ("times_plain", "step by that without publishing (less is better)"),
     "memory": ("peak_mb", "peak memory above the base, MB (less is better)"),
 }
 
@@ -868,7 +917,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         default=True,
         help="time other libraries too (yes)",
     )
-    add("--only", choices=PARTS, help="one part instead of all three")
+    add("--only", choices=PARTS, help="one part instead of all")
     args = parser.parse_args(words)
     if args.averages < 1 or args.repeat < 1:
         parser.error(
@@ -892,9 +941,12 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:1, got {text!r}") from None
 
 
+WORK = {"update": updates, "memory": memory, "step": steps, "publish": publishing}
+
+
 def measure(args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
     """Each part that was asked for, as soon as it is measured."""
-    for part, work in (("update", updates), ("memory", memory), ("step", steps)):
+    for part, work in WORK.items():
         if args.only in (None, part):
             yield part, work(args)
 
