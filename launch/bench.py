@@ -941,7 +941,12 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:1, got {text!r}") from None
 
 
-WORK = {"update": updates, "memory": memory, "step": steps, "publish": publishing}
+WORK: dict[str, Callable[[argparse.Namespace], list[Any]]] = {
+    "update": updates,
+    "memory": memory,
+    "step": steps,
+    "publish": publishing,
+}
 
 
 def measure(args: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:

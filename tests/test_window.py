@@ -315,8 +315,14 @@ def test_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shares = [after - before for before, after in zip([0.0, *at[:-1]], at, strict=True)]
     expected = sum(share * value for share, value in zip(shares, values[1:], strict=True))
     torch.testing.assert_close(load_file(out)["w"], expected, rtol=1e-12, atol=1e-12)
+    for control, order in (("reverse", [3, 2, 1, 0]), ("shuffled", [2, 0, 1, 3])):
+        command = ["average", *paths, out, "--curve", "minus-sqrt", "--window", "14", "--force"]
+        assert main([*command, "--control", control]) == 0
+        turned = sum(shares[i] * value for i, value in zip(order, values[1:], strict=True))
+        torch.testing.assert_close(load_file(out)["w"], turned, rtol=1e-12, atol=1e-12)
     capsys.readouterr()
     for arguments, text in (
+        (["--control", "reverse"], "--control reorders the shares of --curve"),
         (["--curve", "linear"], "go together"),
         (["--curve", "linear", "--window", "5"], "a window of 5 holds 1 of 5 models"),
     ):

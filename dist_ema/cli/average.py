@@ -58,6 +58,10 @@ ARGUMENTS: Arguments = {
         "help": "only the last N models",
     },
     **WINDOW,
+    "--control": {
+        "choices": ["reverse", "shuffled"],
+        "help": "for experiments: the shares of --curve in reverse, or in an order by chance",
+    },
     **writing("as in the last model"),
 }
 WEIGHTING: Arguments = {
@@ -87,6 +91,8 @@ def run(options: argparse.Namespace) -> int:
         return say(
             f"average takes at least two models and an OUT, got {' '.join(options.paths)}.", USAGE
         )
+    if options.control and options.curve is None:
+        return say("--control reorders the shares of --curve.", USAGE)
     report = offline.average(
         models,
         target,
@@ -94,6 +100,7 @@ def run(options: argparse.Namespace) -> int:
         lawa=options.lawa,
         wma=options.wma,
         window=window_of(options),
+        control=options.control,
         dtype=DTYPES.get(options.dtype),
         max_shard_size=options.max_shard_size,
         force=options.force,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -45,6 +46,7 @@ def average(
     lawa: int | None = None,
     wma: bool = False,
     window: Window | None = None,
+    control: str | None = None,
     dtype: str | None = None,
     max_shard_size: str | None = None,
     force: bool = False,
@@ -53,7 +55,8 @@ def average(
     """Write sum(weight * model) as a model to ship. Whole numbers that differ are the last model's.
 
     With `window` each model stands for the updates since the one before, by the clocks in ema.json;
-    those that lie before the window are left out.
+    those that lie before the window are left out. `control`, "reverse" or "shuffled", gives the
+    models each other's shares, to see what the curve is worth in an experiment.
 
     Raises:
         ValueError: The models do not hold the same weights; the error lists all differences.
@@ -66,6 +69,10 @@ def average(
         factors = shares(len(chosen), weights, wma)
     else:
         chosen, factors = _in_window(paths, window)
+        if control == "reverse":
+            factors.reverse()
+        elif control == "shuffled":
+            random.Random(0).shuffle(factors)
     for path in chosen:
         # NOTE: OUT may be one of them, because it is read before it is replaced.
         if os.path.realpath(path) != os.path.realpath(out):
