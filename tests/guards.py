@@ -48,22 +48,22 @@ averaging/averages.py
     adopt             self._rebind()
     adopt             refuse_shared(
     adopt             self.swaps.watch
-    adopt             self.mark()
+    adopt             self.mark()  @optimizer_hooks,engines,metrics
     _replan           self.teacher.adopt
     _replan           further = self.teacher.addressed
     _replan           roots.append
     _replan           roots = []  @living_ranks
-    refuse            inside ema.swap()
-    refuse            inside the swap of another
-    refuse            reads & Reads.LIVE and => False and
-    refuse            reads & Reads.WHOLE_MODEL and => False and
+    refuse            inside ema.swap()  @swap
+    refuse            inside the swap of another  @living_guards,reliability
+    refuse            reads & Reads.LIVE and => False and  @living_guards,swap
+    refuse            reads & Reads.WHOLE_MODEL and => False and  @living_guards,swap
     refuse            {why}  @swap,discovery
     refuse            ema.swap() that failed  @swap_faults
     ready             self.reshard()  @swap
     ready             self.settle()
     ready             self.follow
-    ready             self.teacher.copy_frozen()
-    ready             self.copy_live()
+    ready             self.teacher.copy_frozen()  @into
+    ready             self.copy_live()  @optimizer_hooks
     settle            end_read()  @emulated
     settle            self._await_teacher_reads()  @emulated
     follow            self.adopt
@@ -72,7 +72,7 @@ averaging/averages.py
     follow            self._replan()
     _rebind           self._inventory.rebind_moved()
     _rebind           self.teacher.follow
-    before_step       self.refuse
+    before_step       self.refuse  @swap
     before_step       {', '.join(written  @emulated
     before_step       is_stale |=  @into
     begin             self.follow
@@ -84,40 +84,40 @@ averaging/averages.py
     move_by           self.refuse  @living_guards
     move_by           self.settle  @compat_modules
     move_by           self.follow  @compat_modules
-    note_swap         self.mark()
+    note_swap         self.mark()  @optimizer_hooks,engines
     pull              self.mark()  @compat_modules
     pull              self.ready()  @compat_modules
-    set_clock         self.mark()
-    resume            self.forget_mark()
+    set_clock         self.mark()  @optimizer_hooks
+    resume            self.forget_mark()  @optimizer_hooks,reader
     copy_live         self.teacher.forget_copies()  @into
     _after_move       copy_frozen  @into
     _after_move       copy_buffers  @into
 averaging/inventory.py
     walk_tree         no longer shares memory
-    walk_tree         changes.replaced_buffers) => ())
+    walk_tree         changes.replaced_buffers) => ())  @living_buffers,living_tree
     walk_tree         of the teacher is another object  @into
-    walk_tree         is gone from the model
-    walk_tree         changes.gone_buffers) => ())
-    walk_tree         is tied otherwise
-    walk_tree         is new and trainable
-    walk_tree         self.refuse_unfrozen()
-    walk_tree         not emptied.issuperset(adopted) => False
-    walk_tree         not emptied.issuperset(adopted) => bool(adopted)
+    walk_tree         is gone from the model  @living_tree,reliability
+    walk_tree         changes.gone_buffers) => ())  @living_buffers,living_tree
+    walk_tree         is tied otherwise  @living_tree
+    walk_tree         is new and trainable  @living_storages
+    walk_tree         self.refuse_unfrozen()  @living_tree,discovery
+    walk_tree         not emptied.issuperset(adopted) => False  @living_tree
+    walk_tree         not emptied.issuperset(adopted) => bool(adopted)  @living_buffers,living_swap
     rebind_moved      or state.layout_changed =>
-    rebind_moved      forget_reshaped_buffers
-    refuse_unfrozen   became trainable
-    adopt             self._refuse_hopeless
-    adopt             if name in states => if True
-    _refuse_hopeless  is not dense
-    _refuse_hopeless  float8 cannot
-    _held_alike       and forms[0] == forms[1] =>
-    _held_alike       or old.kind == new.kind == "buffer" =>
-    _kept             (shard.name, *shard.aliases) => (shard.name,)
+    rebind_moved      forget_reshaped_buffers  @living_buffers
+    refuse_unfrozen   became trainable  @living_tree
+    adopt             self._refuse_hopeless  @discovery
+    adopt             if name in states => if True  @living_buffers,living_tree
+    _refuse_hopeless  is not dense  @discovery
+    _refuse_hopeless  float8 cannot  @discovery
+    _held_alike       and forms[0] == forms[1] =>  @living_tree
+    _held_alike       or old.kind == new.kind == "buffer" =>  @living_buffers,living_tree
+    _kept             (shard.name, *shard.aliases) => (shard.name,)  @living_tree
 averaging/storage_watch.py
-    changed           True in [tensor.requires_grad for tensor in self._frozen] or =>
+    changed           True in [tensor.requires_grad for tensor in self._frozen] or =>  @living_tree
     end_read          and param.shard.kind != "buffer" =>  @emulated
-    trained_unseen    and now[1] == before[1] =>
-    trained_unseen    now[0] != before[0] => False
+    trained_unseen    and now[1] == before[1] =>  @optimizer_hooks,engines,metrics
+    trained_unseen    now[0] != before[0] => False  @optimizer_hooks,engines,metrics
 averaging/shared_memory.py
     refuse_shared     in the memory of the average
     refuse_shared     and their
@@ -137,49 +137,49 @@ sharding/memory_watch.py
     now               chain(self._permuted, read) => self._permuted
     now               , *map(Tensor.is_conj, self._complex) =>
 sharding/ownership.py
-    rebind            redescribe(self.shard)
+    rebind            redescribe(self.shard)  @living_buffers
     rebind            refuse_taken_over  @zero
-    rebind            has no memory now
-    rebind            changed |=
+    rebind            has no memory now  @living_storages,living_texts
+    rebind            changed |=  @living_storages,to
     rebind            changed = self.layout_changed => changed = False
     moved             not self.shard.dense or =>
     assign            is sparse, quantized  @living_subclasses
 sharding/discovery.py
-    find_shards       _refuse_empty
-    _plain            _refuse_unfilled
-    _compare_weights  changes["gone" if
-    _compare_weights  changes["retied"].append(full)
+    find_shards       _refuse_empty  @zero,living_texts
+    _plain            _refuse_unfilled  @living_texts,discovery
+    _compare_weights  changes["gone" if  @living_tree
+    _compare_weights  changes["retied"].append(full)  @living_tree
     _compare_weights  changes["replaced"].append
     _compare_weights  changes["new_trainable"
-    _compare_buffers  changes["new_buffers"]
-    _compare_buffers  changes["replaced_buffers"]
-    _compare_buffers  persistent != shard.persistent or =>
-    _compare_buffers  changes["gone_buffers"]
+    _compare_buffers  changes["new_buffers"]  @living_buffers,living_tree
+    _compare_buffers  changes["replaced_buffers"]  @living_buffers,living_tree
+    _compare_buffers  persistent != shard.persistent or =>  @living_buffers,living_tree
+    _compare_buffers  changes["gone_buffers"]  @living_buffers,living_tree
 sharding/derived.py
-    caches_dropped    module.train(True)
-    caches_dropped    parametrize._cache.clear()
-    caches_dropped    module.train(False)
-    caches_dropped    module.train(mode)
-    caches_dropped    module.training = mode
-    is_power_iteration_vector  return name in ("_u", "_v") => return False
-    is_power_iteration_vector  return any( => return False and any(
-    refreshed_vectors  register_forward_pre_hook(_iterate)
-    refreshed_vectors  partial(_iterate_old, norm)
-    refreshed_vectors  vector.copy_(value)
+    caches_dropped    module.train(True)  @living_caches,living_buffers
+    caches_dropped    parametrize._cache.clear()  @living_caches,living_buffers
+    caches_dropped    module.train(False)  @living_caches,living_buffers
+    caches_dropped    module.train(mode)  @living_caches,living_buffers
+    caches_dropped    module.training = mode  @living_caches,living_buffers
+    is_power_iteration_vector  return name in ("_u", "_v") => return False  @living_buffers
+    is_power_iteration_vector  return any( => return False and any(  @living_buffers
+    refreshed_vectors  register_forward_pre_hook(_iterate)  @living_buffers
+    refreshed_vectors  partial(_iterate_old, norm)  @living_buffers
+    refreshed_vectors  vector.copy_(value)  @living_buffers
 averaging/swap.py
-    enter             clear_autocast_cache
-    leave             clear_autocast_cache
+    enter             clear_autocast_cache  @swap,living_caches
+    leave             clear_autocast_cache  @swap,living_caches
     leave             when_outermost(self._restore_alone) => when_outermost
-    _enter            derived.caches_dropped(self._weights.model) => torch.no_grad()
-    _enter            self._weights.mark()
-    _exchange_and_restore  derived.caches_dropped(self._weights.model) => torch.no_grad()
+    _enter            with derived.caches_dropped(self._weights.model): => if True:  @living_caches
+    _enter            self._weights.mark()  @optimizer_hooks
+    _exchange_and_restore  with derived.caches_dropped(self._weights.model): => if True:
     _leave            refuse_covered()
     _leave            self._weights.reshard()  @swap
-    _leave            self._average.own_buffers |=
-    _leave            self.remarks = describe
-    _leave            error.add_note
-    _lost             return [ => return [] and [
-    _close            discount
+    _leave            self._average.own_buffers |=  @living_buffers
+    _leave            self.remarks = describe  @living_swap
+    _leave            error.add_note  @living_swap
+    _lost             return [ => return [] and [  @living_swap
+    _close            discount  @living_swap
     _close            note_swap(False)
     __del__           self._restore_alone()  @swap,swap_interrupts
 averaging/swap_registry.py
@@ -188,42 +188,42 @@ averaging/swap_registry.py
     watch             for one, two in
     note              other.writes += 1
 averaging/swap_writes.py
-    __init__          swaps.nested.clear()
-    names             or (state.layout_changed and state.shadow is not None) =>
-    names             state.rebind()
-    names             old._version != expected[0] or =>
-    names             or not _same_bits(old, state.local) =>
-    names             written = versions(state) != expected => written = False
-    changed_buffers   is no buffer of the model
-    changed_buffers   reshaped.add
-    changed_buffers   in changed - reshaped => in changed
+    __init__          swaps.nested.clear()  @living_swap
+    names             or (state.layout_changed and state.shadow is not None) =>  @living_swap
+    names             state.rebind()  @living_swap
+    names             old._version != expected[0] or =>  @living_swap
+    names             or not _same_bits(old, state.local) =>  @living_swap
+    names             written = versions(state) != expected => written = False  @living_swap
+    changed_buffers   is no buffer of the model  @living_buffers,living_swap
+    changed_buffers   reshaped.add  @living_buffers
+    changed_buffers   in changed - reshaped => in changed  @living_buffers
 averaging/teacher.py
     __init__          register_load_state_dict_pre_hook => register_forward_pre_hook  @into
     give              requires_grad_(False)  @into
     give              self._refuse_taken()  @into
     give              self._refuse_unlike  @into
-    follow            of the teacher was
-    follow            state.teacher_copy = new
-    follow            state.shadow = new
+    follow            of the teacher was  @living_storages,into
+    follow            state.teacher_copy = new  @into
+    follow            state.shadow = new  @into,living_storages
     refuse_training   the optimizer trains  @into
     copy_frozen       _copy(state)  @into
     copy_frozen       or not state.shard.dense =>  @into
     reshard           derived.caches_dropped(self.module) => torch.no_grad()  @living_caches
 averaging/optimizer_hooks.py
-    _before           move_to_end
-    _stepped_unlisted  self._averager.bypassed +=
-    _stepped          never since
-    _warn_of_wrapped_step  warnings.warn
-    _that_takes_hooks  raise ValueError
+    _before           move_to_end  @living_optimizers
+    _stepped_unlisted  self._averager.bypassed +=  @living_optimizers,optimizer_hooks
+    _stepped          never since  @living_optimizers
+    _warn_of_wrapped_step  warnings.warn  @living_optimizers
+    _that_takes_hooks  raise ValueError  @living_optimizers
     _run              is gone, so nothing  @optimizer_hooks
     _forget_dead_hooks  del hooks[key]  @optimizer_hooks
     __init__          finalize(self, self._hooks.close)  @optimizer_hooks
 verbs/remarks.py
-    warn_if_idle      warn(
-    warn_of_unexplained_keys  warn(
+    warn_if_idle      warn(  @optimizer_hooks
+    warn_of_unexplained_keys  warn(  @living_subclasses,living_tree
 checkpoint/matching.py
-    _                 state.is_copied_buffer and not own => False
-    _                 report.passed_over if state.is_copied_buffer else =>
+    _                 state.is_copied_buffer and not own => False  @living_buffers,reader
+    _                 report.passed_over if state.is_copied_buffer else =>  @living_buffers,reader
 """
 
 
