@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from dist_ema import EMA, load_file
 from dist_ema.checkpoint import file_writer
-from dist_ema.distributed import connections, routes
+from dist_ema.distributed import connections, ranks, routes
 from dist_ema.distributed.machines import MACHINE, Machines
 from dist_ema.distributed.routes import Routes
 from tests._models import Net
@@ -118,6 +119,29 @@ def two_on_each(folder: Path) -> None:
         assert all(torch.equal(stored[name], full[name]) for name in full)
 
 
+def over_ipv6(folder: Path) -> None:
+    """A machine that is reached by IPv6 alone, and one whose port does not answer."""
+    rank = dist.get_rank()
+    os.environ[MACHINE] = f"host {rank}"
+    real, ranks.addresses = ranks.addresses, lambda store: ["::1"]
+    ema = EMA(model_of("fsdp2"), 0.5, timeout=30)
+    ema.save(folder / "ipv6")
+    assert contents(folder / "ipv6") == contents(folder / "two")
+    ranks.addresses, connections.PATIENCE = real, 1.0
+    with socket.create_server(("127.0.0.1", 0), backlog=1) as closed:
+        waiting = [socket.socket() for _ in range(3)]  # what comes after them gets no answer
+        for each in waiting:
+            each.setblocking(False)
+            each.connect_ex(closed.getsockname())
+        column = connections_of(ema)._known[0]
+        column.update({other: (closed.getsockname()[1], ["127.0.0.1"]) for other in column})
+        with raises(RuntimeError, "127.0.0.1: timed out", "GLOO_SOCKET_IFNAME", "ema.save()"):
+            ema.save(folder / "ipv6")
+        for each in waiting:
+            each.close()
+    assert contents(folder / "ipv6") == contents(folder / "two")
+
+
 def one_disk_is_full(folder: Path) -> None:
     """Of a machine that receives: the error names it on every rank, and the save before stays."""
     rank = dist.get_rank()
@@ -149,6 +173,8 @@ def hosts(folder: str) -> None:
     for kind in ("ddp", "fsdp2"):
         each_writes_its_part(Path(folder, kind), kind)
     two_on_each(Path(folder))
+    if socket.has_dualstack_ipv6():
+        over_ipv6(Path(folder))
     one_disk_is_full(Path(folder, "full"))
     ema = EMA(wrap("fsdp2", Net()), 0.5)  # a model of which most machines write nothing
     ema.save(Path(folder, "small"))

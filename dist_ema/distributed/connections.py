@@ -83,9 +83,13 @@ class Connections:
     ) -> None:
         self._coordinator, self._machines = coordinator, machines
         self._token = sha256(token.encode()).digest()
-        self._listener = socket.create_server(("", 0), backlog=1024)
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        self._listener = socket.create_server(
+            ("", 0), family=family, backlog=1024, dualstack_ipv6=dual
+        )
         self._number = 0
-        self._known: dict[int, dict[int, Any]] = {}  # by column and rank
+        self._known: dict[int, dict[int, tuple[int, list[str]]]] = {}  # by column and rank
         self.received = 0  # bytes, in all
         port = self._listener.getsockname()[1]
         coordinator.gather(verb, [port, *addresses], self._publish)
@@ -109,9 +113,8 @@ class Connections:
         column = self._machines.columns[rank]
         if column not in self._known:
             table = unpack(self._coordinator.store.get(f"column/{column}"))
-            self._known[column] = {entry[0]: entry[1:] for entry in table}
-        port, *addresses = self._known[column][rank]
-        return port, addresses
+            self._known[column] = {other: (port, addresses) for other, port, *addresses in table}
+        return self._known[column][rank]
 
     # --- sending ---------------------------------------------------------------------------------
 
@@ -174,21 +177,31 @@ class Connections:
         port, addresses = self._address(rank)
         patience = max(self._coordinator.interval, min(PATIENCE, self._coordinator.timeout))
         patience /= len(addresses)
-        failure: OSError | None = None
+        failures: list[str] = []
         for address in addresses:
             try:
                 connection = socket.create_connection((address, port), patience)
+            except OSError as error:
+                failures.append(f"{address}: {error}")
+                continue
+            try:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.sendall(self._greeting + _TARGET.pack(target))
                 if connection.recv(1) == ACCEPTED:
                     connection.settimeout(self._coordinator.interval)
+                    addresses.sort(key=address.__ne__)  # the next connection tries it first
                     return connection
+                failures.append(f"{address}: another process answered")
+            except ConnectionError as error:
+                failures.append(f"{address}: {error}")
+            except TimeoutError:
                 connection.close()
-                failure = failure or ConnectionRefusedError(0, "another process answered")
-            except OSError as error:
-                failure = failure or error
-        assert failure is not None
-        raise failure
+                raise
+            connection.close()
+        raise ConnectionError(
+            f"rank {rank} is not reached at port {port} of {', '.join(failures)}. Is there a firewall "
+            "between the machines? GLOO_SOCKET_IFNAME names the interface, mode='direct' needs none"
+        )
 
     @property
     def _greeting(self) -> bytes:

@@ -17,7 +17,8 @@ import os
 import socket
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,35 +87,34 @@ def addresses(store: Any) -> list[str]:
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
     found = [
-        _of_interface(os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]),
-        _towards(getattr(store, "host", "")),
-        _of_name(socket.gethostname()),
+        *_of_interface(os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]),
+        *_towards(getattr(store, "host", "")),
+        *(place[0] for _, place in _resolved(socket.gethostname())),
         "127.0.0.1",
+        "::1",
     ]
-    return list(dict.fromkeys(address for address in found if address))
+    return list(dict.fromkeys(found))
 
 
-def _of_interface(name: str) -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            reply = fcntl.ioctl(probe.fileno(), _ADDRESS_OF, struct.pack("256s", name.encode()))
-        except OSError:  # no such interface, or none was named
-            return ""
-        return socket.inet_ntoa(reply[20:24])
+def _of_interface(name: str) -> Iterator[str]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        # OSError: there is no such interface, none was named, or it has no address of IPv4
+        reply = fcntl.ioctl(probe.fileno(), _ADDRESS_OF, struct.pack("256s", name.encode()))
+        yield socket.inet_ntoa(reply[20:24])
 
 
-def _towards(host: str) -> str:
-    """The address of this machine's interface that leads to `host`. Sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))
-        except OSError:
-            return ""
-        return str(probe.getsockname()[0]) if host else ""
+def _towards(host: str) -> Iterator[str]:
+    """The addresses of this machine's interfaces that lead to `host`. Sends nothing."""
+    for family, place in _resolved(host):
+        with socket.socket(family, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            probe.connect(place)
+            yield probe.getsockname()[0]
 
 
-def _of_name(host: str) -> str:
+def _resolved(host: str) -> list[tuple[int, Any]]:
+    """The addresses of IPv4 and IPv6 that a name stands for, each with its family."""
     try:
-        return socket.gethostbyname(host)
-    except OSError:
-        return ""
+        found = socket.getaddrinfo(host or None, 9, type=socket.SOCK_DGRAM)
+    except OSError:  # the name has none
+        return []
+    return [(family, place) for family, _, _, _, place in found]
