@@ -199,8 +199,8 @@ class Connections:
                 raise
             connection.close()
         raise ConnectionError(
-            f"rank {rank} is not reached at port {port} of {', '.join(failures)}. Is there a firewall "
-            "between the machines? GLOO_SOCKET_IFNAME names the interface, mode='direct' needs none"
+            f"rank {rank} is not reached at port {port} of {', '.join(failures)}. A firewall? "
+            "GLOO_SOCKET_IFNAME names the interface, and mode='direct' needs no connections"
         )
 
     @property
