@@ -390,6 +390,44 @@ def assigned_alone(model: Any) -> None:
     model.body.weight.data = torch.zeros_like(model.body.weight)
 
 
+def wrapped_later(kind: str, of_the_model: bool) -> Callable[[], float]:
+    """The ranks of an EMA are those of its construction: `rescan` cannot divide it anew."""
+
+    def program() -> float:
+        torch.manual_seed(0)
+        model: Any = Net()
+        ema = EMA(model, DECAY)
+        ema.update()
+        if of_the_model:
+            model.body = wrap(kind, model.body)
+        else:
+            model.extra = wrap(kind, Net().requires_grad_(False))
+        with raises(RuntimeError, "is held by ranks [0, 1] now", "body.weight"):
+            ema.rescan()
+        return 0.0
+
+    return program
+
+
+def edited_inside(kind: str) -> Callable[[], float]:
+    """Named at the exit; a forward inside, which unshards, is no edit."""
+
+    def program() -> float:
+        run = Run(kind)
+        run.step(1)
+        owner = run.model.module if kind == "ddp" else run.model
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with run.ema.swap():
+                run.model(torch.ones(2, 4))
+            assert not [each for each in caught if "ema.swap" in str(each.message)]
+            with run.ema.swap():
+                owner.head = nn.Linear(6, 4)
+        return float(not any("head.weight" in str(each.message) for each in caught))
+
+    return program
+
+
 def table() -> dict[str, Callable[[], float]]:
     from dist_ema import HalfLife
 
@@ -420,8 +458,11 @@ def table() -> dict[str, Callable[[], float]]:
         entries[f"{kind}: offload between phases"] = moves_between_phases(kind)
     for kind in ("ddp", "fsdp1 orig", "fsdp2"):
         entries[f"{kind}: swaps left in another order"] = left_in_another_order(kind)
+        entries[f"{kind}: edited inside a swap"] = edited_inside(kind)
     for write in (scaled, assigned_alone):
         entries[f"ddp: one rank is {write.__name__}"] = replicas_apart(write)
+    for of_the_model in (True, False):
+        entries[f"fsdp2: wrapped later, {of_the_model}"] = wrapped_later("fsdp2", of_the_model)
     entries["fsdp1 orig: assigned inside a swap"] = assigned_inside("fsdp1 orig")
     return entries
 

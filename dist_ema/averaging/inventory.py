@@ -39,6 +39,7 @@ class Inventory:
         self.model, self.selection, self.placement = model, selection, placement
         self.averages = [Average(each, ring=ring_of(each)) for each in schedules]
         self.lacks: list[str] = []  # what a pipeline may have on another stage
+        self._members: list[int] = []  # global ranks that hold the model
         self.sharded: list[nn.Module] = []  # the model's FSDP modules, and those of the teacher
 
     @property
@@ -60,6 +61,14 @@ class Inventory:
         should have a shadow gets one, equal to live. What the model no longer holds is dropped.
         """
         _refuse_replaced(teacher)
+        known = self._members or found.members
+        if found.members != known:
+            _refuse(
+                [shard.name for shard in found.shards if not {*shard.owner_ranks} <= {*known}],
+                f"is held by ranks {found.members} now, and the EMA was built on ranks {known}. "
+                "Build the EMA on the wrapped model; save() and load() carry the average over.",
+            )
+        self._members = found.members
         kept = self._kept(found)
         names = {shard.name for shard in found.shards if self.selection.averages(shard)}
 
