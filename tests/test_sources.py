@@ -17,6 +17,7 @@ from dist_ema import EMA
 from dist_ema.checkpoint import crc32, manifest, safetensors
 from dist_ema.checkpoint.manifest import Manifest
 from dist_ema.offline import sources, writer
+from dist_ema.offline.checked import Checked
 from dist_ema.offline.sums import Window
 
 WEIGHTS = {
@@ -49,7 +50,7 @@ def rewrite(path: Path, out: Path, **options: object) -> None:
         target = writer.Model(
             files, safetensors.INDEX, {"config.json": b"{}"}, Manifest(kind="export")
         )
-        checked = sources.Checked(model)
+        checked = Checked(model)
         writer.write(out, target, lambda name: sources.windows(checked, name), **options)  # type: ignore[arg-type]
 
 
@@ -225,7 +226,7 @@ def test_checked(tmp_path: Path) -> None:
     EMA(torch.nn.Linear(5, 7)).save(path := tmp_path / "saved", max_shard_size=100)
     for asked in ([], ["weight"], ["weight", "bias", "bias", "weight"]):
         with sources.open_model(path) as model:
-            checked = sources.Checked(model)
+            checked = Checked(model)
             for name in asked:
                 parts = list(sources.windows(checked, name))
                 assert b"".join(bytes(part.data) for part in parts) == b"".join(
@@ -241,10 +242,10 @@ def test_checked(tmp_path: Path) -> None:
             sources.open_model(there) as model,
             pytest.raises(ValueError, match="model-00002.* is damaged: its CRC-32 is"),
         ):
-            sources.Checked(model).finish()
+            Checked(model).finish()
     save_file(WEIGHTS, tmp_path / "a.safetensors")
     with sources.open_model(tmp_path / "a.safetensors") as model:
-        sources.Checked(model).finish()
+        Checked(model).finish()
 
 
 def versions(tmp_path: Path) -> None:

@@ -28,8 +28,9 @@ from ..checkpoint.safetensors import ITEMSIZE
 from ..dtypes import FLOATS, TO_TORCH, Floats, fitted, widen
 from ..text import some
 from . import writer
+from .checked import Checked
 from .model_card import beside
-from .sources import Checked, Source, is_equal, windows
+from .sources import Source, is_equal, windows
 from .sums import Window
 
 __all__ = ["WINDOW", "Blend", "alike", "locate", "numeric", "write"]

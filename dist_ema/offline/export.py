@@ -17,10 +17,11 @@ from ..checkpoint.manifest import Manifest
 from ..dtypes import FLOATS, TORCH
 from ..text import Bar, silent, size_of, some
 from . import writer
+from .checked import Checked
 from .library_names import Reverted, reverted
 from .model_card import beside, count_dtypes, format_schedule
 from .report import report_on
-from .sources import Checked, Source, open_model, refuse_unsupported, windows
+from .sources import Source, open_model, refuse_unsupported, windows
 from .sums import Window
 
 __all__ = ["Exported", "export"]

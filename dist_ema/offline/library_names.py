@@ -16,7 +16,8 @@ import numpy as np
 
 from ..checkpoint import safetensors
 from ..dtypes import Bytes
-from .sources import Checked, Source, open_model, windows
+from .checked import Checked
+from .sources import Source, open_model, windows
 from .sums import Window
 
 if TYPE_CHECKING:
