@@ -54,7 +54,7 @@ PER_MACHINE = 8
 EXCHANGES = {
     "save": (3, 1, 1, 0),
     "save wait=False": (4, 1, 1, 0),
-    "load": (3, 1, 1, 3),
+    "load": (2, 1, 1, 1),
     "gather": (3, 0, 0, 1),
     "metrics": (0, 1, 0, 1),
     "swap": (3, 0, 0, 1),

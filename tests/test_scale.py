@@ -15,10 +15,10 @@ from launch import scale
     ("size", "verbs"), [(8, tuple(scale.EXCHANGES)), (64, ("save", "metrics"))]
 )
 def test_no_verb_costs_more_than_its_formula(size: int, verbs: tuple[str, ...]) -> None:
-    """At most 10 operations, 12 in load, and 1 kB read, by each rank."""
+    """At most 10 operations and 1 kB read, by each rank."""
     for verb, cost in scale.count(size, verbs).items():
         operations, read = scale.formula(verb, size)
-        assert cost.operations <= operations <= (12 if verb == "load" else 10), (verb, cost)
+        assert cost.operations <= operations <= 10, (verb, cost)
         assert cost.read <= read <= 1000, (verb, cost)
     assert scale.formula("save", 8)[0] == scale.formula("save", 4096)[0]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,16 @@ class OpenCheckpoint:
         }
         return with_aliases(plan.folder / plan.model, table, plan.aliases)
 
+    def fits(self, strict: bool) -> bool:
+        """Whether the model can be filled from it."""
+        differences = [plan.differences for plan in self._plans]
+        return not any(each.are_fatal or (strict and each.count) for each in differences)
+
     def judge(self, strict: bool) -> None:
         """Raise ValueError with every difference; else warn of those that do no harm."""
-        differing = [plan for plan in self._plans if plan.differences.count]
-        fatal = any(plan.differences.are_fatal for plan in differing)
-        if fatal or (strict and differing):
+        if not self.fits(strict):
+            differing = [plan for plan in self._plans if plan.differences.count]
+            fatal = any(plan.differences.are_fatal for plan in differing)
             texts = dict.fromkeys(
                 f"{plan.folder} and the model disagree on {plan.differences.count} weights: "
                 f"{plan.differences.text()}."
@@ -135,21 +140,13 @@ class OpenCheckpoint:
                 "frozen then."
             )
 
-    def verify(self, ranks: Ranks) -> None:
-        """Raise ValueError for a file whose check sum is not what ema.json says. *Collective*."""
-        if not self._place.listed:
-            return
+    def sums(self, ranks: Ranks) -> dict[str, int]:
+        """What this rank's part of each file adds to its check sum, by the file's number."""
+        files = sorted(self._open.items()) if self._place.listed else []
+        parts = [file.contribution(ranks.rank, ranks.size) for _, file in files]
+        return {str(number): part for number, part in enumerate(parts) if part}
 
-        def contributions() -> dict[str, int]:
-            files = sorted(self._open.items())
-            parts = [file.contribution(ranks.rank, ranks.size) for _, file in files]
-            return {str(number): part for number, part in enumerate(parts) if part}
-
-        _, problem = ranks.run_and_reduce("load", contributions, crc32.combine, self._damage)
-        if problem:
-            raise ValueError(problem)
-
-    def _damage(self, sums: dict[str, int]) -> str:
+    def damage(self, sums: dict[str, int]) -> str:
         """Which file has another check sum than ema.json says."""
         numbers = {path: str(number) for number, path in enumerate(sorted(self._open))}
         for plan in self._plans:
@@ -202,13 +199,29 @@ def open_checkpoint(
         file.
     """
     with ExitStack() as stack:
-        found = _open_one_version(ranks, Path(path), make_targets, stack, stage)
+        # NOTE: another job may replace the files meanwhile. A file system may also show ranks
+        # different times of one file, so the last attempt goes on.
+        for left in reversed(range(ATTEMPTS)):
+            files = stack.enter_context(ExitStack())
+            opened = _open_one_version(
+                ranks, Path(path), make_targets, files, stage, not left,
+                strict=strict, verify=verify,
+            )  # fmt: skip
+            if opened is not None:
+                break
+            files.close()
+        else:
+            raise ValueError(
+                f"the ranks see different files in {path}. Is it on a file system that all of them "
+                "share?"
+            )
+        found, damage = opened
         if stage:  # what differs there differs on no other stage
             ranks.run_on_all("load", lambda: found.judge(strict))
         else:
             found.judge(strict)
-        if verify:
-            found.verify(ranks)
+        if damage:
+            raise ValueError(damage)
         yield found
 
 
@@ -216,36 +229,55 @@ def _open_one_version(
     ranks: Ranks,
     path: Path,
     make_targets: MakeTargets,
-    stack: ExitStack,
+    files: ExitStack,
     stage: Sequence[int],
-) -> OpenCheckpoint:
-    """Open the files of one version on all ranks, again where another job replaces it meanwhile.
+    is_last: bool,
+    *,
+    strict: bool,
+    verify: bool,
+) -> tuple[OpenCheckpoint, str] | None:
+    """Open the files on all ranks, and sum those that fit the model.
 
-    NOTE: a file system may show ranks different times of one file, so the last attempt goes on.
+    Returns the files, and what is damaged. None where ranks saw several versions.
     """
-    for left in reversed(range(ATTEMPTS)):
-        places: list[Location] = []
-        opened: list[OpenCheckpoint] = []
-        files = stack.enter_context(ExitStack())
+    places: list[Location] = []
+    opened: list[OpenCheckpoint] = []
 
-        def look(places: list[Location] = places) -> list[Any]:
-            places.append(atomic.read_one_version(_followed(path), locate))
-            return [digest(places[0]), _version(places[0])]
+    def look() -> list[Any]:
+        places.append(atomic.read_one_version(_followed(path), locate))
+        return [digest(places[0]), _version(places[0])]
 
-        first_sees, version = ranks.run_on_first("load", look)
-        # NOTE: no rank tells the others what ema.json says, which grows with the model.
-        work = partial(_open, ranks, stage, path, make_targets, places, opened, files)
-        if not ranks.count_on_all("load", partial(work, first_sees, version, not left)):
-            return opened[0]
-        files.close()
-    raise ValueError(
-        f"the ranks see different files in {path}. Is it on a file system that all of them share?"
-    )
+    def work() -> dict[str, Any]:
+        differences = _open(path, make_targets, places, opened, files, first_sees, version, is_last)
+        summed = verify and differences is not None and opened[0].fits(strict)
+        return {
+            "differences": {str(list(stage)): differences},
+            "sums": opened[0].sums(ranks) if summed else {},
+        }
+
+    def conclude(found: dict[str, Any]) -> str | None:
+        if None in found["differences"].values():
+            return None
+        return opened[0].damage(found["sums"]) if verify else ""
+
+    first_sees, version = ranks.run_on_first("load", look)
+    # NOTE: no rank tells the others what ema.json says, which grows with the model.
+    _, damage = ranks.run_and_reduce("load", work, _combine, conclude)
+    return None if damage is None else (opened[0], damage)
+
+
+def _combine(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of several ranks. Where two saw other files, the differences of their stage are None."""
+    differences: dict[str, int | None] = {}
+    for stage, found in chain.from_iterable(each["differences"].items() for each in messages):
+        differences[stage] = found if differences.get(stage, found) == found else None
+    return {
+        "differences": differences,
+        "sums": crc32.combine([each["sums"] for each in messages]),
+    }
 
 
 def _open(
-    ranks: Ranks,
-    stage: Sequence[int],
     path: Path,
     make_targets: MakeTargets,
     places: list[Location],
@@ -254,21 +286,21 @@ def _open(
     first_sees: int,
     version: list[int] | None,
     is_last: bool,
-) -> bool:
-    """Open what the first rank sees. Returns whether this rank sees something else."""
+) -> int | None:
+    """Open what the first rank sees. Returns a hash of the differences; None if it is not there."""
     try:
         place = places[0] if places else locate(_followed(path), read_headers=False)
     except (OSError, ValueError):
         if is_last:
             raise
-        return True
+        return None
     if digest(place) != first_sees:
-        return True
+        return None
     saved = [] if place.manifest is None else place.manifest["schedules"]
     found = OpenCheckpoint(place, make_targets(saved), files)
     differences, replaced = found.open(version, is_last)
     opened.append(found)
-    return replaced or not ranks.is_same(f"files {list(stage)}", differences)
+    return None if replaced else differences
 
 
 def _followed(path: Path) -> Path:
