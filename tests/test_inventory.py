@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from dist_ema.sharding.discovery import compare_inventory, find_shards
+from dist_ema.sharding.discovery import find_shards
 from dist_ema.sharding.parameters import Parameters
+from dist_ema.sharding.tree_changes import compare_inventory
 from tests import _deepspeed
 from tests._models import Block, Net, batch
 from tests._oracle import Training

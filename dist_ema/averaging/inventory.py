@@ -13,6 +13,7 @@ from ..sharding import arena, discovery, ownership
 from ..sharding.ownership import ParamState
 from ..sharding.parameters import Stages
 from ..sharding.records import ModelShards, Shard
+from ..sharding.tree_changes import compare_inventory
 from .average import Average
 from .selection import OWN, Placement, Selection
 from .teacher import Teacher
@@ -213,7 +214,7 @@ class Inventory:
             RuntimeError: A weight was replaced or tied otherwise, is gone, or should be averaged
                 and is not.
         """
-        changes = discovery.compare_inventory(self.model, [state.shard for state in self.states])
+        changes = compare_inventory(self.model, [state.shard for state in self.states])
         averaged = {
             name
             for state in self.states

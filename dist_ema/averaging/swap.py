@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..distributed.ranks import Ranks
 from ..sharding import derived
-from ..sharding.discovery import compare_inventory
+from ..sharding.tree_changes import compare_inventory
 from .average import Average
 from .averages import AveragedWeights
 from .executors import run_shielded

@@ -1,4 +1,4 @@
-"""`find_shards`: one record per weight of any wrapped model, and how the tree has changed since.
+"""`find_shards`: one record per weight of any wrapped model.
 
 DDP, FSDP1, FSDP2, HSDP, tensor parallel, torch.compile and activation checkpointing are dissolved
 here. Nothing after this room asks how a model is wrapped.
@@ -7,9 +7,7 @@ here. Nothing after this room asks how a model is wrapped.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .fsdp1 import FLAT_PARAMETER, FlatSlice, FlatSlices, flat_slices, ranks_and_group
-from .parameters import Parameters, unsharded_copies
+from .fsdp1 import flat_slices, identity, ranks_and_group, registered_parameters
+from .parameters import Parameters
 from .records import (
     Kind,
     ModelShards,
     Region,
     Shard,
     memory_of,
-    registered,
     registered_buffer,
     storage_order,
 )
@@ -46,7 +43,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["InventoryChanges", "compare_inventory", "find_shards", "redescribe"]
+__all__ = ["find_shards", "redescribe"]
 
 RanksAndGroup = tuple[list[int], dist.ProcessGroup | None]  # the group is of exactly these ranks
 
@@ -103,8 +100,8 @@ def _describe(
     found: dict[Any, Shard] = {}
     names: set[str] = set()
     for prefix, module, ddp in walk:
-        for name, tensor, flat in _parameters(module, flats):
-            key, full = _identity(tensor, flat), prefix + name
+        for name, tensor, flat in registered_parameters(module, flats):
+            key, full = identity(tensor, flat), prefix + name
             if full in names and (key not in found or found[key].kind == "buffer"):
                 raise ValueError(
                     f"{full} stands on two stages of this rank, which hold different tensors. Give "
@@ -133,30 +130,6 @@ def _describe(
             found[key] = shard = _plain(prefix + name, registered_buffer(place), place, None)
             shard.persistent = persistent and not shard.opaque
     return list(found.values())
-
-
-def _parameters(
-    module: nn.Module, flats: FlatSlices
-) -> Iterator[tuple[str, Tensor, FlatSlice | None]]:
-    """The module's own parameters, in their order.
-
-    Yields:
-        (name, tensor, slice of an FSDP1 flat parameter or None)
-    """
-    slices, own = flats.get(id(module), {}), module._parameters
-    for name, parameter in own.items():
-        if parameter is not None and name != FLAT_PARAMETER:
-            flat = slices.get(name)
-            known = flat is not None and flat.tensor is parameter  # else it was replaced
-            yield name, parameter, flat if known else None
-    for name, flat in slices.items():
-        if own.get(name) is None:
-            yield name, flat.tensor, flat
-
-
-def _identity(tensor: Tensor, flat: FlatSlice | None) -> Any:
-    """Equal for tied names."""
-    return id(tensor) if flat is None else flat.key
 
 
 def _refuse_empty(shards: list[Shard]) -> None:
@@ -353,120 +326,3 @@ def _choose_writers(shards: list[Shard], members: list[int]) -> None:
     for shard in shards:
         owners = shard.owner_ranks
         shard.is_writer = members[0] in owners if owners else is_first
-
-
-# --- how the tree differs from the records ------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class InventoryChanges:
-    """How a module tree differs from the records of it, by canonical names.
-
-    `replaced`, `gone` and `retied` need a decision of the user.
-    """
-
-    replaced: tuple[str, ...] = ()  # weights: another tensor object stands under the name
-    gone: tuple[str, ...] = ()  # weights that the tree no longer has
-    new_trainable: tuple[str, ...] = ()
-    new_frozen: tuple[str, ...] = ()
-    retied: tuple[str, ...] = ()  # names that came to a known weight, or that left one which stays
-    unfrozen: tuple[str, ...] = ()  # weights that need a gradient now, and did not
-    frozen: tuple[str, ...] = ()
-    new_buffers: tuple[str, ...] = ()  # those that were None among them
-    replaced_buffers: tuple[str, ...] = ()  # by another module's, or tied otherwise
-    gone_buffers: tuple[str, ...] = ()
-
-
-def compare_inventory(model: nn.Module, shards: Sequence[Shard]) -> InventoryChanges:
-    """Compare the records of a model with its module tree as it is now.
-
-    Args:
-        model: What `find_shards` was given.
-        shards: What it found then.
-
-    Returns:
-        What changed. Weights are compared by identity, so a storage that moved is no change.
-        Modules assign new tensors to their buffers, so these are compared by their module.
-
-    Note:
-        Local. FSDP2 may hold weights unsharded. *Cost*: 1 us per weight; no element is read.
-    """
-    walk = [(prefix, module) for prefix, module, _ in walk_modules(model)]
-    weights = [shard for shard in shards if shard.kind != "buffer"]
-    changes = _compare_weights(walk, weights)
-    _compare_buffers(walk, [shard for shard in shards if shard.kind == "buffer"], changes)
-    changed = {*changes["replaced"], *changes["gone"]}
-    for shard in weights:
-        needs_gradient = shard.tensor.requires_grad
-        flipped = needs_gradient != (shard.kind == "trainable") and not shard.average_frozen
-        if flipped and shard.name not in changed:
-            changes["unfrozen" if needs_gradient else "frozen"].append(shard.name)
-    return InventoryChanges(**{field: tuple(names) for field, names in changes.items()})
-
-
-def _compare_weights(
-    walk: list[tuple[str, nn.Module]], weights: list[Shard]
-) -> defaultdict[str, list[str]]:
-    """The changes of weights, by the fields of `InventoryChanges`."""
-    flats = flat_slices(module for _, module in walk)
-    keys = {shard.name: _registered_identity(shard, flats) for shard in weights}
-    expected = dict(keys)
-    expected |= {alias: keys[shard.name] for shard in weights for alias in shard.aliases}
-    changes: defaultdict[str, list[str]] = defaultdict(list)
-    found = {
-        prefix + name: _identity(tensor, flat)
-        for prefix, module in walk
-        if module._parameters or flats
-        for name, tensor, flat in _parameters(module, flats)
-    }
-    if found == expected:
-        return changes
-    for name in [name for name in expected if name not in found]:
-        changes["gone" if name in keys else "retied"].append(name)
-    known, copies = set(keys.values()), unsharded_copies(module for _, module in walk)
-    for prefix, module in walk:
-        for name, tensor, flat in _parameters(module, flats):
-            full, tensor = prefix + name, copies.get(id(tensor), tensor)
-            key = _identity(tensor, flat)
-            if expected.get(full) == key:
-                continue
-            if key in known or (full in expected and full not in keys):
-                changes["retied"].append(full)
-            elif full in keys:
-                changes["replaced"].append(full)
-            else:
-                changes["new_trainable" if tensor.requires_grad else "new_frozen"].append(full)
-    return changes
-
-
-def _compare_buffers(
-    walk: list[tuple[str, nn.Module]], buffers: list[Shard], changes: defaultdict[str, list[str]]
-) -> None:
-    expected = {name: shard for shard in buffers for name in (shard.name, *shard.aliases)}
-    missing, seen = set(expected), set()
-    for prefix, module in walk:
-        for name, buffer in module._buffers.items() if module._buffers else ():
-            full = prefix + name
-            if full in seen:  # of another stage
-                continue
-            seen.add(full)
-            shard = expected.get(full)
-            if shard is None:
-                if buffer is not None:
-                    changes["new_buffers"].append(full)
-            elif buffer is not None or not shard.persistent:
-                missing.discard(full)
-                persistent = name not in module._non_persistent_buffers_set and not shard.opaque
-                tied = full != shard.name and buffer is registered(shard)
-                if persistent != shard.persistent or not (module is shard.place[0] or tied):
-                    changes["replaced_buffers"].append(full)
-    changes["gone_buffers"] += [name for name in expected if name in missing]
-
-
-def _registered_identity(shard: Shard, flats: FlatSlices) -> Any:
-    """The `_identity` that `_parameters` finds where the weight is still registered."""
-    module, name = shard.place
-    flat = flats.get(id(module), {}).get(name)
-    return _identity(
-        shard.tensor, flat if flat is not None and flat.tensor is shard.tensor else None
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
 __all__ = [
-    "FLAT_PARAMETER",
     "FlatSlice",
     "FlatSlices",
     "flat_slices",
+    "identity",
     "ranks_and_group",
+    "registered_parameters",
     "reshard_flat_parameter",
 ]
 
@@ -118,6 +119,30 @@ def flat_slices(modules: Iterable[nn.Module]) -> FlatSlices:
             first = found[id(shared.prim_module)][shared.prim_param_name]
             found.setdefault(id(shared.module), {})[shared.param_name] = first
     return found
+
+
+def registered_parameters(
+    module: nn.Module, flats: FlatSlices
+) -> Iterator[tuple[str, Tensor, FlatSlice | None]]:
+    """The module's own parameters, in their order.
+
+    Yields:
+        (name, tensor, slice of an FSDP1 flat parameter or None)
+    """
+    slices, own = flats.get(id(module), {}), module._parameters
+    for name, parameter in own.items():
+        if parameter is not None and name != FLAT_PARAMETER:
+            flat = slices.get(name)
+            known = flat is not None and flat.tensor is parameter  # else it was replaced
+            yield name, parameter, flat if known else None
+    for name, flat in slices.items():
+        if own.get(name) is None:
+            yield name, flat.tensor, flat
+
+
+def identity(tensor: Tensor, flat: FlatSlice | None) -> Any:
+    """Equal for tied names."""
+    return id(tensor) if flat is None else flat.key
 
 
 def ranks_and_group(
