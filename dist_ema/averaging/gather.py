@@ -18,7 +18,7 @@ from ..distributed.connections import Run
 from ..distributed.ranks import Ranks
 from ..distributed.transfer import Block, stream_to_all
 from ..sharding import discovery, parameters, wrappers
-from ..sharding.geometry import Box, boxes_with_data, runs
+from ..sharding.geometry import Box, boxes_with_data, byte_runs, bytes_of
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
 from ..sharding.records import Shard
 from .executors import await_host_reads
@@ -63,7 +63,7 @@ def full(
         blocks.extend(saved_blocks(states, own_buffers, ranks.size == 1))
         for name, form in table.items() if ranks.first else ():
             full = result[name] = torch.empty(form.shape, dtype=form.dtype, device="cpu")
-            places[numbers[name]] = _bytes_of(full)
+            places[numbers[name]] = bytes_of(full)
 
     def consume(number: int, offset: int, data: memoryview) -> None:
         places[number][offset : offset + len(data)] = data
@@ -93,15 +93,10 @@ def _runs(
 ) -> Iterator[Run]:
     """The bytes of the blocks as runs of the full weights, by their numbers."""
     for i, offsets, data in blocks:
-        view, done, state = _bytes_of(data.cpu().contiguous()), 0, states[i]
-        for start, n in runs(Box(offsets, tuple(data.shape)), state.shard.shape):
-            end = done + n * data.itemsize
-            yield Run(numbers[state.name], start * data.itemsize, view[done:end])
-            done = end
-
-
-def _bytes_of(data: Tensor) -> memoryview:
-    return memoryview(data.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        state, box = states[i], Box(offsets, tuple(data.shape))
+        view = bytes_of(data.cpu().contiguous())
+        for start, part in byte_runs(box, state.shard.shape, view, data.itemsize):
+            yield Run(numbers[state.name], start, part)
 
 
 def full_weights(

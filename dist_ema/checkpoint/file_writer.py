@@ -14,7 +14,7 @@ from ..averaging.kernels.eager import SCRATCH
 from ..distributed.connections import Run
 from ..distributed.routes import Routes
 from ..distributed.transfer import Block
-from ..sharding.geometry import Box, runs
+from ..sharding.geometry import Box, byte_runs, bytes_of, runs
 from . import atomic, crc32
 from .request import SaveRequest
 from .torch_dtypes import DTYPES
@@ -84,16 +84,15 @@ class BlockPlacer:
         """The runs of a block, as far as `clip` keeps them. They are added to the sum."""
         entry = self._files[file].entries[name]
         dtype, base = DTYPES[entry.dtype], len(self._files[file].head) + entry.begin
-        raw = _cast(name, block.data, dtype).contiguous().view(-1).view(torch.uint8)
-        view, done = memoryview(raw.numpy()), 0  # type: ignore[arg-type]
-        for start, n in runs(Box(block.offsets, tuple(block.data.shape)), entry.shape):
-            begin, end = (base + at * dtype.itemsize for at in (start, start + n))
-            low, high = clip(file, begin, end)
+        view = bytes_of(_cast(name, block.data, dtype).contiguous())
+        box = Box(block.offsets, tuple(block.data.shape))
+        for start, data in byte_runs(box, entry.shape, view, dtype.itemsize):
+            begin = base + start
+            low, high = clip(file, begin, begin + len(data))
             if low < high:
-                data = view[done + low - begin : done + high - begin]
-                self.sums[file].add(low, data)
-                yield Run(file, low, data)
-            done += end - begin
+                kept = data[low - begin : high - begin]
+                self.sums[file].add(low, kept)
+                yield Run(file, low, kept)
 
     def contributions(self) -> dict[str, int]:
         """This rank's part of the sum of every file, by number, where there is one."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..sharding.geometry import Box, runs, split_box
+from ..sharding.geometry import Box, byte_runs, bytes_of, split_box
 from . import crc32, regular_file, safetensors
 from .torch_dtypes import DTYPES
 
@@ -44,14 +44,12 @@ class OpenFile:
         buffer = torch.empty(
             max(block.numel for block in blocks) * dtype.itemsize, dtype=torch.uint8, device="cpu"
         )
-        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        view = bytes_of(buffer)
         for block in blocks:
-            at = 0
-            for start, n in runs(block, entry.shape):
-                end = at + n * dtype.itemsize
-                self._read(view[at:end], begin + start * dtype.itemsize)
-                at = end
-            yield block, buffer[:at].view(dtype).view(block.sizes)
+            for start, part in byte_runs(block, entry.shape, view, dtype.itemsize):
+                self._read(part, begin + start)
+            size = block.numel * dtype.itemsize
+            yield block, buffer[:size].view(dtype).view(block.sizes)
 
     def _read(self, into: memoryview, offset: int) -> None:
         regular_file.read_into(self._handle.fileno(), self.path, into, offset)

@@ -17,7 +17,7 @@ import torch
 from ..averaging.average import Average
 from ..averaging.gather import Form
 from ..distributed.ranks import Ranks
-from ..sharding.geometry import boxes_with_data, runs, split_box
+from ..sharding.geometry import boxes_with_data, byte_runs, bytes_of, split_box
 from ..sharding.ownership import MAX_BLOCK, ParamState
 from . import crc32
 from .request import AverageFiles, WeightRecord
@@ -121,13 +121,10 @@ def _contribution(state: ParamState) -> int:
     size = torch.Size(shape).numel() * data.itemsize
     total = crc32.RangeSum(size)
     for box, view in boxes_with_data(state.shard, state.owned_region, data):
-        for block in split_box(box, MAX_BLOCK):
-            part = view[block.within(box)].cpu().contiguous().view(-1).view(torch.uint8)
-            memory, done = memoryview(part.numpy()), 0  # type: ignore[arg-type]
-            for start, n in runs(block, shape):
-                end = done + n * data.itemsize
-                total.add(start * data.itemsize, memory[done:end])
-                done = end
+        for block in split_box(box, MAX_BLOCK // data.itemsize):
+            part = bytes_of(view[block.within(box)].cpu().contiguous())
+            for start, run in byte_runs(block, shape, part, data.itemsize):
+                total.add(start, run)
     return total.contribution
 
 

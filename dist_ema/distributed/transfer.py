@@ -28,7 +28,7 @@ __all__ = [
 
 WINDOW = 4 << 20  # bytes that one collective moves
 AHEAD = 2  # windows in place that are under way while the oldest is waited for
-STREAM = 16 << 20  # bytes that one send moves
+STREAM = 16 << 20  # bytes that one send moves, or one longer block
 
 
 class Block(NamedTuple):
@@ -148,33 +148,16 @@ def stream_to_all(
     ranks.run_transfer(verb, work)
 
 
-def _bounded(blocks: Iterable[Block]) -> Iterator[Block]:
-    """The same elements in blocks of at most one window: long ones in slices of one dimension."""
-    for block in blocks:
-        number, offsets, data = block
-        if data.nbytes <= STREAM:
-            yield block
-            continue
-        dim = next(d for d, size in enumerate(data.shape) if size > 1)
-        rows = max(1, STREAM * data.shape[dim] // data.nbytes)
-        start = offsets[dim]
-        for rows_of in data.split(rows, dim):
-            inner = (*offsets[:dim], start, *offsets[dim + 1 :])
-            yield from _bounded([Block(number, inner, rows_of)])
-            start += rows_of.shape[dim]
-
-
-def _send(blocks: Iterable[Block], send: Callable[[Tensor], None], device: torch.device) -> None:
-    bounded = list(_bounded(blocks))
-    table = [n for number, offsets, data in bounded for n in (number, *offsets, *data.shape)]
-    send(torch.tensor([len(bounded), len(table)], device=device))
-    if bounded:
+def _send(blocks: Sequence[Block], send: Callable[[Tensor], None], device: torch.device) -> None:
+    table = [n for number, offsets, data in blocks for n in (number, *offsets, *data.shape)]
+    send(torch.tensor([len(blocks), len(table)], device=device))
+    if blocks:
         send(torch.tensor(table, device=device))
-    sizes = [data.nbytes for _, _, data in bounded]
+    sizes = [data.nbytes for _, _, data in blocks]
     windows = list(_windows(sizes))
     scratch = _scratch([window for window in windows if len(window) > 1], sizes, device)
     for window in windows:
-        flat = [bounded[i].data.contiguous().view(-1).view(torch.uint8).to(device) for i in window]
+        flat = [blocks[i].data.contiguous().view(-1).view(torch.uint8).to(device) for i in window]
         send(flat[0] if len(flat) == 1 else torch.cat(flat, out=scratch[: sum(map(len, flat))]))
 
 

@@ -17,6 +17,8 @@ __all__ = [
     "Numbering",
     "boxes",
     "boxes_with_data",
+    "byte_runs",
+    "bytes_of",
     "even",
     "numbering",
     "runs",
@@ -137,6 +139,26 @@ def runs(box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     base = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
     for steps in product(*(range(n) for n in box.sizes[: whole - 1])):
         yield base + sum(i * s for i, s in zip(steps, strides, strict=False)), length
+
+
+def byte_runs(
+    box: Box, shape: tuple[int, ...], data: memoryview, itemsize: int
+) -> Iterator[tuple[int, memoryview]]:
+    """The runs of the box as bytes, each with its part of `data`, which holds the box.
+
+    Yields:
+        (first byte in the row-major weight, bytes)
+    """
+    done = 0
+    for start, n in runs(box, shape):
+        end = done + n * itemsize
+        yield start * itemsize, data[done:end]
+        done = end
+
+
+def bytes_of(data: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the host. *Aliases* it."""
+    return memoryview(data.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 
-MAX_BLOCK = 4 << 20  # elements in one block of a file or a stream
+MAX_BLOCK = 16 << 20  # bytes of one block of a file or a stream
 
 
 @dataclass
@@ -275,7 +275,7 @@ def _pieces(state: ParamState, depth: int) -> Iterator[tuple[int, Tensor]]:
 def saved_blocks(
     states: Sequence[ParamState], values: dict[str, Tensor] | None = None, alone: bool = False
 ) -> Iterator[Block]:
-    """What this rank saves, in blocks of at most `MAX_BLOCK` elements.
+    """What this rank saves, in blocks of at most `MAX_BLOCK` bytes.
 
     Args:
         states: The weights and buffers.
@@ -293,7 +293,7 @@ def saved_blocks(
         elif state.is_copied_buffer:
             data = data.clone()  # NOTE: numpy forbids to resize memory that it has seen
         for box, view in boxes_with_data(state.shard, region, data):
-            for block in split_box(box, MAX_BLOCK):
+            for block in split_box(box, MAX_BLOCK // data.itemsize):
                 yield Block(number, block.offsets, view[block.within(box)])
 
 
