@@ -28,6 +28,7 @@ from ..checkpoint import dcp
 from ..ema import EMA
 from ..schedules import Schedule
 from ..sharding import discovery, records, wrappers
+from ..sharding.tree_changes import compare_inventory
 
 __all__ = ["Device", "ModuleAverage", "ModuleFn", "UpdateRule"]
 
@@ -174,7 +175,7 @@ class ModuleAverage:
         weights = self.average.weights
         if weights.teacher is None or not weights.is_moved:
             return False
-        changes = discovery.compare_inventory(weights.model, [s.shard for s in weights.states])
+        changes = compare_inventory(weights.model, [s.shard for s in weights.states])
         replaced = changes.replaced or changes.replaced_buffers
         turned = any(state.moved and state.layout_changed for state in weights.states)
         return not changes.gone and bool(replaced or turned)
