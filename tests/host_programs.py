@@ -722,12 +722,17 @@ def run_all(seeds: list[int], trace: bool = False, without: Sequence[str] = ()) 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=300, help="how many, from 0")
+    parser.add_argument("--seeds", type=int, default=300, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="this one alone")
     parser.add_argument("--trace", action="store_true", help="print every action")
     parser.add_argument("--without", nargs="*", default=[], help="actions that are left out")
     options = parser.parse_args()
-    seeds = list(range(options.seeds)) if options.seed is None else [options.seed]
+    seeds = (
+        list(range(options.first, options.first + options.seeds))
+        if options.seed is None
+        else [options.seed]
+    )
     outcomes = run_all(seeds, options.trace, options.without)
     table = collections.Counter((each.title.split(",")[0], each.verdict) for each in outcomes)
     verdicts = ["equal", "raised", "silent", "unclear"]
