@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -131,6 +132,22 @@ def test_refuses(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"inside ema\.swap\(\)"):
         trainer(tmp_path, EMACallback()).fit(Hasty(), data(), data())
     assert not (tmp_path / "hasty.ckpt").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("before_the_fit", [True, False])
+def test_a_finder_before_the_first_step(before_the_fit: bool, tmp_path: Path) -> None:
+    """Its checkpoint is no resume: the average starts from the weights that it restored."""
+    callback, net = EMACallback(decay=0.5), Net()
+    net.lr = 0.1
+    callbacks = [] if before_the_fit else [LearningRateFinder(num_training_steps=3)]
+    options = {"callbacks": [*callbacks, callback], "max_epochs": 1, "default_root_dir": tmp_path}
+    made = trainer(tmp_path, callback, **options)
+    if before_the_fit:
+        Tuner(made).lr_find(net, data(), num_training=3)
+    made.fit(net, data())
+    assert callback.ema is not None
+    assert callback.ema.now == made.global_step == 4
 
 
 def test_a_validation_that_raises(tmp_path: Path) -> None:

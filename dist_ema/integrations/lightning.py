@@ -92,7 +92,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         # A DeepSpeed engine steps its optimizers itself.
         steps = [model] if hasattr(model, "was_step_applied") else trainer.optimizers
         ema.attach(*steps, every=self._every, start=self._start)
-        if trainer.ckpt_path is not None:
+        if trainer.ckpt_path is not None and not _is_of_a_finder(trainer):
             ema.load(_existing(trainer.ckpt_path))
         strategy, self._fit = trainer.strategy, ExitStack()
         self._fit.callback(ema.detach)
@@ -217,6 +217,15 @@ def _path_of(checkpoint: str | os.PathLike[str]) -> str:
         )
     folder, name = os.path.split(os.path.realpath(checkpoint))
     return os.path.join(folder, "ema", name.removesuffix(".ckpt"))
+
+
+def _is_of_a_finder(trainer: Trainer) -> bool:
+    """A finder of learning rates or batch sizes has restored what stood before the first step.
+
+    The path of its file, which is gone, stays behind.
+    """
+    name: str = os.path.basename(trainer.ckpt_path)
+    return not trainer.global_step and name.startswith((".lr_find_", ".scale_batch_size_"))
 
 
 def _existing(checkpoint: str | os.PathLike[str]) -> str:
