@@ -112,7 +112,7 @@ def _text(found: Difference, threshold: float | None, shown: int) -> Iterator[st
         printable(f"reshaped    {name}: {was} in A, {now} in B")
         for name, (was, now) in found.reshaped.items()
     )
-    rows = [row for row in found.rows if row.changed or row.dtypes[0] != row.dtypes[1]]
+    rows = found.beyond(None)
     if rows[:shown]:
         yield ""
         yield from columns(

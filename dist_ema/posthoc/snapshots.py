@@ -155,8 +155,8 @@ class Snapshots:
             for model in (rest, *models):
                 stack.enter_context(model)
             self._refuse_mixed([each for each, _ in chosen], models, rest)
-            names = [name for name, entry in rest.entries.items() if blend.numeric(entry.dtype)]
-            dtypes = {name: dtype or _kind(newest.dtypes.get(name), rest, name) for name in names}
+            own = {n: TORCH[kind] for n, kind in newest.dtypes.items() if TORCH.get(kind) in FLOATS}
+            dtypes = own if dtype is None else dict.fromkeys(rest.entries, dtype)
             mixture = blend.Blend(terms, rest, frozenset(newest.averaged), dtypes)
             facts = self._facts(target, fit, at, newest)
             blend.write(
@@ -269,9 +269,3 @@ def _stored(folder: Path) -> list[Stored]:
         )
         for label, spec in zip(saved.labels, saved.schedules, strict=True)
     ]
-
-
-def _kind(recorded: str | None, model: Source, name: str) -> str:
-    """The dtype of the model itself, where the snapshot recorded it."""
-    kind = TORCH.get(recorded or "")
-    return kind if kind in FLOATS else model.entries[name].dtype
