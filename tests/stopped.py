@@ -2,6 +2,7 @@
 
     python -m tests.stopped [--only save gather]    every verb before each of its operations, on 2
                                                     and 3 ranks; half an hour
+    python -m tests.stopped --timeout 10            on a machine that does other work too
 
 Each case is a group of ranks with an average of its own, all in one world. The victim counts what
 it does in the verb, and fails before the operation of the case. `fault` returns on every other rank
@@ -51,6 +52,7 @@ class Case(NamedTuple):
     fault: signal.Signals
     kind: tuple[str, ...] = BYTES
     number: int = 0
+    timeout: float = TIMEOUT
 
 
 STOP, KILL = signal.SIGSTOP, signal.SIGKILL
@@ -97,13 +99,13 @@ def use(ema: EMA, case: Case, other: nn.Module, folder: Path, is_victim: bool) -
             "stream": lambda: ema.save(folder / "new", mode="stream"),
             "export": lambda: ema.export(folder / "out"),
             "swap": lambda: enter_swap(ema),
-            "EMA": lambda: EMA(other, 0.5, timeout=TIMEOUT),
+            "EMA": lambda: EMA(other, 0.5, timeout=case.timeout),
         }
         calls[case.verb]()
         return
     with ema.swap():
         # A rank at work is waited for, also by one that has left the block long ago.
-        time.sleep(2 * TIMEOUT if is_victim else 0)
+        time.sleep(2 * case.timeout if is_victim else 0)
     with ema.swap():
         if is_victim and case.verb == "leave":
             arm(case)
@@ -130,13 +132,15 @@ def fault(folder: str, cases: list[Case]) -> tuple[int, str, float]:
     dist.all_gather_object(pids, os.getpid(), group=group)
     before = [p.detach().clone() for p in model.parameters()]
     dist.barrier()
-    ema.timeout, began, text = TIMEOUT, time.monotonic(), ""
+    ema.timeout, began, text = case.timeout, time.monotonic(), ""
     try:
         other = model if case.verb == "EMA" else Net()
         use(ema, case, other, path, dist.get_rank() == victim)
     except RuntimeError as error:
         text = str(error)
-    seconds = time.monotonic() - began - (2 * TIMEOUT if case.verb in ("leave", "block") else 0)
+    seconds = time.monotonic() - began
+    if case.verb in ("leave", "block"):
+        seconds -= 2 * case.timeout
     if dist.get_rank() != victim:
         time.sleep(2.0)  # the others must come to their own end
         with contextlib.suppress(ProcessLookupError):
@@ -173,7 +177,7 @@ def problem(case: Case, outcome: Outcome, limit: float) -> str:
     return "" if seconds < limit else f"took {seconds:.1f} s: {text}"
 
 
-def walk(verbs: list[str]) -> int:
+def walk(verbs: list[str], timeout: float = TIMEOUT) -> int:
     """Try every verb before each operation, until the victim does not come that far."""
     failures = faults = 0
     kinds, places = (MESSAGES, BYTES, RUNS), ((2, 1), (3, 0), (3, 1))
@@ -181,7 +185,7 @@ def walk(verbs: list[str]) -> int:
     while rows:
         batch = list(rows)[:AT_ONCE]
         cases = [
-            Case(verb, *place, signal_, kind, rows[verb, place, signal_, kind])
+            Case(verb, *place, signal_, kind, rows[verb, place, signal_, kind], timeout)
             for verb, place, signal_, kind in batch
         ]
         for row, case, (own, others) in zip(batch, cases, outcomes(cases), strict=True):
@@ -190,7 +194,7 @@ def walk(verbs: list[str]) -> int:
                 del rows[row]
                 continue
             faults += 1
-            for text in filter(None, (problem(case, each, TIMEOUT + 10) for each in others)):
+            for text in filter(None, (problem(case, each, timeout + 10) for each in others)):
                 failures += 1
                 print(f"{case}: {text}", flush=True)
         print(f"{faults} faults, {failures} failures, {len(rows)} rows to go", flush=True)
@@ -200,4 +204,6 @@ def walk(verbs: list[str]) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Every verb, before each of its operations.")
     parser.add_argument("--only", nargs="+", choices=VERBS, default=list(VERBS))
-    sys.exit(bool(walk(parser.parse_args().only)))
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="of the averages, seconds")
+    options = parser.parse_args()
+    sys.exit(bool(walk(options.only, options.timeout)))

@@ -122,15 +122,18 @@ class FileWriter:
     def write(self, file: int, offset: int, data: memoryview) -> None:
         """Put a run into place."""
         with self._lock, self._disk_errors():
-            if file not in self._open:
-                self._open[file] = atomic.Target(self._folder / self._names[file])
-            self._open[file].write(data, offset)
+            self._target(file).write(data, offset)
 
-    def sync(self) -> None:
-        """Have the disk confirm what was written, and close."""
+    def _target(self, file: int) -> atomic.Target:
+        if file not in self._open:
+            self._open[file] = atomic.Target(self._folder / self._names[file])
+        return self._open[file]
+
+    def sync(self, every: bool) -> None:
+        """Have the disk confirm what was written, and close. every: Also files not opened here."""
         with self._disk_errors():
-            for target in self._open.values():
-                target.sync()
+            for file in range(len(self._names)) if every else list(self._open):
+                self._target(file).sync()
         self.close()
 
     def close(self) -> None:

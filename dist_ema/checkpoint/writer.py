@@ -44,6 +44,11 @@ class _PreparedSave:
     folder: Path
     routes: Routes | None = None
 
+    @property
+    def on_machines(self) -> bool:
+        """Ranks on several machines may write to one file."""
+        return self.routes is not None or self.request.mode == "direct"
+
     def file_writer(self) -> FileWriter:
         names, request = list(self.request.files), self.request
         return FileWriter(self.folder, names, lambda: sealing.disk_errors(request))
@@ -208,7 +213,9 @@ class Writer:
             if prepared.routes is None:
                 for run in placer.runs():
                     files.write(*run)
-            files.sync()
+            # NOTE: the first rank wrote the head of every file, and the fsync of another machine
+            # may not reach that.
+            files.sync(every=ranks.first and prepared.on_machines)
             return placer.contributions()
 
         def finish(sums: dict[str, int]) -> None:

@@ -40,7 +40,7 @@ WINDOW = 16 << 20  # bytes that a receiver holds at once
 MOST_RUNS = 1 << 16  # in one window
 
 ACCEPTED = b"1"
-PATIENCE = 10.0  # seconds until the addresses of a rank are given up, and tried again
+PATIENCE = 5.0  # seconds until the addresses of a rank are given up, and tried again
 IDLE = 0.02  # seconds between two looks whether a transfer has ended
 
 _GREETING, _HEAD, _COUNT = struct.Struct("<32sQ"), struct.Struct("<IQ"), struct.Struct("<I")
@@ -152,8 +152,9 @@ class Connections:
     def _refuse_stall(self, rank: int, moved: float) -> float:
         """Raise if the transfer has ended. A rank that gives signs of life is waited for."""
         beats = self._coordinator.heartbeats_of(rank)
-        if self._beats != (rank, beats):
-            self._beats, moved = (rank, beats), time.monotonic()
+        if self._beats[0] == rank and self._beats[1] != beats:
+            moved = time.monotonic()
+        self._beats = rank, beats
         self._coordinator.refuse_ended_transfer(moved)
         return moved
 
@@ -175,7 +176,7 @@ class Connections:
             OSError: The rank is not there.
         """
         port, addresses = self._address(rank)
-        patience = max(self._coordinator.interval, min(PATIENCE, self._coordinator.timeout))
+        patience = max(self._coordinator.interval, min(PATIENCE, self._coordinator.timeout / 4))
         patience /= len(addresses)
         failures: list[str] = []
         for address in addresses:

@@ -500,10 +500,10 @@ class StoreCoordinator:
                 called, speaks = speaks, speaks or self._speaks(exchange)
                 is_due = speaks or silent >= self.timeout + 2 * GRACE
                 if silent >= self.timeout and is_due:
-                    # A rank that is a moment late is not named.
-                    time.sleep(GRACE + 2 * self.interval)
-                    text = self._silence(exchange)
-                    self._publish(exchange, {"error": text})
+                    if not self.store.check([exchange.key("answer")]):
+                        # A rank that is a moment late is not named.
+                        time.sleep(GRACE + 2 * self.interval)
+                        self._publish(exchange, {"error": self._silence(exchange)})
                     if not self._counted(exchange).answers:
                         # An answer is there, and the rank that published it died at once.
                         self.store.add(exchange.key("count"), ANSWERED)

@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
         if options.only in "2 ranks":
             from .ranks import walk_on_ranks
 
-            results += [(each, Loss()) for each in walk_on_ranks(folder / "ranks", stride)]
+            results += walk_on_ranks(folder / "ranks", stride, limit)
     if options.json:
         print(json.dumps([dataclasses.asdict(a) | dataclasses.asdict(b) for a, b in results]))
     else:

@@ -15,7 +15,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import shim
@@ -38,6 +38,7 @@ class Step:
     inode: Of the file or folder.
     names: (folder's inode, name, inode or None) of each entry that is set or removed.
     synced: The inode whose fsync makes the step durable.
+    rank: Who did it.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Step:
     size: int = 0
     data: bytes = b""
     names: tuple[tuple[int, str, int | None], ...] = ()
+    rank: int = 0
 
 
 @dataclass
@@ -90,9 +92,14 @@ class Disk:
 
 
 class Recording:
-    """The steps of recorded operations, and which of them are durable when."""
+    """The steps of recorded operations, and which of them are durable when.
 
-    def __init__(self, root: Path, before: Path, operations: Sequence[Operation]) -> None:
+    apart: Ranks are on machines of their own: an fsync reaches what its own rank did.
+    """
+
+    def __init__(
+        self, root: Path, before: Path, operations: Sequence[Operation], apart: bool = False
+    ) -> None:
         self._root = str(root)
         self._inodes = itertools.count(1)
         self.first, self._now = Disk(entries={0: {}}), Disk()
@@ -102,7 +109,9 @@ class Recording:
         # One for each operation: how many steps came until then, and the steps made durable.
         self.moments: list[tuple[int, frozenset[int]]] = [(0, frozenset())]
         self._durable: set[int] = set()
+        self._rank, self._apart = 0, apart
         for operation in operations:
+            self._rank = operation.rank
             if operation.code == 0 and not operation.path.endswith(" (deleted)"):
                 self._add(operation)
             self.moments.append((len(self.steps), frozenset(self._durable)))
@@ -138,6 +147,7 @@ class Recording:
         return folder, name, inode
 
     def _do(self, step: Step) -> None:
+        step = replace(step, rank=self._rank)
         self.steps.append(step)
         self._now.apply(step)
 
@@ -149,7 +159,11 @@ class Recording:
         if operation.name in ("open", "mkdir"):
             self._create(operation, folder, name, inode)
         elif operation.name == "fsync":
-            self._durable |= {i for i, step in enumerate(self.steps) if step.synced == inode}
+            self._durable |= {
+                i
+                for i, step in enumerate(self.steps)
+                if step.synced == inode and (not self._apart or step.rank == operation.rank)
+            }
         elif operation.name in ("unlink", "rmdir"):
             self._names((folder, name, None))
         elif operation.name == "link":
@@ -245,6 +259,7 @@ def lose_power(
     folder: Path,
     limit: int | None = None,
     show: Callable[[int, int], None] = lambda done, total: None,
+    operations: Sequence[Operation] | None = None,
 ) -> Loss:
     """Read every state that a write can leave when power is lost.
 
@@ -255,10 +270,12 @@ def lose_power(
         folder: An empty folder, by its real path.
         limit: Of the states that are read, chosen at random; None reads all.
         show: Called after each state with their number until now, and in all.
+        operations: What ranks did in folder/root, over a copy of folder/before; None records it.
     """
     root, draw = folder / "root", random.Random(0)
-    operations = record(case, folder)
-    recording = Recording(root, folder / "before", operations)
+    if operations is None:
+        operations = record(case, folder)
+    recording = Recording(root, folder / "before", operations, case.apart)
     recording.check()
     found: dict[tuple[bytes, bool], tuple[int, Tree]] = {}
     for moment, disk in recording.states(draw):

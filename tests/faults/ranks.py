@@ -1,58 +1,87 @@
-"""The walk on two ranks, of which one meets the fault: an error is an error on both."""
+"""The walk on two ranks that write one version together, of which one meets the fault.
+
+An error is an error on both. A rank that is killed is a copy of its process (a fork), so the two
+ranks go on: with averages of their own, as after a restart, they write the next version.
+"""
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from dist_ema.distributed import coordinator
+from dist_ema.distributed.deadlines import BoundedStore
 from tests._ranks import run_ranks
 from tests._wrappers import wrap
 
 from . import shim
-from .shim import Fault
+from .power import Loss, lose_power
+from .shim import Fault, Operation
 from .verbs import Case, rank_cases
-from .walk import Finding, Walk, call, held
+from .walk import Finding, Walk, call, forked, held
 
 __all__ = ["walk_on_ranks"]
 
 WORLD = 2
 ERRORS = [kind for kind in shim.KINDS if kind.code != -1]
+KILL = next(kind for kind in shim.KINDS if kind.code == -1)
+GRACE, TIMEOUT = 0.3, 1.0  # seconds in which a rank that outlives a kill gives up
+KILLS_PER_STRIDE = 8  # a kill takes as long as many errors
 
 
-def walk_on_ranks(folder: Path, stride: int) -> list[Walk]:
-    """Fail the operations of each rank in each verb; see `walk.walk`."""
-    walks: list[Walk] = run_ranks(WORLD, _rank, str(folder), stride, timeout=3600)[0]
-    return walks
+def walk_on_ranks(folder: Path, stride: int, limit: int | None = None) -> list[tuple[Walk, Loss]]:
+    """Fail the operations of each rank in each verb, and lose power. See `walk` and `lose_power`.
+
+    A machine that loses power may be that of one rank: where the ranks are on machines of their
+    own, an fsync reaches what its own rank wrote.
+    """
+    found = run_ranks(WORLD, _rank, str(folder), stride, timeout=7200)
+    results = []
+    for number, case in enumerate(rank_cases(lambda model: model)):
+        walked, _ = found[0][number]
+        operations = [
+            replace(operation, rank=rank)
+            for rank in range(WORLD)
+            for operation in found[rank][number][1]
+        ]
+        operations.sort(key=lambda operation: operation.time)
+        loss = lose_power(case, folder / case.name / "power", limit, operations=operations)
+        results.append((walked, loss))
+    return results
 
 
-def _rank(folder: str, stride: int) -> list[Walk]:
+def _rank(folder: str, stride: int) -> list[tuple[Walk, list[Operation]]]:
     warnings.simplefilter("ignore")
     logging.disable()
-    cases = rank_cases(lambda model: wrap("ddp", model))
-    return [_walk(case, Path(folder) / case.name, stride) for case in cases]
+    number = len(_cases())
+    return [_walk(i, Path(folder), stride) for i in range(number)]
 
 
-def _walk(case: Case, folder: Path, stride: int) -> Walk:
-    bench = _Bench(case, folder)
-    operations = bench.record()
-    found = Walk(f"2 ranks: {case.name}", sum(map(len, operations)))
-    places = [
-        (victim, at, kind)
-        for victim, recorded in enumerate(operations)
-        for at in range(1, len(recorded) + 1)
-        for kind in ERRORS
-    ][::stride]
-    for found.faults, (victim, at, kind) in enumerate(places, 1):
+def _cases() -> list[Case]:
+    return rank_cases(lambda model: wrap("ddp", model))
+
+
+def _walk(number: int, folder: Path, stride: int) -> tuple[Walk, list[Operation]]:
+    bench = _Bench(number, folder)
+    recorded = bench.record()
+    operations = gathered([str(operation) for operation in recorded])
+    found = Walk(f"2 ranks: {bench.case.name}", sum(map(len, operations)))
+    places = [(rank, at) for rank, each in enumerate(operations) for at in range(1, len(each) + 1)]
+    errors = [(place, kind) for place in places for kind in ERRORS][::stride]
+    kills = [(place, KILL) for place in places][number % 2 :: 1 + KILLS_PER_STRIDE * (stride - 1)]
+    for found.faults, ((victim, at), kind) in enumerate([*errors, *kills], 1):
         operation = f"rank {victim}, {at} ({operations[victim][at - 1]})"
         for what, text in bench.strike(victim, at, kind):
             found.findings.append(Finding(what, kind.name, operation, text))
-    return found
+    return found, recorded
 
 
 def gathered(value: Any) -> list[Any]:
@@ -64,46 +93,49 @@ def gathered(value: Any) -> list[Any]:
 class _Bench:
     """One rank's side. The first rank prepares the folder and reads it."""
 
-    def __init__(self, case: Case, folder: Path) -> None:
-        self._case, self._rank = case, dist.get_rank()
-        self._root, self._before = folder / "root", folder / "before"
-        self._log = folder / f"log-{self._rank}"
+    def __init__(self, number: int, folder: Path) -> None:
+        self._number, self._rank = number, dist.get_rank()
+        self.case = case = _cases()[number]
+        self._root, self._before = (folder / case.name / name for name in ("root", "before"))
+        self._power = folder / case.name / "power"
         self._before.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         for version in case.before:
             case.write(self._before, version)
 
-    def put_back(self) -> None:
+    def put_back(self, root: Path) -> None:
         dist.barrier()
         if self._rank == 0:
-            shutil.rmtree(self._root, ignore_errors=True)
-            shutil.copytree(self._before, self._root)
+            shutil.rmtree(root, ignore_errors=True)
+            shutil.copytree(self._before, root)
         dist.barrier()
 
-    def record(self) -> list[list[str]]:
-        """What every rank does in a write that meets no fault."""
+    def record(self) -> list[Operation]:
+        """What this rank does in a write that meets no fault, left for `lose_power`."""
+        log = self._power / f"log-{self._rank}"
+        self.put_back(self._power / "before")
         for _ in range(2):
-            self.put_back()
-            shim.arm(self._root, log=self._log)
-            self._case.write(self._root, self._case.target)
+            self.put_back(self._power / "root")
+            shim.arm(self._power / "root", log=log)
+            self.case.write(self._power / "root", self.case.target)
             shim.disarm()
-        return gathered([str(operation) for operation in shim.read_log(self._log)])
+        return shim.read_log(log)
 
     def strike(self, victim: int, at: int, fault: Fault) -> Iterator[tuple[str, str]]:
         """(kind of finding, what was seen) of one fault on one rank, on all ranks."""
-        case = self._case
-        self.put_back()
+        case = self.case
+        self.put_back(self._root)
         before = held()
-        if self._rank == victim:
-            shim.arm(self._root, at, fault)
-        outcomes = gathered(call(lambda: case.write(self._root, case.target)))
-        shim.disarm()
-        leaks = gathered(sorted(held() - before))
-        kinds = {kind for kind, _ in outcomes}
+        strike = self._kill if fault is KILL else self._fail
+        outcomes = gathered(strike(victim == self._rank, at, fault))
+        leaks = gathered(sorted(held() - before)) if fault is not KILL else []
+        kinds = {kind for kind, _ in outcomes} - {"killed"}
         yield from (("crash", text) for kind, text in outcomes if kind == "crash")
         if len(kinds) > 1:
             yield "uneven", str(outcomes)
-        if "raised" in kinds and any(str(self._root) not in text for _, text in outcomes):
+        if fault is KILL:
+            self.case = case = _cases()[self._number]
+        elif "raised" in kinds and any(str(self._root) not in text for _, text in outcomes):
             yield "nameless", str(outcomes)
         if any(leaks):
             yield "leak", str(leaks)
@@ -116,6 +148,32 @@ class _Bench:
         if left := [each.name for each in self._root.rglob(".*")]:
             yield "left", ", ".join(left)
 
+    def _fail(self, is_victim: bool, at: int, fault: Fault) -> tuple[str, str]:
+        if is_victim:
+            shim.arm(self._root, at, fault)
+        try:
+            return call(self._write)
+        finally:
+            shim.disarm()
+
+    def _kill(self, is_victim: bool, at: int, fault: Fault) -> tuple[str, str]:
+        """A copy of the victim writes and is killed; who waits for it raises soon."""
+        grace, coordinator.GRACE = coordinator.GRACE, GRACE
+        self.case.set_timeout(TIMEOUT)
+
+        def write() -> None:
+            _revive_stores()
+            shim.arm(self._root, at, fault)
+            self._write()
+
+        try:
+            return (forked(write), "") if is_victim else call(self._write)
+        finally:
+            coordinator.GRACE = grace
+
+    def _write(self) -> None:
+        self.case.write(self._root, self.case.target)
+
     def _look(self, what: str, allowed: set[int | None]) -> Iterator[tuple[str, str]]:
         text = ""
         if self._rank == 0:
@@ -125,7 +183,14 @@ class _Bench:
 
     def _problem(self, allowed: set[int | None]) -> str:
         try:
-            version = self._case.newest(self._root)
+            version = self.case.newest(self._root)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return "" if version in allowed else f"found version {version}"
+
+
+def _revive_stores() -> None:
+    """In a copy of a process: threads are not copied."""
+    for each in gc.get_objects():
+        if type(each) is BoundedStore:
+            each.__init__(each._store, each.timeout)  # type: ignore[misc]

@@ -7,9 +7,10 @@
    variables FAULTS_FOLDER, FAULTS_AT, FAULTS_ERROR (a number), FAULTS_STICKY and FAULTS_LOG arm the
    process when it starts.
 
-   After faults_watch_reads(1) an operation is an open for reading or a read. Else it is an open for writing, a write, fsync, rename, link, unlink, mkdir, rmdir, truncate
-   or fallocate, by whatever call of the C library. Writes through mmap and system calls that
-   bypass the C library are not seen. */
+   After faults_watch_reads(1) an operation is an open for reading or a read. Else it is an open for
+   writing, a write, fsync, rename, link, unlink, mkdir, rmdir, truncate or fallocate, by whatever
+   call of the C library. Writes through mmap and system calls that bypass the C library are not
+   seen. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -26,6 +27,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
@@ -36,7 +38,7 @@
 /* One record of the log; the two paths and the data follow it. */
 struct record {
     char name[16];
-    int64_t offset, size;
+    int64_t time, offset, size; /* time: when it had ended, in ns, alike in all processes */
     int32_t error, path_length, second_length, data_length;
 };
 
@@ -127,7 +129,10 @@ static int is_fixed(const char *path) {
 static void record(const struct operation *op, int code) {
     if (log_fd < 0)
         return;
-    struct record head = {"", op->offset, op->size, code, (int32_t)strlen(op->path),
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    int64_t time = now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+    struct record head = {"", time, op->offset, op->size, code, (int32_t)strlen(op->path),
                           (int32_t)strlen(op->second), op->data && !code ? (int32_t)op->size : 0};
     snprintf(head.name, sizeof head.name, "%s", op->name);
     syscall(SYS_write, log_fd, &head, sizeof head);

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 SOURCE = Path(__file__).with_name("shim.c")
-_HEAD = struct.Struct("16sqqiiii")
+_HEAD = struct.Struct("16sqqqiiii")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Operation:
 
     offset, size: Bytes; of an open, whether the file was there, and the flags.
     code: 0, or the errno that it returned.
+    time: When it had ended, in ns.
+    rank: Who did it.
     """
 
     name: str
@@ -80,6 +82,8 @@ class Operation:
     size: int
     code: int
     data: bytes
+    time: int = 0
+    rank: int = 0
 
     def __str__(self) -> str:
         return f"{self.name} {Path(self.path).name}" + (
@@ -156,7 +160,7 @@ def disarm() -> int:
 def read_log(path: Path) -> list[Operation]:
     raw, at, found = path.read_bytes(), 0, []
     while at < len(raw):
-        name, offset, size, code, *lengths = _HEAD.unpack_from(raw, at)
+        name, time, offset, size, code, *lengths = _HEAD.unpack_from(raw, at)
         at += _HEAD.size
         parts = []
         for length in lengths:
@@ -172,6 +176,7 @@ def read_log(path: Path) -> list[Operation]:
                 size,
                 code,
                 data,
+                time,
             )
         )
     return found

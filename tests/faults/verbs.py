@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import EMA, load_file
 from dist_ema.cli import main
+from dist_ema.distributed.machines import MACHINE
 from dist_ema.offline.verify import verify
 from dist_ema.schedules import Power
 
@@ -43,6 +47,8 @@ class Case:
         disk: What the file system can do.
         rewrites: The verb writes the same version again.
         unseen: The last operations, which the shim does not see, from those that it saw.
+        apart: Each rank is on a machine of its own.
+        set_timeout: Sets the seconds after which a rank gives up on another one.
     """
 
     name: str
@@ -52,6 +58,8 @@ class Case:
     disk: Disk = WHOLE
     rewrites: bool = False
     unseen: Callable[[list[Operation]], list[Operation]] = lambda seen: []
+    apart: bool = False
+    set_timeout: Callable[[float], None] = lambda seconds: None
 
     @property
     def last(self) -> int | None:
@@ -110,8 +118,14 @@ class Verbs:
     ) -> None:
         self._sources = sources
         self._model = Model()
-        self._ema = EMA(wrap(self._model), [0.5, 0.9], timeout=20)
+        self._ema = EMA(wrap(self._model), [0.5, 0.9], timeout=120)
         self._reader = EMA(Model(), [0.5, 0.9])
+
+    def set_timeout_of(self, other: Verbs) -> Callable[[float], None]:
+        def set_both(seconds: float) -> None:
+            self._ema.timeout = other._ema.timeout = seconds
+
+        return set_both
 
     def _fill(self, version: int) -> EMA:
         self._model.fill(version)
@@ -298,12 +312,33 @@ def ema_cases(sources: Path) -> list[Case]:
 def rank_cases(wrap: Callable[[nn.Module], nn.Module]) -> list[Case]:
     """Verbs that every rank calls; `newest` is for one of them."""
     verbs, saved = Verbs(Path(), wrap), exported("ema")
-    return [
+    dealt = Verbs(Path(), wrap)
+    file, apart = exported("model.safetensors"), partial(replace, apart=True)
+    shards = _on_machines(dealt.save("ema", max_shard_size=SMALL))
+    one_file = _on_machines(dealt.export("model.safetensors"))
+    cases = [
         Case("save over", verbs.save("ema"), saved, (1,)),
         Case("save over, streamed", verbs.save("ema", mode="stream"), saved, (1,)),
         Case("save wait=False", verbs.save_behind, saved, (1,)),
         Case("export folder over", verbs.export_changing, beside_config, (1,)),
+        apart(Case("save over, direct", verbs.save("ema", mode="direct"), saved, (1,))),
+        apart(Case("save shards over, 2 machines", shards, saved, (1,))),
+        apart(Case("export file over, 2 machines", one_file, file, (1,))),
     ]
+    return [replace(case, set_timeout=verbs.set_timeout_of(dealt)) for case in cases]
+
+
+def _on_machines(write: Callable[[Path, int], None]) -> Callable[[Path, int], None]:
+    """Each rank takes itself for a machine."""
+
+    def call(root: Path, version: int) -> None:
+        os.environ[MACHINE] = f"host {dist.get_rank() if dist.is_initialized() else 0}"
+        try:
+            write(root, version)
+        finally:
+            del os.environ[MACHINE]
+
+    return call
 
 
 def _command_cases(verbs: Verbs) -> list[Case]:

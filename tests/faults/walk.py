@@ -18,7 +18,7 @@ from . import shim
 from .shim import Fault
 from .verbs import Case
 
-__all__ = ["KINDS_OF_FINDINGS", "Finding", "Walk", "call", "held", "walk"]
+__all__ = ["KINDS_OF_FINDINGS", "Finding", "Walk", "call", "forked", "held", "walk"]
 
 KINDS_OF_FINDINGS = {
     "lost": "neither the old version nor the new one can be read",
@@ -168,16 +168,28 @@ class _Bench:
 
     def _fork(self, at: int, fault: Fault) -> tuple[str, str]:
         """The write in a copy of this process, which is killed at an operation."""
-        child = os.fork()
-        if child == 0:
-            try:
-                shim.arm(self._root, at, fault, disk=self._case.disk)
-                self._case.write(self._root, self._case.target)
-            finally:
-                os._exit(0)
-        _, status = os.waitpid(child, 0)
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        return ("killed" if killed else "returned"), ""
+
+        def write() -> None:
+            shim.arm(self._root, at, fault, disk=self._case.disk)
+            self._case.write(self._root, self._case.target)
+
+        return forked(write), ""
+
+
+def forked(write: Callable[[], None]) -> str:
+    """'killed', 'returned' or 'raised' in a copy of this process."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            write()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return "killed"
+    return "raised" if status else "returned"
 
 
 def call(write: Callable[[], None]) -> tuple[str, str]:
