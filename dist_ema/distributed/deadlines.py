@@ -42,7 +42,7 @@ class BoundedStore:
     """
 
     def __init__(self, store: dist.Store, timeout: float) -> None:
-        self._store, self.timeout = store, timeout
+        self.store, self.timeout = store, timeout
         self._tasks: Tasks = queue.SimpleQueue()
         self._unanswered: Future | None = None
         # NOTE: the thread refers to the queue, not to self, or self would never be collected.
@@ -52,7 +52,7 @@ class BoundedStore:
         weakref.finalize(self, self._tasks.put, None)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(self._run, getattr(self._store, name))
+        return partial(self._run, getattr(self.store, name))
 
     def _run(self, operation: Callable[..., Any], *args: Any) -> Any:
         if self._unanswered is not None and not self._unanswered.done():

@@ -193,4 +193,4 @@ def _revive_stores() -> None:
     """In a copy of a process: threads are not copied."""
     for each in gc.get_objects():
         if type(each) is BoundedStore:
-            each.__init__(each._store, each.timeout)  # type: ignore[misc]
+            each.__init__(each.store, each.timeout)  # type: ignore[misc]
