@@ -532,6 +532,36 @@ def test_a_weight_that_is_transposed_in_place_is_named(name: str) -> None:
     assert program.gather() < 1e-5
 
 
+def test_rescan_loses_no_average_of_a_weight_that_turned() -> None:
+    """The whole model in another memory format: the same objects and shapes."""
+    program = Program(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()))
+    program.step(3)
+    program.model.to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match=r"^0\.weight lies in another order in memory"):
+        program.ema.rescan()
+    program.model.to(memory_format=torch.contiguous_format)
+    program.step(1)
+    assert program.gather() < 2e-5
+
+
+def test_a_frozen_module_made_in_inference_mode() -> None:
+    """Its weights count no writes, and nothing can write them."""
+    with torch.inference_mode():
+        encoder = nn.Linear(4, 4).requires_grad_(False)
+    program = Program(nn.Sequential(encoder, nn.BatchNorm1d(4), nn.Linear(4, 2)))
+    program.step(3)
+    assert program.swap() < 2e-5
+    program.step(1)
+    assert program.gather() < 2e-5
+
+
+def test_a_trained_module_made_in_inference_mode_is_named() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"^weight was made under torch.inference_mode"):
+        EMA(model, 0.5)
+
+
 def test_a_storage_that_was_freed_is_named_and_followed_when_it_is_back() -> None:
     """`untyped_storage().resize_(0)`, as sharding and offloading by hand do between phases."""
     program = Program(net())

@@ -276,8 +276,13 @@ def _is_empty_buffer(shard: Shard) -> bool:
 def _held_alike(old: Shard, new: Shard) -> bool:
     """The same tensor object, or a buffer of the same form, in the same region."""
     same = old.tensor is new.tensor or old.kind == new.kind == "buffer"
-    forms = [(shard.shape, shard.local_region, shard.order) for shard in (old, new)]
-    return same and forms[0] == forms[1]
+    alike = (old.local_region, old.order) == (new.local_region, new.order)
+    _refuse(
+        [new.name] if old.tensor is new.tensor and old.shape == new.shape and not alike else [],
+        "lies in another order in memory than its average (channels_last, a transposed view?). Put "
+        "it back, or build another EMA.",
+    )
+    return same and alike and old.shape == new.shape
 
 
 def _refuse_replaced(teacher: Teacher | None) -> None:

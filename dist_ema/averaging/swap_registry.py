@@ -29,7 +29,12 @@ _OPENINGS = itertools.count(1)
 
 
 def versions(state: ParamState) -> Versions:
-    """The version counters of a weight. FSDP1 keeps them apart, and one more of the flat one."""
+    """The version counters of a weight. FSDP1 keeps them apart, and one more of the flat one.
+
+    A frozen weight made in inference mode has none.
+    """
+    if state.shard.tensor.is_inference():
+        return 0, 0
     flat = state.shard.flat_parameter
     writes = 0 if flat is None else flat._version
     return state.local._version, state.shard.tensor._version + writes

@@ -183,6 +183,8 @@ def _refuse_unfilled(name: str, tensor: Tensor) -> None:
         problem = "is not initialised yet. Run one forward through the lazy module"
     elif tensor.is_meta:
         problem = "is on the meta device. Materialise the model (to_empty, then load)"
+    elif tensor.is_inference() and tensor.requires_grad:
+        problem = "was made under torch.inference_mode. Make the model outside of it"
     if problem:
         raise ValueError(f"{name} {problem}, then build the EMA.")
 
