@@ -26,12 +26,16 @@ import dist_ema
 from dist_ema import EMA
 from dist_ema.averaging import swap_journal
 from dist_ema.averaging.averages import Reads
-from dist_ema.distributed import coordinator
+from dist_ema.distributed import answers, coordinator, messages, roll_call
+from dist_ema.verbs import entry
 from tests._oracle import same, snapshot
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
 
 HERE = Path(dist_ema.__file__).parent
+# What runs before the work of a swap.
+ENTRY = {str(HERE / "ema.py"), entry.__file__}
+ENTRY |= {room.__file__ for room in (answers, coordinator, messages, roll_call)}
 FILES = {str(path) for path in HERE.glob("averaging/swap*.py")} | {
     str(HERE / name) for name in ("ema.py", "sharding/derived.py")
 }
@@ -247,7 +251,7 @@ class EntryInterrupter(Interrupter):
     """Interrupts a line before the work of the entry, in the messages too."""
 
     def __call__(self, frame: Any, event: str, _: Any) -> Any:
-        inside = frame.f_code.co_filename in (str(HERE / "ema.py"), coordinator.__file__)
+        inside = frame.f_code.co_filename in ENTRY
         if not inside or frame.f_code.co_name in ("beat", "__exit__"):
             return None
         if event == "line":

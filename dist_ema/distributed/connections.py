@@ -107,7 +107,7 @@ class Connections:
             column = self._machines.column(number)
             text = pack([[rank, *table[rank]] for rank in column])
             self._coordinator.store.set(f"column/{number}", text)
-            self._coordinator.keep(f"column/{number}")
+            self._coordinator.messages.keep(f"column/{number}")
 
     def _address(self, rank: int) -> tuple[int, list[str]]:
         column = self._machines.columns[rank]
@@ -151,7 +151,7 @@ class Connections:
 
     def _refuse_stall(self, rank: int, moved: float) -> float:
         """Raise if the transfer has ended. A rank that gives signs of life is waited for."""
-        beats = self._coordinator.heartbeats_of(rank)
+        beats = self._coordinator.beats.of(rank)
         if self._beats[0] == rank and self._beats[1] != beats:
             moved = time.monotonic()
         self._beats = rank, beats
@@ -348,7 +348,7 @@ class Receiver:
         if time.monotonic() - self._beaten > self._coordinator.interval:
             self._beaten = time.monotonic()
             with suppress(RuntimeError):
-                self._coordinator.beat()
+                self._coordinator.beats.send()
 
 
 class _StoppedError(Exception):

@@ -36,16 +36,19 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from . import diagnosis
+from .answers import Answers
 from .deadlines import store_is_silent
 from .diagnosis import Exchange, call_text, error_text
 from .heartbeat import Heartbeats
+from .messages import ANSWERED, FLAG, Count, Messages
+from .roll_call import RollCall
 
-__all__ = ["GRACE", "Combine", "Count", "StoreCoordinator", "completes", "store_errors"]
+__all__ = ["GRACE", "Combine", "StoreCoordinator", "completes", "store_errors"]
 
 T = TypeVar("T")
 Combine = Callable[[list[Any]], Any]
@@ -58,22 +61,6 @@ REMIND = 60.0  # seconds between two such lines
 FAN_IN = 8  # messages that one rank combines with its own
 LOOKS = 50_000  # at the counters, of all ranks together in a second, at most
 
-KEPT = 1 << 62  # the number of keys that are no exchange's
-FLAG, ANSWERED, CODE = 1 << 15, 1 << 30, 1 << 35
-
-
-class Count(NamedTuple):
-    """What the counter of an exchange says ([Note: check in])."""
-
-    ranks: int
-    flags: int
-    answers: int
-    codes: int
-
-    @classmethod
-    def of(cls, total: int) -> Count:
-        return cls(total % FLAG, total // FLAG % FLAG, total // ANSWERED % 8, total // CODE)
-
 
 class StoreCoordinator:
     """Exchanges of JSON messages among ranks, over a key-value store ([Note: check in]).
@@ -85,6 +72,10 @@ class StoreCoordinator:
         timeout: Seconds that a rank waits for the others to enter a verb, and inside the verb the
             seconds without a heartbeat or a window of bytes. It may be set later.
         heartbeat_store: Another connection to `store`, for heartbeats.
+
+    Attributes:
+        beats: Heartbeats of these ranks.
+        messages: Their keys in the store.
     """
 
     def __init__(
@@ -100,14 +91,14 @@ class StoreCoordinator:
         self.timeout = timeout
         self.store = store
         self._number, self._verb, self._step = 0, "", 0
-        self._arguments: dict[str, str] = {}
         self._is_compared = False
-        self.written: list[tuple[int, str]] = []  # (number, key) of this rank, not deleted yet
-        self.keep(f"heartbeats/{rank}", *["heartbeats"] * (rank == 0))
-        self._heartbeats = Heartbeats(heartbeat_store or store, rank, self.size)
+        self.messages = Messages(store, rank, self.size)
+        self._answers = Answers(self.messages, self.members, rank)
+        self._roll = RollCall(self.messages, self.members, rank)
+        self.beats = Heartbeats(heartbeat_store or store, store, rank, self.size)
+        self.messages.keep(f"heartbeats/{rank}", *["heartbeats"] * (rank == 0))
         self._transfer: Exchange | None = None  # the exchange that ends the bytes under way
         self._last = Exchange(0, "", 0)
-        self._ends_when_full = False  # the current exchange needs no answer
         self._lost_one = False  # a rank died after its answer: the next wait need not be long
 
     # --- verbs -----------------------------------------------------------------------------------
@@ -128,13 +119,9 @@ class StoreCoordinator:
         self._verb, self._step = verb, 0
         self.compare(arguments or {})
 
-    def keep(self, *keys: str) -> None:
-        """Leave keys that this rank writes in the store until all ranks are gone."""
-        self.written += [(KEPT, key) for key in keys]
-
     def compare(self, arguments: dict[str, Any]) -> None:
         """Have the next exchange raise ValueError where the arguments differ between ranks."""
-        self._arguments, self._is_compared = diagnosis.texts(arguments), False
+        self._answers.arguments, self._is_compared = diagnosis.texts(arguments), False
 
     def run_on_all(self, verb: str, work: Callable[[], T]) -> T:
         """Do `work` on every rank, and wait for all.
@@ -181,7 +168,7 @@ class StoreCoordinator:
         key, own = f"{self._number}/same/{about}", f"{value}@{self.rank}"
         first = self.store.compare_set(key, "", own).decode()
         if first == own:
-            self.written.append((self._number, key))
+            self.messages.written.append((self._number, key))
         return bool(first.rpartition("@")[0] == str(value))
 
     def run_and_reduce(
@@ -261,7 +248,7 @@ class StoreCoordinator:
                 with self.heartbeats():
                     work()
             except BaseException as error:
-                self._publish_failure(exchange, error)
+                self._answers.publish_failure(exchange, error)
                 raise
         self._meet(exchange, None)
 
@@ -284,8 +271,8 @@ class StoreCoordinator:
         """Raise if the transfer under way has ended, or no byte has moved since `moved`."""
         exchange = self._transfer
         assert exchange is not None
-        if self.store.check([exchange.key("answer")]):
-            self._taken(exchange, self.store.get(exchange.key("answer")))
+        if self.messages.has(exchange, "answer"):
+            self._answers.value_of(exchange, self.messages.get(exchange, "answer"))
         if time.monotonic() - moved >= self.timeout:
             raise RuntimeError(self.blame(f"for {self.timeout:g} s"))
 
@@ -298,17 +285,13 @@ class StoreCoordinator:
         if not self._is_compared:
             self._is_compared = True
             exchange = exchange._replace(
-                arguments=diagnosis.digest(sorted(self._arguments.items()))
+                arguments=diagnosis.digest(sorted(self._answers.arguments.items()))
             )
         self._number, self._step = self._number + 1, self._step + 1
-        self._last, self._ends_when_full = exchange, ends_when_full
-        # Ranks take turns in deleting the keys of exchanges.
-        keys = ["count"] if ends_when_full else ["count", "answer"]
+        self._last, self._answers.ends_when_full = exchange, ends_when_full
         combining = (self.size - 2) // FAN_IN + 1  # the others delete
-        for i, name in enumerate(keys):
-            turn = (2 * exchange.number + i) % (self.size - combining)
-            if combining + turn == self.rank:
-                self.written.append((exchange.number, exchange.key(name)))
+        keys = ("count",) if ends_when_full else ("count", "answer")
+        self.messages.take_turns(exchange, keys, combining)
         return exchange
 
     def _attempt(self, verb: str, work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -318,7 +301,7 @@ class StoreCoordinator:
             except Exception as error:  # the others learn of it first
                 return None, error
             except BaseException as error:  # an interrupt is published, and waits for no rank
-                self._publish_failure(self._next(verb, ends_when_full=True), error)
+                self._answers.publish_failure(self._next(verb, ends_when_full=True), error)
                 raise
 
     def _meet(self, exchange: Exchange, error: Exception | None, flag: bool = False) -> int:
@@ -327,20 +310,21 @@ class StoreCoordinator:
         Raises:
             RuntimeError: One of them failed.
         """
-        failure = exchange.key("error")
+        messages = self.messages
         with self._reported(exchange):
             if error is not None:
-                self.written.append((exchange.number, failure))
+                messages.will_delete(exchange, "error")
                 text = json.dumps([self.members[self.rank], error_text(error)])
-                self.store.compare_set(failure, "", text)
-            self._count(exchange, flag or error is not None)
+                messages.set_first(exchange, "error", text)
+            messages.count(exchange, flag or error is not None)
             try:
                 count = self._await(exchange)
             except RuntimeError as silence:
                 raise (silence if error is None else error) from None
-            if count.flags and error is None and self.store.check([failure]):
-                self._raise_failure(exchange, json.loads(self.store.get(failure)))
-            self._forget(exchange)
+            if count.flags and error is None and messages.has(exchange, "error"):
+                failure = messages.get(exchange, "error")
+                raise RuntimeError(diagnosis.failed(exchange, *failure))
+            messages.forget(exchange)
         return count.flags  # type: ignore[no-any-return]
 
     def _reduce(
@@ -368,8 +352,8 @@ class StoreCoordinator:
             if error is not None:
                 raise error
             if "failed" in answer:
-                self._raise_failure(exchange, answer["failed"])
-            self._forget(exchange)
+                raise RuntimeError(diagnosis.failed(exchange, *answer["failed"]))
+            self.messages.forget(exchange)
         return result, answer["all"]  # type: ignore[return-value]
 
     def _climb(
@@ -381,7 +365,7 @@ class StoreCoordinator:
         fan_in: int,
     ) -> Any:
         """The answer, after this rank has combined the messages of those above it in the tree."""
-        self._count(exchange)
+        self.messages.count(exchange)
         above = range(fan_in * self.rank + 1, min(self.size, fan_in * (self.rank + 1) + 1))
         keys = [exchange.key(str(rank)) for rank in above]
         if keys:
@@ -389,7 +373,7 @@ class StoreCoordinator:
             others = [json.loads(text) for text in self.store.multi_get(keys)]
             message = _first_error_or(combine, [message, *others])
         if self.rank > 0:
-            self._set(exchange, str(self.rank), json.dumps(message, separators=(",", ":")))
+            self.messages.set(exchange, str(self.rank), message)
             return self._await(exchange)
         if "error" in message:
             return self._conclude(exchange, lambda: {"failed": message["error"]})
@@ -400,47 +384,11 @@ class StoreCoordinator:
         try:
             with self.heartbeats():
                 value = work()
-            return self._taken(
-                exchange, self._publish(exchange, {"exchange": exchange, "value": value})
-            )
+            published = self._answers.publish(exchange, {"exchange": exchange, "value": value})
+            return self._answers.value_of(exchange, published)
         except BaseException as error:
-            self._publish_failure(exchange, error)
+            self._answers.publish_failure(exchange, error)
             raise
-
-    def _count(self, exchange: Exchange, flag: bool = False) -> None:
-        own = 1 + flag * FLAG + exchange.code(self.size) * CODE
-        if Count.of(self.store.add(exchange.key("count"), own)).answers:
-            self.store.add(exchange.key("count"), -own)  # too late: the answer holds
-
-    def _is_full(self, exchange: Exchange, count: Count) -> bool:
-        return count.ranks == self.size and count.codes == self.size * exchange.code(self.size)
-
-    def _set(self, exchange: Exchange, name: str, text: str) -> None:
-        self.store.set(exchange.key(name), text)
-        self.written.append((exchange.number, exchange.key(name)))
-
-    def _publish(self, exchange: Exchange, answer: dict[str, Any], name: str = "answer") -> Any:
-        """Write the answer, unless another rank has written one. Returns what was written."""
-        key, count, text = exchange.key(name), exchange.key("count"), json.dumps(answer)
-        if "value" not in answer:  # an exchange that succeeds has no such key
-            self.written.append((exchange.number, key))
-        published = self.store.compare_set(key, "", text)
-        if name == "answer" and published == text.encode():
-            total = Count.of(self.store.add(count, ANSWERED))
-            if self._ends_when_full and self._is_full(exchange, total):
-                self.store.add(count, -ANSWERED)  # too late: all have come
-        return published
-
-    def _publish_failure(self, exchange: Exchange, error: BaseException) -> bool:
-        """Publish that `error` was raised here. Returns False if all had agreed to go on."""
-        if self.size == 1:
-            return True
-        rank = self.members[self.rank]
-        text = f"{exchange} failed on rank {rank}: {error_text(error)}"
-        answer = json.loads(self._publish(exchange, {"error": text}))
-        if self._ends_when_full and self._is_full(exchange, self._counted(exchange)):
-            return bool(self.store.check([exchange.key("error")]))
-        return "value" not in answer or "failed" in (answer["value"] or ())
 
     @contextmanager
     def _reported(self, exchange: Exchange) -> Iterator[None]:
@@ -451,7 +399,7 @@ class StoreCoordinator:
         except Exception:
             raise
         except BaseException as interrupt:
-            self._publish_failure(exchange, interrupt)
+            self._answers.publish_failure(exchange, interrupt)
             raise
 
     @contextmanager
@@ -470,8 +418,8 @@ class StoreCoordinator:
             if self._number == first:
                 self._next(verb, ends_when_full=True)
             is_second = self._number == first + 1
-            if is_second and not self._publish_failure(self._last, interrupt):
-                self._publish_failure(self._next(verb, ends_when_full=True), interrupt)
+            if is_second and not self._answers.publish_failure(self._last, interrupt):
+                self._answers.publish_failure(self._next(verb, ends_when_full=True), interrupt)
             raise
 
     def _await(self, exchange: Exchange, ready: Callable[[Count], bool] | None = None) -> Any:
@@ -490,27 +438,26 @@ class StoreCoordinator:
             if ended:
                 return value
             now, before = time.monotonic(), heartbeats
-            heartbeats = self._heartbeats.of_all(self.store)
+            heartbeats = self.beats.of_all()
             heard = now if before not in (None, heartbeats) else heard
-            if not is_here and self.store.check([exchange.key("speaker")]):
-                is_here = True
-                self._set(exchange, f"here/{self.rank}", json.dumps(exchange))
+            is_here = is_here or self._roll.answer(exchange)
             silent = now - heard
             if silent >= self.timeout or now >= remind_at:
-                called, speaks = speaks, speaks or self._speaks(exchange)
+                called, speaks = speaks, speaks or self._roll.speak(exchange)
                 is_due = speaks or silent >= self.timeout + 2 * GRACE
                 if silent >= self.timeout and is_due:
-                    if not self.store.check([exchange.key("answer")]):
+                    if not self.messages.has(exchange, "answer"):
                         # A rank that is a moment late is not named.
                         time.sleep(GRACE + 2 * self.interval)
-                        self._publish(exchange, {"error": self._silence(exchange)})
-                    if not self._counted(exchange).answers:
+                        text = self._roll.silence(exchange, self.timeout)
+                        self._answers.publish(exchange, {"error": text})
+                    if not self.messages.counted(exchange).answers:
                         # An answer is there, and the rank that published it died at once.
-                        self.store.add(exchange.key("count"), ANSWERED)
+                        self.messages.add(exchange, ANSWERED)
                         self._lost_one = True
                 elif called:
                     remind_at = now + REMIND
-                    self._remind(exchange, now - began)
+                    self._roll.remind(exchange, now - began)
                 else:  # the others answer the roll call until then
                     remind_at = now + 2 * self.interval if speaks else float("inf")
 
@@ -524,12 +471,14 @@ class StoreCoordinator:
         # NOTE: store.wait() would do, but TCPStore writes two lines to stderr at every timeout.
         end = time.monotonic() + self.interval
         while True:
-            count = self._counted(exchange)
-            full = self._ends_when_full and self._is_full(exchange, count)
+            count = self.messages.counted(exchange)
+            full = self._answers.ends_when_full and self.messages.is_full(exchange, count)
             if count.codes != count.ranks * exchange.code(self.size) and not count.answers:
-                self._publish(exchange, {"clash": [exchange, self.rank, self._arguments]})
+                self._answers.publish(
+                    exchange, {"clash": [exchange, self.rank, self._answers.arguments]}
+                )
             elif count.answers and not full:
-                return True, self._taken(exchange, self.store.get(exchange.key("answer")))
+                return True, self._answers.value_of(exchange, self.messages.get(exchange, "answer"))
             elif not count.answers and (full or (ready is not None and ready(count))):
                 return True, count
             now = time.monotonic()
@@ -538,120 +487,27 @@ class StoreCoordinator:
             least, most = max(5e-4, self.size / LOOKS), max(POLL / 4, 5 * self.size / LOOKS)
             time.sleep(min(end - now, max(least, min(most, (now - since) / 10))))
 
-    def _counted(self, exchange: Exchange) -> Count:
-        # NOTE: get() waits where no rank has been counted.
-        key = exchange.key("count")
-        return Count.of(int(self.store.get(key)) if self.store.check([key]) else 0)
-
-    def _taken(self, exchange: Exchange, published: str | bytes) -> Any:
-        """The value of the published answer.
-
-        Raises:
-            RuntimeError: The answer is an error, or belongs to another exchange.
-            ValueError: The ranks passed different arguments.
-        """
-        answer = json.loads(published)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        if "clash" in answer:
-            raise self._clash(exchange, *answer["clash"])
-        decided = Exchange(*answer["exchange"])
-        if decided != exchange:  # the first rank is in run_on_first, this one is not
-            positions = (decided, self.members[0]), (exchange, self.members[self.rank])
-            raise RuntimeError(diagnosis.two_positions(*positions))
-        return answer["value"]
-
-    def _raise_failure(self, exchange: Exchange, failure: tuple[int, str]) -> None:
-        rank, text = failure
-        raise RuntimeError(f"{exchange} failed on rank {rank}: {text}")
-
-    def _forget(self, exchange: Exchange) -> None:
-        """Delete this rank's keys of earlier exchanges: every rank counted here has read them."""
-        for number, key in self.written:
-            if number < exchange.number:
-                self.store.delete_key(key)
-        self.written[:] = [entry for entry in self.written if entry[0] >= exchange.number]
-
-    # --- when ranks disagree or are silent -------------------------------------------------------
-
-    def _speaks(self, exchange: Exchange) -> bool:
-        """This rank is the one that calls the roll; it is if no other was faster."""
-        key, rank = exchange.key("speaker"), str(self.rank)
-        self.written.append((exchange.number, key))
-        return bool(self.store.compare_set(key, "", rank) == rank.encode())
-
-    def _missing(self, exchange: Exchange) -> list[int]:
-        keys = [exchange.key(f"here/{rank}") for rank in range(self.size)]
-        missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-        return [rank for rank in missing if rank != self.rank]
-
-    def _silence(self, exchange: Exchange) -> str:
-        """The error that names who is missing."""
-        missing = self._missing(exchange)
-        if missing:
-            names = diagnosis.names(self.members, missing)
-            return diagnosis.silence(exchange, names, len(missing), self.size, self.timeout)
-        here = {self.rank: exchange}  # all wait, so they wait for different things
-        for rank in set(range(self.size)) - {self.rank}:
-            here[rank] = Exchange(*json.loads(self.store.get(exchange.key(f"here/{rank}"))))
-        other = next((rank for rank in sorted(here) if here[rank] != exchange), self.rank)
-        positions = (exchange, self.members[self.rank]), (here[other], self.members[other])
-        return diagnosis.two_positions(*positions)
-
-    def _remind(self, exchange: Exchange, seconds: float) -> None:
-        missing = self._missing(exchange)
-        names = diagnosis.names(self.members, missing)
-        hint = diagnosis.usual_cause(exchange, len(missing), self.size)
-        log.warning("%s has waited %.0f s for %s%s", exchange, seconds, names, hint)
-
-    def _clash(
-        self, exchange: Exchange, found: list[Any], finder: int, arguments: dict[str, str]
-    ) -> Exception:
-        """The error for two calls at once. A rank whose call is not the finder's adds its own."""
-        finders = Exchange(*found)
-        if exchange != finders:
-            self._publish(exchange, {"clash": [exchange, self.rank, self._arguments]}, "other")
-        end = time.monotonic() + GRACE
-        while not self.store.check([exchange.key("other")]):
-            if time.monotonic() >= end:
-                return RuntimeError(
-                    f"{finders.position} was called on rank {self.members[finder]}, and something "
-                    "else on other ranks."
-                )
-            time.sleep(GRACE / 100)
-        found, rank, others = json.loads(self.store.get(exchange.key("other")))["clash"]
-        calls = [
-            (self.members[finder], finders, arguments),
-            (self.members[rank], Exchange(*found), others),
-        ]
-        return diagnosis.clash(*sorted(calls, key=lambda call: call[0]))
-
     def blame(self, cause: str) -> str:
         """Publish and return why bytes did not arrive: the ranks whose heartbeats stand still."""
         exchange = self._transfer
         assert exchange is not None
-        before = self._heartbeats.of_each(self.store)
-        self._speaks(exchange)  # a rank that has sent and taken everything answers the roll call
+        before = self.beats.of_each()
+        self._roll.speak(exchange)  # a rank that has sent and taken everything answers
         time.sleep(GRACE + 2 * self.interval)
-        now = self._heartbeats.of_each(self.store)
-        silent = [rank for rank in self._missing(exchange) if before[rank] == now[rank]]
+        now = self.beats.of_each()
+        silent = [rank for rank in self._roll.missing(exchange) if before[rank] == now[rank]]
         text = f"{exchange}: no bytes arrived {cause}, although every rank gives signs of life."
         if silent:
             names = diagnosis.names(self.members, silent)
             text = f"{exchange}: {names} sent and took no bytes {cause}. Dead, or hung?"
-        return self._published_error(exchange, text)
+        return self._answers.publish_error(exchange, text)
 
     def publish_failure_of(self, rank: int, text: str) -> str:
         """Publish, as the answer to the transfer under way, what failed on another rank."""
         exchange = self._transfer
         assert exchange is not None
-        text = f"{exchange} failed on rank {self.members[rank]}: {text}"
-        return self._published_error(exchange, text)
-
-    def _published_error(self, exchange: Exchange, text: str) -> str:
-        """Publish an error, unless one is known. Returns the one that all ranks raise."""
-        answer: dict[str, str] = json.loads(self._publish(exchange, {"error": text}))
-        return answer["error"]
+        text = diagnosis.failed(exchange, self.members[rank], text)
+        return self._answers.publish_error(exchange, text)
 
     # --- [Note: heartbeat] -----------------------------------------------------------------------
 
@@ -660,16 +516,9 @@ class StoreCoordinator:
         """Seconds between two heartbeats: many ranks send as many in all as a thousand."""
         return min(POLL * max(1.0, self.size / 1000), self.timeout / 4)
 
-    def beat(self) -> None:
-        """Send one heartbeat."""
-        self._heartbeats.send()
-
-    def heartbeats_of(self, rank: int) -> int:
-        return self._heartbeats.of(self.store, rank)
-
     def heartbeats(self) -> AbstractContextManager[None]:
         """Send heartbeats from a thread while the block runs."""
-        return self._heartbeats.sent(self.interval)
+        return self.beats.sent(self.interval)
 
 
 def _same(value: Any) -> Any:

@@ -14,6 +14,7 @@ __all__ = [
     "clash",
     "digest",
     "error_text",
+    "failed",
     "names",
     "silence",
     "texts",
@@ -72,6 +73,11 @@ def call_text(verb: str) -> str:
 
 def error_text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def failed(exchange: Exchange, rank: int, text: str) -> str:
+    """rank: a global one."""
+    return f"{exchange} failed on rank {rank}: {text}"
 
 
 def names(members: Sequence[int], ranks: Sequence[int]) -> str:

@@ -21,12 +21,13 @@ class Heartbeats:
 
     Args:
         store: A connection for the thread alone.
+        readers: The connection by which this rank looks for heartbeats.
         rank: Of this process.
         size: The number of ranks.
     """
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        self._store, self._rank, self._size = store, rank, size
+    def __init__(self, store: Any, readers: Any, rank: int, size: int) -> None:
+        self._store, self._readers, self._rank, self._size = store, readers, rank, size
 
     @contextmanager
     def sent(self, interval: float) -> Iterator[None]:
@@ -50,17 +51,16 @@ class Heartbeats:
             thread.join()
 
     def send(self) -> None:
+        """Send one."""
         self._store.add(f"heartbeats/{self._rank}", 1)
         self._store.add("heartbeats", 1)
 
-    @staticmethod
-    def of(store: Any, rank: int) -> int:
-        return store.add(f"heartbeats/{rank}", 0)  # type: ignore[no-any-return]
+    def of(self, rank: int) -> int:
+        return self._readers.add(f"heartbeats/{rank}", 0)  # type: ignore[no-any-return]
 
-    @staticmethod
-    def of_all(store: Any) -> int:
+    def of_all(self) -> int:
         """The heartbeats of all ranks together."""
-        return store.add("heartbeats", 0)  # type: ignore[no-any-return]
+        return self._readers.add("heartbeats", 0)  # type: ignore[no-any-return]
 
-    def of_each(self, store: Any) -> list[int]:
-        return [self.of(store, rank) for rank in range(self._size)]
+    def of_each(self) -> list[int]:
+        return [self.of(rank) for rank in range(self._size)]

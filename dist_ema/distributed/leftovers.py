@@ -36,7 +36,7 @@ _noted: list[_Leftovers] = []
 def note_when_gone(coordinator: StoreCoordinator, prefix: str, store: BoundedStore) -> None:
     """Note the keys of a coordinator when it is collected. store: Its own, under the prefix."""
     store.add(GONE, 0)  # a store without this key is another one, of a later process group
-    found = _Leftovers(prefix, coordinator.size, coordinator.written)
+    found = _Leftovers(prefix, coordinator.size, coordinator.messages.written)
     weakref.finalize(coordinator, _noted.append, found).atexit = False
 
 
