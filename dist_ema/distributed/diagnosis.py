@@ -72,7 +72,9 @@ def call_text(verb: str) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    # NOTE: an interrupt at the very end of a block does not reach it: the block is closed.
+    name = "KeyboardInterrupt" if isinstance(error, GeneratorExit) else type(error).__name__
+    return f"{name}: {error}"
 
 
 def failed(exchange: Exchange, rank: int, text: str) -> str:
