@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_ema.checkpoint import atomic
+from dist_ema.checkpoint import atomic, disk
 
 KINDS = ["folder", "file"]
 
@@ -436,7 +436,7 @@ def texts(path: Path) -> set[str]:
 def test_errors_that_name_a_path_keep_it(tmp_path: Path) -> None:
     """Only what names none gets one, and a full disk its bytes."""
     for name, want in (("b", f"{tmp_path}/b"), (None, f"{tmp_path}/a")):
-        with pytest.raises(OSError, match="error") as caught, atomic.disk_errors(tmp_path / "a", 9):
+        with pytest.raises(OSError, match="error") as caught, disk.disk_errors(tmp_path / "a", 9):
             raise OSError(
                 errno.EIO, os.strerror(errno.EIO), *([f"{tmp_path}/{name}"] if name else [])
             )
@@ -574,7 +574,7 @@ def test_reserve(size: int, tmp_path: Path) -> None:
     """The file has its full size at once, on disk, and reads as zeros."""
     path = tmp_path / "a"
     with open(path, "wb") as file:
-        atomic.reserve(file.fileno(), size)
+        disk.reserve(file.fileno(), size)
     assert path.read_bytes() == bytes(size)
     assert os.stat(path).st_blocks * 512 >= size
 
@@ -584,13 +584,13 @@ def test_reserve_finds_a_full_disk(tmp_path: Path) -> None:
     real EFBIG.
     """
     code = (
-        "import os, resource, sys; from dist_ema.checkpoint import atomic\n"
+        "import os, resource, sys; from dist_ema.checkpoint import disk\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
         "fd = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)\n"
-        "atomic.reserve(fd, 1 << 16)\n"
+        "disk.reserve(fd, 1 << 16)\n"
         "from pathlib import Path\n"
-        "try:\n    with atomic.disk_errors(Path(sys.argv[1]), 70_000):\n"
-        "        atomic.reserve(fd, (1 << 16) + 1)\n"
+        "try:\n    with disk.disk_errors(Path(sys.argv[1]), 70_000):\n"
+        "        disk.reserve(fd, (1 << 16) + 1)\n"
         "except OSError as error:\n    print(error.errno, os.fstat(fd).st_size)\n    print(error)"
     )
     done = subprocess.run(
@@ -612,7 +612,7 @@ def test_reserve_where_it_cannot(
 
     monkeypatch.setattr(os, "posix_fallocate", cannot)
     with open(tmp_path / "a", "wb") as file:
-        atomic.reserve(file.fileno(), 77)
+        disk.reserve(file.fileno(), 77)
     assert (tmp_path / "a").stat().st_size == 77
 
 
@@ -625,7 +625,7 @@ def test_reserve_passes_on(code: int, tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with open(tmp_path / "a", "wb") as file, pytest.raises(OSError) as caught:  # noqa: PT011
-        atomic.reserve(file.fileno(), 77)
+        disk.reserve(file.fileno(), 77)
     assert caught.value.errno == code
 
 
@@ -643,8 +643,8 @@ def test_write_loops(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         np.random.default_rng(0).standard_normal(25).astype(np.float32)
     )  # a view that counts elements, not bytes
     with open(tmp_path / "a", "wb") as file:
-        atomic.reserve(file.fileno(), 120)
-        atomic.write_at(file.fileno(), memoryview(numbers), 10)
+        disk.reserve(file.fileno(), 120)
+        disk.write_at(file.fileno(), memoryview(numbers), 10)
     assert (tmp_path / "a").read_bytes() == bytes(10) + numbers.tobytes() + bytes(10)
     assert len(calls) == -(-100 // most)
 
@@ -652,9 +652,9 @@ def test_write_loops(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_write_in_any_order(tmp_path: Path) -> None:
     """Ranks write their parts in their own order; nothing is nothing."""
     with open(tmp_path / "a", "wb") as file:
-        atomic.write_at(file.fileno(), b"weights", 4)
-        atomic.write_at(file.fileno(), b"head", 0)
-        atomic.write_at(file.fileno(), b"", 2)
+        disk.write_at(file.fileno(), b"weights", 4)
+        disk.write_at(file.fileno(), b"head", 0)
+        disk.write_at(file.fileno(), b"", 2)
     assert (tmp_path / "a").read_bytes() == b"headweights"
 
 
@@ -670,9 +670,9 @@ def test_windows_go_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         real(fd, begin, n, advice)
 
     monkeypatch.setattr(os, "posix_fadvise", spy)
-    monkeypatch.setattr(atomic, "WINDOW", 1000)
+    monkeypatch.setattr(disk, "WINDOW", 1000)
     (tmp_path / "a").touch()
-    target, data = atomic.Target(tmp_path / "a"), bytes(range(250)) * 20
+    target, data = disk.Target(tmp_path / "a"), bytes(range(250)) * 20
     for at in (600, 0, 1200, 1800, 2400, 3000, 3600, 4200, 4800):
         target.write(memoryview(data)[at : at + 600], at)
     target.sync()

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import EMA, follow, load_file
-from dist_ema.checkpoint import atomic, file_writer, leases, versions
+from dist_ema.checkpoint import atomic, disk, file_writer, leases, versions
 from dist_ema.integrations.vllm import EMASource
 from dist_ema.offline.verify import verify
 from dist_ema.service.follow import open_version
@@ -149,7 +149,7 @@ def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             trainer.step()
     trainer.step()
     with monkeypatch.context() as patch:
-        patch.setattr(atomic.Target, "write", full)
+        patch.setattr(disk.Target, "write", full)
         with pytest.warns(UserWarning, match="version 4 could not be published"):
             trainer.step()  # behind training: who waits for it learns of it
     trainer.step()

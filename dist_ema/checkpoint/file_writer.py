@@ -15,7 +15,7 @@ from ..distributed.connections import Run
 from ..distributed.routes import Routes
 from ..distributed.transfer import Block
 from ..sharding.geometry import Box, byte_runs, bytes_of, runs
-from . import atomic, crc32
+from . import crc32, disk
 from .request import SaveRequest
 from .torch_dtypes import DTYPES
 
@@ -116,7 +116,7 @@ class FileWriter:
         disk_errors: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._folder, self._names, self._disk_errors = folder, names, disk_errors
-        self._open: dict[int, atomic.Target] = {}
+        self._open: dict[int, disk.Target] = {}
         self._lock = threading.Lock()
 
     def write(self, file: int, offset: int, data: memoryview) -> None:
@@ -124,9 +124,9 @@ class FileWriter:
         with self._lock, self._disk_errors():
             self._target(file).write(data, offset)
 
-    def _target(self, file: int) -> atomic.Target:
+    def _target(self, file: int) -> disk.Target:
         if file not in self._open:
-            self._open[file] = atomic.Target(self._folder / self._names[file])
+            self._open[file] = disk.Target(self._folder / self._names[file])
         return self._open[file]
 
     def sync(self, every: bool) -> None:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from . import atomic, crc32, foreign_files, manifest, retention, safetensors, versions
+from . import atomic, crc32, disk, foreign_files, manifest, retention, safetensors, versions
 from .request import SaveRequest
 
 __all__ = ["disk_errors", "finish", "make"]
@@ -18,7 +18,7 @@ __all__ = ["disk_errors", "finish", "make"]
 
 def disk_errors(request: SaveRequest) -> AbstractContextManager[None]:
     """Errors of the disk say the path, and of a full one what is needed."""
-    return atomic.disk_errors(request.path, sum(file.size for file in request.files.values()))
+    return disk.disk_errors(request.path, sum(file.size for file in request.files.values()))
 
 
 def make(request: SaveRequest) -> Path:
@@ -29,8 +29,8 @@ def make(request: SaveRequest) -> Path:
             for name, file in request.files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 with open(folder / name, "wb") as handle:
-                    atomic.reserve(handle.fileno(), file.size)
-                    atomic.write_at(handle.fileno(), file.head, 0)
+                    disk.reserve(handle.fileno(), file.size)
+                    disk.write_at(handle.fileno(), file.head, 0)
                     if file.size == len(file.head):  # its weights are empty: no rank will sync it
                         os.fsync(handle.fileno())
         return folder

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import atomic, manifest, safetensors
+from ..checkpoint import atomic, disk, manifest, safetensors
 from ..checkpoint.foreign_files import carry_over
 from ..checkpoint.manifest import Manifest, is_resumable
 from ..text import size_of
@@ -133,7 +133,7 @@ def write(
         *Cost*: five times what `content` yields at a time.
     """
     refuse_target(path, force)
-    with atomic.disk_errors(path, sum(file.size for file in model.files.values())):
+    with disk.disk_errors(path, sum(file.size for file in model.files.values())):
         atomic.ensure(path.parent)
         atomic.recover(path)
         atomic.remove_leftovers(path)
@@ -164,8 +164,8 @@ def _write_file(
     """Returns its line in ema.json: size and sums."""
     at = written = len(file.head)
     with open(path, "wb") as handle:
-        atomic.reserve(handle.fileno(), file.size)
-    target = atomic.Target(path)
+        disk.reserve(handle.fileno(), file.size)
+    target = disk.Target(path)
 
     def write_next(window: Window) -> None:
         nonlocal written
