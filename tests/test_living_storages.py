@@ -446,6 +446,15 @@ def test_rescan_does_not_follow_another_module_in_the_teacher() -> None:
         ema.rescan()
 
 
+def test_rescan_does_not_tie_weights_that_the_teacher_holds_apart() -> None:
+    """The second of the teacher's two would be the average of nothing."""
+    model, teacher = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+    ema = EMA(model, 0.5, into=teacher)
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"^0\.weight and 1\.weight are tied in one of"):
+        ema.rescan()
+
+
 def test_live_in_the_memory_of_the_average_is_named() -> None:
     """`state_dict()` aliases the shadows: what is assigned from it would be its own average."""
     program = Program(nn.Sequential(nn.Linear(4, 4)))

@@ -71,6 +71,9 @@ class Inventory:
             )
         self._members = found.members
         kept = self._kept(found)
+        if teacher is not None:
+            for shard in (shard for shard in found.shards if shard.name in kept):
+                teacher.refuse_untied(shard)
         names = {shard.name for shard in found.shards if self.selection.averages(shard)}
 
         def chosen(shard: Shard) -> bool:

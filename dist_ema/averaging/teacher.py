@@ -205,6 +205,17 @@ class Teacher:
                 "Give each EMA a teacher of its own, or drop the other EMA first."
             )
 
+    def refuse_untied(self, shard: Shard, memory: Shard | None = None) -> None:
+        """Raise ValueError if names are one weight in the model and two in the teacher, or so."""
+        name, memory = shard.name, memory or self._given[shard.name]
+        untied = [alias for alias in shard.aliases if self._shards.get(alias) is not memory]
+        untied += [key for key, given in self._given.items() if given is memory and key != name]
+        if untied:
+            raise ValueError(
+                f"{name} and {untied[0]} are tied in one of the model and the teacher, and not in "
+                "the other."
+            )
+
     def _refuse_unlike(self, shard: Shard, memory: Shard) -> None:
         """The teacher's record must be able to hold the average of the model's."""
         name, live, dtype = shard.name, shard.dtype, memory.dtype
@@ -229,13 +240,7 @@ class Teacher:
                 f"{name} of the teacher is strided or expanded. Make it contiguous, or leave it "
                 "out with only=."
             )
-        untied = [alias for alias in shard.aliases if self._shards.get(alias) is not memory]
-        untied += [key for key, given in self._given.items() if given is memory and key != name]
-        if untied:
-            raise ValueError(
-                f"{name} and {untied[0]} are tied in one of the model and the teacher, and not in "
-                "the other."
-            )
+        self.refuse_untied(shard, memory)
         same = memory.read().data_ptr() == shard.read().data_ptr()
         if shard.trainable and same and shard.local_region.numel:
             raise ValueError(
