@@ -267,6 +267,28 @@ def test_following_over_restarts(tmp_path: Path) -> None:
     again.handle.remove()
 
 
+class Configured(nn.Linear):
+    """A model that has a config to give, as diffusers' have."""
+
+    def to_json_string(self) -> str:
+        return '{"of": "the model"}'
+
+
+def test_a_version_has_a_config(tmp_path: Path) -> None:
+    """The model's own, or that of beside=."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"of": "the base"}')
+    for beside, owner in ((None, "the model"), (tmp_path / "base", "the base")):
+        ema = EMA(Configured(2, 2))
+        handle = ema.publish(tmp_path / owner, every=1, dtype=None, beside=beside)
+        ema.update()
+        handle.remove()
+        (version,) = follow(tmp_path / owner, timeout=0)
+        assert json.loads((version.path / "config.json").read_text()) == {"of": owner}
+    given = tmp_path / "base" / "config.json"
+    assert given.samefile(version.path / "config.json"), "a link, where the disk has them"
+
+
 def test_following_loads(tmp_path: Path) -> None:
     """In place and as a state_dict, synchronous and asynchronous, until the stop file."""
     folder, base = tmp_path / "published", tmp_path / "base"
