@@ -36,7 +36,7 @@ from tests._ranks import run_ranks
 
 __all__ = ["BYTES", "KILL", "MESSAGES", "RUNS", "STOP", "TIMEOUT", "Case", "outcomes", "problem"]
 
-VERBS = ("EMA", "swap", "leave", "gather", "copy_to", "load", "save", "stream", "export")
+VERBS = ("EMA", "swap", "leave", "gather", "copy_to", "load", "save", "stream", "export", "pull")
 TIMEOUT = 3.0
 AT_ONCE = 6  # cases in one world
 MESSAGES, BYTES = ("add", "compare_set", "set"), ("broadcast", "all_reduce")
@@ -99,6 +99,7 @@ def use(ema: EMA, case: Case, other: nn.Module, folder: Path, is_victim: bool) -
             "stream": lambda: ema.save(folder / "new", mode="stream"),
             "export": lambda: ema.export(folder / "out"),
             "swap": lambda: enter_swap(ema),
+            "pull": lambda: ema.weights.pull(1.0),
             "EMA": lambda: EMA(other, 0.5, timeout=case.timeout),
         }
         calls[case.verb]()
@@ -170,7 +171,9 @@ def problem(case: Case, outcome: Outcome, limit: float) -> str:
     if outcome is None:
         return "left no result"
     victim, text, seconds = outcome
-    verb = {"leave": "swap", "block": "swap", "stream": "save"}.get(case.verb, case.verb)
+    verb = {"leave": "swap", "block": "swap", "stream": "save", "pull": "weights.pull"}.get(
+        case.verb, case.verb
+    )
     call = "EMA(...)" if verb == "EMA" else f"ema.{verb}()"
     if text and not (call in text and re.search(rf"\branks? ([\d, ]*, )?{victim}\b", text)):
         return f"{call} or rank {victim} is not named: {text}"

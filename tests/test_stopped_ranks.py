@@ -39,6 +39,7 @@ MORE = [
     Case("block", 2, 0, STOP),
     Case("EMA", 3, 0, KILL, ("all_reduce",)),
     Case("EMA", 2, 1, STOP, MESSAGES, 2),
+    Case("pull", 2, 0, STOP),
 ]
 
 

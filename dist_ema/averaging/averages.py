@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..distributed.ranks import Ranks
 from ..schedules import Schedule
 from ..sharding import discovery, geometry, records, wrappers
 from ..sharding.ownership import ParamState
@@ -74,6 +75,7 @@ class AveragedWeights:
         updates: The plan of an update, and when it runs.
         seed: Of stochastic rounding.
         bypassed: Steps of averaged weights by optimizers that are not attached, since one that is.
+        ranks: The ranks of the EMA, which `pull` needs.
         after_update: A method that is called when an update was submitted and the clock has moved.
     """
 
@@ -97,6 +99,7 @@ class AveragedWeights:
         self._watch = watch = StorageWatch(self.clock, self.swaps)
         self.mark, self.forget_mark = watch.mark, watch.forget_mark
         self.updates = Updates()
+        self.ranks: Ranks | None = None
         self.after_update: WeakMethod[Callable[[], None]] | None = None
 
     # --- what is averaged -------------------------------------------------------------------------
@@ -440,7 +443,11 @@ class AveragedWeights:
             if state.shard.master is not None:
                 state.live.copy_(state.source)
         if self.placement.split:
-            broadcast_to_replicas(self._averaged)
+            ranks = self.ranks
+            assert ranks is not None
+            ranks.run_transfer(
+                "weights.pull", lambda: broadcast_to_replicas(self._averaged, ranks.wait_for)
+            )
         self.mark()
 
     def set_clock(self, counters: dict[str, Any]) -> None:

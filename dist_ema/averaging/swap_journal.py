@@ -131,7 +131,7 @@ class SwapJournal:
 
 
 def broadcast_to_replicas(
-    states: Sequence[ParamState], wait_for: Callable[[dist.Work], object] = dist.Work.wait
+    states: Sequence[ParamState], wait_for: Callable[[dist.Work], object]
 ) -> None:
     """Copy what each rank averages to the ranks that hold it too. *Collective*."""
     for group, pieces in replica_pieces(states):

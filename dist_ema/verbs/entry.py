@@ -50,7 +50,9 @@ class Entry:
             members, group = list(range(dist.get_world_size())), None
         self.weights, self.stage = weights, found.members
         self.attachment: Attachment | None = None
-        self.ranks = Ranks(members, group, wrappers.side_store, timeout, found.device)
+        self.ranks = weights.ranks = Ranks(
+            members, group, wrappers.side_store, timeout, found.device
+        )
         self.alone = Ranks([self.ranks.members[self.ranks.rank]], None, wrappers.side_store)
         self._everyone: Ranks | None = None
         self._may_be_alone = False  # every rank averages the whole model
