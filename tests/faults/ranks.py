@@ -34,7 +34,6 @@ WORLD = 2
 ERRORS = [kind for kind in shim.KINDS if kind.code != -1]
 KILL = next(kind for kind in shim.KINDS if kind.code == -1)
 GRACE, TIMEOUT = 0.3, 1.0  # seconds in which a rank that outlives a kill gives up
-KILLS_PER_STRIDE = 8  # a kill takes as long as many errors
 
 
 def walk_on_ranks(folder: Path, stride: int, limit: int | None = None) -> list[tuple[Walk, Loss]]:
@@ -76,7 +75,9 @@ def _walk(number: int, folder: Path, stride: int) -> tuple[Walk, list[Operation]
     found = Walk(f"2 ranks: {bench.case.name}", sum(map(len, operations)))
     places = [(rank, at) for rank, each in enumerate(operations) for at in range(1, len(each) + 1)]
     errors = [(place, kind) for place in places for kind in ERRORS][::stride]
-    kills = [(place, KILL) for place in places][number % 2 :: 1 + KILLS_PER_STRIDE * (stride - 1)]
+    kills = [(place, KILL) for place in places]
+    if stride > 1:  # a kill takes two seconds
+        kills = kills[number :: len(kills)] if number % 3 == 0 else []
     for found.faults, ((victim, at), kind) in enumerate([*errors, *kills], 1):
         operation = f"rank {victim}, {at} ({operations[victim][at - 1]})"
         for what, text in bench.strike(victim, at, kind):
