@@ -100,9 +100,8 @@ averaging/inventory.py
     walk_tree         changes.gone_buffers) => ())  @living_buffers,living_tree
     walk_tree         is tied otherwise  @living_tree
     walk_tree         is new and trainable  @living_storages
+    walk_tree         adopted + changes.replaced_buffers + changes.gone_buffers => ()  @living_tree
     walk_tree         self.refuse_unfrozen()  @living_tree,discovery
-    walk_tree         not emptied.issuperset(adopted) => False  @living_tree
-    walk_tree         not emptied.issuperset(adopted) => bool(adopted)  @living_buffers,living_swap
     rebind_moved      or state.layout_changed =>
     rebind_moved      forget_reshaped_buffers  @living_buffers
     refuse_unfrozen   became trainable  @living_tree

@@ -360,6 +360,17 @@ def test_copied_buffers_may_change_shape(make: Any, tmp_path: Path) -> None:
     assert distance(before, naive.state()) == 0
 
 
+def test_a_swap_empties_again_what_was_none() -> None:
+    """A verb has walked the tree while there was no buffer."""
+    model: Any = nn.Sequential(nn.Linear(4, 4), Bank())
+    ema = EMA(model, 0.75)
+    model[1].bank = None
+    ema.gather()
+    with ema.swap():
+        model[1].bank = torch.ones(3, 4)
+    assert model[1].bank is None
+
+
 RED_RESUMED: dict[str, str] = {}
 RESUMED = {title: SHAPES[title] for title in ("grows", "shrinks", "resized in place")}
 

@@ -242,10 +242,8 @@ class Inventory:
             "is new and trainable. Call ema.rescan() to average it from its value now.",
         )
         self.refuse_unfrozen()
-        emptied = {state.name for state in self.states if _is_empty_buffer(state.shard)}
         adopted = changes.new_trainable + changes.new_frozen + changes.new_buffers
-        adopted += changes.replaced_buffers + changes.gone_buffers
-        return not emptied.issuperset(adopted)
+        return bool(adopted + changes.replaced_buffers + changes.gone_buffers)
 
     def refuse_unfrozen(self) -> None:
         """Raise RuntimeError where a weight should be averaged and is not, by name."""
@@ -268,12 +266,6 @@ class Inventory:
             for state in moved:
                 state.rebind()
             average.forget_reshaped_buffers(moved)
-
-
-def _is_empty_buffer(shard: Shard) -> bool:
-    """Its module still has the buffer, which is None now. A swap must empty what a block fills."""
-    module, name = shard.place
-    return shard.kind == "buffer" and module._buffers.get(name, shard) is None
 
 
 def _held_alike(old: Shard, new: Shard) -> bool:
