@@ -242,25 +242,24 @@ class EMA:
                 then.
             RuntimeError: Something is attached already.
         """
-        if self.weights.teacher is not None:
-            self.weights.teacher.refuse_training(optimizers)
-        refuse_beside_masters(self.weights.averages[0].averaged, optimizers)
-        if self._entry.attachment is not None and self._entry.attachment.active:
+        weights, entry = self.weights, self._entry
+        if weights.teacher is not None:
+            weights.teacher.refuse_training(optimizers)
+        refuse_beside_masters(weights.averages[0].averaged, optimizers)
+        if entry.attachment is not None and entry.attachment.active:
             raise RuntimeError(
                 "ema.attach() was called before. Call ema.detach() first, or list all optimizers "
                 "in one call."
             )
-        self.weights.use_engine(overlap)
-        weights, entry = self.weights, self._entry
+        weights.use_engine(overlap)
         attachment = Attachment(weights, weights.clock, optimizers, every, start, elapsed, guard)
         entry.attachment = attachment
         arguments = {"every": every, "start": start, "elapsed": elapsed, "guard": guard}
-        arguments |= {"overlap": overlap}
-        if not entry.is_staged:  # a rank may hold more stages than another
-            arguments["optimizers"] = len(optimizers)
+        # A rank may hold more stages than another.
+        arguments |= {"overlap": overlap, "optimizers": 0 if entry.is_staged else len(optimizers)}
         attachment.arguments = {f"attach({name}=)": arguments[name] for name in arguments}
-        if len(self) and not self.weights.stepped_by(optimizers):
-            self.weights.follow(tree=True)  # it may hold what has replaced them
+        if len(self) and not weights.stepped_by(optimizers):
+            weights.follow(tree=True)  # it may hold what has replaced them
             names = ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
             warn(
                 f"ema.attach(): {names} holds none of the averaged weights. If it steps copies of "
