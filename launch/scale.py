@@ -38,7 +38,7 @@ from dist_ema.averaging.clock import Clock
 from dist_ema.averaging.storage_watch import StorageWatch
 from dist_ema.averaging.swap_registry import SwapRegistry
 from dist_ema.checkpoint import file_writer
-from dist_ema.distributed import coordinator, machines, ranks, transfer
+from dist_ema.distributed import connections, coordinator, machines, ranks, transfer
 from dist_ema.distributed.coordinator import FAN_IN, StoreCoordinator
 from dist_ema.distributed.ranks import Ranks
 from dist_ema.sharding import discovery, ownership
@@ -61,6 +61,7 @@ EXCHANGES = {
     "export": (3, 1, 1, 0),
     "reset": (1, 0, 0, 1),
 }
+TIMEOUT = 900.0  # seconds: hundreds of threads share one interpreter
 MESSAGE = 100  # bytes of a message or an answer, at most
 
 
@@ -98,7 +99,7 @@ class ThreadRanks(Ranks):
         self.size, self.rank, self.group = size, rank, None
         self._base, self._prefixes, self._prefix = store, 0, "job"
         self.stores: list[Store] = []
-        self._connect([], 120.0)
+        self._connect([], TIMEOUT)
 
     def _connect(self, stores: Sequence[Any], timeout: float) -> None:
         store = Store(dist.PrefixStore(self._prefix, self._base))
@@ -230,12 +231,15 @@ def _cost(counts: list[tuple[int, int, int]]) -> Cost:
 @contextmanager
 def _machine_of(name: Callable[[], str]) -> Iterator[None]:
     """`machine_id` of the thread that calls it."""
-    real, looks = ranks.machine_id, coordinator.LOOKS
+    real, looks, idle = ranks.machine_id, coordinator.LOOKS, connections.IDLE
     ranks.machine_id, coordinator.LOOKS = name, 2000  # threads share one interpreter
+    connections.IDLE, reminder = 0.5, coordinator.FIRST_REMINDER
+    coordinator.FIRST_REMINDER = TIMEOUT  # it looks for who is late
     try:
         yield
     finally:
-        ranks.machine_id, coordinator.LOOKS = real, looks
+        ranks.machine_id, coordinator.LOOKS, connections.IDLE = real, looks, idle
+        coordinator.FIRST_REMINDER = reminder
 
 
 def formula(verb: str, size: int) -> tuple[int, int]:

@@ -197,6 +197,10 @@ class Ranks:
         """Broadcast from the rank with index `source`, inside `run_transfer`. *Collective*."""
         self.wait_for(dist.broadcast(data, self.members[source], group=self.group, async_op=True))
 
+    def sum(self, data: Tensor) -> None:
+        """Sum over all ranks, in place, inside `run_transfer`. *Collective*."""
+        self.wait_for(dist.all_reduce(data, group=self.group, async_op=True))
+
 
 def transfer_device(
     group: dist.ProcessGroup | None, beside: torch.device | None = None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ __all__ = [
 
 WINDOW = 4 << 20  # bytes that one collective moves
 AHEAD = 2  # windows in place that are under way while the oldest is waited for
-STREAM = 16 << 20  # bytes that one send moves, or one longer block
+STREAM = 16 << 20  # bytes that one collective moves, or one longer block
 
 
 class Block(NamedTuple):
@@ -37,6 +36,15 @@ class Block(NamedTuple):
     number: int  # of the weight
     offsets: tuple[int, ...]
     data: Tensor
+
+
+class _Place(NamedTuple):
+    """A block that a rank holds, without its data."""
+
+    source: int
+    number: int
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 Consume = Callable[[int, tuple[int, ...], Tensor], None]  # takes the fields of a Block
@@ -129,73 +137,85 @@ def stream_to_all(
         consume: Takes one block.
 
     Note:
-        *Collective*. *Cost*: one window and one copy.
+        *Collective*. *Cost*: one window and one copy; two collectives per 16 MB, whatever the
+        number of ranks.
     """
 
     def work() -> None:
-        device = ranks.transfer_device()
-        for source in range(ranks.size):
-            transfer = partial(ranks.broadcast, source=source)
-            if source != ranks.rank:
-                for block in _receive(transfer, dtypes, dims, device):
-                    consume(*block)
-                continue
-            for block in blocks:
-                consume(*block)
-            if ranks.size > 1:
-                _send(blocks, transfer, device)
+        table = [n for number, offsets, data in blocks for n in (number, *offsets, *data.shape)]
+        device, nbytes = ranks.transfer_device(), sum(each.data.nbytes for each in blocks)
+        amounts = torch.zeros(ranks.size, 2, dtype=torch.int64, device=device)
+        amounts[ranks.rank] = torch.tensor([len(table), nbytes], device=device)
+        ranks.sum(amounts)
+        for sources, lengths in _batches(amounts.tolist()):
+            own = table if ranks.rank in sources else []
+            places = _tables_of(ranks, sources, lengths, own, dims)
+            _stream(ranks, places, blocks if own else [], dtypes, consume)
 
-    ranks.run_transfer(verb, work)
-
-
-def _send(blocks: Sequence[Block], send: Callable[[Tensor], None], device: torch.device) -> None:
-    table = [n for number, offsets, data in blocks for n in (number, *offsets, *data.shape)]
-    send(torch.tensor([len(blocks), len(table)], device=device))
-    if blocks:
-        send(torch.tensor(table, device=device))
-    sizes = [data.nbytes for _, _, data in blocks]
-    windows = list(_windows(sizes))
-    scratch = _scratch([window for window in windows if len(window) > 1], sizes, device)
-    for window in windows:
-        flat = [blocks[i].data.contiguous().view(-1).view(torch.uint8).to(device) for i in window]
-        send(flat[0] if len(flat) == 1 else torch.cat(flat, out=scratch[: sum(map(len, flat))]))
+    if ranks.size == 1:
+        for block in blocks:
+            consume(*block)
+    else:
+        ranks.run_transfer(verb, work)
 
 
-def _receive(
-    receive: Callable[[Tensor], None],
+def _batches(amounts: list[list[int]]) -> Iterator[tuple[range, list[int]]]:
+    """Neighbouring ranks that hold one window or more, and the lengths of their tables."""
+    begin = total = 0
+    for rank, (_, nbytes) in enumerate(amounts):
+        total += nbytes
+        if total >= STREAM or rank == len(amounts) - 1:
+            yield range(begin, rank + 1), [length for length, _ in amounts[begin : rank + 1]]
+            begin, total = rank + 1, 0
+
+
+def _tables_of(
+    ranks: Ranks, sources: range, lengths: list[int], own: list[int], dims: Sequence[int]
+) -> list[_Place]:
+    """The blocks of some ranks, in their order."""
+    device = ranks.transfer_device()
+    numbers = torch.zeros(sum(lengths), dtype=torch.int64, device=device)
+    parts = numbers.split(lengths)
+    if own:
+        parts[ranks.rank - sources[0]].copy_(torch.tensor(own, device=device))
+    ranks.sum(numbers)
+    return [
+        _Place(source, *entry)
+        for source, part in zip(sources, parts, strict=True)
+        for entry in _read_table(part.tolist(), dims)
+    ]
+
+
+def _stream(
+    ranks: Ranks,
+    places: Sequence[_Place],
+    own: Sequence[Block],
     dtypes: Sequence[torch.dtype],
-    dims: Sequence[int],
-    device: torch.device,
-) -> Iterator[Block]:
-    head = torch.empty(2, dtype=torch.int64, device=device)
-    receive(head)
-    count, length = head.tolist()
-    if not count:
-        return
-    numbers = torch.empty(length, dtype=torch.int64, device=device)
-    receive(numbers)
-    table = list(_read_table(numbers.tolist(), dims))
-    sizes = [math.prod(shape) * dtypes[number].itemsize for number, _, shape in table]
-    windows = list(_windows(sizes))
-    scratch = _scratch(windows, sizes, device)
+    consume: Consume,
+) -> None:
+    """Hand the blocks at `places` to `consume`; this rank sends `own`."""
+    sizes = [math.prod(place.shape) * dtypes[place.number].itemsize for place in places]
+    windows, rest = list(_windows(sizes)), iter(own)
+    longest = max((sum(sizes[i] for i in window) for window in windows), default=0)
+    # NOTE: allocated once. Were it freed in between, the allocator would not find the place again.
+    scratch = torch.empty(-(-longest // 4), dtype=torch.int32, device=ranks.transfer_device())
     for window in windows:
-        data = scratch[: sum(sizes[i] for i in window)]
-        receive(data)
-        for i, raw in zip(window, data.split([sizes[i] for i in window]), strict=True):
-            number, offsets, shape = table[i]
+        words = scratch[: -(-sum(sizes[i] for i in window) // 4)].zero_()
+        raw = words.view(torch.uint8)[: sum(sizes[i] for i in window)]
+        entries = list(zip(window, raw.split([sizes[i] for i in window]), strict=True))
+        for i, part in entries:
+            if places[i].source == ranks.rank:
+                part.copy_(next(rest).data.contiguous().view(-1).view(torch.uint8))
+        if len({places[i].source for i in window}) == 1:
+            ranks.broadcast(words, places[window[0]].source)
+        else:
+            ranks.sum(words)
+        for i, part in entries:
+            _, number, offsets, shape = places[i]
             dtype = dtypes[number]
             # NOTE: a view of another dtype needs an offset that its size divides.
-            aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
-            yield Block(number, offsets, aligned.view(dtype).view(shape))
-
-
-def _scratch(windows: Sequence[list[int]], sizes: Sequence[int], device: torch.device) -> Tensor:
-    """Memory for each of the windows in turn.
-
-    NOTE: allocated once. Were it freed in between, the allocator would not find the place again.
-    """
-    longest = max((sum(sizes[i] for i in window) for window in windows), default=0)
-    return torch.empty(longest, dtype=torch.uint8, device=device)
+            aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
+            consume(number, offsets, aligned.view(dtype).view(shape))
 
 
 def _read_table(
