@@ -7,7 +7,9 @@ collectives or of calls, never seconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -129,3 +131,71 @@ def test_swap_scales(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with Collectives() as collectives:
         transfer.broadcast(pieces, group)
     assert collectives.count <= total / transfer.WINDOW + 1
+
+
+class ThreadRanks:
+    """A rank that is a thread. Its collectives meet those of the others, and are counted."""
+
+    def __init__(
+        self, rank: int, size: int, barrier: threading.Barrier, slots: list[Tensor]
+    ) -> None:
+        self.rank, self.size, self.count = rank, size, 0
+        self._barrier, self._slots = barrier, slots
+
+    def transfer_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def run_transfer(self, verb: str, work: Callable[[], None]) -> None:
+        work()
+
+    def sum(self, data: Tensor) -> None:
+        self._meet(data, lambda: torch.stack(self._slots).sum(0, dtype=data.dtype))
+
+    def broadcast(self, data: Tensor, source: int) -> None:
+        self._meet(data, lambda: self._slots[source].clone())
+
+    def _meet(self, data: Tensor, result: Callable[[], Tensor]) -> None:
+        self.count += 1
+        self._slots[self.rank] = data
+        self._barrier.wait(300)
+        found = result()
+        self._barrier.wait(300)
+        data.copy_(found)
+
+
+@pytest.mark.parametrize("size", [3, 48])
+def test_streams_to_all_scale(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank takes every block, in collectives that grow with the bytes and not with ranks."""
+    monkeypatch.setattr(transfer, "STREAM", 1 << 10)
+    wanted = {
+        (number, row): torch.full((1, 5), row * 1.5 + number, dtype=dtype)
+        for number, dtype in enumerate((torch.float64, torch.bfloat16, torch.uint8))
+        for row in range(96)
+    }
+    barrier, slots = threading.Barrier(size), [torch.empty(0)] * size
+    ranks = [ThreadRanks(rank, size, barrier, slots) for rank in range(size)]
+
+    def work(own: ThreadRanks) -> dict[tuple[int, int], Tensor]:
+        blocks = [
+            transfer.Block(number, (row, 0), data)
+            for (number, row), data in wanted.items()
+            if row % size == own.rank and own.rank != 1  # one rank has nothing
+        ]
+        found: dict[tuple[int, int], Tensor] = {}
+
+        def take(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
+            found[number, offsets[0]] = data.clone()
+
+        dtypes = [torch.float64, torch.bfloat16, torch.uint8]
+        transfer.stream_to_all(own, "copy_to", dtypes, [2, 2, 2], blocks, take)  # type: ignore[arg-type]
+        return found
+
+    with ThreadPoolExecutor(size) as pool:
+        results = list(pool.map(work, ranks))
+    sent = {key: data for key, data in wanted.items() if key[1] % size != 1}
+    for found in results:
+        assert found.keys() == sent.keys()
+        assert all(torch.equal(found[key], data) for key, data in sent.items())
+    total = sum(data.nbytes for data in sent.values())
+    assert {each.count for each in ranks} == {ranks[0].count}
+    assert ranks[0].count <= 3 * total / transfer.STREAM + 3
