@@ -285,11 +285,16 @@ def rank(folder: str, verbs: int, wrapper: str, seed: int, every: int = EVERY) -
             raise AssertionError(f"verb {number} ({name} came before), seed {seed}") from error
         if number % every == 0:
             soak.save()  # waits for one that is in flight
+            gc.collect()
             EMA(soak.model, 0.5)  # deletes what dead ones have left, and leaves as much each time
             gc.collect()
             dist.barrier()
-            time.sleep(0.05)  # the store closes connections of the other rank a moment later
-            counts.append(Counts.now(store, root))
+            for _ in range(50):  # connections of the other rank are closed a moment later
+                found = Counts.now(store, root)
+                if not counts or not grown([*counts, *[found] * (len(counts) + 1)]):
+                    break
+                time.sleep(0.1)
+            counts.append(found)
             dist.barrier()
             if dist.get_rank() == 0 and verbs > 1000 and number % 1000 == 0:
                 print(f"{number} verbs, {time.monotonic() - began:.0f} s, {counts[-1]}", flush=True)

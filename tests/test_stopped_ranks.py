@@ -27,7 +27,7 @@ IN_VERBS = [
     Case("gather", 2, 0, STOP, RUNS, 1),
     Case("gather", 3, 2, KILL, RUNS, 1),
     Case("copy_to", 3, 1, STOP, number=2),
-    Case("EMA", 3, 1, STOP, ("all_reduce",)),
+    Case("EMA", 3, 1, STOP, ("all_reduce",), timeout=8),
 ]
 MORE = [
     Case("copy_to", 3, 0, KILL, number=2),
@@ -37,8 +37,8 @@ MORE = [
     Case("leave", 3, 1, KILL),
     Case("block", 3, 1, KILL),
     Case("block", 2, 0, STOP),
-    Case("EMA", 3, 0, KILL, ("all_reduce",)),
-    Case("EMA", 2, 1, STOP, MESSAGES, 2),
+    Case("EMA", 3, 0, KILL, ("all_reduce",), timeout=8),
+    Case("EMA", 2, 1, STOP, MESSAGES, 2, timeout=8),
     Case("pull", 2, 0, STOP),
 ]
 
