@@ -95,7 +95,7 @@ averaging/averages.py
 averaging/inventory.py
     walk_tree         no longer shares memory
     walk_tree         changes.replaced_buffers) => ())  @living_buffers,living_tree
-    walk_tree         of the teacher is another object  @into
+    _refuse_replaced  of the teacher is another object  @into
     walk_tree         is gone from the model  @living_tree,reliability
     walk_tree         changes.gone_buffers) => ())  @living_buffers,living_tree
     walk_tree         is tied otherwise  @living_tree
@@ -109,7 +109,7 @@ averaging/inventory.py
     adopt             if name in states => if True  @living_buffers,living_tree
     _refuse_hopeless  is not dense  @discovery
     _refuse_hopeless  float8 cannot  @discovery
-    _held_alike       and forms[0] == forms[1] =>  @living_tree
+    _held_alike       and old.shape == new.shape and not alike => and False  @living_tree
     _held_alike       or old.kind == new.kind == "buffer" =>  @living_buffers,living_tree
     _kept             (shard.name, *shard.aliases) => (shard.name,)  @living_tree
 averaging/storage_watch.py
@@ -146,6 +146,7 @@ sharding/ownership.py
 sharding/discovery.py
     find_shards       _refuse_empty  @zero,living_texts
     _plain            _refuse_unfilled  @living_texts,discovery
+sharding/tree_changes.py
     _compare_weights  changes["gone" if  @living_tree
     _compare_weights  changes["retied"].append(full)  @living_tree
     _compare_weights  changes["replaced"].append
