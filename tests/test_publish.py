@@ -144,7 +144,7 @@ def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr(atomic, "reserve", full)
+        patch.setattr(disk, "reserve", full)
         with pytest.warns(UserWarning, match="version 2 could not be published.*No space left"):
             trainer.step()
     trainer.step()

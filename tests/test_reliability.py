@@ -70,7 +70,12 @@ def slow_disk(folder: str) -> None:
     if dist.get_rank() == 0:
         opened = file_writer.FileWriter
         sync = opened.sync
-        opened.sync = lambda self: (time.sleep(4.0), sync(self))[1]  # type: ignore[method-assign]
+
+        def slow(self: file_writer.FileWriter, *, every: bool = False) -> None:
+            time.sleep(4.0)
+            sync(self, every=every)
+
+        opened.sync = slow  # type: ignore[method-assign]
     for mode in ("direct", "stream"):
         ema.save(f"{folder}/{mode}", mode=mode)  # type: ignore[arg-type]
     ema.load(f"{folder}/stream")

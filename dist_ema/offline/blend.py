@@ -74,10 +74,6 @@ class Blend:
         was = self.rest.entries[name].dtype
         return self.dtypes.get(name, was) if was in FLOATS else was
 
-    @cached_property
-    def _reader(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1)
-
     def content(self, name: str) -> Iterator[Window]:
         """The bytes of a weight, in windows. *Cost*: 32 MB, with those in flight."""
         was, dtype = self.rest.entries[name].dtype, self._dtype(name)
@@ -87,21 +83,23 @@ class Blend:
             return
         count = self.rest.entries[name].nbytes // ITEMSIZE[was]
         factors = [(model, weight) for model, weight in self.terms if weight]  # 0 * NaN is NaN
-        values = self._read_ahead(
+        reads = (
             partial(self._values, model, locate(model, name, self.rest), begin, count)
             for begin in range(0, count, WINDOW)
             for model, _ in factors
         )
-        for _ in range(0, count, WINDOW):
-            total: Any = None
-            for (_, weight), term in zip(factors, values, strict=False):
-                # Fresh pages for each product would cost more than the sum.
-                scratch = self._scratch[int(total is not None), : len(term)]
-                product = np.multiply(term, weight, out=scratch, dtype=np.float64)
-                total = product if total is None else np.add(total, product, out=total)
-            # What is in flight must not lie in the scratch.
-            total = total.copy() if dtype == "F64" else total
-            yield Window(fitted(name, total, _real(dtype)))
+        with ThreadPoolExecutor(1) as reader:  # it ends with the weight, whatever is raised
+            values = _read_ahead(reader, reads)
+            for _ in range(0, count, WINDOW):
+                total: Any = None
+                for (_, weight), term in zip(factors, values, strict=False):
+                    # Fresh pages for each product would cost more than the sum.
+                    scratch = self._scratch[int(total is not None), : len(term)]
+                    product = np.multiply(term, weight, out=scratch, dtype=np.float64)
+                    total = product if total is None else np.add(total, product, out=total)
+                # What is in flight must not lie in the scratch.
+                total = total.copy() if dtype == "F64" else total
+                yield Window(fitted(name, total, _real(dtype)))
 
     def _values(self, model: Source, name: str, begin: int, count: int) -> Floats:
         """Of a window that begins at an element. A complex number is two values."""
@@ -114,20 +112,23 @@ class Blend:
                 model.close()  # it opens again by itself
         return widen(window.data, _real(dtype))
 
-    def _read_ahead(self, reads: Iterable[Callable[[], Floats]]) -> Iterator[Floats]:
-        """The results of `reads`, in order. A thread makes the next ones meanwhile."""
-        coming = deque[Future[Floats]]()
-        for read in reads:
-            coming.append(self._reader.submit(read))
-            if len(coming) > AHEAD:
-                yield coming.popleft().result()
-        for each in coming:
-            yield each.result()
-
     def check(self) -> None:
         """Raise ValueError for a model that is not what its ema.json says. Once."""
         for each in self._checked.values():
             each.finish()
+
+
+def _read_ahead(
+    reader: ThreadPoolExecutor, reads: Iterable[Callable[[], Floats]]
+) -> Iterator[Floats]:
+    """The results of `reads`, in order. The thread makes the next ones meanwhile."""
+    coming = deque[Future[Floats]]()
+    for read in reads:
+        coming.append(reader.submit(read))
+        if len(coming) > AHEAD:
+            yield coming.popleft().result()
+    for each in coming:
+        yield each.result()
 
 
 def _real(dtype: str) -> str:
