@@ -29,6 +29,9 @@ def deepspeed() -> Any:
     # NOTE: `deepspeed.comm.torch` is PyTorch itself there. A killed compile of the operator for
     # shared memory would leave a lock on which every later run waits.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # PyTorch computes in fp16 on a CPU, which DeepSpeed takes for impossible.
+    accelerator = sys.modules["deepspeed.accelerator"].get_accelerator()  # type: ignore[attr-defined]
+    accelerator.is_fp16_supported = lambda: True
     return package
 
 
@@ -44,6 +47,9 @@ def config(stage: int, dtype: torch.dtype, accumulate: int, **zero: Any) -> dict
     }
     if dtype == torch.bfloat16:
         found["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if dtype == torch.float16:
+        scaling = {"initial_scale_power": 10, "loss_scale_window": 2, "hysteresis": 1}
+        found["fp16"] = {"enabled": True, **scaling}
     return found
 
 

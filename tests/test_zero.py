@@ -11,8 +11,10 @@ import shutil
 import signal
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +30,7 @@ from tests._ranks import raises, run_ranks
 
 DECAY = 0.75
 EPS = 3e-7
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Model(nn.Module):
@@ -226,12 +228,15 @@ def persistent(stage: int, precision: str) -> float:
     return run.off()
 
 
-def overflowed(stage: int) -> float:
-    """A step that overflows is skipped, and is no step of the average."""
-    run = Run(stage, "bf16")
+def overflowed(stage: int, precision: str) -> float:
+    """A step that overflows is skipped, and is no step of the average; fp16 scales the loss."""
+    run = Run(stage, precision)
     run.step(2)
+    scaler = run.engine.optimizer.loss_scaler if precision == "fp16" else None
+    scale = scaler.cur_scale if scaler else 0
     run.step(1, scale=float("inf"))
     assert not run.engine.was_step_applied()
+    assert scaler is None or scaler.cur_scale == scale / 2 > 1
     assert run.ema.metrics()["updates"] == 2
     run.step(1)
     return run.off()
@@ -257,7 +262,27 @@ def refused(stage: int) -> float:
     if stage < 3:
         with raises(ValueError, "a.weight", "split=False"):
             EMA(run.engine, DECAY, split=False)
+        return 0.0
+    weight: Any = run.module.a.weight
+    flags: list[tuple[Any, str, Any, str]] = [  # which DeepSpeed sets where it can do this
+        (weight, "ds_secondary_tensor", torch.ones(1), "secondary partitions"),
+        (weight, "comm", None, "MiCS"),
+        (weight.ds_tensor, "ds_quant_scale", torch.ones(1), "quantized"),
+        (weight.ds_tensor, "final_location", SimpleNamespace(value="nvme"), "parameters on NVMe"),
+        (run.engine.optimizer, "swap_optimizer", True, "optimizer on NVMe"),
+    ]
+    for thing, name, value, words in flags:
+        with patched(thing, name, value), raises(ValueError, words):
+            EMA(run.engine, DECAY)
     return 0.0
+
+
+@contextmanager
+def patched(thing: Any, name: str, value: Any) -> Iterator[None]:
+    kept = vars(thing).get(name, patched)
+    setattr(thing, name, value)
+    yield
+    setattr(thing, name, kept) if kept is not patched else delattr(thing, name)
 
 
 def built_too_early(stage: int) -> float:
@@ -290,7 +315,9 @@ def table() -> dict[str, Callable[[], float]]:
         }
     for stage in (1, 2, 3):
         found |= {
-            f"zero{stage} bf16: overflow": lambda s=stage: overflowed(s),
+            f"zero{stage} bf16: overflow": lambda s=stage: overflowed(s, "bf16"),
+            f"zero{stage} fp16: overflow": lambda s=stage: overflowed(s, "fp16"),
+            f"zero{stage} fp16: swap": lambda s=stage: swapped(s, "fp16", True),
             f"zero{stage}: the module alone": lambda s=stage: module_alone(s),
             f"zero{stage}: refused": lambda s=stage: refused(s),
             f"zero{stage}: built too early": lambda s=stage: built_too_early(s),
