@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -108,6 +109,8 @@ def _begin(counter: Any) -> None:
     import torch
 
     _counter = counter
+    # Ctrl-C reaches every process of the terminal. This one ends by it, without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
