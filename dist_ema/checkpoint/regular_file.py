@@ -66,8 +66,7 @@ def read_errors(path: str | Path) -> Iterator[None]:
 def beginning(path: Path, n: int) -> bytes:
     """The first n bytes of a file, or all of a shorter one."""
     with open_regular(path) as file:
-        # One read takes the memory that was asked for, however short the file is.
-        return read_exactly(file, min(n, os.fstat(file.fileno()).st_size))
+        return read_exactly(file, n)
 
 
 def read_into(fd: int, path: Path, into: memoryview, offset: int) -> None:
@@ -85,6 +84,8 @@ def read_exactly(file: BinaryIO, n: int) -> bytes:
     """Read n bytes, or up to the end: one unbuffered read may return fewer than were asked for."""
     parts = []
     with read_errors(file.name):
+        # A read takes the memory that was asked for, however short the file is.
+        n = min(n, os.fstat(file.fileno()).st_size)
         while n and (part := file.read(n)):
             parts.append(part)
             n -= len(part)
