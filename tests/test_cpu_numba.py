@@ -224,8 +224,32 @@ def test_neighbours_become_one_row() -> None:
 # --- [Note: threads] ------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["torch's threads", "Python's threads"])
+def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch with an OpenMP runtime that can be called, and one without."""
+    if request.param == "Python's threads":
+        monkeypatch.setattr(cpu_plan, "find_openmp", lambda: None)
+    elif cpu_plan.find_openmp() is None:
+        pytest.skip("this torch has no GOMP_parallel")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_an_interrupt_on_one_thread_is_raised(team: None, number: int) -> None:
+    """The rows of all other tasks are moved, and the interrupt reaches the caller."""
+    moved: list[int] = []
+
+    def move(begin: int, end: int) -> None:
+        if begin == 0:
+            raise KeyboardInterrupt
+        moved.extend(range(begin, end))
+
+    with pytest.raises(KeyboardInterrupt):
+        cpu_plan.run_on_threads(move, list(range(0, 100, 7)), number)
+    assert number == 1 or sorted(moved) == list(range(7, 98))
+
+
 @needs_numba
-def test_bits_do_not_depend_on_threads(threads: Callable[[int], None]) -> None:
+def test_bits_do_not_depend_on_threads(team: None, threads: Callable[[int], None]) -> None:
     """One, two and five threads: every element is moved once."""
     results = []
     for number in (1, 2, 5):
