@@ -95,8 +95,8 @@ class EMA:
             chooses. "own", with into=, leaves those of the teacher alone.
         only: A regex searched in names, or a predicate on them. The rest is treated like frozen
             weights.
-        into: A module, built and wrapped like the model, whose weights become the average ([Note:
-            into]).
+        into: A module, or stages, built and wrapped like the model, whose weights become the
+            average ([Note: into]).
         timeout: Seconds that a rank waits for the others to enter a verb; `ema.timeout` changes it
             later.
 
@@ -136,7 +136,7 @@ class EMA:
         split: bool | dist.ProcessGroup = True,
         buffers: str | Callable[[str], bool] = "copy",
         only: str | Callable[[str], bool] | None = None,
-        into: parameters.Model | None = None,
+        into: parameters.ModelOrStages | None = None,
         timeout: float = 300.0,
     ) -> None:
         refuse_dtype(dtype)

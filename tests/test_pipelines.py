@@ -181,7 +181,7 @@ def share_one(folder: str, first: str) -> None:
     with raises(ValueError, "emb.weight", "alike"):
         EMA([half_frozen])
     for verb in (lambda: ema.copy_to(stage), ema.tensors):
-        with raises(RuntimeError, "stages of a pipeline"):
+        with raises(RuntimeError, "stages of a pipeline", "save() and load()", "into=[stages]"):
             verb()
 
 
@@ -244,10 +244,35 @@ def save_through_dcp(folder: str) -> None:
         assert bool((full[f"layers.{i}.expert_bias"] == 1 + i % 2).all())
 
 
+def teach(folder: str) -> None:
+    """into= other stages: the teacher's pipeline computes with the average, also after a load."""
+    run, teacher = Pipeline("none", 2), Pipeline("none", 2)
+    oracle = Oracle(run.twin, SCHEDULE)
+    ema = EMA(run.model, SCHEDULE, into=teacher.model)
+    ema.attach(*run.optimizers)
+    run.train(4, oracle.update)
+    full, seen = ema.gather(), teacher.probe()
+    assert not full or oracle.error(full) < 2e-6
+    assert seen is None or bool((seen - run.lent(oracle)).abs().max() < 2e-5)
+    ema.save(f"{folder}/teacher")
+    run.train(1)
+    ema.load(f"{folder}/teacher")
+    reread = ema.gather()
+    assert all(torch.equal(reread[name], full[name]) for name in full)
+    again = teacher.probe()
+    assert seen is None or torch.equal(seen, again)
+    with raises(ValueError, "the teacher has no layers."):
+        EMA(run.model, SCHEDULE, into=Pipeline("none", 2).model[:1])
+
+
+def stages_on_two_ranks(folder: str) -> None:
+    for work in (share_weights, differ_by_stage, save_through_dcp, teach):
+        work(folder)
+
+
 @pytest.mark.multirank
-@pytest.mark.parametrize("work", [share_weights, differ_by_stage, save_through_dcp])
-def test_two_stages(work: Callable[[str], None], tmp_path: Path) -> None:
-    run_ranks(2, work, str(tmp_path))
+def test_two_stages(tmp_path: Path) -> None:
+    run_ranks(2, stages_on_two_ranks, str(tmp_path))
 
 
 def stages_alone(folder: str) -> None:

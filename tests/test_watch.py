@@ -28,14 +28,15 @@ from dist_ema.service import ledger, watch
 from dist_ema.service.follow import Version, open_version
 
 
-def publish(folder: Path, count: int, **options: Any) -> EMA:
+def publish(folder: Path, count: int, model: nn.Module | None = None, **options: Any) -> EMA:
     """Versions 1, 2 ... at steps 1, 2 ..., and the stop file."""
-    model = nn.Linear(4, 3)
+    model = nn.Linear(4, 3) if model is None else model
+    weight = next(each for each in model.parameters() if each.requires_grad)
     ema = EMA(model, 0.5)
     handle = ema.publish(folder, **{"every": 1, "keep": 100, "dtype": None} | options)
     for step in range(1, count + 1):
         with torch.no_grad():
-            model.weight.add_(1.0)
+            weight.add_(1.0)
         handle.metrics["loss"] = 10.0 / step
         ema.update()
         handle.wait()
@@ -180,12 +181,17 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class Server(ThreadingHTTPServer):
-    """An inference server: it loads the folder that it is told, by SGLang's or vLLM's contract."""
+    """An inference server: it loads the folder that it is told, by SGLang's or vLLM's contract.
+
+    Attributes:
+        adapters: What is loaded by name. SGLang refuses a name that is taken.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.loaded: list[tuple[str, float]] = []
         self.asked: list[tuple[str, Any]] = []
+        self.adapters: dict[str, float] = {}
         self.refusals = 0
 
 
@@ -202,8 +208,24 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/collective_rpc":
             assert body["method"] == "reload_weights"
             self._load(body["kwargs"]["weights_path"], "")
+        elif self.path.endswith("load_lora_adapter"):
+            self._change_adapter(body["lora_name"], body)
         else:
             self._answer(200, b"")
+
+    def _change_adapter(self, name: str, body: dict[str, Any]) -> None:
+        adapters = self.server.adapters
+        loads, vllm = "unload" not in self.path, self.path.startswith("/v1/")
+        if (name in adapters) is loads and not (vllm and body.get("load_inplace")):
+            message = f"LoRA with name {name} {'already exists' if loads else 'does not exist'}"
+            self._answer(400, json.dumps({"success": False, "message": message}).encode())
+        elif loads:
+            adapters[name] = first_weight(body["lora_path"])
+            # NOTE: vLLM answers with a sentence, SGLang with JSON.
+            self._answer(200, b"Success: added." if vllm else b'{"success": true}')
+        else:
+            del adapters[name]
+            self._answer(200, b'{"success": true}')
 
     def _load(self, path: str, version: str) -> None:
         if self.server.refusals:
@@ -222,6 +244,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+def first_weight(folder: Path | str) -> float:
+    """Of an adapter: one element of its first matrix."""
+    return float(load_file(folder)["base_model.model.0.lora_A.weight"][0, 0])
 
 
 @contextmanager
@@ -263,3 +290,30 @@ def test_servers_are_notified(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert "Rolling back to original weights" in printed
     assert main([*vllm, "--retries", "0"]) == 1
     assert "no answer" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("default")  # peft warns of its own plans
+def test_servers_take_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under one name: SGLang's is unloaded first, vLLM's is replaced in place."""
+    peft = pytest.importorskip("peft")
+    folder = tmp_path / "published"
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    adapted = peft.get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
+    with serving() as server:
+        host = f"http://127.0.0.1:{server.server_address[1]}"
+        addresses = (f"{host}/load_lora_adapter", f"{host}/v1/load_lora_adapter?lora_name=policy")
+        for number in (1, 2):
+            publish(folder, 1, adapted)
+            weight = first_weight(folder / f"version-{number:06}")
+            for address, name in zip(addresses, ("ema", "policy"), strict=True):
+                assert main(["watch", str(folder), "--notify", address]) == 0
+                assert server.adapters[name] == weight
+        whole = ["watch", str(folder), "--retries", "0", "--notify", f"{host}/collective_rpc"]
+        capsys.readouterr()
+        asked = len(server.asked)
+        assert main(whole) == 1
+        assert "version 2 is an adapter, and adapters go to /load_lora" in capsys.readouterr().out
+        publish(tmp_path / "whole", 1)
+        assert main(["watch", str(tmp_path / "whole"), "--notify", addresses[0]]) == 1
+        assert "version 1 is no adapter" in capsys.readouterr().out
+        assert len(server.asked) == asked, "neither was sent"

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ema import EMA, load_file
+from dist_ema import EMA, Window, load_file
 from tests import _deepspeed
 from tests._models import Net, batch
 from tests._oracle import Training
@@ -148,22 +148,59 @@ def stored(stage: int, precision: str) -> float:
     """A file holds everything, and gives the average back bit for bit."""
     run = Run(stage, precision)
     run.step(3)
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(folder)
-    run.ema.save(f"{folder[0]}/average")
-    first = run.ema.gather()
-    stored = load_file(f"{folder[0]}/average")
-    assert stored.keys() == run.module.state_dict().keys()
-    assert stored["frozen"].tolist() == [0, 1, 2]
-    assert distance(run.average, stored) < EPS
-    run.step(1)
-    run.ema.load(f"{folder[0]}/average")
+    with shared_path() as path:
+        run.ema.save(path)
+        first = run.ema.gather()
+        stored = load_file(path)
+        assert stored.keys() == run.module.state_dict().keys()
+        assert stored["frozen"].tolist() == [0, 1, 2]
+        assert distance(run.average, stored) < EPS
+        run.step(1)
+        run.ema.load(path)
     second = run.ema.gather()
     assert all(torch.equal(first[name], second[name]) for name in first if name in run.trained)
+    return 0.0
+
+
+@contextmanager
+def shared_path() -> Iterator[str]:
+    """For a file of all ranks, deleted after the block."""
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    yield f"{folder[0]}/average"
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(folder[0])
-    return 0.0
+
+
+def windowed(stage: int, precision: str) -> float:
+    """The mean of every master of a Window, lent by a swap, and resumed with its blocks."""
+    run = Run(stage, precision)
+    run.ema.detach()
+    past: list[dict[str, Tensor]] = []
+
+    def walk(ema: EMA, steps: int, covered: int) -> float:
+        run.ema = ema
+        ema.attach(run.engine)
+        for _ in range(steps):
+            run.step()
+            past.append(run.masters())
+        ema.detach()
+        run.average = {
+            name: torch.stack([each[name] for each in past[-covered:]]).mean(0)
+            for name in run.trained
+        }
+        with ema.swap():
+            inside = run.live()
+        assert distance(run.rounded(), inside) < (EPS if run.dtype == torch.float32 else 0.01)
+        return run.off()
+
+    with shared_path() as path:
+        off = walk(EMA(run.engine, Window(6, blocks=3)), 9, 5)
+        run.ema.save(path)
+        resumed = EMA(run.engine, Window(6, blocks=3))
+        resumed.load(path)
+    return max(off, walk(resumed, 3, 6))
 
 
 def copied(stage: int, precision: str) -> float:
@@ -309,6 +346,7 @@ def table() -> dict[str, Callable[[], float]]:
                 s, p, True
             ),
             f"{title}: file": lambda s=stage, p=precision: stored(s, p),
+            f"{title}: window": lambda s=stage, p=precision: windowed(s, p),
             f"{title}: copied into the model": lambda s=stage, p=precision: copied(s, p),
             f"{title}: other verbs": lambda s=stage, p=precision: other_verbs(s, p),
             f"{title}: offloaded": lambda s=stage, p=precision: offloaded(s, p),

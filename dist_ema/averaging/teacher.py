@@ -71,7 +71,10 @@ class Teacher:
     """
 
     def __init__(
-        self, model: parameters.Model, announce: Callable[[], None], own_buffers: bool = False
+        self,
+        model: parameters.ModelOrStages,
+        announce: Callable[[], None],
+        own_buffers: bool = False,
     ) -> None:
         self.module, self.is_stale = parameters.module_of(model), False
         self._own_buffers = own_buffers

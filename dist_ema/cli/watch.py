@@ -31,7 +31,8 @@ that is not there yet, and ends when a file called FOLDER/stop lies there. Witho
 
 In COMMAND {path}, {step} and {version} are replaced. --notify takes the address of SGLang
 (http://host:port/update_weights_from_disk) or vLLM (http://host:port/collective_rpc, started with
-VLLM_SERVER_DEV_MODE=1); both must see FOLDER under the same path.
+VLLM_SERVER_DEV_MODE=1); both must see FOLDER under the same path. Adapters go to /load_lora_adapter
+of SGLang, /v1/load_lora_adapter of vLLM.
 
 examples:
   dist-ema watch run/published --exec 'python eval.py {path} {step}' --metric loss

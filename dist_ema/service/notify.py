@@ -3,6 +3,10 @@
 SGLang takes {"model_path", "weight_version"} at /update_weights_from_disk, and answers with
 "success" and a "message". vLLM takes {"method": "reload_weights", "kwargs": {"weights_path"}} at
 /collective_rpc, and its cached prefixes are dropped after it by /reset_prefix_cache.
+
+Adapters go to SGLang's /load_lora_adapter or vLLM's /v1/load_lora_adapter under one name, so that
+requests need not change. vLLM replaces an adapter of that name in place. SGLang refuses a name that
+is taken, so the adapter before is unloaded first.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import json
 from contextlib import suppress
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 from urllib.request import Request, urlopen
 
 from ..text import printable
@@ -21,6 +25,7 @@ from .ledger import Outcome
 __all__ = ["notify", "refuse_address"]
 
 VLLM = "/collective_rpc"
+ADAPTER = "/load_lora_adapter"
 
 
 def refuse_address(url: str) -> None:
@@ -36,7 +41,8 @@ def notify(url: str, version: Version, timeout: float = 600.0) -> Outcome:
     """Have a server load a version, and wait until it has.
 
     Args:
-        url: Of the server's call. One that ends in /collective_rpc is vLLM's.
+        url: Of the server's call. One that ends in /collective_rpc is vLLM's, and one that ends in
+            /load_lora_adapter takes adapters, as "ema" or as its ?lora_name= says.
         version: What to load. The server must see the same path.
         timeout: Seconds for the server to answer.
 
@@ -44,12 +50,30 @@ def notify(url: str, version: Version, timeout: float = 600.0) -> Outcome:
         An error holds what the server answered, like a rollback to the weights that it had.
     """
     path = str(version.path.absolute())
-    body: dict[str, Any] = {"model_path": path, "weight_version": str(version.number)}
-    calls = {url: body}
-    if urlsplit(url).path.endswith(VLLM):
-        body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+    parts = urlsplit(url)
+    takes_adapters = parts.path.endswith(ADAPTER)
+    if takes_adapters != (version.path / "adapter_config.json").exists():
+        found = "no adapter" if takes_adapters else "an adapter"
+        text = f"version {version.number} is {found}, and adapters go to {ADAPTER} alone, got {url}"
+        return Outcome(error=text)
+    calls: dict[str, dict[str, Any]]
+    if takes_adapters:
+        name = parse_qs(parts.query).get("lora_name", ["ema"])[0]
+        call = url.partition("?")[0]
+        calls = {call: {"lora_name": name, "lora_path": path}}
+        if parts.path.endswith("/v1" + ADAPTER):
+            calls[call]["load_inplace"] = True
+        else:
+            # NOTE: a server that was restarted has no adapter to unload, so failing is no error.
+            _post(call.replace(ADAPTER, "/unload_lora_adapter"), {"lora_name": name}, timeout)
+    elif parts.path.endswith(VLLM):
         # NOTE: cached prefixes are of the weights before.
-        calls = {url: body, url.replace(VLLM, "/reset_prefix_cache"): {}}
+        calls = {
+            url: {"method": "reload_weights", "kwargs": {"weights_path": path}},
+            url.replace(VLLM, "/reset_prefix_cache"): {},
+        }
+    else:
+        calls = {url: {"model_path": path, "weight_version": str(version.number)}}
     answers = (_post(to, body, timeout) for to, body in calls.items())
     error = next(filter(None, answers), "")
     return Outcome(error=f"{url} did not load version {version.number}: {error}" if error else "")

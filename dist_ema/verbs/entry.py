@@ -90,7 +90,8 @@ class Entry:
         if self.is_staged:
             raise RuntimeError(
                 f"ema.{verb}() of the stages of a pipeline: no rank holds the whole model. Use "
-                "save() and load(), or gather()."
+                "save() and load(), gather() for the whole model on rank 0, or into=[stages] for "
+                "another model in the same stages."
             )
 
     def leads(self, ranks: Ranks) -> bool:
