@@ -289,6 +289,31 @@ def module_alone(stage: int) -> float:
     return run.off()
 
 
+def taught(precision: str) -> float:
+    """ZeRO-3, into= a model that DeepSpeed partitions without an optimizer: it computes with the
+    average, though an earlier forward left its weights gathered.
+    """
+    run = Run(3, precision)
+    run.ema.detach()
+    torch.manual_seed(0)
+    config = _deepspeed.config(3, torch.float32, 1)
+    teacher = _deepspeed.deepspeed().initialize(model=Model(), config=config)[0]
+    run.ema = EMA(run.engine, DECAY, into=teacher)
+    run.ema.attach(run.engine)
+    run.step(3)
+    teacher.eval()
+    early = teacher(run.batch(1).float()).double()
+    run.step(1)
+    late = teacher(run.batch(1).float()).double()
+    twin = Model().eval()
+    weights = {name: value.float() for name, value in run.average.items()}
+    weights |= {name: buffer.float() for name, buffer in teacher.module.named_buffers()}
+    expected = torch.func.functional_call(twin, weights, run.batch(1).float()).double()
+    assert (early - expected).abs().max() > 1e-3
+    assert (late - expected).abs().max() < 2e-6
+    return run.off()
+
+
 def refused(stage: int) -> float:
     run = Run(stage, "bf16")
     run.ema.detach()
@@ -296,10 +321,20 @@ def refused(stage: int) -> float:
         run.ema.attach(run.engine.optimizer)
     with raises(ValueError, "engine"):
         run.ema.attach(run.engine.optimizer.optimizer)
+    teacher = Model()
     if stage < 3:
         with raises(ValueError, "a.weight", "split=False"):
             EMA(run.engine, DECAY, split=False)
-        return 0.0
+        with raises(ValueError, "a.weight", "in place of into= call ema.copy_to(teacher)"):
+            EMA(run.engine, DECAY, into=teacher)
+        run.ema.attach(run.engine)
+        run.step(2)
+        run.ema.copy_to(teacher)
+        weights = {n: p.detach() for n, p in teacher.named_parameters()}
+        return distance(run.average, weights)
+    trained = _deepspeed.engine(teacher, stage)
+    with raises(ValueError, "of the teacher has fp32 masters", "without an optimizer"):
+        EMA(run.engine, DECAY, into=trained)
     weight: Any = run.module.a.weight
     flags: list[tuple[Any, str, Any, str]] = [  # which DeepSpeed sets where it can do this
         (weight, "ds_secondary_tensor", torch.ones(1), "secondary partitions"),
@@ -360,6 +395,8 @@ def table() -> dict[str, Callable[[], float]]:
             f"zero{stage}: refused": lambda s=stage: refused(s),
             f"zero{stage}: built too early": lambda s=stage: built_too_early(s),
         }
+    found["zero3 fp32: taught"] = lambda: taught("fp32")
+    found["zero3 bf16: taught"] = lambda: taught("bf16")
     found["zero3 bf16: persistent"] = lambda: persistent(3, "bf16")
     return found
 

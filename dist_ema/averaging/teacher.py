@@ -189,7 +189,8 @@ class Teacher:
     def refuse_training(self, optimizers: Iterable[Optimizer]) -> None:
         """Raise ValueError if an optimizer would train what is the average."""
         names = {id(shard.tensor): name for name, shard in self._given.items()}
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        # A DeepSpeed engine has no groups; `give` refuses what it trains.
+        groups = [g for each in optimizers for g in getattr(each, "param_groups", ())]
         trained = [names[id(p)] for group in groups for p in group["params"] if id(p) in names]
         if trained:
             raise ValueError(
@@ -237,6 +238,11 @@ class Teacher:
             raise ValueError(
                 f"{name} is {live} in the model and {dtype} in the teacher, which cannot hold its "
                 "average."
+            )
+        if memory.master is not None:
+            raise ValueError(
+                f"{name} of the teacher has fp32 masters at DeepSpeed, whose optimizer would train "
+                "it. Call deepspeed.initialize without an optimizer for the teacher."
             )
         if not memory.dense:
             raise ValueError(

@@ -208,7 +208,8 @@ def assign(
     if divided:
         raise ValueError(
             f"{', '.join(divided[:5])} has fp32 masters that DeepSpeed divides among the ranks, so "
-            "no rank can average all of it. Leave split=False out."
+            "no rank can average all of it. Leave split=False out; in place of into= call "
+            "ema.copy_to(teacher) before the teacher is read, or use ZeRO stage 3 for both."
         )
     ends: dict[Any, int] = {}
     starts = []
