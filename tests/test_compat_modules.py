@@ -521,11 +521,16 @@ def test_timm_dtypes() -> None:
         ours_timm.ModelEmaV3(live, 0.999),
         ours_timm.ModelEmaV3(live, 0.999, dtype=torch.float32),
     )
+    first, again, other = (
+        ours_timm.ModelEmaV3(live, 0.999, stochastic_rounding_seed=seed) for seed in (7, 7, 8)
+    )
     with torch.no_grad():
         live.weight.fill_(2.0)
-    for average in [ours, wide] * 400:
+    for average in [ours, wide, first, again, other] * 400:
         average.update(live)
-    for average in (ours, wide):
+    assert torch.equal(first.module.weight, again.module.weight)
+    assert not torch.equal(first.module.weight, other.module.weight)
+    for average in (ours, wide, first, other):
         assert abs(average.module.weight.float().mean().item() - (2 - 0.999**400)) < 0.02
     assert (ours.module.weight.dtype, wide.module.weight.dtype) == (torch.bfloat16, torch.float32)
 

@@ -139,6 +139,11 @@ class AveragedWeights:
         self._replan()
         self.mark()
 
+    def reseed(self, seed: int) -> None:
+        """Round by another noise from now on."""
+        self.seed = seed
+        self._replan()
+
     def reallocate(self, dtype: torch.dtype, device: torch.device | None) -> None:
         """The same shadows in another dtype or on another device, updated where they lie then."""
         self._inventory.reallocate(dtype, device)

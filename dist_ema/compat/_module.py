@@ -52,6 +52,7 @@ class ModuleAverage:
         only: as for `EMA`.
         fresh: overwrite the copy with the live weights.
         evaluates: put the copy into evaluation mode.
+        seed: of stochastic rounding.
 
     Attributes:
         module: the copy.
@@ -70,9 +71,11 @@ class ModuleAverage:
         only: Callable[[str], bool] | None = None,
         fresh: bool = True,
         evaluates: bool = False,
+        seed: int = 0,
     ) -> None:
         live = wrappers.unwrapped(model)
         self.given: nn.Module | None = model
+        self._seed = seed
         self.module: nn.Module | None = None if module_fn is None else module_fn()
         self._options: dict[str, Any] = {"decay": decay, "buffers": buffers, "only": only}
         self._ema: EMA | None = None
@@ -140,6 +143,7 @@ class ModuleAverage:
                 old.teacher.release()
         kept = [(shard, shard.read().clone()) for shard in copied if keep]
         self._ema = EMA(live, into=self.module, **self._options)
+        self._ema.weights.reseed(self._seed)
         with torch.no_grad():
             for shard, value in kept:
                 shard.write(value)

@@ -119,7 +119,7 @@ class ModelEmaV3(_Versioned):
         device: of the average; None for the model's.
         dtype: of the average; None for the model's.
         stochastic_rounding: changes nothing.
-        stochastic_rounding_seed: changes nothing.
+        stochastic_rounding_seed: another one, other noise.
         foreach: changes nothing.
         exclude_buffers: floating buffers are the model's too.
         module_fn: as for `swa_utils.AveragedModel`.
@@ -156,6 +156,7 @@ class ModelEmaV3(_Versioned):
                 dtype=dtype,
                 buffers="copy" if exclude_buffers else "average",
                 evaluates=True,
+                seed=stochastic_rounding_seed,
             )
         )
         self.decay, self.min_decay, self.update_after_step = decay, min_decay, update_after_step
