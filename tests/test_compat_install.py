@@ -125,11 +125,39 @@ def test_ultralytics() -> None:
     assert trainer.ModelEMA is original
 
 
+def test_post_hoc_ema(tmp_path: Path) -> None:
+    """ema_pytorch's PostHocEMA mixes checkpoints of our KarrasEMA into the same model."""
+    package = pytest.importorskip("ema_pytorch")
+
+    def synthesize(folder: Path) -> dict[str, Tensor]:
+        model, generator = net(), torch.Generator().manual_seed(0)
+        options: dict[str, Any] = {"checkpoint_folder": str(folder), "ignore_names": {"0.bias"}}
+        options |= {"checkpoint_every_num_steps": 10, "checkpoint_dtype": torch.float32}
+        post = package.PostHocEMA(model, sigma_rels=(0.05, 0.28), update_every=2, **options)
+        optimizer = torch.optim.SGD(model.parameters(), 0.3)
+        for _ in range(30):
+            model(torch.randn(8, 3, generator=generator)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            post.update()
+        averages.add(type(post.ema_models[0]))
+        return dict(post.synthesize_ema_model(sigma_rel=0.15).ema_model.state_dict())
+
+    averages: set[type] = set()
+    with compat.install("ema_pytorch"):
+        ours = synthesize(tmp_path / "ours")
+    theirs = synthesize(tmp_path / "theirs")
+    assert averages == {ema_pytorch.KarrasEMA, package.KarrasEMA}
+    for name in theirs.keys() - {"0.bias", "1.num_batches_tracked"}:
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
 @pytest.mark.parametrize(
     ("library", "place", "ours"),
     [
         ("diffusers", "diffusers.training_utils.EMAModel", diffusers.EMAModel),
         ("ema_pytorch", "ema_pytorch.EMA", ema_pytorch.EMA),
+        ("ema_pytorch", "ema_pytorch.KarrasEMA", ema_pytorch.KarrasEMA),
         ("torch", "torch.optim.swa_utils.AveragedModel", swa_utils.AveragedModel),
         ("torch_ema", "torch_ema.ExponentialMovingAverage", torch_ema.ExponentialMovingAverage),
     ],

@@ -16,7 +16,7 @@ __all__ = ["Installed", "install"]
 # library -> its modules that must be imported first, the module that defines the classes, ours
 _PLACES = {
     "diffusers": (["diffusers.training_utils"], "diffusers.training_utils", "diffusers"),
-    "ema_pytorch": (["ema_pytorch"], "ema_pytorch.ema_pytorch", "ema_pytorch"),
+    "ema_pytorch": ([], "ema_pytorch", "ema_pytorch"),
     "lightning": (
         ["lightning.pytorch.callbacks.weight_averaging"],
         "torch.optim.swa_utils",
