@@ -864,6 +864,20 @@ def test_swa_as_an_optimizer() -> None:
     assert [ema is None for ema in opt.averages] == [False, True]
 
 
+def test_swa_leaves_a_loaded_state_alone() -> None:
+    """torch's own optimizers keep the tensors of a state that they load, and step in them."""
+    model = nn.Linear(2, 2)
+    opt = contrib.SWA(torch.optim.SGD(model.parameters(), 0.1, momentum=0.5))
+    model(torch.ones(1, 2)).sum().backward()
+    opt.step()
+    state = copy.deepcopy(opt.state_dict())
+    buffer = state["opt_state"][0]["momentum_buffer"]
+    before = buffer.clone()
+    opt.load_state_dict(state)
+    opt.step()
+    assert torch.equal(buffer, before)
+
+
 def test_swa_says_what_the_original_says() -> None:
     """Scripts filter warnings and match errors by their texts: these are torchcontrib's."""
     inner = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -190,9 +191,9 @@ class SWA(Optimizer):
         Raises:
             ValueError: the parameters are others.
         """
-        self.optimizer.load_state_dict(
-            {"state": state_dict["opt_state"], "param_groups": state_dict["param_groups"]}
-        )
+        # NOTE: torch keeps the tensors that it is given, and steps would write into the caller's.
+        inner = {"state": state_dict["opt_state"], "param_groups": state_dict["param_groups"]}
+        self.optimizer.load_state_dict(copy.deepcopy(inner))
         self.param_groups, saved = self.optimizer.param_groups, state_dict["swa_state"]
         self._means, self._kept = {}, {}
         self.state.clear()
