@@ -1,15 +1,19 @@
-"""Every guard of a living model deleted once: each must turn a test or a seed red.
+"""Every guard of a living model deleted once: each must turn a seed or a test red.
 
-    python -m tests.guards                         all of them, two at a time: half an hour
+    python -m tests.guards                         all of them, two at a time
     python -m tests.guards averages adopt          those whose line has all of these words
-    python -m tests.guards --seeds 60              host programs too, for what no test turns red
+    python -m tests.guards --record FILE           keep in a file which checks reach which guards
 
 GUARDS has a line for each, under its file: a function ("_": any) and a text. The smallest statement
 of the function that contains the text is deleted in a copy of the project, or the text is replaced
-by what follows "=>". The tests of a living model run on the copy, those after "@" first.
+by what follows "=>". First every check runs in a copy whose guards tell that they are reached. Then
+each guard is deleted, and only the checks that reach it run: seeds of `tests.host_programs`, tests
+of the files after "@", the others, the quick ones first. The check that turns red must be green
+with the guard.
 
 How to read a failure: a guard that stays GREEN has no test, or is dead code. One that is GONE was
-moved or written otherwise; then its line here moves too.
+moved or written otherwise; then its line here moves too. DOUBTFUL is a red of the deletion itself
+(a name that is missing then, a hang) or one that comes and goes.
 """
 
 from __future__ import annotations
@@ -17,9 +21,9 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import sys
@@ -28,15 +32,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed.fsdp  # noqa: F401
 
 __all__ = ["GUARDS", "Guard", "guards"]
 
-TIMEOUT = 900  # seconds
 ROOT = Path(__file__).resolve().parent.parent
-# Those of one process first; files that a guard's line names run before all others.
+PYTEST = ["-q", "-n", "0", "-p", "no:cacheprovider", "--timeout", "120", "-rN", "--tb", "short"]
+SEEDS_EACH = 8  # that run for one guard
+DOUBTFUL = re.compile(r"(Name|UnboundLocal|Syntax|Indentation|Import)Error|Timeout|it hung|^in ")
+# Beside the files that the lines of guards name.
 TESTS = (
     *("living_storages", "living_tree", "living_swap", "living_buffers", "living_guards"),
     *("living_optimizers", "living_caches", "living_subclasses", "living_texts"),
@@ -235,7 +242,7 @@ class Guard:
     function: str
     text: str
     instead: str | None
-    tests: tuple[str, ...]
+    first: tuple[str, ...]  # files of tests
 
     @classmethod
     def of(cls, file: str, line: str) -> Guard:
@@ -245,142 +252,341 @@ class Guard:
         text, arrow, instead = rest.partition(" =>")
         first = tuple(tests.split(",")) if tests else ()
         return cls(
-            Path("dist_ema", file),
-            function,
-            text,
-            instead.strip() if arrow else None,
-            (*first, *(test for test in TESTS if test not in first)),
+            Path("dist_ema", file), function, text, instead.strip() if arrow else None, first
         )
 
     def __str__(self) -> str:
         replaced = "" if self.instead is None else f" => {self.instead}"
         return f"{self.file} {self.function}: {self.text}{replaced}"
 
-    def delete(self, source: str) -> str | None:
-        """The source without the guard; None if it is not there."""
+    def find(self, source: str, tree: ast.Module) -> ast.stmt | None:
+        """The smallest statement of the function that has the text."""
         found = [
             node
-            for function in ast.walk(ast.parse(source))
+            for function in ast.walk(tree)
             if isinstance(function, ast.FunctionDef) and self.function in (function.name, "_")
             for node in ast.walk(function)
             if isinstance(node, ast.stmt) and self.text in _segment(source, node)
         ]
-        if not found:
+        return min(found, key=lambda node: len(_segment(source, node)), default=None)
+
+    def delete(self, source: str) -> str | None:
+        """The source without the guard; None if it is not there.
+
+        Raises:
+            SyntaxError: Nothing that runs is left.
+        """
+        node = self.find(source, ast.parse(source))
+        if node is None:
             return None
-        node = min(found, key=lambda node: len(_segment(source, node)))
         lines = source.splitlines(keepends=True)
         before = "".join(lines[node.lineno - 1 : node.end_lineno])
         after = " " * node.col_offset + "pass\n"
         if self.instead is not None:
             after = before.replace(self.text, self.instead, 1)
-        return "".join([*lines[: node.lineno - 1], after, *lines[node.end_lineno :]])
+        without = "".join([*lines[: node.lineno - 1], after, *lines[node.end_lineno :]])
+        compile(without, str(self.file), "exec")
+        return without
 
 
 def _segment(source: str, node: ast.stmt) -> str:
     return "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])
 
 
-def guards(words: Sequence[str] = ()) -> Iterator[Guard]:
-    """Those whose text has all the words."""
+def guards() -> Iterator[Guard]:
+    """Those of GUARDS, in that order."""
     file = ""
     for line in GUARDS.strip().splitlines():
-        if not line.startswith(" "):
+        if line.startswith(" "):
+            yield Guard.of(file, line)
+        else:
             file = line
-            continue
-        guard = Guard.of(file, line)
-        if all(word in str(guard) for word in words):
-            yield guard
 
 
-def check(guard: Guard, copy: Path, seeds: int) -> str:
+# --- which checks reach which guards --------------------------------------------------------------
+
+REACHED = """
+import os
+
+FILE = os.open(os.environ["REACHED"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+
+def at(number):
+    os.write(FILE, bytes([number]))
+"""
+
+
+@dataclass
+class Check:
+    """A test by its node id, or a program as `seed 17`. It is green where no guard is missing."""
+
+    name: str
+    seconds: float
+    reached: list[int]  # places in GUARDS
+
+
+class _Marker(ast.NodeTransformer):
+    """Some statements tell that they are reached."""
+
+    def __init__(self, numbers: dict[ast.AST, list[int]]) -> None:
+        self._numbers = numbers
+
+    def visit(self, node: ast.AST) -> Any:
+        self.generic_visit(node)
+        reached = "__import__('dist_ema._reached', fromlist=['at']).at"
+        numbers = self._numbers.get(node, ())
+        calls = [ast.parse(f"{reached}({number})").body[0] for number in numbers]
+        return [*calls, node] if calls else node
+
+
+def _mark(copy: Path) -> None:
+    """Every guard of the copy writes its number, a byte, when it is reached."""
+    for name in {guard.file for guard in guards()}:
+        source = (copy / name).read_text()
+        tree = ast.parse(source)
+        numbers: dict[ast.AST, list[int]] = {}
+        for number, guard in enumerate(guards()):
+            node = guard.find(source, tree) if guard.file == name else None
+            if node is not None:
+                numbers.setdefault(node, []).append(number)
+        (copy / name).write_text(
+            ast.unparse(ast.fix_missing_locations(_Marker(numbers).visit(tree)))
+        )
+    (copy / "dist_ema" / "_reached.py").write_text(REACHED)
+
+
+class _Recorder:
+    """A pytest plugin that notes what each green test reaches, in its ranks too."""
+
+    def __init__(self) -> None:
+        self.checks: list[Check] = []
+        self._seconds, self._is_green = 0.0, False
+
+    def add(self, name: str, seconds: float, is_green: bool) -> None:
+        """It has reached what the file holds since the last call."""
+        reached = sorted(set(Path(os.environ["REACHED"]).read_bytes()))
+        os.truncate(os.environ["REACHED"], 0)
+        if is_green:
+            self.checks.append(Check(name, seconds, reached))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._seconds += report.duration
+        self._is_green |= report.when == "call" and report.passed
+        if report.when == "teardown":
+            self.add(report.nodeid, self._seconds, self._is_green)
+            self._seconds, self._is_green = 0.0, False
+
+
+def _record(tests: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The checks, as dicts. In a marked copy."""
+    with tempfile.NamedTemporaryFile() as out:
+        os.environ["REACHED"] = out.name
+        recorder = _Recorder()
+        for seed in seeds:
+            begin = time.monotonic()
+            failure = _failure_of(seed)
+            recorder.add(f"seed {seed}", time.monotonic() - begin, not failure)
+        files = [f"tests/{test}" for test in tests if Path("tests", test).is_dir()]
+        files += [f"tests/test_{test}.py" for test in tests if not Path("tests", test).is_dir()]
+        pytest.main([*PYTEST, *files], [recorder])
+        return [vars(check) for check in recorder.checks]
+
+
+def _failure_of(seed: int) -> str:
+    """What is silent or unclear in a program of one process."""
+    return str(importlib.import_module("tests.host_programs").run(seed).failure)
+
+
+def _seeds(count: int) -> list[int]:
+    """Those whose programs need no other process."""
+    plan = importlib.import_module("tests.host_programs").plan(list(range(count)))
+    return list(plan["none", 1])
+
+
+# --- a guard is missing ---------------------------------------------------------------------------
+
+
+class _Judge:
+    """A pytest plugin that stops at the first test that is red as its guard is missing."""
+
+    def __init__(self) -> None:
+        self.red, self.doubtful = "", ""
+
+    def take(self, name: str, failure: str) -> None:
+        if DOUBTFUL.search(failure):
+            self.doubtful = self.doubtful or f"{name} - {failure}"
+        elif failure:
+            self.red = self.red or f"{name} - {failure}"
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self._session = session
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.take(report.nodeid, "in collection")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not report.failed:
+            return
+        crash = getattr(report.longrepr, "reprcrash", None)
+        lines = crash.message.strip().splitlines() if crash else [report.longreprtext]
+        failure = lines[-1] if "on rank" in lines[0] else lines[0]
+        self.take(report.nodeid, failure if report.when == "call" else f"in {report.when}")
+        self._session.shouldstop = bool(self.red)
+
+
+def _judge(names: Sequence[str]) -> list[str]:
+    """The first of the checks that is red, and the first whose red proves nothing."""
+    judge = _Judge()
+    for name in names:
+        if name.startswith("seed ") and not judge.red:
+            judge.take(name, _failure_of(int(name.split()[1])))
+    tests = [name for name in names if not name.startswith("seed ")]
+    if tests and not judge.red:
+        pytest.main([*PYTEST, *tests], [judge])
+    return [judge.red, judge.doubtful]
+
+
+def _chosen(guard: Guard, number: int, checks: Sequence[Check]) -> list[Check]:
+    """The checks that reach the guard, in the order in which they run."""
+
+    def place(check: Check) -> tuple[bool, float]:
+        return not any(
+            f"tests/{name}/" in check.name or f"tests/test_{name}.py" in check.name
+            for name in guard.first
+        ), check.seconds
+
+    reaching = sorted((check for check in checks if number in check.reached), key=place)
+    seeds = [check for check in reaching if check.name.startswith("seed ")]
+    return seeds[:SEEDS_EACH] + [check for check in reaching if check not in seeds]
+
+
+def verdict(guard: Guard, number: int, copy: Path, checks: Sequence[Check]) -> str:
     """What turns red without the guard; GREEN if nothing does."""
     file = copy / guard.file
     whole = file.read_text() if file.exists() else ""
     without = guard.delete(whole)
     if without is None:
         return "GONE"
+    chosen = _chosen(guard, number, checks)
     file.write_text(without)
     try:
-        red = re.findall(r"^(?:FAILED|ERROR) (.+)", _forked(_pytest, copy, guard.tests), re.M)
-        if not red and seeds:
-            red = re.findall(r"^seed .*", _forked(_programs, copy, (str(seeds),)), re.M)
+        seconds = 120 + 5 * sum(check.seconds for check in chosen)
+        found = _Fork(_judge, [check.name for check in chosen], copy=copy).result(seconds)
     finally:
         file.write_text(whole)
-    return red[0] if red else "GREEN"
+    if found is None:
+        return "DOUBTFUL: it hangs or dies"
+    red, doubtful = found
+    if red:
+        again = _Fork(_judge, [red.partition(" - ")[0]], copy=copy).result(600)
+        return f"DOUBTFUL: {red}, and with it too" if again != ["", ""] else red[:200]
+    return f"DOUBTFUL: {doubtful[:200]}" if doubtful else f"GREEN in {len(chosen)} checks"
 
 
-def _pytest(tests: tuple[str, ...]) -> None:
-    for test in tests:
-        path = Path("tests", test)
-        path = path if path.is_dir() else path.with_name(f"test_{test}.py")
-        if pytest.main(["-xq", "-n", "0", "-p", "no:cacheprovider", str(path)]) in (1, 2):
-            return
+# --- processes ------------------------------------------------------------------------------------
 
 
-def _programs(seeds: tuple[str, ...]) -> None:
-    sys.argv = ["host_programs", "--seeds", *seeds]
-    runpy.run_module("tests.host_programs", run_name="__main__")
+class _Fork:
+    """A call in a child, which has torch imported already. That takes longest.
 
+    Args:
+        work: What is called; its result goes through JSON.
+        copy: Where the project's modules are imported from, anew.
+    """
 
-def _forked(run: Callable[[tuple[str, ...]], None], copy: Path, given: tuple[str, ...]) -> str:
-    """What `run` prints in the copy. A fork has torch imported already, which takes longest."""
-    with tempfile.TemporaryFile("w+") as out:
-        child = os.fork()
-        if child == 0:
+    def __init__(self, work: Callable[..., Any], *args: Any, copy: Path | None = None) -> None:
+        handle, name = tempfile.mkstemp()
+        os.close(handle)
+        self._out, self.pid = Path(name), os.fork()
+        if self.pid == 0:
             os.setpgrp()
-            for number in (1, 2):
-                os.dup2(out.fileno(), number)
-            os.chdir(copy)
-            os.environ["PYTHONPATH"] = sys.path[0] = str(copy)
-            for name in [
-                name for name in sys.modules if name.split(".")[0] in ("tests", "dist_ema")
-            ]:
-                del sys.modules[name]
             try:
-                run(given)
+                if copy is not None:
+                    _enter(copy)
+                self._out.write_text(json.dumps(work(*args)))
             finally:
                 sys.stdout.flush()
                 os._exit(0)
-        deadline = time.monotonic() + TIMEOUT
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
+
+    def result(self, seconds: float) -> Any:
+        """None: it took longer, or died."""
+        deadline = time.monotonic() + seconds
+        while os.waitpid(self.pid, os.WNOHANG) == (0, 0):
             time.sleep(0.1)
             if time.monotonic() > deadline:
-                os.killpg(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return "FAILED by its timeout"  # one that hangs without its guard is red too
-        out.seek(0)
-        return out.read()
+                os.killpg(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                break
+        text = self._out.read_text()
+        self._out.unlink()
+        return json.loads(text) if text else None
 
 
-def _work(chosen: list[Guard], copy: Path, seeds: int) -> bool:
-    """Print what each turns red. Returns whether all do."""
+def _enter(copy: Path) -> None:
+    """The project is the copy from now on, for this process and its ranks."""
+    log = os.open(copy / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.chdir(copy)
+    os.environ["PYTHONPATH"] = sys.path[0] = str(copy)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "dist_ema")]:
+        del sys.modules[name]
+
+
+def _copied(folder: str, name: str) -> Path:
+    hidden = shutil.ignore_patterns(".*", "__pycache__", "runs", "site")
+    return Path(shutil.copytree(ROOT, Path(folder, name), ignore=hidden, symlinks=True))
+
+
+def _work(numbered: list[tuple[int, Guard]], copy: Path, checks: Sequence[Check]) -> list[str]:
     found = []
-    for guard in chosen:
-        found.append(check(guard, copy, seeds))
+    for number, guard in numbered:
+        found.append(verdict(guard, number, copy, checks))
         print(f"| {guard} | {found[-1]} |", flush=True)
-    return not {"GREEN", "GONE"}.intersection(found)
+    return found
+
+
+def _all_checks(folder: str, count: int, jobs: int) -> list[dict[str, Any]]:
+    names = [name for guard in guards() for name in guard.first]
+    tests, seeds = list(dict.fromkeys([*TESTS, *names])), _seeds(count)
+    forks = []
+    for job in range(jobs):
+        copy = _copied(folder, f"marked-{job}")
+        _mark(copy)
+        forks.append(_Fork(_record, tests[job::jobs], seeds[job::jobs], copy=copy))
+    return [check for fork in forks for check in fork.result(7200) or ()]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("words", nargs="*", help="of the lines to check")
-    parser.add_argument("--seeds", type=int, default=0, help="host programs for what stays green")
+    parser.add_argument("--seeds", type=int, default=100, help="host programs to draw from")
     parser.add_argument("--jobs", type=int, default=2, help="at once")
-    arguments = parser.parse_args()
-    chosen = list(guards(arguments.words))
-    for test in TESTS:  # for what they import
-        importlib.import_module(f"tests.test_{test}")
-    children = []
+    parser.add_argument("--record", type=Path, help="a file, kept, of what reaches what")
+    options = parser.parse_args()
+    sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
+    numbered = [
+        (number, guard)
+        for number, guard in enumerate(guards())
+        if all(word in str(guard) for word in options.words)
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(arguments.jobs):
-            copy = Path(folder, str(number))
-            hidden = shutil.ignore_patterns(".*", "__pycache__", "runs", "site")
-            shutil.copytree(ROOT, copy, ignore=hidden, symlinks=True)
-            child = os.fork()
-            if child == 0:
-                os._exit(not _work(chosen[number :: arguments.jobs], copy, arguments.seeds))
-            children.append(child)
-        return max(os.waitpid(child, 0)[1] for child in children) >> 8
+        if options.record is not None and options.record.exists():
+            known = json.loads(options.record.read_text())
+        else:
+            known = _all_checks(folder, options.seeds, options.jobs)
+            if options.record is not None:
+                options.record.write_text(json.dumps(known))
+        checks = [Check(**each) for each in known]
+        forks = [
+            _Fork(_work, numbered[job :: options.jobs], _copied(folder, str(job)), checks)
+            for job in range(options.jobs)
+        ]
+        found = [each for fork in forks for each in fork.result(86400) or ["DOUBTFUL: died"]]
+    bad = [each for each in found if each.startswith(("GREEN", "GONE", "DOUBTFUL"))]
+    print(f"{len(found) - len(bad)} of {len(found)} guards are red when they are missing")
+    return int(bool(bad))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,24 @@ def test_a_resized_embedding_is_called_resized() -> None:
     assert "model.to(" not in message
 
 
+def test_weights_without_elements_are_refused() -> None:
+    """What partitions weights may leave nothing of them, as ZeRO stage 3 does."""
+    model = nn.ParameterDict({"a": torch.empty(0, 2), "b": torch.empty(0)})
+    with pytest.raises(ValueError, match=r"^a, b hold no elements on any rank"):
+        EMA(model, 0.5)
+
+
+def test_a_tie_is_called_a_tie() -> None:
+    """Two weights that become one, and one that becomes two: another cure than a replaced one."""
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "abc"})
+    model["c"].weight = model["a"].weight
+    ema = EMA(model, 0.5)
+    model["b"].weight = model["a"].weight
+    model["c"].weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(RuntimeError, match=r"^b\.weight, c\.weight is tied otherwise than when"):
+        ema.gather()
+
+
 @pytest.mark.parametrize("make", programs(COPIES, RED_EMA))
 def test_copies_of_an_ema_say_what_to_do(make: Any) -> None:
     model = nn.Linear(2, 2)
