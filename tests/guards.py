@@ -6,10 +6,11 @@
 
 GUARDS has a line for each, under its file: a function ("_": any) and a text. The smallest statement
 of the function that contains the text is deleted in a copy of the project, or the text is replaced
-by what follows "=>". First every check runs in a copy whose guards tell that they are reached. Then
-each guard is deleted, and only the checks that reach it run: seeds of `tests.host_programs`, tests
-of the files after "@", the others, the quick ones first. The check that turns red must be green
-with the guard.
+by what follows "=>". Every other statement of ROOMS that raises or warns is a guard too.
+
+First every check runs in a copy whose guards tell that they are reached. Then each guard is
+deleted, and only the checks that reach it run: seeds of `tests.host_programs`, tests of the files
+after "@", the others, the quick ones first. The check that turns red must be green with the guard.
 
 How to read a failure: a guard that stays GREEN has no test, or is dead code. One that is GONE was
 moved or written otherwise; then its line here moves too. DOUBTFUL is a red of the deletion itself
@@ -29,8 +30,10 @@ import signal
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +50,9 @@ DOUBTFUL = re.compile(r"(Name|UnboundLocal|Syntax|Indentation|Import)Error|Timeo
 TESTS = (
     *("living_storages", "living_tree", "living_swap", "living_buffers", "living_guards"),
     *("living_optimizers", "living_caches", "living_subclasses", "living_texts"),
-    *("into", "swap", "several"),
+    *("into", "swap", "several", "parameters", "consistency", "publish", "average", "batchnorm"),
 )
+ROOMS = ("dist_ema/averaging", "dist_ema/sharding", "dist_ema/verbs")
 
 GUARDS = """
 averaging/averages.py
@@ -257,7 +261,7 @@ class Guard:
 
     def __str__(self) -> str:
         replaced = "" if self.instead is None else f" => {self.instead}"
-        return f"{self.file} {self.function}: {self.text}{replaced}"
+        return f"{self.file} {self.function}: {' '.join(self.text.split())[:90]}{replaced}"
 
     def find(self, source: str, tree: ast.Module) -> ast.stmt | None:
         """The smallest statement of the function that has the text."""
@@ -293,26 +297,53 @@ def _segment(source: str, node: ast.stmt) -> str:
     return "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])
 
 
-def guards() -> Iterator[Guard]:
-    """Those of GUARDS, in that order."""
-    file = ""
+@cache
+def guards() -> list[Guard]:
+    """Those of GUARDS, in that order, and every other refusal and warning of the same rooms."""
+    found, file = [], ""
     for line in GUARDS.strip().splitlines():
         if line.startswith(" "):
-            yield Guard.of(file, line)
+            found.append(Guard.of(file, line))
         else:
             file = line
+    return found + [
+        guard
+        for path in sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+        for guard in _refusals(path, found)
+    ]
+
+
+def _refusals(path: Path, listed: Sequence[Guard]) -> Iterator[Guard]:
+    """Every statement of a file that raises or warns, but for those of `listed`."""
+    file, source = path.relative_to(ROOT), path.read_text()
+    tree = ast.parse(source)
+    own = [guard.find(source, tree) for guard in listed if guard.file == file]
+    seen = {id(inner) for node in own if node is not None for inner in ast.walk(node)}
+    for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
+        for node in ast.walk(function):
+            if id(node) not in seen and isinstance(node, ast.stmt) and _refuses(node):
+                seen.add(id(node))
+                yield Guard(file, function.name, _segment(source, node), None, ())
+
+
+def _refuses(node: ast.stmt) -> bool:
+    if isinstance(node, ast.Raise):
+        return node.exc is not None
+    call = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(call, ast.Call) and ast.unparse(call.func).endswith(("warn", "_refuse"))
 
 
 # --- which checks reach which guards --------------------------------------------------------------
 
 REACHED = """
 import os
+import sys
 
 FILE = os.open(os.environ["REACHED"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 
 def at(number):
-    os.write(FILE, bytes([number]))
+    os.write(FILE, number.to_bytes(2, sys.byteorder))
 """
 
 
@@ -340,7 +371,7 @@ class _Marker(ast.NodeTransformer):
 
 
 def _mark(copy: Path) -> None:
-    """Every guard of the copy writes its number, a byte, when it is reached."""
+    """Every guard of the copy writes its number, two bytes, when it is reached."""
     for name in {guard.file for guard in guards()}:
         source = (copy / name).read_text()
         tree = ast.parse(source)
@@ -364,10 +395,10 @@ class _Recorder:
 
     def add(self, name: str, seconds: float, is_green: bool) -> None:
         """It has reached what the file holds since the last call."""
-        reached = sorted(set(Path(os.environ["REACHED"]).read_bytes()))
+        reached = array("H", Path(os.environ["REACHED"]).read_bytes())
         os.truncate(os.environ["REACHED"], 0)
         if is_green:
-            self.checks.append(Check(name, seconds, reached))
+            self.checks.append(Check(name, seconds, sorted(set(reached))))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._seconds += report.duration
