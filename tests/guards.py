@@ -21,7 +21,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import gc
 import importlib
+import inspect
+import io
+import itertools
 import json
 import os
 import re
@@ -35,6 +40,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
@@ -44,7 +50,8 @@ __all__ = ["GUARDS", "Guard", "guards"]
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = ["-q", "-n", "0", "-p", "no:cacheprovider", "--timeout", "120", "-rN", "--tb", "short"]
-SEEDS_EACH = 8  # that run for one guard
+LOG = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+SEEDS_FIRST = 8  # before tests; the others come after them
 DOUBTFUL = re.compile(r"(Name|UnboundLocal|Syntax|Indentation|Import)Error|Timeout|it hung|^in ")
 # Beside the files that the lines of guards name.
 TESTS = (
@@ -285,7 +292,7 @@ class Guard:
             return None
         lines = source.splitlines(keepends=True)
         before = "".join(lines[node.lineno - 1 : node.end_lineno])
-        after = " " * node.col_offset + "pass\n"
+        after = " " * node.col_offset + "pass" + "\n" * before.count("\n")
         if self.instead is not None:
             after = before.replace(self.text, self.instead, 1)
         without = "".join([*lines[: node.lineno - 1], after, *lines[node.end_lineno :]])
@@ -353,7 +360,8 @@ class Check:
 
     name: str
     seconds: float
-    reached: list[int]  # places in GUARDS
+    reached: list[int]  # places in `guards`
+    ranks: bool = False  # it starts other processes
 
 
 class _Marker(ast.NodeTransformer):
@@ -393,45 +401,45 @@ class _Recorder:
         self.checks: list[Check] = []
         self._seconds, self._is_green = 0.0, False
 
-    def add(self, name: str, seconds: float, is_green: bool) -> None:
+    def add(self, name: str, seconds: float, is_green: bool, ranks: bool = False) -> None:
         """It has reached what the file holds since the last call."""
         reached = array("H", Path(os.environ["REACHED"]).read_bytes())
         os.truncate(os.environ["REACHED"], 0)
         if is_green:
-            self.checks.append(Check(name, seconds, sorted(set(reached))))
+            self.checks.append(Check(name, seconds, sorted(set(reached)), ranks))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._seconds += report.duration
         self._is_green |= report.when == "call" and report.passed
         if report.when == "teardown":
-            self.add(report.nodeid, self._seconds, self._is_green)
+            ranks = "multirank" in report.keywords
+            self.add(report.nodeid, self._seconds, self._is_green, ranks)
             self._seconds, self._is_green = 0.0, False
 
 
 def _record(tests: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The checks, as dicts. In a marked copy."""
     with tempfile.NamedTemporaryFile() as out:
-        os.environ["REACHED"] = out.name
+        os.environ["REACHED"] = out.name  # for ranks
+        module: Any = importlib.import_module("dist_ema._reached")
+        module.FILE = os.open(out.name, os.O_WRONLY | os.O_APPEND)
         recorder = _Recorder()
         for seed in seeds:
             begin = time.monotonic()
             failure = _failure_of(seed)
             recorder.add(f"seed {seed}", time.monotonic() - begin, not failure)
-        files = [f"tests/{test}" for test in tests if Path("tests", test).is_dir()]
-        files += [f"tests/test_{test}.py" for test in tests if not Path("tests", test).is_dir()]
+        files = [_path_of(test) for test in tests]
         pytest.main([*PYTEST, *files], [recorder])
         return [vars(check) for check in recorder.checks]
+
+
+def _path_of(test: str) -> str:
+    return f"tests/{test}" if (ROOT / "tests" / test).is_dir() else f"tests/test_{test}.py"
 
 
 def _failure_of(seed: int) -> str:
     """What is silent or unclear in a program of one process."""
     return str(importlib.import_module("tests.host_programs").run(seed).failure)
-
-
-def _seeds(count: int) -> list[int]:
-    """Those whose programs need no other process."""
-    plan = importlib.import_module("tests.host_programs").plan(list(range(count)))
-    return list(plan["none", 1])
 
 
 # --- a guard is missing ---------------------------------------------------------------------------
@@ -466,67 +474,113 @@ class _Judge:
         self._session.shouldstop = bool(self.red)
 
 
-def _judge(names: Sequence[str]) -> list[str]:
-    """The first of the checks that is red, and the first whose red proves nothing."""
+def _judge(names: Sequence[str], missing: tuple[Guard, str, str] | None = None) -> list[str]:
+    """The first of the checks that is red, and the first whose red proves nothing.
+
+    Args:
+        names: Of checks.
+        missing: A guard that is to be deleted here, and `_swap`'s sources.
+    """
     judge = _Judge()
-    for name in names:
-        if name.startswith("seed ") and not judge.red:
-            judge.take(name, _failure_of(int(name.split()[1])))
-    tests = [name for name in names if not name.startswith("seed ")]
-    if tests and not judge.red:
-        pytest.main([*PYTEST, *tests], [judge])
+    if missing is not None:
+        _swap(*missing)
+    for is_seed, group in itertools.groupby(names, lambda name: name.startswith("seed ")):
+        some = list(group)
+        if not is_seed and not judge.red:
+            pytest.main([*PYTEST, *some], [judge])
+        for name in some if is_seed else ():
+            if not judge.red:
+                judge.take(name, _failure_of(int(name.split()[1])))
     return [judge.red, judge.doubtful]
+
+
+def _swap(guard: Guard, whole: str, without: str) -> None:
+    """The functions that differ between two sources of a module run as the second has them."""
+    name = ".".join(guard.file.with_suffix("").parts)
+    importlib.import_module(name)
+    old, new = (dict(_functions(compile(source, name, "exec"))) for source in (whole, without))
+    for each in gc.get_objects():
+        # NOTE: what decorators wrap around a function has its name, and another file.
+        if type(each) is FunctionType and each.__code__.co_filename.endswith(str(guard.file)):
+            key = each.__qualname__, each.__code__.co_varnames[: each.__code__.co_argcount]
+            if new.get(key) != old.get(key):
+                each.__code__ = new[key]
+
+
+def _functions(code: CodeType, prefix: str = "") -> Iterator[tuple[Any, CodeType]]:
+    """By qualified names and arguments."""
+    for inner in [const for const in code.co_consts if isinstance(const, CodeType)]:
+        name = prefix + inner.co_name
+        if inner.co_flags & inspect.CO_OPTIMIZED:
+            yield (name, inner.co_varnames[: inner.co_argcount]), inner
+            name += ".<locals>"
+        yield from _functions(inner, name + ".")
 
 
 def _chosen(guard: Guard, number: int, checks: Sequence[Check]) -> list[Check]:
     """The checks that reach the guard, in the order in which they run."""
+    first = [_path_of(name) for name in guard.first]
 
     def place(check: Check) -> tuple[bool, float]:
-        return not any(
-            f"tests/{name}/" in check.name or f"tests/test_{name}.py" in check.name
-            for name in guard.first
-        ), check.seconds
+        return not check.name.startswith(tuple(first)), check.seconds
 
     reaching = sorted((check for check in checks if number in check.reached), key=place)
     seeds = [check for check in reaching if check.name.startswith("seed ")]
-    return seeds[:SEEDS_EACH] + [check for check in reaching if check not in seeds]
+    tests = [check for check in reaching if check not in seeds]
+    return [*seeds[:SEEDS_FIRST], *tests, *seeds[SEEDS_FIRST:]]
 
 
 def verdict(guard: Guard, number: int, copy: Path, checks: Sequence[Check]) -> str:
-    """What turns red without the guard; GREEN if nothing does."""
+    """What turns red without the guard; GREEN if nothing does.
+
+    Checks of this process come first, with the guard's function swapped. For those of several the
+    file is written without it.
+    """
     file = copy / guard.file
     whole = file.read_text() if file.exists() else ""
     without = guard.delete(whole)
     if without is None:
         return "GONE"
     chosen = _chosen(guard, number, checks)
-    file.write_text(without)
-    try:
-        seconds = 120 + 5 * sum(check.seconds for check in chosen)
-        found = _Fork(_judge, [check.name for check in chosen], copy=copy).result(seconds)
-    finally:
-        file.write_text(whole)
-    if found is None:
-        return "DOUBTFUL: it hangs or dies"
-    red, doubtful = found
-    if red:
-        again = _Fork(_judge, [red.partition(" - ")[0]], copy=copy).result(600)
-        return f"DOUBTFUL: {red}, and with it too" if again != ["", ""] else red[:200]
-    return f"DOUBTFUL: {doubtful[:200]}" if doubtful else f"GREEN in {len(chosen)} checks"
+    found = f"GREEN in {len(chosen)} checks"
+    for ranks in (False, True):
+        some = [check for check in chosen if check.ranks == ranks]
+        if not some:
+            continue
+        names, seconds = [each.name for each in some], 120 + 9 * sum(each.seconds for each in some)
+        if ranks:
+            file.write_text(without)
+        try:
+            missing = None if ranks else (guard, whole, without)
+            result = _Fork(_judge, names, missing, copy=copy if ranks else None).result(seconds)
+        finally:
+            file.write_text(whole)
+        red, doubtful = result or ("", "it hangs or dies")
+        if red:
+            name = red.partition(" - ")[0]
+            again = _Fork(_judge, [name], copy=copy if ranks else None).result(600)
+            if again == ["", ""]:
+                return red[:200]
+            doubtful = f"{red}, and with it too"
+        found = f"DOUBTFUL: {doubtful[:200]}" if doubtful else found
+    return found
 
 
 # --- processes ------------------------------------------------------------------------------------
 
 
 class _Fork:
-    """A call in a child, which has torch imported already. That takes longest.
+    """A call in a child, which has everything imported already. That takes longest.
 
     Args:
         work: What is called; its result goes through JSON.
         copy: Where the project's modules are imported from, anew.
+        aloud: It prints.
     """
 
-    def __init__(self, work: Callable[..., Any], *args: Any, copy: Path | None = None) -> None:
+    def __init__(
+        self, work: Callable[..., Any], *args: Any, copy: Path | None = None, aloud: bool = False
+    ) -> None:
         handle, name = tempfile.mkstemp()
         os.close(handle)
         self._out, self.pid = Path(name), os.fork()
@@ -535,6 +589,10 @@ class _Fork:
             try:
                 if copy is not None:
                     _enter(copy)
+                if not aloud:
+                    log = os.open(os.environ.get("GUARDS_LOG", os.devnull), LOG)
+                    os.dup2(log, 1)
+                    os.dup2(log, 2)
                 self._out.write_text(json.dumps(work(*args)))
             finally:
                 sys.stdout.flush()
@@ -556,9 +614,6 @@ class _Fork:
 
 def _enter(copy: Path) -> None:
     """The project is the copy from now on, for this process and its ranks."""
-    log = os.open(copy / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
     os.chdir(copy)
     os.environ["PYTHONPATH"] = sys.path[0] = str(copy)
     for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "dist_ema")]:
@@ -578,14 +633,21 @@ def _work(numbered: list[tuple[int, Guard]], copy: Path, checks: Sequence[Check]
     return found
 
 
-def _all_checks(folder: str, count: int, jobs: int) -> list[dict[str, Any]]:
-    names = [name for guard in guards() for name in guard.first]
-    tests, seeds = list(dict.fromkeys([*TESTS, *names])), _seeds(count)
-    forks = []
-    for job in range(jobs):
-        copy = _copied(folder, f"marked-{job}")
-        _mark(copy)
-        forks.append(_Fork(_record, tests[job::jobs], seeds[job::jobs], copy=copy))
+def _import_all(folder: str, tests: Sequence[str]) -> None:
+    """From a marked copy. What no program imports before it runs comes with the first."""
+    copy = _copied(folder, "marked")
+    _mark(copy)
+    os.environ["REACHED"] = os.devnull
+    _enter(copy)
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main([*PYTEST, "--collect-only", *map(_path_of, tests)])
+    _failure_of(0)
+
+
+def _recorded(tests: Sequence[str], seeds: int, jobs: int) -> list[dict[str, Any]]:
+    plan = importlib.import_module("tests.host_programs").plan(list(range(seeds)))
+    plain = plan["none", 1]  # needs no other process
+    forks = [_Fork(_record, tests[job::jobs], plain[job::jobs]) for job in range(jobs)]
     return [check for fork in forks for check in fork.result(7200) or ()]
 
 
@@ -602,17 +664,20 @@ def main() -> int:
         for number, guard in enumerate(guards())
         if all(word in str(guard) for word in options.words)
     ]
+    tests = list(dict.fromkeys([*TESTS, *(name for each in guards() for name in each.first)]))
+    record = options.record and options.record.absolute()
     with tempfile.TemporaryDirectory() as folder:
-        if options.record is not None and options.record.exists():
-            known = json.loads(options.record.read_text())
+        _import_all(folder, tests)
+        if record and record.exists():
+            known = json.loads(record.read_text())
         else:
-            known = _all_checks(folder, options.seeds, options.jobs)
-            if options.record is not None:
-                options.record.write_text(json.dumps(known))
+            known = _recorded(tests, options.seeds, options.jobs)
+            if record:
+                record.write_text(json.dumps(known))
         checks = [Check(**each) for each in known]
         forks = [
-            _Fork(_work, numbered[job :: options.jobs], _copied(folder, str(job)), checks)
-            for job in range(options.jobs)
+            _Fork(_work, numbered[k :: options.jobs], _copied(folder, str(k)), checks, aloud=True)
+            for k in range(options.jobs)
         ]
         found = [each for fork in forks for each in fork.result(86400) or ["DOUBTFUL: died"]]
     bad = [each for each in found if each.startswith(("GREEN", "GONE", "DOUBTFUL"))]
