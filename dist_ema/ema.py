@@ -266,6 +266,12 @@ class EMA:
                 "them (fp32 master weights), the average is one step behind: call ema.update() "
                 "after they were written back."
             )
+        elif mastered := weights.mastered_by(optimizers):
+            warn(
+                f"ema.attach(): the optimizers hold copies in place of {', '.join(mastered[:5])}, "
+                "it seems (fp32 master weights). Then their average is one step behind: call "
+                "ema.update() after they were written back."
+            )
         return attachment
 
     def detach(self) -> None:

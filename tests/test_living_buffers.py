@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm as old_spectral_norm
@@ -232,21 +233,40 @@ def test_recalibrated_buffers_are_one_state(make: Any, tmp_path: Path) -> None:
             assert torch.equal(value, inside[name]), f"{name} is not lent again"
 
 
+def resume(ema: EMA, model: nn.Module, way: str, folder: Path) -> EMA:
+    """An EMA of `model` that goes on from `ema`."""
+    resumed = EMA(model, 0.75)
+    if way == "save":
+        ema.save(folder / "saved")
+        resumed.load(folder / "saved")
+    elif way == "torch.save":
+        torch.save(ema.state_dict(), folder / "saved.pt")
+        resumed.load_state_dict(torch.load(folder / "saved.pt"))
+    else:
+        dcp.save({"ema": ema}, checkpoint_id=folder / "dcp", no_dist=True)
+        dcp.load({"ema": resumed}, checkpoint_id=folder / "dcp", no_dist=True)
+    return resumed
+
+
+every_way = pytest.mark.parametrize("way", ["save", "torch.save", "dcp"])
+without_ranks = pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled", "ignore:.*averaged with Constant"
+)
 RED_RESUME: dict[str, str] = {}
 
 
+@without_ranks
+@every_way
 @pytest.mark.parametrize("make", programs(STATES, RED_RESUME))
-def test_recalibrated_states_are_resumed_whole(make: Any, tmp_path: Path) -> None:
+def test_recalibrated_states_are_resumed_whole(make: Any, way: str, tmp_path: Path) -> None:
     model = make()
     ema = EMA(model, 0.5)
     ema.update()
     with ema.swap():
         model.observe()
         inside = {name: value.clone() for name, value in model.named_buffers()}
-    ema.save(tmp_path / "saved")
     other = make()
-    resumed = EMA(other, 0.5)
-    resumed.load(tmp_path / "saved")
+    resumed = resume(ema, other, way, tmp_path)
     for name, value in inside.items():
         assert torch.equal(resumed.gather()[name], value), name
     resumed.reset_buffers()
@@ -371,24 +391,92 @@ def test_a_swap_empties_again_what_was_none() -> None:
     assert model[1].bank is None
 
 
+class Filled(Bank):
+    """None until the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bank", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bank = x.detach()
+        return self.linear(x)
+
+
 RED_RESUMED: dict[str, str] = {}
 RESUMED = {title: SHAPES[title] for title in ("grows", "shrinks", "resized in place")}
+RESUMED["filled"] = Filled
 
 
+@without_ranks
+@every_way
 @pytest.mark.parametrize("make", programs(RESUMED, RED_RESUMED))
-def test_a_resume_into_a_fresh_model_passes_over_copied_buffers(make: Any, tmp_path: Path) -> None:
+def test_a_resume_into_a_fresh_model_passes_over_copied_buffers(
+    make: Any, way: str, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     model = make()
     for _ in range(3):
         model(torch.randn(3, 4))
     ema = EMA(model, 0.75)
     ema.update()
-    ema.save(tmp_path / "saved")
     fresh = make()
-    resumed = EMA(fresh, 0.75)
-    resumed.load(tmp_path / "saved")
-    assert torch.equal(resumed.gather()["linear.weight"], ema.gather()["linear.weight"])
-    assert torch.equal(resumed.gather()["bank"], fresh.bank)
+    found = resume(ema, fresh, way, tmp_path).gather()
+    assert torch.equal(found["linear.weight"], ema.gather()["linear.weight"])
+    assert ("bank" in found) == (fresh.bank is not None)
+    assert fresh.bank is None or torch.equal(found["bank"], fresh.bank)
+
+
+def with_another_bank(model: Any) -> None:
+    model[1].bank = torch.ones(7, 4)
+
+
+def without_one(model: Any) -> None:
+    model[1].late = None
+
+
+@without_ranks
+@every_way
+@pytest.mark.parametrize("edit", [with_another_bank, without_one])
+def test_a_module_that_is_another_one_takes_no_own_buffers(
+    edit: Any, way: str, tmp_path: Path
+) -> None:
+    """Half of what was recalibrated would fit: a module's buffers are one state."""
+
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("bank", torch.zeros(2, 4))
+            self.register_buffer("late", torch.zeros(3))
+
+    def build() -> Any:
+        return nn.Sequential(nn.Linear(4, 4), Kept(), nn.BatchNorm1d(4))
+
+    model, other = build(), build()
+    ema = EMA(model, 0.75)
+    with ema.swap():
+        for buffer in model.buffers():
+            buffer.add_(1)
+    edit(other)
+    with pytest.warns(UserWarning, match="recalibrated buffers"):
+        found = resume(ema, other, way, tmp_path).gather()
+    assert int(found["2.num_batches_tracked"]) == 1, "the other module keeps its own"
+    for name, buffer in other[1].named_buffers():
+        assert torch.equal(found[f"1.{name}"], buffer), name
+
+
+def test_rescan_leaves_own_buffers_to_the_module_that_had_them() -> None:
+    model: Any = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    ema = EMA(model, 0.75)
+    with ema.swap():
+        for buffer in model.buffers():
+            buffer.add_(1)
+    model[0] = nn.BatchNorm1d(4)
+    ema.rescan()
+    found = ema.gather()
+    assert int(found["0.num_batches_tracked"]) == 0, "of the module that is gone"
+    assert torch.equal(found["0.running_var"], torch.ones(4))
+    assert int(found["1.num_batches_tracked"]) == 1
 
 
 def test_an_averaged_buffer_that_changes_shape_is_named() -> None:

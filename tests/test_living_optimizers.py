@@ -4,6 +4,7 @@ wraps it.
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 import warnings
@@ -545,6 +546,90 @@ def test_a_step_that_was_replaced_on_the_optimizer_is_named_once() -> None:
     assert len(caught) == 1
 
 
+def replaced_on_the_class(wrapped: bool) -> type[torch.optim.SGD]:
+    """A class whose step somebody replaces when it was used already, as some libraries do."""
+
+    class Patched(torch.optim.SGD):
+        pass
+
+    Patched([nn.Parameter(torch.ones(1))], lr=0.1)
+    inner = Patched.step
+
+    def step(self: Any, closure: Any = None) -> Any:
+        result = inner(self, closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.mul_(0.9)
+        return result
+
+    Patched.step = functools.wraps(inner)(step) if wrapped else step  # type: ignore[method-assign]
+    return Patched
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_step_that_is_replaced_on_the_class_later_is_named(wrapped: bool) -> None:
+    """The hooks fire inside it, before what it writes."""
+
+    class Patched(torch.optim.SGD):
+        pass
+
+    program = Projected()
+    program.ema.detach()
+    optimizer = Patched(program.model.parameters(), lr=0.1)
+    program.ema.attach(optimizer)
+    Patched.step = replaced_on_the_class(wrapped).step  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match=r"Patched\.step was replaced on .* its class"):
+        program.error(optimizer.step)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_step_that_was_replaced_on_the_class_before_is_right_or_named(wrapped: bool) -> None:
+    """torch puts its hooks around it again, unless it looks as if it had them."""
+    program = Projected()
+    program.ema.detach()
+    optimizer = replaced_on_the_class(wrapped)(program.model.parameters(), lr=0.1)
+    program.ema.attach(optimizer)
+    if not wrapped:
+        assert program.error(optimizer.step) <= 2e-5
+        return
+    with pytest.warns(UserWarning, match=r"Patched\.step was replaced on .* its class"):
+        program.error(optimizer.step)
+
+
+class Scaled(torch.optim.Adam):
+    """Its step calls that of its parent, and goes on to write."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.mul_(0.9)
+        return result
+
+
+class ScaledTwice(Scaled):
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.clamp_(-0.3, 0.3)
+        return result
+
+
+@pytest.mark.parametrize("kind", [Scaled, ScaledTwice])
+@pytest.mark.parametrize("parents", [(), (torch.optim.Adam,), (torch.optim.Adam, Scaled)])
+def test_a_step_inside_a_step_is_no_step(kind: Any, parents: Any) -> None:
+    """torch runs the hooks of a parent's step too, once an instance of the parent was made."""
+    for parent in parents:
+        random_step(parent([nn.Parameter(torch.ones(1))]))
+    program = Projected()
+    program.ema.detach()
+    optimizer = kind(program.model.parameters(), lr=0.1)
+    program.ema.attach(optimizer)
+    assert program.error(optimizer.step) <= 2e-5
+    assert program.ema.now == 4
+
+
 @pytest.mark.parametrize("replace", [scheduled, scheduled_in_accelerate])
 def test_steps_that_libraries_replace_are_not_named(replace: Any) -> None:
     """Warnings are errors here."""
@@ -593,6 +678,15 @@ def test_an_optimizer_of_copies_is_named() -> None:
     ema = EMA(model, 0.5)
     with pytest.warns(UserWarning, match="SGD holds none of the averaged weights"):
         ema.attach(torch.optim.SGD(masters, lr=0.1))
+
+
+def test_an_optimizer_of_copies_of_some_weights_is_named() -> None:
+    """Masters of the 16-bit weights, and the norms themselves."""
+    model: Any = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.LayerNorm(4))
+    masters = [nn.Parameter(p.detach().float()) for p in model[0].parameters()]
+    ema = EMA(model, 0.5)
+    with pytest.warns(UserWarning, match=r"copies in place of 0\.weight, 0\.bias"):
+        ema.attach(torch.optim.SGD([*masters, *model[1].parameters()], lr=0.1))
 
 
 def test_optimizers_of_views_and_beside_others_are_known() -> None:

@@ -571,6 +571,20 @@ def test_a_trained_module_made_in_inference_mode_is_named() -> None:
         EMA(model, 0.5)
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_weight_that_moves_into_an_inference_tensor_is_named(by_hand: bool) -> None:
+    model: Any = net()
+    program = Program(model)
+    program.step()
+    with torch.inference_mode():
+        assigned = torch.randn_like(model[0].weight)
+    model[0].weight.data = assigned
+    with pytest.raises(RuntimeError, match=r"0\.weight lies in a tensor .*inference_mode"):
+        program.ema.update() if by_hand else program.ema.gather()
+    model[0].weight.data = assigned.clone()
+    program.ema.gather()
+
+
 def test_a_storage_that_was_freed_is_named_and_followed_when_it_is_back() -> None:
     """`untyped_storage().resize_(0)`, as sharding and offloading by hand do between phases."""
     program = Program(net())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..sharding.ownership import ParamState
 from .skipped_steps import SkippedSteps
 from .window_ring import WindowRing
 
-__all__ = ["Average"]
+__all__ = ["Average", "whole_modules"]
 
 
 @dataclass
@@ -65,22 +65,21 @@ class Average:
         """The buffers of a state_dict."""
         return [state for state in self.persistent if state.shard.kind == "buffer"]
 
-    @property
-    def floating_buffers(self) -> list[ParamState]:
-        """Those that torch.distributed.checkpoint carries; older checkpoints have no others."""
-        return [state for state in self.buffers if state.shard.dtype.is_floating_point]
+    def forget_buffers(self, lost: Collection[str]) -> None:
+        """Own buffers end for all of a module with one that the model lost."""
+        kept = whole_modules(self.own_buffers, lost)
+        self.own_buffers = {name: self.own_buffers[name] for name in kept}
 
     def forget_reshaped_buffers(self, states: Sequence[ParamState]) -> None:
-        """Own buffers end where live ones took another shape, for all buffers of the module."""
-        reshaped = {
-            id(state.shard.place[0])
-            for state in states
-            if (value := self.own_buffers.get(state.name)) is not None
-            and len(value) != state.shard.local_region.numel
-        }
-        for state in self.states if reshaped else ():
-            if id(state.shard.place[0]) in reshaped:
-                self.own_buffers.pop(state.name, None)
+        """They end where live ones took another shape."""
+        own = [(self.own_buffers.get(state.name), state) for state in states]
+        self.forget_buffers(
+            [
+                state.name
+                for value, state in own
+                if value is not None and len(value) != state.shard.local_region.numel
+            ]
+        )
 
     def pace(self, now: float) -> tuple[float, float]:
         """(decay, half life in units of the clock) of the last update, or of a first step of 1."""
@@ -88,3 +87,9 @@ class Average:
         if not 0 < decay < 1:
             return decay, 0.0 if decay == 0 else math.inf
         return decay, elapsed * math.log(0.5) / math.log(decay)
+
+
+def whole_modules(own: Collection[str], lost: Collection[str]) -> list[str]:
+    """Names of own buffers, without modules that lost one: a module's buffers are one state."""
+    torn = {name.rpartition(".")[0] for name in lost}
+    return [name for name in own if name.rpartition(".")[0] not in torn]

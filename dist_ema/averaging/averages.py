@@ -113,6 +113,18 @@ class AveragedWeights:
             id(state.shard.tensor) for state in self._averaged
         ) or any(memory.untyped_storage().data_ptr() in storages for memory in memories)
 
+    def mastered_by(self, optimizers: Iterable[Optimizer]) -> list[str]:
+        """16-bit weights in whose place the optimizers seem to hold copies of higher precision."""
+        params = [p for each in optimizers for p in stepped_parameters(each)]
+        held = set(map(id, params))
+        forms = {(p.shape, p.dtype.itemsize) for p in params}
+        return [
+            state.name
+            for state in self._averaged
+            if state.shard.dtype.itemsize == 2 and state.shard.master is None
+            if id(state.shard.tensor) not in held and (state.shard.tensor.shape, 4) in forms
+        ]
+
     @property
     def lacks(self) -> list[str]:
         """Errors, unless another stage of the pipeline has what these say."""

@@ -86,6 +86,12 @@ class Inventory:
         if self.lacks and not isinstance(self.model, Stages):
             raise ValueError(self.lacks[0])
         self._refuse_hopeless(averaged)
+        owners = {shard.name: shard.place[0] for shard in found.shards}
+        lost = [
+            state.name
+            for state in self.states
+            if state.shard.kind == "buffer" and owners.get(state.name) is not state.shard.place[0]
+        ]
         for i, average in enumerate(self.averages):
             states = {state.name: replace(state) if i else state for state in fresh}
             if teacher is None:
@@ -100,9 +106,7 @@ class Inventory:
             average.states = [states[shard.name] for shard in found.shards]
             if average.ring is not None:
                 average.ring.forget_all_but(set(kept.values()))
-            average.own_buffers = {
-                name: value for name, value in average.own_buffers.items() if name in states
-            }
+            average.forget_buffers(lost)
         self.sharded = found.sharded + ([] if teacher is None else teacher.sharded)
 
     def _kept(self, found: ModelShards) -> dict[str, str]:

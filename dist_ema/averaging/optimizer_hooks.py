@@ -7,6 +7,10 @@ skips alike, with one exception. A fused optimizer steps inside its kernel, so i
 for a skipped step, and `found_inf` on the device tells. It becomes a weight of 0 there; the host
 never waits for it.
 
+[Note: steps in steps]  torch runs hooks around the `step` of every class that was instantiated. A
+class whose `step` calls that of its parent runs them twice, if somebody made an instance of the
+parent. The inner step is not the whole step, so its hooks do nothing.
+
 [Note: who holds whom]  An EMA holds its attachment, and an attachment holds the averages. The
 optimizer's hooks hold neither. When nothing else reaches the EMA it is freed, shadows and all. Its
 hooks come off then, but for one that says so at the next step. The next `attach` to that optimizer
@@ -16,6 +20,7 @@ takes that one off.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -42,6 +47,8 @@ TRANSPARENT = (
     ("lightning", "LightningOptimizer"),
     ("pytorch_lightning", "LightningOptimizer"),
 )
+# Of every function that torch puts around a `step` to run its hooks.
+_RUNS_HOOKS: Any = Optimizer.profile_hook_step(len).__code__  # type: ignore[attr-defined]
 # Packages whose functions around `optimizer.step` do not write after it.
 KNOWN_WRAPPERS = ("torch", "accelerate", "lightning", "pytorch_lightning")
 
@@ -154,13 +161,15 @@ class Attachment:
 
     def _stepped_unlisted(self, optimizer: Optimizer, *_: Any) -> None:
         """Count the steps of averaged weights by optimizers that are not attached."""
-        if id(optimizer) in self._places:
+        if id(optimizer) in self._places or _is_inside_step(optimizer):
             return
         if optimizer not in self._unlisted:
             self._unlisted[optimizer] = self._averager.stepped_by([optimizer])
         self._averager.bypassed += self._unlisted[optimizer]
 
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        if _is_inside_step(optimizer):
+            return
         self._averager.bypassed = 0
         self._warn_of_wrapped_step(optimizer)
         self._skips.append(getattr(optimizer, "found_inf", None))
@@ -183,9 +192,10 @@ class Attachment:
             return
         self._wrapped.add(id(optimizer))
         warnings.warn(
-            f"{type(optimizer).__name__}.step was replaced on the optimizer itself. What the new "
-            "one writes after the inner step comes with the next update: call ema.update() after "
-            "step() instead of ema.attach() if it writes (a clamp, a projection).",
+            f"{type(optimizer).__name__}.step was replaced on the optimizer itself or its "
+            "class. What the new one writes after the inner step comes with the next update: call "
+            "ema.update() after step() instead of ema.attach() if it writes (a clamp, a "
+            "projection).",
             stacklevel=5,
         )
 
@@ -320,10 +330,23 @@ def _that_takes_hooks(optimizer: Any) -> Optimizer | EngineSteps:
     return optimizer  # type: ignore[no-any-return]
 
 
-def _is_wrapped(optimizer: Optimizer) -> bool:
+def _is_inside_step(optimizer: Any) -> bool:
+    """The hooks of this optimizer run inside another `step` of it ([Note: steps in steps])."""
+    steps = (vars(each).get("step") for each in type(optimizer).__mro__)
+    if sum(getattr(step, "hooked", False) for step in steps) < 2:
+        return False
+    running, frame = 0, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _RUNS_HOOKS:
+            running += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return running > 1
+
+
+def _is_wrapped(optimizer: Any) -> bool:
     """A function stands around the optimizer's step that no library known here put there."""
-    step, own = vars(optimizer).get("step"), type(optimizer).step
-    while step is not None and getattr(step, "__func__", step) is not own:
+    step = None if isinstance(optimizer, EngineSteps) else optimizer.step
+    while step is not None and getattr(step, "__code__", None) is not _RUNS_HOOKS:
         module = getattr(step, "__globals__", {}).get("__name__", "")
         if module.split(".")[0] not in KNOWN_WRAPPERS:
             return True

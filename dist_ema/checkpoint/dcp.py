@@ -1,16 +1,18 @@
 """The averages as a state_dict of torch.distributed.checkpoint (DCP): its keys and their values.
 
     averages.average_0.weights.NAME    the shadow
-    averages.average_0.buffers.NAME    every floating buffer
-    averages.average_0.own             1 for each buffer that the average has for itself
+    averages.average_0.buffers.NAME    every buffer
+    averages.average_0.own_by_name     1 for each of them that the average has for itself, sorted
     averages.average_0.schedule        JSON, padded with zeros to a fixed shape
     clock                              the counters
 
 All values are tensors, because DCP pickles everything else.
 
 [Note: keys of DCP]  `dcp.load` calls `state_dict` before it opens the checkpoint, and refuses a
-key that the checkpoint lacks. So a key holds nothing that a resumed run may change. Earlier
-versions had the schedule's repr in the place of `average_0`. `Averages` reads those too.
+key that the checkpoint lacks. So a key holds nothing that a resumed run may change, and buffers,
+which may have become any, are asked for as they were saved. Earlier versions had the schedule's
+repr in the place of `average_0`, and `own`, one number for each floating buffer in the order of the
+model, in the place of `own_by_name`. `Averages` reads those too.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..averaging.average import Average
+from ..averaging.average import Average, whole_modules
 from ..schedules import Schedule, from_dict
 from ..sharding.geometry import boxes_with_data
 from ..sharding.ownership import ParamState
@@ -56,8 +58,7 @@ class Averages(dict[str, Any]):
     """
 
     def __init__(self, averages: Sequence[Average]) -> None:
-        states = (state(each, each.floating_buffers) for each in averages)
-        super().__init__({f"average_{i}": each for i, each in enumerate(states)})
+        super().__init__({f"average_{i}": state(each) for i, each in enumerate(averages)})
         self._schedules = [each.schedule for each in averages]
         self.saved_labels = list(self)  # as the checkpoint calls them
 
@@ -66,7 +67,7 @@ class Averages(dict[str, Any]):
         if metadata is None:
             return super().items()
         keys = list(metadata.state_dict_metadata)
-        found = [match[1] for match in map(_OWN_KEY.search, keys) if match]
+        found = [match[2] for match in map(_OWN_KEY.fullmatch, keys) if match]
         if not found:
             others = ", ".join(sorted({key.split(".")[0] for key in keys})[:5])
             raise ValueError(
@@ -78,14 +79,18 @@ class Averages(dict[str, Any]):
         # NOTE: DCP assigns what it iterates, so the dict may hold the saved labels by now, too.
         states = (self[f"average_{i}"] for i in range(len(self.saved_labels)))
         pairs = zip(self.saved_labels, states, strict=True)
-        return {label: _as_saved(label, state) for label, state in pairs}.items()
+        shown = {}
+        for label, state in pairs:
+            _adapt(state, label, metadata.state_dict_metadata)
+            shown[label] = _as_saved(label, state)
+        return shown.items()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Copies and pickles are of a class that torch.load(weights_only=True) knows.
         return OrderedDict, (), None, None, iter(super().items())
 
 
-_OWN_KEY = re.compile(r"(?:^|\.)averages\.(.+)\.own$")
+_OWN_KEY = re.compile(r"((?:.*\.)?averages\.(.+)\.)own(?:_by_name)?")  # where it begins, label
 _LABEL = re.compile(r"average_[0-9]+")
 
 
@@ -142,6 +147,65 @@ def _as_saved(label: str, state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key != "schedule"}
 
 
+def _adapt(state: dict[str, Any], label: str, tables: Mapping[str, Any]) -> None:
+    """Give `state` the buffers of a checkpoint ([Note: keys of DCP]). Idempotent.
+
+    Args:
+        state: As the function `state` gave it.
+        label: Of the average, in the checkpoint.
+        tables: key -> what the checkpoint's metadata says of it.
+
+    Raises:
+        ValueError: The checkpoint does not fit, by name.
+    """
+    matches = [match for match in map(_OWN_KEY.fullmatch, tables) if match and match[2] == label]
+    weights, live = state["weights"], state["buffers"]
+    unlike = {
+        match[1]: [name for name in weights if not _alike(weights[name], tables, match[1], name)]
+        for match in matches  # of several EMAs
+    }
+    start, names = min(unlike.items(), key=lambda each: len(each[1]))
+    if names:
+        raise ValueError(
+            f"the checkpoint holds no average of {', '.join(names[:5])}, or one of another shape. "
+            "Build the EMA on the model as it was saved, load, edit the model, and call "
+            "ema.rescan()."
+        )
+    buffers = _buffers_as_saved(live, tables, f"{start}buffers.")
+    if f"{start}own_by_name" not in tables:
+        if unknown := [name for name in buffers if name not in live]:
+            raise ValueError(
+                f"the checkpoint is of an earlier version, and holds {', '.join(unknown[:5])}, "
+                "which the model lacks. Load it into the model as it was, and save it with this "
+                "version."
+            )
+        state["own"] = state.pop("own_by_name", state.get("own"))
+    key = "own" if "own" in state else "own_by_name"
+    if len(state[key]) != len(buffers):
+        state[key] = torch.zeros(len(buffers), dtype=torch.uint8, device="cpu")
+    state["buffers"] = buffers
+
+
+def _alike(value: Any, tables: Mapping[str, Any], start: str, name: str) -> bool:
+    saved = tables.get(f"{start}weights.{name}")
+    return saved is not None and tuple(saved.size) == tuple(value.shape)
+
+
+def _buffers_as_saved(
+    live: Mapping[str, Any], tables: Mapping[str, Any], start: str
+) -> dict[str, Any]:
+    """A place for each saved buffer: that of the model, where it has the saved shape."""
+    saved = {key.removeprefix(start): tables[key] for key in tables if key.startswith(start)}
+    order = [name for name in live if name in saved]  # that of the model
+    order += [name for name in saved if name not in live]
+    return {
+        name: live[name]
+        if name in live and tuple(live[name].shape) == tuple(saved[name].size)
+        else torch.empty(saved[name].size, dtype=saved[name].properties.dtype, device="cpu")
+        for name in order
+    }
+
+
 # --- averages ------------------------------------------------------------------------------------
 
 
@@ -168,10 +232,19 @@ def match_all(
         for name, each in zip(names, averages, strict=True)
         if name != repr(each.schedule)
     ]
-    matched = [
-        match(states[k], each, each.floating_buffers)
-        for k, each in zip(order, averages, strict=True)
-    ]
+    matched = [match(states[k], each) for k, each in zip(order, averages, strict=True)]
+    reshaped = sorted(
+        {
+            name
+            for k, (_, own) in zip(order, matched, strict=True)
+            for name in _own(states[k]) - {*own}
+        }
+    )
+    if reshaped:
+        remarks.append(
+            f"the checkpoint holds recalibrated buffers ({', '.join(reshaped[:5])}) of a module "
+            "that has others now: the average uses the model's."
+        )
     if order != sorted(order):  # values that alias other shadows would be overwritten
         matched = [([(s, value.clone()) for s, value in copies], own) for copies, own in matched]
     return matched, remarks
@@ -185,13 +258,13 @@ def _schedule_of(state: Mapping[str, Any], default: dict[str, Any]) -> dict[str,
     return found
 
 
-def state(average: Average, buffers: Sequence[ParamState]) -> dict[str, Any]:
+def state(average: Average) -> dict[str, Any]:
     """One average as tensors: weights, buffers, which of them are its own, its schedule.
 
     Note:
         *Aliases* the shadows; buffers are copies.
     """
-    own = average.own_buffers
+    own, buffers = average.own_buffers, average.buffers
     live = {
         each.name: each.local if each.teacher_copy is None else each.teacher_copy
         for each in buffers
@@ -209,7 +282,7 @@ def state(average: Average, buffers: Sequence[ParamState]) -> dict[str, Any]:
         "buffers": {
             each.name: _entry(each, each.shard.local_region, copies[each.name]) for each in buffers
         },
-        "own": torch.tensor([each.name in own for each in buffers], **as_bytes),
+        "own_by_name": torch.tensor([name in own for name in sorted(live)], **as_bytes),
         "schedule": torch.tensor(list(text), **as_bytes),
     }
 
@@ -239,7 +312,7 @@ def _entry(state: ParamState, region: Region, data: Tensor) -> Tensor:
     return FlatRange(shape, data.dtype, data.device, blocks, state.saved_region.numel > 0)
 
 
-def match(state: Mapping[str, Any], average: Average, buffers: Sequence[ParamState]) -> Matched:
+def match(state: Mapping[str, Any], average: Average) -> Matched:
     """Pair the shadows of one average with the values of `state`. Nothing is written.
 
     Returns:
@@ -248,7 +321,7 @@ def match(state: Mapping[str, Any], average: Average, buffers: Sequence[ParamSta
     Raises:
         ValueError: A value is missing or does not fit.
     """
-    missing = [key for key in ("weights", "buffers", "own") if key not in state]
+    missing = [key for key in ("weights", "buffers") if key not in state]
     weights = state.get("weights", {})
     missing = missing or [each.name for each in average.averaged if each.name not in weights]
     if missing:
@@ -257,14 +330,24 @@ def match(state: Mapping[str, Any], average: Average, buffers: Sequence[ParamSta
     for each in average.averaged:
         assert each.shadow is not None
         copies += _pairs(each, each.averaged_region, each.shadow, weights[each.name])
-    own = {}
-    for each, flag in zip(buffers, state["own"].tolist(), strict=True):
-        into = each.teacher_copy
-        if into is None and flag:
+    own, flagged = {}, _own(state)
+    for each in average.buffers:
+        value, into = state["buffers"].get(each.name), each.teacher_copy
+        if value is None:
+            continue
+        if each.name in flagged and into is None and tuple(value.shape) == each.shard.shape:
             into = own[each.name] = each.local.clone()
         if into is not None:
-            copies += _pairs(each, each.shard.local_region, into, state["buffers"][each.name])
-    return copies, own
+            copies += _pairs(each, each.shard.local_region, into, value)
+    return copies, {name: own[name] for name in whole_modules(own, flagged - own.keys())}
+
+
+def _own(state: Mapping[str, Any]) -> set[str]:
+    """The names of the buffers that the average has for itself."""
+    is_new = "own_by_name" in state
+    names = sorted(state["buffers"]) if is_new else list(state["buffers"])
+    flags = state["own_by_name" if is_new else "own"].tolist()
+    return {name for name, flag in zip(names, flags, strict=True) if flag}
 
 
 def _pairs(

@@ -130,7 +130,8 @@ def _copy_into(target: Tensor, source: FlatRange, non_blocking: bool = False) ->
         target.__class__ = FlatRange  # type: ignore[assignment]
         target.blocks, target.writes = [], False  # type: ignore[attr-defined]
         return target
-    for (_, data), (_, value) in zip(target.blocks, source.blocks, strict=True):
+    # What is not written needs no copy: of a 0-dim entry it has none.
+    for (_, data), (_, value) in zip(target.blocks, source.blocks, strict=target.writes):
         data.copy_(value, non_blocking=non_blocking)
     return target
 

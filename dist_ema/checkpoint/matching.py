@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..averaging.average import whole_modules
 from ..schedules import from_dict
 from ..sharding.geometry import boxes_with_data
 from ..sharding.ownership import ParamState
@@ -38,7 +39,7 @@ class LoadTarget(NamedTuple):
     schedule: dict[str, Any]
     states: list[ParamState]  # of all that the model persists
     names: dict[str, str]  # name in the files -> the model's, where they differ
-    elsewhere: frozenset[str] = frozenset()  # what other stages of a pipeline hold
+    elsewhere: frozenset[str] = frozenset()  # what the model holds elsewhere, or will
 
 
 @dataclass
@@ -79,7 +80,8 @@ class Differences:
             (self.unexpected, "holds {}, which the model lacks: left out."),
             (
                 self.passed_over,
-                "holds recalibrated buffers of another shape ({}): the average uses the model's.",
+                "holds recalibrated buffers ({}) of a module whose buffers are others now: the "
+                "average uses the model's.",
             ),
         ):
             if names:
@@ -106,6 +108,7 @@ class ReadPlan:
         """Choose from the weights of the folder, and note every difference."""
         report = self.differences
         table = {self.names.get(name, name): weight for name, weight in table.items()}
+        lost = set(self.own_buffers)
         known = {name for state in self.states for name in (state.name, *state.shard.aliases)}
         report.unexpected += sorted(table.keys() - known - self.elsewhere)
         for state in self.states:
@@ -120,10 +123,10 @@ class ReadPlan:
             elif state.is_copied_buffer and not own:
                 continue  # the live model's counts, in whatever shape it has
             elif held[0].entry.shape != state.shard.shape:
-                on_disk, shape = held[0].entry.shape, state.shard.shape
                 # NOTE: observers and growing banks change their shape after recalibration.
-                reshaped = report.passed_over if state.is_copied_buffer else report.reshaped
-                reshaped.append(f"{state.name}: {on_disk} on disk, {shape} in the model")
+                if not state.is_copied_buffer:
+                    on_disk, shape = held[0].entry.shape, state.shard.shape
+                    report.reshaped.append(f"{state.name}: {on_disk} on disk, {shape} in the model")
             elif not _converts(held[0].dtype, state.average.dtype):
                 report.of_another_kind.append(
                     f"{state.name}: {held[0].dtype} on disk, {state.average.dtype} in the model"
@@ -131,6 +134,15 @@ class ReadPlan:
             else:
                 _refuse_untied(state, held)
                 self.chosen[state.name] = held[0]
+                lost.discard(state.name)
+        self._keep_whole_modules(lost)
+
+    def _keep_whole_modules(self, lost: set[str]) -> None:
+        """Own buffers of a module that lacks one of these, or has it otherwise, are passed over."""
+        kept = whole_modules(self.own_buffers, lost)
+        here = {state.name for state in self.states}
+        self.differences.passed_over += sorted(here.intersection(self.own_buffers).difference(kept))
+        self.own_buffers = kept
 
 
 def plan_start(place: Location, targets: Sequence[LoadTarget]) -> list[ReadPlan]:

@@ -125,7 +125,7 @@ class OpenCheckpoint:
         )
 
     def _warn_of_frozen(self, saved: manifest.Manifest) -> None:
-        """Weights that are averaged now and were frozen when they were saved."""
+        """Weights that are averaged now and were frozen when they were saved, or the reverse."""
         plan, names = self._plans[0], saved.averaged
         listed = set(names).union(*(saved.aliases.get(name, ()) for name in names))
         averaged = {plan.names.get(name, name) for name in listed}
@@ -138,6 +138,17 @@ class OpenCheckpoint:
             self.warnings.append(
                 f"{self._place.folder} holds live values of {', '.join(frozen[:5])}, which were "
                 "frozen then."
+            )
+        passed = sorted(
+            state.name
+            for state in plan.states
+            if state.name in averaged and state.shadow is None and not state.shard.trainable
+            if state.shard.kind != "buffer"
+        )
+        if passed:
+            self.warnings.append(
+                f"{self._place.folder} holds averages of {', '.join(passed[:5])}, which are frozen "
+                "now: their live values count. Load before you freeze them to keep the averages."
             )
 
     def sums(self, ranks: Ranks) -> dict[str, int]:

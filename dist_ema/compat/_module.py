@@ -264,9 +264,10 @@ class ModuleAverage:
         missing = [key for key in (*average["weights"], *average["buffers"]) if key not in named]
         if missing:
             raise ValueError(f"the state_dict lacks {', '.join(missing[:5])} of the average.")
-        own = [key not in average["weights"] for key in average["buffers"]]
+        buffers = {key: named[key] for key in average["buffers"]}
+        own = [key not in average["weights"] for key in sorted(buffers)]
         flags = torch.tensor(own, dtype=torch.uint8, device="cpu")
-        average |= {"weights": named, "buffers": named, "own": flags}
+        average |= {"weights": named, "buffers": buffers, "own_by_name": flags}
         self.average.load_state_dict(state)
 
     def named_here(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

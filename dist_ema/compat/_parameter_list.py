@@ -190,9 +190,9 @@ class ParameterListAverage:
             names = ", ".join(sorted(known ^ found)[:5])
             raise ValueError(f"the average and what was given differ in {names}.")
         before, after = old.averages[0], ema.weights.averages[0]
-        state = dcp.state(before, before.buffers)
+        state = dcp.state(before)
         try:
-            copies, after.own_buffers = dcp.match(state, after, after.buffers)
+            copies, after.own_buffers = dcp.match(state, after)
         except ValueError as error:
             raise ValueError(
                 f"the average does not fit what was given: {error} A sharded average is gathered "

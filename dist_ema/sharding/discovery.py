@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-__all__ = ["find_shards", "redescribe"]
+__all__ = ["find_shards", "redescribe", "unfilled_buffers"]
 
 RanksAndGroup = tuple[list[int], dist.ProcessGroup | None]  # the group is of exactly these ranks
 
@@ -277,6 +277,16 @@ def _buffer_memory(place: tuple[nn.Module, str]) -> Tensor:
 
 def _copied(read: Callable[[], Tensor]) -> Tensor:
     return read().detach().contiguous()
+
+
+def unfilled_buffers(model: nn.Module) -> set[str]:
+    """Canonical names under which the state_dict will have a buffer, once it is not None."""
+    return {
+        prefix + name
+        for prefix, module, _ in walk_modules(model)
+        for name, buffer in module._buffers.items()
+        if buffer is None and name not in module._non_persistent_buffers_set
+    }
 
 
 def redescribe(shard: Shard) -> None:

@@ -146,6 +146,11 @@ class ParamState:
                 f"{self.name} has no memory now: its storage was freed or offloaded. Bring it back "
                 "before the next update or verb."
             )
+        if memory.is_inference() and self.shadow is not None and self.shard.kind != "buffer":
+            raise RuntimeError(
+                f"{self.name} lies in a tensor that was made under torch.inference_mode now. Give "
+                "it a clone that is made outside of it."
+            )
         changed = self.layout_changed
         # A buffer may be another tensor: FSDP1 casts them, modules assign them.
         if self.shard.kind != "buffer":

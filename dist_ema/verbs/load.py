@@ -9,6 +9,7 @@ from typing import Any
 from ..averaging.averages import AveragedWeights
 from ..checkpoint import library_files, reader, stages
 from ..schedules import BlockMean
+from ..sharding.discovery import unfilled_buffers
 from ..sharding.ownership import ParamState
 from ..text import warn
 from .entry import Entry
@@ -19,11 +20,11 @@ __all__ = ["load"]
 def load(entry: Entry, path: str | Path, *, strict: bool, verify: bool) -> None:
     """See `EMA.load`; the verb has begun. *Collective*."""
     weights, ranks = entry.weights, entry.ranks
-    elsewhere, stage = frozenset[str](), entry.stage if entry.is_staged else ()
+    elsewhere, stage = unfilled_buffers(weights.model), entry.stage if entry.is_staged else ()
     if entry.is_staged:
         persistent = weights.averages[0].persistent
-        elsewhere = stages.names_of_all("load", ranks, entry.stage, persistent)
-    targets = _Targets(weights, elsewhere)
+        elsewhere |= stages.names_of_all("load", ranks, entry.stage, persistent)
+    targets = _Targets(weights, frozenset(elsewhere))
     with reader.open_checkpoint(
         ranks, path, targets.make, strict=strict, verify=verify, stage=stage
     ) as found:
@@ -44,7 +45,7 @@ class _Targets:
 
     Args:
         weights: Of this rank.
-        elsewhere: Names that stand on other stages of the pipeline.
+        elsewhere: Names that stand on other stages of the pipeline, or will once they are filled.
     """
 
     def __init__(self, weights: AveragedWeights, elsewhere: frozenset[str]) -> None:
