@@ -1,4 +1,4 @@
-"""`ModuleAverage`: a copy of a model that an EMA averages into, followed through every update.
+"""A copy of a model that an EMA averages into, followed through every update; and its drop-ins.
 
 [Note: the copy]  `EMA(model, into=copy)` averages into the memory of a copy: a deep copy of the
 model without DDP and torch.compile around it, or what `module_fn` builds. A model under FSDP cannot
@@ -30,7 +30,7 @@ from ..schedules import Schedule
 from ..sharding import discovery, records, wrappers
 from ..sharding.tree_changes import compare_inventory
 
-__all__ = ["Device", "ModuleAverage", "ModuleFn", "UpdateRule"]
+__all__ = ["Count", "Device", "ModuleAverage", "ModuleDropIn", "ModuleFn", "UpdateRule"]
 
 ModuleFn = Callable[[], nn.Module]
 Device = torch.device | str | int | None
@@ -39,6 +39,8 @@ UpdateRule = Callable[[Sequence[tuple[Tensor, Tensor]]], None]
 
 class ModuleAverage:
     """The copy of a model, and the `EMA` that averages into it.
+
+    A drop-in that is no module inherits it, and has the copy as `ema`.
 
     Methods are collective only where they say so.
 
@@ -103,8 +105,11 @@ class ModuleAverage:
         return self._ema
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The copy, no update in flight. Raises RuntimeError where there is none."""
+    def ema(self) -> nn.Module:
+        """The copy, no update in flight.
+
+        Raises RuntimeError where FSDP shards the model and no module holds the average.
+        """
         if self.module is None:
             raise RuntimeError(self._no_module)
         if self._ema is not None:
@@ -187,21 +192,21 @@ class ModuleAverage:
     # --- moving ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def update(self, model: nn.Module, move: float | UpdateRule) -> None:
+    def move(self, model: nn.Module, by: float | UpdateRule) -> None:
         """Move towards `model`. No collective, no host sync.
 
         Args:
             model: as it is now ([Note: which model]).
-            move: a decay, where 0 copies; or a function of (shadow, live) views of what this rank
+            by: a decay, where 0 copies; or a function of (shadow, live) views of what this rank
                 averages.
         """
         self.follow(model)
         # An update copies frozen weights and buffers too, so none of them may be swapped.
         self.average.weights.refuse("update", Reads.WHOLE_MODEL)
-        if callable(move):
-            self.average.weights.move_by(move)
+        if callable(by):
+            self.average.weights.move_by(by)
         else:
-            self.average.update(decay=move)
+            self.average.update(decay=by)
         if self.module is None:  # an update ends what was recalibrated, as in a copy
             self.average.reset_buffers()
 
@@ -236,31 +241,33 @@ class ModuleAverage:
 
     # --- checkpoints ----------------------------------------------------------------------------
 
-    def entries(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The state_dict of the copy.
 
         Where there is no copy: as torch.distributed.checkpoint takes it, a plain tensor where this
         rank holds a whole one, else a `FlatRange`. *Aliases* the average.
         """
         if self.module is not None:
-            return self.evaluated.state_dict()
+            return self.ema.state_dict()
         weights = self.average.weights
         weights.refuse("state_dict", Reads.WHOLE_MODEL)
         weights.ready()
         return dcp.whole(weights.averages[0].persistent, weights.averages[0].own_buffers)
 
-    def load(self, entries: Mapping[str, Tensor]) -> None:
-        """Take what `entries` gave on as many ranks, or full weights; wrappers' prefixes may stay.
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state_dict` gave on as many ranks, or full weights.
+
+        Prefixes of wrappers may stay.
 
         Note:
             *Collective* under FSDP.
         """
-        named = self.named_here(entries)
+        named = self.named_here(state)
         if self.module is not None:
-            self.evaluated.load_state_dict(named)
+            self.ema.load_state_dict(named)
             return
-        state = self.average.state_dict()
-        (average,) = state["averages"].values()
+        whole = self.average.state_dict()
+        (average,) = whole["averages"].values()
         missing = [key for key in (*average["weights"], *average["buffers"]) if key not in named]
         if missing:
             raise ValueError(f"the state_dict lacks {', '.join(missing[:5])} of the average.")
@@ -268,13 +275,13 @@ class ModuleAverage:
         own = [key not in average["weights"] for key in sorted(buffers)]
         flags = torch.tensor(own, dtype=torch.uint8, device="cpu")
         average |= {"weights": named, "buffers": buffers, "own_by_name": flags}
-        self.average.load_state_dict(state)
+        self.average.load_state_dict(whole)
 
     def named_here(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights of a checkpoint without prefixes of wrappers that the copy lacks."""
         if self.module is not None and discovery.find_shards(self.module).sharded:
             return dict(weights)  # FSDP1 has names of its own, and its state_dict is collective
-        known, named = self.entries(), {}
+        known, named = self.state_dict(), {}
         for name, value in weights.items():
             inner = wrappers.canonical(name)
             tries = (name, inner, inner.removeprefix("module."))
@@ -286,3 +293,83 @@ class ModuleAverage:
         if self.module is None:
             raise RuntimeError(f"the average cannot be copied or pickled: {self._no_module}")
         return {**vars(self), "_ema": None, "given": None, "_built_on": (), "_unwritten": []}
+
+
+class Count:
+    """The value of a buffer, read from its device only after another writer changed it."""
+
+    def __init__(self) -> None:
+        self._value, self._buffer, self._version = 0.0, torch.tensor(0), -1
+
+    def of(self, buffer: Tensor) -> float:
+        """The number in the buffer."""
+        if buffer is not self._buffer or buffer._version != self._version:
+            self._value, self._buffer, self._version = buffer.item(), buffer, buffer._version
+        return self._value
+
+    def up(self, buffer: Tensor) -> float:
+        """Add one. Returns what it was."""
+        before = self.of(buffer)
+        buffer.add_(1)
+        self._value, self._version = before + 1, buffer._version
+        return before
+
+    def __reduce__(self) -> tuple[type[Count], tuple[()]]:
+        """The version of a copied tensor says nothing of what was known of the first."""
+        return Count, ()
+
+
+class ModuleDropIn(nn.Module):
+    """A drop-in that is a module, with the average as a child."""
+
+    child = "module"
+    _average: ModuleAverage | None = None
+
+    @property
+    def copied(self) -> ModuleAverage:
+        """The average behind it."""
+        if self._average is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no average yet: the first update makes it."
+            )
+        return self._average
+
+    @property
+    def average(self) -> EMA:
+        """The `EMA` behind it, which saves for any number of ranks, and swaps under FSDP."""
+        return self.copied.average
+
+    def _use(self, average: ModuleAverage) -> None:
+        self._average = average
+        if average.module is not None:
+            self._modules[self.child] = average.module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the average."""
+        return getattr(self, self.child)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what is found nowhere else comes here, children included.
+        return self.copied.ema if name == self.child else super().__getattr__(name)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._average is not None and self._average.module is None:
+            entries = self._average.state_dict().items()
+            destination.update({f"{prefix}{self.child}.{key}": value for key, value in entries})
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
+    ) -> None:
+        start = f"{prefix}{self.child}."
+        if self._average is not None:
+            keys = [key for key in state_dict if key.startswith(start)]
+            entries = {key.removeprefix(start): state_dict.pop(key) for key in keys}
+            if self._average.module is None:
+                self._average.load_state_dict(entries)
+            else:
+                named = self._average.named_here(entries)
+                state_dict.update({start + key: value for key, value in named.items()})
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)

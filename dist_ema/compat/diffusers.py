@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..schedules import Constant
 from ..sharding.parameters import Model
-from ._bases import ListDropIn
-from ._parameter_list import Device, ParameterListAverage, source
+from ._parameter_list import Device, ListDropIn, ParameterListAverage, source
 
 __all__ = ["EMAModel"]
 

@@ -15,8 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..averaging.averages import Reads
 from ..schedules import Constant, Power, Schedule, Warmup, gamma_of
-from ._bases import Count, ModuleDropIn
-from ._module import ModuleAverage
+from ._module import Count, ModuleAverage, ModuleDropIn
 
 __all__ = ["EMA", "KarrasEMA"]
 
@@ -208,12 +207,12 @@ class EMA(ModuleDropIn):
             return
         if self.move_ema_to_online_device and self.copied.module is not None:
             self.copied.module.to(next(current_model.parameters()).device)
-        self.copied.update(current_model, decay)
+        self.copied.move(current_model, decay)
         self.copied.copy_rest(lambda name: not self._ignored(name))
 
     def copy_params_from_model_to_ema(self) -> None:
         """The average is the model as it is now, ignored names included. No collective."""
-        self.copied.update(self.model, 0.0)
+        self.copied.move(self.model, 0.0)
         self.copied.copy_rest()
 
     def copy_params_from_ema_to_model(self) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._bases import Count, ListDropIn
-from ._parameter_list import ParameterListAverage, source
+from ._module import Count
+from ._parameter_list import ListDropIn, ParameterListAverage, source
 
 __all__ = ["LitEma"]
 

@@ -15,8 +15,7 @@ from torch.optim.swa_utils import SWALR
 from ..recipes import batchnorm
 from ..schedules import Constant, Schedule, Uniform
 from ..sharding import discovery
-from ._bases import Count, ModuleDropIn
-from ._module import Device, ModuleAverage, ModuleFn, UpdateRule
+from ._module import Count, Device, ModuleAverage, ModuleDropIn, ModuleFn, UpdateRule
 
 __all__ = [
     "SWALR",
@@ -128,7 +127,7 @@ class AveragedModel(ModuleDropIn):
             move = 0.0
         elif isinstance(rule, _Rule):
             move = rule.decay(averaged)
-        self.copied.update(model, move)
+        self.copied.move(model, move)
         self.copied.copy_rest()
         self._count.up(self.n_averaged)
 
@@ -178,4 +177,4 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: Device = None) ->
             over_all(ema.model)
     else:
         wrapped = copied.module if copied.given is None else copied.given
-        over_all(copied.evaluated, discovery.find_shards(wrapped).group)
+        over_all(copied.ema, discovery.find_shards(wrapped).group)

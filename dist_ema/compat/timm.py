@@ -13,15 +13,14 @@ import torch
 from torch import nn
 
 from ..schedules import Constant, Warmup
-from ._bases import HolderDropIn, ModuleDropIn
-from ._module import Device, ModuleAverage, ModuleFn
+from ._module import Device, ModuleAverage, ModuleDropIn, ModuleFn
 
 __all__ = ["ModelEma", "ModelEmaV2", "ModelEmaV3"]
 
 _logger = logging.getLogger(__name__)
 
 
-class ModelEma(HolderDropIn):
+class ModelEma(ModuleAverage):
     """The first version: `ema` is the module, in evaluation mode.
 
     Args:
@@ -47,8 +46,8 @@ class ModelEma(HolderDropIn):
     ) -> None:
         self.decay, self.device = decay, device
         place = None if device == "" else device
-        self._average = ModuleAverage(model, decay, module_fn, device=place, evaluates=True)
-        self.ema_has_module = hasattr(self._average.module, "module")
+        super().__init__(model, decay, module_fn, device=place, evaluates=True)
+        self.ema_has_module = hasattr(self.module, "module")
         if not resume:
             return
         saved = torch.load(resume, map_location="cpu", weights_only=True)
@@ -59,7 +58,7 @@ class ModelEma(HolderDropIn):
 
     def update(self, model: nn.Module) -> None:
         """Move towards `model`. No collective, no host sync."""
-        self._average.update(model, self.decay)
+        self.move(model, self.decay)
 
 
 class _Versioned(ModuleDropIn):
@@ -67,7 +66,7 @@ class _Versioned(ModuleDropIn):
 
     def set(self, model: nn.Module) -> None:
         """The average is `model` as it is now. No collective."""
-        self.copied.update(model, 0.0)
+        self.copied.move(model, 0.0)
 
 
 class ModelEmaV2(_Versioned):
@@ -99,7 +98,7 @@ class ModelEmaV2(_Versioned):
 
     def update(self, model: nn.Module) -> None:
         """Move towards `model`. No collective, no host sync."""
-        self.copied.update(model, self.decay)
+        self.copied.move(model, self.decay)
 
 
 class ModelEmaV3(_Versioned):
@@ -182,6 +181,6 @@ class ModelEmaV3(_Versioned):
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         """Move towards `model` with the caller's decay. No collective, no host sync."""
-        self.copied.update(model, decay)
+        self.copied.move(model, decay)
         if self.exclude_buffers:
             self.copied.copy_rest()

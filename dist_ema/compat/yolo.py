@@ -7,13 +7,12 @@ from collections.abc import Callable, Collection
 from torch import nn
 
 from ..schedules import Ramp
-from ._bases import HolderDropIn
 from ._module import ModuleAverage, ModuleFn
 
 __all__ = ["ModelEMA"]
 
 
-class ModelEMA(HolderDropIn):
+class ModelEMA(ModuleAverage):
     """An average of all floating weights and buffers with decay * (1 - exp(-updates / tau)).
 
     Integer buffers are the model's of the last update.
@@ -44,7 +43,7 @@ class ModelEMA(HolderDropIn):
         module_fn: ModuleFn | None = None,
     ) -> None:
         schedule = Ramp(decay, tau)
-        self._average = ModuleAverage(model, schedule, module_fn, evaluates=True)
+        super().__init__(model, schedule, module_fn, evaluates=True)
         self.updates = updates
         self.decay: Callable[[float], float] = schedule
         self.enabled = True
@@ -53,7 +52,7 @@ class ModelEMA(HolderDropIn):
         """Move towards `model`. No collective, no host sync."""
         if self.enabled:
             self.updates += 1
-            self._average.update(model, self.decay(self.updates))
+            self.move(model, self.decay(self.updates))
 
     def update_attr(
         self,
