@@ -17,8 +17,7 @@ from dist_ema import EMA
 from dist_ema.checkpoint import crc32, manifest, safetensors
 from dist_ema.checkpoint.manifest import Manifest
 from dist_ema.offline import sources, writer
-from dist_ema.offline.checked import Checked
-from dist_ema.offline.sums import Window
+from dist_ema.offline.sums import Checked, Window
 
 WEIGHTS = {
     "a.weight": torch.randn(7, 5),

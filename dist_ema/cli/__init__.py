@@ -1,7 +1,6 @@
 """The command line: it parses, prints and exits; `offline` does the work.
 
-A verb is a module with a TEXT, ARGUMENTS, and `run`, which returns the exit code; `add_groups` adds
-arguments that exclude each other. Parsing imports neither numpy nor torch.
+Parsing imports neither numpy nor torch.
 """
 
 from __future__ import annotations
@@ -13,37 +12,24 @@ from collections.abc import Sequence
 
 from .._version import VERSION
 from ..text import sentence
-from . import (
-    average,
-    board,
-    convert,
-    diff,
-    doctor,
-    export,
-    inspect,
-    plan,
-    reconstruct,
-    sweep,
-    verify,
-    watch,
-)
-from .console import FINE, PROBLEM, USAGE, add_verb, say
+from . import checks, models, plan, published, reading, widths
+from .console import FINE, PROBLEM, USAGE, say
 
 __all__ = ["build_parser", "main"]
 
 VERBS = (
-    inspect,
-    verify,
-    export,
-    diff,
-    convert,
-    average,
-    reconstruct,
-    sweep,
-    plan,
-    watch,
-    board,
-    doctor,
+    reading.INSPECT,
+    checks.VERIFY,
+    models.EXPORT,
+    reading.DIFF,
+    models.CONVERT,
+    models.AVERAGE,
+    widths.RECONSTRUCT,
+    widths.SWEEP,
+    plan.PLAN,
+    published.WATCH,
+    published.BOARD,
+    checks.DOCTOR,
 )
 
 
@@ -85,5 +71,5 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=None)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     for verb in VERBS:
-        add_verb(verbs, verb)
+        verb.add_to(verbs)
     return parser

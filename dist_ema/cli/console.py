@@ -12,8 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..text import Tick, printable, size_of
 
@@ -31,8 +30,8 @@ __all__ = [
     "WIDEST",
     "WINDOW",
     "Arguments",
+    "Verb",
     "add_arguments",
-    "add_verb",
     "checked",
     "columns",
     "count",
@@ -62,28 +61,30 @@ WHICH = {
 }
 
 
-def add_verb(verbs: Any, module: ModuleType) -> None:
-    """Add the parser of a verb.
+class Verb(NamedTuple):
+    """A verb of the command line."""
 
-    Args:
-        verbs: What add_subparsers returned.
-        module: The verb. Its TEXT is the line for the list of verbs, an empty line, the
-            description, and the examples. CODES says what exit codes 0 and 1 mean.
-    """
-    summary, _, rest = module.TEXT.partition("\n\n")
-    description, _, examples = rest.partition("\nexamples:\n")
-    codes = getattr(module, "CODES", "0 all is well, 1 a problem was found")
-    verb: argparse.ArgumentParser = verbs.add_parser(
-        module.__name__.rpartition(".")[2],
-        help=summary,
-        description=description,
-        epilog=f"examples:\n{examples}\nexit code: {codes}, 2 the command is wrong",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    verb.set_defaults(run=module.run, verb=verb)
-    add_arguments(verb, module.ARGUMENTS)
-    if hasattr(module, "add_groups"):
-        module.add_groups(verb)
+    name: str
+    text: str  # the line for the list of verbs, an empty line, the description, the examples
+    arguments: Arguments
+    run: Callable[[argparse.Namespace], int]  # returns the exit code
+    codes: str = "0 all is well, 1 a problem was found"  # what the exit codes mean
+    add_groups: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+    def add_to(self, verbs: Any) -> None:
+        """Add the parser to what add_subparsers returned."""
+        summary, _, rest = self.text.partition("\n\n")
+        description, _, examples = rest.partition("\nexamples:\n")
+        parser: argparse.ArgumentParser = verbs.add_parser(
+            self.name,
+            help=summary,
+            description=description,
+            epilog=f"examples:\n{examples}\nexit code: {self.codes}, 2 the command is wrong",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.set_defaults(run=self.run, verb=parser)
+        add_arguments(parser, self.arguments)
+        self.add_groups(parser)
 
 
 def add_arguments(parser: Any, arguments: Arguments) -> None:

@@ -9,35 +9,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..text import size
-from .console import (
-    JSON,
-    USAGE,
-    WIDEST,
-    Arguments,
-    add_arguments,
-    columns,
-    number,
-    say,
-    show,
-)
+from .console import JSON, USAGE, WIDEST, Arguments, Verb, add_arguments, columns, number, say, show
 
 if TYPE_CHECKING:
     from ..offline.plan import Cost, Pace
 
-__all__ = ["ARGUMENTS", "TEXT", "add_groups", "run"]
+__all__ = ["PLAN"]
 
-TEXT = """\
-convert decay, half-life, window and sigma_rel; scale with the batch; count memory and time
-
-Plan an average before training: what a decay means in steps, samples and tokens, what it becomes at
-another batch size, and what the average costs on each rank. Numbers may end in k, M, B or T.
-
-examples:
-  dist-ema plan --decay 0.9999
-  dist-ema plan --half-life 500k --unit samples --batch-size 256 --scale-batch 2
-  dist-ema plan --sigma-rel 0.1 --length 100k --plot decay.png
-  dist-ema plan --params 7B --world 64 --wrapper fsdp --weights bf16 --bandwidth 3350
-"""
 _WORDS = """
 half-life  half of the average is younger
 window     1 / (1 - decay): the mean age, plus one
@@ -143,20 +121,16 @@ COST: Arguments = {
         "help": "between gpu and host, for --device cpu (25)",
     },
 }
-ARGUMENTS: Arguments = {
-    "--plot": {"metavar": "PNG", "help": "impulse response and decay (needs matplotlib)"},
-    **JSON,
-}
 
 
-def add_groups(verb: argparse.ArgumentParser) -> None:
+def _add_groups(verb: argparse.ArgumentParser) -> None:
     decay = verb.add_argument_group("the decay (one of the first four)")
     add_arguments(decay.add_mutually_exclusive_group(), DECAYS)
     add_arguments(decay, UNITS)
     add_arguments(verb.add_argument_group("the cost"), COST)
 
 
-def run(options: argparse.Namespace) -> int:
+def _plan(options: argparse.Namespace) -> int:
     from ..offline import plan as offline
 
     given = {key: getattr(options, key) for key in ("decay", "half_life", "window", "sigma_rel")}
@@ -314,3 +288,26 @@ def _rates(options: argparse.Namespace, linked: bool) -> str:
 
     memory = rate(options.bandwidth, BANDWIDTH[options.device])
     return f"{memory}, link {rate(options.link, BANDWIDTH['link'])}" if linked else memory
+
+
+PLAN = Verb(
+    "plan",
+    """\
+convert decay, half-life, window and sigma_rel; scale with the batch; count memory and time
+
+Plan an average before training: what a decay means in steps, samples and tokens, what it becomes at
+another batch size, and what the average costs on each rank. Numbers may end in k, M, B or T.
+
+examples:
+  dist-ema plan --decay 0.9999
+  dist-ema plan --half-life 500k --unit samples --batch-size 256 --scale-batch 2
+  dist-ema plan --sigma-rel 0.1 --length 100k --plot decay.png
+  dist-ema plan --params 7B --world 64 --wrapper fsdp --weights bf16 --bandwidth 3350
+""",
+    {
+        "--plot": {"metavar": "PNG", "help": "impulse response and decay (needs matplotlib)"},
+        **JSON,
+    },
+    _plan,
+    add_groups=_add_groups,
+)

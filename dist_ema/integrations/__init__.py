@@ -3,6 +3,4 @@
 Nothing is decided here. Only the module of a framework imports it.
 """
 
-from __future__ import annotations
-
 __all__ = ()

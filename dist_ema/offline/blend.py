@@ -23,15 +23,13 @@ from numpy.typing import NDArray
 
 from .. import _version
 from ..checkpoint import manifest, safetensors
-from ..checkpoint.manifest import Manifest
 from ..checkpoint.safetensors import ITEMSIZE
 from ..dtypes import FLOATS, TO_TORCH, Floats, fitted, widen
 from ..text import some
 from . import writer
-from .checked import Checked
 from .model_card import beside
 from .sources import Source, is_equal, windows
-from .sums import Window
+from .sums import Checked, Window
 
 __all__ = ["WINDOW", "Blend", "alike", "locate", "numeric", "write"]
 
@@ -206,7 +204,7 @@ def _differences(model: Source, like: Source, names: Sequence[str] | None) -> It
 def write(
     out: Path,
     blend: Blend,
-    facts: Manifest,
+    facts: manifest.Manifest,
     *,
     max_shard_size: int | str | None = None,
     force: bool = False,
@@ -230,7 +228,7 @@ def write(
     entries = blend.entries
     out = Path(os.path.realpath(out))  # through a link
     files = writer.lay_out(out, entries, blend.rest.aliases, max_shard_size)
-    origin = blend.rest.manifest or Manifest()
+    origin = blend.rest.manifest or manifest.Manifest()
     full = replace(
         facts,
         kind="export",

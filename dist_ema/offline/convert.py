@@ -14,7 +14,6 @@ from typing import Any
 
 from .. import _version
 from ..checkpoint import atomic, manifest, safetensors
-from ..checkpoint.manifest import Manifest
 from ..dtypes import FLOATS, TO_TORCH, Bytes, cast
 from ..foreign import recognise, torch_dcp, weight_names
 from ..foreign.recognise import FoundAverage, Leaf
@@ -308,11 +307,11 @@ def write(
     force: bool,
     tick: Callable[[int], None],
     max_shard_size: str | None = None,
-) -> Manifest:
+) -> manifest.Manifest:
     """Write the model, atomically. Returns its ema.json. *Cost*: one window."""
     out = Path(os.path.realpath(out))  # through a link
     files = writer.lay_out(out, plan.entries, plan.aliases, max_shard_size)
-    facts = Manifest(
+    facts = manifest.Manifest(
         kind="export",
         weights="all" if plan.whole else "averaged",
         averaged=sorted(plan.averaged),

@@ -13,16 +13,14 @@ from pathlib import Path
 
 from .. import _version
 from ..checkpoint import manifest, safetensors
-from ..checkpoint.manifest import Manifest
 from ..dtypes import FLOATS, TORCH
 from ..text import Bar, silent, size_of, some
 from . import writer
-from .checked import Checked
 from .library_names import Reverted, reverted
 from .model_card import beside, count_dtypes, format_schedule
 from .report import report_on
 from .sources import Source, open_model, refuse_unsupported, windows
-from .sums import Window
+from .sums import Checked, Window
 
 __all__ = ["Exported", "export"]
 
@@ -141,10 +139,10 @@ def _refuse_part(model: Source, like: str | Path | None) -> None:
         raise ValueError(f"{model.path} is a part of {path.parent}: name the folder.")
 
 
-def _sound(model: Source) -> Manifest:
+def _sound(model: Source) -> manifest.Manifest:
     """ema.json. Raises ValueError if it contradicts the files."""
     if model.manifest is None:
-        return Manifest()
+        return manifest.Manifest()
     problems = report_on(model.path).problems
     if problems:
         raise ValueError(
@@ -159,7 +157,7 @@ def _sound(model: Source) -> Manifest:
 
 def _form(
     model: Source | Reverted,
-    saved: Manifest,
+    saved: manifest.Manifest,
     where: Path,
     dtype: str | None,
     size: int | str | None,
@@ -266,7 +264,9 @@ def _refuse_difference(model: Source | Reverted, pattern: Source, known: dict[st
         )
 
 
-def _facts(model: Source, saved: Manifest, form: _Form, owners: dict[str, str]) -> Manifest:
+def _facts(
+    model: Source, saved: manifest.Manifest, form: _Form, owners: dict[str, str]
+) -> manifest.Manifest:
     """ema.json of what is written, without what the writer fills in.
 
     Args:

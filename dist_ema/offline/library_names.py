@@ -16,9 +16,8 @@ import numpy as np
 
 from ..checkpoint import safetensors
 from ..dtypes import Bytes
-from .checked import Checked
 from .sources import Source, open_model, windows
-from .sums import Window
+from .sums import Checked, Window
 
 if TYPE_CHECKING:
     from torch import Tensor

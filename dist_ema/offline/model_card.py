@@ -14,7 +14,6 @@ from typing import Any
 
 from .. import _version
 from ..checkpoint import manifest, regular_file, safetensors
-from ..checkpoint.manifest import Manifest
 from ..text import listed, printable, some
 
 __all__ = [
@@ -42,7 +41,7 @@ _STATE = (
 
 
 def beside(
-    folder: Path, out: Path, facts: Manifest, entries: Mapping[str, safetensors.Entry]
+    folder: Path, out: Path, facts: manifest.Manifest, entries: Mapping[str, safetensors.Entry]
 ) -> dict[str, bytes | Path]:
     """The other files of a folder of weights: name -> content, or a file to copy.
 
@@ -81,7 +80,7 @@ def _is_shipped(path: Path) -> bool:
     return not regular_file.beginning(path, 4).startswith((b"PK\x03\x04", b"\x80"))
 
 
-def section(facts: Manifest, dtypes: Mapping[str, int]) -> str:
+def section(facts: manifest.Manifest, dtypes: Mapping[str, int]) -> str:
     """A section of the model card on this average, as Markdown between two markers."""
     mean = "average" in facts.extra
     text = (
@@ -104,7 +103,7 @@ def section(facts: Manifest, dtypes: Mapping[str, int]) -> str:
     )
 
 
-def _origin(facts: Manifest) -> Iterator[tuple[str, str]]:
+def _origin(facts: manifest.Manifest) -> Iterator[tuple[str, str]]:
     """The file or folder that it was exported from, or the models that it was made of."""
     if facts.source is not None:
         yield "source", facts.source["name"]

@@ -19,7 +19,6 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 
 from ..checkpoint import atomic, manifest, regular_file, safetensors
-from ..checkpoint.manifest import Manifest
 from ..dtypes import Bytes
 from ..foreign import torch_dcp
 from ..schedules import from_dict
@@ -133,13 +132,13 @@ def pickled(path: Path) -> bool:
     )
 
 
-def choose(saved: Manifest | None, which: int | str) -> str:
+def choose(saved: manifest.Manifest | None, which: int | str) -> str:
     """The label of an average, by its number, label, schedule's name or repr.
 
     Raises:
         ValueError: None or several fit; the error lists what there is.
     """
-    saved = saved or Manifest()
+    saved = saved or manifest.Manifest()
     specs = [*saved.schedules, *[None] * len(saved.labels)]
     names = [
         (str(i), label, *_names_of(spec))
@@ -211,7 +210,7 @@ class Safetensors(regular_file.OpenFiles):
         self.path = path
         super().__init__(path if path.is_dir() else path.parent)
         self._top = self._folder
-        self._saved: Manifest | None = None
+        self._saved: manifest.Manifest | None = None
         self.manifest, self.listed = self._read_manifest()
         self.label = choose(self.manifest, which)
         self.files = (
@@ -231,7 +230,7 @@ class Safetensors(regular_file.OpenFiles):
         self._stamps = {file: _stamp(os.stat(self._folder / file)) for file in self.files}
         self._known = set[str]()
 
-    def _read_manifest(self) -> tuple[Manifest | None, dict[str, dict[str, Any]] | None]:
+    def _read_manifest(self) -> tuple[manifest.Manifest | None, dict[str, dict[str, Any]] | None]:
         """`manifest` and `listed`. One file, and a further average's folder, have them elsewhere.
 
         Raises:

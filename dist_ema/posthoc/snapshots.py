@@ -20,7 +20,6 @@ from typing import Any
 
 from ..averaging.clock import Clock
 from ..checkpoint import manifest
-from ..checkpoint.manifest import Manifest
 from ..dtypes import FLOATS, TORCH
 from ..offline import blend, writer
 from ..offline.sources import Source, open_model
@@ -175,7 +174,9 @@ class Snapshots:
                 )
         blend.alike(models, rest, newest.averaged)
 
-    def _facts(self, target: Schedule, fit: Fit, at: float | None, newest: Stored) -> Manifest:
+    def _facts(
+        self, target: Schedule, fit: Fit, at: float | None, newest: Stored
+    ) -> manifest.Manifest:
         """The clock of the moment, the imitated schedule, and the mixture."""
         now, updates = self.moment(at)
         clock = newest.clock | {"now": now, "updates": updates, "accepted": updates, "pending": 0.0}
@@ -185,7 +186,9 @@ class Snapshots:
             if weight
         }
         made_of = {"weights": weights, "residual": fit.residual, "condition": fit.condition}
-        return Manifest(clock=clock, schedules=[target.to_dict()], extra={"reconstruct": made_of})
+        return manifest.Manifest(
+            clock=clock, schedules=[target.to_dict()], extra={"reconstruct": made_of}
+        )
 
 
 def reconstruct(

@@ -5,6 +5,4 @@ distill     soft targets from a teacher, fixed or the average itself
 fixres      fine-tune the classifier at the resolution of the test
 """
 
-from __future__ import annotations
-
 __all__ = ()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..checkpoint import atomic, leases, manifest, versions
-from ..checkpoint.manifest import Manifest
 from ..text import size
 from .ledger import NAME, Points, Record, curves, finite_numbers, read_records
 
@@ -98,7 +97,7 @@ def _read_versions(folder: Path) -> Iterator[tuple[str, Facts]]:
     """What each version says about itself, and its bytes."""
     for path in versions.numbered(folder).values():
         with suppress(OSError, ValueError):  # it is gone, or damaged
-            saved = manifest.read(path) or Manifest()
+            saved = manifest.read(path) or manifest.Manifest()
             facts = versions.facts_of(saved)
             if facts is not None:
                 nbytes = sum(entry.get("size", 0) for entry in saved.files.values())

@@ -1,5 +1,3 @@
 """What PyTorch did to the model, dissolved into one record per weight."""
 
-from __future__ import annotations
-
 __all__ = ()

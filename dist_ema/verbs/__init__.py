@@ -1,5 +1,3 @@
 """What the verbs of `EMA` do: how ranks begin one together, and what files are asked for."""
 
-from __future__ import annotations
-
 __all__ = ()

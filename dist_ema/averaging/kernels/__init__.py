@@ -7,6 +7,4 @@ cpu_plan     one compiled pass over host memory; cpu_numba: its code, which impo
 gpu_plan     one launch for all tensors of a device; gpu_triton: its code, which imports triton
 """
 
-from __future__ import annotations
-
 __all__ = ()
