@@ -22,6 +22,7 @@ __all__ = [
     "cast",
     "finite",
     "fitted",
+    "float_dtype",
     "gathered",
     "narrow",
     "widen",
@@ -81,6 +82,11 @@ def fitted(name: str, values: Floats, dtype: str) -> Bytes:
             f"{name} holds values that are too large for {dtype}. Choose another dtype."
         )
     return raw
+
+
+def float_dtype(have: str, want: str | None) -> str:
+    """The dtype of a weight that is written: floats alone are cast."""
+    return want if want in FLOATS and have in FLOATS else have
 
 
 def cast(name: str, raw: Bytes, was: str, now: str) -> Bytes:

@@ -46,11 +46,15 @@ def rewrite(path: Path, out: Path, **options: object) -> None:
         files = safetensors.plan(dict(model.entries), "100B" if out.suffix == "" else "5GB")
         if out.suffix:
             files = {out.name: next(iter(files.values()))}
-        target = writer.Model(
-            files, safetensors.INDEX, {"config.json": b"{}"}, Manifest(kind="export")
+        checked, facts, beside = Checked(model), Manifest(kind="export"), {"config.json": b"{}"}
+        writer.write(
+            out,
+            files,
+            lambda name: sources.windows(checked, name),
+            facts,
+            beside=beside,
+            **options,  # type: ignore[arg-type]
         )
-        checked = Checked(model)
-        writer.write(out, target, lambda name: sources.windows(checked, name), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", ["file", "folder", "saved"])
@@ -171,8 +175,9 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="gone"):
         writer.write(
             out,
-            writer.Model(safetensors.plan({"w": safetensors.Entry("F32", (3,))}, "5GB")),
+            safetensors.plan({"w": safetensors.Entry("F32", (3,))}, "5GB"),
             content,
+            Manifest(kind="export"),
             force=True,
         )
     assert read_all(out) == before

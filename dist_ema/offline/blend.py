@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .. import _version
 from ..checkpoint import manifest, safetensors
 from ..checkpoint.safetensors import ITEMSIZE
-from ..dtypes import FLOATS, TO_TORCH, Floats, fitted, widen
+from ..dtypes import FLOATS, TO_TORCH, Floats, fitted, float_dtype, widen
 from ..text import some
 from . import writer
 from .model_card import beside
@@ -69,8 +69,7 @@ class Blend:
         }
 
     def _dtype(self, name: str) -> str:
-        was = self.rest.entries[name].dtype
-        return self.dtypes.get(name, was) if was in FLOATS else was
+        return float_dtype(self.rest.entries[name].dtype, self.dtypes.get(name))
 
     def content(self, name: str) -> Iterator[Window]:
         """The bytes of a weight, in windows. *Cost*: 32 MB, with those in flight."""
@@ -239,5 +238,6 @@ def write(
         versions={"dist_ema": _version.VERSION},
     )
     others = beside(blend.rest.path, out, full, entries)
-    model = writer.Model(files, safetensors.INDEX, others, full)
-    writer.write(out, model, blend.content, force=force, tick=tick, check=blend.check)
+    writer.write(
+        out, files, blend.content, full, beside=others, force=force, tick=tick, check=blend.check
+    )

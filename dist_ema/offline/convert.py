@@ -14,12 +14,12 @@ from typing import Any
 
 from .. import _version
 from ..checkpoint import atomic, manifest, safetensors
-from ..dtypes import FLOATS, TO_TORCH, Bytes, cast
-from ..foreign import recognise, torch_dcp, weight_names
+from ..dtypes import FLOATS, TO_TORCH, Bytes, cast, float_dtype
+from ..foreign import recognise, torch_dcp
 from ..foreign.recognise import FoundAverage, Leaf
 from ..text import plural, size, some
 from . import writer
-from .checkpoint_trees import ObjectTree, open_tree, read_json
+from .checkpoint_trees import ObjectTree, give_names, open_tree, read_json, without_wrappers
 from .sources import WINDOW
 from .sums import Window
 
@@ -164,14 +164,14 @@ def _named(request: ConvertRequest, found: FoundAverage, stack: ExitStack) -> Fo
         names = read_json(request.like)
         if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
             raise ValueError(f"{request.like} must hold a list of names.")
-        return weight_names.give_names(found, names, True)
+        return give_names(found, names, True)
     tree = open_tree(request.like, request.inert, stack)
     live = [each for each in recognise.find(tree.root) if each.weights and not each.average]
     if len(live) != 1:
         raise ValueError(
             f"{request.like} must hold one table of live weights, found {_listed(live) or 'none'}."
         )
-    return weight_names.give_names(found, live[0].weights, tree.ordered)
+    return give_names(found, live[0].weights, tree.ordered)
 
 
 def _complete(
@@ -181,8 +181,8 @@ def _complete(
     notes: list[str],
     nameless: bool,
 ) -> ConvertPlan:
-    weights = weight_names.without_wrappers(found.weights)
-    rest = weight_names.without_wrappers(_rest(request, tree, found))
+    weights = without_wrappers(found.weights)
+    rest = without_wrappers(_rest(request, tree, found))
     _refuse_growth(request, [*weights.values(), *rest.values()])
     for name in sorted(rest.keys() & weights.keys()):
         if rest[name].shape != weights[name].shape:
@@ -218,7 +218,7 @@ def _complete(
         kept,
         sorted(name for name in averaged if kept[name].dtype in FLOATS),
         aliases,
-        {name: _output_dtype(request, leaf) for name, leaf in kept.items()},
+        {name: float_dtype(leaf.dtype, request.dtype) for name, leaf in kept.items()},
         whole,
         notes,
     )
@@ -227,7 +227,9 @@ def _complete(
 def _refuse_growth(request: ConvertRequest, leaves: Sequence[Leaf]) -> None:
     """Raise ValueError where more would be written than the source explains: views repeat bytes."""
     once = {leaf.key: leaf for leaf in leaves}.values()  # tied weights are one
-    entries = [safetensors.Entry(_output_dtype(request, leaf), leaf.shape) for leaf in once]
+    entries = [
+        safetensors.Entry(float_dtype(leaf.dtype, request.dtype), leaf.shape) for leaf in once
+    ]
     nbytes = sum(entry.nbytes for entry in entries)
     held = sum(_nbytes_at(path) for path in (request.source, request.like) if path is not None)
     limit = _MAX_GROWTH * held if request.max_size is None else request.max_size
@@ -245,10 +247,6 @@ def _nbytes_at(path: Path) -> int:
     return sum(each.stat().st_size for each in files if each.is_file())
 
 
-def _output_dtype(request: ConvertRequest, leaf: Leaf) -> str:
-    return request.dtype if request.dtype and leaf.dtype in FLOATS else leaf.dtype
-
-
 def _rest(request: ConvertRequest, tree: ObjectTree, found: FoundAverage) -> Mapping[str, Leaf]:
     """The live model beside the average, for what is not averaged."""
     if request.rest is not None:
@@ -259,7 +257,7 @@ def _rest(request: ConvertRequest, tree: ObjectTree, found: FoundAverage) -> Map
     live = [
         each
         for each in recognise.find(tree.root)
-        if not each.average and names <= set(weight_names.without_wrappers(each.weights))
+        if not each.average and names <= set(without_wrappers(each.weights))
     ]
     return {**(live[0].weights if len(live) == 1 else {}), **found.rest}
 
@@ -322,8 +320,9 @@ def write(
     )
     writer.write(
         out,
-        writer.Model(files, safetensors.INDEX, {}, facts),
+        files,
         lambda name: map(Window, _content(plan.weights[name], plan.dtypes[name], name)),
+        facts,
         force=force,
         tick=tick,
     )

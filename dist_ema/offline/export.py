@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .. import _version
 from ..checkpoint import manifest, safetensors
-from ..dtypes import FLOATS, TORCH
+from ..dtypes import FLOATS, TORCH, float_dtype
 from ..text import Bar, silent, size_of, some
 from . import writer
 from .library_names import Reverted, reverted
@@ -95,7 +95,6 @@ def export(
         form = _form(named or model, saved, where, dtype, max_shard_size, like)
         facts = _facts(model, saved, form, {} if named is None else named.owners)
         others = beside(Path(like or model.path), where, facts, form.entries)
-        target = writer.Model(form.files, form.index, others, facts)
 
         def content(name: str) -> Iterator[Window]:
             was, now = source.entries[form.names[name]].dtype, form.entries[name].dtype
@@ -103,7 +102,17 @@ def export(
                 yield window.cast(name, was, now)
 
         with bar(sum(entry.nbytes for entry in form.entries.values())) as tick:
-            writer.write(where, target, content, force=force, tick=tick, check=checked.finish)
+            writer.write(
+                where,
+                form.files,
+                content,
+                facts,
+                beside=others,
+                index=form.index,
+                force=force,
+                tick=tick,
+                check=checked.finish,
+            )
     average = ", ".join(map(format_schedule, facts.schedules))
     files = {name: file.size for name, file in form.files.items()}
     return Exported(
@@ -171,18 +180,13 @@ def _form(
     native = saved.dtypes if saved.kind == "ema" else {}
     entries = {
         name: safetensors.Entry(
-            _dtype(entry.dtype, dtype or TORCH.get(native.get(name, ""))), entry.shape
+            float_dtype(entry.dtype, dtype or TORCH.get(native.get(name, ""))), entry.shape
         )
         for name, entry in model.entries.items()
     }
     files = writer.lay_out(where, entries, model.aliases, size)
     aliases = manifest.group_aliases(dict(sorted(model.aliases.items())))
     return _Form({name: name for name in entries}, entries, files, safetensors.INDEX, aliases)
-
-
-def _dtype(have: str, want: str | None) -> str:
-    """Floats alone are cast."""
-    return want if want is not None and have in FLOATS and want in FLOATS else have
 
 
 def _form_like(
@@ -197,7 +201,7 @@ def _form_like(
     _refuse_difference(model, pattern, known)
     names = {name: known[name] for name in pattern.entries}
     entries = {
-        name: safetensors.Entry(_dtype(entry.dtype, dtype), entry.shape)
+        name: safetensors.Entry(float_dtype(entry.dtype, dtype), entry.shape)
         for name, entry in pattern.entries.items()
     }
     first = {source: name for name, source in reversed(names.items())}

@@ -1,41 +1,23 @@
-"""`write`: a model written to files by one process: streamed, summed, published. No torch.
-
-No torch.
-"""
+"""`write`: a model written to files by one process: streamed, summed, published. No torch."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
-from ..checkpoint import atomic, disk, manifest, safetensors
-from ..checkpoint.foreign_files import carry_over
-from ..checkpoint.manifest import Manifest, is_resumable
+from ..checkpoint import atomic, disk, foreign_files, manifest, safetensors
 from ..text import size_of
 from .sums import FileSums, Window
 
-__all__ = ["Model", "lay_out", "refuse_place", "refuse_target", "write"]
+__all__ = ["lay_out", "refuse_place", "refuse_target", "write"]
 
-
-@dataclass(frozen=True)
-class Model:
-    """A model to write: its files; for a folder also the index, other files, and ema.json.
-
-    index: its name, where there are several files.
-    beside: name -> content, or a file to copy.
-    manifest: without `files`, which the writer fills in.
-    """
-
-    files: dict[str, safetensors.SafetensorsFile]
-    index: str | None = None
-    beside: Mapping[str, bytes | Path] = field(default_factory=dict)
-    manifest: Manifest | None = None
+Files: TypeAlias = dict[str, safetensors.SafetensorsFile]
 
 
 def lay_out(
@@ -44,7 +26,7 @@ def lay_out(
     aliases: Mapping[str, str],
     max_shard_size: int | str | None = None,
     order: Sequence[str] | None = None,
-) -> dict[str, safetensors.SafetensorsFile]:
+) -> Files:
     """The files of a model, by name: those of a folder, or one if `out` ends in .safetensors.
 
     Args:
@@ -100,7 +82,7 @@ def refuse_target(path: Path, force: bool) -> None:
         raise ValueError(
             f"{path} holds files but no model: it is not ours to replace. Choose another path."
         )
-    elif is_resumable(path):
+    elif manifest.is_resumable(path):
         raise ValueError(
             f"{path} is an average to resume from: replaced, its clock would be lost. Choose "
             "another path."
@@ -109,9 +91,12 @@ def refuse_target(path: Path, force: bool) -> None:
 
 def write(
     path: Path,
-    model: Model,
+    files: Files,
     content: Callable[[str], Iterable[Window]],
+    facts: manifest.Manifest,
     *,
+    beside: Mapping[str, bytes | Path] = MappingProxyType({}),
+    index: str = safetensors.INDEX,
     force: bool = False,
     tick: Callable[[int], None] = lambda count: None,
     check: Callable[[], object] = lambda: None,
@@ -122,9 +107,12 @@ def write(
 
     Args:
         path: Where it goes.
-        model: What is written.
+        files: Of the model, by name.
         content: Gives the bytes of a weight in order, in any windows, which it must not change
             again. It is asked once for each weight, in the order of the files.
+        facts: The ema.json of a folder, whose `files` are filled in here.
+        beside: Other files of a folder: name -> content, or a file to copy.
+        index: The name of a folder's index, where it holds several files.
         force: Replace a model at `path`.
         tick: Receives how many bytes were written.
         check: Called when they are; if it raises, nothing is put in place.
@@ -133,23 +121,26 @@ def write(
         *Cost*: five times what `content` yields at a time.
     """
     refuse_target(path, force)
-    with disk.disk_errors(path, sum(file.size for file in model.files.values())):
+    with disk.disk_errors(path, sum(file.size for file in files.values())):
         atomic.ensure(path.parent)
         atomic.recover(path)
         atomic.remove_leftovers(path)
         with atomic.temporary_folder(path) as folder:
             sums = {
                 name: _write_file(folder / name, file, content, tick)
-                for name, file in model.files.items()
+                for name, file in files.items()
             }
             check()
             if path.suffix == ".safetensors":
-                atomic.publish(folder / next(iter(model.files)), path)
+                atomic.publish(folder / next(iter(files)), path)
                 atomic.remove(folder)
                 return
-            _write_beside(folder, model, sums)
+            texts = {**beside, manifest.META: replace(facts, files=sums).to_bytes()}
+            if len(files) > 1 or any(map(safetensors.is_shard, files)):
+                texts[index] = safetensors.index(files)
+            _write_texts(folder, texts)
             if path.is_dir():
-                carry_over(path, folder, _names_of_model(path) | {manifest.META})
+                foreign_files.carry_over(path, folder, _names_of_model(path) | {manifest.META})
             for inner in {each.parent for each in folder.rglob("*")}:
                 atomic.sync(inner)
             atomic.publish(folder, path)
@@ -189,14 +180,7 @@ def _write_file(
     return {"size": file.size} | found
 
 
-def _write_beside(folder: Path, model: Model, sums: dict[str, dict[str, Any]]) -> None:
-    texts = dict(model.beside)
-    if model.index is not None and (
-        len(model.files) > 1 or any(map(safetensors.is_shard, model.files))
-    ):
-        texts[model.index] = safetensors.index(model.files)
-    if model.manifest is not None:
-        texts[manifest.META] = replace(model.manifest, files=sums).to_bytes()
+def _write_texts(folder: Path, texts: Mapping[str, bytes | Path]) -> None:
     for name, text in texts.items():
         if isinstance(text, Path):
             shutil.copyfile(text, folder / name)
@@ -208,6 +192,6 @@ def _write_beside(folder: Path, model: Model, sums: dict[str, dict[str, Any]]) -
 def _names_of_model(folder: Path) -> set[str]:
     """The files and index of the weights, by Hugging Face's names and by the index itself."""
     names = {each.name for each in folder.iterdir() if safetensors.is_model_name(each.name)}
-    with contextlib.suppress(OSError, ValueError):  # damaged: the usual names have to do
+    with suppress(OSError, ValueError):  # damaged: the usual names have to do
         names |= {safetensors.find_model(folder), *safetensors.read_model(folder)}
     return names
