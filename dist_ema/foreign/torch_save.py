@@ -103,7 +103,11 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
     """
     import torch
 
-    known: list[Any] = [(_placeholder(name), name) for name in {*_SETTINGS, *inert} - {*_DICTS}]
+    # torch keeps classes in a dict by identity, so each name has one of its own.
+    known: list[Any] = [
+        (type(name.rpartition(".")[2], (_Nothing,), {}), name)
+        for name in {*_SETTINGS, *inert} - {*_DICTS}
+    ]
     known += [(dict, name) for name in _DICTS] + [(_default_dict, "collections.defaultdict")]
     mapped = _is_archive(path)
     records = _records(path) if mapped else {}
@@ -165,11 +169,6 @@ def _refuse_other_lengths(path: Path, storages: dict[int, int], records: dict[in
         raise ValueError(
             f"{path} is damaged: a tensor is said to hold more or fewer bytes than its record."
         )
-
-
-def _placeholder(name: str) -> type[_Nothing]:
-    """A class of its own for each name, because torch keeps them in a dict by identity."""
-    return type(name.rpartition(".")[2], (_Nothing,), {})
 
 
 def _refusal(path: Path, error: Exception, unsafe: Sequence[str]) -> str:

@@ -144,17 +144,14 @@ class EMACallback(Callback):  # type: ignore[misc]
     on_test_start = on_predict_start = on_validation_start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
+        self._swap.close()
 
     on_test_end = on_predict_end = on_validation_end
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._restore(exception)
-
-    def _restore(self, error: BaseException | None = None) -> None:
-        self._swap.__exit__(None if error is None else type(error), error, None)
+        self._swap.__exit__(type(exception), exception, None)
 
     def _find(self, trainer: Trainer) -> None:
         """The average for `validate`, `test` or `predict` outside of a fit.

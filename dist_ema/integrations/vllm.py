@@ -52,7 +52,11 @@ class EMASource:
         """Name, dtype and full shape of every weight, in the order of iteration. Local."""
         states = self._ema.weights.average(self._which).persistent
         return [
-            ParamMeta(state.name, self._sent(state.shard.dtype), tuple(state.shard.shape))
+            ParamMeta(
+                state.name,
+                (self._dtype if state.shard.dtype.is_floating_point else None) or state.shard.dtype,
+                tuple(state.shard.shape),
+            )
             for state in states
             if state.shard.kind != "buffer"
         ]
@@ -61,6 +65,3 @@ class EMASource:
         dtypes = {each.name: each.dtype for each in self.metadata()}
         for name, tensor in self._ema.tensors(self._which):
             yield name, tensor.to(dtypes[name])
-
-    def _sent(self, dtype: torch.dtype) -> torch.dtype:
-        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype

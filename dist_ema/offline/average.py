@@ -64,15 +64,14 @@ def average(
     Note:
         *Cost*: 32 MB, and the headers.
     """
-    if window is None:
-        chosen = _chosen(paths, lawa, as_given=weights is not None)
-        factors = shares(len(chosen), weights, wma)
+    if window is not None:
+        chosen, factors = _in_window(paths, window, control)
+    elif lawa and lawa > len(paths):
+        raise ValueError(f"lawa={lawa} asks for more models than the {len(paths)} that were given.")
     else:
-        chosen, factors = _in_window(paths, window)
-        if control == "reverse":
-            factors.reverse()
-        elif control == "shuffled":
-            random.Random(0).shuffle(factors)
+        ordered = in_order(paths) if weights is None else list(paths)
+        chosen = ordered[-lawa:] if lawa else ordered
+        factors = shares(len(chosen), weights, wma)
     for path in chosen:
         # NOTE: OUT may be one of them, because it is read before it is replaced.
         if os.path.realpath(path) != os.path.realpath(out):
@@ -89,25 +88,15 @@ def average(
         taken = [name for name in sorted(set(last.entries) - names) if _differs(name, models)]
         kinds = {} if dtype is None else dict.fromkeys(names, dtype)
         mean = blend.Blend(list(zip(models, factors, strict=True)), last, names, kinds)
-        report = AverageReport(
-            Path(out), list(zip(chosen, factors, strict=True)), len(names), taken
-        )
+        terms = list(zip(chosen, factors, strict=True))
+        report = AverageReport(Path(out), terms, len(names), taken)
         made_of = {key: report.to_json()[key] for key in ("models", "taken_from_last")}
         facts = Manifest(extra={"average": made_of})
-        total = sum(entry.nbytes for entry in mean.entries.values())
-        with progress("averaging", total) as tick:
+        with progress("averaging", sum(entry.nbytes for entry in mean.entries.values())) as tick:
             blend.write(
                 Path(out), mean, facts, max_shard_size=max_shard_size, force=force, tick=tick
             )
     return report
-
-
-def _chosen(paths: Sequence[str], lawa: int | None, as_given: bool) -> list[str]:
-    """The models to average, the last `lawa` of them where it is given."""
-    if lawa and lawa > len(paths):
-        raise ValueError(f"lawa={lawa} asks for more models than the {len(paths)} that were given.")
-    ordered = list(paths) if as_given else in_order(paths)
-    return ordered[-lawa:] if lawa else ordered
 
 
 def _differs(name: str, models: Sequence[Source]) -> bool:
@@ -116,7 +105,9 @@ def _differs(name: str, models: Sequence[Source]) -> bool:
     return not all(is_equal(model, blend.locate(model, name, last), last, name) for model in models)
 
 
-def _in_window(paths: Sequence[str], window: Window) -> tuple[list[str], list[float]]:
+def _in_window(
+    paths: Sequence[str], window: Window, control: str | None
+) -> tuple[list[str], list[float]]:
     """The models inside a window that ends with the last one, and the share of each."""
     clocks = {path: _clock(path) for path in paths}
     inside = sorted(
@@ -128,7 +119,12 @@ def _in_window(paths: Sequence[str], window: Window) -> tuple[list[str], list[fl
             f"a window of {window.length:g} holds {len(inside)} of {len(paths)} models, whose "
             f"clocks are {', '.join(f'{now:g}' for now in sorted(clocks.values()))}."
         )
-    return [path for _, path in inside], window.shares(begin, [now for now, _ in inside])
+    factors = window.shares(begin, [now for now, _ in inside])
+    if control == "reverse":
+        factors.reverse()
+    elif control == "shuffled":
+        random.Random(0).shuffle(factors)
+    return [path for _, path in inside], factors
 
 
 def _clock(path: str) -> float:

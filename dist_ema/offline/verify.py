@@ -78,9 +78,7 @@ def _verify(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
     try:
         report = report_on(path)
     except ValueError as error:
-        verdict.problems.append(str(error))
-        broken = (sentence(each) for each in _broken(path))
-        verdict.problems.extend(text for text in broken if text != str(error))
+        verdict.problems += dict.fromkeys([str(error), *_broken(path)])
         return
     verdict.kind = report.kind
     verdict.problems.extend(
@@ -129,13 +127,13 @@ def _weight_files(path: Path) -> list[Path]:
     return sorted([*path.glob("*.safetensors"), *path.glob("averages/*/*.safetensors")])
 
 
-def _broken(path: Path) -> Iterator[Exception]:
-    """The error of each file of a folder that is unsound by itself."""
+def _broken(path: Path) -> Iterator[str]:
+    """What is wrong with each file of a folder that is unsound by itself."""
     for each in _weight_files(path):
         try:
             safetensors.read_header(each)
         except (OSError, ValueError) as error:
-            yield error
+            yield sentence(error)
 
 
 def _strays(path: Path, report: ModelReport) -> Iterator[str]:
