@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 from ..checkpoint import regular_file, safetensors
 from ..dtypes import TORCH
@@ -93,12 +93,10 @@ class Chunk:
         return math.prod(self.sizes)
 
 
-class Table(NamedTuple):
-    """The contents of a folder, by name."""
-
-    weights: dict[str, tuple[safetensors.Entry, list[Chunk]]]
-    others: dict[str, str]  # why it is not among the weights
-    paths: dict[str, tuple[str, ...]]  # the keys that led to it in the state_dict
+# By name: the weights; why others are not among them; the keys that led to each in the state_dict.
+Table: TypeAlias = tuple[
+    dict[str, tuple[safetensors.Entry, list[Chunk]]], dict[str, str], dict[str, tuple[str, ...]]
+]
 
 
 def read(path: Path) -> Table:
@@ -141,16 +139,17 @@ def _name(value: Any) -> str:
 
 
 def _table(entries: Any, places: Mapping[Any, dict[str, Any]], plan: Any) -> Table:
-    table = Table({}, {}, {})
+    table: Table = {}, {}, {}
+    weights, others, paths = table
     for name, value in entries.items():
-        table.paths[_name(name)] = _path(name, plan)
+        paths[_name(name)] = _path(name, plan)
         if isinstance(value, Record) and value.kind == "BytesStorageMetadata":
-            table.others[name] = NO_TENSOR
+            others[name] = NO_TENSOR
             continue
         fields = _fields(value, "TensorStorageMetadata")
         dtype, shape = _dtype(fields["properties"]), sizes(fields["size"])
         if dtype not in safetensors.ITEMSIZE:
-            table.others[name] = f"of {dtype}, which safetensors cannot hold"
+            others[name] = f"of {dtype}, which safetensors cannot hold"
             continue
         chunks = [
             _chunk(name, dtype, shape, _fields(chunk, "ChunkStorageMetadata"), places)
@@ -158,7 +157,7 @@ def _table(entries: Any, places: Mapping[Any, dict[str, Any]], plan: Any) -> Tab
         ]
         if sum(chunk.numel for chunk in chunks) != math.prod(shape):
             raise ValueError(f"the chunks of {name[:_MAX_NAME]} do not cover its shape")
-        table.weights[name] = safetensors.Entry(dtype, shape), chunks
+        weights[name] = safetensors.Entry(dtype, shape), chunks
     return table
 
 

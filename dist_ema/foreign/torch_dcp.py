@@ -172,8 +172,7 @@ class Folder(regular_file.OpenFiles):
         self.entries = {
             name: replace(entry, end=entry.nbytes) for name, (entry, _) in self.weights.items()
         }
-        self._refuse_cut()
-        self._refuse_shared()
+        self._refuse_unsound()
         self._runs = lru_cache(maxsize=1)(self._make_runs)
         self._places = lru_cache(maxsize=4096)(self._make_place)
 
@@ -182,12 +181,17 @@ class Folder(regular_file.OpenFiles):
         """The entries of `others` that are tensors: without them it is another model."""
         return {name: why for name, why in self.others.items() if why != NO_TENSOR}
 
-    def _refuse_cut(self) -> None:
+    def _refuse_unsound(self) -> None:
+        """Files that are cut short, and chunks that share bytes: a small folder, a large model."""
+        placed = sorted(
+            (chunk.file, chunk.begin, chunk.begin + chunk.length, name)
+            for name, (_, chunks) in self.weights.items()
+            for chunk in chunks
+            if chunk.file
+        )
         ends: dict[str, int] = {}
-        for chunk in (
-            chunk for _, chunks in self.weights.values() for chunk in chunks if chunk.file
-        ):
-            ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.begin + chunk.length)
+        for file, _, end, _ in placed:
+            ends[file] = max(ends.get(file, 0), end)
         for file, end in ends.items():
             path = self.path / file
             if not path.is_file():
@@ -200,17 +204,8 @@ class Folder(regular_file.OpenFiles):
                     f"{path} holds {path.stat().st_size} bytes, and {META} names {end}. It was cut "
                     "short."
                 )
-
-    def _refuse_shared(self) -> None:
-        """Chunks that share bytes: a small folder must not become a large model."""
-        placed = sorted(
-            (chunk.file, chunk.begin, chunk.length, name)
-            for name, (_, chunks) in self.weights.items()
-            for chunk in chunks
-            if chunk.file
-        )
-        for (file, begin, length, name), (next_file, next_begin, _, other) in pairwise(placed):
-            if next_file == file and next_begin < begin + length:
+        for (file, _, end, name), (next_file, next_begin, _, other) in pairwise(placed):
+            if next_file == file and next_begin < end:
                 raise ValueError(
                     f"{self.path}: {other[:200]}: its chunks overlap those of {name[:200]} in "
                     f"{file}. It was not written by torch.distributed.checkpoint, or is damaged."

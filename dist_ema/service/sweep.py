@@ -21,7 +21,6 @@ import numpy as np
 from ..checkpoint import atomic
 from ..checkpoint.strict_json import dump, read_json
 from ..offline import plotting
-from ..posthoc.profiles import Fit
 from ..posthoc.snapshots import WARNED, Snapshots, reconstruct
 from ..schedules import Power
 
@@ -135,42 +134,30 @@ def sweep(
     moment = run.moment(at)
     origin = [what, str(Path(snapshots).absolute()), list(moment), dtype]
     write = partial(reconstruct, snapshots, at=moment[0], dtype=dtype, force=True)
-    trials = _Trials(out, origin, write, evaluate, repeats, _read(out, origin))
+    known = _read(out, origin)
+
+    def rate(position: float) -> Candidate:
+        """The candidate at log(sigma_rel), written, evaluated, recorded and removed."""
+        sigma = float(f"{math.exp(position):.4g}")
+        place, values = out / f"candidate-{sigma:g}", known.get(sigma, ())
+        if len(values) < repeats:
+            write(place, sigma_rel=sigma)
+            for _ in range(repeats - len(values)):
+                known[sigma] = (*known.get(sigma, ()), evaluate(place, sigma))
+                table = {str(width): list(each) for width, each in known.items()}
+                atomic.ensure(out)
+                atomic.replace_file(out / STATE, dump({"origin": origin, "values": table}))
+            atomic.remove(place)
+        return Candidate(sigma, known[sigma])
+
     limits = math.log(low), math.log(high)
-    bracket, tried = _search(trials.rate, *limits, evaluations, sign)
+    bracket, tried = _search(rate, *limits, evaluations, sign)
     best = min(tried, key=lambda each: sign * each.mean)
     write(out / BEST, sigma_rel=best.sigma_rel)
     interval = _interval(tried, bracket, limits, sign)
     edge = bracket[0] == limits[0] or bracket[1] == limits[1]
     tried.sort(key=lambda each: each.sigma_rel)
     return SweepReport(tried, best, interval, edge)
-
-
-@dataclass(frozen=True)
-class _Trials:
-    """The candidates of a sweep, each of which is written, evaluated, recorded and removed."""
-
-    out: Path
-    origin: list[Any]
-    write: Callable[..., Fit]
-    evaluate: Evaluate
-    repeats: int
-    known: dict[float, tuple[float, ...]]  # the values of each width
-
-    def rate(self, position: float) -> Candidate:
-        """The candidate at log(sigma_rel)."""
-        sigma = float(f"{math.exp(position):.4g}")
-        place, values = self.out / f"candidate-{sigma:g}", self.known.get(sigma, ())
-        if len(values) < self.repeats:
-            self.write(place, sigma_rel=sigma)
-            for _ in range(self.repeats - len(values)):
-                self.known[sigma] = (*self.known.get(sigma, ()), self.evaluate(place, sigma))
-                table = {str(sigma): list(each) for sigma, each in self.known.items()}
-                atomic.ensure(self.out)
-                state = dump({"origin": self.origin, "values": table})
-                atomic.replace_file(self.out / STATE, state)
-            atomic.remove(place)
-        return Candidate(sigma, self.known[sigma])
 
 
 def _search(
