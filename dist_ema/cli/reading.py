@@ -12,7 +12,7 @@ from ..text import listed, plural, printable, some
 from .console import FINE, PROBLEM, WHICH, Verb, columns, count, number, progress, say, show
 
 if TYPE_CHECKING:
-    from ..offline.diff import Difference, Row
+    from ..offline.diff import Difference
     from ..offline.report import ModelReport, Total
 
 __all__ = ["DIFF", "INSPECT"]
@@ -209,21 +209,19 @@ def _text_of_diff(found: Difference, threshold: float | None, shown: int) -> Ite
     rows = found.beyond(None)
     if rows[:shown]:
         yield ""
-        yield from columns(
-            [("weight", "distance", "max |A-B|", "changed", "dtype"), *map(_cells, rows[:shown])]
-        )
+        cells = [
+            (
+                row.name,
+                f"{row.distance:.3e}",
+                f"{row.largest:.3e}",
+                f"{row.changed:,} of {row.elements:,}",
+                " -> ".join(dict.fromkeys(row.dtypes)),
+            )
+            for row in rows[:shown]
+        ]
+        yield from columns([("weight", "distance", "max |A-B|", "changed", "dtype"), *cells])
     if len(rows) > shown:
         yield f"... and {len(rows) - shown:,} of {len(rows):,} more: --weights all"
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        row.name,
-        f"{row.distance:.3e}",
-        f"{row.largest:.3e}",
-        f"{row.changed:,} of {row.elements:,}",
-        " -> ".join(dict.fromkeys(row.dtypes)),
-    )
 
 
 DIFF = Verb(
