@@ -30,7 +30,15 @@ from ..schedules import Schedule
 from ..sharding import discovery, records, wrappers
 from ..sharding.tree_changes import compare_inventory
 
-__all__ = ["Count", "Device", "ModuleAverage", "ModuleDropIn", "ModuleFn", "UpdateRule"]
+__all__ = [
+    "Count",
+    "Device",
+    "HolderDropIn",
+    "ModuleAverage",
+    "ModuleDropIn",
+    "ModuleFn",
+    "UpdateRule",
+]
 
 ModuleFn = Callable[[], nn.Module]
 Device = torch.device | str | int | None
@@ -39,8 +47,6 @@ UpdateRule = Callable[[Sequence[tuple[Tensor, Tensor]]], None]
 
 class ModuleAverage:
     """The copy of a model, and the `EMA` that averages into it.
-
-    A drop-in that is no module inherits it, and has the copy as `ema`.
 
     Methods are collective only where they say so.
 
@@ -317,6 +323,30 @@ class Count:
     def __reduce__(self) -> tuple[type[Count], tuple[()]]:
         """The version of a copied tensor says nothing of what was known of the first."""
         return Count, ()
+
+
+class HolderDropIn:
+    """A drop-in that is no module, and holds one as `ema`, in evaluation mode."""
+
+    _average: ModuleAverage
+
+    @property
+    def ema(self) -> nn.Module:
+        """The module. Raises RuntimeError where FSDP shards the model and no module holds it."""
+        return self._average.ema
+
+    @property
+    def average(self) -> EMA:
+        """The `EMA` behind it, which saves for any number of ranks, and swaps under FSDP."""
+        return self._average.average
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state_dict of `ema`, or this rank's part of it. *Aliases* the average."""
+        return self._average.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take what `state_dict` gave on as many ranks, or full weights. *Collective* (FSDP)."""
+        self._average.load_state_dict(state)
 
 
 class ModuleDropIn(nn.Module):

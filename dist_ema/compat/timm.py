@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from ..schedules import Constant, Warmup
-from ._module import Device, ModuleAverage, ModuleDropIn, ModuleFn
+from ._module import Device, HolderDropIn, ModuleAverage, ModuleDropIn, ModuleFn
 
 __all__ = ["ModelEma", "ModelEmaV2", "ModelEmaV3"]
 
 _logger = logging.getLogger(__name__)
 
 
-class ModelEma(ModuleAverage):
+class ModelEma(HolderDropIn):
     """The first version: `ema` is the module, in evaluation mode.
 
     Args:
@@ -46,8 +46,8 @@ class ModelEma(ModuleAverage):
     ) -> None:
         self.decay, self.device = decay, device
         place = None if device == "" else device
-        super().__init__(model, decay, module_fn, device=place, evaluates=True)
-        self.ema_has_module = hasattr(self.module, "module")
+        self._average = ModuleAverage(model, decay, module_fn, device=place, evaluates=True)
+        self.ema_has_module = hasattr(self._average.module, "module")
         if not resume:
             return
         saved = torch.load(resume, map_location="cpu", weights_only=True)
@@ -58,7 +58,7 @@ class ModelEma(ModuleAverage):
 
     def update(self, model: nn.Module) -> None:
         """Move towards `model`. No collective, no host sync."""
-        self.move(model, self.decay)
+        self._average.move(model, self.decay)
 
 
 class _Versioned(ModuleDropIn):

@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection
 from torch import nn
 
 from ..schedules import Ramp
-from ._module import ModuleAverage, ModuleFn
+from ._module import HolderDropIn, ModuleAverage, ModuleFn
 
 __all__ = ["ModelEMA"]
 
 
-class ModelEMA(ModuleAverage):
+class ModelEMA(HolderDropIn):
     """An average of all floating weights and buffers with decay * (1 - exp(-updates / tau)).
 
     Integer buffers are the model's of the last update.
@@ -43,7 +43,7 @@ class ModelEMA(ModuleAverage):
         module_fn: ModuleFn | None = None,
     ) -> None:
         schedule = Ramp(decay, tau)
-        super().__init__(model, schedule, module_fn, evaluates=True)
+        self._average = ModuleAverage(model, schedule, module_fn, evaluates=True)
         self.updates = updates
         self.decay: Callable[[float], float] = schedule
         self.enabled = True
@@ -52,7 +52,7 @@ class ModelEMA(ModuleAverage):
         """Move towards `model`. No collective, no host sync."""
         if self.enabled:
             self.updates += 1
-            self.move(model, self.decay(self.updates))
+            self._average.move(model, self.decay(self.updates))
 
     def update_attr(
         self,
