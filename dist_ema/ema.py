@@ -61,12 +61,12 @@ def _outside_autograd(method: Callable[Concatenate[EMA, P], T]) -> Callable[Conc
 
 
 def _collective(method: Callable[Concatenate[EMA, P], T]) -> Callable[Concatenate[EMA, P], T]:
-    """Outside autograd; an interrupt at the entry is an error on the other ranks."""
+    """Outside autograd; an interrupt is an error on the other ranks."""
 
     @wraps(method)
     def run(self: EMA, *args: P.args, **kwargs: P.kwargs) -> T:
         entry = self._entry
-        ranks = entry.needed if method.__name__ == "gather" else entry.ranks
+        ranks = entry.needed if method.__name__ in ("gather", "tensors") else entry.ranks
         with ranks.entering(method.__name__):
             return method(self, *args, **kwargs)
 
@@ -355,7 +355,7 @@ class EMA:
         Note:
             *Cost*: 4 MB where shadow and weight have one dtype, else a copy of this rank's shard.
         """
-        with self._entry.needed.entering("swap"):
+        with self._entry.needed.entering("swap", exchanges=1):
             swap = self._prepare_swap(which)
             error: BaseException | None = None
             try:
@@ -416,7 +416,7 @@ class EMA:
             table = stages.forms(*stages.unite("gather", ranks, entry.stage, files))
         return gather.full(ranks, average.persistent, average.own_buffers, table)
 
-    @_outside_autograd
+    @_collective
     def tensors(self, which: Which = 0) -> Iterator[tuple[str, Tensor]]:
         """Each averaged or frozen weight in turn, full, on every rank. *Collective*, to the end.
 
@@ -597,7 +597,7 @@ class EMA:
         self._files.write("save", request, arguments)
         return path
 
-    @_outside_autograd
+    @_collective
     def publish(
         self,
         folder: str | Path,
@@ -701,7 +701,7 @@ class EMA:
             "clock": torch.tensor(clock, dtype=torch.float64, device="cpu"),
         }
 
-    @_outside_autograd
+    @_collective
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave and DCP filled, or full weights by name. *Collective*.
 
@@ -735,7 +735,7 @@ class EMA:
 
     # --- the rest ---------------------------------------------------------------------------------
 
-    @_outside_autograd
+    @_collective
     def reset(self) -> None:
         """Begin again: the shadow is live, the clock 0, no buffer recalibrated. *Collective*."""
         self._entry.begin("reset", Reads.LIVE)
@@ -749,7 +749,7 @@ class EMA:
         for average in self.weights.averages:
             average.own_buffers = {}
 
-    @_outside_autograd
+    @_collective
     def rescan(self) -> None:
         """Take the model for what it is now. *Collective*.
 
@@ -810,13 +810,14 @@ class EMA:
             started, holders = weights.clock.started, len(entry.stage)
             return metrics.measure(average.averaged, started, split, entry.ranks, holders)
 
-        if entry.is_staged:
-            entry.begin("metrics", Reads.LIVE, which)
-            entry.agree("metrics")
-        entry.ranks.begin("metrics", entry.common(which, {}))
-        _, (apart, agree) = entry.ranks.run_and_reduce(
-            "metrics", measure, metrics.combine, metrics.conclude
-        )
+        with entry.ranks.entering("metrics"):
+            if entry.is_staged:
+                entry.begin("metrics", Reads.LIVE, which)
+                entry.agree("metrics")
+            entry.ranks.begin("metrics", entry.common(which, {}))
+            _, (apart, agree) = entry.ranks.run_and_reduce(
+                "metrics", measure, metrics.combine, metrics.conclude
+            )
         return known | {"skipped": weights.skipped, "distance": apart, "replicas_agree": agree}
 
     @property

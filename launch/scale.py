@@ -216,11 +216,8 @@ def count(size: int, names: Sequence[str] = tuple(EXCHANGES)) -> dict[str, Cost]
 
 
 def _counts(ema: EMA) -> tuple[int, int, int]:
-    ranks: list[Any] = [ema._entry.ranks] + (
-        [] if ema._files.writer is None else [ema._files.writer._ranks]
-    )
-    # The writer's ranks are a copy, and share the list of stores.
-    return ranks[0].counts()  # type: ignore[no-any-return]
+    ranks: Any = ema._entry.ranks  # those of a background save share the list of stores
+    return ranks.counts()  # type: ignore[no-any-return]
 
 
 def _cost(counts: list[tuple[int, int, int]]) -> Cost:
@@ -305,11 +302,10 @@ def save_on_hosts(folder: str, total: int, hosts: int) -> tuple[int, int, int]:
     size = math.ceil(layers / 16) * 4 * width * width
     ema.save(f"{folder}/one", max_shard_size=size)
     os.environ[machines.MACHINE] = f"host {rank}"
-    ema._files.writer = None
+    ema = EMA(model, 0.5)
     file_writer.FileWriter.write = write  # type: ignore[method-assign, assignment]
     ema.save(f"{folder}/hosts", max_shard_size=size)
-    assert ema._files.writer is not None
-    connections = ema._files.writer._ranks.connections("save")  # type: ignore[attr-defined]
+    connections = ema._entry.ranks.connections("save")
     if rank == 0:
         names = sorted(os.listdir(f"{folder}/one"))
         same = names == sorted(os.listdir(f"{folder}/hosts")) and all(

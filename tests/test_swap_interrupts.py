@@ -1,4 +1,5 @@
-"""An interrupt at any moment of a swap leaves live weights and shadows as they were.
+"""An interrupt at any moment of a swap leaves live weights and shadows as they were, and one
+between the messages of another verb is an error on the other ranks (tests/interrupts.py).
 
 How to read a failure: the message names the line of the entry or exit that was interrupted.
 """
@@ -31,6 +32,7 @@ from dist_ema.verbs import entry
 from tests._oracle import same, snapshot
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
+from tests.interrupts import between_messages
 
 HERE = Path(dist_ema.__file__).parent
 # What runs before the work of a swap.
@@ -314,6 +316,7 @@ def interrupted_ranks(folder: str) -> None:
         every_line(1 + number % STEP, *case)
     before_the_work()
     twice(folder)
+    between_messages(f"{folder}-files", ("stream", "load"), 100, 499)
 
 
 @pytest.mark.multirank

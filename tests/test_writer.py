@@ -634,9 +634,9 @@ def other_machines(folder: str) -> None:
     """What the machine is called decides, unless a mode is given: two machines stream, two ranks of
     one write into place.
     """
-    ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(30, 40))
     assert len(machines.machine_id()) > 3
-    assert len(set(ema._entry.ranks.gather("test", machines.machine_id(), list))) == 1
+    assert len(set(EMA(model, 0.5)._entry.ranks.gather("test", machines.machine_id(), list))) == 1
     sent: list[int] = []
     real = connections.Connections.send
     connections.Connections.send = lambda *args: (sent.append(1), real(*args))[1]  # type: ignore[method-assign]
@@ -648,8 +648,7 @@ def other_machines(folder: str) -> None:
     ):
         os.environ[machines.MACHINE] = f"host {machine * dist.get_rank()}"
         sent.clear()
-        ema._files.writer = None
-        ema.save(f"{folder}/a", mode=mode)  # type: ignore[arg-type]
+        EMA(model, 0.5).save(f"{folder}/a", mode=mode)  # type: ignore[arg-type]
         assert bool(sent) == (streams and dist.get_rank() == 1), (machine, mode)
     del os.environ[machines.MACHINE]
 

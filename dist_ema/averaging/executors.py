@@ -256,9 +256,9 @@ def run_shielded(
     work: Callable[[], None],
     devices: Iterable[torch.device],
     patience: float,
-    abandon: Callable[[], None],
+    abandon: Callable[[], None] | None = None,
 ) -> None:
-    """Run `work` in a thread and wait for it, whatever signal handlers raise meanwhile.
+    """Run `work` in a thread, outside autograd, whatever signal handlers raise meanwhile.
 
     Handlers run in the main thread alone. What one raises is raised here when the work is done. A
     second interrupt, or `patience` seconds after the first one, end the wait.
@@ -286,7 +286,8 @@ def run_shielded(
         try:
             for stream in streams:
                 torch.accelerator.set_stream(stream)
-            work()
+            with torch.inference_mode(False), torch.no_grad():
+                work()
         except BaseException as error:
             raised.append(error)
         finally:
@@ -302,7 +303,7 @@ def run_shielded(
             interrupts.append(interrupt)
             if len(interrupts) == 2:
                 break
-    if not done.is_set():
+    if abandon and not done.is_set():
         abandon()
     for error in (*interrupts, *raised):
         raise error

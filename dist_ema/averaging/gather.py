@@ -8,7 +8,8 @@ send through a rank of its machine ([Note: columns]).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from ..sharding import discovery, parameters, wrappers
 from ..sharding.geometry import Box, boxes_with_data, byte_runs, bytes_of
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
 from ..sharding.records import Shard
-from .executors import await_host_reads
+from .executors import await_host_reads, run_shielded
 
 __all__ = ["Form", "copy_into", "full", "full_weights"]
 
@@ -129,7 +130,8 @@ def _full_window(
         tensors[number][Box(offsets, tuple(data.shape)).slices].copy_(data)
 
     blocks = list(saved_blocks(states, own_buffers, ranks.size == 1))
-    stream_to_all(ranks, "tensors", dtypes, dims, blocks, receive)
+    stream = partial(stream_to_all, ranks, "tensors", dtypes, dims, blocks, receive)
+    _run_to_its_end(ranks, states, stream)
     return [(state.name, tensor) for state, tensor in zip(states, tensors, strict=True)]
 
 
@@ -174,16 +176,27 @@ def copy_into(
             if common is not None:
                 view[common.within(target)].copy_(data[common.within(box)])
 
-    otherwise = ranks.count_on_all("copy_to", prepare)
-    for state in states if not otherwise else ():
-        if state.shard.owner_ranks:
-            targets[state.name].write(state.local if state.shadow is None else state.shadow)
-    sent = [block for block in blocks if otherwise or not states[block[0]].shard.owner_ranks]
-    stream_to_all(ranks, "copy_to", *saved_dtypes(states, own_buffers), sent, receive)
-    for shard, elements in strided:
-        if otherwise or not shard.owner_ranks:
-            shard.write(elements)
-    wrappers.reshard(sharded)
+    def copy() -> None:
+        otherwise = ranks.count_on_all("copy_to", prepare)
+        for state in states if not otherwise else ():
+            if state.shard.owner_ranks:
+                targets[state.name].write(state.local if state.shadow is None else state.shadow)
+        sent = [block for block in blocks if otherwise or not states[block[0]].shard.owner_ranks]
+        stream_to_all(ranks, "copy_to", *saved_dtypes(states, own_buffers), sent, receive)
+        for shard, elements in strided:
+            if otherwise or not shard.owner_ranks:
+                shard.write(elements)
+        wrappers.reshard(sharded)
+
+    _run_to_its_end(ranks, states, copy)
+
+
+def _run_to_its_end(ranks: Ranks, states: Sequence[ParamState], work: Callable[[], None]) -> None:
+    """A collective cannot be left half way ([Note: interrupts] in swap)."""
+    if ranks.size == 1:
+        work()
+    else:
+        run_shielded(work, {state.local.device for state in states}, ranks.timeout)
 
 
 def _is_cut_otherwise(state: ParamState, target: Shard) -> bool:

@@ -20,6 +20,7 @@ where no signal handler runs, and the interrupt is raised after it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,18 +99,15 @@ class WeightSwap:
     def _run(self, work: Callable[..., None], *args: Any) -> None:
         """Outside autograd, and to its end ([Note: interrupts])."""
 
-        def run() -> None:
-            with torch.inference_mode(False), torch.no_grad():
-                work(*args)
-
         def abandon() -> None:
             self._abandoned = self._weights.swaps.failed = True
 
         if self.ranks.size == 1:
-            run()
+            with torch.inference_mode(False), torch.no_grad():
+                work(*args)
         else:
             devices = {state.local.device for state in self._average.states}
-            run_shielded(run, devices, self.ranks.timeout, abandon)
+            run_shielded(partial(work, *args), devices, self.ranks.timeout, abandon)
 
     def _enter(self) -> None:
         with derived.caches_dropped(self._weights.model):

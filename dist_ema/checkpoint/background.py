@@ -36,7 +36,7 @@ class BackgroundTask:
                 log.error("%s failed behind training: %s", what, error)
                 self._error = error
 
-        self._thread = threading.Thread(target=run, name="dist_ema files")
+        self._thread = threading.Thread(target=run, name="dist_ema files", daemon=False)
         self._thread.start()
 
     @property

@@ -16,10 +16,12 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from ..averaging.executors import run_shielded
 from ..distributed.diagnosis import RanksDifferError, digest
 from ..distributed.ranks import Ranks
 from ..distributed.routes import Routes
@@ -58,11 +60,13 @@ class Writer:
     """Writes one request at a time, now or in the background. Made on all ranks together, and kept.
 
     [Note: background saves]  Ranks interleave background work and training in different orders. So
-    the background has keys and a connection of its own ([Note: files] in connections).
+    the background has keys and connections of its own ([Note: files] in connections). What the
+    verb does before it returns has not: an interrupt is reported where the others wait.
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks.with_own_messages()
+        self._ranks = ranks
+        self._behind: Ranks | None = None
         self._background = BackgroundTask()
 
     @property
@@ -74,12 +78,11 @@ class Writer:
         """Wait for the background request; return its remarks. Raises RuntimeError if it failed."""
         return self._background.finish()
 
-    def write(self, request: SaveRequest, timeout: float, wait: bool = True) -> list[str]:
+    def write(self, request: SaveRequest, wait: bool = True) -> list[str]:
         """Write the folder or file that is asked for, atomically.
 
         Args:
             request: what to write, and where.
-            timeout: seconds that a rank waits for the others.
             wait: False writes in the background.
 
         Returns:
@@ -89,30 +92,40 @@ class Writer:
             *Collective*. *Cost*: two windows of 16 MB at most; with wait=False also a copy of this
             rank's share in host memory.
         """
-        self._ranks.timeout = timeout
-        prepared = self._prepare(request, stage=not wait)
         if wait:
-            return self._carry_out(prepared)
-        self._background.start(
-            f"ema.{request.verb}({str(request.path)!r}, wait=False)",
-            lambda: self._carry_out_together(prepared),
-        )
+            return self._carry_out(self._prepare(request, stage=False), self._ranks)
+        if self._behind is None:
+            self._behind = self._ranks.with_own_messages()
+        self._behind.timeout = self._ranks.timeout
+        devices = {state.local.device for files in request.averages for state in files.states}
+        # NOTE: an interrupt after the last message would leave the others alone behind training.
+        run_shielded(partial(self._begin, request, self._behind), devices, self._ranks.timeout)
         return []
 
-    def _carry_out_together(self, prepared: _PreparedSave) -> list[str]:
+    def _begin(self, request: SaveRequest, behind: Ranks) -> None:
+        prepared = self._prepare(request, stage=True)
+        if prepared.routes is not None:
+            behind.connections(request.verb)  # now: the process group may be gone later
+        behind.begin(request.verb, step=1)
+        self._background.start(
+            f"ema.{request.verb}({str(request.path)!r}, wait=False)",
+            lambda: self._carry_out_together(prepared, behind),
+        )
+
+    def _carry_out_together(self, prepared: _PreparedSave, ranks: Ranks) -> list[str]:
         """Write it, and stay until all ranks know the outcome: this process may serve the store."""
         publication, error = prepared.request.publication, None
         try:
-            remarks = self._carry_out(prepared)
+            remarks = self._carry_out(prepared, ranks)
         except Exception as caught:
             if publication is None:
                 raise
             remarks, error = [], caught
         else:
             with suppress(RuntimeError):
-                self._ranks.run_on_all(prepared.request.verb, lambda: None)
+                ranks.run_on_all(prepared.request.verb, lambda: None)
         if publication is not None:
-            remarks = remarks + publication.note(error, aloud=self._ranks.first)
+            remarks = remarks + publication.note(error, aloud=ranks.first)
         return remarks
 
     def _prepare(self, request: SaveRequest, stage: bool) -> _PreparedSave:
@@ -191,7 +204,6 @@ class Writer:
             if not blind and (request.mode is None or ranks.size == 1):
                 return None
             writers = [[writers[0][0]]]
-        ranks.connections(verb)
         return Routes([f.size for f in request.files.values()], machines, writers, ranks.rank)
 
     def _refuse_blind(self, request: SaveRequest, folder: Path, seen: list[int]) -> None:
@@ -204,9 +216,9 @@ class Writer:
                 "ranks share, or pass mode='stream'."
             )
 
-    def _carry_out(self, prepared: _PreparedSave) -> list[str]:
+    def _carry_out(self, prepared: _PreparedSave, ranks: Ranks) -> list[str]:
         """Write what was prepared, here or in a thread. *Collective*."""
-        ranks, request, remarks = self._ranks, prepared.request, list[str]()
+        request, remarks = prepared.request, list[str]()
         files, placer = prepared.file_writer(), BlockPlacer(request)
 
         def write() -> dict[str, int]:
@@ -223,7 +235,7 @@ class Writer:
 
         try:
             if prepared.routes is not None:
-                self._exchange(request.verb, prepared.routes, placer, files)
+                _exchange(ranks, request.verb, prepared.routes, placer, files)
             ranks.run_and_reduce(request.verb, write, crc32.combine, finish)
             return remarks
         except BaseException as error:
@@ -233,29 +245,32 @@ class Writer:
         finally:
             files.close()
 
-    def _exchange(self, verb: str, routes: Routes, placer: BlockPlacer, files: FileWriter) -> None:
-        """Send every byte to a rank that writes it, and write what others send. *Collective*."""
-        ranks, connections = self._ranks, self._ranks.connections(verb)
-        with connections.receiving(files.write) as receiver:
-
-            def send() -> None:
-                for number, runs in placer.runs_by_range(routes):
-                    peer = routes.peers[number]
-                    if peer != ranks.rank:
-                        connections.send(peer, receiver.watched(runs))
-                        continue
-                    for run in receiver.watched(runs):
-                        files.write(*run)
-
-            try:
-                ranks.run_transfer(verb, send)
-            except RuntimeError as error:
-                # An error of this receiver was published by a sender that learned of it.
-                raise (receiver.error or error) from None
-
     def _abandon(self, folder: Path) -> None:
         if self._ranks.first:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(
+    ranks: Ranks, verb: str, routes: Routes, placer: BlockPlacer, files: FileWriter
+) -> None:
+    """Send every byte to a rank that writes it, and write what others send. *Collective*."""
+    connections = ranks.connections(verb)
+    with connections.receiving(files.write) as receiver:
+
+        def send() -> None:
+            for number, runs in placer.runs_by_range(routes):
+                peer = routes.peers[number]
+                if peer != ranks.rank:
+                    connections.send(peer, receiver.watched(runs))
+                    continue
+                for run in receiver.watched(runs):
+                    files.write(*run)
+
+        try:
+            ranks.run_transfer(verb, send)
+        except RuntimeError as error:
+            # An error of this receiver was published by a sender that learned of it.
+            raise (receiver.error or error) from None
 
 
 def _stage(blocks: list[Block]) -> list[Block]:

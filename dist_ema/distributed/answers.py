@@ -41,10 +41,13 @@ class Answers:
             messages.will_delete(exchange, name)
         published = messages.set_first(exchange, name, text)
         if name == "answer" and published == text:
-            total = messages.add(exchange, ANSWERED)
-            if self.ends_when_full and messages.is_full(exchange, total):
-                messages.add(exchange, -ANSWERED)  # too late: all have come
+            self._count(exchange)
         return json.loads(published)
+
+    def _count(self, exchange: Exchange) -> None:
+        total = self._messages.add(exchange, ANSWERED)
+        if self.ends_when_full and self._messages.is_full(exchange, total):
+            self._messages.add(exchange, -ANSWERED)  # too late: all have come
 
     def publish_failure(self, exchange: Exchange, error: BaseException) -> bool:
         """Publish that `error` was raised here. Returns False if all had agreed to go on."""
@@ -53,6 +56,8 @@ class Answers:
         text = diagnosis.failed(exchange, self._members[self._rank], error_text(error))
         answer = self.publish(exchange, {"error": text})
         messages = self._messages
+        if not messages.counted(exchange).answers:  # an interrupt came after it was written
+            self._count(exchange)
         if self.ends_when_full and messages.is_full(exchange, messages.counted(exchange)):
             return messages.has(exchange, "error")
         return "value" not in answer or "failed" in (answer["value"] or ())

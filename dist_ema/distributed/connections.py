@@ -217,7 +217,8 @@ class Connections:
         Note:
             *Collective*: enter it on every rank before any rank sends.
         """
-        self._number += 1
+        # The number of the transfer, also where an interrupt kept a rank from an earlier one.
+        self._number = self._coordinator.number
         receiver = Receiver(self, consume, self._coordinator)
         threads = [
             threading.Thread(target=work, name="dist_ema bytes", daemon=True)

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -108,15 +109,16 @@ class StoreCoordinator:
         """The verb that was entered last."""
         return self._verb
 
-    def begin(self, verb: str, arguments: dict[str, Any] | None = None) -> None:
+    def begin(self, verb: str, arguments: dict[str, Any] | None = None, step: int = 0) -> None:
         """Make the next exchange the one by which `verb` is entered.
 
         Args:
             verb: What the ranks do.
             arguments: What must be the same on every rank, by the names that errors use. The next
                 exchange raises ValueError where it is not.
+            step: 1 where the ranks have entered the verb by other messages.
         """
-        self._verb, self._step = verb, 0
+        self._verb, self._step = verb, step
         self.compare(arguments or {})
 
     def compare(self, arguments: dict[str, Any]) -> None:
@@ -276,6 +278,11 @@ class StoreCoordinator:
         if time.monotonic() - moved >= self.timeout:
             raise RuntimeError(self.blame(f"for {self.timeout:g} s"))
 
+    @property
+    def number(self) -> int:
+        """Of the next exchange."""
+        return self._number
+
     # --- [Note: check in] ------------------------------------------------------------------------
 
     def _next(self, verb: str, ends_when_full: bool = False) -> Exchange:
@@ -287,8 +294,9 @@ class StoreCoordinator:
             exchange = exchange._replace(
                 arguments=diagnosis.digest(sorted(self._answers.arguments.items()))
             )
-        self._number, self._step = self._number + 1, self._step + 1
-        self._last, self._answers.ends_when_full = exchange, ends_when_full
+        self._answers.ends_when_full = ends_when_full
+        # NOTE: one statement, so that an interrupt finds all of it or nothing.
+        self._number, self._step, self._last = self._number + 1, self._step + 1, exchange
         combining = (self.size - 2) // FAN_IN + 1  # the others delete
         keys = ("count",) if ends_when_full else ("count", "answer")
         self.messages.take_turns(exchange, keys, combining)
@@ -403,11 +411,12 @@ class StoreCoordinator:
             raise
 
     @contextmanager
-    def entering(self, verb: str) -> Iterator[None]:
-        """Enter a verb of two exchanges or more.
+    def entering(self, verb: str, exchanges: float = math.inf) -> Iterator[None]:
+        """Report an interrupt of a verb, also one that comes between its exchanges.
 
-        An interrupt before the second one is published in the exchange in which the others wait, so
-        the ranks stay in step.
+        Args:
+            verb: What the ranks do.
+            exchanges: Of the verb, after which an interrupt is not reported here.
         """
         first = self._number
         try:
@@ -415,11 +424,12 @@ class StoreCoordinator:
         except Exception:
             raise
         except BaseException as interrupt:
-            if self._number == first:
-                self._next(verb, ends_when_full=True)
-            is_second = self._number == first + 1
-            if is_second and not self._answers.publish_failure(self._last, interrupt):
-                self._answers.publish_failure(self._next(verb, ends_when_full=True), interrupt)
+            done = self._number - first
+            if done <= exchanges:
+                # Where the others wait or come to next, so that the ranks stay in step.
+                exchange = self._last if done else self._next(verb, ends_when_full=True)
+                while not self._answers.publish_failure(exchange, interrupt):
+                    exchange = self._next(verb, ends_when_full=True)
             raise
 
     def _await(self, exchange: Exchange, ready: Callable[[Count], bool] | None = None) -> Any:

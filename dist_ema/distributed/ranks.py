@@ -122,10 +122,11 @@ class Ranks:
         """
         other, stores = copy(self), list[BoundedStore]()
         if self.size > 1:
-            self._prefixes += 1  # every rank calls this as often as the others do
-            other._prefixes, other._prefix = 0, f"{self._prefix}/{self._prefixes}"
+            number = self._prefixes + 1  # every rank calls this as often as the others do
+            other._prefixes, other._prefix = 0, f"{self._prefix}/{number}"
             with store_errors(self._coordinator.verb):
                 stores = [self._open_bounded(other._prefix, self.timeout) for _ in range(2)]
+            self._prefixes = number
         other._connect(stores, self.timeout)
         return other
 

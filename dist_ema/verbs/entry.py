@@ -57,7 +57,8 @@ class Entry:
         self._everyone: Ranks | None = None
         self._may_be_alone = False  # every rank averages the whole model
         self.ranks.begin("EMA", arguments)
-        self.adopt("EMA", found)
+        with self.ranks.entering("EMA"):
+            self.adopt("EMA", found)
 
     def adopt(self, verb: str, found: ModelShards) -> None:
         """Average the model as `found` describes it, where all ranks hold it alike.

@@ -167,7 +167,6 @@ class Files:
             which: The average that it uses.
             wait: False writes in the background.
         """
-        self.finish()
         made: list[SaveRequest] = []
 
         def prepare() -> None:
@@ -175,9 +174,11 @@ class Files:
             made.append(make_request())  # with the buffers that were filled since
 
         ranks = self._entry.needed if verb == "export" else self._entry.ranks
-        self._entry.begin(verb, Reads.WHOLE_MODEL, which, prepare, arguments, ranks)
-        warn_if_idle(verb, self._weights)
-        self.submit(made[0], ranks, which, arguments, wait)
+        with ranks.entering(verb):
+            self.finish()
+            self._entry.begin(verb, Reads.WHOLE_MODEL, which, prepare, arguments, ranks)
+            warn_if_idle(verb, self._weights)
+            self.submit(made[0], ranks, which, arguments, wait)
 
     def submit(
         self,
@@ -194,9 +195,15 @@ class Files:
             warn_of_unexplained_keys(verb, self._weights)
         if ranks is entry.alone:
             with atomic.locked(request.path):  # all ranks may export to one path
-                warn(*Writer(ranks).write(request, entry.ranks.timeout))
+                warn(*Writer(ranks).write(request))
             return
-        ranks = entry.everyone
+        with entry.everyone.entering(verb):
+            self._write_together(request, which, arguments, wait)
+
+    def _write_together(
+        self, request: SaveRequest, which: Which, arguments: dict[str, Any], wait: bool
+    ) -> None:
+        entry, ranks, verb = self._entry, self._entry.everyone, request.verb
         if entry.is_staged:
             entry.agree(verb)
             files = stages.unite(verb, ranks, entry.stage, request.averages)
@@ -207,7 +214,7 @@ class Files:
             request = request if ranks.first else request.with_blocks(lambda _: [])
         if self.writer is None:
             self.writer = Writer(ranks)
-        warn(*self.writer.write(request, entry.ranks.timeout, wait))
+        warn(*self.writer.write(request, wait))
 
     def finish(self) -> None:
         """No save is in flight behind training after this.

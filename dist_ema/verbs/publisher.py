@@ -68,7 +68,11 @@ class Publisher:
             return
         if not files.passes(publication.folder, publication.every):
             return
-        ranks = self._entry.everyone
+        with self._entry.everyone.entering("publish"):
+            self._publish(publication)
+
+    def _publish(self, publication: Publication) -> None:
+        ranks, files = self._entry.everyone, self._files
         if ranks.run_on_first("publish", lambda: files.writer is not None and files.writer.busy):
             publication.skipped += 1
             return

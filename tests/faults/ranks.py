@@ -42,7 +42,7 @@ def walk_on_ranks(folder: Path, stride: int, limit: int | None = None) -> list[t
     A machine that loses power may be that of one rank: where the ranks are on machines of their
     own, an fsync reaches what its own rank wrote.
     """
-    found = run_ranks(WORLD, _rank, str(folder), stride, timeout=7200)
+    found = run_ranks(WORLD, _rank, str(folder), stride, timeout=7200, server=True)
     results = []
     for number, case in enumerate(rank_cases(lambda model: model)):
         walked, _ = found[0][number]
@@ -191,7 +191,7 @@ class _Bench:
 
 
 def _revive_stores() -> None:
-    """In a copy of a process: threads are not copied."""
+    """In a copy of a process: threads are not copied, and connections are the original's too."""
     for each in gc.get_objects():
         if type(each) is BoundedStore:
-            each.__init__(each.store, each.timeout)  # type: ignore[misc]
+            each.__init__(each.store.clone(), each.timeout)  # type: ignore[misc, attr-defined]
