@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from ..text import Tick, printable, size_of
@@ -69,6 +70,8 @@ class Verb(NamedTuple):
     arguments: Arguments
     run: Callable[[argparse.Namespace], int]  # returns the exit code
     codes: str = "0 all is well, 1 a problem was found"  # what the exit codes mean
+    one_of: Arguments = MappingProxyType({})  # which exclude each other
+    one_is_required: bool = False
     add_groups: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
     def add_to(self, verbs: Any) -> None:
@@ -84,6 +87,9 @@ class Verb(NamedTuple):
         )
         parser.set_defaults(run=self.run, verb=parser)
         add_arguments(parser, self.arguments)
+        add_arguments(
+            parser.add_mutually_exclusive_group(required=self.one_is_required), self.one_of
+        )
         self.add_groups(parser)
 
 

@@ -18,9 +18,7 @@ from .console import (
     USAGE,
     WHICH,
     WINDOW,
-    Arguments,
     Verb,
-    add_arguments,
     checked,
     columns,
     number,
@@ -278,25 +276,6 @@ examples:
 # --- average --------------------------------------------------------------------------------------
 
 
-WEIGHTING: Arguments = {
-    "--weights": {
-        "type": number(
-            "numbers with commas between them",
-            lambda values: isinstance(values, list) and all(map(math.isfinite, values)),
-            lambda text: [float(value) for value in text.split(",")],
-        ),
-        "metavar": "W,W,...",
-        "help": "one per model; scaled to sum to 1",
-    },
-    "--wma": {"action": "store_true", "help": "weights that grow linearly"},
-    "--curve": CURVE,
-}
-
-
-def _groups_of_average(verb: argparse.ArgumentParser) -> None:
-    add_arguments(verb.add_mutually_exclusive_group(), WEIGHTING)
-
-
 def _average(options: argparse.Namespace) -> int:
     from ..offline import average as offline
 
@@ -375,5 +354,17 @@ examples:
         **writing("as in the last model"),
     },
     _average,
-    add_groups=_groups_of_average,
+    one_of={
+        "--weights": {
+            "type": number(
+                "numbers with commas between them",
+                lambda values: isinstance(values, list) and all(map(math.isfinite, values)),
+                lambda text: [float(value) for value in text.split(",")],
+            ),
+            "metavar": "W,W,...",
+            "help": "one per model; scaled to sum to 1",
+        },
+        "--wma": {"action": "store_true", "help": "weights that grow linearly"},
+        "--curve": CURVE,
+    },
 )

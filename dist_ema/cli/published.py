@@ -14,9 +14,7 @@ from ..text import printable
 from .console import (
     FINE,
     PROBLEM,
-    Arguments,
     Verb,
-    add_arguments,
     checked,
     columns,
     number,
@@ -36,18 +34,6 @@ def _address(url: str) -> None:
     from ..service.notify import refuse_address
 
     refuse_address(url)
-
-
-def _groups_of_watch(verb: argparse.ArgumentParser) -> None:
-    works: Arguments = {
-        "--exec": {"metavar": "COMMAND", "help": "a shell command for each version"},
-        "--notify": {
-            "metavar": "URL",
-            "type": checked(_address),
-            "help": "of a server that loads each version",
-        },
-    }
-    add_arguments(verb.add_mutually_exclusive_group(), works)
 
 
 def _watch(options: argparse.Namespace) -> int:
@@ -192,7 +178,14 @@ examples:
     },
     _watch,
     codes="0 every version is done, 1 some failed",
-    add_groups=_groups_of_watch,
+    one_of={
+        "--exec": {"metavar": "COMMAND", "help": "a shell command for each version"},
+        "--notify": {
+            "metavar": "URL",
+            "type": checked(_address),
+            "help": "of a server that loads each version",
+        },
+    },
 )
 
 

@@ -18,9 +18,7 @@ from .console import (
     USAGE,
     WIDEST,
     WINDOW,
-    Arguments,
     Verb,
-    add_arguments,
     columns,
     number,
     progress,
@@ -47,23 +45,6 @@ MAX_SWEEP = 1000  # models
 _sigma = number(
     f"between 0 and {WIDEST:.4f} (the width of the plain mean)", lambda value: 0 < value < WIDEST
 )
-
-
-def _groups_of_reconstruct(verb: argparse.ArgumentParser) -> None:
-    widths: Arguments = {
-        "--sigma-rel": {
-            "type": _sigma,
-            "metavar": "S",
-            "help": "width of the average, between 0 and 0.2887",
-        },
-        "--sweep": {
-            "type": _widths,
-            "metavar": "FROM:TO:STEP",
-            "help": "one model for each width, under OUT",
-        },
-        "--curve": CURVE,
-    }
-    add_arguments(verb.add_mutually_exclusive_group(required=True), widths)
 
 
 def _widths(text: str) -> list[float]:
@@ -189,7 +170,20 @@ examples:
         **writing("the model's own"),
     },
     _reconstruct,
-    add_groups=_groups_of_reconstruct,
+    one_of={
+        "--sigma-rel": {
+            "type": _sigma,
+            "metavar": "S",
+            "help": "width of the average, between 0 and 0.2887",
+        },
+        "--sweep": {
+            "type": _widths,
+            "metavar": "FROM:TO:STEP",
+            "help": "one model for each width, under OUT",
+        },
+        "--curve": CURVE,
+    },
+    one_is_required=True,
 )
 
 

@@ -15,7 +15,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -258,7 +258,13 @@ class Folder(regular_file.OpenFiles):
         entry, chunks = self.weights[name]
         chunk = chunks[number]
         where = f"{self.path / chunk.file}: {name[:200]}"
-        read = partial(self._pread, chunk)
+
+        def read(begin: int, end: int) -> bytes:
+            data = bytearray(end - begin)
+            path = self.path / chunk.file
+            regular_file.read_into(self.fd(chunk.file), path, memoryview(data), chunk.begin + begin)
+            return bytes(data)
+
         records = torch_zip.records(read, chunk.length, where)
         begin, end = records.get("data.pkl", (0, 0))
         first, last = records.get("byteorder", (0, 0))
@@ -275,12 +281,6 @@ class Folder(regular_file.OpenFiles):
             raise ValueError(f"{where} reaches beyond its storage of {end - begin} bytes.")
         begin += tensor.begin * safetensors.ITEMSIZE[entry.dtype]
         return chunk.file, chunk.begin + begin, tensor
-
-    def _pread(self, chunk: Chunk, begin: int, end: int) -> bytes:
-        data, at = bytearray(end - begin), chunk.begin + begin
-        path = self.path / chunk.file
-        regular_file.read_into(self.fd(chunk.file), path, memoryview(data), at)
-        return bytes(data)
 
 
 def _dense(tensor: _Tensor) -> bool:

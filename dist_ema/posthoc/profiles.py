@@ -166,18 +166,12 @@ class _Track:
         return np.where(alive, self._gained[rows] * kept, 0.0)
 
 
-class _Curve:
+def _of_window(window: Window, line: Timeline) -> Array:
     """The shares of a window that ends with the timeline, were every update in it by itself."""
-
-    def __init__(self, window: Window, line: Timeline) -> None:
-        begin = max(0.0, line.edges[-1] - window.length)
-        at = np.clip((line.edges - begin) / (line.edges[-1] - begin), 0.0, 1.0)
-        scales = np.array([window.scale(t) for t in at.tolist()])
-        self._shares = np.append(0.0, scales[:-1] - scales[1:])
-
-    def shares(self, end: int, rows: slice) -> Array:
-        """As `_Track.shares`."""
-        return self._shares[rows]
+    begin = max(0.0, line.edges[-1] - window.length)
+    at = np.clip((line.edges - begin) / (line.edges[-1] - begin), 0.0, 1.0)
+    scales = np.array([window.scale(t) for t in at.tolist()])
+    return np.append(0.0, scales[:-1] - scales[1:])
 
 
 def coefficients(profiles: Sequence[Profile], target: Schedule, at: float | None = None) -> Fit:
@@ -266,9 +260,12 @@ class Mixer:
         """One column per profile, and the target's."""
         line = self._line
         tracks = [(self._track(each.schedule), each.now) for each in self._profiles]
-        wanted = _Curve(target, line) if isinstance(target, Window) else self._track(target)
         columns = [track.shares(line.row(now), rows) for track, now in tracks]
-        return np.stack([*columns, wanted.shares(line.row(self.now), rows)], axis=1)
+        if isinstance(target, Window):
+            wanted = _of_window(target, line)[rows]
+        else:
+            wanted = self._track(target).shares(line.row(self.now), rows)
+        return np.stack([*columns, wanted], axis=1)
 
     def _reduced(self, target: Schedule) -> Array:
         """The triangle R of QR of all columns, weighted by the cells' widths.
