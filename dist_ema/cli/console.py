@@ -87,9 +87,9 @@ class Verb(NamedTuple):
         )
         parser.set_defaults(run=self.run, verb=parser)
         add_arguments(parser, self.arguments)
-        add_arguments(
-            parser.add_mutually_exclusive_group(required=self.one_is_required), self.one_of
-        )
+        if self.one_of:
+            group = parser.add_mutually_exclusive_group(required=self.one_is_required)
+            add_arguments(group, self.one_of)
         self.add_groups(parser)
 
 
