@@ -703,7 +703,7 @@ def test_another_source(
     (tmp_path / "dcp").mkdir()
     (tmp_path / "dcp" / torch_dcp.META).touch()
     there = sources.open_model(shop / "one.safetensors")
-    monkeypatch.setattr("dist_ema.offline.report.open_model", lambda path: there)
+    monkeypatch.setattr("dist_ema.offline.sources.open_model", lambda path: there)
     code, out, err = call("inspect", tmp_path / "dcp")
     assert (code, err) == (0, "")
     assert "a checkpoint of another form" in out

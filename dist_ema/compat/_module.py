@@ -27,8 +27,7 @@ from ..averaging.averages import Reads
 from ..checkpoint import dcp
 from ..ema import EMA
 from ..schedules import Schedule
-from ..sharding import discovery, records, wrappers
-from ..sharding.tree_changes import compare_inventory
+from ..sharding import discovery, records, tree_changes, wrappers
 
 __all__ = [
     "Count",
@@ -190,7 +189,7 @@ class ModuleAverage:
         weights = self.average.weights
         if weights.teacher is None or not weights.is_moved:
             return False
-        changes = compare_inventory(weights.model, [s.shard for s in weights.states])
+        changes = tree_changes.compare_inventory(weights.model, [s.shard for s in weights.states])
         replaced = changes.replaced or changes.replaced_buffers
         turned = any(state.moved and state.layout_changed for state in weights.states)
         return not changes.gone and bool(replaced or turned)

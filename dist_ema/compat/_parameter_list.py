@@ -23,10 +23,8 @@ from ..averaging.averages import Reads
 from ..checkpoint import dcp
 from ..ema import EMA
 from ..schedules import Schedule
-from ..sharding import discovery, geometry, wrappers
-from ..sharding.ownership import ParamState
+from ..sharding import discovery, geometry, ownership, records, wrappers
 from ..sharding.parameters import Model, Parameters
-from ..sharding.records import Shard
 
 __all__ = ["Device", "ListDropIn", "ParameterListAverage", "source"]
 
@@ -228,7 +226,7 @@ class ParameterListAverage:
                 state.shadow.copy_(state.source)
 
     @property
-    def _states(self) -> dict[str, ParamState]:
+    def _states(self) -> dict[str, ownership.ParamState]:
         """The states by name, in the order of `names`; a tied weight has several names."""
         by_name = {n: s for s in self.weights.states for n in (s.name, *s.shard.aliases)}
         return {name: by_name[name] for name in self.names}
@@ -295,7 +293,7 @@ class ParameterListAverage:
             if not shard.dense:  # `read` gave a copy
                 shard.write(value)
 
-    def _held(self, verb: str, given: Model | None) -> list[Shard]:
+    def _held(self, verb: str, given: Model | None) -> list[records.Shard]:
         """The records of parameters that are not swapped, and that no update reads now."""
         self.follow()
         model = self._ema.model if given is None else source(given)
@@ -367,7 +365,7 @@ class ListDropIn:
         self._list.fill(values)
 
 
-def _changed_form(state: ParamState) -> bool:
+def _changed_form(state: ownership.ParamState) -> bool:
     """The weight has another dtype, device or order now, which an EMA refuses to follow."""
     now, before = state.shard.local_tensor(), state.local
     return state.moved and (
@@ -385,7 +383,7 @@ def _own_storage(elements: Tensor) -> Tensor:
     return elements.new_empty(0).set_(memory, 0, elements.shape, elements.stride())
 
 
-def _overwrite(targets: Sequence[tuple[Shard, Tensor | None, Tensor]]) -> None:
+def _overwrite(targets: Sequence[tuple[records.Shard, Tensor | None, Tensor]]) -> None:
     """Overwrite the elements of each record with a tensor of their form, or with the full weight.
 
     Args:

@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 from ..checkpoint import regular_file, safetensors
 from ..dtypes import TORCH
 from . import unpickler
-from .unpickler import Record, record
 
 __all__ = ["META", "NAMES", "NO_TENSOR", "Chunk", "Table", "read", "sizes"]
 
@@ -55,23 +54,25 @@ NAMES: dict[str, Any] = {
     **{f"torch.{name}": kind for name, kind in TORCH.items()},
     **{f"torch.{name}": f"torch.{name}" for name in _UNSUPPORTED},
     "torch.Size": sizes,
-    "torch.device": record("device"),
+    "torch.device": unpickler.record("device"),
     "collections.OrderedDict": _mapping,
 }
 _NAMES = {
     **NAMES,
-    **{f"torch.distributed.checkpoint.metadata.{name}": record(name) for name in _RECORDS},
     **{
-        f"torch.distributed._shard.sharded_tensor.metadata.{name}": record(kind)
+        f"torch.distributed.checkpoint.metadata.{name}": unpickler.record(name) for name in _RECORDS
+    },
+    **{
+        f"torch.distributed._shard.sharded_tensor.metadata.{name}": unpickler.record(kind)
         for name, kind in (
             ("TensorProperties", "TensorProperties"),
             ("MEM_FORMAT_ENCODING", "_MEM_FORMAT_ENCODING"),
         )
     },
-    "torch.distributed.checkpoint.filesystem._StorageInfo": record("_StorageInfo"),
-    "torch.serialization._get_layout": record("layout"),
+    "torch.distributed.checkpoint.filesystem._StorageInfo": unpickler.record("_StorageInfo"),
+    "torch.serialization._get_layout": unpickler.record("layout"),
     **{
-        f"{where}.{name}": record("path")
+        f"{where}.{name}": unpickler.record("path")
         for where in ("pathlib", "pathlib._local")
         for name in _PATHS
     },
@@ -120,8 +121,12 @@ def read(path: Path) -> Table:
 
 def _fields(value: Any, kind: str) -> dict[str, Any]:
     """The fields of a dataclass."""
-    if not isinstance(value, Record) or value.kind != kind or not isinstance(value.state, dict):
-        found = value.kind if isinstance(value, Record) else type(value).__name__
+    if (
+        not isinstance(value, unpickler.Record)
+        or value.kind != kind
+        or not isinstance(value.state, dict)
+    ):
+        found = value.kind if isinstance(value, unpickler.Record) else type(value).__name__
         raise ValueError(f"expected a {kind}, found a {found}")
     return value.state
 
@@ -143,7 +148,7 @@ def _table(entries: Any, places: Mapping[Any, dict[str, Any]], plan: Any) -> Tab
     weights, others, paths = table
     for name, value in entries.items():
         paths[_name(name)] = _path(name, plan)
-        if isinstance(value, Record) and value.kind == "BytesStorageMetadata":
+        if isinstance(value, unpickler.Record) and value.kind == "BytesStorageMetadata":
             others[name] = NO_TENSOR
             continue
         fields = _fields(value, "TensorStorageMetadata")
@@ -171,7 +176,7 @@ def _path(name: str, plan: Any) -> tuple[str, ...]:
 
 def _dtype(properties: Any) -> str:
     """The first field of TensorProperties, which older versions of torch pickle as a tuple."""
-    state = properties.state if isinstance(properties, Record) else None
+    state = properties.state if isinstance(properties, unpickler.Record) else None
     if not state or properties.kind != "TensorProperties":
         raise ValueError(f"expected TensorProperties, found a {type(properties).__name__}")
     return _name(state["dtype"] if isinstance(state, dict) else state[0])

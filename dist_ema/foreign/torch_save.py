@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint import regular_file, safetensors
 from ..dtypes import TORCH, Bytes, gathered
 from ..text import some
-from . import torch_zip
-from .recognise import Leaf
+from . import recognise, torch_zip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +66,7 @@ def _default_dict(*args: Any) -> dict[Any, Any]:
     return {}
 
 
-def _leaf_of(tensor: Tensor, dtype: str) -> Leaf:
+def _leaf_of(tensor: Tensor, dtype: str) -> recognise.Leaf:
     shape, first, strides = tuple(tensor.shape), int(tensor.storage_offset()), tensor.stride()
     key = (tensor.untyped_storage().data_ptr(), first, shape, strides, dtype)
 
@@ -81,7 +80,7 @@ def _leaf_of(tensor: Tensor, dtype: str) -> Leaf:
         size = safetensors.ITEMSIZE[dtype]
         return gathered(memory.numpy(), first, shape, strides, size, begin, end)
 
-    return Leaf(dtype, shape, read, key)
+    return recognise.Leaf(dtype, shape, read, key)
 
 
 def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
@@ -253,7 +252,7 @@ class _Trees:
             return [self.make(item, (*path, str(i))) for i, item in enumerate(value)]
         return value if isinstance(value, (bool, int, float, str)) else None
 
-    def _leaf(self, tensor: Tensor, name: str) -> Leaf | None:
+    def _leaf(self, tensor: Tensor, name: str) -> recognise.Leaf | None:
         import torch
 
         dtype = TORCH.get(str(tensor.dtype).removeprefix("torch."))

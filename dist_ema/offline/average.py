@@ -14,8 +14,7 @@ from typing import Any
 
 from ..checkpoint.manifest import Manifest
 from ..schedules import Window
-from . import blend, writer
-from .sources import Source, is_equal, open_model, refuse_unsupported
+from . import blend, sources, writer
 
 __all__ = ["AverageReport", "average", "in_order", "shares"]
 
@@ -77,10 +76,10 @@ def average(
         if os.path.realpath(path) != os.path.realpath(out):
             writer.refuse_place(path, out)
     with ExitStack() as stack:
-        models = [open_model(path) for path in chosen]
+        models = [sources.open_model(path) for path in chosen]
         for model in models:
             stack.enter_context(model)
-            refuse_unsupported(model)
+            sources.refuse_unsupported(model)
         last = models[-1]
         blend.alike(models, last)
         entries = last.entries.items()
@@ -99,10 +98,12 @@ def average(
     return report
 
 
-def _differs(name: str, models: Sequence[Source]) -> bool:
+def _differs(name: str, models: Sequence[sources.Source]) -> bool:
     """Whether a weight of the last model has other bits in another one."""
     last = models[-1]
-    return not all(is_equal(model, blend.locate(model, name, last), last, name) for model in models)
+    return not all(
+        sources.is_equal(model, blend.locate(model, name, last), last, name) for model in models
+    )
 
 
 def _in_window(
@@ -128,7 +129,7 @@ def _in_window(
 
 
 def _clock(path: str) -> float:
-    with open_model(path) as model:
+    with sources.open_model(path) as model:
         clock = {} if model.manifest is None else model.manifest.clock
     if "now" not in clock:
         raise ValueError(f"{path} has no clock: a window takes what ema.save() wrote.")

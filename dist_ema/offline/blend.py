@@ -23,13 +23,10 @@ from numpy.typing import NDArray
 
 from .. import _version
 from ..checkpoint import manifest, safetensors
-from ..checkpoint.safetensors import ITEMSIZE
 from ..dtypes import FLOATS, TO_TORCH, Floats, fitted, float_dtype, widen
 from ..text import some
-from . import writer
-from .model_card import beside
+from . import model_card, sums, writer
 from .sources import Source, is_equal, windows
-from .sums import Checked, Window
 
 __all__ = ["WINDOW", "Blend", "alike", "locate", "numeric", "write"]
 
@@ -49,10 +46,10 @@ class Blend:
     dtypes: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def _checked(self) -> dict[int, Checked]:
+    def _checked(self) -> dict[int, sums.Checked]:
         """`Checked` of every model that is read, by the model's id."""
         return {
-            id(model): Checked(model)
+            id(model): sums.Checked(model)
             for model in (self.rest, *(model for model, weight in self.terms if weight))
         }
 
@@ -71,14 +68,14 @@ class Blend:
     def _dtype(self, name: str) -> str:
         return float_dtype(self.rest.entries[name].dtype, self.dtypes.get(name))
 
-    def content(self, name: str) -> Iterator[Window]:
+    def content(self, name: str) -> Iterator[sums.Window]:
         """The bytes of a weight, in windows. *Cost*: 32 MB, with those in flight."""
         was, dtype = self.rest.entries[name].dtype, self._dtype(name)
         if name not in self.summed:
             for window in windows(self._checked[id(self.rest)], name):
                 yield window.cast(name, was, dtype)
             return
-        count = self.rest.entries[name].nbytes // ITEMSIZE[was]
+        count = self.rest.entries[name].nbytes // safetensors.ITEMSIZE[was]
         factors = [(model, weight) for model, weight in self.terms if weight]  # 0 * NaN is NaN
         reads = (
             partial(self._values, model, locate(model, name, self.rest), begin, count)
@@ -96,12 +93,12 @@ class Blend:
                     total = product if total is None else np.add(total, product, out=total)
                 # What is in flight must not lie in the scratch.
                 total = total.copy() if dtype == "F64" else total
-                yield Window(fitted(name, total, _real(dtype)))
+                yield sums.Window(fitted(name, total, _real(dtype)))
 
     def _values(self, model: Source, name: str, begin: int, count: int) -> Floats:
         """Of a window that begins at an element. A complex number is two values."""
         dtype, end = model.entries[name].dtype, min(begin + WINDOW, count)
-        size = ITEMSIZE[dtype]
+        size = safetensors.ITEMSIZE[dtype]
         try:
             window = self._checked[id(model)].read(name, begin * size, end * size)
         finally:
@@ -237,7 +234,7 @@ def write(
         dtypes={name: TO_TORCH[entry.dtype] for name, entry in entries.items()},
         versions={"dist_ema": _version.VERSION},
     )
-    others = beside(blend.rest.path, out, full, entries)
+    others = model_card.beside(blend.rest.path, out, full, entries)
     writer.write(
         out, files, blend.content, full, beside=others, force=force, tick=tick, check=blend.check
     )

@@ -18,10 +18,8 @@ from ..dtypes import FLOATS, TO_TORCH, Bytes, cast, float_dtype
 from ..foreign import recognise, torch_dcp
 from ..foreign.recognise import FoundAverage, Leaf
 from ..text import plural, size, some
-from . import writer
+from . import sources, sums, writer
 from .checkpoint_trees import ObjectTree, give_names, open_tree, read_json, without_wrappers
-from .sources import WINDOW
-from .sums import Window
 
 __all__ = ["ConvertPlan", "ConvertRequest", "candidates", "plan", "write"]
 
@@ -321,7 +319,7 @@ def write(
     writer.write(
         out,
         files,
-        lambda name: map(Window, _content(plan.weights[name], plan.dtypes[name], name)),
+        lambda name: map(sums.Window, _content(plan.weights[name], plan.dtypes[name], name)),
         facts,
         force=force,
         tick=tick,
@@ -331,5 +329,5 @@ def write(
 
 def _content(leaf: Leaf, dtype: str, name: str = "") -> Iterator[Bytes]:
     size = safetensors.Entry(leaf.dtype, tuple(leaf.shape)).nbytes
-    for begin in range(0, size, WINDOW):
-        yield cast(name, leaf.read(begin, min(begin + WINDOW, size)), leaf.dtype, dtype)
+    for begin in range(0, size, sources.WINDOW):
+        yield cast(name, leaf.read(begin, min(begin + sources.WINDOW, size)), leaf.dtype, dtype)

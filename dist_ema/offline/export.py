@@ -15,12 +15,8 @@ from .. import _version
 from ..checkpoint import manifest, safetensors
 from ..dtypes import FLOATS, TORCH, float_dtype
 from ..text import Bar, silent, size_of, some
-from . import writer
-from .library_names import Reverted, reverted
-from .model_card import beside, count_dtypes, format_schedule
-from .report import report_on
+from . import library_names, model_card, report, sums, writer
 from .sources import Source, open_model, refuse_unsupported, windows
-from .sums import Checked, Window
 
 __all__ = ["Exported", "export"]
 
@@ -50,7 +46,7 @@ class _Form:
 
     @property
     def dtypes(self) -> dict[str, int]:
-        return count_dtypes(self.entries)
+        return model_card.count_dtypes(self.entries)
 
 
 def export(
@@ -89,14 +85,14 @@ def export(
     with open_model(src, which) as model:
         _refuse_part(model, like)
         saved = _sound(model)
-        checked = Checked(model)
-        named = None if like is None else reverted(model, checked, like)
+        checked = sums.Checked(model)
+        named = None if like is None else library_names.reverted(model, checked, like)
         source = named or checked
         form = _form(named or model, saved, where, dtype, max_shard_size, like)
         facts = _facts(model, saved, form, {} if named is None else named.owners)
-        others = beside(Path(like or model.path), where, facts, form.entries)
+        others = model_card.beside(Path(like or model.path), where, facts, form.entries)
 
-        def content(name: str) -> Iterator[Window]:
+        def content(name: str) -> Iterator[sums.Window]:
             was, now = source.entries[form.names[name]].dtype, form.entries[name].dtype
             for window in windows(source, form.names[name]):
                 yield window.cast(name, was, now)
@@ -113,7 +109,7 @@ def export(
                 tick=tick,
                 check=checked.finish,
             )
-    average = ", ".join(map(format_schedule, facts.schedules))
+    average = ", ".join(map(model_card.format_schedule, facts.schedules))
     files = {name: file.size for name, file in form.files.items()}
     return Exported(
         str(out), str(src), average, files, len(form.entries), form.dtypes, sorted(others)
@@ -152,7 +148,7 @@ def _sound(model: Source) -> manifest.Manifest:
     """ema.json. Raises ValueError if it contradicts the files."""
     if model.manifest is None:
         return manifest.Manifest()
-    problems = report_on(model.path).problems
+    problems = report.report_on(model.path).problems
     if problems:
         raise ValueError(
             f"{model.path / manifest.META} is not sound: {problems[0]}. `dist-ema verify` lists "
@@ -165,7 +161,7 @@ def _sound(model: Source) -> manifest.Manifest:
 
 
 def _form(
-    model: Source | Reverted,
+    model: Source | library_names.Reverted,
     saved: manifest.Manifest,
     where: Path,
     dtype: str | None,
@@ -190,7 +186,7 @@ def _form(
 
 
 def _form_like(
-    model: Source | Reverted,
+    model: Source | library_names.Reverted,
     pattern: Source,
     where: Path,
     dtype: str | None,
@@ -247,7 +243,9 @@ def _order(names: list[str], entries: dict[str, safetensors.Entry]) -> list[str]
     return names
 
 
-def _refuse_difference(model: Source | Reverted, pattern: Source, known: dict[str, str]) -> None:
+def _refuse_difference(
+    model: Source | library_names.Reverted, pattern: Source, known: dict[str, str]
+) -> None:
     """Raise ValueError with every weight that one of the two lacks or has in another shape."""
     found = [f"{name} is in {pattern.path} alone" for name in pattern.entries if name not in known]
     taken = {known.get(name) for name in [*pattern.entries, *pattern.aliases]}

@@ -17,7 +17,6 @@ from ..checkpoint.manifest import Manifest
 from ..foreign import torch_dcp
 from ..text import sentence
 from . import sources
-from .sources import open_model
 
 __all__ = ["AverageListing", "ModelReport", "Total", "report_on"]
 
@@ -145,7 +144,7 @@ def report_on(path: str | Path) -> ModelReport:
     """
     path = sources.find(path)
     if (path / torch_dcp.META).exists():
-        with open_model(path) as model:
+        with sources.open_model(path) as model:
             return _of_source(model)
     try:
         if path.is_dir():

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..offline import plotting, writer
-from ..offline.sources import open_model
+from ..offline import plotting, sources, writer
 from ..schedules import Power, Schedule
 from .profiles import Fit
 from .snapshots import WARNED, Snapshots
@@ -147,7 +146,7 @@ def _places(out: str | None, targets: Sequence[Schedule], folders: bool) -> Sequ
 
 def _bytes(run: Snapshots) -> int:
     """About the size of one mixture, for the bar."""
-    with open_model(run.stored[-1].snapshot) as model:
+    with sources.open_model(run.stored[-1].snapshot) as model:
         return sum(entry.nbytes for entry in model.entries.values())
 
 

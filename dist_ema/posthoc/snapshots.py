@@ -21,8 +21,7 @@ from typing import Any
 from ..averaging.clock import Clock
 from ..checkpoint import manifest
 from ..dtypes import FLOATS, TORCH
-from ..offline import blend, writer
-from ..offline.sources import Source, open_model
+from ..offline import blend, sources, writer
 from ..schedules import Power, Schedule, from_dict
 from ..text import some
 from .profiles import Fit, Mixer, Profile, coefficients
@@ -147,8 +146,8 @@ class Snapshots:
             (each, weight) for each, weight in zip(self.stored, fit.weights, strict=True) if weight
         ]
         newest = chosen[-1][0]
-        rest = open_model(newest.snapshot)
-        terms = [(open_model(each.files), weight) for each, weight in chosen]
+        rest = sources.open_model(newest.snapshot)
+        terms = [(sources.open_model(each.files), weight) for each, weight in chosen]
         models = [model for model, _ in terms]
         with ExitStack() as stack:
             for model in (rest, *models):
@@ -162,7 +161,9 @@ class Snapshots:
                 Path(out), mixture, facts, max_shard_size=max_shard_size, force=force, tick=tick
             )
 
-    def _refuse_mixed(self, chosen: list[Stored], models: list[Source], rest: Source) -> None:
+    def _refuse_mixed(
+        self, chosen: list[Stored], models: list[sources.Source], rest: sources.Source
+    ) -> None:
         """Raise ValueError with all differences where the snapshots are not of one model."""
         newest = chosen[-1]
         for each in chosen:

@@ -19,8 +19,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import manifest, versions
-from ..checkpoint.leases import EXPIRY, Lease
+from ..checkpoint import leases, manifest, versions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,7 +39,7 @@ class Version:
         metadata: What the publisher says: version, id, step, now, average, time, metrics.
     """
 
-    def __init__(self, path: Path, metadata: dict[str, Any], lease: Lease) -> None:
+    def __init__(self, path: Path, metadata: dict[str, Any], lease: leases.Lease) -> None:
         self.path, self.metadata, self._lease = path, metadata, lease
         self.number, self.step = int(metadata["version"]), int(metadata["step"])
 
@@ -80,7 +79,7 @@ class Version:
         return f"Version({self.number}, step={self.step}, {os.fspath(self.path)!r})"
 
 
-def open_version(path: Path, expiry: float = EXPIRY) -> Version | None:
+def open_version(path: Path, expiry: float = leases.EXPIRY) -> Version | None:
     """Lease a version. None where it is gone, or no new readers may come.
 
     Args:
@@ -88,7 +87,7 @@ def open_version(path: Path, expiry: float = EXPIRY) -> Version | None:
         expiry: Seconds after the death of this process until the lease counts no more.
     """
     try:
-        lease = Lease(path, expiry)
+        lease = leases.Lease(path, expiry)
     except FileNotFoundError:
         return None
     try:

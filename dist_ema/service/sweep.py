@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import atomic
-from ..checkpoint.strict_json import dump, read_json
+from ..checkpoint import atomic, strict_json
 from ..offline import plotting
 from ..posthoc.snapshots import WARNED, Snapshots, reconstruct
 from ..schedules import Power
@@ -146,7 +145,9 @@ def sweep(
                 known[sigma] = (*known.get(sigma, ()), evaluate(place, sigma))
                 table = {str(width): list(each) for width, each in known.items()}
                 atomic.ensure(out)
-                atomic.replace_file(out / STATE, dump({"origin": origin, "values": table}))
+                atomic.replace_file(
+                    out / STATE, strict_json.dump({"origin": origin, "values": table})
+                )
             atomic.remove(place)
         return Candidate(sigma, known[sigma])
 
@@ -210,7 +211,7 @@ def _read(out: Path, origin: list[Any]) -> dict[float, tuple[float, ...]]:
     path = out / STATE
     if not path.exists():
         return {}
-    state = read_json(path)
+    state = strict_json.read_json(path)
     if state.get("origin") != origin:
         raise ValueError(
             f"{path} holds another sweep, of {state.get('origin')}. Name another folder, or remove "
