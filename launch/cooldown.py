@@ -173,7 +173,7 @@ class Run:
         self.model = self.task.model
         betas = (0.9, 0.95 if runs.task == "gpt" else 0.999)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=rate, betas=betas, weight_decay=0.01, foreach=True
+            self.model.parameters(), lr=rate, betas=betas, weight_decay=0.01, fused=True
         )
 
     def step(self, number: int, scale: float = 1.0) -> None:
