@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -32,6 +30,7 @@ from dist_ema.checkpoint import atomic, leases, versions
 from dist_ema.offline.verify import verify
 from dist_ema.service import ledger, notify, watch
 from dist_ema.service.follow import Version, follow
+from tests._ranks import PRELOAD
 
 EVERY = 2  # steps between two versions
 KEEP = 3
@@ -178,44 +177,62 @@ def run_trainer(folder: Path, steps: int, publishes: bool) -> None:
 # --- the run -------------------------------------------------------------------------------------
 
 
+def play(role: str, place: Path, report: Path, steps: int, options: dict[str, Any]) -> None:
+    """One process of the run; options: its environment, `network`, `publishes`."""
+    os.environ |= options["environment"]
+    if options["network"]:
+        use_network_rules()
+    folder = place / "published"
+    if role == "trainer":
+        run_trainer(folder, steps, options["publishes"])
+    elif role == "server":
+        run_server(folder, report)
+    elif role.startswith("watcher"):
+        run_watcher(folder, report)
+    else:
+        run_follower(folder, report, role)
+
+
 class Processes:
     """Everything that runs, by role; each may be killed and started again."""
 
     def __init__(self, place: Path, ranks: int, steps: int, network: bool) -> None:
         self.place, self.ranks, self.steps, self.network = place, ranks, steps, network
-        self.running: dict[str, list[subprocess.Popen[bytes]]] = {}
+        self.running: dict[str, list[Any]] = {}
         self.incarnations = Counter[str]()
+        self.context: Any = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOAD)
         for name in ("reports", "state"):
             (place / name).mkdir(parents=True)
 
     def start(self, role: str, publishes: bool = True) -> None:
         self.incarnations[role] += 1
         report = self.place / "reports" / f"{role}.{self.incarnations[role]}"
-        command = [sys.executable, "-m", "tests.chaos", "--role", role, "--report", str(report)]
-        command += ["--folder", str(self.place / "published"), "--steps", str(self.steps)]
-        command += ["--network"] * self.network + ["--silent"] * (not publishes)
         world = self.ranks if role == "trainer" else 1
         rendezvous = f"file://{self.place}/rendezvous-{self.incarnations[role]}"
-        self.running[role] = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world)}
-                | {"RENDEZVOUS": rendezvous, "OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(world)
-        ]
+        options: dict[str, Any] = {"network": self.network, "publishes": publishes}
+        self.running[role] = []
+        for rank in range(world):
+            environment = {"RANK": str(rank), "WORLD_SIZE": str(world), "RENDEZVOUS": rendezvous}
+            arguments = (role, self.place, report, self.steps)
+            arguments += (options | {"environment": environment},)
+            process = self.context.Process(target=play, args=arguments, daemon=True)
+            process.start()
+            self.running[role].append(process)
 
     def kill(self, role: str) -> None:
         for process in self.running[role]:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
         for process in self.running[role]:
-            process.wait()
+            process.join()
 
     def is_over(self, role: str) -> bool:
-        return all(process.poll() is not None for process in self.running[role])
+        return all(process.exitcode is not None for process in self.running[role])
 
     def finish(self, role: str) -> None:
-        codes = [process.wait() for process in self.running[role]]
+        for process in self.running[role]:
+            process.join()
+        codes = [process.exitcode for process in self.running[role]]
         assert codes == [0] * len(codes), f"{role} ended with {codes}"
 
 
@@ -334,35 +351,18 @@ def main() -> None:
         "--network", action="store_true", help="under a network file system's rules"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--role", help=argparse.SUPPRESS)
-    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--silent", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.role is None:
-        with tempfile.TemporaryDirectory() as place:
-            began = time.monotonic()
-            text = run(
-                Path(place),
-                ranks=given.ranks,
-                count=given.versions,
-                kills=given.kills,
-                network=given.network,
-                seed=given.seed,
-            )
-        print(f"{text}; {time.monotonic() - began:.0f} s")
-        return
-    if given.network:
-        use_network_rules()
-    if given.role == "trainer":
-        run_trainer(given.folder, given.steps, not given.silent)
-    elif given.role == "server":
-        run_server(given.folder, given.report)
-    elif given.role.startswith("watcher"):
-        run_watcher(given.folder, given.report)
-    else:
-        run_follower(given.folder, given.report, given.role)
+    with tempfile.TemporaryDirectory() as place:
+        began = time.monotonic()
+        text = run(
+            Path(place),
+            ranks=given.ranks,
+            count=given.versions,
+            kills=given.kills,
+            network=given.network,
+            seed=given.seed,
+        )
+    print(f"{text}; {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -41,10 +41,10 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A published folder with evaluations, rows of the training, a lease, and hostile texts."""
-    folder = tmp_path / "published"
+    folder = tmp_path_factory.mktemp("run") / "published"
     model = nn.Linear(3, 2)
     ema = EMA(model, 0.9)
     handle = ema.publish(folder, every=1)
@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> Path:
         row = {"step": step, "averaging": {"distance": 0.1 * step, "decay": 0.9}}
         rows.append(json.dumps(row | {"live": {"loss": step}, "ema": {"loss": 2}}))
     handle.remove(stop=True)
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*rows, '{"half', "[1]"]))
+    (folder.parent / "metrics.jsonl").write_text("\n".join([*rows, '{"half', "[1]"]))
     name = json.dumps(json.dumps({"loss": 0.5, HOSTILE: 1}))
     command = f"{sys.executable} -c 'print({name})'"
     assert main(["watch", str(folder), "--exec", command, "--metric", "loss"]) == 0

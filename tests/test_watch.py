@@ -290,30 +290,3 @@ def test_servers_are_notified(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert "Rolling back to original weights" in printed
     assert main([*vllm, "--retries", "0"]) == 1
     assert "no answer" in capsys.readouterr().out
-
-
-@pytest.mark.filterwarnings("default")  # peft warns of its own plans
-def test_servers_take_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Under one name: SGLang's is unloaded first, vLLM's is replaced in place."""
-    peft = pytest.importorskip("peft")
-    folder = tmp_path / "published"
-    config = peft.LoraConfig(r=2, target_modules=["0"])
-    adapted = peft.get_peft_model(nn.Sequential(nn.Linear(4, 3)), config)
-    with serving() as server:
-        host = f"http://127.0.0.1:{server.server_address[1]}"
-        addresses = (f"{host}/load_lora_adapter", f"{host}/v1/load_lora_adapter?lora_name=policy")
-        for number in (1, 2):
-            publish(folder, 1, adapted)
-            weight = first_weight(folder / f"version-{number:06}")
-            for address, name in zip(addresses, ("ema", "policy"), strict=True):
-                assert main(["watch", str(folder), "--notify", address]) == 0
-                assert server.adapters[name] == weight
-        whole = ["watch", str(folder), "--retries", "0", "--notify", f"{host}/collective_rpc"]
-        capsys.readouterr()
-        asked = len(server.asked)
-        assert main(whole) == 1
-        assert "version 2 is an adapter, and adapters go to /load_lora" in capsys.readouterr().out
-        publish(tmp_path / "whole", 1)
-        assert main(["watch", str(tmp_path / "whole"), "--notify", addresses[0]]) == 1
-        assert "version 1 is no adapter" in capsys.readouterr().out
-        assert len(server.asked) == asked, "neither was sent"
