@@ -41,13 +41,9 @@ class _Rule:
 
     schedule: Schedule
 
-    def decay(self, averaged: Number) -> float:
-        """After so many models."""
-        return self.schedule(float(averaged) + 1, 1.0)
-
     @torch.no_grad()
     def __call__(self, averaged: Any, current: Any, num_averaged: Number) -> Any:
-        weight = 1 - self.decay(num_averaged)
+        weight = 1 - self.schedule(float(num_averaged) + 1, 1.0)
         if isinstance(averaged, Tensor):
             return torch.lerp(averaged, current.to(averaged), weight)
         return torch._foreach_lerp_(list(averaged), list(current), weight)
@@ -126,7 +122,7 @@ class AveragedModel(ModuleDropIn):
         if averaged == 0:
             move = 0.0
         elif isinstance(rule, _Rule):
-            move = rule.decay(averaged)
+            move = rule.schedule(averaged + 1, 1.0)
         self.copied.move(model, move)
         self.copied.copy_rest()
         self._count.up(self.n_averaged)

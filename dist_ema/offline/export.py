@@ -44,10 +44,6 @@ class _Form:
     index: str
     aliases: dict[str, list[str]]  # name in the files -> further names of the same weight
 
-    @property
-    def dtypes(self) -> dict[str, int]:
-        return model_card.count_dtypes(self.entries)
-
 
 def export(
     src: str | Path,
@@ -111,9 +107,8 @@ def export(
             )
     average = ", ".join(map(model_card.format_schedule, facts.schedules))
     files = {name: file.size for name, file in form.files.items()}
-    return Exported(
-        str(out), str(src), average, files, len(form.entries), form.dtypes, sorted(others)
-    )
+    dtypes = model_card.count_dtypes(form.entries)
+    return Exported(str(out), str(src), average, files, len(form.entries), dtypes, sorted(others))
 
 
 # --- what is refused ------------------------------------------------------------------------------
