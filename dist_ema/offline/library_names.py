@@ -16,8 +16,7 @@ import numpy as np
 
 from ..checkpoint import safetensors
 from ..dtypes import Bytes
-from .sources import Source, open_model, windows
-from .sums import Checked, Window
+from . import sources, sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +26,7 @@ __all__ = ["Reverted", "reverted"]
 HELD = 4  # weights in memory, whose parts lie between each other in a file's order
 
 
-def reverted(model: Source, checked: Checked, like: str | Path) -> Reverted | None:
+def reverted(model: sources.Source, checked: sums.Checked, like: str | Path) -> Reverted | None:
     """The model as its library saves it; None where its names are those of `like`, or none knows.
 
     Args:
@@ -36,7 +35,7 @@ def reverted(model: Source, checked: Checked, like: str | Path) -> Reverted | No
         like: A folder with the config.json of that model.
     """
     path = Path(like, "config.json")
-    with open_model(like) as pattern:
+    with sources.open_model(like) as pattern:
         is_named = pattern.entries.keys() <= {*model.entries, *model.aliases}
     if is_named or not path.exists():
         return None
@@ -72,7 +71,7 @@ class Reverted:
         *Cost*: a few weights of the model in memory, beside their parts.
     """
 
-    def __init__(self, model: Source, checked: Checked, revert: Any) -> None:
+    def __init__(self, model: sources.Source, checked: sums.Checked, revert: Any) -> None:
         import torch
 
         from ..checkpoint.torch_dtypes import DTYPES
@@ -91,16 +90,16 @@ class Reverted:
                     self.aliases[saved] = names[model.aliases[name]]
         self._parts = lru_cache(HELD)(self._parts_of)
 
-    def read(self, name: str, begin: int, end: int) -> Window:
+    def read(self, name: str, begin: int, end: int) -> sums.Window:
         """Bytes [begin, end) of a weight."""
-        return Window(self._parts(self.owners[name])[name][begin:end])
+        return sums.Window(self._parts(self.owners[name])[name][begin:end])
 
     def _parts_of(self, owner: str) -> dict[str, Bytes]:
         import torch
 
         entry = self._checked.entries[owner]
         raw = torch.from_numpy(
-            np.concatenate([window.data for window in windows(self._checked, owner)])
+            np.concatenate([window.data for window in sources.windows(self._checked, owner)])
         )
         parts = self._revert(owner, raw.view(self._dtypes[entry.dtype]).view(entry.shape))
         return {

@@ -19,8 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 from urllib.request import Request, urlopen
 
 from ..text import printable
-from .follow import Version
-from .ledger import Outcome
+from . import follow, ledger
 
 __all__ = ["notify", "refuse_address"]
 
@@ -37,7 +36,7 @@ def refuse_address(url: str) -> None:
         )
 
 
-def notify(url: str, version: Version, timeout: float = 600.0) -> Outcome:
+def notify(url: str, version: follow.Version, timeout: float = 600.0) -> ledger.Outcome:
     """Have a server load a version, and wait until it has.
 
     Args:
@@ -55,7 +54,7 @@ def notify(url: str, version: Version, timeout: float = 600.0) -> Outcome:
     if takes_adapters != (version.path / "adapter_config.json").exists():
         found = "no adapter" if takes_adapters else "an adapter"
         text = f"version {version.number} is {found}, and adapters go to {ADAPTER} alone, got {url}"
-        return Outcome(error=text)
+        return ledger.Outcome(error=text)
     calls: dict[str, dict[str, Any]]
     if takes_adapters:
         name = parse_qs(parts.query).get("lora_name", ["ema"])[0]
@@ -76,7 +75,9 @@ def notify(url: str, version: Version, timeout: float = 600.0) -> Outcome:
         calls = {url: {"model_path": path, "weight_version": str(version.number)}}
     answers = (_post(to, body, timeout) for to, body in calls.items())
     error = next(filter(None, answers), "")
-    return Outcome(error=f"{url} did not load version {version.number}: {error}" if error else "")
+    return ledger.Outcome(
+        error=f"{url} did not load version {version.number}: {error}" if error else ""
+    )
 
 
 def _post(url: str, body: dict[str, Any], timeout: float) -> str:
