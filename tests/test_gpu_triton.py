@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 from zlib import crc32
@@ -36,6 +37,7 @@ from tests._models import draw
 from tests._ranks import run_ranks
 from tests._wrappers import wrap
 from tests.test_engines import Late, Skippable, Watch, steps
+from tests.test_kernels import NUMBERINGS
 
 CPU, BF16, F16, F32 = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32
 # Nothing, one, less than a program, around its size (256 here), several programs, and a last one
@@ -350,13 +352,28 @@ def test_huge(interpreted: Any) -> None:
     interpreted(check_huge)
 
 
+def check_pairs() -> None:
+    for numbering in NUMBERINGS.values():
+        pair = ShadowPair("w", [draw(701, BF16, 1)], draw(701, F32, 2), numbering)
+        one_by_one = partial(Numbering.__call__, numbering)
+        other = ShadowPair("w", [pair.shadows[0].clone()], pair.live, one_by_one)
+        FusedPlan([pair], 3).run([0.25], 5)
+        UpdatePlan([other], 3, passes=False).run([0.25], 5)
+        assert torch.equal(pair.shadows[0], other.shadows[0]), numbering
+
+
+def test_one_hash_for_two(interpreted: Any) -> None:
+    """Rows that number pairs, and rows that cannot."""
+    interpreted(check_pairs)
+
+
 def check_every_bit() -> None:
     n = 4096
     live, index = torch.full((n,), 1.0 + 2.0**-9), torch.arange(n)
     for update in range(3):
         pairs = [ShadowPair("w", [torch.ones(n, dtype=BF16)], live, Numbering())]
         FusedPlan(pairs, 9).run([1.0], update)
-        up = (noise(9, update, "w", index) >> 16) + 0x4000 >= 1 << 16
+        up = noise(9, update, "w", index) + 0x4000 >= 1 << 16
         assert torch.equal(pairs[0].shadows[0] > 1, up)
 
 

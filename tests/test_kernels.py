@@ -34,6 +34,7 @@ from dist_ema.averaging.kernels.eager import (
 )
 from dist_ema.averaging.kernels.rounding import noise, noise_key, round_to_bfloat16
 from dist_ema.averaging.skipped_steps import SkippedSteps
+from dist_ema.sharding.geometry import Numbering
 from tests._models import draw
 
 Make = Callable[..., UpdatePlan]
@@ -442,8 +443,9 @@ def test_exact_values_stay() -> None:
     """
     every = torch.arange(1 << 16).to(torch.int16).view(BF16)
     every = every[~every.isnan()]
-    for word in (0, 0xFFFFFFFF, 0x80000000):
-        got = round_to_bfloat16(every.float(), torch.full(every.shape, word))
+    for word in (0, 0xFFFF, 0x8000):
+        bits = torch.full(every.shape, word, dtype=torch.int32)
+        got = round_to_bfloat16(every.float(), bits)
         assert torch.equal(got.view(torch.int16), every.view(torch.int16))
 
 
@@ -454,8 +456,8 @@ def test_rounding_passes_the_infinite() -> None:
     wide = torch.tensor(
         [0x7F800000, -0x00800000, 0x7FC00000, 0x7F800001, -1], dtype=torch.int32
     ).view(torch.float32)
-    for word in (0, 0xFFFFFFFF):
-        got = round_to_bfloat16(wide, torch.full(wide.shape, word))
+    for word in (0, 0xFFFF):
+        got = round_to_bfloat16(wide, torch.full(wide.shape, word, dtype=torch.int32))
         assert got[:2].tolist() == [float("inf"), float("-inf")]
         assert got[2:].isnan().all()
 
@@ -496,7 +498,7 @@ def test_float16_keeps_what_it_holds() -> None:
 def test_rounding_keeps_the_sign_of_zero() -> None:
     """What is cut down to nothing stays on its side: -0.0 is added in _round, not 0.0."""
     got = round_to_bfloat16(
-        torch.tensor([-1e-44, 1e-44, -0.0, 0.0]), torch.zeros(4, dtype=torch.int64)
+        torch.tensor([-1e-44, 1e-44, -0.0, 0.0]), torch.zeros(4, dtype=torch.int32)
     )
     assert got.view(torch.int16).tolist() == [-(1 << 15), 0, -(1 << 15), 0]
 
@@ -533,24 +535,46 @@ def test_noise_does_not_depend_on_the_cut(plan: Make, cut: int) -> None:
     assert torch.equal(whole.shadows[0], torch.cat([part.shadows[0] for part in parts]))
 
 
+def words(bits: Tensor) -> Tensor:
+    """The hash of each pair of elements, put together again from their halves."""
+    return bits[::2] | bits[1::2].to(torch.int64) << 16
+
+
 def test_noise_differs() -> None:
     """By seed, update, name and element; near-equal keys share nothing, and every bit is fair."""
-    index = torch.arange(50_000)
-    base = noise(0, 0, "w", index)
+    index = torch.arange(100_000)
+    base = words(noise(0, 0, "w", index))
     assert base.min() >= 0
     assert base.max() < 1 << 32
     for other in (
         noise(1, 0, "w", index),
         noise(0, 1, "w", index),
         noise(0, 0, "v", index),
-        noise(0, 0, "w", index + 1),
+        noise(0, 0, "w", index + 2),
     ):
-        assert (base == other).sum() < 5
+        assert (base == words(other)).sum() < 5
         for bit in range(32):  # 5 standard deviations of a fair coin
-            agree = (((base ^ other) >> bit) & 1).double().mean()
+            agree = (((base ^ words(other)) >> bit) & 1).double().mean()
             assert abs(float(agree) - 0.5) < 5 * 0.5 / 50_000**0.5
-    assert torch.equal(base, noise(0, 0, "w", index))
-    assert base.unique().numel() == len(index)
+    assert torch.equal(base, words(noise(0, 0, "w", index)))
+    assert base.unique().numel() == len(base)
+
+
+@pytest.mark.parametrize("shift", [0, 5, 12])
+def test_neighbours_share_a_hash_and_no_bits(shift: int) -> None:
+    """Elements 2k and 2k + 1 have the halves of one hash, which are fair and independent: 16 x 16
+    classes of four bits each are equally frequent, and so are those of 2k + 1 and 2k + 2.
+    """
+    bits, classes = noise(3, 1, "w", torch.arange(400_000)), 256
+    for first in (0, 1):
+        low, high = bits[first:-2:2] >> shift & 15, bits[first + 1 : -1 : 2] >> shift & 15
+        counts = torch.bincount(low * 16 + high, minlength=classes).double()
+        expected = counts.sum() / classes
+        chi_square = float((counts - expected).square().sum() / expected)
+        # 5 standard deviations; the mean is one less than the number of classes
+        assert abs(chi_square - (classes - 1)) < 5 * (2 * (classes - 1)) ** 0.5
+        mean = bits[first::2].double().mean()
+        assert abs(float(mean) - (65536 - 1) / 2) < 5 * 65536 / (12 * 200_000) ** 0.5
 
 
 def test_noise_is_no_permutation() -> None:
@@ -559,20 +583,66 @@ def test_noise_is_no_permutation() -> None:
     ever: the second `_mix` in noise.
     """
     index = torch.arange(1000)
+    apart = noise_key(0, 0, "layer.1") ^ noise_key(0, 0, "layer.2")
+    assert apart < 1 << 31, "else no pair of 32 bits would have its counterpart"
     for update in range(3):
-        apart = noise_key(0, update, "layer.1") ^ noise_key(0, update, "layer.2")
-        assert apart == noise_key(0, 0, "layer.1") ^ noise_key(0, 0, "layer.2")
-        assert (
-            noise(0, update, "layer.1", index) == noise(0, update, "layer.2", index ^ apart)
-        ).sum() < 5
+        assert apart == noise_key(0, update, "layer.1") ^ noise_key(0, update, "layer.2")
+        other = noise(0, update, "layer.2", index ^ apart << 1)  # a key meets the pair's number
+        assert (words(noise(0, update, "layer.1", index)) == words(other)).sum() < 5
 
 
 def test_noise_of_huge_weights() -> None:
-    """Element numbers beyond 2^32 do not repeat the noise of the first 4 billion: `indices >> 32`
-    in noise.
+    """Element numbers beyond 2^33 do not repeat the noise of the first 8 billion: `pairs >> 32` in
+    noise.
     """
     index = torch.arange(1000)
-    assert (noise(0, 0, "w", index) == noise(0, 0, "w", index + (1 << 32))).sum() < 3
+    for far in (32, 33, 40):
+        other = words(noise(0, 0, "w", index + (1 << far)))
+        assert (words(noise(0, 0, "w", index)) == other).sum() < 3
+
+
+# Where pairs of elements lie together, and where they do not: an odd number first, rows of odd
+# length, columns, and numbers beyond 32 bits.
+NUMBERINGS = {
+    "a run": Numbering(6),
+    "an odd run": Numbering(7),
+    "two odd ones": Numbering(7, 5),
+    "rows": Numbering(2, 4, (9, 8, 6), (1000, 20, 1)),
+    "rows from an odd one": Numbering(3, 0, (9, 8, 6), (1000, 20, 1)),
+    "rows of odd length": Numbering(2, 0, (9, 8, 5), (1000, 20, 1)),
+    "rows at odd places": Numbering(2, 0, (9, 8, 6), (1000, 21, 1)),
+    "every second": Numbering(2, 0, (9, 8, 6), (1000, 20, 2)),
+    "rows of two": Numbering(0, 0, (9, 5, 2), (1000, 20, 1)),
+    "beyond 32 bits": Numbering(0, (1 << 32) - 20),
+    "beyond 33 bits": Numbering(1, (1 << 33) - 21),
+    "far": Numbering(0, (5 << 40) + 1),
+}
+PAIRED = {"a run", "two odd ones", "rows", "beyond 32 bits", "beyond 33 bits"}
+
+
+@pytest.mark.parametrize("kind", NUMBERINGS)
+def test_pairs_that_lie_together(kind: str) -> None:
+    """`Numbering.halved` numbers pairs, and is None where elements 2i and 2i + 1 are no pair."""
+    numbering = NUMBERINGS[kind]
+    halved = numbering.halved
+    assert (halved is not None) == (kind in PAIRED)
+    if halved is not None:
+        full = numbering(0, 400)
+        assert torch.equal(2 * halved(0, 200), full[::2])
+        assert torch.equal(full[1::2], full[::2] + 1)
+        assert torch.equal(halved(7, 200), halved(0, 200)[7:])
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 301])
+@pytest.mark.parametrize("kind", NUMBERINGS)
+def test_one_hash_for_two_changes_no_bit(plan: Make, kind: str, n: int) -> None:
+    """Whatever shares a hash, in either plan: the bits of the formula, one element at a time."""
+    numbering = NUMBERINGS[kind]
+    wide = draw(n, torch.float32, 1)
+    pair = ShadowPair("w", [torch.zeros(n, dtype=BF16)], wide, numbering)
+    plan([pair], seed=3).run([1.0], update=5)
+    want = round_to_bfloat16(wide, noise(3, 5, "w", numbering(0, n)))
+    assert torch.equal(pair.shadows[0], want)
 
 
 # --- the hot path ---------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -212,6 +212,27 @@ class Numbering:
             elif size != 1:
                 found.append((size, stride))
         return found[:-1], found[-1][1] if found else 1
+
+    @property
+    def halved(self) -> Numbering | None:
+        """Half the number of every even element, if its neighbour's number is one more.
+
+        So elements 2i and 2i + 1 of the region are 2m and 2m + 1 of the full weight, where m is
+        number i of the result. It has the dimensions of `joined`. None: this is not so.
+        """
+        inner, outer = self.joined
+        # A single row has no digits to keep apart.
+        begin, base = (self.begin, self.base) if inner else (0, self.base + self.begin)
+        (size, step), *others = [*inner, (4, outer)]
+        strides = [stride for _, stride in others]
+        if step != 1 or size < 3 or any(n % 2 for n in (begin, base, size, *strides)):
+            return None
+        sizes = [size // 2, *(size for size, _ in others)]
+        steps = [1, *(stride // 2 for stride in strides)]
+        return replace(
+            self, begin=begin // 2, base=base // 2,
+            sizes=tuple(sizes[::-1]), strides=tuple(steps[::-1]),
+        )  # fmt: skip
 
     def last(self, n: int) -> int:
         """An upper bound of the numbers of n elements."""

@@ -21,14 +21,14 @@ from numba.extending import intrinsic
 
 __all__ = [
     "compile_pass",
+    "draw",
     "is_disabled",
     "mix",
     "prefer_narrow_vectors",
     "read_bfloat16",
     "read_float16",
     "read_float32",
-    "write_bfloat16",
-    "write_float32",
+    "round_bfloat16",
 ]
 
 jit = numba.njit(error_model="numpy", fastmath={"contract"})
@@ -76,11 +76,6 @@ def read_float16(source: Any, i: int) -> Any:
 
 
 @jit
-def write_float32(target: Any, i: int, value: Any, number: Any, seed: Any, key: Any) -> None:
-    target[i] = value
-
-
-@jit
 def mix(x: Any) -> Any:
     x = np.uint32(np.uint32(x ^ x >> 16) * 0x7FEB352D)
     x = np.uint32(np.uint32(x ^ x >> 15) * 0x46CA68B5)
@@ -88,18 +83,21 @@ def mix(x: Any) -> Any:
 
 
 @jit
-def write_bfloat16(target: Any, i: int, value: Any, number: Any, seed: Any, key: Any) -> None:
-    """[Note: rounding] in rounding. seed: the key and the upper bits of the element's number."""
-    noise = mix(np.uint32(mix(np.uint32(number ^ seed)) ^ key >> 7))
+def draw(pair: Any, seed: Any, key: Any) -> Any:
+    """[Note: rounding] in rounding. seed: the key and the upper bits of the pair's number."""
+    return mix(np.uint32(mix(np.uint32(pair ^ seed)) ^ key >> 7))
+
+
+@jit
+def round_bfloat16(value: Any, noise: Any) -> Any:
+    """noise: 16 bits"""
     exact = np.float32(value).view(np.uint32)
     # The sum would carry nan into zero; of inf it touches nothing that is kept.
     nan = np.uint32(exact & 0x7FFFFFFF) > 0x7F800000
-    rounded = np.uint32(exact + np.uint32(noise >> 16)) >> 16
-    target[i] = np.uint16(0x7FC0) if nan else np.uint16(rounded)
+    return np.uint16(0x7FC0) if nan else np.uint16(np.uint32(exact + noise) >> 16)
 
 
 READ = {torch.float32: read_float32, torch.bfloat16: read_bfloat16, torch.float16: read_float16}
-WRITE = {torch.float32: write_float32, torch.bfloat16: write_bfloat16}
 
 
 def compile_pass(live: torch.dtype, shadow: torch.dtype) -> Any:
@@ -109,24 +107,49 @@ def compile_pass(live: torch.dtype, shadow: torch.dtype) -> Any:
         A C function that moves the rows from `first` to `last` ([Note: threads] in cpu_plan);
         `ctypes` calls it.
     """
-    read, widen, write = READ[live], READ[shadow], WRITE[shadow]
+    read, widen = READ[live], READ[shadow]
+
+    @jit
+    def lerp(live: Any, shadow: Any, i: int, weight: Any, guard: bool) -> Any:
+        """As torch.lerp does: from the nearer end."""
+        near = abs(weight) < np.float32(0.5)
+        scale = weight if near else weight - np.float32(1)
+        old, new = widen(shadow, i), read(live, i)
+        if guard and not abs(new) < INFINITE:
+            new = old
+        return scale * (new - old) + (old if near else new)
 
     @jit
     def move(
         live: Any, shadow: Any, n: int, weight: Any, guard: bool,
         key: Any, low: int, high: int, step: int,
     ) -> None:  # fmt: skip
-        """Move n elements as torch.lerp does: from the nearer end."""
         prefer_narrow_vectors()
-        near = abs(weight) < np.float32(0.5)
-        scale = weight if near else weight - np.float32(1)
-        seed = np.uint32(key ^ np.uint32(high * 0x9E3779B1))
         for i in range(n):
-            old, new = widen(shadow, i), read(live, i)
-            if guard and not abs(new) < INFINITE:
-                new = old
-            moved = scale * (new - old) + (old if near else new)
-            write(shadow, i, moved, np.uint32(low + i * step), seed, key)
+            shadow[i] = lerp(live, shadow, i, weight, guard)
+
+    @jit
+    def move_and_round(
+        live: Any, shadow: Any, n: int, weight: Any, guard: bool,
+        key: Any, low: int, high: int, step: int,
+    ) -> None:  # fmt: skip
+        """low, high: the words of the first number; step: to the next one."""
+        prefer_narrow_vectors()
+        # The number of a pair is that of its even element, halved; this is its upper word.
+        seed = np.uint32(key ^ np.uint32((high >> 1) * 0x9E3779B1) ^ np.uint32(high << 31))
+        begin = min(n, low & 1) if step == 1 else n
+        end = n - (n - begin) % 2
+        for i in range(begin, end, 2):
+            word = draw(np.uint32((low + i) >> 1), seed, key)
+            shadow[i] = round_bfloat16(lerp(live, shadow, i, weight, guard), word & 0xFFFF)
+            shadow[i + 1] = round_bfloat16(lerp(live, shadow, i + 1, weight, guard), word >> 16)
+        for first, last in ((0, begin), (end, n)):
+            for i in range(first, last):
+                number = low + i * step
+                word = draw(np.uint32(number >> 1), seed, key) >> np.uint32(16 * (number & 1))
+                shadow[i] = round_bfloat16(lerp(live, shadow, i, weight, guard), word & 0xFFFF)
+
+    run = move if shadow == torch.float32 else move_and_round
 
     def sweep(
         rows: Any, lives: Any, shadows: Any, weights: Any, keys: Any,
@@ -143,7 +166,7 @@ def compile_pass(live: torch.dtype, shadow: torch.dtype) -> Any:
             )
             for k in range(averages):
                 target = shadows[row * averages + k]
-                move(lives[row], target, n, weights[k], guard != 0, key, low, high, step)
+                run(lives[row], target, n, weights[k], guard != 0, key, low, high, step)
 
     pointers = [types.int64, _pointer(live), _pointer(shadow), types.float32, types.uint32]
     tables = [types.CPointer(kind) for kind in pointers]

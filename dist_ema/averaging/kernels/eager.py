@@ -27,9 +27,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...sharding.geometry import Numbering
 from . import cpu_plan
 from .pairs import ShadowPair, Weights, join, merge
-from .rounding import draw_bits, noise_key, round_half_in_place, round_in_place, upper_bits
+from .rounding import (
+    draw_bits,
+    draw_bits_of_pairs,
+    noise_key,
+    round_half_in_place,
+    round_in_place,
+)
 
 __all__ = [
     "PACK",
@@ -104,12 +111,17 @@ class Rounded:
     start: int  # of the window in the weight's elements here
     wide: Tensor  # scratch, fp32
     seed: int
+    halved: Numbering | None  # the numbers of pairs that share a hash, where they lie together
 
     def run(self, weights: Weights, update: int, guard: bool) -> None:
         pair, live = self.pair, self.pair.live.to(self.wide.device, torch.float32)
-        numbers = pair.indices(self.start, self.start + len(live))
         key = noise_key(self.seed, update, pair.name)
-        low = upper_bits(draw_bits(key, numbers, pair.huge))
+        start, stop = self.start, self.start + len(live)
+        if self.halved is None:
+            low = draw_bits(key, pair.indices(start, stop), pair.huge)
+        else:
+            pairs = self.halved(start // 2, (stop + 1) // 2)
+            low = draw_bits_of_pairs(key, pairs, pair.huge)[: len(live)]
         for shadow, weight in zip(pair.shadows, weights, strict=True):
             _move([self.wide.copy_(shadow)], live, [weight], guard)
             bfloat16 = shadow.dtype == torch.bfloat16
@@ -186,10 +198,11 @@ class UpdatePlan:
         self.steps.append(Packed(columns, lives, packed, cast, ready))
 
     def _add_rounded(self, pair: ShadowPair) -> None:
+        halved = pair.indices.halved if isinstance(pair.indices, Numbering) else None
         for shadows, live, start in _windows(pair):
             wide = self._cut(shadows[0], len(live), dtype=torch.float32)
             window = replace(pair, shadows=shadows, live=live)
-            self.steps.append(Rounded(window, start, wide, self.seed))
+            self.steps.append(Rounded(window, start, wide, self.seed, halved))
 
     def _cut(
         self, like: Tensor, n: int, size: int = SCRATCH, dtype: torch.dtype | None = None

@@ -4,7 +4,8 @@ A launch knows nothing of lists. Two tables on the device, built once, say where
 
     blocks    int32 [programs]         which tensor a program works on    | 0 | 0 | 0 | 1 | 2 | 2 |
     tensors   int64 [tensors, width]   length, first program, wide loads?, crc of the name, address
-                                       of live, addresses of the shadows, numbering of the elements
+                                       of live, addresses of the shadows, numbering of elements or
+                                       of pairs of them
 
 A program reads BLOCK live elements once, moves all their shadows, and writes each shadow once: 12
 bytes per fp32 element, 10 from bfloat16, 6 in bfloat16. Nothing is sent to the device per update
@@ -14,7 +15,7 @@ but the weights of the averages, and those only when they changed.
 rounding), and CRC is linear: crc(a + b) = L(crc(a)) ^ crc(b), where L is a 32 x 32 bit matrix that
 depends on the length of b alone. The columns of L for each name lie on the device, the host sends
 crc("seed/update/"), and no name is hashed in an update. Hashes are uint32 in the kernel, whose
-shifts are logical and whose products wrap, as the masked int64 of `rounding.noise` do.
+shifts are logical and whose products wrap.
 
 [Note: proof]  The kernel is proved in Triton's interpreter alone. So the first plan of a kind
 (device, dtypes, number of averages, shape of the numbering) moves two small tensors by the kernel
@@ -26,12 +27,12 @@ environment leaves Triton alone.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
 from typing import TYPE_CHECKING, TypeAlias
 from zlib import crc32
 
@@ -257,7 +258,7 @@ class Launch:
 
         self.kind, self._weights, self._block = kind, weights, BLOCK
         programs = [-(-len(pair.live) // BLOCK) for pair, _ in group]
-        *starts, self._programs = accumulate(programs, initial=0)
+        *starts, self._programs = itertools.accumulate(programs, initial=0)
         blocks = torch.arange(len(group), dtype=torch.int32, device="cpu")
         rows = [table_row(*entry, start) for entry, start in zip(group, starts, strict=True)]
         columns = [name_columns(pair.name) for pair, _ in group] if kind.levels else [[0] * 32]
@@ -299,9 +300,11 @@ def table_row(pair: ShadowPair, numbering: Numbering | None, start: int) -> list
     # NOTE: addresses of an XPU may lie above 2^63, and the table is int64: the kernel casts back.
     row += [signed(address, 64) for address in addresses]
     if numbering is not None:
-        inner, stride = numbering.joined
+        halved = numbering.halved  # [Note: rounding]: one hash for two elements
+        numbers = halved or numbering
+        inner, stride = numbers.joined
         levels = [value for level in inner for value in level]
-        row += [numbering.begin, numbering.base, *levels, stride]
+        row += [int(halved is not None), numbers.begin, numbers.base, *levels, stride]
     return row
 
 
@@ -363,15 +366,15 @@ def _probes(kind: Kind, guard: bool) -> list[ShadowPair]:
         drawn = torch.randn(n, generator=generator, dtype=torch.float32, device="cpu")
         return drawn.to(kind.device, dtype)
 
-    sizes, strides = (7, 5, 3, 4), (1000, 91, 17, 1)  # no two of them can be joined
+    sizes, strides = (7, 5, 3, 4), (1000, 92, 18, 1)  # no two of them can be joined
     first = LEVELS - max(1, kind.levels)
-    base = 5 << 40 if kind.huge else 3
-    numbering = Numbering(1, base, sizes[first:], strides[first:], kind.device)
+    base = 5 << 40 if kind.huge else 4
     probes = []
-    for n in (5, BLOCK + 3):
+    for n, begin in itertools.product((5, BLOCK + 3), (1, 2)):  # elements by one, and in pairs
+        numbering = Numbering(begin, base, sizes[first:], strides[first:], kind.device)
         live = draw(n, kind.live)
         if guard:
             live[::3], live[1::7] = float("nan"), float("inf")
         shadows = [draw(n, kind.shadow) for _ in range(kind.averages)]
-        probes.append(ShadowPair(f"probe.{n}", shadows, live, numbering, kind.huge))
+        probes.append(ShadowPair(f"probe.{n}.{begin}", shadows, live, numbering, kind.huge))
     return probes

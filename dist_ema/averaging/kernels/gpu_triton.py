@@ -38,15 +38,24 @@ def _mix(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _noise(number: tl.tensor, key: tl.tensor, huge: tl.constexpr) -> tl.tensor:
-    """As in rounding. number: int64 if huge, else uint32"""
-    low = number.to(tl.uint32) ^ (number >> 32).to(tl.uint32) * 0x9E3779B1 if huge else number
+def _hash(pair: tl.tensor, key: tl.tensor, huge: tl.constexpr) -> tl.tensor:
+    """As in rounding. pair: int64 if huge, else uint32"""
+    low = pair.to(tl.uint32) ^ (pair >> 32).to(tl.uint32) * 0x9E3779B1 if huge else pair
     return _mix(_mix(low ^ key) ^ (key >> 7))
 
 
 @triton.jit
+def _load_all(row: tl.tensor, n: tl.constexpr) -> tl.tuple:
+    """The n columns of the table from `row` on. No load waits for another."""
+    values = ()
+    for k in tl.static_range(n):
+        values += (tl.load(row + k),)
+    return values
+
+
+@triton.jit
 def _numbers(
-    row: tl.tensor, start: tl.tensor, lane: tl.tensor, levels: tl.constexpr, huge: tl.constexpr
+    row: tl.tuple, start: tl.tensor, lane: tl.tensor, levels: tl.constexpr, huge: tl.constexpr
 ) -> tl.tensor:
     """Numbers of the elements start + lane in the full weight: a `Numbering`.
 
@@ -54,16 +63,32 @@ def _numbers(
     the result does not need more.
     """
     word = tl.int64 if huge else tl.uint32
-    place = tl.load(row) + start
-    number = tl.load(row + 1).to(word)
+    place = row[0] + start
+    number = row[1].to(word)
     carry = lane.to(tl.uint32)
     for level in tl.static_range(levels - 1):
-        size, stride = tl.load(row + 2 + 2 * level), tl.load(row + 3 + 2 * level)
+        size, stride = row[2 + 2 * level], row[3 + 2 * level]
         carry += (place % size).to(tl.uint32)
         place = place // size
         number += (carry % size.to(tl.uint32)).to(word) * stride.to(word)
         carry = carry // size.to(tl.uint32)
-    return number + (place.to(word) + carry.to(word)) * tl.load(row + 2 * levels).to(word)
+    return number + (place.to(word) + carry.to(word)) * row[2 * levels].to(word)
+
+
+@triton.jit
+def _noise(
+    paired: tl.tensor, row: tl.tuple, start: tl.tensor, key: tl.tensor,
+    levels: tl.constexpr, huge: tl.constexpr, block: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """As in rounding: 16 bits per element, uint32. paired: the row numbers pairs of elements."""
+    if paired:
+        word = _hash(_numbers(row, start // 2, tl.arange(0, block // 2), levels, huge), key, huge)
+        noise = tl.interleave(word & 0xFFFF, word >> 16)
+    else:
+        number = _numbers(row, start, tl.arange(0, block), levels, huge)
+        shift = (number & 1).to(tl.uint32) * 16
+        noise = (_hash(number >> 1, key, huge) >> shift) & 0xFFFF
+    return noise
 
 
 @triton.jit
@@ -76,33 +101,29 @@ def _key(name: tl.tensor, columns: tl.tensor, head: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _round(exact: tl.tensor, noise: tl.tensor) -> tl.tensor:
-    """fp32 -> the bits of the bfloat16 below or above, int16; as in rounding.
-
-    Cut by bits: a cast rounds to nearest, and truncates in the interpreter.
-    """
-    bits = exact.to(tl.uint32, bitcast=True)
-    # The sum would carry nan into zero; of inf it touches nothing that is kept.
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return (
-        (tl.where(nan, 0x7FC00000, bits + (noise >> 16)) >> 16)
-        .to(tl.uint16)
-        .to(tl.int16, bitcast=True)
-    )
+    """fp32 -> the bits of the bfloat16 below or above, int16; as in rounding."""
+    # NOTE: cut by bits, because the interpreter truncates in a cast and a chip rounds. The sum
+    # would carry nan into zero; of inf it touches nothing that is kept.
+    bits = tl.where(exact != exact, 0x7FC00000, exact.to(tl.uint32, bitcast=True) + noise)
+    return (bits >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
 
 
 @triton.jit
 def _move(
-    row: tl.tensor, live: tl.tensor, at: tl.tensor, inside: tl.tensor, weights: tl.tensor,
-    noise: tl.tensor, shadow_type: tl.constexpr, averages: tl.constexpr, guard: tl.constexpr,
-    wide: tl.constexpr, block: tl.constexpr,
+    target: tl.tensor, targets: tl.tensor, live: tl.tensor, at: tl.tensor, inside: tl.tensor,
+    weights: tl.tensor, noise: tl.tensor, shadow_type: tl.constexpr, averages: tl.constexpr,
+    guard: tl.constexpr, wide: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
     """Move the shadows at `at` towards live, which is read once for all of them.
 
-    wide: every lane is inside, and addresses allow loads of 16 bytes.
+    target: the first address of `targets`, loaded already. wide: every lane is inside, and
+    addresses allow loads of 16 bytes.
     """
     for k in tl.static_range(averages):
         weight = tl.load(weights + k)
-        place = tl.load(row + 5 + k).to(tl.pointer_type(shadow_type)) + at
+        if k > 0:
+            target = tl.load(targets + k)
+        place = target.to(tl.pointer_type(shadow_type)) + at
         if wide:
             place = tl.max_contiguous(tl.multiple_of(place, 16), block)
             shadow = tl.load(place).to(tl.float32)
@@ -133,25 +154,33 @@ def update_kernel(
 ) -> None:  # fmt: skip
     """One program: `block` elements of one tensor."""
     which = tl.load(blocks + tl.program_id(0))
-    # The width of the table: `_row`.
-    row = tensors + which * (5 + averages + (2 * levels + 1 if levels else 0))
-    start = (tl.program_id(0) - tl.load(row + 1)).to(tl.int64) * block
-    left = tl.load(row) - start
+    # The width of the table: `table_row`.
+    row = tensors + which * (5 + averages + (2 * levels + 2 if levels else 0))
+    # NOTE: all before the first branch, so that one wait covers them.
+    n, first, wide, name, source, target = _load_all(row, 6)
+    start = (tl.program_id(0) - first).to(tl.int64) * block
+    left = n - start
     lane = tl.arange(0, block)
     at = start + lane
     noise = lane
     if levels:
-        key = _key(tl.load(row + 3), columns + which * 32, head)
-        noise = _noise(_numbers(row + 5 + averages, start, lane, levels, huge), key, huge)
-    source = tl.load(row + 4).to(tl.pointer_type(live_type)) + at
+        numbers = row + 5 + averages
+        paired, digits = tl.load(numbers), _load_all(numbers + 1, 2 * levels + 1)
+        key = _key(name, columns + which * 32, head)
+        noise = _noise(paired == 1, digits, start, key, levels, huge, block)
+    source = source.to(tl.pointer_type(live_type)) + at
     # NOTE: two branches, because a mask that depends on the length forbids 16-byte loads.
-    if (left >= block) & (tl.load(row + 2) == 1):
+    if (left >= block) & (wide == 1):
         source = tl.max_contiguous(tl.multiple_of(source, 16), block)
         live = tl.load(source).to(tl.float32)
         _move(
-            row, live, at, lane < block, weights, noise, shadow_type, averages, guard, True, block
-        )
+            target, row + 5, live, at, lane < block, weights, noise,
+            shadow_type, averages, guard, True, block,
+        )  # fmt: skip
     else:
         inside = lane < left
         live = tl.load(source, mask=inside).to(tl.float32)
-        _move(row, live, at, inside, weights, noise, shadow_type, averages, guard, False, block)
+        _move(
+            target, row + 5, live, at, inside, weights, noise,
+            shadow_type, averages, guard, False, block,
+        )  # fmt: skip

@@ -3,7 +3,9 @@
 [Note: rounding]  A bf16 shadow at decay 0.999 never moves when it is rounded to nearest. Here the
 bits that are cut off decide by chance: a hash of (seed, update, name, element number in the full
 weight) is added below the cut. There is no generator and no state, so the bits are the same on any
-world size, wrapper and device. The key of the hash is the CRC-32 of "seed/update/name".
+world size, wrapper and device. The key of the hash is the CRC-32 of "seed/update/name". A hash has
+32 bits and a rounding needs 16, so elements 2k and 2k + 1 of the full weight share the hash of k:
+the even one takes the lower half, the odd one the upper half.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor
 
 __all__ = [
     "draw_bits",
+    "draw_bits_of_pairs",
     "key_prefix",
     "noise",
     "noise_key",
@@ -23,13 +26,12 @@ __all__ = [
     "round_in_place",
     "round_to_bfloat16",
     "signed",
-    "upper_bits",
 ]
 
 
 def noise(seed: int, update: int, name: str, indices: Tensor) -> Tensor:
-    """32 hash bits per element, as int64 in [0, 2^32)."""
-    return draw_bits(noise_key(seed, update, name), indices, True).to(torch.int64) & 0xFFFFFFFF
+    """16 hash bits per element, as int32."""
+    return draw_bits(noise_key(seed, update, name), indices, True)
 
 
 @lru_cache(maxsize=4096)
@@ -44,10 +46,21 @@ def key_prefix(seed: int, update: int) -> bytes:
 
 
 def draw_bits(key: int, indices: Tensor, huge: bool) -> Tensor:
-    """The bits of `noise` as int32: a quarter of the traffic of int64, and products wrap alike."""
+    """The bits of `noise`. int32 is half the traffic of int64, and its products wrap alike."""
+    shift = indices.to(torch.int32).bitwise_and_(1).mul_(16)
+    return _hash(key, indices >> 1, huge).bitwise_right_shift_(shift).bitwise_and_(0xFFFF)
+
+
+def draw_bits_of_pairs(key: int, pairs: Tensor, huge: bool) -> Tensor:
+    """The bits of both elements of each pair, with half the work. pairs: half the even numbers."""
+    halves = _hash(key, pairs, huge).view(torch.int16)  # the lower half first
+    return halves.to(torch.int32).bitwise_and_(0xFFFF)
+
+
+def _hash(key: int, pairs: Tensor, huge: bool) -> Tensor:
     if huge:
-        indices = indices ^ (indices >> 32) * 0x9E3779B1
-    x = indices.to(torch.int32).bitwise_xor_(signed(key))
+        pairs = pairs ^ (pairs >> 32) * 0x9E3779B1
+    x = pairs.to(torch.int32).bitwise_xor_(signed(key))
     spare = torch.empty_like(x)
     return _mix(_mix(x, spare).bitwise_xor_(signed(key >> 7)), spare)
 
@@ -69,23 +82,18 @@ def signed(word: int, size: int = 32) -> int:
     return word - ((word & 1 << size - 1) << 1)
 
 
-def upper_bits(bits: Tensor) -> Tensor:
-    """The upper 16 hash bits, to be added below the cut. int32, in place."""
-    return _shift(bits, 16, bits)
-
-
 def round_to_bfloat16(wide: Tensor, bits: Tensor) -> Tensor:
     """Round fp32 to the bfloat16 below or above, by chance in proportion to the distance.
 
     Args:
         wide: fp32 [n].
-        bits: What `noise` returns, int64 [n].
+        bits: What `noise` returns, int32 [n].
     """
-    return round_in_place(wide.clone(), (bits >> 16).to(torch.int32))
+    return round_in_place(wide.clone(), bits)
 
 
 def round_in_place(wide: Tensor, low: Tensor) -> Tensor:
-    """As `round_to_bfloat16`, from `upper_bits`. Overwrites `wide`."""
+    """As `round_to_bfloat16`. Overwrites `wide`."""
     # NOTE: cut by bits, because a cast rounds to nearest; -65536 is 0xFFFF0000 as an int32.
     cut = torch.add(wide.view(torch.int32), low).bitwise_and_(-65536).view(torch.float32)
     # The carry may have made a number of a nan. Adding -0.0 changes no number; clamp keeps nan.
