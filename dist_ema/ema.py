@@ -213,7 +213,7 @@ class EMA:
         every: int = 1,
         start: int = 0,
         elapsed: float | Callable[[], float] = 1.0,
-        overlap: bool = True,
+        overlap: bool | float = True,
         guard: bool = False,
     ) -> Attachment:
         """Update after every step that really happened.
@@ -230,7 +230,9 @@ class EMA:
             start: The step at which the shadow is seeded from live and averaging begins.
             elapsed: Units of the clock per step, a number or a callable.
             overlap: Run behind the next forward, on a side stream of an accelerator or in a host
-                thread (device="cpu"). False is the bit-identical reference.
+                thread (device="cpu"). False is the bit-identical reference. A share like 0.25
+                limits the Triton kernel to as many programs at once as that share of the
+                accelerator's multiprocessors; elsewhere it is like True.
             guard: Keep the shadow, element by element, where live is not finite.
 
         Returns:
@@ -250,6 +252,10 @@ class EMA:
             raise RuntimeError(
                 "ema.attach() was called before. Call ema.detach() first, or list all optimizers "
                 "in one call."
+            )
+        if not 0 <= overlap <= 1:
+            raise ValueError(
+                f"overlap must be True, False or a share between 0 and 1, got {overlap!r}."
             )
         weights.use_engine(overlap)
         attachment = Attachment(weights, weights.clock, optimizers, every, start, elapsed, guard)

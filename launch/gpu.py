@@ -96,10 +96,13 @@ def _compile(target: str, live: str, shadow: str, levels: int) -> Any:
         "huge": False,
         "guard": False,
         "block": gpu_plan.BLOCK,
+        "resident": False,
     }
     kernel = gpu_triton.update_kernel
     pointers = {"blocks": "*i32", "tensors": "*i64", "columns": "*i32", "weights": "*fp32"}
-    signature = pointers | {"head": "i32"} | dict.fromkeys(constants, "constexpr")
+    signature = (
+        pointers | {"head": "i32", "programs": "i32"} | dict.fromkeys(constants, "constexpr")
+    )
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}
     source = ASTSource(kernel, signature, constants, attributes)
     if target.startswith("gfx"):

@@ -156,6 +156,61 @@ def test_equal(interpreted: Any, live: torch.dtype, shadow: torch.dtype, where: 
     interpreted(check_equal, live, shadow, where)
 
 
+def check_shares() -> None:
+    for live, shadow in ((F32, F32), (BF16, F32), (F32, BF16)):
+        for share, resident in ((1e-9, 1), (0.25, 2), (0.3, 3)):
+            grids: list[int] = []
+            limited, plain = make(live, shadow, 2), make(live, shadow, 2)
+            plan = FusedPlan(limited, seed=5, share=share)
+            for guard in (False, True):
+                plan.run([0.25, 0.5], 7, guard)
+                FusedPlan(plain, seed=5).run([0.25, 0.5], 7, guard)
+            assert all(torch.equal(bits(limited, k), bits(plain, k)) for k in range(2))
+            for launch in plan.launches:
+                launch.kernel = Nothing(grids)
+            plan.run([0.25, 0.5], 8)
+            assert grids == [resident]
+    few = [ShadowPair("w", [torch.zeros(300)], torch.ones(300), numbers(0))]
+    plan, grids = FusedPlan(few, share=0.9), []
+    plan.run([0.5], 0)
+    assert (few[0].shadows[0] == 0.5).all()
+    plan.launches[0].kernel = Nothing(grids)
+    plan.run([0.5], 1)
+    assert grids == [2], "there is work for two"
+
+
+def test_a_share_of_the_device(interpreted: Any) -> None:
+    """Few programs that take turns give the same bits, and no more of them are launched."""
+    interpreted(check_shares)
+
+
+def check_attached_share() -> None:
+    os.environ["DIST_EMA_TRITON"] = "1"
+    found = []
+    for overlap in (True, 0.25):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(60, 50)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        ema = EMA(model, 0.75, dtype=BF16)
+        with pytest.raises(ValueError, match=r"a share between 0 and 1, got 1\.5"):
+            ema.attach(optimizer, overlap=1.5)
+        ema.attach(optimizer, overlap=overlap)
+        for _ in range(3):
+            model(torch.ones(2, 60)).sum().backward()
+            optimizer.step()
+        ema.to(dtype=F32)  # another plan, under the same limit
+        optimizer.step()
+        found.append(ema.gather())
+        limits = {launch.kind.resident for launch in ema.weights.updates.plan.launches}
+        assert limits == {0 if overlap is True else 2}
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_attached_to_a_share(interpreted: Any) -> None:
+    """`attach(overlap=0.25)` reaches the kernel, and every plan that is made later."""
+    interpreted(check_attached_share)
+
+
 def check_rows(live: torch.dtype, shadow: torch.dtype, want: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
     sizes = [100, 900, 50]

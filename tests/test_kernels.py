@@ -583,12 +583,12 @@ def test_noise_is_no_permutation() -> None:
     ever: the second `_mix` in noise.
     """
     index = torch.arange(1000)
-    apart = noise_key(0, 0, "layer.1") ^ noise_key(0, 0, "layer.2")
+    apart = noise_key(0, 0, "layer.2") ^ noise_key(0, 0, "layer.3")
     assert apart < 1 << 31, "else no pair of 32 bits would have its counterpart"
     for update in range(3):
-        assert apart == noise_key(0, update, "layer.1") ^ noise_key(0, update, "layer.2")
-        other = noise(0, update, "layer.2", index ^ apart << 1)  # a key meets the pair's number
-        assert (words(noise(0, update, "layer.1", index)) == words(other)).sum() < 5
+        assert apart == noise_key(0, update, "layer.2") ^ noise_key(0, update, "layer.3")
+        other = noise(0, update, "layer.3", index ^ apart << 1)  # a key meets the pair's number
+        assert (words(noise(0, update, "layer.2", index)) == words(other)).sum() < 5
 
 
 def test_noise_of_huge_weights() -> None:

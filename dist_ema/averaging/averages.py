@@ -175,7 +175,7 @@ class AveragedWeights:
         self._watch.renew(self._averaged, further, self._inventory.frozen, roots)
         self.updates.renew(self.averages, self.seed)
 
-    def use_engine(self, overlap: bool | None = None) -> None:
+    def use_engine(self, overlap: bool | float | None = None) -> None:
         """Choose when updates run from now on.
 
         An engine of the right kind stays, with its thread and window.

@@ -32,7 +32,7 @@ class Updates:
 
     def __init__(self) -> None:
         self.engine: Engine = Inline()
-        self.overlap: bool | None = None
+        self.overlap: bool | float | None = None
         self.device: torch.device | None = None
         self._inline: Engine = Inline()
         self._choice: Any = None
@@ -49,12 +49,14 @@ class Updates:
                 huge = math.prod(first.shard.shape) >= 1 << 32
                 pair = ShadowPair(first.name, shadows, first.source, number, huge)
                 (buffers if first.shard.kind == "buffer" else weights).append(pair)
-        self.plan = _plan(weights, seed)
+        self.plan = _plan(weights, seed, _share(self.overlap))
         # Buffers are written by the next forward, so they are read before `run` returns. Modules
         # may replace them at every step, which leaves no time for tables on the device.
         self._buffers = UpdatePlan(buffers, seed)
 
-    def choose(self, on_host: bool | None, overlap: bool | None, anew: bool = False) -> None:
+    def choose(
+        self, on_host: bool | None, overlap: bool | float | None, anew: bool = False
+    ) -> None:
         """Choose when updates run. An engine of the right kind stays, with its thread and window.
 
         Args:
@@ -70,8 +72,10 @@ class Updates:
             on_host = away and {device.type for device in shadows} == {"cpu"}
         devices = frozenset(live if on_host else live | shadows)
         self.device = next((device for device in live if has_streams(device)), None)
-        self.overlap = overlap
-        choice = (on_host if overlap is None else overlap, on_host, devices)
+        before, self.overlap = _share(self.overlap), overlap
+        if _share(overlap) != before:
+            self.plan = _plan(self.plan.pairs, self.plan.seed, _share(overlap))
+        choice = (on_host if overlap is None else overlap > 0, on_host, devices)
         if anew or choice != self._choice:
             self.engine = choose_engine(devices, on_host, choice[0])
             self._inline = choose_engine(devices, on_host, overlap=False)
@@ -93,9 +97,14 @@ class Updates:
         )
 
 
-def _plan(pairs: Sequence[ShadowPair], seed: int) -> UpdatePlan | FusedPlan:
+def _share(overlap: bool | float | None) -> float:
+    """Of the device that an update may take: all of it, unless `attach` was given a share."""
+    return float(overlap or 1)
+
+
+def _plan(pairs: Sequence[ShadowPair], seed: int, share: float) -> UpdatePlan | FusedPlan:
     """One launch per dtype where a Triton kernel takes the pairs and is right on their devices."""
     devices = {shadow.device for pair in pairs for shadow in pair.shadows}
     if devices and all(available(device) for device in devices):
-        return FusedPlan(pairs, seed, UpdatePlan)
+        return FusedPlan(pairs, seed, UpdatePlan, share)
     return UpdatePlan(pairs, seed)

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -99,9 +100,10 @@ class Kind:
     averages: int
     levels: int  # of the numbering; 0: nothing is rounded
     huge: bool  # element numbers beyond 32 bits
+    resident: int  # programs at once, at most; 0: as many as the device takes
 
 
-def _kind(pair: ShadowPair) -> tuple[Kind, Numbering | None] | None:
+def _kind(pair: ShadowPair, share: float) -> tuple[Kind, Numbering | None] | None:
     """The launch that takes this pair, and the element numbers if it rounds; None: none does.
 
     A launch takes fp32, bfloat16 and fp16 into fp32 or bfloat16, 1-D and on one device, with
@@ -116,7 +118,8 @@ def _kind(pair: ShadowPair) -> tuple[Kind, Numbering | None] | None:
     known = pair.live.dtype in LIVE and shadow.dtype in SHADOW
     if not (flat and alike and known and available(shadow.device)):
         return None
-    kind = Kind(shadow.device, pair.live.dtype, shadow.dtype, len(pair.shadows), 0, False)
+    resident = 0 if share == 1 else math.ceil(share * _multiprocessors(shadow.device))
+    kind = Kind(shadow.device, pair.live.dtype, shadow.dtype, len(pair.shadows), 0, False, resident)
     if not pair.rounds:
         return kind, None
     if not isinstance(pair.indices, Numbering):
@@ -125,6 +128,14 @@ def _kind(pair: ShadowPair) -> tuple[Kind, Numbering | None] | None:
     if len(inner) >= LEVELS or any(size >= 1 << 30 for size, _ in inner):
         return None
     return replace(kind, levels=len(inner) + 1, huge=pair.indices.last(n) >= 1 << 32), pair.indices
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 8  # for the interpreter, which runs one program at a time
+    found = torch.get_device_module(device).get_device_properties(device)
+    name = "gpu_subslice_count" if device.type == "xpu" else "multi_processor_count"
+    return int(getattr(found, name))
 
 
 Row: TypeAlias = "tuple[ShadowPair, Numbering | None]"
@@ -178,6 +189,8 @@ class FusedPlan:
         fallback: Makes the plan of the pairs that no launch takes; without it they raise
             ValueError. With it, the kernel must first give the bits of the fallback on its device
             ([Note: proof]).
+        share: Of the device's multiprocessors. At most so many programs are at work at once; 1: no
+            limit. The bits are the same.
 
     Note:
         *Aliases*: the tables hold addresses, so the plan keeps the tensors; make a new one when
@@ -185,13 +198,17 @@ class FusedPlan:
     """
 
     def __init__(
-        self, pairs: Sequence[ShadowPair], seed: int = 0, fallback: Fallback | None = None
+        self,
+        pairs: Sequence[ShadowPair],
+        seed: int = 0,
+        fallback: Fallback | None = None,
+        share: float = 1.0,
     ) -> None:
         self.pairs, self.seed = list(pairs), seed
         groups: dict[Kind, list[Row]] = {}
         others = []
         for pair in self.pairs:
-            taken = _kind(pair)
+            taken = _kind(pair, share)
             if taken is None or (fallback is not None and not is_proved(taken[0], fallback)):
                 others.append(pair)
             elif len(pair.live):
@@ -277,9 +294,10 @@ class Launch:
         # NOTE: Triton launches on the current device, which need not be that of the tensors.
         module = None if kind.device.type == "cpu" else torch.get_device_module(kind.device)
         with contextlib.nullcontext() if module is None else module.device(kind.device):
-            self.kernel[(self._programs,)](
+            self.kernel[(min(kind.resident or self._programs, self._programs),)](
                 *self.tables,
                 head,
+                self._programs,
                 live_type=live_type,
                 shadow_type=shadow_type,
                 averages=kind.averages,
@@ -287,6 +305,7 @@ class Launch:
                 huge=kind.huge,
                 guard=guard,
                 block=self._block,
+                resident=kind.resident > 0,
                 num_warps=WARPS,
                 enable_fp_fusion=False,  # [Note: contraction] in gpu_triton
             )
@@ -349,7 +368,8 @@ def _is_equal(kind: Kind, fallback: Fallback, guard: bool) -> bool:
     # gpu_triton).
     tensor = torch.full((), 0.75, dtype=torch.float32, device=kind.device)
     weights = [(0.25, tensor, 0.5)[k % 3] for k in range(kind.averages)]
-    FusedPlan(fused, 5).run(weights, 7, guard)
+    share = 1e-9 if kind.resident else 1.0  # one program moves all, in turns
+    FusedPlan(fused, 5, share=share).run(weights, 7, guard)
     fallback(reference, 5).run(weights, 7, guard)
     return all(
         torch.equal(a.view(torch.int16), b.view(torch.int16))

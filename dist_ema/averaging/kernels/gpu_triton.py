@@ -47,7 +47,7 @@ def _hash(pair: tl.tensor, key: tl.tensor, huge: tl.constexpr) -> tl.tensor:
 @triton.jit
 def _load_all(row: tl.tensor, n: tl.constexpr) -> tl.tuple:
     """The n columns of the table from `row` on. No load waits for another."""
-    values = ()
+    values: tl.tuple = ()
     for k in tl.static_range(n):
         values += (tl.load(row + k),)
     return values
@@ -145,20 +145,20 @@ def _move(
             tl.store(place, moved, mask=inside)
 
 
-# NOTE: head differs in every update; specialised, it would compile three kernels.
-@triton.jit(do_not_specialize=["head"])
-def update_kernel(
-    blocks: tl.tensor, tensors: tl.tensor, columns: tl.tensor, weights: tl.tensor, head: tl.tensor,
-    live_type: tl.constexpr, shadow_type: tl.constexpr, averages: tl.constexpr,
-    levels: tl.constexpr, huge: tl.constexpr, guard: tl.constexpr, block: tl.constexpr,
+@triton.jit
+def _update_block(
+    program: tl.tensor, blocks: tl.tensor, tensors: tl.tensor, columns: tl.tensor,
+    weights: tl.tensor, head: tl.tensor, live_type: tl.constexpr, shadow_type: tl.constexpr,
+    averages: tl.constexpr, levels: tl.constexpr, huge: tl.constexpr, guard: tl.constexpr,
+    block: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program: `block` elements of one tensor."""
-    which = tl.load(blocks + tl.program_id(0))
+    """`block` elements of one tensor."""
+    which = tl.load(blocks + program)
     # The width of the table: `table_row`.
     row = tensors + which * (5 + averages + (2 * levels + 2 if levels else 0))
     # NOTE: all before the first branch, so that one wait covers them.
     n, first, wide, name, source, target = _load_all(row, 6)
-    start = (tl.program_id(0) - first).to(tl.int64) * block
+    start = (program - first).to(tl.int64) * block
     left = n - start
     lane = tl.arange(0, block)
     at = start + lane
@@ -183,4 +183,27 @@ def update_kernel(
         _move(
             target, row + 5, live, at, inside, weights, noise,
             shadow_type, averages, guard, False, block,
+        )  # fmt: skip
+
+
+# NOTE: head differs in every update; specialised, it would compile three kernels.
+@triton.jit(do_not_specialize=["head", "programs"])
+def update_kernel(
+    blocks: tl.tensor, tensors: tl.tensor, columns: tl.tensor, weights: tl.tensor, head: tl.tensor,
+    programs: tl.tensor, live_type: tl.constexpr, shadow_type: tl.constexpr, averages: tl.constexpr,
+    levels: tl.constexpr, huge: tl.constexpr, guard: tl.constexpr, block: tl.constexpr,
+    resident: tl.constexpr,
+) -> None:  # fmt: skip
+    """All `programs` of the tables: one each, or in turns by those that are resident."""
+    if resident:
+        # NOTE: what does not change in the loop stays in it, as registers are what is scarce.
+        for program in tl.range(tl.program_id(0), programs, tl.num_programs(0), disable_licm=True):
+            _update_block(
+                program, blocks, tensors, columns, weights, head,
+                live_type, shadow_type, averages, levels, huge, guard, block,
+            )  # fmt: skip
+    else:
+        _update_block(
+            tl.program_id(0), blocks, tensors, columns, weights, head,
+            live_type, shadow_type, averages, levels, huge, guard, block,
         )  # fmt: skip
