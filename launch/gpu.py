@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import re
 import shlex
 import subprocess
@@ -39,6 +40,12 @@ KINDS = (  # live, shadow, levels of the numbering
 # A wide access moves 16 bytes: in PTX four words or eight halves, on AMD four dwords.
 WIDE_LOAD = re.compile(r"ld\.global\S*\.v4\.[bu]32|global_load_dwordx4|global_load_b128")
 WIDE_STORE = re.compile(r"st\.global\S*\.v4\.[bu]32|global_store_dwordx4|global_store_b128")
+# Of disassembled code: a label; an instruction of NVIDIA with its predicate, or one of AMD.
+LABEL = re.compile(r"\s*(\.L\w+):")
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(@\S+ )?\s*(\S.*);|\s+()([a-z]\w+.*)")
+JUMP = re.compile(r"BRA|s_c?branch")
+END = re.compile(r"EXIT|s_endpgm")
+WIDE = re.compile(r"STG\S*\.128|global_store_dwordx4|global_store_b128")
 
 
 @dataclass(frozen=True)
@@ -55,29 +62,66 @@ class Part:
 
 
 def kernel_rows() -> Iterator[tuple[str, ...]]:
-    """(target, live, shadow, levels, registers, spills, wide loads, wide stores) of each kernel."""
+    """What the columns of `kernel_table` hold, of each kernel."""
     for target in TARGETS:
         for live, shadow, levels in KINDS:
             try:
                 found = _figures(target, live, shadow, levels)
             except Exception as error:  # a compiler that does not know the chip
-                found = (f"{type(error).__name__}: {str(error).splitlines()[0][:60]}", "", "", "")
+                problem = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+                found = (problem, "", "", "", "")
             yield target, live, shadow, str(levels), *found
 
 
-def _figures(target: str, live: str, shadow: str, levels: int) -> tuple[str, str, str, str]:
+def _figures(target: str, live: str, shadow: str, levels: int) -> tuple[str, ...]:
     compiled = _compile(target, live, shadow, levels)
     if target.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
+        text = code = compiled.asm["amdgcn"]
         registers = _search(r"\.vgpr_count:\s+(\d+)", text)
         spills = _search(r"\.vgpr_spill_count:\s+(\d+)", text)
     else:
         text = compiled.asm["ptx"]
-        report = _ptxas(text)
+        report, code = _assemble(text)
         registers = _search(r"Used (\d+) registers", report)
         spills = _search(r"(\d+) bytes spill stores", report)
     wide = [str(len(pattern.findall(text))) for pattern in (WIDE_LOAD, WIDE_STORE)]
-    return registers, spills, wide[0], wide[1]
+    lanes = gpu_plan.WARPS * (64 if target.startswith("gfx") else 32)
+    per_element = f"{instructions(code) * lanes / gpu_plan.BLOCK:.1f}"
+    return registers, spills, *wide, per_element
+
+
+def instructions(code: str) -> int:
+    """Instructions on the shortest way through disassembled code that has a wide store on it.
+
+    That is what a thread executes for a whole block of a long, aligned tensor. Subroutines, as of
+    a long division, are not followed.
+    """
+    steps: list[tuple[str, str]] = []  # (predicate, instruction)
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(steps)
+        elif found := INSTRUCTION.match(line):
+            steps.append((found[1] or "", found[2] or found[4]))
+    reached = {(0, False)}
+    seen: set[tuple[int, bool]] = set()
+    for count in itertools.count(1):
+        following: set[tuple[int, bool]] = set()
+        for place, stored in reached - seen:
+            predicate, instruction = steps[place]
+            stored = stored or bool(WIDE.match(instruction))
+            jump = JUMP.match(instruction)
+            if END.match(instruction) and stored:
+                return count
+            if jump:
+                following.add((labels[instruction.split()[-1].strip("`()")], stored))
+            if predicate or "cbranch" in instruction or not (jump or END.match(instruction)):
+                following.add((place + 1, stored))
+        seen |= reached
+        reached = {each for each in following if each[0] < len(steps)}
+        if not reached:
+            break
+    raise ValueError("no wide store can be reached")
 
 
 def _compile(target: str, live: str, shadow: str, levels: int) -> Any:
@@ -113,17 +157,20 @@ def _compile(target: str, live: str, shadow: str, levels: int) -> Any:
     return triton.compile(source, target=chip, options=options)
 
 
-def _ptxas(text: str) -> str:
+def _assemble(text: str) -> tuple[str, str]:
+    """What ptxas reports of PTX, and the machine's code."""
     from triton import knobs
 
     chip = _search(r"\.target (\w+)", text)
     # The newer of the two that Triton brings assembles for every chip.
     tool = getattr(knobs.nvidia, "ptxas_blackwell", knobs.nvidia.ptxas).path
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
+        source, binary = Path(folder) / "kernel.ptx", f"{folder}/kernel.cubin"
         source.write_text(text)
-        command = [tool, "-v", f"--gpu-name={chip}", str(source), "-o", f"{folder}/kernel.cubin"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        options = {"capture_output": True, "text": True, "check": True}
+        command = [tool, "-v", f"--gpu-name={chip}", str(source), "-o", binary]
+        report = subprocess.run(command, **options).stderr
+        return report, subprocess.run([knobs.nvidia.nvdisasm.path, "-c", binary], **options).stdout
 
 
 def _search(pattern: str, text: str) -> str:
@@ -174,7 +221,7 @@ def page(chip: str, parts: list[Part], kernels: list[tuple[str, ...]]) -> str:
 def kernel_table(rows: list[tuple[str, ...]]) -> list[str]:
     """Markdown."""
     header = ("target", "live", "shadow", "levels", "registers", "spilled bytes")
-    columns = (*header, "wide loads", "wide stores")
+    columns = (*header, "wide loads", "wide stores", "instructions per element")
     table = [columns, ("---",) * len(columns), *rows]
     return ["| " + " | ".join(row) + " |" for row in table]
 

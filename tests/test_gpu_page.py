@@ -55,6 +55,42 @@ def test_a_kernel_ahead_of_time() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    registers, spills, loads, stores = done.stdout.split()
+    registers, spills, loads, stores, per_element = done.stdout.split()
     assert 0 < int(registers) <= 128
     assert (spills, loads, stores) == ("0", "4", "2")
+    assert 4 < float(per_element) < 20, "it loads, subtracts, selects, multiplies and stores"
+
+
+NVIDIA = """
+.text.update_kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/               @P0 BRA `(.L_x_0) ;
+        /*0020*/                   STG.E desc[UR6][R2.64], R1 ;
+        /*0030*/                   EXIT ;
+.L_x_0:
+        /*0040*/                   FADD R1, R1, R1 ;
+        /*0050*/                   BRA `(.L_x_1) ;
+        /*0060*/                   FADD R1, R1, R1 ;
+.L_x_1:
+        /*0070*/                   STG.E.128 desc[UR6][R2.64], R4 ;
+        /*0080*/               @P1 EXIT ;
+        /*0090*/                   BRA `(.L_x_0) ;
+"""
+AMD = """
+\tv_add_u32_e32 v0, v1, v2
+\ts_cbranch_scc1 .LBB0_2
+\tglobal_store_dword v0, v1, s[2:3]
+\ts_endpgm
+.LBB0_2:                                ; %wide
+\tv_add_u32_e32 v0, v1, v2
+\tglobal_store_dwordx4 v0, v[0:3], s[2:3]
+\ts_endpgm
+"""
+
+
+def test_instructions_are_those_of_the_wide_way(gpu: Any) -> None:
+    """Over jumps, taken or not, and through no shorter way without a wide store."""
+    assert gpu.instructions(NVIDIA) == 6
+    assert gpu.instructions(AMD) == 5
+    with pytest.raises(ValueError, match="no wide store"):
+        gpu.instructions(AMD.replace("dwordx4", "dwordx2"))
