@@ -167,10 +167,13 @@ def _assemble(text: str) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", f"{folder}/kernel.cubin"
         source.write_text(text)
-        options = {"capture_output": True, "text": True, "check": True}
-        command = [tool, "-v", f"--gpu-name={chip}", str(source), "-o", binary]
-        report = subprocess.run(command, **options).stderr
-        return report, subprocess.run([knobs.nvidia.nvdisasm.path, "-c", binary], **options).stdout
+        assembler = [tool, "-v", f"--gpu-name={chip}", str(source), "-o", binary]
+        disassembler = [knobs.nvidia.nvdisasm.path, "-c", binary]
+        reports, code = (
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            for command in (assembler, disassembler)
+        )
+        return reports.stderr, code.stdout
 
 
 def _search(pattern: str, text: str) -> str:

@@ -107,6 +107,36 @@ def compile_pass(live: torch.dtype, shadow: torch.dtype) -> Any:
         A C function that moves the rows from `first` to `last` ([Note: threads] in cpu_plan);
         `ctypes` calls it.
     """
+    run = _compile_move(live, shadow)
+
+    def sweep(
+        rows: Any, lives: Any, shadows: Any, weights: Any, keys: Any,
+        first: int, last: int, averages: int, guard: int,
+    ) -> None:  # fmt: skip
+        prefer_narrow_vectors()
+        for row in range(first, last):
+            n, key, low, high, step = (
+                rows[5 * row],
+                keys[rows[5 * row + 1]],
+                rows[5 * row + 2],
+                rows[5 * row + 3],
+                rows[5 * row + 4],
+            )
+            for k in range(averages):
+                target = shadows[row * averages + k]
+                run(lives[row], target, n, weights[k], guard != 0, key, low, high, step)
+
+    pointers = [types.int64, _pointer(live), _pointer(shadow), types.float32, types.uint32]
+    tables = [types.CPointer(kind) for kind in pointers]
+    return numba.cfunc(types.void(*tables, *[types.int64] * 4))(sweep)
+
+
+def _pointer(dtype: torch.dtype) -> Any:
+    return types.CPointer(types.float32 if dtype == torch.float32 else types.uint16)
+
+
+def _compile_move(live: torch.dtype, shadow: torch.dtype) -> Any:
+    """Compile the move of n elements of one row."""
     read, widen = READ[live], READ[shadow]
 
     @jit
@@ -149,29 +179,4 @@ def compile_pass(live: torch.dtype, shadow: torch.dtype) -> Any:
                 word = draw(np.uint32(number >> 1), seed, key) >> np.uint32(16 * (number & 1))
                 shadow[i] = round_bfloat16(lerp(live, shadow, i, weight, guard), word & 0xFFFF)
 
-    run = move if shadow == torch.float32 else move_and_round
-
-    def sweep(
-        rows: Any, lives: Any, shadows: Any, weights: Any, keys: Any,
-        first: int, last: int, averages: int, guard: int,
-    ) -> None:  # fmt: skip
-        prefer_narrow_vectors()
-        for row in range(first, last):
-            n, key, low, high, step = (
-                rows[5 * row],
-                keys[rows[5 * row + 1]],
-                rows[5 * row + 2],
-                rows[5 * row + 3],
-                rows[5 * row + 4],
-            )
-            for k in range(averages):
-                target = shadows[row * averages + k]
-                run(lives[row], target, n, weights[k], guard != 0, key, low, high, step)
-
-    pointers = [types.int64, _pointer(live), _pointer(shadow), types.float32, types.uint32]
-    tables = [types.CPointer(kind) for kind in pointers]
-    return numba.cfunc(types.void(*tables, *[types.int64] * 4))(sweep)
-
-
-def _pointer(dtype: torch.dtype) -> Any:
-    return types.CPointer(types.float32 if dtype == torch.float32 else types.uint16)
+    return move if shadow == torch.float32 else move_and_round
