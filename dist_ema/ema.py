@@ -393,6 +393,11 @@ class EMA:
                     "ema.swap() cannot reach a model compiled with "
                     "torch._inductor.config.freezing: turn it off."
                 )
+            if merged := derived.merged_modules(weights.model):
+                raise RuntimeError(
+                    f"ema.swap() while adapters are merged into {', '.join(merged[:5])}: the model "
+                    "computes with what was merged, which is live. Call unmerge_adapter() before."
+                )
             weights.ready()
 
         ranks = self._entry.needed

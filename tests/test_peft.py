@@ -196,6 +196,37 @@ def test_a_base_that_trains_is_saved_whole(tmp_path: Path) -> None:
     assert load_file(tmp_path / "saved").keys() == model.state_dict().keys()
 
 
+def infused() -> Any:
+    return peft.get_peft_model(
+        base(), peft.IA3Config(target_modules=["up", "down"], feedforward_modules=["down"])
+    )
+
+
+@pytest.mark.parametrize("make", [adapted, infused])
+def test_a_swap_of_a_model_with_merged_adapters_is_refused(make: Any, tmp_path: Path) -> None:
+    """It would compute with live adapters, and an export would hold both."""
+    model = make()
+    ema = train(model)
+    model.eval()
+    x = torch.linspace(-1, 1, 8).view(2, 4)
+    with ema.swap():
+        want = model(x)
+    model.merge_adapter()
+    verbs = {"swap": lambda: ema.swap().__enter__(), "out": lambda: ema.export("out", merged=True)}
+    for verb in verbs.values():
+        with pytest.raises(
+            RuntimeError, match=r"merged into .*model\.up.*unmerge_adapter\(\) before"
+        ):
+            verb()
+    model.unmerge_adapter()
+    with ema.swap():
+        assert torch.allclose(model(x), want, atol=1e-5)
+    ema.export(tmp_path / "out", merged=True)
+    plain = base()
+    plain.load_state_dict(load_file(tmp_path / "out"))
+    assert torch.allclose(plain.eval()(x), want, atol=1e-5)
+
+
 def test_merged_needs_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="merged=True needs a PeftModel, got Net"):
         EMA(base()).export(tmp_path, merged=True)

@@ -12,9 +12,10 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils.hooks import RemovableHandle
 
+from .names import canonical
 from .records import Shard
 
-__all__ = ["caches_dropped", "is_power_iteration_vector", "refreshed_vectors"]
+__all__ = ["caches_dropped", "is_power_iteration_vector", "merged_modules", "refreshed_vectors"]
 
 ITERATIONS = 15  # as torch makes them at construction
 
@@ -47,6 +48,15 @@ def caches_dropped(model: nn.Module) -> Iterator[None]:
 
 def _overrides_train(module: nn.Module) -> bool:
     return type(module).train is not nn.Module.train
+
+
+def merged_modules(model: nn.Module) -> list[str]:
+    """Names of modules into whose weights peft has merged adapters: the adapters are not read."""
+    return [
+        canonical(name)
+        for name, module in model.named_modules()
+        if getattr(module, "merged_adapters", None)
+    ]
 
 
 @contextmanager
