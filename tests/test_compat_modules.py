@@ -330,6 +330,40 @@ def test_counts_are_not_read_back() -> None:
     assert watch.reads == 1
 
 
+def and_thawed(live: Any) -> None:
+    live.a.requires_grad_(True)
+
+
+def and_another_head(live: Any) -> None:
+    live.b = copy.deepcopy(live.b)
+
+
+def and_cast(live: Any) -> None:
+    live.double()
+    live.float()
+
+
+@pytest.mark.parametrize("then", [None, and_thawed, and_another_head, and_cast])
+def test_what_is_frozen_in_mid_training_goes_on_being_averaged(then: Any) -> None:
+    """In lockstep with the original, as in schedules that freeze an encoder."""
+    live: Any = Body()
+    functions = [m.get_ema_multi_avg_fn(0.75) for m in (ours_swa, theirs_swa)]
+    ours = ours_swa.AveragedModel(live, multi_avg_fn=functions[0])
+    theirs = theirs_swa.AveragedModel(live, multi_avg_fn=functions[1])
+    for step in range(9):
+        if step == 3:
+            live.a.requires_grad_(False)
+        if step == 6 and then is not None:
+            then(live)
+        with torch.no_grad():
+            for p in live.parameters():
+                p.add_(0.1 * p.requires_grad)
+        for average in (ours, theirs):
+            average.update_parameters(live)
+        torch.testing.assert_close(ours.module.a.weight, theirs.module.a.weight)
+    assert not torch.allclose(ours.module.a.weight, live.a.weight)
+
+
 def test_frozen_weights_follow_under_any_function() -> None:
     live = Body()
     average = ours_swa.AveragedModel(live, avg_fn=halve)

@@ -17,7 +17,8 @@ scripts may keep the average on one rank only. Under FSDP construction is collec
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -152,7 +153,8 @@ class ModuleAverage:
             if old.teacher is not None:
                 old.teacher.release()
         kept = [(shard, shard.read().clone()) for shard in copied if keep]
-        self._ema = EMA(live, into=self.module, **self._options)
+        with _thawed(live, [] if old is None else old.names()):
+            self._ema = EMA(live, into=self.module, **self._options)
         self._ema.weights.reseed(self._seed)
         with torch.no_grad():
             for shard, value in kept:
@@ -298,6 +300,22 @@ class ModuleAverage:
         if self.module is None:
             raise RuntimeError(f"the average cannot be copied or pickled: {self._no_module}")
         return {**vars(self), "_ema": None, "given": None, "_built_on": (), "_unwritten": []}
+
+
+@contextmanager
+def _thawed(model: nn.Module, averaged: Sequence[str]) -> Iterator[None]:
+    """What is averaged and frozen by now looks trainable: an EMA that is built goes on with it."""
+    named = model.named_parameters()
+    frozen = [
+        p for name, p in named if not p.requires_grad and wrappers.canonical(name) in averaged
+    ]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 class Count:
