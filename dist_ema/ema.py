@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .averaging import gather, metrics
+from .averaging.average import OWN, Placement, Selection, refuse_dtype
 from .averaging.averages import AveragedWeights, Reads
 from .averaging.clock import Clock
 from .averaging.optimizer_hooks import Attachment, refuse_beside_masters
-from .averaging.selection import OWN, Placement, Selection, refuse_dtype
 from .averaging.swap import WeightSwap
 from .averaging.teacher import refuse_beside_teacher
 from .checkpoint import dcp, library_files, stages
-from .checkpoint.library_files import FileForm
 from .checkpoint.publishing import Publication
 from .checkpoint.request import AverageFiles, SaveRequest
 from .schedules import Schedule, schedule_list
@@ -37,11 +36,9 @@ from .schedules import schedule as coerce
 from .sharding import derived, parameters, records, wrappers
 from .sharding.ownership import ParamState
 from .text import warn
-from .verbs.entry import Entry, Which
-from .verbs.files import Files, real_path
-from .verbs.load import load
+from .verbs.entry import Entry, Which, warn_if_idle, warn_of_unexplained_keys
+from .verbs.files import Files, load, real_path
 from .verbs.publisher import Publisher
-from .verbs.remarks import warn_if_idle, warn_of_unexplained_keys
 
 __all__ = ["EMA"]
 
@@ -258,7 +255,7 @@ class EMA:
                 f"overlap must be True, False or a share between 0 and 1, got {overlap!r}."
             )
         weights.use_engine(overlap)
-        attachment = Attachment(weights, weights.clock, optimizers, every, start, elapsed, guard)
+        attachment = Attachment(weights, optimizers, every, start, elapsed, guard)
         entry.attachment = attachment
         arguments = {"every": every, "start": start, "elapsed": elapsed, "guard": guard}
         # A rank may hold more stages than another.
@@ -555,7 +552,9 @@ class EMA:
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "mode": mode, "dtype": dtype}
         arguments = {"path": os.fspath(path), "merged": merged} | options
 
-        def request(form: FileForm, states: list[ParamState] | None = None) -> SaveRequest:
+        def request(
+            form: library_files.FileForm, states: list[ParamState] | None = None
+        ) -> SaveRequest:
             average, where = self.weights.used(which), target / form.folder
             return files.one_average("export", where, average, form, merged=states, **options)
 

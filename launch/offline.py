@@ -31,7 +31,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dist_ema.checkpoint import atomic, regular_file, safetensors
+from dist_ema.checkpoint import atomic, disk, safetensors
 from dist_ema.offline import average, diff, export, verify
 from dist_ema.text import size as size_text
 from dist_ema.text import size_of
@@ -110,7 +110,7 @@ def passes(a: Path, out: Path) -> dict[str, float]:
     count = file.stat().st_size // BLOCK
 
     def read(fd: int, at: int) -> None:
-        regular_file.read_into(fd, file, block.data, at * BLOCK)
+        disk.read_into(fd, file, block.data, at * BLOCK)
 
     def blend(fd: int, at: int) -> None:
         np.multiply(values, 0.5, out=product, dtype=np.float64)

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dist_ema import EMA
 from dist_ema.averaging.clock import Clock
 from dist_ema.averaging.storage_watch import StorageWatch
-from dist_ema.averaging.swap_registry import SwapRegistry
+from dist_ema.averaging.swap_writes import SwapRegistry
 from dist_ema.checkpoint import file_writer
 from dist_ema.distributed import connections, coordinator, machines, ranks, transfer
 from dist_ema.distributed.coordinator import FAN_IN, StoreCoordinator
@@ -105,7 +105,8 @@ class ThreadRanks(Ranks):
         store = Store(dist.PrefixStore(self._prefix, self._base))
         self.stores.append(store)
         beats = dist.PrefixStore(self._prefix, self._base)
-        self._use(StoreCoordinator(store, self.members, self.rank, timeout, beats))
+        self._machines = self._connections = None
+        StoreCoordinator.__init__(self, store, self.members, self.rank, timeout, beats)
 
     def _open_bounded(self, prefix: str, timeout: float) -> Any:
         return dist.PrefixStore(prefix, self._base)
@@ -115,7 +116,7 @@ class ThreadRanks(Ranks):
 
     @property
     def timeout(self) -> float:
-        return self._coordinator.timeout
+        return TIMEOUT
 
     @timeout.setter
     def timeout(self, seconds: float) -> None:

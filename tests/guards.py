@@ -135,19 +135,19 @@ averaging/storage_watch.py
     end_read          and param.shard.kind != "buffer" =>  @emulated
     trained_unseen    and now[1] == before[1] =>  @optimizer_hooks,engines,metrics
     trained_unseen    now[0] != before[0] => False  @optimizer_hooks,engines,metrics
-averaging/shared_memory.py
+averaging/storage_watch.py
     refuse_shared     in the memory of the average
     refuse_shared     and their
     agrees            return self.state.live.data_ptr()  @into
-sharding/memory_watch.py
+sharding/tree_changes.py
     changed           self._tree.changed() or =>
     changed           or self._look() != self._seen =>
     _look             map(_LOCAL_TENSOR, self._dtensors), read] => read]  @living_ranks
     _look             , read] => ]
     _look             self._orders.now(read) => ()
     __init__          readers[id(shard.master())]  @zero
-    __init__          self._whole.append(registered.values()) => pass
-    __init__          self._owners += [registered] * len(known) => known = []
+    __init__          self._whole.append(parameters.values()) => pass
+    __init__          self._owners += [parameters] * len(known) => known = []
     _addresses        except (TypeError, RuntimeError) => except ZeroDivisionError
     now               [row_major, => [
     now               chain(self._permuted, read) => read
@@ -200,7 +200,7 @@ averaging/swap.py
     _close            discount  @living_swap
     _close            note_swap(False)
     __del__           self._restore_alone()  @swap,swap_interrupts
-averaging/swap_registry.py
+averaging/swap_writes.py
     when_outermost    inner._waiting.append
     refuse_covered    raise RuntimeError
     watch             for one, two in
@@ -236,7 +236,7 @@ averaging/optimizer_hooks.py
     _run              is gone, so nothing  @optimizer_hooks
     _forget_dead_hooks  del hooks[key]  @optimizer_hooks
     __init__          finalize(self, self._hooks.close)  @optimizer_hooks
-verbs/remarks.py
+verbs/entry.py
     warn_if_idle      warn(  @optimizer_hooks
     warn_of_unexplained_keys  warn(  @living_subclasses,living_tree
 checkpoint/matching.py

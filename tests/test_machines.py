@@ -20,9 +20,8 @@ from torch import nn
 
 from dist_ema import EMA, load_file
 from dist_ema.checkpoint import file_writer
-from dist_ema.distributed import connections, ranks, routes
-from dist_ema.distributed.machines import MACHINE, Machines
-from dist_ema.distributed.routes import Routes
+from dist_ema.distributed import connections, machines, ranks
+from dist_ema.distributed.machines import MACHINE, Machines, Routes
 from tests._models import Net
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
@@ -171,7 +170,7 @@ def one_disk_is_full(folder: Path) -> None:
 
 
 def hosts(folder: str) -> None:
-    routes.ALIGN, connections.WINDOW = 1 << 10, 1 << 14
+    machines.ALIGN, connections.WINDOW = 1 << 10, 1 << 14
     for kind in ("ddp", "fsdp2"):
         each_writes_its_part(Path(folder, kind), kind)
     two_on_each(Path(folder))
@@ -191,7 +190,7 @@ def test_four_hosts(tmp_path: Path) -> None:
 def dies_among_hosts(folder: str) -> str:
     os.environ[MACHINE] = f"host {dist.get_rank()}"
     ema = EMA(model_of("ddp"), 0.5, timeout=4)
-    routes.ALIGN = 1 << 10
+    machines.ALIGN = 1 << 10
     ema.save(Path(folder, "kept"))
     dist.barrier()
     if dist.get_rank() == 1:  # while it writes what others sent
@@ -216,19 +215,19 @@ def test_a_host_dies(tmp_path: Path) -> None:
 
 def test_cuts() -> None:
     """Between files where that is fair, else at a multiple of ALIGN; every byte has one machine."""
-    machines = Machines([0, 0, 1, 1, 2, 2])
-    writers = machines.ranks
+    six = Machines([0, 0, 1, 1, 2, 2])
+    writers = six.ranks
     for sizes in ([300 << 20] * 3, [100 << 20, 7, 0, 900 << 20], [5], [0, 0], [3 << 20] * 100):
-        one = Routes(sizes, machines, writers, 3)
+        one = Routes(sizes, six, writers, 3)
         total, starts = sum(sizes), [sum(sizes[:i]) for i in range(len(sizes))]
         assert one.cuts[0] == 0
         assert one.cuts[-1] == total
         assert one.cuts == sorted(one.cuts)
         for cut in one.cuts[1:-1]:
             start = max(start for start in starts if start <= cut)
-            assert cut in (*starts, total) or (cut - start) % routes.ALIGN == 0
+            assert cut in (*starts, total) or (cut - start) % machines.ALIGN == 0
         parts = [b - a for a, b in zip(one.cuts, one.cuts[1:], strict=False)]
-        assert max(parts) <= total / 3 * 1.1 + routes.ALIGN
+        assert max(parts) <= total / 3 * 1.1 + machines.ALIGN
         assert one.peers == [1, 3, 5]
         assert one.order == [2, 0, 1]
         for file, size in enumerate(sizes):
@@ -236,4 +235,4 @@ def test_cuts() -> None:
                 continue  # no block lies in it
             clipped = [one.clip(number, file, 0, size) for number in one.ranges(file, 0, size)]
             assert sum(high - low for low, high in clipped) == size
-    assert Routes([300] * 3, machines, writers, 0).cuts == [0, 300, 600, 900]
+    assert Routes([300] * 3, six, writers, 0).cuts == [0, 300, 600, 900]

@@ -27,7 +27,7 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 
 from dist_ema import EMA, Uniform, load_file
-from dist_ema.checkpoint import atomic, manifest, open_file, reader, safetensors
+from dist_ema.checkpoint import atomic, manifest, reader, safetensors
 from tests._models import Core, Images, Net
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
@@ -185,7 +185,7 @@ def test_every_dtype_is_a_start(
     """Converted window by window, here of 64 bytes; the clock is that of a new EMA, buffers are not
     taken.
     """
-    monkeypatch.setattr(open_file, "WINDOW", 64)
+    monkeypatch.setattr("dist_ema.checkpoint.load_file.WINDOW", 64)
     source = {
         name: (value.to(stored) if value.is_floating_point() else value)
         for name, value in Images().state_dict().items()
@@ -792,7 +792,7 @@ def replaced_between_ranks(folder: str) -> None:
     wanted, path = values(ema), Path(os.path.realpath(folder), "race")
     opened = reader.OpenFile
 
-    def replace(file: Path) -> open_file.OpenFile:
+    def replace(file: Path) -> load_file.OpenFile:
         reader.OpenFile = opened  # type: ignore[misc]
         new = atomic.temporary_sibling(path)
         shutil.copytree(f"{folder}/next", new)

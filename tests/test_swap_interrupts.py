@@ -27,7 +27,7 @@ import dist_ema
 from dist_ema import EMA
 from dist_ema.averaging import swap_journal
 from dist_ema.averaging.averages import Reads
-from dist_ema.distributed import answers, coordinator, messages, roll_call
+from dist_ema.distributed import coordinator, messages
 from dist_ema.verbs import entry
 from tests._oracle import same, snapshot
 from tests._ranks import raises, run_ranks
@@ -37,7 +37,7 @@ from tests.interrupts import between_messages
 HERE = Path(dist_ema.__file__).parent
 # What runs before the work of a swap.
 ENTRY = {str(HERE / "ema.py"), entry.__file__}
-ENTRY |= {room.__file__ for room in (answers, coordinator, messages, roll_call)}
+ENTRY |= {room.__file__ for room in (coordinator, messages)}
 FILES = {str(path) for path in HERE.glob("averaging/swap*.py")} | {
     str(HERE / name) for name in ("ema.py", "sharding/derived.py")
 }

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from dist_ema import EMA, load_file
-from dist_ema.checkpoint import leases, versions
+from dist_ema.checkpoint import versions
 from dist_ema.cli import main
 from dist_ema.service import ledger, watch
 from dist_ema.service.follow import Version, open_version
@@ -76,7 +76,7 @@ def test_several_watchers_share_a_ledger(tmp_path: Path) -> None:
         (number, number, ledger.DONE) for number in range(1, 9)
     ]
     assert (folder / versions.BEST).read_text() == "version-000005\n"
-    assert leases.read_all(folder) == {}
+    assert versions.read_all(folder) == {}
     again = ledger.Ledger(tmp_path / "ledger", "eval")
     watch.Watch(folder, work, again, timeout=0, poll=0.01).run()
     assert len(ran) == 8, "a watcher that starts again does nothing twice"

@@ -26,18 +26,16 @@ from ..distributed.ranks import Ranks
 from ..schedules import Schedule
 from ..sharding import discovery, geometry, records, wrappers
 from ..sharding.ownership import ParamState
-from .average import Average
+from ..sharding.zero import stepped_parameters
+from .average import OWN, Average, Placement, Selection
 from .clock import Clock
-from .engine_steps import stepped_parameters
 from .executors import await_host_reads, is_capturing
 from .inventory import Inventory
 from .kernels.eager import UpdatePlan
 from .kernels.pairs import ShadowPair
-from .selection import OWN, Placement, Selection
-from .shared_memory import refuse_shared
-from .storage_watch import StorageWatch
+from .storage_watch import StorageWatch, refuse_shared
 from .swap_journal import broadcast_to_replicas
-from .swap_registry import SwapRegistry
+from .swap_writes import SwapRegistry
 from .teacher import Teacher
 from .updates import Updates
 
@@ -189,7 +187,9 @@ class AveragedWeights:
     @property
     def _on_host(self) -> bool | None:
         """Shadows were asked into host memory. None: a teacher's lie where it lies."""
-        return self.placement.on_host if self.teacher is None else None
+        device = self.placement.device
+        asked = device is not None and device.type == "cpu"
+        return asked if self.teacher is None else None
 
     # --- the state of the model -------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ class AveragedWeights:
     def _await_teacher_reads(self) -> None:
         """Orders: copies of an offloaded teacher that its last forward asked for, then a write."""
         if self.teacher is not None:
-            await_host_reads(state.shadow for state in self._averaged if state.shadow is not None)
+            await_host_reads(state.own_shadow for state in self._averaged)
 
     def follow(self, tree: bool = False) -> None:
         """Bind anew what moved ([Note: a model lives] in storage_watch).
@@ -324,8 +324,7 @@ class AveragedWeights:
         """Every shadow is its live weight again."""
         for average in self.averages:
             for state in average.averaged:
-                assert state.shadow is not None
-                state.shadow.copy_(state.source)
+                state.own_shadow.copy_(state.source)
             if average.ring is not None:
                 average.ring.clear()
         if self.teacher is not None:
@@ -425,11 +424,10 @@ class AveragedWeights:
         self.clock.move([average.schedule for average in self.averages], 1.0)
         pairs = []
         for state in self._averaged:
-            assert state.shadow is not None
-            live = state.source.to(state.shadow)
+            live = state.source.to(state.own_shadow)
             boxes = (
                 geometry.boxes_with_data(state.shard, state.averaged_region, data)
-                for data in (state.shadow, live)
+                for data in (state.own_shadow, live)
             )
             pairs += [(shadow, value) for (_, shadow), (_, value) in zip(*boxes, strict=True)]
         rule(pairs)
@@ -448,13 +446,12 @@ class AveragedWeights:
         await_host_reads(state.local for state in self._averaged)
         pairs = []
         for state in self._averaged:
-            assert state.shadow is not None
             if weight == 1:
-                state.source.copy_(state.shadow)
+                state.source.copy_(state.own_shadow)
             else:
                 region, device = state.averaged_region, state.source.device
                 number = geometry.numbering(state.shard, region, device)
-                pairs.append(ShadowPair(state.name, [state.source], state.shadow, number))
+                pairs.append(ShadowPair(state.name, [state.source], state.own_shadow, number))
         UpdatePlan(pairs, self.seed).run([weight], self.clock.updates)
         for state in self._averaged:
             if state.shard.master is not None:

@@ -14,10 +14,8 @@ from ..sharding.ownership import ParamState
 from ..sharding.parameters import Stages
 from ..sharding.records import ModelShards, Shard
 from ..sharding.tree_changes import compare_inventory
-from .average import Average
-from .selection import OWN, Placement, Selection
+from .average import OWN, Average, Placement, Selection, ring_of
 from .teacher import Teacher
-from .window_ring import ring_of
 
 __all__ = ["Inventory"]
 

@@ -57,8 +57,7 @@ def _bytes(weights: AveragedWeights) -> tuple[int, int]:
     """Of shadows beside their weights; of those elsewhere, and of windows."""
     kept = [0, weights.updates.engine.window_bytes]
     for state in (state for average in weights.averages for state in average.averaged):
-        assert state.shadow is not None
-        kept[state.shadow.device != state.local.device] += state.shadow.nbytes
+        kept[state.own_shadow.device != state.local.device] += state.own_shadow.nbytes
     rings = sum(average.ring.nbytes for average in weights.averages if average.ring is not None)
     return kept[0], kept[1] + rings
 
@@ -117,8 +116,7 @@ def _hash_copies(states: Sequence[ParamState]) -> list[int]:
     """[hash of which elements these are, hash of the bits of their shadows]; [Note: copies]."""
     regions = [(state.name, state.averaged_region) for state in states]
     elements = [[name, *region.offsets, region.begin, region.end] for name, region in regions]
-    shadows = [state.shadow for state in states if state.shadow is not None]
-    return [digest(elements), digest(fingerprints(shadows))]
+    return [digest(elements), digest(fingerprints([state.own_shadow for state in states]))]
 
 
 # --- distance -------------------------------------------------------------------------------------

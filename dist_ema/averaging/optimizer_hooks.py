@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from operator import index
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary, WeakMethod, finalize
 
 import torch
@@ -34,11 +34,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..sharding.ownership import ParamState
-from ..sharding.zero import is_engine
-from .clock import Clock
-from .engine_steps import EngineSteps
+from ..sharding.zero import EngineSteps, is_engine
+from .averages import AveragedWeights
 
-__all__ = ["Attachment", "Averager", "refuse_beside_masters"]
+__all__ = ["Attachment", "refuse_beside_masters"]
 
 PATIENCE = 128  # steps of one optimizer without an update, after which the others are named
 # Wrappers that take no hooks themselves and do nothing after the inner step: (package, class).
@@ -53,34 +52,6 @@ _RUNS_HOOKS: Any = Optimizer.profile_hook_step(len).__code__  # type: ignore[att
 KNOWN_WRAPPERS = ("torch", "accelerate", "lightning", "pytorch_lightning")
 
 
-class Averager(Protocol):
-    """What an attachment drives.
-
-    Attributes:
-        bypassed: Steps of averaged weights by other optimizers, since an attached one has stepped.
-    """
-
-    bypassed: int
-
-    def before_step(self) -> None:
-        """Live weights are about to be overwritten."""
-
-    def settle(self) -> None:
-        """No update is in flight after this."""
-
-    def stepped_by(self, optimizers: Sequence[Optimizer]) -> bool:
-        """One of the optimizers holds an averaged weight."""
-
-    def begin(self) -> None:
-        """Averaging begins, seeded from live."""
-
-    def move(self, elapsed: float, skip: Tensor | None, guard: bool) -> None:
-        """Update; skip: not 0 on the device if nothing happened."""
-
-    def updated(self) -> None:
-        """The update was submitted, and no unit of the clock is pending."""
-
-
 class Attachment:
     """What `EMA.attach` returns; `remove()` takes the hooks off again.
 
@@ -90,8 +61,7 @@ class Attachment:
 
     def __init__(
         self,
-        averager: Averager,
-        clock: Clock,
+        averager: AveragedWeights,
         optimizers: Sequence[Optimizer],
         every: int,
         start: int,
@@ -109,7 +79,7 @@ class Attachment:
         hooked = [_that_takes_hooks(optimizer) for optimizer in optimizers]
         self.every, self.start, self.guard = every, start, guard
         self.arguments: dict[str, Any] = {}
-        self._averager, self._clock, self._elapsed = averager, clock, elapsed
+        self._averager, self._clock, self._elapsed = averager, averager.clock, elapsed
         self._names = [type(optimizer).__name__ for optimizer in hooked]
         self._places = {id(optimizer): place for place, optimizer in enumerate(hooked)}
         self._steps = [0] * len(hooked)  # of each optimizer since the last round
@@ -130,8 +100,8 @@ class Attachment:
         self._hooks.callback(every_step.remove)
         finalize(self, self._hooks.close)
         self._last = hooked[-1].register_step_post_hook(_StepHook(self._alive, tells=True))
-        if clock.updates == 0 and clock.steps < start:
-            clock.started = False
+        if averager.clock.updates == 0 and averager.clock.steps < start:
+            averager.clock.started = False
 
     def remove(self) -> None:
         """Take the hooks off; the update in flight is waited for. Idempotent.
@@ -319,7 +289,8 @@ def _that_takes_hooks(optimizer: Any) -> Optimizer | EngineSteps:
         optimizer = optimizer.optimizer
     # NOTE: Optimizer.__init__ patches `step` of the class to call hooks; a wrapper that skips it is
     # never hooked.
-    fires = getattr(type(optimizer).step, "hooked", False) if _is_optimizer(optimizer) else False
+    kind = type(optimizer)
+    fires = issubclass(kind, Optimizer) and getattr(kind.step, "hooked", False)
     if not fires or "_optimizer_step_post_hooks" not in vars(optimizer):
         raise ValueError(
             f"ema.attach() cannot hook {type(optimizer).__name__}: it takes torch optimizers whose "
@@ -357,7 +328,3 @@ def _is_wrapped(optimizer: Any) -> bool:
 def _is_transparent(optimizer: Any) -> bool:
     kind = type(optimizer)
     return (kind.__module__.split(".")[0], kind.__name__) in TRANSPARENT
-
-
-def _is_optimizer(optimizer: Any) -> bool:
-    return issubclass(type(optimizer), Optimizer)

@@ -38,7 +38,11 @@ class SkippedSteps:
         """
         move: float | Tensor = weight
         if copies_first and not self._accepted:
-            move = 1.0 if self._skipped is None else self._one_or(weight, self._skipped)
+            move = 1.0  # while the device has skipped every update
+            if self._skipped is not None:
+                # NOTE: where() of two numbers rounds them to the default dtype, perhaps bfloat16.
+                ones = torch.ones_like(self._skipped)
+                move = torch.where(self._skipped >= self._tried, ones, ones * weight)
         if skip is None:
             self._accepted = True
             return move
@@ -48,13 +52,6 @@ class SkippedSteps:
         self._skipped = skipped.clone() if self._skipped is None else self._skipped + skipped
         self._tried += 1
         return move * (1 - skipped)
-
-    def _one_or(self, weight: float, skipped: Tensor) -> Tensor:
-        """1 while the device has skipped every update. float32 []"""
-        # NOTE: where() of two numbers rounds them to the default dtype, which may be bfloat16.
-        return torch.where(
-            skipped >= self._tried, torch.ones_like(skipped), torch.full_like(skipped, weight)
-        )
 
     def count(self) -> int:
         """Updates skipped so far. Waits for the device."""

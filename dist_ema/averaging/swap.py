@@ -33,8 +33,7 @@ from .average import Average
 from .averages import AveragedWeights
 from .executors import run_shielded
 from .swap_journal import SwapJournal, broadcast_to_replicas
-from .swap_registry import versions
-from .swap_writes import SwapWrites, describe
+from .swap_writes import SwapWrites, describe, versions
 
 __all__ = ["WeightSwap"]
 
@@ -112,17 +111,18 @@ class WeightSwap:
     def _enter(self) -> None:
         with derived.caches_dropped(self._weights.model):
             self.ranks.run_on_all("swap", self.apply)
-            self._broadcast()
+            self._broadcast(applied=True)
         self._owes_message = True
         self._writes = SwapWrites(self._average.states, self._weights.swaps)
         self._weights.mark()
 
-    def _broadcast(self) -> None:
-        """Replicas hold what their owners hold."""
+    def _broadcast(self, applied: bool) -> None:
+        """Replicas hold what their owners hold. applied: That is the average."""
         if self._replicated:
             self._stale_replicas = True
             wait_for = self.ranks.wait_for
             self.ranks.run_transfer("swap", lambda: broadcast_to_replicas(self._swapped, wait_for))
+            self._stale_replicas = applied
 
     def apply(self) -> None:
         """Exchange what this rank averages."""
@@ -178,7 +178,7 @@ class WeightSwap:
                 exits = self._exchange(message)
             finally:
                 self._journal.restore()
-            self._broadcast_restored()
+            self._broadcast(applied=False)
         return exits  # type: ignore[no-any-return]
 
     def _exchange(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -194,10 +194,6 @@ class WeightSwap:
         _, exits = ranks.run_and_reduce("swap", lambda: message, _combine_exits)
         return exits
 
-    def _broadcast_restored(self) -> None:
-        self._broadcast()
-        self._stale_replicas = False
-
     def _restore_alone(self) -> None:
         """Restore what this rank can restore alone, and close what is whole then. Idempotent.
 
@@ -212,7 +208,7 @@ class WeightSwap:
         try:
             if covered and self._stale_replicas:
                 with derived.caches_dropped(self._weights.model):
-                    self._run(self._broadcast_restored)
+                    self._run(self._broadcast, False)
         finally:
             self._close()
 

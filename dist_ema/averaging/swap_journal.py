@@ -148,19 +148,18 @@ def _chunks(state: ParamState) -> list[Chunk]:
 
 
 def _exchanged(state: ParamState) -> bool:
-    assert state.shadow is not None
-    return (state.local.dtype, state.local.device) == (state.shadow.dtype, state.shadow.device)
+    shadow = state.own_shadow
+    return (state.local.dtype, state.local.device) == (shadow.dtype, shadow.device)
 
 
 def _views(state: ParamState, begin: int, end: int) -> tuple[Tensor, Tensor]:
     """Live and shadow. *Aliases* both."""
-    assert state.shadow is not None
-    if len(state.shadow) != state.averaged_region.numel:
+    if len(state.own_shadow) != state.averaged_region.numel:
         raise RuntimeError(
-            f"{state.name}: the shadow has {len(state.shadow)} elements and the weight has "
+            f"{state.name}: the shadow has {len(state.own_shadow)} elements and the weight has "
             f"{state.averaged_region.numel}."
         )
-    return state.live[begin:end], state.shadow[begin:end]
+    return state.live[begin:end], state.own_shadow[begin:end]
 
 
 def _take_written(live: Tensor, shadow: Tensor) -> None:

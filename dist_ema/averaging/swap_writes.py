@@ -1,23 +1,33 @@
-"""`SwapWrites`: what user code writes to weights inside a swap, and what is kept of it.
+"""Open swaps: which averages they concern, and what user code writes to weights inside them.
 
 [Note: writes]  What the block writes into a swapped weight becomes the average's, whether contents
 were exchanged or cast. It is the only outcome that is the same everywhere and costs no second
 model. Of replicas, the owner's write counts. Where shadows have another dtype, only elements that
 differ from the cast average are taken, so the others keep their precision.
+
+[Note: open swaps]  Several EMAs may average one model, or parts of it. While one of them has
+swapped its average in, the live weights are not the training weights, and the others must know.
+Averages are related by the identity of the weights that they share.
+
+NOTE: no weak reference to a weight is kept. `torch.utils.swap_tensors` refuses a tensor that has
+one, and with it every `model.to()` of a sharded model. Identities suffice: an average keeps its
+weights alive, so none is used twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from ..sharding.ownership import ParamState
 from ..sharding.records import registered
-from .swap_registry import SwapRegistry, versions
 
-__all__ = ["SwapWrites", "describe"]
+__all__ = ["SwapRegistry", "SwapWrites", "Versions", "describe", "versions"]
 
 
 class SwapWrites:
@@ -115,3 +125,104 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(
         a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
     )
+
+
+# --- [Note: open swaps] ---------------------------------------------------------------------------
+
+
+Versions = tuple[int, int]  # of a weight's local elements, and of its Parameter
+
+_REGISTRIES: WeakSet[SwapRegistry] = WeakSet()
+_OPENINGS = itertools.count(1)
+
+
+def versions(state: ParamState) -> Versions:
+    """The version counters of a weight. FSDP1 keeps them apart, and one more of the flat one.
+
+    A frozen weight made in inference mode has none.
+    """
+    if state.shard.tensor.is_inference():
+        return 0, 0
+    flat = state.shard.flat_parameter
+    writes = 0 if flat is None else flat._version
+    return state.local._version, state.shard.tensor._version + writes
+
+
+class SwapRegistry:
+    """The open swaps that concern one set of averages.
+
+    Attributes:
+        open: The model holds one of our averages.
+        failed: Not all replicas could be restored after our swap, so that it stays open.
+        writes: Times that a swap, ours or another, wrote the weights.
+        nested: By the identity of a weight: how often other swaps wrote it inside ours.
+    """
+
+    def __init__(self) -> None:
+        self.open, self.failed, self.writes = False, False, 0
+        self.nested: dict[int, Versions] = {}
+        self._opened = 0  # when our swap was opened, counted over all of them
+        self._waiting: list[Callable[[], None]] = []  # for our swap, which covers theirs
+        self._weights: frozenset[int] = frozenset()
+        self._related: WeakSet[SwapRegistry] = WeakSet()
+        _REGISTRIES.add(self)
+
+    def watch(self, weights: Iterable[Tensor]) -> None:
+        """Relate to every other average of one of these weights."""
+        self._weights = frozenset(map(id, weights))
+        for other in [other for other in _REGISTRIES if other is not self]:
+            shares = not self._weights.isdisjoint(other._weights)
+            for one, two in ((self, other), (other, self)):
+                one._related.add(two) if shares else one._related.discard(two)
+
+    @property
+    def open_beside(self) -> bool:
+        """Another average of the same weights has a swap open."""
+        return any(other.open for other in self._related)
+
+    def note(self, open_now: bool) -> None:
+        """Our swap wrote the weights: it has put an average in, or restored them."""
+        for other in (self, *self._related):
+            other.writes += 1
+        self.open = open_now
+        if open_now:
+            self._opened = next(_OPENINGS)
+            return
+        waiting, self._waiting = self._waiting, []
+        for finish in waiting:
+            finish()
+
+    def refuse_covered(self) -> None:
+        """Raise RuntimeError where a swap that was entered inside ours is still open."""
+        if self._inner() is not None:
+            raise RuntimeError(
+                "ema.swap() was left before the swap of another EMA that was entered inside it. "
+                "Leave swaps in the reverse order; live weights are restored when the inner one is "
+                "left."
+            )
+
+    def when_outermost(self, finish: Callable[[], None]) -> None:
+        """Call `finish` now, or when no swap is open inside ours any more."""
+        inner = self._inner()
+        if inner is None:
+            finish()
+        else:
+            inner._waiting.append(partial(self.when_outermost, finish))
+
+    def _inner(self) -> SwapRegistry | None:
+        """An open swap that was entered inside ours: it holds our average as live weights."""
+        later = [other for other in self._related if other.open and other._opened > self._opened]
+        return later[0] if self.open and later else None
+
+    def discount(self, states: Sequence[ParamState], before: Sequence[Versions]) -> None:
+        """Our swap is over: a swap around it takes no write since `before` for one of its block."""
+        for state, (local, param) in zip(states, before, strict=True):
+            key, now = id(state.shard.tensor), versions(state)
+            for other in self._related:
+                first, second = other.nested.get(key, (0, 0))
+                other.nested[key] = first + now[0] - local, second + now[1] - param
+
+    def any_open(self, tensors: Iterable[Tensor]) -> bool:
+        """Some average in this process has swapped one of these weights or buffers."""
+        swapped = [other._weights for other in _REGISTRIES if other.open]
+        return bool(swapped) and not frozenset().union(*swapped).isdisjoint(map(id, tensors))

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from .regular_file import beginning
+from .disk import beginning
 
 __all__ = [
     "LATEST",
@@ -75,18 +75,12 @@ def temporary_sibling(path: Path, kind: str = "tmp") -> Path:
     return _beside(path, kind, uuid.uuid4().hex)
 
 
-def _make_temporary(path: Path) -> Path:
-    """Make the folder that a new version of the folder `path` is written to."""
-    fixed = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
-    folder = _inside(path, "tmp", uuid.uuid4().hex) if fixed else temporary_sibling(path)
-    folder.mkdir()
-    return folder
-
-
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
     """The folder of a new version, removed if the block raises before it is in place."""
-    folder = _make_temporary(path)
+    fixed = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+    folder = _inside(path, "tmp", uuid.uuid4().hex) if fixed else temporary_sibling(path)
+    folder.mkdir()
     try:
         yield folder
     except NotDurableError:  # the earlier version lies there now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 __all__ = ["BackgroundTask"]
 
@@ -20,21 +21,19 @@ class BackgroundTask:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._what = ""
-        self._error: BaseException | None = None
-        self._remarks: list[str] = []
+        self._what, self._outcome = "", Future[list[str]]()
 
     def start(self, what: str, work: Callable[[], list[str]]) -> None:
         """Run `work`, which returns remarks. Call `finish` first."""
         assert self._thread is None
-        self._what, self._error, self._remarks = what, None, []
+        self._what, self._outcome = what, Future()
 
         def run() -> None:
             try:
-                self._remarks = work()
+                self._outcome.set_result(work())
             except BaseException as error:
                 log.error("%s failed behind training: %s", what, error)
-                self._error = error
+                self._outcome.set_exception(error)
 
         self._thread = threading.Thread(target=run, name="dist_ema files", daemon=False)
         self._thread.start()
@@ -50,7 +49,9 @@ class BackgroundTask:
             return []
         self._thread.join()
         self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
+        # The traceback of an error holds the staging buffer, so it is not kept.
+        outcome, self._outcome = self._outcome, Future()
+        error = outcome.exception()
+        if error is not None:
             raise RuntimeError(f"{self._what} failed behind training: {error}") from error
-        return self._remarks
+        return outcome.result()

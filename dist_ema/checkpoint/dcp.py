@@ -275,9 +275,8 @@ def state(average: Average) -> dict[str, Any]:
     as_bytes: dict[str, Any] = {"dtype": torch.uint8, "device": "cpu"}
     return {
         "weights": {
-            each.name: _entry(each, each.averaged_region, each.shadow)
+            each.name: _entry(each, each.averaged_region, each.own_shadow)
             for each in average.averaged
-            if each.shadow is not None
         },
         "buffers": {
             each.name: _entry(each, each.shard.local_region, copies[each.name]) for each in buffers
@@ -328,8 +327,7 @@ def match(state: Mapping[str, Any], average: Average) -> Matched:
         raise ValueError(f"the state_dict of the EMA lacks {', '.join(missing[:5])}.")
     copies: list[tuple[Tensor, Tensor]] = []
     for each in average.averaged:
-        assert each.shadow is not None
-        copies += _pairs(each, each.averaged_region, each.shadow, weights[each.name])
+        copies += _pairs(each, each.averaged_region, each.own_shadow, weights[each.name])
     own, flagged = {}, _own(state)
     for each in average.buffers:
         value, into = state["buffers"].get(each.name), each.teacher_copy

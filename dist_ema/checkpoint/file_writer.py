@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from ..averaging.kernels.eager import SCRATCH
 from ..distributed.connections import Run
-from ..distributed.routes import Routes
+from ..distributed.machines import Routes
 from ..distributed.transfer import Block
 from ..sharding.geometry import Box, byte_runs, bytes_of, runs
 from . import crc32, disk
@@ -57,13 +59,9 @@ class BlockPlacer:
                     chosen.setdefault(number, []).append(placed)
         for number in routes.order:
             if number in chosen:
-                yield number, self._clipped(number, routes, chosen[number])
-
-    def _clipped(
-        self, number: int, routes: Routes, blocks: Sequence[tuple[str, int, Block]]
-    ) -> Iterator[Run]:
-        for placed in blocks:
-            yield from self._runs(*placed, lambda *run: routes.clip(number, *run))
+                clip = partial(routes.clip, number)
+                runs_here = (self._runs(*placed, clip) for placed in chosen[number])
+                yield number, chain.from_iterable(runs_here)
 
     def _extent(self, name: str, file: int, block: Block) -> tuple[int, int]:
         """The first byte of a block in its file, and the end of its last one."""

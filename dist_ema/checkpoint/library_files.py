@@ -10,10 +10,11 @@ the weight, and the file that comes back says which weight has which name in it.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, takewhile
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,8 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..sharding import derived, discovery, wrappers
+from ..sharding.geometry import boxes_with_data
 from ..sharding.ownership import ParamState
 from ..sharding.wrappers import canonical, walk_modules
+from ..text import some
 from .load_file import load_file
 from .safetensors import ADAPTER, ADAPTER_CONFIG
 
@@ -32,6 +36,7 @@ __all__ = [
     "adapters_of",
     "complete_form",
     "form_of",
+    "load_into",
     "merged",
     "only_used",
 ]
@@ -70,12 +75,11 @@ class FileForm:
 
 def _inner(model: nn.Module) -> Any:
     """The module inside all wrappers."""
-    outer = takewhile(_has_no_prefix, walk_modules(model))
-    return [module for _, module, _ in outer][-1]
-
-
-def _has_no_prefix(item: tuple[str, Any, Any]) -> bool:
-    return not item[0]
+    for prefix, module, _ in walk_modules(model):
+        if prefix:
+            break
+        inner = module
+    return inner
 
 
 def _is_peft_model(module: nn.Module) -> bool:
@@ -239,3 +243,37 @@ def _config_files(inner: Any, dtype: torch.dtype | None) -> dict[str, bytes]:
     if generation is not None:
         files["generation_config.json"] = generation.to_json_string().encode()
     return files
+
+
+@torch.no_grad()
+def load_into(path: str | os.PathLike[str], module: nn.Module) -> None:
+    """Write a saved model into a module in place, each rank into its own shards.
+
+    Args:
+        path: A folder, or one .safetensors file.
+        module: The same model, however it is wrapped. An adapter's file goes into that adapter of a
+            PeftModel.
+
+    Raises:
+        ValueError: The module holds other weights; they are named, and nothing was written.
+
+    Note:
+        *Cost*: pages of the files, no second model.
+    """
+    weights, found = load_file(path), discovery.find_shards(module)
+    form = adapter_in(module, weights)
+    shards = [shard for shard in found.shards if shard.persistent and form.holds(shard.name)]
+    held = {name: s.shape for s in shards for name in (s.name, *s.aliases) if name in weights}
+    held |= {form.name_of(shard.name): shard.shape for shard in shards}
+    there = {name: tuple(weight.shape) for name, weight in weights.items()}
+    mismatched = sorted({name for name, _ in held.items() ^ there.items()})
+    if mismatched:
+        raise ValueError(f"{path} and the module differ in {some(mismatched)}.")
+    with derived.caches_dropped(module):
+        for shard in shards:
+            elements = shard.read()
+            for box, view in boxes_with_data(shard, shard.local_region, elements):
+                view.copy_(weights[form.name_of(shard.name)][box.slices])
+            if not shard.dense:
+                shard.write(elements)
+        wrappers.reshard(found.sharded)

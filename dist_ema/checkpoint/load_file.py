@@ -1,20 +1,37 @@
-"""`load_file`: the complete state_dict of a saved model, its tensors mapped from the files."""
+"""`load_file`: the complete state_dict of a saved model, its tensors mapped from the files.
+
+A folder that `ema.save` wrote has an ema.json. Any other safetensors model has none: an export as
+one file, a Hugging Face folder.
+
+`OpenFile` is checked, summed and read through one handle. So a save that replaces the file in
+between cannot mix two versions.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import atomic, safetensors
-from .location import locate, refuse_unlisted, with_aliases
+from ..sharding.geometry import Box, byte_runs, bytes_of, split_box
+from . import atomic, crc32, disk, manifest, safetensors
 from .torch_dtypes import DTYPES
 
-__all__ = ["load_file"]
+__all__ = [
+    "Aliases",
+    "Location",
+    "OpenFile",
+    "OpenWeight",
+    "load_file",
+    "locate",
+    "refuse_unlisted",
+    "with_aliases",
+]
 
 
 def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -64,3 +81,175 @@ def _mapped(path: Path, file: safetensors.SafetensorsFile) -> Iterable[tuple[str
             if entry.nbytes
             else torch.empty(entry.shape, dtype=dtype, device="cpu"),
         )
+
+
+# --- where the files lie --------------------------------------------------------------------------
+
+
+Aliases = dict[str, list[str]]  # name in the file -> further names of the same weight
+
+
+class Location(NamedTuple):
+    """A saved model at a path, as JSON values, of which ranks compare a hash."""
+
+    folder: str
+    model: str  # the index, or the only file
+    aliases: Aliases
+    manifest: dict[str, Any] | None  # ema.json; None too where one file of its folder is named
+    listed: dict[str, dict[str, Any]]  # size and check sum of the files, as far as they are known
+
+
+def locate(path: Path, read_headers: bool = True) -> Location:
+    """Find a model.
+
+    Args:
+        path: A folder or a file.
+        read_headers: Compare ema.json with the headers of the files too.
+
+    Raises:
+        ValueError: It is no model, or an ema.json is not sound.
+    """
+    path = atomic.whole(atomic.follow(Path(os.path.realpath(path))))
+    if not path.exists():
+        raise ValueError(
+            f"{path} does not exist: there is no folder and no file to read an average from."
+        )
+    if not path.is_dir():
+        return _locate_file(path)
+    found = manifest.read(path)
+    if found is None:
+        if (path / "averages").exists():
+            raise ValueError(
+                f"{path} holds further averages, and no {manifest.META}: it is not all of what "
+                "ema.save() wrote."
+            )
+        return Location(str(path), safetensors.find_model(path), {}, None, {})
+    files = (manifest.read_files(path, found),) if read_headers else ()
+    manifest.refuse_damaged(path, found, *files)
+    model = safetensors.find_model(path)
+    return Location(str(path), model, found.aliases, found.to_json(), found.files_of(""))
+
+
+def _locate_file(path: Path) -> Location:
+    """One file of a model, or its index. The ema.json beside it tells its check sum."""
+    found = manifest.read(path.parent) or manifest.Manifest()
+    if found.files:
+        manifest.refuse_damaged(path.parent, found)
+    aliases = {} if path.suffix == ".json" else _aliases_of_file(path, found)
+    listed = found.files_of("")
+    if path.name != safetensors.INDEX or len(listed) < 2:
+        listed = {path.name: listed[path.name]} if path.name in listed else {}
+    return Location(str(path.parent), path.name, aliases, None, listed)
+
+
+def _aliases_of_file(path: Path, found: manifest.Manifest) -> Aliases:
+    """Exports of one file keep aliases in its header, folders in the ema.json beside it."""
+    header = safetensors.read_header(path)
+    known = header.entries
+    aliases = manifest.group_aliases(
+        {
+            alias: name
+            for alias, name in header.metadata.items()
+            if name in known and alias not in known and alias != "format"
+        }
+    )
+    if path.name in found.files:
+        aliases |= {name: others for name, others in found.aliases.items() if name in known}
+    return aliases
+
+
+def refuse_unlisted(
+    folder: Path, files: dict[str, safetensors.SafetensorsFile], listed: dict[str, Any]
+) -> None:
+    """Raise ValueError unless the files of the model are those that were summed, and as long."""
+    unlisted = sorted(files.keys() ^ listed.keys())
+    if unlisted:
+        raise ValueError(
+            f"{folder} is damaged: {manifest.META} and the model's files disagree on "
+            f"{', '.join(unlisted[:3])}."
+        )
+    for name, file in files.items():
+        if file.size != listed[name]["size"]:
+            raise ValueError(
+                f"{folder / name} is damaged: it holds {file.size} bytes, {manifest.META} says "
+                f"{listed[name]['size']}."
+            )
+
+
+def with_aliases(where: Path, table: dict[str, Any], aliases: Aliases) -> dict[str, Any]:
+    table = dict(table)
+    for name, others in aliases.items():
+        for other in others if name in table else ():
+            if other in table:
+                raise ValueError(
+                    f"{where} is damaged: {other} is listed as another name of {name}, and is a "
+                    "weight itself."
+                )
+            table[other] = table[name]
+    return table
+
+
+# --- an open file ---------------------------------------------------------------------------------
+
+
+WINDOW = 4 << 20  # bytes read at a time
+
+
+class OpenFile:
+    """The file, open from the moment that its header was read until `close`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._handle = path, disk.open_regular(path)
+        try:
+            self.header = safetensors.header_of(self._handle, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._handle.close()
+
+    def read(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+        """Blocks of a box, each at most a window. *Aliases*: the next block overwrites this one."""
+        entry = self.header.entries[name]
+        dtype, begin = DTYPES[entry.dtype], len(self.header.head) + entry.begin
+        blocks = list(split_box(box, WINDOW // dtype.itemsize))
+        buffer = torch.empty(
+            max(block.numel for block in blocks) * dtype.itemsize, dtype=torch.uint8, device="cpu"
+        )
+        view = bytes_of(buffer)
+        for block in blocks:
+            for start, part in byte_runs(block, entry.shape, view, dtype.itemsize):
+                self._read(part, begin + start)
+            size = block.numel * dtype.itemsize
+            yield block, buffer[:size].view(dtype).view(block.sizes)
+
+    def _read(self, into: memoryview, offset: int) -> None:
+        disk.read_into(self._handle.fileno(), self.path, into, offset)
+
+    def contribution(self, rank: int, size: int) -> int:
+        """What this rank's bytes add to the check sum of the file ([Note: check sums] in crc32)."""
+        total = self.header.size
+        at, end = total * rank // size, total * (rank + 1) // size
+        found, buffer = crc32.RangeSum(total), memoryview(bytearray(min(WINDOW, end - at)))
+        while at < end:
+            part = buffer[: min(WINDOW, end - at)]
+            self._read(part, at)
+            found.add(at, part)
+            at += len(part)
+        return found.contribution
+
+
+class OpenWeight(NamedTuple):
+    """A weight in an open file, under the name that the file has for it."""
+
+    file: OpenFile
+    name: str
+
+    @property
+    def entry(self) -> safetensors.Entry:
+        return self.file.header.entries[self.name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.entry.dtype]

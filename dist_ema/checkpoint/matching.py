@@ -7,7 +7,7 @@ their names. Nothing is changed here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,7 @@ from ..sharding.geometry import boxes_with_data
 from ..sharding.ownership import ParamState
 from ..text import some
 from . import manifest, safetensors
-from .location import Aliases, Location
-from .open_file import OpenWeight
+from .load_file import Aliases, Location, OpenWeight
 
 __all__ = [
     "Differences",
@@ -93,7 +92,7 @@ class ReadPlan:
     """The source of one average, and, once it was compared, the weights that fill it."""
 
     folder: Path
-    states: list[ParamState]
+    target: LoadTarget
     aliases: Aliases
     model: str = "model.safetensors"
     whole: bool = False  # the folder must hold the complete model, not only what is averaged
@@ -101,17 +100,15 @@ class ReadPlan:
     listed: dict[str, dict[str, Any]] | None = None  # size and check sum of its files, if known
     chosen: dict[str, OpenWeight] = field(default_factory=dict)  # by the model's names
     differences: Differences = field(default_factory=Differences)
-    names: dict[str, str] = field(default_factory=dict)  # as in LoadTarget
-    elsewhere: frozenset[str] = frozenset()  # as in LoadTarget
 
     def compare(self, table: dict[str, OpenWeight]) -> None:
         """Choose from the weights of the folder, and note every difference."""
-        report = self.differences
-        table = {self.names.get(name, name): weight for name, weight in table.items()}
+        report, states = self.differences, self.target.states
+        table = {self.target.names.get(name, name): weight for name, weight in table.items()}
         lost = set(self.own_buffers)
-        known = {name for state in self.states for name in (state.name, *state.shard.aliases)}
-        report.unexpected += sorted(table.keys() - known - self.elsewhere)
-        for state in self.states:
+        known = {name for state in states for name in (state.name, *state.shard.aliases)}
+        report.unexpected += sorted(table.keys() - known - self.target.elsewhere)
+        for state in states:
             names = [name for name in (state.name, *state.shard.aliases) if name in table]
             held = list(dict.fromkeys(table[name] for name in names))
             own = state.name in self.own_buffers
@@ -140,7 +137,7 @@ class ReadPlan:
     def _keep_whole_modules(self, lost: set[str]) -> None:
         """Own buffers of a module that lacks one of these, or has it otherwise, are passed over."""
         kept = whole_modules(self.own_buffers, lost)
-        here = {state.name for state in self.states}
+        here = {state.name for state in self.target.states}
         self.differences.passed_over += sorted(here.intersection(self.own_buffers).difference(kept))
         self.own_buffers = kept
 
@@ -150,16 +147,7 @@ def plan_start(place: Location, targets: Sequence[LoadTarget]) -> list[ReadPlan]
     listed = place.listed if place.manifest or place.listed else None
     folder = Path(place.folder)
     return [
-        ReadPlan(
-            folder,
-            target.states,
-            place.aliases,
-            place.model,
-            listed=listed,
-            names=target.names,
-            elsewhere=target.elsewhere,
-        )
-        for target in targets
+        ReadPlan(folder, target, place.aliases, place.model, listed=listed) for target in targets
     ]
 
 
@@ -185,8 +173,7 @@ def plan_resume(
         model = safetensors.INDEX if len(listed) > 1 else next(iter(listed))
         whole = saved.weights == "all" and not k
         own = [target.names.get(name, name) for name in saved.own_buffers_of(label)]
-        plan = ReadPlan(folder, target.states, place.aliases, model, whole, own, listed)
-        plans.append(replace(plan, names=target.names, elsewhere=target.elsewhere))
+        plans.append(ReadPlan(folder, target, place.aliases, model, whole, own, listed))
     return plans
 
 

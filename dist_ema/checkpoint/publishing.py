@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from . import atomic, retention, versions
-from .foreign_files import companions
-from .leases import LeaseWatch
 from .library_files import FileForm
 
 __all__ = ["Publication"]
@@ -74,7 +72,7 @@ class Publication:
         self.metrics: dict[str, Any] = {}
         self.number = self.published = self.skipped = self.failed = 0
         self.active = True
-        self.leases = LeaseWatch(folder)
+        self.leases = versions.LeaseWatch(folder)
         self._finish = finish  # a weak reference: the EMA holds this, and not the other way round
 
     def begin(self) -> int:
@@ -101,7 +99,7 @@ class Publication:
             "time": time.time(),
             "every": self.every,
             "skipped": self.skipped,
-            "beside": [] if self.beside is None else companions(self.beside),
+            "beside": [] if self.beside is None else retention.companions(self.beside),
             "metrics": dict(self.metrics),
         }
 

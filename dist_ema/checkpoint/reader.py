@@ -21,9 +21,8 @@ from ..sharding.geometry import boxes_with_data
 from ..sharding.ownership import ParamState
 from ..sharding.records import Region
 from . import atomic, crc32, manifest, safetensors
-from .location import Location, locate, refuse_unlisted, with_aliases
+from .load_file import Location, OpenFile, OpenWeight, locate, refuse_unlisted, with_aliases
 from .matching import LoadTarget, ReadPlan, plan_resume, plan_start
-from .open_file import OpenFile, OpenWeight
 
 __all__ = ["LoadTarget", "OpenCheckpoint", "open_checkpoint"]
 
@@ -51,7 +50,7 @@ class OpenCheckpoint:
         )
         self._open: dict[Path, OpenFile] = {}
 
-    def open(self, version: list[int] | None, is_last: bool) -> tuple[int, bool]:
+    def open(self, version: list[int] | None, is_last: bool) -> int | None:
         """Open every file and compare it with the model.
 
         Args:
@@ -59,7 +58,7 @@ class OpenCheckpoint:
             is_last: Take what is there now, whatever its version.
 
         Returns:
-            A hash of the differences, and whether the model was replaced.
+            A hash of the differences; None where the model was replaced.
         """
         with atomic.held(Path(self._place.folder, self._place.model)):
             try:
@@ -68,9 +67,10 @@ class OpenCheckpoint:
             except (OSError, ValueError):
                 if is_last or _version(self._place) == version:
                     raise
-                return 0, True
-            replaced = not is_last and _version(self._place) != version
-        return digest([vars(plan.differences) for plan in self._plans]), replaced
+                return None
+            if not is_last and _version(self._place) != version:
+                return None
+        return digest([vars(plan.differences) for plan in self._plans])
 
     def _table(self, plan: ReadPlan) -> dict[str, OpenWeight]:
         """Every weight of a folder, under its name and all aliases."""
@@ -128,10 +128,10 @@ class OpenCheckpoint:
         """Weights that are averaged now and were frozen when they were saved, or the reverse."""
         plan, names = self._plans[0], saved.averaged
         listed = set(names).union(*(saved.aliases.get(name, ()) for name in names))
-        averaged = {plan.names.get(name, name) for name in listed}
+        averaged = {plan.target.names.get(name, name) for name in listed}
         frozen = sorted(
             state.name
-            for state in plan.states
+            for state in plan.target.states
             if state.shadow is not None and state.name in plan.chosen.keys() - averaged
         )
         if frozen:
@@ -141,7 +141,7 @@ class OpenCheckpoint:
             )
         passed = sorted(
             state.name
-            for state in plan.states
+            for state in plan.target.states
             if state.name in averaged and state.shadow is None and not state.shard.trainable
             if state.shard.kind != "buffer"
         )
@@ -259,12 +259,21 @@ def _open_one_version(
         return [digest(places[0]), _version(places[0])]
 
     def work() -> dict[str, Any]:
-        differences = _open(path, make_targets, places, opened, files, first_sees, version, is_last)
-        summed = verify and differences is not None and opened[0].fits(strict)
-        return {
-            "differences": {str(list(stage)): differences},
-            "sums": opened[0].sums(ranks) if summed else {},
-        }
+        differences, sums = None, dict[str, int]()
+        place: Location | None = None
+        try:
+            place = places[0] if places else locate(_followed(path), read_headers=False)
+        except (OSError, ValueError):
+            if is_last:
+                raise
+        if place is not None and digest(place) == first_sees:
+            saved = [] if place.manifest is None else place.manifest["schedules"]
+            found = OpenCheckpoint(place, make_targets(saved), files)
+            opened.append(found)
+            differences = found.open(version, is_last)
+            if verify and differences is not None and found.fits(strict):
+                sums = found.sums(ranks)
+        return {"differences": {str(list(stage)): differences}, "sums": sums}
 
     def conclude(found: dict[str, Any]) -> str | None:
         if None in found["differences"].values():
@@ -288,32 +297,6 @@ def _combine(messages: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _open(
-    path: Path,
-    make_targets: MakeTargets,
-    places: list[Location],
-    opened: list[OpenCheckpoint],
-    files: ExitStack,
-    first_sees: int,
-    version: list[int] | None,
-    is_last: bool,
-) -> int | None:
-    """Open what the first rank sees. Returns a hash of the differences; None if it is not there."""
-    try:
-        place = places[0] if places else locate(_followed(path), read_headers=False)
-    except (OSError, ValueError):
-        if is_last:
-            raise
-        return None
-    if digest(place) != first_sees:
-        return None
-    saved = [] if place.manifest is None else place.manifest["schedules"]
-    found = OpenCheckpoint(place, make_targets(saved), files)
-    differences, replaced = found.open(version, is_last)
-    opened.append(found)
-    return None if replaced else differences
-
-
 def _followed(path: Path) -> Path:
     return atomic.follow(Path(os.path.realpath(path)))
 
@@ -326,7 +309,7 @@ def _version(place: Location) -> list[int] | None:
 
 def _fill(plan: ReadPlan) -> dict[str, Tensor]:
     own = {}
-    for state in plan.states:
+    for state in plan.target.states:
         weight, held = plan.chosen.get(state.name), state.shard.local_region
         if weight is None:
             if state.shadow is not None:

@@ -3,6 +3,7 @@
 Deleting is the most dangerous thing that a library does. A folder is removed only if its name has
 the same stem and a number, if it is complete, and if it holds nothing but what dist_ema wrote.
 Numbers beyond the new one belong to a run that was rewound, and stay.
+Files that dist_ema did not write (config, tokenizer, card) are kept.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from . import atomic, manifest, safetensors, versions
-from .foreign_files import foreign
-from .leases import LeaseWatch
 
-__all__ = ["advance", "refuse", "remove_leftovers"]
+__all__ = ["advance", "carry_over", "companions", "foreign", "refuse", "remove_leftovers"]
 
 
 def refuse(path: Path, keep: int) -> None:
@@ -39,7 +39,7 @@ def refuse(path: Path, keep: int) -> None:
 
 
 def advance(
-    path: Path, keep: int, leases: LeaseWatch | None = None, keep_at_most: int = 0
+    path: Path, keep: int, leases: versions.LeaseWatch | None = None, keep_at_most: int = 0
 ) -> list[str]:
     """Point to the published `path`, and remove all but the last `keep` saves up to its number.
 
@@ -109,13 +109,13 @@ def _is_save(folder: Path, published: bool) -> bool:
             return False
         if versions.facts_of(found) is None if published else found.kind != "ema":
             return False
-        return all(_is_whole(folder / name, entry["size"]) for name, entry in found.files.items())
+        paths = {folder / name: entry["size"] for name, entry in found.files.items()}
+        return all(
+            not path.is_symlink() and safetensors.read_header(path).size == size
+            for path, size in paths.items()
+        )
     except (OSError, ValueError):
         return False
-
-
-def _is_whole(path: Path, size: int) -> bool:
-    return not path.is_symlink() and safetensors.read_header(path).size == size
 
 
 def _retire(folder: Path) -> str | None:
@@ -135,3 +135,70 @@ def _retire(folder: Path) -> str | None:
     except OSError as error:
         return f"{folder} should have gone by keep=, and could not be removed: {error}."
     return None
+
+
+# --- files that dist_ema did not write ------------------------------------------------------------
+
+
+WEIGHTS = (
+    ".bin",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".index.json",
+    ".msgpack",
+    ".pt",
+    ".pth",
+    ".safetensors",
+)
+
+
+def foreign(folder: Path) -> list[str]:
+    """The files in a save that dist_ema did not write; [] where ema.json cannot be read."""
+    try:
+        found = manifest.read(folder)
+    except (OSError, ValueError):
+        return []
+    if found is None or not found.files:
+        return []
+    indexes = {(Path(name).parent / safetensors.INDEX).as_posix() for name in found.files}
+    there = {
+        each.relative_to(folder).as_posix()
+        for each in folder.rglob("*")
+        if (each.is_symlink() or not each.is_dir())
+        and not _is_of_nfs(each)
+        and each.name != safetensors.ADAPTER_CONFIG
+    }
+    return sorted(there - found.files.keys() - indexes - {manifest.META})
+
+
+def companions(folder: Path) -> list[str]:
+    """The files of a model that hold no weights: a config, a tokenizer."""
+    plain = [each.name for each in folder.iterdir() if each.is_file()]
+    hidden = (".", manifest.META)
+    return sorted(
+        name for name in plain if not name.endswith(WEIGHTS) and not name.startswith(hidden)
+    )
+
+
+def carry_over(old: Path, new: Path, replaced: Collection[str]) -> None:
+    """Link or copy what lies in the folder `old` into `new`, which will take its place.
+
+    Args:
+        old: The folder that is in place.
+        new: The complete new version; what it holds already stays.
+        replaced: The names of the model files in `old`, which end with it.
+    """
+    shutil.copymode(old, new)
+    for each in sorted(old.iterdir()):
+        if each.name in replaced or (new / each.name).exists() or each == new or _is_of_nfs(each):
+            continue
+        if each.is_dir() and not each.is_symlink():
+            shutil.copytree(each, new / each.name, symlinks=True, copy_function=atomic.link_or_copy)
+        else:
+            atomic.link_or_copy(each, new / each.name)
+
+
+def _is_of_nfs(path: Path) -> bool:
+    """NFS keeps a removed file as .nfsID while a process reads it."""
+    return path.name.startswith(".nfs")

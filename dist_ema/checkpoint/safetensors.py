@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from ..dtypes import NUMPY
 from ..text import size_of
-from .regular_file import open_regular, read_exactly
+from .disk import open_regular, read_exactly
 from .strict_json import MOST_JSON, dump, parse_json, read_json
 
 __all__ = [

@@ -163,8 +163,7 @@ def unite(
 
 def _united(messages: list[Any]) -> list[dict[str, WeightRecord]]:
     """One table for each average. What stands on several stages has the names of all."""
-    answers = list(filter(None, messages))
-    return [_merged([each[i] for each in answers]) for i in range(len(answers[0]))]
+    return [_merged(tables) for tables in zip(*filter(None, messages), strict=True)]
 
 
 def _merged(tables: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, WeightRecord]:

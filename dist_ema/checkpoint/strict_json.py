@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .regular_file import open_regular, read_exactly
+from .disk import open_regular, read_exactly
 
 __all__ = ["MOST_JSON", "dump", "parse_json", "read_json"]
 

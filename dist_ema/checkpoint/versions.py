@@ -3,23 +3,58 @@
     published/version-000007/     a complete model, with ema.json
     published/latest, best        files that name a version
     published/stop                ends those who follow
-    published/.leases/            who reads what ([Note: leases] in leases)
+    published/.leases/version-000007.ID      a reader's file: {"host", "pid", "expiry", "renewed"}
+    published/.leases/retired                the versions that take no new readers, a JSON list
 
 A number is used once. A run that was rewound to an earlier step goes on with the next number, so a
 version never changes, and newer is higher.
+
+[Note: leases]  A reader says which version it has open, and `keep=` leaves that one alone. It
+writes its lease first, and then looks whether the version is retired or gone. A publisher retires
+versions first, and then looks for leases. So one of the two sees the other, and no version is
+removed under a reader. Both write into one folder, because a client of a network file system that
+has changed a folder lists it anew; files are opened, which it also checks with the server.
+
+[Note: expiry]  Clocks of hosts differ, so no time is compared with a time of another host. A reader
+changes its lease every quarter of `expiry` seconds. A lease that a publisher has seen unchanged for
+`expiry` seconds of its own clock is dead, and its file is removed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 from . import atomic
 from .manifest import Manifest
 
-__all__ = ["BEST", "KEY", "STOP", "facts_of", "highest", "is_stopped", "name_of", "numbered"]
+__all__ = [
+    "BEST",
+    "EXPIRY",
+    "KEY",
+    "LEASES",
+    "RETIRED",
+    "STOP",
+    "Lease",
+    "LeaseWatch",
+    "facts_of",
+    "highest",
+    "is_stopped",
+    "lease_facts",
+    "name_of",
+    "numbered",
+    "read_all",
+]
 
 BEST = "best"
 STOP = "stop"
@@ -62,3 +97,127 @@ def facts_of(saved: Manifest) -> dict[str, Any] | None:
     """What a publisher says of a version: version, id, step, average, metrics; None of others."""
     facts = saved.extra.get(KEY)
     return facts if isinstance(facts, dict) and saved.kind == "export" else None
+
+
+# --- leases ---------------------------------------------------------------------------------------
+
+
+LEASES = ".leases"
+RETIRED = "retired"
+EXPIRY = 60.0  # seconds
+MOST_RETIRED = 1000  # names
+LONGEST = 3600.0  # seconds that a lease may ask for
+
+
+class Lease:
+    """Keeps a version from being removed, until `release`, the end of the process, or its death.
+
+    Args:
+        path: The version's folder.
+        expiry: Seconds after the last sign of life until a publisher takes it for dead.
+
+    Raises:
+        FileNotFoundError: The version is retired or gone.
+    """
+
+    def __init__(self, path: Path, expiry: float = EXPIRY) -> None:
+        file, released = path.parent / LEASES / f"{path.name}.{uuid.uuid4().hex}", threading.Event()
+        file.parent.mkdir(exist_ok=True)
+        _write(file, expiry, 0)
+        self.release = finalize(self, _release, file, released)
+        if path.name in _read_retired(path.parent) or not path.is_dir():
+            self.release()
+            raise FileNotFoundError(f"{path} is retired: newer versions took its place.")
+        # NOTE: the thread does not hold the lease, whose end it waits for.
+        renewing = threading.Thread(
+            target=_renew, args=(file, expiry, released), name="dist_ema lease", daemon=True
+        )
+        renewing.start()
+
+
+def _renew(file: Path, expiry: float, released: threading.Event) -> None:
+    renewed = 0
+    while not released.wait(expiry / 4):
+        renewed += 1
+        with contextlib.suppress(OSError):  # the next renewal comes before the expiry
+            _write(file, expiry, renewed)
+
+
+def _write(file: Path, expiry: float, renewed: int) -> None:
+    facts = {"host": socket.gethostname(), "pid": os.getpid(), "expiry": expiry, "renewed": renewed}
+    file.write_text(json.dumps(facts))
+
+
+def _release(file: Path, released: threading.Event) -> None:
+    released.set()
+    with contextlib.suppress(OSError):
+        file.unlink()
+
+
+def _read_retired(folder: Path) -> list[str]:
+    """The versions that take no new readers."""
+    try:
+        names = json.loads((folder / LEASES / RETIRED).read_text())
+    except (OSError, ValueError):
+        return []
+    return names if isinstance(names, list) else []
+
+
+def read_all(folder: Path) -> dict[Path, bytes]:
+    """The content of every lease, dead ones too."""
+    leases = {}
+    with contextlib.suppress(OSError):
+        for name in sorted(os.listdir(folder / LEASES)):
+            if name != RETIRED and not name.startswith("."):
+                with contextlib.suppress(OSError):  # it was released since
+                    leases[folder / LEASES / name] = (folder / LEASES / name).read_bytes()
+    return leases
+
+
+class LeaseWatch:
+    """A publisher's memory of the leases in a folder ([Note: expiry])."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen: dict[Path, tuple[bytes, float]] = {}  # what a lease held, and since when
+
+    def retire(self, names: Sequence[str]) -> set[str]:
+        """Close versions to new readers. Returns those of them that must stay for now."""
+        mark = self._folder / LEASES / RETIRED
+        atomic.ensure(mark.parent)
+        # NOTE: those that are gone too, which a stale cache of a reader may still hold.
+        listed = [name for name in _read_retired(self._folder) if name not in names]
+        atomic.replace_file(mark, json.dumps([*listed, *names][-MOST_RETIRED:]).encode())
+        return self._leased().intersection(names)
+
+    def begin_anew(self) -> None:
+        """The folder holds no version: names that were retired may come again."""
+        atomic.remove(self._folder / LEASES / RETIRED)
+
+    def _leased(self) -> set[str]:
+        now, leases = time.monotonic(), read_all(self._folder)
+        before, self._seen = self._seen, {}
+        for path, content in leases.items():
+            known, since = before.get(path, (b"", now))
+            self._seen[path] = (content, now if content != known else since)
+            if content == known and now - since > _expiry(content):
+                del self._seen[path]
+                atomic.remove(path)
+        return {path.name.rpartition(".")[0] for path in self._seen}
+
+
+def lease_facts(content: bytes) -> dict[str, Any]:
+    """What a lease says; nothing where it is torn, because its reader died while it wrote."""
+    try:
+        facts = json.loads(content)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _expiry(content: bytes) -> float:
+    """Of a lease; a torn one has the usual."""
+    try:
+        return min(max(float(lease_facts(content)["expiry"]), 0.0), LONGEST)
+    except (KeyError, TypeError, ValueError):
+        return EXPIRY

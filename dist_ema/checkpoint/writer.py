@@ -23,14 +23,14 @@ import torch
 
 from ..averaging.executors import run_shielded
 from ..distributed.diagnosis import RanksDifferError, digest
+from ..distributed.machines import Routes
 from ..distributed.ranks import Ranks
-from ..distributed.routes import Routes
 from ..distributed.transfer import Block
 from ..sharding.arena import ALIGN
-from . import atomic, crc32, sealing
+from . import atomic, crc32
 from .background import BackgroundTask
 from .file_writer import BlockPlacer, FileWriter
-from .request import AverageFiles, SaveRequest
+from .request import AverageFiles, SaveRequest, disk_errors, make_folder, put_in_place
 
 __all__ = ["AverageFiles", "SaveRequest", "Writer"]
 
@@ -46,18 +46,12 @@ class _PreparedSave:
     folder: Path
     routes: Routes | None = None
 
-    @property
-    def on_machines(self) -> bool:
-        """Ranks on several machines may write to one file."""
-        return self.routes is not None or self.request.mode == "direct"
-
-    def file_writer(self) -> FileWriter:
-        names, request = list(self.request.files), self.request
-        return FileWriter(self.folder, names, lambda: sealing.disk_errors(request))
-
 
 class Writer:
     """Writes one request at a time, now or in the background. Made on all ranks together, and kept.
+
+    Attributes:
+        background: Writes the request that nobody waits for.
 
     [Note: background saves]  Ranks interleave background work and training in different orders. So
     the background has keys and connections of its own ([Note: files] in connections). What the
@@ -67,16 +61,7 @@ class Writer:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._behind: Ranks | None = None
-        self._background = BackgroundTask()
-
-    @property
-    def busy(self) -> bool:
-        """A background request is being written."""
-        return self._background.busy
-
-    def finish(self) -> list[str]:
-        """Wait for the background request; return its remarks. Raises RuntimeError if it failed."""
-        return self._background.finish()
+        self.background = BackgroundTask()
 
     def write(self, request: SaveRequest, wait: bool = True) -> list[str]:
         """Write the folder or file that is asked for, atomically.
@@ -107,7 +92,7 @@ class Writer:
         if prepared.routes is not None:
             behind.connections(request.verb)  # now: the process group may be gone later
         behind.begin(request.verb, step=1)
-        self._background.start(
+        self.background.start(
             f"ema.{request.verb}({str(request.path)!r}, wait=False)",
             lambda: self._carry_out_together(prepared, behind),
         )
@@ -136,7 +121,7 @@ class Writer:
 
         def make() -> str:
             self._refuse_other_parts(request)
-            return str(sealing.make(request))
+            return str(make_folder(request))
 
         folder = Path(ranks.run_on_first(request.verb, make))
         try:
@@ -195,7 +180,12 @@ class Writer:
         if blind:
             seen = ranks.gather(verb, int(sees), list)
         if request.mode == "direct":
-            self._refuse_blind(request, folder, seen)
+            if blind:
+                raise RuntimeError(
+                    f"ema.{verb}(mode='direct'): rank {ranks.members[seen.index(0)]} does not see "
+                    f"the folder {folder.parent} that rank {ranks.members[0]} writes to. Choose a "
+                    "file system that all ranks share, or pass mode='stream'."
+                )
             return None
         machines = ranks.machines(verb)
         writers = [[rank for rank in each if seen[rank]] for each in machines.ranks]
@@ -206,20 +196,12 @@ class Writer:
             writers = [[writers[0][0]]]
         return Routes([f.size for f in request.files.values()], machines, writers, ranks.rank)
 
-    def _refuse_blind(self, request: SaveRequest, folder: Path, seen: list[int]) -> None:
-        members = self._ranks.members
-        blind = [rank for rank, sees in zip(members, seen, strict=True) if not sees]
-        if blind:
-            raise RuntimeError(
-                f"ema.{request.verb}(mode='direct'): rank {blind[0]} does not see the folder "
-                f"{folder.parent} that rank {members[0]} writes to. Choose a file system that all "
-                "ranks share, or pass mode='stream'."
-            )
-
     def _carry_out(self, prepared: _PreparedSave, ranks: Ranks) -> list[str]:
         """Write what was prepared, here or in a thread. *Collective*."""
         request, remarks = prepared.request, list[str]()
-        files, placer = prepared.file_writer(), BlockPlacer(request)
+        files = FileWriter(prepared.folder, list(request.files), partial(disk_errors, request))
+        placer = BlockPlacer(request)
+        on_machines = prepared.routes is not None or request.mode == "direct"
 
         def write() -> dict[str, int]:
             if prepared.routes is None:
@@ -227,11 +209,11 @@ class Writer:
                     files.write(*run)
             # NOTE: the first rank wrote the head of every file, and the fsync of another machine
             # may not reach that.
-            files.sync(every=ranks.first and prepared.on_machines)
+            files.sync(every=ranks.first and on_machines)
             return placer.contributions()
 
         def finish(sums: dict[str, int]) -> None:
-            remarks.extend(sealing.finish(request, prepared.folder, sums))
+            remarks.extend(put_in_place(request, prepared.folder, sums))
 
         try:
             if prepared.routes is not None:

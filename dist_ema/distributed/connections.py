@@ -44,7 +44,6 @@ PATIENCE = 5.0  # seconds until the addresses of a rank are given up, and tried 
 IDLE = 0.02  # seconds between two looks whether a transfer has ended
 
 _GREETING, _HEAD, _COUNT = struct.Struct("<32sQ"), struct.Struct("<IQ"), struct.Struct("<I")
-_TARGET = struct.Struct("<I")
 
 
 class Run(NamedTuple):
@@ -187,7 +186,7 @@ class Connections:
                 continue
             try:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                connection.sendall(self._greeting + _TARGET.pack(target))
+                connection.sendall(self._greeting + _COUNT.pack(target))
                 if connection.recv(1) == ACCEPTED:
                     connection.settimeout(self._coordinator.interval)
                     addresses.sort(key=address.__ne__)  # the next connection tries it first
@@ -270,10 +269,10 @@ class Receiver:
                 connection.settimeout(self._coordinator.interval)
                 # NOTE: a port is open to all; what does not greet is turned away, and so are
                 # senders of a transfer that has failed.
-                found = connection.recv(len(greeting) + _TARGET.size, socket.MSG_WAITALL)
+                found = connection.recv(len(greeting) + _COUNT.size, socket.MSG_WAITALL)
                 if found[: len(greeting)] == greeting:
                     connection.sendall(ACCEPTED)
-                    target = _TARGET.unpack(found[len(greeting) :])[0]
+                    target = _COUNT.unpack(found[len(greeting) :])[0]
                     self._selector.register(connection, selectors.EVENT_READ, target)
                 else:
                     connection.close()

@@ -42,12 +42,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from . import diagnosis
-from .answers import Answers
 from .deadlines import store_is_silent
 from .diagnosis import Exchange, call_text, error_text
-from .heartbeat import Heartbeats
-from .messages import ANSWERED, FLAG, Count, Messages
-from .roll_call import RollCall
+from .messages import ANSWERED, FLAG, Count, Heartbeats, Messages
 
 __all__ = ["GRACE", "Combine", "StoreCoordinator", "completes", "store_errors"]
 
@@ -63,6 +60,10 @@ FAN_IN = 8  # messages that one rank combines with its own
 LOOKS = 50_000  # at the counters, of all ranks together in a second, at most
 
 
+def _same(value: Any) -> Any:
+    return value
+
+
 class StoreCoordinator:
     """Exchanges of JSON messages among ranks, over a key-value store ([Note: check in]).
 
@@ -75,6 +76,7 @@ class StoreCoordinator:
         heartbeat_store: Another connection to `store`, for heartbeats.
 
     Attributes:
+        verb: The one that was entered last.
         beats: Heartbeats of these ranks.
         messages: Their keys in the store.
     """
@@ -91,23 +93,15 @@ class StoreCoordinator:
         self.members, self.rank, self.size = list(members), rank, len(members)
         self.timeout = timeout
         self.store = store
-        self._number, self._verb, self._step = 0, "", 0
+        self._number, self.verb, self._step = 0, "", 0
         self._is_compared = False
-        self.messages = Messages(store, rank, self.size)
-        self._answers = Answers(self.messages, self.members, rank)
-        self._roll = RollCall(self.messages, self.members, rank)
+        self.messages = Messages(store, self.members, rank)
         self.beats = Heartbeats(heartbeat_store or store, store, rank, self.size)
         self.messages.keep(f"heartbeats/{rank}", *["heartbeats"] * (rank == 0))
-        self._transfer: Exchange | None = None  # the exchange that ends the bytes under way
-        self._last = Exchange(0, "", 0)
+        self._last = self._transfer = Exchange(0, "", 0)  # the latter ends the bytes under way
         self._lost_one = False  # a rank died after its answer: the next wait need not be long
 
     # --- verbs -----------------------------------------------------------------------------------
-
-    @property
-    def verb(self) -> str:
-        """The verb that was entered last."""
-        return self._verb
 
     def begin(self, verb: str, arguments: dict[str, Any] | None = None, step: int = 0) -> None:
         """Make the next exchange the one by which `verb` is entered.
@@ -118,12 +112,12 @@ class StoreCoordinator:
                 exchange raises ValueError where it is not.
             step: 1 where the ranks have entered the verb by other messages.
         """
-        self._verb, self._step = verb, step
+        self.verb, self._step = verb, step
         self.compare(arguments or {})
 
     def compare(self, arguments: dict[str, Any]) -> None:
         """Have the next exchange raise ValueError where the arguments differ between ranks."""
-        self._answers.arguments, self._is_compared = diagnosis.texts(arguments), False
+        self.messages.arguments, self._is_compared = diagnosis.texts(arguments), False
 
     def run_on_all(self, verb: str, work: Callable[[], T]) -> T:
         """Do `work` on every rank, and wait for all.
@@ -143,22 +137,11 @@ class StoreCoordinator:
         Note:
             *Collective*. *Cost*: one operation of the store.
         """
-        result, error = self._attempt(verb, work)
-        if self.size > 1:
-            self._meet(self._next(verb, ends_when_full=True), error)
-        if error is not None:
-            raise error
-        return result  # type: ignore[return-value]
+        return self._check_in(verb, work, counts=False)[0]
 
     def count_on_all(self, verb: str, work: Callable[[], bool]) -> int:
         """`run_on_all`, and the number of ranks whose `work` returned True."""
-        result, error = self._attempt(verb, work)
-        count = int(bool(result))
-        if self.size > 1:
-            count = self._meet(self._next(verb, ends_when_full=True), error, flag=bool(result))
-        if error is not None:
-            raise error
-        return count
+        return self._check_in(verb, work, counts=True)[1]
 
     def is_same(self, about: str, value: Any) -> bool:
         """Whether the first rank that said something `about` this said the same.
@@ -178,7 +161,7 @@ class StoreCoordinator:
         verb: str,
         work: Callable[[], T],
         combine: Combine,
-        conclude: Callable[[Any], Any] | None = None,
+        conclude: Callable[[Any], Any] = _same,
     ) -> tuple[T, Any]:
         """Do `work` on every rank, and combine the results (JSON).
 
@@ -250,7 +233,7 @@ class StoreCoordinator:
                 with self.heartbeats():
                     work()
             except BaseException as error:
-                self._answers.publish_failure(exchange, error)
+                self.messages.publish_failure(exchange, error)
                 raise
         self._meet(exchange, None)
 
@@ -271,10 +254,8 @@ class StoreCoordinator:
 
     def refuse_ended_transfer(self, moved: float) -> None:
         """Raise if the transfer under way has ended, or no byte has moved since `moved`."""
-        exchange = self._transfer
-        assert exchange is not None
-        if self.messages.has(exchange, "answer"):
-            self._answers.value_of(exchange, self.messages.get(exchange, "answer"))
+        if self.messages.has(self._transfer, "answer"):
+            self.messages.value_of(self._transfer, self.messages.get(self._transfer, "answer"))
         if time.monotonic() - moved >= self.timeout:
             raise RuntimeError(self.blame(f"for {self.timeout:g} s"))
 
@@ -286,15 +267,15 @@ class StoreCoordinator:
     # --- [Note: check in] ------------------------------------------------------------------------
 
     def _next(self, verb: str, ends_when_full: bool = False) -> Exchange:
-        if verb != self._verb:
+        if verb != self.verb:
             self.begin(verb)
         exchange = Exchange(self._number, verb, self._step)
         if not self._is_compared:
             self._is_compared = True
             exchange = exchange._replace(
-                arguments=diagnosis.digest(sorted(self._answers.arguments.items()))
+                arguments=diagnosis.digest(sorted(self.messages.arguments.items()))
             )
-        self._answers.ends_when_full = ends_when_full
+        self.messages.ends_when_full = ends_when_full
         # NOTE: one statement, so that an interrupt finds all of it or nothing.
         self._number, self._step, self._last = self._number + 1, self._step + 1, exchange
         combining = (self.size - 2) // FAN_IN + 1  # the others delete
@@ -309,8 +290,19 @@ class StoreCoordinator:
             except Exception as error:  # the others learn of it first
                 return None, error
             except BaseException as error:  # an interrupt is published, and waits for no rank
-                self._answers.publish_failure(self._next(verb, ends_when_full=True), error)
+                self.messages.publish_failure(self._next(verb, ends_when_full=True), error)
                 raise
+
+    def _check_in(self, verb: str, work: Callable[[], T], counts: bool) -> tuple[T, int]:
+        """The result of this rank, and how many ranks returned something true."""
+        result, error = self._attempt(verb, work)
+        flag = counts and bool(result)
+        count = int(flag)
+        if self.size > 1:
+            count = self._meet(self._next(verb, ends_when_full=True), error, flag)
+        if error is not None:
+            raise error
+        return result, count  # type: ignore[return-value]
 
     def _meet(self, exchange: Exchange, error: Exception | None, flag: bool = False) -> int:
         """Wait until all ranks are counted, and return how many have the flag.
@@ -340,21 +332,21 @@ class StoreCoordinator:
         verb: str,
         work: Callable[[], T],
         combine: Combine,
-        conclude: Callable[[Any], Any] | None,
+        conclude: Callable[[Any], Any],
         fan_in: int,
     ) -> tuple[T, Any]:
         result, error = self._attempt(verb, work)
         if self.size == 1:
             if error is not None:
                 raise error
-            return result, (conclude or _same)(result)  # type: ignore[return-value]
+            return result, conclude(result)  # type: ignore[return-value]
         exchange = self._next(verb)
         message: dict[str, Any] = {"value": result}
         if error is not None:
             message = {"error": [self.members[self.rank], error_text(error)]}
         with self._reported(exchange):
             try:
-                answer = self._climb(exchange, message, combine, conclude or _same, fan_in)
+                answer = self._climb(exchange, message, combine, conclude, fan_in)
             except RuntimeError as silence:
                 raise (silence if error is None else error) from None
             if error is not None:
@@ -392,10 +384,10 @@ class StoreCoordinator:
         try:
             with self.heartbeats():
                 value = work()
-            published = self._answers.publish(exchange, {"exchange": exchange, "value": value})
-            return self._answers.value_of(exchange, published)
+            published = self.messages.publish(exchange, {"exchange": exchange, "value": value})
+            return self.messages.value_of(exchange, published)
         except BaseException as error:
-            self._answers.publish_failure(exchange, error)
+            self.messages.publish_failure(exchange, error)
             raise
 
     @contextmanager
@@ -407,7 +399,7 @@ class StoreCoordinator:
         except Exception:
             raise
         except BaseException as interrupt:
-            self._answers.publish_failure(exchange, interrupt)
+            self.messages.publish_failure(exchange, interrupt)
             raise
 
     @contextmanager
@@ -428,7 +420,7 @@ class StoreCoordinator:
             if done <= exchanges:
                 # Where the others wait or come to next, so that the ranks stay in step.
                 exchange = self._last if done else self._next(verb, ends_when_full=True)
-                while not self._answers.publish_failure(exchange, interrupt):
+                while not self.messages.publish_failure(exchange, interrupt):
                     exchange = self._next(verb, ends_when_full=True)
             raise
 
@@ -450,24 +442,24 @@ class StoreCoordinator:
             now, before = time.monotonic(), heartbeats
             heartbeats = self.beats.of_all()
             heard = now if before not in (None, heartbeats) else heard
-            is_here = is_here or self._roll.answer(exchange)
+            is_here = is_here or self.messages.answer_roll(exchange)
             silent = now - heard
             if silent >= self.timeout or now >= remind_at:
-                called, speaks = speaks, speaks or self._roll.speak(exchange)
+                called, speaks = speaks, speaks or self.messages.call_roll(exchange)
                 is_due = speaks or silent >= self.timeout + 2 * GRACE
                 if silent >= self.timeout and is_due:
                     if not self.messages.has(exchange, "answer"):
                         # A rank that is a moment late is not named.
                         time.sleep(GRACE + 2 * self.interval)
-                        text = self._roll.silence(exchange, self.timeout)
-                        self._answers.publish(exchange, {"error": text})
+                        text = self.messages.silence(exchange, self.timeout)
+                        self.messages.publish(exchange, {"error": text})
                     if not self.messages.counted(exchange).answers:
                         # An answer is there, and the rank that published it died at once.
                         self.messages.add(exchange, ANSWERED)
                         self._lost_one = True
                 elif called:
                     remind_at = now + REMIND
-                    self._roll.remind(exchange, now - began)
+                    self.messages.remind(exchange, now - began)
                 else:  # the others answer the roll call until then
                     remind_at = now + 2 * self.interval if speaks else float("inf")
 
@@ -482,13 +474,13 @@ class StoreCoordinator:
         end = time.monotonic() + self.interval
         while True:
             count = self.messages.counted(exchange)
-            full = self._answers.ends_when_full and self.messages.is_full(exchange, count)
+            full = self.messages.is_full(exchange, count)
             if count.codes != count.ranks * exchange.code(self.size) and not count.answers:
-                self._answers.publish(
-                    exchange, {"clash": [exchange, self.rank, self._answers.arguments]}
+                self.messages.publish(
+                    exchange, {"clash": [exchange, self.rank, self.messages.arguments]}
                 )
             elif count.answers and not full:
-                return True, self._answers.value_of(exchange, self.messages.get(exchange, "answer"))
+                return True, self.messages.value_of(exchange, self.messages.get(exchange, "answer"))
             elif not count.answers and (full or (ready is not None and ready(count))):
                 return True, count
             now = time.monotonic()
@@ -499,25 +491,22 @@ class StoreCoordinator:
 
     def blame(self, cause: str) -> str:
         """Publish and return why bytes did not arrive: the ranks whose heartbeats stand still."""
-        exchange = self._transfer
-        assert exchange is not None
-        before = self.beats.of_each()
-        self._roll.speak(exchange)  # a rank that has sent and taken everything answers
+        exchange, everyone = self._transfer, range(self.size)
+        before = [self.beats.of(rank) for rank in everyone]
+        self.messages.call_roll(exchange)  # a rank that has sent and taken everything answers
         time.sleep(GRACE + 2 * self.interval)
-        now = self.beats.of_each()
-        silent = [rank for rank in self._roll.missing(exchange) if before[rank] == now[rank]]
+        now = [self.beats.of(rank) for rank in everyone]
+        silent = [rank for rank in self.messages.missing(exchange) if before[rank] == now[rank]]
         text = f"{exchange}: no bytes arrived {cause}, although every rank gives signs of life."
         if silent:
             names = diagnosis.names(self.members, silent)
             text = f"{exchange}: {names} sent and took no bytes {cause}. Dead, or hung?"
-        return self._answers.publish_error(exchange, text)
+        return self.messages.publish_error(exchange, text)
 
     def publish_failure_of(self, rank: int, text: str) -> str:
         """Publish, as the answer to the transfer under way, what failed on another rank."""
-        exchange = self._transfer
-        assert exchange is not None
-        text = diagnosis.failed(exchange, self.members[rank], text)
-        return self._answers.publish_error(exchange, text)
+        text = diagnosis.failed(self._transfer, self.members[rank], text)
+        return self.messages.publish_error(self._transfer, text)
 
     # --- [Note: heartbeat] -----------------------------------------------------------------------
 
@@ -529,10 +518,6 @@ class StoreCoordinator:
     def heartbeats(self) -> AbstractContextManager[None]:
         """Send heartbeats from a thread while the block runs."""
         return self.beats.sent(self.interval)
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _first_error_or(combine: Combine, messages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,17 +1,31 @@
-"""`Messages`: what ranks write into the store for an exchange ([Note: check in] in coordinator)."""
+"""What ranks write into the store for an exchange ([Note: check in] in coordinator).
+
+[Note: heartbeat]  A rank that works inside a verb, or in the block of a swap, increments two
+counters of the store from a thread: one of its own, and one that all share. So the others can tell
+a slow disk or a long evaluation from a dead process: every heartbeat begins the timeout anew. The
+thread has a connection of its own, because one that waits is locked.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from .diagnosis import Exchange
+from . import diagnosis
+from .diagnosis import Exchange, error_text
 
-__all__ = ["ANSWERED", "FLAG", "Count", "Messages"]
+__all__ = ["ANSWERED", "FLAG", "Count", "Heartbeats", "Messages"]
+
+log = logging.getLogger("dist_ema")
 
 KEPT = 1 << 62  # the number of keys that are no exchange's
 FLAG, ANSWERED, CODE = 1 << 15, 1 << 30, 1 << 35
+GRACE = 2.0  # seconds that a rank has to say what it called instead
 
 
 class Count(NamedTuple):
@@ -32,16 +46,21 @@ class Messages:
 
     Args:
         store: Holds the messages.
-        rank: Of this process.
-        size: The number of ranks.
+        members: The global ranks.
+        rank: The index of this process in `members`.
 
     Attributes:
         written: (number of the exchange, key) that this rank has to delete. The same list for ever.
+        ends_when_full: The current exchange needs no answer.
+        arguments: Of the verb that was entered last, as texts.
     """
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        self._store, self._rank, self._size = store, rank, size
+    def __init__(self, store: Any, members: Sequence[int], rank: int) -> None:
+        self._store, self._members, self._rank = store, members, rank
+        self._size = len(members)
         self.written: list[tuple[int, str]] = []
+        self.ends_when_full = False
+        self.arguments: dict[str, str] = {}
 
     def has(self, exchange: Exchange, name: str) -> bool:
         return bool(self._store.check([exchange.key(name)]))
@@ -75,9 +94,9 @@ class Messages:
         return Count.of(int(self._store.get(key)) if self._store.check([key]) else 0)
 
     def is_full(self, exchange: Exchange, count: Count) -> bool:
-        """All ranks came, with the same call."""
+        """All ranks came, with the same call, to an exchange that needs no answer."""
         codes = self._size * exchange.code(self._size)
-        return count.ranks == self._size and count.codes == codes
+        return self.ends_when_full and count.ranks == self._size and count.codes == codes
 
     # --- deleting --------------------------------------------------------------------------------
 
@@ -102,3 +121,163 @@ class Messages:
             if number < exchange.number:
                 self._store.delete_key(key)
         self.written[:] = [entry for entry in self.written if entry[0] >= exchange.number]
+
+    # --- answers ---------------------------------------------------------------------------------
+
+    def publish(self, exchange: Exchange, answer: dict[str, Any], name: str = "answer") -> Any:
+        """Write the answer, unless another rank has written one. Returns what is written now."""
+        text = json.dumps(answer)
+        if "value" not in answer:  # an exchange that succeeds has no such key
+            self.will_delete(exchange, name)
+        published = self.set_first(exchange, name, text)
+        if name == "answer" and published == text:
+            self._count_answer(exchange)
+        return json.loads(published)
+
+    def _count_answer(self, exchange: Exchange) -> None:
+        if self.is_full(exchange, self.add(exchange, ANSWERED)):
+            self.add(exchange, -ANSWERED)  # too late: all have come
+
+    def publish_failure(self, exchange: Exchange, error: BaseException) -> bool:
+        """Publish that `error` was raised here. Returns False if all had agreed to go on."""
+        if self._size == 1:
+            return True
+        text = diagnosis.failed(exchange, self._members[self._rank], error_text(error))
+        answer = self.publish(exchange, {"error": text})
+        if not self.counted(exchange).answers:  # an interrupt came after it was written
+            self._count_answer(exchange)
+        if self.is_full(exchange, self.counted(exchange)):
+            return self.has(exchange, "error")
+        return "value" not in answer or "failed" in (answer["value"] or ())
+
+    def publish_error(self, exchange: Exchange, text: str) -> str:
+        """Publish an error, unless one is known. Returns the one that all ranks raise."""
+        return str(self.publish(exchange, {"error": text})["error"])
+
+    def value_of(self, exchange: Exchange, answer: Any) -> Any:
+        """The value of the published answer.
+
+        Raises:
+            RuntimeError: The answer is an error, or belongs to another exchange.
+            ValueError: The ranks passed different arguments.
+        """
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        if "clash" in answer:
+            raise self._clash(exchange, *answer["clash"])
+        decided = Exchange(*answer["exchange"])
+        if decided != exchange:  # the first rank is in run_on_first, this one is not
+            positions = (decided, self._members[0]), (exchange, self._members[self._rank])
+            raise RuntimeError(diagnosis.two_positions(*positions))
+        return answer["value"]
+
+    def _clash(
+        self, exchange: Exchange, found: list[Any], finder: int, arguments: dict[str, str]
+    ) -> Exception:
+        """The error for two calls at once. A rank whose call is not the finder's adds its own."""
+        finders = Exchange(*found)
+        if exchange != finders:
+            self.publish(exchange, {"clash": [exchange, self._rank, self.arguments]}, "other")
+        end = time.monotonic() + GRACE
+        while not self.has(exchange, "other"):
+            if time.monotonic() >= end:
+                return RuntimeError(
+                    f"{finders.position} was called on rank {self._members[finder]}, and something "
+                    "else on other ranks."
+                )
+            time.sleep(GRACE / 100)
+        found, rank, others = self.get(exchange, "other")["clash"]
+        calls = [
+            (self._members[finder], finders, arguments),
+            (self._members[rank], Exchange(*found), others),
+        ]
+        return diagnosis.clash(*sorted(calls, key=lambda call: call[0]))
+
+    # --- the roll, called rank by rank where some are silent -------------------------------------
+
+    def call_roll(self, exchange: Exchange) -> bool:
+        """Ask who is here. Returns whether this rank was the first to."""
+        self.will_delete(exchange, "speaker")
+        rank = str(self._rank)
+        return self.set_first(exchange, "speaker", rank) == rank
+
+    def answer_roll(self, exchange: Exchange) -> bool:
+        """Say that this rank is here, if the roll is called. Returns whether it is."""
+        if not self.has(exchange, "speaker"):
+            return False
+        self.set(exchange, f"here/{self._rank}", exchange)
+        return True
+
+    def missing(self, exchange: Exchange) -> list[int]:
+        """Who has not answered."""
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        return [rank for rank in others if not self.has(exchange, f"here/{rank}")]
+
+    def silence(self, exchange: Exchange, timeout: float) -> str:
+        """The error that names who is missing."""
+        missing, members = self.missing(exchange), self._members
+        if missing:
+            names = diagnosis.names(members, missing)
+            return diagnosis.silence(exchange, names, len(missing), self._size, timeout)
+        # All wait, so they wait for different things.
+        for rank in range(self._size):
+            if rank != self._rank:
+                other = Exchange(*self.get(exchange, f"here/{rank}"))
+                if other != exchange:
+                    break
+        positions = (exchange, members[self._rank]), (other, members[rank])
+        return diagnosis.two_positions(*positions)
+
+    def remind(self, exchange: Exchange, seconds: float) -> None:
+        """Log who is awaited."""
+        missing = self.missing(exchange)
+        names = diagnosis.names(self._members, missing)
+        hint = diagnosis.usual_cause(exchange, len(missing), self._size)
+        log.warning("%s has waited %.0f s for %s%s", exchange, seconds, names, hint)
+
+
+class Heartbeats:
+    """Heartbeats of one rank, and the counters of all ([Note: heartbeat]).
+
+    Args:
+        store: A connection for the thread alone.
+        readers: The connection by which this rank looks for heartbeats.
+        rank: Of this process.
+        size: The number of ranks.
+    """
+
+    def __init__(self, store: Any, readers: Any, rank: int, size: int) -> None:
+        self._store, self._readers, self._rank, self._size = store, readers, rank, size
+
+    @contextmanager
+    def sent(self, interval: float) -> Iterator[None]:
+        """Send one every `interval` seconds from a thread while the block runs."""
+        if self._size == 1:
+            yield
+            return
+        done = threading.Event()
+
+        def beat() -> None:
+            with suppress(RuntimeError):  # if the store is gone, the next exchange reports it
+                while not done.wait(interval):
+                    self.send()
+
+        thread = threading.Thread(target=beat, name="dist_ema heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def send(self) -> None:
+        """Send one."""
+        self._store.add(f"heartbeats/{self._rank}", 1)
+        self._store.add("heartbeats", 1)
+
+    def of(self, rank: int) -> int:
+        return self._readers.add(f"heartbeats/{rank}", 0)  # type: ignore[no-any-return]
+
+    def of_all(self) -> int:
+        """The heartbeats of all ranks together."""
+        return self._readers.add("heartbeats", 0)  # type: ignore[no-any-return]

@@ -4,12 +4,21 @@
 the messages of the killed attempt. So the keys of a coordinator begin with a random id, which the
 first rank draws at construction and the process group hands to all. No message of another
 attempt, or of another EMA, can be read.
+
+[Note: leftovers]  The ranks read the last exchange of an average at different times, so none of
+them may delete its keys when it leaves. A rank notes when the garbage collector has taken the
+average. When it builds the next one it counts itself, and deletes its own keys of the dead one
+once all its ranks are counted. Nothing of this happens in an update.
 """
 
 from __future__ import annotations
 
+import json
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
@@ -17,17 +26,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import leftovers
-from .claims import Claims
 from .connections import Connections
 from .coordinator import StoreCoordinator, store_errors
 from .deadlines import BoundedStore, together, within
 from .machines import Machines, addresses, machine_id, numbered, pack, unpack
 
-__all__ = ["Ranks", "transfer_device"]
+__all__ = ["RECENT", "Claims", "Ranks", "transfer_device"]
+
+RECENT = 16  # paths that ranks claim at a time; the keys of earlier ones are deleted
+GONE = "gone"  # the ranks that are counted, and size * the ranks that have deleted their keys
 
 
-class Ranks:
+class Ranks(StoreCoordinator):
     """The processes that call the collective verbs together. A world of one needs no process group.
 
     Args:
@@ -69,39 +79,23 @@ class Ranks:
 
     def _assemble(self, group: dist.ProcessGroup | None, timeout: float) -> list[BoundedStore]:
         self.group = self._whole_group(group)
-        leftovers.count(self._open_store)
+        _count_leftovers(self._open_store)
         self._prefix = f"dist_ema/{self._incarnation()}"
-        leftovers.delete(self._open_store)
+        _delete_leftovers(self._open_store)
         messages = BoundedStore(self._open_store(self._prefix), timeout)
         return [messages, self._open_bounded(self._prefix, timeout)]
 
     def _connect(self, stores: Sequence[BoundedStore], timeout: float) -> None:
         """Send messages over the first store, and heartbeats over the second."""
         self._stores = list(stores)
-        coordinator = StoreCoordinator(
-            self._stores[0] if self._stores else None,
-            self.members,
-            self.rank,
-            timeout,
-            self._stores[-1] if self._stores else None,
-        )
-        if stores:
-            leftovers.note_when_gone(coordinator, self._prefix, stores[0])
-        self._use(coordinator)
-
-    def _use(self, coordinator: StoreCoordinator) -> None:
-        self._coordinator = coordinator
-        self.begin, self.gather = coordinator.begin, coordinator.gather
-        self.run_on_all, self.run_on_first = coordinator.run_on_all, coordinator.run_on_first
-        self.run_and_reduce, self.count_on_all = (
-            coordinator.run_and_reduce,
-            coordinator.count_on_all,
-        )
-        self.is_same, self.compare = coordinator.is_same, coordinator.compare
-        self.run_transfer, self.wait_for = coordinator.run_transfer, coordinator.wait_for
-        self.heartbeats, self.entering = coordinator.heartbeats, coordinator.entering
         self._machines: Machines | None = None
         self._connections: Connections | None = None
+        messages, beats = stores or (None, None)
+        super().__init__(messages, self.members, self.rank, timeout, beats)
+        if messages is not None:
+            messages.add(GONE, 0)  # a store without this key is one of a later process group
+            found = _Leftovers(self._prefix, self.size, self.messages.written)
+            weakref.finalize(self, _noted.append, found).atexit = False  # [Note: leftovers]
 
     def _open_bounded(self, prefix: str, timeout: float) -> BoundedStore:
         """Another connection to the store. Raises DistNetworkError if that takes `timeout`."""
@@ -124,7 +118,7 @@ class Ranks:
         if self.size > 1:
             number = self._prefixes + 1  # every rank calls this as often as the others do
             other._prefixes, other._prefix = 0, f"{self._prefix}/{number}"
-            with store_errors(self._coordinator.verb):
+            with store_errors(self.verb):
                 stores = [self._open_bounded(other._prefix, self.timeout) for _ in range(2)]
             self._prefixes = number
         other._connect(stores, self.timeout)
@@ -154,7 +148,7 @@ class Ranks:
         """
         if not dist.is_initialized() or self.size == dist.get_world_size():
             return self.members, value
-        with store_errors(self._coordinator.verb):
+        with store_errors(self.verb):
             return self._claims.claim(key, self.members, value, self.timeout)
 
     @property
@@ -162,13 +156,13 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def timeout(self) -> float:
+    def timeout(self) -> float:  # type: ignore[override]
         """Seconds that a rank waits for the others to enter a verb."""
-        return self._coordinator.timeout
+        return self._timeout
 
     @timeout.setter
     def timeout(self, seconds: float) -> None:
-        self._coordinator.timeout = seconds
+        self._timeout = seconds
         for store in self._stores:
             store.timeout = seconds
 
@@ -190,7 +184,7 @@ class Ranks:
         if self._connections is None:
             store = self._open_store(self._prefix)
             self._connections = Connections(
-                self._coordinator, self.machines(verb), self._prefix, addresses(store), verb
+                self, self.machines(verb), self._prefix, addresses(store), verb
             )
         return self._connections
 
@@ -220,3 +214,76 @@ def transfer_device(
         return beside
     bound = group.bound_device_id
     return bound or torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+# --- keys in the store that are no exchange's -----------------------------------------------------
+
+
+class Claims:
+    """Paths that these ranks have claimed in the store of the job.
+
+    Args:
+        open_store: Opens a connection to it, with a timeout in seconds.
+
+    Note:
+        *Cost*: one connection, from the first claim on.
+    """
+
+    def __init__(self, open_store: Callable[[float], BoundedStore]) -> None:
+        self._open_store = open_store
+        self._store: BoundedStore | None = None
+        self._recent: deque[str] = deque()
+
+    def claim(
+        self, key: str, members: Sequence[int], value: str, timeout: float
+    ) -> tuple[list[int], str]:
+        """See `Ranks.claim`."""
+        if self._store is None:
+            self._store = self._open_store(timeout)
+        self._store.timeout = timeout
+        own = json.dumps([members, value])
+        claimants, found = json.loads(self._store.compare_set(key, "", own))
+        if claimants != members:
+            return claimants, found
+        if found != value:
+            self._store.set(key, own)
+        if key in self._recent:
+            self._recent.remove(key)
+        self._recent.append(key)
+        if len(self._recent) > RECENT:
+            self._store.delete_key(self._recent.popleft())
+        return claimants, value
+
+
+@dataclass
+class _Leftovers:
+    prefix: str
+    size: int
+    keys: list[tuple[int, str]]
+    counted: bool = False
+
+
+_noted: list[_Leftovers] = []
+
+
+def _count_leftovers(open_store: Callable[[str], dist.Store]) -> None:
+    """Count this rank among those that have lost an average."""
+    for each in list(_noted):
+        store = open_store(each.prefix)
+        if not store.check([GONE]):
+            _noted.remove(each)
+        elif not each.counted:
+            each.counted = True
+            store.add(GONE, 1)
+
+
+def _delete_leftovers(open_store: Callable[[str], dist.Store]) -> None:
+    """Delete this rank's keys of averages that all their ranks have lost."""
+    for each in list(_noted):
+        store = open_store(each.prefix)
+        if store.add(GONE, 0) >= each.size:
+            _noted.remove(each)
+            for _, key in each.keys:
+                store.delete_key(key)
+            if store.add(GONE, each.size) == each.size * (each.size + 1):
+                store.delete_key(GONE)

@@ -179,11 +179,13 @@ def _tables_of(
     if own:
         parts[ranks.rank - sources[0]].copy_(torch.tensor(own, device=device))
     ranks.sum(numbers)
-    return [
-        _Place(source, *entry)
-        for source, part in zip(sources, parts, strict=True)
-        for entry in _read_table(part.tolist(), dims)
-    ]
+    places = []
+    for source, part in zip(sources, parts, strict=True):
+        rest = iter(part.tolist())
+        for number in rest:
+            offsets, shape = (tuple(islice(rest, dims[number])) for _ in range(2))
+            places.append(_Place(source, number, offsets, shape))
+    return places
 
 
 def _stream(
@@ -216,16 +218,6 @@ def _stream(
             # NOTE: a view of another dtype needs an offset that its size divides.
             aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
             consume(number, offsets, aligned.view(dtype).view(shape))
-
-
-def _read_table(
-    numbers: list[int], dims: Sequence[int]
-) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """Number, offsets and shape of every block."""
-    rest = iter(numbers)
-    for number in rest:
-        offsets, shape = (tuple(islice(rest, dims[number])) for _ in range(2))
-        yield number, offsets, shape
 
 
 def _windows(sizes: Sequence[int]) -> Iterator[list[int]]:

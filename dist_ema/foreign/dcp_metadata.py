@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..checkpoint import regular_file, safetensors
+from ..checkpoint import disk, safetensors
 from ..dtypes import TORCH
 from . import unpickler
 
@@ -102,9 +102,7 @@ Table: TypeAlias = tuple[
 
 def read(path: Path) -> Table:
     """Read `.metadata`. Raises ValueError for anything that torch does not write."""
-    unpickled = unpickler.read(
-        regular_file.beginning(path, unpickler.MAX_BYTES + 1), _NAMES, str(path)
-    )
+    unpickled = unpickler.read(disk.beginning(path, unpickler.MAX_BYTES + 1), _NAMES, str(path))
     try:
         fields = _fields(unpickled, "Metadata")
         places = {

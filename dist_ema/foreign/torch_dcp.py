@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint import regular_file, safetensors
+from ..checkpoint import disk, safetensors
 from ..dtypes import Bytes, gathered
 from . import dcp_metadata, torch_zip, unpickler
 from .dcp_metadata import META, NAMES, NO_TENSOR, Chunk, sizes
@@ -149,7 +149,7 @@ def _of_chunk(shape: tuple[int, ...], chunk: Chunk) -> tuple[NDArray[np.int64], 
 # --- the folder -----------------------------------------------------------------------------------
 
 
-class Folder(regular_file.OpenFiles):
+class Folder(disk.OpenFiles):
     """A folder of torch.distributed.checkpoint as a `Source`.
 
     Names are those of the state_dict, its keys joined by dots.
@@ -241,7 +241,7 @@ class Folder(regular_file.OpenFiles):
         if not _dense(tensor):
             into[:] = self._gathered(file, start, tensor, begin, begin + len(into))
             return
-        regular_file.read_into(self.fd(file), self.path / file, into.data, start + begin)
+        disk.read_into(self.fd(file), self.path / file, into.data, start + begin)
 
     def _gathered(self, file: str, start: int, tensor: _Tensor, begin: int, end: int) -> Bytes:
         """Bytes of a tensor that was saved with its dimensions in another order.
@@ -262,7 +262,7 @@ class Folder(regular_file.OpenFiles):
         def read(begin: int, end: int) -> bytes:
             data = bytearray(end - begin)
             path = self.path / chunk.file
-            regular_file.read_into(self.fd(chunk.file), path, memoryview(data), chunk.begin + begin)
+            disk.read_into(self.fd(chunk.file), path, memoryview(data), chunk.begin + begin)
             return bytes(data)
 
         records = torch_zip.records(read, chunk.length, where)

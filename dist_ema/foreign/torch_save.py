@@ -17,7 +17,7 @@ from pathlib import Path
 from pickletools import genops
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import regular_file, safetensors
+from ..checkpoint import disk, safetensors
 from ..dtypes import TORCH, Bytes, gathered
 from ..text import some
 from . import recognise, torch_zip
@@ -114,7 +114,7 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
     try:
         # NOTE: torch warns of its own storages, and its errors advise to run the code.
         with (
-            regular_file.read_errors(path),
+            disk.read_errors(path),
             warnings.catch_warnings(),
             torch.serialization.safe_globals(known),
         ):
@@ -135,7 +135,7 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
 
 def _is_archive(path: Path) -> bool:
     """Whether the file begins as an archive does, so that a damaged one is an archive too."""
-    return regular_file.beginning(path, 4) == b"PK\3\4"
+    return disk.beginning(path, 4) == b"PK\3\4"
 
 
 def _records(path: Path) -> dict[int, int]:
@@ -143,7 +143,7 @@ def _records(path: Path) -> dict[int, int]:
 
     It maps a compressed record as if its bytes were elements.
     """
-    with regular_file.open_regular(path) as file, regular_file.read_errors(path):
+    with disk.open_regular(path) as file, disk.read_errors(path):
         records = torch_zip.records(
             lambda begin, end: os.pread(file.fileno(), end - begin, begin),
             path.stat().st_size,
@@ -211,7 +211,7 @@ def _first_asked(path: Path) -> str:
     texts: list[str] = []
     with suppress(ValueError):
         # NOTE: a file reserves what an opcode claims, before it reads; bytes do not.
-        for code, argument, _ in genops(regular_file.beginning(path, _LOOKED_AT)):
+        for code, argument, _ in genops(disk.beginning(path, _LOOKED_AT)):
             if code.name == "GLOBAL":
                 return str(argument).replace(" ", ".")
             if code.name == "STACK_GLOBAL":

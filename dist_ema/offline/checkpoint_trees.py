@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import manifest, regular_file, safetensors
+from ..checkpoint import disk, manifest, safetensors
 from ..foreign import recognise, torch_dcp, torch_save
 from ..foreign.recognise import FoundAverage, Leaf
 from ..sharding.names import canonical
@@ -123,7 +123,7 @@ def _of_config(path: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     try:
-        with regular_file.read_errors(path):
+        with disk.read_errors(path):
             return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _version
-from ..checkpoint import manifest, regular_file, safetensors
+from ..checkpoint import disk, manifest, safetensors
 from ..text import listed, printable, some
 
 __all__ = [
@@ -77,7 +77,7 @@ def _is_shipped(path: Path) -> bool:
     if not kept or left or not path.is_file():
         return False
     # torch.save and pickle begin so, text and protobuf do not
-    return not regular_file.beginning(path, 4).startswith((b"PK\x03\x04", b"\x80"))
+    return not disk.beginning(path, 4).startswith((b"PK\x03\x04", b"\x80"))
 
 
 def section(facts: manifest.Manifest, dtypes: Mapping[str, int]) -> str:

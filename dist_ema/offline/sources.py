@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from ..checkpoint import atomic, manifest, regular_file, safetensors
+from ..checkpoint import atomic, disk, manifest, safetensors
 from ..dtypes import Bytes
 from ..foreign import torch_dcp
 from ..schedules import from_dict
@@ -49,7 +49,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
 def read_at(fd: int, path: Path, begin: int, end: int) -> Bytes:
     """Bytes [begin, end) of an open file. Raises ValueError where it is shorter."""
     data = np.empty(end - begin, np.uint8)
-    regular_file.read_into(fd, path, data.data, begin)
+    disk.read_into(fd, path, data.data, begin)
     return data
 
 
@@ -126,7 +126,7 @@ def pickled(path: Path) -> bool:
 
     A header of safetensors is never as long as these bytes would mean.
     """
-    first = regular_file.beginning(path, 8)
+    first = disk.beginning(path, 8)
     return any(first[3:]) and (
         first[:4] == b"PK\x03\x04" or (first[0] == 0x80 and 2 <= first[1] <= 5)
     )
@@ -194,7 +194,7 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-class Safetensors(regular_file.OpenFiles):
+class Safetensors(disk.OpenFiles):
     """A folder or file of safetensors.
 
     Attributes:

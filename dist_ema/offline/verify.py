@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import atomic, manifest, regular_file, safetensors
+from ..checkpoint import atomic, disk, manifest, safetensors
 from ..dtypes import FLOATS, Bytes, finite, widen
 from ..text import Bar, Tick, sentence, silent
 from .report import ModelReport, report_on
@@ -149,7 +149,7 @@ def _strays(path: Path, report: ModelReport) -> Iterator[str]:
         inside = path / "averages" / average.label if average.label else path
         index = safetensors.find_model(inside)
         files = {Path(name).name: file for name, file in average.files.items()}
-        with regular_file.read_errors(inside / index):
+        with disk.read_errors(inside / index):
             written = index in files or (inside / index).read_bytes() == safetensors.index(files)
         if not written:
             yield f"{inside / index} is not what dist_ema wrote."

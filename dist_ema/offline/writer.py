@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from ..checkpoint import atomic, disk, foreign_files, manifest, safetensors
+from ..checkpoint import atomic, disk, manifest, retention, safetensors
 from ..text import size_of
 from .sums import FileSums, Window
 
@@ -140,7 +140,7 @@ def write(
                 texts[index] = safetensors.index(files)
             _write_texts(folder, texts)
             if path.is_dir():
-                foreign_files.carry_over(path, folder, _names_of_model(path) | {manifest.META})
+                retention.carry_over(path, folder, _names_of_model(path) | {manifest.META})
             for inner in {each.parent for each in folder.rglob("*")}:
                 atomic.sync(inner)
             atomic.publish(folder, path)

@@ -30,8 +30,7 @@ from .decays import (
     Warmup,
     gamma_of,
 )
-from .forms import from_dict, schedule, schedule_list
-from .window import CURVES, BlockMean, Window
+from .window import CURVES, BlockMean, Window, from_dict, schedule, schedule_list
 
 __all__ = [
     "CURVES",

@@ -71,17 +71,14 @@ def _starts(sources: Sequence[Tensor], align: int) -> tuple[list[int], int]:
     # NOTE: sorted() keeps the order of the model within the short and within the long chains.
     for is_long, number in sorted((length >= LONG, j) for j, length in enumerate(lengths)):
         if is_long:
-            total = -(-total // align) * align + _offset(sources[chains[number][0]], align)
+            live = sources[chains[number][0]]
+            # A shadow starts late, to reach a multiple of WIDE bytes together with `live`.
+            ahead = -live.data_ptr() % WIDE // live.element_size()
+            total = -(-total // align) * align + -ahead % (align * WIDE // ALIGN)
         for i in chains[number]:
             starts[i] = total
             total += sources[i].numel()
     return starts, total
-
-
-def _offset(live: Tensor, align: int) -> int:
-    """Elements by which a shadow must start late, to reach a multiple of WIDE bytes with `live`."""
-    ahead = -live.data_ptr() % WIDE // live.element_size()
-    return -ahead % (align * WIDE // ALIGN)
 
 
 def _chains(sources: Sequence[Tensor]) -> list[list[int]]:

@@ -89,7 +89,8 @@ class FlatSlice:
             self.tensor,
             place,
             region,
-            partial(_sharded, flat),
+            # What this rank holds; before the first forward that is the flat parameter itself.
+            partial(getattr, flat, "_local_shard", flat),
             info.offset_in_shard or 0,
             order,
             replicas=() if outer is None else (outer,),
@@ -99,11 +100,6 @@ class FlatSlice:
 
 
 FlatSlices = dict[int, dict[str, FlatSlice]]  # by the id of the module, then by parameter name
-
-
-def _sharded(flat: Any) -> Tensor:
-    """What this rank holds; before the first forward that is the flat parameter itself."""
-    return getattr(flat, "_local_shard", flat)  # type: ignore[no-any-return]
 
 
 def flat_slices(modules: Iterable[nn.Module]) -> FlatSlices:

@@ -77,6 +77,12 @@ class ParamState:
         return owned if is_saved else replace(owned, end=owned.begin)
 
     @property
+    def own_shadow(self) -> Tensor:
+        """The shadow of what is averaged."""
+        assert self.shadow is not None
+        return self.shadow
+
+    @property
     def live(self) -> Tensor:
         """What is averaged here: [averaged_region.numel]."""
         return self.local_view(self.averaged_region)

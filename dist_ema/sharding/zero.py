@@ -8,28 +8,36 @@ reads the masters, and a swap writes the copies. The masters belong to the optim
 
     ZeRO-1, ZeRO-2    the copies are whole on every rank; their flat buffer is cut evenly
     ZeRO-3            of the copies a rank has the flat range [r k, r k + k), the last one padded
+
+[Note: steps of an engine]  The hooks of DeepSpeed's inner optimizer fire before the 16-bit copies
+are written, and for each parameter group. Only the end of `engine.step()` says that a step is
+complete, and `was_step_applied()` that it happened: accumulation and overflows skip it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .geometry import even
 from .records import Region, Shard
 
 __all__ = [
+    "EngineSteps",
     "holds_partitions",
     "is_engine",
     "is_partitioned",
     "partition",
     "refuse_taken_over",
     "replicated_group",
+    "stepped_parameters",
     "take_masters",
     "zero3_group",
     "zero3_shard",
@@ -81,13 +89,13 @@ def zero3_shard(name: str, kind: Any, tensor: Any, place: tuple[nn.Module, str])
     length = len(tensor.ds_tensor)
     begin = min(dist.get_rank(group) * length, numel)
     region = Region((0,) * len(shape), shape, begin, min(begin + length, numel))
-    shard = Shard(name, kind, shape, tensor, place, region, partial(_partition_of, tensor))
+    shard = Shard(name, kind, shape, tensor, place, region, partial(getattr, tensor, "ds_tensor"))
     shard.owner_ranks = _ranks(group)
     optimizer = getattr(tensor, "_z3_optimizer", None)
     if kind == "trainable" and optimizer is not None:
         number, offset, _ = optimizer.grad_position[optimizer.get_param_id(tensor)]
         # NOTE: the getter of DeepSpeed waits for the device, and an update must not.
-        shard.master = partial(_at, optimizer.fp32_partitioned_groups_flat, number)
+        shard.master = partial(optimizer.fp32_partitioned_groups_flat.__getitem__, number)
         shard.master_offset = offset
     return shard
 
@@ -116,15 +124,6 @@ def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
     return tuple(dist.get_process_group_ranks(group))
 
 
-def _partition_of(tensor: Any) -> Tensor:
-    partition: Tensor = tensor.ds_tensor
-    return partition
-
-
-def _at(masters: list[Tensor], number: int) -> Tensor:
-    return masters[number]
-
-
 def replicated_group(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
     """The data-parallel group of ZeRO-1 or ZeRO-2, which replicates all weights; None without."""
     for module in modules:
@@ -148,7 +147,10 @@ def take_masters(shard: Shard) -> None:
     start, total = tensor.storage_offset(), tensor.untyped_storage().nbytes() // tensor.itemsize
     own = even(0, total, group.rank(), group.size())
     begin, end = (min(max(at - start, 0), tensor.numel()) for at in own)
-    held = (0, 0) if mapping is None else _range(mapping.lp_fragment_address)
+    held = (0, 0)
+    if mapping is not None:
+        address = mapping.lp_fragment_address
+        held = address.start, address.start + address.numel
     if total % group.size() or shard.order is not None or (held != (begin, end) and begin < end):
         raise ValueError(
             f"{shard.name} is cut by DeepSpeed at {held} on rank {group.rank()}, where the flat "
@@ -171,11 +173,63 @@ def refuse_taken_over(shard: Shard) -> None:
         )
 
 
-def _range(address: Any) -> tuple[int, int]:
-    return address.start, address.start + address.numel
-
-
 def _fragment(tensor: Any, nothing: Tensor) -> Tensor:
     mapping = tensor._hp_mapping
     fragment: Tensor = nothing if mapping is None else mapping.hp_fragment
     return fragment
+
+
+# --- steps --------------------------------------------------------------------------------------
+
+
+def stepped_parameters(optimizer: Any) -> list[Tensor]:
+    """What an optimizer holds, and of an engine the weights that it trains."""
+    if is_engine(optimizer):
+        return list(optimizer.parameters())
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+class EngineSteps:
+    """The step hooks of one engine ([Note: steps of an engine]).
+
+    Made once, and kept on it.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine, self._step = engine, engine.step
+        self._before: OrderedDict[int, Callable[..., None]] = OrderedDict()
+        # Named as those of torch's optimizers, among which an attachment looks for dead ones.
+        self._optimizer_step_post_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
+        engine.step = self.step
+
+    @classmethod
+    def of(cls, engine: Any) -> EngineSteps:
+        """Those that are on the engine already, or new ones."""
+        steps = getattr(engine.step, "__self__", None)
+        return steps if isinstance(steps, cls) else cls(engine)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """`engine.step()`, between the hooks."""
+        for hook in list(self._before.values()):
+            hook(self, args, kwargs)
+        result = self._step(*args, **kwargs)
+        if self._engine.was_step_applied():
+            for hook in list(self._optimizer_step_post_hooks.values()):
+                hook(self, args, kwargs)
+        return result
+
+    def register_step_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Run `hook` before every call of `engine.step()`."""
+        return _registered(self._before, hook)
+
+    def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        """Run `hook` after every step that was applied."""
+        return _registered(self._optimizer_step_post_hooks, hook)
+
+
+def _registered(
+    hooks: OrderedDict[int, Callable[..., None]], hook: Callable[..., None]
+) -> RemovableHandle:
+    handle = RemovableHandle(hooks)
+    hooks[handle.id] = hook
+    return handle

@@ -1,4 +1,7 @@
-"""`Entry`: who must come to a collective verb, and what all ranks check before it begins."""
+"""`Entry`: who must come to a collective verb, and what all ranks check before it begins.
+
+And what verbs warn of: an average that did not follow, and what it does not hold.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,10 @@ from ..averaging.optimizer_hooks import Attachment
 from ..checkpoint import stages
 from ..distributed.ranks import Ranks
 from ..schedules import Schedule
-from ..sharding import consistency, parameters, wrappers
-from ..sharding.records import ModelShards
+from ..sharding import consistency, parameters, records, wrappers
 from ..text import warn
 
-__all__ = ["Entry", "Which"]
+__all__ = ["Entry", "Which", "warn_if_idle", "warn_if_nameless", "warn_of_unexplained_keys"]
 
 Which = int | str | Schedule
 
@@ -60,7 +62,7 @@ class Entry:
         with self.ranks.entering("EMA"):
             self.adopt("EMA", found)
 
-    def adopt(self, verb: str, found: ModelShards) -> None:
+    def adopt(self, verb: str, found: records.ModelShards) -> None:
         """Average the model as `found` describes it, where all ranks hold it alike.
 
         Raises:
@@ -173,3 +175,46 @@ class Entry:
         if self.attachment is not None and self.attachment.active:
             common |= self.attachment.arguments
         return common
+
+
+# --- what verbs warn of ---------------------------------------------------------------------------
+
+
+def warn_if_idle(verb: str, weights: AveragedWeights) -> None:
+    """The model was trained, and the average did not follow."""
+    if weights.idle:
+        warn(
+            f"ema.{verb}(): the weights were written since the last call, and no update came. Was "
+            "ema.attach() given the optimizer that steps, or ema.update() called? (A replayed CUDA "
+            "graph runs no hooks.)"
+        )
+
+
+def warn_if_nameless(verb: str, weights: AveragedWeights) -> None:
+    """The files will have names that no model knows."""
+    if isinstance(weights.model, parameters.Parameters) and weights.model.nameless:
+        warn(
+            f"ema.{verb}(): the parameters came without names, so the files call them by their "
+            "place in the list: 0, 1, ... Pass model.named_parameters() or the model for files "
+            "that a model can load."
+        )
+
+
+def warn_of_unexplained_keys(verb: str, weights: AveragedWeights) -> None:
+    """What the model's state_dict holds and no parameter or buffer explains is in no file."""
+    if weights.selection.only is not None or isinstance(weights.model, parameters.Parameters):
+        return
+    recorded = {
+        name: records.registered_buffer(shard.place) if shard.kind == "buffer" else shard.tensor
+        for shard in (state.shard for state in weights.averages[0].persistent)
+        for name in (shard.name, *shard.aliases)
+    }
+    keys = wrappers.unexplained_keys(weights.model, recorded)
+    if verb == "gather":  # what its state_dict lacks is named by load_state_dict
+        keys = [key for key in keys if key in recorded]
+    if keys:
+        warn(
+            f"ema.{verb}(): {', '.join(keys[:5])} of the state_dict is no plain parameter or "
+            "buffer, or not the one of that name (quantisation state, extra state, a hook, a "
+            "frozen tensor subclass?), so the average does not hold it. Save it beside."
+        )

@@ -1,28 +1,28 @@
-"""`Files`: what `save`, `export`, `snapshot` and `publish` ask of the writer, and when."""
+"""`Files`: what verbs ask of the writer, and when. `load`: which averages a saved form fills."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..averaging.average import Average
-from ..averaging.averages import Reads
-from ..checkpoint import atomic, library_files, stages
-from ..checkpoint.library_files import FileForm
+from ..averaging.averages import AveragedWeights, Reads
+from ..checkpoint import atomic, library_files, reader, stages
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.request import AverageFiles, SaveRequest
 from ..checkpoint.writer import Writer
 from ..distributed.ranks import Ranks
+from ..schedules import BlockMean
 from ..sharding import consistency
+from ..sharding.discovery import unfilled_buffers
 from ..sharding.ownership import ParamState
 from ..text import warn
-from .entry import Entry, Which
-from .remarks import warn_if_idle, warn_if_nameless, warn_of_unexplained_keys
+from .entry import Entry, Which, warn_if_idle, warn_if_nameless, warn_of_unexplained_keys
 
-__all__ = ["Files", "real_path"]
+__all__ = ["Files", "load", "real_path"]
 
 
 def real_path(path: str | Path) -> Path:
@@ -80,7 +80,7 @@ class Files:
         verb: str,
         path: Path,
         average: Average,
-        form: FileForm,
+        form: library_files.FileForm,
         *,
         merged: list[ParamState] | None = None,
         extra: dict[str, Any] | None = None,
@@ -223,4 +223,70 @@ class Files:
             RuntimeError: The last one failed.
         """
         if self.writer is not None:
-            warn(*self.writer.finish())
+            warn(*self.writer.background.finish())
+
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def load(entry: Entry, path: str | Path, *, strict: bool, verify: bool) -> None:
+    """See `EMA.load`; the verb has begun. *Collective*."""
+    weights, ranks = entry.weights, entry.ranks
+    elsewhere, stage = unfilled_buffers(weights.model), entry.stage if entry.is_staged else ()
+    if entry.is_staged:
+        persistent = weights.averages[0].persistent
+        elsewhere |= stages.names_of_all("load", ranks, entry.stage, persistent)
+    targets = _Targets(weights, frozenset(elsewhere))
+    with reader.open_checkpoint(
+        ranks, path, targets.make, strict=strict, verify=verify, stage=stage
+    ) as found:
+        warn(*found.warnings)
+        try:
+            own_buffers = found.fill(ranks)
+        except BaseException:
+            weights.begin_again()
+            raise
+    for average, buffers in zip(weights.averages, own_buffers, strict=False):
+        average.own_buffers = {} if weights.teacher else buffers
+    weights.resume(found.clock)
+    targets.resume_windows()
+
+
+class _Targets:
+    """What is to be filled: every average, then the full blocks of windows.
+
+    Args:
+        weights: Of this rank.
+        elsewhere: Names that stand on other stages of the pipeline, or will once they are filled.
+    """
+
+    def __init__(self, weights: AveragedWeights, elsewhere: frozenset[str]) -> None:
+        self._averages, self._elsewhere = weights.averages, elsewhere
+        names = weights.names()
+        form = library_files.only_used(library_files.adapters_of(weights.model, names), names)
+        self._model_names = {there: name for name, there in form.names.items()}
+        self._means: list[list[BlockMean]] = []  # of each average; the last block is under way
+        self._blocks: list[list[tuple[BlockMean, list[ParamState]]]] = []  # full ones
+
+    def make(self, saved: Sequence[dict[str, Any]]) -> list[reader.LoadTarget]:
+        """The targets in a saved form with these schedules."""
+        self._means = [a.ring.matching(saved) if a.ring else [] for a in self._averages]
+        self._blocks = [
+            [(mean, average.empty()) for mean in means[:-1]]
+            for average, means in zip(self._averages, self._means, strict=True)
+        ]
+        pairs = [
+            (means[-1] if means else average.schedule, average.persistent)
+            for average, means in zip(self._averages, self._means, strict=True)
+        ]
+        pairs += [block for blocks in self._blocks for block in blocks]
+        return [
+            reader.LoadTarget(schedule.to_dict(), states, self._model_names, self._elsewhere)
+            for schedule, states in pairs
+        ]
+
+    def resume_windows(self) -> None:
+        """Go on with the blocks that were filled."""
+        for average, means, blocks in zip(self._averages, self._means, self._blocks, strict=True):
+            if average.ring is not None and means:
+                average.ring.resume(blocks, means[-1].begin)

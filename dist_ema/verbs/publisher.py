@@ -73,7 +73,8 @@ class Publisher:
 
     def _publish(self, publication: Publication) -> None:
         ranks, files = self._entry.everyone, self._files
-        if ranks.run_on_first("publish", lambda: files.writer is not None and files.writer.busy):
+        writer = files.writer
+        if ranks.run_on_first("publish", lambda: writer is not None and writer.background.busy):
             publication.skipped += 1
             return
         publication.number += 1
