@@ -39,16 +39,6 @@ UNREAD = 64  # intervals that a meter keeps until they are read
 Tasks: TypeAlias = "queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None]"
 
 
-class Mark(Protocol):
-    """A point in the order of work."""
-
-    def query(self) -> bool:
-        """The work before it is done."""
-
-    def elapsed_time(self, end: Any) -> float:
-        """Milliseconds to a later mark, when both have passed."""
-
-
 class Instant:
     """A point on the host's clock."""
 
@@ -60,6 +50,11 @@ class Instant:
 
     def elapsed_time(self, end: Instant) -> float:
         return 1000 * (end._at - self._at)
+
+
+# A point in the order of work: `query` says that the work before it is done, `elapsed_time` the
+# milliseconds to a later mark, when both have passed.
+Mark: TypeAlias = "Instant | torch.Event"
 
 
 @lru_cache(maxsize=64)
@@ -120,7 +115,7 @@ class Meter:
     def read(self) -> float:
         while self.intervals and self.intervals[0][1].query():
             begin, end = self.intervals.popleft()
-            self._last = begin.elapsed_time(end)
+            self._last = begin.elapsed_time(end)  # type: ignore[arg-type]
         return self._last
 
 
