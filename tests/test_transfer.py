@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_ema import EMA
 from dist_ema.distributed import transfer
-from dist_ema.sharding import discovery, ownership
+from dist_ema.sharding import discovery, geometry, ownership
 from tests._oracle import Collectives
 from tests._ranks import run_ranks
 
@@ -108,14 +108,14 @@ def test_swap_scales(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A swap sends 2 P / 4 MB + 2 collectives, and looks at no rank whose range holds nothing of a
     weight: neither grows with the world."""
     divisions = 0
-    divide = ownership.even
+    divide = geometry.even
 
     def even(*args: int) -> tuple[int, int]:
         nonlocal divisions
         divisions += 1
         return divide(*args)
 
-    monkeypatch.setattr(ownership, "even", even)
+    monkeypatch.setattr(geometry, "even", even)
     model = nn.Sequential(*[nn.Linear(96, 96) for _ in range(150)])
     model.append(nn.Linear(1100, 1000))
     shards = discovery.find_shards(model, dist.group.WORLD).shards

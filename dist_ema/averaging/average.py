@@ -25,8 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..schedules import BlockMean, Schedule, Window, from_dict
-from ..sharding import records
-from ..sharding.derived import is_power_iteration_vector
+from ..sharding import derived, records
 from ..sharding.ownership import ParamState
 from .skipped_steps import SkippedSteps
 
@@ -165,7 +164,7 @@ class Selection:
         if (
             not shard.persistent
             or self.buffers in ("copy", OWN)
-            or is_power_iteration_vector(shard)
+            or derived.is_power_iteration_vector(shard)
         ):
             return False
         return self.buffers == "average" or _matches(self.buffers, shard.name)

@@ -24,24 +24,17 @@ from torch.optim import Optimizer
 
 from ..distributed.ranks import Ranks
 from ..schedules import Schedule
-from ..sharding import discovery, geometry, records, wrappers
-from ..sharding.ownership import ParamState
-from ..sharding.zero import stepped_parameters
+from ..sharding import discovery, geometry, ownership, records, wrappers, zero
+from . import clock, executors, storage_watch, swap_journal, swap_writes, updates
 from .average import OWN, Average, Placement, Selection
-from .clock import Clock
-from .executors import await_host_reads, is_capturing
 from .inventory import Inventory
 from .kernels.eager import UpdatePlan
 from .kernels.pairs import ShadowPair
-from .storage_watch import StorageWatch, refuse_shared
-from .swap_journal import broadcast_to_replicas
-from .swap_writes import SwapRegistry
 from .teacher import Teacher
-from .updates import Updates
 
 __all__ = ["AveragedWeights", "Reads"]
 
-NEW_CLOCK = Clock().to_dict() | {"accepted": 0}
+NEW_CLOCK = clock.Clock().to_dict() | {"accepted": 0}
 
 
 class Reads(enum.Flag):
@@ -85,7 +78,7 @@ class AveragedWeights:
         placement: Placement,
         into: nn.Module | None = None,
     ) -> None:
-        self.clock, self.swaps, self.seed = Clock(), SwapRegistry(), 0
+        self.clock, self.swaps, self.seed = clock.Clock(), swap_writes.SwapRegistry(), 0
         self.bypassed = 0
         self._inventory = inventory = Inventory(model, schedules, selection, placement)
         self.model, self.averages = inventory.model, inventory.averages
@@ -94,9 +87,9 @@ class AveragedWeights:
         self.teacher = (
             None if into is None else Teacher(into, self.sync_teacher, selection.buffers == OWN)
         )
-        self._watch = watch = StorageWatch(self.clock, self.swaps)
+        self._watch = watch = storage_watch.StorageWatch(self.clock, self.swaps)
         self.mark, self.forget_mark = watch.mark, watch.forget_mark
-        self.updates = Updates()
+        self.updates = updates.Updates()
         self.ranks: Ranks | None = None
         self.after_update: WeakMethod[Callable[[], None]] | None = None
 
@@ -104,7 +97,7 @@ class AveragedWeights:
 
     def stepped_by(self, optimizers: Iterable[Optimizer]) -> bool:
         """One of the optimizers holds an averaged weight, or memory of one."""
-        params = [p for each in optimizers for p in stepped_parameters(each)]
+        params = [p for each in optimizers for p in zero.stepped_parameters(each)]
         storages = {state.local.untyped_storage().data_ptr() for state in self._averaged}
         memories = [memory for p in params if (memory := records.memory_of(p)) is not None]
         return not {id(p) for p in params}.isdisjoint(
@@ -113,7 +106,7 @@ class AveragedWeights:
 
     def mastered_by(self, optimizers: Iterable[Optimizer]) -> list[str]:
         """16-bit weights in whose place the optimizers seem to hold copies of higher precision."""
-        params = [p for each in optimizers for p in stepped_parameters(each)]
+        params = [p for each in optimizers for p in zero.stepped_parameters(each)]
         held = set(map(id, params))
         forms = {(p.shape, p.dtype.itemsize) for p in params}
         return [
@@ -129,7 +122,7 @@ class AveragedWeights:
         return self._inventory.lacks
 
     @property
-    def states(self) -> list[ParamState]:
+    def states(self) -> list[ownership.ParamState]:
         """Every weight and buffer, with the shadow of the first average where it has one."""
         return self._inventory.states
 
@@ -145,7 +138,7 @@ class AveragedWeights:
         self._inventory.adopt(found, self.teacher)
         self.swaps.watch(state.shard.tensor for state in self.averages[0].averaged)
         self._rebind()
-        refuse_shared(self.averages)
+        storage_watch.refuse_shared(self.averages)
         self._replan()
         self.mark()
 
@@ -222,7 +215,7 @@ class AveragedWeights:
                 f"{verb}() inside the swap of another EMA: the model does not hold its training "
                 "weights."
             )
-        if is_capturing(self.updates.device):
+        if executors.is_capturing(self.updates.device):
             raise RuntimeError(
                 f"{verb}() while a CUDA graph is captured: a replay runs neither hooks nor the "
                 "clock of the average. Call ema.detach() before the capture, and ema.update() "
@@ -260,7 +253,7 @@ class AveragedWeights:
     def _await_teacher_reads(self) -> None:
         """Orders: copies of an offloaded teacher that its last forward asked for, then a write."""
         if self.teacher is not None:
-            await_host_reads(state.own_shadow for state in self._averaged)
+            executors.await_host_reads(state.own_shadow for state in self._averaged)
 
     def follow(self, tree: bool = False) -> None:
         """Bind anew what moved ([Note: a model lives] in storage_watch).
@@ -276,7 +269,7 @@ class AveragedWeights:
         self._rebind()
         # Not only what was rebound here: the exit of a swap rebinds what the block moved.
         if self._watch.moved():
-            refuse_shared(self.averages)
+            storage_watch.refuse_shared(self.averages)
             self._replan()
 
     @property
@@ -443,7 +436,7 @@ class AveragedWeights:
             *Collective* where replicated weights are split among the ranks.
         """
         self.ready()
-        await_host_reads(state.local for state in self._averaged)
+        executors.await_host_reads(state.local for state in self._averaged)
         pairs = []
         for state in self._averaged:
             if weight == 1:
@@ -460,7 +453,8 @@ class AveragedWeights:
             ranks = self.ranks
             assert ranks is not None
             ranks.run_transfer(
-                "weights.pull", lambda: broadcast_to_replicas(self._averaged, ranks.wait_for)
+                "weights.pull",
+                lambda: swap_journal.broadcast_to_replicas(self._averaged, ranks.wait_for),
             )
         self.mark()
 

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from ..distributed.connections import Run
 from ..distributed.ranks import Ranks
 from ..distributed.transfer import Block, stream_to_all
-from ..sharding import discovery, parameters, wrappers
+from ..sharding import discovery, parameters, records, wrappers
 from ..sharding.geometry import Box, boxes_with_data, byte_runs, bytes_of
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
-from ..sharding.records import Shard
 from .executors import await_host_reads, run_shielded
 
 __all__ = ["Form", "copy_into", "full", "full_weights"]
@@ -150,9 +149,9 @@ def copy_into(
     Raises:
         ValueError: The two models do not hold the same weights; they are named.
     """
-    targets: dict[str, Shard] = {}
+    targets: dict[str, records.Shard] = {}
     views: dict[str, list[tuple[Box, Tensor]]] = {}
-    strided: list[tuple[Shard, Tensor]] = []  # read as copies, to be written back
+    strided: list[tuple[records.Shard, Tensor]] = []  # read as copies, to be written back
     blocks: list[Block] = []
     sharded: list[nn.Module] = []
 
@@ -199,7 +198,7 @@ def _run_to_its_end(ranks: Ranks, states: Sequence[ParamState], work: Callable[[
         run_shielded(work, {state.local.device for state in states}, ranks.timeout)
 
 
-def _is_cut_otherwise(state: ParamState, target: Shard) -> bool:
+def _is_cut_otherwise(state: ParamState, target: records.Shard) -> bool:
     """This rank averages only a part of what it holds, or the other model holds other elements."""
     shard = state.shard
     return (
@@ -209,7 +208,7 @@ def _is_cut_otherwise(state: ParamState, target: Shard) -> bool:
     )
 
 
-def _refuse_other(states: Sequence[ParamState], other: Sequence[Shard]) -> None:
+def _refuse_other(states: Sequence[ParamState], other: Sequence[records.Shard]) -> None:
     shapes = {state.name: state.shard.shape for state in states}
     other_shapes = {shard.name: shard.shape for shard in other if shard.persistent}
     mismatched = sorted({name for name, _ in shapes.items() ^ other_shapes.items()})

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..schedules import Schedule, Window
-from ..sharding import arena, discovery, ownership
-from ..sharding.ownership import ParamState
-from ..sharding.parameters import Stages
+from ..sharding import arena, discovery, ownership, parameters, tree_changes
 from ..sharding.records import ModelShards, Shard
-from ..sharding.tree_changes import compare_inventory
 from .average import OWN, Average, Placement, Selection, ring_of
 from .teacher import Teacher
 
@@ -42,7 +39,7 @@ class Inventory:
         self.sharded: list[nn.Module] = []  # the model's FSDP modules, and those of the teacher
 
     @property
-    def states(self) -> list[ParamState]:
+    def states(self) -> list[ownership.ParamState]:
         """Every weight and buffer, with the shadow of the first average where it has one.
 
         Regions and live weights are the same in all averages.
@@ -81,7 +78,7 @@ class Inventory:
         fresh = ownership.assign(fresh_shards, chosen, self.placement.split)
         averaged = [shard for shard in found.shards if chosen(shard)]
         self.lacks = self._what_is_lacking(averaged, bool(kept))
-        if self.lacks and not isinstance(self.model, Stages):
+        if self.lacks and not isinstance(self.model, parameters.Stages):
             raise ValueError(self.lacks[0])
         self._refuse_hopeless(averaged)
         owners = {shard.name: shard.place[0] for shard in found.shards}
@@ -126,7 +123,7 @@ class Inventory:
                 taken.add(same[0].name)
         return kept
 
-    def _bind_teacher(self, teacher: Teacher, states: dict[str, ParamState]) -> None:
+    def _bind_teacher(self, teacher: Teacher, states: dict[str, ownership.ParamState]) -> None:
         """The teacher's memory is the shadow of what is averaged, and a copy of the rest."""
         asked = [
             state.shard
@@ -219,7 +216,7 @@ class Inventory:
             RuntimeError: A weight was replaced or tied otherwise, is gone, or should be averaged
                 and is not.
         """
-        changes = compare_inventory(self.model, [state.shard for state in self.states])
+        changes = tree_changes.compare_inventory(self.model, [state.shard for state in self.states])
         averaged = {
             name
             for state in self.states

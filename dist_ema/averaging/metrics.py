@@ -22,8 +22,7 @@ from torch import Tensor
 
 from ..distributed.diagnosis import digest
 from ..distributed.ranks import Ranks
-from ..sharding import consistency
-from ..sharding.fingerprint import fingerprints
+from ..sharding import consistency, fingerprint
 from ..sharding.ownership import ParamState
 from .average import Average
 from .averages import AveragedWeights
@@ -116,7 +115,10 @@ def _hash_copies(states: Sequence[ParamState]) -> list[int]:
     """[hash of which elements these are, hash of the bits of their shadows]; [Note: copies]."""
     regions = [(state.name, state.averaged_region) for state in states]
     elements = [[name, *region.offsets, region.begin, region.end] for name, region in regions]
-    return [digest(elements), digest(fingerprints([state.own_shadow for state in states]))]
+    return [
+        digest(elements),
+        digest(fingerprint.fingerprints([state.own_shadow for state in states])),
+    ]
 
 
 # --- distance -------------------------------------------------------------------------------------

@@ -21,9 +21,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from ..sharding.ownership import ParamState
-from ..sharding.records import Shard
-from ..sharding.tree_changes import MemoryWatch
+from ..sharding import ownership, records, tree_changes
 from .average import Average
 from .clock import Clock
 from .swap_writes import SwapRegistry
@@ -50,8 +48,8 @@ class StorageWatch:
 
     def renew(
         self,
-        params: Sequence[ParamState],
-        further: Iterable[Shard] = (),
+        params: Sequence[ownership.ParamState],
+        further: Iterable[records.Shard] = (),
         frozen: Sequence[Tensor] = (),
         roots: Sequence[nn.Module] = (),
     ) -> None:
@@ -66,7 +64,9 @@ class StorageWatch:
         """
         self._params, self._frozen, self.sees_tree = params, frozen, bool(roots)
         self._counted = [param.local for param in params]
-        self._memory = MemoryWatch([*(param.shard for param in params), *further], roots)
+        self._memory = tree_changes.MemoryWatch(
+            [*(param.shard for param in params), *further], roots
+        )
 
     def changed(self) -> bool:
         """Some storage lies elsewhere, the tree is another, or a frozen weight needs a gradient.
@@ -161,7 +161,7 @@ def refuse_shared(averages: Iterable[Average]) -> None:
 class _Memory:
     """Where a live weight or a shadow lies."""
 
-    state: ParamState
+    state: ownership.ParamState
     tensor: Tensor
     is_shadow: bool
 

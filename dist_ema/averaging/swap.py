@@ -27,13 +27,9 @@ import torch
 from torch import Tensor
 
 from ..distributed.ranks import Ranks
-from ..sharding import derived
-from ..sharding.tree_changes import compare_inventory
+from ..sharding import derived, tree_changes
+from . import averages, executors, swap_journal, swap_writes
 from .average import Average
-from .averages import AveragedWeights
-from .executors import run_shielded
-from .swap_journal import SwapJournal, broadcast_to_replicas
-from .swap_writes import SwapWrites, describe, versions
 
 __all__ = ["WeightSwap"]
 
@@ -53,14 +49,14 @@ class WeightSwap:
     _open = _abandoned = False  # also of a swap whose construction was interrupted
 
     def __init__(
-        self, weights: AveragedWeights, average: Average, ranks: Ranks, leads: bool
+        self, weights: averages.AveragedWeights, average: Average, ranks: Ranks, leads: bool
     ) -> None:
         self._weights, self._average, self.ranks = weights, average, ranks
         self._leads = leads  # the first rank that holds this model, or this stage of it
         self._swapped = [state for state in average.averaged if state.shard.kind != "buffer"]
-        self._before = [versions(state) for state in self._swapped]
-        self._journal = SwapJournal(weights.model, average.states, average.own_buffers)
-        self._writes: SwapWrites | None = None
+        self._before = [swap_writes.versions(state) for state in self._swapped]
+        self._journal = swap_journal.SwapJournal(weights.model, average.states, average.own_buffers)
+        self._writes: swap_writes.SwapWrites | None = None
         self._replicated = weights.placement.split and any(
             group.size() > 1 for state in self._swapped for group in state.shard.replicas
         )
@@ -106,14 +102,14 @@ class WeightSwap:
                 work(*args)
         else:
             devices = {state.local.device for state in self._average.states}
-            run_shielded(partial(work, *args), devices, self.ranks.timeout, abandon)
+            executors.run_shielded(partial(work, *args), devices, self.ranks.timeout, abandon)
 
     def _enter(self) -> None:
         with derived.caches_dropped(self._weights.model):
             self.ranks.run_on_all("swap", self.apply)
             self._broadcast(applied=True)
         self._owes_message = True
-        self._writes = SwapWrites(self._average.states, self._weights.swaps)
+        self._writes = swap_writes.SwapWrites(self._average.states, self._weights.swaps)
         self._weights.mark()
 
     def _broadcast(self, applied: bool) -> None:
@@ -121,7 +117,9 @@ class WeightSwap:
         if self._replicated:
             self._stale_replicas = True
             wait_for = self.ranks.wait_for
-            self.ranks.run_transfer("swap", lambda: broadcast_to_replicas(self._swapped, wait_for))
+            self.ranks.run_transfer(
+                "swap", lambda: swap_journal.broadcast_to_replicas(self._swapped, wait_for)
+            )
             self._stale_replicas = applied
 
     def apply(self) -> None:
@@ -156,7 +154,7 @@ class WeightSwap:
                 f"rank {self.ranks.members[exits['rank']]} left ema.swap() by an exception: "
                 f"{exits['error']}"
             )
-        self.remarks = describe(*names, self._lost())
+        self.remarks = swap_writes.describe(*names, self._lost())
         if error is None:
             changed = [name for name in exits.get("changed", ()) if name in buffers]
             self._average.own_buffers |= {name: buffers[name] for name in changed}
@@ -167,7 +165,7 @@ class WeightSwap:
     def _lost(self) -> list[str]:
         """Swapped weights that the block took out of the model: they are restored outside of it."""
         shards = [state.shard for state in self._average.states]
-        changes = compare_inventory(self._weights.model, shards)
+        changes = tree_changes.compare_inventory(self._weights.model, shards)
         swapped = {state.name for state in self._swapped}
         return [name for name in (*changes.replaced, *changes.gone) if name in swapped]
 

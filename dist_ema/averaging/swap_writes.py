@@ -24,8 +24,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from ..sharding.ownership import ParamState
-from ..sharding.records import registered
+from ..sharding import ownership, records
 
 __all__ = ["SwapRegistry", "SwapWrites", "Versions", "describe", "versions"]
 
@@ -38,7 +37,7 @@ class SwapWrites:
         swaps: Knows what swaps of other EMAs write meanwhile.
     """
 
-    def __init__(self, states: Sequence[ParamState], swaps: SwapRegistry) -> None:
+    def __init__(self, states: Sequence[ownership.ParamState], swaps: SwapRegistry) -> None:
         self._weights = [state for state in states if state.shard.kind != "buffer"]
         self._versions = [versions(state) for state in self._weights]
         self._buffers = [
@@ -46,7 +45,7 @@ class SwapWrites:
             for state in states
             if state.shard.kind == "buffer"
             and state.shard.persistent
-            and registered(state.shard) is not None
+            and records.registered(state.shard) is not None
         ]
         self._swaps = swaps
         swaps.nested.clear()
@@ -83,7 +82,7 @@ class SwapWrites:
         values: dict[str, Tensor] = {}
         changed, reshaped = set(), set()
         for state, applied in self._buffers:
-            tensor, module = registered(state.shard), id(state.shard.place[0])
+            tensor, module = records.registered(state.shard), id(state.shard.place[0])
             if tensor is None:
                 raise RuntimeError(f"{state.name} is no buffer of the model any more.")
             if (tensor.shape, tensor.dtype) != (state.shard.shape, applied.dtype):
@@ -136,7 +135,7 @@ _REGISTRIES: WeakSet[SwapRegistry] = WeakSet()
 _OPENINGS = itertools.count(1)
 
 
-def versions(state: ParamState) -> Versions:
+def versions(state: ownership.ParamState) -> Versions:
     """The version counters of a weight. FSDP1 keeps them apart, and one more of the flat one.
 
     A frozen weight made in inference mode has none.
@@ -214,7 +213,7 @@ class SwapRegistry:
         later = [other for other in self._related if other.open and other._opened > self._opened]
         return later[0] if self.open and later else None
 
-    def discount(self, states: Sequence[ParamState], before: Sequence[Versions]) -> None:
+    def discount(self, states: Sequence[ownership.ParamState], before: Sequence[Versions]) -> None:
         """Our swap is over: a swap around it takes no write since `before` for one of its block."""
         for state, (local, param) in zip(states, before, strict=True):
             key, now = id(state.shard.tensor), versions(state)

@@ -25,10 +25,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..schedules import Schedule, Window
-from ..sharding import derived, discovery, parameters, wrappers
+from ..sharding import derived, discovery, parameters, tree_changes, wrappers
 from ..sharding.ownership import ParamState, form
 from ..sharding.records import Shard
-from ..sharding.tree_changes import compare_inventory
 
 __all__ = ["Teacher", "refuse_beside_teacher"]
 
@@ -155,7 +154,7 @@ class Teacher:
     @property
     def replaced(self) -> list[str]:
         """Names under which the teacher has another object now, or none."""
-        changes = compare_inventory(self.module, self._records)
+        changes = tree_changes.compare_inventory(self.module, self._records)
         lost = {*changes.replaced, *changes.gone, *changes.retied, *changes.gone_buffers}
         return [name for name, shard in self._given.items() if shard.name in lost]
 

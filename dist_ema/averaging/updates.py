@@ -13,8 +13,7 @@ from ..sharding import geometry
 from .average import Average
 from .engines import Engine, Inline, Times, choose_engine
 from .executors import has_streams
-from .kernels.eager import UpdatePlan
-from .kernels.gpu_plan import FusedPlan, available
+from .kernels import eager, gpu_plan
 from .kernels.pairs import ShadowPair, Weights
 
 __all__ = ["Updates"]
@@ -52,7 +51,7 @@ class Updates:
         self.plan = _plan(weights, seed, _share(self.overlap))
         # Buffers are written by the next forward, so they are read before `run` returns. Modules
         # may replace them at every step, which leaves no time for tables on the device.
-        self._buffers = UpdatePlan(buffers, seed)
+        self._buffers = eager.UpdatePlan(buffers, seed)
 
     def choose(
         self, on_host: bool | None, overlap: bool | float | None, anew: bool = False
@@ -102,9 +101,11 @@ def _share(overlap: bool | float | None) -> float:
     return float(overlap or 1)
 
 
-def _plan(pairs: Sequence[ShadowPair], seed: int, share: float) -> UpdatePlan | FusedPlan:
+def _plan(
+    pairs: Sequence[ShadowPair], seed: int, share: float
+) -> eager.UpdatePlan | gpu_plan.FusedPlan:
     """One launch per dtype where a Triton kernel takes the pairs and is right on their devices."""
     devices = {shadow.device for pair in pairs for shadow in pair.shadows}
-    if devices and all(available(device) for device in devices):
-        return FusedPlan(pairs, seed, UpdatePlan, share)
-    return UpdatePlan(pairs, seed)
+    if devices and all(gpu_plan.available(device) for device in devices):
+        return gpu_plan.FusedPlan(pairs, seed, eager.UpdatePlan, share)
+    return eager.UpdatePlan(pairs, seed)

@@ -31,11 +31,8 @@ from torch import Tensor
 
 from ..averaging.average import Average, whole_modules
 from ..schedules import Schedule, from_dict
-from ..sharding.geometry import boxes_with_data
-from ..sharding.ownership import ParamState
-from ..sharding.records import Region
-from .flat_range import FlatRange
-from .matching import match_schedules
+from ..sharding import geometry, ownership, records
+from . import flat_range, matching
 
 if TYPE_CHECKING:  # a program that never calls DCP does not pay for its import
     from torch.distributed.checkpoint.metadata import Metadata
@@ -221,7 +218,7 @@ def match_all(
     labels = _labels_of(saved, [each.schedule for each in averages])
     states = [saved[label] for label in labels]
     recorded = [_schedule_of(*each) for each in zip(states, wanted, strict=True)]
-    order = match_schedules(recorded, wanted)
+    order = matching.match_schedules(recorded, wanted)
     saved_labels = saved.saved_labels if isinstance(saved, Averages) else labels
     names = [
         repr(from_dict(recorded[k])) if _LABEL.fullmatch(saved_labels[k]) else saved_labels[k]
@@ -286,7 +283,7 @@ def state(average: Average) -> dict[str, Any]:
     }
 
 
-def whole(states: Sequence[ParamState], own: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole(states: Sequence[ownership.ParamState], own: dict[str, Tensor]) -> dict[str, Tensor]:
     """One average under the names of the model's state_dict, aliases included.
 
     Frozen weights and buffers are live.
@@ -301,14 +298,18 @@ def whole(states: Sequence[ParamState], own: dict[str, Tensor]) -> dict[str, Ten
     return result
 
 
-def _entry(state: ParamState, region: Region, data: Tensor) -> Tensor:
+def _entry(state: ownership.ParamState, region: records.Region, data: Tensor) -> Tensor:
     """A plain tensor where this rank holds all of the weight and writes it; else a FlatRange."""
     shape = state.shard.shape
-    blocks = [(box.offsets, part) for box, part in boxes_with_data(state.shard, region, data)]
+    blocks = [
+        (box.offsets, part) for box, part in geometry.boxes_with_data(state.shard, region, data)
+    ]
     # NOTE: of plain tensors under one name DCP writes any rank's. A buffer's must be the writer's.
     if region.numel == math.prod(shape) and state.shard.is_writer:
         return blocks[0][1] if blocks else data.view(shape)
-    return FlatRange(shape, data.dtype, data.device, blocks, state.saved_region.numel > 0)
+    return flat_range.FlatRange(
+        shape, data.dtype, data.device, blocks, state.saved_region.numel > 0
+    )
 
 
 def match(state: Mapping[str, Any], average: Average) -> Matched:
@@ -349,7 +350,7 @@ def _own(state: Mapping[str, Any]) -> set[str]:
 
 
 def _pairs(
-    state: ParamState, region: Region, data: Tensor, value: Tensor
+    state: ownership.ParamState, region: records.Region, data: Tensor, value: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Pair `data` with `value`: the full weight, or what `_entry` gave for the same region."""
     if tuple(value.shape) != state.shard.shape:
@@ -358,9 +359,9 @@ def _pairs(
             "model."
         )
     held: dict[Any, Tensor] | None = None
-    if isinstance(value, FlatRange):
+    if isinstance(value, flat_range.FlatRange):
         held = {(offsets, tuple(part.shape)): part for offsets, part in value.blocks}
-    for box, part in boxes_with_data(state.shard, region, data):
+    for box, part in geometry.boxes_with_data(state.shard, region, data):
         if held is None:
             yield part, value[box.slices]
         elif (box.offsets, box.sizes) in held:

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from ..averaging.kernels.eager import SCRATCH
-from ..distributed.connections import Run
-from ..distributed.machines import Routes
-from ..distributed.transfer import Block
+from ..distributed import connections, machines, transfer
 from ..sharding.geometry import Box, byte_runs, bytes_of, runs
-from . import crc32, disk
+from . import crc32, disk, torch_dtypes
 from .request import SaveRequest
-from .torch_dtypes import DTYPES
 
 __all__ = ["BlockPlacer", "FileWriter"]
 
@@ -35,7 +32,9 @@ class BlockPlacer:
         self._files = list(request.files.values())
         self.sums = [crc32.RangeSum(file.size) for file in self._files]
         numbers = {name: number for number, name in enumerate(request.files)}
-        self._blocks: list[tuple[str, int, Block]] = []  # name in the file, its number, block
+        self._blocks: list[
+            tuple[str, int, transfer.Block]
+        ] = []  # name in the file, its number, block
         for average, plan in zip(request.averages, request.plans, strict=True):
             where = {name: numbers[file] for file in plan for name in plan[file].entries}
             names = list(map(average.name_of, average.states))
@@ -43,14 +42,16 @@ class BlockPlacer:
                 (names[block.number], where[names[block.number]], block) for block in average.blocks
             ]
 
-    def runs(self) -> Iterator[Run]:
+    def runs(self) -> Iterator[connections.Run]:
         """All runs of this rank, in the dtypes of the files."""
         for placed in self._blocks:
             yield from self._runs(*placed)
 
-    def runs_by_range(self, routes: Routes) -> Iterator[tuple[int, Iterator[Run]]]:
+    def runs_by_range(
+        self, routes: machines.Routes
+    ) -> Iterator[tuple[int, Iterator[connections.Run]]]:
         """(a range, this rank's runs in it), in the order of the routes."""
-        chosen: dict[int, list[tuple[str, int, Block]]] = {}
+        chosen: dict[int, list[tuple[str, int, transfer.Block]]] = {}
         for placed in self._blocks:
             name, file, block = placed
             if block.data.numel():
@@ -63,25 +64,28 @@ class BlockPlacer:
                 runs_here = (self._runs(*placed, clip) for placed in chosen[number])
                 yield number, chain.from_iterable(runs_here)
 
-    def _extent(self, name: str, file: int, block: Block) -> tuple[int, int]:
+    def _extent(self, name: str, file: int, block: transfer.Block) -> tuple[int, int]:
         """The first byte of a block in its file, and the end of its last one."""
         entry, shape = self._files[file].entries[name], block.data.shape
         last = tuple(o + n - 1 for o, n in zip(block.offsets, shape, strict=True))
         corners = (Box(offsets, (1,) * len(shape)) for offsets in (block.offsets, last))
         first, final = (next(runs(corner, entry.shape))[0] for corner in corners)
-        base, size = len(self._files[file].head) + entry.begin, DTYPES[entry.dtype].itemsize
+        base, size = (
+            len(self._files[file].head) + entry.begin,
+            torch_dtypes.DTYPES[entry.dtype].itemsize,
+        )
         return base + first * size, base + (final + 1) * size
 
     def _runs(
         self,
         name: str,
         file: int,
-        block: Block,
+        block: transfer.Block,
         clip: Callable[[int, int, int], tuple[int, int]] = lambda file, begin, end: (begin, end),
-    ) -> Iterator[Run]:
+    ) -> Iterator[connections.Run]:
         """The runs of a block, as far as `clip` keeps them. They are added to the sum."""
         entry = self._files[file].entries[name]
-        dtype, base = DTYPES[entry.dtype], len(self._files[file].head) + entry.begin
+        dtype, base = torch_dtypes.DTYPES[entry.dtype], len(self._files[file].head) + entry.begin
         view = bytes_of(_cast(name, block.data, dtype).contiguous())
         box = Box(block.offsets, tuple(block.data.shape))
         for start, data in byte_runs(box, entry.shape, view, dtype.itemsize):
@@ -90,7 +94,7 @@ class BlockPlacer:
             if low < high:
                 kept = data[low - begin : high - begin]
                 self.sums[file].add(low, kept)
-                yield Run(file, low, kept)
+                yield connections.Run(file, low, kept)
 
     def contributions(self) -> dict[str, int]:
         """This rank's part of the sum of every file, by number, where there is one."""

@@ -22,10 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sharding import derived, discovery, wrappers
-from ..sharding.geometry import boxes_with_data
-from ..sharding.ownership import ParamState
-from ..sharding.wrappers import canonical, walk_modules
+from ..sharding import derived, discovery, geometry, ownership, wrappers
 from ..text import some
 from .load_file import load_file
 from .safetensors import ADAPTER, ADAPTER_CONFIG
@@ -75,7 +72,7 @@ class FileForm:
 
 def _inner(model: nn.Module) -> Any:
     """The module inside all wrappers."""
-    for prefix, module, _ in walk_modules(model):
+    for prefix, module, _ in wrappers.walk_modules(model):
         if prefix:
             break
         inner = module
@@ -113,7 +110,7 @@ def adapters_of(model: nn.Module, averaged: Sequence[str]) -> list[FileForm]:
             place = "" if adapter == "default" else adapter
             where = Path(folder, place)
             named = {
-                canonical(names[number]): canonical(name)
+                wrappers.canonical(names[number]): wrappers.canonical(name)
                 for name, number in load_file(where / ADAPTER).items()
             }
             texts = {ADAPTER_CONFIG: (where / ADAPTER_CONFIG).read_bytes()}
@@ -145,8 +142,8 @@ def _is_computed(config: Any) -> bool:
 
 @contextmanager
 def merged(
-    model: nn.Module, states: Sequence[ParamState], dtype: torch.dtype | None
-) -> Iterator[tuple[list[ParamState], FileForm]]:
+    model: nn.Module, states: Sequence[ownership.ParamState], dtype: torch.dtype | None
+) -> Iterator[tuple[list[ownership.ParamState], FileForm]]:
     """Merge the active adapters into the weights below them, for the block.
 
     Args:
@@ -272,7 +269,7 @@ def load_into(path: str | os.PathLike[str], module: nn.Module) -> None:
     with derived.caches_dropped(module):
         for shard in shards:
             elements = shard.read()
-            for box, view in boxes_with_data(shard, shard.local_region, elements):
+            for box, view in geometry.boxes_with_data(shard, shard.local_region, elements):
                 view.copy_(weights[form.name_of(shard.name)][box.slices])
             if not shard.dense:
                 shard.write(elements)

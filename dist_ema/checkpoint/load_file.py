@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ..sharding.geometry import Box, byte_runs, bytes_of, split_box
-from . import atomic, crc32, disk, manifest, safetensors
-from .torch_dtypes import DTYPES
+from . import atomic, crc32, disk, manifest, safetensors, torch_dtypes
 
 __all__ = [
     "Aliases",
@@ -71,7 +70,7 @@ def _mapped(path: Path, file: safetensors.SafetensorsFile) -> Iterable[tuple[str
     if len(pages) != file.size:
         raise ValueError(f"{path} became shorter while it was read.")
     for name, entry in file.entries.items():
-        start, dtype = len(file.head) + entry.begin, DTYPES[entry.dtype]
+        start, dtype = len(file.head) + entry.begin, torch_dtypes.DTYPES[entry.dtype]
         raw = torch.from_numpy(pages[start : start + entry.nbytes])
         # NOTE: other writers pack at any byte, and views of a wider dtype need alignment.
         raw = raw if start % dtype.itemsize == 0 else raw.clone()
@@ -212,7 +211,7 @@ class OpenFile:
     def read(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
         """Blocks of a box, each at most a window. *Aliases*: the next block overwrites this one."""
         entry = self.header.entries[name]
-        dtype, begin = DTYPES[entry.dtype], len(self.header.head) + entry.begin
+        dtype, begin = torch_dtypes.DTYPES[entry.dtype], len(self.header.head) + entry.begin
         blocks = list(split_box(box, WINDOW // dtype.itemsize))
         buffer = torch.empty(
             max(block.numel for block in blocks) * dtype.itemsize, dtype=torch.uint8, device="cpu"
@@ -252,4 +251,4 @@ class OpenWeight(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.entry.dtype]
+        return torch_dtypes.DTYPES[self.entry.dtype]

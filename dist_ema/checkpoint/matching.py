@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..averaging.average import whole_modules
 from ..schedules import from_dict
-from ..sharding.geometry import boxes_with_data
-from ..sharding.ownership import ParamState
+from ..sharding import geometry, ownership
 from ..text import some
 from . import manifest, safetensors
 from .load_file import Aliases, Location, OpenWeight
@@ -36,7 +35,7 @@ class LoadTarget(NamedTuple):
     """An average that is to be filled."""
 
     schedule: dict[str, Any]
-    states: list[ParamState]  # of all that the model persists
+    states: list[ownership.ParamState]  # of all that the model persists
     names: dict[str, str]  # name in the files -> the model's, where they differ
     elsewhere: frozenset[str] = frozenset()  # what the model holds elsewhere, or will
 
@@ -191,7 +190,7 @@ def _converts(there: torch.dtype, here: torch.dtype) -> bool:
     return there.is_floating_point or not here.is_floating_point
 
 
-def _refuse_untied(state: ParamState, held: Sequence[OpenWeight]) -> None:
+def _refuse_untied(state: ownership.ParamState, held: Sequence[OpenWeight]) -> None:
     """Raise ValueError where names that are tied in the model hold different bytes in the file."""
     first, *others = held
     for other in others:
@@ -207,7 +206,7 @@ def _refuse_untied(state: ParamState, held: Sequence[OpenWeight]) -> None:
             )
 
 
-def _blocks(state: ParamState, weight: OpenWeight) -> Iterator[Tensor]:
+def _blocks(state: ownership.ParamState, weight: OpenWeight) -> Iterator[Tensor]:
     """This rank's averaged region of a weight, a window at a time."""
-    for box, _ in boxes_with_data(state.shard, state.averaged_region, state.live):
+    for box, _ in geometry.boxes_with_data(state.shard, state.averaged_region, state.live):
         yield from (data for _, data in weight.file.read(weight.name, box))

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import atomic, retention, versions
-from .library_files import FileForm
+from . import atomic, library_files, retention, versions
 
 __all__ = ["Publication"]
 
@@ -47,7 +46,7 @@ class Publication:
         keep_at_most: int | None,
         which: Any,
         beside: Path | None,
-        files: FileForm,
+        files: library_files.FileForm,
         form: dict[str, Any],
         finish: Callable[[], Callable[[], None] | None],
     ) -> None:

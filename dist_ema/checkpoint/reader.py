@@ -17,9 +17,7 @@ from torch import Tensor
 
 from ..distributed.diagnosis import digest
 from ..distributed.ranks import Ranks
-from ..sharding.geometry import boxes_with_data
-from ..sharding.ownership import ParamState
-from ..sharding.records import Region
+from ..sharding import geometry, ownership, records
 from . import atomic, crc32, manifest, safetensors
 from .load_file import Location, OpenFile, OpenWeight, locate, refuse_unlisted, with_aliases
 from .matching import LoadTarget, ReadPlan, plan_resume, plan_start
@@ -325,8 +323,10 @@ def _fill(plan: ReadPlan) -> dict[str, Tensor]:
     return own
 
 
-def _read(state: ParamState, region: Region, data: Tensor, weight: OpenWeight) -> None:
+def _read(
+    state: ownership.ParamState, region: records.Region, data: Tensor, weight: OpenWeight
+) -> None:
     """Fill `data` [region.numel] with the region's elements, in its dtype."""
-    for box, view in boxes_with_data(state.shard, region, data):
+    for box, view in geometry.boxes_with_data(state.shard, region, data):
         for block, values in weight.file.read(weight.name, box):
             view[block.within(box)].copy_(values)

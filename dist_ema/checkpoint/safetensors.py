@@ -24,8 +24,7 @@ from typing import Any, BinaryIO
 
 from ..dtypes import NUMPY
 from ..text import size_of
-from .disk import open_regular, read_exactly
-from .strict_json import MOST_JSON, dump, parse_json, read_json
+from . import disk, strict_json
 
 __all__ = [
     "ADAPTER",
@@ -145,26 +144,28 @@ def index(files: dict[str, SafetensorsFile]) -> bytes:
     """model.safetensors.index.json, as Hugging Face writes it."""
     where = {name: file for file, content in files.items() for name in content.entries}
     total = sum(entry.nbytes for content in files.values() for entry in content.entries.values())
-    return dump({"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    return strict_json.dump(
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    )
 
 
 def read_header(path: Path) -> SafetensorsFile:
     """The header, checked against the file's size. Raises ValueError if it is unsound."""
-    with open_regular(path) as file:
+    with disk.open_regular(path) as file:
         return header_of(file, path)
 
 
 def header_of(file: BinaryIO, path: Path) -> SafetensorsFile:
     """`read_header` of a file that is open; path: what errors call it."""
     size = os.fstat(file.fileno()).st_size
-    length = struct.unpack("<Q", (read_exactly(file, 8) + bytes(8))[:8])[0]
-    if size < 8 or length > min(MOST_JSON, size - 8):
+    length = struct.unpack("<Q", (disk.read_exactly(file, 8) + bytes(8))[:8])[0]
+    if size < 8 or length > min(strict_json.MOST_JSON, size - 8):
         raise ValueError(
             f"{path} is no safetensors file, or is cut short: {size} bytes, header of {length}."
         )
-    text = read_exactly(file, length)
+    text = disk.read_exactly(file, length)
     try:
-        table = parse_json(text)
+        table = strict_json.parse_json(text)
         metadata = table.pop("__metadata__", None)
         entries = {name: _entry(value) for name, value in table.items()}
         if metadata is not None and not _is_texts(metadata):
@@ -245,7 +246,7 @@ def read_model(
 def read_index(folder: Path, name: str = INDEX) -> dict[str, str]:
     """weight -> file, of files that exist beside the index."""
     where = folder / name
-    weights = read_json(where).get("weight_map")
+    weights = strict_json.read_json(where).get("weight_map")
     if (
         not isinstance(weights, dict)
         or not weights

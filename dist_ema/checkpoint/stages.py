@@ -17,8 +17,7 @@ import torch
 from ..averaging.average import Average
 from ..averaging.gather import Form
 from ..distributed.ranks import Ranks
-from ..sharding.geometry import boxes_with_data, byte_runs, bytes_of, split_box
-from ..sharding.ownership import MAX_BLOCK, ParamState
+from ..sharding import geometry, ownership
 from . import crc32
 from .request import AverageFiles, WeightRecord
 
@@ -67,7 +66,7 @@ def agree(verb: str, ranks: Ranks, stage: Sequence[int], averages: Sequence[Aver
         raise ValueError(f"{problem} ({verb})")
 
 
-def _form(state: ParamState) -> list[Any]:
+def _form(state: ownership.ParamState) -> list[Any]:
     shard = state.shard
     if shard.kind == "buffer":
         return ["buffer"]  # those of BatchNorm differ between ranks by nature
@@ -115,15 +114,15 @@ def _leading_names(tables: Iterable[Mapping[str, Sequence[str]]]) -> dict[str, s
     return leads
 
 
-def _contribution(state: ParamState) -> int:
+def _contribution(state: ownership.ParamState) -> int:
     """What this rank's elements add to the check sum of the average's row-major bytes."""
     shape, data = state.shard.shape, state.average_in(state.owned_region)
     size = torch.Size(shape).numel() * data.itemsize
     total = crc32.RangeSum(size)
-    for box, view in boxes_with_data(state.shard, state.owned_region, data):
-        for block in split_box(box, MAX_BLOCK // data.itemsize):
-            part = bytes_of(view[block.within(box)].cpu().contiguous())
-            for start, run in byte_runs(block, shape, part, data.itemsize):
+    for box, view in geometry.boxes_with_data(state.shard, state.owned_region, data):
+        for block in geometry.split_box(box, ownership.MAX_BLOCK // data.itemsize):
+            part = geometry.bytes_of(view[block.within(box)].cpu().contiguous())
+            for start, run in geometry.byte_runs(block, shape, part, data.itemsize):
                 total.add(start, run)
     return total.contribution
 
@@ -180,7 +179,7 @@ def _merged(tables: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, WeightRe
 
 
 def names_of_all(
-    verb: str, ranks: Ranks, stage: Sequence[int], states: Sequence[ParamState]
+    verb: str, ranks: Ranks, stage: Sequence[int], states: Sequence[ownership.ParamState]
 ) -> frozenset[str]:
     """The names of the weights and buffers of all stages, with aliases. *Collective*."""
     leads = ranks.members[ranks.rank] == stage[0]

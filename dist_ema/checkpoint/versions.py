@@ -35,8 +35,7 @@ from pathlib import Path
 from typing import Any
 from weakref import finalize
 
-from . import atomic
-from .manifest import Manifest
+from . import atomic, manifest
 
 __all__ = [
     "BEST",
@@ -93,7 +92,7 @@ def is_stopped(folder: Path, seen: int) -> bool:
     return (folder / STOP).exists() and not missed
 
 
-def facts_of(saved: Manifest) -> dict[str, Any] | None:
+def facts_of(saved: manifest.Manifest) -> dict[str, Any] | None:
     """What a publisher says of a version: version, id, step, average, metrics; None of others."""
     facts = saved.extra.get(KEY)
     return facts if isinstance(facts, dict) and saved.kind == "export" else None

@@ -22,14 +22,11 @@ from pathlib import Path
 import torch
 
 from ..averaging.executors import run_shielded
-from ..distributed.diagnosis import RanksDifferError, digest
+from ..distributed import diagnosis, transfer
 from ..distributed.machines import Routes
 from ..distributed.ranks import Ranks
-from ..distributed.transfer import Block
 from ..sharding.arena import ALIGN
-from . import atomic, crc32
-from .background import BackgroundTask
-from .file_writer import BlockPlacer, FileWriter
+from . import atomic, background, crc32, file_writer
 from .request import AverageFiles, SaveRequest, disk_errors, make_folder, put_in_place
 
 __all__ = ["AverageFiles", "SaveRequest", "Writer"]
@@ -61,7 +58,7 @@ class Writer:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._behind: Ranks | None = None
-        self.background = BackgroundTask()
+        self.background = background.BackgroundTask()
 
     def write(self, request: SaveRequest, wait: bool = True) -> list[str]:
         """Write the folder or file that is asked for, atomically.
@@ -134,7 +131,7 @@ class Writer:
     def _refuse_other_parts(self, request: SaveRequest) -> None:
         """Raise ValueError if an average of other weights on other ranks is saved to the path."""
         weights = {name for files in request.averages for name in files.inventory}
-        names = str(digest(sorted(weights)))
+        names = str(diagnosis.digest(sorted(weights)))
         members, found = self._ranks.claim(str(request.path), names)
         if found != names:
             raise ValueError(
@@ -160,7 +157,9 @@ class Writer:
             heads = [(name, file.head) for name, file in request.files.items()]
         except Exception as caught:  # raised below, where the others learn that this rank differs
             heads, error = [], caught
-        ranks.compare({"files": digest([[each.schedule for each in request.averages], heads])})
+        ranks.compare(
+            {"files": diagnosis.digest([[each.schedule for each in request.averages], heads])}
+        )
         sees = os.path.isdir(folder)
 
         def ready() -> bool:
@@ -171,7 +170,7 @@ class Writer:
 
         try:
             blind = ranks.count_on_all(verb, ready)
-        except RanksDifferError as error:
+        except diagnosis.RanksDifferError as error:
             raise ValueError(
                 f"ema.{verb}(): the ranks ask for different files. which, dtype, max_shard_size "
                 "and mode must be alike on all of them."
@@ -199,8 +198,10 @@ class Writer:
     def _carry_out(self, prepared: _PreparedSave, ranks: Ranks) -> list[str]:
         """Write what was prepared, here or in a thread. *Collective*."""
         request, remarks = prepared.request, list[str]()
-        files = FileWriter(prepared.folder, list(request.files), partial(disk_errors, request))
-        placer = BlockPlacer(request)
+        files = file_writer.FileWriter(
+            prepared.folder, list(request.files), partial(disk_errors, request)
+        )
+        placer = file_writer.BlockPlacer(request)
         on_machines = prepared.routes is not None or request.mode == "direct"
 
         def write() -> dict[str, int]:
@@ -233,7 +234,11 @@ class Writer:
 
 
 def _exchange(
-    ranks: Ranks, verb: str, routes: Routes, placer: BlockPlacer, files: FileWriter
+    ranks: Ranks,
+    verb: str,
+    routes: Routes,
+    placer: file_writer.BlockPlacer,
+    files: file_writer.FileWriter,
 ) -> None:
     """Send every byte to a rank that writes it, and write what others send. *Collective*."""
     connections = ranks.connections(verb)
@@ -255,7 +260,7 @@ def _exchange(
             raise (receiver.error or error) from None
 
 
-def _stage(blocks: list[Block]) -> list[Block]:
+def _stage(blocks: list[transfer.Block]) -> list[transfer.Block]:
     """Copy into one staging buffer on the host, pinned for an accelerator, and wait for it."""
     sizes = [-(-data.nbytes // ALIGN) * ALIGN for _, _, data in blocks]
     devices = {data.device for _, _, data in blocks if data.device.type != "cpu"}
@@ -263,7 +268,7 @@ def _stage(blocks: list[Block]) -> list[Block]:
     copies = []
     for (number, offsets, data), room in zip(blocks, buffer.split(sizes), strict=True):
         copy = room[: data.nbytes].view(data.dtype).view(data.shape)
-        copies.append(Block(number, offsets, copy.copy_(data, non_blocking=True)))
+        copies.append(transfer.Block(number, offsets, copy.copy_(data, non_blocking=True)))
     for device in devices:
         torch.accelerator.synchronize(device)
     return copies

@@ -41,8 +41,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from . import diagnosis
-from .deadlines import store_is_silent
+from . import deadlines, diagnosis
 from .diagnosis import Exchange, call_text, error_text
 from .messages import ANSWERED, FLAG, Count, Heartbeats, Messages
 
@@ -545,4 +544,4 @@ def store_errors(verb: str) -> Iterator[None]:
     try:
         yield
     except dist.DistNetworkError as error:
-        raise RuntimeError(f"{call_text(verb)}: {store_is_silent(error)}") from error
+        raise RuntimeError(f"{call_text(verb)}: {deadlines.store_is_silent(error)}") from error

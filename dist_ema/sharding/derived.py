@@ -12,8 +12,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils.hooks import RemovableHandle
 
-from .names import canonical
-from .records import Shard
+from . import names, records
 
 __all__ = ["caches_dropped", "is_power_iteration_vector", "merged_modules", "refreshed_vectors"]
 
@@ -53,7 +52,7 @@ def _overrides_train(module: nn.Module) -> bool:
 def merged_modules(model: nn.Module) -> list[str]:
     """Names of modules into whose weights peft has merged adapters: the adapters are not read."""
     return [
-        canonical(name)
+        names.canonical(name)
         for name, module in model.named_modules()
         if getattr(module, "merged_adapters", None)
     ]
@@ -108,7 +107,7 @@ def _spectral_norms(module: nn.Module) -> list[SpectralNorm]:
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
 
 
-def is_power_iteration_vector(shard: Shard) -> bool:
+def is_power_iteration_vector(shard: records.Shard) -> bool:
     """The buffer is a singular vector of a spectral norm: the mean of two of them is none."""
     module, name = shard.place
     if isinstance(module, _SpectralNorm):

@@ -28,10 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed.transfer import Block
-from .discovery import redescribe
-from .geometry import boxes_with_data, even, split_box
+from . import discovery, geometry, zero
 from .records import Region, Shard
-from .zero import refuse_taken_over
 
 __all__ = [
     "MAX_BLOCK",
@@ -142,10 +140,10 @@ class ParamState:
             RuntimeError: They have another dtype, device, shape or order now, or no memory.
         """
         if self.is_copied_buffer:
-            redescribe(self.shard)
+            discovery.redescribe(self.shard)
             self.averaged_region = self.owned_region = self.shard.local_region
             self._form = form(self.shard.local_tensor())
-        refuse_taken_over(self.shard)
+        zero.refuse_taken_over(self.shard)
         memory, old = self.shard.local_tensor(), self.local
         if memory.numel() and not memory.data_ptr():
             raise RuntimeError(
@@ -244,7 +242,7 @@ def _own_range(groups: Sequence[dist.ProcessGroup], end: int) -> tuple[int, int]
     """This rank's range of the sequence [0, end), which the outermost group divides first."""
     low, high = 0, end
     for group in groups:
-        low, high = even(low, high, dist.get_rank(group), group.size())
+        low, high = geometry.even(low, high, dist.get_rank(group), group.size())
     return low, high
 
 
@@ -276,7 +274,7 @@ def _pieces(state: ParamState, depth: int) -> Iterator[tuple[int, Tensor]]:
     end = min(high, start + state.shard.local_region.numel)
     while begin < end:
         source = -(-(begin - low + 1) * size // (high - low)) - 1  # whose range holds `begin`
-        stop = min(end, even(low, high, source, size)[1])
+        stop = min(end, geometry.even(low, high, source, size)[1])
         yield source, state.local[begin - start : stop - start]
         begin = stop
 
@@ -304,8 +302,8 @@ def saved_blocks(
             data = values[state.name]
         elif state.is_copied_buffer:
             data = data.clone()  # NOTE: numpy forbids to resize memory that it has seen
-        for box, view in boxes_with_data(state.shard, region, data):
-            for block in split_box(box, MAX_BLOCK // data.itemsize):
+        for box, view in geometry.boxes_with_data(state.shard, region, data):
+            for block in geometry.split_box(box, MAX_BLOCK // data.itemsize):
                 yield Block(number, block.offsets, view[block.within(box)])
 
 

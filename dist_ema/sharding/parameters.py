@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping
 
-from .names import canonical
-from .torch_classes import is_fsdp2
+from . import names, torch_classes
 
 __all__ = ["Model", "ModelOrStages", "Parameters", "Stages", "module_of", "unsharded_copies"]
 
@@ -65,7 +64,7 @@ class Parameters(nn.Module):
                     f"parameter {name} belongs to FSDP1, which moves its parameters at every "
                     "forward: pass the model."
                 )
-            name = canonical(name)
+            name = names.canonical(name)
             if name in self._parameters:
                 raise ValueError(f"two parameters are called {name}.")
             self._parameters[name] = tensor  # type: ignore[assignment]
@@ -108,7 +107,7 @@ def unsharded_copies(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
 def _fsdp2_records(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
     """(module, what FSDP2 keeps of one parameter) of the modules given to fully_shard."""
     for module in modules:
-        reference = _module_state_mapping.get(module) if is_fsdp2(module) else None
+        reference = _module_state_mapping.get(module) if torch_classes.is_fsdp2(module) else None
         state: Any = None if reference is None else reference()
         if state is not None:
             # torch 2.8 has one group.

@@ -17,11 +17,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import torch_classes, wrappers
 from .fsdp1 import FlatSlices, flat_slices, identity, registered_parameters
 from .parameters import unsharded_copies
 from .records import Shard, registered
-from .torch_classes import is_dtensor
-from .wrappers import walk_modules
 
 __all__ = ["InventoryChanges", "MemoryWatch", "compare_inventory"]
 
@@ -59,7 +58,7 @@ def compare_inventory(model: nn.Module, shards: Sequence[Shard]) -> InventoryCha
     Note:
         Local. FSDP2 may hold weights unsharded. *Cost*: 1 us per weight; no element is read.
     """
-    walk = [(prefix, module) for prefix, module, _ in walk_modules(model)]
+    walk = [(prefix, module) for prefix, module, _ in wrappers.walk_modules(model)]
     weights = [shard for shard in shards if shard.kind != "buffer"]
     changes = _compare_weights(walk, weights)
     _compare_buffers(walk, [shard for shard in shards if shard.kind == "buffer"], changes)
@@ -164,7 +163,7 @@ class MemoryWatch:
         readers: dict[int, Callable[[], Tensor]] = {}  # FSDP1 flat parameters, buffers, masters
         for shard in shards:
             local = shard.local_tensor()
-            if is_dtensor(shard.tensor) and local is shard.tensor._local_tensor:
+            if torch_classes.is_dtensor(shard.tensor) and local is shard.tensor._local_tensor:
                 self._dtensors.append(shard.tensor)
             elif shard.kind != "buffer" and local is shard.tensor:
                 plain[id(local)] = local

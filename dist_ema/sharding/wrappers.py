@@ -20,12 +20,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from .fsdp1 import reshard_flat_parameter
+from . import fsdp1, parameters, records, zero
 from .names import CHECKPOINTED, COMPILED, FSDP1, canonical
-from .parameters import Stages
-from .records import memory_of
 from .torch_classes import is_fsdp1, is_fsdp2
-from .zero import is_engine, partition
 
 __all__ = [
     "Replicated",
@@ -62,9 +59,9 @@ def reshard(sharded: list[nn.Module]) -> None:
             # and not for what is written to the shards after it. Without it, it waits for all.
             module._get_fsdp_state()._state_ctx.post_optim_event = None
         elif is_fsdp1(module):
-            reshard_flat_parameter(module)
+            fsdp1.reshard_flat_parameter(module)
         else:
-            partition(module)
+            zero.partition(module)
 
 
 def blocker(sharded: list[nn.Module]) -> str | None:
@@ -91,7 +88,7 @@ def unexplained_keys(model: nn.Module, recorded: Mapping[str, Tensor]) -> list[s
         return []
     held = set(map(id, recorded.values()))
     unexplained = set()
-    for stage in model if isinstance(model, Stages) else [model]:
+    for stage in model if isinstance(model, parameters.Stages) else [model]:
         for key, value in unwrapped(stage).state_dict(keep_vars=True).items():
             own = recorded.get(canonical(key))
             if id(value) not in held if own is None else not _same_values(value, own):
@@ -105,7 +102,7 @@ def _same_values(value: Any, own: Tensor) -> bool:
         return True
     if not isinstance(value, Tensor) or (value.shape, value.dtype) != (own.shape, own.dtype):
         return False
-    given, recorded = memory_of(value.detach()), memory_of(own.detach())
+    given, recorded = records.memory_of(value.detach()), records.memory_of(own.detach())
     return given is not None and recorded is not None and torch.equal(given, recorded)
 
 
@@ -175,14 +172,14 @@ def walk_modules(
         if inner is not None and isinstance(module, DistributedDataParallel):
             ignored = frozenset(prefix + canonical(name) for name in module.parameters_to_ignore)
             ddp = Replicated(module.process_group, ignored)
-        elif inner is not None and is_engine(module):
+        elif inner is not None and zero.is_engine(module):
             group: Any = module.seq_data_parallel_group
             ddp = Replicated(group, frozenset())
         yield prefix, module, ddp
         if module._modules:
             for name, child in reversed(module._modules.items()):
                 if child is not None:
-                    is_same = name == inner or isinstance(module, Stages)
+                    is_same = name == inner or isinstance(module, parameters.Stages)
                     stack.append((prefix if is_same else f"{prefix}{name}.", child, ddp))
 
 

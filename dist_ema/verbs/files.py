@@ -10,15 +10,11 @@ from typing import Any
 
 from ..averaging.average import Average
 from ..averaging.averages import AveragedWeights, Reads
-from ..checkpoint import atomic, library_files, reader, stages
-from ..checkpoint.manifest import Manifest
+from ..checkpoint import atomic, library_files, manifest, reader, stages, writer
 from ..checkpoint.request import AverageFiles, SaveRequest
-from ..checkpoint.writer import Writer
 from ..distributed.ranks import Ranks
 from ..schedules import BlockMean
-from ..sharding import consistency
-from ..sharding.discovery import unfilled_buffers
-from ..sharding.ownership import ParamState
+from ..sharding import consistency, discovery, ownership
 from ..text import warn
 from .entry import Entry, Which, warn_if_idle, warn_if_nameless, warn_of_unexplained_keys
 
@@ -39,7 +35,7 @@ class Files:
 
     def __init__(self, entry: Entry) -> None:
         self._entry, self._weights = entry, entry.weights
-        self.writer: Writer | None = None
+        self.writer: writer.Writer | None = None
         # The clock at the last look for each folder of `snapshot` and `publish`.
         self._last_looks: dict[str, float] = {}
 
@@ -82,7 +78,7 @@ class Files:
         average: Average,
         form: library_files.FileForm,
         *,
-        merged: list[ParamState] | None = None,
+        merged: list[ownership.ParamState] | None = None,
         extra: dict[str, Any] | None = None,
         **options: Any,
     ) -> SaveRequest:
@@ -138,9 +134,9 @@ class Files:
             files.append(AverageFiles(states, {}, mean.to_dict(), label, form=form))
         return files, "adapter" if form.is_adapter else "all" if complete else "averaged"
 
-    def _manifest(self, kind: str, extra: dict[str, Any] | None) -> Manifest:
+    def _manifest(self, kind: str, extra: dict[str, Any] | None) -> manifest.Manifest:
         attached = self._entry.attachment
-        return Manifest(
+        return manifest.Manifest(
             kind=kind,
             clock=self._weights.clock_to_dict(),
             attach=None if attached is None else attached.to_dict(),
@@ -195,7 +191,7 @@ class Files:
             warn_of_unexplained_keys(verb, self._weights)
         if ranks is entry.alone:
             with atomic.locked(request.path):  # all ranks may export to one path
-                warn(*Writer(ranks).write(request))
+                warn(*writer.Writer(ranks).write(request))
             return
         with entry.everyone.entering(verb):
             self._write_together(request, which, arguments, wait)
@@ -213,7 +209,7 @@ class Files:
             consistency.on_averages(verb, ranks, states, entry.common(which, arguments))
             request = request if ranks.first else request.with_blocks(lambda _: [])
         if self.writer is None:
-            self.writer = Writer(ranks)
+            self.writer = writer.Writer(ranks)
         warn(*self.writer.write(request, wait))
 
     def finish(self) -> None:
@@ -232,7 +228,10 @@ class Files:
 def load(entry: Entry, path: str | Path, *, strict: bool, verify: bool) -> None:
     """See `EMA.load`; the verb has begun. *Collective*."""
     weights, ranks = entry.weights, entry.ranks
-    elsewhere, stage = unfilled_buffers(weights.model), entry.stage if entry.is_staged else ()
+    elsewhere, stage = (
+        discovery.unfilled_buffers(weights.model),
+        entry.stage if entry.is_staged else (),
+    )
     if entry.is_staged:
         persistent = weights.averages[0].persistent
         elsewhere |= stages.names_of_all("load", ranks, entry.stage, persistent)
@@ -266,7 +265,7 @@ class _Targets:
         form = library_files.only_used(library_files.adapters_of(weights.model, names), names)
         self._model_names = {there: name for name, there in form.names.items()}
         self._means: list[list[BlockMean]] = []  # of each average; the last block is under way
-        self._blocks: list[list[tuple[BlockMean, list[ParamState]]]] = []  # full ones
+        self._blocks: list[list[tuple[BlockMean, list[ownership.ParamState]]]] = []  # full ones
 
     def make(self, saved: Sequence[dict[str, Any]]) -> list[reader.LoadTarget]:
         """The targets in a saved form with these schedules."""

@@ -8,9 +8,8 @@ from typing import Any
 from weakref import WeakMethod
 
 from ..averaging.averages import Reads
-from ..checkpoint import library_files, versions
+from ..checkpoint import library_files, request, versions
 from ..checkpoint.publishing import Publication
-from ..checkpoint.request import SaveRequest
 from ..text import warn
 from .entry import Entry, Which
 from .files import Files, real_path
@@ -80,7 +79,7 @@ class Publisher:
         publication.number += 1
         arguments = {"folder": os.fspath(publication.folder), "version": publication.number}
 
-        def version() -> SaveRequest:
+        def version() -> request.SaveRequest:
             return self._version(publication)
 
         try:
@@ -88,7 +87,7 @@ class Publisher:
         except Exception as error:
             warn(*publication.note(error, aloud=ranks.first))
 
-    def _version(self, publication: Publication) -> SaveRequest:
+    def _version(self, publication: Publication) -> request.SaveRequest:
         weights = self._entry.weights
         average, clock = weights.used(publication.which), weights.clock
         step, now = clock.steps or clock.updates, clock.at(average.schedule)
