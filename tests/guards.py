@@ -51,7 +51,8 @@ __all__ = ["GUARDS", "Guard", "guards"]
 ROOT = Path(__file__).resolve().parent.parent
 PYTEST = ["-q", "-n", "0", "-p", "no:cacheprovider", "--timeout", "120", "-rN", "--tb", "short"]
 LOG = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-SEEDS_FIRST = 8  # before tests; the others come after them
+FEW = 10  # seeds, and tests, that run first
+BAD = ("GREEN", "GONE", "DOUBTFUL")
 DOUBTFUL = re.compile(r"(Name|UnboundLocal|Syntax|Indentation|Import)Error|Timeout|it hung|^in ")
 # Beside the files that the lines of guards name.
 TESTS = (
@@ -428,8 +429,7 @@ def _record(tests: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
             begin = time.monotonic()
             failure = _failure_of(seed)
             recorder.add(f"seed {seed}", time.monotonic() - begin, not failure)
-        files = [_path_of(test) for test in tests]
-        pytest.main([*PYTEST, *files], [recorder])
+        pytest.main([*PYTEST, *tests], [recorder])
         return [vars(check) for check in recorder.checks]
 
 
@@ -474,21 +474,23 @@ class _Judge:
         self._session.shouldstop = bool(self.red)
 
 
-def _judge(names: Sequence[str], missing: tuple[Guard, str, str] | None = None) -> list[str]:
+def _judge(
+    batches: Sequence[Sequence[str]], missing: tuple[Guard, str, str] | None = None
+) -> list[str]:
     """The first of the checks that is red, and the first whose red proves nothing.
 
     Args:
-        names: Of checks.
+        batches: Names of checks. Each batch of tests is one run of pytest.
         missing: A guard that is to be deleted here, and `_swap`'s sources.
     """
     judge = _Judge()
     if missing is not None:
         _swap(*missing)
-    for is_seed, group in itertools.groupby(names, lambda name: name.startswith("seed ")):
-        some = list(group)
-        if not is_seed and not judge.red:
-            pytest.main([*PYTEST, *some], [judge])
-        for name in some if is_seed else ():
+    for batch in batches:
+        tests = [name for name in batch if not name.startswith("seed ")]
+        if tests and not judge.red:
+            pytest.main([*PYTEST, *tests], [judge])
+        for name in batch if not tests else ():
             if not judge.red:
                 judge.take(name, _failure_of(int(name.split()[1])))
     return [judge.red, judge.doubtful]
@@ -517,20 +519,30 @@ def _functions(code: CodeType, prefix: str = "") -> Iterator[tuple[Any, CodeType
         yield from _functions(inner, name + ".")
 
 
-def _chosen(guard: Guard, number: int, checks: Sequence[Check]) -> list[Check]:
-    """The checks that reach the guard, in the order in which they run."""
-    first = [_path_of(name) for name in guard.first]
+def _batches(guard: Guard, reaching: Sequence[Check], limit: float) -> list[list[str]]:
+    """The checks that reach the guard, in the order in which they run.
 
-    def place(check: Check) -> tuple[bool, float]:
-        return not check.name.startswith(tuple(first)), check.seconds
+    Args:
+        limit: Seconds that those take which neither the guard's line names nor come first.
+    """
+    reaching = sorted(reaching, key=lambda check: check.seconds)
+    first = [
+        each.name for each in reaching if each.name.startswith(tuple(map(_path_of, guard.first)))
+    ]
+    seeds = [check.name for check in reaching if check.name.startswith("seed ")][:FEW]
+    rest = [check for check in reaching if check.name not in {*first[:FEW], *seeds}]
+    ends = itertools.accumulate(check.seconds for check in rest)
+    quick = [check.name for check, end in zip(rest, ends, strict=True) if end < limit]
+    batches = [first[:FEW], seeds]
+    for is_seed in (False, True):
+        some = [name for name in quick if name.startswith("seed ") == is_seed]
+        batches += [some[: 4 * FEW], some[4 * FEW :]]
+    return [batch for batch in batches if batch]
 
-    reaching = sorted((check for check in checks if number in check.reached), key=place)
-    seeds = [check for check in reaching if check.name.startswith("seed ")]
-    tests = [check for check in reaching if check not in seeds]
-    return [*seeds[:SEEDS_FIRST], *tests, *seeds[SEEDS_FIRST:]]
 
-
-def verdict(guard: Guard, number: int, copy: Path, checks: Sequence[Check]) -> str:
+def verdict(
+    guard: Guard, number: int, copy: Path, checks: Sequence[Check], limit: float = 60
+) -> str:
     """What turns red without the guard; GREEN if nothing does.
 
     Checks of this process come first, with the guard's function swapped. For those of several the
@@ -541,29 +553,34 @@ def verdict(guard: Guard, number: int, copy: Path, checks: Sequence[Check]) -> s
     without = guard.delete(whole)
     if without is None:
         return "GONE"
-    chosen = _chosen(guard, number, checks)
-    found = f"GREEN in {len(chosen)} checks"
+    reaching = [check for check in checks if number in check.reached]
+    found = f"GREEN in the quick ones of {len(reaching)} checks"
     for ranks in (False, True):
-        some = [check for check in chosen if check.ranks == ranks]
-        if not some:
-            continue
-        names, seconds = [each.name for each in some], 120 + 9 * sum(each.seconds for each in some)
-        if ranks:
-            file.write_text(without)
+        some = [check for check in reaching if check.ranks == ranks]
+        seconds = 300 + 9 * sum(check.seconds for check in some)
         try:
-            missing = None if ranks else (guard, whole, without)
-            result = _Fork(_judge, names, missing, copy=copy if ranks else None).result(seconds)
+            if ranks:
+                file.write_text(without)
+                fork = _Fork(_judge, _batches(guard, some, limit), copy=copy)
+            else:
+                fork = _Fork(_judge, _batches(guard, some, limit), (guard, whole, without))
+            red, doubtful = fork.result(seconds) or ("", "it hangs or dies")
         finally:
             file.write_text(whole)
-        red, doubtful = result or ("", "it hangs or dies")
         if red:
-            name = red.partition(" - ")[0]
-            again = _Fork(_judge, [name], copy=copy if ranks else None).result(600)
-            if again == ["", ""]:
-                return red[:200]
-            doubtful = f"{red}, and with it too"
+            return str(red)[:200]
         found = f"DOUBTFUL: {doubtful[:200]}" if doubtful else found
     return found
+
+
+def _come_and_go(found: Sequence[str]) -> list[str]:
+    """Those of the verdicts whose check is red with the guard too."""
+    red = {each: each.partition(" - ")[0] for each in found if not each.startswith(BAD)}
+    names = set(red.values())
+    tests = sorted(name for name in names if not name.startswith("seed "))
+    seeds = sorted(int(name.split()[1]) for name in names.difference(tests))
+    green = {check["name"] for check in _Fork(_record, tests, seeds).result(3600) or ()}
+    return [each for each, name in red.items() if name not in green]
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -640,7 +657,7 @@ def _import_all(folder: str, tests: Sequence[str]) -> None:
     os.environ["REACHED"] = os.devnull
     _enter(copy)
     with contextlib.redirect_stdout(io.StringIO()):
-        pytest.main([*PYTEST, "--collect-only", *map(_path_of, tests)])
+        pytest.main([*PYTEST, "--collect-only", *tests])
     _failure_of(0)
 
 
@@ -664,7 +681,8 @@ def main() -> int:
         for number, guard in enumerate(guards())
         if all(word in str(guard) for word in options.words)
     ]
-    tests = list(dict.fromkeys([*TESTS, *(name for each in guards() for name in each.first)]))
+    names = [*TESTS, *(name for guard in guards() for name in guard.first)]
+    tests = list(dict.fromkeys(map(_path_of, names)))
     record = options.record and options.record.absolute()
     with tempfile.TemporaryDirectory() as folder:
         _import_all(folder, tests)
@@ -680,7 +698,10 @@ def main() -> int:
             for k in range(options.jobs)
         ]
         found = [each for fork in forks for each in fork.result(86400) or ["DOUBTFUL: died"]]
-    bad = [each for each in found if each.startswith(("GREEN", "GONE", "DOUBTFUL"))]
+        doubtful = _come_and_go(found)
+    for each in doubtful:
+        print(f"DOUBTFUL, red with the guard too: {each}")
+    bad = doubtful + [each for each in found if each.startswith(BAD)]
     print(f"{len(found) - len(bad)} of {len(found)} guards are red when they are missing")
     return int(bool(bad))
 
