@@ -232,6 +232,27 @@ def replaced_head(kind: str) -> Callable[[], float]:
     return program
 
 
+def unfrozen(kind: str) -> Callable[[], float]:
+    """An update walks no tree under FSDP, and must see it all the same."""
+
+    def program() -> float:
+        model = build(kind)
+        module = model.module if kind == "ddp" else model
+        module.head.requires_grad_(False)
+        ema = EMA(model, DECAY)
+        for _ in range(3):
+            ema.update()
+        module.head.requires_grad_(True)
+        try:
+            ema.update()
+        except RuntimeError as error:
+            assert "head.weight, head.bias became trainable" in str(error)
+            return 0.0
+        raise AssertionError("silent: an unfrozen head")
+
+    return program
+
+
 def host_engine(kind: str) -> Callable[[], float]:
     def program() -> float:
         run = Run(kind, device="cpu")
@@ -453,6 +474,7 @@ def table() -> dict[str, Callable[[], float]]:
             f"{kind}: DCP, another decay": another_decay(kind, 0.5),
             f"{kind}: DCP, another schedule": another_decay(kind, HalfLife(9)),
             f"{kind}: DCP, no average": without_an_average(kind),
+            f"{kind}: unfrozen": unfrozen(kind),
         }
     for kind in ("fsdp1 orig", "fsdp1 flat"):
         entries[f"{kind}: offload between phases"] = moves_between_phases(kind)
