@@ -195,7 +195,7 @@ averaging/swap.py
     _leave            refuse_covered()
     _leave            self._weights.reshard()  @swap
     _leave            self._average.own_buffers |=  @living_buffers
-    _leave            self.remarks = describe  @living_swap
+    _leave            self.remarks = swap_writes.describe  @living_swap
     _leave            error.add_note  @living_swap
     _lost             return [ => return [] and [  @living_swap
     _close            discount  @living_swap
