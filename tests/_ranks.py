@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 # What torch imports late, and a rank would spend most of its time on.
 PRELOAD = [
+    "dist_ema.ema",
     "tests._ranks",
     "torch._dynamo",
     "torch.distributed.checkpoint",

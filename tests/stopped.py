@@ -38,7 +38,7 @@ __all__ = ["BYTES", "KILL", "MESSAGES", "RUNS", "STOP", "TIMEOUT", "Case", "outc
 
 VERBS = ("EMA", "swap", "leave", "gather", "copy_to", "load", "save", "stream", "export", "pull")
 TIMEOUT = 3.0
-AT_ONCE = 6  # cases in one world
+AT_ONCE = 12  # cases in one world
 MESSAGES, BYTES = ("add", "compare_set", "set"), ("broadcast", "all_reduce")
 RUNS = ("send", "receive_into")  # of bytes over connections
 
