@@ -29,7 +29,7 @@ from dist_ema import EMA
 from dist_ema.averaging import gather
 from dist_ema.averaging.swap import WeightSwap
 from dist_ema.checkpoint import reader
-from dist_ema.distributed import coordinator
+from dist_ema.distributed import coordinator, messages
 from dist_ema.distributed.connections import Connections
 from dist_ema.distributed.coordinator import StoreCoordinator
 from dist_ema.distributed.diagnosis import Exchange, digest
@@ -398,6 +398,60 @@ def test_a_rank_that_dies_while_it_answers_costs_one_timeout(quick: None) -> Non
         return None
 
     assert world.spread(work) == [None, 7]
+
+
+def run_beside(board: StoreCoordinator) -> list[Any]:
+    """What `save` on this board returns or raises, once it has."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(save(board))
+        except RuntimeError as error:
+            found.append(str(error))
+
+    threading.Thread(target=run, daemon=True).start()
+    return found
+
+
+def wait_until(holds: Callable[[], Any]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end, "it waits for ever"
+        time.sleep(0.01)
+
+
+def test_a_rank_that_comes_while_it_is_named(quick: None) -> None:
+    """The answer is too late, and both go on. Guards that it is not counted once more."""
+    world = World(2, timeout=0.4)
+    late, early = world.boards
+    others: list[list[Any]] = []
+    silence = early.messages.silence
+
+    def silence_and_come(exchange: Exchange, timeout: float) -> str:
+        text = silence(exchange, timeout)
+        others.append(run_beside(late))
+        wait_until(lambda: early.messages.counted(exchange).ranks == 2)
+        return text
+
+    early.messages.silence = silence_and_come  # type: ignore[method-assign]
+    found = run_beside(early)
+    wait_until(lambda: found)
+    assert [found, *others] == [[None], [None]]
+
+
+def test_a_rank_that_dies_before_it_takes_its_count_back(quick: None) -> None:
+    """The last rank came after the answer, or the answer after it: the one who sees that died."""
+    world = World(2, timeout=0.4)
+    dead, alive = world.boards
+    exchange = Exchange(0, "save", 0, digest([]))
+    world.store.set("0/answer", json.dumps({"error": "the answer"}))
+    own = 1 + exchange.code(2) * messages.CODE
+    dead.messages.add(exchange, own + messages.ANSWERED)
+    alive.messages.count = lambda *_: alive.messages.add(exchange, own)  # type: ignore[method-assign, assignment]
+    found = run_beside(alive)
+    wait_until(lambda: found)
+    assert found == ["the answer"]
 
 
 def test_the_one_who_speaks_may_die_too(quick: None) -> None:

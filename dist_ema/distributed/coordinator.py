@@ -43,7 +43,7 @@ import torch.distributed as dist
 
 from . import deadlines, diagnosis
 from .diagnosis import Exchange, call_text, error_text
-from .messages import ANSWERED, FLAG, Count, Heartbeats, Messages
+from .messages import FLAG, Count, Heartbeats, Messages
 
 __all__ = ["GRACE", "Combine", "StoreCoordinator", "completes", "store_errors"]
 
@@ -452,10 +452,17 @@ class StoreCoordinator:
                         time.sleep(GRACE + 2 * self.interval)
                         text = self.messages.silence(exchange, self.timeout)
                         self.messages.publish(exchange, {"error": text})
-                    if not self.messages.counted(exchange).answers:
-                        # An answer is there, and the rank that published it died at once.
-                        self.messages.add(exchange, ANSWERED)
-                        self._lost_one = True
+                    count = self.messages.counted(exchange)
+                    if not count.answers:
+                        # An answer is there, and the rank that published it died at once; or the
+                        # last rank has come meanwhile.
+                        self._lost_one = self.messages.count_answer(exchange)
+                    elif self.messages.is_full(exchange, count):
+                        time.sleep(GRACE)
+                        if self.messages.counted(exchange) == count:
+                            # Both are counted, and the rank that had to take one back is dead.
+                            answer = self.messages.get(exchange, "answer")
+                            return self.messages.value_of(exchange, answer)
                 elif called:
                     remind_at = now + REMIND
                     self.messages.remind(exchange, now - began)

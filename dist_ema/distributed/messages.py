@@ -131,12 +131,15 @@ class Messages:
             self.will_delete(exchange, name)
         published = self.set_first(exchange, name, text)
         if name == "answer" and published == text:
-            self._count_answer(exchange)
+            self.count_answer(exchange)
         return json.loads(published)
 
-    def _count_answer(self, exchange: Exchange) -> None:
-        if self.is_full(exchange, self.add(exchange, ANSWERED)):
-            self.add(exchange, -ANSWERED)  # too late: all have come
+    def count_answer(self, exchange: Exchange) -> bool:
+        """Count the answer that is written. Returns whether it holds."""
+        late = self.is_full(exchange, self.add(exchange, ANSWERED))
+        if late:  # all have come
+            self.add(exchange, -ANSWERED)
+        return not late
 
     def publish_failure(self, exchange: Exchange, error: BaseException) -> bool:
         """Publish that `error` was raised here. Returns False if all had agreed to go on."""
@@ -145,7 +148,7 @@ class Messages:
         text = diagnosis.failed(exchange, self._members[self._rank], error_text(error))
         answer = self.publish(exchange, {"error": text})
         if not self.counted(exchange).answers:  # an interrupt came after it was written
-            self._count_answer(exchange)
+            self.count_answer(exchange)
         if self.is_full(exchange, self.counted(exchange)):
             return self.has(exchange, "error")
         return "value" not in answer or "failed" in (answer["value"] or ())
