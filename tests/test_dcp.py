@@ -241,6 +241,31 @@ def test_a_checkpoint_without_an_average(tmp_path: Path) -> None:
     assert ema.now == 2
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_several_averages_in_one_checkpoint(order: int, tmp_path: Path) -> None:
+    """A generator whose weights the discriminator has too, among others; buffers of both grow."""
+
+    def pair() -> dict[str, EMA]:
+        models = {"g": torch.nn.Sequential(torch.nn.Linear(3, 3))}
+        models["d"] = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+        return {name: EMA(models[name], 0.5) for name in [*models][::order]}
+
+    saved, resumed = pair(), pair()
+    dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(resumed, checkpoint_id=tmp_path, no_dist=True)
+    for name, ema in saved.items():
+        found = resumed[name].gather()
+        assert all(torch.equal(found[key], value) for key, value in ema.gather().items())
+
+
+def test_a_weight_that_the_checkpoint_lacks_is_named(tmp_path: Path) -> None:
+    dcp.save({"ema": EMA(torch.nn.Linear(3, 4), 0.5)}, checkpoint_id=tmp_path, no_dist=True)
+    for model in (torch.nn.Linear(3, 5), torch.nn.Sequential(torch.nn.Linear(3, 4))):
+        ema = EMA(model, 0.5)
+        with pytest.raises(CheckpointException, match=rf"no average of {ema.names()[0]}, .*rescan"):
+            load(ema, tmp_path)
+
+
 def test_keys_of_earlier_versions() -> None:
     """They held the schedule.
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import EMA, Constant, Uniform
 from dist_ema.averaging.engines import HostThread, Inline
 from tests._models import Net
 from tests._oracle import Training, same
-from tests._ranks import run_ranks
+from tests._ranks import raises, run_ranks
 from tests.test_engines import Late
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -210,6 +211,10 @@ def on_ranks() -> None:
             with ema.swap():
                 run.probe()
         assert all(torch.equal(value, results[1][name]) for name, value in results[0].items()), kind
+    ema.to(dtype=F32 if dist.get_rank() else F64)
+    for verb in (ema.gather, ema.reset):
+        with raises(ValueError, "dtype of the shadows is 'torch.float64' on rank 0"):
+            verb()
 
 
 @pytest.mark.multirank

@@ -157,11 +157,16 @@ def _adapt(state: dict[str, Any], label: str, tables: Mapping[str, Any]) -> None
     """
     matches = [match for match in map(_OWN_KEY.fullmatch, tables) if match and match[2] == label]
     weights, live = state["weights"], state["buffers"]
-    unlike = {
-        match[1]: [name for name in weights if not _alike(weights[name], tables, match[1], name)]
-        for match in matches  # of several EMAs
-    }
-    start, names = min(unlike.items(), key=lambda each: len(each[1]))
+    known = {f"weights.{name}" for name in weights} | {f"buffers.{name}" for name in live}
+
+    def differing(start: str) -> int:
+        places = f"{start}weights.", f"{start}buffers."
+        saved = {key.removeprefix(start) for key in tables if key.startswith(places)}
+        return len(known ^ saved)
+
+    # Several EMAs may be in one checkpoint; DCP does not say under which of its keys this one is.
+    start = min((match[1] for match in matches), key=differing)
+    names = [name for name in weights if not _alike(weights[name], tables, start, name)]
     if names:
         raise ValueError(
             f"the checkpoint holds no average of {', '.join(names[:5])}, or one of another shape. "

@@ -171,6 +171,7 @@ class Entry:
         names = [average.name for average in self.weights.averages]
         chosen = names[which] if isinstance(which, int) and which < len(names) else which
         common = arguments | {"which": str(chosen)} | self.weights.clock.to_dict()
+        common["dtype of the shadows"] = str(self.weights.placement.dtype)
         common["(decay, elapsed) of the last update"] = [a.last for a in self.weights.averages]
         if self.attachment is not None and self.attachment.active:
             common |= self.attachment.arguments
