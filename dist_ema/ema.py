@@ -269,11 +269,12 @@ class EMA:
                 "them (fp32 master weights), the average is one step behind: call ema.update() "
                 "after they were written back."
             )
-        elif mastered := weights.mastered_by(optimizers):
+        elif displaced := weights.displaced_by(optimizers):
             warn(
-                f"ema.attach(): the optimizers hold copies in place of {', '.join(mastered[:5])}, "
-                "it seems (fp32 master weights). Then their average is one step behind: call "
-                "ema.update() after they were written back."
+                f"ema.attach(): the optimizers hold other tensors in place of "
+                f"{', '.join(displaced[:5])}, it seems. If they are fp32 master weights, call "
+                "ema.update() after they were written back. If the module was replaced, build the "
+                "EMA on the model, or on its parameters of now."
             )
         return attachment
 

@@ -685,8 +685,21 @@ def test_an_optimizer_of_copies_of_some_weights_is_named() -> None:
     model: Any = nn.Sequential(nn.Linear(4, 4).bfloat16(), nn.LayerNorm(4))
     masters = [nn.Parameter(p.detach().float()) for p in model[0].parameters()]
     ema = EMA(model, 0.5)
-    with pytest.warns(UserWarning, match=r"copies in place of 0\.weight, 0\.bias"):
+    with pytest.warns(UserWarning, match=r"in place of 0\.weight, 0\.bias, it seems"):
         ema.attach(torch.optim.SGD([*masters, *model[1].parameters()], lr=0.1))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_listed_weight_whose_module_was_replaced_is_named(named: bool) -> None:
+    """A list of parameters does not know the module."""
+    model: Any = net()
+    ema = EMA(model.named_parameters() if named else model.parameters(), 0.5)
+    ema.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    ema.detach()
+    model[2] = type(model[2])(model[2].in_features, model[2].out_features)
+    with pytest.warns(UserWarning, match="the module was replaced") as caught:
+        ema.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert ema.names()[-1] in str(caught[0].message)
 
 
 def test_optimizers_of_views_and_beside_others_are_known() -> None:

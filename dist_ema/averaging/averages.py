@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from ..distributed.ranks import Ranks
 from ..schedules import Schedule
-from ..sharding import discovery, geometry, ownership, records, wrappers, zero
+from ..sharding import discovery, geometry, ownership, parameters, records, wrappers, zero
 from . import clock, executors, storage_watch, swap_journal, swap_writes, updates
 from .average import OWN, Average, Placement, Selection
 from .inventory import Inventory
@@ -104,17 +104,28 @@ class AveragedWeights:
             id(state.shard.tensor) for state in self._averaged
         ) or any(memory.untyped_storage().data_ptr() in storages for memory in memories)
 
-    def mastered_by(self, optimizers: Iterable[Optimizer]) -> list[str]:
-        """16-bit weights in whose place the optimizers seem to hold copies of higher precision."""
+    def displaced_by(self, optimizers: Iterable[Optimizer]) -> list[str]:
+        """Weights in whose place the optimizers seem to hold other tensors.
+
+        They may be masters of 16-bit weights. Of parameters without their module they may be those
+        of a module that has replaced one.
+        """
         params = [p for each in optimizers for p in zero.stepped_parameters(each)]
-        held = set(map(id, params))
-        forms = {(p.shape, p.dtype.itemsize) for p in params}
-        return [
-            state.name
-            for state in self._averaged
-            if state.shard.dtype.itemsize == 2 and state.shard.master is None
-            if id(state.shard.tensor) not in held and (state.shard.tensor.shape, 4) in forms
-        ]
+        known, held = {id(state.shard.tensor) for state in self._averaged}, set(map(id, params))
+        others = {(p.shape, p.dtype.itemsize) for p in params if id(p) not in known}
+        displaced = []
+        for shard in (state.shard for state in self._averaged):
+            shape, size = shard.tensor.shape, shard.tensor.dtype.itemsize
+            sizes = (
+                {4}
+                if size == 2
+                else {size}
+                if isinstance(self.model, parameters.Parameters)
+                else set()
+            )
+            if id(shard.tensor) not in held and any((shape, each) in others for each in sizes):
+                displaced += [shard.name] if shard.master is None else []
+        return displaced
 
     @property
     def lacks(self) -> list[str]:
