@@ -381,8 +381,9 @@ def test_a_dead_rank_is_named(quick: None) -> None:
     assert "rank 10 did not enter it" in str(found[1]), "the one who decides"
 
 
-def test_a_rank_that_dies_while_it_answers_costs_one_timeout(quick: None) -> None:
-    """Its answer holds. Guards that the next exchange does not wait for the timeout again."""
+@pytest.mark.parametrize("transfers", [False, True])
+def test_a_rank_that_dies_while_it_answers_costs_one_timeout(quick: None, transfers: bool) -> None:
+    """Its answer holds. Guards that what comes next does not wait for the timeout again."""
     world = World(2, timeout=0.4)
     exchange = Exchange(0, "save", 0, digest([]))
     world.store.set("0/answer", json.dumps({"exchange": exchange, "value": 7}))
@@ -392,8 +393,19 @@ def test_a_rank_that_dies_while_it_answers_costs_one_timeout(quick: None) -> Non
         if board.rank == 1:
             answer = board.run_on_first("save", lambda: 0)
             board.timeout = FOREVER
-            with raises(RuntimeError, "rank 10 gave no sign of life"):
-                board.run_on_all("save", lambda: None)
+
+            def wait_for_bytes() -> None:
+                began = time.monotonic()
+                while True:
+                    board.refuse_ended_transfer(began)
+                    time.sleep(0.01)
+
+            if transfers:
+                with raises(RuntimeError, "rank 10 sent and took no bytes"):
+                    board.run_transfer("save", wait_for_bytes)
+            else:
+                with raises(RuntimeError, "rank 10 gave no sign of life"):
+                    board.run_on_all("save", lambda: None)
             return answer
         return None
 

@@ -231,6 +231,7 @@ class StoreCoordinator:
             try:
                 with self.heartbeats():
                     work()
+                self._lost_one = False
             except BaseException as error:
                 self.messages.publish_failure(exchange, error)
                 raise
@@ -255,7 +256,7 @@ class StoreCoordinator:
         """Raise if the transfer under way has ended, or no byte has moved since `moved`."""
         if self.messages.has(self._transfer, "answer"):
             self.messages.value_of(self._transfer, self.messages.get(self._transfer, "answer"))
-        if time.monotonic() - moved >= self.timeout:
+        if time.monotonic() - moved >= (2 * self.interval if self._lost_one else self.timeout):
             raise RuntimeError(self.blame(f"for {self.timeout:g} s"))
 
     @property
