@@ -236,7 +236,7 @@ averaging/optimizer_hooks.py
     _that_takes_hooks  raise ValueError  @living_optimizers
     _run              is gone, so nothing  @optimizer_hooks
     _forget_dead_hooks  del hooks[key]  @optimizer_hooks
-    __init__          finalize(self, self._hooks.close)  @optimizer_hooks
+    _run              _forget_dead_hooks(getattr  @optimizer_hooks
 verbs/entry.py
     warn_if_idle      warn(  @optimizer_hooks
     warn_of_unexplained_keys  warn(  @living_subclasses,living_tree

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    register_optimizer_step_post_hook,
+)
 
 from dist_ema import EMA, Debiased, HalfLife, Power, Ratio, Uniform, Warmup
 from tests._ranks import raises, run_ranks
@@ -291,6 +296,34 @@ def test_an_ema_that_is_dropped_is_freed() -> None:
     assert hooks_on(toy.optimizer) == 3, "the spent one came off, or each EMA would leave one"
     toy.step(2)
     assert again.now == 2
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_an_ema_that_is_collected_within_a_step(everywhere: bool) -> None:
+    """torch iterates over the optimizer's hooks, and over those of all optimizers, meanwhile."""
+    toy = Toy()
+    ring: list[Any] = [toy.ema, toy.handle]
+    ring.append(ring)
+    del toy.ema, toy.handle, ring
+
+    def collect(*_: Any) -> None:
+        gc.collect()
+
+    register = (
+        register_optimizer_step_post_hook if everywhere else toy.optimizer.register_step_post_hook
+    )
+    handle = register(collect)
+    beside = Toy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        toy.step(2)
+    beside.step()
+    handle.remove()
+    assert beside.ema.now == 1
+    again = EMA(toy.model, 0.5)
+    again.attach(toy.optimizer)
+    hooks: Any = list(_global_optimizer_post_hooks.values())
+    assert all(hook.method() for hook in hooks), "the dead ones came off"
 
 
 def test_a_detached_ema_is_silent() -> None:

@@ -13,8 +13,9 @@ parent. The inner step is not the whole step, so its hooks do nothing.
 
 [Note: who holds whom]  An EMA holds its attachment, and an attachment holds the averages. The
 optimizer's hooks hold neither. When nothing else reaches the EMA it is freed, shadows and all. Its
-hooks come off then, but for one that says so at the next step. The next `attach` to that optimizer
-takes that one off.
+hooks do nothing then, but for one that says so at the next step. That step takes the others off,
+and the next `attach` to that optimizer the last one. They must not come off when the EMA is freed:
+the garbage collector may free it while torch iterates over them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from operator import index
 from typing import Any
-from weakref import WeakKeyDictionary, WeakMethod, finalize
+from weakref import WeakKeyDictionary, WeakMethod
 
 import torch
 from torch import Tensor
@@ -90,15 +91,19 @@ class Attachment:
         self._hooks, self.active = ExitStack(), True
         self._keys: dict[int, int] = {}
         for optimizer in hooked:
-            _forget_dead_hooks(optimizer)
-            before = optimizer.register_step_pre_hook(_StepHook(self._before))
+            for hooks in (
+                optimizer._optimizer_step_pre_hooks,
+                optimizer._optimizer_step_post_hooks,
+            ):
+                _forget_dead_hooks(hooks, told=True)
+            before = optimizer.register_step_pre_hook(_StepHook(self._before, others="post"))
             after = optimizer.register_step_post_hook(_StepHook(self._stepped))
             self._keys[id(optimizer)] = after.id
             self._hooks.callback(before.remove)
             self._hooks.callback(after.remove)
         every_step = register_optimizer_step_post_hook(_StepHook(self._stepped_unlisted))
+        _forget_dead_hooks(every_step.hooks_dict_ref(), told=True)
         self._hooks.callback(every_step.remove)
-        finalize(self, self._hooks.close)
         self._last = hooked[-1].register_step_post_hook(_StepHook(self._alive, tells=True))
         if averager.clock.updates == 0 and averager.clock.steps < start:
             averager.clock.started = False
@@ -201,20 +206,26 @@ class Attachment:
 class _StepHook:
     """A hook that does not keep its owner alive ([Note: who holds whom])."""
 
-    def __init__(self, method: Callable[..., None], tells: bool = False) -> None:
-        self.method, self._tells = WeakMethod(method), tells
+    def __init__(
+        self, method: Callable[..., None], tells: bool = False, others: str = "pre"
+    ) -> None:
+        self.method, self.tells = WeakMethod(method), tells
+        self._is_told, self._others = False, f"_optimizer_step_{others}_hooks"
         # NOTE: a compiled step would trace the update: minutes, and for these addresses alone.
         self._untraced = torch.compiler.disable(self._run)
 
     def __call__(self, *args: Any) -> None:
         self._untraced(*args)
 
-    def _run(self, *args: Any) -> None:
+    def _run(self, optimizer: Any, *args: Any) -> None:
         method = self.method()
         if method is not None:
-            method(*args)
-        elif self._tells:
-            self._tells = False
+            method(optimizer, *args)
+            return
+        # NOTE: torch iterates over the hooks of this kind, so only the others can go.
+        _forget_dead_hooks(getattr(optimizer, self._others))
+        if self.tells and not self._is_told:
+            self._is_told = True
             warnings.warn(
                 "the EMA that was attached to this optimizer is gone, so nothing is averaged any "
                 "more. Keep the EMA (or what ema.attach() returned) for as long as you train, or "
@@ -223,11 +234,10 @@ class _StepHook:
             )
 
 
-def _forget_dead_hooks(optimizer: Optimizer | EngineSteps) -> None:
-    """NOTE: not by the hook itself, as torch iterates over them while it runs."""
-    hooks = optimizer._optimizer_step_post_hooks
+def _forget_dead_hooks(hooks: Any, told: bool = False) -> None:
+    """Take off what attachments left that are gone; told: those that say so too."""
     for key, hook in list(hooks.items()):
-        if isinstance(hook, _StepHook) and hook.method() is None:
+        if isinstance(hook, _StepHook) and hook.method() is None and (told or not hook.tells):
             del hooks[key]
 
 

@@ -197,8 +197,8 @@ class EngineSteps:
 
     def __init__(self, engine: Any) -> None:
         self._engine, self._step = engine, engine.step
-        self._before: OrderedDict[int, Callable[..., None]] = OrderedDict()
         # Named as those of torch's optimizers, among which an attachment looks for dead ones.
+        self._optimizer_step_pre_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
         engine.step = self.step
 
@@ -210,7 +210,7 @@ class EngineSteps:
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """`engine.step()`, between the hooks."""
-        for hook in list(self._before.values()):
+        for hook in list(self._optimizer_step_pre_hooks.values()):
             hook(self, args, kwargs)
         result = self._step(*args, **kwargs)
         if self._engine.was_step_applied():
@@ -220,7 +220,7 @@ class EngineSteps:
 
     def register_step_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Run `hook` before every call of `engine.step()`."""
-        return _registered(self._before, hook)
+        return _registered(self._optimizer_step_pre_hooks, hook)
 
     def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Run `hook` after every step that was applied."""
