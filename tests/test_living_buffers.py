@@ -494,6 +494,25 @@ def test_an_averaged_buffer_that_changes_shape_is_named() -> None:
     assert outcome(train, ["bank"]) == "raised"
 
 
+@pytest.mark.parametrize("grows", ["model", "teacher"])
+def test_a_buffer_that_a_teacher_cannot_follow_is_named_with_its_cure(grows: str) -> None:
+    def train(**options: Any) -> Program:
+        torch.manual_seed(0)
+        model, teacher = Bank(), Bank()
+        program = Program(model, into=teacher, **options)
+        for _ in range(3):
+            (model if grows == "model" else teacher)(torch.randn(3, 4))
+            program.step()
+        assert torch.allclose(
+            teacher.linear.weight.double(), program.naive.average["linear.weight"], atol=2e-5
+        )
+        return program
+
+    with pytest.raises(RuntimeError, match=r"bank .*leave it out with only="):
+        train()
+    train(only="linear")
+
+
 def test_observers_of_quantization_aware_training() -> None:
     """Scales get their shape at the first forward, after the EMA was built."""
 

@@ -113,18 +113,12 @@ class AveragedWeights:
         params = [p for each in optimizers for p in zero.stepped_parameters(each)]
         known, held = {id(state.shard.tensor) for state in self._averaged}, set(map(id, params))
         others = {(p.shape, p.dtype.itemsize) for p in params if id(p) not in known}
-        displaced = []
+        listed, displaced = isinstance(self.model, parameters.Parameters), []
         for shard in (state.shard for state in self._averaged):
             shape, size = shard.tensor.shape, shard.tensor.dtype.itemsize
-            sizes = (
-                {4}
-                if size == 2
-                else {size}
-                if isinstance(self.model, parameters.Parameters)
-                else set()
-            )
-            if id(shard.tensor) not in held and any((shape, each) in others for each in sizes):
-                displaced += [shard.name] if shard.master is None else []
+            other = 4 if size == 2 else size if listed else 0
+            if id(shard.tensor) not in held and (shape, other) in others and shard.master is None:
+                displaced.append(shard.name)
         return displaced
 
     @property

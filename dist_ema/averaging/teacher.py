@@ -174,10 +174,13 @@ class Teacher:
             new = shard.read()
             kinds = [(each.dtype, each.device, len(each)) for each in (new, old)]
             if kinds[0] != kinds[1] or _place_in_memory(shard)[1] != before[state.name][1]:
+                cure = "Build the EMA after teacher.to(...)."
+                if shard.kind == "buffer":
+                    cure += " If it changes its shape in training, leave it out with only=."
                 raise RuntimeError(
                     f"{state.name} of the teacher was {old.dtype} on {old.device} with {len(old)} "
                     f"elements here, and is now {new.dtype} on {new.device} with {len(new)}, or "
-                    "lies in another order. Build the EMA after teacher.to(...)."
+                    f"lies in another order. {cure}"
                 )
             self._memory(state.name)
             if state.shadow is None:

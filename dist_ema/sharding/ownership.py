@@ -165,6 +165,8 @@ class ParamState:
                 f" (shape {tuple(self._form[0])}, now {tuple(memory.shape)})" if resized else ""
             )
             cure = "Call ema.rescan()" if resized else "Build the EMA after model.to(...)"
+            if resized and self.teacher_copy is not None:
+                cure = "The teacher's copy cannot follow: leave it out with only="
             raise RuntimeError(
                 f"{self.name} was {old.dtype} on {old.device} with {old.numel()} elements here, "
                 f"and is now {memory.dtype} on {memory.device} with {memory.numel()}{shapes}, or "
