@@ -572,6 +572,20 @@ def test_a_buffer_assigned_under_inference_mode_is_restored() -> None:
     assert program.gather() < 2e-5
 
 
+def test_an_averaged_buffer_assigned_under_inference_mode_is_followed() -> None:
+    """It has no version counter."""
+    model: Any = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6))
+    program = Program(model, buffers="average")
+    program.step()
+    with torch.inference_mode():
+        model[1].running_mean = torch.ones(6)
+    program.step()
+    assert torch.equal(program.ema.gather()["1.running_mean"], torch.full((6,), 0.25))
+    with program.ema.swap():
+        pass
+    assert torch.equal(model[1].running_mean, torch.ones(6))
+
+
 def test_files_hold_a_buffer_that_was_filled_since(tmp_path: Path) -> None:
     """A cache that the forward fills is in the very next file, not in the one after it."""
     model = nn.Linear(3, 2)

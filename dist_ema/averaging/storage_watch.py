@@ -62,8 +62,10 @@ class StorageWatch:
             roots: Modules whose tree is watched. FSDP registers other objects between a forward
                 and a backward, so its modules are none.
         """
-        self._params, self._frozen, self.sees_tree = params, frozen, bool(roots)
-        self._counted = [param.local for param in params]
+        # Buffers are read before an update returns, and a forward may write them at any time.
+        self._params = [param for param in params if param.shard.kind != "buffer"]
+        self._frozen, self.sees_tree = frozen, bool(roots)
+        self._counted = [param.local for param in self._params]
         self._memory = tree_changes.MemoryWatch(
             [*(param.shard for param in params), *further], roots
         )
@@ -97,11 +99,7 @@ class StorageWatch:
         if before is None or before == (now := self._versions()):
             return []
         versions = zip(self._params, before, now, strict=True)
-        return [
-            param.name
-            for param, old, new in versions
-            if old != new and param.shard.kind != "buffer"
-        ]
+        return [param.name for param, old, new in versions if old != new]
 
     def _versions(self) -> list[int]:
         return list(map(_VERSION, self._counted))
