@@ -95,14 +95,14 @@ class Attachment:
                 optimizer._optimizer_step_pre_hooks,
                 optimizer._optimizer_step_post_hooks,
             ):
-                _forget_dead_hooks(hooks, told=True)
+                _forget_dead_hooks(hooks, warned=True)
             before = optimizer.register_step_pre_hook(_StepHook(self._before, others="post"))
             after = optimizer.register_step_post_hook(_StepHook(self._stepped))
             self._keys[id(optimizer)] = after.id
             self._hooks.callback(before.remove)
             self._hooks.callback(after.remove)
         every_step = register_optimizer_step_post_hook(_StepHook(self._stepped_unlisted))
-        _forget_dead_hooks(every_step.hooks_dict_ref(), told=True)
+        _forget_dead_hooks(every_step.hooks_dict_ref(), warned=True)
         self._hooks.callback(every_step.remove)
         self._last = hooked[-1].register_step_post_hook(_StepHook(self._alive, tells=True))
         if averager.clock.updates == 0 and averager.clock.steps < start:
@@ -210,7 +210,7 @@ class _StepHook:
         self, method: Callable[..., None], tells: bool = False, others: str = "pre"
     ) -> None:
         self.method, self.tells = WeakMethod(method), tells
-        self._is_told, self._others = False, f"_optimizer_step_{others}_hooks"
+        self._is_warned, self._others = False, f"_optimizer_step_{others}_hooks"
         # NOTE: a compiled step would trace the update: minutes, and for these addresses alone.
         self._untraced = torch.compiler.disable(self._run)
 
@@ -224,8 +224,8 @@ class _StepHook:
             return
         # NOTE: torch iterates over the hooks of this kind, so only the others can go.
         _forget_dead_hooks(getattr(optimizer, self._others))
-        if self.tells and not self._is_told:
-            self._is_told = True
+        if self.tells and not self._is_warned:
+            self._is_warned = True
             warnings.warn(
                 "the EMA that was attached to this optimizer is gone, so nothing is averaged any "
                 "more. Keep the EMA (or what ema.attach() returned) for as long as you train, or "
@@ -234,10 +234,10 @@ class _StepHook:
             )
 
 
-def _forget_dead_hooks(hooks: Any, told: bool = False) -> None:
-    """Take off what attachments left that are gone; told: those that say so too."""
+def _forget_dead_hooks(hooks: Any, warned: bool = False) -> None:
+    """Take off what attachments left that are gone; warned: those that have said so too."""
     for key, hook in list(hooks.items()):
-        if isinstance(hook, _StepHook) and hook.method() is None and (told or not hook.tells):
+        if isinstance(hook, _StepHook) and hook.method() is None and (warned or not hook.tells):
             del hooks[key]
 
 
