@@ -182,6 +182,8 @@ def _adapt(state: dict[str, Any], label: str, tables: Mapping[str, Any]) -> None
                 "version."
             )
         state["own"] = state.pop("own_by_name", state.get("own"))
+    elif tables[f"{start}own_by_name"].size.numel() < len(buffers):  # of stages, one wrote it
+        buffers = {name: value for name, value in buffers.items() if name in live}
     key = "own" if "own" in state else "own_by_name"
     if len(state[key]) != len(buffers):
         state[key] = torch.zeros(len(buffers), dtype=torch.uint8, device="cpu")
