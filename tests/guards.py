@@ -97,15 +97,15 @@ averaging/averages.py
     begin             self.follow
     move              number < 2 or =>
     move              or self._watch.changed() =>
-    move              refuse_unfrozen
+    move              refuse_unfrozen  @living_ranks
     move              self.follow
     move              self._watch.begin_read()  @emulated
-    move_by           self.refuse  @living_guards
+    move_by           self.refuse  @living_storages
     move_by           self.settle  @compat_modules
-    move_by           self.follow  @compat_modules
+    move_by           self.follow  @living_storages
     note_swap         self.mark()  @optimizer_hooks,engines
-    pull              self.mark()  @compat_modules
-    pull              self.ready()  @compat_modules
+    pull              self.mark()  @living_storages
+    pull              self.ready()  @living_storages
     set_clock         self.mark()  @optimizer_hooks
     resume            self.forget_mark()  @optimizer_hooks,reader
     copy_live         self.teacher.forget_copies()  @into

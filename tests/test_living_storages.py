@@ -749,3 +749,31 @@ def test_a_model_that_was_cast_for_good_is_named() -> None:
     program.model.half()
     with pytest.raises(RuntimeError, match=r"0\.weight was torch.float32.*now torch.float16"):
         program.ema.update()
+
+
+def copied(pairs: Any) -> None:
+    """The rule of a drop-in: the average is live."""
+    for shadow, live in pairs:
+        shadow.copy_(live)
+
+
+def test_the_rule_of_a_drop_in_reads_what_live_is() -> None:
+    """`move_by` follows a storage, and does not take one average for the live model of its own."""
+    model = nn.Linear(2, 1, bias=False)
+    ema = EMA(model, 0.5)
+    model.weight.data = torch.full((1, 2), 3.0)
+    ema.weights.move_by(copied)
+    assert ema.gather()["weight"].tolist() == [[3.0, 3.0]]
+    with ema.swap(), pytest.raises(RuntimeError, match=r"ema\.update\(\) inside ema\.swap\(\)"):
+        ema.weights.move_by(copied)
+
+
+def test_pull_writes_what_live_is() -> None:
+    """`pull` follows a storage, and its writes are no training that no update followed."""
+    model = nn.Linear(2, 1, bias=False)
+    ema = EMA(model, 0.5)
+    average = ema.gather()["weight"]
+    model.weight.data = torch.full((1, 2), 3.0)
+    ema.weights.pull(1.0)
+    assert torch.equal(model.weight, average)
+    assert torch.equal(ema.gather()["weight"], average)
