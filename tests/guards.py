@@ -125,7 +125,7 @@ averaging/inventory.py
     rebind_moved      forget_reshaped_buffers  @living_buffers
     refuse_unfrozen   became trainable  @living_tree
     adopt             self._refuse_hopeless  @discovery
-    adopt             if name in states => if True  @living_buffers,living_tree
+    adopt             forget_buffers  @living_buffers,living_tree
     _refuse_hopeless  is not dense  @discovery
     _refuse_hopeless  float8 cannot  @discovery
     _held_alike       and old.shape == new.shape and not alike => and False  @living_tree
@@ -133,7 +133,6 @@ averaging/inventory.py
     _kept             (shard.name, *shard.aliases) => (shard.name,)  @living_tree
 averaging/storage_watch.py
     changed           True in [tensor.requires_grad for tensor in self._frozen] or =>  @living_tree
-    end_read          and param.shard.kind != "buffer" =>  @emulated
     trained_unseen    and now[1] == before[1] =>  @optimizer_hooks,engines,metrics
     trained_unseen    now[0] != before[0] => False  @optimizer_hooks,engines,metrics
 averaging/storage_watch.py
@@ -242,7 +241,8 @@ verbs/entry.py
     warn_of_unexplained_keys  warn(  @living_subclasses,living_tree
 checkpoint/matching.py
     _                 state.is_copied_buffer and not own => False  @living_buffers,reader
-    _                 report.passed_over if state.is_copied_buffer else =>  @living_buffers,reader
+    compare           if not state.is_copied_buffer: => if True:  @living_buffers,reader
+    _                 passed_over += sorted  @living_buffers,reader
 """
 
 
