@@ -698,7 +698,12 @@ def main() -> int:
             _Fork(_work, numbered[k :: options.jobs], _copied(folder, str(k)), checks, aloud=True)
             for k in range(options.jobs)
         ]
-        found = [each for fork in forks for each in fork.result(86400) or ["DOUBTFUL: died"]]
+        shares = [fork.result(86400) for fork in forks]
+        found = [
+            each
+            for share in shares
+            for each in (["DOUBTFUL: its process died"] if share is None else share)
+        ]
         doubtful = _come_and_go(found)
     for each in doubtful:
         print(f"DOUBTFUL, red with the guard too: {each}")
