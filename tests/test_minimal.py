@@ -44,7 +44,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         timeout=120,
     )
     errors = re.findall(
-        r"rank (\d): error of the live weights (\S+), of the average (\S+)", done.stdout
+        r"rank (\d): error of the live weights ([\d.]+), of the average ([\d.]+)", done.stdout
     )
     assert sorted(rank for rank, _, _ in errors) == ["0", "1"], done.stdout + done.stderr
     assert all(float(average) < float(live) for _, live, average in errors)
