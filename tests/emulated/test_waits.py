@@ -38,6 +38,7 @@ def device() -> Iterator[torch.device]:
     torch.accelerator.set_device_index(0)
     yield torch.device("emulated", 0)
     torch.accelerator.synchronize()
+    torch.accelerator.set_device_index(0)
 
 
 def net(device: torch.device, dtype: torch.dtype = F32) -> nn.Module:
