@@ -25,6 +25,7 @@ __all__ = [
     "DTYPES",
     "FINE",
     "JSON",
+    "MODE",
     "PROBLEM",
     "USAGE",
     "WHICH",
@@ -42,6 +43,7 @@ __all__ = [
     "progress",
     "say",
     "show",
+    "whole_from",
     "window_of",
     "writing",
 ]
@@ -55,6 +57,13 @@ DTYPES = {  # as --dtype has them -> as safetensors does
 
 Arguments: TypeAlias = Mapping[str, Mapping[str, Any]]  # name -> the options of add_argument
 JSON: Arguments = {"--json": {"action": "store_true", "help": "print JSON"}}
+MODE: Arguments = {
+    "--mode": {
+        "choices": ("min", "max"),
+        "default": "min",
+        "help": "which value is best (default min)",
+    }
+}
 WHICH = {
     "default": "0",
     "metavar": "NAME",
@@ -148,6 +157,11 @@ def number(
         return value
 
     return parsed
+
+
+def whole_from(least: int) -> Callable[[str], Any]:
+    """An argument's type: a whole number that is not below `least`."""
+    return number(f"a whole number from {least}", lambda value: value >= least, parse=int)
 
 
 CURVE: Mapping[str, Any] = {

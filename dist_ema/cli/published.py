@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..text import printable
 from .console import (
     FINE,
+    MODE,
     PROBLEM,
     Verb,
     checked,
@@ -20,6 +21,7 @@ from .console import (
     number,
     out,
     say,
+    whole_from,
 )
 
 if TYPE_CHECKING:
@@ -132,23 +134,19 @@ examples:
     {
         "folder": {"metavar": "FOLDER", "help": "the folder given to ema.publish"},
         "--metric": {"metavar": "NAME", "help": "of the last line of JSON; FOLDER/best goes by it"},
-        "--mode": {
-            "choices": ("min", "max"),
-            "default": "min",
-            "help": "which value is best (default min)",
-        },
+        **MODE,
         "--newest": {
             "action": "store_true",
             "help": "pass over versions when behind (--notify always does)",
         },
         "--jobs": {
-            "type": number("a whole number from 1", lambda value: value >= 1, parse=int),
+            "type": whole_from(1),
             "default": 1,
             "metavar": "N",
             "help": "versions at the same time (default 1)",
         },
         "--retries": {
-            "type": number("a whole number from 0", lambda value: value >= 0, parse=int),
+            "type": whole_from(0),
             "default": 2,
             "metavar": "N",
             "help": "of what failed (default 2)",

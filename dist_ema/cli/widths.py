@@ -15,6 +15,7 @@ from .console import (
     DTYPES,
     FINE,
     JSON,
+    MODE,
     USAGE,
     WIDEST,
     WINDOW,
@@ -24,6 +25,7 @@ from .console import (
     progress,
     say,
     show,
+    whole_from,
     window_of,
     writing,
 )
@@ -267,11 +269,7 @@ examples:
         "out": {"metavar": "OUT", "help": "a folder: candidates, sweep.json, and the best"},
         "--eval": {"metavar": "COMMAND", "required": True, "help": "a shell command"},
         "--metric": {"metavar": "NAME", "required": True, "help": "of its last line of JSON"},
-        "--mode": {
-            "choices": ("min", "max"),
-            "default": "min",
-            "help": "which value is best (default min)",
-        },
+        **MODE,
         "--from": {
             "type": _sigma,
             "dest": "low",
@@ -280,13 +278,13 @@ examples:
         },
         "--to": {"type": _sigma, "dest": "high", "metavar": "S", "help": "the widest"},
         "--evaluations": {
-            "type": number("a whole number from 2", lambda value: value >= 2, parse=int),
+            "type": whole_from(2),
             "default": 8,
             "metavar": "N",
             "help": "widths to try at most (default 8)",
         },
         "--repeats": {
-            "type": number("a whole number from 1", lambda value: value >= 1, parse=int),
+            "type": whole_from(1),
             "default": 1,
             "metavar": "N",
             "help": "evaluations of each width (default 1)",
