@@ -54,6 +54,10 @@ class Case(NamedTuple):
     number: int = 0
     timeout: float = TIMEOUT
 
+    def __str__(self) -> str:
+        place = f"rank {self.victim} of {self.size}, {self.fault.name}"
+        return f"{self.verb}, {place}, {'/'.join(self.kind)} {self.number}"
+
 
 STOP, KILL = signal.SIGSTOP, signal.SIGKILL
 ENTERED: list[Any] = []
@@ -181,27 +185,35 @@ def problem(case: Case, outcome: Outcome, limit: float) -> str:
 
 
 def walk(verbs: list[str], timeout: float = TIMEOUT) -> int:
-    """Try every verb before each operation, until the victim does not come that far."""
-    failures = faults = 0
+    """Try every verb before each operation, until the victim does not come that far.
+
+    A line for each row, at its end: a walk that is cut short says what it has shown.
+    """
     kinds, places = (MESSAGES, BYTES, RUNS), ((2, 1), (3, 0), (3, 1))
-    rows = dict.fromkeys(product(verbs, places, (STOP, KILL), kinds), 0)
+    rows = {
+        Case(verb, *place, signal_, kind, 0, timeout): 0
+        for verb, place, signal_, kind in product(verbs, places, (STOP, KILL), kinds)
+    }
+    faults = dict.fromkeys(rows, 0)
+    failures = dict.fromkeys(rows, 0)
     while rows:
         batch = list(rows)[:AT_ONCE]
-        cases = [
-            Case(verb, *place, signal_, kind, rows[verb, place, signal_, kind], timeout)
-            for verb, place, signal_, kind in batch
-        ]
+        cases = [row._replace(number=rows[row]) for row in batch]
         for row, case, (own, others) in zip(batch, cases, outcomes(cases), strict=True):
             rows[row] += 1
             if own is not None:
                 del rows[row]
+                print(f"{row}: {faults[row]} faults, {failures[row]} failures", flush=True)
                 continue
-            faults += 1
+            faults[row] += 1
             for text in filter(None, (problem(case, each, timeout + 10) for each in others)):
-                failures += 1
+                failures[row] += 1
                 print(f"{case}: {text}", flush=True)
-        print(f"{faults} faults, {failures} failures, {len(rows)} rows to go", flush=True)
-    return failures
+    for verb in verbs:
+        of_verb = [row for row in faults if row.verb == verb]
+        counts = [sum(numbers[row] for row in of_verb) for numbers in (faults, failures)]
+        print(f"{verb}: {counts[0]} faults, {counts[1]} failures", flush=True)
+    return sum(failures.values())
 
 
 if __name__ == "__main__":
