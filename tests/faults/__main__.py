@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from . import shim
@@ -56,47 +55,41 @@ def main(words: list[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Walk, lose power, and print. Returns 1 where anything was found in a verb of dist_ema."""
+    """Walk, lose power, and print each verb as it ends.
+
+    Returns 1 where anything was found in a verb of dist_ema.
+    """
     from .power import Loss, lose_power
     from .verbs import ema_cases
-    from .walk import walk
+    from .walk import report, walk
 
     logging.disable()  # errors are expected
     warnings.simplefilter("ignore")
     default = "/dev/shm" if os.path.isdir("/dev/shm") else None
     results = []
     stride, limit = (1, None) if options.all else (STRIDE, STATES)
-    progress = Progress(console=Console(stderr=True), disable=options.json, transient=True)
-    with tempfile.TemporaryDirectory(dir=options.folder or default) as name, progress:
+    with tempfile.TemporaryDirectory(dir=options.folder or default) as name:
         folder = Path(os.path.realpath(name))
         cases = ema_cases(folder / "sources")
         if options.peers:
             from .peers import peer_cases
 
             cases += peer_cases()
-        cases = [case for case in cases if options.only in case.name]
-        whole = progress.add_task("verbs", total=len(cases))
-        current = progress.add_task("")
-
-        def show(done: int, total: int) -> None:
-            progress.update(current, completed=done, total=total)
-
         for case in cases:
-            progress.update(current, description=f"{case.name}: faults")
-            walked = walk(case, folder / case.name / "walk", stride=stride, show=show)
-            progress.update(current, description=f"{case.name}: power")
-            loss = lose_power(case, folder / case.name / "power", limit=limit, show=show)
-            results.append((walked, loss))
-            progress.advance(whole)
+            if options.only in case.name:
+                walked = walk(case, folder / case.name / "walk", stride=stride)
+                report(str(walked))
+                loss = lose_power(case, folder / case.name / "power", limit=limit)
+                report(f"{case.name}: {loss}")
+                results.append((walked, loss))
         if options.only in "reads":
             from .reads import reading_walks
 
             walks = reading_walks(folder / "sources", folder / "out", stride)
             results += [(each, Loss()) for each in walks]
-        if options.only in "2 ranks":
-            from .ranks import walk_on_ranks
+        from .ranks import walk_on_ranks
 
-            results += walk_on_ranks(folder / "ranks", stride, limit)
+        results += walk_on_ranks(folder / "ranks", stride, limit, options.only)
     if options.json:
         print(json.dumps([dataclasses.asdict(a) | dataclasses.asdict(b) for a, b in results]))
     else:

@@ -14,7 +14,7 @@ import itertools
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -253,12 +253,15 @@ class Loss:
     states: int = 0
     lost: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        head = f"{self.states} states after a power loss, {len(self.lost)} lost"
+        return "\n  ".join([head, *self.lost])
+
 
 def lose_power(
     case: Case,
     folder: Path,
     limit: int | None = None,
-    show: Callable[[int, int], None] = lambda done, total: None,
     operations: Sequence[Operation] | None = None,
 ) -> Loss:
     """Read every state that a write can leave when power is lost.
@@ -269,7 +272,6 @@ def lose_power(
         case: The verb.
         folder: An empty folder, by its real path.
         limit: Of the states that are read, chosen at random; None reads all.
-        show: Called after each state with their number until now, and in all.
         operations: What ranks did in folder/root, over a copy of folder/before; None records it.
     """
     root, draw = folder / "root", random.Random(0)
@@ -293,7 +295,6 @@ def lose_power(
         if text := read_back(case, root, allowed):
             after = "the return" if returned else operations[moment - 1] if moment else "nothing"
             loss.lost.append(f"after {after}: {text}")
-        show(loss.states, len(states))
     return loss
 
 

@@ -26,7 +26,7 @@ from . import shim
 from .power import Loss, lose_power
 from .shim import Fault, Operation
 from .verbs import Case, rank_cases
-from .walk import Finding, Walk, call, forked, held
+from .walk import Finding, Walk, call, forked, held, report
 
 __all__ = ["walk_on_ranks"]
 
@@ -36,32 +36,55 @@ KILL = next(kind for kind in shim.KINDS if kind.code == -1)
 GRACE, TIMEOUT = 0.3, 1.0  # seconds in which a rank that outlives a kill gives up
 
 
-def walk_on_ranks(folder: Path, stride: int, limit: int | None = None) -> list[tuple[Walk, Loss]]:
+def walk_on_ranks(
+    folder: Path,
+    stride: int,
+    limit: int | None = None,
+    only: str = "",
+) -> list[tuple[Walk, Loss]]:
     """Fail the operations of each rank in each verb, and lose power. See `walk` and `lose_power`.
 
     A machine that loses power may be that of one rank: where the ranks are on machines of their
     own, an fsync reaches what its own rank wrote.
+
+    Args:
+        folder: An empty folder, by its real path.
+        stride: Of the errors. Beyond 1 few operations meet a kill.
+        limit: Of the states after a power loss.
+        only: A part of the names of the verbs.
     """
-    found = run_ranks(WORLD, _rank, str(folder), stride, timeout=7200, server=True)
+    chosen = [i for i, case in enumerate(rank_cases(lambda model: model)) if only in name_of(case)]
+    if not chosen:
+        return []
+    found = run_ranks(WORLD, _rank, str(folder), chosen, stride, timeout=7200, server=True)
     results = []
-    for number, case in enumerate(rank_cases(lambda model: model)):
-        walked, _ = found[0][number]
+    for number, first, second in zip(chosen, *found, strict=True):
+        case = rank_cases(lambda model: model)[number]
         operations = [
             replace(operation, rank=rank)
-            for rank in range(WORLD)
-            for operation in found[rank][number][1]
+            for rank, (_, each) in enumerate((first, second))
+            for operation in each
         ]
         operations.sort(key=lambda operation: operation.time)
         loss = lose_power(case, folder / case.name / "power", limit, operations=operations)
-        results.append((walked, loss))
+        report(f"{first[0].case}: {loss}")
+        results.append((first[0], loss))
     return results
 
 
-def _rank(folder: str, stride: int) -> list[tuple[Walk, list[Operation]]]:
+def name_of(case: Case) -> str:
+    return f"2 ranks: {case.name}"
+
+
+def _rank(folder: str, chosen: list[int], stride: int) -> list[tuple[Walk, list[Operation]]]:
     warnings.simplefilter("ignore")
     logging.disable()
-    number = len(_cases())
-    return [_walk(i, Path(folder), stride) for i in range(number)]
+    results = []
+    for number in chosen:
+        results.append(_walk(number, Path(folder), stride))
+        if dist.get_rank() == 0:
+            report(str(results[-1][0]))
+    return results
 
 
 def _cases() -> list[Case]:
@@ -72,7 +95,7 @@ def _walk(number: int, folder: Path, stride: int) -> tuple[Walk, list[Operation]
     bench = _Bench(number, folder)
     recorded = bench.record()
     operations = gathered([str(operation) for operation in recorded])
-    found = Walk(f"2 ranks: {bench.case.name}", sum(map(len, operations)))
+    found = Walk(name_of(bench.case), sum(map(len, operations)))
     places = [(rank, at) for rank, each in enumerate(operations) for at in range(1, len(each) + 1)]
     errors = [(place, kind) for place in places for kind in ERRORS][::stride]
     kills = [(place, KILL) for place in places]

@@ -9,6 +9,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from . import shim
 from .shim import Fault
 from .verbs import Case
 
-__all__ = ["KINDS_OF_FINDINGS", "Finding", "Walk", "call", "forked", "held", "walk"]
+__all__ = ["KINDS_OF_FINDINGS", "Finding", "Walk", "call", "forked", "held", "report", "walk"]
 
 KINDS_OF_FINDINGS = {
     "lost": "neither the old version nor the new one can be read",
@@ -52,17 +53,20 @@ class Walk:
     faults: int = 0
     findings: list[Finding] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        head = f"{self.case}: {self.operations} operations, {self.faults} faults"
+        return "\n  ".join([f"{head}, {len(self.findings)} findings", *map(str, self.findings)])
+
     def count(self, kind: str) -> int:
         return sum(finding.kind == kind for finding in self.findings)
 
 
-def walk(
-    case: Case,
-    folder: Path,
-    kinds: Sequence[Fault] = shim.KINDS,
-    stride: int = 1,
-    show: Callable[[int, int], None] = lambda done, total: None,
-) -> Walk:
+def report(text: str) -> None:
+    """Print what is known by now, beside the table or the JSON of the end."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def walk(case: Case, folder: Path, kinds: Sequence[Fault] = shim.KINDS, stride: int = 1) -> Walk:
     """Try the faults at the operations of a verb.
 
     Args:
@@ -70,7 +74,6 @@ def walk(
         folder: An empty folder, by its real path.
         kinds: The faults.
         stride: 1 tries every fault at every operation; k every k-th of these pairs.
-        show: Called after each fault with their number until now, and in all.
     """
     bench = _Bench(case, folder)
     operations = bench.record()
@@ -81,7 +84,6 @@ def walk(
         found.findings += [
             Finding(what, kind.name, operation, text) for what, text in bench.strike(at, kind)
         ]
-        show(found.faults, len(pairs))
     return found
 
 
