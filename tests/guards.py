@@ -139,16 +139,21 @@ averaging/storage_watch.py
     refuse_shared     in the memory of the average
     refuse_shared     and their
     agrees            return self.state.live.data_ptr()  @into
-sharding/tree_changes.py
-    changed           self._tree.changed() or =>
-    changed           or self._look() != self._seen =>
-    _look             map(_LOCAL_TENSOR, self._dtensors), read] => read]  @living_ranks
-    _look             , read] => ]
+sharding/memory_watch.py
+    changed           self._table.differs() => False  @memory_watch,living_storages
+    changed           self._tree.changed() or =>  @memory_watch,living_storages
+    changed           or self._weights() != self._addresses =>  @memory_watch,living_storages
+    changed           return self._look() != self._read => return False
+    _weights          , map(_LOCAL_TENSOR, self._dtensors)) => )  @memory_watch,living_ranks
     _look             self._orders.now(read) => ()
+    _look             return _address_hash(read), => return None,
     __init__          readers[id(shard.master())]  @zero
-    __init__          self._whole.append(parameters.values()) => pass
-    __init__          self._owners += [parameters] * len(known) => known = []
-    _addresses        except (TypeError, RuntimeError) => except ZeroDivisionError
+    changed           self.sizes() != self._sizes or =>  @memory_watch
+    changed           or not all( => and not all(  @memory_watch
+    differs           not all(map(operator.is_, locals_, self._locals)) or =>  @memory_watch
+    differs           or self._loop(*self._arguments) =>  @memory_watch
+    _tabulate         plain and =>  @memory_watch
+    _address_hash     except (TypeError, RuntimeError) => except ZeroDivisionError
     now               [row_major, => [
     now               chain(self._permuted, read) => read
     now               chain(self._permuted, read) => self._permuted

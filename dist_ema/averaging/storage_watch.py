@@ -21,7 +21,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, nn
 
-from ..sharding import ownership, records, tree_changes
+from ..sharding import memory_watch, ownership, records
 from .average import Average
 from .clock import Clock
 from .swap_writes import SwapRegistry
@@ -66,7 +66,7 @@ class StorageWatch:
         self._params = [param for param in params if param.shard.kind != "buffer"]
         self._frozen, self.sees_tree = frozen, bool(roots)
         self._counted = [param.local for param in self._params]
-        self._memory = tree_changes.MemoryWatch(
+        self._memory = memory_watch.MemoryWatch(
             [*(param.shard for param in params), *further], roots
         )
 
