@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import torch_classes
 from .records import Shard
 
-__all__ = ["MemoryWatch"]
+__all__ = ["MemoryWatch", "find_loop"]
 
 MANY = 100  # weights; fewer are not worth compiling the loop for
 _LOCAL_TENSOR = operator.attrgetter("_local_tensor")  # of a DTensor
@@ -83,7 +83,7 @@ class MemoryWatch:
         locals_ = list(map(_LOCAL_TENSOR, self._dtensors))
         weights = [*self._tree.weights(), *locals_]
         plain = self._addresses is not None and {*map(type, weights)} <= {Tensor, nn.Parameter}
-        loop = _find_loop() if plain and len(weights) >= MANY else None
+        loop = find_loop() if plain and len(weights) >= MANY else None
         return None if loop is None else _Table(loop, self._tree, self._dtensors, locals_)
 
 
@@ -143,7 +143,7 @@ class _Table:
     """What `_Tree` and DTensors held at one moment, for the compiled loop ([Note: one look]).
 
     Args:
-        loop: As `_find_loop` returns it.
+        loop: As `find_loop` returns it.
         tree: Whose weights and children are looked at.
         dtensors: Whose local tensors are looked at.
         locals_: Those local tensors.
@@ -180,7 +180,7 @@ class _Table:
 
 
 @cache
-def _find_loop() -> Callable[..., bool] | None:
+def find_loop() -> Callable[..., bool] | None:
     """The compiled loop. None without numba, or with a torch that lacks the function for it."""
     read = getattr(torch._C._dynamo.guards, "_torchinductor_pyobject_tensor_data_ptr", None)
     try:
