@@ -108,7 +108,10 @@ class Interrupted:
         began = time.monotonic()
         error = interrupter.run(lambda: self.call(verb))
         told = isinstance(error, RuntimeError) and "KeyboardInterrupt" in str(error)
-        place = f"{verb}, line {line}, {interrupter.place}"
+        last = self.folder / "place"  # for the other rank, should that one fail
+        if interrupter.place:
+            last.write_text(interrupter.place)
+        place = f"{verb}, line {line}, {last.read_text() if last.exists() else ''}"
         assert error is None or told or interrupter.place, f"{place}: {error}"
         self.go_on(place)
         assert time.monotonic() - began < TIMEOUT, f"{place}: a rank waited for the timeout"

@@ -262,6 +262,34 @@ def test_an_interrupt_is_told_and_waits_for_nobody() -> None:
     assert str(found[0]) == str(found[2]) == "ema.save() failed on rank 11: KeyboardInterrupt: "
 
 
+@pytest.mark.parametrize("line", range(12))
+def test_an_interrupt_while_an_exchange_begins_is_told(line: int) -> None:
+    """At each line of `_next`: it is reported where the other rank is, not where it has been."""
+    world, begin, lines = World(2, timeout=20), StoreCoordinator._next.__code__, iter(range(12))
+    gone_on = threading.Event()
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if event == "line" and frame.f_code is begin and next(lines, None) == line:
+            raise KeyboardInterrupt
+        return trace if frame.f_code is begin or event == "call" else None
+
+    def work(board: StoreCoordinator) -> None:
+        with board.entering("save"):
+            save(board)
+            if board.rank == 0:
+                gone_on.set()
+            elif gone_on.wait():
+                sys.settrace(trace)
+            total(board, "save")
+
+    found = world.spread(work)
+    if isinstance(found[1], KeyboardInterrupt):
+        assert str(found[0]) == "ema.save() failed on rank 11: KeyboardInterrupt: "
+    else:
+        assert (line, found) == (line, [None, None]) and line >= 9
+    assert world.spread(lambda board: total(board, "gather")) == [2, 2]
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
 def test_different_verbs_at_once(order: list[int]) -> None:
     """Not by a timeout, which says something else: whoever comes to the wrong verb sees it in the

@@ -275,9 +275,9 @@ class StoreCoordinator:
             exchange = exchange._replace(
                 arguments=diagnosis.digest(sorted(self.messages.arguments.items()))
             )
-        self.messages.ends_when_full = ends_when_full
-        # NOTE: one statement, so that an interrupt finds all of it or nothing.
-        self._number, self._step, self._last = self._number + 1, self._step + 1, exchange
+        begun = self._number + 1, self._step + 1, exchange, ends_when_full
+        # NOTE: one statement without a call, so that an interrupt finds all of it or nothing.
+        self._number, self._step, self._last, self.messages.ends_when_full = begun
         combining = (self.size - 2) // FAN_IN + 1  # the others delete
         keys = ("count",) if ends_when_full else ("count", "answer")
         self.messages.take_turns(exchange, keys, combining)
