@@ -286,7 +286,8 @@ def test_an_interrupt_while_an_exchange_begins_is_told(line: int) -> None:
     if isinstance(found[1], KeyboardInterrupt):
         assert str(found[0]) == "ema.save() failed on rank 11: KeyboardInterrupt: "
     else:
-        assert (line, found) == (line, [None, None]) and line >= 9
+        assert (line, found) == (line, [None, None])
+        assert line >= 9
     assert world.spread(lambda board: total(board, "gather")) == [2, 2]
 
 
