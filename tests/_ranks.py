@@ -21,13 +21,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What torch imports late, and a rank would spend most of its time on.
+# What every rank would import anew: torch's late modules, and those of the files of tests.
 PRELOAD = [
     "dist_ema.ema",
+    "pytest",
+    "tests._oracle",
     "tests._ranks",
     "torch._dynamo",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
 ]
 
