@@ -330,9 +330,9 @@ class EMA:
         shadows that the block did not write. What it writes is named in a warning at the exit:
 
         - A swapped weight (Embedding(max_norm), a clamp): the write becomes the average's, in every
-          dtype, placement and wrapper; of replicas, the owner's. `.data` hides a write from the
-          warning.
-        - Another weight (merge_adapter() left merged): the write stays, nothing is restored.
+          dtype, placement and wrapper; of replicas, the owner's.
+        - Another weight (merge_adapter() left merged): the write stays, nothing is restored. One
+          through `.data` or NumPy is noticed if it reaches one of 64 to 127 elements of the weight.
         - A persistent buffer (BatchNorm, an observer): all persistent buffers of its module become
           the average's own, until `reset_buffers()`, unless one of them changed its shape.
 
@@ -358,6 +358,7 @@ class EMA:
 
         Note:
             *Cost*: 4 MB where shadow and weight have one dtype, else a copy of this rank's shard.
+            Two reads of the averaged elements, to notice writes.
         """
         with self._entry.needed.entering("swap", exchanges=1):
             swap = self._prepare_swap(which)

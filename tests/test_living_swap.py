@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_ema import EMA
+from dist_ema.sharding.fingerprint import bit_sums
 from tests.living import programs
 
 
@@ -72,6 +73,20 @@ def frozen_assigned(m: Net) -> None:
     m.frozen.weight.data = m.frozen.weight.data.round()
 
 
+def uncounted(m: Net) -> None:
+    """`.data` has a version counter of its own: averages of other libraries copy so."""
+    m.body.weight.data.copy_(m.lora.detach())
+
+
+def by_numpy(m: Net) -> None:
+    """One element of the last column, through memory that torch does not know of."""
+    m.lora.detach().view(torch.uint8).numpy()[0, -1] ^= 0x40
+
+
+def frozen_uncounted(m: Net) -> None:
+    m.frozen.weight.data += 1  # as adapters are merged
+
+
 WRITES: dict[str, tuple[Callable[[Any], None], str]] = {
     "max_norm": (renormed, "emb.weight"),
     "merge left merged": (merged, "frozen.weight"),
@@ -83,6 +98,9 @@ WRITES: dict[str, tuple[Callable[[Any], None], str]] = {
     "load_state_dict": (loaded, "body.weight"),
     "data": (assigned, "body.weight"),
     "frozen data": (frozen_assigned, "frozen.weight"),
+    "data in place": (uncounted, "body.weight"),
+    "NumPy": (by_numpy, "lora"),
+    "frozen data in place": (frozen_uncounted, "frozen.weight"),
 }
 OPTIONS: dict[str, Any] = {
     "fp32": (torch.float32, {}),
@@ -169,6 +187,19 @@ def test_a_pure_evaluation_names_nothing() -> None:
         model.train()
         model(torch.arange(6))
         model.double().float()  # moves every storage, with the same values
+
+
+@pytest.mark.parametrize("begin", range(0, 9, 3))
+def test_sums_of_bits_hold_every_byte(begin: int) -> None:
+    """Of views that begin and end between words."""
+    memory = torch.arange(64, dtype=torch.uint8)
+    view = memory[begin : begin + 21]
+    before = bit_sums([view])
+    for place in range(21):
+        view[place] += 1
+        assert bit_sums([view]) != before
+        view[place] -= 1
+    assert bit_sums([view]) == before
 
 
 def test_gradients_inside_the_block_are_no_writes() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dist_ema import EMA, follow, load_file
 from dist_ema.checkpoint.manifest import read
@@ -323,6 +324,10 @@ def test_accelerate(tmp_path: Path) -> None:
     assert ema.now == 3
 
 
+def full(weight: Any) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
+
+
 def rank(kind: str, folder: str) -> None:
     model = wrap(kind, adapted(use_dora=kind == "ddp"))
     ema = train(model, f"{folder}/published")
@@ -332,7 +337,9 @@ def rank(kind: str, folder: str) -> None:
         with pytest.raises(ValueError, match="flat part of a weight here"):
             ema.export(f"{folder}/merged", merged=True)
     else:
+        before = {name: full(p).clone() for name, p in model.named_parameters()}
         ema.export(f"{folder}/merged", merged=True)
+        assert all(torch.equal(full(p), before[name]) for name, p in model.named_parameters())
     ema.load(f"{folder}/saved")
     fresh = wrap(kind, adapted(use_dora=kind == "ddp"))
     for version in follow(f"{folder}/published", timeout=0):

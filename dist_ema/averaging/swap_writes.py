@@ -3,7 +3,9 @@
 [Note: writes]  What the block writes into a swapped weight becomes the average's, whether contents
 were exchanged or cast. It is the only outcome that is the same everywhere and costs no second
 model. Of replicas, the owner's write counts. Where shadows have another dtype, only elements that
-differ from the cast average are taken, so the others keep their precision.
+differ from the cast average are taken, so the others keep their precision. Version counters tell of
+a write, but not of one through `.data`, by NumPy or by a kernel of somebody else. So the bits are
+summed at both ends, too: all of a swapped weight, some of another one.
 
 [Note: open swaps]  Several EMAs may average one model, or parts of it. While one of them has
 swapped its average in, the live weights are not the training weights, and the others must know.
@@ -17,6 +19,7 @@ weights alive, so none is used twice.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from weakref import WeakSet
@@ -24,7 +27,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from ..sharding import ownership, records
+from ..sharding import fingerprint, ownership, records
 
 __all__ = ["SwapRegistry", "SwapWrites", "Versions", "describe", "versions"]
 
@@ -40,6 +43,7 @@ class SwapWrites:
     def __init__(self, states: Sequence[ownership.ParamState], swaps: SwapRegistry) -> None:
         self._weights = [state for state in states if state.shard.kind != "buffer"]
         self._versions = [versions(state) for state in self._weights]
+        self._sums = self._bit_sums()
         self._buffers = [
             (state, state.shard.read().clone())
             for state in states
@@ -58,20 +62,32 @@ class SwapWrites:
         Raises:
             RuntimeError: A weight has another dtype, device, shape or order now.
         """
-        swapped: list[str] = []
-        others: list[str] = []
+        counted: list[bool] = []
         for state, before in zip(self._weights, self._versions, strict=True):
             local, param = self._swaps.nested.get(id(state.shard.tensor), (0, 0))
             expected = before[0] + local, before[1] + param
             if state.moved or (state.layout_changed and state.shadow is not None):
                 old = state.local
                 state.rebind()
-                written = old._version != expected[0] or not _same_bits(old, state.local)
+                counted.append(old._version != expected[0] or not _same_bits(old, state.local))
             else:
-                written = versions(state) != expected
-            if written:
+                counted.append(versions(state) != expected)
+        swapped: list[str] = []
+        others: list[str] = []
+        summed = map(operator.ne, self._sums, self._bit_sums())
+        for state, is_written in zip(self._weights, map(max, counted, summed), strict=True):
+            if is_written:
                 (others if state.shadow is None else swapped).append(state.name)
         return swapped, others
+
+    def _bit_sums(self) -> list[int]:
+        """Of all elements of the swapped weights, and of 64 to 127 elements of each other one."""
+        return fingerprint.bit_sums(
+            state.local[:: max(1, len(state.local) // 64)].contiguous()
+            if state.shadow is None
+            else state.live
+            for state in self._weights
+        )
 
     def changed_buffers(self) -> tuple[dict[str, Tensor], list[str]]:
         """What every persistent buffer holds now, and the names of those that are the average's.

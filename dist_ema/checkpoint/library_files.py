@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sharding import derived, discovery, geometry, ownership, wrappers
+from ..sharding import derived, discovery, geometry, ownership, records, wrappers
 from ..text import some
 from .load_file import load_file
 from .safetensors import ADAPTER, ADAPTER_CONFIG
@@ -177,7 +177,9 @@ def merged(
             "cannot merge. Export the adapter, and merge it offline: "
             "PeftModel.from_pretrained(base, out).merge_and_unload()."
         )
-    below = [p for name, p in inner.named_parameters() if ".base_layer." in name]
+    weights = [p for name, p in inner.named_parameters() if ".base_layer." in name]
+    # NOTE: peft adds in place. To assign `data` of a DTensor leaves its elements where they are.
+    below = [p if (memory := records.memory_of(p)) is None else memory for p in weights]
     kept = [p.data for p in below]
     try:
         for p in below:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["fingerprint", "fingerprints"]
+__all__ = ["bit_sums", "fingerprint", "fingerprints"]
 
 WINDOW = 1 << 16  # words of 4 bytes that are hashed at once
 MULTIPLIER = 0x2545F4914F6CDD1D
@@ -40,8 +40,32 @@ def fingerprint(data: Tensor) -> Tensor:
 
 def fingerprints(data: Sequence[Tensor]) -> list[int]:
     """Hash 1-D tensors on any devices, each for itself. Waits for the devices."""
-    hashes = [fingerprint(each).cpu() for each in data]
-    return torch.stack(hashes).tolist() if hashes else []  # type: ignore[no-any-return]
+    return _to_host(map(fingerprint, data))
+
+
+def bit_sums(data: Iterable[Tensor]) -> list[int]:
+    """Sum the bits of 1-D tensors as 8-byte words, to notice that one was written.
+
+    Note:
+        *Cost*: one read at the bandwidth of the memory, a sixth of a fingerprint on a CPU. Words
+        that change places leave the sum as it is.
+    """
+    return _to_host(map(_bit_sum, data))
+
+
+def _bit_sum(data: Tensor) -> Tensor:
+    bits = data.view(torch.uint8)
+    begin = min(-bits.storage_offset() % 8, len(bits))  # torch views words at multiples of 8 only
+    end = len(bits) - (len(bits) - begin) % 8
+    parts = [bits[:begin], bits[end:]]
+    if end > begin:
+        parts.append(bits[begin:end].view(torch.int64))
+    return torch.stack([part.sum() for part in parts]).sum()
+
+
+def _to_host(hashes: Iterable[Tensor]) -> list[int]:
+    each = [value.cpu() for value in hashes]
+    return torch.stack(each).tolist() if each else []  # type: ignore[no-any-return]
 
 
 def _factors(n: int, device: torch.device) -> Tensor:
