@@ -28,7 +28,7 @@ from .averaging.clock import Clock
 from .averaging.optimizer_hooks import Attachment, refuse_beside_masters
 from .averaging.swap import WeightSwap
 from .averaging.teacher import refuse_beside_teacher
-from .checkpoint import dcp, library_files, stages
+from .checkpoint import atomic, dcp, library_files, stages
 from .checkpoint.publishing import Publication
 from .checkpoint.request import AverageFiles, SaveRequest
 from .schedules import Schedule, schedule_list
@@ -37,7 +37,7 @@ from .sharding import derived, parameters, records, wrappers
 from .sharding.ownership import ParamState
 from .text import warn
 from .verbs.entry import Entry, Which, warn_if_idle, warn_of_unexplained_keys
-from .verbs.files import Files, load, real_path
+from .verbs.files import Files, load
 from .verbs.publisher import Publisher
 
 __all__ = ["EMA"]
@@ -508,7 +508,7 @@ class EMA:
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "mode": mode, "keep": keep}
 
         def request() -> SaveRequest:
-            target = real_path(path)
+            target = atomic.real(path)
             return self._files.all_averages(target, "ema", mixed=True, extra=extra, **options)
 
         arguments = {"path": os.fspath(path), "extra": extra, "wait": wait} | options
@@ -550,7 +550,7 @@ class EMA:
             With `split=False` on replicated weights it is local: every rank that calls it writes
             the files, one rank after another.
         """
-        model, files, target = self.weights.model, self._files, real_path(path)
+        model, files, target = self.weights.model, self._files, atomic.real(path)
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "mode": mode, "dtype": dtype}
         arguments = {"path": os.fspath(path), "merged": merged} | options
 
@@ -592,7 +592,7 @@ class EMA:
             raise ValueError(f"every must be positive and finite, got {every}.")
         if not self._files.passes(folder, every):
             return None
-        path = real_path(Path(folder) / f"{int(self.weights.clock.now):010}")
+        path = atomic.real(Path(folder) / f"{int(self.weights.clock.now):010}")
         known = path.parent.glob("[0-9]*") if self._entry.ranks.first else ()
         later = [each.name for each in known if each.name > path.name]
         if later:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import resource
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import nn
 
 import dist_ema
 from dist_ema import EMA, Uniform, load_file
-from dist_ema.checkpoint import atomic, manifest
+from dist_ema.checkpoint import atomic, file_writer, manifest
 from dist_ema.distributed import connections, machines
 from tests._models import Core, Images, Net
 from tests._oracle import Collectives, Training
@@ -231,6 +232,61 @@ def test_nothing_else_is_replaced(ema: EMA, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a holds optimizer.pt, which ema.save\(\) did not write"):
         ema.save(tmp_path / "a")
     assert files_of(tmp_path) == before
+
+
+def test_what_comes_while_it_is_written_stays(
+    ema: EMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file beside those of a save, a file in place of the folder, a folder in place of a file:
+    refused as at the beginning, and nothing is removed.
+    """
+    sync = file_writer.FileWriter.sync
+    folder, file = tmp_path / "a", tmp_path / "b.safetensors"
+
+    def beside(target: Path) -> None:
+        (target / "notes").write_text("x")
+
+    def instead(target: Path) -> None:
+        target.rename(tmp_path / "elsewhere")
+        target.write_text("x")
+
+    ema.save(folder)
+    for target, verb, comes, refused in (
+        (folder, ema.save, beside, "holds notes, which"),
+        (folder, ema.save, instead, "is a file"),
+        (folder, ema.export, Path.touch, "is a file"),
+        (file, ema.export, Path.mkdir, "is a folder"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=refused):
+            patch.setattr(
+                file_writer.FileWriter,
+                "sync",
+                lambda self, every: (comes(target), sync(self, every)),  # noqa: B023
+            )
+            verb(target)
+        if comes is beside:
+            (folder / "notes").unlink()
+        if comes is instead:
+            folder.unlink()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "b.safetensors", "elsewhere"]
+
+
+def test_the_working_directory(ema: EMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays the same folder under a save or an export; one that is gone is named."""
+    for verb in (ema.save, ema.export):
+        folder = tmp_path / verb.__name__
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        for version in range(2):
+            verb(".")
+            Path("log").write_text(str(version))  # raises where the folder was exchanged
+            assert load_file(".").keys() == load_file(folder).keys()
+            (folder / "log").unlink()
+        assert sorted(os.listdir(folder)) == ["ema.json", "model.safetensors"]
+    shutil.rmtree(folder)
+    for call in (ema.save, ema.export, ema.load, load_file):
+        with pytest.raises(FileNotFoundError, match="working directory .* removed.*'ema'"):
+            call("ema")
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ Everything is written to a hidden sibling (`.NAME.tmp-ID`), synced, and put in p
 replaces a file in one call. Two folders are exchanged in one call where the file system can.
 Elsewhere the old one steps aside (`.NAME.old-ID`) before the new one steps in.
 
-A folder that cannot be renamed (a mount point, or a parent without write permission) is rolled
-forward: the new version is completed inside it (`.tmp-ID`, then `.new-ID`), and its files are
-linked over the old ones.
+A folder that cannot be renamed (a mount point, the working directory, or a parent without write
+permission) is rolled forward: the new version is completed inside it (`.tmp-ID`, then `.new-ID`),
+and its files are linked over the old ones.
 
 [Note: who repairs]  A writer can die between two steps. The next writer finishes for it
 (`recover`). Readers rename nothing: they read where the whole version lies (`whole`). One process
@@ -44,6 +44,7 @@ __all__ = [
     "point",
     "publish",
     "read_one_version",
+    "real",
     "recover",
     "remove",
     "remove_leftovers",
@@ -70,6 +71,19 @@ class NotDurableError(OSError):
 # --- names ---------------------------------------------------------------------------------------
 
 
+def real(path: str | os.PathLike[str]) -> Path:
+    """Where links lead: a temporary sibling must lie on the same file system.
+
+    Raises:
+        FileNotFoundError: `path` is relative, and the working directory is gone.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except FileNotFoundError as error:
+        text = "The working directory of this process was removed, so give an absolute path"
+        raise FileNotFoundError(error.errno, text, os.fspath(path)) from None
+
+
 def temporary_sibling(path: Path, kind: str = "tmp") -> Path:
     """A hidden sibling that no other process uses."""
     return _beside(path, kind, uuid.uuid4().hex)
@@ -78,7 +92,12 @@ def temporary_sibling(path: Path, kind: str = "tmp") -> Path:
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
     """The folder of a new version, removed if the block raises before it is in place."""
-    fixed = path.is_dir() and (os.path.ismount(path) or not os.access(path.parent, os.W_OK))
+    # NOTE: exchanged, the working directory would be the earlier version, which is removed.
+    fixed = path.is_dir() and (
+        os.path.ismount(path)
+        or not os.access(path.parent, os.W_OK)
+        or identity(path) == identity(Path())
+    )
     folder = _inside(path, "tmp", uuid.uuid4().hex) if fixed else temporary_sibling(path)
     folder.mkdir()
     try:

@@ -48,7 +48,7 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Note:
         *Aliases*: the tensors are pages of the file, copied when they are written to.
     """
-    where = atomic.follow(Path(os.path.realpath(path)))
+    where = atomic.follow(atomic.real(path))
     return atomic.read_one_version(where, _load_file)
 
 
@@ -108,7 +108,7 @@ def locate(path: Path, read_headers: bool = True) -> Location:
     Raises:
         ValueError: It is no model, or an ema.json is not sound.
     """
-    path = atomic.whole(atomic.follow(Path(os.path.realpath(path))))
+    path = atomic.whole(atomic.follow(atomic.real(path)))
     if not path.exists():
         raise ValueError(
             f"{path} does not exist: there is no folder and no file to read an average from."

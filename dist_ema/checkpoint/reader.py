@@ -296,7 +296,7 @@ def _combine(messages: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _followed(path: Path) -> Path:
-    return atomic.follow(Path(os.path.realpath(path)))
+    return atomic.follow(atomic.real(path))
 
 
 def _version(place: Location) -> list[int] | None:

@@ -240,7 +240,7 @@ def make_folder(request: SaveRequest) -> Path:
 
 
 def _refuse_target(request: SaveRequest) -> None:
-    """Raise ValueError for a target that is not ours. Leftovers of dead writers are removed."""
+    """Raise ValueError where nothing can be written. Leftovers of dead writers are removed."""
     path = request.path
     if request.keep is not None:
         retention.refuse(path, request.keep)
@@ -252,6 +252,12 @@ def _refuse_target(request: SaveRequest) -> None:
         retention.remove_leftovers(path)
     atomic.recover(path)
     atomic.remove_leftovers(path)
+    _refuse_foreign(request)
+
+
+def _refuse_foreign(request: SaveRequest, temporary: Path | None = None) -> None:
+    """Raise ValueError for a target that is not ours. temporary: It may lie inside."""
+    path = request.path
     if request.one_file and path.is_dir():
         raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
     if request.one_file or not path.exists():
@@ -272,12 +278,12 @@ def _refuse_target(request: SaveRequest) -> None:
                 f"{path} is an average to resume from: its clock would be lost. Choose another "
                 "path."
             )
-    elif any(path.iterdir()) and not (path / manifest.META).exists():
+    elif set(path.iterdir()) - {temporary} and not (path / manifest.META).exists():
         raise ValueError(
             f"{path} holds files but no {manifest.META}: it is not ours to replace. Choose another "
             "path."
         )
-    elif foreign := retention.foreign(path):
+    elif foreign := retention.foreign(path, temporary):
         raise ValueError(
             f"{path} holds {', '.join(foreign[:3])}, which ema.save() did not write and would "
             "remove. Choose another path."
@@ -296,6 +302,7 @@ def put_in_place(request: SaveRequest, folder: Path, sums: dict[str, int]) -> li
         Remarks.
     """
     with disk_errors(request):
+        _refuse_foreign(request, folder)  # once more, for what has come meanwhile
         if request.one_file:
             atomic.publish(folder / request.path.name, request.path)
             atomic.remove(folder)

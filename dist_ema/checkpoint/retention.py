@@ -153,8 +153,11 @@ WEIGHTS = (
 )
 
 
-def foreign(folder: Path) -> list[str]:
-    """The files in a save that dist_ema did not write; [] where ema.json cannot be read."""
+def foreign(folder: Path, temporary: Path | None = None) -> list[str]:
+    """The files in a save that dist_ema did not write; [] where ema.json cannot be read.
+
+    temporary: A folder of the next save, which may lie inside.
+    """
     try:
         found = manifest.read(folder)
     except (OSError, ValueError):
@@ -167,6 +170,7 @@ def foreign(folder: Path) -> list[str]:
         for each in folder.rglob("*")
         if (each.is_symlink() or not each.is_dir())
         and not _is_of_nfs(each)
+        and temporary not in each.parents
         and each.name != safetensors.ADAPTER_CONFIG
     }
     return sorted(there - found.files.keys() - indexes - {manifest.META})

@@ -9,7 +9,6 @@ one file open: a thousand checkpoints need no more of either than two.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _version
-from ..checkpoint import manifest, safetensors
+from ..checkpoint import atomic, manifest, safetensors
 from ..dtypes import FLOATS, TO_TORCH, Floats, fitted, float_dtype, widen
 from ..text import some
 from . import model_card, sums, writer
@@ -222,7 +221,7 @@ def write(
         *Cost*: 32 MB.
     """
     entries = blend.entries
-    out = Path(os.path.realpath(out))  # through a link
+    out = atomic.real(out)  # through a link
     files = writer.lay_out(out, entries, blend.rest.aliases, max_shard_size)
     origin = blend.rest.manifest or manifest.Manifest()
     full = replace(

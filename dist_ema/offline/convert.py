@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -305,7 +304,7 @@ def write(
     max_shard_size: str | None = None,
 ) -> manifest.Manifest:
     """Write the model, atomically. Returns its ema.json. *Cost*: one window."""
-    out = Path(os.path.realpath(out))  # through a link
+    out = atomic.real(out)  # through a link
     files = writer.lay_out(out, plan.entries, plan.aliases, max_shard_size)
     facts = manifest.Manifest(
         kind="export",

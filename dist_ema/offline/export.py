@@ -6,13 +6,12 @@ memory are those of the files.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .. import _version
-from ..checkpoint import manifest, safetensors
+from ..checkpoint import atomic, manifest, safetensors
 from ..dtypes import FLOATS, TORCH, float_dtype
 from ..text import Bar, silent, size_of, some
 from . import library_names, model_card, report, sums, writer
@@ -74,7 +73,7 @@ def export(
         ValueError: `src` and `like` do not hold the same weights, `src` is not complete or is
             damaged, or `out` is taken.
     """
-    where = Path(os.path.realpath(out))
+    where = atomic.real(out)
     for each in (src,) if like is None else (src, like):
         writer.refuse_place(each, out)
     writer.refuse_target(where, force)
@@ -116,7 +115,7 @@ def export(
 
 def _refuse_part(model: Source, like: str | Path | None) -> None:
     """A part of a model must not be shipped as the whole."""
-    path = Path(os.path.realpath(model.path))
+    path = atomic.real(model.path)
     if not model.entries:
         raise ValueError(f"{model.path} holds no weights: there is nothing to export.")
     if like is None:  # which proves that nothing is missing
@@ -289,7 +288,7 @@ def _facts(
         },
         versions=saved.versions | {"dist_ema": _version.VERSION},
         extra={},
-        source={"name": Path(os.path.realpath(model.path)).name, "crc32": sums},
+        source={"name": atomic.real(model.path).name, "crc32": sums},
         files={},
         other={},
     )

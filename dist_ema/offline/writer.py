@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
@@ -52,7 +51,7 @@ def lay_out(
 
 def refuse_place(read: str | Path, out: str | Path) -> None:
     """Raise ValueError where writing `out` would replace what is read, or write into it."""
-    where, real = (Path(os.path.realpath(each)) for each in (out, atomic.follow(Path(read))))
+    where, real = (atomic.real(each) for each in (out, atomic.follow(Path(read))))
     if where == real:
         raise ValueError(f"{out} is {read} itself. Name another path.")
     if real in where.parents:
@@ -61,12 +60,13 @@ def refuse_place(read: str | Path, out: str | Path) -> None:
         raise ValueError(f"{read} lies inside {out}, which would be replaced. Name another path.")
 
 
-def refuse_target(path: Path, force: bool) -> None:
+def refuse_target(path: Path, force: bool, temporary: Path | None = None) -> None:
     """Raise ValueError where `path` may not be written. A link stands for what it leads to.
 
-    With force only a model is replaced; what lies beside it stays.
+    With force only a model is replaced; what lies beside it stays. temporary: A folder of the next
+    version, which may lie inside.
     """
-    path = Path(os.path.realpath(path))
+    path = atomic.real(path)
     if path.is_symlink():
         raise ValueError(f"{path} is a link that leads to itself. Name another path.")
     if not path.exists():
@@ -78,7 +78,7 @@ def refuse_target(path: Path, force: bool) -> None:
             raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
     elif not path.is_dir():
         raise ValueError(f"{path} is a file. Give a folder, or a name that ends in .safetensors.")
-    elif any(path.iterdir()) and not any(path.glob("*.safetensors")):
+    elif set(path.iterdir()) - {temporary} and not any(path.glob("*.safetensors")):
         raise ValueError(
             f"{path} holds files but no model: it is not ours to replace. Choose another path."
         )
@@ -131,6 +131,7 @@ def write(
                 for name, file in files.items()
             }
             check()
+            refuse_target(path, force, folder)  # once more, for what has come meanwhile
             if path.suffix == ".safetensors":
                 atomic.publish(folder / next(iter(files)), path)
                 atomic.remove(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +17,7 @@ from ..sharding import consistency, discovery, ownership
 from ..text import warn
 from .entry import Entry, Which, warn_if_idle, warn_if_nameless, warn_of_unexplained_keys
 
-__all__ = ["Files", "load", "real_path"]
-
-
-def real_path(path: str | Path) -> Path:
-    """Where a link leads: the temporary folder must lie on the same file system."""
-    return Path(os.path.realpath(path))
+__all__ = ["Files", "load"]
 
 
 class Files:

@@ -8,11 +8,11 @@ from typing import Any
 from weakref import WeakMethod
 
 from ..averaging.averages import Reads
-from ..checkpoint import library_files, request, versions
+from ..checkpoint import atomic, library_files, request, versions
 from ..checkpoint.publishing import Publication
 from ..text import warn
 from .entry import Entry, Which
-from .files import Files, real_path
+from .files import Files
 
 __all__ = ["Publisher"]
 
@@ -45,7 +45,7 @@ class Publisher:
                     "handle first."
                 )
             finish = WeakMethod(self._files.finish)
-            place, rest = real_path(folder), None if beside is None else real_path(beside)
+            place, rest = atomic.real(folder), None if beside is None else atomic.real(beside)
             files = library_files.form_of(weights.model, weights.names(), form["dtype"])
             made.append(
                 Publication(place, every, keep, keep_at_most, which, rest, files, form, finish)
