@@ -7,6 +7,7 @@ A rank that left no result is named with its exit code. Inside a rank a check is
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -109,6 +110,7 @@ def _rank(
     backend: str,
 ) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    gc.freeze()  # what is imported stays; a collection need not look at it
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     _allow_torch_warnings()

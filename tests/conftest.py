@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,11 @@ from dist_ema.cli import main
 Call = Callable[..., tuple[int, str, str]]  # `dist-ema`: exit code, stdout, stderr
 
 torch.set_num_threads(1)  # several processes share the machine
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so no collection has to look at it: many tests call gc.collect()."""
+    gc.freeze()
 
 
 @pytest.fixture
