@@ -2,15 +2,14 @@
 
     python -m tests.guards                         all of them, two at a time
     python -m tests.guards averages adopt          those whose line has all of these words
-    python -m tests.guards --record FILE           keep in a file which checks reach which guards
 
 GUARDS has a line for each, under its file: a function ("_": any) and a text. The smallest statement
 of the function that contains the text is deleted in a copy of the project, or the text is replaced
 by what follows "=>". Every other statement of ROOMS that raises or warns is a guard too.
 
-First every check runs in a copy whose guards tell that they are reached. Then each guard is
-deleted, and only the checks that reach it run: seeds of `tests.host_programs`, tests of the files
-after "@", the others, the quick ones first. The check that turns red must be green with the guard.
+The checks that must turn red come after "@": seeds of `tests.host_programs` and tests (`into`,
+`into::test_start`). Without "@" they are the tests that quote the text of the guard's message. The
+first that is red counts. It must be green with the guard.
 
 How to read a failure: a guard that stays GREEN has no test, or is dead code. One that is GONE was
 moved or written otherwise; then its line here moves too. DOUBTFUL is a red of the deletion itself
@@ -21,11 +20,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
-import gc
 import importlib
-import inspect
-import io
 import itertools
 import json
 import os
@@ -35,12 +30,10 @@ import signal
 import sys
 import tempfile
 import time
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
@@ -49,205 +42,366 @@ import torch.distributed.fsdp  # noqa: F401
 __all__ = ["GUARDS", "Guard", "guards"]
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTEST = ["-q", "-n", "0", "-p", "no:cacheprovider", "--timeout", "120", "-rN", "--tb", "short"]
+PYTEST = ["-q", "-n", "0", "-p", "no:cacheprovider", "--timeout", "300", "-rN", "--tb", "short"]
 LOG = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-FEW = 10  # seeds, and tests, that run first
 BAD = ("GREEN", "GONE", "DOUBTFUL")
 DOUBTFUL = re.compile(r"(Name|UnboundLocal|Syntax|Indentation|Import)Error|Timeout|it hung|^in ")
-# Beside the files that the lines of guards name.
-TESTS = (
-    *("living_storages", "living_tree", "living_swap", "living_buffers", "living_guards"),
-    *("living_optimizers", "living_caches", "living_subclasses", "living_texts"),
-    *("into", "swap", "several", "parameters", "consistency", "publish", "average", "batchnorm"),
-)
+QUOTED = 8  # tests that quote a message, the closest first
 ROOMS = ("dist_ema/averaging", "dist_ema/sharding", "dist_ema/verbs")
 
 GUARDS = """
 averaging/averages.py
-    adopt             self._rebind()
-    adopt             refuse_shared(
-    adopt             self.swaps.watch
-    adopt             self.mark()  @optimizer_hooks,engines,metrics
+    adopt             self._rebind()  @175
+    adopt             refuse_shared(  @living_storages::test_two_weights_in_one_memory_are_named
+    adopt             self.swaps.watch  @177
+    adopt             self.mark()  @living_details::test_training_that_no_update_follows_is_named
     _replan           self.teacher.adopt
+            @compat_modules::test_frozen_weights_follow_under_any_function
     _replan           further = self.teacher.addressed
-    _replan           roots.append
-    _replan           roots = []  @living_ranks
-    refuse            inside ema.swap()  @swap
-    refuse            inside the swap of another  @living_guards,reliability
-    refuse            reads & Reads.LIVE and => False and  @living_guards,swap
-    refuse            reads & Reads.WHOLE_MODEL and => False and  @living_guards,swap
-    refuse            {why}  @swap,discovery
-    refuse            ema.swap() that failed  @swap_faults
-    ready             self.reshard()  @swap
-    ready             self.settle()
-    ready             self.follow
-    ready             self.teacher.copy_frozen()  @into
-    ready             self.copy_live()  @optimizer_hooks
-    settle            end_read()  @emulated
-    settle            self._await_teacher_reads()  @emulated
-    follow            self.adopt
-    follow            self._rebind()
+            @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
+    _replan           roots.append  @into::test_an_update_names_the_assigned_weights_of_a_teacher
+    _replan           roots = []  @reader::test_on_ranks
+    refuse            inside ema.swap()  @swap::test_order_of_calls
+    refuse            inside the swap of another
+            @living_guards::test_a_second_average_inside_the_swap_of_the_first
+    refuse            reads & Reads.LIVE and => False and
+            @living_guards::test_a_second_average_inside_the_swap_of_the_first
+    refuse            reads & Reads.WHOLE_MODEL and => False and
+            @living_guards::test_copies_to_and_fro_inside_anothers_swap_are_refused
+    refuse            {why}  @discovery::test_summon_full_params_is_refused
+    refuse            ema.swap() that failed
+            @swap_faults::test_failed_broadcasts_and_writes_on_ranks
+    ready             self.reshard()  @living_details::test_fsdp2_in_one_process
+    ready             self.settle()  @106
+    ready             self.follow  @106
+    ready             self.teacher.copy_frozen()  @into::test_frozen_weights_follow
+    ready             self.copy_live()  @optimizer_hooks::test_start_seeds_the_shadow
+    settle            end_read()  @metrics::test_times_of_a_side_stream
+    settle            self._await_teacher_reads()  @emulated/test_waits
+    follow            self.adopt  @living_tree::test_only_decides_whether_a_new_weight_is_one
+    follow            self._rebind()  @106
     follow            refuse_shared
-    follow            self._replan()
-    _rebind           self._inventory.rebind_moved()
+            @living_storages::test_live_in_the_memory_of_the_average_is_named
+    follow            self._replan()  @175
+    _rebind           self._inventory.rebind_moved()  @106
     _rebind           self.teacher.follow
-    before_step       self.refuse  @swap
-    before_step       {', '.join(written  @emulated
-    before_step       is_stale |=  @into
-    begin             self.follow
-    move              number < 2 or =>
-    move              or self._watch.changed() =>
-    move              refuse_unfrozen  @living_ranks
-    move              self.follow
-    move              self._watch.begin_read()  @emulated
-    move_by           self.refuse  @living_storages
-    move_by           self.settle  @compat_modules
-    move_by           self.follow  @living_storages
-    note_swap         self.mark()  @optimizer_hooks,engines
-    pull              self.mark()  @living_storages
-    pull              self.ready()  @living_storages
-    set_clock         self.mark()  @optimizer_hooks
-    resume            self.forget_mark()  @optimizer_hooks,reader
-    copy_live         self.teacher.forget_copies()  @into
-    _after_move       copy_frozen  @into
-    _after_move       copy_buffers  @into
+            @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
+    before_step       self.refuse  @swap::test_order_of_calls
+    before_step       {', '.join(written  @engines::test_weights_written_behind_the_step_are_named
+    before_step       is_stale |=  @into::test_live_until_start
+    begin             self.follow  @reliability::test_weights_that_move_before_averaging_starts
+    move              if self._watch.changed(): => if False:
+            @living_tree::test_a_complex_weight_that_is_unfrozen_is_noticed_too
+    move              refuse_unfrozen
+            @living_details::test_a_layer_under_fsdp2_that_was_unfrozen_is_named_by_the_update
+    move              self.follow  @175
+    move              self._watch.begin_read()
+            @engines::test_weights_written_behind_the_step_are_named
+    move_by           self.refuse  @living_storages::test_the_rule_of_a_drop_in_reads_what_live_is
+    move_by           self.settle  @living_storages::test_the_rule_of_a_drop_in_reads_what_live_is
+    move_by           self.follow  @living_storages::test_the_rule_of_a_drop_in_reads_what_live_is
+    note_swap         self.mark()
+            @living_details::test_training_that_no_update_follows_is_named
+    pull              self.mark()  @living_details::test_writes_that_are_no_training
+    pull              self.ready()  @living_storages::test_pull_writes_what_live_is
+    set_clock         self.mark()  @living_details::test_writes_that_are_no_training
+    resume            self.forget_mark()  @living_details::test_writes_that_are_no_training
+    copy_live         self.teacher.forget_copies()
+            @living_details::test_reset_copies_frozen_weights_that_the_teacher_has_otherwise
+    _after_move       copy_frozen  @compat_modules::test_frozen_weights_follow_under_any_function
+    _after_move       copy_buffers  @into::test_registered_anew
 averaging/inventory.py
-    walk_tree         no longer shares memory
-    walk_tree         changes.replaced_buffers) => ())  @living_buffers,living_tree
-    _refuse_replaced  of the teacher is another object  @into
-    walk_tree         is gone from the model  @living_tree,reliability
-    walk_tree         changes.gone_buffers) => ())  @living_buffers,living_tree
-    walk_tree         is tied otherwise  @living_tree
-    walk_tree         is new and trainable  @living_storages
-    walk_tree         adopted + changes.replaced_buffers + changes.gone_buffers => ()  @living_tree
-    walk_tree         self.refuse_unfrozen()  @living_tree,discovery
-    rebind_moved      or state.layout_changed =>
-    rebind_moved      forget_reshaped_buffers  @living_buffers
-    refuse_unfrozen   became trainable  @living_tree
-    adopt             self._refuse_hopeless  @discovery
-    adopt             forget_buffers  @living_buffers,living_tree
-    _refuse_hopeless  is not dense  @discovery
-    _refuse_hopeless  float8 cannot  @discovery
-    _held_alike       and old.shape == new.shape and not alike => and False  @living_tree
-    _held_alike       or old.kind == new.kind == "buffer" =>  @living_buffers,living_tree
-    _kept             (shard.name, *shard.aliases) => (shard.name,)  @living_tree
+    walk_tree         no longer shares memory  @175
+    walk_tree         changes.replaced_buffers) => ())
+            @living_buffers::test_an_averaged_buffer_that_is_no_longer_shared_is_named
+    _refuse_replaced  of the teacher is another object
+            @into::test_a_teacher_whose_weights_are_replaced_is_named
+    walk_tree         is gone from the model
+            @living_tree::test_an_averaged_buffer_that_is_gone_is_named
+    walk_tree         changes.gone_buffers) => ())
+            @living_tree::test_an_averaged_buffer_that_is_gone_is_named
+    walk_tree         is tied otherwise  @living_texts::test_a_tie_is_called_a_tie
+    walk_tree         is new and trainable
+            @living_storages::test_the_next_update_sees_an_edit_of_the_tree
+    walk_tree         adopted + changes.replaced_buffers + changes.gone_buffers => ()
+            @living_tree::test_what_is_not_trained_is_adopted
+    walk_tree         self.refuse_unfrozen()
+            @living_details::test_a_weight_that_was_unfrozen_is_named_by_every_verb
+    rebind_moved      or state.layout_changed =>  @living_storages::test_a_conjugated_view_is_named
+    rebind_moved      forget_reshaped_buffers
+            @living_buffers::test_own_buffers_end_when_training_resizes_one_of_them
+    refuse_unfrozen   became trainable
+            @living_tree::test_a_complex_weight_that_is_unfrozen_is_noticed_too
+    adopt             self._refuse_hopeless
+            @discovery::test_what_cannot_be_averaged_is_refused_by_name
+    adopt             forget_buffers
+            @living_buffers::test_rescan_leaves_own_buffers_to_the_module_that_had_them
+    _refuse_hopeless  is not dense  @discovery::test_what_cannot_be_averaged_is_refused_by_name
+    _refuse_hopeless  float8 cannot  @discovery::test_frozen_integer_bool_and_float8_pass_through
+    _held_alike       and old.shape == new.shape and not alike => and False
+            @living_storages::test_rescan_loses_no_average_of_a_weight_that_turned
+    _held_alike       or old.kind == new.kind == "buffer" =>
+            @living_buffers::test_an_averaged_buffer_that_is_no_longer_shared_is_named
+    _kept             (shard.name, *shard.aliases) => (shard.name,)
+            @living_details::test_a_tie_under_an_earlier_name_keeps_its_average
 averaging/storage_watch.py
-    changed           True in [tensor.requires_grad for tensor in self._frozen] or =>  @living_tree
-    trained_unseen    and now[1] == before[1] =>  @optimizer_hooks,engines,metrics
-    trained_unseen    now[0] != before[0] => False  @optimizer_hooks,engines,metrics
+    changed           True in [tensor.requires_grad for tensor in self._frozen] or =>
+            @living_tree::test_a_complex_weight_that_is_unfrozen_is_noticed_too
+    trained_unseen    and now[1] == before[1] =>  @metrics::test_times_of_a_side_stream
+    trained_unseen    now[0] != before[0] => False  @optimizer_hooks::test_one_update_per_step
 averaging/storage_watch.py
     refuse_shared     in the memory of the average
-    refuse_shared     and their
-    agrees            return self.state.live.data_ptr()  @into
+            @living_storages::test_live_in_the_memory_of_the_average_is_named
+    refuse_shared     and their  @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
+    agrees            return self.state.live.data_ptr()
+            @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
 sharding/memory_watch.py
-    changed           self._table.differs() => False  @memory_watch,living_storages
-    changed           self._tree.changed() or =>  @memory_watch,living_storages
-    changed           or self._weights() != self._addresses =>  @memory_watch,living_storages
+    changed           self._table.differs() => False  @memory_watch
+    changed           self._tree.changed() or =>  @memory_watch
+    changed           or self._weights() != self._addresses =>  @memory_watch
     changed           return self._look() != self._read => return False
-    _weights          , map(_LOCAL_TENSOR, self._dtensors)) => )  @memory_watch,living_ranks
+            @living_storages::test_a_weight_that_is_transposed_in_place_is_named
+    _weights          , map(_LOCAL_TENSOR, self._dtensors)) => )
+            @living_details::test_a_local_tensor_that_fsdp2_replaces_is_followed
     _look             self._orders.now(read) => ()
+            @living_storages::test_a_weight_that_is_transposed_in_place_is_named
     _look             return _address_hash(read), => return None,
-    __init__          readers[id(shard.master())]  @zero
+            @living_details::test_an_averaged_buffer_that_is_assigned_is_followed
+    __init__          readers[id(shard.master())]
+            @living_details::test_masters_that_lie_elsewhere_are_noticed
     changed           self.sizes() != self._sizes or =>  @memory_watch
     changed           or not all( => and not all(  @memory_watch
     differs           not all(map(operator.is_, locals_, self._locals)) or =>  @memory_watch
     differs           or self._loop(*self._arguments) =>  @memory_watch
     _tabulate         plain and =>  @memory_watch
     _address_hash     except (TypeError, RuntimeError) => except ZeroDivisionError
+            @living_storages::test_the_next_update_sees_an_edit_of_the_tree
     now               [row_major, => [
+            @living_storages::test_a_weight_that_is_transposed_in_place_is_named
     now               chain(self._permuted, read) => read
+            @living_storages::test_a_weight_that_is_transposed_in_place_is_named
     now               chain(self._permuted, read) => self._permuted
+            @living_storages::test_an_averaged_buffer_that_is_transposed_in_place_is_named
     now               , *map(Tensor.is_conj, self._complex) =>
+            @living_storages::test_a_conjugated_view_is_named
 sharding/ownership.py
-    rebind            redescribe(self.shard)  @living_buffers
-    rebind            refuse_taken_over  @zero
-    rebind            has no memory now  @living_storages,living_texts
-    rebind            changed |=  @living_storages,to
+    rebind            redescribe(self.shard)
+            @living_buffers::test_own_buffers_end_when_training_resizes_one_of_them
+    rebind            refuse_taken_over  @living_subclasses::test_partitioned_later_is_named
+    rebind            has no memory now
+            @living_storages::test_a_storage_that_was_freed_is_named_and_followed_when_it_is_back
+    rebind            changed |=  @living_storages::test_a_model_that_was_cast_for_good_is_named
     rebind            changed = self.layout_changed => changed = False
+            @living_texts::test_a_resized_embedding_is_called_resized
     moved             not self.shard.dense or =>
-    assign            is sparse, quantized  @living_subclasses
+            @living_details::test_frozen_strided_weights_are_read_as_they_are
+    assign            is sparse, quantized
+            @living_subclasses::test_other_trained_subclasses_are_refused_by_name
 sharding/discovery.py
-    find_shards       _refuse_empty  @zero,living_texts
-    _plain            _refuse_unfilled  @living_texts,discovery
+    find_shards       _refuse_empty  @living_texts::test_weights_without_elements_are_refused
+    _plain            _refuse_unfilled  @discovery::test_what_cannot_be_averaged_is_refused_by_name
 sharding/tree_changes.py
-    _compare_weights  changes["gone" if  @living_tree
-    _compare_weights  changes["retied"].append(full)  @living_tree
+    _compare_weights  changes["gone" if  @living_tree::test_an_adapter_merged_and_unloaded
+    _compare_weights  changes["retied"].append(full)  @living_tree::test_every_verb_sees_the_edit
     _compare_weights  changes["replaced"].append
+            @living_swap::test_a_weight_that_leaves_the_model_inside_is_named
     _compare_weights  changes["new_trainable"
-    _compare_buffers  changes["new_buffers"]  @living_buffers,living_tree
-    _compare_buffers  changes["replaced_buffers"]  @living_buffers,living_tree
-    _compare_buffers  persistent != shard.persistent or =>  @living_buffers,living_tree
-    _compare_buffers  changes["gone_buffers"]  @living_buffers,living_tree
+            @living_storages::test_the_next_update_sees_an_edit_of_the_tree
+    _compare_buffers  changes["new_buffers"]
+            @living_buffers::test_files_hold_a_buffer_that_was_filled_since
+    _compare_buffers  changes["replaced_buffers"]
+            @living_buffers::test_an_averaged_buffer_that_is_no_longer_shared_is_named
+    _compare_buffers  persistent != shard.persistent or =>
+            @living_details::test_a_buffer_that_no_longer_persists_is_in_no_file
+    _compare_buffers  changes["gone_buffers"]
+            @living_tree::test_an_averaged_buffer_that_is_gone_is_named
 sharding/derived.py
-    caches_dropped    module.train(True)  @living_caches,living_buffers
-    caches_dropped    parametrize._cache.clear()  @living_caches,living_buffers
-    caches_dropped    module.train(False)  @living_caches,living_buffers
-    caches_dropped    module.train(mode)  @living_caches,living_buffers
-    caches_dropped    module.training = mode  @living_caches,living_buffers
-    is_power_iteration_vector  return name in ("_u", "_v") => return False  @living_buffers
-    is_power_iteration_vector  return any( => return False and any(  @living_buffers
-    refreshed_vectors  register_forward_pre_hook(_iterate)  @living_buffers
-    refreshed_vectors  partial(_iterate_old, norm)  @living_buffers
-    refreshed_vectors  vector.copy_(value)  @living_buffers
+    caches_dropped    module.train(True)  @living_caches::test_a_copy_in_eval_mode_is_never_stale
+    caches_dropped    parametrize._cache.clear()
+            @living_caches::test_a_cache_opened_inside_the_block
+    caches_dropped    module.train(False)  @living_caches::test_caches_are_dropped_at_both_ends
+    caches_dropped    module.train(mode)
+            @living_details::test_a_module_that_trains_in_one_that_does_not_merges_nothing
+    caches_dropped    module.training = mode  @living_caches::test_every_mode_is_restored
+    is_power_iteration_vector  return name in ("_u", "_v") => return False
+            @living_buffers::test_vectors_of_a_spectral_norm_are_not_averaged
+    is_power_iteration_vector  return any( => return False and any(
+            @living_buffers::test_vectors_of_a_spectral_norm_are_not_averaged
+    refreshed_vectors  register_forward_pre_hook(_iterate)
+            @living_buffers::test_recalibrate_refreshes_the_vectors_for_the_average
+    refreshed_vectors  partial(_iterate_old, norm)
+            @living_buffers::test_recalibrate_refreshes_the_vectors_for_the_average
+    refreshed_vectors  vector.copy_(value)
+            @living_buffers::test_vectors_are_restored_when_recalibrate_raises
 averaging/swap.py
-    enter             clear_autocast_cache  @swap,living_caches
-    leave             clear_autocast_cache  @swap,living_caches
-    leave             when_outermost(self._restore_alone) => when_outermost
-    _enter            with derived.caches_dropped(self._weights.model): => if True:  @living_caches
-    _enter            self._weights.mark()  @optimizer_hooks
+    enter             clear_autocast_cache  @living_caches::test_autocast_caches_see_the_swap
+    leave             clear_autocast_cache  @living_caches::test_autocast_caches_see_the_swap
+    leave             when_outermost(self._restore_alone) => when_outermost  @177
+    _enter            with derived.caches_dropped(self._weights.model): => if True:
+            @living_caches::test_parametrize_cached_sees_the_swap
+    _enter            self._weights.mark()  @living_details::test_writes_that_are_no_training
     _exchange_and_restore  with derived.caches_dropped(self._weights.model): => if True:
-    _leave            refuse_covered()
-    _leave            self._weights.reshard()  @swap
-    _leave            self._average.own_buffers |=  @living_buffers
-    _leave            self.remarks = swap_writes.describe  @living_swap
-    _leave            error.add_note  @living_swap
-    _lost             return [ => return [] and [  @living_swap
-    _close            discount  @living_swap
+            @living_caches::test_a_cache_opened_inside_the_block
+    _leave            refuse_covered()  @177
+    _leave            self._weights.reshard()  @living_details::test_fsdp2_in_one_process
+    _leave            self._average.own_buffers |=
+            @living_buffers::test_a_buffer_that_the_block_left_alone_is_kept_with_its_module
+    _leave            self.remarks = swap_writes.describe
+            @living_swap::test_a_write_is_named_and_live_is_restored
+    _leave            error.add_note
+            @living_details::test_an_exception_in_the_block_carries_what_was_written
+    _lost             return [ => return [] and [
+            @living_swap::test_a_weight_that_leaves_the_model_inside_is_named
+    _close            discount
+            @living_details::test_swaps_of_two_averages_in_each_other_write_nothing
     _close            note_swap(False)
-    __del__           self._restore_alone()  @swap,swap_interrupts
+            @living_buffers::test_own_buffers_end_when_training_resizes_one_of_them
+    __del__           self._restore_alone()  @swap::test_abandoned_and_interrupted
 averaging/swap_writes.py
     when_outermost    inner._waiting.append
+            @living_swap::test_swaps_that_are_left_in_another_order_are_named_and_restore_live
     refuse_covered    raise RuntimeError
-    watch             for one, two in
-    note              other.writes += 1
+            @living_swap::test_swaps_that_are_left_in_another_order_are_named_and_restore_live
+    watch             for one, two in  @177
+    note              other.writes += 1  @living_details::test_writes_that_are_no_training
 averaging/swap_writes.py
-    __init__          swaps.nested.clear()  @living_swap
-    names             or (state.layout_changed and state.shadow is not None) =>  @living_swap
-    names             state.rebind()  @living_swap
-    names             old._version != expected[0] or =>  @living_swap
-    names             or not _same_bits(old, state.local) =>  @living_swap
-    names             written = versions(state) != expected => written = False  @living_swap
-    changed_buffers   is no buffer of the model  @living_buffers,living_swap
-    changed_buffers   reshaped.add  @living_buffers
-    changed_buffers   in changed - reshaped => in changed  @living_buffers
+    __init__          swaps.nested.clear()
+            @living_details::test_swaps_of_two_averages_in_each_other_write_nothing
+    names             or (state.layout_changed and state.shadow is not None) =>
+            @living_storages::test_a_weight_transposed_inside_a_swap_is_named_at_the_exit
+    names             state.rebind()  @living_swap::test_a_write_is_named_and_live_is_restored
+    names             old._version != expected[0] or =>
+            @living_details::test_a_write_before_the_storage_moves_inside_is_named
+    names             or not _same_bits(old, state.local) =>
+            @living_swap::test_a_write_is_named_and_live_is_restored
+    names             written = versions(state) != expected => written = False
+            @living_swap::test_a_write_is_named_and_live_is_restored
+    changed_buffers   is no buffer of the model
+            @living_details::test_a_buffer_that_the_block_removes_is_named
+    changed_buffers   reshaped.add
+            @living_buffers::test_a_module_whose_bank_grew_inside_keeps_no_state
+    changed_buffers   in changed - reshaped => in changed
+            @living_buffers::test_a_module_whose_bank_grew_inside_keeps_no_state
 averaging/teacher.py
-    __init__          register_load_state_dict_pre_hook => register_forward_pre_hook  @into
-    give              requires_grad_(False)  @into
-    give              self._refuse_taken()  @into
-    give              self._refuse_unlike  @into
-    follow            of the teacher was  @living_storages,into
-    follow            state.teacher_copy = new  @into
-    follow            state.shadow = new  @into,living_storages
-    refuse_training   the optimizer trains  @into
-    copy_frozen       _copy(state)  @into
-    copy_frozen       or not state.shard.dense =>  @into
-    reshard           derived.caches_dropped(self.module) => torch.no_grad()  @living_caches
+    __init__          register_load_state_dict_pre_hook => register_forward_pre_hook
+            @into::test_load_state_dict_waits
+    give              requires_grad_(False)  @into::test_teacher_is_the_shadow
+    give              self._refuse_taken()  @into::test_a_teacher_of_two_averages_is_refused
+    give              self._refuse_unlike  @into::test_unlike_teachers_are_refused
+    follow            of the teacher was  @into::test_teacher_that_changes_is_named
+    follow            state.teacher_copy = new  @into::test_registered_anew
+    follow            state.shadow = new
+            @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
+    refuse_training   the optimizer trains  @into::test_teacher_is_not_trained
+    copy_frozen       _copy(state)  @into::test_frozen_weights_follow
+    copy_frozen       or not state.shard.dense =>
+            @living_details::test_frozen_strided_weights_are_read_as_they_are
+    reshard           derived.caches_dropped(self.module) => torch.no_grad()
+            @living_caches::test_a_copy_in_eval_mode_is_never_stale
 averaging/optimizer_hooks.py
-    _before           move_to_end  @living_optimizers
-    _stepped_unlisted  self._averager.bypassed +=  @living_optimizers,optimizer_hooks
-    _stepped          never since  @living_optimizers
-    _warn_of_wrapped_step  warnings.warn  @living_optimizers
-    _that_takes_hooks  raise ValueError  @living_optimizers
-    _run              is gone, so nothing  @optimizer_hooks
-    _forget_dead_hooks  del hooks[key]  @optimizer_hooks
-    _run              _forget_dead_hooks(getattr  @optimizer_hooks
+    _before           move_to_end
+            @living_optimizers::test_the_update_comes_after_hooks_that_were_registered_later
+    _stepped_unlisted  self._averager.bypassed +=
+            @living_optimizers::test_another_optimizer_that_steps_instead_is_named
+    _stepped          never since
+            @living_optimizers::test_an_optimizer_that_never_steps_is_named_once
+    _warn_of_wrapped_step  warnings.warn
+            @living_optimizers::test_a_step_that_was_replaced_on_the_optimizer_is_named_once
+    _that_takes_hooks  raise ValueError
+            @living_optimizers::test_a_zero_optimizer_is_refused_or_right
+    _run              is gone, so nothing  @optimizer_hooks::test_an_ema_that_is_dropped_is_freed
+    _forget_dead_hooks  del hooks[key]
+            @optimizer_hooks::test_an_ema_that_is_dropped_is_freed
+            @optimizer_hooks::test_an_ema_that_is_collected_within_a_step
+    _run              _forget_dead_hooks(getattr
+            @optimizer_hooks::test_an_ema_that_is_dropped_is_freed
+            @optimizer_hooks::test_an_ema_that_is_collected_within_a_step
 verbs/entry.py
-    warn_if_idle      warn(  @optimizer_hooks
-    warn_of_unexplained_keys  warn(  @living_subclasses,living_tree
+    warn_if_idle      warn(  @optimizer_hooks::test_one_update_per_step
+    warn_of_unexplained_keys  warn(  @living_tree::test_keys_that_nothing_explains_are_named
+averaging/average.py
+    refuse_dtype      raise ValueError  @to::test_refused
+    __post_init__     raise ValueError  @refusals::test_buffers_are_chosen_by_text_or_a_function
+averaging/averages.py
+    refuse            while a CUDA graph is captured  @emulated/test_waits::test_capture_is_refused
+averaging/engines.py
+    _refuse_failed    raise RuntimeError  @engines::test_a_worker_that_fails_reaches_the_trainer
+averaging/executors.py
+    run_shielded      raise error  @refusals::test_an_error_in_a_thread_is_raised
+    wait              raise RuntimeError  @refusals::test_a_thread_that_is_gone_is_named
+averaging/gather.py
+    _refuse_other     raise ValueError  @refusals::test_models_that_differ_take_no_copy
+averaging/inventory.py
+    _refuse           raise RuntimeError  @living_texts::test_a_tie_is_called_a_tie
+    adopt             is held by ranks  @refusals::test_a_model_that_is_sharded_after_its_average
+    adopt             raise ValueError(self.lacks
+            @living_buffers::test_a_choice_that_matches_nothing_is_an_error
+    average           raise ValueError  @several::test_which_names_an_average
+averaging/kernels/cpu_plan.py
+    run_on_threads    raise raised  @refusals::test_an_error_in_a_thread_is_raised
+averaging/kernels/gpu_plan.py
+    is_proved         is not used on  @gpu_triton::test_a_wrong_kernel_is_not_used
+averaging/optimizer_hooks.py
+    refuse_beside_masters  has fp32 masters  @refusals::test_masters_are_stepped_by_the_engine
+    refuse_beside_masters  is kept in 16 bits  @refusals::test_16_bits_without_masters
+averaging/swap.py
+    _leave            raise raised  @living_details::test_a_buffer_that_the_block_removes_is_named
+averaging/teacher.py
+    give              raise ValueError  @rl::test_a_reference_that_does_not_fit_is_refused
+    _refuse_taken     raise ValueError  @into::test_a_teacher_of_two_averages_is_refused
+    refuse_untied     raise ValueError  @into::test_unlike_teachers_are_refused
+    _refuse_unlike    in the model and {memory.shape}  @into::test_unlike_teachers_are_refused
+    _refuse_unlike    this rank holds  @into::test_unlike_teachers_are_refused
+    _refuse_unlike    which cannot hold its  @into::test_unlike_teachers_are_refused
+    _refuse_unlike    has fp32 masters  @refusals::test_masters_are_stepped_by_the_engine
+    _refuse_unlike    is strided or expanded  @into::test_unlike_teachers_are_refused
+    _refuse_unlike    is one weight in the model  @into::test_unlike_teachers_are_refused
+sharding/consistency.py
+    on_weights        raise ValueError  @consistency
+    on_averages       raise RuntimeError  @writer::test_on_ranks
+sharding/discovery.py
+    _describe         two stages of this rank  @pipelines::test_two_stages
+    _refuse_unfilled  raise ValueError  @into::test_unlike_teachers_are_refused
+    _dtensor          a Partial weight  @refusals::test_dtensors_that_cannot_be_averaged
+    _dtensor          should leave  @refusals::test_dtensors_that_cannot_be_averaged
+    _dtensor          the local tensor has  @refusals::test_dtensors_that_cannot_be_averaged
+    _members          raise ValueError
+            @refusals::test_weights_on_ranks_that_do_not_contain_each_other
+sharding/fsdp1.py
+    record            on the meta device  @refusals::test_fsdp1_on_the_meta_device
+    record            is a DTensor inside  @refusals::test_fsdp1_over_dtensors
+sharding/ownership.py
+    assign            has fp32 masters  @refusals::test_masters_are_stepped_by_the_engine
+    rebind            with {old.numel()} elements  @living_storages::test_a_conjugated_view_is_named
+sharding/parameters.py
+    __init__          got {type(given)  @parameters::test_what_is_no_list_is_refused
+    __init__          got {type(item)  @parameters::test_what_is_no_list_is_refused
+    __init__          belongs to FSDP1  @refusals::test_parameters_of_fsdp1
+sharding/zero.py
+    take_masters      is cut by DeepSpeed  @refusals::test_a_layout_that_is_not_known
+    refuse_taken_over  raise RuntimeError  @refusals::test_a_weight_that_deepspeed_took_over
+verbs/entry.py
+    adopt             raise ValueError  @refusals::test_stages_that_hold_nothing_to_average
+    refuse_staged     raise RuntimeError  @refusals::test_stages_have_no_whole_model
+    begin             warn(  @swap::test_swap_on_ranks
+    warn_if_nameless  warn(  @parameters::test_verbs_take_lists
+verbs/files.py
+    load              warn(*found  @refusals::test_averages_of_what_is_frozen_now_are_passed_over
+    submit            warn(*writer  @local_verbs
+    _write_together   warn(*self.writer  @writer::test_a_save_is_a_model
+    finish            warn(*self.writer  @publish::test_a_version_in_flight_is_not_waited_for
+verbs/publisher.py
+    begin             raise RuntimeError  @publish::test_a_version_in_flight_is_not_waited_for
+    _publish          warn(  @publish::test_a_full_disk_is_a_warning
 checkpoint/matching.py
-    _                 state.is_copied_buffer and not own => False  @living_buffers,reader
-    compare           if not state.is_copied_buffer: => if True:  @living_buffers,reader
-    _                 passed_over += sorted  @living_buffers,reader
+    _                 state.is_copied_buffer and not own => False
+            @living_buffers::test_a_resume_into_a_fresh_model_passes_over_copied_buffers
+    compare           if not state.is_copied_buffer: => if True:
+            @living_buffers::test_a_resume_into_a_fresh_model_passes_over_copied_buffers
+            @reader
+    _                 passed_over += sorted
+            @living_buffers::test_a_resume_into_a_fresh_model_passes_over_copied_buffers
+            @reader
 """
 
 
@@ -259,17 +413,17 @@ class Guard:
     function: str
     text: str
     instead: str | None
-    first: tuple[str, ...]  # files of tests
+    checks: tuple[str, ...]  # seeds and tests
 
     @classmethod
     def of(cls, file: str, line: str) -> Guard:
         """Of a line of GUARDS."""
-        rule, _, tests = line.strip().partition("  @")
+        rule, *tests = line.strip().split("  @")
         function, rest = rule.split(maxsplit=1)
         text, arrow, instead = rest.partition(" =>")
-        first = tuple(tests.split(",")) if tests else ()
+        checks = tuple(_check(name) for each in tests for name in each.split(","))
         return cls(
-            Path("dist_ema", file), function, text, instead.strip() if arrow else None, first
+            Path("dist_ema", file), function, text, instead.strip() if arrow else None, checks
         )
 
     def __str__(self) -> str:
@@ -314,7 +468,7 @@ def _segment(source: str, node: ast.stmt) -> str:
 def guards() -> list[Guard]:
     """Those of GUARDS, in that order, and every other refusal and warning of the same rooms."""
     found, file = [], ""
-    for line in GUARDS.strip().splitlines():
+    for line in re.sub(r"\n +@", "  @", GUARDS.strip()).splitlines():
         if line.startswith(" "):
             found.append(Guard.of(file, line))
         else:
@@ -346,106 +500,65 @@ def _refuses(node: ast.stmt) -> bool:
     return isinstance(call, ast.Call) and ast.unparse(call.func).endswith(("warn", "_refuse"))
 
 
-# --- which checks reach which guards --------------------------------------------------------------
-
-REACHED = """
-import os
-import sys
-
-FILE = os.open(os.environ["REACHED"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+# --- which checks belong to which guards ----------------------------------------------------------
 
 
-def at(number):
-    os.write(FILE, number.to_bytes(2, sys.byteorder))
-"""
+def _check(name: str) -> str:
+    """What runs it: a seed, a test, or a file or folder of tests."""
+    if name.isdecimal():
+        return f"seed {name}"
+    return f"tests/{name}" if (ROOT / "tests" / name).is_dir() else _test(*name.split("::"))
 
 
-@dataclass
-class Check:
-    """A test by its node id, or a program as `seed 17`. It is green where no guard is missing."""
-
-    name: str
-    seconds: float
-    reached: list[int]  # places in `guards`
-    ranks: bool = False  # it starts other processes
+def _test(file: str, *names: str) -> str:
+    return "::".join([f"tests/{file}.py" if "/" in file else f"tests/test_{file}.py", *names])
 
 
-class _Marker(ast.NodeTransformer):
-    """Some statements tell that they are reached."""
-
-    def __init__(self, numbers: dict[ast.AST, list[int]]) -> None:
-        self._numbers = numbers
-
-    def visit(self, node: ast.AST) -> Any:
-        self.generic_visit(node)
-        reached = "__import__('dist_ema._reached', fromlist=['at']).at"
-        numbers = self._numbers.get(node, ())
-        calls = [ast.parse(f"{reached}({number})").body[0] for number in numbers]
-        return [*calls, node] if calls else node
+def _phrases(node: ast.AST) -> set[str]:
+    """Every three words that follow each other in one of its texts."""
+    found = set()
+    for text in ast.walk(node):
+        if isinstance(text, ast.Constant) and isinstance(text.value, str):
+            words = re.findall(r"[a-z_]+", text.value.lower())
+            found |= {" ".join(words[place : place + 3]) for place in range(len(words) - 2)}
+    return found
 
 
-def _mark(copy: Path) -> None:
-    """Every guard of the copy writes its number, two bytes, when it is reached."""
-    for name in {guard.file for guard in guards()}:
-        source = (copy / name).read_text()
-        tree = ast.parse(source)
-        numbers: dict[ast.AST, list[int]] = {}
-        for number, guard in enumerate(guards()):
-            node = guard.find(source, tree) if guard.file == name else None
-            if node is not None:
-                numbers.setdefault(node, []).append(number)
-        (copy / name).write_text(
-            ast.unparse(ast.fix_missing_locations(_Marker(numbers).visit(tree)))
-        )
-    (copy / "dist_ema" / "_reached.py").write_text(REACHED)
+@cache
+def _quotes() -> list[tuple[str, set[str]]]:
+    """The phrases of every test, and of what it uses of its file."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        nodes = {name: node for node in ast.parse(path.read_text()).body for name in _names(node)}
+        for name in [name for name in nodes if name.startswith("test_")]:
+            used, reached = [name], {name}
+            for each in used:
+                inner = {node.id for node in ast.walk(nodes[each]) if isinstance(node, ast.Name)}
+                used += sorted((inner & nodes.keys()) - reached)
+                reached |= inner
+            phrases = set().union(*(_phrases(nodes[each]) for each in used))
+            found.append((f"{path.relative_to(ROOT)}::{name}", phrases))
+    return found
 
 
-class _Recorder:
-    """A pytest plugin that notes what each green test reaches, in its ranks too."""
-
-    def __init__(self) -> None:
-        self.checks: list[Check] = []
-        self._seconds, self._is_green = 0.0, False
-
-    def add(self, name: str, seconds: float, is_green: bool, ranks: bool = False) -> None:
-        """It has reached what the file holds since the last call."""
-        reached = array("H", Path(os.environ["REACHED"]).read_bytes())
-        os.truncate(os.environ["REACHED"], 0)
-        if is_green:
-            self.checks.append(Check(name, seconds, sorted(set(reached)), ranks))
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._seconds += report.duration
-        self._is_green |= report.when == "call" and report.passed
-        if report.when == "teardown":
-            ranks = "multirank" in report.keywords
-            self.add(report.nodeid, self._seconds, self._is_green, ranks)
-            self._seconds, self._is_green = 0.0, False
+def _names(node: ast.stmt) -> list[str]:
+    """What a statement of a module defines."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def _record(tests: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The checks, as dicts. In a marked copy."""
-    with tempfile.NamedTemporaryFile() as out:
-        os.environ["REACHED"] = out.name  # for ranks
-        module: Any = importlib.import_module("dist_ema._reached")
-        module.FILE = os.open(out.name, os.O_WRONLY | os.O_APPEND)
-        recorder = _Recorder()
-        for seed in seeds:
-            begin = time.monotonic()
-            failure = _failure_of(seed)
-            recorder.add(f"seed {seed}", time.monotonic() - begin, not failure)
-        if tests:  # without any, pytest runs all
-            pytest.main([*PYTEST, *tests], [recorder])
-        return [vars(check) for check in recorder.checks]
-
-
-def _path_of(test: str) -> str:
-    return f"tests/{test}" if (ROOT / "tests" / test).is_dir() else f"tests/test_{test}.py"
-
-
-def _failure_of(seed: int) -> str:
-    """What is silent or unclear in a program of one process."""
-    return str(importlib.import_module("tests.host_programs").run(seed).failure)
+def _checks(guard: Guard, source: str) -> Sequence[str]:
+    """In the order in which they run."""
+    node = guard.find(source, ast.parse(source))
+    if guard.checks or node is None:
+        return guard.checks
+    phrases = _phrases(node)
+    shared = {name: len(phrases & quoted) for name, quoted in _quotes()}
+    least = max(1, max(shared.values()) // 2)
+    names = [name for name in shared if shared[name] >= least]
+    return sorted(names, key=shared.__getitem__, reverse=True)[:QUOTED]
 
 
 # --- a guard is missing ---------------------------------------------------------------------------
@@ -480,113 +593,50 @@ class _Judge:
         self._session.shouldstop = bool(self.red)
 
 
-def _judge(
-    batches: Sequence[Sequence[str]], missing: tuple[Guard, str, str] | None = None
-) -> list[str]:
-    """The first of the checks that is red, and the first whose red proves nothing.
-
-    Args:
-        batches: Names of checks. Each batch of tests is one run of pytest.
-        missing: A guard that is to be deleted here, and `_swap`'s sources.
-    """
+def _judge(names: Sequence[str]) -> list[str]:
+    """The first of the checks that is red, and the first whose red proves nothing."""
     judge = _Judge()
-    if missing is not None:
-        _swap(*missing)
-    for batch in batches:
-        tests = [name for name in batch if not name.startswith("seed ")]
-        if tests and not judge.red:
-            pytest.main([*PYTEST, *tests], [judge])
-        for name in batch if not tests else ():
+    for is_seed, some in itertools.groupby(names, key=_is_seed):
+        batch = list(some)
+        if not is_seed and not judge.red:
+            pytest.main([*PYTEST, *batch], [judge])
+        for name in batch if is_seed else ():
             if not judge.red:
                 judge.take(name, _failure_of(int(name.split()[1])))
     return [judge.red, judge.doubtful]
 
 
-def _swap(guard: Guard, whole: str, without: str) -> None:
-    """The functions that differ between two sources of a module run as the second has them."""
-    name = ".".join(guard.file.with_suffix("").parts)
-    importlib.import_module(name)
-    old, new = (dict(_functions(compile(source, name, "exec"))) for source in (whole, without))
-    for each in gc.get_objects():
-        # NOTE: what decorators wrap around a function has its name, and another file.
-        if type(each) is FunctionType and each.__code__.co_filename.endswith(str(guard.file)):
-            key = each.__qualname__, each.__code__.co_varnames[: each.__code__.co_argcount]
-            if new.get(key) != old.get(key):
-                each.__code__ = new[key]
+def _is_seed(name: str) -> bool:
+    return name.startswith("seed ")
 
 
-def _functions(code: CodeType, prefix: str = "") -> Iterator[tuple[Any, CodeType]]:
-    """By qualified names and arguments."""
-    for inner in [const for const in code.co_consts if isinstance(const, CodeType)]:
-        name = prefix + inner.co_name
-        if inner.co_flags & inspect.CO_OPTIMIZED:
-            yield (name, inner.co_varnames[: inner.co_argcount]), inner
-            name += ".<locals>"
-        yield from _functions(inner, name + ".")
+def _failure_of(seed: int) -> str:
+    """What is silent or unclear in a program of one process."""
+    return str(importlib.import_module("tests.host_programs").run(seed).failure)
 
 
-def _batches(guard: Guard, reaching: Sequence[Check], limit: float) -> list[list[str]]:
-    """The checks that reach the guard, in the order in which they run.
-
-    Args:
-        limit: Seconds that those take which neither the guard's line names nor come first.
-    """
-    reaching = sorted(reaching, key=lambda check: check.seconds)
-    first = [
-        each.name for each in reaching if each.name.startswith(tuple(map(_path_of, guard.first)))
-    ]
-    seeds = [check.name for check in reaching if check.name.startswith("seed ")][:FEW]
-    rest = [check for check in reaching if check.name not in {*first[:FEW], *seeds}]
-    ends = itertools.accumulate(check.seconds for check in rest)
-    quick = [check.name for check, end in zip(rest, ends, strict=True) if end < limit]
-    batches = [first[:FEW], seeds]
-    for is_seed in (False, True):
-        some = [name for name in quick if name.startswith("seed ") == is_seed]
-        batches += [some[: 4 * FEW], some[4 * FEW :]]
-    return [batch for batch in batches if batch]
-
-
-def verdict(
-    guard: Guard, number: int, copy: Path, checks: Sequence[Check], limit: float = 300
-) -> str:
-    """What turns red without the guard; GREEN if nothing does.
-
-    Checks of this process come first, with the guard's function swapped. For those of several the
-    file is written without it.
-    """
+def verdict(guard: Guard, copy: Path, seconds: float = 1200) -> str:
+    """What turns red without the guard; GREEN if nothing does."""
     file = copy / guard.file
     whole = file.read_text() if file.exists() else ""
     without = guard.delete(whole)
     if without is None:
         return "GONE"
-    reaching = [check for check in checks if number in check.reached]
-    found = f"GREEN in the quick ones of {len(reaching)} checks"
-    for ranks in (False, True):
-        some = [check for check in reaching if check.ranks == ranks]
-        seconds = 300 + 9 * sum(check.seconds for check in some)
-        try:
-            if ranks:
-                file.write_text(without)
-                fork = _Fork(_judge, _batches(guard, some, limit), copy=copy)
-            else:
-                fork = _Fork(_judge, _batches(guard, some, limit), (guard, whole, without))
-            red, doubtful = fork.result(seconds) or ("", "it hangs or dies")
-        finally:
-            file.write_text(whole)
-        if red:
-            return str(red)[:200]
-        found = f"DOUBTFUL: {doubtful[:200]}" if doubtful else found
-    return found
+    names = _checks(guard, whole)
+    try:
+        file.write_text(without)
+        red, doubtful = _Fork(_judge, names, copy=copy).result(seconds) or ("", "it hangs or dies")
+    finally:
+        file.write_text(whole)
+    if red:
+        return str(red)[:200]
+    return f"DOUBTFUL: {doubtful[:200]}" if doubtful else f"GREEN in {', '.join(names) or 'none'}"
 
 
-def _come_and_go(found: Sequence[str]) -> list[str]:
-    """Those of the verdicts whose check is red with the guard too."""
-    red = {each: each.partition(" - ")[0] for each in found if not each.startswith(BAD)}
-    names = set(red.values())
-    tests = sorted(name for name in names if not name.startswith("seed "))
-    seeds = sorted(int(name.split()[1]) for name in names.difference(tests))
-    green = {check["name"] for check in _Fork(_record, tests, seeds).result(3600) or ()}
-    return [each for each, name in red.items() if name not in green]
+def _comes_and_goes(red: str, copy: Path) -> bool:
+    """The check of this verdict is red with the guard too."""
+    name = red.partition(" - ")[0]
+    return bool(_Fork(_judge, [name], copy=copy).result(1200) != ["", ""])
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -644,77 +694,39 @@ def _enter(copy: Path) -> None:
 
 
 def _copied(folder: str, name: str) -> Path:
-    hidden = shutil.ignore_patterns(".*", "__pycache__", "runs", "site")
+    hidden = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "runs", "site")
     return Path(shutil.copytree(ROOT, Path(folder, name), ignore=hidden, symlinks=True))
 
 
-def _work(numbered: list[tuple[int, Guard]], copy: Path, checks: Sequence[Check]) -> list[str]:
+def _work(some: list[Guard], copy: Path) -> list[str]:
     found = []
-    for number, guard in numbered:
-        found.append(verdict(guard, number, copy, checks))
-        print(f"| {guard} | {found[-1]} |", flush=True)
+    for guard in some:
+        begin = time.monotonic()
+        answer = verdict(guard, copy)
+        if not answer.startswith(BAD) and _comes_and_goes(answer, copy):
+            answer = f"DOUBTFUL, red with the guard too: {answer}"
+        print(f"| {guard} | {answer} | {time.monotonic() - begin:.0f} s |", flush=True)
+        found.append(answer)
     return found
-
-
-def _import_all(folder: str, tests: Sequence[str]) -> None:
-    """From a marked copy. What no program imports before it runs comes with the first."""
-    copy = _copied(folder, "marked")
-    _mark(copy)
-    os.environ["REACHED"] = os.devnull
-    _enter(copy)
-    with contextlib.redirect_stdout(io.StringIO()):
-        pytest.main([*PYTEST, "--collect-only", *tests])
-    _failure_of(0)
-
-
-def _recorded(tests: Sequence[str], seeds: int, jobs: int) -> list[dict[str, Any]]:
-    plan = importlib.import_module("tests.host_programs").plan(list(range(seeds)))
-    plain = plan["none", 1]  # needs no other process
-    forks = [_Fork(_record, tests[job::jobs], plain[job::jobs]) for job in range(jobs)]
-    return [check for fork in forks for check in fork.result(7200) or ()]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("words", nargs="*", help="of the lines to check")
-    parser.add_argument("--seeds", type=int, default=100, help="host programs to draw from")
     parser.add_argument("--jobs", type=int, default=2, help="at once")
-    parser.add_argument("--record", type=Path, help="a file, kept, of what reaches what")
     options = parser.parse_args()
     sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
-    numbered = [
-        (number, guard)
-        for number, guard in enumerate(guards())
-        if all(word in str(guard) for word in options.words)
-    ]
-    names = [*TESTS, *(name for guard in guards() for name in guard.first)]
-    tests = list(dict.fromkeys(map(_path_of, names)))
-    record = options.record and options.record.absolute()
+    some = [each for each in guards() if all(word in str(each) for word in options.words)]
     with tempfile.TemporaryDirectory() as folder:
-        _import_all(folder, tests)
-        if record and record.exists():
-            known = json.loads(record.read_text())
-        else:
-            known = _recorded(tests, options.seeds, options.jobs)
-            if record:
-                record.write_text(json.dumps(known))
-        checks = [Check(**each) for each in known]
         forks = [
-            _Fork(_work, numbered[k :: options.jobs], _copied(folder, str(k)), checks, aloud=True)
-            for k in range(options.jobs)
+            _Fork(_work, some[job :: options.jobs], _copied(folder, str(job)), aloud=True)
+            for job in range(options.jobs)
         ]
-        shares = [fork.result(86400) for fork in forks]
-        found = [
-            each
-            for share in shares
-            for each in (["DOUBTFUL: its process died"] if share is None else share)
-        ]
-        doubtful = _come_and_go(found)
-    for each in doubtful:
-        print(f"DOUBTFUL, red with the guard too: {each}")
-    bad = doubtful + [each for each in found if each.startswith(BAD)]
-    print(f"{len(found) - len(bad)} of {len(found)} guards are red when they are missing")
-    return int(bool(bad))
+        shares = [fork.result(86400) or ["DOUBTFUL: its process died"] for fork in forks]
+    found = [answer for share in shares for answer in share]
+    red = [answer for answer in found if not answer.startswith(BAD)]
+    print(f"{len(red)} of {len(found)} guards are red when they are missing")
+    return int(len(red) < len(some))
 
 
 if __name__ == "__main__":

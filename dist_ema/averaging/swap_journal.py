@@ -154,11 +154,6 @@ def _exchanged(state: ParamState) -> bool:
 
 def _views(state: ParamState, begin: int, end: int) -> tuple[Tensor, Tensor]:
     """Live and shadow. *Aliases* both."""
-    if len(state.own_shadow) != state.averaged_region.numel:
-        raise RuntimeError(
-            f"{state.name}: the shadow has {len(state.own_shadow)} elements and the weight has "
-            f"{state.averaged_region.numel}."
-        )
     return state.live[begin:end], state.own_shadow[begin:end]
 
 
