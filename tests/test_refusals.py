@@ -161,15 +161,6 @@ OF_ONE_RANK = pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SH
 
 
 @OF_ONE_RANK
-def test_fsdp1_on_the_meta_device(alone: DeviceMesh) -> None:
-    model = FullyShardedDataParallel(
-        nn.Linear(4, 4, device="meta"), param_init_fn=lambda _: None, device_id=CPU
-    )
-    with pytest.raises(ValueError, match="weight is on the meta device. Pass param_init_fn"):
-        EMA(model)
-
-
-@OF_ONE_RANK
 def test_fsdp1_over_dtensors(alone: DeviceMesh) -> None:
     mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
     model = linear()
