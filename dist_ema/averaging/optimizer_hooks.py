@@ -42,7 +42,7 @@ __all__ = ["Attachment", "refuse_beside_masters"]
 
 PATIENCE = 128  # steps of one optimizer without an update, after which the others are named
 # Wrappers that take no hooks themselves and do nothing after the inner step: (package, class).
-TRANSPARENT = (
+TRANSPARENT_OPTIMIZERS = (
     ("accelerate", "AcceleratedOptimizer"),
     ("lightning", "LightningOptimizer"),
     ("pytorch_lightning", "LightningOptimizer"),
@@ -337,4 +337,4 @@ def _is_wrapped(optimizer: Any) -> bool:
 
 def _is_transparent(optimizer: Any) -> bool:
     kind = type(optimizer)
-    return (kind.__module__.split(".")[0], kind.__name__) in TRANSPARENT
+    return (kind.__module__.split(".")[0], kind.__name__) in TRANSPARENT_OPTIMIZERS
