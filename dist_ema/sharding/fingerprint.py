@@ -64,8 +64,14 @@ def _bit_sum(data: Tensor) -> Tensor:
 
 
 def _to_host(hashes: Iterable[Tensor]) -> list[int]:
-    each = [value.cpu() for value in hashes]
-    return torch.stack(each).tolist() if each else []  # type: ignore[no-any-return]
+    """Waits once for all of a device."""
+    each = list(hashes)
+    devices = dict.fromkeys(value.device for value in each)
+    found = {
+        device: iter(torch.stack([value for value in each if value.device == device]).tolist())
+        for device in devices
+    }
+    return [next(found[value.device]) for value in each]
 
 
 def _factors(n: int, device: torch.device) -> Tensor:
