@@ -138,10 +138,10 @@ def compare(pairs: list[ShadowPair], weights: list[Any], ulps: int = 0, **option
 
 
 def check_equal(live: torch.dtype, shadow: torch.dtype, where: str) -> None:
-    for weight in EXACT:
+    for weight in EXACT if where == "own" else EXACT[1:2]:  # no weight knows an address
         compare(make(live, shadow, 1, where), [weight])
     compare(make(live, shadow, 3, where), [0.25, torch.tensor(0.75), torch.tensor(0.0)])
-    if shadow == F32:
+    if shadow == F32 and where == "own":
         for weight in (0.001, 0.3, 0.9):
             compare(make(live, shadow, 1, where), [weight], ulps=1)
 

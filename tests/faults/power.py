@@ -215,11 +215,15 @@ class Recording:
         assert found == real_paths, found ^ real_paths
 
     def states(self, draw: random.Random) -> Iterator[tuple[int, Disk]]:
-        """(moment, disk) for the subsets of what is in flight at each moment."""
+        """(moment, disk) for the subsets of what is in flight at each moment, each subset once."""
+        seen: set[tuple[frozenset[int], bool]] = set()
         for moment, (count, durable) in enumerate(self.moments):
             in_flight = [i for i in range(count) if i not in durable]
             for taken in subsets(in_flight, draw):
-                yield moment, self._disk(durable | taken, count)
+                key = (durable | taken, moment == len(self.moments) - 1)
+                if key not in seen:
+                    seen.add(key)
+                    yield moment, self._disk(durable | taken, count)
 
     def _disk(self, taken: frozenset[int], count: int) -> Disk:
         disk = self.first.copy()
