@@ -74,7 +74,7 @@ def whole(folder: Path) -> bool:
 def training_goes_on(folder: str, kind: str, mode: Any) -> None:
     """The file holds the call's moment: shadows, frozen weights and buffers, however much is
     trained meanwhile, with training's own collectives and those of other verbs in between. Guards
-    the copies in writer._stage.
+    the copies in BlockPlacer.stage.
     """
     run = Training(kind)
     ema = EMA(run.model, [0.5, 0.9])

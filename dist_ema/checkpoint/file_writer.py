@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..averaging.kernels.eager import SCRATCH
 from ..distributed import connections, machines, transfer
+from ..sharding.arena import ALIGN
 from ..sharding.geometry import Box, byte_runs, bytes_of, runs
 from . import crc32, disk, torch_dtypes
 from .request import SaveRequest
 
 __all__ = ["BlockPlacer", "FileWriter"]
+
+
+class _Placed(NamedTuple):
+    """A block, its weight's name and dtype in the file, and the number of the file."""
+
+    name: str
+    file: int
+    dtype: torch.dtype
+    block: transfer.Block
 
 
 class BlockPlacer:
@@ -32,60 +43,77 @@ class BlockPlacer:
         self._files = list(request.files.values())
         self.sums = [crc32.RangeSum(file.size) for file in self._files]
         numbers = {name: number for number, name in enumerate(request.files)}
-        self._blocks: list[
-            tuple[str, int, transfer.Block]
-        ] = []  # name in the file, its number, block
+        self._blocks = list[_Placed]()
         for average, plan in zip(request.averages, request.plans, strict=True):
             where = {name: numbers[file] for file in plan for name in plan[file].entries}
             names = list(map(average.name_of, average.states))
-            self._blocks += [
-                (names[block.number], where[names[block.number]], block) for block in average.blocks
-            ]
+            for block in average.blocks:
+                name = names[block.number]
+                file = where[name]
+                dtype = torch_dtypes.DTYPES[self._files[file].entries[name].dtype]
+                self._blocks.append(_Placed(name, file, dtype, block))
+
+    def stage(self) -> None:
+        """Copy the blocks into one buffer on the host, in the dtypes of the files, and wait for it.
+
+        It is pinned for an accelerator. Casts are made here and not behind training: a thread of
+        its own would take a second team of torch's threads, which training then waits for.
+        """
+        lengths = [each.block.data.numel() * each.dtype.itemsize for each in self._blocks]
+        sizes = [-(-length // ALIGN) * ALIGN for length in lengths]
+        found = {each.block.data.device for each in self._blocks}
+        devices = [device for device in found if device.type != "cpu"]
+        buffer = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=bool(devices))
+        staged = []
+        for each, room, length in zip(self._blocks, buffer.split(sizes), lengths, strict=True):
+            copy = room[:length].view(each.dtype).view(each.block.data.shape)
+            copy.copy_(each.block.data, non_blocking=True)
+            staged.append(each._replace(block=each.block._replace(data=copy)))
+        _refuse_too_large((each.name, each.block.data, each.dtype) for each in self._blocks)
+        for device in devices:
+            torch.accelerator.synchronize(device)
+        self._blocks = staged
 
     def runs(self) -> Iterator[connections.Run]:
         """All runs of this rank, in the dtypes of the files."""
         for placed in self._blocks:
-            yield from self._runs(*placed)
+            yield from self._runs(placed)
 
     def runs_by_range(
         self, routes: machines.Routes
     ) -> Iterator[tuple[int, Iterator[connections.Run]]]:
         """(a range, this rank's runs in it), in the order of the routes."""
-        chosen: dict[int, list[tuple[str, int, transfer.Block]]] = {}
+        chosen: dict[int, list[_Placed]] = {}
         for placed in self._blocks:
-            name, file, block = placed
-            if block.data.numel():
-                begin, end = self._extent(name, file, block)
-                for number in routes.ranges(file, begin, end):
+            if placed.block.data.numel():
+                begin, end = self._extent(placed)
+                for number in routes.ranges(placed.file, begin, end):
                     chosen.setdefault(number, []).append(placed)
         for number in routes.order:
             if number in chosen:
                 clip = partial(routes.clip, number)
-                runs_here = (self._runs(*placed, clip) for placed in chosen[number])
+                runs_here = (self._runs(placed, clip) for placed in chosen[number])
                 yield number, chain.from_iterable(runs_here)
 
-    def _extent(self, name: str, file: int, block: transfer.Block) -> tuple[int, int]:
+    def _extent(self, placed: _Placed) -> tuple[int, int]:
         """The first byte of a block in its file, and the end of its last one."""
+        name, file, dtype, block = placed
         entry, shape = self._files[file].entries[name], block.data.shape
         last = tuple(o + n - 1 for o, n in zip(block.offsets, shape, strict=True))
         corners = (Box(offsets, (1,) * len(shape)) for offsets in (block.offsets, last))
         first, final = (next(runs(corner, entry.shape))[0] for corner in corners)
-        base, size = (
-            len(self._files[file].head) + entry.begin,
-            torch_dtypes.DTYPES[entry.dtype].itemsize,
-        )
+        base, size = len(self._files[file].head) + entry.begin, dtype.itemsize
         return base + first * size, base + (final + 1) * size
 
     def _runs(
         self,
-        name: str,
-        file: int,
-        block: transfer.Block,
+        placed: _Placed,
         clip: Callable[[int, int, int], tuple[int, int]] = lambda file, begin, end: (begin, end),
     ) -> Iterator[connections.Run]:
         """The runs of a block, as far as `clip` keeps them. They are added to the sum."""
+        name, file, dtype, block = placed
         entry = self._files[file].entries[name]
-        dtype, base = torch_dtypes.DTYPES[entry.dtype], len(self._files[file].head) + entry.begin
+        base = len(self._files[file].head) + entry.begin
         view = bytes_of(_cast(name, block.data, dtype).contiguous())
         box = Box(block.offsets, tuple(block.data.shape))
         for start, data in byte_runs(box, entry.shape, view, dtype.itemsize):
@@ -145,23 +173,38 @@ class FileWriter:
 
 def _cast(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
     """On the host. Raises ValueError where a finite value would become infinite or NaN."""
-    new = data.to(dtype)
-    if not _fits(data, dtype):
-        for was, now in zip(
-            data.reshape(-1).split(SCRATCH), new.reshape(-1).split(SCRATCH), strict=True
-        ):
-            if not bool((now.float().isfinite() | ~was.isfinite()).all()):
+    _refuse_too_large([(name, data, dtype)])
+    return data.to(dtype).cpu()
+
+
+def _refuse_too_large(casts: Iterable[tuple[str, Tensor, torch.dtype]]) -> None:
+    """Raise ValueError where a cast would make a finite value infinite or NaN.
+
+    Note:
+        *Cost*: reads what is cast once; waits once for each device.
+    """
+    by_device: dict[torch.device, list[tuple[str, Tensor, torch.dtype]]] = {}
+    for name, data, dtype in casts:
+        narrows = data.dtype != dtype and dtype.is_floating_point and data.numel()
+        if narrows and torch.finfo(dtype).max < torch.finfo(data.dtype).max:
+            by_device.setdefault(data.device, []).append((name, data, dtype))
+    for chosen in by_device.values():
+        # NOTE: casts are monotone, and NaN shows in the extremes. To ask each element takes fifty
+        # times as long.
+        extremes = [
+            torch.stack(torch.aminmax(data.float() if data.dtype.itemsize == 1 else data))
+            for _, data, _ in chosen
+        ]
+        cast = zip(extremes, chosen, strict=True)
+        finite = torch.stack([each.to(dtype).float() for each, (_, _, dtype) in cast]).isfinite()
+        for (name, data, dtype), fits in zip(chosen, finite.all(1).tolist(), strict=True):
+            if not (fits or _fits(data, dtype)):
                 raise ValueError(
                     f"{name} holds values that are too large for {dtype}. Choose another dtype."
                 )
-    return new.cpu()
 
 
 def _fits(data: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all values stay finite in that dtype. False where some are not finite already."""
-    if not (dtype.is_floating_point and torch.finfo(dtype).max < torch.finfo(data.dtype).max):
-        return True
-    if data.dtype.itemsize == 1 or not data.numel():  # torch finds no extremes of float8
-        return False
-    # NOTE: casts are monotone. `isfinite` of each element takes fifty times as long.
-    return bool(torch.stack(torch.aminmax(data)).to(dtype).float().isfinite().all())
+    """Whether each finite element stays finite."""
+    parts = data.reshape(-1).split(SCRATCH)
+    return all(bool((part.to(dtype).float().isfinite() | ~part.isfinite()).all()) for part in parts)

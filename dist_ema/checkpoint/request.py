@@ -6,7 +6,6 @@ The first rank makes that folder before the first byte, and completes and puts i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -59,19 +58,17 @@ class AverageFiles:
     own_buffers: dict[str, Tensor]
     schedule: dict[str, Any]
     label: str = ""
-    staged: list[Block] | None = None  # copies, in place of what the states hold by now
     alone: bool = False  # this rank writes everything
+    writes: bool = True  # this rank does not leave its part to others
     form: FileForm = field(default_factory=FileForm)
     inventory_of_all: dict[str, WeightRecord] | None = None
 
-    @cached_property
+    @property
     def blocks(self) -> list[Block]:
-        """What this rank writes. *Aliases* shadows and live weights, unless copies are staged."""
-        return (
-            list(saved_blocks(self.states, self.own_buffers, self.alone))
-            if self.staged is None
-            else self.staged
-        )
+        """What this rank writes. *Aliases* shadows and live weights."""
+        if not self.writes:
+            return []
+        return list(saved_blocks(self.states, self.own_buffers, self.alone))
 
     @property
     def prefix(self) -> str:
@@ -194,11 +191,6 @@ class SaveRequest:
                 "with only=."
             )
         return KINDS[dtype]
-
-    def with_blocks(self, take: Callable[[list[Block]], list[Block]]) -> SaveRequest:
-        """The same request with other blocks of each average."""
-        averages = [replace(each, staged=take(each.blocks)) for each in self.averages]
-        return replace(self, averages=averages)
 
     def full_manifest(self, files: dict[str, dict[str, Any]]) -> Manifest:
         """What goes into ema.json. files: size and check sum of every file."""

@@ -19,13 +19,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from ..averaging.executors import run_shielded
-from ..distributed import diagnosis, transfer
+from ..distributed import diagnosis
 from ..distributed.machines import Routes
 from ..distributed.ranks import Ranks
-from ..sharding.arena import ALIGN
 from . import atomic, background, crc32, file_writer
 from .request import AverageFiles, SaveRequest, disk_errors, make_folder, put_in_place
 
@@ -41,6 +38,7 @@ class _PreparedSave:
 
     request: SaveRequest
     folder: Path
+    placer: file_writer.BlockPlacer
     routes: Routes | None = None
 
 
@@ -112,7 +110,7 @@ class Writer:
 
     def _prepare(self, request: SaveRequest, stage: bool) -> _PreparedSave:
         """Check everything before the first byte is written; reserve the space. *Collective*."""
-        ranks, made = self._ranks, list[SaveRequest]()
+        ranks, made = self._ranks, list[file_writer.BlockPlacer]()
 
         request.refuse_unsound()  # alike on all ranks, which have compared their arguments
 
@@ -123,7 +121,7 @@ class Writer:
         folder = Path(ranks.run_on_first(request.verb, make))
         try:
             routes = self._routes(request, folder, stage, made)
-            return _PreparedSave(made[0], folder, routes)
+            return _PreparedSave(request, folder, made[0], routes)
         except BaseException:
             self._abandon(folder)
             raise
@@ -141,11 +139,15 @@ class Writer:
             )
 
     def _routes(
-        self, request: SaveRequest, folder: Path, stage: bool, made: list[SaveRequest]
+        self,
+        request: SaveRequest,
+        folder: Path,
+        stage: bool,
+        made: list[file_writer.BlockPlacer],
     ) -> Routes | None:
         """Which ranks write what. None: all write into place, as they share machine and folder.
 
-        *Collective*. The request goes to `made`, with its blocks copied if they are to be staged.
+        *Collective*. What places the blocks goes to `made`, with copies if they are to be staged.
 
         Raises:
             ValueError: The ranks would write different files.
@@ -165,7 +167,9 @@ class Writer:
         def ready() -> bool:
             if error is not None:
                 raise error
-            made.append(request.with_blocks(_stage) if stage else request)
+            made.append(file_writer.BlockPlacer(request))
+            if stage:
+                made[0].stage()
             return not sees
 
         try:
@@ -201,24 +205,23 @@ class Writer:
         files = file_writer.FileWriter(
             prepared.folder, list(request.files), partial(disk_errors, request)
         )
-        placer = file_writer.BlockPlacer(request)
         on_machines = prepared.routes is not None or request.mode == "direct"
 
         def write() -> dict[str, int]:
             if prepared.routes is None:
-                for run in placer.runs():
+                for run in prepared.placer.runs():
                     files.write(*run)
             # NOTE: the first rank wrote the head of every file, and the fsync of another machine
             # may not reach that.
             files.sync(every=ranks.first and on_machines)
-            return placer.contributions()
+            return prepared.placer.contributions()
 
         def finish(sums: dict[str, int]) -> None:
             remarks.extend(put_in_place(request, prepared.folder, sums))
 
         try:
             if prepared.routes is not None:
-                _exchange(ranks, request.verb, prepared.routes, placer, files)
+                _exchange(ranks, request.verb, prepared.routes, prepared.placer, files)
             ranks.run_and_reduce(request.verb, write, crc32.combine, finish)
             return remarks
         except BaseException as error:
@@ -258,17 +261,3 @@ def _exchange(
         except RuntimeError as error:
             # An error of this receiver was published by a sender that learned of it.
             raise (receiver.error or error) from None
-
-
-def _stage(blocks: list[transfer.Block]) -> list[transfer.Block]:
-    """Copy into one staging buffer on the host, pinned for an accelerator, and wait for it."""
-    sizes = [-(-data.nbytes // ALIGN) * ALIGN for _, _, data in blocks]
-    devices = {data.device for _, _, data in blocks if data.device.type != "cpu"}
-    buffer = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=bool(devices))
-    copies = []
-    for (number, offsets, data), room in zip(blocks, buffer.split(sizes), strict=True):
-        copy = room[: data.nbytes].view(data.dtype).view(data.shape)
-        copies.append(transfer.Block(number, offsets, copy.copy_(data, non_blocking=True)))
-    for device in devices:
-        torch.accelerator.synchronize(device)
-    return copies

@@ -201,7 +201,8 @@ class Files:
         if ranks is not entry.ranks:  # an unwrapped model: the first writes, if all hold the same
             states = [state for files in request.averages for state in files.states]
             consistency.on_averages(verb, ranks, states, entry.common(which, arguments))
-            request = request if ranks.first else request.with_blocks(lambda _: [])
+            averages = [replace(each, writes=ranks.first) for each in request.averages]
+            request = replace(request, averages=averages)
         if self.writer is None:
             self.writer = writer.Writer(ranks)
         warn(*self.writer.write(request, wait))
