@@ -135,6 +135,14 @@ def test_export(ema: EMA, tmp_path: Path) -> None:
     assert load_file(tmp_path / "half")["weight"].dtype == torch.bfloat16, "the model's own dtype"
 
 
+def publish_once(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """A version is written behind training, so its weights are cast when they are staged."""
+    ema = EMA(model, 0.5)
+    handle = ema.publish(folder, every=1, dtype=dtype)
+    ema.update()
+    handle.remove()
+
+
 def test_too_large_for_the_dtype(tmp_path: Path) -> None:
     """A finite value must not become infinite; what was infinite may stay so.
 
@@ -143,16 +151,27 @@ def test_too_large_for_the_dtype(tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
     with torch.no_grad():
         model.bias.fill_(70000.0)
-    with pytest.raises(ValueError, match="bias holds values that are too large for torch.float16"):
+    refused = "bias holds values that are too large for torch.float16"
+    with pytest.raises(ValueError, match=refused):
         EMA(model, 0.5).export(tmp_path / "a", dtype=torch.float16)
+    with torch.no_grad():
+        model.weight[0, 0] = math.nan
+    with pytest.warns(UserWarning, match=refused):
+        publish_once(model, tmp_path / "b", torch.float16)
     for dtype in (torch.int8, torch.complex64, "bf16"):
         with pytest.raises(ValueError, match="dtype must be a floating dtype"):
             EMA(model, 0.5).export(tmp_path / "a", dtype=dtype)  # type: ignore[arg-type]
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert list((tmp_path / "b").iterdir()) == []
     with torch.no_grad():
         model.bias.fill_(math.inf)
     EMA(model, 0.5).export(tmp_path / "a", dtype=torch.float16)
+    publish_once(model, tmp_path / "b", torch.float16)
     assert load_file(tmp_path / "a")["bias"].item() == math.inf
+    for path in (tmp_path / "a", tmp_path / "b/version-000001"):
+        found = load_file(path)
+        assert not found["bias"].isfinite()
+        assert found["weight"].isnan().tolist() == [[True, False]]
 
 
 def test_complex128_cannot_be_written(tmp_path: Path) -> None:
