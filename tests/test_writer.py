@@ -290,6 +290,24 @@ def test_what_comes_while_it_is_written_stays(
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "b.safetensors", "elsewhere"]
 
 
+def test_the_temporary_folder_is_removed(
+    ema: EMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever cleans up: the error names it, and the earlier version stays."""
+    ema.save(tmp_path / "a")
+    before, isdir = files_of(tmp_path), os.path.isdir
+
+    def remove(path: Path) -> bool:
+        if ".tmp-" in str(path):
+            shutil.rmtree(path)
+        return isdir(path)
+
+    monkeypatch.setattr(os.path, "isdir", remove)
+    with pytest.raises(RuntimeError, match=r"^ema.save\(\): .*/\.a\.tmp-\w+ is gone, in which"):
+        ema.save(tmp_path / "a")
+    assert files_of(tmp_path) == before
+
+
 def test_the_working_directory(ema: EMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stays the same folder under a save or an export; one that is gone is named."""
     for verb in (ema.save, ema.export):

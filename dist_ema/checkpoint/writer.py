@@ -151,7 +151,7 @@ class Writer:
 
         Raises:
             ValueError: The ranks would write different files.
-            RuntimeError: A rank that must write does not see the folder.
+            RuntimeError: A rank that must write does not see the folder, or it is gone.
         """
         ranks, verb = self._ranks, request.verb
         error: Exception | None = None
@@ -180,6 +180,11 @@ class Writer:
                 "and mode must be alike on all of them."
             ) from error
         seen: list[int] = [1] * ranks.size
+        if blind == ranks.size:
+            raise RuntimeError(
+                f"ema.{verb}(): {folder} is gone, in which the files were made. What removes "
+                f"hidden folders from {folder.parent}?"
+            )
         if blind:
             seen = ranks.gather(verb, int(sees), list)
         if request.mode == "direct":
