@@ -129,18 +129,18 @@ def refuse_shared(averages: Iterable[Average]) -> None:
     """Raise RuntimeError, by name, where memory is shared that cannot be ([Note: shared memory]).
 
     Note:
-        *Cost*: 5 us per weight. No element is read where nothing is shared.
+        *Cost*: 4 us per weight. No element is read where nothing is shared.
     """
     memories = [
-        _Memory(state, tensor, tensor is state.shadow)
+        _Memory(str(tensor.device), tensor.data_ptr(), state, tensor, tensor is state.shadow)
         for number, average in enumerate(averages)
         for state in average.averaged
         if state.shard.kind != "buffer" and state.averaged_region.numel
         for tensor in (state.shadow, None if number else state.live)
         if tensor is not None and tensor.data_ptr()
     ]
-    for one, other in itertools.pairwise(sorted(memories, key=_Memory.place)):
-        if not one.overlaps(other):
+    for one, other in itertools.pairwise(sorted(memories, key=attrgetter("device", "begin"))):
+        if one.device != other.device or one.begin + one.tensor.nbytes <= other.begin:
             continue
         if one.is_shadow != other.is_shadow:
             raise RuntimeError(
@@ -159,22 +159,16 @@ def refuse_shared(averages: Iterable[Average]) -> None:
 class _Memory:
     """Where a live weight or a shadow lies."""
 
+    device: str
+    begin: int
     state: ownership.ParamState
     tensor: Tensor
     is_shadow: bool
-
-    def place(self) -> tuple[str, int]:
-        return str(self.tensor.device), self.tensor.data_ptr()
-
-    def overlaps(self, later: _Memory) -> bool:
-        """`later` follows in the order of `place`."""
-        (device, begin), (other_device, other_begin) = self.place(), later.place()
-        return device == other_device and other_begin < begin + self.tensor.nbytes
 
     def agrees(self, later: _Memory) -> bool:
         """What both hold has one average."""
         if self.is_shadow:  # of a teacher whose weights are tied as the model's are
             return self.state.live.data_ptr() == later.state.live.data_ptr()
         one, other = self.state.own_shadow, later.state.own_shadow
-        start = (later.tensor.data_ptr() - self.tensor.data_ptr()) // self.tensor.element_size()
+        start = (later.begin - self.begin) // self.tensor.element_size()
         return torch.equal(one[start : start + len(other)], other[: len(one) - start])

@@ -57,9 +57,14 @@ def _fill_arena(states: list[ParamState], dtype: torch.dtype, device: torch.devi
     # Pinned once for all beside an accelerator: `swap` moves it over the host link.
     pinned = device.type == "cpu" and any(state.local.device.type != "cpu" for state in states)
     arena = torch.empty(total, dtype=dtype, device=device, pin_memory=pinned)
-    for state, source, start in zip(states, sources, starts, strict=True):
-        before = source if state.shadow is None else state.shadow
-        state.shadow = arena.narrow(0, start, source.numel()).copy_(before)
+    before = [
+        source if state.shadow is None else state.shadow
+        for state, source in zip(states, sources, strict=True)
+    ]
+    shadows = [arena[start : start + len(x)] for x, start in zip(sources, starts, strict=True)]
+    torch._foreach_copy_(shadows, before)
+    for state, shadow in zip(states, shadows, strict=True):
+        state.shadow = shadow
     return arena
 
 

@@ -176,7 +176,9 @@ class ParamState:
 
 
 def _part(data: Tensor, whole: Region, region: Region) -> Tensor:
-    """The elements of `region` in `data`, which holds `whole`."""
+    """The elements of `region` in `data`, which holds `whole`: `data` itself where that is all."""
+    if (region.begin, region.end) == (whole.begin, whole.end):
+        return data
     return data.narrow(0, region.begin - whole.begin, region.numel)
 
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -188,6 +189,7 @@ def memory_of(tensor: Tensor) -> Tensor | None:
     return local if plain else None
 
 
+@lru_cache(maxsize=256)  # a model may have ten thousand experts of one shape
 def storage_order(
     shape: torch.Size, stride: tuple[int, ...]
 ) -> tuple[bool, tuple[int, ...] | None]:

@@ -31,7 +31,10 @@ __all__ = [
     "round_bfloat16",
 ]
 
-jit = numba.njit(error_model="numpy", fastmath={"contract"})
+# Python calls none of them, and a wrapper for that takes a fifth of the compiling.
+jit = numba.njit(
+    error_model="numpy", fastmath={"contract"}, no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
 INFINITE = np.float32(np.inf)
 STEP = np.float32(2.0**-24)  # of float16 below 2^-14
 

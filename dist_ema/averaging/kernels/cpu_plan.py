@@ -100,8 +100,7 @@ def find_pass(live: torch.dtype, shadow: torch.dtype) -> Any:
 def is_reachable(pair: ShadowPair) -> bool:
     """All tensors lie in host memory, and none is a subclass that may hold something else."""
     return all(
-        t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)
-        for t in (pair.live, *pair.shadows)
+        t.is_cpu and type(t) in (Tensor, torch.nn.Parameter) for t in (pair.live, *pair.shadows)
     )
 
 
@@ -120,7 +119,7 @@ def plan_passes(pairs: Sequence[ShadowPair], seed: int) -> tuple[list[Pass], lis
         else:
             rest.append(pair)
     groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[ShadowPair, list[Ramp]]]] = {}
-    for entry in [*((pair, [(len(pair.live), 0, 0)]) for pair in merge(plain)), *rounded]:
+    for entry in [*((pair, [(pair.live.numel(), 0, 0)]) for pair in merge(plain)), *rounded]:
         groups.setdefault((entry[0].live.dtype, entry[0].shadows[0].dtype), []).append(entry)
     return [Pass(group, seed) for group in groups.values()], rest
 
@@ -162,9 +161,7 @@ class Pass:
         self.pairs, self._seed = [pair for pair, _ in group], seed
         first = self.pairs[0]
         self._names = [pair.name.encode() for pair in self.pairs] if first.rounds else []
-        table = [row for k, entry in enumerate(group) for row in _rows(*entry, k)]
-        columns = zip(*table, strict=True)
-        self.rows, self._lives, self._shadows = (np.array(x, dtype=np.int64) for x in columns)
+        self.rows, self._lives, self._shadows = _tables(group)
         self._ends = self.rows[:, 0].cumsum()
         self._threads = max(1, len(first.shadows) * int(self._ends[-1]) // SHARE)
         self._keys = np.zeros(len(self.pairs), dtype=np.uint32)
@@ -195,16 +192,25 @@ class Pass:
         )
 
 
-def _rows(pair: ShadowPair, numbers: list[Ramp], key: int) -> Iterator[tuple[list[int], ...]]:
-    """Rows of the three tables, CHUNK elements at most each."""
-    at, low = 0, 0xFFFFFFFF
-    tensors = [pair.live, *pair.shadows]
-    for length, first, step in numbers:
-        for start in range(0, length, CHUNK):
-            n, number = min(CHUNK, length - start), first + start * step
-            live, *shadows = (t.data_ptr() + (at + start) * t.element_size() for t in tensors)
-            yield [n, key, number & low, number >> 32, step], [live], shadows
-        at += length
+def _tables(group: Sequence[tuple[ShadowPair, list[Ramp]]]) -> Iterator[Any]:
+    """rows, lives and shadows. CHUNK elements at most are one row."""
+    ramps = np.array([ramp for _, found in group for ramp in found], dtype=np.int64)
+    lengths, firsts, steps = ramps.T
+    pairs = np.repeat(np.arange(len(group)), [len(found) for _, found in group])
+    begins = lengths.cumsum() - lengths
+    begins -= begins[np.searchsorted(pairs, pairs)]  # of each ramp in its pair
+    chunks = -(-lengths // CHUNK)
+    ramp = np.repeat(np.arange(len(ramps)), chunks)  # of each row
+    starts = CHUNK * (np.arange(len(ramp)) - (chunks.cumsum() - chunks)[ramp])
+    numbers, sizes = firsts[ramp] + starts * steps[ramp], np.minimum(lengths[ramp] - starts, CHUNK)
+    low, high = numbers & 0xFFFFFFFF, numbers >> 32
+    yield np.stack([sizes, pairs[ramp], low, high, steps[ramp]], axis=1).copy()
+    tensors = [(pair.live, *pair.shadows) for pair, _ in group]
+    addresses = np.array([[t.data_ptr() for t in each] for each in tensors], dtype=np.int64)
+    addresses = addresses[pairs[ramp]]
+    addresses += np.outer(begins[ramp] + starts, [t.element_size() for t in tensors[0]])
+    yield addresses[:, 0].copy()
+    yield addresses[:, 1:].copy()
 
 
 def cut_tasks(ends: Any, tasks: int) -> list[int]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -233,8 +234,8 @@ class UpdatePlan:
 
 def _is_worth_it(pairs: Sequence[ShadowPair]) -> bool:
     """Compiling pays, and does not change a bit."""
-    size = sum(len(pair.live) for pair in pairs if cpu_plan.is_reachable(pair))
-    return size >= WORTH and cpu_plan.available() and passes_same_bits()
+    sizes = accumulate(pair.live.numel() for pair in pairs if cpu_plan.is_reachable(pair))
+    return any(size >= WORTH for size in sizes) and cpu_plan.available() and passes_same_bits()
 
 
 @lru_cache(maxsize=1)

@@ -49,8 +49,9 @@ class ShadowPair:
 
 def touch(a: Tensor, b: Tensor) -> bool:
     """b begins where a ends, in the same storage."""
-    same = a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.dtype == b.dtype
-    return same and a.storage_offset() + len(a) == b.storage_offset()
+    if a.data_ptr() + a.nbytes != b.data_ptr() or a.dtype != b.dtype:
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def join(tensors: Sequence[Tensor]) -> Tensor:
@@ -62,7 +63,7 @@ def merge(pairs: Sequence[ShadowPair]) -> Iterator[ShadowPair]:
     """Join consecutive pairs that touch on both sides. The first one's name and indices remain."""
     last: ShadowPair | None = None
     for pair in pairs:
-        if last and pair.follows(last) and touch(last.live, pair.live):
+        if last and touch(last.live, pair.live) and pair.follows(last):
             shadows = [join(both) for both in zip(last.shadows, pair.shadows, strict=True)]
             last = replace(last, shadows=shadows, live=join([last.live, pair.live]))
             continue
