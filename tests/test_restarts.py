@@ -136,7 +136,7 @@ def test_three_kills_under_torchrun_resume_bit_for_bit(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     names = {path.name for path in (tmp_path / "killed").iterdir()}
     log = f"{sorted(names)}\n{result.stdout}\n{result.stderr[-9000:]}"
