@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ class Updates:
     """How shadows move: a plan over their addresses, and when it runs.
 
     Attributes:
-        plan: Of the weights.
         engine: Runs the plan.
         overlap: As it was asked for last.
         device: An accelerator on which live weights lie, if there is one.
@@ -36,8 +36,17 @@ class Updates:
         self._inline: Engine = Inline()
         self._choice: Any = None
 
+    @cached_property
+    def plan(self) -> eager.UpdatePlan | gpu_plan.FusedPlan:
+        """Of the weights. The first update of each set of addresses makes it, which may compile."""
+        with torch.inference_mode(False), torch.no_grad():
+            return _plan(self._weights, self._seed, _share(self.overlap))
+
+    def _forget_plan(self) -> None:
+        self.__dict__.pop("plan", None)
+
     def renew(self, averages: Sequence[Average], seed: int) -> None:
-        """Make the plan anew: once for each set of addresses, never per step."""
+        """Take other addresses: what an update needs of them is made once, never per step."""
         weights: list[ShadowPair] = []
         buffers: list[ShadowPair] = []
         for states in zip(*(average.states for average in averages), strict=True):
@@ -48,7 +57,8 @@ class Updates:
                 huge = math.prod(first.shard.shape) >= 1 << 32
                 pair = ShadowPair(first.name, shadows, first.source, number, huge)
                 (buffers if first.shard.kind == "buffer" else weights).append(pair)
-        self.plan = _plan(weights, seed, _share(self.overlap))
+        self._weights, self._seed = weights, seed
+        self._forget_plan()
         # Buffers are written by the next forward, so they are read before `run` returns. Modules
         # may replace them at every step, which leaves no time for tables on the device.
         self._buffers = eager.UpdatePlan(buffers, seed)
@@ -63,7 +73,7 @@ class Updates:
             overlap: As `attach` asks for; None: an update overlaps in host memory only.
             anew: The shadows are other ones, which an engine that stayed would keep alive.
         """
-        pairs = [*self.plan.pairs, *self._buffers.pairs]
+        pairs = [*self._weights, *self._buffers.pairs]
         live = {pair.live.device for pair in pairs}
         shadows = {pair.shadows[0].device for pair in pairs}
         if on_host is None:
@@ -73,7 +83,7 @@ class Updates:
         self.device = next((device for device in live if has_streams(device)), None)
         before, self.overlap = _share(self.overlap), overlap
         if _share(overlap) != before:
-            self.plan = _plan(self.plan.pairs, self.plan.seed, _share(overlap))
+            self._forget_plan()
         choice = (on_host if overlap is None else overlap > 0, on_host, devices)
         if anew or choice != self._choice:
             self.engine = choose_engine(devices, on_host, choice[0])

@@ -60,19 +60,26 @@ class MemoryWatch:
                 readers[id(shard.master())] = shard.master
         self._readers = list(readers.values())
         self._tree, self._orders = _Tree(roots, plain), _Orders(plain.values())
-        self._addresses, self._read = self._weights(), self._look()
-        self._table = self._tabulate()
+        self._addresses, self._read = self._hash(), self._look()
+        # A subclass may answer for another memory than its own.
+        plain_types = {*map(type, self._weights())} <= {Tensor, nn.Parameter}
+        many = len(self._tree.names) + len(self._dtensors) >= MANY
+        self._is_compiled = many and plain_types and self._addresses is not None
+        self._table: _Table | None = None  # until the first look, which may compile the loop
 
     def changed(self) -> bool:
         """Something lies elsewhere, in another order, or was replaced."""
         if self._table is None or self._table.differs():
-            if self._tree.changed() or self._weights() != self._addresses:
+            if self._tree.changed() or self._hash() != self._addresses:
                 return True
             self._table = self._tabulate()  # other objects, in the memory of those before
         return self._look() != self._read
 
-    def _weights(self) -> int | None:
-        return _address_hash(chain(self._tree.weights(), map(_LOCAL_TENSOR, self._dtensors)))
+    def _weights(self) -> Iterable[Tensor]:
+        return chain(self._tree.weights(), map(_LOCAL_TENSOR, self._dtensors))
+
+    def _hash(self) -> int | None:
+        return _address_hash(self._weights())
 
     def _look(self) -> tuple[Any, ...]:
         read = [reader() for reader in self._readers]
@@ -80,11 +87,8 @@ class MemoryWatch:
 
     def _tabulate(self) -> _Table | None:
         """The present objects and addresses, where the loop can look at them."""
-        locals_ = list(map(_LOCAL_TENSOR, self._dtensors))
-        weights = [*self._tree.weights(), *locals_]
-        plain = self._addresses is not None and {*map(type, weights)} <= {Tensor, nn.Parameter}
-        loop = find_loop() if plain and len(weights) >= MANY else None
-        return None if loop is None else _Table(loop, self._tree, self._dtensors, locals_)
+        loop = find_loop() if self._is_compiled else None
+        return None if loop is None else _Table(loop, self._tree, self._dtensors)
 
 
 class _Tree:
@@ -146,17 +150,10 @@ class _Table:
         loop: As `find_loop` returns it.
         tree: Whose weights and children are looked at.
         dtensors: Whose local tensors are looked at.
-        locals_: Those local tensors.
     """
 
-    def __init__(
-        self,
-        loop: Callable[..., bool],
-        tree: _Tree,
-        dtensors: list[Tensor],
-        locals_: list[Tensor],
-    ) -> None:
-        weights = list(tree.weights())
+    def __init__(self, loop: Callable[..., bool], tree: _Tree, dtensors: list[Tensor]) -> None:
+        weights, locals_ = list(tree.weights()), list(map(_LOCAL_TENSOR, dtensors))
         # The loop reads all of these by `id`. So they live as long as the table does.
         self._kept = [tree, weights, [*map(dict.copy, tree.parents)]]
         self._dtensors, self._locals = dtensors, locals_

@@ -19,7 +19,7 @@ forked process, in which the runtime would wait for threads that were not forked
 two threads run it at once on numba's own thread pool.
 
 [Note: no cache]  Compiling takes about a second per process and a tenth per further pair of
-dtypes, when a plan is made. numba could keep the result on disk, as a pickle, which this library
+dtypes, in the first update. numba could keep the result on disk, as a pickle, which this library
 does not read.
 """
 
