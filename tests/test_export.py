@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dist_ema import EMA, __version__, load_file
-from dist_ema.checkpoint import safetensors
+from dist_ema.checkpoint import disk, safetensors
 from dist_ema.checkpoint.manifest import META, Manifest
 from dist_ema.cli import main
 from dist_ema.offline import model_card
@@ -510,6 +511,25 @@ def test_force(hf: Path, tmp_path: Path) -> None:
     export(hf, src, force=True)
     assert load_safetensors(src)["n"] == 7
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "src.safetensors"]
+
+
+def test_what_comes_meanwhile_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that appears at OUT while it is written stays, as one that was there before."""
+    save_file({"w": torch.zeros(2, 2)}, src := tmp_path / "src.safetensors")
+    sync, out = disk.Target.sync, tmp_path / "out"
+
+    def come(self: disk.Target) -> None:
+        out.mkdir()
+        (out / "notes").write_text("mine")
+        sync(self)
+
+    monkeypatch.setattr(disk.Target, "sync", come)
+    with pytest.raises(ValueError, match="exists. Pass force=True"):
+        export(src, out)
+    assert os.listdir(out) == ["notes"]
+    assert sorted(os.listdir(tmp_path)) == ["out", "src.safetensors"]
 
 
 def test_no_links(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
