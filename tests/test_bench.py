@@ -125,12 +125,12 @@ def test_publish(script: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peaks are measured on Linux"
 )
-def test_memory(tmp_path: Path) -> None:
+def test_memory(script: ModuleType, tmp_path: Path) -> None:
     """One row per verb, and for two ranks under two wrappers that save in five ways.
 
     Nothing else is left in the folder.
     """
-    bench("--model", "tiny", "--repeat", "1", "--only", "memory", "--out", str(tmp_path))
+    script.main(["--model", "tiny", "--repeat", "1", "--only", "memory", "--out", str(tmp_path)])
     names = [row["name"] for row in read(tmp_path)["memory"]]
     ways = ("ours", "ours-stream", "ours-behind", "torch", "torch-synced")
     assert names[:5] == ["build", "update", "swap", "gather", "save"]
