@@ -1,27 +1,29 @@
 """What the tests of scripts share: a launcher of ranks, and the scripts of the docs, run, killed,
 and resumed.
-
-    python -m tests.loops torch sklearn.datasets
-
-is what a `Launcher` starts. It imports the modules, then forks for each line of stdin.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
-import json
+import multiprocessing
 import os
 import re
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from tests._ranks import PRELOAD
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = {
@@ -46,30 +48,24 @@ class Launcher:
     """Starts ranks as torchrun does, with its variables, from one process that has imported
     `modules` before.
 
-    Importing takes ten times as long as the scripts themselves. torchrun itself is run by
-    tests/test_train.py.
+    Importing takes ten times as long as the scripts themselves. The process is forked from the
+    server of the ranks, so torch is there. torchrun itself is run by tests/test_train.py.
     """
 
     def __init__(self, *modules: str, **environment: str) -> None:
-        clean = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith(("PYTEST", "ACCELERATE_"))
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.loops", *modules],
-            env=clean | QUIET | {"PYTHONPATH": str(ROOT)} | environment,
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        context: Any = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self._jobs, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(other, modules, environment))
+        self._process.start()
+        other.close()
 
     def __enter__(self) -> Launcher:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._process.communicate()
+        self._jobs.close()
+        self._process.join()
 
     def start(
         self, script: Path, run: Path, *arguments: str, ranks: int = 2, **environment: str
@@ -79,11 +75,8 @@ class Launcher:
         log = run.parent / f"{run.name}.log"
         job = {"script": str(script), "arguments": arguments, "ranks": ranks, "log": str(log)}
         job["environment"] = {"RUN": str(run)} | environment
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return Job(json.loads(self._process.stdout.readline()), log)
+        self._jobs.send(job)
+        return Job(self._jobs.recv(), log)
 
 
 class Job:
@@ -126,16 +119,25 @@ class Job:
         return [pid for pid in self._pids if Path(f"/proc/{pid}").exists()]
 
 
-def serve(modules: list[str]) -> None:
-    """What a `Launcher` starts: forks the ranks of each job that stdin names.
+def serve(jobs: Connection, modules: tuple[str, ...], environment: dict[str, str]) -> None:
+    """The process of a `Launcher`: forks the ranks of each job, and sends their ids.
 
     A forked rank returns when it is done.
     """
+    for key in list(os.environ):
+        if key.startswith(("PYTEST", "ACCELERATE_")):
+            del os.environ[key]
+    os.environ |= QUIET | {"PYTHONPATH": str(ROOT)} | environment
+    torch.set_num_threads(1)
     for module in modules:
         importlib.import_module(module)
+    gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the ended ones vanish by themselves
-    for line in sys.stdin:
-        job = json.loads(line)
+    while True:
+        try:
+            job = jobs.recv()
+        except EOFError:
+            return
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -148,7 +150,7 @@ def serve(modules: list[str]) -> None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.setpgid(pid, pids[0] if pids else pid)
             pids.append(pid)
-        print(json.dumps(pids), flush=True)
+        jobs.send(pids)
 
 
 def _rank(job: dict[str, Any], rank: int, leader: int, port: int) -> None:
@@ -173,16 +175,17 @@ def _rank(job: dict[str, Any], rank: int, leader: int, port: int) -> None:
     }
     os.environ |= {key: str(value) for key, value in places.items()} | job["environment"]
     script = Path(job["script"])
-    sys.argv, sys.path[0] = [str(script), *job["arguments"]], str(script.parent)
+    sys.argv = [str(script), *job["arguments"]]
+    sys.path.insert(0, str(script.parent))
     os.chdir(script.parent)
     try:
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
-        if not end.code:
-            raise
-        _fall(end)
+        if end.code:
+            _fall(end)
     except BaseException as error:
         _fall(error)
+    atexit._run_exitfuncs()  # a process of multiprocessing ends without them
 
 
 def _fall(error: BaseException) -> None:
@@ -199,7 +202,3 @@ def same_files(a: Path, b: Path, pattern: str) -> list[str]:
     for name in names:
         assert (a / name).read_bytes() == (b / name).read_bytes(), f"{name} differs"
     return names
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1:])

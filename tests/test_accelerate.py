@@ -143,7 +143,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     byte.
     """
     script = script_of("accelerate.md", tmp_path)
-    with Launcher("accelerate", "torch._dynamo", ACCELERATE_USE_CPU="1") as launcher:
+    with Launcher("accelerate", ACCELERATE_USE_CPU="1") as launcher:
         whole = launcher.start(script, tmp_path / "whole")
         killed = launcher.start(script, tmp_path / "killed")
         killed.kill_when(tmp_path / "killed" / "state-30")

@@ -268,7 +268,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     run.
     """
     script = script_of("lightning.md", tmp_path)
-    with Launcher("lightning", "torch._dynamo", ACCELERATE_USE_CPU="1") as launcher:
+    with Launcher("lightning", ACCELERATE_USE_CPU="1") as launcher:
         whole = launcher.start(script, tmp_path / "whole")
         killed = launcher.start(script, tmp_path / "killed")
         killed.kill_when(tmp_path / "killed" / "step=30.ckpt")

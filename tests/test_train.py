@@ -60,9 +60,7 @@ StartRanks = Callable[..., str]
 @pytest.fixture(scope="module")
 def start_ranks() -> Iterator[StartRanks]:
     """Several ranks on the CPU. Wrapper 'accelerate' leaves the wrapping to it."""
-    with Launcher(
-        "accelerate", "sklearn.datasets", "matplotlib.pyplot", "torch._dynamo"
-    ) as launcher:
+    with Launcher("accelerate", "sklearn.datasets", "matplotlib.pyplot") as launcher:
 
         def run(ranks: int, out: Path, wrapper: str, epochs: int, *more: str) -> str:
             words = ["--out", str(out), "--epochs", str(epochs), *QUICK, *more]

@@ -170,7 +170,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     uninterrupted run, byte for byte.
     """
     script = script_of("transformers.md", tmp_path)
-    with Launcher("transformers.trainer", "torch._dynamo", ACCELERATE_USE_CPU="1") as launcher:
+    with Launcher("transformers.trainer", ACCELERATE_USE_CPU="1") as launcher:
         whole = launcher.start(script, tmp_path / "whole")
         killed = launcher.start(script, tmp_path / "killed")
         killed.kill_when(tmp_path / "killed" / "checkpoint-20" / "ema")
