@@ -88,8 +88,10 @@ class Blend:
                 for (_, weight), term in zip(factors, values, strict=False):
                     # Fresh pages for each product would cost more than the sum.
                     scratch = self._scratch[int(total is not None), : len(term)]
-                    product = np.multiply(term, weight, out=scratch, dtype=np.float64)
-                    total = product if total is None else np.add(total, product, out=total)
+                    # A multiplication that casts takes twice as long as a cast and one in place.
+                    np.copyto(scratch, term)
+                    np.multiply(scratch, weight, out=scratch)
+                    total = scratch if total is None else np.add(total, scratch, out=total)
                 # What is in flight must not lie in the scratch.
                 total = total.copy() if dtype == "F64" else total
                 yield sums.Window(fitted(name, total, _real(dtype)))
