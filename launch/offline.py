@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dist_ema.checkpoint import atomic, disk, safetensors
+from dist_ema.checkpoint import atomic, crc32, disk, safetensors
 from dist_ema.offline import average, diff, export, verify
 from dist_ema.text import size as size_text
 from dist_ema.text import size_of
@@ -118,7 +117,7 @@ def passes(a: Path, out: Path) -> dict[str, float]:
 
     calls: dict[str, Callable[[int, int], Any]] = {
         "read": read,
-        "CRC-32": lambda fd, at: zlib.crc32(block.data),
+        "CRC-32": lambda fd, at: crc32.of_bytes(block.data),
         "SHA-256": lambda fd, at: hashlib.sha256(block.data),
         "multiply and add in float64": blend,
         "write": lambda fd, at: os.pwrite(fd, block.data, at * BLOCK),

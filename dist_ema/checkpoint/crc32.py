@@ -7,10 +7,14 @@ number per file. The result does not depend on the partition.
 
 from __future__ import annotations
 
-import zlib
 from functools import lru_cache
 
-__all__ = ["RangeSum", "appended", "check_sum", "combine"]
+try:  # the same sum in a tenth of the time: pip install 'dist-ema[cpu]'
+    from zlib_ng.zlib_ng import crc32 as of_bytes
+except ImportError:
+    from zlib import crc32 as of_bytes
+
+__all__ = ["RangeSum", "appended", "check_sum", "combine", "of_bytes"]
 
 
 _POLYNOMIAL = 0xEDB88320
@@ -26,7 +30,8 @@ class RangeSum:
 
     def add(self, start: int, data: bytes | memoryview) -> int:
         """Returns the CRC-32 of `data` alone."""
-        n, found = len(data), zlib.crc32(data)
+        n = len(data)
+        found: int = of_bytes(data)
         self._value = _multiply(self._value, _power(start + n - self._at)) ^ found ^ _zeros(n)
         self._at = start + n
         return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,13 +31,12 @@ class Window(NamedTuple):
 class FileSums:
     """CRC-32 and, if asked for, SHA-256 of a file, on threads beside the caller's reads.
 
-    Each sum and each of the `sinks` has a thread, which takes the windows in their order. zlib,
-    hashlib and writes release the interpreter's lock. The caller must not write into a window
-    again.
+    Each sum and each of the `sinks` has a thread, which takes the windows in their order. Sums and
+    writes release the interpreter's lock. The caller must not write into a window again.
     """
 
     def __init__(self, head: bytes, with_sha256: bool, *sinks: Callable[[Window], object]) -> None:
-        self._crc32 = zlib.crc32(head)
+        self._crc32 = crc32.of_bytes(head)
         self._sha256 = hashlib.sha256(head) if with_sha256 else None
         calls = [self._add_crc32, self._add_sha256] if with_sha256 else [self._add_crc32]
         self._threads = [(ThreadPoolExecutor(1), call) for call in (*calls, *sinks)]
@@ -50,7 +48,7 @@ class FileSums:
         self._in_flight.append([thread.submit(call, window) for thread, call in self._threads])
 
     def _add_crc32(self, window: Window) -> None:
-        found = zlib.crc32(window.data.data) if window.crc32 is None else window.crc32
+        found = crc32.of_bytes(window.data.data) if window.crc32 is None else window.crc32
         self._crc32 = crc32.appended(self._crc32, found, len(window.data))
 
     def _add_sha256(self, window: Window) -> None:
