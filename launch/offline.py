@@ -112,7 +112,8 @@ def passes(a: Path, out: Path) -> dict[str, float]:
         disk.read_into(fd, file, block.data, at * BLOCK)
 
     def blend(fd: int, at: int) -> None:
-        np.multiply(values, 0.5, out=product, dtype=np.float64)
+        np.copyto(product, values)
+        np.multiply(product, 0.5, out=product)
         np.add(total, product, out=total)
 
     calls: dict[str, Callable[[int, int], Any]] = {
