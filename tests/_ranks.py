@@ -11,6 +11,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -86,6 +87,40 @@ def run_ranks(
             rank.kill()
             rank.join()
         return [_read(Path(folder), rank, codes[rank], allow_dead) for rank in range(world)]
+
+
+def run_program(code: str, *arguments: str, timeout: float = 150.0) -> str:
+    """Run a program in a process of its own, where torch is imported already.
+
+    Args:
+        code: The text of the program.
+        arguments: Its sys.argv, but for the first.
+        timeout: Seconds after which it is killed.
+
+    Returns:
+        What it printed. Where it failed, AssertionError is raised with its errors.
+    """
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        process = context.Process(target=_program, args=(code, arguments, folder))
+        process.start()
+        process.join(timeout)
+        process.kill()
+        process.join()
+        printed, errors = (Path(folder, name).read_text() for name in ("out", "err"))
+        assert process.exitcode == 0, f"exit code {process.exitcode}\n{printed}\n{errors}"
+        return printed
+
+
+def _program(code: str, arguments: tuple[str, ...], folder: str) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        with open(f"{folder}/{name}", "wb") as file:
+            os.dup2(file.fileno(), number)
+    gc.freeze()
+    torch.set_num_threads(1)
+    sys.argv = ["-c", *arguments]
+    exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
 
 
 def _read(folder: Path, rank: int, code: int | None, allow_dead: bool) -> Any:

@@ -31,7 +31,7 @@ from dist_ema.averaging import executors
 from dist_ema.averaging.engines import Engine, HostThread, Overlapped, choose_engine
 from dist_ema.averaging.executors import Instant, Mark, Worker
 from dist_ema.distributed.coordinator import StoreCoordinator
-from tests._ranks import raises, run_ranks
+from tests._ranks import raises, run_program, run_ranks
 from tests._wrappers import wrap
 
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -695,10 +695,7 @@ print((known["bytes"] + known["pinned"]) / (1 << 20), peak() - before)
 )
 def test_memory_of_a_host_thread() -> None:
     """The process grows by the shadows and one window, and by no third copy of the model."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=60, check=True
-    )
-    promised, grown = map(float, done.stdout.split())
+    promised, grown = map(float, run_program(MEMORY).split())
     assert 191 < promised < 193, "shadows and one window of 96 MB each"
     assert 150 < grown < promised + 8, f"{grown} MB for {promised} MB of shadows and window"
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +27,7 @@ from torch import Tensor, nn
 from dist_ema import EMA, Uniform, load_file
 from dist_ema.checkpoint import atomic, manifest, reader, safetensors
 from tests._models import Core, Images, Net
-from tests._ranks import raises, run_ranks
+from tests._ranks import raises, run_program, run_ranks
 from tests._wrappers import wrap
 from tests.ema_json import stamped
 from tests.fuzz import damaged, mutations
@@ -578,13 +576,8 @@ def test_memory_while_loading(tmp_path: Path) -> None:
     """201 MB of weights come in through windows of 4 MB; some 30 MB is the code that runs for the
     first time.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path / "a")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert int(done.stdout) <= 48, done.stdout
+    grown = int(run_program(MEASURE, str(tmp_path / "a")))
+    assert grown <= 48, grown
 
 
 # --- load_file ------------------------------------------------------------------------------------
