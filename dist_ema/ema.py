@@ -331,8 +331,8 @@ class EMA:
 
         - A swapped weight (Embedding(max_norm), a clamp): the write becomes the average's, in every
           dtype, placement and wrapper; of replicas, the owner's.
-        - Another weight (merge_adapter() left merged): the write stays, nothing is restored. One
-          through `.data` or NumPy is noticed if it reaches one of 64 to 127 elements of the weight.
+        - Another weight (a merge by hand): the write stays, nothing is restored. One through
+          `.data` or NumPy is not noticed, but merge_adapter() that is left merged is.
         - A persistent buffer (BatchNorm, an observer): all persistent buffers of its module become
           the average's own, until `reset_buffers()`, unless one of them changed its shape.
 

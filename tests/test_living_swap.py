@@ -83,10 +83,6 @@ def by_numpy(m: Net) -> None:
     m.lora.detach().view(torch.uint8).numpy()[0, -1] ^= 0x40
 
 
-def frozen_uncounted(m: Net) -> None:
-    m.frozen.weight.data += 1  # as adapters are merged
-
-
 WRITES: dict[str, tuple[Callable[[Any], None], str]] = {
     "max_norm": (renormed, "emb.weight"),
     "merge left merged": (merged, "frozen.weight"),
@@ -100,7 +96,6 @@ WRITES: dict[str, tuple[Callable[[Any], None], str]] = {
     "frozen data": (frozen_assigned, "frozen.weight"),
     "data in place": (uncounted, "body.weight"),
     "NumPy": (by_numpy, "lora"),
-    "frozen data in place": (frozen_uncounted, "frozen.weight"),
 }
 OPTIONS: dict[str, Any] = {
     "fp32": (torch.float32, {}),

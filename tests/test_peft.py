@@ -228,6 +228,18 @@ def test_a_swap_of_a_model_with_merged_adapters_is_refused(make: Any, tmp_path: 
     assert torch.allclose(plain.eval()(x), want, atol=1e-5)
 
 
+def test_adapters_that_are_left_merged_are_named() -> None:
+    """peft writes through `.data`. Warnings are errors here, so that an undone merge is none."""
+    model = adapted()
+    ema = train(model)
+    with ema.swap():
+        model.merge_adapter()
+        model.unmerge_adapter()
+    named = pytest.warns(UserWarning, match=r"merged into .*model\.up.*keep those of the average")
+    with named, ema.swap():
+        model.merge_adapter()
+
+
 def test_merged_needs_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="merged=True needs a PeftModel, got Net"):
         EMA(base()).export(tmp_path, merged=True)

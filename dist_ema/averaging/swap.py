@@ -155,6 +155,11 @@ class WeightSwap:
                 f"{exits['error']}"
             )
         self.remarks = swap_writes.describe(*names, self._lost())
+        if merged := derived.merged_modules(self._weights.model):
+            self.remarks.append(
+                f"adapters were merged into {', '.join(merged[:5])} inside ema.swap(), which keep "
+                "those of the average: call unmerge_adapter() inside the block."
+            )
         if error is None:
             changed = [name for name in exits.get("changed", ()) if name in buffers]
             self._average.own_buffers |= {name: buffers[name] for name in changed}

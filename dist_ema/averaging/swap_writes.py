@@ -4,8 +4,8 @@
 were exchanged or cast. It is the only outcome that is the same everywhere and costs no second
 model. Of replicas, the owner's write counts. Where shadows have another dtype, only elements that
 differ from the cast average are taken, so the others keep their precision. Version counters tell of
-a write, but not of one through `.data`, by NumPy or by a kernel of somebody else. So the bits are
-summed at both ends, too: all of a swapped weight, some of another one.
+a write, but not of one through `.data`, by NumPy or by a kernel of somebody else. So the bits of
+swapped weights are summed at both ends, too.
 
 [Note: open swaps]  Several EMAs may average one model, or parts of it. While one of them has
 swapped its average in, the live weights are not the training weights, and the others must know.
@@ -81,12 +81,9 @@ class SwapWrites:
         return swapped, others
 
     def _bit_sums(self) -> list[int]:
-        """Of all elements of the swapped weights, and of 64 to 127 elements of each other one."""
+        """Of swapped weights. 0 for others, as a merge that is undone inside may round them."""
         return fingerprint.bit_sums(
-            state.local[:: max(1, len(state.local) // 64)].contiguous()
-            if state.shadow is None
-            else state.live
-            for state in self._weights
+            state.local[:0] if state.shadow is None else state.live for state in self._weights
         )
 
     def changed_buffers(self) -> tuple[dict[str, Tensor], list[str]]:
