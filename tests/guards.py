@@ -98,7 +98,7 @@ averaging/averages.py
     move              self._watch.begin_read()
             @engines::test_weights_written_behind_the_step_are_named
     move_by           self.refuse  @living_storages::test_the_rule_of_a_drop_in_reads_what_live_is
-    move_by           self.settle  @living_storages::test_the_rule_of_a_drop_in_reads_what_live_is
+    move_by           self.settle  @living_details::test_a_rule_waits_for_the_update_in_flight
     move_by           self.follow  @living_storages::test_the_rule_of_a_drop_in_reads_what_live_is
     note_swap         self.mark()
             @living_details::test_training_that_no_update_follows_is_named
@@ -239,7 +239,6 @@ averaging/swap.py
     leave             when_outermost(self._restore_alone) => when_outermost  @177
     _enter            with derived.caches_dropped(self._weights.model): => if True:
             @living_caches::test_parametrize_cached_sees_the_swap
-    _enter            self._weights.mark()  @living_details::test_writes_that_are_no_training
     _exchange_and_restore  with derived.caches_dropped(self._weights.model): => if True:
             @living_caches::test_a_cache_opened_inside_the_block
     _leave            refuse_covered()  @177
@@ -256,7 +255,8 @@ averaging/swap.py
             @living_details::test_swaps_of_two_averages_in_each_other_write_nothing
     _close            note_swap(False)
             @living_buffers::test_own_buffers_end_when_training_resizes_one_of_them
-    __del__           self._restore_alone()  @swap::test_abandoned_and_interrupted
+    __del__           self._restore_alone()
+            @living_details::test_a_swap_that_is_dropped_restores_live_weights
 averaging/swap_writes.py
     when_outermost    inner._waiting.append
             @living_swap::test_swaps_that_are_left_in_another_order_are_named_and_restore_live
@@ -271,10 +271,12 @@ averaging/swap_writes.py
             @living_storages::test_a_weight_transposed_inside_a_swap_is_named_at_the_exit
     names             state.rebind()  @living_swap::test_a_write_is_named_and_live_is_restored
     names             old._version != expected[0] or =>
-            @living_details::test_a_write_before_the_storage_moves_inside_is_named
+            @living_details::test_a_write_into_a_frozen_weight_is_named
     names             or not _same_bits(old, state.local) =>
-            @living_swap::test_a_write_is_named_and_live_is_restored
-    names             written = versions(state) != expected => written = False
+            @living_details::test_a_write_into_a_frozen_weight_is_named
+    names             versions(state) != expected) => False)
+            @living_details::test_a_write_into_a_frozen_weight_is_named
+    names             summed = map( => summed = [False] * len(self._weights) or map(
             @living_swap::test_a_write_is_named_and_live_is_restored
     changed_buffers   is no buffer of the model
             @living_details::test_a_buffer_that_the_block_removes_is_named
@@ -292,6 +294,7 @@ averaging/teacher.py
     follow            state.teacher_copy = new  @into::test_registered_anew
     follow            state.shadow = new
             @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
+    take_off_spent    handle.remove()  @into::test_copies_of_the_teacher_are_free
     refuse_training   the optimizer trains  @into::test_teacher_is_not_trained
     copy_frozen       _copy(state)  @into::test_frozen_weights_follow
     copy_frozen       or not state.shard.dense =>
@@ -300,8 +303,10 @@ averaging/teacher.py
             @living_caches::test_a_copy_in_eval_mode_is_never_stale
 averaging/optimizer_hooks.py
     _before           move_to_end
-            @living_optimizers::test_the_update_comes_after_hooks_that_were_registered_later
-    _stepped_unlisted  self._averager.bypassed +=
+            @living_optimizers::test_the_update_comes_after_hooks_of_all_optimizers
+    _stepped          did not step in the last
+            @living_optimizers::test_experts_without_tokens_are_named_once
+    _stepped          self._averager.bypassed +=
             @living_optimizers::test_another_optimizer_that_steps_instead_is_named
     _stepped          never since
             @living_optimizers::test_an_optimizer_that_never_steps_is_named_once

@@ -507,8 +507,25 @@ def test_copies_of_the_teacher_are_free() -> None:
     del ema, waiting
     gc.collect()
     assert gone() is None
-    assert hooks_on(teacher) == 0, "a dead EMA takes its hooks off"
     teacher(torch.ones(2, 3))
+    assert hooks_on(teacher) == 0, "the forward takes off what a dead EMA has left"
+
+
+def test_an_ema_that_is_collected_within_a_state_dict() -> None:
+    """torch iterates over the hooks of a module meanwhile."""
+    model, teacher = nn.Linear(2, 2), nn.Linear(2, 2)
+    ring: list[Any] = [EMA(model, 0.5, into=teacher)]
+    ring.append(ring)
+    del ring
+    for register in (
+        teacher.register_state_dict_pre_hook,
+        teacher.register_load_state_dict_pre_hook,
+    ):
+        for _ in range(2):
+            register(lambda *_: gc.collect())
+    teacher.load_state_dict(teacher.state_dict())
+    teacher(torch.ones(1, 2))
+    assert hooks_on(teacher) == 4, "those of the test"
 
 
 def hooks_on(module: nn.Module) -> int:

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import EMA
+from dist_ema.averaging.swap import WeightSwap
 from dist_ema.sharding.discovery import find_shards
 from dist_ema.sharding.memory_watch import MemoryWatch
 
@@ -80,6 +81,7 @@ def resumed(model: nn.Module, ema: EMA, path: Path) -> None:
 def test_writes_that_are_no_training(program: Callable[..., None], tmp_path: Path) -> None:
     model = net()
     ema = averaged(model)
+    ema.gather()
     program(model, ema, tmp_path)
     ema.gather()
 
@@ -110,19 +112,40 @@ def test_swaps_of_two_averages_in_each_other_write_nothing() -> None:
         pass
 
 
-def test_a_write_before_the_storage_moves_inside_is_named() -> None:
+def in_place(weight: Any) -> None:
+    with torch.no_grad():
+        weight[0, 1] = 3
+
+
+def before_it_moves(weight: Any) -> None:
+    in_place(weight)
+    weight.data = weight.data.clone()
+
+
+def as_it_moves(weight: Any) -> None:
+    weight.data = weight.data.clone().index_fill_(1, torch.tensor(1), 3)
+
+
+@pytest.mark.parametrize("write", [in_place, before_it_moves, as_it_moves])
+def test_a_write_into_a_frozen_weight_is_named(write: Callable[[Any], None]) -> None:
+    """Of an element that is not among those whose bits are summed."""
+    model = nn.Sequential(net(), nn.Linear(40, 40))
+    model[1].requires_grad_(False)
+    ema = averaged(model)
+    with pytest.warns(UserWarning, match=r"^1\.weight is not averaged and was written"), ema.swap():
+        write(model[1].weight)
+
+
+def test_a_swap_that_is_dropped_restores_live_weights() -> None:
+    """An interrupt may leave behind every `finally` that would have left the swap."""
     model = net()
     ema = averaged(model)
-    before = ema.gather()["0.weight"]
-    with pytest.warns(UserWarning, match=r"^0\.weight was written inside"), ema.swap():
-        add_and_move(model[0].weight)
-    assert torch.equal(ema.gather()["0.weight"], before + 1)
-
-
-def add_and_move(weight: Tensor) -> None:
-    with torch.no_grad():
-        weight.add_(1)
-    weight.data = weight.data.clone()
+    live, weights = copy.deepcopy(model.state_dict()), ema.weights
+    assert weights.ranks is not None
+    swap = WeightSwap(weights, weights.used(0), weights.ranks, leads=True)
+    swap.enter()
+    del swap
+    assert all(map(torch.equal, live.values(), model.state_dict().values()))
 
 
 def test_a_buffer_that_the_block_removes_is_named() -> None:

@@ -4,6 +4,7 @@ wraps it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import types
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dist_ema import EMA
 from tests.living import Naive, outcome, programs, random_step
@@ -516,6 +518,68 @@ def test_the_update_comes_after_hooks_that_were_registered_later() -> None:
     assert program.error() <= 2e-5
     program.ema.detach()
     assert other.now == 4
+
+
+@pytest.mark.parametrize("averages", [1, 2])
+def test_the_update_comes_after_hooks_of_all_optimizers(averages: int) -> None:
+    """torch runs these after those of the optimizer itself."""
+    program = Projected()
+    others = [EMA(program.model, 0.5) for _ in range(averages - 1)]
+    for other in others:
+        other.attach(program.optimizer)
+    handle = register_optimizer_step_post_hook(program.project)
+    try:
+        assert program.error() <= 2e-5
+    finally:
+        handle.remove()
+    assert [other.now for other in others] == [4] * len(others)
+
+
+def copied_alone(model: nn.Module, optimizer: Any) -> Any:
+    return copy.deepcopy(optimizer)
+
+
+def copied_with_its_weights(model: nn.Module, optimizer: Any) -> Any:
+    """Its state is its own, and it steps the model's weights."""
+    return copy.deepcopy(optimizer, {id(p): p for p in model.parameters()})
+
+
+@pytest.mark.parametrize("make", [copied_alone, copied_with_its_weights])
+def test_a_copy_of_an_attached_optimizer(make: Any) -> None:
+    """A copy has no hooks. It steps copies of the weights, or is named as one not attached."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    naive, ema = Naive(model), EMA(model, 0.75)
+    ema.attach(optimizer)
+    random_step(optimizer)
+    naive.update()
+    before, other = copy.deepcopy(model.state_dict()), make(model, optimizer)
+    for _ in range(2):
+        random_step(other)
+    if make is copied_alone:
+        assert all(map(torch.equal, before.values(), model.state_dict().values()))
+        assert naive.error(ema.gather()) <= 2e-5
+    else:
+        with pytest.warns(UserWarning, match="Was ema.attach.. given the optimizer that steps"):
+            ema.gather()
+
+
+def test_experts_without_tokens_are_named_once() -> None:
+    """Optimizers in backward: a round ends when the last expert has had a gradient."""
+    experts = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(2))
+    optimizers = one_each(experts)
+    for p, optimizer in zip(experts.parameters(), optimizers, strict=True):
+        p.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    ema = EMA(experts, 0.75)
+    ema.attach(*optimizers)
+
+    def train() -> None:
+        for chosen in (0, 1, 0, 0, 0, 1):
+            experts[chosen](torch.ones(1, 4)).sum().backward()
+
+    with pytest.warns(UserWarning, match="1 of 2 optimizers did not step in the last b") as caught:
+        train()
+    assert (len(caught), ema.now) == (1, 2)
 
 
 def clamped_by_hand(program: Projected) -> None:

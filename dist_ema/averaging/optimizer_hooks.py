@@ -20,6 +20,7 @@ the garbage collector may free it while torch iterates over them.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import warnings
@@ -34,6 +35,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..sharding import torch_classes
 from ..sharding.ownership import ParamState
 from ..sharding.zero import EngineSteps, is_engine
 from .averages import AveragedWeights
@@ -88,8 +90,7 @@ class Attachment:
         self._skips: list[Tensor | None] = []
         self._unlisted: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
         self._wrapped: set[int] = set()  # optimizers whose step was named
-        self._hooks, self.active = ExitStack(), True
-        self._keys: dict[int, int] = {}
+        self._hooks, self.active, self._is_uneven = ExitStack(), True, False
         for optimizer in hooked:
             for hooks in (
                 optimizer._optimizer_step_pre_hooks,
@@ -97,13 +98,14 @@ class Attachment:
             ):
                 _forget_dead_hooks(hooks, warned=True)
             before = optimizer.register_step_pre_hook(_StepHook(self._before, others="post"))
-            after = optimizer.register_step_post_hook(_StepHook(self._stepped))
-            self._keys[id(optimizer)] = after.id
             self._hooks.callback(before.remove)
-            self._hooks.callback(after.remove)
-        every_step = register_optimizer_step_post_hook(_StepHook(self._stepped_unlisted))
-        _forget_dead_hooks(every_step.hooks_dict_ref(), warned=True)
-        self._hooks.callback(every_step.remove)
+            if isinstance(optimizer, EngineSteps):
+                after = optimizer.register_step_post_hook(_StepHook(self._stepped))
+                self._hooks.callback(after.remove)
+        # Of all optimizers of torch's: these hooks run after an optimizer's own.
+        self._every_step = register_optimizer_step_post_hook(_StepHook(self._stepped))
+        _forget_dead_hooks(self._every_step.hooks_dict_ref(), warned=True)
+        self._hooks.callback(self._every_step.remove)
         self._last = hooked[-1].register_step_post_hook(_StepHook(self._alive, tells=True))
         if averager.clock.updates == 0 and averager.clock.steps < start:
             averager.clock.started = False
@@ -128,22 +130,22 @@ class Attachment:
     def _alive(self, *_: Any) -> None:
         """The hook that calls this tells when it no longer can."""
 
-    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before(self, *_: Any) -> None:
         # The update reads what hooks write that were registered since (a projection).
-        hooks: Any = optimizer._optimizer_step_post_hooks
-        hooks.move_to_end(self._keys[id(optimizer)])
+        hooks: Any = self._every_step.hooks_dict_ref()
+        later = itertools.takewhile(self._every_step.id.__ne__, reversed(hooks))
+        if not all(isinstance(hooks[key], _StepHook) for key in later):
+            hooks.move_to_end(self._every_step.id)
         self._averager.before_step()
-
-    def _stepped_unlisted(self, optimizer: Optimizer, *_: Any) -> None:
-        """Count the steps of averaged weights by optimizers that are not attached."""
-        if id(optimizer) in self._places or _is_inside_step(optimizer):
-            return
-        if optimizer not in self._unlisted:
-            self._unlisted[optimizer] = self._averager.stepped_by([optimizer])
-        self._averager.bypassed += self._unlisted[optimizer]
 
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
         if _is_inside_step(optimizer):
+            return
+        if id(optimizer) not in self._places:
+            # Steps of averaged weights by optimizers that are not attached.
+            if optimizer not in self._unlisted:
+                self._unlisted[optimizer] = self._averager.stepped_by([optimizer])
+            self._averager.bypassed += self._unlisted[optimizer]
             return
         self._averager.bypassed = 0
         self._warn_of_wrapped_step(optimizer)
@@ -159,6 +161,15 @@ class Attachment:
                 f"{self._names[place]} has stepped {PATIENCE} times, and "
                 f"{', '.join(sorted(silent))} never since: no update comes until every optimizer "
                 "that ema.attach() was given has stepped. Leave out the one that does not train.",
+                stacklevel=4,
+            )
+        elif steps[place] > 1 and not self._is_uneven and torch_classes.is_in_backward():
+            self._is_uneven = True
+            warnings.warn(
+                f"{steps.count(0)} of {len(steps)} optimizers did not step in the last backward "
+                "(an expert that no token chose?). One update comes when all have stepped, so the "
+                "average moves less often than the weights: call ema.update() after every "
+                "backward in place of ema.attach().",
                 stacklevel=4,
             )
 

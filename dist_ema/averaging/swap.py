@@ -110,7 +110,6 @@ class WeightSwap:
             self._broadcast(applied=True)
         self._owes_message = True
         self._writes = swap_writes.SwapWrites(self._average.states, self._weights.swaps)
-        self._weights.mark()
 
     def _broadcast(self, applied: bool) -> None:
         """Replicas hold what their owners hold. applied: That is the average."""

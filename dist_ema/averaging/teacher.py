@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any
-from weakref import WeakMethod, WeakSet, finalize
+from weakref import WeakMethod, WeakSet
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..schedules import Schedule, Window
 from ..sharding import derived, discovery, parameters, tree_changes, wrappers
@@ -89,14 +90,17 @@ class Teacher:
         self._copied_versions: list[int] = []
         self._hooks = ExitStack()
         for module, outer in wrappers.entrances(self.module, self.sharded):
-            hook = _ReadHook(announce, outer)
-            for handle in (
-                module.register_forward_pre_hook(hook, prepend=True),
+            for left in list(module._forward_pre_hooks.values()):
+                if isinstance(left, _ReadHook):
+                    left.take_off_spent()
+            hook, forward_hook = (_ReadHook(announce, outer) for _ in range(2))
+            forward_hook.spent = [
+                module.register_forward_pre_hook(forward_hook, prepend=True),
                 module.register_load_state_dict_pre_hook(hook),
                 wrappers.before_state_dict(module, hook),
-            ):
+            ]
+            for handle in forward_hook.spent:
                 self._hooks.callback(handle.remove)
-        finalize(self, self._hooks.close)
 
     def release(self) -> None:
         """Take the hooks off, for another EMA that writes this teacher from now on."""
@@ -315,11 +319,16 @@ def _place(shard: Shard) -> str:
 class _ReadHook:
     """Announces a read.
 
+    When the EMA is gone, the next forward or the next EMA takes the hooks of its module off. They
+    cannot come off when it is collected, for torch may be iterating over them (in `state_dict`). Of
+    the hooks of forwards it iterates over a copy.
+
     A deep copy or a pickle of the teacher is no teacher: it gets a hook that does nothing.
     """
 
     def __init__(self, announce: Callable[[], None], outer: bool) -> None:
         self._announce, self._outer = WeakMethod(announce), outer
+        self.spent: list[RemovableHandle] = []  # when the EMA is gone
         # NOTE: a graph cannot wait; it breaks where a read must be announced. Every hook has this,
         # as dynamo runs what it compiled for the hook of one module with that of another
         # (config.skip_nnmodule_hook_guards).
@@ -333,8 +342,15 @@ class _ReadHook:
 
     def _tell(self) -> None:
         announce = self._announce()
-        if announce is not None:
+        if announce is None:
+            self.take_off_spent()
+        else:
             announce()
+
+    def take_off_spent(self) -> None:
+        """Take the hooks of this module off if the EMA is gone."""
+        for handle in self.spent if self._announce() is None else ():
+            handle.remove()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # NOTE: a function of the standard library's, so that pickled models load where dist_ema is
