@@ -38,6 +38,7 @@ from dist_ema.foreign import recognise
 from dist_ema.offline import convert as offline
 from dist_ema.text import size
 from tests._models import Tied
+from tests._ranks import run_program
 from tests.conftest import Call
 
 pytestmark = pytest.mark.filterwarnings(
@@ -901,9 +902,8 @@ def test_memory_is_a_window(tmp_path: Path) -> None:
         "most.append(held() - before))\n"
         "print(max(most))"
     )
-    line = [sys.executable, "-c", code, str(src), str(tmp_path / "out.safetensors")]
-    done = subprocess.run(line, capture_output=True, text=True, check=True)
-    assert 0 < int(done.stdout) < 120, "MB over the start"
+    grown = int(run_program(code, str(src), str(tmp_path / "out.safetensors")))
+    assert 0 < grown < 120, "MB over the start"
     found = load_file(tmp_path / "out.safetensors")
     assert found["b"].shape == (3 << 10, 1 << 13)
     assert bool((found["a"] == 1).all())

@@ -10,10 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +27,7 @@ from dist_ema.averaging.kernels.eager import WORTH, ShadowPair, UpdatePlan
 from dist_ema.averaging.kernels.pairs import LIVE, SHADOW
 from dist_ema.averaging.kernels.rounding import noise
 from tests._models import draw
+from tests._ranks import run_program
 
 needs_numba = pytest.mark.skipif(not cpu_plan.available(), reason="numba is not installed")
 both = pytest.mark.parametrize(
@@ -307,7 +305,7 @@ assert bool((pair.shadows[0] == 0.75).all())
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_forked() -> None:
     """A process that was forked after an update can update too."""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True, timeout=300)
+    run_program(FORKED)
 
 
 # --- when there is a pass -------------------------------------------------------------------------
@@ -339,15 +337,7 @@ def test_without_numba() -> None:
     """Eager torch where numba is missing, and the same bits."""
     code = "import sys; sys.modules['numba'] = None\n"
     code += "from tests.test_cpu_numba import digest; print(*digest())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    missing, here = done.stdout.split(), digest()
+    missing, here = run_program(code).split(), digest()
     assert missing[::2] == ["0", "0"]
     if cpu_plan.available():
         assert here[::2] == [str(int(eager.passes_same_bits()))] * 2

@@ -8,7 +8,6 @@ is missing then shows as a wrong bit, always.
 from __future__ import annotations
 
 import random
-import subprocess
 import sys
 import threading
 import warnings
@@ -303,8 +302,7 @@ def test_a_fork_neither_hangs_nor_loses_a_word() -> None:
 
     Guards Worker.wait.
     """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], timeout=60, check=False)
-    assert done.returncode == 0
+    run_program(FORK, timeout=60)
 
 
 def test_one_copy_per_run_of_neighbours() -> None:
