@@ -148,6 +148,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "assert os.path.exists(f'{path}/ema.json')\n"
         "if step == 2 and not os.path.exists(tried):\n"
         "    open(tried, 'w').close(); sys.exit('not\\x1b yet')\n"
+        "sys.stdout.buffer.write(b'\\xff no text\\n'); sys.stdout.flush()\n"
         "print(json.dumps({'loss': 7})); print(json.dumps({'loss': (step - 3) ** 2}))\n"
         "print('done {}', float('nan'))\n"
     )
@@ -208,6 +209,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/collective_rpc":
             assert body["method"] == "reload_weights"
             self._load(body["kwargs"]["weights_path"], "")
+        elif self.path == "/no-server-of-http":
+            self.wfile.write(b"nonsense\r\n\r\n")
         elif self.path.endswith("load_lora_adapter"):
             self._change_adapter(body["lora_name"], body)
         else:
@@ -288,5 +291,19 @@ def test_servers_are_notified(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         printed = capsys.readouterr().out
         assert "did not load version 4: HTTP 400" in printed
         assert "Rolling back to original weights" in printed
+        other = ["watch", str(folder), "--notify", f"{host}/no-server-of-http", "--retries", "0"]
+        assert main(other) == 1
+        assert "no answer: nonsense" in capsys.readouterr().out
     assert main([*vllm, "--retries", "0"]) == 1
     assert "no answer" in capsys.readouterr().out
+
+
+def test_a_lease_that_cannot_be_written(tmp_path: Path) -> None:
+    """The error says why a reader writes, and where."""
+    publish(tmp_path, 1)
+    leases = tmp_path / versions.LEASES
+    if leases.exists():
+        leases.rename(tmp_path / "moved")
+    leases.touch()
+    with pytest.raises(OSError, match=r"a reader leaves a lease here.*\.leases"):
+        open_version(tmp_path / "version-000001")

@@ -117,12 +117,22 @@ class Lease:
 
     Raises:
         FileNotFoundError: The version is retired or gone.
+        OSError: This process may not write beside it.
     """
 
     def __init__(self, path: Path, expiry: float = EXPIRY) -> None:
         file, released = path.parent / LEASES / f"{path.name}.{uuid.uuid4().hex}", threading.Event()
-        file.parent.mkdir(exist_ok=True)
-        _write(file, expiry, 0)
+        try:
+            file.parent.mkdir(exist_ok=True)
+            _write(file, expiry, 0)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            text = (
+                f"{error.strerror}: a reader leaves a lease here, so that the version that it has "
+                "open is not removed. Let it write into this folder"
+            )
+            raise type(error)(error.errno, text, os.fspath(file.parent)) from error
         self.release = finalize(self, _release, file, released)
         if path.name in _read_retired(path.parent) or not path.is_dir():
             self.release()

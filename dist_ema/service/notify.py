@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import parse_qs, urlsplit
 from urllib.request import Request, urlopen
 
@@ -84,12 +85,13 @@ def _post(url: str, body: dict[str, Any], timeout: float) -> str:
     """Returns what went wrong."""
     data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
     try:
-        with urlopen(Request(url, data, headers), timeout=timeout) as answer:
-            text = answer.read(1 << 20).decode(errors="replace")
-    except HTTPError as error:
-        text = error.read(1 << 20).decode(errors="replace")
-        return f"HTTP {error.code}: {_message(text)}"
-    except (OSError, URLError) as error:
+        try:
+            with urlopen(Request(url, data, headers), timeout=timeout) as answer:
+                text = answer.read(1 << 20).decode(errors="replace")
+        except HTTPError as error:
+            text = error.read(1 << 20).decode(errors="replace")
+            return f"HTTP {error.code}: {_message(text)}"
+    except (OSError, HTTPException) as error:  # the latter of an answer that is cut short
         return f"no answer: {error}"
     try:
         failed = json.loads(text).get("success") is False

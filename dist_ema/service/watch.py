@@ -46,7 +46,12 @@ def run_shell(command: str, facts: Mapping[str, object]) -> Outcome:
     for name, value in facts.items():
         command = command.replace(f"{{{name}}}", shlex.quote(str(value)))
     done = subprocess.run(
-        command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        command,
+        shell=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",  # what a command prints must not end the watcher
     )
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
