@@ -3,6 +3,7 @@
     python launch/bench.py                                     GPT-2 on the CPU: all tables
     python launch/bench.py --dtype bfloat16 --only update      bf16 weights, fp32 and bf16 shadows
     python launch/bench.py --model many --only update          4,000 tensors of 64 elements
+    python launch/bench.py --model experts --only memory       what 10,000 tensors take to construct
     python launch/bench.py --device cuda --model llama1b       on an accelerator, timed with events
     python launch/bench.py --model tiny --repeat 2 --no-peers  whether it runs at all
 
@@ -76,6 +77,7 @@ def shapes(model: str) -> Shapes:
         "llama1b": _llama1b,
         "tiny": _tiny,
         "many": _many,
+        "experts": _experts,
     }[model]()
 
 
@@ -129,6 +131,10 @@ def _tiny() -> Shapes:
 
 def _many() -> Shapes:
     return [(64,)] * 4000
+
+
+def _experts() -> Shapes:
+    return [(64, 32)] * 10_000
 
 
 def build(model: str, dtype: torch.dtype, device: torch.device) -> nn.ParameterList:
@@ -869,7 +875,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    models, add = ("gpt2", "resnet50", "llama1b", "tiny", "many"), parser.add_argument
+    models, add = ("gpt2", "resnet50", "llama1b", "tiny", "many", "experts"), parser.add_argument
     add(
         "--device",
         type=_device,
@@ -881,7 +887,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--model",
         choices=models,
         default="gpt2",
-        help="whose list of shapes; many: 4000 x 64 (gpt2)",
+        help="whose list of shapes; many: 4000 x 64; experts: 10000 x 64 x 32 (gpt2)",
     )
     add(
         "--dtype",

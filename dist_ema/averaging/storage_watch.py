@@ -129,7 +129,7 @@ def refuse_shared(averages: Iterable[Average]) -> None:
     """Raise RuntimeError, by name, where memory is shared that cannot be ([Note: shared memory]).
 
     Note:
-        *Cost*: 4 us per weight. No element is read where nothing is shared.
+        *Cost*: 5 us per weight. No element is read where nothing is shared.
     """
     memories = [
         _Memory(str(tensor.device), tensor.data_ptr(), state, tensor, tensor is state.shadow)
