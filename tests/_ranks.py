@@ -55,7 +55,7 @@ def run_ranks(
         args: Its arguments; they are pickled.
         timeout: Seconds after which the ranks are killed.
         allow_dead: Accept ranks that leave no result.
-        method: "spawn" for ranks in which nothing is imported yet.
+        method: "fork" for ranks that go on with what this process has imported and set.
         server: Keep the store in this process, for tests that stop ranks. A store in a file has a
             lock, and a rank that is stopped while it holds the lock blocks all ranks.
         backend: Of the default group. Where "emulated" is in it, each rank has such a device.

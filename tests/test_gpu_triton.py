@@ -158,13 +158,15 @@ def test_equal(interpreted: Any, live: torch.dtype, shadow: torch.dtype, where: 
 
 def check_shares() -> None:
     for live, shadow in ((F32, F32), (BF16, F32), (F32, BF16)):
+        plain = make(live, shadow, 2)
+        for guard in (False, True):
+            FusedPlan(plain, seed=5).run([0.25, 0.5], 7, guard)
         for share, resident in ((1e-9, 1), (0.25, 2), (0.3, 3)):
             grids: list[int] = []
-            limited, plain = make(live, shadow, 2), make(live, shadow, 2)
+            limited = make(live, shadow, 2)
             plan = FusedPlan(limited, seed=5, share=share)
             for guard in (False, True):
                 plan.run([0.25, 0.5], 7, guard)
-                FusedPlan(plain, seed=5).run([0.25, 0.5], 7, guard)
             assert all(torch.equal(bits(limited, k), bits(plain, k)) for k in range(2))
             for launch in plan.launches:
                 launch.kernel = Nothing(grids)
@@ -636,16 +638,20 @@ def test_an_ema_is_the_same(interpreted: Any, options: dict[str, Any]) -> None:
     interpreted(check_ema, "none", options)
 
 
-def check_ranks() -> None:
-    interpret()
+def check_rank() -> None:
     check_ema("ddp", {"dtype": BF16})
 
 
+def check_ranks() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        run_ranks(2, check_rank, method="fork")
+
+
 @pytest.mark.multirank
-@pytest.mark.usefixtures("interpreted")
-def test_shards_of_an_ema_are_the_same() -> None:
+def test_shards_of_an_ema_are_the_same(interpreted: Any) -> None:
     """Cut over two ranks, the element numbers do not begin at 0."""
-    run_ranks(2, check_ranks, method="spawn")
+    interpreted(check_ranks)
 
 
 def check_the_hot_path() -> None:
