@@ -98,7 +98,7 @@ averaging/averages.py
     move              self._watch.begin_read()
             @engines::test_weights_written_behind_the_step_are_named
     move_by           self.refuse  @living_storages::test_the_rule_of_a_drop_in_reads_what_live_is
-    move_by           self.settle  @living_details::test_a_rule_waits_for_the_update_in_flight
+    move_by           self.settle  @engines::test_a_rule_waits_for_the_update_in_flight
     move_by           self.follow  @living_storages::test_the_rule_of_a_drop_in_reads_what_live_is
     note_swap         self.mark()
             @living_details::test_training_that_no_update_follows_is_named
@@ -118,7 +118,7 @@ averaging/inventory.py
             @into::test_a_teacher_whose_weights_are_replaced_is_named
     walk_tree         is gone from the model
             @living_tree::test_an_averaged_buffer_that_is_gone_is_named
-    walk_tree         changes.gone_buffers) => ())
+    walk_tree         averaged.intersection(changes.gone_buffers) => averaged.intersection(())
             @living_tree::test_an_averaged_buffer_that_is_gone_is_named
     walk_tree         is tied otherwise  @living_texts::test_a_tie_is_called_a_tie
     walk_tree         is new and trainable

@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -194,6 +194,24 @@ def test_weights_written_behind_the_step_are_named() -> None:
         with ema.swap():
             pass
         optimizer.step()
+
+
+def four_times(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for shadow, _ in pairs:
+        shadow.mul_(4)
+
+
+def test_a_rule_waits_for_the_update_in_flight() -> None:
+    """The arithmetic of a drop-in comes after it, and not in between."""
+    model = nn.Linear(3, 3)
+    ema = EMA(model, 0.5)
+    ema.weights.updates.engine = Overlapped(Late(0))
+    before = ema.gather()["weight"]
+    with torch.no_grad():
+        model.weight.add_(2)
+    ema.update()
+    ema.weights.move_by(four_times)
+    torch.testing.assert_close(ema.gather()["weight"], 4 * (before + 1))
 
 
 def test_a_host_thread_equals_inline() -> None:
