@@ -204,12 +204,12 @@ def four_times(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 def test_a_rule_waits_for_the_update_in_flight() -> None:
     """The arithmetic of a drop-in comes after it, and not in between."""
     model = nn.Linear(3, 3)
-    ema = EMA(model, 0.5)
+    optimizer, ema = torch.optim.SGD(model.parameters(), 1.0), EMA(model, 0.5)
+    ema.attach(optimizer)
     ema.weights.updates.engine = Overlapped(Late(0))
     before = ema.gather()["weight"]
-    with torch.no_grad():
-        model.weight.add_(2)
-    ema.update()
+    model.weight.grad = torch.full((3, 3), -2.0)
+    optimizer.step()
     ema.weights.move_by(four_times)
     torch.testing.assert_close(ema.gather()["weight"], 4 * (before + 1))
 
