@@ -187,7 +187,7 @@ sharding/memory_watch.py
 sharding/ownership.py
     rebind            redescribe(self.shard)
             @living_buffers::test_own_buffers_end_when_training_resizes_one_of_them
-    rebind            refuse_taken_over  @living_subclasses::test_partitioned_later_is_named
+    rebind            refuse_taken_over  @refusals::test_a_weight_that_deepspeed_took_over
     rebind            has no memory now
             @living_storages::test_a_storage_that_was_freed_is_named_and_followed_when_it_is_back
     rebind            changed |=  @living_storages::test_a_model_that_was_cast_for_good_is_named
