@@ -717,6 +717,43 @@ def test_another_optimizer_that_steps_instead_is_named() -> None:
         program.ema.gather()
 
 
+class Fused(torch.optim.Optimizer):
+    """LOMO: writes each weight as soon as its gradient is there, and its `step` is never called."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+        for p in self.param_groups[0]["params"]:
+            p.register_post_accumulate_grad_hook(self.write)
+
+    def write(self, p: Tensor) -> None:
+        p.data.add_(p.grad, alpha=-0.1)  # type: ignore[arg-type]
+        p.grad = None
+
+
+def in_the_backward(model: nn.Module, ema: EMA) -> None:
+    ema.attach(Fused(model.parameters()))
+    model(torch.randn(2, 4)).sum().backward()
+
+
+def by_a_kernel(model: nn.Module, ema: EMA) -> None:
+    """As optimizers write that are compiled by others: torch does not count it."""
+    for p in model.parameters():
+        p.detach().numpy()[...] += 1
+
+
+@pytest.mark.parametrize("train", [in_the_backward, by_a_kernel])
+def test_training_that_no_counter_counts_and_no_update_follows_is_named(train: Any) -> None:
+    """Guards the samples in `mark`. An evaluation in between writes nothing."""
+    model = net()
+    ema = EMA(model, 0.5)
+    with ema.swap(), torch.no_grad():
+        model(torch.randn(2, 4))
+    train(model, ema)
+    with pytest.warns(UserWarning, match="no update came"):
+        ema.gather()
+    ema.gather()
+
+
 def test_an_update_is_not_traced_with_a_compiled_step() -> None:
     """Tracing took minutes for 200 weights; a storage that moves is still followed."""
     program = Projected()

@@ -14,14 +14,16 @@ would be its own average.
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..sharding import memory_watch, ownership, records
+from ..sharding import fingerprint, memory_watch, ownership, records
 from .average import Average
 from .clock import Clock
 from .swap_writes import SwapRegistry
@@ -29,6 +31,7 @@ from .swap_writes import SwapRegistry
 __all__ = ["StorageWatch", "refuse_shared"]
 
 _VERSION = attrgetter("_version")
+SAMPLE = 8  # elements of each weight, up to twice as many
 Moment = tuple[int, int, int]  # steps and updates of the clock, writes by swaps
 
 
@@ -43,7 +46,7 @@ class StorageWatch:
     def __init__(self, clock: Clock, swaps: SwapRegistry) -> None:
         self._clock, self._swaps = clock, swaps
         self._read_versions: list[int] | None = None  # while an update may be reading
-        self._marked: tuple[int, Moment] | None = None
+        self._marked: tuple[list[int], Moment] | None = None
         self.renew([])
 
     def renew(
@@ -106,10 +109,20 @@ class StorageWatch:
 
     # --- training that no update follows ----------------------------------------------------------
 
-    def mark(self) -> tuple[int, Moment]:
-        """Remember how often the weights were written until now."""
+    def mark(self) -> tuple[list[int], Moment]:
+        """Remember how often the weights were written until now.
+
+        No counter counts a write through `.data` or by a foreign kernel (LOMO, 8-bit optimizers).
+        So some elements of each weight are summed, too. Waits for the device.
+        """
         moment = self._clock.steps, self._clock.updates, self._swaps.writes
-        self._marked = sum(self._versions()), moment
+        samples: defaultdict[Any, list[Tensor]] = defaultdict(list)
+        for local in [param.local for param in self._params]:
+            if local.untyped_storage().nbytes():  # it was not freed
+                spaced = local[:: max(1, len(local) // SAMPLE)]
+                samples[local.dtype, local.device].append(spaced)
+        sums = fingerprint.bit_sums(map(torch.cat, samples.values()))
+        self._marked = [sum(self._versions()), *sums], moment
         return self._marked
 
     def trained_unseen(self) -> bool:
