@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
@@ -89,6 +90,8 @@ def _collect(
             try:
                 future.result()
             except Exception as error:
+                if isinstance(error, BrokenProcessPool):
+                    time.sleep(1)  # Ctrl-C ends workers too, and may reach this process after them
                 raise StudyError(f"{cell.name}: {type(error).__name__}: {error}") from error
             finished(cell)
 
