@@ -60,7 +60,7 @@ averaging/averages.py
     _replan           further = self.teacher.addressed
             @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
     _replan           roots.append  @into::test_an_update_names_the_assigned_weights_of_a_teacher
-    _replan           roots = []  @reader::test_on_ranks
+    _replan           roots = []  @living_ranks::test_living_models_on_two_ranks
     refuse            inside ema.swap()  @swap::test_order_of_calls
     refuse            inside the swap of another
             @living_guards::test_a_second_average_inside_the_swap_of_the_first
@@ -352,6 +352,7 @@ averaging/optimizer_hooks.py
 averaging/swap.py
     _leave            raise raised  @living_details::test_a_buffer_that_the_block_removes_is_named
 averaging/teacher.py
+    refuse_beside_teacher  together with into  @into::test_options_that_the_teacher_decides
     give              raise ValueError  @rl::test_a_reference_that_does_not_fit_is_refused
     _refuse_taken     raise ValueError  @into::test_a_teacher_of_two_averages_is_refused
     refuse_untied     raise ValueError  @into::test_unlike_teachers_are_refused
