@@ -189,8 +189,8 @@ def test_only_plain_tensors_are_read_by_the_loop(kind: Any, way: Way) -> None:
 def test_update_follows_a_move_and_names_a_replaced_weight(way: Way) -> None:
     model = net()
     ema = EMA(model, 0.5)
-    model[0].weight.data = torch.full_like(model[0].weight, 2.0)
     before = ema.gather()["0.weight"].clone()
+    model[0].weight.data = torch.full_like(model[0].weight, 2.0)
     ema.update()
     torch.testing.assert_close(ema.gather()["0.weight"], (before + 2) / 2)
     model[2][0] = nn.Linear(6, 3)
