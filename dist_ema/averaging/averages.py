@@ -376,7 +376,7 @@ class AveragedWeights:
             once: A schedule in place of all others, for this update.
         """
         number = self.clock.updates
-        if self._watch.changed():
+        if number < 2 or self._watch.changed():
             self._inventory.refuse_unfrozen()
             self.follow(tree=self._watch.sees_tree)
         self._keep_full_blocks(elapsed)
