@@ -929,7 +929,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"--averages and --repeat must be 1 or more, got {args.averages} and {args.repeat}"
         )
-    if args.device.type != "cpu" and not torch.accelerator.is_available():
+    there = torch.accelerator.current_accelerator(check_available=True)
+    if args.device.type not in ("cpu", there.type if there else "cpu"):
         parser.error(f"--device {args.device}, but torch finds no accelerator here")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
