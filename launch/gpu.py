@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from dist_ema.averaging.kernels import gpu_plan
+from dist_ema.averaging.kernels import gpu_launch
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks-gpu.md"
@@ -85,8 +85,8 @@ def _figures(target: str, live: str, shadow: str, levels: int) -> tuple[str, ...
         registers = _search(r"Used (\d+) registers", report)
         spills = _search(r"(\d+) bytes spill stores", report)
     wide = [str(len(pattern.findall(text))) for pattern in (WIDE_LOAD, WIDE_STORE)]
-    lanes = gpu_plan.WARPS * (64 if target.startswith("gfx") else 32)
-    per_element = f"{instructions(code) * lanes / gpu_plan.BLOCK:.1f}"
+    lanes = gpu_launch.WARPS * (64 if target.startswith("gfx") else 32)
+    per_element = f"{instructions(code) * lanes / gpu_launch.BLOCK:.1f}"
     return registers, spills, *wide, per_element
 
 
@@ -139,7 +139,7 @@ def _compile(target: str, live: str, shadow: str, levels: int) -> Any:
         "levels": levels,
         "huge": False,
         "guard": False,
-        "block": gpu_plan.BLOCK,
+        "block": gpu_launch.BLOCK,
         "resident": False,
     }
     kernel = gpu_triton.update_kernel
@@ -153,7 +153,7 @@ def _compile(target: str, live: str, shadow: str, levels: int) -> Any:
         chip = GPUTarget("hip", target, 64)
     else:
         chip = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    options = {"num_warps": gpu_plan.WARPS, "enable_fp_fusion": False}
+    options = {"num_warps": gpu_launch.WARPS, "enable_fp_fusion": False}
     return triton.compile(source, target=chip, options=options)
 
 

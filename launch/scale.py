@@ -40,7 +40,7 @@ from dist_ema.averaging.clock import Clock
 from dist_ema.averaging.storage_watch import StorageWatch
 from dist_ema.averaging.swap_writes import SwapRegistry
 from dist_ema.checkpoint import file_writer
-from dist_ema.distributed import connections, coordinator, machines, ranks, transfer
+from dist_ema.distributed import machines, ranks, receiver, transfer, waiting
 from dist_ema.distributed.coordinator import FAN_IN, StoreCoordinator
 from dist_ema.distributed.ranks import Ranks
 from dist_ema.sharding import discovery, ownership
@@ -240,15 +240,15 @@ def _cost(counts: list[tuple[int, int, int]]) -> Cost:
 @contextmanager
 def _machine_of(name: Callable[[], str]) -> Iterator[None]:
     """`machine_id` of the thread that calls it."""
-    real, looks, idle = ranks.machine_id, coordinator.LOOKS, connections.IDLE
-    ranks.machine_id, coordinator.LOOKS = name, 2000  # threads share one interpreter
-    connections.IDLE, reminder = 0.5, coordinator.FIRST_REMINDER
-    coordinator.FIRST_REMINDER = TIMEOUT  # it looks for who is late
+    real, looks, idle = ranks.machine_id, waiting.LOOKS, receiver.IDLE
+    ranks.machine_id, waiting.LOOKS = name, 2000  # threads share one interpreter
+    receiver.IDLE, reminder = 0.5, waiting.FIRST_REMINDER
+    waiting.FIRST_REMINDER = TIMEOUT  # it looks for who is late
     try:
         yield
     finally:
-        ranks.machine_id, coordinator.LOOKS, connections.IDLE = real, looks, idle
-        coordinator.FIRST_REMINDER = reminder
+        ranks.machine_id, waiting.LOOKS, receiver.IDLE = real, looks, idle
+        waiting.FIRST_REMINDER = reminder
 
 
 def formula(verb: str, size: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA
-from dist_ema.distributed import connections, transfer
+from dist_ema.distributed import receiver, transfer
 from dist_ema.sharding import ownership
 from tests._models import Net
 from tests._ranks import run_ranks
@@ -78,7 +78,7 @@ def arm(case: Case) -> None:
 
         return call
 
-    places = {MESSAGES: dist.PrefixStore, RUNS: connections.Stream}
+    places = {MESSAGES: dist.PrefixStore, RUNS: receiver.Stream}
     place: Any = places.get(case.kind, dist)
     for name in case.kind:
         setattr(place, name, counted(getattr(place, name)))
@@ -132,7 +132,7 @@ def fault(folder: str, cases: list[Case]) -> tuple[int, str, float]:
     model = nn.parallel.DistributedDataParallel(Net(), process_group=group)
     ema = EMA(model, 0.5, timeout=60)
     ema.save(path / "kept")
-    transfer.WINDOW = transfer.STREAM = connections.WINDOW = ownership.MAX_BLOCK = 512
+    transfer.WINDOW = transfer.STREAM = receiver.WINDOW = ownership.MAX_BLOCK = 512
     pids: list[Any] = [None] * case.size
     dist.all_gather_object(pids, os.getpid(), group=group)
     before = [p.detach().clone() for p in model.parameters()]

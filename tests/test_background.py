@@ -26,7 +26,7 @@ from torch import nn
 from dist_ema import EMA, load_file
 from dist_ema.checkpoint import crc32, file_writer, manifest
 from dist_ema.checkpoint.background import BackgroundTask
-from dist_ema.distributed import connections, messages
+from dist_ema.distributed import connections, receiver, waiting
 from tests._models import Core, Images
 from tests._oracle import Training
 from tests._ranks import raises, run_ranks
@@ -163,7 +163,7 @@ def disk_full(folder: str) -> None:
     model = nn.parallel.DistributedDataParallel(
         nn.Sequential(*(nn.Linear(600, 600, bias=False) for _ in range(4)))
     )
-    connections.WINDOW = 1 << 20  # rank 1 has two windows to get rid of
+    receiver.WINDOW = 1 << 20  # rank 1 has two windows to get rid of
     ema = EMA(model, 0.5)
     ema.timeout = 30
     ema.save(f"{folder}/kept")
@@ -221,14 +221,14 @@ def line_breaks(folder: str) -> None:
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
     ema.save(f"{folder}/a", mode="stream")
     assert ema._files.writer is not None
-    send, beat = connections.Connections.send, messages.Heartbeats.send
+    send, beat = connections.Connections.send, waiting.Heartbeats.send
     if dist.get_rank() == 1:
         connections.Connections.send = lambda *args: (time.sleep(7), send(*args))[1]  # type: ignore[method-assign]
-        messages.Heartbeats.send = lambda self: None  # type: ignore[method-assign]
+        waiting.Heartbeats.send = lambda self: None  # type: ignore[method-assign]
     timeout, ema.timeout = ema.timeout, 1.0
     with raises(RuntimeError, "ema.save(): rank 1 gave no sign of life for 1 s"):
         ema.save(f"{folder}/b", mode="stream")
-    connections.Connections.send, messages.Heartbeats.send = send, beat  # type: ignore[method-assign]
+    connections.Connections.send, waiting.Heartbeats.send = send, beat  # type: ignore[method-assign]
     ema.timeout = timeout
     ema.save(f"{folder}/a", mode="stream")
     if dist.get_rank() == 0:

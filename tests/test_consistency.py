@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dist_ema import EMA, HalfLife
-from dist_ema.distributed import coordinator
+from dist_ema.distributed import waiting
 from dist_ema.distributed.ranks import Ranks
 from dist_ema.sharding import wrappers
 from tests._models import Net
@@ -206,7 +206,7 @@ def no_message() -> None:
 
 
 def together(folder: str) -> None:
-    coordinator.GRACE = 1.0
+    waiting.GRACE = 1.0
     construction()
     arguments(folder)
     clocks(folder)

@@ -29,7 +29,7 @@ from dist_ema import EMA
 from dist_ema.averaging import gather
 from dist_ema.averaging.swap import WeightSwap
 from dist_ema.checkpoint import reader
-from dist_ema.distributed import coordinator, messages
+from dist_ema.distributed import coordinator, messages, waiting
 from dist_ema.distributed.connections import Connections
 from dist_ema.distributed.coordinator import StoreCoordinator
 from dist_ema.distributed.diagnosis import Exchange, digest
@@ -101,7 +101,7 @@ class World:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Naming who is missing needs no two seconds among threads."""
-    monkeypatch.setattr(coordinator, "GRACE", 0.6)
+    monkeypatch.setattr(waiting, "GRACE", 0.6)
 
 
 # --- what it costs --------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_an_interrupt_while_an_exchange_begins_is_told(line: int) -> None:
     world, lines, gone_on = World(2, timeout=20), iter(range(25)), threading.Event()
 
     def trace(frame: Any, event: str, _: Any) -> Any:
-        is_there = frame.f_code.co_filename == coordinator.__file__
+        is_there = frame.f_code.co_filename in (coordinator.__file__, waiting.__file__)
         if event == "line" and is_there and next(lines, None) == line:
             raise KeyboardInterrupt
         return trace
@@ -506,9 +506,9 @@ def test_leaving_waits_and_says_for_whom(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A line every so often, from one rank, names who is awaited while it shows signs of life."""
-    monkeypatch.setattr(coordinator, "FIRST_REMINDER", 0.2)
-    monkeypatch.setattr(coordinator, "REMIND", 0.2)
-    monkeypatch.setattr(coordinator, "POLL", 0.1)
+    monkeypatch.setattr(waiting, "FIRST_REMINDER", 0.2)
+    monkeypatch.setattr(waiting, "REMIND", 0.2)
+    monkeypatch.setattr(waiting, "POLL", 0.1)
     world = World(4, timeout=0.4)
 
     def leave(board: StoreCoordinator) -> int:
@@ -584,7 +584,7 @@ def late_failing_elsewhere(kind: str, folder: str) -> None:
     ema = EMA(model, 0.5)
     ema.save(f"{folder}/kept")
     calls = verbs(ema, other, folder)
-    grace, ema.timeout, coordinator.GRACE = coordinator.GRACE, 0.2, 0.1
+    grace, ema.timeout, waiting.GRACE = waiting.GRACE, 0.2, 0.1
     for verb, call in calls.items():
         if mine:
             dist.barrier()
@@ -594,7 +594,7 @@ def late_failing_elsewhere(kind: str, folder: str) -> None:
             call()
         if not mine:
             dist.barrier()
-    ema.timeout, coordinator.GRACE = FOREVER, grace
+    ema.timeout, waiting.GRACE = FOREVER, grace
     ready = ema.weights.settle
     for verb, call in calls.items():
         if mine:
@@ -697,7 +697,7 @@ def die(folder: str) -> Any:
     model = nn.parallel.DistributedDataParallel(Net(), process_group=pairs[dist.get_rank() // 2])
     ema = EMA(model, 0.5)
     ema.save(f"{folder}/kept")
-    ema.timeout, coordinator.GRACE = 2.0, 0.2
+    ema.timeout, waiting.GRACE = 2.0, 0.2
     before = [p.detach().clone() for p in model.parameters()]
     dist.barrier()
     if dist.get_rank() % 2 == victim:

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from dist_ema import EMA, Constant, Power
 from dist_ema.averaging.engines import Overlapped
-from dist_ema.averaging.kernels import gpu_plan
+from dist_ema.averaging.kernels import gpu_launch, gpu_plan
 from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
-from dist_ema.averaging.kernels.gpu_plan import FusedPlan, available
+from dist_ema.averaging.kernels.gpu_launch import available
+from dist_ema.averaging.kernels.gpu_plan import FusedPlan
 from dist_ema.averaging.kernels.rounding import noise, noise_key
 from dist_ema.sharding import geometry
 from dist_ema.sharding.geometry import Numbering
@@ -54,7 +55,7 @@ def interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    gpu_plan.BLOCK = 256  # small programs, so that short tensors need several
+    gpu_launch.BLOCK = 256  # small programs, so that short tensors need several
 
 
 def version() -> tuple[int, ...] | None:
@@ -308,7 +309,7 @@ def test_neighbours_stay(interpreted: Any) -> None:
 def test_the_key_is_linear(name: str) -> None:
     """[Note: keys]: crc of the whole from the crc of its ends."""
     for update in (0, 1, 12345):
-        head, columns = crc32(f"3/{update}/".encode()), gpu_plan.name_columns(name)
+        head, columns = crc32(f"3/{update}/".encode()), gpu_launch.name_columns(name)
         key = crc32(name.encode())
         for bit in range(32):
             key ^= columns[bit] & 0xFFFFFFFF if head >> bit & 1 else 0
@@ -704,7 +705,7 @@ def test_switch(interpreted: Any) -> None:
 def check_proof(how: str) -> None:
     os.environ["DIST_EMA_TRITON"] = "1"
     model = torch.nn.Linear(50, 50)
-    call = gpu_plan.Launch.__call__
+    call = gpu_launch.Launch.__call__
 
     def broken(launch: Any, head: int, guard: bool) -> None:
         if how == "raises":
@@ -712,7 +713,7 @@ def check_proof(how: str) -> None:
         call(launch, head + (how == "noise"), guard and how != "guard")
 
     gpu_plan.is_proved.cache_clear()
-    gpu_plan.Launch.__call__ = broken  # type: ignore[method-assign]
+    gpu_launch.Launch.__call__ = broken  # type: ignore[method-assign]
     try:
         with pytest.warns(UserWarning, match="is not used on cpu") as caught:
             plan = EMA(model, 0.75, dtype=BF16).weights.updates.plan
@@ -730,7 +731,7 @@ def check_proof(how: str) -> None:
             before.lerp(model.weight.flatten(), 0.25),
         )
     finally:
-        gpu_plan.Launch.__call__ = call  # type: ignore[method-assign]
+        gpu_launch.Launch.__call__ = call  # type: ignore[method-assign]
         gpu_plan.is_proved.cache_clear()
         gpu_plan.REFUSED.clear()
     assert len(EMA(model, 0.75, dtype=BF16).weights.updates.plan.launches) == 1
@@ -776,5 +777,5 @@ def test_addresses_beyond_63_bits() -> None:
     """Unified memory of an XPU may lie in the upper half: the table holds the same 64 bits."""
     live: Any = Placed((1 << 64) - 32)
     shadow: Any = Placed(1 << 63)
-    row = torch.tensor(gpu_plan.table_row(ShadowPair("w", [shadow], live, numbers(0)), None, 0))
+    row = torch.tensor(gpu_launch.table_row(ShadowPair("w", [shadow], live, numbers(0)), None, 0))
     assert [address & (1 << 64) - 1 for address in row[4:].tolist()] == [(1 << 64) - 32, 1 << 63]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA, load_file
-from dist_ema.distributed import coordinator
+from dist_ema.distributed import waiting
 from dist_ema.sharding import wrappers
 from tests._models import Images, Net
 from tests._ranks import raises, run_ranks
@@ -101,7 +101,7 @@ def under_a_condition() -> None:
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("dist_ema").addHandler(handler)
-    coordinator.FIRST_REMINDER = 0.3
+    waiting.FIRST_REMINDER = 0.3
 
     def swap() -> None:
         ema.timeout = 2.0

@@ -20,7 +20,7 @@ from torch import nn
 
 from dist_ema import EMA, load_file
 from dist_ema.checkpoint import file_writer
-from dist_ema.distributed import connections, machines, ranks
+from dist_ema.distributed import connections, machines, ranks, receiver
 from dist_ema.distributed.machines import MACHINE, Machines, Routes
 from tests._models import Net
 from tests._ranks import raises, run_ranks
@@ -170,7 +170,7 @@ def one_disk_is_full(folder: Path) -> None:
 
 
 def hosts(folder: str) -> None:
-    machines.ALIGN, connections.WINDOW = 1 << 10, 1 << 14
+    machines.ALIGN, receiver.WINDOW = 1 << 10, 1 << 14
     for kind in ("ddp", "fsdp2"):
         each_writes_its_part(Path(folder, kind), kind)
     two_on_each(Path(folder))

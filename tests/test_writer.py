@@ -25,7 +25,7 @@ from torch import nn
 import dist_ema
 from dist_ema import EMA, Uniform, load_file
 from dist_ema.checkpoint import atomic, file_writer, manifest
-from dist_ema.distributed import connections, machines
+from dist_ema.distributed import connections, machines, receiver
 from tests._models import Core, Images, Net
 from tests._oracle import Collectives, Training
 from tests._ranks import raises, run_ranks
@@ -452,18 +452,18 @@ def test_nothing_is_ever_pickled() -> None:
 def small_windows() -> Iterator[list[int]]:
     """Streams move 24 bytes at a time inside; yields how many bytes each send of weights had."""
     sent: list[int] = []
-    real, window = connections.windows, connections.WINDOW
+    real, window = receiver.windows, receiver.WINDOW
 
-    def windows(runs: Iterable[connections.Run]) -> Iterator[list[connections.Run]]:
+    def windows(runs: Iterable[receiver.Run]) -> Iterator[list[receiver.Run]]:
         for each in real(runs):
             sent.append(sum(len(run.data) for run in each))
             yield each
 
-    connections.windows, connections.WINDOW = windows, 24
+    receiver.windows, receiver.WINDOW = windows, 24
     try:
         yield sent
     finally:
-        connections.windows, connections.WINDOW = real, window
+        receiver.windows, receiver.WINDOW = real, window
 
 
 def direct_and_stream(folder: str) -> None:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..distributed.connections import Run
 from ..distributed.ranks import Ranks
+from ..distributed.receiver import Run
 from ..distributed.transfer import Block, stream_to_all
 from ..sharding import discovery, parameters, records, wrappers
 from ..sharding.geometry import Box, boxes_with_data, byte_runs, bytes_of

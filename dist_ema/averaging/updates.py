@@ -14,7 +14,7 @@ from ..sharding import geometry
 from .average import Average
 from .engines import Engine, Inline, Times, choose_engine
 from .executors import has_streams
-from .kernels import eager, gpu_plan
+from .kernels import eager, gpu_launch, gpu_plan
 from .kernels.pairs import ShadowPair, Weights
 
 __all__ = ["Updates"]
@@ -116,6 +116,6 @@ def _plan(
 ) -> eager.UpdatePlan | gpu_plan.FusedPlan:
     """One launch per dtype where a Triton kernel takes the pairs and is right on their devices."""
     devices = {shadow.device for pair in pairs for shadow in pair.shadows}
-    if devices and all(gpu_plan.available(device) for device in devices):
+    if devices and all(gpu_launch.available(device) for device in devices):
         return gpu_plan.FusedPlan(pairs, seed, eager.UpdatePlan, share)
     return eager.UpdatePlan(pairs, seed)

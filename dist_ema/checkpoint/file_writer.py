@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..averaging.kernels.eager import SCRATCH
-from ..distributed import connections, machines, transfer
+from ..distributed import machines, receiver, transfer
 from ..sharding.arena import ALIGN
 from ..sharding.geometry import Box, byte_runs, bytes_of, runs
 from . import crc32, disk, torch_dtypes
@@ -74,14 +74,14 @@ class BlockPlacer:
             torch.accelerator.synchronize(device)
         self._blocks = staged
 
-    def runs(self) -> Iterator[connections.Run]:
+    def runs(self) -> Iterator[receiver.Run]:
         """All runs of this rank, in the dtypes of the files."""
         for placed in self._blocks:
             yield from self._runs(placed)
 
     def runs_by_range(
         self, routes: machines.Routes
-    ) -> Iterator[tuple[int, Iterator[connections.Run]]]:
+    ) -> Iterator[tuple[int, Iterator[receiver.Run]]]:
         """(a range, this rank's runs in it), in the order of the routes."""
         chosen: dict[int, list[_Placed]] = {}
         for placed in self._blocks:
@@ -109,7 +109,7 @@ class BlockPlacer:
         self,
         placed: _Placed,
         clip: Callable[[int, int, int], tuple[int, int]] = lambda file, begin, end: (begin, end),
-    ) -> Iterator[connections.Run]:
+    ) -> Iterator[receiver.Run]:
         """The runs of a block, as far as `clip` keeps them. They are added to the sum."""
         name, file, dtype, block = placed
         entry = self._files[file].entries[name]
@@ -122,7 +122,7 @@ class BlockPlacer:
             if low < high:
                 kept = data[low - begin : high - begin]
                 self.sums[file].add(low, kept)
-                yield connections.Run(file, low, kept)
+                yield receiver.Run(file, low, kept)
 
     def contributions(self) -> dict[str, int]:
         """This rank's part of the sum of every file, by number, where there is one."""

@@ -1,4 +1,4 @@
-"""`StoreCoordinator`: messages over the store, timeouts, and one error for all ranks.
+"""`StoreCoordinator`: verbs as exchanges: run on all ranks or the first, reduce, one error for all.
 
 [Note: check in]  Exchanges are numbered, alike on every rank. Each has a counter in the store:
 
@@ -18,52 +18,36 @@ ranks publish what they passed.
 
 An answer is published once, by `compare_set`, and then counted. In `run_on_all` an answer is an
 error. If it meets the last rank, whichever was counted first holds: the other takes its count back.
-
-Ranks are looked up one by one only where some are silent. A rank that has waited for the timeout
-calls the roll, by writing that it speaks. The others that wait write that they are here, and after
-GRACE the speaker publishes the names of the rest.
-
-[Note: bytes]  Bytes travel inside `run_transfer`. A window that fails, or that does not arrive
-within the timeout, ends the transfer on every rank. The rank that notices looks whose heartbeats
-stand still, and publishes that as the answer of the exchange that ends the transfer. A rank that
-waits for a window looks for that answer, so all raise the same sentence.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from . import deadlines, diagnosis
 from .diagnosis import Exchange, call_text, error_text
-from .messages import FLAG, Count, Heartbeats, Messages
+from .messages import FLAG
+from .waiting import Waiting
 
-__all__ = ["GRACE", "Combine", "StoreCoordinator", "completes", "store_errors"]
+__all__ = ["Combine", "StoreCoordinator", "store_errors"]
 
 T = TypeVar("T")
 Combine = Callable[[list[Any]], Any]
-log = logging.getLogger("dist_ema")
 
-GRACE = 2.0  # seconds between the timeout and the search for missing ranks
-POLL = 1.0  # seconds between two looks for a heartbeat, at most
-FIRST_REMINDER = 10.0  # seconds until the first line about who is awaited
-REMIND = 60.0  # seconds between two such lines
 FAN_IN = 8  # messages that one rank combines with its own
-LOOKS = 50_000  # at the counters, of all ranks together in a second, at most
 
 
 def _same(value: Any) -> Any:
     return value
 
 
-class StoreCoordinator:
+class StoreCoordinator(Waiting):
     """Exchanges of JSON messages among ranks, over a key-value store ([Note: check in]).
 
     Args:
@@ -76,8 +60,6 @@ class StoreCoordinator:
 
     Attributes:
         verb: The one that was entered last.
-        beats: Heartbeats of these ranks.
-        messages: Their keys in the store.
     """
 
     def __init__(
@@ -89,16 +71,11 @@ class StoreCoordinator:
         heartbeat_store: Any = None,
     ) -> None:
         assert len(members) < FLAG, "the counter has 15 bits for the ranks"
-        self.members, self.rank, self.size = list(members), rank, len(members)
-        self.timeout = timeout
+        super().__init__(store, members, rank, timeout, heartbeat_store)
         self.store = store
         self._number, self.verb, self._step = 0, "", 0
         self._is_compared = False
-        self.messages = Messages(store, self.members, rank)
-        self.beats = Heartbeats(heartbeat_store or store, store, rank, self.size)
-        self.messages.keep(f"heartbeats/{rank}", *["heartbeats"] * (rank == 0))
-        self._last = self._transfer = Exchange(0, "", 0)  # the latter ends the bytes under way
-        self._lost_one = False  # a rank died after its answer: the next wait need not be long
+        self._last = Exchange(0, "", 0)
 
     # --- verbs -----------------------------------------------------------------------------------
 
@@ -214,7 +191,7 @@ class StoreCoordinator:
             return self._conclude(exchange, work)  # type: ignore[no-any-return]
 
     def run_transfer(self, verb: str, work: Callable[[], None]) -> None:
-        """Do `work`, which waits for bytes, on every rank ([Note: bytes]).
+        """Do `work`, which waits for bytes, on every rank ([Note: bytes] in waiting).
 
         Raises:
             Exception: What `work` raised here.
@@ -236,28 +213,6 @@ class StoreCoordinator:
                 self.messages.publish_failure(exchange, error)
                 raise
         self._meet(exchange, None)
-
-    def wait_for(self, transfer: dist.Work) -> None:
-        """Wait until a window of bytes has arrived or gone. Only inside `run_transfer`.
-
-        Raises:
-            RuntimeError: It failed, or took longer than the timeout, here or on another rank.
-        """
-        began = time.monotonic()
-        while not completes(transfer, self.interval):
-            self.refuse_ended_transfer(began)
-        try:
-            transfer.wait()  # raises what failed, and orders the stream of an accelerator
-        except RuntimeError as error:
-            cause = f"({str(error).split('. ')[0]})"  # gloo's first sentence
-            raise RuntimeError(self.blame(cause)) from error
-
-    def refuse_ended_transfer(self, moved: float) -> None:
-        """Raise if the transfer under way has ended, or no byte has moved since `moved`."""
-        if self.messages.has(self._transfer, "answer"):
-            self.messages.value_of(self._transfer, self.messages.get(self._transfer, "answer"))
-        if time.monotonic() - moved >= (2 * self.interval if self._lost_one else self.timeout):
-            raise RuntimeError(self.blame(f"for {self.timeout:g} s"))
 
     @property
     def number(self) -> int:
@@ -424,108 +379,6 @@ class StoreCoordinator:
                     exchange = self._next(verb, ends_when_full=True)
             raise
 
-    def _await(self, exchange: Exchange, ready: Callable[[Count], bool] | None = None) -> Any:
-        """Wait for the answer and return its value; or the count once it is full or `ready`.
-
-        After the timeout without a heartbeat this rank publishes an error itself, if it speaks.
-        Should that one have died, any other does so 2 * GRACE later.
-        """
-        began = heard = time.monotonic()
-        if self._lost_one:
-            heard -= self.timeout - 2 * self.interval
-            self._lost_one = False
-        remind_at, heartbeats, is_here, speaks = began + FIRST_REMINDER, None, False, False
-        while True:
-            ended, value = self._look(exchange, ready, began)
-            if ended:
-                return value
-            now, before = time.monotonic(), heartbeats
-            heartbeats = self.beats.of_all()
-            heard = now if before not in (None, heartbeats) else heard
-            is_here = is_here or self.messages.answer_roll(exchange)
-            silent = now - heard
-            if silent >= self.timeout or now >= remind_at:
-                called, speaks = speaks, speaks or self.messages.call_roll(exchange)
-                is_due = speaks or silent >= self.timeout + 2 * GRACE
-                if silent >= self.timeout and is_due:
-                    if not self.messages.has(exchange, "answer"):
-                        # A rank that is a moment late is not named.
-                        time.sleep(GRACE + 2 * self.interval)
-                        text = self.messages.silence(exchange, self.timeout)
-                        self.messages.publish(exchange, {"error": text})
-                    count = self.messages.counted(exchange)
-                    if not count.answers:
-                        # An answer is there, and the rank that published it died at once; or the
-                        # last rank has come meanwhile.
-                        self._lost_one = self.messages.count_answer(exchange)
-                    elif self.messages.is_full(exchange, count):
-                        time.sleep(GRACE)
-                        if self.messages.counted(exchange) == count:
-                            # Both are counted, and the rank that had to take one back is dead.
-                            answer = self.messages.get(exchange, "answer")
-                            return self.messages.value_of(exchange, answer)
-                elif called:
-                    remind_at = now + REMIND
-                    self.messages.remind(exchange, now - began)
-                else:  # the others answer the roll call until then
-                    remind_at = now + 2 * self.interval if speaks else float("inf")
-
-    def _look(
-        self, exchange: Exchange, ready: Callable[[Count], bool] | None, since: float
-    ) -> tuple[bool, Any]:
-        """Look at the counter for the time between two heartbeats. Returns (ended, value).
-
-        Looks come less often the longer this rank has waited, and the more ranks there are.
-        """
-        # NOTE: store.wait() would do, but TCPStore writes two lines to stderr at every timeout.
-        end = time.monotonic() + self.interval
-        while True:
-            count = self.messages.counted(exchange)
-            full = self.messages.is_full(exchange, count)
-            if count.codes != count.ranks * exchange.code(self.size) and not count.answers:
-                self.messages.publish(
-                    exchange, {"clash": [exchange, self.rank, self.messages.arguments]}
-                )
-            elif count.answers and not full:
-                return True, self.messages.value_of(exchange, self.messages.get(exchange, "answer"))
-            elif not count.answers and (full or (ready is not None and ready(count))):
-                return True, count
-            now = time.monotonic()
-            if now >= end:
-                return False, None
-            least, most = max(5e-4, self.size / LOOKS), max(POLL / 4, 5 * self.size / LOOKS)
-            time.sleep(min(end - now, max(least, min(most, (now - since) / 10))))
-
-    def blame(self, cause: str) -> str:
-        """Publish and return why bytes did not arrive: the ranks whose heartbeats stand still."""
-        exchange, everyone = self._transfer, range(self.size)
-        before = [self.beats.of(rank) for rank in everyone]
-        self.messages.call_roll(exchange)  # a rank that has sent and taken everything answers
-        time.sleep(GRACE + 2 * self.interval)
-        now = [self.beats.of(rank) for rank in everyone]
-        silent = [rank for rank in self.messages.missing(exchange) if before[rank] == now[rank]]
-        text = f"{exchange}: no bytes arrived {cause}, although every rank gives signs of life."
-        if silent:
-            names = diagnosis.names(self.members, silent)
-            text = f"{exchange}: {names} sent and took no bytes {cause}. Dead, or hung?"
-        return self.messages.publish_error(exchange, text)
-
-    def publish_failure_of(self, rank: int, text: str) -> str:
-        """Publish, as the answer to the transfer under way, what failed on another rank."""
-        text = diagnosis.failed(self._transfer, self.members[rank], text)
-        return self.messages.publish_error(self._transfer, text)
-
-    # --- [Note: heartbeat] -----------------------------------------------------------------------
-
-    @property
-    def interval(self) -> float:
-        """Seconds between two heartbeats: many ranks send as many in all as a thousand."""
-        return min(POLL * max(1.0, self.size / 1000), self.timeout / 4)
-
-    def heartbeats(self) -> AbstractContextManager[None]:
-        """Send heartbeats from a thread while the block runs."""
-        return self.beats.sent(self.interval)
-
 
 def _first_error_or(combine: Combine, messages: list[dict[str, Any]]) -> dict[str, Any]:
     """The error of the lowest rank, or what `combine` makes of the values."""
@@ -533,17 +386,6 @@ def _first_error_or(combine: Combine, messages: list[dict[str, Any]]) -> dict[st
     if errors:
         return {"error": min(errors)}
     return {"value": combine([message["value"] for message in messages])}
-
-
-def completes(work: dist.Work, seconds: float) -> bool:
-    """Wait up to `seconds` for the end of `work`. Polls less often the longer it takes."""
-    began, waited = time.monotonic(), 0.0
-    while not work.is_completed():
-        if waited >= seconds:
-            return False
-        time.sleep(max(5e-5, min(POLL / 4, waited / 10, seconds - waited)))
-        waited = time.monotonic() - began
-    return True
 
 
 @contextmanager

@@ -1,25 +1,17 @@
-"""What ranks write into the store for an exchange ([Note: check in] in coordinator).
-
-[Note: heartbeat]  A rank that works inside a verb, or in the block of a swap, increments two
-counters of the store from a thread: one of its own, and one that all share. So the others can tell
-a slow disk or a long evaluation from a dead process: every heartbeat begins the timeout anew. The
-thread has a connection of its own, because one that waits is locked.
-"""
+"""What ranks write into the store for an exchange ([Note: check in] in coordinator)."""
 
 from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import diagnosis
 from .diagnosis import Exchange, error_text
 
-__all__ = ["ANSWERED", "FLAG", "Count", "Heartbeats", "Messages"]
+__all__ = ["ANSWERED", "FLAG", "Count", "Messages"]
 
 log = logging.getLogger("dist_ema")
 
@@ -237,50 +229,3 @@ class Messages:
         names = diagnosis.names(self._members, missing)
         hint = diagnosis.usual_cause(exchange, len(missing), self._size)
         log.warning("%s has waited %.0f s for %s%s", exchange, seconds, names, hint)
-
-
-class Heartbeats:
-    """Heartbeats of one rank, and the counters of all ([Note: heartbeat]).
-
-    Args:
-        store: A connection for the thread alone.
-        readers: The connection by which this rank looks for heartbeats.
-        rank: Of this process.
-        size: The number of ranks.
-    """
-
-    def __init__(self, store: Any, readers: Any, rank: int, size: int) -> None:
-        self._store, self._readers, self._rank, self._size = store, readers, rank, size
-
-    @contextmanager
-    def sent(self, interval: float) -> Iterator[None]:
-        """Send one every `interval` seconds from a thread while the block runs."""
-        if self._size == 1:
-            yield
-            return
-        done = threading.Event()
-
-        def beat() -> None:
-            with suppress(RuntimeError):  # if the store is gone, the next exchange reports it
-                while not done.wait(interval):
-                    self.send()
-
-        thread = threading.Thread(target=beat, name="dist_ema heartbeat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-    def send(self) -> None:
-        """Send one."""
-        self._store.add(f"heartbeats/{self._rank}", 1)
-        self._store.add("heartbeats", 1)
-
-    def of(self, rank: int) -> int:
-        return self._readers.add(f"heartbeats/{rank}", 0)  # type: ignore[no-any-return]
-
-    def of_all(self) -> int:
-        """The heartbeats of all ranks together."""
-        return self._readers.add("heartbeats", 0)  # type: ignore[no-any-return]

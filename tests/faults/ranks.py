@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_ema.distributed import coordinator
+from dist_ema.distributed import waiting
 from dist_ema.distributed.deadlines import BoundedStore
 from tests._ranks import run_ranks
 from tests._wrappers import wrap
@@ -182,7 +182,7 @@ class _Bench:
 
     def _kill(self, is_victim: bool, at: int, fault: Fault) -> tuple[str, str]:
         """A copy of the victim writes and is killed; who waits for it raises soon."""
-        grace, coordinator.GRACE = coordinator.GRACE, GRACE
+        grace, waiting.GRACE = waiting.GRACE, GRACE
         self.case.set_timeout(TIMEOUT)
 
         def write() -> None:
@@ -193,7 +193,7 @@ class _Bench:
         try:
             return (forked(write), "") if is_victim else call(self._write)
         finally:
-            coordinator.GRACE = grace
+            waiting.GRACE = grace
 
     def _write(self) -> None:
         self.case.write(self._root, self.case.target)

@@ -4,7 +4,7 @@ pairs        what every kernel is given: the shadows of one weight and its live 
 eager        `UpdatePlan`: torch's own kernels, and the passes of cpu_plan where they are worth it
 rounding     stochastic rounding to 16 bits
 cpu_plan     one compiled pass over host memory; cpu_numba: its code, which imports numba
-gpu_plan     one launch for all tensors of a device; gpu_triton: its code, which imports triton
+gpu_plan     one launch per dtype; gpu_launch: its tables; gpu_triton: its code, for triton
 """
 
 __all__ = ()

@@ -1,7 +1,7 @@
-"""The Triton kernel of an update. Imports triton, so `gpu_plan` imports it when a plan needs one.
+"""The Triton kernel of an update. Imports triton, so it is imported when a launch needs it.
 
 Everything here is written in Triton's language. `block` is the number of elements that one program
-moves; tables are those of gpu_plan.
+moves; tables are those of gpu_launch.
 
 [Note: contraction]  weight * (live - shadow) + shadow is one fused multiply-add here, as compilers
 make it of torch's own lerp; we say so, because Triton's default differs between versions. Only
@@ -93,7 +93,7 @@ def _noise(
 
 @triton.jit
 def _key(name: tl.tensor, columns: tl.tensor, head: tl.tensor) -> tl.tensor:
-    """The crc of "seed/update/name" from the crc of either end ([Note: keys] in gpu_plan)."""
+    """The crc of "seed/update/name" from the crc of either end ([Note: keys] in gpu_launch)."""
     bit = tl.arange(0, 32)
     chosen = tl.where((head >> bit) & 1 == 1, tl.load(columns + bit), 0)
     return (name.to(tl.int32) ^ tl.xor_sum(chosen, 0)).to(tl.uint32, bitcast=True)
