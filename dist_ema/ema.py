@@ -21,12 +21,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .averaging import gather, metrics
+from .averaging import gather, metrics, stepped_weights
 from .averaging.average import OWN, Placement, Selection, refuse_dtype
-from .averaging.averages import AveragedWeights, Reads
+from .averaging.averages import AveragedWeights
 from .averaging.clock import Clock
-from .averaging.optimizer_hooks import Attachment, refuse_beside_masters
+from .averaging.optimizer_hooks import Attachment
 from .averaging.swap import WeightSwap
+from .averaging.swap_registry import Reads
 from .averaging.teacher import refuse_beside_teacher
 from .checkpoint import atomic, dcp, library_files, stages
 from .checkpoint.publishing import Publication
@@ -244,7 +245,7 @@ class EMA:
         weights, entry = self.weights, self._entry
         if weights.teacher is not None:
             weights.teacher.refuse_training(optimizers)
-        refuse_beside_masters(weights.averages[0].averaged, optimizers)
+        stepped_weights.refuse_beside_masters(weights.averages[0].averaged, optimizers)
         if entry.attachment is not None and entry.attachment.active:
             raise RuntimeError(
                 "ema.attach() was called before. Call ema.detach() first, or list all optimizers "
@@ -261,21 +262,7 @@ class EMA:
         # A rank may hold more stages than another.
         arguments |= {"overlap": overlap, "optimizers": 0 if entry.is_staged else len(optimizers)}
         attachment.arguments = {f"attach({name}=)": arguments[name] for name in arguments}
-        if len(self) and not weights.stepped_by(optimizers):
-            weights.follow(tree=True)  # it may hold what has replaced them
-            names = ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
-            warn(
-                f"ema.attach(): {names} holds none of the averaged weights. If it steps copies of "
-                "them (fp32 master weights), the average is one step behind: call ema.update() "
-                "after they were written back."
-            )
-        elif displaced := weights.displaced_by(optimizers):
-            warn(
-                f"ema.attach(): the optimizers hold other tensors in place of "
-                f"{', '.join(displaced[:5])}, it seems. If they are fp32 master weights, call "
-                "ema.update() after they were written back. If the module was replaced, build the "
-                "EMA on the model, or on its parameters of now."
-            )
+        stepped_weights.warn_of_others(weights, optimizers)
         return attachment
 
     def detach(self) -> None:

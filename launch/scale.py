@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dist_ema import EMA
 from dist_ema.averaging.clock import Clock
 from dist_ema.averaging.storage_watch import StorageWatch
-from dist_ema.averaging.swap_writes import SwapRegistry
+from dist_ema.averaging.swap_registry import SwapRegistry
 from dist_ema.checkpoint import file_writer
 from dist_ema.distributed import machines, ranks, receiver, transfer, waiting
 from dist_ema.distributed.coordinator import FAN_IN, StoreCoordinator

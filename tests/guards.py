@@ -61,16 +61,7 @@ averaging/averages.py
             @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
     _replan           roots.append  @into::test_an_update_names_the_assigned_weights_of_a_teacher
     _replan           roots = []  @living_ranks::test_living_models_on_two_ranks
-    refuse            inside ema.swap()  @swap::test_order_of_calls
-    refuse            inside the swap of another
-            @living_guards::test_a_second_average_inside_the_swap_of_the_first
-    refuse            reads & Reads.LIVE and => False and
-            @living_guards::test_a_second_average_inside_the_swap_of_the_first
-    refuse            reads & Reads.WHOLE_MODEL and => False and
-            @living_guards::test_copies_to_and_fro_inside_anothers_swap_are_refused
     refuse            {why}  @discovery::test_summon_full_params_is_refused
-    refuse            ema.swap() that failed
-            @swap_faults::test_failed_broadcasts_and_writes_on_ranks
     ready             self.reshard()  @living_details::test_fsdp2_in_one_process
     ready             self.settle()  @106
     ready             self.follow  @106
@@ -245,7 +236,7 @@ averaging/swap.py
     _leave            self._weights.reshard()  @living_details::test_fsdp2_in_one_process
     _leave            self._average.own_buffers |=
             @living_buffers::test_a_buffer_that_the_block_left_alone_is_kept_with_its_module
-    _leave            self.remarks = swap_writes.describe
+    _leave            self.remarks = swap_journal.describe
             @living_swap::test_a_write_is_named_and_live_is_restored
     _leave            error.add_note
             @living_details::test_an_exception_in_the_block_carries_what_was_written
@@ -257,14 +248,23 @@ averaging/swap.py
             @living_buffers::test_own_buffers_end_when_training_resizes_one_of_them
     __del__           self._restore_alone()
             @living_details::test_a_swap_that_is_dropped_restores_live_weights
-averaging/swap_writes.py
+averaging/swap_registry.py
+    refuse            inside ema.swap()  @swap::test_order_of_calls
+    refuse            inside the swap of another
+            @living_guards::test_a_second_average_inside_the_swap_of_the_first
+    refuse            reads & Reads.LIVE and => False and
+            @living_guards::test_a_second_average_inside_the_swap_of_the_first
+    refuse            reads & Reads.WHOLE_MODEL and => False and
+            @living_guards::test_copies_to_and_fro_inside_anothers_swap_are_refused
+    refuse            ema.swap() that failed
+            @swap_faults::test_failed_broadcasts_and_writes_on_ranks
     when_outermost    inner._waiting.append
             @living_swap::test_swaps_that_are_left_in_another_order_are_named_and_restore_live
     refuse_covered    raise RuntimeError
             @living_swap::test_swaps_that_are_left_in_another_order_are_named_and_restore_live
     watch             for one, two in  @177
     note              other.writes += 1  @living_details::test_writes_that_are_no_training
-averaging/swap_writes.py
+averaging/swap_journal.py
     __init__          swaps.nested.clear()
             @living_details::test_swaps_of_two_averages_in_each_other_write_nothing
     names             or (state.layout_changed and state.shadow is not None) =>
@@ -346,7 +346,7 @@ averaging/kernels/cpu_plan.py
     run_on_threads    raise raised  @refusals::test_an_error_in_a_thread_is_raised
 averaging/kernels/gpu_plan.py
     is_proved         is not used on  @gpu_triton::test_a_wrong_kernel_is_not_used
-averaging/optimizer_hooks.py
+averaging/stepped_weights.py
     refuse_beside_masters  has fp32 masters  @refusals::test_masters_are_stepped_by_the_engine
     refuse_beside_masters  is kept in 16 bits  @refusals::test_16_bits_without_masters
 averaging/swap.py

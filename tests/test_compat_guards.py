@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema import EMA
-from dist_ema.averaging.averages import Reads
+from dist_ema.averaging.swap_registry import Reads
 from dist_ema.compat import (
     contrib,
     diffusers,

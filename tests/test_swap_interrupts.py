@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import dist_ema
 from dist_ema import EMA
 from dist_ema.averaging import swap_journal
-from dist_ema.averaging.averages import Reads
+from dist_ema.averaging.swap_registry import Reads
 from dist_ema.distributed import coordinator, messages
 from dist_ema.verbs import entry
 from tests._oracle import same, snapshot

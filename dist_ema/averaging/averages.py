@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -20,33 +19,21 @@ from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from ..distributed.ranks import Ranks
 from ..schedules import Schedule
-from ..sharding import discovery, geometry, ownership, parameters, records, wrappers, zero
-from . import clock, executors, storage_watch, swap_journal, swap_writes, updates
+from ..sharding import discovery, geometry, ownership, wrappers
+from . import clock, executors, storage_watch, swap_journal, updates
 from .average import OWN, Average, Placement, Selection
 from .inventory import Inventory
 from .kernels.eager import UpdatePlan
 from .kernels.pairs import ShadowPair
+from .swap_registry import Reads, SwapRegistry
 from .teacher import Teacher
 
-__all__ = ["AveragedWeights", "Reads"]
+__all__ = ["AveragedWeights"]
 
 NEW_CLOCK = clock.Clock().to_dict() | {"accepted": 0}
-
-
-class Reads(enum.Flag):
-    """What a verb reads or writes, and so inside which swaps it must not be called.
-
-    Every verb is refused inside the swap of its own EMA.
-    """
-
-    SHADOWS = enum.auto()  # nothing but shadows: allowed inside the swap of another EMA
-    LIVE = enum.auto()  # averaged live weights: refused where another EMA has swapped one of them
-    WHOLE_MODEL = enum.auto()  # every weight and buffer: refused where any of them is swapped
-    REPLACED = enum.auto()  # shadows that are replaced: allowed after a swap that failed
 
 
 class AveragedWeights:
@@ -78,7 +65,7 @@ class AveragedWeights:
         placement: Placement,
         into: nn.Module | None = None,
     ) -> None:
-        self.clock, self.swaps, self.seed = clock.Clock(), swap_writes.SwapRegistry(), 0
+        self.clock, self.swaps, self.seed = clock.Clock(), SwapRegistry(), 0
         self.bypassed = 0
         self._inventory = inventory = Inventory(model, schedules, selection, placement)
         self.model, self.averages = inventory.model, inventory.averages
@@ -94,32 +81,6 @@ class AveragedWeights:
         self.after_update: WeakMethod[Callable[[], None]] | None = None
 
     # --- what is averaged -------------------------------------------------------------------------
-
-    def stepped_by(self, optimizers: Iterable[Optimizer]) -> bool:
-        """One of the optimizers holds an averaged weight, or memory of one."""
-        params = [p for each in optimizers for p in zero.stepped_parameters(each)]
-        storages = {state.local.untyped_storage().data_ptr() for state in self._averaged}
-        memories = [memory for p in params if (memory := records.memory_of(p)) is not None]
-        return not {id(p) for p in params}.isdisjoint(
-            id(state.shard.tensor) for state in self._averaged
-        ) or any(memory.untyped_storage().data_ptr() in storages for memory in memories)
-
-    def displaced_by(self, optimizers: Iterable[Optimizer]) -> list[str]:
-        """Weights in whose place the optimizers seem to hold other tensors.
-
-        They may be masters of 16-bit weights. Of parameters without their module they may be those
-        of a module that has replaced one.
-        """
-        params = [p for each in optimizers for p in zero.stepped_parameters(each)]
-        known, held = {id(state.shard.tensor) for state in self._averaged}, set(map(id, params))
-        others = {(p.shape, p.dtype.itemsize) for p in params if id(p) not in known}
-        listed, displaced = isinstance(self.model, parameters.Parameters), []
-        for shard in (state.shard for state in self._averaged):
-            shape, size = shard.tensor.shape, shard.tensor.dtype.itemsize
-            other = 4 if size == 2 else size if listed else 0
-            if id(shard.tensor) not in held and (shape, other) in others and shard.master is None:
-                displaced.append(shard.name)
-        return displaced
 
     @property
     def lacks(self) -> list[str]:
@@ -199,27 +160,9 @@ class AveragedWeights:
             reads: What it reads or writes.
             further: Weights that belong to the whole model beside those that are known here.
         """
-        if self.swaps.failed:
-            if Reads.REPLACED not in reads:
-                raise RuntimeError(
-                    f"{verb}() after an ema.swap() that failed while ranks sent each other weights:"
-                    " the model holds parts of the average. Load the model's weights again, and "
-                    "then the average by ema.load()."
-                )
-        elif self.swaps.open:
-            hint = " metrics(distance=False) works here." if verb == "ema.metrics" else ""
-            raise RuntimeError(
-                f"{verb}() inside ema.swap(): the model holds the average, not the training "
-                f"weights.{hint}"
-            )
-        tensors = chain((state.shard.tensor for state in self.states), further)
-        if (reads & Reads.LIVE and self.swaps.open_beside) or (
-            reads & Reads.WHOLE_MODEL and self.swaps.any_open(tensors)
-        ):
-            raise RuntimeError(
-                f"{verb}() inside the swap of another EMA: the model does not hold its training "
-                "weights."
-            )
+        self.swaps.refuse(
+            verb, reads, chain((state.shard.tensor for state in self.states), further)
+        )
         if executors.is_capturing(self.updates.device):
             raise RuntimeError(
                 f"{verb}() while a CUDA graph is captured: a replay runs neither hooks nor the "

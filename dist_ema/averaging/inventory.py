@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..schedules import Schedule, Window
 from ..sharding import arena, discovery, ownership, parameters, tree_changes
 from ..sharding.records import ModelShards, Shard
-from .average import OWN, Average, Placement, Selection, ring_of
+from .average import OWN, Average, Placement, Selection
 from .teacher import Teacher
+from .window_ring import WindowRing
 
 __all__ = ["Inventory"]
 
@@ -33,7 +34,10 @@ class Inventory:
         placement: Placement,
     ) -> None:
         self.model, self.selection, self.placement = model, selection, placement
-        self.averages = [Average(each, ring=ring_of(each)) for each in schedules]
+        self.averages = [
+            Average(schedule, ring=WindowRing(schedule) if isinstance(schedule, Window) else None)
+            for schedule in schedules
+        ]
         self.lacks: list[str] = []  # what a pipeline may have on another stage
         self._members: list[int] = []  # global ranks that hold the model
         self.sharded: list[nn.Module] = []  # the model's FSDP modules, and those of the teacher

@@ -36,11 +36,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..sharding import torch_classes
-from ..sharding.ownership import ParamState
 from ..sharding.zero import EngineSteps, is_engine
 from .averages import AveragedWeights
+from .stepped_weights import steps_any
 
-__all__ = ["Attachment", "refuse_beside_masters"]
+__all__ = ["Attachment"]
 
 PATIENCE = 128  # steps of one optimizer without an update, after which the others are named
 # Wrappers that take no hooks themselves and do nothing after the inner step: (package, class).
@@ -144,7 +144,7 @@ class Attachment:
         if id(optimizer) not in self._places:
             # Steps of averaged weights by optimizers that are not attached.
             if optimizer not in self._unlisted:
-                self._unlisted[optimizer] = self._averager.stepped_by([optimizer])
+                self._unlisted[optimizer] = steps_any([optimizer], self._averager)
             self._averager.bypassed += self._unlisted[optimizer]
             return
         self._averager.bypassed = 0
@@ -269,32 +269,6 @@ def _units(elapsed: Any) -> float:
     if not 0 < number < math.inf:
         raise ValueError(f"elapsed must be positive and finite, got {elapsed!r}.")
     return elapsed if type(elapsed) is int else number
-
-
-def refuse_beside_masters(states: Sequence[ParamState], optimizers: Sequence[Any]) -> None:
-    """Under DeepSpeed only the end of the engine's step says that the masters are final.
-
-    Raises:
-        ValueError: Something else than the engine was given, or its masters cannot be seen.
-    """
-    engines = [is_engine(optimizer) for optimizer in optimizers]
-    mastered = [state for state in states if state.shard.master is not None]
-    if mastered and not all(engines):
-        raise ValueError(
-            f"{mastered[0].name} has fp32 masters at DeepSpeed, and its optimizers step them "
-            "before the step is complete. Call ema.attach(engine), with what deepspeed.initialize "
-            "returned first."
-        )
-    hidden = [
-        state.name
-        for state in states
-        if state.shard.master is None and state.shard.dtype.itemsize == 2 and state.shard.trainable
-    ]
-    if any(engines) and hidden:
-        raise ValueError(
-            f"{', '.join(hidden[:5])} is kept in 16 bits here, and DeepSpeed without ZeRO does not "
-            "show its fp32 masters. Use ZeRO stage 1, which needs less memory."
-        )
 
 
 def _that_takes_hooks(optimizer: Any) -> Optimizer | EngineSteps:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..sharding import fingerprint, memory_watch, ownership, records
 from .average import Average
 from .clock import Clock
-from .swap_writes import SwapRegistry
+from .swap_registry import SwapRegistry
 
 __all__ = ["StorageWatch", "refuse_shared"]
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..distributed.ranks import Ranks
 from ..sharding import derived, tree_changes
-from . import averages, executors, swap_journal, swap_writes
+from . import averages, executors, swap_journal, swap_registry
 from .average import Average
 
 __all__ = ["WeightSwap"]
@@ -54,9 +54,9 @@ class WeightSwap:
         self._weights, self._average, self.ranks = weights, average, ranks
         self._leads = leads  # the first rank that holds this model, or this stage of it
         self._swapped = [state for state in average.averaged if state.shard.kind != "buffer"]
-        self._before = [swap_writes.versions(state) for state in self._swapped]
+        self._before = [swap_registry.versions(state) for state in self._swapped]
         self._journal = swap_journal.SwapJournal(weights.model, average.states, average.own_buffers)
-        self._writes: swap_writes.SwapWrites | None = None
+        self._writes: swap_journal.SwapWrites | None = None
         self._replicated = weights.placement.split and any(
             group.size() > 1 for state in self._swapped for group in state.shard.replicas
         )
@@ -109,7 +109,7 @@ class WeightSwap:
             self.ranks.run_on_all("swap", self.apply)
             self._broadcast(applied=True)
         self._owes_message = True
-        self._writes = swap_writes.SwapWrites(self._average.states, self._weights.swaps)
+        self._writes = swap_journal.SwapWrites(self._average.states, self._weights.swaps)
 
     def _broadcast(self, applied: bool) -> None:
         """Replicas hold what their owners hold. applied: That is the average."""
@@ -153,7 +153,7 @@ class WeightSwap:
                 f"rank {self.ranks.members[exits['rank']]} left ema.swap() by an exception: "
                 f"{exits['error']}"
             )
-        self.remarks = swap_writes.describe(*names, self._lost())
+        self.remarks = swap_journal.describe(*names, self._lost())
         if merged := derived.merged_modules(self._weights.model):
             self.remarks.append(
                 f"adapters were merged into {', '.join(merged[:5])} inside ema.swap(), which keep "

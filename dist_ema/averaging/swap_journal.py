@@ -1,4 +1,4 @@
-"""The exchange of live weights and shadows, window by window, and its undoing after an interrupt.
+"""`SwapJournal`: live weights and shadows exchanged in chunks, restored; what the block wrote.
 
 With one dtype and device their contents are exchanged through a scratch of 4 MB: no second model
 exists. Otherwise an exchange would round, so the live elements are kept aside and the average is
@@ -13,10 +13,18 @@ the copy that follows it may have been made already or not, in both directions:
                0                    1  live <- scratch   2  shadow <- live     3  scratch <- shadow
     cast       0  aside <- live     1  live <- shadow    2                     3
                0                    1  live <- aside     2                     3  shadow <- live
+
+[Note: writes]  What the block writes into a swapped weight becomes the average's, whether contents
+were exchanged or cast. It is the only outcome that is the same everywhere and costs no second
+model. Of replicas, the owner's write counts. Where shadows have another dtype, only elements that
+differ from the cast average are taken, so the others keep their precision. Version counters tell of
+a write, but not of one through `.data`, by NumPy or by a kernel of somebody else. So the bits of
+swapped weights are summed at both ends, too.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,12 +32,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed.transfer import broadcast
+from ..sharding import fingerprint
 from ..sharding.ownership import ParamState, replica_pieces
 from ..sharding.records import register, registered
 from .executors import await_host_reads
 from .kernels.eager import SCRATCH
+from .swap_registry import SwapRegistry, versions
 
-__all__ = ["SwapJournal", "broadcast_to_replicas"]
+__all__ = ["SwapJournal", "SwapWrites", "broadcast_to_replicas", "describe"]
 
 Chunk = tuple[ParamState, int, int]  # elements [begin, end) of what is averaged here
 COPIES = 3  # per chunk ([Note: the journal])
@@ -158,7 +168,7 @@ def _views(state: ParamState, begin: int, end: int) -> tuple[Tensor, Tensor]:
 
 
 def _take_written(live: Tensor, shadow: Tensor) -> None:
-    """What differs from the cast average, the block wrote ([Note: writes] in swap_writes)."""
+    """What differs from the cast average, the block wrote ([Note: writes])."""
     for part, average in zip(live.split(SCRATCH), shadow.split(SCRATCH), strict=True):
         cast = average.to(part)
         same = (cast == part) | (cast.isnan() & part.isnan())
@@ -172,3 +182,113 @@ def _restore_buffer(state: ParamState, value: Tensor, tensor: Tensor | None) -> 
         tensor.resize_(state.shard.shape)  # the block resized it in place
         state.rebind()
     state.shard.write(value)
+
+
+# --- [Note: writes] -------------------------------------------------------------------------------
+
+
+class SwapWrites:
+    """Notices what is written from now on, until the swap is left.
+
+    Args:
+        states: Every weight and buffer of the model.
+        swaps: Knows what swaps of other EMAs write meanwhile.
+    """
+
+    def __init__(self, states: Sequence[ParamState], swaps: SwapRegistry) -> None:
+        self._weights = [state for state in states if state.shard.kind != "buffer"]
+        self._versions = [versions(state) for state in self._weights]
+        self._sums = self._bit_sums()
+        self._buffers = [
+            (state, state.shard.read().clone())
+            for state in states
+            if state.shard.kind == "buffer"
+            and state.shard.persistent
+            and registered(state.shard) is not None
+        ]
+        self._swaps = swaps
+        swaps.nested.clear()
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """The names of swapped weights and of others that were written.
+
+        Weights whose storage moved are followed, and named if the new one holds other values.
+
+        Raises:
+            RuntimeError: A weight has another dtype, device, shape or order now.
+        """
+        counted: list[bool] = []
+        for state, before in zip(self._weights, self._versions, strict=True):
+            local, param = self._swaps.nested.get(id(state.shard.tensor), (0, 0))
+            expected = before[0] + local, before[1] + param
+            if state.moved or (state.layout_changed and state.shadow is not None):
+                old = state.local
+                state.rebind()
+                counted.append(old._version != expected[0] or not _same_bits(old, state.local))
+            else:
+                counted.append(versions(state) != expected)
+        swapped: list[str] = []
+        others: list[str] = []
+        summed = map(operator.ne, self._sums, self._bit_sums())
+        for state, is_written in zip(self._weights, map(max, counted, summed), strict=True):
+            if is_written:
+                (others if state.shadow is None else swapped).append(state.name)
+        return swapped, others
+
+    def _bit_sums(self) -> list[int]:
+        """Of swapped weights. 0 for others, as a merge that is undone inside may round them."""
+        return fingerprint.bit_sums(
+            state.local[:0] if state.shadow is None else state.live for state in self._weights
+        )
+
+    def changed_buffers(self) -> tuple[dict[str, Tensor], list[str]]:
+        """What every persistent buffer holds now, and the names of those that are the average's.
+
+        A module's persistent buffers are one state: if one was written, all are. If one has another
+        shape or dtype than before, the module keeps no state.
+        """
+        values: dict[str, Tensor] = {}
+        changed, reshaped = set(), set()
+        for state, applied in self._buffers:
+            tensor, module = registered(state.shard), id(state.shard.place[0])
+            if tensor is None:
+                raise RuntimeError(f"{state.name} is no buffer of the model any more.")
+            if (tensor.shape, tensor.dtype) != (state.shard.shape, applied.dtype):
+                reshaped.add(module)
+                continue
+            values[state.name] = state.shard.read().clone()  # perhaps of another tensor by now
+            if not _same_bits(values[state.name], applied):
+                changed.add(module)
+        names = [
+            state.name
+            for state, _ in self._buffers
+            if id(state.shard.place[0]) in changed - reshaped
+        ]
+        return values, names
+
+
+def describe(swapped: Sequence[str], others: Sequence[str], lost: Sequence[str]) -> list[str]:
+    """A sentence about each kind of writes that there were, and about weights that are gone."""
+    texts = []
+    if swapped:
+        texts.append(
+            f"{', '.join(swapped[:5])} was written inside ema.swap() (max_norm, a clamp, a "
+            "merge?). The average keeps what was written, live weights are restored."
+        )
+    if others:
+        texts.append(
+            f"{', '.join(others[:5])} is not averaged and was written inside ema.swap() (a "
+            "merged adapter?). It keeps what was written: undo that by hand."
+        )
+    if lost:
+        texts.append(
+            f"{', '.join(lost[:5])} was replaced or removed inside ema.swap(): the model does not "
+            "hold its live value any more. Edit a copy: copy.deepcopy(model) inside the block."
+        )
+    return texts
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )

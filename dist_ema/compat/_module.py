@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..averaging.averages import Reads
+from ..averaging.swap_registry import Reads
 from ..checkpoint import dcp
 from ..ema import EMA
 from ..schedules import Schedule

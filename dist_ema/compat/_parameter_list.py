@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..averaging.averages import Reads
+from ..averaging.swap_registry import Reads
 from ..checkpoint import dcp
 from ..ema import EMA
 from ..schedules import Schedule

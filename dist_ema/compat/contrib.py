@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..averaging.averages import Reads
+from ..averaging.swap_registry import Reads
 from ..ema import EMA
 from ..schedules import Uniform
 from ._parameter_list import ParameterListAverage, source

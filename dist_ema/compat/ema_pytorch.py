@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..averaging.averages import Reads
+from ..averaging.swap_registry import Reads
 from ..schedules import Constant, Power, Schedule, Warmup, gamma_of
 from ._module import Count, ModuleAverage, ModuleDropIn
 

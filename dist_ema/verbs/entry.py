@@ -14,8 +14,9 @@ from typing import Any
 import torch.distributed as dist
 
 from ..averaging.average import Average
-from ..averaging.averages import AveragedWeights, Reads
+from ..averaging.averages import AveragedWeights
 from ..averaging.optimizer_hooks import Attachment
+from ..averaging.swap_registry import Reads
 from ..checkpoint import stages
 from ..distributed.ranks import Ranks
 from ..schedules import Schedule

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..averaging.average import Average
-from ..averaging.averages import AveragedWeights, Reads
+from ..averaging.averages import AveragedWeights
+from ..averaging.swap_registry import Reads
 from ..checkpoint import atomic, library_files, manifest, reader, stages, writer
 from ..checkpoint.request import AverageFiles, SaveRequest
 from ..distributed.ranks import Ranks

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakMethod
 
-from ..averaging.averages import Reads
+from ..averaging.swap_registry import Reads
 from ..checkpoint import atomic, library_files, request, versions
 from ..checkpoint.publishing import Publication
 from ..text import warn

@@ -1,0 +1,153 @@
+"""`WindowRing`: the full blocks of a window on the host, their means mixed by a curve's shares.
+
+[Note: ring]  A `Window` moves one shadow like any schedule: it holds the mean of the block under
+way. When a block is full, its mean is copied to the host, and the next update begins another one.
+
+    host       | mean 5 | mean 6 | mean 7 |          ring, blocks - 1 entries
+    shadow                                | mean 8   so far
+    window     |<---------- curve w ----------->|    weight of each: w(begin) - w(end)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..schedules import BlockMean, Window, from_dict
+from ..sharding.ownership import ParamState
+
+__all__ = ["WindowRing"]
+
+
+@dataclass(frozen=True)
+class _RingEntry:
+    """The mean of the weights after each update in (begin, end] of the clock, as held here."""
+
+    begin: float
+    end: float
+    values: dict[str, Tensor]  # name -> [averaged_region.numel]
+
+
+class WindowRing:
+    """The full blocks of a window on this rank.
+
+    Args:
+        window: As it is tracked.
+
+    Attributes:
+        entries: The full blocks, the oldest one first.
+        begin: The clock where the block under way begins.
+    """
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
+        self.entries: deque[_RingEntry] = deque(maxlen=window.blocks - 1)
+        self.begin = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """On this rank, outside of the shadows."""
+        return sum(value.nbytes for each in self.entries for value in each.values.values())
+
+    def clear(self, begin: float = 0.0) -> None:
+        """The window begins here."""
+        self.entries.clear()
+        self.begin = begin
+
+    def forget_all_but(self, names: set[str]) -> None:
+        """Weights that were replaced have no past."""
+        for each in self.entries:
+            for name in each.values.keys() - names:
+                del each.values[name]
+
+    def is_full(self, now: float, elapsed: float) -> bool:
+        """The next update begins another block."""
+        window = self.window
+        return now > self.begin and window.block_at(now) != window.block_at(now + elapsed)
+
+    def push(self, states: list[ParamState], now: float) -> None:
+        """Keep the mean of the block that ends at `now`. No update may be in flight."""
+        values = {
+            state.name: self._new(state.own_shadow).copy_(state.own_shadow) for state in states
+        }
+        self.entries.append(_RingEntry(self.begin, now, values))
+        self.begin = now
+
+    def _new(self, like: Tensor) -> Tensor:
+        if self.window.ring is None or not like.numel():
+            return torch.empty_like(like, device="cpu")
+        with tempfile.TemporaryFile(dir=self.window.ring) as file:  # the mapping keeps it
+            mapped: Any = file  # numpy takes a file, whatever its types say
+            pages = np.memmap(mapped, np.uint8, "w+", shape=like.nbytes)
+        return torch.from_numpy(pages).view(like.dtype)
+
+    def saved(
+        self, states: list[ParamState], now: float
+    ) -> list[tuple[BlockMean, list[ParamState]]]:
+        """Every block with its mean in place of the shadows, the one under way last."""
+        size = self.window.block
+        blocks = [
+            (BlockMean(size, each.begin, each.end), _with_values(states, each.values))
+            for each in self.entries
+        ]
+        return [*blocks, (BlockMean(size, self.begin, now), states)]
+
+    def matching(self, specs: Sequence[dict[str, Any]]) -> list[BlockMean]:
+        """The saved blocks that this window can go on with, the one under way last."""
+        means = [from_dict(spec) for spec in specs if spec.get("name") == BlockMean.__name__]
+        size = self.window.block
+        found = [
+            mean for mean in means if isinstance(mean, BlockMean) and abs(mean.size - size) < 1e-9
+        ]
+        return sorted(found, key=attrgetter("begin"))[-self.window.blocks :]
+
+    def empty(self, states: list[ParamState]) -> list[ParamState]:
+        """States to read a full block into."""
+        return _with_values(states, {state.name: self._new(state.own_shadow) for state in states})
+
+    def resume(self, blocks: list[tuple[BlockMean, list[ParamState]]], begin: float) -> None:
+        """Go on from saved blocks. begin: of the one under way."""
+        self.clear(begin)
+        for mean, states in blocks:
+            values = {state.name: state.own_shadow for state in states}
+            self.entries.append(_RingEntry(mean.begin, mean.end, values))
+
+    def mixed(self, states: list[ParamState], window: Window, now: float) -> list[ParamState]:
+        """The states with the average over `window` in place of their shadows.
+
+        Args:
+            states: With the mean of the block under way.
+            window: One that this ring spans.
+            now: The clock after the last update.
+
+        Note:
+            *Cost*: one shard in the shadows' dtype, and two weights in float64.
+        """
+        first = window.block_at(now) - window.blocks + 1
+        older = [each for each in self.entries if window.block_at(each.end) >= first]
+        begin = older[0].begin if older else self.begin
+        ends = [*(each.end for each in older), now]
+        shares = window.shares(begin, ends)
+        found = []
+        for state in states:
+            shadow = state.shadow
+            if shadow is not None and older:
+                wide = torch.promote_types(shadow.dtype, torch.float64)
+                total = shadow.to("cpu", wide) * shares[-1]
+                for share, each in zip(shares, older, strict=False):
+                    total += each.values.get(state.name, shadow).to("cpu", wide) * share
+                shadow = total.to(shadow.device, shadow.dtype)
+            found.append(replace(state, shadow=shadow))
+        return found
+
+
+def _with_values(states: list[ParamState], values: dict[str, Tensor]) -> list[ParamState]:
+    return [replace(state, shadow=values.get(state.name, state.shadow)) for state in states]
