@@ -1,4 +1,4 @@
-"""Executors under the engines: the caller, a stream or a worker thread; events and their times.
+"""Executors: streams and worker threads with tasks and tickets; events, marks, interrupts shielded.
 
 Reading a mark never waits: it is set where work is issued, and read once it has passed.
 """

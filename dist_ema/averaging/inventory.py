@@ -1,4 +1,4 @@
-"""What is averaged: the records of every weight and buffer, kept in step with the module tree."""
+"""`Inventory`: records of weights and buffers: adopted, kept, fresh, replaced, gone, tied."""
 
 from __future__ import annotations
 

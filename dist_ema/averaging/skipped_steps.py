@@ -1,4 +1,4 @@
-"""`SkippedSteps`: steps that GradScaler or a guard skipped, counted on the device with no wait."""
+"""`SkippedSteps`: steps that GradScaler skipped, counted on the device; weight 0 of a skip."""
 
 from __future__ import annotations
 

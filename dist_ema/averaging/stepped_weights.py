@@ -1,4 +1,4 @@
-"""Which averaged weights the optimizers step: memory, fp32 masters of DeepSpeed, other tensors."""
+"""Which averaged weights optimizers step: parameters, their memory, fp32 masters of DeepSpeed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`StorageWatch`: whether live weights moved to other memory, and how often they were written.
+"""`StorageWatch`: addresses and versions of live weights: moved, written, sampled, shared memory.
 
 [Note: a model lives]  A training program may move a storage (`p.data = ...`, `.double().float()`,
 SAM, offloading), write a weight outside the optimizer's step, or change the module tree at any

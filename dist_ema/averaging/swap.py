@@ -1,4 +1,4 @@
-"""`ema.swap()`: the steps in which ranks apply an average to the model and restore what was there.
+"""`WeightSwap`: ranks enter and leave a swap: messages, exits, broadcasts to replicas, restores.
 
 [Note: one swap]  Each rank exchanges what it averages (`swap_journal`), and the ranks exchange
 messages and broadcasts around that:

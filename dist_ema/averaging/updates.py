@@ -1,4 +1,4 @@
-"""`Updates`: the plan of an update over the shadows, and the engine that runs it."""
+"""`Updates`: the plan over shadow pairs and buffers, with seed and share, and its engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task in a background thread: the interpreter waits for it, and the next call gets its error."""
+"""`BackgroundTask`: a save in a thread; its outcome, and an error for the next call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The averages as a state_dict of torch.distributed.checkpoint (DCP): its keys and their values.
+"""`EMA.state_dict` for torch.distributed.checkpoint (DCP): labels, tables, planner, own buffers.
 
     averages.average_0.weights.NAME    the shadow
     averages.average_0.buffers.NAME    every buffer

@@ -1,4 +1,4 @@
-"""Bytes on their way to the disk: reserved space, whole writes, a bounded page cache, errors.
+"""Files by descriptor: reserve, pread and pwrite at offsets, page-cache windows, errno, full disks.
 
 Reads are of regular files: nothing that blocks, nothing that ends early without an error.
 """

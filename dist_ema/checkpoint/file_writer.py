@@ -1,4 +1,4 @@
-"""Blocks of weights as runs of bytes in files, and the files that take them."""
+"""`BlockPlacer`: blocks cast, staged, placed as runs of bytes; `FileWriter`: puts runs in place."""
 
 from __future__ import annotations
 

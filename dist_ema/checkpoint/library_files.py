@@ -1,4 +1,4 @@
-"""What other libraries expect of a model's folder: config.json, and adapters in peft's form.
+"""`FileForm`: config.json and adapters as transformers and peft want them; names in a PeftModel.
 
 Duck-typed: a model that has these was made by its library, so nothing is imported here.
 

@@ -1,4 +1,4 @@
-"""`load_file`: the complete state_dict of a saved model, its tensors mapped from the files.
+"""`load_file`: a state_dict from a path: headers located, tensors mapped, aliases from ema.json.
 
 A folder that `ema.save` wrote has an ema.json. Any other safetensors model has none: an export as
 one file, a Hugging Face folder.

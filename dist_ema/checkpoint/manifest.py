@@ -1,4 +1,4 @@
-"""`Manifest`: the one schema of ema.json, what is wrong in it, and reading it. No torch.
+"""`Manifest`: ema.json as fields; problems of its clock, schedules, labels, aliases and files.
 
 `load`, `verify` and `inspect` list the same problems, because all of them call `Manifest.problems`.
 """

@@ -1,4 +1,4 @@
-"""The handle of `EMA.publish`: when a version is due, what it says, and how many were left out."""
+"""`Publication`, the handle of `EMA.publish`: every, keep, beside, metrics, skipped, failed."""
 
 from __future__ import annotations
 

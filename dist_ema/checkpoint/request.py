@@ -1,4 +1,4 @@
-"""What to write, and what follows from it: the files, their ema.json, and the temporary folder.
+"""`SaveRequest`: averages and their inventory, files planned; a temporary folder made and sealed.
 
 The first rank makes that folder before the first byte, and completes and puts it in place last.
 """

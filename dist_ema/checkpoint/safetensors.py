@@ -1,4 +1,4 @@
-"""The safetensors format: headers, shards and their index, written and parsed. No torch.
+"""The safetensors format: headers, entries, shards in bins, their index; model files of a folder.
 
     ema-001000/
       model.safetensors     or model-00001-of-00004.safetensors ... and INDEX

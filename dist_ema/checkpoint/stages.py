@@ -1,4 +1,4 @@
-"""What the stages of a pipeline hold together: one inventory, one set of files.
+"""Stages of a pipeline: names that several share, the leading stage, one inventory of all.
 
 Ranks of one stage hold the same names, ranks of different stages others. A weight of two stages
 (tied embeddings) is averaged on both, must have equal bits, and is written by the first of them.

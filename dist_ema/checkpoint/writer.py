@@ -1,4 +1,4 @@
-"""`ema.save` on every rank: who writes which bytes of which file, staged, summed and sealed.
+"""`Writer` of `ema.save`: requests prepared, routes of ranks and machines, staged, carried out.
 
 Ranks of one machine write their regions straight into place: no gather, no copy of the model. The
 ranks of several machines send each byte to the machine that writes it ([Note: routes]), and all

@@ -1,4 +1,4 @@
-"""`StoreCoordinator`: verbs as exchanges: run on all ranks or the first, reduce, one error for all.
+"""`StoreCoordinator`: a verb's exchanges: run on all or on the first, combine, conclude, failures.
 
 [Note: check in]  Exchanges are numbered, alike on every rank. Each has a counter in the store:
 

@@ -1,4 +1,4 @@
-"""What ranks write into the store for an exchange ([Note: check in] in coordinator)."""
+"""`Messages`: keys of an exchange in the store: counter, answer, clash, speaker; deleted later."""
 
 from __future__ import annotations
 

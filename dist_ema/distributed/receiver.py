@@ -1,4 +1,4 @@
-"""`Receiver`: windows of runs taken from senders' connections, consumed here or passed onward.
+"""`Receiver`: windows of runs from a sender's stream, consumed here or passed onward; selector.
 
     greeting   token, number of the transfer, rank    --> 1
     window     count, (buffer, offset, length) * count, the bytes of all

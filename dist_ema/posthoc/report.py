@@ -1,4 +1,4 @@
-"""`dist-ema reconstruct`: one mixture for each width, its fit reported and plotted."""
+"""`dist-ema reconstruct`: mixtures for each target sigma_rel, residuals, fit, a plot in color."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`posthoc.reconstruct`: the stored averages of a run, mixed into an untracked one. No torch.
+"""`posthoc.reconstruct`: stored snapshots found in folders, newest, fitted and blended to a target.
 
     ema = EMA(model, decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.10)])
     ...

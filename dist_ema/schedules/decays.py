@@ -1,4 +1,4 @@
-"""`Schedule`, and the decays that need the clock alone, from `Constant` to `Power`."""
+"""`Schedule` from `Constant` to `Power`: decay of now and elapsed; gamma, sigma_rel, tau."""
 
 from __future__ import annotations
 

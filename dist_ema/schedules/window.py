@@ -1,4 +1,4 @@
-"""`Window`: the decay of a learning rate over the last steps, as an average of them.
+"""`Window`, `BlockMean`: curves of a learning rate over blocks of steps, their shares; `from_dict`.
 
 And every schedule from what a user or a file gives: a float, a list, a dictionary.
 """

@@ -1,4 +1,4 @@
-"""Arenas: the shadows allocated in one flat buffer per dtype and device."""
+"""Arenas: shadows allocated in flat buffers, aligned with chains of live neighbours; pinned."""
 
 from __future__ import annotations
 

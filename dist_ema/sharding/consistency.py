@@ -1,4 +1,4 @@
-"""Checks at construction: all ranks see the same weights and equal replicas."""
+"""Ranks compare inventories, regions and hashes of replicas; mismatched ones named by leaders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hashes of the bits of tensors, for ranks to compare."""
+"""Fingerprints: the bits of tensors as words, multiplied and summed in windows on their device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Box`: boxes, ranges, runs and element numbers of row-major weights. No tensors are moved."""
+"""`Box`: offsets, sizes, strides; row-major runs, boxes of a range, `Numbering` of elements."""
 
 from __future__ import annotations
 

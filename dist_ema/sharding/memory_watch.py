@@ -1,4 +1,4 @@
-"""`MemoryWatch`: whether weights lie where they lay, in the same order, in the same module tree.
+"""`MemoryWatch`: addresses by data_ptr in a loop: plain tensors, DTensors' locals; tree of modules.
 
 An update reads memory by address, so it asks that first ([Note: a model lives] in storage_watch).
 Each of the three questions has an owner here.

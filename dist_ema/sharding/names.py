@@ -1,4 +1,4 @@
-"""What wrappers add to the names of weights. No torch, so that files are read without it."""
+"""Canonical names of weights, without the parts that wrappers add. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Stages` and `Parameters`: a model that came in parts, as a module."""
+"""`Stages`, `Parameters`: lists of modules or parameters as a module; FSDP's unsharded copies."""
 
 from __future__ import annotations
 

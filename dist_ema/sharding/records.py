@@ -1,4 +1,4 @@
-"""`Shard` and `Region`: the record of one weight, which elements this rank holds, where they lie.
+"""`Shard`, `Region`: the record of a weight: local tensor, storage order, strides; buffers.
 
 [Note: words]  Five words for a part of a weight, and no others.
 

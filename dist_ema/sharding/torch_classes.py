@@ -1,4 +1,4 @@
-"""Classes of torch.distributed, recognised without importing them.
+"""Is it a DTensor, FSDP1, FSDP2, in a backward? Asked without importing the classes of torch.
 
 Importing FSDP and DTensor takes as long as half of torch. A program whose model needs neither has
 not imported them, and then no object of these classes exists.

@@ -1,4 +1,4 @@
-"""The wrappers that PyTorch puts around a module, and how to see through them.
+"""Wrappers around a module: walk, unwrapped, reshard, ignored by DDP, compiled, state_dict keys.
 
 [Note: stale roots]  After a forward without backward FSDP keeps weights unsharded, and the next
 forward reads that copy whatever the shards hold by then. Every verb that writes shards, or that

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: which elements of a weight this rank steps, and where their masters lie.
+"""DeepSpeed ZeRO: engines, fragments, partitioned groups, masters; `EngineSteps`: hooks on a step.
 
 DeepSpeed is not imported: what it leaves on the parameters says everything.
 

@@ -1,4 +1,4 @@
-"""`Entry`: who must come to a collective verb, and what all ranks check before it begins.
+"""`Entry`: who must come to a collective verb, alone or everyone; stages agree, common arguments.
 
 And what verbs warn of: an average that did not follow, and what it does not hold.
 """

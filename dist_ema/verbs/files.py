@@ -1,4 +1,4 @@
-"""`Files`: what verbs ask of the writer, and when. `load`: which averages a saved form fills."""
+"""`Files`: save, export and publish as requests; `load`: targets, means of blocks, ring resumed."""
 
 from __future__ import annotations
 

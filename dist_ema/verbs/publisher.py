@@ -1,4 +1,4 @@
-"""`Publisher`: begins a publication, and writes a version when one is due."""
+"""`Publisher`: a publication begun, a version published when due, as a request of the writer."""
 
 from __future__ import annotations
 

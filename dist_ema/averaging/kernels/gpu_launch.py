@@ -1,4 +1,4 @@
-"""`Launch`: the tables of tensors and blocks that a Triton program reads, and which pairs it takes.
+"""`Launch`: device tables of rows, addresses, columns, numberings for Triton; `Kind` of a pair.
 
 A launch knows nothing of lists. Two tables on the device, built once, say where everything is:
 

@@ -1,4 +1,4 @@
-"""`FusedPlan`: an update on a GPU, one launch per dtype, where the Triton kernel is proved right.
+"""`FusedPlan`: launches by kind, weights on the device, a fallback; probes that prove the kernel.
 
 Nothing is sent to the device per update but the weights of the averages, and those only when they
 changed.

@@ -1,7 +1,7 @@
-"""The Triton kernel of an update. Imports triton, so it is imported when a launch needs it.
+"""The kernel in Triton's language: tl.constexpr, lanes, columns, noise, masks, loads and stores.
 
-Everything here is written in Triton's language. `block` is the number of elements that one program
-moves; tables are those of gpu_launch.
+It imports triton, so it is imported when a launch needs it. `block` is the number of elements that
+one program moves; tables are those of gpu_launch.
 
 [Note: contraction]  weight * (live - shadow) + shadow is one fused multiply-add here, as compilers
 make it of torch's own lerp; we say so, because Triton's default differs between versions. Only

@@ -1,4 +1,4 @@
-"""`ShadowPair`: the tensors that every kernel is given, and how neighbours are joined."""
+"""`ShadowPair`: shadows, live and indices of one weight; pairs that touch are joined and merged."""
 
 from __future__ import annotations
 
