@@ -1,4 +1,4 @@
-"""`AveragedWeights`: averages, teacher, clock, swaps, updates; refuse, settle, follow, move.
+"""`AveragedWeights`: inventory, teacher, clock, swaps, watch; updates with overlap, tree followed.
 
     AveragedWeights          what `EMA.weights` gives: the extension API
       Inventory              which weights, with which shadows; follows the module tree

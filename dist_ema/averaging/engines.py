@@ -1,4 +1,4 @@
-"""Engines: an update inline, on a side stream or host thread; its plan, copies, fence, marks, lag.
+"""Engines: an update submitted inline, on a stream or host thread; copier, window, fence, lag.
 
 An engine has three verbs. `update` may return before the shadows have moved; after `fence` live
 weights may be overwritten; after `settle` shadows may be read. Each orders work, and none of them

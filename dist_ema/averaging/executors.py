@@ -1,4 +1,4 @@
-"""Executors: streams and worker threads with tasks and tickets; events, marks, interrupts shielded.
+"""Executors: accelerator streams, worker threads, tasks, tickets; an event or mark on a device.
 
 Reading a mark never waits: it is set where work is issued, and read once it has passed.
 """

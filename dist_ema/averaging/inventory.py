@@ -1,4 +1,4 @@
-"""`Inventory`: records of weights and buffers: adopted, kept, fresh, replaced, gone, tied."""
+"""`Inventory`: shards known by name: adopted, kept, fresh, old, replaced, gone, tied, unfrozen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`SkippedSteps`: steps that GradScaler skipped, counted on the device; weight 0 of a skip."""
+"""`SkippedSteps`: steps that GradScaler skipped, accepted ones; counted on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`StorageWatch`: addresses and versions of live weights: moved, written, sampled, shared memory.
+"""`StorageWatch`: data_ptr and versions of live params before and now: moved, written, sampled.
 
 [Note: a model lives]  A training program may move a storage (`p.data = ...`, `.double().float()`,
 SAM, offloading), write a weight outside the optimizer's step, or change the module tree at any

@@ -1,4 +1,4 @@
-"""`WeightSwap`: ranks enter and leave a swap: messages, exits, broadcasts to replicas, restores.
+"""`WeightSwap`: ranks enter and leave: exits, messages they owe, covered or abandoned, broadcasts.
 
 [Note: one swap]  Each rank exchanges what it averages (`swap_journal`), and the ranks exchange
 messages and broadcasts around that:

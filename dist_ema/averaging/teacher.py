@@ -1,4 +1,4 @@
-"""`Teacher` of into=: its memory is the shadow; frozen weights and buffers copied, hooks on reads.
+"""`Teacher` of into=: places of its shards, given to shadows; frozen ones copied, reads announced.
 
 The teacher's own memory is the shadow: there is no second copy, and a swap has nothing to exchange.
 Each weight must lie there as it does in the model, the same elements on the same rank:

@@ -1,4 +1,4 @@
-"""`Updates`: the plan over shadow pairs and buffers, with seed and share, and its engine."""
+"""`Updates`: the plan over pairs of shadow and live, buffers, seed, overlap; on host or device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Atomic replacement of a path: temporary siblings, rename, exchange, recover, sync, `latest`.
+"""Atomic replacement: a new path staged beside or inside, temporary siblings, old names, exchange.
 
 Everything is written to a hidden sibling (`.NAME.tmp-ID`), synced, and put in place. A file
 replaces a file in one call. Two folders are exchanged in one call where the file system can.

@@ -1,4 +1,4 @@
-"""`EMA.state_dict` for torch.distributed.checkpoint (DCP): labels, tables, planner, own buffers.
+"""State_dicts for DCP: name and shape of what is saved, labels, tables, keys, a planner, buffers.
 
     averages.average_0.weights.NAME    the shadow
     averages.average_0.buffers.NAME    every buffer

@@ -1,4 +1,4 @@
-"""Files by descriptor: reserve, pread and pwrite at offsets, page-cache windows, errno, full disks.
+"""Disk: a file descriptor at an offset, reserve, filled windows, POSIX, errno, regular files.
 
 Reads are of regular files: nothing that blocks, nothing that ends early without an error.
 """

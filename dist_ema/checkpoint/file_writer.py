@@ -1,4 +1,4 @@
-"""`BlockPlacer`: blocks cast, staged, placed as runs of bytes; `FileWriter`: puts runs in place."""
+"""`BlockPlacer`: data of blocks at offsets, dtype cast, staged, as runs. `FileWriter`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`FileForm`: config.json and adapters as transformers and peft want them; names in a PeftModel.
+"""`FileForm`: config.json and adapters for transformers and peft; inner names, base model.
 
 Duck-typed: a model that has these was made by its library, so nothing is imported here.
 

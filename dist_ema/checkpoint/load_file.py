@@ -1,4 +1,4 @@
-"""`load_file`: a state_dict from a path: headers located, tensors mapped, aliases from ema.json.
+"""`load_file`: a state_dict: name, dtype, entry listed in headers and manifest; aliases, mapping.
 
 A folder that `ema.save` wrote has an ema.json. Any other safetensors model has none: an export as
 one file, a Hugging Face folder.

@@ -1,4 +1,4 @@
-"""`Manifest`: ema.json as fields; problems of its clock, schedules, labels, aliases and files.
+"""`Manifest`: ema.json: clock, schedules, aliases, files, own buffers of each label; problems.
 
 `load`, `verify` and `inspect` list the same problems, because all of them call `Manifest.problems`.
 """

@@ -1,4 +1,4 @@
-"""`LoadTarget`, `ReadPlan`: which saved weight fills which state; `Differences`: missing ones.
+"""`LoadTarget`, `ReadPlan`: which saved weight fills which state; `Differences` in name or shape.
 
 The averages that are to be filled are paired with the saved ones by their schedules, and weights by
 their names. Nothing is changed here.

@@ -1,4 +1,4 @@
-"""`OpenCheckpoint` of `ema.load`: headers, damage, sums, a plan for each rank; differences judged.
+"""`ema.load`: `OpenCheckpoint`: place of a version, headers, damage, sums, plans, differences.
 
 A folder that `ema.save` wrote is resumed with its clock. Any other safetensors model (an export, a
 Hugging Face folder, one file) is a start.

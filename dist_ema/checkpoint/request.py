@@ -1,4 +1,4 @@
-"""`SaveRequest`: averages and their inventory, files planned; a temporary folder made and sealed.
+"""`SaveRequest`: path, names and inventory of averages, files; a temporary folder made and sealed.
 
 The first rank makes that folder before the first byte, and completes and puts it in place last.
 """

@@ -1,4 +1,4 @@
-"""`keep=`: numbered saves of one stem, which of them are retired; foreign files and companions.
+"""`keep=`: numbered saves beside a path, by stem; old ones retired; foreign names and companions.
 
 Deleting is the most dangerous thing that a library does. A folder is removed only if its name has
 the same stem and a number, if it is complete, and if it holds nothing but what dist_ema wrote.

@@ -1,4 +1,4 @@
-"""The safetensors format: headers, entries, shards in bins, their index; model files of a folder.
+"""The safetensors format: header, entries, shape, length, index; shards sorted into bins.
 
     ema-001000/
       model.safetensors     or model-00001-of-00004.safetensors ... and INDEX

@@ -1,4 +1,4 @@
-"""Stages of a pipeline: names that several share, the leading stage, one inventory of all.
+"""Stages of a pipeline: who leads, holders of a name, shared bits, known aliases; one inventory.
 
 Ranks of one stage hold the same names, ranks of different stages others. A weight of two stages
 (tied embeddings) is averaged on both, must have equal bits, and is written by the first of them.

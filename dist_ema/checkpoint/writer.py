@@ -1,4 +1,4 @@
-"""`Writer` of `ema.save`: requests prepared, routes of ranks and machines, staged, carried out.
+"""`Writer` of `ema.save`: a verb's request prepared, files that differ, placer, routes of ranks.
 
 Ranks of one machine write their regions straight into place: no gather, no copy of the model. The
 ranks of several machines send each byte to the machine that writes it ([Note: routes]), and all

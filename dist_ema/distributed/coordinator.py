@@ -1,4 +1,4 @@
-"""`StoreCoordinator`: a verb's exchanges: run on all or on the first, combine, conclude, failures.
+"""`StoreCoordinator`: exchanges of a verb: work on all ranks, combine, conclude; messages, errors.
 
 [Note: check in]  Exchanges are numbered, alike on every rank. Each has a counter in the store:
 

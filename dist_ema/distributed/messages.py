@@ -1,4 +1,4 @@
-"""`Messages`: keys of an exchange in the store: counter, answer, clash, speaker; deleted later."""
+"""`Messages`: keys of an exchange: counter, published answer, clash of members, speaker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Ranks`: process group, bounded stores under prefixes, claims of paths, leftovers of dead EMAs.
+"""`Ranks`: members, process group, timeout, stores under a prefix, claims of paths, leftovers.
 
 [Note: incarnations]  The store of torchrun outlives the processes that it restarts, and with them
 the messages of the killed attempt. So the keys of a coordinator begin with a random id, which the

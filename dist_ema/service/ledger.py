@@ -1,4 +1,4 @@
-"""`Ledger` in SQLite: tasks, records and outcomes of versions, owners, beats, attempts, metrics.
+"""`Ledger` in SQLite: transactions on a task: state, owner, beat, attempts, outcome, metrics.
 
 [Note: claims]  A row is a task and a version, and the primary key lets one watcher insert it. The
 owner of a row that runs increments its beat. A watcher that sees a beat stand still for `expiry`

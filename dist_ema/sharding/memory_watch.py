@@ -1,4 +1,4 @@
-"""`MemoryWatch`: addresses by data_ptr in a loop: plain tensors, DTensors' locals; tree of modules.
+"""`MemoryWatch`: data_ptr of locals read in a loop, DTensors; a tree's parents and children.
 
 An update reads memory by address, so it asks that first ([Note: a model lives] in storage_watch).
 Each of the three questions has an owner here.

@@ -1,4 +1,4 @@
-"""`Shard`, `Region`: the record of a weight: local tensor, storage order, strides; buffers.
+"""`Shard`, `Region`: a weight's local tensor, elements, shape, order, stride, storage; buffers.
 
 [Note: words]  Five words for a part of a weight, and no others.
 

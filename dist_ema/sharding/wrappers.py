@@ -1,4 +1,4 @@
-"""Wrappers around a module: walk, unwrapped, reshard, ignored by DDP, compiled, state_dict keys.
+"""Wrappers of modules: prefix of a name, parallel, compiled, reshard, unwrapped, ignored ones.
 
 [Note: stale roots]  After a forward without backward FSDP keeps weights unsharded, and the next
 forward reads that copy whatever the shards hold by then. Every verb that writes shards, or that

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: engines, fragments, partitioned groups, masters; `EngineSteps`: hooks on a step.
+"""DeepSpeed ZeRO: engine, optimizer's group, hook on its step, fragments, partitioned, masters.
 
 DeepSpeed is not imported: what it leaves on the parameters says everything.
 

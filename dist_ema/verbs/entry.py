@@ -1,4 +1,4 @@
-"""`Entry`: who must come to a collective verb, alone or everyone; stages agree, common arguments.
+"""`Entry`: members and ranks of a collective verb, alone or everyone; stages agree; warnings.
 
 And what verbs warn of: an average that did not follow, and what it does not hold.
 """

@@ -1,4 +1,4 @@
-"""`Files`: save, export and publish as requests; `load`: targets, means of blocks, ring resumed."""
+"""`Files`: requests with averages, form, adapters. `load`: targets and means for a ring."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Pass`: compiled passes over host memory: ramps, tables of rows, starts, tasks on threads.
+"""`Pass`: compiled passes on a CPU: ramps, tables, rows, starts and ends, tasks on threads.
 
 torch has no CPU kernel that reads bfloat16 and moves fp32, or one that rounds stochastically, so
 eager code goes over the same elements two to twenty times. A pass reads live once and each shadow

@@ -1,4 +1,4 @@
-"""`UpdatePlan`: steps of torch kernels: pairs direct, cast, rounded or packed by scratch; guard.
+"""`UpdatePlan`: torch steps; a pair's live and shadow direct, cast, or short and packed by scratch.
 
 The formula is always `lerp`: it is an exact fixed point, where `mul_` then `add_` moves constants
 and drifts. A plan is made once per set of addresses and holds every view that an update needs, so

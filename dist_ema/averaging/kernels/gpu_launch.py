@@ -1,4 +1,4 @@
-"""`Launch`: device tables of rows, addresses, columns, numberings for Triton; `Kind` of a pair.
+"""`Launch`: tables for each program: rows, wide addresses, columns, levels of a numbering; `Kind`.
 
 A launch knows nothing of lists. Two tables on the device, built once, say where everything is:
 

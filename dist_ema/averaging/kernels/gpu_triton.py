@@ -1,4 +1,4 @@
-"""The kernel in Triton's language: tl.constexpr, lanes, columns, noise, masks, loads and stores.
+"""The kernel in Triton: constexpr levels, huge; program, row, head, key, lane, place, noise, masks.
 
 It imports triton, so it is imported when a launch needs it. `block` is the number of elements that
 one program moves; tables are those of gpu_launch.
