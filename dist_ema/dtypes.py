@@ -155,8 +155,8 @@ def _with_sticky_bit(values: NDArray[np.float64]) -> NDArray[np.float32]:
     """
     with np.errstate(over="ignore", invalid="ignore"):
         short = values.astype(np.float32)
-    wanted, found = np.abs(values), np.abs(short).astype(np.float64)
-    above, below = found > wanted, found < wanted  # neither, where it is NaN
+    wanted, rounded = np.abs(values), np.abs(short).astype(np.float64)
+    above, below = rounded > wanted, rounded < wanted  # neither, where it is NaN
     bits = short.view(np.uint32)
     bits -= above  # towards zero
     bits |= above | below

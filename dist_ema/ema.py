@@ -580,8 +580,10 @@ class EMA:
         if not self._files.passes(folder, every):
             return None
         path = atomic.real(Path(folder) / f"{int(self.weights.clock.now):010}")
-        known = path.parent.glob("[0-9]*") if self._entry.ranks.first else ()
-        later = [each.name for each in known if each.name > path.name]
+        snapshots = path.parent.glob("[0-9]*") if self._entry.ranks.first else ()
+        later = [
+            snapshot_path.name for snapshot_path in snapshots if snapshot_path.name > path.name
+        ]
         if later:
             warn(
                 f"{folder} holds snapshots of a later clock ({min(later)} ...). If they are of "
@@ -756,15 +758,15 @@ class EMA:
         What is gone is dropped. Everything else keeps its average.
         """
         weights = self.weights
-        found: list[records.ModelShards] = []
+        model_shards: list[records.ModelShards] = []
 
         def prepare() -> None:
             weights.reshard()
             weights.settle()
-            found.append(weights.find(self.timeout))
+            model_shards.append(weights.find(self.timeout))
 
         self._entry.begin("rescan", Reads.WHOLE_MODEL, prepare=prepare)
-        self._entry.adopt("rescan", found[0])
+        self._entry.adopt("rescan", model_shards[0])
 
     @_outside_autograd
     def metrics(self, which: Which = 0, *, distance: bool = True) -> dict[str, float]:
@@ -796,9 +798,9 @@ class EMA:
             each rank sends one short message.
         """
         weights, entry = self.weights, self._entry
-        known = metrics.known(weights, weights.average(which))
+        host_metrics = metrics.known(weights, weights.average(which))
         if not distance:
-            return known
+            return host_metrics
 
         def measure() -> dict[str, Any]:
             weights.refuse("ema.metrics", Reads.LIVE)
@@ -817,7 +819,11 @@ class EMA:
             _, (apart, agree) = entry.ranks.run_and_reduce(
                 "metrics", measure, metrics.combine, metrics.conclude
             )
-        return known | {"skipped": weights.skipped, "distance": apart, "replicas_agree": agree}
+        return host_metrics | {
+            "skipped": weights.skipped,
+            "distance": apart,
+            "replicas_agree": agree,
+        }
 
     @property
     def model(self) -> nn.Module:

@@ -391,7 +391,7 @@ verbs/entry.py
     begin             warn(  @swap::test_swap_on_ranks
     warn_if_nameless  warn(  @parameters::test_verbs_take_lists
 verbs/files.py
-    load              warn(*found  @refusals::test_averages_of_what_is_frozen_now_are_passed_over
+    load              warn(*checkpoint  @refusals::test_averages_of_what_is_frozen_now_are_passed_over
     submit            warn(*writer  @local_verbs
     _write_together   warn(*self.writer  @writer::test_a_save_is_a_model
     finish            warn(*self.writer  @publish::test_a_version_in_flight_is_not_waited_for

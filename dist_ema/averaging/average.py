@@ -77,8 +77,8 @@ class Average:
 
     def forget_buffers(self, lost: Collection[str]) -> None:
         """Own buffers end for all of a module with one that the model lost."""
-        kept = whole_modules(self.own_buffers, lost)
-        self.own_buffers = {name: self.own_buffers[name] for name in kept}
+        whole_names = whole_modules(self.own_buffers, lost)
+        self.own_buffers = {name: self.own_buffers[name] for name in whole_names}
 
     def forget_reshaped_buffers(self, states: Sequence[ParamState]) -> None:
         """They end where live ones took another shape."""

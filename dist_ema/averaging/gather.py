@@ -54,7 +54,7 @@ def full(
             for state in states
         }
     numbers = {name: number for number, name in enumerate(table)}
-    result: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     places: dict[int, memoryview] = {}
     blocks: list[Block] = []
 
@@ -62,7 +62,7 @@ def full(
         # NOTE: memory for a whole model may be missing. Then the others must not begin to send.
         blocks.extend(saved_blocks(states, own_buffers, ranks.size == 1))
         for name, form in table.items() if ranks.first else ():
-            full = result[name] = torch.empty(form.shape, dtype=form.dtype, device="cpu")
+            full = weights[name] = torch.empty(form.shape, dtype=form.dtype, device="cpu")
             places[numbers[name]] = bytes_of(full)
 
     def consume(number: int, offset: int, data: memoryview) -> None:
@@ -71,7 +71,7 @@ def full(
     ranks.run_on_all("gather", prepare)
     if ranks.first:
         for number, offsets, data in blocks:
-            result[states[number].name][Box(offsets, tuple(data.shape)).slices].copy_(data)
+            weights[states[number].name][Box(offsets, tuple(data.shape)).slices].copy_(data)
     if ranks.size > 1:
         connections, machines = ranks.connections("gather"), ranks.machines("gather")
         relay = machines.column(machines.columns[ranks.rank])[machines.numbers[0]]
@@ -83,8 +83,8 @@ def full(
 
         with connections.receiving(consume):
             ranks.run_transfer("gather", send)
-    return result | {
-        alias: result[name] for name, form in table.items() if result for alias in form.aliases
+    return weights | {
+        alias: weights[name] for name, form in table.items() if weights for alias in form.aliases
     }
 
 
@@ -156,15 +156,15 @@ def copy_into(
     sharded: list[nn.Module] = []
 
     def prepare() -> bool:
-        found = discovery.find_shards(parameters.module_of(module))
-        _refuse_other(states, found.shards)
-        for shard in found.shards:
+        shards_of_model = discovery.find_shards(parameters.module_of(module))
+        _refuse_other(states, shards_of_model.shards)
+        for shard in shards_of_model.shards:
             targets[shard.name], elements = shard, shard.read()
             views[shard.name] = list(boxes_with_data(shard, shard.local_region, elements))
             strided.extend([] if shard.dense else [(shard, elements)])
-        await_host_reads(shard.local_tensor() for shard in found.shards)
+        await_host_reads(shard.local_tensor() for shard in shards_of_model.shards)
         blocks.extend(saved_blocks(states, own_buffers))
-        sharded.extend(found.sharded)
+        sharded.extend(shards_of_model.sharded)
         divided = [state for state in states if state.shard.owner_ranks]
         return any(_is_cut_otherwise(state, targets[state.name]) for state in divided)
 

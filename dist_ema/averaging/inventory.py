@@ -61,11 +61,11 @@ class Inventory:
         should have a shadow gets one, equal to live. What the model no longer holds is dropped.
         """
         _refuse_replaced(teacher)
-        known = self._members or found.members
-        if found.members != known:
+        members = self._members or found.members
+        if found.members != members:
             _refuse(
-                [shard.name for shard in found.shards if not {*shard.owner_ranks} <= {*known}],
-                f"is held by ranks {found.members} now, and the EMA was built on ranks {known}. "
+                [shard.name for shard in found.shards if not {*shard.owner_ranks} <= {*members}],
+                f"is held by ranks {found.members} now, and the EMA was built on ranks {members}. "
                 "Build the EMA on the wrapped model; save() and load() carry the average over.",
             )
         self._members = found.members
@@ -129,12 +129,12 @@ class Inventory:
 
     def _bind_teacher(self, teacher: Teacher, states: dict[str, ownership.ParamState]) -> None:
         """The teacher's memory is the shadow of what is averaged, and a copy of the rest."""
-        asked = [
+        asked_shards = [
             state.shard
             for state in states.values()
             if state.shard.persistent and self.selection.allows(state.name)
         ]
-        for name, memory in teacher.give(asked).items():
+        for name, memory in teacher.give(asked_shards).items():
             if self.selection.averages(states[name].shard):
                 states[name].shadow = memory
             else:
@@ -143,20 +143,20 @@ class Inventory:
 
     def _what_is_lacking(self, chosen: Sequence[Shard], some_kept: bool) -> list[str]:
         """Errors where nothing is averaged; a stage of a pipeline may have nothing to average."""
-        buffers, found = self.selection.buffers, []
+        buffers, lacks = self.selection.buffers, []
         if not some_kept and all(shard.kind == "buffer" for shard in chosen):
-            found.append(
+            lacks.append(
                 f"EMA found no trainable floating-point weights in {type(self.model).__name__}. "
                 f"Are all frozen, or does only={self.selection.only!r} match nothing?"
             )
         if buffers not in ("copy", "average", OWN) and all(
             shard.kind != "buffer" for shard in chosen
         ):
-            found.append(
+            lacks.append(
                 "buffers must be 'copy', 'average', or a regex or predicate that chooses some: "
                 f"{buffers!r} chooses no floating-point buffer of {type(self.model).__name__}."
             )
-        return found
+        return lacks
 
     def _refuse_hopeless(self, chosen: Sequence[Shard]) -> None:
         sparse = [shard.name for shard in chosen if not shard.dense]

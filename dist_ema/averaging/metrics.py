@@ -54,11 +54,11 @@ def known(weights: AveragedWeights, average: Average) -> dict[str, float]:
 
 def _bytes(weights: AveragedWeights) -> tuple[int, int]:
     """Of shadows beside their weights; of those elsewhere, and of windows."""
-    kept = [0, weights.updates.engine.window_bytes]
+    shadow_bytes = [0, weights.updates.engine.window_bytes]
     for state in (state for average in weights.averages for state in average.averaged):
-        kept[state.own_shadow.device != state.local.device] += state.own_shadow.nbytes
+        shadow_bytes[state.own_shadow.device != state.local.device] += state.own_shadow.nbytes
     rings = sum(average.ring.nbytes for average in weights.averages if average.ring is not None)
-    return kept[0], kept[1] + rings
+    return shadow_bytes[0], shadow_bytes[1] + rings
 
 
 def measure(

@@ -298,7 +298,7 @@ def _that_takes_hooks(optimizer: Any) -> Optimizer | EngineSteps:
 
 def _is_inside_step(optimizer: Any) -> bool:
     """The hooks of this optimizer run inside another `step` of it ([Note: steps in steps])."""
-    steps = (vars(each).get("step") for each in type(optimizer).__mro__)
+    steps = (vars(optimizer_class).get("step") for optimizer_class in type(optimizer).__mro__)
     if sum(getattr(step, "hooked", False) for step in steps) < 2:
         return False
     running, frame = 0, sys._getframe(1)

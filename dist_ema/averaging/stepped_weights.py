@@ -53,13 +53,13 @@ def _displaced(weights: AveragedWeights, optimizers: Iterable[Optimizer]) -> lis
     """
     shards = [state.shard for state in weights.averages[0].averaged]
     params = [p for optimizer in optimizers for p in zero.stepped_parameters(optimizer)]
-    known, held = {id(shard.tensor) for shard in shards}, set(map(id, params))
-    others = {(p.shape, p.dtype.itemsize) for p in params if id(p) not in known}
+    averaged, stepped = {id(shard.tensor) for shard in shards}, set(map(id, params))
+    others = {(p.shape, p.dtype.itemsize) for p in params if id(p) not in averaged}
     listed, displaced = isinstance(weights.model, parameters.Parameters), []
     for shard in shards:
         shape, size = shard.tensor.shape, shard.tensor.dtype.itemsize
         other = 4 if size == 2 else size if listed else 0
-        if id(shard.tensor) not in held and (shape, other) in others and shard.master is None:
+        if id(shard.tensor) not in stepped and (shape, other) in others and shard.master is None:
             displaced.append(shard.name)
     return displaced
 

@@ -226,7 +226,7 @@ class WeightSwap:
 
 def _combine_exits(exits: list[dict[str, Any]]) -> dict[str, Any]:
     """The error of the lowest rank that left a swap by one, and what the first rank says."""
-    errors = [each for each in exits if "error" in each]
-    lowest = min(errors, key=lambda each: each["rank"], default={})
-    changed = [name for each in exits for name in each.get("changed", ())]
+    errors = [exit_message for exit_message in exits if "error" in exit_message]
+    lowest = min(errors, key=lambda exit_message: exit_message["rank"], default={})
+    changed = [name for exit_message in exits for name in exit_message.get("changed", ())]
     return lowest | {"changed": changed}

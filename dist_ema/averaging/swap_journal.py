@@ -105,28 +105,28 @@ class SwapJournal:
 
     def _advance(self, state: ParamState, begin: int, end: int, copies: int) -> None:
         live, shadow = _views(state, begin, end)
-        kept = self._kept(state, live)
+        scratch = self._kept(state, live)
         if copies == 0:
-            kept.copy_(live)
+            scratch.copy_(live)
         elif copies == 1:
             live.copy_(shadow)
         elif _exchanged(state):
-            shadow.copy_(kept)
+            shadow.copy_(scratch)
 
     def _retreat(self, state: ParamState, begin: int, end: int, copies: int) -> None:
         live, shadow = _views(state, begin, end)
-        kept = self._kept(state, live)
+        scratch = self._kept(state, live)
         if not _exchanged(state):
             if copies == COPIES:
                 _take_written(live, shadow)
             elif copies == 1:
-                live.copy_(kept)
+                live.copy_(scratch)
         elif copies == COPIES:
-            kept.copy_(shadow)
+            scratch.copy_(shadow)
         elif copies == COPIES - 1:
             shadow.copy_(live)
         else:
-            live.copy_(kept)
+            live.copy_(scratch)
 
     def _kept(self, state: ParamState, live: Tensor) -> Tensor:
         """Where live elements are while the average stands in their place. Shape of `live`."""
@@ -247,7 +247,7 @@ class SwapWrites:
         A module's persistent buffers are one state: if one was written, all are. If one has another
         shape or dtype than before, the module keeps no state.
         """
-        values: dict[str, Tensor] = {}
+        buffers: dict[str, Tensor] = {}
         changed, reshaped = set(), set()
         for state, applied in self._buffers:
             tensor, module = registered(state.shard), id(state.shard.place[0])
@@ -256,15 +256,15 @@ class SwapWrites:
             if (tensor.shape, tensor.dtype) != (state.shard.shape, applied.dtype):
                 reshaped.add(module)
                 continue
-            values[state.name] = state.shard.read().clone()  # perhaps of another tensor by now
-            if not _same_bits(values[state.name], applied):
+            buffers[state.name] = state.shard.read().clone()  # perhaps of another tensor by now
+            if not _same_bits(buffers[state.name], applied):
                 changed.add(module)
         names = [
             state.name
             for state, _ in self._buffers
             if id(state.shard.place[0]) in changed - reshaped
         ]
-        return values, names
+        return buffers, names
 
 
 def describe(swapped: Sequence[str], others: Sequence[str], lost: Sequence[str]) -> list[str]:

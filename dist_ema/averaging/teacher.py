@@ -78,11 +78,11 @@ class Teacher:
     ) -> None:
         self.module, self.is_stale = parameters.module_of(model), False
         self._own_buffers = own_buffers
-        found = discovery.find_shards(self.module)
-        self.sharded = found.sharded
-        self._records = found.shards
+        teacher_shards = discovery.find_shards(self.module)
+        self.sharded = teacher_shards.sharded
+        self._records = teacher_shards.shards
         self._shards = {
-            name: shard for shard in found.shards for name in (shard.name, *shard.aliases)
+            name: shard for shard in teacher_shards.shards for name in (shard.name, *shard.aliases)
         }
         self._given: dict[str, Shard] = {}  # by the model's names: what the EMA writes
         self._places: dict[str, Any] = {}  # address and form
@@ -176,7 +176,7 @@ class Teacher:
             old, before = state.teacher_copy if state.shadow is None else state.shadow, self._places
             assert old is not None
             new = shard.read()
-            kinds = [(each.dtype, each.device, len(each)) for each in (new, old)]
+            kinds = [(memory.dtype, memory.device, len(memory)) for memory in (new, old)]
             if kinds[0] != kinds[1] or _place_in_memory(shard)[1] != before[state.name][1]:
                 cure = "Build the EMA after teacher.to(...)."
                 if shard.kind == "buffer":
@@ -196,7 +196,7 @@ class Teacher:
         """Raise ValueError if an optimizer would train what is the average."""
         names = {id(shard.tensor): name for name, shard in self._given.items()}
         # A DeepSpeed engine has no groups; `give` refuses what it trains.
-        groups = [g for each in optimizers for g in getattr(each, "param_groups", ())]
+        groups = [g for optimizer in optimizers for g in getattr(optimizer, "param_groups", ())]
         trained = [names[id(p)] for group in groups for p in group["params"] if id(p) in names]
         if trained:
             raise ValueError(
@@ -206,9 +206,11 @@ class Teacher:
 
     def _refuse_taken(self) -> None:
         """Two averages in one memory would be none."""
-        others = [shard for each in _TEACHERS if each is not self for shard in each.written]
-        taken = {id(shard.tensor) for shard in others}
-        names = [name for name, shard in self._given.items() if id(shard.tensor) in taken]
+        others = [
+            shard for teacher in _TEACHERS if teacher is not self for shard in teacher.written
+        ]
+        taught = {id(shard.tensor) for shard in others}
+        names = [name for name, shard in self._given.items() if id(shard.tensor) in taught]
         if names:
             raise ValueError(
                 f"{', '.join(names[:5])} of the teacher is the average of another EMA already. "
@@ -219,7 +221,11 @@ class Teacher:
         """Raise ValueError if names are one weight in the model and two in the teacher, or so."""
         name, memory = shard.name, memory or self._given[shard.name]
         untied = [alias for alias in shard.aliases if self._shards.get(alias) is not memory]
-        untied += [key for key, given in self._given.items() if given is memory and key != name]
+        untied += [
+            key
+            for key, shard_of_teacher in self._given.items()
+            if shard_of_teacher is memory and key != name
+        ]
         if untied:
             raise ValueError(
                 f"{name} and {untied[0]} are tied in one of the model and the teacher, and not in "

@@ -55,7 +55,7 @@ class WindowRing:
     @property
     def nbytes(self) -> int:
         """On this rank, outside of the shadows."""
-        return sum(value.nbytes for each in self.entries for value in each.values.values())
+        return sum(value.nbytes for block in self.entries for value in block.values.values())
 
     def clear(self, begin: float = 0.0) -> None:
         """The window begins here."""
@@ -64,9 +64,9 @@ class WindowRing:
 
     def forget_all_but(self, names: set[str]) -> None:
         """Weights that were replaced have no past."""
-        for each in self.entries:
-            for name in each.values.keys() - names:
-                del each.values[name]
+        for block in self.entries:
+            for name in block.values.keys() - names:
+                del block.values[name]
 
     def is_full(self, now: float, elapsed: float) -> bool:
         """The next update begins another block."""
@@ -75,10 +75,10 @@ class WindowRing:
 
     def push(self, states: list[ParamState], now: float) -> None:
         """Keep the mean of the block that ends at `now`. No update may be in flight."""
-        values = {
+        means = {
             state.name: self._new(state.own_shadow).copy_(state.own_shadow) for state in states
         }
-        self.entries.append(_RingEntry(self.begin, now, values))
+        self.entries.append(_RingEntry(self.begin, now, means))
         self.begin = now
 
     def _new(self, like: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ class WindowRing:
         """Every block with its mean in place of the shadows, the one under way last."""
         size = self.window.block
         blocks = [
-            (BlockMean(size, each.begin, each.end), _with_values(states, each.values))
-            for each in self.entries
+            (BlockMean(size, block.begin, block.end), _with_values(states, block.values))
+            for block in self.entries
         ]
         return [*blocks, (BlockMean(size, self.begin, now), states)]
 
@@ -104,10 +104,10 @@ class WindowRing:
         """The saved blocks that this window can go on with, the one under way last."""
         means = [from_dict(spec) for spec in specs if spec.get("name") == BlockMean.__name__]
         size = self.window.block
-        found = [
+        blocks = [
             mean for mean in means if isinstance(mean, BlockMean) and abs(mean.size - size) < 1e-9
         ]
-        return sorted(found, key=attrgetter("begin"))[-self.window.blocks :]
+        return sorted(blocks, key=attrgetter("begin"))[-self.window.blocks :]
 
     def empty(self, states: list[ParamState]) -> list[ParamState]:
         """States to read a full block into."""
@@ -117,8 +117,8 @@ class WindowRing:
         """Go on from saved blocks. begin: of the one under way."""
         self.clear(begin)
         for mean, states in blocks:
-            values = {state.name: state.own_shadow for state in states}
-            self.entries.append(_RingEntry(mean.begin, mean.end, values))
+            means = {state.name: state.own_shadow for state in states}
+            self.entries.append(_RingEntry(mean.begin, mean.end, means))
 
     def mixed(self, states: list[ParamState], window: Window, now: float) -> list[ParamState]:
         """The states with the average over `window` in place of their shadows.
@@ -132,21 +132,21 @@ class WindowRing:
             *Cost*: one shard in the shadows' dtype, and two weights in float64.
         """
         first = window.block_at(now) - window.blocks + 1
-        older = [each for each in self.entries if window.block_at(each.end) >= first]
+        older = [block for block in self.entries if window.block_at(block.end) >= first]
         begin = older[0].begin if older else self.begin
-        ends = [*(each.end for each in older), now]
+        ends = [*(block.end for block in older), now]
         shares = window.shares(begin, ends)
-        found = []
+        mixed_states = []
         for state in states:
             shadow = state.shadow
             if shadow is not None and older:
                 wide = torch.promote_types(shadow.dtype, torch.float64)
                 total = shadow.to("cpu", wide) * shares[-1]
-                for share, each in zip(shares, older, strict=False):
-                    total += each.values.get(state.name, shadow).to("cpu", wide) * share
+                for share, block in zip(shares, older, strict=False):
+                    total += block.values.get(state.name, shadow).to("cpu", wide) * share
                 shadow = total.to(shadow.device, shadow.dtype)
-            found.append(replace(state, shadow=shadow))
-        return found
+            mixed_states.append(replace(state, shadow=shadow))
+        return mixed_states
 
 
 def _with_values(states: list[ParamState], values: dict[str, Tensor]) -> list[ParamState]:

@@ -160,9 +160,9 @@ def whole(path: Path) -> Path:
         return next(iter(_all_inside(path, "new")), path)
     for old in _all_beside(path, "old"):
         # NOTE: an old version steps aside only when the new one is complete.
-        for each in (_beside(path, "tmp", old.name[-32:]), old):
-            if each.exists():
-                return each
+        for version in (_beside(path, "tmp", old.name[-32:]), old):
+            if version.exists():
+                return version
     return path  # there is none, or a writer has just put it in place
 
 
@@ -202,10 +202,10 @@ def held(path: Path) -> Iterator[tuple[int, ...] | None]:
 def identity(path: Path | int) -> tuple[int, ...] | None:
     """Device, inode and time of change; None where nothing is."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -326,11 +326,11 @@ def recover(path: Path) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Remove what writers that died left beside `path`. No other process may be writing it."""
-    found = [*_all_beside(path, "tmp"), *_all_inside(path, "tmp")]
-    if found:
+    leftovers = [*_all_beside(path, "tmp"), *_all_inside(path, "tmp")]
+    if leftovers:
         sync(path.parent)  # what is in place is on disk before an earlier version goes
-    for each in found:
-        remove(each)
+    for leftover in leftovers:
+        remove(leftover)
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -31,10 +31,10 @@ class RangeSum:
     def add(self, start: int, data: bytes | memoryview) -> int:
         """Returns the CRC-32 of `data` alone."""
         n = len(data)
-        found: int = of_bytes(data)
-        self._value = _multiply(self._value, _power(start + n - self._at)) ^ found ^ _zeros(n)
+        crc: int = of_bytes(data)
+        self._value = _multiply(self._value, _power(start + n - self._at)) ^ crc ^ _zeros(n)
         self._at = start + n
-        return found
+        return crc
 
     @property
     def contribution(self) -> int:
@@ -78,13 +78,13 @@ def _multiply(a: int, b: int) -> int:
 def _power(n: int) -> int:
     """x^(8n): the effect of n more bytes; a negative n undoes it (the order of x is 2^32 - 1)."""
     n = (8 * n) % 0xFFFFFFFF
-    result, square = 0x80000000, 0x40000000
+    power, square = 0x80000000, 0x40000000
     while n:
         if n & 1:
-            result = _multiply(result, square)
+            power = _multiply(power, square)
         square = _multiply(square, square)
         n >>= 1
-    return result
+    return power
 
 
 @lru_cache(maxsize=4096)

@@ -64,15 +64,15 @@ class Averages(dict[str, Any]):
         if metadata is None:
             return super().items()
         keys = list(metadata.state_dict_metadata)
-        found = [match[2] for match in map(_OWN_KEY.fullmatch, keys) if match]
-        if not found:
+        labels = [match[2] for match in map(_OWN_KEY.fullmatch, keys) if match]
+        if not labels:
             others = ", ".join(sorted({key.split(".")[0] for key in keys})[:5])
             raise ValueError(
                 f"the checkpoint holds no average of dist_ema, only {others or 'nothing'}. Leave "
                 "the EMA out of dcp.load() to start from the live weights, or name a checkpoint of "
                 'dcp.save({"ema": ema}).'
             )
-        self.saved_labels = _labels_of(found, self._schedules)
+        self.saved_labels = _labels_of(labels, self._schedules)
         # NOTE: DCP assigns what it iterates, so the dict may hold the saved labels by now, too.
         states = (self[f"average_{i}"] for i in range(len(self.saved_labels)))
         pairs = zip(self.saved_labels, states, strict=True)
@@ -106,8 +106,8 @@ def _metadata_of_load() -> Metadata | None:
         planner = frame.f_locals.get("self")
         if isinstance(planner, LoadPlanner):
             partial = getattr(planner, "allow_partial_load", False)
-            found = frame.f_locals.get("metadata", getattr(planner, "metadata", None))
-            return found if isinstance(found, Metadata) and not partial else None
+            metadata = frame.f_locals.get("metadata", getattr(planner, "metadata", None))
+            return metadata if isinstance(metadata, Metadata) and not partial else None
         frame = frame.f_back
     return None
 
@@ -123,7 +123,7 @@ def _labels_of(found: Collection[str], schedules: Sequence[Schedule]) -> list[st
                 f"{count} schedules."
             )
         return labels
-    names = [repr(each) for each in schedules]
+    names = [repr(schedule) for schedule in schedules]
     if not found:
         raise ValueError(f"the state_dict of the EMA lacks {', '.join(names)}.")
     unmatched = [name for name in dict.fromkeys(found) if name not in names]
@@ -157,12 +157,12 @@ def _adapt(state: dict[str, Any], label: str, tables: Mapping[str, Any]) -> None
     """
     matches = [match for match in map(_OWN_KEY.fullmatch, tables) if match and match[2] == label]
     weights, live = state["weights"], state["buffers"]
-    known = {f"weights.{name}" for name in weights} | {f"buffers.{name}" for name in live}
+    live_keys = {f"weights.{name}" for name in weights} | {f"buffers.{name}" for name in live}
 
     def differing(start: str) -> int:
         places = f"{start}weights.", f"{start}buffers."
         saved = {key.removeprefix(start) for key in tables if key.startswith(places)}
-        return len(known ^ saved)
+        return len(live_keys ^ saved)
 
     # Several EMAs may be in one checkpoint; DCP does not say under which of its keys this one is.
     start = min((match[1] for match in matches), key=differing)
@@ -221,10 +221,10 @@ def match_all(
     Returns:
         The matches, and a remark on every average that goes on with another schedule.
     """
-    wanted = [each.schedule.to_dict() for each in averages]
-    labels = _labels_of(saved, [each.schedule for each in averages])
+    wanted = [average.schedule.to_dict() for average in averages]
+    labels = _labels_of(saved, [average.schedule for average in averages])
     states = [saved[label] for label in labels]
-    recorded = [_schedule_of(*each) for each in zip(states, wanted, strict=True)]
+    recorded = [_schedule_of(*average) for average in zip(states, wanted, strict=True)]
     order = matching.match_schedules(recorded, wanted)
     saved_labels = saved.saved_labels if isinstance(saved, Averages) else labels
     names = [
@@ -232,11 +232,11 @@ def match_all(
         for k in order
     ]
     remarks = [
-        f"the checkpoint was averaged with {name}; this EMA goes on with {each.schedule!r}."
-        for name, each in zip(names, averages, strict=True)
-        if name != repr(each.schedule)
+        f"the checkpoint was averaged with {name}; this EMA goes on with {average.schedule!r}."
+        for name, average in zip(names, averages, strict=True)
+        if name != repr(average.schedule)
     ]
-    matched = [match(states[k], each) for k, each in zip(order, averages, strict=True)]
+    matched = [match(states[k], average) for k, average in zip(order, averages, strict=True)]
     reshaped = sorted(
         {
             name
@@ -258,8 +258,8 @@ def _schedule_of(state: Mapping[str, Any], default: dict[str, Any]) -> dict[str,
     """The schedule that an average was saved with; `default` where it is not recorded."""
     if "schedule" not in state:
         return default
-    found: dict[str, Any] = json.loads(bytes(state["schedule"].tolist()).rstrip(b"\0"))
-    return found
+    schedule: dict[str, Any] = json.loads(bytes(state["schedule"].tolist()).rstrip(b"\0"))
+    return schedule
 
 
 def state(average: Average) -> dict[str, Any]:
@@ -270,8 +270,8 @@ def state(average: Average) -> dict[str, Any]:
     """
     own, buffers = average.own_buffers, average.buffers
     live = {
-        each.name: each.local if each.teacher_copy is None else each.teacher_copy
-        for each in buffers
+        param.name: param.local if param.teacher_copy is None else param.teacher_copy
+        for param in buffers
     }
     copies = {name: own.get(name, value).clone() for name, value in live.items()}
     text = json.dumps(average.schedule.to_dict()).encode().ljust(SCHEDULE_BYTES, b"\0")
@@ -279,11 +279,12 @@ def state(average: Average) -> dict[str, Any]:
     as_bytes: dict[str, Any] = {"dtype": torch.uint8, "device": "cpu"}
     return {
         "weights": {
-            each.name: _entry(each, each.averaged_region, each.own_shadow)
-            for each in average.averaged
+            param.name: _entry(param, param.averaged_region, param.own_shadow)
+            for param in average.averaged
         },
         "buffers": {
-            each.name: _entry(each, each.shard.local_region, copies[each.name]) for each in buffers
+            param.name: _entry(param, param.shard.local_region, copies[param.name])
+            for param in buffers
         },
         "own_by_name": torch.tensor([name in own for name in sorted(live)], **as_bytes),
         "schedule": torch.tensor(list(text), **as_bytes),
@@ -295,14 +296,16 @@ def whole(states: Sequence[ownership.ParamState], own: dict[str, Tensor]) -> dic
 
     Frozen weights and buffers are live.
     """
-    result: dict[str, Tensor] = {}
-    for each in states:
-        if each.shadow is not None:
-            entry = _entry(each, each.averaged_region, each.shadow)
+    entries: dict[str, Tensor] = {}
+    for state in states:
+        if state.shadow is not None:
+            entry = _entry(state, state.averaged_region, state.shadow)
         else:
-            entry = _entry(each, each.shard.local_region, own.get(each.name, each.local).clone())
-        result |= dict.fromkeys((each.name, *each.shard.aliases), entry)
-    return result
+            entry = _entry(
+                state, state.shard.local_region, own.get(state.name, state.local).clone()
+            )
+        entries |= dict.fromkeys((state.name, *state.shard.aliases), entry)
+    return entries
 
 
 def _entry(state: ownership.ParamState, region: records.Region, data: Tensor) -> Tensor:

@@ -59,17 +59,17 @@ class BlockPlacer:
         It is pinned for an accelerator. Casts are made here and not behind training: a thread of
         its own would take a second team of torch's threads, which training then waits for.
         """
-        lengths = [each.block.data.numel() * each.dtype.itemsize for each in self._blocks]
+        lengths = [placed.block.data.numel() * placed.dtype.itemsize for placed in self._blocks]
         sizes = [-(-length // ALIGN) * ALIGN for length in lengths]
-        found = {each.block.data.device for each in self._blocks}
-        devices = [device for device in found if device.type != "cpu"]
+        block_devices = {placed.block.data.device for placed in self._blocks}
+        devices = [device for device in block_devices if device.type != "cpu"]
         buffer = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=bool(devices))
         staged = []
-        for each, room, length in zip(self._blocks, buffer.split(sizes), lengths, strict=True):
-            copy = room[:length].view(each.dtype).view(each.block.data.shape)
-            copy.copy_(each.block.data, non_blocking=True)
-            staged.append(each._replace(block=each.block._replace(data=copy)))
-        _refuse_too_large((each.name, each.block.data, each.dtype) for each in self._blocks)
+        for placed, room, length in zip(self._blocks, buffer.split(sizes), lengths, strict=True):
+            copy = room[:length].view(placed.dtype).view(placed.block.data.shape)
+            copy.copy_(placed.block.data, non_blocking=True)
+            staged.append(placed._replace(block=placed.block._replace(data=copy)))
+        _refuse_too_large((placed.name, placed.block.data, placed.dtype) for placed in self._blocks)
         for device in devices:
             torch.accelerator.synchronize(device)
         self._blocks = staged
@@ -83,16 +83,16 @@ class BlockPlacer:
         self, routes: machines.Routes
     ) -> Iterator[tuple[int, Iterator[receiver.Run]]]:
         """(a range, this rank's runs in it), in the order of the routes."""
-        chosen: dict[int, list[_Placed]] = {}
+        blocks_by_range: dict[int, list[_Placed]] = {}
         for placed in self._blocks:
             if placed.block.data.numel():
                 begin, end = self._extent(placed)
                 for number in routes.ranges(placed.file, begin, end):
-                    chosen.setdefault(number, []).append(placed)
+                    blocks_by_range.setdefault(number, []).append(placed)
         for number in routes.order:
-            if number in chosen:
+            if number in blocks_by_range:
                 clip = partial(routes.clip, number)
-                runs_here = (self._runs(placed, clip) for placed in chosen[number])
+                runs_here = (self._runs(placed, clip) for placed in blocks_by_range[number])
                 yield number, chain.from_iterable(runs_here)
 
     def _extent(self, placed: _Placed) -> tuple[int, int]:
@@ -120,14 +120,16 @@ class BlockPlacer:
             begin = base + start
             low, high = clip(file, begin, begin + len(data))
             if low < high:
-                kept = data[low - begin : high - begin]
-                self.sums[file].add(low, kept)
-                yield receiver.Run(file, low, kept)
+                clipped = data[low - begin : high - begin]
+                self.sums[file].add(low, clipped)
+                yield receiver.Run(file, low, clipped)
 
     def contributions(self) -> dict[str, int]:
         """This rank's part of the sum of every file, by number, where there is one."""
-        found = {str(number): each.contribution for number, each in enumerate(self.sums)}
-        return {number: added for number, added in found.items() if added}
+        contributions = {
+            str(number): file_sum.contribution for number, file_sum in enumerate(self.sums)
+        }
+        return {number: added for number, added in contributions.items() if added}
 
 
 class FileWriter:
@@ -188,16 +190,18 @@ def _refuse_too_large(casts: Iterable[tuple[str, Tensor, torch.dtype]]) -> None:
         narrows = data.dtype != dtype and dtype.is_floating_point and data.numel()
         if narrows and torch.finfo(dtype).max < torch.finfo(data.dtype).max:
             by_device.setdefault(data.device, []).append((name, data, dtype))
-    for chosen in by_device.values():
+    for casts_there in by_device.values():
         # NOTE: casts are monotone, and NaN shows in the extremes. To ask each element takes fifty
         # times as long.
         extremes = [
             torch.stack(torch.aminmax(data.float() if data.dtype.itemsize == 1 else data))
-            for _, data, _ in chosen
+            for _, data, _ in casts_there
         ]
-        cast = zip(extremes, chosen, strict=True)
-        finite = torch.stack([each.to(dtype).float() for each, (_, _, dtype) in cast]).isfinite()
-        for (name, data, dtype), fits in zip(chosen, finite.all(1).tolist(), strict=True):
+        cast = zip(extremes, casts_there, strict=True)
+        finite = torch.stack(
+            [extreme.to(dtype).float() for extreme, (_, _, dtype) in cast]
+        ).isfinite()
+        for (name, data, dtype), fits in zip(casts_there, finite.all(1).tolist(), strict=True):
             if not (fits or _fits(data, dtype)):
                 raise ValueError(
                     f"{name} holds values that are too large for {dtype}. Choose another dtype."

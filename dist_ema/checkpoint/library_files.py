@@ -103,7 +103,7 @@ def adapters_of(model: nn.Module, averaged: Sequence[str]) -> list[FileForm]:
     )
     names = [name for name, _ in held]
     numbers = {name: torch.tensor(i) for i, name in enumerate(names)}
-    found = []
+    adapters = []
     with TemporaryDirectory() as folder:
         inner.save_pretrained(folder, state_dict=numbers, save_embedding_layers=False)
         for adapter in inner.peft_config:
@@ -114,9 +114,9 @@ def adapters_of(model: nn.Module, averaged: Sequence[str]) -> list[FileForm]:
                 for name, number in load_file(where / ADAPTER).items()
             }
             texts = {ADAPTER_CONFIG: (where / ADAPTER_CONFIG).read_bytes()}
-            found.append(FileForm(named, texts, place, is_adapter=True))
-    known = {name for adapter in found for name in adapter.names}
-    return found if known.issuperset(averaged) else []
+            adapters.append(FileForm(named, texts, place, is_adapter=True))
+    adapted = {name for adapter in adapters for name in adapter.names}
+    return adapters if adapted.issuperset(averaged) else []
 
 
 def only_used(adapters: Sequence[FileForm], averaged: Sequence[str]) -> FileForm:
@@ -164,8 +164,8 @@ def merged(
     inner = _inner(model)
     if not _is_peft_model(inner):
         raise ValueError(f"merged=True needs a PeftModel, got {type(inner).__name__}.")
-    known = [name for state in states for name in (state.name, *state.shard.aliases)]
-    names = _merged_names(inner, known)
+    state_names = [name for state in states for name in (state.name, *state.shard.aliases)]
+    names = _merged_names(inner, state_names)
     cut = [
         state.name
         for state in states
@@ -180,17 +180,17 @@ def merged(
     weights = [p for name, p in inner.named_parameters() if ".base_layer." in name]
     # NOTE: peft adds in place. To assign `data` of a DTensor leaves its elements where they are.
     below = [p if (memory := records.memory_of(p)) is None else memory for p in weights]
-    kept = [p.data for p in below]
+    unmerged = [p.data for p in below]
     try:
         for p in below:
             p.data = p.data.clone()
         inner.base_model.merge_adapter()
-        chosen = [state for state in states if state.name in names]
-        now = [replace(state, shadow=None, local=state.shard.read()) for state in chosen]
+        states_of_files = [state for state in states if state.name in names]
+        now = [replace(state, shadow=None, local=state.shard.read()) for state in states_of_files]
         yield now, FileForm(names, _config_files(inner.get_base_model(), dtype))
     finally:
         inner.base_model.unmerge_adapter()
-        for p, data in zip(below, kept, strict=True):
+        for p, data in zip(below, unmerged, strict=True):
             p.data = data
 
 
@@ -198,13 +198,13 @@ def _merged_names(inner: Any, names: Sequence[str]) -> dict[str, str]:
     """Canonical name -> the name in the model without adapters."""
     own = {name for adapter in adapters_of(inner, []) for name in adapter.names}
     active = inner.active_adapter
-    found = {}
+    merged_names = {}
     for name in names:
         plain = name.replace(".base_layer.", ".").replace(f".modules_to_save.{active}.", ".")
         replaced = ".original_module." in name or ".modules_to_save." in plain
         if not replaced and (name not in own or plain != name):
-            found[name] = plain.removeprefix(_PREFIX)
-    return found
+            merged_names[name] = plain.removeprefix(_PREFIX)
+    return merged_names
 
 
 # --- config.json ---------------------------------------------------------------------------------
@@ -259,13 +259,13 @@ def load_into(path: str | os.PathLike[str], module: nn.Module) -> None:
     Note:
         *Cost*: pages of the files, no second model.
     """
-    weights, found = load_file(path), discovery.find_shards(module)
+    weights, model_shards = load_file(path), discovery.find_shards(module)
     form = adapter_in(module, weights)
-    shards = [shard for shard in found.shards if shard.persistent and form.holds(shard.name)]
+    shards = [shard for shard in model_shards.shards if shard.persistent and form.holds(shard.name)]
     held = {name: s.shape for s in shards for name in (s.name, *s.aliases) if name in weights}
     held |= {form.name_of(shard.name): shard.shape for shard in shards}
-    there = {name: tuple(weight.shape) for name, weight in weights.items()}
-    mismatched = sorted({name for name, _ in held.items() ^ there.items()})
+    saved_shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    mismatched = sorted({name for name, _ in held.items() ^ saved_shapes.items()})
     if mismatched:
         raise ValueError(f"{path} and the module differ in {some(mismatched)}.")
     with derived.caches_dropped(module):
@@ -275,4 +275,4 @@ def load_into(path: str | os.PathLike[str], module: nn.Module) -> None:
                 view.copy_(weights[form.name_of(shard.name)][box.slices])
             if not shard.dense:
                 shard.write(elements)
-        wrappers.reshard(found.sharded)
+        wrappers.reshard(model_shards.sharded)

@@ -115,27 +115,27 @@ def locate(path: Path, read_headers: bool = True) -> Location:
         )
     if not path.is_dir():
         return _locate_file(path)
-    found = manifest.read(path)
-    if found is None:
+    saved = manifest.read(path)
+    if saved is None:
         if (path / "averages").exists():
             raise ValueError(
                 f"{path} holds further averages, and no {manifest.META}: it is not all of what "
                 "ema.save() wrote."
             )
         return Location(str(path), safetensors.find_model(path), {}, None, {})
-    files = (manifest.read_files(path, found),) if read_headers else ()
-    manifest.refuse_damaged(path, found, *files)
+    files = (manifest.read_files(path, saved),) if read_headers else ()
+    manifest.refuse_damaged(path, saved, *files)
     model = safetensors.find_model(path)
-    return Location(str(path), model, found.aliases, found.to_json(), found.files_of(""))
+    return Location(str(path), model, saved.aliases, saved.to_json(), saved.files_of(""))
 
 
 def _locate_file(path: Path) -> Location:
     """One file of a model, or its index. The ema.json beside it tells its check sum."""
-    found = manifest.read(path.parent) or manifest.Manifest()
-    if found.files:
-        manifest.refuse_damaged(path.parent, found)
-    aliases = {} if path.suffix == ".json" else _aliases_of_file(path, found)
-    listed = found.files_of("")
+    saved = manifest.read(path.parent) or manifest.Manifest()
+    if saved.files:
+        manifest.refuse_damaged(path.parent, saved)
+    aliases = {} if path.suffix == ".json" else _aliases_of_file(path, saved)
+    listed = saved.files_of("")
     if path.name != safetensors.INDEX or len(listed) < 2:
         listed = {path.name: listed[path.name]} if path.name in listed else {}
     return Location(str(path.parent), path.name, aliases, None, listed)
@@ -144,16 +144,16 @@ def _locate_file(path: Path) -> Location:
 def _aliases_of_file(path: Path, found: manifest.Manifest) -> Aliases:
     """Exports of one file keep aliases in its header, folders in the ema.json beside it."""
     header = safetensors.read_header(path)
-    known = header.entries
+    entries = header.entries
     aliases = manifest.group_aliases(
         {
             alias: name
             for alias, name in header.metadata.items()
-            if name in known and alias not in known and alias != "format"
+            if name in entries and alias not in entries and alias != "format"
         }
     )
     if path.name in found.files:
-        aliases |= {name: others for name, others in found.aliases.items() if name in known}
+        aliases |= {name: others for name, others in found.aliases.items() if name in entries}
     return aliases
 
 
@@ -230,13 +230,13 @@ class OpenFile:
         """What this rank's bytes add to the check sum of the file ([Note: check sums] in crc32)."""
         total = self.header.size
         at, end = total * rank // size, total * (rank + 1) // size
-        found, buffer = crc32.RangeSum(total), memoryview(bytearray(min(WINDOW, end - at)))
+        range_sum, buffer = crc32.RangeSum(total), memoryview(bytearray(min(WINDOW, end - at)))
         while at < end:
             part = buffer[: min(WINDOW, end - at)]
             self._read(part, at)
-            found.add(at, part)
+            range_sum.add(at, part)
             at += len(part)
-        return found.contribution
+        return range_sum.contribution
 
 
 class OpenWeight(NamedTuple):

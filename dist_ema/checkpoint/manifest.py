@@ -88,27 +88,27 @@ class Manifest:
                 f"holds format {brief(version)}; this dist_ema reads up to {FORMAT}. "
                 "Upgrade dist_ema."
             )
-        known: dict[str, Any] = {}
+        sound_fields: dict[str, Any] = {}
         damage: list[str] = []
         for key, (form, is_sound) in FORMS.items():
             if key in values and is_sound(values[key]):
-                known[key] = values[key]
+                sound_fields[key] = values[key]
             elif key in values:
                 damage.append(f"{key}: it must be {form}, found {brief(values[key])}")
             elif key not in OPTIONAL:
                 damage.append(f"{key}: it is missing")
         for key, parse in (("averages", parse_averages), ("files", parse_files)):
-            if key in known:
-                known[key], problems = parse(known[key])
+            if key in sound_fields:
+                sound_fields[key], problems = parse(sound_fields[key])
                 damage += problems
         other = {
             key: value for key, value in values.items() if key not in {*FORMS, "format", "crc32"}
         }
-        return cls(**known, other=other, damage=tuple(damage))
+        return cls(**sound_fields, other=other, damage=tuple(damage))
 
     def to_json(self) -> dict[str, Any]:
         """The values as `from_json` takes them, without the sum that `to_bytes` adds."""
-        values = {each: getattr(self, each) for each in FORMS}
+        values = {key: getattr(self, key) for key in FORMS}
         values["averages"] = {label: {OWN: own} for label, own in self.averages.items()}
         if self.source is None:
             del values["source"]
@@ -135,8 +135,8 @@ class Manifest:
     def files_of(self, label: str) -> dict[str, dict[str, Any]]:
         """Bare name -> size and check sums, of one average."""
         folder = f"averages/{label}" if label else ""
-        listed = ((os.path.split(name), entry) for name, entry in self.files.items())
-        return {name: entry for (where, name), entry in listed if where == folder}
+        split_names = ((os.path.split(name), entry) for name, entry in self.files.items())
+        return {name: entry for (where, name), entry in split_names if where == folder}
 
     def sums_of(self, name: str) -> dict[str, str]:
         """The check sums of a file, by kind."""
@@ -151,10 +151,14 @@ class Manifest:
         Args:
             files: the headers of all files by name, as `read_files` gives them, to compare with.
         """
-        found = [*self.damage, *self._of_clock(), *self._of_schedules(), *self._of_aliases()]
+        problems = [*self.damage, *self._of_clock(), *self._of_schedules(), *self._of_aliases()]
         if self.is_changed:
-            found.append(f"crc32: {META} was changed since dist_ema wrote it")
-        return found if files is None else [*found, *self._of_files(files), *self._of_names(files)]
+            problems.append(f"crc32: {META} was changed since dist_ema wrote it")
+        return (
+            problems
+            if files is None
+            else [*problems, *self._of_files(files), *self._of_names(files)]
+        )
 
     def _is_damaged(self, *keys: str) -> bool:
         return any(problem.startswith(f"{key}: ") for problem in self.damage for key in keys)
@@ -243,8 +247,8 @@ def _lost(what: str, names: Iterable[str], weights: set[str]) -> Iterator[str]:
 
 def _sum_of(values: Mapping[str, Any]) -> str:
     """The CRC-32 of all values but itself, however the JSON is laid out."""
-    rest = {key: value for key, value in values.items() if key != "crc32"}
-    return f"{zlib.crc32(dump(rest)):08x}"
+    summed = {key: value for key, value in values.items() if key != "crc32"}
+    return f"{zlib.crc32(dump(summed)):08x}"
 
 
 # --- in a folder ---------------------------------------------------------------------------------
@@ -265,11 +269,11 @@ def read(folder: Path) -> Manifest | None:
     except OSError as error:
         raise type(error)(f"{where} cannot be read: {error.strerror}.") from None
     try:
-        found = Manifest.from_json(values)
+        saved = Manifest.from_json(values)
     except ValueError as error:
         raise ValueError(f"{where} {error}") from None
     try:
-        return replace(found, is_changed=values.get("crc32") != _sum_of(values))
+        return replace(saved, is_changed=values.get("crc32") != _sum_of(values))
     except RecursionError:  # from Python 3.12 on, JSON is read deeper than it is written
         raise ValueError(f"{where} is nested too deeply.") from None
 
@@ -307,10 +311,10 @@ def refuse_damaged(folder: Path, found: Manifest, files: Files | None = None) ->
 def is_resumable(path: Path) -> bool:
     """Whether a run could resume from the folder."""
     try:
-        found = read(path)
+        saved = read(path)
     except (OSError, ValueError):
         return False
-    return found is not None and found.kind == "ema"
+    return saved is not None and saved.kind == "ema"
 
 
 def group_aliases(aliases: Mapping[str, str]) -> dict[str, list[str]]:

@@ -105,14 +105,14 @@ class ReadPlan:
         report, states = self.differences, self.target.states
         table = {self.target.names.get(name, name): weight for name, weight in table.items()}
         lost = set(self.own_buffers)
-        known = {name for state in states for name in (state.name, *state.shard.aliases)}
-        report.unexpected += sorted(table.keys() - known - self.target.elsewhere)
+        state_names = {name for state in states for name in (state.name, *state.shard.aliases)}
+        report.unexpected += sorted(table.keys() - state_names - self.target.elsewhere)
         for state in states:
             names = [name for name in (state.name, *state.shard.aliases) if name in table]
             held = list(dict.fromkeys(table[name] for name in names))
             own = state.name in self.own_buffers
-            asked = self.whole or own or state.shadow is not None
-            if not asked and (state.teacher_copy is None or not held):
+            wanted = self.whole or own or state.shadow is not None
+            if not wanted and (state.teacher_copy is None or not held):
                 continue  # what a teacher holds beside the average is taken where it is
             if not held:
                 report.missing.append(state.name)
@@ -136,8 +136,10 @@ class ReadPlan:
     def _keep_whole_modules(self, lost: set[str]) -> None:
         """Own buffers of a module that lacks one of these, or has it otherwise, are passed over."""
         kept = whole_modules(self.own_buffers, lost)
-        here = {state.name for state in self.target.states}
-        self.differences.passed_over += sorted(here.intersection(self.own_buffers).difference(kept))
+        target_names = {state.name for state in self.target.states}
+        self.differences.passed_over += sorted(
+            target_names.intersection(self.own_buffers).difference(kept)
+        )
         self.own_buffers = kept
 
 
@@ -178,7 +180,7 @@ def plan_resume(
 
 def match_schedules(saved: Sequence[Any], wanted: Sequence[Any]) -> list[int]:
     """For each wanted schedule the index of the equal saved one, else of the next unmatched one."""
-    equal = [saved.index(each) if each in saved else None for each in wanted]
+    equal = [saved.index(schedule) if schedule in saved else None for schedule in wanted]
     left = (k for k in range(len(saved)) if k not in equal)
     return [next(left) if k is None else k for k in equal]
 

@@ -92,7 +92,9 @@ class OpenCheckpoint:
     def fits(self, strict: bool) -> bool:
         """Whether the model can be filled from it."""
         differences = [plan.differences for plan in self._plans]
-        return not any(each.are_fatal or (strict and each.count) for each in differences)
+        return not any(
+            difference.are_fatal or (strict and difference.count) for difference in differences
+        )
 
     def judge(self, strict: bool) -> None:
         """Raise ValueError with every difference; else warn of those that do no harm."""
@@ -224,14 +226,14 @@ def open_checkpoint(
                 f"the ranks see different files in {path}. Is it on a file system that all of them "
                 "share?"
             )
-        found, damage = opened
+        checkpoint, damage = opened
         if stage:  # what differs there differs on no other stage
-            ranks.run_on_all("load", lambda: found.judge(strict))
+            ranks.run_on_all("load", lambda: checkpoint.judge(strict))
         else:
-            found.judge(strict)
+            checkpoint.judge(strict)
         if damage:
             raise ValueError(damage)
-        yield found
+        yield checkpoint
 
 
 def _open_one_version(
@@ -266,11 +268,11 @@ def _open_one_version(
                 raise
         if place is not None and digest(place) == first_sees:
             saved = [] if place.manifest is None else place.manifest["schedules"]
-            found = OpenCheckpoint(place, make_targets(saved), files)
-            opened.append(found)
-            differences = found.open(version, is_last)
-            if verify and differences is not None and found.fits(strict):
-                sums = found.sums(ranks)
+            checkpoint = OpenCheckpoint(place, make_targets(saved), files)
+            opened.append(checkpoint)
+            differences = checkpoint.open(version, is_last)
+            if verify and differences is not None and checkpoint.fits(strict):
+                sums = checkpoint.sums(ranks)
         return {"differences": {str(list(stage)): differences}, "sums": sums}
 
     def conclude(found: dict[str, Any]) -> str | None:
@@ -287,11 +289,17 @@ def _open_one_version(
 def _combine(messages: list[dict[str, Any]]) -> dict[str, Any]:
     """Of several ranks. Where two saw other files, the differences of their stage are None."""
     differences: dict[str, int | None] = {}
-    for stage, found in chain.from_iterable(each["differences"].items() for each in messages):
-        differences[stage] = found if differences.get(stage, found) == found else None
+    for stage, stage_differences in chain.from_iterable(
+        message["differences"].items() for message in messages
+    ):
+        differences[stage] = (
+            stage_differences
+            if differences.get(stage, stage_differences) == stage_differences
+            else None
+        )
     return {
         "differences": differences,
-        "sums": crc32.combine([each["sums"] for each in messages]),
+        "sums": crc32.combine([message["sums"] for message in messages]),
     }
 
 
@@ -301,8 +309,8 @@ def _followed(path: Path) -> Path:
 
 def _version(place: Location) -> list[int] | None:
     # NOTE: the number of the device differs between hosts.
-    found = atomic.identity(Path(place.folder, place.model))
-    return None if found is None else list(found[1:])
+    identity = atomic.identity(Path(place.folder, place.model))
+    return None if identity is None else list(identity[1:])
 
 
 def _fill(plan: ReadPlan) -> dict[str, Tensor]:
@@ -328,5 +336,5 @@ def _read(
 ) -> None:
     """Fill `data` [region.numel] with the region's elements, in its dtype."""
     for box, view in geometry.boxes_with_data(state.shard, region, data):
-        for block, values in weight.file.read(weight.name, box):
-            view[block.within(box)].copy_(values)
+        for block, elements in weight.file.read(weight.name, box):
+            view[block.within(box)].copy_(elements)

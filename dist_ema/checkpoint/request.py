@@ -97,11 +97,11 @@ class AverageFiles:
 
     @property
     def aliases(self) -> dict[str, list[str]]:
-        return {name: each.aliases for name, each in self.inventory.items() if each.aliases}
+        return {name: record.aliases for name, record in self.inventory.items() if record.aliases}
 
     @property
     def own_names(self) -> list[str]:
-        return sorted(name for name, each in self.inventory.items() if each.own)
+        return sorted(name for name, record in self.inventory.items() if record.own)
 
 
 def _text(dtype: torch.dtype) -> str:
@@ -317,8 +317,8 @@ def _seal(request: SaveRequest, folder: Path, sums: dict[str, int]) -> None:
             bare = {Path(name).name: file for name, file in plan.items()}
             texts[average.prefix + safetensors.INDEX] = safetensors.index(bare)
         for name, text in average.form.texts.items():
-            kept = name in published["beside"] or (request.path / name).exists()
-            if average.form.is_adapter or not kept:
+            is_kept = name in published["beside"] or (request.path / name).exists()
+            if average.form.is_adapter or not is_kept:
                 texts[average.prefix + name] = text
     for name, text in texts.items():
         (folder / name).write_bytes(text)

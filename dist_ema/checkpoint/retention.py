@@ -54,14 +54,16 @@ def advance(
     """
     atomic.point(path)
     stem, last = _split(path.name)
-    found: list[tuple[int, Path]] = []
+    numbered: list[tuple[int, Path]] = []
     for name in os.listdir(path.parent):
         start, number = _split(name)
         if start != stem or number is None or last is None or number > last or name == path.name:
             continue
-        found.append((number, path.parent / name))
+        numbered.append((number, path.parent / name))
     old = [
-        folder for _, folder in sorted(found, reverse=True) if _is_save(folder, leases is not None)
+        folder
+        for _, folder in sorted(numbered, reverse=True)
+        if _is_save(folder, leases is not None)
     ][keep - 1 :]
     if leases is not None:
         best = atomic.named(path.parent / versions.BEST)
@@ -104,12 +106,12 @@ def _is_save(folder: Path, published: bool) -> bool:
     if folder.is_symlink() or not folder.is_dir():
         return False
     try:
-        found = manifest.read(folder)
-        if found is None or not found.files or found.problems():
+        saved = manifest.read(folder)
+        if saved is None or not saved.files or saved.problems():
             return False
-        if versions.facts_of(found) is None if published else found.kind != "ema":
+        if versions.facts_of(saved) is None if published else saved.kind != "ema":
             return False
-        paths = {folder / name: entry["size"] for name, entry in found.files.items()}
+        paths = {folder / name: entry["size"] for name, entry in saved.files.items()}
         return all(
             not path.is_symlink() and safetensors.read_header(path).size == size
             for path, size in paths.items()
@@ -159,26 +161,26 @@ def foreign(folder: Path, temporary: Path | None = None) -> list[str]:
     temporary: A folder of the next save, which may lie inside.
     """
     try:
-        found = manifest.read(folder)
+        saved = manifest.read(folder)
     except (OSError, ValueError):
         return []
-    if found is None or not found.files:
+    if saved is None or not saved.files:
         return []
-    indexes = {(Path(name).parent / safetensors.INDEX).as_posix() for name in found.files}
-    there = {
-        each.relative_to(folder).as_posix()
-        for each in folder.rglob("*")
-        if (each.is_symlink() or not each.is_dir())
-        and not _is_of_nfs(each)
-        and temporary not in each.parents
-        and each.name != safetensors.ADAPTER_CONFIG
+    indexes = {(Path(name).parent / safetensors.INDEX).as_posix() for name in saved.files}
+    present = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if (path.is_symlink() or not path.is_dir())
+        and not _is_of_nfs(path)
+        and temporary not in path.parents
+        and path.name != safetensors.ADAPTER_CONFIG
     }
-    return sorted(there - found.files.keys() - indexes - {manifest.META})
+    return sorted(present - saved.files.keys() - indexes - {manifest.META})
 
 
 def companions(folder: Path) -> list[str]:
     """The files of a model that hold no weights: a config, a tokenizer."""
-    plain = [each.name for each in folder.iterdir() if each.is_file()]
+    plain = [path.name for path in folder.iterdir() if path.is_file()]
     hidden = (".", manifest.META)
     return sorted(
         name for name in plain if not name.endswith(WEIGHTS) and not name.startswith(hidden)
@@ -194,13 +196,13 @@ def carry_over(old: Path, new: Path, replaced: Collection[str]) -> None:
         replaced: The names of the model files in `old`, which end with it.
     """
     shutil.copymode(old, new)
-    for each in sorted(old.iterdir()):
-        if each.name in replaced or (new / each.name).exists() or each == new or _is_of_nfs(each):
+    for path in sorted(old.iterdir()):
+        if path.name in replaced or (new / path.name).exists() or path == new or _is_of_nfs(path):
             continue
-        if each.is_dir() and not each.is_symlink():
-            shutil.copytree(each, new / each.name, symlinks=True, copy_function=atomic.link_or_copy)
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=atomic.link_or_copy)
         else:
-            atomic.link_or_copy(each, new / each.name)
+            atomic.link_or_copy(path, new / path.name)
 
 
 def _is_of_nfs(path: Path) -> bool:

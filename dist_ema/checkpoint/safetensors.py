@@ -137,7 +137,9 @@ def plan(
     if len(bins) == 1:
         return {"model.safetensors": header(entries, metadata)}
     names = [f"model-{i + 1:05}-of-{len(bins):05}.safetensors" for i in range(len(bins))]
-    return {name: header(chosen, metadata) for name, chosen in zip(names, bins, strict=True)}
+    return {
+        name: header(bin_entries, metadata) for name, bin_entries in zip(names, bins, strict=True)
+    }
 
 
 def index(files: dict[str, SafetensorsFile]) -> bytes:
@@ -216,10 +218,10 @@ def find_model(folder: Path) -> str:
         for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
             if name in names:
                 return name
-    found = indexes or files
-    if len(found) == 1:
-        return found[0]
-    more = f" It does hold {', '.join(found[:3])}: name the one to read." if found else ""
+    candidates = indexes or files
+    if len(candidates) == 1:
+        return candidates[0]
+    more = f" It does hold {', '.join(candidates[:3])}: name the one to read." if candidates else ""
     raise ValueError(f"{folder} holds no model.safetensors and no {INDEX}.{more}")
 
 
@@ -265,9 +267,9 @@ def refuse_other_index(
     where: Path, weights: dict[str, str], files: dict[str, SafetensorsFile]
 ) -> None:
     """Raise ValueError unless the files hold what the index says, each weight once."""
-    found = {weight: name for name, file in files.items() for weight in file.entries}
-    if found != weights:
-        mismatched = sorted(set(found.items()) ^ set(weights.items()))[:3]
+    file_of_weight = {weight: name for name, file in files.items() for weight in file.entries}
+    if file_of_weight != weights:
+        mismatched = sorted(set(file_of_weight.items()) ^ set(weights.items()))[:3]
         raise ValueError(f"{where} and the files disagree on {mismatched}.")
 
 

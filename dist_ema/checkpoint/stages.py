@@ -80,13 +80,13 @@ def _shared(messages: list[Any]) -> dict[str, Any]:
     holders: dict[str, list[Holder]] = {}
     forms: dict[str, list[Any]] = {}
     for stage, form in answers:
-        for name, (found, _) in form.items():
+        for name, (weight_form, _) in form.items():
             lead = leads[name]
             holders.setdefault(lead, []).append([stage, name])
-            if forms.setdefault(lead, found) != found:
+            if forms.setdefault(lead, weight_form) != weight_form:
                 first = holders[lead][0][0]
                 return {
-                    "error": f"{lead} is {forms[lead]} on ranks {first} and {found} on ranks "
+                    "error": f"{lead} is {forms[lead]} on ranks {first} and {weight_form} on ranks "
                     f"{stage}. Stages that share a weight must hold it alike."
                 }
     shared = {lead: each for lead, each in holders.items() if len(each) > 1}
@@ -105,11 +105,11 @@ def _leading_names(tables: Iterable[Mapping[str, Sequence[str]]]) -> dict[str, s
     leads: dict[str, str] = {}
     for table in tables:
         for name, aliases in table.items():
-            known = {leads[each] for each in (name, *aliases) if each in leads}
+            known = {leads[alias] for alias in (name, *aliases) if alias in leads}
             lead = next(iter(known), name)
             if len(known) > 1:  # this stage ties what earlier ones did not
-                lead = next(each for each in leads if each in known)
-                leads = {each: lead if old in known else old for each, old in leads.items()}
+                lead = next(alias for alias in leads if alias in known)
+                leads = {alias: lead if old in known else old for alias, old in leads.items()}
             leads |= dict.fromkeys((name, *aliases), lead)
     return leads
 
@@ -130,11 +130,11 @@ def _contribution(state: ownership.ParamState) -> int:
 def _other_bits(shared: Sequence[Sequence[Holder]], messages: list[Any]) -> str:
     """The first weight whose bits differ between stages."""
     sums: dict[str, dict[str, int]] = {}  # by stage
-    for stage, found in messages:
-        sums[str(stage)] = crc32.combine([sums.get(str(stage), {}), found])
+    for stage, stage_sums in messages:
+        sums[str(stage)] = crc32.combine([sums.get(str(stage), {}), stage_sums])
     table: dict[tuple[str, str], dict[str, int]] = {}  # stage, name -> sum of each average
-    for stage, found in sums.items():
-        for key, total in found.items():
+    for stage, stage_sums in sums.items():
+        for key, total in stage_sums.items():
             number, _, name = key.partition(" ")
             table.setdefault((stage, name), {})[number] = total
     for (first, name), *others in shared:
@@ -155,7 +155,9 @@ def unite(
     tables = [file.inventory for file in files] if leads else None
     united = ranks.gather(verb, tables, _united)
     return [
-        replace(file, inventory_of_all={name: WeightRecord(*each) for name, each in table.items()})
+        replace(
+            file, inventory_of_all={name: WeightRecord(*fields) for name, fields in table.items()}
+        )
         for file, table in zip(files, united, strict=True)
     ]
 
@@ -193,7 +195,7 @@ def _concatenated(messages: list[Any]) -> list[str]:
 
 def lacking(messages: list[list[str]]) -> str:
     """What every stage says is lacking, "" if there is nothing."""
-    return next((text for text in messages[0] if all(text in each for each in messages)), "")
+    return next((text for text in messages[0] if all(text in lacks for lacks in messages)), "")
 
 
 def forms(files: AverageFiles) -> dict[str, Form]:

@@ -51,12 +51,12 @@ def parse_json(text: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
+    parsed = dict(pairs)
+    if len(parsed) < len(pairs):
         raise ValueError(
             f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} occurs twice"
         )
-    return result
+    return parsed
 
 
 def _finite(text: str) -> float:

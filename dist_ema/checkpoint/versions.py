@@ -71,8 +71,8 @@ def numbered(folder: Path) -> dict[int, Path]:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    found = {int(match[1]): folder / match[0] for match in map(_NAME.fullmatch, names) if match}
-    return dict(sorted(found.items()))
+    versions = {int(match[1]): folder / match[0] for match in map(_NAME.fullmatch, names) if match}
+    return dict(sorted(versions.items()))
 
 
 def highest(folder: Path) -> int:
@@ -195,8 +195,8 @@ class LeaseWatch:
         mark = self._folder / LEASES / RETIRED
         atomic.ensure(mark.parent)
         # NOTE: those that are gone too, which a stale cache of a reader may still hold.
-        listed = [name for name in _read_retired(self._folder) if name not in names]
-        atomic.replace_file(mark, json.dumps([*listed, *names][-MOST_RETIRED:]).encode())
+        retired = [name for name in _read_retired(self._folder) if name not in names]
+        atomic.replace_file(mark, json.dumps([*retired, *names][-MOST_RETIRED:]).encode())
         return self._leased().intersection(names)
 
     def begin_anew(self) -> None:

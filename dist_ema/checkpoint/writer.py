@@ -130,8 +130,8 @@ class Writer:
         """Raise ValueError if an average of other weights on other ranks is saved to the path."""
         weights = {name for files in request.averages for name in files.inventory}
         names = str(diagnosis.digest(sorted(weights)))
-        members, found = self._ranks.claim(str(request.path), names)
-        if found != names:
+        members, claimed = self._ranks.claim(str(request.path), names)
+        if claimed != names:
             raise ValueError(
                 f"ema.{request.verb}(): ranks {members} save other weights to {request.path}, and "
                 "one would replace the other. For the stages of a pipeline build "
@@ -160,7 +160,11 @@ class Writer:
         except Exception as caught:  # raised below, where the others learn that this rank differs
             heads, error = [], caught
         ranks.compare(
-            {"files": diagnosis.digest([[each.schedule for each in request.averages], heads])}
+            {
+                "files": diagnosis.digest(
+                    [[ranks_there.schedule for ranks_there in request.averages], heads]
+                )
+            }
         )
         sees = os.path.isdir(folder)
 
@@ -196,8 +200,8 @@ class Writer:
                 )
             return None
         machines = ranks.machines(verb)
-        writers = [[rank for rank in each if seen[rank]] for each in machines.ranks]
-        writers = [each for each in writers if each]
+        writers = [[rank for rank in ranks_there if seen[rank]] for ranks_there in machines.ranks]
+        writers = [ranks_there for ranks_there in writers if ranks_there]
         if len(machines.ranks) == 1:
             if not blind and (request.mode is None or ranks.size == 1):
                 return None

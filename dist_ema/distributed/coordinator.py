@@ -168,7 +168,7 @@ class StoreCoordinator(Waiting):
         """
 
         def concatenate(messages: list[Any]) -> Any:
-            return [each for some in messages for each in some]
+            return [message for subtree in messages for message in subtree]
 
         return self._reduce(verb, lambda: [message], concatenate, conclude, self.size)[1]
 

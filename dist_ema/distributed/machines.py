@@ -94,14 +94,14 @@ def addresses(store: Any) -> list[str]:
     """
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
-    found = [
+    addresses_here = [
         *_of_interface(os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]),
         *_towards(getattr(store, "host", "")),
         *(place[0] for _, place in _resolved(socket.gethostname())),
         "127.0.0.1",
         "::1",
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(addresses_here))
 
 
 def _of_interface(name: str) -> Iterator[str]:
@@ -122,10 +122,10 @@ def _towards(host: str) -> Iterator[str]:
 def _resolved(host: str) -> list[tuple[int, Any]]:
     """The addresses of IPv4 and IPv6 that a name stands for, each with its family."""
     try:
-        found = socket.getaddrinfo(host or None, 9, type=socket.SOCK_DGRAM)
+        resolved = socket.getaddrinfo(host or None, 9, type=socket.SOCK_DGRAM)
     except OSError:  # the name has none
         return []
-    return [(family, place) for family, _, _, _, place in found]
+    return [(family, place) for family, _, _, _, place in resolved]
 
 
 # --- [Note: routes] -------------------------------------------------------------------------------

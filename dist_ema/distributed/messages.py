@@ -167,10 +167,14 @@ class Messages:
         return answer["value"]
 
     def _clash(
-        self, exchange: Exchange, found: list[Any], finder: int, arguments: dict[str, str]
+        self,
+        exchange: Exchange,
+        finders_exchange: list[Any],
+        finder: int,
+        arguments: dict[str, str],
     ) -> Exception:
         """The error for two calls at once. A rank whose call is not the finder's adds its own."""
-        finders = Exchange(*found)
+        finders = Exchange(*finders_exchange)
         if exchange != finders:
             self.publish(exchange, {"clash": [exchange, self._rank, self.arguments]}, "other")
         end = time.monotonic() + GRACE
@@ -181,10 +185,10 @@ class Messages:
                     "else on other ranks."
                 )
             time.sleep(GRACE / 100)
-        found, rank, others = self.get(exchange, "other")["clash"]
+        finders_exchange, rank, others = self.get(exchange, "other")["clash"]
         calls = [
             (self._members[finder], finders, arguments),
-            (self._members[rank], Exchange(*found), others),
+            (self._members[rank], Exchange(*finders_exchange), others),
         ]
         return diagnosis.clash(*sorted(calls, key=lambda call: call[0]))
 

@@ -242,10 +242,10 @@ class Claims:
             self._store = self._open_store(timeout)
         self._store.timeout = timeout
         own = json.dumps([members, value])
-        claimants, found = json.loads(self._store.compare_set(key, "", own))
+        claimants, claimed = json.loads(self._store.compare_set(key, "", own))
         if claimants != members:
-            return claimants, found
-        if found != value:
+            return claimants, claimed
+        if claimed != value:
             self._store.set(key, own)
         if key in self._recent:
             self._recent.remove(key)
@@ -268,22 +268,22 @@ _noted: list[_Leftovers] = []
 
 def _count_leftovers(open_store: Callable[[str], dist.Store]) -> None:
     """Count this rank among those that have lost an average."""
-    for each in list(_noted):
-        store = open_store(each.prefix)
+    for leftovers in list(_noted):
+        store = open_store(leftovers.prefix)
         if not store.check([GONE]):
-            _noted.remove(each)
-        elif not each.counted:
-            each.counted = True
+            _noted.remove(leftovers)
+        elif not leftovers.counted:
+            leftovers.counted = True
             store.add(GONE, 1)
 
 
 def _delete_leftovers(open_store: Callable[[str], dist.Store]) -> None:
     """Delete this rank's keys of averages that all their ranks have lost."""
-    for each in list(_noted):
-        store = open_store(each.prefix)
-        if store.add(GONE, 0) >= each.size:
-            _noted.remove(each)
-            for _, key in each.keys:
+    for leftovers in list(_noted):
+        store = open_store(leftovers.prefix)
+        if store.add(GONE, 0) >= leftovers.size:
+            _noted.remove(leftovers)
+            for _, key in leftovers.keys:
                 store.delete_key(key)
-            if store.add(GONE, each.size) == each.size * (each.size + 1):
+            if store.add(GONE, leftovers.size) == leftovers.size * (leftovers.size + 1):
                 store.delete_key(GONE)

@@ -101,10 +101,10 @@ class Receiver:
                 connection.settimeout(self._coordinator.interval)
                 # NOTE: a port is open to all; what does not greet is turned away, and so are
                 # senders of a transfer that has failed.
-                found = connection.recv(len(greeting) + COUNT.size, socket.MSG_WAITALL)
-                if found[: len(greeting)] == greeting:
+                answer = connection.recv(len(greeting) + COUNT.size, socket.MSG_WAITALL)
+                if answer[: len(greeting)] == greeting:
                     connection.sendall(ACCEPTED)
-                    target = COUNT.unpack(found[len(greeting) :])[0]
+                    target = COUNT.unpack(answer[len(greeting) :])[0]
                     self._selector.register(connection, selectors.EVENT_READ, target)
                 else:
                     connection.close()

@@ -114,8 +114,8 @@ def _packed(pieces: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Te
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Copy into the first of each pair the second."""
     if pairs:
-        targets, values = zip(*pairs, strict=True)
-        torch._foreach_copy_(targets, values)
+        targets, sources = zip(*pairs, strict=True)
+        torch._foreach_copy_(targets, sources)
 
 
 def stream_to_all(
@@ -181,9 +181,9 @@ def _tables_of(
     ranks.sum(numbers)
     places = []
     for source, part in zip(sources, parts, strict=True):
-        rest = iter(part.tolist())
-        for number in rest:
-            offsets, shape = (tuple(islice(rest, dims[number])) for _ in range(2))
+        numbers_left = iter(part.tolist())
+        for number in numbers_left:
+            offsets, shape = (tuple(islice(numbers_left, dims[number])) for _ in range(2))
             places.append(_Place(source, number, offsets, shape))
     return places
 
@@ -197,7 +197,7 @@ def _stream(
 ) -> None:
     """Hand the blocks at `places` to `consume`; this rank sends `own`."""
     sizes = [math.prod(place.shape) * dtypes[place.number].itemsize for place in places]
-    windows, rest = list(_windows(sizes)), iter(own)
+    windows, own_blocks = list(_windows(sizes)), iter(own)
     longest = max((sum(sizes[i] for i in window) for window in windows), default=0)
     # NOTE: allocated once. Were it freed in between, the allocator would not find the place again.
     scratch = torch.empty(-(-longest // 4), dtype=torch.int32, device=ranks.transfer_device())
@@ -207,7 +207,7 @@ def _stream(
         entries = list(zip(window, raw.split([sizes[i] for i in window]), strict=True))
         for i, part in entries:
             if places[i].source == ranks.rank:
-                part.copy_(next(rest).data.contiguous().view(-1).view(torch.uint8))
+                part.copy_(next(own_blocks).data.contiguous().view(-1).view(torch.uint8))
         if len({places[i].source for i in window}) == 1:
             ranks.broadcast(words, places[window[0]].source)
         else:

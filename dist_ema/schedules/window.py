@@ -71,8 +71,8 @@ class Window(Schedule):
         if isinstance(self.blocks, bool) or self.blocks != int(self.blocks) or self.blocks < 1:
             raise ValueError(f"blocks must be a whole number from 1, got {self.blocks}.")
         if isinstance(self.curve, str) and self.curve not in CURVES:
-            known = ", ".join(CURVES)
-            raise ValueError(f"curve must be {known} or a function, got {self.curve!r}.")
+            curves = ", ".join(CURVES)
+            raise ValueError(f"curve must be {curves} or a function, got {self.curve!r}.")
         ends = self.scale(0.0), self.scale(1.0)
         if max(abs(ends[0] - 1), abs(ends[1])) > 1e-9:
             raise ValueError(f"curve must fall from 1 to 0, got {ends[0]:g} and {ends[1]:g}.")
@@ -166,11 +166,15 @@ def schedule(decay: float | Schedule) -> Schedule:
 
 def schedule_list(decay: float | Schedule | Sequence[float | Schedule]) -> list[Schedule]:
     """The schedules of one or more averages. Raises ValueError if there is none, or two equal."""
-    given = decay if isinstance(decay, Sequence) else [decay]
-    schedules = [schedule(each) for each in given]
+    decays = decay if isinstance(decay, Sequence) else [decay]
+    schedules = [schedule(decay_or_window) for decay_or_window in decays]
     if not schedules or len(set(schedules)) < len(schedules):
         raise ValueError(f"decay must name one or more different schedules, got {decay!r}.")
-    windows = [each for each in schedules if isinstance(each, Window) and each.to_dict()]
+    windows = [
+        decay_or_window
+        for decay_or_window in schedules
+        if isinstance(decay_or_window, Window) and decay_or_window.to_dict()
+    ]
     if len({window.block for window in windows}) < len(windows):
         raise ValueError(
             f"{windows} have blocks of one size. Track the longest, and read the others from it by "
@@ -188,8 +192,8 @@ def from_dict(spec: dict[str, Any]) -> Schedule:
     values = dict(spec)
     name = values.pop("name", None)
     if not isinstance(name, str) or name not in kinds:
-        known = sorted(kinds.keys() - {BlockMean.__name__})
-        raise ValueError(f"no schedule is called {name!r}; known are {', '.join(known)}.")
+        names_of_kinds = sorted(kinds.keys() - {BlockMean.__name__})
+        raise ValueError(f"no schedule is called {name!r}; known are {', '.join(names_of_kinds)}.")
     try:
         return kinds[name](**values)
     except TypeError as error:

@@ -97,7 +97,7 @@ def sampled_alike(states: Sequence[ParamState], ranks: Ranks) -> bool:
     for state in replicas:
         spaced = state.local[:: max(1, len(state.local) // 64)]
         by_kind.setdefault((spaced.dtype, spaced.device), []).append(spaced)
-    hashes = fingerprints([torch.cat(each) for each in by_kind.values()])
+    hashes = fingerprints([torch.cat(samples) for samples in by_kind.values()])
     return not replicas or ranks.is_same(f"live {digest(_regions(replicas))}", digest(hashes))
 
 
@@ -121,10 +121,10 @@ def _other_models(members: Sequence[int], inventories: Sequence[dict[str, Any]])
         first, weights = inventories[leader]["weights"], inventory["weights"]
         if weights != first:
             pairs = [f"{a} and {b}" for a, b in zip(first, weights, strict=False) if a != b]
-            found = "; ".join(pairs[:3]) or f"{len(first)} and {len(weights)} weights"
+            differing = "; ".join(pairs[:3]) or f"{len(first)} and {len(weights)} weights"
             return (
-                f"ranks {members[leader]} and {members[i]} hold different models: {found}. Build "
-                "the same model on every rank."
+                f"ranks {members[leader]} and {members[i]} hold different models: {differing}. "
+                "Build the same model on every rank."
             )
     return ""
 

@@ -97,23 +97,23 @@ def _describe(
     owners: the ranks that hold the flat parameter of an FSDP1 module together.
     """
     flats = flat_slices(owners)
-    found: dict[Any, Shard] = {}
+    shards: dict[Any, Shard] = {}
     names: set[str] = set()
     for prefix, module, ddp in walk:
         for name, tensor, flat in registered_parameters(module, flats):
             key, full = identity(tensor, flat), prefix + name
-            if full in names and (key not in found or found[key].kind == "buffer"):
+            if full in names and (key not in shards or shards[key].kind == "buffer"):
                 raise ValueError(
                     f"{full} stands on two stages of this rank, which hold different tensors. Give "
                     "both the same Parameter."
                 )
-            if key in found:
-                found[key].aliases += [] if full in names else [full]
+            if key in shards:
+                shards[key].aliases += [] if full in names else [full]
             elif flat is not None:
-                found[key] = flat.record(full, (module, name), owners[flat.owner])
+                shards[key] = flat.record(full, (module, name), owners[flat.owner])
             else:
                 around = ddp if ddp and full not in ddp.parameters_to_ignore else None
-                found[key] = _plain(full, tensor, (module, name), around)
+                shards[key] = _plain(full, tensor, (module, name), around)
             names.add(full)
         for name, buffer in module._buffers.items():
             persistent, place = name not in module._non_persistent_buffers_set, (module, name)
@@ -122,14 +122,14 @@ def _describe(
                 continue
             names.add(prefix + name)
             key = id(buffer) if buffer is not None else (id(module), name)  # a cache to be filled
-            if key in found:
-                found[key].aliases.append(prefix + name)
+            if key in shards:
+                shards[key].aliases.append(prefix + name)
                 continue
             # NOTE: never split by rank. BatchNorm's differ between DDP ranks even after
             # broadcast_buffers=True.
-            found[key] = shard = _plain(prefix + name, registered_buffer(place), place, None)
+            shards[key] = shard = _plain(prefix + name, registered_buffer(place), place, None)
             shard.persistent = persistent and not shard.opaque
-    return list(found.values())
+    return list(shards.values())
 
 
 def _refuse_empty(shards: list[Shard]) -> None:
@@ -309,17 +309,17 @@ def _members(
     """
     tensors = [shard.tensor for shard in shards]
     meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_dtensor(tensor))
-    found: list[RanksAndGroup] = [
+    groups: list[RanksAndGroup] = [
         (sorted(_mesh_ranks(mesh)), mesh.get_group() if mesh.ndim == 1 else None) for mesh in meshes
     ]
-    found += [(list(each.ranks), each.group) for each in dict.fromkeys(replicated)]
-    found += fsdp1
+    groups += [(list(each.ranks), each.group) for each in dict.fromkeys(replicated)]
+    groups += fsdp1
     zero3 = [group for shard in shards if (group := zero3_group(shard.tensor)) is not None]
-    found += [(dist.get_process_group_ranks(group), group) for group in dict.fromkeys(zero3)]
-    if not found:
+    groups += [(dist.get_process_group_ranks(group), group) for group in dict.fromkeys(zero3)]
+    if not groups:
         return [dist.get_rank() if dist.is_initialized() else 0], None
-    widest = max(found, key=lambda entry: len(entry[0]))
-    for members, _ in found:
+    widest = max(groups, key=lambda entry: len(entry[0]))
+    for members, _ in groups:
         if not set(members) <= set(widest[0]):
             raise ValueError(
                 f"the model's weights live on ranks {widest[0]} and on ranks {members}; EMA needs "

@@ -67,11 +67,11 @@ def _to_host(hashes: Iterable[Tensor]) -> list[int]:
     """Waits once for all of a device."""
     each = list(hashes)
     devices = dict.fromkeys(value.device for value in each)
-    found = {
+    hashes_there = {
         device: iter(torch.stack([value for value in each if value.device == device]).tolist())
         for device in devices
     }
-    return [next(found[value.device]) for value in each]
+    return [next(hashes_there[value.device]) for value in each]
 
 
 def _factors(n: int, device: torch.device) -> Tensor:

@@ -104,17 +104,17 @@ FlatSlices = dict[int, dict[str, FlatSlice]]  # by the id of the module, then by
 
 def flat_slices(modules: Iterable[nn.Module]) -> FlatSlices:
     """All that FSDP1 flattened in these modules, tied names included."""
-    found: FlatSlices = {}
+    slices: FlatSlices = {}
     for owner in modules:
         if not is_fsdp1(owner) or owner._handle is None:
             continue
         flat = owner._handle.flat_param
         for i, info in enumerate(flat._param_infos):
-            found.setdefault(id(info.module), {})[info.param_name] = FlatSlice(owner, i)
+            slices.setdefault(id(info.module), {})[info.param_name] = FlatSlice(owner, i)
         for shared in flat._shared_param_infos:
-            first = found[id(shared.prim_module)][shared.prim_param_name]
-            found.setdefault(id(shared.module), {})[shared.param_name] = first
-    return found
+            first = slices[id(shared.prim_module)][shared.prim_param_name]
+            slices.setdefault(id(shared.module), {})[shared.param_name] = first
+    return slices
 
 
 def registered_parameters(
@@ -129,8 +129,8 @@ def registered_parameters(
     for name, parameter in own.items():
         if parameter is not None and name != FLAT_PARAMETER:
             flat = slices.get(name)
-            known = flat is not None and flat.tensor is parameter  # else it was replaced
-            yield name, parameter, flat if known else None
+            is_bound = flat is not None and flat.tensor is parameter  # else it was replaced
+            yield name, parameter, flat if is_bound else None
     for name, flat in slices.items():
         if own.get(name) is None:
             yield name, flat.tensor, flat

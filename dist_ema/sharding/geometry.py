@@ -205,13 +205,13 @@ class Numbering:
         """
         if 0 in self.sizes:
             return [], 1
-        found: list[tuple[int, int]] = []
+        levels: list[tuple[int, int]] = []
         for size, stride in zip(self.sizes[::-1], self.strides[::-1], strict=True):
-            if found and stride == found[-1][0] * found[-1][1]:
-                found[-1] = found[-1][0] * size, found[-1][1]
+            if levels and stride == levels[-1][0] * levels[-1][1]:
+                levels[-1] = levels[-1][0] * size, levels[-1][1]
             elif size != 1:
-                found.append((size, stride))
-        return found[:-1], found[-1][1] if found else 1
+                levels.append((size, stride))
+        return levels[:-1], levels[-1][1] if levels else 1
 
     @property
     def halved(self) -> Numbering | None:

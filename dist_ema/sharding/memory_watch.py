@@ -114,14 +114,14 @@ class _Tree:
         self.parents: list[dict[str, nn.Module]] = [
             module._modules for module in modules if module._modules or not module._parameters
         ]
-        found = {
+        owners = {
             id(tensor): (module._parameters, name)
             for module in modules
             for name, tensor in module._parameters.items()
             if id(tensor) in plain
         }
-        others = {str(key): tensor for key, tensor in plain.items() if key not in found}
-        places = [*found.values(), *((others, key) for key in others)]
+        others = {str(key): tensor for key, tensor in plain.items() if key not in owners}
+        places = [*owners.values(), *((others, key) for key in others)]
         self.owners: list[dict[str, Tensor]] = [owner for owner, _ in places]
         self.names = [name for _, name in places]
         whole = [module._parameters for module in modules if _all_in(plain, module._parameters)]

@@ -265,9 +265,12 @@ def replica_pieces(
     by_replicas: dict[tuple[dist.ProcessGroup, ...], list[ParamState]] = {}
     for state in states:
         by_replicas.setdefault(state.shard.replicas, []).append(state)
-    for groups, chosen in by_replicas.items():
+    for groups, replicated_states in by_replicas.items():
         for depth in reversed(range(len(groups))):
-            yield groups[depth], [piece for state in chosen for piece in _pieces(state, depth)]
+            yield (
+                groups[depth],
+                [piece for state in replicated_states for piece in _pieces(state, depth)],
+            )
 
 
 def _pieces(state: ParamState, depth: int) -> Iterator[tuple[int, Tensor]]:

@@ -85,9 +85,13 @@ class Parameters(nn.Module):
         copies = unsharded_copies(modules)
         for name, tensor in self.tensors.items():
             self.tensors[name] = copies.get(id(tensor), tensor)
-        given = set(map(id, self.tensors.values()))
+        parameters_given = set(map(id, self.tensors.values()))
         records = _fsdp2_records(modules)
-        return list(dict.fromkeys(m for m, each in records if id(each.sharded_param) in given))
+        return list(
+            dict.fromkeys(
+                m for m, record in records if id(record.sharded_param) in parameters_given
+            )
+        )
 
 
 _TAKES = "EMA takes a module, a list of stages, parameters, or pairs of a name and a parameter"

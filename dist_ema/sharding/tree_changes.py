@@ -72,24 +72,24 @@ def _compare_weights(
     expected = dict(keys)
     expected |= {alias: keys[shard.name] for shard in weights for alias in shard.aliases}
     changes: defaultdict[str, list[str]] = defaultdict(list)
-    found = {
+    registered = {
         prefix + name: identity(tensor, flat)
         for prefix, module in walk
         if module._parameters or flats
         for name, tensor, flat in registered_parameters(module, flats)
     }
-    if found == expected:
+    if registered == expected:
         return changes
-    for name in [name for name in expected if name not in found]:
+    for name in [name for name in expected if name not in registered]:
         changes["gone" if name in keys else "retied"].append(name)
-    known, copies = set(keys.values()), unsharded_copies(module for _, module in walk)
+    recorded_names, copies = set(keys.values()), unsharded_copies(module for _, module in walk)
     for prefix, module in walk:
         for name, tensor, flat in registered_parameters(module, flats):
             full, tensor = prefix + name, copies.get(id(tensor), tensor)
             key = identity(tensor, flat)
             if expected.get(full) == key:
                 continue
-            if key in known or (full in expected and full not in keys):
+            if key in recorded_names or (full in expected and full not in keys):
                 changes["retied"].append(full)
             elif full in keys:
                 changes["replaced"].append(full)

@@ -102,8 +102,8 @@ def _same_values(value: Any, own: Tensor) -> bool:
         return True
     if not isinstance(value, Tensor) or (value.shape, value.dtype) != (own.shape, own.dtype):
         return False
-    given, recorded = records.memory_of(value.detach()), records.memory_of(own.detach())
-    return given is not None and recorded is not None and torch.equal(given, recorded)
+    memory, own_memory = records.memory_of(value.detach()), records.memory_of(own.detach())
+    return memory is not None and own_memory is not None and torch.equal(memory, own_memory)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -165,8 +165,8 @@ def take_masters(shard: Shard) -> None:
 def refuse_taken_over(shard: Shard) -> None:
     """Raise RuntimeError if DeepSpeed has taken the weight over since it was recorded."""
     unknown = is_partitioned(shard.tensor) or hasattr(shard.tensor, "_hp_mapping")
-    known = shard.cut is not None or shard.local_tensor() is not shard.tensor
-    if unknown and not known:
+    is_described = shard.cut is not None or shard.local_tensor() is not shard.tensor
+    if unknown and not is_described:
         raise RuntimeError(
             f"{shard.name} belongs to DeepSpeed now, whose optimizer keeps fp32 masters of it. "
             "Build the EMA after deepspeed.initialize."

@@ -61,24 +61,24 @@ class Entry:
 
     def __init__(self, weights: AveragedWeights, arguments: dict[str, Any], timeout: float) -> None:
         with _uncollected():
-            found = weights.find(timeout)
-        members, group = found.members, found.group
+            model_shards = weights.find(timeout)
+        members, group = model_shards.members, model_shards.group
         self.is_staged = isinstance(weights.model, parameters.Stages)
         if self.is_staged and dist.is_initialized():
             members, group = list(range(dist.get_world_size())), None
-        self.weights, self.stage = weights, found.members
+        self.weights, self.stage = weights, model_shards.members
         self.attachment: Attachment | None = None
         self.ranks = weights.ranks = Ranks(
-            members, group, wrappers.side_store, timeout, found.device
+            members, group, wrappers.side_store, timeout, model_shards.device
         )
         self.alone = Ranks([self.ranks.members[self.ranks.rank]], None, wrappers.side_store)
         self._everyone: Ranks | None = None
         self._may_be_alone = False  # every rank averages the whole model
         self.ranks.begin("EMA", arguments)
         with self.ranks.entering("EMA"):
-            self.adopt("EMA", found)
+            self.adopt("EMA", model_shards)
 
-    def adopt(self, verb: str, found: records.ModelShards) -> None:
+    def adopt(self, verb: str, model_shards: records.ModelShards) -> None:
         """Average the model as `found` describes it, where all ranks hold it alike.
 
         Raises:
@@ -87,11 +87,11 @@ class Entry:
 
         def adopt() -> bool:
             with _uncollected():
-                self.weights.adopt(found)
+                self.weights.adopt(model_shards)
             return self._averages_all
 
         self._may_be_alone = self.ranks.count_on_all(verb, adopt) == self.ranks.size
-        states, self.stage = self.weights.states, found.members
+        states, self.stage = self.weights.states, model_shards.members
         averaged = [state.shadow is not None for state in states]
         consistency.on_weights(verb, self.ranks, self.stage, states, averaged)
         if self.is_staged:
@@ -186,8 +186,8 @@ class Entry:
     def common(self, which: Which, arguments: dict[str, Any]) -> dict[str, Any]:
         """What must be the same on every rank: `arguments`, and what led to the averages."""
         names = [average.name for average in self.weights.averages]
-        chosen = names[which] if isinstance(which, int) and which < len(names) else which
-        common = arguments | {"which": str(chosen)} | self.weights.clock.to_dict()
+        chosen_average = names[which] if isinstance(which, int) and which < len(names) else which
+        common = arguments | {"which": str(chosen_average)} | self.weights.clock.to_dict()
         common["dtype of the shadows"] = str(self.weights.placement.dtype)
         common["(decay, elapsed) of the last update"] = [a.last for a in self.weights.averages]
         if self.attachment is not None and self.attachment.active:

@@ -202,7 +202,9 @@ class Files:
         if ranks is not entry.ranks:  # an unwrapped model: the first writes, if all hold the same
             states = [state for files in request.averages for state in files.states]
             consistency.on_averages(verb, ranks, states, entry.common(which, arguments))
-            averages = [replace(each, writes=ranks.first) for each in request.averages]
+            averages = [
+                replace(average_files, writes=ranks.first) for average_files in request.averages
+            ]
             request = replace(request, averages=averages)
         if self.writer is None:
             self.writer = writer.Writer(ranks)
@@ -234,16 +236,16 @@ def load(entry: Entry, path: str | Path, *, strict: bool, verify: bool) -> None:
     targets = _Targets(weights, frozenset(elsewhere))
     with reader.open_checkpoint(
         ranks, path, targets.make, strict=strict, verify=verify, stage=stage
-    ) as found:
-        warn(*found.warnings)
+    ) as checkpoint:
+        warn(*checkpoint.warnings)
         try:
-            own_buffers = found.fill(ranks)
+            own_buffers = checkpoint.fill(ranks)
         except BaseException:
             weights.begin_again()
             raise
     for average, buffers in zip(weights.averages, own_buffers, strict=False):
         average.own_buffers = {} if weights.teacher else buffers
-    weights.resume(found.clock)
+    weights.resume(checkpoint.clock)
     targets.resume_windows()
 
 

@@ -45,10 +45,15 @@ class Publisher:
                     "handle first."
                 )
             finish = WeakMethod(self._files.finish)
-            place, rest = atomic.real(folder), None if beside is None else atomic.real(beside)
+            place, beside_folder = (
+                atomic.real(folder),
+                None if beside is None else atomic.real(beside),
+            )
             files = library_files.form_of(weights.model, weights.names(), form["dtype"])
             made.append(
-                Publication(place, every, keep, keep_at_most, which, rest, files, form, finish)
+                Publication(
+                    place, every, keep, keep_at_most, which, beside_folder, files, form, finish
+                )
             )
 
         arguments = {"folder": os.fspath(folder), "every": every, "keep": keep}

@@ -70,12 +70,12 @@ def read_bfloat16(source: Any, i: int) -> Any:
 @jit
 def read_float16(source: Any, i: int) -> Any:
     bits = np.uint32(source[i])
-    exponent, rest = bits & 0x7C00, bits & 0x7FFF
+    exponent, magnitude = bits & 0x7C00, bits & 0x7FFF
     if exponent == 0:  # subnormal
-        wide = np.float32(np.float32(rest) * STEP).view(np.uint32)
+        wide = np.float32(np.float32(magnitude) * STEP).view(np.uint32)
     else:
         # The bias of the exponent is 112 more in float32; infinite and nan have the largest.
-        wide = np.uint32((rest << 13) + (0x38000000 if exponent < 0x7C00 else 0x70000000))
+        wide = np.uint32((magnitude << 13) + (0x38000000 if exponent < 0x7C00 else 0x70000000))
     return np.uint32(wide | (bits & 0x8000) << 16).view(np.float32)
 
 

@@ -106,22 +106,22 @@ def is_reachable(pair: ShadowPair) -> bool:
 
 def plan_passes(pairs: Sequence[ShadowPair], seed: int) -> tuple[list[Pass], list[ShadowPair]]:
     """One pass per pair of dtypes, and the pairs that none takes."""
-    rest: list[ShadowPair] = []
+    left_pairs: list[ShadowPair] = []
     plain: list[ShadowPair] = []
     rounded: list[tuple[ShadowPair, list[Ramp]]] = []
     for pair in pairs:
         if not is_reachable(pair) or find_pass(pair.live.dtype, pair.shadows[0].dtype) is None:
-            rest.append(pair)
+            left_pairs.append(pair)
         elif not pair.rounds:
             plain.append(pair)
-        elif (found := ramps(pair.indices, len(pair.live), pair.huge)) is not None:
-            rounded.append((pair, found))
+        elif (pair_ramps := ramps(pair.indices, len(pair.live), pair.huge)) is not None:
+            rounded.append((pair, pair_ramps))
         else:
-            rest.append(pair)
+            left_pairs.append(pair)
     groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[ShadowPair, list[Ramp]]]] = {}
     for entry in [*((pair, [(pair.live.numel(), 0, 0)]) for pair in merge(plain)), *rounded]:
         groups.setdefault((entry[0].live.dtype, entry[0].shadows[0].dtype), []).append(entry)
-    return [Pass(group, seed) for group in groups.values()], rest
+    return [Pass(group, seed) for group in groups.values()], left_pairs
 
 
 def ramps(indices: Callable[[int, int], Tensor], n: int, huge: bool) -> list[Ramp] | None:
@@ -133,7 +133,7 @@ def ramps(indices: Callable[[int, int], Tensor], n: int, huge: bool) -> list[Ram
     Note:
         *Cost*: what one eager update spends on element numbers.
     """
-    found: list[Ramp] = []
+    runs_of_numbers: list[Ramp] = []
     for start in range(0, n, 1 << 18):
         numbers = indices(start, min(start + (1 << 18), n)).numpy()
         steps = np.diff(numbers)
@@ -145,8 +145,10 @@ def ramps(indices: Callable[[int, int], Tensor], n: int, huge: bool) -> list[Ram
         if len(ends) > 1 + len(numbers) // FEW:
             return None
         starts = np.append(0, ends[:-1])
-        found += [(int(b - a), int(numbers[a]), step) for a, b in zip(starts, ends, strict=True)]
-    return found
+        runs_of_numbers += [
+            (int(b - a), int(numbers[a]), step) for a, b in zip(starts, ends, strict=True)
+        ]
+    return runs_of_numbers
 
 
 class Pass:
@@ -194,9 +196,9 @@ class Pass:
 
 def _tables(group: Sequence[tuple[ShadowPair, list[Ramp]]]) -> Iterator[Any]:
     """rows, lives and shadows. CHUNK elements at most are one row."""
-    ramps = np.array([ramp for _, found in group for ramp in found], dtype=np.int64)
+    ramps = np.array([ramp for _, pair_ramps in group for ramp in pair_ramps], dtype=np.int64)
     lengths, firsts, steps = ramps.T
-    pairs = np.repeat(np.arange(len(group)), [len(found) for _, found in group])
+    pairs = np.repeat(np.arange(len(group)), [len(pair_ramps) for _, pair_ramps in group])
     begins = lengths.cumsum() - lengths
     begins -= begins[np.searchsorted(pairs, pairs)]  # of each ramp in its pair
     chunks = -(-lengths // CHUNK)
@@ -206,7 +208,7 @@ def _tables(group: Sequence[tuple[ShadowPair, list[Ramp]]]) -> Iterator[Any]:
     low, high = numbers & 0xFFFFFFFF, numbers >> 32
     yield np.stack([sizes, pairs[ramp], low, high, steps[ramp]], axis=1).copy()
     tensors = [(pair.live, *pair.shadows) for pair, _ in group]
-    addresses = np.array([[t.data_ptr() for t in each] for each in tensors], dtype=np.int64)
+    addresses = np.array([[t.data_ptr() for t in column] for column in tensors], dtype=np.int64)
     addresses = addresses[pairs[ramp]]
     addresses += np.outer(begins[ramp] + starts, [t.element_size() for t in tensors[0]])
     yield addresses[:, 0].copy()

@@ -160,19 +160,19 @@ class UpdatePlan:
         self.pairs, self.seed = list(pairs), seed
         self.steps: list[Step] = []
         self.scratch: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
-        rest = [pair for pair in pairs if pair.live.numel()]
-        if passes or (passes is None and _is_worth_it(rest)):
-            compiled, rest = cpu_plan.plan_passes(rest, seed)
+        left_pairs = [pair for pair in pairs if pair.live.numel()]
+        if passes or (passes is None and _is_worth_it(left_pairs)):
+            compiled, left_pairs = cpu_plan.plan_passes(left_pairs, seed)
             self.steps += compiled
         apart: list[ShadowPair] = []
-        for group in _group(list(merge([pair for pair in rest if not pair.rounds]))):
+        for group in _group(list(merge([pair for pair in left_pairs if not pair.rounds]))):
             if len(group) == 1 and len(group[0].live) < SHORT:
                 apart += group
             else:
                 self._add(group, joined=True)
         for group in _group_alike(apart):
             self._add(group, joined=False)
-        for pair in rest:
+        for pair in left_pairs:
             if pair.rounds:
                 self._add_rounded(pair)
 

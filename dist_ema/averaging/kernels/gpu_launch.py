@@ -88,8 +88,8 @@ def kind_of(pair: ShadowPair, share: float) -> tuple[Kind, Numbering | None] | N
         for t in [*pair.shadows, pair.live]
     )
     alike = all(t.dtype == shadow.dtype and len(t) == n for t in pair.shadows)
-    known = pair.live.dtype in LIVE and shadow.dtype in SHADOW
-    if not (flat and alike and known and available(shadow.device)):
+    known_dtypes = pair.live.dtype in LIVE and shadow.dtype in SHADOW
+    if not (flat and alike and known_dtypes and available(shadow.device)):
         return None
     resident = 0 if share == 1 else math.ceil(share * _multiprocessors(shadow.device))
     kind = Kind(shadow.device, pair.live.dtype, shadow.dtype, len(pair.shadows), 0, False, resident)
@@ -106,9 +106,9 @@ def kind_of(pair: ShadowPair, share: float) -> tuple[Kind, Numbering | None] | N
 def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return 8  # for the interpreter, which runs one program at a time
-    found = torch.get_device_module(device).get_device_properties(device)
+    properties = torch.get_device_module(device).get_device_properties(device)
     name = "gpu_subslice_count" if device.type == "xpu" else "multi_processor_count"
-    return int(getattr(found, name))
+    return int(getattr(properties, name))
 
 
 Row: TypeAlias = "tuple[ShadowPair, Numbering | None]"

@@ -64,11 +64,13 @@ class FusedPlan:
         groups: dict[Kind, list[Row]] = {}
         others = []
         for pair in self.pairs:
-            taken = kind_of(pair, share)
-            if taken is None or (fallback is not None and not is_proved(taken[0], fallback)):
+            kind_and_numbering = kind_of(pair, share)
+            if kind_and_numbering is None or (
+                fallback is not None and not is_proved(kind_and_numbering[0], fallback)
+            ):
                 others.append(pair)
             elif len(pair.live):
-                groups.setdefault(taken[0], []).append((pair, taken[1]))
+                groups.setdefault(kind_and_numbering[0], []).append((pair, kind_and_numbering[1]))
         if others and fallback is None:
             names = ", ".join(pair.name for pair in others[:5])
             raise ValueError(

@@ -47,10 +47,10 @@ def _hash(pair: tl.tensor, key: tl.tensor, huge: tl.constexpr) -> tl.tensor:
 @triton.jit
 def _load_all(row: tl.tensor, n: tl.constexpr) -> tl.tuple:
     """The n columns of the table from `row` on. No load waits for another."""
-    values: tl.tuple = ()
+    columns: tl.tuple = ()
     for k in tl.static_range(n):
-        values += (tl.load(row + k),)
-    return values
+        columns += (tl.load(row + k),)
+    return columns
 
 
 @triton.jit
@@ -95,8 +95,8 @@ def _noise(
 def _key(name: tl.tensor, columns: tl.tensor, head: tl.tensor) -> tl.tensor:
     """The crc of "seed/update/name" from the crc of either end ([Note: keys] in gpu_launch)."""
     bit = tl.arange(0, 32)
-    chosen = tl.where((head >> bit) & 1 == 1, tl.load(columns + bit), 0)
-    return (name.to(tl.int32) ^ tl.xor_sum(chosen, 0)).to(tl.uint32, bitcast=True)
+    chosen_columns = tl.where((head >> bit) & 1 == 1, tl.load(columns + bit), 0)
+    return (name.to(tl.int32) ^ tl.xor_sum(chosen_columns, 0)).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
