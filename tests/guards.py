@@ -88,19 +88,14 @@ averaging/averages.py
     move              self.follow  @175
     move              self._watch.begin_read()
             @engines::test_weights_written_behind_the_step_are_named
-    move_by           self.refuse  @living_storages::test_the_rule_of_a_drop_in_reads_what_live_is
-    move_by           self.settle  @engines::test_a_rule_waits_for_the_update_in_flight
-    move_by           self.follow  @living_storages::test_the_rule_of_a_drop_in_reads_what_live_is
     note_swap         self.mark()
             @living_details::test_training_that_no_update_follows_is_named
-    pull              self.mark()  @living_details::test_writes_that_are_no_training
-    pull              self.ready()  @living_storages::test_pull_writes_what_live_is
     set_clock         self.mark()  @living_details::test_writes_that_are_no_training
     resume            self.forget_mark()  @living_details::test_writes_that_are_no_training
     copy_live         self.teacher.forget_copies()
             @living_details::test_reset_copies_frozen_weights_that_the_teacher_has_otherwise
-    _after_move       copy_frozen  @compat_modules::test_frozen_weights_follow_under_any_function
-    _after_move       copy_buffers  @into::test_registered_anew
+    after_move        copy_frozen  @compat_modules::test_frozen_weights_follow_under_any_function
+    after_move        copy_buffers  @into::test_registered_anew
 averaging/inventory.py
     walk_tree         no longer shares memory  @175
     walk_tree         changes.replaced_buffers) => ())
@@ -224,6 +219,14 @@ sharding/derived.py
             @living_buffers::test_recalibrate_refreshes_the_vectors_for_the_average
     refreshed_vectors  vector.copy_(value)
             @living_buffers::test_vectors_are_restored_when_recalibrate_raises
+averaging/drop_in_rules.py
+    move_by           weights.refuse
+            @living_storages::test_the_rule_of_a_drop_in_reads_what_live_is
+    move_by           weights.settle  @engines::test_a_rule_waits_for_the_update_in_flight
+    move_by           weights.follow
+            @living_storages::test_the_rule_of_a_drop_in_reads_what_live_is
+    pull              weights.mark()  @living_details::test_writes_that_are_no_training
+    pull              weights.ready()  @living_storages::test_pull_writes_what_live_is
 averaging/swap.py
     enter             clear_autocast_cache  @living_caches::test_autocast_caches_see_the_swap
     leave             clear_autocast_cache  @living_caches::test_autocast_caches_see_the_swap
@@ -391,7 +394,8 @@ verbs/entry.py
     begin             warn(  @swap::test_swap_on_ranks
     warn_if_nameless  warn(  @parameters::test_verbs_take_lists
 verbs/files.py
-    load              warn(*checkpoint  @refusals::test_averages_of_what_is_frozen_now_are_passed_over
+    load              warn(*checkpoint
+            @refusals::test_averages_of_what_is_frozen_now_are_passed_over
     submit            warn(*writer  @local_verbs
     _write_together   warn(*self.writer  @writer::test_a_save_is_a_model
     finish            warn(*self.writer  @publish::test_a_version_in_flight_is_not_waited_for

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA
+from dist_ema.averaging import drop_in_rules
 from dist_ema.distributed import receiver, transfer
 from dist_ema.sharding import ownership
 from tests._models import Net
@@ -103,7 +104,7 @@ def use(ema: EMA, case: Case, other: nn.Module, folder: Path, is_victim: bool) -
             "stream": lambda: ema.save(folder / "new", mode="stream"),
             "export": lambda: ema.export(folder / "out"),
             "swap": lambda: enter_swap(ema),
-            "pull": lambda: ema.weights.pull(1.0),
+            "pull": lambda: drop_in_rules.pull(ema.weights, 1.0),
             "EMA": lambda: EMA(other, 0.5, timeout=case.timeout),
         }
         calls[case.verb]()

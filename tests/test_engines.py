@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_ema import EMA, Debiased, Power
-from dist_ema.averaging import executors
+from dist_ema.averaging import drop_in_rules, executors
 from dist_ema.averaging.engines import Engine, HostThread, Overlapped, choose_engine
 from dist_ema.averaging.executors import Instant, Mark, Worker
 from dist_ema.distributed.coordinator import StoreCoordinator
@@ -210,7 +210,7 @@ def test_a_rule_waits_for_the_update_in_flight() -> None:
     before = ema.gather()["weight"]
     model.weight.grad = torch.full((3, 3), -2.0)
     optimizer.step()
-    ema.weights.move_by(four_times)
+    drop_in_rules.move_by(ema.weights, four_times)
     torch.testing.assert_close(ema.gather()["weight"], 4 * (before + 1))
 
 

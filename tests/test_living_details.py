@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import EMA
+from dist_ema.averaging import drop_in_rules
 from dist_ema.averaging.swap import WeightSwap
 from dist_ema.sharding.discovery import find_shards
 from dist_ema.sharding.memory_watch import MemoryWatch
@@ -59,7 +60,7 @@ def swapped_by_another(model: nn.Module, ema: EMA, path: Path) -> None:
 
 
 def pulled(model: nn.Module, ema: EMA, path: Path) -> None:
-    ema.weights.pull(0.5)
+    drop_in_rules.pull(ema.weights, 0.5)
 
 
 def begun_again(model: nn.Module, ema: EMA, path: Path) -> None:

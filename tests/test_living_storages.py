@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from dist_ema import EMA
+from dist_ema.averaging import drop_in_rules
 from tests.living import Naive, Program, outcome, programs, random_step
 
 
@@ -762,10 +763,10 @@ def test_the_rule_of_a_drop_in_reads_what_live_is() -> None:
     model = nn.Linear(2, 1, bias=False)
     ema = EMA(model, 0.5)
     model.weight.data = torch.full((1, 2), 3.0)
-    ema.weights.move_by(copied)
+    drop_in_rules.move_by(ema.weights, copied)
     assert ema.gather()["weight"].tolist() == [[3.0, 3.0]]
     with ema.swap(), pytest.raises(RuntimeError, match=r"ema\.update\(\) inside ema\.swap\(\)"):
-        ema.weights.move_by(copied)
+        drop_in_rules.move_by(ema.weights, copied)
 
 
 def test_pull_writes_what_live_is() -> None:
@@ -774,6 +775,6 @@ def test_pull_writes_what_live_is() -> None:
     ema = EMA(model, 0.5)
     average = ema.gather()["weight"]
     model.weight.data = torch.full((1, 2), 3.0)
-    ema.weights.pull(1.0)
+    drop_in_rules.pull(ema.weights, 1.0)
     assert torch.equal(model.weight, average)
     assert torch.equal(ema.gather()["weight"], average)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import EMA, Window, load_file
+from dist_ema.averaging import drop_in_rules
 from tests import _deepspeed
 from tests._models import Net, batch
 from tests._oracle import Training
@@ -209,7 +210,7 @@ def copied(stage: int, precision: str) -> float:
     """
     run = Run(stage, precision)
     run.step(3)
-    run.ema.weights.pull(1.0)
+    drop_in_rules.pull(run.ema.weights, 1.0)
     off = max(distance(run.average, run.masters()), run.off())
     assert distance(run.rounded(), run.live()) < (EPS if run.dtype == torch.float32 else 0.01)
     run.step(2)

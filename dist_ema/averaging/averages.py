@@ -22,12 +22,10 @@ from torch import Tensor, nn
 
 from ..distributed.ranks import Ranks
 from ..schedules import Schedule
-from ..sharding import discovery, geometry, ownership, wrappers
-from . import clock, executors, storage_watch, swap_journal, updates
+from ..sharding import discovery, ownership, wrappers
+from . import clock, executors, storage_watch, updates
 from .average import OWN, Average, Placement, Selection
 from .inventory import Inventory
-from .kernels.eager import UpdatePlan
-from .kernels.pairs import ShadowPair
 from .swap_registry import Reads, SwapRegistry
 from .teacher import Teacher
 
@@ -40,7 +38,7 @@ class AveragedWeights:
     """All averages of one model, as far as this rank holds them.
 
     The extension API: what drop-ins, integrations and tests use beside `EMA` itself. Nothing here
-    is collective but `pull`.
+    is collective.
 
     Attributes:
         model: The live model, as it was given.
@@ -53,7 +51,7 @@ class AveragedWeights:
         updates: The plan of an update, and when it runs.
         seed: Of stochastic rounding.
         bypassed: Steps of averaged weights by optimizers that are not attached, since one that is.
-        ranks: The ranks of the EMA, which `pull` needs.
+        ranks: The ranks of the EMA.
         after_update: A method that is called when an update was submitted and the clock has moved.
     """
 
@@ -221,6 +219,11 @@ class AveragedWeights:
             self._replan()
 
     @property
+    def is_tree_moved(self) -> bool:
+        """`is_moved`, and the module tree may be walked in an update."""
+        return self._watch.sees_tree and self._watch.changed()
+
+    @property
     def is_moved(self) -> bool:
         """The next update will look for what moved, or for what the module tree is now."""
         return self._watch.changed()
@@ -270,9 +273,9 @@ class AveragedWeights:
                 average.ring.clear()
         if self.teacher is not None:
             self.teacher.forget_copies()
-        self._after_move()
+        self.after_move()
 
-    def _after_move(self) -> None:
+    def after_move(self) -> None:
         """What is not averaged goes into the teacher."""
         if self.teacher is not None:
             self.teacher.copy_frozen()
@@ -332,7 +335,7 @@ class AveragedWeights:
             weights.append(weight)
         self._await_teacher_reads()
         self.updates.run(weights, number, guard)
-        self._after_move()
+        self.after_move()
         if self.updates.engine.deferred:
             self._watch.begin_read()
 
@@ -349,62 +352,6 @@ class AveragedWeights:
         method = self.after_update and self.after_update()
         if method:
             method()
-
-    def move_by(self, rule: Callable[[Sequence[tuple[Tensor, Tensor]]], None]) -> None:
-        """One update by the arithmetic of a drop-in.
-
-        Args:
-            rule: rule([(shadow, live), ...]) writes the shadows of the first average.
-
-        The views have the shapes of whole weights where this rank averages all of one, else of the
-        boxes that it holds. Live comes in the shadow's dtype, on its device.
-        """
-        self.refuse("ema.update", Reads.LIVE)
-        self.settle()
-        self.follow(tree=self._watch.sees_tree and self._watch.changed())
-        self.clock.move([average.schedule for average in self.averages], 1.0)
-        pairs = []
-        for state in self._averaged:
-            live = state.source.to(state.own_shadow)
-            boxes = (
-                geometry.boxes_with_data(state.shard, state.averaged_region, data)
-                for data in (state.own_shadow, live)
-            )
-            pairs += [(shadow, value) for (_, shadow), (_, value) in zip(*boxes, strict=True)]
-        rule(pairs)
-        self._after_move()
-
-    def pull(self, weight: float) -> None:
-        """The other way round: live moves towards the first average, on every replica.
-
-        Args:
-            weight: Of the average; 1 copies it.
-
-        Note:
-            *Collective* where replicated weights are split among the ranks.
-        """
-        self.ready()
-        executors.await_host_reads(state.local for state in self._averaged)
-        pairs = []
-        for state in self._averaged:
-            if weight == 1:
-                state.source.copy_(state.own_shadow)
-            else:
-                region, device = state.averaged_region, state.source.device
-                number = geometry.numbering(state.shard, region, device)
-                pairs.append(ShadowPair(state.name, [state.source], state.own_shadow, number))
-        UpdatePlan(pairs, self.seed).run([weight], self.clock.updates)
-        for state in self._averaged:
-            if state.shard.master is not None:
-                state.live.copy_(state.source)
-        if self.placement.split:
-            ranks = self.ranks
-            assert ranks is not None
-            ranks.run_transfer(
-                "weights.pull",
-                lambda: swap_journal.broadcast_to_replicas(self._averaged, ranks.wait_for),
-            )
-        self.mark()
 
     def set_clock(self, counters: dict[str, Any]) -> None:
         """Go on from a saved clock."""

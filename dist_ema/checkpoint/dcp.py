@@ -224,7 +224,7 @@ def match_all(
     wanted = [average.schedule.to_dict() for average in averages]
     labels = _labels_of(saved, [average.schedule for average in averages])
     states = [saved[label] for label in labels]
-    recorded = [_schedule_of(*average) for average in zip(states, wanted, strict=True)]
+    recorded = [_schedule_of(state, default) for state, default in zip(states, wanted, strict=True)]
     order = matching.match_schedules(recorded, wanted)
     saved_labels = saved.saved_labels if isinstance(saved, Averages) else labels
     names = [

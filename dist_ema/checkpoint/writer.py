@@ -159,13 +159,8 @@ class Writer:
             heads = [(name, file.head) for name, file in request.files.items()]
         except Exception as caught:  # raised below, where the others learn that this rank differs
             heads, error = [], caught
-        ranks.compare(
-            {
-                "files": diagnosis.digest(
-                    [[ranks_there.schedule for ranks_there in request.averages], heads]
-                )
-            }
-        )
+        schedules = [files.schedule for files in request.averages]
+        ranks.compare({"files": diagnosis.digest([schedules, heads])})
         sees = os.path.isdir(folder)
 
         def ready() -> bool:
@@ -200,8 +195,8 @@ class Writer:
                 )
             return None
         machines = ranks.machines(verb)
-        writers = [[rank for rank in ranks_there if seen[rank]] for ranks_there in machines.ranks]
-        writers = [ranks_there for ranks_there in writers if ranks_there]
+        writers = [[rank for rank in on_machine if seen[rank]] for on_machine in machines.ranks]
+        writers = list(filter(None, writers))
         if len(machines.ranks) == 1:
             if not blind and (request.mode is None or ranks.size == 1):
                 return None

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..averaging import drop_in_rules
 from ..averaging.swap_registry import Reads
 from ..checkpoint import dcp
 from ..ema import EMA
@@ -211,7 +212,7 @@ class ModuleAverage:
         # An update copies frozen weights and buffers too, so none of them may be swapped.
         self.average.weights.refuse("update", Reads.WHOLE_MODEL)
         if callable(by):
-            self.average.weights.move_by(by)
+            drop_in_rules.move_by(self.average.weights, by)
         else:
             self.average.update(decay=by)
         if self.module is None:  # an update ends what was recalibrated, as in a copy
@@ -240,7 +241,7 @@ class ModuleAverage:
         """
         self.follow(model)
         self.average.weights.refuse("update_model_with_ema", Reads.WHOLE_MODEL)
-        self.average.weights.pull(weight)
+        drop_in_rules.pull(self.average.weights, weight)
         for copied, live in self._unwritten:
             if live.dtype.is_floating_point:
                 average = copied.read().to(live.read())

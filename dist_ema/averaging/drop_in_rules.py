@@ -1,0 +1,77 @@
+"""Arithmetic of drop-ins: `move_by` a rule on views of shadow and live; `pull`: live moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ..sharding import geometry
+from . import executors, swap_journal
+from .averages import AveragedWeights
+from .kernels.eager import UpdatePlan
+from .kernels.pairs import ShadowPair
+from .swap_registry import Reads
+
+__all__ = ["move_by", "pull"]
+
+
+def move_by(
+    weights: AveragedWeights, rule: Callable[[Sequence[tuple[Tensor, Tensor]]], None]
+) -> None:
+    """One update by the arithmetic of a drop-in.
+
+    The views have the shapes of whole weights where this rank averages all of one, else of the
+    boxes that it holds. Live comes in the shadow's dtype, on its device.
+
+    Args:
+        weights: Whose first average moves.
+        rule: rule([(shadow, live), ...]) writes the shadows.
+    """
+    weights.refuse("ema.update", Reads.LIVE)
+    weights.settle()
+    weights.follow(tree=weights.is_tree_moved)
+    weights.clock.move([average.schedule for average in weights.averages], 1.0)
+    views = []
+    for state in weights.averages[0].averaged:
+        live = state.source.to(state.own_shadow)
+        boxes = (
+            geometry.boxes_with_data(state.shard, state.averaged_region, data)
+            for data in (state.own_shadow, live)
+        )
+        views += [(shadow, value) for (_, shadow), (_, value) in zip(*boxes, strict=True)]
+    rule(views)
+    weights.after_move()
+
+
+def pull(weights: AveragedWeights, weight: float) -> None:
+    """The other way round: live moves towards the first average, on every replica.
+
+    Args:
+        weights: The averages, and the live weights that move.
+        weight: Of the average; 1 copies it.
+
+    Note:
+        *Collective* where replicated weights are split among the ranks.
+    """
+    weights.ready()
+    averaged = weights.averages[0].averaged
+    executors.await_host_reads(state.local for state in averaged)
+    pairs = []
+    for state in averaged:
+        if weight == 1:
+            state.source.copy_(state.own_shadow)
+        else:
+            number = geometry.numbering(state.shard, state.averaged_region, state.source.device)
+            pairs.append(ShadowPair(state.name, [state.source], state.own_shadow, number))
+    UpdatePlan(pairs, weights.seed).run([weight], weights.clock.updates)
+    for state in averaged:
+        if state.shard.master is not None:
+            state.live.copy_(state.source)
+    if weights.placement.split:
+        ranks = weights.ranks
+        assert ranks is not None
+        ranks.run_transfer(
+            "weights.pull", lambda: swap_journal.broadcast_to_replicas(averaged, ranks.wait_for)
+        )
+    weights.mark()
