@@ -581,9 +581,7 @@ class EMA:
             return None
         path = atomic.real(Path(folder) / f"{int(self.weights.clock.now):010}")
         snapshots = path.parent.glob("[0-9]*") if self._entry.ranks.first else ()
-        later = [
-            snapshot_path.name for snapshot_path in snapshots if snapshot_path.name > path.name
-        ]
+        later = [saved.name for saved in snapshots if saved.name > path.name]
         if later:
             warn(
                 f"{folder} holds snapshots of a later clock ({min(later)} ...). If they are of "

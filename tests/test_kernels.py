@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_ema.averaging.average import SkippedSteps
 from dist_ema.averaging.kernels import cpu_plan
 from dist_ema.averaging.kernels.eager import (
     PACK,
@@ -33,7 +34,6 @@ from dist_ema.averaging.kernels.eager import (
     UpdatePlan,
 )
 from dist_ema.averaging.kernels.rounding import noise, noise_key, round_to_bfloat16
-from dist_ema.averaging.skipped_steps import SkippedSteps
 from dist_ema.sharding.geometry import Numbering
 from tests._models import draw
 

@@ -219,12 +219,9 @@ class OpenFile:
         view = bytes_of(buffer)
         for block in blocks:
             for start, part in byte_runs(block, entry.shape, view, dtype.itemsize):
-                self._read(part, begin + start)
+                disk.read_into(self._handle.fileno(), self.path, part, begin + start)
             size = block.numel * dtype.itemsize
             yield block, buffer[:size].view(dtype).view(block.sizes)
-
-    def _read(self, into: memoryview, offset: int) -> None:
-        disk.read_into(self._handle.fileno(), self.path, into, offset)
 
     def contribution(self, rank: int, size: int) -> int:
         """What this rank's bytes add to the check sum of the file ([Note: check sums] in crc32)."""
@@ -233,7 +230,7 @@ class OpenFile:
         range_sum, buffer = crc32.RangeSum(total), memoryview(bytearray(min(WINDOW, end - at)))
         while at < end:
             part = buffer[: min(WINDOW, end - at)]
-            self._read(part, at)
+            disk.read_into(self._handle.fileno(), self.path, part, at)
             range_sum.add(at, part)
             at += len(part)
         return range_sum.contribution

@@ -1,4 +1,4 @@
-"""`Writer` of `ema.save`: a verb's request prepared, files that differ, placer, routes of ranks.
+"""`Writer` of `ema.save`: a verb's request prepared, routes, placer; `BackgroundTask`: in a thread.
 
 Ranks of one machine write their regions straight into place: no gather, no copy of the model. The
 ranks of several machines send each byte to the machine that writes it ([Note: routes]), and all
@@ -12,8 +12,12 @@ So an error on one rank is an error on all.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,10 +27,12 @@ from ..averaging.executors import run_shielded
 from ..distributed import diagnosis
 from ..distributed.machines import Routes
 from ..distributed.ranks import Ranks
-from . import atomic, background, crc32, file_writer
+from . import atomic, crc32, file_writer
 from .request import AverageFiles, SaveRequest, disk_errors, make_folder, put_in_place
 
-__all__ = ["AverageFiles", "SaveRequest", "Writer"]
+__all__ = ["AverageFiles", "BackgroundTask", "SaveRequest", "Writer"]
+
+log = logging.getLogger("dist_ema")
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Writer:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._behind: Ranks | None = None
-        self.background = background.BackgroundTask()
+        self.background = BackgroundTask()
 
     def write(self, request: SaveRequest, wait: bool = True) -> list[str]:
         """Write the folder or file that is asked for, atomically.
@@ -265,3 +271,51 @@ def _exchange(
         except RuntimeError as error:
             # An error of this receiver was published by a sender that learned of it.
             raise (receiver.error or error) from None
+
+
+# --- behind training ------------------------------------------------------------------------------
+
+
+class BackgroundTask:
+    """Runs one task at a time in a thread.
+
+    The thread is no daemon, so the interpreter waits for it before it exits (`os._exit` and a
+    signal do not wait). An error is logged when it happens, because there may be no next call.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._what, self._outcome = "", Future[list[str]]()
+
+    def start(self, what: str, work: Callable[[], list[str]]) -> None:
+        """Run `work`, which returns remarks. Call `finish` first."""
+        assert self._thread is None
+        self._what, self._outcome = what, Future()
+
+        def run() -> None:
+            try:
+                self._outcome.set_result(work())
+            except BaseException as error:
+                log.error("%s failed behind training: %s", what, error)
+                self._outcome.set_exception(error)
+
+        self._thread = threading.Thread(target=run, name="dist_ema files", daemon=False)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """A task is running."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def finish(self) -> list[str]:
+        """Wait for the task and return its remarks. Raises RuntimeError, once, if it failed."""
+        if self._thread is None:
+            return []
+        self._thread.join()
+        self._thread = None
+        # The traceback of an error holds the staging buffer, so it is not kept.
+        outcome, self._outcome = self._outcome, Future()
+        error = outcome.exception()
+        if error is not None:
+            raise RuntimeError(f"{self._what} failed behind training: {error}") from error
+        return outcome.result()
