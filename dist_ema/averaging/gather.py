@@ -109,7 +109,7 @@ def full_weights(
     window: list[ParamState] = []
     for state, following in zip(states, [*states[1:], None], strict=True):
         window.append(state)
-        sizes = (math.prod(each.shard.shape) * each.average.itemsize for each in window)
+        sizes = (math.prod(windowed.shard.shape) * windowed.average.itemsize for windowed in window)
         if following is None or sum(sizes) >= WINDOW:
             yield from _full_window(ranks, window, own_buffers)
             window = []

@@ -322,7 +322,7 @@ def _entry(state: ownership.ParamState, region: records.Region, data: Tensor) ->
     )
 
 
-def match(state: Mapping[str, Any], average: Average) -> Matched:
+def match(saved_state: Mapping[str, Any], average: Average) -> Matched:
     """Pair the shadows of one average with the values of `state`. Nothing is written.
 
     Returns:
@@ -331,23 +331,23 @@ def match(state: Mapping[str, Any], average: Average) -> Matched:
     Raises:
         ValueError: A value is missing or does not fit.
     """
-    missing = [key for key in ("weights", "buffers") if key not in state]
-    weights = state.get("weights", {})
-    missing = missing or [each.name for each in average.averaged if each.name not in weights]
+    missing = [key for key in ("weights", "buffers") if key not in saved_state]
+    weights = saved_state.get("weights", {})
+    missing = missing or [state.name for state in average.averaged if state.name not in weights]
     if missing:
         raise ValueError(f"the state_dict of the EMA lacks {', '.join(missing[:5])}.")
     copies: list[tuple[Tensor, Tensor]] = []
-    for each in average.averaged:
-        copies += _pairs(each, each.averaged_region, each.own_shadow, weights[each.name])
-    own, flagged = {}, _own(state)
-    for each in average.buffers:
-        value, into = state["buffers"].get(each.name), each.teacher_copy
+    for state in average.averaged:
+        copies += _pairs(state, state.averaged_region, state.own_shadow, weights[state.name])
+    own, flagged = {}, _own(saved_state)
+    for state in average.buffers:
+        value, into = saved_state["buffers"].get(state.name), state.teacher_copy
         if value is None:
             continue
-        if each.name in flagged and into is None and tuple(value.shape) == each.shard.shape:
-            into = own[each.name] = each.local.clone()
+        if state.name in flagged and into is None and tuple(value.shape) == state.shard.shape:
+            into = own[state.name] = state.local.clone()
         if into is not None:
-            copies += _pairs(each, each.shard.local_region, into, value)
+            copies += _pairs(state, state.shard.local_region, into, value)
     return copies, {name: own[name] for name in whole_modules(own, flagged - own.keys())}
 
 

@@ -198,12 +198,12 @@ class SaveRequest:
         return replace(
             self.manifest,
             files=files,
-            averaged=sorted(name for name, each in first.inventory.items() if each.averaged),
-            schedules=[each.schedule for each in self.averages],
-            averages={each.label: each.own_names for each in others},
+            averaged=sorted(name for name, record in first.inventory.items() if record.averaged),
+            schedules=[average.schedule for average in self.averages],
+            averages={further.label: further.own_names for further in others},
             own_buffers=first.own_names,
             aliases=first.aliases,
-            dtypes={name: each.dtype for name, each in first.inventory.items()},
+            dtypes={name: record.dtype for name, record in first.inventory.items()},
             versions={"dist_ema": _version.VERSION, "torch": torch.__version__},
         )
 

@@ -76,7 +76,9 @@ def _form(state: ownership.ParamState) -> list[Any]:
 def _shared(messages: list[Any]) -> dict[str, Any]:
     """Which names stand on several stages, the first stage first."""
     answers = list(filter(None, messages))
-    leads = _leading_names({name: each[1] for name, each in form.items()} for _, form in answers)
+    leads = _leading_names(
+        {name: record[1] for name, record in form.items()} for _, form in answers
+    )
     holders: dict[str, list[Holder]] = {}
     forms: dict[str, list[Any]] = {}
     for stage, form in answers:
@@ -89,7 +91,7 @@ def _shared(messages: list[Any]) -> dict[str, Any]:
                     "error": f"{lead} is {forms[lead]} on ranks {first} and {weight_form} on ranks "
                     f"{stage}. Stages that share a weight must hold it alike."
                 }
-    shared = {lead: each for lead, each in holders.items() if len(each) > 1}
+    shared = {lead: stages for lead, stages in holders.items() if len(stages) > 1}
     compared = any(forms[lead] != ["buffer"] for lead in shared)
     return {"shared": list(shared.values()), "compared": compared}
 
@@ -168,10 +170,15 @@ def _united(messages: list[Any]) -> list[dict[str, WeightRecord]]:
 
 
 def _merged(tables: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, WeightRecord]:
-    stages = [{name: WeightRecord(*each) for name, each in table.items()} for table in tables]
-    leads = _leading_names({name: each.aliases for name, each in table.items()} for table in stages)
+    stages = [
+        {name: WeightRecord(*record_fields) for name, record_fields in table.items()}
+        for table in tables
+    ]
+    leads = _leading_names(
+        {name: record.aliases for name, record in table.items()} for table in stages
+    )
     merged: dict[str, WeightRecord] = {}
-    for name, record in ((name, each) for table in stages for name, each in table.items()):
+    for name, record in ((name, record) for table in stages for name, record in table.items()):
         known = merged.get(leads[name], record)
         merged[leads[name]] = known._replace(aliases=[], own=known.own or record.own)
     for name, lead in sorted(leads.items()):

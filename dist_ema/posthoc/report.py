@@ -108,20 +108,20 @@ def reconstruct(
         Mixture(target, run.fit(target, at), place)
         for target, place in zip(targets, _places(out, targets, folders), strict=True)
     ]
-    for each in mixtures:
-        if each.out is not None:
-            run.refuse(each.target, each.fit)
-            run.refuse_place(each.out)
-            writer.refuse_target(each.out, force)
+    for mixture in mixtures:
+        if mixture.out is not None:
+            run.refuse(mixture.target, mixture.fit)
+            run.refuse_place(mixture.out)
+            writer.refuse_target(mixture.out, force)
     if plot is not None:
         _draw(plot, run, mixtures, at)
-    for each in mixtures:
-        if each.out is not None:
-            with progress(each.name, _bytes(run)) as tick:
+    for mixture in mixtures:
+        if mixture.out is not None:
+            with progress(mixture.name, _bytes(run)) as tick:
                 run.write(
-                    each.out,
-                    each.target,
-                    each.fit,
+                    mixture.out,
+                    mixture.target,
+                    mixture.fit,
                     at=at,
                     dtype=dtype,
                     max_shard_size=max_shard_size,
@@ -153,16 +153,16 @@ def _bytes(run: Snapshots) -> int:
 def _draw(plot: str, run: Snapshots, mixtures: Sequence[Mixture], at: float | None) -> None:
     """Target and mixture over the clock, and the residual over sigma_rel."""
     with plotting.panels(plot, 2) as (left, right):
-        for number, each in enumerate(mixtures[:: max(1, len(mixtures) // 4)]):
-            clock, wanted, mixed = run.shape(each.target, each.fit, at)
-            left.plot(clock, wanted, color=f"C{number}", lw=3, alpha=0.35, label=each.name)
+        for number, mixture in enumerate(mixtures[:: max(1, len(mixtures) // 4)]):
+            clock, wanted, mixed = run.shape(mixture.target, mixture.fit, at)
+            left.plot(clock, wanted, color=f"C{number}", lw=3, alpha=0.35, label=mixture.name)
             left.plot(clock, mixed, color=f"C{number}", lw=1, ls="--")
         left.set(
             xlabel="clock", ylabel="share of an update", title="target (wide) and mixture (dashed)"
         )
         left.legend(title="sigma_rel")
-        residuals = [max(each.fit.residual, 1e-6) for each in mixtures]
-        right.semilogy([_sigma(each.target) for each in mixtures], residuals, marker=".")
+        residuals = [max(mixture.fit.residual, 1e-6) for mixture in mixtures]
+        right.semilogy([_sigma(mixture.target) for mixture in mixtures], residuals, marker=".")
         right.axhline(WARNED, color="grey", lw=0.8)
         right.set(
             xlabel="sigma_rel", ylabel="residual", title="share of the profile that is missed"

@@ -66,24 +66,29 @@ class Snapshots:
     def __init__(self, where: str | Path | Sequence[str | Path]) -> None:
         self._where = [where] if isinstance(where, (str, Path)) else list(where)
         folders = _folders(where)
-        found = [stored for folder in folders for stored in _stored(folder)]
-        if len(found) < 2:
+        averages = [stored for folder in folders for stored in _stored(folder)]
+        if len(averages) < 2:
             raise ValueError(
-                f"{', '.join(map(str, self._where)) or 'an empty list'} holds {len(found)} stored "
-                "averages; mixing takes at least 2. Store some with EMA(model, "
+                f"{', '.join(map(str, self._where)) or 'an empty list'} holds {len(averages)} "
+                "stored averages; mixing takes at least 2. Store some with EMA(model, "
                 "decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.10)]) and ema.snapshot(folder, "
                 "every=...)."
             )
         self.stored = sorted(
-            found, key=lambda each: (each.profile.now, each.snapshot.name, each.label)
+            averages,
+            key=lambda stored_average: (
+                stored_average.profile.now,
+                stored_average.snapshot.name,
+                stored_average.label,
+            ),
         )
-        profiles = [each.profile for each in self.stored]
+        profiles = [stored_average.profile for stored_average in self.stored]
         self._mixer = lru_cache(maxsize=None)(partial(Mixer, profiles))
 
     @property
     def skipped(self) -> int:
         """Updates that the device refused, which the profiles count as made."""
-        return max(each.profile.updates - int(each.clock["accepted"]) for each in self.stored)
+        return max(stored.profile.updates - int(stored.clock["accepted"]) for stored in self.stored)
 
     def moment(self, at: float | None = None) -> tuple[float, int]:
         """(clock, updates) of the last update until `at`."""
@@ -99,13 +104,13 @@ class Snapshots:
 
     def refuse_place(self, out: str | Path) -> None:
         """Raise ValueError where a mixture would lie among the snapshots, as if it were one."""
-        for each in self._where:
-            writer.refuse_place(each, out)
+        for snapshot in self._where:
+            writer.refuse_place(snapshot, out)
 
     def refuse(self, target: Schedule, fit: Fit) -> None:
         """Raise ValueError where the mixture would be far from `target`."""
         if fit.residual > REFUSED:
-            kinds = ", ".join(sorted({repr(each.profile.schedule) for each in self.stored}))
+            kinds = ", ".join(sorted({repr(stored.profile.schedule) for stored in self.stored}))
             raise ValueError(
                 f"{target!r} cannot be mixed from what was stored: the nearest misses "
                 f"{fit.residual:.0%} of its profile. There are {len(self.stored)} averages of "
@@ -142,38 +147,40 @@ class Snapshots:
             *Cost*: 32 MB, whatever the model and the number of snapshots.
         """
         self.refuse_place(out)
-        chosen = [
-            (each, weight) for each, weight in zip(self.stored, fit.weights, strict=True) if weight
+        mixed = [
+            (stored, weight)
+            for stored, weight in zip(self.stored, fit.weights, strict=True)
+            if weight
         ]
-        newest = chosen[-1][0]
-        rest = sources.open_model(newest.snapshot)
-        terms = [(sources.open_model(each.files), weight) for each, weight in chosen]
+        newest = mixed[-1][0]
+        newest_model = sources.open_model(newest.snapshot)
+        terms = [(sources.open_model(stored.files), weight) for stored, weight in mixed]
         models = [model for model, _ in terms]
         with ExitStack() as stack:
-            for model in (rest, *models):
+            for model in (newest_model, *models):
                 stack.enter_context(model)
-            self._refuse_mixed([each for each, _ in chosen], models, rest)
+            self._refuse_mixed([stored for stored, _ in mixed], models, newest_model)
             own = {n: TORCH[kind] for n, kind in newest.dtypes.items() if TORCH.get(kind) in FLOATS}
-            dtypes = own if dtype is None else dict.fromkeys(rest.entries, dtype)
-            mixture = blend.Blend(terms, rest, frozenset(newest.averaged), dtypes)
+            dtypes = own if dtype is None else dict.fromkeys(newest_model.entries, dtype)
+            mixture = blend.Blend(terms, newest_model, frozenset(newest.averaged), dtypes)
             facts = self._facts(target, fit, at, newest)
             blend.write(
                 Path(out), mixture, facts, max_shard_size=max_shard_size, force=force, tick=tick
             )
 
     def _refuse_mixed(
-        self, chosen: list[Stored], models: list[sources.Source], rest: sources.Source
+        self, mixed: list[Stored], models: list[sources.Source], newest_model: sources.Source
     ) -> None:
         """Raise ValueError with all differences where the snapshots are not of one model."""
-        newest = chosen[-1]
-        for each in chosen:
-            apart = sorted(set(each.averaged) ^ set(newest.averaged))
+        newest = mixed[-1]
+        for stored in mixed:
+            apart = sorted(set(stored.averaged) ^ set(newest.averaged))
             if apart:
                 raise ValueError(
-                    f"{each.snapshot} and {newest.snapshot} do not average the same weights: "
+                    f"{stored.snapshot} and {newest.snapshot} do not average the same weights: "
                     f"{some(apart)} only in one of them."
                 )
-        blend.alike(models, rest, newest.averaged)
+        blend.alike(models, newest_model, newest.averaged)
 
     def _facts(
         self, target: Schedule, fit: Fit, at: float | None, newest: Stored
@@ -182,8 +189,8 @@ class Snapshots:
         now, updates = self.moment(at)
         clock = newest.clock | {"now": now, "updates": updates, "accepted": updates, "pending": 0.0}
         weights = {
-            each.name: weight
-            for each, weight in zip(self.stored, fit.weights, strict=True)
+            stored.name: weight
+            for stored, weight in zip(self.stored, fit.weights, strict=True)
             if weight
         }
         made_of = {"weights": weights, "residual": fit.residual, "condition": fit.condition}
@@ -240,7 +247,7 @@ def reconstruct(
 
 def _folders(where: str | Path | Sequence[str | Path]) -> list[Path]:
     if not isinstance(where, (str, Path)):
-        return [folder for each in where for folder in _folders(each)]
+        return [folder for snapshot in where for folder in _folders(snapshot)]
     path = Path(where)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")

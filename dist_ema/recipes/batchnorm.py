@@ -156,7 +156,7 @@ def _recalibrate(
 
 
 def _lowest(ranks: list[list[int]]) -> list[int]:
-    return sorted(rank for each in ranks for rank in each)[:1]
+    return sorted(rank for announced in ranks for rank in announced)[:1]
 
 
 # --- running the batches --------------------------------------------------------------------------

@@ -144,12 +144,14 @@ class Follower:
     def _look(self) -> Version | None:
         """The next version, if there is one; the one before is released."""
         self.close()
-        found = versions.numbered(self._folder)
-        if found and max(found) < self._last:  # the folder was emptied, and a new run began
+        versions_here = versions.numbered(self._folder)
+        if (
+            versions_here and max(versions_here) < self._last
+        ):  # the folder was emptied, and a new run began
             self._last = 0
-        new = [number for number in found if number > self._last]
-        for number in new if self._every else new[-1:]:
-            self._last, self._version = number, open_version(found[number])
+        new_numbers = [number for number in versions_here if number > self._last]
+        for number in new_numbers if self._every else new_numbers[-1:]:
+            self._last, self._version = number, open_version(versions_here[number])
             if self._version is not None:
                 return self._version
         return None

@@ -81,11 +81,14 @@ def curves(records: Sequence[Record], metric: str) -> tuple[Points, Points]:
 
     The latter is live_METRIC of the command, or METRIC of the publisher.
     """
-    given = [(each, finite_numbers(each.live)) for each in records]
+    with_live = [(record, finite_numbers(record.live)) for record in records]
     values = [
-        (each.step, each.metrics.get(f"live_{metric}", live.get(metric))) for each, live in given
+        (record.step, record.metrics.get(f"live_{metric}", live.get(metric)))
+        for record, live in with_live
     ]
-    average = [(each.step, each.metrics[metric]) for each in records if metric in each.metrics]
+    average = [
+        (record.step, record.metrics[metric]) for record in records if metric in record.metrics
+    ]
     return average, [(step, value) for step, value in values if value is not None]
 
 
@@ -198,19 +201,27 @@ class Ledger:
             ).rowcount
             if not changed:
                 return None
-            records = [each for each in _records(db) if each.task == self._task]
+            records = [
+                record_of_task
+                for record_of_task in _records(db)
+                if record_of_task.task == self._task
+            ]
             best = best_of(records, self._metric, self._sign)
             # NOTE: inside the transaction, which keeps other watchers out.
             if best is not None and best.id == key:
                 atomic.point(version.path, versions.BEST)
-            return next(each for each in records if each.id == key)
+            return next(record_of_task for record_of_task in records if record_of_task.id == key)
 
 
 def best_of(records: list[Record], metric: str | None, sign: int) -> Record | None:
     """The record with the least sign x metric; of equal ones the newest."""
-    rated = [each for each in records if each.state == DONE and metric in each.metrics]
+    rated_records = [
+        record for record in records if record.state == DONE and metric in record.metrics
+    ]
     return min(
-        rated, key=lambda each: (sign * each.metrics[str(metric)], -each.version), default=None
+        rated_records,
+        key=lambda record: (sign * record.metrics[str(metric)], -record.version),
+        default=None,
     )
 
 
@@ -226,7 +237,9 @@ def _records(db: sqlite3.Connection) -> list[Record]:
     rows = db.execute(f"SELECT {_COLUMNS} FROM records ORDER BY task, version").fetchall()
     tables = (dict(zip(_COLUMNS.split(", "), row, strict=True)) for row in rows)
     parsed = ("live", "metrics")
-    return [Record(**each | {name: json.loads(each[name]) for name in parsed}) for each in tables]
+    return [
+        Record(**table | {name: json.loads(table[name]) for name in parsed}) for table in tables
+    ]
 
 
 @contextmanager

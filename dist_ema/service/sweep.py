@@ -67,9 +67,9 @@ class SweepReport:
             "interval": list(self.interval),
             "at_the_edge": self.at_the_edge,
             "candidates": [
-                {"sigma_rel": each.sigma_rel, "mean": each.mean, "error": each.error}
-                | {"values": list(each.values)}
-                for each in self.candidates
+                {"sigma_rel": candidate.sigma_rel, "mean": candidate.mean, "error": candidate.error}
+                | {"values": list(candidate.values)}
+                for candidate in self.candidates
             ],
         }
 
@@ -143,7 +143,7 @@ def sweep(
             write(place, sigma_rel=sigma)
             for _ in range(repeats - len(values)):
                 known[sigma] = (*known.get(sigma, ()), evaluate(place, sigma))
-                table = {str(width): list(each) for width, each in known.items()}
+                table = {str(width): list(candidate) for width, candidate in known.items()}
                 atomic.ensure(out)
                 atomic.replace_file(
                     out / STATE, strict_json.dump({"origin": origin, "values": table})
@@ -153,11 +153,11 @@ def sweep(
 
     limits = math.log(low), math.log(high)
     bracket, tried = _search(rate, *limits, evaluations, sign)
-    best = min(tried, key=lambda each: sign * each.mean)
+    best = min(tried, key=lambda candidate: sign * candidate.mean)
     write(out / BEST, sigma_rel=best.sigma_rel)
     interval = _interval(tried, bracket, limits, sign)
     edge = bracket[0] == limits[0] or bracket[1] == limits[1]
-    tried.sort(key=lambda each: each.sigma_rel)
+    tried.sort(key=lambda candidate: candidate.sigma_rel)
     return SweepReport(tried, best, interval, edge)
 
 
@@ -193,12 +193,14 @@ def _interval(
 ) -> tuple[float, float]:
     """Where the least value may lie ([Note: search])."""
     low, high = bracket
-    best = min(tried, key=lambda each: sign * each.mean)
-    distances = {abs(math.log(each.sigma_rel / best.sigma_rel)): each for each in tried}
+    best = min(tried, key=lambda candidate: sign * candidate.mean)
+    distances = {
+        abs(math.log(candidate.sigma_rel / best.sigma_rel)): candidate for candidate in tried
+    }
     nearest = [distances[distance] for distance in sorted(distances)][:NEAREST]
     if len(nearest) > 3:
-        x = np.log([each.sigma_rel for each in nearest])
-        y = sign * np.array([each.mean for each in nearest])
+        x = np.log([candidate.sigma_rel for candidate in nearest])
+        y = sign * np.array([candidate.mean for candidate in nearest])
         curve, slope, _ = fit = np.polyfit(x, y, 2)
         scatter = math.sqrt(np.square(y - np.polyval(fit, x)).sum() / (len(nearest) - 3))
         if curve > 0:
@@ -220,16 +222,16 @@ def _read(out: Path, origin: list[Any]) -> dict[float, tuple[float, ...]]:
     return {float(sigma): tuple(values) for sigma, values in state["values"].items()}
 
 
-def plot(path: str, found: SweepReport, metric: str) -> None:
+def plot(path: str, report: SweepReport, metric: str) -> None:
     """A PNG of the metric over the width, with the best and the interval."""
     with plotting.panels(path, 1) as (axes,):
-        axes.axvspan(*found.interval, alpha=0.15, label="interval")
+        axes.axvspan(*report.interval, alpha=0.15, label="interval")
         axes.errorbar(
-            [each.sigma_rel for each in found.candidates],
-            [each.mean for each in found.candidates],
-            [2 * each.error for each in found.candidates],
+            [candidate.sigma_rel for candidate in report.candidates],
+            [candidate.mean for candidate in report.candidates],
+            [2 * candidate.error for candidate in report.candidates],
             marker="o",
         )
-        axes.axvline(found.best.sigma_rel, color="C1", label=f"best, {found.best.sigma_rel:g}")
+        axes.axvline(report.best.sigma_rel, color="C1", label=f"best, {report.best.sigma_rel:g}")
         axes.set(xlabel="sigma_rel", ylabel=metric, xscale="log")
         axes.legend()

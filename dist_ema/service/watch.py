@@ -113,9 +113,9 @@ class Watch:
         with self._heartbeats(), ThreadPoolExecutor(self._jobs) as pool:
             try:
                 while True:
-                    for each in [each for each in running if each.done()]:
-                        running.remove(each)
-                        each.result()
+                    for job in [job for job in running if job.done()]:
+                        running.remove(job)
+                        job.result()
                     states = self._ledger.states()
                     undone = RUNNING in states.values()  # here, or by another watcher
                     candidates = self._candidates()
@@ -156,9 +156,9 @@ class Watch:
 
     def _candidates(self) -> dict[int, Path]:
         """The versions that may be worked on, by number."""
-        found = list(versions.numbered(self._folder).items())[-1 if self._newest else 0 :]
-        self._seen = max((number for number, _ in found), default=0)
-        return {number: path for number, path in found if self._id(path) != _PASSED_OVER}
+        numbered = list(versions.numbered(self._folder).items())[-1 if self._newest else 0 :]
+        self._seen = max((number for number, _ in numbered), default=0)
+        return {number: path for number, path in numbered if self._id(path) != _PASSED_OVER}
 
     def _id(self, path: Path) -> str | None:
         """Of a version that was looked at before; None of others."""

@@ -184,4 +184,4 @@ def on_averages(
 
 def _mismatched(hashes: list[list[int]]) -> list[int]:
     """The first positions at which the ranks differ."""
-    return [i for i, values in enumerate(zip(*hashes, strict=False)) if len(set(values)) > 1][:10]
+    return [i for i, column in enumerate(zip(*hashes, strict=False)) if len(set(column)) > 1][:10]

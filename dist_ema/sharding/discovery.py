@@ -312,7 +312,7 @@ def _members(
     groups: list[RanksAndGroup] = [
         (sorted(_mesh_ranks(mesh)), mesh.get_group() if mesh.ndim == 1 else None) for mesh in meshes
     ]
-    groups += [(list(each.ranks), each.group) for each in dict.fromkeys(replicated)]
+    groups += [(list(around.ranks), around.group) for around in dict.fromkeys(replicated)]
     groups += fsdp1
     zero3 = [group for shard in shards if (group := zero3_group(shard.tensor)) is not None]
     groups += [(dist.get_process_group_ranks(group), group) for group in dict.fromkeys(zero3)]

@@ -65,13 +65,13 @@ def _bit_sum(data: Tensor) -> Tensor:
 
 def _to_host(hashes: Iterable[Tensor]) -> list[int]:
     """Waits once for all of a device."""
-    each = list(hashes)
-    devices = dict.fromkeys(value.device for value in each)
+    sums = list(hashes)
+    devices = dict.fromkeys(value.device for value in sums)
     hashes_there = {
-        device: iter(torch.stack([value for value in each if value.device == device]).tolist())
+        device: iter(torch.stack([value for value in sums if value.device == device]).tolist())
         for device in devices
     }
-    return [next(hashes_there[value.device]) for value in each]
+    return [next(hashes_there[value.device]) for value in sums]
 
 
 def _factors(n: int, device: torch.device) -> Tensor:

@@ -125,11 +125,11 @@ def entrances(module: nn.Module, sharded: Sequence[nn.Module]) -> list[tuple[nn.
         (module, whether it is `module` itself, a wrapper or what it wraps)
     """
     outer = set(map(id, sharded))
-    outer |= {id(each) for prefix, each, _ in walk_modules(module) if not prefix}
+    outer |= {id(inner_module) for prefix, inner_module, _ in walk_modules(module) if not prefix}
     return [
-        (each, id(each) in outer)
-        for each in dict.fromkeys([*sharded, *module.modules()])
-        if id(each) in outer or each._parameters or each._buffers
+        (inner_module, id(inner_module) in outer)
+        for inner_module in dict.fromkeys([*sharded, *module.modules()])
+        if id(inner_module) in outer or inner_module._parameters or inner_module._buffers
     ]
 
 
@@ -211,6 +211,8 @@ def _wrapped_child_of(module_class: type[nn.Module]) -> str | None:
     # By name, so that no wrapper is imported. fully_shard(torch.compile(block)) makes a subclass.
     libraries = ("torch.", "deepspeed.")
     names = [
-        each.__name__ for each in module_class.__mro__ if each.__module__.startswith(libraries)
+        parent_class.__name__
+        for parent_class in module_class.__mro__
+        if parent_class.__module__.startswith(libraries)
     ]
     return next((child for wrapper, child in _WRAPPED.items() if wrapper in names), None)
