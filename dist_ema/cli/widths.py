@@ -1,4 +1,4 @@
-"""`dist-ema reconstruct` and `sweep`: choose the decay after training."""
+"""`dist-ema reconstruct` and `sweep`: sigma_rel, widths and snapshots as options; output."""
 
 from __future__ import annotations
 
