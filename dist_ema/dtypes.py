@@ -6,6 +6,7 @@ Rounding is to nearest, ties to even, as torch casts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -69,19 +70,24 @@ def narrow(values: Floats, dtype: str) -> Bytes:
         return np.ascontiguousarray(values.astype(NUMPY[dtype], copy=False)).view(np.uint8)
 
 
-def fitted(name: str, values: Floats, dtype: str) -> Bytes:
+def fitted(name: str, values: Floats, dtype: str, out: Bytes | None = None) -> Bytes:
     """As `narrow`, for the weight `name`.
 
     Raises:
         ValueError: A finite value would become infinite or NaN.
     """
-    raw = narrow(values, dtype)
-    held = finite(raw, dtype) if NUMPY[dtype].itemsize < values.itemsize else len(values)
-    if held < len(values) and held != np.count_nonzero(np.isfinite(values)):
-        raise ValueError(
-            f"{name} holds values that are too large for {dtype}. Choose another dtype."
-        )
-    return raw
+    out = np.empty(len(values) * NUMPY[dtype].itemsize, np.uint8) if out is None else out
+    if dtype == "F32":
+        # The processor says whether its cast overflowed. To look at the result takes as long again.
+        with suppress(FloatingPointError), np.errstate(over="raise", invalid="ignore"):
+            np.copyto(out.view(np.float32), values, casting="same_kind")
+            return out
+    else:
+        out[:] = narrow(values, dtype)
+        held = finite(out, dtype) if NUMPY[dtype].itemsize < values.itemsize else len(values)
+        if held == len(values) or held == np.count_nonzero(np.isfinite(values)):
+            return out
+    raise ValueError(f"{name} holds values that are too large for {dtype}. Choose another dtype.")
 
 
 def float_dtype(have: str, want: str | None) -> str:

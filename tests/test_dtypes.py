@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_ema.dtypes import FLOATS, finite, narrow, widen
+from dist_ema.dtypes import FLOATS, finite, fitted, narrow, widen
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -84,6 +84,20 @@ def test_too_large() -> None:
     values = np.array([1e9, -np.inf, 465])
     assert widen(narrow(values, "F8_E4M3"), "F8_E4M3").tolist() == [448, -448, 448]
     assert widen(narrow(values, "F8_E5M2"), "F8_E5M2").tolist() == [np.inf, -np.inf, 448]
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_fitted(dtype: str) -> None:
+    """A cast that leaves a dtype is refused in any place of a long row; inf and NaN are none."""
+    largest = float(torch.finfo(DTYPES[dtype]).max)
+    values = np.tile([1.0, largest, -largest, np.nan, 1e-300], 999)
+    assert np.array_equal(fitted("w", values, dtype), narrow(values, dtype))
+    if dtype != "F8_E4M3":  # it has no infinity, and takes the largest number
+        values[7] = -np.inf
+        assert np.array_equal(fitted("w", values, dtype), narrow(values, dtype))
+        values[-1] = largest * 1.1
+        with pytest.raises(ValueError, match=f"w holds values that are too large for {dtype}"):
+            fitted("w", values, dtype)
 
 
 def test_finite_is_for_floats() -> None:

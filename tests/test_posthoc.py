@@ -377,6 +377,7 @@ def test_window(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Windows that end inside weights give the same bytes."""
     snapshots.reconstruct(run[0], tmp_path / "a", sigma_rel=0.07)
     monkeypatch.setattr("dist_ema.offline.blend.WINDOW", 5)
+    monkeypatch.setattr("dist_ema.offline.blend.CHUNK", 3)
     snapshots.reconstruct(run[0], tmp_path / "b.safetensors", sigma_rel=0.07)
     one, two = load_file(tmp_path / "a"), load_file(tmp_path / "b.safetensors")
     assert one.keys() == two.keys()

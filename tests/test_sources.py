@@ -7,6 +7,8 @@ import json
 import pickle
 import shutil
 import zlib
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,7 @@ def rewrite(path: Path, out: Path, **options: object) -> None:
         writer.write(
             out,
             files,
-            lambda name: sources.windows(checked, name),
+            lambda names: chain.from_iterable(sources.windows(checked, name) for name in names),
             facts,
             beside=beside,
             **options,  # type: ignore[arg-type]
@@ -169,7 +171,7 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
     rewrite(src, out := tmp_path / "out")
     before = read_all(out)
 
-    def content(name: str) -> list[Window]:
+    def content(names: Sequence[str]) -> list[Window]:
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="gone"):

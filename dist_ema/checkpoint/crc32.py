@@ -28,13 +28,13 @@ class RangeSum:
         self._at = 0
         self._value = 0
 
-    def add(self, start: int, data: bytes | memoryview) -> int:
-        """Returns the CRC-32 of `data` alone."""
-        n = len(data)
-        crc: int = of_bytes(data)
+    def add(self, start: int, data: bytes | memoryview) -> None:
+        self.add_known(start, len(data), of_bytes(data))
+
+    def add_known(self, start: int, n: int, crc: int) -> None:
+        """crc: the CRC-32 of the n bytes alone."""
         self._value = _multiply(self._value, _power(start + n - self._at)) ^ crc ^ _zeros(n)
         self._at = start + n
-        return crc
 
     @property
     def contribution(self) -> int:

@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -113,11 +114,13 @@ class OpenFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def fd(self, name: str) -> int:
-        if name not in self._open:
-            self._open[name] = os.open(self._folder / name, os.O_RDONLY)
-        return self._open[name]
+        with self._lock:
+            if name not in self._open:
+                self._open[name] = os.open(self._folder / name, os.O_RDONLY)
+            return self._open[name]
 
     def close(self) -> None:
         """Close them all. The next `fd` opens its file again."""

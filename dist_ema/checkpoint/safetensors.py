@@ -16,7 +16,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as brief
@@ -36,6 +36,7 @@ __all__ = [
     "find_model",
     "header",
     "header_of",
+    "in_order",
     "index",
     "is_file_name",
     "is_model_name",
@@ -83,6 +84,11 @@ class SafetensorsFile:
     @property
     def size(self) -> int:
         return len(self.head) + max((entry.end for entry in self.entries.values()), default=0)
+
+
+def in_order(entries: Mapping[str, Entry]) -> list[str]:
+    """The weights as they lie in their file."""
+    return sorted(entries, key=lambda name: (entries[name].begin, entries[name].end))
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -177,7 +183,8 @@ def header_of(file: BinaryIO, path: Path) -> SafetensorsFile:
             f"{path} has a broken safetensors header: {type(error).__name__}: {error}."
         ) from None
     at = 0
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+    for name in in_order(entries):
+        entry = entries[name]
         if entry.begin != at or entry.end - entry.begin != entry.nbytes:
             raise ValueError(
                 f"{path}: {name} lies at bytes {entry.begin} to {entry.end}, expected "

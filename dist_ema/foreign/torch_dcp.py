@@ -218,9 +218,10 @@ class Folder(disk.OpenFiles):
         except ValueError as error:
             raise ValueError(f"{self.path}: {name} cannot be put together: {error}.") from None
 
-    def read(self, name: str, begin: int, end: int) -> Bytes:
+    def read(self, name: str, begin: int, end: int, into: Bytes | None = None) -> Bytes:
+        """Bytes [begin, end) of a weight. into: Memory for them."""
         entry = self.entries[name]
-        data = np.empty(end - begin, np.uint8)
+        data = np.empty(end - begin, np.uint8) if into is None else into
         if begin == end:
             return data
         size = safetensors.ITEMSIZE[entry.dtype]

@@ -10,10 +10,11 @@ one file open: a thousand checkpoints need no more of either than two.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _version
-from ..checkpoint import atomic, manifest, safetensors
-from ..dtypes import FLOATS, TO_TORCH, Floats, fitted, float_dtype, widen
+from ..checkpoint import atomic, crc32, manifest, safetensors
+from ..dtypes import FLOATS, TO_TORCH, Bytes, fitted, float_dtype, widen
 from ..text import some
 from . import model_card, sums, writer
-from .sources import Source, is_equal, windows
+from .sources import Source, is_equal
 
 __all__ = ["WINDOW", "Blend", "alike", "locate", "numeric", "write"]
 
-WINDOW = 1 << 19  # elements: 2 MB as read, 4 of the sum, 4 of the product
-AHEAD = 2  # windows that are read before they are asked for
+WINDOW = 1 << 19  # elements that a thread sums at a time: 2 MB of float32
+CHUNK = 1 << 18  # values that are read, multiplied and added while a cache holds them
+THREADS = 2  # windows that are summed at a time
 MOST_OPEN = 64  # models whose files stay open
 
 
@@ -54,8 +56,16 @@ class Blend:
 
     @cached_property
     def _scratch(self) -> NDArray[np.float64]:
-        """The sum and the product of a window."""
-        return np.empty((2, 2 * WINDOW))
+        """For each window that is summed a chunk as it is read, the sum, and a product.
+
+        They are used again, because fresh pages take as long as a product.
+        """
+        return np.empty((THREADS, 3, CHUNK))
+
+    @cached_property
+    def _spare(self) -> list[Bytes]:
+        """Memory of windows that were written."""
+        return []
 
     @property
     def entries(self) -> dict[str, safetensors.Entry]:
@@ -67,63 +77,81 @@ class Blend:
     def _dtype(self, name: str) -> str:
         return float_dtype(self.rest.entries[name].dtype, self.dtypes.get(name))
 
-    def content(self, name: str) -> Iterator[sums.Window]:
-        """The bytes of a weight, in windows. *Cost*: 32 MB, with those in flight."""
-        was, dtype = self.rest.entries[name].dtype, self._dtype(name)
-        if name not in self.summed:
-            for window in windows(self._checked[id(self.rest)], name):
-                yield window.cast(name, was, dtype)
-            return
-        count = self.rest.entries[name].nbytes // safetensors.ITEMSIZE[was]
-        factors = [(model, weight) for model, weight in self.terms if weight]  # 0 * NaN is NaN
-        reads = (
-            partial(self._values, model, locate(model, name, self.rest), begin, count)
-            for begin in range(0, count, WINDOW)
-            for model, _ in factors
-        )
-        with ThreadPoolExecutor(1) as reader:  # it ends with the weight, whatever is raised
-            values = _read_ahead(reader, reads)
-            for _ in range(0, count, WINDOW):
-                total: Any = None
-                for (_, weight), term in zip(factors, values, strict=False):
-                    # Fresh pages for each product would cost more than the sum.
-                    scratch = self._scratch[int(total is not None), : len(term)]
-                    # A multiplication that casts takes twice as long as a cast and one in place.
-                    np.copyto(scratch, term)
-                    np.multiply(scratch, weight, out=scratch)
-                    total = scratch if total is None else np.add(total, scratch, out=total)
-                # What is in flight must not lie in the scratch.
-                total = total.copy() if dtype == "F64" else total
-                yield sums.Window(fitted(name, total, _real(dtype)))
+    def content(self, names: Sequence[str]) -> Iterator[sums.Window]:
+        """The bytes of weights in order, in windows. *Cost*: 32 MB, with those in flight."""
+        # Threads must not share models whose files are closed after every read.
+        threads = 1 if len(self.terms) > MOST_OPEN else THREADS
+        with ThreadPoolExecutor(threads) as pool:  # it ends with the names, whatever is raised
+            in_flight = deque[Future[sums.Window]]()
+            for call in self._calls(names):
+                in_flight.append(pool.submit(call))
+                if len(in_flight) == THREADS:  # the next one takes the scratch of the oldest
+                    yield in_flight.popleft().result()
+            for each in in_flight:
+                yield each.result()
 
-    def _values(self, model: Source, name: str, begin: int, count: int) -> Floats:
-        """Of a window that begins at an element. A complex number is two values."""
-        dtype, end = model.entries[name].dtype, min(begin + WINDOW, count)
+    def _calls(self, names: Sequence[str]) -> Iterator[Callable[[], sums.Window]]:
+        """What makes each window of the weights, to be called by any thread."""
+        scratches = cycle(self._scratch)
+        for name in names:
+            entry = self.rest.entries[name]
+            count = entry.nbytes // safetensors.ITEMSIZE[entry.dtype]
+            for begin in range(0, count, WINDOW):
+                end = min(begin + WINDOW, count)
+                if name in self.summed:
+                    terms = [
+                        (self._part(model, locate(model, name, self.rest), begin, end), factor)
+                        for model, factor in self.terms
+                        if factor  # 0 * NaN is NaN
+                    ]
+                    size = safetensors.ITEMSIZE[self._dtype(name)]
+                    memory = self._spare.pop() if self._spare else np.empty(0, np.uint8)
+                    if len(memory) < (end - begin) * size:
+                        memory = np.empty(WINDOW * size, np.uint8)
+                    yield partial(self._sum, name, terms, end - begin, next(scratches), memory)
+                else:
+                    yield partial(self._copy, name, self._part(self.rest, name, begin, end))
+
+    def _part(self, model: Source, name: str, begin: int, end: int) -> sums.Part:
+        size = safetensors.ITEMSIZE[model.entries[name].dtype]
+        return self._checked[id(model)].part(name, begin * size, end * size)
+
+    def _copy(self, name: str, part: sums.Part) -> sums.Window:
+        return part.window().cast(name, part.dtype, self._dtype(name))
+
+    def _sum(
+        self,
+        name: str,
+        terms: Sequence[tuple[sums.Part, float]],
+        count: int,
+        scratch: NDArray[np.float64],
+        memory: Bytes,
+    ) -> sums.Window:
+        """A window of `count` elements, in `memory`."""
+        raw, *scratches = scratch
+        dtype = self._dtype(name)
         size = safetensors.ITEMSIZE[dtype]
-        try:
-            window = self._checked[id(model)].read(name, begin * size, end * size)
-        finally:
-            if len(self.terms) > MOST_OPEN:
-                model.close()  # it opens again by itself
-        return widen(window.data, _real(dtype))
+        data, step = memory[: count * size], CHUNK // 2 if dtype == "C64" else CHUNK
+        for begin in range(0, count, step):
+            total: Any = None
+            n = min(step, count - begin)
+            for part, factor in terms:
+                read = part.read(raw.view(np.uint8)[: n * safetensors.ITEMSIZE[part.dtype]])
+                if len(self.terms) > MOST_OPEN:
+                    part.model.close()  # it opens again by itself
+                values = widen(read, _real(part.dtype))
+                product = scratches[total is not None][: len(values)]
+                # A multiplication that casts takes twice as long as a cast and one in place.
+                np.copyto(product, values)
+                np.multiply(product, factor, out=product)
+                total = product if total is None else np.add(total, product, out=total)
+            fitted(name, total, _real(dtype), data[begin * size :][: n * size])
+        return sums.Window(data, crc32.of_bytes(data.data), partial(self._spare.append, memory))
 
     def check(self) -> None:
         """Raise ValueError for a model that is not what its ema.json says. Once."""
         for each in self._checked.values():
             each.finish()
-
-
-def _read_ahead(
-    reader: ThreadPoolExecutor, reads: Iterable[Callable[[], Floats]]
-) -> Iterator[Floats]:
-    """The results of `reads`, in order. The thread makes the next ones meanwhile."""
-    coming = deque[Future[Floats]]()
-    for read in reads:
-        coming.append(reader.submit(read))
-        if len(coming) > AHEAD:
-            yield coming.popleft().result()
-    for each in coming:
-        yield each.result()
 
 
 def _real(dtype: str) -> str:

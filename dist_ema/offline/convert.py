@@ -318,7 +318,11 @@ def write(
     writer.write(
         out,
         files,
-        lambda name: map(sums.Window, _content(plan.weights[name], plan.dtypes[name], name)),
+        lambda names: (
+            sums.Window(raw)
+            for name in names
+            for raw in _content(plan.weights[name], plan.dtypes[name], name)
+        ),
         facts,
         force=force,
         tick=tick,

@@ -6,7 +6,7 @@ memory are those of the files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -87,10 +87,11 @@ def export(
         facts = _facts(model, saved, form, {} if named is None else named.owners)
         others = model_card.beside(Path(like or model.path), where, facts, form.entries)
 
-        def content(name: str) -> Iterator[sums.Window]:
-            was, now = source.entries[form.names[name]].dtype, form.entries[name].dtype
-            for window in windows(source, form.names[name]):
-                yield window.cast(name, was, now)
+        def content(names: Sequence[str]) -> Iterator[sums.Window]:
+            for name in names:
+                was, now = source.entries[form.names[name]].dtype, form.entries[name].dtype
+                for window in windows(source, form.names[name]):
+                    yield window.cast(name, was, now)
 
         with bar(sum(entry.nbytes for entry in form.entries.values())) as tick:
             writer.write(
@@ -222,7 +223,7 @@ def _files_like(pattern: Source) -> dict[str, list[str]]:
     """File -> its weights, as they lie there. Another form is as one file of the usual name."""
     tables = {name: file.entries for name, file in pattern.files.items()}
     return {
-        name: sorted(entries, key=lambda weight: (entries[weight].begin, entries[weight].end))
+        name: safetensors.in_order(entries)
         for name, entries in (tables or {"model.safetensors": pattern.entries}).items()
     }
 

@@ -46,9 +46,9 @@ T_co = TypeVar("T_co", covariant=True)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
 
 
-def read_at(fd: int, path: Path, begin: int, end: int) -> Bytes:
+def read_at(fd: int, path: Path, begin: int, end: int, into: Bytes | None = None) -> Bytes:
     """Bytes [begin, end) of an open file. Raises ValueError where it is shorter."""
-    data = np.empty(end - begin, np.uint8)
+    data = np.empty(end - begin, np.uint8) if into is None else into
     disk.read_into(fd, path, data.data, begin)
     return data
 
@@ -284,23 +284,23 @@ class Safetensors(disk.OpenFiles):
             if alias not in self.entries and name in self.entries
         }
 
-    def read(self, name: str, begin: int, end: int) -> Bytes:
-        """Bytes [begin, end) of a weight."""
+    def read(self, name: str, begin: int, end: int, into: Bytes | None = None) -> Bytes:
+        """Bytes [begin, end) of a weight. into: Memory for them."""
         file, start = self.place(name)
-        return self.raw(file, start + begin, start + end)
+        return self.raw(file, start + begin, start + end, into)
 
     def place(self, name: str) -> tuple[str, int]:
         """The file that holds a weight, and the byte at which it begins there."""
         file, content = self._where[name]
         return file, len(content.head) + content.entries[name].begin
 
-    def raw(self, file: str, begin: int, end: int) -> Bytes:
+    def raw(self, file: str, begin: int, end: int, into: Bytes | None = None) -> Bytes:
         """Bytes [begin, end) of a file.
 
         Raises:
             ValueError: It is another file than the headers were read from, or a shorter one.
         """
-        return read_at(self.fd(file), self._folder / file, begin, end)
+        return read_at(self.fd(file), self._folder / file, begin, end, into)
 
     def fd(self, name: str) -> int:
         """NOTE: a save may have replaced the file since its header was read; two must not mix."""

@@ -6,22 +6,32 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from threading import Lock
 from typing import NamedTuple
+
+import numpy as np
 
 from ..checkpoint import crc32, manifest, safetensors
 from ..dtypes import Bytes, cast
 from .sources import WINDOW, Safetensors, Source
 
-__all__ = ["Checked", "FileSums", "Window"]
+__all__ = ["Checked", "FileSums", "Part", "Window"]
 
 IN_FLIGHT = 4  # windows that wait for a thread, at most
 
 
 class Window(NamedTuple):
-    """Bytes on their way into a file, and their CRC-32 where it is known already."""
+    """Bytes on their way into a file.
+
+    Attributes:
+        crc32: Of the bytes, where it is known already.
+        release: Called when nobody reads `data` any more, so that its memory can be used again.
+    """
 
     data: Bytes
     crc32: int | None = None
+    release: Callable[[], object] | None = None
 
     def cast(self, name: str, was: str, now: str) -> Window:
         """Of weight `name`, in another dtype."""
@@ -29,25 +39,24 @@ class Window(NamedTuple):
 
 
 class FileSums:
-    """CRC-32 and, if asked for, SHA-256 of a file, on threads beside the caller's reads.
+    """CRC-32 and, if asked for, SHA-256 of a file, beside the caller's reads.
 
-    Each sum and each of the `sinks` has a thread, which takes the windows in their order. Sums and
-    writes release the interpreter's lock. The caller must not write into a window again.
+    SHA-256 and each of the `sinks` have a thread, which takes the windows in their order, and
+    releases the interpreter's lock. The caller must not write into a window again.
     """
 
     def __init__(self, head: bytes, with_sha256: bool, *sinks: Callable[[Window], object]) -> None:
         self._crc32 = crc32.of_bytes(head)
         self._sha256 = hashlib.sha256(head) if with_sha256 else None
-        calls = [self._add_crc32, self._add_sha256] if with_sha256 else [self._add_crc32]
-        self._threads = [(ThreadPoolExecutor(1), call) for call in (*calls, *sinks)]
-        self._in_flight: deque[list[Future[object]]] = deque()
+        calls = [self._add_sha256, *sinks] if with_sha256 else sinks
+        self._threads = [(ThreadPoolExecutor(1), call) for call in calls]
+        self._in_flight: deque[tuple[Window, list[Future[object]]]] = deque()
 
     def add(self, window: Window) -> None:
         """Begin to add the bytes that come next."""
         self._wait(IN_FLIGHT - 1)
-        self._in_flight.append([thread.submit(call, window) for thread, call in self._threads])
-
-    def _add_crc32(self, window: Window) -> None:
+        calls = [thread.submit(call, window) for thread, call in self._threads]
+        self._in_flight.append((window, calls))
         found = crc32.of_bytes(window.data.data) if window.crc32 is None else window.crc32
         self._crc32 = crc32.appended(self._crc32, found, len(window.data))
 
@@ -58,8 +67,11 @@ class FileSums:
     def _wait(self, left: int) -> None:
         """Until at most `left` windows are in flight."""
         while len(self._in_flight) > left:
-            for each in self._in_flight.popleft():
+            window, calls = self._in_flight.popleft()
+            for each in calls:
                 each.result()
+            if window.release is not None:
+                window.release()
 
     def to_json(self) -> dict[str, str]:
         """The sums by kind, as ema.json has them."""
@@ -73,6 +85,35 @@ class FileSums:
     def __exit__(self, *_: object) -> None:
         for thread, _call in self._threads:
             thread.shutdown(cancel_futures=True)
+
+
+class Part:
+    """Bytes of a weight, to be read in order by one thread.
+
+    Attributes:
+        crc32: Of those that were read, if a sum asks for it.
+    """
+
+    def __init__(
+        self, model: Source, name: str, begin: int, end: int, add: Callable[[int], None] | None
+    ) -> None:
+        self.model, self.dtype = model, model.entries[name].dtype
+        self.crc32 = None if add is None else 0
+        self._name, self._at, self._end, self._add = name, begin, end, add
+
+    def read(self, into: Bytes) -> Bytes:
+        """The next bytes, as many as `into` has. *Aliases* it."""
+        begin, self._at = self._at, self._at + len(into)
+        self.model.read(self._name, begin, self._at, into)
+        if self._add is not None and self.crc32 is not None:
+            self.crc32 = crc32.of_bytes(into.data, self.crc32)
+            if self._at == self._end:
+                self._add(self.crc32)
+        return into
+
+    def window(self) -> Window:
+        """All of them."""
+        return Window(self.read(np.empty(self._end - self._at, np.uint8)), self.crc32)
 
 
 class Checked:
@@ -89,17 +130,26 @@ class Checked:
             self._summed = model if model.listed is not None else None
         files = self._summed.files if self._summed else {}
         self._sums = {name: crc32.RangeSum(file.size) for name, file in files.items()}
-        self._seen: dict[tuple[str, str], int] = {}  # (file, weight) -> bytes that were summed
+        self._lock = Lock()
+        self._seen: dict[tuple[str, str], int] = {}  # (file, weight) -> bytes in its sum
 
     def read(self, name: str, begin: int, end: int) -> Window:
         """Bytes [begin, end) of a weight. Windows in order count once, however often read."""
-        raw = self._model.read(name, begin, end)
+        return self.part(name, begin, end).window()
+
+    def part(self, name: str, begin: int, end: int) -> Part:
+        """As `read`, for a thread to read piece by piece. The order is that of these calls."""
+        add = None
         if self._summed is not None:
             file, at = self._summed.place(name)
             if begin == self._seen.get((file, name), 0):
                 self._seen[file, name] = end
-                return Window(raw, self._sums[file].add(at + begin, raw.data))
-        return Window(raw)
+                add = partial(self._add, file, at + begin, end - begin)
+        return Part(self._model, name, begin, end, add)
+
+    def _add(self, file: str, at: int, n: int, found: int) -> None:
+        with self._lock:
+            self._sums[file].add_known(at, n, found)
 
     def finish(self) -> None:
         """Raise ValueError for a file that is not what ema.json says, and close the model. Once."""

@@ -168,11 +168,9 @@ def _verify_file(
     with_sha256 = seal or "sha256" in recorded
     with open(path, "rb") as handle, FileSums(file.head, with_sha256) as sums:
         tick(len(file.head))
-        for weight, entry in sorted(
-            file.entries.items(), key=lambda item: (item[1].begin, item[1].end)
-        ):
-            count = Counter[str]()
-            base = len(file.head)
+        base = len(file.head)
+        for weight in safetensors.in_order(file.entries):
+            entry, count = file.entries[weight], Counter[str]()
             for begin in range(entry.begin, entry.end, WINDOW):
                 end = min(begin + WINDOW, entry.end)
                 raw = read_at(handle.fileno(), path, base + begin, base + end)

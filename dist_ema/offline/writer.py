@@ -92,7 +92,7 @@ def refuse_target(path: Path, force: bool, temporary: Path | None = None) -> Non
 def write(
     path: Path,
     files: Files,
-    content: Callable[[str], Iterable[Window]],
+    content: Callable[[Sequence[str]], Iterable[Window]],
     facts: manifest.Manifest,
     *,
     beside: Mapping[str, bytes | Path] = MappingProxyType({}),
@@ -108,8 +108,8 @@ def write(
     Args:
         path: Where it goes.
         files: Of the model, by name.
-        content: Gives the bytes of a weight in order, in any windows, which it must not change
-            again. It is asked once for each weight, in the order of the files.
+        content: Gives the bytes of weights in order, in any windows. It is asked once for the
+            weights of each file, and must not change a window before that is released.
         facts: The ema.json of a folder, whose `files` are filled in here.
         beside: Other files of a folder: name -> content, or a file to copy.
         index: The name of a folder's index, where it holds several files.
@@ -150,11 +150,11 @@ def write(
 def _write_file(
     path: Path,
     file: safetensors.SafetensorsFile,
-    content: Callable[[str], Iterable[Window]],
+    content: Callable[[Sequence[str]], Iterable[Window]],
     tick: Callable[[int], None],
 ) -> dict[str, Any]:
     """Returns its line in ema.json: size and sums."""
-    at = written = len(file.head)
+    written = len(file.head)
     with open(path, "wb") as handle:
         disk.reserve(handle.fileno(), file.size)
     target = disk.Target(path)
@@ -166,18 +166,12 @@ def _write_file(
 
     with closing(target), FileSums(file.head, True, write_next) as sums:
         target.write(memoryview(file.head), 0)
-        for name, entry in sorted(
-            file.entries.items(), key=lambda item: (item[1].begin, item[1].end)
-        ):
-            for window in content(name):
-                sums.add(window)
-                at += len(window.data)
-                tick(len(window.data))
-            assert at == len(file.head) + entry.end, (
-                f"{name} is {entry.nbytes} bytes, the content was not"
-            )
+        for window in content(safetensors.in_order(file.entries)):
+            sums.add(window)
+            tick(len(window.data))
         found = sums.to_json()
         target.sync()
+    assert written == file.size, f"{path.name} is {file.size} bytes, its content was not"
     return {"size": file.size} | found
 
 
