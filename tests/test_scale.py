@@ -12,7 +12,7 @@ from launch import scale
 
 
 @pytest.mark.parametrize(
-    ("size", "verbs"), [(8, tuple(scale.EXCHANGES)), (64, ("save", "metrics"))]
+    ("size", "verbs"), [(8, tuple(scale.EXCHANGES)), (64, ("save", "gather", "metrics"))]
 )
 def test_no_verb_costs_more_than_its_formula(size: int, verbs: tuple[str, ...]) -> None:
     """At most 10 operations and 1 kB read, by each rank."""
