@@ -270,7 +270,7 @@ def _refuse_foreign(request: SaveRequest, temporary: Path | None = None) -> None
                 f"{path} is an average to resume from: its clock would be lost. Choose another "
                 "path."
             )
-    elif set(path.iterdir()) - {temporary} and not (path / manifest.META).exists():
+    elif not (path / manifest.META).exists() and set(path.iterdir()) - {temporary}:
         raise ValueError(
             f"{path} holds files but no {manifest.META}: it is not ours to replace. Choose another "
             "path."

@@ -116,18 +116,16 @@ class Writer:
 
     def _prepare(self, request: SaveRequest, stage: bool) -> _PreparedSave:
         """Check everything before the first byte is written; reserve the space. *Collective*."""
-        ranks, made = self._ranks, list[file_writer.BlockPlacer]()
-
         request.refuse_unsound()  # alike on all ranks, which have compared their arguments
 
         def make() -> str:
             self._refuse_other_parts(request)
             return str(make_folder(request))
 
-        folder = Path(ranks.run_on_first(request.verb, make))
+        folder = Path(self._ranks.run_on_first(request.verb, make))
         try:
-            routes = self._routes(request, folder, stage, made)
-            return _PreparedSave(request, folder, made[0], routes)
+            placer, seen = self._place(request, folder, stage)
+            return _PreparedSave(request, folder, placer, self._routes(request, folder, seen))
         except BaseException:
             self._abandon(folder)
             raise
@@ -144,22 +142,18 @@ class Writer:
                 "EMA([stage, ...]) on every rank; else give each average a path of its own."
             )
 
-    def _routes(
-        self,
-        request: SaveRequest,
-        folder: Path,
-        stage: bool,
-        made: list[file_writer.BlockPlacer],
-    ) -> Routes | None:
-        """Which ranks write what. None: all write into place, as they share machine and folder.
+    def _place(
+        self, request: SaveRequest, folder: Path, stage: bool
+    ) -> tuple[file_writer.BlockPlacer, list[int]]:
+        """What places this rank's blocks, and which ranks see the folder. *Collective*.
 
-        *Collective*. What places the blocks goes to `made`, with copies if they are to be staged.
+        stage: Take copies of the blocks.
 
         Raises:
             ValueError: The ranks would write different files.
-            RuntimeError: A rank that must write does not see the folder, or it is gone.
+            RuntimeError: The folder is gone.
         """
-        ranks, verb = self._ranks, request.verb
+        ranks, verb, made = self._ranks, request.verb, list[file_writer.BlockPlacer]()
         error: Exception | None = None
         try:
             heads = [(name, file.head) for name, file in request.files.items()]
@@ -184,14 +178,22 @@ class Writer:
                 f"ema.{verb}(): the ranks ask for different files. which, dtype, max_shard_size "
                 "and mode must be alike on all of them."
             ) from error
-        seen: list[int] = [1] * ranks.size
         if blind == ranks.size:
             raise RuntimeError(
                 f"ema.{verb}(): {folder} is gone, in which the files were made. What removes "
                 f"hidden folders from {folder.parent}?"
             )
-        if blind:
-            seen = ranks.gather(verb, int(sees), list)
+        return made[0], ranks.gather(verb, int(sees), list) if blind else [1] * ranks.size
+
+    def _routes(self, request: SaveRequest, folder: Path, seen: list[int]) -> Routes | None:
+        """Which ranks write what. None: all write into place, as they share machine and folder.
+
+        *Collective*.
+
+        Raises:
+            RuntimeError: A rank that must write does not see the folder.
+        """
+        ranks, verb, blind = self._ranks, request.verb, not all(seen)
         if request.mode == "direct":
             if blind:
                 raise RuntimeError(
