@@ -30,7 +30,6 @@ from .averaging.swap import WeightSwap
 from .averaging.swap_registry import Reads
 from .averaging.teacher import refuse_beside_teacher
 from .checkpoint import atomic, dcp, library_files, stages
-from .checkpoint.publishing import Publication
 from .checkpoint.request import AverageFiles, SaveRequest
 from .schedules import Schedule, schedule_list
 from .schedules import schedule as coerce
@@ -39,7 +38,7 @@ from .sharding.ownership import ParamState
 from .text import warn
 from .verbs.entry import Entry, Which, warn_if_idle, warn_of_unexplained_keys
 from .verbs.files import Files, load
-from .verbs.publisher import Publisher
+from .verbs.publisher import Publication, Publisher
 
 __all__ = ["EMA"]
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dist_ema import load_file as load_ours
 from dist_ema.checkpoint.crc32 import RangeSum, check_sum
+from dist_ema.checkpoint.load_file import DTYPES
 from dist_ema.checkpoint.manifest import FORMAT, META, Manifest, read
 from dist_ema.checkpoint.safetensors import (
     INDEX,
@@ -39,7 +40,6 @@ from dist_ema.checkpoint.safetensors import (
     read_model,
 )
 from dist_ema.checkpoint.strict_json import MOST_JSON, dump
-from dist_ema.checkpoint.torch_dtypes import DTYPES
 from dist_ema.text import size_of
 from tests.ema_json import stamped
 

@@ -42,9 +42,6 @@ class Updates:
         with torch.inference_mode(False), torch.no_grad():
             return _plan(self._weights, self._seed, _share(self.overlap))
 
-    def _forget_plan(self) -> None:
-        self.__dict__.pop("plan", None)
-
     def renew(self, averages: Sequence[Average], seed: int) -> None:
         """Take other addresses: what an update needs of them is made once, never per step."""
         weights: list[ShadowPair] = []
@@ -58,7 +55,7 @@ class Updates:
                 pair = ShadowPair(first.name, shadows, first.source, number, huge)
                 (buffers if first.shard.kind == "buffer" else weights).append(pair)
         self._weights, self._seed = weights, seed
-        self._forget_plan()
+        self.__dict__.pop("plan", None)
         # Buffers are written by the next forward, so they are read before `run` returns. Modules
         # may replace them at every step, which leaves no time for tables on the device.
         self._buffers = eager.UpdatePlan(buffers, seed)
@@ -83,7 +80,7 @@ class Updates:
         self.device = next((device for device in live if has_streams(device)), None)
         before, self.overlap = _share(self.overlap), overlap
         if _share(overlap) != before:
-            self._forget_plan()
+            self.__dict__.pop("plan", None)
         choice = (on_host if overlap is None else overlap > 0, on_host, devices)
         if anew or choice != self._choice:
             self.engine = choose_engine(devices, on_host, choice[0])

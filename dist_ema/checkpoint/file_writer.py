@@ -17,7 +17,8 @@ from ..averaging.kernels.eager import SCRATCH
 from ..distributed import machines, receiver, transfer
 from ..sharding.arena import ALIGN
 from ..sharding.geometry import Box, byte_runs, bytes_of, runs
-from . import crc32, disk, torch_dtypes
+from . import crc32, disk
+from .load_file import DTYPES
 from .request import SaveRequest
 
 __all__ = ["BlockPlacer", "FileWriter"]
@@ -50,7 +51,7 @@ class BlockPlacer:
             for block in average.blocks:
                 name = names[block.number]
                 file = where[name]
-                dtype = torch_dtypes.DTYPES[self._files[file].entries[name].dtype]
+                dtype = DTYPES[self._files[file].entries[name].dtype]
                 self._blocks.append(_Placed(name, file, dtype, block))
 
     def stage(self) -> None:

@@ -18,10 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..dtypes import TO_TORCH
 from ..sharding.geometry import Box, byte_runs, bytes_of, split_box
-from . import atomic, crc32, disk, manifest, safetensors, torch_dtypes
+from . import atomic, crc32, disk, manifest, safetensors
 
 __all__ = [
+    "DTYPES",
+    "KINDS",
     "Aliases",
     "Location",
     "OpenFile",
@@ -31,6 +34,10 @@ __all__ = [
     "refuse_unlisted",
     "with_aliases",
 ]
+
+# The dtypes of safetensors as torch has them, and back.
+DTYPES: dict[str, torch.dtype] = {kind: getattr(torch, name) for kind, name in TO_TORCH.items()}
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
 
 def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -70,7 +77,7 @@ def _mapped(path: Path, file: safetensors.SafetensorsFile) -> Iterable[tuple[str
     if len(pages) != file.size:
         raise ValueError(f"{path} became shorter while it was read.")
     for name, entry in file.entries.items():
-        start, dtype = len(file.head) + entry.begin, torch_dtypes.DTYPES[entry.dtype]
+        start, dtype = len(file.head) + entry.begin, DTYPES[entry.dtype]
         raw = torch.from_numpy(pages[start : start + entry.nbytes])
         # NOTE: other writers pack at any byte, and views of a wider dtype need alignment.
         raw = raw if start % dtype.itemsize == 0 else raw.clone()
@@ -211,7 +218,7 @@ class OpenFile:
     def read(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
         """Blocks of a box, each at most a window. *Aliases*: the next block overwrites this one."""
         entry = self.header.entries[name]
-        dtype, begin = torch_dtypes.DTYPES[entry.dtype], len(self.header.head) + entry.begin
+        dtype, begin = DTYPES[entry.dtype], len(self.header.head) + entry.begin
         blocks = list(split_box(box, WINDOW // dtype.itemsize))
         buffer = torch.empty(
             max(block.numel for block in blocks) * dtype.itemsize, dtype=torch.uint8, device="cpu"
@@ -248,4 +255,4 @@ class OpenWeight(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch_dtypes.DTYPES[self.entry.dtype]
+        return DTYPES[self.entry.dtype]

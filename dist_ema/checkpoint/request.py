@@ -6,6 +6,7 @@ The first rank makes that folder before the first byte, and completes and puts i
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,9 +22,8 @@ from ..sharding.ownership import ParamState, saved_blocks, saved_dtype
 from ..text import size_of
 from . import atomic, crc32, disk, manifest, retention, safetensors, versions
 from .library_files import FileForm
+from .load_file import KINDS
 from .manifest import Manifest
-from .publishing import Publication
-from .torch_dtypes import KINDS
 
 __all__ = [
     "AverageFiles",
@@ -118,7 +118,9 @@ class SaveRequest:
     mode: 'direct', 'stream', or None to choose by what the ranks see of each other.
     keep: how many of the numbered saves beside it are kept.
     numbered: what killed saves of the run left under lower numbers is removed, as with keep.
-    publication: of which this is a version; it takes the errors of background work.
+    leases: of published versions; what is leased stays beside `keep`, `keep_at_most` in all.
+    beside: the folder whose files without weights a version gets.
+    note: takes the outcome of background work, an error or None, and gives remarks.
     """
 
     verb: str
@@ -130,7 +132,10 @@ class SaveRequest:
     dtype: torch.dtype | None = None
     keep: int | None = None
     numbered: bool = False
-    publication: Publication | None = None
+    leases: versions.LeaseWatch | None = None
+    keep_at_most: int = 0
+    beside: Path | None = None
+    note: Callable[..., list[str]] | None = None
 
     @property
     def one_file(self) -> bool:
@@ -303,9 +308,7 @@ def put_in_place(request: SaveRequest, folder: Path, sums: dict[str, int]) -> li
         atomic.publish(folder, request.path)
         if request.keep is None:
             return []
-        watch = request.publication
-        bounds = () if watch is None else (watch.leases, watch.keep_at_most)
-        return retention.advance(request.path, request.keep, *bounds)
+        return retention.advance(request.path, request.keep, request.leases, request.keep_at_most)
 
 
 def _seal(request: SaveRequest, folder: Path, sums: dict[str, int]) -> None:
@@ -329,8 +332,7 @@ def _seal(request: SaveRequest, folder: Path, sums: dict[str, int]) -> None:
         stale |= {safetensors.ADAPTER, safetensors.ADAPTER_CONFIG}  # loaders would add it again
         retention.carry_over(request.path, folder, stale)
     for name in published["beside"]:
-        assert request.publication is not None
-        atomic.link_or_copy(f"{request.publication.beside}/{name}", folder / name)
+        atomic.link_or_copy(f"{request.beside}/{name}", folder / name)
     for inner in sorted({path.parent for path in folder.rglob("*")}, reverse=True):
         atomic.sync(inner)
 

@@ -100,18 +100,18 @@ class Writer:
 
     def _carry_out_together(self, prepared: _PreparedSave, ranks: Ranks) -> list[str]:
         """Write it, and stay until all ranks know the outcome: this process may serve the store."""
-        publication, error = prepared.request.publication, None
+        note, error = prepared.request.note, None
         try:
             remarks = self._carry_out(prepared, ranks)
         except Exception as caught:
-            if publication is None:
+            if note is None:
                 raise
             remarks, error = [], caught
         else:
             with suppress(RuntimeError):
                 ranks.run_on_all(prepared.request.verb, lambda: None)
-        if publication is not None:
-            remarks = remarks + publication.note(error, aloud=ranks.first)
+        if note is not None:
+            remarks = remarks + note(error, aloud=ranks.first)
         return remarks
 
     def _prepare(self, request: SaveRequest, stage: bool) -> _PreparedSave:

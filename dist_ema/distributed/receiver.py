@@ -118,7 +118,7 @@ class Receiver:
                 connection: Any = key.fileobj
                 try:
                     ended = self._take(connection, key.data)
-                except (OSError, _StoppedError):  # the sender notices too, and says whom it lost
+                except OSError:  # the sender notices too, and says whom it lost
                     ended = True
                 if ended:
                     self._selector.unregister(connection)
@@ -139,7 +139,7 @@ class Receiver:
 
     def _refuse_stopped(self, moved: float) -> float:
         if self.stopped:
-            raise _StoppedError
+            raise ConnectionAbortedError(103, "the block of `receiving` has ended")
         return moved
 
     def _window(self, stream: Stream, onward: Stream | None) -> bool:
@@ -181,10 +181,6 @@ class Receiver:
             self._beaten = time.monotonic()
             with suppress(RuntimeError):
                 self._coordinator.beats.send()
-
-
-class _StoppedError(Exception):
-    """The block of `receiving` has ended."""
 
 
 class Stream:

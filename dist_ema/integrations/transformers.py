@@ -17,9 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..checkpoint.publishing import Publication
 from ..ema import EMA
 from ..schedules import Schedule, schedule_list
+from ..verbs.publisher import Publication
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState

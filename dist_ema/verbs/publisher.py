@@ -1,20 +1,154 @@
-"""`Publisher`: a publication begun, a version published when due, as a request of the writer."""
+"""`Publication` of `EMA.publish`: every, keep, beside, skipped; `Publisher`: a version when due."""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
+import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from weakref import WeakMethod
 
 from ..averaging.swap_registry import Reads
-from ..checkpoint import atomic, library_files, request, versions
-from ..checkpoint.publishing import Publication
+from ..checkpoint import atomic, library_files, request, retention, versions
 from ..text import warn
 from .entry import Entry, Which
 from .files import Files
 
-__all__ = ["Publisher"]
+__all__ = ["Publication", "Publisher"]
+
+log = logging.getLogger("dist_ema")
+
+
+class Publication:
+    """What `EMA.publish` returns.
+
+    Attributes:
+        folder: Where versions appear.
+        every: Units of the clock between two versions.
+        keep: How many stay.
+        keep_at_most: How many stay with those that are leased.
+        which: The average that is published.
+        beside: The folder whose config and tokenizer each version gets.
+        files: What they are called, and the config beside them.
+        form: Their dtype, and how they are written.
+        metrics: JSON values of yours, like {"loss": 0.3}, which go into the next versions. The
+            first rank's count.
+        number: Of the last version that was begun.
+        published: Versions in place, as far as this rank knows.
+        skipped: Versions that were due while an earlier one was written.
+        failed: Versions that the disk refused; a warning named each.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every: float,
+        keep: int,
+        keep_at_most: int | None,
+        which: Any,
+        beside: Path | None,
+        files: library_files.FileForm,
+        form: dict[str, Any],
+        finish: Callable[[], Callable[[], None] | None],
+    ) -> None:
+        if not 0 < every < math.inf:
+            raise ValueError(f"every must be positive and finite, got {every}.")
+        if type(keep) is not int or keep < 1:
+            raise ValueError(f"keep must be a whole number of versions, at least 1, got {keep!r}.")
+        keep_at_most = 4 * keep if keep_at_most is None else keep_at_most
+        if keep_at_most < keep:
+            raise ValueError(
+                f"keep_at_most={keep_at_most} is less than keep={keep}: it bounds what leases may "
+                "add to keep."
+            )
+        self.folder, self.every = folder, every
+        self.keep, self.keep_at_most = keep, keep_at_most
+        self.which, self.beside = which, beside
+        self.files, self.form = files, form
+        if beside is not None and not beside.is_dir():
+            raise ValueError(
+                f"beside={os.fspath(beside)!r} is no folder. Name one with config.json."
+            )
+        self.metrics: dict[str, Any] = {}
+        self.number = self.published = self.skipped = self.failed = 0
+        self.active = True
+        self.leases = versions.LeaseWatch(folder)
+        self._finish = finish  # a weak reference: the EMA holds this, and not the other way round
+
+    def begin(self) -> int:
+        """Prepare the folder on the first rank. Returns the number of its last version."""
+        atomic.ensure(self.folder)
+        atomic.remove(self.folder / versions.STOP)
+        number = versions.highest(self.folder)
+        newest = self.folder / versions.name_of(number)
+        retention.refuse(newest, self.keep)
+        if number:  # a trainer that was killed may have left one too many
+            retention.advance(newest, self.keep, self.leases, self.keep_at_most)
+        else:
+            self.leases.begin_anew()
+        return number
+
+    def facts(self, average: str, step: int, now: float) -> dict[str, Any]:
+        """What ema.json says under `versions.KEY`."""
+        return {
+            "version": self.number,
+            "id": uuid.uuid4().hex,
+            "average": average,
+            "step": step,
+            "now": now,
+            "time": time.time(),
+            "every": self.every,
+            "skipped": self.skipped,
+            "beside": [] if self.beside is None else retention.companions(self.beside),
+            "metrics": dict(self.metrics),
+        }
+
+    def note(self, error: Exception | None, aloud: bool = True) -> list[str]:
+        """The outcome of a version. Returns a remark where training goes on without it.
+
+        Args:
+            error: What went wrong.
+            aloud: This rank reports it.
+        """
+        if error is None:
+            self.published += 1
+            return []
+        self.failed += 1
+        if not aloud:
+            return []
+        remark = (
+            f"version {self.number} could not be published in {self.folder}: {error} Training goes "
+            "on, and the next version is tried when it is due."
+        )
+        log.error(remark)
+        return [remark]
+
+    def wait(self) -> None:
+        """Wait for the version that is being written; warn if it failed."""
+        finish = self._finish()
+        if finish is not None:
+            finish()
+
+    def remove(self, stop: bool = False) -> None:
+        """Publish no more; the version that is being written is waited for. Idempotent.
+
+        Args:
+            stop: Leave a stop file, so that those who follow the folder end. Pass it on one rank.
+        """
+        self.active = False
+        self.wait()
+        if stop:
+            (self.folder / versions.STOP).touch()
+
+    def __repr__(self) -> str:
+        return (
+            f"Publication({os.fspath(self.folder)!r}, every={self.every:g}, keep={self.keep}, "
+            f"published={self.published}, skipped={self.skipped}, failed={self.failed})"
+        )
 
 
 class Publisher:
@@ -104,6 +238,9 @@ class Publisher:
             extra={versions.KEY: publication.facts(average.name, step, now)},
             keep=publication.keep,
             numbered=True,
-            publication=publication,
+            leases=publication.leases,
+            keep_at_most=publication.keep_at_most,
+            beside=publication.beside,
+            note=publication.note,
             **publication.form,
         )
