@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..distributed.diagnosis import digest
 from ..distributed.ranks import Ranks
+from ..packing import packs
 from ..sharding import consistency, fingerprint
 from ..sharding.ownership import ParamState
 from .average import Average
@@ -141,23 +142,16 @@ def _squares(states: Sequence[ParamState]) -> list[float]:
 
 def batches(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[list[Tensor]]:
     """Columns of rows of equal length: windows of at most WINDOW elements, short rows together."""
-    batch: list[tuple[Tensor, ...]] = []
-    size = 0
-    for row in rows:
-        for window in zip(*(_real(x).split(WINDOW) for x in row), strict=True):
-            length = len(window[0])
-            if batch and (size + length > WINDOW or _kinds(batch[0]) != _kinds(window)):
-                yield _columns(batch)
-                batch, size = [], 0
-            batch.append(window)
-            size += length
-    if batch:
-        yield _columns(batch)
-
-
-def _columns(rows: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
-    columns = zip(*rows, strict=True)
-    return [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
+    windows = (
+        window
+        for row in rows
+        for window in zip(*(_real(x).split(WINDOW) for x in row), strict=True)
+    )
+    for batch in packs(
+        windows, lambda row: len(row[0]), WINDOW, lambda last, row: _kinds(last) == _kinds(row)
+    ):
+        columns = zip(*batch, strict=True)
+        yield [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
 
 
 def _real(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from reprlib import repr as brief
 from typing import Any, BinaryIO
 
 from ..dtypes import NUMPY
+from ..packing import packs
 from ..text import size_of
 from . import disk, strict_json
 
@@ -124,27 +125,19 @@ def header(
     return SafetensorsFile(struct.pack("<Q", len(text)) + text, placed)
 
 
-def plan(
-    entries: dict[str, Entry], max_shard_size: int | str, metadata: dict[str, str] | None = None
-) -> dict[str, SafetensorsFile]:
+def plan(entries: dict[str, Entry], max_shard_size: int | str) -> dict[str, SafetensorsFile]:
     """The files of a model by name.
 
     Each holds at most max_shard_size (bytes, or '5GB'), unless one weight is larger.
     """
     most = size_of(max_shard_size)
-    bins: list[dict[str, Entry]] = [{}]
-    filled = 0
-    for name in sorted(entries):
-        if bins[-1] and filled + entries[name].nbytes > most:
-            bins.append({})
-            filled = 0
-        bins[-1][name] = entries[name]
-        filled += entries[name].nbytes
-    if len(bins) == 1:
-        return {"model.safetensors": header(entries, metadata)}
-    names = [f"model-{i + 1:05}-of-{len(bins):05}.safetensors" for i in range(len(bins))]
+    shards = list(packs(sorted(entries), lambda name: entries[name].nbytes, most))
+    if len(shards) <= 1:
+        return {"model.safetensors": header(entries)}
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     return {
-        name: header(bin_entries, metadata) for name, bin_entries in zip(names, bins, strict=True)
+        file: header({name: entries[name] for name in names})
+        for file, names in zip(files, shards, strict=True)
     }
 
 

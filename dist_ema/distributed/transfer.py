@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..packing import packs
 from .ranks import Ranks, transfer_device
 
 __all__ = [
@@ -197,7 +198,8 @@ def _stream(
 ) -> None:
     """Hand the blocks at `places` to `consume`; this rank sends `own`."""
     sizes = [math.prod(place.shape) * dtypes[place.number].itemsize for place in places]
-    windows, own_blocks = list(_windows(sizes)), iter(own)
+    # Alike for sender and receiver.
+    windows, own_blocks = list(packs(range(len(sizes)), sizes.__getitem__, STREAM)), iter(own)
     longest = max((sum(sizes[i] for i in window) for window in windows), default=0)
     # NOTE: allocated once. Were it freed in between, the allocator would not find the place again.
     scratch = torch.empty(-(-longest // 4), dtype=torch.int32, device=ranks.transfer_device())
@@ -218,17 +220,3 @@ def _stream(
             # NOTE: a view of another dtype needs an offset that its size divides.
             aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()
             consume(number, offsets, aligned.view(dtype).view(shape))
-
-
-def _windows(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Neighbouring blocks of at most one window together, the same for sender and receiver."""
-    window: list[int] = []
-    filled = 0
-    for i, n in enumerate(sizes):
-        if window and filled + n > STREAM:
-            yield window
-            window, filled = [], 0
-        window.append(i)
-        filled += n
-    if window:
-        yield window

@@ -19,7 +19,7 @@ a pass is, which depends on the processor: `passes_same_bits` compares them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -28,6 +28,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...packing import packs
 from ...sharding.geometry import Numbering
 from . import cpu_plan
 from .pairs import ShadowPair, Weights, join, merge
@@ -270,27 +271,15 @@ def _group(pairs: Sequence[ShadowPair]) -> Iterator[list[ShadowPair]]:
     """Long pairs one by one; short pairs in packs whose shadows lie end to end."""
     yield from ([pair] for pair in pairs if len(pair.live) >= SHORT)
     short = [pair for pair in pairs if len(pair.live) < SHORT]
-    yield from _pack(short, lambda a, b: b.follows(a) and _kind(a) == _kind(b))
+    yield from packs(short, _length, PACK, lambda a, b: b.follows(a) and _kind(a) == _kind(b))
 
 
 def _group_alike(pairs: Sequence[ShadowPair]) -> Iterator[list[ShadowPair]]:
     """Packs of pairs of one dtype and device on either side."""
     kinds = dict.fromkeys(map(_kind, pairs))
     for kind in kinds:
-        yield from _pack([pair for pair in pairs if _kind(pair) == kind], lambda a, b: True)
+        yield from packs([pair for pair in pairs if _kind(pair) == kind], _length, PACK)
 
 
-def _pack(
-    pairs: Sequence[ShadowPair], fits: Callable[[ShadowPair, ShadowPair], bool]
-) -> Iterator[list[ShadowPair]]:
-    """Groups of consecutive pairs that fit each other, of at most PACK elements."""
-    group: list[ShadowPair] = []
-    size = 0
-    for pair in pairs:
-        if group and (size + len(pair.live) > PACK or not fits(group[-1], pair)):
-            yield group
-            group, size = [], 0
-        group.append(pair)
-        size += len(pair.live)
-    if group:
-        yield group
+def _length(pair: ShadowPair) -> int:
+    return len(pair.live)
