@@ -148,9 +148,9 @@ def gathered(
 
 
 def _view(raw: Bytes, dtype: str) -> NDArray[Any]:
-    # NOTE: files of other writers may be packed at any byte, and a view needs alignment.
-    aligned = raw if raw.ctypes.data % NUMPY[dtype].itemsize == 0 else raw.copy()
-    return aligned.view(NUMPY[dtype])
+    # NOTE: files of other writers may be packed at any byte, and arithmetic needs alignment.
+    values = raw.view(NUMPY[dtype])
+    return values if values.flags.aligned else raw.copy().view(NUMPY[dtype])
 
 
 def _with_sticky_bit(values: NDArray[np.float64]) -> NDArray[np.float32]:

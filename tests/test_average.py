@@ -288,6 +288,16 @@ def test_many_files(tmp_path: Path, call: Call) -> None:
     assert load_file(tmp_path / "out")["w"].tolist() == [39.5, 39.5]
 
 
+def test_large_values(tmp_path: Path, call: Call) -> None:
+    """A mean of the largest float64 is finite, though their sum is not."""
+    for name in "ab":
+        save_file(
+            {"w": torch.tensor([1.5e308], dtype=torch.float64)}, tmp_path / f"{name}.safetensors"
+        )
+    assert call(tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "out")[0] == 0
+    assert load_file(tmp_path / "out")["w"].tolist() == [1.5e308]
+
+
 def test_memory(tmp_path: Path, call: Call) -> None:
     """Six models of 48 MB: no more memory than 30 MB."""
     for i in range(6):

@@ -164,7 +164,7 @@ def beginning(path: Path, n: int) -> bytes:
         return read_exactly(file, n)
 
 
-def read_into(fd: int, path: Path, into: memoryview, offset: int) -> None:
+def read_into(fd: int, path: Path | str, into: memoryview, offset: int) -> None:
     """Fill `into` from an open file. Raises ValueError where the file ends before."""
     # NOTE: one call moves at most 2 GiB.
     while into:
