@@ -114,11 +114,6 @@ class Average:
         window = which if isinstance(which, Window) else self.ring.window
         return replace(self, schedule=window, states=self.ring.mixed(self.states, window, now))
 
-    def empty(self) -> list[ParamState]:
-        """States to read a full block of a window into."""
-        assert self.ring is not None
-        return self.ring.empty(self.averaged)
-
     @property
     def averaged(self) -> list[ParamState]:
         """What has a shadow."""

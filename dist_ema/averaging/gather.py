@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..distributed.ranks import Ranks
 from ..distributed.receiver import Run
 from ..distributed.transfer import Block, stream_to_all
+from ..packing import packs
 from ..sharding import discovery, parameters, records, wrappers
 from ..sharding.geometry import Box, boxes_with_data, byte_runs, bytes_of
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
@@ -106,13 +107,12 @@ def full_weights(
 
     *Cost*: `WINDOW` bytes of full weights at a time, or one weight.
     """
-    window: list[ParamState] = []
-    for state, following in zip(states, [*states[1:], None], strict=True):
-        window.append(state)
-        sizes = (math.prod(windowed.shard.shape) * windowed.average.itemsize for windowed in window)
-        if following is None or sum(sizes) >= WINDOW:
-            yield from _full_window(ranks, window, own_buffers)
-            window = []
+    for window in packs(states, _full_bytes, WINDOW):
+        yield from _full_window(ranks, window, own_buffers)
+
+
+def _full_bytes(state: ParamState) -> int:
+    return math.prod(state.shard.shape) * state.average.itemsize
 
 
 @torch.no_grad()

@@ -104,7 +104,7 @@ class SwapJournal:
         self._live_buffers = []
 
     def _advance(self, state: ParamState, begin: int, end: int, copies: int) -> None:
-        live, shadow = _views(state, begin, end)
+        live, shadow = state.live[begin:end], state.own_shadow[begin:end]
         scratch = self._kept(state, live)
         if copies == 0:
             scratch.copy_(live)
@@ -114,7 +114,7 @@ class SwapJournal:
             shadow.copy_(scratch)
 
     def _retreat(self, state: ParamState, begin: int, end: int, copies: int) -> None:
-        live, shadow = _views(state, begin, end)
+        live, shadow = state.live[begin:end], state.own_shadow[begin:end]
         scratch = self._kept(state, live)
         if not _exchanged(state):
             if copies == COPIES:
@@ -160,11 +160,6 @@ def _chunks(state: ParamState) -> list[Chunk]:
 def _exchanged(state: ParamState) -> bool:
     shadow = state.own_shadow
     return (state.local.dtype, state.local.device) == (shadow.dtype, shadow.device)
-
-
-def _views(state: ParamState, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """Live and shadow. *Aliases* both."""
-    return state.live[begin:end], state.own_shadow[begin:end]
 
 
 def _take_written(live: Tensor, shadow: Tensor) -> None:

@@ -96,7 +96,10 @@ def adapters_of(model: nn.Module, averaged: Sequence[str]) -> list[FileForm]:
         averaged: The canonical names of what is averaged.
     """
     inner = _inner(model)
-    if not _is_peft_model(inner) or any(map(_is_computed, inner.peft_config.values())):
+    if not _is_peft_model(inner) or any(
+        config.is_prompt_learning or str(config.peft_type).endswith("ADALORA")
+        for config in inner.peft_config.values()
+    ):
         return []
     held = chain(
         inner.named_parameters(remove_duplicate=False), inner.named_buffers(remove_duplicate=False)
@@ -131,10 +134,6 @@ def adapter_in(model: nn.Module, names: Collection[str]) -> FileForm:
         if set(form.names.values()) == set(names):
             return form
     return FileForm()
-
-
-def _is_computed(config: Any) -> bool:
-    return bool(config.is_prompt_learning) or str(config.peft_type).endswith("ADALORA")
 
 
 # --- the merged model ----------------------------------------------------------------------------

@@ -269,7 +269,9 @@ class _Targets:
         """The targets in a saved form with these schedules."""
         self._means = [a.ring.matching(saved) if a.ring else [] for a in self._averages]
         self._blocks = [
-            [(mean, average.empty()) for mean in means[:-1]]
+            [(mean, average.ring.empty(average.averaged)) for mean in means[:-1]]
+            if average.ring
+            else []
             for average, means in zip(self._averages, self._means, strict=True)
         ]
         pairs = [
