@@ -38,7 +38,7 @@ from dist_ema.compat import swa_utils as ours_swa
 from dist_ema.compat import timm as ours_timm
 from dist_ema.compat import yolo
 from tests._models import Net
-from tests._oracle import Oracle, Training
+from tests._oracle import Oracle, Training, same, snapshot
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
 
@@ -285,6 +285,41 @@ def test_modules_may_be_replaced(kind: str, edit: Any) -> None:
         )
         assert newer == pytest.approx(moved, abs=1e-3)
         assert buffer == pytest.approx(moved, abs=1e-3)
+
+
+def lose(live: nn.Sequential) -> None:
+    live[1].register_parameter("bias", None)
+
+
+def gain(live: nn.Sequential) -> None:
+    live.append(nn.Linear(3, 3))
+
+
+def share(live: nn.Sequential) -> None:
+    with torch.no_grad():
+        live[0].weight.add_(1)
+    live[1].weight.data = live[0].weight.data
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lose, "1.bias is gone from the model"),
+        (gain, "2.weight, 2.bias is new and trainable"),
+        (share, "1.weight lies in the memory of 0.weight now, and their averages differ"),
+    ],
+)
+def test_what_is_lost_new_or_shared_is_refused(edit: Any, words: str) -> None:
+    """At every update, and nothing changes. Guards `ModuleAverage._must_rebuild` and `_build`."""
+    live = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    average = ours_timm.ModelEmaV2(live, 0.5)
+    average.update(live)
+    before = snapshot(average)
+    edit(live)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=words):
+            average.update(live)
+        assert same(before, snapshot(average))
 
 
 def test_checkpoints_of_wrapped_models() -> None:

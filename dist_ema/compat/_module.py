@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from ..averaging import drop_in_rules
+from ..averaging.storage_watch import refuse_shared
 from ..averaging.swap_registry import Reads
 from ..checkpoint import dcp
 from ..ema import EMA
 from ..schedules import Schedule
-from ..sharding import discovery, records, tree_changes, wrappers
+from ..sharding import discovery, tree_changes, wrappers
 
 __all__ = [
     "Count",
@@ -105,8 +106,6 @@ class ModuleAverage:
     @property
     def average(self) -> EMA:
         """The `EMA`. Raises RuntimeError after a deep copy, until an update names the model."""
-        if self._ema is None and self.given is not None:
-            self._build(wrappers.unwrapped(self.given), keep=True)
         if self._ema is None:
             raise RuntimeError("this copy of an average has no model: the next update names one.")
         return self._ema
@@ -134,8 +133,7 @@ class ModuleAverage:
     def follow(self, model: nn.Module) -> None:
         """Average `model` from now on. *Collective* where it is sharded, and another one."""
         live = wrappers.unwrapped(model)
-        known = self._ema is not None and live is self._ema.model
-        if not known or self._form() != self._built_on or self._is_edited():
+        if self._ema is None or live is not self._ema.model or self._must_rebuild():
             self._build(live, keep=True)
         self.given = model
 
@@ -155,47 +153,37 @@ class ModuleAverage:
                 old.teacher.release()
         kept = [(shard, shard.read().clone()) for shard in copied if keep]
         with _thawed(live, [] if old is None else old.names()):
-            self._ema = EMA(live, into=self.module, **self._options)
-        self._ema.weights.reseed(self._seed)
+            ema = EMA(live, into=self.module, **self._options)
+        ema.weights.reseed(self._seed)
         with torch.no_grad():
             for shard, value in kept:
                 shard.write(value)
         if old is not None:
-            self._ema.weights.set_clock(old.clock_to_dict())
-        self._built_on = self._form()
-        states = self._ema.weights.states
+            ema.weights.set_clock(old.clock_to_dict())
+            refuse_shared(ema.weights.averages)
+        self._ema, states = ema, ema.weights.states
         unwritten = {s.name: s.shard for s in states if s.shadow is None and s.teacher_copy is None}
         # Of the copy and the model, what the EMA does not write: what `only` leaves out, and
         # buffers that no file holds.
         self._unwritten = [(s, unwritten[s.name]) for s in copied if s.name in unwritten]
 
-    def _form(self) -> tuple[object, ...]:
-        """The facts that the EMA was built on. Other facts mean a new EMA."""
-        weights = self.average.weights
-        if weights.teacher is None or weights.teacher.sharded:
-            return ()
-        shards = [state.shard for state in weights.states if state.shard.kind != "buffer"]
-        copies = weights.teacher.written
-        # A cast or a move takes all of a module along, so its first weight tells.
-        first = [next(s for s in side if s.dtype.is_floating_point) for side in (shards, copies)]
-        return (
-            [shard.trainable for shard in shards],
-            any(map(records.replaced, shards)) or any(map(records.replaced, copies)),
-            [(tensor.dtype, tensor.device) for tensor in (s.local_tensor() for s in first)],
-        )
+    def _must_rebuild(self) -> bool:
+        """The engine refuses what became of the model or the copy, and every weight is still there.
 
-    def _is_edited(self) -> bool:
-        """Other modules have the model's names, or weights lie in another order, and none is gone.
-
-        The originals read the model by its names at every update.
+        The originals read the model by its names at every update, whatever was replaced or cast.
         """
         weights = self.average.weights
         if weights.teacher is None or not weights.is_moved:
             return False
-        changes = tree_changes.compare_inventory(weights.model, [s.shard for s in weights.states])
-        replaced = changes.replaced or changes.replaced_buffers
-        turned = any(state.moved and state.layout_changed for state in weights.states)
-        return not changes.gone and bool(replaced or turned)
+        try:
+            weights.follow(tree=True)
+        except RuntimeError:
+            shards = [state.shard for state in weights.states]
+            changes = tree_changes.compare_inventory(weights.model, shards)
+            if changes.gone or changes.new_trainable:
+                raise
+            return True
+        return False
 
     # --- moving ---------------------------------------------------------------------------------
 
@@ -300,15 +288,16 @@ class ModuleAverage:
         """For copies and pickles, to which the next update tells their model."""
         if self.module is None:
             raise RuntimeError(f"the average cannot be copied or pickled: {self._no_module}")
-        return {**vars(self), "_ema": None, "given": None, "_built_on": (), "_unwritten": []}
+        return {**vars(self), "_ema": None, "given": None, "_unwritten": []}
 
 
 @contextmanager
 def _thawed(model: nn.Module, averaged: Sequence[str]) -> Iterator[None]:
     """What is averaged and frozen by now looks trainable: an EMA that is built goes on with it."""
-    named = model.named_parameters()
     frozen = [
-        p for name, p in named if not p.requires_grad and wrappers.canonical(name) in averaged
+        p
+        for name, p in model.named_parameters()
+        if not p.requires_grad and wrappers.canonical(name) in averaged
     ]
     try:
         for p in frozen:
