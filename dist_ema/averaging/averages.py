@@ -220,13 +220,8 @@ class AveragedWeights:
 
     @property
     def is_tree_moved(self) -> bool:
-        """`is_moved`, and the module tree may be walked in an update."""
+        """Something moved, or the module tree is another, and an update may walk that tree."""
         return self._watch.sees_tree and self._watch.changed()
-
-    @property
-    def is_moved(self) -> bool:
-        """The next update will look for what moved, or for what the module tree is now."""
-        return self._watch.changed()
 
     def _rebind(self) -> None:
         """Bind the records to where the elements lie now, before a plan is made of them."""

@@ -173,7 +173,7 @@ class ModuleAverage:
         The originals read the model by its names at every update, whatever was replaced or cast.
         """
         weights = self.average.weights
-        if weights.teacher is None or not weights.is_moved:
+        if weights.teacher is None or not weights.is_tree_moved:
             return False
         try:
             weights.follow(tree=True)
