@@ -4,13 +4,18 @@ in one process.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
@@ -286,7 +291,13 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
 def test_two_callbacks_on_one_module_are_refused(tmp_path: Path) -> None:
     """Lightning leaves both in the order in which it entered them."""
     net, callbacks = Net(), [EMACallback(decay=0.5), EMACallback(decay=0.9)]
-    made = trainer(tmp_path, callbacks[0], callbacks=callbacks, num_sanity_val_steps=0)
+    made = trainer(
+        tmp_path,
+        callbacks[0],
+        callbacks=callbacks,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+    )
     with pytest.raises(RuntimeError, match="reverse order"):
         made.fit(net, data(), data())
     assert callbacks[0].ema is not None
@@ -294,3 +305,39 @@ def test_two_callbacks_on_one_module_are_refused(tmp_path: Path) -> None:
     with callbacks[0].ema.swap():
         assert not torch.equal(net.w, trained)
     assert torch.equal(net.w, trained)
+
+
+class OwnWeights(Callback):
+    """A user's callback that tests under weights of its own."""
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.nn.init.ones_(pl_module.w)  # type: ignore[arg-type]
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.nn.init.zeros_(pl_module.w)  # type: ignore[arg-type]
+
+
+def test_another_callback_that_swaps_weights_is_named(tmp_path: Path) -> None:
+    """Lightning's own averaging enters after the callback's swap, wherever it stands in the list.
+
+    Guards `on_validation_batch_start`.
+    """
+    net, callback = Net(), EMACallback(decay=0.5)
+    words = "does not see the average: w was written"
+    others = [EMAWeightAveraging(decay=0.9), OwnWeights()]
+    made = trainer(
+        tmp_path,
+        callback,
+        callbacks=[callback, *others],
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+    )
+    with pytest.warns(UserWarning, match=words) as caught:
+        made.fit(net, data(), data())
+    assert len([each for each in caught if words in str(each.message)]) == 3, "once an evaluation"
+    with pytest.warns(UserWarning, match=words):
+        made.test(net, data())
+    alone = EMACallback(decay=0.5)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=words)
+        trainer(tmp_path, alone).fit(Net(), data(), data())

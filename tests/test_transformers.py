@@ -5,18 +5,22 @@ loads and refuses.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from dist_ema import follow, load_file
+from dist_ema import EMA, follow, load_file
 from dist_ema.integrations.transformers import EMACallback
 from dist_ema.offline import export as offline
 
+from .living import Naive
 from .loops import Launcher, same_files, script_of
 
 pytestmark = pytest.mark.filterwarnings("default")  # the framework warns of its own plans
@@ -250,3 +254,27 @@ def test_export_has_the_names_of_save_pretrained(kind: str, tmp_path: Path) -> N
         named = load_file(out)
         assert list(named) == list(theirs)
         assert all(torch.equal(named[name], theirs[name]) for name in theirs)
+
+
+def test_optimizers_that_step_each_layer_in_the_backward() -> None:
+    """GaLore's and APOLLO's: the Trainer's optimizer is a stand-in, whose step comes last.
+
+    Guards `stepped_parameters`: no warning says that the stand-in steps copies.
+    """
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    each = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    for p, optimizer in each.items():
+        p.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    accelerator = Accelerator(cpu=True)
+    stand_in = accelerator.prepare_optimizer(LayerWiseDummyOptimizer(optimizer_dict=each))
+    naive, ema = Naive(model), EMA(model, 0.75)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ema.attach(stand_in)
+        for _ in range(4):
+            model(torch.randn(8, 4)).square().mean().backward()
+            stand_in.step()
+            naive.update()
+            model.zero_grad()
+    assert ema.metrics()["updates"] == 4
+    assert naive.error(ema.gather()) < 1e-6

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..distributed.ranks import Ranks
 from ..schedules import Schedule
-from ..sharding import discovery, ownership, wrappers
+from ..sharding import discovery, fingerprint, ownership, wrappers
 from . import clock, executors, storage_watch, updates
 from .average import OWN, Average, Placement, Selection
 from .inventory import Inventory
@@ -257,6 +257,16 @@ class AveragedWeights:
         """An average as verbs use it. No update may be in flight."""
         return self.average(which).used(which, self.clock.now)
 
+    def live_sums(self) -> dict[str, int]:
+        """The bits of this rank's averaged weights as they stand in the model, by name.
+
+        Note:
+            *Cost*: one read of them. Waits for the device.
+        """
+        swapped = [state for state in self.averages[0].averaged if state.shard.kind != "buffer"]
+        sums = fingerprint.bit_sums(state.live for state in swapped)
+        return dict(zip((state.name for state in swapped), sums, strict=True))
+
     # --- moving -----------------------------------------------------------------------------------
 
     def copy_live(self) -> None:
@@ -286,6 +296,14 @@ class AveragedWeights:
         self.refuse("optimizer.step", Reads.LIVE)
         if self.teacher is not None:
             self.teacher.is_stale |= not self.clock.started
+        self.await_reads()
+
+    def await_reads(self) -> None:
+        """Orders: the reads of the update in flight, then a write of live weights.
+
+        Raises:
+            RuntimeError: They were written since the update began to read them, by name.
+        """
         self.updates.engine.fence()
         written = self._watch.end_read()
         if written:

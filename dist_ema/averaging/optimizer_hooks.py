@@ -33,7 +33,10 @@ from weakref import WeakKeyDictionary, WeakMethod
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from ..sharding import torch_classes
 from ..sharding.zero import EngineSteps, is_engine
@@ -102,6 +105,9 @@ class Attachment:
             if isinstance(optimizer, EngineSteps):
                 after = optimizer.register_step_post_hook(_StepHook(self._stepped))
                 self._hooks.callback(after.remove)
+        every_step = register_optimizer_step_pre_hook(_StepHook(self._before_any, others="post"))
+        _forget_dead_hooks(every_step.hooks_dict_ref(), warned=True)
+        self._hooks.callback(every_step.remove)
         # Of all optimizers of torch's: these hooks run after an optimizer's own.
         self._every_step = register_optimizer_step_post_hook(_StepHook(self._stepped))
         _forget_dead_hooks(self._every_step.hooks_dict_ref(), warned=True)
@@ -138,14 +144,24 @@ class Attachment:
             hooks.move_to_end(self._every_step.id)
         self._averager.before_step()
 
+    def _before_any(self, optimizer: Optimizer, *_: Any) -> None:
+        # Those of transformers' per-layer optimizers step in the backward, before the listed one.
+        if self._is_unlisted(optimizer):
+            self._averager.await_reads()
+
+    def _is_unlisted(self, optimizer: Optimizer) -> bool:
+        """It steps averaged weights, and is not attached."""
+        if id(optimizer) in self._places:
+            return False
+        if optimizer not in self._unlisted:
+            self._unlisted[optimizer] = steps_any([optimizer], self._averager)
+        return self._unlisted[optimizer]
+
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
         if _is_inside_step(optimizer):
             return
         if id(optimizer) not in self._places:
-            # Steps of averaged weights by optimizers that are not attached.
-            if optimizer not in self._unlisted:
-                self._unlisted[optimizer] = steps_any([optimizer], self._averager)
-            self._averager.bypassed += self._unlisted[optimizer]
+            self._averager.bypassed += self._is_unlisted(optimizer)
             return
         self._averager.bypassed = 0
         self._warn_of_wrapped_step(optimizer)

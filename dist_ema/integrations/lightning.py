@@ -19,6 +19,7 @@ from torch import nn
 
 from ..ema import EMA
 from ..schedules import Schedule, schedule_list
+from ..text import warn
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -60,6 +61,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         self._ema_options = {"decay": schedule_list(decay), **options}
         self._every, self._start = every, start
         self._swap = ExitStack()  # what the end of an evaluation undoes
+        self._applied: dict[str, int] = {}  # until the first batch: the bits of the average
         self._fit: ExitStack | None = None  # what the end of the fit undoes
         self._ema: EMA | None = None
         self._after_fit: tuple[list[object], dict[str, Any]] | None = None  # placement and state
@@ -140,8 +142,27 @@ class EMACallback(Callback):  # type: ignore[misc]
             self._find(trainer)
         assert self.ema is not None
         self._swap.enter_context(self.ema.swap())
+        self._applied = self.ema.weights.live_sums()
 
     on_test_start = on_predict_start = on_validation_start
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        """Whatever else begins with an evaluation has begun."""
+        applied, self._applied = self._applied, {}
+        if not applied:
+            return
+        assert self.ema is not None
+        now = self.ema.weights.live_sums()
+        if written := [name for name in applied if now[name] != applied[name]]:
+            warn(
+                f"the evaluation does not see the average: {', '.join(written[:5])} was written "
+                "between its start and its first batch. A callback that swaps in weights of its "
+                "own (Lightning's WeightAveraging?) must not stand beside EMACallback."
+            )
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap.close()

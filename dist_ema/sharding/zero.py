@@ -183,10 +183,17 @@ def _fragment(tensor: Any, nothing: Tensor) -> Tensor:
 
 
 def stepped_parameters(optimizer: Any) -> list[Tensor]:
-    """What an optimizer holds, and of an engine the weights that it trains."""
+    """What an optimizer holds, and of an engine the weights that it trains.
+
+    transformers gives one that does nothing for those that step each layer in the backward.
+    """
     if is_engine(optimizer):
         return list(optimizer.parameters())
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    per_layer = getattr(getattr(optimizer, "optimizer", optimizer), "optimizer_dict", None) or {}
+    return [
+        *(parameter for parameter in per_layer if isinstance(parameter, Tensor)),
+        *(p for group in optimizer.param_groups for p in group["params"]),
+    ]
 
 
 class EngineSteps:

@@ -133,6 +133,31 @@ PLACES: list[dict[str, Any]] = [{}, {"dtype": BF16}, {"device": "cpu"}]
 
 
 @pytest.mark.parametrize("options", PLACES, ids=str)
+def test_optimizers_that_step_before_the_attached_one(
+    device: torch.device, options: dict[str, Any]
+) -> None:
+    """Per-layer optimizers write in the backward, and the attached stand-in steps after them.
+
+    Guards `_before_any`: without it the stand-in's pre-step says that weights were written.
+    """
+    averages = []
+    for overlap in (False, True):
+        model = net(device)
+        each = [torch.optim.SGD([p], lr=0.1) for p in model.parameters()]
+        stand_in = torch.optim.SGD(model.parameters(), lr=0.0)
+        ema = EMA(model, 0.9, **options)
+        ema.attach(stand_in, overlap=overlap)
+        for step in range(6):
+            for p, optimizer in zip(model.parameters(), each, strict=True):
+                p.grad = (p.detach() * (1 + step) + 0.1).sin()
+                optimizer.step()
+                optimizer.zero_grad()
+            stand_in.step()
+        averages.append(list(ema.gather().values()))
+    assert same(*averages)
+
+
+@pytest.mark.parametrize("options", PLACES, ids=str)
 @pytest.mark.parametrize("seed", [None, 0, 1, 2])
 def test_behind_the_step_equals_inline(
     device: torch.device, options: dict[str, Any], seed: int | None
