@@ -74,7 +74,7 @@ averaging/averages.py
     follow            refuse_shared
             @living_storages::test_live_in_the_memory_of_the_average_is_named
     follow            self._replan()  @175
-    _rebind           self._inventory.rebind_moved()  @106
+    _rebind           self.inventory.rebind_moved()  @106
     _rebind           self.teacher.follow
             @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
     before_step       self.refuse  @swap::test_order_of_calls

@@ -221,14 +221,14 @@ def line_breaks(folder: str) -> None:
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
     ema.save(f"{folder}/a", mode="stream")
     assert ema._files.writer is not None
-    send, beat = connections.Connections.send, waiting.Heartbeats.send
+    send, beat = connections.Connections.send, waiting.Waiting.send_heartbeat
     if dist.get_rank() == 1:
         connections.Connections.send = lambda *args: (time.sleep(7), send(*args))[1]  # type: ignore[method-assign]
-        waiting.Heartbeats.send = lambda self: None  # type: ignore[method-assign]
+        waiting.Waiting.send_heartbeat = lambda self: None  # type: ignore[method-assign]
     timeout, ema.timeout = ema.timeout, 1.0
     with raises(RuntimeError, "ema.save(): rank 1 gave no sign of life for 1 s"):
         ema.save(f"{folder}/b", mode="stream")
-    connections.Connections.send, waiting.Heartbeats.send = send, beat  # type: ignore[method-assign]
+    connections.Connections.send, waiting.Waiting.send_heartbeat = send, beat  # type: ignore[method-assign]
     ema.timeout = timeout
     ema.save(f"{folder}/a", mode="stream")
     if dist.get_rank() == 0:

@@ -42,6 +42,7 @@ class AveragedWeights:
 
     Attributes:
         model: The live model, as it was given.
+        inventory: What is averaged, in step with the module tree.
         averages: In the order of the schedules that the EMA was given.
         selection: Which weights and buffers are averaged.
         placement: Where shadows lie.
@@ -65,7 +66,7 @@ class AveragedWeights:
     ) -> None:
         self.clock, self.swaps, self.seed = clock.Clock(), SwapRegistry(), 0
         self.bypassed = 0
-        self._inventory = inventory = Inventory(model, schedules, selection, placement)
+        self.inventory = inventory = Inventory(model, schedules, selection, placement)
         self.model, self.averages = inventory.model, inventory.averages
         self.selection, self.placement = inventory.selection, inventory.placement
         self.average, self.find = inventory.average, inventory.find
@@ -81,14 +82,9 @@ class AveragedWeights:
     # --- what is averaged -------------------------------------------------------------------------
 
     @property
-    def lacks(self) -> list[str]:
-        """Errors, unless another stage of the pipeline has what these say."""
-        return self._inventory.lacks
-
-    @property
     def states(self) -> list[ownership.ParamState]:
         """Every weight and buffer, with the shadow of the first average where it has one."""
-        return self._inventory.states
+        return self.inventory.states
 
     def names(self) -> list[str]:
         """The canonical names of what is averaged."""
@@ -99,7 +95,7 @@ class AveragedWeights:
 
         What is averaged already and still there keeps its shadow.
         """
-        self._inventory.adopt(found, self.teacher)
+        self.inventory.adopt(found, self.teacher)
         self.swaps.watch(state.shard.tensor for state in self.averages[0].averaged)
         self._rebind()
         storage_watch.refuse_shared(self.averages)
@@ -113,7 +109,7 @@ class AveragedWeights:
 
     def reallocate(self, dtype: torch.dtype, device: torch.device | None) -> None:
         """The same shadows in another dtype or on another device, updated where they lie then."""
-        self._inventory.reallocate(dtype, device)
+        self.inventory.reallocate(dtype, device)
         self._replan()
         self.updates.choose(self._on_host, self.updates.overlap, anew=True)
 
@@ -125,9 +121,9 @@ class AveragedWeights:
             self.teacher.adopt(self.states)
             further = self.teacher.addressed
             roots.append(self.teacher.module)
-        if self._inventory.sharded:
+        if self.inventory.sharded:
             roots = []
-        self._watch.renew(self._averaged, further, self._inventory.frozen, roots)
+        self._watch.renew(self._averaged, further, self.inventory.frozen, roots)
         self.updates.renew(self.averages, self.seed)
 
     def use_engine(self, overlap: bool | float | None = None) -> None:
@@ -167,13 +163,13 @@ class AveragedWeights:
                 "clock of the average. Call ema.detach() before the capture, and ema.update() "
                 "after each replay."
             )
-        why = wrappers.blocker(self._inventory.sharded)
+        why = wrappers.blocker(self.inventory.sharded)
         if why:
             raise RuntimeError(f"{verb}() {why}.")
 
     def reshard(self) -> None:
         """The next forward reads the shards ([Note: stale roots] in sharding.wrappers)."""
-        wrappers.reshard(self._inventory.sharded)
+        wrappers.reshard(self.inventory.sharded)
 
     def ready(self) -> None:
         """Shadows may be read and live weights written after this.
@@ -210,7 +206,7 @@ class AveragedWeights:
         Raises:
             RuntimeError: A weight was replaced, is gone, is new and trainable, or changed its form.
         """
-        if tree and self._inventory.walk_tree(self.teacher):
+        if tree and self.inventory.walk_tree(self.teacher):
             self.adopt(self.find())
         self._rebind()
         # Not only what was rebound here: the exit of a swap rebinds what the block moved.
@@ -225,7 +221,7 @@ class AveragedWeights:
 
     def _rebind(self) -> None:
         """Bind the records to where the elements lie now, before a plan is made of them."""
-        self._inventory.rebind_moved()
+        self.inventory.rebind_moved()
         if self.teacher is not None:
             self.teacher.follow(self.states)
 
@@ -336,7 +332,7 @@ class AveragedWeights:
         """
         number = self.clock.updates
         if number < 2 or self._watch.changed():
-            self._inventory.refuse_unfrozen()
+            self.inventory.refuse_unfrozen()
             self.follow(tree=self._watch.sees_tree)
         self._keep_full_blocks(elapsed)
         schedules = [once or average.schedule for average in self.averages]

@@ -38,7 +38,7 @@ class Inventory:
             Average(schedule, ring=WindowRing(schedule) if isinstance(schedule, Window) else None)
             for schedule in schedules
         ]
-        self.lacks: list[str] = []  # what a pipeline may have on another stage
+        self.lacks: list[str] = []  # errors, unless another stage of a pipeline has what they say
         self._members: list[int] = []  # global ranks that hold the model
         self.sharded: list[nn.Module] = []  # the model's FSDP modules, and those of the teacher
 

@@ -125,25 +125,18 @@ def locked(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _beside(path: Path, kind: str, token: str) -> Path:
+def _beside(path: Path, kind: str, token: str = "") -> Path:
     return path.parent / f".{path.name}.{kind}-{token}"
 
 
-def _inside(path: Path, kind: str, token: str) -> Path:
+def _inside(path: Path, kind: str, token: str = "") -> Path:
     return path / f".{kind}-{token}"
 
 
-def _all_beside(path: Path, kind: str) -> list[Path]:
-    return _named_with(path.parent, f".{path.name}.{kind}-")
-
-
-def _all_inside(path: Path, kind: str) -> list[Path]:
-    return _named_with(path, f".{kind}-")
-
-
-def _named_with(folder: Path, prefix: str) -> list[Path]:
+def _all_like(start: Path) -> list[Path]:
+    """What lies there under names that begin so and go on with a token."""
     # NOTE: no glob, because names may hold its characters, or end in '.tmp-1' themselves.
-    pattern = re.compile(re.escape(prefix) + "[0-9a-f]{32}")
+    folder, pattern = start.parent, re.compile(re.escape(start.name) + "[0-9a-f]{32}")
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -157,8 +150,8 @@ def _named_with(folder: Path, prefix: str) -> list[Path]:
 def whole(path: Path) -> Path:
     """Where the whole version of `path` lies now, which is elsewhere while a writer replaces it."""
     if path.exists():
-        return next(iter(_all_inside(path, "new")), path)
-    for old in _all_beside(path, "old"):
+        return next(iter(_all_like(_inside(path, "new"))), path)
+    for old in _all_like(_beside(path, "old")):
         # NOTE: an old version steps aside only when the new one is complete.
         for version in (_beside(path, "tmp", old.name[-32:]), old):
             if version.exists():
@@ -314,10 +307,10 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 def recover(path: Path) -> None:
     """Finish what a writer of `path` that died has begun. Only writers call this."""
-    for staged in _all_inside(path, "new"):
+    for staged in _all_like(_inside(path, "new")):
         _link_over(staged, path)
         _retire(staged, path)
-    for old in _all_beside(path, "old"):
+    for old in _all_like(_beside(path, "old")):
         if not os.path.lexists(path):
             os.rename(whole(path), path)
             sync(path.parent)
@@ -326,7 +319,7 @@ def recover(path: Path) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Remove what writers that died left beside `path`. No other process may be writing it."""
-    leftovers = [*_all_beside(path, "tmp"), *_all_inside(path, "tmp")]
+    leftovers = [*_all_like(_beside(path, "tmp")), *_all_like(_inside(path, "tmp"))]
     if leftovers:
         sync(path.parent)  # what is in place is on disk before an earlier version goes
     for leftover in leftovers:

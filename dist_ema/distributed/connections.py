@@ -110,7 +110,7 @@ class Connections:
 
     def _refuse_stall(self, rank: int, moved: float) -> float:
         """Raise if the transfer has ended. A rank that gives signs of life is waited for."""
-        beats = self._coordinator.beats.of(rank)
+        beats = self._coordinator.heartbeats_of(rank)
         if self._beats[0] == rank and self._beats[1] != beats:
             moved = time.monotonic()
         self._beats = rank, beats

@@ -72,7 +72,6 @@ class StoreCoordinator(Waiting):
     ) -> None:
         assert len(members) < FLAG, "the counter has 15 bits for the ranks"
         super().__init__(store, members, rank, timeout, heartbeat_store)
-        self.store = store
         self._number, self.verb, self._step = 0, "", 0
         self._is_compared = False
         self._last = Exchange(0, "", 0)

@@ -180,7 +180,7 @@ class Receiver:
         if time.monotonic() - self._beaten > self._coordinator.interval:
             self._beaten = time.monotonic()
             with suppress(RuntimeError):
-                self._coordinator.beats.send()
+                self._coordinator.send_heartbeat()
 
 
 class Stream:

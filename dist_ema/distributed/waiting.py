@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -29,7 +29,7 @@ from . import diagnosis
 from .diagnosis import Exchange
 from .messages import Count, Messages
 
-__all__ = ["GRACE", "Heartbeats", "Waiting", "completes"]
+__all__ = ["GRACE", "Waiting", "completes"]
 
 GRACE = 2.0  # seconds between the timeout and the search for missing ranks
 POLL = 1.0  # seconds between two looks for a heartbeat, at most
@@ -49,7 +49,6 @@ class Waiting:
         heartbeat_store: Another connection to `store`, for heartbeats.
 
     Attributes:
-        beats: Heartbeats of these ranks.
         messages: Their keys in the store.
     """
 
@@ -64,7 +63,7 @@ class Waiting:
         self.members, self.rank, self.size = list(members), rank, len(members)
         self.timeout = timeout
         self.messages = Messages(store, self.members, rank)
-        self.beats = Heartbeats(heartbeat_store or store, store, rank, self.size)
+        self.store, self._heartbeat_store = store, heartbeat_store or store
         self.messages.keep(f"heartbeats/{rank}", *["heartbeats"] * (rank == 0))
         self._transfer = Exchange(0, "", 0)  # ends the bytes under way
         self._lost_one = False  # a rank died after its answer: the next wait need not be long
@@ -85,7 +84,7 @@ class Waiting:
             if ended:
                 return value
             now, before = time.monotonic(), heartbeats
-            heartbeats = self.beats.of_all()
+            heartbeats = self.heartbeats_of()
             heard = now if before not in (None, heartbeats) else heard
             is_here = is_here or self.messages.answer_roll(exchange)
             silent = now - heard
@@ -168,10 +167,10 @@ class Waiting:
     def blame(self, cause: str) -> str:
         """Publish and return why bytes did not arrive: the ranks whose heartbeats stand still."""
         exchange, everyone = self._transfer, range(self.size)
-        before = [self.beats.of(rank) for rank in everyone]
+        before = [self.heartbeats_of(rank) for rank in everyone]
         self.messages.call_roll(exchange)  # a rank that has sent and taken everything answers
         time.sleep(GRACE + 2 * self.interval)
-        now = [self.beats.of(rank) for rank in everyone]
+        now = [self.heartbeats_of(rank) for rank in everyone]
         silent = [rank for rank in self.messages.missing(exchange) if before[rank] == now[rank]]
         text = f"{exchange}: no bytes arrived {cause}, although every rank gives signs of life."
         if silent:
@@ -191,9 +190,35 @@ class Waiting:
         """Seconds between two heartbeats: many ranks send as many in all as a thousand."""
         return min(POLL * max(1.0, self.size / 1000), self.timeout / 4)
 
-    def heartbeats(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def heartbeats(self) -> Iterator[None]:
         """Send heartbeats from a thread while the block runs."""
-        return self.beats.sent(self.interval)
+        if self.size == 1:
+            yield
+            return
+        done = threading.Event()
+
+        def beat() -> None:
+            with suppress(RuntimeError):  # if the store is gone, the next exchange reports it
+                while not done.wait(self.interval):
+                    self.send_heartbeat()
+
+        thread = threading.Thread(target=beat, name="dist_ema heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def send_heartbeat(self) -> None:
+        self._heartbeat_store.add(f"heartbeats/{self.rank}", 1)
+        self._heartbeat_store.add("heartbeats", 1)
+
+    def heartbeats_of(self, rank: int | None = None) -> int:
+        """How many a rank has sent; None: all ranks together."""
+        key = "heartbeats" if rank is None else f"heartbeats/{rank}"
+        return self.store.add(key, 0)  # type: ignore[no-any-return]
 
 
 def completes(work: dist.Work, seconds: float) -> bool:
@@ -205,50 +230,3 @@ def completes(work: dist.Work, seconds: float) -> bool:
         time.sleep(max(5e-5, min(POLL / 4, waited / 10, seconds - waited)))
         waited = time.monotonic() - began
     return True
-
-
-class Heartbeats:
-    """Heartbeats of one rank, and the counters of all ([Note: heartbeat]).
-
-    Args:
-        store: A connection for the thread alone.
-        readers: The connection by which this rank looks for heartbeats.
-        rank: Of this process.
-        size: The number of ranks.
-    """
-
-    def __init__(self, store: Any, readers: Any, rank: int, size: int) -> None:
-        self._store, self._readers, self._rank, self._size = store, readers, rank, size
-
-    @contextmanager
-    def sent(self, interval: float) -> Iterator[None]:
-        """Send one every `interval` seconds from a thread while the block runs."""
-        if self._size == 1:
-            yield
-            return
-        done = threading.Event()
-
-        def beat() -> None:
-            with suppress(RuntimeError):  # if the store is gone, the next exchange reports it
-                while not done.wait(interval):
-                    self.send()
-
-        thread = threading.Thread(target=beat, name="dist_ema heartbeat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-    def send(self) -> None:
-        """Send one."""
-        self._store.add(f"heartbeats/{self._rank}", 1)
-        self._store.add("heartbeats", 1)
-
-    def of(self, rank: int) -> int:
-        return self._readers.add(f"heartbeats/{rank}", 0)  # type: ignore[no-any-return]
-
-    def of_all(self) -> int:
-        """The heartbeats of all ranks together."""
-        return self._readers.add("heartbeats", 0)  # type: ignore[no-any-return]

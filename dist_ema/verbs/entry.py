@@ -95,7 +95,7 @@ class Entry:
         averaged = [state.shadow is not None for state in states]
         consistency.on_weights(verb, self.ranks, self.stage, states, averaged)
         if self.is_staged:
-            lacking = self.ranks.gather(verb, self.weights.lacks, stages.lacking)
+            lacking = self.ranks.gather(verb, self.weights.inventory.lacks, stages.lacking)
             if lacking:
                 raise ValueError(lacking)
             self.agree(verb)

@@ -8,6 +8,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakMethod
@@ -218,11 +219,14 @@ class Publisher:
         publication.number += 1
         arguments = {"folder": os.fspath(publication.folder), "version": publication.number}
 
-        def version() -> request.SaveRequest:
-            return self._version(publication)
-
         try:
-            files.write("publish", version, arguments, publication.which, wait=False)
+            files.write(
+                "publish",
+                partial(self._version, publication),
+                arguments,
+                publication.which,
+                wait=False,
+            )
         except Exception as error:
             warn(*publication.note(error, aloud=ranks.first))
 
