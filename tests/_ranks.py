@@ -23,13 +23,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What every rank would import anew: torch's late modules, and those of the files of tests.
+# What every rank would import anew: torch's late modules, and those of the files of tests. DeepSpeed
+# compiles a function when it makes an engine, which imports the whole compiler.
 PRELOAD = [
     "dist_ema.ema",
     "pytest",
     "tests._oracle",
     "tests._ranks",
     "torch._dynamo",
+    "torch._inductor.compile_fx",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
