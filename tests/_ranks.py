@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What every rank would import anew: torch's late modules, and those of the files of tests. DeepSpeed
-# compiles a function when it makes an engine, which imports the whole compiler.
+# What every rank would import anew: torch's late modules, and those of the files of tests. A ZeRO
+# engine compiles a function, which imports the whole compiler.
 PRELOAD = [
     "dist_ema.ema",
     "pytest",

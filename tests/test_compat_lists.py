@@ -32,10 +32,11 @@ from tests._models import Net
 from tests._oracle import Collectives, Oracle, Training, same, snapshot
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
+from tests.conftest import Seeds
 from tests.test_compat_modules import Watch
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-SEQUENCES = 200
+SEQUENCES = 200  # a quarter of them without `--all`
 
 
 # --- models and what both sides do to them --------------------------------------------------------
@@ -245,8 +246,8 @@ class TorchEma(Play):
         ]
 
 
-def test_torch_ema() -> None:
-    for seed in range(SEQUENCES):
+def test_torch_ema(seeds: Seeds) -> None:
+    for seed in seeds(SEQUENCES):
         play = TorchEma(seed)
         calls = [play.update] * 4 + [
             play.evaluate,
@@ -416,8 +417,8 @@ class Diffusers(Play):
         ]
 
 
-def test_diffusers() -> None:
-    for seed in range(SEQUENCES):
+def test_diffusers(seeds: Seeds) -> None:
+    for seed in seeds(SEQUENCES):
         play = Diffusers(seed)
         play.run([play.step] * 5 + [play.evaluate, play.resume, play.cast, play.freeze], play.check)
 
@@ -545,11 +546,11 @@ def floating(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @pytest.mark.parametrize("counted", [True, False])
-def test_lit_ema(counted: bool) -> None:
+def test_lit_ema(counted: bool, seeds: Seeds) -> None:
     """decay and num_updates as buffers, shadows under names without dots; saved, loaded, lent,
     given back.
     """
-    for seed in range(SEQUENCES // 2):
+    for seed in seeds(SEQUENCES // 2):
         play = Play(seed, codes=False)
         model, decay = play.mine, play.pick.choice([0.0, 0.5, 0.9, 0.9999])
         ema, table, n = ldm.LitEma(model, decay, counted), Table(model, trained), 0
@@ -662,9 +663,9 @@ def test_lit_ema_refuses() -> None:
         ldm.LitEma(twice)
 
 
-def test_shadow() -> None:
+def test_shadow(seeds: Seeds) -> None:
     """register, update, apply_shadow, restore; and the shadow table saved and put back."""
-    for seed in range(SEQUENCES):
+    for seed in seeds(SEQUENCES):
         play = Play(seed, codes=False)
         model, decay = play.mine, play.pick.choice([0.0, 0.5, 0.9, 0.9999])
         ema = shadow.EMA(model, decay)
@@ -696,9 +697,9 @@ def test_shadow() -> None:
             assert table.equals(ema.shadow)
 
 
-def test_shadow_of_a_state() -> None:
+def test_shadow_of_a_state(seeds: Seeds) -> None:
     """ModelEMA averages buffers too, and leaves integers and frozen weights to the model."""
-    for seed in range(SEQUENCES):
+    for seed in seeds(SEQUENCES):
         play = Play(seed)
         model, decay = play.mine, play.pick.choice([0.0, 0.5, 0.9, 0.9999])
         ema, table = shadow.ModelEMA(model, decay), Table(model, floating)
@@ -764,8 +765,8 @@ class Groups:
 
 
 @pytest.mark.parametrize("automatic", [True, False])
-def test_swa(automatic: bool) -> None:
-    for seed in range(SEQUENCES // 2):
+def test_swa(automatic: bool, seeds: Seeds) -> None:
+    for seed in seeds(SEQUENCES // 2):
         play = Play(seed, codes=False)
         pick, model = play.pick, play.mine
         groups = [[model.a.weight, model.a.bias, model.scale], [model.b.weight, model.conv.weight]]

@@ -41,6 +41,7 @@ from tests._models import Net
 from tests._oracle import Oracle, Training, same, snapshot
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
+from tests.conftest import Seeds
 
 
 class Body(nn.Module):
@@ -131,9 +132,8 @@ FUNCTIONS: list[Callable[[Any, float], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_swa_utils_is_torchs(part: int) -> None:
-    for seed in range(50 * part, 50 * part + 50):
+def test_swa_utils_is_torchs(seeds: Seeds) -> None:
+    for seed in seeds(200):
         run_swa(seed)
 
 
@@ -452,9 +452,9 @@ def timms() -> Any:
 
 
 @pytest.mark.parametrize("version", ["ModelEma", "ModelEmaV2", "ModelEmaV3"])
-def test_timm_is_timms(version: str, tmp_path: Path) -> None:
+def test_timm_is_timms(version: str, tmp_path: Path, seeds: Seeds) -> None:
     theirs = getattr(timms(), version)
-    for seed in range(70):
+    for seed in seeds(70):
         run_timm(seed, theirs, getattr(ours_timm, version), tmp_path)
 
 
@@ -626,11 +626,11 @@ def test_timm_resumes_from_other_files(tmp_path: Path, caplog: pytest.LogCapture
 # --- YOLO -----------------------------------------------------------------------------------------
 
 
-def test_yolo_is_its_formula() -> None:
+def test_yolo_is_its_formula(seeds: Seeds) -> None:
     """e = d e + (1 - d) m over all that floats in the state_dict, d = decay (1 - exp(-updates /
     tau)), in float64.
     """
-    for seed in range(200):
+    for seed in seeds(200):
         run_yolo(seed)
 
 
@@ -727,8 +727,8 @@ def test_yolo_attributes() -> None:
 # --- ema_pytorch ----------------------------------------------------------------------------------
 
 
-def test_ema_pytorch_is_ema_pytorchs() -> None:
-    for seed in range(200):
+def test_ema_pytorch_is_ema_pytorchs(seeds: Seeds) -> None:
+    for seed in seeds(200):
         run_ema_pytorch(seed)
 
 

@@ -32,6 +32,7 @@ from dist_ema.averaging.executors import Instant, Mark, Worker
 from dist_ema.distributed.coordinator import StoreCoordinator
 from tests._ranks import raises, run_program, run_ranks
 from tests._wrappers import wrap
+from tests.conftest import Seeds
 
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
@@ -145,12 +146,11 @@ def same(a: list[Any], b: list[Any]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:ema..*no update came")
-@pytest.mark.parametrize("block", range(4))
-def test_two_hundred_random_schedules(block: int, tmp_path: Path) -> None:
+def test_random_schedules(tmp_path: Path, seeds: Seeds) -> None:
     """Guards every settle() and fence(): in ready, begin, before_step and in the engines
-    themselves.
+    themselves. 50 seeds are every value of one option with every value of the others.
     """
-    for seed in range(50 * block, 50 * block + 50):
+    for seed in seeds(200):
         options = {
             "every": 1 + seed % 3,
             "guard": seed % 2 == 0,
