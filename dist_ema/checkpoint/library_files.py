@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -29,7 +29,6 @@ from .safetensors import ADAPTER, ADAPTER_CONFIG
 
 __all__ = [
     "FileForm",
-    "adapter_in",
     "adapters_of",
     "complete_form",
     "form_of",
@@ -126,14 +125,6 @@ def only_used(adapters: Sequence[FileForm], averaged: Sequence[str]) -> FileForm
     """The adapter that holds all averaged weights; the plain form where there is no such one."""
     used = [form for form in adapters if not form.names.keys().isdisjoint(averaged)]
     return used[0] if len(used) == 1 else FileForm()
-
-
-def adapter_in(model: nn.Module, names: Collection[str]) -> FileForm:
-    """The model's adapter whose files hold these names; the plain form where there is none."""
-    for form in adapters_of(model, []):
-        if set(form.names.values()) == set(names):
-            return form
-    return FileForm()
 
 
 # --- the merged model ----------------------------------------------------------------------------
@@ -259,7 +250,8 @@ def load_into(path: str | os.PathLike[str], module: nn.Module) -> None:
         *Cost*: pages of the files, no second model.
     """
     weights, model_shards = load_file(path), discovery.find_shards(module)
-    form = adapter_in(module, weights)
+    adapters = (form for form in adapters_of(module, []) if {*form.names.values()} == {*weights})
+    form = next(adapters, FileForm())
     shards = [shard for shard in model_shards.shards if shard.persistent and form.holds(shard.name)]
     held = {name: s.shape for s in shards for name in (s.name, *s.aliases) if name in weights}
     held |= {form.name_of(shard.name): shard.shape for shard in shards}
