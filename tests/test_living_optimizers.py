@@ -717,6 +717,24 @@ def test_another_optimizer_that_steps_instead_is_named() -> None:
         program.ema.gather()
 
 
+def test_one_of_two_optimizers_that_was_replaced_is_named() -> None:
+    """`optimizer = type(optimizer)(...)` in the middle of a run: rounds end no more.
+
+    Guards that only a round forgets steps of other optimizers, and no step of the one that is left.
+    """
+    model = net()
+    ema = EMA(model, 0.75)
+    first, second = (torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2))
+    ema.attach(first, second)
+    for optimizer in (first, second):
+        random_step(optimizer)
+    second = type(second)(model[2].parameters(), lr=0.05)
+    for optimizer in (first, second) * 2:
+        random_step(optimizer)
+    with pytest.warns(UserWarning, match="no update came"):
+        ema.gather()
+
+
 class Fused(torch.optim.Optimizer):
     """LOMO: writes each weight as soon as its gradient is there, and its `step` is never called."""
 

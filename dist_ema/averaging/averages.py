@@ -51,7 +51,8 @@ class AveragedWeights:
         swaps: Which swaps of these weights are open.
         updates: The plan of an update, and when it runs.
         seed: Of stochastic rounding.
-        bypassed: Steps of averaged weights by optimizers that are not attached, since one that is.
+        bypassed: Steps of averaged weights by optimizers that are not attached, since a round of
+            those that are.
         ranks: The ranks of the EMA.
         after_update: A method that is called when an update was submitted and the clock has moved.
     """

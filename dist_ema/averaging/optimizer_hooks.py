@@ -163,7 +163,6 @@ class Attachment:
         if id(optimizer) not in self._places:
             self._averager.bypassed += self._is_unlisted(optimizer)
             return
-        self._averager.bypassed = 0
         self._warn_of_wrapped_step(optimizer)
         self._skips.append(getattr(optimizer, "found_inf", None))
         steps, place = self._steps, self._places[id(optimizer)]
@@ -203,7 +202,7 @@ class Attachment:
 
     def _round(self) -> None:
         """Every optimizer has stepped: the clock moves, and every so often the average."""
-        clock = self._clock
+        clock, self._averager.bypassed = self._clock, 0
         clock.tick(float(self._elapsed() if callable(self._elapsed) else self._elapsed))
         if not clock.started:
             self._skips.clear()
