@@ -389,9 +389,13 @@ class ModuleDropIn(nn.Module):
         # Only what is found nowhere else comes here, children included.
         return self.copied.ema if name == self.child else super().__getattr__(name)
 
+    def _refuse_swapped(self, verb: str) -> None:
+        """Of the model a checkpoint holds nothing, unless a drop-in says otherwise."""
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        self._refuse_swapped("state_dict")
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._average is not None and self._average.module is None:
             entries = self._average.state_dict().items()
@@ -400,6 +404,7 @@ class ModuleDropIn(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
     ) -> None:
+        self._refuse_swapped("load_state_dict")
         start = f"{prefix}{self.child}."
         if self._average is not None:
             keys = [key for key in state_dict if key.startswith(start)]

@@ -97,8 +97,13 @@ class ParameterListAverage:
         """The arguments that make an EMA of another model like this one."""
         placement, buffers = self.weights.placement, self.weights.selection.buffers
         dtype = torch.float32 if placement.dtype == torch.float16 else placement.dtype
-        options = {"dtype": dtype, "device": placement.device, "buffers": buffers}
-        return options | {"decay": self._ema.schedule, "split": False}
+        return {
+            "decay": self._ema.schedule,
+            "dtype": dtype,
+            "device": placement.device,
+            "split": False,
+            "buffers": buffers,
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which follow their copy of the parameters."""
@@ -287,11 +292,7 @@ class ParameterListAverage:
         held = self._held("restore", given)
         if len(held) != len(kept):
             raise ValueError(f"{len(kept)} weights were kept, and {len(held)} were given.")
-        elements = [shard.read() for shard in held]
-        _overwrite(list(zip(held, elements, kept, strict=True)))
-        for shard, value in zip(held, elements, strict=True):
-            if not shard.dense:  # `read` gave a copy
-                shard.write(value)
+        _overwrite([(shard, shard.read(), value) for shard, value in zip(held, kept, strict=True)])
 
     def _held(self, verb: str, given: Model | None) -> list[records.Shard]:
         """The records of parameters that are not swapped, and that no update reads now."""
@@ -404,6 +405,8 @@ def _overwrite(targets: Sequence[tuple[records.Shard, Tensor | None, Tensor]]) -
         form = (shard.shaped if isinstance(given, DTensor) else shard.local)(elements)
         if given.shape == form.shape:
             form.copy_(given)
-            continue
-        for box, block in geometry.boxes_with_data(shard, shard.local_region, elements):
-            block.copy_(given[box.slices])
+        else:
+            for box, block in geometry.boxes_with_data(shard, shard.local_region, elements):
+                block.copy_(given[box.slices])
+        if not shard.dense:  # of a weight, whose elements are a copy
+            shard.write(elements)

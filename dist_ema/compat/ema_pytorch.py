@@ -231,24 +231,10 @@ class EMA(ModuleDropIn):
         """`update` after every step. Returns the handle."""
         return optimizer.register_step_post_hook(lambda *_: self.update())
 
-    # --- checkpoints, which hold the online model too --------------------------------------------
-
     def _refuse_swapped(self, verb: str) -> None:
-        if self.include_online_model and self._average is not None:
+        if self.include_online_model and self._average is not None:  # the model is saved too
             self.copied.follow(self.model)
             self.average.weights.refuse(verb, Reads.WHOLE_MODEL)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        self._refuse_swapped("state_dict")
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
-    ) -> None:
-        self._refuse_swapped("load_state_dict")
-        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
 
     # --- the copy -------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ __all__ = ["EMA", "ModelEMA"]
 class _Backup:
     """Parameters kept aside in `backup` while the average is in their place."""
 
-    _list: ParameterListAverage | None = None
+    _begun: ParameterListAverage | None = None
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay = model, decay
@@ -26,7 +26,7 @@ class _Backup:
     @property
     def average(self) -> engine.EMA:
         """The EMA behind it. Raises RuntimeError before `register`."""
-        return self._registered("average").ema
+        return self._list.ema
 
     @property
     def shadow(self) -> dict[str, Tensor]:
@@ -35,13 +35,13 @@ class _Backup:
         What is not averaged is the model's. A table of other shapes (of `EMA`: of other names)
         raises ValueError when it is set, and changes nothing.
         """
-        return {} if self._list is None else self._list.shadows
+        return {} if self._begun is None else self._begun.shadows
 
     @shadow.setter
     def shadow(self, values: dict[str, Tensor]) -> None:
-        if self._list is None:
+        if self._begun is None:
             self._begin()
-        self._registered("shadow").fill(values)
+        self._list.fill(values)
 
     def update(self) -> None:
         """Move towards the model. No collective.
@@ -49,29 +49,27 @@ class _Backup:
         Raises:
             ValueError: others are trainable than at the beginning of an `EMA`.
         """
-        average = self._registered("update")
-        average.update(self.decay, average.parameters_of(self.model))
+        self._list.update(self.decay, self._list.parameters_of(self.model))
 
     def restore(self) -> None:
         """Write `backup` into the model and forget it. Raises RuntimeError if there is none."""
         if not self.backup:
             raise RuntimeError("restore() without parameters in backup: nothing was applied.")
-        average = self._registered("restore")
-        average.put_back([self.backup[name] for name in average.names])
+        self._list.put_back([self.backup[name] for name in self._list.names])
         self.backup = {}
 
     def _begin(self) -> None:
-        self._list = ParameterListAverage(source(self.model, only_trainable=True), self.decay)
+        self._begun = ParameterListAverage(source(self.model, only_trainable=True), self.decay)
 
-    def _registered(self, verb: str) -> ParameterListAverage:
-        if self._list is None:
-            raise RuntimeError(f"{verb} without a register() before it.")
-        return self._list
+    @property
+    def _list(self) -> ParameterListAverage:
+        if self._begun is None:
+            raise RuntimeError("this EMA has no average without a register() before it.")
+        return self._begun
 
-    def _apply(self, verb: str) -> None:
-        average = self._registered(verb)
-        self.backup = dict(zip(average.names, average.keep(), strict=True))
-        average.copy_to()
+    def _apply(self) -> None:
+        self.backup = dict(zip(self._list.names, self._list.keep(), strict=True))
+        self._list.copy_to()
 
 
 class EMA(_Backup):
@@ -91,7 +89,7 @@ class EMA(_Backup):
 
     def apply_shadow(self) -> None:
         """Keep the parameters in `backup`, and write the average into the model."""
-        self._apply("apply_shadow")
+        self._apply()
 
 
 class ModelEMA(_Backup):
@@ -107,8 +105,8 @@ class ModelEMA(_Backup):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, decay)
-        self._list = ParameterListAverage(wrappers.unwrapped(model), decay, buffers="average")
+        self._begun = ParameterListAverage(wrappers.unwrapped(model), decay, buffers="average")
 
     def apply(self) -> None:
         """Keep weights and buffers in `backup`, and write the average into the model."""
-        self._apply("apply")
+        self._apply()
