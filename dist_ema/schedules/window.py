@@ -46,7 +46,7 @@ class Window(Schedule):
     window.
 
     Every update is averaged, into the mean of one of `blocks` blocks ([Note: ring] in
-    averaging.average says where they lie). The window consists of whole blocks, and of what the
+    averaging.window_ring says where they lie). The window consists of whole blocks, and of what the
     block under way holds: it is `length` long when a block ends, else up to a block shorter. Within
     a block all updates count alike. That is exact for "linear"; for other curves `error` bounds it.
 
