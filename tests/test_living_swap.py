@@ -5,6 +5,7 @@ of it.
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -288,6 +289,39 @@ def test_what_is_serialised_inside_the_block_is_the_average() -> None:
     assert torch.equal(referenced["weight"], model.weight)
     with ema.swap():
         assert torch.equal(whole(x), model(x))
+
+
+def traced(model: nn.Module, x: Tensor) -> Any:
+    return torch.jit.trace(model, x)
+
+
+def serialised(model: nn.Module, x: Tensor) -> Any:
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, x), file)  # type: ignore[no-untyped-call]
+    file.seek(0)
+    return torch.jit.load(file)  # type: ignore[no-untyped-call]
+
+
+def exported(model: nn.Module, x: Tensor) -> Any:
+    return torch.export.export(model, (x,)).module()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("take", "is_live"), [(traced, True), (exported, True), (serialised, False)]
+)
+def test_programs_taken_out_of_the_block(take: Any, is_live: bool) -> None:
+    """A trace and an exported program refer to the model's memory, and a file of one does not."""
+    model, x = nn.Linear(3, 3), torch.randn(2, 3)
+    ema = EMA(model, 0.5)
+    with torch.no_grad():
+        model.weight.add_(1)
+    ema.update()
+    with ema.swap():
+        program, average = take(model, x), model(x).detach()
+        assert torch.equal(program(x), average)
+    assert torch.equal(program(x), model(x) if is_live else average)
+    assert not torch.equal(model(x), average)
 
 
 def test_the_docstring_of_swap_says_what_happens_to_writes_and_references() -> None:
