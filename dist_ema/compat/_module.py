@@ -1,4 +1,4 @@
-"""A copy of a model that an EMA averages into, followed through every update; and its drop-ins.
+"""A copy of a model that an EMA averages into, followed through every update.
 
 [Note: the copy]  `EMA(model, into=copy)` averages into the memory of a copy: a deep copy of the
 model without DDP and torch.compile around it, or what `module_fn` builds. A model under FSDP cannot
@@ -32,15 +32,7 @@ from ..ema import EMA
 from ..schedules import Schedule
 from ..sharding import discovery, tree_changes, wrappers
 
-__all__ = [
-    "Count",
-    "Device",
-    "HolderDropIn",
-    "ModuleAverage",
-    "ModuleDropIn",
-    "ModuleFn",
-    "UpdateRule",
-]
+__all__ = ["Device", "ModuleAverage", "ModuleFn", "UpdateRule"]
 
 ModuleFn = Callable[[], nn.Module]
 Device = torch.device | str | int | None
@@ -306,112 +298,3 @@ def _thawed(model: nn.Module, averaged: Sequence[str]) -> Iterator[None]:
     finally:
         for p in frozen:
             p.requires_grad_(False)
-
-
-class Count:
-    """The value of a buffer, read from its device only after another writer changed it."""
-
-    def __init__(self) -> None:
-        self._value, self._buffer, self._version = 0.0, torch.tensor(0), -1
-
-    def of(self, buffer: Tensor) -> float:
-        """The number in the buffer."""
-        if buffer is not self._buffer or buffer._version != self._version:
-            self._value, self._buffer, self._version = buffer.item(), buffer, buffer._version
-        return self._value
-
-    def up(self, buffer: Tensor) -> float:
-        """Add one. Returns what it was."""
-        before = self.of(buffer)
-        buffer.add_(1)
-        self._value, self._version = before + 1, buffer._version
-        return before
-
-    def __reduce__(self) -> tuple[type[Count], tuple[()]]:
-        """The version of a copied tensor says nothing of what was known of the first."""
-        return Count, ()
-
-
-class HolderDropIn:
-    """A drop-in that is no module, and holds one as `ema`, in evaluation mode."""
-
-    _average: ModuleAverage
-
-    @property
-    def ema(self) -> nn.Module:
-        """The module. Raises RuntimeError where FSDP shards the model and no module holds it."""
-        return self._average.ema
-
-    @property
-    def average(self) -> EMA:
-        """The `EMA` behind it, which saves for any number of ranks, and swaps under FSDP."""
-        return self._average.average
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The state_dict of `ema`, or this rank's part of it. *Aliases* the average."""
-        return self._average.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what `state_dict` gave on as many ranks, or full weights. *Collective* (FSDP)."""
-        self._average.load_state_dict(state)
-
-
-class ModuleDropIn(nn.Module):
-    """A drop-in that is a module, with the average as a child."""
-
-    child = "module"
-    _average: ModuleAverage | None = None
-
-    @property
-    def copied(self) -> ModuleAverage:
-        """The average behind it."""
-        if self._average is None:
-            raise RuntimeError(
-                f"{type(self).__name__} has no average yet: the first update makes it."
-            )
-        return self._average
-
-    @property
-    def average(self) -> EMA:
-        """The `EMA` behind it, which saves for any number of ranks, and swaps under FSDP."""
-        return self.copied.average
-
-    def _use(self, average: ModuleAverage) -> None:
-        self._average = average
-        if average.module is not None:
-            self._modules[self.child] = average.module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the average."""
-        return getattr(self, self.child)(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        # Only what is found nowhere else comes here, children included.
-        return self.copied.ema if name == self.child else super().__getattr__(name)
-
-    def _refuse_swapped(self, verb: str) -> None:
-        """Of the model a checkpoint holds nothing, unless a drop-in says otherwise."""
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        self._refuse_swapped("state_dict")
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._average is not None and self._average.module is None:
-            entries = self._average.state_dict().items()
-            destination.update({f"{prefix}{self.child}.{key}": value for key, value in entries})
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
-    ) -> None:
-        self._refuse_swapped("load_state_dict")
-        start = f"{prefix}{self.child}."
-        if self._average is not None:
-            keys = [key for key in state_dict if key.startswith(start)]
-            entries = {key.removeprefix(start): state_dict.pop(key) for key in keys}
-            if self._average.module is None:
-                self._average.load_state_dict(entries)
-            else:
-                named = self._average.named_here(entries)
-                state_dict.update({start + key: value for key, value in named.items()})
-        super()._load_from_state_dict(state_dict, prefix, *rest, **options)

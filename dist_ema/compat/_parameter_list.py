@@ -26,7 +26,7 @@ from ..schedules import Schedule
 from ..sharding import discovery, geometry, ownership, records, wrappers
 from ..sharding.parameters import Model, Parameters
 
-__all__ = ["Device", "ListDropIn", "ParameterListAverage", "source"]
+__all__ = ["Device", "ParameterListAverage", "source"]
 
 Device = torch.device | str | None
 
@@ -321,49 +321,6 @@ class ParameterListAverage:
         given = self._ema.model if given is None else given
         listed = isinstance(self._ema.model, Parameters)
         self._ema.copy_to(self._named(given) if listed else given)
-
-
-class ListDropIn:
-    """A drop-in over a list, which keeps parameters aside between `store` and `restore`.
-
-    Attributes:
-        collected_params: what `store` kept.
-    """
-
-    _list: ParameterListAverage
-    _default: Model | None = None  # the parameters of a call without any; None: those of the list
-    collected_params: list[Tensor] | None = None
-
-    def _given(self, parameters: Model | None) -> Model | None:
-        return self._default if parameters is None else parameters
-
-    @property
-    def average(self) -> EMA:
-        """The EMA behind it, which saves, loads and exports for any layout."""
-        return self._list.ema
-
-    def copy_to(self, parameters: Model | None = None) -> None:
-        """Write the average into the parameters. *Collective* where the average is sharded."""
-        self._list.copy_to(self._given(parameters))
-
-    def store(self, parameters: Model | None = None) -> None:
-        """Keep a copy of the parameters for `restore`."""
-        self.collected_params = self._list.keep(self._given(parameters))
-
-    def restore(self, parameters: Model | None = None) -> None:
-        """Write what `store` kept into the parameters. Raises RuntimeError if nothing was."""
-        if self.collected_params is None:
-            raise RuntimeError("restore() without a store() before it.")
-        self._list.put_back(self.collected_params, self._given(parameters))
-
-    @property
-    def shadow_params(self) -> list[Tensor]:
-        """One tensor per parameter, in its form, made at each access. *Aliases* the average."""
-        return list(self._list.shadows.values())
-
-    @shadow_params.setter
-    def shadow_params(self, values: list[Tensor]) -> None:
-        self._list.fill(values)
 
 
 def _changed_form(state: ownership.ParamState) -> bool:

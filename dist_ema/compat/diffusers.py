@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..schedules import Constant
 from ..sharding.parameters import Model
-from ._parameter_list import Device, ListDropIn, ParameterListAverage, source
+from ._drop_ins import ListDropIn
+from ._parameter_list import Device, ParameterListAverage, source
 
 __all__ = ["EMAModel"]
 

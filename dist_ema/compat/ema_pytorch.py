@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..averaging.swap_registry import Reads
 from ..schedules import Constant, Power, Schedule, Warmup, gamma_of
-from ._module import Count, ModuleAverage, ModuleDropIn
+from ._drop_ins import Count, ModuleDropIn
+from ._module import ModuleAverage
 
 __all__ = ["EMA", "KarrasEMA"]
 

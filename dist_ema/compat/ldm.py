@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._module import Count
-from ._parameter_list import ListDropIn, ParameterListAverage, source
+from ._drop_ins import Count, ListDropIn
+from ._parameter_list import ParameterListAverage, source
 
 __all__ = ["LitEma"]
 

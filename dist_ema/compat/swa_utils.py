@@ -15,7 +15,8 @@ from torch.optim.swa_utils import SWALR
 from ..recipes import batchnorm
 from ..schedules import Constant, Schedule, Uniform
 from ..sharding import discovery
-from ._module import Count, Device, ModuleAverage, ModuleDropIn, ModuleFn, UpdateRule
+from ._drop_ins import Count, ModuleDropIn
+from ._module import Device, ModuleAverage, ModuleFn, UpdateRule
 
 __all__ = [
     "SWALR",

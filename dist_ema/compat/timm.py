@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..schedules import Constant, Warmup
-from ._module import Device, HolderDropIn, ModuleAverage, ModuleDropIn, ModuleFn
+from ._drop_ins import HolderDropIn, ModuleDropIn
+from ._module import Device, ModuleAverage, ModuleFn
 
 __all__ = ["ModelEma", "ModelEmaV2", "ModelEmaV3"]
 

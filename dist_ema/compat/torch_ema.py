@@ -10,7 +10,8 @@ import torch
 
 from ..schedules import Constant
 from ..sharding.parameters import Model
-from ._parameter_list import Device, ListDropIn, ParameterListAverage, source
+from ._drop_ins import ListDropIn
+from ._parameter_list import Device, ParameterListAverage, source
 
 __all__ = ["ExponentialMovingAverage"]
 

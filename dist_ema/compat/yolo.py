@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection
 from torch import nn
 
 from ..schedules import Ramp
-from ._module import HolderDropIn, ModuleAverage, ModuleFn
+from ._drop_ins import HolderDropIn
+from ._module import ModuleAverage, ModuleFn
 
 __all__ = ["ModelEMA"]
 
