@@ -205,9 +205,7 @@ sharding/derived.py
     caches_dropped    module.train(True)  @living_caches::test_a_copy_in_eval_mode_is_never_stale
     caches_dropped    parametrize._cache.clear()
             @living_caches::test_a_cache_opened_inside_the_block
-    caches_dropped    module.train(False)  @living_caches::test_caches_are_dropped_at_both_ends
-    caches_dropped    module.train(mode)
-            @living_details::test_a_module_that_trains_in_one_that_does_not_merges_nothing
+    caches_dropped    module.train(mode)  @living_caches::test_caches_are_dropped_at_both_ends
     caches_dropped    module.training = mode  @living_caches::test_every_mode_is_restored
     is_power_iteration_vector  return name in ("_u", "_v") => return False
             @living_buffers::test_vectors_of_a_spectral_norm_are_not_averaged
@@ -366,7 +364,7 @@ averaging/teacher.py
     _refuse_unlike    is strided or expanded  @into::test_unlike_teachers_are_refused
     _refuse_unlike    is one weight in the model  @into::test_unlike_teachers_are_refused
 sharding/consistency.py
-    on_weights        raise ValueError  @consistency
+    on_weights        raise ValueError  @discovery::test_ddp_ignored_and_unequal_replicas
     on_averages       raise RuntimeError  @writer::test_on_ranks
 sharding/discovery.py
     _describe         two stages of this rank  @pipelines::test_two_stages

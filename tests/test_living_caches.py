@@ -93,7 +93,24 @@ class Swin(Cached):
         return self.norm(super().forward(x))
 
 
+class Merged(nn.Module):
+    """As re-parametrized convolutions: `train(False)` merges, and eval reads what it merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, 3))
+        self.merged: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Merged:
+        self.merged = None if mode else self.weight.detach() * 2
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight * 2 if self.training else self.merged)
+
+
 CACHES: dict[str, Callable[[], nn.Module]] = {
+    "merged by train(False)": Merged,
     "dropped by train(True)": Cached,
     "keyed by size": LeastRecent,
     "inherited": Inherited,

@@ -233,9 +233,13 @@ def test_an_averaged_buffer_that_is_assigned_is_followed() -> None:
     assert torch.equal(ema.gather()["1.running_mean"], torch.full((4,), 1.25))
 
 
-def test_frozen_strided_weights_are_read_as_they_are() -> None:
-    """Their elements are copied, so that no address tells of a write."""
-    base = torch.zeros(2, 4)
+@pytest.mark.parametrize("columns", [4, 1 << 20])
+def test_frozen_strided_weights_are_read_as_they_are(columns: int) -> None:
+    """Their elements are copied, so that no address tells of a write.
+
+    The next copy of many elements lies where the last one did.
+    """
+    base = torch.zeros(2, columns)
     model = net()
     model.register_parameter("strided", nn.Parameter(base[:, ::2], requires_grad=False))
     teacher = copy.deepcopy(model)

@@ -35,8 +35,6 @@ def caches_dropped(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in sleeping:
-            module.train(False)
         # NOTE: `train` of a parent reaches its children, which may have had another mode.
         for module, mode in modes if sleeping else ():
             if module.training != mode and _overrides_train(module):
