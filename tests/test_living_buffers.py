@@ -404,7 +404,9 @@ class Filled(Bank):
 
 
 RED_RESUMED: dict[str, str] = {}
-RESUMED = {title: SHAPES[title] for title in ("grows", "shrinks", "resized in place")}
+RESUMED = {
+    title: SHAPES[title] for title in ("grows", "shrinks", "resized in place", "another dtype")
+}
 RESUMED["filled"] = Filled
 
 
