@@ -363,6 +363,8 @@ averaging/teacher.py
     _refuse_unlike    has fp32 masters  @refusals::test_masters_are_stepped_by_the_engine
     _refuse_unlike    is strided or expanded  @into::test_unlike_teachers_are_refused
     _refuse_unlike    is one weight in the model  @into::test_unlike_teachers_are_refused
+sharding/compiled_look.py
+    compile_loop      raise ImportError  @memory_watch::test_the_loop_is_switched_off
 sharding/consistency.py
     on_weights        raise ValueError  @discovery::test_ddp_ignored_and_unequal_replicas
     on_averages       raise RuntimeError  @writer::test_on_ranks
@@ -748,6 +750,7 @@ def main() -> int:
         forks = [
             _Fork(_work, share, _copied(folder, str(job), share), aloud=True)
             for job, share in enumerate(some[job :: options.jobs] for job in range(options.jobs))
+            if share
         ]
         shares = [fork.result(86400) or ["DOUBTFUL: its process died"] for fork in forks]
     found = [answer for share in shares for answer in share]

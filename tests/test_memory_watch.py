@@ -172,6 +172,13 @@ def test_the_loop_is_for_many_weights(number: int, monkeypatch: pytest.MonkeyPat
     assert bool(asked) == (number == memory_watch.MANY)
 
 
+def test_the_loop_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NUMBA_DISABLE_JIT=1 is numba's own switch, and ours."""
+    numba = pytest.importorskip("numba", reason="the loop is compiled by numba")
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+    assert memory_watch.find_loop.__wrapped__() is None
+
+
 class Mine(nn.Parameter):
     """A subclass may answer for another memory than its own."""
 
