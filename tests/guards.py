@@ -391,7 +391,7 @@ sharding/zero.py
 verbs/entry.py
     adopt             raise ValueError  @refusals::test_stages_that_hold_nothing_to_average
     refuse_staged     raise RuntimeError  @refusals::test_stages_have_no_whole_model
-    begin             warn(  @swap::test_swap_on_ranks
+    begin             warn(  @living_ranks::test_living_models_on_two_ranks
     warn_if_nameless  warn(  @parameters::test_verbs_take_lists
 verbs/files.py
     load              warn(*checkpoint
@@ -406,11 +406,9 @@ checkpoint/matching.py
     _                 state.is_copied_buffer and not own => False
             @living_buffers::test_a_resume_into_a_fresh_model_passes_over_copied_buffers
     compare           if not state.is_copied_buffer: => if True:
-            @living_buffers::test_a_resume_into_a_fresh_model_passes_over_copied_buffers
-            @reader
+            @living_buffers::test_a_module_that_is_another_one_takes_no_own_buffers
     _                 passed_over += sorted
-            @living_buffers::test_a_resume_into_a_fresh_model_passes_over_copied_buffers
-            @reader
+            @living_buffers::test_a_module_that_is_another_one_takes_no_own_buffers
 """
 
 

@@ -449,6 +449,23 @@ def edited_inside(kind: str) -> Callable[[], float]:
     return program
 
 
+def updated_before_the_backward(kind: str) -> Callable[[], float]:
+    """After the forward, FSDP1 registers views of the whole weights under their names."""
+
+    def program() -> float:
+        run = Run(kind)
+        run.step(1)
+        live = full(run.model)
+        loss = run.model(torch.ones(2, 4)).sum()
+        run.ema.update()
+        loss.backward()
+        for name, average in run.average.items():
+            run.average[name] = DECAY * average + (1 - DECAY) * live[name]
+        return run.off()
+
+    return program
+
+
 def table() -> dict[str, Callable[[], float]]:
     from dist_ema import HalfLife
 
@@ -485,6 +502,8 @@ def table() -> dict[str, Callable[[], float]]:
         entries[f"ddp: one rank is {write.__name__}"] = replicas_apart(write)
     for of_the_model in (True, False):
         entries[f"fsdp2: wrapped later, {of_the_model}"] = wrapped_later("fsdp2", of_the_model)
+    for kind in ("fsdp1 grad_op", "fsdp2 kept"):
+        entries[f"{kind}: updated before the backward"] = updated_before_the_backward(kind)
     entries["fsdp1 orig: assigned inside a swap"] = assigned_inside("fsdp1 orig")
     return entries
 
