@@ -133,8 +133,8 @@ def test_memory(script: ModuleType, tmp_path: Path) -> None:
     script.main(["--model", "tiny", "--repeat", "1", "--only", "memory", "--out", str(tmp_path)])
     names = [row["name"] for row in read(tmp_path)["memory"]]
     ways = ("ours", "ours-stream", "ours-behind", "torch", "torch-synced")
-    assert names[:5] == ["build", "update", "swap", "gather", "save"]
-    assert names[5:] == [f"2 ranks, {w}-{how}" for w in ("ddp", "fsdp2") for how in ways]
+    assert names[:6] == ["build", "first update", "update", "swap", "gather", "save"]
+    assert names[6:] == [f"2 ranks, {w}-{how}" for w in ("ddp", "fsdp2") for how in ways]
     assert len(list(tmp_path.iterdir())) == 2
 
 
