@@ -317,6 +317,17 @@ class OwnWeights(Callback):
         torch.nn.init.zeros_(pl_module.w)  # type: ignore[arg-type]
 
 
+class AssignedWeights(Callback):
+    """One that predicts from other memory."""
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.kept = pl_module.w.data  # type: ignore[union-attr]
+        pl_module.w.data = torch.ones(2)  # type: ignore[union-attr]
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.w.data = self.kept  # type: ignore[union-attr]
+
+
 def test_another_callback_that_swaps_weights_is_named(tmp_path: Path) -> None:
     """Lightning's own averaging enters after the callback's swap, wherever it stands in the list.
 
@@ -324,7 +335,7 @@ def test_another_callback_that_swaps_weights_is_named(tmp_path: Path) -> None:
     """
     net, callback = Net(), EMACallback(decay=0.5)
     words = "does not see the average: w was written"
-    others = [EMAWeightAveraging(decay=0.9), OwnWeights()]
+    others = [EMAWeightAveraging(decay=0.9), OwnWeights(), AssignedWeights()]
     made = trainer(
         tmp_path,
         callback,
@@ -335,8 +346,9 @@ def test_another_callback_that_swaps_weights_is_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=words) as caught:
         made.fit(net, data(), data())
     assert len([each for each in caught if words in str(each.message)]) == 3, "once an evaluation"
-    with pytest.warns(UserWarning, match=words):
-        made.test(net, data())
+    for evaluate in (made.test, made.predict):
+        with pytest.warns(UserWarning, match=words):
+            evaluate(net, data())
     alone = EMACallback(decay=0.5)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=words)

@@ -257,12 +257,17 @@ class AveragedWeights:
     def live_sums(self) -> dict[str, int]:
         """The bits of this rank's averaged weights as they stand in the model, by name.
 
+        -1 of those whose storage moved since a verb looked.
+
         Note:
             *Cost*: one read of them. Waits for the device.
         """
         swapped = [state for state in self.averages[0].averaged if state.shard.kind != "buffer"]
         sums = fingerprint.bit_sums(state.live for state in swapped)
-        return dict(zip((state.name for state in swapped), sums, strict=True))
+        return {
+            state.name: -1 if state.moved else bits
+            for state, bits in zip(swapped, sums, strict=True)
+        }
 
     # --- moving -----------------------------------------------------------------------------------
 
