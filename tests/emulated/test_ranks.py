@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ema import EMA, load_file
+from dist_ema.sharding import wrappers
 from tests._ranks import run_ranks
 
 from . import needs
@@ -85,8 +86,24 @@ def runs(folder: str) -> dict[str, Any]:
         for overlap in (False, True):
             name = f"{wrap.__name__} {overlap}"
             found[name] = train(wrap, group, device, Path(folder) / name, overlap=overlap)
+    found["late"] = late(group, device)
     found["far"] = far(group, device)
     return found
+
+
+@torch.no_grad()
+def late(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Shards are written after the event of the optimizer: the next forward waits for both."""
+    model, plain = fsdp(net(device), group), net(device)
+    x = torch.ones(2, 6, device=device)
+    model(x)
+    model.set_post_optim_event(torch.accelerator.current_stream().record_event())
+    for _ in range(500):  # the writes are later than an all-gather that does not wait for them
+        x.add_(0)
+    for weight in (*model.parameters(), *plain.parameters()):
+        getattr(weight, "_local_tensor", weight).fill_(0.5)
+    wrappers.reshard([*model.modules()])
+    return torch.equal(model(x).cpu(), plain(x).cpu())
 
 
 def far(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -113,6 +130,7 @@ def test_swaps_among_ranks(tmp_path: Path, backend: str) -> None:
     results = run_ranks(2, runs, str(tmp_path), backend=backend)
     for found in results:
         assert found["far"]
+        assert found["late"]
         for wrap in ("ddp", "fsdp", "offloaded"):
             assert found[f"{wrap} True"] == found[f"{wrap} False"]
             assert found[f"{wrap} True"] == pytest.approx(found["ddp False"], rel=1e-5)
