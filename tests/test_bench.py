@@ -10,7 +10,6 @@ import importlib
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,20 +40,6 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
     yield importlib.import_module("bench")
     sys.modules.pop("bench")
-
-
-def bench(*words: str) -> str:
-    """Run the script; what it printed."""
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *words],
-        env=ENVIRON,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -108,8 +93,8 @@ def test_several_averages(script: ModuleType, tmp_path: Path) -> None:
     assert round(row["mb_moved"] * 1e6) == (4 + 3 * 8) * result["elements"]
 
 
-def test_step(tmp_path: Path) -> None:
-    bench("--model", "tiny", "--repeat", "1", "--only", "step", "--out", str(tmp_path))
+def test_step(script: ModuleType, tmp_path: Path) -> None:
+    script.main(["--model", "tiny", "--repeat", "1", "--only", "step", "--out", str(tmp_path)])
     names = [row["name"] for row in read(tmp_path)["step"]]
     assert names == ["no average", "inline", "offloaded"]
 

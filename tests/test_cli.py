@@ -564,7 +564,7 @@ def _values(path: Path) -> Any:
         return json.loads(path.read_bytes()) if path.name == META else None
 
 
-@pytest.mark.parametrize("seed", [11, 12])
+@pytest.mark.parametrize("seed", [11, pytest.param(12, marks=pytest.mark.rest)])
 def test_damaged_artifacts(seed: int, call: Call, shop: Path, tmp_path: Path) -> None:
     """Whatever is done to an artifact: no traceback, no write outside OUT, and verify passes no
     changed byte.

@@ -120,8 +120,9 @@ def leaks(module: str, source: str) -> list[str]:
     said = [f"{module}:{line} imports {path}" for line, path in paths if foreign(path)]
     known = bound(tree)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and re.fullmatch(r"[\w.]+", ast.unparse(node)):
-            root, *rest = ast.unparse(node).split(".")
+        text = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        if re.fullmatch(r"[\w.]+", text):
+            root, *rest = text.split(".")
             # NOTE: only modules are followed; what a class of torch has (Tensor._version) is its
             # own affair.
             if (
@@ -129,7 +130,7 @@ def leaks(module: str, source: str) -> list[str]:
                 and known[root].split(".")[-1].islower()
                 and foreign(".".join([known[root], *rest]))
             ):
-                said.append(f"{module}:{node.lineno} names {ast.unparse(node)}")
+                said.append(f"{module}:{node.lineno} names {text}")
     return said
 
 
@@ -612,7 +613,7 @@ def private_names(source: str) -> set[str]:
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self":
+        elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "self":
             names.add(node.attr)
     return {name for name in names if re.match(r"_[^_]", name)}
 

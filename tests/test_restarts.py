@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA, load_file
-from tests._ranks import run_ranks
+from tests._ranks import run_program, run_ranks
 
 STEPS, EVERY, KILLS = 24, 4, 3
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,30 +117,65 @@ def attempt(folder: str) -> None:
     Path(folder, f"done-{rank}").touch()
     with contextlib.suppress(Exception):
         dist.barrier()
-    os._exit(0)  # gloo aborts now and then in a normal exit, after everything passed
 
 
-@pytest.mark.multirank
-@pytest.mark.skipif(not hasattr(dist.TCPStore, "list_keys"), reason="torch cannot list keys")
-def test_three_kills_under_torchrun_resume_bit_for_bit(tmp_path: Path) -> None:
-    """Guards the random id in front of a coordinator's keys ([Note: incarnations])."""
-    (tmp_path / "whole").mkdir()
-    run_ranks(2, train, str(tmp_path / "whole"))
-    (tmp_path / "killed").mkdir()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node", "2", "--max-restarts", str(KILLS), "--module"]
+AGENT = """
+import multiprocessing, sys
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
+from tests.test_restarts import attempt, torchrun_options
+
+multiprocessing.set_forkserver_preload(["tests.test_restarts", "torch._dynamo"])
+options = parse_args([*torchrun_options(), "--rdzv-backend", "c10d", "unused"])
+config, _, _ = config_from_args(options)
+config.rdzv_endpoint, config.start_method = "localhost:0", "forkserver"
+elastic_launch(config, attempt)(sys.argv[1])
+"""
+
+
+def torchrun_options() -> list[str]:
+    return ["--nproc-per-node", "2", "--max-restarts", str(KILLS)]
+
+
+def agent(folder: str) -> str:
+    """torchrun's agent, rendezvous and store, with ranks that are forked: what it printed."""
+    return run_program(AGENT, folder, timeout=280)
+
+
+def torchrun(folder: str) -> str:
+    """The command itself, which starts an interpreter for each rank: what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *torchrun_options()]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     result = subprocess.run(
-        [*torchrun, "tests.test_restarts", str(tmp_path / "killed")],
+        [*command, "--module", "tests.test_restarts", folder],
         env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=280,
     )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr[-9000:]}"
+    return result.stderr
+
+
+@pytest.mark.multirank
+@pytest.mark.skipif(not hasattr(dist.TCPStore, "list_keys"), reason="torch cannot list keys")
+@pytest.mark.parametrize(
+    "launch", [agent, pytest.param(torchrun, marks=pytest.mark.rest)], ids=["agent", "torchrun"]
+)
+def test_three_kills_under_torchrun_resume_bit_for_bit(
+    tmp_path: Path, launch: Callable[[str], str]
+) -> None:
+    """Guards the random id in front of a coordinator's keys ([Note: incarnations]).
+
+    A sample has torchrun's agent fork the ranks; with `--all` its command starts them too.
+    """
+    (tmp_path / "whole").mkdir()
+    run_ranks(2, train, str(tmp_path / "whole"))
+    (tmp_path / "killed").mkdir()
+    printed = launch(str(tmp_path / "killed"))
     names = {path.name for path in (tmp_path / "killed").iterdir()}
-    log = f"{sorted(names)}\n{result.stdout}\n{result.stderr[-9000:]}"
-    assert result.returncode == 0, log
+    log = f"{sorted(names)}\n{printed[-9000:]}"
     assert {"killed-0", "killed-1", "killed-2", "done-0", "done-1"} <= names, log
     for average in ("fast", "slow"):
         whole = load_file(tmp_path / "whole" / average / f"{STEPS:04}")
@@ -151,3 +186,4 @@ def test_three_kills_under_torchrun_resume_bit_for_bit(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     attempt(sys.argv[1])
+    os._exit(0)  # gloo aborts now and then in a normal exit, after everything passed

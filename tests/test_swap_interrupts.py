@@ -218,14 +218,16 @@ class Small(nn.Sequential):
         super().__init__(nn.Linear(5, 3), nn.Linear(3, 2))
 
 
-STEP = 4  # of four cases in a row, each line is interrupted in one
+STEP = 6  # each line is interrupted in one of the six cases, and in all of them with `--all`
 
 
-def every_line(first: int, kind: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+def every_line(
+    first: int, step: int, kind: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
     """Of both ranks at once; then of rank 1 alone, after the work in the thread has begun."""
     trained = Trained(wrap(kind, Small().to(dtype)), **options)
     for alone, after in ((False, ""), (True, "done.wait")):
-        for line in itertools.count(first, STEP):
+        for line in itertools.count(first, step):
             interrupter = Interrupter(line if dist.get_rank() == 1 or not alone else -1, after)
             found = interrupter.run(lambda: quietly(trained.block))
             trained.check(f"line {line} of {kind}, {interrupter.place}")
@@ -310,15 +312,16 @@ def twice(folder: str) -> None:
     trained.check_swap()
 
 
-def interrupted_ranks(folder: str) -> None:
+def interrupted_ranks(folder: str, step: int) -> None:
     swap_journal.SCRATCH = 4
     for number, case in enumerate(CASES):
-        every_line(1 + number % STEP, *case)
+        every_line(1 + number % step, step, *case)
     before_the_work()
     twice(folder)
     between_messages(f"{folder}-files", ("stream", "load"), 100, 499)
 
 
 @pytest.mark.multirank
-def test_every_line_on_ranks(tmp_path: Path) -> None:
-    run_ranks(2, interrupted_ranks, str(tmp_path / "average"))
+def test_every_line_on_ranks(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    step = 1 if pytestconfig.getoption("--all") else STEP
+    run_ranks(2, interrupted_ranks, str(tmp_path / "average"), step)

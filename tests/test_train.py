@@ -58,22 +58,25 @@ StartRanks = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def start_ranks() -> Iterator[StartRanks]:
+def launcher() -> Iterator[Launcher]:
+    with Launcher("accelerate", "sklearn.datasets", "matplotlib.pyplot") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def start_ranks(launcher: Launcher) -> StartRanks:
     """Several ranks on the CPU. Wrapper 'accelerate' leaves the wrapping to it."""
-    with Launcher("accelerate", "sklearn.datasets", "matplotlib.pyplot") as launcher:
 
-        def run(ranks: int, out: Path, wrapper: str, epochs: int, *more: str) -> str:
-            words = ["--out", str(out), "--epochs", str(epochs), *QUICK, *more]
-            place, made = out.parent / f"of-{out.name}", out / "metrics.jsonl"
-            if wrapper == "accelerate":
-                job = launcher.start(
-                    Path(SCRIPT), place, *words, ranks=ranks, ACCELERATE_USE_CPU="1"
-                )
-            else:
-                job = launcher.start(Path(SCRIPT), place, *words, "--wrapper", wrapper, ranks=ranks)
-            return job.wait(made)
+    def run(ranks: int, out: Path, wrapper: str, epochs: int, *more: str) -> str:
+        words = ["--out", str(out), "--epochs", str(epochs), *QUICK, *more]
+        place, made = out.parent / f"of-{out.name}", out / "metrics.jsonl"
+        if wrapper == "accelerate":
+            job = launcher.start(Path(SCRIPT), place, *words, ranks=ranks, ACCELERATE_USE_CPU="1")
+        else:
+            job = launcher.start(Path(SCRIPT), place, *words, "--wrapper", wrapper, ranks=ranks)
+        return job.wait(made)
 
-        yield run
+    return run
 
 
 TIMES = ("update_ms", "stall_ms", "lag")
@@ -271,10 +274,14 @@ def test_ranks_share_the_batches_of_one_process(train: ModuleType) -> None:
 # --- what it refuses ------------------------------------------------------------------------------
 
 
-def test_torchrun_under_accelerate_without_the_cpu_variable(tmp_path: Path) -> None:
+def test_ranks_under_accelerate_without_the_cpu_variable(
+    tmp_path: Path, launcher: Launcher
+) -> None:
     """Two worlds of one would overwrite each other's files (fact 22)."""
     arguments = ["--out", str(tmp_path / "run"), "--epochs", "1", "--steps-per-epoch", "4"]
-    log = start(*TORCHRUN, "2", SCRIPT, *arguments, ACCELERATE_MIXED_PRECISION="no")
+    place = tmp_path / "of-run"
+    job = launcher.start(Path(SCRIPT), place, *arguments, ACCELERATE_MIXED_PRECISION="no")
+    log = job.wait(job.log)
     assert "2 processes were started, but in each of them accelerate has a world of 1" in log
     assert "set ACCELERATE_USE_CPU=1" in log
     assert not (tmp_path / "run").exists()
