@@ -457,7 +457,10 @@ def updated_before_the_backward(kind: str) -> Callable[[], float]:
         run.step(1)
         live = full(run.model)
         loss = run.model(torch.ones(2, 4)).sum()
-        run.ema.update()
+        try:
+            run.ema.update()
+        except RuntimeError as error:
+            raise AssertionError("nothing was replaced, and an error names a weight") from error
         loss.backward()
         for name, average in run.average.items():
             run.average[name] = DECAY * average + (1 - DECAY) * live[name]
