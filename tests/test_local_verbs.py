@@ -27,8 +27,10 @@ def alone(rank: int, name: str, work: Callable[[], None]) -> None:
     """Do it on one rank, while the other does nothing."""
     store = wrappers.side_store("alone")
     if dist.get_rank() == rank:
-        work()
-        store.set(name, "")
+        try:
+            work()
+        finally:
+            store.set(name, "")
     else:
         store.wait([name])
 
