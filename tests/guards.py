@@ -378,6 +378,7 @@ sharding/discovery.py
             @refusals::test_weights_on_ranks_that_do_not_contain_each_other
 sharding/fsdp1.py
     record            is a DTensor inside  @refusals::test_fsdp1_over_dtensors
+    record            is on the meta device  @refusals::test_fsdp1_on_the_meta_device
 sharding/ownership.py
     assign            has fp32 masters  @refusals::test_masters_are_stepped_by_the_engine
     rebind            with {old.numel()} elements  @living_storages::test_a_conjugated_view_is_named

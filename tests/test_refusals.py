@@ -180,6 +180,14 @@ def test_fsdp1_over_dtensors(alone: DeviceMesh) -> None:
 
 
 @OF_ONE_RANK
+def test_fsdp1_on_the_meta_device(alone: DeviceMesh) -> None:
+    """FSDP1 itself refuses to wrap a model there, where there is no accelerator."""
+    wrapped = FullyShardedDataParallel(linear(), use_orig_params=False, device_id=CPU)
+    with pytest.raises(ValueError, match="weight is on the meta device. Pass param_init_fn"):
+        EMA(wrapped.to("meta"))
+
+
+@OF_ONE_RANK
 def test_parameters_of_fsdp1(alone: DeviceMesh) -> None:
     model = FullyShardedDataParallel(linear(), device_id=CPU)
     with pytest.raises(ValueError, match="belongs to FSDP1, which moves"):

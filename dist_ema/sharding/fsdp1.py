@@ -65,7 +65,8 @@ class FlatSlice:
             ValueError: It is on the meta device, or a DTensor.
         """
         flat, handle = self._flat, self.owner._handle
-        if flat.is_meta:
+        # NOTE: to("meta") registers another flat parameter, and FSDP1 goes on with its own.
+        if handle._fully_sharded_module._parameters.get(FLAT_PARAMETER, flat).is_meta:
             raise ValueError(
                 f"{name} is on the meta device. Pass param_init_fn to FSDP, then build the EMA."
             )
