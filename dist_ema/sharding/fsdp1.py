@@ -65,8 +65,9 @@ class FlatSlice:
             ValueError: It is on the meta device, or a DTensor.
         """
         flat, handle = self._flat, self.owner._handle
+        flat_module: nn.Module = handle._fully_sharded_module  # type: ignore[union-attr]
         # NOTE: to("meta") registers another flat parameter, and FSDP1 goes on with its own.
-        if handle._fully_sharded_module._parameters.get(FLAT_PARAMETER, flat).is_meta:
+        if flat_module._parameters.get(FLAT_PARAMETER, flat).is_meta:
             raise ValueError(
                 f"{name} is on the meta device. Pass param_init_fn to FSDP, then build the EMA."
             )
