@@ -63,7 +63,7 @@ averaging/averages.py
     _replan           roots = []  @living_ranks::test_living_models_on_two_ranks
     refuse            {why}  @discovery::test_summon_full_params_is_refused
     ready             self.reshard()  @living_details::test_fsdp2_in_one_process
-    ready             self.settle()  @106
+    ready             self.settle()  @emulated/test_waits::test_behind_the_step_equals_inline
     ready             self.follow  @106
     ready             self.teacher.copy_frozen()  @into::test_frozen_weights_follow
     ready             self.copy_live()  @optimizer_hooks::test_start_seeds_the_shadow
@@ -401,6 +401,7 @@ verbs/files.py
     _write_together   warn(*self.writer  @writer::test_a_save_is_a_model
     finish            warn(*self.writer  @publish::test_a_version_in_flight_is_not_waited_for
 verbs/publisher.py
+    __init__          raise ValueError  @publish::test_options_that_are_refused
     begin             raise RuntimeError  @publish::test_a_version_in_flight_is_not_waited_for
     _publish          warn(  @publish::test_a_full_disk_is_a_warning
 checkpoint/matching.py

@@ -65,6 +65,7 @@ def pulled(model: nn.Module, ema: EMA, path: Path) -> None:
 
 def begun_again(model: nn.Module, ema: EMA, path: Path) -> None:
     ema.reset()
+    ema.gather()
     train(model)
     ema.reset()
 

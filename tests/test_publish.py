@@ -159,6 +159,22 @@ def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not [name for name in os.listdir(tmp_path / "published") if ".tmp-" in name]
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"every": 0}, "every must be positive and finite, got 0"),
+        ({"every": float("inf")}, "every must be positive and finite, got inf"),
+        ({"keep": 0}, "keep must be a whole number of versions, at least 1, got 0"),
+        ({"keep": 3, "keep_at_most": 2}, "keep_at_most=2 is less than keep=3"),
+        ({"beside": "nowhere"}, "beside='.*nowhere' is no folder"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, Any], named: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{named}"):
+        EMA(torch.nn.Linear(2, 2)).publish(tmp_path / "published", **{"every": 1} | options)
+    assert not list(tmp_path.iterdir()), "nothing is begun"
+
+
 # --- leases --------------------------------------------------------------------------------------
 
 
