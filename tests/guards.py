@@ -305,6 +305,10 @@ averaging/teacher.py
 averaging/optimizer_hooks.py
     _before           move_to_end
             @living_optimizers::test_the_update_comes_after_hooks_of_all_optimizers
+    _before_any       self._averager.await_reads
+            @emulated/test_waits::test_optimizers_that_step_before_the_attached_one
+    _round            self._averager.bypassed = 0
+            @transformers::test_optimizers_that_step_each_layer_in_the_backward
     _stepped          did not step in the last
             @living_optimizers::test_experts_without_tokens_are_named_once
     _stepped          self._averager.bypassed +=

@@ -202,7 +202,8 @@ class Attachment:
 
     def _round(self) -> None:
         """Every optimizer has stepped: the clock moves, and every so often the average."""
-        clock, self._averager.bypassed = self._clock, 0
+        clock = self._clock
+        self._averager.bypassed = 0
         clock.tick(float(self._elapsed() if callable(self._elapsed) else self._elapsed))
         if not clock.started:
             self._skips.clear()
