@@ -32,7 +32,7 @@ from .sources import Source, is_equal
 __all__ = ["WINDOW", "Blend", "alike", "locate", "numeric", "write"]
 
 WINDOW = 1 << 19  # elements that a thread sums at a time: 2 MB of float32
-CHUNK = 1 << 18  # values that are read, multiplied and added while a cache holds them
+CHUNK = 1 << 17  # values that are read, multiplied and added while a cache holds them
 THREADS = 2  # windows that are summed at a time
 MOST_OPEN = 64  # models whose files stay open
 
