@@ -1,4 +1,4 @@
-"""dtypes of safetensors in numpy: raw bytes viewed as values, float8 widened, casts, finite or not.
+"""The dtypes of safetensors: their names elsewhere, their elements in numpy, casts. No torch.
 
 Rounding is to nearest, ties to even, as torch casts.
 """

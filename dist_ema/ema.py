@@ -1,4 +1,4 @@
-"""`class EMA`: update, attach, swap, save, load, gather, publish; its arguments, entry of a verb.
+"""`class EMA`: every public verb, its arguments checked, and the order of the calls beneath.
 
 Every collective verb does the same things in the same order. It refuses what is not allowed now,
 all ranks enter together, the module tree is walked, the engine settles, and only then the room that

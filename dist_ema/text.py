@@ -1,4 +1,4 @@
-"""Texts for people: plurals, sizes in MiB parsed and printed, lists, escapes, a tick, warnings."""
+"""Texts for people: plurals, sizes in bytes and their parsing, lists of names, warnings."""
 
 from __future__ import annotations
 

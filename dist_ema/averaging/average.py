@@ -1,4 +1,4 @@
-"""`Average`: a schedule, states, own buffers, skipped steps; `Selection`: what only= chooses."""
+"""`Average`: a schedule, its shadows and where they lie, skipped steps, own buffers."""
 
 from __future__ import annotations
 

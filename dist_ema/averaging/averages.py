@@ -1,4 +1,4 @@
-"""`AveragedWeights`: inventory, teacher, clock, swaps, watch; updates with overlap, tree followed.
+"""`AveragedWeights`: all averages of one model on this rank, their clock, and what an update does.
 
     AveragedWeights          what `EMA.weights` gives: the extension API
       Inventory              which weights, with which shadows; follows the module tree

@@ -1,4 +1,4 @@
-"""`Clock`: now, steps, updates, pending units, started; each schedule's decay for an elapsed move.
+"""The clock of an average: how far training has moved, and how far the average has followed.
 
 steps     optimizer steps seen by attach()
 now       the clock of the schedule, in the user's units, from where averaging began

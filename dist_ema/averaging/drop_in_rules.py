@@ -1,4 +1,4 @@
-"""Arithmetic of drop-ins: `move_by` a rule on views of shadow and live; `pull`: live moves."""
+"""What drop-ins do to an average beside updates: another rule, and live weights pulled to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines: an update submitted inline, on a stream or host thread; copier, window, fence, lag.
+"""Engines: when an update runs (at once, on a side stream, on a host thread), what waits for it.
 
 An engine has three verbs. `update` may return before the shadows have moved; after `fence` live
 weights may be overwritten; after `settle` shadows may be read. Each orders work, and none of them

@@ -1,4 +1,4 @@
-"""Executors: accelerator streams, worker threads, tasks, tickets; an event or mark on a device.
+"""Executors under the engines: the caller, a stream or a worker thread; events and their times.
 
 Reading a mark never waits: it is set where work is issued, and read once it has passed.
 """

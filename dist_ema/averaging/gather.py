@@ -1,4 +1,4 @@
-"""`ema.gather`, `copy_to`: full weights of local shards: shape, offsets, blocks, own buffers.
+"""`ema.gather` and `copy_to`: full weights by name in memory, and an average copied into a model.
 
 Ranks send the blocks that they answer for in windows of 16 MB. There is no collective per weight,
 and no rank holds more than the windows beside its own result. To one rank, those of other machines

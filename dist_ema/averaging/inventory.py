@@ -1,4 +1,4 @@
-"""`Inventory`: shards known by name: adopted, kept, fresh, old, replaced, gone, tied, unfrozen."""
+"""What is averaged: the records of every weight and buffer, kept in step with the module tree."""
 
 from __future__ import annotations
 

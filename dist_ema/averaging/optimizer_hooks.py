@@ -1,4 +1,4 @@
-"""`Attachment`: pre and post hooks on an optimizer's step, its wrappers; found_inf, every=, start=.
+"""Hooks on optimizers: an update after every step that really happened.
 
 The pre-step hook fences: live weights are overwritten in the step and nowhere else. The post-step
 hook moves the clock when every listed optimizer has stepped since the last update, in whatever

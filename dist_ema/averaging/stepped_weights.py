@@ -1,4 +1,4 @@
-"""Which averaged weights optimizers step: parameters, their memory, fp32 masters of DeepSpeed."""
+"""Which averaged weights an optimizer steps: by identity, by memory, or through fp32 masters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`StorageWatch`: data_ptr and versions of live params before and now: moved, written, sampled.
+"""`StorageWatch`: whether live weights moved to other memory, and how often they were written.
 
 [Note: a model lives]  A training program may move a storage (`p.data = ...`, `.double().float()`,
 SAM, offloading), write a weight outside the optimizer's step, or change the module tree at any

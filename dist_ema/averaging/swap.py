@@ -1,4 +1,4 @@
-"""`WeightSwap`: ranks enter and leave: exits, messages they owe, covered or abandoned, broadcasts.
+"""`ema.swap()`: the steps in which ranks apply an average to the model and restore what was there.
 
 [Note: one swap]  Each rank exchanges what it averages (`swap_journal`), and the ranks exchange
 messages and broadcasts around that:

@@ -1,4 +1,4 @@
-"""`SwapJournal`: a state's live and shadow exchanged by scratch, restored; what was written.
+"""The exchange of live weights and shadows, window by window; its undoing; writes inside a swap.
 
 With one dtype and device their contents are exchanged through a scratch of 4 MB: no second model
 exists. Otherwise an exchange would round, so the live elements are kept aside and the average is

@@ -1,4 +1,4 @@
-"""`SwapRegistry`: open swaps of related averages; `Reads`: which verbs are refused inside a swap.
+"""`SwapRegistry`: the open swaps, and which verbs (`Reads`) are refused inside them.
 
 [Note: open swaps]  Several EMAs may average one model, or parts of it. While one of them has
 swapped its average in, the live weights are not the training weights, and the others must know.

@@ -1,4 +1,4 @@
-"""`Teacher` of into=: places of its shards, given to shadows; frozen ones copied, reads announced.
+"""`EMA(model, into=teacher)`: the teacher's copy of the average, and how it is kept in sync.
 
 The teacher's own memory is the shadow: there is no second copy, and a swap has nothing to exchange.
 Each weight must lie there as it does in the model, the same elements on the same rank:

@@ -1,4 +1,4 @@
-"""`Updates`: the plan over pairs of shadow and live, buffers, seed, overlap; on host or device."""
+"""`Updates`: the plan of an update over the shadows, and the engine that runs it."""
 
 from __future__ import annotations
 

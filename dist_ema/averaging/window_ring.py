@@ -1,4 +1,4 @@
-"""`WindowRing`: the mean of each full block on the host, older entries, begin; mixed by shares.
+"""`WindowRing`: the block means of a window on the host, mixed by their shares.
 
 [Note: ring]  A `Window` moves one shadow like any schedule: it holds the mean of the block under
 way. When a block is full, its mean is copied to the host, and the next update begins another one.

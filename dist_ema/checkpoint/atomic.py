@@ -1,4 +1,4 @@
-"""Atomic replacement: a new path staged beside or inside, temporary siblings, old names, exchange.
+"""Atomic replacement: a new version of a file or folder appears whole or not at all, durably.
 
 Everything is written to a hidden sibling (`.NAME.tmp-ID`), synced, and put in place. A file
 replaces a file in one call. Two folders are exchanged in one call where the file system can.

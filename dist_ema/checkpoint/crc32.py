@@ -1,4 +1,4 @@
-"""`RangeSum`: CRC-32 of a file from contributions of byte ranges: powers, products, polynomials.
+"""CRC-32 of a file, combined from what each rank's byte ranges contribute.
 
 [Note: check sums]  CRC-32 is affine over GF(2). So the sum of a file is the XOR of what each range
 contributes, shifted by the number of bytes behind it. Every rank sums its own ranges and posts one

@@ -1,4 +1,4 @@
-"""State_dicts for DCP: name and shape of what is saved, labels, tables, keys, a planner, buffers.
+"""The averages as a state_dict of torch.distributed.checkpoint (DCP): its keys and their values.
 
     averages.average_0.weights.NAME    the shadow
     averages.average_0.buffers.NAME    every buffer

@@ -1,4 +1,4 @@
-"""Disk: a file descriptor at an offset, reserve, filled windows, POSIX, errno, regular files.
+"""Bytes on their way to the disk: reserved space, whole writes, a bounded page cache, errors.
 
 Reads are of regular files: nothing that blocks, nothing that ends early without an error.
 """

@@ -1,4 +1,4 @@
-"""`BlockPlacer`: data of blocks at offsets, dtype cast, staged, as runs. `FileWriter`."""
+"""Blocks of weights as runs of bytes in files, and the files that take them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`FlatRange`: a tensor subclass over blocks of a weight, with the chunk metadata that DCP wants.
+"""FlatRange: the boxes of a weight that this rank averages, as one tensor in a state_dict of DCP.
 
 DCP asks a tensor which chunks of the whole it holds, by a protocol that DTensor implements too. So
 flat ranges save and reshard like any other shard, and no rank sends anything.

@@ -1,4 +1,4 @@
-"""`FileForm`: config.json and adapters for transformers and peft; inner names, base model.
+"""What other libraries expect of a model's folder: config.json, and adapters in peft's form.
 
 Duck-typed: a model that has these was made by its library, so nothing is imported here.
 

@@ -1,4 +1,4 @@
-"""`load_file`: a state_dict: name, dtype, entry listed in headers and manifest; aliases, mapping.
+"""`load_file`: the complete state_dict of a saved model, its tensors mapped from the files.
 
 A folder that `ema.save` wrote has an ema.json. Any other safetensors model has none: an export as
 one file, a Hugging Face folder.

@@ -1,4 +1,4 @@
-"""What each key of ema.json must be: objects, names, digits, labels; averages and files parsed."""
+"""What each key of ema.json must hold, and how values from outside are parsed. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`LoadTarget`, `ReadPlan`: which saved weight fills which state; `Differences` in name or shape.
+"""Which saved weight fills which average, and every way in which a saved form and a model differ.
 
 The averages that are to be filled are paired with the saved ones by their schedules, and weights by
 their names. Nothing is changed here.

@@ -1,4 +1,4 @@
-"""`SaveRequest`: path, names and inventory of averages, files; a temporary folder made and sealed.
+"""What to write, and what follows from it: the files, their ema.json, and the temporary folder.
 
 The first rank makes that folder before the first byte, and completes and puts it in place last.
 """

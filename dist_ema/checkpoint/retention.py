@@ -1,4 +1,4 @@
-"""`keep=`: numbered saves beside a path, by stem; old ones retired; foreign names and companions.
+"""`keep=`: the numbered saves of a run, the pointer `latest`, and which saves are removed.
 
 Deleting is the most dangerous thing that a library does. A folder is removed only if its name has
 the same stem and a number, if it is complete, and if it holds nothing but what dist_ema wrote.

@@ -1,4 +1,4 @@
-"""The safetensors format: header, entries, shape, length, index; shards sorted into bins.
+"""The safetensors format: headers, shards and their index, written and parsed. No torch.
 
     ema-001000/
       model.safetensors     or model-00001-of-00004.safetensors ... and INDEX

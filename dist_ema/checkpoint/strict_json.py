@@ -1,4 +1,4 @@
-"""JSON parsed strictly and dumped: UTF-8, no key twice, finite numbers, a bounded size."""
+"""JSON as the standard has it: UTF-8, no key twice, finite numbers only, a bounded size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published versions: number, name, facts; readers' leases, their expiry, the retired, a stop file.
+"""The published versions of a run: names, order, and what each says about itself. No torch.
 
     published/version-000007/     a complete model, with ema.json
     published/latest, best        files that name a version

@@ -1,4 +1,4 @@
-"""`Writer` of `ema.save`: a verb's request prepared, routes, placer; `BackgroundTask`: in a thread.
+"""`ema.save` on every rank: who writes which bytes of which file; the task behind training.
 
 Ranks of one machine write their regions straight into place: no gather, no copy of the model. The
 ranks of several machines send each byte to the machine that writes it ([Note: routes]), and all

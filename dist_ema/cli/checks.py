@@ -1,4 +1,4 @@
-"""`dist-ema verify` and `doctor`: a verdict printed, problems, what is sound; hash sums written."""
+"""`dist-ema verify` and `doctor`: are files what they were, and is this machine fit."""
 
 from __future__ import annotations
 

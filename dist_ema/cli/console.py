@@ -1,4 +1,4 @@
-"""Console of the verbs: options and help, types of arguments, tables, exit codes, progress bars.
+"""What the verbs of the command line share: options, tables, exit codes, progress. No torch.
 
 Names come from files, so each text passes through `printable` before it reaches a terminal.
 """

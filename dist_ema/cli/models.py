@@ -1,4 +1,4 @@
-"""`dist-ema export`, `convert`, `average`: options, and the text or table of what is done."""
+"""`dist-ema export`, `convert` and `average`: the verbs that write a model to ship."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dist-ema plan`: options; the decay's half life, pace in units, cost, as text and tables."""
+"""`dist-ema plan`: choose the decay before training, and know what it costs."""
 
 from __future__ import annotations
 

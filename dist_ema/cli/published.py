@@ -1,4 +1,4 @@
-"""`dist-ema watch` and `board`: options on a folder of versions: command, metric, seconds, page."""
+"""`dist-ema watch` and `board`: what a training publishes, worked on and looked at."""
 
 from __future__ import annotations
 

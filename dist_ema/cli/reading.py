@@ -1,4 +1,4 @@
-"""`dist-ema inspect` and `diff`: lines shown of a report, how far models differ, a threshold."""
+"""`dist-ema inspect` and `diff`: what is in a file or folder, and how far two models are apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dist-ema reconstruct` and `sweep`: sigma_rel, widths and snapshots as options; output."""
+"""`dist-ema reconstruct` and `sweep`: choose the decay after training."""
 
 from __future__ import annotations
 

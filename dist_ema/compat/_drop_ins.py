@@ -1,4 +1,4 @@
-"""What drop-ins inherit: the verbs over a module's copy or a list of shadows; counts in buffers."""
+"""What drop-ins inherit: the verbs over a module's copy or over a list of shadows."""
 
 from __future__ import annotations
 

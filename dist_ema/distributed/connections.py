@@ -1,4 +1,4 @@
-"""`Connections`: sockets between ranks: addresses, ports, a listener, the greeting, relays, send.
+"""Connections between ranks over TCP: addresses, greetings, relays and sending.
 
 [Note: files]  Files may be written in the background, and ranks may die or fill a disk meanwhile.
 So their bytes do not travel over a process group: a failure here stops no training, and it works

@@ -1,4 +1,4 @@
-"""`StoreCoordinator`: exchanges of a verb: work on all ranks, combine, conclude; messages, errors.
+"""`StoreCoordinator`: exchanges of a verb over the store, and one error for all ranks.
 
 [Note: check in]  Exchanges are numbered, alike on every rank. Each has a counter in the store:
 

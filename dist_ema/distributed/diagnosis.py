@@ -1,4 +1,4 @@
-"""`Exchange` and its texts: two positions, a clash of arguments, missing ranks, the usual cause."""
+"""What to say when ranks disagree or are silent: which ranks, which calls, the usual cause."""
 
 from __future__ import annotations
 

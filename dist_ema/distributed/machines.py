@@ -1,4 +1,4 @@
-"""`Machines`: number and columns of ranks, interfaces by socket; `Routes`: cuts, starts, ranges.
+"""Which ranks share a machine, and how bytes travel between machines.
 
 [Note: columns]  Rank i of a machine sends to rank i of every other machine, which writes or passes
 on. So a rank has one connection per machine, and not one per rank:

@@ -1,4 +1,4 @@
-"""`Messages`: keys of an exchange: counter, published answer, clash of members, speaker."""
+"""What ranks write into the store for an exchange ([Note: check in] in coordinator)."""
 
 from __future__ import annotations
 

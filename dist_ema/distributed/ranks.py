@@ -1,4 +1,4 @@
-"""`Ranks`: members, process group, timeout, stores under a prefix, claims of paths, leftovers.
+"""The ranks that hold a model together: their process group, and messages over its store.
 
 [Note: incarnations]  The store of torchrun outlives the processes that it restarts, and with them
 the messages of the killed attempt. So the keys of a coordinator begin with a random id, which the

@@ -1,4 +1,4 @@
-"""`Receiver`: a sender's connection as a stream: window, count, view; consumed or sent onward.
+"""The receiving end of a connection: a stream of windows, consumed or sent onward.
 
     greeting   token, number of the transfer, rank    --> 1
     window     count, (buffer, offset, length) * count, the bytes of all

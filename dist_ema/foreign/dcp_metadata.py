@@ -1,4 +1,4 @@
-"""`.metadata` of a DCP folder: storage fields, types, properties, unpickled and checked.
+"""`.metadata` of a torch.distributed.checkpoint folder, parsed and checked; no code is run.
 
 `.metadata` is a pickle: every name with its shape and its chunks (offsets, sizes), and the bytes of
 a file that hold each chunk. `unpickler` reads it, and every number is checked before it is used.

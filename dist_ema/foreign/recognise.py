@@ -1,4 +1,4 @@
-"""Which leaves of a node are the average, and why: rules for Lightning, timm, diffusers, mmengine.
+"""Which table of a foreign checkpoint is the average: a rule for each kind of writer. No torch.
 
 A checkpoint is a tree: mappings, lists, numbers and texts, with a `Leaf` for each tensor. A rule
 looks at one mapping of the tree and recognises an average by the keys alone. The facts behind the

@@ -1,4 +1,4 @@
-"""`torch.distributed.checkpoint` folders: chunks that begin and end in windows of arrays. No torch.
+"""Folders of torch.distributed.checkpoint, read a window at a time in one process. No torch.
 
     step-1000/
       .metadata             the table of contents: see `dcp_metadata`

@@ -1,4 +1,4 @@
-"""Files of torch.save: classes that are safe to make, weights_only=True, unsafe types named.
+"""Files of torch.save as trees of tensors, through torch.load(weights_only=True).
 
 A class that needs code is refused by name.
 

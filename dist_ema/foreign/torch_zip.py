@@ -1,4 +1,4 @@
-"""Zip archives of torch.save: records and their bytes, direct, at offsets. No torch.
+"""Zip archives as torch.save writes them: where their records lie. No torch.
 
 A record is stored, not compressed, so a tensor's bytes can be read or mapped at their place in the
 file. Any other archive is refused with the reason.

@@ -1,4 +1,4 @@
-"""A restricted unpickler: opcodes, stack, persistent ids; refuses types and callables.
+"""A restricted unpickler, which imports nothing and calls only what its caller allows. No torch.
 
 A pickle is a program: GLOBAL imports, REDUCE calls what was imported. Here `find_class` looks into
 an allow-list, and any other name ends the reading with an error that states it. A call builds a

@@ -1,4 +1,4 @@
-"""accelerate: `Registration` of hooks for an accelerator's save_state and load_state.
+"""accelerate: the average goes into every `save_state` and comes back with `load_state`.
 
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     ema = EMA(model, decay=0.9999)  # after prepare, which replaces the parameters under FSDP2

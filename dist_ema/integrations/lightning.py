@@ -1,4 +1,4 @@
-"""Lightning: `EMACallback` for a Trainer: fit, validation, strategy, ModelCheckpoint files.
+"""Lightning: `Trainer(callbacks=[EMACallback(decay=0.9999)])`, and nothing else.
 
 [Note: where checkpoints go]  A callback does not learn the path of a checkpoint, so this one wraps
 `save_checkpoint` and `remove_checkpoint` of the strategy. The average of `DIR/NAME.ckpt` lies in

@@ -1,4 +1,4 @@
-"""transformers: `EMACallback` for a Trainer: evaluation loop, logs, best metric, checkpoints.
+"""transformers: `Trainer(..., callbacks=[EMACallback(decay=0.9999)])`, and nothing else.
 
 [Note: reaching the trainer]  A callback has no event before an evaluation, and does not learn which
 trainer calls it. So `on_train_begin` looks for the `Trainer` among its callers. From then on the

@@ -1,4 +1,4 @@
-"""`dist-ema average`: paths of checkpoints put in order, their shares by weights or WMA."""
+"""`dist-ema average`: which checkpoints are averaged, in which order, with which weights."""
 
 from __future__ import annotations
 

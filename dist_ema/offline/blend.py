@@ -1,4 +1,4 @@
-"""`Blend`: a weighted sum of models like one another, the rest taken; totals a window at a time.
+"""`Blend`: a weighted sum of models in files, a window at a time; are models alike? No torch.
 
     blend = Blend([(model, 0.25), (other, 0.75)], rest=other, summed=frozenset(names))
     write(out, blend, ...)

@@ -1,4 +1,4 @@
-"""Foreign checkpoints as a tree of tables: root, items, leaf objects, inert ones, nameless lists.
+"""Other people's checkpoints, as one tree of tables whatever their form on disk, and their names.
 
 A file of torch.save, a folder of torch.distributed.checkpoint, safetensors of Hugging Face or
 diffusers: each becomes mappings and lists with a `recognise.Leaf` for each tensor. No torch.

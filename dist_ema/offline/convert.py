@@ -1,4 +1,4 @@
-"""`dist-ema convert`: the average found in a foreign checkpoint: request, mapping, leaf, rest.
+"""`dist-ema convert`: the average in a foreign checkpoint, chosen, named and written as a model.
 
 *Cost*: one window of memory.
 """

@@ -1,4 +1,4 @@
-"""`dist-ema diff`: rows of weights that changed, are reshaped, missing or unexpected; threshold.
+"""`dist-ema diff`: the distance of two models in float64, weight by weight. No torch.
 
     distance = ||A - B|| / ||A||, in float64, over the elements of one weight
 

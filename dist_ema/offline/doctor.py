@@ -1,4 +1,4 @@
-"""`dist-ema doctor`: checks of packages, environment, launch, file system; a self-test of ranks."""
+"""`dist-ema doctor`: packages, torch, launch, file system, and a self-test in other processes."""
 
 from __future__ import annotations
 

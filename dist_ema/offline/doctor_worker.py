@@ -1,4 +1,4 @@
-"""Child processes of `doctor`: torch and gloo available? One rank of the self-test: want, exact.
+"""The child processes of `doctor`: facts about torch, and one rank of the self-test.
 
     python -m dist_ema.offline.doctor_worker facts
     python -m dist_ema.offline.doctor_worker rank R W FOLDER

@@ -1,4 +1,4 @@
-"""`dist-ema export`: names, entries and order of the files, like those of a pattern; in one pass.
+"""`dist-ema export`: names, files, dtypes and order of the model to ship, written in one pass.
 
 *Cost*: windows of 4 MB, six at a time, whatever the model's size. No torch, where the names in
 memory are those of the files.

@@ -1,4 +1,4 @@
-"""`Reverted`: names as transformers' `save_pretrained` writes them, parts of owners, aliases.
+"""A model under the names that transformers' `save_pretrained` writes, where memory has others.
 
 transformers 5 fuses experts and renames modules when it loads, and reverts that when it saves. The
 table of both is its own, so it is asked, once for each weight; torch is imported for nothing else.

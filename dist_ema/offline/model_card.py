@@ -1,4 +1,4 @@
-"""What ships beside weights: config, tokenizer, a model card's section of what they are made of.
+"""What lies beside weights that are shipped: config and tokenizer, and a section of the model card.
 
 One rule for every verb that writes a model to ship: `beside`. The section says what average the
 weights are. No torch.

@@ -1,4 +1,4 @@
-"""`dist-ema plan`: `Pace`: half life, width, gamma; `Cost`: bytes and memory; length scaled.
+"""`dist-ema plan`: what a decay means in other units, at another batch size, and what it costs.
 
 Arithmetic alone.
 

@@ -1,4 +1,4 @@
-"""`open_model`: a `Source`: safetensors or a checkpoint as entries by name, read in windows.
+"""`open_model`: safetensors of any origin as a table of names and windows of bytes. No torch.
 
     with source.open_model(path) as model:
         for name, entry in model.entries.items():

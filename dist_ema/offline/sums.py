@@ -1,4 +1,4 @@
-"""Check sums in flight: CRC-32 and SHA-256 of files: `FileSums`, `Checked`. No torch."""
+"""Check sums of a model as its bytes go by: `FileSums` of one file, `Checked` of all. No torch."""
 
 from __future__ import annotations
 

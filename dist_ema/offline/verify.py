@@ -1,4 +1,4 @@
-"""`dist-ema verify`: a `Verdict` of files, their CRC-32 and SHA-256, values that are NaN, the seal.
+"""`dist-ema verify`: files read to the last byte against their sums, NaN counted, ema.json sealed.
 
 *Cost*: one pass over the bytes, a window of 4 MB at a time. No torch.
 """

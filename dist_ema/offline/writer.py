@@ -1,4 +1,4 @@
-"""`write` a model: shards, content streamed to files in a folder, summed; force, tick."""
+"""`write`: a model written to files by one process: streamed, summed, published. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Profile`s of averages along updates: knots, lines, edges; `Mixer`: a least-squares fit (linalg).
+"""Profiles of averages along a run, and the least-squares mixture nearest to another. numpy alone.
 
 An average is a weighted sum of the live weights after each update; its *profile* is those weights.
 They follow from the schedule and the clock, so nothing has to be measured. Stored averages can be

@@ -1,4 +1,4 @@
-"""Averages from papers as shares of updates: LAWA, BEMA, tails, cooldowns, decay functions.
+"""Published averages of weights, each as the share of every update. numpy alone.
 
 A function takes the number of updates n and returns an array [n + 1]: entry 0 is the share of the
 weights at the start, entry j that of the weights after update j. Each sums to 1. It is the impulse

@@ -1,4 +1,4 @@
-"""`dist-ema reconstruct`: mixtures for each target sigma_rel, residuals, fit, a plot in color."""
+"""`dist-ema reconstruct`: one mixture for each width, its fit reported and plotted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`posthoc.reconstruct`: stored snapshots found in folders, newest, fitted and blended to a target.
+"""`posthoc.reconstruct`: the stored averages of a run, mixed into an untracked one. No torch.
 
     ema = EMA(model, decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.10)])
     ...

@@ -1,4 +1,4 @@
-"""Precise BN: a loader's batches forward, moments, mean and variance of layers; progress.
+"""Precise BN: population statistics for the weights that are in the model now.
 
     with ema.swap():
         recalibrate(model, loader)      # the average keeps these statistics, live restores its own

@@ -1,4 +1,4 @@
-"""Distillation (Hinton et al. 2015): student and teacher logits, temperature, dims, log softmax.
+"""Distillation with soft targets (Hinton et al. 2015), from a fixed teacher or from the average.
 
 teacher = copy.deepcopy(student)
 ema = EMA(student, decay=0.999, into=teacher)       # mean teacher (Tarvainen & Valpola 2017)

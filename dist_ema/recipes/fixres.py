@@ -1,4 +1,4 @@
-"""FixRes (Touvron et al. 2019): the classifier's norm and parameters free, others frozen.
+"""FixRes: adapt a trained model to the resolution of the test (Touvron et al. 2019, section 4).
 
 Random crops in training make objects look larger than centre crops do in a test, and the
 activations before the classifier follow other statistics at another resolution. The cure is a few

@@ -1,4 +1,4 @@
-"""`Schedule` from `Constant` to `Power`: decay of now and elapsed; gamma, sigma_rel, tau."""
+"""`Schedule`, and the decays that need the clock alone, from `Constant` to `Power`."""
 
 from __future__ import annotations
 

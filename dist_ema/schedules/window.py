@@ -1,4 +1,4 @@
-"""`Window`, `BlockMean`: curves of a learning rate over blocks of steps, their shares; `from_dict`.
+"""`Window`: the decay of a learning rate over the last steps, as an average of them.
 
 And every schedule from what a user or a file gives: a float, a list, a dictionary.
 """

@@ -1,4 +1,4 @@
-"""`Follower`, `Version`: a folder polled for new versions, each opened with its lease and metadata.
+"""Follow a folder of published versions: each one once, whole, and leased while it is in use.
 
     for version in dist_ema.follow("run/published"):
         version.load_into(model)

@@ -1,4 +1,4 @@
-"""Notify vLLM and SGLang by HTTP: url, body, adapters and LoRA, reload, answers, success.
+"""Tell an inference server that a version is there, in the server's own terms. No torch.
 
 SGLang takes {"model_path", "weight_version"} at /update_weights_from_disk, and answers with
 "success" and a "message". vLLM takes {"method": "reload_weights", "kwargs": {"weights_path"}} at

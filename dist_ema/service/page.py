@@ -1,4 +1,4 @@
-"""One HTML page of a run: rows of versions, facts, leases, metrics, an SVG chart, its style.
+"""One page to look at: the published versions of a run, as HTML that needs no network. No torch.
 
 Every text on it comes from files that others wrote, so all of it passes through `escape`.
 """

@@ -1,4 +1,4 @@
-"""`Watch`: a command run for every version; outcome, retries, jobs in the ledger, a metric's plot.
+"""Do something with every published version, once, over restarts and several watchers. No torch.
 
 A watcher leases a version, claims it in the ledger, runs its work, records the outcome, and only
 then releases it ([Note: claims] in ledger).

@@ -1,4 +1,4 @@
-"""Arenas: shadows allocated in flat buffers, aligned with chains of live neighbours; pinned."""
+"""Arenas: the shadows allocated in one flat buffer per dtype and device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks compare inventories, regions and hashes of replicas; mismatched ones named by leaders."""
+"""Checks at construction: all ranks see the same weights and equal replicas."""
 
 from __future__ import annotations
 

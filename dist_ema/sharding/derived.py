@@ -1,4 +1,4 @@
-"""What modules derive from weights: caches, merged adapters, power iterations of spectral norms."""
+"""What modules derive from their weights and keep: caches, and the vectors of power iterations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`find_shards`: placements of a DTensor on its mesh, shape, kind, opaque ones, DDP cuts, owners.
+"""`find_shards`: one record per weight of any wrapped model.
 
 DDP, FSDP1, FSDP2, HSDP, tensor parallel, torch.compile and activation checkpointing are dissolved
 here. Nothing after this room asks how a model is wrapped.

@@ -1,4 +1,4 @@
-"""Fingerprints: the bits of tensors as words, multiplied and summed in windows on their device."""
+"""Hashes of the bits of tensors, for ranks to compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FSDP1: `FlatSlice`: handles and infos of flat parameters, the range here, hybrid strategies."""
+"""FSDP1: flat parameters, and the range of each weight that this rank holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Box`: offsets, sizes, strides; row-major runs, boxes of a range, `Numbering` of elements."""
+"""`Box`: boxes, ranges, runs and element numbers of row-major weights. No tensors are moved."""
 
 from __future__ import annotations
 

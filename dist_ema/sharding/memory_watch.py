@@ -1,4 +1,4 @@
-"""`MemoryWatch`: data_ptr of locals read in a loop, DTensors; a tree's parents and children.
+"""`MemoryWatch`: whether weights lie where they lay, in the same order, in the same module tree.
 
 An update reads memory by address, so it asks that first ([Note: a model lives] in storage_watch).
 Each of the three questions has an owner here.

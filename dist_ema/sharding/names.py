@@ -1,4 +1,4 @@
-"""Canonical names of weights, without the parts that wrappers add. No torch."""
+"""What wrappers add to the names of weights. No torch, so that files are read without it."""
 
 from __future__ import annotations
 

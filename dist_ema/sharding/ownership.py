@@ -1,4 +1,4 @@
-"""`ParamState`: averaged, saved, owned region of a local tensor, resized data; pieces for replicas.
+"""`ParamState`: which elements of a weight each rank averages, and which it writes to files.
 
 A `ParamState` is one weight on this rank: the region that it averages, the region that it saves,
 and the shadow. Where nothing is replicated both are the local region. What the same replicas hold

@@ -1,4 +1,4 @@
-"""`Stages`, `Parameters`: lists of modules or parameters as a module; FSDP's unsharded copies."""
+"""`Stages` and `Parameters`: a model that came in parts, as a module."""
 
 from __future__ import annotations
 

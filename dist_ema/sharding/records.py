@@ -1,4 +1,4 @@
-"""`Shard`, `Region`: a weight's local tensor, elements, shape, order, stride, storage; buffers.
+"""`Shard` and `Region`: the record of one weight, which elements this rank holds, where they lie.
 
 [Note: words]  Five words for a part of a weight, and no others.
 

@@ -1,4 +1,4 @@
-"""Is it a DTensor, FSDP1, FSDP2, in a backward? Asked without importing the classes of torch.
+"""Is it a DTensor, FSDP1 or FSDP2, and does a backward run? No class of theirs is imported.
 
 Importing FSDP and DTensor takes as long as half of torch. A program whose model needs neither has
 not imported them, and then no object of these classes exists.

@@ -1,4 +1,4 @@
-"""`InventoryChanges`: a module tree against shards: replaced, gone, retied, new, unfrozen."""
+"""How a module tree differs from its records, by name. `memory_watch` tells an update whether."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrappers of modules: prefix of a name, parallel, compiled, reshard, unwrapped, ignored ones.
+"""The wrappers that PyTorch puts around a module, and how to see through them.
 
 [Note: stale roots]  After a forward without backward FSDP keeps weights unsharded, and the next
 forward reads that copy whatever the shards hold by then. Every verb that writes shards, or that

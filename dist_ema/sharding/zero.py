@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: engine, optimizer's group, hook on its step, fragments, partitioned, masters.
+"""DeepSpeed ZeRO: which elements of a weight this rank steps, and where their masters lie.
 
 DeepSpeed is not imported: what it leaves on the parameters says everything.
 

@@ -1,4 +1,4 @@
-"""`Entry`: members and ranks of a collective verb, alone or everyone; stages agree; warnings.
+"""`Entry`: who must come to a collective verb, and what all ranks check before it begins.
 
 And what verbs warn of: an average that did not follow, and what it does not hold.
 """

@@ -1,4 +1,4 @@
-"""`Files`: requests with averages, form, adapters. `load`: targets and means for a ring."""
+"""`Files`: what verbs ask of the writer, and when. `load`: which averages a saved form fills."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Publication` of `EMA.publish`: every, keep, beside, skipped; `Publisher`: a version when due."""
+"""`EMA.publish`: its handle `Publication`; `Publisher` writes a version when one is due."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""The numba code of a compiled pass: pointers, vectors, lerp, uint32 hash and rounding, guard.
+"""The code of a compiled pass. Imports numba, so `cpu_plan` imports it when a plan needs one.
 
-It imports numba, so `cpu_plan` imports it when a plan needs one. Functions are compiled: `x` and
-the like are scalars, tables are C pointers, and 16-bit floats are read and written by their bits.
-`contract` lets the compiler fuse the product and the sum of a move into one multiply-add, as
-torch's lerp does; `eager.passes_same_bits` checks that it did.
+Functions are compiled: `x` and the like are scalars, tables are C pointers, and 16-bit floats are
+read and written by their bits. `contract` lets the compiler fuse the product and the sum of a move
+into one multiply-add, as torch's lerp does; `eager.passes_same_bits` checks that it did.
 
 [Note: narrow vectors]  Memory is the limit, and a core gets less of it through 512-bit vectors. An
 update of 124 M fp32 weights took 1.40 times torch's `add_` with them and 1.21 times with 256 bits

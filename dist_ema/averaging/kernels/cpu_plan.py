@@ -1,4 +1,4 @@
-"""`Pass`: compiled passes on a CPU: ramps, tables, rows, starts and ends, tasks on threads.
+"""Compiled passes over host memory, where numba is installed: pip install 'dist-ema[cpu]'.
 
 torch has no CPU kernel that reads bfloat16 and moves fp32, or one that rounds stochastically, so
 eager code goes over the same elements two to twenty times. A pass reads live once and each shadow

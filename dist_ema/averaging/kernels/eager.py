@@ -1,4 +1,4 @@
-"""`UpdatePlan`: torch steps; a pair's live and shadow direct, cast, or short and packed by scratch.
+"""`UpdatePlan`: one update as a list of steps over torch's own kernels.
 
 The formula is always `lerp`: it is an exact fixed point, where `mul_` then `add_` moves constants
 and drifts. A plan is made once per set of addresses and holds every view that an update needs, so

@@ -1,4 +1,4 @@
-"""`Launch`: tables for each program: rows, wide addresses, columns, levels of a numbering; `Kind`.
+"""`Launch`: the tables of addresses and rows that one launch of the GPU kernel reads.
 
 A launch knows nothing of lists. Two tables on the device, built once, say where everything is:
 

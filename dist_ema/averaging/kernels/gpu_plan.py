@@ -1,4 +1,4 @@
-"""`FusedPlan`: launches by kind, weights on the device, a fallback; probes that prove the kernel.
+"""`FusedPlan`: one update on an accelerator, a launch for each dtype; probes that prove the kernel.
 
 Nothing is sent to the device per update but the weights of the averages, and those only when they
 changed.

@@ -1,7 +1,6 @@
-"""The kernel in Triton: constexpr levels, huge; program, row, head, key, lane, place, noise, masks.
+"""The Triton kernel of an update. Imports triton, so `gpu_plan` imports it when a plan needs one.
 
-It imports triton, so it is imported when a launch needs it. `block` is the number of elements that
-one program moves; tables are those of gpu_launch.
+`block` is the number of elements that one program moves; tables are those of gpu_launch.
 
 [Note: contraction]  weight * (live - shadow) + shadow is one fused multiply-add here, as compilers
 make it of torch's own lerp; we say so, because Triton's default differs between versions. Only

@@ -1,4 +1,4 @@
-"""`ShadowPair`: shadows, live and indices of one weight; pairs that touch are joined and merged."""
+"""`ShadowPair`: the tensors that every kernel is given, and how neighbours are joined."""
 
 from __future__ import annotations
 

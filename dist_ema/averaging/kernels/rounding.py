@@ -1,4 +1,4 @@
-"""Stochastic rounding: noise by a hash of key and index, bitwise xor, shift, cut; wide to bfloat16.
+"""Stochastic rounding by a counter-based hash.
 
 [Note: rounding]  A bf16 shadow at decay 0.999 never moves when it is rounded to nearest. Here the
 bits that are cut off decide by chance: a hash of (seed, update, name, element number in the full
