@@ -180,7 +180,7 @@ sharding/ownership.py
     rebind            changed = self.layout_changed => changed = False
             @living_texts::test_a_resized_embedding_is_called_resized
     moved             not self.shard.dense or =>
-            @living_details::test_frozen_strided_weights_are_read_as_they_are
+            @living_details::test_a_strided_weight_is_read_anew_wherever_its_copy_lies
     assign            is sparse, quantized
             @living_subclasses::test_other_trained_subclasses_are_refused_by_name
 sharding/discovery.py
