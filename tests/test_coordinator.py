@@ -288,6 +288,39 @@ def test_an_interrupt_while_an_exchange_begins_is_told(line: int) -> None:
     assert world.spread(lambda board: total(board, "gather")) == [2, 2]
 
 
+def test_an_interrupt_is_told_once() -> None:
+    """The other rank is counted just then, and has not taken itself back when this one looks."""
+    world, published, counted = World(2), threading.Event(), threading.Event()
+    late, early = world.boards
+    publish, add, wait = early.messages.publish, late.messages.add, early._await
+
+    def publish_and_meet(*args: Any) -> Any:
+        answer = publish(*args)
+        published.set()
+        counted.wait()
+        return answer
+
+    def add_slowly(exchange: Exchange, n: int) -> messages.Count:
+        count = add(exchange, n)
+        counted.set()
+        time.sleep(0.2)
+        return count
+
+    def work(board: StoreCoordinator) -> None:
+        with board.entering("save"):
+            if board is late:
+                published.wait()
+            save(board)
+
+    early.messages.publish, late.messages.add = publish_and_meet, add_slowly  # type: ignore[method-assign]
+    early._await = lambda *_: interrupt()  # type: ignore[method-assign]
+    found = world.spread(work)
+    early._await = wait  # type: ignore[method-assign]
+    assert isinstance(found[1], KeyboardInterrupt)
+    assert str(found[0]) == "ema.save() failed on rank 11: KeyboardInterrupt: "
+    assert world.spread(lambda board: total(board, "gather")) == [2, 2]
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]])
 def test_different_verbs_at_once(order: list[int]) -> None:
     """Not by a timeout, which says something else: whoever comes to the wrong verb sees it in the

@@ -85,6 +85,16 @@ class Messages:
         key = exchange.key("count")
         return Count.of(int(self._store.get(key)) if self._store.check([key]) else 0)
 
+    def _settled(self, exchange: Exchange) -> Count:
+        """The count when no rank is about to take itself or an answer back, or GRACE later."""
+        end = time.monotonic() + GRACE
+        while True:
+            count = self.counted(exchange)
+            moving = count.answers and self.is_full(exchange, count)
+            if not moving or time.monotonic() >= end:
+                return count
+            time.sleep(GRACE / 1000)
+
     def is_full(self, exchange: Exchange, count: Count) -> bool:
         """All ranks came, with the same call, to an exchange that needs no answer."""
         codes = self._size * exchange.code(self._size)
@@ -141,7 +151,8 @@ class Messages:
         answer = self.publish(exchange, {"error": text})
         if not self.counted(exchange).answers:  # an interrupt came after it was written
             self.count_answer(exchange)
-        if self.is_full(exchange, self.counted(exchange)):
+        count = self._settled(exchange)
+        if self.is_full(exchange, count) and not count.answers:
             return self.has(exchange, "error")
         return "value" not in answer or "failed" in (answer["value"] or ())
 
