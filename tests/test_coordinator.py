@@ -292,7 +292,11 @@ def test_an_interrupt_is_told_once() -> None:
     """The other rank is counted just then, and has not taken itself back when this one looks."""
     world, published, counted = World(2), threading.Event(), threading.Event()
     late, early = world.boards
-    publish, add, wait = early.messages.publish, late.messages.add, early._await
+    publish, add, look = early.messages.publish, late.messages.add, early.messages.counted
+
+    def look_first(exchange: Exchange) -> messages.Count:
+        early.messages.counted = look  # type: ignore[method-assign]
+        raise KeyboardInterrupt
 
     def publish_and_meet(*args: Any) -> Any:
         answer = publish(*args)
@@ -313,9 +317,8 @@ def test_an_interrupt_is_told_once() -> None:
             save(board)
 
     early.messages.publish, late.messages.add = publish_and_meet, add_slowly  # type: ignore[method-assign]
-    early._await = lambda *_: interrupt()  # type: ignore[method-assign]
+    early.messages.counted = look_first  # type: ignore[method-assign]
     found = world.spread(work)
-    early._await = wait  # type: ignore[method-assign]
     assert isinstance(found[1], KeyboardInterrupt)
     assert str(found[0]) == "ema.save() failed on rank 11: KeyboardInterrupt: "
     assert world.spread(lambda board: total(board, "gather")) == [2, 2]
