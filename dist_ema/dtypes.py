@@ -26,6 +26,7 @@ __all__ = [
     "float_dtype",
     "gathered",
     "narrow",
+    "view",
     "widen",
 ]
 
@@ -53,7 +54,7 @@ def widen(raw: Bytes, dtype: str) -> Floats:
     Note:
         *Aliases* raw for F64 and F32.
     """
-    return _view(raw, dtype).astype(np.float64 if dtype == "F64" else np.float32, copy=False)
+    return view(raw, dtype).astype(np.float64 if dtype == "F64" else np.float32, copy=False)
 
 
 def narrow(values: Floats, dtype: str) -> Bytes:
@@ -111,7 +112,7 @@ def finite(raw: Bytes, dtype: str) -> int:
     """
     if dtype not in (*FLOATS, "C64"):
         raise ValueError(f"finite() counts elements of floating dtypes, got {dtype}.")
-    values, exponent = _view(raw, dtype), _EXPONENTS.get(dtype)
+    values, exponent = view(raw, dtype), _EXPONENTS.get(dtype)
     if exponent is not None:  # ml_dtypes takes eight times as long, and holds the lock
         bits = values.view(f"u{values.itemsize}")
         return int(np.count_nonzero((bits & exponent) != exponent))
@@ -147,7 +148,8 @@ def gathered(
     ][: end - begin]
 
 
-def _view(raw: Bytes, dtype: str) -> NDArray[Any]:
+def view(raw: Bytes, dtype: str) -> NDArray[Any]:
+    """Return the elements of a dtype. *Aliases* raw, unless it is misaligned."""
     # NOTE: files of other writers may be packed at any byte, and arithmetic needs alignment.
     values = raw.view(NUMPY[dtype])
     return values if values.flags.aligned else raw.copy().view(NUMPY[dtype])

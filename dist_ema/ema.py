@@ -791,8 +791,8 @@ class EMA:
             RuntimeError: Inside `swap`, where live is the average, unless distance=False.
 
         Note:
-            *Cost* of the distance: the engine settles, live and shadow are read once in chunks, and
-            each rank sends one short message.
+            *Cost* of the distance: the engine settles, live and shadow are read once in windows,
+            and each rank sends one short message.
         """
         weights, entry = self.weights, self._entry
         host_metrics = metrics.known(weights, weights.average(which))

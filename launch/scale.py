@@ -282,9 +282,9 @@ def swap_collectives(size: int) -> tuple[int, int]:
         model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(150)])
         shards = discovery.find_shards(model, dist.group.WORLD).shards
         states = ownership.assign(shards, lambda shard: True, split=True)
-        ((group, pieces),) = ownership.replica_pieces(states)
+        ((group, runs),) = ownership.replica_runs(states)
         counted = Collectives()
-        transfer.broadcast(pieces, group, counted)
+        transfer.broadcast(runs, group, counted)
         total = sum(state.local.nbytes for state in states)
         return counted.count, math.ceil(total / transfer.WINDOW) + 1
     finally:

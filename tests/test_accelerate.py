@@ -82,7 +82,7 @@ def test_accumulation_and_state(accelerator: Accelerator, tmp_path: Path) -> Non
     accelerator.save_state(tmp_path / "without")
     assert not (tmp_path / "without" / "ema").exists()
     register(accelerator, ema)
-    with pytest.raises(ValueError, match="holds no average: it was saved without register"):
+    with pytest.raises(ValueError, match="holds no average .*: it was saved without register"):
         accelerator.load_state(tmp_path / "without")
 
 

@@ -246,7 +246,7 @@ def test_windows(
 ) -> None:
     assert call(*shop, tmp_path / "whole")[0] == 0
     monkeypatch.setattr("dist_ema.offline.blend.WINDOW", 4)
-    monkeypatch.setattr("dist_ema.offline.blend.CHUNK", 3)
+    monkeypatch.setattr("dist_ema.offline.blend.STEP", 3)
     code, out, _ = call(*shop, tmp_path / "parts")
     assert (code, "have no mean: count\n" in out) == (0, True)
     parts = load_file(tmp_path / "parts")

@@ -22,7 +22,7 @@ from dist_ema import EMA
 from dist_ema.averaging.engines import HostThread
 from dist_ema.averaging.executors import Worker
 from dist_ema.averaging.kernels import cpu_plan, eager, rounding
-from dist_ema.averaging.kernels.cpu_plan import CHUNK, SHARE, Pass, ramps
+from dist_ema.averaging.kernels.cpu_plan import ROW, SHARE, Pass, ramps
 from dist_ema.averaging.kernels.eager import WORTH, ShadowPair, UpdatePlan
 from dist_ema.averaging.kernels.pairs import LIVE, SHADOW
 from dist_ema.averaging.kernels.rounding import noise
@@ -51,7 +51,7 @@ def make(
     same.
     """
     pairs = []
-    for k, n in enumerate((1, 7, 64, 1000, CHUNK - 1, CHUNK + 17, more)):
+    for k, n in enumerate((1, 7, 64, 1000, ROW - 1, ROW + 17, more)):
         shadows = [draw(n + 1, shadow, 100 * k + i)[1:] for i in range(averages)]
         pairs.append(ShadowPair(f"w{k}", shadows, draw(n + 1, live, 50 + k)[1:], torch.arange))
     return pairs
@@ -190,7 +190,7 @@ def test_ramps(name: str, n: int) -> None:
 
 def test_tasks() -> None:
     """Every row is in one task, and no task is longer than its share by more than a row."""
-    for sizes in ([64] * 4000, [1], [CHUNK], [3, 1, 1, CHUNK - 1] * 9, [CHUNK] * 40):
+    for sizes in ([64] * 4000, [1], [ROW], [3, 1, 1, ROW - 1] * 9, [ROW] * 40):
         ends = np.cumsum(sizes)
         for tasks in (1, 2, 7, 64):
             starts = cpu_plan.cut_tasks(ends, tasks)

@@ -536,6 +536,11 @@ OLD_WORDS = {
     "duty",
     "sink",
     "telemetry",
+    "piece",
+    "pieces",
+    "bucket",
+    "hole",
+    "slot",
 }
 
 

@@ -119,7 +119,7 @@ def test_refuses(tmp_path: Path) -> None:
         trainer(tmp_path, EMACallback()).test(Net(), data())
     trainer(tmp_path, EMACallback()).fit(Net(), data(), data())
     (tmp_path / "ema" / "last").rename(tmp_path / "gone")
-    with pytest.raises(ValueError, match=r"last\.ckpt has no average"):
+    with pytest.raises(ValueError, match=r"last\.ckpt holds no average"):
         trainer(tmp_path, EMACallback(), max_epochs=4).fit(
             Net(), data(), data(), ckpt_path=tmp_path / "last.ckpt"
         )

@@ -236,7 +236,7 @@ def test_cells(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The triangle grows chunk by chunk; where the chunks end does not matter."""
     whole = coefficients(stored(), Power(sigma_rel=0.12))
-    monkeypatch.setattr(profiles, "CHUNK", 37)
+    monkeypatch.setattr(profiles, "MOST_AT_ONCE", 37)
     assert coefficients(stored(), Power(sigma_rel=0.12)).weights == pytest.approx(
         whole.weights, abs=1e-11
     )
@@ -377,7 +377,7 @@ def test_window(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Windows that end inside weights give the same bytes."""
     snapshots.reconstruct(run[0], tmp_path / "a", sigma_rel=0.07)
     monkeypatch.setattr("dist_ema.offline.blend.WINDOW", 5)
-    monkeypatch.setattr("dist_ema.offline.blend.CHUNK", 3)
+    monkeypatch.setattr("dist_ema.offline.blend.STEP", 3)
     snapshots.reconstruct(run[0], tmp_path / "b.safetensors", sigma_rel=0.07)
     one, two = load_file(tmp_path / "a"), load_file(tmp_path / "b.safetensors")
     assert one.keys() == two.keys()

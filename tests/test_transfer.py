@@ -29,28 +29,28 @@ from tests._ranks import run_ranks
 BITS = torch.randint(0, 256, (64,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def pieces_of(rank: int) -> list[tuple[int, Tensor]]:
+def runs_of(rank: int) -> list[tuple[int, Tensor]]:
     """Pieces of many dtypes and sources; what is not the rank's own holds other bytes."""
     dtypes = [torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.int16]
-    pieces = []
+    runs = []
     for i, (source, n) in enumerate([(0, 16), (0, 3), (1, 1), (2, 5), (2, 0), (1, 2), (0, 64)]):
         n = n if n < 64 else 64 * 8  # longer than a window, so a part travels in place
         right = BITS.repeat(64)[i : i + 8 * n]
         dtype = torch.uint8 if i == 2 else dtypes[i % len(dtypes)]
         data = (right if source == rank else torch.full_like(right, 7)).clone()
-        pieces.append((source, data[: len(data) // 16 * 16].view(dtype) if n > 1 else data))
-    return pieces
+        runs.append((source, data[: len(data) // 16 * 16].view(dtype) if n > 1 else data))
+    return runs
 
 
 def whole_windows() -> None:
     for transfer.WINDOW in (40, 96, 1 << 20):
-        pieces = pieces_of(dist.get_rank())
+        runs = runs_of(dist.get_rank())
         with Collectives() as collectives:
-            transfer.broadcast(pieces, dist.group.WORLD)
-        for i, (source, piece) in enumerate(pieces):
-            right = dict(enumerate(pieces_of(source)))[i][1]
-            assert torch.equal(piece.view(torch.uint8), right.view(torch.uint8)), i
-        total = sum(piece.nbytes for _, piece in pieces)
+            transfer.broadcast(runs, dist.group.WORLD)
+        for i, (source, run) in enumerate(runs):
+            right = dict(enumerate(runs_of(source)))[i][1]
+            assert torch.equal(run.view(torch.uint8), right.view(torch.uint8)), i
+        total = sum(run.nbytes for _, run in runs)
         assert collectives.count == math.ceil(total / transfer.WINDOW)
     transfer.WINDOW = 4 << 20
 
@@ -122,14 +122,14 @@ def test_swap_scales(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     states = ownership.assign(shards, lambda shard: True, split=True)
     total = sum(state.local.nbytes for state in states)
     divisions = 0
-    ((group, pieces),) = ownership.replica_pieces(states)
-    assert len(pieces) <= len(states) + world
-    assert divisions <= 2 * len(pieces)
-    assert sum(piece.nbytes for _, piece in pieces) == total
-    mine = [piece for source, piece in pieces if source == 3]
+    ((group, runs),) = ownership.replica_runs(states)
+    assert len(runs) <= len(states) + world
+    assert divisions <= 2 * len(runs)
+    assert sum(run.nbytes for _, run in runs) == total
+    mine = [run for source, run in runs if source == 3]
     assert sum(map(len, mine)) == sum(state.averaged_region.numel for state in states)
     with Collectives() as collectives:
-        transfer.broadcast(pieces, group)
+        transfer.broadcast(runs, group)
     assert collectives.count <= total / transfer.WINDOW + 1
 
 

@@ -134,7 +134,7 @@ def test_rotation_and_missing_averages(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*")] == ["checkpoint-8"]
     (tmp_path / "checkpoint-8" / "ema").rename(tmp_path / "gone")
     again = trainer(tmp_path, EMACallback(decay=0.5), max_steps=12)
-    with pytest.raises(ValueError, match=r"checkpoint-8 holds no average \(ema/\)"):
+    with pytest.raises(ValueError, match=r"checkpoint-8 holds no average"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     (tmp_path / "gone").rename(tmp_path / "checkpoint-8" / "ema")
     last = EMACallback(decay=0.5)

@@ -5,7 +5,7 @@ exists. Otherwise an exchange would round, so the live elements are kept aside a
 cast in. Everything here is a write to model storage, never a pointer change, so compiled code and
 CUDA graphs see it.
 
-[Note: the journal]  An interrupt may come between any two lines. Every chunk moves by copies of
+[Note: the journal]  An interrupt may come between any two lines. Every window moves by copies of
 which each may be repeated, and `_done` counts them after they were made. Whatever the count says,
 the copy that follows it may have been made already or not, in both directions:
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..distributed.transfer import broadcast
 from ..sharding import fingerprint
-from ..sharding.ownership import ParamState, replica_pieces
+from ..sharding.ownership import ParamState, replica_runs
 from ..sharding.records import register, registered
 from .executors import await_host_reads
 from .kernels.eager import SCRATCH
@@ -41,8 +41,8 @@ from .swap_registry import SwapRegistry, versions
 
 __all__ = ["SwapJournal", "SwapWrites", "broadcast_to_replicas", "describe"]
 
-Chunk = tuple[ParamState, int, int]  # elements [begin, end) of what is averaged here
-COPIES = 3  # per chunk ([Note: the journal])
+Window = tuple[ParamState, int, int]  # elements [begin, end) of what is averaged here
+COPIES = 3  # per window ([Note: the journal])
 
 
 class SwapJournal:
@@ -61,8 +61,8 @@ class SwapJournal:
         self._weights = [state for state in states if state.shard.kind != "buffer"]
         self._model, self._own_buffers = model, own_buffers
         self._unfilled: list[tuple[nn.Module, str]] = []
-        self._chunks: list[Chunk] = []
-        self._done = 0  # copies, COPIES for each chunk
+        self._windows: list[Window] = []
+        self._done = 0  # copies, COPIES for each window
         self._aside: dict[int, Tensor] = {}
         self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._live_buffers: list[tuple[ParamState, Tensor, Tensor | None]] = []
@@ -78,10 +78,10 @@ class SwapJournal:
             for name, buffer in module._buffers.items()
             if buffer is None
         ]
-        self._chunks = [chunk for state in self._weights for chunk in _chunks(state)]
+        self._windows = [window for state in self._weights for window in _windows(state)]
         await_host_reads(state.local for state in self._weights)
-        while self._done < COPIES * len(self._chunks):
-            self._advance(*self._chunks[self._done // COPIES], self._done % COPIES)
+        while self._done < COPIES * len(self._windows):
+            self._advance(*self._windows[self._done // COPIES], self._done % COPIES)
             self._done += 1
         for state in self._buffers:
             average = self._own_buffers.get(state.name, state.shadow)
@@ -93,8 +93,8 @@ class SwapJournal:
         if self._done:
             await_host_reads(state.local for state in self._weights)
         while self._done:
-            chunk = self._chunks[(self._done - 1) // COPIES]
-            self._retreat(*chunk, (self._done - 1) % COPIES + 1)
+            window = self._windows[(self._done - 1) // COPIES]
+            self._retreat(*window, (self._done - 1) % COPIES + 1)
             self._done -= 1
         for state, value, tensor in self._live_buffers:
             register(state.shard, tensor)
@@ -144,11 +144,11 @@ def broadcast_to_replicas(
     states: Sequence[ParamState], wait_for: Callable[[dist.Work], object]
 ) -> None:
     """Copy what each rank averages to the ranks that hold it too. *Collective*."""
-    for group, pieces in replica_pieces(states):
-        broadcast(pieces, group, wait_for)
+    for group, runs in replica_runs(states):
+        broadcast(runs, group, wait_for)
 
 
-def _chunks(state: ParamState) -> list[Chunk]:
+def _windows(state: ParamState) -> list[Window]:
     """What moves at once: as much as the scratch holds, or all that must be kept aside."""
     if state.shadow is None:
         return []

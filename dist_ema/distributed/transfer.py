@@ -52,27 +52,27 @@ Consume = Callable[[int, tuple[int, ...], Tensor], None]  # takes the fields of 
 
 
 def broadcast(
-    pieces: Iterable[tuple[int, Tensor]],
+    runs: Iterable[tuple[int, Tensor]],
     group: dist.ProcessGroup,
     wait_for: Callable[[dist.Work], object] = dist.Work.wait,
 ) -> None:
-    """Overwrite 1-D pieces with what their sources hold, in place.
+    """Overwrite 1-D runs with what their sources hold, in place.
 
     A window that several ranks fill is summed: each contributes its bytes, and zeros for those of
     the others. So the number of collectives does not grow with the number of ranks.
 
     Args:
-        pieces: (source, as a rank in the group; piece), the same sources and lengths on every rank.
+        runs: (source, as a rank in the group; run), the same sources and lengths on every rank.
         group: The ranks that take part.
         wait_for: Waits for a collective; `Ranks.wait_for` within a timeout.
 
     Note:
         *Collective* over `group`. *Cost*: one collective per 4 MB, through one window. A long
-        piece travels in place.
+        run travels in place.
     """
     rank = dist.get_rank(group)
     in_flight: deque[dist.Work] = deque()
-    for window in _packed(pieces):
+    for window in _packed(runs):
         views = [view for _, view in window]
         root = dist.get_global_rank(group, window[0][0])
         device = transfer_device(group, views[0].device)
@@ -96,12 +96,12 @@ def broadcast(
         wait_for(collective)
 
 
-def _packed(pieces: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
-    """The bytes of the pieces in windows of one device, as full as can be."""
+def _packed(runs: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    """The bytes of the runs in windows of one device, as full as can be."""
     window: list[tuple[int, Tensor]] = []
     free = WINDOW
-    for source, piece in pieces:
-        data = piece.view(torch.uint8)
+    for source, run in runs:
+        data = run.view(torch.uint8)
         while len(data):
             if window and (not free or data.device != window[0][1].device):
                 yield window

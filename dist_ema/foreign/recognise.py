@@ -37,11 +37,15 @@ from ..checkpoint.strict_json import parse_json
 from ..dtypes import NUMPY, Bytes
 from ..schedules import from_dict
 
-__all__ = ["KINDS", "FoundAverage", "Leaf", "at", "find", "scalar"]
+__all__ = ["DIFFUSERS", "KINDS", "FoundAverage", "Leaf", "at", "find", "scalar"]
 
 KINDS = (
     "torch", "lightning", "timm", "ema-pytorch", "ldm", "diffusers", "torch-ema", "mmengine",
     "dist-ema", "raw",
+)  # fmt: skip
+DIFFUSERS = (
+    "optimization_step", "decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma",
+    "power",
 )  # fmt: skip
 _AVERAGE = re.compile(r"(^|[_.])(ema|average|averaged|avg|swa|shadow|polyak|teacher)([_.]|\d|$)")
 _CLOCK = ("now", "before", "steps", "updates", "pending", "started", "accepted")
@@ -262,10 +266,7 @@ def _lists(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverag
     shadows = node.get("shadow_params")
     if isinstance(shadows, list) and shadows and _are_leaves(shadows):
         diffusers = "optimization_step" in node
-        extra = _numbers(
-            node, "num_updates", "decay", "min_decay", "optimization_step", "update_after_step",
-            "use_ema_warmup", "inv_gamma", "power",
-        )  # fmt: skip
+        extra = _numbers(node, "num_updates", *DIFFUSERS)
         kind = "diffusers" if diffusers else "torch-ema"
         why = "shadow_params" + " and optimization_step" * diffusers
         yield FoundAverage(key, kind, {}, why, True, shadows, extra)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..ema import EMA
+from . import existing
 
 if TYPE_CHECKING:
     from accelerate.accelerator import Accelerator
@@ -52,12 +53,8 @@ class Registration:
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
         path = os.path.join(folder, self.folder)
-        if not os.path.exists(path):
-            raise ValueError(
-                f"{folder} holds no average: it was saved without register(accelerator, ema). Load "
-                "such a state before register(), and the average starts from its weights."
-            )
-        self._ema.load(path)
+        cure = "Load its weights before register()"
+        self._ema.load(existing(path, folder, "register(accelerator, ema)", cure))
 
 
 def register(accelerator: Accelerator, ema: EMA, folder: str = "ema") -> Registration:

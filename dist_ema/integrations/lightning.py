@@ -20,6 +20,7 @@ from torch import nn
 from ..ema import EMA
 from ..schedules import Schedule, schedule_list
 from ..text import warn
+from . import existing
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -95,7 +96,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         steps = [model] if hasattr(model, "was_step_applied") else trainer.optimizers
         ema.attach(*steps, every=self._every, start=self._start)
         if trainer.ckpt_path is not None and not _is_of_a_finder(trainer):
-            ema.load(_existing(trainer.ckpt_path))
+            ema.load(existing(_path_of(trainer.ckpt_path), trainer.ckpt_path))
         strategy, self._fit = trainer.strategy, ExitStack()
         self._fit.callback(ema.detach)
         for name, wrapper in (("save_checkpoint", _save), ("remove_checkpoint", _remove)):
@@ -182,7 +183,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         model = trainer.strategy.model
         if trainer.ckpt_path is not None:
             self._ema, self._after_fit = EMA(model, **self._ema_options), None
-            self._ema.load(_existing(trainer.ckpt_path))
+            self._ema.load(existing(_path_of(trainer.ckpt_path), trainer.ckpt_path))
         elif self.ema is None or {*map(id, self.ema.model.parameters())} != {
             *map(id, model.parameters())
         }:
@@ -244,14 +245,3 @@ def _is_of_a_finder(trainer: Trainer) -> bool:
     """
     name: str = os.path.basename(trainer.ckpt_path)
     return not trainer.global_step and name.startswith((".lr_find_", ".scale_batch_size_"))
-
-
-def _existing(checkpoint: str | os.PathLike[str]) -> str:
-    """The same. Raises ValueError if no average lies there."""
-    path = _path_of(checkpoint)
-    if not os.path.exists(path):
-        raise ValueError(
-            f"{checkpoint} has no average ({path}): it was saved without EMACallback. Load its "
-            "weights and start a new fit, and the average starts from them."
-        )
-    return path

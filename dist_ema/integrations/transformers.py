@@ -13,13 +13,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from ..ema import EMA
 from ..schedules import Schedule, schedule_list
 from ..verbs.publisher import Publication
+from . import existing
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -96,7 +96,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         steps = getattr(trainer, "deepspeed", None) or trainer.optimizer
         self.ema.attach(steps, every=self._every, start=self._start)
         if resumed is not None:
-            self.ema.load(_folder_of(resumed))
+            self.ema.load(existing(f"{resumed}/ema", resumed))
         if self._publish is not None:
             self._publication = self.ema.publish(**self._publish)
         if self._trainer is not trainer:
@@ -119,7 +119,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if self._publication is not None:
             self._publication.remove(stop=state.is_world_process_zero)
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self.ema.load(_folder_of(state.best_model_checkpoint))
+            best = state.best_model_checkpoint
+            self.ema.load(existing(f"{best}/ema", best))
             # The trainer has loaded the live weights of the best checkpoint by now.
             if not self._live or "_ema_" in f"_{args.metric_for_best_model}":
                 self.ema.copy_to(self._trainer.model_wrapped)
@@ -192,14 +193,3 @@ def _caller() -> tuple[Trainer, str | None]:
     raise RuntimeError(
         "EMACallback works inside transformers.Trainer.train(); for another loop use EMA itself."
     )
-
-
-def _folder_of(checkpoint: str) -> Path:
-    """The folder of the average inside a checkpoint. Raises ValueError if it is not there."""
-    path = Path(checkpoint) / "ema"
-    if not path.exists():
-        raise ValueError(
-            f"{checkpoint} holds no average (ema/): it was saved without EMACallback. Start a new "
-            "training from its weights, and the average starts from them too."
-        )
-    return path

@@ -4,8 +4,8 @@
     write(out, blend, ...)
 
 Products are summed in float64 and rounded once; where every factor is the same, the sum is
-multiplied. Memory and open files do not grow with the checkpoints: a chunk of one of them is read
-at a time, and of more than 64 one file is open.
+multiplied. Memory and open files do not grow with the checkpoints: one of them is read at a time,
+and of more than 64 only one file is open.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from ..checkpoint import atomic, crc32, manifest, safetensors
 from ..dtypes import FLOATS, TO_TORCH, Bytes, fitted, float_dtype, widen
 from ..text import some
 from . import model_card, sums, writer
-from .sources import Source, is_equal
+from .sources import Source, Weights, is_equal
 
 __all__ = ["WINDOW", "Blend", "alike", "locate", "numeric", "write"]
 
 WINDOW = 1 << 19  # elements that a thread sums at a time: 2 MB of float32
-CHUNK = 1 << 17  # values that are read, multiplied and added while a cache holds them
+STEP = 1 << 17  # values that are read, multiplied and added while a cache holds them
 THREADS = 2  # windows that are summed at a time
 MOST_OPEN = 64  # models whose files stay open
 
@@ -57,11 +57,11 @@ class Blend:
 
     @cached_property
     def _scratch(self) -> NDArray[np.float64]:
-        """For each window that is summed a chunk as it is read, the sum, and a product.
+        """For each window that is summed the values as they are read, the sum, and a product.
 
         They are used again, because fresh pages take as long as a product.
         """
-        return np.empty((THREADS, 3, CHUNK))
+        return np.empty((THREADS, 3, STEP))
 
     @cached_property
     def _spare(self) -> list[Bytes]:
@@ -132,7 +132,7 @@ class Blend:
         raw, *scratches = scratch
         dtype = self._dtype(name)
         size = safetensors.ITEMSIZE[dtype]
-        data, step = memory[: count * size], CHUNK // 2 if dtype == "C64" else CHUNK
+        data, step = memory[: count * size], STEP // 2 if dtype == "C64" else STEP
         factors = {factor for _, factor in terms}
         # A sum of float64 could be infinite where that of products is not.
         is_mean = len(factors) == 1 and all(part.dtype != "F64" for part, _ in terms)
@@ -171,11 +171,12 @@ def numeric(dtype: str) -> bool:
     return _real(dtype) in FLOATS
 
 
-def _sort(dtype: str) -> str:
-    return "complex" if dtype == "C64" else "floating" if dtype in FLOATS else "whole"
+def _sort(dtype: str, casts_whole: bool) -> str:
+    whole = "whole" if casts_whole and dtype != "C64" else dtype
+    return "floating" if dtype in FLOATS else whole
 
 
-def locate(model: Source, name: str, like: Source) -> str:
+def locate(model: Weights, name: str, like: Source) -> str:
     """The name that `model` has for a weight of `like`, which may tie it to others.
 
     Raises:
@@ -187,16 +188,26 @@ def locate(model: Source, name: str, like: Source) -> str:
     raise KeyError(name)
 
 
-def alike(models: Sequence[Source], like: Source, names: Sequence[str] | None = None) -> None:
+def alike(
+    models: Sequence[Weights],
+    like: Source,
+    names: Sequence[str] | None = None,
+    *,
+    casts_whole: bool = True,
+) -> None:
     """Raise ValueError with every difference in names, shapes and kinds of number.
 
-    names: Those to be compared, by default all.
+    Args:
+        models: The models to compare.
+        like: The model that the others must agree with.
+        names: The names to compare, by default all.
+        casts_whole: Whole numbers of two dtypes are one kind.
     """
     found = [
         difference
         for model in models
         if model is not like
-        for difference in _differences(model, like, names)
+        for difference in _differences(model, like, names, casts_whole)
     ]
     if found:
         raise ValueError(
@@ -205,7 +216,9 @@ def alike(models: Sequence[Source], like: Source, names: Sequence[str] | None = 
         )
 
 
-def _differences(model: Source, like: Source, names: Sequence[str] | None) -> Iterator[str]:
+def _differences(
+    model: Weights, like: Source, names: Sequence[str] | None, casts_whole: bool
+) -> Iterator[str]:
     wanted = sorted(like.entries) if names is None else names
     for name in wanted:
         try:
@@ -216,7 +229,7 @@ def _differences(model: Source, like: Source, names: Sequence[str] | None) -> It
         if here.shape != there.shape:
             shapes = list(here.shape), list(there.shape)
             yield f"{name} is {shapes[0]} in {model.path}, {shapes[1]} in {like.path}"
-        elif _sort(here.dtype) != _sort(there.dtype):
+        elif _sort(here.dtype, casts_whole) != _sort(there.dtype, casts_whole):
             yield f"{name} is {here.dtype} in {model.path}, {there.dtype} in {like.path}"
     if names is None:
         known = {*like.entries, *like.aliases}

@@ -23,10 +23,6 @@ from .sources import Safetensors, Source, locate, pickled
 __all__ = ["ObjectTree", "give_names", "open_tree", "read_json", "without_wrappers"]
 
 _TORCH_FILES = ("*.pt", "*.pth", "*.ckpt", "*.bin", "*.tar")
-_DIFFUSERS = (
-    "optimization_step", "decay", "min_decay", "update_after_step", "use_ema_warmup", "inv_gamma",
-    "power",
-)  # fmt: skip
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -117,7 +113,7 @@ def _of_config(path: Path) -> dict[str, Any]:
     config = read_json(path) if path.is_file() else {}
     if not isinstance(config, dict) or "optimization_step" not in config:
         return {}
-    values = {name: recognise.scalar(config.get(name)) for name in _DIFFUSERS}
+    values = {name: recognise.scalar(config.get(name)) for name in recognise.DIFFUSERS}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.safetensors import ITEMSIZE
-from ..dtypes import FLOATS, NUMPY, Bytes, widen
+from ..dtypes import FLOATS, Bytes, view, widen
 from ..text import Bar, Tick, silent
 from .sources import Source, open_model, refuse_unsupported, windows
 
@@ -24,6 +24,7 @@ __all__ = ["Difference", "Row", "diff"]
 
 WINDOW = 1 << 18  # elements
 _INEXACT = (*FLOATS, "C64")
+_PARTS = {"C64": "f4", "BOOL": "u1"}
 
 
 @dataclass(frozen=True)
@@ -177,12 +178,8 @@ def _compare(
 
 def _numbers(raw: Bytes, dtype: str) -> NDArray[Any]:
     """The values; of complex numbers both parts, of booleans the bytes."""
-    if dtype in FLOATS:
-        return widen(raw, dtype)
-    parts: dict[str, Any] = {"C64": np.float32, "BOOL": np.uint8}
-    kind: np.dtype[Any] = np.dtype(parts.get(dtype, NUMPY[dtype]))
-    aligned = raw if raw.ctypes.data % kind.itemsize == 0 else raw.copy()
-    return aligned.view(kind)
+    values = widen(raw, dtype) if dtype in FLOATS else view(raw, dtype)
+    return values.view(_PARTS[dtype]) if dtype in _PARTS else values
 
 
 def _real(values: NDArray[Any]) -> NDArray[Any]:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from .. import _version
 from ..checkpoint import atomic, manifest, safetensors
-from ..dtypes import FLOATS, TORCH, float_dtype
-from ..text import Bar, silent, size_of, some
-from . import library_names, model_card, report, sums, writer
-from .sources import Source, open_model, refuse_unsupported, windows
+from ..dtypes import TORCH, float_dtype
+from ..text import Bar, silent, size_of
+from . import blend, library_names, model_card, report, sums, writer
+from .sources import Source, Weights, open_model, refuse_unsupported, windows
 
 __all__ = ["Exported", "export"]
 
@@ -82,7 +82,7 @@ def export(
         saved = _sound(model)
         checked = sums.Checked(model)
         named = None if like is None else library_names.reverted(model, checked, like)
-        source = named or checked
+        source = checked if named is None else sums.Checked(named)
         form = _form(named or model, saved, where, dtype, max_shard_size, like)
         facts = _facts(model, saved, form, {} if named is None else named.owners)
         others = model_card.beside(Path(like or model.path), where, facts, form.entries)
@@ -156,7 +156,7 @@ def _sound(model: Source) -> manifest.Manifest:
 
 
 def _form(
-    model: Source | library_names.Reverted,
+    model: Weights,
     saved: manifest.Manifest,
     where: Path,
     dtype: str | None,
@@ -181,16 +181,17 @@ def _form(
 
 
 def _form_like(
-    model: Source | library_names.Reverted,
+    model: Weights,
     pattern: Source,
     where: Path,
     dtype: str | None,
     size: int | str | None,
 ) -> _Form:
     """The names of the pattern, which choose among tied ones, its dtypes, files and order."""
+    blend.alike([model], pattern, casts_whole=False)
+    names = {name: blend.locate(model, name, pattern) for name in pattern.entries}
     known = {name: name for name in model.entries} | dict(model.aliases)
-    _refuse_difference(model, pattern, known)
-    names = {name: known[name] for name in pattern.entries}
+    known |= {name: names[of] for name, of in pattern.aliases.items()}
     entries = {
         name: safetensors.Entry(float_dtype(entry.dtype, dtype), entry.shape)
         for name, entry in pattern.entries.items()
@@ -236,29 +237,6 @@ def _order(names: list[str], entries: dict[str, safetensors.Entry]) -> list[str]
             return None
         at += entries[name].nbytes
     return names
-
-
-def _refuse_difference(
-    model: Source | library_names.Reverted, pattern: Source, known: dict[str, str]
-) -> None:
-    """Raise ValueError with every weight that one of the two lacks or has in another shape."""
-    found = [f"{name} is in {pattern.path} alone" for name in pattern.entries if name not in known]
-    taken = {known.get(name) for name in [*pattern.entries, *pattern.aliases]}
-    found += [f"{name} is in {model.path} alone" for name in model.entries if name not in taken]
-    for name, entry in pattern.entries.items():
-        held = model.entries[known[name]] if name in known else entry
-        if held.shape != entry.shape:
-            found.append(
-                f"{name} is {list(held.shape)} in {model.path}, {list(entry.shape)} in "
-                f"{pattern.path}"
-            )
-        elif held.dtype != entry.dtype and not {held.dtype, entry.dtype} <= set(FLOATS):
-            found.append(f"{name} is {held.dtype} in {model.path}, {entry.dtype} in {pattern.path}")
-    if found:
-        raise ValueError(
-            f"{model.path} and {pattern.path} differ on {len(found)} weights: "
-            f"{some(found, 10, '; ')}."
-        )
 
 
 def _facts(

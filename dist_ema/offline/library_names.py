@@ -90,9 +90,17 @@ class Reverted:
                     self.aliases[saved] = names[model.aliases[name]]
         self._parts = lru_cache(HELD)(self._parts_of)
 
-    def read(self, name: str, begin: int, end: int) -> sums.Window:
-        """Bytes [begin, end) of a weight."""
-        return sums.Window(self._parts(self.owners[name])[name][begin:end])
+    def read(self, name: str, begin: int, end: int, into: Bytes | None = None) -> Bytes:
+        """Bytes [begin, end) of a weight. into: Memory for them."""
+        data = self._parts(self.owners[name])[name][begin:end]
+        if into is None:
+            return data
+        into[:] = data
+        return into
+
+    def close(self) -> None:
+        """Forget the weights that are in memory."""
+        self._parts.cache_clear()
 
     def _parts_of(self, owner: str) -> dict[str, Bytes]:
         import torch

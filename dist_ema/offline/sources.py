@@ -28,6 +28,7 @@ __all__ = [
     "Readable",
     "Safetensors",
     "Source",
+    "Weights",
     "choose",
     "find",
     "is_equal",
@@ -62,6 +63,22 @@ class Readable(Protocol[T_co]):
         """Bytes [begin, end) of a weight."""
 
 
+class Weights(Readable[Bytes], Protocol):
+    """A model as a table of names, and the bytes of each."""
+
+    path: Path
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Further name -> name."""
+
+    def read(self, name: str, begin: int, end: int, into: Bytes | None = None) -> Bytes:
+        """Bytes [begin, end) of a weight. into: Memory for them."""
+
+    def close(self) -> None:
+        """Let go what reading has opened. The next `read` opens it again."""
+
+
 def windows(model: Readable[T], name: str, window: int = WINDOW) -> Iterator[T]:
     """The bytes of a weight in order, `window` at a time (whole elements). *Cost*: one window."""
     nbytes = model.entries[name].nbytes
@@ -69,7 +86,7 @@ def windows(model: Readable[T], name: str, window: int = WINDOW) -> Iterator[T]:
         yield model.read(name, begin, min(begin + window, nbytes))
 
 
-def is_equal(model: Source, name: str, other: Source, its_name: str) -> bool:
+def is_equal(model: Weights, name: str, other: Weights, its_name: str) -> bool:
     """Whether two weights have the same dtype, shape and bits. Closes both models."""
     a, b = model.entries[name], other.entries[its_name]
     if (a.dtype, a.shape) != (b.dtype, b.shape):
@@ -300,7 +317,7 @@ class Safetensors(disk.OpenFiles):
         Raises:
             ValueError: It is another file than the headers were read from, or a shorter one.
         """
-        # NOTE: to join paths anew for every chunk takes as long as a tenth of its read.
+        # NOTE: to join paths anew for every window takes a tenth of the time of its read.
         return read_at(self.fd(file), f"{self._folder}/{file}", begin, end, into)
 
     def fd(self, name: str) -> int:

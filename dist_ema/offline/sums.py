@@ -14,7 +14,7 @@ import numpy as np
 
 from ..checkpoint import crc32, manifest, safetensors
 from ..dtypes import Bytes, cast
-from .sources import WINDOW, Safetensors, Source
+from .sources import WINDOW, Safetensors, Weights
 
 __all__ = ["Checked", "FileSums", "Part", "Window"]
 
@@ -95,18 +95,18 @@ class Part:
     """
 
     def __init__(
-        self, model: Source, name: str, begin: int, end: int, add: Callable[[int], None] | None
+        self, model: Weights, name: str, begin: int, end: int, add: Callable[[int], None] | None
     ) -> None:
         self.model, self.dtype = model, model.entries[name].dtype
-        self.crc32 = None if add is None else 0
+        self.crc32: int | None = None
         self._name, self._at, self._end, self._add = name, begin, end, add
 
     def read(self, into: Bytes) -> Bytes:
         """The next bytes, as many as `into` has. *Aliases* it."""
         begin, self._at = self._at, self._at + len(into)
         self.model.read(self._name, begin, self._at, into)
-        if self._add is not None and self.crc32 is not None:
-            self.crc32 = crc32.of_bytes(into.data, self.crc32)
+        if self._add is not None:
+            self.crc32 = crc32.of_bytes(into.data, self.crc32 or 0)
             if self._at == self._end:
                 self._add(self.crc32)
         return into
@@ -122,7 +122,7 @@ class Checked:
     *Cost*: the windows; `finish` reads what was not asked for. Without sums to compare, nothing.
     """
 
-    def __init__(self, model: Source) -> None:
+    def __init__(self, model: Weights) -> None:
         self._model, self.entries = model, model.entries
         self._summed: Safetensors | None = None
         if isinstance(model, Safetensors):
@@ -138,7 +138,7 @@ class Checked:
         return self.part(name, begin, end).window()
 
     def part(self, name: str, begin: int, end: int) -> Part:
-        """As `read`, for a thread to read piece by piece. The order is that of these calls."""
+        """As `read`, for a thread to read step by step. The order is that of these calls."""
         add = None
         if self._summed is not None:
             file, at = self._summed.place(name)

@@ -33,7 +33,7 @@ __all__ = ["MOST_CELLS", "Fit", "Mixer", "Profile", "Timeline", "coefficients", 
 Array: TypeAlias = "NDArray[np.float64]"
 
 MOST_CELLS = 1 << 16
-CHUNK = 4096  # cells at a time
+MOST_AT_ONCE = 4096  # cells at a time
 CUT = 1e-11  # singular values below this share of the largest are rounding noise
 
 
@@ -273,8 +273,8 @@ class Mixer:
         R'R holds all their inner products.
         """
         widths, triangle = self._line.widths, np.zeros((0, len(self._profiles) + 1))
-        for begin in range(0, len(widths), CHUNK):
-            rows = slice(begin, min(begin + CHUNK, len(widths)))
+        for begin in range(0, len(widths), MOST_AT_ONCE):
+            rows = slice(begin, min(begin + MOST_AT_ONCE, len(widths)))
             scaled = self._columns(target, rows) / np.sqrt(widths[rows, None])
             triangle = np.asarray(np.linalg.qr(np.vstack([triangle, scaled]), mode="r"))
         return triangle

@@ -141,8 +141,8 @@ def _recalibrate(
 
     def share() -> None:
         if ranks.group is not None and vectors:
-            pieces = [(source[0], vector) for vector in vectors]
-            transfer.broadcast(pieces, ranks.group, ranks.wait_for)
+            runs = [(source[0], vector) for vector in vectors]
+            transfer.broadcast(runs, ranks.group, ranks.wait_for)
         moments.update((name, each.over(ranks)) for name, each in watch.moments.items())
 
     ranks.run_transfer("recalibrate", share)

@@ -26,6 +26,7 @@ from .records import (
     memory_of,
     registered_buffer,
     storage_order,
+    uncollected,
 )
 from .torch_classes import is_dtensor, is_fsdp1, is_fsdp2
 from .wrappers import Replicated, reshard, walk_modules
@@ -48,6 +49,7 @@ __all__ = ["find_shards", "redescribe", "unfilled_buffers"]
 RanksAndGroup = tuple[list[int], dist.ProcessGroup | None]  # the group is of exactly these ranks
 
 
+@uncollected()
 def find_shards(
     model: nn.Module, replicated: dist.ProcessGroup | None = None, timeout: float = 300.0
 ) -> ModelShards:

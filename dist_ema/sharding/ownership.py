@@ -36,7 +36,7 @@ __all__ = [
     "ParamState",
     "assign",
     "form",
-    "replica_pieces",
+    "replica_runs",
     "saved_blocks",
     "saved_dtype",
     "saved_dtypes",
@@ -250,17 +250,17 @@ def _own_range(groups: Sequence[dist.ProcessGroup], end: int) -> tuple[int, int]
     return low, high
 
 
-def replica_pieces(
+def replica_runs(
     states: Iterable[ParamState],
 ) -> Iterator[tuple[dist.ProcessGroup, list[tuple[int, Tensor]]]]:
     """What must be copied between replicas after each rank wrote the regions that it averages.
 
     Yields:
-        (group, pieces), the innermost group first. A piece is (its source, as a rank in the group;
+        (group, runs), the innermost group first. A run is (its source, as a rank in the group;
         a view into the model). Every rank of the group has the same sources in the same order.
 
     Note:
-        *Cost*: a piece per weight and one more per rank of the group.
+        *Cost*: a run per weight and one more per rank of the group.
     """
     by_replicas: dict[tuple[dist.ProcessGroup, ...], list[ParamState]] = {}
     for state in states:
@@ -269,11 +269,11 @@ def replica_pieces(
         for depth in reversed(range(len(groups))):
             yield (
                 groups[depth],
-                [piece for state in replicated_states for piece in _pieces(state, depth)],
+                [run for state in replicated_states for run in _runs(state, depth)],
             )
 
 
-def _pieces(state: ParamState, depth: int) -> Iterator[tuple[int, Tensor]]:
+def _runs(state: ParamState, depth: int) -> Iterator[tuple[int, Tensor]]:
     """The weight, cut where the source changes in the replica group at `depth`."""
     groups, (start, total) = state.shard.replicas, state.sequence
     low, high = _own_range(groups[:depth], total)

@@ -5,10 +5,8 @@ And what verbs warn of: an average that did not follow, and what it does not hol
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -26,18 +24,6 @@ from ..text import warn
 __all__ = ["Entry", "Which", "warn_if_idle", "warn_if_nameless", "warn_of_unexplained_keys"]
 
 Which = int | str | Schedule
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage is looked for: that was half the time, and new records form no cycles."""
-    collects = gc.isenabled()
-    try:
-        gc.disable()
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 class Entry:
@@ -60,8 +46,7 @@ class Entry:
     """
 
     def __init__(self, weights: AveragedWeights, arguments: dict[str, Any], timeout: float) -> None:
-        with _uncollected():
-            model_shards = weights.find(timeout)
+        model_shards = weights.find(timeout)
         members, group = model_shards.members, model_shards.group
         self.is_staged = isinstance(weights.model, parameters.Stages)
         if self.is_staged and dist.is_initialized():
@@ -86,8 +71,7 @@ class Entry:
         """
 
         def adopt() -> bool:
-            with _uncollected():
-                self.weights.adopt(model_shards)
+            self.weights.adopt(model_shards)
             return self._averages_all
 
         self._may_be_alone = self.ranks.count_on_all(verb, adopt) == self.ranks.size

@@ -43,7 +43,7 @@ from .pairs import LIVE, SHADOW, ShadowPair, Weights, merge
 from .rounding import key_prefix
 
 __all__ = [
-    "CHUNK",
+    "ROW",
     "Pass",
     "Ramp",
     "available",
@@ -56,7 +56,7 @@ __all__ = [
     "run_on_threads",
 ]
 
-CHUNK = 1 << 16  # elements in one row: live stays in the cache between averages
+ROW = 1 << 16  # elements in one row: live stays in the cache between averages
 SHARE = 1 << 20  # elements that are worth a thread
 DRAWS = 16  # tasks that a thread draws: not more, because each waits for the interpreter
 FEW = 16  # elements; ramps that are shorter than that on average are left to eager code
@@ -195,16 +195,19 @@ class Pass:
 
 
 def _tables(group: Sequence[tuple[ShadowPair, list[Ramp]]]) -> Iterator[Any]:
-    """rows, lives and shadows. CHUNK elements at most are one row."""
+    """rows, lives and shadows. ROW elements at most are one row."""
     ramps = np.array([ramp for _, pair_ramps in group for ramp in pair_ramps], dtype=np.int64)
     lengths, firsts, steps = ramps.T
     pairs = np.repeat(np.arange(len(group)), [len(pair_ramps) for _, pair_ramps in group])
     begins = lengths.cumsum() - lengths
     begins -= begins[np.searchsorted(pairs, pairs)]  # of each ramp in its pair
-    chunks = -(-lengths // CHUNK)
-    ramp = np.repeat(np.arange(len(ramps)), chunks)  # of each row
-    starts = CHUNK * (np.arange(len(ramp)) - (chunks.cumsum() - chunks)[ramp])
-    numbers, sizes = firsts[ramp] + starts * steps[ramp], np.minimum(lengths[ramp] - starts, CHUNK)
+    rows = -(-lengths // ROW)
+    ramp = np.repeat(np.arange(len(ramps)), rows)  # of each row
+    starts = ROW * (np.arange(len(ramp)) - (rows.cumsum() - rows)[ramp])
+    numbers, sizes = (
+        firsts[ramp] + starts * steps[ramp],
+        np.minimum(lengths[ramp] - starts, ROW),
+    )
     low, high = numbers & 0xFFFFFFFF, numbers >> 32
     yield np.stack([sizes, pairs[ramp], low, high, steps[ramp]], axis=1).copy()
     tensors = [(pair.live, *pair.shadows) for pair, _ in group]
