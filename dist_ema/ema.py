@@ -36,7 +36,13 @@ from .schedules import schedule as coerce
 from .sharding import derived, parameters, records, wrappers
 from .sharding.ownership import ParamState
 from .text import warn
-from .verbs.entry import Entry, Which, warn_if_idle, warn_of_unexplained_keys
+from .verbs.entry import (
+    Entry,
+    Which,
+    warn_if_doubled,
+    warn_if_idle,
+    warn_of_unexplained_keys,
+)
 from .verbs.files import Files, load
 from .verbs.publisher import Publication, Publisher
 
@@ -197,10 +203,13 @@ class EMA:
             trial.start()
             trial.move([once or average.schedule for average in weights.averages], float(elapsed))
             weights.begin()
+        attached = self._entry.attachment
+        is_attached = attached is not None and attached.active
         if guard is None:
-            attached = self._entry.attachment
-            guard = attached is not None and attached.active and attached.guard
+            guard = attached is not None and is_attached and attached.guard
         weights.move(float(elapsed), guard=guard, once=once)
+        if is_attached:
+            warn_if_doubled(self._entry)
         weights.before_step()  # no hook will wait for the read
         weights.updated()
 
@@ -375,7 +384,7 @@ class EMA:
                 )
             if wrappers.frozen_by_inductor(weights.model):
                 raise RuntimeError(
-                    "ema.swap() cannot reach a model compiled with "
+                    "ema.swap() cannot reach what was compiled with "
                     "torch._inductor.config.freezing: turn it off."
                 )
             if merged := derived.merged_modules(weights.model):

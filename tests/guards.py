@@ -109,8 +109,12 @@ averaging/inventory.py
     walk_tree         is tied otherwise  @living_texts::test_a_tie_is_called_a_tie
     walk_tree         is new and trainable
             @living_storages::test_the_next_update_sees_an_edit_of_the_tree
-    walk_tree         adopted + changes.replaced_buffers + changes.gone_buffers => ()
+    walk_tree         adopted + changes.gone_buffers => ()
             @living_tree::test_what_is_not_trained_is_adopted
+    walk_tree         changes.replaced + changes.replaced_buffers => changes.replaced_buffers
+            @living_tree::test_weights_that_are_registered_anew_and_not_averaged_are_live
+    walk_tree         averaged | trained => trained
+            @living_tree::test_a_frozen_object_under_the_name_of_a_trained_weight_is_named
     walk_tree         self.refuse_unfrozen()
             @living_details::test_a_weight_that_was_unfrozen_is_named_by_every_verb
     rebind_moved      or state.layout_changed =>  @living_storages::test_a_conjugated_view_is_named
@@ -126,7 +130,9 @@ averaging/inventory.py
     _refuse_hopeless  float8 cannot  @discovery::test_frozen_integer_bool_and_float8_pass_through
     _held_alike       and old.shape == new.shape and not alike => and False
             @living_storages::test_rescan_loses_no_average_of_a_weight_that_turned
-    _held_alike       or old.kind == new.kind == "buffer" =>
+    _held_alike       and not any(kinds) =>
+            @living_tree::test_a_weight_that_becomes_a_buffer_is_live
+    _held_alike       all(kinds) or =>
             @living_buffers::test_an_averaged_buffer_that_is_no_longer_shared_is_named
     _kept             (shard.name, *shard.aliases) => (shard.name,)
             @living_details::test_a_tie_under_an_earlier_name_keeps_its_average
@@ -241,8 +247,11 @@ averaging/swap.py
             @living_swap::test_a_write_is_named_and_live_is_restored
     _leave            error.add_note
             @living_details::test_an_exception_in_the_block_carries_what_was_written
-    _lost             return [ => return [] and [
+    _edits            return [ => return [] and [
             @living_swap::test_a_weight_that_leaves_the_model_inside_is_named
+    _edits            registered = [ => registered = [] and [
+            @living_swap::test_a_weight_that_the_block_registers_is_named
+    apply             refuse_destroyed_groups  @living_ranks
     _close            discount
             @living_details::test_swaps_of_two_averages_in_each_other_write_nothing
     _close            note_swap(False)

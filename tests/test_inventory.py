@@ -132,7 +132,10 @@ def write_and_assign(m: Any) -> None:
 
 EDITS: dict[str, tuple[Callable[[Any], None], Changes]] = {
     "module": (replace_module, {"replaced": {"body.weight", "body.bias"}}),
-    "frozen": (replace_frozen, {"replaced": {"frozen.weight"}}),
+    "frozen": (
+        replace_frozen,
+        {"replaced": {"frozen.weight"}, "replaced_frozen": {"frozen.weight"}},
+    ),
     "exchange": (
         exchange,
         {"retied": {"body.weight", "body.bias", "neck.weight", "neck.bias"}},

@@ -833,3 +833,30 @@ def test_optimizers_of_views_and_beside_others_are_known() -> None:
     ema.attach(
         torch.optim.SGD(other.parameters(), lr=0.1), torch.optim.SGD(model.parameters(), lr=0.1)
     )
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_updates_by_hand_beside_attached_ones_are_named_once(every: int) -> None:
+    """A line that was left in the loop moves the average twice."""
+    model = nn.Linear(2, 2)
+    ema, optimizer = EMA(model, 0.5), torch.optim.SGD(model.parameters(), lr=0.1)
+    ema.attach(optimizer, every=every)
+
+    def loop(steps: int) -> None:
+        for _ in range(steps):
+            random_step(optimizer)
+            ema.update()
+
+    with pytest.warns(UserWarning, match="each step moves the average twice"):
+        loop(9)
+    loop(9)
+
+
+def test_an_update_by_hand_at_the_end_of_an_epoch_is_not_named() -> None:
+    model = nn.Linear(2, 2)
+    ema, optimizer = EMA(model, 0.5), torch.optim.SGD(model.parameters(), lr=0.1)
+    ema.attach(optimizer)
+    for _ in range(5):
+        random_step(optimizer)
+        random_step(optimizer)
+        ema.update()

@@ -469,6 +469,20 @@ def updated_before_the_backward(kind: str) -> Callable[[], float]:
     return program
 
 
+def group_destroyed() -> float:
+    """As loops do that wrap the model anew: nothing was written, and no replica is stale."""
+    torch.manual_seed(0)
+    group = dist.new_group([0, 1])
+    model: Any = nn.parallel.DistributedDataParallel(Net(), process_group=group)
+    ema = EMA(model, DECAY)
+    before = full(model)
+    dist.destroy_process_group(group)
+    with raises(RuntimeError, "ema.swap() needs the process group"), ema.swap():
+        pass
+    ema.update()
+    return distance(before, full(model))
+
+
 def table() -> dict[str, Callable[[], float]]:
     from dist_ema import HalfLife
 
@@ -507,6 +521,7 @@ def table() -> dict[str, Callable[[], float]]:
         entries[f"fsdp2: wrapped later, {of_the_model}"] = wrapped_later("fsdp2", of_the_model)
     for kind in ("fsdp1 grad_op", "fsdp2 kept"):
         entries[f"{kind}: updated before the backward"] = updated_before_the_backward(kind)
+    entries["ddp: group destroyed"] = group_destroyed
     entries["fsdp1 orig: assigned inside a swap"] = assigned_inside("fsdp1 orig")
     return entries
 

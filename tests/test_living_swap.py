@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -231,13 +232,41 @@ def removed_inside(m: Any) -> None:
 
 @pytest.mark.parametrize("edit", [replaced_inside, assigned_inside, removed_inside])
 def test_a_weight_that_leaves_the_model_inside_is_named(edit: Any) -> None:
-    """Its live value cannot be put back: guards `_lost` in swap."""
+    """Its live value cannot be put back: guards `_edits` in swap."""
     model = Net()
     ema = EMA(model, 0.5)
-    with pytest.warns(UserWarning, match=r"body\.weight.* was replaced or removed"), ema.swap():
+    with pytest.warns(UserWarning, match="inside ema.swap") as caught, ema.swap():
         edit(model)
+    assert re.search(r"body\.weight.* was replaced or removed", str(caught[-1].message))
     with pytest.raises(RuntimeError, match=r"body\.weight"):
         ema.update()
+
+
+def fused_inside(m: Any) -> None:
+    """As diffusers fuses projections: another layer beside those that it is made of."""
+    m.fused = nn.Linear(4, 4)
+
+
+def frozen_replaced_inside(m: Any) -> None:
+    m.frozen.weight = nn.Parameter(m.frozen.weight + m.lora, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("edit", "name"), [(fused_inside, "fused.weight"), (frozen_replaced_inside, "frozen.weight")]
+)
+def test_a_weight_that_the_block_registers_is_named(edit: Any, name: str) -> None:
+    """It stays in the model, and may be made of the average: guards `_edits` in swap."""
+    model = Net()
+    ema = EMA(model, 0.5)
+    with pytest.warns(UserWarning, match=rf"^{name}.* is not averaged and was written"), ema.swap():
+        edit(model)
+
+
+def test_frozen_weights_that_the_block_brings_are_not_named() -> None:
+    """Metrics bring networks of their own."""
+    model = Net()
+    with EMA(model, 0.5).swap():
+        model.metric = nn.Linear(2, 2).requires_grad_(False)
 
 
 def test_a_module_that_leaves_and_comes_back_inside_is_not_named() -> None:

@@ -189,6 +189,7 @@ EDITS: dict[str, tuple[Callable[[Any], None], list[str]]] = {
 }
 ADOPTED: dict[str, Callable[[Any], None]] = {
     "frozen module": frozen_module,
+    "frozen weight replaced": frozen_weight_replaced,
     "new buffer": new_buffer,
     "new integer buffer": new_integer_buffer,
     "buffers of a new module": buffer_inside_a_new_module,
@@ -257,6 +258,51 @@ def test_the_other_verbs_walk_too(verb: Any, tmp_path: Path) -> None:
     replaced_head(program.model)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"head\."):
         verb(program.ema, tmp_path)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_weights_that_are_registered_anew_and_not_averaged_are_live(trained: bool) -> None:
+    """A hypernetwork registers them at every step: frozen ones, or what `only=` leaves out."""
+    model: Any = nn.ModuleDict({"maker": nn.Linear(2, 4), "made": nn.Linear(2, 2)})
+    model["made"].requires_grad_(trained)
+    program = Program(model, only="^maker" if trained else None)
+    for _ in range(4):
+        made = model["maker"].weight.detach()[:2].clone()
+        model["made"].weight = nn.Parameter(made, requires_grad=trained)
+        program.step()
+        assert torch.equal(program.ema.gather()["made.weight"], made)
+    with program.ema.swap():
+        assert torch.equal(model["made"].weight, made)
+
+
+def test_a_frozen_object_under_the_name_of_a_trained_weight_is_named() -> None:
+    """Its average has ended, and `rescan` says so; live's until then would be a silent end."""
+    program = Program(Tree())
+    program.step(2)
+    program.model.body.weight = nn.Parameter(torch.ones(4, 4), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"^body\.weight no longer shares memory"):
+        program.ema.gather()
+    program.ema.rescan()
+    assert "body.weight" not in program.ema.names()
+
+
+def test_a_weight_that_becomes_a_buffer_is_live() -> None:
+    """The same tensor object may be registered as one, and was averaged before."""
+    model = nn.Module()
+    model.layer, model.codes = nn.Linear(2, 2), nn.Parameter(torch.ones(3))
+    program = Program(model)
+    program.step(2)
+    codes = model.codes
+    del model.codes
+    model.register_buffer("codes", codes.requires_grad_(False))
+    with pytest.raises(RuntimeError, match="codes is gone from the model"):
+        program.ema.gather()
+    program.ema.rescan()
+    program.naive.rescan()
+    program.renew()
+    program.step(2)
+    codes.add_(1)
+    assert max(program.gather(), program.swap()) < 1e-5
 
 
 def test_only_decides_whether_a_new_weight_is_one() -> None:

@@ -213,6 +213,10 @@ def test_compiled_models_see_the_swap() -> None:
     try:
         with pytest.raises(RuntimeError, match="freezing"), ema.swap():
             pass
+        inner = trained(nn.Sequential(nn.Linear(3, 3)))
+        torch.compile(lambda: inner.model(x), backend="eager")()
+        with pytest.raises(RuntimeError, match="freezing"), inner.swap():
+            pass
     finally:
         config.freezing = False
 

@@ -228,8 +228,12 @@ class Inventory:
             if state.shadow is not None
             for name in (state.name, *state.shard.aliases)
         }
+        # What was not averaged, and is not to be, is live's, whatever object holds it.
+        trained = {n for n in changes.replaced if self.selection.allows(n)}
+        needed = averaged | trained.difference(changes.replaced_frozen)
+        replaced = [name for name in changes.replaced if name in needed]
         _refuse(
-            [*changes.replaced, *sorted(averaged.intersection(changes.replaced_buffers))],
+            [*replaced, *sorted(averaged.intersection(changes.replaced_buffers))],
             "no longer shares memory with the model: another object has the name now (a replaced "
             "module, load_state_dict(assign=True)?). Call ema.rescan() to average it from its "
             "value now, or build the EMA after that, on the outermost FSDP module (only= chooses "
@@ -247,7 +251,8 @@ class Inventory:
         )
         self.refuse_unfrozen()
         adopted = changes.new_trainable + changes.new_frozen + changes.new_buffers
-        return bool(adopted + changes.replaced_buffers + changes.gone_buffers)
+        adopted += changes.replaced + changes.replaced_buffers
+        return bool(adopted + changes.gone_buffers)
 
     def refuse_unfrozen(self) -> None:
         """Raise RuntimeError where a weight should be averaged and is not, by name."""
@@ -274,7 +279,8 @@ class Inventory:
 
 def _held_alike(old: Shard, new: Shard) -> bool:
     """The same tensor object, or a buffer of the same form, in the same region."""
-    same = old.tensor is new.tensor or old.kind == new.kind == "buffer"
+    kinds = [shard.kind == "buffer" for shard in (old, new)]
+    same = all(kinds) or (old.tensor is new.tensor and not any(kinds))
     alike = (old.local_region, old.order) == (new.local_region, new.order)
     _refuse(
         [new.name] if old.tensor is new.tensor and old.shape == new.shape and not alike else [],

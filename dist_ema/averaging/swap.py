@@ -123,6 +123,8 @@ class WeightSwap:
 
     def apply(self) -> None:
         """Exchange what this rank averages."""
+        if self._replicated:
+            swap_journal.refuse_destroyed_groups(self._swapped)
         self._open = True
         self._weights.note_swap(True)
         self._journal.apply()
@@ -153,7 +155,8 @@ class WeightSwap:
                 f"rank {self.ranks.members[exits['rank']]} left ema.swap() by an exception: "
                 f"{exits['error']}"
             )
-        self.remarks = swap_journal.describe(*names, self._lost())
+        (swapped, others), (lost, registered) = names, self._edits()
+        self.remarks = swap_journal.describe(swapped, others + registered, lost)
         if merged := derived.merged_modules(self._weights.model):
             self.remarks.append(
                 f"adapters were merged into {', '.join(merged[:5])} inside ema.swap(), which keep "
@@ -166,12 +169,17 @@ class WeightSwap:
             for text in self.remarks:
                 error.add_note(text)
 
-    def _lost(self) -> list[str]:
-        """Swapped weights that the block took out of the model: they are restored outside of it."""
+    def _edits(self) -> tuple[list[str], list[str]]:
+        """Swapped weights that the block took out of the model, and others that it put in.
+
+        The former are restored outside of the model, the latter may be made of the average.
+        """
         shards = [state.shard for state in self._average.states]
         changes = tree_changes.compare_inventory(self._weights.model, shards)
         swapped = {state.name for state in self._swapped}
-        return [name for name in (*changes.replaced, *changes.gone) if name in swapped]
+        new = filter(self._weights.selection.allows, changes.new_trainable)
+        registered = [name for name in (*changes.replaced, *new) if name not in swapped]
+        return [name for name in (*changes.replaced, *changes.gone) if name in swapped], registered
 
     def _exchange_and_restore(self, message: dict[str, Any]) -> dict[str, Any]:
         """All ranks' messages, combined; live weights are back on every replica, if possible."""

@@ -39,7 +39,13 @@ from .executors import await_host_reads
 from .kernels.eager import SCRATCH
 from .swap_registry import SwapRegistry, versions
 
-__all__ = ["SwapJournal", "SwapWrites", "broadcast_to_replicas", "describe"]
+__all__ = [
+    "SwapJournal",
+    "SwapWrites",
+    "broadcast_to_replicas",
+    "describe",
+    "refuse_destroyed_groups",
+]
 
 Window = tuple[ParamState, int, int]  # elements [begin, end) of what is averaged here
 COPIES = 3  # per window ([Note: the journal])
@@ -146,6 +152,19 @@ def broadcast_to_replicas(
     """Copy what each rank averages to the ranks that hold it too. *Collective*."""
     for group, runs in replica_runs(states):
         broadcast(runs, group, wait_for)
+
+
+def refuse_destroyed_groups(states: Sequence[ParamState]) -> None:
+    """Raise RuntimeError if replicas can no longer be reached, before anything is written."""
+    for group in dict.fromkeys(group for state in states for group in state.shard.replicas):
+        try:
+            dist.get_rank(group)
+        except ValueError:
+            raise RuntimeError(
+                "ema.swap() needs the process group over which the weights are replicated, and it "
+                "was destroyed (a model that was wrapped anew?). Build another EMA; save() and "
+                "load() carry the average over."
+            ) from None
 
 
 def _windows(state: ParamState) -> list[Window]:
@@ -273,7 +292,7 @@ def describe(swapped: Sequence[str], others: Sequence[str], lost: Sequence[str])
     if others:
         texts.append(
             f"{', '.join(others[:5])} is not averaged and was written inside ema.swap() (a "
-            "merged adapter?). It keeps what was written: undo that by hand."
+            "merged adapter, a fused layer?). It keeps what was written: undo that by hand."
         )
     if lost:
         texts.append(

@@ -25,6 +25,7 @@ class InventoryChanges:
     """
 
     replaced: tuple[str, ...] = ()  # weights: another tensor object stands under the name
+    replaced_frozen: tuple[str, ...] = ()  # those whose new object needs no gradient
     gone: tuple[str, ...] = ()  # weights that the tree no longer has
     new_trainable: tuple[str, ...] = ()
     new_frozen: tuple[str, ...] = ()
@@ -93,6 +94,7 @@ def _compare_weights(
                 changes["retied"].append(full)
             elif full in keys:
                 changes["replaced"].append(full)
+                changes["replaced_frozen"] += [] if tensor.requires_grad else [full]
             else:
                 changes["new_trainable" if tensor.requires_grad else "new_frozen"].append(full)
     return changes

@@ -143,11 +143,16 @@ def before_state_dict(module: nn.Module, hook: Callable[..., None]) -> Removable
 
 
 def frozen_by_inductor(model: nn.Module) -> bool:
-    """Inductor copied the weights into its code (config.freezing), so a swap would not be seen."""
+    """Inductor copied the weights into its code (config.freezing), so a swap would not be seen.
+
+    Any function that was compiled in this process may have been one of this model.
+    """
     config = sys.modules.get("torch._inductor.config")
-    return bool(getattr(config, "freezing", False)) and any(
-        is_compiled(module) for module in model.modules()
-    )
+    if not getattr(config, "freezing", False):
+        return False
+    compiler: Any = sys.modules.get("torch._dynamo.utils")
+    has_compiled = compiler is not None and compiler.counters["frames"]["ok"] > 0
+    return has_compiled or any(is_compiled(module) for module in model.modules())
 
 
 def side_store(prefix: str) -> dist.Store:

@@ -21,9 +21,17 @@ from ..schedules import Schedule
 from ..sharding import consistency, parameters, records, wrappers
 from ..text import warn
 
-__all__ = ["Entry", "Which", "warn_if_idle", "warn_if_nameless", "warn_of_unexplained_keys"]
+__all__ = [
+    "Entry",
+    "Which",
+    "warn_if_doubled",
+    "warn_if_idle",
+    "warn_if_nameless",
+    "warn_of_unexplained_keys",
+]
 
 Which = int | str | Schedule
+DOUBLED = 3  # updates by hand, each after one of an attached optimizer, that are no coincidence
 
 
 class Entry:
@@ -40,6 +48,8 @@ class Entry:
         stage: The global ranks that hold the same weights as this one.
         is_staged: The model is the stages that this rank holds.
         attachment: What `attach` returned last.
+        by_hand: The clock's updates at the last one that was called beside an attached optimizer,
+            and how often one such followed a single attached one.
 
     Note:
         *Collective*.
@@ -53,6 +63,7 @@ class Entry:
             members, group = list(range(dist.get_world_size())), None
         self.weights, self.stage = weights, model_shards.members
         self.attachment: Attachment | None = None
+        self.by_hand = 0, 0
         self.ranks = weights.ranks = Ranks(
             members, group, wrappers.side_store, timeout, model_shards.device
         )
@@ -189,6 +200,17 @@ def warn_if_idle(verb: str, weights: AveragedWeights) -> None:
             f"ema.{verb}(): the weights were written since the last call, and no update came. Was "
             "ema.attach() given the optimizer that steps, or ema.update() called? (A replayed CUDA "
             "graph runs no hooks.)"
+        )
+
+
+def warn_if_doubled(entry: Entry) -> None:
+    """An update was called by hand after each of those that attached optimizers made."""
+    updates, (before, times) = entry.weights.clock.updates, entry.by_hand
+    entry.by_hand = updates, times + (updates - before == 2)
+    if entry.by_hand[1] == DOUBLED > times:
+        warn(
+            "ema.update() after every update of ema.attach(): each step moves the average twice. "
+            "Call one of them; ema.detach() takes the hooks off."
         )
 
 
