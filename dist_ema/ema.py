@@ -416,7 +416,7 @@ class EMA:
         warn_of_unexplained_keys("gather", self.weights)
         table: dict[str, gather.Form] | None = None
         if entry.is_staged:
-            entry.agree("gather")
+            entry.compare_shared("gather")
             files = [AverageFiles(average.persistent, average.own_buffers, {})]
             table = stages.forms(*stages.unite("gather", ranks, entry.stage, files))
         return gather.full(ranks, average.persistent, average.own_buffers, table)
@@ -820,15 +820,15 @@ class EMA:
         with entry.ranks.entering("metrics"):
             if entry.is_staged:
                 entry.begin("metrics", Reads.LIVE, which)
-                entry.agree("metrics")
+                entry.compare_shared("metrics")
             entry.ranks.begin("metrics", entry.common(which, {}))
-            _, (apart, agree) = entry.ranks.run_and_reduce(
+            _, (apart, alike) = entry.ranks.run_and_reduce(
                 "metrics", measure, metrics.combine, metrics.conclude
             )
         return host_metrics | {
             "skipped": weights.skipped,
             "distance": apart,
-            "replicas_agree": agree,
+            "replicas_agree": alike,
         }
 
     @property

@@ -151,13 +151,13 @@ sharding/memory_watch.py
     changed           self._table.differs() => False  @memory_watch
     changed           self._tree.changed() or =>  @memory_watch
     changed           or self._hash() != self._addresses =>  @memory_watch
-    changed           return self._look() != self._read => return False
+    changed           return self._state() != self._read => return False
             @living_storages::test_a_weight_that_is_transposed_in_place_is_named
     _weights          , map(_LOCAL_TENSOR, self._dtensors)) => )
             @living_details::test_a_local_tensor_that_fsdp2_replaces_is_followed
-    _look             self._orders.now(read) => ()
+    _state            self._orders.now(read) => ()
             @living_storages::test_a_weight_that_is_transposed_in_place_is_named
-    _look             return _address_hash(read), => return None,
+    _state            return _address_hash(read), => return None,
             @living_details::test_an_averaged_buffer_that_is_assigned_is_followed
     __init__          readers[id(shard.master())]
             @living_details::test_masters_that_lie_elsewhere_are_noticed
@@ -376,7 +376,7 @@ averaging/teacher.py
     _refuse_unlike    has fp32 masters  @refusals::test_masters_are_stepped_by_the_engine
     _refuse_unlike    is strided or expanded  @into::test_unlike_teachers_are_refused
     _refuse_unlike    is one weight in the model  @into::test_unlike_teachers_are_refused
-sharding/compiled_look.py
+sharding/compiled_watch.py
     compile_loop      raise ImportError  @memory_watch::test_the_loop_is_switched_off
 sharding/consistency.py
     on_weights        raise ValueError  @discovery::test_ddp_ignored_and_unequal_replicas

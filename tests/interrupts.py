@@ -33,7 +33,7 @@ HERE = Path(dist_ema.__file__).parent
 ROOMS = ("ema.py", "verbs/*.py", "checkpoint/*.py", "averaging/gather.py", "distributed/*.py")
 FILES = {str(path) for room in ROOMS for path in HERE.glob(room)}
 # The threads of these look for the others while they wait, so their lines have no end.
-WAITS = {"_await", "_look", "counted", "of", "has", "completes", "wait_for", "_run", "__getattr__"}
+WAITS = {"_await", "_poll", "counted", "of", "has", "completes", "wait_for", "_run", "__getattr__"}
 # A second interrupt would come while the first one is reported.
 REPORTS = {"report", "publish_failure", "error_text", "failed", "entering"}
 TIMEOUT = 60.0

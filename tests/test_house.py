@@ -536,6 +536,8 @@ OLD_WORDS = {
     "duty",
     "sink",
     "telemetry",
+    "agree",
+    "look",
     "piece",
     "pieces",
     "bucket",

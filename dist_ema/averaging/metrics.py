@@ -86,11 +86,11 @@ def measure(
         if state.shard.kind != "buffer" and _is_copied(state, split, holders):
             kind = f"{len(state.shard.replicas)}/{len(state.shard.owner_ranks)}"
             kinds.setdefault(kind, []).append(state)
-    agree = consistency.sampled_alike(states, ranks)
+    alike = consistency.sampled_alike(states, ranks)
     for kind, copied in kinds.items():
         elements, bits = _hash_copies(copied)
-        agree &= ranks.is_same(f"{kind}/{elements}", bits)
-    return {"squares": _squares(states) if started else [0.0, 0.0], "agree": agree}
+        alike &= ranks.is_same(f"{kind}/{elements}", bits)
+    return {"squares": _squares(states) if started else [0.0, 0.0], "agree": alike}
 
 
 def combine(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:

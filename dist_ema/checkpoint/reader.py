@@ -254,7 +254,7 @@ def _open_one_version(
     places: list[Location] = []
     opened: list[OpenCheckpoint] = []
 
-    def look() -> list[Any]:
+    def find_model() -> list[Any]:
         places.append(atomic.read_one_version(_followed(path), locate))
         return [digest(places[0]), _version(places[0])]
 
@@ -280,7 +280,7 @@ def _open_one_version(
             return None
         return opened[0].damage(found["sums"]) if verify else ""
 
-    first_sees, version = ranks.run_on_first("load", look)
+    first_sees, version = ranks.run_on_first("load", find_model)
     # NOTE: no rank tells the others what ema.json says, which grows with the model.
     _, damage = ranks.run_and_reduce("load", work, _combine, conclude)
     return None if damage is None else (opened[0], damage)

@@ -21,12 +21,14 @@ from ..sharding import geometry, ownership
 from . import crc32
 from .request import AverageFiles, WeightRecord
 
-__all__ = ["agree", "forms", "lacking", "names_of_all", "unite"]
+__all__ = ["compare_shared", "forms", "lacking", "names_of_all", "unite"]
 
 Holder = list[Any]  # [the ranks of a stage, the name that it gives the weight]
 
 
-def agree(verb: str, ranks: Ranks, stage: Sequence[int], averages: Sequence[Average]) -> None:
+def compare_shared(
+    verb: str, ranks: Ranks, stage: Sequence[int], averages: Sequence[Average]
+) -> None:
     """Decide which stage writes a weight that stands on several, and compare its bits.
 
     Args:

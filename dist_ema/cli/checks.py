@@ -51,8 +51,8 @@ def _line(verdict: Verdict) -> str:
     from ..offline.verify import SUMS
 
     sums = " and ".join(SUMS[kind] for kind in verdict.sums)
-    agree = "agrees" if len(verdict.sums) == 1 else "agree"
-    return f"{verdict.path} is sound: {held}; {sums} {agree}" + (
+    verb = "agrees" if len(verdict.sums) == 1 else "agree"
+    return f"{verdict.path} is sound: {held}; {sums} {verb}" + (
         "; sealed with SHA-256" if verdict.sealed else ""
     )
 

@@ -30,7 +30,7 @@ T = TypeVar("T")
 Tasks = queue.SimpleQueue[tuple[Callable[[], Any], Future] | None]
 
 COUNT = 0.5  # seconds between two counts of a rank that waits, at most
-LOOK = 3 * COUNT  # seconds in which the counter of a rank that waits must move
+MUST_MOVE = 3 * COUNT  # seconds in which the counter of a rank that waits must move
 
 
 class BoundedStore:
@@ -123,7 +123,7 @@ def _absent(
     absent: list[int] = []
     for _ in range(2):  # if all were here, one may have been stopped since
         before = [counters.add(str(rank), 0) for rank in others]
-        if absent or _count_until(max(end, time.monotonic() + LOOK), counters, future):
+        if absent or _count_until(max(end, time.monotonic() + MUST_MOVE), counters, future):
             break
         after = [counters.add(str(rank), 0) for rank in others]
         absent = [rank for rank, a, b in zip(others, before, after, strict=True) if a == b]
@@ -171,7 +171,7 @@ def _ends(future: Future[Any], seconds: float) -> bool:
 def _count_until(end: float, counters: BoundedStore, future: Future[Any]) -> bool:
     """Show that this rank is here. Returns whether the future has succeeded.
 
-    After a failure it goes on for LOOK seconds, in which the others show that they are here.
+    After a failure it goes on for MUST_MOVE seconds, in which the others show that they are here.
     """
     failed = False
     while (left := end - time.monotonic()) > 0:
@@ -181,5 +181,5 @@ def _count_until(end: float, counters: BoundedStore, future: Future[Any]) -> boo
         elif _ends(future, min(COUNT, left)):
             if future.exception() is None:
                 return True
-            failed, end = True, min(end, time.monotonic() + LOOK)
+            failed, end = True, min(end, time.monotonic() + MUST_MOVE)
     return False

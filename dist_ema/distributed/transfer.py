@@ -39,7 +39,7 @@ class Block(NamedTuple):
     data: Tensor
 
 
-class _Place(NamedTuple):
+class _BlockHeader(NamedTuple):
     """A block that a rank holds, without its data."""
 
     source: int
@@ -172,7 +172,7 @@ def _batches(amounts: list[list[int]]) -> Iterator[tuple[range, list[int]]]:
 
 def _tables_of(
     ranks: Ranks, sources: range, lengths: list[int], own: list[int], dims: Sequence[int]
-) -> list[_Place]:
+) -> list[_BlockHeader]:
     """The blocks of some ranks, in their order."""
     device = ranks.transfer_device()
     numbers = torch.zeros(sum(lengths), dtype=torch.int64, device=device)
@@ -185,13 +185,13 @@ def _tables_of(
         numbers_left = iter(part.tolist())
         for number in numbers_left:
             offsets, shape = (tuple(islice(numbers_left, dims[number])) for _ in range(2))
-            places.append(_Place(source, number, offsets, shape))
+            places.append(_BlockHeader(source, number, offsets, shape))
     return places
 
 
 def _stream(
     ranks: Ranks,
-    places: Sequence[_Place],
+    places: Sequence[_BlockHeader],
     own: Sequence[Block],
     dtypes: Sequence[torch.dtype],
     consume: Consume,

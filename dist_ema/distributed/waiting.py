@@ -80,7 +80,7 @@ class Waiting:
             self._lost_one = False
         remind_at, heartbeats, is_here, speaks = began + FIRST_REMINDER, None, False, False
         while True:
-            ended, value = self._look(exchange, ready, began)
+            ended, value = self._poll(exchange, ready, began)
             if ended:
                 return value
             now, before = time.monotonic(), heartbeats
@@ -114,7 +114,7 @@ class Waiting:
                 else:  # the others answer the roll call until then
                     remind_at = now + 2 * self.interval if speaks else float("inf")
 
-    def _look(
+    def _poll(
         self, exchange: Exchange, ready: Callable[[Count], bool] | None, since: float
     ) -> tuple[bool, Any]:
         """Look at the counter for the time between two heartbeats. Returns (ended, value).

@@ -101,7 +101,7 @@ class Blend:
                 end = min(begin + WINDOW, count)
                 if name in self.summed:
                     terms = [
-                        (self._part(model, locate(model, name, self.rest), begin, end), factor)
+                        (self._reading(model, locate(model, name, self.rest), begin, end), factor)
                         for model, factor in self.terms
                         if factor  # 0 * NaN is NaN
                     ]
@@ -111,19 +111,19 @@ class Blend:
                         memory = np.empty(WINDOW * size, np.uint8)
                     yield partial(self._sum, name, terms, end - begin, next(scratches), memory)
                 else:
-                    yield partial(self._copy, name, self._part(self.rest, name, begin, end))
+                    yield partial(self._copy, name, self._reading(self.rest, name, begin, end))
 
-    def _part(self, model: Source, name: str, begin: int, end: int) -> sums.Part:
+    def _reading(self, model: Source, name: str, begin: int, end: int) -> sums.Reading:
         size = safetensors.ITEMSIZE[model.entries[name].dtype]
-        return self._checked[id(model)].part(name, begin * size, end * size)
+        return self._checked[id(model)].reading(name, begin * size, end * size)
 
-    def _copy(self, name: str, part: sums.Part) -> sums.Window:
-        return part.window().cast(name, part.dtype, self._dtype(name))
+    def _copy(self, name: str, reading: sums.Reading) -> sums.Window:
+        return reading.window().cast(name, reading.dtype, self._dtype(name))
 
     def _sum(
         self,
         name: str,
-        terms: Sequence[tuple[sums.Part, float]],
+        terms: Sequence[tuple[sums.Reading, float]],
         count: int,
         scratch: NDArray[np.float64],
         memory: Bytes,
@@ -135,15 +135,15 @@ class Blend:
         data, step = memory[: count * size], STEP // 2 if dtype == "C64" else STEP
         factors = {factor for _, factor in terms}
         # A sum of float64 could be infinite where that of products is not.
-        is_mean = len(factors) == 1 and all(part.dtype != "F64" for part, _ in terms)
+        is_mean = len(factors) == 1 and all(reading.dtype != "F64" for reading, _ in terms)
         for begin in range(0, count, step):
             total: Any = None
             n = min(step, count - begin)
-            for part, factor in terms:
-                read = part.read(raw.view(np.uint8)[: n * safetensors.ITEMSIZE[part.dtype]])
+            for reading, factor in terms:
+                read = reading.read(raw.view(np.uint8)[: n * safetensors.ITEMSIZE[reading.dtype]])
                 if len(self.terms) > MOST_OPEN:
-                    part.model.close()  # it opens again by itself
-                values = widen(read, _real(part.dtype))
+                    reading.model.close()  # it opens again by itself
+                values = widen(read, _real(reading.dtype))
                 product = scratches[total is not None][: len(values)]
                 # A multiplication that casts takes twice as long as a cast and one in place.
                 np.copyto(product, values)

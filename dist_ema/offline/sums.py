@@ -16,7 +16,7 @@ from ..checkpoint import crc32, manifest, safetensors
 from ..dtypes import Bytes, cast
 from .sources import WINDOW, Safetensors, Weights
 
-__all__ = ["Checked", "FileSums", "Part", "Window"]
+__all__ = ["Checked", "FileSums", "Reading", "Window"]
 
 IN_FLIGHT = 4  # windows that wait for a thread, at most
 
@@ -87,7 +87,7 @@ class FileSums:
             thread.shutdown(cancel_futures=True)
 
 
-class Part:
+class Reading:
     """Bytes of a weight, to be read in order by one thread.
 
     Attributes:
@@ -135,9 +135,9 @@ class Checked:
 
     def read(self, name: str, begin: int, end: int) -> Window:
         """Bytes [begin, end) of a weight. Windows in order count once, however often read."""
-        return self.part(name, begin, end).window()
+        return self.reading(name, begin, end).window()
 
-    def part(self, name: str, begin: int, end: int) -> Part:
+    def reading(self, name: str, begin: int, end: int) -> Reading:
         """As `read`, for a thread to read step by step. The order is that of these calls."""
         add = None
         if self._summed is not None:
@@ -145,7 +145,7 @@ class Checked:
             if begin == self._seen.get((file, name), 0):
                 self._seen[file, name] = end
                 add = partial(self._add, file, at + begin, end - begin)
-        return Part(self._model, name, begin, end, add)
+        return Reading(self._model, name, begin, end, add)
 
     def _add(self, file: str, at: int, n: int, found: int) -> None:
         with self._lock:

@@ -119,7 +119,7 @@ class Follower:
 
     def __next__(self) -> Version:
         self._asked = time.monotonic()
-        while (version := self._look()) is None:
+        while (version := self._next_version()) is None:
             if self._is_over:
                 raise StopIteration
             time.sleep(self._poll)
@@ -130,7 +130,7 @@ class Follower:
 
     async def __anext__(self) -> Version:
         self._asked = time.monotonic()
-        while (version := await asyncio.to_thread(self._look)) is None:
+        while (version := await asyncio.to_thread(self._next_version)) is None:
             if self._is_over:
                 raise StopAsyncIteration
             await asyncio.sleep(self._poll)
@@ -141,7 +141,7 @@ class Follower:
         waited = time.monotonic() - self._asked
         return waited > self._timeout or versions.is_stopped(self._folder, self._last)
 
-    def _look(self) -> Version | None:
+    def _next_version(self) -> Version | None:
         """The next version, if there is one; the one before is released."""
         self.close()
         versions_here = versions.numbered(self._folder)

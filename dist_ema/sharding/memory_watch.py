@@ -5,7 +5,7 @@ Each of the three questions has an owner here.
 
 [Note: one look]  A call of torch's per weight, from Python, takes 0.06 us, and 0.15 us where the
 step has emptied the caches. So where numba is installed, one compiled loop looks at all of them
-(in `compiled_look`). It says only whether something is another object or lies elsewhere; what that
+(in `compiled_watch`). It says only whether something is another object or lies elsewhere; what that
 means is decided here, as it is without numba.
 """
 
@@ -60,7 +60,7 @@ class MemoryWatch:
                 readers[id(shard.master())] = shard.master
         self._readers = list(readers.values())
         self._tree, self._orders = _Tree(roots, plain), _Orders(plain.values())
-        self._addresses, self._read = self._hash(), self._look()
+        self._addresses, self._read = self._hash(), self._state()
         # A subclass may answer for another memory than its own.
         plain_types = {*map(type, self._weights())} <= {Tensor, nn.Parameter}
         many = len(self._tree.names) + len(self._dtensors) >= MANY
@@ -73,7 +73,7 @@ class MemoryWatch:
             if self._tree.changed() or self._hash() != self._addresses:
                 return True
             self._table = self._tabulate()  # other objects, in the memory of those before
-        return self._look() != self._read
+        return self._state() != self._read
 
     def _weights(self) -> Iterable[Tensor]:
         return chain(self._tree.weights(), map(_LOCAL_TENSOR, self._dtensors))
@@ -81,7 +81,7 @@ class MemoryWatch:
     def _hash(self) -> int | None:
         return _address_hash(self._weights())
 
-    def _look(self) -> tuple[Any, ...]:
+    def _state(self) -> tuple[Any, ...]:
         read = [reader() for reader in self._readers]
         return _address_hash(read), self._orders.now(read)
 
@@ -181,9 +181,9 @@ def find_loop() -> Callable[..., bool] | None:
     """The compiled loop. None without numba, or with a torch that lacks the function for it."""
     read = getattr(torch._C._dynamo.guards, "_torchinductor_pyobject_tensor_data_ptr", None)
     try:
-        from . import compiled_look
+        from . import compiled_watch
 
-        return None if read is None else compiled_look.compile_loop(read)
+        return None if read is None else compiled_watch.compile_loop(read)
     except Exception:  # numba is absent, disabled, or refuses our code
         return None
 

@@ -93,12 +93,12 @@ class Entry:
             lacking = self.ranks.gather(verb, self.weights.inventory.lacks, stages.lacking)
             if lacking:
                 raise ValueError(lacking)
-            self.agree(verb)
+            self.compare_shared(verb)
 
-    def agree(self, verb: str) -> None:
+    def compare_shared(self, verb: str) -> None:
         """Which stage writes what stands on several. *Collective*."""
         if self.is_staged:
-            stages.agree(verb, self.ranks, self.stage, self.weights.averages)
+            stages.compare_shared(verb, self.ranks, self.stage, self.weights.averages)
 
     def refuse_staged(self, verb: str) -> None:
         """Raise RuntimeError for a verb that the stages of a pipeline do not have."""

@@ -196,7 +196,7 @@ class Files:
     ) -> None:
         entry, ranks, verb = self._entry, self._entry.everyone, request.verb
         if entry.is_staged:
-            entry.agree(verb)
+            entry.compare_shared(verb)
             files = stages.unite(verb, ranks, entry.stage, request.averages)
             request = replace(request, averages=files)
         if ranks is not entry.ranks:  # an unwrapped model: the first writes, if all hold the same
