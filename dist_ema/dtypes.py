@@ -134,9 +134,9 @@ def gathered(
     Args:
         storage: The bytes that hold the elements.
         first: Where the first element lies, in elements.
-        shape: Of the tensor.
+        shape: The shape of the tensor.
         strides: In elements.
-        size: Of an element, in bytes.
+        size: The size of an element, in bytes.
         begin: In bytes.
         end: In bytes.
     """

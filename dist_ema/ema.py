@@ -86,9 +86,10 @@ class EMA:
             pipeline that this rank holds ([Note: stages]).
         decay: A float (`Constant`), a schedule of `dist_ema`, or a list of them: several averages
             that read each live weight once.
-        dtype: Of the shadows: float32, float64, or bfloat16 (compact, rounded stochastically).
-        device: Of the shadows; None keeps each beside its weight, "cpu" averages in pinned host
-            memory.
+        dtype: The dtype of the shadows: float32, float64, or bfloat16 (compact, rounded
+            stochastically).
+        device: The device of the shadows; None keeps each beside its weight, "cpu" averages in
+            pinned host memory.
         split: Divide replicated weights (DDP, HSDP) among the ranks that hold them. With False
             every rank keeps a full copy: where all weights are replicated (DDP), `swap`, `gather`
             and `export` are local then, and one rank may call them alone. A process group says that
@@ -343,7 +344,7 @@ class EMA:
         first, does not wait for other ranks.
 
         Args:
-            which: Of several averages, by number or schedule, here and in the other verbs.
+            which: Which of several averages, by number or schedule, here and in the other verbs.
 
         Raises:
             RuntimeError: Inside another swap of this EMA, or the model cannot be reached. At the
@@ -483,7 +484,7 @@ class EMA:
 
         Args:
             path: The folder.
-            max_shard_size: Of each file: bytes, or a text like "5GB".
+            max_shard_size: The size limit of each file: bytes, or a text like "5GB".
             mode: "direct": every rank writes its own bytes into place. "stream": bytes go to the
                 machine that writes them, all machines at once; on one machine to the first rank.
                 None: direct on one machine, stream across machines.
@@ -530,12 +531,12 @@ class EMA:
             path: A folder (what else it holds, like config.json, stays), or one file ending in
                 .safetensors.
             which: See `swap`.
-            dtype: Of all floating weights.
+            dtype: The dtype of all floating weights.
             max_shard_size: See `save`.
             mode: See `save`.
-            merged: Of a PeftModel the model with the active adapters merged into it, under the
-                names that it has without them. It is written inside a `swap`, with a copy of the
-                weights that adapters sit on.
+            merged: Write the model of a PeftModel with the active adapters merged into it, under
+                the names that it has without them. It is written inside a `swap`, with a copy of
+                the weights that adapters sit on.
 
         Raises:
             ValueError: A finite value would become infinite in `dtype`, or `merged` is asked of
@@ -627,12 +628,12 @@ class EMA:
         refuses is a warning, and training goes on. *Collective*, as is each update that publishes.
 
         Args:
-            folder: Of the versions. One training publishes to it at a time.
+            folder: The folder of the versions. One training publishes to it at a time.
             every: Units of the clock between two versions.
             keep: The versions that stay. A version that a reader has leased stays too, and so does
                 the one that `best` names.
             keep_at_most: The versions that stay in all, leased or not; by default 4 x keep.
-            dtype: Of all floating weights; None takes the model's own.
+            dtype: The dtype of all floating weights; None takes the model's own.
             which: See `swap`.
             beside: A folder whose config.json, tokenizer and other files without weights each
                 version gets too, as links where the disk has them, for loaders that need them.
@@ -724,7 +725,9 @@ class EMA:
 
         def check() -> tuple[list[dcp.Matched], list[str]]:
             if "clock" not in state:
-                raise ValueError("the state_dict of the EMA lacks clock.")
+                raise ValueError(
+                    "the state_dict of the EMA lacks clock. Pass what ema.state_dict() gave."
+                )
             clock.update(zip(weights.clock_to_dict(), state["clock"].tolist(), strict=True))
             Clock().set(clock)
             return dcp.match_all(state.get("averages", {}), weights.averages)
@@ -843,7 +846,7 @@ class EMA:
 
     @property
     def schedule(self) -> Schedule:
-        """Of the first average."""
+        """The schedule of the first average."""
         return self.weights.averages[0].schedule
 
     @property

@@ -302,7 +302,7 @@ def test_torch_ema_differs() -> None:
             ours.load_state_dict(state)
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got -1"):
         torch_ema.ExponentialMovingAverage(pair, -1)
-    with pytest.raises(RuntimeError, match=r"restore\(\) without a store"):
+    with pytest.raises(RuntimeError, match=r"call store\(\) first"):
         ours.restore()
     with pytest.raises(ValueError, match="holds 2 parameters, and 1 were given"):
         ours.update([codes])
@@ -485,7 +485,7 @@ def test_diffusers_arguments() -> None:
     ema.pin_memory()
     with pytest.raises(TypeError, match="EMAModel takes no decays"):
         diffusers.EMAModel(model.parameters(), decays=0.9)
-    with pytest.raises(RuntimeError, match=r"restore\(\) without a store"):
+    with pytest.raises(RuntimeError, match=r"call store\(\) first"):
         ema.restore(model.parameters())
     with pytest.raises(ValueError, match="needs the model_cls and model_config"):
         ema.save_pretrained("nowhere")
@@ -731,7 +731,7 @@ def test_shadow_refuses() -> None:
     model = nn.Linear(2, 2)
     ema = shadow.EMA(model, 0.9)
     for call in (ema.update, ema.apply_shadow, lambda: ema.average):
-        with pytest.raises(RuntimeError, match=r"without a register\(\) before it"):
+        with pytest.raises(RuntimeError, match=r"call register\(\) first"):
             call()
     ema.register()
     with pytest.raises(RuntimeError, match=r"restore\(\) without parameters in backup"):

@@ -108,7 +108,7 @@ class Average:
         return repr(self.schedule)
 
     def used(self, which: int | str | Schedule, now: float) -> Average:
-        """As verbs use it: a window is mixed from its ring. No update may be in flight."""
+        """The average as verbs use it: a window is mixed from its ring. Settle before."""
         if self.ring is None:
             return self
         window = which if isinstance(which, Window) else self.ring.window
@@ -116,12 +116,12 @@ class Average:
 
     @property
     def averaged(self) -> list[ParamState]:
-        """What has a shadow."""
+        """The records that have a shadow."""
         return [state for state in self.states if state.shadow is not None]
 
     @property
     def persistent(self) -> list[ParamState]:
-        """What a state_dict holds: a buffer that is None is not in it."""
+        """The records that a state_dict holds. It leaves out a buffer that is None."""
         return [
             state
             for state in self.states
@@ -135,12 +135,12 @@ class Average:
         return [state for state in self.persistent if state.shard.kind == "buffer"]
 
     def forget_buffers(self, lost: Collection[str]) -> None:
-        """Own buffers end for all of a module with one that the model lost."""
+        """Forget all own buffers of a module that lost one of its buffers."""
         whole_names = whole_modules(self.own_buffers, lost)
         self.own_buffers = {name: self.own_buffers[name] for name in whole_names}
 
     def forget_reshaped_buffers(self, states: Sequence[ParamState]) -> None:
-        """They end where live ones took another shape."""
+        """Forget own buffers whose live ones took another shape."""
         own = [(self.own_buffers.get(state.name), state) for state in states]
         self.forget_buffers(
             [
@@ -191,16 +191,16 @@ class Selection:
             )
 
     def allows(self, name: str) -> bool:
-        """`only=` lets the name through."""
+        """Whether `only=` takes the name."""
         return self.only is None or _matches(self.only, name)
 
     def averages(self, shard: records.Shard) -> bool:
-        """The weight is trained or the buffer chosen; it floats, and `only=` lets it through."""
+        """Whether it is averaged: trained or a chosen buffer, floating, and taken by `only=`."""
         chosen = self._chooses_buffer(shard) if shard.kind == "buffer" else shard.trainable
         return chosen and self.can_average(shard)
 
     def can_average(self, shard: records.Shard) -> bool:
-        """It has values that have a mean, and `only=` lets it through."""
+        """Whether its values have a mean and `only=` takes it."""
         floats = shard.dtype.is_floating_point or shard.dtype.is_complex
         return floats and self.allows(shard.name)
 
@@ -224,8 +224,8 @@ class Placement:
 
     Args:
         split: Divide replicated weights among the ranks that hold them.
-        dtype: Of the shadows.
-        device: Of the shadows; None keeps each beside its weight.
+        dtype: The dtype of the shadows.
+        device: The device of the shadows; None keeps each beside its weight.
         replicated: The ranks that hold the same plain weights, where no DDP says so.
     """
 

@@ -50,7 +50,7 @@ class AveragedWeights:
         clock: How far training and the average have moved.
         swaps: Which swaps of these weights are open.
         updates: The plan of an update, and when it runs.
-        seed: Of stochastic rounding.
+        seed: The seed of stochastic rounding.
         bypassed: Steps of averaged weights by optimizers that are not attached, since a round of
             those that are.
         ranks: The ranks of the EMA.
@@ -140,7 +140,7 @@ class AveragedWeights:
 
     @property
     def _on_host(self) -> bool | None:
-        """Shadows were asked into host memory. None: a teacher's lie where it lies."""
+        """Whether the user asked for shadows in host memory; None with into=."""
         device = self.placement.device
         asked = device is not None and device.type == "cpu"
         return asked if self.teacher is None else None
@@ -188,7 +188,7 @@ class AveragedWeights:
             self.copy_live()  # until averaging starts, the average is the live model
 
     def settle(self) -> None:
-        """No update is in flight after this."""
+        """Wait until no update is in flight."""
         self.updates.engine.settle()
         self._watch.end_read()
         self._await_teacher_reads()
@@ -240,7 +240,7 @@ class AveragedWeights:
         self.mark()
 
     def sync_teacher(self) -> None:
-        """The teacher is about to be read ([Note: unannounced reads] in teacher)."""
+        """Prepare the teacher for a read ([Note: unannounced reads] in teacher)."""
         teacher = self.teacher
         if teacher is None or not teacher.is_stale:
             return
@@ -255,9 +255,9 @@ class AveragedWeights:
         return self.average(which).used(which, self.clock.now)
 
     def live_sums(self) -> dict[str, int]:
-        """The bits of this rank's averaged weights as they stand in the model, by name.
+        """Sums of the bits of this rank's averaged weights in the model, by name.
 
-        -1 of those whose storage moved since a verb looked.
+        The sum is -1 where the storage moved since the last verb.
 
         Note:
             *Cost*: one read of them. Waits for the device.
@@ -283,7 +283,7 @@ class AveragedWeights:
         self.after_move()
 
     def after_move(self) -> None:
-        """What is not averaged goes into the teacher."""
+        """Copy frozen weights and buffers into the teacher."""
         if self.teacher is not None:
             self.teacher.copy_frozen()
             self.teacher.copy_buffers()
@@ -363,7 +363,7 @@ class AveragedWeights:
                 average.ring.push(average.averaged, now)
 
     def updated(self) -> None:
-        """An update was submitted, and the clock has moved."""
+        """Tell the listener that an update was submitted and the clock has moved."""
         method = self.after_update and self.after_update()
         if method:
             method()
@@ -376,14 +376,14 @@ class AveragedWeights:
         self.mark()
 
     def begin_again(self, started: bool = True) -> None:
-        """A new average: the shadows are live, no buffer is recalibrated, the clock stands at 0."""
+        """Begin a new average: shadows equal live, no own buffers, the clock at 0."""
         self.copy_live()
         for average in self.averages:
             average.own_buffers = {}
         self.set_clock(NEW_CLOCK | {"started": started})
 
     def resume(self, counters: dict[str, Any] | None) -> None:
-        """The shadows were replaced: go on from a saved clock, and forget a swap that failed."""
+        """Go on from a saved clock with other shadows, and forget a swap that failed."""
         self.set_clock(counters or NEW_CLOCK)
         for average in self.averages:
             if average.ring is not None:

@@ -45,11 +45,11 @@ def move_by(
 
 
 def pull(weights: AveragedWeights, weight: float) -> None:
-    """The other way round: live moves towards the first average, on every replica.
+    """Move live weights towards the first average, on every replica.
 
     Args:
         weights: The averages, and the live weights that move.
-        weight: Of the average; 1 copies it.
+        weight: The weight of the average; 1 copies it.
 
     Note:
         *Collective* where replicated weights are split among the ranks.

@@ -63,7 +63,7 @@ class Engine(Protocol):
         """
 
     def times(self) -> Times:
-        """Of the last finished update. Never waits."""
+        """The times of the last finished update. Never waits."""
 
 
 class Inline:
@@ -86,10 +86,10 @@ class Inline:
         self._meter.add(begin, mark(self._device))
 
     def fence(self) -> None:
-        """The caller's stream orders the next write after the read."""
+        """Do nothing: the caller's stream orders the next write after the read."""
 
     def settle(self) -> None:
-        """The caller's stream orders the next read after the write."""
+        """Do nothing: the caller's stream orders the next read after the write."""
 
     def times(self) -> Times:
         spent = self._meter.read()
@@ -97,7 +97,7 @@ class Inline:
 
 
 class Overlapped:
-    """Behind the next forward and backward: only `fence` and `settle` wait, on the device."""
+    """Run updates behind the next forward and backward; `fence` and `settle` wait on the device."""
 
     deferred = True
     window_bytes = 0

@@ -92,7 +92,7 @@ def await_host_reads(tensors: Iterable[Tensor]) -> None:
 
 
 def mark(device: torch.device | None) -> Mark:
-    """Now, on the device's current stream; on the host's clock where there are no streams."""
+    """A mark on the device's current stream, or on the host's clock without streams."""
     if device is None or not has_streams(device):
         return Instant()
     event = torch.Event(device, enable_timing=True)
@@ -135,7 +135,7 @@ class Executor(Protocol):
         """Memory of these tensors is not reused before the work submitted until then is done."""
 
     def mark(self) -> Mark:
-        """Now: inside `work` in its order, else in the caller's."""
+        """A mark in the order of the work that calls this, else in the caller's order."""
 
 
 class SideStream:

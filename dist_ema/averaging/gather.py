@@ -191,7 +191,7 @@ def copy_into(
 
 
 def _run_to_its_end(ranks: Ranks, states: Sequence[ParamState], work: Callable[[], None]) -> None:
-    """A collective cannot be left half way ([Note: interrupts] in swap)."""
+    """Run a collective to its end, whatever interrupts come ([Note: interrupts] in swap)."""
     if ranks.size == 1:
         work()
     else:
@@ -213,4 +213,7 @@ def _refuse_other(states: Sequence[ParamState], other: Sequence[records.Shard]) 
     other_shapes = {shard.name: shard.shape for shard in other if shard.persistent}
     mismatched = sorted({name for name, _ in shapes.items() ^ other_shapes.items()})
     if mismatched:
-        raise ValueError(f"ema.copy_to(): the models differ in {', '.join(mismatched[:5])}.")
+        raise ValueError(
+            f"ema.copy_to(): the models differ in {', '.join(mismatched[:5])}. Pass a model "
+            "that is built like the averaged one."
+        )

@@ -197,7 +197,7 @@ class Inventory:
         ]
 
     def average(self, which: int | str | Schedule) -> Average:
-        """By number, by the schedule, or by its repr."""
+        """The average with that number, schedule or repr. Else raises ValueError."""
         if isinstance(which, int) and 0 <= which < len(self.averages):
             return self.averages[which]
         for average in self.averages:

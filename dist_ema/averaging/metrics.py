@@ -54,7 +54,7 @@ def known(weights: AveragedWeights, average: Average) -> dict[str, float]:
 
 
 def _bytes(weights: AveragedWeights) -> tuple[int, int]:
-    """Of shadows beside their weights; of those elsewhere, and of windows."""
+    """The bytes of shadows beside their weights; those of other shadows and of windows."""
     shadow_bytes = [0, weights.updates.engine.window_bytes]
     for state in (state for average in weights.averages for state in average.averaged):
         shadow_bytes[state.own_shadow.device != state.local.device] += state.own_shadow.nbytes
@@ -94,7 +94,7 @@ def measure(
 
 
 def combine(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What several ranks measured, as of one."""
+    """Combine what several ranks measured into one message."""
     columns = zip(*(rank["squares"] for rank in measured), strict=True)
     return {"squares": list(map(sum, columns)), "agree": all(rank["agree"] for rank in measured)}
 

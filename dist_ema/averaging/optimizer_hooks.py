@@ -8,8 +8,8 @@ for a skipped step, and `found_inf` on the device tells. It becomes a weight of 
 never waits for it.
 
 [Note: steps in steps]  torch runs hooks around the `step` of every class that was instantiated. A
-class whose `step` calls that of its parent runs them twice, if somebody made an instance of the
-parent. The inner step is not the whole step, so its hooks do nothing.
+class whose `step` calls that of its parent runs them twice, if an instance of the
+parent was made. The inner step is not the whole step, so its hooks do nothing.
 
 [Note: who holds whom]  An EMA holds its attachment, and an attachment holds the averages. The
 optimizer's hooks hold neither. When nothing else reaches the EMA it is freed, shadows and all. Its
@@ -52,7 +52,7 @@ TRANSPARENT_OPTIMIZERS = (
     ("lightning", "LightningOptimizer"),
     ("pytorch_lightning", "LightningOptimizer"),
 )
-# Of every function that torch puts around a `step` to run its hooks.
+# The code of every function that torch puts around a `step` to run its hooks.
 _RUNS_HOOKS: Any = Optimizer.profile_hook_step(len).__code__  # type: ignore[attr-defined]
 # Packages whose functions around `optimizer.step` do not write after it.
 KNOWN_WRAPPERS = ("torch", "accelerate", "lightning", "pytorch_lightning")
@@ -269,7 +269,7 @@ def _forget_dead_hooks(hooks: Any, warned: bool = False) -> None:
 
 
 def _whole_number(name: str, steps: Any) -> int:
-    """Of whatever integer type: it goes into files."""
+    """The number as an int, because files hold it. Raises ValueError for anything else."""
     try:
         return index(steps)
     except TypeError:
@@ -277,7 +277,7 @@ def _whole_number(name: str, steps: Any) -> int:
 
 
 def _units(elapsed: Any) -> float:
-    """Of whatever numeric type: it goes into files."""
+    """The number as an int or float, because files hold it. Else raises ValueError."""
     try:
         number = float(elapsed)
     except (TypeError, ValueError):

@@ -131,7 +131,7 @@ class StorageWatch:
         return before is not None and now[0] != before[0] and now[1] == before[1]
 
     def forget_mark(self) -> None:
-        """The next look says nothing: who has just resumed may still be writing the weights."""
+        """Forget the mark: a script that has just resumed may still write the weights."""
         self._marked = None
 
 
@@ -179,7 +179,7 @@ class _Memory:
     is_shadow: bool
 
     def agrees(self, later: _Memory) -> bool:
-        """What both hold has one average."""
+        """Whether one average serves both."""
         if self.is_shadow:  # of a teacher whose weights are tied as the model's are
             return self.state.live.data_ptr() == later.state.live.data_ptr()
         one, other = self.state.own_shadow, later.state.own_shadow

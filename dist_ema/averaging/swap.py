@@ -92,7 +92,7 @@ class WeightSwap:
             self._restore_alone()
 
     def _run(self, work: Callable[..., None], *args: Any) -> None:
-        """Outside autograd, and to its end ([Note: interrupts])."""
+        """Run outside autograd, and to the end ([Note: interrupts])."""
 
         def abandon() -> None:
             self._abandoned = self._weights.swaps.failed = True
@@ -112,7 +112,7 @@ class WeightSwap:
         self._writes = swap_journal.SwapWrites(self._average.states, self._weights.swaps)
 
     def _broadcast(self, applied: bool) -> None:
-        """Replicas hold what their owners hold. applied: That is the average."""
+        """Broadcast from owners to replicas. applied: What owners hold is the average."""
         if self._replicated:
             self._stale_replicas = True
             wait_for = self.ranks.wait_for

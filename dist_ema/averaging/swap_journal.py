@@ -18,8 +18,8 @@ the copy that follows it may have been made already or not, in both directions:
 were exchanged or cast. It is the only outcome that is the same everywhere and costs no second
 model. Of replicas, the owner's write counts. Where shadows have another dtype, only elements that
 differ from the cast average are taken, so the others keep their precision. Version counters tell of
-a write, but not of one through `.data`, by NumPy or by a kernel of somebody else. So the bits of
-swapped weights are summed at both ends, too.
+a write, but not of one through `.data`, by NumPy or by a foreign kernel. So the
+bits of swapped weights are summed at both ends, too.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def refuse_destroyed_groups(states: Sequence[ParamState]) -> None:
 
 
 def _windows(state: ParamState) -> list[Window]:
-    """What moves at once: as much as the scratch holds, or all that must be kept aside."""
+    """The windows of one weight: each fits the scratch, or all of it is kept aside."""
     if state.shadow is None:
         return []
     total = state.averaged_region.numel
@@ -182,7 +182,7 @@ def _exchanged(state: ParamState) -> bool:
 
 
 def _take_written(live: Tensor, shadow: Tensor) -> None:
-    """What differs from the cast average, the block wrote ([Note: writes])."""
+    """Take what the block wrote: the elements that differ from the cast average."""
     for part, average in zip(live.split(SCRATCH), shadow.split(SCRATCH), strict=True):
         cast = average.to(part)
         same = (cast == part) | (cast.isnan() & part.isnan())
@@ -250,7 +250,7 @@ class SwapWrites:
         return swapped, others
 
     def _bit_sums(self) -> list[int]:
-        """Of swapped weights. 0 for others, as a merge that is undone inside may round them."""
+        """The bit sums of swapped weights; 0 for others, which an undone merge may round."""
         return fingerprint.bit_sums(
             state.local[:0] if state.shadow is None else state.live for state in self._weights
         )

@@ -107,7 +107,7 @@ class SwapRegistry:
         ):
             raise RuntimeError(
                 f"{verb}() inside the swap of another EMA: the model does not hold its training "
-                "weights."
+                "weights. Call it before or after that swap."
             )
 
     def note(self, open_now: bool) -> None:
@@ -145,7 +145,7 @@ class SwapRegistry:
         return later[0] if self.open and later else None
 
     def discount(self, states: Sequence[ownership.ParamState], before: Sequence[Versions]) -> None:
-        """Our swap is over: a swap around it takes no write since `before` for one of its block."""
+        """Keep a swap around ours from counting our writes since `before` as its block's."""
         for state, (local, param) in zip(states, before, strict=True):
             key, now = id(state.shard.tensor), versions(state)
             for other in self._related:

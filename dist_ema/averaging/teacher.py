@@ -205,7 +205,7 @@ class Teacher:
             )
 
     def _refuse_taken(self) -> None:
-        """Two averages in one memory would be none."""
+        """Raise ValueError if another EMA writes these weights of the teacher."""
         others = [
             shard for teacher in _TEACHERS if teacher is not self for shard in teacher.written
         ]
@@ -229,7 +229,7 @@ class Teacher:
         if untied:
             raise ValueError(
                 f"{name} and {untied[0]} are tied in one of the model and the teacher, and not in "
-                "the other."
+                "the other. Tie them in both, or in neither."
             )
 
     def _refuse_unlike(self, shard: Shard, memory: Shard) -> None:
@@ -237,7 +237,8 @@ class Teacher:
         name, live, dtype = shard.name, shard.dtype, memory.dtype
         if memory.shape != shard.shape:
             raise ValueError(
-                f"{name} is {shard.shape} in the model and {memory.shape} in the teacher."
+                f"{name} is {shard.shape} in the model and {memory.shape} in the teacher. Build "
+                "both alike, or leave it out with only=."
             )
         if (memory.local_region, memory.order) != (shard.local_region, shard.order):
             raise ValueError(
@@ -303,7 +304,7 @@ class Teacher:
 
 
 def _copy(state: ParamState) -> None:
-    """Read afresh: modules may register a new buffer at every step."""
+    """Copy what is registered now: modules may register a new buffer at every step."""
     assert state.teacher_copy is not None
     state.teacher_copy.copy_(state.shard.read())
 

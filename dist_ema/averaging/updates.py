@@ -38,7 +38,7 @@ class Updates:
 
     @cached_property
     def plan(self) -> eager.UpdatePlan | gpu_plan.FusedPlan:
-        """Of the weights. The first update of each set of addresses makes it, which may compile."""
+        """The plan of the weights, made (and perhaps compiled) by the first update of it."""
         with torch.inference_mode(False), torch.no_grad():
             return _plan(self._weights, self._seed, _share(self.overlap))
 
@@ -94,7 +94,7 @@ class Updates:
             self._inline.update(self._buffers, weights, number, guard)
 
     def times(self) -> Times:
-        """Of the engine, and of the buffers, which are averaged before `run` returns."""
+        """The times of the engine, and of buffers, which are averaged before `run` returns."""
         times, buffers = self.engine.times(), self._inline.times()
         return replace(
             times,
@@ -104,7 +104,7 @@ class Updates:
 
 
 def _share(overlap: bool | float | None) -> float:
-    """Of the device that an update may take: all of it, unless `attach` was given a share."""
+    """The share of the device that an update may take: 1, unless `attach` was given less."""
     return float(overlap or 1)
 
 

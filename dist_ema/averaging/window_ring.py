@@ -58,18 +58,18 @@ class WindowRing:
         return sum(value.nbytes for block in self.entries for value in block.values.values())
 
     def clear(self, begin: float = 0.0) -> None:
-        """The window begins here."""
+        """Drop all blocks: the window begins here."""
         self.entries.clear()
         self.begin = begin
 
     def forget_all_but(self, names: set[str]) -> None:
-        """Weights that were replaced have no past."""
+        """Drop the blocks of all other weights: a weight that was replaced has no past."""
         for block in self.entries:
             for name in block.values.keys() - names:
                 del block.values[name]
 
     def is_full(self, now: float, elapsed: float) -> bool:
-        """The next update begins another block."""
+        """Whether the next update begins another block."""
         window = self.window
         return now > self.begin and window.block_at(now) != window.block_at(now + elapsed)
 

@@ -111,9 +111,9 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep the other processes out that replace `path` under this lock.
+    """Keep out other processes that replace `path` under this lock.
 
-    NOTE: the lock is on the parent folder. NFS refuses that, and then nothing keeps them out.
+    NOTE: the lock is on the parent folder. NFS refuses such locks, and then there is none.
     """
     ensure(path.parent)
     fd = os.open(path.parent, os.O_RDONLY)
@@ -175,7 +175,9 @@ def read_one_version(path: Path, read: Callable[[Path], T]) -> T:
                 continue
             if identity(where) == before:
                 return result
-    raise ValueError(f"{path} is replaced again and again while it is read.")
+    raise ValueError(
+        f"{path} is replaced again and again while it is read. Try again when its writer is done."
+    )
 
 
 @contextlib.contextmanager
@@ -288,7 +290,7 @@ def _link_over(staged: Path, path: Path) -> None:
 
 
 def _retire(staged: Path, path: Path) -> None:
-    """The files in `path` count from here on."""
+    """Make the files in `path` the version that counts."""
     gone = _inside(path, "tmp", staged.name[-32:])
     os.rename(staged, gone)
     _confirm(path, path)  # or a power loss could undo the rename of a folder that lacks files

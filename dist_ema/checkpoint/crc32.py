@@ -32,7 +32,7 @@ class RangeSum:
         self.add_known(start, len(data), of_bytes(data))
 
     def add_known(self, start: int, n: int, crc: int) -> None:
-        """crc: the CRC-32 of the n bytes alone."""
+        """Add n bytes by their CRC-32 alone."""
         self._value = _multiply(self._value, _power(start + n - self._at)) ^ crc ^ _zeros(n)
         self._at = start + n
 

@@ -125,7 +125,9 @@ def _labels_of(found: Collection[str], schedules: Sequence[Schedule]) -> list[st
         return labels
     names = [repr(schedule) for schedule in schedules]
     if not found:
-        raise ValueError(f"the state_dict of the EMA lacks {', '.join(names)}.")
+        raise ValueError(
+            f"the state_dict of the EMA lacks {', '.join(names)}. Pass what ema.state_dict() gave."
+        )
     unmatched = [name for name in dict.fromkeys(found) if name not in names]
     missing = [name for name in names if name not in found]
     if len(missing) > 1 or (missing and len(unmatched) != 1):
@@ -149,7 +151,7 @@ def _adapt(state: dict[str, Any], label: str, tables: Mapping[str, Any]) -> None
 
     Args:
         state: As the function `state` gave it.
-        label: Of the average, in the checkpoint.
+        label: The label of the average, in the checkpoint.
         tables: key -> what the checkpoint's metadata says of it.
 
     Raises:
@@ -335,7 +337,10 @@ def match(saved_state: Mapping[str, Any], average: Average) -> Matched:
     weights = saved_state.get("weights", {})
     missing = missing or [state.name for state in average.averaged if state.name not in weights]
     if missing:
-        raise ValueError(f"the state_dict of the EMA lacks {', '.join(missing[:5])}.")
+        raise ValueError(
+            f"the state_dict of the EMA lacks {', '.join(missing[:5])}. Pass what "
+            "ema.state_dict() gave."
+        )
     copies: list[tuple[Tensor, Tensor]] = []
     for state in average.averaged:
         copies += _pairs(state, state.averaged_region, state.own_shadow, weights[state.name])

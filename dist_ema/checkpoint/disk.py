@@ -171,7 +171,9 @@ def read_into(fd: int, path: Path | str, into: memoryview, offset: int) -> None:
         with read_errors(path):
             count = os.preadv(fd, [into], offset)
         if not count:
-            raise ValueError(f"{path} became shorter while it was read.")
+            raise ValueError(
+                f"{path} became shorter while it was read. Was it replaced? Read it again."
+            )
         into, offset = into[count:], offset + count
 
 

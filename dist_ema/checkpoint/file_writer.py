@@ -137,8 +137,8 @@ class FileWriter:
     """Writes runs into files, from several threads. Each file is opened once.
 
     Args:
-        folder: Of the files.
-        names: Of the files, in the order of their numbers.
+        folder: The folder of the files.
+        names: The names of the files, in the order of their numbers.
         disk_errors: Gives errors of the disk a path.
     """
 

@@ -46,7 +46,8 @@ class FileForm:
 
     names: the model's canonical name -> the name in the files, where they differ.
     texts: file -> its content.
-    folder: of an adapter, where `save_pretrained` puts it; '' for the one called default.
+    folder: the folder of an adapter, where `save_pretrained` puts it; '' for the one called
+        default.
     is_adapter: the files hold the weights in `names` alone ([Note: adapters]).
     """
 
@@ -65,7 +66,7 @@ class FileForm:
         return not self.is_adapter or name in self.names
 
     def name_of(self, name: str) -> str:
-        """In the files."""
+        """The name of a weight in the files."""
         return self.names.get(name, name)
 
 

@@ -75,7 +75,9 @@ def _mapped(path: Path, file: safetensors.SafetensorsFile) -> Iterable[tuple[str
     """Every weight of the file as pages of it."""
     pages = np.memmap(path, np.uint8, "c")
     if len(pages) != file.size:
-        raise ValueError(f"{path} became shorter while it was read.")
+        raise ValueError(
+            f"{path} became shorter while it was read. Was it replaced? Read it again."
+        )
     for name, entry in file.entries.items():
         start, dtype = len(file.head) + entry.begin, DTYPES[entry.dtype]
         raw = torch.from_numpy(pages[start : start + entry.nbytes])
@@ -172,13 +174,13 @@ def refuse_unlisted(
     if unlisted:
         raise ValueError(
             f"{folder} is damaged: {manifest.META} and the model's files disagree on "
-            f"{', '.join(unlisted[:3])}."
+            f"{', '.join(unlisted[:3])}. Restore the folder, or take an earlier save."
         )
     for name, file in files.items():
         if file.size != listed[name]["size"]:
             raise ValueError(
                 f"{folder / name} is damaged: it holds {file.size} bytes, {manifest.META} says "
-                f"{listed[name]['size']}."
+                f"{listed[name]['size']}. Restore the file, or take an earlier save."
             )
 
 

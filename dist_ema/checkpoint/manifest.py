@@ -46,10 +46,10 @@ class Manifest:
     clock: the counters of `Clock`, and how many updates were accepted; {} where they are not known.
     attach: the arguments of `EMA.attach`, or None.
     rounding: the seed of stochastic rounding, or None.
-    schedules: of every average, the first one first.
+    schedules: the schedules of every average, the first one first.
     averages: label -> own buffers, of the averages beside the first, in the order of `schedules`.
     averaged: the names of the averaged weights.
-    own_buffers: of the first average.
+    own_buffers: the own buffers of the first average.
     aliases: name in the files -> further names of the same weight.
     dtypes: name -> the dtype that the model has, as torch calls it.
     source: what an offline export was made of.
@@ -133,7 +133,7 @@ class Manifest:
         return self.averages.get(label, []) if label else self.own_buffers
 
     def files_of(self, label: str) -> dict[str, dict[str, Any]]:
-        """Bare name -> size and check sums, of one average."""
+        """The files of one average: bare name -> size and check sums."""
         folder = f"averages/{label}" if label else ""
         split_names = ((os.path.split(name), entry) for name, entry in self.files.items())
         return {name: entry for (where, name), entry in split_names if where == folder}

@@ -52,7 +52,7 @@ class OpenCheckpoint:
         """Open every file and compare it with the model.
 
         Args:
-            version: Of the model, as the first rank found it.
+            version: The version of the model, as the first rank found it.
             is_last: Take what is there now, whatever its version.
 
         Returns:
@@ -287,7 +287,7 @@ def _open_one_version(
 
 
 def _combine(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of several ranks. Where two saw other files, the differences of their stage are None."""
+    """Combine messages of ranks. Where two of a stage saw other files, its entry is None."""
     differences: dict[str, int | None] = {}
     for stage, stage_differences in chain.from_iterable(
         message["differences"].items() for message in messages

@@ -51,7 +51,8 @@ class AverageFiles:
     """The model files of one average: in the folder itself, or under averages/LABEL.
 
     states: what this rank holds.
-    inventory_of_all: of ranks that hold other weights too; None says that all hold the same.
+    inventory_of_all: the inventory of ranks that hold other weights too; None says that all hold
+        the same.
     """
 
     states: list[ParamState]
@@ -75,7 +76,7 @@ class AverageFiles:
         return f"averages/{self.label}/" if self.label else ""
 
     def name_of(self, state: ParamState) -> str:
-        """In the files."""
+        """The name of a weight in the files."""
         return self.form.name_of(state.name)
 
     @cached_property
@@ -118,7 +119,8 @@ class SaveRequest:
     mode: 'direct', 'stream', or None to choose by what the ranks see of each other.
     keep: how many of the numbered saves beside it are kept.
     numbered: what killed saves of the run left under lower numbers is removed, as with keep.
-    leases: of published versions; what is leased stays beside `keep`, `keep_at_most` in all.
+    leases: the leases of published versions; what is leased stays beside `keep`, `keep_at_most` in
+        all.
     beside: the folder whose files without weights a version gets.
     note: takes the outcome of background work, an error or None, and gives remarks.
     """

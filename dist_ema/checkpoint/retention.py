@@ -46,7 +46,7 @@ def advance(
     Args:
         path: The save.
         keep: How many stay, this one included.
-        leases: Of published versions: what is leased stays too, and so does the best.
+        leases: The leases of published versions: what is leased stays too, and so does the best.
         keep_at_most: How many stay with them.
 
     Returns:

@@ -35,7 +35,7 @@ def compare_shared(
         verb: The verb that compares.
         ranks: All ranks of the job.
         stage: The global ranks of this rank's stage.
-        averages: Of this rank.
+        averages: The averages of this rank.
 
     Raises:
         ValueError: Two stages hold a weight in different forms, or with different bits. On every
@@ -203,7 +203,7 @@ def _concatenated(messages: list[Any]) -> list[str]:
 
 
 def lacking(messages: list[list[str]]) -> str:
-    """What every stage says is lacking, "" if there is nothing."""
+    """The error on which all stages agree, "" if one of them has none."""
     return next((text for text in messages[0] if all(text in lacks for lacks in messages)), "")
 
 

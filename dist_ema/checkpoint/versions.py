@@ -93,7 +93,7 @@ def is_stopped(folder: Path, seen: int) -> bool:
 
 
 def facts_of(saved: manifest.Manifest) -> dict[str, Any] | None:
-    """What a publisher says of a version: version, id, step, average, metrics; None of others."""
+    """What a publisher says of a version: version, id, step, average, metrics. Else None."""
     facts = saved.extra.get(KEY)
     return facts if isinstance(facts, dict) and saved.kind == "export" else None
 
@@ -225,7 +225,7 @@ def lease_facts(content: bytes) -> dict[str, Any]:
 
 
 def _expiry(content: bytes) -> float:
-    """Of a lease; a torn one has the usual."""
+    """The seconds that a lease asks for, else the default."""
     try:
         return min(max(float(lease_facts(content)["expiry"]), 0.0), LONGEST)
     except (KeyError, TypeError, ValueError):

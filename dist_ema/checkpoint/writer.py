@@ -52,7 +52,7 @@ class Writer:
     """Writes one request at a time, now or in the background. Made on all ranks together, and kept.
 
     Attributes:
-        background: Writes the request that nobody waits for.
+        background: Writes a request while the caller goes on ([Note: background saves]).
 
     [Note: background saves]  Ranks interleave background work and training in different orders. So
     the background has keys and connections of its own ([Note: files] in connections). What the
@@ -99,7 +99,7 @@ class Writer:
         )
 
     def _carry_out_together(self, prepared: _PreparedSave, ranks: Ranks) -> list[str]:
-        """Write it, and stay until all ranks know the outcome: this process may serve the store."""
+        """Write, and stay until all ranks know the outcome: this process may serve the store."""
         note, error = prepared.request.note, None
         try:
             remarks = self._carry_out(prepared, ranks)

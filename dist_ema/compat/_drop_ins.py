@@ -98,7 +98,7 @@ class ModuleDropIn(nn.Module):
         return self.copied.ema if name == self.child else super().__getattr__(name)
 
     def _refuse_swapped(self, verb: str) -> None:
-        """Of the model a checkpoint holds nothing, unless a drop-in says otherwise."""
+        """Do nothing: by default a checkpoint holds nothing of the model, swapped or not."""
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -155,7 +155,7 @@ class ListDropIn:
     def restore(self, parameters: Model | None = None) -> None:
         """Write what `store` kept into the parameters. Raises RuntimeError if nothing was."""
         if self.collected_params is None:
-            raise RuntimeError("restore() without a store() before it.")
+            raise RuntimeError("restore() found nothing that store() kept: call store() first.")
         self._list.put_back(self.collected_params, self._given(parameters))
 
     @property

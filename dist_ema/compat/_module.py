@@ -48,13 +48,13 @@ class ModuleAverage:
         model: as it is trained.
         decay: the schedule that files name; each update brings its own decay.
         module_fn: builds the copy. None makes one where that can be done ([Note: the copy]).
-        device: of the copy, or of the shadows if there is no copy.
+        device: the device of the copy, or of the shadows if there is no copy.
         dtype: the same.
         buffers: as for `EMA`.
         only: as for `EMA`.
         fresh: overwrite the copy with the live weights.
         evaluates: put the copy into evaluation mode.
-        seed: of stochastic rounding.
+        seed: the seed of stochastic rounding.
 
     Attributes:
         module: the copy.
@@ -209,11 +209,11 @@ class ModuleAverage:
     def pull(
         self, model: nn.Module, weight: float, rest: Callable[[str], float] = lambda _: 1.0
     ) -> None:
-        """The other way round: the model moves towards the average.
+        """Move the model towards the average.
 
         Args:
             model: that of the average.
-            weight: of the average; 1 copies.
+            weight: the weight of the average; 1 copies.
             rest: the same by name, of what the `EMA` does not write.
 
         Note:

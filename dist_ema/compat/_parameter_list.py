@@ -41,7 +41,7 @@ def source(given: Model, *, frozen: bool = False, only_trainable: bool = False) 
 
     Returns:
         The parameters in their order, those of a module under their names. FSDP1's cannot be held
-        from outside of their module, so it is the module there.
+            from outside, so under FSDP1 the module is returned.
     """
     if isinstance(given, nn.Module):
         inner = wrappers.unwrapped(given)
@@ -64,7 +64,7 @@ class ParameterListAverage:
         buffers: "average" averages a module's floating buffers and lists the others.
 
     Attributes:
-        names: of the parameters, in the order of the list.
+        names: the names of the parameters, in the order of the list.
         weights: the extension API of the EMA.
 
     Raises:
@@ -213,7 +213,7 @@ class ParameterListAverage:
         """Move the shadows towards the parameters.
 
         Args:
-            decay: of this update; 0 copies.
+            decay: the decay of this update; 0 copies.
             given: the parameters, as the loop has them now.
             copy_frozen: copy what needs no gradient now.
 
@@ -276,7 +276,7 @@ class ParameterListAverage:
 
         Args:
             given: other parameters than those of the list.
-            device: of the copies; None: beside the parameters.
+            device: the device of the copies; None: beside the parameters.
         """
         return [
             shard.shaped(shard.read().to(device, copy=True)) for shard in self._held("store", given)

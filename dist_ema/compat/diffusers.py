@@ -41,8 +41,8 @@ class EMAModel(ListDropIn):
         min_decay: its lower bound.
         update_after_step: up to this step the average copies.
         use_ema_warmup: 1 - (1 + n / inv_gamma)^-power in place of (1 + n) / (10 + n).
-        inv_gamma: of that warm-up.
-        power: of that warm-up.
+        inv_gamma: the scale of that warm-up.
+        power: the exponent of that warm-up.
         foreach: makes no difference.
         model_cls: for `save_pretrained`.
         model_config: for `save_pretrained`.
@@ -103,7 +103,7 @@ class EMAModel(ListDropIn):
     def restore(self, parameters: Model | None = None) -> None:
         """Write what `store` kept into the parameters and forget it. Else raises RuntimeError."""
         if self.temp_stored_params is None:
-            raise RuntimeError("restore() without a store() before it.")
+            raise RuntimeError("restore() found nothing that store() kept: call store() first.")
         self._list.put_back(self.temp_stored_params, parameters)
         self.temp_stored_params = None
 

@@ -35,8 +35,8 @@ class EMA(ModuleDropIn):
         beta: the upper bound of the decay.
         update_after_step: calls that copy.
         update_every: calls from one move to the next.
-        inv_gamma: of the warm-up.
-        power: of the warm-up.
+        inv_gamma: the scale of the warm-up.
+        power: the exponent of the warm-up.
         min_value: the lower bound of the decay.
         param_or_buffer_names_no_ema: names that moves copy. This set and the next two may change
             during training.
@@ -124,7 +124,7 @@ class EMA(ModuleDropIn):
             setattr(self, name, getattr(self.ema_model, name))
 
     def _schedule(self) -> Schedule:
-        """That files name."""
+        """The schedule that files name."""
         warmup = min(self.power, self.inv_gamma) > 0
         return Warmup(self.beta, self.power, self.inv_gamma) if warmup else Constant(self.beta)
 
@@ -322,7 +322,7 @@ class KarrasEMA(EMA):
         return Power(gamma=self.gamma)
 
     def get_current_decay(self) -> float:
-        """Of the last call of `update`."""
+        """The decay of the last call of `update`."""
         assert self.gamma is not None
         return float((1 - 1 / (self._steps.of(self.step) + 1)) ** (1 + self.gamma))
 

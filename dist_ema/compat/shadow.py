@@ -54,7 +54,9 @@ class _Backup:
     def restore(self) -> None:
         """Write `backup` into the model and forget it. Raises RuntimeError if there is none."""
         if not self.backup:
-            raise RuntimeError("restore() without parameters in backup: nothing was applied.")
+            raise RuntimeError(
+                "restore() found no backup: apply the average first, and restore once."
+            )
         self._list.put_back([self.backup[name] for name in self._list.names])
         self.backup = {}
 
@@ -64,7 +66,7 @@ class _Backup:
     @property
     def _list(self) -> ParameterListAverage:
         if self._begun is None:
-            raise RuntimeError("this EMA has no average without a register() before it.")
+            raise RuntimeError("this EMA has no average yet: call register() first.")
         return self._begun
 
     def _apply(self) -> None:

@@ -70,7 +70,7 @@ class AveragedModel(ModuleDropIn):
 
     Args:
         model: plain, or wrapped first by DDP or FSDP ([Note: the copy] in _module).
-        device: of the average.
+        device: the device of the average.
         avg_fn: one of this module's, or any function that works element by element. It is given
             what this rank averages: whole weights where nothing is sharded.
         multi_avg_fn: the same on lists.

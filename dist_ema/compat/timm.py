@@ -27,7 +27,7 @@ class ModelEma(HolderDropIn):
     Args:
         model: whose average it is.
         decay: may be changed between updates.
-        device: of the average; '' for the model's.
+        device: the device of the average; '' for the model's.
         resume: a file of torch.save, from whose `state_dict_ema` the average starts. A file without
             one is passed over with a warning in the log.
         module_fn: as for `swa_utils.AveragedModel`.
@@ -78,7 +78,7 @@ class ModelEmaV2(_Versioned):
     Args:
         model: whose average it is.
         decay: may be changed between updates.
-        device: of the average; None for the model's.
+        device: the device of the average; None for the model's.
         module_fn: as for `swa_utils.AveragedModel`.
 
     Note:
@@ -114,10 +114,10 @@ class ModelEmaV3(_Versioned):
         min_decay: its lower bound.
         update_after_step: up to this step the average is the model.
         use_warmup: 1 - (1 + n / gamma)^-power, where n counts the steps after `update_after_step`.
-        warmup_gamma: of that warm-up.
-        warmup_power: of that warm-up.
-        device: of the average; None for the model's.
-        dtype: of the average; None for the model's.
+        warmup_gamma: the scale of that warm-up.
+        warmup_power: the exponent of that warm-up.
+        device: the device of the average; None for the model's.
+        dtype: the dtype of the average; None for the model's.
         stochastic_rounding: changes nothing.
         stochastic_rounding_seed: another one, other noise.
         foreach: changes nothing.

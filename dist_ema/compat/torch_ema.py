@@ -91,7 +91,9 @@ class ExponentialMovingAverage(ListDropIn):
         if not (count is None or isinstance(count, int)):
             raise ValueError(f"num_updates must be an int or None, got {count!r}.")
         if collected is not None and len(collected) != len(shadows):
-            raise ValueError("collected_params and shadow_params differ in number.")
+            raise ValueError(
+                "collected_params and shadow_params differ in number: both hold one per parameter."
+            )
         self.shadow_params = shadows
         self.decay, self.num_updates = decay, count
         self.collected_params = None if collected is None else [kept.clone() for kept in collected]

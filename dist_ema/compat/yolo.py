@@ -22,12 +22,12 @@ class ModelEMA(HolderDropIn):
         model: whose average `ema` is, in evaluation mode.
         decay: what the decay rises to.
         updates: the count to begin with.
-        tau: of the rise.
+        tau: how many updates the rise takes.
         module_fn: as for `swa_utils.AveragedModel`.
 
     Attributes:
         updates: the count; it may be set to resume.
-        decay: the function of it.
+        decay: the function that gives the decay of a count.
         enabled: False makes updates do nothing, as in ultralytics.
 
     Note:

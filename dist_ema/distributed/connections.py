@@ -32,7 +32,7 @@ class Connections:
         coordinator: Messages among the ranks.
         machines: Who shares a machine.
         token: Known to these ranks alone.
-        addresses: Of this machine.
+        addresses: The addresses of this machine.
         verb: What the ranks do, for errors.
 
     Note:
@@ -109,7 +109,7 @@ class Connections:
             raise RuntimeError(self._coordinator.publish_failure_of(rank, error.decode()))
 
     def _refuse_stall(self, rank: int, moved: float) -> float:
-        """Raise if the transfer has ended. A rank that gives signs of life is waited for."""
+        """Raise if the transfer has ended. Wait on while the other rank sends heartbeats."""
         beats = self._coordinator.heartbeats_of(rank)
         if self._beats[0] == rank and self._beats[1] != beats:
             moved = time.monotonic()
@@ -120,7 +120,7 @@ class Connections:
     _beats = (-1, 0)
 
     def _patiently(self, rank: int, target: int) -> socket.socket:
-        """`connect`, again while a rank that does not answer gives signs of life."""
+        """`connect`, repeated while a rank that does not answer sends heartbeats."""
         moved = time.monotonic()
         while True:
             try:

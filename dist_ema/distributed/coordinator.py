@@ -215,7 +215,7 @@ class StoreCoordinator(Waiting):
 
     @property
     def number(self) -> int:
-        """Of the next exchange."""
+        """The number of the next exchange."""
         return self._number
 
     # --- [Note: check in] ------------------------------------------------------------------------
@@ -362,7 +362,8 @@ class StoreCoordinator(Waiting):
 
         Args:
             verb: What the ranks do.
-            exchanges: Of the verb, after which an interrupt is not reported here.
+            exchanges: The number of exchanges of the verb, after which an interrupt is not reported
+                here.
         """
         first = self._number
         try:

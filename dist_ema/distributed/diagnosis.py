@@ -72,7 +72,7 @@ def call_text(verb: str) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    # NOTE: an interrupt at the very end of a block does not reach it: the block is closed.
+    # NOTE: the block is closed before an interrupt at its very end could be raised in it.
     name = "KeyboardInterrupt" if isinstance(error, GeneratorExit) else type(error).__name__
     return f"{name}: {error}"
 

@@ -139,10 +139,10 @@ class Routes:
     """Where this rank sends the bytes of files.
 
     Args:
-        sizes: Of the files in bytes, numbered alike on all ranks.
+        sizes: The sizes of the files in bytes, numbered alike on all ranks.
         machines: Who shares a machine.
         writers: The ranks that write, for each machine that has some.
-        rank: Of this process.
+        rank: The index of this process.
 
     Attributes:
         peers: For each range the rank that takes bytes of it from this rank, maybe itself.

@@ -44,7 +44,7 @@ class Messages:
     Attributes:
         written: (number of the exchange, key) that this rank has to delete. The same list for ever.
         ends_when_full: The current exchange needs no answer.
-        arguments: Of the verb that was entered last, as texts.
+        arguments: The arguments of the verb that was entered last, as texts.
     """
 
     def __init__(self, store: Any, members: Sequence[int], rank: int) -> None:
@@ -86,7 +86,7 @@ class Messages:
         return Count.of(int(self._store.get(key)) if self._store.check([key]) else 0)
 
     def _settled(self, exchange: Exchange) -> Count:
-        """The count when no rank is about to take itself or an answer back, or GRACE later."""
+        """The count once no rank must take itself or an answer back, at the latest after GRACE."""
         end = time.monotonic() + GRACE
         while True:
             count = self.counted(exchange)

@@ -45,7 +45,7 @@ class Ranks(StoreCoordinator):
         group: A process group of exactly these ranks, if there is one.
         open_store: Opens the key-value store of the job under a prefix.
         timeout: Seconds that a rank waits for the others.
-        device: Of the model on this rank, where a group that knows no other sends bytes.
+        device: The device of the model on this rank, where a group that knows no other sends bytes.
 
     Raises:
         RuntimeError: Ranks did not come within `timeout`; they are named.

@@ -176,7 +176,7 @@ class Receiver:
         return False
 
     def _beat(self) -> None:
-        """This rank may wait for others meanwhile, and moves bytes all the same."""
+        """Send a heartbeat, as this rank moves bytes while another thread of it may wait."""
         if time.monotonic() - self._beaten > self._coordinator.interval:
             self._beaten = time.monotonic()
             with suppress(RuntimeError):

@@ -113,7 +113,7 @@ def _packed(runs: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tens
 
 
 def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy into the first of each pair the second."""
+    """Copy the second of each pair into the first."""
     if pairs:
         targets, sources = zip(*pairs, strict=True)
         torch._foreach_copy_(targets, sources)
@@ -132,9 +132,9 @@ def stream_to_all(
     Args:
         ranks: The ranks that take part.
         verb: What they do, for errors.
-        dtypes: Of the weights by number, alike on every rank.
+        dtypes: The dtypes of the weights by number, alike on every rank.
         dims: Numbers of dimensions of the weights, alike on every rank.
-        blocks: Of this rank.
+        blocks: The blocks of this rank.
         consume: Takes one block.
 
     Note:

@@ -112,7 +112,7 @@ class _Runs(NamedTuple):
 
 
 def chunk_runs(shape: tuple[int, ...], chunks: Sequence[Chunk]) -> _Runs:
-    """Raises ValueError where the chunks overlap, or leave a hole."""
+    """The runs of a weight. Raises ValueError where the chunks overlap or leave a gap."""
     rows: list[tuple[NDArray[np.int64], ...]] = []
     for i, chunk in enumerate(chunks):
         if chunk.numel:
@@ -123,7 +123,7 @@ def chunk_runs(shape: tuple[int, ...], chunks: Sequence[Chunk]) -> _Runs:
     unsorted = [np.concatenate(column) for column in zip(*rows, strict=True)]
     order = np.argsort(unsorted[0], kind="stable")
     runs = _Runs(*(column[order] for column in unsorted))
-    # The chunks hold as many elements as the weight, so a hole comes with an overlap.
+    # The chunks hold as many elements as the weight, so a gap comes with an overlap.
     if (runs.begins[:-1] + runs.lengths[:-1] != runs.begins[1:]).any():
         raise ValueError("its chunks overlap")
     return runs

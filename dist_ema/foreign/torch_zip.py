@@ -29,7 +29,7 @@ def records(read: Read, size: int, where: str) -> dict[str, tuple[int, int]]:
 
     Args:
         read: Gives bytes [begin, end) of the archive.
-        size: Of the archive, in bytes.
+        size: The size of the archive, in bytes.
         where: The file, for error messages.
 
     Returns:

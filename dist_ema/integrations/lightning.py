@@ -150,7 +150,7 @@ class EMACallback(Callback):  # type: ignore[misc]
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        """Whatever else begins with an evaluation has begun."""
+        """Warn if another callback wrote the weights when the evaluation began."""
         applied, self._applied = self._applied, {}
         if not applied:
             return
@@ -178,7 +178,7 @@ class EMACallback(Callback):  # type: ignore[misc]
     def _find(self, trainer: Trainer) -> None:
         """The average for `validate`, `test` or `predict` outside of a fit.
 
-        It is that of the checkpoint which they were given, else that of the last fit.
+        It belongs to the checkpoint that they were given, else to the last fit.
         """
         model = trainer.strategy.model
         if trainer.ckpt_path is not None:
@@ -192,7 +192,7 @@ class EMACallback(Callback):  # type: ignore[misc]
                 "fit it first with the same callback, or pass ckpt_path=."
             )
         assert self._ema is not None
-        # DDP's strategy broadcasts the weights before a test: that is no training without updates.
+        # DDP's strategy writes the weights before a test, which must not look like training.
         self._ema.weights.forget_mark()
 
 

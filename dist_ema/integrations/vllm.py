@@ -36,7 +36,7 @@ class EMASource:
     Args:
         ema: The average. Names must be those of the Hugging Face checkpoint.
         which: As for `EMA.swap`.
-        dtype: Of all floating weights; None sends the model's own.
+        dtype: The dtype of all floating weights; None sends the model's own.
 
     Note:
         *Collective*: every rank iterates to the end, and gets every full tensor. *Cost*: see

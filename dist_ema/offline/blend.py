@@ -263,7 +263,7 @@ def write(
         out: A folder, or a file that ends in .safetensors.
         blend: What is written.
         facts: Clock, schedules and extra for ema.json.
-        max_shard_size: Of each file in a folder, by default 5 GB.
+        max_shard_size: The size limit of each file in a folder, by default 5 GB.
         force: Replace a model at `out`.
         tick: Receives how many bytes were written.
 

@@ -60,12 +60,12 @@ def export(
     Args:
         src: A saved average, an export, a folder of Hugging Face or of torch, a .safetensors file.
         out: Where it goes.
-        dtype: Of all floating weights, by default the model's own.
-        max_shard_size: Of each file in a folder, by default 5 GB.
+        dtype: The dtype of all floating weights, by default the model's own.
+        max_shard_size: The size limit of each file in a folder, by default 5 GB.
         like: A model whose files, names, order and dtypes are taken. With a config.json of
             transformers beside it, weights that the library fuses in memory are split as it saves
             them; that takes transformers and torch.
-        which: Of several averages.
+        which: Which of several averages.
         force: Replace a model at `out`.
         bar: Shows the progress.
 

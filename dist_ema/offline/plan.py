@@ -106,7 +106,7 @@ def pace(
         window: In `unit`.
         sigma_rel: As a share of `length`.
         unit: Steps, samples or tokens.
-        length: Of the training, in `unit`.
+        length: The length of the training, in `unit`.
         batch_size: Samples per step.
         tokens: Tokens per sample.
 

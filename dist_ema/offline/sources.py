@@ -183,8 +183,8 @@ def open_model(path: str | Path, which: int | str = 0) -> Source:
 
     Args:
         path: The folder or file.
-        which: Of several averages. Those behind the first are completed with the weights that the
-            first alone has.
+        which: Which of several averages. Those behind the first are completed with the weights that
+            the first alone has.
 
     Raises:
         FileNotFoundError: Nothing is there.
@@ -217,7 +217,7 @@ class Safetensors(disk.OpenFiles):
     Attributes:
         manifest: ema.json of this folder, if dist_ema wrote it.
         listed: What an ema.json says of the files, wherever it lies; None if there is none.
-        label: Of the average that is read.
+        label: The label of the average that is read.
     """
 
     others: Mapping[str, str] = {}  # every tensor is among the entries

@@ -25,8 +25,8 @@ class Window(NamedTuple):
     """Bytes on their way into a file.
 
     Attributes:
-        crc32: Of the bytes, where it is known already.
-        release: Called when nobody reads `data` any more, so that its memory can be used again.
+        crc32: The CRC-32 of the bytes, where it is known already.
+        release: Called after the last read of `data`, so that its memory can be used again.
     """
 
     data: Bytes
@@ -34,7 +34,7 @@ class Window(NamedTuple):
     release: Callable[[], object] | None = None
 
     def cast(self, name: str, was: str, now: str) -> Window:
-        """Of weight `name`, in another dtype."""
+        """The window with the bytes of weight `name` in another dtype."""
         return self if was == now else Window(cast(name, self.data, was, now))
 
 
@@ -65,7 +65,7 @@ class FileSums:
         self._sha256.update(window.data.data)
 
     def _wait(self, left: int) -> None:
-        """Until at most `left` windows are in flight."""
+        """Wait until at most `left` windows are in flight."""
         while len(self._in_flight) > left:
             window, calls = self._in_flight.popleft()
             for each in calls:
@@ -91,7 +91,7 @@ class Reading:
     """Bytes of a weight, to be read in order by one thread.
 
     Attributes:
-        crc32: Of those that were read, if a sum asks for it.
+        crc32: The CRC-32 of those that were read, if a sum asks for it.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Reading:
         return into
 
     def window(self) -> Window:
-        """All of them."""
+        """The bytes that were not read yet, as one window."""
         return Window(self.read(np.empty(self._end - self._at, np.uint8)), self.crc32)
 
 

@@ -32,8 +32,8 @@ def lay_out(
         out: The folder or file to write.
         entries: Dtype and shape of each weight.
         aliases: Further name -> weight. One file has them in its header, for want of an ema.json.
-        max_shard_size: Of each file in a folder, by default 5 GB.
-        order: Of the weights in the one file, by default our own.
+        max_shard_size: The size limit of each file in a folder, by default 5 GB.
+        order: The order of the weights in the one file, by default our own.
 
     Raises:
         ValueError: `max_shard_size` is none, or is asked of one file that is larger.
@@ -107,7 +107,7 @@ def write(
 
     Args:
         path: Where it goes.
-        files: Of the model, by name.
+        files: The files of the model, by name.
         content: Gives the bytes of weights in order, in any windows. It is asked once for the
             weights of each file, and must not change a window before that is released.
         facts: The ema.json of a folder, whose `files` are filled in here.

@@ -181,7 +181,7 @@ def coefficients(profiles: Sequence[Profile], target: Schedule, at: float | None
     orthogonal transformations in float64: normal equations would square the condition number.
 
     Args:
-        profiles: Of one run. Those after `at` get no weight.
+        profiles: The profiles of one run. Those after `at` get no weight.
         target: The schedule to imitate. Of a `Window` the exact curve, not its blocks.
         at: The clock at the end of the imitated average, by default of the last profile.
 

@@ -95,10 +95,10 @@ def reconstruct(
         where: The folder of snapshots.
         out: The model to write; None only reports.
         targets: What they imitate.
-        folders: Of power functions: write to out/sigma-0.030 and so on, in place of `out` itself.
+        folders: Write power functions to out/sigma-0.030 and so on, in place of `out` itself.
         at: The clock of the moment, by default of the last snapshot.
-        dtype: Of floating weights, by default the model's own.
-        max_shard_size: Of each file.
+        dtype: The dtype of floating weights, by default the model's own.
+        max_shard_size: The size limit of each file.
         force: Replace a model at `out`.
         plot: A PNG to draw.
         progress: Shows a bar over so many bytes.

@@ -138,8 +138,8 @@ class Snapshots:
             target: The schedule that the mixture imitates.
             fit: From `fit`.
             at: The clock of the moment.
-            dtype: Of floating weights ('F32', 'BF16' ...); None takes the model's own.
-            max_shard_size: Of each file in a folder, by default 5 GB.
+            dtype: The dtype of floating weights ('F32', 'BF16' ...); None takes the model's own.
+            max_shard_size: The size limit of each file in a folder, by default 5 GB.
             force: Replace a model at `out`.
             tick: Receives the number of bytes written.
 
@@ -218,8 +218,8 @@ def reconstruct(
         sigma_rel: The width of a `Power` schedule; or give `target`.
         target: The schedule to imitate.
         at: The clock at the end of the average, by default of the last snapshot.
-        dtype: Of floating weights ('F32', 'BF16' ...), by default the model's own.
-        max_shard_size: Of each file in a folder, by default 5 GB.
+        dtype: The dtype of floating weights ('F32', 'BF16' ...), by default the model's own.
+        max_shard_size: The size limit of each file in a folder, by default 5 GB.
         force: Replace a model at `out`.
 
     Returns:

@@ -55,7 +55,7 @@ def recalibrate(
     changes, and if anything raises, nothing does.
 
     Args:
-        model: Of any wrapper.
+        model: The model, in any wrapper.
         loader: The batches of this rank. Ranks may have different numbers and sizes of batches.
         num_batches: How many batches each rank runs at most.
         forward: Calls the model with a batch. By default tuples and lists give their first element

@@ -27,8 +27,8 @@ class SoftTargetLoss(nn.Module):
 
     Args:
         temperature: T, positive.
-        dim: Of the classes. By default the last of [N, C] and [N, T, C], and the second of
-            [N, C, H, W].
+        dim: The dimension of the classes. By default the last of [N, C] and [N, T, C], and the
+            second of [N, C, H, W].
     """
 
     def __init__(self, temperature: float = 1.0, dim: int | None = None) -> None:

@@ -29,7 +29,7 @@ class Frozen(ExitStack):
 
     Attributes:
         model: As it was given.
-        names: Of the parameters that are trained.
+        names: The names of the parameters that are trained.
     """
 
     def __init__(self, model: nn.Module, names: list[str], free: list[nn.Parameter]) -> None:

@@ -51,11 +51,11 @@ class Window(Schedule):
     a block all updates count alike. That is exact for "linear"; for other curves `error` bounds it.
 
     Args:
-        length: Of the window, in units of the clock.
+        length: The length of the window, in units of the clock.
         curve: "linear", "minus-sqrt" (1 - sqrt(t)), "cosine", or a function on [0, 1] with w(0) = 1
             and w(1) = 0. A function cannot be tracked, as files cannot hold it: read it from a
             tracked window by `which=`.
-        blocks: Of the window.
+        blocks: The number of blocks in the window.
         ring: A folder on a local disk, where full blocks lie in temporary files; None: host memory.
 
     Called like any schedule, it gives the decay of the mean of the block under way.

@@ -34,8 +34,8 @@ class Version:
 
     Attributes:
         path: Its folder, a complete safetensors model. It stays until `release`.
-        number: Of the version; newer is higher.
-        step: Of the training.
+        number: The number of the version; newer is higher.
+        step: The step of the training.
         metadata: What the publisher says: version, id, step, now, average, time, metrics.
     """
 

@@ -41,8 +41,8 @@ def notify(url: str, version: follow.Version, timeout: float = 600.0) -> ledger.
     """Have a server load a version, and wait until it has.
 
     Args:
-        url: Of the server's call. One that ends in /collective_rpc is vLLM's, and one that ends in
-            /load_lora_adapter takes adapters, as "ema" or as its ?lora_name= says.
+        url: The URL of the server's call. One that ends in /collective_rpc is vLLM's, and one that
+            ends in /load_lora_adapter takes adapters, as "ema" or as its ?lora_name= says.
         version: What to load. The server must see the same path.
         timeout: Seconds for the server to answer.
 

@@ -41,9 +41,9 @@ def build(folder: Path, metrics: Path | None = None, ledger: Path | None = None)
     """The page, as it is now.
 
     Args:
-        folder: Of published versions.
+        folder: The folder of published versions.
         metrics: Lines of JSON that the training wrote; by default metrics.jsonl beside the folder.
-        ledger: Of `dist-ema watch`; by default in the folder.
+        ledger: The ledger of `dist-ema watch`; by default in the folder.
 
     Raises:
         FileNotFoundError: There is no folder.
@@ -204,7 +204,7 @@ def _table(header: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def _charts(records: Sequence[Record], rows: Sequence[dict[str, float]]) -> Iterator[str]:
-    """Of evaluations over steps, live beside average; and of what the training wrote."""
+    """Charts of evaluations over steps, live beside average, and of the training's rows."""
     names = sorted({name for each in records for name in each.metrics})
     for name in names:
         if not (name.startswith("live_") and name[5:] in names):

@@ -112,14 +112,14 @@ def sweep(
         snapshots: The folder given to `ema.snapshot`.
         out: A folder.
         evaluate: Called with the folder of a candidate and its width; returns the metric.
-        what: Of what evaluation the values are; a sweep goes on from its own alone.
+        what: Which evaluation the values are of; a sweep goes on from its own alone.
         sign: 1 looks for the least value, -1 for the greatest.
         low: The narrowest average to try; None takes what the snapshots express.
         high: The widest.
         evaluations: How many widths to try at most.
         repeats: How often each is evaluated, where the metric is noisy.
         at: The clock of the moment, by default of the last snapshot.
-        dtype: Of floating weights, by default the model's own.
+        dtype: The dtype of floating weights, by default the model's own.
 
     Raises:
         ValueError: The widths, the snapshots or an evaluation are no good.

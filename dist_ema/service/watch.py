@@ -73,14 +73,14 @@ class Watch:
     """One watcher.
 
     Args:
-        folder: Of published versions; it need not exist yet.
+        folder: The folder of published versions; it need not exist yet.
         work: What to do with a version. Threads call it.
         ledger: Where outcomes are recorded.
         newest: Pass over versions that are not the newest when a job is free.
         jobs: How many versions are worked on at the same time.
         retries: How often work that failed is repeated.
         timeout: Seconds without a new version after which the watcher ends; None waits for ever.
-        expiry: Of leases and claims, in seconds.
+        expiry: The expiry of leases and claims, in seconds.
         poll: Seconds between two looks.
         report: Receives each record of this watcher.
     """
@@ -161,7 +161,7 @@ class Watch:
         return {number: path for number, path in numbered if self._id(path) != _PASSED_OVER}
 
     def _id(self, path: Path) -> str | None:
-        """Of a version that was looked at before; None of others."""
+        """The id of a version that was opened before, else None."""
         with suppress(OSError):
             return self._known.get((path.name, path.stat().st_mtime_ns))
         return _PASSED_OVER  # it is gone

@@ -31,8 +31,8 @@ def allocate(
     Args:
         states: What is averaged. Each gets a shadow equal to the one that it has, or to its live
             weights.
-        dtype: Of the shadows.
-        device: Of the shadows; None: of each weight.
+        dtype: The dtype of the shadows.
+        device: The device of the shadows; None: of each weight.
 
     Returns:
         The arenas, 1-D. *Aliases* the shadows.

@@ -130,7 +130,7 @@ def _other_models(members: Sequence[int], inventories: Sequence[dict[str, Any]])
 
 
 def _differing_replicas(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> str:
-    """Of the first rank that differs; "" where none does."""
+    """The sentence about the first rank that differs, else ""."""
     first_holders: dict[str, int] = {}  # by the regions that they hold
     for i, inventory in enumerate(inventories):
         holder = first_holders.setdefault(str([inventory.get("stage"), inventory["regions"]]), i)

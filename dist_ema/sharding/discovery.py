@@ -259,7 +259,7 @@ def _box_of_dtensor(
 
 @lru_cache(maxsize=16)
 def _mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
-    """Its global ranks: once per mesh, because a weight must not cost more in a larger world."""
+    """The global ranks, asked once: a weight must not cost more in a larger world."""
     return tuple(mesh.mesh.flatten().tolist())
 
 

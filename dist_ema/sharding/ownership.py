@@ -315,7 +315,7 @@ def saved_blocks(
 
 
 def saved_dtype(state: ParamState, values: dict[str, Tensor]) -> torch.dtype:
-    """Of what `saved_blocks` gives: an own buffer is not rounded to the shadow's."""
+    """The dtype that `saved_blocks` gives: an own buffer keeps its own."""
     return values.get(state.name, state.average).dtype
 
 

@@ -169,7 +169,7 @@ class ModelShards:
 
     @property
     def device(self) -> torch.device | None:
-        """Of the first weight that does not lie in host memory."""
+        """The device of the first weight that does not lie in host memory, if there is one."""
         devices = (shard.local_tensor().device for shard in self.shards)
         return next((device for device in devices if device.type != "cpu"), None)
 

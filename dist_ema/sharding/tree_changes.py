@@ -1,4 +1,4 @@
-"""How a module tree differs from its records, by name. `memory_watch` tells an update whether."""
+"""How a module tree differs from its records, by name; `memory_watch` notices that it does."""
 
 from __future__ import annotations
 

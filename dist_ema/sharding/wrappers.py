@@ -97,7 +97,7 @@ def unexplained_keys(model: nn.Module, recorded: Mapping[str, Tensor]) -> list[s
 
 
 def _same_values(value: Any, own: Tensor) -> bool:
-    """A hook may give a copy."""
+    """Whether a hook gave the same values, perhaps as a copy."""
     if value is own:
         return True
     if not isinstance(value, Tensor) or (value.shape, value.dtype) != (own.shape, own.dtype):
@@ -190,14 +190,14 @@ def walk_modules(
 
 @dataclass(frozen=True)
 class Replicated:
-    """What DDP says of the weights below it."""
+    """The process group of a DDP module, and the names that it ignores."""
 
     group: dist.ProcessGroup
     parameters_to_ignore: frozenset[str]
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
-        """Global: asked once, because a weight must not cost more in a larger world."""
+        """The global ranks, asked once: a weight must not cost more in a larger world."""
         return tuple(dist.get_process_group_ranks(self.group))
 
 

@@ -48,7 +48,7 @@ UNSUPPORTED = "which dist_ema cannot average. Turn that off, or use ZeRO stage 2
 
 
 def is_engine(value: object) -> bool:
-    """What deepspeed.initialize returned first, or an object of a class made of its class."""
+    """Whether deepspeed.initialize made it, or its class derives from an engine's."""
     return any(
         parent.__name__ == "DeepSpeedEngine" and parent.__module__.startswith("deepspeed.")
         for parent in type(value).__mro__
@@ -120,7 +120,7 @@ def _unsupported(tensor: Any) -> str | None:
 
 @lru_cache(maxsize=16)
 def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
-    """Global: asked once, because a weight must not cost more in a larger world."""
+    """The global ranks, asked once: a weight must not cost more in a larger world."""
     return tuple(dist.get_process_group_ranks(group))
 
 

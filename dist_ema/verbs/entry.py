@@ -39,7 +39,7 @@ class Entry:
 
     Args:
         weights: What the EMA averages; it adopts the model here.
-        arguments: Of the constructor, alike on every rank.
+        arguments: The arguments of the constructor, alike on every rank.
         timeout: Seconds that a rank waits for the others.
 
     Attributes:
@@ -96,7 +96,7 @@ class Entry:
             self.compare_shared(verb)
 
     def compare_shared(self, verb: str) -> None:
-        """Which stage writes what stands on several. *Collective*."""
+        """Decide which stage writes a weight that several hold. *Collective*."""
         if self.is_staged:
             stages.compare_shared(verb, self.ranks, self.stage, self.weights.averages)
 
@@ -115,7 +115,7 @@ class Entry:
 
     @property
     def _averages_all(self) -> bool:
-        """Nothing is divided among ranks."""
+        """Whether each rank averages the whole model."""
         shards = [state.shard for state in self.weights.states]
         whole = all(shard.local_region.numel == math.prod(shard.shape) for shard in shards)
         several = self.ranks.size > 1 and not self.is_staged
@@ -136,7 +136,7 @@ class Entry:
         return self._everyone or self.ranks
 
     def set_timeout(self, seconds: float) -> None:
-        """For all verbs from now on."""
+        """Set the timeout of all verbs from now on."""
         for ranks in filter(None, (self.ranks, self._everyone)):
             ranks.timeout = seconds
 

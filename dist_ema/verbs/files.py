@@ -60,7 +60,7 @@ class Files:
             mixed: A window is what it is used as, and its blocks come after all averages. Without
                 it is the block under way, from which `posthoc` reconstructs any curve.
             extra: For ema.json.
-            options: Of the request.
+            options: The options of the request.
         """
         averages, weights = self._average_files(mixed)
         facts = replace(self._manifest(kind, extra), weights=weights)
@@ -83,10 +83,10 @@ class Files:
             verb: "export" or "publish".
             path: The folder or file.
             average: As verbs use it.
-            form: Of the files.
+            form: The form of the files.
             merged: What a model with merged adapters persists, in place of the average's states.
             extra: For ema.json.
-            options: Of the request.
+            options: The options of the request.
         """
         states = average.persistent if merged is None else merged
         held = [state for state in states if form.holds(state.name)]
@@ -154,7 +154,7 @@ class Files:
         Args:
             verb: As the user called it.
             make_request: Called when the shadows may be read.
-            arguments: Of the verb, alike on every rank.
+            arguments: The arguments of the verb, alike on every rank.
             which: The average that it uses.
             wait: False writes in the background.
         """
@@ -211,7 +211,7 @@ class Files:
         warn(*self.writer.write(request, wait))
 
     def finish(self) -> None:
-        """No save is in flight behind training after this.
+        """Wait until no save is in flight behind training.
 
         Raises:
             RuntimeError: The last one failed.
@@ -253,7 +253,7 @@ class _Targets:
     """What is to be filled: every average, then the full blocks of windows.
 
     Args:
-        weights: Of this rank.
+        weights: The weights of this rank.
         elsewhere: Names that stand on other stages of the pipeline, or will once they are filled.
     """
 

@@ -30,15 +30,15 @@ class Publication:
     Attributes:
         folder: Where versions appear.
         every: Units of the clock between two versions.
-        keep: How many stay.
-        keep_at_most: How many stay with those that are leased.
+        keep: How many versions stay.
+        keep_at_most: How many versions stay, leased ones included.
         which: The average that is published.
         beside: The folder whose config and tokenizer each version gets.
-        files: What they are called, and the config beside them.
-        form: Their dtype, and how they are written.
+        files: The names of the weights in the files, and the config beside them.
+        form: The dtype of the files, and how they are written.
         metrics: JSON values of yours, like {"loss": 0.3}, which go into the next versions. The
             first rank's count.
-        number: Of the last version that was begun.
+        number: The number of the last version that was begun.
         published: Versions in place, as far as this rank knows.
         skipped: Versions that were due while an earlier one was written.
         failed: Versions that the disk refused; a warning named each.

@@ -146,7 +146,7 @@ class UpdatePlan:
 
     Args:
         pairs: What to move.
-        seed: Of the noise of rounding.
+        seed: The seed of the noise of rounding.
         passes: Take compiled passes wherever there is one, or never. None: where they are worth
             it and give the bits of torch.
 

@@ -41,12 +41,12 @@ class FusedPlan:
 
     Args:
         pairs: What to move.
-        seed: Of the noise of rounding.
+        seed: The seed of the noise of rounding.
         fallback: Makes the plan of the pairs that no launch takes; without it they raise
             ValueError. With it, the kernel must first give the bits of the fallback on its device
             ([Note: proof]).
-        share: Of the device's multiprocessors. At most so many programs are at work at once; 1: no
-            limit. The bits are the same.
+        share: The share of the device's multiprocessors. At most so many programs are at work at
+            once; 1: no limit. The bits are the same.
 
     Note:
         *Aliases*: the tables hold addresses, so the plan keeps the tensors; make a new one when
