@@ -478,8 +478,8 @@ class EMA:
     ) -> None:
         """Write a folder to resume from, itself a safetensors model. *Collective*, atomic.
 
-        With `only=` the folder holds the averaged weights alone. Of several averages the first lies
-        in the folder, the others under averages/. Of a PeftModel whose averaged weights belong to
+        With `only=` the folder holds the averaged weights alone. The first of several averages lies
+        in the folder, the others under averages/. For a PeftModel whose averaged weights belong to
         one adapter it holds that adapter, and `PeftModel.from_pretrained` opens it.
 
         Args:
@@ -489,9 +489,9 @@ class EMA:
                 machine that writes them, all machines at once; on one machine to the first rank.
                 None: direct on one machine, stream across machines.
             extra: A dict of JSON values to keep in ema.json; finite numbers only.
-            keep: `path` must end in a number. Of the folders that are called alike, keep those with
-                the highest numbers up to this one, and let the file `latest` beside them name this
-                one; `load` follows it.
+            keep: `path` must end in a number. Keep the highest numbers of the folders that
+                are called alike, up to this one. The file `latest` beside them names this one, and
+                `load` follows it.
             wait: False copies what this rank writes to the host and returns; a thread writes behind
                 training. The next save or export waits for it and raises what went wrong; the end
                 of the program waits too.
@@ -523,7 +523,7 @@ class EMA:
     ) -> None:
         """Write the file to ship: the complete model, in its own dtypes or `dtype`. *Collective*.
 
-        A model of transformers or diffusers gives the folder its config.json. Of a PeftModel whose
+        A model of transformers or diffusers gives the folder its config.json. For a PeftModel whose
         averaged weights all belong to adapters the folder holds the adapters, as `save_pretrained`
         lays them out: the one called default in it, another one in a folder of its own name.
 
@@ -622,7 +622,7 @@ class EMA:
         """From now on, publish a version each time the clock passes a multiple of `every`.
 
         A version is a complete model in `folder`/version-000001 and so on, written behind training,
-        and never changed. Of a PeftModel whose averaged weights all belong to one adapter it is
+        and never changed. For a PeftModel whose averaged weights all belong to one adapter it is
         that adapter, in peft's form. `dist_ema.follow` and `dist-ema watch` pick versions up. A
         version that is due while an earlier one is written is skipped and counted. What the disk
         refuses is a warning, and training goes on. *Collective*, as is each update that publishes.

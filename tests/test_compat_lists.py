@@ -734,7 +734,7 @@ def test_shadow_refuses() -> None:
         with pytest.raises(RuntimeError, match=r"call register\(\) first"):
             call()
     ema.register()
-    with pytest.raises(RuntimeError, match=r"restore\(\) without parameters in backup"):
+    with pytest.raises(RuntimeError, match=r"restore\(\) found no backup"):
         ema.restore()
     model.bias.requires_grad_(False)
     ema.register()

@@ -52,7 +52,7 @@ class SkippedSteps:
         Args:
             weight: 1 - decay of this update.
             copies_first: The first move of the schedule copies.
-            skip: [] on a device, not 0 if the step was skipped; None: it happened.
+            skip: [] on a device, and not 0 if the step was skipped. None: the step happened.
         """
         move: float | Tensor = weight
         if copies_first and not self._accepted:

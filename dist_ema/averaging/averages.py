@@ -217,7 +217,7 @@ class AveragedWeights:
 
     @property
     def is_tree_moved(self) -> bool:
-        """Something moved, or the module tree is another, and an update may walk that tree."""
+        """Whether an update sees another storage or module, and may walk the tree."""
         return self._watch.sees_tree and self._watch.changed()
 
     def _rebind(self) -> None:
@@ -272,7 +272,7 @@ class AveragedWeights:
     # --- moving -----------------------------------------------------------------------------------
 
     def copy_live(self) -> None:
-        """Every shadow is its live weight again."""
+        """Copy live weights into all shadows."""
         for average in self.averages:
             for state in average.averaged:
                 state.own_shadow.copy_(state.source)

@@ -66,7 +66,7 @@ class Clock:
         """Take the counters of a saved clock. Raises ValueError if they are not sound."""
         for field in fields(self):
             value, kind = spec.get(field.name), type(getattr(self, field.name))
-            # NOTE: not below 2^63 is NaN too.
+            # NOTE: a negation refuses NaN too, which compares as False with any number.
             if (
                 not isinstance(value, (int, float))
                 or not 0 <= value < 1 << 63

@@ -207,8 +207,8 @@ class WeightSwap:
     def _restore_alone(self) -> None:
         """Restore what this rank can restore alone, and close what is whole then. Idempotent.
 
-        Replicas too where this swap was left too early: then all ranks come here together, by the
-        exit of the swap that was inside it, or the broadcast fails by the names of the others.
+        Replicas are restored too where this swap was left before the swap inside it. The exit of
+        that one brings all ranks here together; else the broadcast names the missing ranks.
         """
         if not self._open or self._abandoned:
             return

@@ -16,7 +16,7 @@ the copy that follows it may have been made already or not, in both directions:
 
 [Note: writes]  What the block writes into a swapped weight becomes the average's, whether contents
 were exchanged or cast. It is the only outcome that is the same everywhere and costs no second
-model. Of replicas, the owner's write counts. Where shadows have another dtype, only elements that
+model. The owner's write counts among replicas. Where shadows have another dtype, only elements that
 differ from the cast average are taken, so the others keep their precision. Version counters tell of
 a write, but not of one through `.data`, by NumPy or by a foreign kernel. So the
 bits of swapped weights are summed at both ends, too.

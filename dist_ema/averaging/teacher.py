@@ -218,7 +218,7 @@ class Teacher:
             )
 
     def refuse_untied(self, shard: Shard, memory: Shard | None = None) -> None:
-        """Raise ValueError if names are one weight in the model and two in the teacher, or so."""
+        """Raise ValueError if names are tied in only one of the model and the teacher."""
         name, memory = shard.name, memory or self._given[shard.name]
         untied = [alias for alias in shard.aliases if self._shards.get(alias) is not memory]
         untied += [

@@ -110,7 +110,7 @@ def _detach(source: FlatRange) -> FlatRange:
 
 
 def _new_empty(source: FlatRange, size: Any, *, device: Any = None, **_: Any) -> FlatRange:
-    """The stager sets the attributes afterwards."""
+    """A FlatRange without blocks, whose attributes the stager sets afterwards."""
     return FlatRange(source.shape, source.dtype, device or source.device, [], False)
 
 
@@ -130,7 +130,7 @@ def _copy_into(target: Tensor, source: FlatRange, non_blocking: bool = False) ->
         target.__class__ = FlatRange  # type: ignore[assignment]
         target.blocks, target.writes = [], False  # type: ignore[attr-defined]
         return target
-    # What is not written needs no copy: of a 0-dim entry it has none.
+    # NOTE: an entry that this rank does not write needs no copy, and has no memory if 0-dim.
     for (_, data), (_, value) in zip(target.blocks, source.blocks, strict=target.writes):
         data.copy_(value, non_blocking=non_blocking)
     return target

@@ -102,7 +102,7 @@ def _split(name: str) -> tuple[str, int | None]:
 
 
 def _is_save(folder: Path, published: bool) -> bool:
-    """Whether `ema.save` (or `publish`) wrote it, and completed it; a link to one is none."""
+    """Whether it is a folder that `save` or `publish` completed, and no link to one."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     try:

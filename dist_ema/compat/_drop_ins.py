@@ -36,7 +36,7 @@ class Count:
         return before
 
     def __reduce__(self) -> tuple[type[Count], tuple[()]]:
-        """The version of a copied tensor says nothing of what was known of the first."""
+        """Copy without the known value: its version belongs to the tensor that was copied."""
         return Count, ()
 
 

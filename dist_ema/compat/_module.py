@@ -155,8 +155,8 @@ class ModuleAverage:
             refuse_shared(ema.weights.averages)
         self._ema, states = ema, ema.weights.states
         unwritten = {s.name: s.shard for s in states if s.shadow is None and s.teacher_copy is None}
-        # Of the copy and the model, what the EMA does not write: what `only` leaves out, and
-        # buffers that no file holds.
+        # Pairs of the copy and the model that the EMA does not write: what `only` leaves out,
+        # and buffers that no file holds.
         self._unwritten = [(s, unwritten[s.name]) for s in copied if s.name in unwritten]
 
     def _must_rebuild(self) -> bool:
@@ -277,7 +277,7 @@ class ModuleAverage:
         return named
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, to which the next update tells their model."""
+        """The state for copies and pickles, which learn their model at the next update."""
         if self.module is None:
             raise RuntimeError(f"the average cannot be copied or pickled: {self._no_module}")
         return {**vars(self), "_ema": None, "given": None, "_unwritten": []}
@@ -285,7 +285,7 @@ class ModuleAverage:
 
 @contextmanager
 def _thawed(model: nn.Module, averaged: Sequence[str]) -> Iterator[None]:
-    """What is averaged and frozen by now looks trainable: an EMA that is built goes on with it."""
+    """Let averaged weights that are frozen by now look trainable, so that a new EMA keeps them."""
     frozen = [
         p
         for name, p in model.named_parameters()

@@ -83,7 +83,7 @@ class ParameterListAverage:
 
     def _use(self, ema: EMA, dtype: torch.dtype | None = None) -> None:
         self._ema, self.weights, model = ema, ema.weights, ema.model
-        if dtype == torch.float16:  # which only lists offer, as their originals do
+        if dtype == torch.float16:  # as the originals of lists do; EMA(dtype=) refuses it
             self.weights.reallocate(dtype, self.weights.placement.device)
             self.weights.use_engine()
         if isinstance(model, Parameters):
@@ -106,7 +106,7 @@ class ParameterListAverage:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which follow their copy of the parameters."""
+        """The state for copies and pickles, which follow their copy of the parameters."""
         if len(self.weights.find().members) > 1:
             raise RuntimeError(
                 "a sharded average cannot be copied or pickled: use average.save(path) and "
@@ -334,7 +334,7 @@ def _changed_form(state: ownership.ParamState) -> bool:
 def _own_storage(elements: Tensor) -> Tensor:
     """A tensor over the same memory, with a storage of its own. *Aliases* the shadow.
 
-    Of a view torch.save writes the whole storage, and a DTensor over one it cannot write.
+    torch.save writes the whole storage of a view, and cannot write a DTensor over one.
     """
     start = elements.storage_offset() * elements.itemsize
     memory = elements.untyped_storage()[start : start + elements.nbytes]

@@ -119,7 +119,7 @@ class StoreCoordinator(Waiting):
         return self._check_in(verb, work, counts=True)[1]
 
     def is_same(self, about: str, value: Any) -> bool:
-        """Whether the first rank that said something `about` this said the same.
+        """Whether `value` equals the first one that a rank posted under the name `about`.
 
         Call it in the work of the next exchange, on any ranks. *Cost*: one operation of the store.
         """

@@ -56,7 +56,7 @@ def digest(value: Any) -> int:
 
 
 def texts(arguments: dict[str, Any]) -> dict[str, str]:
-    """Equal for arguments that mean the same on two ranks: no address, no order of keys."""
+    """The arguments as texts that two ranks can compare: no address, keys sorted."""
     return {name: _text(value) for name, value in arguments.items()}
 
 

@@ -42,7 +42,8 @@ class Messages:
         rank: The index of this process in `members`.
 
     Attributes:
-        written: (number of the exchange, key) that this rank has to delete. The same list for ever.
+        written: (number of the exchange, key) that this rank has to delete. The list object never
+            changes.
         ends_when_full: The current exchange needs no answer.
         arguments: The arguments of the verb that was entered last, as texts.
     """

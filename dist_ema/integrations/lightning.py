@@ -239,9 +239,9 @@ def _path_of(checkpoint: str | os.PathLike[str]) -> str:
 
 
 def _is_of_a_finder(trainer: Trainer) -> bool:
-    """A finder of learning rates or batch sizes has restored what stood before the first step.
+    """Whether ckpt_path is the deleted file of a finder of learning rates or batch sizes.
 
-    The path of its file, which is gone, stays behind.
+    The finder restores the state before the first step, and leaves the path behind.
     """
     name: str = os.path.basename(trainer.ckpt_path)
     return not trainer.global_step and name.startswith((".lr_find_", ".scale_batch_size_"))

@@ -122,7 +122,7 @@ def _shard(model: Any) -> Any:
 
 
 def _same(found: dict[str, Any], want: dict[str, Any], exact: bool = False) -> None:
-    """Only the first rank has full weights."""
+    """Raise ValueError where weights differ. Only the first rank has any in `found`."""
     import torch
 
     for name, value in found.items():

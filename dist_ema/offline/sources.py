@@ -321,7 +321,7 @@ class Safetensors(disk.OpenFiles):
         return read_at(self.fd(file), f"{self._folder}/{file}", begin, end, into)
 
     def fd(self, name: str) -> int:
-        """NOTE: a save may have replaced the file since its header was read; two must not mix."""
+        """The descriptor of a file. Raises ValueError if a save replaced it since the header."""
         if name in self._open:
             return self._open[name]
         fd, head = super().fd(name), self.files[name].head

@@ -167,7 +167,7 @@ class _Track:
 
 
 def _of_window(window: Window, line: Timeline) -> Array:
-    """The shares of a window that ends with the timeline, were every update in it by itself."""
+    """The shares of a window that ends with the timeline, as if each update were a block."""
     begin = max(0.0, line.edges[-1] - window.length)
     at = np.clip((line.edges - begin) / (line.edges[-1] - begin), 0.0, 1.0)
     scales = np.array([window.scale(t) for t in at.tolist()])

@@ -183,7 +183,7 @@ class Ledger:
             )
 
     def give_back(self) -> None:
-        """Claim nothing any more: what runs is done by others, or later."""
+        """Give up all claims: other watchers, or a later one, do what was running."""
         with _transaction(self._path) as db:
             db.execute("DELETE FROM records WHERE owner = ? AND state = ?", (self._owner, RUNNING))
 

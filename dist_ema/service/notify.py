@@ -47,7 +47,7 @@ def notify(url: str, version: follow.Version, timeout: float = 600.0) -> ledger.
         timeout: Seconds for the server to answer.
 
     Returns:
-        An error holds what the server answered, like a rollback to the weights that it had.
+        The outcome, whose error holds what the server answered.
     """
     path = str(version.path.absolute())
     parts = urlsplit(url)

@@ -106,7 +106,7 @@ def _spectral_norms(module: nn.Module) -> list[SpectralNorm]:
 
 
 def is_power_iteration_vector(shard: records.Shard) -> bool:
-    """The buffer is a singular vector of a spectral norm: the mean of two of them is none."""
+    """Whether a buffer is a singular vector of a spectral norm, which has no mean."""
     module, name = shard.place
     if isinstance(module, _SpectralNorm):
         return name in ("_u", "_v")

@@ -194,7 +194,7 @@ class Entry:
 
 
 def warn_if_idle(verb: str, weights: AveragedWeights) -> None:
-    """The model was trained, and the average did not follow."""
+    """Warn if the model was trained and the average did not follow."""
     if weights.idle:
         warn(
             f"ema.{verb}(): the weights were written since the last call, and no update came. Was "
@@ -215,7 +215,7 @@ def warn_if_doubled(entry: Entry) -> None:
 
 
 def warn_if_nameless(verb: str, weights: AveragedWeights) -> None:
-    """The files will have names that no model knows."""
+    """Warn if the files will have names that no model knows."""
     if isinstance(weights.model, parameters.Parameters) and weights.model.nameless:
         warn(
             f"ema.{verb}(): the parameters came without names, so the files call them by their "
@@ -225,7 +225,7 @@ def warn_if_nameless(verb: str, weights: AveragedWeights) -> None:
 
 
 def warn_of_unexplained_keys(verb: str, weights: AveragedWeights) -> None:
-    """What the model's state_dict holds and no parameter or buffer explains is in no file."""
+    """Warn of entries of the model's state_dict that no file will hold."""
     if weights.selection.only is not None or isinstance(weights.model, parameters.Parameters):
         return
     recorded = {

@@ -57,8 +57,8 @@ class Files:
         Args:
             path: The folder.
             kind: "ema" has a clock to resume with, "export" has none.
-            mixed: A window is what it is used as, and its blocks come after all averages. Without
-                it is the block under way, from which `posthoc` reconstructs any curve.
+            mixed: Save a window as the average that verbs use, and its blocks after all averages.
+                Else save its block under way, from which `posthoc` reconstructs any curve.
             extra: For ema.json.
             options: The options of the request.
         """

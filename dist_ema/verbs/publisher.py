@@ -37,7 +37,7 @@ class Publication:
         files: The names of the weights in the files, and the config beside them.
         form: The dtype of the files, and how they are written.
         metrics: JSON values of yours, like {"loss": 0.3}, which go into the next versions. The
-            first rank's count.
+            values of the first rank are used.
         number: The number of the last version that was begun.
         published: Versions in place, as far as this rank knows.
         skipped: Versions that were due while an earlier one was written.
@@ -153,7 +153,7 @@ class Publication:
 
 
 class Publisher:
-    """What `EMA.publish` has begun, and the updates carry on."""
+    """Publishes versions after `EMA.publish`, when updates make them due."""
 
     def __init__(self, entry: Entry, files: Files) -> None:
         self._entry, self._files = entry, files
