@@ -291,13 +291,18 @@ class Configured(nn.Linear):
 
 
 def test_a_version_has_a_config(tmp_path: Path) -> None:
-    """The model's own, or that of beside=."""
+    """The model's own, or that of beside=; it goes with its version.
+
+    Guards that `keep=` removes versions with a config that the model gave.
+    """
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text('{"of": "the base"}')
     for beside, owner in ((None, "the model"), (tmp_path / "base", "the base")):
         ema = EMA(Configured(2, 2))
-        handle = ema.publish(tmp_path / owner, every=1, dtype=None, beside=beside)
-        ema.update()
+        handle = ema.publish(tmp_path / owner, every=1, keep=1, dtype=None, beside=beside)
+        for _ in range(3):
+            ema.update()
+            handle.wait()
         handle.remove()
         (version,) = follow(tmp_path / owner, timeout=0)
         assert json.loads((version.path / "config.json").read_text()) == {"of": owner}

@@ -124,7 +124,8 @@ def _retire(folder: Path) -> str | None:
     """Rename a save, so that no reader finds half of it, and remove it. Returns what failed."""
     try:
         saved = manifest.read(folder)
-        ours = (versions.facts_of(saved) or {}).get("beside", ()) if saved is not None else ()
+        facts = (versions.facts_of(saved) if saved is not None else None) or {}
+        ours = {*facts.get("beside", ()), *facts.get("texts", ())}
         others = [name for name in foreign(folder) if name not in ours]
         if others:
             names = ", ".join(others[:3])

@@ -105,6 +105,7 @@ class Publication:
             "every": self.every,
             "skipped": self.skipped,
             "beside": [] if self.beside is None else retention.companions(self.beside),
+            "texts": sorted(self.files.texts),
             "metrics": dict(self.metrics),
         }
 
