@@ -88,6 +88,10 @@ def test_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert page.texts.count(lease) == 2, "among the versions and among the leases"
     version.release()
     assert main(["board", str(folder / "nothing")]) == 2
+    for option in ("--metrics", "--ledger"):
+        assert main(["board", str(folder), option, "nothing"]) == 2, "it was asked for by name"
+    assert main(["board", str(folder), "--out", "/dev/full"]) == 1
+    assert "/dev/full: No space left on device" in capsys.readouterr().err
 
 
 def test_serving(folder: Path) -> None:

@@ -25,7 +25,7 @@ from dist_ema import EMA, load_file
 from dist_ema.checkpoint import versions
 from dist_ema.cli import main
 from dist_ema.service import ledger, watch
-from dist_ema.service.follow import Version, open_version
+from dist_ema.service.follow import Version, follow, open_version
 
 
 def publish(folder: Path, count: int, model: nn.Module | None = None, **options: Any) -> EMA:
@@ -171,6 +171,20 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines()[0].split() == [
         "version", "step", "state", "loss", "seconds", "error",
     ]  # fmt: skip
+    assert main(["watch", str(folder), "--metric", "los"]) == 1
+    assert "no version has the metric 'los'" in capsys.readouterr().err
+    other = ["watch", str(folder), "--metric", "loss", "--task", "other", "--timeout", "0"]
+    assert main([*other, "--exec", "echo '{\"lose\": 1}'"]) == 1
+    assert "lose 1, without 'loss' (" in capsys.readouterr().out
+    assert main(["watch", str(folder)]) == 1
+    assert capsys.readouterr().out.startswith("task   version"), "which task a row is of"
+    assert main([*other, "--exec", "exit 3", "--task", "third", "--retries", "0"]) == 1
+    assert "exit code 3 (" in capsys.readouterr().out
+    for verb in (["watch", "--exec", "true"], ["board", "--serve", "0"]):
+        assert main([*verb, str(folder / "version-000007")]) == 1
+        assert "is one saved model. Name the folder that" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is one saved model"):
+        follow(folder / "version-000007")
     assert main(["watch", str(tmp_path / "nothing")]) == 1
     assert "nothing was watched there yet" in capsys.readouterr().err
     with pytest.raises(SystemExit):

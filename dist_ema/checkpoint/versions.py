@@ -53,6 +53,7 @@ __all__ = [
     "name_of",
     "numbered",
     "read_all",
+    "refuse_model",
 ]
 
 BEST = "best"
@@ -73,6 +74,15 @@ def numbered(folder: Path) -> dict[int, Path]:
         return {}
     versions = {int(match[1]): folder / match[0] for match in map(_NAME.fullmatch, names) if match}
     return dict(sorted(versions.items()))
+
+
+def refuse_model(folder: Path) -> None:
+    """Raise ValueError where the folder is one model, and so no folder of versions."""
+    if (folder / manifest.META).exists():
+        raise ValueError(
+            f"{folder} is one saved model. Name the folder that ema.publish() was given, in which "
+            "versions lie."
+        )
 
 
 def highest(folder: Path) -> int:

@@ -64,7 +64,7 @@ def _watch(options: argparse.Namespace) -> int:
             retries=options.retries,
             timeout=options.timeout,
             expiry=options.expiry,
-            report=_report_json if options.json else _report,
+            report=_report_json if options.json else partial(_report, options.metric),
         )
         watcher.run()
     elif not path.exists():
@@ -78,12 +78,20 @@ def _watch(options: argparse.Namespace) -> int:
             _report_json(each)
     if options.plot:
         watch.plot(options.plot, records, options.metric)
+    done = [each for each in records if each.state == ledger.DONE]
+    if options.metric and done and not any(options.metric in each.metrics for each in done):
+        return say(f"no version has the metric {options.metric!r}: {_LAST_LINE}.", PROBLEM)
     return PROBLEM if any(each.state == ledger.FAILED for each in records) else FINE
 
 
-def _report(record: Record) -> None:
-    found = ", ".join(f"{name} {value:g}" for name, value in record.metrics.items())
-    text = f"version {record.version}, step {record.step}: {record.error or found or 'done'}"
+_LAST_LINE = 'the last line of JSON that the command prints has to name it, like {"loss": 0.31}'
+
+
+def _report(metric: str | None, record: Record) -> None:
+    found = ", ".join(f"{name} {value:g}" for name, value in record.metrics.items()) or "done"
+    if metric and metric not in record.metrics:
+        found += f", without {metric!r}"
+    text = f"version {record.version}, step {record.step}: {record.error or found}"
     out([printable(f"{text} ({record.seconds:.1f} s)")])
 
 
@@ -93,8 +101,10 @@ def _report_json(record: Record) -> None:
 
 def _table(records: list[Record], best: Record | None) -> Iterator[str]:
     names = sorted({name for each in records for name in each.metrics})
+    several = len({each.task for each in records}) > 1
     rows = [
         (
+            *[each.task] * several,
             str(each.version) + (" best" if each is best else ""),
             str(each.step),
             each.state,
@@ -104,7 +114,8 @@ def _table(records: list[Record], best: Record | None) -> Iterator[str]:
         )
         for each in records
     ]
-    yield from columns([("version", "step", "state", *names, "seconds", "error"), *rows])
+    head = (*["task"] * several, "version", "step", "state", *names, "seconds", "error")
+    yield from columns([head, *rows])
 
 
 WATCH = Verb(
@@ -191,6 +202,7 @@ examples:
 
 
 def _board(options: argparse.Namespace) -> int:
+    from ..checkpoint import disk
     from ..service import page
 
     folder = Path(options.folder)
@@ -198,9 +210,13 @@ def _board(options: argparse.Namespace) -> int:
     if options.serve is not None:
         page.serve(options.serve, folder, *sources)
         return FINE
-    text = page.build(folder, *sources)
+    for path in filter(None, sources):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist.")
+    data = page.build(folder, *sources).encode()
     where = Path(options.out) if options.out else folder.parent / "board.html"
-    where.write_text(text, encoding="utf-8")
+    with disk.disk_errors(where, len(data)):
+        where.write_bytes(data)
     out([str(where)])
     return FINE
 

@@ -186,5 +186,9 @@ def follow(
 
     Returns:
         An iterator of `Version`.
+
+    Raises:
+        ValueError: The folder is one saved model.
     """
+    versions.refuse_model(Path(folder))
     return Follower(Path(folder), timeout, every, after, poll)

@@ -47,9 +47,11 @@ def build(folder: Path, metrics: Path | None = None, ledger: Path | None = None)
 
     Raises:
         FileNotFoundError: There is no folder.
+        ValueError: It is one saved model.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist.")
+    versions.refuse_model(folder)
     found = dict(_read_versions(folder))
     records = read_records(ledger or folder / NAME)
     rows = _read_rows(metrics or folder.parent / "metrics.jsonl")
@@ -72,6 +74,7 @@ def build(folder: Path, metrics: Path | None = None, ledger: Path | None = None)
 
 def serve(port: int, folder: Path, metrics: Path | None, ledger: Path | None) -> None:
     """Serve the page on this machine, built anew for each request, until an interrupt."""
+    build(folder, metrics, ledger)  # refuses now, not in a request
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -55,7 +55,8 @@ def run_shell(command: str, facts: Mapping[str, object]) -> Outcome:
     )
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        return Outcome(error=f"exit code {done.returncode}: {printable(''.join(last))[:500]}")
+        why = f": {printable(last[0])[:500]}" if last else ""
+        return Outcome(error=f"exit code {done.returncode}{why}")
     return Outcome(_metrics_of(done.stdout))
 
 
@@ -99,6 +100,7 @@ class Watch:
         poll: float = POLL,
         report: Callable[[Record], None] = lambda record: None,
     ) -> None:
+        versions.refuse_model(folder)
         self._folder, self._work, self._ledger = folder, work, ledger
         self._newest, self._jobs, self._retries = newest, jobs, retries
         self._timeout = math.inf if timeout is None else timeout
