@@ -158,6 +158,9 @@ def test_plot(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert call("--decay", 0.99, "--plot", tmp_path / f"{name}.png", *more)[0] == 0
         assert call("--decay", 0.9, "--plot", tmp_path / f"{name}.png", *more)[0] == 0
         assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    code, _, err = call("--decay", 0.99, "--plot", tmp_path / "full.png")
+    assert (code, "full.png: No space left on device" in err) == (1, True)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = call("--decay", 0.99, "--plot", tmp_path / "d.png")
     assert (code, "pip install 'dist-ema[plot]'" in err) == (1, True)
@@ -241,12 +244,12 @@ def test_cost_table(call: Call) -> None:
         (["--half-life", "1e999"], 2, "like 500k or 7B"),
         (["--params", "1B", "--world", "1.5"], 2, "whole number"),
         (["--sigma-rel", "0.29"], 2, "below 0.2887, the width of the plain mean"),
-        (["--sigma-rel", "0.1"], 1, "whose length was not given"),
-        (["--half-life", "9", "--unit", "samples"], 1, "a plan in samples needs the batch size:"),
+        (["--sigma-rel", "0.1"], 2, "--sigma-rel needs --length"),
+        (["--half-life", "9", "--unit", "samples"], 2, "--unit samples needs --batch-size"),
         (
-            ["--half-life", "9", "--unit", "tokens", "--batch-size", "8"],
-            1,
-            "needs the batch size and the tokens per sample",
+            ["--half-life", "9", "--unit", "tokens"],
+            2,
+            "--unit tokens needs --batch-size and --tokens-per-sample",
         ),
         (["--window", "0.5"], 1, "a decay of -1 per step"),
         (["--half-life", "1e30"], 1, "a decay of 1 per step"),

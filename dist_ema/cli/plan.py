@@ -130,6 +130,18 @@ def _add_groups(verb: argparse.ArgumentParser) -> None:
     add_arguments(verb.add_argument_group("the cost"), COST)
 
 
+def _refuse_lacking(options: argparse.Namespace) -> None:
+    """Name the options that --unit and --sigma-rel need."""
+    needed = {
+        "--batch-size": options.unit != "steps" and options.batch_size is None,
+        "--tokens-per-sample": options.unit == "tokens" and options.tokens_per_sample is None,
+    }
+    if lacking := " and ".join(name for name, lacks in needed.items() if lacks):
+        options.verb.error(f"--unit {options.unit} needs {lacking}")
+    if options.sigma_rel is not None and options.length is None:
+        options.verb.error("--sigma-rel needs --length")
+
+
 def _plan(options: argparse.Namespace) -> int:
     from ..offline import plan as offline
 
@@ -146,6 +158,7 @@ def _plan(options: argparse.Namespace) -> int:
         )
     pace = other = cost = None
     if asked:
+        _refuse_lacking(options)
         units = {"unit": options.unit, "length": options.length}
         pace = offline.pace(
             **given, **units, batch_size=options.batch_size, tokens=options.tokens_per_sample

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ..checkpoint import disk
 
 __all__ = ["panels", "refuse"]
 
@@ -41,6 +44,8 @@ def panels(path: str | Path, count: int) -> Iterator[list[Any]]:
     )
     try:
         yield list(axes[0])
-        figure.savefig(path, dpi=110)
+        figure.savefig(png := io.BytesIO(), format="png", dpi=110)
+        with disk.disk_errors(Path(path), png.tell()):
+            Path(path).write_bytes(png.getvalue())
     finally:
         pyplot.close(figure)
