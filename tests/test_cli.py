@@ -340,6 +340,9 @@ def broken(tmp_path: Path, shop: Path) -> dict[str, tuple[Path, str]]:
     (missing / "model-00002-of-00002.safetensors").unlink()
     escape = copy(shop, "sharded", tmp_path / "escape")
     (escape / INDEX).write_text(json.dumps({"weight_map": {"a": "../one.safetensors"}}))
+    (tmp_path / "run").mkdir()
+    copy(shop, "ema", tmp_path / "run" / "ema-2")
+    copy(shop, "ema", tmp_path / "run" / "ema-1")
     folder = tmp_path / "folder"
     (folder / "model.safetensors").mkdir(parents=True)
     os.mkfifo(tmp_path / "pipe")
@@ -348,6 +351,7 @@ def broken(tmp_path: Path, shop: Path) -> dict[str, tuple[Path, str]]:
         "text": (tmp_path / "text", "is no safetensors file"),
         "empty": (tmp_path / "empty", "holds no model.safetensors and no"),
         "adapter": (adapter, "It does hold adapter_a.safetensors, adapter_b.safetensors: name"),
+        "run": (tmp_path / "run", "Folders in it do, ema-2 for one: name the one to read."),
         "newer": (newer, "holds format 99; this dist_ema reads up to 1. Upgrade dist_ema."),
         "odd": (odd, "is not valid JSON"),
         "missing": (missing, "model-00002-of-00002.safetensors"),
@@ -377,6 +381,7 @@ def test_unreadable(call: Call, shop: Path, tmp_path: Path) -> None:
         (("inspect",), "required: PATH"),
         (("inspect", "nowhere/at-all"), "dist-ema: nowhere/at-all does not exist."),
         (("inspect", "a", "b"), "unrecognized arguments: b"),
+        (("inspect", "a", "--weigths", "3"), "usage: dist-ema inspect"),
         (("inspect", "a", "--weights", "-1"), "must be a whole number or 'all', got '-1'"),
         (("inspect", "a", "--weights", "many"), "must be a whole number or 'all', got 'many'"),
         (("dissect", "a"), "invalid choice: 'dissect'"),

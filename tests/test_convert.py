@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_ema import EMA
+from dist_ema.cli import main
 from dist_ema.cli import models as cli
 from dist_ema.foreign import recognise
 from dist_ema.offline import convert as offline
@@ -274,7 +276,9 @@ def test_live_tables_can_be_asked_for(call: Call, tmp_path: Path) -> None:
         name[5:] for name in LIVE if name.startswith("norm.")
     }
     assert "begins with 'x.'" in call(src, tmp_path / "x", "--prefix", "x.")[2]
-    assert "no table of tensors at 'nowhere'" in call(src, tmp_path / "x", "--key", "nowhere")[2]
+    err = call(src, tmp_path / "x", "--key", "nowhere")[2]
+    assert "no table of tensors at 'nowhere'; there are " in err
+    assert "'current_model_state'" in err
 
 
 def test_rest(call: Call, tmp_path: Path) -> None:
@@ -501,13 +505,17 @@ def test_dcp(call: Call, tmp_path: Path) -> None:
     code, _, err = call(tmp_path / "dcp", tmp_path / "x")
     assert code == 1
     assert "several averages: ema.averages.average_0 (dist-ema" in err
-    assert call(tmp_path / "dcp", tmp_path / "out", "--key", "ema.averages.average_0")[0] == 0
+    (key,) = re.findall(r"--key (ema\.\S+)", cli.CONVERT.text)  # the example of --help
+    assert call(tmp_path / "dcp", tmp_path / "out", "--key", key)[0] == 0
     found, meta = model(tmp_path / "out")
     want = ema.gather()
     equal(found, {name: want[name] for name in module.state_dict()})
     assert meta["extra"]["converted"]["clock"]["updates"] == 1
     assert meta["extra"]["converted"]["schedule"] == "Constant(decay=0.5)"
     assert "norm.num_batches_tracked" in found
+    for verb in (("export", tmp_path / "dcp"), ("average", tmp_path / "dcp", tmp_path / "dcp")):
+        assert main([*map(str, verb), str(tmp_path / "soup")]) == 1, "no model of all that is there"
+        assert not (tmp_path / "soup").exists()
     key = ("--key", "ema.averages.average_1", "--averaged-only", "--from", "dcp")
     assert call(tmp_path / "dcp", tmp_path / "part", *key)[0] == 0
     found, meta = model(tmp_path / "part")

@@ -726,6 +726,8 @@ def test_sweep(run: Any, tmp_path: Path, call: Call) -> None:
     code, _, err = call("reconstruct", run[0], tmp_path / "o", "--sweep", "0.05:0.09:0.02")
     assert (code, "sigma-0.070 exists. Pass --force" in err) == (1, True)
     assert not (tmp_path / "o" / "sigma-0.050").exists()
+    code, _, err = call("reconstruct", run[0], tmp_path / "p", "--sigma-rel", 0.05, "--at", 199)
+    assert (code, "or mix as of 190, the snapshot before" in err) == (1, True)
     ends = [run[0] / "0000000190", run[0] / "0000000200"]
     (tmp_path / "few").mkdir()
     for each in ends:

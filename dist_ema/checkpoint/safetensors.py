@@ -221,8 +221,15 @@ def find_model(folder: Path) -> str:
     candidates = indexes or files
     if len(candidates) == 1:
         return candidates[0]
+    inside = [name for name in names if name[:1] != "." and _is_model(folder / name)]
     more = f" It does hold {', '.join(candidates[:3])}: name the one to read." if candidates else ""
+    if inside and not candidates:
+        more = f" Folders in it do, {inside[-1]} for one: name the one to read."
     raise ValueError(f"{folder} holds no model.safetensors and no {INDEX}.{more}")
+
+
+def _is_model(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.glob("*.safetensors"))
 
 
 def read_model(

@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A stream that the shell closed (`>&-`) is None here.
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options.verb.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.run is None:
         parser.print_help(sys.stderr)
         return USAGE
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RecursionError:  # from Python 3.12 on, JSON is read deeper than it is written
         return say("a file holds values that are nested too deeply to print.", PROBLEM)
     except KeyboardInterrupt:
-        return say("stopped; nothing was left behind.", 130)
+        return say("stopped; nothing half-written was left behind.", 130)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="`dist-ema VERB --help` explains a verb, with examples.",
     )
     parser.add_argument("--version", action="version", version=f"dist-ema {VERSION}")
-    parser.set_defaults(run=None)
+    parser.set_defaults(run=None, verb=parser)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     for verb in VERBS:
         verb.add_to(verbs)

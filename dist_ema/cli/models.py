@@ -222,7 +222,7 @@ examples:
   dist-ema convert last.pth.tar out.safetensors --dtype bf16
   dist-ema convert last.ckpt out/ --key state_dict --prefix model.
                                                     a table, the prefix cut off its names
-  dist-ema convert step-1000/ out/ --key "ema.averages.Constant(decay=0.999)"
+  dist-ema convert step-1000/ out/ --key ema.averages.average_0
   dist-ema convert ema.pt out/ --like live.pt       a list without names, in the live model's order
 """,
     {

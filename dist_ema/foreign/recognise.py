@@ -36,6 +36,7 @@ import numpy as np
 from ..checkpoint.strict_json import parse_json
 from ..dtypes import NUMPY, Bytes
 from ..schedules import from_dict
+from ..text import some
 
 __all__ = ["DIFFUSERS", "KINDS", "FoundAverage", "Leaf", "at", "find", "scalar"]
 
@@ -90,14 +91,16 @@ def at(tree: Any, key: str) -> FoundAverage:
 
     Raises ValueError if there is none.
     """
-    for table in find(tree):
+    tables = find(tree)
+    for table in tables:
         if table.key == key:
             return table
     for node, prefix in _reach(tree, key):
         if weights := _under(_leaves(node), prefix):
             average = bool(_AVERAGE.search(key.lower()))
             return FoundAverage(key, "raw", weights, "chosen by its key", average)
-    raise ValueError(f"there is no table of tensors at {key!r}.")
+    keys = some([repr(table.key) for table in tables], 10) or "none"
+    raise ValueError(f"there is no table of tensors at {key!r}; there are {keys}.")
 
 
 def _reach(node: Any, key: str) -> Iterator[tuple[Mapping[str, Any], str]]:

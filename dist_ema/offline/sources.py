@@ -11,6 +11,7 @@ Whatever the form on disk, a model is a table of names and a way to read bytes o
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,7 @@ WINDOW = 4 << 20  # bytes
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+_OF_AVERAGE = re.compile(r"(^|\.)averages\.average_\d+\.weights\.")  # of EMA.state_dict
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
 
 
@@ -198,7 +200,12 @@ def open_model(path: str | Path, which: int | str = 0) -> Source:
 
 
 def refuse_unsupported(model: Source) -> None:
-    """Raise ValueError where a checkpoint has tensors that its copy would lack."""
+    """Raise ValueError where a checkpoint holds no model, or tensors that its copy would lack."""
+    if inside := next(filter(_OF_AVERAGE.search, model.entries), None):
+        raise ValueError(
+            f"{model.path} holds averages among other state ({inside}): `dist-ema convert "
+            f"{model.path} OUT` makes a model of one."
+        )
     if model.unsupported:
         name, why = next(iter(model.unsupported.items()))
         more = f", and so would {len(model.unsupported) - 1} more" * (len(model.unsupported) > 1)

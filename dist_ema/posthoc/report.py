@@ -110,7 +110,7 @@ def reconstruct(
     ]
     for mixture in mixtures:
         if mixture.out is not None:
-            run.refuse(mixture.target, mixture.fit)
+            run.refuse(mixture.target, mixture.fit, at)
             run.refuse_place(mixture.out)
             writer.refuse_target(mixture.out, force)
     if plot is not None:

@@ -107,14 +107,17 @@ class Snapshots:
         for snapshot in self._where:
             writer.refuse_place(snapshot, out)
 
-    def refuse(self, target: Schedule, fit: Fit) -> None:
+    def refuse(self, target: Schedule, fit: Fit, at: float | None = None) -> None:
         """Raise ValueError where the mixture would be far from `target`."""
         if fit.residual > REFUSED:
+            moments = {stored.profile.now for stored in self.stored}
+            last = max(now for now in moments if at is None or now <= at)
+            more = "" if at in (None, last) else f", or mix as of {last:g}, the snapshot before"
             kinds = ", ".join(sorted({repr(stored.profile.schedule) for stored in self.stored}))
             raise ValueError(
                 f"{target!r} cannot be mixed from what was stored: the nearest misses "
                 f"{fit.residual:.0%} of its profile. There are {len(self.stored)} averages of "
-                f"{kinds}: ask for one nearer to them, or store more."
+                f"{kinds}: ask for one nearer to them, or store more{more}."
             )
 
     def write(
@@ -240,7 +243,7 @@ def reconstruct(
     wanted = Power(sigma_rel=sigma_rel) if target is None else target
     run = Snapshots(snapshots)
     fit = run.fit(wanted, at)
-    run.refuse(wanted, fit)
+    run.refuse(wanted, fit, at)
     run.write(out, wanted, fit, at=at, dtype=dtype, max_shard_size=max_shard_size, force=force)
     return fit
 
