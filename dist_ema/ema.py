@@ -1,8 +1,8 @@
 """`class EMA`: every public verb, its arguments checked, and the order of the calls beneath.
 
-Every collective verb does the same things in the same order. It refuses what is not allowed now,
-all ranks enter together, the module tree is walked, the engine settles, and only then the room that
-does the work is called.
+Every collective verb does the same things in the same order. It refuses what is not
+allowed now, all ranks enter together, the module tree is walked, and the engine settles. Only then
+is the room called that does the work.
 """
 
 from __future__ import annotations
@@ -663,8 +663,8 @@ class EMA:
             path: What `save` wrote is resumed with its clock; an EMA whose `attach(start=...)` is
                 not reached goes on too. Any other safetensors model (an export, a Hugging Face
                 folder, its index, one file) is a start: the averaged weights are read, in any
-                floating dtype, the clock is that of a new EMA, frozen weights and buffers in it are
-                passed over.
+                floating dtype. The clock is that of a new EMA, and frozen weights and buffers in
+                the file are passed over.
             strict: Names must agree. With False, weights that the folder lacks start from live,
                 weights that the model lacks are left out, and a warning names them. Another shape
                 always raises, as its values would be lost.

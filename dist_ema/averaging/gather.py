@@ -142,8 +142,8 @@ def copy_into(
 ) -> None:
     """Write the full weights into another model, however that one is wrapped. *Collective*.
 
-    Where every rank averages what it holds and the other model is cut alike, each rank copies its
-    own part, and only buffers, which are not divided, are sent. Otherwise every rank broadcasts its
+    Each rank copies its own region where it averages all that it holds and the other model is cut
+    alike. Only buffers, which are not divided, are sent then. Otherwise every rank broadcasts its
     parts in turn, and each takes what meets its own shards.
 
     Raises:

@@ -1,9 +1,9 @@
 """`StorageWatch`: whether live weights moved to other memory, and how often they were written.
 
-[Note: a model lives]  A training program may move a storage (`p.data = ...`, `.double().float()`,
-SAM, offloading), write a weight outside the optimizer's step, or change the module tree at any
-line. Hence two rules. An update trusts no address that it did not check. A verb trusts no module
-tree that it did not walk. An update walks it too where a module of it is another one now.
+[Note: a model lives]  At any line a training program may move a storage (`p.data = ...`, SAM,
+offloading), write a weight outside the optimizer's step, or change the module tree. Hence two
+rules. An update trusts no address that it did not check. A verb trusts no module tree that it did
+not walk. An update walks it too where a module of it is another one now.
 
 [Note: shared memory]  `b.data = a.data` puts two Parameters into one memory. If they lay there
 always, their averages are the same. If they met later, a swap would have to put two averages into

@@ -4,7 +4,7 @@ Duck-typed: a model that has these was made by its library, so nothing is import
 
 [Note: adapters]  A PeftModel whose averaged weights all belong to adapters is saved as its adapter
 alone. peft writes the form itself: its `save_pretrained` gets the number of each weight in place of
-the weight, and the file that comes back says which weight has which name in it.
+the weight. So the file that comes back says which weight has which name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """`keep=`: the numbered saves of a run, the pointer `latest`, and which saves are removed.
 
-Deleting is the most dangerous thing that a library does. A folder is removed only if its name has
-the same stem and a number, if it is complete, and if it holds nothing but what dist_ema wrote.
+Deleting is the most dangerous thing that a library does. A folder is removed only if
+its name has the same stem and a number, and it is complete. It must hold nothing but what dist_ema
+wrote.
 Numbers beyond the new one belong to a run that was rewound, and stay.
 Files that dist_ema did not write (config, tokenizer, card) are kept.
 """

@@ -5,8 +5,8 @@ checkpoints. The import line is all that changes in a script. Where a library bu
 itself, a script has no such line: `install` puts the drop-in where the library looks it up.
 
 [Note: where a library looks]  `from timm.utils import ModelEmaV3` binds the class in the module
-that says so. So a class is replaced under its name in every module of the library that holds it,
-and in the one that defines it, for modules that are imported later.
+that says so. So a class is replaced under its name in every module of the library that holds it.
+Modules that are imported later find it replaced in the module that defines it.
 """
 
 from __future__ import annotations

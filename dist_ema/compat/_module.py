@@ -10,7 +10,7 @@ it since is the same model. Another model, or the same one with other dtypes or 
 weights, is averaged from then on into the same copy. The `EMA` is built again around it, and the
 copy keeps what it holds.
 
-[Note: one rank alone]  Under DDP every rank has a whole copy, and nothing here sends a message, so
+[Note: one rank alone]  Under DDP every rank has a whole copy, and nothing here sends a message. So
 scripts may keep the average on one rank only. Under FSDP construction is collective.
 """
 

@@ -6,8 +6,8 @@ it, so loops may evaluate on one rank. Only construction and `copy_to` are colle
 where the model is sharded.
 
 [Note: other parameters]  Loops pass the parameters anew at every step. The same ones cost a
-comparison. Where a wrapper put DTensors in their place, or a cast changed their form, the EMA is
-built anew on what came, with the shadows and the clock of the old one.
+comparison. A wrapper may put DTensors in their place, or a cast may change their form. Then the EMA
+is built anew on what came, with the shadows and the clock of the old one.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class StoreCoordinator(Waiting):
         store: Holds the messages. None for a world of one.
         members: The global ranks.
         rank: The index of this process in `members`.
-        timeout: Seconds that a rank waits for the others to enter a verb, and inside the verb the
-            seconds without a heartbeat or a window of bytes. It may be set later.
+        timeout: Seconds that a rank waits for the others to enter a verb. Inside the verb it counts
+            from the last heartbeat or window of bytes. It may be set later.
         heartbeat_store: Another connection to `store`, for heartbeats.
 
     Attributes:

@@ -9,9 +9,9 @@ on. So a rank has one connection per machine, and not one per rank:
 
 [Note: routes]  Two NFS clients that write neighbouring bytes of one page can lose one of them. So
 the files are laid end to end and cut into equal ranges, one for each machine. A cut lies between
-two files where that leaves the machines within a tenth of each other, else at a multiple of ALIGN
-in a file, which no page crosses. All ranks of a machine write its range; who sends to whom is told
-by [Note: columns].
+two files where that leaves the machines within a tenth of each other. Else it lies at a multiple of
+ALIGN, which no page crosses. All ranks of a machine write its range; who sends to whom is told by
+[Note: columns].
 """
 
 from __future__ import annotations

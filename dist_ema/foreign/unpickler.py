@@ -4,11 +4,12 @@ A pickle is a program: GLOBAL imports, REDUCE calls what was imported. Here `fin
 an allow-list, and any other name ends the reading with an error that states it. A call builds a
 plain value or an inert `Record`.
 
-[Note: the pure Python unpickler] `pickle.Unpickler`, in C, is safe from calls once `find_class` is
-restricted, but not from its other opcodes. A large LONG_BINPUT index allocates that much memory, a
-BINBYTES header allocates the length it claims, BUILD sets attributes of functions and classes, and
-the hash of a nested tuple as a key recurses without a limit. The Python class beside it keeps its
-memo in a dict, reads no more than there is, and has a table of opcodes that a subclass narrows.
+[Note: the pure Python unpickler]  `pickle.Unpickler`, in C, is safe from calls once `find_class` is
+restricted, but not from its other opcodes. A large LONG_BINPUT index allocates that much memory,
+and a BINBYTES header allocates the length it claims. BUILD sets attributes of functions and
+classes, and the hash of a nested tuple as a key recurses without a limit. The Python class beside
+it keeps its memo in a dict and reads no more than there is. A subclass can narrow its table of
+opcodes.
 """
 
 from __future__ import annotations

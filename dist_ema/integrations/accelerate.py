@@ -6,7 +6,7 @@
     register(accelerator, ema)
 
 [Note: state hooks]  `register_for_checkpointing` takes any object with `state_dict()`. It writes on
-the main process only and loads that file on every rank, so a sharded average would lose every other
+the main process only and loads that file on every rank. So a sharded average would lose every other
 shard without an error. State hooks run on every rank. While loading they run after FSDP's own
 optimizer state, which takes a step of its own.
 """

@@ -5,8 +5,8 @@ They follow from the schedule and the clock, so nothing has to be measured. Stor
 mixed into one that was not tracked: find the mixture whose profile is nearest (Karras et al. 2023,
 "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3 and appendix C).
 
-[Note: cells]  Updates are discrete, so a profile is one number per update, and one for the weights
-that averaging began at, in place of the paper's integrals. A decay composes ([Note: elapsed] in
+[Note: cells]  Updates are discrete. So in place of the paper's integrals a profile is one number
+per update, and one for the weights that averaging began at. A decay composes ([Note: elapsed] in
 schedules), so the share of several updates together is as exact as that of one. Above MOST_CELLS
 updates, neighbours share a cell, and only the measure of nearness becomes a little coarser.
 

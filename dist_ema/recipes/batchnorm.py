@@ -67,9 +67,9 @@ def recalibrate(
         The number of batches that this rank ran.
 
     Raises:
-        ValueError: The model has neither a BatchNorm that tracks statistics nor a spectral norm, or
-            there is no data, or a layer saw NaN, infinity or what its dtype cannot hold. Layers are
-            named.
+        ValueError: The model has neither a BatchNorm that tracks statistics nor a spectral norm.
+            Or there is no data, or a layer, which is named, saw NaN, infinity or what its dtype
+            cannot hold.
 
     Note:
         *Collective*: one reduction per layer. *Cost*: one layer's input in float64 at a time. A

@@ -1,7 +1,7 @@
 """FixRes: adapt a trained model to the resolution of the test (Touvron et al. 2019, section 4).
 
-Random crops in training make objects look larger than centre crops do in a test, and the
-activations before the classifier follow other statistics at another resolution. The cure is a few
+Random crops in training make objects look larger than centre crops do in a test. At another
+resolution the activations before the classifier follow other statistics. The cure is a few
 epochs at the resolution and with the preprocessing of the test, which train the classifier and the
 last normalisation alone.
 

@@ -40,8 +40,8 @@ CURVES: dict[str, Callable[[float], float]] = {
 class Window(Schedule):
     """What decaying the learning rate over the last `length` units would have given.
 
-    For a curve w that falls from 1 to 0 over the window, the weights after an update that moves
-    from a to b of it get the share w(a) - w(b): a sum of c_j = w_j - w_(j+1) times weights is the
+    A curve w falls from 1 to 0 over the window. The weights after an update that moves from a to b
+    of the window get the share w(a) - w(b): a sum of c_j = w_j - w_(j+1) times weights is the
     run whose every step was scaled by w (WSM, arXiv 2507.17634). "linear" is the plain mean of the
     window.
 

@@ -26,7 +26,7 @@ def allocate(
 
     Neighbours in the model stay neighbours in the arena, as one chain. Short chains lie end to end
     before the long ones. Each of these starts at a multiple of `ALIGN`, or as far behind one as its
-    live elements are behind a multiple of `WIDE`, so that one kernel reads both in wide accesses.
+    live elements are behind a multiple of `WIDE`. So one kernel reads both in wide accesses.
 
     Args:
         states: What is averaged. Each gets a shadow equal to the one that it has, or to its live

@@ -4,9 +4,9 @@ Functions are compiled: `x` and the like are scalars, tables are C pointers, and
 read and written by their bits. `contract` lets the compiler fuse the product and the sum of a move
 into one multiply-add, as torch's lerp does; `eager.passes_same_bits` checks that it did.
 
-[Note: narrow vectors]  Memory is the limit, and a core gets less of it through 512-bit vectors. An
-update of 124 M fp32 weights took 1.40 times torch's `add_` with them and 1.21 times with 256 bits
-on one thread of an AMD EPYC. numba has no option for it, hence the one intrinsic here.
+[Note: narrow vectors]  Memory is the limit, and a core gets less of it through 512-bit vectors. On
+one thread of an AMD EPYC an update of 124 M fp32 weights took 1.40 times torch's `add_` with them,
+and 1.21 times with 256 bits. numba has no option for it, hence the one intrinsic here.
 """
 
 from __future__ import annotations

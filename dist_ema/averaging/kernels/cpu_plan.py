@@ -1,6 +1,6 @@
 """Compiled passes over host memory, where numba is installed: pip install 'dist-ema[cpu]'.
 
-torch has no CPU kernel that reads bfloat16 and moves fp32, or one that rounds stochastically, so
+torch has no CPU kernel that reads bfloat16 and moves fp32, and none that rounds stochastically. So
 eager code goes over the same elements two to twenty times. A pass reads live once and each shadow
 once. Tables that are built once say where:
 
@@ -14,9 +14,9 @@ bits. They are those of torch's own OpenMP runtime, through its C interface. The
 some milliseconds after torch's last kernel, and threads of Python's have to share the cores with
 them. 124 M fp32 weights on two cores, after a kernel: 0.98 to 1.04 times torch's `add_` this way,
 1.11 to 1.13 with threads of Python's. Those remain for a torch without such a runtime, and for a
-forked process, in which the runtime would wait for threads that were not forked.
-`numba.prange` is not used, because it ends the process where one that used it has forked, or where
-two threads run it at once on numba's own thread pool.
+forked process. There the runtime would wait for threads that were not forked. `numba.prange` is not
+used. It ends the process where one that used it has forked, or where two threads run it at once on
+numba's own thread pool.
 
 [Note: no cache]  Compiling takes about a second per process and a tenth per further pair of
 dtypes, in the first update. numba could keep the result on disk, as a pickle, which this library

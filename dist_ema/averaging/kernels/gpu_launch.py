@@ -79,8 +79,8 @@ class Kind:
 def kind_of(pair: ShadowPair, share: float) -> tuple[Kind, Numbering | None] | None:
     """The launch that takes this pair, and the element numbers if it rounds; None: none does.
 
-    A launch takes fp32, bfloat16 and fp16 into fp32 or bfloat16, 1-D and on one device, with
-    element numbers that are a `Numbering` where it rounds.
+    A launch takes fp32, bfloat16 and fp16 into fp32 or bfloat16, 1-D and on one device. Where it
+    rounds, the element numbers must be a `Numbering`.
     """
     shadow, n = pair.shadows[0], len(pair.live)
     flat = all(

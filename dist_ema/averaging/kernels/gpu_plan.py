@@ -3,11 +3,11 @@
 Nothing is sent to the device per update but the weights of the averages, and those only when they
 changed.
 
-[Note: proof]  The kernel is proved in Triton's interpreter alone. So the first plan of a kind
-(device, dtypes, number of averages, shape of the numbering) moves two small tensors by the kernel
-and by the fallback, and compares the bits. If they differ, or Triton fails (it needs a C compiler),
-a warning says so once per device, and the fallback is used there. DIST_EMA_TRITON=0 in the
-environment leaves Triton alone.
+[Note: proof]  The kernel is proved in Triton's interpreter alone. So the first plan of a kind moves
+two small tensors by the kernel and by the fallback, and compares the bits. A kind is a device,
+dtypes, a number of averages and the shape of the numbering. If bits differ, or Triton fails (it
+needs a C compiler), a warning says so once per device, and the fallback is used there.
+DIST_EMA_TRITON=0 in the environment leaves Triton alone.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 [Note: contraction]  weight * (live - shadow) + shadow is one fused multiply-add here, as compilers
 make it of torch's own lerp; we say so, because Triton's default differs between versions. Only
 older interpreters of Triton round twice. The two differ by 1 ulp of the larger operand, unless the
-weight is a power of two, and 1 ulp of fp32 moves a stochastic rounding once in 65536 elements.
+weight is a power of two. In fp32 that moves a stochastic rounding once in 65536 elements.
 """
 
 from __future__ import annotations
