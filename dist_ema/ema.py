@@ -287,6 +287,10 @@ class EMA:
         where the shadows lie now. A cast to bfloat16 rounds to nearest. No collective, but call it
         alike on every rank.
 
+        Args:
+            device: Where the shadows go.
+            dtype: float32, float64 or bfloat16.
+
         Returns:
             The EMA.
 

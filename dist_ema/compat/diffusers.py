@@ -112,6 +112,11 @@ class EMAModel(ListDropIn):
     ) -> None:
         """Move and cast the shadows, always in order. 16-bit shadows are rounded stochastically.
 
+        Args:
+            device: where the shadows go; None leaves them.
+            dtype: a floating dtype of 16 bits or more; None leaves it.
+            non_blocking: makes no difference.
+
         Raises:
             ValueError: the dtype is no floating one of 16 bits or more.
         """
@@ -170,7 +175,13 @@ class EMAModel(ListDropIn):
     def from_pretrained(
         cls, path: str | os.PathLike[str], model_cls: Any, foreach: bool = False
     ) -> EMAModel:
-        """Load what `save_pretrained` wrote, here or in the original."""
+        """Load what `save_pretrained` wrote, here or in the original.
+
+        Args:
+            path: the folder.
+            model_cls: the class of the model in it.
+            foreach: makes no difference.
+        """
         _, settings = model_cls.from_config(model_cls.load_config(path), return_unused_kwargs=True)
         model = model_cls.from_pretrained(path)
         made_of = {"model_cls": model_cls, "model_config": model.config, "foreach": foreach}

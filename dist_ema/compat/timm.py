@@ -177,11 +177,21 @@ class ModelEmaV3(_Versioned):
         return float(max(min(value, self.decay), self.min_decay))
 
     def update(self, model: nn.Module, step: int | None = None) -> None:
-        """Move towards `model`. No collective, no host sync."""
+        """Move towards `model`. No collective, no host sync.
+
+        Args:
+            model: as it is now.
+            step: the step of the optimizer, for `get_decay`.
+        """
         self.apply_update_(model, self.get_decay(step))
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
-        """Move towards `model` with the caller's decay. No collective, no host sync."""
+        """Move towards `model` with the caller's decay. No collective, no host sync.
+
+        Args:
+            model: as it is now.
+            decay: the share of the average that stays.
+        """
         self.copied.move(model, decay)
         if self.exclude_buffers:
             self.copied.copy_rest()

@@ -63,6 +63,10 @@ class ExponentialMovingAverage(ListDropIn):
     def to(self, device: Device = None, dtype: torch.dtype | None = None) -> None:
         """Move and cast shadows and stored parameters. 16-bit shadows are rounded stochastically.
 
+        Args:
+            device: where the tensors go; None leaves them.
+            dtype: a floating dtype of 16 bits or more; None leaves it.
+
         Raises:
             ValueError: the dtype is no floating one of 16 bits or more.
         """

@@ -43,7 +43,12 @@ class Registration:
             self._handles.pop().remove()
 
     def log(self, step: int | None = None, prefix: str = "ema/") -> None:
-        """Send `ema.metrics()` to the trackers of the accelerator. *Collective*."""
+        """Send `ema.metrics()` to the trackers of the accelerator. *Collective*.
+
+        Args:
+            step: The step that trackers show.
+            prefix: What the names of the metrics begin with.
+        """
         values = self._ema.metrics()
         self._accelerator.log({prefix + name: value for name, value in values.items()}, step=step)
 

@@ -36,19 +36,34 @@ def _recursive(decays: Array) -> Array:
 
 
 def ema(n: int, decay: float) -> Array:
-    """d^n for the start, (1 - d) d^(n - j) for update j: the exponential moving average."""
+    """d^n for the start, (1 - d) d^(n - j) for update j: the exponential moving average.
+
+    Args:
+        n: The number of updates.
+        decay: The share of the average that an update keeps, d.
+    """
     return _recursive(np.full(n, decay))
 
 
 def tail(n: int, start: int) -> Array:
-    """1 / (n - start) for every update after `start` (Polyak and Juditsky 1992; SWA, 2018)."""
+    """1 / (n - start) for every update after `start` (Polyak and Juditsky 1992; SWA, 2018).
+
+    Args:
+        n: The number of updates.
+        start: The last update that the mean leaves out.
+    """
     return np.where(np.arange(n + 1) > start, 1 / (n - start), 0.0)
 
 
 def lawa(n: int, every: int, k: int) -> Array:
     """1 / k for each of the last k checkpoints, made every `every` updates (LAWA, 2209.14981).
 
-    With fewer than k so far: the mean of those.
+    With fewer than k so far it is the mean of those.
+
+    Args:
+        n: The number of updates.
+        every: Updates from one checkpoint to the next.
+        k: The number of checkpoints in the mean.
     """
     steps = np.arange(n + 1)
     made = (steps > 0) & (steps % every == 0)
@@ -62,6 +77,11 @@ def cooldown(n: int, length: int, curve: str | Callable[[float], float] = "linea
     The first update of the window has w = 1, and after the last one w = 0. A run whose steps in the
     window are scaled by w ends at this sum. "linear" is the mean of the window, "minus-sqrt" gives
     sqrt(j / length) - sqrt((j - 1) / length) to the j-th update of it.
+
+    Args:
+        n: The number of updates.
+        length: The number of updates in the window.
+        curve: The name of a curve of `Window`, or a function on [0, 1].
     """
     function = CURVES[curve] if isinstance(curve, str) else curve
     scales = np.array([function(j / length) for j in range(length + 1)])
@@ -75,6 +95,13 @@ def bema(
 
     The EMA moves by beta_t = (lag + gamma t)^-kappa. The correction takes back the lag of the EMA
     behind a drift; the start needs its own copy for that.
+
+    Args:
+        n: The number of updates.
+        kappa: The exponent of the EMA's weight.
+        eta: The exponent of the correction.
+        lag: The offset of both.
+        gamma: The rate of both.
     """
     rate = lag + gamma * np.arange(1, n + 1)
     shares = _recursive(np.asarray(1 - rate**-kappa, np.float64))

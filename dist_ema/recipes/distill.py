@@ -41,7 +41,15 @@ class SoftTargetLoss(nn.Module):
         return f"temperature={self.temperature}" + ("" if self.dim is None else f", dim={self.dim}")
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of logits of one shape: a scalar in float32, in float64 for float64 logits."""
+        """The loss of logits of one shape: a scalar in float32, in float64 for float64 logits.
+
+        Args:
+            student: The logits that get a gradient.
+            teacher: The logits of the soft targets.
+
+        Raises:
+            ValueError: The shapes differ, are empty, or do not tell which dimension is `dim`.
+        """
         if student.shape != teacher.shape:
             raise ValueError(
                 f"logits must have one shape, got {tuple(student.shape)} and "

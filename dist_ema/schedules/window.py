@@ -112,7 +112,7 @@ class Window(Schedule):
         the window.
 
         Args:
-            updates: In a full window; a multiple of `blocks`.
+            updates: The number of updates in a full window; a multiple of `blocks`.
         """
         each = updates // self.blocks
         exact = self.shares(0, [float(i + 1) for i in range(updates)])
@@ -120,6 +120,7 @@ class Window(Schedule):
         return sum(abs(share - means[i // each] / each) for i, share in enumerate(exact)) / 2
 
     def to_dict(self) -> dict[str, Any]:
+        """See `Schedule.to_dict`. Raises ValueError where the curve is a function."""
         if not isinstance(self.curve, str):
             raise ValueError(
                 f"{self!r}: files cannot hold a function. Track a window with a named curve "
