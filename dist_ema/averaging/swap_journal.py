@@ -266,7 +266,10 @@ class SwapWrites:
         for state, applied in self._buffers:
             tensor, module = registered(state.shard), id(state.shard.place[0])
             if tensor is None:
-                raise RuntimeError(f"{state.name} is no buffer of the model any more.")
+                raise RuntimeError(
+                    f"{state.name} is no buffer of the model any more. Edit the model outside of "
+                    "ema.swap(), and call ema.rescan()."
+                )
             if (tensor.shape, tensor.dtype) != (state.shard.shape, applied.dtype):
                 reshaped.add(module)
                 continue

@@ -258,7 +258,10 @@ class ModuleAverage:
         (average,) = whole["averages"].values()
         missing = [key for key in (*average["weights"], *average["buffers"]) if key not in named]
         if missing:
-            raise ValueError(f"the state_dict lacks {', '.join(missing[:5])} of the average.")
+            raise ValueError(
+                f"the state_dict lacks {', '.join(missing[:5])} of the average. Pass what "
+                "state_dict() of such a drop-in gave."
+            )
         buffers = {key: named[key] for key in average["buffers"]}
         own = [key not in average["weights"] for key in sorted(buffers)]
         flags = torch.tensor(own, dtype=torch.uint8, device="cpu")

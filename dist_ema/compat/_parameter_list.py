@@ -164,7 +164,8 @@ class ParameterListAverage:
         tensors = [item[1] if isinstance(item, tuple) else item for item in given]
         if len(tensors) != len(self.names):
             raise ValueError(
-                f"the average holds {len(self.names)} parameters, and {len(tensors)} were given."
+                f"the average holds {len(self.names)} parameters, and {len(tensors)} were given. "
+                "Pass those that it was built on."
             )
         return list(zip(self.names, tensors, strict=True))
 
@@ -181,7 +182,10 @@ class ParameterListAverage:
         mismatched = [name for name in self.names if name not in found]
         mismatched += [n for n, p in found.items() if p.requires_grad and n not in listed]
         if mismatched:
-            raise ValueError(f"the model and the average differ in {', '.join(mismatched[:5])}.")
+            raise ValueError(
+                f"the model and the average differ in {', '.join(mismatched[:5])}. Pass the model "
+                "that the average was built on."
+            )
         return [found[name] for name in self.names]
 
     @torch.no_grad()
@@ -291,7 +295,10 @@ class ParameterListAverage:
         """
         held = self._held("restore", given)
         if len(held) != len(kept):
-            raise ValueError(f"{len(kept)} weights were kept, and {len(held)} were given.")
+            raise ValueError(
+                f"{len(kept)} weights were kept, and {len(held)} were given. "
+                "Give the same parameters to store() and restore()."
+            )
         _overwrite([(shard, shard.read(), value) for shard, value in zip(held, kept, strict=True)])
 
     def _held(self, verb: str, given: Model | None) -> list[records.Shard]:
