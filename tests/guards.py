@@ -137,6 +137,7 @@ averaging/inventory.py
     _kept             (shard.name, *shard.aliases) => (shard.name,)
             @living_details::test_a_tie_under_an_earlier_name_keeps_its_average
 averaging/storage_watch.py
+    renew             , *counted_apart(param.shard)) => ,)  @living_ranks
     changed           True in [tensor.requires_grad for tensor in self._frozen] or =>
             @living_tree::test_a_complex_weight_that_is_unfrozen_is_noticed_too
     trained_unseen    and now[1] == before[1] =>  @metrics::test_times_of_a_side_stream
@@ -307,8 +308,7 @@ averaging/teacher.py
     take_off_spent    handle.remove()  @into::test_copies_of_the_teacher_are_free
     refuse_training   the optimizer trains  @into::test_teacher_is_not_trained
     copy_frozen       _copy(state)  @into::test_frozen_weights_follow
-    copy_frozen       or not state.shard.dense =>
-            @living_details::test_frozen_strided_weights_are_read_as_they_are
+    copy_frozen       versions(state) => (state.local._version, 0)  @living_ranks
     reshard           derived.caches_dropped(self.module) => torch.no_grad()
             @living_caches::test_a_copy_in_eval_mode_is_never_stale
 averaging/optimizer_hooks.py

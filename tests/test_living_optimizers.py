@@ -824,11 +824,17 @@ def test_a_listed_weight_whose_module_was_replaced_is_named(named: bool) -> None
 def test_optimizers_of_views_and_beside_others_are_known() -> None:
     """Warnings are errors here: a flat buffer that the weights are views of, and a GAN's two."""
     model = nn.Linear(4, 4)
-    flat = nn.Parameter(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
-    torch.nn.utils.vector_to_parameters(flat.detach(), model.parameters())
+
+    def flattened() -> torch.optim.Optimizer:
+        flat = nn.Parameter(torch.nn.utils.parameters_to_vector(model.parameters()).detach())
+        torch.nn.utils.vector_to_parameters(flat.detach(), model.parameters())
+        return torch.optim.SGD([flat], lr=0.1)
+
+    before = flattened()
     ema = EMA(model, 0.5)
-    ema.attach(torch.optim.SGD([flat], lr=0.1))
-    ema.detach()
+    for optimizer in (before, flattened()):
+        ema.attach(optimizer)
+        ema.detach()
     other = nn.Linear(4, 4)
     ema.attach(
         torch.optim.SGD(other.parameters(), lr=0.1), torch.optim.SGD(model.parameters(), lr=0.1)

@@ -22,9 +22,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from dist_ema import EMA
+from dist_ema.averaging.engines import Overlapped
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
 from tests.living import distance
+from tests.test_engines import Late
 
 DECAY = 0.75
 WRAPPERS = ["ddp", "fsdp1 orig", "fsdp1 flat", "fsdp1 no_shard", "fsdp2", "tp"]
@@ -469,6 +471,47 @@ def updated_before_the_backward(kind: str) -> Callable[[], float]:
     return program
 
 
+def written_behind_the_step(kind: str) -> Callable[[], float]:
+    """Named where an update reads behind the step; sharded Parameters count writes apart."""
+
+    def program() -> float:
+        run = Run(kind)
+        run.ema.weights.updates.engine = Overlapped(Late(0))
+        for write in (False, True):
+            run.model(torch.ones(2, 4)).sum().backward()
+            run.optimizer.step()
+            run.model(torch.ones(2, 4)).sum().backward()
+            if not write:
+                continue
+            with torch.no_grad():
+                for p in run.model.parameters():
+                    p.clamp_(-0.1, 0.1)
+            with raises(RuntimeError, "was written after the optimizer's step"):
+                run.optimizer.step()
+        return 0.0
+
+    return program
+
+
+def frozen_of_a_teacher(kind: str) -> Callable[[], float]:
+    """A write into a frozen weight of the student reaches the teacher with the next update."""
+
+    def program() -> float:
+        student, teacher = (build(kind) for _ in range(2))
+        for module in student.modules():
+            if isinstance(module, nn.Linear) and module.out_features == 4:
+                module.requires_grad_(False)
+        ema = EMA(student, DECAY, into=teacher)
+        ema.update()
+        with torch.no_grad():
+            for p in student.parameters():
+                p.mul_(1 if p.requires_grad else 3)
+        ema.update()
+        return distance(full(student), full(teacher))
+
+    return program
+
+
 def group_destroyed() -> float:
     """As loops do that wrap the model anew: nothing was written, and no replica is stale."""
     torch.manual_seed(0)
@@ -501,6 +544,7 @@ def table() -> dict[str, Callable[[], float]]:
             f"{kind}: half() when the EMA is gone": after_the_ema(kind, lambda m: m.half()),
             f"{kind}: a write inside swap": written_inside(kind),
             f"{kind}: replaced head": replaced_head(kind),
+            f"{kind}: written behind the step": written_behind_the_step(kind),
         }
     for kind in ("ddp", "fsdp1 orig", "fsdp2"):
         entries |= {
@@ -510,6 +554,8 @@ def table() -> dict[str, Callable[[], float]]:
             f"{kind}: DCP, no average": without_an_average(kind),
             f"{kind}: unfrozen": unfrozen(kind),
         }
+    for kind in ("fsdp1 orig", "fsdp2", "tp"):
+        entries[f"{kind}: frozen of a teacher"] = frozen_of_a_teacher(kind)
     for kind in ("fsdp1 orig", "fsdp1 flat"):
         entries[f"{kind}: offload between phases"] = moves_between_phases(kind)
     for kind in ("ddp", "fsdp1 orig", "fsdp2"):

@@ -28,8 +28,11 @@ def steps_any(optimizers: Iterable[Any], weights: AveragedWeights) -> bool:
 
 def warn_of_others(weights: AveragedWeights, optimizers: Sequence[Optimizer]) -> None:
     """Warn where the optimizers step other tensors than those that are averaged."""
-    if weights.names() and not steps_any(optimizers, weights):
-        weights.follow(tree=True)  # it may hold what has replaced them
+    known = not weights.names() or steps_any(optimizers, weights)
+    if not known:
+        weights.follow(tree=True)  # it may hold what has replaced them, or where they moved
+        known = steps_any(optimizers, weights)
+    if not known:
         names = ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
         warn(
             f"ema.attach(): {names} holds none of the averaged weights. If it steps copies of "

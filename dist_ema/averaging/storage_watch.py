@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..sharding import fingerprint, memory_watch, ownership, records
 from .average import Average
 from .clock import Clock
-from .swap_registry import SwapRegistry
+from .swap_registry import SwapRegistry, counted_apart
 
 __all__ = ["StorageWatch", "refuse_shared"]
 
@@ -68,7 +68,13 @@ class StorageWatch:
         # Buffers are read before an update returns, and a forward may write them at any time.
         self._params = [param for param in params if param.shard.kind != "buffer"]
         self._frozen, self.sees_tree = frozen, bool(roots)
-        self._counted = [param.local for param in self._params]
+        counted = {
+            id(tensor): (param.name, tensor)
+            for param in self._params
+            for tensor in (param.local, *counted_apart(param.shard))
+        }
+        self._names = [name for name, _ in counted.values()]
+        self._counted = [tensor for _, tensor in counted.values()]
         self._memory = memory_watch.MemoryWatch(
             [*(param.shard for param in params), *further], roots
         )
@@ -96,13 +102,13 @@ class StorageWatch:
         """The read is over. Returns the names of weights that were written meanwhile.
 
         Note:
-            *Cost*: that of `begin_read`, 0.05 us per weight.
+            *Cost*: that of `begin_read`, 0.05 us per weight, 0.2 us per DTensor.
         """
         before, self._read_versions = self._read_versions, None
         if before is None or before == (now := self._versions()):
             return []
-        versions = zip(self._params, before, now, strict=True)
-        return [param.name for param, old, new in versions if old != new]
+        versions = zip(self._names, before, now, strict=True)
+        return list(dict.fromkeys(name for name, old, new in versions if old != new))
 
     def _versions(self) -> list[int]:
         return list(map(_VERSION, self._counted))

@@ -19,9 +19,9 @@ from weakref import WeakSet
 
 from torch import Tensor
 
-from ..sharding import ownership
+from ..sharding import ownership, records
 
-__all__ = ["Reads", "SwapRegistry", "Versions", "versions"]
+__all__ = ["Reads", "SwapRegistry", "Versions", "counted_apart", "versions"]
 
 
 class Reads(enum.Flag):
@@ -36,22 +36,30 @@ class Reads(enum.Flag):
     REPLACED = enum.auto()  # shadows that are replaced: allowed after a swap that failed
 
 
-Versions = tuple[int, int]  # of a weight's local elements, and of its Parameter
+Versions = tuple[int, int]  # of a weight's local elements, and of the Parameters around them
 
 _REGISTRIES: WeakSet[SwapRegistry] = WeakSet()
 _OPENINGS = itertools.count(1)
 
 
-def versions(state: ownership.ParamState) -> Versions:
-    """The version counters of a weight. FSDP1 keeps them apart, and one more of the flat one.
+def counted_apart(shard: records.Shard) -> list[Tensor]:
+    """The tensors around local elements that count writes of their own.
 
-    A frozen weight made in inference mode has none.
+    One into a DTensor is not counted by its local tensor, nor the other way round. FSDP1 keeps
+    those of a Parameter and of the flat one apart.
     """
+    around = (
+        [shard.tensor] if shard.flat_parameter is None else [shard.tensor, shard.flat_parameter]
+    )
+    return [] if shard.local_tensor() is shard.tensor else around
+
+
+def versions(state: ownership.ParamState) -> Versions:
+    """The version counters of a weight. A frozen one made in inference mode has none."""
     if state.shard.tensor.is_inference():
         return 0, 0
-    flat = state.shard.flat_parameter
-    writes = 0 if flat is None else flat._version
-    return state.local._version, state.shard.tensor._version + writes
+    around = counted_apart(state.shard)
+    return state.local._version, sum(tensor._version for tensor in around)
 
 
 class SwapRegistry:

@@ -29,6 +29,7 @@ from ..schedules import Schedule, Window
 from ..sharding import derived, discovery, parameters, tree_changes, wrappers
 from ..sharding.ownership import ParamState, form
 from ..sharding.records import Shard
+from .swap_registry import Versions, versions
 
 __all__ = ["Teacher", "refuse_beside_teacher"]
 
@@ -87,7 +88,7 @@ class Teacher:
         self._given: dict[str, Shard] = {}  # by the model's names: what the EMA writes
         self._places: dict[str, Any] = {}  # address and form
         self._copied: list[ParamState] = []  # frozen weights and buffers
-        self._copied_versions: list[int] = []
+        self._copied_versions: list[Versions | None] = []
         self._hooks = ExitStack()
         for module, outer in wrappers.entrances(self.module, self.sharded):
             for left in list(module._forward_pre_hooks.values()):
@@ -278,14 +279,15 @@ class Teacher:
 
     def forget_copies(self) -> None:
         """The next `copy_frozen` copies everything."""
-        self._copied_versions = [-1 for _ in self._copied]
+        self._copied_versions = [None for _ in self._copied]
 
     def copy_frozen(self) -> None:
         """Frozen weights follow whenever live was written, by `load_state_dict` for one."""
         for i, state in enumerate(self._copied):
-            version = state.local._version
-            written = version != self._copied_versions[i] or not state.shard.dense
-            if state.shard.kind != "buffer" and written:
+            if state.shard.kind == "buffer":
+                continue
+            version = versions(state)
+            if version != self._copied_versions[i]:
                 _copy(state)
                 self._copied_versions[i], self.is_stale = version, True
 
