@@ -354,6 +354,7 @@ def broken(tmp_path: Path, shop: Path) -> dict[str, tuple[Path, str]]:
         "run": (tmp_path / "run", "Folders in it do, ema-2 for one: name the one to read."),
         "newer": (newer, "holds format 99; this dist_ema reads up to 1. Upgrade dist_ema."),
         "odd": (odd, "is not valid JSON"),
+        "json": (copy(shop, "ema", tmp_path / "json") / META, "name the folder, "),
         "missing": (missing, "model-00002-of-00002.safetensors"),
         "escape": (escape, "no sound weight_map"),
         "folder": (folder, "model.safetensors"),

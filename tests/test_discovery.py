@@ -312,12 +312,18 @@ def test_nothing_matches(only: Any) -> None:
 def test_arguments() -> None:
     for options, words in [
         ({"decay": 1.5}, "decay must be in"),
-        ({"decay": "a"}, "a float or a schedule"),
+        ({"decay": "0.99"}, "a float or a schedule .* got '0.99'"),
+        ({"timeout": -3}, "timeout must be a positive number of seconds, got -3"),
+        ({"timeout": "1"}, "timeout must be a positive number of seconds, got '1'"),
         ({"dtype": torch.float16}, "dtype must be"),
         ({"buffers": "keep"}, "buffers must be"),
     ]:
         with pytest.raises(ValueError, match=words):
             EMA(nn.Linear(2, 2), **options)
+    ema = EMA(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="timeout must be"):
+        ema.timeout = 0
+    assert ema.timeout == 300
 
 
 # --- stale records --------------------------------------------------------------------------------

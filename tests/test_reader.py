@@ -619,7 +619,7 @@ def test_load_file_refuses(tmp_path: Path) -> None:
     ema.save(tmp_path / "a")
     for name, words in [
         ("nowhere", "does not exist"), ("a.pt", "is no safetensors file"),
-        ("empty", "holds no model.safetensors"), ("a/ema.json", "no sound weight_map"),
+        ("empty", "holds no model.safetensors"), ("a/ema.json", "name the folder, "),
     ]:  # fmt: skip
         for read in (ema.load, load_file):
             with pytest.raises(ValueError, match=words):

@@ -132,6 +132,8 @@ def find(path: str | Path) -> Path:
             )
     elif not path.is_file():
         raise ValueError(f"{path} is neither a folder nor a file.")
+    elif path.suffix == ".json":
+        raise ValueError(f"{path} tells what a folder holds: name the folder, {path.parent}.")
     elif pickled(path):
         raise ValueError(
             f"{path} is a pickled checkpoint, no safetensors file. `dist-ema convert {path} OUT` "

@@ -167,7 +167,7 @@ def schedule(decay: float | Schedule) -> Schedule:
 
 def schedule_list(decay: float | Schedule | Sequence[float | Schedule]) -> list[Schedule]:
     """The schedules of one or more averages. Raises ValueError if there is none, or two equal."""
-    decays = decay if isinstance(decay, Sequence) else [decay]
+    decays = decay if isinstance(decay, Sequence) and not isinstance(decay, str) else [decay]
     schedules = [schedule(decay_or_window) for decay_or_window in decays]
     if not schedules or len(set(schedules)) < len(schedules):
         raise ValueError(f"decay must name one or more different schedules, got {decay!r}.")

@@ -34,6 +34,11 @@ Which = int | str | Schedule
 DOUBLED = 3  # updates by hand, each after one of an attached optimizer, that are no coincidence
 
 
+def _refuse_timeout(seconds: float) -> None:
+    if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+        raise ValueError(f"timeout must be a positive number of seconds, got {seconds!r}.")
+
+
 class Entry:
     """The ranks of an EMA, and how they begin a verb together.
 
@@ -56,6 +61,7 @@ class Entry:
     """
 
     def __init__(self, weights: AveragedWeights, arguments: dict[str, Any], timeout: float) -> None:
+        _refuse_timeout(timeout)
         model_shards = weights.find(timeout)
         members, group = model_shards.members, model_shards.group
         self.is_staged = isinstance(weights.model, parameters.Stages)
@@ -137,6 +143,7 @@ class Entry:
 
     def set_timeout(self, seconds: float) -> None:
         """Set the timeout of all verbs from now on."""
+        _refuse_timeout(seconds)
         for ranks in filter(None, (self.ranks, self._everyone)):
             ranks.timeout = seconds
 
