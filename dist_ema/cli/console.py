@@ -223,12 +223,13 @@ def show(options: argparse.Namespace, facts: Any, lines: Iterable[str]) -> int:
     return FINE
 
 
-_ARGUMENT = re.compile(r"\b([Pp]ass|with) (force|like|which)=(?:True|'([^']*)')?")
+_ARGUMENT = re.compile(r"\b([Pp]ass|with) (force|inert|like|which)=(True|'[^']*'|\[[^\]]*\])?")
 
 
 def _as_option(argument: re.Match[str]) -> str:
-    value = "" if argument[3] is None else f" {argument[3]}"
-    return f"{argument[1]} --{argument[2]}{value}"
+    values = re.findall("'([^']*)'", argument[3] or "")
+    options = [f"--{argument[2]} {value}" for value in values] or [f"--{argument[2]}"]
+    return f"{argument[1]} {' '.join(options)}"
 
 
 def say(sentence: str, code: int) -> int:

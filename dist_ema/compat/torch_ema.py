@@ -15,6 +15,8 @@ from ._parameter_list import Device, ParameterListAverage, source
 
 __all__ = ["ExponentialMovingAverage"]
 
+_KEYS = ("decay", "num_updates", "shadow_params", "collected_params")
+
 
 class ExponentialMovingAverage(ListDropIn):
     """The average of all given parameters, frozen ones included, updated by hand.
@@ -78,8 +80,7 @@ class ExponentialMovingAverage(ListDropIn):
 
     def state_dict(self) -> dict[str, Any]:
         """The original's keys. Tensors have the form of the parameters: this rank's part."""
-        keys = ("decay", "num_updates", "shadow_params", "collected_params")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in _KEYS}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` gave, on as many ranks, or full tensors.
@@ -88,9 +89,7 @@ class ExponentialMovingAverage(ListDropIn):
             ValueError: a value is none that the original takes, or tensors do not fit. Nothing has
                 changed then.
         """
-        decay, count, shadows, collected = (
-            state_dict[key] for key in ("decay", "num_updates", "shadow_params", "collected_params")
-        )
+        decay, count, shadows, collected = (state_dict[key] for key in _KEYS)
         Constant(decay)  # refuses what is none
         if not (count is None or isinstance(count, int)):
             raise ValueError(f"num_updates must be an int or None, got {count!r}.")

@@ -186,8 +186,7 @@ def _refusal(path: Path, error: Exception, unsafe: Sequence[str]) -> str:
     if found:
         return (
             f"{path} asks for {some(found)}, whose code dist_ema does not run. If they are only "
-            "settings beside the weights, read past them with --inert "
-            f"{' --inert '.join(found[:3])}."
+            f"settings beside the weights, pass inert={list(found[:3])} to read past them."
         )
     name = "" if _is_archive(path) else _first_asked(path)
     if name:
