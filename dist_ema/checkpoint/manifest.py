@@ -24,10 +24,10 @@ __all__ = [
     "META",
     "Manifest",
     "group_aliases",
-    "is_resumable",
     "read",
     "read_files",
     "refuse_damaged",
+    "refuse_form",
 ]
 
 FORMAT = 1
@@ -308,8 +308,29 @@ def refuse_damaged(folder: Path, found: Manifest, files: Files | None = None) ->
         )
 
 
-def is_resumable(path: Path) -> bool:
-    """Whether a run could resume from the folder."""
+def refuse_form(path: Path, one_file: bool, *, ships: bool) -> None:
+    """Raise ValueError where what is to be written must not replace what is there.
+
+    Args:
+        path: What is there.
+        one_file: A file is to be written, else a folder.
+        ships: A model to ship is to be written, which must not replace an average to resume from.
+    """
+    if one_file and path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
+    if not one_file and not path.is_dir():
+        raise ValueError(
+            f"{path} is a file. Give a folder; a model to ship may also have a name that ends in "
+            ".safetensors."
+        )
+    if ships and not one_file and _is_resumable(path):
+        raise ValueError(
+            f"{path} is an average to resume from: replaced, its clock would be lost. Choose "
+            "another path."
+        )
+
+
+def _is_resumable(path: Path) -> bool:
     try:
         saved = read(path)
     except (OSError, ValueError):

@@ -257,32 +257,22 @@ def _refuse_target(request: SaveRequest) -> None:
 def _refuse_foreign(request: SaveRequest, temporary: Path | None = None) -> None:
     """Raise ValueError for a target that is not ours. temporary: It may lie inside."""
     path = request.path
-    if request.one_file and path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
-    if request.one_file or not path.exists():
+    if not path.exists():
         return
     if request.verb == "publish":
         raise ValueError(
             f"{path} exists. Does another trainer publish to {path.parent}? Give each its own "
             "folder."
         )
-    if not path.is_dir():
-        raise ValueError(
-            f"{path} is a file. Give a folder, or let export write a name that ends in "
-            ".safetensors."
-        )
+    manifest.refuse_form(path, request.one_file, ships=request.verb == "export")
     if request.verb == "export":
-        if manifest.is_resumable(path):
-            raise ValueError(
-                f"{path} is an average to resume from: its clock would be lost. Choose another "
-                "path."
-            )
-    elif not (path / manifest.META).exists() and set(path.iterdir()) - {temporary}:
+        return
+    if not (path / manifest.META).exists() and set(path.iterdir()) - {temporary}:
         raise ValueError(
             f"{path} holds files but no {manifest.META}: it is not ours to replace. Choose another "
             "path."
         )
-    elif foreign := retention.foreign(path, temporary):
+    if foreign := retention.foreign(path, temporary):
         raise ValueError(
             f"{path} holds {', '.join(foreign[:3])}, which ema.save() did not write and would "
             "remove. Choose another path."

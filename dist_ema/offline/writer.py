@@ -73,19 +73,10 @@ def refuse_target(path: Path, force: bool, temporary: Path | None = None) -> Non
         return
     if not force:
         raise ValueError(f"{path} exists. Pass force=True to replace it, or name another path.")
-    if path.suffix == ".safetensors":
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
-    elif not path.is_dir():
-        raise ValueError(f"{path} is a file. Give a folder, or a name that ends in .safetensors.")
-    elif set(path.iterdir()) - {temporary} and not any(path.glob("*.safetensors")):
+    manifest.refuse_form(path, path.suffix == ".safetensors", ships=True)
+    if path.is_dir() and set(path.iterdir()) - {temporary} and not any(path.glob("*.safetensors")):
         raise ValueError(
             f"{path} holds files but no model: it is not ours to replace. Choose another path."
-        )
-    elif manifest.is_resumable(path):
-        raise ValueError(
-            f"{path} is an average to resume from: replaced, its clock would be lost. Choose "
-            "another path."
         )
 
 
