@@ -783,7 +783,7 @@ class EMA:
 
     @_outside_autograd
     def metrics(self, which: Which = 0, *, distance: bool = True) -> dict[str, float]:
-        """What there is to log, as plain numbers.
+        """The metrics of an average, as plain numbers to log.
 
         | key | meaning |
         | --- | --- |

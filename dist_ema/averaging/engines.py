@@ -36,7 +36,7 @@ Plan: TypeAlias = "UpdatePlan | FusedPlan"
 
 @dataclass(frozen=True)
 class Times:
-    """What is known of the updates without waiting ([Note: times])."""
+    """Facts about the updates that are known without waiting ([Note: times])."""
 
     update_ms: float = 0.0  # of the last finished update
     stall_ms: float = 0.0  # that it added to the training step
@@ -67,7 +67,7 @@ class Engine(Protocol):
 
 
 class Inline:
-    """On the caller's stream: the reference that other engines must equal bit for bit.
+    """Runs updates on the caller's stream. Other engines must equal it bit for bit.
 
     Args:
         device: Where updates are timed; None: on the host.

@@ -126,7 +126,7 @@ class Executor(Protocol):
         """Do `work` after everything that the caller has issued so far. Returns a ticket."""
 
     def wait(self, ticket: Any) -> None:
-        """What the caller issues from now on comes after the ticket's work."""
+        """Order the ticket's work before all that the caller issues from now on."""
 
     def done(self, ticket: Any) -> bool:
         """The ticket's work is done. Never waits."""

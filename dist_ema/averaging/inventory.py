@@ -110,7 +110,7 @@ class Inventory:
         self.sharded = found.sharded + ([] if teacher is None else teacher.sharded)
 
     def _kept(self, found: ModelShards) -> dict[str, str]:
-        """What is averaged, still there and held alike: name in `found` -> name until now."""
+        """Averaged weights that `found` holds in the same form: name there -> name until now."""
         known = {
             name: state.shard
             for state in self.states

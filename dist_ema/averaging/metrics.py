@@ -35,7 +35,7 @@ WINDOW = 1 << 18  # elements that are compared at once, in 8 bytes each
 
 
 def known(weights: AveragedWeights, average: Average) -> dict[str, float]:
-    """What the host knows of an average. Never waits."""
+    """The metrics that the host knows of an average. Never waits."""
     now, times = weights.clock.at(average.schedule), weights.updates.times()
     decay, half_life = average.pace(now)
     beside, on_host = _bytes(weights)

@@ -59,7 +59,7 @@ KNOWN_WRAPPERS = ("torch", "accelerate", "lightning", "pytorch_lightning")
 
 
 class Attachment:
-    """What `EMA.attach` returns; `remove()` takes the hooks off again.
+    """The handle that `EMA.attach` returns; `remove()` takes the hooks off again.
 
     Attributes:
         arguments: What `attach` was given, which must be alike on all ranks.
@@ -129,7 +129,7 @@ class Attachment:
             self._averager.settle()
 
     def to_dict(self) -> dict[str, Any]:
-        """What is worth keeping in a file; a callable elapsed is not."""
+        """The arguments that files keep; a callable elapsed is not one."""
         elapsed = None if callable(self._elapsed) else self._elapsed
         return {"every": self.every, "start": self.start, "elapsed": elapsed}
 

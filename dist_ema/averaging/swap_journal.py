@@ -52,7 +52,7 @@ COPIES = 3  # per window ([Note: the journal])
 
 
 class SwapJournal:
-    """What one swap has moved on this rank, and how to undo it. Local.
+    """The copies that one swap has made on this rank, and their undoing. Local.
 
     Args:
         model: The live model.
@@ -256,7 +256,7 @@ class SwapWrites:
         )
 
     def changed_buffers(self) -> tuple[dict[str, Tensor], list[str]]:
-        """What every persistent buffer holds now, and the names of those that are the average's.
+        """The values of all persistent buffers, and the names of those that become the average's.
 
         A module's persistent buffers are one state: if one was written, all are. If one has another
         shape or dtype than before, the module keeps no state.

@@ -54,7 +54,7 @@ class WindowRing:
 
     @property
     def nbytes(self) -> int:
-        """On this rank, outside of the shadows."""
+        """Bytes of the blocks on this rank; shadows do not count."""
         return sum(value.nbytes for block in self.entries for value in block.values.values())
 
     def clear(self, begin: float = 0.0) -> None:

@@ -134,7 +134,7 @@ def _inside(path: Path, kind: str, token: str = "") -> Path:
 
 
 def _all_like(start: Path) -> list[Path]:
-    """What lies there under names that begin so and go on with a token."""
+    """The siblings whose names begin so and go on with a token."""
     # NOTE: no glob, because names may hold its characters, or end in '.tmp-1' themselves.
     folder, pattern = start.parent, re.compile(re.escape(start.name) + "[0-9a-f]{32}")
     try:

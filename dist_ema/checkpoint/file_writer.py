@@ -175,7 +175,7 @@ class FileWriter:
 
 
 def _cast(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
-    """On the host. Raises ValueError where a finite value would become infinite or NaN."""
+    """Cast on the host. Raises ValueError where a finite value would not stay finite."""
     _refuse_too_large([(name, data, dtype)])
     return data.to(dtype).cpu()
 

@@ -66,7 +66,7 @@ class AverageFiles:
 
     @property
     def blocks(self) -> list[Block]:
-        """What this rank writes. *Aliases* shadows and live weights."""
+        """The blocks that this rank writes. *Aliases* shadows and live weights."""
         if not self.writes:
             return []
         return list(saved_blocks(self.states, self.own_buffers, self.alone))
@@ -111,7 +111,7 @@ def _text(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """What to write, and where.
+    """A request of files to write.
 
     verb: 'save' replaces a folder as one; 'export' also writes one file, or keeps foreign files;
         'publish' replaces nothing.
@@ -200,7 +200,7 @@ class SaveRequest:
         return KINDS[dtype]
 
     def full_manifest(self, files: dict[str, dict[str, Any]]) -> Manifest:
-        """What goes into ema.json. files: size and check sum of every file."""
+        """The complete ema.json. files: size and check sum of every file."""
         first, *others = self.averages
         return replace(
             self.manifest,

@@ -226,7 +226,7 @@ class LeaseWatch:
 
 
 def lease_facts(content: bytes) -> dict[str, Any]:
-    """What a lease says; nothing where it is torn, because its reader died while it wrote."""
+    """The content of a lease; {} where it is torn, because its reader died while writing."""
     try:
         facts = json.loads(content)
     except ValueError:

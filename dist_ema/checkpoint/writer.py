@@ -145,7 +145,7 @@ class Writer:
     def _place(
         self, request: SaveRequest, folder: Path, stage: bool
     ) -> tuple[file_writer.BlockPlacer, list[int]]:
-        """What places this rank's blocks, and which ranks see the folder. *Collective*.
+        """The placer of this rank's blocks, and which ranks see the folder. *Collective*.
 
         stage: Take copies of the blocks.
 

@@ -207,7 +207,7 @@ def _count(value: float) -> str:
 
 
 def _digits(decay: float, least: int = 8) -> str:
-    """As many as it takes to tell 1 - decay: 0.9999999965 is not 1."""
+    """The number of digits that tell 1 - decay: 0.9999999965 is not 1."""
     return f"{decay:.{max(least, 4 - math.floor(math.log10(1 - decay)))}g}"
 
 

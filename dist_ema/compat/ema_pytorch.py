@@ -313,7 +313,7 @@ class KarrasEMA(EMA):
         self.is_frozen = frozen
 
     def iter_all_ema_params_and_buffers(self) -> Iterator[Tensor]:
-        """What is averaged, parameters before buffers. *Aliases* the average."""
+        """The averaged tensors, parameters before buffers. *Aliases* the average."""
         model = self.ema_model
         named = (*self.get_params_iter(model), *self.get_buffers_iter(model))
         return (tensor for name, tensor in named if self._averaged(name))

@@ -69,7 +69,7 @@ class Connections:
             self.close()
 
     def _publish(self, table: list[Any]) -> None:
-        """On the first rank: write the addresses of each column."""
+        """Write the addresses of each column, on the first rank."""
         for number in range(self._machines.width):
             column = self._machines.column(number)
             text = pack([[rank, *table[rank]] for rank in column])

@@ -334,7 +334,7 @@ class StoreCoordinator(Waiting):
         return self._conclude(exchange, lambda: {"all": conclude(message["value"])})
 
     def _conclude(self, exchange: Exchange, work: Callable[[], Any]) -> Any:
-        """On the first rank: the answer is what `work` returns, or that it failed."""
+        """Publish on the first rank what `work` returned, or that it failed."""
         try:
             with self.heartbeats():
                 value = work()

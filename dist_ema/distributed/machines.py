@@ -87,7 +87,7 @@ def unpack(text: str | bytes) -> Any:
 
 
 def addresses(store: Any) -> list[str]:
-    """Where other machines may reach this one, the likeliest first.
+    """Addresses at which others may reach this machine, the likeliest first.
 
     That is the interface named by GLOO_SOCKET_IFNAME, the one that leads to the key-value store,
     and what the host's name stands for.
@@ -136,7 +136,7 @@ SNAP = 20  # a cut moves by at most one part in so many of a machine's range
 
 
 class Routes:
-    """Where this rank sends the bytes of files.
+    """The ranks to which this one sends the bytes of files.
 
     Args:
         sizes: The sizes of the files in bytes, numbered alike on all ranks.
@@ -171,7 +171,7 @@ class Routes:
         return range(first, max(first, bisect_right(self.cuts, start + end - 1) - 1) + 1)
 
     def clip(self, number: int, file: int, begin: int, end: int) -> tuple[int, int]:
-        """What of the bytes [begin, end) of a file lies in a range. May be empty."""
+        """The part of the bytes [begin, end) of a file in a range. May be empty."""
         start = self._starts[file]
         low = max(begin, self.cuts[number] - start)
         return low, max(low, min(end, self.cuts[number + 1] - start))

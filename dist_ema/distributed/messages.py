@@ -21,7 +21,7 @@ GRACE = 2.0  # seconds that a rank has to say what it called instead
 
 
 class Count(NamedTuple):
-    """What the counter of an exchange says ([Note: check in] in coordinator)."""
+    """The fields of the counter of an exchange ([Note: check in] in coordinator)."""
 
     ranks: int
     flags: int
@@ -220,7 +220,7 @@ class Messages:
         return True
 
     def missing(self, exchange: Exchange) -> list[int]:
-        """Who has not answered."""
+        """The ranks that have not answered."""
         others = [rank for rank in range(self._size) if rank != self._rank]
         return [rank for rank in others if not self.has(exchange, f"here/{rank}")]
 

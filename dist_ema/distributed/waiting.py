@@ -39,7 +39,7 @@ LOOKS = 50_000  # at the counters, of all ranks together in a second, at most
 
 
 class Waiting:
-    """What a rank waits for, as long as the others give signs of life.
+    """Waits for messages and windows while the other ranks send heartbeats.
 
     Args:
         store: Holds the messages. None for a world of one.

@@ -154,7 +154,7 @@ def shares(count: int, weights: Sequence[float] | None, wma: bool) -> list[float
 
 
 def in_order(paths: Sequence[str]) -> list[str]:
-    """As given; but names that differ in one number (a shell's run/ema-*) in its order."""
+    """The paths as given, or by number where their names differ in one number alone."""
     split = [re.split(r"(\d+)", path) for path in paths]
     lengths = {len(each) for each in split}
     if len(lengths) > 1:

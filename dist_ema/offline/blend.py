@@ -92,7 +92,7 @@ class Blend:
                 yield each.result()
 
     def _calls(self, names: Sequence[str]) -> Iterator[Callable[[], sums.Window]]:
-        """What makes each window of the weights, to be called by any thread."""
+        """A call for each window of the weights, which any thread may make."""
         scratches = cycle(self._scratch)
         for name in names:
             entry = self.rest.entries[name]

@@ -138,7 +138,7 @@ def format_clock(clock: Mapping[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """As code, where nothing that came from a file is Markdown, HTML or a marker."""
+    """The text as Markdown code, so that nothing from a file is markup or a marker."""
     return "`" + re.sub(r"[`|<>]", "?", printable(text)) + "`"
 
 

@@ -138,7 +138,7 @@ class Checked:
         return self.reading(name, begin, end).window()
 
     def reading(self, name: str, begin: int, end: int) -> Reading:
-        """As `read`, for a thread to read step by step. The order is that of these calls."""
+        """The bytes that `read` gives, for a thread to read in steps. Calls give the order."""
         add = None
         if self._summed is not None:
             file, at = self._summed.place(name)

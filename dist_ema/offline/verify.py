@@ -99,7 +99,7 @@ def _verify(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
 
 
 def _verify_values(path: Path, verdict: Verdict, tick: Tick) -> None:
-    """Not safetensors: nothing was summed, so values are all that can be looked at."""
+    """Look at the values of a model that is not safetensors, which has no sums."""
     with open_model(path) as model:
         for name, entry in model.entries.items():
             found = Counter[str]()
@@ -128,7 +128,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _broken(path: Path) -> Iterator[str]:
-    """What is wrong with each file of a folder that is unsound by itself."""
+    """A sentence about each file of a folder that is unsound by itself."""
     for each in _weight_files(path):
         try:
             safetensors.read_header(each)

@@ -38,7 +38,7 @@ CURVES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Window(Schedule):
-    """What decaying the learning rate over the last `length` units would have given.
+    """An average that stands for a decay of the learning rate over the last `length` units.
 
     A curve w falls from 1 to 0 over the window. The weights after an update that moves from a to b
     of the window get the share w(a) - w(b): a sum of c_j = w_j - w_(j+1) times weights is the

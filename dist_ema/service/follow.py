@@ -104,7 +104,7 @@ def open_version(path: Path, expiry: float = versions.EXPIRY) -> Version | None:
 
 
 class Follower:
-    """What `follow` returns: an iterator, and an asynchronous one."""
+    """The iterator that `follow` returns, for `for` and `async for`."""
 
     def __init__(
         self, folder: Path, timeout: float | None, every: bool, after: int, poll: float

@@ -54,7 +54,7 @@ _COLUMNS = "task, id, version, step, live, state, attempts, seconds, metrics, er
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a version: numbers by name, or an error."""
+    """The outcome of a version: numbers by name, or an error."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     error: str = ""
@@ -155,7 +155,7 @@ class Ledger:
             return dict(rows.fetchall())
 
     def give_up_lost(self, candidates: Collection[int]) -> None:
-        """What a dead watcher had claimed has failed if no watcher will take it over.
+        """Record as failed what a dead watcher claimed and no other will take over.
 
         Args:
             candidates: The numbers of the versions that one would take.

@@ -54,7 +54,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What was evaluated, by width; the best of it; and where the least value lies."""
+    """The evaluated widths, the best one, and the interval of the least value."""
 
     candidates: list[Candidate]
     best: Candidate

@@ -62,7 +62,7 @@ def on_weights(
 
 
 def _difference(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> str:
-    """What differs between the models, or between replicas."""
+    """A sentence about what differs between the models, or between replicas."""
     models = _other_models(members, inventories)
     return models or (
         f"{_differing_replicas(members, inventories)}, which should hold replicas. Broadcast the "

@@ -82,12 +82,12 @@ class ParamState:
 
     @property
     def live(self) -> Tensor:
-        """What is averaged here: [averaged_region.numel]."""
+        """The live elements that are averaged here: [averaged_region.numel]."""
         return self.local_view(self.averaged_region)
 
     @property
     def source(self) -> Tensor:
-        """What updates read: the optimizer's masters of the averaged region, else `live`."""
+        """The elements that updates read: the optimizer's masters, else `live`."""
         shard, length = self.shard, self.averaged_region.numel
         if shard.master is None:
             return self.live
@@ -100,7 +100,7 @@ class ParamState:
 
     @property
     def average(self) -> Tensor:
-        """What files and `gather` take: [saved_region.numel]. Where nothing is averaged, live."""
+        """The elements for files and `gather`, live if not averaged: [saved_region.numel]."""
         return self.average_in(self.saved_region)
 
     def average_in(self, region: Region) -> Tensor:
@@ -253,7 +253,7 @@ def _own_range(groups: Sequence[dist.ProcessGroup], end: int) -> tuple[int, int]
 def replica_runs(
     states: Iterable[ParamState],
 ) -> Iterator[tuple[dist.ProcessGroup, list[tuple[int, Tensor]]]]:
-    """What must be copied between replicas after each rank wrote the regions that it averages.
+    """The runs to copy between replicas after each rank wrote the regions that it averages.
 
     Yields:
         (group, runs), the innermost group first. A run is (its source, as a rank in the group;
@@ -292,7 +292,7 @@ def _runs(state: ParamState, depth: int) -> Iterator[tuple[int, Tensor]]:
 def saved_blocks(
     states: Sequence[ParamState], values: dict[str, Tensor] | None = None, alone: bool = False
 ) -> Iterator[Block]:
-    """What this rank saves, in blocks of at most `MAX_BLOCK` bytes.
+    """The elements that this rank saves, in blocks of at most `MAX_BLOCK` bytes.
 
     Args:
         states: The weights and buffers.

@@ -73,7 +73,7 @@ class Parameters(nn.Module):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What was given, by name; in place of a copy that FSDP2 unsharded, the shard."""
+        """The given tensors by name. The shard stands for a copy that FSDP2 unsharded."""
         return self._parameters  # type: ignore[return-value]
 
     def _find_owners(self) -> list[nn.Module]:

@@ -183,7 +183,7 @@ def _fragment(tensor: Any, nothing: Tensor) -> Tensor:
 
 
 def stepped_parameters(optimizer: Any) -> list[Tensor]:
-    """What an optimizer holds, and of an engine the weights that it trains.
+    """The parameters that an optimizer holds; for an engine the weights that it trains.
 
     transformers gives one that does nothing for those that step each layer in the backward.
     """

@@ -186,7 +186,7 @@ class Entry:
         return weights.used(which)
 
     def common(self, which: Which, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What must be the same on every rank: `arguments`, and what led to the averages."""
+        """The facts that all ranks must share: `arguments`, and what led to the averages."""
         names = [average.name for average in self.weights.averages]
         chosen_average = names[which] if isinstance(which, int) and which < len(names) else which
         common = arguments | {"which": str(chosen_average)} | self.weights.clock.to_dict()

@@ -250,7 +250,7 @@ def load(entry: Entry, path: str | Path, *, strict: bool, verify: bool) -> None:
 
 
 class _Targets:
-    """What is to be filled: every average, then the full blocks of windows.
+    """The records that a load fills: every average, then the full blocks of windows.
 
     Args:
         weights: The weights of this rank.

@@ -25,7 +25,7 @@ log = logging.getLogger("dist_ema")
 
 
 class Publication:
-    """What `EMA.publish` returns.
+    """The handle that `EMA.publish` returns.
 
     Attributes:
         folder: Where versions appear.
@@ -94,7 +94,7 @@ class Publication:
         return number
 
     def facts(self, average: str, step: int, now: float) -> dict[str, Any]:
-        """What ema.json says under `versions.KEY`."""
+        """The facts of a version, which ema.json holds under `versions.KEY`."""
         return {
             "version": self.number,
             "id": uuid.uuid4().hex,

@@ -144,7 +144,7 @@ def _compile_move(live: torch.dtype, shadow: torch.dtype) -> Any:
 
     @jit
     def lerp(live: Any, shadow: Any, i: int, weight: Any, guard: bool) -> Any:
-        """As torch.lerp does: from the nearer end."""
+        """Interpolate as torch.lerp does, from the nearer end."""
         near = abs(weight) < np.float32(0.5)
         scale = weight if near else weight - np.float32(1)
         old, new = widen(shadow, i), read(live, i)

@@ -41,7 +41,7 @@ def noise_key(seed: int, update: int, name: str) -> int:
 
 
 def key_prefix(seed: int, update: int) -> bytes:
-    """What the keys of all names begin with."""
+    """The beginning of the keys of all names in one update."""
     return f"{seed}/{update}/".encode()
 
 
@@ -93,7 +93,7 @@ def round_to_bfloat16(wide: Tensor, bits: Tensor) -> Tensor:
 
 
 def round_in_place(wide: Tensor, low: Tensor) -> Tensor:
-    """As `round_to_bfloat16`. Overwrites `wide`."""
+    """Round as `round_to_bfloat16`, and overwrite `wide`."""
     # NOTE: cut by bits, because a cast rounds to nearest; -65536 is 0xFFFF0000 as an int32.
     cut = torch.add(wide.view(torch.int32), low).bitwise_and_(-65536).view(torch.float32)
     # The carry may have made a number of a nan. Adding -0.0 changes no number; clamp keeps nan.
