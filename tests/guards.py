@@ -104,12 +104,14 @@ averaging/inventory.py
             @into::test_a_teacher_whose_weights_are_replaced_is_named
     walk_tree         is gone from the model
             @living_tree::test_an_averaged_buffer_that_is_gone_is_named
-    walk_tree         averaged.intersection(changes.gone_buffers) => averaged.intersection(())
+    walk_tree         changes.gone if name in averaged | copied => changes.gone if name in averaged
+            @into::test_frozen_weights_that_are_replaced_follow
+    walk_tree         for name in changes.gone_buffers => for name in ()
             @living_tree::test_an_averaged_buffer_that_is_gone_is_named
     walk_tree         is tied otherwise  @living_texts::test_a_tie_is_called_a_tie
     walk_tree         is new and trainable
             @living_storages::test_the_next_update_sees_an_edit_of_the_tree
-    walk_tree         adopted + changes.gone_buffers => ()
+    walk_tree         adopted + changes.gone + changes.gone_buffers => ()
             @living_tree::test_what_is_not_trained_is_adopted
     walk_tree         changes.replaced + changes.replaced_buffers => changes.replaced_buffers
             @living_tree::test_weights_that_are_registered_anew_and_not_averaged_are_live
@@ -248,9 +250,9 @@ averaging/swap.py
             @living_swap::test_a_write_is_named_and_live_is_restored
     _leave            error.add_note
             @living_details::test_an_exception_in_the_block_carries_what_was_written
-    _edits            return [ => return [] and [
+    _edits            lost = [ => lost = [] and [
             @living_swap::test_a_weight_that_leaves_the_model_inside_is_named
-    _edits            registered = [ => registered = [] and [
+    _edits            return lost, [ => return lost, [] and [
             @living_swap::test_a_weight_that_the_block_registers_is_named
     apply             refuse_destroyed_groups  @living_ranks
     _close            discount

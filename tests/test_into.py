@@ -275,6 +275,20 @@ def test_frozen_weights_follow() -> None:
     assert equal(state(model), state(teacher))
 
 
+def test_frozen_weights_that_are_replaced_follow() -> None:
+    """One that is gone raises, as the teacher would keep its last value."""
+    model, teacher = Net(), Net()
+    ema = EMA(model, 0.5, into=teacher)
+    for _ in range(3):
+        frozen = torch.randn_like(model.core.frozen.weight)
+        model.core.frozen.weight = nn.Parameter(frozen, requires_grad=False)
+        ema.update()
+        assert torch.equal(teacher.core.frozen.weight, frozen)
+    del model.core.frozen
+    with pytest.raises(RuntimeError, match=r"^core\.frozen\.weight.* is gone from the model"):
+        ema.update()
+
+
 def test_rescan() -> None:
     model, teacher = Net(), Net()
     ema = EMA(model, 0.5, into=teacher)

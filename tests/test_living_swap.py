@@ -251,8 +251,17 @@ def frozen_replaced_inside(m: Any) -> None:
     m.frozen.weight = nn.Parameter(m.frozen.weight + m.lora, requires_grad=False)
 
 
+def frozen_deleted_inside(m: Any) -> None:
+    del m.frozen
+
+
 @pytest.mark.parametrize(
-    ("edit", "name"), [(fused_inside, "fused.weight"), (frozen_replaced_inside, "frozen.weight")]
+    ("edit", "name"),
+    [
+        (fused_inside, "fused.weight"),
+        (frozen_replaced_inside, "frozen.weight"),
+        (frozen_deleted_inside, "frozen.weight"),
+    ],
 )
 def test_a_weight_that_the_block_registers_is_named(edit: Any, name: str) -> None:
     """It stays in the model, and may be made of the average: guards `_edits` in swap."""

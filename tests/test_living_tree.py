@@ -149,6 +149,10 @@ def frozen_weight_replaced(m: Tree) -> None:
     m.frozen = nn.Linear(2, 2).requires_grad_(False)
 
 
+def frozen_layer_deleted(m: Tree) -> None:
+    del m.frozen
+
+
 def new_buffer(m: Tree) -> None:
     m.register_buffer("prior", torch.randn(3))
 
@@ -190,6 +194,7 @@ EDITS: dict[str, tuple[Callable[[Any], None], list[str]]] = {
 ADOPTED: dict[str, Callable[[Any], None]] = {
     "frozen module": frozen_module,
     "frozen weight replaced": frozen_weight_replaced,
+    "frozen layer deleted": frozen_layer_deleted,
     "new buffer": new_buffer,
     "new integer buffer": new_integer_buffer,
     "buffers of a new module": buffer_inside_a_new_module,

@@ -218,8 +218,8 @@ class Inventory:
             Something is new that needs no decision.
 
         Raises:
-            RuntimeError: A weight was replaced or tied otherwise, is gone, or should be averaged
-                and is not.
+            RuntimeError: What is averaged was replaced or is gone, a weight was tied otherwise, or
+                should be averaged and is not.
         """
         changes = tree_changes.compare_inventory(self.model, [state.shard for state in self.states])
         averaged = {
@@ -240,8 +240,11 @@ class Inventory:
             "parts).",
         )
         _refuse_replaced(teacher)
+        # A teacher would keep its last value.
+        copied = {state.name for state in self.states if state.teacher_copy is not None}
         _refuse(
-            [*changes.gone, *sorted(averaged.intersection(changes.gone_buffers))],
+            [name for name in changes.gone if name in averaged | copied]
+            + [name for name in changes.gone_buffers if name in averaged],
             "is gone from the model. Call ema.rescan() to drop it.",
         )
         _refuse(changes.retied, "is tied otherwise than when the EMA was built. Call ema.rescan().")
@@ -252,7 +255,7 @@ class Inventory:
         self.refuse_unfrozen()
         adopted = changes.new_trainable + changes.new_frozen + changes.new_buffers
         adopted += changes.replaced + changes.replaced_buffers
-        return bool(adopted + changes.gone_buffers)
+        return bool(adopted + changes.gone + changes.gone_buffers)
 
     def refuse_unfrozen(self) -> None:
         """Raise RuntimeError where a weight should be averaged and is not, by name."""

@@ -170,16 +170,18 @@ class WeightSwap:
                 error.add_note(text)
 
     def _edits(self) -> tuple[list[str], list[str]]:
-        """Swapped weights that the block took out of the model, and others that it put in.
+        """Swapped weights that the block took out of the model, and others that it replaced.
 
-        The former are restored outside of the model, the latter may be made of the average.
+        The former are restored outside of the model; what replaced the latter stays, perhaps made
+        of the average.
         """
         shards = [state.shard for state in self._average.states]
         changes = tree_changes.compare_inventory(self._weights.model, shards)
         swapped = {state.name for state in self._swapped}
         new = filter(self._weights.selection.allows, changes.new_trainable)
-        registered = [name for name in (*changes.replaced, *new) if name not in swapped]
-        return [name for name in (*changes.replaced, *changes.gone) if name in swapped], registered
+        edited = (*changes.replaced, *changes.gone)
+        lost = [name for name in edited if name in swapped]
+        return lost, [name for name in (*edited, *new) if name not in swapped]
 
     def _exchange_and_restore(self, message: dict[str, Any]) -> dict[str, Any]:
         """All ranks' messages, combined; live weights are back on every replica, if possible."""
