@@ -102,7 +102,7 @@ class StorageWatch:
         """The read is over. Returns the names of weights that were written meanwhile.
 
         Note:
-            *Cost*: that of `begin_read`, 0.05 us per weight, 0.2 us per DTensor.
+            *Cost*: that of `begin_read`, 0.05 us per weight, 0.1 us per DTensor.
         """
         before, self._read_versions = self._read_versions, None
         if before is None or before == (now := self._versions()):
@@ -111,7 +111,8 @@ class StorageWatch:
         return list(dict.fromkeys(name for name, old, new in versions if old != new))
 
     def _versions(self) -> list[int]:
-        return list(map(_VERSION, self._counted))
+        with torch.DisableTorchFunctionSubclass():  # a DTensor answers in half the time
+            return list(map(_VERSION, self._counted))
 
     # --- training that no update follows ----------------------------------------------------------
 
