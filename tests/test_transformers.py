@@ -228,7 +228,7 @@ def test_export_has_the_names_of_save_pretrained(kind: str, tmp_path: Path) -> N
         save_strategy="no", learning_rate=0.1,
     )  # fmt: skip
     row = {"input_ids": torch.arange(3, 7), "labels": torch.arange(3, 7)}
-    with pytest.raises(RuntimeError, match="before trainer.train"):
+    with pytest.raises(RuntimeError, match="call it after trainer.train"):
         callback.export(tmp_path / "early")
     Trainer(model, args, train_dataset=[row] * 32, callbacks=[callback]).train()
     assert callback.ema is not None

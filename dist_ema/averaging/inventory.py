@@ -228,7 +228,7 @@ class Inventory:
             if state.shadow is not None
             for name in (state.name, *state.shard.aliases)
         }
-        # What was not averaged, and is not to be, is live's, whatever object holds it.
+        # A weight that was never averaged is read from live, whichever object holds it.
         trained = {n for n in changes.replaced if self.selection.allows(n)}
         needed = averaged | trained.difference(changes.replaced_frozen)
         replaced = [name for name in changes.replaced if name in needed]

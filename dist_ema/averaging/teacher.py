@@ -117,7 +117,7 @@ class Teacher:
         among them need no gradient any more. *Aliases* the teacher.
 
         Raises:
-            ValueError: The teacher lacks a weight, holds it otherwise, or another EMA writes it.
+            ValueError: The teacher lacks a weight, has it in another form, or it is another EMA's.
         """
         lacks = [shard.name for shard in asked if shard.name not in self._shards]
         if lacks:
@@ -278,11 +278,11 @@ class Teacher:
         self.forget_copies()
 
     def forget_copies(self) -> None:
-        """The next `copy_frozen` copies everything."""
+        """Let the next `copy_frozen` copy everything."""
         self._copied_versions = [None for _ in self._copied]
 
     def copy_frozen(self) -> None:
-        """Frozen weights follow whenever live was written, by `load_state_dict` for one."""
+        """Copy the frozen weights that were written since, by `load_state_dict` for one."""
         for i, state in enumerate(self._copied):
             if state.shard.kind == "buffer":
                 continue
@@ -292,13 +292,13 @@ class Teacher:
                 self._copied_versions[i], self.is_stale = version, True
 
     def copy_buffers(self) -> None:
-        """Buffers follow at every update, but for the teacher's own."""
+        """Copy the buffers, but for the teacher's own."""
         for state in self._copied if not self._own_buffers else ():
             if state.shard.kind == "buffer":
                 _copy(state)
 
     def reshard(self) -> None:
-        """The teacher's next forward reads what was written."""
+        """Let the teacher's next forward read what was written."""
         wrappers.reshard(self.sharded)
         self.is_stale = False
         with derived.caches_dropped(self.module):

@@ -9,8 +9,8 @@
 All values are tensors, because DCP pickles everything else.
 
 [Note: keys of DCP]  `dcp.load` calls `state_dict` before it opens the checkpoint, and refuses a key
-that the checkpoint lacks. So a key holds nothing that a resumed run may change, and buffers, which
-may have become any, are asked for as they were saved. Earlier versions had the schedule's repr in
+that the checkpoint lacks. So a key holds nothing that a resumed run may change, and buffers, whose
+shapes may change, are asked for as they were saved. Earlier versions had the schedule's repr in
 place of `average_0`. In place of `own_by_name` they had `own`, one number for each floating buffer
 in the order of the model. `Averages` reads those too.
 """

@@ -149,7 +149,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def read_errors(path: str | Path) -> Iterator[None]:
-    """Give errors on reading the path of the file, which reads by a descriptor lack."""
+    """Name the file in errors of reads, which know only its descriptor."""
     try:
         yield
     except OSError as error:

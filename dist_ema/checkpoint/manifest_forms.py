@@ -59,7 +59,7 @@ _LABEL = re.compile(r"[0-9]+-\w+")  # the number of the average and its schedule
 
 
 def parse_averages(averages: dict[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
-    """The labels in the order of the schedules, and what is wrong.
+    """The labels in the order of the schedules, and a list of problems.
 
     NOTE: JSON keeps labels as texts, '10-...' before '2-...'.
     """
@@ -79,7 +79,7 @@ def parse_averages(averages: dict[str, Any]) -> tuple[dict[str, list[str]], list
 
 
 def parse_files(files: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The files that lie in the folder, and what is wrong. An entry that is not sound is {}."""
+    """The files in the folder, and a list of problems. An unsound entry becomes {}."""
     damage = [
         f"files: {brief(name)} does not lie in the folder" for name in files if not _is_place(name)
     ]

@@ -255,7 +255,7 @@ def _refuse_target(request: SaveRequest) -> None:
 
 
 def _refuse_foreign(request: SaveRequest, temporary: Path | None = None) -> None:
-    """Raise ValueError for a target that is not ours. temporary: It may lie inside."""
+    """Raise ValueError for a target that is not ours. temporary: Our folder in it."""
     path = request.path
     if not path.exists():
         return
@@ -283,12 +283,12 @@ def put_in_place(request: SaveRequest, folder: Path, sums: dict[str, int]) -> li
     """Seal the temporary folder and put it in place.
 
     Args:
-        request: What was asked for.
-        folder: It holds all weights.
+        request: The files to write.
+        folder: The temporary folder, which holds all weights.
         sums: What the ranks' bytes add to the check sum of the files, by their number.
 
     Returns:
-        Remarks.
+        A sentence for everything that is not as it should be.
     """
     with disk_errors(request):
         _refuse_foreign(request, folder)  # once more, for what has come meanwhile

@@ -47,7 +47,7 @@ class _Backup:
         """Move towards the model. No collective.
 
         Raises:
-            ValueError: others are trainable than at the beginning of an `EMA`.
+            ValueError: the trainable parameters are not those of `register` (in `EMA`).
         """
         self._list.update(self.decay, self._list.parameters_of(self.model))
 

@@ -86,7 +86,7 @@ class Receiver:
         self.received, self.stopped = 0, False
 
     def watched(self, runs: Iterable[Run]) -> Iterator[Run]:
-        """The runs, until this receiver has failed. Raises its error then."""
+        """Pass the runs on, and raise the error of this receiver once it has failed."""
         for run in runs:
             if self.error is not None:
                 raise self.error

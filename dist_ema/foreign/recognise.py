@@ -245,7 +245,7 @@ def _ldm(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]
 
 
 def _dotted(dotless: Mapping[str, Leaf], live: Mapping[str, Leaf], where: str) -> dict[str, Leaf]:
-    """Names without dots under those of the live weights.
+    """Give names that lost their dots the names of the live weights.
 
     Raises ValueError where name and shape leave it open.
     """

@@ -139,7 +139,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             *Cost*: the model on the first rank's host, twice.
         """
         if self.ema is None or self._trainer is None:
-            raise RuntimeError("EMACallback.export() before trainer.train(): there is no average.")
+            raise RuntimeError(
+                "EMACallback.export() found no average: call it after trainer.train()."
+            )
         dtypes = {
             name: state.shard.dtype
             for state in self.ema.weights.states

@@ -88,9 +88,9 @@ def _found(tree: ObjectTree) -> list[FoundAverage]:
 
 
 def plan(request: ConvertRequest, stack: ExitStack) -> ConvertPlan:
-    """Open the source, choose, name.
+    """Open the source, choose the average in it, and name its weights.
 
-    Raises ValueError with what to do. The stack closes what is read from.
+    Raises ValueError with what to do. The stack closes the files.
     """
     tree = open_tree(request.source, request.inert, stack)
     found = (

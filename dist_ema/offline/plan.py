@@ -174,7 +174,7 @@ def scaled(of: Pace, factor: float) -> Pace:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank."""
+    """The memory that averaging takes on one rank, in bytes."""
 
     shadows: int
     window: int  # of live weights on their way to host memory

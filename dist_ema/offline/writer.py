@@ -36,7 +36,7 @@ def lay_out(
         order: The order of the weights in the one file, by default our own.
 
     Raises:
-        ValueError: `max_shard_size` is none, or is asked of one file that is larger.
+        ValueError: `max_shard_size` is not a size, or the one file would be larger.
     """
     if out.suffix != ".safetensors":
         return safetensors.plan(entries, "5GB" if max_shard_size is None else max_shard_size)

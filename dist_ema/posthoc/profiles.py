@@ -216,7 +216,8 @@ class Mixer:
         if not self._used:
             first = min(each.now for each in profiles)
             raise ValueError(
-                f"nothing was stored until {self.now:g}; the first snapshot is of {first:g}."
+                f"nothing was stored until {self.now:g}; the first snapshot is of {first:g}. Ask "
+                "for a later moment."
             )
         self._count, self._profiles = len(profiles), [profiles[number] for number in self._used]
         self._line = Timeline(

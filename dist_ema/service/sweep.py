@@ -78,7 +78,7 @@ def expressible(run: Snapshots, at: float | None = None) -> tuple[float, float]:
     """The narrowest and the widest average that the snapshots express well.
 
     Raises:
-        ValueError: They express none.
+        ValueError: The snapshots express no width well.
     """
     widths = np.geomspace(0.01, 0.28, 40)
     fine = [s for s in widths if run.fit(Power(sigma_rel=float(s)), at).residual <= WARNED]
@@ -122,7 +122,7 @@ def sweep(
         dtype: The dtype of floating weights, by default the model's own.
 
     Raises:
-        ValueError: The widths, the snapshots or an evaluation are no good.
+        ValueError: The widths are wrong, the snapshots express none, or an evaluation failed.
     """
     run, out = Snapshots(snapshots), Path(out)
     run.refuse_place(out / BEST)

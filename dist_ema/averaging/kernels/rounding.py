@@ -101,7 +101,7 @@ def round_in_place(wide: Tensor, low: Tensor) -> Tensor:
 
 
 def round_half_in_place(wide: Tensor, low: Tensor) -> Tensor:
-    """The same to float16: 10 bits of mantissa, and steps of 2^-24 below 2^-14."""
+    """Round to float16 alike: 10 bits of mantissa, and steps of 2^-24 below 2^-14."""
     steps = torch.floor(wide * 2.0**24 + low * 2.0**-16) * 2.0**-24
     cut = torch.add(wide.view(torch.int32), low >> 3).bitwise_and_(-8192).view(torch.float32)
     cut = torch.where(wide.abs() < 2.0**-14, steps, cut)
