@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..averaging.executors import await_host_reads
 from ..sharding import derived, discovery, geometry, ownership, records, wrappers
 from ..text import some
 from .load_file import load_file
@@ -260,6 +261,7 @@ def load_into(path: str | os.PathLike[str], module: nn.Module) -> None:
     mismatched = sorted({name for name, _ in held.items() ^ saved_shapes.items()})
     if mismatched:
         raise ValueError(f"{path} and the module differ in {some(mismatched)}.")
+    await_host_reads(shard.local_tensor() for shard in shards)
     with derived.caches_dropped(module):
         for shard in shards:
             elements = shard.read()
