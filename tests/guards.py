@@ -226,7 +226,17 @@ sharding/derived.py
             @living_buffers::test_recalibrate_refreshes_the_vectors_for_the_average
     refreshed_vectors  vector.copy_(value)
             @living_buffers::test_vectors_are_restored_when_recalibrate_raises
+sharding/wrappers.py
+    reshard           post_optim_event = None  @emulated/test_groups
+distributed/ranks.py
+    transfer_device   "cpu" in dict(pair.split(":") for pair in pairs) => "cpu" in str(pairs)
+            @emulated/test_groups
+    transfer_device   bound or torch.device => torch.device  @emulated/test_groups
+checkpoint/library_files.py
+    load_into         await_host_reads
+            @emulated/test_waits::test_a_saved_model_goes_into_host_memory
 averaging/drop_in_rules.py
+    pull              await_host_reads  @emulated/test_waits::test_a_pull_writes_into_host_memory
     move_by           weights.refuse
             @living_storages::test_the_rule_of_a_drop_in_reads_what_live_is
     move_by           weights.settle  @engines::test_a_rule_waits_for_the_update_in_flight
@@ -341,6 +351,8 @@ verbs/entry.py
     warn_if_idle      warn(  @optimizer_hooks::test_one_update_per_step
     warn_of_unexplained_keys  warn(  @living_tree::test_keys_that_nothing_explains_are_named
 averaging/average.py
+    heard             , device="cpu", pin_memory => , pin_memory
+            @emulated/test_waits::test_skipped_steps_are_heard_whole
     refuse_dtype      raise ValueError  @to::test_refused
     __post_init__     raise ValueError  @refusals::test_buffers_are_chosen_by_text_or_a_function
 averaging/averages.py

@@ -675,9 +675,14 @@ at::Scalar item(const Tensor& tensor) {
   return host_view(tensor).item();
 }
 
+void refuse_pinned(std::optional<bool> pin) {
+  TORCH_CHECK(!pin.value_or(false), "Only dense CPU tensors can be pinned");
+}
+
 Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride,
                      std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-                     std::optional<c10::Device> device, std::optional<bool>) {
+                     std::optional<c10::Device> device, std::optional<bool> pin) {
+  refuse_pinned(pin);
   c10::OptionalDeviceGuard guard(device);
   c10::DispatchKeySet keys(KEY);
   return at::detail::empty_strided_generic(
@@ -685,8 +690,9 @@ Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride,
 }
 
 Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-             std::optional<c10::Device> device, std::optional<bool>,
+             std::optional<c10::Device> device, std::optional<bool> pin,
              std::optional<at::MemoryFormat> format) {
+  refuse_pinned(pin);
   c10::OptionalDeviceGuard guard(device);
   c10::DispatchKeySet keys(KEY);
   return at::detail::empty_generic(

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from dist_ema import EMA, load_file
-from dist_ema.averaging import executors
+from dist_ema.averaging import drop_in_rules, executors
 from dist_ema.averaging.engines import HostThread, Overlapped
 from dist_ema.averaging.executors import SideStream
 from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
+from dist_ema.checkpoint.library_files import load_into
 from dist_ema.sharding.geometry import Numbering
 
 from . import load, needs, refusing_syncs, schedule
@@ -255,20 +256,29 @@ def test_no_host_sync_in_training(device: torch.device, options: dict[str, Any])
     assert same(*averages)
 
 
-def test_skipped_steps_are_heard_whole(device: torch.device) -> None:
-    """The count is on its way until its mark has passed, in memory that holds no number yet."""
+@pytest.mark.parametrize("default", ["cpu", "emulated"])
+@pytest.mark.parametrize("options", PLACES, ids=str)
+def test_skipped_steps_are_heard_whole(
+    device: torch.device, options: dict[str, Any], default: str
+) -> None:
+    """The count is on its way until its mark has passed, in memory that holds no number yet.
+
+    default: where tensors are made that nobody places, as `torch.set_default_device` says.
+    """
     model = net(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ema = EMA(model, 0.9)
-    ema.attach(optimizer)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0, device=device), None
-    optimizer.step()
-    heard = [ema.metrics(distance=False)["skipped"]]
-    while heard[-1] == 0:
-        time.sleep(0.001)  # an event that is asked often enough passes
-        heard.append(ema.metrics(distance=False)["skipped"])
+    with torch.device(default):
+        ema = EMA(model, 0.9, **options)
+        ema.attach(optimizer)
+        optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0, device=device), None
+        with refusing_syncs():
+            optimizer.step()
+            heard = [ema.metrics(distance=False)["skipped"]]
+        while heard[-1] == 0:
+            time.sleep(0.001)  # an event that is asked often enough passes
+            heard.append(ema.metrics(distance=False)["skipped"])
     assert set(heard) == {0, 1}
 
 
@@ -437,6 +447,39 @@ def test_host_memory_that_the_device_still_reads(device: torch.device) -> None:
     copies = [p.detach().to(device, non_blocking=True) for p in other.parameters()]
     ema.copy_to(other)
     assert same(copies, [x + 1 for x in live])
+
+
+def offloaded(model: nn.Module) -> list[Tensor]:
+    """Move the weights into pinned host memory, and return what they are."""
+    for p in model.parameters():
+        p.data = p.data.pin_memory()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_a_pull_writes_into_host_memory(device: torch.device) -> None:
+    model = nn.Linear(4, 3)
+    ema = EMA(model, 0.5)
+    average = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    ema.update(decay=1.0)
+    live = offloaded(model)
+    copies = [p.detach().to(device, non_blocking=True) for p in model.parameters()]
+    drop_in_rules.pull(ema.weights, 1.0)
+    assert same(copies, live)
+    assert same([*model.parameters()], average)
+
+
+def test_a_saved_model_goes_into_host_memory(device: torch.device, tmp_path: Path) -> None:
+    other = nn.Linear(4, 3)
+    EMA(other, 0.5).export(tmp_path / "saved")
+    model = nn.Linear(4, 3)
+    live = offloaded(model)
+    copies = [p.detach().to(device, non_blocking=True) for p in model.parameters()]
+    load_into(tmp_path / "saved", model)
+    assert same(copies, live)
+    assert same([*model.parameters()], [*other.parameters()])
 
 
 def test_an_offloaded_teacher(device: torch.device) -> None:
