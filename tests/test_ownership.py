@@ -419,6 +419,18 @@ def test_fingerprint_sees_every_byte() -> None:
     assert len(seen) == 1 + 256 + 63 + 64
 
 
+def test_fingerprint_takes_a_megabyte() -> None:
+    """Whatever the length of the data, and while the factors are made too."""
+    data = torch.zeros(5 * WINDOW)
+    with torch.profiler.profile(profile_memory=True) as profiled:
+        fingerprint(data)
+    found = [
+        event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    sizes = [event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())]
+    assert 1 << 20 <= max(itertools.accumulate(sizes)) <= (1 << 20) + 1000
+
+
 def test_fingerprint_sees_permutations() -> None:
     """Replicas that hold the same values in another order differ: all 5 x 5 permutation matrices,
     one hash each.

@@ -77,6 +77,6 @@ def _to_host(hashes: Iterable[Tensor]) -> list[int]:
 def _factors(n: int, device: torch.device) -> Tensor:
     """Odd numbers that look random and are the same on every device. int64 [n]"""
     # NOTE: factors that grow evenly would give all permutations of equal rows one hash.
-    x = torch.arange(1, n + 1, device=device) * MULTIPLIER
-    x = (x ^ (x >> 29)) * 0x7FB5D329728EA185
-    return (x ^ (x >> 32)) | 1
+    x = torch.arange(1, n + 1, device=device).mul_(MULTIPLIER)
+    x.bitwise_xor_(x >> 29).mul_(0x7FB5D329728EA185)
+    return x.bitwise_xor_(x >> 32).bitwise_or_(1)
