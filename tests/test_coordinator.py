@@ -294,7 +294,7 @@ def test_an_interrupt_is_told_once() -> None:
     late, early = world.boards
     publish, add, look = early.messages.publish, late.messages.add, early.messages.counted
 
-    def look_first(exchange: Exchange) -> messages.Count:
+    def look_first(exchange: Exchange) -> messages.CounterState:
         early.messages.counted = look  # type: ignore[method-assign]
         raise KeyboardInterrupt
 
@@ -304,7 +304,7 @@ def test_an_interrupt_is_told_once() -> None:
         counted.wait()
         return answer
 
-    def add_slowly(exchange: Exchange, n: int) -> messages.Count:
+    def add_slowly(exchange: Exchange, n: int) -> messages.CounterState:
         count = add(exchange, n)
         counted.set()
         time.sleep(0.2)

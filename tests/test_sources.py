@@ -19,7 +19,7 @@ from dist_ema import EMA
 from dist_ema.checkpoint import crc32, manifest, safetensors
 from dist_ema.checkpoint.manifest import Manifest
 from dist_ema.offline import sources, writer
-from dist_ema.offline.sums import Checked, Window
+from dist_ema.offline.sums import Checked, FileWindow
 
 WEIGHTS = {
     "a.weight": torch.randn(7, 5),
@@ -171,7 +171,7 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
     rewrite(src, out := tmp_path / "out")
     before = read_all(out)
 
-    def content(names: Sequence[str]) -> list[Window]:
+    def content(names: Sequence[str]) -> list[FileWindow]:
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="gone"):

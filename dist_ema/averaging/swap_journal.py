@@ -47,7 +47,7 @@ __all__ = [
     "refuse_destroyed_groups",
 ]
 
-Window = tuple[ParamState, int, int]  # elements [begin, end) of what is averaged here
+Elements = tuple[ParamState, int, int]  # elements [begin, end) of what is averaged here
 COPIES = 3  # per window ([Note: the journal])
 
 
@@ -67,7 +67,7 @@ class SwapJournal:
         self._weights = [state for state in states if state.shard.kind != "buffer"]
         self._model, self._own_buffers = model, own_buffers
         self._unfilled: list[tuple[nn.Module, str]] = []
-        self._windows: list[Window] = []
+        self._windows: list[Elements] = []
         self._done = 0  # copies, COPIES for each window
         self._aside: dict[int, Tensor] = {}
         self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -167,7 +167,7 @@ def refuse_destroyed_groups(states: Sequence[ParamState]) -> None:
             ) from None
 
 
-def _windows(state: ParamState) -> list[Window]:
+def _windows(state: ParamState) -> list[Elements]:
     """The windows of one weight: each fits the scratch, or all of it is kept aside."""
     if state.shadow is None:
         return []

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from . import diagnosis
 from .diagnosis import Exchange, error_text
 
-__all__ = ["ANSWERED", "FLAG", "Count", "Messages"]
+__all__ = ["ANSWERED", "FLAG", "CounterState", "Messages"]
 
 log = logging.getLogger("dist_ema")
 
@@ -20,7 +20,7 @@ FLAG, ANSWERED, CODE = 1 << 15, 1 << 30, 1 << 35
 GRACE = 2.0  # seconds that a rank has to say what it called instead
 
 
-class Count(NamedTuple):
+class CounterState(NamedTuple):
     """The fields of the counter of an exchange ([Note: check in] in coordinator)."""
 
     ranks: int
@@ -29,7 +29,7 @@ class Count(NamedTuple):
     codes: int
 
     @classmethod
-    def of(cls, total: int) -> Count:
+    def of(cls, total: int) -> CounterState:
         return cls(total % FLAG, total // FLAG % FLAG, total // ANSWERED % 8, total // CODE)
 
 
@@ -72,8 +72,8 @@ class Messages:
 
     # --- the counter -----------------------------------------------------------------------------
 
-    def add(self, exchange: Exchange, n: int) -> Count:
-        return Count.of(self._store.add(exchange.key("count"), n))
+    def add(self, exchange: Exchange, n: int) -> CounterState:
+        return CounterState.of(self._store.add(exchange.key("count"), n))
 
     def count(self, exchange: Exchange, flag: bool = False) -> None:
         """Count this rank, unless there is an answer already."""
@@ -81,12 +81,12 @@ class Messages:
         if self.add(exchange, own).answers:
             self.add(exchange, -own)  # too late: the answer holds
 
-    def counted(self, exchange: Exchange) -> Count:
+    def counted(self, exchange: Exchange) -> CounterState:
         # NOTE: get() waits where no rank has been counted.
         key = exchange.key("count")
-        return Count.of(int(self._store.get(key)) if self._store.check([key]) else 0)
+        return CounterState.of(int(self._store.get(key)) if self._store.check([key]) else 0)
 
-    def _settled(self, exchange: Exchange) -> Count:
+    def _settled(self, exchange: Exchange) -> CounterState:
         """The count once no rank must take itself or an answer back, at the latest after GRACE."""
         end = time.monotonic() + GRACE
         while True:
@@ -96,7 +96,7 @@ class Messages:
                 return count
             time.sleep(GRACE / 1000)
 
-    def is_full(self, exchange: Exchange, count: Count) -> bool:
+    def is_full(self, exchange: Exchange, count: CounterState) -> bool:
         """All ranks came, with the same call, to an exchange that needs no answer."""
         codes = self._size * exchange.code(self._size)
         return self.ends_when_full and count.ranks == self._size and count.codes == codes

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from . import diagnosis
 from .diagnosis import Exchange
-from .messages import Count, Messages
+from .messages import CounterState, Messages
 
 __all__ = ["GRACE", "Waiting", "completes"]
 
@@ -68,7 +68,9 @@ class Waiting:
         self._transfer = Exchange(0, "", 0)  # ends the bytes under way
         self._lost_one = False  # a rank died after its answer: the next wait need not be long
 
-    def _await(self, exchange: Exchange, ready: Callable[[Count], bool] | None = None) -> Any:
+    def _await(
+        self, exchange: Exchange, ready: Callable[[CounterState], bool] | None = None
+    ) -> Any:
         """Wait for the answer and return its value; or the count once it is full or `ready`.
 
         After the timeout without a heartbeat this rank publishes an error itself, if it speaks.
@@ -115,7 +117,7 @@ class Waiting:
                     remind_at = now + 2 * self.interval if speaks else float("inf")
 
     def _poll(
-        self, exchange: Exchange, ready: Callable[[Count], bool] | None, since: float
+        self, exchange: Exchange, ready: Callable[[CounterState], bool] | None, since: float
     ) -> tuple[bool, Any]:
         """Look at the counter for the time between two heartbeats. Returns (ended, value).
 

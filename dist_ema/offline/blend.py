@@ -78,12 +78,12 @@ class Blend:
     def _dtype(self, name: str) -> str:
         return float_dtype(self.rest.entries[name].dtype, self.dtypes.get(name))
 
-    def content(self, names: Sequence[str]) -> Iterator[sums.Window]:
+    def content(self, names: Sequence[str]) -> Iterator[sums.FileWindow]:
         """The bytes of weights in order, in windows. *Cost*: 32 MB, with those in flight."""
         # Threads must not share models whose files are closed after every read.
         threads = 1 if len(self.terms) > MOST_OPEN else THREADS
         with ThreadPoolExecutor(threads) as pool:  # it ends with the names, whatever is raised
-            in_flight = deque[Future[sums.Window]]()
+            in_flight = deque[Future[sums.FileWindow]]()
             for call in self._calls(names):
                 in_flight.append(pool.submit(call))
                 if len(in_flight) == THREADS:  # the next one takes the scratch of the oldest
@@ -91,7 +91,7 @@ class Blend:
             for each in in_flight:
                 yield each.result()
 
-    def _calls(self, names: Sequence[str]) -> Iterator[Callable[[], sums.Window]]:
+    def _calls(self, names: Sequence[str]) -> Iterator[Callable[[], sums.FileWindow]]:
         """A call for each window of the weights, which any thread may make."""
         scratches = cycle(self._scratch)
         for name in names:
@@ -117,7 +117,7 @@ class Blend:
         size = safetensors.ITEMSIZE[model.entries[name].dtype]
         return self._checked[id(model)].reading(name, begin * size, end * size)
 
-    def _copy(self, name: str, reading: sums.Reading) -> sums.Window:
+    def _copy(self, name: str, reading: sums.Reading) -> sums.FileWindow:
         return reading.window().cast(name, reading.dtype, self._dtype(name))
 
     def _sum(
@@ -127,7 +127,7 @@ class Blend:
         count: int,
         scratch: NDArray[np.float64],
         memory: Bytes,
-    ) -> sums.Window:
+    ) -> sums.FileWindow:
         """A window of `count` elements, in `memory`."""
         raw, *scratches = scratch
         dtype = self._dtype(name)
@@ -153,7 +153,7 @@ class Blend:
             if is_mean:  # one multiplication for all models
                 np.multiply(total, terms[0][1], out=total)
             fitted(name, total, _real(dtype), data[begin * size :][: n * size])
-        return sums.Window(data, crc32.of_bytes(data.data), partial(self._spare.append, memory))
+        return sums.FileWindow(data, crc32.of_bytes(data.data), partial(self._spare.append, memory))
 
     def check(self) -> None:
         """Raise ValueError for a model that is not what its ema.json says. Once."""

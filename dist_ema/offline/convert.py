@@ -319,7 +319,7 @@ def write(
         out,
         files,
         lambda names: (
-            sums.Window(raw)
+            sums.FileWindow(raw)
             for name in names
             for raw in _content(plan.weights[name], plan.dtypes[name], name)
         ),

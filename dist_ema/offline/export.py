@@ -87,7 +87,7 @@ def export(
         facts = _facts(model, saved, form, {} if named is None else named.owners)
         others = model_card.beside(Path(like or model.path), where, facts, form.entries)
 
-        def content(names: Sequence[str]) -> Iterator[sums.Window]:
+        def content(names: Sequence[str]) -> Iterator[sums.FileWindow]:
             for name in names:
                 was, now = source.entries[form.names[name]].dtype, form.entries[name].dtype
                 for window in windows(source, form.names[name]):

@@ -16,12 +16,12 @@ from ..checkpoint import crc32, manifest, safetensors
 from ..dtypes import Bytes, cast
 from .sources import WINDOW, Safetensors, Weights
 
-__all__ = ["Checked", "FileSums", "Reading", "Window"]
+__all__ = ["Checked", "FileSums", "FileWindow", "Reading"]
 
 IN_FLIGHT = 4  # windows that wait for a thread, at most
 
 
-class Window(NamedTuple):
+class FileWindow(NamedTuple):
     """Bytes on their way into a file.
 
     Attributes:
@@ -33,9 +33,9 @@ class Window(NamedTuple):
     crc32: int | None = None
     release: Callable[[], object] | None = None
 
-    def cast(self, name: str, was: str, now: str) -> Window:
+    def cast(self, name: str, was: str, now: str) -> FileWindow:
         """The window with the bytes of weight `name` in another dtype."""
-        return self if was == now else Window(cast(name, self.data, was, now))
+        return self if was == now else FileWindow(cast(name, self.data, was, now))
 
 
 class FileSums:
@@ -45,14 +45,16 @@ class FileSums:
     releases the interpreter's lock. The caller must not write into a window again.
     """
 
-    def __init__(self, head: bytes, with_sha256: bool, *sinks: Callable[[Window], object]) -> None:
+    def __init__(
+        self, head: bytes, with_sha256: bool, *sinks: Callable[[FileWindow], object]
+    ) -> None:
         self._crc32 = crc32.of_bytes(head)
         self._sha256 = hashlib.sha256(head) if with_sha256 else None
         calls = [self._add_sha256, *sinks] if with_sha256 else sinks
         self._threads = [(ThreadPoolExecutor(1), call) for call in calls]
-        self._in_flight: deque[tuple[Window, list[Future[object]]]] = deque()
+        self._in_flight: deque[tuple[FileWindow, list[Future[object]]]] = deque()
 
-    def add(self, window: Window) -> None:
+    def add(self, window: FileWindow) -> None:
         """Begin to add the bytes that come next."""
         self._wait(IN_FLIGHT - 1)
         calls = [thread.submit(call, window) for thread, call in self._threads]
@@ -60,7 +62,7 @@ class FileSums:
         found = crc32.of_bytes(window.data.data) if window.crc32 is None else window.crc32
         self._crc32 = crc32.appended(self._crc32, found, len(window.data))
 
-    def _add_sha256(self, window: Window) -> None:
+    def _add_sha256(self, window: FileWindow) -> None:
         assert self._sha256 is not None
         self._sha256.update(window.data.data)
 
@@ -111,9 +113,9 @@ class Reading:
                 self._add(self.crc32)
         return into
 
-    def window(self) -> Window:
+    def window(self) -> FileWindow:
         """The bytes that were not read yet, as one window."""
-        return Window(self.read(np.empty(self._end - self._at, np.uint8)), self.crc32)
+        return FileWindow(self.read(np.empty(self._end - self._at, np.uint8)), self.crc32)
 
 
 class Checked:
@@ -133,7 +135,7 @@ class Checked:
         self._lock = Lock()
         self._seen: dict[tuple[str, str], int] = {}  # (file, weight) -> bytes in its sum
 
-    def read(self, name: str, begin: int, end: int) -> Window:
+    def read(self, name: str, begin: int, end: int) -> FileWindow:
         """Bytes [begin, end) of a weight. Windows in order count once, however often read."""
         return self.reading(name, begin, end).window()
 

@@ -18,7 +18,7 @@ from ..dtypes import FLOATS, Bytes, finite, widen
 from ..text import Bar, Tick, sentence, silent
 from .report import ModelReport, report_on
 from .sources import WINDOW, find, open_model, read_at, windows
-from .sums import FileSums, Window
+from .sums import FileSums, FileWindow
 
 __all__ = ["SUMS", "Verdict", "verify"]
 
@@ -174,7 +174,7 @@ def _verify_file(
             for begin in range(entry.begin, entry.end, WINDOW):
                 end = min(begin + WINDOW, entry.end)
                 raw = read_at(handle.fileno(), path, base + begin, base + end)
-                sums.add(Window(raw))
+                sums.add(FileWindow(raw))
                 count += _not_finite(raw, entry.dtype)
                 tick(len(raw))
             inside = name.rpartition("/")[0]

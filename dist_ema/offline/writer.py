@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from ..checkpoint import atomic, disk, manifest, retention, safetensors
 from ..text import size_of
-from .sums import FileSums, Window
+from .sums import FileSums, FileWindow
 
 __all__ = ["lay_out", "refuse_place", "refuse_target", "write"]
 
@@ -83,7 +83,7 @@ def refuse_target(path: Path, force: bool, temporary: Path | None = None) -> Non
 def write(
     path: Path,
     files: Files,
-    content: Callable[[Sequence[str]], Iterable[Window]],
+    content: Callable[[Sequence[str]], Iterable[FileWindow]],
     facts: manifest.Manifest,
     *,
     beside: Mapping[str, bytes | Path] = MappingProxyType({}),
@@ -141,7 +141,7 @@ def write(
 def _write_file(
     path: Path,
     file: safetensors.SafetensorsFile,
-    content: Callable[[Sequence[str]], Iterable[Window]],
+    content: Callable[[Sequence[str]], Iterable[FileWindow]],
     tick: Callable[[int], None],
 ) -> dict[str, Any]:
     """Returns its line in ema.json: size and sums."""
@@ -150,7 +150,7 @@ def _write_file(
         disk.reserve(handle.fileno(), file.size)
     target = disk.Target(path)
 
-    def write_next(window: Window) -> None:
+    def write_next(window: FileWindow) -> None:
         nonlocal written
         target.write(window.data.data, written)
         written += len(window.data)

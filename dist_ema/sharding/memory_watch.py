@@ -59,7 +59,7 @@ class MemoryWatch:
             if shard.master is not None:
                 readers[id(shard.master())] = shard.master
         self._readers = list(readers.values())
-        self._tree, self._orders = _Tree(roots, plain), _Orders(plain.values())
+        self._tree, self._orders = _ModuleTree(roots, plain), _Orders(plain.values())
         self._addresses, self._read = self._hash(), self._state()
         # A subclass may answer for another memory than its own.
         plain_types = {*map(type, self._weights())} <= {Tensor, nn.Parameter}
@@ -91,7 +91,7 @@ class MemoryWatch:
         return None if loop is None else _Table(loop, self._tree, self._dtensors)
 
 
-class _Tree:
+class _ModuleTree:
     """What the modules under some roots register: their dictionaries, which are live.
 
     Args:
@@ -144,7 +144,7 @@ class _Tree:
 
 
 class _Table:
-    """What `_Tree` and DTensors held at one moment, for the compiled loop ([Note: one look]).
+    """What `_ModuleTree` and DTensors held at one moment, for the compiled loop ([Note: one look]).
 
     Args:
         loop: As `find_loop` returns it.
@@ -152,7 +152,9 @@ class _Table:
         dtensors: Whose local tensors are looked at.
     """
 
-    def __init__(self, loop: Callable[..., bool], tree: _Tree, dtensors: list[Tensor]) -> None:
+    def __init__(
+        self, loop: Callable[..., bool], tree: _ModuleTree, dtensors: list[Tensor]
+    ) -> None:
         weights, locals_ = list(tree.weights()), list(map(_LOCAL_TENSOR, dtensors))
         # The loop reads all of these by `id`. So they live as long as the table does.
         self._kept = [tree, weights, [*map(dict.copy, tree.parents)]]
