@@ -65,6 +65,8 @@ averaging/averages.py
     ready             self.reshard()  @living_details::test_fsdp2_in_one_process
     ready             self.settle()  @emulated/test_waits::test_behind_the_step_equals_inline
     ready             self.follow  @106
+    ready             self.teacher.forget_copies()
+            @into::test_frozen_weights_that_no_counter_saw_follow_at_the_next_verb
     ready             self.teacher.copy_frozen()  @into::test_frozen_weights_follow
     ready             self.copy_live()  @optimizer_hooks::test_start_seeds_the_shadow
     settle            end_read()  @metrics::test_times_of_a_side_stream

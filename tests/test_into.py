@@ -275,6 +275,15 @@ def test_frozen_weights_follow() -> None:
     assert equal(state(model), state(teacher))
 
 
+def test_frozen_weights_that_no_counter_saw_follow_at_the_next_verb() -> None:
+    model, teacher = Net(), Net()
+    ema = EMA(model, 0.5, into=teacher)
+    ema.update()
+    model.core.frozen.weight.data.add_(1)
+    assert torch.equal(ema.gather()["core.frozen.weight"], model.core.frozen.weight)
+    assert torch.equal(teacher.core.frozen.weight, model.core.frozen.weight)
+
+
 def test_frozen_weights_that_are_replaced_follow() -> None:
     """One that is gone raises, as the teacher would keep its last value."""
     model, teacher = Net(), Net()

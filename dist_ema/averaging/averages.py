@@ -183,6 +183,7 @@ class AveragedWeights:
         self.settle()
         self.follow(tree=True)
         if self.teacher is not None:
+            self.teacher.forget_copies()  # no counter counts a write through `.data`
             self.teacher.copy_frozen()
         if not self.clock.started:
             self.copy_live()  # until averaging starts, the average is the live model

@@ -282,7 +282,10 @@ class Teacher:
         self._copied_versions = [None for _ in self._copied]
 
     def copy_frozen(self) -> None:
-        """Copy the frozen weights that were written since, by `load_state_dict` for one."""
+        """Copy the frozen weights that were written since, by `load_state_dict` for one.
+
+        Verbs call `forget_copies` before, as a write through `.data` is not counted.
+        """
         for i, state in enumerate(self._copied):
             if state.shard.kind == "buffer":
                 continue

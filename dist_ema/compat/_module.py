@@ -190,7 +190,10 @@ class ModuleAverage:
         """
         self.follow(model)
         # An update copies frozen weights and buffers too, so none of them may be swapped.
-        self.average.weights.refuse("update", Reads.WHOLE_MODEL)
+        weights = self.average.weights
+        weights.refuse("update", Reads.WHOLE_MODEL)
+        if weights.teacher is not None:  # all of them, as the originals do
+            weights.teacher.forget_copies()
         if callable(by):
             drop_in_rules.move_by(self.average.weights, by)
         else:
