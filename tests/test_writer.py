@@ -24,7 +24,7 @@ from torch import nn
 
 import dist_ema
 from dist_ema import EMA, Uniform, load_file
-from dist_ema.checkpoint import atomic, file_writer, manifest
+from dist_ema.checkpoint import atomic, disk, file_writer, manifest
 from dist_ema.distributed import connections, machines, receiver
 from tests._models import Core, Images, Net
 from tests._oracle import Collectives, Training
@@ -466,6 +466,23 @@ def small_windows() -> Iterator[list[int]]:
         receiver.windows, receiver.WINDOW = real, window
 
 
+@contextlib.contextmanager
+def opened_files() -> Iterator[list[str]]:
+    """The files that this rank opens to write parts of them, as often as it does."""
+    opened: list[str] = []
+
+    class Target(disk.Target):
+        def __init__(self, path: Path) -> None:
+            opened.append(path.name)
+            super().__init__(path)
+
+    real, disk.Target = disk.Target, Target  # type: ignore[misc]
+    try:
+        yield opened
+    finally:
+        disk.Target = real  # type: ignore[misc]
+
+
 def direct_and_stream(folder: str) -> None:
     """Two ways to write, one file; writing in place needs no collective, and an overwrite replaces
     all.
@@ -475,9 +492,10 @@ def direct_and_stream(folder: str) -> None:
         ema = EMA(run.model, 0.5)
         ema.attach(run.optimizer)
         run.train(2)
-        with Collectives() as collectives:
+        with Collectives() as collectives, opened_files() as opened:
             ema.save(f"{folder}/direct", mode="direct", max_shard_size=500)
         assert collectives.count == 0
+        assert len(opened) == len(set(opened)) > 1
         with small_windows() as sent:
             ema.save(f"{folder}/stream", mode="stream", max_shard_size=500)
         assert dist.get_rank() == 0 or 0 < max(sent) <= 24
