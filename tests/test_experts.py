@@ -93,7 +93,7 @@ def test_cost_grows_with_the_number_of_weights_and_no_faster(verb: str, most: in
 @pytest.mark.parametrize("collects", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
 def test_no_garbage_is_looked_for_among_the_records(collects: bool, fails: bool) -> None:
-    """`_uncollected` in entry: without it 30 collections look at the records of 1,000 weights. The
+    """`uncollected` in records: without it 30 collections look at the records of 1,000 weights. The
     collector is what it was afterwards, after an error too.
     """
     weights = nn.ParameterList([nn.Parameter(torch.ones(3)) for _ in range(1000)])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..distributed.ranks import Ranks
 from ..schedules import Schedule
-from ..sharding import discovery, fingerprint, ownership, wrappers
+from ..sharding import discovery, fingerprint, ownership, records, wrappers
 from . import clock, executors, storage_watch, updates
 from .average import OWN, Average, Placement, Selection
 from .inventory import Inventory
@@ -91,6 +91,7 @@ class AveragedWeights:
         """The canonical names of what is averaged."""
         return [state.name for state in self.averages[0].averaged]
 
+    @records.uncollected()
     def adopt(self, found: discovery.ModelShards) -> None:
         """Average the model as `found` describes it.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..schedules import Schedule, Window
 from ..sharding import arena, discovery, ownership, parameters, tree_changes
-from ..sharding.records import ModelShards, Shard, uncollected
+from ..sharding.records import ModelShards, Shard
 from .average import OWN, Average, Placement, Selection
 from .teacher import Teacher
 from .window_ring import WindowRing
@@ -54,7 +54,6 @@ class Inventory:
         """The records of the model as it is now."""
         return discovery.find_shards(self.model, self.placement.replicated, timeout)
 
-    @uncollected()
     def adopt(self, found: ModelShards, teacher: Teacher | None) -> None:
         """Take `found` for what the model holds now.
 
