@@ -204,12 +204,11 @@ class EMA:
             trial.start()
             trial.move([once or average.schedule for average in weights.averages], float(elapsed))
             weights.begin()
-        attached = self._entry.attachment
-        is_attached = attached is not None and attached.active
+        attached = self._entry.attached
         if guard is None:
-            guard = attached is not None and is_attached and attached.guard
+            guard = attached is not None and attached.guard
         weights.move(float(elapsed), guard=guard, once=once)
-        if is_attached:
+        if attached is not None:
             warn_if_doubled(self._entry)
         weights.before_step()  # no hook will wait for the read
         weights.updated()
@@ -255,7 +254,7 @@ class EMA:
         if weights.teacher is not None:
             weights.teacher.refuse_training(optimizers)
         stepped_weights.refuse_beside_masters(weights.averages[0].averaged, optimizers)
-        if entry.attachment is not None and entry.attachment.active:
+        if entry.attached is not None:
             raise RuntimeError(
                 "ema.attach() was called before. Call ema.detach() first, or list all optimizers "
                 "in one call."
@@ -753,8 +752,8 @@ class EMA:
     def reset(self) -> None:
         """Begin again: the shadow is live, the clock 0, no buffer recalibrated. *Collective*."""
         self._entry.begin("reset", Reads.LIVE)
-        attached = self._entry.attachment
-        late = attached is not None and attached.active and attached.start > 0
+        attached = self._entry.attached
+        late = attached is not None and attached.start > 0
         self.weights.begin_again(started=not late)
 
     def reset_buffers(self) -> None:

@@ -120,6 +120,12 @@ class Entry:
         return ranks.members[ranks.rank] == self.stage[0] if ranks is self.ranks else ranks.first
 
     @property
+    def attached(self) -> Attachment | None:
+        """The attachment whose hooks are on the optimizers now."""
+        attachment = self.attachment
+        return attachment if attachment is not None and attachment.active else None
+
+    @property
     def _averages_all(self) -> bool:
         """Whether each rank averages the whole model."""
         shards = [state.shard for state in self.weights.states]
@@ -192,8 +198,8 @@ class Entry:
         common = arguments | {"which": str(chosen_average)} | self.weights.clock.to_dict()
         common["dtype of the shadows"] = str(self.weights.placement.dtype)
         common["(decay, elapsed) of the last update"] = [a.last for a in self.weights.averages]
-        if self.attachment is not None and self.attachment.active:
-            common |= self.attachment.arguments
+        if self.attached is not None:
+            common |= self.attached.arguments
         return common
 
 
