@@ -756,11 +756,14 @@ for shadow, live in ((f32, f32), (f32, bf16), (bf16, f32)):
     plan = UpdatePlan(pairs, passes=PASSES)
     for guard in (False, True):
         plan.run([0.5], 0, guard)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
-        plan.run([0.5], 1, guard)
-        plan.run([0.5], 2, guard)
-        print((status("VmHWM") - before) / SCRATCH / 4)
+        peaks = []
+        for _ in range(3):  # malloc may change where it takes chunks from, once
+            Path("/proc/self/clear_refs").write_text("5")
+            before = status("VmRSS")
+            plan.run([0.5], 1, guard)
+            plan.run([0.5], 2, guard)
+            peaks.append(status("VmHWM") - before)
+        print(sorted(peaks)[1] / SCRATCH / 4)
 """
 
 
