@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_ema.averaging.kernels import rounding
 from tests._models import Net, batch
 from tests._wrappers import wrap
 
@@ -160,3 +161,13 @@ class Collectives:
     def __exit__(self, *_: Any) -> None:
         for name, call in self._kept.items():
             setattr(dist, name, call)
+
+
+def noise(seed: int, update: int, name: str, indices: Tensor) -> Tensor:
+    """The 16 bits by which an element of a shadow is rounded, as int32."""
+    return rounding.draw_bits(rounding.noise_key(seed, update, name), indices, True)
+
+
+def round_to_bfloat16(wide: Tensor, bits: Tensor) -> Tensor:
+    """fp32 [n] rounded stochastically; bits: what `noise` returns."""
+    return rounding.ROUND[torch.bfloat16](wide.clone(), bits)

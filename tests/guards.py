@@ -372,7 +372,7 @@ averaging/inventory.py
     adopt             raise ValueError(self.lacks
             @living_buffers::test_a_choice_that_matches_nothing_is_an_error
     average           raise ValueError  @several::test_which_names_an_average
-averaging/kernels/cpu_plan.py
+averaging/kernels/cpu_threads.py
     run_on_threads    raise raised  @refusals::test_an_error_in_a_thread_is_raised
 averaging/kernels/gpu_plan.py
     is_proved         is not used on  @gpu_triton::test_a_wrong_kernel_is_not_used

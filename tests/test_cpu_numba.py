@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from dist_ema import EMA
 from dist_ema.averaging.engines import HostThread
 from dist_ema.averaging.executors import Worker
-from dist_ema.averaging.kernels import cpu_plan, eager, rounding
-from dist_ema.averaging.kernels.cpu_plan import ROW, SHARE, Pass, ramps
-from dist_ema.averaging.kernels.eager import WORTH, ShadowPair, UpdatePlan
+from dist_ema.averaging.kernels import cpu_plan, cpu_threads
+from dist_ema.averaging.kernels.cpu_plan import SHARE, WORTH, Pass
+from dist_ema.averaging.kernels.cpu_tables import FEW, ROW, ramps
+from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
 from dist_ema.averaging.kernels.pairs import LIVE, SHADOW
-from dist_ema.averaging.kernels.rounding import noise
 from tests._models import draw
+from tests._oracle import noise, round_to_bfloat16
 from tests._ranks import run_program
 
 needs_numba = pytest.mark.skipif(not cpu_plan.available(), reason="numba is not installed")
@@ -132,7 +133,7 @@ def test_rounding_of_every_shadow() -> None:
     assert torch.equal(pair.shadows[0][kept].view(torch.int16), every[kept].view(torch.int16))
     pair = ShadowPair("w", [torch.zeros(1000, dtype=BF16)], draw(1000, F32, 3), torch.arange)
     UpdatePlan([pair], seed=2, passes=True).run([1.0], 9)
-    want = rounding.round_to_bfloat16(pair.live, noise(2, 9, "w", torch.arange(1000)))
+    want = round_to_bfloat16(pair.live, noise(2, 9, "w", torch.arange(1000)))
     assert torch.equal(pair.shadows[0], want)
 
 
@@ -182,7 +183,7 @@ def test_ramps(name: str, n: int) -> None:
         np.concatenate([np.zeros(0, np.int64), *parts]), NUMBERS[name](0, n).numpy()
     )
     assert all(part[0] >> 32 == part[-1] >> 32 for part in parts)
-    assert len(runs) <= 2 + n // cpu_plan.FEW
+    assert len(runs) <= 2 + n // FEW
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_tasks() -> None:
     for sizes in ([64] * 4000, [1], [ROW], [3, 1, 1, ROW - 1] * 9, [ROW] * 40):
         ends = np.cumsum(sizes)
         for tasks in (1, 2, 7, 64):
-            starts = cpu_plan.cut_tasks(ends, tasks)
+            starts = cpu_threads.cut_tasks(ends, tasks)
             assert (len(starts), starts[0], starts[-1]) == (tasks + 1, 0, len(sizes))
             work = [sum(sizes[a:b]) for a, b in itertools.pairwise(starts)]
             assert sum(work) == ends[-1]
@@ -226,8 +227,8 @@ def test_neighbours_become_one_row() -> None:
 def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch with an OpenMP runtime that can be called, and one without."""
     if request.param == "Python's threads":
-        monkeypatch.setattr(cpu_plan, "find_openmp", lambda: None)
-    elif cpu_plan.find_openmp() is None:
+        monkeypatch.setattr(cpu_threads, "find_openmp", lambda: None)
+    elif cpu_threads.find_openmp() is None:
         pytest.skip("this torch has no GOMP_parallel")
 
 
@@ -242,7 +243,7 @@ def test_an_interrupt_on_one_thread_is_raised(team: None, number: int) -> None:
         moved.extend(range(begin, end))
 
     with pytest.raises(KeyboardInterrupt):
-        cpu_plan.run_on_threads(move, list(range(0, 100, 7)), number)
+        cpu_threads.run_on_threads(move, list(range(0, 100, 7)), number)
     assert number == 1 or sorted(moved) == list(range(7, 98))
 
 
@@ -262,11 +263,13 @@ def test_threads_are_torchs(
     threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many as torch's own kernels take here, and one per SHARE; a host thread's bound holds."""
-    eager.passes_same_bits()  # which runs a pass once per process
+    cpu_plan.passes_same_bits()  # which runs a pass once per process
     seen: list[int] = []
-    run = cpu_plan.run_on_threads
+    run = cpu_threads.run_on_threads
     monkeypatch.setattr(
-        cpu_plan, "run_on_threads", lambda move, starts, n: (seen.append(n), run(move, starts, n))
+        cpu_threads,
+        "run_on_threads",
+        lambda move, starts, n: (seen.append(n), run(move, starts, n)),
     )
     threads(3)
     large, small = make(BF16, F32, 1, 4 * SHARE), make(BF16, F32, 1, SHARE)
@@ -340,7 +343,7 @@ def test_without_numba() -> None:
     missing, here = run_program(code).split(), digest()
     assert missing[::2] == ["0", "0"]
     if cpu_plan.available():
-        assert here[::2] == [str(int(eager.passes_same_bits()))] * 2
+        assert here[::2] == [str(int(cpu_plan.passes_same_bits()))] * 2
     assert missing[1::2] == here[1::2]
 
 
@@ -371,7 +374,7 @@ def test_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled from WORTH elements on, where torch's lerp has the same bits, and never for what is
     not in host memory.
     """
-    monkeypatch.setattr(eager, "passes_same_bits", lambda: True)
+    monkeypatch.setattr(cpu_plan, "passes_same_bits", lambda: True)
 
     def passes(n: int, device: str = "cpu") -> int:
         pair = ShadowPair(
@@ -380,7 +383,7 @@ def test_worth(monkeypatch: pytest.MonkeyPatch) -> None:
         return count(UpdatePlan([pair]))
 
     assert (passes(WORTH - 1), passes(WORTH), passes(WORTH, "meta")) == (0, 1, 0)
-    monkeypatch.setattr(eager, "passes_same_bits", lambda: False)
+    monkeypatch.setattr(cpu_plan, "passes_same_bits", lambda: False)
     assert passes(WORTH) == 0
 
 
@@ -400,7 +403,7 @@ def test_no_pass_for_what_only_looks_like_memory() -> None:
 
 def test_contraction_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """`passes_same_bits` sees a lerp that rounds after the product, on either side of 0.5."""
-    tried, lerp = eager.passes_same_bits.__wrapped__, torch.lerp
+    tried, lerp = cpu_plan.passes_same_bits.__wrapped__, torch.lerp
     for near, far in ((True, True), (True, False), (False, True)):
 
         def rounds_twice(
@@ -467,7 +470,7 @@ def test_an_average_of_a_model(tmp_path: Any) -> None:
     """
     model = nn.Linear(400, 400)
     ema = EMA(model, 0.5)
-    assert bool(count(ema.weights.updates.plan)) == eager.passes_same_bits()
+    assert bool(count(ema.weights.updates.plan)) == cpu_plan.passes_same_bits()
     with torch.no_grad():
         model.weight.zero_()
     ema.update()

@@ -30,11 +30,12 @@ from dist_ema.averaging.kernels import gpu_launch, gpu_plan
 from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
 from dist_ema.averaging.kernels.gpu_launch import available
 from dist_ema.averaging.kernels.gpu_plan import FusedPlan
-from dist_ema.averaging.kernels.rounding import noise, noise_key
+from dist_ema.averaging.kernels.rounding import noise_key
 from dist_ema.sharding import geometry
 from dist_ema.sharding.geometry import Numbering
 from dist_ema.sharding.records import Region, Shard
 from tests._models import draw
+from tests._oracle import noise
 from tests._ranks import run_ranks
 from tests._wrappers import wrap
 from tests.test_engines import Late, Skippable, Watch, steps
@@ -445,7 +446,7 @@ def check_every_bit() -> None:
 
 
 def test_noise(interpreted: Any) -> None:
-    """The kernel rounds up exactly where `rounding.noise` says so, in every update."""
+    """The kernel rounds up exactly where `noise` says so, in every update."""
     interpreted(check_every_bit)
 
 

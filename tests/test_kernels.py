@@ -33,9 +33,10 @@ from dist_ema.averaging.kernels.eager import (
     ShadowPair,
     UpdatePlan,
 )
-from dist_ema.averaging.kernels.rounding import noise, noise_key, round_to_bfloat16
+from dist_ema.averaging.kernels.rounding import noise_key
 from dist_ema.sharding.geometry import Numbering
 from tests._models import draw
+from tests._oracle import noise, round_to_bfloat16
 
 Make = Callable[..., UpdatePlan]
 WIDE = {torch.complex64: torch.complex128, torch.complex128: torch.complex128}

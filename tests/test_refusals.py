@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_ema import EMA
 from dist_ema.averaging import executors
-from dist_ema.averaging.kernels import cpu_plan
+from dist_ema.averaging.kernels import cpu_threads
 from dist_ema.sharding import ownership
 from dist_ema.sharding.discovery import find_shards
 
@@ -95,7 +95,7 @@ def fail(*_: Any) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_error_in_a_thread_is_raised(threads: int) -> None:
     with pytest.raises(KeyError):
-        cpu_plan.run_on_threads(fail, [0, 1, 2], threads)
+        cpu_threads.run_on_threads(fail, [0, 1, 2], threads)
     with pytest.raises(KeyError):
         executors.run_shielded(fail, [CPU], 1.0)
 

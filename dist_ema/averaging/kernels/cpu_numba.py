@@ -107,7 +107,7 @@ def compile_pass(live: torch.dtype, shadow: torch.dtype) -> Any:
     """Compile the pass for one pair of dtypes.
 
     Returns:
-        A C function that moves the rows from `first` to `last` ([Note: threads] in cpu_plan);
+        A C function that moves the rows from `first` to `last` ([Note: threads] in cpu_threads);
         `ctypes` calls it.
     """
     run = _compile_move(live, shadow)

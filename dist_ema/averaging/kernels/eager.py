@@ -14,15 +14,13 @@ that an update allocates and decides nothing. Its steps, and what each of them m
 
 [Note: the same bits]  Compiled and eager plans give the same bits (but for the payload of a NaN),
 so a rank may take either. This holds where torch's own lerp is one fused multiply-add, as that of
-a pass is, which depends on the processor: `passes_same_bits` compares them.
+a pass is, which depends on the processor: `cpu_plan.passes_same_bits` compares them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -30,34 +28,24 @@ from torch import Tensor
 
 from ...packing import packs
 from ...sharding.geometry import Numbering
-from . import cpu_plan
+from . import cpu_plan, rounding
 from .pairs import ShadowPair, Weights, join, merge
-from .rounding import (
-    draw_bits,
-    draw_bits_of_pairs,
-    noise_key,
-    round_half_in_place,
-    round_in_place,
-)
 
 __all__ = [
     "PACK",
     "SCRATCH",
     "SHORT",
-    "WORTH",
     "Direct",
     "Packed",
     "Rounded",
     "ShadowPair",
     "Step",
     "UpdatePlan",
-    "passes_same_bits",
 ]
 
 SCRATCH = 1 << 20  # elements in one window: 4 MB of fp32; 256 KB is slower than no windows at all
 SHORT = 16 << 10  # elements below which tensors are packed
 PACK = 16 << 10  # elements in one pack: one thread moves it, and waiting for a second costs more
-WORTH = 1 << 17  # elements; compiling for less takes longer than it ever saves
 
 
 class Step(Protocol):
@@ -95,8 +83,8 @@ class Packed:
     def run(self, weights: Weights, update: int, guard: bool) -> None:
         if self.packed is not None:
             torch.cat(self.lives, out=self.packed)
-        if self.packed is not None and self.cast is not None:
-            self.cast.copy_(self.packed)
+            if self.cast is not None:
+                self.cast.copy_(self.packed)
         for shadows, weight in zip(self.shadows, weights, strict=True):
             if isinstance(weight, float) and not guard and len(shadows) > 1:
                 torch._foreach_lerp_(shadows, self.ready, weight)
@@ -117,17 +105,16 @@ class Rounded:
 
     def run(self, weights: Weights, update: int, guard: bool) -> None:
         pair, live = self.pair, self.pair.live.to(self.wide.device, torch.float32)
-        key = noise_key(self.seed, update, pair.name)
+        key = rounding.noise_key(self.seed, update, pair.name)
         start, stop = self.start, self.start + len(live)
         if self.halved is None:
-            low = draw_bits(key, pair.indices(start, stop), pair.huge)
+            low = rounding.draw_bits(key, pair.indices(start, stop), pair.huge)
         else:
             pairs = self.halved(start // 2, (stop + 1) // 2)
-            low = draw_bits_of_pairs(key, pairs, pair.huge)[: len(live)]
+            low = rounding.draw_bits_of_pairs(key, pairs, pair.huge)[: len(live)]
         for shadow, weight in zip(pair.shadows, weights, strict=True):
             _move([self.wide.copy_(shadow)], live, [weight], guard)
-            bfloat16 = shadow.dtype == torch.bfloat16
-            shadow.copy_((round_in_place if bfloat16 else round_half_in_place)(self.wide, low))
+            shadow.copy_(rounding.ROUND[shadow.dtype](self.wide, low))
 
 
 def _move(shadows: list[Tensor], live: Tensor, weights: Weights, guard: bool) -> None:
@@ -162,39 +149,48 @@ class UpdatePlan:
         self.steps: list[Step] = []
         self.scratch: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
         left_pairs = [pair for pair in pairs if pair.live.numel()]
-        if passes or (passes is None and _is_worth_it(left_pairs)):
+        if passes or (passes is None and cpu_plan.is_worth_it(left_pairs)):
             compiled, left_pairs = cpu_plan.plan_passes(left_pairs, seed)
             self.steps += compiled
-        apart: list[ShadowPair] = []
-        for group in _group(list(merge([pair for pair in left_pairs if not pair.rounds]))):
-            if len(group) == 1 and len(group[0].live) < SHORT:
-                apart += group
-            else:
-                self._add(group, joined=True)
-        for group in _group_alike(apart):
-            self._add(group, joined=False)
+        merged = list(merge(pair for pair in left_pairs if not pair.rounds))
+        for pair in merged:
+            if len(pair) >= SHORT:
+                self._add_direct(pair)
+        self._add_short([pair for pair in merged if len(pair) < SHORT])
         for pair in left_pairs:
             if pair.rounds:
                 self._add_rounded(pair)
 
-    def _add(self, group: list[ShadowPair], joined: bool) -> None:
-        """joined: the shadows of the group lie end to end."""
-        first, lives = group[0], [pair.live for pair in group]
-        if len(group) == 1:
-            # Several shadows share one read of live while its window is in the cache.
-            whole = first.is_uniform and len(first.shadows) == 1
-            for shadows, live, _ in [(first.shadows, first.live, 0)] if whole else _windows(first):
-                cast = None if first.is_uniform else self._cut(shadows[0], len(live))
-                self.steps.append(Direct(shadows, live, cast))
-            return
-        columns = [list(column) for column in zip(*(pair.shadows for pair in group), strict=True)]
+    def _add_direct(self, pair: ShadowPair) -> None:
+        # Several shadows share one read of live while its window is in the cache.
+        whole = pair.is_uniform and len(pair.shadows) == 1
+        for shadows, live, _ in [(pair.shadows, pair.live, 0)] if whole else _windows(pair):
+            cast = None if pair.is_uniform else self._cut(shadows[0], len(live))
+            self.steps.append(Direct(shadows, live, cast))
+
+    def _add_short(self, pairs: list[ShadowPair]) -> None:
+        """Packs whose shadows lie end to end; the others in packs of one dtype and device."""
+        apart: list[ShadowPair] = []
+        for pack in packs(pairs, len, PACK, lambda a, b: b.follows(a) and _kind(a) == _kind(b)):
+            if len(pack) == 1:
+                apart += pack
+            else:
+                self._add_packed(pack, joined=True)
+        for kind in dict.fromkeys(map(_kind, apart)):
+            for pack in packs([pair for pair in apart if _kind(pair) == kind], len, PACK):
+                if len(pack) == 1:
+                    self._add_direct(pack[0])
+                else:
+                    self._add_packed(pack, joined=False)
+
+    def _add_packed(self, pack: list[ShadowPair], joined: bool) -> None:
+        """joined: the shadows of the pack lie end to end."""
+        first, lives, n = pack[0], [pair.live for pair in pack], sum(map(len, pack))
+        columns = [list(column) for column in zip(*(pair.shadows for pair in pack), strict=True)]
         if joined:
             columns = [[join(column)] for column in columns]
-        n, packed, cast = sum(map(len, lives)), None, None
-        if joined or not first.is_uniform:
-            packed = self._cut(lives[0], n, PACK)
-        if not first.is_uniform:
-            cast = self._cut(first.shadows[0], n)
+        packed = self._cut(lives[0], n, PACK) if joined or not first.is_uniform else None
+        cast = None if first.is_uniform else self._cut(first.shadows[0], n)
         scratch = packed if cast is None else cast
         ready = lives if scratch is None else list(scratch.split([len(x) for x in columns[0]]))
         self.steps.append(Packed(columns, lives, packed, cast, ready))
@@ -233,28 +229,6 @@ class UpdatePlan:
             step.run(weights, update, guard)
 
 
-def _is_worth_it(pairs: Sequence[ShadowPair]) -> bool:
-    """Compiling pays, and does not change a bit."""
-    sizes = accumulate(pair.live.numel() for pair in pairs if cpu_plan.is_reachable(pair))
-    return any(size >= WORTH for size in sizes) and cpu_plan.available() and passes_same_bits()
-
-
-@lru_cache(maxsize=1)
-def passes_same_bits() -> bool:
-    """A pass rounds as torch's lerp does ([Note: the same bits]), tried on some numbers.
-
-    Each of these products is rounded when it is not fused with the addition.
-    """
-    ramp = torch.arange(1003, device="cpu")
-    start, end = ((ramp * factor % 1009 - 504).float() / 1009 for factor in (71, 917))
-    for weight in (11 / 32 + 2.0**-20, 23 / 32 + 2.0**-20):  # on either side of 0.5
-        shadow = start.clone()
-        UpdatePlan([ShadowPair("", [shadow], end, torch.arange)], passes=True).run([weight], 0)
-        if not torch.equal(shadow, torch.lerp(start, end, weight)):
-            return False
-    return True
-
-
 def _windows(pair: ShadowPair | Direct) -> Iterator[tuple[list[Tensor], Tensor, int]]:
     """Views of at most SCRATCH elements each, and where they start."""
     for start in range(0, len(pair.live), SCRATCH):
@@ -265,21 +239,3 @@ def _windows(pair: ShadowPair | Direct) -> Iterator[tuple[list[Tensor], Tensor, 
 def _kind(pair: ShadowPair) -> tuple[torch.dtype | torch.device, ...]:
     shadow = pair.shadows[0]
     return pair.live.dtype, pair.live.device, shadow.dtype, shadow.device
-
-
-def _group(pairs: Sequence[ShadowPair]) -> Iterator[list[ShadowPair]]:
-    """Long pairs one by one; short pairs in packs whose shadows lie end to end."""
-    yield from ([pair] for pair in pairs if len(pair.live) >= SHORT)
-    short = [pair for pair in pairs if len(pair.live) < SHORT]
-    yield from packs(short, _length, PACK, lambda a, b: b.follows(a) and _kind(a) == _kind(b))
-
-
-def _group_alike(pairs: Sequence[ShadowPair]) -> Iterator[list[ShadowPair]]:
-    """Packs of pairs of one dtype and device on either side."""
-    kinds = dict.fromkeys(map(_kind, pairs))
-    for kind in kinds:
-        yield from packs([pair for pair in pairs if _kind(pair) == kind], _length, PACK)
-
-
-def _length(pair: ShadowPair) -> int:
-    return len(pair.live)

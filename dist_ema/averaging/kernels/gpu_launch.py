@@ -1,4 +1,4 @@
-"""`Launch`: the tables of addresses and rows that one launch of the GPU kernel reads.
+"""`Launch`: the call of the GPU kernel for one `Kind` of pairs, and its tables on the device.
 
 A launch knows nothing of lists. Two tables on the device, built once, say where everything is:
 
@@ -25,7 +25,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 from zlib import crc32
 
 import torch
@@ -35,7 +34,7 @@ from ...sharding.geometry import Numbering
 from .pairs import LIVE, SHADOW, ShadowPair, merge
 from .rounding import signed
 
-__all__ = ["BLOCK", "Kind", "Launch", "Row", "available", "kind_of", "name_columns", "table_row"]
+__all__ = ["BLOCK", "Kind", "Launch", "available", "kind_of", "name_columns", "table_row"]
 
 BLOCK = 4096  # elements that one program moves, 16 per thread
 WARPS = 8
@@ -58,9 +57,9 @@ def available(device: torch.device) -> bool:
         return False
     if gpu_triton.is_interpreted():
         return device.type == "cpu"  # the interpreter cannot follow a pointer to a device
-    if device.type == "cuda":
-        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
-    return True
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,13 @@ class Kind:
     resident: int  # programs at once, at most; 0: as many as the device takes
 
 
-def kind_of(pair: ShadowPair, share: float) -> tuple[Kind, Numbering | None] | None:
-    """The launch that takes this pair, and the element numbers if it rounds; None: none does.
+def kind_of(pair: ShadowPair, share: float) -> Kind | None:
+    """The launch that takes this pair; None: none does.
 
     A launch takes fp32, bfloat16 and fp16 into fp32 or bfloat16, 1-D and on one device. Where it
     rounds, the element numbers must be a `Numbering`.
     """
-    shadow, n = pair.shadows[0], len(pair.live)
+    shadow, n = pair.shadows[0], len(pair)
     flat = all(
         t.dim() == 1 and t.is_contiguous() and t.device == shadow.device
         for t in [*pair.shadows, pair.live]
@@ -92,15 +91,15 @@ def kind_of(pair: ShadowPair, share: float) -> tuple[Kind, Numbering | None] | N
     if not (flat and alike and known_dtypes and available(shadow.device)):
         return None
     resident = 0 if share == 1 else math.ceil(share * _multiprocessors(shadow.device))
-    kind = Kind(shadow.device, pair.live.dtype, shadow.dtype, len(pair.shadows), 0, False, resident)
+    kind = Kind(shadow.device, *pair.dtypes, len(pair.shadows), 0, False, resident)
     if not pair.rounds:
-        return kind, None
+        return kind
     if not isinstance(pair.indices, Numbering):
         return None
     inner, _ = pair.indices.joined
     if len(inner) >= LEVELS or any(size >= 1 << 30 for size, _ in inner):
         return None
-    return replace(kind, levels=len(inner) + 1, huge=pair.indices.last(n) >= 1 << 32), pair.indices
+    return replace(kind, levels=len(inner) + 1, huge=pair.indices.last(n) >= 1 << 32)
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -111,25 +110,15 @@ def _multiprocessors(device: torch.device) -> int:
     return int(getattr(properties, name))
 
 
-Row: TypeAlias = "tuple[ShadowPair, Numbering | None]"
-
-
-def _rows(group: Sequence[Row]) -> list[Row]:
+def _rows(kind: Kind, pairs: Sequence[ShadowPair]) -> list[ShadowPair]:
     """The rows of one launch: neighbours as one where nothing is rounded, and wide where possible.
 
     A row whose tensors are misaligned alike begins with a short row, after which accesses are wide.
     """
-    if group[0][1] is None:
-        group = [(pair, None) for pair in merge([pair for pair, _ in group])]
-    rows: list[Row] = []
-    for pair, numbering in group:
+    rows: list[ShadowPair] = []
+    for pair in pairs if kind.levels else merge(pairs):
         head = _misaligned(pair)
-        if head:
-            rows.append((_part(pair, slice(head)), numbering))
-            pair = _part(pair, slice(head, None))
-        if head and numbering is not None:
-            numbering = replace(numbering, begin=numbering.begin + head)
-        rows.append((pair, numbering))
+        rows += [_part(pair, 0, head), _part(pair, head, len(pair))] if head else [pair]
     return rows
 
 
@@ -141,28 +130,33 @@ def _misaligned(pair: ShadowPair) -> int:
     tensors = [pair.live, *pair.shadows]
     for head in range(WIDE // 2):
         if all((t.data_ptr() + head * t.element_size()) % WIDE == 0 for t in tensors):
-            return head if len(pair.live) >= head + BLOCK else 0
+            return head if len(pair) >= head + BLOCK else 0
     return 0
 
 
-def _part(pair: ShadowPair, part: slice) -> ShadowPair:
-    shadows = [shadow[part] for shadow in pair.shadows]
-    return replace(pair, shadows=shadows, live=pair.live[part])
+def _part(pair: ShadowPair, start: int, stop: int) -> ShadowPair:
+    shadows, indices = [shadow[start:stop] for shadow in pair.shadows], pair.indices
+    if isinstance(indices, Numbering):
+        indices = replace(indices, begin=indices.begin + start)
+    return replace(pair, shadows=shadows, live=pair.live[start:stop], indices=indices)
 
 
 class Launch:
     """The tables of one `Kind`, and the call of the kernel."""
 
-    def __init__(self, kind: Kind, group: Sequence[Row], weights: Tensor) -> None:
+    def __init__(self, kind: Kind, pairs: Sequence[ShadowPair], weights: Tensor) -> None:
         from . import gpu_triton
 
-        group = _rows(group)
+        pairs = _rows(kind, pairs)
         self.kind, self._weights, self._block = kind, weights, BLOCK
-        programs = [-(-len(pair.live) // BLOCK) for pair, _ in group]
+        programs = [-(-len(pair) // BLOCK) for pair in pairs]
         *starts, self._programs = itertools.accumulate(programs, initial=0)
-        blocks = torch.arange(len(group), dtype=torch.int32, device="cpu")
-        rows = [table_row(*entry, start) for entry, start in zip(group, starts, strict=True)]
-        columns = [name_columns(pair.name) for pair, _ in group] if kind.levels else [[0] * 32]
+        blocks = torch.arange(len(pairs), dtype=torch.int32, device="cpu")
+        rows = [
+            table_row(pair, pair.indices if kind.levels else None, start)
+            for pair, start in zip(pairs, starts, strict=True)
+        ]
+        columns = [name_columns(pair.name) for pair in pairs] if kind.levels else [[0] * 32]
         self.blocks = blocks.repeat_interleave(torch.tensor(programs, device="cpu")).to(kind.device)
         self.rows = torch.tensor(rows, device="cpu").to(kind.device)
         self._columns = torch.tensor(columns, dtype=torch.int32, device="cpu").to(kind.device)
@@ -195,19 +189,19 @@ class Launch:
             )
 
 
-def table_row(pair: ShadowPair, numbering: Numbering | None, start: int) -> list[int]:
-    """One tensor of the table, as the kernel reads it."""
+def table_row(pair: ShadowPair, indices: object, start: int) -> list[int]:
+    """One tensor of the table, as the kernel reads it. indices: a `Numbering` where it rounds."""
     addresses = [pair.live.data_ptr(), *(shadow.data_ptr() for shadow in pair.shadows)]
     wide = all(address % WIDE == 0 for address in addresses)
-    row = [len(pair.live), start, int(wide), signed(crc32(pair.name.encode()))]
+    row = [len(pair), start, int(wide), signed(crc32(pair.name.encode()))]
     # NOTE: addresses of an XPU may lie above 2^63, and the table is int64: the kernel casts back.
     row += [signed(address, 64) for address in addresses]
-    if numbering is not None:
-        halved = numbering.halved  # [Note: rounding]: one hash for two elements
-        numbers = halved or numbering
+    if isinstance(indices, Numbering):
+        halved = indices.halved  # [Note: rounding]: one hash for two elements
+        numbers = halved or indices
         inner, stride = numbers.joined
-        levels = [value for level in inner for value in level]
-        row += [int(halved is not None), numbers.begin, numbers.base, *levels, stride]
+        row += [int(halved is not None), numbers.begin, numbers.base, *itertools.chain(*inner)]
+        row.append(stride)
     return row
 
 

@@ -16,7 +16,6 @@ import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeAlias
 from zlib import crc32
 
 import torch
@@ -24,16 +23,13 @@ from torch import Tensor
 
 from ...sharding.geometry import Numbering
 from . import gpu_launch
-from .gpu_launch import Kind, Launch, Row, kind_of
+from .eager import UpdatePlan
 from .pairs import ShadowPair, Weights
 from .rounding import key_prefix, signed
 
-if TYPE_CHECKING:
-    from .eager import UpdatePlan
-
 __all__ = ["REFUSED", "FusedPlan", "is_proved"]
 
-Fallback: TypeAlias = "Callable[[list[ShadowPair], int], UpdatePlan]"
+Fallback = Callable[[list[ShadowPair], int], UpdatePlan]
 
 
 class FusedPlan:
@@ -61,16 +57,14 @@ class FusedPlan:
         share: float = 1.0,
     ) -> None:
         self.pairs, self.seed = list(pairs), seed
-        groups: dict[Kind, list[Row]] = {}
+        groups: dict[gpu_launch.Kind, list[ShadowPair]] = {}
         others = []
         for pair in self.pairs:
-            kind_and_numbering = kind_of(pair, share)
-            if kind_and_numbering is None or (
-                fallback is not None and not is_proved(kind_and_numbering[0], fallback)
-            ):
+            kind = gpu_launch.kind_of(pair, share)
+            if kind is None or (fallback is not None and not is_proved(kind, fallback)):
                 others.append(pair)
-            elif len(pair.live):
-                groups.setdefault(kind_and_numbering[0], []).append((pair, kind_and_numbering[1]))
+            elif len(pair):
+                groups.setdefault(kind, []).append(pair)
         if others and fallback is None:
             names = ", ".join(pair.name for pair in others[:5])
             raise ValueError(
@@ -81,7 +75,7 @@ class FusedPlan:
         keys = {(kind.averages, kind.device) for kind in groups}
         self.device_weights = {key: _Weights(*key) for key in keys}
         self.launches = [
-            Launch(kind, group, self.device_weights[kind.averages, kind.device].values)
+            gpu_launch.Launch(kind, group, self.device_weights[kind.averages, kind.device].values)
             for kind, group in groups.items()
         ]
 
@@ -131,7 +125,7 @@ REFUSED: set[torch.device] = set()
 
 
 @lru_cache(maxsize=256)
-def is_proved(kind: Kind, fallback: Fallback) -> bool:
+def is_proved(kind: gpu_launch.Kind, fallback: Fallback) -> bool:
     """The kernel gives the bits of the fallback.
 
     *Cost*: once per kind, two small updates and what they compile.
@@ -154,7 +148,7 @@ def is_proved(kind: Kind, fallback: Fallback) -> bool:
     return not problem
 
 
-def _is_equal(kind: Kind, fallback: Fallback, guard: bool) -> bool:
+def _is_equal(kind: gpu_launch.Kind, fallback: Fallback, guard: bool) -> bool:
     fused, reference = _probes(kind, guard), _probes(kind, guard)
     # NOTE: products by these are exact, so that nothing may differ ([Note: contraction] in
     # gpu_triton).
@@ -170,7 +164,7 @@ def _is_equal(kind: Kind, fallback: Fallback, guard: bool) -> bool:
     )
 
 
-def _probes(kind: Kind, guard: bool) -> list[ShadowPair]:
+def _probes(kind: gpu_launch.Kind, guard: bool) -> list[ShadowPair]:
     """Less than one program, and more than one; the same at every call."""
     generator = torch.Generator("cpu").manual_seed(0)
 
@@ -182,13 +176,12 @@ def _probes(kind: Kind, guard: bool) -> list[ShadowPair]:
     first = gpu_launch.LEVELS - max(1, kind.levels)
     base = 5 << 40 if kind.huge else 4
     probes = []
-    for n, begin in itertools.product(
-        (5, gpu_launch.BLOCK + 3), (1, 2)
-    ):  # elements by one, and in pairs
-        numbering = Numbering(begin, base, sizes[first:], strides[first:], kind.device)
+    # An odd begin numbers elements one by one, an even one pairs of them.
+    for n, begin in itertools.product((5, gpu_launch.BLOCK + 3), (1, 2)):
+        probe_numbers = Numbering(begin, base, sizes[first:], strides[first:], kind.device)
         live = draw(n, kind.live)
         if guard:
             live[::3], live[1::7] = float("nan"), float("inf")
         shadows = [draw(n, kind.shadow) for _ in range(kind.averages)]
-        probes.append(ShadowPair(f"probe.{n}.{begin}", shadows, live, numbering, kind.huge))
+        probes.append(ShadowPair(f"probe.{n}.{begin}", shadows, live, probe_numbers, kind.huge))
     return probes

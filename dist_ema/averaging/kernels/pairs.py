@@ -1,12 +1,15 @@
-"""`ShadowPair`: the tensors that every kernel is given, and how neighbours are joined."""
+"""`ShadowPair`: shadows and live of one weight, as every kernel takes them; `merge` joins pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from ...packing import packs
+from .rounding import ROUND
 
 __all__ = ["LIVE", "SHADOW", "ShadowPair", "Weights", "join", "merge", "touch"]
 
@@ -31,10 +34,18 @@ class ShadowPair:
     indices: Callable[[int, int], Tensor]
     huge: bool = True
 
+    def __len__(self) -> int:
+        return len(self.live)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Those of live and of the shadows."""
+        return self.live.dtype, self.shadows[0].dtype
+
     @property
     def rounds(self) -> bool:
         """The shadows have 16 bits: they round stochastically ([Note: rounding] in rounding)."""
-        return self.shadows[0].dtype in (torch.bfloat16, torch.float16)
+        return self.shadows[0].dtype in ROUND
 
     @property
     def is_uniform(self) -> bool:
@@ -59,16 +70,13 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].as_strided((sum(map(len, tensors)),), (1,))
 
 
-def merge(pairs: Sequence[ShadowPair]) -> Iterator[ShadowPair]:
+def merge(pairs: Iterable[ShadowPair]) -> Iterator[ShadowPair]:
     """Join consecutive pairs that touch on both sides. The first one's name and indices remain."""
-    last: ShadowPair | None = None
-    for pair in pairs:
-        if last and touch(last.live, pair.live) and pair.follows(last):
-            shadows = [join(both) for both in zip(last.shadows, pair.shadows, strict=True)]
-            last = replace(last, shadows=shadows, live=join([last.live, pair.live]))
-            continue
-        if last:
-            yield last
-        last = pair
-    if last:
-        yield last
+    # Without a bound on the sizes, so that a pack ends only where two pairs do not touch.
+    for pack in packs(pairs, lambda _: 0, 0, lambda a, b: touch(a.live, b.live) and b.follows(a)):
+        first = pack[0]
+        if len(pack) > 1:
+            columns = zip(*(pair.shadows for pair in pack), strict=True)
+            shadows = [join(column) for column in columns]
+            first = replace(first, shadows=shadows, live=join([pair.live for pair in pack]))
+        yield first

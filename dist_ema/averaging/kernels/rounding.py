@@ -1,4 +1,4 @@
-"""Stochastic rounding by a counter-based hash.
+"""Stochastic rounding of shadows to bfloat16 and float16, by a hash of the element number.
 
 [Note: rounding]  A bf16 shadow at decay 0.999 never moves when it is rounded to nearest. Here the
 bits that are cut off decide by chance: a hash of (seed, update, name, element number in the full
@@ -16,22 +16,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-__all__ = [
-    "draw_bits",
-    "draw_bits_of_pairs",
-    "key_prefix",
-    "noise",
-    "noise_key",
-    "round_half_in_place",
-    "round_in_place",
-    "round_to_bfloat16",
-    "signed",
-]
-
-
-def noise(seed: int, update: int, name: str, indices: Tensor) -> Tensor:
-    """16 hash bits per element, as int32."""
-    return draw_bits(noise_key(seed, update, name), indices, True)
+__all__ = ["ROUND", "draw_bits", "draw_bits_of_pairs", "key_prefix", "noise_key", "signed"]
 
 
 @lru_cache(maxsize=4096)
@@ -46,7 +31,7 @@ def key_prefix(seed: int, update: int) -> bytes:
 
 
 def draw_bits(key: int, indices: Tensor, huge: bool) -> Tensor:
-    """The bits of `noise`. int32 is half the traffic of int64, and its products wrap alike."""
+    """16 bits per element, as int32: half the traffic of int64, and its products wrap alike."""
     shift = indices.to(torch.int32).bitwise_and_(1).mul_(16)
     return _hash(key, indices >> 1, huge).bitwise_right_shift_(shift).bitwise_and_(0xFFFF)
 
@@ -82,27 +67,21 @@ def signed(word: int, size: int = 32) -> int:
     return word - ((word & 1 << size - 1) << 1)
 
 
-def round_to_bfloat16(wide: Tensor, bits: Tensor) -> Tensor:
-    """Round fp32 to the bfloat16 below or above, by chance in proportion to the distance.
-
-    Args:
-        wide: fp32 [n].
-        bits: What `noise` returns, int32 [n].
-    """
-    return round_in_place(wide.clone(), bits)
-
-
-def round_in_place(wide: Tensor, low: Tensor) -> Tensor:
-    """Round as `round_to_bfloat16`, and overwrite `wide`."""
+def _round_to_bfloat16(wide: Tensor, low: Tensor) -> Tensor:
+    """The bfloat16 below or above, by chance in proportion to the distance. Overwrites `wide`."""
     # NOTE: cut by bits, because a cast rounds to nearest; -65536 is 0xFFFF0000 as an int32.
     cut = torch.add(wide.view(torch.int32), low).bitwise_and_(-65536).view(torch.float32)
     # The carry may have made a number of a nan. Adding -0.0 changes no number; clamp keeps nan.
     return cut.add_(wide.clamp_(-0.0, -0.0)).to(torch.bfloat16)
 
 
-def round_half_in_place(wide: Tensor, low: Tensor) -> Tensor:
+def _round_to_float16(wide: Tensor, low: Tensor) -> Tensor:
     """Round to float16 alike: 10 bits of mantissa, and steps of 2^-24 below 2^-14."""
     steps = torch.floor(wide * 2.0**24 + low * 2.0**-16) * 2.0**-24
     cut = torch.add(wide.view(torch.int32), low >> 3).bitwise_and_(-8192).view(torch.float32)
     cut = torch.where(wide.abs() < 2.0**-14, steps, cut)
     return cut.add_(wide.clamp_(-0.0, -0.0)).to(torch.float16)
+
+
+# The dtypes of shadows that round: fp32 [n], which is overwritten, and its 16 bits -> [n].
+ROUND = {torch.bfloat16: _round_to_bfloat16, torch.float16: _round_to_float16}

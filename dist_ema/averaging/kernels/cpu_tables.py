@@ -1,0 +1,69 @@
+"""Ramps of element numbers, and the numpy tables of rows and addresses that a CPU pass reads.
+
+rows      int64 [rows, 5]         length, number of the key, number of the first element in the
+                                  full weight (low 32 bits, high), step from one to the next
+lives     addresses [rows]
+shadows   addresses [rows, averages]
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .pairs import ShadowPair
+
+__all__ = ["FEW", "ROW", "Ramp", "ramps", "row_tables"]
+
+ROW = 1 << 16  # elements in one row: live stays in the cache between averages
+FEW = 16  # elements; ramps that are shorter than that on average are left to eager code
+
+Ramp = tuple[int, int, int]  # element numbers: how many, the first, the step to the next
+
+
+def ramps(indices: Callable[[int, int], Tensor], n: int, huge: bool) -> list[Ramp] | None:
+    """Write n element numbers as ramps that do not cross a multiple of 2^32.
+
+    Returns:
+        The ramps in order, or None if they are too short to be worth it.
+
+    Note:
+        *Cost*: what one eager update spends on element numbers.
+    """
+    found_ramps: list[Ramp] = []
+    for start in range(0, n, 1 << 18):
+        numbers = indices(start, min(start + (1 << 18), n)).numpy()
+        steps = np.diff(numbers)
+        step = int(np.median(steps[:257])) if len(steps) else 0
+        ramp_ends = steps != step
+        if huge:  # a pass computes the low 32 bits of a number, and takes the others from its row
+            ramp_ends |= np.diff(numbers >> 32) != 0
+        bounds = [0, *(np.flatnonzero(ramp_ends) + 1).tolist(), len(numbers)]
+        if len(bounds) > 2 + len(numbers) // FEW:
+            return None
+        found_ramps += [(b - a, int(numbers[a]), step) for a, b in itertools.pairwise(bounds)]
+    return found_ramps
+
+
+def row_tables(group: Sequence[tuple[ShadowPair, list[Ramp]]]) -> tuple[Any, Any, Any]:
+    """rows, lives and shadows. ROW elements at most are one row."""
+    ramps = np.array([ramp for _, pair_ramps in group for ramp in pair_ramps], dtype=np.int64)
+    lengths, firsts, steps = ramps.T
+    pairs = np.repeat(np.arange(len(group)), [len(pair_ramps) for _, pair_ramps in group])
+    begins = lengths.cumsum() - lengths
+    begins -= begins[np.searchsorted(pairs, pairs)]  # of each ramp in its pair
+    rows = -(-lengths // ROW)
+    ramp = np.repeat(np.arange(len(ramps)), rows)  # of each row
+    starts = ROW * (np.arange(len(ramp)) - (rows.cumsum() - rows)[ramp])
+    numbers, sizes = firsts[ramp] + starts * steps[ramp], np.minimum(lengths[ramp] - starts, ROW)
+    columns = [sizes, pairs[ramp], numbers & 0xFFFFFFFF, numbers >> 32, steps[ramp]]
+    tensors = [(pair.live, *pair.shadows) for pair, _ in group]
+    addresses = np.array([[t.data_ptr() for t in column] for column in tensors], dtype=np.int64)
+    addresses = addresses[pairs[ramp]]
+    addresses += np.outer(begins[ramp] + starts, [t.element_size() for t in tensors[0]])
+    # Copies, because C reads each table as one array without gaps.
+    return np.stack(columns, axis=1).copy(), addresses[:, 0].copy(), addresses[:, 1:].copy()
