@@ -17,6 +17,7 @@ __all__ = [
     "plural",
     "printable",
     "sentence",
+    "shortened",
     "silent",
     "size",
     "size_of",
@@ -61,6 +62,12 @@ def some(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
     return between.join(names[:most]) + (
         f"{between.rstrip(', ')} and {left} more" if left > 0 else ""
     )
+
+
+def shortened(text: str, most: int) -> str:
+    """`a/long/...last.safetensors`: the text in at most so many characters, its middle left out."""
+    begin = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:begin]}...{text[begin + 3 - most :]}"
 
 
 def size(nbytes: float) -> str:

@@ -5,23 +5,29 @@ python launch/evaluate.py runs/digits/export     prints {"loss": 0.09, "accuracy
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 import train
 
 from dist_ema import load_file
+from dist_ema.text import sentence
 
 
-def main() -> None:
-    path = Path(sys.argv[1])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("path", help="a saved average or an export of launch/train.py")
+    path = parser.parse_args(arguments).path
     torch.set_num_threads(1)
     args = train.parse(["--device", "cpu"])
     train.check(args)
     run = train.build(train.join(args), args)
-    run.model.load_state_dict(load_file(path))
+    try:
+        run.model.load_state_dict(load_file(path))
+    except (OSError, ValueError, RuntimeError) as error:  # no such file, damaged, another model
+        parser.error(sentence(error))
     print(json.dumps(train.evaluate(run)))
 
 

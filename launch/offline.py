@@ -137,9 +137,9 @@ def passes(a: Path, out: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--size", default="1GB", help="of a model")
-    parser.add_argument("--repeat", type=int, default=5, help="rounds")
-    parser.add_argument("--folder", help="a disk to write to")
+    parser.add_argument("--size", default="1GB", help="of a model (default %(default)s)")
+    parser.add_argument("--repeat", type=int, default=5, help="rounds (default %(default)s)")
+    parser.add_argument("--folder", help="a disk to write to (default: that of temporary files)")
     parser.add_argument("--realtime", action="store_true", help="run ahead of other programs")
     arguments = parser.parse_args()
     if arguments.realtime:

@@ -435,8 +435,12 @@ def show(title: str, rows: Sequence[Sequence[str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--bytes", help="save so many bytes on 4 machines, like 1GB")
-    parser.add_argument("--counted", type=int, default=COUNTED, help="ranks that run, at most")
+    parser.add_argument(
+        "--bytes", help="save so many bytes on 4 machines, like 1GB (default: count messages)"
+    )
+    parser.add_argument(
+        "--counted", type=int, default=COUNTED, help="ranks that run, at most (default %(default)s)"
+    )
     parser.add_argument("--checks", action="store_true", help="what every step pays")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -781,14 +781,22 @@ def test_closed(shop: Path) -> None:
 
 
 def test_bar_for_those_who_look(shop: Path) -> None:
-    """A terminal gets a bar on stderr; stdout is the same with and without one."""
+    """A terminal gets a bar on stderr; stdout is the same with and without one. At 80 columns a
+    path that is longer than that is shortened in its middle, and the bar keeps its place.
+    """
+    folder = shop / "[a long name]".ljust(80, "x")
+    shutil.copytree(shop / "ema", folder)
     ours, theirs = os.openpty()
-    line = [sys.executable, "-m", "dist_ema", "verify", str(shop / "ema")]
-    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60)
+    environ = {**os.environ, "COLUMNS": "80"}
+    line = [sys.executable, "-m", "dist_ema", "verify", str(folder)]
+    done = subprocess.run(
+        line, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60, env=environ
+    )
     os.close(theirs)
-    assert f"verify {shop / 'ema'}"[:20].encode() in os.read(ours, 100_000)
+    shown = os.read(ours, 100_000).decode()
     os.close(ours)
-    assert (done.returncode, done.stdout) == command("verify", shop / "ema")[:2]
+    assert re.search(r"verify /\S+\.\.\.x+ .*━.*716/716 bytes", shown), shown
+    assert (done.returncode, done.stdout) == command("verify", folder)[:2]
 
 
 def test_version(call: Call) -> None:

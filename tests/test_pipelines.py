@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,13 @@ def differ_by_stage(folder: str) -> None:
         again.load(f"{folder}/part")
     with raises(ValueError, "two stages of this rank", "weight"):
         EMA([nn.Linear(1, 1), nn.Linear(1, 1)])
+    parts[0].requires_grad_(True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        EMA(parts, 0.5).load(f"{folder}/part")
+    texts = [str(warning.message) for warning in caught]  # what a stage alone can say, it says
+    assert len(texts) == rank, texts
+    assert not rank or "live values of emb.weight" in texts[0], texts
 
 
 def save_through_dcp(folder: str) -> None:

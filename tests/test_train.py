@@ -369,6 +369,21 @@ def test_help_names_every_option(train: ModuleType, capsys: pytest.CaptureFixtur
     assert "torchrun --standalone --nproc-per-node 2 launch/train.py --wrapper fsdp2" in text
 
 
+@pytest.mark.parametrize(("script", "defaults"), [("scale", ["512"]), ("offline", ["1GB", "5"])])
+def test_help_shows_defaults(script: str, defaults: list[str]) -> None:
+    text = start(str(ROOT / "launch" / f"{script}.py"), "--help")
+    assert [default for default in defaults if f"(default {default})" not in text] == []
+
+
+def test_evaluate_names_what_it_cannot_read(tmp_path: Path) -> None:
+    """A wrong path is wrong usage: one sentence, no traceback."""
+    command = [sys.executable, str(ROOT / "launch" / "evaluate.py"), str(tmp_path / "none")]
+    done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"error: {tmp_path / 'none'} does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
 def test_accelerate_reads_the_configs(name: str, kind: str, train: ModuleType) -> None:
     """Every key is one that accelerate's launcher knows, and the layer that it is to wrap

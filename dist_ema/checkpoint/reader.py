@@ -33,10 +33,12 @@ class OpenCheckpoint:
     """A saved form with every file open, compared with the averages that are to be filled.
 
     clock: None where an average starts from it without one.
+    first_warnings: The digest of what the first rank warns of.
     """
 
     def __init__(self, place: Location, targets: Sequence[LoadTarget], stack: ExitStack) -> None:
         self.warnings: list[str] = []
+        self.first_warnings = 0
         self._place, self._stack = place, stack  # which closes the files
         saved = None if place.manifest is None else manifest.Manifest.from_json(place.manifest)
         self._saved = saved if saved is not None and saved.kind == "ema" else None
@@ -68,6 +70,12 @@ class OpenCheckpoint:
                 return None
             if not is_last and _version(self._place) != version:
                 return None
+        for plan in self._plans:
+            self.warnings += plan.differences.warnings(plan.folder)
+        if self._saved is None:
+            self._warn_of_start()
+        else:
+            self._warn_of_frozen(self._saved)
         return digest([vars(plan.differences) for plan in self._plans])
 
     def _table(self, plan: ReadPlan) -> dict[str, OpenWeight]:
@@ -97,7 +105,7 @@ class OpenCheckpoint:
         )
 
     def judge(self, strict: bool) -> None:
-        """Raise ValueError with every difference; else warn of those that do no harm."""
+        """Raise ValueError with every difference, if there is one that does harm."""
         if not self.fits(strict):
             differing = [plan for plan in self._plans if plan.differences.count]
             fatal = any(plan.differences.are_fatal for plan in differing)
@@ -108,12 +116,6 @@ class OpenCheckpoint:
             )
             more = "" if fatal else " Pass strict=False to load what they have in common."
             raise ValueError(f"{' '.join(texts)}{more}")
-        for plan in self._plans:
-            self.warnings += plan.differences.warnings(plan.folder)
-        if self._saved is None:
-            self._warn_of_start()
-        else:
-            self._warn_of_frozen(self._saved)
 
     def _warn_of_start(self) -> None:
         exported = self._place.manifest is not None
@@ -170,6 +172,11 @@ class OpenCheckpoint:
                         f"{entry['crc32']}."
                     )
         return ""
+
+    def warnings_of(self, ranks: Ranks) -> list[str]:
+        """What this rank warns of: the first one speaks for all that would say the same."""
+        is_said = not ranks.first and digest(self.warnings) == self.first_warnings
+        return [] if is_said else self.warnings
 
     def fill(self, ranks: Ranks) -> list[dict[str, Tensor]]:
         """Write the shadows. Returns the own buffers of each average.
@@ -275,15 +282,19 @@ def _open_one_version(
                 sums = checkpoint.sums(ranks)
         return {"differences": {str(list(stage)): differences}, "sums": sums}
 
-    def conclude(found: dict[str, Any]) -> str | None:
+    def conclude(found: dict[str, Any]) -> list[Any] | None:
         if None in found["differences"].values():
             return None
-        return opened[0].damage(found["sums"]) if verify else ""
+        damage = opened[0].damage(found["sums"]) if verify else ""
+        return [damage, digest(opened[0].warnings)]
 
     first_sees, version = ranks.run_on_first("load", find_model)
     # NOTE: no rank tells the others what ema.json says, which grows with the model.
-    _, damage = ranks.run_and_reduce("load", work, _combine, conclude)
-    return None if damage is None else (opened[0], damage)
+    _, concluded = ranks.run_and_reduce("load", work, _combine, conclude)
+    if concluded is None:
+        return None
+    damage, opened[0].first_warnings = concluded
+    return opened[0], damage
 
 
 def _combine(messages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from ..text import Tick, printable, size_of
+from ..text import Tick, printable, shortened, size_of
 
 if TYPE_CHECKING:
     from ..schedules import Window
@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 FINE, PROBLEM, USAGE = 0, 1, 2  # exit codes
+FIGURES = 36  # columns of a progress line: bytes, their rate, the time left, spaces between
 WIDEST = math.sqrt(1 / 12)  # the width of the plain mean, as a share of the training
 DTYPES = {  # as --dtype has them -> as safetensors does
     "bf16": "BF16", "fp16": "F16", "fp32": "F32", "fp64": "F64",
@@ -258,13 +259,17 @@ def progress(what: str, total: int) -> Iterator[Tick]:
         TransferSpeedColumn,
     )
 
+    console = Console(stderr=True)
+    width = console.width // 4
     cells = (
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description}", markup=False),  # a path may hold [brackets]
+        BarColumn(width),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*cells, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(printable(what), total=total)
+    # rich would cut the cells on the right, the bar among them, to make room for a long path.
+    what = shortened(printable(what), max(9, console.width - width - FIGURES))
+    with Progress(*cells, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)

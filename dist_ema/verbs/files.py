@@ -237,7 +237,7 @@ def load(entry: Entry, path: str | Path, *, strict: bool, verify: bool) -> None:
     with reader.open_checkpoint(
         ranks, path, targets.make, strict=strict, verify=verify, stage=stage
     ) as checkpoint:
-        warn(*checkpoint.warnings)
+        warn(*checkpoint.warnings_of(ranks))
         try:
             own_buffers = checkpoint.fill(ranks)
         except BaseException:
