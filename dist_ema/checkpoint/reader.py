@@ -175,8 +175,8 @@ class OpenCheckpoint:
 
     def warnings_of(self, ranks: Ranks) -> list[str]:
         """What this rank warns of: the first one speaks for all that would say the same."""
-        is_said = not ranks.first and digest(self.warnings) == self.first_warnings
-        return [] if is_said else self.warnings
+        repeats_first = not ranks.first and digest(self.warnings) == self.first_warnings
+        return [] if repeats_first else self.warnings
 
     def fill(self, ranks: Ranks) -> list[dict[str, Tensor]]:
         """Write the shadows. Returns the own buffers of each average.
