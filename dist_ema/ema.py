@@ -33,7 +33,7 @@ from .checkpoint import atomic, dcp, library_files, stages
 from .checkpoint.request import AverageFiles, SaveRequest
 from .schedules import Schedule, schedule_list
 from .schedules import schedule as coerce
-from .sharding import derived, parameters, records, wrappers
+from .sharding import derived, parameters, records, torch_internals
 from .sharding.ownership import ParamState
 from .text import warn
 from .verbs.entry import (
@@ -386,7 +386,7 @@ class EMA:
                     "ema.swap() of an EMA with into=: the teacher is the average, so evaluate the "
                     "teacher."
                 )
-            if wrappers.frozen_by_inductor(weights.model):
+            if torch_internals.frozen_by_inductor(weights.model):
                 raise RuntimeError(
                     "ema.swap() cannot reach what was compiled with "
                     "torch._inductor.config.freezing: turn it off."

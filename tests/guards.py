@@ -228,8 +228,8 @@ sharding/derived.py
             @living_buffers::test_recalibrate_refreshes_the_vectors_for_the_average
     refreshed_vectors  vector.copy_(value)
             @living_buffers::test_vectors_are_restored_when_recalibrate_raises
-sharding/wrappers.py
-    reshard           post_optim_event = None  @emulated/test_groups
+sharding/fsdp2.py
+    reshard_module    post_optim_event = None  @emulated/test_groups
 distributed/ranks.py
     transfer_device   "cpu" in dict(pair.split(":") for pair in pairs) => "cpu" in str(pairs)
             @emulated/test_groups
@@ -392,7 +392,7 @@ averaging/teacher.py
     _refuse_unlike    has fp32 masters  @refusals::test_masters_are_stepped_by_the_engine
     _refuse_unlike    is strided or expanded  @into::test_unlike_teachers_are_refused
     _refuse_unlike    is one weight in the model  @into::test_unlike_teachers_are_refused
-sharding/compiled_watch.py
+sharding/memory_watch_numba.py
     compile_loop      raise ImportError  @memory_watch::test_the_loop_is_switched_off
 sharding/consistency.py
     on_weights        raise ValueError  @discovery::test_ddp_ignored_and_unequal_replicas
@@ -400,11 +400,12 @@ sharding/consistency.py
 sharding/discovery.py
     _describe         two stages of this rank  @pipelines::test_two_stages
     _refuse_unfilled  raise ValueError  @into::test_unlike_teachers_are_refused
-    _dtensor          a Partial weight  @refusals::test_dtensors_that_cannot_be_averaged
-    _dtensor          should leave  @refusals::test_dtensors_that_cannot_be_averaged
-    _dtensor          the local tensor has  @refusals::test_dtensors_that_cannot_be_averaged
     _members          raise ValueError
             @refusals::test_weights_on_ranks_that_do_not_contain_each_other
+sharding/fsdp2.py
+    dtensor_shard     a Partial weight  @refusals::test_dtensors_that_cannot_be_averaged
+    dtensor_shard     should leave  @refusals::test_dtensors_that_cannot_be_averaged
+    dtensor_shard     the local tensor has  @refusals::test_dtensors_that_cannot_be_averaged
 sharding/fsdp1.py
     record            is a DTensor inside  @refusals::test_fsdp1_over_dtensors
     record            is on the meta device  @refusals::test_fsdp1_on_the_meta_device

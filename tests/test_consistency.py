@@ -17,7 +17,7 @@ import torch.distributed as dist
 from dist_ema import EMA, HalfLife
 from dist_ema.distributed import waiting
 from dist_ema.distributed.ranks import Ranks
-from dist_ema.sharding import wrappers
+from dist_ema.sharding import torch_internals
 from tests._models import Net
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
@@ -176,7 +176,7 @@ class CountingStore:
     """The store of the job, and the messages that were written to it."""
 
     def __init__(self, prefix: str) -> None:
-        self.store, self.messages = wrappers.side_store(prefix), []
+        self.store, self.messages = torch_internals.side_store(prefix), []
 
     def set(self, key: str, value: str) -> None:
         self.messages.append(key)

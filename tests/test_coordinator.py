@@ -34,7 +34,7 @@ from dist_ema.distributed.connections import Connections
 from dist_ema.distributed.coordinator import StoreCoordinator
 from dist_ema.distributed.diagnosis import Exchange, digest
 from dist_ema.distributed.ranks import Ranks
-from dist_ema.sharding import wrappers
+from dist_ema.sharding import torch_internals
 from tests._models import Net
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
@@ -678,7 +678,7 @@ def first_rank_late() -> None:
     """The id of a new EMA does not arrive: who waits for it says so in time, and the next EMA
     works.
     """
-    rank, store = dist.get_rank(), wrappers.side_store("late")
+    rank, store = dist.get_rank(), torch_internals.side_store("late")
     model = wrap("ddp", Net())
     if rank == 0:
         store.wait(["given up"])
@@ -696,7 +696,7 @@ def two_attempts() -> None:
     rank, answers = dist.get_rank(), []
     for attempt in (1, 2):
         for _ in range(2):  # as of an EMA and its writer
-            ranks = Ranks([0, 1], None, wrappers.side_store, 20.0)
+            ranks = Ranks([0, 1], None, torch_internals.side_store, 20.0)
             if attempt == 2:
                 time.sleep(0.0 if rank == 1 else 0.3)  # rank 1 reads before rank 0 has written
                 answers.append(ranks.run_on_first("load", lambda: "new"))

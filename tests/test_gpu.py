@@ -22,7 +22,7 @@ from dist_ema.averaging.executors import SideStream, Worker
 from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
 from dist_ema.averaging.kernels.gpu_launch import available
 from dist_ema.averaging.kernels.gpu_plan import FusedPlan
-from dist_ema.sharding.geometry import Numbering
+from dist_ema.sharding.numbering import Numbering
 
 from .test_gpu_triton import AWKWARD, BOXES, EXACT, both
 

@@ -31,8 +31,7 @@ from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
 from dist_ema.averaging.kernels.gpu_launch import available
 from dist_ema.averaging.kernels.gpu_plan import FusedPlan
 from dist_ema.averaging.kernels.rounding import noise_key
-from dist_ema.sharding import geometry
-from dist_ema.sharding.geometry import Numbering
+from dist_ema.sharding.numbering import Numbering
 from dist_ema.sharding.records import Region, Shard
 from tests._models import draw
 from tests._oracle import noise
@@ -348,7 +347,7 @@ BOXES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None, Region]] = {
 
 
 def both(kind: str) -> tuple[Numbering, Callable[[int, int], Tensor]]:
-    """The formula that `geometry` makes, and the numbers cut out of a tensor that holds them
+    """The formula that `Numbering.of` makes, and the numbers cut out of a tensor that holds them
     all.
     """
     shape, order, region = BOXES[kind]
@@ -360,12 +359,12 @@ def both(kind: str) -> tuple[Numbering, Callable[[int, int], Tensor]]:
     every = every if order is None else every.permute(order)
     block = every[tuple(slice(o, o + n) for o, n in zip(region.offsets, region.sizes, strict=True))]
     held = block.flatten()[region.begin : region.end]
-    return geometry.numbering(record, region), lambda a, b: held[a:b]
+    return Numbering.of(record, region), lambda a, b: held[a:b]
 
 
 @pytest.mark.parametrize("kind", BOXES)
 def test_numbering(kind: str) -> None:
-    """`geometry.numbering` counts as torch does, in one piece and in two."""
+    """`Numbering.of` counts as torch does, in one piece and in two."""
     numbering, want = both(kind)
     n = BOXES[kind][2].numel
     assert torch.equal(numbering(0, n), want(0, n))

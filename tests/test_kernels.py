@@ -34,7 +34,7 @@ from dist_ema.averaging.kernels.eager import (
     UpdatePlan,
 )
 from dist_ema.averaging.kernels.rounding import noise_key
-from dist_ema.sharding.geometry import Numbering
+from dist_ema.sharding.numbering import Numbering
 from tests._models import draw
 from tests._oracle import noise, round_to_bfloat16
 

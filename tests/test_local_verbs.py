@@ -17,7 +17,7 @@ from torch import nn
 
 from dist_ema import EMA, load_file
 from dist_ema.distributed import waiting
-from dist_ema.sharding import wrappers
+from dist_ema.sharding import torch_internals
 from tests._models import Images, Net
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
@@ -25,7 +25,7 @@ from tests._wrappers import wrap
 
 def alone(rank: int, name: str, work: Callable[[], None]) -> None:
     """Do it on one rank, while the other does nothing."""
-    store = wrappers.side_store("alone")
+    store = torch_internals.side_store("alone")
     if dist.get_rank() == rank:
         try:
             work()

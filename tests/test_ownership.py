@@ -21,7 +21,8 @@ from dist_ema.averaging.kernels.eager import Direct, Packed, ShadowPair, UpdateP
 from dist_ema.sharding import arena, discovery, ownership
 from dist_ema.sharding.arena import allocate
 from dist_ema.sharding.fingerprint import WINDOW, fingerprint
-from dist_ema.sharding.geometry import Box, boxes, boxes_with_data, even, numbering, runs, split_box
+from dist_ema.sharding.geometry import Box, boxes, boxes_with_data, even, runs, split_box
+from dist_ema.sharding.numbering import Numbering
 from dist_ema.sharding.ownership import assign
 from dist_ema.sharding.records import Region, Shard
 
@@ -208,7 +209,7 @@ def test_numbering() -> None:
     draw = random.Random(7)
     for record, region, elements in drawn(seed=7):
         start, stop = a_range(draw, region.numel)
-        found = numbering(record, region, CPU)(start, stop)
+        found = Numbering.of(record, region, CPU)(start, stop)
         assert found.dtype == torch.int64
         assert torch.equal(found, elements[start:stop]), (
             record.shape,
@@ -225,7 +226,7 @@ def test_numbering_of_nothing() -> None:
     """
     for order in (None, (1, 0)):
         empty = Region((4, 0), (0, 3), 0, 0)
-        assert numbering(shard(torch.zeros(4, 3), order, empty), empty, CPU)(0, 0).tolist() == []
+        assert Numbering.of(shard(torch.zeros(4, 3), order, empty), empty, CPU)(0, 0).tolist() == []
 
 
 @pytest.mark.parametrize("shape", [(8, 3, 5, 5), (1, 4, 3, 3), (6, 1, 2, 2), (2, 2, 1, 1)])
@@ -241,7 +242,7 @@ def test_channels_last(shape: tuple[int, ...]) -> None:
         rebuilt[box.slices] = view
     assert torch.equal(rebuilt, values)
     assert torch.equal(
-        numbering(found, found.local_region, CPU)(0, values.numel()).float(), found.read()
+        Numbering.of(found, found.local_region, CPU)(0, values.numel()).float(), found.read()
     )
 
 

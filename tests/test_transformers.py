@@ -259,7 +259,7 @@ def test_export_has_the_names_of_save_pretrained(kind: str, tmp_path: Path) -> N
 def test_optimizers_that_step_each_layer_in_the_backward() -> None:
     """GaLore's and APOLLO's: the Trainer's optimizer is a stand-in, whose step comes last.
 
-    Guards `stepped_parameters`: no warning says that the stand-in steps copies. And that a round
+    Guards `_stepped_parameters`: no warning says that the stand-in steps copies. And that a round
     forgets the steps before it, of which `gather` would warn.
     """
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..sharding import geometry
+from ..sharding.numbering import Numbering
 from . import executors, swap_journal
 from .averages import AveragedWeights
 from .kernels.eager import UpdatePlan
@@ -62,7 +63,7 @@ def pull(weights: AveragedWeights, weight: float) -> None:
         if weight == 1:
             state.source.copy_(state.own_shadow)
         else:
-            number = geometry.numbering(state.shard, state.averaged_region, state.source.device)
+            number = Numbering.of(state.shard, state.averaged_region, state.source.device)
             pairs.append(ShadowPair(state.name, [state.source], state.own_shadow, number))
     UpdatePlan(pairs, weights.seed).run([weight], weights.clock.updates)
     for state in averaged:

@@ -38,7 +38,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from ..sharding import torch_classes
+from ..sharding import torch_internals
 from ..sharding.zero import EngineSteps, is_engine
 from .averages import AveragedWeights
 from .stepped_weights import steps_any
@@ -178,7 +178,7 @@ class Attachment:
                 "that ema.attach() was given has stepped. Leave out the one that does not train.",
                 stacklevel=4,
             )
-        elif steps[place] > 1 and not self._is_uneven and torch_classes.is_in_backward():
+        elif steps[place] > 1 and not self._is_uneven and torch_internals.is_in_backward():
             self._is_uneven = True
             warnings.warn(
                 f"{steps.count(0)} of {len(steps)} optimizers did not step in the last backward "

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-from ..sharding import parameters, records, zero
+from ..sharding import parameters, storage, zero
 from ..sharding.ownership import ParamState
 from ..text import warn
 from .averages import AveragedWeights
@@ -18,12 +19,26 @@ __all__ = ["refuse_beside_masters", "steps_any", "warn_of_others"]
 def steps_any(optimizers: Iterable[Any], weights: AveragedWeights) -> bool:
     """One of the optimizers holds an averaged weight, or memory of one."""
     averaged = weights.averages[0].averaged
-    params = [p for optimizer in optimizers for p in zero.stepped_parameters(optimizer)]
+    params = [p for optimizer in optimizers for p in _stepped_parameters(optimizer)]
     storages = {state.local.untyped_storage().data_ptr() for state in averaged}
-    memories = [memory for p in params if (memory := records.memory_of(p)) is not None]
+    memories = [memory for p in params if (memory := storage.memory_of(p)) is not None]
     return not {id(p) for p in params}.isdisjoint(id(state.shard.tensor) for state in averaged) or (
         any(memory.untyped_storage().data_ptr() in storages for memory in memories)
     )
+
+
+def _stepped_parameters(optimizer: Any) -> list[Tensor]:
+    """The parameters that an optimizer holds; for an engine the weights that it trains.
+
+    transformers gives one that does nothing for those that step each layer in the backward.
+    """
+    if zero.is_engine(optimizer):
+        return list(optimizer.parameters())
+    per_layer = getattr(getattr(optimizer, "optimizer", optimizer), "optimizer_dict", None) or {}
+    return [
+        *(parameter for parameter in per_layer if isinstance(parameter, Tensor)),
+        *(p for group in optimizer.param_groups for p in group["params"]),
+    ]
 
 
 def warn_of_others(weights: AveragedWeights, optimizers: Sequence[Optimizer]) -> None:
@@ -55,7 +70,7 @@ def _displaced(weights: AveragedWeights, optimizers: Iterable[Optimizer]) -> lis
     module that has replaced one.
     """
     shards = [state.shard for state in weights.averages[0].averaged]
-    params = [p for optimizer in optimizers for p in zero.stepped_parameters(optimizer)]
+    params = [p for optimizer in optimizers for p in _stepped_parameters(optimizer)]
     averaged, stepped = {id(shard.tensor) for shard in shards}, set(map(id, params))
     others = {(p.shape, p.dtype.itemsize) for p in params if id(p) not in averaged}
     listed, displaced = isinstance(weights.model, parameters.Parameters), []

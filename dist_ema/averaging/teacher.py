@@ -26,8 +26,16 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ..schedules import Schedule, Window
-from ..sharding import derived, discovery, parameters, tree_changes, wrappers
-from ..sharding.ownership import ParamState, form
+from ..sharding import (
+    derived,
+    discovery,
+    parameters,
+    storage,
+    torch_internals,
+    tree_changes,
+    wrappers,
+)
+from ..sharding.ownership import ParamState
 from ..sharding.records import Shard
 from .swap_registry import Versions, versions
 
@@ -98,7 +106,7 @@ class Teacher:
             forward_hook.spent = [
                 module.register_forward_pre_hook(forward_hook, prepend=True),
                 module.register_load_state_dict_pre_hook(hook),
-                wrappers.before_state_dict(module, hook),
+                torch_internals.before_state_dict(module, hook),
             ]
             for handle in forward_hook.spent:
                 self._hooks.callback(handle.remove)
@@ -316,7 +324,7 @@ def _copy(state: ParamState) -> None:
 
 def _place_in_memory(shard: Shard) -> tuple[int, Any]:
     memory = shard.local_tensor()
-    return memory.data_ptr(), form(memory)
+    return memory.data_ptr(), storage.form(memory)
 
 
 def _place(shard: Shard) -> str:

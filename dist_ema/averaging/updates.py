@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..sharding import geometry
+from ..sharding.numbering import Numbering
 from .average import Average
 from .engines import Engine, Inline, Times, choose_engine
 from .executors import has_streams
@@ -50,7 +50,7 @@ class Updates:
             shadows = [state.shadow for state in states if state.shadow is not None]
             if shadows:
                 first = states[0]
-                number = geometry.numbering(first.shard, first.averaged_region, shadows[0].device)
+                number = Numbering.of(first.shard, first.averaged_region, shadows[0].device)
                 huge = math.prod(first.shard.shape) >= 1 << 32
                 pair = ShadowPair(first.name, shadows, first.source, number, huge)
                 (buffers if first.shard.kind == "buffer" else weights).append(pair)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..averaging.executors import await_host_reads
-from ..sharding import derived, discovery, geometry, ownership, records, wrappers
+from ..sharding import derived, discovery, geometry, ownership, storage, wrappers
 from ..text import some
 from .load_file import load_file
 from .safetensors import ADAPTER, ADAPTER_CONFIG
@@ -171,7 +171,7 @@ def merged(
         )
     weights = [p for name, p in inner.named_parameters() if ".base_layer." in name]
     # NOTE: peft adds in place. To assign `data` of a DTensor leaves its elements where they are.
-    below = [p if (memory := records.memory_of(p)) is None else memory for p in weights]
+    below = [p if (memory := storage.memory_of(p)) is None else memory for p in weights]
     unmerged = [p.data for p in below]
     try:
         for p in below:

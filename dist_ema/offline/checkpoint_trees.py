@@ -17,7 +17,7 @@ from typing import Any
 from ..checkpoint import disk, manifest, safetensors
 from ..foreign import recognise, torch_dcp, torch_save
 from ..foreign.recognise import FoundAverage, Leaf
-from ..sharding.names import canonical
+from ..sharding.wrapper_names import canonical
 from .sources import Safetensors, Source, locate, pickled
 
 __all__ = ["ObjectTree", "give_names", "open_tree", "read_json", "without_wrappers"]

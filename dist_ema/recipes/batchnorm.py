@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..distributed import transfer
 from ..distributed.ranks import Ranks
-from ..sharding import derived, discovery, wrappers
+from ..sharding import derived, discovery, torch_internals, wrappers
 
 __all__ = ["recalibrate"]
 
@@ -108,7 +108,7 @@ def _recalibrate(
     found = discovery.find_shards(model)
     members = found.members if group is None else dist.get_process_group_ranks(group)
     group = group or found.group
-    ranks = Ranks(members, group, wrappers.side_store, device=found.device)
+    ranks = Ranks(members, group, torch_internals.side_store, device=found.device)
     watch = _Watch({name: _Moments.none(module) for name, module in layers.items()})
     steps = _steps(loader, num_batches, ranks if found.sharded else None)
     bar = (

@@ -12,7 +12,8 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils.hooks import RemovableHandle
 
-from . import names, records
+from . import records
+from .wrapper_names import canonical
 
 __all__ = ["caches_dropped", "is_power_iteration_vector", "merged_modules", "refreshed_vectors"]
 
@@ -50,7 +51,7 @@ def _overrides_train(module: nn.Module) -> bool:
 def merged_modules(model: nn.Module) -> list[str]:
     """Names of modules into whose weights peft has merged adapters: the adapters are not read."""
     return [
-        names.canonical(name)
+        canonical(name)
         for name, module in model.named_modules()
         if getattr(module, "merged_adapters", None)
     ]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .fsdp1 import flat_slices, identity, ranks_and_group, registered_parameters
+from .fsdp2 import dtensor_shard, mesh_ranks
 from .parameters import Parameters
 from .records import (
     Kind,
     ModelShards,
     Region,
     Shard,
-    memory_of,
     registered_buffer,
-    storage_order,
     uncollected,
 )
+from .storage import memory_of, present_memory, storage_order
 from .torch_classes import is_dtensor, is_fsdp1, is_fsdp2
 from .wrappers import Replicated, reshard, walk_modules
 from .zero import (
@@ -38,11 +38,6 @@ from .zero import (
     zero3_group,
     zero3_shard,
 )
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.placement_types import Placement
 
 __all__ = ["find_shards", "redescribe", "unfilled_buffers"]
 
@@ -161,14 +156,14 @@ def _plain(
     if memory_of(tensor) is None:
         return _opaque(name, kind, tensor, place)
     if is_dtensor(tensor):
-        return _dtensor(name, kind, tensor, place)
+        return dtensor_shard(name, kind, tensor, place)
     dense, order = storage_order(tensor.shape, tensor.stride())
     sizes = tuple(tensor.shape) if order is None else tuple(tensor.shape[i] for i in order)
     whole = Region((0,) * len(sizes), sizes, 0, tensor.numel())
     # NOTE: modules may register a new tensor under a buffer's name at any time; a Parameter must
     # stay the same object.
     by_place = partial(_buffer_memory, place)
-    local: Callable[[], Tensor] = by_place if kind == "buffer" else partial(_memory, tensor)
+    local: Callable[[], Tensor] = by_place if kind == "buffer" else partial(present_memory, tensor)
     read = local if dense else partial(_copied, local)
     shape = tuple(tensor.shape)
     shard = Shard(name, kind, shape, tensor, place, whole, read, 0, order, dense=dense)
@@ -201,80 +196,8 @@ def _opaque(name: str, kind: Kind, tensor: Tensor, place: tuple[nn.Module, str])
     return shard
 
 
-def _dtensor(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module, str]) -> Shard:
-    """The record of a DTensor: a box, replicated over the mesh dimensions that do not cut it."""
-    mesh, placements, local = tensor.device_mesh, tensor.placements, _memory(tensor)
-    if any(placement.is_partial() for placement in placements):
-        raise ValueError(
-            f"{name} has placements {placements}: a Partial weight is a sum still to be made. "
-            "Redistribute it."
-        )
-    cuts, offsets, sizes = _box_of_dtensor(mesh, placements, tensor.shape)
-    if tuple(local.shape) != sizes:
-        raise ValueError(
-            f"{name}: {placements} over {mesh} should leave {sizes} here, found "
-            f"{tuple(local.shape)}."
-        )
-    dense, order = storage_order(local.shape, local.stride())
-    if not dense:
-        raise ValueError(
-            f"{name}: the local tensor has shape {tuple(local.shape)} and strides "
-            f"{local.stride()}. Strided and expanded weights cannot be averaged in place: make it "
-            "contiguous before building the EMA."
-        )
-    by = range(len(sizes)) if order is None else order
-    region = Region(tuple(offsets[i] for i in by), tuple(sizes[i] for i in by), 0, local.numel())
-    read, shape = partial(_memory, tensor), tuple(tensor.shape)
-    shard = Shard(name, kind, shape, tensor, place, region, read, 0, order)
-    if kind != "buffer":
-        whole = [i for i in range(len(placements)) if i not in cuts]
-        shard.replicas = tuple(mesh.get_group(i) for i in whole)
-    if cuts or kind != "buffer":
-        shard.owner_ranks = _mesh_ranks(mesh)
-    return shard
-
-
-@lru_cache(maxsize=256)
-def _box_of_dtensor(
-    mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Size
-) -> tuple[list[int], tuple[int, ...], tuple[int, ...]]:
-    """The mesh dimensions that cut the weight; offsets and sizes of the local tensor.
-
-    Asked once for all weights of one shape: a model may have ten thousand experts.
-    """
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    cuts = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
-    offsets, sizes = [0] * len(shape), list(shape)
-    # NOTE: FSDP2 over TP splits right to left: _StridedShard (on the left) cuts what Shard (on the
-    # right) left over.
-    strided = [i for i in cuts if type(placements[i]).__name__ == "_StridedShard"]
-    for i in [i for i in cuts if i not in strided] + strided[::-1]:
-        dim: int = placements[i].dim  # type: ignore[attr-defined]
-        step = -(-sizes[dim] // mesh.size(i))  # torch.chunk: full chunks first
-        start = min(step * coordinate[i], sizes[dim])
-        offsets[dim], sizes[dim] = offsets[dim] + start, min(step, sizes[dim] - start)
-    return cuts, tuple(offsets), tuple(sizes)
-
-
-@lru_cache(maxsize=16)
-def _mesh_ranks(mesh: DeviceMesh) -> tuple[int, ...]:
-    """The global ranks, asked once: a weight must not cost more in a larger world."""
-    return tuple(mesh.mesh.flatten().tolist())
-
-
-def _memory(tensor: Tensor) -> Tensor:
-    """The memory of what had one when it was described."""
-    if type(tensor) is nn.Parameter:
-        return tensor
-    local = getattr(tensor, "_local_tensor", None)  # of a DTensor, and mostly plain
-    memory = local if type(local) is Tensor else memory_of(tensor)
-    assert memory is not None
-    return memory
-
-
 def _buffer_memory(place: tuple[nn.Module, str]) -> Tensor:
-    return _memory(registered_buffer(place))
+    return present_memory(registered_buffer(place))
 
 
 def _copied(read: Callable[[], Tensor]) -> Tensor:
@@ -312,7 +235,7 @@ def _members(
     tensors = [shard.tensor for shard in shards]
     meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_dtensor(tensor))
     groups: list[RanksAndGroup] = [
-        (sorted(_mesh_ranks(mesh)), mesh.get_group() if mesh.ndim == 1 else None) for mesh in meshes
+        (sorted(mesh_ranks(mesh)), mesh.get_group() if mesh.ndim == 1 else None) for mesh in meshes
     ]
     groups += [(list(around.ranks), around.group) for around in dict.fromkeys(replicated)]
     groups += fsdp1

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _get_default_store
 
 from ..distributed.deadlines import together
-from .records import Kind, Region, Shard, storage_order
+from .records import Kind, Region, Shard
+from .storage import storage_order
 from .torch_classes import is_fsdp1
+from .torch_internals import side_store
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -159,7 +160,7 @@ def ranks_and_group(
     together(
         "EMA(...) over FSDP with a hybrid strategy",
         dist.get_process_group_ranks(outer),
-        dist.PrefixStore("dist_ema/hybrid", _get_default_store()),
+        side_store("dist_ema/hybrid"),
         timeout,
         lambda: dist.all_gather_object(all_ranks, inner, group=outer),
     )

@@ -5,8 +5,8 @@ Each of the three questions has an owner here.
 
 [Note: one look]  A call of torch's per weight, from Python, takes 0.06 us, and 0.15 us where the
 step has emptied the caches. So where numba is installed, one compiled loop looks at all of them
-(in `compiled_watch`). It says only whether something is another object or lies elsewhere; what that
-means is decided here, as it is without numba.
+(`memory_watch_numba`). It says only whether something is another object or lies elsewhere; what
+that means is decided here, as it is without numba.
 """
 
 from __future__ import annotations
@@ -183,9 +183,9 @@ def find_loop() -> Callable[..., bool] | None:
     """The compiled loop. None without numba, or with a torch that lacks the function for it."""
     read = getattr(torch._C._dynamo.guards, "_torchinductor_pyobject_tensor_data_ptr", None)
     try:
-        from . import compiled_watch
+        from . import memory_watch_numba
 
-        return None if read is None else compiled_watch.compile_loop(read)
+        return None if read is None else memory_watch_numba.compile_loop(read)
     except Exception:  # numba is absent, disabled, or refuses our code
         return None
 

@@ -28,14 +28,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed.transfer import Block
-from . import discovery, geometry, zero
+from . import discovery, geometry, storage, zero
 from .records import Region, Shard
 
 __all__ = [
     "MAX_BLOCK",
     "ParamState",
     "assign",
-    "form",
     "replica_runs",
     "saved_blocks",
     "saved_dtype",
@@ -61,7 +60,7 @@ class ParamState:
     def __post_init__(self) -> None:
         memory = self.shard.local_tensor()
         # Where and how the elements lay when `local` was made.
-        self._address, self._form = memory.data_ptr(), form(memory)
+        self._address, self._form = memory.data_ptr(), storage.form(memory)
 
     @property
     def name(self) -> str:
@@ -131,7 +130,7 @@ class ParamState:
     @property
     def layout_changed(self) -> bool:
         """They have another shape or order in memory now."""
-        return form(self.shard.local_tensor()) != self._form
+        return storage.form(self.shard.local_tensor()) != self._form
 
     def rebind(self) -> None:
         """Follow elements that moved.
@@ -142,7 +141,7 @@ class ParamState:
         if self.is_copied_buffer:
             discovery.redescribe(self.shard)
             self.averaged_region = self.owned_region = self.shard.local_region
-            self._form = form(self.shard.local_tensor())
+            self._form = storage.form(self.shard.local_tensor())
         zero.refuse_taken_over(self.shard)
         memory, old = self.shard.local_tensor(), self.local
         if memory.numel() and not memory.data_ptr():
@@ -180,15 +179,6 @@ def _part(data: Tensor, whole: Region, region: Region) -> Tensor:
     if (region.begin, region.end) == (whole.begin, whole.end):
         return data
     return data.narrow(0, region.begin - whole.begin, region.numel)
-
-
-def form(memory: Tensor) -> tuple[torch.Size, list[int], bool]:
-    """Shape, order in memory, and whether a view conjugates.
-
-    The stride of a dimension of length 1 says nothing.
-    """
-    strides = zip(memory.stride(), memory.shape, strict=True)
-    return memory.shape, [step for step, length in strides if length > 1], memory.is_conj()
 
 
 # --- who owns what ------------------------------------------------------------------------------

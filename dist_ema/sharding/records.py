@@ -29,26 +29,23 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .torch_classes import is_dtensor
+from .torch_classes import is_dtensor, is_flattened
 
 __all__ = [
     "Kind",
     "ModelShards",
     "Region",
     "Shard",
-    "memory_of",
     "register",
     "registered",
     "registered_buffer",
     "replaced",
-    "storage_order",
     "uncollected",
 ]
 
@@ -137,7 +134,7 @@ class Shard:
         A range of an FSDP1 or ZeRO-3 parameter stays one-dimensional. *Aliases* `elements`.
         """
         local = self.tensor._local_tensor if is_dtensor(self.tensor) else self.tensor
-        if getattr(local, "_fsdp_flattened", False) or hasattr(local, "ds_tensor"):
+        if is_flattened(local) or hasattr(local, "ds_tensor"):
             return elements
         if not self.dense:
             return elements.view(local.shape)
@@ -187,44 +184,6 @@ def uncollected() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
-
-
-def memory_of(tensor: Tensor) -> Tensor | None:
-    """The plain tensor that holds a weight's elements here; None where no single one does.
-
-    A subclass by dispatch is looked through while it has exactly one inner tensor, of the same
-    shape and dtype. Sparse, nested and quantized tensors have none. *Aliases* `tensor`.
-    """
-    local = tensor._local_tensor if is_dtensor(tensor) else tensor
-    while type(local).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        flatten = getattr(local, "__tensor_flatten__", None)
-        names: list[str] = flatten()[0] if flatten else []
-        inner = getattr(local, names[0]) if len(names) == 1 else None
-        if inner is None or (inner.shape, inner.dtype) != (local.shape, local.dtype):
-            return None
-        local = inner
-    plain = local.layout is torch.strided and not (local.is_quantized or local.is_nested)
-    return local if plain else None
-
-
-@lru_cache(maxsize=256)  # a model may have ten thousand experts of one shape
-def storage_order(
-    shape: torch.Size, stride: tuple[int, ...]
-) -> tuple[bool, tuple[int, ...] | None]:
-    """Whether the elements lie without gaps, and their dimensions from slowest to fastest.
-
-    None for the dimensions stands for their own order.
-    """
-    if 0 in shape:
-        return True, None
-    order = sorted(range(len(shape)), key=lambda i: (-stride[i], i))
-    longer = [i for i in order if shape[i] != 1]
-    step = 1
-    for i in reversed(longer):
-        if stride[i] != step:
-            return False, None
-        step *= shape[i]
-    return True, None if longer == sorted(longer) else tuple(order)
 
 
 def replaced(shard: Shard) -> bool:

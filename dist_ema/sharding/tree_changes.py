@@ -11,7 +11,7 @@ from torch import nn
 
 from . import wrappers
 from .fsdp1 import FlatSlices, flat_slices, identity, registered_parameters
-from .parameters import unsharded_copies
+from .fsdp2 import unsharded_copies
 from .records import Shard, registered
 
 __all__ = ["InventoryChanges", "compare_inventory"]

@@ -7,57 +7,37 @@ must find them in `parameters()`, calls `reshard` first, and `swap` calls it at 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
-from . import fsdp1, parameters, records, zero
-from .names import CHECKPOINTED, COMPILED, FSDP1, canonical
+from . import fsdp1, fsdp2, parameters, storage, zero
 from .torch_classes import is_fsdp1, is_fsdp2
+from .wrapper_names import canonical, is_compiled, wrapped_child
 
 __all__ = [
     "Replicated",
-    "before_state_dict",
     "blocker",
     "canonical",
     "entrances",
-    "frozen_by_inductor",
-    "is_compiled",
     "reshard",
-    "side_store",
     "unexplained_keys",
     "unwrapped",
     "walk_modules",
 ]
-
-# The child under which each wrapper keeps the module that it wraps.
-_WRAPPED = {
-    "OptimizedModule": COMPILED,
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "FullyShardedDataParallel": FSDP1,
-    "CheckpointWrapper": CHECKPOINTED,
-    "DeepSpeedEngine": "module",
-}
 
 
 def reshard(sharded: list[nn.Module]) -> None:
     """Free the unsharded copies: the next forward reads the shards ([Note: stale roots])."""
     for module in sharded:
         if is_fsdp2(module):
-            module.reshard()
-            # NOTE: set_post_optim_event() makes the next all-gather wait for the optimizer alone,
-            # and not for what is written to the shards after it. Without it, it waits for all.
-            module._get_fsdp_state()._state_ctx.post_optim_event = None
+            fsdp2.reshard_module(module)
         elif is_fsdp1(module):
             fsdp1.reshard_flat_parameter(module)
         else:
@@ -102,7 +82,7 @@ def _same_values(value: Any, own: Tensor) -> bool:
         return True
     if not isinstance(value, Tensor) or (value.shape, value.dtype) != (own.shape, own.dtype):
         return False
-    memory, own_memory = records.memory_of(value.detach()), records.memory_of(own.detach())
+    memory, own_memory = storage.memory_of(value.detach()), storage.memory_of(own.detach())
     return memory is not None and own_memory is not None and torch.equal(memory, own_memory)
 
 
@@ -114,7 +94,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, (DistributedDataParallel, DataParallel)) or (
         is_compiled(model) and not is_fsdp2(model)
     ):
-        model = model._modules[_wrapped_child(model) or ""]  # type: ignore[assignment]
+        model = model._modules[wrapped_child(model) or ""]  # type: ignore[assignment]
     return model
 
 
@@ -133,33 +113,6 @@ def entrances(module: nn.Module, sharded: Sequence[nn.Module]) -> list[tuple[nn.
     ]
 
 
-def before_state_dict(module: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
-    """Run `hook` before `module.state_dict()`, and before FSDP1's own hook, which reads weights."""
-    hooks, register = module._state_dict_pre_hooks, module.register_state_dict_pre_hook
-    handle: RemovableHandle = register(hook)  # type: ignore[no-untyped-call]
-    for other in [key for key in hooks if key != handle.id]:
-        hooks[other] = hooks.pop(other)
-    return handle
-
-
-def frozen_by_inductor(model: nn.Module) -> bool:
-    """Inductor copied the weights into its code (config.freezing), so a swap would not be seen.
-
-    Any function that was compiled in this process may have been one of this model.
-    """
-    config = sys.modules.get("torch._inductor.config")
-    if not getattr(config, "freezing", False):
-        return False
-    compiler: Any = sys.modules.get("torch._dynamo.utils")
-    has_compiled = compiler is not None and compiler.counters["frames"]["ok"] > 0
-    return has_compiled or any(is_compiled(module) for module in model.modules())
-
-
-def side_store(prefix: str) -> dist.Store:
-    """The store of the default process group, for messages that are no collectives."""
-    return dist.PrefixStore(prefix, _get_default_store())
-
-
 # --- walking ------------------------------------------------------------------------------------
 
 
@@ -173,7 +126,7 @@ def walk_modules(
     stack = [("", module, ddp)]
     while stack:
         prefix, module, ddp = stack.pop()
-        inner = _wrapped_child(module)
+        inner = wrapped_child(module)
         if inner is not None and isinstance(module, DistributedDataParallel):
             ignored = frozenset(prefix + canonical(name) for name in module.parameters_to_ignore)
             ddp = Replicated(module.process_group, ignored)
@@ -199,25 +152,3 @@ class Replicated:
     def ranks(self) -> tuple[int, ...]:
         """The global ranks, asked once: a weight must not cost more in a larger world."""
         return tuple(dist.get_process_group_ranks(self.group))
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """torch.compile was called on this module, not on one inside it."""
-    return _wrapped_child(module) == COMPILED
-
-
-def _wrapped_child(module: nn.Module) -> str | None:
-    """The name of the child that a wrapper wraps; None for any other module."""
-    return _wrapped_child_of(type(module))  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=1024)
-def _wrapped_child_of(module_class: type[nn.Module]) -> str | None:
-    # By name, so that no wrapper is imported. fully_shard(torch.compile(block)) makes a subclass.
-    libraries = ("torch.", "deepspeed.")
-    names = [
-        parent_class.__name__
-        for parent_class in module_class.__mro__
-        if parent_class.__module__.startswith(libraries)
-    ]
-    return next((child for wrapper, child in _WRAPPED.items() if wrapper in names), None)

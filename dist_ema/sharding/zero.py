@@ -37,7 +37,6 @@ __all__ = [
     "partition",
     "refuse_taken_over",
     "replicated_group",
-    "stepped_parameters",
     "take_masters",
     "zero3_group",
     "zero3_shard",
@@ -180,20 +179,6 @@ def _fragment(tensor: Any, nothing: Tensor) -> Tensor:
 
 
 # --- steps --------------------------------------------------------------------------------------
-
-
-def stepped_parameters(optimizer: Any) -> list[Tensor]:
-    """The parameters that an optimizer holds; for an engine the weights that it trains.
-
-    transformers gives one that does nothing for those that step each layer in the backward.
-    """
-    if is_engine(optimizer):
-        return list(optimizer.parameters())
-    per_layer = getattr(getattr(optimizer, "optimizer", optimizer), "optimizer_dict", None) or {}
-    return [
-        *(parameter for parameter in per_layer if isinstance(parameter, Tensor)),
-        *(p for group in optimizer.param_groups for p in group["params"]),
-    ]
 
 
 class EngineSteps:

@@ -18,7 +18,7 @@ from ..averaging.swap_registry import Reads
 from ..checkpoint import stages
 from ..distributed.ranks import Ranks
 from ..schedules import Schedule
-from ..sharding import consistency, parameters, records, wrappers
+from ..sharding import consistency, parameters, records, torch_internals, wrappers
 from ..text import warn
 
 __all__ = [
@@ -71,9 +71,9 @@ class Entry:
         self.attachment: Attachment | None = None
         self.by_hand = 0, 0
         self.ranks = weights.ranks = Ranks(
-            members, group, wrappers.side_store, timeout, model_shards.device
+            members, group, torch_internals.side_store, timeout, model_shards.device
         )
-        self.alone = Ranks([self.ranks.members[self.ranks.rank]], None, wrappers.side_store)
+        self.alone = Ranks([self.ranks.members[self.ranks.rank]], None, torch_internals.side_store)
         self._everyone: Ranks | None = None
         self._may_be_alone = False  # every rank averages the whole model
         self.ranks.begin("EMA", arguments)
@@ -144,7 +144,7 @@ class Entry:
         alone = self.ranks.size == 1 and dist.is_initialized() and dist.get_world_size() > 1
         if alone and self._everyone is None:
             members = range(dist.get_world_size())
-            self._everyone = Ranks(members, None, wrappers.side_store, self.ranks.timeout)
+            self._everyone = Ranks(members, None, torch_internals.side_store, self.ranks.timeout)
         return self._everyone or self.ranks
 
     def set_timeout(self, seconds: float) -> None:

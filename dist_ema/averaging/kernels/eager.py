@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ...packing import packs
-from ...sharding.geometry import Numbering
+from ...sharding.numbering import Numbering
 from . import cpu_plan, rounding
 from .pairs import ShadowPair, Weights, join, merge
 

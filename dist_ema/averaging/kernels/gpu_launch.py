@@ -30,7 +30,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from ...sharding.geometry import Numbering
+from ...sharding.numbering import Numbering
 from .pairs import LIVE, SHADOW, ShadowPair, merge
 from .rounding import signed
 

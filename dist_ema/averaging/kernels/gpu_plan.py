@@ -21,7 +21,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from ...sharding.geometry import Numbering
+from ...sharding.numbering import Numbering
 from . import gpu_launch
 from .eager import UpdatePlan
 from .pairs import ShadowPair, Weights
