@@ -29,7 +29,7 @@ from .averaging.optimizer_hooks import Attachment
 from .averaging.swap import WeightSwap
 from .averaging.swap_registry import Reads
 from .averaging.teacher import refuse_beside_teacher
-from .checkpoint import atomic, dcp, library_files, stages
+from .checkpoint import atomic, dcp, dcp_keys, library_files, stages
 from .checkpoint.request import AverageFiles, SaveRequest
 from .schedules import Schedule, schedule_list
 from .schedules import schedule as coerce
@@ -708,7 +708,7 @@ class EMA:
         weights.ready()
         clock = [float(value) for value in weights.clock_to_dict().values()]
         return {
-            "averages": dcp.Averages(weights.averages),
+            "averages": dcp_keys.Averages(weights.averages),
             "clock": torch.tensor(clock, dtype=torch.float64, device="cpu"),
         }
 
@@ -733,7 +733,7 @@ class EMA:
                 )
             clock.update(zip(weights.clock_to_dict(), state["clock"].tolist(), strict=True))
             Clock().set(clock)
-            return dcp.match_all(state.get("averages", {}), weights.averages)
+            return dcp_keys.match_all(state.get("averages", {}), weights.averages)
 
         self._entry.begin("load_state_dict", Reads.SHADOWS | Reads.REPLACED)
         matches: list[tuple[list[dcp.Matched], list[str]]] = []

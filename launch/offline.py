@@ -30,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dist_ema.checkpoint import atomic, crc32, disk, safetensors
+from dist_ema.checkpoint import crc32, disk, safetensors
 from dist_ema.offline import average, diff, export, verify
 from dist_ema.text import size as size_text
 from dist_ema.text import size_of
@@ -66,7 +66,7 @@ def rows(a: Path, b: Path, out: Path) -> dict[str, Callable[[], Any]]:
     def copy() -> None:
         subprocess.run(["cp", "-r", a, out], check=True)
         for each in (*out.iterdir(), out):
-            atomic.sync(each)
+            disk.sync(each)
 
     def sums() -> None:
         tools = [

@@ -39,7 +39,7 @@ from dist_ema import EMA
 from dist_ema.averaging.clock import Clock
 from dist_ema.averaging.storage_watch import StorageWatch
 from dist_ema.averaging.swap_registry import SwapRegistry
-from dist_ema.checkpoint import file_writer
+from dist_ema.checkpoint import disk
 from dist_ema.distributed import machines, ranks, receiver, transfer, waiting
 from dist_ema.distributed.coordinator import FAN_IN, StoreCoordinator
 from dist_ema.distributed.ranks import Ranks
@@ -299,7 +299,7 @@ def save_on_hosts(folder: str, total: int, hosts: int) -> tuple[int, int, int]:
     from torch.distributed.fsdp import fully_shard
 
     rank, written = dist.get_rank(), [0]
-    real = file_writer.FileWriter.write
+    real = disk.FileWriter.write
 
     def write(files: Any, file: int, offset: int, data: memoryview) -> None:
         written[0] += len(data)
@@ -315,7 +315,7 @@ def save_on_hosts(folder: str, total: int, hosts: int) -> tuple[int, int, int]:
     ema.save(f"{folder}/one", max_shard_size=size)
     os.environ[machines.MACHINE] = f"host {rank}"
     ema = EMA(model, 0.5)
-    file_writer.FileWriter.write = write  # type: ignore[method-assign, assignment]
+    disk.FileWriter.write = write  # type: ignore[method-assign, assignment]
     ema.save(f"{folder}/hosts", max_shard_size=size)
     connections = ema._entry.ranks.connections("save")
     if rank == 0:

@@ -26,7 +26,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from dist_ema.checkpoint import atomic, versions
+from dist_ema.checkpoint import atomic, pointers, versions
 from dist_ema.offline.verify import verify
 from dist_ema.service import ledger, notify, watch
 from dist_ema.service.follow import Version, follow
@@ -151,8 +151,8 @@ def run_trainer(folder: Path, steps: int, publishes: bool) -> None:
     ema.attach(optimizer)
     state = folder.parent / "state"
     begin = 0
-    if (state / atomic.LATEST).exists():
-        saved = atomic.follow(state / atomic.LATEST)
+    if (state / pointers.LATEST).exists():
+        saved = pointers.follow(state / pointers.LATEST)
         ema.load(saved)
         begin = int(saved.name.rpartition("-")[2])
         model.load_state_dict(torch.load(state / f"{begin}-{rank}.pt", weights_only=False))
@@ -253,7 +253,7 @@ class Bound:
         leased = before.keys() | versions.read_all(self.folder).keys()
         held = self._held.setdefault(max(found, default=0), set())
         held |= {path.name.rpartition(".")[0] for path in leased}
-        held.add(atomic.named(self.folder / versions.BEST) or "")
+        held.add(pointers.named(self.folder / versions.BEST) or "")
         recent = set().union(*list(self._held.values())[-3:])
         older = list(found.values())[:-KEEP]
         self.excess = max(self.excess, sum(path.name not in recent for path in older) - 1)

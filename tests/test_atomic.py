@@ -385,7 +385,7 @@ def test_rolled_forward_is_durable_before_files_go(
     """Power lost in between would leave the version inside without some of its files."""
     path, new = forward(tmp_path, monkeypatch)
     calls: list[str] = []
-    for module, name in ((os, "rename"), (atomic, "sync"), (atomic, "remove")):
+    for module, name in ((os, "rename"), (disk, "sync"), (disk, "remove")):
         real = getattr(module, name)
 
         def call(*args: Any, real: Any = real, name: str = name) -> None:
@@ -502,12 +502,12 @@ def test_ensure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1]
     )
     for _ in range(2):
-        atomic.ensure(tmp_path / "a" / "b" / "c")
+        disk.ensure(tmp_path / "a" / "b" / "c")
     assert synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "x"):
         with pytest.raises(FileExistsError, match="file"):
-            atomic.ensure(path)
+            disk.ensure(path)
 
 
 # --- races ---------------------------------------------------------------------------------------

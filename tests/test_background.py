@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA, load_file
-from dist_ema.checkpoint import crc32, file_writer, manifest
+from dist_ema.checkpoint import crc32, disk, manifest
 from dist_ema.checkpoint.writer import BackgroundTask
 from dist_ema.distributed import connections, receiver, waiting
 from tests._models import Core, Images
@@ -39,17 +39,17 @@ class Held:
 
     def __init__(self) -> None:
         self._gate = threading.Event()
-        self._real = real = file_writer.FileWriter.write
+        self._real = real = disk.FileWriter.write
 
         def part(writer: Any, *args: Any) -> None:
             assert threading.current_thread() is not threading.main_thread()
             assert self._gate.wait(60), "nobody freed the thread"
             real(writer, *args)
 
-        file_writer.FileWriter.write = part  # type: ignore[method-assign]
+        disk.FileWriter.write = part  # type: ignore[method-assign]
 
     def free(self) -> None:
-        file_writer.FileWriter.write = self._real  # type: ignore[method-assign]
+        disk.FileWriter.write = self._real  # type: ignore[method-assign]
         self._gate.set()
 
     def free_soon(self) -> None:
@@ -275,7 +275,7 @@ def dies(folder: str, victim: int, mode: Any, wait: bool) -> str:
             os.kill(os.getpid(), signal.SIGKILL)
 
         if mode == "direct" or victim == 0:
-            file_writer.FileWriter.write = kill  # type: ignore[method-assign]
+            disk.FileWriter.write = kill  # type: ignore[method-assign]
         else:
             connections.Connections.send = kill  # type: ignore[method-assign]
     ema.update()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA, load_file
-from dist_ema.checkpoint import file_writer
+from dist_ema.checkpoint import disk
 from dist_ema.distributed import connections, machines, ranks, receiver
 from dist_ema.distributed.machines import MACHINE, Machines, Routes
 from tests._models import Net
@@ -34,17 +34,17 @@ class Written:
 
     def __enter__(self) -> dict[int, int]:
         counted: dict[int, int] = {}
-        self._real = real = file_writer.FileWriter.write
+        self._real = real = disk.FileWriter.write
 
         def write(files: Any, file: int, offset: int, data: memoryview) -> None:
             counted[file] = counted.get(file, 0) + len(data)
             real(files, file, offset, data)
 
-        file_writer.FileWriter.write = write  # type: ignore[method-assign]
+        disk.FileWriter.write = write  # type: ignore[method-assign]
         return counted
 
     def __exit__(self, *_: object) -> None:
-        file_writer.FileWriter.write = self._real  # type: ignore[method-assign]
+        disk.FileWriter.write = self._real  # type: ignore[method-assign]
 
 
 def received(ema: EMA) -> int:
@@ -194,7 +194,7 @@ def dies_among_hosts(folder: str) -> str:
     ema.save(Path(folder, "kept"))
     dist.barrier()
     if dist.get_rank() == 1:  # while it writes what others sent
-        file_writer.FileWriter.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
+        disk.FileWriter.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
     try:
         ema.save(Path(folder, "kept"))
     except RuntimeError as error:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import EMA, follow, load_file
-from dist_ema.checkpoint import atomic, disk, file_writer, versions
+from dist_ema.checkpoint import disk, versions
 from dist_ema.integrations.vllm import EMASource
 from dist_ema.offline.verify import verify
 from dist_ema.service.follow import open_version
@@ -114,13 +114,13 @@ def test_a_version_in_flight_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is due while a version is written is skipped and counted. Guards `busy`."""
-    gate, real = threading.Event(), file_writer.FileWriter.write
+    gate, real = threading.Event(), disk.FileWriter.write
 
-    def held(self: file_writer.FileWriter, *args: Any) -> None:
+    def held(self: disk.FileWriter, *args: Any) -> None:
         assert gate.wait(60)
         real(self, *args)
 
-    monkeypatch.setattr(file_writer.FileWriter, "write", held)
+    monkeypatch.setattr(disk.FileWriter, "write", held)
     trainer = Trainer(tmp_path / "published")
     for _ in range(4):
         trainer.model(torch.randn(5, 4)).sum().backward()
@@ -272,7 +272,7 @@ def test_following_over_restarts(tmp_path: Path) -> None:
     assert [each.number for each in follow(folder, timeout=0, after=8)] == [9]
     rewound.handle.remove(stop=True)
     for path in versions.numbered(folder).values():
-        atomic.remove(path)
+        disk.remove(path)
     again = Trainer(folder)
     assert not (folder / versions.STOP).exists(), "a new training takes the stop file away"
     again.step()

@@ -19,7 +19,7 @@ from torch import nn
 
 from dist_ema import EMA, Uniform, load_file
 from dist_ema.averaging.engines import Overlapped
-from dist_ema.checkpoint import file_writer
+from dist_ema.checkpoint import disk
 from tests._models import Core, Images, Net
 from tests._oracle import same, snapshot
 from tests._ranks import raises, run_ranks
@@ -68,10 +68,10 @@ def slow_disk(folder: str) -> None:
     ema = EMA(wrap("ddp", Net()), 0.5)
     ema.timeout = 1.0
     if dist.get_rank() == 0:
-        opened = file_writer.FileWriter
+        opened = disk.FileWriter
         sync = opened.sync
 
-        def slow(self: file_writer.FileWriter, *, every: bool = False) -> None:
+        def slow(self: disk.FileWriter, *, every: bool = False) -> None:
             time.sleep(4.0)
             sync(self, every=every)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dist_ema import EMA, load_file
-from dist_ema.checkpoint import atomic
+from dist_ema.checkpoint import disk, pointers
 from dist_ema.offline.report import report_on
 from dist_ema.offline.sources import open_model
 
@@ -177,7 +177,7 @@ def test_a_removal_is_durable_before_files_go(
         monkeypatch.setattr(module, name, call)
 
     ema.save(tmp_path / "ema-1", keep=1)
-    for module, name in ((os, "rename"), (shutil, "rmtree"), (atomic, "sync")):
+    for module, name in ((os, "rename"), (shutil, "rmtree"), (disk, "sync")):
         note(module, name)
     ema.save(tmp_path / "ema-2", keep=1)
     retired = [i for i, call in enumerate(calls) if "gone" in call]
@@ -290,9 +290,9 @@ def test_it_leads_nowhere_else(text: str, ema: EMA, tmp_path: Path) -> None:
 def test_other_files_and_folders_called_latest(ema: EMA, tmp_path: Path) -> None:
     """A folder or a link of that name is what it is."""
     ema.save(tmp_path / "latest")
-    assert atomic.follow(tmp_path / "latest") == tmp_path / "latest"
+    assert pointers.follow(tmp_path / "latest") == tmp_path / "latest"
     ema.load(tmp_path / "latest")
     ema.save(tmp_path / "run" / "ema-1")
     (tmp_path / "run" / "latest").symlink_to("ema-1")
     assert load_file(tmp_path / "run" / "latest").keys() == ema.gather().keys()
-    assert atomic.follow(tmp_path / "missing" / "latest") == tmp_path / "missing" / "latest"
+    assert pointers.follow(tmp_path / "missing" / "latest") == tmp_path / "missing" / "latest"

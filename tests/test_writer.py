@@ -24,7 +24,7 @@ from torch import nn
 
 import dist_ema
 from dist_ema import EMA, Uniform, load_file
-from dist_ema.checkpoint import atomic, disk, file_writer, manifest
+from dist_ema.checkpoint import atomic, disk, manifest
 from dist_ema.distributed import connections, machines, receiver
 from tests._models import Core, Images, Net
 from tests._oracle import Collectives, Training
@@ -259,7 +259,7 @@ def test_what_comes_while_it_is_written_stays(
     """A file beside those of a save, a file in place of the folder, a folder in place of a file:
     refused as at the beginning, and nothing is removed.
     """
-    sync = file_writer.FileWriter.sync
+    sync = disk.FileWriter.sync
     folder, file = tmp_path / "a", tmp_path / "b.safetensors"
 
     def beside(target: Path) -> None:
@@ -278,7 +278,7 @@ def test_what_comes_while_it_is_written_stays(
     ):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=refused):
             patch.setattr(
-                file_writer.FileWriter,
+                disk.FileWriter,
                 "sync",
                 lambda self, every: (comes(target), sync(self, every)),  # noqa: B023
             )

@@ -27,35 +27,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from .disk import beginning
+from . import disk
 
 __all__ = [
-    "LATEST",
     "NotDurableError",
-    "ensure",
     "exchange",
     "exchanges",
-    "follow",
     "held",
     "identity",
-    "link_or_copy",
     "locked",
-    "named",
-    "point",
     "publish",
     "read_one_version",
     "real",
     "recover",
-    "remove",
     "remove_leftovers",
     "replace_file",
-    "sync",
     "temporary_folder",
     "temporary_sibling",
     "whole",
 ]
 
-LATEST = "latest"  # a file that names a folder beside it
 _EXCHANGE = 2  # RENAME_EXCHANGE
 _HERE = -100  # AT_FDCWD
 _MOST_ATTEMPTS = 100  # of a reader, while writers replace what it reads
@@ -115,7 +106,7 @@ def locked(path: Path) -> Iterator[None]:
 
     NOTE: the lock is on the parent folder. NFS refuses such locks, and then there is none.
     """
-    ensure(path.parent)
+    disk.ensure(path.parent)
     fd = os.open(path.parent, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -206,14 +197,6 @@ def identity(path: Path | int) -> tuple[int, ...] | None:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def ensure(folder: Path) -> None:
-    """Make a folder and those above it, each of them on disk before anything lies in it."""
-    if not folder.is_dir():
-        ensure(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync(folder.parent)
-
-
 def publish(new: Path, path: Path) -> None:
     """Put the synced `new` at `path`, and remove what was there.
 
@@ -224,7 +207,7 @@ def publish(new: Path, path: Path) -> None:
     if new.parent == path:
         _roll_forward(new, path)
         return
-    sync(path.parent)
+    disk.sync(path.parent)
     old: Path | None = None
     if not new.is_dir():
         os.replace(new, path)
@@ -237,13 +220,13 @@ def publish(new: Path, path: Path) -> None:
     stays = "" if old is None else f" The earlier version stays at {old} until the next save."
     _confirm(path.parent, path, stays)
     if old is not None:
-        remove(old)
+        disk.remove(old)
 
 
 def _confirm(folder: Path, path: Path, stays: str = "") -> None:
     """Sync the folder in which a rename has put the new version of `path` in place."""
     try:
-        sync(folder)
+        disk.sync(folder)
     except OSError as error:
         text = f"{error.strerror}: the new version is in place, but its durability is not certain."
         raise NotDurableError(error.errno, f"{text}{stays}", os.fspath(path)) from error
@@ -264,10 +247,10 @@ def _rename_twice(new: Path, path: Path) -> Path:
 
 def _roll_forward(new: Path, path: Path) -> None:
     """Put a version that was completed inside `path` in place of the files there."""
-    sync(path)
+    disk.sync(path)
     staged = _inside(path, "new", new.name[-32:])
     os.rename(new, staged)  # from here on it is the version that counts
-    sync(path)
+    disk.sync(path)
     _link_over(staged, path)
     _retire(staged, path)
 
@@ -281,12 +264,12 @@ def _link_over(staged: Path, path: Path) -> None:
             _link_over(staged / name, path / name)
         else:
             link = temporary_sibling(path / name)
-            link_or_copy(staged / name, link)
+            disk.link_or_copy(staged / name, link)
             os.replace(link, path / name)
     for name in set(os.listdir(path)) - set(names) - {staged.name}:
         if not name.startswith(".nfs"):
-            _remove_or_raise(path / name)  # loaders would take it for a part of the new version
-    sync(path)
+            disk.remove_or_raise(path / name)  # loaders would take it for a part of the new version
+    disk.sync(path)
 
 
 def _retire(staged: Path, path: Path) -> None:
@@ -294,17 +277,7 @@ def _retire(staged: Path, path: Path) -> None:
     gone = _inside(path, "tmp", staged.name[-32:])
     os.rename(staged, gone)
     _confirm(path, path)  # or a power loss could undo the rename of a folder that lacks files
-    remove(gone)
-
-
-def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """The same file under both names; a synced copy where the file system has no links."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
-        if not os.path.islink(target):
-            sync(Path(target))
+    disk.remove(gone)
 
 
 def recover(path: Path) -> None:
@@ -315,17 +288,17 @@ def recover(path: Path) -> None:
     for old in _all_like(_beside(path, "old")):
         if not os.path.lexists(path):
             os.rename(whole(path), path)
-            sync(path.parent)
-        remove(old)
+            disk.sync(path.parent)
+        disk.remove(old)
 
 
 def remove_leftovers(path: Path) -> None:
     """Remove what writers that died left beside `path`. No other process may be writing it."""
     leftovers = [*_all_like(_beside(path, "tmp")), *_all_like(_inside(path, "tmp"))]
     if leftovers:
-        sync(path.parent)  # what is in place is on disk before an earlier version goes
+        disk.sync(path.parent)  # what is in place is on disk before an earlier version goes
     for leftover in leftovers:
-        remove(leftover)
+        disk.remove(leftover)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -334,7 +307,7 @@ def replace_file(path: Path, content: bytes) -> None:
     new = temporary_sibling(path)
     try:
         new.write_bytes(content)
-        sync(new)
+        disk.sync(new)
         publish(new, path)
     finally:
         with contextlib.suppress(OSError):  # it says what the first error says
@@ -361,68 +334,3 @@ def exchange(a: Path, b: Path) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
         return False
     raise OSError(code, os.strerror(code), os.fspath(b))
-
-
-# --- the pointer to the newest save --------------------------------------------------------------
-
-
-def point(path: Path, name: str = LATEST) -> None:
-    """Have the pointer with that name beside `path` name it."""
-    replace_file(path.parent / name, f"{path.name}\n".encode())
-
-
-def follow(path: Path) -> Path:
-    """The folder that a pointer names; any other path as it is.
-
-    Raises:
-        ValueError: The pointer names no folder beside it.
-    """
-    if path.name != LATEST or not path.is_file():
-        return path
-    name = named(path)
-    if name is None or (path.parent / name).is_symlink():
-        raise ValueError(
-            f"{path} must name one folder beside it, as ema.save(keep=...) has it. Name the folder "
-            "itself."
-        )
-    return path.parent / name
-
-
-def named(pointer: Path) -> str | None:
-    """The name in a pointer; None if it holds anything but the name of one entry beside it."""
-    if pointer.is_symlink() or not pointer.is_file() or pointer.stat().st_size > 1024:
-        return None
-    try:
-        name = beginning(pointer, 1024).decode().removesuffix("\n")
-    except UnicodeDecodeError:
-        return None
-    plain = name.isprintable() and name == os.path.basename(name) and not name.startswith(".")
-    return name if name and plain and name != LATEST else None
-
-
-# --- the disk ------------------------------------------------------------------------------------
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder. What cannot go now (NFS keeps mapped files) is left for later."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-def _remove_or_raise(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

@@ -11,22 +11,28 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from ..text import size
 
 __all__ = [
+    "FileWriter",
     "OpenFiles",
     "Target",
     "beginning",
     "disk_errors",
+    "ensure",
+    "link_or_copy",
     "open_regular",
     "read_errors",
     "read_exactly",
     "read_into",
+    "remove",
+    "remove_or_raise",
     "reserve",
+    "sync",
     "write_at",
 ]
 
@@ -100,6 +106,47 @@ class Target:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+class FileWriter:
+    """Writes runs into files, from several threads. Each file is opened once.
+
+    Args:
+        folder: The folder of the files.
+        names: The names of the files, in the order of their numbers.
+        disk_errors: Gives errors of the disk a path.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        disk_errors: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self._folder, self._names, self._disk_errors = folder, names, disk_errors
+        self._open: dict[int, Target] = {}
+        self._lock = threading.Lock()
+
+    def write(self, file: int, offset: int, data: memoryview) -> None:
+        """Put a run into place."""
+        with self._lock, self._disk_errors():
+            self._target(file).write(data, offset)
+
+    def _target(self, file: int) -> Target:
+        if file not in self._open:
+            self._open[file] = Target(self._folder / self._names[file])
+        return self._open[file]
+
+    def sync(self, every: bool) -> None:
+        """Have the disk confirm what was written, and close. every: Also files not opened here."""
+        with self._disk_errors():
+            for file in range(len(self._names)) if every else list(self._open):
+                self._target(file).sync()
+        self.close()
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -187,3 +234,50 @@ def read_exactly(file: BinaryIO, n: int) -> bytes:
             parts.append(part)
             n -= len(part)
     return b"".join(parts)
+
+
+# --- names on the disk ----------------------------------------------------------------------------
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def ensure(folder: Path) -> None:
+    """Make a folder and those above it, each of them on disk before anything lies in it."""
+    if not folder.is_dir():
+        ensure(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """The same file under both names; a synced copy where the file system has no links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+        if not os.path.islink(target):
+            sync(Path(target))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder. What cannot go now (NFS keeps mapped files) is left for later."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def remove_or_raise(path: Path) -> None:
+    """Remove a file or folder that must not stay."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

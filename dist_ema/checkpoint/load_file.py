@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..dtypes import TO_TORCH
 from ..sharding.geometry import Box, byte_runs, bytes_of, split_box
-from . import atomic, crc32, disk, manifest, safetensors
+from . import atomic, crc32, disk, manifest, pointers, safetensors
 
 __all__ = [
     "DTYPES",
@@ -55,7 +55,7 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Note:
         *Aliases*: the tensors are pages of the file, copied when they are written to.
     """
-    where = atomic.follow(atomic.real(path))
+    where = pointers.follow(atomic.real(path))
     return atomic.read_one_version(where, _load_file)
 
 
@@ -117,7 +117,7 @@ def locate(path: Path, read_headers: bool = True) -> Location:
     Raises:
         ValueError: It is no model, or an ema.json is not sound.
     """
-    path = atomic.whole(atomic.follow(atomic.real(path)))
+    path = atomic.whole(pointers.follow(atomic.real(path)))
     if not path.exists():
         raise ValueError(
             f"{path} does not exist: there is no folder and no file to read an average from."

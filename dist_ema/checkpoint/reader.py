@@ -18,7 +18,7 @@ from torch import Tensor
 from ..distributed.diagnosis import digest
 from ..distributed.ranks import Ranks
 from ..sharding import geometry, ownership, records
-from . import atomic, crc32, manifest, safetensors
+from . import atomic, crc32, manifest, pointers, safetensors
 from .load_file import Location, OpenFile, OpenWeight, locate, refuse_unlisted, with_aliases
 from .matching import LoadTarget, ReadPlan, plan_resume, plan_start
 
@@ -315,7 +315,7 @@ def _combine(messages: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _followed(path: Path) -> Path:
-    return atomic.follow(atomic.real(path))
+    return pointers.follow(atomic.real(path))
 
 
 def _version(place: Location) -> list[int] | None:

@@ -1,13 +1,8 @@
-"""What to write, and what follows from it: the files, their ema.json, and the temporary folder.
-
-The first rank makes that folder before the first byte, and completes and puts it in place last.
-"""
+"""`SaveRequest`: what is saved, of which averages (`AverageFiles`), and which files hold it."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +15,7 @@ from .. import _version
 from ..distributed.transfer import Block
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype
 from ..text import size_of
-from . import atomic, crc32, disk, manifest, retention, safetensors, versions
+from . import safetensors, versions
 from .library_files import FileForm
 from .load_file import KINDS
 from .manifest import Manifest
@@ -29,9 +24,6 @@ __all__ = [
     "AverageFiles",
     "SaveRequest",
     "WeightRecord",
-    "disk_errors",
-    "make_folder",
-    "put_in_place",
 ]
 
 
@@ -213,128 +205,3 @@ class SaveRequest:
             dtypes={name: record.dtype for name, record in first.inventory.items()},
             versions={"dist_ema": _version.VERSION, "torch": torch.__version__},
         )
-
-
-# --- the temporary folder -------------------------------------------------------------------------
-
-
-def disk_errors(request: SaveRequest) -> AbstractContextManager[None]:
-    """Errors of the disk say the path, and of a full one what is needed."""
-    return disk.disk_errors(request.path, sum(file.size for file in request.files.values()))
-
-
-def make_folder(request: SaveRequest) -> Path:
-    """Refuse a target that is not ours, then make the temporary folder, every file at full size."""
-    with disk_errors(request):
-        _refuse_target(request)
-        with atomic.temporary_folder(request.path) as folder:
-            for name, file in request.files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                with open(folder / name, "wb") as handle:
-                    disk.reserve(handle.fileno(), file.size)
-                    disk.write_at(handle.fileno(), file.head, 0)
-                    if file.size == len(file.head):  # its weights are empty: no rank will sync it
-                        os.fsync(handle.fileno())
-        return folder
-
-
-def _refuse_target(request: SaveRequest) -> None:
-    """Raise ValueError where nothing can be written. Leftovers of dead writers are removed."""
-    path = request.path
-    if request.keep is not None:
-        retention.refuse(path, request.keep)
-    try:
-        atomic.ensure(path.parent)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{path} cannot be made: {error.filename} is a file.") from None
-    if request.numbered or request.keep is not None:
-        retention.remove_leftovers(path)
-    atomic.recover(path)
-    atomic.remove_leftovers(path)
-    _refuse_foreign(request)
-
-
-def _refuse_foreign(request: SaveRequest, temporary: Path | None = None) -> None:
-    """Raise ValueError for a target that is not ours. temporary: Our folder in it."""
-    path = request.path
-    if not path.exists():
-        return
-    if request.verb == "publish":
-        raise ValueError(
-            f"{path} exists. Does another trainer publish to {path.parent}? Give each its own "
-            "folder."
-        )
-    manifest.refuse_form(path, request.one_file, ships=request.verb == "export")
-    if request.verb == "export":
-        return
-    if not (path / manifest.META).exists() and set(path.iterdir()) - {temporary}:
-        raise ValueError(
-            f"{path} holds files but no {manifest.META}: it is not ours to replace. Choose another "
-            "path."
-        )
-    if foreign := retention.foreign(path, temporary):
-        raise ValueError(
-            f"{path} holds {', '.join(foreign[:3])}, which ema.save() did not write and would "
-            "remove. Choose another path."
-        )
-
-
-def put_in_place(request: SaveRequest, folder: Path, sums: dict[str, int]) -> list[str]:
-    """Seal the temporary folder and put it in place.
-
-    Args:
-        request: The files to write.
-        folder: The temporary folder, which holds all weights.
-        sums: What the ranks' bytes add to the check sum of the files, by their number.
-
-    Returns:
-        A sentence for everything that is not as it should be.
-    """
-    with disk_errors(request):
-        _refuse_foreign(request, folder)  # once more, for what has come meanwhile
-        if request.one_file:
-            atomic.publish(folder / request.path.name, request.path)
-            atomic.remove(folder)
-            return []
-        _seal(request, folder, sums)
-        atomic.publish(folder, request.path)
-        if request.keep is None:
-            return []
-        return retention.advance(request.path, request.keep, request.leases, request.keep_at_most)
-
-
-def _seal(request: SaveRequest, folder: Path, sums: dict[str, int]) -> None:
-    """Complete the temporary folder: ema.json, indexes, and what an export keeps of others."""
-    published = versions.facts_of(request.manifest) or {"beside": ()}
-    texts = {manifest.META: request.full_manifest(_table(request, sums)).to_bytes()}
-    for average, plan in zip(request.averages, request.plans, strict=True):
-        if len(plan) > 1:
-            bare = {Path(name).name: file for name, file in plan.items()}
-            texts[average.prefix + safetensors.INDEX] = safetensors.index(bare)
-        for name, text in average.form.texts.items():
-            is_kept = name in published["beside"] or (request.path / name).exists()
-            if average.form.is_adapter or not is_kept:
-                texts[average.prefix + name] = text
-    for name, text in texts.items():
-        (folder / name).write_bytes(text)
-        atomic.sync(folder / name)
-    if request.verb == "export" and request.path.exists():
-        stale = {path.name for path in request.path.glob("model-*-of-*.safetensors")}
-        stale |= {"model.safetensors", safetensors.INDEX, manifest.META}
-        stale |= {safetensors.ADAPTER, safetensors.ADAPTER_CONFIG}  # loaders would add it again
-        retention.carry_over(request.path, folder, stale)
-    for name in published["beside"]:
-        atomic.link_or_copy(f"{request.beside}/{name}", folder / name)
-    for inner in sorted({path.parent for path in folder.rglob("*")}, reverse=True):
-        atomic.sync(inner)
-
-
-def _table(request: SaveRequest, sums: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """Size and check sum of every file ([Note: check sums] in crc32)."""
-    table = {}
-    for number, (name, file) in enumerate(request.files.items()):
-        head = crc32.RangeSum(file.size)
-        head.add(0, file.head)
-        added = [head.contribution, sums.get(str(number), 0)]
-        table[name] = {"size": file.size, "crc32": crc32.check_sum(file.size, added)}
-    return table

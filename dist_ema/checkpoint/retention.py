@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from . import atomic, manifest, safetensors, versions
+from . import atomic, disk, manifest, pointers, safetensors, versions
 
 __all__ = ["advance", "carry_over", "companions", "foreign", "refuse", "remove_leftovers"]
 
@@ -29,9 +29,9 @@ def refuse(path: Path, keep: int) -> None:
         raise ValueError(
             f"keep={keep} needs a name that ends in a number, like ema-001000, got {path.name}."
         )
-    latest = path.parent / atomic.LATEST
+    latest = path.parent / pointers.LATEST
     if os.path.lexists(latest):
-        name = atomic.named(latest)
+        name = pointers.named(latest)
         if name is None or _split(name)[0] != stem:
             raise ValueError(
                 f"{latest} exists and names no {stem}NUMBER: it is not ours to replace. Save with "
@@ -53,7 +53,7 @@ def advance(
     Returns:
         A sentence for every save that should have been removed and was not.
     """
-    atomic.point(path)
+    pointers.point(path)
     stem, last = _split(path.name)
     numbered: list[tuple[int, Path]] = []
     for name in os.listdir(path.parent):
@@ -67,7 +67,7 @@ def advance(
         if _is_save(folder, leases is not None)
     ][keep - 1 :]
     if leases is not None:
-        best = atomic.named(path.parent / versions.BEST)
+        best = pointers.named(path.parent / versions.BEST)
         old = [folder for folder in old if folder.name != best]
         try:
             stays = leases.retire([folder.name for folder in old])
@@ -90,7 +90,7 @@ def remove_leftovers(path: Path) -> None:
         if half is None or start != stem or number is None or last is None or number > last:
             continue
         if half[2] == "gone":
-            atomic.remove(path.parent / name)
+            disk.remove(path.parent / name)
         else:
             atomic.recover(path.parent / half[1])
             atomic.remove_leftovers(path.parent / half[1])
@@ -134,7 +134,7 @@ def _retire(folder: Path) -> str | None:
             return f"{folder} is kept beyond keep=: {why}"
         gone = atomic.temporary_sibling(folder, "gone")
         os.rename(folder, gone)
-        atomic.sync(folder.parent)  # or a crash could undo the rename of a folder that lacks files
+        disk.sync(folder.parent)  # or a crash could undo the rename of a folder that lacks files
         shutil.rmtree(gone)
     except OSError as error:
         return f"{folder} should have gone by keep=, and could not be removed: {error}."
@@ -202,9 +202,9 @@ def carry_over(old: Path, new: Path, replaced: Collection[str]) -> None:
         if path.name in replaced or (new / path.name).exists() or path == new or _is_of_nfs(path):
             continue
         if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, new / path.name, symlinks=True, copy_function=atomic.link_or_copy)
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=disk.link_or_copy)
         else:
-            atomic.link_or_copy(path, new / path.name)
+            disk.link_or_copy(path, new / path.name)
 
 
 def _is_of_nfs(path: Path) -> bool:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 from weakref import finalize
 
-from . import atomic, manifest
+from . import atomic, disk, manifest, pointers
 
 __all__ = [
     "BEST",
@@ -96,7 +96,7 @@ def is_stopped(folder: Path, seen: int) -> bool:
     NOTE: a listing on a network file system may be older than the stop file. The pointer is opened,
     which asks the server, so a listing that lacks what it names is looked at again.
     """
-    latest = atomic.named(folder / atomic.LATEST) or ""
+    latest = pointers.named(folder / pointers.LATEST) or ""
     match = _NAME.fullmatch(latest)
     missed = match is not None and int(match[1]) > seen and (folder / latest).is_dir()
     return (folder / STOP).exists() and not missed
@@ -203,7 +203,7 @@ class LeaseWatch:
     def retire(self, names: Sequence[str]) -> set[str]:
         """Close versions to new readers. Returns those of them that must stay for now."""
         mark = self._folder / LEASES / RETIRED
-        atomic.ensure(mark.parent)
+        disk.ensure(mark.parent)
         # NOTE: those that are gone too, which a stale cache of a reader may still hold.
         retired = [name for name in _read_retired(self._folder) if name not in names]
         atomic.replace_file(mark, json.dumps([*retired, *names][-MOST_RETIRED:]).encode())
@@ -211,7 +211,7 @@ class LeaseWatch:
 
     def begin_anew(self) -> None:
         """The folder holds no version: names that were retired may come again."""
-        atomic.remove(self._folder / LEASES / RETIRED)
+        disk.remove(self._folder / LEASES / RETIRED)
 
     def _leased(self) -> set[str]:
         now, leases = time.monotonic(), read_all(self._folder)
@@ -221,7 +221,7 @@ class LeaseWatch:
             self._seen[path] = (content, now if content != known else since)
             if content == known and now - since > _expiry(content):
                 del self._seen[path]
-                atomic.remove(path)
+                disk.remove(path)
         return {path.name.rpartition(".")[0] for path in self._seen}
 
 

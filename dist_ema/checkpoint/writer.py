@@ -1,4 +1,4 @@
-"""`ema.save` on every rank: who writes which bytes of which file; the task behind training.
+"""`Writer`: `ema.save` on every rank: who writes which bytes of which file, together and in order.
 
 Ranks of one machine write their regions straight into place: no gather, no copy of the model. The
 ranks of several machines send each byte to the machine that writes it ([Note: routes]), and all
@@ -12,12 +12,8 @@ So an error on one rank is an error on all.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +23,11 @@ from ..averaging.executors import run_shielded
 from ..distributed import diagnosis
 from ..distributed.machines import Routes
 from ..distributed.ranks import Ranks
-from . import atomic, crc32, file_writer
-from .request import AverageFiles, SaveRequest, disk_errors, make_folder, put_in_place
+from . import atomic, crc32, disk, placing, save_folder
+from .background import BackgroundTask
+from .request import AverageFiles, SaveRequest
 
 __all__ = ["AverageFiles", "BackgroundTask", "SaveRequest", "Writer"]
-
-log = logging.getLogger("dist_ema")
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class _PreparedSave:
 
     request: SaveRequest
     folder: Path
-    placer: file_writer.BlockPlacer
+    placer: placing.BlockPlacer
     routes: Routes | None = None
 
 
@@ -120,7 +115,7 @@ class Writer:
 
         def make() -> str:
             self._refuse_other_parts(request)
-            return str(make_folder(request))
+            return str(save_folder.make(request))
 
         folder = Path(self._ranks.run_on_first(request.verb, make))
         try:
@@ -144,7 +139,7 @@ class Writer:
 
     def _place(
         self, request: SaveRequest, folder: Path, stage: bool
-    ) -> tuple[file_writer.BlockPlacer, list[int]]:
+    ) -> tuple[placing.BlockPlacer, list[int]]:
         """The placer of this rank's blocks, and which ranks see the folder. *Collective*.
 
         stage: Take copies of the blocks.
@@ -153,7 +148,7 @@ class Writer:
             ValueError: The ranks would write different files.
             RuntimeError: The folder is gone.
         """
-        ranks, verb, made = self._ranks, request.verb, list[file_writer.BlockPlacer]()
+        ranks, verb, made = self._ranks, request.verb, list[placing.BlockPlacer]()
         error: Exception | None = None
         try:
             heads = [(name, file.head) for name, file in request.files.items()]
@@ -166,7 +161,7 @@ class Writer:
         def ready() -> bool:
             if error is not None:
                 raise error
-            made.append(file_writer.BlockPlacer(request))
+            made.append(placing.BlockPlacer(request))
             if stage:
                 made[0].stage()
             return not sees
@@ -214,8 +209,8 @@ class Writer:
     def _carry_out(self, prepared: _PreparedSave, ranks: Ranks) -> list[str]:
         """Write what was prepared, here or in a thread. *Collective*."""
         request, remarks = prepared.request, list[str]()
-        files = file_writer.FileWriter(
-            prepared.folder, list(request.files), partial(disk_errors, request)
+        files = disk.FileWriter(
+            prepared.folder, list(request.files), partial(save_folder.disk_errors, request)
         )
         on_machines = prepared.routes is not None or request.mode == "direct"
 
@@ -229,7 +224,7 @@ class Writer:
             return prepared.placer.contributions()
 
         def finish(sums: dict[str, int]) -> None:
-            remarks.extend(put_in_place(request, prepared.folder, sums))
+            remarks.extend(save_folder.put_in_place(request, prepared.folder, sums))
 
         try:
             if prepared.routes is not None:
@@ -252,8 +247,8 @@ def _exchange(
     ranks: Ranks,
     verb: str,
     routes: Routes,
-    placer: file_writer.BlockPlacer,
-    files: file_writer.FileWriter,
+    placer: placing.BlockPlacer,
+    files: disk.FileWriter,
 ) -> None:
     """Send every byte to a rank that writes it, and write what others send. *Collective*."""
     connections = ranks.connections(verb)
@@ -273,51 +268,3 @@ def _exchange(
         except RuntimeError as error:
             # An error of this receiver was published by a sender that learned of it.
             raise (receiver.error or error) from None
-
-
-# --- behind training ------------------------------------------------------------------------------
-
-
-class BackgroundTask:
-    """Runs one task at a time in a thread.
-
-    The thread is no daemon, so the interpreter waits for it before it exits (`os._exit` and a
-    signal do not wait). An error is logged when it happens, because there may be no next call.
-    """
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._what, self._outcome = "", Future[list[str]]()
-
-    def start(self, what: str, work: Callable[[], list[str]]) -> None:
-        """Run `work`, which returns remarks. Call `finish` first."""
-        assert self._thread is None
-        self._what, self._outcome = what, Future()
-
-        def run() -> None:
-            try:
-                self._outcome.set_result(work())
-            except BaseException as error:
-                log.error("%s failed behind training: %s", what, error)
-                self._outcome.set_exception(error)
-
-        self._thread = threading.Thread(target=run, name="dist_ema files", daemon=False)
-        self._thread.start()
-
-    @property
-    def busy(self) -> bool:
-        """A task is running."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def finish(self) -> list[str]:
-        """Wait for the task and return its remarks. Raises RuntimeError, once, if it failed."""
-        if self._thread is None:
-            return []
-        self._thread.join()
-        self._thread = None
-        # The traceback of an error holds the staging buffer, so it is not kept.
-        outcome, self._outcome = self._outcome, Future()
-        error = outcome.exception()
-        if error is not None:
-            raise RuntimeError(f"{self._what} failed behind training: {error}") from error
-        return outcome.result()

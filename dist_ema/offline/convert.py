@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _version
-from ..checkpoint import atomic, manifest, safetensors
+from ..checkpoint import atomic, manifest, pointers, safetensors
 from ..dtypes import FLOATS, TO_TORCH, Bytes, cast, float_dtype
 from ..foreign import recognise, torch_dcp
 from ..foreign.recognise import FoundAverage, Leaf
@@ -239,7 +239,7 @@ def _refuse_growth(request: ConvertRequest, leaves: Sequence[Leaf]) -> None:
 
 
 def _nbytes_at(path: Path) -> int:
-    path = atomic.follow(path)
+    path = pointers.follow(path)
     files = path.iterdir() if path.is_dir() else (path,)
     return sum(each.stat().st_size for each in files if each.is_file())
 

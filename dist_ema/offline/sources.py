@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from ..checkpoint import atomic, disk, manifest, safetensors
+from ..checkpoint import atomic, disk, manifest, pointers, safetensors
 from ..dtypes import Bytes
 from ..foreign import torch_dcp
 from ..schedules import from_dict
@@ -107,7 +107,7 @@ def locate(path: Path) -> Path:
     Raises:
         FileNotFoundError: Nothing is there.
     """
-    path = atomic.whole(atomic.follow(path))
+    path = atomic.whole(pointers.follow(path))
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     return path

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from ..checkpoint import atomic, disk, manifest, retention, safetensors
+from ..checkpoint import atomic, disk, manifest, pointers, retention, safetensors
 from ..text import size_of
 from .sums import FileSums, FileWindow
 
@@ -51,7 +51,7 @@ def lay_out(
 
 def refuse_place(read: str | Path, out: str | Path) -> None:
     """Raise ValueError where writing `out` would replace what is read, or write into it."""
-    where, real = (atomic.real(each) for each in (out, atomic.follow(Path(read))))
+    where, real = (atomic.real(each) for each in (out, pointers.follow(Path(read))))
     if where == real:
         raise ValueError(f"{out} is {read} itself. Name another path.")
     if real in where.parents:
@@ -113,7 +113,7 @@ def write(
     """
     refuse_target(path, force)
     with disk.disk_errors(path, sum(file.size for file in files.values())):
-        atomic.ensure(path.parent)
+        disk.ensure(path.parent)
         atomic.recover(path)
         atomic.remove_leftovers(path)
         with atomic.temporary_folder(path) as folder:
@@ -125,7 +125,7 @@ def write(
             refuse_target(path, force, folder)  # once more, for what has come meanwhile
             if path.suffix == ".safetensors":
                 atomic.publish(folder / next(iter(files)), path)
-                atomic.remove(folder)
+                disk.remove(folder)
                 return
             texts = {**beside, manifest.META: replace(facts, files=sums).to_bytes()}
             if len(files) > 1 or any(map(safetensors.is_shard, files)):
@@ -134,7 +134,7 @@ def write(
             if path.is_dir():
                 retention.carry_over(path, folder, _names_of_model(path) | {manifest.META})
             for inner in {each.parent for each in folder.rglob("*")}:
-                atomic.sync(inner)
+                disk.sync(inner)
             atomic.publish(folder, path)
 
 
@@ -172,7 +172,7 @@ def _write_texts(folder: Path, texts: Mapping[str, bytes | Path]) -> None:
             shutil.copyfile(text, folder / name)
         else:
             (folder / name).write_bytes(text)
-        atomic.sync(folder / name)
+        disk.sync(folder / name)
 
 
 def _names_of_model(folder: Path) -> set[str]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..checkpoint import atomic, versions
+from ..checkpoint import disk, pointers, versions
 from .follow import Version
 
 __all__ = [
@@ -115,7 +115,7 @@ class Ledger:
         self._metric, self._sign = metric, 1 if mode == "min" else -1
         self._owner = uuid.uuid4().hex
         self._beats: dict[str, tuple[Any, float]] = {}  # (owner, beat) of others, and since when
-        atomic.ensure(path.parent)
+        disk.ensure(path.parent)
         with _transaction(path) as db:
             db.execute(_TABLE)
 
@@ -209,7 +209,7 @@ class Ledger:
             best = best_of(records, self._metric, self._sign)
             # NOTE: inside the transaction, which keeps other watchers out.
             if best is not None and best.id == key:
-                atomic.point(version.path, versions.BEST)
+                pointers.point(version.path, versions.BEST)
             return next(record_of_task for record_of_task in records if record_of_task.id == key)
 
 

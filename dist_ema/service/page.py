@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..checkpoint import atomic, manifest, versions
+from ..checkpoint import manifest, pointers, versions
 from ..text import size
 from .ledger import NAME, Points, Record, curves, finite_numbers, read_records
 
@@ -55,7 +55,7 @@ def build(folder: Path, metrics: Path | None = None, ledger: Path | None = None)
     found = dict(_read_versions(folder))
     records = read_records(ledger or folder / NAME)
     rows = _read_rows(metrics or folder.parent / "metrics.jsonl")
-    latest, best = (atomic.named(folder / name) for name in (atomic.LATEST, versions.BEST))
+    latest, best = (pointers.named(folder / name) for name in (pointers.LATEST, versions.BEST))
     parts = [
         f"<h1>{escape(str(folder))}</h1>",
         f"<p>{_summary(folder, found, latest, best)}</p>",

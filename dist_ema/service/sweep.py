@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import atomic, strict_json
+from ..checkpoint import atomic, disk, strict_json
 from ..offline import plotting
 from ..posthoc.snapshots import WARNED, Snapshots, reconstruct
 from ..schedules import Power
@@ -144,11 +144,11 @@ def sweep(
             for _ in range(repeats - len(values)):
                 known[sigma] = (*known.get(sigma, ()), evaluate(place, sigma))
                 table = {str(width): list(candidate) for width, candidate in known.items()}
-                atomic.ensure(out)
+                disk.ensure(out)
                 atomic.replace_file(
                     out / STATE, strict_json.dump({"origin": origin, "values": table})
                 )
-            atomic.remove(place)
+            disk.remove(place)
         return Candidate(sigma, known[sigma])
 
     limits = math.log(low), math.log(high)

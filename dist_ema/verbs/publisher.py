@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakMethod
 
 from ..averaging.swap_registry import Reads
-from ..checkpoint import atomic, library_files, request, retention, versions
+from ..checkpoint import atomic, disk, library_files, request, retention, versions
 from ..text import warn
 from .entry import Entry, Which
 from .files import Files
@@ -82,8 +82,8 @@ class Publication:
 
     def begin(self) -> int:
         """Prepare the folder on the first rank. Returns the number of its last version."""
-        atomic.ensure(self.folder)
-        atomic.remove(self.folder / versions.STOP)
+        disk.ensure(self.folder)
+        disk.remove(self.folder / versions.STOP)
         number = versions.highest(self.folder)
         newest = self.folder / versions.name_of(number)
         retention.refuse(newest, self.keep)

@@ -1,13 +1,10 @@
-"""Blocks of weights as runs of bytes in files, and the files that take them."""
+"""`BlockPlacer`: where this rank's blocks of weights lie in the files of a save, as runs."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,11 +14,11 @@ from ..averaging.kernels.eager import SCRATCH
 from ..distributed import machines, receiver, transfer
 from ..sharding.arena import ALIGN
 from ..sharding.geometry import Box, byte_runs, bytes_of, runs
-from . import crc32, disk
+from . import crc32
 from .load_file import DTYPES
 from .request import SaveRequest
 
-__all__ = ["BlockPlacer", "FileWriter"]
+__all__ = ["BlockPlacer"]
 
 
 class _Placed(NamedTuple):
@@ -131,47 +128,6 @@ class BlockPlacer:
             str(number): file_sum.contribution for number, file_sum in enumerate(self.sums)
         }
         return {number: added for number, added in contributions.items() if added}
-
-
-class FileWriter:
-    """Writes runs into files, from several threads. Each file is opened once.
-
-    Args:
-        folder: The folder of the files.
-        names: The names of the files, in the order of their numbers.
-        disk_errors: Gives errors of the disk a path.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        names: Sequence[str],
-        disk_errors: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self._folder, self._names, self._disk_errors = folder, names, disk_errors
-        self._open: dict[int, disk.Target] = {}
-        self._lock = threading.Lock()
-
-    def write(self, file: int, offset: int, data: memoryview) -> None:
-        """Put a run into place."""
-        with self._lock, self._disk_errors():
-            self._target(file).write(data, offset)
-
-    def _target(self, file: int) -> disk.Target:
-        if file not in self._open:
-            self._open[file] = disk.Target(self._folder / self._names[file])
-        return self._open[file]
-
-    def sync(self, every: bool) -> None:
-        """Have the disk confirm what was written, and close. every: Also files not opened here."""
-        with self._disk_errors():
-            for file in range(len(self._names)) if every else list(self._open):
-                self._target(file).sync()
-        self.close()
-
-    def close(self) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
 
 
 def _cast(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:

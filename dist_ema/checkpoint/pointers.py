@@ -1,0 +1,46 @@
+"""Pointers: files (`latest`, `best`) that name one folder beside them, as `keep=` leaves them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from . import atomic, disk
+
+__all__ = ["LATEST", "follow", "named", "point"]
+
+LATEST = "latest"
+
+
+def point(path: Path, name: str = LATEST) -> None:
+    """Have the pointer with that name beside `path` name it."""
+    atomic.replace_file(path.parent / name, f"{path.name}\n".encode())
+
+
+def follow(path: Path) -> Path:
+    """The folder that a pointer names; any other path as it is.
+
+    Raises:
+        ValueError: The pointer names no folder beside it.
+    """
+    if path.name != LATEST or not path.is_file():
+        return path
+    name = named(path)
+    if name is None or (path.parent / name).is_symlink():
+        raise ValueError(
+            f"{path} must name one folder beside it, as ema.save(keep=...) has it. Name the folder "
+            "itself."
+        )
+    return path.parent / name
+
+
+def named(pointer: Path) -> str | None:
+    """The name in a pointer; None if it holds anything but the name of one entry beside it."""
+    if pointer.is_symlink() or not pointer.is_file() or pointer.stat().st_size > 1024:
+        return None
+    try:
+        name = disk.beginning(pointer, 1024).decode().removesuffix("\n")
+    except UnicodeDecodeError:
+        return None
+    plain = name.isprintable() and name == os.path.basename(name) and not name.startswith(".")
+    return name if name and plain and name != LATEST else None
