@@ -242,7 +242,7 @@ class AveragedWeights:
         self.mark()
 
     def sync_teacher(self) -> None:
-        """Prepare the teacher for a read ([Note: unannounced reads] in teacher)."""
+        """Prepare the teacher for a read ([Note: unannounced reads] in teacher_hooks)."""
         teacher = self.teacher
         if teacher is None or not teacher.is_stale:
             return
