@@ -310,8 +310,6 @@ averaging/swap_journal.py
     changed_buffers   in changed - reshaped => in changed
             @living_buffers::test_a_module_whose_bank_grew_inside_keeps_no_state
 averaging/teacher.py
-    __init__          register_load_state_dict_pre_hook => register_forward_pre_hook
-            @into::test_load_state_dict_waits
     give              requires_grad_(False)  @into::test_teacher_is_the_shadow
     give              self._refuse_taken()  @into::test_a_teacher_of_two_averages_is_refused
     give              self._refuse_unlike  @into::test_unlike_teachers_are_refused
@@ -319,12 +317,15 @@ averaging/teacher.py
     follow            state.teacher_copy = new  @into::test_registered_anew
     follow            state.shadow = new
             @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
-    take_off_spent    handle.remove()  @into::test_copies_of_the_teacher_are_free
     refuse_training   the optimizer trains  @into::test_teacher_is_not_trained
     copy_frozen       _copy(state)  @into::test_frozen_weights_follow
     copy_frozen       versions(state) => (state.local._version, 0)  @living_ranks
     reshard           derived.caches_dropped(self.module) => torch.no_grad()
             @living_caches::test_a_copy_in_eval_mode_is_never_stale
+averaging/teacher_hooks.py
+    put_on            register_load_state_dict_pre_hook => register_forward_pre_hook
+            @into::test_load_state_dict_waits
+    take_off_spent    handle.remove()  @into::test_copies_of_the_teacher_are_free
 averaging/optimizer_hooks.py
     _before           move_to_end
             @living_optimizers::test_the_update_comes_after_hooks_of_all_optimizers
