@@ -141,6 +141,7 @@ def _all_like(start: Path) -> list[Path]:
 def whole(path: Path) -> Path:
     """Where the whole version of `path` lies now, which is elsewhere while a writer replaces it."""
     if path.exists():
+        # A folder that is rolled forward is whole inside `.new`, and half replaced around it.
         return next(iter(_all_like(_inside(path, "new"))), path)
     for old in _all_like(_beside(path, "old")):
         # NOTE: an old version steps aside only when the new one is complete.
@@ -164,6 +165,7 @@ def read_one_version(path: Path, read: Callable[[Path], T]) -> T:
                 if attempt == _MOST_ATTEMPTS - 1 or not (changed or on_the_move):
                     raise
                 continue
+            # Nothing replaced it between the first byte and the last.
             if identity(where) == before:
                 return result
     raise ValueError(
@@ -213,6 +215,7 @@ def publish(new: Path, path: Path) -> None:
         os.replace(new, path)
     elif not os.path.lexists(path):
         os.rename(new, path)
+    # After the exchange the earlier version lies where the new one was made.
     elif exchange(new, path):
         old = new
     else:
@@ -257,6 +260,7 @@ def _roll_forward(new: Path, path: Path) -> None:
 
 def _link_over(staged: Path, path: Path) -> None:
     """Give every file of `staged` its name in `path`, JSON files last, and remove the others."""
+    # ema.json and the index come when what they name lies there.
     names = sorted(os.listdir(staged), key=lambda name: (name.endswith(".json"), name))
     for name in names:
         if (staged / name).is_dir():
@@ -331,6 +335,7 @@ def exchange(a: Path, b: Path) -> bool:
     if call(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0:
         return True
     code = ctypes.get_errno()
+    # The kernel or the file system lacks the call. Anything else is wrong with the paths.
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
         return False
     raise OSError(code, os.strerror(code), os.fspath(b))

@@ -25,6 +25,7 @@ class RangeSum:
 
     def __init__(self, size: int) -> None:
         self._size = size
+        # Where the value stands; the next range moves it there, behind or in front.
         self._at = 0
         self._value = 0
 

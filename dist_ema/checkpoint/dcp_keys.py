@@ -229,6 +229,7 @@ def match_all(
             "that has others now: the average uses the model's."
         )
     if order != sorted(order):  # values that alias other shadows would be overwritten
+        # Without copies the second average would read what the first has overwritten.
         matched = [([(s, value.clone()) for s, value in copies], own) for copies, own in matched]
     return matched, remarks
 

@@ -62,8 +62,10 @@ def reserve(fd: int, size: int) -> None:
         if hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(fd, 0, max(size, 1))
     except OSError as error:
+        # Where the file system cannot reserve, a full disk is found by the write.
         if error.errno in _FULL:
             raise
+    # The length, where nothing can be reserved; and of an empty file, which has reserved a byte.
     os.ftruncate(fd, size)
 
 
@@ -97,6 +99,7 @@ class Target:
         if self._filled[2] < WINDOW:
             return
         if hasattr(os, "posix_fadvise"):  # not on macOS
+            # The earlier window has reached the disk meanwhile, so its pages go; this one is sent.
             for begin, end, _ in filter(None, (self._sent, self._filled)):
                 os.posix_fadvise(self._fd, begin, end - begin, os.POSIX_FADV_DONTNEED)
         self._sent, self._filled = self._filled, []

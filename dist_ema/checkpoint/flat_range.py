@@ -49,6 +49,7 @@ class FlatRange(Tensor):
         self.blocks, self.writes = blocks, writes
         return self
 
+    # DCP finds this method and the next two by their names; DTensor has them too.
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         from torch.distributed.checkpoint import metadata, planner
 

@@ -109,6 +109,7 @@ def adapters_of(model: nn.Module, averaged: Sequence[str]) -> list[FileForm]:
     numbers = {name: torch.tensor(i) for i, name in enumerate(names)}
     adapters = []
     with TemporaryDirectory() as folder:
+        # save_embedding_layers=False, or peft asks the hub for the config of the base model.
         inner.save_pretrained(folder, state_dict=numbers, save_embedding_layers=False)
         for adapter in inner.peft_config:
             place = "" if adapter == "default" else adapter
@@ -227,6 +228,7 @@ def _config_files(inner: Any, dtype: torch.dtype | None) -> dict[str, bytes]:
     if not hasattr(config, "to_json_string"):
         return {}
     config = copy.deepcopy(config)
+    # `fully_shard` changes the name of the class.
     config.architectures = [type(inner).__name__.removeprefix("FSDP")]
     config.dtype = str(dtype or inner.dtype).removeprefix("torch.")
     files = {"config.json": config.to_json_string().encode()}
@@ -261,12 +263,15 @@ def load_into(path: str | os.PathLike[str], module: nn.Module) -> None:
     mismatched = sorted({name for name, _ in held.items() ^ saved_shapes.items()})
     if mismatched:
         raise ValueError(f"{path} and the module differ in {some(mismatched)}.")
+    # Orders: copies of offloaded weights that a forward asked for, then the write of their memory.
     await_host_reads(shard.local_tensor() for shard in shards)
     with derived.caches_dropped(module):
         for shard in shards:
             elements = shard.read()
+            # The copy casts. A box is all that this rank reads of the file's pages.
             for box, view in geometry.boxes_with_data(shard, shard.local_region, elements):
                 view.copy_(weights[form.name_of(shard.name)][box.slices])
             if not shard.dense:
                 shard.write(elements)
+        # The next forward gathers what was written.
         wrappers.reshard(model_shards.sharded)

@@ -73,6 +73,7 @@ def _load_file(path: Path) -> dict[str, Tensor]:
 
 def _mapped(path: Path, file: safetensors.SafetensorsFile) -> Iterable[tuple[str, Tensor]]:
     """Every weight of the file as pages of it."""
+    # Copy on write, so that training on these tensors leaves the file alone.
     pages = np.memmap(path, np.uint8, "c")
     if len(pages) != file.size:
         raise ValueError(
@@ -237,6 +238,7 @@ class OpenFile:
     def contribution(self, rank: int, size: int) -> int:
         """What this rank's bytes add to the check sum of the file ([Note: check sums] in crc32)."""
         total = self.header.size
+        # Equal shares of the bytes, whatever lies in them.
         at, end = total * rank // size, total * (rank + 1) // size
         range_sum, buffer = crc32.RangeSum(total), memoryview(bytearray(min(WINDOW, end - at)))
         while at < end:

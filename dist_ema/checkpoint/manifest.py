@@ -181,6 +181,7 @@ class Manifest:
             except (TypeError, ValueError) as error:
                 reason = str(error).rstrip(".")
                 yield f"schedules: a schedule cannot be rebuilt from {brief(spec)}: {reason}"
+        # An export of weights from elsewhere has no schedule to name.
         untold = self.kind == "export" and not self.schedules
         count = len(self.labels)
         if len(self.schedules) != count and not untold and not self._is_damaged("schedules"):

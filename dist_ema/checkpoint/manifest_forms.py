@@ -53,6 +53,7 @@ FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "source": ("an object", _is_object),
     "files": ("an object", _is_object),
 }
+# Earlier versions and offline exports leave these out.
 OPTIONAL = {"attach", "rounding", "averages", "dtypes", "source"}
 OWN = "own_buffers"
 _LABEL = re.compile(r"[0-9]+-\w+")  # the number of the average and its schedule

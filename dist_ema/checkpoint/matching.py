@@ -104,11 +104,13 @@ class ReadPlan:
         """Choose from the weights of the folder, and note every difference."""
         report, states = self.differences, self.target.states
         table = {self.target.names.get(name, name): weight for name, weight in table.items()}
+        # Own buffers that nothing in the files fills.
         lost = set(self.own_buffers)
         state_names = {name for state in states for name in (state.name, *state.shard.aliases)}
         report.unexpected += sorted(table.keys() - state_names - self.target.elsewhere)
         for state in states:
             names = [name for name in (state.name, *state.shard.aliases) if name in table]
+            # Names that the file ties are one weight there; others must hold the same bytes.
             held = list(dict.fromkeys(table[name] for name in names))
             own = state.name in self.own_buffers
             wanted = self.whole or own or state.shadow is not None
@@ -172,6 +174,7 @@ def plan_resume(
         folder = path / "averages" / label if label else path
         listed = saved.files_of(label)
         model = safetensors.INDEX if len(listed) > 1 else next(iter(listed))
+        # Frozen weights and buffers lie only with the first average.
         whole = saved.weights == "all" and not k
         own = [target.names.get(name, name) for name in saved.own_buffers_of(label)]
         plans.append(ReadPlan(folder, target, place.aliases, model, whole, own, listed))

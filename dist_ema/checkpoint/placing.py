@@ -58,6 +58,7 @@ class BlockPlacer:
         its own would take a second team of torch's threads, which training then waits for.
         """
         lengths = [placed.block.data.numel() * placed.dtype.itemsize for placed in self._blocks]
+        # Aligned, so that each part can be viewed in any dtype.
         sizes = [-(-length // ALIGN) * ALIGN for length in lengths]
         block_devices = {placed.block.data.device for placed in self._blocks}
         devices = [device for device in block_devices if device.type != "cpu"]
@@ -83,6 +84,7 @@ class BlockPlacer:
         """(a range, this rank's runs in it), in the order of the routes."""
         blocks_by_range: dict[int, list[_Placed]] = {}
         for placed in self._blocks:
+            # An empty block has no first byte.
             if placed.block.data.numel():
                 begin, end = self._extent(placed)
                 for number in routes.ranges(placed.file, begin, end):
@@ -97,6 +99,7 @@ class BlockPlacer:
         """The first byte of a block in its file, and the end of its last one."""
         name, file, dtype, block = placed
         entry, shape = self._files[file].entries[name], block.data.shape
+        # The runs of a block ascend, so its corners bound them.
         last = tuple(o + n - 1 for o, n in zip(block.offsets, shape, strict=True))
         corners = (Box(offsets, (1,) * len(shape)) for offsets in (block.offsets, last))
         first, final = (next(runs(corner, entry.shape))[0] for corner in corners)
@@ -117,6 +120,7 @@ class BlockPlacer:
         for start, data in byte_runs(box, entry.shape, view, dtype.itemsize):
             begin = base + start
             low, high = clip(file, begin, begin + len(data))
+            # What is cut off lies in another range, which another rank writes.
             if low < high:
                 clipped = data[low - begin : high - begin]
                 self.sums[file].add(low, clipped)

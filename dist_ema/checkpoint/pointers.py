@@ -23,6 +23,7 @@ def follow(path: Path) -> Path:
     Raises:
         ValueError: The pointer names no folder beside it.
     """
+    # A folder may be called `latest` too.
     if path.name != LATEST or not path.is_file():
         return path
     name = named(path)

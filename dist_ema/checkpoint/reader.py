@@ -41,6 +41,7 @@ class OpenCheckpoint:
         self.first_warnings = 0
         self._place, self._stack = place, stack  # which closes the files
         saved = None if place.manifest is None else manifest.Manifest.from_json(place.manifest)
+        # An export has no clock to go on with, so an average starts from it.
         self._saved = saved if saved is not None and saved.kind == "ema" else None
         self.clock = None if self._saved is None else self._saved.clock
         self._plans = (
@@ -60,6 +61,7 @@ class OpenCheckpoint:
         Returns:
             A hash of the differences; None where the model was replaced.
         """
+        # Held, so that its inode number cannot become that of another file.
         with atomic.held(Path(self._place.folder, self._place.model)):
             try:
                 for plan in self._plans:
@@ -155,6 +157,7 @@ class OpenCheckpoint:
 
     def sums(self, ranks: Ranks) -> dict[str, int]:
         """What this rank's part of each file adds to its check sum, by the file's number."""
+        # Sorted, so that all ranks number the files alike.
         files = sorted(self._open.items()) if self._place.listed else []
         parts = [file.contribution(ranks.rank, ranks.size) for _, file in files]
         return {str(number): part for number, part in enumerate(parts) if part}
@@ -220,6 +223,7 @@ def open_checkpoint(
         # NOTE: another job may replace the files meanwhile. A file system may also show ranks
         # different times of one file, so the last attempt goes on.
         for left in reversed(range(ATTEMPTS)):
+            # Of its own, because an attempt that saw several versions closes its files.
             files = stack.enter_context(ExitStack())
             opened = _open_one_version(
                 ranks, Path(path), make_targets, files, stage, not left,
@@ -347,5 +351,6 @@ def _read(
 ) -> None:
     """Fill `data` [region.numel] with the region's elements, in its dtype."""
     for box, view in geometry.boxes_with_data(state.shard, region, data):
+        # A window of the file at a time; the copy casts.
         for block, elements in weight.file.read(weight.name, box):
             view[block.within(box)].copy_(elements)

@@ -139,6 +139,7 @@ class SaveRequest:
         """Raise ValueError for arguments that nothing can be written with."""
         if not isinstance(self.manifest.extra, dict):
             raise ValueError(f"extra must be a dict of JSON values, got {self.manifest.extra!r}.")
+        # Raises for what JSON cannot hold, before a byte is written.
         self.manifest.to_bytes()
         if self.dtype is not None and not (
             isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point
@@ -170,10 +171,12 @@ class SaveRequest:
             for name, record in average.inventory.items()
         }
         if self.one_file:
+            # One file has no ema.json beside it, so its header tells the aliases.
             names = {alias: name for name, aliases in average.aliases.items() for alias in aliases}
             return {self.path.name: safetensors.header(table, names)}
         files = safetensors.plan(table, self.max_shard_size)
         if average.form.is_adapter:
+            # peft looks for one file of this name.
             files = {safetensors.ADAPTER: safetensors.header(table)}
         return {average.prefix + name: file for name, file in files.items()}
 

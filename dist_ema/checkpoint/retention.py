@@ -53,6 +53,7 @@ def advance(
     Returns:
         A sentence for every save that should have been removed and was not.
     """
+    # First, so that `latest` never names a save that goes.
     pointers.point(path)
     stem, last = _split(path.name)
     numbered: list[tuple[int, Path]] = []
@@ -67,6 +68,7 @@ def advance(
         if _is_save(folder, leases is not None)
     ][keep - 1 :]
     if leases is not None:
+        # The best version stays, however old it is.
         best = pointers.named(path.parent / versions.BEST)
         old = [folder for folder in old if folder.name != best]
         try:
@@ -104,6 +106,7 @@ def _split(name: str) -> tuple[str, int | None]:
 
 def _is_save(folder: Path, published: bool) -> bool:
     """Whether it is a folder that `save` or `publish` completed, and no link to one."""
+    # What a link leads to may belong to another run.
     if folder.is_symlink() or not folder.is_dir():
         return False
     try:
@@ -197,6 +200,7 @@ def carry_over(old: Path, new: Path, replaced: Collection[str]) -> None:
         new: The complete new version; what it holds already stays.
         replaced: The names of the model files in `old`, which end with it.
     """
+    # An exchange of the folders exchanges their permissions too.
     shutil.copymode(old, new)
     for path in sorted(old.iterdir()):
         if path.name in replaced or (new / path.name).exists() or path == new or _is_of_nfs(path):

@@ -121,6 +121,7 @@ def header(
             "data_offsets": (entry.begin, entry.end),
         }
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    # The weights behind it begin at a multiple of 8, so that they can be mapped.
     text += b" " * (-len(text) % 8)
     return SafetensorsFile(struct.pack("<Q", len(text)) + text, placed)
 
@@ -159,6 +160,7 @@ def read_header(path: Path) -> SafetensorsFile:
 def header_of(file: BinaryIO, path: Path) -> SafetensorsFile:
     """`read_header` of a file that is open; path: what errors call it."""
     size = os.fstat(file.fileno()).st_size
+    # A file of less than 8 bytes is filled up here, and refused by its size.
     length = struct.unpack("<Q", (disk.read_exactly(file, 8) + bytes(8))[:8])[0]
     if size < 8 or length > min(strict_json.MOST_JSON, size - 8):
         raise ValueError(
@@ -176,6 +178,7 @@ def header_of(file: BinaryIO, path: Path) -> SafetensorsFile:
             f"{path} has a broken safetensors header: {type(error).__name__}: {error}."
         ) from None
     at = 0
+    # Neither gaps nor overlaps: two weights on the same bytes would pass every other check.
     for name in in_order(entries):
         entry = entries[name]
         if entry.begin != at or entry.end - entry.begin != entry.nbytes:
@@ -201,6 +204,7 @@ def _entry(value: dict[str, Any]) -> Entry:
     shape = tuple(value["shape"])
     if value["dtype"] not in ITEMSIZE:
         raise ValueError(f"unknown dtype {brief(value['dtype'])}")
+    # `type`, because a bool is an int too.
     if not all(type(n) is int and 0 <= n < MOST for n in (begin, end, *shape)):
         raise ValueError(f"offsets and shape must be whole numbers, got {brief(value)}")
     # NOTE: a 0 in the shape hides any other size in it from the count of bytes, but not from torch.

@@ -37,6 +37,7 @@ def _refuse_target(request: SaveRequest) -> None:
     """Raise ValueError where nothing can be written. Leftovers of dead writers are removed."""
     path = request.path
     if request.keep is not None:
+        # Now, because `advance` runs when the save is already in place.
         retention.refuse(path, request.keep)
     try:
         disk.ensure(path.parent)
@@ -44,6 +45,7 @@ def _refuse_target(request: SaveRequest) -> None:
         raise ValueError(f"{path} cannot be made: {error.filename} is a file.") from None
     if request.numbered or request.keep is not None:
         retention.remove_leftovers(path)
+    # Before leftovers go: one of them may be the only whole version.
     atomic.recover(path)
     atomic.remove_leftovers(path)
     _refuse_foreign(request)
@@ -107,6 +109,7 @@ def _seal(request: SaveRequest, folder: Path, sums: dict[str, int]) -> None:
             bare = {Path(name).name: file for name, file in plan.items()}
             texts[average.prefix + safetensors.INDEX] = safetensors.index(bare)
         for name, text in average.form.texts.items():
+            # A config that the user put there stays; that of an adapter belongs to its weights.
             is_kept = name in published["beside"] or (request.path / name).exists()
             if average.form.is_adapter or not is_kept:
                 texts[average.prefix + name] = text
@@ -114,12 +117,14 @@ def _seal(request: SaveRequest, folder: Path, sums: dict[str, int]) -> None:
         (folder / name).write_bytes(text)
         disk.sync(folder / name)
     if request.verb == "export" and request.path.exists():
+        # What this export replaces, whatever the number of its shards was.
         stale = {path.name for path in request.path.glob("model-*-of-*.safetensors")}
         stale |= {"model.safetensors", safetensors.INDEX, manifest.META}
         stale |= {safetensors.ADAPTER, safetensors.ADAPTER_CONFIG}  # loaders would add it again
         retention.carry_over(request.path, folder, stale)
     for name in published["beside"]:
         disk.link_or_copy(f"{request.beside}/{name}", folder / name)
+    # Children first, so that a folder on disk names only what is on disk.
     for inner in sorted({path.parent for path in folder.rglob("*")}, reverse=True):
         disk.sync(inner)
 
@@ -129,6 +134,7 @@ def _table(request: SaveRequest, sums: dict[str, int]) -> dict[str, dict[str, An
     table = {}
     for number, (name, file) in enumerate(request.files.items()):
         head = crc32.RangeSum(file.size)
+        # The first rank wrote the header, and all ranks what lies behind it.
         head.add(0, file.head)
         added = [head.contribution, sums.get(str(number), 0)]
         table[name] = {"size": file.size, "crc32": crc32.check_sum(file.size, added)}

@@ -47,6 +47,7 @@ def compare_shared(
     states = averages[0].persistent
     form = {state.name: (_form(state), state.shard.aliases) for state in states}
     leads = ranks.members[ranks.rank] == stage[0]
+    # One rank speaks for a stage, whose ranks hold the same names.
     answer = ranks.gather(verb, [list(stage), form] if leads else None, _shared)
     if "error" in answer:
         raise ValueError(answer["error"])
@@ -54,6 +55,7 @@ def compare_shared(
     writers = {name: holders[0] for holders in shared for at, name in holders if at == list(stage)}
     for state in states:
         own = [list(stage), state.name]
+        # The first stage that has a weight writes it.
         state.shard.written_elsewhere = writers.get(state.name, own) != own
     if not answer["compared"]:
         return
@@ -94,6 +96,7 @@ def _shared(messages: list[Any]) -> dict[str, Any]:
                     f"{stage}. Stages that share a weight must hold it alike."
                 }
     shared = {lead: stages for lead, stages in holders.items() if len(stages) > 1}
+    # Buffers may differ, so where only those are shared no sums are sent.
     compared = any(forms[lead] != ["buffer"] for lead in shared)
     return {"shared": list(shared.values()), "compared": compared}
 

@@ -143,7 +143,9 @@ class Lease:
                 "open is not removed. Let it write into this folder"
             )
             raise type(error)(error.errno, text, os.fspath(file.parent)) from error
+        # It also runs when the interpreter ends.
         self.release = finalize(self, _release, file, released)
+        # Asked after the lease was written ([Note: leases]).
         if path.name in _read_retired(path.parent) or not path.is_dir():
             self.release()
             raise FileNotFoundError(f"{path} is retired: newer versions took its place.")
@@ -207,6 +209,7 @@ class LeaseWatch:
         # NOTE: those that are gone too, which a stale cache of a reader may still hold.
         retired = [name for name in _read_retired(self._folder) if name not in names]
         atomic.replace_file(mark, json.dumps([*retired, *names][-MOST_RETIRED:]).encode())
+        # Asked after the mark was written ([Note: leases]).
         return self._leased().intersection(names)
 
     def begin_anew(self) -> None:
@@ -217,6 +220,7 @@ class LeaseWatch:
         now, leases = time.monotonic(), read_all(self._folder)
         before, self._seen = self._seen, {}
         for path, content in leases.items():
+            # A lease that was not seen before is alive from now on ([Note: expiry]).
             known, since = before.get(path, (b"", now))
             self._seen[path] = (content, now if content != known else since)
             if content == known and now - since > _expiry(content):

@@ -75,8 +75,10 @@ class Writer:
         """
         if wait:
             return self._carry_out(self._prepare(request, stage=False), self._ranks)
+        # Made at the first save behind training: it takes two more connections to the store.
         if self._behind is None:
             self._behind = self._ranks.with_own_messages()
+        # `ema.timeout` may have been set since.
         self._behind.timeout = self._ranks.timeout
         devices = {state.local.device for files in request.averages for state in files.states}
         # NOTE: an interrupt after the last message would leave the others alone behind training.
@@ -87,6 +89,8 @@ class Writer:
         prepared = self._prepare(request, stage=True)
         if prepared.routes is not None:
             behind.connections(request.verb)  # now: the process group may be gone later
+        # Step 1: all ranks have entered the verb, so one that is silent from here on is dead or
+        # hung.
         behind.begin(request.verb, step=1)
         self.background.start(
             f"ema.{request.verb}({str(request.path)!r}, wait=False)",
@@ -155,7 +159,9 @@ class Writer:
         except Exception as caught:  # raised below, where the others learn that this rank differs
             heads, error = [], caught
         schedules = [files.schedule for files in request.averages]
+        # A digest, because names and headers grow with the model.
         ranks.compare({"files": diagnosis.digest([schedules, heads])})
+        # Another machine may not share the disk of the first rank.
         sees = os.path.isdir(folder)
 
         def ready() -> bool:
@@ -167,6 +173,7 @@ class Writer:
             return not sees
 
         try:
+            # One exchange compares the digests, counts who sees no folder, and passes an error on.
             blind = ranks.count_on_all(verb, ready)
         except diagnosis.RanksDifferError as error:
             raise ValueError(
@@ -198,11 +205,13 @@ class Writer:
                 )
             return None
         machines = ranks.machines(verb)
+        # A machine on which no rank sees the folder writes nothing.
         writers = [[rank for rank in on_machine if seen[rank]] for on_machine in machines.ranks]
         writers = list(filter(None, writers))
         if len(machines.ranks) == 1:
             if not blind and (request.mode is None or ranks.size == 1):
                 return None
+            # The first rank that sees the folder writes for its machine.
             writers = [[writers[0][0]]]
         return Routes([f.size for f in request.files.values()], machines, writers, ranks.rank)
 
