@@ -258,7 +258,7 @@ averaging/swap.py
     _leave            self._weights.reshard()  @living_details::test_fsdp2_in_one_process
     _leave            self._average.own_buffers |=
             @living_buffers::test_a_buffer_that_the_block_left_alone_is_kept_with_its_module
-    _leave            self.remarks = swap_journal.describe
+    _leave            self.remarks = swap_writes.describe
             @living_swap::test_a_write_is_named_and_live_is_restored
     _leave            error.add_note
             @living_details::test_an_exception_in_the_block_carries_what_was_written
@@ -266,10 +266,10 @@ averaging/swap.py
             @living_swap::test_a_weight_that_leaves_the_model_inside_is_named
     _edits            return lost, [ => return lost, [] and [
             @living_swap::test_a_weight_that_the_block_registers_is_named
-    apply             refuse_destroyed_groups  @living_ranks
-    _close            discount
+    apply             _refuse_destroyed_groups  @living_ranks
+    _restore_alone    discount
             @living_details::test_swaps_of_two_averages_in_each_other_write_nothing
-    _close            note_swap(False)
+    _restore_alone    note_swap(False)
             @living_buffers::test_own_buffers_end_when_training_resizes_one_of_them
     __del__           self._restore_alone()
             @living_details::test_a_swap_that_is_dropped_restores_live_weights
@@ -289,7 +289,7 @@ averaging/swap_registry.py
             @living_swap::test_swaps_that_are_left_in_another_order_are_named_and_restore_live
     watch             for one, two in  @177
     note              other.writes += 1  @living_details::test_writes_that_are_no_training
-averaging/swap_journal.py
+averaging/swap_writes.py
     __init__          swaps.nested.clear()
             @living_details::test_swaps_of_two_averages_in_each_other_write_nothing
     names             or (state.layout_changed and state.shadow is not None) =>
@@ -301,7 +301,7 @@ averaging/swap_journal.py
             @living_details::test_a_write_into_a_frozen_weight_is_named
     names             versions(state) != expected) => False)
             @living_details::test_a_write_into_a_frozen_weight_is_named
-    names             summed = map( => summed = [False] * len(self._weights) or map(
+    names             if is_counted or old != new => if is_counted
             @living_swap::test_a_write_is_named_and_live_is_restored
     changed_buffers   is no buffer of the model
             @living_details::test_a_buffer_that_the_block_removes_is_named

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ..sharding import geometry
 from ..sharding.numbering import Numbering
-from . import executors, swap_journal
+from . import executors
 from .averages import AveragedWeights
 from .kernels.eager import UpdatePlan
 from .kernels.pairs import ShadowPair
+from .swap import broadcast_to_replicas
 from .swap_registry import Reads
 
 __all__ = ["move_by", "pull"]
@@ -70,9 +71,6 @@ def pull(weights: AveragedWeights, weight: float) -> None:
         if state.shard.master is not None:
             state.live.copy_(state.source)
     if weights.placement.split:
-        ranks = weights.ranks
-        assert ranks is not None
-        ranks.run_transfer(
-            "weights.pull", lambda: swap_journal.broadcast_to_replicas(averaged, ranks.wait_for)
-        )
+        assert weights.ranks is not None
+        broadcast_to_replicas("weights.pull", weights.ranks, averaged)
     weights.mark()

@@ -84,9 +84,7 @@ def full(
 
         with connections.receiving(consume):
             ranks.run_transfer("gather", send)
-    return weights | {
-        alias: weights[name] for name, form in table.items() if weights for alias in form.aliases
-    }
+    return weights | {alias: weights[name] for name in weights for alias in table[name].aliases}
 
 
 def _runs(
@@ -107,12 +105,12 @@ def full_weights(
 
     *Cost*: `WINDOW` bytes of full weights at a time, or one weight.
     """
-    for window in packs(states, _full_bytes, WINDOW):
+
+    def full_bytes(state: ParamState) -> int:
+        return math.prod(state.shard.shape) * state.average.itemsize
+
+    for window in packs(states, full_bytes, WINDOW):
         yield from _full_window(ranks, window, own_buffers)
-
-
-def _full_bytes(state: ParamState) -> int:
-    return math.prod(state.shard.shape) * state.average.itemsize
 
 
 @torch.no_grad()

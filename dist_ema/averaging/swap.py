@@ -1,7 +1,7 @@
 """`ema.swap()`: the steps in which ranks apply an average to the model and restore what was there.
 
-[Note: one swap]  Each rank exchanges what it averages (`swap_journal`), and the ranks exchange
-messages and broadcasts around that:
+[Note: one swap]  Each rank exchanges what it averages (`swap_journal`) and notices what the block
+writes (`swap_writes`). The ranks exchange messages and broadcasts around that:
 
     enter    all exchange --> message: all have --> broadcast the average to replicas
     block    the model is the average
@@ -19,19 +19,22 @@ where no signal handler runs, and the interrupt is raised after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed import transfer
 from ..distributed.ranks import Ranks
 from ..sharding import derived, tree_changes
-from . import averages, executors, swap_journal, swap_registry
+from ..sharding.ownership import ParamState, replica_runs
+from . import averages, executors, swap_journal, swap_registry, swap_writes
 from .average import Average
 
-__all__ = ["WeightSwap"]
+__all__ = ["WeightSwap", "broadcast_to_replicas"]
 
 
 class WeightSwap:
@@ -56,7 +59,7 @@ class WeightSwap:
         self._swapped = [state for state in average.averaged if state.shard.kind != "buffer"]
         self._before = [swap_registry.versions(state) for state in self._swapped]
         self._journal = swap_journal.SwapJournal(weights.model, average.states, average.own_buffers)
-        self._writes: swap_journal.SwapWrites | None = None
+        self._writes: swap_writes.SwapWrites | None = None
         self._replicated = weights.placement.split and any(
             group.size() > 1 for state in self._swapped for group in state.shard.replicas
         )
@@ -109,22 +112,19 @@ class WeightSwap:
             self.ranks.run_on_all("swap", self.apply)
             self._broadcast(applied=True)
         self._owes_message = True
-        self._writes = swap_journal.SwapWrites(self._average.states, self._weights.swaps)
+        self._writes = swap_writes.SwapWrites(self._average.states, self._weights.swaps)
 
     def _broadcast(self, applied: bool) -> None:
         """Broadcast from owners to replicas. applied: What owners hold is the average."""
         if self._replicated:
             self._stale_replicas = True
-            wait_for = self.ranks.wait_for
-            self.ranks.run_transfer(
-                "swap", lambda: swap_journal.broadcast_to_replicas(self._swapped, wait_for)
-            )
+            broadcast_to_replicas("swap", self.ranks, self._swapped)
             self._stale_replicas = applied
 
     def apply(self) -> None:
         """Exchange what this rank averages."""
         if self._replicated:
-            swap_journal.refuse_destroyed_groups(self._swapped)
+            _refuse_destroyed_groups(self._swapped)
         self._open = True
         self._weights.note_swap(True)
         self._journal.apply()
@@ -156,7 +156,7 @@ class WeightSwap:
                 f"{exits['error']}"
             )
         (swapped, others), (lost, registered) = names, self._edits()
-        self.remarks = swap_journal.describe(swapped, others + registered, lost)
+        self.remarks = swap_writes.describe(swapped, others + registered, lost)
         if merged := derived.merged_modules(self._weights.model):
             self.remarks.append(
                 f"adapters were merged into {', '.join(merged[:5])} inside ema.swap(), which keep "
@@ -222,16 +222,36 @@ class WeightSwap:
                 with derived.caches_dropped(self._weights.model):
                     self._run(self._broadcast, False)
         finally:
-            self._close()
+            if not self._stale_replicas:
+                self._weights.swaps.discount(self._swapped, self._before)
+                self._weights.note_swap(False)
+                self._open = False
+            elif not self._owes_message:
+                self._weights.swaps.failed = True
+                self._open = False
 
-    def _close(self) -> None:
-        if not self._stale_replicas:
-            self._weights.swaps.discount(self._swapped, self._before)
-            self._weights.note_swap(False)
-            self._open = False
-        elif not self._owes_message:
-            self._weights.swaps.failed = True
-            self._open = False
+
+def broadcast_to_replicas(verb: str, ranks: Ranks, states: Sequence[ParamState]) -> None:
+    """Copy what each rank averages to the ranks that hold it too. *Collective*."""
+
+    def broadcast() -> None:
+        for group, runs in replica_runs(states):
+            transfer.broadcast(runs, group, ranks.wait_for)
+
+    ranks.run_transfer(verb, broadcast)
+
+
+def _refuse_destroyed_groups(states: Sequence[ParamState]) -> None:
+    """Raise RuntimeError if replicas can no longer be reached, before anything is written."""
+    for group in dict.fromkeys(group for state in states for group in state.shard.replicas):
+        try:
+            dist.get_rank(group)
+        except ValueError:
+            raise RuntimeError(
+                "ema.swap() needs the process group over which the weights are replicated, and it "
+                "was destroyed (a model that was wrapped anew?). Build another EMA; save() and "
+                "load() carry the average over."
+            ) from None
 
 
 def _combine_exits(exits: list[dict[str, Any]]) -> dict[str, Any]:

@@ -48,9 +48,7 @@ def counted_apart(shard: records.Shard) -> list[Tensor]:
     One into a DTensor is not counted by its local tensor, nor the other way round. FSDP1 keeps
     those of a Parameter and of the flat one apart.
     """
-    around = (
-        [shard.tensor] if shard.flat_parameter is None else [shard.tensor, shard.flat_parameter]
-    )
+    around = [tensor for tensor in (shard.tensor, shard.flat_parameter) if tensor is not None]
     return [] if shard.local_tensor() is shard.tensor else around
 
 
