@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 from ..checkpoint import disk, safetensors
 from ..dtypes import TORCH
@@ -44,8 +44,7 @@ def sizes(*args: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _mapping() -> dict[str, Any]:
-    """collections.OrderedDict()"""
+def _empty_mapping() -> dict[str, Any]:  # with arguments, which torch does not pickle, a TypeError
     return {}
 
 
@@ -55,7 +54,7 @@ NAMES: dict[str, Any] = {
     **{f"torch.{name}": f"torch.{name}" for name in _UNSUPPORTED},
     "torch.Size": sizes,
     "torch.device": unpickler.record("device"),
-    "collections.OrderedDict": _mapping,
+    "collections.OrderedDict": _empty_mapping,
 }
 _NAMES = {
     **NAMES,
@@ -94,10 +93,12 @@ class Chunk:
         return math.prod(self.sizes)
 
 
-# By name: the weights; why others are not among them; the keys that led to each in the state_dict.
-Table: TypeAlias = tuple[
-    dict[str, tuple[safetensors.Entry, list[Chunk]]], dict[str, str], dict[str, tuple[str, ...]]
-]
+class Table(NamedTuple):
+    """What `.metadata` names."""
+
+    weights: dict[str, tuple[safetensors.Entry, list[Chunk]]]
+    others: dict[str, str]  # name -> why it is not among the weights
+    paths: dict[str, tuple[str, ...]]  # name -> the keys that led to it in the state_dict
 
 
 def read(path: Path) -> Table:
@@ -142,17 +143,16 @@ def _name(value: Any) -> str:
 
 
 def _table(entries: Any, places: Mapping[Any, dict[str, Any]], plan: Any) -> Table:
-    table: Table = {}, {}, {}
-    weights, others, paths = table
+    table = Table({}, {}, {})
     for name, value in entries.items():
-        paths[_name(name)] = _path(name, plan)
+        table.paths[_name(name)] = _path(name, plan)
         if isinstance(value, unpickler.Record) and value.kind == "BytesStorageMetadata":
-            others[name] = NO_TENSOR
+            table.others[name] = NO_TENSOR
             continue
         fields = _fields(value, "TensorStorageMetadata")
         dtype, shape = _dtype(fields["properties"]), sizes(fields["size"])
         if dtype not in safetensors.ITEMSIZE:
-            others[name] = f"of {dtype}, which safetensors cannot hold"
+            table.others[name] = f"of {dtype}, which safetensors cannot hold"
             continue
         chunks = [
             _chunk(name, dtype, shape, _fields(chunk, "ChunkStorageMetadata"), places)
@@ -160,7 +160,7 @@ def _table(entries: Any, places: Mapping[Any, dict[str, Any]], plan: Any) -> Tab
         ]
         if sum(chunk.numel for chunk in chunks) != math.prod(shape):
             raise ValueError(f"the chunks of {name[:_MAX_NAME]} do not cover its shape")
-        weights[name] = safetensors.Entry(dtype, shape), chunks
+        table.weights[name] = safetensors.Entry(dtype, shape), chunks
     return table
 
 

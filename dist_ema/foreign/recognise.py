@@ -49,7 +49,7 @@ DIFFUSERS = (
     "power",
 )  # fmt: skip
 _AVERAGE = re.compile(r"(^|[_.])(ema|average|averaged|avg|swa|shadow|polyak|teacher)([_.]|\d|$)")
-_CLOCK = ("now", "before", "steps", "updates", "pending", "started", "accepted")
+_DIST_EMA_CLOCK = ("now", "before", "steps", "updates", "pending", "started", "accepted")
 _MAX_DEPTH = 8
 _MOST_SCHEDULE = 1024  # bytes of JSON
 
@@ -277,13 +277,16 @@ def _lists(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverag
 
 def _dist_ema(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     averages, clock = node.get("averages"), _leaves(node).get("clock")
-    if clock is None or (clock.dtype, clock.shape) != ("F64", (len(_CLOCK),)):
+    if clock is None or (clock.dtype, clock.shape) != ("F64", (len(_DIST_EMA_CLOCK),)):
         return
-    numbers = clock.read(0, 8 * len(_CLOCK)).view(np.float64).tolist()
+    numbers = clock.read(0, 8 * len(_DIST_EMA_CLOCK)).view(np.float64).tolist()
     for label, state in averages.items() if isinstance(averages, Mapping) else ():
         if isinstance(state, Mapping) and (weights := _leaves(state.get("weights"))):
             schedule = _schedule_of(state) or label
-            extra = {"schedule": schedule, "clock": dict(zip(_CLOCK, numbers, strict=True))}
+            extra = {
+                "schedule": schedule,
+                "clock": dict(zip(_DIST_EMA_CLOCK, numbers, strict=True)),
+            }
             where, why = _join(key, f"averages.{label}"), "averages and clock"
             rest = _leaves(state.get("buffers"))
             yield FoundAverage(where, "dist-ema", weights, why, extra=extra, rest=rest)

@@ -18,85 +18,20 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import disk, safetensors
 from ..dtypes import Bytes, gathered
-from . import dcp_metadata, torch_zip, unpickler
-from .dcp_metadata import META, NAMES, NO_TENSOR, Chunk, sizes
+from . import dcp_metadata, pickled_tensor, torch_zip
+from .dcp_metadata import META, NO_TENSOR, Chunk
+from .pickled_tensor import PickledTensor
 
 __all__ = ["META", "Folder", "chunk_runs"]
 
 _MAX_PICKLE = 1 << 20  # bytes of the pickle that describes one tensor
-_STORAGES = {
-    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32",
-    "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64",
-}  # fmt: skip
-
-
-# --- the pickle of one tensor ---------------------------------------------------------------------
-
-
-class _Storage(NamedTuple):
-    dtype: str | None  # None: bytes, read as any
-    record: str
-
-
-class _Tensor(NamedTuple):
-    """A tensor as a view of a storage: offset, shape and strides in elements."""
-
-    storage: _Storage
-    begin: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: str
-
-
-def _storage(pid: Any) -> _Storage:
-    """A persistent id: ('storage', type, record, location, numel)."""
-    word, dtype, name, *_ = pid
-    if word != "storage" or type(name) is not str:
-        raise TypeError("no storage")
-    return _Storage(dtype, f"data/{name}")
-
-
-def _tensor(
-    storage: Any, begin: Any, shape: Any, strides: Any, _: Any, __: Any, *more: Any
-) -> _Tensor:
-    """torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)"""
-    return _typed_tensor(storage, begin, shape, strides, _, __, storage.dtype, *more)
-
-
-def _typed_tensor(
-    storage: Any, begin: Any, shape: Any, strides: Any, _: Any, __: Any, dtype: Any, *more: Any
-) -> _Tensor:
-    """torch._utils._rebuild_tensor_v3: the same, and a dtype.
-
-    Further metadata: a lazy conjugate.
-    """
-    if type(storage) is not _Storage or type(dtype) is not str or any(more):
-        raise TypeError("no plain tensor")
-    return _Tensor(storage, sizes((begin,))[0], sizes(shape), sizes(strides), dtype)
-
-
-def _parameter(tensor: Any, *_: Any) -> _Tensor:
-    """torch._utils._rebuild_parameter(data, requires_grad, hooks)"""
-    if type(tensor) is not _Tensor:
-        raise TypeError("no tensor")
-    return tensor
-
-
-_NAMES = {
-    **NAMES,
-    **{f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()},
-    "torch.storage.UntypedStorage": None,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _typed_tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-}
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -118,8 +53,9 @@ def chunk_runs(shape: tuple[int, ...], chunks: Sequence[Chunk]) -> _Runs:
         if chunk.numel:
             begins, length = _of_chunk(shape, chunk)
             count = np.arange(len(begins))
-            lengths, numbers = np.full_like(count, length), np.full_like(count, i)
-            rows.append((begins, lengths, numbers, count * length))
+            rows.append(
+                (begins, np.full_like(count, length), np.full_like(count, i), count * length)
+            )
     unsorted = [np.concatenate(column) for column in zip(*rows, strict=True)]
     order = np.argsort(unsorted[0], kind="stable")
     runs = _Runs(*(column[order] for column in unsorted))
@@ -155,8 +91,7 @@ class Folder(disk.OpenFiles):
     Names are those of the state_dict, its keys joined by dots.
 
     Attributes:
-        others: Name -> why it is not among the entries.
-        paths: Name -> the keys that it is made of.
+        weights, others, paths: The `dcp_metadata.Table`.
     """
 
     # What only dist_ema writes down.
@@ -239,22 +174,16 @@ class Folder(disk.OpenFiles):
     def _fill(self, name: str, chunk: int, begin: int, into: Bytes) -> None:
         """Bytes of a chunk, from `begin` of its dense elements on."""
         file, start, tensor = self._places(name, chunk)
-        if not _dense(tensor):
-            into[:] = self._gathered(file, start, tensor, begin, begin + len(into))
+        if tensor.is_dense:
+            disk.read_into(self.fd(file), self.path / file, into.data, start + begin)
             return
-        disk.read_into(self.fd(file), self.path / file, into.data, start + begin)
-
-    def _gathered(self, file: str, start: int, tensor: _Tensor, begin: int, end: int) -> Bytes:
-        """Bytes of a tensor that was saved with its dimensions in another order.
-
-        NOTE: mapped, because they lie apart.
-        """
-        reach = 1 + _last(tensor)
+        # Saved with its dimensions in another order: mapped, because the bytes lie apart.
         size = safetensors.ITEMSIZE[tensor.dtype]
-        raw = np.memmap(self.path / file, np.uint8, "r", start, (reach * size,))
-        return gathered(raw, 0, tensor.shape, tensor.strides, size, begin, end)
+        raw = np.memmap(self.path / file, np.uint8, "r", start, ((1 + tensor.last) * size,))
+        end = begin + len(into)
+        into[:] = gathered(raw, 0, tensor.shape, tensor.strides, size, begin, end)
 
-    def _make_place(self, name: str, number: int) -> tuple[str, int, _Tensor]:
+    def _make_place(self, name: str, number: int) -> tuple[str, int, PickledTensor]:
         """The file, where the tensor's first element lies in it, and how the others follow."""
         entry, chunks = self.weights[name]
         chunk = chunks[number]
@@ -272,37 +201,14 @@ class Folder(disk.OpenFiles):
         order = read(first, min(last, first + len(b"little"))) or b"little"
         if not 0 < end - begin <= _MAX_PICKLE or order != b"little":
             raise ValueError(f"{where} is no tensor that dist_ema can read.")
-        tensor = unpickler.read(read(begin, end), _NAMES, where, _storage)
-        if type(tensor) is not _Tensor or tensor[2::2] != (chunk.sizes, entry.dtype):
+        tensor = pickled_tensor.read(read(begin, end), where)
+        expected = chunk.sizes, entry.dtype
+        if type(tensor) is not PickledTensor or (tensor.shape, tensor.dtype) != expected:
             raise ValueError(
                 f"{where} is not the tensor that {META} names: {entry.dtype} {chunk.sizes}."
             )
         begin, end = records.get(tensor.storage.record, (0, 0))
-        if not _fits(tensor, end - begin):
+        if not tensor.fits(end - begin):
             raise ValueError(f"{where} reaches beyond its storage of {end - begin} bytes.")
         begin += tensor.begin * safetensors.ITEMSIZE[entry.dtype]
         return chunk.file, chunk.begin + begin, tensor
-
-
-def _dense(tensor: _Tensor) -> bool:
-    """Row-major. The stride of a dimension of one element means nothing."""
-    step = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
-        if size != 1 and stride != step:
-            return False
-        step *= size
-    return True
-
-
-def _last(tensor: _Tensor) -> int:
-    """The offset of the last element from the first."""
-    steps = zip(tensor.shape, tensor.strides, strict=True)
-    return sum((size - 1) * stride for size, stride in steps)
-
-
-def _fits(tensor: _Tensor, nbytes: int) -> bool:
-    """Every element lies in the storage, and none of them twice, as far as sizes tell."""
-    if len(tensor.shape) != len(tensor.strides):
-        return False
-    reach = max(tensor.begin + _last(tensor) + 1, math.prod(tensor.shape))
-    return reach * safetensors.ITEMSIZE[tensor.dtype] <= nbytes

@@ -1,4 +1,4 @@
-"""Files of torch.save as trees of tensors, through torch.load(weights_only=True).
+"""Files of torch.save as trees of tensors: torch.load(weights_only=True), inert classes, refusals.
 
 A class that needs code is refused by name.
 
@@ -51,19 +51,11 @@ _LOOKED_AT = 1 << 20  # bytes of a bare pickle, for the first name that it asks 
 class _Nothing:
     """Stands for an object of a class whose code is not run."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Nothing:
-        return super().__new__(cls)
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
         pass
-
-
-def _default_dict(*args: Any) -> dict[Any, Any]:
-    """collections.defaultdict(factory): as a plain dict."""
-    return {}
 
 
 def _leaf_of(tensor: Tensor, dtype: str) -> recognise.Leaf:
@@ -107,7 +99,8 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
         (type(name.rpartition(".")[2], (_Nothing,), {}), name)
         for name in {*_SETTINGS, *inert} - {*_DICTS}
     ]
-    known += [(dict, name) for name in _DICTS] + [(_default_dict, "collections.defaultdict")]
+    known += [(dict, name) for name in _DICTS]
+    known.append((lambda *factory: {}, "collections.defaultdict"))
     mapped = _is_archive(path)
     records = _records(path) if mapped else {}
     unsafe: list[str] = []  # classes that torch would not load
@@ -194,9 +187,8 @@ def _refusal(path: Path, error: Exception, unsafe: Sequence[str]) -> str:
             f"{path} is a pickle that torch.save did not write. It asks for {name}, whose code "
             "dist_ema does not run."
         )
-    text = re.sub(
-        r"^Weights only load failed.* error: | Check the documentation.*", "", text
-    )  # advice to run it
+    # torch's advice to run the code is cut off.
+    text = re.sub(r"^Weights only load failed.* error: | Check the documentation.*", "", text)
     plain = isinstance(error, RuntimeError) or type(error).__name__ == "UnpicklingError"
     kind = "" if plain else f"{type(error).__name__}: "
     return f"{path} is no checkpoint of torch.save, or is damaged: {kind}{text[:200]}"
@@ -243,24 +235,19 @@ class _Trees:
     def _make(self, value: Any, path: tuple[str, ...]) -> Any:
         import torch
 
-        if isinstance(value, torch.Tensor):
-            return self._leaf(value, ".".join(path))
         if isinstance(value, dict):
             return {key: self.make(item, (*path, str(key)[:200])) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.make(item, (*path, str(i))) for i, item in enumerate(value)]
-        return value if isinstance(value, (bool, int, float, str)) else None
-
-    def _leaf(self, tensor: Tensor, name: str) -> recognise.Leaf | None:
-        import torch
-
-        dtype = TORCH.get(str(tensor.dtype).removeprefix("torch."))
-        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta
-        if dtype is not None and plain and tensor.layout == torch.strided:
-            storage = tensor.untyped_storage()
+        if not isinstance(value, torch.Tensor):
+            return value if isinstance(value, (bool, int, float, str)) else None
+        dtype = TORCH.get(str(value.dtype).removeprefix("torch."))
+        plain = type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta
+        if dtype is not None and plain and value.layout == torch.strided:
+            storage = value.untyped_storage()
             if storage.nbytes():
                 self.storages[storage.data_ptr()] = storage.nbytes()
-            return _leaf_of(tensor.detach().resolve_conj().resolve_neg(), dtype)
-        kind = type(tensor).__name__ + " on meta" * tensor.is_meta
-        self.unsupported[name] = f"a {kind} of {tensor.dtype}, {tensor.layout}"
+            return _leaf_of(value.detach().resolve_conj().resolve_neg(), dtype)
+        kind = type(value).__name__ + " on meta" * value.is_meta
+        self.unsupported[".".join(path)] = f"a {kind} of {value.dtype}, {value.layout}"
         return None

@@ -66,9 +66,8 @@ def _places(archive: zipfile.ZipFile, file: _Slice) -> Iterator[tuple[str, tuple
             raise ValueError(
                 f"{name} is compressed. Unpack it, and zip it again without compression"
             )
-        with archive.open(
-            info
-        ):  # compares the record's own header with the directory, and ends behind it
+        # `open` compares the record's own header with the directory, and ends behind it.
+        with archive.open(info):
             begin = file.tell()
         if info.header_offset < free:
             raise ValueError(f"{name} overlaps another record")
