@@ -26,7 +26,6 @@ import torch.distributed as dist
 from torch import nn
 
 from dist_ema import EMA
-from dist_ema.averaging import gather
 from dist_ema.averaging.swap import WeightSwap
 from dist_ema.checkpoint import reader
 from dist_ema.distributed import coordinator, messages, waiting
@@ -34,7 +33,7 @@ from dist_ema.distributed.connections import Connections
 from dist_ema.distributed.coordinator import StoreCoordinator
 from dist_ema.distributed.diagnosis import Exchange, digest
 from dist_ema.distributed.ranks import Ranks
-from dist_ema.sharding import torch_internals
+from dist_ema.sharding import ownership, torch_internals
 from tests._models import Net
 from tests._ranks import raises, run_ranks
 from tests._wrappers import wrap
@@ -642,12 +641,12 @@ def late_failing_elsewhere(kind: str, folder: str) -> None:
         ):
             call()
         ema.weights.settle = ready  # type: ignore[method-assign]
-    parts = gather.saved_blocks
+    parts = ownership.saved_blocks
     for verb in ("gather", "copy_to"):  # after entering, and before anything is sent
-        gather.saved_blocks = (lambda *_: missing_file()) if mine else parts  # type: ignore[assignment]
+        ownership.saved_blocks = (lambda *_: missing_file()) if mine else parts  # type: ignore[assignment]
         with raises(OSError if mine else RuntimeError, "lost"):
             calls[verb]()
-    gather.saved_blocks = parts
+    ownership.saved_blocks = parts
     with raises(
         OSError if mine else RuntimeError, "lost", *([] if mine else ["EMA(...) failed on rank 1"])
     ):

@@ -15,13 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..distributed import receiver, transfer
 from ..distributed.ranks import Ranks
-from ..distributed.receiver import Run
-from ..distributed.transfer import Block, stream_to_all
 from ..packing import packs
-from ..sharding import discovery, parameters, records, wrappers
-from ..sharding.geometry import Box, boxes_with_data, byte_runs, bytes_of
-from ..sharding.ownership import ParamState, saved_blocks, saved_dtype, saved_dtypes
+from ..sharding import discovery, geometry, ownership, parameters, records, wrappers
+from ..sharding.geometry import Box
+from ..sharding.ownership import ParamState
 from .executors import await_host_reads, run_shielded
 
 __all__ = ["Form", "copy_into", "full", "full_weights"]
@@ -41,33 +40,33 @@ def full(
     ranks: Ranks,
     states: Sequence[ParamState],
     own_buffers: dict[str, Tensor],
-    table: dict[str, Form] | None = None,
+    forms: dict[str, Form] | None = None,
 ) -> dict[str, Tensor]:
     """The complete state_dict, with every alias, on the first rank; {} elsewhere. *Collective*.
 
-    table: what all ranks hold together, where they hold different weights.
+    forms: what all ranks hold together, where they hold different weights.
     """
-    if table is None:
-        table = {
+    if forms is None:
+        forms = {
             state.name: Form(
-                state.shard.shape, saved_dtype(state, own_buffers), tuple(state.shard.aliases)
+                state.shard.shape,
+                ownership.saved_dtype(state, own_buffers),
+                tuple(state.shard.aliases),
             )
             for state in states
         }
-    numbers = {name: number for number, name in enumerate(table)}
+    names = list(forms)
     weights: dict[str, Tensor] = {}
-    places: dict[int, memoryview] = {}
-    blocks: list[Block] = []
+    blocks: list[transfer.Block] = []
 
     def prepare() -> None:
         # NOTE: memory for a whole model may be missing. Then the others must not begin to send.
-        blocks.extend(saved_blocks(states, own_buffers, ranks.size == 1))
-        for name, form in table.items() if ranks.first else ():
-            full = weights[name] = torch.empty(form.shape, dtype=form.dtype, device="cpu")
-            places[numbers[name]] = bytes_of(full)
+        blocks.extend(ownership.saved_blocks(states, own_buffers, ranks.size == 1))
+        for name, form in forms.items() if ranks.first else ():
+            weights[name] = torch.empty(form.shape, dtype=form.dtype, device="cpu")
 
     def consume(number: int, offset: int, data: memoryview) -> None:
-        places[number][offset : offset + len(data)] = data
+        geometry.bytes_of(weights[names[number]])[offset : offset + len(data)] = data
 
     ranks.run_on_all("gather", prepare)
     if ranks.first:
@@ -79,23 +78,24 @@ def full(
 
         def send() -> None:
             if not ranks.first:
-                runs_here = _runs(states, blocks, numbers)
-                connections.send(0, runs_here, None if relay in (0, ranks.rank) else relay)
+                numbers = {name: number for number, name in enumerate(names)}
+                through = None if relay in (0, ranks.rank) else relay
+                connections.send(0, _runs(states, blocks, numbers), through)
 
         with connections.receiving(consume):
             ranks.run_transfer("gather", send)
-    return weights | {alias: weights[name] for name in weights for alias in table[name].aliases}
+    return weights | {alias: weights[name] for name in weights for alias in forms[name].aliases}
 
 
 def _runs(
-    states: Sequence[ParamState], blocks: Sequence[Block], numbers: dict[str, int]
-) -> Iterator[Run]:
+    states: Sequence[ParamState], blocks: Sequence[transfer.Block], numbers: dict[str, int]
+) -> Iterator[receiver.Run]:
     """The bytes of the blocks as runs of the full weights, by their numbers."""
     for i, offsets, data in blocks:
         state, box = states[i], Box(offsets, tuple(data.shape))
-        view = bytes_of(data.cpu().contiguous())
-        for start, part in byte_runs(box, state.shard.shape, view, data.itemsize):
-            yield Run(numbers[state.name], start, part)
+        view = geometry.bytes_of(data.cpu().contiguous())
+        for start, part in geometry.byte_runs(box, state.shard.shape, view, data.itemsize):
+            yield receiver.Run(numbers[state.name], start, part)
 
 
 def full_weights(
@@ -117,7 +117,7 @@ def full_weights(
 def _full_window(
     ranks: Ranks, states: Sequence[ParamState], own_buffers: dict[str, Tensor]
 ) -> list[tuple[str, Tensor]]:
-    dtypes, dims = saved_dtypes(states, own_buffers)
+    dtypes, dims = ownership.saved_dtypes(states, own_buffers)
     tensors = [
         torch.empty(state.shard.shape, dtype=dtype, device=state.local.device)
         for state, dtype in zip(states, dtypes, strict=True)
@@ -126,9 +126,12 @@ def _full_window(
     def receive(number: int, offsets: tuple[int, ...], data: Tensor) -> None:
         tensors[number][Box(offsets, tuple(data.shape)).slices].copy_(data)
 
-    blocks = list(saved_blocks(states, own_buffers, ranks.size == 1))
-    stream = partial(stream_to_all, ranks, "tensors", dtypes, dims, blocks, receive)
-    _run_to_its_end(ranks, states, stream)
+    blocks = list(ownership.saved_blocks(states, own_buffers, ranks.size == 1))
+    _run_to_its_end(
+        ranks,
+        states,
+        partial(transfer.stream_to_all, ranks, "tensors", dtypes, dims, blocks, receive),
+    )
     return [(state.name, tensor) for state, tensor in zip(states, tensors, strict=True)]
 
 
@@ -150,7 +153,7 @@ def copy_into(
     targets: dict[str, records.Shard] = {}
     views: dict[str, list[tuple[Box, Tensor]]] = {}
     strided: list[tuple[records.Shard, Tensor]] = []  # read as copies, to be written back
-    blocks: list[Block] = []
+    blocks: list[transfer.Block] = []
     sharded: list[nn.Module] = []
 
     def prepare() -> bool:
@@ -158,10 +161,10 @@ def copy_into(
         _refuse_other(states, shards_of_model.shards)
         for shard in shards_of_model.shards:
             targets[shard.name], elements = shard, shard.read()
-            views[shard.name] = list(boxes_with_data(shard, shard.local_region, elements))
+            views[shard.name] = list(geometry.boxes_with_data(shard, shard.local_region, elements))
             strided.extend([] if shard.dense else [(shard, elements)])
         await_host_reads(shard.local_tensor() for shard in shards_of_model.shards)
-        blocks.extend(saved_blocks(states, own_buffers))
+        blocks.extend(ownership.saved_blocks(states, own_buffers))
         sharded.extend(shards_of_model.sharded)
         divided = [state for state in states if state.shard.owner_ranks]
         return any(_is_cut_otherwise(state, targets[state.name]) for state in divided)
@@ -179,7 +182,9 @@ def copy_into(
             if state.shard.owner_ranks:
                 targets[state.name].write(state.local if state.shadow is None else state.shadow)
         sent = [block for block in blocks if otherwise or not states[block[0]].shard.owner_ranks]
-        stream_to_all(ranks, "copy_to", *saved_dtypes(states, own_buffers), sent, receive)
+        transfer.stream_to_all(
+            ranks, "copy_to", *ownership.saved_dtypes(states, own_buffers), sent, receive
+        )
         for shard, elements in strided:
             if otherwise or not shard.owner_ranks:
                 shard.write(elements)

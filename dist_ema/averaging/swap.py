@@ -29,8 +29,7 @@ from torch import Tensor
 
 from ..distributed import transfer
 from ..distributed.ranks import Ranks
-from ..sharding import derived, tree_changes
-from ..sharding.ownership import ParamState, replica_runs
+from ..sharding import derived, ownership, tree_changes
 from . import averages, executors, swap_journal, swap_registry, swap_writes
 from .average import Average
 
@@ -175,8 +174,9 @@ class WeightSwap:
         The former are restored outside of the model; what replaced the latter stays, perhaps made
         of the average.
         """
-        shards = [state.shard for state in self._average.states]
-        changes = tree_changes.compare_inventory(self._weights.model, shards)
+        changes = tree_changes.compare_inventory(
+            self._weights.model, [state.shard for state in self._average.states]
+        )
         swapped = {state.name for state in self._swapped}
         new = filter(self._weights.selection.allows, changes.new_trainable)
         edited = (*changes.replaced, *changes.gone)
@@ -202,8 +202,7 @@ class WeightSwap:
         message = message | {"rank": ranks.rank} if tells else {}
         if not ranks.count_on_all("swap", lambda: any(map(message.get, ("error", "changed")))):
             return {}
-        exits: dict[str, Any]
-        _, exits = ranks.run_and_reduce("swap", lambda: message, _combine_exits)
+        exits: dict[str, Any] = ranks.run_and_reduce("swap", lambda: message, _combine_exits)[1]
         return exits
 
     def _restore_alone(self) -> None:
@@ -231,17 +230,17 @@ class WeightSwap:
                 self._open = False
 
 
-def broadcast_to_replicas(verb: str, ranks: Ranks, states: Sequence[ParamState]) -> None:
+def broadcast_to_replicas(verb: str, ranks: Ranks, states: Sequence[ownership.ParamState]) -> None:
     """Copy what each rank averages to the ranks that hold it too. *Collective*."""
 
     def broadcast() -> None:
-        for group, runs in replica_runs(states):
+        for group, runs in ownership.replica_runs(states):
             transfer.broadcast(runs, group, ranks.wait_for)
 
     ranks.run_transfer(verb, broadcast)
 
 
-def _refuse_destroyed_groups(states: Sequence[ParamState]) -> None:
+def _refuse_destroyed_groups(states: Sequence[ownership.ParamState]) -> None:
     """Raise RuntimeError if replicas can no longer be reached, before anything is written."""
     for group in dict.fromkeys(group for state in states for group in state.shard.replicas):
         try:

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..sharding import records
 from ..sharding.ownership import ParamState
-from ..sharding.records import register, registered
 from .executors import await_host_reads
 from .kernels.eager import SCRATCH
 
@@ -57,7 +57,7 @@ class SwapJournal:
     def apply(self) -> None:
         """Write the average into the live weights. `restore` undoes it, also half way."""
         self._live_buffers = [
-            (state, state.local.clone(), registered(state.shard)) for state in self._buffers
+            (state, state.local.clone(), records.registered(state.shard)) for state in self._buffers
         ]
         self._unfilled = [
             (module, name)
@@ -85,36 +85,29 @@ class SwapJournal:
             self._retreat(*window, (self._done - 1) % COPIES + 1)
             self._done -= 1
         for state, value, tensor in self._live_buffers:
-            register(state.shard, tensor)
+            records.register(state.shard, tensor)
             _restore_buffer(state, value, tensor)
         for module, name in self._unfilled:
             module._buffers[name] = None  # the block may have filled it
         self._live_buffers = []
 
     def _advance(self, state: ParamState, begin: int, end: int, copies: int) -> None:
+        """The copy that follows when so many of a window were made."""
         live, shadow = state.live[begin:end], state.own_shadow[begin:end]
         scratch = self._keep(state, live)
-        if copies == 0:
-            scratch.copy_(live)
-        elif copies == 1:
-            live.copy_(shadow)
-        elif _exchanged(state):
-            shadow.copy_(scratch)
+        into, source = ((scratch, live), (live, shadow), (shadow, scratch))[copies]
+        if into is not shadow or _exchanged(state):
+            into.copy_(source)
 
     def _retreat(self, state: ParamState, begin: int, end: int, copies: int) -> None:
+        """The copy that undoes the last one when so many of a window were made."""
         live, shadow = state.live[begin:end], state.own_shadow[begin:end]
         scratch = self._keep(state, live)
-        if not _exchanged(state):
-            if copies == COPIES:
-                _take_written(live, shadow)
-            elif copies == 1:
-                live.copy_(scratch)
+        if _exchanged(state) or copies == 1:
+            into, source = ((live, scratch), (shadow, live), (scratch, shadow))[copies - 1]
+            into.copy_(source)
         elif copies == COPIES:
-            scratch.copy_(shadow)
-        elif copies == COPIES - 1:
-            shadow.copy_(live)
-        else:
-            live.copy_(scratch)
+            _take_written(live, shadow)
 
     def _keep(self, state: ParamState, live: Tensor) -> Tensor:
         """Where live elements are while the average stands in their place. Shape of `live`."""

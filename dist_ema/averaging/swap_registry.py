@@ -56,8 +56,7 @@ def versions(state: ownership.ParamState) -> Versions:
     """The version counters of a weight. A frozen one made in inference mode has none."""
     if state.shard.tensor.is_inference():
         return 0, 0
-    around = counted_apart(state.shard)
-    return state.local._version, sum(tensor._version for tensor in around)
+    return state.local._version, sum(tensor._version for tensor in counted_apart(state.shard))
 
 
 class SwapRegistry:

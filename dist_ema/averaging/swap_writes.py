@@ -15,9 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..sharding import fingerprint
-from ..sharding.ownership import ParamState
-from ..sharding.records import registered
+from ..sharding import fingerprint, ownership, records
 from .swap_registry import SwapRegistry, versions
 
 __all__ = ["SwapWrites", "describe"]
@@ -31,7 +29,7 @@ class SwapWrites:
         swaps: Knows what swaps of other EMAs write meanwhile.
     """
 
-    def __init__(self, states: Sequence[ParamState], swaps: SwapRegistry) -> None:
+    def __init__(self, states: Sequence[ownership.ParamState], swaps: SwapRegistry) -> None:
         self._weights = [state for state in states if state.shard.kind != "buffer"]
         self._versions = [versions(state) for state in self._weights]
         self._sums = self._bit_sums()
@@ -40,7 +38,7 @@ class SwapWrites:
             for state in states
             if state.shard.kind == "buffer"
             and state.shard.persistent
-            and registered(state.shard) is not None
+            and records.registered(state.shard) is not None
         ]
         self._swaps = swaps
         swaps.nested.clear()
@@ -83,7 +81,7 @@ class SwapWrites:
         buffers: dict[str, Tensor] = {}
         changed, reshaped = set(), set()
         for state, applied in self._buffers:
-            tensor, module = registered(state.shard), id(state.shard.place[0])
+            tensor, module = records.registered(state.shard), id(state.shard.place[0])
             if tensor is None:
                 raise RuntimeError(
                     f"{state.name} is no buffer of the model any more. Edit the model outside of "

@@ -119,7 +119,6 @@ def read(path: Path) -> Table:
 
 
 def _fields(value: Any, kind: str) -> dict[str, Any]:
-    """The fields of a dataclass."""
     if (
         not isinstance(value, unpickler.Record)
         or value.kind != kind
@@ -188,9 +187,9 @@ def _chunk(
     places: Mapping[Any, dict[str, Any]],
 ) -> Chunk:
     chunk, label = Chunk(sizes(fields["offsets"]), sizes(fields["sizes"])), name[:_MAX_NAME]
-    ends = [begin + size for begin, size in zip(chunk.offsets, chunk.sizes, strict=False)]
     if not len(shape) == len(chunk.offsets) == len(chunk.sizes) or any(
-        end > size for end, size in zip(ends, shape, strict=True)
+        begin + size > whole
+        for begin, size, whole in zip(chunk.offsets, chunk.sizes, shape, strict=True)
     ):
         raise ValueError(f"a chunk of {label} lies outside its shape")
     place = places.get((name, chunk.offsets))

@@ -36,12 +36,9 @@ class PickledTensor(NamedTuple):
     @property
     def is_dense(self) -> bool:
         """Row-major. The stride of a dimension of one element means nothing."""
-        step = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if size != 1 and stride != step:
-                return False
-            step *= size
-        return True
+        row_major = [math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape))]
+        steps = zip(self.shape, self.strides, row_major, strict=True)
+        return all(stride == step for size, stride, step in steps if size != 1)
 
     @property
     def last(self) -> int:

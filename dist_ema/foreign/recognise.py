@@ -155,10 +155,9 @@ def _under(leaves: Mapping[str, Leaf], prefix: str) -> dict[str, Leaf]:
 
 def _numbers(node: Any, *names: str) -> dict[str, Any]:
     """The entries of these names that are numbers or texts."""
-    found = {
-        name: scalar(node[name]) for name in names if isinstance(node, Mapping) and name in node
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    mapping = node if isinstance(node, Mapping) else {}
+    scalars = {name: scalar(mapping.get(name)) for name in names}
+    return {name: value for name, value in scalars.items() if value is not None}
 
 
 def scalar(value: Any) -> Any:
@@ -179,8 +178,8 @@ def scalar(value: Any) -> Any:
 def _torch(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     weights = _under(_leaves(node), "module.")
     if weights and "n_averaged" in node:
-        extra = _numbers(node, "n_averaged")
-        yield FoundAverage(key, "torch", weights, "n_averaged and module.*", extra=extra)
+        why = "n_averaged and module.*"
+        yield FoundAverage(key, "torch", weights, why, extra=_numbers(node, "n_averaged"))
     elif weights and "steps" in node:
         live = last == "ema_state_dict"
         why = (
@@ -268,10 +267,10 @@ def _dotted(dotless: Mapping[str, Leaf], live: Mapping[str, Leaf], where: str) -
 def _lists(node: Mapping[str, Any], key: str, last: str) -> Iterator[FoundAverage]:
     shadows = node.get("shadow_params")
     if isinstance(shadows, list) and shadows and _are_leaves(shadows):
-        diffusers = "optimization_step" in node
         extra = _numbers(node, "num_updates", *DIFFUSERS)
-        kind = "diffusers" if diffusers else "torch-ema"
-        why = "shadow_params" + " and optimization_step" * diffusers
+        kind, why = "torch-ema", "shadow_params"
+        if "optimization_step" in node:
+            kind, why = "diffusers", "shadow_params and optimization_step"
         yield FoundAverage(key, kind, {}, why, True, shadows, extra)
 
 

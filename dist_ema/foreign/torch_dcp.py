@@ -75,8 +75,7 @@ def _of_chunk(shape: tuple[int, ...], chunk: Chunk) -> tuple[NDArray[np.int64], 
         whole -= 1
     outer = max(whole - 1, 0)
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    first = sum(map(math.prod, zip(chunk.offsets, strides, strict=True)))
-    begins = np.array([first], np.int64)
+    begins = np.array([sum(map(math.prod, zip(chunk.offsets, strides, strict=True)))], np.int64)
     for size, stride in zip(chunk.sizes[:outer], strides[:outer], strict=True):
         begins = (begins[:, None] + np.arange(size, dtype=np.int64) * stride).ravel()
     return begins, math.prod(chunk.sizes[outer:])
@@ -165,9 +164,8 @@ class Folder(disk.OpenFiles):
         while begin < end:
             start = begin - int(runs.begins[at]) * size  # in the run
             stop = min(int(runs.lengths[at]) * size, start + end - begin)
-            inside = int(runs.inside[at]) * size
             window = data[len(data) - (end - begin) :][: stop - start]
-            self._fill(name, int(runs.chunks[at]), inside + start, window)
+            self._fill(name, int(runs.chunks[at]), int(runs.inside[at]) * size + start, window)
             begin, at = begin + stop - start, at + 1
         return data
 

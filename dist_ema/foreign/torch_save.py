@@ -17,7 +17,7 @@ from pathlib import Path
 from pickletools import genops
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import disk, safetensors
+from ..checkpoint import disk
 from ..dtypes import TORCH, Bytes, gathered
 from ..text import some
 from . import recognise, torch_zip
@@ -69,8 +69,8 @@ def _leaf_of(tensor: Tensor, dtype: str) -> recognise.Leaf:
             raw: Bytes = tensor.reshape(-1).view(torch.uint8)[begin:end].numpy().copy()
             return raw
         memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage())
-        size = safetensors.ITEMSIZE[dtype]
-        return gathered(memory.numpy(), first, shape, strides, size, begin, end)
+        itemsize = tensor.itemsize
+        return gathered(memory.numpy(), first, shape, strides, itemsize, begin, end)
 
     return recognise.Leaf(dtype, shape, read, key)
 
@@ -212,10 +212,7 @@ def _first_asked(path: Path) -> str:
 
 
 class _Trees:
-    """Trees of `Leaf` from what torch.load gave.
-
-    An object that is held often is converted once.
-    """
+    """Trees of `Leaf` from what torch.load gave. An object that is held often is converted once."""
 
     def __init__(self, where: str) -> None:
         self._where = where

@@ -76,9 +76,7 @@ def find_pass(live: torch.dtype, shadow: torch.dtype) -> Any:
 
 def is_reachable(pair: ShadowPair) -> bool:
     """All tensors lie in host memory, and none is a subclass that may hold something else."""
-    return all(
-        t.is_cpu and type(t) in (Tensor, torch.nn.Parameter) for t in (pair.live, *pair.shadows)
-    )
+    return all(t.is_cpu and type(t) in (Tensor, torch.nn.Parameter) for t in pair.tensors)
 
 
 def is_worth_it(pairs: Sequence[ShadowPair]) -> bool:
@@ -145,9 +143,11 @@ class Pass:
         self._places = self._weights.unbind()
         self._sweep = find_pass(*first.dtypes)
         tables = [self.rows, lives, shadows, self._weights.numpy(), self._keys]
-        kinds = self._sweep.ctypes.argtypes
         # A pointer of `data_as` keeps its array.
-        self._tables = [x.ctypes.data_as(kind) for x, kind in zip(tables, kinds, strict=False)]
+        self._tables = [
+            x.ctypes.data_as(kind)
+            for x, kind in zip(tables, self._sweep.ctypes.argtypes, strict=False)
+        ]
         # A view has the version counter of its base.
         bases = [
             shadow if shadow._base is None else shadow._base

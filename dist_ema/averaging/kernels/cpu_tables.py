@@ -61,9 +61,9 @@ def row_tables(group: Sequence[tuple[ShadowPair, list[Ramp]]]) -> tuple[Any, Any
     starts = ROW * (np.arange(len(ramp)) - (rows.cumsum() - rows)[ramp])
     numbers, sizes = firsts[ramp] + starts * steps[ramp], np.minimum(lengths[ramp] - starts, ROW)
     columns = [sizes, pairs[ramp], numbers & 0xFFFFFFFF, numbers >> 32, steps[ramp]]
-    tensors = [(pair.live, *pair.shadows) for pair, _ in group]
-    addresses = np.array([[t.data_ptr() for t in column] for column in tensors], dtype=np.int64)
-    addresses = addresses[pairs[ramp]]
-    addresses += np.outer(begins[ramp] + starts, [t.element_size() for t in tensors[0]])
+    pointers = [[t.data_ptr() for t in pair.tensors] for pair, _ in group]
+    itemsizes = [t.element_size() for t in group[0][0].tensors]
+    addresses = np.array(pointers, dtype=np.int64)[pairs[ramp]]
+    addresses += np.outer(begins[ramp] + starts, itemsizes)
     # Copies, because C reads each table as one array without gaps.
     return np.stack(columns, axis=1).copy(), addresses[:, 0].copy(), addresses[:, 1:].copy()

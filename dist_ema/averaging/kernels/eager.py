@@ -199,8 +199,8 @@ class UpdatePlan:
         halved = pair.indices.halved if isinstance(pair.indices, Numbering) else None
         for shadows, live, start in _windows(pair):
             wide = self._cut(shadows[0], len(live), dtype=torch.float32)
-            window = replace(pair, shadows=shadows, live=live)
-            self.steps.append(Rounded(window, start, wide, self.seed, halved))
+            part = replace(pair, shadows=shadows, live=live)
+            self.steps.append(Rounded(part, start, wide, self.seed, halved))
 
     def _cut(
         self, like: Tensor, n: int, size: int = SCRATCH, dtype: torch.dtype | None = None
@@ -214,8 +214,7 @@ class UpdatePlan:
     @property
     def tensors(self) -> list[Tensor]:
         """All that a run reads or writes."""
-        pairs = [tensor for pair in self.pairs for tensor in (*pair.shadows, pair.live)]
-        return pairs + list(self.scratch.values())
+        return [t for pair in self.pairs for t in pair.tensors] + list(self.scratch.values())
 
     def run(self, weights: Weights, update: int, guard: bool = False) -> None:
         """Move every shadow towards live. No host sync.

@@ -83,8 +83,7 @@ def kind_of(pair: ShadowPair, share: float) -> Kind | None:
     """
     shadow, n = pair.shadows[0], len(pair)
     flat = all(
-        t.dim() == 1 and t.is_contiguous() and t.device == shadow.device
-        for t in [*pair.shadows, pair.live]
+        t.dim() == 1 and t.is_contiguous() and t.device == shadow.device for t in pair.tensors
     )
     alike = all(t.dtype == shadow.dtype and len(t) == n for t in pair.shadows)
     known_dtypes = pair.live.dtype in LIVE and shadow.dtype in SHADOW
@@ -106,8 +105,9 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return 8  # for the interpreter, which runs one program at a time
     properties = torch.get_device_module(device).get_device_properties(device)
-    name = "gpu_subslice_count" if device.type == "xpu" else "multi_processor_count"
-    return int(getattr(properties, name))
+    return int(
+        properties.gpu_subslice_count if device.type == "xpu" else properties.multi_processor_count
+    )
 
 
 def _rows(kind: Kind, pairs: Sequence[ShadowPair]) -> list[ShadowPair]:
@@ -127,9 +127,8 @@ def _misaligned(pair: ShadowPair) -> int:
 
     The arena sees to it that they get there together.
     """
-    tensors = [pair.live, *pair.shadows]
     for head in range(WIDE // 2):
-        if all((t.data_ptr() + head * t.element_size()) % WIDE == 0 for t in tensors):
+        if all((t.data_ptr() + head * t.element_size()) % WIDE == 0 for t in pair.tensors):
             return head if len(pair) >= head + BLOCK else 0
     return 0
 
@@ -151,13 +150,13 @@ class Launch:
         self.kind, self._weights, self._block = kind, weights, BLOCK
         programs = [-(-len(pair) // BLOCK) for pair in pairs]
         *starts, self._programs = itertools.accumulate(programs, initial=0)
-        blocks = torch.arange(len(pairs), dtype=torch.int32, device="cpu")
         rows = [
             table_row(pair, pair.indices if kind.levels else None, start)
             for pair, start in zip(pairs, starts, strict=True)
         ]
         columns = [name_columns(pair.name) for pair in pairs] if kind.levels else [[0] * 32]
-        self.blocks = blocks.repeat_interleave(torch.tensor(programs, device="cpu")).to(kind.device)
+        blocks = torch.repeat_interleave(torch.tensor(programs, device="cpu"))
+        self.blocks = blocks.to(kind.device, torch.int32)
         self.rows = torch.tensor(rows, device="cpu").to(kind.device)
         self._columns = torch.tensor(columns, dtype=torch.int32, device="cpu").to(kind.device)
         self.kernel = gpu_triton.update_kernel
@@ -191,7 +190,7 @@ class Launch:
 
 def table_row(pair: ShadowPair, indices: object, start: int) -> list[int]:
     """One tensor of the table, as the kernel reads it. indices: a `Numbering` where it rounds."""
-    addresses = [pair.live.data_ptr(), *(shadow.data_ptr() for shadow in pair.shadows)]
+    addresses = [t.data_ptr() for t in pair.tensors]
     wide = all(address % WIDE == 0 for address in addresses)
     row = [len(pair), start, int(wide), signed(crc32(pair.name.encode()))]
     # NOTE: addresses of an XPU may lie above 2^63, and the table is int64: the kernel casts back.

@@ -72,8 +72,9 @@ class FusedPlan:
                 "UpdatePlan, or pass it as fallback=."
             )
         self.others = fallback(others, seed) if others and fallback is not None else None
-        keys = {(kind.averages, kind.device) for kind in groups}
-        self.device_weights = {key: _Weights(*key) for key in keys}
+        self.device_weights = {
+            (kind.averages, kind.device): _Weights(kind.averages, kind.device) for kind in groups
+        }
         self.launches = [
             gpu_launch.Launch(kind, group, self.device_weights[kind.averages, kind.device].values)
             for kind, group in groups.items()
@@ -82,9 +83,9 @@ class FusedPlan:
     @property
     def tensors(self) -> list[Tensor]:
         """All that a run reads or writes; the stream that runs it must keep their memory."""
-        pairs = [tensor for pair in self.pairs for tensor in (*pair.shadows, pair.live)]
         tables = [table for launch in self.launches for table in launch.tables]
-        return pairs + tables + ([] if self.others is None else self.others.tensors)
+        others = [] if self.others is None else self.others.tensors
+        return [t for pair in self.pairs for t in pair.tensors] + tables + others
 
     def run(self, weights: Weights, update: int, guard: bool = False) -> None:
         """Move every shadow towards live, on the current stream; as `UpdatePlan.run`.
@@ -169,6 +170,7 @@ def _probes(kind: gpu_launch.Kind, guard: bool) -> list[ShadowPair]:
     generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(n: int, dtype: torch.dtype) -> Tensor:
+        # A default device or dtype of the caller's must not change what is compared.
         drawn = torch.randn(n, generator=generator, dtype=torch.float32, device="cpu")
         return drawn.to(kind.device, dtype)
 

@@ -38,6 +38,11 @@ class ShadowPair:
         return len(self.live)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Live, then the shadows."""
+        return [self.live, *self.shadows]
+
+    @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """Those of live and of the shadows."""
         return self.live.dtype, self.shadows[0].dtype
@@ -76,7 +81,6 @@ def merge(pairs: Iterable[ShadowPair]) -> Iterator[ShadowPair]:
     for pack in packs(pairs, lambda _: 0, 0, lambda a, b: touch(a.live, b.live) and b.follows(a)):
         first = pack[0]
         if len(pack) > 1:
-            columns = zip(*(pair.shadows for pair in pack), strict=True)
-            shadows = [join(column) for column in columns]
+            shadows = [join(column) for column in zip(*(p.shadows for p in pack), strict=True)]
             first = replace(first, shadows=shadows, live=join([pair.live for pair in pack]))
         yield first

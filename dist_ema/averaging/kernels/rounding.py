@@ -38,8 +38,8 @@ def draw_bits(key: int, indices: Tensor, huge: bool) -> Tensor:
 
 def draw_bits_of_pairs(key: int, pairs: Tensor, huge: bool) -> Tensor:
     """The bits of both elements of each pair, with half the work. pairs: half the even numbers."""
-    halves = _hash(key, pairs, huge).view(torch.int16)  # the lower half first
-    return halves.to(torch.int32).bitwise_and_(0xFFFF)
+    # Viewed as int16, a hash is its lower half and then its upper one.
+    return _hash(key, pairs, huge).view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
 
 
 def _hash(key: int, pairs: Tensor, huge: bool) -> Tensor:
