@@ -83,6 +83,7 @@ def average(
         last = models[-1]
         blend.alike(models, last)
         entries = last.entries.items()
+        # Counters and indices have no mean.
         names = frozenset(name for name, entry in entries if blend.numeric(entry.dtype))
         taken = [name for name in sorted(set(last.entries) - names) if _differs(name, models)]
         kinds = {} if dtype is None else dict.fromkeys(names, dtype)
@@ -114,6 +115,7 @@ def _in_window(
     inside = sorted(
         (now, path) for path, now in clocks.items() if now > max(clocks.values()) - window.length
     )
+    # A run that is shorter than the window begins at 0.
     begin = max(0.0, inside[-1][0] - window.length)
     if len(inside) < 2:
         raise ValueError(
@@ -124,6 +126,7 @@ def _in_window(
     if control == "reverse":
         factors.reverse()
     elif control == "shuffled":
+        # The same shuffle in every run, so that an experiment can be repeated.
         random.Random(0).shuffle(factors)
     return [path for _, path in inside], factors
 
@@ -145,6 +148,7 @@ def shares(count: int, weights: Sequence[float] | None, wma: bool) -> list[float
     else:
         raw = list(weights)
     total = math.fsum(raw)
+    # A sum near 0 would blow up the rounding of every product.
     if not all(map(math.isfinite, raw)) or abs(total) <= 1e-12 * max(map(abs, raw)):
         raise ValueError(
             "weights must be finite and must not sum to 0, got "
@@ -160,6 +164,7 @@ def in_order(paths: Sequence[str]) -> list[str]:
     if len(lengths) > 1:
         return list(paths)
     differ = [i for i in range(lengths.pop()) if len({each[i] for each in split}) > 1]
+    # `re.split` puts the numbers at odd places, and texts between them.
     if len(differ) != 1 or differ[0] % 2 == 0:
         return list(paths)
     numbers = [int(each[differ[0]]) for each in split]

@@ -83,6 +83,7 @@ class Blend:
         # Threads must not share models whose files are closed after every read.
         threads = 1 if len(self.terms) > MOST_OPEN else THREADS
         with ThreadPoolExecutor(threads) as pool:  # it ends with the names, whatever is raised
+            # Windows come out in the order of the file, whichever thread is done first.
             in_flight = deque[Future[sums.FileWindow]]()
             for call in self._calls(names):
                 in_flight.append(pool.submit(call))
@@ -141,6 +142,7 @@ class Blend:
             n = min(step, count - begin)
             for reading, factor in terms:
                 read = reading.read(raw.view(np.uint8)[: n * safetensors.ITEMSIZE[reading.dtype]])
+                # Every file stays open otherwise, and a process may hold 1,024.
                 if len(self.terms) > MOST_OPEN:
                     reading.model.close()  # it opens again by itself
                 values = widen(read, _real(reading.dtype))
@@ -149,6 +151,7 @@ class Blend:
                 np.copyto(product, values)
                 if not is_mean:
                     np.multiply(product, factor, out=product)
+                # The first product is the sum: fresh zeros would be one pass more.
                 total = product if total is None else np.add(total, product, out=total)
             if is_mean:  # one multiplication for all models
                 np.multiply(total, terms[0][1], out=total)
@@ -232,6 +235,7 @@ def _differences(
         elif _sort(here.dtype, casts_whole) != _sort(there.dtype, casts_whole):
             yield f"{name} is {here.dtype} in {model.path}, {there.dtype} in {like.path}"
     if names is None:
+        # Without a list of names, what only this model has is a difference too.
         known = {*like.entries, *like.aliases}
         for name in sorted(model.entries):
             others = {alias for alias, of in model.aliases.items() if of == name}

@@ -63,6 +63,7 @@ def _open_dcp(folder: torch_dcp.Folder) -> ObjectTree:
         *above, last = folder.paths[name]
         node = root
         for key in above:
+            # DCP flattens nested tables into paths; this builds the tables again.
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 raise ValueError(f"{folder.path}: {name} lies inside another tensor.")
@@ -95,6 +96,7 @@ def _open_folder(path: Path, inert: Sequence[str], stack: ExitStack) -> ObjectTr
         models = [stack.enter_context(Safetensors(path / name)) for name in names]
         root = {name: leaf for model in models for name, leaf in _leaves_of(model).items()}
         return ObjectTree(root, "safetensors", extra=_of_config(path / "config.json"))
+    # One pickle among files without weights is what is meant.
     others = sorted(each for pattern in _TORCH_FILES for each in path.glob(pattern))
     if len(others) == 1 and not files:
         return _open_file(others[0], inert, stack)
@@ -128,6 +130,7 @@ def read_json(path: Path) -> Any:
 def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> ObjectTree:
     if not path.is_file():
         raise ValueError(f"{path} is neither a folder nor a file.")
+    # Files are told by their first bytes, because any name may hold either form.
     if path.suffix == ".safetensors" or not pickled(path):
         return ObjectTree(_leaves_of(stack.enter_context(Safetensors(path))), "safetensors")
     root, unsupported = torch_save.load(path, inert)
@@ -165,6 +168,7 @@ def give_names(
         name: leaf
         for name, leaf in names.items()
         if leaf.dtype.startswith(("F", "BF", "C"))
+        # A list of parameters holds no buffers, and a state_dict does.
         and name.rpartition(".")[2] not in _STATISTICS
         and name in first.values()
     }
@@ -207,6 +211,7 @@ def _by_shape(found: FoundAverage, parameters: Mapping[str, Leaf]) -> dict[str, 
 
 def without_wrappers(weights: Mapping[str, Leaf]) -> dict[str, Leaf]:
     """Cut what wrappers add to names. Raises ValueError where two names become one."""
+    # DDP renames every weight; a model may also have a child called `module`.
     ddp = all(old.startswith("module.") for old in weights)
     cut: dict[str, str] = {}  # new name -> old
     for old in weights:

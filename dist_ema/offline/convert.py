@@ -121,6 +121,7 @@ def _choose(request: ConvertRequest, tree: ObjectTree) -> FoundAverage:
             f"{request.source} holds no {torch_dcp.META}: it is no folder of "
             "torch.distributed.checkpoint."
         )
+    # From what names itself an average down to the only table there is.
     sure = [each for each in wanted if each.average and each.kind != "raw"]
     likely = [each for each in wanted if each.average]
     alone = wanted if len(wanted) == 1 and (wanted[0].key == "" or request.kind != "auto") else []
@@ -163,6 +164,7 @@ def _named(request: ConvertRequest, found: FoundAverage, stack: ExitStack) -> Fo
             raise ValueError(f"{request.like} must hold a list of names.")
         return give_names(found, names, True)
     tree = open_tree(request.like, request.inert, stack)
+    # The names of an average are those of the live model beside it.
     live = [each for each in recognise.find(tree.root) if each.weights and not each.average]
     if len(live) != 1:
         raise ValueError(
@@ -187,6 +189,7 @@ def _complete(
                 f"{name} is {weights[name].shape} in the average, {rest[name].shape} in the live "
                 "model."
             )
+    # Before the rest is taken in, or the other name of a tied weight would be live.
     tied = _tied(weights, rest)
     notes.extend(f"{name} is tied to {other} in the live model" for name, other in tied.items())
     weights |= {name: weights[other] for name, other in tied.items()}
@@ -207,6 +210,7 @@ def _complete(
     }
     if not chosen:
         raise ValueError(f"no weight of {_title(found)} begins with {request.prefix!r}.")
+    # After the prefix is cut, because a tied name outside of it is not written.
     aliases = _aliases(chosen)
     kept = {name: leaf for name, leaf in chosen.items() if name not in aliases}
     averaged = [name for name in kept if found.average and request.prefix + name in weights]
@@ -240,6 +244,7 @@ def _refuse_growth(request: ConvertRequest, leaves: Sequence[Leaf]) -> None:
 
 def _nbytes_at(path: Path) -> int:
     path = pointers.follow(path)
+    # One level: subfolders of a checkpoint are other checkpoints.
     files = path.iterdir() if path.is_dir() else (path,)
     return sum(each.stat().st_size for each in files if each.is_file())
 
@@ -287,6 +292,7 @@ def _aliases(weights: Mapping[str, Leaf]) -> dict[str, str]:
     """Further name -> the first one, of weights that are one tensor."""
     first: dict[Any, str] = {}
     for name, leaf in weights.items():
+        # Empty tensors share no memory that could tell them to be one.
         first.setdefault(leaf.key if 0 not in leaf.shape else id(leaf), name)
     names = {name: first.get(leaf.key, name) for name, leaf in weights.items()}
     return {alias: name for alias, name in names.items() if alias != name}

@@ -105,6 +105,7 @@ def diff(
         with bar(sum(one.entries[in_a].nbytes for in_a, _ in compared.values())) as tick:
             for name, (in_a, in_b) in compared.items():
                 found.rows.append(_row(name, one, in_a, other, in_b, tick))
+    # The farthest weight is what a reader looks for.
     found.rows.sort(key=lambda row: (-row.distance, -row.changed, row.name))
     return found
 
@@ -128,6 +129,7 @@ def _row(name: str, one: Source, in_a: str, other: Source, in_b: str, tick: Tick
     for raw, against in zip(
         windows(one, in_a, sizes[0]), windows(other, in_b, sizes[1]), strict=True
     ):
+        # Equal windows are the common case, and `_compare` stops early there.
         x, delta, n = _compare(raw, a.dtype, against, b.dtype)
         norm += _square(x)
         if n:
@@ -162,6 +164,7 @@ def _compare(
     NaN is the same as NaN.
     """
     a, b = _numbers(raw, dtype), _numbers(against, other)
+    # One of the two is complex: the other gets imaginary parts.
     if (dtype == "C64") != (other == "C64"):
         a, b = (_real(part) if kind != "C64" else part for part, kind in ((a, dtype), (b, other)))
     with np.errstate(all="ignore"):
@@ -170,6 +173,7 @@ def _compare(
         same = a == b if a.dtype.kind in "iu" and b.dtype.kind in "iu" else x == y
         if same.all():
             return x, np.zeros(0), 0
+        # NaN differs from itself, and only this line says that it has not changed.
         same |= np.isnan(x) & np.isnan(y)
         delta = np.abs(np.subtract(x, y, out=y), out=y)
         delta[same] = 0.0

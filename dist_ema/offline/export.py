@@ -132,6 +132,7 @@ def _refuse_part(model: Source, like: str | Path | None) -> None:
                 "that nothing is missing."
             )
         refuse_unsupported(model)
+    # A further average lies in averages/LABEL of its run.
     run = path.parent.parent
     if path.parent.name == "averages" and (run / manifest.META).exists():
         raise ValueError(f"{model.path} is a part of {run}: export that with which={path.name!r}.")
@@ -165,9 +166,11 @@ def _form(
 ) -> _Form:
     if size is not None:
         size_of(size)
+    # A pattern decides names, dtypes, files and order.
     if like is not None:
         with open_model(like) as pattern:
             return _form_like(model, pattern, where, dtype, size)
+    # Averages are saved in fp32, and shipped in the dtype of the model.
     native = saved.dtypes if saved.kind == "ema" else {}
     entries = {
         name: safetensors.Entry(
@@ -191,11 +194,13 @@ def _form_like(
     blend.alike([model], pattern, casts_whole=False)
     names = {name: blend.locate(model, name, pattern) for name in pattern.entries}
     known = {name: name for name in model.entries} | dict(model.aliases)
+    # The pattern may tie what the model has twice: then the pattern's name counts.
     known |= {name: names[of] for name, of in pattern.aliases.items()}
     entries = {
         name: safetensors.Entry(float_dtype(entry.dtype, dtype), entry.shape)
         for name, entry in pattern.entries.items()
     }
+    # Reversed, so that the first name of a weight wins.
     first = {source: name for name, source in reversed(names.items())}
     aliases = {other: first[source] for other, source in known.items() if other not in names}
     split = _files_like(pattern)
@@ -233,6 +238,7 @@ def _order(names: list[str], entries: dict[str, safetensors.Entry]) -> list[str]
     """The order of the pattern; None, so our own, where other dtypes would misalign a weight."""
     at = 0
     for name in names:
+        # safetensors asks for weights at multiples of their item size.
         if at % safetensors.ITEMSIZE[entries[name].dtype]:
             return None
         at += entries[name].nbytes

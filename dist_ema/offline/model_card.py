@@ -59,6 +59,7 @@ def beside(
     found: dict[str, bytes | Path] = {each.name: each for each in files if _is_shipped(each)}
     old = out / README if (out / README).is_file() else found.get(README)
     text = old.read_bytes() if isinstance(old, Path) else b""
+    # The card of the target stays, because people write there.
     found[README] = write_into(text, section(facts, count_dtypes(entries)))
     return found
 
@@ -111,6 +112,7 @@ def _origin(facts: manifest.Manifest) -> Iterator[tuple[str, str]]:
     mean = facts.extra.get("average", {})
     made = [(model["path"], model["weight"]) for model in mean.get("models", ())]
     made += facts.extra.get("reconstruct", {}).get("weights", {}).items()
+    # The largest shares first; a long list is cut.
     made.sort(key=lambda item: -abs(item[1]))
     yield from (
         ("" if i else "mixed from", f"{weight:.6g} of {name}")

@@ -159,6 +159,7 @@ def report_on(path: str | Path) -> ModelReport:
 
 def _of_source(model: sources.Source) -> ModelReport:
     """A model of another form, as far as it can be told."""
+    # Their places in files mean nothing in another form, so each begins at 0.
     entries = {
         name: safetensors.Entry(entry.dtype, entry.shape, 0, entry.nbytes)
         for name, entry in model.entries.items()

@@ -148,6 +148,7 @@ def pickled(path: Path) -> bool:
     A header of safetensors is never as long as these bytes would mean.
     """
     first = disk.beginning(path, 8)
+    # safetensors begins with the length of the header in 8 bytes, the highest of them 0.
     return any(first[3:]) and (
         first[:4] == b"PK\x03\x04" or (first[0] == 0x80 and 2 <= first[1] <= 5)
     )
@@ -160,6 +161,7 @@ def choose(saved: manifest.Manifest | None, which: int | str) -> str:
         ValueError: None or several fit; the error lists what there is.
     """
     saved = saved or manifest.Manifest()
+    # An export may have fewer schedules than averages.
     specs = [*saved.schedules, *[None] * len(saved.labels)]
     names = [
         (str(i), label, *_names_of(spec))
@@ -196,6 +198,7 @@ def open_model(path: str | Path, which: int | str = 0) -> Source:
     """
     path = find(path)
     if (path / torch_dcp.META).exists():
+        # Folders of torch hold one model, so any other `which` is refused.
         choose(None, which)
         return torch_dcp.Folder(path)
     return Safetensors(path, which)
@@ -253,6 +256,7 @@ class Safetensors(disk.OpenFiles):
         }
         self.entries = {name: content.entries[name] for name, (_, content) in self._where.items()}
         self.aliases = self._aliases()
+        # A save may replace a file between its header and its first window.
         self._stamps = {file: _stamp(os.stat(self._folder / file)) for file in self.files}
         self._known = set[str]()
 
@@ -268,7 +272,9 @@ class Safetensors(disk.OpenFiles):
         if found is None:
             return None, None
         self._top, self._saved = top, found
+        # Its own sum is compared later: `inspect` shows a file that was edited by hand.
         manifest.refuse_damaged(top, replace(found, is_changed=False))
+        # A single file, or a further average, knows its sums and nothing else of ema.json.
         if self.path == top:
             return found, found.files
         listed = found.files_of(self._folder.name if inside else "")
@@ -287,6 +293,7 @@ class Safetensors(disk.OpenFiles):
         """
         assert self.manifest is not None, "only ema.json knows labels"
         own = self.manifest.own_buffers_of(self.label)
+        # Frozen weights and buffers come from the first average, and must fit this one too.
         foreign = sorted(set(self.manifest.own_buffers) - set(own))
         if foreign:
             raise ValueError(

@@ -56,6 +56,7 @@ class FileSums:
 
     def add(self, window: FileWindow) -> None:
         """Begin to add the bytes that come next."""
+        # Bounds the memory: a slow disk holds up the reader.
         self._wait(IN_FLIGHT - 1)
         calls = [thread.submit(call, window) for thread, call in self._threads]
         self._in_flight.append((window, calls))
@@ -109,6 +110,7 @@ class Reading:
         self.model.read(self._name, begin, self._at, into)
         if self._add is not None:
             self.crc32 = crc32.of_bytes(into.data, self.crc32 or 0)
+            # Added as one range, when the last step was read.
             if self._at == self._end:
                 self._add(self.crc32)
         return into
@@ -144,6 +146,7 @@ class Checked:
         add = None
         if self._summed is not None:
             file, at = self._summed.place(name)
+            # Only what continues the sum is added, so that a window read twice counts once.
             if begin == self._seen.get((file, name), 0):
                 self._seen[file, name] = end
                 add = partial(self._add, file, at + begin, end - begin)
@@ -159,6 +162,7 @@ class Checked:
             return
         with self._summed as model:
             for name, file in model.files.items():
+                # The sum is of the whole file: header and weights that nothing has asked for.
                 for begin, end in self._unseen(name, file):
                     self._sums[name].add(begin, model.raw(name, begin, end).data)
                 found = crc32.check_sum(file.size, [self._sums[name].contribution])

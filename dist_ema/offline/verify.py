@@ -63,6 +63,7 @@ def verify(path: str | Path, *, seal: bool = False, bar: Bar = silent) -> Verdic
     verdict = Verdict(str(path))
     try:
         _verify(find(path), verdict, seal, bar)
+    # The path itself is the caller's mistake, a file in it is a finding.
     except FileNotFoundError:
         if not Path(path).exists():
             raise
@@ -84,6 +85,7 @@ def _verify(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
     verdict.problems.extend(
         f"{path / manifest.META} is not sound: {problem}." for problem in report.problems
     )
+    # Where ema.json and the files disagree already, strays would repeat it.
     if not report.problems:
         verdict.problems.extend(_strays(path, report))
     totals = [average.total for average in report.averages]
@@ -165,6 +167,7 @@ def _verify_file(
     tick: Tick,
 ) -> None:
     """One pass over one file: its sums against those `recorded`, its weights' values."""
+    # SHA-256 costs most of the time, so only where it is compared or kept.
     with_sha256 = seal or "sha256" in recorded
     with open(path, "rb") as handle, FileSums(file.head, with_sha256) as sums:
         tick(len(file.head))
@@ -190,6 +193,7 @@ def _verify_file(
 
 def _not_finite(raw: Bytes, dtype: str) -> Counter[str]:
     """How many values are NaN, and how many infinite."""
+    # Finite windows are the common case: the fast pass answers them.
     if dtype not in (*FLOATS, "C64") or finite(raw, dtype) * safetensors.ITEMSIZE[dtype] == len(
         raw
     ):
@@ -216,6 +220,7 @@ def _seal(path: Path, report: ModelReport, verdict: Verdict) -> None:
             f"{path} has no {manifest.META} to seal: export it first, or keep the sums yourself."
         )
         return
+    # A training may have saved again while the files were read.
     where, found = path / manifest.META, manifest.read(path)
     if found != report.manifest:
         raise ValueError(f"{path} was written anew while it was read. Run verify again.")

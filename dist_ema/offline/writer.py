@@ -114,6 +114,7 @@ def write(
     refuse_target(path, force)
     with disk.disk_errors(path, sum(file.size for file in files.values())):
         disk.ensure(path.parent)
+        # Before leftovers go: one of them may be the only whole version.
         atomic.recover(path)
         atomic.remove_leftovers(path)
         with atomic.temporary_folder(path) as folder:
@@ -121,6 +122,7 @@ def write(
                 name: _write_file(folder / name, file, content, tick)
                 for name, file in files.items()
             }
+            # What was read may be damaged; then nothing is put in place.
             check()
             refuse_target(path, force, folder)  # once more, for what has come meanwhile
             if path.suffix == ".safetensors":
@@ -128,6 +130,7 @@ def write(
                 disk.remove(folder)
                 return
             texts = {**beside, manifest.META: replace(facts, files=sums).to_bytes()}
+            # A single shard of a pattern is found through its index only.
             if len(files) > 1 or any(map(safetensors.is_shard, files)):
                 texts[index] = safetensors.index(files)
             _write_texts(folder, texts)
@@ -145,8 +148,10 @@ def _write_file(
     tick: Callable[[int], None],
 ) -> dict[str, Any]:
     """Returns its line in ema.json: size and sums."""
+    # The header is written by the caller's thread, windows by that of `FileSums`.
     written = len(file.head)
     with open(path, "wb") as handle:
+        # Before the first byte, so that a full disk is found now.
         disk.reserve(handle.fileno(), file.size)
     target = disk.Target(path)
 
