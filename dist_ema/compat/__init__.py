@@ -95,6 +95,7 @@ def install(library: str) -> Installed:
     installed = Installed()
     for name in drop_ins.__all__:
         original, drop_in = getattr(originals, name, None), getattr(drop_ins, name)
+        # Installed twice, or a name that this version of the library lacks.
         is_ours = original is None or original is drop_in
         for module in [] if is_ours else list(sys.modules.values()):
             place = getattr(module, "__name__", "")

@@ -105,6 +105,7 @@ class ModuleDropIn(nn.Module):
     ) -> None:
         self._refuse_swapped("state_dict")
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # FSDP shards the model: no child writes the average, so it is written here.
         if self._average is not None and self._average.module is None:
             entries = self._average.state_dict().items()
             destination.update({f"{prefix}{self.child}.{key}": value for key, value in entries})
@@ -116,6 +117,7 @@ class ModuleDropIn(nn.Module):
         start = f"{prefix}{self.child}."
         if self._average is not None:
             keys = [key for key in state_dict if key.startswith(start)]
+            # Taken out, or a strict load would find keys that no child expects.
             entries = {key.removeprefix(start): state_dict.pop(key) for key in keys}
             if self._average.module is None:
                 self._average.load_state_dict(entries)

@@ -82,6 +82,7 @@ class ModuleAverage:
         self._options: dict[str, Any] = {"decay": decay, "buffers": buffers, "only": only}
         self._ema: EMA | None = None
         if self.module is None and discovery.find_shards(live).sharded:
+            # A copy keeps the dtypes of the model; shadows without one are wide enough for it.
             wide = any(p.dtype == torch.float64 for p in live.parameters() if p.requires_grad)
             dtype = dtype or (torch.float64 if wide else torch.float32)
             self._options |= {"device": device, "dtype": dtype}
@@ -142,7 +143,9 @@ class ModuleAverage:
         if old is not None:
             old.settle()
             if old.teacher is not None:
+                # Or the new EMA would be refused, because this teacher has a writer.
                 old.teacher.release()
+        # The new EMA copies the live weights into its teacher.
         kept = [(shard, shard.read().clone()) for shard in copied if keep]
         with _thawed(live, [] if old is None else old.names()):
             ema = EMA(live, into=self.module, **self._options)
@@ -151,6 +154,7 @@ class ModuleAverage:
             for shard, value in kept:
                 shard.write(value)
         if old is not None:
+            # The clock goes on: decays of a warm-up must not begin again.
             ema.weights.set_clock(old.clock_to_dict())
             refuse_shared(ema.weights.averages)
         self._ema, states = ema, ema.weights.states
@@ -275,6 +279,7 @@ class ModuleAverage:
         """The weights of a checkpoint without prefixes of wrappers that the copy lacks."""
         if self.module is not None and discovery.find_shards(self.module).sharded:
             return dict(weights)  # FSDP1 has names of its own, and its state_dict is collective
+        # A model may have a child called `module`, so only keys that fit nothing else are cut.
         known, named = self.state_dict(), {}
         for name, value in weights.items():
             inner = wrappers.canonical(name)

@@ -191,6 +191,7 @@ class ParameterListAverage:
     @torch.no_grad()
     def _move_to(self, model: nn.Module) -> None:
         old, ema = self.weights, EMA(model, **self._options())
+        # The update in flight belongs to the old average.
         old.settle()
         known, found = ({state.name for state in w.states} for w in (old, ema.weights))
         if known != found:
@@ -370,6 +371,7 @@ def _overwrite(targets: Sequence[tuple[records.Shard, Tensor | None, Tensor]]) -
         if given.shape == form.shape:
             form.copy_(given)
         else:
+            # A full weight was given: this rank takes its boxes of it.
             for box, block in geometry.boxes_with_data(shard, shard.local_region, elements):
                 block.copy_(given[box.slices])
         if not shard.dense:  # of a weight, whose elements are a copy

@@ -59,6 +59,7 @@ class SWA(Optimizer):
             warnings.warn("Some of swa_start, swa_freq is None, ignoring swa_lr", stacklevel=2)
         if not all(isinstance(steps, (int, NoneType)) for steps in (swa_start, swa_freq)):
             warnings.warn("Casting swa_start, swa_freq to int", stacklevel=2)
+        # As in the original, which is in automatic mode only with both of them.
         self._auto_mode, self.optimizer = not lacking, optimizer
         self.swa_start = self.swa_freq = self.swa_lr = None
         if swa_start is not None and swa_freq is not None:
@@ -130,6 +131,7 @@ class SWA(Optimizer):
 
     def _mean(self, number: int) -> ParameterListAverage:
         if number not in self._means:
+            # The original averages what is in the group, whether it needs a gradient or not.
             model = source(self.param_groups[number]["params"], frozen=True)
             self._means[number] = ParameterListAverage(model, Uniform())
         return self._means[number]
@@ -168,6 +170,8 @@ class SWA(Optimizer):
     def _show(self) -> None:
         """state[p]["swa_buffer"]: the mean, or the weights while it replaces them. *Aliases*."""
         for number, mean in self._means.items():
+            # While swapped, the means are in the model, and what `swa_buffer` names are the
+            # weights.
             buffers = self._kept.get(number) or mean.shadows.values()
             for parameter, buffer in zip(self.param_groups[number]["params"], buffers, strict=True):
                 self.state[parameter]["swa_buffer"] = buffer

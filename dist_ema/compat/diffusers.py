@@ -72,6 +72,7 @@ class EMAModel(ListDropIn):
         self.decay = decay if older["max_value"] is None else older["max_value"]
         self.min_decay = min_decay if older["min_value"] is None else older["min_value"]
         self.update_after_step, self.optimization_step = update_after_step, 0
+        # The original sets it for a module too, to be like its older versions.
         self.use_ema_warmup = use_ema_warmup or isinstance(parameters, nn.Module)
         self.inv_gamma, self.power, self.foreach = inv_gamma, power, foreach
         self.model_cls, self.model_config = model_cls, model_config
@@ -167,6 +168,7 @@ class EMAModel(ListDropIn):
         model = self.model_cls.from_config(self.model_config)
         model.register_to_config(**{name: getattr(self, name) for name in _SETTINGS})
         self.copy_to(model.parameters())
+        # One writer, or ranks would write the same files at once.
         members = self.average.weights.find().members  # the ranks that hold it together
         if len(members) == 1 or members[0] == dist.get_rank():
             model.save_pretrained(path)

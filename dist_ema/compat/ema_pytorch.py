@@ -108,6 +108,7 @@ class EMA(ModuleDropIn):
             forward_method_names,
             move_ema_to_online_device,
         )
+        # In a list it is no child, and so not in `state_dict`.
         self.online_model: Any = model if include_online_model else [model]
         if not lazy_init_ema:
             self.init_ema(ema_model)
@@ -195,6 +196,7 @@ class EMA(ModuleDropIn):
         if self.is_frozen:
             return
         decay = self.get_current_decay() if current_decay is None else current_decay
+        # The sets of names are public, and scripts change them during training.
         if self._chosen != self._left_out():
             self._chosen = self._left_out()
             self.copied.choose(self.model, self._averaged)

@@ -57,6 +57,7 @@ class _Backup:
             raise RuntimeError(
                 "restore() found no backup: apply the average first, and restore once."
             )
+        # In the order of the list, whatever a script did to the dict.
         self._list.put_back([self.backup[name] for name in self._list.names])
         self.backup = {}
 

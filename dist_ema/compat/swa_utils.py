@@ -44,6 +44,7 @@ class _Rule:
 
     @torch.no_grad()
     def __call__(self, averaged: Any, current: Any, num_averaged: Number) -> Any:
+        # The clock of the schedule is 1 at the first average.
         weight = 1 - self.schedule(float(num_averaged) + 1, 1.0)
         if isinstance(averaged, Tensor):
             return torch.lerp(averaged, current.to(averaged), weight)
@@ -135,6 +136,7 @@ class AveragedModel(ModuleDropIn):
                 number = self.n_averaged.to(average.device)
                 average.copy_(self.avg_fn(average, live, number))
             kinds.setdefault((average.device, average.dtype), []).append((average, live))
+        # torch groups its lists by device and dtype before it calls the function, so this does.
         for (device, _), group in kinds.items():
             if self.multi_avg_fn is not None:
                 averages, lives = map(list, zip(*group, strict=True))
@@ -173,5 +175,6 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: Device = None) ->
         with copied.average.swap() as ema:
             over_all(ema.model)
     else:
+        # The copy is not wrapped; DDP around the model knows the ranks.
         wrapped = copied.module if copied.given is None else copied.given
         over_all(copied.ema, discovery.find_shards(wrapped).group)

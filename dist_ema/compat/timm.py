@@ -46,6 +46,7 @@ class ModelEma(HolderDropIn):
         module_fn: ModuleFn | None = None,
     ) -> None:
         self.decay, self.device = decay, device
+        # timm's own word for the device of the model.
         place = None if device == "" else device
         self._average = ModuleAverage(model, decay, module_fn, device=place, evaluates=True)
         self.ema_has_module = hasattr(self._average.module, "module")

@@ -48,6 +48,7 @@ class ExponentialMovingAverage(ListDropIn):
         decay = self.decay
         if self.num_updates is not None:
             self.num_updates += 1
+            # The warm-up of TensorFlow's ExponentialMovingAverage.
             decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
         self._list.update(decay, self._default if parameters is None else parameters)
 

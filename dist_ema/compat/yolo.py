@@ -51,6 +51,7 @@ class ModelEMA(HolderDropIn):
 
     def update(self, model: nn.Module) -> None:
         """Move towards `model`. No collective, no host sync."""
+        # ultralytics switches the average off by this attribute.
         if self.enabled:
             self.updates += 1
             self._average.move(model, self.decay(self.updates))

@@ -79,6 +79,7 @@ def register(accelerator: Accelerator, ema: EMA, folder: str = "ema") -> Registr
         *Collective* on use.
     """
     _refuse_registered(accelerator, ema)
+    # accelerate has no public list of its hooks.
     for hook in accelerator._save_model_state_pre_hook.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, Registration) and owner.folder == os.path.normpath(folder):
@@ -87,6 +88,7 @@ def register(accelerator: Accelerator, ema: EMA, folder: str = "ema") -> Registr
                 "would overwrite the other: remove() that registration first, or pass another "
                 "folder=."
             )
+    # By identity: FSDP2 puts other parameters into the prepared model.
     prepared = {id(parameter) for model in accelerator._models for parameter in model.parameters()}
     if prepared.isdisjoint(id(parameter) for parameter in ema.model.parameters()):
         raise ValueError(

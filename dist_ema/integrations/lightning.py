@@ -97,6 +97,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         ema.attach(*steps, every=self._every, start=self._start)
         if trainer.ckpt_path is not None and not _is_of_a_finder(trainer):
             ema.load(existing(_path_of(trainer.ckpt_path), trainer.ckpt_path))
+        # Undone in reverse, whether the fit ends or raises.
         strategy, self._fit = trainer.strategy, ExitStack()
         self._fit.callback(ema.detach)
         for name, wrapper in (("save_checkpoint", _save), ("remove_checkpoint", _remove)):
@@ -108,6 +109,7 @@ class EMACallback(Callback):  # type: ignore[misc]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end_fit()
+        # Kept as tensors, because Lightning is about to move the module to the host.
         if self._ema is not None and self._after_fit is None and not self._ema.weights.swaps.open:
             self._after_fit = _placement(self._ema.model), self._ema.state_dict()
 
@@ -130,6 +132,7 @@ class EMACallback(Callback):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert self.ema is not None
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        # `metrics` waits for the device, so only where a line is logged.
         if trainer.loggers and trainer.global_step % interval == 0:
             metrics = self.ema.metrics(distance=False)
             values = {f"ema/{key}": metrics[key] for key in ("decay", "updates", "skipped")}

@@ -92,6 +92,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if self.ema is not None:  # a second train(), or a smaller batch size
             self.ema.detach()
         assert trainer.optimizer is not None
+        # The wrapped model: the shards of FSDP, not those of the model inside.
         self.ema = EMA(trainer.model_wrapped, **self._ema_options)
         steps = getattr(trainer, "deepspeed", None) or trainer.optimizer
         self.ema.attach(steps, every=self._every, start=self._start)
@@ -188,6 +189,7 @@ def _caller() -> tuple[Trainer, str | None]:
     """The trainer that called, and the checkpoint that it resumes from."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
+        # `train` and its inner loop have both.
         known = frame.f_locals
         if isinstance(known.get("self"), Trainer) and "resume_from_checkpoint" in known:
             return known["self"], known["resume_from_checkpoint"]

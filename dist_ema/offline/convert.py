@@ -244,7 +244,6 @@ def _refuse_growth(request: ConvertRequest, leaves: Sequence[Leaf]) -> None:
 
 def _nbytes_at(path: Path) -> int:
     path = pointers.follow(path)
-    # One level: subfolders of a checkpoint are other checkpoints.
     files = path.iterdir() if path.is_dir() else (path,)
     return sum(each.stat().st_size for each in files if each.is_file())
 

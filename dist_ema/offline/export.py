@@ -238,7 +238,7 @@ def _order(names: list[str], entries: dict[str, safetensors.Entry]) -> list[str]
     """The order of the pattern; None, so our own, where other dtypes would misalign a weight."""
     at = 0
     for name in names:
-        # safetensors asks for weights at multiples of their item size.
+        # A reader that maps the file needs weights at multiples of their item size.
         if at % safetensors.ITEMSIZE[entries[name].dtype]:
             return None
         at += entries[name].nbytes

@@ -94,9 +94,11 @@ def open_version(path: Path, expiry: float = versions.EXPIRY) -> Version | None:
         saved = manifest.read(path)
         metadata = None if saved is None else versions.facts_of(saved)
         if saved is not None and metadata is not None:
+            # A version appears whole, so damage came later, or is not of dist_ema.
             manifest.refuse_damaged(path, saved, manifest.read_files(path, saved))
             return Version(path, metadata, lease)
     except (KeyError, OSError, TypeError, ValueError) as error:
+        # Gone meanwhile is no fault to warn of.
         if path.is_dir():
             warnings.warn(f"{path} is passed over: {error}", stacklevel=2)
     lease.release()
@@ -145,10 +147,8 @@ class Follower:
         """The next version, if there is one; the one before is released."""
         self.close()
         versions_here = versions.numbered(self._folder)
-        if (
-            versions_here and max(versions_here) < self._last
-        ):  # the folder was emptied, and a new run began
-            self._last = 0
+        if versions_here and max(versions_here) < self._last:
+            self._last = 0  # the folder was emptied, and a new run began
         new_numbers = [number for number in versions_here if number > self._last]
         for number in new_numbers if self._every else new_numbers[-1:]:
             self._last, self._version = number, open_version(versions_here[number])

@@ -134,6 +134,7 @@ class Ledger:
                 "SELECT state, owner, beat FROM records WHERE task = ? AND id = ?",
                 (self._task, key),
             ).fetchone()
+            # Done, ours, or of a watcher that lives.
             if state != RUNNING or beat[0] == self._owner or not self._stands_still(key, beat):
                 return False
             db.execute(
@@ -167,6 +168,7 @@ class Ledger:
                 (self._task, RUNNING, self._owner),
             ).fetchall()
             for key, number, *beat in rows:
+                # What is a candidate is taken over by `claim`, and done again.
                 if number not in candidates and self._stands_still(key, beat):
                     db.execute(
                         "UPDATE records SET state = ?, owner = ?, error = ? "

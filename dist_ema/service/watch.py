@@ -43,6 +43,7 @@ def run_shell(command: str, facts: Mapping[str, object]) -> Outcome:
         command: Names of `facts` in braces are replaced by their values, quoted.
         facts: By name.
     """
+    # `str.format` would stumble over the braces of a shell or of JSON.
     for name, value in facts.items():
         command = command.replace(f"{{{name}}}", shlex.quote(str(value)))
     done = subprocess.run(
@@ -62,6 +63,7 @@ def run_shell(command: str, facts: Mapping[str, object]) -> Outcome:
 
 def _metrics_of(text: str) -> dict[str, float]:
     """The numbers in the last line that is a JSON object; {} if there is none."""
+    # Commands print progress first, and their result last.
     for line in reversed(text.splitlines()):
         with suppress(ValueError):
             values = json.loads(line)
@@ -117,11 +119,14 @@ class Watch:
                 while True:
                     for job in [job for job in running if job.done()]:
                         running.remove(job)
+                        # Raises what ended the job, in the thread that watches.
                         job.result()
                     states = self._ledger.states()
                     undone = RUNNING in states.values()  # here, or by another watcher
                     candidates = self._candidates()
                     if undone:
+                        # Or a watcher would wait for ever for what a dead one claimed and `keep=`
+                        # removed.
                         self._ledger.give_up_lost(candidates)
                     for path in candidates.values():
                         if states.get(self._id(path) or "", RUNNING) != RUNNING:
@@ -180,6 +185,7 @@ class Watch:
             self._changed = time.monotonic()
         if self._ledger.claim(version):
             return version
+        # Another watcher has it, and holds a lease of its own.
         version.release()
         return None
 
@@ -189,6 +195,7 @@ class Watch:
             for attempt in range(1, self._retries + 2):
                 outcome = self._work(version)
                 last = not outcome.error or attempt > self._retries
+                # A longer wait after each failure: what fails at once is often a busy file system.
                 if last or self._over.wait(min(attempt, 30) * self._poll):
                     break
             if outcome.error and self._over.is_set():

@@ -66,6 +66,7 @@ class Entry:
         members, group = model_shards.members, model_shards.group
         self.is_staged = isinstance(weights.model, parameters.Stages)
         if self.is_staged and dist.is_initialized():
+            # Stages hold different weights, and all ranks write the one set of files.
             members, group = list(range(dist.get_world_size())), None
         self.weights, self.stage = weights, model_shards.members
         self.attachment: Attachment | None = None
@@ -77,6 +78,7 @@ class Entry:
         self._everyone: Ranks | None = None
         self._may_be_alone = False  # every rank averages the whole model
         self.ranks.begin("EMA", arguments)
+        # From here on an interrupt on one rank is told to those that wait.
         with self.ranks.entering("EMA"):
             self.adopt("EMA", model_shards)
 
@@ -177,6 +179,7 @@ class Entry:
         def ready() -> bool:
             weights.refuse(f"ema.{verb}", reads)
             weights.average(which)
+            # After the refusals: it waits for updates, and may free unsharded weights.
             (prepare or weights.ready)()
             compares = ranks.size > 1 and Reads.WHOLE_MODEL in reads
             return compares and not consistency.sampled_alike(weights.states, ranks)
@@ -194,10 +197,12 @@ class Entry:
     def common(self, which: Which, arguments: dict[str, Any]) -> dict[str, Any]:
         """The facts that all ranks must share: `arguments`, and what led to the averages."""
         names = [average.name for average in self.weights.averages]
+        # A number and a name may mean the same average.
         chosen_average = names[which] if isinstance(which, int) and which < len(names) else which
         common = arguments | {"which": str(chosen_average)} | self.weights.clock.to_dict()
         common["dtype of the shadows"] = str(self.weights.placement.dtype)
         common["(decay, elapsed) of the last update"] = [a.last for a in self.weights.averages]
+        # Hooks that differ would let the ranks drift apart, so all verbs compare them.
         if self.attached is not None:
             common |= self.attached.arguments
         return common
@@ -219,6 +224,7 @@ def warn_if_idle(verb: str, weights: AveragedWeights) -> None:
 def warn_if_doubled(entry: Entry) -> None:
     """An update was called by hand after each of those that attached optimizers made."""
     updates, (before, times) = entry.weights.clock.updates, entry.by_hand
+    # Two since the last call by hand: one of the hooks', and this one.
     entry.by_hand = updates, times + (updates - before == 2)
     if entry.by_hand[1] == DOUBLED > times:
         warn(

@@ -37,6 +37,7 @@ class Files:
     def passes(self, folder: str | Path, every: float) -> bool:
         """Whether the clock has passed a multiple of `every` since the last look for `folder`."""
         now, last = self._weights.clock.now, self._weights.averages[0].last
+        # The first look is that of the update before.
         before = self._last_looks.get(str(folder), now - (last[1] if last else 0.0))
         self._last_looks[str(folder)] = now
         return now // every > before // every
@@ -185,6 +186,7 @@ class Files:
         if request.manifest.weights == "all":
             warn_of_unexplained_keys(verb, self._weights)
         if ranks is entry.alone:
+            # Every rank is alone here, so no exchange keeps them apart.
             with atomic.locked(request.path):  # all ranks may export to one path
                 warn(*writer.Writer(ranks).write(request))
             return
@@ -206,6 +208,7 @@ class Files:
                 replace(average_files, writes=ranks.first) for average_files in request.averages
             ]
             request = replace(request, averages=averages)
+        # Kept, with its connections, for all later saves.
         if self.writer is None:
             self.writer = writer.Writer(ranks)
         warn(*self.writer.write(request, wait))
@@ -241,6 +244,7 @@ def load(entry: Entry, path: str | Path, *, strict: bool, verify: bool) -> None:
         try:
             own_buffers = checkpoint.fill(ranks)
         except BaseException:
+            # The shadows hold a mixture now, which is no average.
             weights.begin_again()
             raise
     for average, buffers in zip(weights.averages, own_buffers, strict=False):

@@ -197,7 +197,9 @@ class Publisher:
         self._entry.begin("publish", Reads.SHADOWS, which, prepare, arguments)
         self._publication = publication = made[0]
         publication.number = self._entry.ranks.run_on_first("publish", publication.begin)
+        # Notes the clock: versions are due from here on.
         self._files.passes(publication.folder, every)
+        # Weak: the weights must not keep the EMA alive.
         weights.after_update = WeakMethod(self.publish_due)
         return publication
 
@@ -214,9 +216,11 @@ class Publisher:
     def _publish(self, publication: Publication) -> None:
         ranks, files = self._entry.everyone, self._files
         writer = files.writer
+        # One rank decides: threads behind training end at different times.
         if ranks.run_on_first("publish", lambda: writer is not None and writer.background.busy):
             publication.skipped += 1
             return
+        # Also where it fails: a number is used once.
         publication.number += 1
         arguments = {"folder": os.fspath(publication.folder), "version": publication.number}
 
