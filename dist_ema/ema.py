@@ -151,6 +151,7 @@ class EMA:
             raise ValueError("buffers='own' needs into=: the buffers are those of the teacher.")
         if not isinstance(split, (bool, dist.ProcessGroup)):
             raise ValueError(f"split must be True, False or a process group, got {split!r}.")
+        # into=: the teacher's memory is the shadow, so nothing is divided.
         placement = Placement(
             split is not False and into is None,
             dtype,
@@ -168,9 +169,12 @@ class EMA:
         arguments |= {"only": only, "split": split, "into": into is not None}
         # Ranks have accelerators of their own, so their numbers may differ.
         arguments["device"] = None if device is None else torch.device(device).type
+        # Collective from here on: a rank whose arguments were refused above never comes, and is
+        # named.
         self._entry = Entry(self.weights, arguments, timeout)
         self._files = Files(self._entry)
         self._publisher = Publisher(self._entry, self._files)
+        # After the ranks agree: an engine may start a thread.
         self.weights.use_engine()
 
     # --- update -----------------------------------------------------------------------------------
@@ -198,6 +202,7 @@ class EMA:
         """
         weights = self.weights
         weights.refuse("ema.update", Reads.LIVE)
+        # A number that a loop computes is checked like a schedule.
         once = None if decay is None else coerce(decay)
         if not weights.clock.started:
             trial = replace(weights.clock)  # an update that is refused begins nothing
@@ -253,6 +258,7 @@ class EMA:
         weights, entry = self.weights, self._entry
         if weights.teacher is not None:
             weights.teacher.refuse_training(optimizers)
+        # Before anything is hooked, so that a refusal leaves nothing behind.
         stepped_weights.refuse_beside_masters(weights.averages[0].averaged, optimizers)
         if entry.attached is not None:
             raise RuntimeError(
@@ -264,6 +270,7 @@ class EMA:
                 f"overlap must be True, False or a share between 0 and 1, got {overlap!r}."
             )
         weights.use_engine(overlap)
+        # The engine is chosen by now: `overlap` is known to the first hook.
         attachment = Attachment(weights, optimizers, every, start, elapsed, guard)
         entry.attachment = attachment
         arguments = {"every": every, "start": start, "elapsed": elapsed, "guard": guard}
@@ -359,12 +366,14 @@ class EMA:
             *Cost*: 4 MB where shadow and weight have one dtype, else a copy of this rank's shard.
             Two reads of the averaged elements, to notice writes.
         """
+        # One exchange: after it the ranks are in their blocks, and their exits tell of errors.
         with self._entry.needed.entering("swap", exchanges=1):
             swap = self._prepare_swap(which)
             error: BaseException | None = None
             try:
                 try:
                     swap.enter()
+                    # An evaluation may take longer than the timeout of the ranks that are done.
                     with swap.ranks.heartbeats():
                         yield self
                 except BaseException as caught:
@@ -374,6 +383,7 @@ class EMA:
                     swap.leave(error)
             finally:
                 swap.leave(error)  # after an interrupt between the lines above; else idempotent
+            # After the weights are restored: a warning may be an error in the caller's tests.
             warn(*swap.remarks)
 
     @_outside_autograd
@@ -391,6 +401,7 @@ class EMA:
                     "ema.swap() cannot reach what was compiled with "
                     "torch._inductor.config.freezing: turn it off."
                 )
+            # peft's layers compute with base weights in which the adapter is merged.
             if merged := derived.merged_modules(weights.model):
                 raise RuntimeError(
                     f"ema.swap() while adapters are merged into {', '.join(merged[:5])}: the model "
@@ -401,6 +412,7 @@ class EMA:
         ranks = self._entry.needed
         average = self._entry.begin("swap", Reads.SHADOWS, which, prepare, ranks=ranks)
         warn_if_idle("swap", weights)
+        # Nothing has been written: an error up to here leaves the model alone.
         return WeightSwap(weights, average, ranks, self._entry.leads(ranks))
 
     @_collective
@@ -418,6 +430,7 @@ class EMA:
         average = entry.begin("gather", Reads.WHOLE_MODEL, which, ranks=ranks)
         warn_if_idle("gather", self.weights)
         warn_of_unexplained_keys("gather", self.weights)
+        # None = None | What the weights of other stages are; None where all ranks know all of them.
         table: dict[str, gather.Form] | None = None
         if entry.is_staged:
             entry.compare_shared("gather")
@@ -461,6 +474,7 @@ class EMA:
         self._entry.refuse_staged("copy_to")
         average = self._entry.begin("copy_to", Reads.WHOLE_MODEL, which)
         target = parameters.module_of(module)  # once: parameters may come from a generator
+        # Modules may hold values that they computed from their weights.
         with derived.caches_dropped(target):
             ranks = self._entry.ranks
             gather.copy_into(ranks, average.persistent, average.own_buffers, target)
@@ -591,7 +605,9 @@ class EMA:
             raise ValueError(f"every must be positive and finite, got {every}.")
         if not self._files.passes(folder, every):
             return None
+        # Ten digits, so that names sort as their clocks do.
         path = atomic.real(Path(folder) / f"{int(self.weights.clock.now):010}")
+        # The first rank alone, as listing a network folder is slow.
         snapshots = path.parent.glob("[0-9]*") if self._entry.ranks.first else ()
         later = [saved.name for saved in snapshots if saved.name > path.name]
         if later:
@@ -706,6 +722,7 @@ class EMA:
             )
         weights.refuse("ema.state_dict", Reads.WHOLE_MODEL)
         weights.ready()
+        # Numbers in a tensor, because DCP pickles all else.
         clock = [float(value) for value in weights.clock_to_dict().values()]
         return {
             "averages": dcp_keys.Averages(weights.averages),
@@ -732,6 +749,7 @@ class EMA:
                     "the state_dict of the EMA lacks clock. Pass what ema.state_dict() gave."
                 )
             clock.update(zip(weights.clock_to_dict(), state["clock"].tolist(), strict=True))
+            # Refuses what is unsound before anything is changed.
             Clock().set(clock)
             return dcp_keys.match_all(state.get("averages", {}), weights.averages)
 
@@ -753,6 +771,7 @@ class EMA:
         """Begin again: the shadow is live, the clock 0, no buffer recalibrated. *Collective*."""
         self._entry.begin("reset", Reads.LIVE)
         attached = self._entry.attached
+        # With a start the new average begins there, as the first one did.
         late = attached is not None and attached.start > 0
         self.weights.begin_again(started=not late)
 
@@ -775,6 +794,7 @@ class EMA:
         def prepare() -> None:
             weights.reshard()
             weights.settle()
+            # Found inside the verb: what fails on one rank is told to all.
             model_shards.append(weights.find(self.timeout))
 
         self._entry.begin("rescan", Reads.WHOLE_MODEL, prepare=prepare)
@@ -819,6 +839,7 @@ class EMA:
             weights.reshard()
             weights.settle()
             weights.follow(tree=True)
+            # A window is mixed from its ring only after updates have settled.
             split, average = weights.placement.split, weights.used(which)
             started, holders = weights.clock.started, len(entry.stage)
             return metrics.measure(average.averaged, started, split, entry.ranks, holders)

@@ -81,6 +81,7 @@ class SkippedSteps:
             return self.count()
         if self._request is not None and self._request[1].query():
             self._known, self._request = int(self._request[0]), None
+        # One count at a time is on its way, so that asking often costs nothing.
         if self._request is None:
             answer = torch.empty((), dtype=torch.float32, device="cpu", pin_memory=True)
             # Orders: the copy, then the mark, so that the answer is whole when the mark has passed.
@@ -196,6 +197,7 @@ class Selection:
 
     def averages(self, shard: records.Shard) -> bool:
         """Whether it is averaged: trained or a chosen buffer, floating, and taken by `only=`."""
+        # `trainable` is of now: a weight that is thawed later is named, not averaged silently.
         chosen = self._chooses_buffer(shard) if shard.kind == "buffer" else shard.trainable
         return chosen and self.can_average(shard)
 

@@ -55,6 +55,7 @@ class Clock:
 
     def start(self) -> None:
         """Averaging begins here, seeded from live."""
+        # Units that went by until now count for schedules that begin with the training.
         self.before += self.now + self.pending
         self.now, self.pending = 0.0, 0.0
         self.started = True

@@ -58,6 +58,7 @@ def pull(weights: AveragedWeights, weight: float) -> None:
     """
     weights.ready()
     averaged = weights.averages[0].averaged
+    # Orders: copies of offloaded weights that a forward asked for, then this write.
     executors.await_host_reads(state.local for state in averaged)
     pairs = []
     for state in averaged:
@@ -68,6 +69,7 @@ def pull(weights: AveragedWeights, weight: float) -> None:
             pairs.append(ShadowPair(state.name, [state.source], state.own_shadow, number))
     UpdatePlan(pairs, weights.seed).run([weight], weights.clock.updates)
     for state in averaged:
+        # DeepSpeed computes with the 16-bit copy of what was moved.
         if state.shard.master is not None:
             state.live.copy_(state.source)
     if weights.placement.split:

@@ -272,6 +272,8 @@ class HostThread:
             pairs += [replace(pair, live=window) for pair, window in windows]
             self.copies += _runs(arena, [pair.live for pair in alike])
         self.windowed = UpdatePlan(pairs, plan.seed)
+        # The weights of an update, which may be tensors on the device, have a place in the window
+        # too.
         averages = max((len(pair.shadows) for pair in plan.pairs), default=0)
         self._weights = torch.zeros(averages, dtype=torch.float32, device="cpu", pin_memory=pin)
         self.window_bytes = sum(window.nbytes for window, _ in self.copies) + self._weights.nbytes

@@ -71,6 +71,7 @@ def has_streams(device: torch.device) -> bool:
 
 def is_capturing(device: torch.device | None) -> bool:
     """The device's current stream records a graph, and does no work."""
+    # Hosts have no graphs to capture.
     if device is None or device.type == "cpu":
         return False
     stream = torch.accelerator.current_stream(device)

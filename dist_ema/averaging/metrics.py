@@ -89,6 +89,7 @@ def measure(
     alike = consistency.sampled_alike(states, ranks)
     for kind, copied in kinds.items():
         elements, bits = _hash_copies(copied)
+        # Ranks with the same elements post under one name, and compare with whoever came first.
         alike &= ranks.is_same(f"{kind}/{elements}", bits)
     return {"squares": _squares(states) if started else [0.0, 0.0], "agree": alike}
 

@@ -112,7 +112,9 @@ class Attachment:
         self._every_step = register_optimizer_step_post_hook(_StepHook(self._stepped))
         _forget_dead_hooks(self._every_step.hooks_dict_ref(), warned=True)
         self._hooks.callback(self._every_step.remove)
+        # On one optimizer only, so that its warning comes once per step.
         self._last = hooked[-1].register_step_post_hook(_StepHook(self._alive, tells=True))
+        # A resumed average has started, whatever `start` says now.
         if averager.clock.updates == 0 and averager.clock.steps < start:
             averager.clock.started = False
 
@@ -160,10 +162,12 @@ class Attachment:
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
         if _is_inside_step(optimizer):
             return
+        # Counted, so that a verb can say that weights are trained which no update follows.
         if id(optimizer) not in self._places:
             self._averager.bypassed += self._is_unlisted(optimizer)
             return
         self._warn_of_wrapped_step(optimizer)
+        # A fused optimizer skips on the device, where GradScaler has left this flag.
         self._skips.append(getattr(optimizer, "found_inf", None))
         steps, place = self._steps, self._places[id(optimizer)]
         steps[place] += 1

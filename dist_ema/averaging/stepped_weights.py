@@ -21,6 +21,7 @@ def steps_any(optimizers: Iterable[Any], weights: AveragedWeights) -> bool:
     averaged = weights.averages[0].averaged
     params = [p for optimizer in optimizers for p in _stepped_parameters(optimizer)]
     storages = {state.local.untyped_storage().data_ptr() for state in averaged}
+    # A wrapper may hold another Parameter over the same memory.
     memories = [memory for p in params if (memory := storage.memory_of(p)) is not None]
     return not {id(p) for p in params}.isdisjoint(id(state.shard.tensor) for state in averaged) or (
         any(memory.untyped_storage().data_ptr() in storages for memory in memories)

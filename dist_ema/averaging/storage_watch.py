@@ -126,6 +126,7 @@ class StorageWatch:
         samples: defaultdict[Any, list[Tensor]] = defaultdict(list)
         for local in [param.local for param in self._params]:
             if local.untyped_storage().nbytes():  # it was not freed
+                # A few elements: an optimizer moves all of them.
                 spaced = local[:: max(1, len(local) // SAMPLE)]
                 samples[local.dtype, local.device].append(spaced)
         sums = fingerprint.bit_sums(map(torch.cat, samples.values()))
@@ -159,6 +160,7 @@ def refuse_shared(averages: Iterable[Average]) -> None:
         for tensor in (state.shadow, None if number else state.live)
         if tensor is not None and tensor.data_ptr()
     ]
+    # In order of their addresses only neighbours can overlap.
     for one, other in itertools.pairwise(sorted(memories, key=attrgetter("device", "begin"))):
         if one.device != other.device or one.begin + one.tensor.nbytes <= other.begin:
             continue

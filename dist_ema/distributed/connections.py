@@ -49,7 +49,9 @@ class Connections:
         verb: str,
     ) -> None:
         self._coordinator, self._machines = coordinator, machines
+        # The port is open to the network, and only these ranks know the token.
         self._token = sha256(token.encode()).digest()
+        # One socket for both families, where the system has that.
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         self._listener = socket.create_server(
@@ -59,6 +61,7 @@ class Connections:
         self._known: dict[int, dict[int, tuple[int, list[str]]]] = {}  # by column and rank
         self.received = 0  # bytes, in all
         port = self._listener.getsockname()[1]
+        # One table on the first rank; the others read the column that they send to.
         coordinator.gather(verb, [port, *addresses], self._publish)
 
     def close(self) -> None:
@@ -136,6 +139,7 @@ class Connections:
         """
         port, addresses = self._address(rank)
         patience = max(self._coordinator.interval, min(PATIENCE, self._coordinator.timeout / 4))
+        # All addresses together, or an unreachable interface would cost the whole timeout.
         patience /= len(addresses)
         failures: list[str] = []
         for address in addresses:
@@ -145,6 +149,7 @@ class Connections:
                 failures.append(f"{address}: {error}")
                 continue
             try:
+                # Or the small header of a window would wait for the answer to the one before.
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.sendall(self._greeting + COUNT.pack(target))
                 if connection.recv(1) == ACCEPTED:

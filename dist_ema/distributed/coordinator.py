@@ -270,6 +270,7 @@ class StoreCoordinator(Waiting):
                 messages.will_delete(exchange, "error")
                 text = json.dumps([self.members[self.rank], error_text(error)])
                 messages.set_first(exchange, "error", text)
+            # Counted after the error is written, so that who sees the flag finds the text.
             messages.count(exchange, flag or error is not None)
             try:
                 count = self._await(exchange)
@@ -319,6 +320,7 @@ class StoreCoordinator(Waiting):
         fan_in: int,
     ) -> Any:
         """The answer, after this rank has combined the messages of those above it in the tree."""
+        # Counted before it waits, or a rank in the middle of the tree would look absent.
         self.messages.count(exchange)
         above = range(fan_in * self.rank + 1, min(self.size, fan_in * (self.rank + 1) + 1))
         keys = [exchange.key(str(rank)) for rank in above]

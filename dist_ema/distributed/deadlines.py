@@ -98,6 +98,7 @@ def together(
     """
     future = _started(work)
     end = time.monotonic() + timeout
+    # The usual case costs no counter.
     if _ends(future, COUNT) and not isinstance(future.exception(), RuntimeError):
         return future.result()
     try:

@@ -72,6 +72,7 @@ class Ranks(StoreCoordinator):
         stores: list[BoundedStore] = []
         if self.size > 1:
             counters = open_store("dist_ema/construction")
+            # Ranks share no counters yet, so this has deadlines of its own ([Note: construction]).
             stores = together(
                 "EMA(...)", self.members, counters, timeout, lambda: self._assemble(group, timeout)
             )
@@ -128,6 +129,7 @@ class Ranks(StoreCoordinator):
         if self.size == dist.get_world_size():
             return dist.group.WORLD
         if group is None:
+            # Other ranks of the job do not come here.
             group = dist.new_group(self.members, use_local_synchronization=True)
         return group
 
@@ -245,6 +247,7 @@ class Claims:
         claimants, claimed = json.loads(self._store.compare_set(key, "", own))
         if claimants != members:
             return claimants, claimed
+        # These ranks' own claim, of an average with other weights that is gone by now.
         if claimed != value:
             self._store.set(key, own)
         if key in self._recent:
@@ -285,5 +288,6 @@ def _delete_leftovers(open_store: Callable[[str], dist.Store]) -> None:
             _noted.remove(leftovers)
             for _, key in leftovers.keys:
                 store.delete_key(key)
+            # The last rank that has deleted its keys deletes the counter too.
             if store.add(GONE, leftovers.size) == leftovers.size * (leftovers.size + 1):
                 store.delete_key(GONE)

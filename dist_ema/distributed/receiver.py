@@ -130,6 +130,7 @@ class Receiver:
     def _take(self, connection: socket.socket, target: int) -> bool:
         """Consume one window, or pass on all. Returns whether the sender has come to its end."""
         stream = Stream(connection, self._refuse_stopped)
+        # One window at a time, so that all senders are served in turn.
         if target == self._coordinator.rank:
             return self._window(stream, None)
         with self._connect(target, target) as onward:
@@ -155,7 +156,9 @@ class Receiver:
                 error = onward.receive_error()
             stream.send(COUNT.pack(len(error)) + error)
             return True
+        # Three numbers of 8 bytes for each run.
         entries = stream.receive(count * 24)
+        # Kept for the next window: fresh pages cost as much as the bytes.
         if size > len(self._buffer):
             self._buffer = bytearray(size)
         view = memoryview(self._buffer)[:size]

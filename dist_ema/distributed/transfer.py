@@ -75,6 +75,7 @@ def broadcast(
     for window in _packed(runs):
         views = [view for _, view in window]
         root = dist.get_global_rank(group, window[0][0])
+        # gloo sends from the host and nccl from the device, whatever holds the weight.
         device = transfer_device(group, views[0].device)
         device = views[0].device if device.type == "cpu" else device
         if len(views) == 1 and device.type == views[0].device.type:
@@ -83,6 +84,7 @@ def broadcast(
                 wait_for(in_flight.popleft())
             continue
         size = sum(map(len, views))
+        # Summed as int32: a byte is 0 on all ranks but one, so nothing is carried.
         words = torch.zeros(-(-size // 4), dtype=torch.int32, device=device)
         parts = words.view(torch.uint8)[:size].split([len(view) for view in views])
         entries = list(zip(window, parts, strict=True))
@@ -147,6 +149,7 @@ def stream_to_all(
         device, nbytes = ranks.transfer_device(), sum(each.data.nbytes for each in blocks)
         amounts = torch.zeros(ranks.size, 2, dtype=torch.int64, device=device)
         amounts[ranks.rank] = torch.tensor([len(table), nbytes], device=device)
+        # Every rank learns who sends how much, in one collective of 16 bytes per rank.
         ranks.sum(amounts)
         for sources, lengths in _batches(amounts.tolist()):
             own = table if ranks.rank in sources else []

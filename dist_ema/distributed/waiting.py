@@ -78,6 +78,7 @@ class Waiting:
         """
         began = heard = time.monotonic()
         if self._lost_one:
+            # A rank died in the exchange before, so this wait ends after two heartbeats.
             heard -= self.timeout - 2 * self.interval
             self._lost_one = False
         remind_at, heartbeats, is_here, speaks = began + FIRST_REMINDER, None, False, False
@@ -87,11 +88,13 @@ class Waiting:
                 return value
             now, before = time.monotonic(), heartbeats
             heartbeats = self.heartbeats_of()
+            # Any heartbeat begins the timeout anew, whichever rank sent it.
             heard = now if before not in (None, heartbeats) else heard
             is_here = is_here or self.messages.answer_roll(exchange)
             silent = now - heard
             if silent >= self.timeout or now >= remind_at:
                 called, speaks = speaks, speaks or self.messages.call_roll(exchange)
+                # The speaker first; if it has died, any other.
                 is_due = speaks or silent >= self.timeout + 2 * GRACE
                 if silent >= self.timeout and is_due:
                     if not self.messages.has(exchange, "answer"):
@@ -128,6 +131,7 @@ class Waiting:
         while True:
             count = self.messages.counted(exchange)
             full = self.messages.is_full(exchange, count)
+            # A sum of other codes: some rank called something else.
             if count.codes != count.ranks * exchange.code(self.size) and not count.answers:
                 self.messages.publish(
                     exchange, {"clash": [exchange, self.rank, self.messages.arguments]}
@@ -170,6 +174,7 @@ class Waiting:
         """Publish and return why bytes did not arrive: the ranks whose heartbeats stand still."""
         exchange, everyone = self._transfer, range(self.size)
         before = [self.heartbeats_of(rank) for rank in everyone]
+        # Heartbeats are read before and after, because a hung rank may have sent some long ago.
         self.messages.call_roll(exchange)  # a rank that has sent and taken everything answers
         time.sleep(GRACE + 2 * self.interval)
         now = [self.heartbeats_of(rank) for rank in everyone]
