@@ -1,4 +1,4 @@
-"""`class EMA`: every public verb, its arguments checked, and the order of the calls beneath.
+"""`class EMA`: every public verb, its documentation, its arguments, the order of calls beneath.
 
 Every collective verb does the same things in the same order. It refuses what is not
 allowed now, all ranks enter together, the module tree is walked, and the engine settles. Only then

@@ -1,4 +1,4 @@
-"""`Average`: a schedule, its shadows and where they lie, skipped steps, own buffers."""
+"""`Average`: a schedule with its states; `Selection`, `Placement`, `SkippedSteps`, own buffers."""
 
 from __future__ import annotations
 

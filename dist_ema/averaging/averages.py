@@ -1,4 +1,4 @@
-"""`AveragedWeights`: all averages of one model on this rank, their clock, and what an update does.
+"""`AveragedWeights`: all averages of one model here: adopt, follow, settle, move; the clock.
 
     AveragedWeights          what `EMA.weights` gives: the extension API
       Inventory              which weights, with which shadows; follows the module tree

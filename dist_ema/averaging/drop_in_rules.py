@@ -1,4 +1,4 @@
-"""What drop-ins do to an average beside updates: another rule, and live weights pulled to it."""
+"""`move_by`, `pull`: what drop-ins do beside updates: other rules, live pulled to an average."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Executors under the engines: the caller, a stream or a worker thread; events and their times.
+"""Executors under the engines: a stream or a worker thread; marks, events, meters and their times.
 
 Reading a mark never waits: it is set where work is issued, and read once it has passed.
 """

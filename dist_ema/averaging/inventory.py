@@ -1,4 +1,4 @@
-"""What is averaged: the records of every weight and buffer, kept in step with the module tree."""
+"""`Inventory`: which weights and buffers are averaged, kept in step with the walked module tree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ema.metrics`: what the host knows, the distance to live weights, and whether replicas are equal.
+"""`ema.metrics`: what the host knows, the distance to live weights, and whether replicas agree.
 
 Each rank sends one message. Tensors are read in windows on the device where the shadows lie, and
 the sums are fetched once, at the end. Every element is counted by the one rank that writes it into

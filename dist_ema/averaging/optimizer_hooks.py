@@ -1,4 +1,4 @@
-"""Hooks on optimizers: an update after every step that really happened.
+"""`Attachment`: hooks on optimizers, an update after each step of all that really happened.
 
 The pre-step hook fences: live weights are overwritten in the step and nowhere else. The post-step
 hook moves the clock when every listed optimizer has stepped since the last update, in whatever

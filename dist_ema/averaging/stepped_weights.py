@@ -1,4 +1,4 @@
-"""Which averaged weights an optimizer steps: by identity, by memory, or through fp32 masters."""
+"""Which averaged weights an optimizer steps: its own, by memory, fp32 masters, or none of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`StorageWatch`: whether live weights moved to other memory, and how often they were written.
+"""`StorageWatch`: have weights moved, been written, or come to lie in the memory of others?
 
 [Note: a model lives]  At any line a training program may move a storage (`p.data = ...`, SAM,
 offloading), write a weight outside the optimizer's step, or change the module tree. Hence two

@@ -1,4 +1,4 @@
-"""`EMA(model, into=teacher)`: the teacher's copy of the average, and how it is kept in sync.
+"""`Teacher`: `EMA(model, into=teacher)`, whose memory is the shadow; frozen weights are copied.
 
 The teacher's own memory is the shadow: there is no second copy, and a swap has nothing to exchange.
 Each weight must lie there as it does in the model, the same elements on the same rank:

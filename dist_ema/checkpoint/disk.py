@@ -1,4 +1,4 @@
-"""Bytes on their way to the disk: reserved space, whole writes, a bounded page cache, errors.
+"""Files on the disk: reserve, write in windows, read exactly, sync, remove; errors with a path.
 
 Reads are of regular files: nothing that blocks, nothing that ends early without an error.
 """

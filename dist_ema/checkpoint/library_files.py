@@ -1,4 +1,4 @@
-"""What other libraries expect of a model's folder: config.json, and adapters in peft's form.
+"""What transformers, diffusers and peft expect beside weights: config.json, adapters; `load_into`.
 
 Duck-typed: a model that has these was made by its library, so nothing is imported here.
 

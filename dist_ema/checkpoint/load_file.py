@@ -1,4 +1,4 @@
-"""`load_file`: the complete state_dict of a saved model, its tensors mapped from the files.
+"""`load_file`, `locate`, `OpenFile`: where a saved model lies, its tensors mapped or in windows.
 
 A folder that `ema.save` wrote has an ema.json. Any other safetensors model has none: an export as
 one file, a Hugging Face folder.

@@ -1,4 +1,4 @@
-"""Which saved weight fills which average, and every way in which a saved form and a model differ.
+"""`ReadPlan`: which saved weight fills which average; `Differences` of a saved form and a model.
 
 The averages that are to be filled are paired with the saved ones by their schedules, and weights by
 their names. Nothing is changed here.

@@ -1,4 +1,4 @@
-"""`ema.load` on every rank: each reads only its regions, and all is checked before any change.
+"""`OpenCheckpoint`: `ema.load` on every rank: what is there is opened, compared, summed, then read.
 
 A folder that `ema.save` wrote is resumed with its clock. Any other safetensors model (an export, a
 Hugging Face folder, one file) is a start.

@@ -1,4 +1,4 @@
-"""`SaveRequest`: what is saved, of which averages (`AverageFiles`), and which files hold it."""
+"""`SaveRequest`, `AverageFiles`: what a save asks for; names, sizes and dtypes of its files."""
 
 from __future__ import annotations
 

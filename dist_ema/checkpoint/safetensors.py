@@ -1,4 +1,4 @@
-"""The safetensors format: headers, shards and their index, written and parsed. No torch.
+"""The safetensors format: `Entry`, headers, shards, indexes and names of files; written and parsed.
 
     ema-001000/
       model.safetensors     or model-00001-of-00004.safetensors ... and INDEX

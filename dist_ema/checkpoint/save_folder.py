@@ -1,4 +1,4 @@
-"""The temporary folder of a save, on the first rank: made at full size, sealed, put in place."""
+"""The temporary folder of a save, on the first rank: refused, made, sealed, put in place."""
 
 from __future__ import annotations
 

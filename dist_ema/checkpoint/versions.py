@@ -1,4 +1,4 @@
-"""The published versions of a run: names, order, and what each says about itself. No torch.
+"""Published versions: their numbers and facts, pointers, and the leases of readers. No torch.
 
     published/version-000007/     a complete model, with ema.json
     published/latest, best        files that name a version

@@ -1,4 +1,4 @@
-"""`Writer`: `ema.save` on every rank: who writes which bytes of which file, together and in order.
+"""`Writer`: `ema.save` on every rank: prepare, place, send and write blocks; behind training too.
 
 Ranks of one machine write their regions straight into place: no gather, no copy of the model. The
 ranks of several machines send each byte to the machine that writes it ([Note: routes]), and all

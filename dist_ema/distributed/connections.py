@@ -1,4 +1,4 @@
-"""Connections between ranks over TCP: addresses, greetings, relays and sending.
+"""`Connections`: TCP between ranks: listening, addresses, greetings, sending and receiving.
 
 [Note: files]  Files may be written in the background, and ranks may die or fill a disk meanwhile.
 So their bytes do not travel over a process group: a failure here stops no training, and it works

@@ -1,4 +1,4 @@
-"""Deadlines for what torch waits for without one: the host of the store, and ranks that never come.
+"""`BoundedStore`, `together`: deadlines that torch lacks: a silent store, ranks that never come.
 
 [Note: the host of the store]  A connection to the key-value store waits for ever for a host that is
 stopped. So operations run in a thread of the connection, and the caller waits `timeout` seconds for

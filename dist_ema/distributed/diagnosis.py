@@ -1,4 +1,4 @@
-"""What to say when ranks disagree or are silent: which ranks, which calls, the usual cause."""
+"""Sentences on ranks that disagree or are silent: `Exchange`, which ranks and calls, the cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which ranks share a machine, and how bytes travel between machines.
+"""`Machines`, `Routes`: ranks of one machine, its addresses, and who sends bytes of files to whom.
 
 [Note: columns]  Rank i of a machine sends to rank i of every other machine, which writes or passes
 on. So a rank has one connection per machine, and not one per rank:

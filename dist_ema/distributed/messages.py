@@ -1,4 +1,4 @@
-"""What ranks write into the store for an exchange ([Note: check in] in coordinator)."""
+"""`Messages`: the keys and the counter of an exchange in the store: answers, failures, the roll."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks that hold a model together: their process group, and messages over its store.
+"""`Ranks`: the members that hold a model, their group and store; claimed paths, keys left behind.
 
 [Note: incarnations]  The store of torchrun outlives the processes that it restarts, and with them
 the messages of the killed attempt. So the keys of a coordinator begin with a random id, which the

@@ -1,4 +1,4 @@
-"""The receiving end of a connection: a stream of windows, consumed or sent onward.
+"""`Receiver`, `Stream`: the end of a connection that takes windows, and consumes or relays them.
 
     greeting   token, number of the transfer, rank    --> 1
     window     count, (buffer, offset, length) * count, the bytes of all

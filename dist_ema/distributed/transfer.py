@@ -1,4 +1,4 @@
-"""Bytes between ranks in bounded windows: broadcasts, and streams to all ranks.
+"""Windows of bytes over the process group: `broadcast` in place, `stream_to_all` with their blocks.
 
 [Note: windows]  Everything travels as uint8, because gloo cannot send int16 or float8 in
 collectives. Small tensors are packed: one window with the bytes of 300 of them takes a hundredth of

@@ -1,4 +1,4 @@
-"""Waiting in an exchange: timeouts, heartbeats, and which ranks are silent.
+"""`Waiting` in an exchange or for bytes: polls, timeouts, heartbeats, and which ranks are silent.
 
 [Note: roll call]  Ranks are looked up one by one only where some are silent. A rank that has waited
 for the timeout calls the roll, by writing that it speaks. The others that wait write that they are

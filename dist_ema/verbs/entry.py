@@ -1,4 +1,4 @@
-"""`Entry`: who must come to a collective verb, and what all ranks check before it begins.
+"""`Entry`: the ranks of an EMA, who must come to a verb, what they compare first, and warnings.
 
 And what verbs warn of: an average that did not follow, and what it does not hold.
 """

@@ -1,4 +1,4 @@
-"""`Files`: what verbs ask of the writer, and when. `load`: which averages a saved form fills."""
+"""`Files`: what save, export and publish ask of the writer, and when; what `load` fills."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`EMA.publish`: its handle `Publication`; `Publisher` writes a version when one is due."""
+"""`ema.publish`: its handle `Publication`; `Publisher` writes a version when one is due."""
 
 from __future__ import annotations
 
