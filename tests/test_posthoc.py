@@ -36,7 +36,7 @@ from dist_ema import (
 )
 from dist_ema.cli import main
 from dist_ema.posthoc import profiles, snapshots
-from dist_ema.posthoc.profiles import Mixer, Profile, coefficients, gamma
+from dist_ema.posthoc.profiles import Mixer, Profile, coefficients
 from tests._models import Tied
 from tests._ranks import run_ranks
 from tests._wrappers import wrap
@@ -135,7 +135,7 @@ def test_inner_product() -> None:
     discrete = recursion(one, steps)[: steps // 2 + 1] * 0 + recursion(one, steps // 2)
     product = float(discrete @ recursion(two, steps)[: steps // 2 + 1])
     assert product == pytest.approx(
-        inner_product(gamma(one), steps / 2, gamma(two), steps), rel=1e-4
+        inner_product(one.exponent, steps / 2, two.exponent, steps), rel=1e-4
     )
 
 
@@ -172,8 +172,8 @@ def test_paper() -> None:
     its sum is not held to 1.
     """
     some = stored(count=12, each=2000)
-    ends = [(gamma(each.schedule), each.now) for each in some]  # type: ignore[arg-type]
-    target = (gamma(Power(sigma_rel=0.08)), 24000.0)
+    ends = [(each.schedule.exponent, each.now) for each in some]  # type: ignore[attr-defined]
+    target = (Power(sigma_rel=0.08).exponent, 24000.0)
     a = np.array([[inner_product(*i, *j) for j in ends] for i in ends])
     b = np.array([inner_product(*i, *target) for i in ends])
     paper = np.linalg.solve(a, b)

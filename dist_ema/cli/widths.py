@@ -31,7 +31,7 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from ..posthoc.report import ReconstructReport
+    from ..posthoc.mixtures import ReconstructReport
     from ..service.sweep import SweepReport
 
 __all__ = ["RECONSTRUCT", "SWEEP"]
@@ -65,7 +65,7 @@ def _widths(text: str) -> list[float]:
 
 
 def _reconstruct(options: argparse.Namespace) -> int:
-    from ..posthoc import report as offline
+    from ..posthoc import mixtures
     from ..schedules import Power
 
     if options.sweep and options.out and options.out.endswith(".safetensors"):
@@ -73,7 +73,7 @@ def _reconstruct(options: argparse.Namespace) -> int:
             f"--sweep writes several models: OUT must be a folder, got {options.out}.", USAGE
         )
     window, widths = window_of(options), options.sweep or [options.sigma_rel]
-    report = offline.reconstruct(
+    report = mixtures.reconstruct(
         options.snapshots,
         options.out,
         [window] if window else [Power(sigma_rel=sigma) for sigma in widths],

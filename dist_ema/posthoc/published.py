@@ -1,4 +1,4 @@
-"""Published averages of weights, each as the share of every update. numpy alone.
+"""Averages from papers (EMA, tail, LAWA, WSM, BEMA) as arrays of every update's share. numpy alone.
 
 A function takes the number of updates n and returns an array [n + 1]: entry 0 is the share of the
 weights at the start, entry j that of the weights after update j. Each sums to 1. It is the impulse
@@ -74,9 +74,9 @@ def lawa(n: int, every: int, k: int) -> Array:
 def cooldown(n: int, length: int, curve: str | Callable[[float], float] = "linear") -> Array:
     """w_j - w_(j+1) for a curve w over the last `length` updates (WSM, 2507.17634).
 
-    The first update of the window has w = 1, and after the last one w = 0. A run whose steps in the
-    window are scaled by w ends at this sum. "linear" is the mean of the window, "minus-sqrt" gives
-    sqrt(j / length) - sqrt((j - 1) / length) to the j-th update of it.
+    Entry j of the array is a difference of w, which is 1 at the first of these updates and 0 after
+    the last: their sum is where a run ends whose every step was scaled by w. "linear" gives equal
+    entries, "minus-sqrt" sqrt(i / length) - sqrt((i - 1) / length) to the i-th of them.
 
     Args:
         n: The number of updates.

@@ -1,4 +1,4 @@
-"""`posthoc.reconstruct`: the stored averages of a run, mixed into an untracked one. No torch.
+"""`Snapshots`: the averages that `ema.snapshot` stored, and writing a mixture of them. No torch.
 
     ema = EMA(model, decay=[Power(sigma_rel=0.05), Power(sigma_rel=0.10)])
     ...
@@ -76,13 +76,9 @@ class Snapshots:
             )
         self.stored = sorted(
             averages,
-            key=lambda stored_average: (
-                stored_average.profile.now,
-                stored_average.snapshot.name,
-                stored_average.label,
-            ),
+            key=lambda stored: (stored.profile.now, stored.snapshot.name, stored.label),
         )
-        profiles = [stored_average.profile for stored_average in self.stored]
+        profiles = [stored.profile for stored in self.stored]
         self._mixer = lru_cache(maxsize=None)(partial(Mixer, profiles))
 
     @property
@@ -110,14 +106,14 @@ class Snapshots:
     def refuse(self, target: Schedule, fit: Fit, at: float | None = None) -> None:
         """Raise ValueError where the mixture would be far from `target`."""
         if fit.residual > REFUSED:
-            moments = {stored.profile.now for stored in self.stored}
-            last = max(now for now in moments if at is None or now <= at)
+            nows = [stored.profile.now for stored in self.stored]
+            last = max(now for now in nows if at is None or now <= at)
             more = "" if at in (None, last) else f", or mix as of {last:g}, the snapshot before"
-            kinds = ", ".join(sorted({repr(stored.profile.schedule) for stored in self.stored}))
+            stored_schedules = sorted({repr(stored.profile.schedule) for stored in self.stored})
             raise ValueError(
                 f"{target!r} cannot be mixed from what was stored: the nearest misses "
                 f"{fit.residual:.0%} of its profile. There are {len(self.stored)} averages of "
-                f"{kinds}: ask for one nearer to them, or store more{more}."
+                f"{', '.join(stored_schedules)}: ask for one nearer to them, or store more{more}."
             )
 
     def write(
@@ -163,12 +159,16 @@ class Snapshots:
             for model in (newest_model, *models):
                 stack.enter_context(model)
             self._refuse_mixed([stored for stored, _ in mixed], models, newest_model)
+            # Shadows may have another dtype than the model had: ema.json has the model's.
             own = {n: TORCH[kind] for n, kind in newest.dtypes.items() if TORCH.get(kind) in FLOATS}
             dtypes = own if dtype is None else dict.fromkeys(newest_model.entries, dtype)
-            mixture = blend.Blend(terms, newest_model, frozenset(newest.averaged), dtypes)
-            facts = self._facts(target, fit, at, newest)
             blend.write(
-                Path(out), mixture, facts, max_shard_size=max_shard_size, force=force, tick=tick
+                Path(out),
+                blend.Blend(terms, newest_model, frozenset(newest.averaged), dtypes),
+                self._facts(target, fit, at, mixed),
+                max_shard_size=max_shard_size,
+                force=force,
+                tick=tick,
             )
 
     def _refuse_mixed(
@@ -186,19 +186,20 @@ class Snapshots:
         blend.alike(models, newest_model, newest.averaged)
 
     def _facts(
-        self, target: Schedule, fit: Fit, at: float | None, newest: Stored
+        self, target: Schedule, fit: Fit, at: float | None, mixed: list[tuple[Stored, float]]
     ) -> manifest.Manifest:
         """The clock of the moment, the imitated schedule, and the mixture."""
         now, updates = self.moment(at)
-        clock = newest.clock | {"now": now, "updates": updates, "accepted": updates, "pending": 0.0}
-        weights = {
-            stored.name: weight
-            for stored, weight in zip(self.stored, fit.weights, strict=True)
-            if weight
+        made_of = {
+            "weights": {stored.name: weight for stored, weight in mixed},
+            "residual": fit.residual,
+            "condition": fit.condition,
         }
-        made_of = {"weights": weights, "residual": fit.residual, "condition": fit.condition}
         return manifest.Manifest(
-            clock=clock, schedules=[target.to_dict()], extra={"reconstruct": made_of}
+            clock=mixed[-1][0].clock
+            | {"now": now, "updates": updates, "accepted": updates, "pending": 0.0},
+            schedules=[target.to_dict()],
+            extra={"reconstruct": made_of},
         )
 
 
@@ -248,10 +249,11 @@ def reconstruct(
     return fit
 
 
-def _folders(where: str | Path | Sequence[str | Path]) -> list[Path]:
-    if not isinstance(where, (str, Path)):
-        return [folder for snapshot in where for folder in _folders(snapshot)]
-    path = Path(where)
+def _folders(snapshots: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The folder of each snapshot, for a folder of snapshots or a list of either."""
+    if not isinstance(snapshots, (str, Path)):
+        return [folder for snapshot in snapshots for folder in _folders(snapshot)]
+    path = Path(snapshots)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     if not path.is_dir():

@@ -30,7 +30,8 @@ from .decays import (
     Warmup,
     gamma_of,
 )
-from .window import CURVES, BlockMean, Window, from_dict, schedule, schedule_list
+from .parsing import from_dict, schedule, schedule_list
+from .window import CURVES, BlockMean, Window
 
 __all__ = [
     "CURVES",

@@ -1,4 +1,4 @@
-"""`Schedule`, and the decays that need the clock alone, from `Constant` to `Power`."""
+"""`Schedule` and its formulas of the clock: constant, half-life, warmup, power, cosine, means."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+    "SUBCLASSES",
     "Constant",
     "Cosine",
     "Debiased",
@@ -18,19 +19,27 @@ __all__ = [
     "PerStep",
     "Power",
     "Ramp",
+    "Ranged",
     "Ratio",
     "Schedule",
     "Uniform",
     "Warmup",
     "gamma_of",
-    "refuse_unless_positive",
 ]
 
 MOST_STEPS = 1024
+# What an argument of that name must be, whichever schedule of ours takes it.
+IN_UNIT = {"decay", "final"}
+POSITIVE = {"inv_gamma", "length", "power", "tau", "total", "units"}
+# By name; a user's own are here too once their module was imported, so files may name them.
+SUBCLASSES: dict[str, type[Schedule]] = {}
 
 
 class Schedule(ABC):
     """A decay as a function of the clock, immutable and comparable."""
+
+    def __init_subclass__(cls) -> None:
+        SUBCLASSES[cls.__name__] = cls
 
     @abstractmethod
     def __call__(self, now: float, elapsed: float = 1.0) -> float:
@@ -65,7 +74,18 @@ class Schedule(ABC):
         }
 
 
-class PerStep(Schedule):
+class Ranged(Schedule):
+    """A schedule whose arguments must be as IN_UNIT and POSITIVE say."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in IN_UNIT and not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}.")
+            if name in POSITIVE and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}.")
+
+
+class PerStep(Ranged):
     """A schedule that is defined per step ([Note: elapsed])."""
 
     def __call__(self, now: float, elapsed: float = 1.0) -> float:
@@ -84,26 +104,20 @@ class PerStep(Schedule):
 
 
 @dataclass(frozen=True)
-class Constant(Schedule):
+class Constant(Ranged):
     """d^elapsed: the same decay in every step."""
 
     decay: float
-
-    def __post_init__(self) -> None:
-        _in_unit("decay", self.decay)
 
     def __call__(self, now: float, elapsed: float = 1.0) -> float:
         return float(self.decay**elapsed)
 
 
 @dataclass(frozen=True)
-class HalfLife(Schedule):
+class HalfLife(Ranged):
     """0.5^(elapsed / units): half of the old average is left after `units` steps or images."""
 
     units: float
-
-    def __post_init__(self) -> None:
-        refuse_unless_positive("units", self.units)
 
     def __call__(self, now: float, elapsed: float = 1.0) -> float:
         return float(0.5 ** (elapsed / self.units))
@@ -120,11 +134,6 @@ class Warmup(PerStep):
     power: float = 2 / 3
     inv_gamma: float = 1.0
 
-    def __post_init__(self) -> None:
-        _in_unit("decay", self.decay)
-        refuse_unless_positive("power", self.power)
-        refuse_unless_positive("inv_gamma", self.inv_gamma)
-
     def _at(self, n: float) -> float:
         steps = max(0.0, n - 1)
         return float(min(self.decay, 1 - (1 + steps / self.inv_gamma) ** -self.power))
@@ -136,9 +145,6 @@ class Ratio(PerStep):
 
     decay: float = 0.9999
 
-    def __post_init__(self) -> None:
-        _in_unit("decay", self.decay)
-
     def _at(self, n: float) -> float:
         return min(self.decay, (1 + n) / (10 + n))
 
@@ -149,10 +155,6 @@ class Ramp(PerStep):
 
     decay: float = 0.9999
     tau: float = 2000.0
-
-    def __post_init__(self) -> None:
-        _in_unit("decay", self.decay)
-        refuse_unless_positive("tau", self.tau)
 
     def _at(self, n: float) -> float:
         return -self.decay * math.expm1(-n / self.tau)
@@ -185,10 +187,13 @@ class Power(Schedule):
         if self.sigma_rel is not None:
             gamma_of(self.sigma_rel)
 
+    @property
+    def exponent(self) -> float:
+        """The exponent of the profile t^gamma, however it was given."""
+        return gamma_of(self.sigma_rel) if self.gamma is None else self.gamma  # type: ignore[arg-type]
+
     def __call__(self, now: float, elapsed: float = 1.0) -> float:
-        gamma = self.gamma if self.sigma_rel is None else gamma_of(self.sigma_rel)
-        assert gamma is not None
-        return float(max(0.0, 1 - elapsed / now) ** (gamma + 1))
+        return float(max(0.0, 1 - elapsed / now) ** (self.exponent + 1))
 
 
 @dataclass(frozen=True)
@@ -198,11 +203,6 @@ class Cosine(PerStep):
     decay: float
     total: float
     final: float = 1.0
-
-    def __post_init__(self) -> None:
-        _in_unit("decay", self.decay)
-        _in_unit("final", self.final)
-        refuse_unless_positive("total", self.total)
 
     def _at(self, n: float) -> float:
         return (
@@ -257,13 +257,3 @@ def gamma_of(sigma_rel: float) -> float:
     t = sigma_rel**-2
     roots = np.roots([1.0, 7.0, 16.0 - t, 12.0 - t])
     return float(roots[np.abs(roots.imag) < 1e-6].real.max())
-
-
-def _in_unit(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value}.")
-
-
-def refuse_unless_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive, got {value}.")

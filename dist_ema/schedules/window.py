@@ -1,7 +1,4 @@
-"""`Window`: the decay of a learning rate over the last steps, as an average of them.
-
-And every schedule from what a user or a file gives: a float, a list, a dictionary.
-"""
+"""`Window`: the blocks of the last steps, and their shares under a curve that falls from 1 to 0."""
 
 from __future__ import annotations
 
@@ -11,33 +8,20 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from .decays import Constant, PerStep, Schedule, refuse_unless_positive
+from .decays import Ranged, Uniform
 
-__all__ = ["CURVES", "BlockMean", "Window", "from_dict", "schedule", "schedule_list"]
-
-
-def _linear(t: float) -> float:
-    return 1 - t
-
-
-def _minus_sqrt(t: float) -> float:
-    return 1 - math.sqrt(t)
-
-
-def _cosine(t: float) -> float:
-    return (1 + math.cos(math.pi * t)) / 2
-
+__all__ = ["CURVES", "BlockMean", "Window"]
 
 # The decay of a learning rate over a window: from 1 at t = 0 to 0 at t = 1.
 CURVES: dict[str, Callable[[float], float]] = {
-    "linear": _linear,
-    "minus-sqrt": _minus_sqrt,
-    "cosine": _cosine,
+    "linear": lambda t: 1 - t,
+    "minus-sqrt": lambda t: 1 - math.sqrt(t),
+    "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
 }
 
 
 @dataclass(frozen=True)
-class Window(Schedule):
+class Window(Ranged):
     """An average that stands for a decay of the learning rate over the last `length` units.
 
     A curve w falls from 1 to 0 over the window. The weights after an update that moves from a to b
@@ -67,7 +51,7 @@ class Window(Schedule):
     ring: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        refuse_unless_positive("length", self.length)
+        super().__post_init__()
         if isinstance(self.blocks, bool) or self.blocks != int(self.blocks) or self.blocks < 1:
             raise ValueError(f"blocks must be a whole number from 1, got {self.blocks}.")
         if isinstance(self.curve, str) and self.curve not in CURVES:
@@ -134,7 +118,7 @@ class Window(Schedule):
 
 
 @dataclass(frozen=True)
-class BlockMean(Schedule):
+class BlockMean(Uniform):
     """A block of a saved window: the mean of the weights after each update in (begin, end].
 
     Args:
@@ -146,56 +130,3 @@ class BlockMean(Schedule):
     size: float
     begin: float
     end: float
-
-    def __call__(self, now: float, elapsed: float = 1.0) -> float:
-        return max(0.0, (now - elapsed) / now)
-
-
-# --- what a user or a file gives ------------------------------------------------------------------
-
-
-def schedule(decay: float | Schedule) -> Schedule:
-    """The schedule that a user's `decay` means; a float is `Constant`. Else raises ValueError."""
-    if isinstance(decay, Schedule):
-        return decay
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)):
-        raise ValueError(
-            f"decay must be a float or a schedule (dist_ema.HalfLife(...)), got {decay!r}."
-        )
-    return Constant(float(decay))
-
-
-def schedule_list(decay: float | Schedule | Sequence[float | Schedule]) -> list[Schedule]:
-    """The schedules of one or more averages. Raises ValueError if there is none, or two equal."""
-    decays = decay if isinstance(decay, Sequence) and not isinstance(decay, str) else [decay]
-    schedules = [schedule(decay_or_window) for decay_or_window in decays]
-    if not schedules or len(set(schedules)) < len(schedules):
-        raise ValueError(f"decay must name one or more different schedules, got {decay!r}.")
-    windows = [
-        decay_or_window
-        for decay_or_window in schedules
-        if isinstance(decay_or_window, Window) and decay_or_window.to_dict()
-    ]
-    if len({window.block for window in windows}) < len(windows):
-        raise ValueError(
-            f"{windows} have blocks of one size. Track the longest, and read the others from it by "
-            "which=."
-        )
-    return schedules
-
-
-def from_dict(spec: dict[str, Any]) -> Schedule:
-    """The schedule that `Schedule.to_dict` described. Raises ValueError if there is none such."""
-    every = (*Schedule.__subclasses__(), *PerStep.__subclasses__())
-    kinds: dict[str, type[Schedule]] = {
-        kind.__name__: kind for kind in every if kind is not PerStep
-    }
-    values = dict(spec)
-    name = values.pop("name", None)
-    if not isinstance(name, str) or name not in kinds:
-        names_of_kinds = sorted(kinds.keys() - {BlockMean.__name__})
-        raise ValueError(f"no schedule is called {name!r}; known are {', '.join(names_of_kinds)}.")
-    try:
-        return kinds[name](**values)
-    except TypeError as error:
-        raise ValueError(f"{name} does not take {values}: {error}.") from None

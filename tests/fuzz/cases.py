@@ -89,10 +89,10 @@ def preload() -> None:
     import dist_ema.offline.diff
     import dist_ema.offline.export
     import dist_ema.offline.verify
-    import dist_ema.posthoc.report
+    import dist_ema.posthoc.mixtures
 
     assert safetensors
-    assert dist_ema.posthoc.report
+    assert dist_ema.posthoc.mixtures
 
 
 # --- what another reader finds --------------------------------------------------------------------

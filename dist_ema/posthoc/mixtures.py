@@ -1,4 +1,4 @@
-"""`dist-ema reconstruct`: one mixture for each width, its fit reported and plotted."""
+"""`dist-ema reconstruct`: a `Mixture` for each width: fitted, written, reported and plotted."""
 
 from __future__ import annotations
 
@@ -55,23 +55,20 @@ class ReconstructReport:
     mixtures: list[Mixture]
 
     def to_json(self) -> dict[str, Any]:
-        stored = [
-            {
-                "name": each.name,
-                "schedule": each.profile.schedule.to_dict(),
-                "now": each.profile.now,
-            }
-            for each in self.snapshots.stored
-        ]
-        names = [each.name for each in self.snapshots.stored]
+        averages = self.snapshots.stored
+        names = [average.name for average in averages]
         return {
             "at": self.at[0],
             "updates": self.at[1],
             "skipped": self.snapshots.skipped,
-            "stored": stored,
+            "stored": [
+                {"name": average.name, "schedule": average.profile.schedule.to_dict()}
+                | {"now": average.profile.now}
+                for average in averages
+            ],
             "mixtures": [
-                each.to_json() | {"weights": dict(zip(names, each.fit.weights, strict=True))}
-                for each in self.mixtures
+                mixture.to_json() | {"weights": dict(zip(names, mixture.fit.weights, strict=True))}
+                for mixture in self.mixtures
             ],
         }
 
