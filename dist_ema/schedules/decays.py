@@ -190,7 +190,7 @@ class Power(Schedule):
     @property
     def exponent(self) -> float:
         """The exponent of the profile t^gamma, however it was given."""
-        return gamma_of(self.sigma_rel) if self.gamma is None else self.gamma  # type: ignore[arg-type]
+        return gamma_of(self.sigma_rel) if self.gamma is None else self.gamma  # type: ignore
 
     def __call__(self, now: float, elapsed: float = 1.0) -> float:
         return float(max(0.0, 1 - elapsed / now) ** (self.exponent + 1))
