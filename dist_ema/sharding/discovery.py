@@ -24,6 +24,7 @@ from .records import (
     ModelShards,
     Region,
     Shard,
+    group_ranks,
     registered_buffer,
     uncollected,
 )
@@ -81,7 +82,9 @@ def find_shards(
         for shard in shards:  # the others can be copied, but not averaged
             shard.average_frozen = shard.dense and shard.dtype.itemsize > 1 and not shard.opaque
     _refuse_empty(shards)
-    members, group = _members([ddp for _, _, ddp in walk if ddp], shards, list(owners.values()))
+    members, group = _members(
+        [ddp.group for _, _, ddp in walk if ddp], shards, list(owners.values())
+    )
     _choose_writers(shards, members)
     return ModelShards(shards, members, group, sharded)
 
@@ -168,7 +171,7 @@ def _plain(
     shape = tuple(tensor.shape)
     shard = Shard(name, kind, shape, tensor, place, whole, read, 0, order, dense=dense)
     if ddp:
-        shard.replicas, shard.owner_ranks = (ddp.group,), ddp.ranks
+        shard.replicas, shard.owner_ranks = (ddp.group,), group_ranks(ddp.group)
     take_masters(shard)
     return shard
 
@@ -225,7 +228,7 @@ def redescribe(shard: Shard) -> None:
 
 
 def _members(
-    replicated: list[Replicated], shards: list[Shard], fsdp1: list[RanksAndGroup]
+    replicated: list[dist.ProcessGroup], shards: list[Shard], fsdp1: list[RanksAndGroup]
 ) -> RanksAndGroup:
     """The widest mesh or group found.
 
@@ -237,10 +240,9 @@ def _members(
     groups: list[RanksAndGroup] = [
         (sorted(mesh_ranks(mesh)), mesh.get_group() if mesh.ndim == 1 else None) for mesh in meshes
     ]
-    groups += [(list(around.ranks), around.group) for around in dict.fromkeys(replicated)]
+    process_groups = dict.fromkeys([*replicated, *map(zero3_group, tensors)])
+    groups += [(list(group_ranks(group)), group) for group in process_groups if group is not None]
     groups += fsdp1
-    zero3 = [group for shard in shards if (group := zero3_group(shard.tensor)) is not None]
-    groups += [(dist.get_process_group_ranks(group), group) for group in dict.fromkeys(zero3)]
     if not groups:
         return [dist.get_rank() if dist.is_initialized() else 0], None
     widest = max(groups, key=lambda entry: len(entry[0]))

@@ -29,6 +29,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -42,6 +43,7 @@ __all__ = [
     "ModelShards",
     "Region",
     "Shard",
+    "group_ranks",
     "register",
     "registered",
     "registered_buffer",
@@ -169,6 +171,12 @@ class ModelShards:
         """The device of the first weight that does not lie in host memory, if there is one."""
         devices = (shard.local_tensor().device for shard in self.shards)
         return next((device for device in devices if device.type != "cpu"), None)
+
+
+@lru_cache(maxsize=16)
+def group_ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
+    """The global ranks, asked once: a weight must not cost more in a larger world."""
+    return tuple(dist.get_process_group_ranks(group))
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -131,8 +130,7 @@ def walk_modules(
             ignored = frozenset(prefix + canonical(name) for name in module.parameters_to_ignore)
             ddp = Replicated(module.process_group, ignored)
         elif inner is not None and zero.is_engine(module):
-            group: Any = module.seq_data_parallel_group
-            ddp = Replicated(group, frozenset())
+            ddp = Replicated(module.seq_data_parallel_group, frozenset())  # type: ignore[arg-type]
         yield prefix, module, ddp
         if module._modules:
             for name, child in reversed(module._modules.items()):
@@ -147,8 +145,3 @@ class Replicated:
 
     group: dist.ProcessGroup
     parameters_to_ignore: frozenset[str]
-
-    @cached_property
-    def ranks(self) -> tuple[int, ...]:
-        """The global ranks, asked once: a weight must not cost more in a larger world."""
-        return tuple(dist.get_process_group_ranks(self.group))

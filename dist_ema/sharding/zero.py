@@ -18,16 +18,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.optim import Optimizer
 
 from .geometry import even
-from .records import Region, Shard
+from .records import Region, Shard, group_ranks
 
 __all__ = [
     "EngineSteps",
@@ -43,7 +43,6 @@ __all__ = [
 ]
 
 AVAILABLE = "AVAILABLE"  # the name of DeepSpeed's status of a weight that is whole on this rank
-UNSUPPORTED = "which dist_ema cannot average. Turn that off, or use ZeRO stage 2 or FSDP."
 
 
 def is_engine(value: object) -> bool:
@@ -79,17 +78,13 @@ def partition(module: nn.Module) -> None:
 
 def zero3_shard(name: str, kind: Any, tensor: Any, place: tuple[nn.Module, str]) -> Shard:
     """The record of a ZeRO-3 parameter: a flat range of it lies here, and its masters beside."""
-    reason = _unsupported(tensor)
-    if reason is not None:
-        raise ValueError(
-            f"{name} is partitioned by DeepSpeed (ZeRO stage 3) {reason}, {UNSUPPORTED}"
-        )
+    _refuse_unsupported(name, tensor)
     group, shape, numel = tensor.ds_process_group, tuple(tensor.ds_shape), int(tensor.ds_numel)
     length = len(tensor.ds_tensor)
     begin = min(dist.get_rank(group) * length, numel)
     region = Region((0,) * len(shape), shape, begin, min(begin + length, numel))
     shard = Shard(name, kind, shape, tensor, place, region, partial(getattr, tensor, "ds_tensor"))
-    shard.owner_ranks = _ranks(group)
+    shard.owner_ranks = group_ranks(group)
     optimizer = getattr(tensor, "_z3_optimizer", None)
     if kind == "trainable" and optimizer is not None:
         number, offset, _ = optimizer.grad_position[optimizer.get_param_id(tensor)]
@@ -99,28 +94,25 @@ def zero3_shard(name: str, kind: Any, tensor: Any, place: tuple[nn.Module, str])
     return shard
 
 
-def _unsupported(tensor: Any) -> str | None:
-    if getattr(tensor, "ds_tensor", None) is None or not hasattr(tensor, "ds_process_group"):
-        return "without a partition of it"
-    if getattr(tensor, "ds_secondary_tensor", None) is not None:
-        return "with secondary partitions (zero_hpz_partition_size)"
-    if hasattr(tensor, "comm"):
-        return "in replicated groups (MiCS)"
-    if hasattr(tensor.ds_tensor, "ds_quant_scale"):
-        return "with quantized weights"
-    location = getattr(tensor.ds_tensor, "final_location", None)
-    if getattr(location, "value", None) == "nvme":
-        return "with parameters on NVMe"
-    optimizer = getattr(tensor, "_z3_optimizer", None)
-    if optimizer is not None and getattr(optimizer, "swap_optimizer", False):
-        return "with its optimizer on NVMe"
-    return None
-
-
-@lru_cache(maxsize=16)
-def _ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
-    """The global ranks, asked once: a weight must not cost more in a larger world."""
-    return tuple(dist.get_process_group_ranks(group))
+def _refuse_unsupported(name: str, tensor: Any) -> None:
+    """Raise ValueError where the partition is none, or not all that a rank has to average."""
+    stored, optimizer = getattr(tensor, "ds_tensor", None), getattr(tensor, "_z3_optimizer", None)
+    is_secondary = getattr(tensor, "ds_secondary_tensor", None) is not None
+    location = getattr(stored, "final_location", None)
+    unsupported = {
+        "without a partition of it": stored is None or not hasattr(tensor, "ds_process_group"),
+        "with secondary partitions (zero_hpz_partition_size)": is_secondary,
+        "in replicated groups (MiCS)": hasattr(tensor, "comm"),
+        "with quantized weights": hasattr(stored, "ds_quant_scale"),
+        "with parameters on NVMe": getattr(location, "value", None) == "nvme",
+        "with its optimizer on NVMe": getattr(optimizer, "swap_optimizer", False),
+    }
+    reasons = [reason for reason, is_so in unsupported.items() if is_so]
+    if reasons:
+        raise ValueError(
+            f"{name} is partitioned by DeepSpeed (ZeRO stage 3) {reasons[0]}, which dist_ema cannot "
+            "average. Turn that off, or use ZeRO stage 2 or FSDP."
+        )
 
 
 def replicated_group(modules: Iterable[nn.Module]) -> dist.ProcessGroup | None:
@@ -156,9 +148,16 @@ def take_masters(shard: Shard) -> None:
             f"buffer of {total} elements says {(begin, end)}. dist_ema does not know this layout."
         )
     shard.replicas, shard.cut = (group,), (start, total)
-    shard.owner_ranks = _ranks(group)
-    nothing = torch.empty(0, dtype=torch.float32, device=tensor.device)
-    shard.master = partial(_fragment, tensor, nothing)
+    shard.owner_ranks = group_ranks(group)
+    shard.master = partial(
+        _fragment, tensor, torch.empty(0, dtype=torch.float32, device=tensor.device)
+    )
+
+
+def _fragment(tensor: Any, empty: Tensor) -> Tensor:
+    """The fp32 masters of what this rank steps, read afresh: `empty` where that is nothing."""
+    mapping = tensor._hp_mapping
+    return empty if mapping is None else mapping.hp_fragment  # type: ignore[no-any-return]
 
 
 def refuse_taken_over(shard: Shard) -> None:
@@ -172,20 +171,19 @@ def refuse_taken_over(shard: Shard) -> None:
         )
 
 
-def _fragment(tensor: Any, nothing: Tensor) -> Tensor:
-    mapping = tensor._hp_mapping
-    fragment: Tensor = nothing if mapping is None else mapping.hp_fragment
-    return fragment
-
-
 # --- steps --------------------------------------------------------------------------------------
 
 
 class EngineSteps:
     """The step hooks of one engine ([Note: steps of an engine]).
 
-    Made once, and kept on it.
+    Made once, and kept on it. Hooks run before every call of `engine.step()`, and after every step
+    that was applied.
     """
+
+    # They need no more of an optimizer than its dictionaries of hooks.
+    register_step_pre_hook: Any = Optimizer.register_step_pre_hook
+    register_step_post_hook: Any = Optimizer.register_step_post_hook
 
     def __init__(self, engine: Any) -> None:
         self._engine, self._step = engine, engine.step
@@ -209,19 +207,3 @@ class EngineSteps:
             for hook in list(self._optimizer_step_post_hooks.values()):
                 hook(self, args, kwargs)
         return result
-
-    def register_step_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
-        """Run `hook` before every call of `engine.step()`."""
-        return _registered(self._optimizer_step_pre_hooks, hook)
-
-    def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
-        """Run `hook` after every step that was applied."""
-        return _registered(self._optimizer_step_post_hooks, hook)
-
-
-def _registered(
-    hooks: OrderedDict[int, Callable[..., None]], hook: Callable[..., None]
-) -> RemovableHandle:
-    handle = RemovableHandle(hooks)
-    hooks[handle.id] = hook
-    return handle
