@@ -1,4 +1,4 @@
-"""`find_shards`: one record per weight of any wrapped model.
+"""`find_shards`: one record per weight and buffer of any wrapped model, and the ranks that hold it.
 
 DDP, FSDP1, FSDP2, HSDP, tensor parallel, torch.compile and activation checkpointing are dissolved
 here. Nothing after this room asks how a model is wrapped.
@@ -7,8 +7,6 @@ here. Nothing after this room asks how a model is wrapped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,36 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .fsdp1 import flat_slices, identity, ranks_and_group, registered_parameters
-from .fsdp2 import dtensor_shard, mesh_ranks
+from . import fsdp1, fsdp2, records, storage, wrappers, zero
 from .parameters import Parameters
-from .records import (
-    Kind,
-    ModelShards,
-    Region,
-    Shard,
-    group_ranks,
-    registered_buffer,
-    uncollected,
-)
-from .storage import memory_of, present_memory, storage_order
+from .records import Kind, ModelShards, Region, Shard
 from .torch_classes import is_dtensor, is_fsdp1, is_fsdp2
-from .wrappers import Replicated, reshard, walk_modules
-from .zero import (
-    holds_partitions,
-    is_partitioned,
-    replicated_group,
-    take_masters,
-    zero3_group,
-    zero3_shard,
-)
 
 __all__ = ["find_shards", "redescribe", "unfilled_buffers"]
 
 RanksAndGroup = tuple[list[int], dist.ProcessGroup | None]  # the group is of exactly these ranks
 
 
-@uncollected()
+@records.uncollected()
 def find_shards(
     model: nn.Module, replicated: dist.ProcessGroup | None = None, timeout: float = 300.0
 ) -> ModelShards:
@@ -65,18 +44,18 @@ def find_shards(
     Note:
         *Collective* under FSDP1's hybrid strategies.
     """
-    replicated = replicated or replicated_group(model.modules())
-    outer = None if replicated is None else Replicated(replicated, frozenset())
-    walk = list(walk_modules(model, outer))
+    replicated = replicated or zero.replicated_group(model.modules())
+    outer = None if replicated is None else wrappers.Replicated(replicated, frozenset())
+    walk = list(wrappers.walk_modules(model, outer))
     modules = list(dict.fromkeys(module for _, module, _ in walk))
     sharded: list[nn.Module] = [
-        m for m in modules if is_fsdp2(m) or is_fsdp1(m) or holds_partitions(m)
+        m for m in modules if is_fsdp2(m) or is_fsdp1(m) or zero.holds_partitions(m)
     ]
     if isinstance(model, Parameters):
         sharded = model.owners
-    reshard(sharded)
+    wrappers.reshard(sharded)
     # NOTE: in the order of the modules, not of a set: every rank must ask in the same order.
-    owners = {m: ranks_and_group(m, timeout) for m in modules if is_fsdp1(m) and m._handle}
+    owners = {m: fsdp1.ranks_and_group(m, timeout) for m in modules if is_fsdp1(m) and m._handle}
     shards = _describe(walk, {owner: tuple(ranks) for owner, (ranks, _) in owners.items()})
     if isinstance(model, Parameters) and model.average_frozen:
         for shard in shards:  # the others can be copied, but not averaged
@@ -90,18 +69,19 @@ def find_shards(
 
 
 def _describe(
-    walk: list[tuple[str, nn.Module, Replicated | None]], owners: dict[Any, tuple[int, ...]]
+    walk: list[tuple[str, nn.Module, wrappers.Replicated | None]],
+    owners: dict[Any, tuple[int, ...]],
 ) -> list[Shard]:
     """One record for each weight and buffer. Tied names become aliases of the first one.
 
     owners: the ranks that hold the flat parameter of an FSDP1 module together.
     """
-    flats = flat_slices(owners)
+    flats = fsdp1.flat_slices(owners)
     shards: dict[Any, Shard] = {}
     names: set[str] = set()
     for prefix, module, ddp in walk:
-        for name, tensor, flat in registered_parameters(module, flats):
-            key, full = identity(tensor, flat), prefix + name
+        for name, tensor, flat in fsdp1.registered_parameters(module, flats):
+            key, full = fsdp1.identity(tensor, flat), prefix + name
             if full in names and (key not in shards or shards[key].kind == "buffer"):
                 raise ValueError(
                     f"{full} stands on two stages of this rank, which hold different tensors. Give "
@@ -116,19 +96,20 @@ def _describe(
                 shards[key] = _plain(full, tensor, (module, name), around)
             names.add(full)
         for name, buffer in module._buffers.items():
-            persistent, place = name not in module._non_persistent_buffers_set, (module, name)
+            full, place = prefix + name, (module, name)
+            is_persistent = name not in module._non_persistent_buffers_set
             # The first of several stages with such a buffer is the one that is recorded.
-            if (buffer is None and persistent) or prefix + name in names:
+            if (buffer is None and is_persistent) or full in names:
                 continue
-            names.add(prefix + name)
+            names.add(full)
             key = id(buffer) if buffer is not None else (id(module), name)  # a cache to be filled
             if key in shards:
-                shards[key].aliases.append(prefix + name)
-                continue
-            # NOTE: never split by rank. BatchNorm's differ between DDP ranks even after
-            # broadcast_buffers=True.
-            shards[key] = shard = _plain(prefix + name, registered_buffer(place), place, None)
-            shard.persistent = persistent and not shard.opaque
+                shards[key].aliases.append(full)
+            else:
+                # NOTE: never split by rank. BatchNorm's differ between DDP ranks even after
+                # broadcast_buffers=True.
+                shards[key] = _plain(full, records.registered_buffer(place), place, None)
+                shards[key].persistent &= is_persistent
     return list(shards.values())
 
 
@@ -147,32 +128,35 @@ def _refuse_empty(shards: list[Shard]) -> None:
 
 
 def _plain(
-    name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: Replicated | None
+    name: str, tensor: Tensor, place: tuple[nn.Module, str], ddp: wrappers.Replicated | None
 ) -> Shard:
     """The record of a tensor that a module registers itself."""
     _refuse_unfilled(name, tensor)
     kind: Kind = "trainable" if tensor.requires_grad else "frozen"
     if place[1] in place[0]._buffers:
         kind = "buffer"
-    if is_partitioned(tensor):
-        return zero3_shard(name, kind, tensor, place)
-    if memory_of(tensor) is None:
+    if zero.is_partitioned(tensor):
+        return zero.zero3_shard(name, kind, tensor, place)
+    if storage.memory_of(tensor) is None:
         return _opaque(name, kind, tensor, place)
     if is_dtensor(tensor):
-        return dtensor_shard(name, kind, tensor, place)
-    dense, order = storage_order(tensor.shape, tensor.stride())
+        return fsdp2.dtensor_shard(name, kind, tensor, place)
+    dense, order = storage.storage_order(tensor.shape, tensor.stride())
     sizes = tuple(tensor.shape) if order is None else tuple(tensor.shape[i] for i in order)
     whole = Region((0,) * len(sizes), sizes, 0, tensor.numel())
-    # NOTE: modules may register a new tensor under a buffer's name at any time; a Parameter must
-    # stay the same object.
-    by_place = partial(_buffer_memory, place)
-    local: Callable[[], Tensor] = by_place if kind == "buffer" else partial(present_memory, tensor)
-    read = local if dense else partial(_copied, local)
+
+    def local_tensor() -> Tensor:
+        # NOTE: modules may register a new tensor under a buffer's name at any time; a Parameter
+        # must stay the same object.
+        now = records.registered_buffer(place) if kind == "buffer" else tensor
+        memory = storage.present_memory(now)
+        return memory if dense else memory.detach().contiguous()
+
     shape = tuple(tensor.shape)
-    shard = Shard(name, kind, shape, tensor, place, whole, read, 0, order, dense=dense)
+    shard = Shard(name, kind, shape, tensor, place, whole, local_tensor, 0, order, dense=dense)
     if ddp:
-        shard.replicas, shard.owner_ranks = (ddp.group,), group_ranks(ddp.group)
-    take_masters(shard)
+        shard.replicas, shard.owner_ranks = (ddp.group,), records.group_ranks(ddp.group)
+    zero.take_masters(shard)
     return shard
 
 
@@ -199,19 +183,11 @@ def _opaque(name: str, kind: Kind, tensor: Tensor, place: tuple[nn.Module, str])
     return shard
 
 
-def _buffer_memory(place: tuple[nn.Module, str]) -> Tensor:
-    return present_memory(registered_buffer(place))
-
-
-def _copied(read: Callable[[], Tensor]) -> Tensor:
-    return read().detach().contiguous()
-
-
 def unfilled_buffers(model: nn.Module) -> set[str]:
     """Canonical names under which the state_dict will have a buffer, once it is not None."""
     return {
         prefix + name
-        for prefix, module, _ in walk_modules(model)
+        for prefix, module, _ in wrappers.walk_modules(model)
         for name, buffer in module._buffers.items()
         if buffer is None and name not in module._non_persistent_buffers_set
     }
@@ -219,7 +195,7 @@ def unfilled_buffers(model: nn.Module) -> set[str]:
 
 def redescribe(shard: Shard) -> None:
     """Describe what is registered for a copied buffer now, which may have become any size."""
-    now = _plain(shard.name, registered_buffer(shard.place), shard.place, None)
+    now = _plain(shard.name, records.registered_buffer(shard.place), shard.place, None)
     for field in ("shape", "tensor", "local_region", "order", "local_tensor", "dense", "opaque"):
         setattr(shard, field, getattr(now, field))
 
@@ -238,10 +214,13 @@ def _members(
     tensors = [shard.tensor for shard in shards]
     meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_dtensor(tensor))
     groups: list[RanksAndGroup] = [
-        (sorted(mesh_ranks(mesh)), mesh.get_group() if mesh.ndim == 1 else None) for mesh in meshes
+        (sorted(fsdp2.mesh_ranks(mesh)), mesh.get_group() if mesh.ndim == 1 else None)
+        for mesh in meshes
     ]
-    process_groups = dict.fromkeys([*replicated, *map(zero3_group, tensors)])
-    groups += [(list(group_ranks(group)), group) for group in process_groups if group is not None]
+    process_groups = dict.fromkeys([*replicated, *map(zero.zero3_group, tensors)])
+    groups += [
+        (list(records.group_ranks(group)), group) for group in process_groups if group is not None
+    ]
     groups += fsdp1
     if not groups:
         return [dist.get_rank() if dist.is_initialized() else 0], None

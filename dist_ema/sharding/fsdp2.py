@@ -15,10 +15,8 @@ from .storage import present_memory, storage_order
 from .torch_classes import is_fsdp2
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.placement_types import Placement
+    from torch.distributed.tensor import DeviceMesh, DTensor, Placement
 
 __all__ = ["dtensor_shard", "find_modules", "mesh_ranks", "reshard_module", "unsharded_copies"]
 
@@ -44,12 +42,13 @@ def dtensor_shard(name: str, kind: Kind, tensor: DTensor, place: tuple[nn.Module
             f"{local.stride()}. Strided and expanded weights cannot be averaged in place: make it "
             "contiguous before building the EMA."
         )
-    by = range(len(sizes)) if order is None else order
-    region = Region(tuple(offsets[i] for i in by), tuple(sizes[i] for i in by), 0, local.numel())
+    if order is not None:
+        offsets, sizes = (tuple(at[i] for i in order) for at in (offsets, sizes))
+    region = Region(offsets, sizes, 0, local.numel())
     read, shape = partial(present_memory, tensor), tuple(tensor.shape)
     shard = Shard(name, kind, shape, tensor, place, region, read, 0, order)
-    if kind != "buffer":
-        whole = [i for i in range(len(placements)) if i not in cuts]
+    if kind != "buffer":  # ranks may hold other bits of a buffer that nothing cuts
+        whole = [i for i in range(mesh.ndim) if i not in cuts]
         shard.replicas = tuple(mesh.get_group(i) for i in whole)
     if cuts or kind != "buffer":
         shard.owner_ranks = mesh_ranks(mesh)
@@ -95,13 +94,12 @@ def reshard_module(module: FSDPModule) -> None:
 
 def unsharded_copies(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
     """The sharded parameter behind each parameter that FSDP2 unsharded, by the id of the copy."""
-    copies = {}
-    for _, record in _sharded_parameters(modules):
-        for attribute in ("_unsharded_param", "_sharded_post_forward_param"):
-            copy = getattr(record, attribute, None)
-            if copy is not None:
-                copies[id(copy)] = record.sharded_param
-    return copies
+    return {
+        id(getattr(record, copy)): record.sharded_param
+        for _, record in _sharded_parameters(modules)
+        for copy in ("_unsharded_param", "_sharded_post_forward_param")
+        if getattr(record, copy, None) is not None
+    }
 
 
 def find_modules(parameters: dict[str, Tensor]) -> list[nn.Module]:

@@ -110,8 +110,8 @@ def _refuse_unsupported(name: str, tensor: Any) -> None:
     reasons = [reason for reason, is_so in unsupported.items() if is_so]
     if reasons:
         raise ValueError(
-            f"{name} is partitioned by DeepSpeed (ZeRO stage 3) {reasons[0]}, which dist_ema cannot "
-            "average. Turn that off, or use ZeRO stage 2 or FSDP."
+            f"{name} is partitioned by DeepSpeed (ZeRO stage 3) {reasons[0]}, which dist_ema "
+            "cannot average. Turn that off, or use ZeRO stage 2 or FSDP."
         )
 
 
