@@ -199,7 +199,7 @@ sharding/discovery.py
     _plain            _refuse_unfilled  @discovery::test_what_cannot_be_averaged_is_refused_by_name
 sharding/tree_changes.py
     _compare_weights  changes["gone" if  @living_tree::test_an_adapter_merged_and_unloaded
-    _compare_weights  changes["retied"].append(full)  @living_tree::test_every_verb_sees_the_edit
+    _compare_weights  changes["retied"].append(name)  @living_tree::test_every_verb_sees_the_edit
     _compare_weights  changes["replaced"].append
             @living_swap::test_a_weight_that_leaves_the_model_inside_is_named
     _compare_weights  changes["new_trainable"
@@ -208,7 +208,7 @@ sharding/tree_changes.py
             @living_buffers::test_files_hold_a_buffer_that_was_filled_since
     _compare_buffers  changes["replaced_buffers"]
             @living_buffers::test_an_averaged_buffer_that_is_no_longer_shared_is_named
-    _compare_buffers  persistent != shard.persistent or =>
+    _compare_buffers  is_persistent != shard.persistent or =>
             @living_details::test_a_buffer_that_no_longer_persists_is_in_no_file
     _compare_buffers  changes["gone_buffers"]
             @living_tree::test_an_averaged_buffer_that_is_gone_is_named

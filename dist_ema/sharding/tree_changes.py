@@ -1,4 +1,4 @@
-"""How a module tree differs from its records, by name; `memory_watch` notices that it does."""
+"""`compare_inventory`: what a module tree has replaced, tied, frozen, gained or lost, by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from . import wrappers
-from .fsdp1 import FlatSlices, flat_slices, identity, registered_parameters
-from .fsdp2 import unsharded_copies
+from . import fsdp1, fsdp2, wrappers
 from .records import Shard, registered
 
 __all__ = ["InventoryChanges", "compare_inventory"]
@@ -68,66 +66,65 @@ def _compare_weights(
     walk: list[tuple[str, nn.Module]], weights: list[Shard]
 ) -> defaultdict[str, list[str]]:
     """The changes of weights, by the fields of `InventoryChanges`."""
-    flats = flat_slices(module for _, module in walk)
-    keys = {shard.name: _identity_now(shard, flats) for shard in weights}
-    expected = dict(keys)
-    expected |= {alias: keys[shard.name] for shard in weights for alias in shard.aliases}
-    changes: defaultdict[str, list[str]] = defaultdict(list)
-    registered = {
-        prefix + name: identity(tensor, flat)
+    flats = fsdp1.flat_slices(module for _, module in walk)
+    recorded = {shard.name: _recorded_identity(shard, flats) for shard in weights}
+    expected = recorded | {
+        alias: recorded[shard.name] for shard in weights for alias in shard.aliases
+    }
+    registered = [
+        (prefix + name, tensor, flat_slice)
         for prefix, module in walk
         if module._parameters or flats
-        for name, tensor, flat in registered_parameters(module, flats)
-    }
-    if registered == expected:
+        for name, tensor, flat_slice in fsdp1.registered_parameters(module, flats)
+    ]
+    changes: defaultdict[str, list[str]] = defaultdict(list)
+    identities = {name: fsdp1.identity(tensor, flat) for name, tensor, flat in registered}
+    if identities == expected:
         return changes
-    for name in [name for name in expected if name not in registered]:
-        changes["gone" if name in keys else "retied"].append(name)
-    recorded_names, copies = set(keys.values()), unsharded_copies(module for _, module in walk)
-    for prefix, module in walk:
-        for name, tensor, flat in registered_parameters(module, flats):
-            full, tensor = prefix + name, copies.get(id(tensor), tensor)
-            key = identity(tensor, flat)
-            if expected.get(full) == key:
-                continue
-            if key in recorded_names or (full in expected and full not in keys):
-                changes["retied"].append(full)
-            elif full in keys:
-                changes["replaced"].append(full)
-                changes["replaced_frozen"] += [] if tensor.requires_grad else [full]
-            else:
-                changes["new_trainable" if tensor.requires_grad else "new_frozen"].append(full)
+    for name in [name for name in expected if name not in identities]:
+        changes["gone" if name in recorded else "retied"].append(name)
+    known, copies = set(recorded.values()), fsdp2.unsharded_copies(module for _, module in walk)
+    for name, tensor, flat_slice in registered:
+        tensor = copies.get(id(tensor), tensor)
+        identity = fsdp1.identity(tensor, flat_slice)
+        if expected.get(name) == identity:
+            continue
+        if identity in known or (name in expected and name not in recorded):
+            changes["retied"].append(name)
+        elif name in recorded:
+            changes["replaced"].append(name)
+            changes["replaced_frozen"] += [] if tensor.requires_grad else [name]
+        else:
+            changes["new_trainable" if tensor.requires_grad else "new_frozen"].append(name)
     return changes
+
+
+def _recorded_identity(shard: Shard, flats: fsdp1.FlatSlices) -> Any:
+    """The identity that the weight has where it is still registered."""
+    module, name = shard.place
+    flat_slice = flats.get(id(module), {}).get(name)
+    is_bound = flat_slice is not None and flat_slice.tensor is shard.tensor
+    return fsdp1.identity(shard.tensor, flat_slice if is_bound else None)
 
 
 def _compare_buffers(
     walk: list[tuple[str, nn.Module]], buffers: list[Shard], changes: defaultdict[str, list[str]]
 ) -> None:
     expected = {name: shard for shard in buffers for name in (shard.name, *shard.aliases)}
-    missing, seen = set(expected), set()
-    for prefix, module in walk:
-        for name, buffer in module._buffers.items() if module._buffers else ():
-            full = prefix + name
-            if full in seen:  # of another stage
-                continue
-            seen.add(full)
-            shard = expected.get(full)
-            if shard is None:
-                if buffer is not None:
-                    changes["new_buffers"].append(full)
-            elif buffer is not None or not shard.persistent:
-                missing.discard(full)
-                persistent = name not in module._non_persistent_buffers_set and not shard.opaque
-                tied = full != shard.name and buffer is registered(shard)
-                if persistent != shard.persistent or not (module is shard.place[0] or tied):
-                    changes["replaced_buffers"].append(full)
-    changes["gone_buffers"] += [name for name in expected if name in missing]
-
-
-def _identity_now(shard: Shard, flats: FlatSlices) -> Any:
-    """The `_identity` that `_parameters` finds where the weight is still registered."""
-    module, name = shard.place
-    flat = flats.get(id(module), {}).get(name)
-    return identity(
-        shard.tensor, flat if flat is not None and flat.tensor is shard.tensor else None
-    )
+    missing = dict.fromkeys(expected)
+    places = {
+        prefix + name: (module, name)
+        for prefix, module in reversed(walk)  # of several stages the first one counts
+        for name in module._buffers
+    }
+    for full, (module, name) in places.items():
+        shard, buffer = expected.get(full), module._buffers[name]
+        if shard is None:
+            changes["new_buffers"] += [] if buffer is None else [full]
+        elif buffer is not None or not shard.persistent:
+            del missing[full]
+            is_persistent = name not in module._non_persistent_buffers_set and not shard.opaque
+            is_tied = full != shard.name and buffer is registered(shard)
+            if is_persistent != shard.persistent or not (module is shard.place[0] or is_tied):
+                changes["replaced_buffers"].append(full)
+    changes["gone_buffers"] += missing
