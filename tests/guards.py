@@ -155,7 +155,7 @@ averaging/storage_watch.py
 sharding/memory_watch.py
     changed           self._table.differs() => False  @memory_watch
     changed           self._tree.changed() or =>  @memory_watch
-    changed           or self._hash() != self._addresses =>  @memory_watch
+    changed           or _address_hash(self._weights()) != self._addresses =>  @memory_watch
     changed           return self._state() != self._read => return False
             @living_storages::test_a_weight_that_is_transposed_in_place_is_named
     _weights          , map(_LOCAL_TENSOR, self._dtensors)) => )
@@ -169,7 +169,7 @@ sharding/memory_watch.py
     changed           self.sizes() != self._sizes or =>  @memory_watch
     changed           or not all( => and not all(  @memory_watch
     differs           not all(map(operator.is_, locals_, self._locals)) or =>  @memory_watch
-    differs           or self._loop(*self._arguments) =>  @memory_watch
+    differs           or self._differs() =>  @memory_watch
     __init__          many and plain_types and => many and  @memory_watch
     _address_hash     except (TypeError, RuntimeError) => except ZeroDivisionError
             @living_storages::test_the_next_update_sees_an_edit_of_the_tree

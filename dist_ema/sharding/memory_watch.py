@@ -1,4 +1,4 @@
-"""`MemoryWatch`: whether weights lie where they lay, in the same order, in the same module tree.
+"""`MemoryWatch`: whether weights lie at the addresses, in the order and in the tree where they lay.
 
 An update reads memory by address, so it asks that first ([Note: a model lives] in storage_watch).
 Each of the three questions has an owner here.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from array import array
 from collections.abc import Callable, Collection, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from typing import Any
 
@@ -60,7 +60,7 @@ class MemoryWatch:
                 readers[id(shard.master())] = shard.master
         self._readers = list(readers.values())
         self._tree, self._orders = _ModuleTree(roots, plain), _Orders(plain.values())
-        self._addresses, self._read = self._hash(), self._state()
+        self._addresses, self._read = _address_hash(self._weights()), self._state()
         # A subclass may answer for another memory than its own.
         plain_types = {*map(type, self._weights())} <= {Tensor, nn.Parameter}
         many = len(self._tree.names) + len(self._dtensors) >= MANY
@@ -70,25 +70,19 @@ class MemoryWatch:
     def changed(self) -> bool:
         """Something lies elsewhere, in another order, or was replaced."""
         if self._table is None or self._table.differs():
-            if self._tree.changed() or self._hash() != self._addresses:
+            if self._tree.changed() or _address_hash(self._weights()) != self._addresses:
                 return True
-            self._table = self._tabulate()  # other objects, in the memory of those before
+            # Other objects, in the memory of those before; or this is the first look.
+            loop = find_loop() if self._is_compiled else None
+            self._table = None if loop is None else _Table(loop, self._tree, self._dtensors)
         return self._state() != self._read
 
     def _weights(self) -> Iterable[Tensor]:
         return chain(self._tree.weights(), map(_LOCAL_TENSOR, self._dtensors))
 
-    def _hash(self) -> int | None:
-        return _address_hash(self._weights())
-
     def _state(self) -> tuple[Any, ...]:
         read = [reader() for reader in self._readers]
         return _address_hash(read), self._orders.now(read)
-
-    def _tabulate(self) -> _Table | None:
-        """The present objects and addresses, where the loop can look at them."""
-        loop = find_loop() if self._is_compiled else None
-        return None if loop is None else _Table(loop, self._tree, self._dtensors)
 
 
 class _ModuleTree:
@@ -120,11 +114,16 @@ class _ModuleTree:
             for name, tensor in module._parameters.items()
             if id(tensor) in plain
         }
+        # No module under the roots registers these.
         others = {str(key): tensor for key, tensor in plain.items() if key not in owners}
         places = [*owners.values(), *((others, key) for key in others)]
         self.owners: list[dict[str, Tensor]] = [owner for owner, _ in places]
         self.names = [name for _, name in places]
-        whole = [module._parameters for module in modules if _all_in(plain, module._parameters)]
+        whole = [
+            module._parameters
+            for module in modules
+            if all(id(tensor) in plain for tensor in module._parameters.values())
+        ]
         self.closed: list[dict[str, Any]] = [*self.parents, *whole]
         self._children = [children.values() for children in self.parents]
         self._seen, self._sizes = list(chain.from_iterable(self._children)), self.sizes()
@@ -168,14 +167,13 @@ class _Table:
         sizes = chain.from_iterable(zip(map(id, tree.closed), tree.sizes(), strict=True))
         self._arrays = [array("Q", numbers) for numbers in (objects, addresses, sizes)]
         pointers = [numbers.buffer_info()[0] for numbers in self._arrays]
-        self._loop = loop
         counts = len(weights), len(rows), len(locals_), len(tree.closed)
-        self._arguments = [*pointers, *counts]
+        self._differs = partial(loop, *pointers, *counts)
 
     def differs(self) -> bool:
         """A weight or a child is another object, or lies elsewhere."""
         locals_ = map(_LOCAL_TENSOR, self._dtensors)
-        return not all(map(operator.is_, locals_, self._locals)) or self._loop(*self._arguments)
+        return not all(map(operator.is_, locals_, self._locals)) or self._differs()
 
 
 @cache
@@ -188,10 +186,6 @@ def find_loop() -> Callable[..., bool] | None:
         return None if read is None else memory_watch_numba.compile_loop(read)
     except Exception:  # numba is absent, disabled, or refuses our code
         return None
-
-
-def _all_in(plain: Mapping[int, Tensor], parameters: Mapping[str, Tensor]) -> bool:
-    return all(id(tensor) in plain for tensor in parameters.values())
 
 
 def _address_hash(tensors: Iterable[Tensor]) -> int | None:
