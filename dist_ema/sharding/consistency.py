@@ -1,4 +1,4 @@
-"""Checks at construction: all ranks see the same weights and equal replicas."""
+"""Whether ranks hold the same model, the same bits in replicas, the same averages unwrapped."""
 
 from __future__ import annotations
 
@@ -47,24 +47,34 @@ def on_weights(
         for state, is_averaged in zip(states, averaged, strict=True)
         if state.shard.kind != "buffer"
     ]
-    replicas = _replicas(states, len(stage))
-    inventory: dict[str, list[Any]] = {"weights": weights, "regions": _regions(replicas)}
-    inventory["stage"] = list(stage)
+    replicas, stage = _replicas(states, len(stage)), list(stage)
+    regions = _regions(replicas)
+    inventory: dict[str, list[Any]] = {"stage": stage, "weights": weights, "regions": regions}
 
     def differs() -> bool:
         inventory["hashes"] = fingerprints([state.local for state in replicas])
-        kinds = digest([list(stage), inventory["regions"]]), digest(inventory["hashes"])
-        same = ranks.is_same(f"weights of {digest(list(stage))}", digest(weights))
-        return not (ranks.is_same(f"hashes of {kinds[0]}", kinds[1]) and same)
+        holders = f"hashes of {digest([stage, regions])}"
+        same_weights = ranks.is_same(f"weights of {digest(stage)}", digest(weights))
+        return not (ranks.is_same(holders, digest(inventory["hashes"])) and same_weights)
 
     if ranks.count_on_all(verb, differs):  # every rank learned this, so all say what they hold
         raise ValueError(ranks.gather(verb, inventory, partial(_difference, ranks.members)))
 
 
 def _difference(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> str:
-    """A sentence about what differs between the models, or between replicas."""
-    models = _other_models(members, inventories)
-    return models or (
+    """A sentence about the first ranks whose models differ, or else their replicas."""
+    first_of_stage: dict[str, int] = {}
+    for i, inventory in enumerate(inventories):
+        first = first_of_stage.setdefault(str(inventory["stage"]), i)
+        expected, weights = inventories[first]["weights"], inventory["weights"]
+        if weights != expected:
+            pairs = [f"{a} and {b}" for a, b in zip(expected, weights, strict=False) if a != b]
+            differing = "; ".join(pairs[:3]) or f"{len(expected)} and {len(weights)} weights"
+            return (
+                f"ranks {members[first]} and {members[i]} hold different models: {differing}. "
+                "Build the same model on every rank."
+            )
+    return (
         f"{_differing_replicas(members, inventories)}, which should hold replicas. Broadcast the "
         "weights before building the EMA, or tell DDP to ignore them."
     )
@@ -92,12 +102,12 @@ def sampled_alike(states: Sequence[ParamState], ranks: Ranks) -> bool:
     Note:
         *Cost*: 64 to 127 elements per weight are read. Waits for the device.
     """
-    by_kind: dict[Any, list[Tensor]] = {}
+    samples: dict[Any, list[Tensor]] = {}  # one hash for all of a dtype and device
     replicas = _replicas(states, ranks.size)
     for state in replicas:
         spaced = state.local[:: max(1, len(state.local) // 64)]
-        by_kind.setdefault((spaced.dtype, spaced.device), []).append(spaced)
-    hashes = fingerprints([torch.cat(samples) for samples in by_kind.values()])
+        samples.setdefault((spaced.dtype, spaced.device), []).append(spaced)
+    hashes = fingerprints(list(map(torch.cat, samples.values())))
     return not replicas or ranks.is_same(f"live {digest(_regions(replicas))}", digest(hashes))
 
 
@@ -113,32 +123,16 @@ def name_replicas(verb: str, ranks: Ranks, states: Sequence[ParamState]) -> str:
     return text
 
 
-def _other_models(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> str:
-    """The first difference; "" where all hold the same."""
-    leaders: dict[str, int] = {}  # the first rank of each stage
-    for i, inventory in enumerate(inventories):
-        leader = leaders.setdefault(str(inventory["stage"]), i)
-        first, weights = inventories[leader]["weights"], inventory["weights"]
-        if weights != first:
-            pairs = [f"{a} and {b}" for a, b in zip(first, weights, strict=False) if a != b]
-            differing = "; ".join(pairs[:3]) or f"{len(first)} and {len(weights)} weights"
-            return (
-                f"ranks {members[leader]} and {members[i]} hold different models: {differing}. "
-                "Build the same model on every rank."
-            )
-    return ""
-
-
 def _differing_replicas(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> str:
     """The sentence about the first rank that differs, else ""."""
     first_holders: dict[str, int] = {}  # by the regions that they hold
     for i, inventory in enumerate(inventories):
-        holder = first_holders.setdefault(str([inventory.get("stage"), inventory["regions"]]), i)
-        hashes = zip(inventories[holder]["hashes"], inventory["hashes"], strict=True)
-        entries = zip(inventory["regions"], hashes, strict=True)
-        mismatched = [region[0] for region, (a, b) in entries if a != b]
+        regions, hashes = inventory["regions"], inventory["hashes"]
+        first = first_holders.setdefault(str([inventory.get("stage"), regions]), i)
+        replicas = zip(regions, inventories[first]["hashes"], hashes, strict=True)
+        mismatched = [name for (name, *_), expected, found in replicas if found != expected]
         if mismatched:
-            ranks = f"ranks {members[holder]} and {members[i]}"
+            ranks = f"ranks {members[first]} and {members[i]}"
             return f"{', '.join(mismatched[:5])} differ between {ranks}"
     return ""
 
@@ -174,10 +168,10 @@ def on_averages(
 
     if ranks.count_on_all(verb, differs):
         positions = ranks.gather(verb, hashes, _mismatched)
-        mismatched = ", ".join(sorted(weights[i - 1].name for i in positions if i)[:3])
+        differing = ", ".join(sorted(weights[i - 1].name for i in positions if i)[:3])
         raise RuntimeError(
             f"ema.{verb}(): the model is not wrapped, and "
-            f"{mismatched if positions[0] else 'the names of the weights'} differ between the "
+            f"{differing if positions[0] else 'the names of the weights'} differ between the "
             "ranks of this job. Wrap the model (DDP, fully_shard), or start one process."
         )
 
