@@ -11,12 +11,9 @@ from .ownership import ParamState
 
 __all__ = ["ALIGN", "allocate"]
 
-
 ALIGN = 64  # bytes; where a long chain starts in the arena
 WIDE = 16  # bytes of one access
-
-# elements; shorter chains lie end to end, so that one flat lerp can take many of them
-LONG = 16 << 10
+LONG = 16 << 10  # elements; shorter chains lie end to end, so one flat lerp can take many of them
 
 
 def allocate(
@@ -39,16 +36,12 @@ def allocate(
     """
     by_arena: dict[tuple[torch.dtype, torch.device], list[ParamState]] = {}
     for state in states:
-        key = _shadow_dtype(state.shard.dtype, dtype), device or state.source.device
+        # Complex weights keep complex shadows, of at least the asked precision.
+        is_complex = state.shard.dtype.is_complex
+        shadow_dtype = torch.promote_types(dtype, torch.complex64) if is_complex else dtype
+        key = shadow_dtype, device or state.source.device
         by_arena.setdefault(key, []).append(state)
     return [_fill_arena(chosen, *key) for key, chosen in by_arena.items()]
-
-
-def _shadow_dtype(live: torch.dtype, asked: torch.dtype) -> torch.dtype:
-    """Complex weights keep complex shadows, of at least the asked precision."""
-    if not live.is_complex:
-        return asked
-    return torch.complex128 if asked == torch.float64 else torch.complex64
 
 
 def _fill_arena(states: list[ParamState], dtype: torch.dtype, device: torch.device) -> Tensor:

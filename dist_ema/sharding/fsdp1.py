@@ -1,4 +1,4 @@
-"""FSDP1: flat parameters, and the range of each weight that this rank holds."""
+"""FSDP1: which slice of a flat parameter each weight is, its identity, its record, resharding."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FlatSlice",
     "FlatSlices",
+    "bound_slice",
     "flat_slices",
     "identity",
     "ranks_and_group",
@@ -128,20 +129,25 @@ def registered_parameters(
     Yields:
         (name, tensor, slice of an FSDP1 flat parameter or None)
     """
-    slices, own = flats.get(id(module), {}), module._parameters
-    for name, parameter in own.items():
+    for name, parameter in module._parameters.items():
         if parameter is not None and name != FLAT_PARAMETER:
-            flat = slices.get(name)
-            is_bound = flat is not None and flat.tensor is parameter  # else it was replaced
-            yield name, parameter, flat if is_bound else None
-    for name, flat in slices.items():
-        if own.get(name) is None:
-            yield name, flat.tensor, flat
+            yield name, parameter, bound_slice((module, name), parameter, flats)
+    for name, flat_slice in flats.get(id(module), {}).items():
+        if module._parameters.get(name) is None:
+            yield name, flat_slice.tensor, flat_slice
 
 
-def identity(tensor: Tensor, flat: FlatSlice | None) -> Any:
+def bound_slice(
+    place: tuple[nn.Module, str], parameter: Tensor, flats: FlatSlices
+) -> FlatSlice | None:
+    """The slice of a flat parameter that stands in this place as `parameter`; else None."""
+    flat_slice = flats.get(id(place[0]), {}).get(place[1])
+    return flat_slice if flat_slice is not None and flat_slice.tensor is parameter else None
+
+
+def identity(tensor: Tensor, flat_slice: FlatSlice | None) -> Any:
     """Equal for tied names."""
-    return id(tensor) if flat is None else flat.key
+    return id(tensor) if flat_slice is None else flat_slice.key
 
 
 def ranks_and_group(

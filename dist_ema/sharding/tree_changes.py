@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -67,7 +66,12 @@ def _compare_weights(
 ) -> defaultdict[str, list[str]]:
     """The changes of weights, by the fields of `InventoryChanges`."""
     flats = fsdp1.flat_slices(module for _, module in walk)
-    recorded = {shard.name: _recorded_identity(shard, flats) for shard in weights}
+    recorded = {  # the identity of each weight where it is still registered
+        shard.name: fsdp1.identity(
+            shard.tensor, fsdp1.bound_slice(shard.place, shard.tensor, flats)
+        )
+        for shard in weights
+    }
     expected = recorded | {
         alias: recorded[shard.name] for shard in weights for alias in shard.aliases
     }
@@ -97,14 +101,6 @@ def _compare_weights(
         else:
             changes["new_trainable" if tensor.requires_grad else "new_frozen"].append(name)
     return changes
-
-
-def _recorded_identity(shard: Shard, flats: fsdp1.FlatSlices) -> Any:
-    """The identity that the weight has where it is still registered."""
-    module, name = shard.place
-    flat_slice = flats.get(id(module), {}).get(name)
-    is_bound = flat_slice is not None and flat_slice.tensor is shard.tensor
-    return fsdp1.identity(shard.tensor, flat_slice if is_bound else None)
 
 
 def _compare_buffers(
