@@ -1,4 +1,4 @@
-"""Arenas: the shadows allocated in one flat buffer per dtype and device."""
+"""Arenas: shadows laid into one flat buffer per dtype and device, neighbours side by side."""
 
 from __future__ import annotations
 

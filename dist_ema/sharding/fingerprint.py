@@ -1,4 +1,4 @@
-"""Hashes of the bits of tensors, for ranks to compare."""
+"""`fingerprint`, `bit_sums`: 64-bit hashes of the bits of tensors, to compare ranks and times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Box`: boxes, ranges, runs and element numbers of row-major weights. No tensors are moved."""
+"""`Box`: the boxes of a region, with their data; runs of elements and bytes. Nothing is moved."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The loop of `memory_watch`, compiled. It imports numba, so it is imported for many weights only.
+"""The loop of `memory_watch` over tables of objects and addresses, compiled with numba.
 
-It calls C functions of CPython's stable interface, and the one of torch's that the code of
-torch.compile asks where a tensor lies.
+It is imported for many weights only. It calls C functions of CPython's stable interface, and the
+one of torch's that the code of torch.compile asks where a tensor lies.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`ParamState`: which elements of a weight each rank averages, and which it writes to files.
+"""`ParamState`: which elements this rank averages, which it saves, and in which blocks.
 
-A `ParamState` is one weight on this rank: the region that it averages, the region that it saves,
-and the shadow. Where nothing is replicated both are the local region. What the same replicas hold
-is laid end to end, and each of them takes an equal share of that sequence:
+A `ParamState` is one weight on this rank: the region that it averages, the region that it saves to
+files, and the shadow. Where nothing is replicated both are the local region. What the same replicas
+hold is laid end to end, and each of them takes an equal share of that sequence:
 
     DDP, 2 ranks: the weights end to end, one cut
     | conv.weight | bn | fc.weight        | fc.bias |
@@ -214,21 +214,22 @@ def assign(
             "no rank can average all of it. Leave split=False out; in place of into= call "
             "ema.copy_to(teacher) before the teacher is read, or use ZeRO stage 3 for both."
         )
-    ends: dict[Any, int] = {}
+    # A range of a sequence is known when its length is: all starts come before the first state.
+    lengths: dict[Any, int] = {}
     starts = []
     for shard, key in pairs:
-        starts.append(ends.get(key, 0))
-        if shard.cut is None:
-            ends[key] = starts[-1] + shard.local_region.numel
+        starts.append(lengths.get(key, 0))
+        if shard.cut is None:  # else DeepSpeed has laid out a sequence of its own
+            lengths[key] = starts[-1] + shard.local_region.numel
     own_range = cache(_own_range)  # asks the groups once for each sequence
     states = []
     for (shard, key), start in zip(pairs, starts, strict=True):
-        region, sequence = shard.local_region, shard.cut or (start, ends[key])
+        held, sequence = shard.local_region, shard.cut or (start, lengths[key])
         bounds = own_range(shard.replicas, sequence[1])
-        begin, end = (region.begin + min(max(at - sequence[0], 0), region.numel) for at in bounds)
-        owned = Region(region.offsets, region.sizes, begin, end)
-        mean = owned if split and shard.replicas else region
-        states.append(ParamState(shard, mean, owned, shard.read(), sequence))
+        begin, end = (held.begin + min(max(at - sequence[0], 0), held.numel) for at in bounds)
+        owned_region = replace(held, begin=begin, end=end)
+        averaged_region = owned_region if split and shard.replicas else held
+        states.append(ParamState(shard, averaged_region, owned_region, shard.read(), sequence))
     return states
 
 
@@ -280,38 +281,38 @@ def _runs(state: ParamState, depth: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def saved_blocks(
-    states: Sequence[ParamState], values: dict[str, Tensor] | None = None, alone: bool = False
+    states: Sequence[ParamState], own_buffers: dict[str, Tensor] | None = None, alone: bool = False
 ) -> Iterator[Block]:
     """The elements that this rank saves, in blocks of at most `MAX_BLOCK` bytes.
 
     Args:
         states: The weights and buffers.
-        values: Own buffers by name, taken in place of the model's.
+        own_buffers: The average's own, by name, taken in place of the model's.
         alone: Everything that this rank holds, as no other rank saves the rest.
 
     Yields:
         Blocks, numbered like the states. *Aliases* shadows and live weights.
     """
     for number, state in enumerate(states):
-        region = state.shard.local_region if alone else state.saved_region
-        data = state.average_in(region)
-        if values and state.name in values and data.numel():
-            data = values[state.name]
+        saved_region = state.shard.local_region if alone else state.saved_region
+        average = state.average_in(saved_region)
+        if own_buffers and state.name in own_buffers and average.numel():
+            average = own_buffers[state.name]
         elif state.is_copied_buffer:
-            data = data.clone()  # NOTE: numpy forbids to resize memory that it has seen
-        for box, view in geometry.boxes_with_data(state.shard, region, data):
-            for block in geometry.split_box(box, MAX_BLOCK // data.itemsize):
+            average = average.clone()  # NOTE: numpy forbids to resize memory that it has seen
+        for box, view in geometry.boxes_with_data(state.shard, saved_region, average):
+            for block in geometry.split_box(box, MAX_BLOCK // average.itemsize):
                 yield Block(number, block.offsets, view[block.within(box)])
 
 
-def saved_dtype(state: ParamState, values: dict[str, Tensor]) -> torch.dtype:
+def saved_dtype(state: ParamState, own_buffers: dict[str, Tensor]) -> torch.dtype:
     """The dtype that `saved_blocks` gives: an own buffer keeps its own."""
-    return values.get(state.name, state.average).dtype
+    return own_buffers.get(state.name, state.average).dtype
 
 
 def saved_dtypes(
-    states: Sequence[ParamState], values: dict[str, Tensor]
+    states: Sequence[ParamState], own_buffers: dict[str, Tensor]
 ) -> tuple[list[torch.dtype], list[int]]:
     """dtype and number of dimensions of each, what a stream must know of the weights."""
     dims = [len(state.shard.shape) for state in states]
-    return [saved_dtype(state, values) for state in states], dims
+    return [saved_dtype(state, own_buffers) for state in states], dims

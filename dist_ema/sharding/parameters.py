@@ -1,4 +1,4 @@
-"""`Stages` and `Parameters`: a model that came in parts, as a module."""
+"""`Stages`, `Parameters`: a model given as pipeline stages or bare parameters, as a module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Shard` and `Region`: the record of one weight, which elements this rank holds, where they lie.
+"""`Shard`, `Region`: the record of a weight: which elements this rank holds, and where they lie.
 
 [Note: words]  Five words for a part of a weight, and no others.
 
@@ -47,7 +47,6 @@ __all__ = [
     "register",
     "registered",
     "registered_buffer",
-    "replaced",
     "uncollected",
 ]
 
@@ -192,14 +191,6 @@ def uncollected() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
-
-
-def replaced(shard: Shard) -> bool:
-    """The model registers another tensor object: load_state_dict(assign=True), a new Parameter."""
-    module, name = shard.place
-    if shard.kind == "buffer" or getattr(shard.tensor, "_is_flat_param", False):
-        return False
-    return module._parameters.get(name) is not shard.tensor
 
 
 def registered(shard: Shard) -> Tensor | None:

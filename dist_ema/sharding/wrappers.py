@@ -1,4 +1,4 @@
-"""The wrappers that PyTorch puts around a module, and how to see through them.
+"""Seeing through wrappers: walk, unwrap, reshard; state_dict keys that no record explains.
 
 [Note: stale roots]  After a forward without backward FSDP keeps weights unsharded, and the next
 forward reads that copy whatever the shards hold by then. Every verb that writes shards, or that

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: which elements of a weight this rank steps, and where their masters lie.
+"""DeepSpeed ZeRO: the records of its weights, their fp32 masters, the step hooks of its engine.
 
 DeepSpeed is not imported: what it leaves on the parameters says everything.
 
