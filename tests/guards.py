@@ -141,7 +141,7 @@ averaging/inventory.py
     _kept             (shard.name, *shard.aliases) => (shard.name,)
             @living_details::test_a_tie_under_an_earlier_name_keeps_its_average
 averaging/storage_watch.py
-    renew             , *counted_apart(param.shard)) => ,)  @living_ranks
+    renew             , *_counted_apart(param.shard)) => ,)  @living_ranks
     changed           True in [tensor.requires_grad for tensor in self._frozen] or =>
             @living_tree::test_a_complex_weight_that_is_unfrozen_is_noticed_too
     trained_unseen    and now[1] == before[1] =>  @metrics::test_times_of_a_side_stream

@@ -76,6 +76,7 @@ def full(
         connections, machines = ranks.connections("gather"), ranks.machines("gather")
         relay = machines.column(machines.columns[ranks.rank])[machines.numbers[0]]
 
+        # Orders: the memory of the first rank is there (`run_on_all`), then the others send.
         def send() -> None:
             if not ranks.first:
                 numbers = {name: number for number, name in enumerate(names)}
@@ -109,11 +110,12 @@ def full_weights(
     def full_bytes(state: ParamState) -> int:
         return math.prod(state.shard.shape) * state.average.itemsize
 
+    # Ranks that sum other sizes would cut other windows; the full sizes are the same everywhere.
     for window in packs(states, full_bytes, WINDOW):
         yield from _full_window(ranks, window, own_buffers)
 
 
-@torch.no_grad()
+@torch.no_grad()  # not on the generator, whose caller runs between its values
 def _full_window(
     ranks: Ranks, states: Sequence[ParamState], own_buffers: dict[str, Tensor]
 ) -> list[tuple[str, Tensor]]:
@@ -185,10 +187,11 @@ def copy_into(
         transfer.stream_to_all(
             ranks, "copy_to", *ownership.saved_dtypes(states, own_buffers), sent, receive
         )
+        # Last, because what was received lies in copies of strided elements only.
         for shard, elements in strided:
             if otherwise or not shard.owner_ranks:
                 shard.write(elements)
-        wrappers.reshard(sharded)
+        wrappers.reshard(sharded)  # FSDP's unsharded weights would hide what was written
 
     _run_to_its_end(ranks, states, copy)
 

@@ -26,13 +26,30 @@ from torch import Tensor, nn
 from ..sharding import fingerprint, memory_watch, ownership, records
 from .average import Average
 from .clock import Clock
-from .swap_registry import SwapRegistry, counted_apart
+from .swap_registry import SwapRegistry, Versions
 
-__all__ = ["StorageWatch", "refuse_shared"]
+__all__ = ["StorageWatch", "refuse_shared", "versions"]
 
 _VERSION = attrgetter("_version")
 SAMPLE = 8  # elements of each weight, up to twice as many
 Moment = tuple[int, int, int]  # steps and updates of the clock, writes by swaps
+
+
+def _counted_apart(shard: records.Shard) -> list[Tensor]:
+    """The tensors around local elements that count writes of their own.
+
+    One into a DTensor is not counted by its local tensor, nor the other way round. FSDP1 keeps
+    those of a Parameter and of the flat one apart.
+    """
+    around = [tensor for tensor in (shard.tensor, shard.flat_parameter) if tensor is not None]
+    return [] if shard.local_tensor() is shard.tensor else around
+
+
+def versions(state: ownership.ParamState) -> Versions:
+    """The version counters of a weight. A frozen one made in inference mode has none."""
+    if state.shard.tensor.is_inference():
+        return 0, 0
+    return state.local._version, sum(tensor._version for tensor in _counted_apart(state.shard))
 
 
 class StorageWatch:
@@ -71,7 +88,7 @@ class StorageWatch:
         counted = {
             id(tensor): (param.name, tensor)
             for param in self._params
-            for tensor in (param.local, *counted_apart(param.shard))
+            for tensor in (param.local, *_counted_apart(param.shard))
         }
         self._names = [name for name, _ in counted.values()]
         self._counted = [tensor for _, tensor in counted.values()]

@@ -30,8 +30,9 @@ from torch import Tensor
 from ..distributed import transfer
 from ..distributed.ranks import Ranks
 from ..sharding import derived, ownership, tree_changes
-from . import averages, executors, swap_journal, swap_registry, swap_writes
+from . import averages, executors, swap_journal, swap_writes
 from .average import Average
+from .storage_watch import versions
 
 __all__ = ["WeightSwap", "broadcast_to_replicas"]
 
@@ -56,7 +57,7 @@ class WeightSwap:
         self._weights, self._average, self.ranks = weights, average, ranks
         self._leads = leads  # the first rank that holds this model, or this stage of it
         self._swapped = [state for state in average.averaged if state.shard.kind != "buffer"]
-        self._before = [swap_registry.versions(state) for state in self._swapped]
+        self._before = [versions(state) for state in self._swapped]
         self._journal = swap_journal.SwapJournal(weights.model, average.states, average.own_buffers)
         self._writes: swap_writes.SwapWrites | None = None
         self._replicated = weights.placement.split and any(
@@ -222,7 +223,9 @@ class WeightSwap:
                     self._run(self._broadcast, False)
         finally:
             if not self._stale_replicas:
-                self._weights.swaps.discount(self._swapped, self._before)
+                written = [state.shard.tensor for state in self._swapped]
+                after = [versions(state) for state in self._swapped]
+                self._weights.swaps.discount(written, self._before, after)
                 self._weights.note_swap(False)
                 self._open = False
             elif not self._owes_message:

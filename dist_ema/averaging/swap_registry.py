@@ -19,9 +19,7 @@ from weakref import WeakSet
 
 from torch import Tensor
 
-from ..sharding import ownership, records
-
-__all__ = ["Reads", "SwapRegistry", "Versions", "counted_apart", "versions"]
+__all__ = ["Reads", "SwapRegistry", "Versions"]
 
 
 class Reads(enum.Flag):
@@ -40,23 +38,6 @@ Versions = tuple[int, int]  # of a weight's local elements, and of the Parameter
 
 _REGISTRIES: WeakSet[SwapRegistry] = WeakSet()
 _OPENINGS = itertools.count(1)
-
-
-def counted_apart(shard: records.Shard) -> list[Tensor]:
-    """The tensors around local elements that count writes of their own.
-
-    One into a DTensor is not counted by its local tensor, nor the other way round. FSDP1 keeps
-    those of a Parameter and of the flat one apart.
-    """
-    around = [tensor for tensor in (shard.tensor, shard.flat_parameter) if tensor is not None]
-    return [] if shard.local_tensor() is shard.tensor else around
-
-
-def versions(state: ownership.ParamState) -> Versions:
-    """The version counters of a weight. A frozen one made in inference mode has none."""
-    if state.shard.tensor.is_inference():
-        return 0, 0
-    return state.local._version, sum(tensor._version for tensor in counted_apart(state.shard))
 
 
 class SwapRegistry:
@@ -149,13 +130,20 @@ class SwapRegistry:
         later = [other for other in self._related if other.open and other._opened > self._opened]
         return later[0] if self.open and later else None
 
-    def discount(self, states: Sequence[ownership.ParamState], before: Sequence[Versions]) -> None:
-        """Keep a swap around ours from counting our writes since `before` as its block's."""
-        for state, (local, param) in zip(states, before, strict=True):
-            key, now = id(state.shard.tensor), versions(state)
+    def discount(
+        self, weights: Sequence[Tensor], before: Sequence[Versions], after: Sequence[Versions]
+    ) -> None:
+        """Keep a swap around ours from counting our writes as those of its block.
+
+        Args:
+            weights: What our swap wrote.
+            before: Their version counters when it was entered.
+            after: And now.
+        """
+        for weight, old, new in zip(weights, before, after, strict=True):
             for other in self._related:
-                first, second = other.nested.get(key, (0, 0))
-                other.nested[key] = first + now[0] - local, second + now[1] - param
+                local, around = other.nested.get(id(weight), (0, 0))
+                other.nested[id(weight)] = local + new[0] - old[0], around + new[1] - old[1]
 
     def _any_open(self, tensors: Iterable[Tensor]) -> bool:
         """Some average in this process has swapped one of these weights or buffers."""

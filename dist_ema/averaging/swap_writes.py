@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..sharding import fingerprint, ownership, records
-from .swap_registry import SwapRegistry, versions
+from .storage_watch import versions
+from .swap_registry import SwapRegistry
 
 __all__ = ["SwapWrites", "describe"]
 
@@ -41,7 +42,7 @@ class SwapWrites:
             and records.registered(state.shard) is not None
         ]
         self._swaps = swaps
-        swaps.nested.clear()
+        swaps.nested.clear()  # what others wrote before is in the counters already
 
     def names(self) -> tuple[list[str], list[str]]:
         """The names of swapped weights and of others that were written.
@@ -61,6 +62,7 @@ class SwapWrites:
                 counted.append(old._version != expected[0] or not _same_bits(old, state.local))
             else:
                 counted.append(versions(state) != expected)
+        # Summed after `rebind`, so that weights that moved are read where they lie now.
         sums = zip(self._weights, counted, self._sums, self._bit_sums(), strict=True)
         written = [state for state, is_counted, old, new in sums if is_counted or old != new]
         swapped = [state.name for state in written if state.shadow is not None]

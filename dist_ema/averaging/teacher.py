@@ -29,7 +29,8 @@ from ..sharding import (
 from ..sharding.ownership import ParamState
 from ..sharding.records import Shard
 from . import teacher_hooks
-from .swap_registry import Versions, versions
+from .storage_watch import versions
+from .swap_registry import Versions
 
 __all__ = ["Teacher", "refuse_beside_teacher"]
 

@@ -50,6 +50,7 @@ class PickledTensor(NamedTuple):
         """Every element lies in the storage, and none of them twice, as far as sizes tell."""
         if len(self.shape) != len(self.strides):
             return False
+        # Expanded tensors, whose elements share bytes, could make a small file a large model.
         reach = max(self.begin + self.last + 1, math.prod(self.shape))
         return reach * safetensors.ITEMSIZE[self.dtype] <= nbytes
 
@@ -61,6 +62,7 @@ def read(data: bytes, where: str) -> Any:
 
 def _storage(pid: Any) -> Storage:
     """A persistent id: ('storage', type, record, location, numel)."""
+    # The device is of no interest, and the length is that of the record.
     word, dtype, name, *_ = pid
     if word != "storage" or type(name) is not str:
         raise TypeError("no storage")
@@ -91,6 +93,7 @@ def _parameter(tensor: Any, *_: Any) -> PickledTensor:
     return tensor
 
 
+# torch writes the class of a storage as its dtype, but for bytes.
 _NAMES = {
     **NAMES,
     **{f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()},

@@ -134,7 +134,7 @@ class _Unpickler(pickle._Unpickler):
 
     def call(self) -> None:
         """REDUCE, and NEWOBJ, which calls a class."""
-        args, called = self.stack.pop(), self.stack.pop()
+        args, called = self.stack.pop(), self.stack.pop()  # pushed in the other order
         if type(called) is not StandIn or type(args) is not tuple:
             self.refuse(f"calls a {type(called).__name__} with a {type(args).__name__}")
         self.append(called.call(*args))
