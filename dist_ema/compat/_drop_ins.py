@@ -107,8 +107,8 @@ class ModuleDropIn(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # FSDP shards the model: no child writes the average, so it is written here.
         if self._average is not None and self._average.module is None:
-            entries = self._average.state_dict().items()
-            destination.update({f"{prefix}{self.child}.{key}": value for key, value in entries})
+            for name, value in self._average.state_dict().items():
+                destination[f"{prefix}{self.child}.{name}"] = value
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
@@ -118,12 +118,12 @@ class ModuleDropIn(nn.Module):
         if self._average is not None:
             keys = [key for key in state_dict if key.startswith(start)]
             # Taken out, or a strict load would find keys that no child expects.
-            entries = {key.removeprefix(start): state_dict.pop(key) for key in keys}
+            weights = {key.removeprefix(start): state_dict.pop(key) for key in keys}
             if self._average.module is None:
-                self._average.load_state_dict(entries)
+                self._average.load_state_dict(weights)
             else:
-                named = self._average.named_here(entries)
-                state_dict.update({start + key: value for key, value in named.items()})
+                for name, value in self._average.named_here(weights).items():
+                    state_dict[start + name] = value
         super()._load_from_state_dict(state_dict, prefix, *rest, **options)
 
 

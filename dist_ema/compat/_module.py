@@ -24,8 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..averaging import drop_in_rules
-from ..averaging.storage_watch import refuse_shared
+from ..averaging import drop_in_rules, storage_watch
 from ..averaging.swap_registry import Reads
 from ..checkpoint import dcp
 from ..ema import EMA
@@ -84,8 +83,8 @@ class ModuleAverage:
         if self.module is None and discovery.find_shards(live).sharded:
             # A copy keeps the dtypes of the model; shadows without one are wide enough for it.
             wide = any(p.dtype == torch.float64 for p in live.parameters() if p.requires_grad)
-            dtype = dtype or (torch.float64 if wide else torch.float32)
-            self._options |= {"device": device, "dtype": dtype}
+            default = torch.float64 if wide else torch.float32
+            self._options |= {"device": device, "dtype": dtype or default}
         else:
             if self.module is None:
                 self.module = copy.deepcopy(live)
@@ -135,30 +134,33 @@ class ModuleAverage:
         self._options["only"] = only
         self._build(wrappers.unwrapped(model), keep=True)
 
+    @torch.no_grad()
     def _build(self, live: nn.Module, keep: bool) -> None:
         old = None if self._ema is None else self._ema.weights
         if self.module is None and old is not None:
             raise RuntimeError(f"the average belongs to another model. {self._no_module}")
         copied = [] if self.module is None else discovery.find_shards(self.module).shards
-        if old is not None:
+        if old is not None and old.teacher is not None:
             old.settle()
-            if old.teacher is not None:
-                # Or the new EMA would be refused, because this teacher has a writer.
-                old.teacher.release()
+            # Or the new EMA would be refused, because this teacher has a writer.
+            old.teacher.release()
         # The new EMA copies the live weights into its teacher.
         kept = [(shard, shard.read().clone()) for shard in copied if keep]
         with _thawed(live, [] if old is None else old.names()):
             ema = EMA(live, into=self.module, **self._options)
         ema.weights.reseed(self._seed)
-        with torch.no_grad():
-            for shard, value in kept:
-                shard.write(value)
+        for shard, value in kept:
+            shard.write(value)
         if old is not None:
             # The clock goes on: decays of a warm-up must not begin again.
             ema.weights.set_clock(old.clock_to_dict())
-            refuse_shared(ema.weights.averages)
-        self._ema, states = ema, ema.weights.states
-        unwritten = {s.name: s.shard for s in states if s.shadow is None and s.teacher_copy is None}
+            storage_watch.refuse_shared(ema.weights.averages)
+        self._ema = ema
+        unwritten = {
+            state.name: state.shard
+            for state in ema.weights.states
+            if state.shadow is None and state.teacher_copy is None
+        }
         # Pairs of the copy and the model that the EMA does not write: what `only` leaves out,
         # and buffers that no file holds.
         self._unwritten = [(s, unwritten[s.name]) for s in copied if s.name in unwritten]
@@ -169,16 +171,15 @@ class ModuleAverage:
         The originals read the model by its names at every update, whatever was replaced or cast.
         """
         weights = self.average.weights
-        if weights.teacher is None or not weights.is_tree_moved:
-            return False
-        try:
-            weights.follow(tree=True)
-        except RuntimeError:
-            shards = [state.shard for state in weights.states]
-            changes = tree_changes.compare_inventory(weights.model, shards)
-            if changes.gone or changes.new_trainable:
-                raise
-            return True
+        if weights.teacher is not None and weights.is_tree_moved:
+            try:
+                weights.follow(tree=True)
+            except RuntimeError:
+                shards = [state.shard for state in weights.states]
+                changes = tree_changes.compare_inventory(weights.model, shards)
+                if changes.gone or changes.new_trainable:
+                    raise
+                return True
         return False
 
     # --- moving ---------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ class ModuleAverage:
         if weights.teacher is not None:  # all of them, as the originals do
             weights.teacher.forget_copies()
         if callable(by):
-            drop_in_rules.move_by(self.average.weights, by)
+            drop_in_rules.move_by(weights, by)
         else:
             self.average.update(decay=by)
         if self.module is None:  # an update ends what was recalibrated, as in a copy
@@ -269,10 +270,12 @@ class ModuleAverage:
                 f"the state_dict lacks {', '.join(missing[:5])} of the average. Pass what "
                 "state_dict() of such a drop-in gave."
             )
-        buffers = {key: named[key] for key in average["buffers"]}
-        own = [key not in average["weights"] for key in sorted(buffers)]
-        flags = torch.tensor(own, dtype=torch.uint8, device="cpu")
-        average |= {"weights": named, "buffers": buffers, "own_by_name": flags}
+        own = [key not in average["weights"] for key in sorted(average["buffers"])]
+        average |= {
+            "weights": named,
+            "buffers": {key: named[key] for key in average["buffers"]},
+            "own_by_name": torch.tensor(own, dtype=torch.uint8, device="cpu"),
+        }
         self.average.load_state_dict(whole)
 
     def named_here(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -283,8 +286,8 @@ class ModuleAverage:
         known, named = self.state_dict(), {}
         for name, value in weights.items():
             inner = wrappers.canonical(name)
-            tries = (name, inner, inner.removeprefix("module."))
-            named[next((each for each in tries if each in known), name)] = value
+            spellings = (name, inner, inner.removeprefix("module."))
+            named[next((one for one in spellings if one in known), name)] = value
         return named
 
     def __getstate__(self) -> dict[str, Any]:
@@ -297,15 +300,13 @@ class ModuleAverage:
 @contextmanager
 def _thawed(model: nn.Module, averaged: Sequence[str]) -> Iterator[None]:
     """Let averaged weights that are frozen by now look trainable, so that a new EMA keeps them."""
-    frozen = [
+    frozen = nn.ParameterList(
         p
         for name, p in model.named_parameters()
         if not p.requires_grad and wrappers.canonical(name) in averaged
-    ]
+    )
     try:
-        for p in frozen:
-            p.requires_grad_(True)
+        frozen.requires_grad_(True)
         yield
     finally:
-        for p in frozen:
-            p.requires_grad_(False)
+        frozen.requires_grad_(False)

@@ -79,6 +79,7 @@ class ParameterListAverage:
     ) -> None:
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in model.parameters())
         dtype = torch.float64 if wide else torch.float32
+
         self._use(EMA(model, decay, dtype=dtype, split=False, buffers=buffers))
 
     def _use(self, ema: EMA, dtype: torch.dtype | None = None) -> None:
@@ -89,20 +90,22 @@ class ParameterListAverage:
         if isinstance(model, Parameters):
             self.names = list(model.tensors)
         else:
-            shards = [state.shard for state in self.weights.states if state.shard.persistent]
             listed = self.weights.selection.buffers == "average"
-            self.names = [s.name for s in shards if listed or s.kind != "buffer"]
+            self.names = [
+                state.name
+                for state in self.weights.states
+                if state.shard.persistent and (listed or state.shard.kind != "buffer")
+            ]
 
     def _options(self) -> dict[str, Any]:
         """The arguments that make an EMA of another model like this one."""
-        placement, buffers = self.weights.placement, self.weights.selection.buffers
-        dtype = torch.float32 if placement.dtype == torch.float16 else placement.dtype
+        placement = self.weights.placement
         return {
             "decay": self._ema.schedule,
-            "dtype": dtype,
+            "dtype": torch.float32 if placement.dtype == torch.float16 else placement.dtype,
             "device": placement.device,
             "split": False,
-            "buffers": buffers,
+            "buffers": self.weights.selection.buffers,
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,11 +153,11 @@ class ParameterListAverage:
             return model
         if not isinstance(model, Parameters):
             return wrappers.unwrapped(given) if isinstance(given, nn.Module) else model
-        named, known = self._named(given), model.tensors
-        if all(tensor is known[name] for name, tensor in named):
+        named, averaged = self._named(given), model.tensors
+        if all(tensor is averaged[name] for name, tensor in named):
             return model
         other = Parameters(named, model.average_frozen)  # finds the shards of what FSDP2 unsharded
-        same = all(tensor is known[name] for name, tensor in other.tensors.items())
+        same = all(tensor is averaged[name] for name, tensor in other.tensors.items())
         return model if same else other
 
     def _named(self, given: Model) -> list[tuple[str, Tensor]]:
@@ -178,29 +181,28 @@ class ParameterListAverage:
         inner, listed = wrappers.unwrapped(model), set(self.names)
         if not isinstance(self._ema.model, Parameters):
             return inner
-        found = {wrappers.canonical(name): p for name, p in inner.named_parameters()}
-        mismatched = [name for name in self.names if name not in found]
-        mismatched += [n for n, p in found.items() if p.requires_grad and n not in listed]
+        registered = {wrappers.canonical(name): p for name, p in inner.named_parameters()}
+        mismatched = [name for name in self.names if name not in registered]
+        mismatched += [n for n, p in registered.items() if p.requires_grad and n not in listed]
         if mismatched:
             raise ValueError(
                 f"the model and the average differ in {', '.join(mismatched[:5])}. Pass the model "
                 "that the average was built on."
             )
-        return [found[name] for name in self.names]
+        return [registered[name] for name in self.names]
 
     @torch.no_grad()
     def _move_to(self, model: nn.Module) -> None:
         old, ema = self.weights, EMA(model, **self._options())
         # The update in flight belongs to the old average.
         old.settle()
-        known, found = ({state.name for state in w.states} for w in (old, ema.weights))
-        if known != found:
-            names = ", ".join(sorted(known ^ found)[:5])
+        averaged, given = ({state.name for state in w.states} for w in (old, ema.weights))
+        if averaged != given:
+            names = ", ".join(sorted(averaged ^ given)[:5])
             raise ValueError(f"the average and what was given differ in {names}.")
-        before, after = old.averages[0], ema.weights.averages[0]
-        state = dcp.state(before)
+        average = ema.weights.averages[0]
         try:
-            copies, after.own_buffers = dcp.match(state, after)
+            copies, average.own_buffers = dcp.match(dcp.state(old.averages[0]), average)
         except ValueError as error:
             raise ValueError(
                 f"the average does not fit what was given: {error} A sharded average is gathered "
@@ -272,8 +274,13 @@ class ParameterListAverage:
         self.follow()
         self.weights.refuse("load_state_dict", Reads.SHADOWS)
         self.weights.ready()
-        states = {name: state for name, state in self._states.items() if name in by_name}
-        _overwrite([(s.shard, s.shadow, by_name[name]) for name, s in states.items()])
+        _overwrite(
+            [
+                (state.shard, state.shadow, by_name[name])
+                for name, state in self._states.items()
+                if name in by_name
+            ]
+        )
 
     @torch.no_grad()
     def keep(self, given: Model | None = None, device: str | None = None) -> list[Tensor]:
@@ -366,13 +373,12 @@ def _overwrite(targets: Sequence[tuple[records.Shard, Tensor | None, Tensor]]) -
     for shard, elements, value in targets:
         if elements is None:
             continue
-        given = value.detach()
-        form = (shard.shaped if isinstance(given, DTensor) else shard.local)(elements)
-        if given.shape == form.shape:
-            form.copy_(given)
+        form = (shard.shaped if isinstance(value, DTensor) else shard.local)(elements)
+        if value.shape == form.shape:
+            form.copy_(value)
         else:
             # A full weight was given: this rank takes its boxes of it.
             for box, block in geometry.boxes_with_data(shard, shard.local_region, elements):
-                block.copy_(given[box.slices])
+                block.copy_(value[box.slices])
         if not shard.dense:  # of a weight, whose elements are a copy
             shard.write(elements)
