@@ -37,7 +37,7 @@ from .sharding import derived, parameters, records, torch_internals
 from .sharding.ownership import ParamState
 from .text import warn
 from .verbs.entry import (
-    Entry,
+    VerbEntry,
     Which,
     warn_if_doubled,
     warn_if_idle,
@@ -171,7 +171,7 @@ class EMA:
         arguments["device"] = None if device is None else torch.device(device).type
         # Collective from here on: a rank whose arguments were refused above never comes, and is
         # named.
-        self._entry = Entry(self.weights, arguments, timeout)
+        self._entry = VerbEntry(self.weights, arguments, timeout)
         self._files = Files(self._entry)
         self._publisher = Publisher(self._entry, self._files)
         # After the ranks agree: an engine may start a thread.

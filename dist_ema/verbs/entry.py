@@ -1,4 +1,4 @@
-"""`Entry`: the ranks of an EMA, who must come to a verb, what they compare first, and warnings.
+"""`VerbEntry`: the ranks of an EMA, who must come to a verb, what they compare first, and warnings.
 
 And what verbs warn of: an average that did not follow, and what it does not hold.
 """
@@ -22,7 +22,7 @@ from ..sharding import consistency, parameters, records, torch_internals, wrappe
 from ..text import warn
 
 __all__ = [
-    "Entry",
+    "VerbEntry",
     "Which",
     "warn_if_doubled",
     "warn_if_idle",
@@ -39,7 +39,7 @@ def _refuse_timeout(seconds: float) -> None:
         raise ValueError(f"timeout must be a positive number of seconds, got {seconds!r}.")
 
 
-class Entry:
+class VerbEntry:
     """The ranks of an EMA, and how they begin a verb together.
 
     Args:
@@ -221,7 +221,7 @@ def warn_if_idle(verb: str, weights: AveragedWeights) -> None:
         )
 
 
-def warn_if_doubled(entry: Entry) -> None:
+def warn_if_doubled(entry: VerbEntry) -> None:
     """An update was called by hand after each of those that attached optimizers made."""
     updates, (before, times) = entry.weights.clock.updates, entry.by_hand
     # Two since the last call by hand: one of the hooks', and this one.

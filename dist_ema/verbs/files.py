@@ -16,7 +16,7 @@ from ..distributed.ranks import Ranks
 from ..schedules import BlockMean
 from ..sharding import consistency, discovery, ownership
 from ..text import warn
-from .entry import Entry, Which, warn_if_idle, warn_if_nameless, warn_of_unexplained_keys
+from .entry import VerbEntry, Which, warn_if_idle, warn_if_nameless, warn_of_unexplained_keys
 
 __all__ = ["Files", "load"]
 
@@ -28,7 +28,7 @@ class Files:
         writer: Made by the first request, and kept.
     """
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: VerbEntry) -> None:
         self._entry, self._weights = entry, entry.weights
         self.writer: writer.Writer | None = None
         # The clock at the last look for each folder of `snapshot` and `publish`.
@@ -226,7 +226,7 @@ class Files:
 # --- loading --------------------------------------------------------------------------------------
 
 
-def load(entry: Entry, path: str | Path, *, strict: bool, verify: bool) -> None:
+def load(entry: VerbEntry, path: str | Path, *, strict: bool, verify: bool) -> None:
     """See `EMA.load`; the verb has begun. *Collective*."""
     weights, ranks = entry.weights, entry.ranks
     elsewhere, stage = (

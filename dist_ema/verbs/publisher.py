@@ -16,7 +16,7 @@ from weakref import WeakMethod
 from ..averaging.swap_registry import Reads
 from ..checkpoint import atomic, disk, library_files, request, retention, versions
 from ..text import warn
-from .entry import Entry, Which
+from .entry import VerbEntry, Which
 from .files import Files
 
 __all__ = ["Publication", "Publisher"]
@@ -156,7 +156,7 @@ class Publication:
 class Publisher:
     """Publishes versions after `EMA.publish`, when updates make them due."""
 
-    def __init__(self, entry: Entry, files: Files) -> None:
+    def __init__(self, entry: VerbEntry, files: Files) -> None:
         self._entry, self._files = entry, files
         self._publication: Publication | None = None
 
