@@ -71,8 +71,11 @@ def real(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(os.path.realpath(path))
     except FileNotFoundError as error:
-        text = "The working directory of this process was removed, so give an absolute path"
-        raise FileNotFoundError(error.errno, text, os.fspath(path)) from None
+        raise FileNotFoundError(
+            error.errno,
+            "The working directory of this process was removed, so give an absolute path",
+            os.fspath(path),
+        ) from None
 
 
 def temporary_sibling(path: Path, kind: str = "tmp") -> Path:
@@ -127,12 +130,10 @@ def _inside(path: Path, kind: str, token: str = "") -> Path:
 def _all_like(start: Path) -> list[Path]:
     """The siblings whose names begin so and go on with a token."""
     # NOTE: no glob, because names may hold its characters, or end in '.tmp-1' themselves.
-    folder, pattern = start.parent, re.compile(re.escape(start.name) + "[0-9a-f]{32}")
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [folder / name for name in names if pattern.fullmatch(name)]
+    token = re.compile(re.escape(start.name) + "[0-9a-f]{32}")
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return [start.parent / name for name in os.listdir(start.parent) if token.fullmatch(name)]
+    return []
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -231,8 +232,12 @@ def _confirm(folder: Path, path: Path, stays: str = "") -> None:
     try:
         disk.sync(folder)
     except OSError as error:
-        text = f"{error.strerror}: the new version is in place, but its durability is not certain."
-        raise NotDurableError(error.errno, f"{text}{stays}", os.fspath(path)) from error
+        raise NotDurableError(
+            error.errno,
+            f"{error.strerror}: the new version is in place, but its durability is not certain."
+            f"{stays}",
+            os.fspath(path),
+        ) from error
 
 
 def _rename_twice(new: Path, path: Path) -> Path:

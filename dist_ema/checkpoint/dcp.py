@@ -125,10 +125,11 @@ def match(saved_state: Mapping[str, Any], average: Average) -> Matched:
 
 def own_names(state: Mapping[str, Any]) -> set[str]:
     """The names of the buffers that the average has for itself."""
-    is_new = "own_by_name" in state
-    names = sorted(state["buffers"]) if is_new else list(state["buffers"])
-    flags = state["own_by_name" if is_new else "own"].tolist()
-    return {name for name, flag in zip(names, flags, strict=True) if flag}
+    if "own_by_name" in state:
+        flags = zip(sorted(state["buffers"]), state["own_by_name"].tolist(), strict=True)
+    else:  # of an earlier version ([Note: keys of DCP] in dcp_keys)
+        flags = zip(state["buffers"], state["own"].tolist(), strict=True)
+    return {name for name, flag in flags if flag}
 
 
 def _pairs(
@@ -140,14 +141,13 @@ def _pairs(
             f"{state.name} is {tuple(value.shape)} in the state_dict, {state.shard.shape} in the "
             "model."
         )
-    held: dict[Any, Tensor] | None = None
-    if isinstance(value, flat_range.FlatRange):
-        held = {(offsets, tuple(part.shape)): part for offsets, part in value.blocks}
+    blocks = value.blocks if isinstance(value, flat_range.FlatRange) else []
+    parts = {(offsets, tuple(part.shape)): part for offsets, part in blocks}
     for box, part in geometry.boxes_with_data(state.shard, region, data):
-        if held is None:
+        if not isinstance(value, flat_range.FlatRange):
             yield part, value[box.slices]
-        elif (box.offsets, box.sizes) in held:
-            yield part, held[box.offsets, box.sizes]
+        elif (box.offsets, box.sizes) in parts:
+            yield part, parts[box.offsets, box.sizes]
         else:
             raise ValueError(
                 f"{state.name} in the state_dict is cut for another rank; load it through dcp.load."

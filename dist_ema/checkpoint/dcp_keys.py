@@ -28,8 +28,10 @@ if TYPE_CHECKING:  # a program that never calls DCP does not pay for its import
 
 __all__ = ["Averages", "match_all"]
 
-_OWN_KEY = re.compile(r"((?:.*\.)?averages\.(.+)\.)own(?:_by_name)?")  # where it begins, label
-_LABEL = re.compile(r"average_[0-9]+")
+_OWN_BUFFERS_KEY = re.compile(
+    r"((?:.*\.)?averages\.(.+)\.)own(?:_by_name)?"
+)  # where it begins, label
+_AVERAGE_KEY = re.compile(r"average_[0-9]+")
 
 
 class Averages(dict[str, Any]):
@@ -48,7 +50,7 @@ class Averages(dict[str, Any]):
         if metadata is None:
             return super().items()
         keys = list(metadata.state_dict_metadata)
-        labels = [match[2] for match in map(_OWN_KEY.fullmatch, keys) if match]
+        labels = [match[2] for match in map(_OWN_BUFFERS_KEY.fullmatch, keys) if match]
         if not labels:
             others = ", ".join(sorted({key.split(".")[0] for key in keys})[:5])
             raise ValueError(
@@ -58,12 +60,12 @@ class Averages(dict[str, Any]):
             )
         self.saved_labels = _labels_of(labels, self._schedules)
         # NOTE: DCP assigns what it iterates, so the dict may hold the saved labels by now, too.
-        states = (self[f"average_{i}"] for i in range(len(self.saved_labels)))
-        pairs = zip(self.saved_labels, states, strict=True)
         shown = {}
-        for label, state in pairs:
+        for i, label in enumerate(self.saved_labels):
+            state = shown[label] = self[f"average_{i}"]
             _adapt(state, label, metadata.state_dict_metadata)
-            shown[label] = _as_saved(label, state)
+            if not _AVERAGE_KEY.fullmatch(label):  # no schedule was saved beside the weights then
+                shown[label] = {key: value for key, value in state.items() if key != "schedule"}
         return shown.items()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -95,7 +97,7 @@ def _metadata_of_load() -> Metadata | None:
 def _labels_of(found: Collection[str], schedules: Sequence[Schedule]) -> list[str]:
     """The key of a saved average for each schedule. Raises ValueError where that is not clear."""
     labels = [f"average_{i}" for i in range(len(schedules))]
-    if any(map(_LABEL.fullmatch, found)):
+    if any(map(_AVERAGE_KEY.fullmatch, found)):
         if missing := [label for label in labels if label not in found]:
             count = len(labels) - len(missing)
             raise ValueError(
@@ -119,13 +121,6 @@ def _labels_of(found: Collection[str], schedules: Sequence[Schedule]) -> list[st
     return [name if name in found else unmatched[0] for name in names]
 
 
-def _as_saved(label: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Earlier versions saved no schedule beside the weights."""
-    if _LABEL.fullmatch(label):
-        return state
-    return {key: value for key, value in state.items() if key != "schedule"}
-
-
 def _adapt(state: dict[str, Any], label: str, tables: Mapping[str, Any]) -> None:
     """Give `state` the buffers of a checkpoint ([Note: keys of DCP]). Idempotent.
 
@@ -137,14 +132,16 @@ def _adapt(state: dict[str, Any], label: str, tables: Mapping[str, Any]) -> None
     Raises:
         ValueError: The checkpoint does not fit, by name.
     """
-    matches = [match for match in map(_OWN_KEY.fullmatch, tables) if match and match[2] == label]
+    matches = [
+        match for match in map(_OWN_BUFFERS_KEY.fullmatch, tables) if match and match[2] == label
+    ]
     weights, live = state["weights"], state["buffers"]
     live_keys = {f"weights.{name}" for name in weights} | {f"buffers.{name}" for name in live}
 
     def differing(start: str) -> int:
-        places = f"{start}weights.", f"{start}buffers."
-        saved = {key.removeprefix(start) for key in tables if key.startswith(places)}
-        return len(live_keys ^ saved)
+        tensor_keys = (f"{start}weights.", f"{start}buffers.")
+        saved_keys = {key.removeprefix(start) for key in tables if key.startswith(tensor_keys)}
+        return len(live_keys ^ saved_keys)
 
     # Several EMAs may be in one checkpoint; DCP does not say under which of its keys this one is.
     start = min((match[1] for match in matches), key=differing)
@@ -207,7 +204,7 @@ def match_all(
     order = matching.match_schedules(recorded, wanted)
     saved_labels = saved.saved_labels if isinstance(saved, Averages) else labels
     names = [
-        repr(from_dict(recorded[k])) if _LABEL.fullmatch(saved_labels[k]) else saved_labels[k]
+        repr(from_dict(recorded[k])) if _AVERAGE_KEY.fullmatch(saved_labels[k]) else saved_labels[k]
         for k in order
     ]
     remarks = [

@@ -26,7 +26,6 @@ __all__ = [
     "ensure",
     "link_or_copy",
     "open_regular",
-    "read_errors",
     "read_exactly",
     "read_into",
     "remove",
@@ -41,17 +40,20 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, needed: int) -> Iterator[None]:
-    """Give errors of the disk a path, and of a full one the bytes that are needed and free."""
+def disk_errors(path: str | Path, needed: int = 0) -> Iterator[None]:
+    """Give errors of the disk a path: calls with a descriptor know none.
+
+    needed: Of a full disk it says too that so many bytes are needed, and how many are free.
+    """
     try:
         yield
     except OSError as error:
-        full = error.errno in _FULL
+        full = needed > 0 and error.errno in _FULL
         if error.errno is None or (error.filename is not None and not full):
             raise
         text = error.strerror or os.strerror(error.errno)
         if full:
-            free = shutil.disk_usage(path.parent).free
+            free = shutil.disk_usage(Path(path).parent).free
             text = f"{text}: {size(needed)} are needed, {size(free)} are free"
         raise type(error)(error.errno, text, os.fspath(path)) from error
 
@@ -197,17 +199,6 @@ def open_regular(path: Path) -> BinaryIO:
     return open(path, "rb", buffering=0, opener=lambda *_: fd)
 
 
-@contextlib.contextmanager
-def read_errors(path: str | Path) -> Iterator[None]:
-    """Name the file in errors of reads, which know only its descriptor."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
-
-
 def beginning(path: Path, n: int) -> bytes:
     """The first n bytes of a file, or all of a shorter one."""
     with open_regular(path) as file:
@@ -218,7 +209,7 @@ def read_into(fd: int, path: Path | str, into: memoryview, offset: int) -> None:
     """Fill `into` from an open file. Raises ValueError where the file ends before."""
     # NOTE: one call moves at most 2 GiB.
     while into:
-        with read_errors(path):
+        with disk_errors(path):
             count = os.preadv(fd, [into], offset)
         if not count:
             raise ValueError(
@@ -230,7 +221,7 @@ def read_into(fd: int, path: Path | str, into: memoryview, offset: int) -> None:
 def read_exactly(file: BinaryIO, n: int) -> bytes:
     """Read n bytes, or up to the end: one unbuffered read may return fewer than were asked for."""
     parts = []
-    with read_errors(file.name):
+    with disk_errors(file.name):
         # A read takes the memory that was asked for, however short the file is.
         n = min(n, os.fstat(file.fileno()).st_size)
         while n and (part := file.read(n)):

@@ -102,8 +102,13 @@ class FlatRange(Tensor):
 
 
 def _with_blocks(source: FlatRange, device: Any, take: Callable[[Tensor], Tensor]) -> FlatRange:
-    blocks = [(offsets, take(data)) for offsets, data in source.blocks]
-    return FlatRange(source.shape, source.dtype, device or source.device, blocks, source.writes)
+    return FlatRange(
+        source.shape,
+        source.dtype,
+        device or source.device,
+        [(offsets, take(data)) for offsets, data in source.blocks],
+        source.writes,
+    )
 
 
 def _detach(source: FlatRange) -> FlatRange:

@@ -114,12 +114,12 @@ def adapters_of(model: nn.Module, averaged: Sequence[str]) -> list[FileForm]:
         for adapter in inner.peft_config:
             place = "" if adapter == "default" else adapter
             where = Path(folder, place)
-            named = {
+            names_in_file = {
                 wrappers.canonical(names[number]): wrappers.canonical(name)
                 for name, number in load_file(where / ADAPTER).items()
             }
             texts = {ADAPTER_CONFIG: (where / ADAPTER_CONFIG).read_bytes()}
-            adapters.append(FileForm(named, texts, place, is_adapter=True))
+            adapters.append(FileForm(names_in_file, texts, place, is_adapter=True))
     adapted = {name for adapter in adapters for name in adapter.names}
     return adapters if adapted.issuperset(averaged) else []
 

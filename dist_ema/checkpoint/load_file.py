@@ -55,8 +55,7 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Note:
         *Aliases*: the tensors are pages of the file, copied when they are written to.
     """
-    where = pointers.follow(atomic.real(path))
-    return atomic.read_one_version(where, _load_file)
+    return atomic.read_one_version(pointers.follow(atomic.real(path)), _load_file)
 
 
 def _load_file(path: Path) -> dict[str, Tensor]:

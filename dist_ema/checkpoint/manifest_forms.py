@@ -56,7 +56,7 @@ FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 # Earlier versions and offline exports leave these out.
 OPTIONAL = {"attach", "rounding", "averages", "dtypes", "source"}
 OWN = "own_buffers"
-_LABEL = re.compile(r"[0-9]+-\w+")  # the number of the average and its schedule
+_AVERAGE_LABEL = re.compile(r"[0-9]+-\w+")  # the number of the average and its schedule
 
 
 def parse_averages(averages: dict[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
@@ -64,43 +64,44 @@ def parse_averages(averages: dict[str, Any]) -> tuple[dict[str, list[str]], list
 
     NOTE: JSON keeps labels as texts, '10-...' before '2-...'.
     """
+    labels = list(filter(_AVERAGE_LABEL.fullmatch, averages))
     damage = [
         f"averages: {brief(label)} is no NUMBER-SCHEDULE"
         for label in averages
-        if not _LABEL.fullmatch(label)
+        if label not in labels
     ]
-    parsed: dict[str, list[str]] = {}
-    labels = filter(_LABEL.fullmatch, averages)
+    own_buffers: dict[str, list[str]] = {}
     for label in sorted(labels, key=lambda label: int(label.split("-")[0])):
         own: Any = averages[label].get(OWN) if _is_object(averages[label]) else None
+        own_buffers[label] = own if _is_names(own) else []
         if not _is_names(own):
             damage.append(f"averages: own_buffers of {label} must be a list of names")
-        parsed[label] = list(own) if _is_names(own) else []
-    return parsed, damage
+    return own_buffers, damage
 
 
 def parse_files(files: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The files in the folder, and a list of problems. An unsound entry becomes {}."""
+    inside = {name: entry for name, entry in files.items() if _is_place(name)}
     damage = [
-        f"files: {brief(name)} does not lie in the folder" for name in files if not _is_place(name)
+        f"files: {brief(name)} does not lie in the folder" for name in files if name not in inside
     ]
-    parsed = {}
-    for name, entry in files.items():
-        if _is_place(name):
-            parsed[name] = entry if _is_entry(entry) else {}
-            if not parsed[name]:
-                damage.append(
-                    f"files: {name} must have a size and a CRC-32 of 8 digits, listed is "
-                    f"{brief(entry)}"
-                )
-    return parsed, damage
+    damage += [
+        f"files: {name} must have a size and a CRC-32 of 8 digits, listed is {brief(entry)}"
+        for name, entry in inside.items()
+        if not _is_entry(entry)
+    ]
+    sound = {name: entry if _is_entry(entry) else {} for name, entry in inside.items()}
+    return sound, damage
 
 
 def _is_place(name: str) -> bool:
     """A file of the folder, or of one of its further averages."""
     *folders, file = name.split("/")
-    inside = len(folders) == 2 and folders[0] == "averages" and _LABEL.fullmatch(folders[1])
-    return is_file_name(file) and name.isprintable() and (not folders or bool(inside))
+    if folders and not (
+        len(folders) == 2 and folders[0] == "averages" and _AVERAGE_LABEL.fullmatch(folders[1])
+    ):
+        return False
+    return is_file_name(file) and name.isprintable()
 
 
 def _is_entry(entry: Any) -> bool:

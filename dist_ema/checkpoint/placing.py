@@ -61,7 +61,7 @@ class BlockPlacer:
         # Aligned, so that each part can be viewed in any dtype.
         sizes = [-(-length // ALIGN) * ALIGN for length in lengths]
         block_devices = {placed.block.data.device for placed in self._blocks}
-        devices = [device for device in block_devices if device.type != "cpu"]
+        devices = {device for device in block_devices if device.type != "cpu"}
         buffer = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=bool(devices))
         staged = []
         for placed, room, length in zip(self._blocks, buffer.split(sizes), lengths, strict=True):
@@ -115,7 +115,8 @@ class BlockPlacer:
         name, file, dtype, block = placed
         entry = self._files[file].entries[name]
         base = len(self._files[file].head) + entry.begin
-        view = bytes_of(_cast(name, block.data, dtype).contiguous())
+        _refuse_too_large([(name, block.data, dtype)])
+        view = bytes_of(block.data.to(dtype).cpu().contiguous())
         box = Box(block.offsets, tuple(block.data.shape))
         for start, data in byte_runs(box, entry.shape, view, dtype.itemsize):
             begin = base + start
@@ -128,16 +129,11 @@ class BlockPlacer:
 
     def contributions(self) -> dict[str, int]:
         """This rank's part of the sum of every file, by number, where there is one."""
-        contributions = {
-            str(number): file_sum.contribution for number, file_sum in enumerate(self.sums)
+        return {
+            str(number): file_sum.contribution
+            for number, file_sum in enumerate(self.sums)
+            if file_sum.contribution
         }
-        return {number: added for number, added in contributions.items() if added}
-
-
-def _cast(name: str, data: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast on the host. Raises ValueError where a finite value would not stay finite."""
-    _refuse_too_large([(name, data, dtype)])
-    return data.to(dtype).cpu()
 
 
 def _refuse_too_large(casts: Iterable[tuple[str, Tensor, torch.dtype]]) -> None:

@@ -132,9 +132,10 @@ def _retire(folder: Path) -> str | None:
         ours = {*facts.get("beside", ()), *facts.get("texts", ())}
         others = [name for name in foreign(folder) if name not in ours]
         if others:
-            names = ", ".join(others[:3])
-            why = f"it holds {names}, which ema.save() did not write."
-            return f"{folder} is kept beyond keep=: {why}"
+            return (
+                f"{folder} is kept beyond keep=: it holds {', '.join(others[:3])}, which "
+                "ema.save() did not write."
+            )
         gone = atomic.temporary_sibling(folder, "gone")
         os.rename(folder, gone)
         disk.sync(folder.parent)  # or a crash could undo the rename of a folder that lacks files
@@ -185,10 +186,11 @@ def foreign(folder: Path, temporary: Path | None = None) -> list[str]:
 
 def companions(folder: Path) -> list[str]:
     """The files of a model that hold no weights: a config, a tokenizer."""
-    plain = [path.name for path in folder.iterdir() if path.is_file()]
-    hidden = (".", manifest.META)
+    names = [path.name for path in folder.iterdir() if path.is_file()]
     return sorted(
-        name for name in plain if not name.endswith(WEIGHTS) and not name.startswith(hidden)
+        name
+        for name in names
+        if not name.endswith(WEIGHTS) and not name.startswith((".", manifest.META))
     )
 
 

@@ -46,7 +46,6 @@ __all__ = [
     "read_header",
     "read_index",
     "read_model",
-    "refuse_other_index",
 ]
 
 
@@ -217,23 +216,18 @@ def find_model(folder: Path) -> str:
     """The index or only file of a model: a name of Hugging Face, else the only candidate."""
     names = sorted(os.listdir(folder))
     indexes = [name for name in names if name.endswith(".safetensors.index.json")]
-    files = [name for name in names if name.endswith(".safetensors") and not is_shard(name)]
-    for stem in STEMS:
-        for name in (f"{stem}.safetensors.index.json", f"{stem}.safetensors"):
-            if name in names:
-                return name
-    candidates = indexes or files
+    whole_files = [name for name in names if name.endswith(".safetensors") and not is_shard(name)]
+    endings = (".safetensors.index.json", ".safetensors")
+    usual = [stem + ending for stem in STEMS for ending in endings if stem + ending in names]
+    candidates = usual[:1] or indexes or whole_files
     if len(candidates) == 1:
         return candidates[0]
-    inside = [name for name in names if name[:1] != "." and _is_model(folder / name)]
-    more = f" It does hold {', '.join(candidates[:3])}: name the one to read." if candidates else ""
-    if inside and not candidates:
-        more = f" Folders in it do, {inside[-1]} for one: name the one to read."
+    more = ""
+    if candidates:
+        more = f" It does hold {', '.join(candidates[:3])}: name the one to read."
+    elif model_folders := sorted(path.parent.name for path in folder.glob("[!.]*/*.safetensors")):
+        more = f" Folders in it do, {model_folders[-1]} for one: name the one to read."
     raise ValueError(f"{folder} holds no model.safetensors and no {INDEX}.{more}")
-
-
-def _is_model(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.glob("*.safetensors"))
 
 
 def read_model(
@@ -252,7 +246,10 @@ def read_model(
         return {name: read(name)}
     weights = read_index(folder, name)
     files = {file: read(file) for file in sorted(set(weights.values()))}
-    refuse_other_index(folder / name, weights, files)
+    file_of_weight = {weight: file for file, content in files.items() for weight in content.entries}
+    if file_of_weight != weights:
+        mismatched = sorted(file_of_weight.items() ^ weights.items())[:3]
+        raise ValueError(f"{folder / name} and the files disagree on {mismatched}.")
     return files
 
 
@@ -272,16 +269,6 @@ def read_index(folder: Path, name: str = INDEX) -> dict[str, str]:
     if missing:
         raise ValueError(f"{where} names {', '.join(missing[:3])}, which {folder} does not hold.")
     return weights
-
-
-def refuse_other_index(
-    where: Path, weights: dict[str, str], files: dict[str, SafetensorsFile]
-) -> None:
-    """Raise ValueError unless the files hold what the index says, each weight once."""
-    file_of_weight = {weight: name for name, file in files.items() for weight in file.entries}
-    if file_of_weight != weights:
-        mismatched = sorted(set(file_of_weight.items()) ^ set(weights.items()))[:3]
-        raise ValueError(f"{where} and the files disagree on {mismatched}.")
 
 
 def is_shard(name: str) -> bool:

@@ -7,9 +7,10 @@ No rank holds the weights of another stage: only names, shapes and check sums ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -46,9 +47,7 @@ def compare_shared(
     """
     states = averages[0].persistent
     form = {state.name: (_form(state), state.shard.aliases) for state in states}
-    leads = ranks.members[ranks.rank] == stage[0]
-    # One rank speaks for a stage, whose ranks hold the same names.
-    answer = ranks.gather(verb, [list(stage), form] if leads else None, _shared)
+    answer = _gather_stages(verb, ranks, stage, [list(stage), form], _shared)
     if "error" in answer:
         raise ValueError(answer["error"])
     shared: list[list[Holder]] = answer["shared"]
@@ -70,6 +69,21 @@ def compare_shared(
         raise ValueError(f"{problem} ({verb})")
 
 
+def _gather_stages(
+    verb: str,
+    ranks: Ranks,
+    stage: Sequence[int],
+    message: Any,
+    combine: Callable[[list[Any]], Any],
+) -> Any:
+    """`combine` one message of each stage. *Collective*."""
+    # One rank speaks for a stage, whose ranks hold the same names.
+    leads = ranks.members[ranks.rank] == stage[0]
+    return ranks.gather(
+        verb, message if leads else None, lambda messages: combine(list(filter(None, messages)))
+    )
+
+
 def _form(state: ownership.ParamState) -> list[Any]:
     shard = state.shard
     if shard.kind == "buffer":
@@ -79,13 +93,12 @@ def _form(state: ownership.ParamState) -> list[Any]:
 
 def _shared(messages: list[Any]) -> dict[str, Any]:
     """Which names stand on several stages, the first stage first."""
-    answers = list(filter(None, messages))
     leads = _leading_names(
-        {name: record[1] for name, record in form.items()} for _, form in answers
+        {name: record[1] for name, record in form.items()} for _, form in messages
     )
     holders: dict[str, list[Holder]] = {}
     forms: dict[str, list[Any]] = {}
-    for stage, form in answers:
+    for stage, form in messages:
         for name, (weight_form, _) in form.items():
             lead = leads[name]
             holders.setdefault(lead, []).append([stage, name])
@@ -158,9 +171,8 @@ def unite(
     verb: str, ranks: Ranks, stage: Sequence[int], files: Sequence[AverageFiles]
 ) -> list[AverageFiles]:
     """The same files, with the inventory of all stages. *Collective*."""
-    leads = ranks.members[ranks.rank] == stage[0]
-    tables = [file.inventory for file in files] if leads else None
-    united = ranks.gather(verb, tables, _united)
+    inventories = [file.inventory for file in files]
+    united = _gather_stages(verb, ranks, stage, inventories, _united)
     return [
         replace(
             file, inventory_of_all={name: WeightRecord(*fields) for name, fields in table.items()}
@@ -171,7 +183,7 @@ def unite(
 
 def _united(messages: list[Any]) -> list[dict[str, WeightRecord]]:
     """One table for each average. What stands on several stages has the names of all."""
-    return [_merged(tables) for tables in zip(*filter(None, messages), strict=True)]
+    return [_merged(tables) for tables in zip(*messages, strict=True)]
 
 
 def _merged(tables: Sequence[Mapping[str, Sequence[Any]]]) -> dict[str, WeightRecord]:
@@ -196,13 +208,10 @@ def names_of_all(
     verb: str, ranks: Ranks, stage: Sequence[int], states: Sequence[ownership.ParamState]
 ) -> frozenset[str]:
     """The names of the weights and buffers of all stages, with aliases. *Collective*."""
-    leads = ranks.members[ranks.rank] == stage[0]
     names = [name for state in states for name in (state.name, *state.shard.aliases)]
-    return frozenset(ranks.gather(verb, names if leads else None, _concatenated))
-
-
-def _concatenated(messages: list[Any]) -> list[str]:
-    return [name for names in filter(None, messages) for name in names]
+    return frozenset(
+        _gather_stages(verb, ranks, stage, names, lambda stages: list(chain.from_iterable(stages)))
+    )
 
 
 def lacking(messages: list[list[str]]) -> str:

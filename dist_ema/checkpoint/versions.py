@@ -138,11 +138,12 @@ class Lease:
         except FileNotFoundError:
             raise
         except OSError as error:
-            text = (
+            raise type(error)(
+                error.errno,
                 f"{error.strerror}: a reader leaves a lease here, so that the version that it has "
-                "open is not removed. Let it write into this folder"
-            )
-            raise type(error)(error.errno, text, os.fspath(file.parent)) from error
+                "open is not removed. Let it write into this folder",
+                os.fspath(file.parent),
+            ) from error
         # It also runs when the interpreter ends.
         self.release = finalize(self, _release, file, released)
         # Asked after the lease was written ([Note: leases]).
@@ -150,10 +151,9 @@ class Lease:
             self.release()
             raise FileNotFoundError(f"{path} is retired: newer versions took its place.")
         # NOTE: the thread does not hold the lease, whose end it waits for.
-        renewing = threading.Thread(
+        threading.Thread(
             target=_renew, args=(file, expiry, released), name="dist_ema lease", daemon=True
-        )
-        renewing.start()
+        ).start()
 
 
 def _renew(file: Path, expiry: float, released: threading.Event) -> None:

@@ -132,9 +132,9 @@ class Writer:
     def _refuse_other_parts(self, request: SaveRequest) -> None:
         """Raise ValueError if an average of other weights on other ranks is saved to the path."""
         weights = {name for files in request.averages for name in files.inventory}
-        names = str(diagnosis.digest(sorted(weights)))
-        members, claimed = self._ranks.claim(str(request.path), names)
-        if claimed != names:
+        claim = str(diagnosis.digest(sorted(weights)))
+        members, earlier_claim = self._ranks.claim(str(request.path), claim)
+        if earlier_claim != claim:
             raise ValueError(
                 f"ema.{request.verb}(): ranks {members} save other weights to {request.path}, and "
                 "one would replace the other. For the stages of a pipeline build "

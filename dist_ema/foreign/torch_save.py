@@ -107,7 +107,7 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
     try:
         # NOTE: torch warns of its own storages, and its errors advise to run the code.
         with (
-            disk.read_errors(path),
+            disk.disk_errors(path),
             warnings.catch_warnings(),
             torch.serialization.safe_globals(known),
         ):
@@ -136,7 +136,7 @@ def _records(path: Path) -> dict[int, int]:
 
     It maps a compressed record as if its bytes were elements.
     """
-    with disk.open_regular(path) as file, disk.read_errors(path):
+    with disk.open_regular(path) as file, disk.disk_errors(path):
         records = torch_zip.records(
             lambda begin, end: os.pread(file.fileno(), end - begin, begin),
             path.stat().st_size,

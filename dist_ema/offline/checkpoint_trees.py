@@ -121,7 +121,7 @@ def _of_config(path: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     try:
-        with disk.read_errors(path):
+        with disk.disk_errors(path):
             return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None

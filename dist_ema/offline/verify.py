@@ -151,7 +151,7 @@ def _strays(path: Path, report: ModelReport) -> Iterator[str]:
         inside = path / "averages" / average.label if average.label else path
         index = safetensors.find_model(inside)
         files = {Path(name).name: file for name, file in average.files.items()}
-        with disk.read_errors(inside / index):
+        with disk.disk_errors(inside / index):
             written = index in files or (inside / index).read_bytes() == safetensors.index(files)
         if not written:
             yield f"{inside / index} is not what dist_ema wrote."
