@@ -49,24 +49,25 @@ def on_weights(
     ]
     replicas, stage = _replicas(states, len(stage)), list(stage)
     regions = _regions(replicas)
-    inventory: dict[str, list[Any]] = {"stage": stage, "weights": weights, "regions": regions}
+    model: dict[str, list[Any]] = {"stage": stage, "weights": weights, "regions": regions}
 
+    # Ranks exchange digests; names and shapes travel only where these differ.
     def differs() -> bool:
-        inventory["hashes"] = fingerprints([state.local for state in replicas])
+        model["hashes"] = fingerprints([state.local for state in replicas])
         holders = f"hashes of {digest([stage, regions])}"
         same_weights = ranks.is_same(f"weights of {digest(stage)}", digest(weights))
-        return not (ranks.is_same(holders, digest(inventory["hashes"])) and same_weights)
+        return not (ranks.is_same(holders, digest(model["hashes"])) and same_weights)
 
     if ranks.count_on_all(verb, differs):  # every rank learned this, so all say what they hold
-        raise ValueError(ranks.gather(verb, inventory, partial(_difference, ranks.members)))
+        raise ValueError(ranks.gather(verb, model, partial(_difference, ranks.members)))
 
 
-def _difference(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> str:
+def _difference(members: Sequence[int], rank_models: Sequence[dict[str, Any]]) -> str:
     """A sentence about the first ranks whose models differ, or else their replicas."""
     first_of_stage: dict[str, int] = {}
-    for i, inventory in enumerate(inventories):
-        first = first_of_stage.setdefault(str(inventory["stage"]), i)
-        expected, weights = inventories[first]["weights"], inventory["weights"]
+    for i, model in enumerate(rank_models):
+        first = first_of_stage.setdefault(str(model["stage"]), i)
+        expected, weights = rank_models[first]["weights"], model["weights"]
         if weights != expected:
             pairs = [f"{a} and {b}" for a, b in zip(expected, weights, strict=False) if a != b]
             differing = "; ".join(pairs[:3]) or f"{len(expected)} and {len(weights)} weights"
@@ -75,7 +76,7 @@ def _difference(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -
                 "Build the same model on every rank."
             )
     return (
-        f"{_differing_replicas(members, inventories)}, which should hold replicas. Broadcast the "
+        f"{_differing_replicas(members, rank_models)}, which should hold replicas. Broadcast the "
         "weights before building the EMA, or tell DDP to ignore them."
     )
 
@@ -118,18 +119,18 @@ def name_replicas(verb: str, ranks: Ranks, states: Sequence[ParamState]) -> str:
     """
     replicas = _replicas(states, ranks.size)
     hashes = fingerprints([state.local for state in replicas])
-    inventory = {"regions": _regions(replicas), "hashes": hashes}
-    text: str = ranks.gather(verb, inventory, partial(_differing_replicas, ranks.members))
+    model = {"regions": _regions(replicas), "hashes": hashes}
+    text: str = ranks.gather(verb, model, partial(_differing_replicas, ranks.members))
     return text
 
 
-def _differing_replicas(members: Sequence[int], inventories: Sequence[dict[str, Any]]) -> str:
-    """The sentence about the first rank that differs, else ""."""
+def _differing_replicas(members: Sequence[int], rank_models: Sequence[dict[str, Any]]) -> str:
+    """A sentence about the first rank that differs; "" where none does."""
     first_holders: dict[str, int] = {}  # by the regions that they hold
-    for i, inventory in enumerate(inventories):
-        regions, hashes = inventory["regions"], inventory["hashes"]
-        first = first_holders.setdefault(str([inventory.get("stage"), regions]), i)
-        replicas = zip(regions, inventories[first]["hashes"], hashes, strict=True)
+    for i, model in enumerate(rank_models):
+        regions, hashes = model["regions"], model["hashes"]
+        first = first_holders.setdefault(str([model.get("stage"), regions]), i)
+        replicas = zip(regions, rank_models[first]["hashes"], hashes, strict=True)
         mismatched = [name for (name, *_), expected, found in replicas if found != expected]
         if mismatched:
             ranks = f"ranks {members[first]} and {members[i]}"

@@ -51,7 +51,7 @@ def find_shards(
     sharded: list[nn.Module] = [
         m for m in modules if is_fsdp2(m) or is_fsdp1(m) or zero.holds_partitions(m)
     ]
-    if isinstance(model, Parameters):
+    if isinstance(model, Parameters):  # which has none of the modules inside
         sharded = model.owners
     wrappers.reshard(sharded)
     # NOTE: in the order of the modules, not of a set: every rank must ask in the same order.
@@ -213,6 +213,7 @@ def _members(
     """
     tensors = [shard.tensor for shard in shards]
     meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_dtensor(tensor))
+    # A mesh of several dimensions has no group of all its ranks.
     groups: list[RanksAndGroup] = [
         (sorted(fsdp2.mesh_ranks(mesh)), mesh.get_group() if mesh.ndim == 1 else None)
         for mesh in meshes

@@ -162,6 +162,7 @@ def ranks_and_group(
     outer = getattr(owner, "_inter_node_pg", None)
     if outer is None or not owner._handle.uses_sharded_strategy:  # type: ignore[union-attr]
         return inner, owner.process_group
+    # A group for the shards and one for the replicas: no rank knows all others from its own two.
     all_ranks: list[Any] = [None] * outer.size()
     together(
         "EMA(...) over FSDP with a hybrid strategy",

@@ -75,10 +75,10 @@ def boxes(sizes: tuple[int, ...], begin: int, end: int) -> Iterator[Box]:
     if first == last:
         yield from _in_row(first, sizes, head, tail)
         return
-    if head:
+    if head:  # the range starts inside a row
         yield from _in_row(first, sizes, head, row)
         first += 1
-    if last > first:
+    if last > first:  # whole rows
         yield Box((first, *[0] * (len(sizes) - 1)), (last - first, *sizes[1:]))
     yield from _in_row(last, sizes, 0, tail)
 

@@ -210,6 +210,7 @@ class _Orders:
 
     def now(self, read: list[Tensor]) -> list[Any]:
         """What stays equal as long as no weight is turned or conjugated."""
+        # One answer for all: `stride` of each would make a tuple.
         row_major = all(map(Tensor.is_contiguous, self._row_major))
         strides = map(Tensor.stride, chain(self._permuted, read))
         return [row_major, *strides, *map(Tensor.is_conj, self._complex)]

@@ -78,7 +78,7 @@ class Numbering:
         inner, outer = self.joined
         # A single row has no digits to keep apart.
         begin, base = (self.begin, self.base) if inner else (0, self.base + self.begin)
-        (size, step), *others = [*inner, (4, outer)]
+        (size, step), *others = [*inner, (4, outer)]  # any even size: the outermost is not used
         strides = [stride for _, stride in others]
         if step != 1 or size < 3 or any(n % 2 for n in (begin, base, size, *strides)):
             return None

@@ -224,11 +224,11 @@ def assign(
     own_range = cache(_own_range)  # asks the groups once for each sequence
     states = []
     for (shard, key), start in zip(pairs, starts, strict=True):
-        held, sequence = shard.local_region, shard.cut or (start, lengths[key])
+        local, sequence = shard.local_region, shard.cut or (start, lengths[key])
         bounds = own_range(shard.replicas, sequence[1])
-        begin, end = (held.begin + min(max(at - sequence[0], 0), held.numel) for at in bounds)
-        owned_region = replace(held, begin=begin, end=end)
-        averaged_region = owned_region if split and shard.replicas else held
+        begin, end = (local.begin + min(max(at - sequence[0], 0), local.numel) for at in bounds)
+        owned_region = replace(local, begin=begin, end=end)
+        averaged_region = owned_region if split and shard.replicas else local
         states.append(ParamState(shard, averaged_region, owned_region, shard.read(), sequence))
     return states
 
@@ -257,6 +257,7 @@ def replica_runs(
     for state in states:
         by_replicas.setdefault(state.shard.replicas, []).append(state)
     for groups, replicated_states in by_replicas.items():
+        # The inner groups first: the outer ones copy what these have made whole.
         for depth in reversed(range(len(groups))):
             yield (
                 groups[depth],

@@ -67,6 +67,7 @@ class Parameters(nn.Module):
             name = canonical(name)
             if name in self._parameters:
                 raise ValueError(f"two parameters are called {name}.")
+            # register_parameter() refuses names with dots, and tensors that are no Parameters.
             self._parameters[name] = tensor  # type: ignore[assignment]
             self.nameless |= not isinstance(item, tuple)
         self.owners = fsdp2.find_modules(self.tensors)

@@ -182,7 +182,7 @@ def group_ranks(group: dist.ProcessGroup) -> tuple[int, ...]:
 def uncollected() -> Iterator[None]:
     """Turn garbage collection off for the block, which makes many records and no cycles.
 
-    It took half of the time.
+    The collector took half of the time.
     """
     collects = gc.isenabled()
     try:

@@ -133,7 +133,7 @@ def walk_modules(
             ddp = Replicated(module.seq_data_parallel_group, frozenset())  # type: ignore[arg-type]
         yield prefix, module, ddp
         if module._modules:
-            for name, child in reversed(module._modules.items()):
+            for name, child in reversed(module._modules.items()):  # the last is popped first
                 if child is not None:
                     is_same = name == inner or isinstance(module, parameters.Stages)
                     stack.append((prefix if is_same else f"{prefix}{name}.", child, ddp))

@@ -190,7 +190,7 @@ class EngineSteps:
         # Named as those of torch's optimizers, among which an attachment looks for dead ones.
         self._optimizer_step_pre_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
-        engine.step = self.step
+        engine.step = self.step  # on the instance, before the method of its class
 
     @classmethod
     def of(cls, engine: Any) -> EngineSteps:
@@ -200,6 +200,7 @@ class EngineSteps:
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """`engine.step()`, between the hooks."""
+        # Copies of the lists: a hook may take itself off.
         for hook in list(self._optimizer_step_pre_hooks.values()):
             hook(self, args, kwargs)
         result = self._step(*args, **kwargs)
