@@ -138,13 +138,13 @@ def take_masters(shard: Shard) -> None:
     start, total = tensor.storage_offset(), tensor.untyped_storage().nbytes() // tensor.itemsize
     own = even(0, total, group.rank(), group.size())
     begin, end = (min(max(at - start, 0), tensor.numel()) for at in own)
-    held = (0, 0)
+    stepped = (0, 0)
     if mapping is not None:
         address = mapping.lp_fragment_address
-        held = address.start, address.start + address.numel
-    if total % group.size() or shard.order is not None or (held != (begin, end) and begin < end):
+        stepped = address.start, address.start + address.numel
+    if total % group.size() or shard.order is not None or (stepped != (begin, end) and begin < end):
         raise ValueError(
-            f"{shard.name} is cut by DeepSpeed at {held} on rank {group.rank()}, where the flat "
+            f"{shard.name} is cut by DeepSpeed at {stepped} on rank {group.rank()}, where the flat "
             f"buffer of {total} elements says {(begin, end)}. dist_ema does not know this layout."
         )
     shard.replicas, shard.cut = (group,), (start, total)
