@@ -118,8 +118,10 @@ def name_replicas(verb: str, ranks: Ranks, states: Sequence[ParamState]) -> str:
     *Cost*: one read of the replicated weights.
     """
     replicas = _replicas(states, ranks.size)
-    hashes = fingerprints([state.local for state in replicas])
-    model = {"regions": _regions(replicas), "hashes": hashes}
+    model = {
+        "regions": _regions(replicas),
+        "hashes": fingerprints([state.local for state in replicas]),
+    }
     text: str = ranks.gather(verb, model, partial(_differing_replicas, ranks.members))
     return text
 
@@ -158,13 +160,12 @@ def on_averages(
     Note:
         *Collective*. *Cost*: one read of the averages.
     """
-    names = [state.name for state in states]
     weights = [state for state in states if state.shard.kind != "buffer"]
     ranks.begin(verb, arguments)
-    hashes: list[int] = []
+    hashes = [digest([state.name for state in states])]  # then those of the averages
 
     def differs() -> bool:
-        hashes.extend([digest(names), *fingerprints([state.average for state in weights])])
+        hashes.extend(fingerprints([state.average for state in weights]))
         return not ranks.is_same("averages", digest(hashes))
 
     if ranks.count_on_all(verb, differs):

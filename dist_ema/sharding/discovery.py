@@ -175,12 +175,13 @@ def _refuse_unfilled(name: str, tensor: Tensor) -> None:
 
 def _opaque(name: str, kind: Kind, tensor: Tensor, place: tuple[nn.Module, str]) -> Shard:
     """A record without elements: it may be sparse or quantized, and its memory is never read."""
+    # Quantized dtypes are known to few functions, and nested tensors have no one shape.
     dtype = torch.uint8 if tensor.is_quantized else tensor.dtype
-    nothing = torch.empty(0, dtype=dtype, device="cpu")
+    empty = torch.empty(0, dtype=dtype, device="cpu")
     shape, region = () if tensor.is_nested else tuple(tensor.shape), Region((0,), (0,), 0, 0)
-    shard = Shard(name, kind, shape, tensor, place, region, lambda: nothing)
-    shard.opaque, shard.persistent = True, False
-    return shard
+    return Shard(
+        name, kind, shape, tensor, place, region, lambda: empty, opaque=True, persistent=False
+    )
 
 
 def unfilled_buffers(model: nn.Module) -> set[str]:
@@ -243,5 +244,4 @@ def _choose_writers(shards: list[Shard], members: list[int]) -> None:
     """
     is_first = members[0] == (dist.get_rank() if dist.is_initialized() else 0)
     for shard in shards:
-        owners = shard.owner_ranks
-        shard.is_writer = members[0] in owners if owners else is_first
+        shard.is_writer = members[0] in shard.owner_ranks if shard.owner_ranks else is_first

@@ -162,9 +162,9 @@ def _fragment(tensor: Any, empty: Tensor) -> Tensor:
 
 def refuse_taken_over(shard: Shard) -> None:
     """Raise RuntimeError if DeepSpeed has taken the weight over since it was recorded."""
-    unknown = is_partitioned(shard.tensor) or hasattr(shard.tensor, "_hp_mapping")
+    is_taken = is_partitioned(shard.tensor) or hasattr(shard.tensor, "_hp_mapping")
     is_described = shard.cut is not None or shard.local_tensor() is not shard.tensor
-    if unknown and not is_described:
+    if is_taken and not is_described:
         raise RuntimeError(
             f"{shard.name} belongs to DeepSpeed now, whose optimizer keeps fp32 masters of it. "
             "Build the EMA after deepspeed.initialize."
