@@ -37,11 +37,11 @@ _RECORDS = (
 
 def sizes(*args: Any) -> tuple[int, ...]:
     """torch.Size([...]), checked."""
-    (values,) = args
-    sound = all(type(value) is int and 0 <= value < 1 << 63 for value in values)
-    if len(values) > _MAX_DIMENSIONS or not sound:
+    (lengths,) = args
+    sound = all(type(length) is int and 0 <= length < 1 << 63 for length in lengths)
+    if len(lengths) > _MAX_DIMENSIONS or not sound:
         raise TypeError("sizes that are none")
-    return tuple(values)
+    return tuple(lengths)
 
 
 def _empty_mapping() -> dict[str, Any]:  # with arguments, which torch does not pickle, a TypeError
@@ -141,9 +141,9 @@ def _name(value: Any) -> str:
     return value
 
 
-def _table(entries: Any, places: Mapping[Any, dict[str, Any]], plan: Any) -> Table:
+def _table(metadata: Any, places: Mapping[Any, dict[str, Any]], plan: Any) -> Table:
     table = Table({}, {}, {})
-    for name, value in entries.items():
+    for name, value in metadata.items():
         table.paths[_name(name)] = _path(name, plan)
         if isinstance(value, unpickler.Record) and value.kind == "BytesStorageMetadata":
             table.others[name] = NO_TENSOR

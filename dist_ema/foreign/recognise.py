@@ -80,10 +80,11 @@ class FoundAverage:
 
 def find(tree: Any) -> list[FoundAverage]:
     """Find every table in the tree that could be converted, averages first."""
-    found = list(_walk(tree, (), set()))
-    known = {table.key for table in found if table.kind != "raw"}
-    sure = [table for table in found if table.kind != "raw" or table.key not in known]
-    return sorted(sure, key=lambda table: (not table.average, table.kind == "raw", table.key))
+    tables = list(_walk(tree, (), set()))
+    # A table that a rule recognised is no raw one too.
+    recognised = {table.key for table in tables if table.kind != "raw"}
+    tables = [table for table in tables if table.kind != "raw" or table.key not in recognised]
+    return sorted(tables, key=lambda table: (not table.average, table.kind == "raw", table.key))
 
 
 def at(tree: Any, key: str) -> FoundAverage:

@@ -95,12 +95,12 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
     import torch
 
     # torch keeps classes in a dict by identity, so each name has one of its own.
-    known: list[Any] = [
+    allowed: list[Any] = [
         (type(name.rpartition(".")[2], (_Nothing,), {}), name)
         for name in {*_SETTINGS, *inert} - {*_DICTS}
     ]
-    known += [(dict, name) for name in _DICTS]
-    known.append((lambda *factory: {}, "collections.defaultdict"))
+    allowed += [(dict, name) for name in _DICTS]
+    allowed.append((lambda *factory: {}, "collections.defaultdict"))
     mapped = _is_archive(path)
     records = _records(path) if mapped else {}
     unsafe: list[str] = []  # classes that torch would not load
@@ -109,7 +109,7 @@ def load(path: Path, inert: Iterable[str] = ()) -> tuple[Any, dict[str, str]]:
         with (
             disk.disk_errors(path),
             warnings.catch_warnings(),
-            torch.serialization.safe_globals(known),
+            torch.serialization.safe_globals(allowed),
         ):
             warnings.simplefilter("ignore")
             if mapped:
@@ -166,20 +166,20 @@ def _refuse_other_lengths(path: Path, storages: dict[int, int], records: dict[in
 def _refusal(path: Path, error: Exception, unsafe: Sequence[str]) -> str:
     """One sentence for what torch raised."""
     text = " ".join(str(error).split())
-    found = unsafe or re.findall(r"GLOBAL ([\w.]+)", text)[:1]
+    classes = unsafe or re.findall(r"GLOBAL ([\w.]+)", text)[:1]
     if any(
         name.startswith(("torch.nn.modules.", "torch.nn.Module")) or name.endswith("Model")
-        for name in found
+        for name in classes
     ):
         return (
-            f"{path} holds whole modules ({some(found)}): pickled code, which dist_ema does not "
+            f"{path} holds whole modules ({some(classes)}): pickled code, which dist_ema does not "
             "run. Load it where that code is, and save a table of its tensors: "
             "torch.save(model.state_dict(), 'weights.pt')."
         )
-    if found:
+    if classes:
         return (
-            f"{path} asks for {some(found)}, whose code dist_ema does not run. If they are only "
-            f"settings beside the weights, pass inert={list(found[:3])} to read past them."
+            f"{path} asks for {some(classes)}, whose code dist_ema does not run. If they are only "
+            f"settings beside the weights, pass inert={list(classes[:3])} to read past them."
         )
     name = "" if _is_archive(path) else _first_asked(path)
     if name:

@@ -117,10 +117,12 @@ def plan_passes(pairs: Sequence[ShadowPair], seed: int) -> tuple[list[Pass], lis
             rounded.append((pair, pair_ramps))
         else:
             left_pairs.append(pair)
-    groups: dict[tuple[torch.dtype, torch.dtype], list[tuple[ShadowPair, list[Ramp]]]] = {}
-    for entry in [*((pair, [(len(pair), 0, 0)]) for pair in merge(plain)), *rounded]:
-        groups.setdefault(entry[0].dtypes, []).append(entry)
-    return [Pass(group, seed) for group in groups.values()], left_pairs
+    # Without rounding no element number is read: one ramp of zeros is as long as the pair.
+    taken = [*((pair, [(len(pair), 0, 0)]) for pair in merge(plain)), *rounded]
+    by_dtypes: dict[tuple[torch.dtype, torch.dtype], list[tuple[ShadowPair, list[Ramp]]]] = {}
+    for pair, pair_ramps in taken:
+        by_dtypes.setdefault(pair.dtypes, []).append((pair, pair_ramps))
+    return [Pass(group, seed) for group in by_dtypes.values()], left_pairs
 
 
 class Pass:

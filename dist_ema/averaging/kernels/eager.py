@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,20 +38,12 @@ __all__ = [
     "Packed",
     "Rounded",
     "ShadowPair",
-    "Step",
     "UpdatePlan",
 ]
 
 SCRATCH = 1 << 20  # elements in one window: 4 MB of fp32; 256 KB is slower than no windows at all
 SHORT = 16 << 10  # elements below which tensors are packed
 PACK = 16 << 10  # elements in one pack: one thread moves it, and waiting for a second costs more
-
-
-class Step(Protocol):
-    """A part of an update that knows all its addresses."""
-
-    def run(self, weights: Weights, update: int, guard: bool) -> None:
-        """Move the shadows of this step; as `UpdatePlan.run`."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +79,9 @@ class Packed:
         for shadows, weight in zip(self.shadows, weights, strict=True):
             if isinstance(weight, float) and not guard and len(shadows) > 1:
                 torch._foreach_lerp_(shadows, self.ready, weight)
-                continue
-            for shadow, live in zip(shadows, self.ready, strict=True):
-                _move([shadow], live, [weight], guard)
+            else:
+                for shadow, live in zip(shadows, self.ready, strict=True):
+                    _move([shadow], live, [weight], guard)
 
 
 @dataclass(frozen=True)
@@ -146,7 +137,8 @@ class UpdatePlan:
         self, pairs: Sequence[ShadowPair], seed: int = 0, passes: bool | None = None
     ) -> None:
         self.pairs, self.seed = list(pairs), seed
-        self.steps: list[Step] = []
+        # Each knows all its addresses, and has `run(weights, update, guard)`.
+        self.steps: list[cpu_plan.Pass | Direct | Packed | Rounded] = []
         self.scratch: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
         left_pairs = [pair for pair in pairs if pair.live.numel()]
         if passes or (passes is None and cpu_plan.is_worth_it(left_pairs)):

@@ -57,14 +57,14 @@ class FusedPlan:
         share: float = 1.0,
     ) -> None:
         self.pairs, self.seed = list(pairs), seed
-        groups: dict[gpu_launch.Kind, list[ShadowPair]] = {}
+        by_kind: dict[gpu_launch.Kind, list[ShadowPair]] = {}
         others = []
         for pair in self.pairs:
             kind = gpu_launch.kind_of(pair, share)
             if kind is None or (fallback is not None and not is_proved(kind, fallback)):
                 others.append(pair)
             elif len(pair):
-                groups.setdefault(kind, []).append(pair)
+                by_kind.setdefault(kind, []).append(pair)
         if others and fallback is None:
             names = ", ".join(pair.name for pair in others[:5])
             raise ValueError(
@@ -73,11 +73,11 @@ class FusedPlan:
             )
         self.others = fallback(others, seed) if others and fallback is not None else None
         self.device_weights = {
-            (kind.averages, kind.device): _Weights(kind.averages, kind.device) for kind in groups
+            (kind.averages, kind.device): _Weights(kind.averages, kind.device) for kind in by_kind
         }
         self.launches = [
             gpu_launch.Launch(kind, group, self.device_weights[kind.averages, kind.device].values)
-            for kind, group in groups.items()
+            for kind, group in by_kind.items()
         ]
 
     @property
