@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..packing import packs
 from .ownership import ParamState
 
 __all__ = ["ALIGN", "allocate"]
@@ -64,7 +65,9 @@ def _fill_arena(states: list[ParamState], dtype: torch.dtype, device: torch.devi
 def _starts(sources: Sequence[Tensor], align: int) -> tuple[list[int], int]:
     """The first element of each shadow in the arena, and the arena's length."""
     starts, total = [0] * len(sources), 0
-    chains = _chains(sources)
+    filled = [i for i, live in enumerate(sources) if live.numel()]
+    # Neighbours in the model: each of a chain begins in memory where the one before it ends.
+    chains = list(packs(filled, lambda _: 0, 0, lambda i, j: _touch(sources[i], sources[j])))
     lengths = [sum(sources[i].numel() for i in chain) for chain in chains]
     # NOTE: sorted() keeps the order of the model within the short and within the long chains.
     for is_long, number in sorted((length >= LONG, j) for j, length in enumerate(lengths)):
@@ -79,14 +82,5 @@ def _starts(sources: Sequence[Tensor], align: int) -> tuple[list[int], int]:
     return starts, total
 
 
-def _chains(sources: Sequence[Tensor]) -> list[list[int]]:
-    """The indices of tensors that follow each other in memory."""
-    chains: list[list[int]] = []
-    end = None
-    for i, live in enumerate(sources):
-        if not chains or (live.numel() and live.data_ptr() != end):
-            chains.append([])
-        chains[-1].append(i)
-        if live.numel():
-            end = live.data_ptr() + live.nbytes
-    return chains
+def _touch(live: Tensor, after: Tensor) -> bool:
+    return live.data_ptr() + live.nbytes == after.data_ptr()
