@@ -109,12 +109,12 @@ def _compare_buffers(
     expected = {name: shard for shard in buffers for name in (shard.name, *shard.aliases)}
     missing = dict.fromkeys(expected)
     places = {
-        prefix + name: (module, name)
+        prefix + name: (module, name, buffer)
         for prefix, module in reversed(walk)  # of several stages the first one counts
-        for name in module._buffers
+        for name, buffer in module._buffers.items()  # a scripted module has no dict to iterate
     }
-    for full, (module, name) in places.items():
-        shard, buffer = expected.get(full), module._buffers[name]
+    for full, (module, name, buffer) in places.items():
+        shard = expected.get(full)
         if shard is None:
             changes["new_buffers"] += [] if buffer is None else [full]
         elif buffer is not None or not shard.persistent:
