@@ -51,7 +51,7 @@ ROOMS = ("dist_ema/averaging", "dist_ema/sharding", "dist_ema/verbs")
 
 GUARDS = """
 averaging/averages.py
-    adopt             self._rebind()  @175
+    adopt             self.inventory.rebind_moved()  @175
     adopt             refuse_shared(  @living_storages::test_two_weights_in_one_memory_are_named
     adopt             self.swaps.watch  @177
     adopt             self.mark()  @living_details::test_training_that_no_update_follows_is_named
@@ -72,15 +72,12 @@ averaging/averages.py
     settle            end_read()  @metrics::test_times_of_a_side_stream
     settle            self._await_teacher_reads()  @emulated/test_waits
     follow            self.adopt  @living_tree::test_only_decides_whether_a_new_weight_is_one
-    follow            self._rebind()  @106
+    follow            self.inventory.rebind_moved()  @106
     follow            refuse_shared
             @living_storages::test_live_in_the_memory_of_the_average_is_named
     follow            self._replan()  @175
-    _rebind           self.inventory.rebind_moved()  @106
-    _rebind           self.teacher.follow
-            @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
     before_step       self.refuse  @swap::test_order_of_calls
-    await_reads       {', '.join(written  @engines::test_weights_written_behind_the_step_are_named
+    await_reads       refuse_written  @engines::test_weights_written_behind_the_step_are_named
     before_step       is_stale |=  @into::test_live_until_start
     begin             self.follow  @reliability::test_weights_that_move_before_averaging_starts
     move              if number < 2 or self._watch.changed(): => if False:
@@ -102,7 +99,7 @@ averaging/inventory.py
     walk_tree         no longer shares memory  @175
     walk_tree         changes.replaced_buffers) => ())
             @living_buffers::test_an_averaged_buffer_that_is_no_longer_shared_is_named
-    _refuse_replaced  of the teacher is another object
+    _refuse_replaced_teacher  of the teacher is another object
             @into::test_a_teacher_whose_weights_are_replaced_is_named
     walk_tree         is gone from the model
             @living_tree::test_an_averaged_buffer_that_is_gone_is_named
@@ -122,6 +119,8 @@ averaging/inventory.py
     walk_tree         self.refuse_unfrozen()
             @living_details::test_a_weight_that_was_unfrozen_is_named_by_every_verb
     rebind_moved      or state.layout_changed =>  @living_storages::test_a_conjugated_view_is_named
+    rebind_moved      self._teacher.follow
+            @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
     rebind_moved      forget_reshaped_buffers
             @living_buffers::test_own_buffers_end_when_training_resizes_one_of_them
     refuse_unfrozen   became trainable
@@ -141,6 +140,8 @@ averaging/inventory.py
     _kept             (shard.name, *shard.aliases) => (shard.name,)
             @living_details::test_a_tie_under_an_earlier_name_keeps_its_average
 averaging/storage_watch.py
+    refuse_written    raise RuntimeError
+            @engines::test_weights_written_behind_the_step_are_named
     renew             , *_counted_apart(param.shard)) => ,)  @living_ranks
     changed           True in [tensor.requires_grad for tensor in self._frozen] or =>
             @living_tree::test_a_complex_weight_that_is_unfrozen_is_noticed_too
@@ -358,8 +359,6 @@ averaging/average.py
             @emulated/test_waits::test_skipped_steps_are_heard_whole
     refuse_dtype      raise ValueError  @to::test_refused
     __post_init__     raise ValueError  @refusals::test_buffers_are_chosen_by_text_or_a_function
-averaging/averages.py
-    refuse            while a CUDA graph is captured  @emulated/test_waits::test_capture_is_refused
 averaging/engines.py
     _refuse_failed    raise RuntimeError  @engines::test_a_worker_that_fails_reaches_the_trainer
 averaging/executors.py
@@ -393,6 +392,8 @@ averaging/teacher.py
     _refuse_unlike    has fp32 masters  @refusals::test_masters_are_stepped_by_the_engine
     _refuse_unlike    is strided or expanded  @into::test_unlike_teachers_are_refused
     _refuse_unlike    is one weight in the model  @into::test_unlike_teachers_are_refused
+averaging/updates.py
+    refuse_capture    raise RuntimeError  @emulated/test_waits::test_capture_is_refused
 sharding/memory_watch_numba.py
     compile_loop      raise ImportError  @memory_watch::test_the_loop_is_switched_off
 sharding/consistency.py

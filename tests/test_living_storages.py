@@ -675,7 +675,7 @@ EVENTS = [moved_then_rescan, moved_inside_a_swap, moved_then_a_copy_adopted]
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.__name__)
 def test_a_verb_between_the_move_and_the_update(event: Any) -> None:
-    """Guards `_rebind` in AveragedWeights.adopt, and that `follow` asks the watch."""
+    """Guards `rebind_moved` in AveragedWeights.adopt, and that `follow` asks the watch."""
     program = Program(net())
     program.step(4)
     event(program)

@@ -135,6 +135,13 @@ class Average:
         """The buffers of a state_dict."""
         return [state for state in self.persistent if state.shard.kind == "buffer"]
 
+    def copy_live(self) -> None:
+        """Copy live weights into the shadows; a window begins anew."""
+        for state in self.averaged:
+            state.own_shadow.copy_(state.source)
+        if self.ring is not None:
+            self.ring.clear()
+
     def forget_buffers(self, lost: Collection[str]) -> None:
         """Forget all own buffers of a module that lost one of its buffers."""
         whole_names = whole_modules(self.own_buffers, lost)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..distributed.ranks import Ranks
 from ..schedules import Schedule
-from ..sharding import discovery, fingerprint, ownership, records, wrappers
+from ..sharding import discovery, ownership, records, wrappers
 from . import clock, executors, storage_watch, updates
 from .average import OWN, Average, Placement, Selection
 from .inventory import Inventory
@@ -67,13 +67,14 @@ class AveragedWeights:
     ) -> None:
         self.clock, self.swaps, self.seed = clock.Clock(), SwapRegistry(), 0
         self.bypassed = 0
-        self.inventory = inventory = Inventory(model, schedules, selection, placement)
-        self.model, self.averages = inventory.model, inventory.averages
-        self.selection, self.placement = inventory.selection, inventory.placement
-        self.average, self.find = inventory.average, inventory.find
         self.teacher = (
             None if into is None else Teacher(into, self.sync_teacher, selection.buffers == OWN)
         )
+        self.inventory = inventory = Inventory(model, schedules, selection, placement, self.teacher)
+        self.model, self.averages = inventory.model, inventory.averages
+        self.selection, self.placement = inventory.selection, inventory.placement
+        self.average, self.find = inventory.average, inventory.find
+        self.live_sums = inventory.live_sums
         self._watch = watch = storage_watch.StorageWatch(self.clock, self.swaps)
         self.mark, self.forget_mark = watch.mark, watch.forget_mark
         self.updates = updates.Updates()
@@ -97,9 +98,9 @@ class AveragedWeights:
 
         What is averaged already and still there keeps its shadow.
         """
-        self.inventory.adopt(found, self.teacher)
+        self.inventory.adopt(found)
         self.swaps.watch(state.shard.tensor for state in self.averages[0].averaged)
-        self._rebind()
+        self.inventory.rebind_moved()
         storage_watch.refuse_shared(self.averages)
         self._replan()
         self.mark()
@@ -113,38 +114,23 @@ class AveragedWeights:
         """The same shadows in another dtype or on another device, updated where they lie then."""
         self.inventory.reallocate(dtype, device)
         self._replan()
-        self.updates.choose(self._on_host, self.updates.overlap, anew=True)
+        self.updates.choose(device, self.updates.overlap, anew=True)
 
     def _replan(self) -> None:
         """Make the steps of an update anew: once for each set of addresses, never per step."""
         self._averaged = self.averages[0].averaged
-        further, roots = [], [self.model]
-        if self.teacher is not None:
-            self.teacher.adopt(self.states)
-            further = self.teacher.addressed
-            roots.append(self.teacher.module)
-        if self.inventory.sharded:
-            roots = []
-        self._watch.renew(self._averaged, further, self.inventory.frozen, roots)
+        further = [] if self.teacher is None else self.teacher.adopt(self.states)
+        self._watch.renew(self._averaged, further, self.inventory.frozen, self.inventory.roots)
         self.updates.renew(self.averages, self.seed)
 
     def use_engine(self, overlap: bool | float | None = None) -> None:
         """Choose when updates run from now on.
 
-        An engine of the right kind stays, with its thread and window.
-
-        Args:
-            overlap: As `attach` asks for; None: an update overlaps in host memory only.
+        An engine of the right kind stays, with its thread and window. overlap: as `attach` asks
+        for; None: an update overlaps in host memory only.
         """
         self.settle()
-        self.updates.choose(self._on_host, overlap)
-
-    @property
-    def _on_host(self) -> bool | None:
-        """Whether the user asked for shadows in host memory; None with into=."""
-        device = self.placement.device
-        asked = device is not None and device.type == "cpu"
-        return asked if self.teacher is None else None
+        self.updates.choose(self.placement.device, overlap)
 
     # --- the state of the model -------------------------------------------------------------------
 
@@ -159,14 +145,8 @@ class AveragedWeights:
         self.swaps.refuse(
             verb, reads, chain((state.shard.tensor for state in self.states), further)
         )
-        if executors.is_capturing(self.updates.device):
-            raise RuntimeError(
-                f"{verb}() while a CUDA graph is captured: a replay runs neither hooks nor the "
-                "clock of the average. Call ema.detach() before the capture, and ema.update() "
-                "after each replay."
-            )
-        why = wrappers.blocker(self.inventory.sharded)
-        if why:
+        self.updates.refuse_capture(verb)
+        if why := wrappers.blocker(self.inventory.sharded):
             raise RuntimeError(f"{verb}() {why}.")
 
     def reshard(self) -> None:
@@ -203,16 +183,15 @@ class AveragedWeights:
     def follow(self, tree: bool = False) -> None:
         """Bind anew what moved ([Note: a model lives] in storage_watch).
 
-        Args:
-            tree: Walk the module tree too; new frozen weights and buffers are taken in.
+        tree: walk the module tree too; new frozen weights and buffers are taken in.
 
         Raises:
             RuntimeError: A weight was replaced, is gone, is new and trainable, or changed its form.
         """
-        if tree and self.inventory.walk_tree(self.teacher):
+        if tree and self.inventory.walk_tree():
             self.adopt(self.find())
-        self._rebind()
-        # Not only what was rebound here: the exit of a swap rebinds what the block moved.
+        self.inventory.rebind_moved()
+        # Also after the exit of a swap, which rebinds what the block moved.
         if self._watch.moved():
             storage_watch.refuse_shared(self.averages)
             self._replan()
@@ -221,12 +200,6 @@ class AveragedWeights:
     def is_tree_moved(self) -> bool:
         """Whether an update sees another storage or module, and may walk the tree."""
         return self._watch.sees_tree and self._watch.changed()
-
-    def _rebind(self) -> None:
-        """Bind the records to where the elements lie now, before a plan is made of them."""
-        self.inventory.rebind_moved()
-        if self.teacher is not None:
-            self.teacher.follow(self.states)
 
     @property
     def idle(self) -> bool:
@@ -256,30 +229,12 @@ class AveragedWeights:
         """An average as verbs use it. No update may be in flight."""
         return self.average(which).used(which, self.clock.now)
 
-    def live_sums(self) -> dict[str, int]:
-        """Sums of the bits of this rank's averaged weights in the model, by name.
-
-        The sum is -1 where the storage moved since the last verb.
-
-        Note:
-            *Cost*: one read of them. Waits for the device.
-        """
-        swapped = [state for state in self.averages[0].averaged if state.shard.kind != "buffer"]
-        sums = fingerprint.bit_sums(state.live for state in swapped)
-        return {
-            state.name: -1 if state.moved else bits
-            for state, bits in zip(swapped, sums, strict=True)
-        }
-
     # --- moving -----------------------------------------------------------------------------------
 
     def copy_live(self) -> None:
         """Copy live weights into all shadows."""
         for average in self.averages:
-            for state in average.averaged:
-                state.own_shadow.copy_(state.source)
-            if average.ring is not None:
-                average.ring.clear()
+            average.copy_live()
         if self.teacher is not None:
             self.teacher.forget_copies()
         self.after_move()
@@ -309,13 +264,7 @@ class AveragedWeights:
             RuntimeError: They were written since the update began to read them, by name.
         """
         self.updates.engine.fence()
-        written = self._watch.end_read()
-        if written:
-            raise RuntimeError(
-                f"{', '.join(written[:5])} was written after the optimizer's step, while the "
-                "average was reading it (a clamp, a forced normalisation?). Use ema.attach(..., "
-                "overlap=False), or ema.update() by hand."
-            )
+        self._watch.refuse_written()
 
     def begin(self) -> None:
         """Averaging begins at the live weights."""
@@ -348,8 +297,7 @@ class AveragedWeights:
         weights = []
         for average, schedule, decay in zip(self.averages, schedules, decays, strict=True):
             average.last = decay, elapsed
-            weight = average.skipped_steps.weigh(1 - decay, schedule.copies_first, skip)
-            weights.append(weight)
+            weights.append(average.skipped_steps.weigh(1 - decay, schedule.copies_first, skip))
         self._await_teacher_reads()
         self.updates.run(weights, number, guard)
         self.after_move()
@@ -366,9 +314,8 @@ class AveragedWeights:
 
     def updated(self) -> None:
         """Tell the listener that an update was submitted and the clock has moved."""
-        method = self.after_update and self.after_update()
-        if method:
-            method()
+        if self.after_update and (listener := self.after_update()):
+            listener()
 
     def set_clock(self, counters: dict[str, Any]) -> None:
         """Go on from a saved clock."""

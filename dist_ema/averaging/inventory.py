@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..schedules import Schedule, Window
-from ..sharding import arena, discovery, ownership, parameters, tree_changes
+from ..sharding import arena, discovery, fingerprint, ownership, parameters, tree_changes
 from ..sharding.records import ModelShards, Shard
 from .average import OWN, Average, Placement, Selection
 from .teacher import Teacher
@@ -32,8 +32,10 @@ class Inventory:
         schedules: Sequence[Schedule],
         selection: Selection,
         placement: Placement,
+        teacher: Teacher | None,
     ) -> None:
         self.model, self.selection, self.placement = model, selection, placement
+        self._teacher = teacher
         self.averages = [
             Average(schedule, ring=WindowRing(schedule) if isinstance(schedule, Window) else None)
             for schedule in schedules
@@ -54,13 +56,13 @@ class Inventory:
         """The records of the model as it is now."""
         return discovery.find_shards(self.model, self.placement.replicated, timeout)
 
-    def adopt(self, found: ModelShards, teacher: Teacher | None) -> None:
+    def adopt(self, found: ModelShards) -> None:
         """Take `found` for what the model holds now.
 
         What is averaged already keeps its shadow, if it is the same object. Everything else that
         should have a shadow gets one, equal to live. What the model no longer holds is dropped.
         """
-        _refuse_replaced(teacher)
+        self._refuse_replaced_teacher()
         members = self._members or found.members
         if found.members != members:
             _refuse(
@@ -70,9 +72,9 @@ class Inventory:
             )
         self._members = found.members
         kept = self._kept(found)
-        if teacher is not None:
+        if self._teacher is not None:
             for shard in (shard for shard in found.shards if shard.name in kept):
-                teacher.refuse_untied(shard)
+                self._teacher.refuse_untied(shard)
         names = {shard.name for shard in found.shards if self.selection.averages(shard)}
 
         def chosen(shard: Shard) -> bool:
@@ -93,11 +95,11 @@ class Inventory:
         ]
         for i, average in enumerate(self.averages):
             states = {state.name: replace(state) if i else state for state in fresh}
-            if teacher is None:
+            if self._teacher is None:
                 new = [state for state in states.values() if chosen(state.shard)]
                 arena.allocate(new, self.placement.dtype, self.placement.device)
             else:
-                self._bind_teacher(teacher, states)
+                self._bind_teacher(self._teacher, states)
             old_states = {state.name: state for state in average.averaged}
             for shard in (shard for shard in found.shards if shard.name in kept):
                 states[shard.name] = old_states[kept[shard.name]]
@@ -106,7 +108,7 @@ class Inventory:
             if average.ring is not None:
                 average.ring.forget_all_but(set(kept.values()))
             average.forget_buffers(lost)
-        self.sharded = found.sharded + ([] if teacher is None else teacher.sharded)
+        self.sharded = found.sharded + ([] if self._teacher is None else self._teacher.sharded)
 
     def _kept(self, found: ModelShards) -> dict[str, str]:
         """Averaged weights that `found` holds in the same form: name there -> name until now."""
@@ -195,6 +197,14 @@ class Inventory:
             and self.selection.can_average(state.shard)
         ]
 
+    @property
+    def roots(self) -> list[nn.Module]:
+        """Modules whose tree an update watches: not FSDP's, which registers other objects inside a
+        step.
+        """
+        teachers = [] if self._teacher is None else [self._teacher.module]
+        return [] if self.sharded else [self.model, *teachers]
+
     def average(self, which: int | str | Schedule) -> Average:
         """The average with that number, schedule or repr. Else raises ValueError."""
         if isinstance(which, int) and 0 <= which < len(self.averages):
@@ -208,9 +218,24 @@ class Inventory:
         names = ", ".join(f"{i}: {average.name}" for i, average in enumerate(self.averages))
         raise ValueError(f"there is no average {which!r}; there are {names}.")
 
+    def live_sums(self) -> dict[str, int]:
+        """Sums of the bits of this rank's averaged weights in the model, by name.
+
+        The sum is -1 where the storage moved since the last verb.
+
+        Note:
+            *Cost*: one read of them. Waits for the device.
+        """
+        swapped = [state for state in self.averages[0].averaged if state.shard.kind != "buffer"]
+        sums = fingerprint.bit_sums(state.live for state in swapped)
+        return {
+            state.name: -1 if state.moved else bits
+            for state, bits in zip(swapped, sums, strict=True)
+        }
+
     # --- [Note: a model lives] -------------------------------------------------------------------
 
-    def walk_tree(self, teacher: Teacher | None) -> bool:
+    def walk_tree(self) -> bool:
         """Compare the records with the module tree.
 
         Returns:
@@ -238,7 +263,7 @@ class Inventory:
             "value now, or build the EMA after that, on the outermost FSDP module (only= chooses "
             "parts).",
         )
-        _refuse_replaced(teacher)
+        self._refuse_replaced_teacher()
         # A teacher would keep its last value.
         copied = {state.name for state in self.states if state.teacher_copy is not None}
         _refuse(
@@ -256,6 +281,13 @@ class Inventory:
         adopted += changes.replaced + changes.replaced_buffers
         return bool(adopted + changes.gone + changes.gone_buffers)
 
+    def _refuse_replaced_teacher(self) -> None:
+        _refuse(
+            [] if self._teacher is None else self._teacher.replaced,
+            "of the teacher is another object now, or none: the average would go on in the old "
+            "one. Build another EMA with into=.",
+        )
+
     def refuse_unfrozen(self) -> None:
         """Raise RuntimeError where a weight should be averaged and is not, by name."""
         unfrozen = [
@@ -266,7 +298,7 @@ class Inventory:
         _refuse(unfrozen, "became trainable after the EMA was built. Call ema.rescan().")
 
     def rebind_moved(self) -> None:
-        """Bind the records anew whose storages moved.
+        """Bind the records anew whose storages moved, in the model or in the teacher.
 
         Raises:
             RuntimeError: A weight has another dtype, device, shape or order now, by name.
@@ -277,6 +309,8 @@ class Inventory:
             for state in moved:
                 state.rebind()
             average.forget_reshaped_buffers(moved)
+        if self._teacher is not None:
+            self._teacher.follow(self.states)
 
 
 def _held_alike(old: Shard, new: Shard) -> bool:
@@ -290,14 +324,6 @@ def _held_alike(old: Shard, new: Shard) -> bool:
         "it back, or build another EMA.",
     )
     return same and alike and old.shape == new.shape
-
-
-def _refuse_replaced(teacher: Teacher | None) -> None:
-    _refuse(
-        () if teacher is None else teacher.replaced,
-        "of the teacher is another object now, or none: the average would go on in the old one. "
-        "Build another EMA with into=.",
-    )
 
 
 def _refuse(names: Sequence[str], why: str) -> None:

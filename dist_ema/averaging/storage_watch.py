@@ -79,8 +79,7 @@ class StorageWatch:
             params: What is averaged. Its `local` tensors share the version counters of the model's.
             further: Records whose addresses count too: those of a teacher.
             frozen: Weights that would be averaged if they needed a gradient.
-            roots: Modules whose tree is watched. FSDP registers other objects between a forward
-                and a backward, so its modules are none.
+            roots: Modules whose tree is watched.
         """
         # Buffers are read before an update returns, and a forward may write them at any time.
         self._params = [param for param in params if param.shard.kind != "buffer"]
@@ -126,6 +125,16 @@ class StorageWatch:
             return []
         versions = zip(self._names, before, now, strict=True)
         return list(dict.fromkeys(name for name, old, new in versions if old != new))
+
+    def refuse_written(self) -> None:
+        """End the read. Raise RuntimeError if weights were written meanwhile, by name."""
+        written = self.end_read()
+        if written:
+            raise RuntimeError(
+                f"{', '.join(written[:5])} was written after the optimizer's step, while the "
+                "average was reading it (a clamp, a forced normalisation?). Use ema.attach(..., "
+                "overlap=False), or ema.update() by hand."
+            )
 
     def _versions(self) -> list[int]:
         with torch.DisableTorchFunctionSubclass():  # a DTensor answers in half the time

@@ -140,12 +140,6 @@ class Teacher:
         return list(self._given.values())
 
     @property
-    def addressed(self) -> list[Shard]:
-        """Whose addresses count: the teacher's memory, and the frozen weights copied into it."""
-        frozen = [state.shard for state in self._copied if state.shard.kind != "buffer"]
-        return self.written + [shard for shard in frozen if shard.dense]
-
-    @property
     def replaced(self) -> list[str]:
         """Names under which the teacher has another object now, or none."""
         changes = tree_changes.compare_inventory(self.module, self._records)
@@ -261,10 +255,16 @@ class Teacher:
 
     # --- what is copied --------------------------------------------------------------------------
 
-    def adopt(self, states: Sequence[ParamState]) -> None:
-        """Keep the copies of these from now on; each is copied at the next sync."""
+    def adopt(self, states: Sequence[ParamState]) -> list[Shard]:
+        """Keep the teacher's copies of these from now on; each is copied at the next sync.
+
+        Returns:
+            Whose addresses count: the teacher's memory, and frozen weights that are copied into it.
+        """
         self._copied = [state for state in states if state.teacher_copy is not None]
         self.forget_copies()
+        frozen = [state.shard for state in self._copied if state.shard.kind != "buffer"]
+        return self.written + [shard for shard in frozen if shard.dense]
 
     def forget_copies(self) -> None:
         """Let the next `copy_frozen` copy everything."""

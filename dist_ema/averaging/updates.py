@@ -13,7 +13,7 @@ import torch
 from ..sharding.numbering import Numbering
 from .average import Average
 from .engines import Engine, Inline, Times, choose_engine
-from .executors import has_streams
+from .executors import has_streams, is_capturing
 from .kernels import eager, gpu_launch, gpu_plan
 from .kernels.pairs import ShadowPair, Weights
 
@@ -26,13 +26,12 @@ class Updates:
     Attributes:
         engine: Runs the plan.
         overlap: As it was asked for last.
-        device: An accelerator on which live weights lie, if there is one.
     """
 
     def __init__(self) -> None:
         self.engine: Engine = Inline()
         self.overlap: bool | float | None = None
-        self.device: torch.device | None = None
+        self._device: torch.device | None = None  # an accelerator that holds live weights
         self._inline: Engine = Inline()
         self._choice: Any = None
 
@@ -61,23 +60,25 @@ class Updates:
         self._buffers = eager.UpdatePlan(buffers, seed)
 
     def choose(
-        self, on_host: bool | None, overlap: bool | float | None, anew: bool = False
+        self, asked: torch.device | None, overlap: bool | float | None, anew: bool = False
     ) -> None:
         """Choose when updates run. An engine of the right kind stays, with its thread and window.
 
         Args:
-            on_host: Shadows lie in host memory; None: the shadows say so themselves.
+            asked: Where the user wants the shadows; None: beside their weights, or in a teacher.
             overlap: As `attach` asks for; None: an update overlaps in host memory only.
             anew: The shadows are other ones, which an engine that stayed would keep alive.
         """
         pairs = [*self._weights, *self._buffers.pairs]
         live = {pair.live.device for pair in pairs}
         shadows = {pair.shadows[0].device for pair in pairs}
-        if on_host is None:
-            away = all(device.type != "cpu" for device in live)
-            on_host = away and {device.type for device in shadows} == {"cpu"}
+        # A teacher in host memory beside a model on an accelerator is written there too.
+        away = all(device.type != "cpu" for device in live)
+        on_host = (asked is not None and asked.type == "cpu") or (
+            away and {device.type for device in shadows} == {"cpu"}
+        )
         devices = frozenset(live if on_host else live | shadows)
-        self.device = next((device for device in live if has_streams(device)), None)
+        self._device = next((device for device in live if has_streams(device)), None)
         before, self.overlap = _share(self.overlap), overlap
         if _share(overlap) != before:
             self.__dict__.pop("plan", None)
@@ -86,6 +87,15 @@ class Updates:
             self.engine = choose_engine(devices, on_host, choice[0])
             self._inline = choose_engine(devices, on_host, overlap=False)
             self._choice = choice
+
+    def refuse_capture(self, verb: str) -> None:
+        """Raise RuntimeError where the device of the live weights records a graph."""
+        if is_capturing(self._device):
+            raise RuntimeError(
+                f"{verb}() while a CUDA graph is captured: a replay runs neither hooks nor the "
+                "clock of the average. Call ema.detach() before the capture, and ema.update() "
+                "after each replay."
+            )
 
     def run(self, weights: Weights, number: int, guard: bool) -> None:
         """One update. weights: 1 - decay of each average."""
