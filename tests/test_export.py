@@ -519,6 +519,36 @@ def test_force(hf: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "src.safetensors"]
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
+def test_names_of_pickles_are_refused(
+    suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OUT that is named as a pickle would become a folder of that name; a folder that is so called
+    is a folder.
+    """
+    save_file({"w": torch.zeros(2, 2)}, src := tmp_path / "src.safetensors")
+    out = tmp_path / f"x{suffix}"
+    for verb in (["export", str(src)], ["average", str(src), str(src)], ["convert", str(src)]):
+        assert main([*verb, str(out)]) == 1
+        assert "Name x for a folder, or x.safetensors for one file." in capsys.readouterr().err
+        assert not out.exists()
+    out.mkdir()
+    export(src, out, force=True)
+    assert load_file(out)["w"].shape == (2, 2)
+
+
+def test_errors_name_what_was_asked_for(tmp_path: Path) -> None:
+    """A hidden sibling that cannot be made is ours: the user knows OUT."""
+    save_file({"w": torch.zeros(2, 2)}, src := tmp_path / "src.safetensors")
+    out = tmp_path / ("x" * 250)  # the hidden name is longer than the file system allows
+    with pytest.raises(OSError, match="File name too long") as raised:
+        export(src, out)
+    assert raised.value.filename == str(out)
+    with pytest.raises(OSError, match="File name too long") as raised:
+        EMA(nn.Linear(2, 2)).save(out)
+    assert raised.value.filename == str(out)
+
+
 def test_what_comes_meanwhile_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,7 +52,7 @@ def rewrite(path: Path, out: Path, **options: object) -> None:
         writer.write(
             out,
             files,
-            lambda names: chain.from_iterable(sources.windows(checked, name) for name in names),
+            lambda names: chain.from_iterable(map(checked.windows, names)),
             facts,
             beside=beside,
             **options,  # type: ignore[arg-type]
@@ -234,12 +234,12 @@ def test_checked(tmp_path: Path) -> None:
         with sources.open_model(path) as model:
             checked = Checked(model)
             for name in asked:
-                parts = list(sources.windows(checked, name))
+                parts = list(checked.windows(name))
                 assert b"".join(bytes(part.data) for part in parts) == b"".join(
                     map(bytes, sources.windows(model, name))
                 )
                 assert all(part.crc32 in (None, zlib.crc32(part.data)) for part in parts)
-                checked.read(name, 4, 8)
+                checked.reading(name, 4, 8).window()
             checked.finish()
     content = (file := path / "model-00002-of-00002.safetensors").read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -333,5 +333,27 @@ def test_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "has no clock: a window takes what ema.save() wrote" in capsys.readouterr().err
 
 
+def test_average_of_fewer_models_than_the_window(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a window covers that no model is near to is said, and nothing of one that fits."""
+    ema = EMA(line(), 0.0, dtype=torch.float64)
+    paths = []
+    for steps in (8, 2, 2, 2):
+        walk(ema, steps, 0)
+        paths.append(str(tmp_path / f"ema-{len(paths)}"))
+        ema.save(paths[-1])
+    command = ["average", *paths, str(tmp_path / "out"), "--curve", "linear", "--force", "--json"]
+    for length, begin in ((7, None), (8, None), (10, 4), (30, 0)):
+        assert main([*command, "--window", str(length)]) == 0
+        notes = json.loads(capsys.readouterr().out)["notes"]
+        assert len(notes) == (begin is not None)
+        for note in notes:
+            assert f"a window of {length} is longer than what the 4 models cover" in note
+            assert f"it begins at {begin}, and the first one, at 8, stands for all" in note
+    assert main([*command[:-1], "--window", "30"]) == 0
+    assert "it begins at 0" in capsys.readouterr().out
+
+
 def test_the_command_line_has_every_curve() -> None:
     assert console.CURVE["choices"] == list(CURVES)

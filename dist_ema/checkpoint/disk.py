@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
 import threading
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 WINDOW = 16 << 20  # bytes that may wait for the disk
+_TEMPORARY = re.compile(r"/\.([^/]+\.)?tmp-[0-9a-f]{32}(/|$)")  # as `atomic` names them
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -49,7 +51,9 @@ def disk_errors(path: str | Path, needed: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         full = needed > 0 and error.errno in _FULL
-        if error.errno is None or (error.filename is not None and not full):
+        # Hidden names are ours: the user knows `path`.
+        hidden = _TEMPORARY.search(str(error.filename)) is not None
+        if error.errno is None or not (error.filename is None or hidden or full):
             raise
         text = error.strerror or os.strerror(error.errno)
         if full:

@@ -141,7 +141,7 @@ def locate(path: Path, read_headers: bool = True) -> Location:
 def _locate_file(path: Path) -> Location:
     """One file of a model, or its index. The ema.json beside it tells its check sum."""
     if path.name == manifest.META:
-        raise ValueError(f"{path} tells what a folder holds: name the folder, {path.parent}.")
+        raise manifest.folder_is_meant(path)
     saved = manifest.read(path.parent) or manifest.Manifest()
     if saved.files:
         manifest.refuse_damaged(path.parent, saved)

@@ -23,6 +23,7 @@ __all__ = [
     "FORMAT",
     "META",
     "Manifest",
+    "folder_is_meant",
     "group_aliases",
     "read",
     "read_files",
@@ -307,6 +308,11 @@ def refuse_damaged(folder: Path, found: Manifest, files: Files | None = None) ->
             f"{folder / META} is damaged: {'; '.join(problems)}. Move it away to start from the "
             "weights alone, without clock and schedule."
         )
+
+
+def folder_is_meant(path: Path) -> ValueError:
+    """The error where ema.json or an index is named in place of its folder."""
+    return ValueError(f"{path} tells what a folder holds: name the folder, {path.parent}.")
 
 
 def refuse_form(path: Path, one_file: bool, *, ships: bool) -> None:

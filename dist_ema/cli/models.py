@@ -311,6 +311,7 @@ def _text_of_average(report: AverageReport) -> Iterator[str]:
         f"{report.out}: the average of {len(report.terms)} models, {report.averaged:,} weights "
         "averaged in float64"
     )
+    yield from report.notes
     if report.taken:
         yield printable(
             f"taken from {report.terms[-1][0]}, because whole numbers that differ have no mean: "

@@ -9,12 +9,13 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.manifest import Manifest
 from ..schedules import Window
-from . import blend, sources, writer
+from . import blend, same_weights, sources, writer
 
 __all__ = ["AverageReport", "average", "in_order", "shares"]
 
@@ -27,6 +28,7 @@ class AverageReport:
     terms: list[tuple[str, float]]
     averaged: int
     taken: list[str]  # weights of whole numbers that differ between the models
+    notes: list[str]  # on the window
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -34,6 +36,7 @@ class AverageReport:
             "models": [{"path": path, "weight": weight} for path, weight in self.terms],
             "averaged": self.averaged,
             "taken_from_last": self.taken,
+            "notes": self.notes,
         }
 
 
@@ -63,8 +66,9 @@ def average(
     Note:
         *Cost*: 32 MB, and the headers.
     """
+    notes: list[str] = []
     if window is not None:
-        chosen, factors = _in_window(paths, window, control)
+        chosen, factors, notes = _in_window(paths, window, control)
     elif lawa and lawa > len(paths):
         raise ValueError(f"lawa={lawa} asks for more models than the {len(paths)} that were given.")
     else:
@@ -81,7 +85,7 @@ def average(
             stack.enter_context(model)
             sources.refuse_unsupported(model)
         last = models[-1]
-        blend.alike(models, last)
+        same_weights.refuse_different(models, last)
         entries = last.entries.items()
         # Counters and indices have no mean.
         names = frozenset(name for name, entry in entries if blend.numeric(entry.dtype))
@@ -89,13 +93,11 @@ def average(
         kinds = {} if dtype is None else dict.fromkeys(names, dtype)
         mean = blend.Blend(list(zip(models, factors, strict=True)), last, names, kinds)
         terms = list(zip(chosen, factors, strict=True))
-        report = AverageReport(Path(out), terms, len(names), taken)
+        report = AverageReport(Path(out), terms, len(names), taken, notes)
         made_of = {key: report.to_json()[key] for key in ("models", "taken_from_last")}
         facts = Manifest(extra={"average": made_of})
         with progress("averaging", sum(entry.nbytes for entry in mean.entries.values())) as tick:
-            blend.write(
-                Path(out), mean, facts, max_shard_size=max_shard_size, force=force, tick=tick
-            )
+            mean.write(Path(out), facts, max_shard_size=max_shard_size, force=force, tick=tick)
     return report
 
 
@@ -103,14 +105,15 @@ def _differs(name: str, models: Sequence[sources.Source]) -> bool:
     """Whether a weight of the last model has other bits in another one."""
     last = models[-1]
     return not all(
-        sources.is_equal(model, blend.locate(model, name, last), last, name) for model in models
+        same_weights.is_equal(model, same_weights.locate(model, name, last), last, name)
+        for model in models
     )
 
 
 def _in_window(
     paths: Sequence[str], window: Window, control: str | None
-) -> tuple[list[str], list[float]]:
-    """The models inside a window that ends with the last one, and the share of each."""
+) -> tuple[list[str], list[float], list[str]]:
+    """The models inside a window that ends with the last one, the share of each, and notes."""
     clocks = {path: _clock(path) for path in paths}
     inside = sorted(
         (now, path) for path, now in clocks.items() if now > max(clocks.values()) - window.length
@@ -122,13 +125,21 @@ def _in_window(
             f"a window of {window.length:g} holds {len(inside)} of {len(paths)} models, whose "
             f"clocks are {', '.join(f'{now:g}' for now in sorted(clocks.values()))}."
         )
-    factors = window.shares(begin, [now for now, _ in inside])
+    nows = [now for now, _ in inside]
+    factors = window.shares(begin, nows)
+    notes = []
+    # The window reaches back over updates that no save is near to.
+    if nows[-1] < window.length or nows[0] - begin > max(b - a for a, b in pairwise(nows)):
+        notes.append(
+            f"a window of {window.length:g} is longer than what the {len(nows)} models cover: it "
+            f"begins at {begin:g}, and the first one, at {nows[0]:g}, stands for all updates since."
+        )
     if control == "reverse":
         factors.reverse()
     elif control == "shuffled":
         # The same shuffle in every run, so that an experiment can be repeated.
         random.Random(0).shuffle(factors)
-    return [path for _, path in inside], factors
+    return [path for _, path in inside], factors, notes
 
 
 def _clock(path: str) -> float:

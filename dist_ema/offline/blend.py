@@ -1,7 +1,7 @@
-"""`Blend`: a weighted sum of models in files, a window at a time; are models alike? No torch.
+"""`Blend`: the sum of factor times model over models in files, a window at a time. No torch.
 
     blend = Blend([(model, 0.25), (other, 0.75)], rest=other, summed=frozenset(names))
-    write(out, blend, ...)
+    blend.write(out, facts)
 
 Products are summed in float64 and rounded once; where every factor is the same, the sum is
 multiplied. Memory and open files do not grow with the checkpoints: one of them is read at a time,
@@ -22,14 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _version
-from ..checkpoint import atomic, crc32, manifest, safetensors
+from ..checkpoint import crc32, manifest, safetensors
 from ..dtypes import FLOATS, TO_TORCH, Bytes, fitted, float_dtype, widen
-from ..text import some
-from . import model_card, sums, writer
-from .sources import Source, Weights, is_equal
+from ..text import Tick
+from . import same_weights, sources, sums, writer
 
-__all__ = ["WINDOW", "Blend", "alike", "locate", "numeric", "write"]
+__all__ = ["WINDOW", "Blend", "numeric"]
 
 WINDOW = 1 << 19  # elements that a thread sums at a time: 2 MB of float32
 STEP = 1 << 17  # values that are read, multiplied and added while a cache holds them
@@ -41,8 +39,8 @@ MOST_OPEN = 64  # models whose files stay open
 class Blend:
     """The sum of factor times model for some weights, and the other weights of one model."""
 
-    terms: Sequence[tuple[Source, float]]
-    rest: Source  # gives names, shapes, aliases, and whatever is not summed
+    terms: Sequence[tuple[sources.Source, float]]
+    rest: sources.Source  # gives names, shapes, aliases, and whatever is not summed
     summed: frozenset[str]
     # of floating weights; the others stay as in rest
     dtypes: Mapping[str, str] = field(default_factory=dict)
@@ -89,8 +87,8 @@ class Blend:
                 in_flight.append(pool.submit(call))
                 if len(in_flight) == THREADS:  # the next one takes the scratch of the oldest
                     yield in_flight.popleft().result()
-            for each in in_flight:
-                yield each.result()
+            for window in in_flight:
+                yield window.result()
 
     def _calls(self, names: Sequence[str]) -> Iterator[Callable[[], sums.FileWindow]]:
         """A call for each window of the weights, which any thread may make."""
@@ -98,11 +96,10 @@ class Blend:
         for name in names:
             entry = self.rest.entries[name]
             count = entry.nbytes // safetensors.ITEMSIZE[entry.dtype]
-            for begin in range(0, count, WINDOW):
-                end = min(begin + WINDOW, count)
+            for begin, end in sources.ranges(0, count, WINDOW):
                 if name in self.summed:
                     terms = [
-                        (self._reading(model, locate(model, name, self.rest), begin, end), factor)
+                        (self._reading(model, name, begin, end), factor)
                         for model, factor in self.terms
                         if factor  # 0 * NaN is NaN
                     ]
@@ -114,9 +111,10 @@ class Blend:
                 else:
                     yield partial(self._copy, name, self._reading(self.rest, name, begin, end))
 
-    def _reading(self, model: Source, name: str, begin: int, end: int) -> sums.Reading:
-        size = safetensors.ITEMSIZE[model.entries[name].dtype]
-        return self._checked[id(model)].reading(name, begin * size, end * size)
+    def _reading(self, model: sources.Source, name: str, begin: int, end: int) -> sums.Reading:
+        its_name = same_weights.locate(model, name, self.rest)
+        size = safetensors.ITEMSIZE[model.entries[its_name].dtype]
+        return self._checked[id(model)].reading(its_name, begin * size, end * size)
 
     def _copy(self, name: str, reading: sums.Reading) -> sums.FileWindow:
         return reading.window().cast(name, reading.dtype, self._dtype(name))
@@ -160,8 +158,48 @@ class Blend:
 
     def check(self) -> None:
         """Raise ValueError for a model that is not what its ema.json says. Once."""
-        for each in self._checked.values():
-            each.finish()
+        for checked in self._checked.values():
+            checked.finish()
+
+    def write(
+        self,
+        out: Path,
+        facts: manifest.Manifest,
+        *,
+        max_shard_size: int | str | None = None,
+        force: bool = False,
+        tick: Tick = lambda count: None,
+    ) -> None:
+        """Write it as a model to ship. Atomic. In a folder, with what lies beside `rest`.
+
+        Args:
+            out: A folder, or a file that ends in .safetensors.
+            facts: Clock, schedules and extra for ema.json.
+            max_shard_size: The size limit of each file in a folder, by default 5 GB.
+            force: Replace a model at `out`.
+            tick: Receives how many bytes were written.
+
+        Note:
+            *Cost*: 32 MB.
+        """
+        entries, origin = self.entries, self.rest.manifest or manifest.Manifest()
+        writer.write_model(
+            out,
+            entries,
+            dict(sorted(self.rest.aliases.items())),
+            self.content,
+            replace(
+                facts,
+                weights=origin.weights,
+                averaged=sorted(self.summed),
+                dtypes={name: TO_TORCH[entry.dtype] for name, entry in entries.items()},
+            ),
+            beside=self.rest.path,
+            max_shard_size=max_shard_size,
+            force=force,
+            tick=tick,
+            check=self.check,
+        )
 
 
 def _real(dtype: str) -> str:
@@ -172,122 +210,3 @@ def _real(dtype: str) -> str:
 def numeric(dtype: str) -> bool:
     """Whether weights of that dtype can be averaged."""
     return _real(dtype) in FLOATS
-
-
-def _sort(dtype: str, casts_whole: bool) -> str:
-    whole = "whole" if casts_whole and dtype != "C64" else dtype
-    return "floating" if dtype in FLOATS else whole
-
-
-def locate(model: Weights, name: str, like: Source) -> str:
-    """The name that `model` has for a weight of `like`, which may tie it to others.
-
-    Raises:
-        KeyError: It has none.
-    """
-    for each in (name, *(alias for alias, of in like.aliases.items() if of == name)):
-        if each in model.entries or each in model.aliases:
-            return each if each in model.entries else model.aliases[each]
-    raise KeyError(name)
-
-
-def alike(
-    models: Sequence[Weights],
-    like: Source,
-    names: Sequence[str] | None = None,
-    *,
-    casts_whole: bool = True,
-) -> None:
-    """Raise ValueError with every difference in names, shapes and kinds of number.
-
-    Args:
-        models: The models to compare.
-        like: The model that the others must agree with.
-        names: The names to compare, by default all.
-        casts_whole: Whole numbers of two dtypes are one kind.
-    """
-    found = [
-        difference
-        for model in models
-        if model is not like
-        for difference in _differences(model, like, names, casts_whole)
-    ]
-    if found:
-        raise ValueError(
-            f"the models do not hold the same weights as {like.path}, {len(found)} differences: "
-            f"{some(found, 20, '; ')}."
-        )
-
-
-def _differences(
-    model: Weights, like: Source, names: Sequence[str] | None, casts_whole: bool
-) -> Iterator[str]:
-    wanted = sorted(like.entries) if names is None else names
-    for name in wanted:
-        try:
-            here, there = model.entries[locate(model, name, like)], like.entries[name]
-        except KeyError:
-            yield f"{model.path} lacks {name}"
-            continue
-        if here.shape != there.shape:
-            shapes = list(here.shape), list(there.shape)
-            yield f"{name} is {shapes[0]} in {model.path}, {shapes[1]} in {like.path}"
-        elif _sort(here.dtype, casts_whole) != _sort(there.dtype, casts_whole):
-            yield f"{name} is {here.dtype} in {model.path}, {there.dtype} in {like.path}"
-    if names is None:
-        # Without a list of names, what only this model has is a difference too.
-        known = {*like.entries, *like.aliases}
-        for name in sorted(model.entries):
-            others = {alias for alias, of in model.aliases.items() if of == name}
-            if not known & {name, *others}:
-                yield f"{model.path} has {name} besides"
-            elif name in like.aliases and not is_equal(
-                model, name, model, locate(model, like.aliases[name], like)
-            ):
-                yield (
-                    f"{name} is tied to {like.aliases[name]} in {like.path}, another weight in "
-                    f"{model.path}"
-                )
-
-
-def write(
-    out: Path,
-    blend: Blend,
-    facts: manifest.Manifest,
-    *,
-    max_shard_size: int | str | None = None,
-    force: bool = False,
-    tick: Callable[[int], None] = lambda count: None,
-) -> None:
-    """Write the blend as a model to ship. Atomic.
-
-    A folder gets an ema.json, and what lies beside the model of `rest`.
-
-    Args:
-        out: A folder, or a file that ends in .safetensors.
-        blend: What is written.
-        facts: Clock, schedules and extra for ema.json.
-        max_shard_size: The size limit of each file in a folder, by default 5 GB.
-        force: Replace a model at `out`.
-        tick: Receives how many bytes were written.
-
-    Note:
-        *Cost*: 32 MB.
-    """
-    entries = blend.entries
-    out = atomic.real(out)  # through a link
-    files = writer.lay_out(out, entries, blend.rest.aliases, max_shard_size)
-    origin = blend.rest.manifest or manifest.Manifest()
-    full = replace(
-        facts,
-        kind="export",
-        weights=origin.weights,
-        averaged=sorted(blend.summed),
-        aliases=manifest.group_aliases(dict(sorted(blend.rest.aliases.items()))),
-        dtypes={name: TO_TORCH[entry.dtype] for name, entry in entries.items()},
-        versions={"dist_ema": _version.VERSION},
-    )
-    others = model_card.beside(blend.rest.path, out, full, entries)
-    writer.write(
-        out, files, blend.content, full, beside=others, force=force, tick=tick, check=blend.check
-    )

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import _version
-from ..checkpoint import atomic, manifest, pointers, safetensors
+from ..checkpoint import manifest, pointers, safetensors
 from ..dtypes import FLOATS, TO_TORCH, Bytes, cast, float_dtype
 from ..foreign import recognise, torch_dcp
 from ..foreign.recognise import FoundAverage, Leaf
 from ..text import plural, size, some
 from . import sources, sums, writer
-from .checkpoint_trees import ObjectTree, give_names, open_tree, read_json, without_wrappers
+from .foreign_names import give_names, without_wrappers
+from .foreign_trees import ObjectTree, open_tree, read_json
 
 __all__ = ["ConvertPlan", "ConvertRequest", "candidates", "plan", "write"]
 
@@ -309,33 +309,28 @@ def write(
     max_shard_size: str | None = None,
 ) -> manifest.Manifest:
     """Write the model, atomically. Returns its ema.json. *Cost*: one window."""
-    out = atomic.real(out)  # through a link
-    files = writer.lay_out(out, plan.entries, plan.aliases, max_shard_size)
-    facts = manifest.Manifest(
-        kind="export",
-        weights="all" if plan.whole else "averaged",
-        averaged=sorted(plan.averaged),
-        aliases=manifest.group_aliases(plan.aliases),
-        dtypes={name: TO_TORCH[leaf.dtype] for name, leaf in plan.weights.items()},
-        versions={"dist_ema": _version.VERSION},
-        extra={"converted": {"from": plan.found.kind, "key": plan.found.key, **plan.found.extra}},
-    )
-    writer.write(
+    origin = {"from": plan.found.kind, "key": plan.found.key, **plan.found.extra}
+    return writer.write_model(
         out,
-        files,
+        plan.entries,
+        plan.aliases,
         lambda names: (
             sums.FileWindow(raw)
             for name in names
             for raw in _content(plan.weights[name], plan.dtypes[name], name)
         ),
-        facts,
+        manifest.Manifest(
+            weights="all" if plan.whole else "averaged",
+            averaged=sorted(plan.averaged),
+            dtypes={name: TO_TORCH[leaf.dtype] for name, leaf in plan.weights.items()},
+            extra={"converted": origin},
+        ),
+        max_shard_size=max_shard_size,
         force=force,
         tick=tick,
     )
-    return facts
 
 
 def _content(leaf: Leaf, dtype: str, name: str = "") -> Iterator[Bytes]:
-    size = safetensors.Entry(leaf.dtype, tuple(leaf.shape)).nbytes
-    for begin in range(0, size, sources.WINDOW):
-        yield cast(name, leaf.read(begin, min(begin + sources.WINDOW, size)), leaf.dtype, dtype)
+    for begin, end in sources.ranges(0, safetensors.Entry(leaf.dtype, leaf.shape).nbytes):
+        yield cast(name, leaf.read(begin, end), leaf.dtype, dtype)

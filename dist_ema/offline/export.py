@@ -14,8 +14,8 @@ from .. import _version
 from ..checkpoint import atomic, manifest, safetensors
 from ..dtypes import TORCH, float_dtype
 from ..text import Bar, silent, size_of
-from . import blend, library_names, model_card, report, sums, writer
-from .sources import Source, Weights, open_model, refuse_unsupported, windows
+from . import library_names, model_card, report, same_weights, sums, writer
+from .sources import Source, Weights, open_model, refuse_unsupported
 
 __all__ = ["Exported", "export"]
 
@@ -90,7 +90,7 @@ def export(
         def content(names: Sequence[str]) -> Iterator[sums.FileWindow]:
             for name in names:
                 was, now = source.entries[form.names[name]].dtype, form.entries[name].dtype
-                for window in windows(source, form.names[name]):
+                for window in source.windows(form.names[name]):
                     yield window.cast(name, was, now)
 
         with bar(sum(entry.nbytes for entry in form.entries.values())) as tick:
@@ -191,8 +191,8 @@ def _form_like(
     size: int | str | None,
 ) -> _Form:
     """The names of the pattern, which choose among tied ones, its dtypes, files and order."""
-    blend.alike([model], pattern, casts_whole=False)
-    names = {name: blend.locate(model, name, pattern) for name in pattern.entries}
+    same_weights.refuse_different([model], pattern, casts_whole=False)
+    names = {name: same_weights.locate(model, name, pattern) for name in pattern.entries}
     known = {name: name for name in model.entries} | dict(model.aliases)
     # The pattern may tie what the model has twice: then the pattern's name counts.
     known |= {name: names[of] for name, of in pattern.aliases.items()}

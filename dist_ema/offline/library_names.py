@@ -107,7 +107,7 @@ class Reverted:
 
         entry = self._checked.entries[owner]
         raw = torch.from_numpy(
-            np.concatenate([window.data for window in sources.windows(self._checked, owner)])
+            np.concatenate([window.data for window in self._checked.windows(owner)])
         )
         parts = self._revert(owner, raw.view(self._dtypes[entry.dtype]).view(entry.shape))
         return {

@@ -1,6 +1,6 @@
-"""`dist-ema plan`: what a decay means in other units, at another batch size, and what it costs.
+"""`dist-ema plan`: `Pace`, a decay as half-life, window and sigma_rel; `Cost` of averaging.
 
-Arithmetic alone.
+Arithmetic alone, before training.
 
 [Note: widths]  An average with a constant decay d weighs the weights of k updates ago with
 (1 - d) d^k. Half of it is younger than the half-life log(0.5) / log(d). The mean age plus one,
@@ -73,17 +73,10 @@ class Pace:
         return None if self.length is None else self.decay**self.length
 
     def to_json(self) -> dict[str, Any]:
-        facts = {
-            "decay": self.decay,
-            "length": self.length,
-            "sigma_rel": self.sigma_rel,
-            "gamma": self.gamma,
-        }
+        facts = {name: getattr(self, name) for name in ("decay", "length", "sigma_rel", "gamma")}
         for unit, count in self.units.items():
-            facts |= {
-                f"half_life_{unit}": self.half_life * count,
-                f"window_{unit}": self.window * count,
-            }
+            facts[f"half_life_{unit}"] = self.half_life * count
+            facts[f"window_{unit}"] = self.window * count
         return facts | {"start_left": self.start_left}
 
 
@@ -105,30 +98,27 @@ def pace(
         half_life: In `unit`.
         window: In `unit`.
         sigma_rel: As a share of `length`.
-        unit: Steps, samples or tokens.
-        length: The length of the training, in `unit`.
+        unit: Steps, or with a batch size samples, or with `tokens` too tokens.
+        length: The length of the training, in `unit`; sigma_rel needs it.
         batch_size: Samples per step.
         tokens: Tokens per sample.
 
     Raises:
-        ValueError: A number that the conversion needs is missing, or the result is infinite.
+        ValueError: The decay rounds to 0 or 1, or a number that follows is infinite.
     """
     units = {"steps": 1.0}
     if batch_size is not None:
         units["samples"] = batch_size
         if tokens is not None:
             units["tokens"] = batch_size * tokens
-    if unit not in units:
-        more = " and the tokens per sample" if unit == "tokens" else ""
-        raise ValueError(f"a plan in {unit} needs the batch size{more}: the {unit} of one step.")
     steps = None if length is None else length / units[unit]
     if decay is None:
-        decay = _decay(half_life, window, sigma_rel, units[unit], steps)
+        decay = _decay_of(half_life, window, sigma_rel, units[unit], steps)
     return _sound(Pace(decay, units, steps))
 
 
 def _sound(of: Pace) -> Pace:
-    """Raise ValueError where the decay rounds to 0 or 1, or a number that follows is infinite."""
+    """The same, if its decay has not rounded to 0 or 1, and no number in it is infinite."""
     if not 0 < of.decay < 1:
         raise ValueError(
             f"these numbers make a decay of {of.decay:g} per step; it must lie between 0 and 1."
@@ -142,7 +132,7 @@ def _sound(of: Pace) -> Pace:
     return of
 
 
-def _decay(
+def _decay_of(
     half_life: float | None,
     window: float | None,
     sigma_rel: float | None,
@@ -154,10 +144,7 @@ def _decay(
     if window is not None:
         return 1 - per_step / window
     assert sigma_rel is not None, "one of them is given"
-    if steps is None:
-        raise ValueError(
-            f"sigma_rel={sigma_rel:g} is a share of the training, whose length was not given."
-        )
+    assert steps is not None, "the command asks for the length"
     deviation = sigma_rel * steps  # = sqrt(d) / (1 - d), solved for 1 - d
     return 1 - 2 / (1 + math.hypot(1, 2 * deviation))
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -25,17 +25,17 @@ from ..foreign import torch_dcp
 from ..schedules import from_dict
 
 __all__ = [
+    "PICKLES",
     "WINDOW",
-    "Readable",
     "Safetensors",
     "Source",
     "Weights",
     "choose",
     "find",
-    "is_equal",
     "locate",
     "open_model",
     "pickled",
+    "ranges",
     "read_at",
     "refuse_unsupported",
     "windows",
@@ -43,8 +43,6 @@ __all__ = [
 
 WINDOW = 4 << 20  # bytes
 
-T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 _OF_AVERAGE = re.compile(r"(^|\.)averages\.average_\d+\.weights\.")  # of EMA.state_dict
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
 
@@ -56,19 +54,11 @@ def read_at(fd: int, path: Path | str, begin: int, end: int, into: Bytes | None 
     return data
 
 
-class Readable(Protocol[T_co]):
-    """Whatever has weights as windows of bytes."""
-
-    entries: dict[str, safetensors.Entry]
-
-    def read(self, name: str, begin: int, end: int) -> T_co:
-        """Bytes [begin, end) of a weight."""
-
-
-class Weights(Readable[Bytes], Protocol):
+class Weights(Protocol):
     """A model as a table of names, and the bytes of each."""
 
     path: Path
+    entries: dict[str, safetensors.Entry]
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -81,24 +71,16 @@ class Weights(Readable[Bytes], Protocol):
         """Let go what reading has opened. The next `read` opens it again."""
 
 
-def windows(model: Readable[T], name: str, window: int = WINDOW) -> Iterator[T]:
+def ranges(begin: int, end: int, window: int = WINDOW) -> Iterator[tuple[int, int]]:
+    """[begin, end) in ranges of `window`, the last one shorter."""
+    for at in range(begin, end, window):
+        yield at, min(at + window, end)
+
+
+def windows(model: Weights, name: str, window: int = WINDOW) -> Iterator[Bytes]:
     """The bytes of a weight in order, `window` at a time (whole elements). *Cost*: one window."""
-    nbytes = model.entries[name].nbytes
-    for begin in range(0, nbytes, window):
-        yield model.read(name, begin, min(begin + window, nbytes))
-
-
-def is_equal(model: Weights, name: str, other: Weights, its_name: str) -> bool:
-    """Whether two weights have the same dtype, shape and bits. Closes both models."""
-    a, b = model.entries[name], other.entries[its_name]
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    try:
-        pairs = zip(windows(model, name), windows(other, its_name), strict=True)
-        return all(bool((one == two).all()) for one, two in pairs)
-    finally:
-        model.close()
-        other.close()
+    for begin, end in ranges(0, model.entries[name].nbytes, window):
+        yield model.read(name, begin, end)
 
 
 def locate(path: Path) -> Path:
@@ -133,7 +115,7 @@ def find(path: str | Path) -> Path:
     elif not path.is_file():
         raise ValueError(f"{path} is neither a folder nor a file.")
     elif path.suffix == ".json":
-        raise ValueError(f"{path} tells what a folder holds: name the folder, {path.parent}.")
+        raise manifest.folder_is_meant(path)
     elif pickled(path):
         raise ValueError(
             f"{path} is a pickled checkpoint, no safetensors file. `dist-ema convert {path} OUT` "

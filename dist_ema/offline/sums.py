@@ -14,7 +14,7 @@ import numpy as np
 
 from ..checkpoint import crc32, manifest, safetensors
 from ..dtypes import Bytes, cast
-from .sources import WINDOW, Safetensors, Weights
+from .sources import Safetensors, Weights, ranges
 
 __all__ = ["Checked", "FileSums", "FileWindow", "Reading"]
 
@@ -137,12 +137,16 @@ class Checked:
         self._lock = Lock()
         self._seen: dict[tuple[str, str], int] = {}  # (file, weight) -> bytes in its sum
 
-    def read(self, name: str, begin: int, end: int) -> FileWindow:
-        """Bytes [begin, end) of a weight. Windows in order count once, however often read."""
-        return self.reading(name, begin, end).window()
+    def windows(self, name: str) -> Iterator[FileWindow]:
+        """The bytes of a weight in order."""
+        for begin, end in ranges(0, self.entries[name].nbytes):
+            yield self.reading(name, begin, end).window()
 
     def reading(self, name: str, begin: int, end: int) -> Reading:
-        """The bytes that `read` gives, for a thread to read in steps. Calls give the order."""
+        """Bytes [begin, end) of a weight, for a thread to read in steps. Calls give the order.
+
+        Ranges in order count once, however often they are read.
+        """
         add = None
         if self._summed is not None:
             file, at = self._summed.place(name)
@@ -177,10 +181,10 @@ class Checked:
     def _unseen(self, name: str, file: safetensors.SafetensorsFile) -> Iterator[tuple[int, int]]:
         """The byte ranges of a file that were not read, in windows."""
         head = len(file.head)
-        ranges = [(0, head)]
-        ranges += [
+        unread = [(0, head)]
+        unread += [
             (head + entry.begin + self._seen.get((name, weight), 0), head + entry.end)
             for weight, entry in file.entries.items()
         ]
-        for begin, end in ranges:
-            yield from ((at, min(at + WINDOW, end)) for at in range(begin, end, WINDOW))
+        for begin, end in unread:
+            yield from ranges(begin, end)

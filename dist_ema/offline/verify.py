@@ -17,7 +17,7 @@ from ..checkpoint import atomic, disk, manifest, safetensors
 from ..dtypes import FLOATS, Bytes, finite, widen
 from ..text import Bar, Tick, sentence, silent
 from .report import ModelReport, report_on
-from .sources import WINDOW, find, open_model, read_at, windows
+from .sources import find, open_model, ranges, read_at, windows
 from .sums import FileSums, FileWindow
 
 __all__ = ["SUMS", "Verdict", "verify"]
@@ -174,8 +174,7 @@ def _verify_file(
         base = len(file.head)
         for weight in safetensors.in_order(file.entries):
             entry, count = file.entries[weight], Counter[str]()
-            for begin in range(entry.begin, entry.end, WINDOW):
-                end = min(begin + WINDOW, entry.end)
+            for begin, end in ranges(entry.begin, entry.end):
                 raw = read_at(handle.fileno(), path, base + begin, base + end)
                 sums.add(FileWindow(raw))
                 count += _not_finite(raw, entry.dtype)
@@ -231,8 +230,6 @@ def _seal(path: Path, report: ModelReport, verdict: Verdict) -> None:
     try:
         atomic.replace_file(where, replace(report.manifest, files=sealed).to_bytes())
     except OSError as error:
-        verdict.unsealed = (
-            f"{path} could not be sealed: {error.filename or where}: {error.strerror}."
-        )
+        verdict.unsealed = f"{path} could not be sealed: {where}: {error.strerror}."
         return
     verdict.sealed = True

@@ -1,4 +1,7 @@
-"""`write`: a model written to files by one process: streamed, summed, published. No torch."""
+"""`write_model`: a model laid out in shards, streamed to files by one process, summed, published.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from .. import _version
 from ..checkpoint import atomic, disk, manifest, pointers, retention, safetensors
-from ..text import size_of
+from ..text import Tick, size_of
+from . import model_card
+from .sources import PICKLES
 from .sums import FileSums, FileWindow
 
-__all__ = ["lay_out", "refuse_place", "refuse_target", "write"]
+__all__ = ["lay_out", "refuse_place", "refuse_target", "write", "write_model"]
 
 Files: TypeAlias = dict[str, safetensors.SafetensorsFile]
 
@@ -69,6 +75,11 @@ def refuse_target(path: Path, force: bool, temporary: Path | None = None) -> Non
     path = atomic.real(path)
     if path.is_symlink():
         raise ValueError(f"{path} is a link that leads to itself. Name another path.")
+    if path.suffix in PICKLES and not path.is_dir():
+        raise ValueError(
+            f"{path} is named as a pickle, and safetensors are written. Name {path.stem} for a "
+            f"folder, or {path.stem}.safetensors for one file."
+        )
     if not path.exists():
         return
     if not force:
@@ -80,6 +91,53 @@ def refuse_target(path: Path, force: bool, temporary: Path | None = None) -> Non
         )
 
 
+def write_model(
+    out: Path,
+    entries: dict[str, safetensors.Entry],
+    aliases: Mapping[str, str],
+    content: Callable[[Sequence[str]], Iterable[FileWindow]],
+    facts: manifest.Manifest,
+    *,
+    beside: Path | None = None,
+    max_shard_size: int | str | None = None,
+    force: bool = False,
+    tick: Tick = lambda count: None,
+    check: Callable[[], object] = lambda: None,
+) -> manifest.Manifest:
+    """Write a model to ship, laid out as Hugging Face does. Returns its ema.json, without files.
+
+    Args:
+        out: A folder, or a file that ends in .safetensors.
+        entries: Dtype and shape of each weight.
+        aliases: Further name -> weight.
+        content: As for `write`.
+        facts: The ema.json, as far as `entries` and `aliases` do not tell it.
+        beside: A model whose config, tokenizer and card a folder gets.
+        max_shard_size: The size limit of each file in a folder, by default 5 GB.
+        force: Replace a model at `out`.
+        tick: Receives how many bytes were written.
+        check: As for `write`.
+    """
+    out = atomic.real(out)  # through a link
+    full = replace(
+        facts,
+        kind="export",
+        aliases=manifest.group_aliases(aliases),
+        versions={"dist_ema": _version.VERSION},
+    )
+    write(
+        out,
+        lay_out(out, entries, aliases, max_shard_size),
+        content,
+        full,
+        beside={} if beside is None else model_card.beside(beside, out, full, entries),
+        force=force,
+        tick=tick,
+        check=check,
+    )
+    return full
+
+
 def write(
     path: Path,
     files: Files,
@@ -89,7 +147,7 @@ def write(
     beside: Mapping[str, bytes | Path] = MappingProxyType({}),
     index: str = safetensors.INDEX,
     force: bool = False,
-    tick: Callable[[int], None] = lambda count: None,
+    tick: Tick = lambda count: None,
     check: Callable[[], object] = lambda: None,
 ) -> None:
     """Write a folder, or one file if `path` ends in .safetensors.
@@ -145,7 +203,7 @@ def _write_file(
     path: Path,
     file: safetensors.SafetensorsFile,
     content: Callable[[Sequence[str]], Iterable[FileWindow]],
-    tick: Callable[[int], None],
+    tick: Tick,
 ) -> dict[str, Any]:
     """Returns its line in ema.json: size and sums."""
     # The header is written by the caller's thread, windows by that of `FileSums`.

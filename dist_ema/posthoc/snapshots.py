@@ -21,7 +21,7 @@ from typing import Any
 from ..averaging.clock import Clock
 from ..checkpoint import manifest
 from ..dtypes import FLOATS, TORCH
-from ..offline import blend, sources, writer
+from ..offline import blend, same_weights, sources, writer
 from ..schedules import Power, Schedule, from_dict
 from ..text import some
 from .profiles import Fit, Mixer, Profile, coefficients
@@ -162,14 +162,9 @@ class Snapshots:
             # Shadows may have another dtype than the model had: ema.json has the model's.
             own = {n: TORCH[kind] for n, kind in newest.dtypes.items() if TORCH.get(kind) in FLOATS}
             dtypes = own if dtype is None else dict.fromkeys(newest_model.entries, dtype)
-            blend.write(
-                Path(out),
-                blend.Blend(terms, newest_model, frozenset(newest.averaged), dtypes),
-                self._facts(target, fit, at, mixed),
-                max_shard_size=max_shard_size,
-                force=force,
-                tick=tick,
-            )
+            mixture = blend.Blend(terms, newest_model, frozenset(newest.averaged), dtypes)
+            facts = self._facts(target, fit, at, mixed)
+            mixture.write(Path(out), facts, max_shard_size=max_shard_size, force=force, tick=tick)
 
     def _refuse_mixed(
         self, mixed: list[Stored], models: list[sources.Source], newest_model: sources.Source
@@ -183,7 +178,7 @@ class Snapshots:
                     f"{stored.snapshot} and {newest.snapshot} do not average the same weights: "
                     f"{some(apart)} only in one of them."
                 )
-        blend.alike(models, newest_model, newest.averaged)
+        same_weights.refuse_different(models, newest_model, newest.averaged)
 
     def _facts(
         self, target: Schedule, fit: Fit, at: float | None, mixed: list[tuple[Stored, float]]

@@ -1,0 +1,103 @@
+"""Do models hold the same weights? Names, ties, shapes and kinds of number; the bits of two.
+
+The models may call tied weights by different names of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..dtypes import FLOATS
+from ..text import some
+from .sources import Source, Weights, windows
+
+__all__ = ["is_equal", "locate", "refuse_different"]
+
+
+def locate(model: Weights, name: str, like: Source) -> str:
+    """The name that `model` has for a weight of `like`, which may tie it to others.
+
+    Raises:
+        KeyError: It has none.
+    """
+    for each in (name, *(alias for alias, of in like.aliases.items() if of == name)):
+        if each in model.entries or each in model.aliases:
+            return each if each in model.entries else model.aliases[each]
+    raise KeyError(name)
+
+
+def is_equal(model: Weights, name: str, other: Weights, its_name: str) -> bool:
+    """Whether two weights have the same dtype, shape and bits. Closes both models."""
+    a, b = model.entries[name], other.entries[its_name]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    try:
+        pairs = zip(windows(model, name), windows(other, its_name), strict=True)
+        return all(bool((one == two).all()) for one, two in pairs)
+    finally:
+        model.close()
+        other.close()
+
+
+def refuse_different(
+    models: Sequence[Weights],
+    like: Source,
+    names: Sequence[str] | None = None,
+    *,
+    casts_whole: bool = True,
+) -> None:
+    """Raise ValueError with every difference in names, shapes and kinds of number.
+
+    Args:
+        models: The models to compare.
+        like: The model that the others must agree with.
+        names: The names to compare, by default all.
+        casts_whole: Whole numbers of two dtypes are one kind.
+    """
+    found = [
+        difference
+        for model in models
+        if model is not like
+        for difference in _differences(model, like, names, casts_whole)
+    ]
+    if found:
+        raise ValueError(
+            f"the models do not hold the same weights as {like.path}, {len(found)} differences: "
+            f"{some(found, 20, '; ')}."
+        )
+
+
+def _differences(
+    model: Weights, like: Source, names: Sequence[str] | None, casts_whole: bool
+) -> Iterator[str]:
+    wanted = sorted(like.entries) if names is None else names
+    for name in wanted:
+        try:
+            here, there = model.entries[locate(model, name, like)], like.entries[name]
+        except KeyError:
+            yield f"{model.path} lacks {name}"
+            continue
+        if here.shape != there.shape:
+            shapes = list(here.shape), list(there.shape)
+            yield f"{name} is {shapes[0]} in {model.path}, {shapes[1]} in {like.path}"
+        elif _sort(here.dtype, casts_whole) != _sort(there.dtype, casts_whole):
+            yield f"{name} is {here.dtype} in {model.path}, {there.dtype} in {like.path}"
+    if names is None:
+        # Without a list of names, what only this model has is a difference too.
+        known = {*like.entries, *like.aliases}
+        for name in sorted(model.entries):
+            others = {alias for alias, of in model.aliases.items() if of == name}
+            if not known & {name, *others}:
+                yield f"{model.path} has {name} besides"
+            elif name in like.aliases and not is_equal(
+                model, name, model, locate(model, like.aliases[name], like)
+            ):
+                yield (
+                    f"{name} is tied to {like.aliases[name]} in {like.path}, another weight in "
+                    f"{model.path}"
+                )
+
+
+def _sort(dtype: str, casts_whole: bool) -> str:
+    whole = "whole" if casts_whole and dtype != "C64" else dtype
+    return "floating" if dtype in FLOATS else whole
