@@ -40,7 +40,7 @@ from dist_ema.averaging.clock import Clock
 from dist_ema.averaging.storage_watch import StorageWatch
 from dist_ema.averaging.swap_registry import SwapRegistry
 from dist_ema.checkpoint import disk
-from dist_ema.distributed import machines, ranks, receiver, transfer, waiting
+from dist_ema.distributed import collectives, machines, ranks, receiver, waiting
 from dist_ema.distributed.coordinator import FAN_IN, StoreCoordinator
 from dist_ema.distributed.ranks import Ranks
 from dist_ema.sharding import discovery, ownership
@@ -284,9 +284,9 @@ def swap_collectives(size: int) -> tuple[int, int]:
         states = ownership.assign(shards, lambda shard: True, split=True)
         ((group, runs),) = ownership.replica_runs(states)
         counted = Collectives()
-        transfer.broadcast(runs, group, counted)
+        collectives.broadcast(runs, group, counted)
         total = sum(state.local.nbytes for state in states)
-        return counted.count, math.ceil(total / transfer.WINDOW) + 1
+        return counted.count, math.ceil(total / collectives.WINDOW) + 1
     finally:
         dist.destroy_process_group()
 

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ema import EMA, HalfLife, Uniform, load_file
-from dist_ema.distributed.deadlines import BoundedStore
+from dist_ema.distributed.bounded_store import BoundedStore
 from tests._ranks import run_ranks
 from tests._wrappers import wrap
 

@@ -30,7 +30,7 @@ from torch import nn
 
 from dist_ema import EMA
 from dist_ema.averaging import drop_in_rules
-from dist_ema.distributed import receiver, transfer
+from dist_ema.distributed import collectives, receiver
 from dist_ema.sharding import ownership
 from tests._models import Net
 from tests._ranks import run_ranks
@@ -133,7 +133,7 @@ def fault(folder: str, cases: list[Case]) -> tuple[int, str, float]:
     model = nn.parallel.DistributedDataParallel(Net(), process_group=group)
     ema = EMA(model, 0.5, timeout=60)
     ema.save(path / "kept")
-    transfer.WINDOW = transfer.STREAM = receiver.WINDOW = ownership.MAX_BLOCK = 512
+    collectives.WINDOW = collectives.STREAM = receiver.WINDOW = ownership.MAX_BLOCK = 512
     pids: list[Any] = [None] * case.size
     dist.all_gather_object(pids, os.getpid(), group=group)
     before = [p.detach().clone() for p in model.parameters()]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from dist_ema.distributed.deadlines import BoundedStore
-from dist_ema.distributed.ranks import RECENT, Claims
+from dist_ema.distributed.bounded_store import BoundedStore
+from dist_ema.distributed.job_keys import RECENT, Claims
 
 
 def test_claims() -> None:

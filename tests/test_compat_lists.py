@@ -26,7 +26,7 @@ from dist_ema import EMA
 from dist_ema.averaging.engines import HostThread
 from dist_ema.compat import contrib, diffusers, ldm, shadow, torch_ema
 from dist_ema.compat._parameter_list import ParameterListAverage
-from dist_ema.distributed import transfer
+from dist_ema.distributed import collectives
 from dist_ema.sharding import wrappers
 from tests._models import Net
 from tests._oracle import Collectives, Oracle, Training, same, snapshot
@@ -1224,12 +1224,13 @@ def copied_in_place() -> None:
         torch.manual_seed(1)
         ema, other = EMA(wrap(kind, Net()), 0.5), wrap(kind, Net())
         full = ema.gather()
-        whole, transfer.STREAM = transfer.STREAM, 40  # bytes, so that each weight takes its own
+        whole = collectives.STREAM
+        collectives.STREAM = 40  # bytes, so that each weight takes its own
         with Collectives() as few:
             ema.copy_to(other)
         with Collectives() as many:
             ema.copy_to(wrap("none", Net()))
-        transfer.STREAM = whole
+        collectives.STREAM = whole
         assert few.count < many.count, (few.count, many.count)
         arrived = EMA(other, 0.5).gather()
         assert all(torch.equal(arrived[name], full[name]) for name in full)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_ema import EMA
-from dist_ema.distributed import transfer
+from dist_ema.distributed import collectives
 from dist_ema.sharding import discovery, geometry, ownership
 from tests._oracle import Collectives
 from tests._ranks import run_ranks
@@ -43,16 +43,16 @@ def runs_of(rank: int) -> list[tuple[int, Tensor]]:
 
 
 def whole_windows() -> None:
-    for transfer.WINDOW in (40, 96, 1 << 20):
+    for collectives.WINDOW in (40, 96, 1 << 20):
         runs = runs_of(dist.get_rank())
-        with Collectives() as collectives:
-            transfer.broadcast(runs, dist.group.WORLD)
+        with Collectives() as counted:
+            collectives.broadcast(runs, dist.group.WORLD)
         for i, (source, run) in enumerate(runs):
             right = dict(enumerate(runs_of(source)))[i][1]
             assert torch.equal(run.view(torch.uint8), right.view(torch.uint8)), i
         total = sum(run.nbytes for _, run in runs)
-        assert collectives.count == math.ceil(total / transfer.WINDOW)
-    transfer.WINDOW = 4 << 20
+        assert counted.count == math.ceil(total / collectives.WINDOW)
+    collectives.WINDOW = 4 << 20
 
 
 def nested_replicas() -> None:
@@ -128,9 +128,9 @@ def test_swap_scales(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(run.nbytes for _, run in runs) == total
     mine = [run for source, run in runs if source == 3]
     assert sum(map(len, mine)) == sum(state.averaged_region.numel for state in states)
-    with Collectives() as collectives:
-        transfer.broadcast(runs, group)
-    assert collectives.count <= total / transfer.WINDOW + 1
+    with Collectives() as counted:
+        collectives.broadcast(runs, group)
+    assert counted.count <= total / collectives.WINDOW + 1
 
 
 class ThreadRanks:
@@ -166,7 +166,7 @@ class ThreadRanks:
 @pytest.mark.parametrize("size", [3, 48])
 def test_streams_to_all_scale(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rank takes every block, in collectives that grow with the bytes and not with ranks."""
-    monkeypatch.setattr(transfer, "STREAM", 1 << 10)
+    monkeypatch.setattr(collectives, "STREAM", 1 << 10)
     wanted = {
         (number, row): torch.full((1, 5), row * 1.5 + number, dtype=dtype)
         for number, dtype in enumerate((torch.float64, torch.bfloat16, torch.uint8))
@@ -177,7 +177,7 @@ def test_streams_to_all_scale(size: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
     def work(own: ThreadRanks) -> dict[tuple[int, int], Tensor]:
         blocks = [
-            transfer.Block(number, (row, 0), data)
+            collectives.Block(number, (row, 0), data)
             for (number, row), data in wanted.items()
             if row % size == own.rank and own.rank != 1  # one rank has nothing
         ]
@@ -187,7 +187,7 @@ def test_streams_to_all_scale(size: int, monkeypatch: pytest.MonkeyPatch) -> Non
             found[number, offsets[0]] = data.clone()
 
         dtypes = [torch.float64, torch.bfloat16, torch.uint8]
-        transfer.stream_to_all(own, "copy_to", dtypes, [2, 2, 2], blocks, take)  # type: ignore[arg-type]
+        collectives.stream_to_all(own, "copy_to", dtypes, [2, 2, 2], blocks, take)  # type: ignore[arg-type]
         return found
 
     with ThreadPoolExecutor(size) as pool:
@@ -198,4 +198,4 @@ def test_streams_to_all_scale(size: int, monkeypatch: pytest.MonkeyPatch) -> Non
         assert all(torch.equal(found[key], data) for key, data in sent.items())
     total = sum(data.nbytes for data in sent.values())
     assert {each.count for each in ranks} == {ranks[0].count}
-    assert ranks[0].count <= 3 * total / transfer.STREAM + 3
+    assert ranks[0].count <= 3 * total / collectives.STREAM + 3

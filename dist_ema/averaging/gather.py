@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..distributed import receiver, transfer
+from ..distributed import collectives, receiver
 from ..distributed.ranks import Ranks
 from ..packing import packs
 from ..sharding import discovery, geometry, ownership, parameters, records, wrappers
@@ -57,7 +57,7 @@ def full(
         }
     names = list(forms)
     weights: dict[str, Tensor] = {}
-    blocks: list[transfer.Block] = []
+    blocks: list[collectives.Block] = []
 
     def prepare() -> None:
         # NOTE: memory for a whole model may be missing. Then the others must not begin to send.
@@ -89,7 +89,7 @@ def full(
 
 
 def _runs(
-    states: Sequence[ParamState], blocks: Sequence[transfer.Block], numbers: dict[str, int]
+    states: Sequence[ParamState], blocks: Sequence[collectives.Block], numbers: dict[str, int]
 ) -> Iterator[receiver.Run]:
     """The bytes of the blocks as runs of the full weights, by their numbers."""
     for i, offsets, data in blocks:
@@ -132,7 +132,7 @@ def _full_window(
     _run_to_its_end(
         ranks,
         states,
-        partial(transfer.stream_to_all, ranks, "tensors", dtypes, dims, blocks, receive),
+        partial(collectives.stream_to_all, ranks, "tensors", dtypes, dims, blocks, receive),
     )
     return [(state.name, tensor) for state, tensor in zip(states, tensors, strict=True)]
 
@@ -155,7 +155,7 @@ def copy_into(
     targets: dict[str, records.Shard] = {}
     views: dict[str, list[tuple[Box, Tensor]]] = {}
     strided: list[tuple[records.Shard, Tensor]] = []  # read as copies, to be written back
-    blocks: list[transfer.Block] = []
+    blocks: list[collectives.Block] = []
     sharded: list[nn.Module] = []
 
     def prepare() -> bool:
@@ -184,7 +184,7 @@ def copy_into(
             if state.shard.owner_ranks:
                 targets[state.name].write(state.local if state.shadow is None else state.shadow)
         sent = [block for block in blocks if otherwise or not states[block[0]].shard.owner_ranks]
-        transfer.stream_to_all(
+        collectives.stream_to_all(
             ranks, "copy_to", *ownership.saved_dtypes(states, own_buffers), sent, receive
         )
         # Last, because what was received lies in copies of strided elements only.

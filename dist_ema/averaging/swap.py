@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed import transfer
+from ..distributed import collectives
 from ..distributed.ranks import Ranks
 from ..sharding import derived, ownership, tree_changes
 from . import averages, executors, swap_journal, swap_writes
@@ -238,7 +238,7 @@ def broadcast_to_replicas(verb: str, ranks: Ranks, states: Sequence[ownership.Pa
 
     def broadcast() -> None:
         for group, runs in ownership.replica_runs(states):
-            transfer.broadcast(runs, group, ranks.wait_for)
+            collectives.broadcast(runs, group, ranks.wait_for)
 
     ranks.run_transfer(verb, broadcast)
 

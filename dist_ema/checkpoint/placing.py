@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..averaging.kernels.eager import SCRATCH
-from ..distributed import machines, receiver, transfer
+from ..distributed import collectives, machines, receiver
 from ..sharding.arena import ALIGN
 from ..sharding.geometry import Box, byte_runs, bytes_of, runs
 from . import crc32
@@ -27,7 +27,7 @@ class _Placed(NamedTuple):
     name: str
     file: int
     dtype: torch.dtype
-    block: transfer.Block
+    block: collectives.Block
 
 
 class BlockPlacer:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _version
-from ..distributed.transfer import Block
+from ..distributed.collectives import Block
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype
 from ..text import size_of
 from . import safetensors, versions

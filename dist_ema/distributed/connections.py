@@ -11,8 +11,9 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
 
@@ -57,19 +58,13 @@ class Connections:
         self._listener = socket.create_server(
             ("", 0), family=family, backlog=1024, dualstack_ipv6=dual
         )
-        self._number = 0
+        weakref.finalize(self, self._listener.close)
+        self._greeting = b""
         self._known: dict[int, dict[int, tuple[int, list[str]]]] = {}  # by column and rank
         self.received = 0  # bytes, in all
         port = self._listener.getsockname()[1]
         # One table on the first rank; the others read the column that they send to.
         coordinator.gather(verb, [port, *addresses], self._publish)
-
-    def close(self) -> None:
-        self._listener.close()
-
-    def __del__(self) -> None:
-        with suppress(AttributeError):
-            self.close()
 
     def _publish(self, table: list[Any]) -> None:
         """Write the addresses of each column, on the first rank."""
@@ -168,10 +163,6 @@ class Connections:
             "GLOO_SOCKET_IFNAME names the interface, and mode='direct' needs no connections"
         )
 
-    @property
-    def _greeting(self) -> bytes:
-        return GREETING.pack(self._token, self._number)
-
     # --- receiving -------------------------------------------------------------------------------
 
     @contextmanager
@@ -182,13 +173,15 @@ class Connections:
             *Collective*: enter it on every rank before any rank sends.
         """
         # The number of the transfer, also where an interrupt kept a rank from an earlier one.
-        self._number = self._coordinator.number
+        self._greeting = GREETING.pack(self._token, self._coordinator.number)
         receiver = Receiver(self.connect, consume, self._coordinator)
+        greeted = self._listener, self._greeting
         threads = [
-            threading.Thread(target=work, name="dist_ema bytes", daemon=True)
-            for work in (lambda: receiver.accept(self._listener, self._greeting), receiver.serve)
+            threading.Thread(target=receiver.accept, args=greeted, name="dist_ema accept"),
+            threading.Thread(target=receiver.serve, name="dist_ema bytes"),
         ]
         for thread in threads:
+            thread.daemon = True
             thread.start()
         try:
             yield receiver

@@ -1,9 +1,7 @@
 """`StoreCoordinator`: exchanges of a verb over the store, and one error for all ranks.
 
-[Note: check in]  Exchanges are numbered, alike on every rank. Each has a counter in the store:
-
-    bits   0-14              15-29           30-32     from 35 on
-    count  ranks that came   with a flag     answers   the sum of a code of each rank's call
+[Note: check in]  Exchanges are numbered, alike on every rank. Each has a counter in the store
+([Note: counter] in messages):
 
     run_on_all       each rank counts itself, with a flag if it failed, and waits until all are
                      counted
@@ -12,9 +10,7 @@
                      first rank publishes what came out.
     run_on_first     the first rank publishes an answer
 
-So what a rank reads and does in an exchange does not grow with the number of ranks. The code is of
-the verb and its arguments, so a rank that passes others is found in the counter. Only then two
-ranks publish what they passed.
+So what a rank reads and does in an exchange does not grow with the number of ranks.
 
 An answer is published once, by `compare_set`, and then counted. In `run_on_all` an answer is an
 error. If it meets the last rank, whichever was counted first holds: the other takes its count back.
@@ -28,14 +24,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
-from . import deadlines, diagnosis
-from .diagnosis import Exchange, call_text, error_text
+from . import diagnosis
+from .bounded_store import store_errors
+from .diagnosis import Exchange, error_text
 from .messages import FLAG
 from .waiting import Waiting
 
-__all__ = ["Combine", "StoreCoordinator", "store_errors"]
+__all__ = ["Combine", "StoreCoordinator"]
 
 T = TypeVar("T")
 Combine = Callable[[list[Any]], Any]
@@ -60,6 +55,7 @@ class StoreCoordinator(Waiting):
 
     Attributes:
         verb: The one that was entered last.
+        number: That of the next exchange.
     """
 
     def __init__(
@@ -72,7 +68,7 @@ class StoreCoordinator(Waiting):
     ) -> None:
         assert len(members) < FLAG, "the counter has 15 bits for the ranks"
         super().__init__(store, members, rank, timeout, heartbeat_store)
-        self._number, self.verb, self._step = 0, "", 0
+        self.number, self.verb, self._step = 0, "", 0
         self._is_compared = False
         self._last = Exchange(0, "", 0)
 
@@ -125,10 +121,10 @@ class StoreCoordinator(Waiting):
         """
         if self.size == 1:
             return True
-        key, own = f"{self._number}/same/{about}", f"{value}@{self.rank}"
+        key, own = f"{self.number}/same/{about}", f"{value}@{self.rank}"
         first = self.store.compare_set(key, "", own).decode()
         if first == own:
-            self.messages.written.append((self._number, key))
+            self.messages.written.append((self.number, key))
         return bool(first.rpartition("@")[0] == str(value))
 
     def run_and_reduce(
@@ -137,6 +133,7 @@ class StoreCoordinator(Waiting):
         work: Callable[[], T],
         combine: Combine,
         conclude: Callable[[Any], Any] = _same,
+        fan_in: int = FAN_IN,
     ) -> tuple[T, Any]:
         """Do `work` on every rank, and combine the results (JSON).
 
@@ -145,6 +142,7 @@ class StoreCoordinator(Waiting):
             work: See `run_on_all`.
             combine: Makes one message of several, associative and commutative.
             conclude: What the first rank makes of the combined message, by default that itself.
+            fan_in: Messages that one rank combines with its own.
 
         Returns:
             The result of this rank, and what the first rank made of all.
@@ -154,9 +152,28 @@ class StoreCoordinator(Waiting):
             RuntimeError: The same on other ranks, which name the rank; see `run_on_all`.
 
         Note:
-            *Collective*. *Cost*: five operations of the store, FAN_IN messages read.
+            *Collective*. *Cost*: five operations of the store, `fan_in` messages read.
         """
-        return self._reduce(verb, work, combine, conclude, FAN_IN)
+        result, error = self._attempt(verb, work)
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return result, conclude(combine([result]))  # type: ignore[return-value]
+        exchange = self._next(verb)
+        message: dict[str, Any] = {"value": result}
+        if error is not None:
+            message = {"error": [self.members[self.rank], error_text(error)]}
+        with self._reported(exchange):
+            try:
+                answer = self._climb(exchange, message, combine, conclude, fan_in)
+            except RuntimeError as silence:
+                raise (silence if error is None else error) from None
+            if error is not None:
+                raise error
+            if "failed" in answer:
+                raise RuntimeError(diagnosis.failed(exchange, *answer["failed"]))
+            self.messages.forget(exchange)
+        return result, answer["all"]  # type: ignore[return-value]
 
     def gather(self, verb: str, message: Any, conclude: Combine) -> Any:
         """What `conclude` makes of the messages (JSON) of all ranks, in rank order.
@@ -165,11 +182,7 @@ class StoreCoordinator(Waiting):
             *Collective*. *Cost*: the first rank reads a message of every rank. So this is for what
             is done once, or where something failed.
         """
-
-        def concatenate(messages: list[Any]) -> Any:
-            return [message for subtree in messages for message in subtree]
-
-        return self._reduce(verb, lambda: [message], concatenate, conclude, self.size)[1]
+        return self.run_and_reduce(verb, lambda: message, list, conclude, fan_in=self.size)[1]
 
     def run_on_first(self, verb: str, work: Callable[[], T]) -> T:
         """Do `work` on the first rank, and return its result (JSON) on every rank.
@@ -213,25 +226,20 @@ class StoreCoordinator(Waiting):
                 raise
         self._meet(exchange, None)
 
-    @property
-    def number(self) -> int:
-        """The number of the next exchange."""
-        return self._number
-
     # --- [Note: check in] ------------------------------------------------------------------------
 
     def _next(self, verb: str, ends_when_full: bool = False) -> Exchange:
         if verb != self.verb:
             self.begin(verb)
-        exchange = Exchange(self._number, verb, self._step)
+        exchange = Exchange(self.number, verb, self._step)
         if not self._is_compared:
             self._is_compared = True
             exchange = exchange._replace(
                 arguments=diagnosis.digest(sorted(self.messages.arguments.items()))
             )
-        begun = self._number + 1, self._step + 1, exchange, ends_when_full
+        begun = self.number + 1, self._step + 1, exchange, ends_when_full
         # NOTE: one statement without a call, so that an interrupt finds all of it or nothing.
-        self._number, self._step, self._last, self.messages.ends_when_full = begun
+        self.number, self._step, self._last, self.messages.ends_when_full = begun
         combining = (self.size - 2) // FAN_IN + 1  # the others delete
         keys = ("count",) if ends_when_full else ("count", "answer")
         self.messages.take_turns(exchange, keys, combining)
@@ -282,35 +290,6 @@ class StoreCoordinator(Waiting):
             messages.forget(exchange)
         return count.flags  # type: ignore[no-any-return]
 
-    def _reduce(
-        self,
-        verb: str,
-        work: Callable[[], T],
-        combine: Combine,
-        conclude: Callable[[Any], Any],
-        fan_in: int,
-    ) -> tuple[T, Any]:
-        result, error = self._attempt(verb, work)
-        if self.size == 1:
-            if error is not None:
-                raise error
-            return result, conclude(result)  # type: ignore[return-value]
-        exchange = self._next(verb)
-        message: dict[str, Any] = {"value": result}
-        if error is not None:
-            message = {"error": [self.members[self.rank], error_text(error)]}
-        with self._reported(exchange):
-            try:
-                answer = self._climb(exchange, message, combine, conclude, fan_in)
-            except RuntimeError as silence:
-                raise (silence if error is None else error) from None
-            if error is not None:
-                raise error
-            if "failed" in answer:
-                raise RuntimeError(diagnosis.failed(exchange, *answer["failed"]))
-            self.messages.forget(exchange)
-        return result, answer["all"]  # type: ignore[return-value]
-
     def _climb(
         self,
         exchange: Exchange,
@@ -326,8 +305,12 @@ class StoreCoordinator(Waiting):
         keys = [exchange.key(str(rank)) for rank in above]
         if keys:
             self._await(exchange, lambda _: self.store.check(keys))  # type: ignore[no-any-return]
-            others = [json.loads(text) for text in self.store.multi_get(keys)]
-            message = _first_error_or(combine, [message, *others])
+            messages = [message, *map(json.loads, self.store.multi_get(keys))]
+            errors = [message["error"] for message in messages if "error" in message]
+            if errors:
+                message = {"error": min(errors)}  # of the lowest rank
+            else:
+                message = {"value": combine([message["value"] for message in messages])}
         if self.rank > 0:
             self.messages.set(exchange, str(self.rank), message)
             return self._await(exchange)
@@ -367,33 +350,16 @@ class StoreCoordinator(Waiting):
             exchanges: The number of exchanges of the verb, after which an interrupt is not reported
                 here.
         """
-        first = self._number
+        first = self.number
         try:
             yield
         except Exception:
             raise
         except BaseException as interrupt:
-            done = self._number - first
+            done = self.number - first
             if done <= exchanges:
                 # Where the others wait or come to next, so that the ranks stay in step.
                 exchange = self._last if done else self._next(verb, ends_when_full=True)
                 while not self.messages.publish_failure(exchange, interrupt):
                     exchange = self._next(verb, ends_when_full=True)
             raise
-
-
-def _first_error_or(combine: Combine, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The error of the lowest rank, or what `combine` makes of the values."""
-    errors = [message["error"] for message in messages if "error" in message]
-    if errors:
-        return {"error": min(errors)}
-    return {"value": combine([message["value"] for message in messages])}
-
-
-@contextmanager
-def store_errors(verb: str) -> Iterator[None]:
-    """Name the verb and the usual cause when the store is gone."""
-    try:
-        yield
-    except dist.DistNetworkError as error:
-        raise RuntimeError(f"{call_text(verb)}: {deadlines.store_is_silent(error)}") from error

@@ -1,4 +1,13 @@
-"""`Messages`: the keys and the counter of an exchange in the store: answers, failures, the roll."""
+"""`Messages`: the keys and the counter of an exchange in the store: answers, failures, the roll.
+
+[Note: counter]  The counter of an exchange ([Note: check in] in coordinator) is one integer:
+
+    bits   0-14              15-29           30-32     from 35 on
+    count  ranks that came   with a flag     answers   the sum of a code of each rank's call
+
+The code is of the verb and its arguments, so a rank that passes others is found in the counter.
+Only then two ranks publish what they passed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +30,7 @@ GRACE = 2.0  # seconds that a rank has to say what it called instead
 
 
 class CounterState(NamedTuple):
-    """The fields of the counter of an exchange ([Note: check in] in coordinator)."""
+    """The fields of the counter of an exchange ([Note: counter])."""
 
     ranks: int
     flags: int
@@ -174,8 +183,8 @@ class Messages:
             raise self._clash(exchange, *answer["clash"])
         decided = Exchange(*answer["exchange"])
         if decided != exchange:  # the first rank is in run_on_first, this one is not
-            positions = (decided, self._members[0]), (exchange, self._members[self._rank])
-            raise RuntimeError(diagnosis.two_positions(*positions))
+            here = exchange, self._members[self._rank]
+            raise RuntimeError(diagnosis.two_positions((decided, self._members[0]), here))
         return answer["value"]
 
     def _clash(
@@ -236,8 +245,7 @@ class Messages:
                 other = Exchange(*self.get(exchange, f"here/{rank}"))
                 if other != exchange:
                     break
-        positions = (exchange, members[self._rank]), (other, members[rank])
-        return diagnosis.two_positions(*positions)
+        return diagnosis.two_positions((exchange, members[self._rank]), (other, members[rank]))
 
     def remind(self, exchange: Exchange, seconds: float) -> None:
         """Log who is awaited."""

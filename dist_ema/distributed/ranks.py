@@ -1,40 +1,29 @@
-"""`Ranks`: the members that hold a model, their group and store; claimed paths, keys left behind.
+"""`Ranks`: the members that hold a model: their process group, messages, machines, connections.
 
 [Note: incarnations]  The store of torchrun outlives the processes that it restarts, and with them
 the messages of the killed attempt. So the keys of a coordinator begin with a random id, which the
 first rank draws at construction and the process group hands to all. No message of another
 attempt, or of another EMA, can be read.
-
-[Note: leftovers]  The ranks read the last exchange of an average at different times, so none of
-them may delete its keys when it leaves. A rank notes when the garbage collector has taken the
-average. When it builds the next one it counts itself, and deletes its own keys of the dead one
-once all its ranks are counted. Nothing of this happens in an update.
 """
 
 from __future__ import annotations
 
-import json
-import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
-from typing import Any
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import job_keys
+from .bounded_store import BoundedStore, clone, store_errors
 from .connections import Connections
-from .coordinator import StoreCoordinator, store_errors
-from .deadlines import BoundedStore, together, within
+from .construction import together
+from .coordinator import StoreCoordinator
 from .machines import Machines, addresses, machine_id, numbered, pack, unpack
 
-__all__ = ["RECENT", "Claims", "Ranks", "transfer_device"]
-
-RECENT = 16  # paths that ranks claim at a time; the keys of earlier ones are deleted
-GONE = "gone"  # the ranks that are counted, and size * the ranks that have deleted their keys
+__all__ = ["Ranks", "transfer_device"]
 
 
 class Ranks(StoreCoordinator):
@@ -63,12 +52,13 @@ class Ranks(StoreCoordinator):
         timeout: float = 300.0,
         device: torch.device | None = None,
     ) -> None:
-        self.members, self.device = list(members), device
+        self.members = list(members)
         self.size = len(self.members)
         self.rank = self.members.index(dist.get_rank()) if self.size > 1 else 0
         self.group: dist.ProcessGroup | None = None
+        self._device = device
         self._open_store, self._prefixes, self._prefix = open_store, 0, ""
-        self._claims = Claims(self._open_claims)
+        self._claims = job_keys.Claims(self._open_claims)
         stores: list[BoundedStore] = []
         if self.size > 1:
             counters = open_store("dist_ema/construction")
@@ -80,11 +70,11 @@ class Ranks(StoreCoordinator):
 
     def _assemble(self, group: dist.ProcessGroup | None, timeout: float) -> list[BoundedStore]:
         self.group = self._whole_group(group)
-        _count_leftovers(self._open_store)
+        job_keys.count_leftovers(self._open_store)
         self._prefix = f"dist_ema/{self._incarnation()}"
-        _delete_leftovers(self._open_store)
+        job_keys.delete_leftovers(self._open_store)
         messages = BoundedStore(self._open_store(self._prefix), timeout)
-        return [messages, self._open_bounded(self._prefix, timeout)]
+        return [messages, clone(self._open_store(self._prefix), timeout)]
 
     def _connect(self, stores: Sequence[BoundedStore], timeout: float) -> None:
         """Send messages over the first store, and heartbeats over the second."""
@@ -94,20 +84,13 @@ class Ranks(StoreCoordinator):
         messages, beats = stores or (None, None)
         super().__init__(messages, self.members, self.rank, timeout, beats)
         if messages is not None:
-            messages.add(GONE, 0)  # a store without this key is one of a later process group
-            found = _Leftovers(self._prefix, self.size, self.messages.written)
-            weakref.finalize(self, _noted.append, found).atexit = False  # [Note: leftovers]
-
-    def _open_bounded(self, prefix: str, timeout: float) -> BoundedStore:
-        """Another connection to the store. Raises DistNetworkError if that takes `timeout`."""
-        # NOTE: a connection that waits is locked, and another thread would wait with it.
-        store: Any = self._open_store(prefix)
-        return BoundedStore(within(timeout, store.clone), timeout)
+            written = self.messages.written
+            job_keys.note_when_gone(self, messages, self._prefix, self.size, written)
 
     def _open_claims(self, timeout: float) -> BoundedStore:
         # NOTE: torchrun keeps the store when it starts anew with more or fewer ranks, which form
         # other groups. As many ranks as before form the same groups.
-        return self._open_bounded(f"dist_ema/claims/{dist.get_world_size()}", timeout)
+        return clone(self._open_store(f"dist_ema/claims/{dist.get_world_size()}"), timeout)
 
     def with_own_messages(self) -> Ranks:
         """The same ranks, with messages over connections of their own.
@@ -120,7 +103,8 @@ class Ranks(StoreCoordinator):
             number = self._prefixes + 1  # every rank calls this as often as the others do
             other._prefixes, other._prefix = 0, f"{self._prefix}/{number}"
             with store_errors(self.verb):
-                stores = [self._open_bounded(other._prefix, self.timeout) for _ in range(2)]
+                store = self._open_store(other._prefix)
+                stores = [clone(store, self.timeout) for _ in range(2)]  # messages, heartbeats
             self._prefixes = number
         other._connect(stores, self.timeout)
         return other
@@ -172,7 +156,7 @@ class Ranks(StoreCoordinator):
 
     def transfer_device(self) -> torch.device:
         """`transfer_device` of the group of these ranks."""
-        return transfer_device(self.group, self.device)
+        return transfer_device(self.group, self._device)
 
     def machines(self, verb: str) -> Machines:
         """Which ranks share a machine. The first call is *collective*, and names its verb."""
@@ -216,78 +200,3 @@ def transfer_device(
         return beside
     bound = group.bound_device_id
     return bound or torch.device(accelerator.type, torch.accelerator.current_device_index())
-
-
-# --- keys in the store that are no exchange's -----------------------------------------------------
-
-
-class Claims:
-    """Paths that these ranks have claimed in the store of the job.
-
-    Args:
-        open_store: Opens a connection to it, with a timeout in seconds.
-
-    Note:
-        *Cost*: one connection, from the first claim on.
-    """
-
-    def __init__(self, open_store: Callable[[float], BoundedStore]) -> None:
-        self._open_store = open_store
-        self._store: BoundedStore | None = None
-        self._recent: deque[str] = deque()
-
-    def claim(
-        self, key: str, members: Sequence[int], value: str, timeout: float
-    ) -> tuple[list[int], str]:
-        """See `Ranks.claim`."""
-        if self._store is None:
-            self._store = self._open_store(timeout)
-        self._store.timeout = timeout
-        own = json.dumps([members, value])
-        claimants, claimed = json.loads(self._store.compare_set(key, "", own))
-        if claimants != members:
-            return claimants, claimed
-        # These ranks' own claim, of an average with other weights that is gone by now.
-        if claimed != value:
-            self._store.set(key, own)
-        if key in self._recent:
-            self._recent.remove(key)
-        self._recent.append(key)
-        if len(self._recent) > RECENT:
-            self._store.delete_key(self._recent.popleft())
-        return claimants, value
-
-
-@dataclass
-class _Leftovers:
-    prefix: str
-    size: int
-    keys: list[tuple[int, str]]
-    counted: bool = False
-
-
-_noted: list[_Leftovers] = []
-
-
-def _count_leftovers(open_store: Callable[[str], dist.Store]) -> None:
-    """Count this rank among those that have lost an average."""
-    for leftovers in list(_noted):
-        store = open_store(leftovers.prefix)
-        if not store.check([GONE]):
-            _noted.remove(leftovers)
-        elif not leftovers.counted:
-            leftovers.counted = True
-            store.add(GONE, 1)
-
-
-def _delete_leftovers(open_store: Callable[[str], dist.Store]) -> None:
-    """Delete this rank's keys of averages that all their ranks have lost."""
-    for leftovers in list(_noted):
-        store = open_store(leftovers.prefix)
-        if store.add(GONE, 0) >= leftovers.size:
-            _noted.remove(leftovers)
-            for _, key in leftovers.keys:
-                store.delete_key(key)
-            # The last rank that has deleted its keys deletes the counter too.
-            if store.add(GONE, leftovers.size) == leftovers.size * (leftovers.size + 1):
-                store.delete_key(GONE)

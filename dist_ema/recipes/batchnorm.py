@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed import transfer
+from ..distributed import collectives
 from ..distributed.ranks import Ranks
 from ..sharding import derived, discovery, torch_internals, wrappers
 
@@ -142,7 +142,7 @@ def _recalibrate(
     def share() -> None:
         if ranks.group is not None and vectors:
             runs = [(source[0], vector) for vector in vectors]
-            transfer.broadcast(runs, ranks.group, ranks.wait_for)
+            collectives.broadcast(runs, ranks.group, ranks.wait_for)
         moments.update((name, each.over(ranks)) for name, each in watch.moments.items())
 
     ranks.run_transfer("recalibrate", share)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed.deadlines import together
+from ..distributed.construction import together
 from .records import Kind, Region, Shard
 from .storage import storage_order
 from .torch_classes import is_fsdp1

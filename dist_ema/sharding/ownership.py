@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed.transfer import Block
+from ..distributed.collectives import Block
 from . import discovery, geometry, storage, zero
 from .records import Region, Shard
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_ema.distributed import waiting
-from dist_ema.distributed.deadlines import BoundedStore
+from dist_ema.distributed.bounded_store import BoundedStore
 from tests._ranks import run_ranks
 from tests._wrappers import wrap
 
