@@ -21,18 +21,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .averaging import gather, metrics, stepped_weights
+from .averaging import gather, metrics, stepped_weights, teacher
 from .averaging.average import OWN, Placement, Selection, refuse_dtype
 from .averaging.averages import AveragedWeights
 from .averaging.clock import Clock
 from .averaging.optimizer_hooks import Attachment
 from .averaging.swap import WeightSwap
 from .averaging.swap_registry import Reads
-from .averaging.teacher import refuse_beside_teacher
 from .checkpoint import atomic, dcp, dcp_keys, library_files, stages
 from .checkpoint.request import AverageFiles, SaveRequest
-from .schedules import Schedule, schedule_list
-from .schedules import schedule as coerce
+from .schedules import Schedule, schedule, schedule_list
 from .sharding import derived, parameters, records, torch_internals
 from .sharding.ownership import ParamState
 from .text import warn
@@ -145,8 +143,9 @@ class EMA:
     ) -> None:
         refuse_dtype(dtype)
         schedules, selection = schedule_list(decay), Selection(only, buffers)
+        device = None if device is None else torch.device(device)
         if into is not None:
-            refuse_beside_teacher(schedules, dtype, device)
+            teacher.refuse_beside_teacher(schedules, dtype, device)
         elif buffers == OWN:
             raise ValueError("buffers='own' needs into=: the buffers are those of the teacher.")
         if not isinstance(split, (bool, dist.ProcessGroup)):
@@ -155,7 +154,7 @@ class EMA:
         placement = Placement(
             split is not False and into is None,
             dtype,
-            None if device is None else torch.device(device),
+            device,
             None if isinstance(split, bool) else split,
         )
         self.weights = AveragedWeights(
@@ -165,10 +164,16 @@ class EMA:
             placement,
             None if into is None else parameters.module_of(into),
         )
-        arguments: dict[str, Any] = {"decay": schedules, "dtype": dtype, "buffers": buffers}
-        arguments |= {"only": only, "split": split, "into": into is not None}
-        # Ranks have accelerators of their own, so their numbers may differ.
-        arguments["device"] = None if device is None else torch.device(device).type
+        arguments = {
+            "decay": schedules,
+            "dtype": dtype,
+            "buffers": buffers,
+            "only": only,
+            "split": split,
+            "into": into is not None,
+            # Ranks have accelerators of their own, so their numbers may differ.
+            "device": None if device is None else device.type,
+        }
         # Collective from here on: a rank whose arguments were refused above never comes, and is
         # named.
         self._entry = VerbEntry(self.weights, arguments, timeout)
@@ -203,7 +208,7 @@ class EMA:
         weights = self.weights
         weights.refuse("ema.update", Reads.LIVE)
         # A number that a loop computes is checked like a schedule.
-        once = None if decay is None else coerce(decay)
+        once = None if decay is None else schedule(decay)
         if not weights.clock.started:
             trial = replace(weights.clock)  # an update that is refused begins nothing
             trial.start()
@@ -272,11 +277,16 @@ class EMA:
         weights.use_engine(overlap)
         # The engine is chosen by now: `overlap` is known to the first hook.
         attachment = Attachment(weights, optimizers, every, start, elapsed, guard)
+        attachment.arguments = {
+            "attach(every=)": every,
+            "attach(start=)": start,
+            "attach(elapsed=)": elapsed,
+            "attach(guard=)": guard,
+            "attach(overlap=)": overlap,
+            # A rank may hold more stages than another.
+            "attach(optimizers=)": 0 if entry.is_staged else len(optimizers),
+        }
         entry.attachment = attachment
-        arguments = {"every": every, "start": start, "elapsed": elapsed, "guard": guard}
-        # A rank may hold more stages than another.
-        arguments |= {"overlap": overlap, "optimizers": 0 if entry.is_staged else len(optimizers)}
-        attachment.arguments = {f"attach({name}=)": arguments[name] for name in arguments}
         stepped_weights.warn_of_others(weights, optimizers)
         return attachment
 
@@ -318,12 +328,10 @@ class EMA:
         weights.refuse("ema.to", Reads.SHADOWS)
         weights.ready()
         placement = weights.placement
-        target = (
-            dtype or placement.dtype,
-            placement.device if device is None else torch.device(device),
-        )
-        if target != (placement.dtype, placement.device):
-            weights.reallocate(*target)
+        dtype = dtype or placement.dtype
+        device = placement.device if device is None else torch.device(device)
+        if (dtype, device) != (placement.dtype, placement.device):
+            weights.reallocate(dtype, device)
         return self
 
     # --- the average in use -----------------------------------------------------------------------
@@ -517,15 +525,11 @@ class EMA:
             *Cost*: no gather. With wait=False this rank's share once more in host memory, until it
             is written.
         """
-
+        files = self._files
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "mode": mode, "keep": keep}
-
-        def request() -> SaveRequest:
-            target = atomic.real(path)
-            return self._files.all_averages(target, "ema", mixed=True, extra=extra, **options)
-
+        request = partial(files.all_averages, path, "ema", mixed=True, extra=extra, **options)
         arguments = {"path": os.fspath(path), "extra": extra, "wait": wait} | options
-        self._files.write("save", request, arguments, wait=wait)
+        files.write("save", request, arguments, wait=wait)
 
     @_outside_autograd
     def export(
@@ -615,13 +619,11 @@ class EMA:
                 f"{folder} holds snapshots of a later clock ({min(later)} ...). If they are of "
                 "another run, move them away: averages of two runs cannot be mixed."
             )
-
-        def request() -> SaveRequest:
-            kind = "export" if dtype else "ema"
-            return self._files.all_averages(path, kind, mixed=False, dtype=dtype, numbered=True)
-
+        kind = "export" if dtype else "ema"
+        files = self._files
+        request = partial(files.all_averages, path, kind, mixed=False, dtype=dtype, numbered=True)
         arguments = {"folder": os.fspath(folder), "every": every, "dtype": dtype}
-        self._files.write("save", request, arguments)
+        files.write("save", request, arguments)
         return path
 
     @_collective
@@ -754,9 +756,7 @@ class EMA:
             return dcp_keys.match_all(state.get("averages", {}), weights.averages)
 
         self._entry.begin("load_state_dict", Reads.SHADOWS | Reads.REPLACED)
-        matches: list[tuple[list[dcp.Matched], list[str]]] = []
-        self._entry.ranks.run_on_all("load_state_dict", lambda: matches.append(check()))
-        matched, remarks = matches[0]
+        matched, remarks = self._entry.ranks.run_on_all("load_state_dict", check)
         warn(*remarks)
         for average, (copies, own_buffers) in zip(weights.averages, matched, strict=True):
             for shadow, value in copies:
@@ -840,9 +840,14 @@ class EMA:
             weights.settle()
             weights.follow(tree=True)
             # A window is mixed from its ring only after updates have settled.
-            split, average = weights.placement.split, weights.used(which)
-            started, holders = weights.clock.started, len(entry.stage)
-            return metrics.measure(average.averaged, started, split, entry.ranks, holders)
+            average = weights.used(which)
+            return metrics.measure(
+                average.averaged,
+                weights.clock.started,
+                weights.placement.split,
+                entry.ranks,
+                len(entry.stage),
+            )
 
         with entry.ranks.entering("metrics"):
             if entry.is_staged:

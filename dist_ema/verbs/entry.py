@@ -63,16 +63,16 @@ class VerbEntry:
     def __init__(self, weights: AveragedWeights, arguments: dict[str, Any], timeout: float) -> None:
         _refuse_timeout(timeout)
         model_shards = weights.find(timeout)
-        members, group = model_shards.members, model_shards.group
-        self.is_staged = isinstance(weights.model, parameters.Stages)
-        if self.is_staged and dist.is_initialized():
-            # Stages hold different weights, and all ranks write the one set of files.
-            members, group = list(range(dist.get_world_size())), None
         self.weights, self.stage = weights, model_shards.members
         self.attachment: Attachment | None = None
         self.by_hand = 0, 0
+        self.is_staged = isinstance(weights.model, parameters.Stages)
+        entering, their_group = self.stage, model_shards.group
+        if self.is_staged and dist.is_initialized():
+            # Stages hold different weights, and all ranks write the one set of files.
+            entering, their_group = list(range(dist.get_world_size())), None
         self.ranks = weights.ranks = Ranks(
-            members, group, torch_internals.side_store, timeout, model_shards.device
+            entering, their_group, torch_internals.side_store, timeout, model_shards.device
         )
         self.alone = Ranks([self.ranks.members[self.ranks.rank]], None, torch_internals.side_store)
         self._everyone: Ranks | None = None
@@ -83,7 +83,7 @@ class VerbEntry:
             self.adopt("EMA", model_shards)
 
     def adopt(self, verb: str, model_shards: records.ModelShards) -> None:
-        """Average the model as `found` describes it, where all ranks hold it alike.
+        """Average the model as `model_shards` describes it, where all ranks hold it alike.
 
         Raises:
             ValueError: They do not, or nothing can be averaged.
@@ -94,9 +94,10 @@ class VerbEntry:
             return self._averages_all
 
         self._may_be_alone = self.ranks.count_on_all(verb, adopt) == self.ranks.size
-        states, self.stage = self.weights.states, model_shards.members
-        averaged = [state.shadow is not None for state in states]
-        consistency.on_weights(verb, self.ranks, self.stage, states, averaged)
+        self.stage = model_shards.members
+        states = self.weights.states
+        has_shadow = [state.shadow is not None for state in states]
+        consistency.on_weights(verb, self.ranks, self.stage, states, has_shadow)
         if self.is_staged:
             lacking = self.ranks.gather(verb, self.weights.inventory.lacks, stages.lacking)
             if lacking:

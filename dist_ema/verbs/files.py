@@ -10,11 +10,13 @@ from typing import Any
 from ..averaging.average import Average
 from ..averaging.averages import AveragedWeights
 from ..averaging.swap_registry import Reads
+from ..averaging.window_ring import WindowRing
 from ..checkpoint import atomic, library_files, manifest, reader, stages, writer
 from ..checkpoint.request import AverageFiles, SaveRequest
 from ..distributed.ranks import Ranks
-from ..schedules import BlockMean
-from ..sharding import consistency, discovery, ownership
+from ..schedules import BlockMean, Schedule
+from ..sharding import consistency, discovery
+from ..sharding.ownership import ParamState
 from ..text import warn
 from .entry import VerbEntry, Which, warn_if_idle, warn_if_nameless, warn_of_unexplained_keys
 
@@ -46,7 +48,7 @@ class Files:
 
     def all_averages(
         self,
-        path: Path,
+        path: str | Path,
         kind: str,
         *,
         mixed: bool,
@@ -64,8 +66,8 @@ class Files:
             options: The options of the request.
         """
         averages, weights = self._average_files(mixed)
-        facts = replace(self._manifest(kind, extra), weights=weights)
-        return SaveRequest("save", path, averages, facts, **options)
+        facts = self._manifest(kind, weights, extra)
+        return SaveRequest("save", atomic.real(path), averages, facts, **options)
 
     def one_average(
         self,
@@ -74,7 +76,7 @@ class Files:
         average: Average,
         form: library_files.FileForm,
         *,
-        merged: list[ownership.ParamState] | None = None,
+        merged: list[ParamState] | None = None,
         extra: dict[str, Any] | None = None,
         **options: Any,
     ) -> SaveRequest:
@@ -95,7 +97,7 @@ class Files:
         alone = verb == "export" and self._entry.needed is self._entry.alone
         schedule = average.schedule.to_dict()
         files = AverageFiles(held, own_buffers, schedule, alone=alone, form=form)
-        facts = replace(self._manifest("export", extra), weights=form.weights)
+        facts = self._manifest("export", form.weights, extra)
         return SaveRequest(verb, path, [files], facts, **options)
 
     def _average_files(self, mixed: bool) -> tuple[list[AverageFiles], str]:
@@ -130,10 +132,11 @@ class Files:
             files.append(AverageFiles(states, {}, mean.to_dict(), label, form=form))
         return files, "adapter" if form.is_adapter else "all" if complete else "averaged"
 
-    def _manifest(self, kind: str, extra: dict[str, Any] | None) -> manifest.Manifest:
+    def _manifest(self, kind: str, weights: str, extra: dict[str, Any] | None) -> manifest.Manifest:
         attached = self._entry.attachment
         return manifest.Manifest(
             kind=kind,
+            weights=weights,
             clock=self._weights.clock_to_dict(),
             attach=None if attached is None else attached.to_dict(),
             rounding={"seed": self._weights.seed},
@@ -199,15 +202,13 @@ class Files:
         entry, ranks, verb = self._entry, self._entry.everyone, request.verb
         if entry.is_staged:
             entry.compare_shared(verb)
-            files = stages.unite(verb, ranks, entry.stage, request.averages)
-            request = replace(request, averages=files)
+            united = stages.unite(verb, ranks, entry.stage, request.averages)
+            request = replace(request, averages=united)
         if ranks is not entry.ranks:  # an unwrapped model: the first writes, if all hold the same
             states = [state for files in request.averages for state in files.states]
             consistency.on_averages(verb, ranks, states, entry.common(which, arguments))
-            averages = [
-                replace(average_files, writes=ranks.first) for average_files in request.averages
-            ]
-            request = replace(request, averages=averages)
+            on_first = [replace(files, writes=ranks.first) for files in request.averages]
+            request = replace(request, averages=on_first)
         # Kept, with its connections, for all later saves.
         if self.writer is None:
             self.writer = writer.Writer(ranks)
@@ -229,13 +230,11 @@ class Files:
 def load(entry: VerbEntry, path: str | Path, *, strict: bool, verify: bool) -> None:
     """See `EMA.load`; the verb has begun. *Collective*."""
     weights, ranks = entry.weights, entry.ranks
-    elsewhere, stage = (
-        discovery.unfilled_buffers(weights.model),
-        entry.stage if entry.is_staged else (),
-    )
+    elsewhere = discovery.unfilled_buffers(weights.model)
+    stage: Sequence[int] = ()
     if entry.is_staged:
-        persistent = weights.averages[0].persistent
-        elsewhere |= stages.names_of_all("load", ranks, entry.stage, persistent)
+        stage = entry.stage
+        elsewhere |= stages.names_of_all("load", ranks, stage, weights.averages[0].persistent)
     targets = _Targets(weights, frozenset(elsewhere))
     with reader.open_checkpoint(
         ranks, path, targets.make, strict=strict, verify=verify, stage=stage
@@ -266,30 +265,25 @@ class _Targets:
         names = weights.names()
         form = library_files.only_used(library_files.adapters_of(weights.model, names), names)
         self._model_names = {there: name for name, there in form.names.items()}
-        self._means: list[list[BlockMean]] = []  # of each average; the last block is under way
-        self._blocks: list[list[tuple[BlockMean, list[ownership.ParamState]]]] = []  # full ones
+        # Of each window its ring, its full blocks, and where the block under way begins.
+        self._windows: list[tuple[WindowRing, list[tuple[BlockMean, list[ParamState]]], float]] = []
 
     def make(self, saved: Sequence[dict[str, Any]]) -> list[reader.LoadTarget]:
         """The targets in a saved form with these schedules."""
-        self._means = [a.ring.matching(saved) if a.ring else [] for a in self._averages]
-        self._blocks = [
-            [(mean, average.ring.empty(average.averaged)) for mean in means[:-1]]
-            if average.ring
-            else []
-            for average, means in zip(self._averages, self._means, strict=True)
-        ]
-        pairs = [
-            (means[-1] if means else average.schedule, average.persistent)
-            for average, means in zip(self._averages, self._means, strict=True)
-        ]
-        pairs += [block for blocks in self._blocks for block in blocks]
+        filled: list[tuple[Schedule, list[ParamState]]] = []
+        for average in self._averages:
+            means = average.ring.matching(saved) if average.ring else []
+            filled.append((means[-1] if means else average.schedule, average.persistent))
+            if average.ring and means:
+                full = [(mean, average.ring.empty(average.averaged)) for mean in means[:-1]]
+                self._windows.append((average.ring, full, means[-1].begin))
+        filled += [block for _, full, _ in self._windows for block in full]
         return [
             reader.LoadTarget(schedule.to_dict(), states, self._model_names, self._elsewhere)
-            for schedule, states in pairs
+            for schedule, states in filled
         ]
 
     def resume_windows(self) -> None:
         """Go on with the blocks that were filled."""
-        for average, means, blocks in zip(self._averages, self._means, self._blocks, strict=True):
-            if average.ring is not None and means:
-                average.ring.resume(blocks, means[-1].begin)
+        for ring, full, begin in self._windows:
+            ring.resume(full, begin)

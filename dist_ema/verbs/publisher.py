@@ -180,15 +180,17 @@ class Publisher:
                     f"ema.publish() was called before, for {earlier.folder}. Call remove() on its "
                     "handle first."
                 )
-            finish = WeakMethod(self._files.finish)
-            place, beside_folder = (
-                atomic.real(folder),
-                None if beside is None else atomic.real(beside),
-            )
-            files = library_files.form_of(weights.model, weights.names(), form["dtype"])
             made.append(
                 Publication(
-                    place, every, keep, keep_at_most, which, beside_folder, files, form, finish
+                    atomic.real(folder),
+                    every,
+                    keep,
+                    keep_at_most,
+                    which,
+                    None if beside is None else atomic.real(beside),
+                    library_files.form_of(weights.model, weights.names(), form["dtype"]),
+                    form,
+                    WeakMethod(self._files.finish),
                 )
             )
 
@@ -205,17 +207,15 @@ class Publisher:
 
     def publish_due(self) -> None:
         """Publish a version if one is due. No error of the disk reaches the optimizer's step."""
-        publication, files = self._publication, self._files
+        publication = self._publication
         if publication is None or not publication.active:
             return
-        if not files.passes(publication.folder, publication.every):
-            return
-        with self._entry.everyone.entering("publish"):
-            self._publish(publication)
+        if self._files.passes(publication.folder, publication.every):
+            with self._entry.everyone.entering("publish"):
+                self._publish(publication)
 
     def _publish(self, publication: Publication) -> None:
-        ranks, files = self._entry.everyone, self._files
-        writer = files.writer
+        ranks, writer = self._entry.everyone, self._files.writer
         # One rank decides: threads behind training end at different times.
         if ranks.run_on_first("publish", lambda: writer is not None and writer.background.busy):
             publication.skipped += 1
@@ -223,15 +223,9 @@ class Publisher:
         # Also where it fails: a number is used once.
         publication.number += 1
         arguments = {"folder": os.fspath(publication.folder), "version": publication.number}
-
+        version = partial(self._version, publication)
         try:
-            files.write(
-                "publish",
-                partial(self._version, publication),
-                arguments,
-                publication.which,
-                wait=False,
-            )
+            self._files.write("publish", version, arguments, publication.which, wait=False)
         except Exception as error:
             warn(*publication.note(error, aloud=ranks.first))
 
