@@ -71,8 +71,9 @@ def publish_on_ranks(folder: str) -> None:
             ema.save(f"{folder}/saved-{step}")  # waits for the version, and has the same weights
     source = EMASource(ema, dtype=torch.bfloat16)
     whole = ema.gather()
-    for _ in range(2):  # it can be sent again
-        sent = dict(source)
+    for mode in (torch.enable_grad, torch.inference_mode):  # it can be sent again
+        with mode():
+            sent = dict(source)
         assert [(m.name, m.dtype, m.shape) for m in source.metadata()] == [
             (name, torch.bfloat16, tuple(value.shape)) for name, value in sent.items()
         ]

@@ -115,7 +115,10 @@ def full_weights(
         yield from _full_window(ranks, window, own_buffers)
 
 
-@torch.no_grad()  # not on the generator, whose caller runs between its values
+# Not on the generator, whose caller runs between its values. Ranks write in a thread, where no
+# inference mode of the caller's holds.
+@torch.inference_mode(False)
+@torch.no_grad()
 def _full_window(
     ranks: Ranks, states: Sequence[ParamState], own_buffers: dict[str, Tensor]
 ) -> list[tuple[str, Tensor]]:
