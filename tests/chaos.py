@@ -26,7 +26,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from dist_ema.checkpoint import atomic, pointers, versions
+from dist_ema.checkpoint import atomic, leases, pointers, versions
 from dist_ema.offline.verify import verify
 from dist_ema.service import ledger, notify, watch
 from dist_ema.service.follow import Version, follow
@@ -248,9 +248,9 @@ class Bound:
         self._held: dict[int, set[str]] = {}
 
     def look(self) -> None:
-        before = versions.read_all(self.folder)
+        before = leases.read_all(self.folder)
         found = versions.numbered(self.folder)
-        leased = before.keys() | versions.read_all(self.folder).keys()
+        leased = before.keys() | leases.read_all(self.folder).keys()
         held = self._held.setdefault(max(found, default=0), set())
         held |= {path.name.rpartition(".")[0] for path in leased}
         held.add(pointers.named(self.folder / versions.BEST) or "")
@@ -328,7 +328,7 @@ def check(live: Processes, published: int, most: int) -> str:
     states = Counter(each.state for each in evaluated)
     assert not states[ledger.RUNNING], "nothing is left undone"
     present = {each.version: each.state for each in evaluated}
-    record = folder / ".leases" / versions.RETIRED
+    record = folder / ".leases" / leases.RETIRED
     retired = json.loads(record.read_text()) if record.exists() else []
     for number, path in versions.numbered(folder).items():
         # A retired version takes no new readers: no watcher may begin it, or do it again after a

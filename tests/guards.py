@@ -235,7 +235,7 @@ distributed/ranks.py
     transfer_device   "cpu" in dict(pair.split(":") for pair in pairs) => "cpu" in str(pairs)
             @emulated/test_groups
     transfer_device   bound or torch.device => torch.device  @emulated/test_groups
-checkpoint/library_files.py
+checkpoint/load_into.py
     load_into         await_host_reads
             @emulated/test_waits::test_a_saved_model_goes_into_host_memory
 averaging/drop_in_rules.py

@@ -33,7 +33,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from dist_ema import EMA
-from dist_ema.checkpoint.load_file import DTYPES
+from dist_ema.checkpoint.open_file import DTYPES
 from dist_ema.foreign import torch_dcp, torch_zip, unpickler
 from dist_ema.foreign.dcp_metadata import Chunk
 from dist_ema.offline import sources

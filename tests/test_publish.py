@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import EMA, follow, load_file
-from dist_ema.checkpoint import disk, versions
+from dist_ema.checkpoint import disk, leases, versions
 from dist_ema.integrations.vllm import EMASource
 from dist_ema.offline.verify import verify
 from dist_ema.service.follow import open_version
@@ -206,9 +206,9 @@ def test_leases_keep_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for version in held:
         assert version is not None
         version.release()
-    dead = folder / versions.LEASES / "version-000008.dead"
+    dead = folder / leases.LEASES / "version-000008.dead"
     dead.write_text(json.dumps({"expiry": 5.0}))
-    torn = folder / versions.LEASES / "version-000008.torn"
+    torn = folder / leases.LEASES / "version-000008.torn"
     torn.write_text("{")
     clock = time.monotonic()
     monkeypatch.setattr(versions.time, "monotonic", lambda: clock)
@@ -235,11 +235,11 @@ def test_leases_are_renewed_and_released(tmp_path: Path) -> None:
     trainer.step()
     version = open_version(folder / "version-000001", expiry=0.01)
     assert version is not None
-    (before,) = versions.read_all(folder).values()
-    while versions.read_all(folder).values() == {before}:
+    (before,) = leases.read_all(folder).values()
+    while leases.read_all(folder).values() == {before}:
         time.sleep(0.001)
     version.release()
-    assert versions.read_all(folder) == {}
+    assert leases.read_all(folder) == {}
     trainer.handle.remove()
 
 

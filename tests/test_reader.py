@@ -183,7 +183,7 @@ def test_every_dtype_is_a_start(
     """Converted window by window, here of 64 bytes; the clock is that of a new EMA, buffers are not
     taken.
     """
-    monkeypatch.setattr("dist_ema.checkpoint.load_file.WINDOW", 64)
+    monkeypatch.setattr("dist_ema.checkpoint.open_file.WINDOW", 64)
     source = {
         name: (value.to(stored) if value.is_floating_point() else value)
         for name, value in Images().state_dict().items()
@@ -790,7 +790,7 @@ def replaced_between_ranks(folder: str) -> None:
     wanted, path = values(ema), Path(os.path.realpath(folder), "race")
     opened = reader.OpenFile
 
-    def replace(file: Path) -> load_file.OpenFile:
+    def replace(file: Path) -> reader.OpenFile:
         reader.OpenFile = opened  # type: ignore[misc]
         new = atomic.temporary_sibling(path)
         shutil.copytree(f"{folder}/next", new)

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from dist_ema import load_file as load_ours
 from dist_ema.checkpoint.crc32 import RangeSum, check_sum
-from dist_ema.checkpoint.load_file import DTYPES
 from dist_ema.checkpoint.manifest import FORMAT, META, Manifest, read
+from dist_ema.checkpoint.open_file import DTYPES
 from dist_ema.checkpoint.safetensors import (
     INDEX,
     ITEMSIZE,

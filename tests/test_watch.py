@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from dist_ema import EMA, load_file
-from dist_ema.checkpoint import versions
+from dist_ema.checkpoint import leases, versions
 from dist_ema.cli import main
 from dist_ema.service import ledger, watch
 from dist_ema.service.follow import Version, follow, open_version
@@ -76,7 +76,7 @@ def test_several_watchers_share_a_ledger(tmp_path: Path) -> None:
         (number, number, ledger.DONE) for number in range(1, 9)
     ]
     assert (folder / versions.BEST).read_text() == "version-000005\n"
-    assert versions.read_all(folder) == {}
+    assert leases.read_all(folder) == {}
     again = ledger.Ledger(tmp_path / "ledger", "eval")
     watch.Watch(folder, work, again, timeout=0, poll=0.01).run()
     assert len(ran) == 8, "a watcher that starts again does nothing twice"
@@ -315,9 +315,9 @@ def test_servers_are_notified(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_lease_that_cannot_be_written(tmp_path: Path) -> None:
     """The error says why a reader writes, and where."""
     publish(tmp_path, 1)
-    leases = tmp_path / versions.LEASES
-    if leases.exists():
-        leases.rename(tmp_path / "moved")
-    leases.touch()
+    held = tmp_path / leases.LEASES
+    if held.exists():
+        held.rename(tmp_path / "moved")
+    held.touch()
     with pytest.raises(OSError, match=r"a reader leaves a lease here.*\.leases"):
         open_version(tmp_path / "version-000001")

@@ -21,7 +21,7 @@ import torch
 
 from ..averaging.average import Average
 from ..schedules import Schedule, from_dict
-from . import dcp, matching
+from . import dcp, read_plan
 
 if TYPE_CHECKING:  # a program that never calls DCP does not pay for its import
     from torch.distributed.checkpoint.metadata import Metadata
@@ -201,7 +201,7 @@ def match_all(
     labels = _labels_of(saved, [average.schedule for average in averages])
     states = [saved[label] for label in labels]
     recorded = [_schedule_of(state, default) for state, default in zip(states, wanted, strict=True)]
-    order = matching.match_schedules(recorded, wanted)
+    order = read_plan.match_schedules(recorded, wanted)
     saved_labels = saved.saved_labels if isinstance(saved, Averages) else labels
     names = [
         repr(from_dict(recorded[k])) if _AVERAGE_KEY.fullmatch(saved_labels[k]) else saved_labels[k]

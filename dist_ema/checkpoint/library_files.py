@@ -1,4 +1,4 @@
-"""What transformers, diffusers and peft expect beside weights: config.json, adapters; `load_into`.
+"""`FileForm`: what transformers, diffusers and peft expect of files: config.json, adapters.
 
 Duck-typed: a model that has these was made by its library, so nothing is imported here.
 
@@ -10,7 +10,6 @@ the weight. So the file that comes back says which weight has which name.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,9 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..averaging.executors import await_host_reads
-from ..sharding import derived, discovery, geometry, ownership, storage, wrappers
-from ..text import some
+from ..sharding import ownership, storage, wrappers
 from .load_file import load_file
 from .safetensors import ADAPTER, ADAPTER_CONFIG
 
@@ -33,7 +30,6 @@ __all__ = [
     "adapters_of",
     "complete_form",
     "form_of",
-    "load_into",
     "merged",
     "only_used",
 ]
@@ -96,22 +92,23 @@ def adapters_of(model: nn.Module, averaged: Sequence[str]) -> list[FileForm]:
         model: However it is wrapped.
         averaged: The canonical names of what is averaged.
     """
-    inner = _inner(model)
-    if not _is_peft_model(inner) or any(
+    peft_model = _inner(model)
+    if not _is_peft_model(peft_model) or any(
         config.is_prompt_learning or str(config.peft_type).endswith("ADALORA")
-        for config in inner.peft_config.values()
+        for config in peft_model.peft_config.values()
     ):
         return []
     held = chain(
-        inner.named_parameters(remove_duplicate=False), inner.named_buffers(remove_duplicate=False)
+        peft_model.named_parameters(remove_duplicate=False),
+        peft_model.named_buffers(remove_duplicate=False),
     )
     names = [name for name, _ in held]
     numbers = {name: torch.tensor(i) for i, name in enumerate(names)}
     adapters = []
     with TemporaryDirectory() as folder:
         # save_embedding_layers=False, or peft asks the hub for the config of the base model.
-        inner.save_pretrained(folder, state_dict=numbers, save_embedding_layers=False)
-        for adapter in inner.peft_config:
+        peft_model.save_pretrained(folder, state_dict=numbers, save_embedding_layers=False)
+        for adapter in peft_model.peft_config:
             place = "" if adapter == "default" else adapter
             where = Path(folder, place)
             names_in_file = {
@@ -154,11 +151,11 @@ def merged(
     Note:
         *Cost*: a copy of the weights that adapters sit on.
     """
-    inner = _inner(model)
-    if not _is_peft_model(inner):
-        raise ValueError(f"merged=True needs a PeftModel, got {type(inner).__name__}.")
+    peft_model = _inner(model)
+    if not _is_peft_model(peft_model):
+        raise ValueError(f"merged=True needs a PeftModel, got {type(peft_model).__name__}.")
     state_names = [name for state in states for name in (state.name, *state.shard.aliases)]
-    names = _merged_names(inner, state_names)
+    names = _merged_names(peft_model, state_names)
     cut = [
         state.name
         for state in states
@@ -170,27 +167,27 @@ def merged(
             "cannot merge. Export the adapter, and merge it offline: "
             "PeftModel.from_pretrained(base, out).merge_and_unload()."
         )
-    weights = [p for name, p in inner.named_parameters() if ".base_layer." in name]
+    weights = [p for name, p in peft_model.named_parameters() if ".base_layer." in name]
     # NOTE: peft adds in place. To assign `data` of a DTensor leaves its elements where they are.
     below = [p if (memory := storage.memory_of(p)) is None else memory for p in weights]
     unmerged = [p.data for p in below]
     try:
         for p in below:
             p.data = p.data.clone()
-        inner.base_model.merge_adapter()
+        peft_model.base_model.merge_adapter()
         states_of_files = [state for state in states if state.name in names]
         now = [replace(state, shadow=None, local=state.shard.read()) for state in states_of_files]
-        yield now, FileForm(names, _config_files(inner.get_base_model(), dtype))
+        yield now, FileForm(names, _config_files(peft_model.get_base_model(), dtype))
     finally:
-        inner.base_model.unmerge_adapter()
+        peft_model.base_model.unmerge_adapter()
         for p, data in zip(below, unmerged, strict=True):
             p.data = data
 
 
-def _merged_names(inner: Any, names: Sequence[str]) -> dict[str, str]:
+def _merged_names(peft_model: Any, names: Sequence[str]) -> dict[str, str]:
     """Canonical name -> the name in the model without adapters."""
-    own = {name for adapter in adapters_of(inner, []) for name in adapter.names}
-    active = inner.active_adapter
+    own = {name for adapter in adapters_of(peft_model, []) for name in adapter.names}
+    active = peft_model.active_adapter
     merged_names = {}
     for name in names:
         plain = name.replace(".base_layer.", ".").replace(f".modules_to_save.{active}.", ".")
@@ -236,42 +233,3 @@ def _config_files(inner: Any, dtype: torch.dtype | None) -> dict[str, bytes]:
     if generation is not None:
         files["generation_config.json"] = generation.to_json_string().encode()
     return files
-
-
-@torch.no_grad()
-def load_into(path: str | os.PathLike[str], module: nn.Module) -> None:
-    """Write a saved model into a module in place, each rank into its own shards.
-
-    Args:
-        path: A folder, or one .safetensors file.
-        module: The same model, however it is wrapped. An adapter's file goes into that adapter of a
-            PeftModel.
-
-    Raises:
-        ValueError: The module holds other weights; they are named, and nothing was written.
-
-    Note:
-        *Cost*: pages of the files, no second model.
-    """
-    weights, model_shards = load_file(path), discovery.find_shards(module)
-    adapters = (form for form in adapters_of(module, []) if {*form.names.values()} == {*weights})
-    form = next(adapters, FileForm())
-    shards = [shard for shard in model_shards.shards if shard.persistent and form.holds(shard.name)]
-    held = {name: s.shape for s in shards for name in (s.name, *s.aliases) if name in weights}
-    held |= {form.name_of(shard.name): shard.shape for shard in shards}
-    saved_shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    mismatched = sorted({name for name, _ in held.items() ^ saved_shapes.items()})
-    if mismatched:
-        raise ValueError(f"{path} and the module differ in {some(mismatched)}.")
-    # Orders: copies of offloaded weights that a forward asked for, then the write of their memory.
-    await_host_reads(shard.local_tensor() for shard in shards)
-    with derived.caches_dropped(module):
-        for shard in shards:
-            elements = shard.read()
-            # The copy casts. A box is all that this rank reads of the file's pages.
-            for box, view in geometry.boxes_with_data(shard, shard.local_region, elements):
-                view.copy_(weights[form.name_of(shard.name)][box.slices])
-            if not shard.dense:
-                shard.write(elements)
-        # The next forward gathers what was written.
-        wrappers.reshard(model_shards.sharded)

@@ -15,7 +15,7 @@ from ..distributed import collectives, machines, receiver
 from ..sharding.arena import ALIGN
 from ..sharding.geometry import Box, byte_runs, bytes_of, runs
 from . import crc32
-from .load_file import DTYPES
+from .open_file import DTYPES
 from .request import SaveRequest
 
 __all__ = ["BlockPlacer"]

@@ -19,8 +19,9 @@ from ..distributed.diagnosis import digest
 from ..distributed.ranks import Ranks
 from ..sharding import geometry, ownership, records
 from . import atomic, crc32, manifest, pointers, safetensors
-from .load_file import Location, OpenFile, OpenWeight, locate, refuse_unlisted, with_aliases
-from .matching import LoadTarget, ReadPlan, plan_resume, plan_start
+from .location import Location, locate, refuse_unlisted, with_aliases
+from .open_file import OpenFile, OpenWeight
+from .read_plan import LoadTarget, ReadPlan, plan_resume, plan_start
 
 __all__ = ["LoadTarget", "OpenCheckpoint", "open_checkpoint"]
 

@@ -15,10 +15,11 @@ from .. import _version
 from ..distributed.collectives import Block
 from ..sharding.ownership import ParamState, saved_blocks, saved_dtype
 from ..text import size_of
-from . import safetensors, versions
+from . import safetensors
+from .leases import LeaseWatch
 from .library_files import FileForm
-from .load_file import KINDS
 from .manifest import Manifest
+from .open_file import KINDS
 
 __all__ = [
     "AverageFiles",
@@ -126,7 +127,7 @@ class SaveRequest:
     dtype: torch.dtype | None = None
     keep: int | None = None
     numbered: bool = False
-    leases: versions.LeaseWatch | None = None
+    leases: LeaseWatch | None = None
     keep_at_most: int = 0
     beside: Path | None = None
     note: Callable[..., list[str]] | None = None

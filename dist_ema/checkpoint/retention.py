@@ -16,6 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from . import atomic, disk, manifest, pointers, safetensors, versions
+from .leases import LeaseWatch
 
 __all__ = ["advance", "carry_over", "companions", "foreign", "refuse", "remove_leftovers"]
 
@@ -40,7 +41,7 @@ def refuse(path: Path, keep: int) -> None:
 
 
 def advance(
-    path: Path, keep: int, leases: versions.LeaseWatch | None = None, keep_at_most: int = 0
+    path: Path, keep: int, leases: LeaseWatch | None = None, keep_at_most: int = 0
 ) -> list[str]:
     """Point to the published `path`, and remove all but the last `keep` saves up to its number.
 

@@ -74,7 +74,7 @@ class Reverted:
     def __init__(self, model: sources.Source, checked: sums.Checked, revert: Any) -> None:
         import torch
 
-        from ..checkpoint.load_file import DTYPES
+        from ..checkpoint.open_file import DTYPES
 
         self.path, self._checked, self._revert, self._dtypes = model.path, checked, revert, DTYPES
         self.owners, self.entries, self.aliases = dict[str, str](), {}, {}

@@ -6,7 +6,7 @@
 
 A follower polls, because network file systems send no events. It needs nothing of the trainer but
 the folder, which may come later, and survives whatever happens to it ([Note: leases] in
-checkpoint.versions).
+checkpoint.leases).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint import manifest, versions
+from ..checkpoint import leases, manifest, versions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -39,7 +39,7 @@ class Version:
         metadata: What the publisher says: version, id, step, now, average, time, metrics.
     """
 
-    def __init__(self, path: Path, metadata: dict[str, Any], lease: versions.Lease) -> None:
+    def __init__(self, path: Path, metadata: dict[str, Any], lease: leases.Lease) -> None:
         self.path, self.metadata, self._lease = path, metadata, lease
         self.number, self.step = int(metadata["version"]), int(metadata["step"])
 
@@ -55,7 +55,7 @@ class Version:
         Note:
             *Cost*: pages of the files, no second model.
         """
-        from ..checkpoint.library_files import load_into
+        from ..checkpoint.load_into import load_into
 
         load_into(self.path, module)
 
@@ -79,7 +79,7 @@ class Version:
         return f"Version({self.number}, step={self.step}, {os.fspath(self.path)!r})"
 
 
-def open_version(path: Path, expiry: float = versions.EXPIRY) -> Version | None:
+def open_version(path: Path, expiry: float = leases.EXPIRY) -> Version | None:
     """Lease a version. None where it is gone, or no new readers may come.
 
     Args:
@@ -87,7 +87,7 @@ def open_version(path: Path, expiry: float = versions.EXPIRY) -> Version | None:
         expiry: Seconds after the death of this process until the lease counts no more.
     """
     try:
-        lease = versions.Lease(path, expiry)
+        lease = leases.Lease(path, expiry)
     except FileNotFoundError:
         return None
     try:

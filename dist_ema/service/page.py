@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..checkpoint import manifest, pointers, versions
+from ..checkpoint import leases, manifest, pointers, versions
 from ..text import size
 from .ledger import NAME, Points, Record, curves, finite_numbers, read_records
 
@@ -146,7 +146,7 @@ def _version_rows(
 ) -> tuple[list[str], list[Row]]:
     given = {name: facts.get("metrics") or {} for name, facts in found.items()}
     live = sorted({key for each in given.values() for key in each})
-    leased = [path.name.rpartition(".")[0] for path in versions.read_all(folder)]
+    leased = [path.name.rpartition(".")[0] for path in leases.read_all(folder)]
     rows = [
         (
             name == best,
@@ -179,7 +179,7 @@ def _record_rows(records: Sequence[Record], best: str | None) -> tuple[list[str]
 
 
 def _lease_rows(folder: Path) -> list[Row]:
-    facts = {path: versions.lease_facts(held) for path, held in versions.read_all(folder).items()}
+    facts = {path: leases.lease_facts(held) for path, held in leases.read_all(folder).items()}
     return [
         (False, [path.name.rpartition(".")[0], *map(each.get, ("host", "pid", "expiry"))])
         for path, each in facts.items()

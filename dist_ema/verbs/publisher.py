@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakMethod
 
 from ..averaging.swap_registry import Reads
-from ..checkpoint import atomic, disk, library_files, request, retention, versions
+from ..checkpoint import atomic, disk, leases, library_files, request, retention, versions
 from ..text import warn
 from .entry import VerbEntry, Which
 from .files import Files
@@ -77,7 +77,7 @@ class Publication:
         self.metrics: dict[str, Any] = {}
         self.number = self.published = self.skipped = self.failed = 0
         self.active = True
-        self.leases = versions.LeaseWatch(folder)
+        self.leases = leases.LeaseWatch(folder)
         self._finish = finish  # a weak reference: the EMA holds this, and not the other way round
 
     def begin(self) -> int:

@@ -23,7 +23,7 @@ from dist_ema.averaging import drop_in_rules, executors
 from dist_ema.averaging.engines import HostThread, Overlapped
 from dist_ema.averaging.executors import SideStream
 from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
-from dist_ema.checkpoint.library_files import load_into
+from dist_ema.checkpoint.load_into import load_into
 from dist_ema.sharding.numbering import Numbering
 
 from . import load, needs, refusing_syncs, schedule

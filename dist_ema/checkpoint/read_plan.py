@@ -19,7 +19,8 @@ from ..schedules import from_dict
 from ..sharding import geometry, ownership
 from ..text import some
 from . import manifest, safetensors
-from .load_file import Aliases, Location, OpenWeight
+from .location import Aliases, Location
+from .open_file import OpenWeight
 
 __all__ = [
     "Differences",
@@ -100,18 +101,20 @@ class ReadPlan:
     chosen: dict[str, OpenWeight] = field(default_factory=dict)  # by the model's names
     differences: Differences = field(default_factory=Differences)
 
-    def compare(self, table: dict[str, OpenWeight]) -> None:
+    def compare(self, saved_weights: dict[str, OpenWeight]) -> None:
         """Choose from the weights of the folder, and note every difference."""
         report, states = self.differences, self.target.states
-        table = {self.target.names.get(name, name): weight for name, weight in table.items()}
+        saved_weights = {
+            self.target.names.get(name, name): weight for name, weight in saved_weights.items()
+        }
         # Own buffers that nothing in the files fills.
         lost = set(self.own_buffers)
         state_names = {name for state in states for name in (state.name, *state.shard.aliases)}
-        report.unexpected += sorted(table.keys() - state_names - self.target.elsewhere)
+        report.unexpected += sorted(saved_weights.keys() - state_names - self.target.elsewhere)
         for state in states:
-            names = [name for name in (state.name, *state.shard.aliases) if name in table]
+            names = [name for name in (state.name, *state.shard.aliases) if name in saved_weights]
             # Names that the file ties are one weight there; others must hold the same bytes.
-            held = list(dict.fromkeys(table[name] for name in names))
+            held = list(dict.fromkeys(saved_weights[name] for name in names))
             own = state.name in self.own_buffers
             wanted = self.whole or own or state.shadow is not None
             if not wanted and (state.teacher_copy is None or not held):
