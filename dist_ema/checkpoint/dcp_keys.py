@@ -145,10 +145,13 @@ def _adapt(state: dict[str, Any], label: str, tables: Mapping[str, Any]) -> None
 
     # Several EMAs may be in one checkpoint; DCP does not say under which of its keys this one is.
     start = min((match[1] for match in matches), key=differing)
-    names = [name for name in weights if not _alike(weights[name], tables, start, name)]
-    if names:
+    saved_sizes = {key: getattr(table, "size", None) for key, table in tables.items()}
+    unlike = [
+        name for name in weights if saved_sizes.get(f"{start}weights.{name}") != weights[name].shape
+    ]
+    if unlike:
         raise ValueError(
-            f"the checkpoint holds no average of {', '.join(names[:5])}, or one of another shape. "
+            f"the checkpoint holds no average of {', '.join(unlike[:5])}, or one of another shape. "
             "Build the EMA on the model as it was saved, load, edit the model, and call "
             "ema.rescan()."
         )
@@ -167,11 +170,6 @@ def _adapt(state: dict[str, Any], label: str, tables: Mapping[str, Any]) -> None
     if len(state[key]) != len(buffers):
         state[key] = torch.zeros(len(buffers), dtype=torch.uint8, device="cpu")
     state["buffers"] = buffers
-
-
-def _alike(value: Any, tables: Mapping[str, Any], start: str, name: str) -> bool:
-    saved = tables.get(f"{start}weights.{name}")
-    return saved is not None and tuple(saved.size) == tuple(value.shape)
 
 
 def _buffers_as_saved(

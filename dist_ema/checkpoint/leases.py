@@ -86,8 +86,8 @@ def _renew(file: Path, expiry: float, released: threading.Event) -> None:
 
 
 def _write(file: Path, expiry: float, renewed: int) -> None:
-    facts = {"host": socket.gethostname(), "pid": os.getpid(), "expiry": expiry, "renewed": renewed}
-    file.write_text(json.dumps(facts))
+    reader = {"host": socket.gethostname(), "pid": os.getpid()}
+    file.write_text(json.dumps(reader | {"expiry": expiry, "renewed": renewed}))
 
 
 def _release(file: Path, released: threading.Event) -> None:
@@ -109,10 +109,10 @@ def read_all(folder: Path) -> dict[Path, bytes]:
     """The content of every lease, dead ones too."""
     leases = {}
     with contextlib.suppress(OSError):
-        for name in sorted(os.listdir(folder / LEASES)):
-            if name != RETIRED and not name.startswith("."):
+        for path in sorted((folder / LEASES).iterdir()):
+            if path.name != RETIRED and not path.name.startswith("."):
                 with contextlib.suppress(OSError):  # it was released since
-                    leases[folder / LEASES / name] = (folder / LEASES / name).read_bytes()
+                    leases[path] = path.read_bytes()
     return leases
 
 

@@ -98,11 +98,9 @@ def adapters_of(model: nn.Module, averaged: Sequence[str]) -> list[FileForm]:
         for config in peft_model.peft_config.values()
     ):
         return []
-    held = chain(
-        peft_model.named_parameters(remove_duplicate=False),
-        peft_model.named_buffers(remove_duplicate=False),
-    )
-    names = [name for name, _ in held]
+    parameters = peft_model.named_parameters(remove_duplicate=False)
+    buffers = peft_model.named_buffers(remove_duplicate=False)
+    names = [name for name, _ in chain(parameters, buffers)]
     numbers = {name: torch.tensor(i) for i, name in enumerate(names)}
     adapters = []
     with TemporaryDirectory() as folder:
@@ -175,9 +173,12 @@ def merged(
         for p in below:
             p.data = p.data.clone()
         peft_model.base_model.merge_adapter()
-        states_of_files = [state for state in states if state.name in names]
-        now = [replace(state, shadow=None, local=state.shard.read()) for state in states_of_files]
-        yield now, FileForm(names, _config_files(peft_model.get_base_model(), dtype))
+        merged_states = [
+            replace(state, shadow=None, local=state.shard.read())
+            for state in states
+            if state.name in names
+        ]
+        yield merged_states, FileForm(names, _config_files(peft_model.get_base_model(), dtype))
     finally:
         peft_model.base_model.unmerge_adapter()
         for p, data in zip(below, unmerged, strict=True):

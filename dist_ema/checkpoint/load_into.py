@@ -32,8 +32,8 @@ def load_into(path: str | os.PathLike[str], module: nn.Module) -> None:
         *Cost*: pages of the files, no second model.
     """
     weights, model_shards = load_file(path), discovery.find_shards(module)
-    adapters = (form for form in adapters_of(module, []) if {*form.names.values()} == {*weights})
-    form = next(adapters, FileForm())
+    adapters = adapters_of(module, [])
+    form = next((form for form in adapters if {*form.names.values()} == {*weights}), FileForm())
     shards = [shard for shard in model_shards.shards if shard.persistent and form.holds(shard.name)]
     held = {name: s.shape for s in shards for name in (s.name, *s.aliases) if name in weights}
     held |= {form.name_of(shard.name): shard.shape for shard in shards}

@@ -51,8 +51,8 @@ def locate(path: Path, read_headers: bool = True) -> Location:
                 "ema.save() wrote."
             )
         return Location(str(path), safetensors.find_model(path), {}, None, {})
-    files = (manifest.read_files(path, saved),) if read_headers else ()
-    manifest.refuse_damaged(path, saved, *files)
+    headers = manifest.read_files(path, saved) if read_headers else None
+    manifest.refuse_damaged(path, saved, headers)
     model = safetensors.find_model(path)
     return Location(str(path), model, saved.aliases, saved.to_json(), saved.files_of(""))
 

@@ -136,8 +136,11 @@ class Manifest:
     def files_of(self, label: str) -> dict[str, dict[str, Any]]:
         """The files of one average: bare name -> size and check sums."""
         folder = f"averages/{label}" if label else ""
-        split_names = ((os.path.split(name), entry) for name, entry in self.files.items())
-        return {name: entry for (where, name), entry in split_names if where == folder}
+        return {
+            os.path.basename(name): entry
+            for name, entry in self.files.items()
+            if os.path.dirname(name) == folder
+        }
 
     def sums_of(self, name: str) -> dict[str, str]:
         """The check sums of a file, by kind."""
@@ -155,11 +158,9 @@ class Manifest:
         problems = [*self.damage, *self._of_clock(), *self._of_schedules(), *self._of_aliases()]
         if self.is_changed:
             problems.append(f"crc32: {META} was changed since dist_ema wrote it")
-        return (
-            problems
-            if files is None
-            else [*problems, *self._of_files(files), *self._of_names(files)]
-        )
+        if files is not None:
+            problems += [*self._of_files(files), *self._of_names(files)]
+        return problems
 
     def _is_damaged(self, *keys: str) -> bool:
         return any(problem.startswith(f"{key}: ") for problem in self.damage for key in keys)
@@ -180,8 +181,10 @@ class Manifest:
             try:
                 from_dict(spec)
             except (TypeError, ValueError) as error:
-                reason = str(error).rstrip(".")
-                yield f"schedules: a schedule cannot be rebuilt from {brief(spec)}: {reason}"
+                yield (
+                    f"schedules: a schedule cannot be rebuilt from {brief(spec)}: "
+                    f"{str(error).rstrip('.')}"
+                )
         # An export of weights from elsewhere has no schedule to name.
         untold = self.kind == "export" and not self.schedules
         count = len(self.labels)
@@ -202,8 +205,10 @@ class Manifest:
             if name not in files:
                 yield f"files: {name} is listed, but is no part of the model"
             elif "size" in entry and entry["size"] != files[name].size:
-                size = brief(entry["size"])
-                yield f"files: {name}: it holds {files[name].size} bytes, {META} says {size}"
+                yield (
+                    f"files: {name}: it holds {files[name].size} bytes, {META} says "
+                    f"{brief(entry['size'])}"
+                )
         yield from (f"files: {name} is not listed" for name in files if name not in self.files)
 
     def _of_names(self, files: Files) -> Iterator[str]:
@@ -231,8 +236,8 @@ class Manifest:
                 where = label or "the folder"
                 yield f"averaged: it lacks {', '.join(extra[:3])}, which {where} holds"
             if label and averaged - held[label]:
-                names = sorted(averaged - held[label])[:3]
-                yield f"averages: {label} lacks {', '.join(names)}, which is averaged"
+                lacking = ", ".join(sorted(averaged - held[label])[:3])
+                yield f"averages: {label} lacks {lacking}, which is averaged"
 
 
 def _weights_of(label: str, files: Files) -> set[str]:
@@ -249,8 +254,8 @@ def _lost(what: str, names: Iterable[str], weights: set[str]) -> Iterator[str]:
 
 def _sum_of(values: Mapping[str, Any]) -> str:
     """The CRC-32 of all values but itself, however the JSON is laid out."""
-    summed = {key: value for key, value in values.items() if key != "crc32"}
-    return f"{zlib.crc32(dump(summed)):08x}"
+    json = dump({key: value for key, value in values.items() if key != "crc32"})
+    return f"{zlib.crc32(json):08x}"
 
 
 # --- in a folder ---------------------------------------------------------------------------------

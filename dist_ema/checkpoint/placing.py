@@ -44,7 +44,7 @@ class BlockPlacer:
         self._blocks = list[_Placed]()
         for average, plan in zip(request.averages, request.plans, strict=True):
             where = {name: numbers[file] for file in plan for name in plan[file].entries}
-            names = list(map(average.name_of, average.states))
+            names = [average.form.name_of(state.name) for state in average.states]
             for block in average.blocks:
                 name = names[block.number]
                 file = where[name]

@@ -18,9 +18,7 @@ from ..averaging.average import whole_modules
 from ..schedules import from_dict
 from ..sharding import geometry, ownership
 from ..text import some
-from . import manifest, safetensors
-from .location import Aliases, Location
-from .open_file import OpenWeight
+from . import location, manifest, open_file, safetensors
 
 __all__ = [
     "Differences",
@@ -93,15 +91,15 @@ class ReadPlan:
 
     folder: Path
     target: LoadTarget
-    aliases: Aliases
+    aliases: location.Aliases
     model: str = "model.safetensors"
     whole: bool = False  # the folder must hold the complete model, not only what is averaged
     own_buffers: Sequence[str] = ()
     listed: dict[str, dict[str, Any]] | None = None  # size and check sum of its files, if known
-    chosen: dict[str, OpenWeight] = field(default_factory=dict)  # by the model's names
+    chosen: dict[str, open_file.OpenWeight] = field(default_factory=dict)  # by the model's names
     differences: Differences = field(default_factory=Differences)
 
-    def compare(self, saved_weights: dict[str, OpenWeight]) -> None:
+    def compare(self, saved_weights: dict[str, open_file.OpenWeight]) -> None:
         """Choose from the weights of the folder, and note every difference."""
         report, states = self.differences, self.target.states
         saved_weights = {
@@ -148,17 +146,20 @@ class ReadPlan:
         self.own_buffers = kept
 
 
-def plan_start(place: Location, targets: Sequence[LoadTarget]) -> list[ReadPlan]:
+def plan_start(place: location.Location, targets: Sequence[LoadTarget]) -> list[ReadPlan]:
     """Every average starts from the one model; frozen weights and buffers may be in it or not."""
     listed = place.listed if place.manifest or place.listed else None
-    folder = Path(place.folder)
     return [
-        ReadPlan(folder, target, place.aliases, place.model, listed=listed) for target in targets
+        ReadPlan(Path(place.folder), target, place.aliases, place.model, listed=listed)
+        for target in targets
     ]
 
 
 def plan_resume(
-    place: Location, saved: manifest.Manifest, targets: Sequence[LoadTarget], remarks: list[str]
+    place: location.Location,
+    saved: manifest.Manifest,
+    targets: Sequence[LoadTarget],
+    remarks: list[str],
 ) -> list[ReadPlan]:
     """Each average gets the saved one with its schedule; the rest are paired in order."""
     path, schedules = Path(place.folder), saved.schedules
@@ -198,7 +199,7 @@ def _converts(there: torch.dtype, here: torch.dtype) -> bool:
     return there.is_floating_point or not here.is_floating_point
 
 
-def _refuse_untied(state: ownership.ParamState, held: Sequence[OpenWeight]) -> None:
+def _refuse_untied(state: ownership.ParamState, held: Sequence[open_file.OpenWeight]) -> None:
     """Raise ValueError where names that are tied in the model hold different bytes in the file."""
     first, *others = held
     for other in others:
@@ -214,7 +215,7 @@ def _refuse_untied(state: ownership.ParamState, held: Sequence[OpenWeight]) -> N
             )
 
 
-def _blocks(state: ownership.ParamState, weight: OpenWeight) -> Iterator[Tensor]:
+def _blocks(state: ownership.ParamState, weight: open_file.OpenWeight) -> Iterator[Tensor]:
     """This rank's averaged region of a weight, a window at a time."""
     for box, _ in geometry.boxes_with_data(state.shard, state.averaged_region, state.live):
         yield from (data for _, data in weight.file.read(weight.name, box))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from torch import Tensor
 from ..distributed.diagnosis import digest
 from ..distributed.ranks import Ranks
 from ..sharding import geometry, ownership, records
-from . import atomic, crc32, manifest, pointers, safetensors
-from .location import Location, locate, refuse_unlisted, with_aliases
+from . import atomic, crc32, location, manifest, pointers, safetensors
 from .open_file import OpenFile, OpenWeight
 from .read_plan import LoadTarget, ReadPlan, plan_resume, plan_start
 
@@ -37,7 +35,9 @@ class OpenCheckpoint:
     first_warnings: The digest of what the first rank warns of.
     """
 
-    def __init__(self, place: Location, targets: Sequence[LoadTarget], stack: ExitStack) -> None:
+    def __init__(
+        self, place: location.Location, targets: Sequence[LoadTarget], stack: ExitStack
+    ) -> None:
         self.warnings: list[str] = []
         self.first_warnings = 0
         self._place, self._stack = place, stack  # which closes the files
@@ -94,31 +94,33 @@ class OpenCheckpoint:
 
         headers = safetensors.read_model(plan.folder, plan.model, header_of)
         if plan.listed is not None:
-            refuse_unlisted(plan.folder, headers, plan.listed)
+            location.refuse_unlisted(plan.folder, headers, plan.listed)
         table = {
             name: OpenWeight(file, name) for file in files.values() for name in file.header.entries
         }
-        return with_aliases(plan.folder / plan.model, table, plan.aliases)
+        return location.with_aliases(plan.folder / plan.model, table, plan.aliases)
 
     def fits(self, strict: bool) -> bool:
         """Whether the model can be filled from it."""
-        differences = [plan.differences for plan in self._plans]
         return not any(
-            difference.are_fatal or (strict and difference.count) for difference in differences
+            plan.differences.are_fatal or (strict and plan.differences.count)
+            for plan in self._plans
         )
 
     def judge(self, strict: bool) -> None:
         """Raise ValueError with every difference, if there is one that does harm."""
-        if not self.fits(strict):
-            differing = [plan for plan in self._plans if plan.differences.count]
-            fatal = any(plan.differences.are_fatal for plan in differing)
-            texts = dict.fromkeys(
-                f"{plan.folder} and the model disagree on {plan.differences.count} weights: "
-                f"{plan.differences.text()}."
-                for plan in differing
-            )
-            more = "" if fatal else " Pass strict=False to load what they have in common."
-            raise ValueError(f"{' '.join(texts)}{more}")
+        if self.fits(strict):
+            return
+        sentences = [
+            f"{plan.folder} and the model disagree on {plan.differences.count} weights: "
+            f"{plan.differences.text()}."
+            for plan in self._plans
+            if plan.differences.count
+        ]
+        if not any(plan.differences.are_fatal for plan in self._plans):
+            sentences.append("Pass strict=False to load what they have in common.")
+        # Averages of one folder may differ from it alike: a sentence is said once.
+        raise ValueError(" ".join(dict.fromkeys(sentences)))
 
     def _warn_of_start(self) -> None:
         exported = self._place.manifest is not None
@@ -263,18 +265,18 @@ def _open_one_version(
 
     Returns the files, and what is damaged. None where ranks saw several versions.
     """
-    places: list[Location] = []
+    places: list[location.Location] = []
     opened: list[OpenCheckpoint] = []
 
     def find_model() -> list[Any]:
-        places.append(atomic.read_one_version(_followed(path), locate))
+        places.append(atomic.read_one_version(pointers.follow(atomic.real(path)), location.locate))
         return [digest(places[0]), _version(places[0])]
 
     def work() -> dict[str, Any]:
         differences, sums = None, dict[str, int]()
-        place: Location | None = None
+        place: location.Location | None = None
         try:
-            place = places[0] if places else locate(_followed(path), read_headers=False)
+            place = places[0] if places else location.locate(path, read_headers=False)
         except (OSError, ValueError):
             if is_last:
                 raise
@@ -305,25 +307,17 @@ def _open_one_version(
 def _combine(messages: list[dict[str, Any]]) -> dict[str, Any]:
     """Combine messages of ranks. Where two of a stage saw other files, its entry is None."""
     differences: dict[str, int | None] = {}
-    for stage, stage_differences in chain.from_iterable(
-        message["differences"].items() for message in messages
-    ):
-        differences[stage] = (
-            stage_differences
-            if differences.get(stage, stage_differences) == stage_differences
-            else None
-        )
+    for message in messages:
+        for stage, found in message["differences"].items():
+            if differences.setdefault(stage, found) != found:
+                differences[stage] = None
     return {
         "differences": differences,
         "sums": crc32.combine([message["sums"] for message in messages]),
     }
 
 
-def _followed(path: Path) -> Path:
-    return pointers.follow(atomic.real(path))
-
-
-def _version(place: Location) -> list[int] | None:
+def _version(place: location.Location) -> list[int] | None:
     # NOTE: the number of the device differs between hosts.
     identity = atomic.identity(Path(place.folder, place.model))
     return None if identity is None else list(identity[1:])

@@ -68,17 +68,13 @@ class AverageFiles:
     def prefix(self) -> str:
         return f"averages/{self.label}/" if self.label else ""
 
-    def name_of(self, state: ParamState) -> str:
-        """The name of a weight in the files."""
-        return self.form.name_of(state.name)
-
     @cached_property
     def inventory(self) -> dict[str, WeightRecord]:
         """Every weight of the files, by its name there."""
         if self.inventory_of_all is not None:
             return self.inventory_of_all
         return {
-            self.name_of(state): WeightRecord(
+            self.form.name_of(state.name): WeightRecord(
                 state.shard.shape,
                 _text(state.shard.dtype),
                 _text(saved_dtype(state, self.own_buffers)),

@@ -26,7 +26,7 @@ def refuse(path: Path, keep: int) -> None:
     if type(keep) is not int or keep < 1:
         raise ValueError(f"keep must be a whole number of saves, at least 1, got {keep!r}.")
     stem, number = _split(path.name)
-    if number is None:
+    if number < 0:
         raise ValueError(
             f"keep={keep} needs a name that ends in a number, like ema-001000, got {path.name}."
         )
@@ -56,18 +56,10 @@ def advance(
     """
     # First, so that `latest` never names a save that goes.
     pointers.point(path)
-    stem, last = _split(path.name)
-    numbered: list[tuple[int, Path]] = []
-    for name in os.listdir(path.parent):
-        start, number = _split(name)
-        if start != stem or number is None or last is None or number > last or name == path.name:
-            continue
-        numbered.append((number, path.parent / name))
-    old = [
-        folder
-        for _, folder in sorted(numbered, reverse=True)
-        if _is_save(folder, leases is not None)
-    ][keep - 1 :]
+    names = [name for name in os.listdir(path.parent) if _precedes(name, path.name)]
+    newest_first = sorted(names, key=lambda name: (_split(name)[1], name), reverse=True)
+    folders = [path.parent / name for name in newest_first if name != path.name]
+    old = [folder for folder in folders if _is_save(folder, leases is not None)][keep - 1 :]
     if leases is not None:
         # The best version stays, however old it is.
         best = pointers.named(path.parent / versions.BEST)
@@ -86,23 +78,27 @@ def remove_leftovers(path: Path) -> None:
 
     The saves of a run have one writer, this one.
     """
-    stem, last = _split(path.name)
     for name in os.listdir(path.parent):
-        half = re.fullmatch(r"\.(.+)\.(gone|old|tmp)-[0-9a-f]{32}", name, re.DOTALL)
-        start, number = _split(half[1]) if half else ("", None)
-        if half is None or start != stem or number is None or last is None or number > last:
+        leftover = re.fullmatch(r"\.(.+)\.(gone|old|tmp)-[0-9a-f]{32}", name, re.DOTALL)
+        if leftover is None or not _precedes(leftover[1], path.name):
             continue
-        if half[2] == "gone":
+        if leftover[2] == "gone":
             disk.remove(path.parent / name)
         else:
-            atomic.recover(path.parent / half[1])
-            atomic.remove_leftovers(path.parent / half[1])
+            atomic.recover(path.parent / leftover[1])
+            atomic.remove_leftovers(path.parent / leftover[1])
 
 
-def _split(name: str) -> tuple[str, int | None]:
-    """ema-001000 -> ('ema-', 1000)."""
+def _split(name: str) -> tuple[str, int]:
+    """ema-001000 -> ('ema-', 1000); -1 where there is no number."""
     match = re.fullmatch(r"(.*?)([0-9]+)", name, re.DOTALL)
-    return (match[1], int(match[2])) if match else (name, None)
+    return (match[1], int(match[2])) if match else (name, -1)
+
+
+def _precedes(name: str, last: str) -> bool:
+    """Whether it is the name of a save of the same run, up to the number of the `last` one."""
+    (stem, number), (last_stem, last_number) = _split(name), _split(last)
+    return stem == last_stem and 0 <= number <= last_number
 
 
 def _is_save(folder: Path, published: bool) -> bool:

@@ -136,6 +136,6 @@ def _table(request: SaveRequest, sums: dict[str, int]) -> dict[str, dict[str, An
         head = crc32.RangeSum(file.size)
         # The first rank wrote the header, and all ranks what lies behind it.
         head.add(0, file.head)
-        added = [head.contribution, sums.get(str(number), 0)]
-        table[name] = {"size": file.size, "crc32": crc32.check_sum(file.size, added)}
+        check_sum = crc32.check_sum(file.size, [head.contribution, sums.get(str(number), 0)])
+        table[name] = {"size": file.size, "crc32": check_sum}
     return table
