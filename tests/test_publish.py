@@ -211,7 +211,7 @@ def test_leases_keep_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     torn = folder / leases.LEASES / "version-000008.torn"
     torn.write_text("{")
     clock = time.monotonic()
-    monkeypatch.setattr(versions.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(leases.time, "monotonic", lambda: clock)
     trainer.step()
     clock += 4
     trainer.step()
