@@ -37,9 +37,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
-from ..sharding import torch_internals
-from ..sharding.zero import EngineSteps, is_engine
+from ..sharding import torch_internals, zero
 from .averages import AveragedWeights
 from .stepped_weights import steps_any
 
@@ -67,7 +67,7 @@ class Attachment:
 
     def __init__(
         self,
-        averager: AveragedWeights,
+        weights: AveragedWeights,
         optimizers: Sequence[Optimizer],
         every: int,
         start: int,
@@ -85,7 +85,7 @@ class Attachment:
         hooked = [_that_takes_hooks(optimizer) for optimizer in optimizers]
         self.every, self.start, self.guard = every, start, guard
         self.arguments: dict[str, Any] = {}
-        self._averager, self._clock, self._elapsed = averager, averager.clock, elapsed
+        self._weights, self._clock, self._elapsed = weights, weights.clock, elapsed
         self._names = [type(optimizer).__name__ for optimizer in hooked]
         self._places = {id(optimizer): place for place, optimizer in enumerate(hooked)}
         self._steps = [0] * len(hooked)  # of each optimizer since the last round
@@ -95,28 +95,23 @@ class Attachment:
         self._wrapped: set[int] = set()  # optimizers whose step was named
         self._hooks, self.active, self._is_uneven = ExitStack(), True, False
         for optimizer in hooked:
-            for hooks in (
-                optimizer._optimizer_step_pre_hooks,
-                optimizer._optimizer_step_post_hooks,
-            ):
-                _forget_dead_hooks(hooks, warned=True)
-            before = optimizer.register_step_pre_hook(_StepHook(self._before, others="post"))
-            self._hooks.callback(before.remove)
-            if isinstance(optimizer, EngineSteps):
-                after = optimizer.register_step_post_hook(_StepHook(self._stepped))
-                self._hooks.callback(after.remove)
-        every_step = register_optimizer_step_pre_hook(_StepHook(self._before_any, others="post"))
-        _forget_dead_hooks(every_step.hooks_dict_ref(), warned=True)
-        self._hooks.callback(every_step.remove)
+            _forget_dead_hooks(optimizer._optimizer_step_post_hooks, warned=True)
+            self._keep(optimizer.register_step_pre_hook(_StepHook(self._before, others="post")))
+            if isinstance(optimizer, zero.EngineSteps):
+                self._keep(optimizer.register_step_post_hook(_StepHook(self._stepped)))
+        self._keep(register_optimizer_step_pre_hook(_StepHook(self._before_any, others="post")))
         # Of all optimizers of torch's: these hooks run after an optimizer's own.
-        self._every_step = register_optimizer_step_post_hook(_StepHook(self._stepped))
-        _forget_dead_hooks(self._every_step.hooks_dict_ref(), warned=True)
-        self._hooks.callback(self._every_step.remove)
+        self._every_step = self._keep(register_optimizer_step_post_hook(_StepHook(self._stepped)))
         # On one optimizer only, so that its warning comes once per step.
         self._last = hooked[-1].register_step_post_hook(_StepHook(self._alive, tells=True))
         # A resumed average has started, whatever `start` says now.
-        if averager.clock.updates == 0 and averager.clock.steps < start:
-            averager.clock.started = False
+        if weights.clock.updates == 0 and weights.clock.steps < start:
+            weights.clock.started = False
+
+    def _keep(self, handle: RemovableHandle) -> RemovableHandle:
+        """Keep a hook until `remove`, and take off what dead attachments left beside it."""
+        _forget_dead_hooks(handle.hooks_dict_ref(), warned=True)
+        return self._hooks.enter_context(handle)
 
     def remove(self) -> None:
         """Take the hooks off; the update in flight is waited for. Idempotent.
@@ -127,8 +122,8 @@ class Attachment:
         self._hooks.close()
         self._last.remove()
         if self.active:
-            self.active, self._averager.bypassed = False, 0
-            self._averager.settle()
+            self.active, self._weights.bypassed = False, 0
+            self._weights.settle()
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments that files keep; a callable elapsed is not one."""
@@ -144,19 +139,19 @@ class Attachment:
         later = itertools.takewhile(self._every_step.id.__ne__, reversed(hooks))
         if not all(isinstance(hooks[key], _StepHook) for key in later):
             hooks.move_to_end(self._every_step.id)
-        self._averager.before_step()
+        self._weights.before_step()
 
     def _before_any(self, optimizer: Optimizer, *_: Any) -> None:
         # Those of transformers' per-layer optimizers step in the backward, before the listed one.
         if self._is_unlisted(optimizer):
-            self._averager.await_reads()
+            self._weights.await_reads()
 
     def _is_unlisted(self, optimizer: Optimizer) -> bool:
         """It steps averaged weights, and is not attached."""
         if id(optimizer) in self._places:
             return False
         if optimizer not in self._unlisted:
-            self._unlisted[optimizer] = steps_any([optimizer], self._averager)
+            self._unlisted[optimizer] = steps_any([optimizer], self._weights)
         return self._unlisted[optimizer]
 
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
@@ -164,7 +159,7 @@ class Attachment:
             return
         # Counted, so that a verb can say that weights are trained which no update follows.
         if id(optimizer) not in self._places:
-            self._averager.bypassed += self._is_unlisted(optimizer)
+            self._weights.bypassed += self._is_unlisted(optimizer)
             return
         self._warn_of_wrapped_step(optimizer)
         # A fused optimizer skips on the device, where GradScaler has left this flag.
@@ -207,19 +202,19 @@ class Attachment:
     def _round(self) -> None:
         """Every optimizer has stepped: the clock moves, and every so often the average."""
         clock = self._clock
-        self._averager.bypassed = 0
+        self._weights.bypassed = 0
         clock.tick(float(self._elapsed() if callable(self._elapsed) else self._elapsed))
         if not clock.started:
             self._skips.clear()
             if clock.steps >= self.start:
                 with torch.inference_mode(False), torch.no_grad():
-                    self._averager.begin()
+                    self._weights.begin()
         elif (clock.steps - self.start) % self.every == 0:
             # NOTE: a window or table made in inference mode could never be written outside it.
             with torch.inference_mode(False), torch.no_grad():
-                self._averager.move(clock.pending, self._all_skipped(), self.guard)
+                self._weights.move(clock.pending, self._all_skipped(), self.guard)
                 clock.pending = 0.0
-                self._averager.updated()
+                self._weights.updated()
 
     def _all_skipped(self) -> Tensor | None:
         """Not 0 on the device if every step since the last update was skipped.
@@ -291,15 +286,15 @@ def _units(elapsed: Any) -> float:
     return elapsed if type(elapsed) is int else number
 
 
-def _that_takes_hooks(optimizer: Any) -> Optimizer | EngineSteps:
+def _that_takes_hooks(optimizer: Any) -> Optimizer | zero.EngineSteps:
     """The optimizer whose hooks fire when its step is done, and after which no weight is written.
 
     Raises:
         ValueError: No such optimizer is there: a wrapper (Lookahead, SAM, ZeRO) that may write
             after the inner step.
     """
-    if is_engine(optimizer):
-        return EngineSteps.of(optimizer)
+    if zero.is_engine(optimizer):
+        return zero.EngineSteps.of(optimizer)
     while _is_transparent(optimizer):
         optimizer = optimizer.optimizer
     # NOTE: Optimizer.__init__ patches `step` of the class to call hooks; a wrapper that skips it is
@@ -331,7 +326,7 @@ def _is_inside_step(optimizer: Any) -> bool:
 
 def _is_wrapped(optimizer: Any) -> bool:
     """A function stands around the optimizer's step that no library known here put there."""
-    step = None if isinstance(optimizer, EngineSteps) else optimizer.step
+    step = None if isinstance(optimizer, zero.EngineSteps) else optimizer.step
     while step is not None and getattr(step, "__code__", None) is not _RUNS_HOOKS:
         module = getattr(step, "__globals__", {}).get("__name__", "")
         if module.split(".")[0] not in KNOWN_WRAPPERS:

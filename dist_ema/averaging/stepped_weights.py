@@ -1,4 +1,4 @@
-"""Which averaged weights an optimizer steps: its own, by memory, fp32 masters, or none of them."""
+"""Do optimizers step the averaged weights, their fp32 masters, or others? Warnings of `attach`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..sharding import parameters, storage, zero
-from ..sharding.ownership import ParamState
+from ..sharding import ownership, parameters, storage, zero
 from ..text import warn
 from .averages import AveragedWeights
 
@@ -44,11 +43,11 @@ def _stepped_parameters(optimizer: Any) -> list[Tensor]:
 
 def warn_of_others(weights: AveragedWeights, optimizers: Sequence[Optimizer]) -> None:
     """Warn where the optimizers step other tensors than those that are averaged."""
-    known = not weights.names() or steps_any(optimizers, weights)
-    if not known:
+    is_stepped = not weights.names() or steps_any(optimizers, weights)
+    if not is_stepped:
         weights.follow(tree=True)  # it may hold what has replaced them, or where they moved
-        known = steps_any(optimizers, weights)
-    if not known:
+        is_stepped = steps_any(optimizers, weights)
+    if not is_stepped:
         names = ", ".join(sorted({type(optimizer).__name__ for optimizer in optimizers}))
         warn(
             f"ema.attach(): {names} holds none of the averaged weights. If it steps copies of "
@@ -60,7 +59,7 @@ def warn_of_others(weights: AveragedWeights, optimizers: Sequence[Optimizer]) ->
             f"ema.attach(): the optimizers hold other tensors in place of "
             f"{', '.join(displaced[:5])}, it seems. If they are fp32 master weights, call "
             "ema.update() after they were written back. If the module was replaced, build the "
-            "EMA on the model, or on its parameters of now."
+            "EMA on the model, or on the parameters that the optimizers step."
         )
 
 
@@ -73,17 +72,22 @@ def _displaced(weights: AveragedWeights, optimizers: Iterable[Optimizer]) -> lis
     shards = [state.shard for state in weights.averages[0].averaged]
     params = [p for optimizer in optimizers for p in _stepped_parameters(optimizer)]
     averaged, stepped = {id(shard.tensor) for shard in shards}, set(map(id, params))
-    others = {(p.shape, p.dtype.itemsize) for p in params if id(p) not in averaged}
-    listed, displaced = isinstance(weights.model, parameters.Parameters), []
-    for shard in shards:
-        shape, size = shard.tensor.shape, shard.tensor.dtype.itemsize
-        other = 4 if size == 2 else size if listed else 0
-        if id(shard.tensor) not in stepped and (shape, other) in others and shard.master is None:
-            displaced.append(shard.name)
-    return displaced
+    unknown_forms = {(p.shape, p.dtype.itemsize) for p in params if id(p) not in averaged}
+    sizes = {2: 4}  # bytes per element: of a weight, and of what may stand in its place
+    if isinstance(weights.model, parameters.Parameters):
+        sizes |= {4: 4, 8: 8, 16: 16}
+    return [
+        shard.name
+        for shard in shards
+        if id(shard.tensor) not in stepped
+        and shard.master is None
+        and (shard.tensor.shape, sizes.get(shard.tensor.dtype.itemsize)) in unknown_forms
+    ]
 
 
-def refuse_beside_masters(states: Sequence[ParamState], optimizers: Sequence[Any]) -> None:
+def refuse_beside_masters(
+    states: Sequence[ownership.ParamState], optimizers: Sequence[Any]
+) -> None:
     """Under DeepSpeed only the end of the engine's step says that the masters are final.
 
     Raises:
