@@ -55,12 +55,8 @@ averaging/averages.py
     adopt             refuse_shared(  @living_storages::test_two_weights_in_one_memory_are_named
     adopt             self.swaps.watch  @177
     adopt             self.mark()  @living_details::test_training_that_no_update_follows_is_named
-    _replan           self.teacher.adopt
+    _replan           self.teacher.bind_copies(self.states) => []
             @compat_modules::test_frozen_weights_follow_under_any_function
-    _replan           further = self.teacher.addressed
-            @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
-    _replan           roots.append  @into::test_an_update_names_the_assigned_weights_of_a_teacher
-    _replan           roots = []  @living_ranks::test_living_models_on_two_ranks
     refuse            {why}  @discovery::test_summon_full_params_is_refused
     ready             self.reshard()  @living_details::test_fsdp2_in_one_process
     ready             self.settle()  @emulated/test_waits::test_behind_the_step_equals_inline
@@ -96,6 +92,9 @@ averaging/averages.py
     after_move        copy_frozen  @compat_modules::test_frozen_weights_follow_under_any_function
     after_move        copy_buffers  @into::test_registered_anew
 averaging/inventory.py
+    roots             , *teachers] => ]
+            @into::test_an_update_names_the_assigned_weights_of_a_teacher
+    roots             [] if self.sharded else =>  @living_ranks::test_living_models_on_two_ranks
     walk_tree         no longer shares memory  @175
     walk_tree         changes.replaced_buffers) => ())
             @living_buffers::test_an_averaged_buffer_that_is_no_longer_shared_is_named
@@ -133,9 +132,9 @@ averaging/inventory.py
     _refuse_hopeless  float8 cannot  @discovery::test_frozen_integer_bool_and_float8_pass_through
     _held_alike       and old.shape == new.shape and not alike => and False
             @living_storages::test_rescan_loses_no_average_of_a_weight_that_turned
-    _held_alike       and not any(kinds) =>
+    _held_alike       and not any(are_buffers) =>
             @living_tree::test_a_weight_that_becomes_a_buffer_is_live
-    _held_alike       all(kinds) or =>
+    _held_alike       all(are_buffers) or =>
             @living_buffers::test_an_averaged_buffer_that_is_no_longer_shared_is_named
     _kept             (shard.name, *shard.aliases) => (shard.name,)
             @living_details::test_a_tie_under_an_earlier_name_keeps_its_average
@@ -318,6 +317,8 @@ averaging/teacher.py
     follow            state.teacher_copy = new  @into::test_registered_anew
     follow            state.shadow = new
             @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
+    bind_copies       self.written + =>
+            @living_storages::test_a_teacher_whose_memory_is_no_longer_its_own
     refuse_training   the optimizer trains  @into::test_teacher_is_not_trained
     copy_frozen       _copy(state)  @into::test_frozen_weights_follow
     copy_frozen       versions(state) => (state.local._version, 0)  @living_ranks
@@ -330,13 +331,13 @@ averaging/teacher_hooks.py
 averaging/optimizer_hooks.py
     _before           move_to_end
             @living_optimizers::test_the_update_comes_after_hooks_of_all_optimizers
-    _before_any       self._averager.await_reads
+    _before_any       self._weights.await_reads
             @emulated/test_waits::test_optimizers_that_step_before_the_attached_one
-    _round            self._averager.bypassed = 0
+    _round            self._weights.bypassed = 0
             @transformers::test_optimizers_that_step_each_layer_in_the_backward
     _stepped          did not step in the last
             @living_optimizers::test_experts_without_tokens_are_named_once
-    _stepped          self._averager.bypassed +=
+    _stepped          self._weights.bypassed +=
             @living_optimizers::test_another_optimizer_that_steps_instead_is_named
     _stepped          never since
             @living_optimizers::test_an_optimizer_that_never_steps_is_named_once

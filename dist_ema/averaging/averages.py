@@ -24,7 +24,7 @@ from ..distributed.ranks import Ranks
 from ..schedules import Schedule
 from ..sharding import discovery, ownership, records, wrappers
 from . import clock, executors, storage_watch, updates
-from .average import OWN, Average, Placement, Selection
+from .average import OWN, Average, Placement, Selection, SkippedSteps
 from .inventory import Inventory
 from .swap_registry import Reads, SwapRegistry
 from .teacher import Teacher
@@ -65,8 +65,7 @@ class AveragedWeights:
         placement: Placement,
         into: nn.Module | None = None,
     ) -> None:
-        self.clock, self.swaps, self.seed = clock.Clock(), SwapRegistry(), 0
-        self.bypassed = 0
+        self.clock, self.swaps, self.seed, self.bypassed = clock.Clock(), SwapRegistry(), 0, 0
         self.teacher = (
             None if into is None else Teacher(into, self.sync_teacher, selection.buffers == OWN)
         )
@@ -75,8 +74,8 @@ class AveragedWeights:
         self.selection, self.placement = inventory.selection, inventory.placement
         self.average, self.find = inventory.average, inventory.find
         self.live_sums = inventory.live_sums
-        self._watch = watch = storage_watch.StorageWatch(self.clock, self.swaps)
-        self.mark, self.forget_mark = watch.mark, watch.forget_mark
+        self._watch = storage_watch.StorageWatch(self.clock, self.swaps)
+        self.mark, self.forget_mark = self._watch.mark, self._watch.forget_mark
         self.updates = updates.Updates()
         self.ranks: Ranks | None = None
         self.after_update: WeakMethod[Callable[[], None]] | None = None
@@ -93,12 +92,12 @@ class AveragedWeights:
         return [state.name for state in self.averages[0].averaged]
 
     @records.uncollected()
-    def adopt(self, found: discovery.ModelShards) -> None:
-        """Average the model as `found` describes it.
+    def adopt(self, model_shards: discovery.ModelShards) -> None:
+        """Average the model as `model_shards` describes it.
 
         What is averaged already and still there keeps its shadow.
         """
-        self.inventory.adopt(found)
+        self.inventory.adopt(model_shards)
         self.swaps.watch(state.shard.tensor for state in self.averages[0].averaged)
         self.inventory.rebind_moved()
         storage_watch.refuse_shared(self.averages)
@@ -119,7 +118,7 @@ class AveragedWeights:
     def _replan(self) -> None:
         """Make the steps of an update anew: once for each set of addresses, never per step."""
         self._averaged = self.averages[0].averaged
-        further = [] if self.teacher is None else self.teacher.adopt(self.states)
+        further = [] if self.teacher is None else self.teacher.bind_copies(self.states)
         self._watch.renew(self._averaged, further, self.inventory.frozen, self.inventory.roots)
         self.updates.renew(self.averages, self.seed)
 
@@ -172,7 +171,7 @@ class AveragedWeights:
     def settle(self) -> None:
         """Wait until no update is in flight."""
         self.updates.engine.settle()
-        self._watch.end_read()
+        self._watch.end_read()  # verbs may write the weights from now on
         self._await_teacher_reads()
 
     def _await_teacher_reads(self) -> None:
@@ -216,14 +215,13 @@ class AveragedWeights:
 
     def sync_teacher(self) -> None:
         """Prepare the teacher for a read ([Note: unannounced reads] in teacher_hooks)."""
-        teacher = self.teacher
-        if teacher is None or not teacher.is_stale:
+        if self.teacher is None or not self.teacher.is_stale:
             return
         with torch.inference_mode(False), torch.no_grad():
             if not self.clock.started:
                 self.copy_live()
             self.settle()
-            teacher.reshard()
+            self.teacher.reshard()
 
     def used(self, which: int | str | Schedule) -> Average:
         """An average as verbs use it. No update may be in flight."""
@@ -268,7 +266,7 @@ class AveragedWeights:
 
     def begin(self) -> None:
         """Averaging begins at the live weights."""
-        self.follow(tree=self._watch.sees_tree)
+        self.follow(tree=self._watch.sees_tree)  # live is copied from where it lies now
         self.copy_live()
         self.clock.start()
 
@@ -298,7 +296,7 @@ class AveragedWeights:
         for average, schedule, decay in zip(self.averages, schedules, decays, strict=True):
             average.last = decay, elapsed
             weights.append(average.skipped_steps.weigh(1 - decay, schedule.copies_first, skip))
-        self._await_teacher_reads()
+        self._await_teacher_reads()  # the update writes what they copy
         self.updates.run(weights, number, guard)
         self.after_move()
         if self.updates.engine.deferred:
@@ -309,7 +307,7 @@ class AveragedWeights:
         now = self.clock.now
         for average in self.averages:
             if average.ring is not None and average.ring.is_full(now, elapsed):
-                self.settle()
+                self.settle()  # the block is copied to the host, so no update may be in flight
                 average.ring.push(average.averaged, now)
 
     def updated(self) -> None:
@@ -321,7 +319,7 @@ class AveragedWeights:
         """Go on from a saved clock."""
         self.clock.set(counters)
         for average in self.averages:
-            average.skipped_steps.reset(accepted=counters["accepted"] > 0)
+            average.skipped_steps = SkippedSteps(accepted=counters["accepted"] > 0)
         self.mark()
 
     def begin_again(self, started: bool = True) -> None:

@@ -56,62 +56,66 @@ class Inventory:
         """The records of the model as it is now."""
         return discovery.find_shards(self.model, self.placement.replicated, timeout)
 
-    def adopt(self, found: ModelShards) -> None:
-        """Take `found` for what the model holds now.
+    def adopt(self, model_shards: ModelShards) -> None:
+        """Take `model_shards` for what the model holds now.
 
         What is averaged already keeps its shadow, if it is the same object. Everything else that
         should have a shadow gets one, equal to live. What the model no longer holds is dropped.
         """
         self._refuse_replaced_teacher()
-        members = self._members or found.members
-        if found.members != members:
+        shards, holders = model_shards.shards, model_shards.members
+        members = self._members or holders
+        if holders != members:
             _refuse(
-                [shard.name for shard in found.shards if not {*shard.owner_ranks} <= {*members}],
-                f"is held by ranks {found.members} now, and the EMA was built on ranks {members}. "
+                [shard.name for shard in shards if not {*shard.owner_ranks} <= {*members}],
+                f"is held by ranks {holders} now, and the EMA was built on ranks {members}. "
                 "Build the EMA on the wrapped model; save() and load() carry the average over.",
             )
-        self._members = found.members
-        kept = self._kept(found)
+        self._members = holders
+        kept = self._kept(shards)
+        kept_shards = [shard for shard in shards if shard.name in kept]
         if self._teacher is not None:
-            for shard in (shard for shard in found.shards if shard.name in kept):
+            for shard in kept_shards:
                 self._teacher.refuse_untied(shard)
-        names = {shard.name for shard in found.shards if self.selection.averages(shard)}
-
-        def chosen(shard: Shard) -> bool:
-            return shard.name in names
-
-        fresh_shards = [shard for shard in found.shards if shard.name not in kept]
-        fresh = ownership.assign(fresh_shards, chosen, self.placement.split)
-        averaged = [shard for shard in found.shards if chosen(shard)]
+        averaged = [shard for shard in shards if self.selection.averages(shard)]
+        names = {shard.name for shard in averaged}
+        fresh_shards = [shard for shard in shards if shard.name not in kept]
+        fresh = ownership.assign(
+            fresh_shards, lambda shard: shard.name in names, self.placement.split
+        )
+        # A stage says what it lacks later, when all ranks compare.
         self.lacks = self._what_is_lacking(averaged, bool(kept))
         if self.lacks and not isinstance(self.model, parameters.Stages):
             raise ValueError(self.lacks[0])
         self._refuse_hopeless(averaged)
-        owners = {shard.name: shard.place[0] for shard in found.shards}
+        owners = {shard.name: shard.place[0] for shard in shards}
         lost = [
             state.name
             for state in self.states
             if state.shard.kind == "buffer" and owners.get(state.name) is not state.shard.place[0]
         ]
         for i, average in enumerate(self.averages):
+            # Averages share regions and live weights, but each has shadows of its own.
             states = {state.name: replace(state) if i else state for state in fresh}
             if self._teacher is None:
-                new = [state for state in states.values() if chosen(state.shard)]
+                new = [states[shard.name] for shard in averaged if shard.name not in kept]
                 arena.allocate(new, self.placement.dtype, self.placement.device)
             else:
                 self._bind_teacher(self._teacher, states)
             old_states = {state.name: state for state in average.averaged}
-            for shard in (shard for shard in found.shards if shard.name in kept):
+            for shard in kept_shards:
                 states[shard.name] = old_states[kept[shard.name]]
                 states[shard.name].shard = shard
-            average.states = [states[shard.name] for shard in found.shards]
+            average.states = [states[shard.name] for shard in shards]
             if average.ring is not None:
                 average.ring.forget_all_but(set(kept.values()))
             average.forget_buffers(lost)
-        self.sharded = found.sharded + ([] if self._teacher is None else self._teacher.sharded)
+        self.sharded = model_shards.sharded + (
+            [] if self._teacher is None else self._teacher.sharded
+        )
 
-    def _kept(self, found: ModelShards) -> dict[str, str]:
-        """Averaged weights that `found` holds in the same form: name there -> name until now."""
+    def _kept(self, shards: Sequence[Shard]) -> dict[str, str]:
+        """Averaged weights that are there in the same form: name in `shards` -> name until now."""
         known = {
             name: state.shard
             for state in self.states
@@ -120,7 +124,7 @@ class Inventory:
         }
         kept: dict[str, str] = {}
         taken: set[str] = set()
-        for shard in found.shards:
+        for shard in shards:
             # A weight that was tied since may come under another of its names first.
             names = [name for name in (shard.name, *shard.aliases) if name in known]
             same = [known[name] for name in names if _held_alike(known[name], shard)]
@@ -315,8 +319,8 @@ class Inventory:
 
 def _held_alike(old: Shard, new: Shard) -> bool:
     """The same tensor object, or a buffer of the same form, in the same region."""
-    kinds = [shard.kind == "buffer" for shard in (old, new)]
-    same = all(kinds) or (old.tensor is new.tensor and not any(kinds))
+    are_buffers = [shard.kind == "buffer" for shard in (old, new)]
+    same = all(are_buffers) or (old.tensor is new.tensor and not any(are_buffers))
     alike = (old.local_region, old.order) == (new.local_region, new.order)
     _refuse(
         [new.name] if old.tensor is new.tensor and old.shape == new.shape and not alike else [],

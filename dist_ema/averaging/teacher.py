@@ -88,8 +88,9 @@ class Teacher:
         }
         self._given: dict[str, Shard] = {}  # by the model's names: what the EMA writes
         self._places: dict[str, Any] = {}  # address and form
-        self._copied: list[ParamState] = []  # frozen weights and buffers
-        self._copied_versions: list[Versions | None] = []
+        self._frozen: list[ParamState] = []  # whose live weights are copied into the teacher
+        self._frozen_versions: list[Versions | None] = []  # when they were copied last
+        self._buffers: list[ParamState] = []  # copied too, but for the teacher's own
         self._hooks = teacher_hooks.put_on(self.module, self.sharded, announce)
 
     def release(self) -> None:
@@ -114,25 +115,21 @@ class Teacher:
                 f"the teacher has no {', '.join(lacks[:5])}, which the model has. Leave out with "
                 "only= what is not to be averaged into it."
             )
+        # All are asked before the first one is written, so that a refusal leaves the teacher alone.
         for shard in asked:
             self._refuse_unlike(shard, self._shards[shard.name])
             self._given[shard.name] = self._shards[shard.name]
         self._refuse_taken()
         memory = {}
         for shard in asked:
+            given = self._given[shard.name]
             if shard.kind != "buffer":
-                self._given[shard.name].tensor.requires_grad_(False)
-            memory[shard.name] = self._memory(shard.name)
+                given.tensor.requires_grad_(False)
+            memory[shard.name], self._places[shard.name] = given.read(), _address_and_form(given)
             if not (self._own_buffers and shard.kind == "buffer"):
                 memory[shard.name].copy_(shard.read())
         _TEACHERS.add(self)
         return memory
-
-    def _memory(self, name: str) -> Tensor:
-        """The elements as they lie there now. Shape [local_region.numel]. *Aliases* the teacher."""
-        shard = self._given[name]
-        self._places[name] = _place_in_memory(shard)
-        return shard.read()
 
     @property
     def written(self) -> list[Shard]:
@@ -155,13 +152,13 @@ class Teacher:
         for state in states:
             shard = self._given.get(state.name)
             # [Note: stale records] in ownership
-            if shard is None or _place_in_memory(shard) == self._places[state.name]:
+            if shard is None or _address_and_form(shard) == self._places[state.name]:
                 continue
-            old, before = state.teacher_copy if state.shadow is None else state.shadow, self._places
+            old = state.teacher_copy if state.shadow is None else state.shadow
             assert old is not None
-            new = shard.read()
+            new, place = shard.read(), _address_and_form(shard)
             kinds = [(memory.dtype, memory.device, len(memory)) for memory in (new, old)]
-            if kinds[0] != kinds[1] or _place_in_memory(shard)[1] != before[state.name][1]:
+            if kinds[0] != kinds[1] or place[1] != self._places[state.name][1]:
                 cure = "Build the EMA after teacher.to(...)."
                 if shard.kind == "buffer":
                     cure += " If it changes its shape in training, leave it out with only=."
@@ -170,7 +167,7 @@ class Teacher:
                     f"elements here, and is now {new.dtype} on {new.device} with {len(new)}, or "
                     f"lies in another order. {cure}"
                 )
-            self._memory(state.name)
+            self._places[state.name] = place
             if state.shadow is None:
                 state.teacher_copy = new
             else:
@@ -190,10 +187,12 @@ class Teacher:
 
     def _refuse_taken(self) -> None:
         """Raise ValueError if another EMA writes these weights of the teacher."""
-        others = [
-            shard for teacher in _TEACHERS if teacher is not self for shard in teacher.written
-        ]
-        taught = {id(shard.tensor) for shard in others}
+        taught = {
+            id(shard.tensor)
+            for teacher in _TEACHERS
+            if teacher is not self
+            for shard in teacher.written
+        }
         names = [name for name, shard in self._given.items() if id(shard.tensor) in taught]
         if names:
             raise ValueError(
@@ -226,9 +225,9 @@ class Teacher:
             )
         if (memory.local_region, memory.order) != (shard.local_region, shard.order):
             raise ValueError(
-                f"{name}: this rank holds {_place(shard)} in the model and {_place(memory)} in the "
-                "teacher. Wrap both the same way, on the same mesh, in the same memory format; "
-                "beside a DDP model leave the teacher plain."
+                f"{name}: this rank holds {_region_in_words(shard)} in the model and "
+                f"{_region_in_words(memory)} in the teacher. Wrap both the same way, on the same "
+                "mesh, in the same memory format; beside a DDP model leave the teacher plain."
             )
         floats = live.is_floating_point and dtype.is_floating_point and dtype.itemsize > 1
         if live != dtype and not floats:
@@ -255,39 +254,39 @@ class Teacher:
 
     # --- what is copied --------------------------------------------------------------------------
 
-    def adopt(self, states: Sequence[ParamState]) -> list[Shard]:
+    def bind_copies(self, states: Sequence[ParamState]) -> list[Shard]:
         """Keep the teacher's copies of these from now on; each is copied at the next sync.
 
         Returns:
             Whose addresses count: the teacher's memory, and frozen weights that are copied into it.
         """
-        self._copied = [state for state in states if state.teacher_copy is not None]
+        copied = [state for state in states if state.teacher_copy is not None]
+        self._frozen = [state for state in copied if state.shard.kind != "buffer"]
+        self._buffers = [
+            state for state in copied if state.shard.kind == "buffer" and not self._own_buffers
+        ]
         self.forget_copies()
-        frozen = [state.shard for state in self._copied if state.shard.kind != "buffer"]
-        return self.written + [shard for shard in frozen if shard.dense]
+        return self.written + [state.shard for state in self._frozen if state.shard.dense]
 
     def forget_copies(self) -> None:
         """Let the next `copy_frozen` copy everything."""
-        self._copied_versions = [None for _ in self._copied]
+        self._frozen_versions = [None for _ in self._frozen]
 
     def copy_frozen(self) -> None:
         """Copy the frozen weights that were written since, by `load_state_dict` for one.
 
         Verbs call `forget_copies` before, as a write through `.data` is not counted.
         """
-        for i, state in enumerate(self._copied):
-            if state.shard.kind == "buffer":
-                continue
+        for i, state in enumerate(self._frozen):
             version = versions(state)
-            if version != self._copied_versions[i]:
+            if version != self._frozen_versions[i]:
                 _copy(state)
-                self._copied_versions[i], self.is_stale = version, True
+                self._frozen_versions[i], self.is_stale = version, True
 
     def copy_buffers(self) -> None:
         """Copy the buffers, but for the teacher's own."""
-        for state in self._copied if not self._own_buffers else ():
-            if state.shard.kind == "buffer":
-                _copy(state)
+        for state in self._buffers:
+            _copy(state)
 
     def reshard(self) -> None:
         """Let the teacher's next forward read what was written."""
@@ -303,12 +302,12 @@ def _copy(state: ParamState) -> None:
     state.teacher_copy.copy_(state.shard.read())
 
 
-def _place_in_memory(shard: Shard) -> tuple[int, Any]:
+def _address_and_form(shard: Shard) -> tuple[int, Any]:
     memory = shard.local_tensor()
     return memory.data_ptr(), storage.form(memory)
 
 
-def _place(shard: Shard) -> str:
+def _region_in_words(shard: Shard) -> str:
     region = shard.local_region
     order = "" if shard.order is None else f", dimensions in the order {shard.order},"
     return (
