@@ -809,12 +809,12 @@ def test_gate_copies_until_accepted() -> None:
     assert gate.weigh(0.5, True, torch.tensor(1.0)) == 0
     assert gate.weigh(1 / 3, True, None) == 1
     assert gate.weigh(0.25, True, None) == 0.25
-    gate.reset(accepted=False)
+    gate = SkippedSteps()
     assert (
         gate.count(),
         gate.weigh(0.5, True, torch.tensor(1.0)),
         gate.weigh(0.25, True, None),
     ) == (0, 0, 1)
-    gate.reset(accepted=True)
+    gate = SkippedSteps(accepted=True)
     gate.weigh(0.5, True, torch.tensor(1.0))
     assert gate.weigh(0.25, True, None) == 0.25

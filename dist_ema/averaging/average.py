@@ -33,13 +33,12 @@ class SkippedSteps:
 
     A skipped step has weight 0. Until one update was accepted, schedules whose first move copies
     go on copying.
+
+    Args:
+        accepted: An earlier run has accepted an update.
     """
 
-    def __init__(self) -> None:
-        self.reset(accepted=False)
-
-    def reset(self, accepted: bool) -> None:
-        """Start counting anew. accepted: an earlier run has accepted an update."""
+    def __init__(self, accepted: bool = False) -> None:
         self._accepted = accepted  # some update was accepted for sure
         self._tried = 0  # updates that the device was free to skip
         self._skipped: Tensor | None = None  # how many of them it skipped, float32 []
@@ -149,12 +148,12 @@ class Average:
 
     def forget_reshaped_buffers(self, states: Sequence[ParamState]) -> None:
         """Forget own buffers whose live ones took another shape."""
-        own = [(self.own_buffers.get(state.name), state) for state in states]
+        own = [state for state in states if state.name in self.own_buffers]
         self.forget_buffers(
             [
                 state.name
-                for value, state in own
-                if value is not None and len(value) != state.shard.local_region.numel
+                for state in own
+                if len(self.own_buffers[state.name]) != state.shard.local_region.numel
             ]
         )
 

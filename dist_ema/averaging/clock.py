@@ -43,6 +43,7 @@ class Clock:
         """
         if not 0 < elapsed < math.inf:
             raise ValueError(f"elapsed must be positive and finite, got {elapsed}.")
+        # All decays come before the first counter moves: a schedule may refuse the clock.
         decays = [schedule(self.at(schedule) + elapsed, elapsed) for schedule in schedules]
         self.now += elapsed
         self.updates += 1

@@ -8,11 +8,9 @@ from torch import Tensor
 
 from ..sharding import geometry
 from ..sharding.numbering import Numbering
-from . import executors
+from . import executors, swap
 from .averages import AveragedWeights
-from .kernels.eager import UpdatePlan
-from .kernels.pairs import ShadowPair
-from .swap import broadcast_to_replicas
+from .kernels.eager import ShadowPair, UpdatePlan
 from .swap_registry import Reads
 
 __all__ = ["move_by", "pull"]
@@ -32,6 +30,7 @@ def move_by(
     """
     weights.refuse("ema.update", Reads.LIVE)
     weights.settle()
+    # A rule writes shadows without an engine, so it checks what `AveragedWeights.move` checks.
     weights.follow(tree=weights.is_tree_moved)
     weights.clock.move([average.schedule for average in weights.averages], 1.0)
     views = []
@@ -65,8 +64,9 @@ def pull(weights: AveragedWeights, weight: float) -> None:
         if weight == 1:
             state.source.copy_(state.own_shadow)
         else:
-            number = Numbering.of(state.shard, state.averaged_region, state.source.device)
-            pairs.append(ShadowPair(state.name, [state.source], state.own_shadow, number))
+            numbers = Numbering.of(state.shard, state.averaged_region, state.source.device)
+            # The other way round: live moves, towards the average.
+            pairs.append(ShadowPair(state.name, [state.source], state.own_shadow, numbers))
     UpdatePlan(pairs, weights.seed).run([weight], weights.clock.updates)
     for state in averaged:
         # DeepSpeed computes with the 16-bit copy of what was moved.
@@ -74,5 +74,5 @@ def pull(weights: AveragedWeights, weight: float) -> None:
             state.live.copy_(state.source)
     if weights.placement.split:
         assert weights.ranks is not None
-        broadcast_to_replicas("weights.pull", weights.ranks, averaged)
+        swap.broadcast_to_replicas("weights.pull", weights.ranks, averaged)
     weights.mark()

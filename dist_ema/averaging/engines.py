@@ -227,11 +227,9 @@ class HostThread:
         return self.worker.submit(average)
 
     def _await_copy(self, copied: Any) -> None:
-        """Orders: the copy, then the average; in the thread.
-
-        NOTE: synchronize() would spin on a core, because torch.Event ignores blocking=True.
-        """
-        while copied is not None and self._copier is not None and not self._copier.done(copied):
+        """Orders: the copy, then the average; in the thread."""
+        # NOTE: synchronize() would spin on a core, because torch.Event ignores blocking=True.
+        while self._copier is not None and not self._copier.done(copied):
             time.sleep(NAP)
 
     def fence(self) -> None:
@@ -265,12 +263,12 @@ class HostThread:
         pin = any(pair.live.device.type != "cpu" for pair in plan.pairs)
         pairs: list[ShadowPair] = []
         for dtype in dict.fromkeys(pair.live.dtype for pair in plan.pairs):
-            alike = [pair for pair in plan.pairs if pair.live.dtype == dtype]
-            sizes = [len(pair.live) for pair in alike]
+            pairs_of_dtype = [pair for pair in plan.pairs if pair.live.dtype == dtype]
+            sizes = [len(pair.live) for pair in pairs_of_dtype]
             arena = torch.empty(sum(sizes), dtype=dtype, device="cpu", pin_memory=pin)
-            windows = zip(alike, arena.split(sizes), strict=True)
+            windows = zip(pairs_of_dtype, arena.split(sizes), strict=True)
             pairs += [replace(pair, live=window) for pair, window in windows]
-            self.copies += _runs(arena, [pair.live for pair in alike])
+            self.copies += _runs(arena, [pair.live for pair in pairs_of_dtype])
         self.windowed = UpdatePlan(pairs, plan.seed)
         # The weights of an update, which may be tensors on the device, have a place in the window
         # too.
@@ -294,9 +292,9 @@ def _runs(arena: Tensor, lives: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]
     start = 0
     for live in lives:
         if runs and touch(runs[-1][1], live):
-            before = runs.pop()[1]
-            live = join([before, live])
-            start -= len(before)
+            earlier = runs.pop()[1]
+            live = join([earlier, live])
+            start -= len(earlier)
         if len(live):
             runs.append((arena[start : start + len(live)], live))
             start += len(live)
@@ -317,5 +315,5 @@ def choose_engine(live: Collection[torch.device], host: bool, overlap: bool = Tr
         return Inline(streamed[0] if streamed else None)
     if not streamed:
         return HostThread(None, Worker()) if host else Inline()
-    aside = SideStream(streamed[0])
-    return HostThread(aside, Worker(device=streamed[0])) if host else Overlapped(aside)
+    side_stream = SideStream(streamed[0])
+    return HostThread(side_stream, Worker(device=streamed[0])) if host else Overlapped(side_stream)

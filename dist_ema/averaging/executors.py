@@ -1,4 +1,4 @@
-"""Executors under the engines: a stream or a worker thread; marks, events, meters and their times.
+"""Executors under engines: streams, worker threads; work shielded from interrupts; marks, meters.
 
 Reading a mark never waits: it is set where work is issued, and read once it has passed.
 """

@@ -81,16 +81,18 @@ def measure(
         *Cost*: one read of live and shadow, and another of shadows that are copies; temporaries
         of 8 MB.
     """
-    kinds: dict[str, list[ParamState]] = {}
+    copies: dict[str, list[ParamState]] = {}
     for state in states:
         if state.shard.kind != "buffer" and _is_copied(state, split, holders):
             kind = f"{len(state.shard.replicas)}/{len(state.shard.owner_ranks)}"
-            kinds.setdefault(kind, []).append(state)
+            copies.setdefault(kind, []).append(state)
     alike = consistency.sampled_alike(states, ranks)
-    for kind, copied in kinds.items():
-        elements, bits = _hash_copies(copied)
+    for kind, copied_states in copies.items():
+        regions = [(state.name, state.averaged_region) for state in copied_states]
+        elements = digest([[name, *at.offsets, at.begin, at.end] for name, at in regions])
+        bits = fingerprint.fingerprints([state.own_shadow for state in copied_states])
         # Ranks with the same elements post under one name, and compare with whoever came first.
-        alike &= ranks.is_same(f"{kind}/{elements}", bits)
+        alike &= ranks.is_same(f"{kind}/{elements}", digest(bits))
     return {"squares": _squares(states) if started else [0.0, 0.0], "agree": alike}
 
 
@@ -113,29 +115,19 @@ def _is_copied(state: ParamState, split: bool, ranks: int) -> bool:
     return bool(state.shard.replicas and not split) or len(state.shard.owner_ranks) < ranks > 1
 
 
-def _hash_copies(states: Sequence[ParamState]) -> list[int]:
-    """[hash of which elements these are, hash of the bits of their shadows]; [Note: copies]."""
-    regions = [(state.name, state.averaged_region) for state in states]
-    elements = [[name, *region.offsets, region.begin, region.end] for name, region in regions]
-    return [
-        digest(elements),
-        digest(fingerprint.fingerprints([state.own_shadow for state in states])),
-    ]
-
-
 # --- distance -------------------------------------------------------------------------------------
 
 
 def _squares(states: Sequence[ParamState]) -> list[float]:
     """[|live - average|^2, |live|^2] over the elements that this rank saves, in float64."""
     sums: dict[torch.device, Tensor] = {}
-    rows = [(state.saved_source, state.average) for state in states]
-    for live, shadow in batches(rows):
+    for live, shadow in batches((state.saved_source, state.average) for state in states):
         # NOTE: MPS has no float64, so its sums are taken on the host.
         home = torch.device("cpu") if shadow.device.type == "mps" else shadow.device
         wide = live.to(home).to(torch.float64)  # may alias live: nothing is done in place
         total = sums.setdefault(home, torch.zeros(2, dtype=torch.float64, device=home))
         apart = wide - shadow.to(home)
+        # Sums stay on the device until all windows are read: one wait for each device.
         total += torch.stack([apart.dot(apart), wide.dot(wide)])
     columns = zip([0.0, 0.0], *(total.tolist() for total in sums.values()), strict=True)
     return [math.fsum(column) for column in columns]

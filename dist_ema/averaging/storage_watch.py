@@ -150,7 +150,7 @@ class StorageWatch:
         """
         moment = self._clock.steps, self._clock.updates, self._swaps.writes
         samples: defaultdict[Any, list[Tensor]] = defaultdict(list)
-        for local in [param.local for param in self._params]:
+        for local in (param.local for param in self._params):
             if local.untyped_storage().nbytes():  # it was not freed
                 # A few elements: an optimizer moves all of them.
                 spaced = local[:: max(1, len(local) // SAMPLE)]
@@ -187,17 +187,17 @@ def refuse_shared(averages: Iterable[Average]) -> None:
         if tensor is not None and tensor.data_ptr()
     ]
     # In order of their addresses only neighbours can overlap.
-    for one, other in itertools.pairwise(sorted(memories, key=attrgetter("device", "begin"))):
-        if one.device != other.device or one.begin + one.tensor.nbytes <= other.begin:
+    for first, later in itertools.pairwise(sorted(memories, key=attrgetter("device", "begin"))):
+        if first.device != later.device or first.begin + first.tensor.nbytes <= later.begin:
             continue
-        if one.is_shadow != other.is_shadow:
+        if first.is_shadow != later.is_shadow:
             raise RuntimeError(
-                f"{other.state.name} lies in the memory of the average now (of a state_dict, or of "
+                f"{later.state.name} lies in the memory of the average now (of a state_dict, or of "
                 "a teacher). Give it a copy."
             )
-        if not one.agrees(other):
+        if not first.agrees(later):
             raise RuntimeError(
-                f"{other.state.name} lies in the memory of {one.state.name} now, and their "
+                f"{later.state.name} lies in the memory of {first.state.name} now, and their "
                 "averages differ. Give each its own memory, or register one Parameter under both "
                 "names and call ema.rescan()."
             )
@@ -217,6 +217,8 @@ class _Memory:
         """Whether one average serves both."""
         if self.is_shadow:  # of a teacher whose weights are tied as the model's are
             return self.state.live.data_ptr() == later.state.live.data_ptr()
-        one, other = self.state.own_shadow, later.state.own_shadow
+        shadow, later_shadow = self.state.own_shadow, later.state.own_shadow
         start = (later.begin - self.begin) // self.tensor.element_size()
-        return torch.equal(one[start : start + len(other)], other[: len(one) - start])
+        return torch.equal(
+            shadow[start : start + len(later_shadow)], later_shadow[: len(shadow) - start]
+        )

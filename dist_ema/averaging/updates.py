@@ -1,4 +1,4 @@
-"""`Updates`: the plan of an update over the shadows, and the engine that runs it."""
+"""`Updates`: the plan of an update over the shadows, which engine runs it, no captured graphs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,14 @@ class Updates:
     @cached_property
     def plan(self) -> eager.UpdatePlan | gpu_plan.FusedPlan:
         """The plan of the weights, made (and perhaps compiled) by the first update of it."""
+        devices = {shadow.device for pair in self._weights for shadow in pair.shadows}
         with torch.inference_mode(False), torch.no_grad():
-            return _plan(self._weights, self._seed, _share(self.overlap))
+            # One launch per dtype where a Triton kernel is right on the devices of all pairs.
+            if devices and all(gpu_launch.available(device) for device in devices):
+                return gpu_plan.FusedPlan(
+                    self._weights, self._seed, eager.UpdatePlan, _share(self.overlap)
+                )
+            return eager.UpdatePlan(self._weights, self._seed)
 
     def renew(self, averages: Sequence[Average], seed: int) -> None:
         """Take other addresses: what an update needs of them is made once, never per step."""
@@ -49,9 +55,10 @@ class Updates:
             shadows = [state.shadow for state in states if state.shadow is not None]
             if shadows:
                 first = states[0]
-                number = Numbering.of(first.shard, first.averaged_region, shadows[0].device)
+                numbers = Numbering.of(first.shard, first.averaged_region, shadows[0].device)
+                # Numbers beyond 32 bits cost a kernel more to hash.
                 huge = math.prod(first.shard.shape) >= 1 << 32
-                pair = ShadowPair(first.name, shadows, first.source, number, huge)
+                pair = ShadowPair(first.name, shadows, first.source, numbers, huge)
                 (buffers if first.shard.kind == "buffer" else weights).append(pair)
         self._weights, self._seed = weights, seed
         self.__dict__.pop("plan", None)
@@ -80,11 +87,12 @@ class Updates:
         devices = frozenset(live if on_host else live | shadows)
         self._device = next((device for device in live if has_streams(device)), None)
         before, self.overlap = _share(self.overlap), overlap
-        if _share(overlap) != before:
+        if _share(overlap) != before:  # the plan of a launch has the share in it
             self.__dict__.pop("plan", None)
         choice = (on_host if overlap is None else overlap > 0, on_host, devices)
         if anew or choice != self._choice:
             self.engine = choose_engine(devices, on_host, choice[0])
+            # For buffers, which the next forward may write at any time.
             self._inline = choose_engine(devices, on_host, overlap=False)
             self._choice = choice
 
@@ -116,13 +124,3 @@ class Updates:
 def _share(overlap: bool | float | None) -> float:
     """The share of the device that an update may take: 1, unless `attach` was given less."""
     return float(overlap or 1)
-
-
-def _plan(
-    pairs: Sequence[ShadowPair], seed: int, share: float
-) -> eager.UpdatePlan | gpu_plan.FusedPlan:
-    """One launch per dtype where a Triton kernel takes the pairs and is right on their devices."""
-    devices = {shadow.device for pair in pairs for shadow in pair.shadows}
-    if devices and all(gpu_launch.available(device) for device in devices):
-        return gpu_plan.FusedPlan(pairs, seed, eager.UpdatePlan, share)
-    return eager.UpdatePlan(pairs, seed)

@@ -134,15 +134,16 @@ class WindowRing:
         first = window.block_at(now) - window.blocks + 1
         older = [block for block in self.entries if window.block_at(block.end) >= first]
         begin = older[0].begin if older else self.begin
-        ends = [*(block.end for block in older), now]
-        shares = window.shares(begin, ends)
+        shares = window.shares(begin, [*(block.end for block in older), now])
         mixed_states = []
         for state in states:
             shadow = state.shadow
             if shadow is not None and older:
                 wide = torch.promote_types(shadow.dtype, torch.float64)
+                # On the host, where the blocks lie: nothing of the device's memory is taken.
                 total = shadow.to("cpu", wide) * shares[-1]
                 for share, block in zip(shares, older, strict=False):
+                    # A weight that is newer than the block counts there as it is now.
                     total += block.values.get(state.name, shadow).to("cpu", wide) * share
                 shadow = total.to(shadow.device, shadow.dtype)
             mixed_states.append(replace(state, shadow=shadow))
