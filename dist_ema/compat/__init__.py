@@ -99,8 +99,7 @@ def install(library: str) -> Installed:
         is_ours = original is None or original is drop_in
         for module in [] if is_ours else list(sys.modules.values()):
             place = getattr(module, "__name__", "")
-            inside = place == library or place.startswith(f"{library}.")
-            if inside and vars(module).get(name) is original:
+            if f"{place}.".startswith(f"{library}.") and vars(module).get(name) is original:
                 installed.callback(setattr, module, name, original)
                 setattr(module, name, drop_in)
                 installed.places.append(f"{place}.{name}")

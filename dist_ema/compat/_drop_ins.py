@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..ema import EMA
 from ..sharding.parameters import Model
-from ._module import ModuleAverage
-from ._parameter_list import ParameterListAverage
+from . import _module, _parameter_list
 
 __all__ = ["Count", "HolderDropIn", "ListDropIn", "ModuleDropIn"]
 
@@ -43,7 +42,7 @@ class Count:
 class HolderDropIn:
     """A drop-in that is no module, and holds one as `ema`, in evaluation mode."""
 
-    _average: ModuleAverage
+    _average: _module.ModuleAverage
 
     @property
     def ema(self) -> nn.Module:
@@ -68,10 +67,10 @@ class ModuleDropIn(nn.Module):
     """A drop-in that is a module, with the average as a child."""
 
     child = "module"
-    _average: ModuleAverage | None = None
+    _average: _module.ModuleAverage | None = None
 
     @property
-    def copied(self) -> ModuleAverage:
+    def copied(self) -> _module.ModuleAverage:
         """The average behind it."""
         if self._average is None:
             raise RuntimeError(
@@ -84,7 +83,7 @@ class ModuleDropIn(nn.Module):
         """The `EMA` behind it, which saves for any number of ranks, and swaps under FSDP."""
         return self.copied.average
 
-    def _use(self, average: ModuleAverage) -> None:
+    def _use(self, average: _module.ModuleAverage) -> None:
         self._average = average
         if average.module is not None:
             self._modules[self.child] = average.module
@@ -134,7 +133,7 @@ class ListDropIn:
         collected_params: what `store` kept.
     """
 
-    _list: ParameterListAverage
+    _list: _parameter_list.ParameterListAverage
     _default: Model | None = None  # the parameters of a call without any; None: those of the list
     collected_params: list[Tensor] | None = None
 

@@ -17,14 +17,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..averaging.swap_registry import Reads
 from ..checkpoint import dcp
 from ..ema import EMA
 from ..schedules import Schedule
-from ..sharding import discovery, geometry, ownership, records, wrappers
+from ..sharding import discovery, ownership, records, wrappers
 from ..sharding.parameters import Model, Parameters
+from . import _tensor_forms
 
 __all__ = ["Device", "ParameterListAverage", "source"]
 
@@ -143,7 +143,9 @@ class ParameterListAverage:
             *Collective* where they are other ones, and sharded.
         """
         model = self._model_of(given)
-        if model is not self._ema.model or any(map(_changed_form, self.weights.states)):
+        if model is not self._ema.model or any(
+            map(_tensor_forms.changed_form, self.weights.states)
+        ):
             self._move_to(model)
 
     def _model_of(self, given: Model | None) -> nn.Module:
@@ -255,7 +257,7 @@ class ParameterListAverage:
         self.weights.follow()
         return {
             name: state.shard.shaped(
-                state.local if state.shadow is None else _own_storage(state.shadow)
+                state.local if state.shadow is None else _tensor_forms.own_storage(state.shadow)
             )
             for name, state in self._states.items()
         }
@@ -274,7 +276,7 @@ class ParameterListAverage:
         self.follow()
         self.weights.refuse("load_state_dict", Reads.SHADOWS)
         self.weights.ready()
-        _overwrite(
+        _tensor_forms.overwrite(
             [
                 (state.shard, state.shadow, by_name[name])
                 for name, state in self._states.items()
@@ -307,7 +309,9 @@ class ParameterListAverage:
                 f"{len(kept)} weights were kept, and {len(held)} were given. "
                 "Give the same parameters to store() and restore()."
             )
-        _overwrite([(shard, shard.read(), value) for shard, value in zip(held, kept, strict=True)])
+        _tensor_forms.overwrite(
+            [(shard, shard.read(), value) for shard, value in zip(held, kept, strict=True)]
+        )
 
     def _held(self, verb: str, given: Model | None) -> list[records.Shard]:
         """The records of parameters that are not swapped, and that no update reads now."""
@@ -336,49 +340,3 @@ class ParameterListAverage:
         given = self._ema.model if given is None else given
         listed = isinstance(self._ema.model, Parameters)
         self._ema.copy_to(self._named(given) if listed else given)
-
-
-def _changed_form(state: ownership.ParamState) -> bool:
-    """The weight has another dtype, device or order now, which an EMA refuses to follow."""
-    now, before = state.shard.local_tensor(), state.local
-    return state.moved and (
-        state.layout_changed or (now.dtype, now.device) != (before.dtype, before.device)
-    )
-
-
-def _own_storage(elements: Tensor) -> Tensor:
-    """A tensor over the same memory, with a storage of its own. *Aliases* the shadow.
-
-    torch.save writes the whole storage of a view, and cannot write a DTensor over one.
-    """
-    start = elements.storage_offset() * elements.itemsize
-    memory = elements.untyped_storage()[start : start + elements.nbytes]
-    return elements.new_empty(0).set_(memory, 0, elements.shape, elements.stride())
-
-
-def _overwrite(targets: Sequence[tuple[records.Shard, Tensor | None, Tensor]]) -> None:
-    """Overwrite the elements of each record with a tensor of their form, or with the full weight.
-
-    Args:
-        targets: (record, one element per held element or None to check only, value).
-
-    Raises:
-        ValueError: a shape differs; nothing has changed then.
-    """
-    for shard, _, value in targets:
-        if tuple(value.shape) not in (shard.shape, tuple(shard.local(shard.read()).shape)):
-            raise ValueError(
-                f"{shard.name} is {tuple(value.shape)}, and {shard.shape} in the model."
-            )
-    for shard, elements, value in targets:
-        if elements is None:
-            continue
-        form = (shard.shaped if isinstance(value, DTensor) else shard.local)(elements)
-        if value.shape == form.shape:
-            form.copy_(value)
-        else:
-            # A full weight was given: this rank takes its boxes of it.
-            for box, block in geometry.boxes_with_data(shard, shard.local_region, elements):
-                block.copy_(value[box.slices])
-        if not shard.dense:  # of a weight, whose elements are a copy
-            shard.write(elements)

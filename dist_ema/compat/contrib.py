@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import chain
 from types import NoneType
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch.optim import Optimizer
 from ..averaging.swap_registry import Reads
 from ..ema import EMA
 from ..schedules import Uniform
+from . import swa_utils
 from ._parameter_list import ParameterListAverage, source
-from .swa_utils import update_bn
 
 __all__ = ["SWA"]
 
@@ -72,9 +73,12 @@ class SWA(Optimizer):
                 if value is not None and value < least:
                     raise ValueError(f"Invalid {name}: {value}")
         # What Optimizer.__init__ would make, but the groups are those of the optimizer inside.
-        defaults, groups = dict(optimizer.defaults), optimizer.param_groups
         self.__setstate__(
-            {"param_groups": groups, "defaults": defaults, "state": defaultdict(dict)}
+            {
+                "param_groups": optimizer.param_groups,
+                "defaults": dict(optimizer.defaults),
+                "state": defaultdict(dict),
+            }
         )
         self._means: dict[int, ParameterListAverage] = {}  # by the number of the group
         self._kept: dict[int, list[Tensor]] = {}  # the weights of a group, its mean in their place
@@ -84,8 +88,8 @@ class SWA(Optimizer):
     @property
     def averages(self) -> list[EMA | None]:
         """The EMA of each group that has a mean, which saves, loads and exports."""
-        groups = range(len(self.param_groups))
-        return [self._means[i].ema if i in self._means else None for i in groups]
+        means = map(self._means.get, range(len(self.param_groups)))
+        return [None if mean is None else mean.ema for mean in means]
 
     @property
     def opt_state(self) -> Any:
@@ -132,8 +136,8 @@ class SWA(Optimizer):
     def _mean(self, number: int) -> ParameterListAverage:
         if number not in self._means:
             # The original averages what is in the group, whether it needs a gradient or not.
-            model = source(self.param_groups[number]["params"], frozen=True)
-            self._means[number] = ParameterListAverage(model, Uniform())
+            parameters = self.param_groups[number]["params"]
+            self._means[number] = ParameterListAverage(source(parameters, frozen=True), Uniform())
         return self._means[number]
 
     def swap_swa_sgd(self) -> None:
@@ -182,10 +186,13 @@ class SWA(Optimizer):
         """opt_state, swa_state and param_groups; of a sharded model this rank's part."""
         self._show()
         inner = self.optimizer.state_dict()
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        swa = {i: dict(self.state[p]) for i, p in enumerate(parameters) if self.state.get(p)}
-        groups = inner["param_groups"]
-        return {"opt_state": inner["state"], "swa_state": swa, "param_groups": groups}
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        swa_states = map(self.state.get, parameters)
+        return {
+            "opt_state": inner["state"],
+            "swa_state": {i: dict(state) for i, state in enumerate(swa_states) if state},
+            "param_groups": inner["param_groups"],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what `state_dict` gave, on as many ranks.
@@ -196,8 +203,11 @@ class SWA(Optimizer):
             ValueError: the parameters are others.
         """
         # NOTE: torch keeps the tensors that it is given, and steps would write into the caller's.
-        inner = {"state": state_dict["opt_state"], "param_groups": state_dict["param_groups"]}
-        self.optimizer.load_state_dict(copy.deepcopy(inner))
+        self.optimizer.load_state_dict(
+            copy.deepcopy(
+                {"state": state_dict["opt_state"], "param_groups": state_dict["param_groups"]}
+            )
+        )
         self.param_groups, saved = self.optimizer.param_groups, state_dict["swa_state"]
         self._means, self._kept = {}, {}
         self.state.clear()
@@ -214,4 +224,4 @@ class SWA(Optimizer):
         self.optimizer.add_param_group(param_group)
         self.param_groups[-1]["n_avg"] = self.param_groups[-1]["step_counter"] = 0
 
-    bn_update = staticmethod(update_bn)
+    bn_update = staticmethod(swa_utils.update_bn)

@@ -186,7 +186,8 @@ class EMAModel(ListDropIn):
         """
         _, settings = model_cls.from_config(model_cls.load_config(path), return_unused_kwargs=True)
         model = model_cls.from_pretrained(path)
-        made_of = {"model_cls": model_cls, "model_config": model.config, "foreach": foreach}
-        ema = cls(model.parameters(), **made_of)
+        ema = cls(
+            model.parameters(), foreach=foreach, model_cls=model_cls, model_config=model.config
+        )
         ema.load_state_dict(settings)
         return ema

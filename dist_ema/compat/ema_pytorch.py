@@ -146,8 +146,11 @@ class EMA(ModuleDropIn):
         return _floating(model.named_buffers())
 
     def _left_out(self) -> tuple[set[str], ...]:
-        names = self.param_or_buffer_names_no_ema, self.ignore_names, self.ignore_startswith_names
-        return tuple(map(set, names))
+        return (
+            set(self.param_or_buffer_names_no_ema),
+            set(self.ignore_names),
+            set(self.ignore_startswith_names),
+        )
 
     def _ignored(self, name: str) -> bool:
         return name in self.ignore_names or name.startswith(tuple(self.ignore_startswith_names))
@@ -201,12 +204,13 @@ class EMA(ModuleDropIn):
             self._chosen = self._left_out()
             self.copied.choose(self.model, self._averaged)
         if ma_model is self.model:
-            copies = self.param_or_buffer_names_no_ema
 
-            def share(name: str) -> float:
-                return 0.0 if self._ignored(name) else 1.0 if name in copies else 1 - decay
+            def weight(name: str) -> float:
+                if self._ignored(name):
+                    return 0.0
+                return 1.0 if name in self.param_or_buffer_names_no_ema else 1 - decay
 
-            self.copied.pull(self.model, 1 - decay, share)
+            self.copied.pull(self.model, 1 - decay, weight)
             return
         if self.move_ema_to_online_device and self.copied.module is not None:
             self.copied.module.to(next(current_model.parameters()).device)

@@ -60,8 +60,9 @@ class LitEma(ListDropIn, nn.Module):
             )
         device = next(iter(shadows.values())).device
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32, device=device))
-        number = torch.tensor(0 if counted else -1, dtype=torch.int, device=device)
-        self.register_buffer("num_updates", number)
+        self.register_buffer(
+            "num_updates", torch.tensor(0 if counted else -1, dtype=torch.int, device=device)
+        )
         self._known_decay, self._known_updates = Count(), Count()
         self._show()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,11 +103,16 @@ class AveragedModel(ModuleDropIn):
             raise ValueError("AveragedModel takes one of avg_fn and multi_avg_fn, got both.")
         self.avg_fn, self.multi_avg_fn, self.use_buffers = avg_fn, multi_avg_fn, use_buffers
         rule = self._rule()
-        schedule = rule.schedule if isinstance(rule, _Rule) else Uniform()
-        buffers: Literal["average", "copy"] = "average" if use_buffers else "copy"
-        self._use(ModuleAverage(model, schedule, module_fn, device=device, buffers=buffers))
-        number = torch.tensor(0, dtype=torch.long, device=device)
-        self.register_buffer("n_averaged", number)
+        self._use(
+            ModuleAverage(
+                model,
+                rule.schedule if isinstance(rule, _Rule) else Uniform(),
+                module_fn,
+                device=device,
+                buffers="average" if use_buffers else "copy",
+            )
+        )
+        self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.long, device=device))
         self._count = Count()
 
     def _rule(self) -> AvgFn | MultiAvgFn:
@@ -130,14 +135,13 @@ class AveragedModel(ModuleDropIn):
         self._count.up(self.n_averaged)
 
     def _apply_functions(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        kinds: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+        same_form: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
         for average, live in pairs:
             if self.avg_fn is not None:
-                number = self.n_averaged.to(average.device)
-                average.copy_(self.avg_fn(average, live, number))
-            kinds.setdefault((average.device, average.dtype), []).append((average, live))
-        # torch groups its lists by device and dtype before it calls the function, so this does.
-        for (device, _), group in kinds.items():
+                average.copy_(self.avg_fn(average, live, self.n_averaged.to(average.device)))
+            same_form.setdefault((average.device, average.dtype), []).append((average, live))
+        # torch groups its lists by device and dtype before it calls multi_avg_fn, so this does.
+        for (device, _), group in same_form.items():
             if self.multi_avg_fn is not None:
                 averages, lives = map(list, zip(*group, strict=True))
                 self.multi_avg_fn(averages, lives, self.n_averaged.to(device))
@@ -163,10 +167,13 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: Device = None) ->
         return module(inputs if device is None else inputs.to(device))
 
     def over_all(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-        layers = (each for each in model.modules() if isinstance(each, batchnorm.LAYERS))
-        if any(each.running_mean is not None for each in layers):
-            options: dict[str, Any] = {"forward": forward, "progress": False, "group": group}
-            batchnorm.recalibrate(model, loader, sys.maxsize, **options)
+        if any(
+            isinstance(module, batchnorm.LAYERS) and module.running_mean is not None
+            for module in model.modules()
+        ):
+            batchnorm.recalibrate(
+                model, loader, sys.maxsize, forward=forward, progress=False, group=group
+            )
 
     copied = model.copied if isinstance(model, ModuleDropIn) else None
     if copied is None:

@@ -49,8 +49,9 @@ class Registration:
             step: The step that trackers show.
             prefix: What the names of the metrics begin with.
         """
-        values = self._ema.metrics()
-        self._accelerator.log({prefix + name: value for name, value in values.items()}, step=step)
+        self._accelerator.log(
+            {prefix + name: value for name, value in self._ema.metrics().items()}, step=step
+        )
 
     def _save(self, models: list[nn.Module], weights: list[object], folder: str) -> None:
         _refuse_registered(self._accelerator, self._ema)
@@ -58,8 +59,14 @@ class Registration:
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
         path = os.path.join(folder, self.folder)
-        cure = "Load its weights before register()"
-        self._ema.load(existing(path, folder, "register(accelerator, ema)", cure))
+        self._ema.load(
+            existing(
+                path,
+                folder,
+                writer="register(accelerator, ema)",
+                cure="Load its weights before register()",
+            )
+        )
 
 
 def register(accelerator: Accelerator, ema: EMA, folder: str = "ema") -> Registration:

@@ -158,8 +158,8 @@ class EMACallback(Callback):  # type: ignore[misc]
         if not applied:
             return
         assert self.ema is not None
-        now = self.ema.weights.live_sums()
-        if written := [name for name in applied if now[name] != applied[name]]:
+        now = self.ema.weights.live_sums().items()
+        if written := [name for name, bits in now if bits != applied[name]]:
             warn(
                 f"the evaluation does not see the average: {', '.join(written[:5])} was written "
                 "between its start and its first batch. A callback that swaps in weights of its "

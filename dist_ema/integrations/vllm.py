@@ -50,18 +50,17 @@ class EMASource:
 
     def metadata(self) -> list[ParamMeta]:
         """Name, dtype and full shape of every weight, in the order of iteration. Local."""
-        states = self._ema.weights.average(self._which).persistent
         return [
             ParamMeta(
                 state.name,
                 (self._dtype if state.shard.dtype.is_floating_point else None) or state.shard.dtype,
                 tuple(state.shard.shape),
             )
-            for state in states
+            for state in self._ema.weights.average(self._which).persistent
             if state.shard.kind != "buffer"
         ]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        dtypes = {each.name: each.dtype for each in self.metadata()}
+        dtypes = {weight.name: weight.dtype for weight in self.metadata()}
         for name, tensor in self._ema.tensors(self._which):
             yield name, tensor.to(dtypes[name])

@@ -117,10 +117,7 @@ def _recalibrate(
         else nullcontext(lambda: None)
     )
 
-    done = 0
-
     def run() -> list[int]:
-        nonlocal done
         with (
             bar as advance,
             _watched(inner, layers, watch),
@@ -129,9 +126,9 @@ def _recalibrate(
         ):
             for batch, watch.counting in steps:
                 (forward or _forward)(inner, batch)
-                done += watch.counting
+                watch.batches += watch.counting
                 advance()
-        return [ranks.rank] if done else []
+        return [ranks.rank] if watch.batches else []
 
     # The lowest rank with data: ranks with other batches iterated vectors another number of times.
     source = ranks.run_and_reduce("recalibrate", run, _lowest)[1]
@@ -141,9 +138,10 @@ def _recalibrate(
 
     def share() -> None:
         if ranks.group is not None and vectors:
-            runs = [(source[0], vector) for vector in vectors]
-            collectives.broadcast(runs, ranks.group, ranks.wait_for)
-        moments.update((name, each.over(ranks)) for name, each in watch.moments.items())
+            collectives.broadcast(
+                [(source[0], vector) for vector in vectors], ranks.group, ranks.wait_for
+            )
+        moments.update((name, local.over(ranks)) for name, local in watch.moments.items())
 
     ranks.run_transfer("recalibrate", share)
     _refuse(moments, layers)
@@ -152,7 +150,7 @@ def _recalibrate(
             if moments[name].count:
                 module.running_mean.copy_(moments[name].mean)  # type: ignore[union-attr]
                 module.running_var.copy_(moments[name].variance)  # type: ignore[union-attr]
-    return done
+    return watch.batches
 
 
 def _lowest(ranks: list[list[int]]) -> list[int]:
@@ -285,7 +283,8 @@ class _Watch:
     """The moments that the hooks of all layers collect."""
 
     moments: dict[str, _Moments]
-    counting: bool = True
+    counting: bool = True  # False while a rank without data repeats its last batch
+    batches: int = 0  # that counted
 
     def before_layer(
         self, name: str, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -324,13 +323,13 @@ def _watched(model: nn.Module, layers: Mapping[str, Any], watch: _Watch) -> Iter
 
 def _refuse(moments: Mapping[str, _Moments], layers: Mapping[str, Any]) -> None:
     """Raise for statistics that must not be written, the same way on every rank."""
-    unreached = [name for name, each in moments.items() if each.count == 0]
+    unreached = [name for name, seen in moments.items() if seen.count == 0]
     if moments and len(unreached) == len(moments):
         raise ValueError(
             "recalibrate() saw no data: the loader gave no batch on any rank, or no BatchNorm was "
             "reached."
         )
-    problems = {name: each.problem(layers[name]) for name, each in moments.items() if each.count}
+    problems = {name: seen.problem(layers[name]) for name, seen in moments.items() if seen.count}
     first = next(filter(None, problems.values()), "")
     if first:
         named = [name for name, problem in problems.items() if problem == first]

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 __all__ = ["SoftTargetLoss"]
 
+_CLASSES = {1: -1, 2: -1, 3: -1, 4: 1}  # dimensions of the logits -> the one of the classes
+
 
 class SoftTargetLoss(nn.Module):
     """T^2 KL(softmax(teacher / T) || softmax(student / T)), the mean over all positions.
@@ -59,7 +61,12 @@ class SoftTargetLoss(nn.Module):
             raise ValueError(
                 f"logits must hold at least one position, got shape {tuple(student.shape)}."
             )
-        dim = self._classes(student.dim())
+        dim = _CLASSES.get(student.dim()) if self.dim is None else self.dim
+        if dim is None:
+            raise ValueError(
+                f"logits of {student.dim()} dimensions: say which one holds the classes, "
+                "SoftTargetLoss(dim=...)."
+            )
         wide = torch.float64 if student.dtype == torch.float64 else torch.float32
         log_q = torch.log_softmax(student.to(wide) / self.temperature, dim)
         log_p = torch.log_softmax(teacher.detach().to(wide) / self.temperature, dim)
@@ -68,12 +75,3 @@ class SoftTargetLoss(nn.Module):
         divergence = torch.where(log_p == -math.inf, torch.zeros_like(divergence), divergence)
         positions = student.numel() // student.shape[dim]
         return divergence.sum() * (self.temperature**2 / positions)
-
-    def _classes(self, dims: int) -> int:
-        known = {1: -1, 2: -1, 3: -1, 4: 1}
-        if self.dim is None and dims not in known:
-            raise ValueError(
-                f"logits of {dims} dimensions: say which one holds the classes, "
-                "SoftTargetLoss(dim=...)."
-            )
-        return known[dims] if self.dim is None else self.dim

@@ -62,21 +62,19 @@ def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None
     Raises:
         ValueError: A name is no module of the model, or has no parameters. Existing names follow.
     """
-    modules = {
-        wrappers.canonical(name): module
-        for name, module in wrappers.unwrapped(model).named_modules()
-    }
-    chosen = [_pick(modules, "classifier", classifier)] + (
-        [] if norm is None else [_pick(modules, "norm", norm)]
-    )
-    trained = {inner for module in chosen for inner in module.modules()}
-    free = list(dict.fromkeys(parameter for module in chosen for parameter in module.parameters()))
-    named = wrappers.unwrapped(model).named_parameters()
-    names = [wrappers.canonical(name) for name, parameter in named if parameter in set(free)]
-    frozen = Frozen(model, names, free)
+    inner = wrappers.unwrapped(model)
+    modules = {wrappers.canonical(name): module for name, module in inner.named_modules()}
+    chosen = [_pick(modules, "classifier", classifier)]
+    if norm is not None:
+        chosen.append(_pick(modules, "norm", norm))
+    trained = {inside for module in chosen for inside in module.modules()}
+    # In the order of the modules; a weight that two of them share comes once.
+    free = dict.fromkeys(parameter for module in chosen for parameter in module.parameters())
+    names = [wrappers.canonical(name) for name, p in inner.named_parameters() if p in free]
+    frozen = Frozen(model, names, list(free))
     for parameter in model.parameters():
         frozen.callback(parameter.requires_grad_, parameter.requires_grad)
-        parameter.requires_grad_(parameter in set(free))
+        parameter.requires_grad_(parameter in free)
     for module in model.modules():
         frozen.callback(setattr, module, "training", module.training)
 
