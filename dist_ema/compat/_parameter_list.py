@@ -31,11 +31,11 @@ __all__ = ["Device", "ParameterListAverage", "source"]
 Device = torch.device | str | None
 
 
-def source(given: Model, *, frozen: bool = False, only_trainable: bool = False) -> nn.Module:
+def source(parameters: Model, *, frozen: bool = False, only_trainable: bool = False) -> nn.Module:
     """The model that an EMA of these parameters is built on.
 
     Args:
-        given: parameters, with or without names, or their module.
+        parameters: with or without names, or their module.
         frozen: average frozen ones too.
         only_trainable: leave out those of a module that need no gradient now.
 
@@ -43,14 +43,14 @@ def source(given: Model, *, frozen: bool = False, only_trainable: bool = False) 
         The parameters in their order, those of a module under their names. FSDP1's cannot be held
             from outside, so under FSDP1 the module is returned.
     """
-    if isinstance(given, nn.Module):
-        inner = wrappers.unwrapped(given)
+    if isinstance(parameters, nn.Module):
+        inner = wrappers.unwrapped(parameters)
         flattened = any(getattr(p, "_fsdp_flattened", False) for p in inner.parameters())
         if flattened or isinstance(inner, Parameters):
             return inner
         named = inner.named_parameters()
-        given = [(name, p) for name, p in named if p.requires_grad or not only_trainable]
-    return Parameters(given, frozen)
+        parameters = [(name, p) for name, p in named if p.requires_grad or not only_trainable]
+    return Parameters(parameters, frozen)
 
 
 class ParameterListAverage:
@@ -133,40 +133,43 @@ class ParameterListAverage:
 
     # --- [Note: other parameters] ---------------------------------------------------------------
 
-    def follow(self, given: Model | None = None) -> None:
-        """Average `given` from now on, or the same parameters wherever they lie now.
+    def follow(self, parameters: Model | None = None) -> None:
+        """Average `parameters` from now on, or the same parameters wherever they lie now.
 
         Raises:
-            ValueError: `given` differ in number or shape.
+            ValueError: `parameters` differ in number or shape.
 
         Note:
             *Collective* where they are other ones, and sharded.
         """
-        model = self._model_of(given)
+        model = self._model_of(parameters)
         if model is not self._ema.model or any(
             map(_tensor_forms.changed_form, self.weights.states)
         ):
             self._move_to(model)
 
-    def _model_of(self, given: Model | None) -> nn.Module:
-        """The model in use if `given` are its parameters, else another one."""
+    def _model_of(self, parameters: Model | None) -> nn.Module:
+        """The model in use if `parameters` are its parameters, else another one."""
         model = self._ema.model
-        if given is None or given is model:
+        if parameters is None or parameters is model:
             return model
         if not isinstance(model, Parameters):
-            return wrappers.unwrapped(given) if isinstance(given, nn.Module) else model
-        named, averaged = self._named(given), model.tensors
+            return wrappers.unwrapped(parameters) if isinstance(parameters, nn.Module) else model
+        named, averaged = self._named(parameters), model.tensors
         if all(tensor is averaged[name] for name, tensor in named):
             return model
-        other = Parameters(named, model.average_frozen)  # finds the shards of what FSDP2 unsharded
-        same = all(tensor is averaged[name] for name, tensor in other.tensors.items())
-        return model if same else other
+        # Finds the shards of what FSDP2 unsharded, which may be the parameters in use.
+        listed = Parameters(named, model.average_frozen)
+        same = all(tensor is averaged[name] for name, tensor in listed.tensors.items())
+        return model if same else listed
 
-    def _named(self, given: Model) -> list[tuple[str, Tensor]]:
-        """The parameters of `given` under the names of this list. Raises ValueError if too many."""
-        if isinstance(given, nn.Module):
-            given = given.tensors.values() if isinstance(given, Parameters) else given.parameters()
-        tensors = [item[1] if isinstance(item, tuple) else item for item in given]
+    def _named(self, parameters: Model) -> list[tuple[str, Tensor]]:
+        """`parameters` under the names of this list. Raises ValueError if their number differs."""
+        if isinstance(parameters, Parameters):
+            parameters = parameters.tensors.values()
+        elif isinstance(parameters, nn.Module):
+            parameters = parameters.parameters()
+        tensors = [item[1] if isinstance(item, tuple) else item for item in parameters]
         if len(tensors) != len(self.names):
             raise ValueError(
                 f"the average holds {len(self.names)} parameters, and {len(tensors)} were given. "
@@ -198,9 +201,9 @@ class ParameterListAverage:
         old, ema = self.weights, EMA(model, **self._options())
         # The update in flight belongs to the old average.
         old.settle()
-        averaged, given = ({state.name for state in w.states} for w in (old, ema.weights))
-        if averaged != given:
-            names = ", ".join(sorted(averaged ^ given)[:5])
+        differing = {state.name for state in old.states} ^ {s.name for s in ema.weights.states}
+        if differing:
+            names = ", ".join(sorted(differing)[:5])
             raise ValueError(f"the average and what was given differ in {names}.")
         average = ema.weights.averages[0]
         try:
@@ -218,21 +221,23 @@ class ParameterListAverage:
     # --- verbs ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def update(self, decay: float, given: Model | None = None, copy_frozen: bool = False) -> None:
+    def update(
+        self, decay: float, parameters: Model | None = None, copy_frozen: bool = False
+    ) -> None:
         """Move the shadows towards the parameters.
 
         Args:
             decay: the decay of this update; 0 copies.
-            given: the parameters, as the loop has them now.
+            parameters: as the loop has them now.
             copy_frozen: copy what needs no gradient now.
 
         Raises:
-            ValueError: the decay is outside of [0, 1], or `given` does not fit.
+            ValueError: the decay is outside of [0, 1], or `parameters` does not fit.
 
         Note:
             No collective while the parameters are the same.
         """
-        self.follow(given)
+        self.follow(parameters)
         self._ema.update(decay=decay)
         for state in self.weights.averages[0].averaged if copy_frozen else ():
             if not state.shard.tensor.requires_grad and state.shadow is not None:
@@ -285,38 +290,39 @@ class ParameterListAverage:
         )
 
     @torch.no_grad()
-    def keep(self, given: Model | None = None, device: str | None = None) -> list[Tensor]:
+    def keep(self, parameters: Model | None = None, device: str | None = None) -> list[Tensor]:
         """Copies of what this rank holds of the parameters.
 
         Args:
-            given: other parameters than those of the list.
+            parameters: other parameters than those of the list.
             device: the device of the copies; None: beside the parameters.
         """
         return [
-            shard.shaped(shard.read().to(device, copy=True)) for shard in self._held("store", given)
+            shard.shaped(shard.read().to(device, copy=True))
+            for shard in self._shards_of("store", parameters)
         ]
 
     @torch.no_grad()
-    def put_back(self, kept: Sequence[Tensor], given: Model | None = None) -> None:
+    def put_back(self, kept: Sequence[Tensor], parameters: Model | None = None) -> None:
         """Write what `keep` gave into the parameters.
 
         Raises:
             ValueError: number or shapes differ; nothing has changed then.
         """
-        held = self._held("restore", given)
-        if len(held) != len(kept):
+        shards = self._shards_of("restore", parameters)
+        if len(shards) != len(kept):
             raise ValueError(
-                f"{len(kept)} weights were kept, and {len(held)} were given. "
+                f"{len(kept)} weights were kept, and {len(shards)} were given. "
                 "Give the same parameters to store() and restore()."
             )
         _tensor_forms.overwrite(
-            [(shard, shard.read(), value) for shard, value in zip(held, kept, strict=True)]
+            [(shard, shard.read(), value) for shard, value in zip(shards, kept, strict=True)]
         )
 
-    def _held(self, verb: str, given: Model | None) -> list[records.Shard]:
+    def _shards_of(self, verb: str, parameters: Model | None) -> list[records.Shard]:
         """The records of parameters that are not swapped, and that no update reads now."""
         self.follow()
-        model = self._ema.model if given is None else source(given)
+        model = self._ema.model if parameters is None else source(parameters)
         # The search frees what FSDP holds unsharded: the next forward reads what is written here.
         shards = discovery.find_shards(model).shards
         self.weights.refuse(verb, Reads.WHOLE_MODEL, (shard.tensor for shard in shards))
@@ -330,13 +336,13 @@ class ParameterListAverage:
         self.ema.to(device, None if dtype == torch.float16 else dtype)
         self._use(self._ema, dtype)
 
-    def copy_to(self, given: Model | None = None) -> None:
+    def copy_to(self, parameters: Model | None = None) -> None:
         """Write the shadows into other parameters, by default into their own.
 
         Note:
             *Collective* where the average is sharded.
         """
         self.follow()
-        given = self._ema.model if given is None else given
+        parameters = self._ema.model if parameters is None else parameters
         listed = isinstance(self._ema.model, Parameters)
-        self._ema.copy_to(self._named(given) if listed else given)
+        self._ema.copy_to(self._named(parameters) if listed else parameters)
