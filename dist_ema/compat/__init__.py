@@ -1,4 +1,4 @@
-"""Drop-ins for the averages that scripts have already, over `EMA`.
+"""Drop-ins for other libraries' averages, and `install`, which puts one where a library looks.
 
 Each module stands in for one package or snippet: same names, same arguments, same keys in
 checkpoints. The import line is all that changes in a script. Where a library builds the average

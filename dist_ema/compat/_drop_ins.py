@@ -1,4 +1,4 @@
-"""What drop-ins inherit: the verbs over a module's copy or over a list of shadows."""
+"""What drop-ins inherit: a module with the average as child, its holder, store and restore."""
 
 from __future__ import annotations
 
@@ -85,8 +85,7 @@ class ModuleDropIn(nn.Module):
 
     def _use(self, average: _module.ModuleAverage) -> None:
         self._average = average
-        if average.module is not None:
-            self._modules[self.child] = average.module
+        self._modules[self.child] = average.module  # None where FSDP shards the model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the average."""

@@ -1,4 +1,4 @@
-"""A copy of a model that an EMA averages into, followed through every update.
+"""`ModuleAverage`: a copy of the model that an EMA averages into, whatever model comes next.
 
 [Note: the copy]  `EMA(model, into=copy)` averages into the memory of a copy: a deep copy of the
 model without DDP and torch.compile around it, or what `module_fn` builds. A model under FSDP cannot

@@ -1,4 +1,4 @@
-"""torchcontrib.optim.SWA: `from dist_ema.compat.contrib import SWA`."""
+"""torchcontrib's SWA, an optimizer around one: `from dist_ema.compat.contrib import SWA`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""diffusers.training_utils.EMAModel: `from dist_ema.compat.diffusers import EMAModel`."""
+"""diffusers' `EMAModel`: get_decay, step, store and restore, save_pretrained.
+
+from dist_ema.compat.diffusers import EMAModel
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""LitEma of latent-diffusion and its descendants: `from dist_ema.compat.ldm import LitEma`."""
+"""LitEma of latent-diffusion, a module whose buffers are the shadows, and of its descendants.
+
+from dist_ema.compat.ldm import LitEma
+"""
 
 from __future__ import annotations
 

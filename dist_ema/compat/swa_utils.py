@@ -1,4 +1,7 @@
-"""torch.optim.swa_utils: `from dist_ema.compat.swa_utils import AveragedModel, update_bn`."""
+"""torch.optim.swa_utils: `AveragedModel` with avg_fn or multi_avg_fn, `update_bn`, SWALR.
+
+from dist_ema.compat.swa_utils import AveragedModel, update_bn
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""torch_ema: `from dist_ema.compat.torch_ema import ExponentialMovingAverage`."""
+"""torch_ema's `ExponentialMovingAverage`: update, average_parameters, its state_dict.
+
+from dist_ema.compat.torch_ema import ExponentialMovingAverage
+"""
 
 from __future__ import annotations
 

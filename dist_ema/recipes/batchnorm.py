@@ -1,4 +1,4 @@
-"""Precise BN: population statistics for the weights that are in the model now.
+"""Precise BN: `recalibrate` gives BatchNorm the statistics of the weights in the model now.
 
     with ema.swap():
         recalibrate(model, loader)      # the average keeps these statistics, live restores its own
@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -36,6 +36,7 @@ __all__ = ["recalibrate"]
 
 LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _END = object()
+_Steps = Generator[tuple[Any, bool], None, None]  # a batch, and whether it counts
 
 
 def recalibrate(
@@ -111,15 +112,12 @@ def _recalibrate(
     ranks = Ranks(members, group, torch_internals.side_store, device=found.device)
     watch = _Watch({name: _Moments.none(module) for name, module in layers.items()})
     steps = _steps(loader, num_batches, ranks if found.sharded else None)
-    bar = (
-        _bar(loader, num_batches)
-        if progress and ranks.first and sys.stderr.isatty()
-        else nullcontext(lambda: None)
-    )
+    if progress and ranks.first and sys.stderr.isatty():
+        steps = _under_bar(steps, loader, num_batches)
 
     def run() -> list[int]:
         with (
-            bar as advance,
+            closing(steps),  # a bar leaves the terminal at once, whatever is raised
             _watched(inner, layers, watch),
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
@@ -127,7 +125,6 @@ def _recalibrate(
             for batch, watch.counting in steps:
                 (forward or _forward)(inner, batch)
                 watch.batches += watch.counting
-                advance()
         return [ranks.rank] if watch.batches else []
 
     # The lowest rank with data: ranks with other batches iterated vectors another number of times.
@@ -160,7 +157,7 @@ def _lowest(ranks: list[list[int]]) -> list[int]:
 # --- running the batches --------------------------------------------------------------------------
 
 
-def _steps(loader: Iterable[Any], most: int, sharded: Ranks | None) -> Iterator[tuple[Any, bool]]:
+def _steps(loader: Iterable[Any], most: int, sharded: Ranks | None) -> _Steps:
     """Batches, and whether each counts.
 
     NOTE: a sharded forward is collective. So a rank that has run out of data repeats its last
@@ -209,8 +206,7 @@ def _forward(model: nn.Module, batch: Any) -> Any:
     return model(on_device(batch[0] if isinstance(batch, (tuple, list)) else batch))
 
 
-@contextmanager
-def _bar(loader: Iterable[Any], most: int) -> Iterator[Callable[[], None]]:
+def _under_bar(steps: _Steps, loader: Iterable[Any], most: int) -> _Steps:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -218,8 +214,7 @@ def _bar(loader: Iterable[Any], most: int) -> Iterator[Callable[[], None]]:
     with suppress(TypeError):  # a DataLoader of an iterable dataset has a length until it is asked
         total = min(most, len(loader))  # type: ignore[arg-type]
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("BatchNorm statistics", total=total)
-        yield lambda: progress.advance(task)
+        yield from progress.track(steps, total, description="BatchNorm statistics")
 
 
 # --- watching the layers --------------------------------------------------------------------------
