@@ -300,13 +300,15 @@ class ModuleAverage:
 @contextmanager
 def _thawed(model: nn.Module, averaged: Sequence[str]) -> Iterator[None]:
     """Let averaged weights that are frozen by now look trainable, so that a new EMA keeps them."""
-    frozen = nn.ParameterList(
+    frozen = [
         p
         for name, p in model.named_parameters()
         if not p.requires_grad and wrappers.canonical(name) in averaged
-    )
+    ]
     try:
-        frozen.requires_grad_(True)
+        for p in frozen:
+            p.requires_grad_(True)
         yield
     finally:
-        frozen.requires_grad_(False)
+        for p in frozen:
+            p.requires_grad_(False)

@@ -7,7 +7,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
-from types import NoneType
 from typing import Any
 
 from torch import Tensor
@@ -58,7 +57,7 @@ class SWA(Optimizer):
             warnings.warn("Some of swa_start, swa_freq is None, ignoring other", stacklevel=2)
         if lacking and swa_lr is not None:
             warnings.warn("Some of swa_start, swa_freq is None, ignoring swa_lr", stacklevel=2)
-        if not all(isinstance(steps, (int, NoneType)) for steps in (swa_start, swa_freq)):
+        if not all(isinstance(steps, int | None) for steps in (swa_start, swa_freq)):
             warnings.warn("Casting swa_start, swa_freq to int", stacklevel=2)
         # As in the original, which is in automatic mode only with both of them.
         self._auto_mode, self.optimizer = not lacking, optimizer

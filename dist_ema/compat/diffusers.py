@@ -9,7 +9,6 @@ import os
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..schedules import Constant
@@ -173,7 +172,7 @@ class EMAModel(ListDropIn):
         self.copy_to(model.parameters())
         # One writer, or ranks would write the same files at once.
         members = self.average.weights.find().members  # the ranks that hold it together
-        if len(members) == 1 or members[0] == dist.get_rank():
+        if len(members) == 1 or members[0] == torch.distributed.get_rank():
             model.save_pretrained(path)
 
     @classmethod

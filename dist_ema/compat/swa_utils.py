@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR
 
@@ -169,7 +168,7 @@ def update_bn(loader: Iterable[Any], model: nn.Module, device: Device = None) ->
         inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
         return module(inputs if device is None else inputs.to(device))
 
-    def over_all(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    def over_all(model: nn.Module, group: torch.distributed.ProcessGroup | None = None) -> None:
         if any(
             isinstance(module, batchnorm.LAYERS) and module.running_mean is not None
             for module in model.modules()

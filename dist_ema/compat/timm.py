@@ -50,13 +50,14 @@ class ModelEma(HolderDropIn):
         place = None if device == "" else device
         self._average = ModuleAverage(model, decay, module_fn, device=place, evaluates=True)
         self.ema_has_module = hasattr(self._average.module, "module")
-        if not resume:
-            return
-        saved = torch.load(resume, map_location="cpu", weights_only=True)
-        if isinstance(saved, dict) and "state_dict_ema" in saved:
-            self.load_state_dict(saved["state_dict_ema"])
-        else:
-            _logger.warning("%s has no state_dict_ema: the average starts from the model.", resume)
+        if resume:
+            saved = torch.load(resume, map_location="cpu", weights_only=True)
+            if isinstance(saved, dict) and "state_dict_ema" in saved:
+                self.load_state_dict(saved["state_dict_ema"])
+            else:
+                _logger.warning(
+                    "%s has no state_dict_ema: the average starts from the model.", resume
+                )
 
     def update(self, model: nn.Module) -> None:
         """Move towards `model`. No collective, no host sync."""

@@ -9,7 +9,6 @@ with "last" for a checkpoint.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -122,11 +121,10 @@ class EMACallback(Callback):  # type: ignore[misc]
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self.ema is not None and self._fit is None:
-            warnings.warn(
+            warn(
                 "trainer.save_checkpoint() after the fit writes no average, and a fit cannot "
                 "resume from it. Let ModelCheckpoint(save_last=True) write it, or use "
-                "callback.ema.save().",
-                stacklevel=2,
+                "callback.ema.save()."
             )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

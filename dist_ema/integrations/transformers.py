@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import FrameType
 from typing import Any
 
 from ..ema import EMA
@@ -187,13 +187,11 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
 def _caller() -> tuple[Trainer, str | None]:
     """The trainer that called, and the checkpoint that it resumes from."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame, _ in traceback.walk_stack(sys._getframe(1)):
+        names = frame.f_locals
         # `train` and its inner loop have both.
-        known = frame.f_locals
-        if isinstance(known.get("self"), Trainer) and "resume_from_checkpoint" in known:
-            return known["self"], known["resume_from_checkpoint"]
-        frame = frame.f_back
+        if isinstance(names.get("self"), Trainer) and "resume_from_checkpoint" in names:
+            return names["self"], names["resume_from_checkpoint"]
     raise RuntimeError(
         "EMACallback works inside transformers.Trainer.train(); for another loop use EMA itself."
     )

@@ -16,7 +16,6 @@ have different numbers of batches.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from ..distributed import collectives
 from ..distributed.ranks import Ranks
 from ..sharding import derived, discovery, torch_internals, wrappers
+from ..text import warn
 
 __all__ = ["recalibrate"]
 
@@ -110,7 +110,7 @@ def _recalibrate(
     members = found.members if group is None else dist.get_process_group_ranks(group)
     group = group or found.group
     ranks = Ranks(members, group, torch_internals.side_store, device=found.device)
-    watch = _Watch({name: _Moments.none(module) for name, module in layers.items()})
+    watch = _Watch({name: _Moments.none(layer.running_mean) for name, layer in layers.items()})
     steps = _steps(loader, num_batches, ranks if found.sharded else None)
     if progress and ranks.first and sys.stderr.isatty():
         steps = _under_bar(steps, loader, num_batches)
@@ -229,8 +229,8 @@ class _Moments:
     squares: Tensor  # [C], float64
 
     @staticmethod
-    def none(module: Any) -> _Moments:
-        zeros = _wide(torch.zeros_like(module.running_mean))
+    def none(like: Tensor) -> _Moments:
+        zeros = _wide(torch.zeros_like(like))
         return _Moments(0.0, zeros, zeros)
 
     def add(self, count: float, mean: Tensor, squares: Tensor) -> None:
@@ -247,13 +247,13 @@ class _Moments:
         """The moments of all ranks' data, equal on all ranks. *Collective*: one reduction."""
         if ranks.size == 1:
             return self
-        local = torch.cat([self.mean.new_tensor([self.count]), self.mean, self.squares])
-        local = local.to(ranks.transfer_device())
+        count = self.mean.new_tensor([self.count])
+        local = torch.cat([count, self.mean, self.squares]).to(ranks.transfer_device())
         gathered = [torch.empty_like(local) for _ in range(ranks.size)]
         ranks.wait_for(dist.all_gather(gathered, local, group=ranks.group, async_op=True))
-        total = _Moments(0.0, torch.zeros_like(self.mean), torch.zeros_like(self.squares))
-        for values in gathered:
-            total.add(float(values[0]), *values[1:].to(self.mean.device).chunk(2))
+        total = _Moments.none(self.mean)
+        for of_rank in gathered:
+            total.add(float(of_rank[0]), *of_rank[1:].to(self.mean.device).chunk(2))
         return total
 
     @property
@@ -268,8 +268,8 @@ class _Moments:
             return "saw NaN or infinity. No statistics were changed."
         dtype = module.running_var.dtype  # float16 ends at the variance of values of 256
         if not torch.cat([self.mean, self.variance]).to(dtype).isfinite().all():
-            kind = str(dtype).removeprefix("torch.")
-            return f"saw values whose statistics are beyond {kind}. None were changed."
+            limit = str(dtype).removeprefix("torch.")
+            return f"saw values whose statistics are beyond {limit}. None were changed."
         return ""
 
 
@@ -330,6 +330,4 @@ def _refuse(moments: Mapping[str, _Moments], layers: Mapping[str, Any]) -> None:
         named = [name for name, problem in problems.items() if problem == first]
         raise ValueError(f"{', '.join(named[:5])} {first}")
     if unreached:
-        warnings.warn(
-            f"{', '.join(unreached[:5])} was not reached and keeps its statistics.", stacklevel=3
-        )
+        warn(f"{', '.join(unreached[:5])} was not reached and keeps its statistics.")
