@@ -215,14 +215,14 @@ class ModuleAverage:
 
     @torch.no_grad()
     def pull(
-        self, model: nn.Module, weight: float, rest: Callable[[str], float] = lambda _: 1.0
+        self, model: nn.Module, weight: float, weight_of: Callable[[str], float] = lambda _: 1.0
     ) -> None:
         """Move the model towards the average.
 
         Args:
             model: that of the average.
             weight: the weight of the average; 1 copies.
-            rest: the same by name, of what the `EMA` does not write.
+            weight_of: the same by name, of what the `EMA` does not write.
 
         Note:
             *Collective* under HSDP.
@@ -233,7 +233,7 @@ class ModuleAverage:
         for copied, live in self._unwritten:
             if live.dtype.is_floating_point:
                 average = copied.read().to(live.read())
-                live.write(live.read().lerp_(average, rest(copied.name)))
+                live.write(live.read().lerp_(average, weight_of(copied.name)))
 
     # --- checkpoints ----------------------------------------------------------------------------
 

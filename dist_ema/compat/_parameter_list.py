@@ -26,17 +26,19 @@ from ..sharding import discovery, ownership, records, wrappers
 from ..sharding.parameters import Model, Parameters
 from . import _tensor_forms
 
-__all__ = ["Device", "ParameterListAverage", "source"]
+__all__ = ["Device", "ParameterListAverage", "as_model"]
 
 Device = torch.device | str | None
 
 
-def source(parameters: Model, *, frozen: bool = False, only_trainable: bool = False) -> nn.Module:
+def as_model(
+    parameters: Model, *, average_frozen: bool = False, only_trainable: bool = False
+) -> nn.Module:
     """The model that an EMA of these parameters is built on.
 
     Args:
         parameters: with or without names, or their module.
-        frozen: average frozen ones too.
+        average_frozen: average frozen ones too.
         only_trainable: leave out those of a module that need no gradient now.
 
     Returns:
@@ -50,7 +52,7 @@ def source(parameters: Model, *, frozen: bool = False, only_trainable: bool = Fa
             return inner
         named = inner.named_parameters()
         parameters = [(name, p) for name, p in named if p.requires_grad or not only_trainable]
-    return Parameters(parameters, frozen)
+    return Parameters(parameters, average_frozen)
 
 
 class ParameterListAverage:
@@ -59,7 +61,7 @@ class ParameterListAverage:
     The shadows are float32, or float64 where a parameter is. Every update brings its own decay.
 
     Args:
-        model: what `source` gave, or any module.
+        model: what `as_model` gave, or any module.
         decay: the schedule that files name.
         buffers: "average" averages a module's floating buffers and lists the others.
 
@@ -322,7 +324,7 @@ class ParameterListAverage:
     def _shards_of(self, verb: str, parameters: Model | None) -> list[records.Shard]:
         """The records of parameters that are not swapped, and that no update reads now."""
         self.follow()
-        model = self._ema.model if parameters is None else source(parameters)
+        model = self._ema.model if parameters is None else as_model(parameters)
         # The search frees what FSDP holds unsharded: the next forward reads what is written here.
         shards = discovery.find_shards(model).shards
         self.weights.refuse(verb, Reads.WHOLE_MODEL, (shard.tensor for shard in shards))

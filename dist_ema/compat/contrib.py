@@ -16,7 +16,7 @@ from ..averaging.swap_registry import Reads
 from ..ema import EMA
 from ..schedules import Uniform
 from . import swa_utils
-from ._parameter_list import ParameterListAverage, source
+from ._parameter_list import ParameterListAverage, as_model
 
 __all__ = ["SWA"]
 
@@ -136,7 +136,9 @@ class SWA(Optimizer):
         if number not in self._means:
             # The original averages what is in the group, whether it needs a gradient or not.
             parameters = self.param_groups[number]["params"]
-            self._means[number] = ParameterListAverage(source(parameters, frozen=True), Uniform())
+            self._means[number] = ParameterListAverage(
+                as_model(parameters, average_frozen=True), Uniform()
+            )
         return self._means[number]
 
     def swap_swa_sgd(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..schedules import Constant
 from ..sharding.parameters import Model
 from ._drop_ins import ListDropIn
-from ._parameter_list import Device, ParameterListAverage, source
+from ._parameter_list import Device, ParameterListAverage, as_model
 
 __all__ = ["EMAModel"]
 
@@ -80,7 +80,7 @@ class EMAModel(ListDropIn):
         self.model_cls, self.model_config = model_cls, model_config
         self.cur_decay_value: float | None = None
         self.temp_stored_params: list[Tensor] | None = None
-        self._list = ParameterListAverage(source(parameters, frozen=True), self.decay)
+        self._list = ParameterListAverage(as_model(parameters, average_frozen=True), self.decay)
         if older["device"] is not None:
             self.to(device=older["device"])
 
@@ -140,17 +140,17 @@ class EMAModel(ListDropIn):
             ValueError: a value has another type, the decay is outside of [0, 1], or tensors do not
                 fit. Nothing has changed then.
         """
-        given = {name: state_dict[name] for name in _SETTINGS if name in state_dict}
-        for name, value in given.items():
+        settings = {name: state_dict[name] for name in _SETTINGS if name in state_dict}
+        for name, value in settings.items():
             if not isinstance(value, _SETTINGS[name]):
                 raise ValueError(f"{name} must be {_SETTINGS[name][0].__name__}, got {value!r}.")
-        Constant(given.get("decay", 0))  # refuses what is none
+        Constant(settings.get("decay", 0))  # refuses what is none
         shadows = state_dict.get("shadow_params")
         if shadows is not None:
             if not isinstance(shadows, list) or not all(isinstance(s, Tensor) for s in shadows):
                 raise ValueError("shadow_params must be a list of tensors.")
             self.shadow_params = shadows
-        vars(self).update(given)
+        vars(self).update(settings)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the average as a model of `model_cls`, the settings in its config.

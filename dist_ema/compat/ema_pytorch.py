@@ -344,4 +344,8 @@ class KarrasEMA(EMA):
 
 
 def _floating(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    return (each for each in named if each[1].is_floating_point() or each[1].is_complex())
+    return (
+        (name, tensor)
+        for name, tensor in named
+        if tensor.is_floating_point() or tensor.is_complex()
+    )

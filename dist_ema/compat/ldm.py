@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._drop_ins import Count, ListDropIn
-from ._parameter_list import ParameterListAverage, source
+from ._parameter_list import ParameterListAverage, as_model
 
 __all__ = ["LitEma"]
 
@@ -49,7 +49,7 @@ class LitEma(ListDropIn, nn.Module):
     ) -> None:
         super().__init__()
         counted = use_num_upates if use_num_updates is None else use_num_updates
-        self._list = ParameterListAverage(source(model, only_trainable=True), decay)
+        self._list = ParameterListAverage(as_model(model, only_trainable=True), decay)
         shadows = self._list.shadows
         self.m_name2s_name = {name: name.replace(".", "") for name in shadows}
         short = ["decay", *self.m_name2s_name.values()]

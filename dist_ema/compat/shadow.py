@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ema as engine
 from ..sharding import wrappers
-from ._parameter_list import ParameterListAverage, source
+from ._parameter_list import ParameterListAverage, as_model
 
 __all__ = ["EMA", "ModelEMA"]
 
@@ -62,7 +62,7 @@ class _Backup:
         self.backup = {}
 
     def _begin(self) -> None:
-        self._begun = ParameterListAverage(source(self.model, only_trainable=True), self.decay)
+        self._begun = ParameterListAverage(as_model(self.model, only_trainable=True), self.decay)
 
     @property
     def _list(self) -> ParameterListAverage:

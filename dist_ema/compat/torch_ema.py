@@ -14,7 +14,7 @@ import torch
 from ..schedules import Constant
 from ..sharding.parameters import Model
 from ._drop_ins import ListDropIn
-from ._parameter_list import Device, ParameterListAverage, source
+from ._parameter_list import Device, ParameterListAverage, as_model
 
 __all__ = ["ExponentialMovingAverage"]
 
@@ -43,7 +43,7 @@ class ExponentialMovingAverage(ListDropIn):
     def __init__(self, parameters: Model, decay: float, use_num_updates: bool = True) -> None:
         self.decay = decay
         self.num_updates: int | None = 0 if use_num_updates else None
-        self._default = source(parameters, frozen=True)
+        self._default = as_model(parameters, average_frozen=True)
         self._list = ParameterListAverage(self._default, decay)
 
     def update(self, parameters: Model | None = None) -> None:
@@ -58,13 +58,13 @@ class ExponentialMovingAverage(ListDropIn):
     @contextmanager
     def average_parameters(self, parameters: Model | None = None) -> Iterator[None]:
         """The parameters are the average inside the block. *Collective* where they are sharded."""
-        given = self._default if parameters is None else source(parameters)
-        self.store(given)
-        self.copy_to(given)
+        model = self._default if parameters is None else as_model(parameters)
+        self.store(model)
+        self.copy_to(model)
         try:
             yield
         finally:
-            self.restore(given)
+            self.restore(model)
 
     def to(self, device: Device = None, dtype: torch.dtype | None = None) -> None:
         """Move and cast shadows and stored parameters. 16-bit shadows are rounded stochastically.

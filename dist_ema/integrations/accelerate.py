@@ -106,7 +106,7 @@ def register(accelerator: Accelerator, ema: EMA, folder: str = "ema") -> Registr
 
 
 def _refuse_registered(accelerator: Accelerator, ema: EMA) -> None:
-    if any(each is ema for each in accelerator._custom_objects):
+    if any(registered is ema for registered in accelerator._custom_objects):
         raise ValueError(
             "accelerator.register_for_checkpointing(ema) writes the main process's shard only and "
             "loads it on every rank: the rest of the average would be lost. Use "

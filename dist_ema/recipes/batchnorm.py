@@ -106,12 +106,12 @@ def _recalibrate(
     progress: bool,
     group: dist.ProcessGroup | None,
 ) -> int:
-    found = discovery.find_shards(model)
-    members = found.members if group is None else dist.get_process_group_ranks(group)
-    group = group or found.group
-    ranks = Ranks(members, group, torch_internals.side_store, device=found.device)
+    model_shards = discovery.find_shards(model)
+    members = model_shards.members if group is None else dist.get_process_group_ranks(group)
+    group = group or model_shards.group
+    ranks = Ranks(members, group, torch_internals.side_store, device=model_shards.device)
     watch = _Watch({name: _Moments.none(layer.running_mean) for name, layer in layers.items()})
-    steps = _steps(loader, num_batches, ranks if found.sharded else None)
+    steps = _steps(loader, num_batches, ranks if model_shards.sharded else None)
     if progress and ranks.first and sys.stderr.isatty():
         steps = _under_bar(steps, loader, num_batches)
 

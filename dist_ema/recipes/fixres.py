@@ -89,14 +89,14 @@ def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None
 
 def _pick(modules: dict[str, nn.Module], what: str, name: str) -> nn.Module:
     if name not in modules or name == "":
-        near = [
-            each
-            for each, module in modules.items()
-            if each and any(True for _ in module.parameters(recurse=False))
+        with_weights = [
+            path
+            for path, module in modules.items()
+            if path and any(True for _ in module.parameters(recurse=False))
         ]
         raise ValueError(
             f"{what}={name!r} is no module of the model; the last ones with weights: "
-            f"{', '.join(near[-5:])}."
+            f"{', '.join(with_weights[-5:])}."
         )
     if not any(True for _ in modules[name].parameters()):
         raise ValueError(
