@@ -287,6 +287,20 @@ def test_modules_may_be_replaced(kind: str, edit: Any) -> None:
         assert buffer == pytest.approx(moved, abs=1e-3)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_each_module_keeps_its_mode(training: bool) -> None:
+    """As in the originals: a BatchNorm that is frozen by its mode stays in it in the copy."""
+    live = Body().train(training)
+    live.norm.train(not training)
+    for ours, theirs in (
+        (ours_swa.AveragedModel(live).module, theirs_swa.AveragedModel(live).module),
+        (ours_ema_pytorch.EMA(live).ema_model, their_ema_pytorch.EMA(live).ema_model),
+    ):
+        modes = [module.training for module in ours.modules()]
+        assert modes == [module.training for module in theirs.modules()]
+    assert not any(module.training for module in ours_timm.ModelEmaV2(live).module.modules())
+
+
 def lose(live: nn.Sequential) -> None:
     live[1].register_parameter("bias", None)
 

@@ -90,7 +90,8 @@ class ModuleAverage:
                 self.module = copy.deepcopy(live)
             if device is not None or dtype is not None:
                 self.module.to(device=device, dtype=dtype)
-            self.module.train(self.module.training and not evaluates)
+            if evaluates:
+                self.module.eval()
         self._build(live, keep=not fresh)
 
     # --- [Note: which model] --------------------------------------------------------------------
