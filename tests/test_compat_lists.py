@@ -654,9 +654,10 @@ def test_lit_ema_refuses() -> None:
         ema(model)
     with pytest.raises(ValueError, match=r"differ in 0\.weight"):
         ema(model[0])
-    odd = nn.ParameterDict({"a_b": torch.ones(1), "decay": torch.ones(1)})
-    with pytest.raises(ValueError, match="decay: without dots the name is taken"):
-        ldm.LitEma(odd)
+    for name in ("decay", "num_updates"):
+        odd = nn.ParameterDict({"a_b": torch.ones(1), name: torch.ones(1)})
+        with pytest.raises(ValueError, match=f"{name}: without dots the name is taken"):
+            ldm.LitEma(odd)
     twice = nn.ModuleDict({"a": nn.ParameterDict({"b": torch.ones(1)})})
     twice.register_parameter("ab", nn.Parameter(torch.ones(1)))
     with pytest.raises(ValueError, match=r"ab, a\.b: without dots"):

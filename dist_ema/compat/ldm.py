@@ -51,8 +51,13 @@ class LitEma(ListDropIn, nn.Module):
         counted = use_num_upates if use_num_updates is None else use_num_updates
         self._list = ParameterListAverage(as_model(model, only_trainable=True), decay)
         shadows = self._list.shadows
+        device = next(iter(shadows.values())).device
+        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32, device=device))
+        self.register_buffer(
+            "num_updates", torch.tensor(0 if counted else -1, dtype=torch.int, device=device)
+        )
         self.m_name2s_name = {name: name.replace(".", "") for name in shadows}
-        short = ["decay", *self.m_name2s_name.values()]
+        short = list(self.m_name2s_name.values())
         taken = [
             name for name, s in self.m_name2s_name.items() if short.count(s) > 1 or hasattr(self, s)
         ]
@@ -61,11 +66,6 @@ class LitEma(ListDropIn, nn.Module):
                 f"{', '.join(taken[:5])}: without dots the name is taken already. Rename the "
                 "parameter."
             )
-        device = next(iter(shadows.values())).device
-        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32, device=device))
-        self.register_buffer(
-            "num_updates", torch.tensor(0 if counted else -1, dtype=torch.int, device=device)
-        )
         self._known_decay, self._known_updates = Count(), Count()
         self._show()
 
