@@ -438,7 +438,7 @@ class EMA:
         average = entry.begin("gather", Reads.WHOLE_MODEL, which, ranks=ranks)
         warn_if_idle("gather", self.weights)
         warn_of_unexplained_keys("gather", self.weights)
-        # None = None | What the weights of other stages are; None where all ranks know all of them.
+        # What the weights of other stages are; None where all ranks know all of them.
         table: dict[str, gather.Form] | None = None
         if entry.is_staged:
             entry.compare_shared("gather")
