@@ -1,4 +1,4 @@
-"""`dist-ema average`: which checkpoints are averaged, in which order, with which weights."""
+"""`dist-ema average`: which checkpoints are averaged, in which order, with which shares."""
 
 from __future__ import annotations
 
@@ -86,23 +86,30 @@ def average(
             sources.refuse_unsupported(model)
         last = models[-1]
         same_weights.refuse_different(models, last)
-        entries = last.entries.items()
         # Counters and indices have no mean.
-        names = frozenset(name for name, entry in entries if blend.numeric(entry.dtype))
+        names = frozenset(name for name in last.entries if blend.numeric(last.entries[name].dtype))
         taken = [name for name in sorted(set(last.entries) - names) if _differs(name, models)]
-        kinds = {} if dtype is None else dict.fromkeys(names, dtype)
-        mean = blend.Blend(list(zip(models, factors, strict=True)), last, names, kinds)
+        mean = blend.Blend(
+            list(zip(models, factors, strict=True)),
+            last,
+            names,
+            {} if dtype is None else dict.fromkeys(names, dtype),
+        )
         terms = list(zip(chosen, factors, strict=True))
         report = AverageReport(Path(out), terms, len(names), taken, notes)
         made_of = {key: report.to_json()[key] for key in ("models", "taken_from_last")}
-        facts = Manifest(extra={"average": made_of})
         with progress("averaging", sum(entry.nbytes for entry in mean.entries.values())) as tick:
-            mean.write(Path(out), facts, max_shard_size=max_shard_size, force=force, tick=tick)
+            mean.write(
+                Path(out),
+                Manifest(extra={"average": made_of}),
+                max_shard_size=max_shard_size,
+                force=force,
+                tick=tick,
+            )
     return report
 
 
 def _differs(name: str, models: Sequence[sources.Source]) -> bool:
-    """Whether a weight of the last model has other bits in another one."""
     last = models[-1]
     return not all(
         same_weights.is_equal(model, same_weights.locate(model, name, last), last, name)
@@ -163,20 +170,20 @@ def shares(count: int, weights: Sequence[float] | None, wma: bool) -> list[float
     if not all(map(math.isfinite, raw)) or abs(total) <= 1e-12 * max(map(abs, raw)):
         raise ValueError(
             "weights must be finite and must not sum to 0, got "
-            f"{', '.join(f'{each:g}' for each in raw)}."
+            f"{', '.join(f'{weight:g}' for weight in raw)}."
         )
-    return [each / total for each in raw]
+    return [weight / total for weight in raw]
 
 
 def in_order(paths: Sequence[str]) -> list[str]:
     """The paths as given, or by number where their names differ in one number alone."""
-    split = [re.split(r"(\d+)", path) for path in paths]
-    lengths = {len(each) for each in split}
+    split_paths = [re.split(r"(\d+)", path) for path in paths]
+    lengths = {len(parts) for parts in split_paths}
     if len(lengths) > 1:
         return list(paths)
-    differ = [i for i in range(lengths.pop()) if len({each[i] for each in split}) > 1]
+    differ = [i for i in range(lengths.pop()) if len({parts[i] for parts in split_paths}) > 1]
     # `re.split` puts the numbers at odd places, and texts between them.
     if len(differ) != 1 or differ[0] % 2 == 0:
         return list(paths)
-    numbers = [int(each[differ[0]]) for each in split]
+    numbers = [int(parts[differ[0]]) for parts in split_paths]
     return [path for _, path in sorted(zip(numbers, paths, strict=True))]

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import cycle
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,7 @@ class Blend:
         """A call for each window of the weights, which any thread may make."""
         scratches = cycle(self._scratch)
         for name in names:
-            entry = self.rest.entries[name]
-            count = entry.nbytes // safetensors.ITEMSIZE[entry.dtype]
-            for begin, end in sources.ranges(0, count, WINDOW):
+            for begin, end in sources.ranges(0, prod(self.rest.entries[name].shape), WINDOW):
                 if name in self.summed:
                     terms = [
                         (self._reading(model, name, begin, end), factor)

@@ -1,4 +1,4 @@
-"""`dist-ema convert`: the average in a foreign checkpoint, chosen, named and written as a model.
+"""`dist-ema convert`: the average in a foreign checkpoint, chosen, completed, written as a model.
 
 *Cost*: one window of memory.
 """
@@ -16,9 +16,8 @@ from ..dtypes import FLOATS, TO_TORCH, Bytes, cast, float_dtype
 from ..foreign import recognise, torch_dcp
 from ..foreign.recognise import FoundAverage, Leaf
 from ..text import plural, size, some
-from . import sources, sums, writer
+from . import foreign_trees, sources, sums, writer
 from .foreign_names import give_names, without_wrappers
-from .foreign_trees import ObjectTree, open_tree, read_json
 
 __all__ = ["ConvertPlan", "ConvertRequest", "candidates", "plan", "write"]
 
@@ -71,20 +70,20 @@ class ConvertPlan:
 def candidates(request: ConvertRequest) -> tuple[list[FoundAverage], Mapping[str, str]]:
     """Every table that can be converted, averages first; and what is left unread, name -> why."""
     with ExitStack() as stack:
-        tree = open_tree(request.source, request.inert, stack)
+        tree = foreign_trees.open_tree(request.source, request.inert, stack)
         return _found(tree), {**tree.left, **tree.unsupported}
 
 
-def _found(tree: ObjectTree) -> list[FoundAverage]:
-    found = recognise.find(tree.root)
-    if tree.extra:
-        why = "config.json has an optimization_step: EMAModel.save_pretrained"
-        found = [
-            replace(each, kind="diffusers", why=why, average=True, extra=tree.extra)
-            for each in found
-            if not each.key
-        ]
-    return found
+def _found(tree: foreign_trees.ObjectTree) -> list[FoundAverage]:
+    tables = recognise.find(tree.root)
+    if not tree.extra:
+        return tables
+    why = "config.json has an optimization_step: EMAModel.save_pretrained"
+    return [
+        replace(table, kind="diffusers", why=why, average=True, extra=tree.extra)
+        for table in tables
+        if not table.key
+    ]
 
 
 def plan(request: ConvertRequest, stack: ExitStack) -> ConvertPlan:
@@ -92,7 +91,7 @@ def plan(request: ConvertRequest, stack: ExitStack) -> ConvertPlan:
 
     Raises ValueError with what to do. The stack closes the files.
     """
-    tree = open_tree(request.source, request.inert, stack)
+    tree = foreign_trees.open_tree(request.source, request.inert, stack)
     found = (
         recognise.at(tree.root, request.key) if request.key is not None else _choose(request, tree)
     )
@@ -113,19 +112,20 @@ def plan(request: ConvertRequest, stack: ExitStack) -> ConvertPlan:
     return _complete(request, tree, found, notes, nameless)
 
 
-def _choose(request: ConvertRequest, tree: ObjectTree) -> FoundAverage:
+def _choose(request: ConvertRequest, tree: foreign_trees.ObjectTree) -> FoundAverage:
     found = _found(tree)
-    wanted = [each for each in found if request.kind in ("auto", "dcp", each.kind)]
+    wanted = [table for table in found if request.kind in ("auto", "dcp", table.kind)]
     if request.kind == "dcp" and tree.form != "dcp":
         raise ValueError(
             f"{request.source} holds no {torch_dcp.META}: it is no folder of "
             "torch.distributed.checkpoint."
         )
     # From what names itself an average down to the only table there is.
-    sure = [each for each in wanted if each.average and each.kind != "raw"]
-    likely = [each for each in wanted if each.average]
-    alone = wanted if len(wanted) == 1 and (wanted[0].key == "" or request.kind != "auto") else []
-    for chosen in (sure, likely, alone):
+    for chosen in (
+        [table for table in wanted if table.average and table.kind != "raw"],
+        [table for table in wanted if table.average],
+        wanted if len(wanted) == 1 and (wanted[0].key == "" or request.kind != "auto") else [],
+    ):
         if len(chosen) == 1:
             return chosen[0]
         if chosen:
@@ -143,12 +143,12 @@ def _choose(request: ConvertRequest, tree: ObjectTree) -> FoundAverage:
 
 
 def _listed(found: Sequence[FoundAverage]) -> str:
-    return some([_title(each) for each in found], 8)
+    return some(list(map(_title, found)), 8)
 
 
 def _title(found: FoundAverage) -> str:
-    count = plural(len(found.weights) or len(found.nameless), "tensor")
-    return f"{found.key or 'the whole file'} ({found.kind}, {count})"
+    tensors = found.weights or found.nameless
+    return f"{found.key or 'the whole file'} ({found.kind}, {plural(len(tensors), 'tensor')})"
 
 
 def _named(request: ConvertRequest, found: FoundAverage, stack: ExitStack) -> FoundAverage:
@@ -159,13 +159,13 @@ def _named(request: ConvertRequest, found: FoundAverage, stack: ExitStack) -> Fo
             "model.named_parameters()."
         )
     if request.like.suffix == ".json":
-        names = read_json(request.like)
-        if not isinstance(names, list) or not all(isinstance(each, str) for each in names):
+        names = foreign_trees.read_json(request.like)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{request.like} must hold a list of names.")
         return give_names(found, names, True)
-    tree = open_tree(request.like, request.inert, stack)
+    tree = foreign_trees.open_tree(request.like, request.inert, stack)
     # The names of an average are those of the live model beside it.
-    live = [each for each in recognise.find(tree.root) if each.weights and not each.average]
+    live = [table for table in recognise.find(tree.root) if table.weights and not table.average]
     if len(live) != 1:
         raise ValueError(
             f"{request.like} must hold one table of live weights, found {_listed(live) or 'none'}."
@@ -175,7 +175,7 @@ def _named(request: ConvertRequest, found: FoundAverage, stack: ExitStack) -> Fo
 
 def _complete(
     request: ConvertRequest,
-    tree: ObjectTree,
+    tree: foreign_trees.ObjectTree,
     found: FoundAverage,
     notes: list[str],
     nameless: bool,
@@ -193,8 +193,11 @@ def _complete(
     tied = _tied(weights, rest)
     notes.extend(f"{name} is tied to {other} in the live model" for name, other in tied.items())
     weights |= {name: weights[other] for name, other in tied.items()}
-    wanted = {} if request.averaged_only else rest
-    more = {name: leaf for name, leaf in wanted.items() if name not in weights}
+    more = {
+        name: leaf
+        for name, leaf in rest.items()
+        if name not in weights and not request.averaged_only
+    }
     if more:
         notes.append(
             f"{len(more)} weights that are not averaged come from the live model: "
@@ -213,11 +216,14 @@ def _complete(
     # After the prefix is cut, because a tied name outside of it is not written.
     aliases = _aliases(chosen)
     kept = {name: leaf for name, leaf in chosen.items() if name not in aliases}
-    averaged = [name for name in kept if found.average and request.prefix + name in weights]
     return ConvertPlan(
         replace(found, extra={**tree.extra, **found.extra}),
         kept,
-        sorted(name for name in averaged if kept[name].dtype in FLOATS),
+        sorted(
+            name
+            for name, leaf in kept.items()
+            if found.average and request.prefix + name in weights and leaf.dtype in FLOATS
+        ),
         aliases,
         {name: float_dtype(leaf.dtype, request.dtype) for name, leaf in kept.items()},
         whole,
@@ -228,10 +234,10 @@ def _complete(
 def _refuse_growth(request: ConvertRequest, leaves: Sequence[Leaf]) -> None:
     """Raise ValueError where more would be written than the source explains: views repeat bytes."""
     once = {leaf.key: leaf for leaf in leaves}.values()  # tied weights are one
-    entries = [
-        safetensors.Entry(float_dtype(leaf.dtype, request.dtype), leaf.shape) for leaf in once
-    ]
-    nbytes = sum(entry.nbytes for entry in entries)
+    nbytes = sum(
+        safetensors.Entry(float_dtype(leaf.dtype, request.dtype), leaf.shape).nbytes
+        for leaf in once
+    )
     held = sum(_nbytes_at(path) for path in (request.source, request.like) if path is not None)
     limit = _MAX_GROWTH * held if request.max_size is None else request.max_size
     if nbytes > limit:
@@ -245,20 +251,21 @@ def _refuse_growth(request: ConvertRequest, leaves: Sequence[Leaf]) -> None:
 def _nbytes_at(path: Path) -> int:
     path = pointers.follow(path)
     files = path.iterdir() if path.is_dir() else (path,)
-    return sum(each.stat().st_size for each in files if each.is_file())
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _rest(request: ConvertRequest, tree: ObjectTree, found: FoundAverage) -> Mapping[str, Leaf]:
+def _rest(
+    request: ConvertRequest, tree: foreign_trees.ObjectTree, found: FoundAverage
+) -> Mapping[str, Leaf]:
     """The live model beside the average, for what is not averaged."""
     if request.rest is not None:
         return {**recognise.at(tree.root, request.rest).weights, **found.rest}
     if found.kind != "dist-ema" or request.averaged_only:
         return found.rest
-    names = set(found.weights)
     live = [
-        each
-        for each in recognise.find(tree.root)
-        if not each.average and names <= set(without_wrappers(each.weights))
+        table
+        for table in recognise.find(tree.root)
+        if not table.average and found.weights.keys() <= without_wrappers(table.weights).keys()
     ]
     return {**(live[0].weights if len(live) == 1 else {}), **found.rest}
 
@@ -281,10 +288,8 @@ def _tied(averaged: Mapping[str, Leaf], live: Mapping[str, Leaf]) -> dict[str, s
 def _is_one(a: Leaf, b: Leaf) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape) or 0 in a.shape:
         return False
-    if a.key == b.key:
-        return True
     pairs = zip(_content(a, a.dtype), _content(b, b.dtype), strict=True)
-    return len(a.shape) > 1 and all(bool((x == y).all()) for x, y in pairs)
+    return a.key == b.key or (len(a.shape) > 1 and all(bool((x == y).all()) for x, y in pairs))
 
 
 def _aliases(weights: Mapping[str, Leaf]) -> dict[str, str]:

@@ -93,21 +93,21 @@ def diff(
     with open_model(a, which[0]) as one, open_model(b, which[1]) as other:
         refuse_unsupported(one)
         refuse_unsupported(other)
-        found, pairs = Difference(str(a), str(b)), _pairs(one, other)
-        found.missing = sorted(set(one.entries) - {in_a for in_a, _ in pairs.values()})
-        found.unexpected = sorted(set(other.entries) - {in_b for _, in_b in pairs.values()})
-        shapes = {
-            name: (one.entries[in_a].shape, other.entries[in_b].shape)
+        difference, pairs = Difference(str(a), str(b)), _pairs(one, other)
+        difference.missing = sorted(set(one.entries) - {in_a for in_a, _ in pairs.values()})
+        difference.unexpected = sorted(set(other.entries) - {in_b for _, in_b in pairs.values()})
+        difference.reshaped = {
+            name: (list(one.entries[in_a].shape), list(other.entries[in_b].shape))
             for name, (in_a, in_b) in pairs.items()
+            if one.entries[in_a].shape != other.entries[in_b].shape
         }
-        found.reshaped = {name: (list(a), list(b)) for name, (a, b) in shapes.items() if a != b}
-        compared = {name: pair for name, pair in pairs.items() if name not in found.reshaped}
+        compared = {name: pair for name, pair in pairs.items() if name not in difference.reshaped}
         with bar(sum(one.entries[in_a].nbytes for in_a, _ in compared.values())) as tick:
             for name, (in_a, in_b) in compared.items():
-                found.rows.append(_row(name, one, in_a, other, in_b, tick))
+                difference.rows.append(_row(name, one, in_a, other, in_b, tick))
     # The farthest weight is what a reader looks for.
-    found.rows.sort(key=lambda row: (-row.distance, -row.changed, row.name))
-    return found
+    difference.rows.sort(key=lambda row: (-row.distance, -row.changed, row.name))
+    return difference
 
 
 def _pairs(one: Source, other: Source) -> dict[str, tuple[str, str]]:
@@ -137,8 +137,9 @@ def _row(name: str, one: Source, in_a: str, other: Source, in_b: str, tick: Tick
             squares += _square(delta)
             changed += n
         tick(len(raw))
-    ratio = math.sqrt(squares) / math.sqrt(norm) if norm > 0 else math.inf
-    distance = _far(ratio) if changed else 0.0
+    distance = 0.0
+    if changed:
+        distance = _far(math.sqrt(squares) / math.sqrt(norm)) if norm > 0 else math.inf
     return Row(name, distance, largest, changed, math.prod(a.shape), (a.dtype, b.dtype))
 
 

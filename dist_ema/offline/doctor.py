@@ -103,9 +103,14 @@ def version_numbers(text: str) -> tuple[int, ...]:
 
 def _ask(timeout: float) -> dict[str, Any] | Check:
     """The facts about torch, from a process of its own: importing it can crash."""
-    options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": timeout}
     try:
-        done = subprocess.run([*_WORKER, "facts"], env=_environment(), **options)
+        done = subprocess.run(
+            [*_WORKER, "facts"],
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
     except subprocess.TimeoutExpired:
         return Check("torch", "problem", f"did not answer within {timeout:g} s of being imported")
     try:
@@ -121,8 +126,8 @@ def _ask(timeout: float) -> dict[str, Any] | Check:
 
 def _environment() -> dict[str, str]:
     """The environment of a child, which must find this dist_ema."""
-    package = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, paths))
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
@@ -166,7 +171,9 @@ def check_torch(facts: Mapping[str, Any]) -> Iterator[Check]:
 
 
 def check_launch(facts: Mapping[str, Any], environment: Mapping[str, str]) -> Iterator[Check]:
-    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in _TRUE
+    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in (
+        "1", "true", "yes", "on", "y", "t",
+    )  # fmt: skip
     if not facts["accelerator"] and _version("accelerate") and not on_cpu:
         yield Check(
             "accelerate",
@@ -177,9 +184,6 @@ def check_launch(facts: Mapping[str, Any], environment: Mapping[str, str]) -> It
         )
 
 
-_TRUE = ("1", "true", "yes", "on", "y", "t")
-
-
 # --- the folder -----------------------------------------------------------------------------------
 
 
@@ -188,7 +192,15 @@ def check_folder(folder: Path) -> Iterator[Check]:
     try:
         with tempfile.TemporaryDirectory(prefix=".dist-ema-doctor-", dir=folder) as inside:
             yield _free(folder)
-            yield _exchange(Path(inside))
+            if atomic.exchanges(Path(inside)):
+                yield Check("replacing", "ok", "two folders can be exchanged in one step")
+            else:
+                yield Check(
+                    "replacing",
+                    "note",
+                    "no atomic exchange here: saving over an average takes two renames, which only "
+                    "dist_ema can finish",
+                )
             yield _reserve(Path(inside))
     except OSError as error:
         yield Check("folder", "problem", f"{folder} cannot be written to: {error.strerror}")
@@ -214,25 +226,15 @@ def _free(folder: Path) -> Check:
 
 def _file_system(folder: Path) -> str:
     """The type of the file system; '' where it is unknown."""
-    best, kind = "", ""
+    mount, kind = "", ""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mounts").read_text().splitlines():
-            _, place, found, *_ = line.split()
+            _, place, its_kind, *_ = line.split()
             place = place.encode().decode("unicode_escape")
-            if folder.resolve().is_relative_to(place) and len(place) >= len(best):
-                best, kind = place, found
+            # The longest mount point that leads to the folder is the one that holds it.
+            if folder.resolve().is_relative_to(place) and len(place) >= len(mount):
+                mount, kind = place, its_kind
     return kind
-
-
-def _exchange(inside: Path) -> Check:
-    if atomic.exchanges(inside):
-        return Check("replacing", "ok", "two folders can be exchanged in one step")
-    return Check(
-        "replacing",
-        "note",
-        "no atomic exchange here: saving over an average takes two renames, which only dist_ema "
-        "can finish",
-    )
 
 
 def _reserve(inside: Path) -> Check:
@@ -254,25 +256,28 @@ def self_test(timeout: float) -> Check:
     Names the rank and the step that failed or hung.
     """
     with tempfile.TemporaryDirectory(prefix="dist-ema-doctor-") as folder:
-        begun = time.monotonic()
+        until = time.monotonic() + timeout
         ranks = [_start(rank, Path(folder)) for rank in range(_WORLD)]
         try:
-            codes = _wait(ranks, begun + timeout)
+            codes = _wait(ranks, until)
         finally:
             for rank in ranks:
                 rank.kill()
                 rank.communicate()
-        reports = [_read(Path(folder) / f"rank-{i}") for i in range(_WORLD)]
-    failures = list(_failures(codes, reports, timeout))
+        failures = list(_failures(codes, Path(folder), timeout))
     if failures:
         return Check("self-test", "problem", "; ".join(failures))
     return Check("self-test", "ok", "2 ranks over gloo: FSDP2 and DDP, average, save and load")
 
 
 def _start(rank: int, folder: Path) -> subprocess.Popen[bytes]:
-    line = [*_WORKER, "rank", str(rank), str(_WORLD), str(folder)]
     with open(folder / f"rank-{rank}.txt", "wb") as errors:
-        return subprocess.Popen(line, env=_environment(), stdout=subprocess.DEVNULL, stderr=errors)
+        return subprocess.Popen(
+            [*_WORKER, "rank", str(rank), str(_WORLD), str(folder)],
+            env=_environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], until: float) -> list[int | None]:
@@ -290,25 +295,14 @@ def _wait(ranks: list[subprocess.Popen[bytes]], until: float) -> list[int | None
     return [rank.poll() for rank in ranks]
 
 
-def _read(path: Path) -> tuple[str, str]:
-    """The step that a rank came to, and the last line on its stderr."""
-    step = path.with_suffix(".step")
-    return (
-        step.read_text() if step.exists() else "start Python",
-        _last(path.with_suffix(".txt").read_text()),
-    )
-
-
-def _failures(
-    codes: list[int | None], reports: list[tuple[str, str]], timeout: float
-) -> Iterator[str]:
+def _failures(codes: list[int | None], folder: Path, timeout: float) -> Iterator[str]:
     """The ranks that failed; where none did, those that have not finished."""
-    ranks = [
-        (i, code, *report) for i, (code, report) in enumerate(zip(codes, reports, strict=True))
-    ]
-    unfinished = [rank for rank in ranks if rank[2] != "done"]
-    failed = [rank for rank in unfinished if rank[1]]
-    for i, code, step, error in failed:
-        yield f"rank {i} at '{step}': {error or f'died with exit code {code}'}"
-    for i, _, step, _ in unfinished if not failed else ():
-        yield f"rank {i} was still at '{step}' after {timeout:g} s"
+    steps = {path.stem: path.read_text() for path in folder.glob("rank-*.step")}
+    came_to = [steps.get(f"rank-{rank}", "start Python") for rank in range(_WORLD)]
+    unfinished = [rank for rank in range(_WORLD) if came_to[rank] != "done"]
+    failed = [rank for rank in unfinished if codes[rank]]
+    for rank in failed:
+        error = _last((folder / f"rank-{rank}.txt").read_text())
+        yield f"rank {rank} at '{came_to[rank]}': {error or f'died with exit code {codes[rank]}'}"
+    for rank in unfinished if not failed else ():
+        yield f"rank {rank} was still at '{came_to[rank]}' after {timeout:g} s"

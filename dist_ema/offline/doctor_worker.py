@@ -31,14 +31,13 @@ def facts() -> dict[str, Any]:
         torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     )
     kind = accelerator.type if accelerator is not None else None
-    cuda = kind == "cuda"
     return {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "accelerator": kind,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if cuda
+        if kind == "cuda"
         else [],
         "distributed": dist.is_available(),
         "gloo": dist.is_available() and dist.is_gloo_available(),
@@ -71,7 +70,6 @@ def rank(number: int, world: int, folder: Path) -> None:
 
 
 def _begin(file: Path, step: str) -> None:
-    """Record the step that this rank is at."""
     file.with_suffix(".new").write_text(step)
     os.replace(file.with_suffix(".new"), file.with_suffix(".step"))
 

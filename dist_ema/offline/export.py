@@ -1,4 +1,4 @@
-"""`dist-ema export`: names, files, dtypes and order of the model to ship, written in one pass.
+"""`dist-ema export`: names, files, dtypes and order of the model to ship, alone or as `like=`.
 
 *Cost*: windows of 4 MB, six at a time, whatever the model's size. No torch, where the names in
 memory are those of the files.
@@ -6,7 +6,7 @@ memory are those of the files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,8 +14,7 @@ from .. import _version
 from ..checkpoint import atomic, manifest, safetensors
 from ..dtypes import TORCH, float_dtype
 from ..text import Bar, silent, size_of
-from . import library_names, model_card, report, same_weights, sums, writer
-from .sources import Source, Weights, open_model, refuse_unsupported
+from . import library_names, model_card, report, same_weights, sources, sums, writer
 
 __all__ = ["Exported", "export"]
 
@@ -41,7 +40,7 @@ class _Form:
     entries: dict[str, safetensors.Entry]  # by the names in the files
     files: dict[str, safetensors.SafetensorsFile]
     index: str
-    aliases: dict[str, list[str]]  # name in the files -> further names of the same weight
+    aliases: Mapping[str, str]  # further name -> name in the files
 
 
 def export(
@@ -74,10 +73,10 @@ def export(
             damaged, or `out` is taken.
     """
     where = atomic.real(out)
-    for each in (src,) if like is None else (src, like):
-        writer.refuse_place(each, out)
+    for path in (src,) if like is None else (src, like):
+        writer.refuse_place(path, out)
     writer.refuse_target(where, force)
-    with open_model(src, which) as model:
+    with sources.open_model(src, which) as model:
         _refuse_part(model, like)
         saved = _sound(model)
         checked = sums.Checked(model)
@@ -105,16 +104,21 @@ def export(
                 tick=tick,
                 check=checked.finish,
             )
-    average = ", ".join(map(model_card.format_schedule, facts.schedules))
-    files = {name: file.size for name, file in form.files.items()}
-    dtypes = model_card.count_dtypes(form.entries)
-    return Exported(str(out), str(src), average, files, len(form.entries), dtypes, sorted(others))
+    return Exported(
+        path=str(out),
+        source=str(src),
+        average=", ".join(map(model_card.format_schedule, facts.schedules)),
+        files={name: file.size for name, file in form.files.items()},
+        weights=len(form.entries),
+        dtypes=report.count_dtypes(form.entries),
+        beside=sorted(others),
+    )
 
 
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def _refuse_part(model: Source, like: str | Path | None) -> None:
+def _refuse_part(model: sources.Source, like: str | Path | None) -> None:
     """A part of a model must not be shipped as the whole."""
     path = atomic.real(model.path)
     if not model.entries:
@@ -131,7 +135,7 @@ def _refuse_part(model: Source, like: str | Path | None) -> None:
                 "model. Use ema.export(), or pass like= with a model of the same names to prove "
                 "that nothing is missing."
             )
-        refuse_unsupported(model)
+        sources.refuse_unsupported(model)
     # A further average lies in averages/LABEL of its run.
     run = path.parent.parent
     if path.parent.name == "averages" and (run / manifest.META).exists():
@@ -140,7 +144,7 @@ def _refuse_part(model: Source, like: str | Path | None) -> None:
         raise ValueError(f"{model.path} is a part of {path.parent}: name the folder.")
 
 
-def _sound(model: Source) -> manifest.Manifest:
+def _sound(model: sources.Source) -> manifest.Manifest:
     """ema.json. Raises ValueError if it contradicts the files."""
     if model.manifest is None:
         return manifest.Manifest()
@@ -157,7 +161,7 @@ def _sound(model: Source) -> manifest.Manifest:
 
 
 def _form(
-    model: Weights,
+    model: sources.Weights,
     saved: manifest.Manifest,
     where: Path,
     dtype: str | None,
@@ -168,7 +172,7 @@ def _form(
         size_of(size)
     # A pattern decides names, dtypes, files and order.
     if like is not None:
-        with open_model(like) as pattern:
+        with sources.open_model(like) as pattern:
             return _form_like(model, pattern, where, dtype, size)
     # Averages are saved in fp32, and shipped in the dtype of the model.
     native = saved.dtypes if saved.kind == "ema" else {}
@@ -178,14 +182,18 @@ def _form(
         )
         for name, entry in model.entries.items()
     }
-    files = writer.lay_out(where, entries, model.aliases, size)
-    aliases = manifest.group_aliases(dict(sorted(model.aliases.items())))
-    return _Form({name: name for name in entries}, entries, files, safetensors.INDEX, aliases)
+    return _Form(
+        {name: name for name in entries},
+        entries,
+        writer.lay_out(where, entries, model.aliases, size),
+        safetensors.INDEX,
+        model.aliases,
+    )
 
 
 def _form_like(
-    model: Weights,
-    pattern: Source,
+    model: sources.Weights,
+    pattern: sources.Source,
     where: Path,
     dtype: str | None,
     size: int | str | None,
@@ -207,31 +215,28 @@ def _form_like(
     name = next(iter(split)) if pattern.path.is_file() else safetensors.find_model(pattern.path)
     stem = name.removesuffix(".index.json").removesuffix(".safetensors")
     if where.suffix == ".safetensors":
-        order = _order([name for part in split.values() for name in part], entries)
-        files = writer.lay_out(where, entries, aliases, size, order)
+        names_in_order = [name for part in split.values() for name in part]
+        files = writer.lay_out(where, entries, aliases, size, _order(names_in_order, entries))
     elif size is not None:
         files = {
             f"{stem}{file.removeprefix('model')}": plan
             for file, plan in safetensors.plan(entries, size).items()
         }
     else:
-        parts = {file: {name: entries[name] for name in part} for file, part in split.items()}
         files = {
-            file: safetensors.header(part, None, _order(list(part), part))
-            for file, part in parts.items()
+            file: safetensors.header(
+                {name: entries[name] for name in part}, None, _order(part, entries)
+            )
+            for file, part in split.items()
         }
-    index = f"{stem}.safetensors.index.json"
-    grouped = manifest.group_aliases(dict(sorted(aliases.items())))
-    return _Form(names, entries, files, index, grouped)
+    return _Form(names, entries, files, f"{stem}.safetensors.index.json", aliases)
 
 
-def _files_like(pattern: Source) -> dict[str, list[str]]:
+def _files_like(pattern: sources.Source) -> dict[str, list[str]]:
     """File -> its weights, as they lie there. Another form is as one file of the usual name."""
-    tables = {name: file.entries for name, file in pattern.files.items()}
-    return {
-        name: safetensors.in_order(entries)
-        for name, entries in (tables or {"model.safetensors": pattern.entries}).items()
-    }
+    if not pattern.files:
+        return {"model.safetensors": safetensors.in_order(pattern.entries)}
+    return {name: safetensors.in_order(file.entries) for name, file in pattern.files.items()}
 
 
 def _order(names: list[str], entries: dict[str, safetensors.Entry]) -> list[str] | None:
@@ -246,7 +251,7 @@ def _order(names: list[str], entries: dict[str, safetensors.Entry]) -> list[str]
 
 
 def _facts(
-    model: Source, saved: manifest.Manifest, form: _Form, owners: dict[str, str]
+    model: sources.Source, saved: manifest.Manifest, form: _Form, owners: dict[str, str]
 ) -> manifest.Manifest:
     """ema.json of what is written, without what the writer fills in.
 
@@ -256,7 +261,7 @@ def _facts(
         form: What is written.
         owners: Name in the form -> the weight in the source, where it is a part of it.
     """
-    sources = {name: owners.get(source, source) for name, source in form.names.items()}
+    origins = {name: owners.get(source, source) for name, source in form.names.items()}
     own, averaged = set(saved.own_buffers_of(model.label)), set(saved.averaged)
     sums = {name: entry["crc32"] for name, entry in saved.files.items() if name in model.files}
     return replace(
@@ -265,11 +270,11 @@ def _facts(
         weights="all",
         schedules=saved.schedules[saved.labels.index(model.label) :][:1],
         averages={},
-        averaged=sorted(name for name, source in sources.items() if source in averaged),
-        own_buffers=sorted(name for name, source in sources.items() if source in own),
-        aliases=form.aliases,
+        averaged=sorted(name for name, source in origins.items() if source in averaged),
+        own_buffers=sorted(name for name, source in origins.items() if source in own),
+        aliases=manifest.group_aliases(dict(sorted(form.aliases.items()))),
         dtypes={
-            name: saved.dtypes[source] for name, source in sources.items() if source in saved.dtypes
+            name: saved.dtypes[source] for name, source in origins.items() if source in saved.dtypes
         },
         versions=saved.versions | {"dist_ema": _version.VERSION},
         extra={},

@@ -1,4 +1,4 @@
-"""What lies beside weights that are shipped: config and tokenizer, and a section of the model card.
+"""`beside`: what a folder to ship holds with the weights: config, tokenizer, a section of its card.
 
 One rule for every verb that writes a model to ship: `beside`. The section says what average the
 weights are. No torch.
@@ -7,7 +7,6 @@ weights are. No torch.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from typing import Any
 from .. import _version
 from ..checkpoint import disk, manifest, safetensors
 from ..text import listed, printable, some
+from . import report
 
 __all__ = [
     "README",
     "beside",
-    "count_dtypes",
     "format_clock",
     "format_schedule",
     "section",
@@ -56,18 +55,12 @@ def beside(
     if out.suffix == ".safetensors":
         return {}
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    found: dict[str, bytes | Path] = {each.name: each for each in files if _is_shipped(each)}
-    old = out / README if (out / README).is_file() else found.get(README)
+    shipped: dict[str, bytes | Path] = {file.name: file for file in files if _is_shipped(file)}
+    old = out / README if (out / README).is_file() else shipped.get(README)
     text = old.read_bytes() if isinstance(old, Path) else b""
     # The card of the target stays, because people write there.
-    found[README] = write_into(text, section(facts, count_dtypes(entries)))
-    return found
-
-
-def count_dtypes(entries: Mapping[str, safetensors.Entry]) -> dict[str, int]:
-    """dtype -> how many weights have it, the most first."""
-    counted = Counter(entry.dtype for entry in entries.values())
-    return dict(sorted(counted.items(), key=lambda item: (-item[1], item[0])))
+    shipped[README] = write_into(text, section(facts, report.count_dtypes(entries)))
+    return shipped
 
 
 def _is_shipped(path: Path) -> bool:
@@ -83,25 +76,19 @@ def _is_shipped(path: Path) -> bool:
 
 def section(facts: manifest.Manifest, dtypes: Mapping[str, int]) -> str:
     """A section of the model card on this average, as Markdown between two markers."""
-    mean = "average" in facts.extra
-    text = (
-        f"These weights are an average over {'models' if mean else 'training, not its last step'}."
-    )
-    schedules = ", ".join(map(format_schedule, facts.schedules))
-    history = [  # a mean of models has no schedule of its own
-        ("average", schedules or "not told by its source"),
-        ("clock", format_clock(facts.clock) or "not told by its source"),
-    ]
-    rows = [
-        *(history if not mean else ()),
+    over, rows = "models", list[tuple[str, str]]()
+    if "average" not in facts.extra:  # a mean of models has no schedule of its own
+        over, unknown = "training, not its last step", "not told by its source"
+        schedules = ", ".join(map(format_schedule, facts.schedules))
+        rows += [("average", schedules or unknown), ("clock", format_clock(facts.clock) or unknown)]
+    rows += [
         ("dtypes", listed(dict(dtypes))),
         *_origin(facts),
         ("made by", f"dist_ema {_version.VERSION}"),
     ]
-    table = [f"| {what} | {_code(text)} |" for what, text in rows]
-    return "\n".join(
-        [BEGIN, "## Averaged weights", "", text, "", "| | |", "|---|---|", *table, END]
-    )
+    text = ["## Averaged weights", "", f"These weights are an average over {over}.", ""]
+    table = ["| | |", "|---|---|", *(f"| {what} | {_code(value)} |" for what, value in rows)]
+    return "\n".join([BEGIN, *text, *table, END])
 
 
 def _origin(facts: manifest.Manifest) -> Iterator[tuple[str, str]]:
@@ -148,7 +135,7 @@ def write_into(page: bytes, section: str) -> bytes:
     """The page with the section in place of an earlier one, else at its end. Other bytes stay."""
     text = section.encode()
     begin, end = re.escape(BEGIN.encode()), re.escape(END.encode())
-    found = list(re.finditer(rb"%b(?:(?!%b).)*?%b" % (begin, begin, end), page, re.DOTALL))
-    if found:
-        return page[: found[0].start()] + text + page[found[0].end() :]
+    earlier = re.search(rb"%b(?:(?!%b).)*?%b" % (begin, begin, end), page, re.DOTALL)
+    if earlier:
+        return page[: earlier.start()] + text + page[earlier.end() :]
     return page + (b"" if not page else b"\n" if page.endswith(b"\n") else b"\n\n") + text + b"\n"

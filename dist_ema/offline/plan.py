@@ -123,8 +123,11 @@ def _sound(of: Pace) -> Pace:
         raise ValueError(
             f"these numbers make a decay of {of.decay:g} per step; it must lie between 0 and 1."
         )
-    numbers = of.to_json().items()
-    infinite = [name for name, value in numbers if value is not None and not math.isfinite(value)]
+    infinite = [
+        name
+        for name, value in of.to_json().items()
+        if value is not None and not math.isfinite(value)
+    ]
     if infinite:
         raise ValueError(
             f"these numbers are too large to compute with: {', '.join(infinite)} is infinite."
@@ -205,20 +208,19 @@ def cost(
     """
     elements = math.ceil(params / (world if wrapper != "none" else 1))
     live, shadow = SIZE[weights], SIZE[dtype] * averages
-    host = device == "cpu"
-    moved, copied = elements * (live + 2 * shadow), elements * live if host else 0
+    moved = elements * (live + 2 * shadow)
+    copied = elements * live if device == "cpu" else 0
     seconds = (
         moved / (bandwidth or BANDWIDTH[device]) / 1e9 + copied / (link or BANDWIDTH["link"]) / 1e9
     )
-    memory = Memory(elements * shadow, copied, SCRATCH, device)
     return Cost(
         elements,
-        memory,
+        Memory(elements * shadow, copied, SCRATCH, device),
         moved,
         copied,
         seconds,
-        math.ceil(params) * shadow,
-        math.ceil(params) * 4 * averages,
+        saved=math.ceil(params) * shadow,
+        copies=math.ceil(params) * 4 * averages,
     )
 
 
@@ -255,5 +257,4 @@ def impulse_response(of: Schedule, now: float, age: float) -> float:
     then = now - age
     if then < 1:
         return 0.0
-    kept = of(now, age) if age > 0 else 1.0
-    return (1 - of(then, 1.0)) * kept
+    return (1 - of(then, 1.0)) * (of(now, age) if age > 0 else 1.0)

@@ -34,18 +34,11 @@ def refuse(path: str | Path) -> None:
 def panels(path: str | Path, count: int) -> Iterator[list[Any]]:
     """`count` axes side by side to draw into, which become a PNG."""
     refuse(path)
-    import matplotlib
+    # NOTE: not by pyplot, whose backend and open figures belong to the user's program.
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, count, figsize=(5 * count, 4), layout="constrained", squeeze=False
-    )
-    try:
-        yield list(axes[0])
-        figure.savefig(png := io.BytesIO(), format="png", dpi=110)
-        with disk.disk_errors(Path(path), png.tell()):
-            Path(path).write_bytes(png.getvalue())
-    finally:
-        pyplot.close(figure)
+    figure = Figure(figsize=(5 * count, 4), layout="constrained")
+    yield list(figure.subplots(1, count, squeeze=False)[0])
+    figure.savefig(png := io.BytesIO(), format="png", dpi=110)
+    with disk.disk_errors(Path(path), png.tell()):
+        Path(path).write_bytes(png.getvalue())

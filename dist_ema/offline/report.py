@@ -6,7 +6,8 @@ one sentence; what can be read but is wrong goes into `ModelReport.problems`. No
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..foreign import torch_dcp
 from ..text import sentence
 from . import sources
 
-__all__ = ["AverageListing", "ModelReport", "Total", "report_on"]
+__all__ = ["AverageListing", "ModelReport", "Total", "count_dtypes", "report_on"]
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ class AverageListing:
     @property
     def weights(self) -> dict[str, tuple[str, safetensors.Entry]]:
         """name -> (file, entry), by name."""
-        found = {
+        places = {
             name: (file, entry)
             for file, content in self.files.items()
             for name, entry in content.entries.items()
         }
-        return dict(sorted(found.items()))
+        return dict(sorted(places.items()))
 
     @property
     def total(self) -> Total:
@@ -98,7 +99,7 @@ class ModelReport:
     @property
     def files(self) -> dict[str, safetensors.SafetensorsFile]:
         """The files of all averages."""
-        return {name: file for each in self.averages for name, file in each.files.items() if name}
+        return {name: file for tree in self.averages for name, file in tree.files.items() if name}
 
     @property
     def totals(self) -> dict[str, Total]:
@@ -123,8 +124,8 @@ class ModelReport:
             "kind": self.kind,
             "holds": self.manifest.weights if self.has_manifest else None,
             "averages": {
-                each.label: values["averages"].get(each.label, {}) | each.to_json()
-                for each in self.averages[1:]
+                further.label: values["averages"].get(further.label, {}) | further.to_json()
+                for further in self.averages[1:]
             },
             "files": {name: {"size": file.size} | sums(name) for name, file in self.files.items()},
             "dtypes": {dtype: vars(total) for dtype, total in self.totals.items()},
@@ -133,6 +134,11 @@ class ModelReport:
             "problems": self.problems,
         }
         return {"path": self.path} | values | facts | self.averages[0].to_json()
+
+
+def count_dtypes(entries: Mapping[str, safetensors.Entry]) -> dict[str, int]:
+    """dtype -> how many weights have it, the most first."""
+    return dict(Counter(sorted(entry.dtype for entry in entries.values())).most_common())
 
 
 def report_on(path: str | Path) -> ModelReport:
@@ -153,28 +159,36 @@ def report_on(path: str | Path) -> ModelReport:
     except OSError as error:
         raise ValueError(sentence(error)) from None
     aliases = {alias: name for alias, name in file.metadata.items() if name in file.entries}
-    facts = Manifest(aliases=manifest.group_aliases(aliases))
-    return ModelReport(str(path), "file", [AverageListing("", {path.name: file})], facts)
+    return ModelReport(
+        str(path),
+        "file",
+        [AverageListing("", {path.name: file})],
+        Manifest(aliases=manifest.group_aliases(aliases)),
+    )
 
 
 def _of_source(model: sources.Source) -> ModelReport:
-    """A model of another form, as far as it can be told."""
     # Their places in files mean nothing in another form, so each begins at 0.
     entries = {
         name: safetensors.Entry(entry.dtype, entry.shape, 0, entry.nbytes)
         for name, entry in model.entries.items()
     }
-    listing = AverageListing("", {"": safetensors.SafetensorsFile(b"", entries)})
-    facts = Manifest(aliases=manifest.group_aliases(model.aliases))
-    return ModelReport(str(model.path), "other", [listing], facts, [], dict(model.others))
+    return ModelReport(
+        str(model.path),
+        "other",
+        [AverageListing("", {"": safetensors.SafetensorsFile(b"", entries)})],
+        Manifest(aliases=manifest.group_aliases(model.aliases)),
+        others=dict(model.others),
+    )
 
 
 def _of_folder(path: Path) -> ModelReport:
-    found = manifest.read(path)
-    files = manifest.read_files(path, found)
-    if found is None:
-        lost = ["ema.json is missing, though the folder holds further averages"]
-        problems = lost if (path / "averages").exists() else []
+    saved = manifest.read(path)
+    files = manifest.read_files(path, saved)
+    if saved is None:
+        problems = []
+        if (path / "averages").exists():
+            problems.append("ema.json is missing, though the folder holds further averages")
         return ModelReport(str(path), "model", [AverageListing("", files)], Manifest(), problems)
     listings = [
         AverageListing(
@@ -185,6 +199,6 @@ def _of_folder(path: Path) -> ModelReport:
                 if name.rpartition("/")[0] == (f"averages/{label}" if label else "")
             },
         )
-        for label in found.labels
+        for label in saved.labels
     ]
-    return ModelReport(str(path), found.kind, listings, found, found.problems(files))
+    return ModelReport(str(path), saved.kind, listings, saved, saved.problems(files))

@@ -20,9 +20,9 @@ def locate(model: Weights, name: str, like: Source) -> str:
     Raises:
         KeyError: It has none.
     """
-    for each in (name, *(alias for alias, of in like.aliases.items() if of == name)):
-        if each in model.entries or each in model.aliases:
-            return each if each in model.entries else model.aliases[each]
+    for tied in (name, *(alias for alias, of in like.aliases.items() if of == name)):
+        if tied in model.entries or tied in model.aliases:
+            return tied if tied in model.entries else model.aliases[tied]
     raise KeyError(name)
 
 
@@ -54,40 +54,39 @@ def refuse_different(
         names: The names to compare, by default all.
         casts_whole: Whole numbers of two dtypes are one kind.
     """
-    found = [
+    differences = [
         difference
         for model in models
         if model is not like
         for difference in _differences(model, like, names, casts_whole)
     ]
-    if found:
+    if differences:
         raise ValueError(
-            f"the models do not hold the same weights as {like.path}, {len(found)} differences: "
-            f"{some(found, 20, '; ')}."
+            f"the models do not hold the same weights as {like.path}, {len(differences)} "
+            f"differences: {some(differences, 20, '; ')}."
         )
 
 
 def _differences(
     model: Weights, like: Source, names: Sequence[str] | None, casts_whole: bool
 ) -> Iterator[str]:
-    wanted = sorted(like.entries) if names is None else names
-    for name in wanted:
+    for name in sorted(like.entries) if names is None else names:
         try:
             here, there = model.entries[locate(model, name, like)], like.entries[name]
         except KeyError:
             yield f"{model.path} lacks {name}"
             continue
         if here.shape != there.shape:
-            shapes = list(here.shape), list(there.shape)
-            yield f"{name} is {shapes[0]} in {model.path}, {shapes[1]} in {like.path}"
+            yield (
+                f"{name} is {list(here.shape)} in {model.path}, {list(there.shape)} in {like.path}"
+            )
         elif _sort(here.dtype, casts_whole) != _sort(there.dtype, casts_whole):
             yield f"{name} is {here.dtype} in {model.path}, {there.dtype} in {like.path}"
     if names is None:
         # Without a list of names, what only this model has is a difference too.
         known = {*like.entries, *like.aliases}
         for name in sorted(model.entries):
-            others = {alias for alias, of in model.aliases.items() if of == name}
-            if not known & {name, *others}:
+            if not known & {name, *(alias for alias, of in model.aliases.items() if of == name)}:
                 yield f"{model.path} has {name} besides"
             elif name in like.aliases and not is_equal(
                 model, name, model, locate(model, like.aliases[name], like)

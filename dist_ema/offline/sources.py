@@ -1,11 +1,11 @@
-"""`open_model`: safetensors of any origin as a table of names and windows of bytes. No torch.
+"""`open_model`: files of any origin as a table of weights, read in windows; which average of them.
 
     with source.open_model(path) as model:
         for name, entry in model.entries.items():
             for raw in source.windows(model, name): ...
 
 Whatever the form on disk, a model is a table of names and a way to read bytes of each. A window is
-4 MB, whatever the size of the weight.
+4 MB, whatever the size of the weight. No torch.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ def find(path: str | Path) -> Path:
     """
     path = locate(Path(path))
     if path.is_dir():
-        names = sorted(each.name for each in path.iterdir())
+        names = sorted(file.name for file in path.iterdir())
         pickles = [name for name in names if name.endswith(PICKLES)]
-        known = torch_dcp.META in names or any(".safetensors" in name for name in names)
-        if pickles and not known:
+        has_model = torch_dcp.META in names or any(".safetensors" in name for name in names)
+        if pickles and not has_model:
             raise ValueError(
                 f"{path} holds no safetensors. It does hold {', '.join(pickles[:3])}: "
                 "`dist-ema convert` makes safetensors of it."
@@ -149,7 +149,7 @@ def choose(saved: manifest.Manifest | None, which: int | str) -> str:
         (str(i), label, *_names_of(spec))
         for i, (label, spec) in enumerate(zip(saved.labels, specs, strict=False))
     ]
-    fits = [each[1] for each in names if str(which) in each and str(which)]
+    fits = [label for i, label, *more in names if str(which) and str(which) in (i, label, *more)]
     if len(fits) != 1:
         there = ", ".join(f"{i}: {text or label or 'the only one'}" for i, label, _, text in names)
         raise ValueError(
@@ -250,16 +250,16 @@ class Safetensors(disk.OpenFiles):
         """
         inside = self._folder.parent.name == "averages"
         top = self._folder.parent.parent if inside else self._folder
-        found = manifest.read(top)
-        if found is None:
+        saved = manifest.read(top)
+        if saved is None:
             return None, None
-        self._top, self._saved = top, found
+        self._top, self._saved = top, saved
         # Its own sum is compared later: `inspect` shows a file that was edited by hand.
-        manifest.refuse_damaged(top, replace(found, is_changed=False))
+        manifest.refuse_damaged(top, replace(saved, is_changed=False))
         # A single file, or a further average, knows its sums and nothing else of ema.json.
         if self.path == top:
-            return found, found.files
-        listed = found.files_of(self._folder.name if inside else "")
+            return saved, saved.files
+        listed = saved.files_of(self._folder.name if inside else "")
         return None, listed if self.path.is_dir() or self.path.name in listed else None
 
     def refuse_changed(self) -> None:
@@ -274,8 +274,8 @@ class Safetensors(disk.OpenFiles):
             ValueError: Buffers of the first average would be taken for this one's.
         """
         assert self.manifest is not None, "only ema.json knows labels"
-        own = self.manifest.own_buffers_of(self.label)
         # Frozen weights and buffers come from the first average, and must fit this one too.
+        own = self.manifest.own_buffers_of(self.label)
         foreign = sorted(set(self.manifest.own_buffers) - set(own))
         if foreign:
             raise ValueError(
@@ -290,12 +290,12 @@ class Safetensors(disk.OpenFiles):
     def _aliases(self) -> dict[str, str]:
         """Further name -> name in the files: of ema.json, and of the headers."""
         listed = self.manifest.aliases if self.manifest else {}
-        found = {alias: name for name, others in listed.items() for alias in others}
+        aliases = {alias: name for name, more in listed.items() for alias in more}
         for file in self.files.values():
-            found |= file.metadata
+            aliases |= file.metadata
         return {
             alias: name
-            for alias, name in found.items()
+            for alias, name in aliases.items()
             if alias not in self.entries and name in self.entries
         }
 

@@ -1,4 +1,4 @@
-"""Check sums of a model as its bytes go by: `FileSums` of one file, `Checked` of all. No torch."""
+"""Check sums as bytes go by: `FileSums` of a file, `Checked` readings of a model. No torch."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class FileSums:
         self._wait(IN_FLIGHT - 1)
         calls = [thread.submit(call, window) for thread, call in self._threads]
         self._in_flight.append((window, calls))
-        found = crc32.of_bytes(window.data.data) if window.crc32 is None else window.crc32
-        self._crc32 = crc32.appended(self._crc32, found, len(window.data))
+        known = crc32.of_bytes(window.data.data) if window.crc32 is None else window.crc32
+        self._crc32 = crc32.appended(self._crc32, known, len(window.data))
 
     def _add_sha256(self, window: FileWindow) -> None:
         assert self._sha256 is not None
@@ -71,8 +71,8 @@ class FileSums:
         """Wait until at most `left` windows are in flight."""
         while len(self._in_flight) > left:
             window, calls = self._in_flight.popleft()
-            for each in calls:
-                each.result()
+            for call in calls:
+                call.result()
             if window.release is not None:
                 window.release()
 
@@ -132,8 +132,10 @@ class Checked:
         if isinstance(model, Safetensors):
             model.refuse_changed()
             self._summed = model if model.listed is not None else None
-        files = self._summed.files if self._summed else {}
-        self._sums = {name: crc32.RangeSum(file.size) for name, file in files.items()}
+        self._sums = {
+            name: crc32.RangeSum(file.size)
+            for name, file in (self._summed.files.items() if self._summed else ())
+        }
         self._lock = Lock()
         self._seen: dict[tuple[str, str], int] = {}  # (file, weight) -> bytes in its sum
 
@@ -156,9 +158,9 @@ class Checked:
                 add = partial(self._add, file, at + begin, end - begin)
         return Reading(self._model, name, begin, end, add)
 
-    def _add(self, file: str, at: int, n: int, found: int) -> None:
+    def _add(self, file: str, at: int, n: int, crc: int) -> None:
         with self._lock:
-            self._sums[file].add_known(at, n, found)
+            self._sums[file].add_known(at, n, crc)
 
     def finish(self) -> None:
         """Raise ValueError for a file that is not what ema.json says, and close the model. Once."""

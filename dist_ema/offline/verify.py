@@ -16,9 +16,8 @@ import numpy as np
 from ..checkpoint import atomic, disk, manifest, safetensors
 from ..dtypes import FLOATS, Bytes, finite, widen
 from ..text import Bar, Tick, sentence, silent
+from . import sources, sums
 from .report import ModelReport, report_on
-from .sources import find, open_model, ranges, read_at, windows
-from .sums import FileSums, FileWindow
 
 __all__ = ["SUMS", "Verdict", "verify"]
 
@@ -62,7 +61,7 @@ def verify(path: str | Path, *, seal: bool = False, bar: Bar = silent) -> Verdic
     """
     verdict = Verdict(str(path))
     try:
-        _verify(find(path), verdict, seal, bar)
+        _verify(sources.find(path), verdict, seal, bar)
     # The path itself is the caller's mistake, a file in it is a finding.
     except FileNotFoundError:
         if not Path(path).exists():
@@ -96,17 +95,17 @@ def _verify(path: Path, verdict: Verdict, seal: bool, bar: Bar) -> None:
             _verify_values(path, verdict, tick)
         else:
             _verify_files(path, report, verdict, seal, tick)
-    if seal:
+    if seal and verdict.sound:
         _seal(path, report, verdict)
 
 
 def _verify_values(path: Path, verdict: Verdict, tick: Tick) -> None:
     """Look at the values of a model that is not safetensors, which has no sums."""
-    with open_model(path) as model:
+    with sources.open_model(path) as model:
         for name, entry in model.entries.items():
             found = Counter[str]()
-            for raw in windows(model, name):
-                found += _not_finite(raw, entry.dtype)
+            for raw in sources.windows(model, name):
+                found += _count_not_finite(raw, entry.dtype)
                 tick(len(raw))
             _note(verdict, name, found)
 
@@ -131,20 +130,20 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _broken(path: Path) -> Iterator[str]:
     """A sentence about each file of a folder that is unsound by itself."""
-    for each in _weight_files(path):
+    for file in _weight_files(path):
         try:
-            safetensors.read_header(each)
+            safetensors.read_header(file)
         except (OSError, ValueError) as error:
             yield sentence(error)
 
 
 def _strays(path: Path, report: ModelReport) -> Iterator[str]:
     """Files that another loader would take for the model, or for a part of it."""
-    for each in _weight_files(path):
-        name = each.relative_to(path).as_posix()
-        if safetensors.is_model_name(each.name) and name not in report.files:
+    for file in _weight_files(path):
+        name = file.relative_to(path).as_posix()
+        if safetensors.is_model_name(file.name) and name not in report.files:
             yield (
-                f"{each} is no part of the model, but some loaders would take it for one. Move it "
+                f"{file} is no part of the model, but some loaders would take it for one. Move it "
                 "away."
             )
     for average in report.averages if report.has_manifest else ():
@@ -152,6 +151,7 @@ def _strays(path: Path, report: ModelReport) -> Iterator[str]:
         index = safetensors.find_model(inside)
         files = {Path(name).name: file for name, file in average.files.items()}
         with disk.disk_errors(inside / index):
+            # One file needs no index, and is found by its own name.
             written = index in files or (inside / index).read_bytes() == safetensors.index(files)
         if not written:
             yield f"{inside / index} is not what dist_ema wrote."
@@ -168,20 +168,22 @@ def _verify_file(
 ) -> None:
     """One pass over one file: its sums against those `recorded`, its weights' values."""
     # SHA-256 costs most of the time, so only where it is compared or kept.
-    with_sha256 = seal or "sha256" in recorded
-    with open(path, "rb") as handle, FileSums(file.head, with_sha256) as sums:
+    with (
+        open(path, "rb") as handle,
+        sums.FileSums(file.head, seal or "sha256" in recorded) as file_sums,
+    ):
         tick(len(file.head))
         base = len(file.head)
         for weight in safetensors.in_order(file.entries):
             entry, count = file.entries[weight], Counter[str]()
-            for begin, end in ranges(entry.begin, entry.end):
-                raw = read_at(handle.fileno(), path, base + begin, base + end)
-                sums.add(FileWindow(raw))
-                count += _not_finite(raw, entry.dtype)
+            for begin, end in sources.ranges(entry.begin, entry.end):
+                raw = sources.read_at(handle.fileno(), path, base + begin, base + end)
+                file_sums.add(sums.FileWindow(raw))
+                count += _count_not_finite(raw, entry.dtype)
                 tick(len(raw))
             inside = name.rpartition("/")[0]
             _note(verdict, f"{inside}: {weight}" if inside else weight, count)
-        found = sums.to_json()
+        found = file_sums.to_json()
     verdict.files[name] = {"size": file.size} | found
     verdict.problems.extend(
         f"{path} is damaged: its {SUMS[kind]} is {found[kind]}, {manifest.META} says {value}."
@@ -190,8 +192,7 @@ def _verify_file(
     )
 
 
-def _not_finite(raw: Bytes, dtype: str) -> Counter[str]:
-    """How many values are NaN, and how many infinite."""
+def _count_not_finite(raw: Bytes, dtype: str) -> Counter[str]:
     # Finite windows are the common case: the fast pass answers them.
     if dtype not in (*FLOATS, "C64") or finite(raw, dtype) * safetensors.ITEMSIZE[dtype] == len(
         raw
@@ -203,26 +204,24 @@ def _not_finite(raw: Bytes, dtype: str) -> Counter[str]:
 
 def _note(verdict: Verdict, weight: str, found: Counter[str]) -> None:
     if found:
-        nan, inf = found["nan"], found["inf"]
-        verdict.not_finite[weight] = {"nan": nan, "inf": inf}
+        verdict.not_finite[weight] = {"nan": found["nan"], "inf": found["inf"]}
         verdict.problems.append(
-            f"{verdict.path}: {weight} holds {nan:,} NaN and {inf:,} infinite values."
+            f"{verdict.path}: {weight} holds {found['nan']:,} NaN and {found['inf']:,} infinite "
+            "values."
         )
 
 
 def _seal(path: Path, report: ModelReport, verdict: Verdict) -> None:
     """Put the SHA-256 of every file into ema.json."""
-    if verdict.problems:
-        return
     if not report.manifest.files:
         verdict.unsealed = (
             f"{path} has no {manifest.META} to seal: export it first, or keep the sums yourself."
         )
         return
     # A training may have saved again while the files were read.
-    where, found = path / manifest.META, manifest.read(path)
-    if found != report.manifest:
+    if manifest.read(path) != report.manifest:
         raise ValueError(f"{path} was written anew while it was read. Run verify again.")
+    where = path / manifest.META
     sealed = {
         name: entry | {"sha256": verdict.files[name]["sha256"]}
         for name, entry in report.manifest.files.items()
@@ -231,5 +230,5 @@ def _seal(path: Path, report: ModelReport, verdict: Verdict) -> None:
         atomic.replace_file(where, replace(report.manifest, files=sealed).to_bytes())
     except OSError as error:
         verdict.unsealed = f"{path} could not be sealed: {where}: {error.strerror}."
-        return
-    verdict.sealed = True
+    else:
+        verdict.sealed = True

@@ -16,9 +16,7 @@ from typing import Any, TypeAlias
 from .. import _version
 from ..checkpoint import atomic, disk, manifest, pointers, retention, safetensors
 from ..text import Tick, size_of
-from . import model_card
-from .sources import PICKLES
-from .sums import FileSums, FileWindow
+from . import model_card, sources, sums
 
 __all__ = ["lay_out", "refuse_place", "refuse_target", "write", "write_model"]
 
@@ -57,7 +55,7 @@ def lay_out(
 
 def refuse_place(read: str | Path, out: str | Path) -> None:
     """Raise ValueError where writing `out` would replace what is read, or write into it."""
-    where, real = (atomic.real(each) for each in (out, pointers.follow(Path(read))))
+    where, real = map(atomic.real, (out, pointers.follow(Path(read))))
     if where == real:
         raise ValueError(f"{out} is {read} itself. Name another path.")
     if real in where.parents:
@@ -75,7 +73,7 @@ def refuse_target(path: Path, force: bool, temporary: Path | None = None) -> Non
     path = atomic.real(path)
     if path.is_symlink():
         raise ValueError(f"{path} is a link that leads to itself. Name another path.")
-    if path.suffix in PICKLES and not path.is_dir():
+    if path.suffix in sources.PICKLES and not path.is_dir():
         raise ValueError(
             f"{path} is named as a pickle, and safetensors are written. Name {path.stem} for a "
             f"folder, or {path.stem}.safetensors for one file."
@@ -95,7 +93,7 @@ def write_model(
     out: Path,
     entries: dict[str, safetensors.Entry],
     aliases: Mapping[str, str],
-    content: Callable[[Sequence[str]], Iterable[FileWindow]],
+    content: Callable[[Sequence[str]], Iterable[sums.FileWindow]],
     facts: manifest.Manifest,
     *,
     beside: Path | None = None,
@@ -141,7 +139,7 @@ def write_model(
 def write(
     path: Path,
     files: Files,
-    content: Callable[[Sequence[str]], Iterable[FileWindow]],
+    content: Callable[[Sequence[str]], Iterable[sums.FileWindow]],
     facts: manifest.Manifest,
     *,
     beside: Mapping[str, bytes | Path] = MappingProxyType({}),
@@ -176,7 +174,7 @@ def write(
         atomic.recover(path)
         atomic.remove_leftovers(path)
         with atomic.temporary_folder(path) as folder:
-            sums = {
+            sizes_and_sums = {
                 name: _write_file(folder / name, file, content, tick)
                 for name, file in files.items()
             }
@@ -187,11 +185,16 @@ def write(
                 atomic.publish(folder / next(iter(files)), path)
                 disk.remove(folder)
                 return
-            texts = {**beside, manifest.META: replace(facts, files=sums).to_bytes()}
+            texts = {**beside, manifest.META: replace(facts, files=sizes_and_sums).to_bytes()}
             # A single shard of a pattern is found through its index only.
             if len(files) > 1 or any(map(safetensors.is_shard, files)):
                 texts[index] = safetensors.index(files)
-            _write_texts(folder, texts)
+            for name, text in texts.items():
+                if isinstance(text, Path):
+                    shutil.copyfile(text, folder / name)
+                else:
+                    (folder / name).write_bytes(text)
+                disk.sync(folder / name)
             if path.is_dir():
                 retention.carry_over(path, folder, _names_of_model(path) | {manifest.META})
             for inner in {each.parent for each in folder.rglob("*")}:
@@ -202,7 +205,7 @@ def write(
 def _write_file(
     path: Path,
     file: safetensors.SafetensorsFile,
-    content: Callable[[Sequence[str]], Iterable[FileWindow]],
+    content: Callable[[Sequence[str]], Iterable[sums.FileWindow]],
     tick: Tick,
 ) -> dict[str, Any]:
     """Returns its line in ema.json: size and sums."""
@@ -213,34 +216,25 @@ def _write_file(
         disk.reserve(handle.fileno(), file.size)
     target = disk.Target(path)
 
-    def write_next(window: FileWindow) -> None:
+    def write_next(window: sums.FileWindow) -> None:
         nonlocal written
         target.write(window.data.data, written)
         written += len(window.data)
 
-    with closing(target), FileSums(file.head, True, write_next) as sums:
+    with closing(target), sums.FileSums(file.head, True, write_next) as file_sums:
         target.write(memoryview(file.head), 0)
         for window in content(safetensors.in_order(file.entries)):
-            sums.add(window)
+            file_sums.add(window)
             tick(len(window.data))
-        found = sums.to_json()
+        line = {"size": file.size, **file_sums.to_json()}
         target.sync()
     assert written == file.size, f"{path.name} is {file.size} bytes, its content was not"
-    return {"size": file.size} | found
-
-
-def _write_texts(folder: Path, texts: Mapping[str, bytes | Path]) -> None:
-    for name, text in texts.items():
-        if isinstance(text, Path):
-            shutil.copyfile(text, folder / name)
-        else:
-            (folder / name).write_bytes(text)
-        disk.sync(folder / name)
+    return line
 
 
 def _names_of_model(folder: Path) -> set[str]:
     """The files and index of the weights, by Hugging Face's names and by the index itself."""
-    names = {each.name for each in folder.iterdir() if safetensors.is_model_name(each.name)}
+    names = {file.name for file in folder.iterdir() if safetensors.is_model_name(file.name)}
     with suppress(OSError, ValueError):  # damaged: the usual names have to do
         names |= {safetensors.find_model(folder), *safetensors.read_model(folder)}
     return names

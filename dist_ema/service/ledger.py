@@ -203,25 +203,18 @@ class Ledger:
             ).rowcount
             if not changed:
                 return None
-            records = [
-                record_of_task
-                for record_of_task in _records(db)
-                if record_of_task.task == self._task
-            ]
+            records = [record for record in _records(db) if record.task == self._task]
             best = best_of(records, self._metric, self._sign)
             # NOTE: inside the transaction, which keeps other watchers out.
             if best is not None and best.id == key:
                 pointers.point(version.path, versions.BEST)
-            return next(record_of_task for record_of_task in records if record_of_task.id == key)
+            return next(record for record in records if record.id == key)
 
 
 def best_of(records: list[Record], metric: str | None, sign: int) -> Record | None:
     """The record with the least sign x metric; of equal ones the newest."""
-    rated_records = [
-        record for record in records if record.state == DONE and metric in record.metrics
-    ]
     return min(
-        rated_records,
+        (record for record in records if record.state == DONE and metric in record.metrics),
         key=lambda record: (sign * record.metrics[str(metric)], -record.version),
         default=None,
     )
@@ -238,9 +231,9 @@ def read_records(path: Path) -> list[Record]:
 def _records(db: sqlite3.Connection) -> list[Record]:
     rows = db.execute(f"SELECT {_COLUMNS} FROM records ORDER BY task, version").fetchall()
     tables = (dict(zip(_COLUMNS.split(", "), row, strict=True)) for row in rows)
-    parsed = ("live", "metrics")
     return [
-        Record(**table | {name: json.loads(table[name]) for name in parsed}) for table in tables
+        Record(**table | {name: json.loads(table[name]) for name in ("live", "metrics")})
+        for table in tables
     ]
 
 
@@ -263,9 +256,8 @@ def _transaction(path: Path, lock: str = "IMMEDIATE") -> Iterator[sqlite3.Connec
 
 def finite_numbers(values: Any) -> dict[str, float]:
     """The finite numbers of a JSON object, by name."""
-    pairs = values.items() if isinstance(values, dict) else ()
     return {
         str(key): value
-        for key, value in pairs
+        for key, value in (values.items() if isinstance(values, dict) else ())
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     }

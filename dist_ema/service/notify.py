@@ -53,9 +53,11 @@ def notify(url: str, version: follow.Version, timeout: float = 600.0) -> ledger.
     parts = urlsplit(url)
     takes_adapters = parts.path.endswith(ADAPTER)
     if takes_adapters != (version.path / "adapter_config.json").exists():
-        found = "no adapter" if takes_adapters else "an adapter"
-        text = f"version {version.number} is {found}, and adapters go to {ADAPTER} alone, got {url}"
-        return ledger.Outcome(error=text)
+        content = "no adapter" if takes_adapters else "an adapter"
+        return ledger.Outcome(
+            error=f"version {version.number} is {content}, and adapters go to {ADAPTER} alone, got "
+            f"{url}"
+        )
     calls: dict[str, dict[str, Any]]
     if takes_adapters:
         name = parse_qs(parts.query).get("lora_name", ["ema"])[0]
@@ -74,11 +76,10 @@ def notify(url: str, version: follow.Version, timeout: float = 600.0) -> ledger.
         }
     else:
         calls = {url: {"model_path": path, "weight_version": str(version.number)}}
-    answers = (_post(to, body, timeout) for to, body in calls.items())
-    error = next(filter(None, answers), "")
-    return ledger.Outcome(
-        error=f"{url} did not load version {version.number}: {error}" if error else ""
-    )
+    for to, body in calls.items():
+        if error := _post(to, body, timeout):
+            return ledger.Outcome(error=f"{url} did not load version {version.number}: {error}")
+    return ledger.Outcome()
 
 
 def _post(url: str, body: dict[str, Any], timeout: float) -> str:
@@ -101,7 +102,6 @@ def _post(url: str, body: dict[str, Any], timeout: float) -> str:
 
 
 def _message(text: str) -> str:
-    """The sentence in an answer."""
     with suppress(KeyError, TypeError, ValueError):
         text = str(json.loads(text)["message"])
     return printable(text)[:500]

@@ -52,17 +52,17 @@ def build(folder: Path, metrics: Path | None = None, ledger: Path | None = None)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist.")
     versions.refuse_model(folder)
-    found = dict(_read_versions(folder))
+    published = dict(_read_versions(folder))
     records = read_records(ledger or folder / NAME)
     rows = _read_rows(metrics or folder.parent / "metrics.jsonl")
     latest, best = (pointers.named(folder / name) for name in (pointers.LATEST, versions.BEST))
     parts = [
         f"<h1>{escape(str(folder))}</h1>",
-        f"<p>{_summary(folder, found, latest, best)}</p>",
+        f"<p>{_summary(folder, published, latest, best)}</p>",
         '<div class="charts">',
         *_charts(records, rows),
         "</div><h2>Versions</h2>",
-        _table(*_version_rows(folder, found, best)),
+        _table(*_version_rows(folder, published, best)),
         "<h2>Evaluations</h2>",
         _table(*_record_rows(records, best)),
         "<h2>Leases</h2>",
@@ -103,8 +103,8 @@ def _read_versions(folder: Path) -> Iterator[tuple[str, Facts]]:
             saved = manifest.read(path) or manifest.Manifest()
             facts = versions.facts_of(saved)
             if facts is not None:
-                nbytes = sum(entry.get("size", 0) for entry in saved.files.values())
-                yield path.name, facts | {"bytes": nbytes}
+                facts["bytes"] = sum(file.get("size", 0) for file in saved.files.values())
+                yield path.name, facts
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
@@ -125,11 +125,14 @@ def _flat(prefix: str, values: Any) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _summary(folder: Path, found: dict[str, Facts], latest: str | None, best: str | None) -> str:
-    total = sum(facts["bytes"] for facts in found.values())
-    texts = [f"{len(found)} versions, {size(total)}"]
+def _summary(
+    folder: Path, published: dict[str, Facts], latest: str | None, best: str | None
+) -> str:
+    texts = [
+        f"{len(published)} versions, {size(sum(facts['bytes'] for facts in published.values()))}"
+    ]
     texts += [f"{word} {name}" for word, name in (("latest", latest), ("best", best)) if name]
-    for newest in list(found.values())[-1:]:
+    for newest in list(published.values())[-1:]:
         texts += [
             f"{newest.get('average')}",
             f"step {newest.get('step')}",
@@ -142,10 +145,10 @@ def _summary(folder: Path, found: dict[str, Facts], latest: str | None, best: st
 
 
 def _version_rows(
-    folder: Path, found: dict[str, Facts], best: str | None
+    folder: Path, published: dict[str, Facts], best: str | None
 ) -> tuple[list[str], list[Row]]:
-    given = {name: facts.get("metrics") or {} for name, facts in found.items()}
-    live = sorted({key for each in given.values() for key in each})
+    given = {name: facts.get("metrics") or {} for name, facts in published.items()}
+    live = sorted({key for metrics in given.values() for key in metrics})
     leased = [path.name.rpartition(".")[0] for path in leases.read_all(folder)]
     rows = [
         (
@@ -156,33 +159,33 @@ def _version_rows(
                 *map(given[name].get, live),
             ],
         )
-        for name, facts in found.items()
+        for name, facts in published.items()
     ]
     return ["version", "step", "clock", "size", "leases", *live], rows
 
 
 def _record_rows(records: Sequence[Record], best: str | None) -> tuple[list[str], list[Row]]:
-    names = sorted({name for each in records for name in each.metrics})
+    names = sorted({name for record in records for name in record.metrics})
     rows = [
         (
-            versions.name_of(each.version) == best,
+            versions.name_of(record.version) == best,
             [
-                *(each.task, each.version, each.step, each.state, each.attempts),
-                f"{each.seconds:.1f}",
-                *map(each.metrics.get, names),
-                each.error,
+                *(record.task, record.version, record.step, record.state, record.attempts),
+                f"{record.seconds:.1f}",
+                *map(record.metrics.get, names),
+                record.error,
             ],
         )
-        for each in records
+        for record in records
     ]
     return ["task", "version", "step", "state", "attempts", "seconds", *names, "error"], rows
 
 
 def _lease_rows(folder: Path) -> list[Row]:
-    facts = {path: leases.lease_facts(held) for path, held in leases.read_all(folder).items()}
+    facts = ("host", "pid", "expiry")
     return [
-        (False, [path.name.rpartition(".")[0], *map(each.get, ("host", "pid", "expiry"))])
-        for path, each in facts.items()
+        (False, [path.name.rpartition(".")[0], *map(leases.lease_facts(held).get, facts)])
+        for path, held in leases.read_all(folder).items()
     ]
 
 
@@ -190,17 +193,17 @@ def _lease_rows(folder: Path) -> list[Row]:
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else "" if value is None else str(value)
-    return escape(text)
+    if value is None:
+        return ""
+    return escape(f"{value:.6g}" if isinstance(value, float) else str(value))
 
 
 def _table(header: Sequence[str], rows: Sequence[Row]) -> str:
-    """Rows with whether each is the best."""
     if not rows:
         return "<p>none</p>"
-    head = "".join(f"<th>{_cell(each)}</th>" for each in header)
+    head = "".join(f"<th>{_cell(title)}</th>" for title in header)
     body = [
-        f"<tr{' class=best' * best}>{''.join(f'<td>{_cell(each)}</td>' for each in cells)}</tr>"
+        f"<tr{' class=best' * best}>{''.join(f'<td>{_cell(value)}</td>' for value in cells)}</tr>"
         for best, cells in rows
     ]
     return f"<table><tr>{head}</tr>{''.join(body)}</table>"
@@ -208,7 +211,7 @@ def _table(header: Sequence[str], rows: Sequence[Row]) -> str:
 
 def _charts(records: Sequence[Record], rows: Sequence[dict[str, float]]) -> Iterator[str]:
     """Charts of evaluations over steps, live beside average, and of the training's rows."""
-    names = sorted({name for each in records for name in each.metrics})
+    names = sorted({name for record in records for name in record.metrics})
     for name in names:
         if not (name.startswith("live_") and name[5:] in names):
             yield _chart(name, *curves(records, name))
@@ -217,20 +220,16 @@ def _charts(records: Sequence[Record], rows: Sequence[dict[str, float]]) -> Iter
     for key in keys:
         other = key.replace("ema.", "live.", 1)
         if key.startswith("ema.") and other in keys:
-            pair = _over(rows, clock, key), _over(rows, clock, other)
-            yield _chart(key[4:], *pair)
+            yield _chart(key[4:], _over(rows, clock, key), _over(rows, clock, other))
         elif key.rpartition(".")[2] in ("distance", "decay"):
             yield _chart(key, _over(rows, clock, key), [])
 
 
 def _over(rows: Iterable[dict[str, float]], clock: str | None, key: str) -> Points:
-    """A key of the training's rows over the clock."""
-    pairs = enumerate(rows)
-    return [(row.get(clock or "", i), row[key]) for i, row in pairs if key in row]
+    return [(row.get(clock or "", i), row[key]) for i, row in enumerate(rows) if key in row]
 
 
 def _chart(title: str, average: Points, live: Points) -> str:
-    """An SVG of one or two curves."""
     points = [*average, *live]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
@@ -251,10 +250,9 @@ def _chart(title: str, average: Points, live: Points) -> str:
         for x, y, anchor, text in texts
     )
     axes = '<path d="M50 20V165H300" fill="none" stroke="currentColor" stroke-opacity=".4"/>'
-    drawing = f"{axes}{labels}{curve('b', live)}{curve('a', average)}"
     name = escape(title)
     legend = ": <span class=a>average</span>, <span class=b>live</span>" if live else ""
     return (
         f'<figure><figcaption>{name}{legend}</figcaption><svg viewBox="0 0 320 200" role="img" '
-        f'aria-label="{name}">{drawing}</svg></figure>'
+        f'aria-label="{name}">{axes}{labels}{curve("b", live)}{curve("a", average)}</svg></figure>'
     )

@@ -80,14 +80,17 @@ def expressible(run: Snapshots, at: float | None = None) -> tuple[float, float]:
     Raises:
         ValueError: The snapshots express no width well.
     """
-    widths = np.geomspace(0.01, 0.28, 40)
-    fine = [s for s in widths if run.fit(Power(sigma_rel=float(s)), at).residual <= WARNED]
+    fine = [
+        sigma
+        for sigma in map(float, np.geomspace(0.01, 0.28, 40))
+        if run.fit(Power(sigma_rel=sigma), at).residual <= WARNED
+    ]
     if not fine:
         raise ValueError(
             f"no width can be mixed from these snapshots within {WARNED:.0%}. Store more of them, "
             "or averages nearer to what you look for."
         )
-    return float(fine[0]), float(fine[-1])
+    return fine[0], fine[-1]
 
 
 def sweep(
@@ -155,10 +158,12 @@ def sweep(
     bracket, tried = _search(rate, *limits, evaluations, sign)
     best = min(tried, key=lambda candidate: sign * candidate.mean)
     write(out / BEST, sigma_rel=best.sigma_rel)
-    interval = _interval(tried, bracket, limits, sign)
-    edge = bracket[0] == limits[0] or bracket[1] == limits[1]
-    tried.sort(key=lambda candidate: candidate.sigma_rel)
-    return SweepReport(tried, best, interval, edge)
+    return SweepReport(
+        sorted(tried, key=lambda candidate: candidate.sigma_rel),
+        best,
+        _interval(tried, bracket, limits, sign),
+        at_the_edge=bracket[0] == limits[0] or bracket[1] == limits[1],
+    )
 
 
 def _search(

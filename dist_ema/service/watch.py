@@ -32,8 +32,9 @@ Work: TypeAlias = Callable[[Version], Outcome]
 
 def run_command(command: str, version: Version) -> Outcome:
     """Run a shell command for a version; {path}, {step} and {version} in it are replaced."""
-    facts = {"path": version.path, "step": version.step, "version": version.number}
-    return run_shell(command, facts)
+    return run_shell(
+        command, {"path": version.path, "step": version.step, "version": version.number}
+    )
 
 
 def run_shell(command: str, facts: Mapping[str, object]) -> Outcome:
@@ -162,7 +163,6 @@ class Watch:
             self._ledger.give_back()
 
     def _candidates(self) -> dict[int, Path]:
-        """The versions that may be worked on, by number."""
         numbered = list(versions.numbered(self._folder).items())[-1 if self._newest else 0 :]
         self._seen = max((number for number, _ in numbered), default=0)
         return {number: path for number, path in numbered if self._id(path) != _PASSED_OVER}
@@ -176,9 +176,10 @@ class Watch:
     def _take(self, path: Path) -> Version | None:
         """The version, leased and claimed; None where there is nothing to do."""
         version, new = open_version(path, self._expiry), self._id(path) is None
-        key = _PASSED_OVER if version is None else str(version.metadata["id"])
         with suppress(OSError):
-            self._known[path.name, path.stat().st_mtime_ns] = key
+            self._known[path.name, path.stat().st_mtime_ns] = (
+                _PASSED_OVER if version is None else str(version.metadata["id"])
+            )
         if version is None:
             return None
         if new:
