@@ -139,18 +139,13 @@ def _last(text: str) -> str:
 def check_torch(facts: Mapping[str, Any]) -> Iterator[Check]:
     kind = facts["accelerator"]
     devices = ", ".join(sorted(set(facts["devices"])))
-    built = (
-        f"CUDA {facts['cuda']}"
-        if facts["cuda"]
-        else f"ROCm {facts['hip']}"
-        if facts["hip"]
-        else "CPU only"
-    )
+    builds = {"CUDA": facts["cuda"], "ROCm": facts["hip"]}
+    built = next((f"{name} {version}" for name, version in builds.items() if version), "CPU only")
     if kind:
         yield Check(
             "accelerator", "ok", f"{len(facts['devices']) or ''} {kind} {devices} ({built})".strip()
         )
-    elif facts["cuda"] or facts["hip"]:
+    elif any(builds.values()):
         yield Check(
             "accelerator",
             "note",
