@@ -131,9 +131,10 @@ class Blend:
         dtype = self._dtype(name)
         size = safetensors.ITEMSIZE[dtype]
         data, step = memory[: count * size], STEP // 2 if dtype == "C64" else STEP
-        factors = {factor for _, factor in terms}
         # A sum of float64 could be infinite where that of products is not.
-        is_mean = len(factors) == 1 and all(reading.dtype != "F64" for reading, _ in terms)
+        is_mean = len({factor for _, factor in terms}) == 1 and all(
+            reading.dtype != "F64" for reading, _ in terms
+        )
         for begin in range(0, count, step):
             total: Any = None
             n = min(step, count - begin)

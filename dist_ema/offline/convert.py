@@ -134,12 +134,10 @@ def _choose(request: ConvertRequest, tree: foreign_trees.ObjectTree) -> FoundAve
                 "key."
             )
     what = "an average" if request.kind in ("auto", "dcp") else f"what {request.kind} writes"
-    there = (
-        f"It holds {_listed(found)}: choose one by its key"
-        if found
-        else "It holds no table of tensors"
+    raise ValueError(
+        f"{request.source} does not show {what}. It holds "
+        + (f"{_listed(found)}: choose one by its key." if found else "no table of tensors.")
     )
-    raise ValueError(f"{request.source} does not show {what}. {there}.")
 
 
 def _listed(found: Sequence[FoundAverage]) -> str:
@@ -298,8 +296,11 @@ def _aliases(weights: Mapping[str, Leaf]) -> dict[str, str]:
     for name, leaf in weights.items():
         # Empty tensors share no memory that could tell them to be one.
         first.setdefault(leaf.key if 0 not in leaf.shape else id(leaf), name)
-    names = {name: first.get(leaf.key, name) for name, leaf in weights.items()}
-    return {alias: name for alias, name in names.items() if alias != name}
+    return {
+        alias: first[leaf.key]
+        for alias, leaf in weights.items()
+        if first.get(leaf.key, alias) != alias
+    }
 
 
 # --- what goes out --------------------------------------------------------------------------------

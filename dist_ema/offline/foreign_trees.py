@@ -66,8 +66,12 @@ def _open_dcp(folder: torch_dcp.Folder) -> ObjectTree:
             if not isinstance(node, dict):
                 raise ValueError(f"{folder.path}: {name} lies inside another tensor.")
         node[last] = leaf
-    left = {name: why for name, why in folder.others.items() if name not in folder.unsupported}
-    return ObjectTree(_lists(root), "dcp", False, folder.unsupported, left)
+    return ObjectTree(
+        _lists(root),
+        "dcp",
+        unsupported=folder.unsupported,
+        left={name: why for name, why in folder.others.items() if name not in folder.unsupported},
+    )
 
 
 def _lists(node: Any) -> Any:

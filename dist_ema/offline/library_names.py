@@ -36,9 +36,8 @@ def reverted(model: sources.Source, checked: sums.Checked, like: str | Path) -> 
     """
     path = Path(like, "config.json")
     with sources.open_model(like) as pattern:
-        is_named = pattern.entries.keys() <= {*model.entries, *model.aliases}
-    if is_named or not path.exists():
-        return None
+        if pattern.entries.keys() <= {*model.entries, *model.aliases} or not path.exists():
+            return None
     architecture = (json.loads(path.read_bytes()).get("architectures") or [""])[0]
     try:
         import transformers

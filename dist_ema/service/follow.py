@@ -1,4 +1,4 @@
-"""Follow a folder of published versions: each one once, whole, and leased while it is in use.
+"""`follow`: published versions as they come, each one once, whole, and leased while it is in use.
 
     for version in dist_ema.follow("run/published"):
         version.load_into(model)

@@ -1,4 +1,4 @@
-"""The ledger: what was done with each version, in SQLite, so that it is done once. No torch.
+"""`Ledger`: what was done with each version, in SQLite, so that it is done once. No torch.
 
 [Note: claims]  A row is a task and a version, and the primary key lets one watcher insert it. The
 owner of a row that runs increments its beat. A watcher that sees a beat stand still for `expiry`

@@ -1,4 +1,4 @@
-"""Tell an inference server that a version is there, in the server's own terms. No torch.
+"""`notify`: an inference server (SGLang, vLLM) is told, in its own terms, of a version. No torch.
 
 SGLang takes {"model_path", "weight_version"} at /update_weights_from_disk, and answers with
 "success" and a "message". vLLM takes {"method": "reload_weights", "kwargs": {"weights_path"}} at

@@ -1,6 +1,7 @@
-"""One page to look at: the published versions of a run, as HTML that needs no network. No torch.
+"""One HTML page of a run: its published versions, evaluations, leases and charts. No torch.
 
-Every text on it comes from files that others wrote, so all of it passes through `escape`.
+It needs no network. Every text on it comes from files that others wrote, so all of it passes
+through `escape`.
 """
 
 from __future__ import annotations

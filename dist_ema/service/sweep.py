@@ -1,4 +1,4 @@
-"""Which decay is best, after training: reconstruct, evaluate, narrow down. No torch.
+"""`sweep`: golden-section search for the best sigma_rel after training, by evaluations. No torch.
 
 [Note: search]  The metric is taken as a function of log(sigma_rel) with one least value. Golden
 section narrows it down with one evaluation a step: of two inner points the worse becomes an end.

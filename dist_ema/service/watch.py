@@ -1,7 +1,7 @@
-"""Do something with every published version, once, over restarts and several watchers. No torch.
+"""`Watch`: a command for every published version, once, over restarts and several watchers.
 
 A watcher leases a version, claims it in the ledger, runs its work, records the outcome, and only
-then releases it ([Note: claims] in ledger).
+then releases it ([Note: claims] in ledger). No torch.
 """
 
 from __future__ import annotations
