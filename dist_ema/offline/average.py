@@ -84,6 +84,7 @@ def average(
         for model in models:
             stack.enter_context(model)
             sources.refuse_unsupported(model)
+        # It gives names, aliases, and whatever has no mean.
         last = models[-1]
         same_weights.refuse_different(models, last)
         # Counters and indices have no mean.

@@ -98,6 +98,7 @@ def plan(request: ConvertRequest, stack: ExitStack) -> ConvertPlan:
     notes = [f"took {_title(found)}: {found.why}"]
     if not found.average:
         notes.append("nothing in it says that it is an average")
+    # What cannot be converted elsewhere in the checkpoint does no harm.
     lost = [
         name for name in tree.unsupported if name.startswith(f"{found.key}." if found.key else "")
     ]
@@ -258,6 +259,7 @@ def _rest(
     """The live model beside the average, for what is not averaged."""
     if request.rest is not None:
         return {**recognise.at(tree.root, request.rest).weights, **found.rest}
+    # In the others the average is a whole model, or names what lies beside it.
     if found.kind != "dist-ema" or request.averaged_only:
         return found.rest
     live = [

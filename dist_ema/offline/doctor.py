@@ -258,7 +258,7 @@ def self_test(timeout: float) -> Check:
         finally:
             for rank in ranks:
                 rank.kill()
-                rank.communicate()
+                rank.communicate()  # so that none is left as a zombie
         failures = list(_failures(codes, Path(folder), timeout))
     if failures:
         return Check("self-test", "problem", "; ".join(failures))
@@ -284,6 +284,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], until: float) -> list[int | None
         codes = [rank.poll() for rank in ranks]
         if None not in codes:
             return codes
+        # The first error is often that of the rank which waited, not of the one to blame.
         if any(codes):
             until = min(until, time.monotonic() + _GRACE)
         time.sleep(0.05)

@@ -95,6 +95,7 @@ def _round(
         model(torch.randn(4, 5)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        # A new average holds the live weights, and gathers them whole on the first rank.
         live = EMA(model, 0.5).gather()
         want = {key: value.lerp(live[key], 0.5) if live else value for key, value in want.items()}
     begin(f"{name}: compare with full weights")

@@ -65,7 +65,7 @@ def _by_shape(found: FoundAverage, parameters: Mapping[str, Leaf]) -> dict[str, 
     by_shape = defaultdict[tuple[int, ...], list[str]](list)
     for name, leaf in parameters.items():
         by_shape[leaf.shape].append(name)
-    _pair(found, list(parameters))
+    _pair(found, list(parameters))  # which refuses another number of them
     for shadow in found.nameless:
         fits = by_shape[shadow.shape]
         if len(fits) != 1:

@@ -49,6 +49,7 @@ def reverted(model: sources.Source, checked: sums.Checked, like: str | Path) -> 
     import torch
 
     config = transformers.AutoConfig.from_pretrained(like)
+    # Its names and shapes are asked for, so it needs no memory.
     with torch.device("meta"):
         library_model = getattr(transformers, architecture)(config)
 
@@ -78,6 +79,7 @@ class Reverted:
         self.path, self._checked, self._revert, self._dtypes = model.path, checked, revert, DTYPES
         self.owners, self.entries, self.aliases = dict[str, str](), {}, {}
         names = dict[str, str]()
+        # Weights first: an alias is saved as the further name of what its weight is saved as.
         for name in chain(model.entries, model.aliases):
             entry = model.entries[model.aliases.get(name, name)]
             empty = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")

@@ -121,6 +121,7 @@ def format_schedule(spec: Any) -> str:
 
 def format_clock(clock: Mapping[str, Any]) -> str:
     """The clock as text, `now` first."""
+    # Sorting is stable: the other counters keep their order.
     counters = dict(sorted(clock.items(), key=lambda item: item[0] != "now"))
     started = counters.pop("started", True)
     return listed(counters) + ("" if started else ", not started")
@@ -133,6 +134,7 @@ def _code(text: str) -> str:
 
 def write_into(page: bytes, section: str) -> bytes:
     """The page with the section in place of an earlier one, else at its end. Other bytes stay."""
+    # Bytes, because a card may be in any encoding.
     text = section.encode()
     begin, end = re.escape(BEGIN.encode()), re.escape(END.encode())
     earlier = re.search(rb"%b(?:(?!%b).)*?%b" % (begin, begin, end), page, re.DOTALL)

@@ -119,6 +119,7 @@ def pace(
 
 def _sound(of: Pace) -> Pace:
     """The same, if its decay has not rounded to 0 or 1, and no number in it is infinite."""
+    # A decay of 1 - 1e-17 is 1 in float64, and every number below would divide by 0.
     if not 0 < of.decay < 1:
         raise ValueError(
             f"these numbers make a decay of {of.decay:g} per step; it must lie between 0 and 1."
@@ -227,7 +228,7 @@ def cost(
 def plot(path: str, of: Pace, other: Pace | None = None) -> None:
     """Draw the impulse response (the share of an update, by its age) and the decay, as a PNG."""
     with plotting.panels(path, 2) as (left, right):
-        length = of.length or 12 * of.half_life
+        length = of.length or 12 * of.half_life  # after which 0.02 % of the start is left
         lines: list[tuple[str, Schedule]] = [(f"constant {of.decay:.6g}", Constant(of.decay))]
         if of.gamma is not None:
             lines.append((f"power, sigma_rel {of.sigma_rel:.3g}", Power(gamma=of.gamma)))

@@ -158,6 +158,7 @@ def report_on(path: str | Path) -> ModelReport:
         file = safetensors.read_header(path)
     except OSError as error:
         raise ValueError(sentence(error)) from None
+    # Other writers put texts of their own there, which name no weight.
     aliases = {alias: name for alias, name in file.metadata.items() if name in file.entries}
     return ModelReport(
         str(path),

@@ -35,6 +35,7 @@ def is_equal(model: Weights, name: str, other: Weights, its_name: str) -> bool:
         pairs = zip(windows(model, name), windows(other, its_name), strict=True)
         return all(bool((one == two).all()) for one, two in pairs)
     finally:
+        # Or a comparison of 100 models would leave the files of all open.
         model.close()
         other.close()
 

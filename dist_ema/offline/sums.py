@@ -136,7 +136,7 @@ class Checked:
             name: crc32.RangeSum(file.size)
             for name, file in (self._summed.files.items() if self._summed else ())
         }
-        self._lock = Lock()
+        self._lock = Lock()  # of the sums: several threads read one model
         self._seen: dict[tuple[str, str], int] = {}  # (file, weight) -> bytes in its sum
 
     def windows(self, name: str) -> Iterator[FileWindow]:

@@ -132,6 +132,7 @@ class Follower:
 
     async def __anext__(self) -> Version:
         self._asked = time.monotonic()
+        # In a thread: a network file system may hold up the event loop for seconds.
         while (version := await asyncio.to_thread(self._next_version)) is None:
             if self._is_over:
                 raise StopAsyncIteration
@@ -140,6 +141,7 @@ class Follower:
 
     @property
     def _is_over(self) -> bool:
+        # The stop file counts when every version before it was handed out.
         waited = time.monotonic() - self._asked
         return waited > self._timeout or versions.is_stopped(self._folder, self._last)
 

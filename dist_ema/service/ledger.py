@@ -124,6 +124,7 @@ class Ledger:
         key, facts = str(version.metadata["id"]), version.metadata
         live = json.dumps(facts.get("metrics", {}))
         with _transaction(self._path) as db:
+            # The primary key lets one watcher in.
             added = db.execute(
                 "INSERT OR IGNORE INTO records VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0, 0, '{}', '')",
                 (self._task, key, version.number, version.step, live, RUNNING, self._owner),
@@ -246,6 +247,7 @@ def _transaction(path: Path, lock: str = "IMMEDIATE") -> Iterator[sqlite3.Connec
     """
     try:
         # NOTE: a connection for each transaction, because network file systems flush at close.
+        # isolation_level: sqlite3 would begin by itself, without the lock that is asked for.
         with closing(sqlite3.connect(path, PATIENCE, isolation_level=None)) as db:
             db.execute(f"BEGIN {lock}")
             yield db

@@ -89,7 +89,7 @@ def _post(url: str, body: dict[str, Any], timeout: float) -> str:
         try:
             with urlopen(Request(url, data, headers), timeout=timeout) as answer:
                 text = answer.read(1 << 20).decode(errors="replace")
-        except HTTPError as error:
+        except HTTPError as error:  # an answer too: its body says why
             text = error.read(1 << 20).decode(errors="replace")
             return f"HTTP {error.code}: {_message(text)}"
     except (OSError, HTTPException) as error:  # the latter of an answer that is cut short

@@ -89,6 +89,7 @@ def serve(port: int, folder: Path, metrics: Path | None, ledger: Path | None) ->
         def log_message(self, *_: Any) -> None:
             pass
 
+    # This machine alone: nobody is asked for a password.
     with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server, suppress(KeyboardInterrupt):
         print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
         server.serve_forever()
@@ -234,6 +235,7 @@ def _chart(title: str, average: Points, live: Points) -> str:
     points = [*average, *live]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    # A single point, and a flat curve, have no extent to divide by.
     wide, tall = (right - left) or 1, (high - low) or 1
 
     def curve(kind: str, pairs: Points) -> str:

@@ -140,12 +140,14 @@ def sweep(
 
     def rate(position: float) -> Candidate:
         """The candidate at log(sigma_rel), written, evaluated, recorded and removed."""
+        # Rounded, so that a sweep that goes on finds it among what was evaluated.
         sigma = float(f"{math.exp(position):.4g}")
         place, values = out / f"candidate-{sigma:g}", known.get(sigma, ())
         if len(values) < repeats:
             write(place, sigma_rel=sigma)
             for _ in range(repeats - len(values)):
                 known[sigma] = (*known.get(sigma, ()), evaluate(place, sigma))
+                # After every value: an interrupted sweep repeats none.
                 table = {str(width): list(candidate) for width, candidate in known.items()}
                 disk.ensure(out)
                 atomic.replace_file(
@@ -174,6 +176,7 @@ def _search(
     at_left, at_right = rate(left), rate(right)
     tried = [at_left, at_right]
     while len(tried) < evaluations:
+        # One of the two inner points of a step is an inner point of the next.
         apart = sign * (at_right.mean - at_left.mean)
         if apart == 0 or abs(apart) < 2 * math.hypot(at_left.error, at_right.error):
             break
@@ -203,6 +206,7 @@ def _interval(
         abs(math.log(candidate.sigma_rel / best.sigma_rel)): candidate for candidate in tried
     }
     nearest = [distances[distance] for distance in sorted(distances)][:NEAREST]
+    # A parabola goes through three points exactly, and leaves no scatter to measure.
     if len(nearest) > 3:
         x = np.log([candidate.sigma_rel for candidate in nearest])
         y = sign * np.array([candidate.mean for candidate in nearest])

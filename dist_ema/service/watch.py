@@ -50,7 +50,7 @@ def run_shell(command: str, facts: Mapping[str, object]) -> Outcome:
     done = subprocess.run(
         command,
         shell=True,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,  # a command that asks would wait for ever
         capture_output=True,
         text=True,
         errors="replace",  # what a command prints must not end the watcher
@@ -141,6 +141,7 @@ class Watch:
                         return
                     time.sleep(self._poll)
             except BaseException:
+                # The pool waits for its jobs, which would go on to retry.
                 self._over.set()
                 raise
 
@@ -149,6 +150,7 @@ class Watch:
         """Claims and leases stay alive while the block runs; those that it leaves are given up."""
 
         def beat() -> None:
+            # Some may be late before another watcher takes the row over.
             while not self._over.wait(self._expiry / 4):
                 with suppress(OSError):  # the next one comes before the expiry
                     self._ledger.beat()
