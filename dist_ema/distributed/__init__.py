@@ -1,3 +1,3 @@
-"""Ranks: messages over the store, bytes over the process group."""
+"""Ranks together: messages over the store, bytes over collectives and TCP connections."""
 
 __all__ = ()

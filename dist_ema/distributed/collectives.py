@@ -87,13 +87,13 @@ def broadcast(
         # Summed as int32: a byte is 0 on all ranks but one, so nothing is carried.
         words = torch.zeros(-(-size // 4), dtype=torch.int32, device=device)
         parts = words.view(torch.uint8)[:size].split([len(view) for view in views])
-        entries = list(zip(window, parts, strict=True))
-        _copy([(part, view) for (source, view), part in entries if source == rank])
+        runs_with_parts = list(zip(window, parts, strict=True))
+        _copy([(part, view) for (source, view), part in runs_with_parts if source == rank])
         if len({source for source, _ in window}) == 1:
             wait_for(dist.broadcast(words, root, group=group, async_op=True))
         else:
             wait_for(dist.all_reduce(words, group=group, async_op=True))
-        _copy([(view, part) for (source, view), part in entries if source != rank])
+        _copy([(view, part) for (source, view), part in runs_with_parts if source != rank])
     for collective in in_flight:
         wait_for(collective)
 
@@ -146,15 +146,15 @@ def stream_to_all(
 
     def work() -> None:
         table = [n for number, offsets, data in blocks for n in (number, *offsets, *data.shape)]
-        device, nbytes = ranks.transfer_device(), sum(each.data.nbytes for each in blocks)
+        device, nbytes = ranks.transfer_device(), sum(block.data.nbytes for block in blocks)
         amounts = torch.zeros(ranks.size, 2, dtype=torch.int64, device=device)
         amounts[ranks.rank] = torch.tensor([len(table), nbytes], device=device)
         # Every rank learns who sends how much, in one collective of 16 bytes per rank.
         ranks.sum(amounts)
         for sources, lengths in _batches(amounts.tolist()):
             own = table if ranks.rank in sources else []
-            places = _tables_of(ranks, sources, lengths, own, dims)
-            _stream(ranks, places, blocks if own else [], dtypes, consume)
+            headers = _headers_of(ranks, sources, lengths, own, dims)
+            _stream(ranks, headers, blocks if own else [], dtypes, consume)
 
     if ranks.size == 1:
         for block in blocks:
@@ -173,7 +173,7 @@ def _batches(amounts: list[list[int]]) -> Iterator[tuple[range, list[int]]]:
             begin, total = rank + 1, 0
 
 
-def _tables_of(
+def _headers_of(
     ranks: Ranks, sources: range, lengths: list[int], own: list[int], dims: Sequence[int]
 ) -> list[_BlockHeader]:
     """The blocks of some ranks, in their order."""
@@ -183,42 +183,45 @@ def _tables_of(
     if own:
         parts[ranks.rank - sources[0]].copy_(torch.tensor(own, device=device))
     ranks.sum(numbers)
-    places = []
+    headers = []
     for source, part in zip(sources, parts, strict=True):
         numbers_left = iter(part.tolist())
         for number in numbers_left:
             offsets, shape = (tuple(islice(numbers_left, dims[number])) for _ in range(2))
-            places.append(_BlockHeader(source, number, offsets, shape))
-    return places
+            headers.append(_BlockHeader(source, number, offsets, shape))
+    return headers
 
 
 def _stream(
     ranks: Ranks,
-    places: Sequence[_BlockHeader],
+    headers: Sequence[_BlockHeader],
     own: Sequence[Block],
     dtypes: Sequence[torch.dtype],
     consume: Consume,
 ) -> None:
-    """Hand the blocks at `places` to `consume`; this rank sends `own`."""
-    sizes = [math.prod(place.shape) * dtypes[place.number].itemsize for place in places]
+    """Hand the blocks with these headers to `consume`; this rank sends `own`."""
+
+    def nbytes(header: _BlockHeader) -> int:
+        return math.prod(header.shape) * dtypes[header.number].itemsize
+
+    own_blocks = iter(own)
     # Alike for sender and receiver.
-    windows, own_blocks = list(packs(range(len(sizes)), sizes.__getitem__, STREAM)), iter(own)
-    longest = max((sum(sizes[i] for i in window) for window in windows), default=0)
+    windows = list(packs(headers, nbytes, STREAM))
+    longest = max((sum(map(nbytes, window)) for window in windows), default=0)
     # NOTE: allocated once. Were it freed in between, the allocator would not find the place again.
     scratch = torch.empty(-(-longest // 4), dtype=torch.int32, device=ranks.transfer_device())
     for window in windows:
-        words = scratch[: -(-sum(sizes[i] for i in window) // 4)].zero_()
-        raw = words.view(torch.uint8)[: sum(sizes[i] for i in window)]
-        entries = list(zip(window, raw.split([sizes[i] for i in window]), strict=True))
-        for i, part in entries:
-            if places[i].source == ranks.rank:
+        lengths = [nbytes(header) for header in window]
+        words = scratch[: -(-sum(lengths) // 4)].zero_()
+        parts = words.view(torch.uint8)[: sum(lengths)].split(lengths)
+        for header, part in zip(window, parts, strict=True):
+            if header.source == ranks.rank:
                 part.copy_(next(own_blocks).data.contiguous().view(-1).view(torch.uint8))
-        if len({places[i].source for i in window}) == 1:
-            ranks.broadcast(words, places[window[0]].source)
+        if len({header.source for header in window}) == 1:
+            ranks.broadcast(words, window[0].source)
         else:
             ranks.sum(words)
-        for i, part in entries:
-            _, number, offsets, shape = places[i]
+        for (_, number, offsets, shape), part in zip(window, parts, strict=True):
             dtype = dtypes[number]
             # NOTE: a view of another dtype needs an offset that its size divides.
             aligned = part if part.storage_offset() % dtype.itemsize == 0 else part.clone()

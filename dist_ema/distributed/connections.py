@@ -66,19 +66,19 @@ class Connections:
         # One table on the first rank; the others read the column that they send to.
         coordinator.gather(verb, [port, *addresses], self._publish)
 
-    def _publish(self, table: list[Any]) -> None:
+    def _publish(self, ports_and_addresses: list[Any]) -> None:
         """Write the addresses of each column, on the first rank."""
         for number in range(self._machines.width):
             column = self._machines.column(number)
-            text = pack([[rank, *table[rank]] for rank in column])
+            text = pack([[rank, *ports_and_addresses[rank]] for rank in column])
             self._coordinator.store.set(f"column/{number}", text)
             self._coordinator.messages.keep(f"column/{number}")
 
     def _address(self, rank: int) -> tuple[int, list[str]]:
         column = self._machines.columns[rank]
         if column not in self._known:
-            table = unpack(self._coordinator.store.get(f"column/{column}"))
-            self._known[column] = {other: (port, addresses) for other, port, *addresses in table}
+            rows = unpack(self._coordinator.store.get(f"column/{column}"))
+            self._known[column] = {other: (port, addresses) for other, port, *addresses in rows}
         return self._known[column][rank]
 
     # --- sending ---------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Connections:
         Raises:
             RuntimeError: The other rank died, or failed to consume; or the transfer has ended.
         """
-        error, peer = b"", rank if relay is None else relay
+        peer = rank if relay is None else relay
         try:
             with self._patiently(peer, rank) as connection:
                 stream = Stream(connection, lambda moved: self._refuse_stall(peer, moved))

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from .bounded_store import BoundedStore, clone, ends, run_beside, store_is_silent
+from .diagnosis import names
 
 __all__ = ["together"]
 
@@ -54,11 +55,11 @@ def together(
         raise RuntimeError(f"{doing}: {store_is_silent(error)}") from error
     if future.done() and not absent:
         return future.result()
-    names = f"rank{'s' * (len(absent) > 1)} {', '.join(map(str, absent))}" if absent else "a rank"
+    who = names(absent) if absent else "a rank"
     cause = f"within {timeout:g} s"
     if future.done():
         cause = f"({str(future.exception()).split('. ')[0]})"  # gloo's first sentence
-    raise RuntimeError(f"{doing} is collective, and {names} did not come {cause}.")
+    raise RuntimeError(f"{doing} is collective, and {who} did not come {cause}.")
 
 
 def _absent(

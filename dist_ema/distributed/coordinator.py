@@ -3,8 +3,7 @@
 [Note: check in]  Exchanges are numbered, alike on every rank. Each has a counter in the store
 ([Note: counter] in messages):
 
-    run_on_all       each rank counts itself, with a flag if it failed, and waits until all are
-                     counted
+    run_on_all       each rank counts itself, with a flag if it failed, and waits for all
     run_and_reduce   each rank counts itself and writes one message. Ranks form a tree: a rank waits
                      for the messages of at most FAN_IN others, and combines them with its own. The
                      first rank publishes what came out.
@@ -27,7 +26,6 @@ from typing import Any, TypeVar
 from . import diagnosis
 from .bounded_store import store_errors
 from .diagnosis import Exchange, error_text
-from .messages import FLAG
 from .waiting import Waiting
 
 __all__ = ["Combine", "StoreCoordinator"]
@@ -38,10 +36,6 @@ Combine = Callable[[list[Any]], Any]
 FAN_IN = 8  # messages that one rank combines with its own
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 class StoreCoordinator(Waiting):
     """Exchanges of JSON messages among ranks, over a key-value store ([Note: check in]).
 
@@ -49,8 +43,8 @@ class StoreCoordinator(Waiting):
         store: Holds the messages. None for a world of one.
         members: The global ranks.
         rank: The index of this process in `members`.
-        timeout: Seconds that a rank waits for the others to enter a verb. Inside the verb it counts
-            from the last heartbeat or window of bytes. It may be set later.
+        timeout: Seconds to wait for the others to enter a verb. Inside it they count from the last
+            heartbeat or window of bytes. May be set later.
         heartbeat_store: Another connection to `store`, for heartbeats.
 
     Attributes:
@@ -66,10 +60,9 @@ class StoreCoordinator(Waiting):
         timeout: float = 300.0,
         heartbeat_store: Any = None,
     ) -> None:
-        assert len(members) < FLAG, "the counter has 15 bits for the ranks"
         super().__init__(store, members, rank, timeout, heartbeat_store)
         self.number, self.verb, self._step = 0, "", 0
-        self._is_compared = False
+        self._arguments = 0  # a digest that the next exchange compares
         self._last = Exchange(0, "", 0)
 
     # --- verbs -----------------------------------------------------------------------------------
@@ -88,7 +81,9 @@ class StoreCoordinator(Waiting):
 
     def compare(self, arguments: dict[str, Any]) -> None:
         """Have the next exchange raise ValueError where the arguments differ between ranks."""
-        self.messages.arguments, self._is_compared = diagnosis.texts(arguments), False
+        texts = {name: diagnosis.argument_text(value) for name, value in arguments.items()}
+        self.messages.arguments = texts
+        self._arguments = diagnosis.digest(sorted(texts.items()))
 
     def run_on_all(self, verb: str, work: Callable[[], T]) -> T:
         """Do `work` on every rank, and wait for all.
@@ -132,7 +127,7 @@ class StoreCoordinator(Waiting):
         verb: str,
         work: Callable[[], T],
         combine: Combine,
-        conclude: Callable[[Any], Any] = _same,
+        conclude: Callable[[Any], Any] = lambda combined: combined,
         fan_in: int = FAN_IN,
     ) -> tuple[T, Any]:
         """Do `work` on every rank, and combine the results (JSON).
@@ -141,7 +136,7 @@ class StoreCoordinator(Waiting):
             verb: See `run_on_all`.
             work: See `run_on_all`.
             combine: Makes one message of several, associative and commutative.
-            conclude: What the first rank makes of the combined message, by default that itself.
+            conclude: What the first rank makes of the combined message.
             fan_in: Messages that one rank combines with its own.
 
         Returns:
@@ -149,7 +144,7 @@ class StoreCoordinator(Waiting):
 
         Raises:
             Exception: What `work` raised here, or `conclude` on the first rank.
-            RuntimeError: The same on other ranks, which name the rank; see `run_on_all`.
+            RuntimeError: The same on other ranks; see `run_on_all`.
 
         Note:
             *Collective*. *Cost*: five operations of the store, `fan_in` messages read.
@@ -231,15 +226,10 @@ class StoreCoordinator(Waiting):
     def _next(self, verb: str, ends_when_full: bool = False) -> Exchange:
         if verb != self.verb:
             self.begin(verb)
-        exchange = Exchange(self.number, verb, self._step)
-        if not self._is_compared:
-            self._is_compared = True
-            exchange = exchange._replace(
-                arguments=diagnosis.digest(sorted(self.messages.arguments.items()))
-            )
-        begun = self.number + 1, self._step + 1, exchange, ends_when_full
+        exchange = Exchange(self.number, verb, self._step, self._arguments)
+        begun = self.number + 1, self._step + 1, 0, exchange, ends_when_full
         # NOTE: one statement without a call, so that an interrupt finds all of it or nothing.
-        self.number, self._step, self._last, self.messages.ends_when_full = begun
+        self.number, self._step, self._arguments, self._last, self.messages.ends_when_full = begun
         combining = (self.size - 2) // FAN_IN + 1  # the others delete
         keys = ("count",) if ends_when_full else ("count", "answer")
         self.messages.take_turns(exchange, keys, combining)
@@ -267,11 +257,7 @@ class StoreCoordinator(Waiting):
         return result, count  # type: ignore[return-value]
 
     def _meet(self, exchange: Exchange, error: Exception | None, flag: bool = False) -> int:
-        """Wait until all ranks are counted, and return how many have the flag.
-
-        Raises:
-            RuntimeError: One of them failed.
-        """
+        """Wait until all are counted. Returns how many have the flag; raises if a rank failed."""
         messages = self.messages
         with self._reported(exchange):
             if error is not None:
@@ -347,8 +333,7 @@ class StoreCoordinator(Waiting):
 
         Args:
             verb: What the ranks do.
-            exchanges: The number of exchanges of the verb, after which an interrupt is not reported
-                here.
+            exchanges: How many the verb has; after them an interrupt is not reported here.
         """
         first = self.number
         try:

@@ -10,6 +10,7 @@ from zlib import crc32
 __all__ = [
     "Exchange",
     "RanksDifferError",
+    "argument_text",
     "call_text",
     "clash",
     "digest",
@@ -17,7 +18,6 @@ __all__ = [
     "failed",
     "names",
     "silence",
-    "texts",
     "two_positions",
     "usual_cause",
 ]
@@ -55,14 +55,10 @@ def digest(value: Any) -> int:
     return crc32(repr(value).encode())
 
 
-def texts(arguments: dict[str, Any]) -> dict[str, str]:
-    """The arguments as texts that two ranks can compare: no address, keys sorted."""
-    return {name: _text(value) for name, value in arguments.items()}
-
-
-def _text(value: Any) -> str:
+def argument_text(value: Any) -> str:
+    """The argument of a call as a text that two ranks can compare: no address, keys sorted."""
     if isinstance(value, dict):
-        entries = sorted(f"{key!r}: {_text(entry)}" for key, entry in value.items())
+        entries = sorted(f"{key!r}: {argument_text(entry)}" for key, entry in value.items())
         return f"{{{', '.join(entries)}}}"
     return re.sub(" at 0x[0-9a-f]+", "", repr(value))
 
@@ -82,9 +78,9 @@ def failed(exchange: Exchange, rank: int, text: str) -> str:
     return f"{exchange} failed on rank {rank}: {text}"
 
 
-def names(members: Sequence[int], ranks: Sequence[int]) -> str:
-    listed = ", ".join(str(members[rank]) for rank in ranks)
-    return f"rank {listed}" if len(ranks) == 1 else f"ranks {listed}"
+def names(ranks: Sequence[int]) -> str:
+    """ranks: global ones."""
+    return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
 
 
 def two_positions(*positions: tuple[Exchange, int]) -> str:
@@ -96,12 +92,13 @@ def two_positions(*positions: tuple[Exchange, int]) -> str:
     )
 
 
-def silence(exchange: Exchange, missing: str, count: int, size: int, timeout: float) -> str:
-    """The error that names who is missing, `count` of `size` ranks."""
+def silence(exchange: Exchange, missing: Sequence[int], size: int, timeout: float) -> str:
+    """The error that names the `missing` global ranks, of `size` in all."""
+    who = names(missing)
     if exchange.step:
-        return f"{exchange}: {missing} gave no sign of life for {timeout:g} s. Dead, or hung?"
-    hint = usual_cause(exchange, count, size)
-    return f"{exchange} is collective, and {missing} did not enter it within {timeout:g} s{hint}."
+        return f"{exchange}: {who} gave no sign of life for {timeout:g} s. Dead, or hung?"
+    hint = usual_cause(exchange, len(missing), size)
+    return f"{exchange} is collective, and {who} did not enter it within {timeout:g} s{hint}."
 
 
 def usual_cause(exchange: Exchange, missing: int, size: int) -> str:

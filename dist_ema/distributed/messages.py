@@ -60,6 +60,7 @@ class Messages:
     def __init__(self, store: Any, members: Sequence[int], rank: int) -> None:
         self._store, self._members, self._rank = store, members, rank
         self._size = len(members)
+        assert self._size < FLAG, "the counter has 15 bits for the ranks"
         self.written: list[tuple[int, str]] = []
         self.ends_when_full = False
         self.arguments: dict[str, str] = {}
@@ -206,10 +207,10 @@ class Messages:
                     "else on other ranks."
                 )
             time.sleep(GRACE / 100)
-        finders_exchange, rank, others = self.get(exchange, "other")["clash"]
+        other_exchange, other_rank, other_arguments = self.get(exchange, "other")["clash"]
         calls = [
             (self._members[finder], finders, arguments),
-            (self._members[rank], Exchange(*finders_exchange), others),
+            (self._members[other_rank], Exchange(*other_exchange), other_arguments),
         ]
         return diagnosis.clash(*sorted(calls, key=lambda call: call[0]))
 
@@ -229,16 +230,18 @@ class Messages:
         return True
 
     def missing(self, exchange: Exchange) -> list[int]:
-        """The ranks that have not answered."""
-        others = [rank for rank in range(self._size) if rank != self._rank]
-        return [rank for rank in others if not self.has(exchange, f"here/{rank}")]
+        """The global ranks that have not answered."""
+        return [
+            member
+            for rank, member in enumerate(self._members)
+            if rank != self._rank and not self.has(exchange, f"here/{rank}")
+        ]
 
     def silence(self, exchange: Exchange, timeout: float) -> str:
         """The error that names who is missing."""
         missing, members = self.missing(exchange), self._members
         if missing:
-            names = diagnosis.names(members, missing)
-            return diagnosis.silence(exchange, names, len(missing), self._size, timeout)
+            return diagnosis.silence(exchange, missing, self._size, timeout)
         # All wait, so they wait for different things.
         for rank in range(self._size):
             if rank != self._rank:
@@ -250,6 +253,6 @@ class Messages:
     def remind(self, exchange: Exchange, seconds: float) -> None:
         """Log who is awaited."""
         missing = self.missing(exchange)
-        names = diagnosis.names(self._members, missing)
+        names = diagnosis.names(missing)
         hint = diagnosis.usual_cause(exchange, len(missing), self._size)
         log.warning("%s has waited %.0f s for %s%s", exchange, seconds, names, hint)

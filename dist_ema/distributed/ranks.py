@@ -69,7 +69,12 @@ class Ranks(StoreCoordinator):
         self._connect(stores, timeout)
 
     def _assemble(self, group: dist.ProcessGroup | None, timeout: float) -> list[BoundedStore]:
-        self.group = self._whole_group(group)
+        if self.size == dist.get_world_size():
+            group = dist.group.WORLD
+        elif group is None:
+            # Other ranks of the job do not come here.
+            group = dist.new_group(self.members, use_local_synchronization=True)
+        self.group = group
         job_keys.count_leftovers(self._open_store)
         self._prefix = f"dist_ema/{self._incarnation()}"
         job_keys.delete_leftovers(self._open_store)
@@ -108,14 +113,6 @@ class Ranks(StoreCoordinator):
             self._prefixes = number
         other._connect(stores, self.timeout)
         return other
-
-    def _whole_group(self, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-        if self.size == dist.get_world_size():
-            return dist.group.WORLD
-        if group is None:
-            # Other ranks of the job do not come here.
-            group = dist.new_group(self.members, use_local_synchronization=True)
-        return group
 
     def _incarnation(self) -> str:
         """A random id, the same on all ranks ([Note: incarnations])."""

@@ -157,19 +157,19 @@ class Receiver:
             stream.send(COUNT.pack(len(error)) + error)
             return True
         # Three numbers of 8 bytes for each run.
-        entries = stream.receive(count * 24)
+        run_table = stream.receive(count * 24)
         # Kept for the next window: fresh pages cost as much as the bytes.
         if size > len(self._buffer):
             self._buffer = bytearray(size)
         view = memoryview(self._buffer)[:size]
         stream.receive_into(view)
         if onward is not None:
-            onward.send(entries)
+            onward.send(run_table)
             onward.send(view)
             return False
         self.received += size
         at = 0
-        for buffer, offset, length in np.frombuffer(entries, np.uint64).reshape(-1, 3).tolist():
+        for buffer, offset, length in np.frombuffer(run_table, np.uint64).reshape(-1, 3).tolist():
             if self.error is None:
                 try:
                     self._consume(buffer, offset, view[at : at + length])
@@ -204,9 +204,9 @@ class Stream:
     def send_windows(self, runs: Iterable[Run]) -> bytes:
         """Send runs and the end. Returns the error with which the receiver answers, if any."""
         for window in windows(runs):
-            table = [[run.buffer, run.offset, len(run.data)] for run in window]
-            self.send(_HEAD.pack(len(window), sum(length for *_, length in table)))
-            self.send(np.array(table, np.uint64).tobytes())
+            run_table = [[run.buffer, run.offset, len(run.data)] for run in window]
+            self.send(_HEAD.pack(len(window), sum(length for *_, length in run_table)))
+            self.send(np.array(run_table, np.uint64).tobytes())
             for run in window:
                 self.send(run.data)
         self.send(_HEAD.pack(0, 0))

@@ -172,16 +172,17 @@ class Waiting:
 
     def blame(self, cause: str) -> str:
         """Publish and return why bytes did not arrive: the ranks whose heartbeats stand still."""
-        exchange, everyone = self._transfer, range(self.size)
-        before = [self.heartbeats_of(rank) for rank in everyone]
+        exchange = self._transfer
+        before = [self.heartbeats_of(rank) for rank in range(self.size)]
         # Heartbeats are read before and after, because a hung rank may have sent some long ago.
         self.messages.call_roll(exchange)  # a rank that has sent and taken everything answers
         time.sleep(GRACE + 2 * self.interval)
-        now = [self.heartbeats_of(rank) for rank in everyone]
-        silent = [rank for rank in self.messages.missing(exchange) if before[rank] == now[rank]]
+        now = [self.heartbeats_of(rank) for rank in range(self.size)]
+        still = [rank for rank, a, b in zip(self.members, before, now, strict=True) if a == b]
+        silent = [rank for rank in self.messages.missing(exchange) if rank in still]
         text = f"{exchange}: no bytes arrived {cause}, although every rank gives signs of life."
         if silent:
-            names = diagnosis.names(self.members, silent)
+            names = diagnosis.names(silent)
             text = f"{exchange}: {names} sent and took no bytes {cause}. Dead, or hung?"
         return self.messages.publish_error(exchange, text)
 
