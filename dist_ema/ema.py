@@ -439,12 +439,12 @@ class EMA:
         warn_if_idle("gather", self.weights)
         warn_of_unexplained_keys("gather", self.weights)
         # What the weights of other stages are; None where all ranks know all of them.
-        table: dict[str, gather.Form] | None = None
+        forms: dict[str, gather.Form] | None = None
         if entry.is_staged:
             entry.compare_shared("gather")
             files = [AverageFiles(average.persistent, average.own_buffers, {})]
-            table = stages.forms(*stages.unite("gather", ranks, entry.stage, files))
-        return gather.full(ranks, average.persistent, average.own_buffers, table)
+            forms = stages.forms(*stages.unite("gather", ranks, entry.stage, files))
+        return gather.full(ranks, average.persistent, average.own_buffers, forms)
 
     @_collective
     def tensors(self, which: Which = 0) -> Iterator[tuple[str, Tensor]]:
@@ -743,20 +743,19 @@ class EMA:
                 has changed then.
         """
         weights = self.weights
-        clock: dict[str, Any] = {}
 
-        def check() -> tuple[list[dcp.Matched], list[str]]:
+        def check() -> tuple[dict[str, Any], tuple[list[dcp.Matched], list[str]]]:
             if "clock" not in state:
                 raise ValueError(
                     "the state_dict of the EMA lacks clock. Pass what ema.state_dict() gave."
                 )
-            clock.update(zip(weights.clock_to_dict(), state["clock"].tolist(), strict=True))
+            clock = dict(zip(weights.clock_to_dict(), state["clock"].tolist(), strict=True))
             # Refuses what is unsound before anything is changed.
             Clock().set(clock)
-            return dcp_keys.match_all(state.get("averages", {}), weights.averages)
+            return clock, dcp_keys.match_all(state.get("averages", {}), weights.averages)
 
         self._entry.begin("load_state_dict", Reads.SHADOWS | Reads.REPLACED)
-        matched, remarks = self._entry.ranks.run_on_all("load_state_dict", check)
+        clock, (matched, remarks) = self._entry.ranks.run_on_all("load_state_dict", check)
         warn(*remarks)
         for average, (copies, own_buffers) in zip(weights.averages, matched, strict=True):
             for shadow, value in copies:

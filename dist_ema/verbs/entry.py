@@ -131,10 +131,10 @@ class VerbEntry:
     @property
     def _averages_all(self) -> bool:
         """Whether each rank averages the whole model."""
-        shards = [state.shard for state in self.weights.states]
-        whole = all(shard.local_region.numel == math.prod(shard.shape) for shard in shards)
-        several = self.ranks.size > 1 and not self.is_staged
-        return whole and several and not self.weights.placement.split
+        if self.ranks.size == 1 or self.is_staged or self.weights.placement.split:
+            return False
+        shards = (state.shard for state in self.weights.states)
+        return all(shard.local_region.numel == math.prod(shard.shape) for shard in shards)
 
     @property
     def needed(self) -> Ranks:
@@ -146,8 +146,9 @@ class VerbEntry:
         """The ranks that write files together: all of the job for an unwrapped model in one."""
         alone = self.ranks.size == 1 and dist.is_initialized() and dist.get_world_size() > 1
         if alone and self._everyone is None:
-            members = range(dist.get_world_size())
-            self._everyone = Ranks(members, None, torch_internals.side_store, self.ranks.timeout)
+            self._everyone = Ranks(
+                range(dist.get_world_size()), None, torch_internals.side_store, self.ranks.timeout
+            )
         return self._everyone or self.ranks
 
     def set_timeout(self, seconds: float) -> None:
@@ -182,8 +183,9 @@ class VerbEntry:
             weights.average(which)
             # After the refusals: it waits for updates, and may free unsharded weights.
             (prepare or weights.ready)()
-            compares = ranks.size > 1 and Reads.WHOLE_MODEL in reads
-            return compares and not consistency.sampled_alike(weights.states, ranks)
+            if ranks.size == 1 or Reads.WHOLE_MODEL not in reads:
+                return False
+            return not consistency.sampled_alike(weights.states, ranks)
 
         ranks.begin(verb, self.common(which, arguments or {}))
         differ = ranks.count_on_all(verb, ready)
@@ -200,9 +202,13 @@ class VerbEntry:
         names = [average.name for average in self.weights.averages]
         # A number and a name may mean the same average.
         chosen_average = names[which] if isinstance(which, int) and which < len(names) else which
-        common = arguments | {"which": str(chosen_average)} | self.weights.clock.to_dict()
-        common["dtype of the shadows"] = str(self.weights.placement.dtype)
-        common["(decay, elapsed) of the last update"] = [a.last for a in self.weights.averages]
+        common = {
+            **arguments,
+            "which": str(chosen_average),
+            **self.weights.clock.to_dict(),
+            "dtype of the shadows": str(self.weights.placement.dtype),
+            "(decay, elapsed) of the last update": [a.last for a in self.weights.averages],
+        }
         # Hooks that differ would let the ranks drift apart, so all verbs compare them.
         if self.attached is not None:
             common |= self.attached.arguments

@@ -125,8 +125,10 @@ class Files:
                 or (form.is_adapter and state.name in form.names)
             ]
             label = f"{i}-{type(average.schedule).__name__}" if i else ""
-            own_buffers, schedule = dict(average.own_buffers), average.schedule.to_dict()
-            files.append(AverageFiles(states, own_buffers, schedule, label, form=form))
+            schedule = average.schedule.to_dict()
+            files.append(
+                AverageFiles(states, dict(average.own_buffers), schedule, label, form=form)
+            )
         for i, (mean, states) in enumerate(blocks, len(files)):
             label = f"{i}-{type(mean).__name__}"
             files.append(AverageFiles(states, {}, mean.to_dict(), label, form=form))

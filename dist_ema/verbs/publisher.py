@@ -194,8 +194,13 @@ class Publisher:
                 )
             )
 
-        arguments = {"folder": os.fspath(folder), "every": every, "keep": keep}
-        arguments |= {"keep_at_most": keep_at_most} | form
+        arguments = {
+            "folder": os.fspath(folder),
+            "every": every,
+            "keep": keep,
+            "keep_at_most": keep_at_most,
+            **form,
+        }
         self._entry.begin("publish", Reads.SHADOWS, which, prepare, arguments)
         self._publication = publication = made[0]
         publication.number = self._entry.ranks.run_on_first("publish", publication.begin)
