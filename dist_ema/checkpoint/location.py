@@ -53,8 +53,13 @@ def locate(path: Path, read_headers: bool = True) -> Location:
         return Location(str(path), safetensors.find_model(path), {}, None, {})
     headers = manifest.read_files(path, saved) if read_headers else None
     manifest.refuse_damaged(path, saved, headers)
-    model = safetensors.find_model(path)
-    return Location(str(path), model, saved.aliases, saved.to_json(), saved.files_of(""))
+    return Location(
+        str(path),
+        safetensors.find_model(path),
+        saved.aliases,
+        saved.to_json(),
+        saved.files_of(""),
+    )
 
 
 def _locate_file(path: Path) -> Location:

@@ -51,8 +51,7 @@ class OpenFile:
         for block in blocks:
             for start, part in byte_runs(block, entry.shape, view, dtype.itemsize):
                 disk.read_into(self._handle.fileno(), self.path, part, begin + start)
-            size = block.numel * dtype.itemsize
-            yield block, buffer[:size].view(dtype).view(block.sizes)
+            yield block, buffer[: block.numel * dtype.itemsize].view(dtype).view(block.sizes)
 
     def contribution(self, rank: int, size: int) -> int:
         """What this rank's bytes add to the check sum of the file ([Note: check sums] in crc32)."""

@@ -22,12 +22,25 @@ __all__ = ["BlockPlacer"]
 
 
 class _Placed(NamedTuple):
-    """A block, its weight's name and dtype in the file, and the number of the file."""
+    """A block, and where its weight lies in the file."""
 
     name: str
-    file: int
-    dtype: torch.dtype
+    file: int  # its number
+    begin: int  # the weight's first byte
+    shape: tuple[int, ...]  # of the weight
+    dtype: torch.dtype  # in the file
     block: collectives.Block
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The first byte of the block in its file, and the end of its last one."""
+        offsets, sizes = self.block.offsets, self.block.data.shape
+        # The runs of a block ascend, so its corners bound them.
+        last = tuple(o + n - 1 for o, n in zip(offsets, sizes, strict=True))
+        corners = (Box(corner, (1,) * len(sizes)) for corner in (offsets, last))
+        first, final = (next(runs(corner, self.shape))[0] for corner in corners)
+        size = self.dtype.itemsize
+        return self.begin + first * size, self.begin + (final + 1) * size
 
 
 class BlockPlacer:
@@ -38,18 +51,17 @@ class BlockPlacer:
     """
 
     def __init__(self, request: SaveRequest) -> None:
-        self._files = list(request.files.values())
-        self.sums = [crc32.RangeSum(file.size) for file in self._files]
+        self.sums = [crc32.RangeSum(file.size) for file in request.files.values()]
         numbers = {name: number for number, name in enumerate(request.files)}
         self._blocks = list[_Placed]()
         for average, plan in zip(request.averages, request.plans, strict=True):
-            where = {name: numbers[file] for file in plan for name in plan[file].entries}
-            names = [average.form.name_of(state.name) for state in average.states]
+            file_of_weight = {name: file for file in plan for name in plan[file].entries}
             for block in average.blocks:
-                name = names[block.number]
-                file = where[name]
-                dtype = DTYPES[self._files[file].entries[name].dtype]
-                self._blocks.append(_Placed(name, file, dtype, block))
+                name = average.form.name_of(average.states[block.number].name)
+                file = file_of_weight[name]
+                entry = plan[file].entries[name]
+                begin, dtype = len(plan[file].head) + entry.begin, DTYPES[entry.dtype]
+                self._blocks.append(_Placed(name, numbers[file], begin, entry.shape, dtype, block))
 
     def stage(self) -> None:
         """Copy the blocks into one buffer on the host, in the dtypes of the files, and wait for it.
@@ -86,8 +98,7 @@ class BlockPlacer:
         for placed in self._blocks:
             # An empty block has no first byte.
             if placed.block.data.numel():
-                begin, end = self._extent(placed)
-                for number in routes.ranges(placed.file, begin, end):
+                for number in routes.ranges(placed.file, *placed.extent):
                     blocks_by_range.setdefault(number, []).append(placed)
         for number in routes.order:
             if number in blocks_by_range:
@@ -95,31 +106,18 @@ class BlockPlacer:
                 runs_here = (self._runs(placed, clip) for placed in blocks_by_range[number])
                 yield number, chain.from_iterable(runs_here)
 
-    def _extent(self, placed: _Placed) -> tuple[int, int]:
-        """The first byte of a block in its file, and the end of its last one."""
-        name, file, dtype, block = placed
-        entry, shape = self._files[file].entries[name], block.data.shape
-        # The runs of a block ascend, so its corners bound them.
-        last = tuple(o + n - 1 for o, n in zip(block.offsets, shape, strict=True))
-        corners = (Box(offsets, (1,) * len(shape)) for offsets in (block.offsets, last))
-        first, final = (next(runs(corner, entry.shape))[0] for corner in corners)
-        base, size = len(self._files[file].head) + entry.begin, dtype.itemsize
-        return base + first * size, base + (final + 1) * size
-
     def _runs(
         self,
         placed: _Placed,
         clip: Callable[[int, int, int], tuple[int, int]] = lambda file, begin, end: (begin, end),
     ) -> Iterator[receiver.Run]:
         """The runs of a block, as far as `clip` keeps them. They are added to the sum."""
-        name, file, dtype, block = placed
-        entry = self._files[file].entries[name]
-        base = len(self._files[file].head) + entry.begin
+        name, file, _, shape, dtype, block = placed
         _refuse_too_large([(name, block.data, dtype)])
         view = bytes_of(block.data.to(dtype).cpu().contiguous())
         box = Box(block.offsets, tuple(block.data.shape))
-        for start, data in byte_runs(box, entry.shape, view, dtype.itemsize):
-            begin = base + start
+        for start, data in byte_runs(box, shape, view, dtype.itemsize):
+            begin = placed.begin + start
             low, high = clip(file, begin, begin + len(data))
             # What is cut off lies in another range, which another rank writes.
             if low < high:

@@ -171,8 +171,7 @@ def unite(
     verb: str, ranks: Ranks, stage: Sequence[int], files: Sequence[AverageFiles]
 ) -> list[AverageFiles]:
     """The same files, with the inventory of all stages. *Collective*."""
-    inventories = [file.inventory for file in files]
-    united = _gather_stages(verb, ranks, stage, inventories, _united)
+    united = _gather_stages(verb, ranks, stage, [file.inventory for file in files], _united)
     return [
         replace(
             file, inventory_of_all={name: WeightRecord(*fields) for name, fields in table.items()}
