@@ -28,7 +28,6 @@ __all__ = [
     "read",
     "read_files",
     "refuse_damaged",
-    "refuse_form",
 ]
 
 FORMAT = 1
@@ -318,36 +317,6 @@ def refuse_damaged(folder: Path, found: Manifest, files: Files | None = None) ->
 def folder_is_meant(path: Path) -> ValueError:
     """The error where ema.json or an index is named in place of its folder."""
     return ValueError(f"{path} tells what a folder holds: name the folder, {path.parent}.")
-
-
-def refuse_form(path: Path, one_file: bool, *, ships: bool) -> None:
-    """Raise ValueError where what is to be written must not replace what is there.
-
-    Args:
-        path: What is there.
-        one_file: A file is to be written, else a folder.
-        ships: A model to ship is to be written, which must not replace an average to resume from.
-    """
-    if one_file and path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
-    if not one_file and not path.is_dir():
-        raise ValueError(
-            f"{path} is a file. Give a folder; a model to ship may also have a name that ends in "
-            ".safetensors."
-        )
-    if ships and not one_file and _is_resumable(path):
-        raise ValueError(
-            f"{path} is an average to resume from: replaced, its clock would be lost. Choose "
-            "another path."
-        )
-
-
-def _is_resumable(path: Path) -> bool:
-    try:
-        saved = read(path)
-    except (OSError, ValueError):
-        return False
-    return saved is not None and saved.kind == "ema"
 
 
 def group_aliases(aliases: Mapping[str, str]) -> dict[str, list[str]]:

@@ -145,6 +145,31 @@ class ReadPlan:
         )
         self.own_buffers = kept
 
+    def frozen_warnings(self, saved: manifest.Manifest, where: str) -> Iterator[str]:
+        """Sentences on what is averaged now and was frozen when it was saved, or the reverse."""
+        saved_names = set(saved.averaged).union(
+            *(saved.aliases.get(name, ()) for name in saved.averaged)
+        )
+        was_averaged = {self.target.names.get(name, name) for name in saved_names}
+        thawed = sorted(
+            state.name
+            for state in self.target.states
+            if state.shadow is not None and state.name in self.chosen.keys() - was_averaged
+        )
+        if thawed:
+            yield f"{where} holds live values of {', '.join(thawed[:5])}, which were frozen then."
+        frozen = sorted(
+            state.name
+            for state in self.target.states
+            if state.name in was_averaged and state.shadow is None and not state.shard.trainable
+            if state.shard.kind != "buffer"
+        )
+        if frozen:
+            yield (
+                f"{where} holds averages of {', '.join(frozen[:5])}, which are frozen now: their "
+                "live values count. Load before you freeze them to keep the averages."
+            )
+
 
 def plan_start(place: location.Location, targets: Sequence[LoadTarget]) -> list[ReadPlan]:
     """Every average starts from the one model; frozen weights and buffers may be in it or not."""

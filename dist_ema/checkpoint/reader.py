@@ -78,7 +78,7 @@ class OpenCheckpoint:
         if self._saved is None:
             self._warn_of_start()
         else:
-            self._warn_of_frozen(self._saved)
+            self.warnings += self._plans[0].frozen_warnings(self._saved, self._place.folder)
         return digest([vars(plan.differences) for plan in self._plans])
 
     def _table(self, plan: ReadPlan) -> dict[str, OpenWeight]:
@@ -130,33 +130,6 @@ class OpenCheckpoint:
             f"{where} {what}: the average starts from it, and its clock at 0. What ema.save() "
             "wrote has a clock to go on with."
         )
-
-    def _warn_of_frozen(self, saved: manifest.Manifest) -> None:
-        """Weights that are averaged now and were frozen when they were saved, or the reverse."""
-        plan, names = self._plans[0], saved.averaged
-        listed = set(names).union(*(saved.aliases.get(name, ()) for name in names))
-        averaged = {plan.target.names.get(name, name) for name in listed}
-        frozen = sorted(
-            state.name
-            for state in plan.target.states
-            if state.shadow is not None and state.name in plan.chosen.keys() - averaged
-        )
-        if frozen:
-            self.warnings.append(
-                f"{self._place.folder} holds live values of {', '.join(frozen[:5])}, which were "
-                "frozen then."
-            )
-        passed = sorted(
-            state.name
-            for state in plan.target.states
-            if state.name in averaged and state.shadow is None and not state.shard.trainable
-            if state.shard.kind != "buffer"
-        )
-        if passed:
-            self.warnings.append(
-                f"{self._place.folder} holds averages of {', '.join(passed[:5])}, which are frozen "
-                "now: their live values count. Load before you freeze them to keep the averages."
-            )
 
     def sums(self, ranks: Ranks) -> dict[str, int]:
         """What this rank's part of each file adds to its check sum, by the file's number."""

@@ -1,10 +1,9 @@
-"""`keep=`: the numbered saves of a run, the pointer `latest`, and which saves are removed.
+"""What of earlier saves is refused, kept or removed: `keep=`, `latest`, files that are not ours.
 
-Deleting is the most dangerous thing that a library does. A folder is removed only if
-its name has the same stem and a number, and it is complete. It must hold nothing but what dist_ema
-wrote.
-Numbers beyond the new one belong to a run that was rewound, and stay.
-Files that dist_ema did not write (config, tokenizer, card) are kept.
+Deleting is the most dangerous thing that a library does. A folder is removed only if its name has
+the same stem and a number, and it is complete. It must hold nothing but what dist_ema wrote.
+Numbers beyond the new one belong to a run that was rewound, and stay. Files that dist_ema did not
+write (config, tokenizer, card) are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +17,15 @@ from pathlib import Path
 from . import atomic, disk, manifest, pointers, safetensors, versions
 from .leases import LeaseWatch
 
-__all__ = ["advance", "carry_over", "companions", "foreign", "refuse", "remove_leftovers"]
+__all__ = [
+    "advance",
+    "carry_over",
+    "companions",
+    "foreign",
+    "refuse",
+    "refuse_form",
+    "remove_leftovers",
+]
 
 
 def refuse(path: Path, keep: int) -> None:
@@ -156,6 +163,36 @@ WEIGHTS = (
     ".pth",
     ".safetensors",
 )
+
+
+def refuse_form(path: Path, one_file: bool, *, ships: bool) -> None:
+    """Raise ValueError where what is to be written must not replace what is there.
+
+    Args:
+        path: What is there.
+        one_file: A file is to be written, else a folder.
+        ships: A model to ship is to be written, which must not replace an average to resume from.
+    """
+    if one_file and path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
+    if not one_file and not path.is_dir():
+        raise ValueError(
+            f"{path} is a file. Give a folder; a model to ship may also have a name that ends in "
+            ".safetensors."
+        )
+    if ships and not one_file and _is_resumable(path):
+        raise ValueError(
+            f"{path} is an average to resume from: replaced, its clock would be lost. Choose "
+            "another path."
+        )
+
+
+def _is_resumable(path: Path) -> bool:
+    try:
+        saved = manifest.read(path)
+    except (OSError, ValueError):
+        return False
+    return saved is not None and saved.kind == "ema"
 
 
 def foreign(folder: Path, temporary: Path | None = None) -> list[str]:

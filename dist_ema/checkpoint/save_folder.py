@@ -61,7 +61,7 @@ def _refuse_foreign(request: SaveRequest, temporary: Path | None = None) -> None
             f"{path} exists. Does another trainer publish to {path.parent}? Give each its own "
             "folder."
         )
-    manifest.refuse_form(path, request.one_file, ships=request.verb == "export")
+    retention.refuse_form(path, request.one_file, ships=request.verb == "export")
     if request.verb == "export":
         return
     if not (path / manifest.META).exists() and set(path.iterdir()) - {temporary}:

@@ -82,7 +82,7 @@ def refuse_target(path: Path, force: bool, temporary: Path | None = None) -> Non
         return
     if not force:
         raise ValueError(f"{path} exists. Pass force=True to replace it, or name another path.")
-    manifest.refuse_form(path, path.suffix == ".safetensors", ships=True)
+    retention.refuse_form(path, path.suffix == ".safetensors", ships=True)
     if path.is_dir() and set(path.iterdir()) - {temporary} and not any(path.glob("*.safetensors")):
         raise ValueError(
             f"{path} holds files but no model: it is not ours to replace. Choose another path."
