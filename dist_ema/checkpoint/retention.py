@@ -47,6 +47,36 @@ def refuse(path: Path, keep: int) -> None:
             )
 
 
+def refuse_form(path: Path, one_file: bool, *, ships: bool) -> None:
+    """Raise ValueError where what is to be written must not replace what is there.
+
+    Args:
+        path: What is there.
+        one_file: A file is to be written, else a folder.
+        ships: A model to ship is to be written, which must not replace an average to resume from.
+    """
+    if one_file and path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
+    if not one_file and not path.is_dir():
+        raise ValueError(
+            f"{path} is a file. Give a folder; a model to ship may also have a name that ends in "
+            ".safetensors."
+        )
+    if ships and not one_file and _is_resumable(path):
+        raise ValueError(
+            f"{path} is an average to resume from: replaced, its clock would be lost. Choose "
+            "another path."
+        )
+
+
+def _is_resumable(path: Path) -> bool:
+    try:
+        saved = manifest.read(path)
+    except (OSError, ValueError):
+        return False
+    return saved is not None and saved.kind == "ema"
+
+
 def advance(
     path: Path, keep: int, leases: LeaseWatch | None = None, keep_at_most: int = 0
 ) -> list[str]:
@@ -163,36 +193,6 @@ WEIGHTS = (
     ".pth",
     ".safetensors",
 )
-
-
-def refuse_form(path: Path, one_file: bool, *, ships: bool) -> None:
-    """Raise ValueError where what is to be written must not replace what is there.
-
-    Args:
-        path: What is there.
-        one_file: A file is to be written, else a folder.
-        ships: A model to ship is to be written, which must not replace an average to resume from.
-    """
-    if one_file and path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file, or a folder without the suffix.")
-    if not one_file and not path.is_dir():
-        raise ValueError(
-            f"{path} is a file. Give a folder; a model to ship may also have a name that ends in "
-            ".safetensors."
-        )
-    if ships and not one_file and _is_resumable(path):
-        raise ValueError(
-            f"{path} is an average to resume from: replaced, its clock would be lost. Choose "
-            "another path."
-        )
-
-
-def _is_resumable(path: Path) -> bool:
-    try:
-        saved = manifest.read(path)
-    except (OSError, ValueError):
-        return False
-    return saved is not None and saved.kind == "ema"
 
 
 def foreign(folder: Path, temporary: Path | None = None) -> list[str]:
