@@ -71,10 +71,10 @@ def candidates(request: ConvertRequest) -> tuple[list[FoundAverage], Mapping[str
     """Every table that can be converted, averages first; and what is left unread, name -> why."""
     with ExitStack() as stack:
         tree = foreign_trees.open_tree(request.source, request.inert, stack)
-        return _found(tree), {**tree.left, **tree.unsupported}
+        return _tables_in(tree), {**tree.left, **tree.unsupported}
 
 
-def _found(tree: foreign_trees.ObjectTree) -> list[FoundAverage]:
+def _tables_in(tree: foreign_trees.ObjectTree) -> list[FoundAverage]:
     tables = recognise.find(tree.root)
     if not tree.extra:
         return tables
@@ -114,8 +114,8 @@ def plan(request: ConvertRequest, stack: ExitStack) -> ConvertPlan:
 
 
 def _choose(request: ConvertRequest, tree: foreign_trees.ObjectTree) -> FoundAverage:
-    found = _found(tree)
-    wanted = [table for table in found if request.kind in ("auto", "dcp", table.kind)]
+    tables = _tables_in(tree)
+    wanted = [table for table in tables if request.kind in ("auto", "dcp", table.kind)]
     if request.kind == "dcp" and tree.form != "dcp":
         raise ValueError(
             f"{request.source} holds no {torch_dcp.META}: it is no folder of "
@@ -137,12 +137,12 @@ def _choose(request: ConvertRequest, tree: foreign_trees.ObjectTree) -> FoundAve
     what = "an average" if request.kind in ("auto", "dcp") else f"what {request.kind} writes"
     raise ValueError(
         f"{request.source} does not show {what}. It holds "
-        + (f"{_listed(found)}: choose one by its key." if found else "no table of tensors.")
+        + (f"{_listed(tables)}: choose one by its key." if tables else "no table of tensors.")
     )
 
 
-def _listed(found: Sequence[FoundAverage]) -> str:
-    return some(list(map(_title, found)), 8)
+def _listed(tables: Sequence[FoundAverage]) -> str:
+    return some(list(map(_title, tables)), 8)
 
 
 def _title(found: FoundAverage) -> str:
@@ -277,12 +277,12 @@ def _tied(averaged: Mapping[str, Leaf], live: Mapping[str, Leaf]) -> dict[str, s
     weights twice hold nothing more. Else the second name would keep its live values.
     """
     known = {name: live[name] for name in averaged if name in live}
-    found = {}
+    tied = {}
     for name in (name for name in live if name not in averaged):
         same = [other for other, leaf in known.items() if _is_one(live[name], leaf)]
         if same:
-            found[name] = same[0]
-    return found
+            tied[name] = same[0]
+    return tied
 
 
 def _is_one(a: Leaf, b: Leaf) -> bool:

@@ -83,14 +83,14 @@ def _version(name: str) -> str | None:
 
 
 def check_package(name: str, least: str, needed: bool) -> Check:
-    found = _version(name)
+    installed = _version(name)
     cure = f"pip install '{name}>={least}'"
-    if found is None:
+    if installed is None:
         return Check(name, "problem", f"is not installed: {cure}")
-    if least and version_numbers(found) < version_numbers(least):
+    if least and version_numbers(installed) < version_numbers(least):
         state = "problem" if needed else "note"
-        return Check(name, state, f"{found} is older than {least}: {cure}")
-    return Check(name, "ok", found)
+        return Check(name, state, f"{installed} is older than {least}: {cure}")
+    return Check(name, "ok", installed)
 
 
 def version_numbers(text: str) -> tuple[int, ...]:
@@ -114,8 +114,8 @@ def _ask(timeout: float) -> dict[str, Any] | Check:
     except subprocess.TimeoutExpired:
         return Check("torch", "problem", f"did not answer within {timeout:g} s of being imported")
     try:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return found
+        facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return facts
     except (IndexError, ValueError):
         return Check(
             "torch",

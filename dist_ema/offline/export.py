@@ -78,7 +78,8 @@ def export(
     writer.refuse_target(where, force)
     with sources.open_model(src, which) as model:
         _refuse_part(model, like)
-        saved = _sound(model)
+        _refuse_unsound(model)
+        saved = model.manifest or manifest.Manifest()
         checked = sums.Checked(model)
         named = None if like is None else library_names.reverted(model, checked, like)
         source = checked if named is None else sums.Checked(named)
@@ -144,17 +145,13 @@ def _refuse_part(model: sources.Source, like: str | Path | None) -> None:
         raise ValueError(f"{model.path} is a part of {path.parent}: name the folder.")
 
 
-def _sound(model: sources.Source) -> manifest.Manifest:
-    """ema.json. Raises ValueError if it contradicts the files."""
-    if model.manifest is None:
-        return manifest.Manifest()
-    problems = report.report_on(model.path).problems
+def _refuse_unsound(model: sources.Source) -> None:
+    problems = report.report_on(model.path).problems if model.manifest is not None else []
     if problems:
         raise ValueError(
             f"{model.path / manifest.META} is not sound: {problems[0]}. `dist-ema verify` lists "
             "everything."
         )
-    return model.manifest
 
 
 # --- what the files will hold ---------------------------------------------------------------------

@@ -55,8 +55,8 @@ def reverted(model: sources.Source, checked: sums.Checked, like: str | Path) -> 
 
     def revert(name: str, weight: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            found: dict[str, Tensor] = revert_weight_conversion(library_model, {name: weight})
-        return found
+            parts: dict[str, Tensor] = revert_weight_conversion(library_model, {name: weight})
+        return parts
 
     return Reverted(model, checked, revert)
 

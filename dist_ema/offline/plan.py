@@ -112,8 +112,15 @@ def pace(
         if tokens is not None:
             units["tokens"] = batch_size * tokens
     steps = None if length is None else length / units[unit]
-    if decay is None:
-        decay = _decay_of(half_life, window, sigma_rel, units[unit], steps)
+    if half_life is not None:
+        decay = float(0.5 ** (units[unit] / half_life))
+    elif window is not None:
+        decay = 1 - units[unit] / window
+    elif decay is None:
+        assert sigma_rel is not None, "one of them is given"
+        assert steps is not None, "the command asks for the length"
+        deviation = sigma_rel * steps  # = sqrt(d) / (1 - d), solved for 1 - d
+        decay = 1 - 2 / (1 + math.hypot(1, 2 * deviation))
     return _sound(Pace(decay, units, steps))
 
 
@@ -134,23 +141,6 @@ def _sound(of: Pace) -> Pace:
             f"these numbers are too large to compute with: {', '.join(infinite)} is infinite."
         )
     return of
-
-
-def _decay_of(
-    half_life: float | None,
-    window: float | None,
-    sigma_rel: float | None,
-    per_step: float,
-    steps: float | None,
-) -> float:
-    if half_life is not None:
-        return float(0.5 ** (per_step / half_life))
-    if window is not None:
-        return 1 - per_step / window
-    assert sigma_rel is not None, "one of them is given"
-    assert steps is not None, "the command asks for the length"
-    deviation = sigma_rel * steps  # = sqrt(d) / (1 - d), solved for 1 - d
-    return 1 - 2 / (1 + math.hypot(1, 2 * deviation))
 
 
 def scaled(of: Pace, factor: float) -> Pace:

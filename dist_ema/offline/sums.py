@@ -171,12 +171,12 @@ class Checked:
                 # The sum is of the whole file: header and weights that nothing has asked for.
                 for begin, end in self._unseen(name, file):
                     self._sums[name].add(begin, model.raw(name, begin, end).data)
-                found = crc32.check_sum(file.size, [self._sums[name].contribution])
+                actual = crc32.check_sum(file.size, [self._sums[name].contribution])
                 recorded = (model.listed or {}).get(name, {}).get("crc32")
-                if recorded != found:
+                if recorded != actual:
                     where = model.path / name if model.path.is_dir() else model.path
                     raise ValueError(
-                        f"{where} is damaged: its CRC-32 is {found}, {manifest.META} says "
+                        f"{where} is damaged: its CRC-32 is {actual}, {manifest.META} says "
                         f"{recorded}."
                     )
 

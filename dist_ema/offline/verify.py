@@ -103,11 +103,11 @@ def _verify_values(path: Path, verdict: Verdict, tick: Tick) -> None:
     """Look at the values of a model that is not safetensors, which has no sums."""
     with sources.open_model(path) as model:
         for name, entry in model.entries.items():
-            found = Counter[str]()
+            not_finite = Counter[str]()
             for raw in sources.windows(model, name):
-                found += _count_not_finite(raw, entry.dtype)
+                not_finite += _count_not_finite(raw, entry.dtype)
                 tick(len(raw))
-            _note(verdict, name, found)
+            _note(verdict, name, not_finite)
 
 
 def _verify_files(
@@ -175,39 +175,38 @@ def _verify_file(
         tick(len(file.head))
         base = len(file.head)
         for weight in safetensors.in_order(file.entries):
-            entry, count = file.entries[weight], Counter[str]()
+            entry, not_finite = file.entries[weight], Counter[str]()
             for begin, end in sources.ranges(entry.begin, entry.end):
                 raw = sources.read_at(handle.fileno(), path, base + begin, base + end)
                 file_sums.add(sums.FileWindow(raw))
-                count += _count_not_finite(raw, entry.dtype)
+                not_finite += _count_not_finite(raw, entry.dtype)
                 tick(len(raw))
             inside = name.rpartition("/")[0]
-            _note(verdict, f"{inside}: {weight}" if inside else weight, count)
-        found = file_sums.to_json()
-    verdict.files[name] = {"size": file.size} | found
+            _note(verdict, f"{inside}: {weight}" if inside else weight, not_finite)
+        actual = file_sums.to_json()
+    verdict.files[name] = {"size": file.size} | actual
     verdict.problems.extend(
-        f"{path} is damaged: its {SUMS[kind]} is {found[kind]}, {manifest.META} says {value}."
+        f"{path} is damaged: its {SUMS[kind]} is {actual[kind]}, {manifest.META} says {value}."
         for kind, value in recorded.items()
-        if found[kind] != value
+        if actual[kind] != value
     )
 
 
 def _count_not_finite(raw: Bytes, dtype: str) -> Counter[str]:
     # Finite windows are the common case: the fast pass answers them.
-    if dtype not in (*FLOATS, "C64") or finite(raw, dtype) * safetensors.ITEMSIZE[dtype] == len(
-        raw
-    ):
+    itemsize = safetensors.ITEMSIZE[dtype]
+    if dtype not in (*FLOATS, "C64") or finite(raw, dtype) * itemsize == len(raw):
         return Counter()
     values = widen(raw, "F32" if dtype == "C64" else dtype)
     return Counter(nan=int(np.isnan(values).sum()), inf=int(np.isinf(values).sum()))
 
 
-def _note(verdict: Verdict, weight: str, found: Counter[str]) -> None:
-    if found:
-        verdict.not_finite[weight] = {"nan": found["nan"], "inf": found["inf"]}
+def _note(verdict: Verdict, weight: str, not_finite: Counter[str]) -> None:
+    if not_finite:
+        nan, inf = not_finite["nan"], not_finite["inf"]
+        verdict.not_finite[weight] = {"nan": nan, "inf": inf}
         verdict.problems.append(
-            f"{verdict.path}: {weight} holds {found['nan']:,} NaN and {found['inf']:,} infinite "
-            "values."
+            f"{verdict.path}: {weight} holds {nan:,} NaN and {inf:,} infinite values."
         )
 
 

@@ -197,7 +197,7 @@ def write(
                 disk.sync(folder / name)
             if path.is_dir():
                 retention.carry_over(path, folder, _names_of_model(path) | {manifest.META})
-            for inner in {each.parent for each in folder.rglob("*")}:
+            for inner in {file.parent for file in folder.rglob("*")}:
                 disk.sync(inner)
             atomic.publish(folder, path)
 
