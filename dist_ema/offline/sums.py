@@ -183,10 +183,7 @@ class Checked:
     def _unseen(self, name: str, file: safetensors.SafetensorsFile) -> Iterator[tuple[int, int]]:
         """The byte ranges of a file that were not read, in windows."""
         head = len(file.head)
-        unread = [(0, head)]
-        unread += [
-            (head + entry.begin + self._seen.get((name, weight), 0), head + entry.end)
-            for weight, entry in file.entries.items()
-        ]
-        for begin, end in unread:
-            yield from ranges(begin, end)
+        yield from ranges(0, head)
+        for weight, entry in file.entries.items():
+            seen = self._seen.get((name, weight), 0)
+            yield from ranges(head + entry.begin + seen, head + entry.end)
