@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import _version
 from ..checkpoint import atomic, manifest, safetensors
 from ..dtypes import TORCH, float_dtype
-from ..text import Bar, silent, size_of
+from ..text import Bar, silent
 from . import library_names, model_card, report, same_weights, sources, sums, writer
 
 __all__ = ["Exported", "export"]
@@ -165,8 +165,6 @@ def _form(
     size: int | str | None,
     like: str | Path | None,
 ) -> _Form:
-    if size is not None:
-        size_of(size)
     # A pattern decides names, dtypes, files and order.
     if like is not None:
         with sources.open_model(like) as pattern:
