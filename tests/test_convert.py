@@ -34,8 +34,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dist_ema import EMA
+from dist_ema.cli import convert as cli
 from dist_ema.cli import main
-from dist_ema.cli import models as cli
 from dist_ema.foreign import recognise
 from dist_ema.offline import convert as offline
 from dist_ema.text import size

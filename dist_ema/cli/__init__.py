@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from .._version import VERSION
 from ..text import sentence
-from . import checks, models, plan, published, reading, widths
+from . import checks, convert, models, plan, published, reading, widths
 from .console import FINE, PROBLEM, USAGE, say
 
 __all__ = ["build_parser", "main"]
@@ -22,7 +22,7 @@ VERBS = (
     checks.VERIFY,
     models.EXPORT,
     reading.DIFF,
-    models.CONVERT,
+    convert.CONVERT,
     models.AVERAGE,
     widths.RECONSTRUCT,
     widths.SWEEP,

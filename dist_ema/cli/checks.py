@@ -1,4 +1,4 @@
-"""`dist-ema verify` and `doctor`: are files what they were, and is this machine fit."""
+"""`dist-ema verify` and `doctor`: options, verdicts and checks as lines, exit codes."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def _verify(options: argparse.Namespace) -> int:
 def _line(verdict: Verdict) -> str:
     if not verdict.sound:
         return f"{verdict.path} is not sound: {plural(len(verdict.problems), 'problem')}"
-    held = f"{plural(verdict.weights, 'weight')}, {size(verdict.bytes)}, all values finite"
+    contents = f"{plural(verdict.weights, 'weight')}, {size(verdict.bytes)}, all values finite"
     if not verdict.sums:
         return (
-            f"{verdict.path} is sound as far as can be told: {held}; there are no check sums to "
-            "compare"
+            f"{verdict.path} is sound as far as can be told: {contents}; there are no check sums "
+            "to compare"
         )
     from ..offline.verify import SUMS
 
     sums = " and ".join(SUMS[kind] for kind in verdict.sums)
     verb = "agrees" if len(verdict.sums) == 1 else "agree"
-    return f"{verdict.path} is sound: {held}; {sums} {verb}" + (
+    return f"{verdict.path} is sound: {contents}; {sums} {verb}" + (
         "; sealed with SHA-256" if verdict.sealed else ""
     )
 

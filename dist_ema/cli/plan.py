@@ -1,4 +1,4 @@
-"""`dist-ema plan`: choose the decay before training, and know what it costs."""
+"""`dist-ema plan`: options, and tables of half-life, window, width and what an average costs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..text import size
-from .console import JSON, USAGE, WIDEST, Arguments, Verb, add_arguments, columns, number, say, show
+from .console import JSON, WIDEST, Arguments, Verb, add_arguments, columns, number, show
 
 if TYPE_CHECKING:
     from ..offline.plan import Cost, Pace
@@ -130,13 +130,22 @@ def _add_groups(verb: argparse.ArgumentParser) -> None:
     add_arguments(verb.add_argument_group("the cost"), COST)
 
 
-def _refuse_lacking(options: argparse.Namespace) -> None:
-    """Name the options that --unit and --sigma-rel need."""
+def _refuse_lacking(options: argparse.Namespace, has_decay: bool) -> None:
+    """Name the options that others need."""
+    if not has_decay and options.params is None:
+        raise argparse.ArgumentTypeError(
+            "nothing to plan: give --decay, --half-life, --window or --sigma-rel, or --params."
+        )
+    if not has_decay and (options.plot or options.scale_batch):
+        raise argparse.ArgumentTypeError(
+            "--plot and --scale-batch need --decay, --half-life, --window or --sigma-rel."
+        )
     needed = {
         "--batch-size": options.unit != "steps" and options.batch_size is None,
         "--tokens-per-sample": options.unit == "tokens" and options.tokens_per_sample is None,
     }
-    if lacking := " and ".join(name for name, lacks in needed.items() if lacks):
+    lacking = " and ".join(name for name, lacks in needed.items() if lacks)
+    if has_decay and lacking:
         options.verb.error(f"--unit {options.unit} needs {lacking}")
     if options.sigma_rel is not None and options.length is None:
         options.verb.error("--sigma-rel needs --length")
@@ -145,23 +154,17 @@ def _refuse_lacking(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> int:
     from ..offline import plan as offline
 
-    given = {key: getattr(options, key) for key in ("decay", "half_life", "window", "sigma_rel")}
-    asked = any(value is not None for value in given.values())
-    if not asked and options.params is None:
-        return say(
-            "nothing to plan: give --decay, --half-life, --window or --sigma-rel, or --params.",
-            USAGE,
-        )
-    if not asked and (options.plot or options.scale_batch):
-        return say(
-            "--plot and --scale-batch need --decay, --half-life, --window or --sigma-rel.", USAGE
-        )
+    decays = {key: getattr(options, key) for key in ("decay", "half_life", "window", "sigma_rel")}
+    has_decay = any(value is not None for value in decays.values())
+    _refuse_lacking(options, has_decay)
     pace = other = cost = None
-    if asked:
-        _refuse_lacking(options)
-        units = {"unit": options.unit, "length": options.length}
+    if has_decay:
         pace = offline.pace(
-            **given, **units, batch_size=options.batch_size, tokens=options.tokens_per_sample
+            **decays,
+            unit=options.unit,
+            length=options.length,
+            batch_size=options.batch_size,
+            tokens=options.tokens_per_sample,
         )
         other = offline.scaled(pace, options.scale_batch) if options.scale_batch else None
     if options.params is not None:
@@ -182,8 +185,8 @@ def _text(
 ) -> Iterator[str]:
     if pace:
         yield from _of_pace(pace, options.every)
-        if other:
-            yield from _of_scaling(pace, other, options.scale_batch)
+    if pace and other:
+        yield from _of_scaling(pace, other, options.scale_batch)
     if cost:
         yield from _of_cost(cost, options)
 
@@ -276,10 +279,10 @@ def _of_cost(cost: Cost, options: argparse.Namespace) -> Iterator[str]:
         ("scratch", size(cost.memory.scratch), "fixed"),
     ]
     if cost.copied:
-        rows.append(("window in host memory", size(cost.memory.window), f"elements x {live} bytes"))
-        rows.append(
-            ("copied to the host", size(cost.copied), "per update, behind the next forward")
-        )
+        rows += [
+            ("window in host memory", size(cost.memory.window), f"elements x {live} bytes"),
+            ("copied to the host", size(cost.copied), "per update, behind the next forward"),
+        ]
     rows += [
         ("moved by an update", size(cost.moved), f"elements x ({live} read + 2 x {bytes_each})"),
         (

@@ -1,4 +1,4 @@
-"""`dist-ema watch` and `board`: what a training publishes, worked on and looked at."""
+"""`dist-ema watch` and `board`: options, the ledger as a table, the page written or served."""
 
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ def _watch(options: argparse.Namespace) -> int:
         if not options.metric:
             options.verb.error("--plot needs --metric")
         plotting.refuse(options.plot)
-    folder = Path(options.folder)
-    path = Path(options.ledger) if options.ledger else folder / ledger.NAME
+    path = options.ledger or options.folder / ledger.NAME
     task = options.task or options.notify or "exec"
     if options.exec or options.notify:
         work = (
@@ -55,8 +54,8 @@ def _watch(options: argparse.Namespace) -> int:
             if options.exec
             else partial(notify.notify, options.notify)
         )
-        watcher = watch.Watch(
-            folder,
+        watch.Watch(
+            options.folder,
             work,
             ledger.Ledger(path, task, options.expiry, options.metric, options.mode),
             newest=options.newest or bool(options.notify),
@@ -65,23 +64,24 @@ def _watch(options: argparse.Namespace) -> int:
             timeout=options.timeout,
             expiry=options.expiry,
             report=_report_json if options.json else partial(_report, options.metric),
-        )
-        watcher.run()
+        ).run()
     elif not path.exists():
         return say(f"{path} does not exist: nothing was watched there yet. Pass --exec.", PROBLEM)
-    records = [each for each in ledger.read_records(path) if each.task == task or not options.exec]
+    records = [
+        record for record in ledger.read_records(path) if record.task == task or not options.exec
+    ]
     if not options.json:
         sign = -1 if options.mode == "max" else 1
         out(_table(records, ledger.best_of(records, options.metric, sign)))
     elif not (options.exec or options.notify):
-        for each in records:
-            _report_json(each)
+        for record in records:
+            _report_json(record)
     if options.plot:
         watch.plot(options.plot, records, options.metric)
-    done = [each for each in records if each.state == ledger.DONE]
-    if options.metric and done and not any(options.metric in each.metrics for each in done):
+    done = [record for record in records if record.state == ledger.DONE]
+    if options.metric and done and not any(options.metric in record.metrics for record in done):
         return say(f"no version has the metric {options.metric!r}: {_LAST_LINE}.", PROBLEM)
-    return PROBLEM if any(each.state == ledger.FAILED for each in records) else FINE
+    return PROBLEM if any(record.state == ledger.FAILED for record in records) else FINE
 
 
 _LAST_LINE = 'the last line of JSON that the command prints has to name it, like {"loss": 0.31}'
@@ -100,19 +100,19 @@ def _report_json(record: Record) -> None:
 
 
 def _table(records: list[Record], best: Record | None) -> Iterator[str]:
-    names = sorted({name for each in records for name in each.metrics})
-    several = len({each.task for each in records}) > 1
+    names = sorted({name for record in records for name in record.metrics})
+    several = len({record.task for record in records}) > 1
     rows = [
         (
-            *[each.task] * several,
-            str(each.version) + (" best" if each is best else ""),
-            str(each.step),
-            each.state,
-            *(f"{each.metrics[name]:g}" if name in each.metrics else "-" for name in names),
-            f"{each.seconds:.1f}",
-            each.error,
+            *[record.task] * several,
+            str(record.version) + (" best" if record is best else ""),
+            str(record.step),
+            record.state,
+            *(f"{record.metrics[name]:g}" if name in record.metrics else "-" for name in names),
+            f"{record.seconds:.1f}",
+            record.error,
         )
-        for each in records
+        for record in records
     ]
     head = (*["task"] * several, "version", "step", "state", *names, "seconds", "error")
     yield from columns([head, *rows])
@@ -143,7 +143,7 @@ examples:
   dist-ema watch run/published --plot loss.png --metric loss     the ledger as a table and a plot
 """,
     {
-        "folder": {"metavar": "FOLDER", "help": "the folder given to ema.publish"},
+        "folder": {"metavar": "FOLDER", "type": Path, "help": "the folder given to ema.publish"},
         "--metric": {"metavar": "NAME", "help": "of the last line of JSON; FOLDER/best goes by it"},
         **MODE,
         "--newest": {
@@ -178,7 +178,7 @@ examples:
             "metavar": "NAME",
             "help": "each version is done once per task (default: 'exec', or the address)",
         },
-        "--ledger": {"metavar": "FILE", "help": "default FOLDER/ledger.sqlite"},
+        "--ledger": {"metavar": "FILE", "type": Path, "help": "default FOLDER/ledger.sqlite"},
         "--plot": {
             "metavar": "PNG",
             "help": "the metric over the steps at the end; live too, if it is reported",
@@ -205,16 +205,15 @@ def _board(options: argparse.Namespace) -> int:
     from ..checkpoint import disk
     from ..service import page
 
-    folder = Path(options.folder)
-    sources = [Path(each) if each else None for each in (options.metrics, options.ledger)]
+    shown = options.folder, options.metrics, options.ledger
     if options.serve is not None:
-        page.serve(options.serve, folder, *sources)
+        page.serve(options.serve, *shown)
         return FINE
-    for path in filter(None, sources):
+    for path in filter(None, shown[1:]):
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist.")
-    data = page.build(folder, *sources).encode()
-    where = Path(options.out) if options.out else folder.parent / "board.html"
+    data = page.build(*shown).encode()
+    where = options.out or options.folder.parent / "board.html"
     with disk.disk_errors(where, len(data)):
         where.write_bytes(data)
     out([str(where)])
@@ -237,8 +236,12 @@ examples:
   dist-ema board run/published --metrics run/metrics.jsonl --out board.html
 """,
     {
-        "folder": {"metavar": "FOLDER", "help": "the folder given to ema.publish"},
-        "--out": {"metavar": "HTML", "help": "the file to write (default FOLDER/../board.html)"},
+        "folder": {"metavar": "FOLDER", "type": Path, "help": "the folder given to ema.publish"},
+        "--out": {
+            "metavar": "HTML",
+            "type": Path,
+            "help": "the file to write (default FOLDER/../board.html)",
+        },
         "--serve": {
             "type": number("a port, 0 for any", lambda port: 0 <= port < 1 << 16, parse=int),
             "metavar": "PORT",
@@ -246,9 +249,14 @@ examples:
         },
         "--metrics": {
             "metavar": "FILE",
+            "type": Path,
             "help": "lines of JSON of the training (default FOLDER/../metrics.jsonl)",
         },
-        "--ledger": {"metavar": "FILE", "help": "of dist-ema watch (default FOLDER/ledger.sqlite)"},
+        "--ledger": {
+            "metavar": "FILE",
+            "type": Path,
+            "help": "of dist-ema watch (default FOLDER/ledger.sqlite)",
+        },
     },
     _board,
 )

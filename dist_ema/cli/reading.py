@@ -1,4 +1,4 @@
-"""`dist-ema inspect` and `diff`: what is in a file or folder, and how far two models are apart."""
+"""`dist-ema inspect` and `diff`: options, and tables of files, weights and their distances."""
 
 from __future__ import annotations
 
@@ -43,12 +43,11 @@ def _text_of_inspect(report: ModelReport, shown: int) -> Iterator[str]:
     yield printable(f"{report.path}: {_kind(report)}")
     yield ""
     yield from columns(list(_facts(report)))
-    listed = list(report.weights.items())[:shown]
-    if listed:
-        rows = [
-            (name, entry.dtype, str(list(entry.shape)), _role(report, name))
-            for name, (_, entry) in listed
-        ]
+    rows = [
+        (name, entry.dtype, str(list(entry.shape)), _role(report, name))
+        for name, (_, entry) in list(report.weights.items())[:shown]
+    ]
+    if rows:
         yield ""
         yield from columns([("weight", "dtype", "shape", "role"), *rows])
     if len(report.weights) > shown:
@@ -160,15 +159,19 @@ examples:
 def _diff(options: argparse.Namespace) -> int:
     from ..offline.diff import diff
 
-    which, bar = (options.which_a, options.which_b), partial(progress, "compare")
-    found = diff(options.a, options.b, which=which, bar=bar)
-    facts = _to_json(found, options.threshold, options.weights)
+    difference = diff(
+        options.a,
+        options.b,
+        which=(options.which_a, options.which_b),
+        bar=partial(progress, "compare"),
+    )
+    facts = _to_json(difference, options.threshold, options.weights)
     shown = SHOWN if options.weights is None else options.weights
-    show(options, facts, _text_of_diff(found, options.threshold, shown))
-    return FINE if found.same(options.threshold) else PROBLEM
+    show(options, facts, _text_of_diff(difference, options.threshold, shown))
+    return FINE if difference.same(options.threshold) else PROBLEM
 
 
-def _to_json(found: Difference, threshold: float | None, shown: int | None) -> dict[str, Any]:
+def _to_json(difference: Difference, threshold: float | None, shown: int | None) -> dict[str, Any]:
     rows = {
         row.name: {
             "distance": row.distance if math.isfinite(row.distance) else None,
@@ -177,36 +180,37 @@ def _to_json(found: Difference, threshold: float | None, shown: int | None) -> d
             "elements": row.elements,
             "dtypes": list(row.dtypes),
         }
-        for row in found.rows[:shown]
+        for row in difference.rows[:shown]
     }
     return {
-        "a": found.a,
-        "b": found.b,
-        "same": found.same(threshold),
-        "compared": len(found.rows),
+        "a": difference.a,
+        "b": difference.b,
+        "same": difference.same(threshold),
+        "compared": len(difference.rows),
         "threshold": threshold,
-        "beyond": len(found.beyond(threshold)),
-        "missing": found.missing,
-        "unexpected": found.unexpected,
-        "reshaped": found.reshaped,
+        "beyond": len(difference.beyond(threshold)),
+        "missing": difference.missing,
+        "unexpected": difference.unexpected,
+        "reshaped": difference.reshaped,
         "weights": rows,
     }
 
 
-def _text_of_diff(found: Difference, threshold: float | None, shown: int) -> Iterator[str]:
-    beyond = found.beyond(threshold)
+def _text_of_diff(difference: Difference, threshold: float | None, shown: int) -> Iterator[str]:
+    beyond = difference.beyond(threshold)
     allowed = "" if threshold is None else f" by more than {threshold:g}"
     verdict = f"{len(beyond):,} differ{allowed}" if beyond else f"none differs{allowed}"
     yield printable(
-        f"{plural(len(found.rows), 'weight')} of {found.a} and {found.b} compared, {verdict}"
+        f"{plural(len(difference.rows), 'weight')} of {difference.a} and {difference.b} compared, "
+        f"{verdict}"
     )
-    yield from (printable(f"missing     {name} (in A alone)") for name in found.missing)
-    yield from (printable(f"unexpected  {name} (in B alone)") for name in found.unexpected)
+    yield from (printable(f"missing     {name} (in A alone)") for name in difference.missing)
+    yield from (printable(f"unexpected  {name} (in B alone)") for name in difference.unexpected)
     yield from (
         printable(f"reshaped    {name}: {was} in A, {now} in B")
-        for name, (was, now) in found.reshaped.items()
+        for name, (was, now) in difference.reshaped.items()
     )
-    rows = found.beyond(None)
+    rows = difference.beyond(None)
     if rows[:shown]:
         yield ""
         cells = [

@@ -1,4 +1,4 @@
-"""`dist-ema reconstruct` and `sweep`: choose the decay after training."""
+"""`dist-ema reconstruct` and `sweep`: options, and tables of widths, residuals and metrics."""
 
 from __future__ import annotations
 
@@ -86,32 +86,29 @@ def _reconstruct(options: argparse.Namespace) -> int:
         progress=progress,
     )
     show(options, report.to_json(), _text_of_reconstruct(options.snapshots, report))
-    for warning in _warnings(report):
-        say(warning, FINE)
+    _warn(report)
     return FINE
 
 
 def _text_of_reconstruct(where: str, report: ReconstructReport) -> Iterator[str]:
-    run = report.snapshots
-    kinds = sorted({repr(each.profile.schedule) for each in run.stored})
-    moments = [each.profile.now for each in run.stored]
+    profiles = [average.profile for average in report.snapshots.stored]
     yield printable(
-        f"{where}: {len(run.stored)} stored averages, {len(set(moments))} moments from "
-        f"{moments[0]:g} to {moments[-1]:g}"
+        f"{where}: {len(profiles)} stored averages, {len({p.now for p in profiles})} moments from "
+        f"{profiles[0].now:g} to {profiles[-1].now:g}"
     )
-    yield from (printable(f"  {kind}") for kind in kinds)
+    yield from (printable(f"  {text}") for text in sorted({repr(p.schedule) for p in profiles}))
     yield f"mixed as of {report.at[0]:g}, after {report.at[1]:,} updates; weights sum to 1"
     yield ""
     rows = [
         (
-            each.name,
-            f"{each.fit.residual:.2%}",
-            f"{each.fit.condition:.3g}",
-            f"{each.fit.largest:.3f}",
-            f"{each.fit.gain:.3f}",
-            str(each.out or "-"),
+            mixture.name,
+            f"{mixture.fit.residual:.2%}",
+            f"{mixture.fit.condition:.3g}",
+            f"{mixture.fit.largest:.3f}",
+            f"{mixture.fit.gain:.3f}",
+            str(mixture.out or "-"),
         )
-        for each in report.mixtures
+        for mixture in report.mixtures
     ]
     yield from columns(
         [("target", "residual", "condition", "largest", "gain", "written to"), *rows]
@@ -119,18 +116,22 @@ def _text_of_reconstruct(where: str, report: ReconstructReport) -> Iterator[str]
     yield _WORDS
 
 
-def _warnings(report: ReconstructReport) -> Iterator[str]:
-    poor = [f"{each.name} ({each.fit.residual:.1%})" for each in report.mixtures if each.poor]
-    kind = "sigma_rel " if hasattr(report.mixtures[0].target, "sigma_rel") else ""
+def _warn(report: ReconstructReport) -> None:
+    """What a mixture is not, on stderr: the exit code stays."""
+    poor = [f"{mix.name} ({mix.fit.residual:.1%})" for mix in report.mixtures if mix.poor]
     if poor:
-        yield (
-            f"the snapshots do not express {kind}{', '.join(poor)} well: the mixture is "
-            "another profile by that much. More snapshots, or stored profiles nearer to it, would."
+        names_a_width = hasattr(report.mixtures[0].target, "sigma_rel")
+        say(
+            f"the snapshots do not express {'sigma_rel ' * names_a_width}{', '.join(poor)} well: "
+            "the mixture is another profile by that much. More snapshots, or stored profiles "
+            "nearer to it, would.",
+            FINE,
         )
     if report.snapshots.skipped:
-        yield (
+        say(
             f"up to {report.snapshots.skipped} updates were refused by the device (skipped steps), "
-            "and profiles count them as made, so they are off by about that share."
+            "and profiles count them as made, so they are off by about that share.",
+            FINE,
         )
 
 
@@ -198,7 +199,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
     if options.plot:
         plotting.refuse(options.plot)
-    found = sweep.sweep(
+    report = sweep.sweep(
         options.snapshots,
         options.out,
         partial(_evaluate, options.eval, options.metric),
@@ -211,11 +212,11 @@ def _sweep(options: argparse.Namespace) -> int:
         at=options.at,
         dtype=DTYPES.get(options.dtype),
     )
-    show(options, found.to_json(), _text_of_sweep(options.out, options.metric, found))
-    if found.at_the_edge:
+    show(options, report.to_json(), _text_of_sweep(options.out, options.metric, report))
+    if report.at_the_edge:
         say("the best lies at the edge of the widths: --from and --to allow others.", FINE)
     if options.plot:
-        sweep.plot(options.plot, found, options.metric)
+        sweep.plot(options.plot, report, options.metric)
     return FINE
 
 
@@ -231,19 +232,19 @@ def _evaluate(command: str, metric: str, path: Path, sigma: float) -> float:
     return outcome.metrics[metric]
 
 
-def _text_of_sweep(where: str, metric: str, found: SweepReport) -> Iterator[str]:
+def _text_of_sweep(where: str, metric: str, report: SweepReport) -> Iterator[str]:
     rows = [
         (
-            f"{each.sigma_rel:g}" + (" best" if each is found.best else ""),
-            f"{each.mean:g}",
-            f"{each.error:.2g}" if each.values[1:] else "-",
+            f"{candidate.sigma_rel:g}" + (" best" if candidate is report.best else ""),
+            f"{candidate.mean:g}",
+            f"{candidate.error:.2g}" if candidate.values[1:] else "-",
         )
-        for each in found.candidates
+        for candidate in report.candidates
     ]
     yield from columns([("sigma_rel", metric, "error"), *rows])
-    low, high = found.interval
+    low, high = report.interval
     yield printable(
-        f"best: sigma_rel {found.best.sigma_rel:g} in {where}/best; the least value lies between "
+        f"best: sigma_rel {report.best.sigma_rel:g} in {where}/best; the least value lies between "
         f"{low:.3g} and {high:.3g}"
     )
 
