@@ -104,10 +104,8 @@ class EMA(ModuleDropIn):
         self.include_online_model = include_online_model
         self.update_model_with_ema_every = update_model_with_ema_every
         self.update_model_with_ema_beta = update_model_with_ema_beta
-        self.forward_method_names, self.move_ema_to_online_device = (
-            forward_method_names,
-            move_ema_to_online_device,
-        )
+        self.forward_method_names = forward_method_names
+        self.move_ema_to_online_device = move_ema_to_online_device
         # In a list it is no child, and so not in `state_dict`.
         self.online_model: Any = model if include_online_model else [model]
         if not lazy_init_ema:
