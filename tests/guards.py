@@ -130,7 +130,7 @@ averaging/inventory.py
             @living_buffers::test_rescan_leaves_own_buffers_to_the_module_that_had_them
     _refuse_hopeless  is not dense  @discovery::test_what_cannot_be_averaged_is_refused_by_name
     _refuse_hopeless  float8 cannot  @discovery::test_frozen_integer_bool_and_float8_pass_through
-    _held_alike       and old.shape == new.shape and not alike => and False
+    _held_alike       and old.shape == new.shape and not lies_alike => and False
             @living_storages::test_rescan_loses_no_average_of_a_weight_that_turned
     _held_alike       and not any(are_buffers) =>
             @living_tree::test_a_weight_that_becomes_a_buffer_is_live
@@ -437,7 +437,7 @@ verbs/publisher.py
     __init__          raise ValueError  @publish::test_options_that_are_refused
     begin             raise RuntimeError  @publish::test_a_version_in_flight_is_not_waited_for
     _publish          warn(  @publish::test_a_full_disk_is_a_warning
-checkpoint/matching.py
+checkpoint/read_plan.py
     _                 state.is_copied_buffer and not own => False
             @living_buffers::test_a_resume_into_a_fresh_model_passes_over_copied_buffers
     compare           if not state.is_copied_buffer: => if True:

@@ -37,8 +37,8 @@ def move_by(
     for state in weights.averages[0].averaged:
         live = state.source.to(state.own_shadow)
         boxes = (
-            geometry.boxes_with_data(state.shard, state.averaged_region, data)
-            for data in (state.own_shadow, live)
+            geometry.boxes_with_data(state.shard, state.averaged_region, elements)
+            for elements in (state.own_shadow, live)
         )
         views += [(shadow, value) for (_, shadow), (_, value) in zip(*boxes, strict=True)]
     rule(views)

@@ -127,10 +127,10 @@ class Inventory:
         for shard in shards:
             # A weight that was tied since may come under another of its names first.
             names = [name for name in (shard.name, *shard.aliases) if name in known]
-            same = [known[name] for name in names if _held_alike(known[name], shard)]
-            if same and same[0].name not in taken:  # by another name of a buffer that was shared
-                kept[shard.name] = same[0].name
-                taken.add(same[0].name)
+            held = [known[name] for name in names if _held_alike(known[name], shard)]
+            if held and held[0].name not in taken:  # by another name of a buffer that was shared
+                kept[shard.name] = held[0].name
+                taken.add(held[0].name)
         return kept
 
     def _bind_teacher(self, teacher: Teacher, states: dict[str, ownership.ParamState]) -> None:
@@ -320,14 +320,16 @@ class Inventory:
 def _held_alike(old: Shard, new: Shard) -> bool:
     """The same tensor object, or a buffer of the same form, in the same region."""
     are_buffers = [shard.kind == "buffer" for shard in (old, new)]
-    same = all(are_buffers) or (old.tensor is new.tensor and not any(are_buffers))
-    alike = (old.local_region, old.order) == (new.local_region, new.order)
+    is_same = all(are_buffers) or (old.tensor is new.tensor and not any(are_buffers))
+    lies_alike = (old.local_region, old.order) == (new.local_region, new.order)
     _refuse(
-        [new.name] if old.tensor is new.tensor and old.shape == new.shape and not alike else [],
+        [new.name]
+        if old.tensor is new.tensor and old.shape == new.shape and not lies_alike
+        else [],
         "lies in another order in memory than its average (channels_last, a transposed view?). Put "
         "it back, or build another EMA.",
     )
-    return same and alike and old.shape == new.shape
+    return is_same and lies_alike and old.shape == new.shape
 
 
 def _refuse(names: Sequence[str], why: str) -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -316,11 +317,10 @@ def _is_inside_step(optimizer: Any) -> bool:
     steps = (vars(optimizer_class).get("step") for optimizer_class in type(optimizer).__mro__)
     if sum(getattr(step, "hooked", False) for step in steps) < 2:
         return False
-    running, frame = 0, sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _RUNS_HOOKS:
-            running += frame.f_locals.get("self") is optimizer
-        frame = frame.f_back  # type: ignore[assignment]
+    running = sum(
+        frame.f_code is _RUNS_HOOKS and frame.f_locals.get("self") is optimizer
+        for frame, _ in traceback.walk_stack(sys._getframe(1))
+    )
     return running > 1
 
 

@@ -157,8 +157,8 @@ class Teacher:
             old = state.teacher_copy if state.shadow is None else state.shadow
             assert old is not None
             new, place = shard.read(), _address_and_form(shard)
-            kinds = [(memory.dtype, memory.device, len(memory)) for memory in (new, old)]
-            if kinds[0] != kinds[1] or place[1] != self._places[state.name][1]:
+            forms = [(memory.dtype, memory.device, len(memory)) for memory in (new, old)]
+            if forms[0] != forms[1] or place[1] != self._places[state.name][1]:
                 cure = "Build the EMA after teacher.to(...)."
                 if shard.kind == "buffer":
                     cure += " If it changes its shape in training, leave it out with only=."
@@ -205,9 +205,9 @@ class Teacher:
         name, memory = shard.name, memory or self._given[shard.name]
         untied = [alias for alias in shard.aliases if self._shards.get(alias) is not memory]
         untied += [
-            key
-            for key, shard_of_teacher in self._given.items()
-            if shard_of_teacher is memory and key != name
+            given_name
+            for given_name, shard_of_teacher in self._given.items()
+            if shard_of_teacher is memory and given_name != name
         ]
         if untied:
             raise ValueError(
@@ -246,8 +246,8 @@ class Teacher:
                 "out with only=."
             )
         self.refuse_untied(shard, memory)
-        same = memory.read().data_ptr() == shard.read().data_ptr()
-        if shard.trainable and same and shard.local_region.numel:
+        shares_memory = memory.read().data_ptr() == shard.read().data_ptr()
+        if shard.trainable and shares_memory and shard.local_region.numel:
             raise ValueError(
                 f"{name} is one weight in the model and the teacher: give into= a copy."
             )

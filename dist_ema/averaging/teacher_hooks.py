@@ -35,9 +35,9 @@ def put_on(
     """
     hooks = ExitStack()
     for module, outer in wrappers.entrances(teacher, sharded):
-        for left in list(module._forward_pre_hooks.values()):
-            if isinstance(left, _ReadHook):
-                left.take_off_spent()
+        for hook_there in list(module._forward_pre_hooks.values()):
+            if isinstance(hook_there, _ReadHook):
+                hook_there.take_off_spent()
         hook, forward_hook = (_ReadHook(announce, outer) for _ in range(2))
         forward_hook.spent = [
             module.register_forward_pre_hook(forward_hook, prepend=True),
