@@ -143,11 +143,11 @@ class EMA:
     ) -> None:
         refuse_dtype(dtype)
         schedules, selection = schedule_list(decay), Selection(only, buffers)
-        device = None if device is None else torch.device(device)
         if into is not None:
             teacher.refuse_beside_teacher(schedules, dtype, device)
         elif buffers == OWN:
             raise ValueError("buffers='own' needs into=: the buffers are those of the teacher.")
+        device = None if device is None else torch.device(device)
         if not isinstance(split, (bool, dist.ProcessGroup)):
             raise ValueError(f"split must be True, False or a process group, got {split!r}.")
         # into=: the teacher's memory is the shadow, so nothing is divided.
