@@ -484,8 +484,7 @@ class EMA:
         target = parameters.module_of(module)  # once: parameters may come from a generator
         # Modules may hold values that they computed from their weights.
         with derived.caches_dropped(target):
-            ranks = self._entry.ranks
-            gather.copy_into(ranks, average.persistent, average.own_buffers, target)
+            gather.copy_into(self._entry.ranks, average.persistent, average.own_buffers, target)
         self.weights.mark()
 
     # --- files ------------------------------------------------------------------------------------

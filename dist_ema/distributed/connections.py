@@ -61,6 +61,7 @@ class Connections:
         weakref.finalize(self, self._listener.close)
         self._greeting = b""
         self._known: dict[int, dict[int, tuple[int, list[str]]]] = {}  # by column and rank
+        self._beats = -1, 0  # the rank that was waited for last, and its heartbeats until then
         self.received = 0  # bytes, in all
         port = self._listener.getsockname()[1]
         # One table on the first rank; the others read the column that they send to.
@@ -69,9 +70,8 @@ class Connections:
     def _publish(self, ports_and_addresses: list[Any]) -> None:
         """Write the addresses of each column, on the first rank."""
         for number in range(self._machines.width):
-            column = self._machines.column(number)
-            text = pack([[rank, *ports_and_addresses[rank]] for rank in column])
-            self._coordinator.store.set(f"column/{number}", text)
+            rows = [[rank, *ports_and_addresses[rank]] for rank in self._machines.column(number)]
+            self._coordinator.store.set(f"column/{number}", pack(rows))
             self._coordinator.messages.keep(f"column/{number}")
 
     def _address(self, rank: int) -> tuple[int, list[str]]:
@@ -114,8 +114,6 @@ class Connections:
         self._beats = rank, beats
         self._coordinator.refuse_ended_transfer(moved)
         return moved
-
-    _beats = (-1, 0)
 
     def _patiently(self, rank: int, target: int) -> socket.socket:
         """`connect`, repeated while a rank that does not answer sends heartbeats."""

@@ -271,8 +271,7 @@ class StoreCoordinator(Waiting):
             except RuntimeError as silence:
                 raise (silence if error is None else error) from None
             if count.flags and error is None and messages.has(exchange, "error"):
-                failure = messages.get(exchange, "error")
-                raise RuntimeError(diagnosis.failed(exchange, *failure))
+                raise RuntimeError(diagnosis.failed(exchange, *messages.get(exchange, "error")))
             messages.forget(exchange)
         return count.flags  # type: ignore[no-any-return]
 

@@ -171,6 +171,10 @@ class Messages:
         """Publish an error, unless one is known. Returns the one that all ranks raise."""
         return str(self.publish(exchange, {"error": text})["error"])
 
+    def answer_of(self, exchange: Exchange) -> Any:
+        """The value of the answer, which is waited for. See `value_of`."""
+        return self.value_of(exchange, self.get(exchange, "answer"))
+
     def value_of(self, exchange: Exchange, answer: Any) -> Any:
         """The value of the published answer.
 
@@ -253,6 +257,10 @@ class Messages:
     def remind(self, exchange: Exchange, seconds: float) -> None:
         """Log who is awaited."""
         missing = self.missing(exchange)
-        names = diagnosis.names(missing)
-        hint = diagnosis.usual_cause(exchange, len(missing), self._size)
-        log.warning("%s has waited %.0f s for %s%s", exchange, seconds, names, hint)
+        log.warning(
+            "%s has waited %.0f s for %s%s",
+            exchange,
+            seconds,
+            diagnosis.names(missing),
+            diagnosis.usual_cause(exchange, len(missing), self._size),
+        )

@@ -61,10 +61,13 @@ class Ranks(StoreCoordinator):
         self._claims = job_keys.Claims(self._open_claims)
         stores: list[BoundedStore] = []
         if self.size > 1:
-            counters = open_store("dist_ema/construction")
             # Ranks share no counters yet, so this has deadlines of its own ([Note: construction]).
             stores = together(
-                "EMA(...)", self.members, counters, timeout, lambda: self._assemble(group, timeout)
+                "EMA(...)",
+                self.members,
+                open_store("dist_ema/construction"),
+                timeout,
+                lambda: self._assemble(group, timeout),
             )
         self._connect(stores, timeout)
 
@@ -78,8 +81,8 @@ class Ranks(StoreCoordinator):
         job_keys.count_leftovers(self._open_store)
         self._prefix = f"dist_ema/{self._incarnation()}"
         job_keys.delete_leftovers(self._open_store)
-        messages = BoundedStore(self._open_store(self._prefix), timeout)
-        return [messages, clone(self._open_store(self._prefix), timeout)]
+        store = self._open_store(self._prefix)
+        return [BoundedStore(self._open_store(self._prefix), timeout), clone(store, timeout)]
 
     def _connect(self, stores: Sequence[BoundedStore], timeout: float) -> None:
         """Send messages over the first store, and heartbeats over the second."""
@@ -89,8 +92,7 @@ class Ranks(StoreCoordinator):
         messages, beats = stores or (None, None)
         super().__init__(messages, self.members, self.rank, timeout, beats)
         if messages is not None:
-            written = self.messages.written
-            job_keys.note_when_gone(self, messages, self._prefix, self.size, written)
+            job_keys.note_when_gone(self, messages, self._prefix, self.size, self.messages.written)
 
     def _open_claims(self, timeout: float) -> BoundedStore:
         # NOTE: torchrun keeps the store when it starts anew with more or fewer ranks, which form
@@ -165,9 +167,9 @@ class Ranks(StoreCoordinator):
     def connections(self, verb: str) -> Connections:
         """Connections that carry bytes between two ranks. See `machines`."""
         if self._connections is None:
-            store = self._open_store(self._prefix)
+            reached_at = addresses(self._open_store(self._prefix))
             self._connections = Connections(
-                self, self.machines(verb), self._prefix, addresses(store), verb
+                self, self.machines(verb), self._prefix, reached_at, verb
             )
         return self._connections
 

@@ -111,8 +111,7 @@ class Waiting:
                         time.sleep(GRACE)
                         if self.messages.counted(exchange) == count:
                             # Both are counted, and the rank that had to take one back is dead.
-                            answer = self.messages.get(exchange, "answer")
-                            return self.messages.value_of(exchange, answer)
+                            return self.messages.answer_of(exchange)
                 elif called:
                     remind_at = now + REMIND
                     self.messages.remind(exchange, now - began)
@@ -137,7 +136,7 @@ class Waiting:
                     exchange, {"clash": [exchange, self.rank, self.messages.arguments]}
                 )
             elif count.answers and not full:
-                return True, self.messages.value_of(exchange, self.messages.get(exchange, "answer"))
+                return True, self.messages.answer_of(exchange)
             elif not count.answers and (full or (ready is not None and ready(count))):
                 return True, count
             now = time.monotonic()
@@ -166,7 +165,7 @@ class Waiting:
     def refuse_ended_transfer(self, moved: float) -> None:
         """Raise if the transfer under way has ended, or no byte has moved since `moved`."""
         if self.messages.has(self._transfer, "answer"):
-            self.messages.value_of(self._transfer, self.messages.get(self._transfer, "answer"))
+            self.messages.answer_of(self._transfer)
         if time.monotonic() - moved >= (2 * self.interval if self._lost_one else self.timeout):
             raise RuntimeError(self.blame(f"for {self.timeout:g} s"))
 

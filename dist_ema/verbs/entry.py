@@ -188,8 +188,9 @@ class VerbEntry:
             return not consistency.sampled_alike(weights.states, ranks)
 
         ranks.begin(verb, self.common(which, arguments or {}))
-        differ = ranks.count_on_all(verb, ready)
-        if differ:  # every rank learned this, so all of them exchange what differs
+        if ranks.count_on_all(
+            verb, ready
+        ):  # every rank learned this, so all of them exchange what differs
             warn(
                 f"ema.{verb}(): {consistency.name_replicas(verb, ranks, weights.states)}, which "
                 "should hold replicas, so the average holds parts of both. Was one rank's model "

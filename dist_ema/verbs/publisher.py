@@ -85,10 +85,10 @@ class Publication:
         disk.ensure(self.folder)
         disk.remove(self.folder / versions.STOP)
         number = versions.highest(self.folder)
-        newest = self.folder / versions.name_of(number)
-        retention.refuse(newest, self.keep)
+        last_version = self.folder / versions.name_of(number)
+        retention.refuse(last_version, self.keep)
         if number:  # a trainer that was killed may have left one too many
-            retention.advance(newest, self.keep, self.leases, self.keep_at_most)
+            retention.advance(last_version, self.keep, self.leases, self.keep_at_most)
         else:
             self.leases.begin_anew()
         return number
