@@ -1,4 +1,4 @@
-"""Texts for people: plurals, sizes in bytes and their parsing, lists of names, warnings."""
+"""Texts for people: plurals, sizes in bytes and their parsing, lists, shortened names, warnings."""
 
 from __future__ import annotations
 
@@ -116,6 +116,7 @@ def silent(total: int) -> Iterator[Tick]:
 def warn(*texts: str) -> None:
     """Warn at the user's line, the innermost one outside of this package."""
     frame, level = sys._getframe(), 1
+    # Frames of contextlib lie between a verb and the user's `with`.
     here = (str(Path(__file__).parent), contextlib.__file__)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
         frame, level = frame.f_back, level + 1

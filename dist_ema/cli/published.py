@@ -67,6 +67,7 @@ def _watch(options: argparse.Namespace) -> int:
         ).run()
     elif not path.exists():
         return say(f"{path} does not exist: nothing was watched there yet. Pass --exec.", PROBLEM)
+    # The ledger also has what other watchers did, and what was done before a restart.
     records = [
         record for record in ledger.read_records(path) if record.task == task or not options.exec
     ]

@@ -153,7 +153,7 @@ class _Track:
         numbers = np.arange(rows.start, rows.stop)
         with np.errstate(invalid="ignore", over="ignore"):
             kept = np.exp(np.minimum(self._logs[rows] - self._logs[end], 0.0))
-        kept[numbers == end] = 1.0
+        kept[numbers == end] = 1.0  # also where both logs are -inf: the start of a Power
         alive = (self._copies[rows] == self._copies[end]) & (numbers <= end)
         return np.where(alive, self._gained[rows] * kept, 0.0)
 

@@ -256,6 +256,7 @@ def _folders(snapshots: str | Path | Sequence[str | Path]) -> list[Path]:
     if (path / manifest.META).exists():
         return [path]
     inner = sorted(path.glob(f"*/{manifest.META}"))
+    # A hidden folder is a save that is being written, or was interrupted.
     return [meta.parent for meta in inner if not meta.parent.name.startswith(".")]
 
 
