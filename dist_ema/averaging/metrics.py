@@ -86,14 +86,14 @@ def measure(
         if state.shard.kind != "buffer" and _is_copied(state, split, holders):
             kind = f"{len(state.shard.replicas)}/{len(state.shard.owner_ranks)}"
             copies.setdefault(kind, []).append(state)
-    replicas_agree = consistency.sampled_alike(states, ranks)
+    is_alike = consistency.sampled_alike(states, ranks)
     for kind, copied_states in copies.items():
         regions = [(state.name, state.averaged_region) for state in copied_states]
         elements = digest([[name, *at.offsets, at.begin, at.end] for name, at in regions])
         bits = fingerprint.fingerprints([state.own_shadow for state in copied_states])
         # Ranks with the same elements post under one name, and compare with whoever came first.
-        replicas_agree &= ranks.is_same(f"{kind}/{elements}", digest(bits))
-    return {"squares": _squares(states) if started else [0.0, 0.0], "agree": replicas_agree}
+        is_alike &= ranks.is_same(f"{kind}/{elements}", digest(bits))
+    return {"squares": _squares(states) if started else [0.0, 0.0], "agree": is_alike}
 
 
 def combine(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
