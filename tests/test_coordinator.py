@@ -27,7 +27,7 @@ from torch import nn
 
 from dist_ema import EMA
 from dist_ema.averaging.swap import WeightSwap
-from dist_ema.checkpoint import reader
+from dist_ema.checkpoint import location
 from dist_ema.distributed import coordinator, messages, waiting
 from dist_ema.distributed.connections import Connections
 from dist_ema.distributed.coordinator import StoreCoordinator
@@ -717,7 +717,7 @@ def together(folder: str) -> None:
 DEATHS: dict[str, tuple[int, Any, str]] = {
     "swap": (1, WeightSwap, "apply"),
     "gather": (1, Connections, "send"),
-    "load": (0, reader, "locate"),
+    "load": (0, location, "locate"),
 }
 
 
