@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A stream that the shell closed (`>&-`) is None here.
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     parser = build_parser()
+    # parse_args would answer an unknown option with the usage of the whole command.
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         options.verb.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # the reader, as `| head`, has ended
         return FINE
+    # A path that is not there is wrong usage, like an option.
     except (FileNotFoundError, argparse.ArgumentTypeError) as error:
         return say(sentence(error), USAGE)
     except (ImportError, OSError, ValueError) as error:

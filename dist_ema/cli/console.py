@@ -95,6 +95,7 @@ class Verb(NamedTuple):
             epilog=f"examples:\n{examples}\nexit code: {self.codes}, 2 the command is wrong",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        # The parser too, so that a verb can report wrong usage of its own.
         parser.set_defaults(run=self.run, verb=parser)
         add_arguments(parser, self.arguments)
         if self.one_of:
@@ -207,6 +208,7 @@ def out(lines: Iterable[str]) -> None:
     """Lines to stdout, in whatever encoding it has."""
     encoding = sys.stdout.encoding or "utf-8"
     for line in lines:
+        # A terminal of another encoding must not end the verb.
         print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
@@ -246,6 +248,7 @@ def say(sentence: str, code: int) -> int:
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Tick]:
     """A bar on stderr over `total` bytes, on terminals; yields the function that moves it."""
+    # A log would fill with the frames of a bar.
     if not sys.stderr.isatty():
         yield lambda done: None
         return

@@ -40,6 +40,7 @@ def _convert(options: argparse.Namespace) -> int:
     )
     if options.list:
         return _list(options, *offline.candidates(request))
+    # Optional for argparse, because --list needs no OUT.
     if options.target is None:
         options.verb.error("the following arguments are required: OUT (or --list)")
     return _write(request, options)
@@ -90,6 +91,7 @@ def _write(request: ConvertRequest, options: argparse.Namespace) -> int:
 
     for path in filter(None, (options.source, options.like)):
         writer.refuse_place(path, options.target)
+    # Before SRC is read, which may take long.
     writer.refuse_target(options.target, options.force)
     with ExitStack() as stack:
         plan = offline.plan(request, stack)

@@ -58,6 +58,7 @@ def _watch(options: argparse.Namespace) -> int:
             options.folder,
             work,
             ledger.Ledger(path, task, options.expiry, options.metric, options.mode),
+            # A server that is behind would load the versions in between for nothing.
             newest=options.newest or bool(options.notify),
             jobs=options.jobs,
             retries=options.retries,

@@ -34,6 +34,7 @@ def _inspect(options: argparse.Namespace) -> int:
         values,
         _text_of_inspect(report, SHOWN if options.weights is None else options.weights),
     )
+    # On stderr, so that what --json prints stays JSON.
     for problem in report.problems:
         say(f"{report.path}: ema.json is not sound: {problem}.", PROBLEM)
     return PROBLEM if report.problems else FINE

@@ -56,11 +56,13 @@ def _widths(text: str) -> list[float]:
     first, last = _sigma(begin), _sigma(end)
     try:
         step = float(width)
+        # The last width counts, although its division may round down.
         count = math.floor((last - first) / step + 1e-9) + 1 if step > 0 else 0
     except (ValueError, OverflowError):
         count = 0
     if not 1 <= count <= MAX_SWEEP:
         raise argparse.ArgumentTypeError(f"must go up in 1 to {MAX_SWEEP} steps, got {text!r}")
+    # Rounded, because 0.05 + 2 * 0.05 is not 0.15 in floats, and folders are named after it.
     return [round(first + i * step, 12) for i in range(count)]
 
 

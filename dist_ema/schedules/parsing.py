@@ -16,6 +16,7 @@ def schedule(decay: float | Schedule) -> Schedule:
     """The schedule that a user's `decay` means; a float is `Constant`. Else raises ValueError."""
     if isinstance(decay, Schedule):
         return decay
+    # A bool is an int, and True would be a decay of 1.
     if isinstance(decay, bool) or not isinstance(decay, (int, float)):
         raise ValueError(
             f"decay must be a float or a schedule (dist_ema.HalfLife(...)), got {decay!r}."
