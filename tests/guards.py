@@ -354,6 +354,8 @@ averaging/optimizer_hooks.py
             @optimizer_hooks::test_an_ema_that_is_collected_within_a_step
 verbs/entry.py
     warn_if_idle      warn(  @optimizer_hooks::test_one_update_per_step
+    warn_if_doubled   warn(
+            @optimizer_hooks::test_updates_by_hand_after_each_attached_one_are_named_once
     warn_of_unexplained_keys  warn(  @living_tree::test_keys_that_nothing_explains_are_named
 averaging/average.py
     heard             , device="cpu", pin_memory => , pin_memory

@@ -146,6 +146,7 @@ def same(a: list[Any], b: list[Any]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:ema..*no update came")
+@pytest.mark.filterwarnings("ignore:ema.*moves the average twice")
 def test_random_schedules(tmp_path: Path, seeds: Seeds) -> None:
     """Guards every settle() and fence(): in ready, begin, before_step and in the engines
     themselves. 50 seeds are every value of one option with every value of the others.

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 from dist_ema import EMA, load_file
 from dist_ema.checkpoint import disk
 from dist_ema.distributed import connections, machines, ranks, receiver
+from dist_ema.distributed.coordinator import StoreCoordinator
 from dist_ema.distributed.machines import MACHINE, Machines, Routes
 from tests._models import Net
 from tests._ranks import raises, run_ranks
@@ -236,3 +238,29 @@ def test_cuts() -> None:
             clipped = [one.clip(number, file, 0, size) for number in one.ranges(file, 0, size)]
             assert sum(high - low for low, high in clipped) == size
     assert Routes([300] * 3, six, writers, 0).cuts == [0, 300, 600, 900]
+
+
+def test_what_does_not_greet_is_turned_away() -> None:
+    """A port is open to all: what says nothing, half of it or something else is closed, at once or
+    after the interval, and the next sender is served. A connection left open would be a warning.
+    """
+    listener, greeting = (
+        socket.create_server(("127.0.0.1", 0)),
+        receiver.GREETING.pack(b"t" * 32, 7),
+    )
+    served = receiver.Receiver(
+        lambda *_: socket.socket(), lambda *_: None, StoreCoordinator(None, [0], 0, timeout=0.4)
+    )
+    thread = threading.Thread(target=served.accept, args=(listener, greeting))
+    thread.start()
+    with listener:
+        for text in (b"", greeting[:-1], greeting, b"?" * 44, greeting[::-1] + b"1234"):
+            with socket.create_connection(listener.getsockname()) as stranger:
+                stranger.sendall(text)
+                assert stranger.recv(1) == b"", text
+        with socket.create_connection(listener.getsockname()) as sender:
+            sender.sendall(greeting + receiver.COUNT.pack(0))
+            assert sender.recv(1) == receiver.ACCEPTED
+        served.stopped = True
+        thread.join()
+        served.serve()

@@ -50,6 +50,21 @@ class Toy:
         return self.ema.gather()["weight"].item()
 
 
+def test_updates_by_hand_after_each_attached_one_are_named_once() -> None:
+    """Now and then is a choice of the loop, and no mistake."""
+    toy = Toy()
+
+    def play(*steps: int) -> None:
+        for n in steps:
+            toy.step(n)
+            toy.ema.update()
+
+    play(1, 1, 2, 1, 1, 3, 1, 1, 2)
+    with pytest.warns(UserWarning, match="each step moves the average twice") as caught:
+        play(1, 1, 1, 1, 1, 1)
+    assert len(caught) == 1
+
+
 def test_one_update_per_step() -> None:
     toy = Toy(Uniform())
     toy.step(4)

@@ -98,16 +98,24 @@ class Receiver:
         while not self.stopped:
             with suppress(OSError):
                 connection, _ = listener.accept()
-                connection.settimeout(self._coordinator.interval)
-                # NOTE: a port is open to all; what does not greet is turned away, and so are
-                # senders of a transfer that has failed.
-                answer = connection.recv(len(greeting) + COUNT.size, socket.MSG_WAITALL)
-                if answer[: len(greeting)] == greeting:
-                    connection.sendall(ACCEPTED)
-                    target = COUNT.unpack(answer[len(greeting) :])[0]
-                    self._selector.register(connection, selectors.EVENT_READ, target)
-                else:
+                if not self._is_greeted(connection, greeting):
                     connection.close()
+
+    def _is_greeted(self, connection: socket.socket, greeting: bytes) -> bool:
+        """Whether a sender of this transfer is at the other end, which is served then.
+
+        A port is open to all. What greets otherwise, too slowly or in part is turned away, and so
+        are senders of a transfer that has failed.
+        """
+        with suppress(OSError):
+            connection.settimeout(self._coordinator.interval)
+            head = connection.recv(len(greeting) + COUNT.size, socket.MSG_WAITALL)
+            if head[: -COUNT.size] == greeting:
+                connection.sendall(ACCEPTED)
+                target = COUNT.unpack(head[-COUNT.size :])[0]
+                self._selector.register(connection, selectors.EVENT_READ, target)
+                return True
+        return False
 
     def serve(self) -> None:
         """Take what comes over the connections."""

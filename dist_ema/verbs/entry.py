@@ -54,7 +54,7 @@ class VerbEntry:
         is_staged: The model is the stages that this rank holds.
         attachment: What `attach` returned last.
         by_hand: The clock's updates at the last one that was called beside an attached optimizer,
-            and how often one such followed a single attached one.
+            and how often in succession one such followed a single attached one.
 
     Note:
         *Collective*.
@@ -233,8 +233,8 @@ def warn_if_doubled(entry: VerbEntry) -> None:
     """An update was called by hand after each of those that attached optimizers made."""
     updates, (before, times) = entry.weights.clock.updates, entry.by_hand
     # Two since the last call by hand: one of the hooks', and this one.
-    entry.by_hand = updates, times + (updates - before == 2)
-    if entry.by_hand[1] == DOUBLED > times:
+    entry.by_hand = updates, times + 1 if updates - before == 2 else 0
+    if entry.by_hand[1] == DOUBLED:
         warn(
             "ema.update() after every update of ema.attach(): each step moves the average twice. "
             "Call one of them; ema.detach() takes the hooks off."
