@@ -232,9 +232,9 @@ def warn_if_idle(verb: str, weights: AveragedWeights) -> None:
 def warn_if_doubled(entry: VerbEntry) -> None:
     """An update was called by hand after each of those that attached optimizers made."""
     updates, (before, times) = entry.weights.clock.updates, entry.by_hand
-    # Two since the last call by hand: one of the hooks', and this one.
-    entry.by_hand = updates, times + 1 if updates - before == 2 else 0
-    if entry.by_hand[1] == DOUBLED:
+    since = updates - before  # this one, and with `every=` not always one of the hooks'
+    entry.by_hand = updates, 0 if since > 2 else times + (since == 2)
+    if entry.by_hand[1] == DOUBLED > times:
         warn(
             "ema.update() after every update of ema.attach(): each step moves the average twice. "
             "Call one of them; ema.detach() takes the hooks off."
