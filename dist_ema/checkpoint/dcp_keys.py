@@ -9,10 +9,10 @@ in the order of the model. `Averages` reads those too.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import sys
+import traceback
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,8 @@ if TYPE_CHECKING:  # a program that never calls DCP does not pay for its import
 
 __all__ = ["Averages", "match_all"]
 
-_OWN_BUFFERS_KEY = re.compile(
-    r"((?:.*\.)?averages\.(.+)\.)own(?:_by_name)?"
-)  # where it begins, label
+# Groups: where the key begins, and the label of the average.
+_OWN_BUFFERS_KEY = re.compile(r"((?:.*\.)?averages\.(.+)\.)own(?:_by_name)?")
 _AVERAGE_KEY = re.compile(r"average_[0-9]+")
 
 
@@ -83,14 +82,12 @@ def _metadata_of_load() -> Metadata | None:
         return None
     from torch.distributed.checkpoint import LoadPlanner, Metadata
 
-    frame = inspect.currentframe()
-    while frame is not None:
+    for frame, _ in traceback.walk_stack(sys._getframe()):
         planner = frame.f_locals.get("self")
         if isinstance(planner, LoadPlanner):
             partial = getattr(planner, "allow_partial_load", False)
             metadata = frame.f_locals.get("metadata", getattr(planner, "metadata", None))
             return metadata if isinstance(metadata, Metadata) and not partial else None
-        frame = frame.f_back
     return None
 
 
