@@ -175,7 +175,7 @@ class Run:
         return float(total / self.world)
 
     def save(self) -> Path:
-        """Model and optimizer, complete once `seal` was called. *Collective*."""
+        """Model and optimizer, complete once `keep` has renamed the folder. *Collective*."""
         unfinished = self.folder / ".unfinished"
         if self.rank == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -238,9 +238,9 @@ def constant(run: Run) -> None:
     done = rows[-1]["step"] if rows else 0
     if run.rank == 0:
         run.tick(GPT_COST * done)
-        for late in [
-            each for each in (run.folder / "snapshots").glob("*") if int(each.name) > done
-        ]:
+        # Only finished ones: a killed run may leave an unfinished, hidden one beside them.
+        snapshots = (run.folder / "snapshots").glob("[0-9]*")
+        for late in [each for each in snapshots if int(each.name) > done]:
             shutil.rmtree(late)
     dist.barrier()
     for number in range(done + 1, run.size.gpt_steps + 1):

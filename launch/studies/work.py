@@ -109,11 +109,12 @@ _counter: Any = None
 def _begin(counter: Any) -> None:
     """What every process does first."""
     global _counter
+    # Ctrl-C reaches every process of the terminal. This one ends by it, without a traceback: not
+    # even out of the import, so before it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     import torch
 
     _counter = counter
-    # Ctrl-C reaches every process of the terminal. This one ends by it, without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
