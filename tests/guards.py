@@ -88,7 +88,7 @@ averaging/averages.py
     set_clock         self.mark()  @living_details::test_writes_that_are_no_training
     resume            self.forget_mark()  @living_details::test_writes_that_are_no_training
     copy_live         self.teacher.forget_copies()
-            @living_details::test_reset_copies_frozen_weights_that_the_teacher_has_otherwise
+            @living_details::test_a_late_start_copies_what_was_frozen_and_written_before
     after_move        copy_frozen  @compat_modules::test_frozen_weights_follow_under_any_function
     after_move        copy_buffers  @into::test_registered_anew
 averaging/inventory.py

@@ -280,6 +280,24 @@ def test_reset_copies_frozen_weights_that_the_teacher_has_otherwise() -> None:
     assert torch.equal(teacher[2].weight, model[2].weight)
 
 
+def test_a_late_start_copies_what_was_frozen_and_written_before() -> None:
+    """Through `.data`, which no counter counts: a merge of adapters for one."""
+    model = net()
+    model[2].requires_grad_(False)
+    teacher = copy.deepcopy(model)
+    ema = EMA(model, 0.5, into=teacher)
+    optimizer = torch.optim.SGD(model[:2].parameters(), lr=0.1)
+    ema.attach(optimizer, start=2)
+    for number in range(1, 4):
+        model(torch.randn(4, 4)).sum().backward()
+        optimizer.step()
+        if number == 1:
+            teacher(torch.randn(4, 4))  # the live model so far, so all of it is copied
+            model[2].weight.data.add_(1)
+    assert ema.now == 1
+    assert torch.equal(teacher.state_dict()["2.weight"], model[2].weight)
+
+
 # --- FSDP2 ----------------------------------------------------------------------------------------
 
 
