@@ -34,15 +34,11 @@ from .schedules import Schedule, schedule, schedule_list
 from .sharding import derived, parameters, records, torch_internals
 from .sharding.ownership import ParamState
 from .text import warn
-from .verbs.entry import (
-    VerbEntry,
-    Which,
-    warn_if_doubled,
-    warn_if_idle,
-    warn_of_unexplained_keys,
-)
-from .verbs.files import Files, load
+from .verbs.entry import VerbEntry, Which
+from .verbs.likely_mistakes import warn_if_doubled, warn_if_idle, warn_of_unexplained_keys
+from .verbs.loading import load
 from .verbs.publisher import Publication, Publisher
+from .verbs.saving import Saving
 
 __all__ = ["EMA"]
 
@@ -177,8 +173,8 @@ class EMA:
         # Collective from here on: a rank whose arguments were refused above never comes, and is
         # named.
         self._entry = VerbEntry(self.weights, arguments, timeout)
-        self._files = Files(self._entry)
-        self._publisher = Publisher(self._entry, self._files)
+        self._saving = Saving(self._entry)
+        self._publisher = Publisher(self._entry, self._saving)
         # After the ranks agree: an engine may start a thread.
         self.weights.use_engine()
 
@@ -524,11 +520,11 @@ class EMA:
             *Cost*: no gather. With wait=False this rank's share once more in host memory, until it
             is written.
         """
-        files = self._files
+        saving = self._saving
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "mode": mode, "keep": keep}
-        request = partial(files.all_averages, path, "ema", mixed=True, extra=extra, **options)
+        request = partial(saving.all_averages, path, "ema", mixed=True, extra=extra, **options)
         arguments = {"path": os.fspath(path), "extra": extra, "wait": wait} | options
-        files.write("save", request, arguments, wait=wait)
+        saving.write("save", request, arguments, wait=wait)
 
     @_outside_autograd
     def export(
@@ -566,7 +562,7 @@ class EMA:
             With `split=False` on replicated weights it is local: every rank that calls it writes
             the files, one rank after another.
         """
-        model, files, target = self.weights.model, self._files, atomic.real(path)
+        model, saving, target = self.weights.model, self._saving, atomic.real(path)
         options: dict[str, Any] = {"max_shard_size": max_shard_size, "mode": mode, "dtype": dtype}
         arguments = {"path": os.fspath(path), "merged": merged} | options
 
@@ -574,18 +570,18 @@ class EMA:
             form: library_files.FileForm, states: list[ParamState] | None = None
         ) -> SaveRequest:
             average, where = self.weights.used(which), target / form.folder
-            return files.one_average("export", where, average, form, merged=states, **options)
+            return saving.one_average("export", where, average, form, merged=states, **options)
 
         if merged:
-            files.finish()
+            saving.finish()
             persistent = self.weights.average(which).persistent
             with self.swap(which), library_files.merged(model, persistent, dtype) as (states, form):
-                files.submit(request(form, states), self._entry.needed, which, arguments)
+                saving.submit(request(form, states), self._entry.needed, which, arguments)
             return
         one_file = target.suffix == ".safetensors"
         forms = [] if one_file else library_files.adapters_of(model, self.names())
         for form in forms or [library_files.complete_form(model, dtype)]:
-            files.write("export", partial(request, form), arguments, which)
+            saving.write("export", partial(request, form), arguments, which)
 
     @_outside_autograd
     def snapshot(
@@ -606,7 +602,7 @@ class EMA:
         """
         if not 0 < every < math.inf:
             raise ValueError(f"every must be positive and finite, got {every}.")
-        if not self._files.passes(folder, every):
+        if not self._saving.passes(folder, every):
             return None
         # Ten digits, so that names sort as their clocks do.
         path = atomic.real(Path(folder) / f"{int(self.weights.clock.now):010}")
@@ -619,10 +615,10 @@ class EMA:
                 "another run, move them away: averages of two runs cannot be mixed."
             )
         kind = "export" if dtype else "ema"
-        files = self._files
-        request = partial(files.all_averages, path, kind, mixed=False, dtype=dtype, numbered=True)
+        saving = self._saving
+        request = partial(saving.all_averages, path, kind, mixed=False, dtype=dtype, numbered=True)
         arguments = {"folder": os.fspath(folder), "every": every, "dtype": dtype}
-        files.write("save", request, arguments)
+        saving.write("save", request, arguments)
         return path
 
     @_collective
@@ -700,7 +696,7 @@ class EMA:
         Note:
             *Cost*: only the slices that this rank keeps are read, through a window of 4 MB.
         """
-        self._files.finish()
+        self._saving.finish()
         arguments = {"path": os.fspath(path), "strict": strict, "verify": verify}
         self._entry.begin("load", Reads.LIVE | Reads.REPLACED, arguments=arguments)
         load(self._entry, path, strict=strict, verify=verify)

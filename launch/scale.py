@@ -181,7 +181,7 @@ def verbs(ema: EMA, folder: str) -> dict[str, Callable[[], Any]]:
 
     def save_behind() -> None:
         ema.save(f"{folder}/behind", wait=False)
-        ema._files.finish()
+        ema._saving.finish()
 
     return {
         "save": lambda: ema.save(f"{folder}/saved"),

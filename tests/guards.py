@@ -352,7 +352,7 @@ averaging/optimizer_hooks.py
     _run              _forget_dead_hooks(getattr
             @optimizer_hooks::test_an_ema_that_is_dropped_is_freed
             @optimizer_hooks::test_an_ema_that_is_collected_within_a_step
-verbs/entry.py
+verbs/likely_mistakes.py
     warn_if_idle      warn(  @optimizer_hooks::test_one_update_per_step
     warn_if_doubled   warn(
             @optimizer_hooks::test_updates_by_hand_after_each_attached_one_are_named_once
@@ -428,10 +428,12 @@ verbs/entry.py
     adopt             raise ValueError  @refusals::test_stages_that_hold_nothing_to_average
     refuse_staged     raise RuntimeError  @refusals::test_stages_have_no_whole_model
     begin             warn(  @living_ranks::test_living_models_on_two_ranks
+verbs/likely_mistakes.py
     warn_if_nameless  warn(  @parameters::test_verbs_take_lists
-verbs/files.py
+verbs/loading.py
     load              warn(*checkpoint
             @refusals::test_averages_of_what_is_frozen_now_are_passed_over
+verbs/saving.py
     submit            warn(*writer  @local_verbs
     _write_together   warn(*self.writer  @writer::test_a_save_is_a_model
     finish            warn(*self.writer  @publish::test_a_version_in_flight_is_not_waited_for

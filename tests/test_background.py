@@ -140,7 +140,7 @@ def one_at_a_time(folder: str, mode: Any) -> None:
     with ema.swap():
         model.module.norm.running_mean.fill_(5)
     held.free()
-    ema._files.finish()
+    ema._saving.finish()
     held = Held()
     ema.save(f"{folder}/own", mode=mode, wait=False)
     with ema.swap():
@@ -220,7 +220,7 @@ def line_breaks(folder: str) -> None:
     """
     ema = EMA(nn.parallel.DistributedDataParallel(nn.Linear(30, 40)), 0.5)
     ema.save(f"{folder}/a", mode="stream")
-    assert ema._files.writer is not None
+    assert ema._saving.writer is not None
     send, beat = connections.Connections.send, waiting.Waiting.send_heartbeat
     if dist.get_rank() == 1:
         connections.Connections.send = lambda *args: (time.sleep(7), send(*args))[1]  # type: ignore[method-assign]

@@ -51,7 +51,7 @@ class Written:
 
 def received(ema: EMA) -> int:
     """Bytes, by all saves until now."""
-    writer = ema._files.writer
+    writer = ema._saving.writer
     several = [ema._entry.ranks, writer._behind if writer else None]
     return sum(ranks.connections("save").received for ranks in several if ranks is not None)
 
@@ -83,7 +83,7 @@ def each_writes_its_part(folder: Path, kind: str) -> None:
         before = received(ema)
         with Written() as written:
             ema.save(folder / "four", max_shard_size=size, wait=wait)
-            ema._files.finish()
+            ema._saving.finish()
 
         came = received(ema) - before
         dist.barrier()
@@ -163,7 +163,7 @@ def one_disk_is_full(folder: Path) -> None:
         words = ("File too large",) if rank == 2 else ("ema.save() failed on rank 2", "too large")
         with raises((OSError, RuntimeError), *words):  # type: ignore[arg-type]
             ema.save(folder / "kept", wait=wait)
-            ema._files.finish()
+            ema._saving.finish()
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         dist.barrier()
         assert os.listdir(folder) == ["kept"]

@@ -571,7 +571,7 @@ def canonical(folder: str) -> None:
                 ("stream", False),
             ):
                 averages[1].save(f"{folder}/{mode}", max_shard_size=size, mode=mode, wait=wait)  # type: ignore[arg-type]
-                averages[1]._files.finish()
+                averages[1]._saving.finish()
                 if want:
                     found = files_of(Path(folder, mode))
                     assert {name for name, data in found.items() ^ want.items()} == set(), (

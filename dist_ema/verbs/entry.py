@@ -1,7 +1,4 @@
-"""`VerbEntry`: the ranks of an EMA, who must come to a verb, what they compare first, and warnings.
-
-And what verbs warn of: an average that did not follow, and what it does not hold.
-"""
+"""`VerbEntry`: the ranks of an EMA, who of them must come to a verb, and what they compare."""
 
 from __future__ import annotations
 
@@ -18,20 +15,12 @@ from ..averaging.swap_registry import Reads
 from ..checkpoint import stages
 from ..distributed.ranks import Ranks
 from ..schedules import Schedule
-from ..sharding import consistency, parameters, records, torch_internals, wrappers
+from ..sharding import consistency, parameters, records, torch_internals
 from ..text import warn
 
-__all__ = [
-    "VerbEntry",
-    "Which",
-    "warn_if_doubled",
-    "warn_if_idle",
-    "warn_if_nameless",
-    "warn_of_unexplained_keys",
-]
+__all__ = ["VerbEntry", "Which"]
 
 Which = int | str | Schedule
-DOUBLED = 3  # updates by hand, each after one of an attached optimizer, that are no coincidence
 
 
 def _refuse_timeout(seconds: float) -> None:
@@ -214,58 +203,3 @@ class VerbEntry:
         if self.attached is not None:
             common |= self.attached.arguments
         return common
-
-
-# --- what verbs warn of ---------------------------------------------------------------------------
-
-
-def warn_if_idle(verb: str, weights: AveragedWeights) -> None:
-    """Warn if the model was trained and the average did not follow."""
-    if weights.idle:
-        warn(
-            f"ema.{verb}(): the weights were written since the last call, and no update came. Was "
-            "ema.attach() given the optimizer that steps, or ema.update() called? (A replayed CUDA "
-            "graph runs no hooks.)"
-        )
-
-
-def warn_if_doubled(entry: VerbEntry) -> None:
-    """An update was called by hand after each of those that attached optimizers made."""
-    updates, (before, times) = entry.weights.clock.updates, entry.by_hand
-    since = updates - before  # this one, and with `every=` not always one of the hooks'
-    entry.by_hand = updates, 0 if since > 2 else times + (since == 2)
-    if entry.by_hand[1] == DOUBLED > times:
-        warn(
-            "ema.update() after every update of ema.attach(): each step moves the average twice. "
-            "Call one of them; ema.detach() takes the hooks off."
-        )
-
-
-def warn_if_nameless(verb: str, weights: AveragedWeights) -> None:
-    """Warn if the files will have names that no model knows."""
-    if isinstance(weights.model, parameters.Parameters) and weights.model.nameless:
-        warn(
-            f"ema.{verb}(): the parameters came without names, so the files call them by their "
-            "place in the list: 0, 1, ... Pass model.named_parameters() or the model for files "
-            "that a model can load."
-        )
-
-
-def warn_of_unexplained_keys(verb: str, weights: AveragedWeights) -> None:
-    """Warn of entries of the model's state_dict that no file will hold."""
-    if weights.selection.only is not None or isinstance(weights.model, parameters.Parameters):
-        return
-    recorded = {
-        name: records.registered_buffer(shard.place) if shard.kind == "buffer" else shard.tensor
-        for shard in (state.shard for state in weights.averages[0].persistent)
-        for name in (shard.name, *shard.aliases)
-    }
-    keys = wrappers.unexplained_keys(weights.model, recorded)
-    if verb == "gather":  # what its state_dict lacks is named by load_state_dict
-        keys = [key for key in keys if key in recorded]
-    if keys:
-        warn(
-            f"ema.{verb}(): {', '.join(keys[:5])} of the state_dict is no plain parameter or "
-            "buffer, or not the one of that name (quantisation state, extra state, a hook, a "
-            "frozen tensor subclass?), so the average does not hold it. Save it beside."
-        )

@@ -17,7 +17,7 @@ from ..averaging.swap_registry import Reads
 from ..checkpoint import atomic, disk, leases, library_files, request, retention, versions
 from ..text import warn
 from .entry import VerbEntry, Which
-from .files import Files
+from .saving import Saving
 
 __all__ = ["Publication", "Publisher"]
 
@@ -156,8 +156,8 @@ class Publication:
 class Publisher:
     """Publishes versions after `EMA.publish`, when updates make them due."""
 
-    def __init__(self, entry: VerbEntry, files: Files) -> None:
-        self._entry, self._files = entry, files
+    def __init__(self, entry: VerbEntry, saving: Saving) -> None:
+        self._entry, self._saving = entry, saving
         self._publication: Publication | None = None
 
     def begin(
@@ -190,7 +190,7 @@ class Publisher:
                     None if beside is None else atomic.real(beside),
                     library_files.form_of(weights.model, weights.names(), form["dtype"]),
                     form,
-                    WeakMethod(self._files.finish),
+                    WeakMethod(self._saving.finish),
                 )
             )
 
@@ -205,7 +205,7 @@ class Publisher:
         self._publication = publication = made[0]
         publication.number = self._entry.ranks.run_on_first("publish", publication.begin)
         # Notes the clock: versions are due from here on.
-        self._files.passes(publication.folder, every)
+        self._saving.passes(publication.folder, every)
         # Weak: the weights must not keep the EMA alive.
         weights.after_update = WeakMethod(self.publish_due)
         return publication
@@ -215,12 +215,12 @@ class Publisher:
         publication = self._publication
         if publication is None or not publication.active:
             return
-        if self._files.passes(publication.folder, publication.every):
+        if self._saving.passes(publication.folder, publication.every):
             with self._entry.everyone.entering("publish"):
                 self._publish(publication)
 
     def _publish(self, publication: Publication) -> None:
-        ranks, writer = self._entry.everyone, self._files.writer
+        ranks, writer = self._entry.everyone, self._saving.writer
         # One rank decides: threads behind training end at different times.
         if ranks.run_on_first("publish", lambda: writer is not None and writer.background.busy):
             publication.skipped += 1
@@ -230,7 +230,7 @@ class Publisher:
         arguments = {"folder": os.fspath(publication.folder), "version": publication.number}
         version = partial(self._version, publication)
         try:
-            self._files.write("publish", version, arguments, publication.which, wait=False)
+            self._saving.write("publish", version, arguments, publication.which, wait=False)
         except Exception as error:
             warn(*publication.note(error, aloud=ranks.first))
 
@@ -238,7 +238,7 @@ class Publisher:
         weights = self._entry.weights
         average, clock = weights.used(publication.which), weights.clock
         step, now = clock.steps or clock.updates, clock.at(average.schedule)
-        return self._files.one_average(
+        return self._saving.one_average(
             "publish",
             publication.folder / versions.name_of(publication.number),
             average,

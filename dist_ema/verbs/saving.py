@@ -1,29 +1,27 @@
-"""`Files`: what save, export and publish ask of the writer, and when; what `load` fills."""
+"""`Saving`: `ema.save`, `export` and the rest as a `SaveRequest` each, and when it is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..averaging.average import Average
-from ..averaging.averages import AveragedWeights
 from ..averaging.swap_registry import Reads
-from ..averaging.window_ring import WindowRing
-from ..checkpoint import atomic, library_files, manifest, reader, stages, writer
+from ..checkpoint import atomic, library_files, manifest, stages, writer
 from ..checkpoint.request import AverageFiles, SaveRequest
 from ..distributed.ranks import Ranks
-from ..schedules import BlockMean, Schedule
-from ..sharding import consistency, discovery
+from ..sharding import consistency
 from ..sharding.ownership import ParamState
 from ..text import warn
-from .entry import VerbEntry, Which, warn_if_idle, warn_if_nameless, warn_of_unexplained_keys
+from .entry import VerbEntry, Which
+from .likely_mistakes import warn_if_idle, warn_if_nameless, warn_of_unexplained_keys
 
-__all__ = ["Files", "load"]
+__all__ = ["Saving"]
 
 
-class Files:
+class Saving:
     """The files that one EMA writes, one request at a time.
 
     Attributes:
@@ -224,68 +222,3 @@ class Files:
         """
         if self.writer is not None:
             warn(*self.writer.background.finish())
-
-
-# --- loading --------------------------------------------------------------------------------------
-
-
-def load(entry: VerbEntry, path: str | Path, *, strict: bool, verify: bool) -> None:
-    """See `EMA.load`; the verb has begun. *Collective*."""
-    weights, ranks = entry.weights, entry.ranks
-    elsewhere = discovery.unfilled_buffers(weights.model)
-    stage: Sequence[int] = ()
-    if entry.is_staged:
-        stage = entry.stage
-        elsewhere |= stages.names_of_all("load", ranks, stage, weights.averages[0].persistent)
-    targets = _Targets(weights, frozenset(elsewhere))
-    with reader.open_checkpoint(
-        ranks, path, targets.make, strict=strict, verify=verify, stage=stage
-    ) as checkpoint:
-        warn(*checkpoint.warnings_of(ranks))
-        try:
-            own_buffers = checkpoint.fill(ranks)
-        except BaseException:
-            # The shadows hold a mixture now, which is no average.
-            weights.begin_again()
-            raise
-    for average, buffers in zip(weights.averages, own_buffers, strict=False):
-        average.own_buffers = {} if weights.teacher else buffers
-    weights.resume(checkpoint.clock)
-    targets.resume_windows()
-
-
-class _Targets:
-    """The records that a load fills: every average, then the full blocks of windows.
-
-    Args:
-        weights: The weights of this rank.
-        elsewhere: Names that stand on other stages of the pipeline, or will once they are filled.
-    """
-
-    def __init__(self, weights: AveragedWeights, elsewhere: frozenset[str]) -> None:
-        self._averages, self._elsewhere = weights.averages, elsewhere
-        names = weights.names()
-        form = library_files.only_used(library_files.adapters_of(weights.model, names), names)
-        self._model_names = {there: name for name, there in form.names.items()}
-        # Of each window its ring, its full blocks, and where the block under way begins.
-        self._windows: list[tuple[WindowRing, list[tuple[BlockMean, list[ParamState]]], float]] = []
-
-    def make(self, saved: Sequence[dict[str, Any]]) -> list[reader.LoadTarget]:
-        """The targets in a saved form with these schedules."""
-        filled: list[tuple[Schedule, list[ParamState]]] = []
-        for average in self._averages:
-            means = average.ring.matching(saved) if average.ring else []
-            filled.append((means[-1] if means else average.schedule, average.persistent))
-            if average.ring and means:
-                full = [(mean, average.ring.empty(average.averaged)) for mean in means[:-1]]
-                self._windows.append((average.ring, full, means[-1].begin))
-        filled += [block for _, full, _ in self._windows for block in full]
-        return [
-            reader.LoadTarget(schedule.to_dict(), states, self._model_names, self._elsewhere)
-            for schedule, states in filled
-        ]
-
-    def resume_windows(self) -> None:
-        """Go on with the blocks that were filled."""
-        for ring, full, begin in self._windows:
-            ring.resume(full, begin)
