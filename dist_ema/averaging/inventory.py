@@ -120,13 +120,13 @@ class Inventory:
             name: state.shard
             for state in self.states
             if state.shadow is not None
-            for name in (state.name, *state.shard.aliases)
+            for name in state.shard.names
         }
         kept: dict[str, str] = {}
         taken: set[str] = set()
         for shard in shards:
             # A weight that was tied since may come under another of its names first.
-            names = [name for name in (shard.name, *shard.aliases) if name in known]
+            names = [name for name in shard.names if name in known]
             held = [known[name] for name in names if _held_alike(known[name], shard)]
             if held and held[0].name not in taken:  # by another name of a buffer that was shared
                 kept[shard.name] = held[0].name
@@ -251,10 +251,7 @@ class Inventory:
         """
         changes = tree_changes.compare_inventory(self.model, [state.shard for state in self.states])
         averaged = {
-            name
-            for state in self.states
-            if state.shadow is not None
-            for name in (state.name, *state.shard.aliases)
+            name for state in self.states if state.shadow is not None for name in state.shard.names
         }
         # A weight that was never averaged is read from live, whichever object holds it.
         trained = {n for n in changes.replaced if self.selection.allows(n)}

@@ -83,9 +83,7 @@ class Teacher:
         teacher_shards = discovery.find_shards(self.module)
         self.sharded = teacher_shards.sharded
         self._records = teacher_shards.shards
-        self._shards = {
-            name: shard for shard in teacher_shards.shards for name in (shard.name, *shard.aliases)
-        }
+        self._shards = {name: shard for shard in teacher_shards.shards for name in shard.names}
         self._given: dict[str, Shard] = {}  # by the model's names: what the EMA writes
         self._places: dict[str, Any] = {}  # address and form
         self._frozen: list[ParamState] = []  # whose live weights are copied into the teacher

@@ -73,7 +73,7 @@ def whole(states: Sequence[ownership.ParamState], own: dict[str, Tensor]) -> dic
             entry = _entry(
                 state, state.shard.local_region, own.get(state.name, state.local).clone()
             )
-        entries |= dict.fromkeys((state.name, *state.shard.aliases), entry)
+        entries |= dict.fromkeys(state.shard.names, entry)
     return entries
 
 

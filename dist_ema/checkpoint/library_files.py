@@ -152,7 +152,7 @@ def merged(
     peft_model = _inner(model)
     if not _is_peft_model(peft_model):
         raise ValueError(f"merged=True needs a PeftModel, got {type(peft_model).__name__}.")
-    state_names = [name for state in states for name in (state.name, *state.shard.aliases)]
+    state_names = [name for state in states for name in state.shard.names]
     names = _merged_names(peft_model, state_names)
     cut = [
         state.name

@@ -35,7 +35,7 @@ def load_into(path: str | os.PathLike[str], module: nn.Module) -> None:
     adapters = adapters_of(module, [])
     form = next((form for form in adapters if {*form.names.values()} == {*weights}), FileForm())
     shards = [shard for shard in model_shards.shards if shard.persistent and form.holds(shard.name)]
-    held = {name: s.shape for s in shards for name in (s.name, *s.aliases) if name in weights}
+    held = {name: s.shape for s in shards for name in s.names if name in weights}
     held |= {form.name_of(shard.name): shard.shape for shard in shards}
     saved_shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     mismatched = sorted({name for name, _ in held.items() ^ saved_shapes.items()})

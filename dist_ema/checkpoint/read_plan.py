@@ -107,10 +107,10 @@ class ReadPlan:
         }
         # Own buffers that nothing in the files fills.
         lost = set(self.own_buffers)
-        state_names = {name for state in states for name in (state.name, *state.shard.aliases)}
+        state_names = {name for state in states for name in state.shard.names}
         report.unexpected += sorted(saved_weights.keys() - state_names - self.target.elsewhere)
         for state in states:
-            names = [name for name in (state.name, *state.shard.aliases) if name in saved_weights]
+            names = [name for name in state.shard.names if name in saved_weights]
             # Names that the file ties are one weight there; others must hold the same bytes.
             held = list(dict.fromkeys(saved_weights[name] for name in names))
             own = state.name in self.own_buffers

@@ -207,7 +207,7 @@ def names_of_all(
     verb: str, ranks: Ranks, stage: Sequence[int], states: Sequence[ownership.ParamState]
 ) -> frozenset[str]:
     """The names of the weights and buffers of all stages, with aliases. *Collective*."""
-    names = [name for state in states for name in (state.name, *state.shard.aliases)]
+    names = [name for state in states for name in state.shard.names]
     return frozenset(
         _gather_stages(verb, ranks, stage, names, lambda stages: list(chain.from_iterable(stages)))
     )

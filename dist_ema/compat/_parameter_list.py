@@ -249,7 +249,7 @@ class ParameterListAverage:
     @property
     def _states(self) -> dict[str, ownership.ParamState]:
         """The states by name, in the order of `names`; a tied weight has several names."""
-        by_name = {n: s for s in self.weights.states for n in (s.name, *s.shard.aliases)}
+        by_name = {n: s for s in self.weights.states for n in s.shard.names}
         return {name: by_name[name] for name in self.names}
 
     @property
@@ -329,7 +329,7 @@ class ParameterListAverage:
         shards = discovery.find_shards(model).shards
         self.weights.refuse(verb, Reads.WHOLE_MODEL, (shard.tensor for shard in shards))
         self.weights.settle()
-        by_name = {name: shard for shard in shards for name in (shard.name, *shard.aliases)}
+        by_name = {name: shard for shard in shards for name in shard.names}
         names = model.tensors if isinstance(model, Parameters) else self.names
         return [by_name[name] for name in names]
 

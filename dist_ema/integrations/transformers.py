@@ -146,7 +146,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         dtypes = {
             name: state.shard.dtype
             for state in self.ema.weights.states
-            for name in (state.name, *state.shard.aliases)
+            for name in state.shard.names
         }
         weights = {name: value.to(dtypes[name]) for name, value in self.ema.gather().items()}
         if weights:

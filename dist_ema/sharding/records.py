@@ -99,6 +99,11 @@ class Shard:
     aliases: list[str] = field(default_factory=list)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All names of a tied weight, that of the files first."""
+        return (self.name, *self.aliases)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.local_tensor().dtype
 

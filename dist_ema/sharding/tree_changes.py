@@ -106,7 +106,7 @@ def _compare_weights(
 def _compare_buffers(
     walk: list[tuple[str, nn.Module]], buffers: list[Shard], changes: defaultdict[str, list[str]]
 ) -> None:
-    expected = {name: shard for shard in buffers for name in (shard.name, *shard.aliases)}
+    expected = {name: shard for shard in buffers for name in shard.names}
     missing = dict.fromkeys(expected)
     places = {
         prefix + name: (module, name, buffer)

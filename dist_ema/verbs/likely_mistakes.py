@@ -51,7 +51,7 @@ def warn_of_unexplained_keys(verb: str, weights: AveragedWeights) -> None:
     recorded = {
         name: records.registered_buffer(shard.place) if shard.kind == "buffer" else shard.tensor
         for shard in (state.shard for state in weights.averages[0].persistent)
-        for name in (shard.name, *shard.aliases)
+        for name in shard.names
     }
     keys = wrappers.unexplained_keys(weights.model, recorded)
     if verb == "gather":  # what its state_dict lacks is named by load_state_dict
