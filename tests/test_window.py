@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dist_ema import EMA, Window, load_file
 from dist_ema.averaging.engines import HostThread
+from dist_ema.checkpoint import reader
 from dist_ema.cli import console, main
 from dist_ema.posthoc import published
 from dist_ema.schedules import CURVES, from_dict
@@ -231,6 +232,29 @@ def rank(kind: str, folder: str) -> dict[str, Tensor]:
         grid(model, step)
         optimizer.step()
     return ema.gather()
+
+
+def test_replaced_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save over the folder while it is opened: the blocks are those of the version that is read.
+
+    Guards the reset in `_Targets.make`.
+    """
+    window = Window(LENGTH, blocks=BLOCKS)
+    ema = EMA(line(), window, dtype=torch.float64)
+    walk(ema, 8, 0)
+    ema.save(tmp_path / "a")
+    walk(ema, 20, 1)
+    wanted, opened = ema.gather()["w"], reader.OpenFile
+
+    def late(path: Path) -> reader.OpenFile:
+        monkeypatch.setattr(reader, "OpenFile", opened)
+        ema.save(tmp_path / "a")
+        return opened(path)
+
+    monkeypatch.setattr(reader, "OpenFile", late)
+    resumed = EMA(line(), window, dtype=torch.float64)
+    resumed.load(tmp_path / "a")
+    assert torch.equal(resumed.gather()["w"], wanted)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1 orig", "fsdp2", "hsdp"])

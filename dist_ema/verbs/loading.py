@@ -62,6 +62,7 @@ class _Targets:
     def make(self, saved: Sequence[dict[str, Any]]) -> list[reader.LoadTarget]:
         """The targets in a saved form with these schedules."""
         filled: list[tuple[Schedule, list[ParamState]]] = []
+        self._windows = []  # an attempt before this one may have opened another version
         for average in self._averages:
             means = average.ring.matching(saved) if average.ring else []
             filled.append((means[-1] if means else average.schedule, average.persistent))
