@@ -13,7 +13,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -707,6 +707,13 @@ def names_on_ranks(kind: str, folder: str) -> None:
     full, want = target.gather(), ema.gather()
     for name in target.names() if full else ():
         assert torch.equal(full[name], want[name]) if name in want else (full[name] == 3).all()
+    target.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # The rank that warns raises; the others, which have no warning, do not wait for it.
+        with suppress(UserWarning) if dist.get_rank() == 0 else nullcontext():
+            target.load(f"{folder}/a", strict=False)
+    assert (target.now, target.weights.clock.started) == (1, True)
     reshaped = EMA(wrap(kind, Net(hidden=4)), 0.5)
     with (
         nothing_changes(reshaped),

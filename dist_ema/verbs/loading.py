@@ -30,7 +30,6 @@ def load(entry: VerbEntry, path: str | Path, *, strict: bool, verify: bool) -> N
     with reader.open_checkpoint(
         ranks, path, targets.make, strict=strict, verify=verify, stage=stage
     ) as checkpoint:
-        warn(*checkpoint.warnings_of(ranks))
         try:
             own_buffers = checkpoint.fill(ranks)
         except BaseException:
@@ -41,6 +40,8 @@ def load(entry: VerbEntry, path: str | Path, *, strict: bool, verify: bool) -> N
         average.own_buffers = {} if weights.teacher else buffers
     weights.resume(checkpoint.clock)
     targets.resume_windows()
+    # Last: a warning may be an error, and the other ranks, which have none, wait in the messages.
+    warn(*checkpoint.warnings_of(ranks))
 
 
 class _Targets:
