@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from dist_ema import EMA
 from dist_ema.cli import main
 from dist_ema.service.follow import open_version
+from dist_ema.service.page import build
 
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -98,12 +100,45 @@ def test_serving(folder: Path) -> None:
     """Built anew for each request, on this machine alone."""
     command = [sys.executable, "-m", "dist_ema", "board", str(folder), "--serve", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        address = server.stdout.readline().strip()
-        assert address.startswith("http://127.0.0.1:")
-        with urllib.request.urlopen(address) as answer:
-            assert "version-000003" in answer.read().decode()
-        server.kill()
+        try:
+            assert server.stdout is not None
+            address = server.stdout.readline().strip()
+            assert address.startswith("http://127.0.0.1:")
+            with urllib.request.urlopen(address) as answer:
+                assert "version-000003" in answer.read().decode()
+            folder.rename(folder.parent / "moved")
+            with pytest.raises(urllib.error.HTTPError, match="503") as refused:
+                urllib.request.urlopen(address)
+            assert "published does not exist" in refused.value.read().decode()
+            (folder.parent / "moved").rename(folder)
+        finally:
+            server.kill()
+
+
+def test_odd_files(tmp_path: Path) -> None:
+    """A version that was edited is left out, and what no text or number is stops no page."""
+    folder = tmp_path / "published"
+    ema = EMA(nn.Linear(3, 2), 0.9)
+    handle = ema.publish(folder, every=1)
+    for _ in range(2):
+        ema.update()
+        handle.wait()
+    saved = folder / "version-000001" / "ema.json"
+    text = saved.read_text()
+    assert text.count('"metrics": {}') == 1
+    saved.write_text(text.replace('"metrics": {}', '"metrics": [1]'))
+    rows = ['{"averaging": {"decay": 1%s}}' % ("0" * 400), "[" * 100_000, '{"x.decay": 0.5}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    (folder / "ledger.sqlite").touch()  # as a watcher leaves it for a moment
+    page = Page(build(folder))
+    assert "version-000002" in page.texts
+    assert "version-000001" not in page.texts
+    assert page.tags.count("svg") == 1
+    saved.write_text(text)
+    (folder / "ledger.sqlite").unlink()
+    command = """printf '{"\\\\ud800": 1}'"""
+    assert main(["watch", str(folder), "--exec", command, "--timeout", "0"]) == 0
+    assert "\\ud800" in build(folder).encode().decode()
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")

@@ -57,8 +57,14 @@ def test_the_best_width_is_found(snapshots: Path, tmp_path: Path) -> None:
     repeated = find(snapshots, tmp_path / "d", noise=2.0, repeats=2)
     assert len(repeated.candidates) == 2, "two points that cannot be told apart end the search"
     assert Candidate(0.1, (1.0, 3.0)).error == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="must be below the widest"):
-        find(snapshots, tmp_path / "e", low=0.2, high=0.1)
+    for low in (0.2, 0.0):
+        with pytest.raises(ValueError, match="must be below the widest"):
+            find(snapshots, tmp_path / "e", low=low, high=0.1)
+    state = tmp_path / "a" / "sweep.json"
+    for values in ([1], {"x": [1]}, {"0.1": 5}, {"0.1": ["x"]}):
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"values": values}))
+        with pytest.raises(ValueError, match="is damaged. Remove it"):
+            find(snapshots, tmp_path / "a")
 
 
 def test_the_command(snapshots: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from torch import nn
 from dist_ema import EMA, load_file
 from dist_ema.checkpoint import leases, versions
 from dist_ema.cli import main
-from dist_ema.service import ledger, watch
+from dist_ema.service import ledger, notify, watch
 from dist_ema.service.follow import Version, follow, open_version
 
 
@@ -192,6 +192,28 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "must be an address like http" in capsys.readouterr().err
 
 
+def test_what_a_command_prints(tmp_path: Path) -> None:
+    """Numbers that no float holds and JSON without an end are no metrics, and end no watcher."""
+    for line, metrics in {
+        '{"loss": 1, "n": 1%s}' % ("0" * 400): {"loss": 1},
+        '{"loss": 2}\n' + "[" * 100_000: {"loss": 2},
+    }.items():
+        (tmp_path / "printed").write_text(line)
+        outcome = watch.run_shell("cat {path}", {"path": tmp_path / "printed"})
+        assert outcome == ledger.Outcome(metrics), line[:20]
+
+
+def test_names_in_braces_in_a_path(tmp_path: Path) -> None:
+    """Only those of the command are replaced, not those of a folder's name."""
+    folder = tmp_path / "{step} {version}"
+    publish(folder, 1)
+    version = open_version(folder / "version-000001")
+    assert version is not None
+    outcome = watch.run_command("test -d {path} && echo '{\"step\":' {step} '}' {}", version)
+    version.release()
+    assert outcome.error == ""
+
+
 # --- servers -------------------------------------------------------------------------------------
 
 
@@ -225,6 +247,8 @@ class Handler(BaseHTTPRequestHandler):
             self._load(body["kwargs"]["weights_path"], "")
         elif self.path == "/no-server-of-http":
             self.wfile.write(b"nonsense\r\n\r\n")
+        elif self.path == "/deep":
+            self._answer(400, b"[" * 100_000)
         elif self.path.endswith("load_lora_adapter"):
             self._change_adapter(body["lora_name"], body)
         else:
@@ -308,8 +332,20 @@ def test_servers_are_notified(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         other = ["watch", str(folder), "--notify", f"{host}/no-server-of-http", "--retries", "0"]
         assert main(other) == 1
         assert "no answer: nonsense" in capsys.readouterr().out
+        other[3] = f"{host}/deep"
+        assert main(other) == 1
+        assert "did not load version 4: HTTP 400: [[[" in capsys.readouterr().out
     assert main([*vllm, "--retries", "0"]) == 1
     assert "no answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h/größe", "http://h/a b", "http://h:port/x", "http://[::1/x", "http://a..b/x"]
+)
+def test_addresses_that_cannot_be_sent(url: str) -> None:
+    """They are refused before anything is watched."""
+    with pytest.raises(ValueError, match="must be an address like http"):
+        notify.refuse_address(url)
 
 
 def test_a_lease_that_cannot_be_written(tmp_path: Path) -> None:

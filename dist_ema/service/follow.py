@@ -15,11 +15,11 @@ import asyncio
 import math
 import os
 import time
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import leases, manifest, versions
+from ..text import warn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -100,7 +100,7 @@ def open_version(path: Path, expiry: float = leases.EXPIRY) -> Version | None:
     except (KeyError, OSError, TypeError, ValueError) as error:
         # Gone meanwhile is no fault to warn of.
         if path.is_dir():
-            warnings.warn(f"{path} is passed over: {error}", stacklevel=2)
+            warn(f"{path} is passed over: {error}")
     lease.release()
     return None
 

@@ -222,8 +222,8 @@ def best_of(records: list[Record], metric: str | None, sign: int) -> Record | No
 
 
 def read_records(path: Path) -> list[Record]:
-    """All rows of a ledger, by task and version; none if there is no ledger."""
-    if not path.exists():
+    """All rows of a ledger, by task and version; none if there is none, or it is being made."""
+    if not path.exists() or not path.stat().st_size:
         return []
     with _transaction(path, "DEFERRED") as db:
         return _records(db)
@@ -261,5 +261,12 @@ def finite_numbers(values: Any) -> dict[str, float]:
     return {
         str(key): value
         for key, value in (values.items() if isinstance(values, dict) else ())
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
     }
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False

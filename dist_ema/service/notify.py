@@ -12,6 +12,7 @@ is taken, so the adapter before is unloaded first.
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from http.client import HTTPException
 from typing import Any
@@ -30,8 +31,13 @@ ADAPTER = "/load_lora_adapter"
 
 def refuse_address(url: str) -> None:
     """Raise ValueError for what is no address of a server."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(url)
+        # Both raise where http.client would, once a version is there.
+        is_sent = bool((parts.hostname or "").encode("idna")) and parts.port != 0
+    except ValueError:
+        is_sent = False
+    if not (is_sent and parts.scheme in ("http", "https") and re.fullmatch("[!-~]*", parts.path)):
         raise ValueError(
             f"must be an address like http://host:30000/update_weights_from_disk, got {url!r}."
         )
@@ -92,16 +98,17 @@ def _post(url: str, body: dict[str, Any], timeout: float) -> str:
         except HTTPError as error:  # an answer too: its body says why
             text = error.read(1 << 20).decode(errors="replace")
             return f"HTTP {error.code}: {_message(text)}"
-    except (OSError, HTTPException) as error:  # the latter of an answer that is cut short
+    # HTTPException: an answer is cut short. UnicodeError: the query is not ASCII.
+    except (OSError, HTTPException, UnicodeError) as error:
         return f"no answer: {error}"
     try:
         failed = json.loads(text).get("success") is False
-    except (AttributeError, ValueError):  # an empty answer of vLLM
+    except (AttributeError, RecursionError, ValueError):  # an empty answer of vLLM
         failed = False
     return _message(text) if failed else ""
 
 
 def _message(text: str) -> str:
-    with suppress(KeyError, TypeError, ValueError):
+    with suppress(KeyError, RecursionError, TypeError, ValueError):
         text = str(json.loads(text)["message"])
     return printable(text)[:500]

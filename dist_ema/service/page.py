@@ -1,21 +1,21 @@
 """One HTML page of a run: its published versions, evaluations, leases and charts. No torch.
 
 It needs no network. Every text on it comes from files that others wrote, so all of it passes
-through `escape`.
+through `_escape`.
 """
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..checkpoint import leases, manifest, pointers, versions
-from ..text import size
+from ..text import printable, sentence, size
 from .ledger import NAME, Points, Record, curves, finite_numbers, read_records
 
 __all__ = ["build", "serve"]
@@ -58,7 +58,7 @@ def build(folder: Path, metrics: Path | None = None, ledger: Path | None = None)
     rows = _read_rows(metrics or folder.parent / "metrics.jsonl")
     latest, best = (pointers.named(folder / name) for name in (pointers.LATEST, versions.BEST))
     parts = [
-        f"<h1>{escape(str(folder))}</h1>",
+        f"<h1>{_escape(str(folder))}</h1>",
         f"<p>{_summary(folder, published, latest, best)}</p>",
         '<div class="charts">',
         *_charts(records, rows),
@@ -69,7 +69,7 @@ def build(folder: Path, metrics: Path | None = None, ledger: Path | None = None)
         "<h2>Leases</h2>",
         _table(["version", "host", "pid", "expiry"], _lease_rows(folder)),
     ]
-    head = f"<meta charset=utf-8><title>{escape(folder.name)}</title><style>{_STYLE}</style>"
+    head = f"<meta charset=utf-8><title>{_escape(folder.name)}</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
@@ -78,9 +78,17 @@ def serve(port: int, folder: Path, metrics: Path | None, ledger: Path | None) ->
     build(folder, metrics, ledger)  # refuses now, not in a request
 
     class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # who asked is gone
+                super().handle()
+
         def do_GET(self) -> None:
-            data = build(folder, metrics, ledger).encode()
-            self.send_response(200)
+            try:
+                code, text = 200, build(folder, metrics, ledger)
+            except (OSError, ValueError) as error:  # of files that were there when it began
+                code, text = 503, f"<!doctype html><meta charset=utf-8>{_escape(sentence(error))}\n"
+            data = text.encode()
+            self.send_response(code)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
@@ -102,9 +110,10 @@ def _read_versions(folder: Path) -> Iterator[tuple[str, Facts]]:
     """What each version says about itself, and its bytes."""
     for path in versions.numbered(folder).values():
         with suppress(OSError, ValueError):  # it is gone, or damaged
-            saved = manifest.read(path) or manifest.Manifest()
-            facts = versions.facts_of(saved)
-            if facts is not None:
+            saved = manifest.read(path)
+            facts = None if saved is None else versions.facts_of(saved)
+            if saved is not None and facts is not None:
+                manifest.refuse_damaged(path, saved)
                 facts["bytes"] = sum(file.get("size", 0) for file in saved.files.values())
                 yield path.name, facts
 
@@ -114,7 +123,7 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
     rows = []
     with suppress(OSError):
         for line in path.read_text(errors="replace").splitlines():
-            with suppress(ValueError):
+            with suppress(RecursionError, ValueError):
                 rows.append(finite_numbers(dict(_flat("", json.loads(line)))))
     return rows
 
@@ -143,7 +152,7 @@ def _summary(
         ]
     if (folder / versions.STOP).exists():
         texts.append("the training has stopped")
-    return escape(" · ".join(texts))
+    return _escape(" · ".join(texts))
 
 
 def _version_rows(
@@ -194,10 +203,14 @@ def _lease_rows(folder: Path) -> list[Row]:
 # --- HTML ----------------------------------------------------------------------------------------
 
 
+def _escape(text: str) -> str:
+    return html.escape(printable(text))
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return escape(f"{value:.6g}" if isinstance(value, float) else str(value))
+    return _escape(f"{value:.6g}" if isinstance(value, float) else str(value))
 
 
 def _table(header: Sequence[str], rows: Sequence[Row]) -> str:
@@ -249,11 +262,11 @@ def _chart(title: str, average: Points, live: Points) -> str:
     texts = [(46, 25, "end", f"{high:.4g}"), (46, 168, "end", f"{low:.4g}")]
     texts += [(50, 182, "start", f"{left:g}"), (300, 182, "end", f"{right:g}")]
     labels = "".join(
-        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+        f'<text x="{x}" y="{y}" text-anchor="{anchor}">{_escape(text)}</text>'
         for x, y, anchor, text in texts
     )
     axes = '<path d="M50 20V165H300" fill="none" stroke="currentColor" stroke-opacity=".4"/>'
-    name = escape(title)
+    name = _escape(title)
     legend = ": <span class=a>average</span>, <span class=b>live</span>" if live else ""
     return (
         f'<figure><figcaption>{name}{legend}</figcaption><svg viewBox="0 0 320 200" role="img" '

@@ -130,7 +130,7 @@ def sweep(
     run, out = Snapshots(snapshots), Path(out)
     run.refuse_place(out / BEST)
     narrowest, widest = expressible(run, at)
-    low, high = low or narrowest, high or widest
+    low, high = narrowest if low is None else low, widest if high is None else high
     if not 0 < low < high:
         raise ValueError(f"the narrowest width must be below the widest, got {low} and {high}.")
     moment = run.moment(at)
@@ -228,7 +228,11 @@ def _read(out: Path, origin: list[Any]) -> dict[float, tuple[float, ...]]:
             f"{path} holds another sweep, of {state.get('origin')}. Name another folder, or remove "
             "that file."
         )
-    return {float(sigma): tuple(values) for sigma, values in state["values"].items()}
+    try:
+        known = {float(sigma): tuple(map(float, x)) for sigma, x in state["values"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is damaged. Remove it to begin the sweep anew.") from None
+    return known
 
 
 def plot(path: str, report: SweepReport, metric: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import subprocess
 import threading
@@ -44,11 +45,11 @@ def run_shell(command: str, facts: Mapping[str, object]) -> Outcome:
         command: Names of `facts` in braces are replaced by their values, quoted.
         facts: By name.
     """
-    # `str.format` would stumble over the braces of a shell or of JSON.
-    for name, value in facts.items():
-        command = command.replace(f"{{{name}}}", shlex.quote(str(value)))
+    # `str.format` would stumble over the braces of a shell or of JSON. All names at once, because a
+    # path may hold another one.
+    known = "|".join(map(re.escape, facts))
     done = subprocess.run(
-        command,
+        re.sub(f"{{({known})}}", lambda found: shlex.quote(str(facts[found[1]])), command),
         shell=True,
         stdin=subprocess.DEVNULL,  # a command that asks would wait for ever
         capture_output=True,
@@ -66,7 +67,7 @@ def _metrics_of(text: str) -> dict[str, float]:
     """The numbers in the last line that is a JSON object; {} if there is none."""
     # Commands print progress first, and their result last.
     for line in reversed(text.splitlines()):
-        with suppress(ValueError):
+        with suppress(RecursionError, ValueError):
             values = json.loads(line)
             if isinstance(values, dict):
                 return finite_numbers(values)
