@@ -8,6 +8,7 @@ which test_kernels proves against float64.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from dist_ema.averaging.engines import HostThread
 from dist_ema.averaging.executors import Worker
 from dist_ema.averaging.kernels import cpu_plan, cpu_threads
 from dist_ema.averaging.kernels.cpu_plan import SHARE, WORTH, Pass
-from dist_ema.averaging.kernels.cpu_tables import FEW, ROW, ramps
+from dist_ema.averaging.kernels.cpu_tables import FEW, ROW, TASK, cut_tasks, ramps
 from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
 from dist_ema.averaging.kernels.pairs import LIVE, SHADOW
 from tests._models import draw
@@ -191,14 +192,13 @@ def test_ramps(name: str, n: int) -> None:
 
 def test_tasks() -> None:
     """Every row is in one task, and no task is longer than its share by more than a row."""
-    for sizes in ([64] * 4000, [1], [ROW], [3, 1, 1, ROW - 1] * 9, [ROW] * 40):
-        ends = np.cumsum(sizes)
-        for tasks in (1, 2, 7, 64):
-            starts = cpu_threads.cut_tasks(ends, tasks)
-            assert (len(starts), starts[0], starts[-1]) == (tasks + 1, 0, len(sizes))
-            work = [sum(sizes[a:b]) for a, b in itertools.pairwise(starts)]
-            assert sum(work) == ends[-1]
-            assert max(work) < ends[-1] / tasks + max(sizes)
+    for sizes in ([64] * 4000, [1], [ROW], [3, 1, 1, ROW - 1] * 9, [ROW] * 40, [ROW] * 2000):
+        starts = cut_tasks(np.cumsum(sizes)).tolist()
+        assert (starts[0], starts[-1]) == (0, len(sizes))
+        work = [sum(sizes[a:b]) for a, b in itertools.pairwise(starts)]
+        assert sum(work) == sum(sizes)
+        assert max(work) < sum(sizes) / len(work) + max(sizes)
+        assert len(work) == min(len(sizes), 64) or TASK <= sum(sizes) / len(work) < 2 * TASK
 
 
 @needs_numba
@@ -224,27 +224,19 @@ def test_neighbours_become_one_row() -> None:
 
 
 @pytest.fixture(params=["torch's threads", "Python's threads"])
-def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A torch with an OpenMP runtime that can be called, and one without."""
-    if request.param == "Python's threads":
-        monkeypatch.setattr(cpu_threads, "find_openmp", lambda: None)
-    elif cpu_threads.find_openmp() is None:
-        pytest.skip("this torch has no GOMP_parallel")
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_an_interrupt_on_one_thread_is_raised(team: None, number: int) -> None:
-    """The rows of all other tasks are moved, and the interrupt reaches the caller."""
-    moved: list[int] = []
-
-    def move(begin: int, end: int) -> None:
-        if begin == 0:
-            raise KeyboardInterrupt
-        moved.extend(range(begin, end))
-
-    with pytest.raises(KeyboardInterrupt):
-        cpu_threads.run_on_threads(move, list(range(0, 100, 7)), number)
-    assert number == 1 or sorted(moved) == list(range(7, 98))
+    if request.param == "torch's threads":
+        if cpu_threads.find_openmp() is None:
+            pytest.skip("this torch has no GOMP_parallel_loop_dynamic")
+        yield
+        return
+    with monkeypatch.context() as patch:
+        for module in (cpu_threads, importlib.import_module(f"{cpu_plan.__package__}.cpu_numba")):
+            patch.setattr(module, "find_openmp", lambda: None)
+        cpu_plan.find_pass.cache_clear()
+        yield
+    cpu_plan.find_pass.cache_clear()
 
 
 @needs_numba
@@ -267,9 +259,9 @@ def test_threads_are_torchs(
     seen: list[int] = []
     run = cpu_threads.run_on_threads
     monkeypatch.setattr(
-        cpu_threads,
+        cpu_plan,
         "run_on_threads",
-        lambda move, starts, n: (seen.append(n), run(move, starts, n)),
+        lambda move, job, tasks, n: (seen.append(n), run(move, job, tasks, n)),
     )
     threads(3)
     large, small = make(BF16, F32, 1, 4 * SHARE), make(BF16, F32, 1, SHARE)
@@ -287,7 +279,7 @@ def test_threads_are_torchs(
 
 
 FORKED = """
-import os, torch
+import os, signal, torch
 from dist_ema.averaging.kernels.eager import ShadowPair, UpdatePlan
 torch.set_num_threads(2)
 pair = ShadowPair("w", [torch.zeros(1 << 22)], torch.ones(1 << 22), torch.arange)
@@ -295,7 +287,8 @@ plan = UpdatePlan([pair], passes=True)
 plan.run([0.5], 0)
 child = os.fork()
 if child == 0:
-    plan.run([0.5], 1)
+    signal.alarm(20)
+    plan.run([0.5], 1)  # on one thread: the others were not forked
     torch.set_num_threads(1)  # as torch asks of forked processes
     os._exit(0 if bool((pair.shadows[0] == 0.75).all()) else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -19,6 +19,8 @@ import torch
 from numba import types
 from numba.extending import intrinsic
 
+from .cpu_threads import find_openmp
+
 __all__ = [
     "compile_pass",
     "draw",
@@ -107,17 +109,16 @@ def compile_pass(live: torch.dtype, shadow: torch.dtype) -> Any:
     """Compile the pass for one pair of dtypes.
 
     Returns:
-        A C function that moves the rows from `first` to `last` ([Note: threads] in cpu_threads);
-        `ctypes` calls it.
+        A C function of a job. It moves tasks until the loop of an OpenMP runtime has none left
+        ([Note: threads] in cpu_threads); without one, the tasks from `first` to `last`.
     """
-    run = _compile_move(live, shadow)
+    move_row = _compile_move(live, shadow)
 
-    def sweep(
-        rows: Any, lives: Any, shadows: Any, weights: Any, keys: Any,
-        first: int, last: int, averages: int, guard: int,
-    ) -> None:  # fmt: skip
+    @jit
+    def move_tasks(job: Any, first: int, last: int) -> None:
         prefer_narrow_vectors()
-        for row in range(first, last):
+        rows, lives, shadows, weights, keys, starts, averages, guard = job[0]
+        for row in range(starts[first], starts[last]):
             n, key, low, high, step = (
                 rows[5 * row],
                 keys[rows[5 * row + 1]],
@@ -127,11 +128,24 @@ def compile_pass(live: torch.dtype, shadow: torch.dtype) -> Any:
             )
             for k in range(averages):
                 target = shadows[row * averages + k]
-                run(lives[row], target, n, weights[k], guard != 0, key, low, high, step)
+                move_row(lives[row], target, n, weights[k], guard != 0, key, low, high, step)
 
+    # The struct of a job, as `cpu_plan.Pass` fills it: 8 bytes each.
     pointers = [types.int64, _pointer(live), _pointer(shadow), types.float32, types.uint32]
-    tables = [types.CPointer(kind) for kind in pointers]
-    return numba.cfunc(types.void(*tables, *[types.int64] * 4))(sweep)
+    tables = [types.CPointer(kind) for kind in (*pointers, types.int64)]
+    job_type = types.CPointer(types.Tuple([*tables, types.int64, types.int64]))
+    openmp = find_openmp()
+    if openmp is None:
+        return numba.cfunc(types.void(job_type, types.int64, types.int64))(move_tasks.py_func)
+    next_iterations, end_loop = openmp.next_iterations, openmp.end_loop
+
+    def draw_tasks(job: Any) -> None:
+        bounds = np.empty(2, np.int64)
+        while next_iterations(bounds.ctypes, bounds[1:].ctypes):
+            move_tasks(job, bounds[0], bounds[1])
+        end_loop()
+
+    return numba.cfunc(types.void(job_type))(draw_tasks)
 
 
 def _pointer(dtype: torch.dtype) -> Any:

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cpu_threads
-from .cpu_tables import Ramp, ramps, row_tables
+from .cpu_tables import Ramp, cut_tasks, ramps, row_tables
+from .cpu_threads import run_on_threads
 from .pairs import LIVE, SHADOW, ShadowPair, Weights, merge
 from .rounding import key_prefix
 
@@ -138,18 +138,17 @@ class Pass:
         first = self.pairs[0]
         self._names = [pair.name.encode() for pair in self.pairs] if first.rounds else []
         self.rows, lives, shadows = row_tables(group)
-        self._ends = self.rows[:, 0].cumsum()
-        self._threads = max(1, len(first.shadows) * int(self._ends[-1]) // SHARE)
+        starts = cut_tasks(self.rows[:, 0].cumsum())
         self._keys = np.zeros(len(self.pairs), dtype=np.uint32)
         self._weights = torch.zeros(len(first.shadows), dtype=torch.float32, device="cpu")
         self._places = self._weights.unbind()
-        self._sweep = find_pass(*first.dtypes)
-        tables = [self.rows, lives, shadows, self._weights.numpy(), self._keys]
-        # A pointer of `data_as` keeps its array.
-        self._tables = [
-            x.ctypes.data_as(kind)
-            for x, kind in zip(tables, self._sweep.ctypes.argtypes, strict=False)
-        ]
+        self._tables = [self.rows, lives, shadows, self._weights.numpy(), self._keys, starts]
+        # What the compiled code reads, last `guard`; it holds addresses, so the tables are kept.
+        addresses = [table.ctypes.data for table in self._tables]
+        self._job = np.array([*addresses, len(first.shadows), 0], dtype=np.int64)
+        self._tasks = len(starts) - 1
+        self._threads = max(1, len(first.shadows) * int(self.rows[:, 0].sum()) // SHARE)
+        self._move = find_pass(*first.dtypes)
         # A view has the version counter of its base.
         bases = [
             shadow if shadow._base is None else shadow._base
@@ -168,11 +167,6 @@ class Pass:
         # NOTE: these counters tell autograd that a saved tensor was overwritten; torch's kernels
         # move them by themselves.
         torch.autograd.graph.increment_version(self._written)
-        sweep, tables, averages = self._sweep.ctypes, self._tables, len(self._places)
+        self._job[-1] = guard
         threads = min(torch.get_num_threads(), self._threads)
-        starts = cpu_threads.cut_tasks(
-            self._ends, 1 if threads == 1 else cpu_threads.DRAWS * threads
-        )
-        cpu_threads.run_on_threads(
-            lambda begin, end: sweep(*tables, begin, end, averages, guard), starts, threads
-        )
+        run_on_threads(self._move, self._job.ctypes.data, self._tasks, threads)

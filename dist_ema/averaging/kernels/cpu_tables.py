@@ -1,9 +1,10 @@
-"""Ramps of element numbers, and the numpy tables of rows and addresses that a CPU pass reads.
+"""Ramps of element numbers, and the numpy tables of rows, tasks and addresses of a CPU pass.
 
 rows      int64 [rows, 5]         length, number of the key, number of the first element in the
                                   full weight (low 32 bits, high), step from one to the next
 lives     addresses [rows]
 shadows   addresses [rows, averages]
+starts    int64 [tasks + 1]       the first row of each task, and where the last one ends
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from .pairs import ShadowPair
 
-__all__ = ["FEW", "ROW", "Ramp", "ramps", "row_tables"]
+__all__ = ["FEW", "ROW", "TASK", "Ramp", "cut_tasks", "ramps", "row_tables"]
 
 ROW = 1 << 16  # elements in one row: live stays in the cache between averages
+TASK = 1 << 20  # elements in one task: a thread that goes on where it was reads ahead
+TASKS = 64  # at least, so that all threads end at about the same time
 FEW = 16  # elements; ramps that are shorter than that on average are left to eager code
 
 Ramp = tuple[int, int, int]  # element numbers: how many, the first, the step to the next
@@ -67,3 +70,10 @@ def row_tables(group: Sequence[tuple[ShadowPair, list[Ramp]]]) -> tuple[Any, Any
     addresses += np.outer(begins[ramp] + starts, itemsizes)
     # Copies, because C reads each table as one array without gaps.
     return np.stack(columns, axis=1).copy(), addresses[:, 0].copy(), addresses[:, 1:].copy()
+
+
+def cut_tasks(ends: Any) -> Any:
+    """starts, for rows that end at these elements."""
+    tasks = min(len(ends), max(TASKS, int(ends[-1]) // TASK))
+    starts = np.searchsorted(ends, ends[-1] * np.arange(tasks + 1) // tasks, side="right")
+    return starts.astype(np.int64)
