@@ -1,4 +1,4 @@
-"""`SaveRequest`, `AverageFiles`: what a save asks for; names, sizes and dtypes of its files."""
+"""`SaveRequest`: what a save asks for; `AverageFiles`: the inventory of its weights, its files."""
 
 from __future__ import annotations
 
