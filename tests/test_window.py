@@ -286,6 +286,10 @@ def test_refused(tmp_path: Path) -> None:
     for arguments, text in (
         ({"length": 0}, "length must be positive"),
         ({"length": 8, "blocks": 0}, "blocks must be a whole number from 1"),
+        ({"length": 8, "blocks": 2.0}, "blocks must be a whole number from 1, got 2.0"),
+        ({"length": 8, "blocks": float("inf")}, "blocks must be a whole number from 1, got inf"),
+        ({"length": 8, "curve": None}, "curve must be linear, minus-sqrt, cosine or a function"),
+        ({"length": 8, "curve": lambda t: float("nan")}, "must fall from 1 to 0, got nan and nan"),
         ({"length": 8, "curve": "sqrt"}, "curve must be linear, minus-sqrt, cosine or a function"),
         ({"length": 8, "curve": lambda t: t}, "must fall from 1 to 0, got 0 and 1"),
     ):

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ __all__ = [
     "Uniform",
     "Warmup",
     "gamma_of",
+    "take_number",
 ]
 
 MOST_STEPS = 1024
@@ -78,11 +80,22 @@ class Ranged(Schedule):
     """A schedule whose arguments must be as IN_UNIT and POSITIVE say."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name in [name for name in vars(self) if name in IN_UNIT | POSITIVE]:
+            value = take_number(self, name)
             if name in IN_UNIT and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}.")
             if name in POSITIVE and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}.")
+
+
+def take_number(schedule: Schedule, name: str) -> float:
+    """Make an argument an int or float, because files hold it. Raises ValueError for another."""
+    value = getattr(schedule, name)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    number = int(value) if isinstance(value, Integral) else float(value)
+    object.__setattr__(schedule, name, number)  # it is frozen
+    return number
 
 
 class PerStep(Ranged):
@@ -182,10 +195,10 @@ class Power(Schedule):
             )
         if self.origin not in ("start", "training"):
             raise ValueError(f"Power's origin must be 'start' or 'training', got {self.origin!r}.")
-        if self.gamma is not None and not (0 <= self.gamma < math.inf):
-            raise ValueError(f"gamma must be 0 or more, got {self.gamma}.")
         if self.sigma_rel is not None:
-            gamma_of(self.sigma_rel)
+            gamma_of(take_number(self, "sigma_rel"))
+        elif not 0 <= take_number(self, "gamma") < math.inf:
+            raise ValueError(f"gamma must be 0 or more, got {self.gamma}.")
 
     @property
     def exponent(self) -> float:
@@ -229,7 +242,7 @@ class Debiased(Schedule):
     decay: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
+        if not 0 <= take_number(self, "decay") < 1:
             raise ValueError(
                 f"decay must be in [0, 1), got {self.decay}. For the plain mean use Uniform()."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import isabstract
+from numbers import Real
 from typing import Any
 
 from .decays import SUBCLASSES, Constant, Schedule
@@ -17,7 +18,7 @@ def schedule(decay: float | Schedule) -> Schedule:
     if isinstance(decay, Schedule):
         return decay
     # A bool is an int, and True would be a decay of 1.
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)):
+    if isinstance(decay, bool) or not isinstance(decay, Real):
         raise ValueError(
             f"decay must be a float or a schedule (dist_ema.HalfLife(...)), got {decay!r}."
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from .decays import Ranged, Uniform
+from .decays import Ranged, Uniform, take_number
 
 __all__ = ["CURVES", "BlockMean", "Window"]
 
@@ -52,13 +52,14 @@ class Window(Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.blocks, bool) or self.blocks != int(self.blocks) or self.blocks < 1:
-            raise ValueError(f"blocks must be a whole number from 1, got {self.blocks}.")
-        if isinstance(self.curve, str) and self.curve not in CURVES:
+        blocks = take_number(self, "blocks")
+        if not isinstance(blocks, int) or blocks < 1:
+            raise ValueError(f"blocks must be a whole number from 1, got {blocks}.")
+        if self.curve not in CURVES if isinstance(self.curve, str) else not callable(self.curve):
             curves = ", ".join(CURVES)
             raise ValueError(f"curve must be {curves} or a function, got {self.curve!r}.")
         ends = self.scale(0.0), self.scale(1.0)
-        if max(abs(ends[0] - 1), abs(ends[1])) > 1e-9:
+        if not max(abs(ends[0] - 1), abs(ends[1])) <= 1e-9:  # NaN is refused too
             raise ValueError(f"curve must fall from 1 to 0, got {ends[0]:g} and {ends[1]:g}.")
 
     def __call__(self, now: float, elapsed: float = 1.0) -> float:
