@@ -5,7 +5,9 @@ The oracle keeps all weights in float64 and sums them.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -211,6 +213,49 @@ def test_resume(tmp_path: Path) -> None:
     torch.testing.assert_close(average, torch.stack(past).mean(0), rtol=1e-12, atol=1e-12)
 
 
+def test_resume_with_recalibrated_buffers(tmp_path: Path) -> None:
+    """They come back with the window that they belong to."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    schedules = [Window(8, blocks=2), Window(6, blocks=2), 0.9]
+    ema = EMA(model, schedules)
+    for step in range(9):
+        model[0].weight.data.add_(step)
+        ema.update()
+        if step == 3:
+            with ema.swap(1):
+                model(torch.randn(4, 3))
+    with ema.swap():
+        model(torch.randn(4, 3))
+    ema.save(tmp_path / "saved")
+    again = EMA(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), schedules)
+    again.load(tmp_path / "saved")
+    for which in range(2):
+        assert "1.running_mean" in again.weights.averages[which].own_buffers
+        for name, value in ema.gather(which).items():
+            assert torch.equal(again.gather(which)[name], value)
+    assert not again.weights.averages[2].own_buffers
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="macOS has no posix_fallocate")
+def test_a_full_disk_under_the_ring_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write into pages without space would end the process; and the next update tries again."""
+    ema = EMA(line(), Window(4, blocks=2, ring=str(tmp_path)), dtype=torch.float64)
+    past = walk(ema, 2, 0)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+            ema.update()
+    assert ema.now == 2
+    past += walk(ema, 1, 1)
+    torch.testing.assert_close(ema.gather()["w"], torch.stack(past).mean(0))
+
+
 def grid(model: nn.Module, step: int) -> None:
     """The same weights in every wrapper: set through full tensors of the optimizer's making."""
     for p in model.parameters():
@@ -299,6 +344,8 @@ def test_refused(tmp_path: Path) -> None:
         EMA(line(), Window(8, quadratic))
     with pytest.raises(ValueError, match="have blocks of one size"):
         EMA(line(), [Window(8, blocks=4), Window(16, blocks=8)])
+    with pytest.raises(ValueError, match=r"absent' of Window\(8, .* must be a folder that takes"):
+        EMA(line(), Window(8, ring=str(tmp_path / "absent")))
     with pytest.raises(ValueError, match="into= takes an average that moves in place"):
         EMA(line(), Window(8), into=line())
     with pytest.raises(RuntimeError, match="with a Window: DCP's keys"):

@@ -10,6 +10,7 @@ way. When a block is full, its mean is copied to the host, and the next update b
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections import deque
 from collections.abc import Sequence
@@ -51,6 +52,14 @@ class WindowRing:
         self.window = window
         self.entries: deque[_RingEntry] = deque(maxlen=window.blocks - 1)
         self.begin = 0.0
+        if window.ring is not None:  # asked now, and not when the first block is full
+            try:
+                tempfile.TemporaryFile(dir=window.ring).close()
+            except OSError as error:
+                raise ValueError(
+                    f"ring={os.fspath(window.ring)!r} of {window!r} must be a folder that takes "
+                    f"temporary files: {error.strerror}."
+                ) from None
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +83,11 @@ class WindowRing:
         return now > self.begin and window.block_at(now) != window.block_at(now + elapsed)
 
     def push(self, states: list[ParamState], now: float) -> None:
-        """Keep the mean of the block that ends at `now`. No update may be in flight."""
+        """Keep the mean of the block that ends at `now`. No update may be in flight.
+
+        Raises:
+            OSError: The disk is full. Nothing has changed, and the next update tries again.
+        """
         means = {
             state.name: self._new(state.own_shadow).copy_(state.own_shadow) for state in states
         }
@@ -85,6 +98,12 @@ class WindowRing:
         if self.window.ring is None or not like.numel():
             return torch.empty_like(like, device="cpu")
         with tempfile.TemporaryFile(dir=self.window.ring) as file:  # the mapping keeps it
+            # NOTE: a full disk ends the process where a page is written that has no space yet.
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                try:
+                    os.posix_fallocate(file.fileno(), 0, like.nbytes)
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, self.window.ring) from None
             mapped: Any = file  # numpy takes a file, whatever its types say
             pages = np.memmap(mapped, np.uint8, "w+", shape=like.nbytes)
         return torch.from_numpy(pages).view(like.dtype)
@@ -92,10 +111,13 @@ class WindowRing:
     def saved(
         self, states: list[ParamState], now: float
     ) -> list[tuple[BlockMean, list[ParamState]]]:
-        """Every block with its mean in place of the shadows, the one under way last."""
-        size = self.window.block
+        """Every block with its mean in place of the shadows; the one under way last, with `states`.
+
+        A full block leaves out what has no shadow.
+        """
+        size, averaged = self.window.block, [state for state in states if state.shadow is not None]
         blocks = [
-            (BlockMean(size, block.begin, block.end), _with_values(states, block.values))
+            (BlockMean(size, block.begin, block.end), _with_values(averaged, block.values))
             for block in self.entries
         ]
         return [*blocks, (BlockMean(size, self.begin, now), states)]

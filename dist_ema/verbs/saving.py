@@ -112,8 +112,6 @@ class Saving:
         files, blocks = [], []
         for i, raw in enumerate(weights.averages):
             average = weights.used(i) if mixed else raw
-            if mixed and raw.ring is not None:
-                blocks += raw.ring.saved(raw.averaged, weights.clock.now)
             states = [
                 state
                 for state in average.persistent
@@ -124,12 +122,22 @@ class Saving:
             ]
             label = f"{i}-{type(average.schedule).__name__}" if i else ""
             schedule = average.schedule.to_dict()
-            files.append(
-                AverageFiles(states, dict(average.own_buffers), schedule, label, form=form)
-            )
-        for i, (mean, states) in enumerate(blocks, len(files)):
+            own_buffers = dict(average.own_buffers)
+            files.append(AverageFiles(states, own_buffers, schedule, label, form=form))
+            if mixed and raw.ring is not None:
+                # `load` fills the average from the block under way, its own buffers too.
+                under_way = [
+                    state
+                    for state in raw.persistent
+                    if state.shadow is not None or state.name in own_buffers
+                ]
+                blocks += [
+                    (mean, held, own_buffers if held is under_way else {})
+                    for mean, held in raw.ring.saved(under_way, weights.clock.now)
+                ]
+        for i, (mean, states, own_buffers) in enumerate(blocks, len(files)):
             label = f"{i}-{type(mean).__name__}"
-            files.append(AverageFiles(states, {}, mean.to_dict(), label, form=form))
+            files.append(AverageFiles(states, own_buffers, mean.to_dict(), label, form=form))
         return files, "adapter" if form.is_adapter else "all" if complete else "averaged"
 
     def _manifest(self, kind: str, weights: str, extra: dict[str, Any] | None) -> manifest.Manifest:
