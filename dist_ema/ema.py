@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, wraps
+from numbers import Real
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -266,7 +267,7 @@ class EMA:
                 "ema.attach() was called before. Call ema.detach() first, or list all optimizers "
                 "in one call."
             )
-        if not 0 <= overlap <= 1:
+        if not (isinstance(overlap, Real) and 0 <= overlap <= 1):
             raise ValueError(
                 f"overlap must be True, False or a share between 0 and 1, got {overlap!r}."
             )
@@ -740,11 +741,13 @@ class EMA:
         weights = self.weights
 
         def check() -> tuple[dict[str, Any], tuple[list[dcp.Matched], list[str]]]:
-            if "clock" not in state:
+            names, saved = list(weights.clock_to_dict()), state.get("clock")
+            if not isinstance(saved, Tensor) or saved.shape != (len(names),):
                 raise ValueError(
-                    "the state_dict of the EMA lacks clock. Pass what ema.state_dict() gave."
+                    f"the state_dict of the EMA lacks clock, a tensor of {len(names)} numbers. "
+                    "Pass what ema.state_dict() gave."
                 )
-            clock = dict(zip(weights.clock_to_dict(), state["clock"].tolist(), strict=True))
+            clock = dict(zip(names, saved.tolist(), strict=True))
             # Refuses what is unsound before anything is changed.
             Clock().set(clock)
             return clock, dcp_keys.match_all(state.get("averages", {}), weights.averages)

@@ -361,7 +361,7 @@ averaging/average.py
     heard             , device="cpu", pin_memory => , pin_memory
             @emulated/test_waits::test_skipped_steps_are_heard_whole
     refuse_dtype      raise ValueError  @to::test_refused
-    __post_init__     raise ValueError  @refusals::test_buffers_are_chosen_by_text_or_a_function
+    __post_init__     raise ValueError  @refusals::test_names_are_chosen_by_text_or_a_function
 averaging/engines.py
     _refuse_failed    raise RuntimeError  @engines::test_a_worker_that_fails_reaches_the_trainer
 averaging/executors.py

@@ -241,6 +241,14 @@ def test_a_checkpoint_without_an_average(tmp_path: Path) -> None:
     assert ema.now == 2
 
 
+@pytest.mark.parametrize("clock", [None, 3, torch.zeros(2)])
+def test_a_state_dict_without_its_clock_is_named(clock: Any) -> None:
+    ema = averaged(0.5)
+    with pytest.raises(ValueError, match="lacks clock, a tensor of 7 numbers"):
+        ema.load_state_dict(ema.state_dict() | {"clock": clock})
+    assert ema.now == 2
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_several_averages_in_one_checkpoint(order: int, tmp_path: Path) -> None:
     """A generator whose weights the discriminator has too, among others; buffers of both grow."""

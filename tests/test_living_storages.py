@@ -505,6 +505,48 @@ def test_a_scripted_module_is_averaged() -> None:
     assert program.gather() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_buffers_of_a_scripted_module(buffers: str, tmp_path: Path) -> None:
+    model = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    ema = EMA(model, 0.5, buffers=buffers)
+    before = model.state_dict()["1.running_mean"].clone()
+    model(torch.randn(8, 4))
+    live = model.state_dict()["1.running_mean"].clone()
+    ema.update()
+    average = ema.gather()["1.running_mean"]
+    assert torch.equal(average, live if buffers == "copy" else before.lerp(live, 0.5))
+    with ema.swap():
+        assert torch.equal(model.state_dict()["1.running_mean"], average)
+        model(torch.randn(8, 4))
+    assert torch.equal(model.state_dict()["1.running_mean"], live)
+    own = ema.gather()["1.running_mean"]
+    assert not torch.equal(own, average)
+    ema.save(tmp_path / "a")
+    ema.load(tmp_path / "a")
+    assert torch.equal(ema.gather()["1.running_mean"], own)
+
+
+def test_conjugated_weights_and_buffers() -> None:
+    """Their memory holds other bits than their values: averaged ones are named, others copied."""
+    values = torch.randn(3, 2, dtype=torch.cfloat)
+    with pytest.raises(ValueError, match=r"^c is not dense .*resolve_conj\(\)"):
+        EMA(nn.ParameterDict({"c": nn.Parameter(values.mH)}), 0.5)
+    model = nn.ParameterDict({"frozen": nn.Parameter(values.mH, False), "w": torch.ones(3)})
+    model.register_buffer("buffer", values.clone().conj())
+    model.register_buffer("negative", values.clone().conj().imag)
+    ema = EMA(model, 0.5)
+    live = {name: value.clone() for name, value in model.state_dict().items()}
+    ema.update()
+    with ema.swap():
+        model.buffer.add_(1)
+    assert all(torch.equal(live[name], value) for name, value in model.state_dict().items())
+    average = ema.gather()
+    assert torch.equal(average["frozen"], live["frozen"])
+    assert torch.equal(average["buffer"], live["buffer"] + 1)
+    assert torch.equal(average["negative"], live["negative"])
+
+
 def test_a_conjugated_view_is_named() -> None:
     """Address, shape and strides are the same, and the elements are not."""
     model = nn.ParameterDict({"c": nn.Parameter(torch.randn(3, dtype=torch.cfloat))})

@@ -246,6 +246,28 @@ def test_several_optimizers() -> None:
     assert ema.metrics()["skipped"] == 1
 
 
+def test_an_optimizer_that_is_given_twice_steps_once() -> None:
+    """Else the round would wait for its second place for ever."""
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    ema = EMA(model, 0.5)
+    ema.attach(optimizer, optimizer)
+    optimizer.step()
+    assert ema.now == 1
+
+
+@pytest.mark.parametrize("elapsed", [-1.0, math.nan, math.inf])
+def test_units_that_are_none_move_no_clock(elapsed: float) -> None:
+    """With `every=2` they came into the sum of an interval, where nothing notices them."""
+    units = iter([4.0, elapsed, 4.0, 4.0])
+    toy = Toy(HalfLife(10.0), every=2, elapsed=lambda: next(units))
+    toy.step(1)
+    with pytest.raises(ValueError, match="elapsed must be positive and finite, got"):
+        toy.step(1)
+    toy.step(1)
+    assert toy.ema.now == 8
+
+
 def test_bad_arguments_name_themselves() -> None:
     ema = EMA(nn.Linear(1, 1), 0.5)
     optimizer = torch.optim.SGD(ema.weights.model.parameters(), 1.0)
@@ -256,6 +278,8 @@ def test_bad_arguments_name_themselves() -> None:
         ((optimizer,), {"every": 2.5}, "every must be a whole number of steps, got 2.5"),
         ((optimizer,), {"elapsed": 0}, "elapsed must be positive and finite, got 0"),
         ((optimizer,), {"elapsed": None}, "elapsed must be positive and finite"),
+        ((optimizer,), {"overlap": None}, "overlap must be True, False or a share"),
+        ((optimizer,), {"overlap": 1.5}, "overlap must be True, False or a share"),
         ((ema,), {}, "cannot hook EMA: it takes torch optimizers"),
     ]:
         with pytest.raises(ValueError, match=words):

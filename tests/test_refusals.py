@@ -5,6 +5,7 @@ A group of one rank, or a fake one, shows EMA what a job of several ranks would.
 
 from __future__ import annotations
 
+import re
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -52,10 +53,13 @@ def fake() -> Iterator[None]:
 # --- arguments ------------------------------------------------------------------------------------
 
 
-def test_buffers_are_chosen_by_text_or_a_function() -> None:
-    chooser: Any = True
-    with pytest.raises(ValueError, match="a regex or a predicate, got True"):
+@pytest.mark.parametrize("chooser", [True, ["weight"], "["])
+def test_names_are_chosen_by_text_or_a_function(chooser: Any) -> None:
+    text = re.escape(f"a regex or a predicate, got {chooser!r}.")
+    with pytest.raises(ValueError, match=f"^buffers must be 'copy', 'average', {text}"):
         EMA(linear(), buffers=chooser)
+    with pytest.raises(ValueError, match=f"^only must be {text}"):
+        EMA(linear(), only=chooser)
 
 
 def test_models_that_differ_take_no_copy() -> None:

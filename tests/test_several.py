@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -77,7 +78,7 @@ def test_several_equal_each_alone(tmp_path: Path, options: dict[str, Any]) -> No
 def test_which_names_an_average() -> None:
     model = nn.Linear(2, 2)
     ema = EMA(model, SCHEDULES)
-    for which in (1, "Constant(decay=0.7)", Constant(0.7)):
+    for which in (1, np.int64(1), "Constant(decay=0.7)", Constant(0.7)):
         assert ema.metrics(which)["decay"] == 0.7
     for which in (3, -1, "Uniform()"):
         with pytest.raises(ValueError, match=r"there is no average .* 0: Power"):

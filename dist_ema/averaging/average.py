@@ -192,10 +192,12 @@ class Selection:
     buffers: Chooser = "copy"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.buffers, str) or callable(self.buffers)):
-            raise ValueError(
-                f"buffers must be 'copy', 'average', a regex or a predicate, got {self.buffers!r}."
-            )
+        for words, chooser in (
+            ("buffers must be 'copy', 'average',", self.buffers),
+            ("only must be", "" if self.only is None else self.only),
+        ):
+            if not _is_chooser(chooser):
+                raise ValueError(f"{words} a regex or a predicate, got {chooser!r}.")
 
     def allows(self, name: str) -> bool:
         """Whether `only=` takes the name."""
@@ -220,6 +222,16 @@ class Selection:
         ):
             return False
         return self.buffers == "average" or _matches(self.buffers, shard.name)
+
+
+def _is_chooser(chooser: object) -> bool:
+    if not isinstance(chooser, str):
+        return callable(chooser)
+    try:
+        re.compile(chooser)
+    except re.error:
+        return False
+    return True
 
 
 def _matches(chooser: Chooser, name: str) -> bool:

@@ -50,7 +50,9 @@ class Clock:
         return decays
 
     def tick(self, elapsed: float) -> None:
-        """One optimizer step went by."""
+        """One optimizer step went by. Raises ValueError if its units are none; nothing moved."""
+        if not 0 <= elapsed < math.inf:
+            raise ValueError(f"elapsed must be positive and finite, got {elapsed}.")
         self.steps += 1
         self.pending += elapsed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -168,9 +169,9 @@ class Inventory:
         sparse = [shard.name for shard in chosen if not shard.dense]
         if sparse:
             raise ValueError(
-                f"{', '.join(sparse[:5])} is not dense in memory. Strided and expanded weights "
-                "cannot be averaged in place: make them contiguous before building the EMA, or "
-                "leave them out with only=."
+                f"{', '.join(sparse[:5])} is not dense in memory. Strided, expanded and conjugated "
+                "weights cannot be averaged in place: make them contiguous (resolve_conj()) before "
+                "building the EMA, or leave them out with only=."
             )
         narrow = [shard.name for shard in chosen if shard.dtype.itemsize == 1]
         if narrow:
@@ -211,8 +212,8 @@ class Inventory:
 
     def average(self, which: int | str | Schedule) -> Average:
         """The average with that number, schedule or repr. Else raises ValueError."""
-        if isinstance(which, int) and 0 <= which < len(self.averages):
-            return self.averages[which]
+        if isinstance(which, Integral) and 0 <= which < len(self.averages):  # numpy's too
+            return self.averages[int(which)]
         for average in self.averages:
             if which in (average.name, average.schedule):
                 return average

@@ -83,7 +83,8 @@ class Attachment:
                 f"every must be 1 or more and start 0 or more, got every={every}, start={start}."
             )
         elapsed = elapsed if callable(elapsed) else _units(elapsed)
-        hooked = [_that_takes_hooks(optimizer) for optimizer in optimizers]
+        # Once each, as a round is over when every one of them has stepped.
+        hooked = list(dict.fromkeys(map(_that_takes_hooks, optimizers)))
         self.every, self.start, self.guard = every, start, guard
         self.arguments: dict[str, Any] = {}
         self._weights, self._clock, self._elapsed = weights, weights.clock, elapsed

@@ -142,6 +142,8 @@ def _plain(
     if is_dtensor(tensor):
         return fsdp2.dtensor_shard(name, kind, tensor, place)
     dense, order = storage.storage_order(tensor.shape, tensor.stride())
+    if tensor.is_conj() or tensor.is_neg():  # its memory holds other bits than its values
+        dense, order = False, None
     sizes = tuple(tensor.shape) if order is None else tuple(tensor.shape[i] for i in order)
     whole = Region((0,) * len(sizes), sizes, 0, tensor.numel())
 
@@ -150,7 +152,7 @@ def _plain(
         # must stay the same object.
         now = records.registered_buffer(place) if kind == "buffer" else tensor
         memory = storage.present_memory(now)
-        return memory if dense else memory.detach().contiguous()
+        return memory if dense else memory.detach().resolve_conj().resolve_neg().contiguous()
 
     shape = tuple(tensor.shape)
     shard = Shard(name, kind, shape, tensor, place, whole, local_tensor, 0, order, dense=dense)

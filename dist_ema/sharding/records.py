@@ -89,7 +89,7 @@ class Shard:
     master: Callable[[], Tensor] | None = None  # 1-D, holds what the optimizer steps, read afresh
     master_offset: int = 0  # of the averaged region in the master, in elements
     owner_ranks: tuple[int, ...] = ()  # global ranks that share one copy of the weight; (): none do
-    dense: bool = True  # False: strided or expanded, so `read` copies and it cannot be averaged
+    dense: bool = True  # False: strided, expanded, conjugated; `read` copies, nothing is averaged
     opaque: bool = False  # a subclass whose memory is not the weight: carried by name alone
     average_frozen: bool = False  # averaged whether or not it needs a gradient now
     flat_parameter: Tensor | None = None  # FSDP1's around the weight; it counts its own writes
@@ -200,7 +200,7 @@ def uncollected() -> Iterator[None]:
 
 def registered(shard: Shard) -> Tensor | None:
     """The tensor object that the model registers for a buffer now."""
-    return shard.place[0]._buffers.get(shard.place[1])
+    return _buffer(shard.place)
 
 
 def register(shard: Shard, tensor: Tensor | None) -> None:
@@ -211,5 +211,10 @@ def register(shard: Shard, tensor: Tensor | None) -> None:
 
 def registered_buffer(place: tuple[nn.Module, str]) -> Tensor:
     """What lies in a buffer's place: nothing where the module set it to None or deleted it."""
-    buffer = place[0]._buffers.get(place[1])
+    buffer = _buffer(place)
     return torch.empty(0, device="cpu") if buffer is None else buffer
+
+
+def _buffer(place: tuple[nn.Module, str]) -> Tensor | None:
+    buffers, name = place[0]._buffers, place[1]
+    return buffers[name] if name in buffers else None  # a scripted module has no `get`
