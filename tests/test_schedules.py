@@ -311,6 +311,7 @@ def test_arguments(build: Any, message: str) -> None:
 def test_numbers_of_numpy_are_python_s(build: Any) -> None:
     """Files hold the arguments, so they must not fail after a night of training."""
     given = build(np.float32)
-    assert given == build(float) and repr(given) == repr(build(float))
+    assert given == build(float)
+    assert repr(given) == repr(build(float))
     assert from_dict(json.loads(json.dumps(given.to_dict()))) == given
     assert Window(8, blocks=np.int64(4)).to_dict() == Window(8, blocks=4).to_dict()  # type: ignore[arg-type]

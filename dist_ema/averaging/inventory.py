@@ -212,7 +212,7 @@ class Inventory:
 
     def average(self, which: int | str | Schedule) -> Average:
         """The average with that number, schedule or repr. Else raises ValueError."""
-        if isinstance(which, Integral) and 0 <= which < len(self.averages):  # numpy's too
+        if isinstance(which, Integral) and 0 <= int(which) < len(self.averages):  # numpy's too
             return self.averages[int(which)]
         for average in self.averages:
             if which in (average.name, average.schedule):

@@ -216,5 +216,7 @@ def registered_buffer(place: tuple[nn.Module, str]) -> Tensor:
 
 
 def _buffer(place: tuple[nn.Module, str]) -> Tensor | None:
-    buffers, name = place[0]._buffers, place[1]
-    return buffers[name] if name in buffers else None  # a scripted module has no `get`
+    try:
+        return place[0]._buffers[place[1]]  # of a scripted module, which have no `get`, too
+    except KeyError:
+        return None
