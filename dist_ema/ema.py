@@ -39,7 +39,7 @@ from .verbs.entry import VerbEntry, Which
 from .verbs.likely_mistakes import warn_if_doubled, warn_if_idle, warn_of_unexplained_keys
 from .verbs.loading import load
 from .verbs.publisher import Publication, Publisher
-from .verbs.saving import Saving
+from .verbs.saving import Saving, interval
 
 __all__ = ["EMA"]
 
@@ -601,8 +601,7 @@ class EMA:
         Returns:
             The path, or None where nothing was saved.
         """
-        if not 0 < every < math.inf:
-            raise ValueError(f"every must be positive and finite, got {every}.")
+        every = interval(every)
         if not self._saving.passes(folder, every):
             return None
         # Ten digits, so that names sort as their clocks do.

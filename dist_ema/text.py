@@ -82,7 +82,7 @@ def size(nbytes: float) -> str:
 def size_of(text: int | str) -> int:
     """Bytes in 5_000_000, '5GB', '500MB', '2GiB'. Raises ValueError for anything else."""
     try:
-        if isinstance(text, int):
+        if isinstance(text, int) and not isinstance(text, bool):
             size = text
         else:
             digits = text.strip().upper().rstrip("KMGIB")

@@ -506,7 +506,7 @@ def test_ensure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "x"):
-        with pytest.raises(FileExistsError, match="file"):
+        with pytest.raises(ValueError, match="file is a file, and a folder is needed there"):
             disk.ensure(path)
 
 

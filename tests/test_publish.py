@@ -11,9 +11,11 @@ import os
 import threading
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -166,7 +168,12 @@ def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ({"every": 0}, "every must be positive and finite, got 0"),
         ({"every": float("inf")}, "every must be positive and finite, got inf"),
         ({"keep": 0}, "keep must be a whole number of versions, at least 1, got 0"),
-        ({"keep": 3, "keep_at_most": 2}, "keep_at_most=2 is less than keep=3"),
+        ({"every": "3"}, "every must be positive and finite, got '3'"),
+        ({"keep": 3, "keep_at_most": 2}, "keep_at_most=2 must be a whole number, and no less than"),
+        ({"keep_at_most": float("nan")}, "keep_at_most=nan must be a whole number"),
+        ({"dtype": "bf16"}, "dtype must be a floating dtype, like torch.bfloat16, got 'bf16'"),
+        ({"mode": "fast"}, "mode must be 'direct', 'stream' or None, got 'fast'"),
+        ({"max_shard_size": True}, "max_shard_size must be bytes or a text like '5GB', got True"),
         ({"beside": "nowhere"}, "beside='.*nowhere' is no folder"),
     ],
 )
@@ -174,6 +181,27 @@ def test_options_that_are_refused(options: dict[str, Any], named: str, tmp_path:
     with pytest.raises(ValueError, match=f"^{named}"):
         EMA(torch.nn.Linear(2, 2)).publish(tmp_path / "published", **{"every": 1} | options)
     assert not list(tmp_path.iterdir()), "nothing is begun"
+
+
+def test_a_refused_publication_leaves_nothing_behind(tmp_path: Path) -> None:
+    """A file in the way of the folder, and a weight that no file can hold: the next call counts."""
+    (tmp_path / "file").touch()
+    ema = EMA(torch.nn.Linear(2, 2), 0.5)
+    with pytest.raises(ValueError, match="file is a file, and a folder is needed there"):
+        ema.publish(tmp_path / "file", every=1)
+    handle = ema.publish(tmp_path / "folder", every=np.float32(2))
+    assert handle.every == 2
+    ema.update()
+    ema.update()
+    handle.remove()
+    assert versions_in(tmp_path / "folder") == [1]
+    ema.model.register_buffer("wide", torch.ones(2, dtype=torch.complex128))
+    for verb, cure in (
+        (partial(ema.save, tmp_path / "saved"), "Cast it in the model, or leave it out with only="),
+        (partial(ema.publish, tmp_path / "folder"), "Cast it in the model"),
+    ):
+        with pytest.raises(ValueError, match=f"wide is torch.complex128, which .* hold. {cure}"):
+            verb()
 
 
 # --- leases --------------------------------------------------------------------------------------

@@ -247,10 +247,19 @@ def sync(path: Path) -> None:
 
 
 def ensure(folder: Path) -> None:
-    """Make a folder and those above it, each of them on disk before anything lies in it."""
+    """Make a folder and those above it, each of them on disk before anything lies in it.
+
+    Raises:
+        ValueError: A file is in the way.
+    """
     if not folder.is_dir():
         ensure(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise ValueError(
+                f"{folder} is a file, and a folder is needed there. Choose another path."
+            ) from None
         sync(folder.parent)
 
 

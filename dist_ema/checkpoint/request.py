@@ -185,10 +185,10 @@ class SaveRequest:
         if self.dtype is not None and dtype.is_floating_point:
             dtype = self.dtype
         if dtype not in KINDS:
-            raise ValueError(
-                f"{name} is {dtype}, which safetensors cannot hold. Pass dtype=, or leave it out "
-                "with only=."
-            )
+            cure = "Pass dtype=." if dtype.is_floating_point else "Cast it in the model."
+            if self.verb == "save":
+                cure = "Cast it in the model, or leave it out with only=."
+            raise ValueError(f"{name} is {dtype}, which safetensors cannot hold. {cure}")
         return KINDS[dtype]
 
     def full_manifest(self, files: dict[str, dict[str, Any]]) -> Manifest:

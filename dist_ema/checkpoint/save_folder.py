@@ -39,10 +39,7 @@ def _refuse_target(request: SaveRequest) -> None:
     if request.keep is not None:
         # Now, because `advance` runs when the save is already in place.
         retention.refuse(path, request.keep)
-    try:
-        disk.ensure(path.parent)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{path} cannot be made: {error.filename} is a file.") from None
+    disk.ensure(path.parent)
     if request.numbered or request.keep is not None:
         retention.remove_leftovers(path)
     # Before leftovers go: one of them may be the only whole version.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 import uuid
@@ -15,9 +14,9 @@ from weakref import WeakMethod
 
 from ..averaging.swap_registry import Reads
 from ..checkpoint import atomic, disk, leases, library_files, request, retention, versions
-from ..text import warn
+from ..text import sentence, warn
 from .entry import VerbEntry, Which
-from .saving import Saving
+from .saving import Saving, interval
 
 __all__ = ["Publication", "Publisher"]
 
@@ -56,17 +55,15 @@ class Publication:
         form: dict[str, Any],
         finish: Callable[[], Callable[[], None] | None],
     ) -> None:
-        if not 0 < every < math.inf:
-            raise ValueError(f"every must be positive and finite, got {every}.")
         if type(keep) is not int or keep < 1:
             raise ValueError(f"keep must be a whole number of versions, at least 1, got {keep!r}.")
         keep_at_most = 4 * keep if keep_at_most is None else keep_at_most
-        if keep_at_most < keep:
+        if type(keep_at_most) is not int or keep_at_most < keep:
             raise ValueError(
-                f"keep_at_most={keep_at_most} is less than keep={keep}: it bounds what leases may "
-                "add to keep."
+                f"keep_at_most={keep_at_most!r} must be a whole number, and no less than "
+                f"keep={keep}: it bounds what leases may add to keep."
             )
-        self.folder, self.every = folder, every
+        self.folder, self.every = folder, interval(every)
         self.keep, self.keep_at_most = keep, keep_at_most
         self.which, self.beside = which, beside
         self.files, self.form = files, form
@@ -123,8 +120,9 @@ class Publication:
         if not aloud:
             return []
         remark = (
-            f"version {self.number} could not be published in {self.folder}: {error} Training goes "
-            "on, and the next version is tried when it is due."
+            f"version {self.number} could not be published in {self.folder}: "
+            f"{sentence(error).rstrip('.')}. Training goes on, and the next version is tried when "
+            "it is due."
         )
         log.error(remark)
         return [remark]
@@ -180,19 +178,23 @@ class Publisher:
                     f"ema.publish() was called before, for {earlier.folder}. Call remove() on its "
                     "handle first."
                 )
-            made.append(
-                Publication(
-                    atomic.real(folder),
-                    every,
-                    keep,
-                    keep_at_most,
-                    which,
-                    None if beside is None else atomic.real(beside),
-                    library_files.form_of(weights.model, weights.names(), form["dtype"]),
-                    form,
-                    WeakMethod(self._saving.finish),
-                )
+            publication = Publication(
+                atomic.real(folder),
+                every,
+                keep,
+                keep_at_most,
+                which,
+                None if beside is None else atomic.real(beside),
+                library_files.form_of(weights.model, weights.names(), form["dtype"]),
+                form,
+                WeakMethod(self._saving.finish),
             )
+            weights.ready()
+            # What every version would be refused for is refused before training goes on.
+            version = self._version(publication)
+            version.refuse_unsound()
+            _ = version.plans  # raises for dtypes
+            made.append(publication)
 
         arguments = {
             "folder": os.fspath(folder),
@@ -202,8 +204,9 @@ class Publisher:
             **form,
         }
         self._entry.begin("publish", Reads.SHADOWS, which, prepare, arguments)
-        self._publication = publication = made[0]
+        publication = made[0]
         publication.number = self._entry.ranks.run_on_first("publish", publication.begin)
+        self._publication = publication
         # Notes the clock: versions are due from here on.
         self._saving.passes(publication.folder, every)
         # Weak: the weights must not keep the EMA alive.

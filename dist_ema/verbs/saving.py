@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,14 @@ from ..text import warn
 from .entry import VerbEntry, Which
 from .likely_mistakes import warn_if_idle, warn_if_nameless, warn_of_unexplained_keys
 
-__all__ = ["Saving"]
+__all__ = ["Saving", "interval"]
+
+
+def interval(every: float) -> float:
+    """Units between two files, an int or float, as ema.json holds it. Else raises ValueError."""
+    if isinstance(every, bool) or not isinstance(every, Real) or not 0 < every < math.inf:
+        raise ValueError(f"every must be positive and finite, got {every!r}.")
+    return int(every) if isinstance(every, Integral) else float(every)
 
 
 class Saving:
