@@ -253,6 +253,33 @@ def test_nothing_else_is_replaced(ema: EMA, tmp_path: Path) -> None:
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("content", "held"),
+    [
+        ('{"decay": 0.999}', "config/model.safetensors, ema.json, train.py"),  # of another program
+        ('{"format": 1}', "config/model.safetensors, train.py"),
+        ('{"format": 1, "files": {"model', "config/model.safetensors, train.py"),  # cut
+    ],
+)
+def test_an_ema_json_that_names_no_files(content: str, held: str, ema: EMA, tmp_path: Path) -> None:
+    """What else lies there stays; a damaged save alone is replaced."""
+    folder = tmp_path / "a"
+    ema.save(folder, max_shard_size=300)
+    (folder / "ema.json").write_text(content)
+    (folder / "train.py").write_text("x")
+    (folder / "config").mkdir()
+    (folder / "config" / "model.safetensors").write_text("x")
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match=rf"a holds {held}, which ema.save\(\) did not write"):
+        ema.save(folder)
+    assert files_of(tmp_path) == before
+    (folder / "train.py").unlink()
+    shutil.rmtree(folder / "config")
+    if "format" in content:
+        ema.save(folder)
+        assert load_file(folder).keys() == ema.gather().keys()
+
+
 def test_what_comes_while_it_is_written_stays(
     ema: EMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,9 +12,10 @@ import os
 import re
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
-from . import atomic, disk, manifest, pointers, safetensors, versions
+from . import atomic, disk, manifest, pointers, safetensors, strict_json, versions
 from .leases import LeaseWatch
 
 __all__ = [
@@ -182,6 +183,10 @@ def _retire(folder: Path) -> str | None:
 # --- files that dist_ema did not write ------------------------------------------------------------
 
 
+_OF_A_SAVE = re.compile(
+    r"(averages/[^/]+/)?(model(-[0-9]{5}-of-[0-9]{5})?\.safetensors(\.index\.json)?"
+    rf"|{re.escape(safetensors.ADAPTER)})"
+)
 WEIGHTS = (
     ".bin",
     ".ckpt",
@@ -196,17 +201,19 @@ WEIGHTS = (
 
 
 def foreign(folder: Path, temporary: Path | None = None) -> list[str]:
-    """The files in a save that dist_ema did not write; [] where ema.json cannot be read.
+    """The files in a save that dist_ema did not write.
+
+    Where ema.json is damaged, those are ours that have the names of a save.
 
     temporary: A folder of the next save, which may lie inside.
     """
-    try:
-        saved = manifest.read(folder)
-    except (OSError, ValueError):
-        return []
-    if saved is None or not saved.files:
-        return []
-    indexes = {(Path(name).parent / safetensors.INDEX).as_posix() for name in saved.files}
+    listed: Collection[str] = ()
+    is_ours = True  # ema.json
+    with suppress(OSError, ValueError):
+        values = strict_json.read_json(folder / manifest.META)
+        is_ours = "format" in values
+        listed = manifest.Manifest.from_json(values).files
+    indexes = {(Path(name).parent / safetensors.INDEX).as_posix() for name in listed}
     present = {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -215,7 +222,10 @@ def foreign(folder: Path, temporary: Path | None = None) -> list[str]:
         and temporary not in path.parents
         and path.name != safetensors.ADAPTER_CONFIG
     }
-    return sorted(present - saved.files.keys() - indexes - {manifest.META})
+    ours = {*listed, *indexes} if listed else set(filter(_OF_A_SAVE.fullmatch, present))
+    if is_ours:
+        ours.add(manifest.META)
+    return sorted(present - ours)
 
 
 def companions(folder: Path) -> list[str]:
