@@ -615,11 +615,14 @@ def test_load_file(tmp_path: Path) -> None:
 def test_load_file_refuses(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "pickles").mkdir()
+    shutil.copy(tmp_path / "a.pt", tmp_path / "pickles" / "pytorch_model.bin")
     ema = moved(wide("ab"))
     ema.save(tmp_path / "a")
     for name, words in [
-        ("nowhere", "does not exist"), ("a.pt", "is no safetensors file"),
+        ("nowhere", "does not exist"), ("a.pt", "is no safetensors file.*`dist-ema convert` reads"),
         ("empty", "holds no model.safetensors"), ("a/ema.json", "name the folder, "),
+        ("pickles", "holds no model.safetensors.*`dist-ema convert` reads"),
     ]:  # fmt: skip
         for read in (ema.load, load_file):
             with pytest.raises(ValueError, match=words):

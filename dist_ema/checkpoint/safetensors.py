@@ -56,6 +56,7 @@ MOST = 1 << 63  # below which torch counts elements and bytes
 MOST_DIMS = 64
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 _MODEL = re.compile(rf"({'|'.join(STEMS)})(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+_CONVERT = " `dist-ema convert` reads what torch.save and torch.distributed.checkpoint write."
 ITEMSIZE = {kind: dtype.itemsize for kind, dtype in NUMPY.items()}  # bytes
 
 
@@ -162,8 +163,11 @@ def header_of(file: BinaryIO, path: Path) -> SafetensorsFile:
     # A file of less than 8 bytes is filled up here, and refused by its size.
     length = struct.unpack("<Q", (disk.read_exactly(file, 8) + bytes(8))[:8])[0]
     if size < 8 or length > min(strict_json.MOST_JSON, size - 8):
+        # The first bytes of another format are an enormous length.
+        more = _CONVERT if length > strict_json.MOST_JSON else ""
         raise ValueError(
             f"{path} is no safetensors file, or is cut short: {size} bytes, header of {length}."
+            f"{more}"
         )
     text = disk.read_exactly(file, length)
     try:
@@ -222,7 +226,7 @@ def find_model(folder: Path) -> str:
     candidates = usual[:1] or indexes or whole_files
     if len(candidates) == 1:
         return candidates[0]
-    more = ""
+    more = _CONVERT if names else ""
     if candidates:
         more = f" It does hold {', '.join(candidates[:3])}: name the one to read."
     elif model_folders := sorted(path.parent.name for path in folder.glob("[!.]*/*.safetensors")):
