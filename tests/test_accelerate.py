@@ -98,8 +98,9 @@ def test_two_averages(accelerator: Accelerator, tmp_path: Path) -> None:
         ):
             register(accelerator, again)
     register(accelerator, other, "./slow")
-    with pytest.raises(ValueError, match="'slow' is taken"):
-        register(accelerator, other, "slow")
+    for folder in ("slow", "slow/er"):
+        with pytest.raises(ValueError, match=f"'{folder}' is taken"):
+            register(accelerator, other, folder)
     train(accelerator, model, optimizer, 4)
     accelerator.save_state(tmp_path / "state")
     fast, slow = ema.gather()["weight"], other.gather()["weight"]
@@ -108,6 +109,14 @@ def test_two_averages(accelerator: Accelerator, tmp_path: Path) -> None:
     accelerator.load_state(tmp_path / "state")
     assert torch.equal(ema.gather()["weight"], fast)
     assert torch.equal(other.gather()["weight"], slow)
+
+
+@pytest.mark.parametrize("folder", ["", ".", "..", "../ema", "ema/../..", "/ema"])
+def test_a_folder_elsewhere_is_refused(accelerator: Accelerator, folder: str) -> None:
+    """All states would share one average there, or the model's own files would be its own."""
+    _, _, ema = prepared(accelerator)
+    with pytest.raises(ValueError, match="inside each state folder, got"):
+        register(accelerator, ema, folder)
 
 
 def test_log(accelerator: Accelerator) -> None:

@@ -6,6 +6,7 @@ norms themselves, so the input of the second norm is rebuilt batch by batch in f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,7 @@ def fails() -> Iterator[Tensor]:
             ValueError,
             "^0 saw .* beyond float16",
         ),
+        (nn.BatchNorm1d(3), [torch.full((4, 3), torch.nan)], ValueError, "^BatchNorm1d saw NaN"),
         (Net(nn.BatchNorm1d), fails(), KeyError, "the disk is gone"),
         (Net(nn.BatchNorm1d), [torch.randn(4, 2)], RuntimeError, "size"),
     ],
@@ -241,9 +243,10 @@ def test_no_graph_and_empty_batches() -> None:
         recalibrate(model, [torch.empty(0, 3)])
 
 
-def test_num_batches_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        recalibrate(Net(nn.BatchNorm1d), [torch.randn(4, 3)], num_batches=0)
+@pytest.mark.parametrize("number", [0, -1, 2.5, math.inf, math.nan, "5", None])
+def test_num_batches_must_be_a_positive_number(number: Any) -> None:
+    with pytest.raises(ValueError, match=f"a whole number, at least 1, got {number!r}"):
+        recalibrate(Net(nn.BatchNorm1d), [torch.randn(4, 3)], num_batches=number)
 
 
 def test_a_layer_aside_is_named() -> None:
@@ -332,7 +335,8 @@ def on_ranks() -> None:
                     torch.equal(buffer, kept[name]) for name, buffer in inner.named_buffers()
                 )
     model = Net(nn.BatchNorm1d)
-    with raises(RuntimeError if rank else ZeroDivisionError, "division by zero"):
+    verb = ["recalibrate(...) failed on rank 0"] if rank else []
+    with raises(RuntimeError if rank else ZeroDivisionError, "division by zero", *verb):
         recalibrate(DistributedDataParallel(model), (1 / rank * x for x in batches(rank, ())))
     with raises(ValueError, "at least one batch on every rank"):
         recalibrate(fully_shard(Net(nn.BatchNorm1d)), batches(rank, ()) if rank else [])

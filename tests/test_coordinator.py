@@ -690,6 +690,20 @@ def first_rank_late() -> None:
     EMA(model, 0.5).gather()
 
 
+def first_file_of_an_unwrapped_model() -> None:
+    """The ranks of the job meet in the first verb that writes: its error names that one."""
+    rank, store = dist.get_rank(), torch_internals.side_store("first file")
+    ema = EMA(nn.Linear(2, 2), 0.5, timeout=0.4)
+    if rank == 0:
+        with raises(RuntimeError, "ema.save() is collective, and rank 1 did not come within 0.4 s"):
+            ema.save("nowhere")
+        store.set("given up", "")
+    else:
+        store.wait(["given up"])
+        with raises(RuntimeError, "ema.save() is collective, and rank 0 did not enter it"):
+            ema.save("nowhere")  # takes the first rank's part in the process group
+
+
 def two_attempts() -> None:
     """What a killed attempt left in the store is not read by the next ([Note: incarnations])."""
     rank, answers = dist.get_rank(), []
@@ -711,6 +725,7 @@ def together(folder: str) -> None:
         late_failing_elsewhere(kind, f"{folder}/{kind}")
     different_averages()
     first_rank_late()
+    first_file_of_an_unwrapped_model()
     two_attempts()
 
 

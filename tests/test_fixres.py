@@ -84,6 +84,16 @@ def test_classifier_alone_with_an_average() -> None:
     assert model.body[1].weight.requires_grad
 
 
+def test_a_second_name() -> None:
+    """A module that is registered twice is known by both names."""
+    model = Net()
+    model.classifier = model.head
+    assert all(
+        name.startswith("head.")
+        for name in freeze_for_resolution(model, classifier="classifier").names
+    )
+
+
 @pytest.mark.parametrize(
     ("names", "words"),
     [

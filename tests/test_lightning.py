@@ -266,6 +266,8 @@ def test_logs(tmp_path: Path) -> None:
     text = (Path(logger.log_dir) / "metrics.csv").read_text()
     assert "ema/decay" in text
     assert "0.25" in text, "two steps at once"
+    logger = CSVLogger(str(tmp_path / "never"))
+    trainer(tmp_path, callback, logger=logger, log_every_n_steps=0).fit(Net(), data(), data())
 
 
 def test_killed_and_resumed(tmp_path: Path) -> None:

@@ -72,12 +72,16 @@ def test_both_metrics(tmp_path: Path) -> None:
     folder = tmp_path / "published"
     callback = EMACallback(decay=0.5, publish={"folder": str(folder), "every": 5, "dtype": None})
     made = trainer(tmp_path, callback)
+    made.compute_metrics = lambda _: {"kind": "text", "each": [1.0], "none": None, "half": 0.5}
     made.train()
     assert callback.ema is not None
     assert callback.ema.now == 8
     (version,) = follow(folder)  # until the stop file that the end of the training left
     assert version.step == 5
-    assert version.metadata["metrics"]["loss"] == history(made, "loss")[0]
+    metrics = version.metadata["metrics"]
+    assert metrics["loss"] == history(made, "loss")[0]
+    assert metrics["eval_ema_half"] == 0.5
+    assert not {"eval_kind", "eval_each", "eval_none"} & metrics.keys(), "no numbers"
     live, average = made.model.seen[0], made.model.seen[-1]
     assert not torch.equal(live, average)
     assert torch.equal(average, callback.ema.gather()["w"])

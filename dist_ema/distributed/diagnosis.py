@@ -64,7 +64,7 @@ def argument_text(value: Any) -> str:
 
 
 def call_text(verb: str) -> str:
-    return "EMA(...)" if verb == "EMA" else f"ema.{verb}()"
+    return f"{verb}(...)" if verb in ("EMA", "recalibrate") else f"ema.{verb}()"
 
 
 def error_text(error: BaseException) -> str:

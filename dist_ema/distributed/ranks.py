@@ -21,6 +21,7 @@ from .bounded_store import BoundedStore, clone, store_errors
 from .connections import Connections
 from .construction import together
 from .coordinator import StoreCoordinator
+from .diagnosis import call_text
 from .machines import Machines, addresses, machine_id, numbered, pack, unpack
 
 __all__ = ["Ranks", "transfer_device"]
@@ -35,6 +36,7 @@ class Ranks(StoreCoordinator):
         open_store: Opens the key-value store of the job under a prefix.
         timeout: Seconds that a rank waits for the others.
         device: The device of the model on this rank, where a group that knows no other sends bytes.
+        verb: What the ranks do, for errors.
 
     Raises:
         RuntimeError: Ranks did not come within `timeout`; they are named.
@@ -51,6 +53,7 @@ class Ranks(StoreCoordinator):
         open_store: Callable[[str], dist.Store],
         timeout: float = 300.0,
         device: torch.device | None = None,
+        verb: str = "EMA",
     ) -> None:
         self.members = list(members)
         self.size = len(self.members)
@@ -63,7 +66,7 @@ class Ranks(StoreCoordinator):
         if self.size > 1:
             # Ranks share no counters yet, so this has deadlines of its own ([Note: construction]).
             stores = together(
-                "EMA(...)",
+                call_text(verb),
                 self.members,
                 open_store("dist_ema/construction"),
                 timeout,

@@ -78,18 +78,26 @@ def register(accelerator: Accelerator, ema: EMA, folder: str = "ema") -> Registr
         folder: the name of the average's folder inside a state folder.
 
     Raises:
-        ValueError: `ema` averages no prepared model, another average goes to `folder`, or `ema` was
-            given to `register_for_checkpointing` ([Note: state hooks]). If that happens later,
-            `save_state` raises.
+        ValueError: `ema` averages no prepared model, `folder` does not lie inside a state folder or
+            another average goes there, or `ema` was given to `register_for_checkpointing`
+            ([Note: state hooks]). If that happens later, `save_state` raises.
 
     Note:
         *Collective* on use.
     """
     _refuse_registered(accelerator, ema)
+    inside = os.path.normpath(folder)
+    # Elsewhere all states would share one average, the last; and "." holds the model itself.
+    if os.path.isabs(inside) or inside.split(os.sep)[0] in (os.curdir, os.pardir):
+        raise ValueError(
+            f"folder must be the name of a folder inside each state folder, got {folder!r}."
+        )
     # accelerate has no public list of its hooks.
     for hook in accelerator._save_model_state_pre_hook.values():
         owner = getattr(hook, "__self__", None)
-        if isinstance(owner, Registration) and owner.folder == os.path.normpath(folder):
+        if not isinstance(owner, Registration):
+            continue
+        if os.path.commonpath([owner.folder, inside]) in (owner.folder, inside):
             raise ValueError(
                 f"the folder {folder!r} is taken by an average that was registered before, and one "
                 "would overwrite the other: remove() that registration first, or pass another "

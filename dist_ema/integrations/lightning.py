@@ -130,8 +130,8 @@ class EMACallback(Callback):  # type: ignore[misc]
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert self.ema is not None
         interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        # `metrics` waits for the device, so only where a line is logged.
-        if trainer.loggers and trainer.global_step % interval == 0:
+        # `metrics` waits for the device, so only where a line is logged; an interval of 0: never.
+        if trainer.loggers and interval and trainer.global_step % interval == 0:
             metrics = self.ema.metrics(distance=False)
             values = {f"ema/{key}": metrics[key] for key in ("decay", "updates", "skipped")}
             for logger in trainer.loggers:

@@ -8,7 +8,6 @@ and `log` gains the values of the average.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import traceback
@@ -51,7 +50,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         live: evaluate the live weights too. Without it an evaluation takes no longer than before,
             and metrics under their own names are the average's.
         publish: the folder to publish to, or the arguments of `EMA.publish` as a dict. The last
-            metrics that the trainer logged go into each version.
+            numbers that the trainer logged go into each version.
         options: further arguments of `EMA`.
 
     Attributes:
@@ -68,10 +67,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         every: int = 1,
         start: int = 0,
         live: bool = True,
-        publish: str | dict[str, Any] | None = None,
+        publish: str | os.PathLike[str] | dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        self._publish = {"folder": publish} if isinstance(publish, str) else publish
+        if isinstance(publish, (str, os.PathLike)):
+            publish = {"folder": publish}
+        self._publish = publish
         self._publication: Publication | None = None
         self._ema_options = {"decay": schedule_list(decay), **options}
         self._every, self._start, self._live = every, start, live
@@ -179,8 +180,11 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             values = self.ema.metrics(distance=False)
             logs = logs | {f"ema_{key}": values[key] for key in ("decay", "updates", "skipped")}
         if self._publication is not None:
+            # `compute_metrics` may return texts and lists too.
             self._publication.metrics |= {
-                key: value for key, value in logs.items() if math.isfinite(value)
+                key: value
+                for key, value in logs.items()
+                if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
             }
         original(logs, *args, **kwargs)
 

@@ -68,19 +68,19 @@ def recalibrate(
         The number of batches that this rank ran.
 
     Raises:
-        ValueError: The model has neither a BatchNorm that tracks statistics nor a spectral norm.
-            Or there is no data, or a layer, which is named, saw NaN, infinity or what its dtype
-            cannot hold.
+        ValueError: `num_batches` is no whole number from 1, or the model has neither a BatchNorm
+            that tracks statistics nor a spectral norm. Or there is no data, or a layer, which is
+            named, saw NaN, infinity or what its dtype cannot hold.
 
     Note:
         *Collective*: one reduction per layer. *Cost*: one layer's input in float64 at a time. A
         layer that the forward does not reach keeps its statistics, with a warning.
     """
-    if num_batches < 1:
-        raise ValueError(f"num_batches must be at least 1, got {num_batches}.")
+    if not hasattr(num_batches, "__index__") or num_batches < 1:
+        raise ValueError(f"num_batches must be a whole number, at least 1, got {num_batches!r}.")
     inner = wrappers.unwrapped(model)
     layers = {
-        name: m
+        name or type(m).__name__: m
         for name, m in inner.named_modules()
         if isinstance(m, LAYERS) and m.running_mean is not None
     }
@@ -109,7 +109,13 @@ def _recalibrate(
     model_shards = discovery.find_shards(model)
     members = model_shards.members if group is None else dist.get_process_group_ranks(group)
     group = group or model_shards.group
-    ranks = Ranks(members, group, torch_internals.side_store, device=model_shards.device)
+    ranks = Ranks(
+        members,
+        group,
+        torch_internals.side_store,
+        device=model_shards.device,
+        verb="recalibrate",
+    )
     watch = _Watch({name: _Moments.none(layer.running_mean) for name, layer in layers.items()})
     steps = _steps(loader, num_batches, ranks if model_shards.sharded else None)
     if progress and ranks.first and sys.stderr.isatty():

@@ -63,7 +63,9 @@ def freeze_for_resolution(model: nn.Module, *, classifier: str, norm: str | None
         ValueError: A name is no module of the model, or has no parameters. Existing names follow.
     """
     inner = wrappers.unwrapped(model)
-    modules = {wrappers.canonical(name): module for name, module in inner.named_modules()}
+    # Under all its names, as a user may know the classifier by any.
+    named = inner.named_modules(remove_duplicate=False)
+    modules = {wrappers.canonical(name): module for name, module in named}
     chosen = [_pick(modules, "classifier", classifier)]
     if norm is not None:
         chosen.append(_pick(modules, "norm", norm))

@@ -10,8 +10,8 @@ watcher died in it.
 from __future__ import annotations
 
 import json
-import math
 import sqlite3
+import sys
 import time
 import uuid
 from collections.abc import Collection, Iterator, Sequence
@@ -261,12 +261,8 @@ def finite_numbers(values: Any) -> dict[str, float]:
     return {
         str(key): value
         for key, value in (values.items() if isinstance(values, dict) else ())
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
+        if isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        # `math.isfinite` raises for an integer that no float holds.
+        and abs(value) <= sys.float_info.max
     }
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
-        return False

@@ -130,14 +130,15 @@ class VerbEntry:
         """The ranks that must enter `swap`, `gather` and `export`: one where each has it all."""
         return self.alone if self._may_be_alone and self._averages_all else self.ranks
 
-    @property
-    def everyone(self) -> Ranks:
-        """The ranks that write files together: all of the job for an unwrapped model in one."""
+    def everyone(self, verb: str) -> Ranks:
+        """The ranks that write files together: all of the job for an unwrapped model in one.
+
+        The first call is *collective*, and names its verb.
+        """
         alone = self.ranks.size == 1 and dist.is_initialized() and dist.get_world_size() > 1
         if alone and self._everyone is None:
-            self._everyone = Ranks(
-                range(dist.get_world_size()), None, torch_internals.side_store, self.ranks.timeout
-            )
+            job, store = range(dist.get_world_size()), torch_internals.side_store
+            self._everyone = Ranks(job, None, store, self.ranks.timeout, verb=verb)
         return self._everyone or self.ranks
 
     def set_timeout(self, seconds: float) -> None:

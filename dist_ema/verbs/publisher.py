@@ -219,11 +219,11 @@ class Publisher:
         if publication is None or not publication.active:
             return
         if self._saving.passes(publication.folder, publication.every):
-            with self._entry.everyone.entering("publish"):
+            with self._entry.everyone("publish").entering("publish"):
                 self._publish(publication)
 
     def _publish(self, publication: Publication) -> None:
-        ranks, writer = self._entry.everyone, self._saving.writer
+        ranks, writer = self._entry.everyone("publish"), self._saving.writer
         # One rank decides: threads behind training end at different times.
         if ranks.run_on_first("publish", lambda: writer is not None and writer.background.busy):
             publication.skipped += 1

@@ -210,13 +210,14 @@ class Saving:
             with atomic.locked(request.path):  # all ranks may export to one path
                 warn(*writer.Writer(ranks).write(request))
             return
-        with entry.everyone.entering(verb):
+        with entry.everyone(verb).entering(verb):
             self._write_together(request, which, arguments, wait)
 
     def _write_together(
         self, request: SaveRequest, which: Which, arguments: dict[str, Any], wait: bool
     ) -> None:
-        entry, ranks, verb = self._entry, self._entry.everyone, request.verb
+        entry, verb = self._entry, request.verb
+        ranks = entry.everyone(verb)
         if entry.is_staged:
             entry.compare_shared(verb)
             united = stages.unite(verb, ranks, entry.stage, request.averages)
