@@ -99,6 +99,9 @@ def test_distances(tmp_path: Path) -> None:
             2.0,
             4,
         ),
+        (torch.tensor([3 + 4j, 1j]), torch.tensor([0j, 1j]), 5 / math.sqrt(26), 5.0, 1),
+        (torch.tensor([1.0, 2.0]), torch.tensor([4 + 4j, 2 + 0j]), math.sqrt(5), 5.0, 1),
+        (torch.tensor([complex(NAN, 1)]), torch.tensor([complex(NAN, 3)]), INF, 2.0, 1),
         (torch.tensor([1, 2]), torch.tensor([1.0, 2.0]), 0.0, 0.0, 0),
     ],
 )

@@ -160,7 +160,7 @@ def _far(value: float) -> float:
 def _compare(
     raw: Bytes, dtype: str, against: Bytes, other: str
 ) -> tuple[NDArray[Any], NDArray[Any], int]:
-    """A in float64; |A - B|; and how many elements are not the same value.
+    """A in float64, complex numbers as both parts; |A - B|; how many elements differ in value.
 
     NaN is the same as NaN.
     """
@@ -178,6 +178,8 @@ def _compare(
         same |= np.isnan(x) & np.isnan(y)
         delta = np.abs(np.subtract(x, y, out=y), out=y)
         delta[same] = 0.0
+        if "C64" in (dtype, other):
+            same, delta = same.reshape(-1, 2).all(axis=1), np.hypot(delta[::2], delta[1::2])
         return x, delta, int(len(same) - np.count_nonzero(same))
 
 
