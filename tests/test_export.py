@@ -323,6 +323,27 @@ def test_like_refuses(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("{", "config.json is not valid JSON"),
+        ("[]", "1 differences"),
+        ('{"architectures": 3}', "1 differences"),
+        ('{"architectures": [3]}', "1 differences"),
+        ('{"architectures": ["pipeline"], "model_type": "gpt2"}', "1 differences"),
+        ('{"architectures": ["LlamaForCausalLM"], "model_type": "gpt2"}', "cannot build the Llama"),
+    ],
+)
+def test_like_with_an_odd_config(config: str, words: str, tmp_path: Path) -> None:
+    """A config.json beside the pattern may hold anything: a sentence, or no other names."""
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "like").mkdir()
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "like" / "model.safetensors")
+    (tmp_path / "like" / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=words):
+        export(tmp_path / "a.safetensors", tmp_path / "out", like=tmp_path / "like")
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_from_dcp(tmp_path: Path) -> None:
     """A folder of torch.distributed.checkpoint is verified, compared and shipped like any other

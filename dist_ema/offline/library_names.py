@@ -6,7 +6,6 @@ table of both is its own, so it is asked, once for each weight; torch is importe
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from ..checkpoint import safetensors
 from ..dtypes import Bytes
-from . import sources, sums
+from . import foreign_trees, sources, sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,25 +32,36 @@ def reverted(model: sources.Source, checked: sums.Checked, like: str | Path) -> 
         model: An average of a model, under the names that it has in memory.
         checked: Where its bytes come from.
         like: A folder with the config.json of that model.
+
+    Raises:
+        ValueError: The config.json is not valid JSON, or transformers refuses it.
     """
     path = Path(like, "config.json")
     with sources.open_model(like) as pattern:
         if pattern.entries.keys() <= {*model.entries, *model.aliases} or not path.exists():
             return None
-    architecture = (json.loads(path.read_bytes()).get("architectures") or [""])[0]
+    values = foreign_trees.read_json(path)
+    names = values.get("architectures") if isinstance(values, dict) else None
+    name = str(names[0]) if isinstance(names, list) and names else ""
     try:
         import transformers
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # before transformers 5 both names are the same
         return None
-    if not hasattr(transformers, architecture):
+    architecture = getattr(transformers, name, None)
+    if not (
+        isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
+    ):
         return None
     import torch
 
-    config = transformers.AutoConfig.from_pretrained(like)
-    # Its names and shapes are asked for, so it needs no memory.
-    with torch.device("meta"):
-        library_model = getattr(transformers, architecture)(config)
+    try:
+        config = transformers.AutoConfig.from_pretrained(like)
+        # Its names and shapes are asked for, so it needs no memory.
+        with torch.device("meta"):
+            library_model = architecture(config)
+    except Exception as error:
+        raise ValueError(f"transformers cannot build the {name} of {path}: {error}") from error
 
     def revert(name: str, weight: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
