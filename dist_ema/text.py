@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from operator import index
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -72,27 +74,26 @@ def shortened(text: str, most: int) -> str:
 
 def size(nbytes: float) -> str:
     """1.23 GB"""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        # From 999.5 on, three digits would be 1e+03.
+        if nbytes < 999.5 or unit == "TB":
+            break
         nbytes /= 1000
-    return f"{nbytes:,.3g} TB"
+    return f"{nbytes:,.0f} {unit}" if unit == "B" or nbytes >= 999.5 else f"{nbytes:.3g} {unit}"
 
 
-def size_of(text: int | str) -> int:
+def size_of(text: int | str, what: str = "max_shard_size") -> int:
     """Bytes in 5_000_000, '5GB', '500MB', '2GiB'. Raises ValueError for anything else."""
     try:
-        if isinstance(text, int) and not isinstance(text, bool):
-            size = text
-        else:
+        if isinstance(text, str):
             digits = text.strip().upper().rstrip("KMGIB")
             size = int(float(digits) * _UNITS[text.strip().upper()[len(digits) :].strip()])
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-        raise ValueError(
-            f"max_shard_size must be bytes or a text like '5GB', got {text!r}."
-        ) from None
-    if size <= 0:
-        raise ValueError(f"max_shard_size must be positive, got {text!r}.")
+        else:
+            size = index(text)
+    except (KeyError, OverflowError, TypeError, ValueError):
+        raise ValueError(f"{what} must be bytes or a text like '5GB', got {text!r}.") from None
+    if size <= 0 or isinstance(text, bool):
+        raise ValueError(f"{what} must be a positive number of bytes, got {text!r}.")
     return size
 
 
@@ -117,7 +118,7 @@ def warn(*texts: str) -> None:
     """Warn at the user's line, the innermost one outside of this package."""
     frame, level = sys._getframe(), 1
     # Frames of contextlib lie between a verb and the user's `with`.
-    here = (str(Path(__file__).parent), contextlib.__file__)
+    here = (f"{Path(__file__).parent}{os.sep}", contextlib.__file__)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
         frame, level = frame.f_back, level + 1
     for text in texts:

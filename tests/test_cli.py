@@ -388,6 +388,7 @@ def test_unreadable(call: Call, shop: Path, tmp_path: Path) -> None:
         (("dissect", "a"), "invalid choice: 'dissect'"),
         (("--wrong",), "--wrong"),
         (("convert", "a", "b", "--max-shard-size", "much"), "max_shard_size must be"),
+        (("convert", "a", "b", "--max-size", "much"), "--max-size: SIZE must be"),
         (
             ("reconstruct", "a", "b", "--sigma-rel", "0.1", "--max-shard-size", "0"),
             "max_shard_size must be",

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -212,6 +213,7 @@ def test_plan_of_a_giant() -> None:
         ("7", 7),
         ("7B", 7),
         ("1e3KB", 10**6),
+        (np.int64(7), 7),
     ],
 )
 def test_size_of(text: int | str, size: int) -> None:
@@ -221,7 +223,7 @@ def test_size_of(text: int | str, size: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "GB", "5TB", "5 G B", "five", "-5GB", "0", 0, -1, "inf", "nan", "1e999GB", 5.5e9, None],
+    ["", "GB", "5TB", "5 G B", "five", "-5GB", "0", 0, -1, "inf", "nan", "1e999GB", 5.5e9, True],
 )
 def test_size_of_refuses(text: Any) -> None:
     """A size that means nothing is a ValueError with the value in it."""

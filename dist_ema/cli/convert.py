@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +172,7 @@ examples:
         },
         "--averaged-only": {"action": "store_true", "help": "leave out what is not averaged"},
         "--max-size": {
-            "type": checked(size_of),
+            "type": checked(partial(size_of, what="SIZE")),
             "metavar": "SIZE",
             "help": "refuse to write more (default: 4 times what SRC holds)",
         },
