@@ -7,6 +7,7 @@ How to read a failure: expected values are torch's own, in float64, rounded once
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import tracemalloc
@@ -441,6 +442,17 @@ def test_through_links(shop: list[Path], tmp_path: Path, call: Call) -> None:
         "real",
         "real.safetensors",
     ]
+
+
+def test_names_that_are_no_text(shop: list[Path], tmp_path: Path, call: Call) -> None:
+    """A path may be any bytes, and ema.json is UTF-8: they are there as escapes."""
+    odd = tmp_path / os.fsdecode(b"odd\xff")
+    export(shop[0], odd)
+    export(odd, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "ema.json").read_text())["source"]["name"] == "odd\\udcff"
+    assert call(odd, shop[1], tmp_path / "mean")[0] == 0
+    made_of = json.loads((tmp_path / "mean" / "ema.json").read_text())["extra"]["average"]["models"]
+    assert [model["path"] for model in made_of] == [f"{tmp_path}/odd\\udcff", str(shop[1])]
 
 
 # --- refusals -------------------------------------------------------------------------------------

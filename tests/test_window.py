@@ -406,6 +406,10 @@ def test_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ema.export(plain := str(tmp_path / "plain.safetensors"))
     assert main(["average", *paths, plain, out, "--curve", "linear", "--window", "9"]) != 0
     assert "has no clock: a window takes what ema.save() wrote" in capsys.readouterr().err
+    for folder in (early := [str(tmp_path / "early-0"), str(tmp_path / "early-1")]):
+        EMA(line(), 0.0).save(folder)
+    assert main(["average", *early, str(tmp_path / "x"), "--curve", "linear", "--window", "9"]) == 1
+    assert "early-1 has a clock of 0: no update came yet" in capsys.readouterr().err
 
 
 def test_average_of_fewer_models_than_the_window(

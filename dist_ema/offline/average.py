@@ -15,6 +15,7 @@ from typing import Any
 
 from ..checkpoint.manifest import Manifest
 from ..schedules import Window
+from ..text import printable
 from . import blend, same_weights, sources, writer
 
 __all__ = ["AverageReport", "average", "in_order", "shares"]
@@ -97,8 +98,11 @@ def average(
             {} if dtype is None else dict.fromkeys(names, dtype),
         )
         terms = list(zip(chosen, factors, strict=True))
-        report = AverageReport(Path(out), terms, len(names), taken, notes)
-        made_of = {key: report.to_json()[key] for key in ("models", "taken_from_last")}
+        # JSON is UTF-8, and a path may be any bytes.
+        made_of = {
+            "models": [{"path": printable(path), "weight": weight} for path, weight in terms],
+            "taken_from_last": taken,
+        }
         with progress("averaging", sum(entry.nbytes for entry in mean.entries.values())) as tick:
             mean.write(
                 Path(out),
@@ -107,7 +111,7 @@ def average(
                 force=force,
                 tick=tick,
             )
-    return report
+    return AverageReport(Path(out), terms, len(names), taken, notes)
 
 
 def _differs(name: str, models: Sequence[sources.Source]) -> bool:
@@ -126,6 +130,8 @@ def _in_window(
     inside = sorted(
         (now, path) for path, now in clocks.items() if now > max(clocks.values()) - window.length
     )
+    if inside[-1][0] <= 0:
+        raise ValueError(f"{inside[-1][1]} has a clock of {inside[-1][0]:g}: no update came yet.")
     # A run that is shorter than the window begins at 0.
     begin = max(0.0, inside[-1][0] - window.length)
     if len(inside) < 2:

@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import _version
 from ..checkpoint import atomic, manifest, safetensors
 from ..dtypes import TORCH, float_dtype
-from ..text import Bar, silent
+from ..text import Bar, printable, silent
 from . import library_names, model_card, report, same_weights, sources, sums, writer
 
 __all__ = ["Exported", "export"]
@@ -273,7 +273,7 @@ def _facts(
         },
         versions=saved.versions | {"dist_ema": _version.VERSION},
         extra={},
-        source={"name": atomic.real(model.path).name, "crc32": sums},
+        source={"name": printable(atomic.real(model.path).name), "crc32": sums},
         files={},
         other={},
     )
