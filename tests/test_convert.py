@@ -750,6 +750,8 @@ def test_unreadable(call: Call, tmp_path: Path) -> None:
     (tmp_path / "old.pt").write_bytes(b"\x80\x02" + b"x" * 50)
     (tmp_path / "byte.pt").write_bytes(b"\x80")
     torch.save(3, tmp_path / "number.pt")
+    torch.save(torch.ones(2), tmp_path / "tensor.pt")
+    torch.save({"model_ema": {"a": torch.ones(1), 0: torch.ones(1)}}, tmp_path / "numbered.pt")
     torch.save(
         {"model_ema": {"w": torch.ones(3).to_sparse(), "v": torch.ones(2)}}, tmp_path / "sparse.pt"
     )
@@ -790,7 +792,9 @@ def test_unreadable(call: Call, tmp_path: Path) -> None:
         "name.pt": "is called __metadata__",
         "cut.pt": "", "text.pt": "is no safetensors file", "byte.pt": "is no safetensors file",
         "old.pt": "is no checkpoint of torch.save",
-        "number.pt": "holds a int", "sparse.pt": "model_ema.w cannot be converted",
+        "number.pt": "holds one int", "tensor.pt": "holds one tensor, not a table",
+        "numbered.pt": "model_ema.0 cannot be converted (its key is of int",
+        "sparse.pt": "model_ema.w cannot be converted",
         "wide.pt": "holds no table", "twice.pt": "are both a", "deep.pt": "deep",
         "dots.pt": "fits no live weight", "both.pt": "fits model.a.b and model.ab",
         "empty": "no checkpoint", "two": "a.pt, b.pt", "ours": "dist_ema's own already",

@@ -233,6 +233,12 @@ class _Trees:
         import torch
 
         if isinstance(value, dict):
+            keys = [key for key, item in value.items() if isinstance(item, torch.Tensor)]
+            # A table by numbers is no model; a model must not lose what has a number for a name.
+            for key in keys if any(isinstance(key, str) for key in keys) else ():
+                if not isinstance(key, str):
+                    where = ".".join((*path, str(key)[:200]))
+                    self.unsupported[where] = f"its key is of {type(key).__name__}, no name"
             return {key: self.make(item, (*path, str(key)[:200])) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.make(item, (*path, str(i))) for i, item in enumerate(value)]

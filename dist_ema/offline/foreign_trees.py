@@ -137,8 +137,6 @@ def _open_file(path: Path, inert: Sequence[str], stack: ExitStack) -> ObjectTree
         return ObjectTree(_leaves_of(stack.enter_context(sources.Safetensors(path))), "safetensors")
     root, unsupported = torch_save.load(path, inert)
     if not isinstance(root, (dict, list)):
-        raise ValueError(
-            f"{path} holds a {type(root).__name__}, not a table of tensors. Save state_dict() of "
-            "it."
-        )
+        kind = "tensor" if isinstance(root, recognise.Leaf) else type(root).__name__
+        raise ValueError(f"{path} holds one {kind}, not a table of tensors. Save a state_dict().")
     return ObjectTree(root, "torch", True, unsupported)
