@@ -88,12 +88,14 @@ def size_of(text: int | str, what: str = "max_shard_size") -> int:
         if isinstance(text, str):
             digits = text.strip().upper().rstrip("KMGIB")
             size = int(float(digits) * _UNITS[text.strip().upper()[len(digits) :].strip()])
+        elif isinstance(text, bool):  # an int too: True would be one byte
+            raise TypeError
         else:
             size = index(text)
     except (KeyError, OverflowError, TypeError, ValueError):
         raise ValueError(f"{what} must be bytes or a text like '5GB', got {text!r}.") from None
-    if size <= 0 or isinstance(text, bool):
-        raise ValueError(f"{what} must be a positive number of bytes, got {text!r}.")
+    if size <= 0:
+        raise ValueError(f"{what} must be positive, got {text!r}.")
     return size
 
 
