@@ -614,6 +614,24 @@ def test_eleven_averages(tmp_path: Path) -> None:
         assert torch.allclose(weight, ema.gather(i)["weight"])
 
 
+def test_what_python_gives(run: Any, tmp_path: Path) -> None:
+    """A dtype of torch, a number as the target, snapshots from a generator; no other dtype."""
+    out, folders = tmp_path / "out", sorted(run[0].iterdir())
+    fit = snapshots.reconstruct(
+        (each for each in folders),
+        out,
+        target=0.98,
+        dtype=torch.bfloat16,  # type: ignore[arg-type]
+    )
+    assert fit == snapshots.Snapshots(folders).fit(Constant(0.98))
+    floats = filter(torch.is_floating_point, load_file(out).values())
+    assert {value.dtype for value in floats} == {torch.bfloat16}
+    for dtype in ("I64", "bf16"):
+        with pytest.raises(ValueError, match=f"dtype must be one of F64, .*, got '{dtype}'"):
+            snapshots.reconstruct(run[0], tmp_path / "other", sigma_rel=0.1, dtype=dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_refused(run: Any, tmp_path: Path) -> None:
     """Too few, mixed models, mixed runs, damage, and widths that the snapshots cannot express: by
     name, nothing written.

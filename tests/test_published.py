@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from dist_ema import EMA, load_file
 from dist_ema.cli import main
 from dist_ema.posthoc import published
+from dist_ema.schedules import CURVES
 
 N = 40
 PATH = np.random.default_rng(0).normal(size=N + 1).cumsum()  # the weights, the start first
@@ -89,12 +91,33 @@ def test_closed_forms() -> None:
     assert linear == pytest.approx(published.tail(N, N - 16), abs=1e-12)
     for curve in ("linear", "minus-sqrt", "cosine"):
         left = published.cooldown(N, 16, curve)[::-1].cumsum()[::-1][-16:]
-        function = published.CURVES[curve]
+        function = CURVES[curve]
         expected = [function(j / 16) for j in range(16)]
         assert left == pytest.approx(expected, abs=1e-12)
     drift = np.arange(N + 1.0)  # BEMA takes back a part of the lag of its EMA
     lag = N - published._recursive(1 - (10 + np.arange(1, N + 1.0)) ** -0.5) @ drift
     assert N - published.bema(N) @ drift == pytest.approx(lag - (10 + N) ** -0.2 * N, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("average", "arguments", "named"),
+    [
+        (published.ema, (-1, 0.9), "n must be a whole number from 0, got -1"),
+        (published.tail, (3, 3), "start must be a whole number from 0 to 2, got 3"),
+        (published.tail, (3, -1), "start must be a whole number from 0 to 2, got -1"),
+        (published.lawa, (3, 5, 1), "every must be a whole number from 1 to 3, got 5"),
+        (published.lawa, (3, 1, 0), "k must be a whole number from 1, got 0"),
+        (published.cooldown, (3, 5), "length must be a whole number from 1 to 3, got 5"),
+        (published.cooldown, (3, 2, "sqrt"), "curve must be linear, minus-sqrt, cosine or a"),
+        (published.bema, (0,), "n must be a whole number from 1, got 0"),
+    ],
+)
+def test_what_is_no_average_is_refused(
+    average: Callable[..., Any], arguments: tuple[Any, ...], named: str
+) -> None:
+    """Shares that would sum to less than 1, or divide by 0."""
+    with pytest.raises(ValueError, match=named):
+        average(*arguments)
 
 
 def test_bema_is_that_of_trl() -> None:

@@ -16,13 +16,14 @@ sum of the entries from j on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schedules import CURVES
+from ..schedules import Window
 
 __all__ = ["bema", "cooldown", "ema", "lawa", "tail"]
 
@@ -35,6 +36,14 @@ def _recursive(decays: Array) -> Array:
     return np.asarray(np.append(1.0, 1 - decays) * kept)
 
 
+def _refuse_outside(least: int, most: float = math.inf, **counts: int) -> None:
+    """Raise ValueError for numbers of updates or checkpoints that give no average."""
+    for name, count in counts.items():
+        if not least <= count <= most:
+            limits = f"from {least}" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"{name} must be a whole number {limits}, got {count!r}.")
+
+
 def ema(n: int, decay: float) -> Array:
     """d^n for the start, (1 - d) d^(n - j) for update j: the exponential moving average.
 
@@ -42,6 +51,7 @@ def ema(n: int, decay: float) -> Array:
         n: The number of updates.
         decay: The share of the average that an update keeps, d.
     """
+    _refuse_outside(0, n=n)
     return _recursive(np.full(n, decay))
 
 
@@ -52,6 +62,8 @@ def tail(n: int, start: int) -> Array:
         n: The number of updates.
         start: The last update that the mean leaves out.
     """
+    _refuse_outside(1, n=n)
+    _refuse_outside(0, n - 1, start=start)
     return np.where(np.arange(n + 1) > start, 1 / (n - start), 0.0)
 
 
@@ -65,6 +77,8 @@ def lawa(n: int, every: int, k: int) -> Array:
         every: Updates from one checkpoint to the next.
         k: The number of checkpoints in the mean.
     """
+    _refuse_outside(1, n=n, k=k)
+    _refuse_outside(1, n, every=every)
     steps = np.arange(n + 1)
     made = (steps > 0) & (steps % every == 0)
     chosen = made & (steps > (n // every - k) * every)
@@ -83,8 +97,10 @@ def cooldown(n: int, length: int, curve: str | Callable[[float], float] = "linea
         length: The number of updates in the window.
         curve: The name of a curve of `Window`, or a function on [0, 1].
     """
-    function = CURVES[curve] if isinstance(curve, str) else curve
-    scales = np.array([function(j / length) for j in range(length + 1)])
+    _refuse_outside(1, n=n)
+    _refuse_outside(1, n, length=length)
+    window = Window(length, curve)
+    scales = np.array([window.scale(j / length) for j in range(length + 1)])
     return np.append(np.zeros(n + 1 - length), scales[:-1] - scales[1:])
 
 
@@ -103,6 +119,7 @@ def bema(
         lag: The offset of both.
         gamma: The rate of both.
     """
+    _refuse_outside(1, n=n)
     rate = lag + gamma * np.arange(1, n + 1)
     shares = _recursive(np.asarray(1 - rate**-kappa, np.float64))
     alpha = rate[-1] ** -eta

@@ -22,7 +22,7 @@ from ..averaging.clock import Clock
 from ..checkpoint import manifest
 from ..dtypes import FLOATS, TORCH
 from ..offline import blend, same_weights, sources, writer
-from ..schedules import Power, Schedule, from_dict
+from ..schedules import Power, Schedule, from_dict, schedule
 from ..text import some
 from .profiles import Fit, Mixer, Profile, coefficients
 
@@ -65,7 +65,7 @@ class Snapshots:
 
     def __init__(self, where: str | Path | Sequence[str | Path]) -> None:
         self._where = [where] if isinstance(where, (str, Path)) else list(where)
-        folders = _folders(where)
+        folders = _folders(self._where)
         averages = [stored for folder in folders for stored in _stored(folder)]
         if len(averages) < 2:
             raise ValueError(
@@ -137,7 +137,8 @@ class Snapshots:
             target: The schedule that the mixture imitates.
             fit: From `fit`.
             at: The clock of the moment.
-            dtype: The dtype of floating weights ('F32', 'BF16' ...); None takes the model's own.
+            dtype: The dtype of floating weights ('BF16', torch.bfloat16 ...); None takes the
+                model's own.
             max_shard_size: The size limit of each file in a folder, by default 5 GB.
             force: Replace a model at `out`.
             tick: Receives the number of bytes written.
@@ -146,6 +147,8 @@ class Snapshots:
             *Cost*: 32 MB, whatever the model and the number of snapshots.
         """
         self.refuse_place(out)
+        if dtype is not None:
+            dtype = _floating(dtype)
         mixed = [
             (stored, weight)
             for stored, weight in zip(self.stored, fit.weights, strict=True)
@@ -217,7 +220,8 @@ def reconstruct(
         sigma_rel: The width of a `Power` schedule; or give `target`.
         target: The schedule to imitate.
         at: The clock at the end of the average, by default of the last snapshot.
-        dtype: The dtype of floating weights ('F32', 'BF16' ...), by default the model's own.
+        dtype: The dtype of floating weights ('BF16', torch.bfloat16 ...), by default the model's
+            own.
         max_shard_size: The size limit of each file in a folder, by default 5 GB.
         force: Replace a model at `out`.
 
@@ -236,12 +240,20 @@ def reconstruct(
             f"reconstruct takes one of sigma_rel and target, got sigma_rel={sigma_rel}, "
             f"target={target!r}."
         )
-    wanted = Power(sigma_rel=sigma_rel) if target is None else target
+    wanted = Power(sigma_rel=sigma_rel) if target is None else schedule(target)
     run = Snapshots(snapshots)
     fit = run.fit(wanted, at)
     run.refuse(wanted, fit, at)
     run.write(out, wanted, fit, at=at, dtype=dtype, max_shard_size=max_shard_size, force=force)
     return fit
+
+
+def _floating(dtype: Any) -> str:
+    """The dtype as safetensors calls it, also from torch's name. Raises ValueError for no float."""
+    kind = TORCH.get(str(dtype).removeprefix("torch."), dtype)
+    if kind not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(FLOATS)}, got {dtype!r}.")
+    return str(kind)
 
 
 def _folders(snapshots: str | Path | Sequence[str | Path]) -> list[Path]:
